@@ -1,0 +1,63 @@
+"""Every exception facepipe raises on purpose. A message says what happened, where, and what to do.
+
+FacepipeError
+├── ConfigError          a key, value or command line that cannot be used (exit code 2)
+├── SourceError          the source is missing, empty or of an unknown kind
+├── StorageError         a file or object could not be read or written
+├── ModelError           a model cannot be loaded
+│   └── WeightsError     weights are missing, or their SHA-256 is not the registered one
+├── GalleryError         the folder is not a usable gallery
+│   ├── ContractError    the gallery was made with other models or settings
+│   └── GalleryBusyError another run is writing to the gallery
+├── AccountingError      images listed and images accounted for differ
+├── WorkerError          workers die before they can do any work
+└── EvaluationError      a pairs file or gallery cannot be evaluated
+"""
+
+
+class FacepipeError(Exception):
+    """Base of all: `except facepipe.FacepipeError` catches every expected failure."""
+
+
+class ConfigError(FacepipeError):
+    """A key, value or argument that cannot be used."""
+
+
+class SourceError(FacepipeError):
+    """The source is missing, empty or of an unknown kind."""
+
+
+class StorageError(FacepipeError):
+    """A file or object could not be read or written; the message is short enough for a row's `error`."""
+
+
+class ModelError(FacepipeError):
+    """A model cannot be loaded."""
+
+
+class WeightsError(ModelError):
+    """Weights are missing or altered."""
+
+
+class GalleryError(FacepipeError):
+    """The folder is not a usable gallery."""
+
+
+class ContractError(GalleryError):
+    """The gallery's model contract differs from the one asked for."""
+
+
+class GalleryBusyError(GalleryError):
+    """Another run is writing to this gallery."""
+
+
+class AccountingError(FacepipeError):
+    """Images listed and images accounted for differ."""
+
+
+class WorkerError(FacepipeError):
+    """Workers die before they can do any work."""
+
+
+class EvaluationError(FacepipeError):
+    """A pairs file or gallery cannot be evaluated."""

@@ -1,0 +1,94 @@
+"""Pairs files: LFW's official pairs.txt, and CSV with two file columns and `same`."""
+
+import csv
+import os
+from typing import NamedTuple
+
+from facepipe.errors import EvaluationError
+
+_FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
+_SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
+_TRUE, _FALSE = ("1", "true", "yes", "same"), ("0", "false", "no", "different")
+_CSV_FOLDS = 10
+
+
+class Pair(NamedTuple):
+    """Two images, named by the end of their path without extension, whether they show one person, and the fold."""
+
+    left: str
+    right: str
+    same: bool
+    fold: int
+
+
+def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
+    """The pairs of a file. Raises EvaluationError with the line that cannot be read."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read the pairs file {os.fspath(path)!r}: {error}") from error
+    if not lines:
+        raise EvaluationError(f"the pairs file {os.fspath(path)!r} is empty")
+    first = lines[0].split()
+    if len(first) in (1, 2) and all(word.isdigit() for word in first):
+        return _lfw(lines, os.fspath(path))
+    return _csv(lines, os.fspath(path))
+
+
+def _lfw(lines: list[str], path: str) -> list[Pair]:
+    """`FOLDS N`, then for each fold N lines `name i j` and N lines `name i name j` (View 2); `N`: one fold (View 1)."""
+    words = [int(word) for word in lines[0].split()]
+    per_fold = 2 * words[-1]
+    pairs = []
+    for number, line in enumerate(lines[1:], 2):
+        fields = line.split("\t") if "\t" in line else line.split()
+        fold = len(pairs) // per_fold
+        try:
+            match fields:
+                case [name, i, j]:
+                    pairs.append(Pair(_lfw_name(name, i), _lfw_name(name, j), True, fold))
+                case [name, i, other, j]:
+                    pairs.append(Pair(_lfw_name(name, i), _lfw_name(other, j), False, fold))
+                case []:
+                    continue
+                case _:
+                    raise ValueError("3 or 4 fields expected")
+        except ValueError as error:
+            raise EvaluationError(f"{path}, line {number}: {error}: {line!r}") from error
+    folds = words[0] if len(words) == 2 else 1
+    if len(pairs) != folds * per_fold:
+        raise EvaluationError(f"{path} announces {folds} folds of {per_fold} pairs and holds {len(pairs)} pairs")
+    return pairs
+
+
+def _lfw_name(name: str, number: str) -> str:
+    return f"{name}/{name}_{int(number):04d}"
+
+
+def _csv(lines: list[str], path: str) -> list[Pair]:
+    rows = list(csv.DictReader(lines))
+    names = {(name or "").strip().lower(): name for name in (rows[0] if rows else {})}
+    files = next((pair for pair in _FILE_COLUMNS if all(name in names for name in pair)), None)
+    same = next((name for name in _SAME_COLUMNS if name in names), None)
+    if files is None or same is None:
+        raise EvaluationError(
+            f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; its first line is {lines[0][:80]!r}"
+        )
+    size = -(-len(rows) // _CSV_FOLDS)
+    left, right = files
+    return [
+        Pair(_stem(row[names[left]]), _stem(row[names[right]]), _truth(row[names[same]], path, n), (n - 2) // size)
+        for n, row in enumerate(rows, 2)
+    ]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext((name or "").strip().replace("\\", "/").removeprefix("./"))[0]
+
+
+def _truth(text: str, path: str, line: int) -> bool:
+    word = (text or "").strip().lower()
+    if word not in _TRUE + _FALSE:
+        raise EvaluationError(f"{path}, line {line}: `same` is {text!r}, expected 1 or 0")
+    return word in _TRUE

@@ -1,0 +1,61 @@
+"""The model contract: what must be equal for two embeddings to be comparable."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from facepipe.errors import ContractError
+from facepipe.hashing import hash64
+from facepipe.models import card
+from facepipe.schema import EMBEDDING_DIM
+
+PROPERTY = "facepipe.contract"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Detector, embedder, the SHA-256 of their weights, alignment, flip, dimension and metric."""
+
+    detector: str
+    detector_sha256: str
+    embedder: str
+    embedder_sha256: str
+    alignment: str
+    flip: bool
+    dim: int = EMBEDDING_DIM
+    metric: str = "euclidean on unit vectors"
+
+    @classmethod
+    def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
+        """The contract of registered models."""
+        found, made = card(detector, "detector"), card(embedder, "embedder")
+        alignment = f"similarity:{hash64(json.dumps([made.size, made.template])):016x}"
+        return cls(detector, found.sha256, embedder, made.sha256, alignment, flip, made.dim or EMBEDDING_DIM)
+
+    def to_json(self) -> str:
+        """The form kept in the table's properties."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Contract":
+        """Raises ContractError for a contract of another version of facepipe."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ContractError(f"the gallery's contract cannot be read: {text[:300]}") from error
+
+    def require(self, other: "Contract", where: str) -> None:
+        """Raise ContractError, with what differs, unless the other contract is this one."""
+        mine, theirs = asdict(self), asdict(other)
+        differ = [name for name in mine if mine[name] != theirs[name]]
+        if differ:
+            lines = [f"  {name}: the gallery has {_short(mine[name])}, asked for is {_short(theirs[name])}" for name in differ]
+            raise ContractError(
+                f"{where} was made with another model contract:\n" + "\n".join(lines) + "\n"
+                "Embeddings of two contracts cannot be compared: use the gallery's models, or start a new gallery"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 32 else text[:16] + "…"

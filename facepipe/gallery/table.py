@@ -1,0 +1,163 @@
+"""The gallery's table of faces: a Delta Lake table, read through its log and never through a glob."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import TableNotFoundError
+
+from facepipe import storage
+from facepipe.errors import ContractError, GalleryError
+from facepipe.gallery.contract import PROPERTY, Contract
+from facepipe.schema import EMBEDDING_DIM, FACES, OK
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KEEP_LOG = {"delta.logRetentionDuration": "interval 30 days", "delta.checkpointInterval": "100"}
+
+
+class Gallery:
+    """A gallery of face embeddings.
+
+        gallery = facepipe.Gallery("G")
+        ids, vectors = gallery.vectors()                    # (n,) int64, (n, 128) float32 of unit norm
+        frame = gallery.to_pandas(["uri", "identity", "det_score"], where="det_score > 0.9 and identity is not null")
+        for batch in gallery.batches(["uri", "embedding"]): ...
+
+    `version` reads the gallery as it was; by default it is the newest. Raises GalleryError where there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], version: int | None = None):
+        self.path = os.fspath(path)
+        self.faces_folder = storage.join(self.path, "faces")
+        try:
+            self._table = DeltaTable(self.faces_folder, version=version)
+        except TableNotFoundError as error:
+            raise GalleryError(f"no gallery at {self.path!r} (no faces/ table in it): `facepipe embed SOURCE {self.path}` makes one") from error
+        except Exception as error:  # deltalake raises many kinds for a log that cannot be read
+            raise GalleryError(f"the gallery at {self.path!r} cannot be read: {str(error).splitlines()[0]}") from error
+
+    @classmethod
+    def exists(cls, path: str) -> bool:
+        """Whether there is a gallery."""
+        return DeltaTable.is_deltatable(storage.join(path, "faces"))
+
+    @classmethod
+    def create(cls, path: str, contract: Contract) -> "Gallery":
+        """A new, empty gallery pinned to a contract. A folder that holds something else is refused."""
+        if not storage.is_remote(path):
+            if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {".lock", "runs"}):
+                raise GalleryError(f"{path!r} exists and is no gallery: choose a new folder")
+            os.makedirs(path, exist_ok=True)
+        configuration = {**_KEEP_LOG, PROPERTY: contract.to_json()}
+        DeltaTable.create(
+            storage.join(path, "faces"),
+            Schema.from_arrow(FACES),
+            name="faces",
+            configuration=configuration,
+            raise_if_key_not_exists=False,  # our own property stands beside Delta's
+        )
+        return cls(path)
+
+    @property
+    def version(self) -> int:
+        """The table version that is read."""
+        return self._table.version()
+
+    @property
+    def contract(self) -> Contract:
+        """The models and settings that all embeddings here were made with."""
+        text = self._table.metadata().configuration.get(PROPERTY)
+        if text is None:
+            raise ContractError(f"the table in {self.path!r} has no facepipe contract: it was not made by facepipe")
+        return Contract.from_json(text)
+
+    def files(self) -> list[dict[str, Any]]:
+        """Path, size and row count of the table's files."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        wanted = [name for name in ("path", "size_bytes", "num_records", "min.uri", "max.uri") if name in actions.column_names]
+        rows: list[dict[str, Any]] = actions.select(wanted).to_pylist()
+        return rows
+
+    def dataset(self) -> ds.Dataset:
+        """The table as a pyarrow dataset, for whatever this class does not offer."""
+        return self._table.to_pyarrow_dataset()
+
+    def batches(
+        self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None, rows: int = 8192
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows as a stream of record batches; memory does not grow with the gallery."""
+        names = _columns(columns)
+        scanner = self.dataset().scanner(
+            columns=names, filter=expression(where), batch_size=rows, batch_readahead=2, fragment_readahead=1
+        )
+        for batch in scanner.to_batches():
+            if batch.num_rows:
+                yield batch
+
+    def to_arrow(self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None) -> pa.Table:
+        """Rows as one Arrow table."""
+        names = _columns(columns)
+        return pa.Table.from_batches(self.batches(names, where), pa.schema([FACES.field(n) for n in names]))
+
+    def to_pandas(
+        self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None
+    ) -> "pd.DataFrame":
+        """Rows as a pandas frame."""
+        return self.to_arrow(columns, where).to_pandas()
+
+    def vectors(
+        self, where: "str | ds.Expression | None" = None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """(face ids (n,), unit vectors (n, 128)) of all faces, or of those that match."""
+        from facepipe.stages.columns import vectors
+
+        has_face = ds.field("face_id").is_valid()
+        chosen = expression(where)
+        table = self.to_arrow(["face_id", "embedding"], has_face if chosen is None else has_face & chosen)
+        return table["face_id"].to_numpy(), vectors(table["embedding"], EMBEDDING_DIM)
+
+    def counts(self) -> dict[str, int]:
+        """Images by status, and the number of faces."""
+        images: Counter[str] = Counter()
+        faces = 0
+        for batch in self.batches(["status", "face_index"]):
+            first = batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True))
+            images.update(first["status"].to_pylist())
+            faces += batch.num_rows - batch["face_index"].null_count
+        ordered = {OK: images.pop(OK, 0), **dict(sorted(images.items()))}
+        return {"images": sum(ordered.values()), "faces": faces, **ordered}
+
+    def runs(self, last: int = 5) -> list[dict[str, Any]]:
+        """The newest commits' own metadata: run id, counts, seconds per stage."""
+        found = [json.loads(entry["facepipe"]) for entry in self._table.history(20 * last) if "facepipe" in entry]
+        by_run: dict[str, dict[str, Any]] = {}
+        for entry in reversed(found):
+            by_run[entry["run"]] = entry
+        return list(by_run.values())[-last:]
+
+
+def expression(where: "str | ds.Expression | None") -> "ds.Expression | None":
+    """A filter from text such as `status = 'ok' and det_score > 0.9`; expressions pass through."""
+    if where is None or isinstance(where, ds.Expression):
+        return where
+    from facepipe.gallery.where import parse
+
+    return parse(where)
+
+
+def _columns(columns: Sequence[str] | None) -> list[str]:
+    names = list(FACES.names if columns is None else columns)
+    unknown = [name for name in names if name not in FACES.names]
+    if unknown:
+        raise GalleryError(f"no column {', '.join(unknown)}; columns are {', '.join(FACES.names)}")
+    return names

@@ -1,0 +1,133 @@
+"""Re-reads a gallery and says whether it is what was written: checksums, counts, ids, norms."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from facepipe import storage
+from facepipe.errors import StorageError
+from facepipe.gallery.parts import digest_in
+from facepipe.gallery.table import Gallery
+from facepipe.hashing import face_id, hash64
+from facepipe.hashtable import HashTable
+from facepipe.schema import EMBEDDING_DIM, FACES, OK, STATUSES
+from facepipe.stages.columns import vectors
+
+_NORM_TOLERANCE = 1e-4
+_MAX_PROBLEMS = 100
+
+
+@dataclass
+class Verification:
+    """What was looked at and what was found; `problems` is empty for a sound gallery."""
+
+    version: int
+    files: int = 0
+    checksummed: int = 0
+    rows: int = 0
+    images: int = 0
+    faces: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, problem: str) -> None:
+        """Note a problem; past a hundred they are only counted."""
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(problem)
+        elif len(self.problems) == _MAX_PROBLEMS:
+            self.problems.append("… more problems are not listed")
+
+
+def verify(gallery: Gallery) -> Verification:
+    """Check every file of the gallery's version. Memory does not grow with the gallery."""
+    result = Verification(gallery.version)
+    ids, uris = HashTable(), HashTable()
+    for file in gallery.files():
+        result.files += 1
+        try:
+            table = _read(gallery, file, result)
+        except (StorageError, OSError, ValueError) as error:
+            result.add(f"{file['path']}: cannot be read: {str(error).splitlines()[0]}")
+            continue
+        _check_rows(file["path"], table, ids, uris, result)
+    ids.close()
+    uris.close()
+    return result
+
+
+def _read(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Table:
+    data = storage.read(storage.join(gallery.faces_folder, file["path"]).encode())
+    digest = digest_in(file["path"])
+    if digest is not None:
+        result.checksummed += 1
+        if hashlib.sha256(data).hexdigest()[:32] != digest:
+            result.add(f"{file['path']}: checksum differs, the file was altered")
+    table = pq.ParquetFile(pa.BufferReader(data)).read()
+    if table.num_rows != file["num_records"]:
+        result.add(f"{file['path']}: {table.num_rows} rows, the log says {file['num_records']}")
+    return table.cast(FACES)
+
+
+def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, result: Verification) -> None:
+    first = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
+    faces = table.filter(pc.is_valid(table["face_id"]))
+    result.rows += table.num_rows
+    result.images += first.num_rows
+    result.faces += faces.num_rows
+    checks = {
+        "rows with an unknown status": pc.invert(pc.is_in(table["status"], pa.array(STATUSES))),
+        "faces without status ok, or rows with it and no face": pc.xor(
+            pc.equal(table["status"], OK), pc.is_valid(table["face_id"])
+        ),
+        "faces without an embedding, or embeddings without a face": pc.xor(
+            pc.is_valid(table["embedding"]), pc.is_valid(table["face_id"])
+        ),
+    }
+    for what, wrong in checks.items():
+        count = pc.sum(wrong).as_py() or 0
+        if count:
+            result.add(f"{path}: {count} {what}")
+    _check_faces(path, faces, ids, result)
+    _check_images(path, table, first, uris, result)
+
+
+def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verification) -> None:
+    if not faces.num_rows:
+        return
+    repeated = int((~ids.add(_mixed(faces["face_id"].to_numpy()))).sum())
+    if repeated:
+        result.add(f"{path}: {repeated} face ids that occur twice")
+    columns = (faces[name].to_pylist() for name in ("face_id", "uri", "image_id", "face_index"))
+    foreign = sum(found != face_id(uri, image or "", index) for found, uri, image, index in zip(*columns, strict=True))
+    if foreign:
+        result.add(f"{path}: {foreign} face ids that do not belong to their image")
+    if set(pc.list_value_length(faces["embedding"]).to_pylist()) - {EMBEDDING_DIM}:
+        result.add(f"{path}: embeddings that are not {EMBEDDING_DIM}-D")
+        return
+    norms = np.linalg.norm(vectors(faces["embedding"], EMBEDDING_DIM), axis=1)
+    wrong = int((~(np.abs(norms - 1) < _NORM_TOLERANCE)).sum())
+    if wrong:
+        result.add(f"{path}: {wrong} embeddings whose norm is not 1")
+
+
+def _check_images(path: str, table: pa.Table, first: pa.Table, uris: HashTable, result: Verification) -> None:
+    names = first["uri"].to_pylist()
+    if names:
+        repeated = int((~uris.add(np.array([hash64(uri) for uri in names], np.uint64))).sum())
+        if repeated:
+            result.add(f"{path}: {repeated} images that occur twice")
+    faces = table.filter(pc.is_valid(table["face_index"])).select(["uri", "face_index"])
+    if faces.num_rows:
+        groups = faces.group_by("uri").aggregate([("face_index", "max"), ("face_index", "count_distinct")])
+        gaps = pc.sum(pc.not_equal(pc.add(groups["face_index_max"], 1), groups["face_index_count_distinct"])).as_py()
+        if gaps:
+            result.add(f"{path}: {gaps} images with missing or repeated face ordinals")
+
+
+def _mixed(values: Any) -> Any:
+    """Ids as well-mixed keys."""
+    return np.asarray(values).astype(np.uint64)

@@ -1,0 +1,58 @@
+"""dlib's face recognition ResNet (Davis King, dlib-models 2017, public domain) as a torch module: 150x150 RGB -> 128-D.
+
+A ResNet-34 with three of its blocks left out and half the filters; affine layers are folded into the convolutions.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from facepipe.models.dlib_layout import BLOCKS, MEAN_RGB, SCALE, Convolution
+
+class Block(nn.Module):
+    """relu(shortcut + conv(relu(conv(x)))); the shortcut of a strided block is average pooling, zero-padded to fit."""
+
+    def __init__(self, i: int, o: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(i, o, 3, stride, 0 if stride == 2 else 1)
+        self.conv2 = nn.Conv2d(o, o, 3, 1, 1)
+        self.stride, self.grow = stride, o - i
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.conv1(x)))
+        if self.stride == 2:
+            x = F.pad(F.avg_pool2d(x, 2, 2), (0, 0, 0, 0, 0, self.grow))
+            height, width = max(x.shape[2], y.shape[2]), max(x.shape[3], y.shape[3])
+            x, y = (F.pad(t, (0, width - t.shape[3], 0, height - t.shape[2])) for t in (x, y))
+        return F.relu(x + y)
+
+
+class DlibResNet(nn.Module):
+    """(n, 3, 150, 150) float RGB 0-255 -> (n, 128), not normalised."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1))
+        self.stem = nn.Conv2d(3, 32, 7, 2)
+        self.blocks = nn.ModuleList(Block(*step) for step in BLOCKS)
+        self.fc = nn.Linear(256, 128, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem((x - self.mean) / SCALE)), 3, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x.mean((2, 3)))
+
+    def load(self, convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> "DlibResNet":
+        """Take the weights of `folded`."""
+        modules = [self.stem, *(conv for block in self.blocks for conv in (block.conv1, block.conv2))]
+        with torch.no_grad():
+            for module, conv in zip(modules, convolutions, strict=True):
+                module.weight.copy_(torch.from_numpy(conv.weight))
+                module.bias.copy_(torch.from_numpy(conv.bias))
+            self.fc.weight.copy_(torch.from_numpy(np.ascontiguousarray(fc.T)))
+        return self.eval().requires_grad_(False)

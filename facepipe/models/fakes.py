@@ -1,0 +1,45 @@
+"""A deterministic detector and embedder without weights: for tests, and for simulating runs of any size."""
+
+import cv2
+import numpy as np
+
+from facepipe.models.cards import CARDS
+from facepipe.models.protocols import Faces, Floats, Pixels
+
+_MIN_AREA = 16
+
+
+class FakeDetector:
+    """A face is a rectangle of red (r > 180, g and b < 80); its landmarks stand at fixed places inside it."""
+
+    stride = 8
+
+    def detect(self, images: Pixels) -> list[Faces]:
+        return [self._one(image) for image in images]
+
+    def _one(self, image: Pixels) -> Faces:
+        mask = ((image[..., 0] > 180) & (image[..., 1] < 80) & (image[..., 2] < 80)).astype(np.uint8)
+        found = cv2.connectedComponentsWithStats(mask)[2][1:]
+        found = found[found[:, cv2.CC_STAT_AREA] >= _MIN_AREA]
+        found = found[np.argsort(-found[:, cv2.CC_STAT_AREA], kind="stable")]
+        low = found[:, :2].astype(np.float32)
+        side = found[:, 2:4].astype(np.float32)
+        spots = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]], np.float32)
+        scores = (found[:, cv2.CC_STAT_AREA] / (found[:, cv2.CC_STAT_AREA] + 100.0)).astype(np.float32)
+        return Faces(np.concatenate([low, low + side], 1), low[:, None] + spots * side[:, None], scores)
+
+
+class FakeEmbedder:
+    """The chip's mean colours on a 7x6 grid and two constants: 128 numbers that tell chips apart."""
+
+    dim = 128
+
+    def __init__(self) -> None:
+        card = CARDS["fake-embedder"]
+        self.size = card.size or (32, 32)
+        self.template = np.array(card.template)
+
+    def embed(self, chips: Pixels) -> Floats:
+        grids = [cv2.resize(chip, (7, 6), interpolation=cv2.INTER_AREA).astype(np.float32).ravel() for chip in chips]
+        body = np.stack(grids) / 255 if grids else np.empty((0, 126), np.float32)
+        return np.concatenate([body, np.full((len(body), 2), 0.5, np.float32)], 1)

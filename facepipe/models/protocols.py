@@ -1,0 +1,41 @@
+"""What a detector and an embedder are to the stages."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+class Faces(NamedTuple):
+    """Faces of one image in its pixels, by falling score.
+
+    boxes (n, 4) x1 y1 x2 y2; landmarks (n, 5, 2): left eye, right eye, nose, left and right mouth corner as seen in
+    the image; scores (n,). All float32.
+    """
+
+    boxes: Floats
+    landmarks: Floats
+    scores: Floats
+
+
+class Detector(Protocol):
+    """Finds faces. `stride`: image sides must be multiples of it."""
+
+    stride: int
+
+    def detect(self, images: Pixels) -> list[Faces]:
+        """images (n, h, w, 3) RGB -> the faces of each."""
+
+
+class Embedder(Protocol):
+    """Makes one vector of one aligned chip. `template` (5, 2): where the landmarks lie in a chip of `size` (w, h)."""
+
+    size: tuple[int, int]
+    template: npt.NDArray[np.float64]
+    dim: int
+
+    def embed(self, chips: Pixels) -> Floats:
+        """chips (n, h, w, 3) RGB -> raw vectors (n, dim), not normalised."""

@@ -1,0 +1,64 @@
+"""The columns that parts of facepipe owe each other: work items in, gallery rows out."""
+
+import pyarrow as pa
+
+OK = "ok"
+NO_FACE = "no_face"
+READ_ERROR = "read_error"
+DECODE_ERROR = "decode_error"
+TOO_LARGE = "too_large"
+CRASHED = "crashed"
+STATUSES = (OK, NO_FACE, READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
+FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
+UNCHANGED = "unchanged"  # never stored: the gallery already holds this image with this content
+
+EMBEDDING_DIM = 128
+
+WORK_ITEM = pa.schema(
+    [
+        ("uri", pa.string()),  # what the gallery calls the image
+        ("path", pa.binary()),  # where its bytes are: a local path as bytes (names need not be UTF-8) or a URL
+        ("offset", pa.int64()),  # first byte, or first row in a Parquet file; null: the whole file
+        ("length", pa.int64()),  # bytes; null with an offset: one Parquet row
+        ("fingerprint", pa.string()),  # size and mtime, or etag: changes when the file may have changed
+        ("identity", pa.string()),
+        ("listing_error", pa.string()),  # why the lister already knows that this cannot be read
+        ("previous", pa.uint64()),  # hash of the content the gallery holds for this uri; null: it holds none
+    ]
+)
+
+FACES = pa.schema(
+    [
+        ("face_id", pa.int64()),
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("source", pa.string()),
+        ("fingerprint", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("face_index", pa.int16()),
+        ("identity", pa.string()),
+        ("box", pa.list_(pa.float32())),
+        ("landmarks", pa.list_(pa.float32())),
+        ("det_score", pa.float32()),
+        ("face_px", pa.float32()),
+        ("sharpness", pa.float32()),
+        ("yaw", pa.float32()),
+        ("roll", pa.float32()),
+        ("embedding", pa.list_(pa.float32())),
+        ("embedding_norm", pa.float32()),
+        ("thumb", pa.binary()),
+        ("ingested_at", pa.timestamp("us", "UTC")),
+    ]
+)
+
+
+def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:
+    """The table with exactly the schema's columns, in its order; absent columns become nulls."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)

@@ -1,0 +1,52 @@
+"""How a label is read off an image's place: from its folder, its file name, its list, or not at all."""
+
+import posixpath
+from collections.abc import Callable
+from typing import Literal
+
+IdentityRule = Literal["auto", "folder", "filename", "label", "none"]
+
+Identify = Callable[[str, str | None], str | None]
+"""From (path relative to the source's root, label given by the source) to the identity."""
+
+
+def from_folder(path: str) -> str | None:
+    """`lfw/Aaron_Eckhart/0001.jpg` -> `Aaron_Eckhart`."""
+    return posixpath.basename(posixpath.dirname(path)) or None
+
+
+def from_filename(path: str) -> str | None:
+    """`faces/obama_1.jpg` -> `obama`: the name's part left of its last underscore; None where there is none."""
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    left, underscore, _ = stem.rpartition("_")
+    return left if underscore and left else None
+
+
+def from_only_folder(path: str) -> str | None:
+    """The folder's name where the image lies exactly one folder below the root, as in LFW and CASIA trees."""
+    return from_folder(path) if path.count("/") == 1 else None
+
+
+def rule(name: IdentityRule) -> Identify:
+    """How to find the identity; labels that are not UTF-8 get `?` for the bytes that cannot be read."""
+    chosen = _rule(name)
+
+    def identify(path: str, label: str | None) -> str | None:
+        identity = chosen(path, label)
+        return None if identity is None else identity.encode("utf-8", "replace").decode("utf-8")
+
+    return identify
+
+
+def _rule(name: IdentityRule) -> Identify:
+    match name:
+        case "folder":
+            return lambda path, label: from_folder(path)
+        case "filename":
+            return lambda path, label: from_filename(path)
+        case "label":
+            return lambda path, label: label
+        case "none":
+            return lambda path, label: None
+        case _:
+            return lambda path, label: label if label is not None else from_only_folder(path)

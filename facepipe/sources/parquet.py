@@ -1,0 +1,96 @@
+"""Parquet in: rows that name images (`uri`) or hold them (`bytes`), with an optional `identity`."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from facepipe.errors import SourceError, StorageError
+from facepipe.sources.identity import IdentityRule, rule
+from facepipe.sources.item import WorkItem, broken, file_uri, member_uri
+from facepipe.storage import entry, is_remote, list_prefix, open_seekable
+
+URI_COLUMNS = ("uri", "path", "file", "image_path", "url")
+BYTES_COLUMNS = ("bytes", "image", "jpg", "content")
+IDENTITY_COLUMNS = ("identity", "label", "identity_id", "person")
+_BATCH_ROWS = 8192
+
+
+class ParquetSource:
+    """Rows of a Parquet file, or of every `.parquet` file in a folder or under a prefix.
+
+    With a bytes column the item is (file, row number): workers read the bytes, the lister never does. A uri column
+    then only names the row. Relative uris are relative to the Parquet file's folder.
+    """
+
+    def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None):
+        self.path = path
+        self.name = name or os.path.basename(path.rstrip("/"))
+        self.ignored = 0
+        self._identify = rule(identity)
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        self.ignored = 0
+        for path in parquet_files(self.path):
+            try:
+                with open_seekable(path) as file:
+                    yield from self._rows(path, pq.ParquetFile(file))
+            except (StorageError, OSError, ValueError) as error:
+                # pyarrow's errors are ValueErrors and OSErrors; SourceError passes, since it concerns every file.
+                yield broken(path, f"parquet cannot be read to its end: {str(error).splitlines()[0]}")
+
+    def _rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
+        names = file.schema_arrow.names
+        uri, content, identity = (_pick(names, c) for c in (URI_COLUMNS, BYTES_COLUMNS, IDENTITY_COLUMNS))
+        if uri is None and content is None:
+            raise SourceError(
+                f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
+                f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(names)}"
+            )
+        mark = entry(path).fingerprint
+        row = 0
+        columns = [name for name in (uri, identity) if name]
+        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+            uris = batch.column(uri).to_pylist() if uri else [None] * batch.num_rows
+            labels = batch.column(identity).to_pylist() if identity else [None] * batch.num_rows
+            for name, label in zip(uris, labels, strict=True):
+                yield self._item(path, row, name, label, mark if content else None)
+                row += 1
+
+    def _item(self, path: str, row: int, name: Any, label: Any, mark: str | None) -> WorkItem:
+        text = None if name is None else str(name)
+        identity = self._identify(text or "", None if label is None else str(label))
+        if mark is not None:
+            uri = member_uri(file_uri(path), str(row) if text is None else text)
+            return WorkItem(uri, os.fsencode(path), row, None, f"{mark}@{row}", identity)
+        if not text:
+            return broken(f"{path}#{row}", "the row names no image")
+        return named_image(text, os.path.dirname(path), identity)
+
+
+def named_image(name: str, folder: str, identity: str | None) -> WorkItem:
+    """An item for an image that a list names; an absent one becomes a row with status read_error later."""
+    name = name.removeprefix("file://")
+    path = name if is_remote(name) or os.path.isabs(name) else f"{folder or '.'}/{name}"
+    try:
+        fingerprint: str | None = None if is_remote(path) else entry(path).fingerprint
+    except StorageError:
+        fingerprint = None
+    return WorkItem(file_uri(path), os.fsencode(path), fingerprint=fingerprint, identity=identity)
+
+
+def parquet_files(path: str) -> Iterator[str]:
+    """The Parquet files at a path: the file itself, or those of a folder or prefix."""
+    if is_remote(path):
+        yield from (e.url for e in list_prefix(path) if e.url.endswith(".parquet"))
+    elif os.path.isdir(path):
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            yield from (os.path.join(folder, n) for n in sorted(names) if n.endswith((".parquet", ".pq")))
+    else:
+        yield path
+
+
+def _pick(names: list[str], candidates: tuple[str, ...]) -> str | None:
+    return next((name for name in candidates if name in names), None)

@@ -1,0 +1,129 @@
+"""Align: one row per image to one row per face, with its chip cut to the embedder's template and its quality figures."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.errors import ModelError
+from facepipe.imaging.decode import DecodeError, decode
+from facepipe.imaging.geometry import cut, pose, rescale_points, scale_of, sharpness, similarity
+from facepipe.imaging.header import probe
+from facepipe.models import card
+from facepipe.stages.columns import buffers, float_lists, images, pack, with_columns
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Aligned(NamedTuple):
+    """One face."""
+
+    row: int
+    face_index: int
+    box: npt.NDArray[np.float32]
+    landmarks: npt.NDArray[np.float32]
+    score: float
+    chip: Pixels
+
+
+@dataclass(frozen=True)
+class Align:
+    """Cuts chips by the similarity transform that maps five landmarks to the embedder's template.
+
+    embedder: whose template and chip size to use
+    thumbs: keep a small JPEG of every face for the reports; thumb_side in pixels, thumb_quality 1-100
+    """
+
+    embedder: str = "dlib-resnet"
+    thumbs: bool = True
+    thumb_side: int = 112
+    thumb_quality: int = 80
+
+    needs: ClassVar = ("bytes", "pixels", "pixels_width", "pixels_height", "width", "height", "boxes", "points", "scores")
+    adds: ClassVar = ("face_index", "box", "landmarks", "det_score", "face_px", "sharpness", "yaw", "roll", "chip", "thumb")
+    drops: ClassVar = ("bytes", "pixels", "pixels_width", "pixels_height", "boxes", "points", "scores")
+
+    @cached_property
+    def _layout(self) -> tuple[tuple[int, int], npt.NDArray[np.float64]]:
+        found = card(self.embedder, "embedder")
+        if found.size is None or found.template is None:
+            raise ModelError(f"{self.embedder} has no alignment template")
+        return found.size, np.array(found.template)
+
+    def setup(self) -> None:
+        cv2.setNumThreads(1)
+        _ = self._layout
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        faces: list[Aligned | int] = []
+        columns = [table[name].to_pylist() for name in ("width", "boxes", "points", "scores")]
+        rows = zip(images(table), buffers(table["bytes"]), *columns, strict=True)
+        for n, (pixels, data, width, boxes, points, scores) in enumerate(rows):
+            found = self._image(n, pixels, data, width, (boxes, points, scores)) if scores else []
+            faces += found or [n]
+        origin = [face if isinstance(face, int) else face.row for face in faces]
+        per_image = with_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
+        return with_columns(per_image, self._columns(faces))
+
+    def _image(self, n: int, pixels: Pixels | None, data: memoryview | None, width: int, found: Any) -> list[Aligned]:
+        """The faces of one image, cut from enough pixels."""
+        boxes, points, scores = (np.array(values, np.float32) for values in found)
+        landmarks = points.reshape(-1, 5, 2)
+        size, template = self._layout
+        # Chip pixels per image pixel: more than the working image has means decoding again, at the scale that has them.
+        wanted = min(1.0, max(scale_of(similarity(p.astype(np.float64), template)) for p in landmarks))
+        assert pixels is not None
+        if data is not None and pixels.shape[1] < 0.999 * wanted * width:
+            pixels = larger(bytes(data), wanted, pixels)
+        scale = pixels.shape[1] / width
+        chips = [
+            cut(pixels, similarity(rescale_points(p.astype(np.float64), scale, scale), template), size) for p in landmarks
+        ]
+        rows = zip(boxes.reshape(-1, 4), landmarks, scores, chips, strict=True)
+        return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
+
+    def _columns(self, faces: list[Aligned | int]) -> dict[str, Any]:
+        real = [face for face in faces if isinstance(face, Aligned)]
+        valid = np.array([isinstance(face, Aligned) for face in faces], bool)
+        boxes = np.array([face.box for face in real], np.float32).reshape(-1, 4)
+        landmarks = np.array([face.landmarks for face in real], np.float32).reshape(-1, 5, 2)
+        yaw, roll = pose(landmarks.astype(np.float64)) if real else (np.empty(0), np.empty(0))
+        chips = iter(real)
+        thumbs = [self._thumb(face.chip) if self.thumbs else None for face in real]
+        return {
+            "face_index": _spread([face.face_index for face in real], valid, pa.int16()),
+            "box": float_lists(boxes, valid),
+            "landmarks": float_lists(landmarks.reshape(-1, 10), valid),
+            "det_score": _spread([face.score for face in real], valid, pa.float32()),
+            "face_px": _spread((boxes[:, 2:] - boxes[:, :2]).min(1).tolist() if real else [], valid, pa.float32()),
+            "sharpness": _spread([sharpness(face.chip) for face in real], valid, pa.float32()),
+            "yaw": _spread(yaw.tolist(), valid, pa.float32()),
+            "roll": _spread(roll.tolist(), valid, pa.float32()),
+            "chip": pack([next(chips).chip if is_face else None for is_face in valid]),
+            "thumb": _spread(thumbs, valid, pa.binary()),
+        }
+
+    def _thumb(self, chip: Pixels) -> bytes:
+        height = round(self.thumb_side * chip.shape[0] / chip.shape[1])
+        small = cv2.resize(chip, (self.thumb_side, height), interpolation=cv2.INTER_AREA)
+        options = [cv2.IMWRITE_JPEG_QUALITY, self.thumb_quality]
+        return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1])
+
+
+def larger(data: bytes, wanted: float, pixels: Pixels) -> Pixels:
+    """The image decoded at the smallest scale of at least `wanted`; the pixels at hand if that fails."""
+    reduce = next((r for r in (4, 2) if 1 / r >= wanted), 1)
+    try:
+        return decode(data, probe(data), reduce)
+    except (DecodeError, ValueError):
+        return pixels
+
+
+def _spread(values: list[Any], valid: npt.NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
+    """Values at the rows that are faces, nulls elsewhere."""
+    given = iter(values)
+    return pa.array([next(given) if is_face else None for is_face in valid], kind)

@@ -1,0 +1,69 @@
+"""Columns of a stage's table: pixels without copies, and replacing columns by name."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def with_columns(table: pa.Table, columns: Mapping[str, Any], drop: Sequence[str] = ()) -> pa.Table:
+    """The table with columns set or replaced, and others dropped."""
+    kept = {name: table[name] for name in table.column_names if name not in drop and name not in columns}
+    return pa.table({**kept, **columns})
+
+
+def pack(arrays: Sequence[Pixels | bytes | None]) -> pa.ChunkedArray:
+    """A large_binary column with one chunk a row; each chunk is a view of its array, nothing is copied."""
+    chunks = [_view(array) for array in arrays]
+    return pa.chunked_array(chunks, pa.large_binary())
+
+
+def _view(array: Pixels | bytes | None) -> pa.Array:
+    if array is None:
+        return pa.nulls(1, pa.large_binary())
+    data = pa.py_buffer(array if isinstance(array, bytes) else np.ascontiguousarray(array).data.cast("B"))
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def buffers(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
+    """The rows of a binary column as views."""
+    for chunk in column.chunks:
+        for value in chunk:
+            buffer = value.as_buffer()
+            yield None if buffer is None else memoryview(buffer)
+
+
+def images(table: pa.Table) -> Iterator[Pixels | None]:
+    """The `pixels` column as (h, w, 3) views; None where there is none."""
+    sizes = zip(table["pixels_height"].to_pylist(), table["pixels_width"].to_pylist(), strict=True)
+    for view, (h, w) in zip(buffers(table["pixels"]), sizes, strict=True):
+        yield None if view is None else np.frombuffer(view, np.uint8).reshape(h, w, 3)
+
+
+def vectors(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.float32]:
+    """(n, width) float32 of a list<float32> column without nulls; a view where the column is one chunk."""
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
+    if len(parts) == 1:
+        return np.asarray(parts[0], np.float32)
+    return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.empty((0, width), np.float32)
+
+
+def float_lists(rows: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_] | None = None) -> pa.ListArray:
+    """A list<float32> column of rows (n, width); null where not valid (such rows are left out of `rows`)."""
+    n = len(rows) if valid is None else len(valid)
+    lengths = np.full(n, rows.shape[1]) if valid is None else np.where(valid, rows.shape[1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    mask = None if valid is None else pa.array(~valid)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ravel(rows), pa.float32()), mask=mask)
+
+
+def ragged(rows: Sequence[npt.NDArray[np.float32]]) -> pa.ListArray:
+    """A list<float32> column of rows of any length."""
+    offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int32)
+    flat = np.concatenate([np.ravel(row) for row in rows]) if rows else np.empty(0, np.float32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.float32()))

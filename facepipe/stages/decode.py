@@ -1,0 +1,93 @@
+"""Decode: bytes to pixels, at the smallest scale that still serves the detector."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.imaging.decode import DecodeError, decode
+from facepipe.imaging.header import Header, HeaderError, probe
+from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
+from facepipe.stages.columns import buffers, pack, with_columns
+
+
+class Decoded(NamedTuple):
+    """Pixels (h, w, 3) and full size as seen; or what went wrong."""
+
+    pixels: npt.NDArray[np.uint8] | None
+    width: int | None
+    height: int | None
+    status: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decodes; the type is told by content.
+
+    max_pixels: images with more become `too_large`, from their header alone
+    working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 as long as their longer side stays at least this many pixels;
+        Align decodes again at a larger scale where a face needs it
+    threads: images decoded side by side; 1 where every core has a worker of its own
+    """
+
+    max_pixels: int = 100_000_000
+    working_side: int = 640
+    threads: int = 1
+
+    needs: ClassVar = ("bytes", "status", "error")
+    adds: ClassVar = ("pixels", "pixels_width", "pixels_height", "width", "height")
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, "decode")
+
+    def setup(self) -> None:
+        import cv2
+
+        cv2.setNumThreads(1)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = zip(buffers(table["bytes"]), table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
+        results = list((self._pool.map if self.threads > 1 else map)(self._row, rows))
+        shapes = [(None, None) if r.pixels is None else r.pixels.shape[:2] for r in results]
+        columns = {
+            "status": pa.array([r.status for r in results], pa.string()),
+            "error": pa.array([r.error for r in results], pa.string()),
+            "pixels": pack([r.pixels for r in results]),
+            "pixels_height": pa.array([h for h, _ in shapes], pa.int32()),
+            "pixels_width": pa.array([w for _, w in shapes], pa.int32()),
+            "width": pa.array([r.width for r in results], pa.int32()),
+            "height": pa.array([r.height for r in results], pa.int32()),
+        }
+        return with_columns(table, columns)
+
+    def _row(self, row: tuple[memoryview | None, str, str | None]) -> Decoded:
+        data, status, error = row
+        return Decoded(None, None, None, status, error) if data is None else self.one(bytes(data))
+
+    def one(self, data: bytes) -> Decoded:
+        """Decode one image."""
+        try:
+            header = probe(data)
+        except HeaderError as error:
+            return Decoded(None, None, None, DECODE_ERROR, str(error))
+        width, height = header.oriented
+        if width * height > self.max_pixels:
+            reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
+            return Decoded(None, width, height, TOO_LARGE, reason)
+        try:
+            pixels = decode(data, header, self.reduction(header))
+        except DecodeError as error:
+            return Decoded(None, width, height, DECODE_ERROR, str(error))
+        return Decoded(pixels, width, height, OK, None)
+
+    def reduction(self, header: Header) -> int:
+        """The largest divisor that keeps the longer side; only JPEG decodes faster when reduced."""
+        side = max(header.width, header.height)
+        usable = [r for r in (8, 4, 2) if side / r >= self.working_side]
+        return usable[0] if usable and header.format == "jpeg" else 1

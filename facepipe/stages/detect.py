@@ -1,0 +1,146 @@
+"""Detect: pixels to faces, in coordinates of the oriented full-size image."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.models import Detector, Faces, card
+from facepipe.schema import NO_FACE, OK
+from facepipe.stages.columns import images, ragged, with_columns
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Letterbox(NamedTuple):
+    """A detector's input and the way back: x = (x' - left) / sx and likewise y, about pixel centres."""
+
+    pixels: Pixels
+    sx: float
+    sy: float
+    left: int
+    top: int
+
+
+@dataclass(frozen=True)
+class Detect:
+    """Finds faces with a registered detector.
+
+    size: longest side given to the detector; images are shrunk to it, never enlarged
+    border_below: images no longer than this get a mirrored border of a quarter of their sides, which helps with faces
+        that fill the frame (LFW crops)
+    second_look: images without a face are searched once more at half `size` with such a border (close-ups)
+    min_score, max_iou: lowest confidence kept, highest overlap of two faces
+    min_face: shorter side of the smallest box kept, in pixels of the full-size image
+    """
+
+    model: str = "retinaface-mnet025"
+    size: int = 640
+    border_below: int = 320
+    second_look: bool = True
+    min_score: float = 0.7
+    max_iou: float = 0.4
+    min_face: float = 12.0
+    batch: int = 8
+    device: str = "cpu"
+    threads: int = 1
+
+    needs: ClassVar = ("pixels", "pixels_width", "pixels_height", "width", "height", "status")
+    adds: ClassVar = ("boxes", "points", "scores")
+
+    @cached_property
+    def detector(self) -> Detector:
+        loaded: Detector = card(self.model, "detector").load(self.device, self.threads, (self.min_score, self.max_iou))
+        return loaded
+
+    def setup(self) -> None:
+        cv2.setNumThreads(1)
+        _ = self.detector
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        pixels = list(images(table))
+        faces = self._search({n: self._letterbox(p, self.size) for n, p in enumerate(pixels) if p is not None})
+        if self.second_look:
+            missed = {n: pixels[n] for n, found in faces.items() if not len(found.scores)}
+            again = {n: self._closer(p) for n, p in missed.items() if p is not None and max(p.shape[:2]) > self.border_below}
+            faces |= self._search(again)
+        full = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+        results = [self._full_size(faces[n], p, size) if p is not None else _NONE for n, (p, size) in enumerate(zip(pixels, full, strict=True))]
+        status = [
+            (OK if len(found.scores) else NO_FACE) if before == OK else before
+            for found, before in zip(results, table["status"].to_pylist(), strict=True)
+        ]
+        columns = {
+            "status": pa.array(status, pa.string()),
+            "boxes": ragged([found.boxes for found in results]),
+            "points": ragged([found.landmarks for found in results]),
+            "scores": ragged([found.scores for found in results]),
+        }
+        return with_columns(table, columns)
+
+    def _search(self, inputs: dict[int, Letterbox]) -> dict[int, Faces]:
+        """Faces in the pixels that were letterboxed, detected in batches of one shape."""
+        buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for n, box in inputs.items():
+            buckets[box.pixels.shape].append(n)
+        found: dict[int, Faces] = {}
+        for rows in buckets.values():
+            for start in range(0, len(rows), self.batch):
+                part = rows[start : start + self.batch]
+                stacked = inputs[part[0]].pixels[None] if len(part) == 1 else np.stack([inputs[n].pixels for n in part])
+                found |= {n: _restore(f, inputs[n]) for n, f in zip(part, self.detector.detect(stacked), strict=True)}
+        return found
+
+    def _letterbox(self, pixels: Pixels, size: int) -> Letterbox:
+        """Shrunk to `size` and padded to the detector's stride."""
+        h, w = pixels.shape[:2]
+        scale = size / max(h, w)
+        if scale < 1:
+            shrunk = (max(1, round(w * scale)), max(1, round(h * scale)))
+            pixels = np.asarray(cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA), np.uint8)
+        small_h, small_w = pixels.shape[:2]
+        sx, sy = small_w / w, small_h / h
+        if max(small_h, small_w) <= self.border_below:
+            top, bottom = self._mirror(small_h)
+            left, right = self._mirror(small_w)
+            pixels = cv2.copyMakeBorder(pixels, top, bottom, left, right, cv2.BORDER_REFLECT_101)  # type: ignore[assignment]
+            return Letterbox(pixels, sx, sy, left, top)
+        bottom, right = -small_h % self.detector.stride, -small_w % self.detector.stride
+        if bottom or right:
+            pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT)  # type: ignore[assignment]
+        return Letterbox(pixels, sx, sy, 0, 0)
+
+    def _closer(self, pixels: Pixels) -> Letterbox:
+        return self._letterbox(pixels, min(self.size // 2, self.border_below))
+
+    def _mirror(self, side: int) -> tuple[int, int]:
+        """Border before and after: half the side in all, to the nearest multiple of the stride."""
+        stride = self.detector.stride
+        total = max(stride * round(1.5 * side / stride), side + (-side % stride)) - side
+        return total // 2, total - total // 2
+
+    def _full_size(self, faces: Faces, pixels: Pixels, size: tuple[int, int]) -> Faces:
+        scale = np.array([size[0] / pixels.shape[1], size[1] / pixels.shape[0]], np.float32)
+        boxes = _scaled(faces.boxes.reshape(-1, 2, 2), scale).reshape(-1, 4)
+        keep = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= self.min_face)
+        return Faces(boxes[keep], _scaled(faces.landmarks, scale)[keep], faces.scores[keep])
+
+
+_NONE = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))
+
+
+def _restore(faces: Faces, box: Letterbox) -> Faces:
+    shift = np.array([box.left, box.top], np.float32)
+    scale = 1 / np.array([box.sx, box.sy], np.float32)
+    boxes = _scaled(faces.boxes.reshape(-1, 2, 2) - shift, scale).reshape(-1, 4)
+    return Faces(boxes, _scaled(faces.landmarks - shift, scale), faces.scores)
+
+
+def _scaled(points: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Points about pixel centres: a pixel's centre is at a whole coordinate."""
+    return ((points + 0.5) * scale - 0.5).astype(np.float32)

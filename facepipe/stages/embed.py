@@ -1,0 +1,67 @@
+"""Embed: chips to unit vectors, with the mirrored chip averaged in, and the ids of the faces."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.hashing import face_id
+from facepipe.models import Embedder, card
+from facepipe.stages.columns import buffers, float_lists, with_columns
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embeds chips with a registered embedder.
+
+    flip: the raw vectors of a chip and of its mirror image are averaged before normalisation
+    """
+
+    model: str = "dlib-resnet"
+    flip: bool = True
+    batch: int = 64
+    device: str = "cpu"
+    threads: int = 1
+
+    needs: ClassVar = ("uri", "image_id", "face_index", "chip")
+    adds: ClassVar = ("embedding", "embedding_norm", "face_id")
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        loaded: Embedder = card(self.model, "embedder").load(self.device, self.threads)
+        return loaded
+
+    def setup(self) -> None:
+        _ = self.embedder
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        width, height = self.embedder.size
+        views = list(buffers(table["chip"]))
+        valid = np.array([view is not None for view in views], bool)
+        chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
+        raw = self.raw(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
+        norm = np.linalg.norm(raw, axis=1)
+        unit = raw / np.maximum(norm, np.finfo(np.float32).tiny)[:, None]
+        names = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)
+        ids = [None if index is None else face_id(uri, image or "", index) for uri, image, index in names]
+        norms = np.full(len(valid), np.nan, np.float32)
+        norms[valid] = norm
+        columns = {
+            "embedding": float_lists(unit.astype(np.float32), valid),
+            "embedding_norm": pa.array(norms, pa.float32(), mask=~valid),
+            "face_id": pa.array(ids, pa.int64()),
+        }
+        return with_columns(table, columns, drop=("chip",))
+
+    def raw(self, chips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """(n, h, w, 3) RGB -> (n, dim), not normalised."""
+        return np.concatenate([self._batch(chips[at : at + self.batch]) for at in range(0, len(chips), self.batch)])
+
+    def _batch(self, chips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        if not self.flip:
+            return self.embedder.embed(chips)
+        both = self.embedder.embed(np.concatenate([chips, chips[:, :, ::-1]]))
+        return (both[: len(chips)] + both[len(chips) :]) / 2

@@ -1,0 +1,133 @@
+"""Read: work items to bytes and content hashes."""
+
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facepipe import storage
+from facepipe.errors import StorageError
+from facepipe.hashing import hash64, image_id
+from facepipe.schema import OK, READ_ERROR, TOO_LARGE, UNCHANGED
+from facepipe.stages.columns import pack, with_columns
+
+Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
+
+
+@dataclass(frozen=True)
+class Read:
+    """Reads files, byte ranges (tar members), Parquet rows and objects.
+
+    max_bytes: longer files become `too_large` without being read
+    threads: parallel reads from an object store; local files are read one after the other
+    """
+
+    max_bytes: int = 256 << 20
+    threads: int = 16
+
+    needs: ClassVar = ("path", "offset", "length", "listing_error", "previous")
+    adds: ClassVar = ("bytes", "image_id", "status", "error")
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, "read")
+
+    def setup(self) -> None:
+        """Nothing to load."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        items = table.select(list(self.needs)).to_pylist()
+        rows = self._parquet_rows(items)
+        todo = [item for n, item in enumerate(items) if n not in rows]
+        remote = len(todo) > 1 and any(storage.is_remote(item["path"]) for item in todo)
+        outcomes = iter(list((self._pool.map if remote else map)(self._one, todo)))
+        results = [rows[n] if n in rows else next(outcomes) for n in range(len(items))]
+        results = [_unless_known(r, item["previous"]) for r, item in zip(results, items, strict=True)]
+        columns = {
+            "bytes": pack([data if status == OK else None for data, status, _ in results]),
+            "image_id": pa.array([None if data is None else image_id(data) for data, _, _ in results], pa.string()),
+            "status": pa.array([status for _, status, _ in results], pa.string()),
+            "error": pa.array([error for _, _, error in results], pa.string()),
+        }
+        return with_columns(table, columns, drop=self.needs)
+
+    def _one(self, item: dict[str, Any]) -> Outcome:
+        if item["listing_error"]:
+            return None, READ_ERROR, item["listing_error"]
+        try:
+            return storage.read(item["path"], item["offset"], item["length"], self.max_bytes), OK, None
+        except storage.TooLargeError as error:
+            return None, TOO_LARGE, str(error)
+        except StorageError as error:
+            return None, READ_ERROR, str(error)
+
+    def _parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, Outcome]:
+        """Items that are rows of Parquet files, read file by file."""
+        wanted: dict[bytes, dict[int, int]] = defaultdict(dict)
+        for n, item in enumerate(items):
+            if item["offset"] is not None and item["length"] is None and not item["listing_error"]:
+                wanted[item["path"]][item["offset"]] = n
+        outcomes: dict[int, Outcome] = {}
+        for path, rows in wanted.items():
+            try:
+                found = read_parquet_rows(path, sorted(rows))
+                outcomes |= {n: self._limited(found.get(row)) for row, n in rows.items()}
+            except (StorageError, OSError, ValueError) as error:
+                reason = str(error).splitlines()[0][:200]
+                outcomes |= {n: (None, READ_ERROR, reason) for n in rows.values()}
+        return outcomes
+
+    def _limited(self, data: bytes | None) -> Outcome:
+        if data is None:
+            return None, READ_ERROR, "the row holds no bytes"
+        if len(data) > self.max_bytes:
+            return None, TOO_LARGE, f"{len(data)} bytes, the limit is {self.max_bytes}"
+        return data, OK, None
+
+
+def read_parquet_rows(path: bytes, rows: list[int]) -> dict[int, bytes]:
+    """The bytes column of some rows (sorted) of a Parquet file, a small batch of rows in memory at a time."""
+    from facepipe.sources.parquet import BYTES_COLUMNS
+
+    found: dict[int, bytes] = {}
+    wanted = set(rows)
+    with storage.open_seekable(path) as handle:
+        file = pq.ParquetFile(handle)
+        column = next(name for name in BYTES_COLUMNS if name in file.schema_arrow.names)
+        start = 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            if any(start <= row < end for row in rows):
+                at = start
+                for batch in file.iter_batches(16, row_groups=[group], columns=[column]):
+                    values = batch.column(0)
+                    if pa.types.is_struct(values.type):  # Hugging Face image columns: struct<bytes, path>
+                        values = values.field("bytes")
+                    for row in wanted.intersection(range(at, at + batch.num_rows)):
+                        if values[row - at].is_valid:
+                            found[row] = values[row - at].as_py()
+                    at += batch.num_rows
+                    if at > rows[-1]:
+                        break
+            start = end
+    return found
+
+
+def content_mark(image: str | None) -> int:
+    """What a work item's `previous` is compared with: the content hash, or that nothing could be read."""
+    return hash64(image or "")
+
+
+def _unless_known(outcome: Outcome, previous: int | None) -> Outcome:
+    """A file that was touched but holds the same bytes, or still cannot be read, needs no new row."""
+    if previous is None:
+        return outcome
+    data, status, _ = outcome
+    same = content_mark(image_id(data) if data is not None else None) == previous
+    return (None, UNCHANGED, None) if same and status in (OK, READ_ERROR) else outcome
+
+

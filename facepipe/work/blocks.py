@@ -1,0 +1,126 @@
+"""From a source to blocks of work: known images are left out, and blocks shrink towards the end so that all workers
+finish together. The one place that decides what a run reads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.hashing import hash64
+from facepipe.schema import WORK_ITEM
+from facepipe.sources import Source, WorkItem
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """How many images travel together: one block is one Parquet file and one unit of retry.
+
+    A block holds 1/(4 * workers) of what the lister sees ahead, between smallest and largest images.
+    """
+
+    smallest: int = 16
+    largest: int = 512
+    workers: int = 1
+
+    def __call__(self, ahead: int) -> int:
+        return max(1, self.smallest, min(self.largest, ahead // (4 * max(1, self.workers))))
+
+    @property
+    def lookahead(self) -> int:
+        """Items to hold ahead so that the largest block is reached."""
+        return self.largest * 4 * max(1, self.workers)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Work items (schema.WORK_ITEM) and what the lister passed over since the block before.
+
+    skipped: already in the gallery; repeated: listed before in this run; ignored: no image files. All are counts.
+    rows: what the stages so far made of the items, where a plan splits them over several workers.
+    """
+
+    number: int
+    items: pa.Table
+    rows: pa.Table | None = None
+    skipped: int = 0
+    repeated: int = 0
+    ignored: int = 0
+    last: bool = False
+
+
+class Known(Protocol):
+    """What the gallery holds (gallery.known.KnownImages, or nothing)."""
+
+    def screen(
+        self, uris: npt.NDArray[np.uint64], fingerprints: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
+        """(verdict, previous) per item: see the constants beside gallery.known.KnownImages."""
+
+
+NEW, CHANGED, SKIP, REPEATED = 0, 1, 2, 3
+_SCREEN = 8192
+
+
+def blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
+    """Blocks of what is to be read, closed by an empty one marked `last` that carries the remaining counts."""
+    number, counts, ignored = 0, np.zeros(4, np.int64), 0
+    held: list[tuple[WorkItem, int | None]] = []
+    listing = iter(source)
+    exhausted = False
+    while held or not exhausted:
+        while not exhausted and len(held) < size.lookahead:
+            items = list(islice(listing, min(_SCREEN, size.lookahead)))
+            exhausted = not items
+            verdicts, previous = _screen(items, known)
+            counts += np.bincount(verdicts, minlength=4)
+            held += [
+                (item, int(before) if verdict == CHANGED else None)
+                for item, verdict, before in zip(items, verdicts, previous, strict=True)
+                if verdict in (NEW, CHANGED)
+            ]
+        if held:
+            n = size(len(held))
+            part, held = held[:n], held[n:]
+            yield Block(number, _table(part), None, int(counts[SKIP]), int(counts[REPEATED]), source.ignored - ignored)
+            number, ignored = number + 1, source.ignored
+            counts[:] = 0
+    empty = WORK_ITEM.empty_table()
+    yield Block(number, empty, None, int(counts[SKIP]), int(counts[REPEATED]), source.ignored - ignored, last=True)
+
+
+def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
+    uris = np.array([hash64(item.uri) for item in items], np.uint64)
+    marks = np.array([hash64(item.fingerprint) if item.fingerprint else 0 for item in items], np.uint64)
+    return known.screen(uris, marks)
+
+
+def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:
+    columns = [*zip(*(item for item, _ in items), strict=True), [previous for _, previous in items]]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, WORK_ITEM, strict=True)], schema=WORK_ITEM)
+
+
+_COUNTS = ("number", "skipped", "repeated", "ignored", "last")
+
+
+def encode(block: Block) -> dict[str, object]:
+    """A block as one row of plain values, for transport between processes."""
+    counts = {name: getattr(block, name) for name in _COUNTS}
+    return {"items": _to_bytes(block.items), "rows": None if block.rows is None else _to_bytes(block.rows), **counts}
+
+
+def decode(row: dict[str, object]) -> Block:
+    """The block of a row made by `encode`."""
+    tables = {name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in ("items", "rows")}
+    return Block(**tables, **{name: row[name] for name in _COUNTS})  # type: ignore[arg-type]
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())

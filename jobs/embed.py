@@ -1,0 +1,84 @@
+"""facepipe embed"""
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from facepipe.config import build, parse_settings, read_toml
+from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, table
+from jobs.options import ConfigFile, GalleryPath, Json, Settings
+from jobs.progress import EmbedProgress, figures
+
+
+def embed(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder, glob, s3:// prefix, .parquet file or folder, .tar shards, or a list (.txt, .csv, .tsv).",
+            show_default=False,
+        ),
+    ],
+    gallery: GalleryPath,
+    identity: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where labels come from: auto, folder, filename, label or none.", show_default="auto"),
+    ] = None,
+    runner: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="local (processes on this machine), ray, inline, or auto.", show_default="auto"),
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Worker processes.", show_default="one a CPU or GPU")] = None,  # noqa: UP045
+    no_thumbs: Annotated[bool, typer.Option("--no-thumbs", help="Store no thumbnails of faces.")] = False,
+    max_failed: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail before exit code 3.")] = 1.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Detect, align and embed the faces of a corpus into a gallery.
+
+    Running it again reads only what is new or has changed; after a crash it goes on where it stopped.
+    Images that fail are rows with a status and a reason, never the end of the run.
+
+    Example:
+
+        facepipe embed photos/ gallery/
+
+        facepipe embed 's3://bucket/faces' gallery/ --identity folder --runner ray
+
+        facepipe embed casia.txt gallery/ --set source.root=/data/casia --set detect.min_score=0.5
+    """
+    with failures():
+        from pipelines.embed import EmbedConfig, run
+
+        asked = _asked(source, identity, runner, workers, no_thumbs)
+        layers = [read_toml(config) if config else {}, asked, parse_settings(settings or [])]
+        with EmbedProgress(quiet) as progress:
+            summary = run(build(EmbedConfig, *layers), gallery, progress)
+        emit(summary.to_dict(), as_json, lambda: _show(summary, gallery))
+        if summary.images and summary.failed == summary.images:
+            fail(f"all {summary.images} images failed; `facepipe info {gallery}` lists why", FAILED)
+        if summary.failed > max_failed * max(1, summary.images):
+            fail(f"{summary.failed} of {summary.images} images failed, more than --max-failed {max_failed:g}", OVER_BUDGET)
+
+
+def _asked(source: str, identity: str | None, runner: str | None, workers: int | None, no_thumbs: bool) -> dict[str, Any]:
+    """Options as settings; those not given leave the config file's word."""
+    tree: dict[str, Any] = {"source": {"uri": source}, "run": {}, "align": {}}
+    given = [("source", "identity", identity), ("run", "runner", runner), ("run", "workers", workers)]
+    for section, key, value in given:
+        if value is not None:
+            tree[section][key] = value
+    if no_thumbs:
+        tree["align"]["thumbs"] = False
+    return tree
+
+
+def _show(summary: Any, gallery: str) -> None:
+    rows = [("listed", summary.listed), ("already in the gallery", summary.skipped)]
+    rows += [("listed twice", summary.repeated)] if summary.repeated else []
+    rows += [(f"images: {status}", count) for status, count in sorted(summary.statuses.items())]
+    rows += [("faces", summary.faces), ("other files passed over", summary.ignored)]
+    table(f"embed -> {gallery} (version {summary.version})", ("", "count"), rows)
+    print(f"{figures(summary)}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s")

@@ -1,0 +1,84 @@
+"""facepipe info, verify, export"""
+
+from dataclasses import asdict
+from typing import Annotated, Any, Optional
+
+import typer
+
+from jobs.console import FAILED, emit, fail, failures, table
+from jobs.options import GalleryPath, Json, Where
+
+
+def info(gallery: GalleryPath, as_json: Json = False) -> None:
+    """Show what a gallery holds: counts by status, model contract, size, last runs, why images failed.
+
+    Example:
+
+        facepipe info gallery/
+    """
+    with failures():
+        from facepipe.gallery import Gallery
+        from facepipe.gallery.report import describe
+
+        found = describe(Gallery(gallery))
+        emit(found, as_json, lambda: _show(found))
+
+
+def _show(found: dict[str, Any]) -> None:
+    table(f"{found['path']} (version {found['version']})", ("", "count"), [*found["counts"].items(), ("files", found["files"]), ("bytes", found["bytes"])])
+    table("contract", ("", ""), found["contract"].items())
+    if found["errors"]:
+        table("why images failed", ("status", "error", "images"), ((e["status"], e["error"], e["images"]) for e in found["errors"]))
+    if found["runs"]:
+        columns = ("run", "runner", "images", "faces", "seconds")
+        table("last runs", columns, ([run.get(c, "") for c in columns] for run in found["runs"]))
+
+
+def verify(gallery: GalleryPath, as_json: Json = False) -> None:
+    """Re-read the whole gallery: checksums, row counts, unique ids, unit norms. Exit code 1 if anything is wrong.
+
+    Example:
+
+        facepipe verify gallery/
+    """
+    with failures():
+        from facepipe.gallery import Gallery
+        from facepipe.gallery.verify import verify as check
+
+        result = check(Gallery(gallery))
+        figures = asdict(result)
+        problems = figures.pop("problems")
+
+        def text() -> None:
+            table(f"verify {gallery}", ("", "count"), figures.items())
+            print("\n".join(problems) or "sound")
+
+        emit({**figures, "problems": problems}, as_json, text)
+        if problems:
+            fail(f"{len(problems)} problems", FAILED)
+
+
+def export(
+    gallery: GalleryPath,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the Parquet files.", show_default=False)],
+    columns: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="A,B,C", help="Columns to take.", show_default="all"),
+    ] = None,
+    where: Where = None,
+    version: Annotated[Optional[int], typer.Option(help="Version of the table.", show_default="newest")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Write rows as a plain Parquet folder, for everything that does not read Delta tables.
+
+    Example:
+
+        facepipe export gallery/ faces/ --columns face_id,uri,identity,embedding --where "status = 'ok'"
+    """
+    with failures():
+        from facepipe.gallery import Gallery
+        from facepipe.gallery.export import export as write
+
+        chosen = [name.strip() for name in columns.split(",")] if columns else None
+        rows = write(Gallery(gallery, version), out, chosen, where)
+        emit({"rows": rows, "out": out}, as_json, lambda: print(f"{rows} rows -> {out}"))

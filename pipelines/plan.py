@@ -1,0 +1,73 @@
+"""How a chain of stages is laid out over workers: data that a runner reads, computed from what the machines have."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from facepipe.errors import ConfigError
+
+Layout = Literal["fused", "split"]
+ALL = ("read", "decode", "detect", "align", "embed")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs to be used, over all machines."""
+
+    cpus: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stages that share a worker, how many such workers there are, and what each occupies."""
+
+    stages: tuple[str, ...]
+    workers: int
+    cpus: float
+    gpus: float = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads a worker may use."""
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups in the order of the chain; work items enter the first, the last writes."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def workers(self) -> int:
+        """Workers of the widest group."""
+        return max(group.workers for group in self.groups)
+
+
+def make_plan(resources: Resources, workers: int | None = None, layout: Layout = "fused") -> Plan:
+    """Without a GPU one single-threaded worker a CPU runs the whole chain: work items travel, pixels never do.
+
+    With GPUs one worker a GPU does, with an equal share of the CPUs for decoding. `split` instead gives reading and
+    decoding to CPU workers and the models to GPU workers, for machines whose CPUs are elsewhere than their GPUs.
+    """
+    cpus, gpus = resources.cpus, resources.gpus
+    if gpus == 0:
+        if layout == "split":
+            raise ConfigError("run.layout=split puts the models on GPUs, and there is none")
+        return Plan((Group(ALL, workers or max(1, cpus), 1),))
+    if layout == "fused":
+        count = min(workers or gpus, gpus)
+        return Plan((Group(ALL, count, max(1, cpus // count), 1),))
+    decoders = max(1, workers or cpus - gpus)
+    return Plan((Group(ALL[:2], decoders, 1), Group(ALL[2:], gpus, max(0, (cpus - decoders) // gpus), 1)))
+
+
+def local_resources() -> Resources:
+    """CPUs this process may use, and GPUs that torch sees (looked for only where there is an NVIDIA driver)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not os.path.exists("/dev/nvidiactl"):
+        return Resources(cpus)
+    import torch
+
+    return Resources(cpus, torch.cuda.device_count())

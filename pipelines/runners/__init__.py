@@ -1,0 +1,1 @@
+"""Who calls the workers: this process, a pool of processes on this machine, or Ray."""

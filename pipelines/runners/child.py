@@ -1,0 +1,38 @@
+"""The worker process of the local pool: `python -m pipelines.runners.child FD`."""
+
+import pickle
+import sys
+from multiprocessing.connection import Connection
+
+from facepipe.errors import FacepipeError
+from facepipe.gallery.parts import Record
+from facepipe.work.blocks import decode
+from pipelines.worker import BlockWorker
+
+
+def main(fd: int) -> None:
+    """Serve blocks from the driver until it closes the connection, or is gone."""
+    connection = Connection(fd)
+    try:
+        _serve(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    except FacepipeError as error:
+        connection.send_bytes(pickle.dumps(("failed", error)))
+    except Exception as error:
+        connection.send_bytes(pickle.dumps(("failed", f"{type(error).__name__}: {error}")))
+        raise
+
+
+def _serve(connection: Connection) -> None:
+    worker = BlockWorker(pickle.loads(connection.recv_bytes()))
+    worker.setup()
+    connection.send_bytes(pickle.dumps(("ready", None)))
+    while True:
+        record = worker(decode(pickle.loads(connection.recv_bytes())))
+        assert isinstance(record, Record)
+        connection.send_bytes(pickle.dumps(("record", record.to_json())))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

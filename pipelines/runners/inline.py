@@ -1,0 +1,17 @@
+"""Everything in this process: for tests, notebooks and debugging."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from facepipe.gallery.parts import Record
+from facepipe.work.blocks import Block
+from pipelines.worker import BlockWorker, Job
+
+
+def run(blocks: Callable[[], Iterable[Block]], job: Job) -> Iterator[Record]:
+    """Records of the blocks, in order."""
+    worker = BlockWorker(job)
+    worker.setup()
+    for block in blocks():
+        record = worker(block)
+        assert isinstance(record, Record)
+        yield record

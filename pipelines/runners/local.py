@@ -1,0 +1,155 @@
+"""A pool of processes on this machine. A process that dies is replaced, and its block is given to the next one."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, Pipe, wait
+from queue import Queue
+
+from facepipe.errors import FacepipeError, WorkerError
+from facepipe.gallery.parts import Record
+from facepipe.work.blocks import Block, encode
+from pipelines.worker import Job
+
+_BLOCKS_AHEAD = 2
+_MAX_DEATHS_IN_ROW = 4  # a block, then an image, may each kill a worker; the next attempt must get through
+
+
+class _Child:
+    """One worker process and the block it has in hand."""
+
+    def __init__(self, job: bytes):
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-m", "pipelines.runners.child", str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        # A session of its own: Ctrl-C goes to the driver, which decides what becomes of the blocks in hand.
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self.block: Block | None = None
+        self.ready = False
+        self._send(job)
+
+    def give(self, block: Block) -> None:
+        self.block = block
+        self._send(pickle.dumps(encode(block)))
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self.connection.send_bytes(data)
+        except OSError:
+            pass  # it died; the pool finds out when it reads
+
+    def stop(self) -> None:
+        self.connection.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait()
+
+
+def run(blocks: Callable[[], Iterable[Block]], job: Job, workers: int) -> Iterator[Record]:
+    """Records of the blocks as they are finished. Raises what a worker raised, and WorkerError when workers only die."""
+    pool = _Pool(pickle.dumps(job), workers)
+    listing = _Ahead(blocks())
+    try:
+        yield from pool.records(listing)
+    finally:
+        listing.stop()
+        pool.stop()
+
+
+class _Pool:
+    def __init__(self, job: bytes, workers: int):
+        self._job, self._workers = job, workers
+        self._children: list[_Child] = []
+        self._again: deque[Block] = deque()
+        self._deaths = 0
+
+    def records(self, listing: "_Ahead") -> Iterator[Record]:
+        exhausted = False
+        self._children = [_Child(self._job) for _ in range(self._workers)]
+        while True:
+            for child in self._children:
+                if child.ready and child.block is None:
+                    block = self._again.popleft() if self._again else (None if exhausted else listing.next())
+                    exhausted = exhausted or (block is None and not self._again)
+                    if block is not None:
+                        child.give(block)
+            if exhausted and not self._again and all(child.block is None for child in self._children):
+                return
+            by_connection = {child.connection: child for child in self._children}
+            for connection in wait(list(by_connection)):
+                assert isinstance(connection, Connection)
+                record = self._receive(by_connection[connection])
+                if record is not None:
+                    yield record
+
+    def _receive(self, child: _Child) -> Record | None:
+        try:
+            kind, value = pickle.loads(child.connection.recv_bytes())
+        except (EOFError, OSError):
+            self._replace(child)
+            return None
+        if kind == "failed":
+            if isinstance(value, FacepipeError):
+                raise value
+            raise WorkerError(f"a worker failed: {value}")
+        child.ready = True
+        if kind != "record":
+            return None
+        self._deaths, child.block = 0, None
+        return Record.from_json(value)
+
+    def _replace(self, child: _Child) -> None:
+        self._deaths += 1
+        child.stop()
+        if self._deaths > _MAX_DEATHS_IN_ROW * self._workers:
+            raise WorkerError(
+                f"workers keep dying (the last with exit code {child.process.returncode}) without finishing anything; "
+                "is there enough memory? run.workers sets how many there are"
+            )
+        if child.block is not None:
+            self._again.append(child.block)
+        self._children[self._children.index(child)] = _Child(self._job)
+
+    def stop(self) -> None:
+        for child in self._children:
+            child.stop()
+
+
+class _Ahead:
+    """Lists in a thread, a few blocks ahead of the workers."""
+
+    def __init__(self, blocks: Iterable[Block]):
+        self._queue: Queue[Block | BaseException | None] = Queue(_BLOCKS_AHEAD)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._fill, args=(blocks,), name="listing", daemon=True)
+        self._thread.start()
+
+    def _fill(self, blocks: Iterable[Block]) -> None:
+        try:
+            for block in blocks:
+                if self._stopped:
+                    return
+                self._queue.put(block)
+            self._queue.put(None)
+        except BaseException as error:
+            self._queue.put(error)
+
+    def next(self) -> Block | None:
+        found = self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        self._stopped = True
+        while self._thread.is_alive():
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self._thread.join(0.05)

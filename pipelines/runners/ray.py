@@ -1,0 +1,132 @@
+"""Ray Data: the listing streams out of one task that needs no CPU, blocks go through pools of actors, records come back.
+
+Only blocks of work items travel (and, in a split plan, what the first group made of them). Ray retries a lost actor's
+block for ever; the crash marks in the gallery see to it that one image cannot make use of that.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from facepipe.errors import FacepipeError, WorkerError
+from facepipe.gallery.parts import Record
+from facepipe.work.blocks import Block, decode, encode
+from pipelines.plan import Plan, Resources
+from pipelines.worker import BlockWorker, Job
+
+_ROW = pa.schema(
+    [
+        ("items", pa.binary()),
+        ("rows", pa.large_binary()),
+        ("number", pa.int64()),
+        ("skipped", pa.int64()),
+        ("repeated", pa.int64()),
+        ("ignored", pa.int64()),
+        ("last", pa.bool_()),
+    ]
+)
+_LOCAL_OBJECT_STORE = 512 << 20
+
+
+def start() -> Resources:
+    """Connect to the cluster RAY_ADDRESS names, or start Ray on this machine; what it has."""
+    import ray
+
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+        if "RAY_ADDRESS" not in os.environ:
+            options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(**options)
+    found = ray.cluster_resources()
+    return Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)))
+
+
+def stop() -> None:
+    """Leave the cluster; ends it where `start` started it."""
+    import ray
+
+    ray.shutdown()
+
+
+def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> Iterator[Record]:
+    """Records of the blocks as they are finished; job n runs on the plan's group n."""
+    import ray.data
+    from ray.exceptions import RayError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        _configure()
+        data = ray.data.read_datasource(_listing(blocks), override_num_blocks=1, num_cpus=0)
+        for job, group in zip(jobs, plan.groups, strict=True):
+            data = data.map_batches(
+                _Mapper,
+                fn_constructor_args=(job,),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=group.workers),
+                num_cpus=group.cpus,
+                num_gpus=group.gpus or None,
+            )
+        try:
+            for row in data.iter_rows():
+                yield Record.from_json(row["record"])
+        except RayError as error:
+            cause = getattr(error, "cause", None)
+            while cause is not None and not isinstance(cause, FacepipeError):
+                cause = getattr(cause, "cause", None) or cause.__cause__
+            raise cause or WorkerError(f"Ray gave up: {_last_line(error)}") from error
+
+
+def _configure() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # One row is one block of work: without this Ray would gather rows until they fill 128 MiB.
+    context.target_max_block_size = 1
+    context.print_on_execution_start = False  # type: ignore[attr-defined]
+
+
+def _listing(blocks: Callable[[], Iterable[Block]]) -> Any:
+    """A datasource with one read task, which streams the listing and is held back when workers are behind."""
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    def rows() -> Iterator[pa.Table]:
+        for block in blocks():
+            yield pa.Table.from_pylist([encode(block)], schema=_ROW)
+
+    class Listing(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(rows, metadata)]
+
+    return Listing()
+
+
+class _Mapper:
+    """A BlockWorker in a Ray actor."""
+
+    def __init__(self, job: Job):
+        self._worker = BlockWorker(job)
+        self._worker.setup()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.to_pylist()
+        result = self._worker(decode(row))
+        if isinstance(result, Record):
+            return pa.table({"record": [result.to_json()]})
+        return pa.Table.from_pylist([encode(result)], schema=_ROW)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__

@@ -1,0 +1,91 @@
+"""What runs on a worker: a chain of stages over one block, and the part that it leaves in the gallery."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from facepipe.errors import AccountingError
+from facepipe.gallery.parts import Record, stamp, status_rows, write_part
+from facepipe.schema import CRASHED
+from facepipe.stages import Chain
+from facepipe.work.attempts import Attempts
+from facepipe.work.blocks import Block
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to know; small, and picklable.
+
+    stages: the ones this worker runs; writes: whether they are the chain's last, so that rows become a part in
+    `faces_folder`; attempts: folder of the crash marks; source: name of the corpus.
+    """
+
+    stages: tuple[Any, ...]
+    batch: int
+    writes: bool
+    run: str
+    source: str
+    faces_folder: str
+    attempts: str
+
+
+class BlockWorker:
+    """Runs a job's stages on blocks. One bad image never costs the others: after a crash images go one by one."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._chain = Chain(job.stages, job.batch)
+        self._attempts = Attempts(f"{job.attempts}/{'-'.join(type(s).__name__ for s in job.stages)}")
+
+    def setup(self) -> None:
+        """Load the models."""
+        self._chain.setup()
+
+    def __call__(self, block: Block) -> Block | Record:
+        """A record where this worker writes, else the block with the rows that its stages made."""
+        self._chain.seconds.clear()
+        if block.items.num_rows == 0:
+            rows = None
+        else:
+            with self._attempts.block(block.number) as crashed:
+                rows = self._one_by_one(block) if crashed else self._whole(block)
+        if not self.job.writes:
+            return replace(block, rows=rows)
+        counts = {name: getattr(block, name) for name in ("skipped", "repeated", "ignored", "last")}
+        record = Record(block.number, **counts, seconds=dict(self._chain.seconds))
+        if rows is not None:
+            table = stamp(rows, self.job.source)
+            write_part(table, block.items, self.job.faces_folder, self.job.run, record)
+            if record.images != block.items.num_rows:
+                raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
+        return record
+
+    def _whole(self, block: Block) -> pa.Table:
+        try:
+            return self._chain(block.items if block.rows is None else block.rows)
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError):
+            return self._one_by_one(block)
+
+    def _one_by_one(self, block: Block) -> pa.Table:
+        """Every image alone; one that kills the worker, or fails in a way no stage foresaw, becomes a row `crashed`."""
+        table = block.items if block.rows is None else block.rows
+        parts: list[pa.Table] = []
+        failures: list[Exception] = []
+        for n, uri in enumerate(block.items["uri"].to_pylist()):
+            items = block.items.slice(n, 1)
+            with self._attempts.image(block.number, n) as crashed:
+                if crashed:
+                    parts.append(status_rows(items, CRASHED, "the worker died twice on this image"))
+                    continue
+                try:
+                    mine = table.slice(n, 1) if block.rows is None else table.filter(pc.equal(table["uri"], uri))
+                    parts.append(self._chain(mine))
+                except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+                    failures.append(error)
+                    reason = f"{type(error).__name__}: {str(error)[:160]}"
+                    parts.append(status_rows(items, CRASHED, reason))
+        if len(failures) == len(parts) > 1:
+            raise failures[0]  # not the images' fault
+        return pa.concat_tables(parts, promote_options="default")
