@@ -16,7 +16,6 @@ from facepipe import storage
 from facepipe.schema import FACES, OK, UNCHANGED, conform
 
 _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
-_PRUNED_BY = ("face_id", "uri")  # columns whose range readers use to pass over files
 
 
 @dataclass
@@ -66,10 +65,11 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     known = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
     record.replaced = sorted(set(known) & set(table["uri"].to_pylist())) if known else []
     if table.num_rows:
-        data = encode(conform(table))
+        rows = conform(table)
+        data = encode(rows)
         digest = hashlib.sha256(data).hexdigest()[:32]
         record.path, record.size = f"part-{prefix}-{record.block:06d}-{digest}.parquet", len(data)
-        record.stats = statistics(table)
+        record.stats = statistics(rows)
         storage.write(storage.join(folder, record.path), data)
     return record
 
@@ -86,14 +86,22 @@ def encode(table: pa.Table) -> bytes:
 
 
 def statistics(table: pa.Table) -> str:
-    """Delta's per-file statistics: the row count, and ranges of the columns that readers prune by."""
-    low, high = {}, {}
-    for name in _PRUNED_BY:
-        ends = pc.min_max(table[name]).as_py()
-        if ends["min"] is not None:
-            low[name], high[name] = ends["min"], ends["max"]
-    nulls = {name: table[name].null_count for name in _PRUNED_BY}
+    """Delta's per-file statistics: row count, and for every column its nulls and its range where it has one.
+
+    Complete on purpose: readers take a column that is left out for one without nulls, and then filter wrongly.
+    """
+    low, high, nulls = {}, {}, {}
+    for name in FACES.names:
+        column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
+        nulls[name] = column.null_count
+        if not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type) and column.null_count < len(column):
+            ends = pc.min_max(column).as_py()
+            low[name], high[name] = _plain(ends["min"]), _plain(ends["max"])
     return json.dumps({"numRecords": table.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls})
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat(timespec="microseconds").replace("+00:00", "Z") if isinstance(value, datetime) else value
 
 
 def digest_in(path: str) -> str | None:

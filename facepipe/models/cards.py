@@ -109,6 +109,12 @@ def _load_fake_detector(device: str, threads: int, limits: tuple[float, float]) 
     return FakeDetector()
 
 
+def _load_fatal_detector(device: str, threads: int, limits: tuple[float, float]) -> Detector:
+    from facepipe.models.fakes import FatalDetector
+
+    return FatalDetector()
+
+
 def _load_fake_embedder(device: str, threads: int) -> Embedder:
     from facepipe.models.fakes import FakeEmbedder
 
@@ -151,6 +157,16 @@ CARDS = {
             sha256="",
             input="RGB",
             load=_load_fake_detector,
+        ),
+        Card(
+            name="fatal-detector",
+            role="detector",
+            summary="fake-detector that kills its process at a magenta image; for tests of crash handling",
+            weights="none",
+            licence="Apache-2.0",
+            sha256="",
+            input="RGB",
+            load=_load_fatal_detector,
         ),
         Card(
             name="fake-embedder",

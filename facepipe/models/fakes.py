@@ -1,5 +1,8 @@
 """A deterministic detector and embedder without weights: for tests, and for simulating runs of any size."""
 
+import os
+import signal
+
 import cv2
 import numpy as np
 
@@ -27,6 +30,16 @@ class FakeDetector:
         spots = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]], np.float32)
         scores = (found[:, cv2.CC_STAT_AREA] / (found[:, cv2.CC_STAT_AREA] + 100.0)).astype(np.float32)
         return Faces(np.concatenate([low, low + side], 1), low[:, None] + spots * side[:, None], scores)
+
+
+class FatalDetector(FakeDetector):
+    """A FakeDetector that kills its process, as a fault in native code would, at an image whose corner is magenta."""
+
+    def _one(self, image: Pixels) -> Faces:
+        r, g, b = map(int, image[:4, :4].reshape(-1, 3).mean(0))
+        if r > 200 and g < 60 and b > 200:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._one(image)
 
 
 class FakeEmbedder:

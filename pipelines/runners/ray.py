@@ -4,6 +4,7 @@ Only blocks of work items travel (and, in a split plan, what the first group mad
 block for ever; the crash marks in the gallery see to it that one image cannot make use of that.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,10 @@ def start() -> Resources:
     """Connect to the cluster RAY_ADDRESS names, or start Ray on this machine; what it has."""
     import ray
 
+    for name in ("ray.data._internal", "ray.data.exceptions"):  # what they report as errors is raised here as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
         if "RAY_ADDRESS" not in os.environ:
             options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}

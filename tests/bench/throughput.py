@@ -1,0 +1,115 @@
+"""embed against a bare two-process loop over the same models, and against face_recognition, in one run.
+
+    python tests/bench/throughput.py [--times 10] [--rounds 3] [--baseline-photos 16]
+
+Needs ../shared. Steady state: from the moment every worker has delivered two blocks to the end; start-up is given
+apart. face_recognition's calls (HOG detector, landmarks, encoding; two processes) run through dlib-bin on a sample.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from corpus import SHARED, repeated_photos
+
+from facepipe.sources import SourceConfig
+from pipelines.embed import EmbedConfig, RunConfig, Summary, run
+
+WORKERS = 2
+
+
+def facepipe_rate(photos: Path, runner: str) -> tuple[float, float, Summary]:
+    """(images/s in the steady state, seconds from the call to the first record, summary)."""
+    seen: list[tuple[float, int]] = []
+    began = time.perf_counter()
+
+    def note(summary: Summary) -> None:
+        seen.append((time.perf_counter(), summary.images))
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = EmbedConfig(SourceConfig(str(photos)), run=RunConfig(runner=runner, workers=WORKERS, block_largest=32))  # type: ignore[arg-type]
+        summary = run(config, f"{folder}/gallery", note)
+    start, done = seen[2 * WORKERS]
+    end, images = seen[-1]
+    return (images - done) / (end - start), seen[0][0] - began, summary
+
+
+def bare_rate(photos: Path) -> float:
+    command = [sys.executable, str(SHARED / "tools" / "bare_loop.py"), str(photos), "--flip", "--repeat", "1"]
+    out = subprocess.run([*command, "--procs", str(WORKERS)], capture_output=True, text=True, check=True).stdout
+    print("  bare loop:", out.strip())
+    found = re.search(r"([\d.]+) images/s", out)
+    assert found
+    return float(found[1])
+
+
+def dlib_models() -> None:
+    global detect, shape, encode
+    import dlib
+
+    from facepipe.models.weights import package_file
+
+    def model(name: str) -> str:
+        return str(package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
+
+    detect = dlib.get_frontal_face_detector()
+    shape = dlib.shape_predictor(model("shape_predictor_5_face_landmarks.dat"))
+    encode = dlib.face_recognition_model_v1(model("dlib_face_recognition_resnet_model_v1.dat"))
+
+
+def dlib_one(path: str) -> int:
+    import cv2
+
+    image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
+    boxes = detect(image, 1)  # face_recognition's default: one upsampling
+    return len([encode.compute_face_descriptor(image, shape(image, box), 1) for box in boxes])
+
+
+def dlib_rate(photos: list[str]) -> float:
+    with ProcessPoolExecutor(WORKERS, initializer=dlib_models) as pool:
+        list(pool.map(dlib_one, photos[:WORKERS]))
+        began = time.perf_counter()
+        faces = sum(pool.map(dlib_one, photos))
+        seconds = time.perf_counter() - began
+    print(f"  face_recognition's calls: {len(photos)} images, {faces} faces, {len(photos) / seconds:.2f} images/s")
+    return len(photos) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--baseline-photos", type=int, default=16)
+    parser.add_argument("--runners", default="local,ray")
+    args = parser.parse_args()
+    ratios: dict[str, list[float]] = {runner: [] for runner in args.runners.split(",")}
+    rates: dict[str, list[float]] = {runner: [] for runner in ratios}
+    with tempfile.TemporaryDirectory() as folder:
+        photos = repeated_photos(Path(folder) / "photos", args.times)
+        for n in range(args.rounds):
+            print(f"round {n + 1}")
+            for runner in ratios:
+                bare = bare_rate(photos)
+                rate, first, summary = facepipe_rate(photos, runner)
+                stages = "  ".join(f"{k} {v / summary.images * 1e3:.1f}" for k, v in summary.stage_seconds.items())
+                print(f"  facepipe {runner}: {rate:.1f} images/s steady, {summary.faces} faces in {summary.images} images, "
+                      f"first record after {first:.1f} s, ms per image: {stages}; ratio {rate / bare:.2f}")
+                ratios[runner].append(rate / bare)
+                rates[runner].append(rate)
+        sample = sorted(str(p) for p in photos.glob("000-*"))
+        step = max(1, len(sample) // max(1, args.baseline_photos))
+        dlib = dlib_rate(sample[::step]) if args.baseline_photos else float("nan")
+    for runner, values in ratios.items():
+        median = statistics.median(values)
+        print(f"{runner}: {median:.2f} of the bare loop (median of {len(values)}, {min(values):.2f} to {max(values):.2f}), "
+              f"{statistics.median(rates[runner]) / dlib:.1f} times face_recognition")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Small functions of the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from facepipe.config import build
+from facepipe.gallery import Gallery
+from pipelines.embed import EmbedConfig, Summary, run
+
+
+def embed(source: str | Path, gallery: str | Path, *layers: dict[str, Any], **run_settings: Any) -> Summary:
+    """Embed with settings."""
+    config = build(EmbedConfig, *layers, {"source": {"uri": str(source)}, "run": run_settings})
+    return run(config, str(gallery))
+
+
+def rows(gallery: str | Path, without: tuple[str, ...] = ("ingested_at",)) -> list[dict[str, Any]]:
+    """All rows, in an order that does not depend on how they came in."""
+    table = Gallery(str(gallery)).to_arrow().drop_columns(list(without))
+    return sorted(table.to_pylist(), key=lambda row: (row["uri"], row["face_index"] or 0))
+
+
+def same_faces(a: list[dict[str, Any]], b: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
+    """Assert that two galleries' rows hold the same images and faces, whatever they are called."""
+
+    def key(row: dict[str, Any]) -> tuple[str, int]:
+        return row["image_id"] or "", row["face_index"] if row["face_index"] is not None else -1
+
+    a, b = sorted(a, key=key), sorted(b, key=key)
+    assert [key(row) for row in a] == [key(row) for row in b]
+    for left, right in zip(a, b, strict=True):
+        assert left["status"] == right["status"]
+        if left["embedding"] is not None:
+            assert np.abs(np.subtract(left["embedding"], right["embedding"])).max() <= tolerance
+            assert np.abs(np.subtract(left["box"], right["box"])).max() <= 1e-2

@@ -1,0 +1,119 @@
+"""SIGKILL at random moments: after a second run the gallery equals an undisturbed one, row for row."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+from conftest import draw
+from helpers import embed, rows
+
+from facepipe.gallery import Gallery
+from facepipe.gallery.verify import verify
+
+TRIALS = 20
+_SETTINGS = [
+    *("--set", "detect.model=fake-detector", "--set", "embed.model=fake-embedder", "--set", "run.block_smallest=4"),
+    *("--set", "run.block_largest=8", "--set", "run.commit_seconds=0.05", "--workers", "2", "--quiet"),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images, a few of them broken."""
+    root = tmp_path_factory.mktemp("corpus")
+    for n in range(300):
+        data = cv2.imencode(".png", cv2.resize(draw(n), (480, 480), interpolation=cv2.INTER_NEAREST))[1].tobytes()
+        (root / f"{n:04d}.png").write_bytes(data[: len(data) // 2] if n % 50 == 7 else data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, object]], float]:
+    """(rows, seconds) of a run that nothing happened to."""
+    gallery = tmp_path_factory.mktemp("undisturbed") / "g"
+    began = time.monotonic()
+    assert start(corpus, gallery, "local").wait() == 0
+    return rows(gallery), time.monotonic() - began
+
+
+def start(corpus: Path, gallery: Path, runner: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs.cli", "embed", str(corpus), str(gallery), "--runner", runner, *_SETTINGS]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def workers(driver: int, name: str) -> list[psutil.Process]:
+    try:
+        found = psutil.Process(driver).children(recursive=True)
+        return [p for p in found if name in " ".join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_kill_local(trial: int, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path) -> None:
+    expected, seconds = undisturbed
+    rng = random.Random(trial)
+    gallery = tmp_path / "g"
+    driver = start(corpus, gallery, "local")
+    time.sleep(rng.uniform(0.2, 1.0) * seconds)
+    if trial % 2:
+        driver.kill()
+    else:
+        for victim in rng.sample(alive := workers(driver.pid, "pipelines.runners.child"), min(1, len(alive))):
+            os.kill(victim.pid, signal.SIGKILL)
+    code = driver.wait(60)
+    assert code == (-signal.SIGKILL if trial % 2 and code else 0)
+    if trial % 2 and Gallery.exists(str(gallery)):
+        before = rows(gallery)
+        assert not {(r["uri"], r["face_index"]) for r in before} - {(r["uri"], r["face_index"]) for r in expected}
+    assert start(corpus, gallery, "local").wait(60) == 0
+    assert rows(gallery) == expected
+    assert verify(Gallery(str(gallery))).problems == []
+
+
+@pytest.mark.parametrize("victim", ["driver", "worker"])
+def test_kill_ray(victim: str, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path) -> None:
+    gallery = tmp_path / "g"
+    driver = start(corpus, gallery, "ray")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((gallery / "faces").glob("*.parquet")):
+        time.sleep(0.05)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    if victim == "driver":
+        driver.kill()
+        driver.wait(10)
+        for process in psutil.wait_procs(family, timeout=20)[1]:
+            process.kill()
+    else:
+        os.kill(workers(driver.pid, "MapWorker")[0].pid, signal.SIGKILL)
+        assert driver.wait(120) == 0
+    assert start(corpus, gallery, "local").wait(60) == 0
+    assert rows(gallery) == undisturbed[0]
+    assert verify(Gallery(str(gallery))).problems == []
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_an_image_that_kills_its_worker_becomes_a_row(runner: str, drawings: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(24):
+        cv2.imwrite(str(corpus / f"{n:02d}.png"), draw(n))
+    for n in (5, 6):
+        cv2.imwrite(str(corpus / f"fatal-{n}.png"), np.full((64, 64, 3), (250, 10, 250), np.uint8))
+    settings = {"detect": {"model": "fatal-detector"}, "embed": {"model": "fake-embedder"}}
+    summary = embed(corpus, tmp_path / "g", settings, runner=runner, workers=2, block_smallest=13)
+    assert summary.statuses["crashed"] == 2
+    assert summary.images == 26
+    crashed = [row for row in rows(tmp_path / "g") if row["status"] == "crashed"]
+    assert sorted(Path(row["uri"]).name for row in crashed) == ["fatal-5.png", "fatal-6.png"]
+    assert all("died twice" in row["error"] for row in crashed)
+    again = embed(corpus, tmp_path / "g", settings, runner="local")
+    assert again.images == 0, "what crashed is not tried again for ever"
