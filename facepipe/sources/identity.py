@@ -33,7 +33,7 @@ def rule(name: IdentityRule) -> Identify:
 
     def identify(path: str, label: str | None) -> str | None:
         identity = chosen(path, label)
-        return None if identity is None else identity.encode("utf-8", "replace").decode("utf-8")
+        return identity.encode("utf-8", "replace").decode("utf-8") if identity else None
 
     return identify
 

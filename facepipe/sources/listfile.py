@@ -77,16 +77,13 @@ def detect_layout(lines: list[str], path: str) -> Layout:
             label = next((header.index(c) for c in IDENTITY_COLUMNS if c in header), None)
             return Layout(delimiter, image, label, skip=1)
     skip = 2 if lines[0].strip().isdigit() and len(lines) > 2 else 0  # CelebA's older lists open with a count and a header
-    for delimiter in ("\t", ",", " "):
-        widths = {len(line.split(delimiter)) for line in lines[skip:]}
-        if widths == {2}:
+    for delimiter in ("\t", ","):
+        if {len(line.split(delimiter)) for line in lines[skip:]} == {2}:
             return Layout(delimiter, 0, 1, skip)
-    if delimiter_free(lines[skip:]):
-        return Layout("\n", 0, None, skip)
-    return Layout(None, 0, 1, skip)
+    return Layout("\n", 0, None, skip) if _paths_alone(lines[skip:]) else Layout(None, 0, 1, skip)
 
 
-def delimiter_free(lines: list[str]) -> bool:
+def _paths_alone(lines: list[str]) -> bool:
     """Whether most lines end in an image's extension, that is, carry a path alone (which may hold spaces)."""
     return sum(extension(line.strip()) in IMAGE_EXTENSIONS for line in lines) * 2 > len(lines)
 

@@ -65,7 +65,7 @@ class ParquetSource:
             uri = member_uri(file_uri(path), str(row) if text is None else text)
             return WorkItem(uri, os.fsencode(path), row, None, f"{mark}@{row}", identity)
         if not text:
-            return broken(f"{path}#{row}", "the row names no image")
+            return broken(f"{path}#{row}", "the row names no image")._replace(identity=identity)
         return named_image(text, os.path.dirname(path), identity)
 
 

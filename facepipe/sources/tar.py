@@ -43,9 +43,16 @@ def _members(
     identify: Identify,
 ) -> Iterator[WorkItem]:
     seen: set[int] = set()
-    key, label, waiting = "", None, list[WorkItem]()
-    for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
+    key, label, waiting = "", None, list[tuple[str, WorkItem]]()
+    while True:
+        try:
+            member = tar.next()
+        except (tarfile.TarError, EOFError, OSError):
+            yield from _labelled(waiting, label, identify)
+            raise
+        if member is None:
+            break
+        tar.members = []  # type: ignore[misc]  # tarfile keeps every header it has read
         if not member.isfile():
             continue
         kind = extension(member.name)
@@ -58,7 +65,8 @@ def _members(
         elif kind in IMAGE_EXTENSIONS and not is_hidden(member.name):
             name = member.name if _first(seen, member.name) else f"{member.name}@{member.offset_data}"
             mark = f"{fingerprint}@{member.offset_data}"
-            waiting.append(WorkItem(member_uri(container, name), path, member.offset_data, member.size, mark))
+            item = WorkItem(member_uri(container, name), path, member.offset_data, member.size, mark)
+            waiting.append((member.name, item))
     yield from _labelled(waiting, label, identify)
 
 
@@ -69,12 +77,9 @@ def _first(seen: set[int], name: str) -> bool:
     return new
 
 
-def _labelled(
-    items: list[WorkItem], label: str | None, identify: Identify
-) -> Iterator[WorkItem]:
-    for item in items:
-        member = item.uri.rpartition("#")[2]
-        yield item._replace(identity=identify(member, label))
+def _labelled(items: list[tuple[str, WorkItem]], label: str | None, identify: Identify) -> Iterator[WorkItem]:
+    for name, item in items:
+        yield item._replace(identity=identify(name, label))
 
 
 def _read_label(file: IO[bytes], member: tarfile.TarInfo, kind: str) -> str | None:

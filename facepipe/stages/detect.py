@@ -127,7 +127,9 @@ class Detect:
     def _full_size(self, faces: Faces, pixels: Pixels, size: tuple[int, int]) -> Faces:
         scale = np.array([size[0] / pixels.shape[1], size[1] / pixels.shape[0]], np.float32)
         boxes = _scaled(faces.boxes.reshape(-1, 2, 2), scale).reshape(-1, 4)
-        keep = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= self.min_face)
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((centre >= 0) & (centre <= np.array(size) - 1)).all(1)  # a mirrored border mirrors faces as well
+        keep = np.flatnonzero(inside & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= self.min_face))
         return Faces(boxes[keep], _scaled(faces.landmarks, scale)[keep], faces.scores[keep])
 
 

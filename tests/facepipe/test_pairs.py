@@ -1,0 +1,94 @@
+"""Verification figures against brute force and scikit-style definitions, and the reading of pairs files."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from facepipe.errors import EvaluationError
+from facepipe.evaluation.pairs import figures
+from facepipe.evaluation.pairs_file import read_pairs
+from facepipe.evaluation.roc import auc, best_threshold, cross_validate, equal_error_rate, roc, tar_at_far
+
+SCORES = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40).filter(
+    lambda rows: len({same for _, same in rows}) == 2
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SCORES)
+def test_curve_is_what_counting_says(rows: list[tuple[int, bool]]) -> None:
+    distances, same = np.array([d for d, _ in rows], float), np.array([s for _, s in rows])
+    curve = roc(distances, same)
+    for threshold, far, tar in zip(*curve, strict=True):
+        assert tar == pytest.approx((distances[same] <= threshold).mean())
+        assert far == pytest.approx((distances[~same] <= threshold).mean())
+    pairs = [(a < b) + (a == b) / 2 for a in distances[same] for b in distances[~same]]
+    assert auc(curve) == pytest.approx(np.mean(pairs))
+    assert (curve.far[-1], curve.tar[-1]) == (1, 1)
+    best = max(np.mean((distances <= t) == same) for t in np.arange(-0.5, 13.5, 0.5))
+    assert np.mean((distances <= best_threshold(distances, same)) == same) <= best
+    assert 0 <= equal_error_rate(curve) <= 1
+
+
+def test_best_threshold_reaches_the_best_accuracy_on_distinct_distances() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        distances, same = rng.random(40), rng.random(40) < 0.5
+        best = max(np.mean((distances <= t) == same) for t in [-1, *distances])
+        curve = [np.mean((distances <= t) == same) for t in [best_threshold(distances, same)]]
+        assert curve[0] >= best - 0.2  # the mean of tied thresholds may lie between them
+    perfect = np.array([0.1, 0.2, 0.6, 0.8])
+    assert best_threshold(perfect, perfect < 0.5) == pytest.approx(0.4)
+
+
+def test_tar_at_far_never_exceeds_the_far() -> None:
+    distances = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    same = np.array([True, True, False, True, False, True])
+    assert tar_at_far(roc(distances, same), 0.4) == (0.5, 0.2)
+    assert tar_at_far(roc(distances, same), 0.5) == (0.75, 0.4)
+    assert tar_at_far(roc(distances, same), 0.0)[0] == 0.5
+
+
+def test_the_threshold_comes_from_the_other_folds() -> None:
+    distances = np.array([0.1, 0.9, 0.1, 0.9, 0.6, 0.7])
+    same = np.array([True, False, True, False, True, False])
+    found = cross_validate(distances, same, np.array([0, 0, 1, 1, 2, 2]))
+    assert found.thresholds[2] == pytest.approx(0.5)
+    assert found.accuracies.tolist() == [1.0, 1.0, 0.5]
+    assert found.standard_error == pytest.approx(np.std([1, 1, 0.5], ddof=1) / np.sqrt(3))
+
+
+def test_rare_fars_need_enough_pairs() -> None:
+    rng = np.random.default_rng(0)
+    same = np.arange(400) % 2 == 0
+    result = figures(np.where(same, 0.3, 0.9) + rng.normal(0, 0.1, 400), same, np.arange(400) // 40)
+    assert result.tar["0.01"] is not None
+    assert result.tar["0.001"] is None
+    assert result.folds == 10
+    assert result.accuracy > 0.98
+
+
+def test_lfw_file(tmp_path) -> None:
+    (tmp_path / "pairs.txt").write_text("2\t1\nAnn\t1\t4\nAnn\t1\tBo\t12\nCy\t2\t3\nCy\t1\tDi\t1\n")
+    pairs = read_pairs(tmp_path / "pairs.txt")
+    assert pairs[1] == ("Ann/Ann_0001", "Bo/Bo_0012", False, 0)
+    assert [pair.fold for pair in pairs] == [0, 0, 1, 1]
+    (tmp_path / "pairs.txt").write_text("2\t1\nAnn\t1\t4\n")
+    with pytest.raises(EvaluationError, match="announces 2 folds"):
+        read_pairs(tmp_path / "pairs.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is empty"), ("a,b\n1,2\n", "neither"), ("file_x,file_y,same\na.jpg,b.jpg,perhaps\n", "line 2"), ("1\t1\nAnn\tx\t4\nAnn\t1\tBo\t1\n", "line 2")],
+)
+def test_wrong_files_are_named(text: str, message: str, tmp_path) -> None:
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(EvaluationError, match=message):
+        read_pairs(tmp_path / "pairs.csv")
+
+
+def test_csv(tmp_path) -> None:
+    (tmp_path / "pairs.csv").write_text("file_x,file_y,same\n./a.jpg,f/b.png,1\nc.jpg,d.jpg,False\n")
+    assert [(p.left, p.right, p.same) for p in read_pairs(tmp_path / "pairs.csv")] == [("a", "f/b", True), ("c", "d", False)]

@@ -1,0 +1,205 @@
+"""Every source lists the same images; nothing is lost, whatever the names and files are like."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from facepipe.errors import SourceError
+from facepipe.sources import SourceConfig, WorkItem, open_source
+from facepipe.sources.identity import from_filename, from_folder
+from facepipe.sources.pattern import translate
+
+
+def items(uri: str | Path, **config: object) -> list[WorkItem]:
+    return list(open_source(SourceConfig(uri=str(uri), **config)))  # type: ignore[arg-type]
+
+
+def labels(found: list[WorkItem]) -> dict[str, str | None]:
+    return {item.uri.replace("#", "/").rpartition("/")[2]: item.identity for item in found}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two people, a flat file, text, hidden files, an upper-case extension."""
+    for name in ("Ann/Ann_1.jpg", "Ann/Ann_2.JPG", "Bo_B/Bo_B_1.png", "flat_1.webp", "Ann/notes.txt", ".hidden.jpg", "Bo_B/._x.jpg"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "tree"
+
+
+def test_folder(tree: Path) -> None:
+    source = open_source(SourceConfig(str(tree)))
+    found = list(source)
+    assert labels(found) == {"Ann_1.jpg": "Ann", "Ann_2.JPG": "Ann", "Bo_B_1.png": "Bo_B", "flat_1.webp": None}
+    assert source.ignored == 3
+    assert source.name == "tree"
+    assert all(os.path.isabs(item.path) and item.fingerprint for item in found)
+    assert found == list(source), "a listing can be repeated, in the same order"
+
+
+def test_identity_rules(tree: Path) -> None:
+    assert labels(items(tree, identity="filename"))["Bo_B_1.png"] == "Bo_B"
+    assert labels(items(tree, identity="folder")) == {"Ann_1.jpg": "Ann", "Ann_2.JPG": "Ann", "Bo_B_1.png": "Bo_B", "flat_1.webp": None}
+    assert set(labels(items(tree, identity="none")).values()) == {None}
+    assert from_filename("x/obama_1.jpg") == "obama"
+    assert from_filename("x/obama.jpg") is None
+    assert from_folder("a/b/c.jpg") == "b"
+
+
+def test_glob(tree: Path) -> None:
+    assert labels(items(f"{tree}/*/*.jpg")) == {"Ann_1.jpg": "Ann"}
+    assert len(items(f"{tree}/**/*.*")) == 4
+    assert labels(items(tree / "Ann" / "Ann_1.jpg")) == {"Ann_1.jpg": None}
+    assert len(items(f"{tree}/A[!x]n/*.[jJ]*")) == 2
+    assert items(f"{tree}/none*.jpg") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches", "does_not"),
+    [("*.jpg", "a.jpg", "b/a.jpg"), ("**/*.jpg", "a.jpg", "a.png"), ("**/*.jpg", "x/y/a.jpg", "a.jpgx"), ("a?.t*", "ab.tar", "a/.tar")],
+)
+def test_glob_patterns(pattern: str, matches: str, does_not: str) -> None:
+    import re
+
+    assert re.fullmatch(translate(pattern), matches)
+    assert not re.fullmatch(translate(pattern), does_not)
+
+
+def test_odd_names_and_loops(tmp_path: Path) -> None:
+    root = tmp_path / "odd"
+    (root / "folder.jpg").mkdir(parents=True)
+    (root / "folder.jpg" / "in.jpg").write_bytes(b"x")
+    (root / "new\nline.jpg").write_bytes(b"x")
+    with open(os.fsencode(root) + b"/bytes\xff.jpg", "wb") as file:
+        file.write(b"x")
+    (root / "bytes%FF.jpg").write_bytes(b"x")
+    (root / "loop").symlink_to(root)
+    (root / "dangling.jpg").symlink_to(root / "nowhere")
+    (root / "self.jpg").symlink_to(root / "self.jpg")
+    found = items(root)
+    assert len(found) == len({item.uri for item in found}) == 7 - 1
+    assert [item.uri.encode("utf-8") for item in found]
+    assert any(item.uri.startswith("file:///") and item.uri.endswith("bytes%FF.jpg") for item in found)
+
+
+def test_unreadable_folder_is_an_item(tmp_path: Path) -> None:
+    source = open_source(SourceConfig(str(tmp_path)))
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "z").mkdir()
+    listing = iter(source)
+    assert next(listing).uri.endswith("a.jpg")
+    (tmp_path / "z").rmdir()  # gone between listing and entering, as on a busy share
+    (gone,) = list(listing)
+    assert gone.listing_error == "folder cannot be read: no such file or directory"
+
+
+def write_tar(path: Path, members: dict[str, bytes], repeat: str | None = None) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in [*members.items(), *([(repeat, b"other")] if repeat else [])]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_tar(tmp_path: Path) -> None:
+    members = {"000.jpg": b"one", "000.cls": b"7", "001.png": b"two!", "001.json": json.dumps({"label": "Ann"}).encode(), "002.txt": b"-"}
+    path = write_tar(tmp_path / "shard-0.tar", members, repeat="000.jpg")
+    found = items(path)
+    assert [(item.identity, item.length) for item in found] == [("7", 3), ("Ann", 4), (None, 5)]
+    assert found[0].uri == f"{path}#000.jpg"
+    assert found[2].uri.startswith(f"{path}#000.jpg@"), "a member of the same name is another image"
+    data = path.read_bytes()
+    assert [data[i.offset : i.offset + i.length] for i in found] == [b"one", b"two!", b"other"]  # type: ignore[operator,misc]
+    assert len(items(tmp_path)) == 3, "shards in a folder"
+    assert len(items(tmp_path / "shard-*.tar")) == 3
+
+
+def test_tar_that_ends_early(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {f"{n}.jpg": bytes(2000) for n in range(5)})
+    path.write_bytes(path.read_bytes()[:6000])
+    found = items(path)
+    assert [item.listing_error is None for item in found][:3] == [True, True, True]
+    (tmp_path / "t.tar").write_bytes(b"not a tar at all" * 100)
+    (only,) = items(tmp_path / "t.tar")
+    assert only.listing_error is not None
+    assert "tar cannot be read" in only.listing_error
+
+
+def test_parquet(tmp_path: Path, tree: Path) -> None:
+    folder = tmp_path / "table"
+    folder.mkdir()
+    pq.write_table(pa.table({"bytes": [b"a", b"b"], "identity": ["x", None]}), folder / "a.parquet")
+    pq.write_table(pa.table({"bytes": [b"c"], "identity": ["y"]}), folder / "b.parquet")
+    found = items(folder)
+    assert [(item.offset, item.identity) for item in found] == [(0, "x"), (1, None), (0, "y")]
+    pq.write_table(pa.table({"uri": ["Ann/Ann_1.jpg", None, "gone.jpg"], "label": [1, 2, 3]}), tree / "list.parquet")
+    found = items(tree / "list.parquet")
+    assert found[0].path == os.fsencode(tree / "Ann/Ann_1.jpg")
+    assert [item.identity for item in found] == ["1", "2", "3"]
+    assert found[1].listing_error == "the row names no image"
+    pq.write_table(pa.table({"x": [1]}), tree / "no.parquet")
+    with pytest.raises(SourceError, match="neither a uri column"):
+        items(tree / "no.parquet")
+    (tree / "bad.parquet").write_bytes(b"PAR1 nothing PAR1")
+    assert items(tree / "bad.parquet")[0].listing_error is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Ann/Ann_1.jpg 0\nBo_B/Bo_B_1.png 1\n", {"Ann_1.jpg": "0", "Bo_B_1.png": "1"}),  # CASIA-WebFace-112X96.txt
+        ("000001.jpg 2880\n000002.jpg 2937\n", {"000001.jpg": "2880", "000002.jpg": "2937"}),  # identity_CelebA.txt
+        ("m.0107_f/5-FaceId-0.jpg 0\nm.0107_f/7-FaceId-0.jpg 0\n", {"5-FaceId-0.jpg": "0", "7-FaceId-0.jpg": "0"}),  # MS-Celeb
+        ("a b/c d.jpg\te f\nx.jpg\ty\n", {"c d.jpg": "e f", "x.jpg": "y"}),
+        ("with space.jpg\nother one.jpg\n", {"with space.jpg": None, "other one.jpg": None}),
+        ('file,identity\n"a,1.jpg",Ann\nb.jpg,\n', {"a,1.jpg": "Ann", "b.jpg": None}),
+        ("\ufeffidentity\tpath\nAnn\tx\\y.jpg\n", {"y.jpg": "Ann"}),
+        ("one file.jpg 3\nanother file.jpg 4\n", {"one file.jpg": "3", "another file.jpg": "4"}),
+    ],
+)
+def test_lists(text: str, expected: dict[str, str | None], tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    assert labels(items(tmp_path / "list.txt")) == expected
+
+
+def test_list_of_absent_files_and_empty_lines(tree: Path) -> None:
+    (tree / "list.csv").write_text("path,identity\nAnn/Ann_1.jpg,Ann\n\ngone.jpg,Bo\n,nobody\n")
+    found = items(tree / "list.csv")
+    assert [item.fingerprint is not None for item in found] == [True, False, False]
+    assert found[2].listing_error == "the line names no image"
+    assert items(tree / "list.csv", root="/elsewhere")[0].path == b"/elsewhere/Ann/Ann_1.jpg"
+    (tree / "empty.txt").write_text("\n\n")
+    with pytest.raises(SourceError, match="is empty"):
+        items(tree / "empty.txt")
+
+
+@pytest.mark.parametrize("uri", ["", "/no/such/folder", "missing.txt", "missing.parquet"])
+def test_what_is_not_there_is_an_error(uri: str) -> None:
+    with pytest.raises(SourceError):
+        items(uri)
+
+
+def test_what_cannot_be_a_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.docx").write_bytes(b"x")
+    with pytest.raises(SourceError, match="extension is neither"):
+        items(tmp_path / "x.docx")
+
+
+def test_listing_streams(tmp_path: Path) -> None:
+    """The first item of a long list comes without reading its end."""
+    with open(tmp_path / "long.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "identity"])
+        writer.writerows((f"{n}.jpg", n) for n in range(100_000))
+    listing: Iterator[WorkItem] = iter(open_source(SourceConfig(str(tmp_path / "long.csv"))))
+    assert next(listing).identity == "0"

