@@ -33,7 +33,9 @@ def _version(package: str) -> str | None:
 
 
 def _python() -> Finding:
-    return Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})")
+    return Finding(
+        "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})"
+    )
 
 
 def _cpu() -> Finding:
@@ -48,7 +50,9 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("gpu", "broken", f"there is a driver, but torch {torch.__version__} sees no device: install a CUDA build")
+        return Finding(
+            "gpu", "broken", f"there is a driver, but torch {torch.__version__} sees no device: install a CUDA build"
+        )
     names = ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
     return Finding("gpu", "ok", f"{names}, torch {torch.__version__}")
 
@@ -65,13 +69,19 @@ def _engine() -> Finding:
 def _ray() -> Finding:
     version = _version("ray")
     address = os.environ.get("RAY_ADDRESS", "none named (RAY_ADDRESS): Ray starts on this machine")
-    return Finding("ray", "ok" if version else "broken", f"ray {version}, cluster: {address}" if version else "pip install 'ray[data]'")
+    return Finding(
+        "ray",
+        "ok" if version else "broken",
+        f"ray {version}, cluster: {address}" if version else "pip install 'ray[data]'",
+    )
 
 
 def _faiss() -> Finding:
     found = [f"{name} {version}" for name in ("faiss-cpu", "faiss-gpu") if (version := _version(name))]
     if not found:
-        return Finding("faiss", "missing", "needed for index and search: pip install 'facepipe[cpu]' or 'facepipe[gpu]'")
+        return Finding(
+            "faiss", "missing", "needed for index and search: pip install 'facepipe[cpu]' or 'facepipe[gpu]'"
+        )
     return Finding("faiss", "ok", ", ".join(found))
 
 

@@ -100,7 +100,9 @@ def _results(table: pa.Table) -> list[Encoded]:
     found = []
     for _, rows in groupby(table.to_pylist(), lambda row: row["uri"]):
         faces = list(rows)
-        found.append(Encoded(faces[0]["status"], faces[0]["error"], [_face(r) for r in faces if r["face_id"] is not None]))
+        found.append(
+            Encoded(faces[0]["status"], faces[0]["error"], [_face(r) for r in faces if r["face_id"] is not None])
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""A hash table of 64-bit keys in a memory-mapped temporary file, so that a hundred million keys cost page cache, not heap."""
+"""A hash table of 64-bit keys in a memory-mapped temporary file: a hundred million keys cost page cache, not heap."""
 
 import mmap
 import tempfile
@@ -26,14 +26,14 @@ class HashTable:
         self._slots, self._file = self._allocate(_FIRST_SLOTS)
 
     def _allocate(self, slots: int) -> tuple[Array, IO[bytes]]:
-        file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")
+        file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")  # noqa: SIM115  closed by close()
         size = slots * (1 + self.width) * 8
         file.truncate(size)
         mapped = mmap.mmap(file.fileno(), size)
         return np.frombuffer(mapped, np.uint64).reshape(slots, 1 + self.width), file
 
     def add(self, keys: Array, values: Array | None = None) -> npt.NDArray[np.bool_]:
-        """Insert or overwrite; True where the key was new (a key repeated in the batch is new once: its first place)."""
+        """Insert or overwrite; True where the key was new. A key repeated in the batch is new at its first place."""
         keys = np.where(keys == 0, np.uint64(1), keys).astype(np.uint64)
         unique, first = np.unique(keys, return_index=True)
         while self.count + len(unique) > _MAX_LOAD * len(self._slots):

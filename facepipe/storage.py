@@ -3,15 +3,18 @@
 Object stores go through `obstore`, which lists as a stream: a prefix of a hundred million keys is never held in memory.
 """
 
+import io
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from facepipe.errors import ConfigError, StorageError
 
 SCHEMES = ("s3://", "gs://", "az://", "abfs://", "memory://")
+_REMOTE_BUFFER = 1 << 18
 
 
 class Entry(NamedTuple):
@@ -55,16 +58,21 @@ def bucket_store(bucket: str) -> Any:
 
 
 def list_prefix(url: str) -> Iterator[Entry]:
-    """Every object under a prefix, streamed in the store's order (lexicographic on S3)."""
+    """Every object under a prefix, streamed in the store's order; or the one object of that name."""
     import obstore
 
     bucket, prefix = split_url(url)
+    found = False
     try:
         for batch in obstore.list(bucket_store(bucket), prefix=prefix or None, chunk_size=1000):
             for meta in batch:
+                found = True
                 yield Entry(f"{bucket}/{meta['path']}", meta["size"], f"{meta['size']}-{meta['e_tag']}")
     except obstore.exceptions.BaseError as error:
         raise StorageError(f"cannot list {url}: {_reason(error)}") from error
+    if not found and prefix and not url.endswith("/"):
+        with suppress(StorageError):
+            yield entry(url)
 
 
 def entry(path: str | bytes) -> Entry:
@@ -128,17 +136,41 @@ def _read_remote(path: bytes, offset: int | None, length: int | None, limit: int
         raise StorageError(_reason(error)) from error
 
 
-def open_seekable(path: str | bytes) -> Any:
+def open_seekable(path: str | bytes) -> BinaryIO:
     """A seekable binary file object, for readers of containers (tar, Parquet)."""
     try:
         if is_remote(path):
-            import obstore
-
-            bucket, key = split_url(os.fsdecode(path))
-            return obstore.open_reader(bucket_store(bucket), key)
+            return io.BufferedReader(_RemoteFile(os.fsdecode(path)), _REMOTE_BUFFER)
         return open(path, "rb")
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {os.fsdecode(path)!r}: {_reason(error)}") from error
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object read by ranges."""
+
+    def __init__(self, url: str):
+        self._path, self._size, self._at = url.encode(), entry(url).size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), max(0, self._size - self._at))
+        if length:
+            buffer[:length] = _read_remote(self._path, self._at, length, None)
+            self._at += length
+        return length
 
 
 def write(path: str, data: bytes) -> None:

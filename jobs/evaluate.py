@@ -1,6 +1,6 @@
 """facepipe evaluate"""
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -13,8 +13,15 @@ app = typer.Typer(help="Measure a gallery against the truth.", no_args_is_help=T
 @app.command()
 def pairs(
     gallery: GalleryPath,
-    file: Annotated[str, typer.Argument(metavar="PAIRS", help="LFW's pairs.txt, or a CSV with file_x, file_y, same.", show_default=False)],
-    picture: Annotated[Optional[str], typer.Option(metavar="ROC.png", help="Draw the ROC curve.", show_default=False)] = None,  # noqa: UP045
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="PAIRS", help="LFW's pairs.txt, or a CSV with file_x, file_y, same.", show_default=False
+        ),
+    ],
+    picture: Annotated[
+        str | None, typer.Option(metavar="ROC.png", help="Draw the ROC curve.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verification on pairs: k-fold accuracy with its standard error (LFW View 2), AUC, EER, TAR at fixed FAR.

@@ -25,10 +25,18 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
-    table(f"{found['path']} (version {found['version']})", ("", "count"), [*found["counts"].items(), ("files", found["files"]), ("bytes", found["bytes"])])
+    table(
+        f"{found['path']} (version {found['version']})",
+        ("", "count"),
+        [*found["counts"].items(), ("files", found["files"]), ("bytes", found["bytes"])],
+    )
     table("contract", ("", ""), found["contract"].items())
     if found["errors"]:
-        table("why images failed", ("status", "error", "images"), ((e["status"], e["error"], e["images"]) for e in found["errors"]))
+        table(
+            "why images failed",
+            ("status", "error", "images"),
+            ((e["status"], e["error"], e["images"]) for e in found["errors"]),
+        )
     if found["runs"]:
         columns = ("run", "runner", "images", "faces", "seconds")
         table("last runs", columns, ([run.get(c, "") for c in columns] for run in found["runs"]))

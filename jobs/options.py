@@ -6,14 +6,22 @@ import typer
 
 GalleryPath = Annotated[str, typer.Argument(metavar="GALLERY", help="Folder of the gallery.", show_default=False)]
 ConfigFile = Annotated[
-    Optional[str], typer.Option("--config", metavar="FILE.toml", help="Settings, one section a stage.", show_default=False)  # noqa: UP045
+    str | None,
+    typer.Option("--config", metavar="FILE.toml", help="Settings, one section a stage.", show_default=False),
 ]
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; may be repeated, wins over --config.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="One setting; may be repeated, wins over --config.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Where = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(metavar="FILTER", help="Rows to take, such as \"status = 'ok' and det_score > 0.9\".", show_default=False),
+    typer.Option(
+        metavar="FILTER", help="Rows to take, such as \"status = 'ok' and det_score > 0.9\".", show_default=False
+    ),
 ]

@@ -126,7 +126,13 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "statuses": dict(self.statuses), "stage_seconds": dict(self.stage_seconds), "listed": self.listed, "failed": self.failed}
+        return {
+            **asdict(self),
+            "statuses": dict(self.statuses),
+            "stage_seconds": dict(self.stage_seconds),
+            "listed": self.listed,
+            "failed": self.failed,
+        }
 
 
 Progress = Callable[[Summary], None]
@@ -175,9 +181,14 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, progress: Pr
         plan = make_plan(resources, config.run.workers, config.run.layout if runner == "ray" else "fused")
         size = BlockSize(config.run.block_smallest, config.run.block_largest, plan.workers)
         listing = replace(listing, size=size)
-        jobs = [_job(config, group, n == len(plan.groups) - 1, identity, source, gallery) for n, group in enumerate(plan.groups)]
+        jobs = [
+            _job(config, group, n == len(plan.groups) - 1, identity, source, gallery)
+            for n, group in enumerate(plan.groups)
+        ]
         records = _records(runner, listing, jobs, plan)
-        return _collect(records, Committer(gallery, identity), Summary(identity, runner, plan.workers), config, progress)
+        return _collect(
+            records, Committer(gallery, identity), Summary(identity, runner, plan.workers), config, progress
+        )
     finally:
         if runner == "ray":
             ray.stop()
@@ -262,4 +273,6 @@ def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source:
 
 def _absolute(source: SourceConfig) -> SourceConfig:
     """Workers may run in another folder than the user."""
-    return source if storage.is_remote(source.uri) or not source.uri else replace(source, uri=os.path.abspath(source.uri))
+    return (
+        source if storage.is_remote(source.uri) or not source.uri else replace(source, uri=os.path.abspath(source.uri))
+    )

@@ -64,7 +64,9 @@ def evaluate_pairs(gallery: Gallery, path: str | os.PathLike[str], picture: str 
     return result
 
 
-def figures(distances: npt.NDArray[np.float64], same: npt.NDArray[np.bool_], folds: npt.NDArray[np.int64]) -> PairsResult:
+def figures(
+    distances: npt.NDArray[np.float64], same: npt.NDArray[np.bool_], folds: npt.NDArray[np.int64]
+) -> PairsResult:
     """All figures from distances (n,), labels (n,) and fold numbers (n,)."""
     curve, cross = roc(distances, same), cross_validate(distances, same, folds)
     points = {f"{far:g}": tar_at_far(curve, far) if (~same).sum() * far >= 1 else (None, None) for far in FARS}
@@ -134,6 +136,9 @@ def draw(curve: Curve, result: PairsResult, path: str) -> None:
     axes.set_xscale("log")
     axes.set(xlim=(1e-4, 1), ylim=(min(0.9, max(0.0, float(np.min(curve.tar[1:])))), 1.0))
     axes.set(xlabel="false accept rate", ylabel="true accept rate")
-    axes.set_title(f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f}, AUC {result.auc:.4f}, EER {result.eer:.4f}", fontsize=9)
+    axes.set_title(
+        f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f}, AUC {result.auc:.4f}, EER {result.eer:.4f}",
+        fontsize=9,
+    )
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)

@@ -40,7 +40,7 @@ def _lfw(lines: list[str], path: str) -> list[Pair]:
     """`FOLDS N`, then for each fold N lines `name i j` and N lines `name i name j` (View 2); `N`: one fold (View 1)."""
     words = [int(word) for word in lines[0].split()]
     per_fold = 2 * words[-1]
-    pairs = []
+    pairs: list[Pair] = []
     for number, line in enumerate(lines[1:], 2):
         fields = line.split("\t") if "\t" in line else line.split()
         fold = len(pairs) // per_fold
@@ -73,7 +73,8 @@ def _csv(lines: list[str], path: str) -> list[Pair]:
     same = next((name for name in _SAME_COLUMNS if name in names), None)
     if files is None or same is None:
         raise EvaluationError(
-            f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; its first line is {lines[0][:80]!r}"
+            f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; "
+            f"its first line is {lines[0][:80]!r}"
         )
     size = -(-len(rows) // _CSV_FOLDS)
     left, right = files

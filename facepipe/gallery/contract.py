@@ -49,7 +49,10 @@ class Contract:
         mine, theirs = asdict(self), asdict(other)
         differ = [name for name in mine if mine[name] != theirs[name]]
         if differ:
-            lines = [f"  {name}: the gallery has {_short(mine[name])}, asked for is {_short(theirs[name])}" for name in differ]
+            lines = [
+                f"  {name}: the gallery has {_short(mine[name])}, asked for is {_short(theirs[name])}"
+                for name in differ
+            ]
             raise ContractError(
                 f"{where} was made with another model contract:\n" + "\n".join(lines) + "\n"
                 "Embeddings of two contracts cannot be compared: use the gallery's models, or start a new gallery"

@@ -13,7 +13,9 @@ from facepipe.storage import is_remote
 def writer_lock(path: str) -> Iterator[None]:
     """Hold the gallery for writing, or raise GalleryBusyError."""
     if is_remote(path):
-        raise ConfigError(f"{path}: writing a gallery into an object store is not supported yet; use a local or mounted folder")
+        raise ConfigError(
+            f"{path}: writing a gallery into an object store is not supported yet; use a local or mounted folder"
+        )
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"the gallery {path!r} is a file; name a folder")
     os.makedirs(path, exist_ok=True)

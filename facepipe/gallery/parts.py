@@ -80,7 +80,11 @@ def encode(table: pa.Table) -> bytes:
     floats = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
     repeated = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri"]
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=repeated, column_encoding={n: "BYTE_STREAM_SPLIT" for n in floats}
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=repeated,
+        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
     )
     return sink.getvalue().to_pybytes()
 
@@ -94,7 +98,11 @@ def statistics(table: pa.Table) -> str:
     for name in FACES.names:
         column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
         nulls[name] = column.null_count
-        if not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type) and column.null_count < len(column):
+        if (
+            not pa.types.is_nested(column.type)
+            and not pa.types.is_binary(column.type)
+            and column.null_count < len(column)
+        ):
             ends = pc.min_max(column).as_py()
             low[name], high[name] = _plain(ends["min"]), _plain(ends["max"])
     return json.dumps({"numRecords": table.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls})

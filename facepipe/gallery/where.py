@@ -30,7 +30,9 @@ def parse(text: str) -> ds.Expression:
     try:
         return _node(ast.parse(python.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"cannot read the filter {text!r}: write for example \"status = 'ok' and det_score > 0.9\"") from error
+        raise ConfigError(
+            f"cannot read the filter {text!r}: write for example \"status = 'ok' and det_score > 0.9\""
+        ) from error
 
 
 def _node(node: ast.AST) -> Any:

@@ -10,13 +10,18 @@ import numpy.typing as npt
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 29))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
-import cv2  # noqa: E402
+import cv2
 
-from facepipe.imaging.header import Header  # noqa: E402
+from facepipe.imaging.header import Header
 
 Pixels = npt.NDArray[np.uint8]
 
-_REDUCED = {1: cv2.IMREAD_COLOR_RGB, 2: 16 | cv2.IMREAD_COLOR_RGB, 4: 32 | cv2.IMREAD_COLOR_RGB, 8: 64 | cv2.IMREAD_COLOR_RGB}
+_REDUCED = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: 16 | cv2.IMREAD_COLOR_RGB,
+    4: 32 | cv2.IMREAD_COLOR_RGB,
+    8: 64 | cv2.IMREAD_COLOR_RGB,
+}
 # IMREAD_REDUCED_COLOR_2 is 16 plus "colour, BGR"; beside IMREAD_COLOR_RGB only the 16 may be set.
 
 _TURNS: dict[int, Any] = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}

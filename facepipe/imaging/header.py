@@ -7,6 +7,7 @@ TIFF 6.0 (section 2), ISO BMFF `ispe` (AVIF), JPEG 2000 `ihdr`, Netpbm.
 
 import re
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -174,7 +175,7 @@ def _pnm(data: bytes) -> Header:
     return Header("pnm", int(found[1]), int(found[2]))
 
 
-_FORMATS = (
+_FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], Header]], ...] = (
     (lambda d: d[:3] == b"\xff\xd8\xff", _jpeg),
     (lambda d: d[:8] == b"\x89PNG\r\n\x1a\n", _png),
     (lambda d: d[:4] == b"RIFF" and d[8:12] == b"WEBP", _webp),

@@ -29,15 +29,17 @@ def graph(convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> bytes
             x, y = g.pad(x, o - i, side - pooled), g.pad(y, 0, side - strided)
         x = g.node("Relu", [g.node("Add", [x, y])])
     x = g.node("Flatten", [g.node("GlobalAveragePool", [x])])
-    x = g.node("MatMul", [x, g.constant(fc)])
-    return g.serialise(x)
+    g.node("MatMul", [x, g.constant(fc)])
+    return g.serialise()
 
 
 def _with_input_scaling(conv: Convolution) -> Convolution:
     """The stem on raw 0-255 input: exact, since it pads nothing."""
     mean = np.array(MEAN_RGB, np.float32)[None, :, None, None]
     weight = conv.weight / SCALE
-    return conv._replace(weight=weight.astype(np.float32), bias=(conv.bias - (weight * mean).sum((1, 2, 3))).astype(np.float32))
+    return conv._replace(
+        weight=weight.astype(np.float32), bias=(conv.bias - (weight * mean).sum((1, 2, 3))).astype(np.float32)
+    )
 
 
 class _Graph:
@@ -67,7 +69,8 @@ class _Graph:
             return x
         return self.node("Pad", [x, self.constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels]))])
 
-    def serialise(self, output: str) -> bytes:
+    def serialise(self) -> bytes:
+        """The model whose output is the last node's."""
         self.nodes[-1].output[0] = "vectors"
         chips = helper.make_tensor_value_info("chips", TensorProto.UINT8, ["n", SIDE, SIDE, 3])
         vectors = helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["n", 128])

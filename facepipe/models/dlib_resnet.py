@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from facepipe.models.dlib_layout import BLOCKS, MEAN_RGB, SCALE, Convolution
 
+
 class Block(nn.Module):
     """relu(shortcut + conv(relu(conv(x)))); the shortcut of a strided block is average pooling, zero-padded to fit."""
 
@@ -49,10 +50,9 @@ class DlibResNet(nn.Module):
 
     def load(self, convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> "DlibResNet":
         """Take the weights of `folded`."""
-        modules = [self.stem, *(conv for block in self.blocks for conv in (block.conv1, block.conv2))]
+        modules = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         with torch.no_grad():
             for module, conv in zip(modules, convolutions, strict=True):
-                module.weight.copy_(torch.from_numpy(conv.weight))
-                module.bias.copy_(torch.from_numpy(conv.bias))
+                module.load_state_dict({"weight": torch.from_numpy(conv.weight), "bias": torch.from_numpy(conv.bias)})
             self.fc.weight.copy_(torch.from_numpy(np.ascontiguousarray(fc.T)))
         return self.eval().requires_grad_(False)

@@ -29,6 +29,14 @@ def session(graph: bytes, threads: int) -> Any:
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
+def channels_last(net: "nn.Module", device: str) -> "nn.Module":
+    """The network on a device, in inference mode, with its convolutions' weights in channels_last."""
+    import torch
+
+    on_device: nn.Module = net.eval().to(device)
+    return on_device.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class OnnxRetinaFace:
     """RetinaFace on a CPU. `limits`: lowest score, highest overlap kept."""
 
@@ -54,7 +62,7 @@ class TorchRetinaFace:
     def __init__(self, net: "nn.Module", limits: tuple[float, float], device: str):
         import torch
 
-        self._net = net.eval().to(device, memory_format=torch.channels_last)
+        self._net = channels_last(net, device)
         self._device, self._limits = torch.device(device), limits
         self._mean = torch.tensor(decoding.MEAN_BGR[::-1], device=device).view(1, 3, 1, 1)
 
@@ -92,7 +100,7 @@ class TorchEmbedder:
     def __init__(self, net: "nn.Module", size: tuple[int, int], template: npt.NDArray[np.float64], device: str):
         import torch
 
-        self._net = net.eval().to(device, memory_format=torch.channels_last)
+        self._net = channels_last(net, device)
         self._device = torch.device(device)
         self.size, self.template, self.dim = size, template, 128
 

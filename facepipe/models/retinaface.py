@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from facepipe.models.retinaface_decode import STRIDES
 
 
-
 def _conv(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, leak: float | None = 0.1) -> nn.Sequential:
     """Convolution with its batch norm folded in, then LeakyReLU (none where leak is None)."""
     layers: list[nn.Module] = [nn.Conv2d(i, o, k, stride, k // 2, groups=groups)]
@@ -81,13 +80,19 @@ class RetinaFaceNet(nn.Module):
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, n)
 
 
-def state_from_graph(initialisers: "OrderedDict[str, npt.NDArray[np.float32]]", net: RetinaFaceNet) -> dict[str, Tensor]:
+def state_from_graph(
+    initialisers: "OrderedDict[str, npt.NDArray[np.float32]]", net: RetinaFaceNet
+) -> dict[str, Tensor]:
     """The network's state dict from the constants of the exported ONNX graph.
 
     The graph names the heads and numbers the folded convolutions in the order they ran, which is this module's order
     of definition; shapes are checked one by one.
     """
-    heads = {"class_head": "class_head.class_head", "box_head": "bbox_head.bbox_head", "landmark_head": "landmark_head.landmark_head"}
+    heads = {
+        "class_head": "class_head.class_head",
+        "box_head": "bbox_head.bbox_head",
+        "landmark_head": "landmark_head.landmark_head",
+    }
     rest = [array for name, array in initialisers.items() if not name.split(".")[0].endswith("_head")]
     state: dict[str, Tensor] = {}
     for name, wanted in net.state_dict().items():

@@ -35,8 +35,10 @@ def preprocess(images: Pixels) -> Floats:
     return np.asarray(blob, np.float32)
 
 
-def postprocess(offsets: Floats, scores: Floats, points: Floats, shape: tuple[int, int], limits: tuple[float, float]) -> Faces:
-    """Faces of one image from the network's output; `limits` are the lowest score and the highest overlap (IoU) kept."""
+def postprocess(
+    offsets: Floats, scores: Floats, points: Floats, shape: tuple[int, int], limits: tuple[float, float]
+) -> Faces:
+    """Faces of one image from the network's output; `limits`: lowest score and highest overlap (IoU) kept."""
     min_score, max_iou = limits
     keep = np.flatnonzero(scores >= min_score)
     keep = keep[np.argsort(-scores[keep], kind="stable")[:_MAX_CANDIDATES]]

@@ -46,11 +46,17 @@ def open_source(config: SourceConfig) -> Source:
     kind = _kind_of(uri) if config.kind == "auto" else config.kind
     if kind not in ("glob", "object_store") and not is_remote(uri) and not os.path.exists(uri):
         raise SourceError(f"no such file or folder: {uri!r}")
-    if kind == "list":
-        return ListSource(uri, config.identity, config.name, config.root)
-    opener = {"folder": FolderSource, "glob": glob_source, "object_store": ObjectStoreSource, "parquet": ParquetSource}
-    source: Source = opener[kind](uri, config.identity, config.name)
-    return source
+    match kind:
+        case "list":
+            return ListSource(uri, config.identity, config.name, config.root)
+        case "parquet":
+            return ParquetSource(uri, config.identity, config.name)
+        case "object_store":
+            return ObjectStoreSource(uri, config.identity, config.name)
+        case "glob":
+            return glob_source(uri, config.identity, config.name)
+        case _:
+            return FolderSource(uri, config.identity, config.name)
 
 
 def _kind_of(uri: str) -> Kind:
@@ -75,12 +81,14 @@ def _kind_of(uri: str) -> Kind:
 def _holds_parquet(folder: str) -> bool:
     """A Parquet folder holds Parquet files at its top and nothing else that could be a source."""
     with os.scandir(folder) as entries:
-        kinds = {extension(e.name) for e, _ in zip(entries, range(1000), strict=False) if not e.name.startswith((".", "_"))}
+        kinds = {
+            extension(e.name) for e, _ in zip(entries, range(1000), strict=False) if not e.name.startswith((".", "_"))
+        }
     return bool(kinds) and kinds <= {"parquet", "pq"}
 
 
 def _refuse(uri: str) -> Kind:
     raise SourceError(
-        f"{uri!r} is no folder, and its extension is neither an image's nor that of a list ({', '.join(LIST_EXTENSIONS)}), "
-        "a .parquet or a .tar file"
+        f"{uri!r} is no folder, and its extension is neither an image's nor that of a list "
+        f"({', '.join(LIST_EXTENSIONS)}), a .parquet or a .tar file"
     )

@@ -24,7 +24,10 @@ class Source(Protocol):
     """Anything that lists images. Iteration streams: memory does not grow with the number of items."""
 
     name: str
-    ignored: int  # files passed over so far because they are no images
+
+    @property
+    def ignored(self) -> int:
+        """Files passed over so far because they are no images."""
 
     def __iter__(self) -> Iterator[WorkItem]: ...
 

@@ -3,7 +3,8 @@
 import os
 
 IMAGE_EXTENSIONS = frozenset(
-    "jpg jpeg jpe jfif png webp bmp dib tif tiff gif avif jp2 pgm ppm pbm pnm heic heif jxl".split()
+    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "gif"}
+    | {"avif", "jp2", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "jxl"}
 )
 
 

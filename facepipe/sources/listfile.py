@@ -76,7 +76,9 @@ def detect_layout(lines: list[str], path: str) -> Layout:
         if image is not None:
             label = next((header.index(c) for c in IDENTITY_COLUMNS if c in header), None)
             return Layout(delimiter, image, label, skip=1)
-    skip = 2 if lines[0].strip().isdigit() and len(lines) > 2 else 0  # CelebA's older lists open with a count and a header
+    skip = (
+        2 if lines[0].strip().isdigit() and len(lines) > 2 else 0
+    )  # CelebA's older lists open with a count and a header
     for delimiter in ("\t", ","):
         if {len(line.split(delimiter)) for line in lines[skip:]} == {2}:
             return Layout(delimiter, 0, 1, skip)

@@ -1,4 +1,4 @@
-"""A prefix of an object store: s3://bucket/prefix. The listing streams and brings sizes and etags, so nothing is stat-ed."""
+"""A prefix of an object store: s3://bucket/prefix. The listing streams, and brings sizes and etags with it."""
 
 from collections.abc import Iterator
 

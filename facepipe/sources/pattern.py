@@ -17,7 +17,9 @@ def glob_source(pattern: str, identity: IdentityRule = "auto", name: str | None 
     rest = pattern[len(root) :].lstrip("/")
     regex = re.compile(re.escape(rest) if magic is None else translate(rest))
     source = FolderSource(root, identity, name)
-    return source.only(lambda relative: regex.fullmatch(relative) is not None, None if "**" in rest else rest.count("/"))
+    return source.only(
+        lambda relative: regex.fullmatch(relative) is not None, None if "**" in rest else rest.count("/")
+    )
 
 
 def translate(pattern: str) -> str:

@@ -52,7 +52,7 @@ def _members(
             raise
         if member is None:
             break
-        tar.members = []  # type: ignore[misc]  # tarfile keeps every header it has read
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
         if not member.isfile():
             continue
         kind = extension(member.name)

@@ -1,4 +1,4 @@
-"""Align: one row per image to one row per face, with its chip cut to the embedder's template and its quality figures."""
+"""Align: one row per image to one row per face, with a chip cut to the embedder's template and quality figures."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,8 +43,29 @@ class Align:
     thumb_side: int = 112
     thumb_quality: int = 80
 
-    needs: ClassVar = ("bytes", "pixels", "pixels_width", "pixels_height", "width", "height", "boxes", "points", "scores")
-    adds: ClassVar = ("face_index", "box", "landmarks", "det_score", "face_px", "sharpness", "yaw", "roll", "chip", "thumb")
+    needs: ClassVar = (
+        "bytes",
+        "pixels",
+        "pixels_width",
+        "pixels_height",
+        "width",
+        "height",
+        "boxes",
+        "points",
+        "scores",
+    )
+    adds: ClassVar = (
+        "face_index",
+        "box",
+        "landmarks",
+        "det_score",
+        "face_px",
+        "sharpness",
+        "yaw",
+        "roll",
+        "chip",
+        "thumb",
+    )
     drops: ClassVar = ("bytes", "pixels", "pixels_width", "pixels_height", "boxes", "points", "scores")
 
     @cached_property
@@ -81,7 +102,8 @@ class Align:
             pixels = larger(bytes(data), wanted, pixels)
         scale = pixels.shape[1] / width
         chips = [
-            cut(pixels, similarity(rescale_points(p.astype(np.float64), scale, scale), template), size) for p in landmarks
+            cut(pixels, similarity(rescale_points(p.astype(np.float64), scale, scale), template), size)
+            for p in landmarks
         ]
         rows = zip(boxes.reshape(-1, 4), landmarks, scores, chips, strict=True)
         return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]

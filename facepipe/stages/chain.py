@@ -53,5 +53,7 @@ def check_chain(stages: Iterable[Any], columns: Iterable[str]) -> None:
     for stage in stages:
         missing = [name for name in stage.needs if name not in have]
         if missing:
-            raise ConfigError(f"the stage {type(stage).__name__} needs {', '.join(missing)}, which no stage before it adds")
+            raise ConfigError(
+                f"the stage {type(stage).__name__} needs {', '.join(missing)}, which no stage before it adds"
+            )
         have |= set(stage.adds)

@@ -31,11 +31,15 @@ def _view(array: Pixels | bytes | None) -> pa.Array:
 
 
 def buffers(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
-    """The rows of a binary column as views."""
+    """The rows of a large_binary column as views of its buffers."""
     for chunk in column.chunks:
-        for value in chunk:
-            buffer = value.as_buffer()
-            yield None if buffer is None else memoryview(buffer)
+        if not len(chunk):
+            continue
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1] if offsets else None
+        view = memoryview(data) if data else memoryview(b"")
+        for n, valid in enumerate(chunk.is_valid().to_pylist()):
+            yield view[ends[n] : ends[n + 1]] if valid and ends is not None else None
 
 
 def images(table: pa.Table) -> Iterator[Pixels | None]:

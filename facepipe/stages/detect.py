@@ -67,10 +67,15 @@ class Detect:
         faces = self._search({n: self._letterbox(p, self.size) for n, p in enumerate(pixels) if p is not None})
         if self.second_look:
             missed = {n: pixels[n] for n, found in faces.items() if not len(found.scores)}
-            again = {n: self._closer(p) for n, p in missed.items() if p is not None and max(p.shape[:2]) > self.border_below}
+            again = {
+                n: self._closer(p) for n, p in missed.items() if p is not None and max(p.shape[:2]) > self.border_below
+            }
             faces |= self._search(again)
         full = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
-        results = [self._full_size(faces[n], p, size) if p is not None else _NONE for n, (p, size) in enumerate(zip(pixels, full, strict=True))]
+        results = [
+            self._full_size(faces[n], p, size) if p is not None else _NONE
+            for n, (p, size) in enumerate(zip(pixels, full, strict=True))
+        ]
         status = [
             (OK if len(found.scores) else NO_FACE) if before == OK else before
             for found, before in zip(results, table["status"].to_pylist(), strict=True)
@@ -108,11 +113,11 @@ class Detect:
         if max(small_h, small_w) <= self.border_below:
             top, bottom = self._mirror(small_h)
             left, right = self._mirror(small_w)
-            pixels = cv2.copyMakeBorder(pixels, top, bottom, left, right, cv2.BORDER_REFLECT_101)  # type: ignore[assignment]
+            pixels = cv2.copyMakeBorder(pixels, top, bottom, left, right, cv2.BORDER_REFLECT_101)
             return Letterbox(pixels, sx, sy, left, top)
         bottom, right = -small_h % self.detector.stride, -small_w % self.detector.stride
         if bottom or right:
-            pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT)  # type: ignore[assignment]
+            pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
         return Letterbox(pixels, sx, sy, 0, 0)
 
     def _closer(self, pixels: Pixels) -> Letterbox:
@@ -138,7 +143,7 @@ _NONE = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.
 
 def _restore(faces: Faces, box: Letterbox) -> Faces:
     shift = np.array([box.left, box.top], np.float32)
-    scale = 1 / np.array([box.sx, box.sy], np.float32)
+    scale = np.array([1 / box.sx, 1 / box.sy], np.float32)
     boxes = _scaled(faces.boxes.reshape(-1, 2, 2) - shift, scale).reshape(-1, 4)
     return Faces(boxes, _scaled(faces.landmarks - shift, scale), faces.scores)
 

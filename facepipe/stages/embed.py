@@ -64,4 +64,4 @@ class Embed:
         if not self.flip:
             return self.embedder.embed(chips)
         both = self.embedder.embed(np.concatenate([chips, chips[:, :, ::-1]]))
-        return (both[: len(chips)] + both[len(chips) :]) / 2
+        return np.asarray((both[: len(chips)] + both[len(chips) :]) / 2, np.float32)

@@ -78,7 +78,7 @@ class Read:
                 outcomes |= {n: self._limited(found.get(row)) for row, n in rows.items()}
             except (StorageError, OSError, ValueError) as error:
                 reason = str(error).splitlines()[0][:200]
-                outcomes |= {n: (None, READ_ERROR, reason) for n in rows.values()}
+                outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, reason))
         return outcomes
 
     def _limited(self, data: bytes | None) -> Outcome:
@@ -129,5 +129,3 @@ def _unless_known(outcome: Outcome, previous: int | None) -> Outcome:
     data, status, _ = outcome
     same = content_mark(image_id(data) if data is not None else None) == previous
     return (None, UNCHANGED, None) if same and status in (OK, READ_ERROR) else outcome
-
-

@@ -115,7 +115,9 @@ def encode(block: Block) -> dict[str, object]:
 
 def decode(row: dict[str, object]) -> Block:
     """The block of a row made by `encode`."""
-    tables = {name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in ("items", "rows")}
+    tables = {
+        name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in ("items", "rows")
+    }
     return Block(**tables, **{name: row[name] for name in _COUNTS})  # type: ignore[arg-type]
 
 

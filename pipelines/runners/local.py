@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import Queue
 
@@ -40,10 +41,8 @@ class _Child:
         self._send(pickle.dumps(encode(block)))
 
     def _send(self, data: bytes) -> None:
-        try:
+        with suppress(OSError):  # where it died, the pool finds out when it reads
             self.connection.send_bytes(data)
-        except OSError:
-            pass  # it died; the pool finds out when it reads
 
     def stop(self) -> None:
         self.connection.close()
@@ -53,7 +52,7 @@ class _Child:
 
 
 def run(blocks: Callable[[], Iterable[Block]], job: Job, workers: int) -> Iterator[Record]:
-    """Records of the blocks as they are finished. Raises what a worker raised, and WorkerError when workers only die."""
+    """Records of the blocks as they are finished. Raises what a worker raised; WorkerError when workers only die."""
     pool = _Pool(pickle.dumps(job), workers)
     listing = _Ahead(blocks())
     try:

@@ -1,4 +1,4 @@
-"""Ray Data: the listing streams out of one task that needs no CPU, blocks go through pools of actors, records come back.
+"""Ray Data: the listing streams out of one task that needs no CPU, blocks pass pools of actors, records come back.
 
 Only blocks of work items travel (and, in a split plan, what the first group made of them). Ray retries a lost actor's
 block for ever; the crash marks in the gallery see to it that one image cannot make use of that.
@@ -93,7 +93,7 @@ def _configure() -> None:
     context.enable_progress_bars = False
     # One row is one block of work: without this Ray would gather rows until they fill 128 MiB.
     context.target_max_block_size = 1
-    context.print_on_execution_start = False  # type: ignore[attr-defined]
+    context.print_on_execution_start = False
 
 
 def _listing(blocks: Callable[[], Iterable[Block]]) -> Any:

@@ -98,8 +98,10 @@ def main() -> None:
                 bare = bare_rate(photos)
                 rate, first, summary = facepipe_rate(photos, runner)
                 stages = "  ".join(f"{k} {v / summary.images * 1e3:.1f}" for k, v in summary.stage_seconds.items())
-                print(f"  facepipe {runner}: {rate:.1f} images/s steady, {summary.faces} faces in {summary.images} images, "
-                      f"first record after {first:.1f} s, ms per image: {stages}; ratio {rate / bare:.2f}")
+                print(
+                    f"  facepipe {runner}: {rate:.1f} images/s steady, {summary.faces} faces in {summary.images} images, "
+                    f"first record after {first:.1f} s, ms per image: {stages}; ratio {rate / bare:.2f}"
+                )
                 ratios[runner].append(rate / bare)
                 rates[runner].append(rate)
         sample = sorted(str(p) for p in photos.glob("000-*"))
@@ -107,8 +109,10 @@ def main() -> None:
         dlib = dlib_rate(sample[::step]) if args.baseline_photos else float("nan")
     for runner, values in ratios.items():
         median = statistics.median(values)
-        print(f"{runner}: {median:.2f} of the bare loop (median of {len(values)}, {min(values):.2f} to {max(values):.2f}), "
-              f"{statistics.median(rates[runner]) / dlib:.1f} times face_recognition")
+        print(
+            f"{runner}: {median:.2f} of the bare loop (median of {len(values)}, {min(values):.2f} to {max(values):.2f}), "
+            f"{statistics.median(rates[runner]) / dlib:.1f} times face_recognition"
+        )
 
 
 if __name__ == "__main__":

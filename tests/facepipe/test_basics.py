@@ -18,7 +18,12 @@ from pipelines.embed import EmbedConfig
 def test_ids_are_stable() -> None:
     assert image_id(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
     assert face_id("a.jpg", "00", 0) == face_id("a.jpg", "00", 0) <= MASK_63
-    assert len({face_id("a.jpg", "00", 0), face_id("a.jpg", "00", 1), face_id("b.jpg", "00", 0), face_id("a.jpg", "01", 0)}) == 4
+    assert (
+        len(
+            {face_id("a.jpg", "00", 0), face_id("a.jpg", "00", 1), face_id("b.jpg", "00", 0), face_id("a.jpg", "01", 0)}
+        )
+        == 4
+    )
     assert hash64("ab", "c") != hash64("a", "bc")
 
 

@@ -137,7 +137,11 @@ SEEDS = [save(picture().convert(mode), kind, **options) for kind, mode, options 
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.integers(0, 4000))
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    st.integers(0, 4000),
+)
 def test_mutated_headers_never_raise_anything_else(seed: bytes, changes: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(seed[: len(seed) - cut] if cut < len(seed) else seed)
     for at, value in changes:

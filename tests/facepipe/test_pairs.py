@@ -81,7 +81,12 @@ def test_lfw_file(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("a,b\n1,2\n", "neither"), ("file_x,file_y,same\na.jpg,b.jpg,perhaps\n", "line 2"), ("1\t1\nAnn\tx\t4\nAnn\t1\tBo\t1\n", "line 2")],
+    [
+        ("", "is empty"),
+        ("a,b\n1,2\n", "neither"),
+        ("file_x,file_y,same\na.jpg,b.jpg,perhaps\n", "line 2"),
+        ("1\t1\nAnn\tx\t4\nAnn\t1\tBo\t1\n", "line 2"),
+    ],
 )
 def test_wrong_files_are_named(text: str, message: str, tmp_path) -> None:
     (tmp_path / "pairs.csv").write_text(text)
@@ -91,4 +96,7 @@ def test_wrong_files_are_named(text: str, message: str, tmp_path) -> None:
 
 def test_csv(tmp_path) -> None:
     (tmp_path / "pairs.csv").write_text("file_x,file_y,same\n./a.jpg,f/b.png,1\nc.jpg,d.jpg,False\n")
-    assert [(p.left, p.right, p.same) for p in read_pairs(tmp_path / "pairs.csv")] == [("a", "f/b", True), ("c", "d", False)]
+    assert [(p.left, p.right, p.same) for p in read_pairs(tmp_path / "pairs.csv")] == [
+        ("a", "f/b", True),
+        ("c", "d", False),
+    ]

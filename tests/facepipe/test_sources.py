@@ -29,7 +29,15 @@ def labels(found: list[WorkItem]) -> dict[str, str | None]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Two people, a flat file, text, hidden files, an upper-case extension."""
-    for name in ("Ann/Ann_1.jpg", "Ann/Ann_2.JPG", "Bo_B/Bo_B_1.png", "flat_1.webp", "Ann/notes.txt", ".hidden.jpg", "Bo_B/._x.jpg"):
+    for name in (
+        "Ann/Ann_1.jpg",
+        "Ann/Ann_2.JPG",
+        "Bo_B/Bo_B_1.png",
+        "flat_1.webp",
+        "Ann/notes.txt",
+        ".hidden.jpg",
+        "Bo_B/._x.jpg",
+    ):
         path = tmp_path / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
@@ -48,7 +56,12 @@ def test_folder(tree: Path) -> None:
 
 def test_identity_rules(tree: Path) -> None:
     assert labels(items(tree, identity="filename"))["Bo_B_1.png"] == "Bo_B"
-    assert labels(items(tree, identity="folder")) == {"Ann_1.jpg": "Ann", "Ann_2.JPG": "Ann", "Bo_B_1.png": "Bo_B", "flat_1.webp": None}
+    assert labels(items(tree, identity="folder")) == {
+        "Ann_1.jpg": "Ann",
+        "Ann_2.JPG": "Ann",
+        "Bo_B_1.png": "Bo_B",
+        "flat_1.webp": None,
+    }
     assert set(labels(items(tree, identity="none")).values()) == {None}
     assert from_filename("x/obama_1.jpg") == "obama"
     assert from_filename("x/obama.jpg") is None
@@ -65,7 +78,12 @@ def test_glob(tree: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "matches", "does_not"),
-    [("*.jpg", "a.jpg", "b/a.jpg"), ("**/*.jpg", "a.jpg", "a.png"), ("**/*.jpg", "x/y/a.jpg", "a.jpgx"), ("a?.t*", "ab.tar", "a/.tar")],
+    [
+        ("*.jpg", "a.jpg", "b/a.jpg"),
+        ("**/*.jpg", "a.jpg", "a.png"),
+        ("**/*.jpg", "x/y/a.jpg", "a.jpgx"),
+        ("a?.t*", "ab.tar", "a/.tar"),
+    ],
 )
 def test_glob_patterns(pattern: str, matches: str, does_not: str) -> None:
     import re
@@ -112,7 +130,13 @@ def write_tar(path: Path, members: dict[str, bytes], repeat: str | None = None) 
 
 
 def test_tar(tmp_path: Path) -> None:
-    members = {"000.jpg": b"one", "000.cls": b"7", "001.png": b"two!", "001.json": json.dumps({"label": "Ann"}).encode(), "002.txt": b"-"}
+    members = {
+        "000.jpg": b"one",
+        "000.cls": b"7",
+        "001.png": b"two!",
+        "001.json": json.dumps({"label": "Ann"}).encode(),
+        "002.txt": b"-",
+    }
     path = write_tar(tmp_path / "shard-0.tar", members, repeat="000.jpg")
     found = items(path)
     assert [(item.identity, item.length) for item in found] == [("7", 3), ("Ann", 4), (None, 5)]
@@ -159,7 +183,10 @@ def test_parquet(tmp_path: Path, tree: Path) -> None:
     [
         ("Ann/Ann_1.jpg 0\nBo_B/Bo_B_1.png 1\n", {"Ann_1.jpg": "0", "Bo_B_1.png": "1"}),  # CASIA-WebFace-112X96.txt
         ("000001.jpg 2880\n000002.jpg 2937\n", {"000001.jpg": "2880", "000002.jpg": "2937"}),  # identity_CelebA.txt
-        ("m.0107_f/5-FaceId-0.jpg 0\nm.0107_f/7-FaceId-0.jpg 0\n", {"5-FaceId-0.jpg": "0", "7-FaceId-0.jpg": "0"}),  # MS-Celeb
+        (
+            "m.0107_f/5-FaceId-0.jpg 0\nm.0107_f/7-FaceId-0.jpg 0\n",
+            {"5-FaceId-0.jpg": "0", "7-FaceId-0.jpg": "0"},
+        ),  # MS-Celeb
         ("a b/c d.jpg\te f\nx.jpg\ty\n", {"c d.jpg": "e f", "x.jpg": "y"}),
         ("with space.jpg\nother one.jpg\n", {"with space.jpg": None, "other one.jpg": None}),
         ('file,identity\n"a,1.jpg",Ann\nb.jpg,\n', {"a,1.jpg": "Ann", "b.jpg": None}),

@@ -58,7 +58,9 @@ def workers(driver: int, name: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("trial", range(TRIALS))
-def test_kill_local(trial: int, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path) -> None:
+def test_kill_local(
+    trial: int, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path
+) -> None:
     expected, seconds = undisturbed
     rng = random.Random(trial)
     gallery = tmp_path / "g"
@@ -80,7 +82,9 @@ def test_kill_local(trial: int, corpus: Path, undisturbed: tuple[list[dict[str, 
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
-def test_kill_ray(victim: str, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path) -> None:
+def test_kill_ray(
+    victim: str, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path
+) -> None:
     gallery = tmp_path / "g"
     driver = start(corpus, gallery, "ray")
     deadline = time.monotonic() + 60

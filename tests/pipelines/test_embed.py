@@ -90,15 +90,23 @@ def containers(photos: list[Path], root: Path) -> dict[str, Path]:
     with tarfile.open(root / "shard.tar", "w") as tar:
         for photo in photos:
             tar.add(photo, photo.name)
-    pq.write_table(pa.table({"bytes": [p.read_bytes() for p in photos], "identity": names}), root / "b.parquet", row_group_size=3)
+    pq.write_table(
+        pa.table({"bytes": [p.read_bytes() for p in photos], "identity": names}), root / "b.parquet", row_group_size=3
+    )
     pq.write_table(pa.table({"uri": [str(folder / n) for n in names]}), root / "u.parquet")
     (root / "list.txt").write_text("".join(f"folder/{name} {n}\n" for n, name in enumerate(names)))
-    return {"folder": folder, "tar": root / "shard.tar", "bytes": root / "b.parquet", "uris": root / "u.parquet", "list": root / "list.txt"}
+    return {
+        "folder": folder,
+        "tar": root / "shard.tar",
+        "bytes": root / "b.parquet",
+        "uris": root / "u.parquet",
+        "list": root / "list.txt",
+    }
 
 
 def test_the_same_faces_whatever_the_container_batch_worker_and_runner(photos: Path, tmp_path: Path) -> None:
     """Show 6, on real photos with the real models."""
-    chosen = sorted(photos.glob("*.jpg"), key=lambda p: p.stat().st_size)[:14] + [photos / "img54.jpg"]
+    chosen = [*sorted(photos.glob("*.jpg"), key=lambda p: p.stat().st_size)[:14], photos / "img54.jpg"]
     places = containers(chosen, tmp_path)
     ways: list[tuple[str, Settings]] = [
         ("folder", {"runner": "inline", "batch": 1, "workers": 1}),
@@ -211,7 +219,9 @@ def test_one_writer_at_a_time(drawings: Path, fakes: Settings, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("runner", ["inline", "local", "ray"])
-def test_a_worker_that_cannot_start_says_why(runner: str, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_says_why(
+    runner: str, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "fakes" / "face_recognition_models"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -1,0 +1,74 @@
+"""Writes docs/commands.md from the commands' own help: `python -m jobs.reference`."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import typer
+
+from jobs.cli import app
+from pipelines.embed import EmbedConfig
+
+_HEAD = """# Commands
+
+Written by `python -m jobs.reference docs/commands.md` from the commands' help.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but
+above the error budget; 130 and 143 interrupted by Ctrl-C or SIGTERM with everything finished so far committed.
+"""
+
+_SETTINGS = """
+## Settings
+
+For `--config FILE.toml`, one section a heading, and for `--set section.key=value`, which wins. What follows comes from
+the configuration classes, where the defaults live.
+"""
+
+
+def main(path: str) -> None:
+    """Write the reference."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(_HEAD + "".join(section(name, command) for name, command in commands()) + settings())
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """(name, command) of every command, those of groups included."""
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        yield from ((f"{name} {sub}", c) for sub, c in inner.items()) if inner else [(name, command)]
+
+
+def section(name: str, command: Any) -> str:
+    """One command."""
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    usage = " ".join(["facepipe", name, *(p.metavar or p.name.upper() for p in arguments), "[OPTIONS]"])
+    lines = [f"\n## facepipe {name}\n", f"    {usage}\n", inspect.cleandoc(command.help) + "\n"]
+    lines += ["| argument or option | meaning |", "|---|---|"]
+    for p in command.params:
+        names = p.metavar or p.name.upper() if p.param_type_name == "argument" else ", ".join(f"`{o}`" for o in p.opts)
+        lines.append(f"| {names} | {p.help or ''} |" if p.name != "help" else "")
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def settings() -> str:
+    """Every key of the configuration, its default, and what its section's docstring says of it."""
+    lines = [_SETTINGS]
+    for part in fields(EmbedConfig):
+        kind = type(getattr(EmbedConfig(), part.name))
+        lines += [
+            f"\n### [{part.name}]\n",
+            "```",
+            inspect.cleandoc(kind.__doc__ or ""),
+            "```\n",
+            "| key | default |",
+            "|---|---|",
+        ]
+        lines += [f"| `{part.name}.{f.name}` | `{f.default!r}` |" for f in fields(kind)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,177 @@
+"""The gallery: filters agree with memory, damage is found, versions stay readable."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs as fs
+import pyarrow.parquet as pq
+import pytest
+from helpers import embed, rows
+
+import facepipe
+from facepipe.errors import ConfigError, GalleryError
+from facepipe.gallery.export import export
+from facepipe.gallery.report import describe
+from facepipe.gallery.verify import verify
+
+
+@pytest.fixture
+def path(drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> str:
+    (tmp_path / "drawings").mkdir()
+    for folder in drawings.iterdir():
+        (tmp_path / "drawings" / folder.name).symlink_to(folder)
+    (tmp_path / "drawings" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    embed(tmp_path / "drawings", tmp_path / "g", fakes)
+    return str(tmp_path / "g")
+
+
+def test_rows_as_arrow_pandas_and_numpy(path: str) -> None:
+    gallery = facepipe.Gallery(path)
+    ids, vectors = gallery.vectors()
+    assert vectors.shape == (len(ids), 128)
+    assert vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert gallery.counts() == {"images": 61, "faces": len(ids), "ok": 40, "decode_error": 1, "no_face": 20}
+    frame = gallery.to_pandas(["uri", "identity", "det_score"], where="identity = 'person1' and det_score is not null")
+    assert set(frame["identity"]) == {"person1"}
+    few, _ = gallery.vectors("identity in ('person1',)")
+    assert 0 < len(few) < len(ids)
+    assert sum(batch.num_rows for batch in gallery.batches(["uri"], rows=7)) == gallery.to_arrow(["uri"]).num_rows
+    with pytest.raises(GalleryError, match="columns are"):
+        gallery.to_arrow(["embeding"])
+    with pytest.raises(ConfigError, match="no column 'statu'"):
+        gallery.to_arrow(where="statu = 'ok'")
+
+
+def test_filters_on_every_column_agree_with_memory(path: str) -> None:
+    """Readers pass over files by the log's statistics; incomplete ones make them pass over too much."""
+    gallery = facepipe.Gallery(path)
+    everything = gallery.to_arrow()
+    memory, table = ds.dataset(everything), gallery.dataset()
+    for field in everything.schema:
+        column = ds.field(field.name)
+        filters = [column.is_valid(), column.is_null()]
+        if not pa.types.is_nested(field.type):
+            for value in [v for v in everything[field.name].to_pylist() if v is not None][:3]:
+                scalar = pa.scalar(value, field.type)
+                filters += [column == scalar, column != scalar, column < scalar, column >= scalar]
+        for chosen in filters:
+            assert table.count_rows(filter=chosen) == memory.count_rows(filter=chosen), str(chosen)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("status = 'ok'", 1),
+        ("status <> 'ok'", 1),
+        ("face_index = 0 AND NOT status != 'ok'", 1),
+        ("face_index is null or face_index >= 0", 1),
+    ],
+)
+def test_filters_as_text(path: str, text: str, count: int) -> None:
+    gallery = facepipe.Gallery(path)
+    frame = gallery.to_pandas()
+    expected = {
+        "status = 'ok'": (frame["status"] == "ok").sum(),
+        "status <> 'ok'": (frame["status"] != "ok").sum(),
+        "face_index = 0 AND NOT status != 'ok'": (frame["face_index"] == 0).sum(),
+        "face_index is null or face_index >= 0": len(frame),
+    }[text]
+    assert len(gallery.to_pandas(["uri"], text)) == expected > 0
+
+
+def test_old_versions_stay_readable(path: str, drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
+    before = facepipe.Gallery(path)
+    count = before.counts()["images"]
+    embed(drawings / "person0", path, fakes)
+    assert facepipe.Gallery(path).counts()["images"] == count + 20
+    assert facepipe.Gallery(path, version=before.version).counts()["images"] == count
+
+
+def damage(path: str, how: str) -> None:
+    file = max((Path(path) / "faces").glob("*.parquet"), key=lambda p: p.stat().st_size)
+    table = pq.ParquetFile(file).read()
+    data = bytearray(file.read_bytes())
+    if how == "flipped":
+        data[len(data) // 3] ^= 1
+        file.write_bytes(bytes(data))
+    elif how == "cut":
+        file.write_bytes(bytes(data[: len(data) // 2]))
+    elif how == "deleted":
+        file.unlink()
+    elif how == "rows":
+        pq.write_table(table.slice(1), file)
+    elif how == "twice":
+        pq.write_table(pa.concat_tables([table, table]), file)
+    else:
+        n = table.schema.get_field_index("embedding")
+        longer = pa.array(
+            [None if v is None else [2 * x for x in v] for v in table["embedding"].to_pylist()],
+            table.schema.field(n).type,
+        )
+        pq.write_table(table.set_column(n, table.schema.field(n), longer), file)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("flipped", "checksum|cannot be read"),
+        ("cut", "cannot be read"),
+        ("deleted", "no such file"),
+        ("rows", "the log says"),
+        ("twice", "occur twice"),
+        ("norms", "norm is not 1"),
+    ],
+)
+def test_verify_finds_damage(path: str, how: str, said: str) -> None:
+    assert verify(facepipe.Gallery(path)).problems == []
+    damage(path, how)
+    assert __import__("re").search(said, "\n".join(verify(facepipe.Gallery(path)).problems))
+
+
+def test_export(path: str, tmp_path: Path) -> None:
+    gallery = facepipe.Gallery(path)
+    out = str(tmp_path / "out")
+    assert (
+        export(gallery, out, ["uri", "embedding"], "status = 'ok'")
+        == pq.read_table(out).num_rows
+        == len(gallery.vectors()[0])
+    )
+    assert pq.read_table(out).column_names == ["uri", "embedding"]
+    with pytest.raises(GalleryError, match="not an empty folder"):
+        export(gallery, out)
+
+
+def test_what_is_no_gallery_is_said(tmp_path: Path) -> None:
+    with pytest.raises(GalleryError, match="no gallery at"):
+        facepipe.Gallery(tmp_path)
+    (tmp_path / "faces" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "faces" / "_delta_log" / "00000000000000000000.json").write_text("{broken")
+    with pytest.raises(GalleryError, match=r"cannot be read|no gallery"):
+        facepipe.Gallery(tmp_path)
+
+
+def test_describe(path: str) -> None:
+    found = describe(facepipe.Gallery(path))
+    assert found["errors"] == [{"status": "decode_error", "error": "header ends early", "images": 1}]
+    assert found["runs"][-1]["images"] == 61
+    assert found["contract"]["embedder"] == "fake-embedder"
+
+
+def test_other_delta_readers_see_the_same_rows(path: str) -> None:
+    import deltalake
+
+    native = fs.SubTreeFileSystem(path + "/faces", fs.LocalFileSystem())
+    assert deltalake.DeltaTable(path + "/faces").to_pyarrow_table(filesystem=native).num_rows == len(rows(path))
+
+
+def test_a_program_that_reads_a_gallery_ends_well(path: str) -> None:
+    """deltalake's own filesystem aborts the interpreter at its end every other time."""
+    code = f"import facepipe; print(len(facepipe.Gallery({path!r}).vectors()[0]))"
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

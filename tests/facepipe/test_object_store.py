@@ -1,0 +1,109 @@
+"""An object store as a source, against an S3 server on this machine."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import draw
+from helpers import embed, rows, same_faces
+from moto.server import ThreadedMotoServer
+
+from facepipe import storage
+from facepipe.errors import ConfigError, SourceError, StorageError
+from facepipe.sources import SourceConfig, open_source
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    storage.bucket_store.cache_clear()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="faces")
+    yield client
+    client.close()
+    server.stop()
+    storage.bucket_store.cache_clear()
+
+
+def fill(client: Any, folder: Path) -> None:
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for n in range(4):
+            data = cv2.imencode(".png", draw(n))[1].tobytes()
+            info = tarfile.TarInfo(f"t{n}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    for n in range(4, 12):
+        place = folder / f"person{n % 2}"
+        place.mkdir(exist_ok=True)
+        cv2.imwrite(str(place / f"ü {n}.png"), draw(n))
+    (folder / "notes.txt").write_text("x")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), "faces", f"set/{path.relative_to(folder)}")
+
+
+def test_a_prefix_gives_the_same_rows_as_the_folder(bucket: Any, fakes: dict[str, Any], tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    fill(bucket, corpus)
+    for runner in ("inline", "local"):
+        summary = embed("s3://faces/set/", tmp_path / f"s3-{runner}", fakes, runner=runner)
+        assert (summary.images, summary.failed, summary.ignored) == (12, 0, 1)
+        again = embed("s3://faces/set/", tmp_path / f"s3-{runner}", fakes, runner=runner)
+        assert (again.images, again.skipped) == (0, 12)
+    embed(corpus, tmp_path / "folder", fakes)
+    same_faces(rows(tmp_path / "s3-inline"), rows(tmp_path / "folder"))
+    found = rows(tmp_path / "s3-inline")
+    assert {row["identity"] for row in found} == {None, "person0", "person1"}
+    assert all(row["uri"].startswith("s3://faces/set/") for row in found)
+
+
+def test_a_changed_object_is_read_again(bucket: Any, fakes: dict[str, Any], tmp_path: Path) -> None:
+    for n in (1, 2):
+        bucket.put_object(Bucket="faces", Key="change/a.png", Body=cv2.imencode(".png", draw(n))[1].tobytes())
+        summary = embed("s3://faces/change", tmp_path / "g", fakes)
+        assert (summary.images, summary.faces) == (1, n)
+    assert len(rows(tmp_path / "g")) == 2
+
+
+def test_parquet_on_an_object_store(bucket: Any, fakes: dict[str, Any], tmp_path: Path) -> None:
+    images = [cv2.imencode(".png", draw(n))[1].tobytes() for n in range(6)]
+    out = io.BytesIO()
+    pq.write_table(pa.table({"bytes": images, "identity": [str(n) for n in range(6)]}), out)
+    bucket.put_object(Bucket="faces", Key="t.parquet", Body=out.getvalue())
+    assert embed("s3://faces/t.parquet", tmp_path / "g", fakes).images == 6
+
+
+def test_what_is_not_there_is_said(bucket: Any, fakes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no image"):
+        embed("s3://faces/none", tmp_path / "g", fakes)
+    with pytest.raises(StorageError, match="cannot list s3://absent") as caught:
+        embed("s3://absent/x", tmp_path / "g", fakes)
+    assert "secret-of-the-test" not in str(caught.value)
+    with pytest.raises(ConfigError, match="names no bucket"):
+        open_source(SourceConfig("s3://"))
+    (tmp_path / "l.csv").write_text("uri\ns3://faces/gone.jpg\n")
+    summary = embed(tmp_path / "l.csv", tmp_path / "g2", fakes)
+    assert summary.statuses == {"read_error": 1}
+
+
+def test_a_gallery_in_an_object_store_is_refused_for_now(bucket: Any, drawings: Path, fakes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not supported yet"):
+        embed(drawings, "s3://faces/gallery", fakes)

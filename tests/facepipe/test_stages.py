@@ -1,0 +1,153 @@
+"""The stages on real photos: what they find does not depend on the scale at which an image was decoded."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+import facepipe
+from facepipe.errors import ConfigError
+from facepipe.imaging.decode import decode
+from facepipe.imaging.header import probe
+from facepipe.schema import FACES, WORK_ITEM, conform
+from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
+from facepipe.stages.columns import buffers, float_lists, images, pack, ragged, vectors
+
+
+def chain(working_side: int = 640, batch: int = 16) -> Chain:
+    stages = (Read(), Decode(working_side=working_side), Detect(), Align(), Embed())
+    return Chain(stages, batch)
+
+
+def table(paths: list[Path]) -> pa.Table:
+    return pa.Table.from_pylist([{"uri": p.name, "path": str(p).encode()} for p in paths], schema=WORK_ITEM)
+
+
+def test_every_stage_is_a_frozen_config_that_names_its_columns() -> None:
+    stages = [Read(), Decode(), Detect(), Align(), Embed()]
+    check_chain(stages, WORK_ITEM.names)
+    typed: list[Stage] = [*stages]
+    for stage in typed:
+        with pytest.raises(AttributeError):
+            stage.anything = 1  # type: ignore[attr-defined]
+
+
+def test_stages_keep_their_word(photos: Path) -> None:
+    found = table([photos / "img27.jpg", photos / "img5.jpg"])
+    for stage in chain().stages:
+        before = set(found.column_names)
+        stage.setup()
+        found = stage(found)
+        assert set(stage.adds) <= set(found.column_names)
+        assert not set(found.column_names) - before - set(stage.adds)
+    missing = set(FACES.names) - set(found.column_names) - {"source", "ingested_at"}
+    assert not missing
+    assert conform(found).schema == FACES
+
+
+def test_reduced_decoding_moves_embeddings_little(photos: Path) -> None:
+    """DCT-scaled decoding against full decoding: the same faces, and vectors that differ by far less than people do."""
+    paths = [photos / f"{name}.jpg" for name in ("img4", "img54", "couple", "img67", "img2", "img31")]
+    reduced, full = chain(640)(table(paths)), chain(1 << 20)(table(paths))
+    assert reduced["uri"].equals(full["uri"])
+    apart = np.linalg.norm(vectors(reduced["embedding"], 128) - vectors(full["embedding"], 128), axis=1)
+    sharp = np.array(full["sharpness"].to_pylist()) > 50
+    assert sharp.sum() >= 7
+    assert np.median(apart[sharp]) < 0.06
+    assert apart[sharp].max() < 0.15, "two people are 0.41 apart and more"
+
+
+def test_a_small_face_in_a_large_photo_is_cut_from_the_full_image(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without decoding again its chip would be enlarged from a few pixels, and blurred."""
+    data = (photos / "img2.jpg").read_bytes()
+    photo = decode(data, probe(data))
+    canvas = np.full((3000, 4200, 3), 128, np.uint8)
+    canvas[800 : 800 + photo.shape[0], 900 : 900 + photo.shape[1]] = photo
+    out = io.BytesIO()
+    Image.fromarray(canvas).save(out, "JPEG", quality=95)
+    path_columns = {"uri": "x", "path": b"x"}
+    item = pa.Table.from_pylist([path_columns], schema=WORK_ITEM)
+    monkeypatch.setattr("facepipe.storage.read", lambda *_: out.getvalue())
+    found = chain()(item)
+    (sharp,) = found["sharpness"].to_pylist()
+    monkeypatch.setattr("facepipe.stages.align.larger", lambda data, wanted, pixels: pixels)
+    blurred = chain()(item)["sharpness"].to_pylist()[0]
+    assert sharp > 1.2 * blurred
+    assert found["width"].to_pylist() == [4200]
+
+
+def test_mirror_images_have_mirrored_figures(photos: Path) -> None:
+    data = (photos / "img6.jpg").read_bytes()
+    image = decode(data, probe(data))
+    result, mirrored = facepipe.encode([image, np.ascontiguousarray(image[:, ::-1])])
+    a, b = result.faces[0], mirrored.faces[0]
+    assert a.yaw == pytest.approx(-b.yaw, abs=4)
+    assert a.roll == pytest.approx(-b.roll, abs=2)
+    assert np.linalg.norm(a.embedding - b.embedding) < 0.1, "the flip is averaged in"
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_turned_photos_give_the_same_face(photos: Path, orientation: int, tmp_path: Path) -> None:
+    image = Image.open(photos / "img5.jpg").convert("RGB")
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "plain.png")
+    image.transpose(turn).save(tmp_path / "turned.png", exif=exif)
+    plain, turned = facepipe.encode([tmp_path / "plain.png", tmp_path / "turned.png"])
+    assert np.abs(plain.faces[0].embedding - turned.faces[0].embedding).max() < 1e-5
+
+
+def test_encode_takes_paths_and_arrays_in_one_list(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    data = (photos / "img5.jpg").read_bytes()
+    array = decode(data, probe(data))
+    found = facepipe.encode(
+        [photos / "img5.jpg", array, tmp_path / "broken.jpg", str(tmp_path / "none.jpg"), array * 0]
+    )
+    assert [r.status for r in found] == ["ok", "ok", "decode_error", "read_error", "no_face"]
+    assert [len(r.faces) for r in found] == [1, 1, 0, 0, 0]
+    assert found[3].error == "no such file or directory"
+    face = found[0].faces[0]
+    assert face.embedding.shape == (128,)
+    assert np.linalg.norm(face.embedding) == pytest.approx(1, abs=1e-5)
+    assert np.abs(face.embedding - found[1].faces[0].embedding).max() < 1e-5
+    assert facepipe.encode([]) == []
+    for wrong in (array.astype(float), array[..., 0], np.empty((0, 5, 3), np.uint8)):
+        with pytest.raises(ConfigError, match="uint8 RGB"):
+            facepipe.encode([wrong])
+
+
+def test_faces_of_a_mirrored_border_are_not_reported(photos: Path) -> None:
+    data = (photos / "img5.jpg").read_bytes()
+    image = decode(data, probe(data))
+    (whole,) = facepipe.encode([image])
+    x1, y1, x2, y2 = whole.faces[0].box.astype(int)
+    tight = np.ascontiguousarray(image[y1:y2, x1:x2])  # the face touches every side
+    (found,) = facepipe.encode([tight])
+    h, w = tight.shape[:2]
+    assert len(found.faces) == 1
+    centre = found.faces[0].box.reshape(2, 2).mean(0)
+    assert 0 <= centre[0] <= w
+    assert 0 <= centre[1] <= h
+
+
+def test_columns_round_trip() -> None:
+    arrays = [np.arange(n * 3 * 3, dtype=np.uint8).reshape(n, 3, 3) for n in (1, 2, 4)]
+    column = pack([arrays[0], None, arrays[1], b"abc", arrays[2]])
+    views = list(buffers(column))
+    assert views[1] is None
+    assert bytes(views[3] or b"") == b"abc"
+    assert np.shares_memory(np.frombuffer(views[0] or b"", np.uint8), arrays[0]), "nothing is copied"
+    t = pa.table({"pixels": pack([arrays[2], None]), "pixels_height": [4, None], "pixels_width": [3, None]})
+    first, second = images(t)
+    assert np.array_equal(first, arrays[2])  # type: ignore[arg-type]
+    assert second is None
+    lists = float_lists(np.eye(2, 3, dtype=np.float32), np.array([True, False, True]))
+    assert lists.to_pylist() == [[1, 0, 0], None, [0, 1, 0]]
+    assert ragged([np.ones(2, np.float32), np.empty((0, 4), np.float32)]).to_pylist() == [[1, 1], []]

@@ -1,0 +1,200 @@
+"""The command line as a person meets it: results, messages, exit codes, help, and the docs that must mention it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from conftest import REPOSITORY, draw
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.reference import commands, main
+
+FAKES = ["--set", "detect.model=fake-detector", "--set", "embed.model=fake-embedder", "--runner", "inline", "--quiet"]
+
+
+def call(*words: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def gallery(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "g"
+    assert call("embed", drawings, path, *FAKES)[0] == 0
+    return path
+
+
+def test_embed_and_read_back(drawings: Path, gallery: Path, tmp_path: Path) -> None:
+    code, out, _ = call("embed", drawings, gallery, *FAKES, "--json")
+    found = json.loads(out)
+    assert (code, found["skipped"], found["images"]) == (0, 60, 0)
+    code, out, _ = call("info", gallery, "--json")
+    assert json.loads(out)["counts"]["images"] == 60
+    assert call("info", gallery)[0] == 0
+    code, out, _ = call("verify", gallery)
+    assert (code, "sound" in out) == (0, True)
+    code, out, _ = call("export", gallery, tmp_path / "out", "--columns", "uri,identity", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 80)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["embed", "/no/such", "g"], 1, "no such file or folder"),
+        (["embed", "{drawings}", "g", "--set", "detect.sise=3"], 2, "did you mean detect.size"),
+        (["embed", "{drawings}", "g", "--set", "nonsense"], 2, "section.key=value"),
+        (["embed", "{drawings}", "g", "--identity", "nobody"], 2, "source.identity"),
+        (["embed", "{drawings}", "g", "--config", "/none.toml"], 2, "cannot read the config"),
+        (["embed", "{drawings}", "g", "--set", "embed.model=facenet", "--runner", "inline"], 1, "registered are"),
+        (["embed", "{drawings}"], 2, "GALLERY"),
+        (["embed", "{drawings}", "g", "--wrong"], 2, "--wrong"),
+        (["info", "/no/gallery"], 1, "no gallery at"),
+        (["verify", "/no/gallery"], 1, "no gallery at"),
+        (["export", "{gallery}", "/tmp", "--columns", "uri"], 1, "not an empty folder"),
+        (["export", "{gallery}", "out", "--where", "nothing = 3"], 2, "no column 'nothing'"),
+        (["evaluate", "pairs", "{gallery}", "/no/pairs.txt"], 1, "cannot read the pairs file"),
+        (["embedd"], 2, "No such command"),
+    ],
+)
+def test_wrong_words(
+    words: list[str],
+    code: int,
+    message: str,
+    drawings: Path,
+    gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, _, err = call(*(w.format(drawings=drawings, gallery=gallery) for w in words))
+    assert found == code
+    assert message in " ".join(err.split())
+
+
+def test_all_failing_is_one_and_too_many_is_three(tmp_path: Path) -> None:
+    corpus = tmp_path / "c"
+    corpus.mkdir()
+    (corpus / "bad.jpg").write_bytes(b"x")
+    code, _, err = call("embed", corpus, tmp_path / "g", *FAKES)
+    assert (code, "all 1 images failed" in err) == (1, True)
+    cv2.imwrite(str(corpus / "good.png"), draw(1))
+    (corpus / "bad2.jpg").write_bytes(b"y")
+    assert call("embed", corpus, tmp_path / "h", *FAKES)[0] == 0
+    code, _, err = call("embed", corpus, tmp_path / "i", *FAKES, "--max-failed", "0.5")
+    assert (code, "2 of 3 images failed" in err) == (3, True)
+
+
+def test_a_config_file_and_settings(drawings: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(
+        '[detect]\nmodel = "fake-detector"\n[embed]\nmodel = "fake-embedder"\n[align]\nthumbs = false\n'
+    )
+    assert call("embed", drawings, tmp_path / "g", "--config", tmp_path / "c.toml", "--runner", "inline")[0] == 0
+    assert call("info", tmp_path / "g")[0] == 0
+
+
+def test_pairs(gallery: Path, tmp_path: Path) -> None:
+    lines = ["file_x,file_y,same"]
+    lines += [f"p1_{a:03d}.png,p{(a + d) % 3}_{a + d:03d}.png,{int(d == 0)}" for a in (1, 4, 7, 10) for d in (0, 1)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    code, out, _ = call(
+        "evaluate", "pairs", gallery, tmp_path / "pairs.csv", "--json", "--picture", tmp_path / "roc.png"
+    )
+    found = json.loads(out)
+    assert (code, found["pairs"], found["accuracy"], found["auc"]) == (0, 8, 1.0, 1.0)
+    assert (tmp_path / "roc.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "pairs.csv").write_text("file_x,file_y,same\nnot-there.png,p1_001.png,1\n")
+    code, _, err = call("evaluate", "pairs", gallery, tmp_path / "pairs.csv")
+    assert (code, "are not in the gallery, such as not-there" in err) == (1, True)
+
+
+def test_models_and_doctor() -> None:
+    assert "public domain" in call("models", "--json")[1]
+    code, out, _ = call("doctor", "--json")
+    states = {row["what"]: row["state"] for row in json.loads(out)["findings"]}
+    assert (code, states["dlib-resnet"], states["retinaface-mnet025"]) == (0, "ok", "ok")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_keeps_what_is_done(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    corpus = tmp_path / "c"
+    corpus.mkdir()
+    for n in range(400):
+        cv2.imwrite(str(corpus / f"{n:03d}.png"), cv2.resize(draw(n), (600, 600), interpolation=cv2.INTER_NEAREST))
+    small = ["--set", "run.block_smallest=4", "--set", "run.block_largest=4", "--runner", "local", "--workers", "1"]
+    command = [sys.executable, "-m", "jobs.cli", "embed", str(corpus), str(tmp_path / "g"), *FAKES[:4], *small]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
+    deadline = time.monotonic() + 30
+    while len(list((tmp_path / "g").glob("faces/*.parquet"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "the same command goes on from there" in err
+    assert "Traceback" not in err
+    done = json.loads(call("info", tmp_path / "g", "--json")[1])["counts"]["images"]
+    assert 0 < done < 400
+    out = json.loads(call("embed", corpus, tmp_path / "g", *FAKES, "--json")[1])
+    assert (out["skipped"], out["images"]) == (done, 400 - done)
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_every_command_has_help_an_example_and_a_place_in_the_docs(name: str, command: Any) -> None:
+    assert command.help
+    assert f"facepipe {name}" in command.help, "an example"
+    assert all(getattr(option, "help", None) for option in command.params), "every option says what it does"
+    docs = (REPOSITORY / "docs" / "commands.md").read_text()
+    assert f"## facepipe {name}" in docs
+    for option in command.params:
+        for word in getattr(option, "opts", []):
+            if word.startswith("--") and word != "--help":
+                assert f"`{word}`" in docs.partition(f"## facepipe {name}")[2].split("\n## ")[0], f"{name} {word}"
+
+
+def test_the_reference_is_up_to_date(tmp_path: Path) -> None:
+    main(str(tmp_path / "commands.md"))
+    assert (tmp_path / "commands.md").read_text() == (REPOSITORY / "docs" / "commands.md").read_text()
+
+
+def test_help_lists_the_commands() -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(name.split()[0] in out for name, _ in commands())
+
+
+def test_lfw_view_2(shared: Path, tmp_path: Path) -> None:
+    """Show 2: the whole protocol on the images at hand, five of its ten folds."""
+    from facepipe.evaluation.pairs import evaluate_pairs
+    from facepipe.gallery import Gallery
+    from facepipe.sources import SourceConfig
+    from pipelines.embed import EmbedConfig, RunConfig, run
+
+    source = SourceConfig(str(shared / "data" / "lfw-dev" / "images"))
+    summary = run(EmbedConfig(source, run=RunConfig(runner="local")), str(tmp_path / "g"))
+    assert (summary.images, summary.failed) == (3811, 0)
+    result = evaluate_pairs(Gallery(tmp_path / "g"), shared / "data" / "lfw-dev" / "pairs.txt")
+    assert (result.pairs, result.folds, result.without_face) == (3000, 5, 0)
+    assert result.accuracy >= 0.992
+    assert result.tar["0.001"] is not None
+    assert result.tar["0.001"] >= 0.975
+
+
+def test_photos(shared: Path, tmp_path: Path) -> None:
+    """Show 1: at least 36 faces in 32 photos; a second run reads no image and adds no row."""
+    code, out, _ = call(
+        "embed", shared / "data" / "photos-dev", tmp_path / "g", "--runner", "local", "--json", "--quiet"
+    )
+    first = json.loads(out)
+    assert (code, first["images"]) == (0, 32)
+    assert first["faces"] >= 36
+    again = json.loads(call("embed", shared / "data" / "photos-dev", tmp_path / "g", "--json", "--quiet")[1])
+    assert (again["images"], again["rows"], again["skipped"], again["version"]) == (0, 0, 32, first["version"])
