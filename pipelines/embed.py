@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any, Literal
 
 from facepipe import storage
@@ -50,6 +49,10 @@ class RunConfig:
     block_smallest: int = 16
     block_largest: int = 512
     commit_seconds: float = 10.0
+
+    def block_size(self, plan: Plan) -> BlockSize:
+        """How to cut the work for a plan."""
+        return BlockSize(self.block_smallest, self.block_largest, plan.workers)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Summary:
 
 
 Progress = Callable[[Summary], None]
+Blocks = Callable[[], Iterator[Block]]
 
 
 @dataclass(frozen=True)
@@ -174,21 +178,19 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, progress: Pr
     identity = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     runs = os.path.join(gallery.path, "runs")
     shutil.rmtree(runs, ignore_errors=True)  # crash marks of runs that died: the lock says that none is alive
-    listing = Listing(config.source, gallery.path, gallery.version, BlockSize())
-    runner = _choose(config, listing)
-    resources = ray.start() if runner == "ray" else local_resources()
+    plan = make_plan(local_resources(), config.run.workers)
+    listing = Listing(config.source, gallery.path, gallery.version, config.run.block_size(plan))
+    runner, blocks = _choose(config.run, listing)
     try:
-        plan = make_plan(resources, config.run.workers, config.run.layout if runner == "ray" else "fused")
-        size = BlockSize(config.run.block_smallest, config.run.block_largest, plan.workers)
-        listing = replace(listing, size=size)
+        if runner == "ray":
+            plan = make_plan(ray.start(), config.run.workers, config.run.layout)
+            blocks = replace(listing, size=config.run.block_size(plan))
         jobs = [
             _job(config, group, n == len(plan.groups) - 1, identity, source, gallery)
             for n, group in enumerate(plan.groups)
         ]
-        records = _records(runner, listing, jobs, plan)
-        return _collect(
-            records, Committer(gallery, identity), Summary(identity, runner, plan.workers), config, progress
-        )
+        summary = Summary(identity, runner, plan.workers)
+        return _collect(_records(runner, blocks, jobs, plan), Committer(gallery, identity), summary, config, progress)
     finally:
         if runner == "ray":
             ray.stop()
@@ -239,22 +241,23 @@ def _figures(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _records(runner: str, listing: Listing, jobs: list[Job], plan: Plan) -> Iterator[Record]:
+def _records(runner: str, blocks: Blocks, jobs: list[Job], plan: Plan) -> Iterator[Record]:
     if runner == "ray":
-        return ray.run(listing, jobs, plan)
-    return inline.run(listing, jobs[0]) if runner == "inline" else local.run(listing, jobs[0], plan.workers)
+        return ray.run(blocks, jobs, plan)
+    return inline.run(blocks, jobs[0]) if runner == "inline" else local.run(blocks, jobs[0], plan.workers)
 
 
-def _choose(config: EmbedConfig, listing: Listing) -> str:
-    """The runner: Ray's start costs some ten seconds, which a small amount of work does not pay for."""
-    if config.run.runner != "auto":
-        return config.run.runner
-    few = 0
-    for block in islice(listing(), config.run.auto_images):
-        few += block.items.num_rows
-        if few > config.run.auto_images:
-            return "ray"
-    return "local"
+def _choose(config: RunConfig, listing: Listing) -> tuple[str, Blocks]:
+    """(runner, blocks): Ray's start costs some ten seconds, which a small amount of work does not pay for."""
+    if config.runner != "auto":
+        return config.runner, listing
+    images, ahead = 0, list[Block]()
+    for block in listing():
+        images += block.items.num_rows
+        ahead.append(block)
+        if images > config.auto_images:
+            return "ray", listing
+    return "local", lambda: iter(ahead)  # listed to its end: that need not be done twice
 
 
 def _open(path: str, contract: Contract) -> Gallery:

@@ -64,11 +64,15 @@ class Known(Protocol):
 
 NEW, CHANGED, SKIP, REPEATED = 0, 1, 2, 3
 _SCREEN = 8192
+_REPORT = 50_000
 
 
 def blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
-    """Blocks of what is to be read, closed by an empty one marked `last` that carries the remaining counts."""
-    number, counts, ignored = 0, np.zeros(4, np.int64), 0
+    """Blocks of what is to be read, closed by one marked `last`.
+
+    Where long stretches of the listing hold nothing to read, empty blocks report how far it is.
+    """
+    cutter = _Cutter(source)
     held: list[tuple[WorkItem, int | None]] = []
     listing = iter(source)
     exhausted = False
@@ -77,20 +81,44 @@ def blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
             items = list(islice(listing, min(_SCREEN, size.lookahead)))
             exhausted = not items
             verdicts, previous = _screen(items, known)
-            counts += np.bincount(verdicts, minlength=4)
+            cutter.count(verdicts)
             held += [
                 (item, int(before) if verdict == CHANGED else None)
                 for item, verdict, before in zip(items, verdicts, previous, strict=True)
                 if verdict in (NEW, CHANGED)
             ]
+            if cutter.passed >= _REPORT:
+                yield cutter.block([])
         if held:
             n = size(len(held))
             part, held = held[:n], held[n:]
-            yield Block(number, _table(part), None, int(counts[SKIP]), int(counts[REPEATED]), source.ignored - ignored)
-            number, ignored = number + 1, source.ignored
-            counts[:] = 0
-    empty = WORK_ITEM.empty_table()
-    yield Block(number, empty, None, int(counts[SKIP]), int(counts[REPEATED]), source.ignored - ignored, last=True)
+            yield cutter.block(part)
+    yield cutter.block([], last=True)
+
+
+class _Cutter:
+    """Numbers the blocks and hands each the counts since the one before."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._number, self._ignored = 0, 0
+        self._counts = np.zeros(4, np.int64)
+
+    @property
+    def passed(self) -> int:
+        """Images passed over since the last block."""
+        return int(self._counts[SKIP] + self._counts[REPEATED])
+
+    def count(self, verdicts: npt.NDArray[np.int8]) -> None:
+        self._counts += np.bincount(verdicts, minlength=4)
+
+    def block(self, part: list[tuple[WorkItem, int | None]], last: bool = False) -> Block:
+        ignored = self._source.ignored - self._ignored
+        skipped, repeated = int(self._counts[SKIP]), int(self._counts[REPEATED])
+        made = Block(self._number, _table(part), None, skipped, repeated, ignored, last)
+        self._number, self._ignored = self._number + 1, self._source.ignored
+        self._counts[:] = 0
+        return made
 
 
 def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
@@ -100,6 +128,8 @@ def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], 
 
 
 def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:
+    if not items:
+        return WORK_ITEM.empty_table()
     columns = [*zip(*(item for item, _ in items), strict=True), [previous for _, previous in items]]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, WORK_ITEM, strict=True)], schema=WORK_ITEM)
 

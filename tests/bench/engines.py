@@ -1,0 +1,68 @@
+"""ONNX Runtime against torch for the default models on one core, and torch on a GPU where there is one.
+
+python tests/bench/engines.py
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import torch
+
+from facepipe.models import card
+from facepipe.models.cards import DLIB_TEMPLATE, dlib_weights, retinaface_net
+from facepipe.models.dlib_resnet import DlibResNet
+from facepipe.models.engines import TorchEmbedder, TorchRetinaFace
+
+LIMITS = (0.7, 0.4)
+
+
+def milliseconds(call: Callable[[], object], items: int, rounds: int = 15) -> float:
+    """Median of the time an item, after two calls that are not counted."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) / items)
+    return statistics.median(times) * 1e3
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng(0)
+    chips = rng.integers(0, 255, (32, 150, 150, 3), np.uint8)
+    frames = rng.integers(0, 255, (8, 480, 640, 3), np.uint8)
+    detectors = {
+        "onnxruntime": card("retinaface-mnet025", "detector").load("cpu", 1, LIMITS),
+        "torch": TorchRetinaFace(retinaface_net(), LIMITS, "cpu"),
+    }
+    net = DlibResNet().load(*dlib_weights())
+    embedders = {
+        "onnxruntime": card("dlib-resnet", "embedder").load("cpu", 1),
+        "torch": TorchEmbedder(net, (150, 150), np.array(DLIB_TEMPLATE), "cpu"),
+    }
+    for n in (1, 8):
+        found = {name: milliseconds(lambda e=e, n=n: e.detect(frames[:n]), n) for name, e in detectors.items()}
+        shown = ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.items())
+        print(f"RetinaFace 640x480, batch {n}: {shown}; torch/onnxruntime {found['torch'] / found['onnxruntime']:.2f}")
+    for n in (2, 8, 32):
+        found = {name: milliseconds(lambda e=e, n=n: e.embed(chips[:n]), n) for name, e in embedders.items()}
+        shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items())
+        print(f"dlib ResNet, batch {n}: {shown}; torch/onnxruntime {found['torch'] / found['onnxruntime']:.2f}")
+    if torch.cuda.is_available():
+        gpu_detector = card("retinaface-mnet025", "detector").load("cuda", 1, LIMITS)
+        gpu_embedder = card("dlib-resnet", "embedder").load("cuda", 1)
+        many = np.repeat(chips, 16, 0)
+        print(
+            f"{torch.cuda.get_device_name()}: RetinaFace {milliseconds(lambda: gpu_detector.detect(frames), 8):.2f} ms, "
+            f"dlib ResNet {milliseconds(lambda: gpu_embedder.embed(many), len(many)):.3f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
