@@ -10,7 +10,9 @@ TOO_LARGE = "too_large"
 CRASHED = "crashed"
 STATUSES = (OK, NO_FACE, READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
 FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
-UNCHANGED = "unchanged"  # never stored: the gallery already holds this image with this content
+# Never stored: what the gallery holds of the image stays as it is.
+UNCHANGED = "unchanged"  # it could not be read this time
+TOUCHED = "touched"  # the same bytes under a new fingerprint
 
 EMBEDDING_DIM = 128
 

@@ -4,11 +4,10 @@ import os
 import secrets
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 from facepipe import storage
 from facepipe.errors import AccountingError, SourceError
@@ -17,126 +16,18 @@ from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import Record
-from facepipe.schema import FAILED, WORK_ITEM
+from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
-from facepipe.stages import Align, Decode, Detect, Embed, Read, check_chain
+from facepipe.stages import check_chain
 from facepipe.work.blocks import Block, BlockSize
 from facepipe.work.blocks import blocks as cut_blocks
-from pipelines.plan import Group, Layout, Plan, local_resources, make_plan
+from pipelines.embed_config import EmbedConfig, RunConfig
+from pipelines.plan import Group, Plan, local_resources, make_plan
 from pipelines.runners import inline, local, ray
+from pipelines.summary import Summary
 from pipelines.worker import Job
 
-Runner = Literal["auto", "inline", "local", "ray"]
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """How the work is run; none of it changes what comes out.
-
-    runner: local (processes on this machine), ray, inline (this process), or auto: local below auto_images, else ray
-    workers: how many; by default one a CPU, or one a GPU where there are GPUs
-    layout: fused (one worker runs all stages) or split (CPU workers decode, GPU workers run the models)
-    batch: images a worker holds decoded at a time
-    block_smallest, block_largest: images of one unit of work, which is one Parquet file
-    commit_seconds: finished work becomes visible at least this often
-    """
-
-    runner: Runner = "auto"
-    auto_images: int = 500
-    workers: int | None = None
-    layout: Layout = "fused"
-    batch: int = 16
-    block_smallest: int = 16
-    block_largest: int = 512
-    commit_seconds: float = 10.0
-
-    def block_size(self, plan: Plan) -> BlockSize:
-        """How to cut the work for a plan."""
-        return BlockSize(self.block_smallest, self.block_largest, plan.workers)
-
-
-@dataclass(frozen=True)
-class EmbedConfig:
-    """Everything `embed` can be told: one section a stage, one for the source and one for the run."""
-
-    source: SourceConfig = field(default_factory=SourceConfig)
-    read: Read = field(default_factory=Read)
-    decode: Decode = field(default_factory=Decode)
-    detect: Detect = field(default_factory=Detect)
-    align: Align = field(default_factory=Align)
-    embed: Embed = field(default_factory=Embed)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    @property
-    def contract(self) -> Contract:
-        """What the embeddings depend on."""
-        return Contract.of(self.detect.model, self.embed.model, self.embed.flip)
-
-    def stages(self, group: Group) -> tuple[Any, ...]:
-        """The stages of a group, set to the group's device and threads."""
-        device = "cuda" if group.gpus else "cpu"
-        chain = {
-            "read": self.read,
-            "decode": replace(self.decode, threads=max(self.decode.threads, group.threads)),
-            "detect": replace(self.detect, device=device, threads=group.threads),
-            "align": replace(self.align, embedder=self.embed.model),
-            "embed": replace(self.embed, device=device, threads=group.threads),
-        }
-        return tuple(chain[name] for name in group.stages)
-
-
-@dataclass
-class Summary:
-    """What a run did. images = the sum of statuses; listed = images + skipped + repeated."""
-
-    run: str
-    runner: str
-    workers: int
-    version: int = 0
-    images: int = 0
-    faces: int = 0
-    rows: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
-    skipped: int = 0
-    repeated: int = 0
-    ignored: int = 0
-    seconds: float = 0.0
-    first_record_seconds: float = 0.0
-    stage_seconds: Counter[str] = field(default_factory=Counter)
-    listed_all: bool = False
-
-    @property
-    def listed(self) -> int:
-        """Images the source named."""
-        return self.images + self.skipped + self.repeated
-
-    @property
-    def failed(self) -> int:
-        """Images that gave neither faces nor the certainty that there are none."""
-        return sum(self.statuses[status] for status in FAILED)
-
-    def add(self, record: Record) -> None:
-        """Count a finished block."""
-        self.images += record.images
-        self.faces += record.faces
-        self.rows += record.rows
-        self.skipped += record.skipped
-        self.repeated += record.repeated
-        self.ignored += record.ignored
-        self.statuses.update(record.statuses)
-        self.stage_seconds.update(record.seconds)
-        self.listed_all = self.listed_all or record.last
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            **asdict(self),
-            "statuses": dict(self.statuses),
-            "stage_seconds": dict(self.stage_seconds),
-            "listed": self.listed,
-            "failed": self.failed,
-        }
-
+__all__ = ["EmbedConfig", "RunConfig", "Summary", "run"]
 
 Progress = Callable[[Summary], None]
 Blocks = Callable[[], Iterator[Block]]
@@ -244,7 +135,7 @@ def _figures(summary: Summary) -> dict[str, Any]:
 def _records(runner: str, blocks: Blocks, jobs: list[Job], plan: Plan) -> Iterator[Record]:
     if runner == "ray":
         return ray.run(blocks, jobs, plan)
-    return inline.run(blocks, jobs[0]) if runner == "inline" else local.run(blocks, jobs[0], plan.workers)
+    return inline.run(blocks, jobs[0]) if runner == "inline" else local.run(blocks, jobs[0], plan.groups[0])
 
 
 def _choose(config: RunConfig, listing: Listing) -> tuple[str, Blocks]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from facepipe.errors import ConfigError
+from facepipe.models.device import gpus
 
 Layout = Literal["fused", "split"]
 ALL = ("read", "decode", "detect", "align", "embed")
@@ -51,23 +52,19 @@ def make_plan(resources: Resources, workers: int | None = None, layout: Layout =
     With GPUs one worker a GPU does, with an equal share of the CPUs for decoding. `split` instead gives reading and
     decoding to CPU workers and the models to GPU workers, for machines whose CPUs are elsewhere than their GPUs.
     """
-    cpus, gpus = resources.cpus, resources.gpus
-    if gpus == 0:
+    cpus, devices = resources.cpus, resources.gpus
+    if devices == 0:
         if layout == "split":
             raise ConfigError("run.layout=split puts the models on GPUs, and there is none")
         return Plan((Group(ALL, workers or max(1, cpus), 1),))
     if layout == "fused":
-        count = min(workers or gpus, gpus)
+        count = min(workers or devices, devices)
         return Plan((Group(ALL, count, max(1, cpus // count), 1),))
-    decoders = max(1, workers or cpus - gpus)
-    return Plan((Group(ALL[:2], decoders, 1), Group(ALL[2:], gpus, max(0, (cpus - decoders) // gpus), 1)))
+    decoders = max(1, workers or cpus - devices)
+    return Plan((Group(ALL[:2], decoders, 1), Group(ALL[2:], devices, max(0, (cpus - decoders) // devices), 1)))
 
 
 def local_resources() -> Resources:
-    """CPUs this process may use, and GPUs that torch sees (looked for only where there is an NVIDIA driver)."""
+    """CPUs this process may use, and GPUs that torch sees."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not os.path.exists("/dev/nvidiactl"):
-        return Resources(cpus)
-    import torch
-
-    return Resources(cpus, torch.cuda.device_count())
+    return Resources(cpus, gpus())

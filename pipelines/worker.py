@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.errors import AccountingError
+from facepipe.errors import AccountingError, FacepipeError
 from facepipe.gallery.parts import Record, stamp, status_rows, write_part
 from facepipe.schema import CRASHED
 from facepipe.stages import Chain
@@ -65,7 +65,9 @@ class BlockWorker:
     def _whole(self, block: Block) -> pa.Table:
         try:
             return self._chain(block.items if block.rows is None else block.rows)
-        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError):
+        except FacepipeError:
+            raise
+        except Exception:
             return self._one_by_one(block)
 
     def _one_by_one(self, block: Block) -> pa.Table:
@@ -82,7 +84,9 @@ class BlockWorker:
                 try:
                     mine = table.slice(n, 1) if block.rows is None else table.filter(pc.equal(table["uri"], uri))
                     parts.append(self._chain(mine))
-                except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+                except FacepipeError:
+                    raise
+                except Exception as error:
                     failures.append(error)
                     reason = f"{type(error).__name__}: {str(error)[:160]}"
                     parts.append(status_rows(items, CRASHED, reason))

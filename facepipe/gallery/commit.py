@@ -1,7 +1,9 @@
-"""Commits: parts become visible, all at once and exactly once; rows of images that changed go in the same step."""
+"""Commits: parts become visible, all at once and exactly once; older rows of changed images go in the same step."""
 
 import json
 import time
+from bisect import bisect_left
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -28,13 +30,14 @@ class Committer:
     def __call__(self, records: list[Record], metadata: dict[str, Any]) -> None:
         """Make the records' parts visible, with the run's figures so far in the log."""
         parts = [record for record in records if record.path]
-        if not parts:
+        touched = {uri: mark for record in records for uri, mark in record.touched.items()}
+        if not parts and not touched:
             return
         self._table.update_incremental()
         actions: list[AddAction | RemoveAction] = [_add(r.path, r.size, r.stats) for r in parts if r.path]
-        replaced = sorted({uri for record in parts for uri in record.replaced})
-        if replaced:
-            actions += _without(self.gallery, replaced)
+        replaced = {uri for record in parts for uri in record.replaced}
+        if replaced or touched:
+            actions += _rewritten(self.gallery, replaced, touched)
         self.commits += 1
         note = json.dumps({"run": self.run, "commit": self.commits, **metadata})
         properties = CommitProperties(
@@ -43,28 +46,37 @@ class Committer:
         self._table.create_write_transaction(actions, "append", self._table.schema(), commit_properties=properties)
 
 
-def _add(path: str, size: int, stats: str) -> AddAction:
-    return AddAction(path, size, {}, int(time.time() * 1000), True, stats)
+def _add(path: str, size: int, stats: str, data_change: bool = True) -> AddAction:
+    return AddAction(path, size, {}, int(time.time() * 1000), data_change, stats)
 
 
-def _without(gallery: Gallery, uris: list[str]) -> list[AddAction | RemoveAction]:
-    """Files that hold rows of the uris, replaced by copies without those rows."""
-    wanted = pa.array(uris)
-    actions: list[AddAction | RemoveAction] = []
+def _rewritten(
+    gallery: Gallery, replaced: set[str], touched: dict[str, str | None]
+) -> Iterator[AddAction | RemoveAction]:
+    """Copies of the files that hold these uris, without the replaced rows, with new fingerprints on the touched."""
+    uris = sorted(replaced | touched.keys())
     for file in Gallery(gallery.path).files():
-        low, high = file.get("min.uri"), file.get("max.uri")
-        if low is not None and high is not None and not any(low <= uri <= high for uri in uris):
+        at = bisect_left(uris, file["min.uri"] or "")
+        if at == len(uris) or uris[at] > (file["max.uri"] or uris[at]):
             continue
-        path = storage.join(gallery.faces_folder, file["path"])
-        with storage.open_seekable(path) as handle:
-            rows = pq.ParquetFile(handle).read()
-        keep = rows.filter(pc.invert(pc.is_in(rows["uri"], wanted)))
-        if keep.num_rows == rows.num_rows:
+        with storage.open_seekable(storage.join(gallery.faces_folder, file["path"])) as handle:
+            rows = pq.ParquetFile(handle).read().cast(FACES)
+        keep = rows.filter(pc.invert(pc.is_in(rows["uri"], pa.array(sorted(replaced), pa.string()))))
+        changed = keep.num_rows < rows.num_rows
+        keep, marked = _marked(keep, touched)
+        if not changed and not marked:
             continue
-        actions.append(RemoveAction(file["path"], True, int(time.time() * 1000)))
+        yield RemoveAction(file["path"], changed, int(time.time() * 1000))
         if keep.num_rows:
-            data = encode(keep.cast(FACES))
-            name = f"part-rewrite-{file['num_records']:06d}-{image_id(data)}.parquet"
+            data = encode(keep)
+            name = f"part-rewrite-{keep.num_rows:06d}-{image_id(data)}.parquet"
             storage.write(storage.join(gallery.faces_folder, name), data)
-            actions.append(_add(name, len(data), statistics(keep)))
-    return actions
+            yield _add(name, len(data), statistics(keep), changed)
+
+
+def _marked(rows: pa.Table, touched: dict[str, str | None]) -> tuple[pa.Table, bool]:
+    """(rows with new fingerprints, whether there were any)."""
+    uris, old = rows["uri"].to_pylist(), rows["fingerprint"].to_pylist()
+    new = [touched.get(uri, mark) for uri, mark in zip(uris, old, strict=True)]
+    n = FACES.get_field_index("fingerprint")
+    return rows.set_column(n, FACES.field(n), pa.array(new, pa.string())), new != old

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
-from facepipe.schema import FACES, OK, UNCHANGED, conform
+from facepipe.schema import FACES, OK, TOUCHED, UNCHANGED, conform
 
 _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 
@@ -22,8 +22,8 @@ _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 class Record:
     """What a worker says of one finished block; everything the driver needs to commit and to account for it.
 
-    statuses: images by status, `unchanged` included; faces: rows with an embedding; replaced: uris whose older rows
-    must go; path is None where the block left no row.
+    statuses: images by status, `touched` and `unchanged` included; faces: rows with an embedding; replaced: uris whose
+    older rows must go; touched: new fingerprints by uri; path is None where the block left no row.
     """
 
     block: int
@@ -35,6 +35,7 @@ class Record:
     size: int = 0
     stats: str = ""
     replaced: list[str] = field(default_factory=list)
+    touched: dict[str, str | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     repeated: int = 0
@@ -60,7 +61,9 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     first = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
     record.images = first.num_rows
     record.statuses = dict(Counter(first["status"].to_pylist()))
-    table = table.filter(pc.not_equal(table["status"], UNCHANGED))
+    again = first.filter(pc.equal(first["status"], TOUCHED))
+    record.touched = dict(zip(again["uri"].to_pylist(), again["fingerprint"].to_pylist(), strict=True))
+    table = table.filter(pc.invert(pc.is_in(table["status"], pa.array([TOUCHED, UNCHANGED]))))
     record.rows, record.faces = table.num_rows, table.num_rows - table["face_id"].null_count
     known = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
     record.replaced = sorted(set(known) & set(table["uri"].to_pylist())) if known else []

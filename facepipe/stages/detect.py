@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.models import Detector, Faces, card
+from facepipe.models.device import resolve
 from facepipe.schema import NO_FACE, OK
 from facepipe.stages.columns import images, ragged, with_columns
 
@@ -37,6 +38,8 @@ class Detect:
     second_look: images without a face are searched once more at half `size` with such a border (close-ups)
     min_score, max_iou: lowest confidence kept, highest overlap of two faces
     min_face: shorter side of the smallest box kept, in pixels of the full-size image
+    batch: images of one shape given to a GPU at a time
+    device: cpu, cuda, or auto (what the plan gives, else a GPU if there is one); threads: on a CPU
     """
 
     model: str = "retinaface-mnet025"
@@ -47,7 +50,7 @@ class Detect:
     max_iou: float = 0.4
     min_face: float = 12.0
     batch: int = 8
-    device: str = "cpu"
+    device: str = "auto"
     threads: int = 1
 
     needs: ClassVar = ("pixels", "pixels_width", "pixels_height", "width", "height", "status")
@@ -55,7 +58,9 @@ class Detect:
 
     @cached_property
     def detector(self) -> Detector:
-        loaded: Detector = card(self.model, "detector").load(self.device, self.threads, (self.min_score, self.max_iou))
+        loaded: Detector = card(self.model, "detector").load(
+            resolve(self.device), self.threads, (self.min_score, self.max_iou)
+        )
         return loaded
 
     def setup(self) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from facepipe.hashing import face_id
 from facepipe.models import Embedder, card
+from facepipe.models.device import resolve
 from facepipe.stages.columns import buffers, float_lists, with_columns
 
 
@@ -18,12 +19,14 @@ class Embed:
     """Embeds chips with a registered embedder.
 
     flip: the raw vectors of a chip and of its mirror image are averaged before normalisation
+    batch: chips given to the model at a time
+    device: cpu, cuda, or auto (what the plan gives, else a GPU if there is one); threads: on a CPU
     """
 
     model: str = "dlib-resnet"
     flip: bool = True
     batch: int = 64
-    device: str = "cpu"
+    device: str = "auto"
     threads: int = 1
 
     needs: ClassVar = ("uri", "image_id", "face_index", "chip")
@@ -31,7 +34,7 @@ class Embed:
 
     @cached_property
     def embedder(self) -> Embedder:
-        loaded: Embedder = card(self.model, "embedder").load(self.device, self.threads)
+        loaded: Embedder = card(self.model, "embedder").load(resolve(self.device), self.threads)
         return loaded
 
     def setup(self) -> None:

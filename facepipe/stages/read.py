@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64, image_id
-from facepipe.schema import OK, READ_ERROR, TOO_LARGE, UNCHANGED
+from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.stages.columns import pack, with_columns
 
 Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
@@ -123,9 +123,11 @@ def content_mark(image: str | None) -> int:
 
 
 def _unless_known(outcome: Outcome, previous: int | None) -> Outcome:
-    """A file that was touched but holds the same bytes, or still cannot be read, needs no new row."""
-    if previous is None:
-        return outcome
+    """No new row for a file that was touched but holds the same bytes, nor for one that cannot be read just now: what
+    the gallery holds of it stays, and the next run tries again.
+    """
     data, status, _ = outcome
-    same = content_mark(image_id(data) if data is not None else None) == previous
-    return (None, UNCHANGED, None) if same and status in (OK, READ_ERROR) else outcome
+    if previous is None or status not in (OK, READ_ERROR):
+        return outcome
+    same = data is not None and content_mark(image_id(data)) == previous
+    return (None, TOUCHED if same else UNCHANGED, None) if same or status == READ_ERROR else outcome

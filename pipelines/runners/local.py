@@ -14,6 +14,7 @@ from queue import Queue
 from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.parts import Record
 from facepipe.work.blocks import Block, encode
+from pipelines.plan import Group
 from pipelines.worker import Job
 
 _BLOCKS_AHEAD = 2
@@ -23,10 +24,14 @@ _MAX_DEATHS_IN_ROW = 4  # a block, then an image, may each kill a worker; the ne
 class _Child:
     """One worker process and the block it has in hand."""
 
-    def __init__(self, job: bytes):
+    def __init__(self, job: bytes, group: Group, number: int):
+        self.number = number
         self.connection, theirs = Pipe()
         command = [sys.executable, "-m", "pipelines.runners.child", str(theirs.fileno())]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment["OMP_NUM_THREADS"] = str(group.threads)
+        if group.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number)
         # A session of its own: Ctrl-C goes to the driver, which decides what becomes of the blocks in hand.
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
@@ -51,9 +56,9 @@ class _Child:
         self.process.wait()
 
 
-def run(blocks: Callable[[], Iterable[Block]], job: Job, workers: int) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], job: Job, group: Group) -> Iterator[Record]:
     """Records of the blocks as they are finished. Raises what a worker raised; WorkerError when workers only die."""
-    pool = _Pool(pickle.dumps(job), workers)
+    pool = _Pool(pickle.dumps(job), group)
     listing = _Ahead(blocks())
     try:
         yield from pool.records(listing)
@@ -63,15 +68,15 @@ def run(blocks: Callable[[], Iterable[Block]], job: Job, workers: int) -> Iterat
 
 
 class _Pool:
-    def __init__(self, job: bytes, workers: int):
-        self._job, self._workers = job, workers
+    def __init__(self, job: bytes, group: Group):
+        self._job, self._group = job, group
         self._children: list[_Child] = []
         self._again: deque[Block] = deque()
         self._deaths = 0
 
     def records(self, listing: "_Ahead") -> Iterator[Record]:
         exhausted = False
-        self._children = [_Child(self._job) for _ in range(self._workers)]
+        self._children = [_Child(self._job, self._group, n) for n in range(self._group.workers)]
         while True:
             for child in self._children:
                 if child.ready and child.block is None:
@@ -107,14 +112,14 @@ class _Pool:
     def _replace(self, child: _Child) -> None:
         self._deaths += 1
         child.stop()
-        if self._deaths > _MAX_DEATHS_IN_ROW * self._workers:
+        if self._deaths > _MAX_DEATHS_IN_ROW * self._group.workers:
             raise WorkerError(
                 f"workers keep dying (the last with exit code {child.process.returncode}) without finishing anything; "
                 "is there enough memory? run.workers sets how many there are"
             )
         if child.block is not None:
             self._again.append(child.block)
-        self._children[self._children.index(child)] = _Child(self._job)
+        self._children[self._children.index(child)] = _Child(self._job, self._group, child.number)
 
     def stop(self) -> None:
         for child in self._children:

@@ -61,11 +61,53 @@ def test_only_what_is_new_or_changed_is_read(drawings: Path, fakes: Settings, tm
     os.utime(corpus / "person2" / "p2_002.png", (1, 1))  # touched, the same bytes
     again = embed(corpus, tmp_path / "g", fakes)
     assert (again.images, again.skipped) == (3, 58)
-    assert again.statuses["unchanged"] == 1
+    assert again.statuses["touched"] == 1
     embed(corpus, tmp_path / "fresh", fakes)
-    ignore = ("ingested_at", "fingerprint")
-    assert rows(tmp_path / "g", ignore) == rows(tmp_path / "fresh", ignore)
+    assert rows(tmp_path / "g") == rows(tmp_path / "fresh")
     assert verify(Gallery(str(tmp_path / "g"))).problems == []
+    assert embed(corpus, tmp_path / "g", fakes).images == 0, "what was touched is known by its new fingerprint"
+
+
+def test_what_cannot_be_read_just_now_keeps_its_rows(fakes: Settings, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    cv2.imwrite(str(corpus / "a.png"), draw(1))
+    embed(corpus, tmp_path / "g", fakes)
+    before = rows(tmp_path / "g")
+    (corpus / "a.png").unlink()
+    (corpus / "a.png").symlink_to(corpus / "a.png")
+    assert embed(corpus, tmp_path / "g", fakes).statuses == {"unchanged": 1}
+    assert rows(tmp_path / "g") == before
+
+
+def test_an_error_that_no_stage_foresaw_costs_one_image(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from facepipe.models.fakes import FakeDetector
+
+    original = FakeDetector._one
+
+    def fussy(self: FakeDetector, image: np.ndarray) -> Any:
+        if image.shape[1] == 96:  # the others are padded to 104
+            raise cv2.error("no sevens")
+        return original(self, image)
+
+    monkeypatch.setattr(FakeDetector, "_one", fussy)
+    settings = {
+        "detect": {"model": "fake-detector", "border_below": 0, "second_look": False},
+        "embed": {"model": "fake-embedder"},
+    }
+    summary = embed(drawings, tmp_path / "g", settings, runner="inline")
+    assert summary.images == 60
+    assert summary.statuses["crashed"] == sum(n % 7 == 0 for n in range(60))
+    assert {row["error"] for row in rows(tmp_path / "g") if row["status"] == "crashed"} == {"error: no sevens"}
+
+    def broken(self: FakeDetector, image: np.ndarray) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(FakeDetector, "_one", broken)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        embed(drawings, tmp_path / "h", settings, runner="inline")
 
 
 def test_what_could_not_be_read_is_tried_again(fakes: Settings, tmp_path: Path) -> None:

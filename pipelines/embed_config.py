@@ -1,0 +1,69 @@
+"""What `embed` can be told: one section a stage, one for the source, one for the run."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from facepipe.gallery import Contract
+from facepipe.sources import SourceConfig
+from facepipe.stages import Align, Decode, Detect, Embed, Read
+from facepipe.work.blocks import BlockSize
+from pipelines.plan import Group, Layout, Plan
+
+Runner = Literal["auto", "inline", "local", "ray"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the work is run; none of it changes what comes out.
+
+    runner: local (processes on this machine), ray, inline (this process), or auto: local below auto_images, else ray
+    workers: how many; by default one a CPU, or one a GPU where there are GPUs
+    layout: fused (one worker runs all stages) or split (CPU workers decode, GPU workers run the models)
+    batch: images a worker holds decoded at a time
+    block_smallest, block_largest: images of one unit of work, which is one Parquet file
+    commit_seconds: finished work becomes visible at least this often
+    """
+
+    runner: Runner = "auto"
+    auto_images: int = 500
+    workers: int | None = None
+    layout: Layout = "fused"
+    batch: int = 16
+    block_smallest: int = 16
+    block_largest: int = 512
+    commit_seconds: float = 10.0
+
+    def block_size(self, plan: Plan) -> BlockSize:
+        """How to cut the work for a plan."""
+        return BlockSize(self.block_smallest, self.block_largest, plan.workers)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Everything `embed` can be told: one section a stage, one for the source and one for the run."""
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    read: Read = field(default_factory=Read)
+    decode: Decode = field(default_factory=Decode)
+    detect: Detect = field(default_factory=Detect)
+    align: Align = field(default_factory=Align)
+    embed: Embed = field(default_factory=Embed)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def contract(self) -> Contract:
+        """What the embeddings depend on."""
+        return Contract.of(self.detect.model, self.embed.model, self.embed.flip)
+
+    def stages(self, group: Group) -> tuple[Any, ...]:
+        """The stages of a group, set to the group's device and threads."""
+        given = "cuda" if group.gpus else "cpu"
+        device = {part: given if part.device == "auto" else part.device for part in (self.detect, self.embed)}
+        chain = {
+            "read": self.read,
+            "decode": replace(self.decode, threads=max(self.decode.threads, group.threads)),
+            "detect": replace(self.detect, device=device[self.detect], threads=group.threads),
+            "align": replace(self.align, embedder=self.embed.model),
+            "embed": replace(self.embed, device=device[self.embed], threads=group.threads),
+        }
+        return tuple(chain[name] for name in group.stages)
