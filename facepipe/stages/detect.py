@@ -112,7 +112,9 @@ class Detect:
         scale = size / max(h, w)
         if scale < 1:
             shrunk = (max(1, round(w * scale)), max(1, round(h * scale)))
-            pixels = np.asarray(cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA), np.uint8)
+            # Down to a half bilinear sampling skips no pixel, and takes a sixth of the time of area averages.
+            kernel = cv2.INTER_LINEAR if scale >= 0.5 else cv2.INTER_AREA
+            pixels = np.asarray(cv2.resize(pixels, shrunk, interpolation=kernel), np.uint8)
         small_h, small_w = pixels.shape[:2]
         sx, sy = small_w / w, small_h / h
         if max(small_h, small_w) <= self.border_below:

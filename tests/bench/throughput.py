@@ -1,9 +1,9 @@
 """embed against a bare two-process loop over the same models, and against face_recognition, in one run.
 
-    python tests/bench/throughput.py [--times 10] [--rounds 3] [--baseline-photos 16]
+    python tests/bench/throughput.py [--times 20] [--rounds 3] [--runners local,ray]
 
 Needs ../shared. Steady state: from the moment every worker has delivered two blocks to the end; start-up is given
-apart. face_recognition's calls (HOG detector, landmarks, encoding; two processes) run through dlib-bin on a sample.
+apart. face_recognition's calls (HOG detector, landmarks, encoding; two processes) run through dlib-bin, on each photo once.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from corpus import SHARED, repeated_photos
+from PIL import Image
 
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, RunConfig, Summary, run
@@ -64,9 +66,7 @@ def dlib_models() -> None:
 
 
 def dlib_one(path: str) -> int:
-    import cv2
-
-    image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
+    image = np.array(Image.open(path).convert("RGB"))  # face_recognition.load_image_file
     boxes = detect(image, 1)  # face_recognition's default: one upsampling
     return len([encode.compute_face_descriptor(image, shape(image, box), 1) for box in boxes])
 
@@ -83,36 +83,28 @@ def dlib_rate(photos: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--baseline-photos", type=int, default=16)
     parser.add_argument("--runners", default="local,ray")
     args = parser.parse_args()
-    ratios: dict[str, list[float]] = {runner: [] for runner in args.runners.split(",")}
-    rates: dict[str, list[float]] = {runner: [] for runner in ratios}
+    ratios: dict[str, list[tuple[float, float, float]]] = {runner: [] for runner in args.runners.split(",")}
     with tempfile.TemporaryDirectory() as folder:
         photos = repeated_photos(Path(folder) / "photos", args.times)
+        once = sorted(str(path) for path in photos.glob("000-*"))
         for n in range(args.rounds):
             print(f"round {n + 1}")
-            for runner in ratios:
-                bare = bare_rate(photos)
+            for runner, found in ratios.items():
+                bare, dlib = bare_rate(photos), dlib_rate(once)
                 rate, first, summary = facepipe_rate(photos, runner)
                 stages = "  ".join(f"{k} {v / summary.images * 1e3:.1f}" for k, v in summary.stage_seconds.items())
-                print(
-                    f"  facepipe {runner}: {rate:.1f} images/s steady, {summary.faces} faces in {summary.images} images, "
-                    f"first record after {first:.1f} s, ms per image: {stages}; ratio {rate / bare:.2f}"
-                )
-                ratios[runner].append(rate / bare)
-                rates[runner].append(rate)
-        sample = sorted(str(p) for p in photos.glob("000-*"))
-        step = max(1, len(sample) // max(1, args.baseline_photos))
-        dlib = dlib_rate(sample[::step]) if args.baseline_photos else float("nan")
-    for runner, values in ratios.items():
-        median = statistics.median(values)
-        print(
-            f"{runner}: {median:.2f} of the bare loop (median of {len(values)}, {min(values):.2f} to {max(values):.2f}), "
-            f"{statistics.median(rates[runner]) / dlib:.1f} times face_recognition"
-        )
+                print(f"  facepipe {runner}: {rate:.1f} images/s, {summary.faces} faces in {summary.images} images, ")
+                print(f"    first record after {first:.1f} s; ms per image: {stages}", flush=True)
+                found.append((rate, rate / bare, rate / dlib))
+    for runner, found in ratios.items():
+        for what, values in zip(
+            ("images/s", "of the bare loop", "of face_recognition"), zip(*found, strict=True), strict=True
+        ):
+            print(f"{runner}: {statistics.median(values):.2f} {what} ({min(values):.2f} to {max(values):.2f})")
 
 
 if __name__ == "__main__":

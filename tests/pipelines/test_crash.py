@@ -65,7 +65,7 @@ def test_kill_local(
     rng = random.Random(trial)
     gallery = tmp_path / "g"
     driver = start(corpus, gallery, "local")
-    time.sleep(rng.uniform(0.2, 1.0) * seconds)
+    time.sleep(rng.uniform(0.35, 1.0) * seconds)
     if trial % 2:
         driver.kill()
     else:
