@@ -90,6 +90,9 @@ def _pixels(arrays: Sequence[npt.NDArray[np.uint8]]) -> pa.Table:
         "pixels": pack(list(arrays)),
         "pixels_height": heights,
         "pixels_width": widths,
+        "pixels_scale": pa.array([1.0] * n),
+        "pixels_left": pa.array([0.0] * n),
+        "pixels_top": pa.array([0.0] * n),
         "height": heights,
         "width": widths,
     }

@@ -61,7 +61,7 @@ def embed(
         with EmbedProgress(quiet) as progress:
             summary = run(build(EmbedConfig, *layers), gallery, progress)
         emit(summary.to_dict(), as_json, lambda: _show(summary, gallery))
-        if summary.images and summary.failed == summary.images:
+        if summary.failed == summary.listed > 0:
             fail(f"all {summary.images} images failed; `facepipe info {gallery}` lists why", FAILED)
         if summary.failed > max_failed * max(1, summary.images):
             fail(

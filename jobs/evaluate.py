@@ -48,6 +48,8 @@ def _show(file: str, result: Any) -> None:
         ("EER", f"{result.eer:.4f}"),
     ]
     for far, tar in result.tar.items():
-        shown = "too few impostor pairs" if tar is None else f"{tar:.4f} (distance <= {result.thresholds[far]:.4f})"
+        shown = (
+            "too few impostor pairs" if tar is None else f"{tar:.4f} (distance <= {result.thresholds[far] or 0:.4f})"
+        )
         rows.append((f"TAR at FAR {far}", shown))
     table(f"pairs {file}", ("", ""), rows)

@@ -105,11 +105,14 @@ def _collect(
             last = record.block if record.last else last
             progress(summary)
             if time.monotonic() - committed >= config.run.commit_seconds:
-                commit(pending, _figures(summary))
-                pending, committed = [], time.monotonic()
+                # Emptied first: an interruption between commit and emptying must not commit them twice.
+                batch, pending, committed = pending, [], time.monotonic()
+                commit(batch, _figures(summary))
     finally:
-        commit(pending, _figures(summary))
-        getattr(records, "close", lambda: None)()
+        try:
+            commit(pending, _figures(summary))
+        finally:
+            getattr(records, "close", lambda: None)()
     # Blocks are numbered 0..last: their count and sum tell whether each came exactly once.
     if not summary.listed_all or blocks != last + 1 or numbers != last * (last + 1) // 2:
         raise AccountingError(f"{blocks} of {last + 1} blocks came back; run the same command again to go on")

@@ -1,13 +1,17 @@
 """What `embed` can be told: one section a stage, one for the source, one for the run."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from facepipe.gallery import Contract
 from facepipe.sources import SourceConfig
 from facepipe.stages import Align, Decode, Detect, Embed, Read
 from facepipe.work.blocks import BlockSize
 from pipelines.plan import Group, Layout, Plan
+
+Count = Annotated[int, Field(ge=1)]
 
 Runner = Literal["auto", "inline", "local", "ray"]
 
@@ -25,12 +29,12 @@ class RunConfig:
     """
 
     runner: Runner = "auto"
-    auto_images: int = 500
-    workers: int | None = None
+    auto_images: Count = 500
+    workers: Count | None = None
     layout: Layout = "fused"
-    batch: int = 16
-    block_smallest: int = 16
-    block_largest: int = 512
+    batch: Count = 16
+    block_smallest: Count = 16
+    block_largest: Count = 512
     commit_seconds: float = 10.0
 
     def block_size(self, plan: Plan) -> BlockSize:

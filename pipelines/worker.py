@@ -1,5 +1,7 @@
 """What runs on a worker: a chain of stages over one block, and the part that it leaves in the gallery."""
 
+import os
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,8 +69,19 @@ class BlockWorker:
             return self._chain(block.items if block.rows is None else block.rows)
         except FacepipeError:
             raise
-        except Exception:
+        except Exception as error:
+            self._distrust(error)
             return self._one_by_one(block)
+
+    def _distrust(self, error: Exception) -> None:
+        """After a device fault every later call fails as well: end the process, so that a fresh one tries again.
+
+        The marks that stay behind tell it what was in hand.
+        """
+        on_gpu = any(str(getattr(stage, "device", "cpu")).startswith("cuda") for stage in self.job.stages)
+        if on_gpu and type(error).__name__ != "OutOfMemoryError":
+            print(f"facepipe worker: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+            os._exit(70)
 
     def _one_by_one(self, block: Block) -> pa.Table:
         """Every image alone; one that kills the worker, or fails in a way no stage foresaw, becomes a row `crashed`."""
@@ -87,6 +100,7 @@ class BlockWorker:
                 except FacepipeError:
                     raise
                 except Exception as error:
+                    self._distrust(error)
                     failures.append(error)
                     reason = f"{type(error).__name__}: {str(error)[:160]}"
                     parts.append(status_rows(items, CRASHED, reason))

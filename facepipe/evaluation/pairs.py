@@ -80,7 +80,7 @@ def figures(
         auc=auc(curve),
         eer=equal_error_rate(curve),
         tar={far: tar for far, (tar, _) in points.items()},
-        thresholds={far: threshold for far, (_, threshold) in points.items()},
+        thresholds={far: t if t is not None and np.isfinite(t) else None for far, (_, t) in points.items()},
     )
 
 

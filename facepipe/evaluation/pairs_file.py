@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 from facepipe.errors import EvaluationError
+from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension
 
 _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
@@ -85,7 +86,8 @@ def _csv(lines: list[str], path: str) -> list[Pair]:
 
 
 def _stem(name: str) -> str:
-    return os.path.splitext((name or "").strip().replace("\\", "/").removeprefix("./"))[0]
+    name = (name or "").strip().replace("\\", "/").removeprefix("./")
+    return os.path.splitext(name)[0] if extension(name) in IMAGE_EXTENSIONS else name
 
 
 def _truth(text: str, path: str, line: int) -> bool:

@@ -51,13 +51,14 @@ def tar_at_far(curve: Curve, far: float) -> tuple[float, float]:
 
 
 def best_threshold(distances: Floats, same: Bools) -> float:
-    """The threshold with the highest accuracy, midway to the next distance; the mean of the best where several tie."""
+    """A threshold of the highest accuracy, midway between distances; the middle one where several tie."""
     order = np.argsort(distances, kind="stable")
     d, s = distances[order], same[order]
     correct = np.concatenate([[0], np.cumsum(s)]) + np.concatenate([np.cumsum((~s)[::-1])[::-1], [0]])
-    cuts = np.concatenate([[d[0]], (d[1:] + d[:-1]) / 2, [d[-1]]])
+    cuts = np.concatenate([[np.nextafter(d[0], -np.inf)], (d[1:] + d[:-1]) / 2, [d[-1]]])
     possible = np.concatenate([[True], d[1:] != d[:-1], [True]])
-    return float(cuts[possible & (correct == correct[possible].max())].mean())
+    best = cuts[possible & (correct == correct[possible].max())]
+    return float(best[len(best) // 2])
 
 
 class Folds(NamedTuple):

@@ -30,7 +30,7 @@ class Committer:
     def __call__(self, records: list[Record], metadata: dict[str, Any]) -> None:
         """Make the records' parts visible, with the run's figures so far in the log."""
         parts = [record for record in records if record.path]
-        touched = {uri: mark for record in records for uri, mark in record.touched.items()}
+        touched = {uri: mark for record in records for uri, mark in record.touched.items() if mark}
         if not parts and not touched:
             return
         self._table.update_incremental()
@@ -38,6 +38,8 @@ class Committer:
         replaced = {uri for record in parts for uri in record.replaced}
         if replaced or touched:
             actions += _rewritten(self.gallery, replaced, touched)
+        if not actions:
+            return
         self.commits += 1
         note = json.dumps({"run": self.run, "commit": self.commits, **metadata})
         properties = CommitProperties(
@@ -50,9 +52,7 @@ def _add(path: str, size: int, stats: str, data_change: bool = True) -> AddActio
     return AddAction(path, size, {}, int(time.time() * 1000), data_change, stats)
 
 
-def _rewritten(
-    gallery: Gallery, replaced: set[str], touched: dict[str, str | None]
-) -> Iterator[AddAction | RemoveAction]:
+def _rewritten(gallery: Gallery, replaced: set[str], touched: dict[str, str]) -> Iterator[AddAction | RemoveAction]:
     """Copies of the files that hold these uris, without the replaced rows, with new fingerprints on the touched."""
     uris = sorted(replaced | touched.keys())
     for file in Gallery(gallery.path).files():
@@ -60,7 +60,10 @@ def _rewritten(
         if at == len(uris) or uris[at] > (file["max.uri"] or uris[at]):
             continue
         with storage.open_seekable(storage.join(gallery.faces_folder, file["path"])) as handle:
-            rows = pq.ParquetFile(handle).read().cast(FACES)
+            parquet = pq.ParquetFile(handle)
+            if not pc.any(pc.is_in(parquet.read(["uri"])["uri"], pa.array(uris, pa.string()))).as_py():
+                continue
+            rows = parquet.read().cast(FACES)
         keep = rows.filter(pc.invert(pc.is_in(rows["uri"], pa.array(sorted(replaced), pa.string()))))
         changed = keep.num_rows < rows.num_rows
         keep, marked = _marked(keep, touched)
@@ -74,7 +77,7 @@ def _rewritten(
             yield _add(name, len(data), statistics(keep), changed)
 
 
-def _marked(rows: pa.Table, touched: dict[str, str | None]) -> tuple[pa.Table, bool]:
+def _marked(rows: pa.Table, touched: dict[str, str]) -> tuple[pa.Table, bool]:
     """(rows with new fingerprints, whether there were any)."""
     uris, old = rows["uri"].to_pylist(), rows["fingerprint"].to_pylist()
     new = [touched.get(uri, mark) for uri, mark in zip(uris, old, strict=True)]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from facepipe.errors import ConfigError, GalleryBusyError
+from facepipe.errors import ConfigError, GalleryBusyError, GalleryError
 from facepipe.storage import is_remote
 
 
@@ -18,8 +18,12 @@ def writer_lock(path: str) -> Iterator[None]:
         )
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"the gallery {path!r} is a file; name a folder")
-    os.makedirs(path, exist_ok=True)
-    with open(os.path.join(path, ".lock"), "w") as file:
+    try:
+        os.makedirs(path, exist_ok=True)
+        file = open(os.path.join(path, ".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise GalleryError(f"cannot write to the gallery {path!r}: {(error.strerror or str(error)).lower()}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

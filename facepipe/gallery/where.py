@@ -2,8 +2,10 @@
 
 import ast
 import re
+from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as ds
 
 from facepipe.errors import ConfigError
@@ -16,23 +18,43 @@ _COMPARE: dict[type, Any] = {
     ast.LtE: lambda a, b: a <= b,
     ast.Gt: lambda a, b: a > b,
     ast.GtE: lambda a, b: a >= b,
-    ast.In: lambda a, b: a.isin(list(b)),
-    ast.NotIn: lambda a, b: ~a.isin(list(b)),
+    ast.In: lambda a, b: a.isin(b),
+    ast.NotIn: lambda a, b: ~a.isin(b),
 }
 
 
 def parse(text: str) -> ds.Expression:
     """`status = 'ok' and (det_score > 0.9 or identity is null)` as a pyarrow expression."""
-    python = re.sub(r"\bis\s+not\s+null\b", "!= None", text, flags=re.IGNORECASE)
-    python = re.sub(r"\bis\s+null\b", "== None", python, flags=re.IGNORECASE)
-    python = re.sub(r"(?<![<>=!])=(?!=)", "==", python).replace("<>", "!=")
-    python = re.sub(r"\b(AND|OR|NOT|IN)\b", lambda word: word[0].lower(), python)
+    # Words are rewritten outside of quotes only.
+    parts = re.split(r"('[^']*'|\"[^\"]*\")", text)
+    python = "".join(part if n % 2 else _as_python(part) for n, part in enumerate(parts))
     try:
-        return _node(ast.parse(python.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, KeyError) as error:
+        body = ast.parse(python.strip(), mode="eval").body
+        if isinstance(body, ast.Name):
+            raise ValueError("a column alone is no condition")
+        return _node(body)
+    except (SyntaxError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         raise ConfigError(
             f"cannot read the filter {text!r}: write for example \"status = 'ok' and det_score > 0.9\""
         ) from error
+
+
+def _as_python(text: str) -> str:
+    text = re.sub(r"\bis\s+not\s+null\b", "!= None", text, flags=re.IGNORECASE)
+    text = re.sub(r"\bis\s+null\b", "== None", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<![<>=!])=(?!=)", "==", text).replace("<>", "!=")
+    return re.sub(r"\b(AND|OR|NOT|IN)\b", lambda word: word[0].lower(), text)
+
+
+def _constant(value: Any, column: str) -> Any:
+    """A constant, or several, of the column's type; text becomes a time where the column holds times."""
+    kind = FACES.field(column).type
+    if isinstance(value, list | tuple | set):
+        return pa.array([_constant(v, column).as_py() for v in value], kind)
+    if pa.types.is_timestamp(kind):
+        value = datetime.fromisoformat(value)
+        value = value if value.tzinfo else value.replace(tzinfo=UTC)
+    return pa.scalar(value, kind)
 
 
 def _node(node: ast.AST) -> Any:
@@ -46,8 +68,12 @@ def _node(node: ast.AST) -> Any:
             return ~_node(operand)
         case ast.Compare(left=left, ops=[op], comparators=[ast.Constant(value=None)]):
             return _node(left).is_null() if isinstance(op, ast.Eq) else _node(left).is_valid()
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            return _COMPARE[type(op)](_node(left), ast.literal_eval(right))
+        case ast.Compare(left=ast.Name(id=name) as left, ops=[op], comparators=[right]):
+            value = ast.literal_eval(right)
+            several = isinstance(op, ast.In | ast.NotIn)
+            return _COMPARE[type(op)](
+                _node(left), _constant([value] if several and isinstance(value, str) else value, name)
+            )
         case ast.Name(id=name):
             if name not in FACES.names:
                 raise ConfigError(f"no column {name!r} in the filter; columns are {', '.join(FACES.names)}")

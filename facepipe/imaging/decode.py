@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 # A second lock behind the header check; OpenCV reads it once, when it is imported.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 29))
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 28))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
@@ -44,6 +44,9 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> Pixels:
         raise DecodeError(f"{header.format}: {str(error).splitlines()[0][:120]}") from error
     if pixels is None:
         raise DecodeError(f"{header.format} is truncated or corrupt")
+    seen = header.oriented if header.format == "tiff" else (header.width, header.height)
+    if (reduce == 1 or header.format != "jpeg") and pixels.shape[1::-1] != seen:
+        raise DecodeError(f"{header.format}: the header says {seen}, the image is {pixels.shape[1::-1]}")
     if reduce > 1 and header.format != "jpeg":
         size = (-(-pixels.shape[1] // reduce), -(-pixels.shape[0] // reduce))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)

@@ -1,8 +1,12 @@
 """Similarity transforms, head pose from five points, and the cutting of aligned chips."""
 
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 import numpy.typing as npt
+
+from facepipe.imaging.header import Header
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
@@ -27,9 +31,34 @@ def scale_of(matrix: Floats) -> float:
     return float(np.hypot(matrix[0, 0], matrix[1, 0]))
 
 
-def rescale_points(points: Floats, sx: float, sy: float) -> Floats:
-    """Points (n, 2) of an image in a copy of it resized by (sx, sy); pixel centres are at whole coordinates."""
-    return (points + 0.5) * np.array([sx, sy]) - 0.5
+class Frame(NamedTuple):
+    """Where decoded pixels lie in the oriented full-size image; pixel centres are at whole coordinates."""
+
+    scale: float = 1.0
+    left: float = 0.0
+    top: float = 0.0
+
+    def to_full(self, points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Points (..., 2) of the decoded pixels in the full image."""
+        return ((points + 0.5) / self.scale - 0.5 + np.array([self.left, self.top])).astype(np.float32)
+
+    def from_full(self, points: Floats) -> Floats:
+        """Points (..., 2) of the full image in the decoded pixels."""
+        return (points - np.array([self.left, self.top]) + 0.5) * self.scale - 0.5
+
+
+def frame_of(header: Header, reduce: int) -> Frame:
+    """The frame of a decoded image.
+
+    A reduced side is rounded up while its pixels stay exactly `reduce` wide, so the last ones reach over the stored
+    edge; where the EXIF orientation turns that edge to the left or top, everything is shifted.
+    """
+    if reduce == 1:
+        return Frame()
+    over_w, over_h = -header.width % reduce, -header.height % reduce
+    left = {2: over_w, 3: over_w, 6: over_h, 7: over_h}.get(header.orientation, 0)
+    top = {3: over_h, 4: over_h, 7: over_w, 8: over_w}.get(header.orientation, 0)
+    return Frame(1 / reduce, -float(left), -float(top))
 
 
 def cut(pixels: Pixels, matrix: Floats, size: tuple[int, int]) -> Pixels:

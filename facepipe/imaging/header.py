@@ -50,7 +50,7 @@ _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def _jpeg(data: bytes) -> Header:
-    at, orientation = 2, 1
+    at, orientation = 2, None
     while at < len(data):
         if data[at] != 0xFF:
             at = data.find(b"\xff", at)  # decoders skip garbage between segments too
@@ -63,12 +63,12 @@ def _jpeg(data: bytes) -> Header:
             at += 2
         elif marker in _SOF:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return Header("jpeg", width, height, orientation)
+            return Header("jpeg", width, height, orientation or 1)
         elif marker in (0xD9, 0xDA):
             break
         else:
             size = int.from_bytes(data[at + 2 : at + 4], "big")
-            if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            if orientation is None and marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
                 orientation = _exif_orientation(data[at + 10 : at + 2 + size])
             at += 2 + max(size, 2)
     raise HeaderError("jpeg without a frame header")
@@ -132,10 +132,11 @@ def _ifd(data: bytes) -> dict[int, int]:
     order = "<" if data[:2] == b"II" else ">"
     start = struct.unpack_from(order + "I", data, 4)[0]
     count = struct.unpack_from(order + "H", data, start)[0]
-    tags = {}
+    tags: dict[int, int] = {}
     for at in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
         tag, kind, _ = struct.unpack_from(order + "HHI", data, at)
-        tags[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0]
+        value = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0]
+        tags.setdefault(tag, value)  # decoders take the first of two entries
     return tags
 
 
@@ -150,11 +151,21 @@ def _valid(orientation: int) -> int:
     return orientation if 1 <= orientation <= 8 else 1
 
 
+_ISPE = re.compile(re.escape(b"\0\0\0\x14ispe\0\0\0\0"))
+_AVIF_BRANDS = (b"avif", b"avis")
+
+
+def _is_avif(data: bytes) -> bool:
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+    return data[4:8] == b"ftyp" and any(brands[at : at + 4] in _AVIF_BRANDS for at in range(0, len(brands), 4))
+
+
 def _avif(data: bytes) -> Header:
-    at = data.find(b"ispe")
-    if at < 0:
+    # Every item has a size box, tiles and thumbnails too; the picture's is the largest.
+    sizes = [struct.unpack_from(">II", data, box.end()) for box in _ISPE.finditer(data)]
+    if not sizes:
         raise HeaderError("avif without a size")
-    return Header("avif", *struct.unpack_from(">II", data, at + 8))
+    return Header("avif", *max(sizes, key=lambda size: size[0] * size[1]))
 
 
 def _jp2(data: bytes) -> Header:
@@ -182,7 +193,7 @@ _FORMATS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], Header]], ...] 
     (lambda d: d[:6] in (b"GIF87a", b"GIF89a"), _gif),
     (lambda d: d[:4] in (b"II*\0", b"MM\0*"), _tiff),
     (lambda d: d[:2] == b"BM" and len(d) >= 26, _bmp),
-    (lambda d: d[4:8] == b"ftyp" and d[8:12] in (b"avif", b"avis"), _avif),
+    (_is_avif, _avif),
     (lambda d: d[4:8] == b"jP  ", _jp2),
     (lambda d: d[:1] == b"P" and d[1:2] in (b"1", b"2", b"3", b"4", b"5", b"6") and d[2:3].isspace(), _pnm),
 )

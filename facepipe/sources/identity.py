@@ -32,7 +32,7 @@ def rule(name: IdentityRule) -> Identify:
     chosen = _rule(name)
 
     def identify(path: str, label: str | None) -> str | None:
-        identity = chosen(path, label)
+        identity = chosen(posixpath.normpath(path) if path else path, label)
         return identity.encode("utf-8", "replace").decode("utf-8") if identity else None
 
     return identify

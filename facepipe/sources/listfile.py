@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO
+from typing import IO, Literal
 
 from facepipe.errors import SourceError
 from facepipe.sources.identity import IdentityRule, rule
@@ -19,7 +19,11 @@ _SNIFF_LINES = 50
 
 @dataclass(frozen=True)
 class Layout:
-    """How a list file's lines are to be read: delimiter (None: any white space), columns, lines to skip."""
+    """How a list file's lines are to be read.
+
+    delimiter: a character; " " any white space; None: white space before the last word; a newline: no fields at all
+    image, label: columns; skip: lines before the first image, blank ones not counted
+    """
 
     delimiter: str | None
     image: int
@@ -45,10 +49,11 @@ class ListSource:
         with self._open() as file:
             layout = detect_layout(list(islice(file, _SNIFF_LINES)), self.path)
         with self._open() as file:
-            for number, fields in _records(file, layout):
-                if not fields or not any(fields):
-                    continue
-                yield self._item(number, fields, layout)
+            try:
+                for number, fields in _records(file, layout):
+                    yield self._item(number, fields, layout)
+            except csv.Error as error:
+                yield broken(self.path, f"list cannot be read to its end: {error}")
 
     def _open(self) -> IO[str]:
         try:
@@ -70,19 +75,40 @@ def detect_layout(lines: list[str], path: str) -> Layout:
     lines = [line.rstrip("\r\n") for line in lines if line.strip()]
     if not lines:
         raise SourceError(f"the list {path!r} is empty")
-    for delimiter in ("\t", ",", ";", None):
-        header = [field.strip().strip('"').lower() for field in lines[0].split(delimiter)]
+    # CelebA's lists open with the number of images, and some with a header behind it.
+    count = 1 if lines[0].strip().isdigit() and len(lines) > 1 else 0
+    lines = lines[count:]
+    for delimiter in ("\t", ",", ";", " "):
+        header = [field.strip().lower() for field in _split(lines[0], delimiter)]
         image = next((header.index(c) for c in HEADER_URIS if c in header), None)
-        if image is not None:
+        if image is not None and not any(_is_image(field) for field in header):
             label = next((header.index(c) for c in IDENTITY_COLUMNS if c in header), None)
-            return Layout(delimiter, image, label, skip=1)
-    skip = (
-        2 if lines[0].strip().isdigit() and len(lines) > 2 else 0
-    )  # CelebA's older lists open with a count and a header
+            return Layout(delimiter, image, label, count + 1)
+    if _paths_alone(lines):
+        return Layout("\n", 0, None, count)
+    if count and not any(_is_image(field) for field in _split(lines[0], " ")) and len(lines) > 1:
+        count, lines = count + 1, lines[1:]
     for delimiter in ("\t", ","):
-        if {len(line.split(delimiter)) for line in lines[skip:]} == {2}:
-            return Layout(delimiter, 0, 1, skip)
-    return Layout("\n", 0, None, skip) if _paths_alone(lines[skip:]) else Layout(None, 0, 1, skip)
+        rows = [_split(line, delimiter) for line in lines]
+        if {len(row) for row in rows} == {2} and sum(_is_image(row[0]) for row in rows) * 2 > len(rows):
+            return Layout(delimiter, 0, 1, count)
+    return Layout(None, 0, 1, count)
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    """The fields of one line."""
+    if delimiter == " ":
+        return line.split()
+    return next(csv.reader([line], delimiter=delimiter, quoting=_quoting(delimiter)), [])
+
+
+def _quoting(delimiter: str) -> Literal[0, 3]:
+    """Tab-separated lists quote nothing: a quotation mark there is part of a name."""
+    return csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+
+
+def _is_image(field: str) -> bool:
+    return extension(field.strip()) in IMAGE_EXTENSIONS
 
 
 def _paths_alone(lines: list[str]) -> bool:
@@ -91,12 +117,16 @@ def _paths_alone(lines: list[str]) -> bool:
 
 
 def _records(file: IO[str], layout: Layout) -> Iterator[tuple[int, list[str]]]:
-    if layout.delimiter in (",", "\t", ";"):
-        rows: Iterator[list[str]] = csv.reader(file, delimiter=layout.delimiter)
-        numbered = enumerate(([field.strip() for field in row] for row in rows), 1)
-    elif layout.delimiter == "\n":
-        numbered = enumerate(([line.strip()] for line in file), 1)
-    else:
-        # The label is the last word; what stands before it is the path, spaces and all.
-        numbered = enumerate((line.strip().rsplit(None, 1) for line in file), 1)
-    yield from islice(numbered, layout.skip, None)
+    """(line number, fields) of the lines that hold anything, behind the ones to skip."""
+    rows: Iterator[list[str]]
+    match layout.delimiter:
+        case None:  # the label is the last word; what stands before it is the path, spaces and all
+            rows = (line.strip().rsplit(None, 1) for line in file)
+        case "\n":
+            rows = ([line.strip()] for line in file)
+        case " ":
+            rows = (line.split() for line in file)
+        case delimiter:
+            rows = csv.reader(file, delimiter=delimiter, quoting=_quoting(delimiter))
+    numbered = ((n, [field.strip() for field in row]) for n, row in enumerate(rows, 1))
+    yield from islice(((n, row) for n, row in numbered if any(row)), layout.skip, None)

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
@@ -11,7 +13,7 @@ from facepipe.sources.identity import IdentityRule, rule
 from facepipe.sources.item import WorkItem, broken, file_uri, member_uri
 from facepipe.storage import entry, is_remote, list_prefix, open_seekable
 
-URI_COLUMNS = ("uri", "path", "file", "image_path", "url")
+URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
 BYTES_COLUMNS = ("bytes", "image", "jpg", "content")
 IDENTITY_COLUMNS = ("identity", "label", "identity_id", "person")
 _BATCH_ROWS = 8192
@@ -42,7 +44,8 @@ class ParquetSource:
 
     def _rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
         names = file.schema_arrow.names
-        uri, content, identity = (_pick(names, c) for c in (URI_COLUMNS, BYTES_COLUMNS, IDENTITY_COLUMNS))
+        content = bytes_column(file.schema_arrow)
+        uri, identity = (_pick(names, columns) for columns in (URI_COLUMNS, IDENTITY_COLUMNS))
         if uri is None and content is None:
             raise SourceError(
                 f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
@@ -62,7 +65,8 @@ class ParquetSource:
         text = None if name is None else str(name)
         identity = self._identify(text or "", None if label is None else str(label))
         if mark is not None:
-            uri = member_uri(file_uri(path), str(row) if text is None else text)
+            # The row number keeps rows apart that carry one name, such as 1.jpg of two people.
+            uri = member_uri(file_uri(path), str(row) if text is None else f"{row}/{text}")
             return WorkItem(uri, os.fsencode(path), row, None, f"{mark}@{row}", identity)
         if not text:
             return broken(f"{path}#{row}", "the row names no image")._replace(identity=identity)
@@ -71,7 +75,8 @@ class ParquetSource:
 
 def named_image(name: str, folder: str, identity: str | None) -> WorkItem:
     """An item for an image that a list names; an absent one becomes a row with status read_error later."""
-    name = name.removeprefix("file://")
+    if name.startswith("file://"):
+        name = os.fsdecode(unquote_to_bytes(name.removeprefix("file://")))
     path = name if is_remote(name) or os.path.isabs(name) else f"{folder or '.'}/{name}"
     try:
         fingerprint: str | None = None if is_remote(path) else entry(path).fingerprint
@@ -86,10 +91,21 @@ def parquet_files(path: str) -> Iterator[str]:
         yield from (e.url for e in list_prefix(path) if e.url.endswith(".parquet"))
     elif os.path.isdir(path):
         for folder, folders, names in os.walk(path):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith(("_", ".")))
             yield from (os.path.join(folder, n) for n in sorted(names) if n.endswith((".parquet", ".pq")))
     else:
         yield path
+
+
+def bytes_column(schema: pa.Schema) -> str | None:
+    """The column that holds encoded images: binary, or a struct with a binary field `bytes` (Hugging Face)."""
+
+    def holds_bytes(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    return next((name for name in BYTES_COLUMNS if name in schema.names and holds_bytes(schema.field(name).type)), None)
 
 
 def _pick(names: list[str], candidates: tuple[str, ...]) -> str | None:

@@ -4,7 +4,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
@@ -36,7 +36,7 @@ def tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
 
 def _members(
     tar: tarfile.TarFile,
-    file: IO[bytes],
+    file: BinaryIO,
     container: str,
     path: bytes,
     fingerprint: str,
@@ -51,8 +51,13 @@ def _members(
             yield from _labelled(waiting, label, identify)
             raise
         if member is None:
-            break
+            yield from _labelled(waiting, label, identify)
+            _check_end(tar, file)
+            return
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
+        if member.islnk() and extension(member.name) in IMAGE_EXTENSIONS:
+            place = member_uri(container, f"{member.name}@{member.offset}")
+            yield WorkItem(place, path, listing_error=f"a hard link to the member {member.linkname}")
         if not member.isfile():
             continue
         kind = extension(member.name)
@@ -67,7 +72,17 @@ def _members(
             mark = f"{fingerprint}@{member.offset_data}"
             item = WorkItem(member_uri(container, name), path, member.offset_data, member.size, mark)
             waiting.append((member.name, item))
-    yield from _labelled(waiting, label, identify)
+
+
+def _check_end(tar: tarfile.TarFile, file: BinaryIO) -> None:
+    """tarfile takes a damaged header for the end of the archive; the real end is a block of zeros and nothing after."""
+    file.seek(tar.offset)
+    block = file.read(512)
+    if len(block) < 512 or any(block):
+        raise tarfile.ReadError(f"bad header at byte {tar.offset}")
+    while rest := file.read(1 << 16):
+        if any(rest):
+            raise tarfile.ReadError(f"more data behind the archive's end at byte {tar.offset}")
 
 
 def _first(seen: set[int], name: str) -> bool:
@@ -82,7 +97,7 @@ def _labelled(items: list[tuple[str, WorkItem]], label: str | None, identify: Id
         yield item._replace(identity=identify(name, label))
 
 
-def _read_label(file: IO[bytes], member: tarfile.TarInfo, kind: str) -> str | None:
+def _read_label(file: BinaryIO, member: tarfile.TarInfo, kind: str) -> str | None:
     if member.size > _MAX_LABEL_BYTES:
         return None
     here = file.tell()

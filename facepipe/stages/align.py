@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from facepipe.errors import ModelError
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.geometry import cut, pose, rescale_points, scale_of, sharpness, similarity
+from facepipe.imaging.geometry import Frame, cut, frame_of, pose, scale_of, sharpness, similarity
 from facepipe.imaging.header import probe
 from facepipe.models import card
-from facepipe.stages.columns import buffers, float_lists, images, pack, with_columns
+from facepipe.stages.columns import buffers, float_lists, frames, images, pack, with_columns
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -48,8 +48,9 @@ class Align:
         "pixels",
         "pixels_width",
         "pixels_height",
-        "width",
-        "height",
+        "pixels_scale",
+        "pixels_left",
+        "pixels_top",
         "boxes",
         "points",
         "scores",
@@ -66,7 +67,10 @@ class Align:
         "chip",
         "thumb",
     )
-    drops: ClassVar = ("bytes", "pixels", "pixels_width", "pixels_height", "boxes", "points", "scores")
+    drops: ClassVar = (
+        *("bytes", "pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top"),
+        *("boxes", "points", "scores"),
+    )
 
     @cached_property
     def _layout(self) -> tuple[tuple[int, int], npt.NDArray[np.float64]]:
@@ -81,30 +85,26 @@ class Align:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         faces: list[Aligned | int] = []
-        columns = [table[name].to_pylist() for name in ("width", "boxes", "points", "scores")]
-        rows = zip(images(table), buffers(table["bytes"]), *columns, strict=True)
-        for n, (pixels, data, width, boxes, points, scores) in enumerate(rows):
-            found = self._image(n, pixels, data, width, (boxes, points, scores)) if scores else []
+        columns = [table[name].to_pylist() for name in ("boxes", "points", "scores")]
+        rows = zip(images(table), frames(table), buffers(table["bytes"]), *columns, strict=True)
+        for n, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
+            found = self._image(n, (pixels, frame), data, (boxes, points, scores)) if scores else []
             faces += found or [n]
         origin = [face if isinstance(face, int) else face.row for face in faces]
         per_image = with_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
         return with_columns(per_image, self._columns(faces))
 
-    def _image(self, n: int, pixels: Pixels | None, data: memoryview | None, width: int, found: Any) -> list[Aligned]:
+    def _image(self, n: int, view: Any, data: memoryview | None, found: Any) -> list[Aligned]:
         """The faces of one image, cut from enough pixels."""
         boxes, points, scores = (np.array(values, np.float32) for values in found)
         landmarks = points.reshape(-1, 5, 2)
         size, template = self._layout
         # Chip pixels per image pixel: more than the working image has means decoding again, at the scale that has them.
         wanted = min(1.0, max(scale_of(similarity(p.astype(np.float64), template)) for p in landmarks))
-        assert pixels is not None
-        if data is not None and pixels.shape[1] < 0.999 * wanted * width:
-            pixels = larger(bytes(data), wanted, pixels)
-        scale = pixels.shape[1] / width
-        chips = [
-            cut(pixels, similarity(rescale_points(p.astype(np.float64), scale, scale), template), size)
-            for p in landmarks
-        ]
+        pixels, frame = view
+        if data is not None and frame.scale < wanted:
+            pixels, frame = larger(bytes(data), wanted, view)
+        chips = [cut(pixels, similarity(frame.from_full(p.astype(np.float64)), template), size) for p in landmarks]
         rows = zip(boxes.reshape(-1, 4), landmarks, scores, chips, strict=True)
         return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
 
@@ -136,13 +136,14 @@ class Align:
         return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1])
 
 
-def larger(data: bytes, wanted: float, pixels: Pixels) -> Pixels:
+def larger(data: bytes, wanted: float, view: tuple[Pixels, Frame]) -> tuple[Pixels, Frame]:
     """The image decoded at the smallest scale of at least `wanted`; the pixels at hand if that fails."""
     reduce = next((r for r in (4, 2) if 1 / r >= wanted), 1)
     try:
-        return decode(data, probe(data), reduce)
+        header = probe(data)
+        return decode(data, header, reduce), frame_of(header, reduce)
     except (DecodeError, ValueError):
-        return pixels
+        return view
 
 
 def _spread(values: list[Any], valid: npt.NDArray[np.bool_], kind: pa.DataType) -> pa.Array:

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.imaging.geometry import Frame
+
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -47,6 +49,13 @@ def images(table: pa.Table) -> Iterator[Pixels | None]:
     sizes = zip(table["pixels_height"].to_pylist(), table["pixels_width"].to_pylist(), strict=True)
     for view, (h, w) in zip(buffers(table["pixels"]), sizes, strict=True):
         yield None if view is None else np.frombuffer(view, np.uint8).reshape(h, w, 3)
+
+
+def frames(table: pa.Table) -> Iterator[Frame]:
+    """Where the rows' pixels lie in the full images."""
+    parts = (table[name].to_pylist() for name in ("pixels_scale", "pixels_left", "pixels_top"))
+    for scale, left, top in zip(*parts, strict=True):
+        yield Frame() if scale is None else Frame(scale, left, top)
 
 
 def vectors(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.float32]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.imaging.decode import DecodeError, decode
+from facepipe.imaging.geometry import Frame, frame_of
 from facepipe.imaging.header import Header, HeaderError, probe
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
 from facepipe.stages.columns import buffers, pack, with_columns
@@ -19,10 +20,16 @@ class Decoded(NamedTuple):
     """Pixels (h, w, 3) and full size as seen; or what went wrong."""
 
     pixels: npt.NDArray[np.uint8] | None
+    frame: Frame | None
     width: int | None
     height: int | None
     status: str
     error: str | None
+
+
+def _frames(results: list[Decoded], part: str) -> pa.Array:
+    name = part.removeprefix("pixels_")
+    return pa.array([None if r.frame is None else getattr(r.frame, name) for r in results], pa.float64())
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,10 @@ class Decode:
     threads: int = 1
 
     needs: ClassVar = ("bytes", "status", "error")
-    adds: ClassVar = ("pixels", "pixels_width", "pixels_height", "width", "height")
+    adds: ClassVar = (
+        *("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top"),
+        *("width", "height"),
+    )
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -61,6 +71,7 @@ class Decode:
             "pixels": pack([r.pixels for r in results]),
             "pixels_height": pa.array([h for h, _ in shapes], pa.int32()),
             "pixels_width": pa.array([w for _, w in shapes], pa.int32()),
+            **{name: _frames(results, name) for name in ("pixels_scale", "pixels_left", "pixels_top")},
             "width": pa.array([r.width for r in results], pa.int32()),
             "height": pa.array([r.height for r in results], pa.int32()),
         }
@@ -68,23 +79,24 @@ class Decode:
 
     def _row(self, row: tuple[memoryview | None, str, str | None]) -> Decoded:
         data, status, error = row
-        return Decoded(None, None, None, status, error) if data is None else self.one(bytes(data))
+        return Decoded(None, None, None, None, status, error) if data is None else self.one(bytes(data))
 
     def one(self, data: bytes) -> Decoded:
         """Decode one image."""
         try:
             header = probe(data)
         except HeaderError as error:
-            return Decoded(None, None, None, DECODE_ERROR, str(error))
+            return Decoded(None, None, None, None, DECODE_ERROR, str(error))
         width, height = header.oriented
         if width * height > self.max_pixels:
             reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
-            return Decoded(None, width, height, TOO_LARGE, reason)
+            return Decoded(None, None, width, height, TOO_LARGE, reason)
         try:
-            pixels = decode(data, header, self.reduction(header))
+            reduce = self.reduction(header)
+            pixels = decode(data, header, reduce)
         except DecodeError as error:
-            return Decoded(None, width, height, DECODE_ERROR, str(error))
-        return Decoded(pixels, width, height, OK, None)
+            return Decoded(None, None, width, height, DECODE_ERROR, str(error))
+        return Decoded(pixels, frame_of(header, reduce), width, height, OK, None)
 
     def reduction(self, header: Header) -> int:
         """The largest divisor that keeps the longer side; only JPEG decodes faster when reduced."""

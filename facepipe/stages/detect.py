@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.imaging.geometry import Frame
 from facepipe.models import Detector, Faces, card
 from facepipe.models.device import resolve
 from facepipe.schema import NO_FACE, OK
-from facepipe.stages.columns import images, ragged, with_columns
+from facepipe.stages.columns import frames, images, ragged, with_columns
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -53,7 +54,10 @@ class Detect:
     device: str = "auto"
     threads: int = 1
 
-    needs: ClassVar = ("pixels", "pixels_width", "pixels_height", "width", "height", "status")
+    needs: ClassVar = (
+        *("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top"),
+        *("width", "height", "status"),
+    )
     adds: ClassVar = ("boxes", "points", "scores")
 
     @cached_property
@@ -76,10 +80,10 @@ class Detect:
                 n: self._closer(p) for n, p in missed.items() if p is not None and max(p.shape[:2]) > self.border_below
             }
             faces |= self._search(again)
-        full = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+        sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         results = [
-            self._full_size(faces[n], p, size) if p is not None else _NONE
-            for n, (p, size) in enumerate(zip(pixels, full, strict=True))
+            self._full_size(faces[n], frame, size) if n in faces else _NONE
+            for n, (frame, size) in enumerate(zip(frames(table), sizes, strict=True))
         ]
         status = [
             (OK if len(found.scores) else NO_FACE) if before == OK else before
@@ -136,13 +140,12 @@ class Detect:
         total = max(stride * round(1.5 * side / stride), side + (-side % stride)) - side
         return total // 2, total - total // 2
 
-    def _full_size(self, faces: Faces, pixels: Pixels, size: tuple[int, int]) -> Faces:
-        scale = np.array([size[0] / pixels.shape[1], size[1] / pixels.shape[0]], np.float32)
-        boxes = _scaled(faces.boxes.reshape(-1, 2, 2), scale).reshape(-1, 4)
+    def _full_size(self, faces: Faces, frame: Frame, size: tuple[int, int]) -> Faces:
+        boxes = frame.to_full(faces.boxes.reshape(-1, 2, 2)).reshape(-1, 4)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centre >= 0) & (centre <= np.array(size) - 1)).all(1)  # a mirrored border mirrors faces as well
         keep = np.flatnonzero(inside & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= self.min_face))
-        return Faces(boxes[keep], _scaled(faces.landmarks, scale)[keep], faces.scores[keep])
+        return Faces(boxes[keep], frame.to_full(faces.landmarks)[keep], faces.scores[keep])
 
 
 _NONE = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))

@@ -1,6 +1,7 @@
 """Read: work items to bytes and content hashes."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,58 @@ from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64, image_id
 from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
+from facepipe.sources.parquet import bytes_column
 from facepipe.stages.columns import pack, with_columns
 
 Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
+
+
+class ParquetRows:
+    """A cursor over the bytes column of one Parquet file: ascending rows are read on, not from the start again."""
+
+    def __init__(self, path: bytes):
+        self.path = path
+        self._handle = storage.open_seekable(path)
+        self._file = pq.ParquetFile(self._handle)
+        self._column = bytes_column(self._file.schema_arrow)
+        self._at, self._batches = 0, self._from(0)
+
+    def _from(self, row: int) -> Iterator[pa.RecordBatch]:
+        """Batches of whole row groups, from the group that holds the row."""
+        start = 0
+        for group in range(self._file.num_row_groups):
+            end = start + self._file.metadata.row_group(group).num_rows
+            if end > row:
+                self._at = start
+                groups = list(range(group, self._file.num_row_groups))
+                return self._file.iter_batches(16, row_groups=groups, columns=[self._column])
+            start = end
+        return iter(())
+
+    def read(self, rows: list[int]) -> dict[int, bytes]:
+        """The bytes of the rows (sorted) that hold some."""
+        if rows[0] < self._at or self._group(rows[0]) > self._group(self._at):
+            self._batches = self._from(rows[0])
+        found: dict[int, bytes] = {}
+        wanted = set(rows)
+        while self._at <= rows[-1] and (batch := next(self._batches, None)) is not None:
+            values = batch.column(0).field("bytes") if pa.types.is_struct(batch.column(0).type) else batch.column(0)
+            for row in wanted.intersection(range(self._at, self._at + batch.num_rows)):
+                if values[row - self._at].is_valid:
+                    found[row] = values[row - self._at].as_py()
+            self._at += batch.num_rows
+        return found
+
+    def _group(self, row: int) -> int:
+        start = 0
+        for group in range(self._file.num_row_groups):
+            start += self._file.metadata.row_group(group).num_rows
+            if row < start:
+                return group
+        return self._file.num_row_groups
+
+    def close(self) -> None:
+        self._handle.close()
 
 
 @dataclass(frozen=True)
@@ -35,6 +85,10 @@ class Read:
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads, "read")
+
+    @cached_property
+    def _open(self) -> dict[bytes, ParquetRows]:
+        return {}
 
     def setup(self) -> None:
         """Nothing to load."""
@@ -74,12 +128,20 @@ class Read:
         outcomes: dict[int, Outcome] = {}
         for path, rows in wanted.items():
             try:
-                found = read_parquet_rows(path, sorted(rows))
+                found = self._cursor(path).read(sorted(rows))
                 outcomes |= {n: self._limited(found.get(row)) for row, n in rows.items()}
             except (StorageError, OSError, ValueError) as error:
                 reason = str(error).splitlines()[0][:200]
                 outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, reason))
         return outcomes
+
+    def _cursor(self, path: bytes) -> ParquetRows:
+        """The open cursor of a file; one is kept open at a time."""
+        if path not in self._open:
+            while self._open:
+                self._open.popitem()[1].close()
+            self._open[path] = ParquetRows(path)
+        return self._open[path]
 
     def _limited(self, data: bytes | None) -> Outcome:
         if data is None:
@@ -87,34 +149,6 @@ class Read:
         if len(data) > self.max_bytes:
             return None, TOO_LARGE, f"{len(data)} bytes, the limit is {self.max_bytes}"
         return data, OK, None
-
-
-def read_parquet_rows(path: bytes, rows: list[int]) -> dict[int, bytes]:
-    """The bytes column of some rows (sorted) of a Parquet file, a small batch of rows in memory at a time."""
-    from facepipe.sources.parquet import BYTES_COLUMNS
-
-    found: dict[int, bytes] = {}
-    wanted = set(rows)
-    with storage.open_seekable(path) as handle:
-        file = pq.ParquetFile(handle)
-        column = next(name for name in BYTES_COLUMNS if name in file.schema_arrow.names)
-        start = 0
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            if any(start <= row < end for row in rows):
-                at = start
-                for batch in file.iter_batches(16, row_groups=[group], columns=[column]):
-                    values = batch.column(0)
-                    if pa.types.is_struct(values.type):  # Hugging Face image columns: struct<bytes, path>
-                        values = values.field("bytes")
-                    for row in wanted.intersection(range(at, at + batch.num_rows)):
-                        if values[row - at].is_valid:
-                            found[row] = values[row - at].as_py()
-                    at += batch.num_rows
-                    if at > rows[-1]:
-                        break
-            start = end
-    return found
 
 
 def content_mark(image: str | None) -> int:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from queue import Queue
+from queue import Empty, Queue
 
 from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.parts import Record
@@ -18,7 +18,8 @@ from pipelines.plan import Group
 from pipelines.worker import Job
 
 _BLOCKS_AHEAD = 2
-_MAX_DEATHS_IN_ROW = 4  # a block, then an image, may each kill a worker; the next attempt must get through
+_MAX_STILLBIRTHS = 4  # deaths before a worker is ready; later ones set a mark each, and so come to an end
+_POLL_SECONDS = 0.05
 
 
 class _Child:
@@ -31,7 +32,8 @@ class _Child:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         environment["OMP_NUM_THREADS"] = str(group.threads)
         if group.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number)
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = given.split(",")[number].strip() if given else str(number)
         # A session of its own: Ctrl-C goes to the driver, which decides what becomes of the blocks in hand.
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
@@ -63,8 +65,8 @@ def run(blocks: Callable[[], Iterable[Block]], job: Job, group: Group) -> Iterat
     try:
         yield from pool.records(listing)
     finally:
-        listing.stop()
         pool.stop()
+        listing.stop()
 
 
 class _Pool:
@@ -72,26 +74,26 @@ class _Pool:
         self._job, self._group = job, group
         self._children: list[_Child] = []
         self._again: deque[Block] = deque()
-        self._deaths = 0
+        self._stillbirths = 0
 
     def records(self, listing: "_Ahead") -> Iterator[Record]:
-        exhausted = False
         self._children = [_Child(self._job, self._group, n) for n in range(self._group.workers)]
         while True:
             for child in self._children:
-                if child.ready and child.block is None:
-                    block = self._again.popleft() if self._again else (None if exhausted else listing.next())
-                    exhausted = exhausted or (block is None and not self._again)
-                    if block is not None:
-                        child.give(block)
-            if exhausted and not self._again and all(child.block is None for child in self._children):
+                if child.ready and child.block is None and (block := self._next(listing)) is not None:
+                    child.give(block)
+            busy = any(child.block is not None for child in self._children)
+            if listing.exhausted and not self._again and not busy:
                 return
             by_connection = {child.connection: child for child in self._children}
-            for connection in wait(list(by_connection)):
+            for connection in wait(list(by_connection), None if listing.exhausted else _POLL_SECONDS):
                 assert isinstance(connection, Connection)
                 record = self._receive(by_connection[connection])
                 if record is not None:
                     yield record
+
+    def _next(self, listing: "_Ahead") -> Block | None:
+        return self._again.popleft() if self._again else listing.next()
 
     def _receive(self, child: _Child) -> Record | None:
         try:
@@ -106,15 +108,15 @@ class _Pool:
         child.ready = True
         if kind != "record":
             return None
-        self._deaths, child.block = 0, None
+        child.block = None
         return Record.from_json(value)
 
     def _replace(self, child: _Child) -> None:
-        self._deaths += 1
         child.stop()
-        if self._deaths > _MAX_DEATHS_IN_ROW * self._group.workers:
+        self._stillbirths = 0 if child.ready else self._stillbirths + 1
+        if self._stillbirths >= _MAX_STILLBIRTHS:
             raise WorkerError(
-                f"workers keep dying (the last with exit code {child.process.returncode}) without finishing anything; "
+                f"workers die before they are ready (the last with exit code {child.process.returncode}); "
                 "is there enough memory? run.workers sets how many there are"
             )
         if child.block is not None:
@@ -130,6 +132,7 @@ class _Ahead:
     """Lists in a thread, a few blocks ahead of the workers."""
 
     def __init__(self, blocks: Iterable[Block]):
+        self.exhausted = False
         self._queue: Queue[Block | BaseException | None] = Queue(_BLOCKS_AHEAD)
         self._stopped = False
         self._thread = threading.Thread(target=self._fill, args=(blocks,), name="listing", daemon=True)
@@ -146,14 +149,20 @@ class _Ahead:
             self._queue.put(error)
 
     def next(self) -> Block | None:
-        found = self._queue.get()
+        """The next block, or None where none is ready (yet, or any more: `exhausted`)."""
+        try:
+            found = self._queue.get_nowait()
+        except Empty:
+            return None
         if isinstance(found, BaseException):
             raise found
+        self.exhausted = found is None
         return found
 
     def stop(self) -> None:
+        """End the thread, or leave it behind (it is a daemon) where the listing itself hangs."""
         self._stopped = True
-        while self._thread.is_alive():
-            while not self._queue.empty():
+        with suppress(Empty):
+            while True:
                 self._queue.get_nowait()
-            self._thread.join(0.05)
+        self._thread.join(1)

@@ -6,6 +6,8 @@ block for ever; the crash marks in the gallery see to it that one image cannot m
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -43,9 +45,12 @@ def start() -> Resources:
         options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
         if "RAY_ADDRESS" not in os.environ:
             options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
+        before = signal.getsignal(signal.SIGTERM)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(**options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
     found = ray.cluster_resources()
     return Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)))
 

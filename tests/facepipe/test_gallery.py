@@ -85,6 +85,23 @@ def test_filters_as_text(path: str, text: str, count: int) -> None:
     assert len(gallery.to_pandas(["uri"], text)) == expected > 0
 
 
+def test_filters_leave_quoted_text_alone(path: str, drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "named").mkdir()
+    for name in ("k=1", "Rock AND Roll"):
+        (tmp_path / "named" / name).symlink_to(drawings / "person0")
+        assert embed(tmp_path / "named" / name, path, fakes, {"source": {"identity": "folder"}}).images == 20
+    gallery = facepipe.Gallery(path)
+    both = gallery.to_pandas(["uri"], "uri is not null")["uri"].str.contains("k=1").sum()
+    (uri,) = set(gallery.to_pandas(["uri"])["uri"][lambda u: u.str.contains("k=1") & u.str.contains("p0_000")])
+    assert both > 0
+    assert len(gallery.to_pandas(["uri"], f"uri = '{uri}'")) == 1
+    assert len(gallery.to_pandas(["uri"], "status in ('ok')")) == len(gallery.to_pandas(["uri"], "status = 'ok'")) > 0
+    assert len(gallery.to_pandas(["uri"], "ingested_at > '2024-01-01'")) == len(gallery.to_pandas(["uri"]))
+    for wrong in ("det_score > 'x'", "identity", "face_index = 'a'"):
+        with pytest.raises(ConfigError):
+            gallery.to_pandas(["uri"], wrong)
+
+
 def test_old_versions_stay_readable(path: str, drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
     before = facepipe.Gallery(path)
     count = before.counts()["images"]

@@ -159,6 +159,32 @@ def test_tar_that_ends_early(tmp_path: Path) -> None:
     assert "tar cannot be read" in only.listing_error
 
 
+def test_tar_with_a_damaged_header_says_so(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {f"./P/{n}.jpg": bytes([n + 1]) * 600 for n in range(6)})
+    whole = path.read_bytes()
+    assert [item.identity for item in items(path)] == ["P"] * 6
+    header = 3 * (512 + 1024)
+    damage = {
+        "flipped": whole[: header + 10] + b"\xaa" + whole[header + 11 :],
+        "cut in a header": whole[: header + 100],
+        "cut between members": whole[:header],
+        "two in one": whole + whole,
+    }
+    for name, data in damage.items():
+        path.write_bytes(data)
+        found = items(path)
+        assert [item.listing_error is None for item in found][:3] == [True] * 3, name
+        assert "tar cannot be read" in (found[-1].listing_error or ""), name
+
+
+def test_parquet_rows_of_one_name_are_different_images(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"bytes": [b"a", b"b"], "path": ["1.jpg", "1.jpg"]}), tmp_path / "t.parquet")
+    assert len({item.uri for item in items(tmp_path / "t.parquet")}) == 2
+    pq.write_table(pa.table({"image": ["x/1.jpg"], "label": [3]}), tmp_path / "u.parquet")
+    (named,) = items(tmp_path / "u.parquet")
+    assert (named.offset, named.path) == (None, os.fsencode(tmp_path / "x/1.jpg"))
+
+
 def test_parquet(tmp_path: Path, tree: Path) -> None:
     folder = tmp_path / "table"
     folder.mkdir()
@@ -192,6 +218,15 @@ def test_parquet(tmp_path: Path, tree: Path) -> None:
         ('file,identity\n"a,1.jpg",Ann\nb.jpg,\n', {"a,1.jpg": "Ann", "b.jpg": None}),
         ("\ufeffidentity\tpath\nAnn\tx\\y.jpg\n", {"y.jpg": "Ann"}),
         ("one file.jpg 3\nanother file.jpg 4\n", {"one file.jpg": "3", "another file.jpg": "4"}),
+        ("IMG 0001.jpg\nIMG 0002.jpg\n", {"IMG 0001.jpg": None, "IMG 0002.jpg": None}),
+        ("3\na.jpg 0\nb.jpg 1\nc.jpg 2\n", {"a.jpg": "0", "b.jpg": "1", "c.jpg": "2"}),
+        ("2\nimage_id identity\na.jpg 0\nb.jpg 1\n", {"a.jpg": "0", "b.jpg": "1"}),
+        ('a.jpg,"Smith, John"\nb.jpg,Ann\n', {"a.jpg": "Smith, John", "b.jpg": "Ann"}),
+        ("Smith,J/1.jpg 0\nSmith,J/2.jpg 0\n", {"1.jpg": "0", "2.jpg": "0"}),
+        ("a, b.jpg\nc, d.jpg\n", {"a, b.jpg": None, "c, d.jpg": None}),
+        ('a.jpg\t5"\nb.jpg\tx\nc.jpg\ty\n', {"a.jpg": '5"', "b.jpg": "x", "c.jpg": "y"}),
+        ("\n\npath,identity\na.jpg,Ann\n", {"a.jpg": "Ann"}),
+        ("./Ann/a.jpg\n./Bo/b.jpg\n./c.jpg\n", {"a.jpg": "Ann", "b.jpg": "Bo", "c.jpg": None}),  # find . -name '*.jpg'
     ],
 )
 def test_lists(text: str, expected: dict[str, str | None], tmp_path: Path) -> None:

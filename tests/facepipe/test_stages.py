@@ -11,6 +11,7 @@ from PIL import Image
 import facepipe
 from facepipe.errors import ConfigError
 from facepipe.imaging.decode import decode
+from facepipe.imaging.geometry import frame_of
 from facepipe.imaging.header import probe
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
@@ -75,10 +76,37 @@ def test_a_small_face_in_a_large_photo_is_cut_from_the_full_image(
     monkeypatch.setattr("facepipe.storage.read", lambda *_: out.getvalue())
     found = chain()(item)
     (sharp,) = found["sharpness"].to_pylist()
-    monkeypatch.setattr("facepipe.stages.align.larger", lambda data, wanted, pixels: pixels)
+    monkeypatch.setattr("facepipe.stages.align.larger", lambda data, wanted, view: view)
     blurred = chain()(item)["sharpness"].to_pylist()[0]
     assert sharp > 1.2 * blurred
     assert found["width"].to_pylist() == [4200]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+def test_reduced_decoding_keeps_places_where_sides_do_not_divide(reduce: int, orientation: int) -> None:
+    """A reduced JPEG is rounded up to whole pixels; scaling by its size would shift what lies at its far edges."""
+    canvas = np.zeros((601, 1005, 3), np.uint8)
+    canvas[520:560, 900:980] = 255
+    canvas[40:80, 20:60] = 255
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(canvas).save(out, "JPEG", quality=97, exif=exif)
+    header = probe(out.getvalue())
+
+    def centres(pixels: np.ndarray) -> np.ndarray:
+        light = pixels[..., 0].astype(float)
+        halves = np.zeros((2, *light.shape))
+        halves[0, :, : light.shape[1] // 2] = light[:, : light.shape[1] // 2]
+        halves[1] = light - halves[0]
+        y, x = np.mgrid[0 : light.shape[0], 0 : light.shape[1]]
+        return np.array([[(h * x).sum() / h.sum(), (h * y).sum() / h.sum()] for h in halves])
+
+    full = centres(decode(out.getvalue(), header))
+    frame = frame_of(header, reduce)
+    small = centres(decode(out.getvalue(), header, reduce))
+    assert np.abs(frame.to_full(small) - full).max() < 0.25
+    assert np.allclose(frame.from_full(frame.to_full(small)), small, atol=1e-3)
 
 
 def test_mirror_images_have_mirrored_figures(photos: Path) -> None:

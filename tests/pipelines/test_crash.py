@@ -121,3 +121,15 @@ def test_an_image_that_kills_its_worker_becomes_a_row(runner: str, drawings: Pat
     assert all("died twice" in row["error"] for row in crashed)
     again = embed(corpus, tmp_path / "g", settings, runner="local")
     assert again.images == 0, "what crashed is not tried again for ever"
+
+
+def test_many_images_that_kill_their_worker_do_not_end_the_run(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(12):
+        cv2.imwrite(str(corpus / f"{n:02d}.png"), draw(n))
+        if n % 2:
+            cv2.imwrite(str(corpus / f"fatal-{n}.png"), np.full((64, 64, 3), (250, 10, 250), np.uint8))
+    settings = {"detect": {"model": "fatal-detector"}, "embed": {"model": "fake-embedder"}}
+    summary = embed(corpus, tmp_path / "g", settings, runner="local", workers=1, block_smallest=64)
+    assert (summary.statuses["crashed"], summary.images) == (6, 18)
