@@ -1,5 +1,6 @@
 """The gallery: filters agree with memory, damage is found, versions stay readable."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,7 @@ def damage(path: str, how: str) -> None:
 def test_verify_finds_damage(path: str, how: str, said: str) -> None:
     assert verify(facepipe.Gallery(path)).problems == []
     damage(path, how)
-    assert __import__("re").search(said, "\n".join(verify(facepipe.Gallery(path)).problems))
+    assert re.search(said, "\n".join(verify(facepipe.Gallery(path)).problems))
 
 
 def test_export(path: str, tmp_path: Path) -> None:
