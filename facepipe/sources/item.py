@@ -1,7 +1,7 @@
 """The work item: where one image is and what is known of it before a byte is read."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
@@ -55,8 +55,3 @@ def member_uri(container: str, member: str) -> str:
 def broken(path: str | bytes, reason: str) -> WorkItem:
     """An item that stands for something that could not be listed, so that it becomes a row and is not lost."""
     return WorkItem(file_uri(path), os.fsencode(path), listing_error=reason)
-
-
-def take(items: Iterable[WorkItem], n: int) -> list[WorkItem]:
-    """The first n items."""
-    return [item for item, _ in zip(items, range(n), strict=False)]

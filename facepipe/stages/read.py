@@ -1,7 +1,6 @@
 """Read: work items to bytes and content hashes."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from facepipe.sources.parquet import bytes_column
 from facepipe.stages.columns import pack, with_columns
 
 Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
+_BATCH_ROWS = 16
 
 
 class ParquetRows:
@@ -28,33 +28,32 @@ class ParquetRows:
         self._handle = storage.open_seekable(path)
         self._file = pq.ParquetFile(self._handle)
         self._column = bytes_column(self._file.schema_arrow)
-        self._at, self._batches = 0, self._from(0)
+        self._seek(0)
 
-    def _from(self, row: int) -> Iterator[pa.RecordBatch]:
-        """Batches of whole row groups, from the group that holds the row."""
-        start = 0
-        for group in range(self._file.num_row_groups):
-            end = start + self._file.metadata.row_group(group).num_rows
-            if end > row:
-                self._at = start
-                groups = list(range(group, self._file.num_row_groups))
-                return self._file.iter_batches(16, row_groups=groups, columns=[self._column])
-            start = end
-        return iter(())
+    def _seek(self, row: int) -> None:
+        """Go to the start of the row group that holds the row; the batch in hand is empty then."""
+        group = min(self._group(row), max(0, self._file.num_row_groups - 1))
+        self._start = sum(self._file.metadata.row_group(g).num_rows for g in range(group))
+        groups = list(range(group, self._file.num_row_groups))
+        self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[self._column])
+        self._values: pa.Array = pa.array([], pa.binary())
 
     def read(self, rows: list[int]) -> dict[int, bytes]:
         """The bytes of the rows (sorted) that hold some."""
-        if rows[0] < self._at or self._group(rows[0]) > self._group(self._at):
-            self._batches = self._from(rows[0])
+        if rows[0] < self._start or self._group(rows[0]) > self._group(self._start + len(self._values)):
+            self._seek(rows[0])
         found: dict[int, bytes] = {}
         wanted = set(rows)
-        while self._at <= rows[-1] and (batch := next(self._batches, None)) is not None:
-            values = batch.column(0).field("bytes") if pa.types.is_struct(batch.column(0).type) else batch.column(0)
-            for row in wanted.intersection(range(self._at, self._at + batch.num_rows)):
-                if values[row - self._at].is_valid:
-                    found[row] = values[row - self._at].as_py()
-            self._at += batch.num_rows
-        return found
+        while True:
+            end = self._start + len(self._values)
+            for row in wanted.intersection(range(self._start, end)):
+                if self._values[row - self._start].is_valid:
+                    found[row] = self._values[row - self._start].as_py()
+            # The batch stays in hand: the next rows asked for may begin inside it.
+            if rows[-1] < end or (batch := next(self._batches, None)) is None:
+                return found
+            self._start, column = end, batch.column(0)
+            self._values = column.field("bytes") if pa.types.is_struct(column.type) else column
 
     def _group(self, row: int) -> int:
         start = 0

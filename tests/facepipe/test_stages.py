@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from facepipe.imaging.header import probe
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
 from facepipe.stages.columns import buffers, float_lists, images, pack, ragged, vectors
+from facepipe.stages.read import ParquetRows
 
 
 def chain(working_side: int = 640, batch: int = 16) -> Chain:
@@ -163,6 +165,24 @@ def test_faces_of_a_mirrored_border_are_not_reported(photos: Path) -> None:
     centre = found.faces[0].box.reshape(2, 2).mean(0)
     assert 0 <= centre[0] <= w
     assert 0 <= centre[1] <= h
+
+
+@pytest.mark.parametrize("group", [7, 40, 1000])
+def test_parquet_rows_are_read_on_and_not_from_the_start_again(
+    group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [None if n == 50 else bytes([n]) * 3 for n in range(200)]
+    pq.write_table(pa.table({"bytes": pa.array(data, pa.binary())}), tmp_path / "t.parquet", row_group_size=group)
+    seeks: list[int] = []
+    original = ParquetRows._seek
+    monkeypatch.setattr(ParquetRows, "_seek", lambda self, row: (seeks.append(row), original(self, row))[1])
+    cursor = ParquetRows(str(tmp_path / "t.parquet").encode())
+    for at in range(5, 190, 11):  # neither the block nor its parts begin where the file's batches do
+        rows = list(range(at, at + 11))
+        assert cursor.read(rows) == {n: data[n] for n in rows if data[n] is not None}
+    assert len(seeks) <= 2, "one to open, and one where the first rows lie in a later group"
+    assert cursor.read([3, 199]) == {3: data[3], 199: data[199]}
+    cursor.close()
 
 
 def test_columns_round_trip() -> None:
