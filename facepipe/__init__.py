@@ -1,6 +1,7 @@
 """facepipe: large image corpora in, a gallery of 128-D face embeddings out.
 
     facepipe.Gallery("G")            the rows of a gallery as Arrow, pandas or NumPy
+    facepipe.Index("G")              search in it
     facepipe.encode(["photo.jpg"])   the faces of a few images
 
 Importing this package loads neither torch nor ray nor faiss; what needs them is loaded when it is first used.
@@ -17,6 +18,7 @@ from facepipe.errors import (
     FacepipeError,
     GalleryBusyError,
     GalleryError,
+    IndexingError,
     ModelError,
     SourceError,
     StorageError,
@@ -27,6 +29,7 @@ from facepipe.errors import (
 if TYPE_CHECKING:
     from facepipe.encoding import Encoded, Face, encode
     from facepipe.gallery import Contract, Gallery
+    from facepipe.index.search import Index
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "Gallery",
     "GalleryBusyError",
     "GalleryError",
+    "Index",
+    "IndexingError",
     "ModelError",
     "SourceError",
     "StorageError",
@@ -55,6 +60,7 @@ _LAZY = {
     "Encoded": "facepipe.encoding",
     "Face": "facepipe.encoding",
     "encode": "facepipe.encoding",
+    "Index": "facepipe.index.search",
 }
 
 

@@ -11,6 +11,7 @@ FacepipeError
 │   └── GalleryBusyError another run is writing to the gallery
 ├── AccountingError      images listed and images accounted for differ
 ├── WorkerError          workers die before they can do any work
+├── IndexingError        the search index is missing, damaged, or does not fit the gallery
 └── EvaluationError      a pairs file or gallery cannot be evaluated
 """
 
@@ -57,6 +58,10 @@ class AccountingError(FacepipeError):
 
 class WorkerError(FacepipeError):
     """Workers die before they can do any work."""
+
+
+class IndexingError(FacepipeError):
+    """The search index is missing, damaged, or does not fit the gallery."""
 
 
 class EvaluationError(FacepipeError):

@@ -8,7 +8,9 @@ import facepipe
 from jobs import evaluate
 from jobs.embed import embed
 from jobs.gallery import export, info, verify
+from jobs.index import index
 from jobs.machine import doctor, models
+from jobs.search import search
 
 app = typer.Typer(
     name="facepipe",
@@ -17,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, info, verify, export, models, doctor):
+for command in (embed, index, search, info, verify, export, models, doctor):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 

@@ -19,8 +19,10 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
     with failures():
         from facepipe.gallery import Gallery
         from facepipe.gallery.report import describe
+        from facepipe.index.manifest import state
 
-        found = describe(Gallery(gallery))
+        opened = Gallery(gallery)
+        found = describe(opened) | {"index": state(opened)}
         emit(found, as_json, lambda: _show(found))
 
 
@@ -37,13 +39,15 @@ def _show(found: dict[str, Any]) -> None:
             ("status", "error", "images"),
             ((e["status"], e["error"], e["images"]) for e in found["errors"]),
         )
+    if found["index"]:
+        table("index", ("", ""), found["index"].items())
     if found["runs"]:
         columns = ("run", "runner", "images", "faces", "seconds")
         table("last runs", columns, ([run.get(c, "") for c in columns] for run in found["runs"]))
 
 
 def verify(gallery: GalleryPath, as_json: Json = False) -> None:
-    """Re-read the whole gallery: checksums, row counts, unique ids, unit norms. Exit code 1 if anything is wrong.
+    """Re-read the whole gallery and its index: checksums, counts, unique ids, unit norms. Exit code 1 if any is wrong.
 
     Example:
 
@@ -52,8 +56,14 @@ def verify(gallery: GalleryPath, as_json: Json = False) -> None:
     with failures():
         from facepipe.gallery import Gallery
         from facepipe.gallery.verify import verify as check
+        from facepipe.index.manifest import exists
 
-        result = check(Gallery(gallery))
+        table_of = Gallery(gallery)
+        result = check(table_of)
+        if exists(table_of.path):
+            from facepipe.index.verify import verify_index
+
+            result.problems += verify_index(table_of)
         figures = asdict(result)
         problems = figures.pop("problems")
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from facepipe.errors import GalleryError
+from facepipe.gallery.contract import PROPERTY
 from facepipe.gallery.table import Gallery, _columns
 from facepipe.schema import FACES
 
@@ -29,7 +30,7 @@ def export(gallery: Gallery, out: str, columns: Sequence[str] | None = None, whe
     ds.write_dataset(
         counted(),
         out,
-        schema=pa.schema([FACES.field(name) for name in names]),
+        schema=pa.schema([FACES.field(name) for name in names], {PROPERTY: gallery.contract.to_json()}),
         format="parquet",
         basename_template="part-{i}.parquet",
         max_rows_per_file=_ROWS_PER_FILE,

@@ -85,12 +85,12 @@ class Gallery:
         return Contract.from_json(text)
 
     def files(self) -> list[dict[str, Any]]:
-        """Path, size and row count of the table's files."""
+        """Path, size, row count and number of faces of the table's files."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
-        wanted = [
-            name for name in ("path", "size_bytes", "num_records", "min.uri", "max.uri") if name in actions.column_names
-        ]
-        rows: list[dict[str, Any]] = actions.select(wanted).to_pylist()
+        names = ("path", "size_bytes", "num_records", "min.uri", "max.uri", "null_count.face_id")
+        rows: list[dict[str, Any]] = actions.select([n for n in names if n in actions.column_names]).to_pylist()
+        for row in rows:
+            row["faces"] = row["num_records"] - (row.pop("null_count.face_id", 0) or 0)
         return rows
 
     def dataset(self) -> ds.Dataset:

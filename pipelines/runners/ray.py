@@ -10,6 +10,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -89,6 +90,26 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> I
             while cause is not None and not isinstance(cause, FacepipeError):
                 cause = getattr(cause, "cause", None) or cause.__cause__
             raise cause or WorkerError(f"Ray gave up: {_last_line(error)}") from error
+
+
+def tasks(function: Callable[[Any], Any], items: Iterable[Any], cpus: float) -> Iterator[tuple[Any, Any]]:
+    """(item, function(item)) as they are finished, each a task of its own; a few more are submitted than can run."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    remote = ray.remote(num_cpus=cpus)(function)
+    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
+    waiting, running = iter(items), dict[Any, Any]()
+    while True:
+        for item in islice(waiting, ahead - len(running)):
+            running[remote.remote(item)] = item
+        if not running:
+            return
+        for done in ray.wait(list(running))[0]:
+            try:
+                yield running.pop(done), ray.get(done)
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, FacepipeError) else error from None
 
 
 def _configure() -> None:

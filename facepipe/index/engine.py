@@ -1,0 +1,18 @@
+"""faiss, set up for facepipe: `from facepipe.index.engine import faiss`."""
+
+from typing import Any
+
+from facepipe.errors import ConfigError
+
+try:
+    import faiss as _faiss
+except ImportError as missing:
+    raise ConfigError(
+        "index and search need faiss: pip install 'facepipe[cpu]', or 'facepipe[gpu]' on a machine with a GPU"
+    ) from missing
+
+_BLAS_FROM = 20  # queries from which distances are matrix products; 1.15 has 1000, which is 4 times slower in between
+faiss: Any = _faiss  # its type stubs lack most of what is used here
+faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM
+
+__all__ = ["faiss"]

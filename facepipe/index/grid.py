@@ -1,0 +1,24 @@
+"""Vectors rounded so that distances between them are exact in single precision, in whatever order they are summed.
+
+Matrix products round differently with the shape of the batch, so that the nearest list of a vector would depend on the
+vectors that came with it, and the answers of an index on how it was cut into shards. On multiples of 2^-11 all sums of
+128 products of unit vectors are multiples of 2^-22 below 4, which 24 bits of mantissa hold exactly.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Vectors = npt.NDArray[np.float32]
+_STEPS = np.float32(2048)
+
+
+def grid(vectors: Vectors) -> Vectors:
+    """(n, d) float32 vectors of at most unit norm, each component at the nearest multiple of 2^-11.
+
+    A 128-D vector moves by some 0.0016, a two-hundredth of the distance to its list's centroid. Only lists and codes
+    are found with these; distances that are reported come from the vectors themselves.
+    """
+    rounded = np.multiply(vectors, _STEPS, dtype=np.float32)
+    np.rint(rounded, out=rounded)
+    rounded /= _STEPS
+    return np.ascontiguousarray(rounded)

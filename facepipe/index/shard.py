@@ -1,0 +1,292 @@
+"""One shard: an index that stock faiss opens, with its vectors, ids and labels in memory-mapped files beside it.
+
+Written under a temporary name, synced, checksummed, renamed; never changed afterwards.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.errors import IndexingError, StorageError
+from facepipe.index.engine import faiss
+from facepipe.index.grid import grid
+from facepipe.index.manifest import IDS, INDEX, LABELS, ROWS, VECTORS, File, ShardEntry, digest, sync, sync_folder
+from facepipe.index.rows import Rows
+from facepipe.schema import EMBEDDING_DIM
+
+Ids = npt.NDArray[np.int64]
+_LABEL_ROWS = 65536  # rows of a batch of labels.arrow: where a row's label is, is a division
+_LABELS = pa.schema([("uri", pa.string()), ("identity", pa.string())])
+_NPY_HEADER = 128
+_COPY_ROWS = 65536
+_ADD_ROWS = 16384
+_BUCKET_BITS = 22  # 16 MiB of offsets into the sorted ids, at most
+
+
+class ShardWriter:
+    """Takes rows, then makes them a shard. Used as a context: what was not finished is deleted."""
+
+    def __init__(self, folder: str, index: Any):
+        self._folder, self._index = folder, index
+        self._partial = os.path.join(folder, f"shard-{secrets.token_hex(6)}.partial")
+        self._ids: list[Ids] = []
+        self._count = 0
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            os.mkdir(self._partial)
+            self._vectors: BinaryIO = open(os.path.join(self._partial, VECTORS), "wb")
+            self._vectors.write(bytes(_NPY_HEADER))
+            self._labels = _LabelWriter(os.path.join(self._partial, LABELS))
+        except OSError as error:
+            raise StorageError(f"cannot write {self._partial!r}: {(error.strerror or str(error)).lower()}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._vectors.close()
+        self._labels.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, rows: Rows) -> None:
+        """Add rows to the index and the side files."""
+        self.keep(rows)
+        add_to(self._index, rows.vectors, rows.ids)
+
+    def keep(self, rows: Rows) -> None:
+        """Add rows to the side files only: the index has them already."""
+        try:
+            self._vectors.write(np.ascontiguousarray(rows.vectors, "<f4").data)
+            self._labels.write(rows.uris, rows.identities)
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(f"cannot write {self._partial!r}: {str(error).splitlines()[0]}") from error
+        self._ids.append(np.array(rows.ids, np.int64))
+        self._count += len(rows)
+
+    def finish(self) -> ShardEntry | None:
+        """The shard, under its final name; None where there was no row."""
+        if not self._count:
+            return None
+        try:
+            self._labels.close()
+            self._vectors.seek(0)
+            self._vectors.write(_npy_header(self._count))
+            self._vectors.close()
+            self._write_ids()
+            faiss.write_index(self._index, os.path.join(self._partial, INDEX))
+            files = {}
+            for name in (INDEX, VECTORS, IDS, ROWS, LABELS):
+                sync(os.path.join(self._partial, name))
+                files[name] = digest(os.path.join(self._partial, name))
+            sync_folder(self._partial)
+            final = self._partial.removesuffix(".partial")
+            os.rename(self._partial, final)
+            sync_folder(self._folder)
+        except (OSError, RuntimeError) as error:  # faiss reports a full disk as RuntimeError
+            raise StorageError(f"cannot write {self._partial!r}: {str(error).splitlines()[0]}") from error
+        return ShardEntry(os.path.basename(final), self._count, files)
+
+    def _write_ids(self) -> None:
+        ids = np.concatenate(self._ids)
+        self._ids = []
+        order = np.argsort(ids, kind="stable")
+        np.save(os.path.join(self._partial, ROWS), order.astype(np.uint32))
+        np.save(os.path.join(self._partial, IDS), ids[order])
+
+
+class _LabelWriter:
+    """Writes uri and identity in batches of exactly 65,536 rows."""
+
+    def __init__(self, path: str):
+        self._file: Any = pa.ipc.new_file(path, _LABELS)
+        self._pending: list[pa.Table] = []
+        self._rows = 0
+
+    def write(self, uris: pa.Array, identities: pa.Array) -> None:
+        self._pending.append(pa.table([uris, identities], schema=_LABELS))
+        self._rows += len(uris)
+        while self._rows >= _LABEL_ROWS:
+            self._flush(_LABEL_ROWS)
+
+    def _flush(self, rows: int) -> None:
+        table = pa.concat_tables(self._pending).combine_chunks()
+        self._file.write_table(table.slice(0, rows), max_chunksize=rows)
+        self._pending, self._rows = [table.slice(rows)], table.num_rows - rows
+
+    def close(self) -> None:
+        if self._file is not None:
+            if self._rows:
+                self._flush(self._rows)
+            self._file.close()
+            self._file = None
+
+
+def _npy_header(rows: int) -> bytes:
+    """The header of a (rows, 128) float32 .npy file, always 128 bytes long."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {EMBEDDING_DIM}), }}"
+    start = b"\x93NUMPY\x01\x00" + (_NPY_HEADER - 10).to_bytes(2, "little")
+    return start + text.encode().ljust(_NPY_HEADER - 11) + b"\n"
+
+
+def add_to(index: Any, vectors: npt.NDArray[np.float32], ids: Ids) -> None:
+    """Add unit vectors to an index: on the grid where it has lists, as they are where it is exact."""
+    has_lists = faiss.try_extract_index_ivf(index) is not None
+    for at in range(0, len(ids), _ADD_ROWS):
+        part = np.ascontiguousarray(vectors[at : at + _ADD_ROWS])
+        index.add_with_ids(grid(part) if has_lists else part, np.ascontiguousarray(ids[at : at + _ADD_ROWS]))
+
+
+def build_shard(folder: str, template: str, batches: Iterable[Rows]) -> ShardEntry | None:
+    """A shard of the rows; None where there are none."""
+    index = faiss.read_index(os.path.join(folder, template))
+    with ShardWriter(folder, index) as writer:
+        for rows in batches:
+            writer.add(rows)
+        return writer.finish()
+
+
+def merge_shards(folder: str, entries: Iterable[ShardEntry]) -> ShardEntry | None:
+    """One shard of several, without their dead. Nothing is quantised anew: the answers stay what they were."""
+    merged: Any = None
+    parts = [Shard(folder, entry) for entry in entries]
+    for part in parts:
+        index = faiss.read_index(os.path.join(folder, part.entry.name, INDEX))
+        if part.dead.size:
+            index.remove_ids(faiss.IDSelectorBatch(part.dead))
+        if merged is None:
+            merged = index
+        else:
+            merged.merge_from(index, 0)
+    with ShardWriter(folder, merged) as writer:
+        for part in parts:
+            for rows in part.live_rows():
+                writer.keep(rows)
+        return writer.finish()
+
+
+class Shard:
+    """A published shard, read-only: everything is mapped into memory, nothing is read before it is needed.
+
+    ids (n,) sorted int64 and rows (n,) uint32: where each id's vector and label are; vectors (n, 128) float32;
+    dead: sorted ids that no search returns. Raises IndexingError, naming the file, where one is missing or cut short.
+    """
+
+    def __init__(self, folder: str, entry: ShardEntry):
+        self.entry = entry
+        self._folder = os.path.join(folder, entry.name)
+        for name, file in entry.files.items():
+            self._require(os.path.join(self._folder, name), file)
+        self.ids: Ids = self._mapped(IDS)
+        self.rows: npt.NDArray[np.uint32] = self._mapped(ROWS)
+        self.vectors: npt.NDArray[np.float32] = self._mapped(VECTORS)
+        self._shift = np.int64(63 - min(_BUCKET_BITS, max(1, (len(self.ids) - 1).bit_length())))
+        buckets = np.arange(1 << (63 - int(self._shift)), dtype=np.int64) << self._shift
+        self._starts = np.minimum(np.searchsorted(self.ids, buckets), len(self.ids) - 1).astype(np.uint32)
+        self.dead: Ids = np.empty(0, np.int64)
+        if entry.tombstones and entry.tombstones_file:
+            path = os.path.join(folder, entry.tombstones)
+            self._require(path, entry.tombstones_file)
+            self.dead = np.load(path)
+        self._labels: Any = None
+
+    def _mapped(self, name: str) -> npt.NDArray[Any]:
+        return np.asarray(np.load(os.path.join(self._folder, name), mmap_mode="r"))
+
+    @staticmethod
+    def _require(path: str, file: File) -> None:
+        try:
+            size = os.path.getsize(path)
+        except OSError as error:
+            raise IndexingError(
+                f"{path!r} of the index cannot be read ({(error.strerror or str(error)).lower()}): "
+                "`facepipe index GALLERY --repair` rebuilds what is damaged"
+            ) from error
+        if size != file.bytes:
+            raise IndexingError(
+                f"{path!r} has {size} bytes, not the {file.bytes} that were written: "
+                "`facepipe index GALLERY --repair` rebuilds what is damaged"
+            )
+
+    def open_index(self) -> Any:
+        """The faiss index, mapped: it must not be changed (removing ids from it would crash the process)."""
+        try:
+            return faiss.read_index(os.path.join(self._folder, INDEX), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise IndexingError(
+                f"{self._folder!r} cannot be opened: `facepipe index GALLERY --repair` rebuilds what is damaged"
+            ) from error
+
+    def locate(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """(whether the shard holds each id, its row)."""
+        at = self._starts[ids >> self._shift].astype(np.int64)
+        last = len(self.ids) - 1
+        # Ids are hashes: a bucket holds one on average, and its neighbours are in the same cache line.
+        behind = np.flatnonzero(self.ids[at] < ids)
+        while behind.size:
+            at[behind] += 1
+            behind = behind[at[behind] < last]
+            behind = behind[self.ids[at[behind]] < ids[behind]]
+        np.minimum(at, last, out=at)
+        return self.ids[at] == ids, self.rows[at].astype(np.int64)
+
+    def labels(self, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """uri and identity of rows, in their order."""
+        if self._labels is None:
+            self._labels = pa.ipc.open_file(pa.memory_map(os.path.join(self._folder, LABELS)))
+        order = np.argsort(rows, kind="stable")
+        batches, starts = np.unique(rows[order] // _LABEL_ROWS, return_index=True)
+        ends = [*starts[1:], len(rows)]
+        parts = [
+            pa.Table.from_batches([self._labels.get_batch(int(n))]).take(pa.array(rows[order[a:b]] - n * _LABEL_ROWS))
+            for n, a, b in zip(batches, starts, ends, strict=True)
+        ]
+        back = np.empty(len(rows), np.int64)
+        back[order] = np.arange(len(rows))
+        return pa.concat_tables(parts).take(pa.array(back)) if parts else _LABELS.empty_table()
+
+    def alive(self) -> npt.NDArray[np.bool_] | None:
+        """(n,) by row, or None where all are alive."""
+        if not self.dead.size:
+            return None
+        found, rows = self.locate(self.dead)
+        mask = np.ones(len(self.ids), bool)
+        mask[rows[found]] = False
+        return mask
+
+    def ids_by_row(self) -> Ids:
+        """Ids in the order of the vectors."""
+        ids = np.empty(len(self.ids), np.int64)
+        ids[self.rows] = self.ids
+        return ids
+
+    def live_rows(self) -> Iterator[Rows]:
+        """What a search can return, in the order of the vectors."""
+        alive, ids = self.alive(), self.ids_by_row()
+        for at in range(0, len(ids), _COPY_ROWS):
+            chosen = np.arange(at, min(at + _COPY_ROWS, len(ids)))
+            if alive is not None:
+                chosen = chosen[alive[chosen]]
+            if len(chosen):
+                names = self.labels(chosen).combine_chunks()
+                uris, identities = (names[name].combine_chunks() for name in ("uri", "identity"))
+                yield Rows(ids[chosen], self.vectors[chosen], uris, identities)
+
+
+def bury(folder: str, entry: ShardEntry, dead: Ids) -> ShardEntry:
+    """The shard's entry with these ids as its dead (all of them: earlier ones are not added)."""
+    if not len(dead):
+        return replace(entry, dead=0, tombstones=None, tombstones_file=None)
+    name = f"dead-{secrets.token_hex(6)}.npy"
+    path = os.path.join(folder, name)
+    try:
+        np.save(path, np.unique(dead))
+        sync(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    return replace(entry, dead=len(np.unique(dead)), tombstones=name, tombstones_file=digest(path))

@@ -1,0 +1,167 @@
+"""What an index owes its gallery: which faces are new since it was made, and which are gone."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.errors import GalleryError, StorageError
+from facepipe.gallery import Gallery
+from facepipe.hashtable import HashTable
+from facepipe.index.manifest import Manifest
+from facepipe.index.rows import face_ids
+from facepipe.index.shard import Shard
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A file of the table, the faces in it (at most), and whether all of them are to be added."""
+
+    path: str
+    faces: int
+    whole: bool = True
+
+
+@dataclass
+class Changes:
+    """Between a manifest and a gallery.
+
+    files: table files with faces to add; fresh: the ids to take from those that are not whole; dead: by shard name, all
+    ids that no search may return; full: every id was compared, since the log or the files of then are gone.
+    """
+
+    files: list[TableFile]
+    fresh: HashTable | None
+    dead: dict[str, Ids] = field(default_factory=dict)
+    added: int = 0
+    removed: int = 0
+    full: bool = False
+
+    def close(self) -> None:
+        """Give the temporary file back."""
+        if self.fresh is not None:
+            self.fresh.close()
+
+
+def everything(gallery: Gallery) -> Changes:
+    """All faces as new ones."""
+    files = [TableFile(file["path"], file["faces"]) for file in _sorted(gallery)]
+    return Changes(files, None, added=sum(file.faces for file in files))
+
+
+def changes(gallery: Gallery, manifest: Manifest, folder: str, only_full: bool = False) -> Changes:
+    """Compare, id by id, the table's files that came and went since the manifest's version.
+
+    A face that only moved to another file (a compaction, a neighbour's deletion) is neither new nor gone; one whose
+    identity changed is both. What is read is in proportion to what changed, unless the log of then has been cleaned.
+    """
+    shards = [Shard(folder, entry) for entry in manifest.shards]
+    then = None if only_full else _then(gallery, manifest.table_version)
+    now = {file["path"]: file["faces"] for file in _sorted(gallery)}
+    if then is not None:
+        try:
+            return _diff(gallery, shards, [(p, n) for p, n in now.items() if p not in then], sorted(then - now.keys()))
+        except StorageError:  # vacuumed: the ids that were in it can only be told by elimination
+            if all(os.path.exists(os.path.join(gallery.faces_folder, path)) for path in now):
+                return _diff(gallery, shards, list(now.items()), None)
+            raise
+    return _diff(gallery, shards, list(now.items()), None)
+
+
+def _sorted(gallery: Gallery) -> list[dict[str, Any]]:
+    return sorted(gallery.files(), key=lambda file: file["path"])
+
+
+def _then(gallery: Gallery, version: int) -> set[str] | None:
+    try:
+        return {file["path"] for file in Gallery(gallery.path, version).files()}
+    except GalleryError:
+        return None
+
+
+def _diff(gallery: Gallery, shards: list[Shard], came: list[tuple[str, int]], gone: list[str] | None) -> Changes:
+    """`gone` None: all that the shards return may be gone."""
+    held, kept, fresh = HashTable(), HashTable(), HashTable()
+    for ids in _gone_ids(gallery, shards, gone):
+        held.add(_keys(ids))
+    found = Changes([], fresh, full=gone is None)
+    revived: list[Ids] = []
+    for path, rows in came:
+        before, faces = fresh.count, 0
+        for batch in face_ids(gallery.faces_folder, path):
+            ids = batch["face_id"].to_numpy()
+            faces += len(ids)
+            buried = _buried(shards, ids)
+            present = held.get(_keys(ids))[0] | buried
+            same = np.zeros(len(ids), bool)
+            same[present] = _same_identity(shards, ids[present], batch["identity"].filter(pa.array(present)))
+            kept.add(_keys(ids[same]))
+            revived.append(ids[same & buried])
+            fresh.add(_keys(ids[~same]))
+        if fresh.count > before:
+            found.files.append(TableFile(path, rows, whole=fresh.count - before == faces))
+    found.added = fresh.count
+    gone_now = [ids[~kept.get(_keys(ids))[0]] for ids in _gone_ids(gallery, shards, gone)]
+    found.dead = _tombstones(shards, np.concatenate([*gone_now, np.empty(0, np.int64)]), revived)
+    found.removed = int(sum(map(len, gone_now)))
+    held.close()
+    kept.close()
+    return found
+
+
+def _gone_ids(gallery: Gallery, shards: list[Shard], gone: list[str] | None) -> Iterator[Ids]:
+    if gone is None:
+        for shard in shards:
+            for at in range(0, len(shard.ids), 1 << 20):
+                ids = np.asarray(shard.ids[at : at + (1 << 20)])
+                yield ids[~np.isin(ids, shard.dead)] if shard.dead.size else ids
+        return
+    for path in gone:
+        for batch in face_ids(gallery.faces_folder, path):
+            yield batch["face_id"].to_numpy()
+
+
+def _buried(shards: list[Shard], ids: Ids) -> npt.NDArray[np.bool_]:
+    """Which ids are in a shard, dead: they come back by being taken off its tombstones."""
+    found = np.zeros(len(ids), bool)
+    for shard in shards:
+        if shard.dead.size:
+            at = np.minimum(np.searchsorted(shard.dead, ids), len(shard.dead) - 1)
+            found |= shard.dead[at] == ids
+    return found
+
+
+def _same_identity(shards: list[Shard], ids: Ids, identities: pa.Array) -> npt.NDArray[np.bool_]:
+    """Whether the newest shard that holds each id has it under the given identity."""
+    same = np.zeros(len(ids), bool)
+    left = np.arange(len(ids))
+    given = np.array(identities.cast(pa.string()).to_pylist(), object)
+    for shard in reversed(shards):
+        found, rows = shard.locate(ids[left])
+        held = np.array(shard.labels(rows[found])["identity"].to_pylist(), object)
+        same[left[found]] = held == given[left[found]]
+        left = left[~found]
+    return same
+
+
+def _tombstones(shards: list[Shard], gone: Ids, revived: Iterable[Ids]) -> dict[str, Ids]:
+    back = np.concatenate([*revived, np.empty(0, np.int64)])
+    dead = {}
+    newer = np.empty(0, np.int64)  # an id that a newer shard returns must stay dead in the older one
+    for shard in reversed(shards):
+        stays = shard.dead[~np.isin(shard.dead, np.setdiff1d(back, newer))]
+        found, _ = shard.locate(gone)
+        dead[shard.entry.name] = np.union1d(stays, gone[found])
+        returned = back[shard.locate(back)[0]]
+        newer = np.union1d(newer, returned)
+    return dead
+
+
+def _keys(ids: Ids) -> npt.NDArray[np.uint64]:
+    return ids.astype(np.uint64)

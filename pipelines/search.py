@@ -1,0 +1,407 @@
+"""search: queries in, a Parquet table of their nearest faces out; in blocks, restartable, on this machine or on Ray."""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from facepipe.errors import ConfigError, SourceError, StorageError
+from facepipe.gallery import Contract, Gallery
+from facepipe.index import manifest
+from facepipe.index.decide import Rule, decide
+from facepipe.index.exact import exact_search, live_blocks, scan_is_cheaper
+from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_queries, read_block
+from facepipe.index.search import Hits, Index
+from facepipe.index.tune import without
+from facepipe.models.device import gpus
+from facepipe.schema import OK
+from pipelines import embed
+from pipelines.embed_config import Count, EmbedConfig
+from pipelines.runners import ray
+
+Distance = Annotated[float, Field(gt=0, le=2)]
+_OUT = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("query_uri", pa.string()),
+        ("status", pa.string()),
+        ("rank", pa.int32()),
+        ("face_id", pa.int64()),
+        ("distance", pa.float32()),
+        ("identity", pa.string()),
+        ("uri", pa.string()),
+        ("decision", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Find:
+    """What is looked for.
+
+    k: nearest faces a query; radius: all faces within this Euclidean distance instead, at most `most` of them
+    recall: recall@10 to search with, by default the one the index was built for
+    threshold: distance up to which the nearest faces say who it is; decide: by the nearest one, or by their vote
+    path: lists (visit the nearest inverted lists), scan (compare with every vector: exact), or auto: the cheaper one
+    leave_self_out: a face does not find itself; by default where a gallery is searched with its own faces
+    """
+
+    k: Count = 10
+    radius: Distance | None = None
+    most: Count = 1000
+    recall: Annotated[float, Field(gt=0, le=1)] | None = None
+    threshold: Distance | None = None
+    decide: Rule = "nearest"
+    path: Literal["auto", "lists", "scan"] = "auto"
+    leave_self_out: bool | None = None
+
+
+@dataclass(frozen=True)
+class SearchRunConfig:
+    """How the work is run; none of it changes what comes out.
+
+    runner: inline (this process, all its CPUs), ray (a task a block), or auto: ray where RAY_ADDRESS names a cluster
+    block: queries of one block, which is done again if it was not finished; cpus: of a Ray task
+    """
+
+    runner: Literal["auto", "inline", "ray"] = "auto"
+    block: Count = 20_000
+    cpus: Count = 2
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything `search` can be told; `embed` is for queries that are images, with the gallery's models."""
+
+    search: Find = field(default_factory=Find)
+    run: SearchRunConfig = field(default_factory=SearchRunConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+
+
+@dataclass
+class SearchSummary:
+    """What a search did. queries: all; bad: those that could not be searched, by reason; skipped_blocks: were done."""
+
+    queries: int = 0
+    rows: int = 0
+    identified: int = 0
+    unknown: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    blocks: int = 0
+    skipped_blocks: int = 0
+    path: str = "lists"
+    vectors: int = 0
+    nprobe: int = 0
+    rescore: int = 0
+    threshold: float | None = None
+    seconds: float = 0.0
+    out: str = ""
+
+
+Progress = Callable[[SearchSummary], None]
+
+
+def run(
+    config: SearchConfig, gallery: str, queries: str, out: str, progress: Progress = lambda summary: None
+) -> SearchSummary:
+    """Search a gallery's index for queries: images, a gallery, or Parquet files with an `embedding` column.
+
+    Writes OUT.parquet, or a folder of parts where OUT has no such ending; it appears when it is complete. A search that
+    was interrupted goes on from its last finished block. Raises ContractError where the queries were made with other
+    models, SourceError where there is nothing to search for.
+    """
+    began = time.monotonic()
+    table = Gallery(gallery)
+    if os.path.exists(out) and not (os.path.isfile(out) and out.endswith(".parquet")):
+        raise ConfigError(f"{out!r} exists: choose another name")
+    manifest.load(table.path)  # before any image is read
+    work = out.rstrip("/") + ".partial"
+    summary = SearchSummary(out=out, threshold=config.search.threshold)
+    try:
+        os.makedirs(work, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {work!r}: {(error.strerror or str(error)).lower()}") from error
+    source = open_queries(queries, table.contract) or _embedded(config, table.contract, queries, work, summary)
+    _search_blocks(config, table, source, work, summary, began, progress)
+    _finish(work, out, summary)
+    summary.seconds = round(time.monotonic() - began, 3)
+    return summary
+
+
+def _embedded(config: SearchConfig, contract: Contract, images: str, work: str, summary: SearchSummary) -> QuerySource:
+    """Images are embedded with the gallery's models first, into a gallery beside the output."""
+    inner = config.embed
+    chosen = replace(
+        inner,
+        source=replace(inner.source, uri=images),
+        detect=replace(inner.detect, model=contract.detector),
+        embed=replace(inner.embed, model=contract.embedder, flip=contract.flip),
+        align=replace(inner.align, thumbs=False),
+    )
+    contract.require(chosen.contract, "the gallery that is searched")
+    found = embed.run(chosen, os.path.join(work, "queries"))
+    made = Gallery(os.path.join(work, "queries"))
+    summary.images = {name: count for name, count in made.counts().items() if name not in ("images", "faces")}
+    source = open_queries(made.path, contract)
+    if source is None or found.version < 0:
+        raise SourceError(f"no image in {images!r}")
+    return source
+
+
+def _search_blocks(
+    config: SearchConfig,
+    gallery: Gallery,
+    source: QuerySource,
+    work: str,
+    summary: SearchSummary,
+    began: float,
+    progress: Progress,
+) -> None:
+    job = _Job.of(config, gallery, source)
+    summary.path, summary.vectors = job.path, manifest.load(gallery.path).live
+    summary.nprobe, summary.rescore = manifest.load(gallery.path).setting(config.search.recall)
+    _begin(work, job)
+    blocks = (_Task(job, block, work) for block in _unfinished(source, config.run.block, work, summary))
+    on_ray = config.run.runner == "ray" or (config.run.runner == "auto" and "RAY_ADDRESS" in os.environ)
+    if on_ray:
+        ray.start()
+    try:
+        done = ray.tasks(_search_block, blocks, config.run.cpus) if on_ray else ((t, _search_block(t)) for t in blocks)
+        for _, counts in done:
+            _count(summary, counts)
+            summary.seconds = time.monotonic() - began
+            progress(summary)
+    finally:
+        if on_ray:
+            ray.stop()
+
+
+def _unfinished(source: QuerySource, rows: int, work: str, summary: SearchSummary) -> Iterator[QueryBlock]:
+    for block in source.blocks(rows):
+        summary.blocks += 1
+        path = _part(work, block.number)
+        if os.path.exists(path):
+            summary.skipped_blocks += 1
+            _count(summary, json.loads(pq.read_schema(path).metadata[b"facepipe.counts"]))
+        else:
+            yield block
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What decides the answers: a part made for another job is not used."""
+
+    gallery: str
+    created: float
+    queries: str
+    fingerprint: str
+    block: int
+    find: Find
+    path: str
+
+    @classmethod
+    def of(cls, config: SearchConfig, gallery: Gallery, source: QuerySource) -> "_Job":
+        found = manifest.load(gallery.path)
+        find = config.search
+        if find.leave_self_out is None:
+            find = replace(
+                find, leave_self_out=source.gallery and os.path.realpath(source.path) == os.path.realpath(gallery.path)
+            )
+        path = find.path
+        if path == "auto":
+            index = Index(gallery.path, find.recall)
+            path = "scan" if not find.radius and scan_is_cheaper(index, index.setting.nprobe) else "lists"
+        if path == "scan" and find.radius:
+            raise ConfigError("a search by radius visits lists: leave path=scan out, or give k")
+        return cls(gallery.path, found.created, source.path, source.fingerprint, config.run.block, find, path)
+
+
+@dataclass(frozen=True)
+class _Task:
+    job: _Job
+    block: QueryBlock
+    work: str
+
+
+def _begin(work: str, job: _Job) -> None:
+    """Parts of an earlier, different search are of no use."""
+    path, state = os.path.join(work, "job.json"), json.dumps(asdict(job), sort_keys=True)
+    try:
+        with open(path) as file:
+            same = file.read() == state
+    except OSError:
+        same = False
+    if not same:
+        for name in os.listdir(work):
+            if name.startswith("part-"):
+                os.unlink(os.path.join(work, name))
+        with open(path, "w") as file:
+            file.write(state)
+
+
+def _part(work: str, number: int) -> str:
+    return os.path.join(work, f"part-{number:06d}.parquet")
+
+
+def _search_block(task: _Task) -> dict[str, Any]:
+    """Search one block and write its part under a temporary name first; its counts."""
+    index = _opened(task.job.gallery, task.job.created, task.job.find.recall)
+    counts: dict[str, Any] = {"queries": 0, "rows": 0, "identified": 0, "unknown": 0, "bad": {}}
+    parts: Iterable[Queries] = read_block(task.block)
+    if task.job.path == "scan":
+        parts = _joined(list(parts))
+    tables = [_answers(index, queries, task.job, counts) for queries in parts]
+    table = pa.concat_tables(tables) if tables else _OUT.empty_table()
+    table = table.replace_schema_metadata({"facepipe.counts": json.dumps(counts)})
+    path = _part(task.work, task.block.number)
+    temporary = f"{path}.{secrets.token_hex(4)}"
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    return counts
+
+
+@lru_cache(maxsize=1)
+def _opened(gallery: str, created: float, recall: float | None) -> Index:
+    return Index(gallery, recall, merge=True)
+
+
+def _joined(parts: list[Queries]) -> list[Queries]:
+    """One set of queries: a scan reads all vectors once for them."""
+    if len(parts) < 2:
+        return parts
+    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("own", "vectors", "status")}
+    return [Queries(pa.concat_arrays([p.names for p in parts]), pa.concat_arrays([p.uris for p in parts]), **arrays)]
+
+
+def _answers(index: Index, queries: Queries, job: _Job, counts: dict[str, Any]) -> pa.Table:
+    """Rows of the answers, in the order of the queries; a query without an answer has one row without a rank."""
+    good = queries.status == OK
+    asked, ids, distances = _found(index, queries.vectors[good], queries.own[good], job)
+    asked = np.flatnonzero(good)[asked]
+    labels = index.labels(ids)
+    ranks = _ranks(asked)
+    decisions = _decisions(len(good), asked, ranks, labels["identity"], distances, job.find)
+    alone = np.setdiff1d(np.arange(len(good)), asked)
+    order = np.argsort(np.concatenate([asked, alone]), kind="stable")
+    every = np.concatenate([asked, alone])[order]
+    padding = pa.nulls(len(alone))
+    columns = {
+        "rank": pa.concat_arrays([pa.array(ranks, pa.int32()), padding.cast(pa.int32())]),
+        "face_id": pa.concat_arrays([pa.array(ids), padding.cast(pa.int64())]),
+        "distance": pa.concat_arrays([pa.array(distances, pa.float32()), padding.cast(pa.float32())]),
+        "identity": pa.concat_arrays([*labels["identity"].chunks, padding.cast(pa.string())]),
+        "uri": pa.concat_arrays([*labels["uri"].chunks, padding.cast(pa.string())]),
+    }
+    taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
+    chosen = pa.array(every)
+    counts["queries"] += len(good)
+    counts["rows"] += len(asked)
+    for reason in queries.status[~good]:
+        counts["bad"][reason] = counts["bad"].get(reason, 0) + 1
+    if decisions is not None:
+        counts["unknown"] += int((decisions[good] == "Unknown").sum())
+        counts["identified"] += int((decisions[good] != "Unknown").sum())
+    return pa.table(
+        {
+            "query_id": queries.names.take(chosen),
+            "query_uri": queries.uris.take(chosen),
+            "status": pa.array(queries.status[every], pa.string()),
+            **taken,
+            "decision": pa.nulls(len(every), pa.string())
+            if decisions is None
+            else pa.array(decisions[every], pa.string(), mask=~good[every]),
+        },
+        schema=_OUT,
+    )
+
+
+def _found(
+    index: Index, vectors: npt.NDArray[np.float32], own: npt.NDArray[np.int64], job: _Job
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Flat (query, face id, distance), by query, nearest first."""
+    find = job.find
+    if find.radius is not None:
+        near = index.within(vectors, find.radius, find.most + bool(find.leave_self_out))
+        asked = np.repeat(np.arange(len(near)), [len(ids) for ids, _ in near])
+        ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in near)])
+        distances = np.concatenate([np.empty(0, np.float32), *(d for _, d in near)])
+        keep = ids != own[asked] if find.leave_self_out else np.ones(len(ids), bool)
+        return asked[keep], ids[keep], distances[keep]
+    k = find.k + bool(find.leave_self_out)
+    hits = _scanned(index, vectors, k) if job.path == "scan" else index.search(vectors, k)
+    if find.leave_self_out and len(vectors):
+        last = np.argsort(hits.ids == own[:, None], axis=1, kind="stable")
+        distances = np.take_along_axis(hits.distances, last, axis=1)[:, : find.k]
+        hits = Hits(without(hits.ids, own, find.k), distances)
+    asked, places = np.nonzero(hits.ids >= 0)
+    return asked, hits.ids[asked, places], hits.distances[asked, places]
+
+
+def _scanned(index: Index, vectors: npt.NDArray[np.float32], k: int) -> Hits:
+    return exact_search(vectors, live_blocks(index), k, "cuda" if gpus() else "cpu")
+
+
+def _ranks(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """1, 2, ... within each run of equal queries."""
+    starts = np.flatnonzero(np.diff(asked, prepend=-1))
+    return np.arange(len(asked)) - np.repeat(starts, np.diff(np.append(starts, len(asked)))) + 1
+
+
+def _decisions(
+    queries: int,
+    asked: npt.NDArray[np.int64],
+    ranks: npt.NDArray[np.int64],
+    identities: pa.ChunkedArray,
+    distances: npt.NDArray[np.float32],
+    find: Find,
+) -> npt.NDArray[np.object_] | None:
+    if find.threshold is None:
+        return None
+    wide = int(ranks.max(initial=1))
+    names = np.full((queries, wide), None, object)
+    far = np.full((queries, wide), np.inf, np.float32)
+    names[asked, ranks - 1] = identities.to_pylist()
+    far[asked, ranks - 1] = distances
+    return decide(names, far, find.threshold, find.decide)
+
+
+def _count(summary: SearchSummary, counts: dict[str, Any]) -> None:
+    for name in ("queries", "rows", "identified", "unknown"):
+        setattr(summary, name, getattr(summary, name) + counts[name])
+    for reason, count in counts["bad"].items():
+        summary.bad[reason] = summary.bad.get(reason, 0) + count
+
+
+def _finish(work: str, out: str, summary: SearchSummary) -> None:
+    """The parts as one file, or as a folder; the work folder goes."""
+    parts = [_part(work, number) for number in range(summary.blocks)]
+    try:
+        if out.endswith(".parquet"):
+            temporary = os.path.join(work, "joined")
+            with pq.ParquetWriter(temporary, _OUT, compression="zstd") as writer:
+                for part in parts:
+                    writer.write_table(pq.read_table(part).replace_schema_metadata(None))
+            os.replace(temporary, out)
+        else:
+            os.makedirs(work + "/parts")
+            for part in parts:
+                os.rename(part, os.path.join(work, "parts", os.path.basename(part)))
+            os.rename(work + "/parts", out)
+    except OSError as error:
+        raise StorageError(f"cannot write {out!r}: {(error.strerror or str(error)).lower()}") from error
+    shutil.rmtree(work, ignore_errors=True)
