@@ -7,6 +7,8 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from facepipe.errors import StorageError
+
 Array = npt.NDArray[np.uint64]
 _FIRST_SLOTS = 1 << 16
 _MAX_LOAD = 0.6
@@ -26,10 +28,16 @@ class HashTable:
         self._slots, self._file = self._allocate(_FIRST_SLOTS)
 
     def _allocate(self, slots: int) -> tuple[Array, IO[bytes]]:
-        file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")  # noqa: SIM115  closed by close()
         size = slots * (1 + self.width) * 8
-        file.truncate(size)
-        mapped = mmap.mmap(file.fileno(), size)
+        try:
+            file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")  # noqa: SIM115  closed by close()
+            file.truncate(size)
+            mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise StorageError(
+                f"cannot keep a table of ids in {self._folder or tempfile.gettempdir()!r} (TMPDIR): "
+                f"{(error.strerror or str(error)).lower()}"
+            ) from error
         return np.frombuffer(mapped, np.uint64).reshape(slots, 1 + self.width), file
 
     def add(self, keys: Array, values: Array | None = None) -> npt.NDArray[np.bool_]:

@@ -53,3 +53,57 @@ def _show(file: str, result: Any) -> None:
         )
         rows.append((f"TAR at FAR {far}", shown))
     table(f"pairs {file}", ("", ""), rows)
+
+
+@app.command()
+def index(
+    gallery: GalleryPath,
+    queries: Annotated[
+        int | None, typer.Option(min=1, help="Faces of the gallery to search with.", show_default="by its size")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Recall@10 to search with.", show_default="the index's")
+    ] = None,
+    picture: Annotated[
+        str | None, typer.Option(metavar="RECALL.png", help="Draw recall against lists visited.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The search index: recall against exact search, queries a second, bytes a vector; identification where labels are.
+
+    Example:
+
+        facepipe evaluate index gallery/ --picture recall.png
+    """
+    with failures():
+        from facepipe.evaluation.index import evaluate_index
+        from facepipe.gallery import Gallery
+
+        result = evaluate_index(Gallery(gallery), queries, recall, picture)
+        emit(result.to_dict(), as_json, lambda: _show_index(gallery, result))
+
+
+def _show_index(gallery: str, result: Any) -> None:
+    rows = [
+        ("faces, shards, deleted in them", f"{result.faces}, {result.shards}, {result.dead}"),
+        ("factory", result.factory),
+        ("lists visited, candidates re-scored", f"{result.nprobe}, {result.rescore}"),
+        (f"recall@1, {result.queries} queries", f"{result.recall_at_1:.4f}"),
+        (f"recall@10 ({result.asked:g} asked)", f"{result.recall_at_10:.4f} ± {result.standard_error:.4f}"),
+        ("queries/s in a batch", f"{result.qps:.0f}"),
+        ("queries/s against every vector", f"{result.exact_qps:.0f}"),
+        ("one query alone", f"{result.single_ms:.2f} ms"),
+        ("bytes a vector: index, side files", f"{result.bytes_per_vector:.1f}, {result.side_bytes_per_vector:.1f}"),
+        ("imbalance of the lists", f"{result.imbalance:.3f}"),
+    ]
+    people = result.identification
+    if people is not None:
+        rows += [("rank-1 identification", f"{people.rank_1:.4f} of {people.mated} mated searches")]
+        for point in people.points:
+            missed = "no mated searches" if point.fnir is None else f"{point.fnir:.4f}"
+            rows.append((f"FNIR at FPIR {point.fpir:g}", f"{missed} (distance <= {point.threshold:.4f})"))
+    table(f"index of {gallery}", ("", ""), rows)
+    points = ((p.nprobe, p.rescore, f"{p.recall_at_1:.4f}", f"{p.recall_at_10:.4f}") for p in result.curve)
+    table("measured, lower bounds of 95 %", ("lists", "re-scored", "recall@1", "recall@10"), points)
+    for note in result.notes:
+        print(note)

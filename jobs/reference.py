@@ -10,6 +10,8 @@ import typer
 
 from jobs.cli import app
 from pipelines.embed import EmbedConfig
+from pipelines.index import IndexConfig
+from pipelines.search import SearchConfig
 
 _HEAD = """# Commands
 
@@ -54,19 +56,23 @@ def section(name: str, command: Any) -> str:
 
 
 def settings() -> str:
-    """Every key of the configuration, its default, and what its section's docstring says of it."""
+    """Every key of the configurations, its default, and what its section's docstring says of it."""
     lines = [_SETTINGS]
-    for part in fields(EmbedConfig):
-        kind = type(getattr(EmbedConfig(), part.name))
-        lines += [
-            f"\n### [{part.name}]\n",
-            "```",
-            inspect.cleandoc(kind.__doc__ or ""),
-            "```\n",
-            "| key | default |",
-            "|---|---|",
-        ]
-        lines += [f"| `{part.name}.{f.name}` | `{f.default!r}` |" for f in fields(kind)]
+    for command, config in (("embed", EmbedConfig), ("index", IndexConfig), ("search", SearchConfig)):
+        for part in fields(config):
+            kind = type(getattr(config(), part.name))
+            if kind is EmbedConfig:
+                lines += [f"\n### {command}: [{part.name}.…]\n", "All sections of embed, below this one.\n"]
+                continue
+            lines += [
+                f"\n### {command}: [{part.name}]\n",
+                "```",
+                inspect.cleandoc(kind.__doc__ or ""),
+                "```\n",
+                "| key | default |",
+                "|---|---|",
+            ]
+            lines += [f"| `{part.name}.{f.name}` | `{f.default!r}` |" for f in fields(kind)]
     return "\n".join(lines) + "\n"
 
 

@@ -4,12 +4,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from facepipe.errors import StorageError
+from facepipe.errors import IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.index import compact, manifest, template, tune, update
@@ -27,6 +28,7 @@ from pipelines.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
 _MEASURE_AGAIN = 0.25  # growth from which recall is measured anew
+_FEWEST_TO_REPLAN = 2048  # lists that an exact index must be worth: some 200,000 faces
 _OUTGROWN = 4  # a plan for the size of today would have this many times the lists
 
 
@@ -119,8 +121,8 @@ def run(
     folder = manifest.folder_of(table.path)
     with writer_lock(folder, "index"):
         builder = _Builder(config, table, folder, progress)
+        builder.tidy()
         found = builder.current(retrain)
-        manifest.sweep(table.path, found)
         if found is None:
             return builder.build("asked for" if retrain else "there was none")
         if repair:
@@ -136,6 +138,14 @@ class _Builder:
         self.memory = parse_size(config.index.memory)
         self.summary = IndexSummary(table_version=gallery.version)
         self.skipped = Skipped()
+
+    def tidy(self) -> None:
+        """Delete what a crash left behind; what the manifest in force names stays, also where all is built anew."""
+        if not manifest.exists(self.gallery.path):
+            manifest.sweep(self.gallery.path, None)
+            return
+        with suppress(IndexingError):  # a damaged manifest: what it named cannot be told from leftovers
+            manifest.sweep(self.gallery.path, manifest.load(self.gallery.path))
 
     def current(self, retrain: bool) -> Manifest | None:
         """The manifest to go on from; None where there is none, or none that fits."""
@@ -177,11 +187,12 @@ class _Builder:
         plan = self._plan(max(1, old.live + changes.added), old.template.factory)
         shards += self._add(changes, old.template, plan.shard_limit)
         changes.close()
-        merged = self._merge(shards, plan.shard_limit, compact_all)
-        moved = merged != list(old.shards)
+        if compact_all or shards != list(old.shards):
+            shards = self._merge(shards, plan.shard_limit, compact_all)
+        moved = shards != list(old.shards)
         self.summary.action = "updated" if moved else "unchanged"
         self.summary.added, self.summary.removed = changes.added, changes.removed
-        draft = replace(old, table_version=self.gallery.version, shards=tuple(merged))
+        draft = replace(old, table_version=self.gallery.version, shards=tuple(shards))
         grown = abs(draft.live - old.measured) > _MEASURE_AGAIN * max(1, old.measured)
         asked_anew = self.config.index.recall != old.recall
         if moved and self._unbalanced(draft):
@@ -220,7 +231,7 @@ class _Builder:
         if self.config.index.factory:
             return False
         wanted = make_plan(max(1, vectors), 1 << 62, 0).lists
-        return wanted >= _OUTGROWN * old.template.lists if old.template.lists else wanted >= 2048
+        return wanted >= (_OUTGROWN * old.template.lists or _FEWEST_TO_REPLAN)
 
     def _add(self, changes: Changes, made: Template, limit: int) -> list[ShardEntry]:
         """Shards of at most about `limit` vectors, each of whole table files."""

@@ -74,7 +74,7 @@ class _GpuScan:
 
     def __call__(self, queries: Vectors, vectors: Vectors, count: int) -> Ids:
         torch = self._torch
-        part: Any = torch.from_numpy(vectors).to(self._device, non_blocking=True)
+        part: Any = torch.tensor(vectors).to(self._device, non_blocking=True)  # copies: a mapped file is read-only
         half = part.to(torch.bfloat16)
         # On unit vectors the nearest is the one of the largest product.
         queries_on = [self._queries[at : at + _TILE] for at in range(0, len(self._queries), _TILE)]

@@ -22,6 +22,7 @@ from facepipe.schema import EMBEDDING_DIM, OK
 _NAMES = ("query_id", "face_id", "id", "uri")  # columns that may name a query, first found wins
 _ROWS = 8192
 _ZERO = 1e-12
+_UNIT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ def usable(column: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.object_
     status[listed & ~finite] = "not finite"
     status[listed & finite & (norms < _ZERO)] = "zero vector"
     good = np.asarray(status == OK, bool)
-    vectors[good] = vectors[good] / norms[good, None]
+    scaled = good & (np.abs(norms - 1) > _UNIT)  # a gallery's own vectors stay what they are, to the bit
+    vectors[scaled] = vectors[scaled] / norms[scaled, None]
     vectors[~good] = 0
     return vectors, status

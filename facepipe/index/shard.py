@@ -237,6 +237,8 @@ class Shard:
 
     def labels(self, rows: npt.NDArray[np.int64]) -> pa.Table:
         """uri and identity of rows, in their order."""
+        if not len(rows):
+            return _LABELS.empty_table()
         if self._labels is None:
             self._labels = pa.ipc.open_file(pa.memory_map(os.path.join(self._folder, LABELS)))
         order = np.argsort(rows, kind="stable")
@@ -248,7 +250,7 @@ class Shard:
         ]
         back = np.empty(len(rows), np.int64)
         back[order] = np.arange(len(rows))
-        return pa.concat_tables(parts).take(pa.array(back)) if parts else _LABELS.empty_table()
+        return pa.concat_tables(parts).take(pa.array(back))
 
     def alive(self) -> npt.NDArray[np.bool_] | None:
         """(n,) by row, or None where all are alive."""
