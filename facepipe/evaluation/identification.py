@@ -4,6 +4,7 @@ Terms as in NIST's FRTE 1:N reports. Every probe is a labelled face of the galle
 false alarms with all faces of its identity left out.
 """
 
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,13 +68,24 @@ def probe(gallery: Gallery, index: Index, most: int = PROBES, seed: int = 0) -> 
 
     Of photos with several faces the label belongs to one of them and nobody says which: they neither search nor count.
     """
-    crowds = _crowds(gallery)
-    ids, names, faces, labelled = _labelled(gallery, crowds, most, seed)
-    if not len(ids):
-        raise EvaluationError("no face in the gallery has an identity: labels are needed to tell mates from others")
-    vectors = index.vectors(ids)
-    held = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.1  # not yet indexed
-    ids, names, vectors = ids[held], names[held], vectors[held]
+    with closing(_crowds(gallery)) as crowds:
+        ids, names, faces, labelled = _labelled(gallery, crowds, most, seed)
+        if not len(ids):
+            raise EvaluationError("no face in the gallery has an identity: labels are needed to tell mates from others")
+        vectors = index.vectors(ids)
+        held = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.1  # not yet indexed
+        mate, other = _nearest_of_each(index, crowds, ids[held], names[held], vectors[held])
+    return Probes(mate, other, labelled, labelled / max(1, faces))
+
+
+def _nearest_of_each(
+    index: Index,
+    crowds: HashTable,
+    ids: npt.NDArray[np.int64],
+    names: npt.NDArray[np.object_],
+    vectors: npt.NDArray[np.float32],
+) -> tuple[Distances, Distances]:
+    """Distances (n,) to the nearest mate and the nearest other; those whose k nearest are all mates ask for more."""
     mate, other = np.full(len(ids), np.inf), np.full(len(ids), np.inf)
     open_, k = np.arange(len(ids)), min(_FIRST_K, index.live)
     while open_.size:
@@ -88,8 +100,7 @@ def probe(gallery: Gallery, index: Index, most: int = PROBES, seed: int = 0) -> 
         if k >= min(index.live, _MOST_K):
             break
         open_, k = open_[~np.isfinite(other[open_])], min(4 * k, index.live)
-    crowds.close()
-    return Probes(mate, other, labelled, labelled / max(1, faces))
+    return mate, other
 
 
 def _crowds(gallery: Gallery) -> HashTable:

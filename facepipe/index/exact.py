@@ -9,11 +9,10 @@ import numpy.typing as npt
 
 from facepipe.index.engine import faiss
 from facepipe.index.search import Hits, Index, pair_distances
-from facepipe.schema import EMBEDDING_DIM
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-_BLOCK = 262_144  # vectors scanned at a time
+_BLOCK = 65_536  # vectors scanned at a time
 _SPARE = 22  # more than k are re-scored, since matrix products round
 
 
@@ -26,15 +25,16 @@ class Block:
 
 
 def live_blocks(index: Index, rows: int = _BLOCK) -> Iterator[Block]:
-    """All vectors that a search can return, from the mapped side files; memory is that of one block."""
+    """All vectors that a search can return, from the side files; memory is that of one block."""
     for shard in index.shards:
         alive, ids = shard.alive(), shard.ids_by_row()
         for at in range(0, len(ids), rows):
             part = slice(at, at + rows)
+            vectors = shard.read_vectors(at, at + rows)
             if alive is None:
-                yield Block(ids[part], shard.vectors[part])
+                yield Block(ids[part], vectors)
             else:
-                yield Block(ids[part][alive[part]], shard.vectors[part][alive[part]])
+                yield Block(ids[part][alive[part]], vectors[alive[part]])
 
 
 def exact_search(queries: Vectors, blocks: Iterable[Block], k: int, device: str = "cpu") -> Hits:
@@ -106,8 +106,3 @@ def scan_is_cheaper(index: Index, nprobe: int) -> bool:
 
 
 _PRODUCT_NS, _CODE_NS, _LIST_NS = 3.6, 1.0, 250.0
-
-
-def block_bytes(rows: int = _BLOCK) -> int:
-    """Memory of a block."""
-    return rows * 4 * EMBEDDING_DIM

@@ -157,7 +157,8 @@ class Index:
         ids, distances = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32)
         open_, nprobe, count = np.arange(len(queries)), setting.nprobe, max(setting.rescore, min(2 * k, self.live))
         while open_.size and self._scanner is not None:
-            found = self._scanner(queries[open_], min(count, self.live + 1), nprobe)
+            # Those tied with the last are left out: a few more are asked for, so that the rest are as many as meant.
+            found = self._scanner(queries[open_], min(count + max(2, count // 50), self.live + 1), nprobe)
             exact = self._exact(queries[open_], found.ids)
             order = smallest(exact, k)  # candidates are sorted by id: ties come by id
             width = order.shape[1]

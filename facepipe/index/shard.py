@@ -3,6 +3,7 @@
 Written under a temporary name, synced, checksummed, renamed; never changed afterwards.
 """
 
+import mmap
 import os
 import secrets
 import shutil
@@ -184,7 +185,7 @@ class Shard:
             self._require(os.path.join(self._folder, name), file)
         self.ids: Ids = self._mapped(IDS)
         self.rows: npt.NDArray[np.uint32] = self._mapped(ROWS)
-        self.vectors: npt.NDArray[np.float32] = self._mapped(VECTORS)
+        self.vectors: npt.NDArray[np.float32] = self._mapped(VECTORS, scattered=True)
         self._shift = np.int64(63 - min(_BUCKET_BITS, max(1, (len(self.ids) - 1).bit_length())))
         buckets = np.arange(1 << (63 - int(self._shift)), dtype=np.int64) << self._shift
         self._starts = np.minimum(np.searchsorted(self.ids, buckets), len(self.ids) - 1).astype(np.uint32)
@@ -195,8 +196,19 @@ class Shard:
             self.dead = np.load(path)
         self._labels: Any = None
 
-    def _mapped(self, name: str) -> npt.NDArray[Any]:
-        return np.asarray(np.load(os.path.join(self._folder, name), mmap_mode="r"))
+    def _mapped(self, name: str, scattered: bool = False) -> npt.NDArray[Any]:
+        array = np.load(os.path.join(self._folder, name), mmap_mode="r")
+        if scattered and isinstance(array, np.memmap):
+            # Candidates lie anywhere: reading ahead would fetch 128 KiB from the disk for 512 bytes.
+            array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return np.asarray(array)
+
+    def read_vectors(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Vectors of rows from `start` up to `stop`, read in sequence: mapping all of them would fill the memory."""
+        count = max(0, min(stop, len(self.vectors)) - start) * EMBEDDING_DIM
+        offset = _NPY_HEADER + 4 * EMBEDDING_DIM * start
+        flat = np.fromfile(os.path.join(self._folder, VECTORS), np.float32, count, offset=offset)
+        return flat.reshape(-1, EMBEDDING_DIM)
 
     @staticmethod
     def _require(path: str, file: File) -> None:
@@ -272,12 +284,13 @@ class Shard:
         alive, ids = self.alive(), self.ids_by_row()
         for at in range(0, len(ids), _COPY_ROWS):
             chosen = np.arange(at, min(at + _COPY_ROWS, len(ids)))
+            vectors = self.read_vectors(at, at + _COPY_ROWS)
             if alive is not None:
-                chosen = chosen[alive[chosen]]
+                chosen, vectors = chosen[alive[chosen]], vectors[alive[chosen]]
             if len(chosen):
                 names = self.labels(chosen).combine_chunks()
                 uris, identities = (names[name].combine_chunks() for name in ("uri", "identity"))
-                yield Rows(ids[chosen], self.vectors[chosen], uris, identities)
+                yield Rows(ids[chosen], vectors, uris, identities)
 
 
 def bury(folder: str, entry: ShardEntry, dead: Ids) -> ShardEntry:

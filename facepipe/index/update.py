@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,32 +88,43 @@ def _then(gallery: Gallery, version: int) -> set[str] | None:
 
 def _diff(gallery: Gallery, shards: list[Shard], came: list[tuple[str, int]], gone: list[str] | None) -> Changes:
     """`gone` None: all that the shards return may be gone."""
-    held, kept, fresh = HashTable(), HashTable(), HashTable()
-    for ids in _gone_ids(gallery, shards, gone):
-        held.add(_keys(ids))
-    found = Changes([], fresh, full=gone is None)
-    revived: list[Ids] = []
-    for path, rows in came:
-        before, faces = fresh.count, 0
-        for batch in face_ids(gallery.faces_folder, path):
-            ids = batch["face_id"].to_numpy()
-            faces += len(ids)
-            buried = _buried(shards, ids)
-            present = held.get(_keys(ids))[0] | buried
-            same = np.zeros(len(ids), bool)
-            same[present] = _same_identity(shards, ids[present], batch["identity"].filter(pa.array(present)))
-            kept.add(_keys(ids[same]))
-            revived.append(ids[same & buried])
-            fresh.add(_keys(ids[~same]))
-        if fresh.count > before:
-            found.files.append(TableFile(path, rows, whole=fresh.count - before == faces))
-    found.added = fresh.count
-    gone_now = [ids[~kept.get(_keys(ids))[0]] for ids in _gone_ids(gallery, shards, gone)]
+    found = Changes([], HashTable(), full=gone is None)
+    try:
+        with closing(HashTable()) as held, closing(HashTable()) as kept:
+            for ids in _gone_ids(gallery, shards, gone):
+                held.add(_keys(ids))
+            revived = [
+                ids for path, faces in came for ids in _sort_out(gallery, shards, (path, faces), held, kept, found)
+            ]
+            gone_now = [ids[~kept.get(_keys(ids))[0]] for ids in _gone_ids(gallery, shards, gone)]
+    except BaseException:
+        found.close()
+        raise
     found.dead = _tombstones(shards, np.concatenate([*gone_now, np.empty(0, np.int64)]), revived)
     found.removed = int(sum(map(len, gone_now)))
-    held.close()
-    kept.close()
     return found
+
+
+def _sort_out(
+    gallery: Gallery, shards: list[Shard], file: tuple[str, int], held: HashTable, kept: HashTable, found: Changes
+) -> Iterator[Ids]:
+    """Note which ids of a file are to be added and which only moved; yields those that come back from the dead."""
+    assert found.fresh is not None
+    before, faces = found.fresh.count, 0
+    for batch in face_ids(gallery.faces_folder, file[0]):
+        ids = batch["face_id"].to_numpy()
+        faces += len(ids)
+        buried = _buried(shards, ids)
+        present = held.get(_keys(ids))[0] | buried
+        same = np.zeros(len(ids), bool)
+        same[present] = _same_identity(shards, ids[present], batch["identity"].filter(pa.array(present)))
+        kept.add(_keys(ids[same]))
+        found.fresh.add(_keys(ids[~same]))
+        yield ids[same & buried]
+    new = found.fresh.count - before
+    if new:
+        found.files.append(TableFile(file[0], file[1], whole=new == faces))
+        found.added += new
 
 
 def _gone_ids(gallery: Gallery, shards: list[Shard], gone: list[str] | None) -> Iterator[Ids]:

@@ -1,8 +1,11 @@
 """Whether an index is what was written, and answers for the table it says it answers for."""
 
 import os
+from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
+import numpy.typing as npt
 
 from facepipe.errors import FacepipeError, IndexingError
 from facepipe.gallery import Gallery
@@ -10,6 +13,9 @@ from facepipe.hashtable import HashTable
 from facepipe.index.manifest import File, Manifest, digest, folder_of, load
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
+
+Ids = npt.NDArray[np.int64]
+_STEP = 1 << 20
 
 
 def damaged(folder: str, manifest: Manifest) -> dict[str, list[str]]:
@@ -64,26 +70,31 @@ def verify_index(gallery: Gallery) -> list[str]:
 
 
 def _compare(table: Gallery, shards: list[Shard]) -> list[str]:
-    held, problems = HashTable(), []
-    twice = 0
+    with closing(HashTable()) as held:
+        twice = sum(int((~held.add(ids.astype(np.uint64))).sum()) for ids in _live_ids(shards))
+        faces = missing = 0
+        for ids in _table_ids(table):
+            faces += len(ids)
+            missing += int((~held.get(ids.astype(np.uint64))[0]).sum())
+        foreign = held.count - (faces - missing)
+    counted = (
+        (twice, "faces that the index returns twice"),
+        (missing, "faces of the table that it lacks"),
+        (foreign, "faces that the table does not hold"),
+    )
+    problems = [f"index: {count} {what}" for count, what in counted if count > 0]
+    short = [shard.entry for shard in shards if len(shard.ids) != shard.entry.vectors]
+    return problems + [f"index/{entry.name}: not the {entry.vectors} ids that it is to have" for entry in short]
+
+
+def _live_ids(shards: list[Shard]) -> Iterator[Ids]:
     for shard in shards:
-        if len(shard.ids) != shard.entry.vectors:
-            problems.append(f"index/{shard.entry.name}: {len(shard.ids)} ids for {shard.entry.vectors} vectors")
-        for at in range(0, len(shard.ids), 1 << 20):
-            ids = np.asarray(shard.ids[at : at + (1 << 20)])
-            live = ids[~np.isin(ids, shard.dead)] if shard.dead.size else ids
-            twice += int((~held.add(live.astype(np.uint64))).sum())
-    expected, missing = 0, 0
+        for at in range(0, len(shard.ids), _STEP):
+            ids = np.asarray(shard.ids[at : at + _STEP])
+            yield ids[~np.isin(ids, shard.dead)] if shard.dead.size else ids
+
+
+def _table_ids(table: Gallery) -> Iterator[Ids]:
     for file in table.files():
         for batch in face_ids(table.faces_folder, file["path"]):
-            found = held.get(batch["face_id"].to_numpy().astype(np.uint64))[0]
-            expected += len(found)
-            missing += int((~found).sum())
-    foreign = held.count - (expected - missing)
-    held.close()
-    for count, what in ((twice, "faces that the index returns twice"), (missing, "faces of the table that it lacks")):
-        if count:
-            problems.append(f"index: {count} {what}")
-    if foreign > 0:
-        problems.append(f"index: {foreign} faces that the table does not hold")
-    return problems
+            yield batch["face_id"].to_numpy()

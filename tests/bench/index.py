@@ -1,0 +1,178 @@
+"""Build and search against stock faiss and exact search, as ratios of one run.
+
+    python tests/bench/index.py [--faces 1000000] [--queries 10000] [--rounds 3] [--gallery FOLDER]
+
+A synthetic gallery (galleries.py), and queries that are new faces of its people. Every round times exact `faiss.knn`, a stock
+index (same factory, nprobe and candidates, IndexRefineFlat) and facepipe one after the other; medians of the rounds' ratios.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from galleries import Faces, make_gallery
+
+from facepipe.config import build
+from facepipe.gallery import Gallery
+from facepipe.index.rows import face_rows, sample
+from facepipe.index.search import Index, Setting
+from facepipe.index.tune import recall
+from facepipe.stages.columns import float_lists
+from pipelines.index import IndexConfig
+from pipelines.index import run as build_index
+from pipelines.search import SearchConfig
+from pipelines.search import run as search
+
+GRID = [
+    (nprobe, count) for nprobe in (160, 176, 192, 208, 224, 256, 400, 448, 512, 640) for count in (100, 150, 200, 300)
+]
+
+
+def seconds(call: object) -> float:
+    began = time.perf_counter()
+    call()  # type: ignore[operator]
+    return time.perf_counter() - began
+
+
+class Stock:
+    """One faiss index over all vectors in memory."""
+
+    def __init__(self, factory: str, trained_on: np.ndarray, vectors: np.ndarray):
+        self.index = faiss.index_factory(128, factory)
+        self.train = seconds(lambda: self.index.train(trained_on))
+        self.add = seconds(lambda: self.index.add(vectors))
+        self.refined = faiss.IndexRefineFlat(self.index, faiss.swig_ptr(vectors))
+
+    def search(self, queries: np.ndarray, setting: Setting) -> np.ndarray:
+        self.index.nprobe = setting.nprobe
+        self.refined.k_factor = setting.rescore / 10
+        return self.refined.search(queries, 10)[1]
+
+
+def cheapest(index: Index, queries: np.ndarray, truth: np.ndarray, goal: float) -> Setting:
+    """Of a grid of settings, the fastest that reaches the recall."""
+    found = []
+    for nprobe, count in GRID:
+        setting, began = Setting(nprobe, count), time.perf_counter()
+        reached = recall(index.search(queries, 10, setting).ids, truth).mean()
+        if reached >= goal:
+            found.append((time.perf_counter() - began, setting))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def build_ratio(gallery: Gallery, vectors: np.ndarray, rounds: int) -> Stock:
+    for _ in range(rounds):
+        done = build_index(IndexConfig(), gallery.path, retrain=True)
+        stock = Stock(
+            done.factory, sample(gallery, min(len(vectors), 64 * int(done.factory[3:].split(",")[0])), 0), vectors
+        )
+        ours = done.seconds["sample"] + done.seconds["train"] + done.seconds["shards"]
+        theirs = stock.train + stock.add
+        print(
+            f"build: facepipe sample {done.seconds['sample']:.1f} train {done.seconds['train']:.1f} shards "
+            f"{done.seconds['shards']:.1f} (measure {done.seconds['measure']:.1f}) s; stock train {stock.train:.1f} add "
+            f"{stock.add:.1f} s; ratio {ours / theirs:.2f}, with measuring {(ours + done.seconds['measure']) / theirs:.2f}",
+            flush=True,
+        )
+    return stock
+
+
+def search_ratios(
+    index: Index, stock: Stock, vectors: np.ndarray, ids: np.ndarray, queries: np.ndarray, rounds: int
+) -> None:
+    truth = ids[faiss.knn(queries, vectors, 10)[1]]
+    for goal in (0.95, 0.99):
+        setting = cheapest(index, queries, truth, goal)
+        rates, recalls = [], []
+        for _ in range(rounds):
+            exact = seconds(lambda: faiss.knn(queries, vectors, 10))
+            theirs = seconds(lambda s=setting: stock.search(queries, s))
+            ours = seconds(lambda s=setting: index.search(queries, 10, s))
+            rates.append([len(queries) / t for t in (exact, theirs, ours)])
+            recalls = [
+                recall(ids[stock.search(queries, setting)], truth).mean(),
+                recall(index.search(queries, 10, setting).ids, truth).mean(),
+            ]
+        exact, theirs, ours = np.array(rates).T
+        print(
+            f"recall@10 {goal}: {setting}: recall facepipe {recalls[1]:.4f} stock {recalls[0]:.4f}; queries/s exact "
+            f"{np.median(exact):.0f} stock {np.median(theirs):.0f} facepipe {np.median(ours):.0f}; facepipe / exact "
+            f"{np.median(ours / exact):.1f} ({(ours / exact).min():.1f} to {(ours / exact).max():.1f}), facepipe / stock "
+            f"{np.median(ours / theirs):.2f} ({(ours / theirs).min():.2f} to {(ours / theirs).max():.2f})",
+            flush=True,
+        )
+    index.search(queries[:1])
+    lone = [seconds(lambda n=n: index.search(queries[n : n + 1], 10, setting)) for n in range(200)]
+    lone_stock = [seconds(lambda n=n: stock.search(queries[n : n + 1], setting)) for n in range(200)]
+    print(
+        f"one query at the latter: facepipe {1e3 * np.median(lone):.2f} ms, stock {1e3 * np.median(lone_stock):.2f} ms",
+        flush=True,
+    )
+
+
+def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, folder: Path) -> None:
+    queries = faces.draw(np.random.default_rng(3).integers(0, people, count), 10**9 + 1)
+    names = pa.array([f"q{n}" for n in range(count)])
+    pq.write_table(
+        pa.table({"query_id": names, "embedding": float_lists(queries)}), folder / "q.parquet", row_group_size=20_000
+    )
+    index = Index(gallery.path, recall=0.99)
+    for nprobe in (index.setting.nprobe, 512, 640):
+        setting = Setting(nprobe, 200)
+        few = slice(0, 5000)
+        truth = index_truth(gallery, queries[few])
+        if recall(index.search(queries[few], 10, setting).ids, truth).mean() >= 0.99:
+            break
+    for block in (1000, 10_000):
+        theirs = seconds(lambda b=block: [stock.search(queries[at : at + b], setting) for at in range(0, count, b)])
+        ours = seconds(lambda: index.search(queries, 10, setting))
+        reached = recall(index.search(queries[few], 10, setting).ids, truth).mean()
+        print(
+            f"bulk, {count} queries, {setting}, recall {reached:.4f}: stock in blocks of {block} {theirs:.1f} s, Index.search {ours:.1f} s, ratio {theirs / ours:.2f}",
+            flush=True,
+        )
+    config = build(SearchConfig, {"search": {"recall": 0.99}})
+    done = search(config, gallery.path, str(folder / "q.parquet"), str(folder / "hits.parquet"))
+    hits = pq.read_table(folder / "hits.parquet", columns=["face_id"])["face_id"].to_numpy().reshape(count, 10)
+    print(
+        f"the whole of `search` (path {done.path}, {done.nprobe} lists, {done.rescore} re-scored), labels and Parquet included: "
+        f"{done.seconds:.1f} s, recall {recall(hits[few], truth).mean():.4f}",
+        flush=True,
+    )
+
+
+def index_truth(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
+    ids, vectors = gallery.vectors()
+    return ids[faiss.knn(queries, vectors, 10)[1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faces", type=int, default=1_000_000)
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--bulk", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gallery", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        path, faces = args.gallery or Path(temporary) / "g", Faces()
+        gallery = Gallery(str(path)) if Gallery.exists(str(path)) else make_gallery(path, args.faces, faces)
+        parts = [
+            (rows.ids, rows.vectors) for f in gallery.files() for rows in face_rows(gallery.faces_folder, [f["path"]])
+        ]
+        ids, vectors = np.concatenate([i for i, _ in parts]), np.concatenate([v for _, v in parts])
+        del parts
+        stock = build_ratio(gallery, vectors, 2)
+        people = int(args.faces / faces.mean_size * 0.95)
+        queries = faces.draw(np.random.default_rng(7).integers(0, people, args.queries), 10**9)
+        search_ratios(Index(gallery.path), stock, vectors, ids, queries, args.rounds)
+        bulk(gallery, stock, faces, people, args.bulk, Path(temporary))
+
+
+if __name__ == "__main__":
+    main()
