@@ -18,12 +18,15 @@ from facepipe.errors import ConfigError, FacepipeError
 DONE, FAILED, USAGE, OVER_BUDGET, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
+_GOES_ON = "what was finished is kept, and the same command goes on from there"
+
+
 class Terminated(BaseException):
     """SIGTERM, raised where the program stands so that it can commit and clean up."""
 
 
 @contextmanager
-def failures() -> Iterator[None]:
+def failures(interrupted: str = _GOES_ON) -> Iterator[None]:
     """Turn expected errors and interruptions into a message and an exit code; anything else is a bug and shows."""
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -33,9 +36,9 @@ def failures() -> Iterator[None]:
     except FacepipeError as error:
         fail(str(error), FAILED)
     except KeyboardInterrupt:
-        fail("interrupted; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+        fail(f"interrupted; {interrupted}", INTERRUPTED)
     except Terminated:
-        fail("terminated; what was finished is kept, and the same command goes on from there", TERMINATED)
+        fail(f"terminated; {interrupted}", TERMINATED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 
 from facepipe.gallery import Gallery
 from facepipe.imaging.decode import Pixels
@@ -21,7 +22,10 @@ from jobs.console import failures, table
 from jobs.demo_pictures import contact_sheet
 from jobs.embed import embed
 from jobs.gallery import info
+from jobs.index import index
+from jobs.search import search
 
+_SAME_PERSON = 0.41  # LFW's best threshold (docs/performance.md); of use in a gallery as small as this one
 # (requirement, its archive on PyPI, files to take from it and what to call them)
 _PACKAGES = (
     ("matplotlib", "whl", {"matplotlib/mpl-data/sample_data/grace_hopper.jpg": "hopper_1.jpg"}),
@@ -64,10 +68,23 @@ def main(out: Path) -> None:
     )
     for _ in range(2):
         embed(str(photos), str(gallery), identity="filename", runner="local")
+    index(str(gallery))
+    search(str(gallery), str(gallery), str(out / "nearest.parquet"), k=1, threshold=_SAME_PERSON)
+    show_nearest(out / "nearest.parquet")
     info(str(gallery))
     show_people(Gallery(gallery))
     picture = contact_sheet(Gallery(gallery), out / "faces.png")
-    print(f"\nthe faces, drawn: {picture}\ntry next: facepipe embed YOUR_PHOTOS build/my-gallery")
+    print(f"\nthe faces, drawn: {picture}\ntry next:")
+    print("facepipe embed YOUR_PHOTOS build/mine && facepipe index build/mine")
+
+
+def show_nearest(path: Path) -> None:
+    """How often the nearest other face, within the threshold, is of the same person."""
+    found = pd.read_parquet(path)
+    person = found["query_uri"].map(lambda uri: Path(uri).stem.rsplit("_", 1)[0])
+    named = found["decision"] != "Unknown"
+    right, unknown = int((found["decision"] == person)[named].sum()), int((~named).sum())
+    print(f"\n{right} of {int(named.sum())} named faces got the right name, {unknown} stayed Unknown\n")
 
 
 def fetch(requirement: str, kind: str, files: dict[str, str], downloads: Path, photos: Path) -> None:

@@ -45,7 +45,7 @@ def index(
 
         facepipe index gallery/ --factory IVF16384,SQ8 --retrain
     """
-    with failures():
+    with failures("the index is what it was before; the same command starts again"):
         from pipelines.index import IndexConfig, run
 
         given = {"memory": memory, "recall": recall, "factory": factory}

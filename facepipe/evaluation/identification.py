@@ -156,6 +156,11 @@ def operating_point(found: Probes, fpir: float) -> Operating:
     ordered = np.sort(found.other)
     # Just below the first impostor that may not be let in.
     beyond = ordered[allowed] if allowed < probes else 2.0
+    if beyond <= 0:
+        raise EvaluationError(
+            f"no threshold gives FPIR={fpir:g}: too many faces are the same, to the bit, under two identities; "
+            "remove duplicates and wrong labels first"
+        )
     threshold = float(np.nextafter(np.float32(beyond), np.float32(0))) if np.isfinite(beyond) else 2.0
     mated = np.isfinite(found.mate)
     hit = (found.mate <= threshold) & (found.mate < found.other)

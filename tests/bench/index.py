@@ -29,7 +29,7 @@ from pipelines.search import SearchConfig
 from pipelines.search import run as search
 
 GRID = [
-    (nprobe, count) for nprobe in (160, 176, 192, 208, 224, 256, 400, 448, 512, 640) for count in (100, 150, 200, 300)
+    (nprobe, count) for nprobe in (168, 176, 184, 192, 208, 224, 416, 448, 480, 512, 576) for count in (100, 150, 200)
 ]
 
 
@@ -69,7 +69,7 @@ def build_ratio(gallery: Gallery, vectors: np.ndarray, rounds: int) -> Stock:
     for _ in range(rounds):
         done = build_index(IndexConfig(), gallery.path, retrain=True)
         stock = Stock(
-            done.factory, sample(gallery, min(len(vectors), 64 * int(done.factory[3:].split(",")[0])), 0), vectors
+            done.factory, sample(gallery, min(len(vectors), 128 * int(done.factory[3:].split(",")[0])), 0), vectors
         )
         ours = done.seconds["sample"] + done.seconds["train"] + done.seconds["shards"]
         theirs = stock.train + stock.add

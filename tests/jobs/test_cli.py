@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import cv2
 import pytest
+from bench.galleries import CONTRACT, Faces, append, rows
 from conftest import REPOSITORY, draw
 from typer.testing import CliRunner
 
+from facepipe.gallery import Gallery
 from jobs.cli import app
 from jobs.reference import commands, main
 
@@ -64,6 +67,17 @@ def test_embed_and_read_back(drawings: Path, gallery: Path, tmp_path: Path) -> N
         (["export", "{gallery}", "out", "--where", "nothing = 3"], 2, "no column 'nothing'"),
         (["evaluate", "pairs", "{gallery}", "/no/pairs.txt"], 1, "cannot read the pairs file"),
         (["embedd"], 2, "No such command"),
+        (["index", "/no/gallery"], 1, "no gallery at"),
+        (["index", "{gallery}", "--memory", "plenty"], 2, "write 512MiB or 4GiB"),
+        (["index", "{gallery}", "--memory", "1MiB"], 2, "smallest budget that works"),
+        (["index", "{gallery}", "--factory", "HNSW32"], 2, "use Flat or IVF"),
+        (["index", "{gallery}", "--recall", "1.5"], 2, "recall"),
+        (["index", "{gallery}", "--set", "index.recal=0.9"], 2, "did you mean index.recall"),
+        (["search", "{gallery}", "{gallery}", "hits.parquet"], 1, "facepipe index"),
+        (["search", "{gallery}"], 2, "GALLERY QUERIES OUT.parquet"),
+        (["search", "{gallery}", "--calibrate", "FAR=2"], 2, "FPIR=RATE"),
+        (["search", "{gallery}", "a", "b", "--calibrate", "0.1", "--threshold", "0.4"], 2, "give one of them"),
+        (["evaluate", "index", "{gallery}"], 1, "facepipe index"),
     ],
 )
 def test_wrong_words(
@@ -122,6 +136,60 @@ def test_models_and_doctor() -> None:
     code, out, _ = call("doctor", "--json")
     states = {row["what"]: row["state"] for row in json.loads(out)["findings"]}
     assert (code, states["dlib-resnet"], states["retinaface-mnet025"]) == (0, "ok", "ok")
+
+
+def test_index_and_search(drawings: Path, gallery: Path, tmp_path: Path) -> None:
+    shutil.copytree(gallery, tmp_path / "g")
+    code, out, err = call("index", tmp_path / "g", "--json")
+    assert (code, json.loads(out)["action"], json.loads(out)["vectors"]) == (0, "built", 60)
+    assert "plan: 60 faces" in err
+    code, out, _ = call("index", tmp_path / "g", "--quiet")
+    assert (code, "unchanged" in out) == (0, True)
+    code, out, _ = call("search", tmp_path / "g", tmp_path / "g", tmp_path / "hits.parquet", "-k", "3", "--json")
+    assert (code, json.loads(out)["queries"], json.loads(out)["rows"]) == (0, 60, 180)
+    code, out, _ = call("search", tmp_path / "g", drawings, tmp_path / "who.parquet", "--threshold", "0.3", "--quiet")
+    assert (code, "identified" in out) == (0, True)
+    code, out, _ = call("evaluate", "index", tmp_path / "g")
+    assert (code, "recall@10" in out) == (0, True)
+    assert json.loads(call("info", tmp_path / "g", "--json")[1])["index"]["up to date"]
+    (victim,) = (tmp_path / "g" / "index").glob("shard-*")
+    (victim / "vectors.npy").unlink()
+    code, out, err = call("verify", tmp_path / "g")
+    assert (code, "vectors.npy: is missing" in out) == (1, True)
+    code, _, err = call("search", tmp_path / "g", tmp_path / "g", tmp_path / "again.parquet")
+    assert (code, "--repair" in err) == (1, True)
+    assert call("index", tmp_path / "g", "--repair", "--quiet")[0] == 0
+    assert call("verify", tmp_path / "g")[0] == 0
+
+
+def test_calibration(tmp_path: Path) -> None:
+    identities, vectors = next(iter(Faces().blocks(2000)))
+    append(Gallery.create(str(tmp_path / "g"), CONTRACT), [rows(identities, vectors, 0)], "first")
+    assert call("index", tmp_path / "g", "--quiet")[0] == 0
+    code, out, err = call("search", tmp_path / "g", "--calibrate", "FPIR=0.01", "--json")
+    point = json.loads(out)
+    assert (code, point["false_alarms"] <= 20, 0.1 < point["threshold"] < 0.5) == (0, True, True)
+    assert "false alarms" in err
+    code, out, _ = call(
+        "search", tmp_path / "g", tmp_path / "g", tmp_path / "w.parquet", "--calibrate", "0.01", "--json"
+    )
+    assert (code, json.loads(out)["threshold"]) == (0, point["threshold"])
+
+
+def test_an_interrupted_index_is_as_before(tmp_path: Path) -> None:
+    identities, vectors = next(iter(Faces().blocks(20_000)))
+    append(Gallery.create(str(tmp_path / "g"), CONTRACT), [rows(identities, vectors, 0)], "first")
+    command = [sys.executable, "-m", "jobs.cli", "index", str(tmp_path / "g"), "--factory", "IVF4096,PQ64x4fs"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    assert "plan:" in process.stderr.readline()
+    time.sleep(0.3)  # training takes seconds
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the index is what it was before" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "g" / "index" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

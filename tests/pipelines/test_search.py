@@ -233,3 +233,8 @@ def test_evaluate_index(gallery: Gallery, tmp_path: Path) -> None:
     assert result.identification.rank_1 > 0.9
     assert (tmp_path / "recall.png").stat().st_size > 5000
     json.dumps(result.to_dict())
+
+
+def test_no_threshold_where_people_share_faces() -> None:
+    with pytest.raises(EvaluationError, match="the same, to the bit"):
+        operating_point(Probes(np.zeros(100), np.zeros(100), 100, 1.0), 0.1)
