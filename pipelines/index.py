@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from facepipe.errors import IndexingError, StorageError
+from facepipe.errors import ConfigError, IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.index import compact, manifest, template, tune, update
 from facepipe.index.candidates import imbalance
 from facepipe.index.manifest import Manifest, ShardEntry, Template
-from facepipe.index.plan import Plan, make_plan, parse_size, shown
+from facepipe.index.plan import FLAT, Plan, make_plan, parse_size, shown
 from facepipe.index.rows import Skipped, face_rows, sample
 from facepipe.index.search import Index
 from facepipe.index.shard import build_shard, bury, merge_shards
@@ -27,6 +27,7 @@ from pipelines.embed_config import Count
 from pipelines.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
+RECALL = 0.97  # of a new index
 _MEASURE_AGAIN = 0.25  # growth from which recall is measured anew
 _FEWEST_TO_REPLAN = 2048  # lists that an exact index must be worth: some 200,000 faces
 _OUTGROWN = 4  # a plan for the size of today would have this many times the lists
@@ -36,7 +37,8 @@ _OUTGROWN = 4  # a plan for the size of today would have this many times the lis
 class BuildConfig:
     """What index is built, and when it is built anew.
 
-    memory: budget of a process that builds; recall: recall@10 to be reached, sets how many lists a search visits
+    memory: budget of a process that builds
+    recall: recall@10 to be reached, sets how many lists a search visits; 0.97 for a new index
     factory: faiss factory string instead of the planned one (Flat, or IVF… with any code)
     shard_vectors: most vectors of a shard, by default what the memory allows, up to 8 million
     max_dead: share of dead vectors from which a shard is rewritten without them
@@ -45,7 +47,7 @@ class BuildConfig:
     """
 
     memory: str = "4GiB"
-    recall: Share = 0.97
+    recall: Share | None = None
     factory: str | None = None
     shard_vectors: Count | None = None
     max_dead: Share = 0.2
@@ -136,6 +138,8 @@ class _Builder:
     def __init__(self, config: IndexConfig, gallery: Gallery, folder: str, progress: Progress):
         self.config, self.gallery, self.folder, self.progress = config, gallery, folder, progress
         self.memory = parse_size(config.index.memory)
+        self.factory = FLAT if config.index.factory == "Flat" else config.index.factory
+        self.recall = config.index.recall or RECALL
         self.summary = IndexSummary(table_version=gallery.version)
         self.skipped = Skipped()
 
@@ -155,6 +159,13 @@ class _Builder:
         if found.contract != manifest.contract_of(self.gallery):
             self.progress("the index was made with another model contract: building it anew")
             return None
+        if self.factory not in (None, found.template.factory):
+            raise ConfigError(
+                f"the index is {found.template.factory}; `--retrain` with `--factory {self.factory}` builds another"
+            )
+        # What was asked for when it was built stays asked for.
+        self.factory = found.template.factory if found.template.chosen else None
+        self.recall = self.config.index.recall or found.recall
         return found
 
     def build(self, reason: str) -> IndexSummary:
@@ -166,8 +177,9 @@ class _Builder:
         vectors = sample(self.gallery, plan.train, self.config.index.seed)
         self.summary.time("sample", began)
         began = time.monotonic()
-        made = template.save(template.train(vectors, plan), self.folder, plan, self.config.index.seed)
-        del vectors
+        trained = template.train(vectors, plan)
+        made = template.save(trained, self.folder, plan, self.config.index.seed, self.factory is not None)
+        del vectors, trained
         self.summary.time("train", began)
         shards = self._add(changes, made, plan.shard_vectors)
         self.summary.action, self.summary.reason, self.summary.added = "built", reason, sum(s.vectors for s in shards)
@@ -181,9 +193,7 @@ class _Builder:
         if self._outgrown(old, old.live + changes.added - changes.removed):
             changes.close()
             return self.build(f"outgrown: {old.template.factory} was planned for {old.template.vectors} faces")
-        shards = [
-            bury(self.folder, s, changes.dead[s.name]) if len(changes.dead[s.name]) != s.dead else s for s in old.shards
-        ]
+        shards = self._buried(old.shards, changes)
         plan = self._plan(max(1, old.live + changes.added), old.template.factory)
         shards += self._add(changes, old.template, plan.shard_limit)
         changes.close()
@@ -194,7 +204,7 @@ class _Builder:
         self.summary.added, self.summary.removed = changes.added, changes.removed
         draft = replace(old, table_version=self.gallery.version, shards=tuple(shards))
         grown = abs(draft.live - old.measured) > _MEASURE_AGAIN * max(1, old.measured)
-        asked_anew = self.config.index.recall != old.recall
+        asked_anew = self.recall != old.recall
         if moved and self._unbalanced(draft):
             return self.build(
                 f"the lists' imbalance grew beyond {self.config.index.max_imbalance:g} times that of training"
@@ -212,9 +222,7 @@ class _Builder:
         began = time.monotonic()
         changes = update.changes(self.gallery, replace(old, shards=sound), self.folder, only_full=True)
         self.summary.time("compare", began)
-        shards = [
-            bury(self.folder, s, changes.dead[s.name]) if len(changes.dead[s.name]) != s.dead else s for s in sound
-        ]
+        shards = self._buried(sound, changes)
         plan = self._plan(max(1, changes.added), old.template.factory)
         shards += self._add(changes, old.template, plan.shard_limit)
         changes.close()
@@ -222,16 +230,19 @@ class _Builder:
         self.summary.added = changes.added
         return self._publish(replace(old, table_version=self.gallery.version, shards=tuple(shards)), measure=False)
 
-    def _plan(self, vectors: int, factory: str | None = None) -> Plan:
-        chosen = factory or self.config.index.factory
-        chosen = "IDMap2,Flat" if chosen == "Flat" else chosen
-        return make_plan(vectors, self.memory, resident(), chosen, self.config.index.shard_vectors)
+    def _plan(self, vectors: int, trained: str | None = None) -> Plan:
+        largest = self.config.index.shard_vectors
+        return make_plan(vectors, self.memory, resident(), trained or self.factory, largest, trained is not None)
 
     def _outgrown(self, old: Manifest, vectors: int) -> bool:
-        if self.config.index.factory:
+        if self.factory:
             return False
         wanted = make_plan(max(1, vectors), 1 << 62, 0).lists
         return wanted >= (_OUTGROWN * old.template.lists or _FEWEST_TO_REPLAN)
+
+    def _buried(self, shards: Sequence[ShardEntry], changes: Changes) -> list[ShardEntry]:
+        dead = changes.dead
+        return [bury(self.folder, entry, dead[entry.name]) if entry.name in dead else entry for entry in shards]
 
     def _add(self, changes: Changes, made: Template, limit: int) -> list[ShardEntry]:
         """Shards of at most about `limit` vectors, each of whole table files."""
@@ -286,7 +297,7 @@ class _Builder:
 
     def _draft(self, made: Template, shards: Sequence[ShardEntry]) -> Manifest:
         contract = manifest.contract_of(self.gallery)
-        return Manifest(self.gallery.version, contract, made, tuple(shards), self.config.index.recall)
+        return Manifest(self.gallery.version, contract, made, tuple(shards), self.recall)
 
     def _unbalanced(self, draft: Manifest) -> bool:
         if not draft.template.lists:
@@ -306,12 +317,11 @@ class _Builder:
 
     def _measured(self, draft: Manifest) -> Manifest:
         index = Index(self.gallery.path, manifest=draft)
-        recall = self.config.index.recall
-        curve = tune.measure(index, tune.draw(index, self.config.index.seed), recall)
-        nprobe, rescore = replace(draft, curve=curve).setting(recall)
+        curve = tune.measure(index, tune.draw(index, self.config.index.seed), self.recall)
+        nprobe, rescore = replace(draft, curve=curve).setting(self.recall)
         skew = imbalance(index.list_lengths())
         made = replace(draft.template, imbalance=skew) if self.summary.action == "built" else draft.template
-        draft = replace(draft, curve=curve, recall=recall, nprobe=nprobe, rescore=rescore, measured=draft.live)
+        draft = replace(draft, curve=curve, recall=self.recall, nprobe=nprobe, rescore=rescore, measured=draft.live)
         return replace(draft, template=made)
 
     def _finish(self, found: Manifest) -> IndexSummary:

@@ -173,8 +173,9 @@ def _search_blocks(
     summary.path, summary.vectors = job.path, manifest.load(gallery.path).live
     summary.nprobe, summary.rescore = manifest.load(gallery.path).setting(config.search.recall)
     _begin(work, job)
-    blocks = (_Task(job, block, work) for block in _unfinished(source, config.run.block, work, summary))
     on_ray = config.run.runner == "ray" or (config.run.runner == "auto" and "RAY_ADDRESS" in os.environ)
+    threads = config.run.cpus if on_ray else None
+    blocks = (_Task(job, block, work, threads) for block in _unfinished(source, config.run.block, work, summary))
     if on_ray:
         ray.start()
     try:
@@ -233,6 +234,7 @@ class _Task:
     job: _Job
     block: QueryBlock
     work: str
+    threads: int | None
 
 
 def _begin(work: str, job: _Job) -> None:
@@ -257,7 +259,7 @@ def _part(work: str, number: int) -> str:
 
 def _search_block(task: _Task) -> dict[str, Any]:
     """Search one block and write its part under a temporary name first; its counts."""
-    index = _opened(task.job.gallery, task.job.created, task.job.find.recall)
+    index = _opened(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
     counts: dict[str, Any] = {"queries": 0, "rows": 0, "identified": 0, "unknown": 0, "bad": {}}
     parts: Iterable[Queries] = read_block(task.block)
     if task.job.path == "scan":
@@ -276,8 +278,8 @@ def _search_block(task: _Task) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _opened(gallery: str, created: float, recall: float | None) -> Index:
-    return Index(gallery, recall, merge=True)
+def _opened(gallery: str, created: float, recall: float | None, threads: int | None) -> Index:
+    return Index(gallery, recall, threads, merge=True)
 
 
 def _joined(parts: list[Queries]) -> list[Queries]:

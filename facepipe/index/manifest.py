@@ -38,6 +38,7 @@ class Template:
     vectors: int  # in the table when it was trained
     imbalance: float  # of the lists' lengths after the first build; 1 is perfect
     seed: int
+    chosen: bool = False  # the factory was asked for by name: no plan replaces it
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from facepipe.errors import ConfigError
@@ -52,12 +52,18 @@ class Plan:
 
 
 def make_plan(
-    vectors: int, memory: int, base: int, factory: str | None = None, shard_vectors: int | None = None
+    vectors: int,
+    memory: int,
+    base: int,
+    factory: str | None = None,
+    shard_vectors: int | None = None,
+    trained: bool = False,
 ) -> Plan:
     """The plan for a number of vectors within a memory budget, of which the process holds `base` already.
 
     Below 50,000 vectors an exact index. Above, an inverted file with 4-bit PQ codes, scanned with SIMD and re-scored
-    exactly: lists as a power of two near 4 sqrt(n), fewer where the budget does not hold their training set.
+    exactly: lists as a power of two near 4 sqrt(n), fewer where the budget does not hold their training set. With a
+    factory that is trained already only the shards count.
     Raises ConfigError for a budget that is too small, naming the smallest that works.
     """
     given = factory is not None
@@ -65,6 +71,7 @@ def make_plan(
     points = _POINTS_PER_LIST
     while True:
         plan = _plan(vectors, memory, base, factory, points, shard_vectors)
+        plan = replace(plan, train=0, train_memory=0) if trained else plan
         if base + plan.train_memory <= memory:
             break
         if points > _FEWEST_POINTS:

@@ -135,17 +135,26 @@ def _check(schema: pa.Schema, contract: Contract, path: str) -> None:
 
 
 def parquet_files(path: str) -> list[str]:
-    """The .parquet files at a path or below a folder, sorted; empty where there are none."""
+    """The .parquet files at a path or below a folder, sorted; empty where its first file is something else.
+
+    A folder or prefix of images is not walked: what its first file is decides.
+    """
+    found = []
+    for name in _files(path):
+        if not name.endswith((".parquet", ".pq")):
+            break
+        found.append(name)
+    return sorted(found)
+
+
+def _files(path: str) -> Iterator[str]:
     if storage.is_remote(path):
-        return sorted(entry.url for entry in storage.list_prefix(path) if entry.url.endswith(".parquet"))
-    if os.path.isfile(path):
-        return [path] if path.endswith((".parquet", ".pq")) else []
-    if not os.path.isdir(path):
-        if os.path.exists(os.path.dirname(path) or "."):
-            return []
-        raise SourceError(f"no such file or folder: {path!r}")
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    return sorted(name for name in found if name.endswith(".parquet"))
+        yield from (entry.url for entry in storage.list_prefix(path))
+    elif os.path.isfile(path):
+        yield path
+    else:
+        for folder, _, names in os.walk(path):
+            yield from (os.path.join(folder, name) for name in names if not name.startswith((".", "_")))
 
 
 def read_block(block: QueryBlock) -> Iterator[Queries]:

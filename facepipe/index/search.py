@@ -23,6 +23,7 @@ Distances = npt.NDArray[np.float32]
 _CHUNK = 1024  # queries a thread takes at a time: enough to share the reading of a list, small enough for the cache
 _MOST_CELLS = 1 << 24  # candidates held at a time by a thread
 _GROWTH = 4
+_MERGED_BYTES = 2 << 30
 _FEWEST = 64
 _LONE = 16  # fewer queries than this are spread over threads by faiss itself
 
@@ -52,7 +53,8 @@ class Index:
         near = index.within(vectors, radius=0.4)        # all faces within a distance
 
     Distances are exact; which faces are found is approximate above some 50,000 faces, with the recall that was asked
-    for when the index was built, or is given here. `merge` reads small shards into memory, for many queries.
+    for when the index was built, or is given here. `merge` joins the shards in memory where
+    they have at most 2 GiB, which pays for many queries.
     """
 
     def __init__(
@@ -75,11 +77,15 @@ class Index:
             self.shards = self._shards()
         self.setting = Setting(*self.manifest.setting(recall))
         self.live = self.manifest.live
-        self._scanner = self._open(merge and len(self.shards) > 1) if self.shards else None
+        self._scanner = self._open(merge and self._mergeable()) if self.shards else None
 
     def _shards(self) -> list[Shard]:
         # Newest first: of an id that was tombstoned and added again, the newer label counts.
         return [Shard(manifests.folder_of(self.gallery), entry) for entry in reversed(self.manifest.shards)]
+
+    def _mergeable(self) -> bool:
+        size = sum(shard.entry.files[INDEX].bytes for shard in self.shards)
+        return len(self.shards) > 1 and size <= _MERGED_BYTES
 
     def _open(self, merge: bool) -> Scanner:
         if not merge:

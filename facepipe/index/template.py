@@ -42,10 +42,10 @@ def train(sample: npt.NDArray[np.float32], plan: Plan) -> Any:
     return index
 
 
-def save(index: Any, folder: str, plan: Plan, seed: int) -> Template:
+def save(index: Any, folder: str, plan: Plan, seed: int, chosen: bool) -> Template:
     """Write a trained index; imbalance is set once the first shards are built."""
     name = f"template-{secrets.token_hex(6)}.faiss"
     path = os.path.join(folder, name)
     faiss.write_index(index, path)
     sync(path)
-    return Template(name, digest(path), plan.factory, plan.lists, plan.train, plan.vectors, 1.0, seed)
+    return Template(name, digest(path), plan.factory, plan.lists, plan.train, plan.vectors, 1.0, seed, chosen)

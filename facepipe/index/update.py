@@ -33,8 +33,9 @@ class TableFile:
 class Changes:
     """Between a manifest and a gallery.
 
-    files: table files with faces to add; fresh: the ids to take from those that are not whole; dead: by shard name, all
-    ids that no search may return; full: every id was compared, since the log or the files of then are gone.
+    files: table files with faces to add; fresh: the ids to take from those that are not whole; dead: all ids that no
+    search may return, by name of the shards where they are others than before; full: every id was compared, since the
+    log or the files of then are gone.
     """
 
     files: list[TableFile]
@@ -169,7 +170,9 @@ def _tombstones(shards: list[Shard], gone: Ids, revived: Iterable[Ids]) -> dict[
     for shard in reversed(shards):
         stays = shard.dead[~np.isin(shard.dead, np.setdiff1d(back, newer))]
         found, _ = shard.locate(gone)
-        dead[shard.entry.name] = np.union1d(stays, gone[found])
+        now = np.union1d(stays, gone[found])
+        if not np.array_equal(now, shard.dead):
+            dead[shard.entry.name] = now
         returned = back[shard.locate(back)[0]]
         newer = np.union1d(newer, returned)
     return dead

@@ -166,6 +166,17 @@ def test_what_comes_back_leaves_the_tombstones(gallery: Gallery) -> None:
     sound(gallery)
 
 
+def test_one_comes_back_while_another_goes(gallery: Gallery) -> None:
+    held = gallery.to_arrow()
+    replace(gallery, lambda table: table.slice(1), files=1)
+    assert make(gallery).dead == 1
+    back = held.filter(pa.array(~np.isin(held["face_id"].to_numpy(), Gallery(gallery.path).vectors()[0])))
+    replace(gallery, lambda table: pa.concat_tables([back, table.slice(1)]), files=1)
+    done = make(gallery)
+    assert (done.added, done.removed, done.dead) == (0, 1, 1)
+    sound(gallery)
+
+
 def test_a_new_label_is_what_a_search_returns(gallery: Gallery) -> None:
     def relabel(table: pa.Table) -> pa.Table:
         n = table.schema.get_field_index("identity")
@@ -212,6 +223,18 @@ def test_an_exact_index_that_is_outgrown_is_replanned(tmp_path: Path, monkeypatc
     assert "outgrown" in done.reason
     assert done.factory.startswith("IVF")
     assert verify_index(Gallery(path)) == []
+
+
+def test_what_was_asked_for_stays_asked_for(gallery: Gallery) -> None:
+    with pytest.raises(ConfigError, match="--retrain"):
+        make(gallery, {"index": {"factory": "Flat"}})
+    assert make(gallery, {"index": {"recall": 0.9}}).action == "unchanged"
+    lower = manifest.load(gallery.path)
+    assert lower.recall == 0.9
+    append(gallery, cut(faces(300, 10**6, seed=5)), "night")
+    run(IndexConfig(), gallery.path)
+    after = manifest.load(gallery.path)
+    assert (after.recall, after.template.factory) == (0.9, "IVF64,PQ64x4fs")
 
 
 def test_another_contract_builds_anew(gallery: Gallery) -> None:
