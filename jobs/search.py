@@ -148,6 +148,7 @@ def _show(summary: Any) -> None:
         ("answers", summary.rows),
         ("faces in the index", summary.vectors),
         ("how", how),
+        ("recall@10, measured", summary.recall_at_10),
     ]
     rows += [(f"images: {status}", count) for status, count in summary.images.items()]
     rows += [(f"queries without a search: {reason}", count) for reason, count in summary.bad.items()]

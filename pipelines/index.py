@@ -329,9 +329,7 @@ class _Builder:
         summary.vectors, summary.dead, summary.shards = found.live, found.dead, len(found.shards)
         summary.factory, summary.nprobe, summary.rescore = found.template.factory, found.nprobe, found.rescore
         summary.unusable, summary.imbalance = self.skipped.unusable, round(found.template.imbalance, 3)
-        summary.recall_at_10 = next(
-            (p.recall_at_10 for p in found.curve if p.nprobe == found.nprobe and p.rescore == found.rescore), None
-        )
+        summary.recall_at_10 = manifest.measured_recall(found, found.nprobe, found.rescore)
         summary.bytes = sum(file.bytes for shard in found.shards for file in shard.files.values())
         return summary
 

@@ -105,6 +105,7 @@ class SearchSummary:
     vectors: int = 0
     nprobe: int = 0
     rescore: int = 0
+    recall_at_10: float | None = None
     threshold: float | None = None
     seconds: float = 0.0
     out: str = ""
@@ -170,8 +171,11 @@ def _search_blocks(
     progress: Progress,
 ) -> None:
     job = _Job.of(config, gallery, source)
-    summary.path, summary.vectors = job.path, manifest.load(gallery.path).live
-    summary.nprobe, summary.rescore = manifest.load(gallery.path).setting(config.search.recall)
+    found = manifest.load(gallery.path)
+    summary.path, summary.vectors = job.path, found.live
+    summary.nprobe, summary.rescore = found.setting(config.search.recall)
+    exact = job.path == "scan" or not found.template.lists
+    summary.recall_at_10 = 1.0 if exact else manifest.measured_recall(found, summary.nprobe, summary.rescore)
     _begin(work, job)
     on_ray = config.run.runner == "ray" or (config.run.runner == "auto" and "RAY_ADDRESS" in os.environ)
     threads = config.run.cpus if on_ray else None

@@ -103,6 +103,12 @@ class Manifest:
         return point.nprobe, point.rescore
 
 
+def measured_recall(manifest: Manifest, nprobe: int, rescore: int) -> float | None:
+    """recall@10 that was measured for a setting of the curve, a lower bound of 95 %."""
+    found = (point for point in manifest.curve if (point.nprobe, point.rescore) == (nprobe, rescore))
+    return next((point.recall_at_10 for point in found), None)
+
+
 def folder_of(gallery: str) -> str:
     """Where a gallery's index lies."""
     return storage.join(gallery, "index")

@@ -65,7 +65,7 @@ def measure(index: Index, sample: Sample, asked: float) -> tuple[Point, ...]:
     if not index.lists:
         return (_point(index, sample, Setting(1, _RESCORED[0])),)
     points: list[Point] = []
-    nprobe, goal = min(8, index.lists), min(0.995, max(0.99, asked))
+    nprobe, goal = min(8, index.lists), max(0.99, asked)
     while True:
         near = bool(points) and points[-1].recall_at_10 > _NEAR
         row = [_point(index, sample, Setting(nprobe, count)) for count in (_RESCORED if near else _RESCORED[:1])]
