@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +87,8 @@ class QuerySource:
                     yield Piece(storage.join(gallery.faces_folder, file["path"]), None), file["faces"]
             return
         for path in parquet_files(self.path):
-            with storage.open_seekable(path) as handle:
-                metadata = pq.ParquetFile(handle).metadata
+            with _opened(path) as file:
+                metadata = file.metadata
             first = 0
             for group in range(metadata.num_row_groups):
                 count = metadata.row_group(group).num_rows
@@ -110,8 +111,8 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
     files = parquet_files(path)
     if not files:
         return None
-    with storage.open_seekable(files[0]) as handle:
-        schema = pq.ParquetFile(handle).schema_arrow
+    with _opened(files[0]) as file:
+        schema = file.schema_arrow
     if "embedding" not in schema.names:
         return None
     _check(schema, contract, path)
@@ -147,6 +148,15 @@ def parquet_files(path: str) -> list[str]:
     return sorted(found)
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    with storage.open_seekable(path) as handle:
+        try:
+            yield pq.ParquetFile(handle)
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
+
+
 def _files(path: str) -> Iterator[str]:
     if storage.is_remote(path):
         yield from (entry.url for entry in storage.list_prefix(path))
@@ -160,20 +170,16 @@ def _files(path: str) -> Iterator[str]:
 def read_block(block: QueryBlock) -> Iterator[Queries]:
     """The queries of a block, some thousands at a time."""
     for piece in block.pieces:
-        with storage.open_seekable(piece.path) as handle:
-            try:
-                file = pq.ParquetFile(handle)
-                groups = None if piece.group is None else [piece.group]
-                held = [name for name in ("embedding", "identity", *_NAMES) if name in file.schema_arrow.names]
-                first = piece.first
-                for batch in file.iter_batches(_ROWS, row_groups=groups, columns=held):
-                    if piece.group is None:  # a gallery's file: rows without a face are no queries
-                        batch = batch.filter(batch["face_id"].is_valid())
-                    if batch.num_rows:
-                        yield _queries(batch, first)
-                    first += batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                raise SourceError(f"cannot read {piece.path!r}: {str(error).splitlines()[0]}") from error
+        with _opened(piece.path) as file:
+            groups = None if piece.group is None else [piece.group]
+            held = [name for name in ("embedding", *_NAMES) if name in file.schema_arrow.names]
+            first = piece.first
+            for batch in file.iter_batches(_ROWS, row_groups=groups, columns=held):
+                if piece.group is None:  # a gallery's file: rows without a face are no queries
+                    batch = batch.filter(batch["face_id"].is_valid())
+                if batch.num_rows:
+                    yield _queries(batch, first)
+                first += batch.num_rows
 
 
 def _queries(batch: pa.RecordBatch, first: int) -> Queries:

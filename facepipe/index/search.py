@@ -15,7 +15,7 @@ from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NOBODY, Ids, Scanner
 from facepipe.index.engine import faiss
 from facepipe.index.manifest import INDEX, Manifest
-from facepipe.index.shard import Shard
+from facepipe.index.shard import Shard, joined_index
 from facepipe.schema import EMBEDDING_DIM
 
 Vectors = npt.NDArray[np.float32]
@@ -90,16 +90,7 @@ class Index:
     def _open(self, merge: bool) -> Scanner:
         if not merge:
             return Scanner([shard.open_index() for shard in self.shards], [shard.dead for shard in self.shards])
-        merged: Any = None
-        for shard in self.shards:
-            index = faiss.read_index(os.path.join(manifests.folder_of(self.gallery), shard.entry.name, INDEX))
-            if shard.dead.size:
-                index.remove_ids(faiss.IDSelectorBatch(shard.dead))
-            if merged is None:
-                merged = index
-            else:
-                merged.merge_from(index, 0)
-        return Scanner([merged], [np.empty(0, np.int64)])
+        return Scanner([joined_index(self.shards)], [np.empty(0, np.int64)])
 
     @property
     def lists(self) -> int:

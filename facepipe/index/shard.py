@@ -7,7 +7,7 @@ import mmap
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -154,21 +154,26 @@ def build_shard(folder: str, template: str, batches: Iterable[Rows]) -> ShardEnt
 
 def merge_shards(folder: str, entries: Iterable[ShardEntry]) -> ShardEntry | None:
     """One shard of several, without their dead. Nothing is quantised anew: the answers stay what they were."""
-    merged: Any = None
     parts = [Shard(folder, entry) for entry in entries]
-    for part in parts:
-        index = faiss.read_index(os.path.join(folder, part.entry.name, INDEX))
-        if part.dead.size:
-            index.remove_ids(faiss.IDSelectorBatch(part.dead))
-        if merged is None:
-            merged = index
-        else:
-            merged.merge_from(index, 0)
-    with ShardWriter(folder, merged) as writer:
+    with ShardWriter(folder, joined_index(parts)) as writer:
         for part in parts:
             for rows in part.live_rows():
                 writer.keep(rows)
         return writer.finish()
+
+
+def joined_index(shards: "Sequence[Shard]") -> Any:
+    """The indexes of shards as one, in memory, without their dead."""
+    joined: Any = None
+    for shard in shards:
+        index = shard.open_index(mapped=False)
+        if shard.dead.size:
+            index.remove_ids(faiss.IDSelectorBatch(shard.dead))
+        if joined is None:
+            joined = index
+        else:
+            joined.merge_from(index, 0)
+    return joined
 
 
 class Shard:
@@ -225,10 +230,10 @@ class Shard:
                 "`facepipe index GALLERY --repair` rebuilds what is damaged"
             )
 
-    def open_index(self) -> Any:
-        """The faiss index, mapped: it must not be changed (removing ids from it would crash the process)."""
+    def open_index(self, mapped: bool = True) -> Any:
+        """The faiss index. A mapped one must not be changed: removing ids from it would crash the process."""
         try:
-            return faiss.read_index(os.path.join(self._folder, INDEX), faiss.IO_FLAG_MMAP_IFC)
+            return faiss.read_index(os.path.join(self._folder, INDEX), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
             raise IndexingError(
                 f"{self._folder!r} cannot be opened: `facepipe index GALLERY --repair` rebuilds what is damaged"

@@ -148,6 +148,14 @@ def test_queries_that_do_not_fit(gallery: Gallery, tmp_path: Path) -> None:
     pq.write_table(pa.table({"embedding": [1.0]}), tmp_path / "flat.parquet")
     with pytest.raises(ConfigError, match="not a list"):
         search(gallery, tmp_path / "flat.parquet", out)
+    for name, damage in (
+        ("empty", b""),
+        ("page", b"<html>404</html>"),
+        ("cut", (tmp_path / "wide.parquet").read_bytes()[:200]),
+    ):
+        (tmp_path / f"{name}.parquet").write_bytes(damage)
+        with pytest.raises(SourceError, match=f"cannot read .*{name}"):
+            search(gallery, tmp_path / f"{name}.parquet", out)
     with pytest.raises(SourceError, match="no such file"):
         search(gallery, "/no/such/folder/x", out)
     with pytest.raises(GalleryError, match="no gallery"):
