@@ -100,10 +100,12 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
     """The source at a path; None where it is neither a gallery nor Parquet files with embeddings (but images, perhaps).
 
     Raises ContractError where the queries say that they were made with other models, ConfigError where their dimension
-    is another.
+    is another, SourceError where nothing is there.
     """
     if not storage.is_remote(path):
         path = os.path.abspath(path)
+        if not os.path.exists(path) and not set("*?[") & set(path):
+            raise SourceError(f"no such file or folder: {path!r}")
     if Gallery.exists(path):
         gallery = Gallery(path)
         contract.require(gallery.contract, "the gallery that is searched")
