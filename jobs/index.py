@@ -67,7 +67,8 @@ def _say(line: str) -> None:
 
 
 def _show(gallery: str, summary: Any) -> None:
-    reached = "exact" if not summary.nprobe or "Flat" in summary.factory else f"{summary.recall_at_10:.4f} or better"
+    measured = "not measured" if summary.recall_at_10 is None else f"{summary.recall_at_10:.4f} or better"
+    reached = "exact" if summary.factory == "IDMap2,Flat" else measured
     rows = [
         ("faces", summary.vectors),
         ("added", summary.added),

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -188,15 +188,12 @@ class _Builder:
     def update(self, old: Manifest, compact_all: bool) -> IndexSummary:
         """New faces as new shards, the gone on the tombstones; merges what is due."""
         began = time.monotonic()
-        changes = update.changes(self.gallery, old, self.folder)
-        self.summary.time("compare", began)
-        if self._outgrown(old, old.live + changes.added - changes.removed):
-            changes.close()
-            return self.build(f"outgrown: {old.template.factory} was planned for {old.template.vectors} faces")
-        shards = self._buried(old.shards, changes)
-        plan = self._plan(max(1, old.live + changes.added), old.template.factory)
-        shards += self._add(changes, old.template, plan.shard_limit)
-        changes.close()
+        with closing(update.changes(self.gallery, old, self.folder)) as changes:
+            self.summary.time("compare", began)
+            if self._outgrown(old, old.live + changes.added - changes.removed):
+                return self.build(f"outgrown: {old.template.factory} was planned for {old.template.vectors} faces")
+            plan = self._plan(max(1, old.live + changes.added), old.template.factory)
+            shards = self._buried(old.shards, changes) + self._add(changes, old.template, plan.shard_limit)
         if compact_all or shards != list(old.shards):
             shards = self._merge(shards, plan.shard_limit, compact_all)
         moved = shards != list(old.shards)
@@ -220,12 +217,11 @@ class _Builder:
         if not bad:
             return self._finish(old)
         began = time.monotonic()
-        changes = update.changes(self.gallery, replace(old, shards=sound), self.folder, only_full=True)
-        self.summary.time("compare", began)
-        shards = self._buried(sound, changes)
-        plan = self._plan(max(1, changes.added), old.template.factory)
-        shards += self._add(changes, old.template, plan.shard_limit)
-        changes.close()
+        sound_only = replace(old, shards=sound)
+        with closing(update.changes(self.gallery, sound_only, self.folder, only_full=True)) as changes:
+            self.summary.time("compare", began)
+            plan = self._plan(max(1, changes.added), old.template.factory)
+            shards = self._buried(sound, changes) + self._add(changes, old.template, plan.shard_limit)
         self.summary.action, self.summary.reason = "repaired", f"{len(bad)} of {len(old.shards)} shards were damaged"
         self.summary.added = changes.added
         return self._publish(replace(old, table_version=self.gallery.version, shards=tuple(shards)), measure=False)

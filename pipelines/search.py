@@ -8,63 +8,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from facepipe.errors import ConfigError, SourceError, StorageError
 from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest
-from facepipe.index.decide import Rule, decide
-from facepipe.index.exact import exact_search, live_blocks, scan_is_cheaper
+from facepipe.index.answers import ANSWERS, Find, answers, joined
+from facepipe.index.cost import scan_is_cheaper
 from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_queries, read_block
-from facepipe.index.search import Hits, Index
-from facepipe.index.tune import without
-from facepipe.models.device import gpus
-from facepipe.schema import OK
+from facepipe.index.search import Index
 from pipelines import embed
 from pipelines.embed_config import Count, EmbedConfig
 from pipelines.runners import ray
-
-Distance = Annotated[float, Field(gt=0, le=2)]
-_OUT = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("query_uri", pa.string()),
-        ("status", pa.string()),
-        ("rank", pa.int32()),
-        ("face_id", pa.int64()),
-        ("distance", pa.float32()),
-        ("identity", pa.string()),
-        ("uri", pa.string()),
-        ("decision", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Find:
-    """What is looked for.
-
-    k: nearest faces a query; radius: all faces within this Euclidean distance instead, at most `most` of them
-    recall: recall@10 to search with, by default the one the index was built for
-    threshold: distance up to which the nearest faces say who it is; decide: by the nearest one, or by their vote
-    path: lists (visit the nearest inverted lists), scan (compare with every vector: exact), or auto: the cheaper one
-    leave_self_out: a face does not find itself; by default where a gallery is searched with its own faces
-    """
-
-    k: Count = 10
-    radius: Distance | None = None
-    most: Count = 1000
-    recall: Annotated[float, Field(gt=0, le=1)] | None = None
-    threshold: Distance | None = None
-    decide: Rule = "nearest"
-    path: Literal["auto", "lists", "scan"] = "auto"
-    leave_self_out: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -226,8 +184,7 @@ class _Job:
             )
         path = find.path
         if path == "auto":
-            index = Index(gallery.path, find.recall)
-            path = "scan" if not find.radius and scan_is_cheaper(index, index.setting.nprobe) else "lists"
+            path = "scan" if not find.radius and scan_is_cheaper(found, *found.setting(find.recall)) else "lists"
         if path == "scan" and find.radius:
             raise ConfigError("a search by radius visits lists: leave path=scan out, or give k")
         return cls(gallery.path, found.created, source.path, source.fingerprint, config.run.block, find, path)
@@ -266,10 +223,11 @@ def _search_block(task: _Task) -> dict[str, Any]:
     index = _opened(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
     counts: dict[str, Any] = {"queries": 0, "rows": 0, "identified": 0, "unknown": 0, "bad": {}}
     parts: Iterable[Queries] = read_block(task.block)
-    if task.job.path == "scan":
-        parts = _joined(list(parts))
-    tables = [_answers(index, queries, task.job, counts) for queries in parts]
-    table = pa.concat_tables(tables) if tables else _OUT.empty_table()
+    scan = task.job.path == "scan"
+    if scan:
+        parts = joined(list(parts))
+    tables = [answers(index, queries, task.job.find, scan, counts) for queries in parts]
+    table = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
     table = table.replace_schema_metadata({"facepipe.counts": json.dumps(counts)})
     path = _part(task.work, task.block.number)
     temporary = f"{path}.{secrets.token_hex(4)}"
@@ -286,106 +244,6 @@ def _opened(gallery: str, created: float, recall: float | None, threads: int | N
     return Index(gallery, recall, threads, merge=True)
 
 
-def _joined(parts: list[Queries]) -> list[Queries]:
-    """One set of queries: a scan reads all vectors once for them."""
-    if len(parts) < 2:
-        return parts
-    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("own", "vectors", "status")}
-    return [Queries(pa.concat_arrays([p.names for p in parts]), pa.concat_arrays([p.uris for p in parts]), **arrays)]
-
-
-def _answers(index: Index, queries: Queries, job: _Job, counts: dict[str, Any]) -> pa.Table:
-    """Rows of the answers, in the order of the queries; a query without an answer has one row without a rank."""
-    good = queries.status == OK
-    asked, ids, distances = _found(index, queries.vectors[good], queries.own[good], job)
-    asked = np.flatnonzero(good)[asked]
-    labels = index.labels(ids)
-    ranks = _ranks(asked)
-    decisions = _decisions(len(good), asked, ranks, labels["identity"], distances, job.find)
-    alone = np.setdiff1d(np.arange(len(good)), asked)
-    order = np.argsort(np.concatenate([asked, alone]), kind="stable")
-    every = np.concatenate([asked, alone])[order]
-    padding = pa.nulls(len(alone))
-    columns = {
-        "rank": pa.concat_arrays([pa.array(ranks, pa.int32()), padding.cast(pa.int32())]),
-        "face_id": pa.concat_arrays([pa.array(ids), padding.cast(pa.int64())]),
-        "distance": pa.concat_arrays([pa.array(distances, pa.float32()), padding.cast(pa.float32())]),
-        "identity": pa.concat_arrays([*labels["identity"].chunks, padding.cast(pa.string())]),
-        "uri": pa.concat_arrays([*labels["uri"].chunks, padding.cast(pa.string())]),
-    }
-    taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
-    chosen = pa.array(every)
-    counts["queries"] += len(good)
-    counts["rows"] += len(asked)
-    for reason in queries.status[~good]:
-        counts["bad"][reason] = counts["bad"].get(reason, 0) + 1
-    if decisions is not None:
-        counts["unknown"] += int((decisions[good] == "Unknown").sum())
-        counts["identified"] += int((decisions[good] != "Unknown").sum())
-    return pa.table(
-        {
-            "query_id": queries.names.take(chosen),
-            "query_uri": queries.uris.take(chosen),
-            "status": pa.array(queries.status[every], pa.string()),
-            **taken,
-            "decision": pa.nulls(len(every), pa.string())
-            if decisions is None
-            else pa.array(decisions[every], pa.string(), mask=~good[every]),
-        },
-        schema=_OUT,
-    )
-
-
-def _found(
-    index: Index, vectors: npt.NDArray[np.float32], own: npt.NDArray[np.int64], job: _Job
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Flat (query, face id, distance), by query, nearest first."""
-    find = job.find
-    if find.radius is not None:
-        near = index.within(vectors, find.radius, find.most + bool(find.leave_self_out))
-        asked = np.repeat(np.arange(len(near)), [len(ids) for ids, _ in near])
-        ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in near)])
-        distances = np.concatenate([np.empty(0, np.float32), *(d for _, d in near)])
-        keep = ids != own[asked] if find.leave_self_out else np.ones(len(ids), bool)
-        return asked[keep], ids[keep], distances[keep]
-    k = find.k + bool(find.leave_self_out)
-    hits = _scanned(index, vectors, k) if job.path == "scan" else index.search(vectors, k)
-    if find.leave_self_out and len(vectors):
-        last = np.argsort(hits.ids == own[:, None], axis=1, kind="stable")
-        distances = np.take_along_axis(hits.distances, last, axis=1)[:, : find.k]
-        hits = Hits(without(hits.ids, own, find.k), distances)
-    asked, places = np.nonzero(hits.ids >= 0)
-    return asked, hits.ids[asked, places], hits.distances[asked, places]
-
-
-def _scanned(index: Index, vectors: npt.NDArray[np.float32], k: int) -> Hits:
-    return exact_search(vectors, live_blocks(index), k, "cuda" if gpus() else "cpu")
-
-
-def _ranks(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """1, 2, ... within each run of equal queries."""
-    starts = np.flatnonzero(np.diff(asked, prepend=-1))
-    return np.arange(len(asked)) - np.repeat(starts, np.diff(np.append(starts, len(asked)))) + 1
-
-
-def _decisions(
-    queries: int,
-    asked: npt.NDArray[np.int64],
-    ranks: npt.NDArray[np.int64],
-    identities: pa.ChunkedArray,
-    distances: npt.NDArray[np.float32],
-    find: Find,
-) -> npt.NDArray[np.object_] | None:
-    if find.threshold is None:
-        return None
-    wide = int(ranks.max(initial=1))
-    names = np.full((queries, wide), None, object)
-    far = np.full((queries, wide), np.inf, np.float32)
-    names[asked, ranks - 1] = identities.to_pylist()
-    far[asked, ranks - 1] = distances
-    return decide(names, far, find.threshold, find.decide)
-
-
 def _count(summary: SearchSummary, counts: dict[str, Any]) -> None:
     for name in ("queries", "rows", "identified", "unknown"):
         setattr(summary, name, getattr(summary, name) + counts[name])
@@ -399,7 +257,7 @@ def _finish(work: str, out: str, summary: SearchSummary) -> None:
     try:
         if out.endswith(".parquet"):
             temporary = os.path.join(work, "joined")
-            with pq.ParquetWriter(temporary, _OUT, compression="zstd") as writer:
+            with pq.ParquetWriter(temporary, ANSWERS, compression="zstd") as writer:
                 for part in parts:
                     writer.write_table(pq.read_table(part).replace_schema_metadata(None))
             os.replace(temporary, out)

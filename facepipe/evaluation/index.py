@@ -65,7 +65,7 @@ def evaluate_index(
     began = time.perf_counter()
     hits = index.search(sample.queries, tune.K + 1)
     elapsed = time.perf_counter() - began
-    found = tune.without(hits.ids, sample.own, tune.K)
+    found = hits.without(sample.own, tune.K).ids
     at_1, at_10 = tune.recall(found[:, :1], sample.truth[:, :1]), tune.recall(found, sample.truth)
     curve = tune.measure(index, sample, index.manifest.recall)
     if picture:

@@ -13,6 +13,7 @@ from facepipe.index.search import Hits, Index, pair_distances
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 _BLOCK = 65_536  # vectors scanned at a time
+_TILE = 4096  # queries of a product on a GPU
 _SPARE = 22  # more than k are re-scored, since matrix products round
 
 
@@ -83,26 +84,8 @@ class _GpuScan:
         return rows
 
 
-_TILE = 4096
-
-
 def _better(a: Hits, b: Hits, k: int) -> Hits:
     ids = np.concatenate([a.ids, b.ids], axis=1)
     distances = np.concatenate([a.distances, b.distances], axis=1)
     order = np.lexsort((ids, distances), axis=1)[:, :k]
     return Hits(np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1))
-
-
-def scan_is_cheaper(index: Index, nprobe: int) -> bool:
-    """Whether scanning everything costs less than visiting `nprobe` lists a query.
-
-    Per query and core, measured in docs/performance.md: a product with one vector 3.6 ns; a code of a visited list
-    1.0 ns, and 250 ns for every list and shard. An exact index is scanned anyway.
-    """
-    if not index.lists:
-        return True
-    codes = index.live * nprobe / index.lists
-    return _PRODUCT_NS * index.live < _CODE_NS * codes + _LIST_NS * nprobe * len(index.shards)
-
-
-_PRODUCT_NS, _CODE_NS, _LIST_NS = 3.6, 1.0, 250.0

@@ -35,6 +35,11 @@ class Hits:
     ids: Ids
     distances: Distances
 
+    def without(self, own: Ids, k: int) -> "Hits":
+        """The first k of each query's answers that are not the query's own face (n,)."""
+        order = np.argsort(self.ids == own[:, None], axis=1, kind="stable")[:, :k]
+        return Hits(np.take_along_axis(self.ids, order, axis=1), np.take_along_axis(self.distances, order, axis=1))
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -51,8 +52,9 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._vectors.close()
-        self._labels.close()
+        for file in (self._vectors, self._labels):
+            with suppress(OSError, pa.ArrowException):  # a full disk: closing writes what is buffered
+                file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, rows: Rows) -> None:
@@ -89,7 +91,7 @@ class ShardWriter:
             final = self._partial.removesuffix(".partial")
             os.rename(self._partial, final)
             sync_folder(self._folder)
-        except (OSError, RuntimeError) as error:  # faiss reports a full disk as RuntimeError
+        except (OSError, RuntimeError, pa.ArrowException) as error:  # faiss reports a full disk as RuntimeError
             raise StorageError(f"cannot write {self._partial!r}: {str(error).splitlines()[0]}") from error
         return ShardEntry(os.path.basename(final), self._count, files)
 
@@ -145,7 +147,13 @@ def add_to(index: Any, vectors: npt.NDArray[np.float32], ids: Ids) -> None:
 
 def build_shard(folder: str, template: str, batches: Iterable[Rows]) -> ShardEntry | None:
     """A shard of the rows; None where there are none."""
-    index = faiss.read_index(os.path.join(folder, template))
+    try:
+        index = faiss.read_index(os.path.join(folder, template))
+    except RuntimeError as error:
+        raise IndexingError(
+            f"the template {os.path.join(folder, template)!r} cannot be opened: "
+            "`facepipe index GALLERY --repair` rebuilds what is damaged"
+        ) from error
     with ShardWriter(folder, index) as writer:
         for rows in batches:
             writer.add(rows)
@@ -212,8 +220,9 @@ class Shard:
         """Vectors of rows from `start` up to `stop`, read in sequence: mapping all of them would fill the memory."""
         count = max(0, min(stop, len(self.vectors)) - start) * EMBEDDING_DIM
         offset = _NPY_HEADER + 4 * EMBEDDING_DIM * start
-        flat = np.fromfile(os.path.join(self._folder, VECTORS), np.float32, count, offset=offset)
-        return flat.reshape(-1, EMBEDDING_DIM)
+        path = os.path.join(self._folder, VECTORS)
+        self._require(path, self.entry.files[VECTORS])  # it may have gone since the index was opened
+        return np.fromfile(path, np.float32, count, offset=offset).reshape(-1, EMBEDDING_DIM)
 
     @staticmethod
     def _require(path: str, file: File) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.errors import ConfigError
+from facepipe.errors import ConfigError, StorageError
 from facepipe.index.engine import faiss
 from facepipe.index.grid import grid
 from facepipe.index.manifest import Template, digest, sync
@@ -46,6 +46,9 @@ def save(index: Any, folder: str, plan: Plan, seed: int, chosen: bool) -> Templa
     """Write a trained index; imbalance is set once the first shards are built."""
     name = f"template-{secrets.token_hex(6)}.faiss"
     path = os.path.join(folder, name)
-    faiss.write_index(index, path)
-    sync(path)
+    try:
+        faiss.write_index(index, path)
+        sync(path)
+    except (OSError, RuntimeError) as error:  # faiss reports a full disk as RuntimeError
+        raise StorageError(f"cannot write {path!r}: {str(error).splitlines()[0]}") from error
     return Template(name, digest(path), plan.factory, plan.lists, plan.train, plan.vectors, 1.0, seed, chosen)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from facepipe.index.cost import of_lists
 from facepipe.index.exact import exact_search, live_blocks
 from facepipe.index.manifest import Point
-from facepipe.index.search import Hits, Index, Setting
+from facepipe.index.search import Index, Setting
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -17,8 +18,6 @@ _FEWEST, _MOST = 200, 1000
 _RESCORED = (100, 200)
 _NEAR = 0.85  # recall from which steps are small
 _SURE = 1.64  # standard errors: the recall asked for is reached with 95 % certainty
-# Cost of a search, ns: a list visited, a code scanned, a candidate re-scored (docs/performance.md).
-_LIST, _CODE, _CANDIDATE = 250.0, 1.0, 350.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,8 @@ def draw(index: Index, seed: int, queries: int | None = None) -> Sample:
         own.append(np.asarray(ids[np.sort(rng.choice(len(ids), min(len(ids), round(share)), replace=False))]))
     chosen = np.concatenate(own) if own else np.empty(0, np.int64)
     vectors = index.vectors(chosen)
-    return Sample(vectors, chosen, without(exact_search(vectors, live_blocks(index), K + 1).ids, chosen, K))
-
-
-def without(ids: Ids, own: Ids, k: int) -> Ids:
-    """The first k ids of each row (n, w) that are not the query itself."""
-    own_last = np.argsort(ids == own[:, None], axis=1, kind="stable")
-    return np.take_along_axis(ids, own_last, axis=1)[:, :k]
+    truth = exact_search(vectors, live_blocks(index), K + 1).without(chosen, K)
+    return Sample(vectors, chosen, truth.ids)
 
 
 def recall(found: Ids, truth: Ids) -> npt.NDArray[np.float64]:
@@ -77,8 +71,7 @@ def measure(index: Index, sample: Sample, asked: float) -> tuple[Point, ...]:
 
 
 def _point(index: Index, sample: Sample, setting: Setting) -> Point:
-    hits = index.search(sample.queries, K + 1, setting)
-    found = without(hits.ids, sample.own, K)
+    found = index.search(sample.queries, K + 1, setting).without(sample.own, K).ids
     at_1, at_10 = recall(found[:, :1], sample.truth[:, :1]), recall(found, sample.truth)
     return Point(setting.nprobe, setting.rescore, _lower(at_1), _lower(at_10))
 
@@ -92,20 +85,10 @@ def _lower(values: npt.NDArray[np.float64]) -> float:
 
 def _pareto(points: list[Point], index: Index) -> tuple[Point, ...]:
     def cost(point: Point) -> float:
-        lists = point.nprobe * (_LIST * len(index.shards) + _CODE * index.live / index.lists)
-        return lists + _CANDIDATE * point.rescore
+        return of_lists(index.live, index.lists, len(index.shards), point.nprobe, point.rescore)
 
     kept: list[Point] = []
     for point in sorted(points, key=cost):
         if not kept or point.recall_at_10 > kept[-1].recall_at_10:
             kept.append(point)
     return tuple(kept)
-
-
-def figures(hits: Hits, sample: Sample) -> tuple[float, float]:
-    """(recall@1, recall@10) as plain means."""
-    found = without(hits.ids, sample.own, K)
-    return (
-        float(recall(found[:, :1], sample.truth[:, :1]).mean()),
-        float(recall(found, sample.truth).mean()),
-    )

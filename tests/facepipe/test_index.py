@@ -238,7 +238,7 @@ def test_recall_that_was_asked_for(gallery: Gallery) -> None:
     sample = tune.draw(index, seed=5)
     for asked in (0.9, 0.97):
         setting = Setting(*found.setting(asked))
-        at_10 = tune.recall(tune.without(index.search(sample.queries, 11, setting).ids, sample.own, 10), sample.truth)
+        at_10 = tune.recall(index.search(sample.queries, 11, setting).without(sample.own, 10).ids, sample.truth)
         assert at_10.mean() >= asked - 0.01
     assert found.nprobe == found.setting(found.recall)[0]
 
