@@ -40,6 +40,7 @@ FACES = pa.schema(
         ("error", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("image_hash", pa.int64()),
         ("face_index", pa.int16()),
         ("identity", pa.string()),
         ("box", pa.list_(pa.float32())),
@@ -55,6 +56,9 @@ FACES = pa.schema(
         ("ingested_at", pa.timestamp("us", "UTC")),
     ]
 )
+
+# Joined after the first galleries were made: files written before have neither values nor statistics of them.
+LATER = ("image_hash",)
 
 
 def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:

@@ -159,6 +159,7 @@ def _open(path: str, contract: Contract) -> Gallery:
         return Gallery.create(path, contract)
     gallery = Gallery(path)
     gallery.contract.require(contract, f"the gallery {path!r}")
+    gallery.widen()
     return gallery
 
 

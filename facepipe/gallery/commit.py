@@ -16,7 +16,7 @@ from facepipe import storage
 from facepipe.gallery.parts import Record, encode, statistics
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import image_id
-from facepipe.schema import FACES
+from facepipe.schema import FACES, conform
 
 
 class Committer:
@@ -63,7 +63,7 @@ def _rewritten(gallery: Gallery, replaced: set[str], touched: dict[str, str]) ->
             parquet = pq.ParquetFile(handle)
             if not pc.any(pc.is_in(parquet.read(["uri"])["uri"], pa.array(uris, pa.string()))).as_py():
                 continue
-            rows = parquet.read().cast(FACES)
+            rows = conform(parquet.read())
         keep = rows.filter(pc.invert(pc.is_in(rows["uri"], pa.array(sorted(replaced), pa.string()))))
         changed = keep.num_rows < rows.num_rows
         keep, marked = _marked(keep, touched)

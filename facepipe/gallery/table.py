@@ -18,7 +18,7 @@ from deltalake.exceptions import TableNotFoundError
 from facepipe import storage
 from facepipe.errors import ContractError, GalleryError
 from facepipe.gallery.contract import PROPERTY, Contract
-from facepipe.schema import EMBEDDING_DIM, FACES, OK
+from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,6 +71,13 @@ class Gallery:
         )
         return cls(path)
 
+    def widen(self) -> None:
+        """Add the columns that the facepipe which made the table did not know; its rows hold nulls there."""
+        held = {field.name for field in self._table.schema().fields}
+        missing = pa.schema([field for field in FACES if field.name not in held])
+        if len(missing):
+            self._table.alter.add_columns(Schema.from_arrow(missing).fields)
+
     @property
     def version(self) -> int:
         """The table version that is read."""
@@ -98,7 +105,11 @@ class Gallery:
         # Not deltalake's own filesystem: its Python callbacks, run by Arrow's threads while the interpreter
         # ends, abort the process after all its work is done (4 runs of 10 with deltalake 1.6.6).
         native = None if storage.is_remote(self.path) else fs.SubTreeFileSystem(self.faces_folder, fs.LocalFileSystem())
-        return self._table.to_pyarrow_dataset(filesystem=native)
+        held = pa.schema(self._table.schema().to_arrow(as_large_types=False))
+        # Left out while the files are listed: deltalake takes a column without statistics for one without nulls.
+        early = pa.schema([field for field in held if field.name not in LATER])
+        listed = self._table.to_pyarrow_dataset(filesystem=native, schema=early)
+        return listed.replace_schema(pa.unify_schemas([held, FACES]))
 
     def batches(
         self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None, rows: int = 8192

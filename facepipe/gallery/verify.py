@@ -15,7 +15,7 @@ from facepipe.gallery.parts import digest_in
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64
 from facepipe.hashtable import HashTable
-from facepipe.schema import EMBEDDING_DIM, FACES, OK, STATUSES
+from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
 from facepipe.stages.columns import vectors
 
 _NORM_TOLERANCE = 1e-4
@@ -69,7 +69,7 @@ def _read(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Ta
     table = pq.ParquetFile(pa.BufferReader(data)).read()
     if table.num_rows != file["num_records"]:
         result.add(f"{file['path']}: {table.num_rows} rows, the log says {file['num_records']}")
-    return table.cast(FACES)
+    return conform(table)  # files of older galleries lack newer columns
 
 
 def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, result: Verification) -> None:

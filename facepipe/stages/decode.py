@@ -12,12 +12,13 @@ import pyarrow as pa
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.geometry import Frame, frame_of
 from facepipe.imaging.header import Header, HeaderError, probe
+from facepipe.imaging.perceptual import perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
 from facepipe.stages.columns import buffers, pack, with_columns
 
 
 class Decoded(NamedTuple):
-    """Pixels (h, w, 3) and full size as seen; or what went wrong."""
+    """Pixels (h, w, 3), full size as seen and perceptual hash; or what went wrong."""
 
     pixels: npt.NDArray[np.uint8] | None
     frame: Frame | None
@@ -25,6 +26,7 @@ class Decoded(NamedTuple):
     height: int | None
     status: str
     error: str | None
+    image_hash: int | None = None
 
 
 def _frames(results: list[Decoded], part: str) -> pa.Array:
@@ -49,7 +51,7 @@ class Decode:
     needs: ClassVar = ("bytes", "status", "error")
     adds: ClassVar = (
         *("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top"),
-        *("width", "height"),
+        *("width", "height", "image_hash"),
     )
 
     @cached_property
@@ -74,6 +76,7 @@ class Decode:
             **{name: _frames(results, name) for name in ("pixels_scale", "pixels_left", "pixels_top")},
             "width": pa.array([r.width for r in results], pa.int32()),
             "height": pa.array([r.height for r in results], pa.int32()),
+            "image_hash": pa.array([r.image_hash for r in results], pa.int64()),
         }
         return with_columns(table, columns)
 
@@ -96,7 +99,7 @@ class Decode:
             pixels = decode(data, header, reduce)
         except DecodeError as error:
             return Decoded(None, None, width, height, DECODE_ERROR, str(error))
-        return Decoded(pixels, frame_of(header, reduce), width, height, OK, None)
+        return Decoded(pixels, frame_of(header, reduce), width, height, OK, None, perceptual_hash(pixels))
 
     def reduction(self, header: Header) -> int:
         """The largest divisor that keeps the longer side; only JPEG decodes faster when reduced."""

@@ -1,6 +1,7 @@
 """The gallery: filters agree with memory, damage is found, versions stay readable."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from helpers import embed, rows
 
 import facepipe
@@ -19,6 +21,7 @@ from facepipe.errors import ConfigError, GalleryError
 from facepipe.gallery.export import export
 from facepipe.gallery.report import describe
 from facepipe.gallery.verify import verify
+from facepipe.schema import FACES, LATER, conform
 
 
 @pytest.fixture
@@ -163,6 +166,53 @@ def test_export(path: str, tmp_path: Path) -> None:
     assert pq.read_table(out).column_names == ["uri", "embedding"]
     with pytest.raises(GalleryError, match="not an empty folder"):
         export(gallery, out)
+
+
+@pytest.fixture
+def old(monkeypatch: pytest.MonkeyPatch, drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> str:
+    """A gallery of 40 images made before the table had the newer columns."""
+    (tmp_path / "drawings").mkdir()
+    for name in ("person0", "person1"):
+        shutil.copytree(drawings / name, tmp_path / "drawings" / name)
+    before = pa.schema([field for field in FACES if field.name not in LATER])
+    with monkeypatch.context() as patch:
+        for module in ("schema", "gallery.table", "gallery.parts"):
+            patch.setattr(f"facepipe.{module}.FACES", before)
+        patch.setattr("facepipe.gallery.parts.conform", lambda table, schema=before: conform(table, schema))
+        embed(tmp_path / "drawings", tmp_path / "old", fakes)
+    return str(tmp_path / "old")
+
+
+def test_galleries_made_before_a_column_can_be_read(old: str, tmp_path: Path) -> None:
+    gallery = facepipe.Gallery(old)
+    assert not set(LATER) & {field.name for field in DeltaTable(gallery.faces_folder).schema().fields}
+    assert set(gallery.to_pandas()["image_hash"].isna()) == {True}
+    assert gallery.to_arrow(["uri"], "image_hash is null").num_rows == len(rows(old))
+    assert gallery.to_arrow(["uri"], "image_hash is not null").num_rows == 0
+    assert verify(gallery).problems == []
+    assert export(gallery, str(tmp_path / "out")) == len(rows(old))
+    assert pq.read_table(tmp_path / "out").schema.names == FACES.names
+
+
+def test_galleries_made_before_a_column_get_it_when_written(
+    old: str, drawings: Path, fakes: dict[str, Any], tmp_path: Path
+) -> None:
+    count = len(rows(old))
+    changed = sorted((tmp_path / "drawings" / "person0").iterdir())[0]
+    changed.write_bytes((drawings / "person2" / "p2_002.png").read_bytes())
+    embed(tmp_path / "drawings", old, fakes)  # rewrites the old file without the replaced rows
+    embed(drawings / "person2", old, fakes)
+    gallery = facepipe.Gallery(old)
+    assert set(LATER) <= {field.name for field in DeltaTable(gallery.faces_folder).schema().fields}
+    assert [entry["operation"] for entry in DeltaTable(gallery.faces_folder).history()].count("ADD COLUMN") == 1
+    written = [row for row in rows(old) if row["image_hash"] is not None]
+    assert {row["uri"] for row in written} == {str(changed), *(str(p) for p in (drawings / "person2").iterdir())}
+    assert len(rows(old)) > count
+    for where, expected in (("is null", len(rows(old)) - len(written)), ("is not null", len(written))):
+        assert gallery.to_arrow(["uri"], f"image_hash {where}").num_rows == expected
+    assert gallery.to_arrow(["uri"], f"image_hash = {written[0]['image_hash']}").num_rows >= 1
+    assert verify(gallery).problems == []
+    assert export(gallery, str(tmp_path / "out")) == len(rows(old))
 
 
 def test_what_is_no_gallery_is_said(tmp_path: Path) -> None:

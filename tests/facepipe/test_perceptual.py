@@ -1,0 +1,97 @@
+"""The perceptual hash: steady under what happens to copies, its mirror known beforehand, cheap."""
+
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import embed, rows
+
+from facepipe.imaging.perceptual import hamming, mirrored, perceptual_hash
+from facepipe.schema import WORK_ITEM
+from facepipe.stages import Decode, Read
+
+
+def scene(seed: int, width: int = 400, height: int = 300) -> np.ndarray:
+    """Smooth blobs: the spectrum of a photo, without one."""
+    noise = np.random.default_rng(seed).normal(size=(9, 11, 3)).astype(np.float32)
+    blobs = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(128 + 50 * blobs, 0, 255).astype(np.uint8)
+
+
+def bits(a: int, b: int) -> int:
+    return int(hamming(np.array([a]), np.array([b]))[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_copies_agree_and_others_do_not(seed: int) -> None:
+    image = scene(seed)
+    own = perceptual_hash(image)
+    assert -(1 << 63) <= own < 1 << 63
+    jpeg = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 30])[1], cv2.IMREAD_COLOR)
+    copies = {
+        "smaller": cv2.resize(image, (161, 120), interpolation=cv2.INTER_AREA),
+        "larger": cv2.resize(image, (1600, 1200), interpolation=cv2.INTER_CUBIC),
+        "recompressed": jpeg,
+        "brighter": np.clip(image.astype(float) * 1.1 + 8, 0, 255).astype(np.uint8),
+    }
+    for what, copy in copies.items():
+        assert bits(own, perceptual_hash(np.asarray(copy, np.uint8))) <= 5, what
+    assert bits(own, perceptual_hash(scene(seed + 100))) > 14
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_mirror_images_hash_is_known(seed: int) -> None:
+    image = scene(seed, 640, 417)
+    seen = perceptual_hash(np.ascontiguousarray(image[:, ::-1]))
+    follows = mirrored(np.array([perceptual_hash(image)]))
+    assert bits(int(follows[0]), seen) <= 2
+    hashes = np.random.default_rng(seed).integers(-(1 << 63), 1 << 63, 50, np.int64)
+    assert np.array_equal(mirrored(mirrored(hashes)), hashes)
+    assert (hamming(hashes, mirrored(hashes)) == bits(0, int(mirrored(np.zeros(1, np.int64))[0]))).all()
+
+
+def test_distances_count_all_bits_of_signed_numbers() -> None:
+    a = np.array([0, -1, -1, 1 << 62, -(1 << 63)])
+    assert hamming(a, np.zeros(5, np.int64)).tolist() == [0, 64, 64, 1, 1]
+    assert hamming(a, a).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (31, 33), (257, 2)])
+def test_any_shape_has_a_hash(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (*shape, 3)).astype(np.uint8)
+    assert perceptual_hash(pixels) == perceptual_hash(pixels.copy())
+    assert perceptual_hash(np.full((*shape, 3), 77, np.uint8)) == 0
+
+
+@pytest.mark.parametrize(("size", "limit"), [((640, 480), 1e-3), ((1279, 960), 2e-3), ((4000, 3000), 2e-3)])
+def test_it_costs_little(size: tuple[int, int], limit: float) -> None:
+    """0.2 ms on the machine it was written on; the limits leave room for busy ones."""
+    pixels = scene(0, *size)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        perceptual_hash(pixels)
+        best = min(best, time.perf_counter() - began)
+    assert best < limit
+
+
+def test_every_decoded_image_has_one(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), scene(1))
+    cv2.imwrite(str(tmp_path / "large.jpg"), scene(1, 2600, 1950))
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    paths = sorted(tmp_path.iterdir())
+    items = pa.Table.from_pylist([{"uri": p.name, "path": str(p).encode()} for p in paths], schema=WORK_ITEM)
+    found = Decode()(Read()(items))["image_hash"].to_pylist()
+    assert found[1] is None
+    assert bits(found[0], found[2]) <= 2, "decoded at a half"
+
+
+def test_it_does_not_depend_on_the_batch(drawings: Path, fakes: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    embed(drawings, tmp_path / "a", fakes, batch=1)
+    embed(drawings, tmp_path / "b", fakes, batch=13)
+    one, other = ([(row["uri"], row["image_hash"]) for row in rows(tmp_path / g)] for g in ("a", "b"))
+    assert one == other
+    assert all(value is not None for _, value in one), "images without a face as well"
