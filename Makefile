@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit browser bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m jobs.demo build/demo
@@ -18,8 +18,15 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-unit: $(STAMP)
+unit: $(STAMP) browser
 	$(BIN)/python -m pytest
+
+# The tests of the HTML report want a Chromium. Where there is none and it cannot be had, they skip and say so.
+browser:
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(timeout 120 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 \
+			|| echo "no Chromium: the tests of the report in a browser will skip"; \
+	fi
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/throughput.py
