@@ -1,0 +1,1 @@
+"""Clusterings of a graph of faces: who is one person."""
