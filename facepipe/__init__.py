@@ -22,6 +22,7 @@ from facepipe.errors import (
     ModelError,
     SourceError,
     StorageError,
+    ThresholdError,
     WeightsError,
     WorkerError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "ModelError",
     "SourceError",
     "StorageError",
+    "ThresholdError",
     "WeightsError",
     "WorkerError",
     "encode",

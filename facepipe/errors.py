@@ -8,6 +8,7 @@ FacepipeError
 │   └── WeightsError     weights are missing, or their SHA-256 is not the registered one
 ├── GalleryError         the folder is not a usable gallery
 │   ├── ContractError    the gallery was made with other models or settings
+│   ├── ThresholdError   it does not show from which distance two faces are two persons
 │   └── GalleryBusyError another run is writing to the gallery
 ├── AccountingError      images listed and images accounted for differ
 ├── WorkerError          workers die before they can do any work
@@ -46,6 +47,10 @@ class GalleryError(FacepipeError):
 
 class ContractError(GalleryError):
     """The gallery's model contract differs from the one asked for."""
+
+
+class ThresholdError(GalleryError):
+    """The gallery does not show from which distance two faces are two persons, and its model does not say."""
 
 
 class GalleryBusyError(GalleryError):

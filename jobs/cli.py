@@ -6,6 +6,9 @@ import typer
 
 import facepipe
 from jobs import evaluate
+from jobs.clean import clean
+from jobs.cluster import cluster
+from jobs.dedup import dedup
 from jobs.embed import embed
 from jobs.gallery import export, info, verify
 from jobs.index import index
@@ -19,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, index, search, info, verify, export, models, doctor):
+for command in (embed, index, search, dedup, cluster, clean, info, verify, export, models, doctor):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 

@@ -18,9 +18,13 @@ import pandas as pd
 
 from facepipe.gallery import Gallery
 from facepipe.imaging.decode import Pixels
+from jobs.clean import clean
+from jobs.cluster import cluster
 from jobs.console import failures, table
+from jobs.dedup import dedup
 from jobs.demo_pictures import contact_sheet
 from jobs.embed import embed
+from jobs.evaluate import clusters
 from jobs.gallery import info
 from jobs.index import index
 from jobs.search import search
@@ -74,8 +78,15 @@ def main(out: Path) -> None:
     info(str(gallery))
     show_people(Gallery(gallery))
     picture = contact_sheet(Gallery(gallery), out / "faces.png")
-    print(f"\nthe faces, drawn: {picture}\ntry next:")
-    print("facepipe embed YOUR_PHOTOS build/mine && facepipe index build/mine")
+    print("\nthree reports: which files are copies, who is who without labels, and which labels are wrong\n")
+    dedup(str(gallery), quiet=True)
+    cluster(str(gallery), quiet=True)
+    clusters(str(gallery))
+    clean(str(gallery), quiet=True)
+    show_wrong(gallery / "reports" / "clean" / "relabel.csv")
+    pages = "\n".join(str(gallery / "reports" / name / "report.html") for name in ("dedup", "cluster", "clean"))
+    print(f"\nthe faces, drawn: {picture}\nthe reports, for a browser:\n{pages}\ntry next:")
+    print("facepipe embed YOUR_PHOTOS build/mine && facepipe cluster build/mine")
 
 
 def show_nearest(path: Path) -> None:
@@ -141,6 +152,7 @@ def broken(photo: Path) -> Iterator[tuple[str, bytes]]:
     bomb = bytearray(cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes())
     bomb[16:24] = (100_000).to_bytes(4, "big") * 2  # a header that promises ten thousand megapixels
     yield "bomb_1.png", bytes(bomb)
+    yield "biden_9.jpg", _jpeg(np.asarray(cv2.imread(str(photo.with_name("obama_2.jpg"))), np.uint8))  # a wrong label
     yield "landscape_1.jpg", _jpeg(np.full((300, 400, 3), (200, 160, 90), np.uint8))
 
 
@@ -157,6 +169,14 @@ def show_people(gallery: Gallery) -> None:
         "\nlargest distance within a person (diagonal), smallest between two (elsewhere); same person below about 0.41:"
     )
     table("distances", ["", *people], rows)
+
+
+def show_wrong(relabels: Path) -> None:
+    """What cleaning would call otherwise; the planted wrong label is among them."""
+    frame = pd.read_csv(relabels, dtype=str)
+    files = [Path(path).name for path in frame["path"]]
+    shown = zip(files, frame["identity"], frame["suggested"], frame["probability"], strict=True)
+    table("labels that are wrong", ("file", "label", "is", "surely"), shown)
 
 
 def _jpeg(image: Pixels | cv2.typing.MatLike, quality: int = 90) -> bytes:

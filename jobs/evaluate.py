@@ -8,6 +8,7 @@ from jobs.console import emit, failures, table
 from jobs.options import GalleryPath, Json
 
 app = typer.Typer(help="Measure a gallery against the truth.", no_args_is_help=True)
+_TRUTH = "CSV or Parquet file with identity, and face_id or uri"
 
 
 @app.command()
@@ -107,3 +108,113 @@ def _show_index(gallery: str, result: Any) -> None:
     table("measured, lower bounds of 95 %", ("lists", "re-scored", "recall@1", "recall@10"), points)
     for note in result.notes:
         print(note)
+
+
+@app.command()
+def clusters(
+    gallery: GalleryPath,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--table",
+            metavar="FACES.parquet",
+            help="Clusters, as face_id and cluster.",
+            show_default="those of facepipe cluster",
+        ),
+    ] = None,
+    truth: Annotated[
+        str | None, typer.Option(metavar="TRUTH", help=f"{_TRUTH}.", show_default="the gallery's own labels")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Clusters against identities: precision, recall and F over pairs and by BCubed, NMI, sizes.
+
+    Of a photo with several faces only the largest counts, unless the truth names faces by face_id.
+
+    Example:
+
+        facepipe evaluate clusters gallery/ --truth people.csv
+    """
+    with failures():
+        from facepipe.evaluation.clusters import evaluate_clusters
+        from facepipe.gallery import Gallery
+
+        result = evaluate_clusters(Gallery(gallery), file, truth)
+        emit(result.to_dict(), as_json, lambda: _show_clusters(gallery, result))
+
+
+def _show_clusters(gallery: str, result: Any) -> None:
+    scores = result.scores
+    rows = [
+        ("faces, identities", f"{scores.faces}, {scores.identities}"),
+        ("clusters, of one face", f"{scores.clusters}, {scores.singletons}"),
+        ("faces of the largest cluster", scores.largest),
+        ("pairs: precision, recall, F", _rates(scores.pairwise)),
+        ("BCubed: precision, recall, F", _rates(scores.bcubed)),
+        ("NMI", f"{scores.nmi:.4f}"),
+        ("left out: smaller faces of a photo", result.left_out),
+        ("left out: labelled, but in no cluster", result.without_cluster),
+        ("left out: in a cluster, but without a label", result.without_label),
+    ]
+    table(f"clusters of {gallery}", ("", ""), rows)
+
+
+@app.command()
+def clean(
+    gallery: GalleryPath,
+    truth: Annotated[
+        str,
+        typer.Argument(metavar="TRUTH", help=f"{_TRUTH}; an empty identity is nobody in the set.", show_default=False),
+    ],
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--table",
+            metavar="DECISIONS.parquet",
+            help="Decisions, as face_id, identity, decision, suggested, noise.",
+            show_default="those of facepipe clean",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decisions on labels against the truth: how many wrong labels are found and repaired, and whether the noise holds.
+
+    Found is what is decided outlier or relabel, or review with a noise above 0.5. Where the truth names photos by uri,
+    only the largest face of each counts.
+
+    Example:
+
+        facepipe evaluate clean gallery/ truth.csv
+    """
+    with failures():
+        from facepipe.evaluation.cleaning import evaluate_clean
+        from facepipe.gallery import Gallery
+
+        result = evaluate_clean(Gallery(gallery), truth, file)
+        emit(result.to_dict(), as_json, lambda: _show_clean(gallery, result))
+
+
+def _show_clean(gallery: str, result: Any) -> None:
+    rows = [
+        ("faces, wrong labels, flagged", f"{result.faces}, {result.wrong}, {result.flagged}"),
+        ("detection: precision, recall, F", _rates(result.detection)),
+        ("average precision by noise", _share(result.average_precision, "no wrong label")),
+        ("wrong labels relabelled rightly", _share(result.repaired, "no wrong label")),
+        ("relabels that are right", _share(result.relabels_right, "no relabel")),
+        ("errors that the noise predicts, real ones", f"{result.expected_errors:.1f}, {result.errors}"),
+        ("left out: smaller faces of a photo", result.left_out),
+        ("left out: decided, but without a truth", result.without_truth),
+        ("left out: decided, but without a label", result.without_label),
+        ("left out: in the truth, but not decided", result.without_decision),
+    ]
+    table(f"labels of {gallery}", ("", ""), rows)
+    counts = ((decision, found["right"], found["wrong"]) for decision, found in result.counts.items())
+    table("labels by decision", ("decision", "right", "wrong"), counts)
+
+
+def _rates(rates: Any) -> str:
+    return f"{rates.precision:.4f}, {rates.recall:.4f}, {rates.f:.4f}"
+
+
+def _share(share: float | None, without: str) -> str:
+    return without if share is None else f"{share:.4f}"

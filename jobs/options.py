@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -25,3 +25,8 @@ Where = Annotated[
         metavar="FILTER", help="Rows to take, such as \"status = 'ok' and det_score > 0.9\".", show_default=False
     ),
 ]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those options that were given, as a layer of configuration."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -9,6 +9,9 @@ from typing import Any
 import typer
 
 from jobs.cli import app
+from pipelines.clean import CleanConfig
+from pipelines.cluster import ClusterConfig
+from pipelines.dedup import DedupConfig
 from pipelines.embed import EmbedConfig
 from pipelines.index import IndexConfig
 from pipelines.search import SearchConfig
@@ -20,6 +23,11 @@ Written by `python -m jobs.reference docs/commands.md` from the commands' help.
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but
 above the error budget; 130 and 143 interrupted by Ctrl-C or SIGTERM with everything finished so far committed.
 """
+
+_CONFIGS = (
+    *(("embed", EmbedConfig), ("index", IndexConfig), ("search", SearchConfig)),
+    *(("dedup", DedupConfig), ("cluster", ClusterConfig), ("clean", CleanConfig)),
+)
 
 _SETTINGS = """
 ## Settings
@@ -58,7 +66,7 @@ def section(name: str, command: Any) -> str:
 def settings() -> str:
     """Every key of the configurations, its default, and what its section's docstring says of it."""
     lines = [_SETTINGS]
-    for command, config in (("embed", EmbedConfig), ("index", IndexConfig), ("search", SearchConfig)):
+    for command, config in _CONFIGS:
         for part in fields(config):
             kind = type(getattr(config(), part.name))
             if kind is EmbedConfig:

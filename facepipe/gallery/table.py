@@ -84,6 +84,11 @@ class Gallery:
         return self._table.version()
 
     @property
+    def id(self) -> str:
+        """What names the table wherever it lies: a UUID, given when it was made."""
+        return str(self._table.metadata().id)
+
+    @property
     def contract(self) -> Contract:
         """The models and settings that all embeddings here were made with."""
         text = self._table.metadata().configuration.get(PROPERTY)

@@ -30,6 +30,7 @@ class Card:
     template: tuple[tuple[float, float], ...] | None = None
     dim: int | None = None
     metric: str | None = None
+    same_person: float | None = None  # distance that tells the pairs of LFW View 2 apart best
 
 
 # Mean positions of RetinaFace's five points in dlib's own 150x150 chips, measured on LFW.
@@ -147,6 +148,7 @@ CARDS = {
             template=DLIB_TEMPLATE,
             dim=128,
             metric="euclidean on unit vectors",
+            same_person=0.416,
         ),
         Card(
             name="fake-detector",
@@ -193,3 +195,9 @@ def card(name: str, role: str) -> Card:
         known = ", ".join(c.name for c in CARDS.values() if c.role == role)
         raise ModelError(f"no {role} is called {name!r}; registered are: {known}")
     return found
+
+
+def same_person(embedder: str) -> float | None:
+    """Distance below which two faces are likely of one person; None for models whose card does not say."""
+    found = CARDS.get(embedder)
+    return found.same_person if found else None

@@ -1,0 +1,80 @@
+"""Clusters as tables: one row a face, one a cluster, one a suspicion. Cluster ids are numbered by falling size."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facepipe.clusters.linkage import Clusters
+from facepipe.errors import EvaluationError, StorageError
+from facepipe.gallery import Gallery
+from facepipe.graph.nodes import Nodes
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+FACES, CLUSTERS, MERGES, SPLITS, CENTRES = (
+    *("faces.parquet", "clusters.parquet", "merges.parquet", "splits.parquet"),
+    "centres.parquet",
+)
+FACE_ROWS = pa.schema(
+    [
+        ("face_id", pa.int64()),
+        ("uri", pa.string()),
+        ("identity", pa.string()),
+        ("cluster", pa.int64()),
+        ("size", pa.int64()),
+        ("fit", pa.float32()),  # mean similarity to the rest of the cluster; null for a face that is alone
+        ("medoid", pa.bool_()),
+    ]
+)
+_ROWS = 65536
+
+
+def by_size(labels: Ids, clusters: Clusters) -> Ids:
+    """(k,) the id of each cluster: 0 for the largest; of equal ones the one with the first face."""
+    order = np.lexsort((np.arange(len(clusters)), -clusters.size))
+    ids = np.empty(len(clusters), np.int64)
+    ids[order] = np.arange(len(order))
+    return ids
+
+
+def face_rows(
+    gallery: Gallery, nodes: Nodes, cluster: Ids, size: Ids, fits: Floats, medoid: npt.NDArray[np.bool_]
+) -> Iterator[pa.Table]:
+    """Rows of faces.parquet, in the gallery's order; arrays (n,) are by node."""
+    for batch in gallery.batches(["face_id", "uri", "identity"], rows=_ROWS):
+        faces = pa.Table.from_batches([batch.filter(batch["face_id"].is_valid())])
+        at = nodes.find(faces["face_id"].to_numpy())
+        faces, at = faces.filter(pa.array(at >= 0)), at[at >= 0]
+        columns = [
+            *(faces["face_id"], faces["uri"], faces["identity"], pa.array(cluster[at]), pa.array(size[at])),
+            *(pa.array(fits[at], mask=np.isnan(fits[at])), pa.array(medoid[at])),
+        ]
+        yield pa.table([pa.chunked_array([c]) if isinstance(c, pa.Array) else c for c in columns], schema=FACE_ROWS)
+
+
+def write(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
+    """Stream tables into a Parquet file; how many rows."""
+    rows = 0
+    try:
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
+                rows += table.num_rows
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    return rows
+
+
+def read(gallery: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A table of the gallery's cluster report."""
+    path = os.path.join(gallery, "reports", "cluster", name)
+    try:
+        return pq.read_table(path, columns=columns)
+    except FileNotFoundError as error:
+        raise EvaluationError(f"no clusters at {path!r}: `facepipe cluster {gallery}` makes them") from error
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error

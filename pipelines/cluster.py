@@ -1,0 +1,149 @@
+"""cluster: a gallery's faces in, clusters of persons out: graph, merge, tables, report."""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.clusters import review, tables
+from facepipe.clusters.constraints import labels as given_labels
+from facepipe.clusters.constraints import same_photo
+from facepipe.clusters.identities import Algorithm, cluster
+from facepipe.clusters.linkage import Clusters
+from facepipe.clusters.report import Found, cluster_report
+from facepipe.errors import StorageError
+from facepipe.gallery import Gallery
+from facepipe.graph import Graph
+from facepipe.graph.cohort import Cohort
+from facepipe.reports.html import write_report
+from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
+from pipelines.workspace import report_folder, reports_of
+
+NAME = "cluster"
+_SUSPECTS = 100_000
+_STATE = "state.npz"
+
+
+@dataclass(frozen=True)
+class ClusterRules:
+    """What may be one person.
+
+    algorithm: linkage (average linkage, the best on faces), communities, whispers, components
+    one_photo: faces of one photo are different persons
+    identities: faces with one label are one person
+    """
+
+    algorithm: Algorithm = "linkage"
+    one_photo: bool = True
+    identities: bool = False
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Everything `cluster` can be told."""
+
+    cluster: ClusterRules = field(default_factory=ClusterRules)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    run: GraphRunConfig = field(default_factory=GraphRunConfig)
+
+
+@dataclass
+class ClusterSummary:
+    """What a clustering found. distance: the threshold for faces of mean density; recall: of the graph's edges."""
+
+    faces: int = 0
+    clusters: int = 0
+    singletons: int = 0
+    largest: int = 0
+    merges: int = 0
+    splits: int = 0
+    distance: float = 0.0
+    estimated: bool = True
+    edges: int = 0
+    recall: float = 1.0
+    algorithm: str = ""
+    out: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def time(self, phase: str, began: float) -> float:
+        """Book the seconds since `began` to a phase; now."""
+        now = time.monotonic()
+        self.seconds[phase] = round(now - began, 3)
+        return now
+
+
+def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: None) -> ClusterSummary:
+    """Cluster all faces of a gallery into GALLERY/reports/cluster/.
+
+    Raises GalleryError where there is no face, or too few to find a threshold for a model that does not say one.
+    """
+    table = Gallery(gallery)
+    summary, began = ClusterSummary(algorithm=config.cluster.algorithm), time.monotonic()
+    with report_folder(table, NAME) as folder:
+        graph = open_graph([table], config.graph, config.run, os.path.join(reports_of(table), "graph"), progress)
+        began = summary.time("graph", began)
+        progress(f"{graph.info.edges} edges: merging")
+        apart = same_photo(table, graph.nodes) if config.cluster.one_photo else None
+        together = given_labels(table, graph.nodes)[0] if config.cluster.identities else None
+        labels, clusters = cluster(graph, config.cluster.algorithm, apart, together)
+        began = summary.time("merge", began)
+        found = _reviewed(graph, labels, clusters, config.cluster.algorithm)
+        began = summary.time("review", began)
+        progress(f"{len(clusters)} clusters: writing")
+        _write(table, graph, found, folder)
+        write_report(cluster_report(graph, table, found), os.path.join(folder, "report.html"))
+        summary.time("write", began)
+    info = graph.info
+    summary.faces, summary.clusters, summary.edges = info.faces, len(clusters), info.edges
+    summary.singletons, summary.largest = int((clusters.size == 1).sum()), int(clusters.size.max())
+    summary.merges, summary.splits = len(found.merges), len(found.splits)
+    summary.distance, summary.estimated, summary.recall = info.distance, info.threshold.estimated, info.recall
+    summary.out = os.path.join(reports_of(table), NAME)
+    return summary
+
+
+def _reviewed(graph: Graph, labels: npt.NDArray[np.int64], clusters: Clusters, algorithm: str) -> Found:
+    pairs = graph.edges.within(2.0)
+    pairs = pairs.take(graph.similarity(pairs) >= graph.info.threshold.similarity)
+    fits = review.fit(graph, labels, clusters)
+    splits, parts = review.splits(graph, labels, clusters, pairs, stricter(graph), _SUSPECTS)
+    return Found(
+        *(labels, clusters, tables.by_size(labels, clusters), fits, review.medoids(labels, fits, len(clusters))),
+        *(review.merges(clusters, labels, pairs, _SUSPECTS), splits, parts, algorithm),
+    )
+
+
+def _write(gallery: Gallery, graph: Graph, found: Found, folder: str) -> None:
+    ids, size, labels = found.ids, found.clusters.size, found.labels
+    medoid = np.zeros(len(labels), bool)
+    medoid[found.medoids] = True
+    rows = tables.face_rows(gallery, graph.nodes, ids[labels], size[labels], found.fits, medoid)
+    tables.write(os.path.join(folder, tables.FACES), tables.FACE_ROWS, rows)
+    order = np.argsort(ids)
+    face_ids = graph.nodes.ids
+    made = pa.table(
+        {
+            "cluster": ids[order],
+            "size": size[order],
+            "medoid": face_ids[found.medoids[order]],
+            "cohesion": found.clusters.cohesion()[order],
+        }
+    )
+    merges, splits = found.merges, found.splits
+    together = pa.table({"left": ids[merges.left], "right": ids[merges.right], "similarity": merges.similarity})
+    apart = pa.table({"cluster": ids[splits.left], "leaving": splits.right, "similarity": splits.similarity})
+    for name, table in ((tables.CLUSTERS, made), (tables.MERGES, together), (tables.SPLITS, apart)):
+        tables.write(os.path.join(folder, name), table.schema, iter([table]))
+    np.savez(os.path.join(folder, _STATE), cohort=graph.cohort.vectors, threshold=graph.info.threshold.similarity)
+
+
+def read_state(folder: str) -> tuple[Cohort, float]:
+    """The cohort and the similarity threshold that a clustering used: what new faces are placed by."""
+    try:
+        with np.load(os.path.join(folder, _STATE)) as state:
+            return Cohort(state["cohort"]), float(state["threshold"])
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(f"the clusters in {folder!r} cannot be added to: {error}") from error

@@ -1,0 +1,137 @@
+"""Clusters: algorithms on the same edges of real faces, and F, time and memory as distractors grow.
+
+    python tests/bench/clustering.py algorithms GALLERY
+    python tests/bench/clustering.py growth [--real GALLERY] [--faces 10000 30000 100000 300000 1000000] [--mean 10]
+
+GALLERY holds labelled real faces (`facepipe embed lfw-dev/images GALLERY --identity folder`). growth adds synthetic faces
+(galleries.py) to the real ones, so that the same labelled faces are clustered among more and more strangers; F is that of
+the real faces alone and of all. Every size runs in a process of its own: its peak memory is what the system counted.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from galleries import CONTRACT, Faces, append, rows
+
+from facepipe.clusters.identities import cluster
+from facepipe.evaluation.clusters import compare, evaluate_clusters
+from facepipe.gallery import Gallery
+from facepipe.graph import Graph
+from pipelines.cluster import ClusterConfig, run
+from pipelines.dedup import DedupConfig
+from pipelines.dedup import run as dedup
+
+REAL = "/real/"
+
+
+def algorithms(path: str) -> None:
+    """The table of algorithms, each with the default threshold, on one graph."""
+    run(ClusterConfig(), path)
+    gallery = Gallery(path)
+    graph = Graph(f"{gallery.path}/reports/graph")
+    print(
+        f"{len(graph.nodes)} faces, threshold {graph.info.distance:.4f} found from the data, {graph.info.edges} edges"
+    )
+    print(f"{'algorithm':14} {'pairs P':>8} {'R':>7} {'F':>7} {'BCubed P':>9} {'R':>7} {'F':>7} {'clusters':>9}")
+    for name in ("linkage", "whispers", "communities", "components"):
+        labels, _ = cluster(graph, name)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as folder:
+            table = f"{folder}/faces.parquet"
+            pq.write_table(pa.table({"face_id": graph.nodes.ids, "cluster": labels}), table)
+            found = evaluate_clusters(gallery, table).to_dict()
+        p, b = found["pairwise"], found["bcubed"]
+        figures = [p["precision"], p["recall"], p["f"], b["precision"], b["recall"], b["f"]]
+        print(f"{name:14} " + " ".join(f"{x:8.4f}" for x in figures) + f" {found['clusters']:9}")
+
+
+def mixed(path: Path, real: Gallery | None, count: int, mean: float) -> Gallery:
+    """A gallery of all real faces and so many synthetic ones."""
+    made = Gallery.create(str(path), real.contract if real else CONTRACT)
+
+    def tables() -> Iterator[pa.Table]:
+        if real:
+            table = real.to_arrow(where="status = 'ok'")
+            table = table.filter(pa.compute.equal(table["face_index"], 0))
+            uris = pa.array([REAL + str(n) for n in range(table.num_rows)])
+            yield table.set_column(table.column_names.index("uri"), "uri", uris)
+        done = 0
+        for identities, vectors in Faces(mean_size=mean).blocks(count):
+            yield rows(identities, vectors, done)
+            done += len(vectors)
+
+    append(made, tables(), "mixed")
+    return Gallery(str(path))
+
+
+def one(path: str) -> None:
+    """Cluster and dedup a gallery; one line of JSON."""
+    began = time.perf_counter()
+    summary = run(ClusterConfig(), path)
+    clustered = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    dedup(DedupConfig(), path)
+    deduped = time.perf_counter()
+    table = pq.read_table(f"{path}/reports/cluster/faces.parquet", columns=["uri", "identity", "cluster"])
+    truth = pa.compute.dictionary_encode(table["identity"].combine_chunks()).indices.to_numpy().astype(np.int64)
+    found = table["cluster"].to_numpy()
+    real = pa.compute.starts_with(table["uri"], REAL).to_numpy()
+    figures = {
+        "faces": len(found),
+        "seconds": summary.seconds,
+        "cluster": clustered - began,
+        "dedup": deduped - clustered,
+    }
+    figures |= {"recall": summary.recall, "threshold": summary.distance, "clusters": summary.clusters}
+    figures |= {"peak": peak, "peak_dedup": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    for name, chosen in (("all", np.ones(len(found), bool)), ("real", real)):
+        if chosen.any():
+            scores = compare(truth[chosen], found[chosen])
+            figures |= {f"pairs_{name}": scores.pairwise.f, f"bcubed_{name}": scores.bcubed.f}
+    print(json.dumps(figures))
+
+
+def growth(real: str | None, sizes: list[int], mean: float) -> None:
+    """A line for every size."""
+    for count in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            gallery = mixed(Path(folder) / "G", Gallery(real) if real else None, count, mean)
+            command = [sys.executable, __file__, "one", gallery.path]
+            out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        s = out["seconds"]
+        line = f"{out['faces']:>8} faces: graph {s['graph']:.1f} s, merge {s['merge']:.1f}, review {s['review']:.1f}, "
+        line += f"write {s['write']:.1f}, dedup {out['dedup']:.1f}; peak {out['peak']:.2f} GiB, "
+        line += (
+            f"with dedup {out['peak_dedup']:.2f}; edge recall {out['recall']:.4f}, threshold {out['threshold']:.4f}; "
+        )
+        line += f"F pairs {out['pairs_all']:.4f}, BCubed {out['bcubed_all']:.4f}"
+        if "pairs_real" in out:
+            line += f"; of the real faces {out['pairs_real']:.4f}, {out['bcubed_real']:.4f}"
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["algorithms", "growth", "one"])
+    parser.add_argument("gallery", nargs="?")
+    parser.add_argument("--real")
+    parser.add_argument("--faces", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000])
+    parser.add_argument("--mean", type=float, default=10)
+    args = parser.parse_args()
+    if args.what == "growth":
+        growth(args.real, args.faces, args.mean)
+    else:
+        {"algorithms": algorithms, "one": one}[args.what](args.gallery)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""Cleaning: evidence as by brute force, injected wrong labels found and put right, lists that read back the same."""
+
+import csv
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bench.galleries import Faces as Drawn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from facepipe.cleaning import decide, lists
+from facepipe.cleaning.decide import DECISIONS, REASONS, Verdicts, expected_errors, overruled, verdicts
+from facepipe.cleaning.evidence import Candidates, Centres, Faces, candidates
+from facepipe.cleaning.identities import Parts, Summary, core, parts, summarise
+from facepipe.cleaning.model import Belief, Normal, believe, log_ratio
+from facepipe.graph import pairs as near
+from facepipe.graph.pairs import Pairs
+from facepipe.sources.listfile import ListSource
+
+THRESHOLD = 1 - 0.416**2 / 2
+NO_PAIRS = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+KEEP, OUTLIER, RELABEL, REVIEW = (DECISIONS.index(name) for name in ("keep", "outlier", "relabel", "review"))
+
+
+@dataclass
+class Corpus:
+    """n faces with their true identities and the labels given, -1 for none; copies (n,) the first equal vector."""
+
+    faces: Faces
+    truth: np.ndarray
+    label: np.ndarray
+
+    @property
+    def wrong(self) -> np.ndarray:
+        return self.truth != self.label
+
+    @property
+    def copies(self) -> np.ndarray:
+        return np.arange(len(self.label))
+
+    def pairs(self) -> Pairs:
+        vectors, density = self.faces.vectors, self.faces.density
+        u, v = near.candidates(vectors, density, THRESHOLD, 32)
+        return near.refined(vectors, density, u, v, THRESHOLD)
+
+
+def corpus(truth: np.ndarray, label: np.ndarray | None = None, seed: int = 0) -> Corpus:
+    truth = np.asarray(truth, np.int64)
+    vectors = Drawn(seed=seed).draw(truth, 0)
+    given_ = truth if label is None else np.asarray(label, np.int64)
+    return Corpus(Faces(vectors, np.zeros(len(truth), np.float32)), truth, given_)
+
+
+def flipped(share: float, identities: int = 100, seed: int = 1) -> Corpus:
+    """Identities of 6 to 23 faces; a share of the labels is another identity's."""
+    rng = np.random.default_rng(seed)
+    truth = rng.permutation(np.repeat(np.arange(identities), rng.integers(6, 24, identities)))
+    moved = rng.random(len(truth)) < share
+    return corpus(truth, np.where(moved, (truth + rng.integers(1, identities, len(truth))) % identities, truth))
+
+
+def judged(made: Corpus, photo: np.ndarray | None = None) -> tuple[Candidates, Belief, Verdicts, Parts]:
+    """As pipelines.clean does it, for faces that are each in a photo of their own."""
+    pairs = made.pairs()
+    inside = parts(made.faces, made.label, made.copies, pairs, THRESHOLD)
+    pool = candidates(made.label, pairs)
+    start = np.where(pool.own, np.where(core(inside)[pool.face], 1, 0.1), 0).astype(np.float32)
+    prior = np.ones(len(made.label), np.float32)
+    belief = believe(made.faces, pool, prior, start, THRESHOLD)
+    photo = np.arange(len(made.label)) if photo is None else photo
+    return pool, belief, verdicts(pool, belief, len(made.label), photo), inside
+
+
+def f_score(flagged: np.ndarray, wrong: np.ndarray) -> float:
+    return float(2 * (flagged & wrong).sum() / (flagged.sum() + wrong.sum()))
+
+
+# ------------------------------------------------------------------ evidence
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1 << 30), faces=st.integers(1, 30), identities=st.integers(1, 6))
+def test_candidates_are_the_own_label_and_the_neighbours(seed: int, faces: int, identities: int) -> None:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(-1, identities, faces)
+    u, v = np.divmod(rng.choice(faces * faces, min(20, faces * faces), replace=False), faces)
+    u, v = u[u < v], v[u < v]
+    wanted = {(f, int(label[f])) for f in range(faces)}
+    wanted |= {(int(a), int(label[b])) for a, b in [*zip(u, v, strict=True), *zip(v, u, strict=True)]}
+    wanted = {(f, k) for f, k in wanted if label[f] >= 0 and k >= 0}
+    found = candidates(label, Pairs(u, v, np.zeros(len(u), np.float32)))
+    assert list(zip(found.face.tolist(), found.identity.tolist(), strict=True)) == sorted(wanted)
+    assert (found.own == (found.identity == label[found.face])).all()
+    assert found.count == label.max() + 1
+
+
+def test_without_labels_there_is_no_candidate() -> None:
+    found = candidates(np.full(3, -1), Pairs(np.array([0]), np.array([1]), np.zeros(1, np.float32)))
+    assert (len(found), found.count) == (0, 0)
+    assert len(candidates(np.empty(0, np.int64), NO_PAIRS)) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1 << 30), count=st.integers(2, 25), identities=st.integers(1, 4))
+def test_fit_is_the_weighted_mean_over_the_others(seed: int, count: int, identities: int) -> None:
+    """Against a double loop; what a face itself has in the identity is taken out."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(count, 128)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    faces = Faces(vectors, rng.random(count).astype(np.float32))
+    face, identity = (x.ravel() for x in np.meshgrid(np.arange(count), np.arange(identities), indexing="ij"))
+    pool = Candidates(face, identity, identity == 0, identities)
+    share = rng.choice([0, 5e-4, 0.3, 0.7, 1], len(pool)).astype(np.float32)
+    centres = Centres.of(faces, pool, share)
+    similarity, weight = centres.fit(faces, face, identity, share)
+    counts = np.where(share > 1e-3, share, 0).astype(np.float64).reshape(count, identities)
+    density = faces.density.astype(np.float64)
+    pairwise = vectors.astype(np.float64) @ vectors.T - (density[:, None] + density) / 2
+    for n, (i, k) in enumerate(zip(face, identity, strict=True)):
+        others = np.delete(np.arange(count), i)
+        total = counts[others, k].sum()
+        assert weight[n] == pytest.approx(total, abs=1e-4)
+        if total > 0.25:
+            assert similarity[n] == pytest.approx(counts[others, k] @ pairwise[i, others] / total, abs=1e-4)
+
+
+# ------------------------------------------------------------------ belief
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_flipped_labels_are_found_and_put_right(share: float) -> None:
+    made = flipped(share)
+    _, belief, found, _ = judged(made)
+    flagged = (found.noise > 0.5) & np.isin(found.decision, [OUTLIER, RELABEL, REVIEW])
+    assert f_score(flagged, made.wrong) > 0.95
+    moved = found.decision == RELABEL
+    assert (made.wrong & moved & (found.other == made.truth)).sum() / made.wrong.sum() > 0.85
+    assert (found.other == made.truth)[moved].mean() > 0.95
+    assert belief.swapped == pytest.approx(made.wrong.mean(), abs=0.04)
+    assert belief.lost < 0.05
+
+
+def test_right_labels_stay() -> None:
+    _, belief, found, _ = judged(flipped(0))
+    assert (found.noise < 0.5).all()
+    assert (found.decision == KEEP).mean() > 0.998
+    assert belief.swapped < 0.01
+    assert expected_errors(found) < 1
+
+
+def test_shares_are_probabilities() -> None:
+    pool, belief, found, _ = judged(flipped(0.3, 60))
+    total = belief.nobody + np.bincount(pool.face, belief.share, len(belief.nobody))
+    assert np.abs(total - 1).max() < 1e-3
+    assert (belief.share >= 0).all()
+    assert ((found.noise >= 0) & (found.noise <= 1)).all()
+
+
+@pytest.mark.parametrize("of", ["faces", "identities"])
+def test_numbering_does_not_matter(of: str) -> None:
+    """Only the sample of strangers follows the numbers."""
+    made = flipped(0.2, 80)
+    rng, n = np.random.default_rng(3), len(made.label)
+    _, first, found, _ = judged(made)
+    if of == "faces":
+        order, names = rng.permutation(n), np.arange(80)
+    else:
+        order, names = np.arange(n), rng.permutation(80)
+    faces = Faces(made.faces.vectors[order], made.faces.density[order])
+    _, second, again, _ = judged(Corpus(faces, names[made.truth[order]], names[made.label[order]]))
+    assert np.abs(again.noise - found.noise[order]).max() < 0.02
+    assert (again.decision == found.decision[order]).mean() > 0.999
+    sure = found.decision[order] == RELABEL
+    assert (again.other == names[found.other[order]])[sure].all()
+    assert second.swapped == pytest.approx(first.swapped, abs=0.005)
+
+
+def test_strangers_belong_to_nobody() -> None:
+    """Faces of 80 persons who have one face each, under the labels of others."""
+    truth = np.concatenate([np.repeat(np.arange(60), 10), np.arange(60, 140)])
+    label = np.concatenate([np.repeat(np.arange(60), 10), np.random.default_rng(0).integers(0, 60, 80)])
+    _, belief, found, _ = judged(corpus(truth, label))
+    strangers = truth >= 60
+    assert (found.decision[strangers] == OUTLIER).mean() > 0.9
+    assert (found.reason[found.decision == OUTLIER] == decide.NOBODY).all()
+    assert (found.decision[~strangers] == KEEP).mean() > 0.99
+    assert belief.lost == pytest.approx(strangers.mean(), abs=0.03)
+
+
+@pytest.mark.parametrize("truth", [np.zeros(1, int), np.zeros(60, int), np.arange(60), np.arange(4) // 2])
+def test_corpora_that_show_little(truth: np.ndarray) -> None:
+    """One face, one identity, one face an identity, two identities of two: nothing is thrown away, nothing breaks."""
+    _, belief, found, _ = judged(corpus(truth))
+    assert (found.decision == KEEP).all()
+    assert np.isfinite(belief.share).all()
+    alone = np.bincount(truth)[truth] == 1
+    assert (found.reason == np.where(alone, decide.ALONE, decide.FITS)).all()
+
+
+def test_identical_faces_under_two_names() -> None:
+    made = corpus(np.arange(40) % 2)
+    made.faces.vectors[:] = made.faces.vectors[0]
+    _, belief, found, _ = judged(made)
+    assert np.isfinite(belief.share).all()
+    assert np.isfinite(found.noise).all()
+
+
+def test_a_better_fit_never_counts_against_a_face() -> None:
+    genuine, impostor = Normal(0.95, 1e-4, 2e-4), Normal(0.8, 1e-3, 1e-4)
+    x = np.linspace(0.83, 1.05, 200, dtype=np.float32)
+    ratio = log_ratio(genuine, impostor, x, np.full(200, 5, np.float32))
+    assert (np.diff(ratio) >= 0).all()
+    assert (np.abs(ratio) <= 20).all()
+    assert (log_ratio(genuine, impostor, x, np.zeros(200, np.float32)) == 0).all(), "nothing to rest on says nothing"
+
+
+# ------------------------------------------------------------------ verdicts
+
+
+def verdict(
+    rows: list[tuple[int, int, bool, float]], nobody: list[float], photo: list[int] | None = None, weight: float = 5
+) -> Verdicts:
+    """Verdicts from rows of (face, identity, own, share)."""
+    face, identity, own, share = (np.array(column) for column in zip(*rows, strict=True)) if rows else ((),) * 4
+    pool = Candidates(np.asarray(face, np.int64), np.asarray(identity, np.int64), np.asarray(own, bool), 9)
+    shares = np.asarray(share, np.float32)
+    rest = np.full(len(rows), weight, np.float32)
+    normal = Normal(0.9, 1e-3, 0)
+    belief = Belief(shares, np.array(nobody, np.float32), shares, rest, normal, normal, 0.1, 0.1)
+    return verdicts(pool, belief, len(nobody), np.array(photo if photo else range(len(nobody)), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "nobody", "decision", "reason"),
+    [
+        (0.99, 0.005, 0.005, "keep", decide.FITS),
+        (0.7, 0.2, 0.1, "review", decide.LIKELY),
+        (0.02, 0.95, 0.03, "relabel", decide.OTHER),
+        (0.02, 0.03, 0.95, "outlier", decide.NOBODY),
+        (0.3, 0.6, 0.1, "review", decide.DOUBTFUL),
+        (0.3, 0.1, 0.6, "review", decide.DOUBTFUL),
+    ],
+)
+def test_what_is_likely_decides(own: float, other: float, nobody: float, decision: str, reason: int) -> None:
+    found = verdict([(0, 1, True, own), (0, 2, False, other)], [nobody])
+    assert (DECISIONS[found.decision[0]], REASONS[found.reason[0]]) == (decision, REASONS[reason])
+    assert found.noise[0] == pytest.approx(1 - own)
+    assert (found.other[0], found.other_share[0]) == (2, pytest.approx(other))
+
+
+def test_the_best_other_identity_is_shown() -> None:
+    found = verdict([(0, 1, True, 0.1), (0, 2, False, 0.2), (0, 3, False, 0.6), (1, 1, True, 1.0)], [0.1, 0.0])
+    assert found.other.tolist() == [3, -1]
+    assert np.isnan(found.other_similarity[1])
+
+
+def test_faces_without_a_label_and_alone() -> None:
+    found = verdict([(1, 0, True, 0.9)], [0, 0.1, 0], weight=0)
+    assert found.decision.tolist() == [-1, KEEP, -1]
+    assert [REASONS[r] for r in found.reason] == ["no label", REASONS[decide.ALONE], "no label"]
+    assert np.isnan(found.noise).tolist() == [True, False, True]
+    assert verdict([], [0, 0]).decision.tolist() == [-1, -1]
+
+
+def test_of_faces_that_share_photo_and_label_one_can_be_right() -> None:
+    """The best fit stays; of others the one that is known elsewhere moves there, the rest are bystanders."""
+    rows = [(0, 1, True, 0.9), (1, 1, True, 0.97), (2, 1, True, 0.02), (2, 5, False, 0.97), (3, 1, True, 0.96)]
+    found = verdict(rows, [0.1, 0.03, 0.01, 0.04], photo=[7, 7, 7, 3])
+    assert found.decision.tolist() == [OUTLIER, KEEP, RELABEL, KEEP]
+    assert found.reason[0] == decide.BYSTANDER
+    assert found.noise[0] > 0.99
+    twins = verdict([(0, 1, True, 0.98), (1, 1, True, 0.96), (1, 5, False, 0.03)], [0.02, 0.01], photo=[7, 7])
+    assert twins.decision.tolist() == [KEEP, OUTLIER], "however well it fits, and little as it fits elsewhere"
+    other_label = verdict([(0, 1, True, 0.9), (1, 2, True, 0.97)], [0.1, 0.03], photo=[7, 7])
+    assert other_label.decision.tolist() == [KEEP, KEEP]
+
+
+def test_overruling_touches_only_what_was_kept() -> None:
+    found = verdict([(0, 1, True, 0.99), (1, 1, True, 0.01), (2, 1, True, 0.99)], [0.01, 0.99, 0.01, 0])
+    changed = overruled(found, np.array([True, True, False, True]), decide.LOW_QUALITY, decide.SMALL)
+    assert [DECISIONS[d] if d >= 0 else "" for d in changed.decision] == ["low_quality", "outlier", "keep", ""]
+    assert (changed.reason[0], changed.reason[2]) == (decide.SMALL, decide.FITS)
+    rest = [f.name for f in fields(Verdicts) if f.name not in ("decision", "reason")]
+    assert all(getattr(changed, name) is getattr(found, name) for name in rest)
+
+
+def test_expected_errors_are_the_probabilities_of_being_wrong() -> None:
+    found = verdict([(0, 1, True, 0.9), (1, 1, True, 0.2), (2, 1, True, 0.5)], [0.1, 0.8, 0.5, 0])
+    assert expected_errors(found) == pytest.approx(0.1 + 0.2 + 0.5, abs=1e-6)
+
+
+def test_expected_errors_are_about_the_real_ones() -> None:
+    """Small identities and many strangers, so that mistakes are made."""
+    rng = np.random.default_rng(5)
+    truth = np.concatenate([np.repeat(np.arange(150), 4), np.arange(150, 250)])
+    label = np.where(rng.random(len(truth)) < 0.1, rng.integers(0, 150, len(truth)), truth)
+    label[truth >= 150] = rng.integers(0, 150, 100)
+    made = corpus(truth, label)
+    _, _, found, _ = judged(made)
+    errors = int(((found.noise > 0.5) != made.wrong).sum())
+    assert errors > 0, "there is something to expect"
+    assert errors / 3 - 3 < expected_errors(found) < 3 * errors + 3
+
+
+# ------------------------------------------------------------------ identities
+
+
+def summed(made: Corpus) -> tuple[Summary, Parts]:
+    _, _, found, inside = judged(made)
+    count = int(made.label.max()) + 1
+    return summarise(made.faces, made.label, count, found, inside, made.pairs(), THRESHOLD), inside
+
+
+def test_two_persons_under_one_name_and_one_person_under_two() -> None:
+    """Label 0 holds persons 0 and 1; person 2 is split into the labels 1 and 2; 40 more are as they should be."""
+    truth = np.concatenate([np.repeat([0, 1], [14, 7]), np.repeat(2, 16), np.repeat(np.arange(3, 43), 8)])
+    label = np.concatenate([np.zeros(21), np.ones(8), np.full(8, 2), np.repeat(np.arange(3, 43), 8)])
+    found, inside = summed(corpus(truth, label))
+    assert found.faces.tolist() == [21, 8, 8] + [8] * 40
+    assert np.flatnonzero(found.apart).tolist() == [0]
+    assert found.apart[0] == 7
+    assert found.apart_similarity[0] < THRESHOLD
+    assert np.isnan(found.apart_similarity[1:]).all()
+    assert (inside.part[:14] == 0).all()
+    assert (inside.part[14:21] == 1).all()
+    assert (inside.size[14:21] == 7).all()
+    assert list(zip(found.left.tolist(), found.right.tolist(), strict=True)) == [(1, 2)]
+    assert found.similarity[0] > THRESHOLD
+
+
+def test_parts_of_unlabelled_faces_and_copies() -> None:
+    made = corpus(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 0, -1, -1]))
+    made.faces.vectors[1] = made.faces.vectors[0]
+    found = parts(made.faces, made.label, np.array([0, 0, 2, 3, 4]), NO_PAIRS, THRESHOLD)
+    assert found.part.tolist() == [0, 0, 1, -1, -1], "copies hold together without an edge"
+    assert found.size[:3].tolist() == [2, 2, 1]
+    assert core(found).tolist() == [True, True, False, False, False]
+
+
+def test_an_empty_identity_has_figures_too() -> None:
+    made = corpus(np.repeat([0, 2], 5))
+    _, _, found, inside = judged(made)
+    figures = summarise(made.faces, made.label, 4, found, inside, made.pairs(), THRESHOLD)
+    assert figures.faces.tolist() == figures.kept.tolist() == [5, 0, 5, 0]
+    assert len(figures.left) == 0
+
+
+# ------------------------------------------------------------------ lists
+
+
+def decisions(rows: list[dict[str, Any]], folder: Path) -> None:
+    plain = {"decision": "keep", "reason": "", "suggested": None, "noise": 0.01}
+    filled = [{**plain, "face_id": n, **row} for n, row in enumerate(rows)]
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(filled, lists.DECISION_ROWS), folder / "decisions.parquet")
+
+
+def read_back(path: Path, root: str | None = None) -> list[tuple[str, str | None]]:
+    items = list(ListSource(str(path), "label", root=root))
+    assert [item.listing_error for item in items] == [None] * len(items)
+    return [(item.uri, item.identity) for item in items]
+
+
+PLAIN = {"uri": "/data/a/first.jpg", "identity": "first"}  # where hostile names come alone, nothing shows the layout
+AWKWARD = [
+    *("a b", "it's", 'say "x"', '"', "a,b", "a;b", "tab\there", "ends ", " begins", "\u3000wide", "é\u0301", "日本 語"),
+    *("🙂", "\u202egpj", "\u2028line", "\x85", "\x1c", "\x0b\x0c", "\ufeffmark", "#1", "%20", "-", "a.jpg 3", "0"),
+    *("line\nbreak", "carriage\rreturn", "both\r\nof them", "<script>", "x" * 200),
+]
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0"), min_size=1, max_size=12)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(NAMES | st.sampled_from(AWKWARD), st.sampled_from("kkor"), NAMES), max_size=12))
+def test_clean_lists_read_back(rows: list[tuple[str, str, str]], tmp_path: Path) -> None:
+    """Exactly the kept images with their labels, in every layout that can hold their names."""
+    kinds = {"k": "keep", "o": "outlier", "r": "relabel"}
+    table = [PLAIN] + [
+        {"uri": f"/data/a/{name}{n}/{name}.jpg", "identity": f"<{who}>", "decision": kinds[kind], "suggested": "first"}
+        for n, (name, kind, who) in enumerate(rows)
+    ]
+    decisions(table, tmp_path / "r")
+    written = lists.write_lists(str(tmp_path / "r"), relabels=False)
+    kept = [(row["uri"], row["identity"]) for row in table if row.get("decision", "keep") == "keep"]
+    assert read_back(tmp_path / "r" / "clean.csv") == kept
+    with open(tmp_path / "r" / "labels.csv", newline="", encoding="utf-8") as file:
+        names = dict(csv.reader(file))
+    on_a_line = [(uri, who) for uri, who in kept if "\n" not in uri and "\r" not in uri]
+    for name, root in (("clean.txt", None), ("msceleb.txt", "/data/a/")):
+        found = read_back(tmp_path / "r" / name, root)
+        assert [(uri, names[label or ""]) for uri, label in found] == on_a_line
+    assert (written.kept, written.unlisted) == (len(kept), len(kept) - len(on_a_line))
+    assert written.relabelled == sum(kind == "r" for _, kind, _ in rows)
+
+
+def test_relabelled_faces_are_listed_where_that_was_asked_for(tmp_path: Path) -> None:
+    moved = {"uri": "/data/b/2.jpg", "identity": "wrong", "suggested": "first", "decision": "relabel", "noise": 0.875}
+    other = [
+        {"uri": f"/data/b/{d}.jpg", "identity": "x", "decision": d} for d in DECISIONS if d not in ("keep", "relabel")
+    ]
+    decisions([PLAIN, moved, *other], tmp_path / "r")
+    assert lists.write_lists(str(tmp_path / "r"), relabels=False).kept == 1
+    assert (tmp_path / "r" / "clean.txt").read_text() == "/data/a/first.jpg 0\n"
+    assert lists.write_lists(str(tmp_path / "r"), relabels=True).kept == 2
+    assert (tmp_path / "r" / "clean.txt").read_text() == "/data/a/first.jpg 0\n/data/b/2.jpg 0\n"
+    assert (tmp_path / "r" / "msceleb.txt").read_text() == "a/first.jpg 0\nb/2.jpg 0\n"
+    with open(tmp_path / "r" / "relabel.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {
+                "path": "/data/b/2.jpg",
+                "identity": "wrong",
+                "suggested": "first",
+                "probability": "0.8750",
+                "face_id": "1",
+            }
+        ]
+
+
+@pytest.mark.parametrize(
+    ("uris", "short"),
+    [
+        (["/data/a/1.jpg"], ["1.jpg"]),
+        (["/data/ab/1.jpg", "/data/ac/1.jpg"], ["ab/1.jpg", "ac/1.jpg"]),
+        (["s3://bucket/a/1.jpg", "s3://bucket/b.jpg"], ["a/1.jpg", "b.jpg"]),
+        (["/a/1.jpg", "file:///a/%FF.jpg"], ["/a/1.jpg", "file:///a/%FF.jpg"]),
+        (["file:///a/%FE.jpg", "file:///a/%FF.jpg"], ["file:///a/%FE.jpg", "file:///a/%FF.jpg"]),
+        (["/a/ 1.jpg", "/a/2.jpg", "/a/"], ["/a/ 1.jpg", "2.jpg", "/a/"]),
+        ([], []),
+    ],
+)
+def test_the_root_of_relative_paths(uris: list[str], short: list[str], tmp_path: Path) -> None:
+    """What all decided images share, whether they are kept or not."""
+    decisions([{"uri": uri, "identity": "x"} for uri in uris], tmp_path / "r")
+    lists.write_lists(str(tmp_path / "r"), relabels=False)
+    assert (tmp_path / "r" / "msceleb.txt").read_text() == "".join(f"{name} 0\n" for name in short)
+
+
+def test_what_no_text_list_can_hold_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"uri": uri, "identity": "x"} for uri in ("", " ", "/data/ends.jpg ", "/data/two\nlines.jpg", "/data/ok.jpg")
+    ]
+    decisions(rows, tmp_path / "r")
+    written = lists.write_lists(str(tmp_path / "r"), relabels=False)
+    assert (written.kept, written.unlisted) == (5, 4)
+    assert (tmp_path / "r" / "clean.txt").read_text() == "/data/ok.jpg 0\n"
+    with open(tmp_path / "r" / "clean.csv", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == [row["uri"] for row in rows]

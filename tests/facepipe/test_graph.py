@@ -1,0 +1,463 @@
+"""The graph of faces: its parts against brute force, whatever the order of the table, the blocks and the crowd."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from bench.galleries import CONTRACT, Faces, append, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from facepipe.errors import StorageError
+from facepipe.gallery import Gallery
+from facepipe.graph import Graph, cells, edges, truth
+from facepipe.graph.cells import Cells, Layout
+from facepipe.graph.cohort import Cohort
+from facepipe.graph.nodes import Nodes, collect, open_nodes, representatives
+from facepipe.graph.pairs import Pairs, candidates, refined, similarity
+from facepipe.graph.threshold import estimate, histogram
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def drawn(count: int, mean: float = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(identities (n,), faces (n, 128)) of a synthetic gallery of whole identities."""
+    rng = np.random.default_rng([seed, 3])
+    identities = rng.permutation(np.repeat(np.arange(count), rng.geometric(1 / mean, count))[:count])
+    return identities, Faces(seed=seed).draw(identities, count)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def sphere(count: int, seed: int, spread: float = 1.0) -> np.ndarray:
+    """Random directions around one that is fixed; the smaller the spread, the nearer."""
+    noise = np.random.default_rng(seed).standard_normal((count, 128))
+    return unit(spread * noise + np.eye(128)[0] * 8)
+
+
+def brute(vectors: np.ndarray, densities: np.ndarray) -> np.ndarray:
+    """Similarities (n, n) in double precision; of a face with itself -inf."""
+    wide, crowd = vectors.astype(np.float64), densities.astype(np.float64)
+    found = wide @ wide.T - (crowd[:, None] + crowd) / 2
+    np.fill_diagonal(found, -np.inf)
+    return found
+
+
+def pairs_of(u: np.ndarray, v: np.ndarray) -> set[tuple[int, int]]:
+    found = list(zip(u.tolist(), v.tolist(), strict=True))
+    assert len(set(found)) == len(found), "a pair was found twice"
+    assert all(a < b for a, b in found)
+    return set(found)
+
+
+def fill(path: Path, tables: list[pa.Table]) -> Gallery:
+    append(Gallery.create(str(path), CONTRACT), tables, "first")
+    return Gallery(str(path))
+
+
+def collected(galleries: list[Gallery], folder: Path) -> Nodes:
+    folder.mkdir()
+    return collect(galleries, str(folder))
+
+
+# --- nodes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_depends_on_the_order_of_rows_and_files(tmp_path: Path) -> None:
+    table = rows(*drawn(700), 0)
+    shuffled = table.take(pa.array(np.random.default_rng(1).permutation(700)))
+    one = fill(tmp_path / "a", [table.slice(at, 100) for at in range(0, 700, 100)])
+    two = fill(tmp_path / "b", [shuffled.slice(0, 333), shuffled.slice(333, 1), shuffled.slice(334)])
+    nodes = [collected([gallery], tmp_path / f"nodes{n}") for n, gallery in enumerate((one, two))]
+    assert np.array_equal(nodes[0].ids, np.sort(table["face_id"].to_numpy()))
+    order = np.argsort(table["face_id"].to_numpy())
+    expected = np.array(table["embedding"].to_pylist(), np.float32)[order]
+    densities = []
+    for found in nodes:
+        assert np.array_equal(found.ids, nodes[0].ids)
+        assert np.array_equal(found.vectors, expected)
+        densities.append(Cohort.draw(found.vectors, 0).density(found.vectors))
+    assert np.array_equal(densities[0], densities[1])
+    joined = [candidates(found.vectors, densities[0], 0.03, 32) for found in nodes]
+    assert len(joined[0][0]) > 300
+    assert np.array_equal(joined[0], joined[1])
+
+
+def test_two_galleries_in_one_graph(tmp_path: Path) -> None:
+    table = rows(*drawn(300), 0)
+    sides = [fill(tmp_path / "a", [table.slice(0, 200)]), fill(tmp_path / "b", [table.slice(100)])]
+    nodes = collected(sides, tmp_path / "nodes")
+    assert len(nodes) == 400
+    assert (np.diff(nodes.ids) >= 0).all()
+    for side, gallery in enumerate(sides):
+        ids, vectors = gallery.vectors()
+        at = nodes.find(ids, side)
+        assert (nodes.sides[at] == side).all()
+        assert np.array_equal(nodes.vectors[at], vectors)
+    own = np.setdiff1d(sides[1].vectors()[0], sides[0].vectors()[0])
+    assert (nodes.find(own, 0) == -1).all()
+    copies = representatives(nodes.vectors)
+    assert (copies != np.arange(400)).sum() == 100
+
+
+@given(st.sets(st.tuples(st.integers(-5, 5), st.integers(0, 1)), max_size=22), st.lists(st.integers(-7, 7)))
+def test_faces_are_found_by_id_and_side(held: set[tuple[int, int]], asked: list[int]) -> None:
+    known = {key: position for position, key in enumerate(sorted(held))}
+    ids, sides = np.array(sorted(held), np.int64).reshape(-1, 2).T
+    nodes = Nodes(ids, sides.astype(np.int8), np.zeros((len(ids), 128), np.float32))
+    for side in (0, 1):
+        found = nodes.find(np.array(asked, np.int64), side)
+        assert found.tolist() == [known.get((face, side), -1) for face in asked]
+
+
+def test_a_gallery_of_no_faces_has_no_nodes(tmp_path: Path) -> None:
+    nodes = collected([Gallery.create(str(tmp_path / "g"), CONTRACT)], tmp_path / "nodes")
+    assert len(nodes) == 0
+    assert nodes.vectors.shape == (0, 128)
+    assert nodes.find(np.array([1, 2])).tolist() == [-1, -1]
+
+
+def test_lost_nodes_are_named(tmp_path: Path) -> None:
+    fill(tmp_path / "g", [rows(*drawn(20), 0)])
+    collected([Gallery(str(tmp_path / "g"))], tmp_path / "nodes")
+    (tmp_path / "nodes" / "vectors.npy").write_bytes(b"")
+    with pytest.raises(StorageError, match="nodes"):
+        open_nodes(str(tmp_path / "nodes"))
+
+
+@given(SEEDS, st.integers(0, 60))
+@settings(max_examples=30, deadline=None)
+def test_representatives_are_the_first_copies_and_nothing_else(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = sphere(count // 3 + 1, seed)[rng.integers(0, count // 3 + 1, count)]
+    near = rng.random(count) < 0.3
+    vectors[near, 127] = np.nextafter(vectors[near, 127], np.float32(2))  # another bit, another vector
+    first: dict[bytes, int] = {}
+    expected = [first.setdefault(row.tobytes(), n) for n, row in enumerate(vectors)]
+    assert representatives(vectors).tolist() == expected
+
+
+def test_equal_hashes_do_not_make_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hashes collide: only the bits decide."""
+
+    class Zeros:
+        def integers(self, *_: object, **__: object) -> np.ndarray:
+            return np.full(128, 2**63, np.uint64)  # with the | 1 only the sum of the bits counts
+
+    vectors = sphere(40, 1)
+    turned = vectors[:, ::-1]  # the same numbers in another order: the same sum
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Zeros())
+    found = representatives(np.concatenate([vectors, turned, vectors]))
+    assert (found[:80] == np.arange(80)).all()
+    assert np.array_equal(found[80:], np.arange(40))
+
+
+# --- pairs ---------------------------------------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.integers(0, 60), st.booleans(), st.floats(0.05, 0.95))
+@settings(max_examples=60, deadline=None)
+def test_pairs_are_those_of_brute_force(seed: int, count: int, crowded: bool, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = sphere(count, seed)
+    densities = rng.uniform(0, 0.5, count).astype(np.float32) if crowded else np.zeros(count, np.float32)
+    wanted = brute(vectors, densities)
+    off = wanted[np.triu_indices(count, 1)]
+    threshold = float(np.quantile(off, share)) if off.size else 0.5
+    u, v = candidates(vectors, densities, threshold, max(1, count))
+    found = refined(vectors, densities, u, v, threshold)
+    sure, possible = (np.argwhere(np.triu(wanted >= threshold + slack, 1)) for slack in (2e-6, -2e-6))
+    assert pairs_of(*sure.T) <= pairs_of(found.u, found.v) <= pairs_of(*possible.T)
+    exact = np.sqrt(((vectors[found.u].astype(np.float64) - vectors[found.v]) ** 2).sum(axis=1))
+    assert np.allclose(found.distance, exact, atol=1e-5)
+    assert found.distance.dtype == np.float32
+    values = similarity(found.distance, densities[found.u], densities[found.v])
+    assert np.allclose(values, wanted[found.u, found.v], atol=1e-5)
+    assert (values >= threshold - 1e-6).all()
+
+
+def test_copies_lie_at_distance_zero() -> None:
+    vectors = np.repeat(sphere(1, 0), 5, axis=0)
+    found = refined(vectors, np.zeros(5, np.float32), *candidates(vectors, np.zeros(5, np.float32), 0.99, 32), 0.99)
+    assert len(found) == 10
+    assert (found.distance == 0).all()
+
+
+def kept_by_all(vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int) -> None:
+    """Every face keeps its `most` nearest of those above the threshold, the nearest above all."""
+    wanted = brute(vectors, densities)
+    found = pairs_of(*candidates(vectors, densities, threshold, most))
+    near = np.argsort(-wanted, axis=1)[:, :most]
+    last = np.sort(wanted, axis=1)[:, -min(most, len(vectors))]
+    for face in range(len(vectors)):
+        for other in near[face][wanted[face, near[face]] >= threshold + 1e-5].tolist():
+            if wanted[face, other] > last[face] + 1e-6 or other == near[face, 0]:
+                assert (min(face, other), max(face, other)) in found, (face, other)
+    assert all(wanted[u, v] >= threshold - 2e-5 for u, v in found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [1, 5, 32])
+def test_in_a_crowd_every_face_keeps_its_nearest(seed: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("facepipe.graph.pairs._ROWS", 64)
+    rng = np.random.default_rng(seed)
+    vectors, densities = sphere(300, seed, 0.3), rng.uniform(0, 0.05, 300).astype(np.float32)
+    kept_by_all(vectors, densities, 0.1, most)
+    u, _ = candidates(vectors, densities, 0.1, most)
+    assert 300 / 2 <= len(u) <= 300 * most
+
+
+@pytest.mark.parametrize("order", ["crowd last", "crowd first", "mixed"])
+def test_a_face_at_the_edge_of_a_crowd_keeps_its_nearest(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not among the nearest of any face of the crowd, but they are its nearest."""
+    monkeypatch.setattr("facepipe.graph.pairs._ROWS", 64)
+    alone, crowd = sphere(70, 1, 3.0), sphere(128, 2, 0.05)
+    alone[3] = sphere(1, 3, 0.6)[0]
+    vectors = np.concatenate([crowd, alone] if order == "crowd first" else [alone, crowd])
+    if order == "mixed":
+        vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
+    kept_by_all(vectors, np.zeros(len(vectors), np.float32), 0.6, 8)
+
+
+@pytest.mark.parametrize("rows_", [1, 7, 100, 384, 5000])
+def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vectors = drawn(800)
+    density = Cohort.draw(vectors, 0).density(vectors)
+    whole = refined(vectors, density, *candidates(vectors, density, 0.02, 100), 0.02)
+    monkeypatch.setattr("facepipe.graph.pairs._ROWS", rows_)
+    cut = refined(vectors, density, *candidates(vectors, density, 0.02, 100), 0.02)
+    assert len(whole) > 1000
+    order, again = (np.lexsort((found.v, found.u)) for found in (whole, cut))
+    for name in ("u", "v", "distance"):
+        assert np.array_equal(getattr(whole, name)[order], getattr(cut, name)[again])
+
+
+def test_densities_do_not_depend_on_what_else_is_asked() -> None:
+    _, vectors = drawn(1000)
+    cohort = Cohort.draw(vectors, 0)
+    whole = cohort.density(vectors)
+    parts = np.concatenate([cohort.density(vectors[at : at + 77]) for at in range(0, 1000, 77)])
+    assert np.abs(whole - parts).max() < 1e-6
+    product = np.sort(vectors @ cohort.vectors.T, axis=1)[:, ::-1]
+    assert np.allclose(whole, product[:, 20:100].mean(axis=1), atol=1e-5)
+    assert (Cohort.none().density(vectors) == 0).all()
+    for few in (1, 2, 30):
+        small = Cohort.draw(vectors[:few], 0)
+        assert np.isfinite(small.density(vectors[:few])).all()
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=SEEDS,
+    count=st.integers(0, 40),
+    number=st.integers(1, 6),
+    each=st.integers(1, 4),
+    block=st.integers(1, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_pair_that_shares_a_cell_is_met_once(
+    seed: int, count: int, number: int, each: int, block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = str(tmp_path_factory.mktemp("cells"))
+    vectors = sphere(count, seed, 3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "_BLOCK", block)
+        layout = Layout.make(vectors, Cells(sphere(number, seed + 1, 3.0), each), folder)
+    each = min(each, number)
+    assert layout.assigned.shape == (count, each)
+    for cell in range(number):
+        assert layout.inside(cell).tolist() == np.flatnonzero((layout.assigned == cell).any(axis=1)).tolist()
+    met: list[tuple[int, int]] = []
+    for cell in range(number):
+        inside = layout.inside(cell)
+        u, v = np.triu_indices(len(inside), 1)
+        new = layout.first_met(cell, inside, u, v)
+        met += zip(inside[u[new]].tolist(), inside[v[new]].tolist(), strict=True)
+    left, right = np.triu_indices(count, 1)
+    meet = cells.shared(layout.assigned[left], layout.assigned[right], each)
+    sets = [set(row) for row in layout.assigned.tolist()]
+    assert meet.tolist() == [bool(sets[a] & sets[b]) for a, b in zip(left, right, strict=True)]
+    assert sorted(met) == sorted(zip(left[meet].tolist(), right[meet].tolist(), strict=True))
+    again = Layout.open(folder)
+    assert all(np.array_equal(getattr(again, name), getattr(layout, name)) for name in ("assigned", "faces", "begins"))
+
+
+def test_faces_lie_in_their_nearest_cells() -> None:
+    vectors, centres = sphere(500, 1, 3.0), sphere(20, 2, 3.0)
+    found = Cells(centres, 3).assign(vectors)
+    distances = ((vectors[:, None] - centres) ** 2).sum(axis=2)
+    assert (found == np.argsort(distances, axis=1)[:, :3]).mean() > 0.99  # assigned on a grid: near ties may turn
+    assert np.array_equal(found[100:200], Cells(centres, 3).assign(vectors[100:200]))
+    assert np.array_equal(found, Cells(centres, 3).assign(vectors, 7)[:, :3])
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=30), st.floats(0.1, 2000))
+def test_work_covers_all_cells_once(sizes: list[int], tasks_of: float) -> None:
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    layout = Layout(np.empty((0, 1), np.int32), np.empty(0, np.int64), begins)
+    ranges = list(layout.work(tasks_of))
+    assert [cell for first, last in ranges for cell in range(first, last)] == list(range(len(sizes)))
+    cost = [sum(size**2 / 2 for size in sizes[first:last]) for first, last in ranges]
+    assert all(
+        last - first == 1 or spent <= tasks_of * 1.001 for (first, last), spent in zip(ranges, cost, strict=True)
+    )
+
+
+def test_cells_follow_the_data_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vectors = drawn(3000)
+    assert len(cells.train(vectors, 0).centres) == 1
+    monkeypatch.setattr(cells, "SMALL", 500)
+    made = cells.train(vectors, 0)
+    assert len(made.centres) == 8
+    assert np.array_equal(made.centres, cells.train(vectors, 0).centres)
+    sizes = np.bincount(made.assign(vectors, 1).ravel(), minlength=8)
+    assert sizes.min() > 30
+
+
+# --- threshold -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "mean", "impostors"), [(1000, 2, 0.2), (1500, 1.3, 0.2), (3000, 5, 0.2), (3000, 2, 0.05), (6000, 10, 0.2)]
+)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float, impostors: float, seed: int) -> None:
+    identities, vectors = drawn(count, mean, seed)
+    density = Cohort.draw(vectors, 0).density(vectors)
+    sample = truth.draw(count, 0)
+    found = estimate(histogram(vectors, density, sample), impostors)
+    assert found is not None
+    assert found.estimated
+    assert found.impostors <= impostors
+    above = brute(vectors, density) >= found.similarity
+    same = identities[:, None] == identities
+    real = (above & ~same).sum() / above.sum()
+    assert impostors / 2.5 <= real <= impostors * 2.5
+    np.fill_diagonal(same, False)
+    assert (above & same).sum() / same.sum() > 0.85
+    assert same.sum() / count**2 * 0.6 < found.genuine < same.sum() / count**2 * 1.6
+
+
+def test_fewer_impostors_mean_a_higher_threshold() -> None:
+    _, vectors = drawn(2000, mean=2)
+    counts = histogram(vectors, np.zeros(2000, np.float32), np.arange(2000))
+    found = [estimate(counts, share) for share in (0.5, 0.2, 0.05, 0.01)]
+    values = [one.similarity for one in found if one is not None]
+    assert len(values) == 4
+    assert values == sorted(values)
+    assert values[0] < values[-1]
+
+
+def test_the_histogram_counts_every_pair_of_two_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vectors = drawn(700)
+    density = Cohort.draw(vectors, 0).density(vectors)
+    sample = np.arange(0, 700, 2)
+    counts = histogram(vectors, density, sample)
+    assert counts.sum() == 350 * 699
+    monkeypatch.setattr("facepipe.graph.threshold._COLUMNS", 99)
+    cut = histogram(vectors, density, sample)
+    assert np.abs(counts - cut).sum() <= 0.001 * counts.sum()  # products round differently at the bins' edges
+    values = brute(vectors, density)[sample]
+    assert counts[1200:].sum() == pytest.approx((values >= 0.1).sum(), abs=2)  # bins of 0.0005 from -0.5
+
+
+@pytest.mark.parametrize(("count", "mean"), [(400, 10), (600, 10), (1000, 30), (1500, 30)])
+def test_few_persons_show_no_threshold(count: int, mean: float) -> None:
+    """Their pairs are no smooth null distribution: better none than a wrong one."""
+    _, vectors = drawn(count, mean)
+    density = Cohort.draw(vectors, 0).density(vectors)
+    assert estimate(histogram(vectors, density, np.arange(count))) is None
+
+
+def test_what_shows_no_threshold_gives_none() -> None:
+    assert estimate(np.zeros(3000, np.int64)) is None
+    for vectors in (sphere(2, 1), np.repeat(sphere(1, 1), 400, axis=0), sphere(20, 1)):
+        counts = histogram(vectors, np.zeros(len(vectors), np.float32), np.arange(len(vectors)))
+        assert counts.sum() == len(vectors) * (len(vectors) - 1)
+        assert estimate(counts) is None
+
+
+@given(SEEDS, st.integers(1, 400), st.floats(0.001, 3), st.floats(0.001, 1))
+@settings(max_examples=40, deadline=None)
+def test_a_threshold_can_be_asked_of_any_faces(seed: int, count: int, spread: float, impostors: float) -> None:
+    """One person, copies, no person twice: no crash, and what is found is a number."""
+    vectors = sphere(count, seed, spread)
+    vectors[: count // 3] = vectors[0]
+    density = Cohort.draw(vectors, 0).density(vectors)
+    found = estimate(histogram(vectors, density, np.arange(count)), impostors)
+    if found is not None:
+        assert -0.5 <= found.similarity <= 1
+        assert found.impostors <= impostors
+
+
+# --- truth and edges -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.3, 2.0])
+def test_brute_force_has_all_true_edges(threshold: float) -> None:
+    _, vectors = drawn(900)
+    density = Cohort.draw(vectors, 0).density(vectors)
+    wanted = brute(vectors, density)
+    u, v = np.nonzero(np.triu(wanted >= threshold - 1e-6))
+    edges_ = Pairs(u, v, np.zeros(len(u), np.float32))
+    sample = truth.draw(900, 1, budget=900 * 300)
+    assert len(sample) == 300
+    true = truth.true_edges(vectors, density, sample, threshold, 900)
+    assert len(true[0]) == pytest.approx((wanted[sample] >= threshold).sum(), abs=3)
+    assert truth.recall(sample, true, [edges_], 900) == 1
+    cut = np.array_split(np.random.default_rng(0).permutation(len(u)), 3)
+    assert truth.recall(sample, true, [edges_.take(part) for part in cut], 900) == 1
+    if len(true[0]):
+        assert truth.recall(sample, true, [], 900) == 0
+        keys = [np.minimum(a, b) * 900 + np.maximum(a, b) for a, b in (true, (edges_.u, edges_.v))]
+        half = edges_.take(cut[0])
+        expected = np.isin(keys[0], half.u * 900 + half.v).mean()
+        assert truth.recall(sample, true, [half], 900) == pytest.approx(expected)
+
+
+def test_true_edges_are_the_nearest_of_a_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("facepipe.graph.truth._COLUMNS", 64)
+    vectors = sphere(300, 1)
+    wanted = brute(vectors, np.zeros(300, np.float32))
+    u, v = truth.true_edges(vectors, np.zeros(300, np.float32), np.arange(0, 300, 3), 0.0, 4)
+    for face in range(0, 300, 3):
+        assert set(v[u == face].tolist()) == set(np.argsort(-wanted[face])[:4].tolist())
+
+
+@given(seed=SEEDS, sizes=st.lists(st.integers(0, 30), max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_edges_come_back_as_they_were_written(
+    seed: int, sizes: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, rng = str(tmp_path_factory.mktemp("edges")), np.random.default_rng(seed)
+    parts = []
+    for n, size in enumerate(sizes):
+        u = rng.integers(0, 2**32 - 1, size)
+        parts.append(Pairs(u, u + 1, rng.uniform(0, 2, size).astype(np.float32)))
+        edges.write(parts[-1], edges.part(folder, n))
+    Path(edges.part(folder, 7) + ".abcd").touch()  # of a run that was killed
+    held, whole = edges.Edges(folder), edges.joined(parts)
+    assert len(held) == sum(sizes)
+    assert len(held.paths()) == len(sizes)
+    for found in (edges.joined(list(held)), held.within(2.0)):
+        for name in ("u", "v", "distance"):
+            assert np.array_equal(getattr(found, name), getattr(whole, name))
+            assert getattr(found, name).dtype == getattr(whole, name).dtype
+    assert np.array_equal(held.within(0.7).u, whole.u[whole.distance <= 0.7])
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no graph in"):
+        Graph(str(tmp_path))
+    with pytest.raises(StorageError, match="cannot write"):
+        edges.write(Pairs(*np.zeros((2, 1), np.int64), np.zeros(1, np.float32)), str(tmp_path / "no" / "x"))
+    Path(edges.part(str(tmp_path), 3)).write_bytes(b"PAR1 and nothing")
+    with pytest.raises(StorageError, match="edges-000003"):
+        edges.Edges(str(tmp_path)).within(1.0)
+    assert os.listdir(tmp_path) == ["edges-000003.parquet"]

@@ -1,0 +1,233 @@
+"""Average linkage: the partition that SciPy finds from all distances, whatever the order; constraints; large stars."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster
+from scipy.cluster.hierarchy import linkage as scipy_linkage
+from scipy.spatial.distance import squareform
+
+from facepipe.clusters.components import numbered
+from facepipe.clusters.linkage import Clusters, average_linkage
+from facepipe.graph.pairs import candidates
+
+SEEDS = st.integers(0, 2**32 - 1)
+NONE = np.empty(0, np.int64)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def faces(count: int, persons: int, spread: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = unit(rng.standard_normal((persons, 128)) + np.eye(128)[0] * 8)
+    return unit(centres[rng.integers(0, persons, count)] + spread * rng.standard_normal((count, 128)))
+
+
+def all_pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
+    u, v = np.triu_indices(count, 1)
+    return u, v
+
+
+def brute(vectors: np.ndarray, density: np.ndarray) -> np.ndarray:
+    wide, crowd = vectors.astype(np.float64), density.astype(np.float64)
+    return wide @ wide.T - (crowd[:, None] + crowd) / 2
+
+
+def by_scipy(similarity: np.ndarray, quantile: float) -> tuple[np.ndarray, float]:
+    """(labels, a threshold in the middle of a gap between two merges, so that rounding cannot decide)."""
+    distance = similarity.max() + 1 - similarity  # SciPy takes no negative ones
+    np.fill_diagonal(distance, 0)
+    tree = scipy_linkage(squareform(distance, checks=False), "average")
+    heights = np.concatenate([[tree[0, 2] - 0.1], tree[:, 2], [tree[-1, 2] + 0.1]])
+    at = round(quantile * (len(heights) - 2))
+    gaps = np.argsort(-np.diff(heights))  # widest first
+    near = min(gaps[: max(1, len(gaps) // 2)], key=lambda gap: abs(gap - at))
+    cut = (heights[near] + heights[near + 1]) / 2
+    return numbered(fcluster(tree, cut, "distance").astype(np.int64) - 1), float(similarity.max() + 1 - cut)
+
+
+def random_case(seed: int, count: int, crowded: bool) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    vectors = faces(count, rng.integers(1, 8), rng.choice([0.02, 0.06, 0.1]), seed)
+    return vectors, (rng.uniform(0, 0.4, count) if crowded else np.zeros(count)).astype(np.float32)
+
+
+@given(SEEDS, st.integers(2, 70), st.booleans(), st.floats(0, 1))
+@settings(max_examples=120, deadline=None)
+def test_the_partition_is_that_of_scipy(seed: int, count: int, crowded: bool, quantile: float) -> None:
+    vectors, density = random_case(seed, count, crowded)
+    wanted, threshold = by_scipy(brute(vectors, density), quantile)
+    group, clusters = average_linkage(Clusters.single(vectors, density), *all_pairs(count), threshold)
+    assert np.array_equal(group, wanted)
+    assert np.array_equal(clusters.size, np.bincount(wanted))
+
+
+@given(SEEDS, st.integers(2, 60), st.booleans(), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_neither_the_order_of_edges_nor_that_of_faces_counts(
+    seed: int, count: int, crowded: bool, quantile: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, density = random_case(seed, count, crowded)
+    _, threshold = by_scipy(brute(vectors, density), quantile)
+    u, v = all_pairs(count)
+    some = rng.random(len(u)) < 0.4
+    u, v = u[some], v[some]
+    clusters = Clusters.single(vectors, density)
+    group, merged = average_linkage(clusters, u, v, threshold)
+    order, turned = rng.permutation(len(u)), rng.random(len(u)) < 0.5
+    again = np.concatenate([order, order[: len(order) // 2]])  # an edge may come twice
+    left, right = np.where(turned, u, v)[again], np.where(turned, v, u)[again]
+    assert np.array_equal(average_linkage(clusters, left, right, threshold)[0], group)
+    place = rng.permutation(count)
+    moved = np.empty(count, np.int64)
+    moved[place] = np.arange(count)
+    elsewhere, _ = average_linkage(Clusters.single(vectors[place], density[place]), moved[u], moved[v], threshold)
+    assert np.array_equal(numbered(elsewhere[moved]), group)
+    assert len(merged) == group.max() + 1
+
+
+@given(SEEDS, st.integers(2, 60), st.floats(0, 1), st.integers(1, 40), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_forbidden_pairs_stay_apart(seed: int, count: int, quantile: float, most: int, hasty: bool) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, density = random_case(seed, count, False)
+    _, threshold = by_scipy(brute(vectors, density), quantile)
+    forbidden = rng.integers(0, count, (most, 2))
+    forbidden = forbidden[forbidden[:, 0] != forbidden[:, 1]]
+    with pytest.MonkeyPatch.context() as patch:
+        if hasty:  # leaves join stars from the first round
+            patch.setattr("facepipe.clusters.linkage._PATIENT", -1000)
+        u, v = all_pairs(count)
+        clusters = Clusters.single(vectors, density)
+        group, merged = average_linkage(clusters, u, v, threshold, forbidden)
+        free, _ = average_linkage(clusters, u, v, threshold)
+    assert (group[forbidden[:, 0]] != group[forbidden[:, 1]]).all()
+    # What is left apart must be: too far, or forbidden.
+    left, right = all_pairs(len(merged))
+    near = merged.linkage(left, right) >= threshold + 1e-5
+    barred = {frozenset(pair) for pair in group[forbidden].tolist()}
+    assert all(frozenset(pair) in barred for pair in np.stack([left, right], axis=1)[near].tolist())
+    if (free[forbidden[:, 0]] != free[forbidden[:, 1]]).all() and not hasty:
+        assert np.array_equal(free, group)
+
+
+def test_a_pair_that_is_forbidden_does_not_hinder_others() -> None:
+    """Two faces of one photo, and the person's other faces: each goes to one of them or to the rest."""
+    vectors = faces(9, 1, 0.02, 0)
+    clusters = Clusters.single(vectors, np.zeros(9, np.float32))
+    group, merged = average_linkage(clusters, *all_pairs(9), 0.5, np.array([[4, 2]]))
+    assert len(merged) == 2
+    assert group[2] != group[4]
+    none = average_linkage(clusters, *all_pairs(9), 0.5, np.empty((0, 2), np.int64))[0]
+    assert (none == 0).all()
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_sums_stand_for_all_pairs_of_faces(seed: int, count: int, groups: int) -> None:
+    """linkage, cohesion, means, density and merged against the faces themselves."""
+    rng = np.random.default_rng(seed)
+    vectors, density = random_case(seed, count, True)
+    single, group = Clusters.single(vectors, density), numbered(rng.integers(0, groups, count) % count)
+    assert len(single) == count
+    assert (single.cohesion() == 1).all()
+    merged = single.merged(group)
+    similarity, cosine = brute(vectors, density), brute(vectors, np.zeros(count))
+    held = [np.flatnonzero(group == n) for n in range(group.max() + 1)]
+    assert merged.size.tolist() == [len(members) for members in held]
+    assert np.allclose(merged.means, [vectors[members].mean(axis=0) for members in held], atol=1e-6)
+    assert np.allclose(merged.density, [density[members].mean() for members in held], atol=1e-6)
+    for members, found in zip(held, merged.cohesion(), strict=True):
+        inside = cosine[np.ix_(members, members)][~np.eye(len(members), dtype=bool)]
+        assert found == pytest.approx(inside.mean() if inside.size else 1, abs=1e-5)
+    u, v = all_pairs(len(held))
+    expected = [similarity[np.ix_(held[a], held[b])].mean() for a, b in zip(u, v, strict=True)]
+    assert np.allclose(merged.linkage(u, v), expected, atol=1e-5)
+    again = numbered(rng.integers(0, groups, len(merged)) % len(merged))
+    twice, once = merged.merged(again), single.merged(again[group])
+    assert np.allclose(twice.sums, once.sums, atol=1e-4)
+    assert np.allclose(twice.crowd, once.crowd, atol=1e-4)
+    assert np.array_equal(twice.size, once.size)
+    assert np.array_equal(single.sums, vectors), "merging leaves the clusters as they are"
+
+
+def test_what_is_asked_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = Clusters.single(faces(60, 3, 0.1, 1), np.linspace(0, 0.5, 60, dtype=np.float32))
+    whole = clusters.linkage(*all_pairs(60))
+    monkeypatch.setattr("facepipe.clusters.linkage._CHUNK", 7)
+    assert np.array_equal(clusters.linkage(*all_pairs(60)), whole)
+
+
+def test_faces_that_no_edge_joins_stay_alone() -> None:
+    vectors = np.repeat(faces(1, 1, 0.1, 1), 4, axis=0)
+    clusters = Clusters.single(vectors, np.zeros(4, np.float32))
+    for u, v in ((NONE, NONE), (np.array([1]), np.array([1]))):
+        group, merged = average_linkage(clusters, u, v, -1.0)
+        assert group.tolist() == [0, 1, 2, 3]
+        assert len(merged) == 4
+    group, merged = average_linkage(clusters, np.array([3]), np.array([1]), 0.9)
+    assert group.tolist() == [0, 1, 2, 1]
+    assert merged.size.tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_face_and_one(count: int) -> None:
+    vectors = np.zeros((count, 128), np.float32)
+    group, merged = average_linkage(Clusters.single(vectors, np.zeros(count, np.float32)), NONE, NONE, 0.5)
+    assert group.tolist() == list(range(count))
+    assert len(merged) == len(merged.cohesion()) == count
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 64, 257])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_ring_of_equal_weights_ends(count: int, seed: int) -> None:
+    """Copies of one face in a ring and in a clique: all weights are equal, to the bit and nearly."""
+    vectors = np.repeat(faces(1, 1, 0.1, 1), count, axis=0)
+    order = np.random.default_rng(seed).permutation(count)
+    u, v = order, np.roll(order, 1)
+    group, merged = average_linkage(Clusters.single(vectors, np.zeros(count, np.float32)), u, v, 0.9)
+    assert (group == 0).all()
+    assert merged.size.tolist() == [count]
+    if count < 100:
+        assert (
+            len(average_linkage(Clusters.single(vectors, np.zeros(count, np.float32)), *all_pairs(count), 0.9)[1]) == 1
+        )
+
+
+@pytest.mark.parametrize("kind", ["star", "near"])
+def test_a_large_identity_takes_seconds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One big cluster is the nearest of all who are left: one merge a round would be 20,000 rounds."""
+    rounds, count = 0, 20_000
+
+    def counted(*args: object) -> np.ndarray:
+        nonlocal rounds
+        rounds += 1
+        return one_round(*args)
+
+    from facepipe.clusters import linkage
+
+    one_round = linkage._round
+    monkeypatch.setattr(linkage, "_round", counted)
+    person, others = faces(count, 1, 0.05, 1), faces(count // 10, count // 10, 0.1, 2)[:, ::-1]
+    vectors, density = np.concatenate([person, others]), np.zeros(count + len(others), np.float32)
+    if kind == "star":
+        u, v = np.zeros(count - 1, np.int64), np.arange(1, count)
+    else:
+        centres = np.random.default_rng(3).integers(0, count, (count, 20))
+        u, v = np.repeat(np.arange(count), 20), centres.ravel()
+        near = candidates(vectors[count:], density[count:], 0.5, 32)
+        u, v = np.concatenate([u, near[0] + count]), np.concatenate([v, near[1] + count])
+    began = time.process_time()
+    group, merged = average_linkage(Clusters.single(vectors, density), u, v, 0.5)
+    spent = time.process_time() - began
+    assert (group[:count] == 0).all()
+    assert merged.size[0] == count
+    assert (group[count:] > 0).all()
+    assert rounds < 300
+    assert spent < 20

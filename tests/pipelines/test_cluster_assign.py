@@ -1,0 +1,267 @@
+"""cluster --assign: known persons join their clusters, ids of old ones stay, and no number is ever given twice."""
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from bench.galleries import Faces, append, rows
+from deltalake import DeltaTable
+from deltalake.transaction import AddAction, RemoveAction
+
+from facepipe.clusters.assign import assign
+from facepipe.clusters.linkage import Clusters
+from facepipe.config import build
+from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
+from facepipe.gallery import Contract, Gallery
+from facepipe.gallery.lock import writer_lock
+from facepipe.gallery.parts import encode, statistics
+from facepipe.schema import conform
+from pipelines import cluster_assign as pipeline
+from pipelines.cluster import ClusterConfig
+from pipelines.cluster import run as cluster
+from pipelines.cluster_assign import AssignSummary, run
+
+DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
+PERSONS, EACH = 60, 10
+
+
+def add(gallery: Gallery, truth: np.ndarray, first: int, **columns: Any) -> Gallery:
+    """Append faces of these persons, numbered from `first`; their identity says who they are."""
+    made = rows(np.asarray(truth), Faces().draw(np.asarray(truth), first), first)
+    for name, values in columns.items():
+        at = made.schema.get_field_index(name)
+        made = made.set_column(at, made.schema.field(at), pa.array(values, made.schema.field(at).type))
+    append(gallery, [made], f"from{first}")
+    return Gallery(gallery.path)
+
+
+def remove(gallery: Gallery, uris: set[str]) -> None:
+    """Rewrite the table without the rows of some images."""
+    table, now = DeltaTable(gallery.faces_folder), int(time.time() * 1000)
+    actions: list[Any] = [RemoveAction(file["path"], True, now) for file in Gallery(gallery.path).files()]
+    rows_ = conform(Gallery(gallery.path).to_arrow())
+    kept = rows_.filter(pc.invert(pc.is_in(rows_["uri"], pa.array(sorted(uris)))))
+    data = encode(kept)
+    name = f"rewritten-{time.time_ns()}.parquet"
+    Path(gallery.faces_folder, name).write_bytes(data)
+    actions.append(AddAction(name, len(data), {}, now, True, statistics(kept)))
+    table.create_write_transaction(actions, "append", table.schema())
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Gallery:
+    """60 persons of 10 faces, clustered."""
+    made = add(Gallery.create(str(tmp_path / "g"), DLIB), np.repeat(np.arange(PERSONS), EACH), 0)
+    assert cluster(build(ClusterConfig), made.path).clusters == PERSONS
+    return made
+
+
+def tables(gallery: Gallery) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """(rows of faces.parquet, those of clusters.parquet by number), checked against each other and the gallery."""
+    folder = Path(gallery.path, "reports", "cluster")
+    faces, clusters = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("faces", "clusters"))
+    by_number = {row["cluster"]: row for row in clusters}
+    assert len(by_number) == len(clusters)
+    held = Gallery(gallery.path).to_arrow(["face_id", "uri", "identity"], "face_id is not null").to_pylist()
+    assert [{k: row[k] for k in ("face_id", "uri", "identity")} for row in faces] == held
+    members = defaultdict(list)
+    for row in faces:
+        members[row["cluster"]].append(row)
+    for number, row in by_number.items():
+        inside = members.get(number, [])
+        assert row["size"] == len(inside)
+        assert all(face["size"] == len(inside) for face in inside)
+        assert [face["face_id"] for face in inside if face["medoid"]] == [row["medoid"]][: len(inside)]
+    assert set(members) <= set(by_number)
+    return faces, by_number
+
+
+def persons(faces: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """The clusters of each person."""
+    found = defaultdict(set)
+    for row in faces:
+        found[row["identity"]].add(row["cluster"])
+    return dict(found)
+
+
+def files(gallery: Gallery) -> dict[str, Any]:
+    """What the report's files hold: rows of tables, bytes of the rest."""
+    folder = Path(gallery.path, "reports", "cluster")
+    return {p.name: pq.read_table(p) if p.suffix == ".parquet" else p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def counts(summary: AssignSummary) -> tuple[int, int, int, int]:
+    return summary.new, summary.placed, summary.clusters, summary.gone
+
+
+def test_known_persons_join_and_strangers_are_new(gallery: Gallery) -> None:
+    before, old = tables(gallery)
+    truth = np.concatenate([np.arange(0, PERSONS, 2), np.repeat([900, 901], 4), [902]])
+    add(gallery, truth, 1000)
+    assert counts(run(gallery.path)) == (39, 30, 3, 0)
+    after, new = tables(gallery)
+    numbers = {row["face_id"]: row["cluster"] for row in before}
+    assert all(row["cluster"] == numbers.get(row["face_id"], row["cluster"]) for row in after), "old ids stay"
+    fits = {row["face_id"]: row["fit"] for row in before}
+    assert all(row["fit"] == fits.get(row["face_id"]) for row in after), "and their figures"
+    of = persons(after)
+    assert all(len(found) == 1 for found in of.values())
+    assert sorted(n for who in ("person900", "person901", "person902") for n in of[who]) == [60, 61, 62]
+    assert set(new) == set(old) | {60, 61, 62}
+    assert {n: row["medoid"] for n, row in new.items() if n in old} == {n: row["medoid"] for n, row in old.items()}
+
+
+def test_new_clusters_are_known_the_next_time(gallery: Gallery) -> None:
+    add(gallery, np.repeat([900, 901], 5), 1000)
+    run(gallery.path)
+    first = persons(tables(gallery)[0])
+    add(gallery, np.repeat([900, 901, 902], 3), 2000)
+    assert counts(run(gallery.path)) == (9, 6, 1, 0)
+    second = persons(tables(gallery)[0])
+    assert {who: second[who] for who in first} == first
+    assert second["person902"] == {62}
+
+
+def test_nothing_new_changes_nothing(gallery: Gallery) -> None:
+    before = files(gallery)
+    assert counts(run(gallery.path)) == (0, 0, 0, 0)
+    assert files(gallery) == before
+    add(gallery, np.repeat([3, 900], 4), 1000)
+    run(gallery.path)
+    before = files(gallery)
+    assert counts(run(gallery.path)) == (0, 0, 0, 0)
+    assert files(gallery) == before
+
+
+def test_numbers_are_not_used_again(gallery: Gallery) -> None:
+    """The newest cluster loses all its faces, and then another stranger comes."""
+    add(gallery, np.repeat([900], 4), 1000)
+    assert counts(run(gallery.path)) == (4, 0, 1, 0)
+    faces, _ = tables(gallery)
+    remove(gallery, {row["uri"] for row in faces if row["identity"] == "person900"})
+    assert counts(run(gallery.path)) == (0, 0, 0, 4)
+    assert tables(gallery)[1][60]["size"] == 0
+    add(gallery, np.repeat([901], 4), 2000)
+    assert counts(run(gallery.path)) == (4, 0, 1, 0)
+    faces, clusters = tables(gallery)
+    assert persons(faces)["person901"] == {61}
+    assert (clusters[60]["size"], clusters[61]["size"]) == (0, 4)
+    add(gallery, np.repeat([902], 4), 3000)
+    run(gallery.path)
+    assert persons(tables(gallery)[0])["person902"] == {62}
+
+
+def test_removed_faces_leave(gallery: Gallery) -> None:
+    """Also those that stood for their cluster; what is left of it still takes in new faces."""
+    faces, clusters = tables(gallery)
+    medoids = {row["uri"] for row in faces if row["medoid"]}
+    gone = medoids | {row["uri"] for row in faces if row["identity"] == "person7"}
+    remove(gallery, gone)
+    assert counts(run(gallery.path)) == (0, 0, 0, len(gone))
+    after, left = tables(gallery)
+    assert {row["uri"] for row in after} == {row["uri"] for row in faces} - gone
+    assert set(left) == set(clusters)
+    add(gallery, np.arange(PERSONS), 1000)
+    summary = run(gallery.path)
+    assert counts(summary) == (PERSONS, PERSONS - 1, 1, 0), "nobody joins a cluster without faces"
+    assert persons(tables(gallery)[0])["person7"] == {60}
+
+
+def test_two_faces_of_a_photo_are_two_persons(gallery: Gallery) -> None:
+    """Twins in the eyes of the model: neither among the new ones, nor with faces that were there."""
+    before, _ = tables(gallery)
+    number = next(row["cluster"] for row in before if row["identity"] == "person5")
+    there = next(row["uri"] for row in before if row["identity"] == "person5")
+    add(
+        gallery,
+        np.array([5, 5, 900, 900, 5]),
+        1000,
+        uri=["/new/a", "/new/a", "/new/b", "/new/b", there],
+        face_index=[0, 1, 0, 1, 1],
+    )
+    assert run(gallery.path).placed == 1
+    after, _ = tables(gallery)
+    by_photo = defaultdict(list)
+    for row in after:
+        by_photo[row["uri"]].append(row["cluster"])
+    assert all(len(set(found)) == len(found) for found in by_photo.values())
+    assert number in by_photo["/new/a"]
+    assert number in by_photo[there]
+
+
+def test_faces_of_one_photo_may_be_one_person_if_said_so(gallery: Gallery) -> None:
+    there = next(row["uri"] for row in tables(gallery)[0] if row["identity"] == "person5")
+    add(gallery, np.array([5, 5, 5]), 1000, uri=["/new/a", "/new/a", there], face_index=[0, 1, 1])
+    assert counts(run(gallery.path, one_photo=False)) == (3, 3, 0, 0)
+
+
+def test_new_faces_alone_in_a_gallery_whose_clusters_are_empty(gallery: Gallery) -> None:
+    remove(gallery, {row["uri"] for row in tables(gallery)[0]})
+    assert counts(run(gallery.path)) == (0, 0, 0, PERSONS * EACH)
+    assert counts(run(gallery.path)) == (0, 0, 0, 0)
+    add(gallery, np.repeat([1, 2], 4), 1000)
+    assert counts(run(gallery.path)) == (8, 0, 2, 0)
+    assert persons(tables(gallery)[0]) in ({"person1": {60}, "person2": {61}}, {"person1": {61}, "person2": {60}})
+
+
+def test_without_clusters_it_says_how_to_make_them(tmp_path: Path) -> None:
+    made = add(Gallery.create(str(tmp_path / "g"), DLIB), np.zeros(3, int), 0)
+    with pytest.raises(EvaluationError, match=r"`facepipe cluster .*` makes them"):
+        run(made.path)
+    assert not (tmp_path / "g" / "reports").exists()
+    with pytest.raises(GalleryError, match="no gallery at"):
+        run(str(tmp_path / "none"))
+
+
+def test_what_is_damaged_is_named(gallery: Gallery) -> None:
+    state = Path(gallery.path, "reports", "cluster", "state.npz")
+    state.write_bytes(b"x")
+    with pytest.raises(StorageError, match="cannot be added to"):
+        run(gallery.path)
+    Path(gallery.path, "reports", "cluster", "clusters.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match="cannot read"):
+        run(gallery.path)
+
+
+def test_an_interrupted_run_leaves_the_old_tables(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(gallery)
+    add(gallery, np.arange(5), 1000)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_clusters", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(gallery.path)
+    assert files(gallery) == before
+    folder = Path(gallery.path, "reports", "cluster")
+    folder.rename(folder.with_suffix(".old"))  # as when a run is killed while it puts the new tables in place
+    assert counts(run(gallery.path)) == (5, 5, 0, 0)
+    assert set(files(gallery)) == set(before)
+    assert set(os.listdir(Path(gallery.path, "reports"))) <= {"cluster", "graph", ".lock"}
+    with writer_lock(os.path.join(gallery.path, "reports"), "reports"), pytest.raises(GalleryBusyError):
+        run(gallery.path)
+
+
+@pytest.mark.parametrize("known", [0, 1, 5])
+def test_assign_is_by_the_mean_over_a_clusters_faces(known: int) -> None:
+    """Against a double loop."""
+    truth = np.repeat(np.arange(known), 4)
+    old, new = Faces().draw(truth, 0), Faces().draw(np.arange(8), 1)
+    singles = Clusters.single(old, np.zeros(len(old), np.float32))
+    clusters = singles.merged(truth) if known else singles
+    placed = assign(Clusters.single(new, np.zeros(8, np.float32)), clusters, 0.91, np.empty((0, 2), np.int64))
+    mean = np.array([[(new[n] @ old[truth == k].T).mean() for k in range(known)] for n in range(8)]).reshape(8, known)
+    best = mean.argmax(axis=1) if known else np.zeros(8, int)
+    near = mean.max(axis=1, initial=-1) >= 0.91
+    assert placed.cluster.tolist() == np.where(near, best, -1).tolist()
+    assert ((placed.own >= 0) == ~near).all()
+    assert (placed.cluster[:known] == np.arange(known)).all(), "there is something to find"
