@@ -59,6 +59,7 @@ def _show(summary: Any) -> None:
         ("one person under two names, pairs", summary.merges),
         ("two persons under one name", summary.splits),
         ("in the clean lists", summary.listed),
+        ("paths in msceleb.txt are relative to", summary.root or "nothing"),
         ("edge recall", f"{summary.recall:.4f}"),
         ("report", f"{summary.out}/report.html"),
     ]

@@ -68,6 +68,7 @@ class CleanSummary:
 
     wrong: expected number of wrong labels; errors: of wrong decisions
     swapped, nobody: shares of labels that are another identity's, and of faces that belong to no identity here
+    root: the folder that paths in msceleb.txt are relative to
     """
 
     labelled: int = 0
@@ -83,6 +84,7 @@ class CleanSummary:
     splits: int = 0
     listed: int = 0
     unlisted: int = 0
+    root: str = ""
     recall: float = 1.0
     out: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -134,7 +136,7 @@ def _cleaned(config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, na
     photo, prior = _photos(gallery, graph, label)
     belief = believe(faces, pool, prior, _start(pool, core(inside), prior), threshold, config.graph.seed)
     verdicts = decide.verdicts(pool, belief, len(label), photo)
-    verdicts = _unfit(config, graph, gallery, label, names, verdicts, pairs)
+    verdicts = _unfit(config, graph, gallery, label, verdicts)
     identities = summarise(faces, label, len(names), verdicts, inside, pairs, stricter(graph))
     settled = bool(belief.rounds and belief.rounds[-1]["moved"] < 0.01)
     return Cleaned(label, names, verdicts, belief, inside, identities, settled)
@@ -167,9 +169,7 @@ def _photos(gallery: Gallery, graph: Graph, label: Ids) -> tuple[Ids, npt.NDArra
     return photo, (1 / sharers).astype(np.float32)
 
 
-def _unfit(
-    config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, names: pa.Array, found: Verdicts, pairs: Pairs
-) -> Verdicts:
+def _unfit(config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, found: Verdicts) -> Verdicts:
     """Of the labels that are right, those of faces that training does not want."""
     rules, nodes = config.clean, graph.nodes
     small, blurred = (np.zeros(len(label), bool) for _ in range(2))
@@ -249,3 +249,4 @@ def _summarise(summary: CleanSummary, graph: Graph, found: Cleaned, written: lis
     summary.rounds = len(found.belief.rounds)
     summary.merges, summary.splits = len(found.identities.left), int((found.identities.apart > 0).sum())
     summary.listed, summary.unlisted, summary.recall = written.kept, written.unlisted, graph.info.recall
+    summary.root = written.root

@@ -43,11 +43,16 @@ _BREAKS = ("\n", "\r")
 
 @dataclass
 class Written:
-    """What is in the lists. unlisted: kept images whose path no text list can hold; they are in the CSV."""
+    """What is in the lists.
+
+    unlisted: kept images whose path no text list can hold; they are in the CSV
+    root: what paths in msceleb.txt are relative to
+    """
 
     kept: int = 0
     relabelled: int = 0
     unlisted: int = 0
+    root: str = ""
 
 
 def decision_rows(
@@ -92,16 +97,15 @@ def _nullable(values: npt.NDArray[np.float32]) -> pa.Array:
 def write_lists(folder: str, relabels: bool) -> Written:
     """From decisions.parquet of a folder: clean.csv, clean.txt and msceleb.txt (path and number), labels.csv, and
     relabel.csv. With `relabels` the relabelled are in the clean lists, under their new identity."""
-    written, numbers = Written(), dict[str, int]()
     source = pq.ParquetFile(os.path.join(folder, "decisions.parquet"))
-    root = _common_folder(source)
+    written, numbers = Written(root=_common_folder(source)), dict[str, int]()
     try:
         with _Lists(folder) as lists:
             for batch in source.iter_batches(
                 _ROWS, columns=["face_id", "uri", "identity", "decision", "suggested", "noise"]
             ):
                 for row in batch.to_pylist():
-                    _write(row, lists, numbers, written, root, relabels)
+                    _write(row, lists, numbers, written, relabels)
         with open(os.path.join(folder, "labels.csv"), "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("label", "identity"), *((n, name) for name, n in numbers.items())])
     except OSError as error:
@@ -131,9 +135,7 @@ class _Lists:
             file.close()
 
 
-def _write(
-    row: dict[str, Any], lists: _Lists, numbers: dict[str, int], written: Written, root: str, relabels: bool
-) -> None:
+def _write(row: dict[str, Any], lists: _Lists, numbers: dict[str, int], written: Written, relabels: bool) -> None:
     moved = row["decision"] == RELABEL
     if moved:
         lists.relabel.writerow((row["uri"], row["identity"], row["suggested"], f"{row['noise']:.4f}", row["face_id"]))
@@ -147,7 +149,7 @@ def _write(
     if not _plain(uri):
         written.unlisted += 1
         return
-    short = uri.removeprefix(root)
+    short = uri.removeprefix(written.root)
     lists.text.write(f"{uri} {label}\n")
     lists.msceleb.write(f"{short if _plain(short) else uri} {label}\n")
 

@@ -19,7 +19,7 @@ _BINS = np.array([0.3, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf])
 LEAST = 0.3  # faces an identity must rest on to say anything
 _FEW = 8.0  # faces below which a distribution is not estimated
 _STRANGERS = 200_000  # pairs of a face and an identity that is not its own, from which the impostors' is
-_SURE = 20.0  # bounds of a log likelihood ratio
+_FOR, _AGAINST = 20.0, 6.0  # bounds of a log likelihood ratio: one face in 400 lies as far off as you like (pose, blur)
 _ROUNDS, _DAMPED, _SETTLED = 40, 8, 0.005
 _SWAPPED, _NOBODY = 0.15, 0.05  # where the estimate begins; a corpus of a few faces does not move it far
 
@@ -97,7 +97,7 @@ def log_ratio(genuine: Normal, impostor: Normal, similarity: Floats, weight: Flo
     """
     capped = np.minimum(similarity, np.float32(genuine.mean))
     ratio = genuine.log(capped, weight) - impostor.log(capped, weight)
-    return np.where(weight >= LEAST, np.clip(ratio, -_SURE, _SURE), 0).astype(np.float32)
+    return np.where(weight >= LEAST, np.clip(ratio, -_AGAINST, _FOR), 0).astype(np.float32)
 
 
 def _posterior(pool: Candidates, ratio: Floats, prior: Floats, swapped: float, lost: float) -> tuple[Floats, Floats]:

@@ -57,8 +57,8 @@ def clean_report(graph: Graph, gallery: Gallery, found: Cleaned) -> Report:
     notes = (
         "noise is the probability that a label is wrong. It comes from the corpus itself: how alike faces are to the "
         "rest of their identity and to others, and how often labels are swapped. No threshold is set by hand.",
-        "Expected errors are a lower bound: with labels of LFW swapped at random they were half of the real ones at 10 "
-        "and 20 % wrong labels, and a sixth at 40 %.",
+        "Expected errors were somewhat above the real ones on LFW with 10 and 20 % of the labels swapped, and a "
+        "quarter of them with 40 %.",
         "The lists and all decisions lie beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, "
         "decisions.parquet, identities.parquet.",
     )
