@@ -1,7 +1,6 @@
 """clean: a gallery with identity labels in, decisions on every label out, with clean lists and a report."""
 
 import os
-import time
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -17,7 +16,6 @@ from facepipe.cleaning.evidence import Candidates, Faces, Ids, candidates
 from facepipe.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.cleaning.model import believe
 from facepipe.cleaning.report import Cleaned, clean_report
-from facepipe.clusters import tables
 from facepipe.clusters.constraints import labels as given_labels
 from facepipe.clusters.constraints import same_photo
 from facepipe.duplicates import DuplicateRule, find_duplicates
@@ -29,7 +27,9 @@ from facepipe.gallery import Gallery
 from facepipe.graph import Graph
 from facepipe.graph.pairs import Pairs
 from facepipe.reports.html import write_report
+from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
+from pipelines.phases import Phases
 from pipelines.workspace import report_folder, reports_of
 
 NAME = "clean"
@@ -89,12 +89,6 @@ class CleanSummary:
     out: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def time(self, phase: str, began: float) -> float:
-        """Book the seconds since `began` to a phase; now."""
-        now = time.monotonic()
-        self.seconds[phase] = round(now - began, 3)
-        return now
-
 
 def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: None) -> CleanSummary:
     """Judge every label of a gallery into GALLERY/reports/clean/.
@@ -102,11 +96,12 @@ def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: Non
     Raises GalleryError where there is no label at all.
     """
     table = Gallery(gallery)
-    summary, began = CleanSummary(), time.monotonic()
+    summary = CleanSummary()
+    phases = Phases(summary.seconds)
     wide = replace(config.graph, reach=max(config.graph.reach, config.duplicates.radius))
     with report_folder(table, NAME) as folder:
         graph = open_graph([table], wide, config.run, os.path.join(reports_of(table), "graph"), progress)
-        began = summary.time("graph", began)
+        phases.end("graph")
         label, names = given_labels(table, graph.nodes)
         if not len(names):
             raise GalleryError(
@@ -115,11 +110,11 @@ def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: Non
             )
         progress(f"{int((label >= 0).sum())} labels of {len(names)} identities: judging")
         found = _cleaned(config, graph, table, label, names)
-        began = summary.time("judge", began)
+        phases.end("judge")
         progress("writing")
         written = _write(config, graph, table, found, folder)
         write_report(clean_report(graph, table, found), os.path.join(folder, "report.html"))
-        summary.time("write", began)
+        phases.end("write")
     _summarise(summary, graph, found, written)
     summary.out = os.path.join(reports_of(table), NAME)
     return summary
@@ -211,12 +206,12 @@ def _worse_copies(found: Verdicts, images: Images, image: Ids, copies: pa.Table,
 
 def _write(config: CleanConfig, graph: Graph, gallery: Gallery, found: Cleaned, folder: str) -> lists.Written:
     rows = lists.decision_rows(gallery, graph.nodes, found.verdicts, found.names, graph.info)
-    tables.write(os.path.join(folder, _DECISIONS), lists.DECISION_ROWS, rows)
+    write_rows(os.path.join(folder, _DECISIONS), lists.DECISION_ROWS, rows)
     identities = _identity_table(found.identities, found.names, found.inside, found.label)
     left, right = (found.names.take(pa.array(x)) for x in (found.identities.left, found.identities.right))
     merges = pa.table({"left": left, "right": right, "similarity": found.identities.similarity})
     for name, table in ((_IDENTITIES, identities), (_MERGES, merges)):
-        tables.write(os.path.join(folder, name), table.schema, iter([table]))
+        write_table(os.path.join(folder, name), table)
     return lists.write_lists(folder, config.clean.relabels)
 
 

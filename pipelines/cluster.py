@@ -1,7 +1,6 @@
 """cluster: a gallery's faces in, clusters of persons out: graph, merge, tables, report."""
 
 import os
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +18,9 @@ from facepipe.gallery import Gallery
 from facepipe.graph import Graph
 from facepipe.graph.cohort import Cohort
 from facepipe.reports.html import write_report
+from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
+from pipelines.phases import Phases
 from pipelines.workspace import report_folder, reports_of
 
 NAME = "cluster"
@@ -68,12 +69,6 @@ class ClusterSummary:
     out: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def time(self, phase: str, began: float) -> float:
-        """Book the seconds since `began` to a phase; now."""
-        now = time.monotonic()
-        self.seconds[phase] = round(now - began, 3)
-        return now
-
 
 def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: None) -> ClusterSummary:
     """Cluster all faces of a gallery into GALLERY/reports/cluster/.
@@ -81,21 +76,22 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
     Raises GalleryError where there is no face, or too few to find a threshold for a model that does not say one.
     """
     table = Gallery(gallery)
-    summary, began = ClusterSummary(algorithm=config.cluster.algorithm), time.monotonic()
+    summary = ClusterSummary(algorithm=config.cluster.algorithm)
+    phases = Phases(summary.seconds)
     with report_folder(table, NAME) as folder:
         graph = open_graph([table], config.graph, config.run, os.path.join(reports_of(table), "graph"), progress)
-        began = summary.time("graph", began)
+        phases.end("graph")
         progress(f"{graph.info.edges} edges: merging")
         apart = same_photo(table, graph.nodes) if config.cluster.one_photo else None
         together = given_labels(table, graph.nodes)[0] if config.cluster.identities else None
         labels, clusters = cluster(graph, config.cluster.algorithm, apart, together)
-        began = summary.time("merge", began)
+        phases.end("merge")
         found = _reviewed(graph, labels, clusters, config.cluster.algorithm)
-        began = summary.time("review", began)
+        phases.end("review")
         progress(f"{len(clusters)} clusters: writing")
         _write(table, graph, found, folder)
         write_report(cluster_report(graph, table, found), os.path.join(folder, "report.html"))
-        summary.time("write", began)
+        phases.end("write")
     info = graph.info
     summary.faces, summary.clusters, summary.edges = info.faces, len(clusters), info.edges
     summary.singletons, summary.largest = int((clusters.size == 1).sum()), int(clusters.size.max())
@@ -121,7 +117,7 @@ def _write(gallery: Gallery, graph: Graph, found: Found, folder: str) -> None:
     medoid = np.zeros(len(labels), bool)
     medoid[found.medoids] = True
     rows = tables.face_rows(gallery, graph.nodes, ids[labels], size[labels], found.fits, medoid)
-    tables.write(os.path.join(folder, tables.FACES), tables.FACE_ROWS, rows)
+    write_rows(os.path.join(folder, tables.FACES), tables.FACE_ROWS, rows)
     order = np.argsort(ids)
     face_ids = graph.nodes.ids
     made = pa.table(
@@ -136,7 +132,7 @@ def _write(gallery: Gallery, graph: Graph, found: Found, folder: str) -> None:
     together = pa.table({"left": ids[merges.left], "right": ids[merges.right], "similarity": merges.similarity})
     apart = pa.table({"cluster": ids[splits.left], "leaving": splits.right, "similarity": splits.similarity})
     for name, table in ((tables.CLUSTERS, made), (tables.MERGES, together), (tables.SPLITS, apart)):
-        tables.write(os.path.join(folder, name), table.schema, iter([table]))
+        write_table(os.path.join(folder, name), table)
     np.savez(os.path.join(folder, _STATE), cohort=graph.cohort.vectors, threshold=graph.info.threshold.similarity)
 
 

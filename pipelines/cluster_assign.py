@@ -17,6 +17,7 @@ from facepipe.clusters.linkage import Clusters
 from facepipe.gallery import Gallery
 from facepipe.graph.cohort import Cohort
 from facepipe.index.rows import unit_vectors
+from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM
 from pipelines.cluster import NAME, read_state
 from pipelines.graph import Progress
@@ -158,8 +159,8 @@ def _write(gallery: Gallery, folder: str, book: _Book, cluster: Ids, previous: p
     clusters = _clusters(previous, size, book, fresh, cluster)
     medoid = np.sort(clusters["medoid"].to_numpy())
     rows = _face_rows(gallery, book, fresh, cluster, size, medoid)
-    tables.write(os.path.join(folder, tables.FACES), tables.FACE_ROWS, rows)
-    tables.write(os.path.join(folder, tables.CLUSTERS), previous.schema, iter([clusters]))
+    write_rows(os.path.join(folder, tables.FACES), tables.FACE_ROWS, rows)
+    write_table(os.path.join(folder, tables.CLUSTERS), clusters)
 
 
 def _face_rows(gallery: Gallery, book: _Book, fresh: Ids, cluster: Ids, size: Ids, medoid: Ids) -> Iterator[pa.Table]:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -10,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.clusters import tables
-from facepipe.clusters.report import recall_note
 from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
 from facepipe.duplicates.crowds import face_pairs
 from facepipe.duplicates.gather import gather
@@ -19,9 +16,12 @@ from facepipe.duplicates.report import duplicates_report
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.graph import Graph
+from facepipe.graph.describe import recall_note
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
+from facepipe.reports.parquet import write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
+from pipelines.phases import Phases
 from pipelines.workspace import report_folder, reports_of
 
 NAME, OVERLAP = "dedup", "overlap"
@@ -54,12 +54,6 @@ class DedupSummary:
     out: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def time(self, phase: str, began: float) -> float:
-        """Book the seconds since `began` to a phase; now."""
-        now = time.monotonic()
-        self.seconds[phase] = round(now - began, 3)
-        return now
-
 
 def run(
     config: DedupConfig, gallery: str, against: str | None = None, progress: Progress = lambda line: None
@@ -74,7 +68,8 @@ def run(
             raise ConfigError("--against names the same gallery: leave it out to look for copies inside it")
         tables_[0].contract.require(tables_[1].contract, f"the gallery {tables_[1].path!r}")
     wide = replace(config.graph, reach=max(config.graph.reach, config.dedup.radius))
-    summary, began = DedupSummary(), time.monotonic()
+    summary = DedupSummary()
+    phases = Phases(summary.seconds)
     name = OVERLAP if against else NAME
     with report_folder(tables_[0], name) as folder:
         place = os.path.join(folder, "graph") if against else os.path.join(reports_of(tables_[0]), "graph")
@@ -82,10 +77,10 @@ def run(
             graph = open_graph(tables_, wide, config.run, place, progress)
         except ThresholdError:  # copies are told by distances of their own
             graph = open_graph(tables_, replace(wide, threshold=config.dedup.radius), config.run, place, progress)
-        began = summary.time("graph", began)
+        phases.end("graph")
         progress("comparing pictures")
         found, shared = _found(config, tables_, graph)
-        began = summary.time("compare", began)
+        phases.end("compare")
         progress("writing")
         _write(folder, found, shared, summary)
         recall = Figure("edge recall", f"{graph.info.recall:.4f}", recall_note(graph.info))
@@ -94,7 +89,7 @@ def run(
         summary.recall = graph.info.recall
         if against:
             shutil.rmtree(place)  # it holds the vectors of the other gallery
-        summary.time("write", began)
+        phases.end("write")
     summary.without_hash = _without_hash(tables_)
     summary.out = os.path.join(reports_of(tables_[0]), name)
     return summary
@@ -125,7 +120,7 @@ def _without_hash(galleries: list[Gallery]) -> int:
 def _write(folder: str, found: Duplicates, shared: pa.Table | None, summary: DedupSummary) -> None:
     named = [("pairs", found.pairs), ("groups", found.groups), ("decisions", found.decisions)]
     for name, table in named + ([("identities", shared)] if shared is not None else []):
-        tables.write(os.path.join(folder, f"{name}.parquet"), table.schema, iter([table]))
+        write_table(os.path.join(folder, f"{name}.parquet"), table)
     decided = found.decisions.filter(pc.equal(found.decisions["side"], 0))
     for name in ("keep", "drop"):
         uris = decided.filter(pc.equal(decided["decision"], name))["uri"]

@@ -11,9 +11,9 @@ from facepipe.cleaning.decide import DECISIONS, KEEP, OUTLIER, REASONS, RELABEL,
 from facepipe.cleaning.evidence import Ids
 from facepipe.cleaning.identities import Parts, Summary
 from facepipe.cleaning.model import Belief
-from facepipe.clusters.report import recall_note
 from facepipe.gallery import Gallery
 from facepipe.graph import Graph
+from facepipe.graph.describe import recall_note
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import linear_edges, log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from facepipe.clusters.linkage import Clusters
 from facepipe.clusters.review import Suspects
 from facepipe.gallery import Gallery
-from facepipe.graph import Graph, GraphInfo
-from facepipe.graph.threshold import EDGES
+from facepipe.graph import Graph
+from facepipe.graph.describe import pair_histogram, recall_note, threshold_note
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import log_edges, series
-from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Series
+from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -66,34 +66,6 @@ def cluster_report(graph: Graph, gallery: Gallery, found: Found) -> Report:
         notes=notes,
         groups_total=groups.total,
     )
-
-
-def threshold_note(info: GraphInfo) -> str:
-    """Where the threshold came from."""
-    if not info.threshold.estimated:
-        return "distance; given, or the model's own: too few faces to find it"
-    return f"distance, found from the data: {info.threshold.impostors:.0%} of the pairs below it would be two persons"
-
-
-def recall_note(info: GraphInfo) -> str:
-    """How the recall was found."""
-    if info.exact:
-        return "every face was compared with every other"
-    return f"of {info.sampled:,} edges that comparing everything finds for a sample"
-
-
-def pair_histogram(graph: Graph) -> Histogram:
-    """Distances of random pairs, with the threshold."""
-    info, counts = graph.info, graph.histogram
-    used = np.flatnonzero(counts)
-    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
-    step = max(1, (last - first) // 120)
-    edges = EDGES[first : last + step : step]
-    sums = np.add.reduceat(counts[first:last], np.arange(0, last - first, step))
-    bounds = tuple(float(x) for x in [info.distance_at(e) for e in edges[: len(sums) + 1]][::-1])
-    bars = Series("pairs", bounds, tuple(float(x) for x in sums[::-1][: len(bounds) - 1]))
-    mark = Mark(info.distance, "threshold")
-    return Histogram("Distances of random pairs of faces", "distance", (bars,), (mark,), log=True)
 
 
 def _sizes(sizes: Ids) -> Histogram:

@@ -56,19 +56,6 @@ def face_rows(
         yield pa.table([pa.chunked_array([c]) if isinstance(c, pa.Array) else c for c in columns], schema=FACE_ROWS)
 
 
-def write(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
-    """Stream tables into a Parquet file; how many rows."""
-    rows = 0
-    try:
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table)
-                rows += table.num_rows
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
-    return rows
-
-
 def read(gallery: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """A table of the gallery's cluster report."""
     path = os.path.join(gallery, "reports", "cluster", name)

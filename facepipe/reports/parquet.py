@@ -1,0 +1,26 @@
+"""Tables of a report, streamed into Parquet."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from facepipe.errors import StorageError
+
+
+def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
+    """Stream tables into a Parquet file; how many rows."""
+    rows = 0
+    try:
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
+                rows += table.num_rows
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    return rows
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    """A table that is in memory."""
+    write_rows(path, table.schema, iter([table]))
