@@ -255,7 +255,7 @@ class _Builder:
 def stricter(made: Graph) -> float:
     """A similarity above the threshold, from which two faces are one person with little doubt."""
     threshold = made.info.threshold
-    found = estimate(made.histogram, _DOUBT * threshold.impostors) if threshold.estimated else None
+    found = estimate(made.histogram, len(made.nodes), _DOUBT * threshold.impostors) if threshold.estimated else None
     return max(found.similarity, threshold.similarity) if found else threshold.similarity + _STRICTER
 
 

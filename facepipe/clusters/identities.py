@@ -86,11 +86,16 @@ def _forbidden(labels: Ids, apart: Ids | None) -> Ids | None:
 
 
 def near_means(clusters: Clusters, threshold: float) -> tuple[Ids, Ids]:
-    """Pairs (u (m,), v (m,)) of clusters whose mean similarity reaches about the threshold."""
-    means, density = clusters.means, clusters.density
+    """Pairs (u (m,), v (m,)) of clusters of several faces whose mean similarity reaches about the threshold.
+
+    Single faces are left out: what the graph did not find for them, as many comparisons would not find now.
+    """
+    several = np.flatnonzero(clusters.size > 1)
+    means, density = clusters.means[several], clusters.density[several]
     cells = train(means, seed=0)
     if len(cells.centres) == 1:
-        return candidates(means, density, threshold, _NEIGHBOURS)
+        u, v = candidates(means, density, threshold, _NEIGHBOURS)
+        return several[u], several[v]
     found = []
     with tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         layout = Layout.make(means, cells, folder)
@@ -100,4 +105,4 @@ def near_means(clusters: Clusters, threshold: float) -> tuple[Ids, Ids]:
             new = layout.first_met(cell, inside, u, v)
             found.append((inside[u[new]], inside[v[new]]))
     u, v = (np.concatenate(column) for column in zip(*found, strict=True))
-    return u, v
+    return several[u], several[v]

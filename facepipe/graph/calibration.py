@@ -49,7 +49,7 @@ def calibrate(vectors: Vectors, asked: Asked) -> Calibration:
         cohort = thinned(Cohort.draw(vectors, asked.seed), asked.card)
         density = cohort.density(vectors)
         counts = histogram(vectors, density, sample)
-        threshold = _found(counts, float(density.mean()), asked)
+        threshold = _found(counts, len(vectors), float(density.mean()), asked)
         if threshold:
             return Calibration(cohort, density, counts, threshold)
     density = np.zeros(len(vectors), np.float32)
@@ -67,10 +67,10 @@ def given(distance: float, density: float) -> Threshold:
     return Threshold(1 - distance**2 / 2 - density, float("nan"), float("nan"), estimated=False)
 
 
-def _found(counts: Counts, density: float, asked: Asked) -> Threshold | None:
+def _found(counts: Counts, faces: int, density: float, asked: Asked) -> Threshold | None:
     if asked.threshold:
         return given(asked.threshold, density)
-    found = estimate(counts, asked.impostors)
+    found = estimate(counts, faces, asked.impostors)
     if found is None or asked.card is None:
         return found
     distance = np.sqrt(max(0.0, 2 - 2 * (found.similarity + density)))
@@ -81,7 +81,7 @@ def thinned(cohort: Cohort, card: float | None) -> Cohort:
     """At most three faces of a person: one who makes up much of a gallery would count as a crowd of strangers."""
     vectors = cohort.vectors
     flat = np.zeros(len(vectors), np.float32)
-    found = estimate(histogram(vectors, flat, np.arange(len(vectors))), _FEW_IMPOSTORS)
+    found = estimate(histogram(vectors, flat, np.arange(len(vectors))), len(vectors), _FEW_IMPOSTORS)
     if found is None and card is None:
         return cohort
     threshold = found.similarity if found else given(card or 0.0, 0.0).similarity

@@ -2,7 +2,8 @@
 
 Nearly all pairs of a gallery are of two persons, so the bulk of their similarities is the null distribution; its tail
 is extrapolated by a cubic fitted to the logarithm of the density (an empirical null, Efron, JASA 2004), and the
-threshold is where a given share of the pairs above it would be impostors.
+threshold is where a given share of the pairs above it would be impostors. Where hardly anybody is there twice that share is never
+reached; then it is where a face has few impostors.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ Counts = npt.NDArray[np.int64]
 IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/performance.md)
 _LOW, _HIGH, _STEP = -0.5, 1.0, 0.0005
 EDGES = np.arange(_LOW, _HIGH + _STEP, _STEP)
+_IMPOSTORS_EACH = 0.25  # for each unit of the share: the threshold is never beyond where a face has so many
+_HONEST = 2.0  # times the pairs that are there, the most that a fit to the bulk may expect
 _COLUMNS = 65536
 _UPPER, _LOWER = 0.5, 0.005  # of the bulk that is fitted: the share of pairs above its beginning, above its end
 _PURE = 10  # the fitted bulk holds at least this many times the pairs of one person
@@ -51,8 +54,8 @@ def histogram(vectors: Vectors, densities: Densities, sample: Ids) -> Counts:
     return counts
 
 
-def estimate(counts: Counts, impostors: float = IMPOSTORS) -> Threshold | None:
-    """The threshold from a histogram of similarities; None where it does not show where one person ends.
+def estimate(counts: Counts, faces: int, impostors: float = IMPOSTORS) -> Threshold | None:
+    """The threshold for n faces from a histogram of similarities; None where it does not show where one person ends.
 
     The fit is repeated with a smaller share of the tail once it is known how many pairs of one person lie in it.
     """
@@ -67,12 +70,14 @@ def estimate(counts: Counts, impostors: float = IMPOSTORS) -> Threshold | None:
             return found
         share = expected / np.maximum(1, above)
         bulk = int(np.argmax(above <= lower * total))
-        passed = np.flatnonzero((share <= impostors) & (np.arange(len(counts)) >= bulk) & (above > 0))
+        each = expected / total * faces
+        few = (share <= impostors) | (each <= _IMPOSTORS_EACH * impostors) & (share <= _HONEST)
+        passed = np.flatnonzero(few & (above > 0) & (np.arange(len(counts)) >= bulk))
         if not passed.size:
             return found
         at = int(passed[0])
-        genuine = float((above[at] - expected[at]) / total)
-        found = Threshold(float(EDGES[at]), genuine, float(share[at]))
+        genuine = max(0.0, float((above[at] - expected[at]) / total))
+        found = Threshold(float(EDGES[at]), genuine, min(1.0, float(share[at])))
         wanted = min(max(_PURE * genuine, 100 / total, 1e-5), _UPPER / 3)
         if abs(np.log(wanted / lower)) < 0.1:
             break

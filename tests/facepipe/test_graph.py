@@ -331,7 +331,7 @@ def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float,
     identities, vectors = drawn(count, mean, seed)
     density = Cohort.draw(vectors, 0).density(vectors)
     sample = truth.draw(count, 0)
-    found = estimate(histogram(vectors, density, sample), impostors)
+    found = estimate(histogram(vectors, density, sample), len(vectors), impostors)
     assert found is not None
     assert found.estimated
     assert found.impostors <= impostors
@@ -347,7 +347,7 @@ def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float,
 def test_fewer_impostors_mean_a_higher_threshold() -> None:
     _, vectors = drawn(2000, mean=2)
     counts = histogram(vectors, np.zeros(2000, np.float32), np.arange(2000))
-    found = [estimate(counts, share) for share in (0.5, 0.2, 0.05, 0.01)]
+    found = [estimate(counts, len(vectors), share) for share in (0.5, 0.2, 0.05, 0.01)]
     values = [one.similarity for one in found if one is not None]
     assert len(values) == 4
     assert values == sorted(values)
@@ -372,15 +372,15 @@ def test_few_persons_show_no_threshold(count: int, mean: float) -> None:
     """Their pairs are no smooth null distribution: better none than a wrong one."""
     _, vectors = drawn(count, mean)
     density = Cohort.draw(vectors, 0).density(vectors)
-    assert estimate(histogram(vectors, density, np.arange(count))) is None
+    assert estimate(histogram(vectors, density, np.arange(count)), count) is None
 
 
 def test_what_shows_no_threshold_gives_none() -> None:
-    assert estimate(np.zeros(3000, np.int64)) is None
+    assert estimate(np.zeros(3000, np.int64), 10) is None
     for vectors in (sphere(2, 1), np.repeat(sphere(1, 1), 400, axis=0), sphere(20, 1)):
         counts = histogram(vectors, np.zeros(len(vectors), np.float32), np.arange(len(vectors)))
         assert counts.sum() == len(vectors) * (len(vectors) - 1)
-        assert estimate(counts) is None
+        assert estimate(counts, 10) is None
 
 
 @given(SEEDS, st.integers(1, 400), st.floats(0.001, 3), st.floats(0.001, 1))
@@ -390,7 +390,7 @@ def test_a_threshold_can_be_asked_of_any_faces(seed: int, count: int, spread: fl
     vectors = sphere(count, seed, spread)
     vectors[: count // 3] = vectors[0]
     density = Cohort.draw(vectors, 0).density(vectors)
-    found = estimate(histogram(vectors, density, np.arange(count)), impostors)
+    found = estimate(histogram(vectors, density, np.arange(count)), count, impostors)
     if found is not None:
         assert -0.5 <= found.similarity <= 1
         assert found.impostors <= impostors
