@@ -85,9 +85,11 @@ def open_graph(
     settings = json.dumps({name: value for name, value in asdict(config).items() if name in _DECIDES}, sort_keys=True)
     wanted = _identity(galleries, settings)
     if _is_of(folder, wanted):
-        found = Graph(folder)
-        progress(f"the graph of {found.info.faces} faces is up to date")
-        return found
+        with suppress(StorageError):
+            found = Graph(folder)
+            progress(f"the graph of {found.info.faces} faces is up to date")
+            return found
+        progress("the graph is damaged: making it anew")
     partial = folder.rstrip("/") + ".partial"
     if not _is_of(partial, wanted):  # it may be complete, but for its name
         _begin(partial, wanted)

@@ -2,8 +2,8 @@
 
 Nearly all pairs of a gallery are of two persons, so the bulk of their similarities is the null distribution; its tail
 is extrapolated by a cubic fitted to the logarithm of the density (an empirical null, Efron, JASA 2004), and the
-threshold is where a given share of the pairs above it would be impostors. Where hardly anybody is there twice that share is never
-reached; then it is where a face has few impostors.
+threshold is where a given share of the pairs above it would be impostors. Where hardly anybody is there twice that
+share is never reached; then it is where a face has few impostors.
 """
 
 from dataclasses import dataclass

@@ -424,3 +424,17 @@ def test_on_ray(gallery: Gallery, celled: Graph, small: None, tmp_path: Path) ->
     graph = make(gallery, tmp_path / "graph", GraphRunConfig("ray", 1))
     same(graph, celled)
     assert "RAY_ADDRESS" not in os.environ
+
+
+def test_a_gallery_of_strangers_has_few_edges(tmp_path: Path) -> None:
+    """Nobody is there twice: no share of impostors can be reached, and the model's own threshold would join thousands."""
+    graph = make(fill(tmp_path / "g", np.arange(6000), Faces().draw(np.arange(6000), 0)), tmp_path / "graph")
+    assert graph.info.threshold.estimated
+    assert len(graph.edges) < 0.2 * 6000
+
+
+def test_a_graph_with_truncated_vectors_is_made_anew(tmp_path: Path) -> None:
+    few = fill(tmp_path / "g", *drawn(400))
+    first = edges(make(few, tmp_path / "graph"))
+    os.truncate(tmp_path / "graph" / "vectors.npy", 100)
+    assert np.array_equal(keys(edges(make(few, tmp_path / "graph"))), keys(first))
