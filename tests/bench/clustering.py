@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from galleries import CONTRACT, Faces, append, rows
+from galleries import BLOCK, CONTRACT, Faces, append, rows
 
 from facepipe.clusters.identities import cluster
 from facepipe.evaluation.clusters import compare, evaluate_clusters
@@ -65,12 +65,22 @@ def mixed(path: Path, real: Gallery | None, count: int, mean: float) -> Gallery:
             uris = pa.array([REAL + str(n) for n in range(table.num_rows)])
             yield table.set_column(table.column_names.index("uri"), "uri", uris)
         done = 0
-        for identities, vectors in Faces(mean_size=mean).blocks(count):
+        for identities, vectors in whole_persons(count, mean):
             yield rows(identities, vectors, done)
             done += len(vectors)
 
     append(made, tables(), "mixed")
     return Gallery(str(path))
+
+
+def whole_persons(count: int, mean: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(identities, faces) in blocks; of less than a block the first persons with all their faces."""
+    for identities, vectors in Faces(mean_size=mean).blocks(max(count, BLOCK)):
+        if count < BLOCK:
+            first = np.argsort(identities, kind="stable")[:count]
+            yield identities[first], vectors[first]
+            return
+        yield identities, vectors
 
 
 def one(path: str) -> None:

@@ -55,7 +55,7 @@ class Faces:
         """(identities, faces) until there are `count`; each block holds whole identities in random order."""
         rng, first, done = np.random.default_rng([self.seed, 2]), 0, 0
         while done < count:
-            sizes = rng.geometric(1 / self.mean_size, max(1, int(min(BLOCK, count) / self.mean_size)))
+            sizes = rng.geometric(1 / self.mean_size, int(BLOCK / self.mean_size))
             identities = rng.permutation(np.repeat(np.arange(first, first + len(sizes)), sizes))[: count - done]
             yield identities, self.draw(identities, stream=done)
             first, done = first + len(sizes), done + len(identities)
