@@ -1,6 +1,5 @@
 """graph: a gallery's faces in, the edges between near ones out; restartable task by task, on this machine or on Ray."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -306,8 +305,3 @@ def _save(path: str, array: Any) -> None:
         os.replace(path + ".new", path)
     except OSError as error:
         raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
-
-
-def digest(text: str) -> str:
-    """A short name for a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

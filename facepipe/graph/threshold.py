@@ -14,7 +14,7 @@ import numpy.typing as npt
 from facepipe.graph.pairs import Densities, Ids, Vectors
 
 Counts = npt.NDArray[np.int64]
-IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/performance.md)
+IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/reports.md)
 _LOW, _HIGH, _STEP = -0.5, 1.0, 0.0005
 EDGES = np.arange(_LOW, _HIGH + _STEP, _STEP)
 _IMPOSTORS_EACH = 0.25  # for each unit of the share: the threshold is never beyond where a face has so many

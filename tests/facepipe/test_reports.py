@@ -21,8 +21,9 @@ import facepipe
 from facepipe.errors import StorageError
 from facepipe.reports import Face, Figure, Group, Histogram, Mark, Report, Series, Table, write_report
 from facepipe.reports.chart import HEIGHT, WIDTH, chart
+from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import linear_edges, log_edges, log_ticks, number, series, ticks
-from facepipe.reports.thumbs import shrink, thumbnails
+from facepipe.reports.thumbs import shrink
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
@@ -244,15 +245,16 @@ def test_a_chart_stays_in_its_frame(rows: list[Any], lines: Any, log: bool, log_
     assert not any("nan" in path or "inf" in path for path in (*drawn.areas, *drawn.outlines))
 
 
-def test_thumbnails_of_a_gallery(drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_shown_of_faces(drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
     embed(drawings, tmp_path / "g", fakes)
     gallery = facepipe.Gallery(str(tmp_path / "g"))
-    table = gallery.to_arrow(["face_id", "thumb"], "face_id is not null").to_pylist()
+    table = gallery.to_arrow(["face_id", "uri", "identity", "thumb"], "face_id is not null").to_pylist()
     ids = [row["face_id"] for row in table]
-    found = thumbnails(gallery, np.array([*ids[::2], ids[0], 7], np.int64))
-    assert found == {row["face_id"]: row["thumb"] for row in table[::2] if row["thumb"]}
-    assert all(shrink(data) for data in found.values())
-    assert thumbnails(gallery, np.array([], np.int64)) == {}
+    found = shown(gallery, np.array([*ids[::2], ids[0], 7], np.int64))
+    assert found == {row["face_id"]: Shown(row["uri"], row["identity"], row["thumb"]) for row in table[::2]}
+    assert all(shrink(face.thumb) for face in found.values() if face.thumb)
+    assert any(face.thumb for face in found.values())
+    assert shown(gallery, np.array([], np.int64)) == {}
 
 
 @pytest.fixture(scope="module")
