@@ -12,7 +12,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
 
-from facepipe.imaging.header import Header
+from facepipe.imaging.header import Header, without_animation
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -38,6 +38,8 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> Pixels:
     Alpha is dropped, grey and CMYK become RGB, 16 bits become 8, an animation gives its first frame.
     """
     try:
+        if header.format == "png" and data.find(b"acTL", 0, data.find(b"IDAT")) > 0:
+            data = without_animation(data)
         flags = _REDUCED[reduce if header.format == "jpeg" else 1] | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except (cv2.error, MemoryError) as error:

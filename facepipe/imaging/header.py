@@ -7,17 +7,22 @@ TIFF 6.0 (section 2), ISO BMFF `ispe` (AVIF), JPEG 2000 `ihdr`, Netpbm.
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 
 class Header(NamedTuple):
-    """Stored width and height in pixels, before the EXIF orientation (1-8) is applied."""
+    """Stored width and height in pixels, before the EXIF orientation (1-8) is applied.
+
+    scans: how often a decoder goes over the whole picture (progressive JPEG)
+    """
 
     format: str
     width: int
     height: int
     orientation: int = 1
+    scans: int = 1
 
     @property
     def oriented(self) -> tuple[int, int]:
@@ -37,7 +42,7 @@ def probe(data: bytes) -> Header:
         if matches(data):
             try:
                 header = parse(data)
-            except (struct.error, IndexError) as error:
+            except (struct.error, IndexError, OverflowError) as error:
                 raise HeaderError("header ends early") from error
             if header.width <= 0 or header.height <= 0:
                 raise HeaderError(f"{header.format} of size {header.width}x{header.height}")
@@ -46,45 +51,79 @@ def probe(data: bytes) -> Header:
 
 
 _SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
-_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+# Garbage, fill bytes, coded data (where FF is followed by 00) and markers without a segment are passed over.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
+# Far more than cameras and editors write; a file of empty segments would else keep Python busy for minutes.
+_MAX_SEGMENTS = 1 << 16
+
+
+def _segments(data: bytes, at: int = 2) -> Iterator[tuple[int, int]]:
+    """(marker, offset) of a JPEG's segments up to the image's end."""
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if not found or data[found.start() + 1] == 0xD9:
+            return
+        at = found.start()
+        yield data[at + 1], at
+        at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
+    raise HeaderError(f"jpeg of more than {_MAX_SEGMENTS} segments")
 
 
 def _jpeg(data: bytes) -> Header:
-    at, orientation = 2, None
-    while at < len(data):
-        if data[at] != 0xFF:
-            at = data.find(b"\xff", at)  # decoders skip garbage between segments too
-            if at < 0:
-                break
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif marker in _STANDALONE or marker == 0x00:
-            at += 2
-        elif marker in _SOF:
+    orientation = None
+    for marker, at in _segments(data):
+        if marker in _SOF:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return Header("jpeg", width, height, orientation or 1)
-        elif marker in (0xD9, 0xDA):
+            return Header("jpeg", width, height, orientation or 1, _scans(data, at))
+        if marker == 0xDA:
             break
-        else:
+        if orientation is None and marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             size = int.from_bytes(data[at + 2 : at + 4], "big")
-            if orientation is None and marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-                orientation = _exif_orientation(data[at + 10 : at + 2 + size])
-            at += 2 + max(size, 2)
+            orientation = _exif_orientation(data[at + 10 : at + 2 + size])
     raise HeaderError("jpeg without a frame header")
+
+
+def _scans(data: bytes, frame: int) -> int:
+    """Passes over the picture from its frame header on; 1 without a look at the rest where decoders make only one."""
+    scans = 0
+    for marker, at in _segments(data, frame):
+        if marker == 0xDA:
+            scans += 1
+            if scans == 1 and data[frame + 1] not in _PROGRESSIVE and data[at + 4] >= data[frame + 9]:
+                return 1
+    return max(scans, 1)
 
 
 def _png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
-    at, orientation = 8, 1
-    while at + 8 <= len(data):
+    orientation = None
+    for kind, at, end in _chunks(data):
+        if kind == b"eXIf" and orientation is None:
+            orientation = _exif_orientation(data[at + 8 : end - 4])
+    return Header("png", width, height, orientation or 1)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start, end) of a PNG's chunks up to its last."""
+    at, kind = 8, b""
+    for _ in range(_MAX_SEGMENTS):
         size, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"eXIf":
-            orientation = _exif_orientation(data[at + 8 : at + 8 + size])
-        if kind in (b"eXIf", b"IEND"):
-            break
-        at += 12 + size
-    return Header("png", width, height, orientation)
+        end = at + 12 + size
+        if end > len(data):
+            # OpenCV fills as many gigabytes as a chunk claims before it finds the file too short.
+            raise HeaderError("png is truncated: a chunk reaches past its end")
+        yield kind, at, end
+        if kind == b"IEND":
+            return
+        at = end
+    raise HeaderError(f"png of more than {_MAX_SEGMENTS} chunks")
+
+
+def without_animation(data: bytes) -> bytes:
+    """A PNG's still picture alone: where an animation is damaged, OpenCV may return memory that it never wrote to."""
+    kept = [data[at:end] for kind, at, end in _chunks(data) if kind not in (b"acTL", b"fcTL", b"fdAT")]
+    return data[:8] + b"".join(kept)
 
 
 def _gif(data: bytes) -> Header:
@@ -114,7 +153,9 @@ def _webp(data: bytes) -> Header:
 
 def _webp_orientation(data: bytes) -> int:
     at = 12
-    while at + 8 <= len(data):
+    for _ in range(_MAX_SEGMENTS):
+        if at + 8 > len(data):
+            break
         kind, size = data[at : at + 4], struct.unpack_from("<I", data, at + 4)[0]
         if kind == b"EXIF":
             return _exif_orientation(data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0"))
@@ -162,21 +203,32 @@ def _is_avif(data: bytes) -> bool:
 
 def _avif(data: bytes) -> Header:
     # Every item has a size box, tiles and thumbnails too; the picture's is the largest.
-    sizes = [struct.unpack_from(">II", data, box.end()) for box in _ISPE.finditer(data)]
+    boxes = islice(_ISPE.finditer(data), _MAX_SEGMENTS)
+    sizes = [struct.unpack_from(">II", data, box.end()) for box in boxes]
     if not sizes:
         raise HeaderError("avif without a size")
     return Header("avif", *max(sizes, key=lambda size: size[0] * size[1]))
 
 
 def _jp2(data: bytes) -> Header:
-    at = data.find(b"ihdr")
-    if at < 0:
-        raise HeaderError("jpeg 2000 without a size")
-    height, width = struct.unpack_from(">II", data, at + 4)
-    return Header("jp2", width, height)
+    """The size in the code stream, which decoders go by; the one in the box `ihdr` before it may say anything."""
+    at = 0
+    for _ in range(_MAX_SEGMENTS):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        inside = at + 8
+        if size == 1:
+            size, inside = struct.unpack_from(">Q", data, inside)[0], inside + 8
+        if kind == b"jp2c" or size < 8:
+            break
+        at += size
+    if kind != b"jp2c" or data[inside : inside + 4] != b"\xff\x4f\xff\x51":
+        raise HeaderError("jpeg 2000 without a code stream")
+    right, bottom, left, top = struct.unpack_from(">IIII", data, inside + 8)
+    return Header("jp2", right - left, bottom - top)
 
 
-_PNM = re.compile(rb"P[1-6](?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s")
+# A comment ends at a carriage return too: what decoders read behind one must not be hidden from us.
+_PNM = re.compile(rb"P[1-6](?:\s|#[^\r\n]*[\r\n])+(\d{1,9})(?:\s|#[^\r\n]*[\r\n])+(\d{1,9})\s")
 
 
 def _pnm(data: bytes) -> Header:

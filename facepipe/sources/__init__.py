@@ -8,7 +8,7 @@ from facepipe.errors import SourceError
 from facepipe.sources.folder import FolderSource
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import Source, WorkItem
-from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension
+from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension, is_web
 from facepipe.sources.listfile import ListSource
 from facepipe.sources.object_store import ObjectStoreSource
 from facepipe.sources.parquet import ParquetSource
@@ -30,7 +30,8 @@ class SourceConfig:
     identity: auto (a label of the list, else the folder's name where images lie exactly one folder deep),
         folder, filename (left of the last `_`), label, none
     name: name of the corpus in the gallery's `source` column; by default the last part of the uri
-    root: folder that a list's paths are relative to; by default the list's own
+    root: folder that a list's paths are relative to, by default the list's own, which they do not lead out of; where it
+        is set, absolute paths, URLs and the targets of links must lie inside it too
     """
 
     uri: str = ""
@@ -43,6 +44,10 @@ class SourceConfig:
 def open_source(config: SourceConfig) -> Source:
     """The source a config describes. Raises SourceError where there is nothing at its uri."""
     uri = config.uri
+    if is_web(uri):
+        raise SourceError(
+            "facepipe reads no http(s) URLs: fetch the images first, or name a bucket (s3://, gs://, az://)"
+        )
     kind = _kind_of(uri) if config.kind == "auto" else config.kind
     if kind not in ("glob", "object_store") and not is_remote(uri) and not os.path.exists(uri):
         raise SourceError(f"no such file or folder: {uri!r}")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from facepipe.sources.identity import IdentityRule, rule
-from facepipe.sources.item import WorkItem, file_uri
+from facepipe.sources.item import WorkItem, broken, file_uri
 from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension, is_hidden
 from facepipe.sources.tar import tar_items
 
@@ -19,11 +19,18 @@ class Expander:
         self.ignored = 0
         self._identify = rule(identity)
 
-    def __call__(self, path: str | bytes, relative: str, fingerprint: str | None) -> Iterator[WorkItem]:
-        """The items of one file; `relative` is its path below the source's root, with `/`."""
+    def __call__(
+        self, path: str | bytes, relative: str, fingerprint: str | None, special: bool = False
+    ) -> Iterator[WorkItem]:
+        """The items of one file; `relative` is its path below the source's root, with `/`.
+
+        special: it is a device, FIFO or socket, and must not be opened
+        """
         kind = extension(relative)
         if is_hidden(relative) or kind not in (*IMAGE_EXTENSIONS, "tar"):
             self.ignored += 1
+        elif special:
+            yield broken(path, "not a regular file")
         elif kind == "tar":
             yield from tar_items(os.fsdecode(path), self._identify)
         else:

@@ -6,14 +6,23 @@ from itertools import islice
 
 from facepipe.sources.files import Expander
 from facepipe.sources.identity import IdentityRule
-from facepipe.sources.item import WorkItem, broken
+from facepipe.sources.item import WorkItem, broken, is_special
 from facepipe.storage import local_fingerprint
 
 _SORT_RUN = 100_000
 
+_Parents = tuple[tuple[int, int], ...]
+_Listing = Iterator["WorkItem | _Listing"]
+
 
 class FolderSource:
-    """Every image (and tar shard) below a folder. Symbolic links are followed, but not one back to a parent folder."""
+    """Every image (and tar shard) below a folder.
+
+    Symbolic links are followed, out of the root too, since datasets are often farms of links; an image is known by the
+    link's path. A link back to a parent folder is passed over. A folder that is linked to from within a linked folder
+    is listed once, and a row says where it was left out: folders that link to each other would multiply without end.
+    A link that leads nowhere is a row. Devices, FIFOs and sockets are rows, and are never opened.
+    """
 
     def __init__(self, root: str, identity: IdentityRule = "auto", name: str | None = None):
         self.root = os.path.abspath(root)
@@ -21,6 +30,7 @@ class FolderSource:
         self._expand = Expander(identity)
         self._wanted: Callable[[str], bool] = lambda relative: True
         self._depth: int | None = None
+        self._nested: set[tuple[int, int]] = set()
 
     @property
     def ignored(self) -> int:
@@ -33,35 +43,56 @@ class FolderSource:
 
     def __iter__(self) -> Iterator[WorkItem]:
         self._expand.ignored = 0
-        return self._walk(os.fsencode(self.root), "", ())
+        self._nested.clear()
+        return self._walk()
 
-    def _walk(self, folder: bytes, relative: str, parents: tuple[tuple[int, int], ...]) -> Iterator[WorkItem]:
+    def _walk(self) -> Iterator[WorkItem]:
+        """Depth first, with a stack of its own: folders may lie deeper than Python's calls may."""
+        open_folders = [self._folder(os.fsencode(self.root), "", (), 0)]
+        while open_folders:
+            found = next(open_folders[-1], None)
+            if found is None:
+                open_folders.pop()
+            elif isinstance(found, WorkItem):
+                yield found
+            else:
+                open_folders.append(found)
+
+    def _folder(self, folder: bytes, relative: str, parents: "_Parents", links: int) -> "_Listing":
+        """The items of a folder, and listings of the folders in it; `links` is how many links lead to it."""
         try:
             info = os.stat(folder)
             here = (info.st_dev, info.st_ino)
             if here in parents:
                 return
+            if links > 1:
+                if here in self._nested:
+                    yield broken(folder, "a link to a folder that was listed before")
+                    return
+                self._nested.add(here)
             with os.scandir(folder) as entries:
                 # Sorted runs: a readable order, and bounded memory in a folder of millions.
                 while run := sorted(islice(entries, _SORT_RUN), key=lambda entry: entry.name):
                     for entry in run:
                         name = os.fsdecode(entry.name)
-                        yield from self._entry(entry, f"{relative}/{name}" if relative else name, (*parents, here))
+                        path = f"{relative}/{name}" if relative else name
+                        if not _is_dir(entry):
+                            yield from self._file(entry, path)
+                        elif self._depth is None or len(parents) < self._depth:
+                            more = links + 1 if entry.is_symlink() else links
+                            yield self._folder(entry.path, path, (*parents, here), more)
         except OSError as error:
             yield broken(folder, f"folder cannot be read: {(error.strerror or str(error)).lower()}")
 
-    def _entry(
-        self, entry: "os.DirEntry[bytes]", relative: str, parents: tuple[tuple[int, int], ...]
-    ) -> Iterator[WorkItem]:
-        if _is_dir(entry):
-            if self._depth is None or len(parents) <= self._depth:
-                yield from self._walk(entry.path, relative, parents)
-        elif self._wanted(relative):
-            try:
-                fingerprint: str | None = local_fingerprint(entry.stat())
-            except OSError:
-                fingerprint = None  # a dangling or looping link: reading it will say why
-            yield from self._expand(entry.path, relative, fingerprint)
+    def _file(self, entry: "os.DirEntry[bytes]", relative: str) -> Iterator[WorkItem]:
+        if not self._wanted(relative):
+            return
+        try:
+            info = entry.stat()
+        except OSError:
+            yield from self._expand(entry.path, relative, None)  # a dangling or looping link: reading it will say why
+        else:
+            yield from self._expand(entry.path, relative, local_fingerprint(info), is_special(info.st_mode))
 
 
 def _is_dir(entry: "os.DirEntry[bytes]") -> bool:

@@ -1,6 +1,8 @@
 """The work item: where one image is and what is known of it before a byte is read."""
 
 import os
+import re
+import stat
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
@@ -32,26 +34,63 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[WorkItem]: ...
 
 
+_LIKE_A_MEMBER = re.compile(rb"\.(?:tar|parquet|pq)#", re.IGNORECASE)
+
+
 def file_uri(path: str | bytes) -> str:
-    """The uri of a file: its absolute path or URL; a `file://` URL with %-escapes where the path is not UTF-8."""
+    """The uri of a file: its absolute path or URL; a `file://` URL with %-escapes where the path is not UTF-8, or where
+    it would read like the uri of a container's member.
+    """
     if is_remote(path):
-        return os.fsdecode(path)
+        return readable(os.fsdecode(path))
     absolute = os.path.abspath(os.fsencode(path))
     try:
-        return absolute.decode("utf-8")
+        return "file://" + quote(absolute) if _LIKE_A_MEMBER.search(absolute) else absolute.decode("utf-8")
     except UnicodeDecodeError:
         return "file://" + quote(absolute)
 
 
 def member_uri(container: str, member: str) -> str:
-    """The uri of an image inside a container file."""
+    """The uri of an image inside a container file. The member's name stays a name: `..` in it leads nowhere."""
+    return f"{container}#{readable(member)}"
+
+
+def readable(name: str) -> str:
+    """The name, with %-escapes where it is not UTF-8."""
     try:
-        member.encode("utf-8")
+        name.encode("utf-8")
     except UnicodeEncodeError:
-        member = quote(os.fsencode(member))
-    return f"{container}#{member}"
+        return quote(os.fsencode(name))
+    return name
 
 
-def broken(path: str | bytes, reason: str) -> WorkItem:
-    """An item that stands for something that could not be listed, so that it becomes a row and is not lost."""
-    return WorkItem(file_uri(path), os.fsencode(path), listing_error=reason)
+class Watched:
+    """A source that counts, while it is listed, the places that could not be listed."""
+
+    def __init__(self, source: Source):
+        self._source, self.name = source, source.name
+        self.broken = 0
+
+    @property
+    def ignored(self) -> int:
+        return self._source.ignored
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        self.broken = 0
+        for item in self._source:
+            self.broken += item.listing_error is not None
+            yield item
+
+
+def broken(path: str | bytes, reason: str, part: str = "") -> WorkItem:
+    """An item that stands for something that could not be listed, so that it becomes a row and is not lost.
+
+    part: the line or row of the file at `path` that it is about
+    """
+    uri = f"{file_uri(path)}#{part}" if part else file_uri(path)
+    return WorkItem(uri, os.fsencode(path), listing_error=reason)
+
+
+def is_special(mode: int) -> bool:
+    """Whether a file's mode is that of a device, FIFO or socket: opening one may block, or set something off."""
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

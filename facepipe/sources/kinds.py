@@ -13,6 +13,11 @@ def extension(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
+def is_web(name: str) -> bool:
+    """Whether a name is an http(s) URL, which facepipe does not read."""
+    return name.lower().startswith(("http://", "https://"))
+
+
 def is_hidden(name: str) -> bool:
     """Dot files: `.DS_Store`, `._photo.jpg` and the like are never images."""
     return os.path.basename(name).startswith(".")

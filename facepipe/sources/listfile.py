@@ -15,6 +15,7 @@ from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, named_image
 
 HEADER_URIS = (*URI_COLUMNS, "filename", "image", "image_id", "img")
 _SNIFF_LINES = 50
+_MAX_LINE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Layout:
 class ListSource:
     """Images named by a list file: `path label` (CASIA-WebFace), `identity_CelebA.txt`, an MS-Celeb-1M clean list
     (`m.0107_f/5-FaceId-0.jpg 0`), plain paths, or CSV/TSV with a header. Paths are relative to `root`,
-    by default the list's own folder.
+    by default the list's own folder, and must not lead out of it. Where `root` is given, absolute paths, URLs and the
+    targets of symbolic links must lie inside it as well.
     """
 
     def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None, root: str | None = None):
         self.path = path
+        self._confined = root is not None
         self.root = root if root is not None else os.path.dirname(os.path.abspath(path))
         self.name = name or os.path.splitext(os.path.basename(path))[0]
         self.ignored = 0
@@ -47,7 +50,7 @@ class ListSource:
     def __iter__(self) -> Iterator[WorkItem]:
         self.ignored = 0
         with self._open() as file:
-            layout = detect_layout(list(islice(file, _SNIFF_LINES)), self.path)
+            layout = detect_layout(list(islice(_lines(file), _SNIFF_LINES)), self.path)
         with self._open() as file:
             try:
                 for number, fields in _records(file, layout):
@@ -63,11 +66,11 @@ class ListSource:
 
     def _item(self, number: int, fields: list[str], layout: Layout) -> WorkItem:
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
-            return broken(f"{self.path}#line{number}", "the line names no image")
+            return broken(self.path, "the line names no image", f"line{number}")
         name = fields[layout.image].replace("\\", "/")
         label = None if layout.label is None else fields[layout.label]
         identity = self._identify(name, label)
-        return named_image(name, self.root, identity)
+        return named_image(name, self.root, identity, self._confined)
 
 
 def detect_layout(lines: list[str], path: str) -> Layout:
@@ -99,7 +102,10 @@ def _split(line: str, delimiter: str) -> list[str]:
     """The fields of one line."""
     if delimiter == " ":
         return line.split()
-    return next(csv.reader([line], delimiter=delimiter, quoting=_quoting(delimiter)), [])
+    try:
+        return next(csv.reader([line], delimiter=delimiter, quoting=_quoting(delimiter)), [])
+    except csv.Error:
+        return []
 
 
 def _quoting(delimiter: str) -> Literal[0, 3]:
@@ -116,8 +122,17 @@ def _paths_alone(lines: list[str]) -> bool:
     return sum(extension(line.strip()) in IMAGE_EXTENSIONS for line in lines) * 2 > len(lines)
 
 
-def _records(file: IO[str], layout: Layout) -> Iterator[tuple[int, list[str]]]:
+def _lines(file: IO[str]) -> Iterator[str]:
+    """The file's lines. One that is too long to name an image is cut, so that it cannot fill the memory."""
+    while line := file.readline(_MAX_LINE):
+        yield line
+        while line and len(line) == _MAX_LINE and not line.endswith(("\n", "\r")):
+            line = file.readline(_MAX_LINE)
+
+
+def _records(stream: IO[str], layout: Layout) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of the lines that hold anything, behind the ones to skip."""
+    file = _lines(stream)
     rows: Iterator[list[str]]
     match layout.delimiter:
         case None:  # the label is the last word; what stands before it is the path, spaces and all

@@ -1,7 +1,9 @@
 """Parquet in: rows that name images (`uri`) or hold them (`bytes`), with an optional `identity`."""
 
 import os
+import posixpath
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -9,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
+from facepipe.observe.redact import redact
 from facepipe.sources.identity import IdentityRule, rule
-from facepipe.sources.item import WorkItem, broken, file_uri, member_uri
-from facepipe.storage import entry, is_remote, list_prefix, open_seekable
+from facepipe.sources.item import WorkItem, broken, file_uri, is_special, member_uri, readable
+from facepipe.sources.kinds import is_web
+from facepipe.storage import entry, holds_credentials, is_remote, list_prefix, local_fingerprint, open_seekable
 
 URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
 BYTES_COLUMNS = ("bytes", "image", "jpg", "content")
@@ -23,7 +27,7 @@ class ParquetSource:
     """Rows of a Parquet file, or of every `.parquet` file in a folder or under a prefix.
 
     With a bytes column the item is (file, row number): workers read the bytes, the lister never does. A uri column
-    then only names the row. Relative uris are relative to the Parquet file's folder.
+    then only names the row. Relative uris are relative to the Parquet file's folder, and do not lead out of it.
     """
 
     def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None):
@@ -36,11 +40,13 @@ class ParquetSource:
         self.ignored = 0
         for path in parquet_files(self.path):
             try:
+                if not is_remote(path) and is_special(os.stat(path).st_mode):
+                    raise StorageError("not a regular file")
                 with open_seekable(path) as file:
                     yield from self._rows(path, pq.ParquetFile(file))
             except (StorageError, OSError, ValueError) as error:
                 # pyarrow's errors are ValueErrors and OSErrors; SourceError passes, since it concerns every file.
-                yield broken(path, f"parquet cannot be read to its end: {str(error).splitlines()[0]}")
+                yield broken(path, f"parquet cannot be read to its end: {one_line(error)}")
 
     def _rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
         names = file.schema_arrow.names
@@ -69,20 +75,61 @@ class ParquetSource:
             uri = member_uri(file_uri(path), str(row) if text is None else f"{row}/{text}")
             return WorkItem(uri, os.fsencode(path), row, None, f"{mark}@{row}", identity)
         if not text:
-            return broken(f"{path}#{row}", "the row names no image")._replace(identity=identity)
+            return broken(path, "the row names no image", str(row))._replace(identity=identity)
         return named_image(text, os.path.dirname(path), identity)
 
 
-def named_image(name: str, folder: str, identity: str | None) -> WorkItem:
-    """An item for an image that a list names; an absent one becomes a row with status read_error later."""
+def named_image(name: str, root: str, identity: str | None, confined: bool = False) -> WorkItem:
+    """An item for an image that a list names; an absent one becomes a row with status read_error later.
+
+    A relative name that leads out of the root is a row that says so. Where the root is `confined`, because the user
+    named it, that goes for absolute paths, URLs and symbolic links as well.
+    """
     if name.startswith("file://"):
-        name = os.fsdecode(unquote_to_bytes(name.removeprefix("file://")))
-    path = name if is_remote(name) or os.path.isabs(name) else f"{folder or '.'}/{name}"
-    try:
-        fingerprint: str | None = None if is_remote(path) else entry(path).fingerprint
-    except StorageError:
-        fingerprint = None
+        name = os.fsdecode(unquote_to_bytes(os.fsencode(name.removeprefix("file://"))))
+    if is_web(name) or (is_remote(name) and holds_credentials(name)):
+        scheme, _, rest = name.partition("?")[0].partition("://")  # what is behind the ? may be a signature
+        host, slash, key = rest.partition("/")
+        bare = f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"
+        why = "not read: http(s) URLs" if is_web(name) else "the URL holds credentials"
+        return broken(bare, why)._replace(identity=identity)
+    if is_remote(name) or os.path.isabs(name):
+        path, relative = name, False
+    else:
+        path, relative = f"{root or '.'}/{name}", True
+    if not is_remote(path):
+        path = os.path.abspath(path)  # without `..`, so that what is opened is what the uri says
+    if (relative or confined) and not _inside(path, root or ".", confined):
+        return broken(path, f"outside of the root {readable(root or '.')}")._replace(identity=identity)
+    fingerprint: str | None = None
+    if not is_remote(path):
+        try:
+            info = os.stat(path)
+        except (OSError, ValueError):
+            pass
+        else:
+            if is_special(info.st_mode):
+                return broken(path, "not a regular file")._replace(identity=identity)
+            fingerprint = local_fingerprint(info)
     return WorkItem(file_uri(path), os.fsencode(path), fingerprint=fingerprint, identity=identity)
+
+
+def _inside(path: str, root: str, real: bool) -> bool:
+    """Whether a path or URL lies below a root; `real`: when symbolic links are followed too."""
+    if is_remote(root) or is_remote(path):
+        scheme, _, rest = path.partition("://")
+        return f"{scheme}://{posixpath.normpath(rest)}".startswith(root.rstrip("/") + "/")
+    pairs = [(path, os.path.abspath(root))]
+    if real:
+        with suppress(OSError, ValueError):  # a name that no file can have: reading it will say so
+            pairs.append((os.path.realpath(path), os.path.realpath(root)))
+    return all(f"{place}/".startswith(f"{base.rstrip('/')}/") for place, base in pairs)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, fit for a column."""
+    lines = redact(str(error)).splitlines() or [type(error).__name__]
+    return lines[0][:200].encode("utf-8", "replace").decode("utf-8")
 
 
 def parquet_files(path: str) -> Iterator[str]:

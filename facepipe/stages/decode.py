@@ -16,6 +16,9 @@ from facepipe.imaging.perceptual import perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
 from facepipe.stages.columns import buffers, pack, with_columns
 
+_LARGEST = (1 << 31) - 1
+_KEPT_WHOLE = 1 << 24  # pixels
+
 
 class Decoded(NamedTuple):
     """Pixels (h, w, 3), full size as seen and perceptual hash; or what went wrong."""
@@ -41,11 +44,14 @@ class Decode:
     max_pixels: images with more become `too_large`, from their header alone
     working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 as long as their longer side stays at least this many pixels;
         Align decodes again at a larger scale where a face needs it
+    max_scans: JPEGs with more passes over the picture become `too_large`: a pass may be a dozen bytes of the file and
+        take the time of a whole image; encoders write about ten
     threads: images decoded side by side; 1 where every core has a worker of its own
     """
 
     max_pixels: int = 100_000_000
     working_side: int = 640
+    max_scans: int = 100
     threads: int = 1
 
     needs: ClassVar = ("bytes", "status", "error")
@@ -93,6 +99,10 @@ class Decode:
         width, height = header.oriented
         if width * height > self.max_pixels:
             reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
+            fits = max(width, height) <= _LARGEST  # what a header claims need not fit the column
+            return Decoded(None, None, width if fits else None, height if fits else None, TOO_LARGE, reason)
+        if header.scans > self.max_scans:
+            reason = f"{header.scans} scans, the limit is {self.max_scans}"
             return Decoded(None, None, width, height, TOO_LARGE, reason)
         try:
             reduce = self.reduction(header)
@@ -102,7 +112,11 @@ class Decode:
         return Decoded(pixels, frame_of(header, reduce), width, height, OK, None, perceptual_hash(pixels))
 
     def reduction(self, header: Header) -> int:
-        """The largest divisor that keeps the longer side; only JPEG decodes faster when reduced."""
+        """The largest divisor that keeps the longer side.
+
+        Only JPEG decodes faster when reduced; other formats are where a batch of them would fill the memory.
+        """
         side = max(header.width, header.height)
         usable = [r for r in (8, 4, 2) if side / r >= self.working_side]
-        return usable[0] if usable and header.format == "jpeg" else 1
+        wanted = header.format == "jpeg" or header.width * header.height > _KEPT_WHOLE
+        return usable[0] if usable and wanted else 1

@@ -1,5 +1,6 @@
 """Read: work items to bytes and content hashes."""
 
+import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe import storage
-from facepipe.errors import StorageError
+from facepipe.errors import ConfigError, StorageError
 from facepipe.hashing import hash64, image_id
 from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
-from facepipe.sources.parquet import bytes_column
+from facepipe.sources.parquet import bytes_column, one_line
 from facepipe.stages.columns import pack, with_columns
 
 Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
@@ -26,6 +27,7 @@ class ParquetRows:
     def __init__(self, path: bytes):
         self.path = path
         self._handle = storage.open_seekable(path)
+        weakref.finalize(self, self._handle.close)  # also where the file turns out to be damaged
         self._file = pq.ParquetFile(self._handle)
         self._column = bytes_column(self._file.schema_arrow)
         self._seek(0)
@@ -115,7 +117,8 @@ class Read:
             return storage.read(item["path"], item["offset"], item["length"], self.max_bytes), OK, None
         except storage.TooLargeError as error:
             return None, TOO_LARGE, str(error)
-        except StorageError as error:
+        except (StorageError, ConfigError) as error:
+            # ConfigError: a URL without a bucket, or of a store whose client is not installed, in a list of files.
             return None, READ_ERROR, str(error)
 
     def _parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, Outcome]:
@@ -130,8 +133,7 @@ class Read:
                 found = self._cursor(path).read(sorted(rows))
                 outcomes |= {n: self._limited(found.get(row)) for row, n in rows.items()}
             except (StorageError, OSError, ValueError) as error:
-                reason = str(error).splitlines()[0][:200]
-                outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, reason))
+                outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, one_line(error)))
         return outcomes
 
     def _cursor(self, path: bytes) -> ParquetRows:

@@ -2,16 +2,19 @@
 
 import io
 import struct
+from collections.abc import Callable
 
 import cv2
 import numpy as np
+import poison
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.header import HeaderError, probe
+from facepipe.imaging.header import Header, HeaderError, probe
 from facepipe.stages import Decode
 
 
@@ -153,3 +156,69 @@ def test_mutated_headers_never_raise_anything_else(seed: bytes, changes: list[tu
             decode(bytes(data), header)
     except (HeaderError, DecodeError):
         pass
+
+
+def test_sizes_beyond_the_column_are_too_large() -> None:
+    bombs = poison.bombs()
+    data = [bombs[f"giant-{n}.png"] for n in (1, 2, 3)]
+    table = pa.table(
+        {"bytes": pa.array(data, pa.large_binary()), "status": ["ok"] * 3, "error": pa.nulls(3, pa.string())}
+    )
+    found = Decode()(table)
+    assert found["status"].to_pylist() == ["too_large"] * 3
+    assert found["width"].to_pylist() == [None] * 3
+    assert "4294967295x1" in found["error"][0].as_py()
+
+
+@pytest.mark.parametrize("bomb", [poison.progressive_bomb, poison.sequential_bomb])
+def test_a_jpeg_of_many_scans_is_too_large(bomb: Callable[[int, int], bytes]) -> None:
+    assert probe(bomb(64, 40)).scans == 40
+    assert Decode().one(bomb(64, 40)).status == "ok"
+    assert Decode().one(bomb(64, 101)).error == "101 scans, the limit is 100"
+    assert probe(save(picture(), "JPEG")).scans == 1
+    assert 2 <= probe(save(picture(), "JPEG", progressive=True)).scans <= 12
+
+
+def test_scans_are_not_hidden_and_not_imagined() -> None:
+    many = poison.progressive_bomb(64, 200)
+    table = many.index(b"\xff\xc4")
+    # An end-of-image marker inside a segment is no end; what stands behind the end is no scan.
+    assert probe(many[:table] + poison.jpeg_segment(0xFE, b"\xff\xd9") + many[table:]).scans == 200
+    assert probe(poison.progressive_bomb(64, 4) + b"\xff\xda" * 500).scans == 4
+
+
+@pytest.mark.parametrize("value", [0x1000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_a_png_chunk_that_claims_gigabytes(value: int) -> None:
+    data = save(picture(), "PNG")
+    at = data.index(b"IDAT") - 4
+    result = Decode().one(data[:at] + struct.pack(">I", value) + data[at + 4 :])
+    assert (result.status, result.error) == ("decode_error", "png is truncated: a chunk reaches past its end")
+
+
+def test_the_still_picture_of_an_animated_png() -> None:
+    data = save(picture(), "PNG", save_all=True, append_images=[Image.new("RGB", (61, 47))])
+    assert np.array_equal(decode(data, probe(data)), np.asarray(picture()))
+    damaged = bytearray(data)
+    damaged[data.index(b"IDAT") + 20] ^= 0xFF
+    assert Decode().one(bytes(damaged)).status == "decode_error", "and not memory that nothing was written to"
+
+
+def test_a_jpeg_2000_goes_by_its_code_stream() -> None:
+    assert Decode().one(poison.bombs()["lying.jp2"]).status == "too_large"
+    with pytest.raises(HeaderError):
+        probe(b"\0\0\0\1jP  " + b"\xdc" * 80)  # a box length that no file has (found by tests/bench/fuzz.py)
+
+
+def test_a_comment_hides_no_size() -> None:
+    assert probe(b"P6 #\r9 7 255\n8 8\n255\n")[1:3] == (9, 7)
+
+
+def test_large_pngs_are_kept_small() -> None:
+    stage = Decode()
+    assert stage.reduction(Header("png", 4000, 4000)) == 1
+    assert stage.reduction(Header("png", 9000, 9000)) == 8
+    result = stage.one(poison.png(4200, 4200, bytes(4200 * 526), bits=1))
+    assert result.pixels is not None
+    assert (result.pixels.shape, result.width) == ((1050, 1050, 3), 4200)
+    assert result.frame is not None
+    assert result.frame.scale == 0.25

@@ -265,3 +265,111 @@ def test_listing_streams(tmp_path: Path) -> None:
         writer.writerows((f"{n}.jpg", n) for n in range(100_000))
     listing: Iterator[WorkItem] = iter(open_source(SourceConfig(str(tmp_path / "long.csv"))))
     assert next(listing).identity == "0"
+
+
+def test_lists_do_not_lead_out_of_their_root(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", tmp_path / "other"
+    for folder in (root, other):
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(b"x")
+    (root / "out").symlink_to(other)
+    (root / "in.jpg").symlink_to(root / "a.jpg")
+    names = [
+        "a.jpg",
+        "x/../a.jpg",
+        "in.jpg",
+        "../other/a.jpg",
+        "x/../../other/a.jpg",
+        "out/a.jpg",
+        str(other / "a.jpg"),
+    ]
+    names += [str(root / "a.jpg"), "s3://bucket/a.jpg", f"file://{other}/a.jpg", f"{root}er/a.jpg"]
+    (root / "list.txt").write_text("".join(f"{name} 1\n" for name in names))
+
+    def outside(**config: object) -> list[str]:
+        found = items(root / "list.txt", **config)
+        assert all(item.identity == "1" for item in found)
+        assert {item.listing_error for item in found} == {None, f"outside of the root {root}"}
+        return [name for name, item in zip(names, found, strict=True) if item.listing_error]
+
+    assert outside() == ["../other/a.jpg", "x/../../other/a.jpg"], "absolute paths are what many lists are made of"
+    assert outside(root=str(root)) == [*names[3:7], *names[8:]]
+    (tmp_path / "link").symlink_to(root)
+    assert items(root / "list.txt", root=str(tmp_path / "link"))[0].listing_error is None, "the root may be a link"
+    assert items(root / "list.txt")[1].path == os.fsencode(root / "a.jpg"), "what is opened is what the uri says"
+
+
+def test_lists_of_urls_do_not_lead_out_of_their_prefix(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(
+        "a/b.jpg 1\n../c.jpg 2\ns3://bucket/data/d.jpg 3\ns3://other/e.jpg 4\n/f.jpg 5\n"
+    )
+    found = items(tmp_path / "list.txt", root="s3://bucket/data")
+    assert [item.listing_error is None for item in found] == [True, False, True, False, False]
+    assert found[0].uri == "s3://bucket/data/a/b.jpg"
+
+
+def test_a_list_of_bytes(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"file:///x/\xac.jpg 1\nfile:///x/%AC.jpg 2\nin\0.jpg 3\n")
+    assert [item.uri for item in items(tmp_path / "list.txt")][:2] == ["file:///x/%AC.jpg"] * 2
+    (tmp_path / "long.csv").write_bytes(b"path,identity\na.jpg,1\n" + b"n" * 1_000_000 + b",2\nb.jpg,3\n")
+    assert [item.identity for item in items(tmp_path / "long.csv")] == ["1", None, "3"]
+
+
+def test_devices_and_fifos_are_never_opened(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a.jpg", "a.tar", "a.txt"):
+        os.mkfifo(root / name)
+    (root / "b.jpg").symlink_to("/dev/zero")
+    found = items(root)
+    assert [item.listing_error for item in found] == ["not a regular file"] * 3
+    os.mkfifo(tmp_path / "a.parquet")
+    assert items(tmp_path / "a.parquet")[0].listing_error is not None
+    (tmp_path / "list.txt").write_text("/dev/zero 1\nroot/a.jpg 2\n")
+    assert [item.listing_error for item in items(tmp_path / "list.txt")] == ["not a regular file"] * 2
+
+
+def test_links_are_followed_but_do_not_multiply(tmp_path: Path) -> None:
+    farm, store = tmp_path / "farm", tmp_path / "store"
+    for n in range(12):
+        (store / f"p{n}").mkdir(parents=True)
+        (store / f"p{n}" / f"{n}.jpg").write_bytes(b"x")
+        (farm / "train").mkdir(parents=True, exist_ok=True)
+        (farm / "train" / f"p{n}").symlink_to(store / f"p{n}")
+    assert len([item for item in items(farm) if item.listing_error is None]) == 12
+    for n in range(12):
+        for k in range(12):
+            (store / f"p{n}" / f"to{k}").symlink_to(store / f"p{k}")
+    found = items(farm)
+    assert 12 <= len(found) < 1000
+    assert {item.listing_error for item in found} == {None, "a link to a folder that was listed before"}
+    assert {Path(item.uri).name for item in found if item.listing_error is None} == {f"{n}.jpg" for n in range(12)}
+
+
+def test_folders_deeper_than_calls(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d"] * 700)
+    os.makedirs(deep)
+    (deep / "a.jpg").write_bytes(b"x")
+    assert [item.uri for item in items(tmp_path)] == [str(deep / "a.jpg")]
+
+
+def test_uris_of_files_and_members_are_not_alike(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", {"a.jpg": b"x", "\udcff.jpg": b"y", "%FF.jpg": b"z"})
+    (tmp_path / "s.tar#a.jpg").write_bytes(b"other")
+    (tmp_path / "plain#a.jpg").write_bytes(b"other")
+    uris = [item.uri for item in items(tmp_path)]
+    assert len(set(uris)) == 5
+    assert f"{tmp_path}/plain#a.jpg" in uris
+    assert f"file://{tmp_path}/s.tar%23a.jpg" in uris
+
+
+def test_a_sparse_member_is_not_read_as_bytes(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"%011o\0" % 4096  # the size with its holes
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    (tmp_path / "s.tar").write_bytes(bytes(header) + b"x" * 512 + bytes(1024))
+    (found,) = items(tmp_path / "s.tar")
+    assert found.listing_error == "a sparse member"
