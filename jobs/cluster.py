@@ -1,13 +1,12 @@
 """facepipe cluster"""
 
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
 
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
-from jobs.console import emit, failures, table
+from jobs.console import emit, failures, say, table
 from jobs.options import ConfigFile, GalleryPath, Json, Settings, given
 
 
@@ -55,17 +54,13 @@ def cluster(
             "graph": given(threshold=threshold),
         }
         chosen = build(ClusterConfig, read_toml(config) if config else {}, asked, parse_settings(settings or []))
-        say = (lambda line: None) if quiet else _say
+        tell = say("cluster", quiet)
         if assign:
-            placed = assign_new(gallery, chosen.cluster.one_photo, say)
+            placed = assign_new(gallery, chosen.cluster.one_photo, tell)
             emit(asdict(placed), as_json, lambda: _show_assigned(placed))
             return
-        summary = run(chosen, gallery, say)
+        summary = run(chosen, gallery, tell)
         emit(asdict(summary), as_json, lambda: _show(summary))
-
-
-def _say(line: str) -> None:
-    print(f"cluster: {line}", file=sys.stderr, flush=True)
 
 
 def _show(summary: Any) -> None:

@@ -13,14 +13,17 @@ from facepipe.clusters.constraints import same_photo
 from facepipe.clusters.identities import Algorithm, cluster
 from facepipe.clusters.linkage import Clusters
 from facepipe.clusters.report import Found, cluster_report
+from facepipe.clusters.standing import Standing
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.fresh import Mark
 from facepipe.graph import Graph
 from facepipe.graph.cohort import Cohort
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
 from pipelines.phases import Phases
+from pipelines.recorded import records
 from pipelines.workspace import report_folder, reports_of
 
 NAME = "cluster"
@@ -70,6 +73,7 @@ class ClusterSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@records("cluster")
 def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: None) -> ClusterSummary:
     """Cluster all faces of a gallery into GALLERY/reports/cluster/.
 
@@ -134,6 +138,8 @@ def _write(gallery: Gallery, graph: Graph, found: Found, folder: str) -> None:
     for name, table in ((tables.CLUSTERS, made), (tables.MERGES, together), (tables.SPLITS, apart)):
         write_table(os.path.join(folder, name), table)
     np.savez(os.path.join(folder, _STATE), cohort=graph.cohort.vectors, threshold=graph.info.threshold.similarity)
+    held = found.clusters
+    Standing(Clusters(held.sums[order], held.crowd[order], held.size[order]), Mark.of(gallery)).save(folder)
 
 
 def read_state(folder: str) -> tuple[Cohort, float]:

@@ -15,6 +15,7 @@ from facepipe.duplicates.gather import gather
 from facepipe.duplicates.report import duplicates_report
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
+from facepipe.gallery.fresh import Mark
 from facepipe.graph import Graph
 from facepipe.graph.describe import recall_note
 from facepipe.reports.html import write_report
@@ -22,9 +23,10 @@ from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
 from pipelines.phases import Phases
+from pipelines.recorded import records
 from pipelines.workspace import report_folder, reports_of
 
-NAME, OVERLAP = "dedup", "overlap"
+NAME, OVERLAP, MARK = "dedup", "overlap", "mark.json"
 _ROWS = 65536
 _FARTHEST = 2.0
 
@@ -55,6 +57,7 @@ class DedupSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@records("dedup")
 def run(
     config: DedupConfig, gallery: str, against: str | None = None, progress: Progress = lambda line: None
 ) -> DedupSummary:
@@ -82,13 +85,15 @@ def run(
         found, shared = _found(config, tables_, graph)
         phases.end("compare")
         progress("writing")
-        _write(folder, found, shared, summary)
+        write_tables(folder, found, shared, summary)
         recall = Figure("edge recall", f"{graph.info.recall:.4f}", recall_note(graph.info))
         report = duplicates_report(tables_, found, config.dedup, recall, shared)
         write_report(report, os.path.join(folder, "report.html"))
         summary.recall = graph.info.recall
         if against:
             shutil.rmtree(place)  # it holds the vectors of the other gallery
+        else:
+            Mark.of(tables_[0]).save(os.path.join(folder, MARK))  # from where `dedup --new` goes on
         phases.end("write")
     summary.without_hash = _without_hash(tables_)
     summary.out = os.path.join(reports_of(tables_[0]), name)
@@ -117,7 +122,7 @@ def _without_hash(galleries: list[Gallery]) -> int:
     )
 
 
-def _write(folder: str, found: Duplicates, shared: pa.Table | None, summary: DedupSummary) -> None:
+def write_tables(folder: str, found: Duplicates, shared: pa.Table | None, summary: DedupSummary) -> None:
     named = [("pairs", found.pairs), ("groups", found.groups), ("decisions", found.decisions)]
     for name, table in named + ([("identities", shared)] if shared is not None else []):
         write_table(os.path.join(folder, f"{name}.parquet"), table)

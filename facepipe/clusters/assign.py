@@ -8,10 +8,11 @@ import numpy.typing as npt
 from facepipe.clusters.components import numbered
 from facepipe.clusters.linkage import Clusters, average_linkage
 from facepipe.graph.pairs import candidates
+from facepipe.index.engine import faiss
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-_ROWS, _COLUMNS = 1024, 65536
+_COLUMNS = 65536  # clusters, or pairs, looked at in one go
 _NEIGHBOURS = 32
 
 
@@ -23,14 +24,26 @@ class Placed:
     own: Ids
 
 
-def assign(faces: Clusters, known: Clusters, threshold: float, apart: Ids, taken: Ids | None = None) -> Placed:
+@dataclass(frozen=True)
+class Near:
+    """Which known clusters new faces are compared with: pairs (face (m,), cluster (m,)); everywhere (n,): faces that
+    are compared with all."""
+
+    face: Ids
+    cluster: Ids
+    everywhere: npt.NDArray[np.bool_]
+
+
+def assign(
+    faces: Clusters, known: Clusters, threshold: float, apart: Ids, taken: Ids | None = None, near: Near | None = None
+) -> Placed:
     """Place n new faces (clusters of one); apart (m, 2) are pairs of them that are two persons, taken (m, 2) pairs of
-    a new face and a known cluster that cannot be its own.
+    a new face and a known cluster that cannot be its own; near: where to look, everywhere by default.
 
     First each joins the known cluster it is nearest to, on average over that cluster's faces; the rest are clustered
     among themselves. Known clusters are never merged.
     """
-    nearest, similarity = _nearest(faces, known)
+    nearest, similarity = _nearest(faces, known) if near is None else _nearest_of(faces, known, near)
     chosen = np.where(similarity >= threshold, nearest, -1)
     if taken is not None:
         clash = chosen[taken[:, 0]] == taken[:, 1]
@@ -54,14 +67,43 @@ def assign(faces: Clusters, known: Clusters, threshold: float, apart: Ids, taken
 def _nearest(faces: Clusters, known: Clusters) -> tuple[Ids, Floats]:
     """(the most similar known cluster (n,), -1 where there is none; the similarity (n,))."""
     best, at = np.full(len(faces), -np.inf, np.float32), np.full(len(faces), -1, np.int64)
-    for column in range(0, len(known), _COLUMNS):
+    queries = _widened(faces.sums, np.ones(len(faces), np.float32))
+    for column in range(0, len(known) if len(faces) else 0, _COLUMNS):
         part = slice(column, column + _COLUMNS)
-        means, density = known.means[part], known.density[part]
-        for row in range(0, len(faces), _ROWS):
-            rows = slice(row, row + _ROWS)
-            product = faces.sums[rows] @ means.T - (faces.crowd[rows, None] + density) / 2
-            top = product.argmax(axis=1)
-            value = product[np.arange(len(top)), top]
-            better = value > best[rows]
-            best[rows], at[rows] = np.where(better, value, best[rows]), np.where(better, top + column, at[rows])
+        some = Clusters(known.sums[part], known.crowd[part], known.size[part])
+        # One column more makes the product of two rows their similarity, but for the face's own density.
+        rows = _widened(some.means, np.asarray(some.density / -2, np.float32))
+        value, top = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)
+        better = value[:, 0] > best
+        best, at = np.where(better, value[:, 0], best), np.where(better, top[:, 0] + column, at)
+    return at, np.asarray(best - faces.crowd / 2, np.float32)
+
+
+def _widened(vectors: Floats, last: Floats) -> Floats:
+    out = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)  # 132 columns: rows begin at full registers
+    out[:, : vectors.shape[1]], out[:, -1] = vectors, last
+    return out
+
+
+def _nearest_of(faces: Clusters, known: Clusters, near: Near) -> tuple[Ids, Floats]:
+    """The same, among the clusters that are near each face."""
+    best, at = np.full(len(faces), -np.inf, np.float32), np.full(len(faces), -1, np.int64)
+    value = _similarity(faces, known, near)
+    order = np.lexsort((near.cluster, -value, near.face))
+    first = order[np.flatnonzero(np.diff(near.face[order], prepend=-1))]
+    best[near.face[first]], at[near.face[first]] = value[first], near.cluster[first]
+    rest = np.flatnonzero(near.everywhere)
+    if len(rest):
+        at[rest], best[rest] = _nearest(Clusters(faces.sums[rest], faces.crowd[rest], faces.size[rest]), known)
     return at, best
+
+
+def _similarity(faces: Clusters, known: Clusters, near: Near) -> Floats:
+    """(m,) of pairs of a face and a known cluster."""
+    out = np.empty(len(near.face), np.float32)
+    for begin in range(0, len(out), _COLUMNS):
+        u, v = near.face[begin : begin + _COLUMNS], near.cluster[begin : begin + _COLUMNS]
+        size = np.maximum(1, known.size[v])
+        product = np.einsum("nd,nd->n", faces.sums[u], known.sums[v]) - known.crowd[v] / 2
+        out[begin : begin + _COLUMNS] = product / size - faces.crowd[u] / 2
+    return out

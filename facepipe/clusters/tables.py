@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from facepipe.clusters.linkage import Clusters
 from facepipe.errors import EvaluationError, StorageError
-from facepipe.gallery import Gallery
+from facepipe.gallery import Gallery, mirror
 from facepipe.graph.nodes import Nodes
 
 Ids = npt.NDArray[np.int64]
@@ -58,7 +58,9 @@ def face_rows(
 
 def read(gallery: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """A table of the gallery's cluster report."""
-    path = os.path.join(gallery, "reports", "cluster", name)
+    folder = mirror.folder(gallery, "reports/cluster")
+    mirror.pull(folder)
+    path = os.path.join(folder, name)
     try:
         return pq.read_table(path, columns=columns)
     except FileNotFoundError as error:

@@ -108,7 +108,7 @@ def sound(gallery: Gallery, summary: ClusterSummary) -> None:
     names = {path.name for path in report.parent.iterdir()}
     assert names >= {tables.FACES, tables.CLUSTERS, tables.MERGES, tables.SPLITS, "report.html"}
     assert not any(name.endswith(".new") for name in names)
-    assert {path.name for path in report.parent.parent.iterdir()} == {"cluster", "graph", ".lock"}
+    assert {path.name for path in report.parent.parent.iterdir()} == {"cluster", "graph", ".lock", ".lock.guard"}
 
 
 @pytest.fixture(scope="module")

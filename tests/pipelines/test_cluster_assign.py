@@ -1,6 +1,7 @@
 """cluster --assign: known persons join their clusters, ids of old ones stay, and no number is ever given twice."""
 
 import os
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +17,9 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe.clusters.assign import assign
+from facepipe.clusters.ledger import Ledger
 from facepipe.clusters.linkage import Clusters
+from facepipe.clusters.standing import MARK, SUMS, forget
 from facepipe.config import build
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
@@ -27,6 +30,8 @@ from pipelines import cluster_assign as pipeline
 from pipelines.cluster import ClusterConfig
 from pipelines.cluster import run as cluster
 from pipelines.cluster_assign import AssignSummary, run
+from pipelines.index import IndexConfig
+from pipelines.index import run as index
 
 DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
 PERSONS, EACH = 60, 10
@@ -47,7 +52,7 @@ def remove(gallery: Gallery, uris: set[str]) -> None:
     table, now = DeltaTable(gallery.faces_folder), int(time.time() * 1000)
     actions: list[Any] = [RemoveAction(file["path"], True, now) for file in Gallery(gallery.path).files()]
     rows_ = conform(Gallery(gallery.path).to_arrow())
-    kept = rows_.filter(pc.invert(pc.is_in(rows_["uri"], pa.array(sorted(uris)))))
+    kept = rows_.filter(pc.invert(pc.is_in(rows_["uri"], pa.array(sorted(uris), pa.string()))))
     data = encode(kept)
     name = f"rewritten-{time.time_ns()}.parquet"
     Path(gallery.faces_folder, name).write_bytes(data)
@@ -69,8 +74,9 @@ def tables(gallery: Gallery) -> tuple[list[dict[str, Any]], dict[int, dict[str, 
     faces, clusters = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("faces", "clusters"))
     by_number = {row["cluster"]: row for row in clusters}
     assert len(by_number) == len(clusters)
-    held = Gallery(gallery.path).to_arrow(["face_id", "uri", "identity"], "face_id is not null").to_pylist()
-    assert [{k: row[k] for k in ("face_id", "uri", "identity")} for row in faces] == held
+    held = Gallery(gallery.path).to_arrow(["face_id", "uri", "identity"], "face_id is not null")
+    named = [{k: row[k] for k in ("face_id", "uri", "identity")} for row in faces]
+    assert sorted(named, key=lambda row: row["face_id"]) == held.sort_by("face_id").to_pylist()
     members = defaultdict(list)
     for row in faces:
         members[row["cluster"]].append(row)
@@ -246,9 +252,143 @@ def test_an_interrupted_run_leaves_the_old_tables(gallery: Gallery, monkeypatch:
     folder.rename(folder.with_suffix(".old"))  # as when a run is killed while it puts the new tables in place
     assert counts(run(gallery.path)) == (5, 5, 0, 0)
     assert set(files(gallery)) == set(before)
-    assert set(os.listdir(Path(gallery.path, "reports"))) <= {"cluster", "graph", ".lock"}
+    assert set(os.listdir(Path(gallery.path, "reports"))) <= {"cluster", "graph", ".lock", ".lock.guard"}
     with writer_lock(os.path.join(gallery.path, "reports"), "reports"), pytest.raises(GalleryBusyError):
         run(gallery.path)
+
+
+def full(gallery: Gallery, to: Path) -> Gallery:
+    """A copy of the gallery whose report has no sums: the next run reads every vector."""
+    shutil.copytree(gallery.path, to)
+    Path(to, "reports", "cluster", SUMS).unlink()
+    return Gallery(str(to))
+
+
+def state(gallery: Gallery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with np.load(Path(gallery.path, "reports", "cluster", SUMS)) as held:
+        return held["sums"], held["crowd"], held["size"]
+
+
+def report(gallery: Gallery) -> dict[str, pa.Table]:
+    """The tables, rows in one order."""
+    folder = Path(gallery.path, "reports", "cluster")
+    return {
+        n: pq.read_table(folder / f"{n}.parquet").sort_by(k) for n, k in (("faces", "face_id"), ("clusters", "cluster"))
+    }
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_nights_that_read_what_is_new_are_as_good_as_reading_all(
+    gallery: Gallery, tmp_path: Path, seed: int, indexed: bool
+) -> None:
+    """Nights of new faces, faces that go, tables that are rewritten, and files that are deleted for good."""
+    rng = np.random.default_rng(seed)
+    for night in range(5):
+        add(gallery, rng.choice(np.r_[0:PERSONS, 900:910], 25), 1000 * (night + 1))
+        if indexed:
+            index(IndexConfig(), gallery.path)
+        if night % 2:
+            uris = sorted(row["uri"] for row in Gallery(gallery.path).to_arrow(["uri"]).to_pylist())
+            remove(gallery, {str(uri) for uri in rng.choice(uris, 12, replace=False)})
+        if night == 3:
+            vacuum(gallery)
+        whole = full(gallery, tmp_path / f"night{night}")
+        new, all_ = run(gallery.path), run(whole.path)
+        assert (new.full, all_.full) == (False, True)
+        assert counts(new) == counts(all_)
+        assert new.new > 0
+        assert (new.gone > 0) == bool(night % 2)
+        assert report(gallery) == report(whole)
+        for mine, theirs in zip(state(gallery), state(whole), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=2e-5)
+        tables(gallery)
+
+
+def vacuum(gallery: Gallery) -> None:
+    """Delete the files that are in the table no more."""
+    held = {file["path"] for file in Gallery(gallery.path).files()}
+    for path in Path(gallery.faces_folder).glob("*.parquet"):
+        if path.name not in held:
+            path.unlink()
+
+
+def test_what_is_old_is_not_read(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(gallery, np.arange(5), 1000)
+
+    def read(self: Gallery, columns: Any = None, *_: Any, **__: Any) -> Any:
+        raise AssertionError(f"all rows were asked for {columns}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gallery, "dataset", read)
+        with pytest.raises(AssertionError, match="all rows"):
+            run(gallery.path)  # the new files are read by way of the table's list of files
+    old = {file["path"] for file in Gallery(gallery.path, 1).files()}
+    assert old
+    for path in old:
+        Path(gallery.faces_folder, path).rename(Path(gallery.path, path))
+    assert counts(run(gallery.path)) == (5, 5, 0, 0)
+
+
+def test_a_report_without_sums_gets_them(gallery: Gallery) -> None:
+    folder = Path(gallery.path, "reports", "cluster")
+    sums = state(gallery)
+    for damage in (lambda: (folder / SUMS).unlink(), lambda: (folder / SUMS).write_bytes(b"x"), (folder / MARK).unlink):
+        damage()
+        summary = run(gallery.path)
+        assert (summary.full, counts(summary)) == (True, (0, 0, 0, 0))
+        for mine, before in zip(state(gallery), sums, strict=True):
+            np.testing.assert_allclose(mine, before, atol=2e-5)
+        assert not run(gallery.path).full
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_clusters_of_the_erased_are_summed_anew(gallery: Gallery, tmp_path: Path, told: bool) -> None:
+    """Rows left the report's tables, also those of clusters with an erased medoid, and a single face's row the sums."""
+    add(gallery, np.array([900, 901]), 1000)
+    run(gallery.path)
+    faces, clusters = tables(gallery)
+    gone = [row for row in faces if row["medoid"]][:3] + [row for row in faces if row["identity"] == "person900"]
+    numbers, ids = sorted({row["cluster"] for row in gone}), pa.array([row["face_id"] for row in gone])
+    assert clusters[numbers[-1]]["size"] == 1
+    remove(gallery, {row["uri"] for row in gone})
+    folder = Path(gallery.path, "reports", "cluster")
+    for name, column in (("faces", "face_id"), ("clusters", "medoid")):
+        table = pq.read_table(folder / f"{name}.parquet")
+        pq.write_table(table.filter(pc.invert(pc.is_in(table[column], ids))), folder / f"{name}.parquet")
+    sums, crowd, size = state(gallery)
+    np.savez(folder / SUMS, sums=np.delete(sums, numbers[-1], axis=0), crowd=crowd, size=size)
+    if told:
+        forget(str(folder), Ledger(str(folder / "faces.parquet")).counts())
+        assert not state(gallery)[0][numbers].any()
+    whole = full(gallery, tmp_path / "full")
+    assert (run(gallery.path).full, run(whole.path).full) == (False, True)
+    mine, theirs = report(gallery), report(whole)
+    assert mine["faces"] == theirs["faces"]
+    assert mine["clusters"].drop_columns("cohesion") == theirs["clusters"].drop_columns("cohesion")
+    for one, other in zip(state(gallery), state(whole), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    after, _ = tables(gallery)
+    assert len(after) == len(faces) - len(gone)
+    assert set(np.flatnonzero(state(gallery)[2] == 0)) == {numbers[-1]}
+    assert not run(gallery.path).full
+
+
+def test_what_cannot_be_forgotten_in_part_is_deleted(gallery: Gallery) -> None:
+    folder = Path(gallery.path, "reports", "cluster")
+    (folder / SUMS).write_bytes(b"x")
+    forget(str(folder), Ledger(str(folder / "faces.parquet")).counts())
+    assert not (folder / SUMS).exists()
+    assert run(gallery.path).full
+
+
+def test_a_compaction_moves_the_mark_and_nothing_else(gallery: Gallery) -> None:
+    before = files(gallery)
+    remove(gallery, set())  # rewrites the table as it is
+    assert counts(run(gallery.path)) == (0, 0, 0, 0)
+    after = files(gallery)
+    assert after.pop(MARK) != before.pop(MARK)
+    assert after == before
 
 
 @pytest.mark.parametrize("known", [0, 1, 5])

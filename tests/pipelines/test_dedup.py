@@ -118,7 +118,7 @@ def test_a_second_run_gives_the_same(copies: Path) -> None:
     run(build(DedupConfig), str(copies), progress=said.append)
     assert any("up to date" in line for line in said)
     assert pq.read_table(copies / "reports" / "dedup" / "decisions.parquet").to_pylist() == first
-    assert set(os.listdir(copies / "reports")) <= {"dedup", "graph", ".lock"}
+    assert set(os.listdir(copies / "reports")) <= {"dedup", "graph", ".lock", ".lock.guard"}
 
 
 def test_what_two_galleries_share(photos: Path, tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def nothing_left(gallery: Path, other: Path) -> None:
     """No embedding of the other gallery lies in the reports, in no form."""
     reports = gallery / "reports"
     assert not (reports / "overlap" / "graph").exists()
-    assert {path.name for path in reports.iterdir()} <= {"overlap", "dedup", "graph", ".lock"}
+    assert {path.name for path in reports.iterdir()} <= {"overlap", "dedup", "graph", ".lock", ".lock.guard"}
     vectors = [vector[:8].tobytes() for vector in Gallery(str(other)).vectors()[1]]
     for path in reports.rglob("*"):
         if path.is_dir():
             continue
-        assert path.suffix in (".parquet", ".txt", ".html", "") or path.parent.name == "graph", path
+        assert path.suffix in (".parquet", ".txt", ".html", ".json", ".guard", "") or path.parent.name == "graph", path
         if path.suffix == ".parquet" and path.parent.name == "overlap":
             kinds = pq.read_schema(path).types
             assert not any(pa.types.is_list(kind) or pa.types.is_binary(kind) for kind in kinds)
