@@ -1,0 +1,62 @@
+"""What was erased and must not come back: hashes of uris and of contents, kept in the gallery.
+
+The source may go on listing an erased image. Hashes tell it again without saying what it was called.
+"""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from facepipe import storage
+from facepipe.errors import StorageError
+from facepipe.hashing import hash64
+
+Hashes = npt.NDArray[np.uint64]
+FOLDER = "erased"
+_URIS, _CONTENTS = ".uris", ".contents"
+UNFINISHED = ".new"
+
+
+def folder_of(gallery: str) -> str:
+    """Where receipts, and these hashes, lie."""
+    return storage.join(gallery, FOLDER)
+
+
+def put(gallery: str, name: str, data: bytes) -> str:
+    """Write a file of this folder, whole or not at all: a torn one would stop every later run. Its path."""
+    path = storage.join(folder_of(gallery), name)
+    storage.make_folder_of(path)
+    if storage.is_remote(path):
+        storage.write(path, data)
+        return path
+    storage.write(path + UNFINISHED, data)
+    try:
+        os.replace(path + UNFINISHED, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+    return path
+
+
+def suppress(gallery: str, name: str, uris: Iterable[str], contents: Iterable[str]) -> None:
+    """Keep images from coming back: under their uris, and under any other as long as their bytes are the same."""
+    for ending, values in ((_URIS, uris), (_CONTENTS, contents)):
+        hashes = np.unique(np.array([hash64(value) for value in values], np.uint64))
+        put(gallery, name + ending, hashes.astype("<u8").tobytes())
+
+
+def uris(gallery: str) -> Hashes:
+    """Sorted hashes of uris that must not come back."""
+    return _all(gallery, _URIS)
+
+
+def contents(gallery: str) -> Hashes:
+    """Sorted hashes of image ids that must not come back."""
+    return _all(gallery, _CONTENTS)
+
+
+def _all(gallery: str, ending: str) -> Hashes:
+    found = [f.url for f in storage.files_in(folder_of(gallery)) if f.url.endswith(ending)]
+    parts = [np.frombuffer(storage.read(path.encode()), "<u8") for path in found]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))

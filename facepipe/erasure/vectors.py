@@ -1,0 +1,94 @@
+"""Vectors out of the index: no search returns them from the first step on, no file holds them after the last."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from facepipe.erasure.selection import Chosen
+from facepipe.index import manifest as manifests
+from facepipe.index.manifest import Manifest
+from facepipe.index.shard import Shard, bury, merge_shards
+
+Ids = npt.NDArray[np.int64]
+_ROWS = 65536  # as many as lie together in a shard's labels
+
+
+@dataclass
+class Removed:
+    """What was done: vectors that went, and the digests of the shards' files before and after."""
+
+    vectors: int = 0
+    before: dict[str, str] = field(default_factory=dict)
+    after: dict[str, str] = field(default_factory=dict)
+
+
+def hide(gallery: str, chosen: Chosen, check: Callable[[], None]) -> Removed:
+    """Bury all that shards hold of the images, so that no search returns it. Needs the index's lease: `check`.
+
+    Shards may hold more than the table: faces of earlier contents of an image, dead already or, where the index is
+    behind the table, not yet. They are told by the image's uri.
+    """
+    found, tag = manifests.load_tagged(gallery)
+    folder, removed, shards = manifests.folder_of(gallery), Removed(), []
+    for entry in found.shards:
+        shard = Shard(folder, entry)
+        here, remains = _held(shard, chosen, whole=found.table_version != chosen.version)
+        if len(here) or remains:
+            removed.vectors += len(here)
+            removed.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
+        dead = np.union1d(shard.dead, here)
+        shards.append(bury(folder, entry, dead) if len(dead) != len(shard.dead) else entry)
+    if tuple(shards) != found.shards:
+        check()
+        manifests.publish(gallery, replace(found, shards=tuple(shards)), tag)
+    return removed
+
+
+def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Ids, bool]:
+    """(sorted ids in a shard that are the images', whether others of its dead bear their labels).
+
+    whole: look at the labels of all rows and not of the dead only.
+    """
+    ids = chosen.faces.to_numpy()
+    parts = [ids[shard.locate(ids)[0]]] if len(ids) else [ids]
+    rows = np.arange(len(shard.ids)) if whole else np.sort(shard.locate(shard.dead)[1])
+    by_row = shard.ids_by_row() if len(rows) else ids
+    remains = False
+    for at in range(0, len(rows), _ROWS):
+        some = rows[at : at + _ROWS]
+        labels = shard.labels(some)
+        mine = pc.is_in(labels["uri"], chosen.uris).to_numpy()
+        parts.append(by_row[some[mine]])
+        named = pc.is_in(labels["identity"], chosen.names).to_numpy() if len(chosen.names) else mine
+        remains |= bool(np.isin(by_row[some[named & ~mine]], shard.dead).any())
+    return np.unique(np.concatenate(parts)), remains
+
+
+def remove(gallery: str, removed: Removed, versions: tuple[int, int], check: Callable[[], None]) -> None:
+    """Write the shards that hold what was hidden anew, without their dead, and delete the old ones.
+
+    versions: of the table, before and after its rows went; an index that answered for the first answers for the second.
+    """
+    found, tag = manifests.load_tagged(gallery)
+    folder = manifests.folder_of(gallery)
+    concerned, shards = {name.split("/")[0] for name in removed.before}, []
+    for entry in found.shards:
+        if entry.name not in concerned:
+            shards.append(entry)
+            continue
+        made = merge_shards(folder, [entry])
+        if made is not None:
+            shards.append(made)
+            removed.after |= {f"{made.name}/{name}": file.sha256[:32] for name, file in made.files.items()}
+    check()
+    draft = replace(found, shards=tuple(shards), table_version=_version(found, versions))
+    if draft != found:
+        manifests.publish(gallery, draft, tag)
+    manifests.sweep(gallery, draft)
+
+
+def _version(found: Manifest, versions: tuple[int, int]) -> int:
+    return versions[1] if found.table_version == versions[0] else found.table_version

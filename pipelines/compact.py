@@ -1,0 +1,68 @@
+"""compact: a gallery's small files into large ones, and files that no reader needs any more off the disk."""
+
+from dataclasses import dataclass, field
+
+from facepipe.gallery import Gallery
+from facepipe.gallery.commit import Committer
+from facepipe.gallery.compact import CompactConfig, compact, due
+from facepipe.gallery.lock import writer_lock
+from facepipe.gallery.vacuum import unreferenced, vacuum
+from facepipe.observe.runs import new_run_id
+from pipelines.recorded import current, records
+
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class CompactRunConfig:
+    """Everything `compact` can be told."""
+
+    compact: CompactConfig = field(default_factory=CompactConfig)
+
+
+@dataclass
+class CompactSummary:
+    """What was done: files joined into fewer, files and bytes deleted, files of the table now."""
+
+    joined: int = 0
+    into: int = 0
+    deleted: int = 0
+    bytes: int = 0
+    files: int = 0
+    version: int = -1
+    dry_run: bool = False
+
+
+def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: bool = False) -> CompactSummary:
+    """Join small files where there are enough of them (`everything`: two), and delete what left the table long ago.
+
+    No row changes, and the index stays as it is. dry_run: only count, and write nothing, no record of the run either.
+    Raises GalleryBusyError while another run writes.
+    """
+    table = Gallery(gallery)
+    return _planned(config, table, everything) if dry_run else _compact(config, table.path, everything)
+
+
+@records("compact")
+def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSummary:
+    table = Gallery(gallery)
+    with writer_lock(table.path) as lease:
+        table = Gallery(gallery)
+        groups = due(table, config, everything)
+        recorded = current()
+        commit = Committer(table, recorded.id if recorded else new_run_id(), lease)
+        fewer = compact(table, groups, commit)
+        lease.check()
+        now = Gallery(gallery)
+        gone = vacuum(now, config.keep_hours * _HOUR)
+        joined = fewer + len(groups)
+        return CompactSummary(
+            *(joined, len(groups), len(gone), sum(file.size for file in gone), len(now.files()), now.version)
+        )
+
+
+def _planned(config: CompactConfig, table: Gallery, everything: bool) -> CompactSummary:
+    groups, gone = due(table, config, everything), unreferenced(table, config.keep_hours * _HOUR)
+    joined = sum(map(len, groups))
+    size = sum(file.size for file in gone)
+    return CompactSummary(joined, len(groups), len(gone), size, len(table.files()), table.version, dry_run=True)

@@ -1,0 +1,265 @@
+"""erase: images leave a gallery for good, in steps that a crash cannot leave half done; a receipt says what went."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import chain
+from zipfile import BadZipFile
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+import facepipe
+from facepipe import storage
+from facepipe.erasure import pending, receipt, suppressed, vectors
+from facepipe.erasure.receipt import Receipt
+from facepipe.erasure.reports import Gone, doomed, scrub
+from facepipe.erasure.selection import Chosen, Selection, choose
+from facepipe.errors import FacepipeError, GalleryBusyError
+from facepipe.gallery import Gallery, mirror
+from facepipe.gallery.commit import Committer
+from facepipe.gallery.lock import NAME as LOCK
+from facepipe.gallery.lock import Lease, writer_lock
+from facepipe.gallery.rewrite import Action, Trace, of_uris, rewritten
+from facepipe.gallery.vacuum import forget_history, unreferenced, vacuum
+from facepipe.index import manifest as manifests
+from facepipe.observe.runs import new_run_id
+from pipelines import cluster_assign
+from pipelines.phases import Phases
+from pipelines.recorded import current, follow, records
+from pipelines.workspace import REPORTS
+
+Progress = Callable[[str], None]
+_ROWS = 65536
+
+
+@dataclass
+class EraseSummary:
+    """What was erased, or (dry_run) would be. receipts: paths, those of erasures that were taken up again first."""
+
+    images: int = 0
+    faces: int = 0
+    rows: int = 0
+    dry_run: bool = False
+    receipts: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run(
+    selection: Selection,
+    gallery: str,
+    *,
+    dry_run: bool = False,
+    may_return: bool = False,
+    progress: Progress = lambda line: None,
+) -> EraseSummary:
+    """Erase the images that a selection means: rows, vectors, thumbnails, report entries, old files, the older log.
+
+    Searches stop returning them in the first step. may_return: do not keep them from being embedded again. dry_run:
+    only count, and write nothing, no record of the run either. An erasure that a crash broke off is finished first,
+    whatever is asked for now. Raises GalleryBusyError where another run writes to the gallery, its index or its
+    reports.
+    """
+    table = Gallery(gallery)
+    selection.expression(datetime.now(UTC))  # a selection that says nothing is refused before anything is done
+    if dry_run:
+        chosen = choose(table, selection)
+        return EraseSummary(chosen.images, len(chosen.faces), chosen.rows, dry_run=True)
+    return _erase(selection, table.path, may_return, progress)
+
+
+@records("erase")
+def _erase(selection: Selection, gallery: str, may_return: bool, progress: Progress) -> EraseSummary:
+    summary = EraseSummary()
+    follow(summary)
+    with _leases(gallery, progress) as leases:
+        steps = _Steps(gallery, leases, summary, progress)
+        steps.resume()
+        chosen = choose(Gallery(gallery), selection)
+        summary.images, summary.faces, summary.rows = chosen.images, len(chosen.faces), chosen.rows
+        if chosen.images:
+            steps.erase(_opened(gallery, selection, chosen, not may_return), chosen)
+    return summary
+
+
+def resume(gallery: str, progress: Progress = lambda line: None) -> EraseSummary:
+    """Finish what a crash broke off, if anything."""
+    summary, table = EraseSummary(), Gallery(gallery)
+    if pending.unfinished(table.path):
+        with _leases(table.path, progress) as leases:
+            _Steps(table.path, leases, summary, progress).resume()
+    return summary
+
+
+@contextmanager
+def _leases(gallery: str, progress: Progress) -> Iterator[tuple[Lease, Lease]]:
+    """Those of the gallery and of its index. The reports' is taken when their turn comes: others take it in between."""
+    reports = storage.join(gallery, REPORTS)
+    with (
+        writer_lock(gallery, "gallery", progress) as lease,
+        writer_lock(storage.join(gallery, manifests.FOLDER), "index", progress) as index_lease,
+    ):
+        if next(storage.files_in(reports), None) is not None:
+            with writer_lock(reports, "reports", progress):
+                pass  # refused before anything is done, and not half-way
+        yield lease, index_lease
+
+
+def _opened(gallery: str, selection: Selection, chosen: Chosen, suppress_: bool) -> Receipt:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    made = Receipt(new_run_id(), Gallery(gallery).id, now, selection.kinds(), facepipe.__version__)
+    made.images, made.faces, made.rows, made.suppressed = chosen.images, len(chosen.faces), chosen.rows, suppress_
+    made.version_before = chosen.version
+    made.hashes = {
+        "uris": made.hashed(chosen.uris.to_pylist()),
+        "images": made.hashed(chosen.contents.to_pylist()),
+        "faces": made.hashed(map(str, chosen.faces.to_pylist())),
+    }
+    return made
+
+
+class _Steps:
+    """The steps of erasures; each can be done again, and then does what is left of it."""
+
+    def __init__(self, gallery: str, leases: tuple[Lease, Lease], summary: EraseSummary, progress: Progress):
+        self.gallery, self.summary, self.progress = gallery, summary, progress
+        self.lease, self.index_lease = leases
+
+    def resume(self) -> None:
+        """Finish what was broken off."""
+        for found, chosen in pending.unfinished(self.gallery):
+            self.progress(f"finishing the erasure {found.id}, which was broken off")
+            self._go_on(found, chosen)
+
+    def erase(self, made: Receipt, chosen: Chosen) -> None:
+        """All steps of a new erasure."""
+        pending.begin(self.gallery, made, chosen)
+        self._go_on(made, chosen)
+
+    def _go_on(self, made: Receipt, chosen: Chosen) -> None:
+        phases = Phases(self.summary.seconds)
+        if made.suppressed:
+            suppressed.suppress(self.gallery, made.id, chosen.uris.to_pylist(), chosen.contents.to_pylist())
+        removed = self._hide(made, chosen)
+        phases.end("hide")
+        self.progress(f"{len(chosen.uris)} images, {len(chosen.faces)} faces: no search returns them any more")
+        self._rows(made, chosen)
+        phases.end("rows")
+        self._vectors(made, removed)
+        phases.end("index")
+        self._reports(made, self._gone(chosen))
+        phases.end("reports")
+        self._files(made)
+        phases.end("vacuum")
+        path = receipt.save(self.gallery, made)
+        pending.end(self.gallery, made)
+        self.summary.receipts.append(path)
+        _count_erased(made.images)
+
+    def _hide(self, made: Receipt, chosen: Chosen) -> vectors.Removed:
+        if not manifests.exists(self.gallery):
+            return vectors.Removed()
+        removed = vectors.hide(self.gallery, chosen, self.index_lease.check)
+        made.vectors, made.index_before = max(made.vectors, removed.vectors), made.index_before | removed.before
+        return removed
+
+    def _rows(self, made: Receipt, chosen: Chosen) -> None:
+        """Rows out of the table. What the receipt says of it is kept before the commit: after it nobody could tell."""
+
+        def actions() -> list[Action]:
+            trace, table = Trace(), Gallery(self.gallery)
+            what = of_uris(chosen.uris.to_pylist(), lambda rows, mask: rows.filter(pc.invert(mask)))
+            found = list(rewritten(table, what, trace))
+            if found:
+                made.version_before, made.version_after = table.version, table.version + 1
+                made.files_before |= {name: digest or "" for name, digest in trace.before}
+                made.files_after |= {name: digest or "" for name, digest in trace.after}
+            pending.keep(self.gallery, made)
+            return found
+
+        commit = Committer(Gallery(self.gallery), new_run_id(), self.lease)
+        commit.commit(actions, {"job": "erase", "images": made.images, "faces": made.faces})
+
+    def _vectors(self, made: Receipt, removed: vectors.Removed) -> None:
+        if not manifests.exists(self.gallery):
+            manifests.sweep(self.gallery, None)  # pieces of an index that was never finished
+            return
+
+        def before_publishing() -> None:
+            made.index_after |= removed.after
+            pending.keep(self.gallery, made)
+            self.index_lease.check()
+
+        vectors.remove(self.gallery, removed, (made.version_before, made.version_after), before_publishing)
+
+    def _gone(self, chosen: Chosen) -> Gone:
+        left = set[str]()
+        for batch in Gallery(self.gallery).batches(["identity"], ds.field("identity").isin(chosen.names), rows=_ROWS):
+            left.update(pc.unique(batch["identity"]).to_pylist())
+        return Gone(
+            frozenset(chosen.uris.to_pylist()),
+            frozenset(chosen.names.to_pylist()) - left,
+            frozenset(chosen.contents.to_pylist()),
+            np.sort(chosen.faces.to_numpy()),
+            np.unique(chosen.marks.to_numpy()),
+        )
+
+    def _reports(self, made: Receipt, gone: Gone) -> None:
+        place = storage.join(self.gallery, REPORTS)
+        names = sorted({found.url.removeprefix(place + "/").split("/")[0] for found in storage.files_in(place)})
+        if not names:
+            return
+        if "cluster" in names:
+            self._assign()
+        with writer_lock(place, "reports", self.progress) as lease:
+            remote = storage.is_remote(self.gallery)
+            for changed in chain.from_iterable(self._remote(n, gone) for n in names) if remote else scrub(place, gone):
+                made.reports = sorted({*made.reports, changed})
+                pending.keep(self.gallery, made)
+                lease.check()
+
+    def _assign(self) -> None:
+        """Clusters without the erased, where that can be done: `scrub` only takes out what is theirs alone."""
+        try:
+            cluster_assign.run(self.gallery, progress=self.progress)
+        except GalleryBusyError:
+            raise
+        except (FacepipeError, OSError, ValueError, KeyError, BadZipFile) as error:
+            self.progress(f"the clusters could not be brought up to date ({type(error).__name__})")
+
+    def _remote(self, name: str, gone: Gone) -> list[str]:
+        """One report of a gallery in an object store: fetched, scrubbed, and uploaded where it has changed."""
+        if name.startswith(LOCK):
+            return []
+        remote, folder = storage.join(self.gallery, REPORTS, name), mirror.folder(self.gallery, f"{REPORTS}/{name}")
+        if doomed(name):
+            for file in list(storage.files_in(remote)):
+                storage.delete(file.url)
+            return [f"{name}/"]
+        mirror.pull(folder)
+        found = list(scrub(folder, gone))
+        if found:
+            mirror.push(folder, last="report.html")
+        return [f"{name}/{inner}" for inner in found]
+
+    def _files(self, made: Receipt) -> None:
+        self.lease.check()
+        table = Gallery(self.gallery)
+        now = {file["path"] for file in table.files()}
+        made.files_after = {name: digest for name, digest in made.files_after.items() if name in now}
+        if manifests.exists(self.gallery):
+            kept = {entry.name for entry in manifests.load(self.gallery).shards}
+            made.index_after = {name: d for name, d in made.index_after.items() if name.split("/")[0] in kept}
+        made.files_deleted = max(made.files_deleted, len(unreferenced(table)))
+        pending.keep(self.gallery, made)
+        vacuum(table)
+        made.log_files_deleted += forget_history(table)
+        mirror.forget(self.gallery)
+
+
+def _count_erased(images: int) -> None:
+    run = current()
+    if run is not None:
+        run.count("erased_images", images)

@@ -1,0 +1,412 @@
+"""Erasure's parts: what a selection means, what a report loses, what is kept of the erased and what that tells."""
+
+import csv
+import fnmatch
+import json
+import os
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bench.galleries import CONTRACT, Faces, append, rows
+from pyarrow import compute as pc
+
+from facepipe.erasure import pending, receipt, suppressed
+from facepipe.erasure.receipt import Receipt
+from facepipe.erasure.reports import Gone, role_of, scrub
+from facepipe.erasure.selection import Selection, choose, mark_of, translate
+from facepipe.errors import ConfigError, GalleryError, StorageError
+from facepipe.gallery import Gallery
+from facepipe.hashing import hash64
+from facepipe.reports.html import write_report
+from facepipe.reports.model import Face, Figure, Group, Report, Table
+from facepipe.schema import FACES, OK
+from facepipe.stages.columns import pack
+from facepipe.stages.suppress import Suppress
+
+NOW = datetime(2026, 11, 20, tzinfo=UTC)
+URIS = [
+    *("/a/1.jpg", "/a/2.jpg", "/a/[x].jpg", "/a/x.jpg", "/a/b+c (1).jpg", "/a/bbc (1).jpg", "file:///a/%FF.jpg"),
+    *("/b/new\nline.jpg", "/b/1.jpg", "s3://k/é/1.jpg"),
+]
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    """Ten images of a face each, one of them with two, and a copy of the first without a label."""
+    faces = Faces().draw(np.arange(12), 0)
+    found = rows(np.arange(12), faces, 0).to_pylist()
+    for n, uri in enumerate(URIS):
+        found[n] |= {"uri": uri, "source": "a" if uri.startswith(("/a", "file:///a")) else "b", "identity": f"p{n}"}
+        found[n]["ingested_at"] = NOW - timedelta(days=n)
+    found[10] |= {"uri": URIS[8], "face_index": 1, "identity": "p8", "source": "b", "ingested_at": NOW - timedelta(8)}
+    found[10]["image_id"] = found[8]["image_id"]
+    found[11] |= {"uri": "/copy.jpg", "image_id": found[0]["image_id"], "identity": None, "source": "c"}
+    found[3]["missing_since"] = NOW
+    made = Gallery.create(str(tmp_path_factory.mktemp("g") / "g"), CONTRACT)
+    append(made, [pa.Table.from_pylist(found[:6], FACES), pa.Table.from_pylist(found[6:], FACES)], "first")
+    return Gallery(made.path)
+
+
+def chosen(gallery: Gallery, **conditions: Any) -> list[str]:
+    found = choose(gallery, Selection(**conditions), NOW)
+    assert found.images == len(set(found.uris.to_pylist()))
+    held = gallery.to_arrow(["uri", "face_id", "identity"]).to_pylist()
+    mine = [row for row in held if row["uri"] in set(found.uris.to_pylist())]
+    assert sorted(found.faces.to_pylist()) == sorted(row["face_id"] for row in mine)
+    assert found.rows == len(mine)
+    assert found.names.to_pylist() == sorted({row["identity"] for row in mine if row["identity"]})
+    return sorted(found.uris.to_pylist())
+
+
+def test_by_uri_and_by_content(gallery: Gallery) -> None:
+    first = gallery.to_arrow(["image_id"], "uri = '/a/1.jpg'")["image_id"][0].as_py()
+    assert chosen(gallery, images=("/a/1.jpg",)) == ["/a/1.jpg", "/copy.jpg"]
+    assert chosen(gallery, images=(first,)) == ["/a/1.jpg", "/copy.jpg"]
+    assert chosen(gallery, images=(first, "/a/2.jpg", "/a/2.jpg")) == ["/a/1.jpg", "/a/2.jpg", "/copy.jpg"]
+    assert chosen(gallery, images=("/no/such", "0" * 31 + "f", "")) == []
+
+
+def test_by_person_source_age_and_absence(gallery: Gallery) -> None:
+    assert chosen(gallery, identities=("p0",)) == ["/a/1.jpg", "/copy.jpg"]
+    assert chosen(gallery, identities=("p1", "p8", "nobody")) == ["/a/2.jpg", "/b/1.jpg"]
+    assert chosen(gallery, identities=("p",)) == chosen(gallery, source="") == []
+    assert chosen(gallery, source="b") == sorted(URIS[7:])
+    assert chosen(gallery, older_than_days=7.5) == sorted(URIS[8:])
+    assert chosen(gallery, older_than_days=0) == sorted(URIS[1:])
+    assert chosen(gallery, missing=True) == [URIS[3]]
+    assert chosen(gallery, source="a", older_than_days=2.5, uri="*.jpg") == sorted(URIS[3:7])
+    assert chosen(gallery, identities=("p1",), source="b") == []
+
+
+def test_by_ids(gallery: Gallery) -> None:
+    (face,) = gallery.to_arrow(["face_id"], "uri = '/b/1.jpg' and face_index = 1")["face_id"].to_pylist()
+    first = gallery.to_arrow(["image_id"], "uri = '/a/1.jpg'")["image_id"][0].as_py()
+    assert chosen(gallery, ids=(str(face),)) == ["/b/1.jpg"], "with the other face in it"
+    assert chosen(gallery, ids=(str(face), first)) == ["/a/1.jpg", "/b/1.jpg", "/copy.jpg"]
+    assert chosen(gallery, ids=("1", str(1 << 63), "9" * 40, "f" * 32)) == []
+    for wrong in ("abc", "-1", "1.5", "g" * 32):
+        with pytest.raises(ConfigError, match="neither a face id nor an image id"):
+            chosen(gallery, ids=(wrong,))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            "*",
+            "/a/*",
+            "/?/1.jpg",
+            "*1*",
+            "*a*.*",
+            "/a/[[]x].jpg",
+            "/a/[x].jpg",
+            "/a/[!x]*",
+            "/a/b+c (1).jpg",
+            "/a/b+*",
+        ),
+        *(
+            "/b/new\nline.jpg",
+            "*\n*",
+            "*é*",
+            "file:///a/%FF*",
+            "/a/[0-9].jpg",
+            "/a/[3-1].jpg",
+            "/a/[!3-1].jpg",
+            "[",
+            "[]",
+        ),
+        *(
+            "*.jp",
+            "a/1.jpg",
+            "/A/1.jpg",
+            "/a/[a-cx].jpg",
+            "*[]]*",
+            "*[+]*",
+            "*[!-a]?jpg",
+            "*[^a]*",
+            "(?i)*",
+            "*|*",
+            "/a/\\*",
+        ),
+        *("*\\d*", "$", "*[a-]*", "*[\\]*", "[!]", "*a*1*j*g", "**/1.jpg"),
+    ],
+)
+def test_patterns_are_those_of_the_shell(gallery: Gallery, pattern: str) -> None:
+    held = {*URIS, "/copy.jpg"}
+    wanted = sorted(uri for uri in held if fnmatch.fnmatchcase(uri, pattern))
+    assert chosen(gallery, uri=pattern) == wanted
+    hostile = [*URIS, "[", "[]", "]", "^a", "\\", "/a/\\x", "-", "(?i)", "a|b", "", "$"]
+    found = pc.match_substring_regex(pa.array(hostile), f"(?s)^{translate(pattern)}$").to_pylist()
+    assert found == [fnmatch.fnmatchcase(text, pattern) for text in hostile]
+
+
+def test_what_says_nothing_is_refused(gallery: Gallery) -> None:
+    for nothing in ({}, {"images": ()}, {"missing": False}):
+        with pytest.raises(ConfigError, match="say what to erase"):
+            chosen(gallery, **nothing)
+    for age in (-1, float("nan"), float("inf"), 1e12):
+        with pytest.raises(ConfigError, match="an age of"):
+            chosen(gallery, older_than_days=age)
+    for text in ({"images": ("\udcff",)}, {"identities": ("\udcff",)}, {"source": "\udcff"}, {"uri": "\udcff"}):
+        with pytest.raises(ConfigError, match="no UTF-8"):
+            chosen(gallery, **text)
+    assert Selection(older_than_days=0.0, images=("x",)).kinds() == ["images", "older_than_days"]
+
+
+def test_a_table_that_cannot_be_read_is_said(gallery: Gallery, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(gallery.path, tmp_path / "g")
+    for file in (tmp_path / "g" / "faces").glob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(StorageError, match="cannot read the table"):
+        choose(Gallery(str(tmp_path / "g")), Selection(source="a"))
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
+    what = choose(gallery, Selection(identities=("p8",)))
+    first = Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0", hashes={"uris": ["0" * 16]})
+    second = Receipt("20261101T000001-bbbbbb", "id", "2026", ["identities"], "0")
+    for made in (second, first):
+        pending.begin(str(tmp_path), made, what)
+    (one, held), (two, _) = pending.unfinished(str(tmp_path))
+    assert (one, two) == (first, second)
+    for name in ("uris", "contents", "faces", "names", "marks"):
+        assert getattr(held, name).equals(getattr(what, name))
+    first.files_before["x"], first.vectors = "y", 3
+    pending.keep(str(tmp_path), first)
+    (one, _), _ = pending.unfinished(str(tmp_path))
+    assert one == first, "with the hashes as they were"
+    Path(tmp_path, "erased", first.id + ".state").write_bytes(b"{")
+    assert pending.unfinished(str(tmp_path))[0][0].hashes == first.hashes
+    Path(tmp_path, "erased", "x.pending.new").write_bytes(b"torn")
+    for made in (first, second):
+        pending.end(str(tmp_path), made)
+    assert os.listdir(tmp_path / "erased") == []
+    path = receipt.save(str(tmp_path), first)
+    assert receipt.load(path) == first
+    assert receipt.path_of(str(tmp_path), first.id) == path
+    for wrong in (b"", b"{}", b"[1]", b"\xff"):
+        Path(path).write_bytes(wrong)
+        with pytest.raises(ConfigError, match="no receipt"):
+            receipt.load(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        receipt.load(str(tmp_path / "none"))
+
+
+def test_a_damaged_pending_file_stops_and_is_said(tmp_path: Path) -> None:
+    suppressed.put(str(tmp_path), "x.pending", b"PAR1")
+    with pytest.raises(GalleryError, match="damaged"):
+        pending.unfinished(str(tmp_path))
+
+
+def test_suppressed(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    assert not suppressed.uris(path).size
+    suppressed.suppress(path, "one", ["b", "a", "a"], [])
+    suppressed.suppress(path, "two", ["c"], ["0" * 32])
+    assert suppressed.uris(path).tolist() == sorted(map(hash64, "abc"))
+    assert suppressed.contents(path).tolist() == [hash64("0" * 32)]
+    assert b"0" * 32 not in b"".join(p.read_bytes() for p in (tmp_path / "erased").iterdir())
+
+
+def test_suppress_hides_bytes_and_nothing_else(tmp_path: Path) -> None:
+    suppressed.suppress(str(tmp_path), "one", [], ["a", "c"])
+    table = pa.table(
+        {
+            "bytes": pack([b"1", b"2", None, None]),
+            "image_id": pa.array(["a", "b", "c", None]),
+            "status": pa.array([OK, OK, "too_large", "read_error"]),
+            "other": pa.array([1, 2, 3, 4]),
+        }
+    )
+    stage = Suppress(str(tmp_path))
+    stage.setup()
+    found = stage(table)
+    assert found["status"].to_pylist() == ["erased", OK, "too_large", "read_error"]
+    assert found["bytes"].to_pylist() == [None, b"2", None, None]
+    assert found["other"].to_pylist() == [1, 2, 3, 4]
+    assert stage(table.slice(1, 1)).equals(table.slice(1, 1))
+    sliced = stage(pa.concat_tables([table.slice(1, 1), table.slice(0, 1)]))
+    assert (sliced["status"].to_pylist(), sliced["bytes"].to_pylist()) == ([OK, "erased"], [b"2", None])
+    assert stage(table.slice(0, 0)).num_rows == 0
+
+
+# ------------------------------------------------------------------ reports
+
+JANE, MINE, OTHER = 'J, "x"\n<b>', "/a/jane 1\n.jpg", "/a/bob.jpg"
+VECTORS = Faces().draw(np.arange(4), 0)
+
+
+def gone(names: set[str] = frozenset({JANE}), uris: set[str] = frozenset({MINE})) -> Gone:  # type: ignore[assignment]
+    return Gone(
+        frozenset(uris), frozenset(names), frozenset({"f" * 32}), np.array([5, 9]), np.sort(mark_of(VECTORS[:1]))
+    )
+
+
+def test_roles() -> None:
+    roles = {name: role_of(name) for name in ("uri_a", "path", "identity_0", "left", "face_id_b", "medoid", "decision")}
+    assert list(roles.values()) == ["uris", "uris", "names", "names", "ids", "ids", None]
+    assert role_of("anything else") == "any"
+
+
+def table_in(folder: Path, name: str, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), folder / name)
+    return folder / name
+
+
+def test_tables(tmp_path: Path) -> None:
+    columns = {
+        "face_id": [1, 5, 3, 4],
+        "uri": [OTHER, "/x", MINE, OTHER],
+        "identity": ["bob", "bob", "bob", JANE],
+        "decision": [JANE, "keep", "keep", "keep"],
+        "nearest_identity": [JANE, None, "bob", "bob"],
+    }
+    path = table_in(tmp_path, "decisions.parquet", **columns)
+    same = table_in(tmp_path, "same.parquet", face_id=[1, 2], size=[5, 9], note=["a", "b"])
+    other = table_in(tmp_path, "other.parquet", note=["a", JANE], image_id=[None, "f" * 32])
+    before = same.read_bytes()
+    assert set(scrub(str(tmp_path), gone())) == {"decisions.parquet", "other.parquet"}
+    (row,) = pq.read_table(path).to_pylist()
+    assert row == {"face_id": 1, "uri": OTHER, "identity": "bob", "decision": JANE, "nearest_identity": None}
+    assert pq.read_table(other).to_pylist() == [{"note": "a", "image_id": None}]
+    assert same.read_bytes() == before
+    assert list(scrub(str(tmp_path), gone())) == []
+
+
+def test_lists(tmp_path: Path) -> None:
+    with open(tmp_path / "clean.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("path", "identity", "label", "face_id"), (OTHER, "b", 5, 1), (MINE, JANE, 0, 5), ("x\ny", "n", 9, 2)]
+        )
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label", "identity"), (0, JANE), (1, "identity"), (2, "b")])
+    lines = {
+        "keep.txt": ["/r/a/1.jpg", OTHER],
+        "clean.txt": ["/r/q.jpg 3", "/r/a/1.jpg 4"],
+        "msceleb.txt": ["q.jpg 3", "a/1.jpg 4"],
+    }
+    for name, texts in lines.items():
+        (tmp_path / name).write_text("\n".join(texts) + "\n")
+    assert len(list(scrub(str(tmp_path), gone({JANE, "identity", "5"}, {MINE, "/r/a/1.jpg"})))) == 5
+    with open(tmp_path / "clean.csv", newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["path", OTHER, "x\ny"]
+    assert (tmp_path / "labels.csv").read_bytes() == b"label,identity\r\n2,b\r\n"
+    assert [(tmp_path / n).read_text() for n in lines] == [f"{OTHER}\n", "/r/q.jpg 3\n", "q.jpg 3\n"]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".new")]
+
+
+def page(folder: Path, title: str, groups: list[Group], **more: Any) -> Path:
+    path = folder / "report.html"
+    write_report(Report(title, groups=groups, groups_total=len(groups), **more), path)
+    return path
+
+
+def shown(path: Path) -> list[dict[str, Any]]:
+    found = re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert found
+    groups: list[dict[str, Any]] = json.loads(found[1])
+    assert f'"total":{len(groups)}' in path.read_text()
+    return groups
+
+
+def faces(*uris: str) -> tuple[Face, ...]:
+    return tuple(Face(uri, (("label", "bob"),), b"") for uri in uris)
+
+
+def test_pages(tmp_path: Path) -> None:
+    figures = (("noise", "0.9"), (JANE, "1.2"))
+    made = [
+        Group(f"{JANE}: two persons?", "split", (), faces(OTHER)),
+        Group(f"bob and {JANE}: one person?", "merge", (), faces(OTHER)),
+        Group("bob: fits another identity", "relabel", figures, faces(OTHER, MINE)),
+        Group("only her", "x", (), faces(MINE)),
+        Group("bob: \u00e9 </script>", "x", (("a", "b"),), faces(OTHER)),
+    ]
+    path = page(tmp_path, "Noisy identities", made)
+    assert list(scrub(str(tmp_path), gone())) == ["report.html"]
+    first, second = shown(path)
+    assert (first["title"], first["figures"], [f["uri"] for f in first["faces"]]) == (
+        made[2].title,
+        [["noise", "0.9"]],
+        [OTHER],
+    )
+    assert second["title"] == made[4].title
+    assert list(scrub(str(tmp_path), gone())) == []
+
+
+def test_tables_on_pages(tmp_path: Path) -> None:
+    table = Table(
+        "Shared identities (the first 3 of 3)", ("here", "there"), ((JANE, "a"), ("b", "c"), ("\u202ed", "12"))
+    )
+    counts = Table("Decisions", ("decision", "faces"), (("keep", "12"),))
+    path = page(tmp_path, "What two galleries share", [], tables=(table, counts))
+    assert list(scrub(str(tmp_path), gone({JANE, "12", "keep"}))) == ["report.html"]
+    text = path.read_text()
+    assert ("<td>b</td>" in text, "J, &#34;x" in text, "d</td>" in text, "<td>keep</td>" in text) == (
+        True,
+        False,
+        False,
+        True,
+    )
+    page(tmp_path, "x", [], figures=(Figure("a", "b", MINE),))
+    assert list(scrub(str(tmp_path), gone())) == ["report.html"]
+    assert not path.exists(), "it says so in a place that is not known"
+
+
+def test_vectors_and_other_files(tmp_path: Path) -> None:
+    np.savez(tmp_path / "state.npz", cohort=VECTORS, threshold=0.5)
+    for name in ("graph", "cluster.partial", "clean.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("x")
+    (tmp_path / "yes.json").write_text(json.dumps({"a": [{"b": JANE}]}))
+    (tmp_path / "no.json").write_text(json.dumps({"a": "Jan", "n": 5}))
+    (tmp_path / "notes.md").write_text(f"about {MINE}")
+    (tmp_path / "other.md").write_text("about nobody")
+    (tmp_path / "old.parquet.new").write_bytes(b"x")
+    (tmp_path / ".lock").write_text(MINE)
+    found = set(scrub(str(tmp_path), gone()))
+    assert found == {"state.npz", "graph/", "cluster.partial/", "clean.old/", "yes.json", "notes.md"}
+    assert set(os.listdir(tmp_path)) == {"state.npz", "no.json", "other.md", ".lock"}
+    with np.load(tmp_path / "state.npz") as held:
+        np.testing.assert_array_equal(held["cohort"], VECTORS[1:])
+        assert held["threshold"] == 0.5
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"PAR1PAR1PAR1", b'{"title":', b"\xff\xfe\x00"])
+def test_damaged_files_go_and_nothing_is_raised(tmp_path: Path, data: bytes) -> None:
+    for name in ("a.parquet", "sums.npz", "b.npz", "c.html", "d.json", "e.csv", "f.txt", "g.bin"):
+        (tmp_path / name).write_bytes(data)
+    found = set(scrub(str(tmp_path), gone()))
+    assert {"a.parquet", "sums.npz", "b.npz"} <= found
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".new")]
+
+
+def test_a_full_disk_deletes_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = table_in(tmp_path, "a.parquet", uri=[MINE, OTHER])
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="no space left"):
+        list(scrub(str(tmp_path), gone()))
+    assert path.exists()
+
+
+def test_nothing_of_many_is_slow(tmp_path: Path) -> None:
+    uris = [f"/some/where/{n}.jpg" for n in range(20_000)]
+    table_in(tmp_path, "faces.parquet", uri=uris * 5, face_id=np.arange(100_000))
+    (tmp_path / "keep.txt").write_text("\n".join(uris) + "\n")
+    assert set(scrub(str(tmp_path), gone(uris=set(uris[::2])))) == {"faces.parquet", "keep.txt"}
+    assert pq.read_metadata(tmp_path / "faces.parquet").num_rows == 50_000 - 2
