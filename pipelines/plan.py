@@ -13,10 +13,14 @@ ALL = ("read", "decode", "detect", "align", "embed")
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs to be used, over all machines."""
+    """CPUs and GPUs to be used, over all machines.
+
+    beside: CPUs to each GPU on the machine where they are fewest; None: all are on one machine
+    """
 
     cpus: int
     gpus: int = 0
+    beside: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,13 @@ def make_plan(resources: Resources, workers: int | None = None, layout: Layout =
         return Plan((Group(ALL, workers or max(1, cpus), 1),))
     if layout == "fused":
         count = min(workers or devices, devices)
-        return Plan((Group(ALL, count, max(1, cpus // count), 1),))
+        each = max(1, cpus // count)
+        # A worker that asks for more CPUs than its GPU's machine has would be waited for in vain.
+        return Plan((Group(ALL, count, each if resources.beside is None else min(each, resources.beside), 1),))
     decoders = max(1, workers or cpus - devices)
-    return Plan((Group(ALL[:2], decoders, 1), Group(ALL[2:], devices, max(0, (cpus - decoders) // devices), 1)))
+    # The same, where decoders have taken the CPUs of a GPU's machine: on several machines GPU workers ask for none.
+    left = max(0, (cpus - decoders) // devices) if resources.beside is None else 0
+    return Plan((Group(ALL[:2], decoders, 1), Group(ALL[2:], devices, left, 1)))
 
 
 def local_resources() -> Resources:

@@ -6,12 +6,15 @@ from multiprocessing.connection import Connection
 
 from facepipe.errors import FacepipeError
 from facepipe.gallery.parts import Record
+from facepipe.observe import logs
+from facepipe.observe.redact import redact
 from facepipe.work.blocks import decode
 from pipelines.worker import BlockWorker
 
 
 def main(fd: int) -> None:
     """Serve blocks from the driver until it closes the connection, or is gone."""
+    logs.install_excepthook()  # what is raised below is shown without credentials
     connection = Connection(fd)
     try:
         _serve(connection)
@@ -20,7 +23,7 @@ def main(fd: int) -> None:
     except FacepipeError as error:
         connection.send_bytes(pickle.dumps(("failed", error)))
     except Exception as error:
-        connection.send_bytes(pickle.dumps(("failed", f"{type(error).__name__}: {error}")))
+        connection.send_bytes(pickle.dumps(("failed", redact(f"{type(error).__name__}: {error}"))))
         raise
 
 

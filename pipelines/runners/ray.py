@@ -2,11 +2,15 @@
 
 Only blocks of work items travel (and, in a split plan, what the first group made of them). Ray retries a lost actor's
 block for ever; the crash marks in the gallery see to it that one image cannot make use of that.
+
+A node may die. Its actors' blocks wait until the others have emptied the queue and made room, or a new node has come,
+and are done then. The listing runs on the driver's node, which the run does not outlive anyway.
 """
 
 import logging
 import os
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +19,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from facepipe.errors import FacepipeError, WorkerError
+from facepipe.errors import FacepipeError, SourceError, WorkerError
 from facepipe.gallery.parts import Record
+from facepipe.hashing import hash64
 from facepipe.work.blocks import Block, decode, encode
+from pipelines import ray_metrics
 from pipelines.plan import Plan, Resources
 from pipelines.worker import BlockWorker, Job
 
@@ -29,10 +35,12 @@ _ROW = pa.schema(
         ("skipped", pa.int64()),
         ("repeated", pa.int64()),
         ("ignored", pa.int64()),
+        ("erased", pa.int64()),
         ("last", pa.bool_()),
     ]
 )
 _LOCAL_OBJECT_STORE = 512 << 20
+_MARK = 8  # bytes that stand for a block
 
 
 def start() -> Resources:
@@ -53,7 +61,9 @@ def start() -> Resources:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
     found = ray.cluster_resources()
-    return Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)))
+    with_gpus = [node for node in _nodes() if node.get("GPU", 0) >= 1]
+    beside = min((int(node.get("CPU", 0) // node["GPU"]) for node in with_gpus), default=None)
+    return Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)), beside)
 
 
 def stop() -> None:
@@ -68,10 +78,12 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> I
     import ray.data
     from ray.exceptions import RayError
 
-    with warnings.catch_warnings():
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         warnings.simplefilter("ignore", DeprecationWarning)
         _configure()
-        data = ray.data.read_datasource(_listing(blocks), override_num_blocks=1, num_cpus=0)
+        listing = _listing(blocks, os.path.join(folder, "listed"))
+        data = ray.data.read_datasource(listing, override_num_blocks=1, num_cpus=0, label_selector=here)
         for job, group in zip(jobs, plan.groups, strict=True):
             data = data.map_batches(
                 _Mapper,
@@ -93,10 +105,14 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> I
 
 
 def tasks(function: Callable[[Any], Any], items: Iterable[Any], cpus: float) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item)) as they are finished, each a task of its own; a few more are submitted than can run."""
-    import ray
-    from ray.exceptions import RayTaskError
+    """(item, function(item)) as they are finished, each a task of its own; a few more are submitted than can run.
 
+    cpus: of a task; no more than a node has, since Ray would wait for ever for one that has them.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    cpus = min(cpus, max((node.get("CPU", 0) for node in _nodes()), default=0) or cpus)
     remote = ray.remote(num_cpus=cpus)(function)
     ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
     waiting, running = iter(items), dict[Any, Any]()
@@ -110,6 +126,15 @@ def tasks(function: Callable[[Any], Any], items: Iterable[Any], cpus: float) -> 
                 yield running.pop(done), ray.get(done)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, FacepipeError) else error from None
+            except RayError as error:  # its worker or node died, and so did those that tried again
+                raise WorkerError(f"Ray gave up: {_last_line(error)}") from error
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node that is alive has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _configure() -> None:
@@ -122,13 +147,43 @@ def _configure() -> None:
     context.print_on_execution_start = False
 
 
-def _listing(blocks: Callable[[], Iterable[Block]]) -> Any:
+class Unchanging:
+    """Blocks that are what they were when they are listed again; SourceError where the source has changed since.
+
+    Where the listing's process dies, Ray lists from the start and leaves out as many blocks as it has: were these cut
+    elsewhere by now, images would come twice or never.
+
+    journal: file that a fingerprint of every block goes to
+    """
+
+    def __init__(self, blocks: Callable[[], Iterable[Block]], journal: str):
+        self._blocks, self._journal = blocks, journal
+
+    def __call__(self) -> Iterator[Block]:
+        with open(self._journal, "ab+", buffering=0) as file:
+            file.seek(0)
+            before = file.read()
+            before = before[: len(before) // _MARK * _MARK]
+            file.truncate(len(before))
+            for n, block in enumerate(self._blocks()):
+                mark = hash64(str(block.last), *block.items["uri"].to_pylist()).to_bytes(_MARK, "little")
+                if n * _MARK >= len(before):
+                    file.write(mark)
+                elif before[n * _MARK : (n + 1) * _MARK] != mark:
+                    raise SourceError(
+                        "the source changed after the process that listed it had died, and the listing cannot be gone "
+                        "on with; what was committed is kept: run the same command again"
+                    )
+                yield block
+
+
+def _listing(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
     """A datasource with one read task, which streams the listing and is held back when workers are behind."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
     def rows() -> Iterator[pa.Table]:
-        for block in blocks():
+        for block in Unchanging(blocks, journal)():
             yield pa.Table.from_pylist([encode(block)], schema=_ROW)
 
     class Listing(Datasource):
@@ -153,6 +208,7 @@ class _Mapper:
         (row,) = table.to_pylist()
         result = self._worker(decode(row))
         if isinstance(result, Record):
+            ray_metrics.observe(result)
             return pa.table({"record": [result.to_json()]})
         return pa.Table.from_pylist([encode(result)], schema=_ROW)
 

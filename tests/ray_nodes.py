@@ -1,0 +1,181 @@
+"""A Ray cluster of three nodes on this machine: each a raylet of its own with its own workers and object store."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+STORE = 100_000_000  # bytes; Ray takes no less than some 75 MiB
+_QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# A node that is gone is noticed as in a real cluster, by its heartbeat, only much sooner.
+_SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+_RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
+
+
+@dataclass
+class Node:
+    """One node: the process of `ray start`, whose descendants are the node's daemons and workers."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    raylet: psutil.Process | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not been killed."""
+        return self.process.poll() is None
+
+    def family(self) -> list[psutil.Process]:
+        """All processes of the node."""
+        roots = [p for p in (_alive(self.process.pid), self.raylet) if p]
+        found: dict[int, psutil.Process] = {}
+        for root in roots:
+            with suppress(psutil.NoSuchProcess):
+                found |= {p.pid: p for p in [root, *root.children(recursive=True)]}
+        return list(found.values())
+
+    def workers(self) -> list[tuple[psutil.Process, str]]:
+        """The node's Ray workers and their titles: `ray::NAME`, and `ray::NAME.METHOD` while one is at work."""
+        return [(p, title.strip()) for p in self.family() if (title := _title(p)).startswith("ray::")]
+
+    def kill(self) -> None:
+        """SIGKILL, as where a machine loses its power: daemons and workers, all at once."""
+        family = self.family()
+        for process in family:  # stopped first: none may see another die and act on it
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        for process in {p.pid: p for p in [*family, *self.family()]}.values():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=20)
+        self.process.wait(20)
+
+
+@dataclass
+class Cluster:
+    """Nodes[0] is the head, to which drivers connect. `cpus`: of the head and of each worker node."""
+
+    cpus: tuple[int, ...] = (1, 1, 1)
+    nodes: list[Node] = field(default_factory=list)
+    port: int = 0
+    folder: str = ""
+    _started: list[psutil.Process] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """For RAY_ADDRESS."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a driver that is to use the cluster."""
+        return {**os.environ, **_QUIET, "RAY_ADDRESS": self.address}
+
+    def start(self) -> None:
+        """All nodes; returns when each has registered."""
+        self.folder = tempfile.mkdtemp(prefix="fpn", dir="/tmp")  # sockets below it: their paths must be short
+        (self.port,) = _free_ports(1)
+        head = ["--head", f"--port={self.port}", "--include-dashboard=false"]
+        self._start(head, self.cpus[0])
+        for cpus in self.cpus[1:]:
+            self.add(cpus, wait=False)
+        for node in self.nodes:
+            self._wait(node)
+
+    def add(self, cpus: int = 1, *, wait: bool = True) -> Node:
+        """One more worker node."""
+        if not self.nodes[0].raylet:
+            self._wait(self.nodes[0])
+        node = self._start([f"--address={self.address}"], cpus)
+        if wait:
+            self._wait(node)
+        return node
+
+    def refill(self) -> None:
+        """New nodes for those that were killed."""
+        for _ in range(len(self.cpus) - sum(node.alive for node in self.nodes)):
+            self.add(self.cpus[-1])
+
+    def stop(self) -> None:
+        """End every process that was started, and wait until each is gone."""
+        for node in self.nodes:
+            self._started += node.family()
+        for process in self._started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for node in self.nodes:
+            node.process.wait(20)
+        left = [p for p in psutil.wait_procs(self._started, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
+        shutil.rmtree(self.folder, ignore_errors=True)
+        assert not left, f"still there: {left}"
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to the cluster, found by its folder: also what lost its parent."""
+        return [p for p in psutil.process_iter() if self.folder in _title(p) and p.pid != os.getpid()]
+
+    def _start(self, arguments: list[str], cpus: int) -> Node:
+        log = Path(self.folder) / f"node-{len(self.nodes)}.log"
+        command = [*_RAY, *arguments, f"--num-cpus={cpus}", f"--object-store-memory={STORE}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+        command += [f"--dashboard-agent-listen-port={_free_ports(1)[0]}"]
+        # A folder each: nodes that start at the same time would choose the same names for their sockets.
+        command += [f"--temp-dir={self.folder}/{len(self.nodes)}"]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=out, env={**os.environ, **_QUIET, **_SOON}, start_new_session=True
+            )
+        node = Node(process, log)
+        self.nodes.append(node)
+        return node
+
+    def _wait(self, node: Node) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and node.process.poll() is None:
+            if "Ray runtime started" in node.log.read_text():
+                node.raylet = next(p for p in node.family() if "raylet/raylet" in _title(p))
+                self._started += node.family()
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"a node did not start: {node.log.read_text()[-2000:]}")
+
+
+@contextmanager
+def cluster(cpus: tuple[int, ...] = (1, 1, 1)) -> Iterator[Cluster]:
+    """A cluster that is gone afterwards."""
+    made = Cluster(cpus)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def _alive(pid: int) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid)
+    return None
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return ""
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
