@@ -5,17 +5,21 @@ Defaults live in the dataclasses and nowhere else; an unknown key is an error th
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from facepipe.errors import ConfigError
+from facepipe.observe.redact import HIDDEN, redact
 
 T = TypeVar("T")
 Tree = dict[str, Any]
+
+_SECRET_KEY = re.compile(r"(?i)secret|token|passw|signature|credential|(?:api|access|account)_?key")
 
 
 def build(kind: type[T], *layers: Tree) -> T:
@@ -27,8 +31,8 @@ def build(kind: type[T], *layers: Tree) -> T:
     try:
         return TypeAdapter(kind).validate_python(merged)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-        raise ConfigError("; ".join(problems)) from error
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {_shown(e['input'])}" for e in error.errors())
+        raise ConfigError("; ".join(problems)) from None  # pydantic's own message repeats the values
 
 
 def read_toml(path: str | os.PathLike[str]) -> Tree:
@@ -38,7 +42,7 @@ def read_toml(path: str | os.PathLike[str]) -> Tree:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read the config {os.fspath(path)!r}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{os.fspath(path)!r} is not TOML: {error}") from error
 
 
@@ -48,7 +52,7 @@ def parse_settings(settings: Iterable[str]) -> Tree:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name.strip():
-            raise ConfigError(f"--set takes section.key=value, got {setting!r}")
+            raise ConfigError(f"--set takes section.key=value, got {redact(repr(setting))}")
         leaf: Any = _value(value.strip())
         for part in reversed(name.strip().split(".")):
             leaf = {part: leaf}
@@ -61,6 +65,17 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _shown(value: Any) -> str:
+    """A value as a message may repeat it: a credential that somebody put into a config is none of its business."""
+    return redact(repr(_without_secrets(value)))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: HIDDEN if _SECRET_KEY.search(str(k)) else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(target: Tree, layer: Tree) -> None:
@@ -77,10 +92,18 @@ def _check_keys(kind: Any, tree: Tree, prefix: str) -> None:
     for key, value in tree.items():
         if key not in known:
             raise ConfigError(f"unknown key {prefix}{key}{_nearest(key, known, prefix)}")
+        for n, item in enumerate(value if _is_list_of_sections(hints[key]) and isinstance(value, list) else ()):
+            if not isinstance(item, dict):
+                raise ConfigError(f"{prefix}{key} is a list of sections: write [[{prefix}{key}]]")
+            _check_keys(get_args(hints[key])[0], item, f"{prefix}{key}[{n}].")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{key} is a section, not a value")
             _check_keys(hints[key], value, f"{prefix}{key}.")
+
+
+def _is_list_of_sections(hint: Any) -> bool:
+    return get_origin(hint) is tuple and is_dataclass(get_args(hint)[0])
 
 
 def _nearest(key: str, known: set[str], prefix: str) -> str:

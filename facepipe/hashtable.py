@@ -2,6 +2,7 @@
 
 import mmap
 import tempfile
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
@@ -87,13 +88,22 @@ class HashTable:
         old, old_file = self._slots, self._file
         self._slots, self._file = self._allocate(2 * len(old))
         self.count = 0
-        for start in range(0, len(old), _REHASH_ROWS):
-            rows = old[start : start + _REHASH_ROWS]
-            rows = rows[rows[:, 0] != 0]
-            self._insert(rows[:, 0], rows[:, 1:])
+        for keys, values in _filled(old):
+            self._insert(keys, values)
         old_file.close()
+
+    def rows(self) -> Iterator[tuple[Array, Array]]:
+        """(keys (n,), values (n, width)) of everything held, a piece at a time, in no order."""
+        yield from _filled(self._slots)
 
     def close(self) -> None:
         """Give the temporary file back."""
         self._slots = np.zeros((1, 1 + self.width), np.uint64)
         self._file.close()
+
+
+def _filled(slots: Array) -> Iterator[tuple[Array, Array]]:
+    for start in range(0, len(slots), _REHASH_ROWS):
+        rows = slots[start : start + _REHASH_ROWS]
+        rows = rows[rows[:, 0] != 0]
+        yield rows[:, 0], rows[:, 1:]

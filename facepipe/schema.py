@@ -13,6 +13,8 @@ FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
 # Never stored: what the gallery holds of the image stays as it is.
 UNCHANGED = "unchanged"  # it could not be read this time
 TOUCHED = "touched"  # the same bytes under a new fingerprint
+ERASED = "erased"  # the same bytes as an image that was erased, and must not come back
+NEVER_STORED = (UNCHANGED, TOUCHED, ERASED)
 
 EMBEDDING_DIM = 128
 
@@ -54,11 +56,12 @@ FACES = pa.schema(
         ("embedding_norm", pa.float32()),
         ("thumb", pa.binary()),
         ("ingested_at", pa.timestamp("us", "UTC")),
+        ("missing_since", pa.timestamp("us", "UTC")),
     ]
 )
 
 # Joined after the first galleries were made: files written before have neither values nor statistics of them.
-LATER = ("image_hash",)
+LATER = ("image_hash", "missing_since")
 
 
 def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:

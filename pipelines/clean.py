@@ -30,6 +30,7 @@ from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
 from pipelines.phases import Phases
+from pipelines.recorded import records
 from pipelines.workspace import report_folder, reports_of
 
 NAME = "clean"
@@ -90,6 +91,7 @@ class CleanSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@records("clean")
 def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: None) -> CleanSummary:
     """Judge every label of a gallery into GALLERY/reports/clean/.
 

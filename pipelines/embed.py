@@ -1,28 +1,35 @@
 """embed: images in, a committed table of faces out. Runs inline, on a local pool of processes, or on Ray."""
 
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
+import facepipe
 from facepipe import storage
+from facepipe.erasure import suppressed
 from facepipe.errors import AccountingError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
-from facepipe.gallery.lock import writer_lock
+from facepipe.gallery.lock import Lease, writer_lock
+from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
 from facepipe.gallery.parts import Record
+from facepipe.gallery.table import RUNS
+from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
+from facepipe.sources.item import Watched
+from facepipe.sources.kinds import is_web
 from facepipe.stages import check_chain
+from facepipe.stages.suppress import Suppress
+from facepipe.work import attempts
 from facepipe.work.blocks import Block, BlockSize
 from facepipe.work.blocks import blocks as cut_blocks
 from pipelines.embed_config import EmbedConfig, RunConfig
 from pipelines.plan import Group, Plan, local_resources, make_plan
+from pipelines.recorded import current, follow, records
 from pipelines.runners import inline, local, ray
 from pipelines.summary import Summary
 from pipelines.worker import Job
@@ -35,21 +42,33 @@ Blocks = Callable[[], Iterator[Block]]
 
 @dataclass(frozen=True)
 class Listing:
-    """The blocks of a source that a gallery version does not hold; made afresh wherever it is called."""
+    """The blocks of a source that a gallery version does not hold; made afresh wherever it is called.
+
+    missing: where to write which images of the source were not listed; empty where nobody wants to know.
+    """
 
     source: SourceConfig
     gallery: str
     version: int
     size: BlockSize
+    missing: str = ""
+    at_most: float = 1.0
 
     def __call__(self) -> Iterator[Block]:
-        known = KnownImages(Gallery(self.gallery, self.version))
+        source = open_source(self.source)
+        known = KnownImages(Gallery(self.gallery, self.version), source.name, suppressed.uris(self.gallery))
+        watched = Watched(source)
         try:
-            yield from cut_blocks(open_source(self.source), known, self.size)
+            yield from cut_blocks(watched, known, self.size)
+            if self.missing:
+                most = int(self.at_most * known.of_source)
+                count, uris = (0, None) if watched.broken else known.missing(most)
+                write_missing(self.missing, MissingUris(count, known.of_source, watched.broken, uris))
         finally:
             known.close()
 
 
+@records("embed")
 def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: None) -> Summary:
     """Embed a source into a gallery, which is made if there is none.
 
@@ -61,16 +80,23 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     source = open_source(config.source)
     if next(iter(source), None) is None:
         raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were passed over)")
-    with writer_lock(gallery):
-        return _run_locked(config, _open(gallery, config.contract), source.name, progress)
+    with writer_lock(gallery) as lease:
+        return _run_locked(config, _open(gallery, config.contract), source.name, lease, progress)
 
 
-def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, progress: Progress) -> Summary:
-    identity = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    runs = os.path.join(gallery.path, "runs")
-    shutil.rmtree(runs, ignore_errors=True)  # crash marks of runs that died: the lock says that none is alive
+def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease, progress: Progress) -> Summary:
+    record = current()
+    identity = record.id if record else new_run_id()
+    if record:
+        record.versions(before=gallery.version)
+        record.save()  # there may have been no gallery when the run began
+    runs = storage.join(gallery.path, RUNS)
+    attempts.bequeath(runs, identity)  # the lease says that no other run is alive
     plan = make_plan(local_resources(), config.run.workers)
-    listing = Listing(config.source, gallery.path, gallery.version, config.run.block_size(plan))
+    missing = storage.join(runs, identity, "missing") if config.missing.policy == "mark" else ""
+    listing = Listing(
+        *(config.source, gallery.path, gallery.version, config.run.block_size(plan), missing, config.missing.at_most)
+    )
     runner, blocks = _choose(config.run, listing)
     try:
         if runner == "ray":
@@ -81,16 +107,22 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, progress: Pr
             for n, group in enumerate(plan.groups)
         ]
         summary = Summary(identity, runner, plan.workers)
-        return _collect(_records(runner, blocks, jobs, plan), Committer(gallery, identity), summary, config, progress)
+        follow(summary)
+        commit = Committer(gallery, identity, lease)
+        _collect(_records(runner, blocks, jobs, plan), commit, summary, config, progress)
+        if missing:
+            summary.missing, summary.missing_ignored = mark_missing(gallery, source, missing, commit)
+            summary.version = Gallery(gallery.path).version
+        return summary
     finally:
         if runner == "ray":
             ray.stop()
-        shutil.rmtree(runs, ignore_errors=True)
+        attempts.clear(runs)
 
 
 def _collect(
     records: Iterator[Record], commit: Committer, summary: Summary, config: EmbedConfig, progress: Progress
-) -> Summary:
+) -> None:
     """Count and commit records as they come; what is finished is committed even when the run is broken off."""
     began = committed = time.monotonic()
     pending: list[Record] = []
@@ -118,17 +150,21 @@ def _collect(
         raise AccountingError(f"{blocks} of {last + 1} blocks came back; run the same command again to go on")
     summary.seconds = time.monotonic() - began
     summary.version = Gallery(commit.gallery.path).version
-    return summary
 
 
 def _figures(summary: Summary) -> dict[str, Any]:
     """What goes into the log beside a commit: counts and times, no names."""
     return {
+        "job": "embed",
+        "facepipe": facepipe.__version__,
         "runner": summary.runner,
         "workers": summary.workers,
         "images": summary.images,
         "faces": summary.faces,
+        "rows": summary.rows,
         "skipped": summary.skipped,
+        "repeated": summary.repeated,
+        "erased": summary.erased,
         "statuses": dict(summary.statuses),
         "seconds": round(summary.seconds, 3),
         "stage_seconds": {name: round(value, 3) for name, value in summary.stage_seconds.items()},
@@ -164,13 +200,14 @@ def _open(path: str, contract: Contract) -> Gallery:
 
 
 def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source: str, gallery: Gallery) -> Job:
-    folder = os.path.abspath(gallery.faces_folder)
-    attempts = os.path.join(os.path.abspath(gallery.path), "runs", identity)
-    return Job(config.stages(group), config.run.batch, writes, identity, source, folder, attempts)
+    stages = list(config.stages(group))
+    if "read" in group.stages and suppressed.contents(gallery.path).size:
+        stages.insert(1, Suppress(gallery.path))
+    marks = storage.join(gallery.path, RUNS, identity)
+    return Job(tuple(stages), config.run.batch, writes, identity, source, gallery.faces_folder, marks)
 
 
 def _absolute(source: SourceConfig) -> SourceConfig:
     """Workers may run in another folder than the user."""
-    return (
-        source if storage.is_remote(source.uri) or not source.uri else replace(source, uri=os.path.abspath(source.uri))
-    )
+    stays = not source.uri or storage.is_remote(source.uri) or is_web(source.uri)
+    return source if stays else replace(source, uri=os.path.abspath(source.uri))

@@ -43,8 +43,21 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class MissingConfig:
+    """What becomes of images that the gallery holds of this source, and the source lists no more.
+
+    policy: keep (nothing) or mark (their rows get the time in `missing_since`; a later listing takes it off again)
+    at_most: share of the source's images; where more are gone at once none is marked, since the source itself is
+        then likelier to be at fault (not mounted, another folder of the same name)
+    """
+
+    policy: Literal["keep", "mark"] = "keep"
+    at_most: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
-    """Everything `embed` can be told: one section a stage, one for the source and one for the run."""
+    """Everything `embed` can be told: one section a stage, one for the source, for what is missing and for the run."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
     read: Read = field(default_factory=Read)
@@ -52,6 +65,7 @@ class EmbedConfig:
     detect: Detect = field(default_factory=Detect)
     align: Align = field(default_factory=Align)
     embed: Embed = field(default_factory=Embed)
+    missing: MissingConfig = field(default_factory=MissingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from facepipe.errors import GalleryError, StorageError
+from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.graph import cells, edges, graph, truth
 from facepipe.graph.calibration import Asked, calibrate
@@ -22,6 +22,7 @@ from facepipe.graph.nodes import Nodes, collect, open_nodes, representatives
 from facepipe.graph.pairs import Pairs, candidates, refined
 from facepipe.graph.threshold import Threshold, estimate
 from facepipe.models.cards import same_person
+from facepipe.storage import is_remote
 from pipelines.embed_config import Count
 from pipelines.runners import ray
 
@@ -81,6 +82,8 @@ def open_graph(
 
     One that was interrupted is taken up at its last finished task. Raises GalleryError where there is no face.
     """
+    if run.runner == "ray" and any(is_remote(gallery.path) for gallery in galleries):
+        raise ConfigError("the graph of a gallery in an object store is made on one machine: leave run.runner=ray out")
     settings = json.dumps({name: value for name, value in asdict(config).items() if name in _DECIDES}, sort_keys=True)
     wanted = _identity(galleries, settings)
     if _is_of(folder, wanted):
@@ -237,7 +240,8 @@ class _Builder:
             _Task(self.folder, n, first, last, threshold.similarity, self.config.most) for n, (first, last) in ranges
         ]
         left = [task for task in tasks if not os.path.exists(edges.part(self.folder, task.number))]
-        on_ray = self.run.runner == "ray" or (self.run.runner == "auto" and "RAY_ADDRESS" in os.environ)
+        shared = not any(is_remote(gallery.path) for gallery in self.galleries)
+        on_ray = self.run.runner == "ray" or (self.run.runner == "auto" and shared and "RAY_ADDRESS" in os.environ)
         if on_ray:
             ray.start()
         try:

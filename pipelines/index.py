@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from facepipe import storage
 from facepipe.errors import ConfigError, IndexingError, StorageError
-from facepipe.gallery import Gallery
-from facepipe.gallery.lock import writer_lock
+from facepipe.gallery import Gallery, mirror
+from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.index import compact, manifest, template, tune, update
 from facepipe.index.candidates import imbalance
 from facepipe.index.manifest import Manifest, ShardEntry, Template
@@ -24,6 +25,7 @@ from facepipe.index.update import Changes, TableFile
 from facepipe.index.verify import damaged
 from facepipe.memory import resident
 from pipelines.embed_config import Count
+from pipelines.recorded import follow, records
 from pipelines.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -105,6 +107,7 @@ class IndexSummary:
 Progress = Callable[[str], None]
 
 
+@records("index")
 def run(
     config: IndexConfig,
     gallery: str,
@@ -121,8 +124,9 @@ def run(
     """
     table = Gallery(gallery)
     folder = manifest.folder_of(table.path)
-    with writer_lock(folder, "index"):
-        builder = _Builder(config, table, folder, progress)
+    with writer_lock(storage.join(table.path, manifest.FOLDER), "index", progress) as lease:
+        builder = _Builder(config, table, folder, progress, lease)
+        follow(builder.summary)
         builder.tidy()
         found = builder.current(retrain)
         if found is None:
@@ -135,7 +139,8 @@ def run(
 class _Builder:
     """One run: what it was told, and the summary that it fills in."""
 
-    def __init__(self, config: IndexConfig, gallery: Gallery, folder: str, progress: Progress):
+    def __init__(self, config: IndexConfig, gallery: Gallery, folder: str, progress: Progress, lease: Lease):
+        self.lease, self.tag = lease, manifest.tag(gallery.path)
         self.config, self.gallery, self.folder, self.progress = config, gallery, folder, progress
         self.memory = parse_size(config.index.memory)
         self.factory = FLAT if config.index.factory == "Flat" else config.index.factory
@@ -259,13 +264,14 @@ class _Builder:
             self.progress(f"shard {len(shards) + 1} of {len(groups)}: {sum(f.faces for f in group)} faces")
             only = None if all(file.whole for file in group) else changes.fresh
             rows = face_rows(self.gallery.faces_folder, [f.path for f in group], only, self.skipped)
-            entry = build_shard(self.folder, made.name, rows)
+            entry = build_shard(self.folder, made, rows)
             shards += [entry] if entry else []
         self.summary.time("shards", began)
         return shards
 
     def _on_ray(self, groups: list[list[TableFile]], made: Template) -> Iterator[ShardEntry]:
-        tasks = [_Task(self.folder, made.name, self.gallery.faces_folder, [f.path for f in g]) for g in groups]
+        mirror.upload(self.folder, [made.name])
+        tasks = [_Task(self.gallery.path, made, self.gallery.faces_folder, [f.path for f in g]) for g in groups]
         ray.start()
         try:
             for n, (_, result) in enumerate(ray.tasks(_build, tasks, self.config.run.cpus), 1):
@@ -307,7 +313,8 @@ class _Builder:
             draft = self._measured(draft)
             self.summary.time("measure", began)
         draft = replace(draft, created=time.time())
-        manifest.publish(self.gallery.path, draft)
+        self.lease.check()
+        self.tag = manifest.publish(self.gallery.path, draft, self.tag)
         manifest.sweep(self.gallery.path, draft)
         return self._finish(draft)
 
@@ -334,15 +341,16 @@ class _Builder:
 class _Task:
     """A shard to be built by a Ray task."""
 
-    folder: str
-    template: str
+    gallery: str
+    template: Template
     faces: str
     files: list[str]
 
 
 def _build(task: _Task) -> tuple[ShardEntry | None, int]:
-    skipped = Skipped()
-    entry = build_shard(task.folder, task.template, face_rows(task.faces, task.files, None, skipped))
+    skipped, folder = Skipped(), manifest.folder_of(task.gallery)
+    entry = build_shard(folder, task.template, face_rows(task.faces, task.files, None, skipped))
+    mirror.upload(folder, [entry.name] if entry else [])
     return entry, skipped.unusable
 
 

@@ -22,6 +22,7 @@ from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_querie
 from facepipe.index.search import Index
 from pipelines import embed
 from pipelines.embed_config import Count, EmbedConfig
+from pipelines.recorded import records
 from pipelines.runners import ray
 
 
@@ -72,6 +73,7 @@ class SearchSummary:
 Progress = Callable[[SearchSummary], None]
 
 
+@records("search")
 def run(
     config: SearchConfig, gallery: str, queries: str, out: str, progress: Progress = lambda summary: None
 ) -> SearchSummary:

@@ -10,7 +10,11 @@ from facepipe.schema import FAILED
 
 @dataclass
 class Summary:
-    """What a run did. images = the sum of statuses; listed = images + skipped + repeated."""
+    """What a run did. images = the sum of statuses; listed = images + skipped + repeated + erased.
+
+    erased: listed, but erased before and not to come back (those told by their bytes are among the statuses);
+    missing: images of this source that it no longer lists, now marked; missing_ignored: why they were left alone.
+    """
 
     run: str
     runner: str
@@ -23,6 +27,9 @@ class Summary:
     skipped: int = 0
     repeated: int = 0
     ignored: int = 0
+    erased: int = 0
+    missing: int = 0
+    missing_ignored: str = ""
     seconds: float = 0.0
     first_record_seconds: float = 0.0
     stage_seconds: Counter[str] = field(default_factory=Counter)
@@ -31,7 +38,7 @@ class Summary:
     @property
     def listed(self) -> int:
         """Images the source named."""
-        return self.images + self.skipped + self.repeated
+        return self.images + self.skipped + self.repeated + self.erased
 
     @property
     def failed(self) -> int:
@@ -46,6 +53,7 @@ class Summary:
         self.skipped += record.skipped
         self.repeated += record.repeated
         self.ignored += record.ignored
+        self.erased += record.erased
         self.statuses.update(record.statuses)
         self.stage_seconds.update(record.seconds)
         self.listed_all = self.listed_all or record.last

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from facepipe.errors import AccountingError, FacepipeError
 from facepipe.gallery.parts import Record, stamp, status_rows, write_part
+from facepipe.observe.redact import redact
 from facepipe.schema import CRASHED
 from facepipe.stages import Chain
 from facepipe.work.attempts import Attempts
@@ -51,11 +52,11 @@ class BlockWorker:
         if block.items.num_rows == 0:
             rows = None
         else:
-            with self._attempts.block(block.number) as crashed:
+            with self._attempts.block(block.number, block.items["uri"].to_pylist()) as crashed:
                 rows = self._one_by_one(block) if crashed else self._whole(block)
         if not self.job.writes:
             return replace(block, rows=rows)
-        counts = {name: getattr(block, name) for name in ("skipped", "repeated", "ignored", "last")}
+        counts = {name: getattr(block, name) for name in ("skipped", "repeated", "ignored", "erased", "last")}
         record = Record(block.number, **counts, seconds=dict(self._chain.seconds))
         if rows is not None:
             table = stamp(rows, self.job.source)
@@ -80,7 +81,7 @@ class BlockWorker:
         """
         on_gpu = any(str(getattr(stage, "device", "cpu")).startswith("cuda") for stage in self.job.stages)
         if on_gpu and type(error).__name__ != "OutOfMemoryError":
-            print(f"facepipe worker: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+            print(f"facepipe worker: {type(error).__name__}: {redact(str(error))[:300]}", file=sys.stderr, flush=True)
             os._exit(70)
 
     def _one_by_one(self, block: Block) -> pa.Table:
@@ -90,7 +91,7 @@ class BlockWorker:
         failures: list[Exception] = []
         for n, uri in enumerate(block.items["uri"].to_pylist()):
             items = block.items.slice(n, 1)
-            with self._attempts.image(block.number, n) as crashed:
+            with self._attempts.image(uri) as crashed:
                 if crashed:
                     parts.append(status_rows(items, CRASHED, "the worker died twice on this image"))
                     continue
@@ -102,7 +103,7 @@ class BlockWorker:
                 except Exception as error:
                     self._distrust(error)
                     failures.append(error)
-                    reason = f"{type(error).__name__}: {str(error)[:160]}"
+                    reason = f"{type(error).__name__}: {redact(str(error))[:160]}"
                     parts.append(status_rows(items, CRASHED, reason))
         if len(failures) == len(parts) > 1:
             raise failures[0]  # not the images' fault

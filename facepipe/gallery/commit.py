@@ -1,85 +1,179 @@
 """Commits: parts become visible, all at once and exactly once; older rows of changed images go in the same step."""
 
 import json
-import time
-from bisect import bisect_left
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable
-from deltalake.transaction import AddAction, RemoveAction, Transaction
+from deltalake import CommitProperties
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import Transaction
 
 from facepipe import storage
-from facepipe.gallery.parts import Record, encode, statistics
-from facepipe.gallery.table import Gallery
-from facepipe.hashing import image_id
-from facepipe.schema import FACES, conform
+from facepipe.errors import GalleryBusyError, StorageError
+from facepipe.gallery.lock import Lease
+from facepipe.gallery.parts import Record
+from facepipe.gallery.rewrite import Action, Rewrite, add, of_uris, rewritten
+from facepipe.gallery.table import Gallery, open_table
+from facepipe.schema import FACES
+
+_NOTE = "facepipe"
+_TRIES = 5
 
 
 class Committer:
-    """Commits a run's records to a gallery, transaction after transaction."""
+    """Commits a run's work to a gallery, transaction after transaction.
 
-    def __init__(self, gallery: Gallery, run: str):
+    A commit takes exactly the next version of the table or fails: of two writers one wins. Where a transaction of
+    another run has come in between, the run has lost its lease without knowing it, and ends with GalleryBusyError.
+    """
+
+    def __init__(self, gallery: Gallery, run: str, lease: Lease | None = None):
         self.gallery, self.run = gallery, run
         self.commits = 0
-        self._table = DeltaTable(gallery.faces_folder)
+        self._lease = lease
+        # What the caller read: a commit of another run since then, however late it came in, must not be overlooked.
+        self._seen = gallery.version
+        with _reported(gallery.path):
+            self._table = open_table(gallery.faces_folder)
 
     def __call__(self, records: list[Record], metadata: dict[str, Any]) -> None:
         """Make the records' parts visible, with the run's figures so far in the log."""
         parts = [record for record in records if record.path]
         touched = {uri: mark for record in records for uri, mark in record.touched.items() if mark}
+        replaced = {uri for record in parts for uri in record.replaced}
         if not parts and not touched:
             return
-        self._table.update_incremental()
-        actions: list[AddAction | RemoveAction] = [_add(r.path, r.size, r.stats) for r in parts if r.path]
-        replaced = {uri for record in parts for uri in record.replaced}
-        if replaced or touched:
-            actions += _rewritten(self.gallery, replaced, touched)
-        if not actions:
-            return
-        self.commits += 1
-        note = json.dumps({"run": self.run, "commit": self.commits, **metadata})
+
+        def actions() -> list[Action]:
+            found: list[Action] = [add(r.path, r.size, r.stats) for r in parts if r.path]
+            if replaced:
+                found += rewritten(Gallery(self.gallery.path), _without(replaced, touched))
+            elif touched:
+                found += rewritten(Gallery(self.gallery.path), _marked(touched))
+            return found
+
+        self.commit(actions, metadata)
+
+    def commit(self, make: Callable[[], list[Action]], metadata: dict[str, Any]) -> None:
+        """Commit what `make` gives for the table as it is now; nothing where it gives nothing.
+
+        SIGTERM and Ctrl-C wait until it is done: what is finished is committed, not done again by the next run.
+        """
+        with _undisturbed():
+            for _ in range(_TRIES):
+                self._catch_up()
+                actions = make()
+                if not actions:
+                    return
+                if self._lease:
+                    self._lease.check()
+                if self._landed(actions, self._number() + 1, metadata):
+                    self.commits += 1
+                    return
+        raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_TRIES} commits were overtaken")
+
+    def _landed(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
+        """Commit as the next version; False where another commit took it."""
         properties = CommitProperties(
-            custom_metadata={"facepipe": note}, app_transactions=[Transaction(self.run, self.commits)]
+            custom_metadata={_NOTE: json.dumps({"run": self.run, "commit": number, **metadata})},
+            app_transactions=[Transaction(self.run, number)],
+            max_commit_retries=0,
         )
-        self._table.create_write_transaction(actions, "append", self._table.schema(), commit_properties=properties)
+        try:
+            self._table.create_write_transaction(actions, "append", self._table.schema(), commit_properties=properties)
+        except (CommitFailedError, DeltaError, OSError) as error:
+            with _reported(self.gallery.path):
+                self._table.update_incremental()
+            # A commit whose answer was lost is tried again by the client, and then refused.
+            if self._number() >= number:
+                return True
+            if isinstance(error, CommitFailedError):
+                return False
+            raise StorageError(f"cannot commit to {self.gallery.path!r}: {storage.reason(error)}") from error
+        return True
+
+    def _number(self) -> int:
+        """Of this run's last commit in the table; the table knows it also where an interruption kept it from us."""
+        return self._table.transaction_version(self.run) or 0
+
+    def _catch_up(self) -> None:
+        with _reported(self.gallery.path):
+            self._table.update_incremental()
+            passed = self._table.version() - self._seen
+            entries = self._table.history(passed) if passed > 0 else []
+        for entry in entries:
+            if _NOTE in entry and json.loads(entry[_NOTE])["run"] != self.run:
+                raise GalleryBusyError(
+                    f"another run has written to {self.gallery.path!r} since this one began, and this one's lease is "
+                    "lost; what it committed is kept: run the same command again"
+                )
+        self._seen = self._table.version()
 
 
-def _add(path: str, size: int, stats: str, data_change: bool = True) -> AddAction:
-    return AddAction(path, size, {}, int(time.time() * 1000), data_change, stats)
+def _without(replaced: set[str], touched: dict[str, str]) -> Rewrite:
+    """The replaced uris' rows go; the touched ones' get their new fingerprints on the way."""
+    gone = pa.array(sorted(replaced), pa.string())
+
+    def change(rows: pa.Table, mask: pa.BooleanArray) -> pa.Table:
+        return _with_fingerprints(rows.filter(pc.invert(pc.is_in(rows["uri"], gone))), touched)
+
+    # A file that holds only touched rows is said to change data as well: readers lose nothing by it.
+    return of_uris(replaced | touched.keys(), change)
 
 
-def _rewritten(gallery: Gallery, replaced: set[str], touched: dict[str, str]) -> Iterator[AddAction | RemoveAction]:
-    """Copies of the files that hold these uris, without the replaced rows, with new fingerprints on the touched."""
-    uris = sorted(replaced | touched.keys())
-    for file in Gallery(gallery.path).files():
-        at = bisect_left(uris, file["min.uri"] or "")
-        if at == len(uris) or uris[at] > (file["max.uri"] or uris[at]):
-            continue
-        with storage.open_seekable(storage.join(gallery.faces_folder, file["path"])) as handle:
-            parquet = pq.ParquetFile(handle)
-            if not pc.any(pc.is_in(parquet.read(["uri"])["uri"], pa.array(uris, pa.string()))).as_py():
-                continue
-            rows = conform(parquet.read())
-        keep = rows.filter(pc.invert(pc.is_in(rows["uri"], pa.array(sorted(replaced), pa.string()))))
-        changed = keep.num_rows < rows.num_rows
-        keep, marked = _marked(keep, touched)
-        if not changed and not marked:
-            continue
-        yield RemoveAction(file["path"], changed, int(time.time() * 1000))
-        if keep.num_rows:
-            data = encode(keep)
-            name = f"part-rewrite-{keep.num_rows:06d}-{image_id(data)}.parquet"
-            storage.write(storage.join(gallery.faces_folder, name), data)
-            yield _add(name, len(data), statistics(keep), changed)
+def _marked(touched: dict[str, str]) -> Rewrite:
+    return of_uris(touched.keys(), lambda rows, mask: _with_fingerprints(rows, touched), data_change=False)
 
 
-def _marked(rows: pa.Table, touched: dict[str, str]) -> tuple[pa.Table, bool]:
-    """(rows with new fingerprints, whether there were any)."""
-    uris, old = rows["uri"].to_pylist(), rows["fingerprint"].to_pylist()
-    new = [touched.get(uri, mark) for uri, mark in zip(uris, old, strict=True)]
-    n = FACES.get_field_index("fingerprint")
-    return rows.set_column(n, FACES.field(n), pa.array(new, pa.string())), new != old
+def _with_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:
+    """Rows with new fingerprints; what was touched is there, and so is no longer missing."""
+    if not touched:
+        return rows
+    uris = rows["uri"].to_pylist()
+    marks = [touched.get(uri, mark) for uri, mark in zip(uris, rows["fingerprint"].to_pylist(), strict=True)]
+    since = [None if uri in touched else at for uri, at in zip(uris, rows["missing_since"].to_pylist(), strict=True)]
+    for name, values in (("fingerprint", marks), ("missing_since", since)):
+        n = FACES.get_field_index(name)
+        rows = rows.set_column(n, FACES.field(n), pa.array(values, FACES.field(n).type))
+    return rows
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put the first SIGTERM or Ctrl-C off to the end of what is done inside; a second one is not put off."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        handler = before[signum]
+        if len(caught) > 1 and callable(handler):
+            handler(signum, frame)
+
+    found: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if handler is not None}  # None: not Python's
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if len(caught) == 1:
+            signal.raise_signal(caught[0])
+
+
+@contextmanager
+def _reported(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (DeltaError, OSError) as error:
+        raise StorageError(f"the table of {path!r} cannot be read: {storage.reason(error)}") from error

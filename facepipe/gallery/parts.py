@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
-from facepipe.schema import FACES, OK, TOUCHED, UNCHANGED, conform
+from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, conform
 
 _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 
@@ -22,8 +22,8 @@ _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 class Record:
     """What a worker says of one finished block; everything the driver needs to commit and to account for it.
 
-    statuses: images by status, `touched` and `unchanged` included; faces: rows with an embedding; replaced: uris whose
-    older rows must go; touched: new fingerprints by uri; path is None where the block left no row.
+    statuses: images by status, those that are never stored (`touched` …) included; faces: rows with an embedding;
+    replaced: uris whose older rows must go; touched: new fingerprints by uri; path is None where the block left no row.
     """
 
     block: int
@@ -40,6 +40,7 @@ class Record:
     skipped: int = 0
     repeated: int = 0
     ignored: int = 0
+    erased: int = 0
     last: bool = False
     error: str | None = None
 
@@ -63,7 +64,7 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     record.statuses = dict(Counter(first["status"].to_pylist()))
     again = first.filter(pc.equal(first["status"], TOUCHED))
     record.touched = dict(zip(again["uri"].to_pylist(), again["fingerprint"].to_pylist(), strict=True))
-    table = table.filter(pc.invert(pc.is_in(table["status"], pa.array([TOUCHED, UNCHANGED]))))
+    table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(NEVER_STORED))))
     record.rows, record.faces = table.num_rows, table.num_rows - table["face_id"].null_count
     known = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
     record.replaced = sorted(set(known) & set(table["uri"].to_pylist())) if known else []

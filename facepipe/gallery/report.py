@@ -7,9 +7,12 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from facepipe.gallery.table import Gallery
+from facepipe.observe import runs
+from facepipe.observe.runs import RunRecord
 from facepipe.schema import FAILED
 
 _MOST = 20
+_RUNS = 10
 
 
 def describe(gallery: Gallery) -> dict[str, Any]:
@@ -23,8 +26,17 @@ def describe(gallery: Gallery) -> dict[str, Any]:
         "bytes": sum(file["size_bytes"] for file in files),
         "contract": asdict(gallery.contract),
         "errors": errors(gallery),
-        "runs": gallery.runs(),
+        "runs": [_shown(record) for record in runs.last(gallery.path, _RUNS)],
     }
+
+
+def _shown(record: RunRecord) -> dict[str, Any]:
+    """A run's record, with the figures that people look for beside its own."""
+    counters = record.counters
+    figures: dict[str, Any] = {name: counters[name] for name in ("images", "faces") if name in counters}
+    failed = sum(counters.get(f"status.{status}", 0) for status in FAILED)
+    seconds = None if record.duration is None else round(record.duration, 1)
+    return {**asdict(record), **figures, "failed": failed, "seconds": seconds, "phases": record.seconds}
 
 
 def errors(gallery: Gallery) -> list[dict[str, Any]]:

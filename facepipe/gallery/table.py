@@ -11,18 +11,25 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.fs as fs
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import TableNotFoundError
 
 from facepipe import storage
 from facepipe.errors import ContractError, GalleryError
 from facepipe.gallery.contract import PROPERTY, Contract
+from facepipe.gallery.lock import GUARD
+from facepipe.gallery.lock import NAME as LOCK
+from facepipe.gallery.stores import arrow_filesystem, table_options
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
 
 if TYPE_CHECKING:
     import pandas as pd
 
+RUNS = "runs"
+_FILE_FIGURES = (
+    *("path", "size_bytes", "num_records", "min.uri", "max.uri", "min.source", "max.source", "min.identity"),
+    *("max.identity", "min.ingested_at", "max.ingested_at", "null_count.missing_since"),
+)
 _KEEP_LOG = {"delta.logRetentionDuration": "interval 30 days", "delta.checkpointInterval": "100"}
 
 
@@ -41,26 +48,26 @@ class Gallery:
         self.path = os.fspath(path) if storage.is_remote(os.fspath(path)) else os.path.abspath(path)
         self.faces_folder = storage.join(self.path, "faces")
         try:
-            self._table = DeltaTable(self.faces_folder, version=version)
+            self._table = open_table(self.faces_folder, version)
         except TableNotFoundError as error:
             raise GalleryError(
                 f"no gallery at {self.path!r} (no faces/ table in it): `facepipe embed SOURCE {self.path}` makes one"
             ) from error
         except Exception as error:  # deltalake raises many kinds for a log that cannot be read
-            raise GalleryError(f"the gallery at {self.path!r} cannot be read: {str(error).splitlines()[0]}") from error
+            raise GalleryError(f"the gallery at {self.path!r} cannot be read: {storage.reason(error)}") from error
 
     @classmethod
     def exists(cls, path: str) -> bool:
         """Whether there is a gallery."""
-        return DeltaTable.is_deltatable(storage.join(path, "faces"))
+        log = storage.join(path, "faces", "_delta_log")
+        # Not deltalake's own test: it holds the interpreter, and with it the lease's heartbeat, while a store is slow.
+        return next(storage.files_in(log), None) is not None
 
     @classmethod
     def create(cls, path: str, contract: Contract) -> "Gallery":
         """A new, empty gallery pinned to a contract. A folder that holds something else is refused."""
-        if not storage.is_remote(path):
-            if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {".lock", "runs"}):
-                raise GalleryError(f"{path!r} exists and is no gallery: choose a new folder")
-            os.makedirs(path, exist_ok=True)
+        if _holds_something(path):
+            raise GalleryError(f"{path!r} exists and is no gallery: choose a new folder")
         configuration = {**_KEEP_LOG, PROPERTY: contract.to_json()}
         DeltaTable.create(
             storage.join(path, "faces"),
@@ -68,6 +75,7 @@ class Gallery:
             name="faces",
             configuration=configuration,
             raise_if_key_not_exists=False,  # our own property stands beside Delta's
+            storage_options=table_options(path),
         )
         return cls(path)
 
@@ -97,9 +105,9 @@ class Gallery:
         return Contract.from_json(text)
 
     def files(self) -> list[dict[str, Any]]:
-        """Path, size, row count and number of faces of the table's files."""
+        """Path, size, row count, ranges of some columns and number of faces of the table's files."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
-        names = ("path", "size_bytes", "num_records", "min.uri", "max.uri", "null_count.face_id")
+        names = (*_FILE_FIGURES, "null_count.face_id")
         rows: list[dict[str, Any]] = actions.select([n for n in names if n in actions.column_names]).to_pylist()
         for row in rows:
             row["faces"] = row["num_records"] - (row.pop("null_count.face_id", 0) or 0)
@@ -107,13 +115,10 @@ class Gallery:
 
     def dataset(self) -> ds.Dataset:
         """The table as a pyarrow dataset, for whatever this class does not offer."""
-        # Not deltalake's own filesystem: its Python callbacks, run by Arrow's threads while the interpreter
-        # ends, abort the process after all its work is done (4 runs of 10 with deltalake 1.6.6).
-        native = None if storage.is_remote(self.path) else fs.SubTreeFileSystem(self.faces_folder, fs.LocalFileSystem())
         held = pa.schema(self._table.schema().to_arrow(as_large_types=False))
         # Left out while the files are listed: deltalake takes a column without statistics for one without nulls.
         early = pa.schema([field for field in held if field.name not in LATER])
-        listed = self._table.to_pyarrow_dataset(filesystem=native, schema=early)
+        listed = self._table.to_pyarrow_dataset(filesystem=arrow_filesystem(self.faces_folder), schema=early)
         return listed.replace_schema(pa.unify_schemas([held, FACES]))
 
     def batches(
@@ -168,6 +173,25 @@ class Gallery:
         for entry in reversed(found):
             by_run[entry["run"]] = entry
         return list(by_run.values())[-last:]
+
+
+def open_table(folder: str, version: int | None = None) -> DeltaTable:
+    """A Delta table in a folder or an object store."""
+    return DeltaTable(folder, version=version, storage_options=table_options(folder))
+
+
+_OURS = {LOCK, GUARD, RUNS}
+
+
+def _holds_something(path: str) -> bool:
+    """Whether a place for a new gallery is taken. What a first run leaves before it makes the table does not count."""
+    if storage.is_remote(path):
+        base = path.rstrip("/") + "/"
+        return any(found.url.removeprefix(base).split("/")[0] not in _OURS for found in storage.list_prefix(base))
+    if not os.path.exists(path):
+        os.makedirs(path, exist_ok=True)
+        return False
+    return not os.path.isdir(path) or bool(set(os.listdir(path)) - _OURS)
 
 
 def expression(where: "str | ds.Expression | None") -> "ds.Expression | None":

@@ -7,13 +7,16 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from facepipe import storage
-from facepipe.errors import IndexingError
-from facepipe.gallery import Gallery
+from facepipe import conditional, storage
+from facepipe.errors import GalleryBusyError, IndexingError, StorageError
+from facepipe.gallery import Gallery, mirror
+from facepipe.gallery.lock import GUARD
+from facepipe.gallery.lock import NAME as LOCK
 
 FORMAT = 1
+FOLDER = "index"
 NAME = "manifest.json"
 INDEX, VECTORS, IDS, ROWS, LABELS = "index.faiss", "vectors.npy", "ids.npy", "rows.npy", "labels.arrow"
 
@@ -110,46 +113,92 @@ def measured_recall(manifest: Manifest, nprobe: int, rescore: int) -> float | No
 
 
 def folder_of(gallery: str) -> str:
-    """Where a gallery's index lies."""
-    return storage.join(gallery, "index")
+    """Where a gallery's index lies on this machine."""
+    return mirror.folder(gallery, FOLDER)
+
+
+def path_of(gallery: str) -> str:
+    """Where the manifest lies, in the gallery itself."""
+    return storage.join(gallery, FOLDER, NAME)
 
 
 def exists(gallery: str) -> bool:
     """Whether there is a published index."""
-    return os.path.exists(os.path.join(folder_of(gallery), NAME))
+    return conditional.read_tagged(path_of(gallery)) is not None
 
 
 def load(gallery: str) -> Manifest:
     """The published manifest. Raises IndexingError where there is none."""
-    path = os.path.join(folder_of(gallery), NAME)
+    return load_tagged(gallery)[0]
+
+
+def load_tagged(gallery: str) -> tuple[Manifest, str]:
+    """The published manifest, and the tag that `publish` replaces it by."""
+    path = path_of(gallery)
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError as error:
-        raise IndexingError(f"no index in {gallery!r}: `facepipe index {gallery}` builds it") from error
-    except OSError as error:
-        raise IndexingError(f"cannot read {path!r}: {(error.strerror or str(error)).lower()}") from error
+        found = conditional.read_tagged(path)
+    except StorageError as error:
+        raise IndexingError(str(error)) from error
+    if found is None:
+        raise IndexingError(f"no index in {gallery!r}: `facepipe index {gallery}` builds it")
     try:
-        return TypeAdapter(Manifest).validate_json(data)
-    except ValidationError as error:
+        manifest = TypeAdapter(Manifest).validate_json(found[0])
+        if any(part in ("", ".", "..") for name, _ in files_of(manifest) for part in name.split("/")[:2]):
+            raise ValueError("a name that leaves the index's folder")
+        return manifest, found[1]
+    except ValueError as error:  # pydantic's are among them
         raise IndexingError(
             f"{path!r} is damaged or of another version of facepipe: `facepipe index {gallery} --retrain` makes it anew"
         ) from error
 
 
-def publish(gallery: str, manifest: Manifest) -> None:
-    """Make a manifest the one in force: after this returns it survives a power cut, before it nobody sees it."""
+def tag(gallery: str) -> str | None:
+    """What tells the manifest in force from any other, readable or not; None where there is none."""
+    found = conditional.read_tagged(path_of(gallery))
+    return found[1] if found else None
+
+
+def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
+    """Make a manifest the one in force: after this returns it survives a power cut, before it nobody sees it.
+
+    replaces: tag of the one it was made from; where that is no longer in force, GalleryBusyError is raised.
+    """
     folder = folder_of(gallery)
-    path = os.path.join(folder, NAME)
-    storage.write(path + ".new", TypeAdapter(Manifest).dump_json(manifest, indent=1))
-    os.replace(path + ".new", path)
-    sync_folder(folder)
+    _upload(folder, manifest)
+    data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
+    try:
+        made = conditional.write_if(path_of(gallery), data, replaces)
+    except conditional.ConflictError as error:
+        raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
+    if not storage.is_remote(gallery):
+        sync_folder(folder)
+    return made
+
+
+def _upload(folder: str, manifest: Manifest) -> None:
+    """Files that the manifest names and the store does not hold yet."""
+    remote = mirror.origin(folder)
+    if remote is None:
+        return
+    base = remote.rstrip("/") + "/"
+    there = {found.url.removeprefix(base): found.size for found in storage.list_prefix(base)}
+    mirror.upload(folder, (name for name, file in files_of(manifest) if there.get(name) != file.bytes))
+
+
+def files_of(manifest: Manifest) -> list[tuple[str, File]]:
+    """Every file of an index, by its name in the index's folder."""
+    files = [(manifest.template.name, manifest.template.file)]
+    for shard in manifest.shards:
+        files += [(f"{shard.name}/{name}", file) for name, file in shard.files.items()]
+        if shard.tombstones and shard.tombstones_file:
+            files.append((shard.tombstones, shard.tombstones_file))
+    return files
 
 
 def sweep(gallery: str, manifest: Manifest | None) -> None:
     """Delete what the manifest does not name: leftovers of a crash, and what was replaced. Needs the index lock."""
     folder = folder_of(gallery)
-    named = {NAME, ".lock"}
+    named = {NAME, LOCK, GUARD, f"{NAME}.guard", *mirror.PRIVATE}
     if manifest:
         named |= {manifest.template.name, *(shard.name for shard in manifest.shards)}
         named |= {shard.tombstones for shard in manifest.shards if shard.tombstones}
@@ -161,6 +210,11 @@ def sweep(gallery: str, manifest: Manifest | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.unlink(path)
+    if (remote := mirror.origin(folder)) is not None:
+        base = remote.rstrip("/") + "/"
+        for found in list(storage.list_prefix(base)):
+            if found.url.removeprefix(base).split("/")[0] not in named:
+                storage.delete(found.url)
 
 
 def digest(path: str) -> File:

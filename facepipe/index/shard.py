@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,9 +18,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.errors import IndexingError, StorageError
+from facepipe.gallery import mirror
 from facepipe.index.engine import faiss
 from facepipe.index.grid import grid
-from facepipe.index.manifest import IDS, INDEX, LABELS, ROWS, VECTORS, File, ShardEntry, digest, sync, sync_folder
+from facepipe.index.manifest import (
+    IDS,
+    INDEX,
+    LABELS,
+    ROWS,
+    VECTORS,
+    File,
+    ShardEntry,
+    Template,
+    digest,
+    sync,
+    sync_folder,
+)
 from facepipe.index.rows import Rows
 from facepipe.schema import EMBEDDING_DIM
 
@@ -145,13 +159,14 @@ def add_to(index: Any, vectors: npt.NDArray[np.float32], ids: Ids) -> None:
         index.add_with_ids(grid(part) if has_lists else part, np.ascontiguousarray(ids[at : at + _ADD_ROWS]))
 
 
-def build_shard(folder: str, template: str, batches: Iterable[Rows]) -> ShardEntry | None:
+def build_shard(folder: str, template: Template, batches: Iterable[Rows]) -> ShardEntry | None:
     """A shard of the rows; None where there are none."""
+    mirror.fetch(folder, template.name, template.file.bytes, template.file.sha256)
     try:
-        index = faiss.read_index(os.path.join(folder, template))
+        index = faiss.read_index(os.path.join(folder, template.name))
     except RuntimeError as error:
         raise IndexingError(
-            f"the template {os.path.join(folder, template)!r} cannot be opened: "
+            f"the template {os.path.join(folder, template.name)!r} cannot be opened: "
             "`facepipe index GALLERY --repair` rebuilds what is damaged"
         ) from error
     with ShardWriter(folder, index) as writer:
@@ -193,23 +208,30 @@ class Shard:
 
     def __init__(self, folder: str, entry: ShardEntry):
         self.entry = entry
-        self._folder = os.path.join(folder, entry.name)
-        for name, file in entry.files.items():
-            self._require(os.path.join(self._folder, name), file)
+        self._root, self._folder = folder, os.path.join(folder, entry.name)
+        if mirror.origin(folder) is None:
+            for name in entry.files:
+                self._require(name)
         self.ids: Ids = self._mapped(IDS)
         self.rows: npt.NDArray[np.uint32] = self._mapped(ROWS)
-        self.vectors: npt.NDArray[np.float32] = self._mapped(VECTORS, scattered=True)
         self._shift = np.int64(63 - min(_BUCKET_BITS, max(1, (len(self.ids) - 1).bit_length())))
         buckets = np.arange(1 << (63 - int(self._shift)), dtype=np.int64) << self._shift
         self._starts = np.minimum(np.searchsorted(self.ids, buckets), len(self.ids) - 1).astype(np.uint32)
         self.dead: Ids = np.empty(0, np.int64)
         if entry.tombstones and entry.tombstones_file:
-            path = os.path.join(folder, entry.tombstones)
-            self._require(path, entry.tombstones_file)
-            self.dead = np.load(path)
+            self.dead = np.load(_required(folder, entry.tombstones, entry.tombstones_file))
         self._labels: Any = None
 
+    @cached_property
+    def vectors(self) -> npt.NDArray[np.float32]:
+        """(n, 128) float32 by row; of a mirrored shard fetched when they are asked for."""
+        return self._mapped(VECTORS, scattered=True)
+
+    def _require(self, name: str) -> str:
+        return _required(self._root, f"{self.entry.name}/{name}", self.entry.files[name])
+
     def _mapped(self, name: str, scattered: bool = False) -> npt.NDArray[Any]:
+        self._require(name)
         array = np.load(os.path.join(self._folder, name), mmap_mode="r")
         if scattered and isinstance(array, np.memmap):
             # Candidates lie anywhere: reading ahead would fetch 128 KiB from the disk for 512 bytes.
@@ -220,29 +242,14 @@ class Shard:
         """Vectors of rows from `start` up to `stop`, read in sequence: mapping all of them would fill the memory."""
         count = max(0, min(stop, len(self.vectors)) - start) * EMBEDDING_DIM
         offset = _NPY_HEADER + 4 * EMBEDDING_DIM * start
-        path = os.path.join(self._folder, VECTORS)
-        self._require(path, self.entry.files[VECTORS])  # it may have gone since the index was opened
+        path = self._require(VECTORS)  # it may have gone since the index was opened
         return np.fromfile(path, np.float32, count, offset=offset).reshape(-1, EMBEDDING_DIM)
-
-    @staticmethod
-    def _require(path: str, file: File) -> None:
-        try:
-            size = os.path.getsize(path)
-        except OSError as error:
-            raise IndexingError(
-                f"{path!r} of the index cannot be read ({(error.strerror or str(error)).lower()}): "
-                "`facepipe index GALLERY --repair` rebuilds what is damaged"
-            ) from error
-        if size != file.bytes:
-            raise IndexingError(
-                f"{path!r} has {size} bytes, not the {file.bytes} that were written: "
-                "`facepipe index GALLERY --repair` rebuilds what is damaged"
-            )
 
     def open_index(self, mapped: bool = True) -> Any:
         """The faiss index. A mapped one must not be changed: removing ids from it would crash the process."""
+        path = self._require(INDEX)
         try:
-            return faiss.read_index(os.path.join(self._folder, INDEX), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+            return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
             raise IndexingError(
                 f"{self._folder!r} cannot be opened: `facepipe index GALLERY --repair` rebuilds what is damaged"
@@ -266,7 +273,7 @@ class Shard:
         if not len(rows):
             return _LABELS.empty_table()
         if self._labels is None:
-            self._labels = pa.ipc.open_file(pa.memory_map(os.path.join(self._folder, LABELS)))
+            self._labels = pa.ipc.open_file(pa.memory_map(self._require(LABELS)))
         order = np.argsort(rows, kind="stable")
         batches, starts = np.unique(rows[order] // _LABEL_ROWS, return_index=True)
         ends = [*starts[1:], len(rows)]
@@ -305,6 +312,26 @@ class Shard:
                 names = self.labels(chosen).combine_chunks()
                 uris, identities = (names[name].combine_chunks() for name in ("uri", "identity"))
                 yield Rows(ids[chosen], vectors, uris, identities)
+
+
+def _required(folder: str, name: str, file: File) -> str:
+    """The path of a file that is there and as long as it was written, fetched into a mirror if need be."""
+    path = os.path.join(folder, name)
+    try:
+        mirror.fetch(folder, name, file.bytes, file.sha256)
+        size = os.path.getsize(path)
+    except (OSError, StorageError) as error:
+        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        raise IndexingError(
+            f"{path!r} of the index cannot be read ({reason}): "
+            "`facepipe index GALLERY --repair` rebuilds what is damaged"
+        ) from error
+    if size != file.bytes:
+        raise IndexingError(
+            f"{path!r} has {size} bytes, not the {file.bytes} that were written: "
+            "`facepipe index GALLERY --repair` rebuilds what is damaged"
+        )
+    return path
 
 
 def bury(folder: str, entry: ShardEntry, dead: Ids) -> ShardEntry:

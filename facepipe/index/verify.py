@@ -7,10 +7,10 @@ from contextlib import closing
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.errors import FacepipeError, IndexingError
-from facepipe.gallery import Gallery
+from facepipe.errors import FacepipeError, IndexingError, StorageError
+from facepipe.gallery import Gallery, mirror
 from facepipe.hashtable import HashTable
-from facepipe.index.manifest import File, Manifest, digest, folder_of, load
+from facepipe.index.manifest import File, Manifest, digest, files_of, folder_of, load
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
 
@@ -22,26 +22,24 @@ def damaged(folder: str, manifest: Manifest) -> dict[str, list[str]]:
     """By name of the shard or template: its files that are absent, or whose size or checksum differs, and how."""
     found: dict[str, list[str]] = {}
     for owner, path, file in _files(manifest):
-        problem = _problem(os.path.join(folder, path), file)
+        problem = _problem(folder, path, file)
         if problem:
             found.setdefault(owner, []).append(f"index/{path}: {problem}")
     return found
 
 
 def _files(manifest: Manifest) -> list[tuple[str, str, File]]:
-    files = [(manifest.template.name, manifest.template.name, manifest.template.file)]
-    for shard in manifest.shards:
-        files += [(shard.name, os.path.join(shard.name, name), file) for name, file in shard.files.items()]
-        if shard.tombstones and shard.tombstones_file:
-            files.append((shard.name, shard.tombstones, shard.tombstones_file))
-    return files
+    buried = {shard.tombstones: shard.name for shard in manifest.shards}
+    return [(buried.get(name, name.split("/")[0]), name, file) for name, file in files_of(manifest)]
 
 
-def _problem(path: str, file: File) -> str | None:
+def _problem(folder: str, path: str, file: File) -> str | None:
     try:
-        now = digest(path)
+        now = File(*mirror.digest_there(folder, path)) if mirror.origin(folder) else digest(os.path.join(folder, path))
     except FileNotFoundError:
         return "is missing"
+    except StorageError as error:
+        return str(error)
     except OSError as error:
         return (error.strerror or str(error)).lower()
     if now.bytes != file.bytes:

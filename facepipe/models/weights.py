@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 
 from facepipe.errors import WeightsError
@@ -30,9 +31,10 @@ def checked(data: bytes, sha256: str, what: str) -> bytes:
 
 def bytes_literal(source: bytes, name: str) -> bytes:
     """The value of a bytes constant assigned in a Python file, parsed and not executed."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            value = ast.literal_eval(node.value)
-            if isinstance(value, bytes):
-                return value
+    with suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # no Python, or no literal
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+                value = ast.literal_eval(node.value)
+                if isinstance(value, bytes):
+                    return value
     raise WeightsError(f"no bytes constant {name} in the package's file")

@@ -1,42 +1,152 @@
-"""Which blocks and images were in hand when a worker died, kept as small files so that every runner can tell.
+"""Which images were in hand when a worker, or a whole run, died: small marks in the gallery that every runner can read.
 
-An image that kills its worker twice, once in a block and once alone, is set aside: nothing is retried for ever.
+An image that kills its worker twice, once in a block and once alone, is set aside: nothing is retried for ever. Marks
+outlive the run, since an image may take worker and driver down together, as where a pod runs out of memory. Then it is
+tried alone twice: a whole run has many reasons to die.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+
+from facepipe import storage
+from facepipe.errors import StorageError
+from facepipe.hashing import hash64
+
+_BLOCK, _IMAGE, _SUSPECTS = "block-", "image-", "suspects"
+_NAME = re.compile("[0-9a-f]{16}")
+_ALONE = 2  # runs that an image may take down while it is alone in hand
 
 
 class Attempts:
-    """A folder of marks: a mark is there while its work is in hand, so one that is found tells of a crash."""
+    """A folder of marks: a mark is there while its work is in hand, so one that is found tells of a crash.
+
+    suspects: names of images that were in hand when an earlier run died, and how often they were alone then.
+    """
 
     def __init__(self, folder: str):
-        self._folder = Path(folder)
+        self._folder = folder
+
+    @cached_property
+    def suspects(self) -> dict[str, int]:
+        """From the runs before this one."""
+        return _suspects(_read(storage.join(os.path.dirname(self._folder), _SUSPECTS)))
 
     @contextmanager
-    def block(self, number: int) -> Iterator[bool]:
-        """Mark a block as in hand; yields whether it was in hand before, that is, whether a worker died on it."""
-        mark = self._folder / f"block-{number}"
-        crashed = mark.exists()
-        self._set(mark)
+    def block(self, number: int, uris: Sequence[str]) -> Iterator[bool]:
+        """Mark a block as in hand; yields whether a worker died on it, or a run on one of its images."""
+        mark, names = storage.join(self._folder, f"{_BLOCK}{number}"), [_name(uri) for uri in uris]
+        crashed = _exists(mark) or any(name in self.suspects for name in names)
+        _write(mark, "\n".join(names))
         yield crashed
-        for image in self._folder.glob(f"image-{number}-*"):
-            image.unlink(missing_ok=True)
-        mark.unlink(missing_ok=True)
+        if crashed:
+            for name in names:
+                storage.delete(storage.join(self._folder, _IMAGE + name))
+        storage.delete(mark)
 
     @contextmanager
-    def image(self, block: int, row: int) -> Iterator[bool]:
+    def image(self, uri: str) -> Iterator[bool]:
         """Mark one image as in hand; yields whether a worker died on it. The mark of one that crashed stays."""
-        mark = self._folder / f"image-{block}-{row}"
-        crashed = mark.exists()
+        name = _name(uri)
+        mark = storage.join(self._folder, _IMAGE + name)
+        deaths = self.suspects.get(name, 0)
+        crashed = _exists(mark) or deaths >= _ALONE
         if not crashed:
-            self._set(mark)
+            _write(mark, str(deaths))
         yield crashed
         if not crashed:
-            mark.unlink(missing_ok=True)
+            storage.delete(mark)
 
-    def _set(self, mark: Path) -> None:
-        os.makedirs(self._folder, exist_ok=True)
-        mark.touch()
+
+def bequeath(runs: str, run: str) -> int:
+    """Hand what earlier runs left in hand to a new one, and delete their marks; how many images are suspect.
+
+    runs: the gallery's folder of runs; no other run may be alive.
+    """
+    marks = [found.url for found in storage.files_in(runs) if _part_of(runs, found.url)[1:]]
+    suspects: dict[str, int] = {}
+    for path in marks:
+        name, text = path.rsplit("/", 1)[1], _read(path)
+        if name.startswith(_BLOCK):
+            found = dict.fromkeys(filter(_NAME.fullmatch, text.splitlines()), 0)
+        elif name.startswith(_IMAGE):
+            found = {name.removeprefix(_IMAGE): 1 + _count(text)}
+        else:
+            found = _suspects(text)
+        suspects |= {name: max(deaths, suspects.get(name, 0)) for name, deaths in found.items()}
+    if suspects:
+        lines = (f"{name} {deaths}" for name, deaths in sorted(suspects.items()))
+        _write(storage.join(runs, run, _SUSPECTS), "\n".join(lines))
+    for path in marks:
+        if _part_of(runs, path)[0] != run:
+            storage.delete(path)
+    clear(runs, keep=run)
+    return len(suspects)
+
+
+def clear(runs: str, keep: str = "") -> None:
+    """Delete all marks but those of one run; records of runs, which are files of the folder itself, stay."""
+    for found in list(storage.files_in(runs)):
+        parts = _part_of(runs, found.url)
+        if len(parts) > 1 and parts[0] != keep:
+            storage.delete(found.url)
+    if not storage.is_remote(runs) and os.path.isdir(runs):
+        for name in os.listdir(runs):
+            if name != keep:
+                _remove_empty(os.path.join(runs, name))
+
+
+def _suspects(text: str) -> dict[str, int]:
+    """Of a file that may be cut short: a full disk, a crash."""
+    lines = (line.split(" ") for line in text.splitlines())
+    return {words[0]: _count(words[1]) for words in lines if len(words) == 2 and _NAME.fullmatch(words[0])}
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 9 else 0
+
+
+def _remove_empty(folder: str) -> None:
+    for at, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # not empty, or gone: a worker of a run that died may still be ending
+            os.rmdir(at)
+
+
+def _part_of(base: str, path: str) -> list[str]:
+    return path.removeprefix(base.rstrip("/") + "/").split("/")
+
+
+def _name(uri: str) -> str:
+    return f"{hash64(uri):016x}"
+
+
+def _exists(path: str) -> bool:
+    if not storage.is_remote(path):
+        return os.path.exists(path)
+    try:
+        storage.entry(path)
+    except StorageError:
+        return False
+    return True
+
+
+def _write(path: str, text: str) -> None:
+    """Not synced to disk as other files are: a mark need not outlive the machine, only the process."""
+    if storage.is_remote(path):
+        storage.write(path, text.encode())
+        return
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+
+
+def _read(path: str) -> str:
+    try:
+        return storage.read(path.encode()).decode("ascii", "replace")
+    except StorageError:
+        return ""

@@ -40,7 +40,8 @@ class BlockSize:
 class Block:
     """Work items (schema.WORK_ITEM) and what the lister passed over since the block before.
 
-    skipped: already in the gallery; repeated: listed before in this run; ignored: no image files. All are counts.
+    skipped: already in the gallery; repeated: listed before in this run; ignored: no image files; erased: not to come
+    back. All are counts.
     rows: what the stages so far made of the items, where a plan splits them over several workers.
     """
 
@@ -50,6 +51,7 @@ class Block:
     skipped: int = 0
     repeated: int = 0
     ignored: int = 0
+    erased: int = 0
     last: bool = False
 
 
@@ -62,7 +64,7 @@ class Known(Protocol):
         """(verdict, previous) per item: see the constants beside gallery.known.KnownImages."""
 
 
-NEW, CHANGED, SKIP, REPEATED = 0, 1, 2, 3
+NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
 _SCREEN = 8192
 _REPORT = 50_000
 
@@ -102,20 +104,20 @@ class _Cutter:
     def __init__(self, source: Source):
         self._source = source
         self._number, self._ignored = 0, 0
-        self._counts = np.zeros(4, np.int64)
+        self._counts = np.zeros(5, np.int64)
 
     @property
     def passed(self) -> int:
         """Images passed over since the last block."""
-        return int(self._counts[SKIP] + self._counts[REPEATED])
+        return int(self._counts[[SKIP, REPEATED, ERASED]].sum())
 
     def count(self, verdicts: npt.NDArray[np.int8]) -> None:
-        self._counts += np.bincount(verdicts, minlength=4)
+        self._counts += np.bincount(verdicts, minlength=5)
 
     def block(self, part: list[tuple[WorkItem, int | None]], last: bool = False) -> Block:
         ignored = self._source.ignored - self._ignored
-        skipped, repeated = int(self._counts[SKIP]), int(self._counts[REPEATED])
-        made = Block(self._number, _table(part), None, skipped, repeated, ignored, last)
+        skipped, repeated, erased = (int(self._counts[n]) for n in (SKIP, REPEATED, ERASED))
+        made = Block(self._number, _table(part), None, skipped, repeated, ignored, erased, last)
         self._number, self._ignored = self._number + 1, self._source.ignored
         self._counts[:] = 0
         return made
@@ -134,7 +136,7 @@ def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, WORK_ITEM, strict=True)], schema=WORK_ITEM)
 
 
-_COUNTS = ("number", "skipped", "repeated", "ignored", "last")
+_COUNTS = ("number", "skipped", "repeated", "ignored", "erased", "last")
 
 
 def encode(block: Block) -> dict[str, object]:

@@ -17,11 +17,14 @@ from deltalake import DeltaTable
 from helpers import embed, rows
 
 import facepipe
+from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryError
+from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
 from facepipe.gallery.report import describe
 from facepipe.gallery.verify import verify
 from facepipe.schema import FACES, LATER, conform
+from pipelines.embed import EmbedConfig
 
 
 @pytest.fixture
@@ -176,9 +179,12 @@ def old(monkeypatch: pytest.MonkeyPatch, drawings: Path, fakes: dict[str, Any], 
         shutil.copytree(drawings / name, tmp_path / "drawings" / name)
     before = pa.schema([field for field in FACES if field.name not in LATER])
     with monkeypatch.context() as patch:
-        for module in ("schema", "gallery.table", "gallery.parts"):
-            patch.setattr(f"facepipe.{module}.FACES", before)
+        patch.setattr("facepipe.gallery.table.FACES", before)
+        Gallery.create(str(tmp_path / "old"), build(EmbedConfig, fakes).contract)
+    with monkeypatch.context() as patch:
+        patch.setattr("facepipe.gallery.parts.FACES", before)
         patch.setattr("facepipe.gallery.parts.conform", lambda table, schema=before: conform(table, schema))
+        patch.setattr(Gallery, "widen", lambda self: None)
         embed(tmp_path / "drawings", tmp_path / "old", fakes)
     return str(tmp_path / "old")
 

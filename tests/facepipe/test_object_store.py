@@ -2,44 +2,18 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import cv2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import draw
 from helpers import embed, rows, same_faces
-from moto.server import ThreadedMotoServer
 
-from facepipe import storage
 from facepipe.errors import ConfigError, SourceError, StorageError
 from facepipe.sources import SourceConfig, open_source
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    storage.bucket_store.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="faces")
-    yield client
-    client.close()
-    server.stop()
-    storage.bucket_store.cache_clear()
 
 
 def fill(client: Any, folder: Path) -> None:
@@ -102,8 +76,3 @@ def test_what_is_not_there_is_said(bucket: Any, fakes: dict[str, Any], tmp_path:
     (tmp_path / "l.csv").write_text("uri\ns3://faces/gone.jpg\n")
     summary = embed(tmp_path / "l.csv", tmp_path / "g2", fakes)
     assert summary.statuses == {"read_error": 1}
-
-
-def test_a_gallery_in_an_object_store_is_refused_for_now(bucket: Any, drawings: Path, fakes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="not supported yet"):
-        embed(drawings, "s3://faces/gallery", fakes)

@@ -46,7 +46,7 @@ def test_stages_keep_their_word(photos: Path) -> None:
         found = stage(found)
         assert set(stage.adds) <= set(found.column_names)
         assert not set(found.column_names) - before - set(stage.adds)
-    missing = set(FACES.names) - set(found.column_names) - {"source", "ingested_at"}
+    missing = set(FACES.names) - set(found.column_names) - {"source", "ingested_at", "missing_since"}
     assert not missing
     assert conform(found).schema == FACES
 

@@ -77,7 +77,7 @@ def clean(made: Gallery, *layers: dict[str, Any]) -> tuple[CleanSummary, list[di
     assert summary.listed == len(listed)
     assert len((folder / "clean.txt").read_bytes().splitlines()) == summary.listed - summary.unlisted
     assert (folder / "report.html").stat().st_size > 1000
-    assert set(os.listdir(folder.parent)) <= {"clean", "graph", "cluster", "dedup", ".lock"}
+    assert set(os.listdir(folder.parent)) <= {"clean", "graph", "cluster", "dedup", ".lock", ".lock.guard"}
     return summary, sorted(found, key=lambda row: row["face_id"])
 
 

@@ -354,7 +354,7 @@ def test_kill(trial: int, gallery: Gallery) -> None:
         assert kind == "build"
     assert subprocess.run(command(gallery, *words), capture_output=True).returncode == 0
     sound(gallery)
-    left = {path.name for path in folder.iterdir()} - {"manifest.json", ".lock"}
+    left = {path.name for path in folder.iterdir()} - {"manifest.json", "manifest.json.guard", ".lock", ".lock.guard"}
     found = manifest.load(gallery.path)
     assert left == {
         found.template.name,
