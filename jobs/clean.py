@@ -1,13 +1,12 @@
 """facepipe clean"""
 
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
-from jobs.console import emit, failures, table
+from jobs.console import emit, failures, say, table
 from jobs.options import ConfigFile, GalleryPath, Json, Settings, given
 
 
@@ -41,12 +40,8 @@ def clean(
 
         asked = {"clean": given(relabels=relabels or None, min_face_px=min_face_px)}
         chosen = build(CleanConfig, read_toml(config) if config else {}, asked, parse_settings(settings or []))
-        summary = run(chosen, gallery, (lambda line: None) if quiet else _say)
+        summary = run(chosen, gallery, say("clean", quiet))
         emit(asdict(summary), as_json, lambda: _show(summary))
-
-
-def _say(line: str) -> None:
-    print(f"clean: {line}", file=sys.stderr, flush=True)
 
 
 def _show(summary: Any) -> None:

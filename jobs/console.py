@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from facepipe.errors import ConfigError, FacepipeError
+from facepipe.observe import logs
 
 DONE, FAILED, USAGE, OVER_BUDGET, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -52,8 +53,18 @@ def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 def fail(message: str, code: int) -> NoReturn:
     """Say why on stderr and leave."""
-    print(f"facepipe: {message}", file=sys.stderr)
+    logs.complain(message, code)
     raise typer.Exit(code)
+
+
+def say(job: str, quiet: bool = False) -> Callable[[str], None]:
+    """What tells of a job's progress: a line on stderr; nothing where that is for JSON, which has the runs' events."""
+
+    def tell(line: str) -> None:
+        if not (quiet or logs.is_json()):
+            print(f"{job}: {line}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def emit(value: dict[str, Any], as_json: bool, text: Callable[[], None]) -> None:

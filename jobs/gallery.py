@@ -42,18 +42,34 @@ def _show(found: dict[str, Any]) -> None:
     if found["index"]:
         table("index", ("", ""), found["index"].items())
     if found["runs"]:
-        columns = ("run", "runner", "images", "faces", "seconds")
+        columns = ("run", "job", "state", "images", "faces", "failed", "seconds")
         table("last runs", columns, ([run.get(c, "") for c in columns] for run in found["runs"]))
 
 
-def verify(gallery: GalleryPath, as_json: Json = False) -> None:
+def verify(
+    gallery: GalleryPath,
+    erased: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--erased", metavar="RECEIPT", help="Look for what this receipt says is gone.", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Re-read the whole gallery and its index: checksums, counts, unique ids, unit norms. Exit code 1 if any is wrong.
+
+    With --erased: whether any row, vector, old file, log entry or report still holds what a receipt says was erased.
 
     Example:
 
         facepipe verify gallery/
+
+        facepipe verify gallery/ --erased gallery/erased/20261122T031500-0a1b2c.json
     """
     with failures():
+        if erased:
+            _verify_erased(gallery, erased, as_json)
+            return
         from facepipe.gallery import Gallery
         from facepipe.gallery.verify import verify as check
         from facepipe.index.manifest import exists
@@ -74,6 +90,24 @@ def verify(gallery: GalleryPath, as_json: Json = False) -> None:
         emit({**figures, "problems": problems}, as_json, text)
         if problems:
             fail(f"{len(problems)} problems", FAILED)
+
+
+def _verify_erased(gallery: str, path: str, as_json: bool) -> None:
+    from facepipe.erasure import receipt
+    from facepipe.erasure.proof import check_erased
+    from facepipe.gallery import Gallery
+
+    found = receipt.load(path)
+    problems = check_erased(Gallery(gallery), found)
+
+    def text() -> None:
+        rows = [("images", found.images), ("faces", found.faces), ("erased", found.at)]
+        table(f"verify {gallery} --erased {found.id}", ("", ""), rows)
+        print("\n".join(problems) or "nothing of it is left")
+
+    emit({"receipt": found.id, "images": found.images, "faces": found.faces, "problems": problems}, as_json, text)
+    if problems:
+        fail(f"{len(problems)} places still hold what was erased", FAILED)
 
 
 def export(

@@ -1,13 +1,12 @@
 """facepipe index"""
 
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
 
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
-from jobs.console import emit, failures, table
+from jobs.console import emit, failures, say, table
 from jobs.options import ConfigFile, GalleryPath, Json, Settings
 
 
@@ -57,13 +56,9 @@ def index(
             retrain=retrain,
             compact_all=compact,
             repair=repair,
-            progress=(lambda line: None) if quiet else _say,
+            progress=say("index", quiet),
         )
         emit(asdict(summary), as_json, lambda: _show(gallery, summary))
-
-
-def _say(line: str) -> None:
-    print(f"index: {line}", file=sys.stderr, flush=True)
 
 
 def _show(gallery: str, summary: Any) -> None:

@@ -1,12 +1,12 @@
 """Progress on stderr: a bar on a terminal, a line every few seconds otherwise."""
 
-import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jobs.console import say
 from pipelines.embed import Summary
 
 _LINE_SECONDS = 5.0
@@ -48,7 +48,7 @@ class EmbedProgress:
             self._bar.update(self._task, figures=text)
         elif not self._quiet and time.monotonic() - self._last >= _LINE_SECONDS:
             self._last = time.monotonic()
-            print(f"embed: {text}", file=sys.stderr, flush=True)
+            say("embed")(text)
 
 
 def figures(summary: Summary) -> str:

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import typer
@@ -11,9 +11,11 @@ import typer
 from jobs.cli import app
 from pipelines.clean import CleanConfig
 from pipelines.cluster import ClusterConfig
+from pipelines.compact import CompactRunConfig
 from pipelines.dedup import DedupConfig
 from pipelines.embed import EmbedConfig
 from pipelines.index import IndexConfig
+from pipelines.nightly_config import NightlyConfig, NightSource
 from pipelines.search import SearchConfig
 
 _HEAD = """# Commands
@@ -27,6 +29,7 @@ above the error budget; 130 and 143 interrupted by Ctrl-C or SIGTERM with everyt
 _CONFIGS = (
     *(("embed", EmbedConfig), ("index", IndexConfig), ("search", SearchConfig)),
     *(("dedup", DedupConfig), ("cluster", ClusterConfig), ("clean", CleanConfig)),
+    *(("compact", CompactRunConfig), ("nightly", NightlyConfig)),
 )
 
 _SETTINGS = """
@@ -65,23 +68,26 @@ def section(name: str, command: Any) -> str:
 
 def settings() -> str:
     """Every key of the configurations, its default, and what its section's docstring says of it."""
-    lines = [_SETTINGS]
+    lines, shown = [_SETTINGS], dict[type, str]()
     for command, config in _CONFIGS:
         for part in fields(config):
-            kind = type(getattr(config(), part.name))
+            name, kind = part.name, type(getattr(config(), part.name))
+            if kind is tuple:
+                name, kind = f"[{part.name}]", NightSource
             if kind is EmbedConfig:
                 lines += [f"\n### {command}: [{part.name}.…]\n", "All sections of embed, below this one.\n"]
-                continue
-            lines += [
-                f"\n### {command}: [{part.name}]\n",
-                "```",
-                inspect.cleandoc(kind.__doc__ or ""),
-                "```\n",
-                "| key | default |",
-                "|---|---|",
-            ]
-            lines += [f"| `{part.name}.{f.name}` | `{f.default!r}` |" for f in fields(kind)]
+            elif kind in shown:
+                lines += [f"\n### {command}: [{name}]\n", f"As of {shown[kind]}.\n"]
+            elif is_dataclass(kind):
+                shown[kind] = f"{command}: [{name}]"
+                lines += _section(shown[kind], part.name, kind)
     return "\n".join(lines) + "\n"
+
+
+def _section(title: str, name: str, kind: type) -> list[str]:
+    told = ["```", inspect.cleandoc(kind.__doc__ or ""), "```\n"]
+    keys = [f"| `{name}.{f.name}` | `{f.default!r}` |" for f in fields(kind)]
+    return [f"\n### {title}\n", *told, "| key | default |", "|---|---|", *keys]
 
 
 if __name__ == "__main__":

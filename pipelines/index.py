@@ -211,6 +211,8 @@ class _Builder:
             return self.build(
                 f"the lists' imbalance grew beyond {self.config.index.max_imbalance:g} times that of training"
             )
+        if draft == old and not asked_anew:
+            return self._finish(old)
         return self._publish(draft, measure=(moved and grown) or asked_anew)
 
     def repair(self, old: Manifest) -> IndexSummary:
@@ -312,7 +314,8 @@ class _Builder:
             began = time.monotonic()
             draft = self._measured(draft)
             self.summary.time("measure", began)
-        draft = replace(draft, created=time.time())
+        if measure or self.summary.action != "unchanged":  # else a search that was broken off may go on with what it has
+            draft = replace(draft, created=time.time())
         self.lease.check()
         self.tag = manifest.publish(self.gallery.path, draft, self.tag)
         manifest.sweep(self.gallery.path, draft)

@@ -1,0 +1,311 @@
+"""The three jobs as a scheduler starts them: their TOML files, exit codes, what they leave, and that they go on."""
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from conftest import REPOSITORY, draw
+from typer.testing import CliRunner
+
+from facepipe.config import build, read_toml
+from facepipe.errors import ConfigError, FacepipeError
+from facepipe.gallery import Gallery
+from facepipe.observe import runs
+from facepipe.stages.columns import float_lists
+from jobs import bulk_search, clean_dataset
+from jobs.cli import app as facepipe
+from pipelines import bulk_search as bulk
+from pipelines.bulk_search import BulkSearchConfig
+from pipelines.clean_dataset import CleanDatasetConfig
+from pipelines.nightly_config import NightlyConfig
+
+CONFIGS = {"nightly": NightlyConfig, "clean_dataset": CleanDatasetConfig, "bulk_search": BulkSearchConfig}
+FAKES = '[detect]\nmodel = "fake-detector"\n[embed]\nmodel = "fake-embedder"\n[run]\nrunner = "inline"\n'
+FAKES += "block_smallest = 4\nblock_largest = 4\n"
+Tree = dict[str, Any]
+
+
+def call(app: typer.Typer, *words: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def corpus(drawings: Path, tmp_path: Path) -> Path:
+    """12 drawings of three persons."""
+    for path in sorted(drawings.rglob("*.png"))[::5]:
+        place = tmp_path / "in" / path.parent.name / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    return tmp_path / "in"
+
+
+# -------------------------------------------------------------------------------------------------------- the TOML files
+
+
+def commented(text: str) -> str:
+    """A TOML file with the keys that stand in it as comments; a section of comments is left out."""
+    return re.sub(r"^# (\w+ = )", r"\1", text.split("# [[source]]")[0], flags=re.MULTILINE) + "".join(
+        re.sub(r"^# (\w+ = )", r"\1", part, flags=re.MULTILINE)
+        for part in re.split(r"(?=^\[night\])", text, flags=re.MULTILINE)[1:]
+    )
+
+
+@pytest.mark.parametrize("job", CONFIGS)
+def test_the_toml_says_what_the_defaults_are(job: str) -> None:
+    """All that is set is the default, and what stands as a comment is a key."""
+    path = REPOSITORY / "jobs" / f"{job}.toml"
+    given = build(CONFIGS[job], read_toml(path))
+    for part in fields(CONFIGS[job]):
+        if part.name not in ("gallery", "source", "queries", "output"):
+            assert getattr(given, part.name) == getattr(CONFIGS[job](), part.name), part.name
+    build(CONFIGS[job], tomllib.loads(commented(path.read_text())))
+    assert not re.search(r"(?i)^[^#]*(secret|password|access_key|token)", path.read_text(), re.MULTILINE)
+
+
+def test_every_key_of_a_night_stands_in_its_file() -> None:
+    text = (REPOSITORY / "jobs" / "nightly.toml").read_text()
+    for section in fields(NightlyConfig):
+        config = getattr(NightlyConfig(), section.name)
+        if is_dataclass(config):
+            body = re.split(r"^\[", text.split(f"\n[{section.name}]", 1)[1], flags=re.MULTILINE)[0]
+            lacking = {f.name for f in fields(config)} - set(re.findall(r"^(?:# )?(\w+) = ", body, re.MULTILINE))
+            assert not lacking, section.name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "infra").rglob("*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_the_clusters_configurations_are_of_these_jobs(path: Path) -> None:
+    build(CONFIGS[path.stem], read_toml(path))
+
+
+# --------------------------------------------------------------------------------------------------------------- nightly
+
+
+@pytest.fixture
+def night(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """`facepipe nightly` on the corpus, with settings."""
+    text = f'gallery = "{tmp_path}/g"\n[[source]]\nuri = "{corpus}"\nname = "photos"\n{FAKES}'
+    (tmp_path / "night.toml").write_text(text)
+
+    def started(*words: str | Path, before: tuple[str | Path, ...] = ()) -> tuple[int, str, str]:
+        return call(facepipe, *before, "nightly", tmp_path / "night.toml", "--quiet", *words)
+
+    return started
+
+
+def ends(gallery: Path, job: str) -> set[tuple[str, int | None]]:
+    """How the runs of a job ended; those of one second have no order."""
+    return {(record.state, record.exit_code) for record in runs.last(str(gallery), 100) if record.job == job}
+
+
+def test_a_night_leaves_a_record_and_figures(night: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, _ = night("--json", before=("--metrics-file", tmp_path / "facepipe.prom"))
+    found = json.loads(out)
+    assert (code, found["images"], found["steps"]["index"]["action"]) == (0, 12, "built")
+    assert ("done", 0) in ends(tmp_path / "g", "nightly")
+    figures = (tmp_path / "facepipe.prom").read_text()
+    assert re.search(r'facepipe_run_exit_code\{job="nightly",[^}]*\} 0', figures)
+    code, out, _ = night()
+    assert (code, "nightly did" in out, "note: no clusters" in out) == (0, True, True)
+    code, out, _ = night("--dry-run")
+    assert (code, "would do" in out) == (0, True)
+
+
+def test_exit_codes_of_a_night(night: Callable[..., Any], corpus: Path, tmp_path: Path) -> None:
+    assert night("--set", 'gallery=""')[0] == 2
+    assert night("--set", "night.max_fail=0.1")[0] == 2
+    assert "did you mean night.max_failed" in night("--set", "night.max_fail=0.1")[2]
+    assert night("--set", "source=[]")[0] == 2
+    assert night()[0] == 0
+    for n in range(12):
+        (corpus / "person0" / f"bad{n}.jpg").write_bytes(b"no image %d" % n)
+    code, _, err = night("--set", "night.few_failed=12")
+    assert (code, err) == (0, ""), "so few are none, and these are known now"
+    for n in range(12, 24):
+        (corpus / "person0" / f"bad{n}.jpg").write_bytes(b"no image %d" % n)
+    code, _, err = night()
+    assert (code, "12 of 12 images failed, more than night.max_failed" in err) == (3, True)
+    assert ("over_budget", 3) in ends(tmp_path / "g", "nightly")
+    shutil.rmtree(corpus)
+    code, _, err = night()
+    assert (code, "photos: no such file or folder" in err) == (1, True)
+    assert ("failed", 1) in ends(tmp_path / "g", "nightly")
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (FacepipeError("no"), 1)])
+def test_a_night_that_is_broken_off(
+    error: Any, code: int, night: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.nightly.index.run", broken)
+        assert night()[0] == code
+    assert code in {exit_code for _, exit_code in ends(tmp_path / "g", "nightly")}
+    assert night()[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------------- clean_dataset
+
+
+@pytest.fixture
+def dataset(corpus: Path, tmp_path: Path) -> Path:
+    text = (
+        f'gallery = "{tmp_path}/g"\n[[source]]\nuri = "{corpus}"\nname = "dataset"\n{FAKES}[graph]\nthreshold = 0.3\n'
+    )
+    (tmp_path / "clean.toml").write_text(text + "[clean]\nmin_face_px = 0.0\n")
+    return tmp_path / "clean.toml"
+
+
+def test_a_dataset_is_cleaned_and_the_job_goes_on(dataset: Path, corpus: Path, tmp_path: Path) -> None:
+    code, out, _ = call(clean_dataset.app, dataset, "--dry-run", "--json")
+    assert (code, json.loads(out)["steps"]["embed dataset"]["new"]) == (0, 12)
+    assert not (tmp_path / "g").exists()
+    code, out, _ = call(clean_dataset.app, dataset, "--json", "--quiet")
+    found = json.loads(out)
+    assert (code, found["images"], set(found["steps"])) == (0, 12, {"embed dataset", "dedup", "clean"})
+    lists = Path(found["lists"])
+    assert {"clean.csv", "clean.txt", "msceleb.txt", "relabel.csv", "report.html"} <= {p.name for p in lists.iterdir()}
+    before = (lists / "clean.csv").read_bytes()
+    assert ("done", 0) in ends(tmp_path / "g", "clean_dataset")
+    code, out, _ = call(clean_dataset.app, dataset, "--quiet")
+    assert (code, "skipped 12" in out.replace("\n", " ")) == (0, True)
+    assert (lists / "clean.csv").read_bytes() == before
+    cv2.imwrite(str(corpus / "person1" / "p1_900.png"), draw(100))
+    code, out, _ = call(clean_dataset.app, dataset, "--json", "--quiet")
+    assert (code, json.loads(out)["images"]) == (0, 1)
+    uris = pq.read_table(lists / "decisions.parquet")["uri"].to_pylist()
+    assert any(uri.endswith("p1_900.png") for uri in uris), "it is judged with the others"
+
+
+def test_a_test_set_is_looked_for(dataset: Path, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "test.toml"
+    other.write_text(dataset.read_text().replace("/g", "/h"))
+    assert call(clean_dataset.app, other, "--quiet")[0] == 0
+    code, out, _ = call(
+        *(clean_dataset.app, dataset, "--quiet", "--json"),
+        *("--set", f'dataset.against="{tmp_path}/h"', "--set", "dataset.copies=false"),
+    )
+    found = json.loads(out)["steps"]
+    assert (code, found["overlap"]["shared"], "dedup" in found) == (0, 3, False)
+
+
+def test_exit_codes_of_a_cleaning(dataset: Path, corpus: Path, tmp_path: Path) -> None:
+    assert call(clean_dataset.app, tmp_path / "none.toml")[0] == 2
+    code, _, err = call(clean_dataset.app, dataset, "--set", "dataset.max_fail=1")
+    assert (code, "did you mean dataset.max_failed" in err) == (2, True)
+    assert call(clean_dataset.app, dataset, "--set", "source=[]")[0] == 2
+    code, _, err = call(clean_dataset.app, dataset, "--quiet", "--set", 'source=[{uri="/none"}]')
+    assert (code, "no such file or folder" in err) == (1, True)
+    code, _, err = call(clean_dataset.app, dataset, "--quiet", "--set", f'source=[{{uri="{corpus}", identity="none"}}]')
+    assert (code, "has an identity" in err) == (1, True)
+    shutil.rmtree(tmp_path / "g")
+    (corpus / "person0" / "bad.jpg").write_bytes(b"no image")
+    code, _, err = call(clean_dataset.app, dataset, "--quiet")
+    assert (code, "1 of 13 images failed" in err) == (3, True)
+    assert ("over_budget", 3) in ends(tmp_path / "g", "clean_dataset")
+    assert call(clean_dataset.app, dataset, "--quiet")[0] == 0, "what is known to be damaged is not read again"
+
+
+# ----------------------------------------------------------------------------------------------------------- bulk_search
+
+
+@pytest.fixture
+def batch(dataset: Path, corpus: Path, tmp_path: Path) -> Path:
+    """A gallery without an index, and a job that searches it for the corpus' own images."""
+    assert call(clean_dataset.app, dataset, "--quiet")[0] == 0
+    text = f'gallery = "{tmp_path}/g"\nqueries = "{corpus}"\noutput = "{tmp_path}/hits.parquet"\n'
+    text += '[bulk]\nupdate_index = true\n[search]\nk = 3\n[embed.run]\nrunner = "inline"\n'
+    (tmp_path / "bulk.toml").write_text(text)
+    return tmp_path / "bulk.toml"
+
+
+def test_queries_are_searched(batch: Path, tmp_path: Path) -> None:
+    code, out, _ = call(bulk_search.app, batch, "--dry-run", "--json")
+    found = json.loads(out)["steps"]
+    assert (code, found["search"], found["index"]["update"]) == (0, {"images": 12}, True)
+    assert not (tmp_path / "g" / "index").exists()
+    code, out, _ = call(bulk_search.app, batch, "--json", "--quiet")
+    found = json.loads(out)
+    faces = len(Gallery(str(tmp_path / "g")).vectors()[0])
+    assert (code, found["steps"]["index"]["action"], found["steps"]["search"]["queries"]) == (0, "built", faces)
+    hits = pq.read_table(tmp_path / "hits.parquet").to_pylist()
+    assert all(row["distance"] < 1e-3 for row in hits if row["rank"] == 1), "each finds itself"
+    code, out, _ = call(bulk_search.app, batch, "--quiet")
+    assert (code, "queries" in out) == (0, True)
+    assert ("done", 0) in ends(tmp_path / "g", "bulk_search")
+
+
+def test_a_threshold_for_a_rate_of_false_alarms(batch: Path, tmp_path: Path) -> None:
+    code, out, err = call(bulk_search.app, batch, "--json", "--quiet", "--set", "bulk.fpir=0.9")
+    assert (code, err) == (0, "")
+    found = json.loads(out)["steps"]
+    assert found["calibrate"]["fpir"] == 0.9
+    assert found["search"]["threshold"] == found["calibrate"]["threshold"]
+    assert "person1" in pq.read_table(tmp_path / "hits.parquet")["decision"].to_pylist()
+
+
+def test_a_search_that_died_goes_on(batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its last finished block, though the index was to be brought up to date again."""
+    words = (batch, "--json", "--quiet", "--set", f'queries="{tmp_path}/g"', "--set", "run.block=1")
+    real, left = bulk.search._search_block, [1]
+
+    def dies(task: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk.search, "_search_block", dies)
+        assert call(bulk_search.app, *words)[0] == 130
+    code, out, _ = call(bulk_search.app, *words)
+    assert (code, json.loads(out)["steps"]["search"]["skipped_blocks"]) == (0, 1)
+
+
+def test_exit_codes_of_a_search(batch: Path, corpus: Path, tmp_path: Path) -> None:
+    code, _, err = call(bulk_search.app, batch, "--quiet", "--set", "bulk.update_index=false")
+    assert (code, "facepipe index" in err) == (1, True)
+    for wrong in ("output=''", "bulk.fpir=2", "search.kk=3", "embed.source.uri='x'"):
+        assert call(bulk_search.app, batch, "--set", wrong)[0] == 2, wrong
+    both = ("--set", "bulk.fpir=0.1", "--set", "search.threshold=0.1")
+    assert call(bulk_search.app, batch, *both)[0] == 2
+    vectors = np.array([[1.0] + [0.0] * 127, [np.nan] * 128], np.float32)
+    pq.write_table(pa.table({"query_id": ["a", "b"], "embedding": float_lists(vectors)}), tmp_path / "queries.parquet")
+    code, _, err = call(bulk_search.app, batch, "--quiet", "--set", f'queries="{tmp_path}/queries.parquet"')
+    assert (code, "1 of 2 queries were of no use" in err) == (3, True)
+    (corpus / "person0" / "bad.jpg").write_bytes(b"no image")
+    code, _, err = call(bulk_search.app, batch, "--quiet")
+    assert (code, "1 of 13 queries" in err) == (3, True)
+
+
+@pytest.mark.parametrize("output", ["s3://faces/hits.parquet", "s3://faces/hits"])
+def test_answers_in_an_object_store(output: str, bucket: Any, batch: Path, tmp_path: Path) -> None:
+    code, out, _ = call(bulk_search.app, batch, "--json", "--quiet", "--set", f'output="{output}"')
+    assert (code, json.loads(out)["steps"]["search"]["out"]) == (0, output)
+    keys = [entry["Key"] for entry in bucket.list_objects_v2(Bucket="faces")["Contents"]]
+    assert keys == (["hits.parquet"] if output.endswith("parquet") else ["hits/part-000000.parquet"])
+    body = bucket.get_object(Bucket="faces", Key=keys[0])["Body"].read()
+    assert pq.read_table(pa.BufferReader(body)).num_rows > 12
+    assert list((tmp_path / "cache" / "searches").iterdir()) == []
+
+
+def test_a_job_needs_names() -> None:
+    with pytest.raises(ConfigError, match="names no queries"):
+        bulk.run(BulkSearchConfig(gallery="g"))

@@ -1,0 +1,525 @@
+"""The lease: who holds it, who may take it over, and that a holder which lost it cannot commit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.galleries import CONTRACT, Faces
+from bench.galleries import rows as face_rows
+
+from facepipe import conditional, storage
+from facepipe.errors import ConfigError, FacepipeError, GalleryBusyError, GalleryError, StorageError
+from facepipe.gallery import Gallery, lock
+from facepipe.gallery.commit import Committer
+from facepipe.gallery.lock import Holder, Lease, lease_seconds, writer_lock
+from facepipe.gallery.parts import Record
+from facepipe.gallery.rewrite import add, write
+from facepipe.gallery.table import open_table
+
+SECONDS = 0.6
+TRIALS = [*((n, "disk") for n in range(10)), *((n, "s3") for n in range(2))]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACEPIPE_LEASE_SECONDS", str(SECONDS))
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder for a lease, on a disk and in a store."""
+    if request.param == "disk":
+        return str(tmp_path / "g")
+    request.getfixturevalue("bucket")
+    return "s3://faces/g"
+
+
+def put(place: str, holder: Holder | bytes) -> str:
+    """Leave a lease as another run would; its tag."""
+    path = storage.join(place, lock.NAME)
+    storage.make_folder_of(path)
+    found = conditional.read_tagged(path)
+    data = holder if isinstance(holder, bytes) else holder.encode()
+    return conditional.write_if(path, data, found[1] if found else None)
+
+
+def held(place: str) -> Holder | None:
+    found = conditional.read_tagged(storage.join(place, lock.NAME))
+    return lock._decoded(found[0]) if found else None
+
+
+def elsewhere(**changes: Any) -> Holder:
+    """A holder on another machine."""
+    return replace(Holder.me(SECONDS), machine="another boot pid:[1]", host="elsewhere", **changes)
+
+
+@contextmanager
+def beating(place: str, holder: Holder, seconds: float) -> Iterator[None]:
+    """That holder goes on beating."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        n = 0
+        while not stop.wait(seconds):
+            put(place, replace(holder, beat=(n := n + 1)))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+HOLD = """
+import sys, time
+from facepipe.errors import GalleryBusyError
+from facepipe.gallery.lock import writer_lock
+try:
+    with writer_lock(sys.argv[1]) as lease:
+        print("held", flush=True)
+        sys.stdin.readline()
+        try:
+            lease.check()
+            print("good", flush=True)
+        except GalleryBusyError:
+            print("lost", flush=True)
+except GalleryBusyError as error:
+    print("busy", flush=True)
+"""
+
+
+@contextmanager
+def holder_process(place: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that takes the lease, says what came of it, and lets go when it is sent a line."""
+    command = [sys.executable, "-c", HOLD, place]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+def check_for(lease: Lease, seconds: float) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        lease.check()
+        time.sleep(0.005)
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+# --- one at a time -----------------------------------------------------------------------------------------------------
+
+
+def test_threads_exclude_each_other(place: str) -> None:
+    """60 attempts from 6 threads: never two inside, and whoever is refused is told so."""
+    inside = entered = most = refused = 0
+    guard = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, entered, most, refused
+        for _ in range(10):
+            try:
+                with writer_lock(place):
+                    with guard:
+                        inside, entered = inside + 1, entered + 1
+                        most = max(most, inside)
+                    time.sleep(0.005)
+                    with guard:
+                        inside -= 1
+            except GalleryBusyError:
+                refused += 1
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, entered + refused) == (1, 60)
+    assert entered >= 6
+    assert held(place).released  # type: ignore[union-attr]
+
+
+def test_processes_exclude_each_other_and_a_killed_one_is_replaced_at_once(tmp_path: Path) -> None:
+    place = str(tmp_path / "g")
+    with holder_process(place) as first:
+        assert line(first) == "held"
+        began = time.monotonic()
+        with pytest.raises(GalleryBusyError, match=f"process {first.pid} on "), writer_lock(place):
+            pass
+        with holder_process(place) as second:
+            assert line(second) == "busy"
+        first.kill()
+        first.wait()
+        began = time.monotonic()
+        with writer_lock(place):
+            assert time.monotonic() - began < SECONDS / 2, "nobody waits for the dead"
+
+
+@pytest.mark.parametrize(("trial", "place"), TRIALS, indirect=["place"])
+def test_of_twenty_that_race_for_an_expired_lease_one_wins(trial: int, place: str) -> None:
+    put(place, elsewhere(seconds=0.05))
+    ready, ends = threading.Barrier(20), threading.Event()
+    won, refused = list[Lease](), list[str]()
+
+    def contend() -> None:
+        ready.wait()
+        try:
+            with writer_lock(place) as lease:
+                won.append(lease)
+                ends.wait(20)
+                lease.check()
+        except GalleryBusyError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=contend) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
+    while len(won) + len(refused) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ends.set()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 19)
+
+
+# --- another machine ---------------------------------------------------------------------------------------------------
+
+
+def test_one_on_another_machine_that_beats_is_refused_within_a_beat_or_two(place: str) -> None:
+    told: list[str] = []
+    far = elsewhere()
+    put(place, far)
+    with beating(place, far, SECONDS / 4):
+        began = time.monotonic()
+        with pytest.raises(GalleryBusyError, match="on elsewhere"), writer_lock(place, waiting=told.append):
+            pass
+        assert time.monotonic() - began < SECONDS
+    assert told == [f"the gallery is held by a run on elsewhere: watching it for up to {SECONDS:g} s"]
+
+
+def test_one_on_another_machine_that_is_silent_is_taken_over_after_its_time(place: str) -> None:
+    put(place, elsewhere())
+    began = time.monotonic()
+    with writer_lock(place) as lease:
+        assert time.monotonic() - began >= SECONDS * 0.99
+        lease.check()
+        assert held(place).host != "elsewhere"  # type: ignore[union-attr]
+
+
+def test_its_own_time_counts_not_ours(tmp_path: Path) -> None:
+    place = str(tmp_path / "g")
+    put(place, elsewhere(seconds=0.1))
+    began = time.monotonic()
+    with writer_lock(place):
+        assert 0.09 < time.monotonic() - began < SECONDS
+
+
+def test_one_that_lets_go_while_it_is_watched_is_followed_at_once(tmp_path: Path) -> None:
+    place = str(tmp_path / "g")
+    far = elsewhere(seconds=30.0)
+    put(place, far)
+    timer = threading.Timer(0.2, lambda: put(place, replace(far, released=True)))
+    timer.start()
+    began = time.monotonic()
+    with writer_lock(place):
+        assert time.monotonic() - began < 5
+    timer.join()
+
+
+def test_a_machine_that_was_started_again_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Holder.me(SECONDS)
+    assert mine.gone(), "nobody holds it"
+    assert replace(mine, machine="").gone() is None
+    assert replace(mine, machine="another boot").gone() is None
+    assert replace(mine, began="1").gone(), "the pid is another process's by now"
+    assert replace(mine, pid=1, began=lock._began(1)).gone() in (False, None)
+
+
+# --- stopped, and awake again ------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_holder_is_taken_over_and_knows_it_when_it_wakes(place: str) -> None:
+    with holder_process(place) as process:
+        assert line(process) == "held"
+        process.send_signal(signal.SIGSTOP)
+        while lock._process(process.pid)[1] != "T":
+            time.sleep(0.01)
+        began = time.monotonic()
+        with writer_lock(place) as lease:
+            assert time.monotonic() - began >= SECONDS * 0.9
+            process.send_signal(signal.SIGCONT)
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert line(process) == "lost"
+            process.wait(10)
+            lease.check()
+            assert held(place).pid == os.getpid()  # type: ignore[union-attr]
+            assert not held(place).released, "the loser left the winner's lease alone"  # type: ignore[union-attr]
+
+
+def part(gallery: Gallery, name: str, count: int = 5) -> Record:
+    """A part with faces of its own, on the disk and not yet in the table."""
+    ids, vectors = next(Faces(seed=hash(name) % 1000).blocks(count))
+    action, path = write(gallery, face_rows(ids, vectors, abs(hash(name)) % 10**9), name, True)
+    return Record(0, path=path, size=action.size, stats=action.stats)
+
+
+@pytest.mark.parametrize(("trial", "place"), TRIALS, indirect=["place"])
+def test_who_lost_the_lease_cannot_commit(trial: int, place: str) -> None:
+    """The loser is held up anywhere before its commit reaches the table; the winner's work and no other is in it."""
+    gallery = Gallery.create(place, CONTRACT)
+    loser = Committer(gallery, "slow")
+    late = part(gallery, "slow")
+    if trial % 2:
+        loser._catch_up()  # it had looked already: between this and its commit nothing asks again
+    winner = Committer(Gallery(place), "quick")
+    for n in range(1 + trial % 3):
+        winner([part(gallery, f"quick{n}")], {})
+    if trial % 2:
+        assert not loser._landed([add(late.path, late.size, late.stats)], 1, {})
+    with pytest.raises(GalleryBusyError, match="another run has written"):
+        loser([late], {})
+    table = Gallery(place)
+    assert late.path not in {file["path"] for file in table.files()}
+    assert len(table.vectors()[0]) == 5 * (1 + trial % 3)
+
+
+def test_a_commit_that_came_in_before_the_committer_was_made_counts_as_well(tmp_path: Path) -> None:
+    """What a run decides from is the version that it read: one that lands after that may hold the same images."""
+    gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
+    Committer(Gallery(gallery.path), "late")([part(gallery, "late")], {})
+    with pytest.raises(GalleryBusyError, match="another run has written"):
+        Committer(gallery, "mine")([part(gallery, "mine")], {})
+
+
+def test_a_commit_that_was_interrupted_after_it_landed_is_counted(tmp_path: Path) -> None:
+    gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
+    commit = Committer(gallery, "run")
+    first, second = part(gallery, "a"), part(gallery, "b")
+    assert commit._landed([add(first.path, first.size, first.stats)], 1, {})  # and here it was interrupted
+    commit([second], {})
+    assert {file["path"] for file in Gallery(gallery.path).files()} == {first.path, second.path}
+    assert open_table(gallery.faces_folder).transaction_version("run") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_commit_is_finished_before_a_signal_counts(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(*_: object) -> None:
+        raise Ended
+
+    gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
+    commit, found = Committer(gallery, "run"), part(gallery, "a")
+    catch_up = commit._catch_up
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), number)
+        catch_up()
+
+    monkeypatch.setattr(commit, "_catch_up", interrupted)
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(Ended):
+            commit([found], {})
+        assert signal.getsignal(number) is end
+    finally:
+        signal.signal(number, before)
+    assert [file["path"] for file in Gallery(gallery.path).files()] == [found.path]
+
+
+# --- clocks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_no_setting_of_the_clock_takes_or_gives_a_lease(
+    trial: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rng, real = str(tmp_path / "g"), random.Random(trial), time.time
+    with writer_lock(place) as lease:
+        years = rng.choice([-30, -1, 1, 30]) * rng.random() * 3.15e7
+        monkeypatch.setattr(time, "time", lambda: real() + years)
+        monkeypatch.setattr(time, "time_ns", lambda: int((real() + years) * 1e9))
+        os.utime(Path(place, lock.NAME), (abs(real() + years),) * 2)
+        with pytest.raises(GalleryBusyError), writer_lock(place):
+            pass
+        lease.check()
+    with writer_lock(place) as lease:
+        lease.check()
+
+
+# --- trouble with the store --------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Stands between the lease and its file: down, or losing its answers."""
+
+    def __init__(self) -> None:
+        self.down = self.deaf = False
+        self.write_if = conditional.write_if
+        self.calls = 0
+
+    def __call__(self, path: str, data: bytes, tag: str | None) -> str:
+        self.calls += 1
+        if self.down:
+            raise StorageError("503 Service Unavailable")
+        made = self.write_if(path, data, tag)
+        if self.deaf:
+            raise StorageError("operation timed out")
+        return made
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    made = Store()
+    monkeypatch.setattr(conditional, "write_if", made)
+    return made
+
+
+def test_a_holder_that_cannot_renew_stops_before_its_lease_ends(tmp_path: Path, store: Store) -> None:
+    place = str(tmp_path / "g")
+    with writer_lock(place) as lease:
+        lease.check()
+        store.down = True
+        began = time.monotonic()
+        with pytest.raises(GalleryBusyError, match="could not be renewed"):
+            check_for(lease, 5)
+        assert time.monotonic() - began < SECONDS, "nobody else can have it yet"
+        assert store.calls > 2, "it went on trying"
+
+
+def test_a_store_that_comes_back_in_time_costs_nothing(tmp_path: Path, store: Store) -> None:
+    place = str(tmp_path / "g")
+    with writer_lock(place) as lease:
+        for _ in range(3):
+            store.down = True
+            time.sleep(SECONDS * 0.3)
+            store.down = False
+            time.sleep(SECONDS * 0.4)
+            lease.check()
+    assert held(place).released  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_lost_answers_do_not_lose_the_lease(trial: int, tmp_path: Path, store: Store) -> None:
+    place, rng = str(tmp_path / "g"), random.Random(trial)
+    with writer_lock(place) as lease:
+        for _ in range(4):
+            store.deaf = not store.deaf
+            time.sleep(rng.uniform(0.05, 0.35) * SECONDS)
+        lease.check()
+        beat = held(place)
+        assert beat is not None
+        assert beat.beat > 0
+    assert held(place).released  # type: ignore[union-attr]
+
+
+def test_an_answer_lost_when_it_is_taken_blocks_nobody(tmp_path: Path, store: Store) -> None:
+    """A program that lives on, such as a notebook, must not be refused by the lease that it failed to take."""
+    place = str(tmp_path / "g")
+    store.deaf = True
+    with pytest.raises(GalleryError, match="timed out"), writer_lock(place):
+        pass
+    assert held(place) is not None
+    store.deaf = False
+    with writer_lock(place) as lease:
+        lease.check()
+
+
+def test_who_lost_it_leaves_the_winners_lease(place: str) -> None:
+    with ExitStack() as stack:
+        lease = stack.enter_context(writer_lock(place))
+        winner = elsewhere()
+        put(place, winner)
+        with pytest.raises(GalleryBusyError, match="another run took it over"):
+            check_for(lease, 5)
+    assert held(place) == winner
+
+
+# --- files that say nothing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"12345\n",
+        b"{}",
+        b"null",
+        b"\xff\x00" * 40,
+        b'{"holder": "a", "host": "b"',
+        json.dumps(asdict(elsewhere()) | {"seconds": "long"}).encode(),
+        json.dumps(asdict(elsewhere()) | {"seconds": 1e300}).encode(),
+        json.dumps(asdict(elsewhere()) | {"seconds": -1}).encode(),
+        json.dumps(asdict(elsewhere()) | {"pid": None}).encode(),
+        elsewhere().encode()[:-9],
+    ],
+)
+def test_a_damaged_lease_is_no_lease(data: bytes, tmp_path: Path) -> None:
+    place = str(tmp_path / "g")
+    put(place, data)
+    began = time.monotonic()
+    with writer_lock(place) as lease:
+        lease.check()
+    assert time.monotonic() - began < SECONDS
+    assert held(place).released  # type: ignore[union-attr]
+
+
+def test_one_of_a_newer_version_is_understood(tmp_path: Path) -> None:
+    far = elsewhere()
+    put(str(tmp_path / "g"), json.dumps(asdict(far) | {"mood": "fine"}).encode())
+    assert held(str(tmp_path / "g")) == far
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_bits_that_flip_in_a_lease_never_show_a_traceback(trial: int, tmp_path: Path) -> None:
+    place, rng = str(tmp_path / "g"), random.Random(trial)
+    data = bytearray(elsewhere(seconds=0.05).encode())
+    for _ in range(rng.randint(1, 3)):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    put(place, bytes(data))
+    found = held(place)
+    if found is not None and found.seconds > 1:
+        return  # watched for as long as it says: an hour at most
+    with suppress(FacepipeError), writer_lock(place) as lease:
+        lease.check()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "1e9"])
+def test_lease_seconds_must_make_sense(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACEPIPE_LEASE_SECONDS", text)
+    with pytest.raises(ConfigError, match="FACEPIPE_LEASE_SECONDS"):
+        lease_seconds()
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"), writer_lock(str(tmp_path / "file")):
+        pass
+    with pytest.raises(GalleryError, match="cannot write"), writer_lock(str(tmp_path / "file" / "g")):
+        pass

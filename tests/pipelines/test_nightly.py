@@ -1,0 +1,601 @@
+"""Nights: whatever came, changed, went and was erased, the gallery is what one made from scratch would be."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import draw
+from helpers import embed, rows, same_faces
+
+from facepipe import storage
+from facepipe.config import build
+from facepipe.erasure import selection
+from facepipe.errors import ConfigError, GalleryBusyError, SourceError
+from facepipe.gallery import Gallery, mirror, missing, parts
+from facepipe.gallery.lock import writer_lock
+from facepipe.gallery.verify import verify
+from facepipe.index.search import Index
+from facepipe.index.verify import verify_index
+from facepipe.observe import runs
+from pipelines import erase, index, nightly, nightly_plan
+from pipelines.nightly import NightSummary, run
+from pipelines.nightly_config import NightlyConfig
+
+Tree = dict[str, Any]
+
+
+@cache
+def picture(n: int) -> bytes:
+    """The bytes of a PNG: another one for each n, with n % 3 faces."""
+    return cv2.imencode(".png", draw(n))[1].tobytes()
+
+
+@dataclass(frozen=True)
+class Held:
+    """An image that the gallery should hold: which picture it is, when it was embedded, whether its source lists it."""
+
+    source: str
+    picture: int
+    day: int
+    missing: bool = False
+
+
+@dataclass
+class World:
+    """Three sources and what a gallery of them should hold. Days are counted by `Clock`.
+
+    `watched`, a folder: missing images are marked. `shards`, a tar: they are erased. `inbox`, a folder: they are kept,
+    and all are erased after some days.
+    """
+
+    root: Path
+    listed: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    held: dict[str, Held] = field(default_factory=dict)
+    barred: set[str] = field(default_factory=set)
+    barred_pictures: set[int] = field(default_factory=set)
+    retention: float = 3.5
+    policies: dict[str, str] = field(default_factory=lambda: {"watched": "mark", "shards": "erase", "inbox": "keep"})
+
+    def uri(self, source: str, name: str) -> str:
+        return f"{self.root}/shards.tar#{name}" if source == "shards" else f"{self.root}/{source}/{name}"
+
+    def put(self, source: str, name: str, n: int) -> None:
+        self.listed[source][name] = n
+        if source != "shards":
+            path = self.root / source / name
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(picture(n))
+        else:
+            self._pack()
+
+    def remove(self, source: str, name: str) -> None:
+        del self.listed[source][name]
+        if source != "shards":
+            (self.root / source / name).unlink()
+        else:
+            self._pack()
+
+    def _pack(self) -> None:
+        with tarfile.open(self.root / "shards.tar", "w") as shard:
+            for name, n in sorted(self.listed["shards"].items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(picture(n))
+                shard.addfile(info, io.BytesIO(picture(n)))
+
+    def sources(self) -> list[Tree]:
+        return [
+            {"name": "watched", "uri": str(self.root / "watched"), "missing": self.policies["watched"]},
+            {"name": "shards", "uri": str(self.root / "shards.tar"), "missing": self.policies["shards"]},
+            {
+                "name": "inbox",
+                "uri": str(self.root / "inbox"),
+                "missing": self.policies["inbox"],
+                "retention_days": self.retention,
+            },
+        ]
+
+    def night(self, day: int) -> set[str]:
+        """What a night makes of `held`; the uris that are embedded anew."""
+        new = set()
+        for source, names in self.listed.items():
+            for name, n in names.items():
+                uri = self.uri(source, name)
+                old = self.held.get(uri)
+                if uri in self.barred:
+                    continue
+                if old and old.picture == n:
+                    self.held[uri] = replace(old, missing=False)
+                elif n in self.barred_pictures:
+                    self.held.pop(uri, None)
+                else:
+                    self.held[uri] = Held(source, n, day)
+                    new.add(uri)
+        listed = {self.uri(source, name) for source, names in self.listed.items() for name in names}
+        for uri, image in list(self.held.items()):
+            policy = self.policies[image.source]
+            if image.source == "inbox" and image.day < day - self.retention:
+                self.barred.add(uri)
+                del self.held[uri]
+            elif uri not in listed and policy != "keep":
+                self.held[uri] = replace(image, missing=True)
+                if policy == "erase":
+                    del self.held[uri]
+        return new
+
+    def erased(self, uri: str) -> None:
+        """By a person: with its exact copies, and never to come back."""
+        n = self.held[uri].picture
+        self.barred_pictures.add(n)
+        for copy in [copy for copy, image in self.held.items() if image.picture == n]:
+            self.barred.add(copy)
+            del self.held[copy]
+
+
+class _AnyTime(type):
+    """Real times are times as well."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, datetime)
+
+
+class Clock:
+    """Days that pass when they are told to, for all that asks for the time of day."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.day = 0
+        clock = self
+
+        class Now(datetime, metaclass=_AnyTime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime.now(tz) + timedelta(days=clock.day)
+
+        for module in (parts, missing, selection, nightly_plan):
+            monkeypatch.setattr(module, "datetime", Now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def config(fakes: Tree) -> Callable[..., NightlyConfig]:
+    def made(world: World, gallery: str | Path, **layers: Any) -> NightlyConfig:
+        base = {
+            "gallery": str(gallery),
+            "source": world.sources(),
+            "graph": {"threshold": 0.3},
+            "night": {"missing_at_most": 0.9, "clusters": "make"},
+            "compact": {"fewest": 5},
+        }
+        return build(NightlyConfig, fakes, base, layers)
+
+    return made
+
+
+def mutate(world: World, rng: np.random.Generator, count: int) -> None:
+    """Some random changes of the sources: new images, copies, changed and touched files, files that go and come back."""
+    for _ in range(count):
+        source = str(rng.choice(list(world.policies)))
+        names = sorted(world.listed[source])
+        what = rng.choice(["add", "add", "copy", "change", "touch", "remove", "return"])
+        name = str(rng.choice(names)) if names else ""
+        if what == "add" or not names:
+            world.put(source, f"{rng.integers(10**6):06d}.png", int(rng.integers(400)))
+        elif what == "copy":
+            other = str(rng.choice([s for s in world.listed if world.listed[s]]))
+            n = world.listed[other][str(rng.choice(sorted(world.listed[other])))]
+            world.put(source, f"{rng.integers(10**6):06d}.png", n)
+        elif what == "change":
+            world.put(source, name, int(rng.integers(400)))
+        elif what == "touch":
+            world.put(source, name, world.listed[source][name])
+        elif what == "remove" and len(names) > 3:
+            world.remove(source, name)
+        elif what == "return":
+            gone = [u for u, i in sorted(world.held.items()) if i.source == source and i.missing]
+            if gone:
+                uri = str(rng.choice(gone))
+                world.put(source, Path(uri).name, world.held[uri].picture)
+
+
+def check(world: World, gallery: str, fakes: Tree, scratch: Path, summary: NightSummary) -> None:
+    """Rows, marks, search answers, clusters and copies against the world, and against a gallery made from scratch."""
+    images = {row["uri"]: row for row in rows(gallery) if row["face_index"] in (None, 0) and row["status"] != "erased"}
+    assert images.keys() == world.held.keys()
+    for uri, image in world.held.items():
+        assert (images[uri]["source"], images[uri]["missing_since"] is not None) == (image.source, image.missing)
+    mine = [row for row in rows(gallery) if row["status"] != "erased"]
+    folder = scratch / "images"
+    folder.mkdir(parents=True)
+    for n, image in enumerate(world.held.values()):
+        (folder / f"{n:04d}.png").write_bytes(picture(image.picture))
+    embed(folder, scratch / "g", fakes)
+    theirs = rows(scratch / "g")
+    same_faces(mine, theirs)
+    index.run(index.IndexConfig(), str(scratch / "g"))
+    same_answers(gallery, str(scratch / "g"))
+    assert verify(Gallery(gallery)).problems == []
+    assert verify_index(Gallery(gallery)) == []
+    clustered = report(gallery, "cluster", "faces")["face_id"].to_pylist()
+    assert sorted(clustered) == sorted(row["face_id"] for row in mine if row["face_id"] is not None)
+    assert summary.failures == []
+
+
+def report(gallery: str, name: str, table: str) -> Any:
+    """A table of a report, wherever the gallery is."""
+    folder = mirror.folder(gallery, f"reports/{name}")
+    mirror.pull(folder)
+    return pq.read_table(Path(folder, f"{table}.parquet"))
+
+
+def same_answers(gallery: str, other: str) -> None:
+    """Every face searched for in both, with all the rest as its answer."""
+    found = []
+    _, vectors = Gallery(other).vectors()
+    for path in (gallery, other):
+        opened = Index(path)
+        hits = opened.search(vectors, opened.live)
+        names = {row["face_id"]: f"{row['image_id']} {row['face_index']}" for row in rows(path)}
+        found.append((np.vectorize(names.__getitem__, otypes=[object])(hits.ids), hits.distances))
+    (left, near), (right, same) = found
+    np.testing.assert_allclose(near, same, atol=1e-4)
+    for a, b, x, y in zip(left, right, near, same, strict=True):
+        assert sorted(a) == sorted(b)
+        far = dict(zip(b, y, strict=True))
+        assert max(abs(far[name] - distance) for name, distance in zip(a, x, strict=True)) < 1e-4
+
+
+def check_copies(world: World, gallery: str, new: set[str]) -> None:
+    """Of the images that stayed: the new ones are in the report, and those of the same bytes in one group."""
+    group = {row["uri"]: row["group"] for row in report(gallery, "dedup-new", "decisions").to_pylist()}
+    assert new & world.held.keys() <= group.keys()
+    assert group.keys() <= world.held.keys()
+    for uri in new & world.held.keys():
+        copies = [u for u, image in world.held.items() if image.picture == world.held[uri].picture]
+        assert len(copies) == 1 or {group[copy] for copy in copies} == {group[uri]} != {None}
+
+
+@pytest.mark.parametrize(("seed", "nights"), [(0, 10), (1, 4)])
+def test_ten_nights(
+    seed: int, nights: int, clock: Clock, config: Callable[..., NightlyConfig], fakes: Tree, tmp_path: Path
+) -> None:
+    """Each night against a gallery made from scratch, and against what its dry run foretold."""
+    rng, world, g = np.random.default_rng(seed), World(tmp_path / "in"), str(tmp_path / "g")
+    for n in range(36):
+        world.put(("watched", "shards", "inbox")[n % 3], f"{n:06d}.png", n)
+    for day in range(nights):
+        clock.day = day
+        mutate(world, rng, int(rng.integers(0, 8)))
+        if day % 4 == 3:
+            victim = str(rng.choice(sorted(world.held)))
+            erase.run(selection.Selection(images=(victim,)), g)
+            world.erased(victim)
+        # Every other night all old files go at once, so that the next one cannot look at what was.
+        chosen = config(world, g, compact={"keep_hours": 24.0 * (day % 2)})
+        foretold = run(chosen, dry_run=True)
+        summary = run(chosen)
+        new = world.night(day)
+        check(world, g, fakes, tmp_path / f"scratch{day}", summary)
+        if new:
+            check_copies(world, g, new)
+        if day:
+            assert summary.steps["dedup"]["new"] == len(new)
+        as_foretold(foretold, summary)
+        again(chosen)
+
+
+def as_foretold(foretold: NightSummary, summary: NightSummary) -> None:
+    """What was said before is what was done then."""
+    for name in ("watched", "shards", "inbox"):
+        said, done = foretold.steps[f"embed {name}"], summary.steps[f"embed {name}"]
+        assert said["new"] + said["changed"] == done["images"]
+        counts = ("skipped", "repeated", "erased", "ignored", "missing")
+        assert [said.get(count, 0) for count in counts] == [done[count] for count in counts]
+    for reason, name in (("retention", "inbox"), ("missing", "shards")):
+        said = foretold.steps.get(f"erase {reason} {name}", {"images": 0, "faces": 0})
+        done = summary.steps.get(f"erase {reason} {name}", {"images": 0, "faces": 0})
+        assert (said["images"], said["faces"]) == (done["images"], done["faces"])
+
+
+def again(chosen: NightlyConfig) -> None:
+    """The same night once more does nothing at all."""
+    before = Gallery(chosen.gallery).version
+    summary = run(chosen)
+    assert summary.version == Gallery(chosen.gallery).version == before
+    assert (summary.images, summary.failed, summary.failures) == (0, 0, [])
+    assert (summary.steps["index"]["action"], summary.steps["index"]["added"]) == ("unchanged", 0)
+    assert [summary.steps["assign"][name] for name in ("new", "gone", "clusters")] == [0, 0, 0]
+    assert (summary.steps["dedup"]["new"], summary.steps["compact"]["joined"]) == (0, 0)
+    assert not [step for step in summary.steps if step.startswith("erase")]
+
+
+# ------------------------------------------------------------------------------------------------------------ properties
+
+
+def filled(root: Path, count: int = 18) -> World:
+    world = World(root)
+    for n in range(count):
+        world.put(("watched", "shards", "inbox")[n % 3], f"{n:06d}.png", n)
+    return world
+
+
+def state(gallery: str) -> tuple[list[Tree], list[list[int]]]:
+    """Rows but for their times, and which faces are in one cluster."""
+    found = rows(gallery, ("ingested_at", "missing_since"))
+    table = report(gallery, "cluster", "faces")
+    together = defaultdict(list)
+    for face, cluster in zip(table["face_id"].to_pylist(), table["cluster"].to_pylist(), strict=True):
+        together[cluster].append(face)
+    return found, sorted(sorted(faces) for faces in together.values())
+
+
+STEPS = [
+    *("embed.run", "embed.run", "index.run", "cluster_assign.run", "erase.run", "erase.run", "dedup_new.run"),
+    "compact.run",
+]
+
+
+def test_killed_after_every_step_and_run_again(
+    clock: Clock, config: Callable[..., NightlyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fakes: Tree
+) -> None:
+    """And in the middle of an erasure, whose rest the next night does first."""
+    world, base = filled(tmp_path / "in"), str(tmp_path / "base")
+    run(config(world, base))
+    world.night(0)
+    clock.day = 5  # everything in the inbox is past its time
+    world.put("watched", "900000.png", 4)
+    world.put("inbox", "900001.png", 301)
+    world.put("watched", "000003.png", 302)
+    world.remove("shards", "000001.png")
+    world.remove("watched", "000000.png")
+    world.night(5)
+    wanted = str(tmp_path / "wanted")
+    shutil.copytree(base, wanted)
+    summary = run(config(world, wanted))
+    assert {"erase retention inbox", "erase missing shards"} <= set(summary.steps)
+    check(world, wanted, fakes, tmp_path / "scratch", summary)
+    for n, step in enumerate([*STEPS, "erase.vectors.remove", "erase.scrub"]):
+        killed = str(tmp_path / f"killed{n}")
+        shutil.copytree(base, killed)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pipelines.nightly.{step}", dying(STEPS, n, step))
+            with pytest.raises(_KilledError):
+                run(config(world, killed))
+        again_ = run(config(world, killed))
+        assert again_.failures == []
+        assert state(killed) == state(wanted), step
+        same_answers(killed, wanted)
+        assert verify_index(Gallery(killed)) == []
+
+
+class _KilledError(BaseException):
+    """No step may catch it."""
+
+
+def dying(steps: list[str], n: int, step: str) -> Callable[..., Any]:
+    """A step that does its work and then dies; where a night takes it twice, at the first or the second time."""
+    module, name = step.rsplit(".", 1)
+    target: Any = nightly
+    for part in module.split("."):
+        target = getattr(target, part)
+    real, left = getattr(target, name), [steps[:n].count(step)]
+
+    def run_and_die(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        if left[0]:
+            left[0] -= 1
+            return found
+        raise _KilledError
+
+    return run_and_die
+
+
+def test_all_at_once_is_what_three_nights_are(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    """Rows and answers, of three inline nights and of one by two local workers. Clusters may differ: later faces are
+    assigned, and never join two clusters."""
+    world, slow, fast = filled(tmp_path / "in", 6), str(tmp_path / "slow"), str(tmp_path / "fast")
+    for first, last in ((6, 6), (6, 20), (20, 30)):
+        for n in range(first, last):
+            world.put(("watched", "shards", "inbox")[n % 3], f"{n:06d}.png", n)
+        run(config(world, slow))
+    summary = run(config(world, fast, run={"runner": "local", "workers": 2, "block_smallest": 3}))
+    assert summary.images == 30
+    assert rows(slow) == rows(fast)
+    same_answers(slow, fast)
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_a_dry_run_changes_no_byte(clock: Clock, config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = filled(tmp_path / "in"), tmp_path / "g"
+    assert run(config(world, g), dry_run=True).steps["embed watched"]["new"] == 6
+    assert not g.exists()
+    run(config(world, g))
+    before = tree(g)
+    clock.day = 5
+    world.remove("shards", "000001.png")
+    summary = run(config(world, g), dry_run=True)
+    assert summary.steps["erase retention inbox"]["images"] == 6
+    assert summary.steps["erase missing shards"] == {"images": 1, "faces": 1}
+    assert tree(g) == before
+
+
+def test_nights_in_an_object_store(
+    bucket: Any, clock: Clock, config: Callable[..., NightlyConfig], fakes: Tree, tmp_path: Path
+) -> None:
+    """Each night on another machine, as in a cluster: nothing is left of the cache."""
+    world, g = filled(tmp_path / "in", 12), "s3://faces/gallery"
+    for day in range(2):
+        clock.day = 4 * day  # the inbox is past its time on the second
+        if day:
+            bucket.delete_object(Bucket="faces", Key=f"in/{day}.png")
+            world.put("watched", f"9{day}.png", 100 + day)
+            world.remove("shards", f"{3 * day + 1:06d}.png")
+        for n in range(day + 1, day + 6):
+            bucket.put_object(Bucket="faces", Key=f"in/{n}.png", Body=picture(200 + n))
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        chosen = config(world, g)
+        stored = build(NightlyConfig, {"source": [{"name": "stored", "uri": "s3://faces/in/", "missing": "erase"}]})
+        chosen = replace(chosen, source=(*chosen.source, *stored.source))
+        foretold = run(chosen, dry_run=True)
+        summary = run(chosen)
+        new = world.night(4 * day)
+        uris = {f"s3://faces/in/{n}.png": 200 + n for n in range(day + 1, day + 6)}
+        both = World(world.root, held={**world.held, **{u: Held("stored", n, 0) for u, n in uris.items()}})
+        check(both, g, fakes, tmp_path / f"scratch{day}", summary)
+        check_copies(both, g, new | ({f"s3://faces/in/{day + 5}.png"} if day else uris.keys()))
+        as_foretold(foretold, summary)
+        if day:
+            assert "erase retention inbox" in summary.steps
+            again(chosen)
+
+
+# -------------------------------------------------------------------------------------------------- policies and guards
+
+
+@pytest.mark.parametrize("policy", ["keep", "mark", "erase"])
+def test_what_a_source_lists_no_more(policy: str, config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = filled(tmp_path / "in"), str(tmp_path / "g")
+    world.policies["watched"] = policy
+    run(config(world, g))
+    world.remove("watched", "000000.png")
+    world.remove("watched", "000003.png")
+    guarded = config(world, g, night={"missing_at_most": 0.3})
+    summary = run(guarded)
+    left = {Path(r["uri"]).name: r["missing_since"] for r in rows(g) if r["source"] == "watched"}
+    gone = {"000000.png", "000003.png"}
+    if policy == "keep":
+        assert (summary.failures, len(left), set(left.values())) == ([], 6, {None})
+    else:
+        assert "2 of 6 images are gone at once" in summary.failures[0]
+        assert (len(left), set(left.values())) == (6, {None})
+        assert run(guarded, dry_run=True).failures[0].startswith("watched: 2 of 6 images")
+    assert run(config(world, g)).failures == []
+    left = {Path(r["uri"]).name: r["missing_since"] for r in rows(g) if r["source"] == "watched"}
+    assert {name for name, since in left.items() if since} == (gone if policy == "mark" else set())
+    assert left.keys() & gone == (set() if policy == "erase" else gone)
+    world.put("watched", "000000.png", 0)
+    run(config(world, g))
+    left = {Path(r["uri"]).name: r["missing_since"] for r in rows(g) if r["source"] == "watched"}
+    assert left["000000.png"] is None, "what was missing may return"
+
+
+@pytest.mark.parametrize("how", ["emptied", "unmounted"])
+def test_a_source_that_is_not_there_is_left_alone_and_the_night_goes_on(
+    how: str, config: Callable[..., NightlyConfig], tmp_path: Path
+) -> None:
+    world, g = filled(tmp_path / "in"), str(tmp_path / "g")
+    world.policies["watched"] = "erase"
+    run(config(world, g))
+    before = [row for row in rows(g) if row["source"] == "watched"]
+    shutil.rmtree(tmp_path / "in" / "watched")
+    if how == "emptied":
+        (tmp_path / "in" / "watched").mkdir()
+    world.put("shards", "900000.png", 100)
+    for dry_run in (True, False):
+        summary = run(config(world, g), dry_run=dry_run)
+        assert len(summary.failures) == 1
+        assert summary.failures[0].startswith("watched: no ")
+        assert not any(
+            step.startswith("erase") and "watched" in step and found["images"] for step, found in summary.steps.items()
+        )
+    assert summary.steps["index"]["added"] == 1, "of the new image in the other source"
+    assert [row for row in rows(g) if row["source"] == "watched"] == before
+
+
+def test_an_empty_inbox_is_a_quiet_night(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = filled(tmp_path / "in"), str(tmp_path / "g")
+    run(config(world, g))
+    for name in list(world.listed["inbox"]):
+        world.remove("inbox", name)
+    summary = run(config(world, g))
+    assert summary.failures == []
+    assert "no image in" in summary.problems[0]
+    assert run(config(world, g), dry_run=True).failures == []
+
+
+def test_without_any_image_there_is_no_gallery(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = World(tmp_path / "in"), tmp_path / "g"
+    with pytest.raises(SourceError, match=r"watched: no such file or folder.*; shards: .*; inbox: "):
+        run(config(world, g))
+    assert not (g / "faces").exists()
+
+
+def test_two_nights_at_once(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = filled(tmp_path / "in", 3), str(tmp_path / "g")
+    run(config(world, g))
+    with writer_lock(storage.join(g, "runs"), "nightly job"), pytest.raises(GalleryBusyError, match="nightly job"):
+        run(config(world, g))
+
+
+def test_clusters_are_only_made_where_that_is_asked_for(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = filled(tmp_path / "in"), tmp_path / "g"
+    summary = run(config(world, g, night={"clusters": "assign"}))
+    assert "facepipe cluster" in summary.problems[0]
+    assert {record.job for record in runs.last(str(g), 100) if record.exit_code} == set(), "no part of it has failed"
+    assert not (g / "reports" / "cluster").exists()
+    assert run(config(world, g, night={"clusters": "no"})).problems == []
+    # A model that does not say from where on two are two persons, and too few faces to find it.
+    summary = run(config(world, g, graph={"threshold": None}))
+    assert summary.problems[0].startswith("no clusters were made")
+    assert "cluster" in run(config(world, g)).steps
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"gallery": ""}, "names no gallery"),
+        ({"source": []}, "names no source"),
+        ({"source": [{"name": "a"}]}, "names no source"),
+        ({"source": [{"uri": "{}", "name": "a"}, {"uri": "{}", "name": "a"}]}, "two sources are called 'a'"),
+        ({"source": [{"uri": "{}", "missing": "forget"}]}, "missing"),
+        ({"source": [{"uri": "{}", "retention_days": 0}]}, "retention_days"),
+        ({"source": [{"url": "{}"}]}, r"did you mean source\[0\].uri"),
+        ({"night": {"max_fail": 0.1}}, "did you mean night.max_failed"),
+        ({"nigth": {}}, "did you mean night"),
+    ],
+)
+def test_bad_configs(layer: Tree, message: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    base = {"gallery": str(tmp_path / "g"), "source": [{"uri": str(tmp_path / "in")}]}
+    tree_ = json.loads(
+        json.dumps(layer).replace("{}", str(tmp_path / "in")) if "source" in layer else json.dumps(layer)
+    )
+    with pytest.raises(ConfigError, match=message):
+        run(build(NightlyConfig, base, tree_))
+    assert not (tmp_path / "g").exists()
+
+
+def test_names_of_sources_stay_out_of_the_records(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = filled(tmp_path / "in"), tmp_path / "g"
+    summary = run(config(world, g))
+    assert set(summary.seconds) == {"embed", "index", "assign", "erase", "dedup", "compact"}
+    records = runs.last(str(g), 100)
+    (night,) = (record for record in records if record.job == "nightly")
+    assert (night.state, night.counters["images"], set(night.seconds)) == ("done", 18, set(summary.seconds))
+    assert {record.job for record in records if record.parent == night.run} >= {
+        "embed",
+        "index",
+        "dedup_new",
+        "compact",
+    }
+    for path in (g / "runs").rglob("*.json"):
+        assert not [name for name in ("watched", "shards.", "inbox", str(tmp_path)) if name in path.read_text()]
