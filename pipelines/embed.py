@@ -3,13 +3,14 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import facepipe
 from facepipe import storage
 from facepipe.erasure import suppressed
-from facepipe.errors import AccountingError, SourceError
+from facepipe.errors import AccountingError, SourceError, StorageError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
@@ -98,6 +99,7 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
         *(config.source, gallery.path, gallery.version, config.run.block_size(plan), missing, config.missing.at_most)
     )
     runner, blocks = _choose(config.run, listing)
+    finished = False
     try:
         if runner == "ray":
             plan = make_plan(ray.start(), config.run.workers, config.run.layout)
@@ -113,11 +115,13 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
         if missing:
             summary.missing, summary.missing_ignored = mark_missing(gallery, source, missing, commit)
             summary.version = Gallery(gallery.path).version
+        finished = True
         return summary
     finally:
         if runner == "ray":
             ray.stop()
-        attempts.clear(runs)
+        with suppress(StorageError):  # left-over marks cost little, and must not hide why the run ended
+            attempts.clear(runs, inherited="" if finished else identity)
 
 
 def _collect(

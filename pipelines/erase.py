@@ -14,8 +14,9 @@ import pyarrow.dataset as ds
 import facepipe
 from facepipe import storage
 from facepipe.erasure import pending, receipt, suppressed, vectors
+from facepipe.erasure.gone import Gone
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.reports import Gone, doomed, scrub
+from facepipe.erasure.reports import doomed, scrub
 from facepipe.erasure.selection import Chosen, Selection, choose
 from facepipe.errors import FacepipeError, GalleryBusyError
 from facepipe.gallery import Gallery, mirror

@@ -314,7 +314,8 @@ class _Builder:
             began = time.monotonic()
             draft = self._measured(draft)
             self.summary.time("measure", began)
-        if measure or self.summary.action != "unchanged":  # else a search that was broken off may go on with what it has
+        # Of an index that did not change a search that was broken off goes on with what it has.
+        if measure or self.summary.action != "unchanged":
             draft = replace(draft, created=time.time())
         self.lease.check()
         self.tag = manifest.publish(self.gallery.path, draft, self.tag)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.erasure import pending
+from facepipe.erasure.lists import csv_rows, line_tests
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.reports import csv_rows, line_tests
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery, mirror
 from facepipe.gallery.vacuum import unreferenced

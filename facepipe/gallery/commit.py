@@ -100,7 +100,8 @@ class Committer:
 
     def _number(self) -> int:
         """Of this run's last commit in the table; the table knows it also where an interruption kept it from us."""
-        return self._table.transaction_version(self.run) or 0
+        with _reported(self.gallery.path):
+            return self._table.transaction_version(self.run) or 0
 
     def _catch_up(self) -> None:
         with _reported(self.gallery.path):

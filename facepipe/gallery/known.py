@@ -27,9 +27,12 @@ class KnownImages:
         self._table = HashTable(width=3)
         self._erased = np.empty(0, np.uint64) if erased is None else erased
         self.of_source = 0
-        if gallery is not None:
-            for batch in gallery.batches(_COLUMNS, rows=65536):
+        try:
+            for batch in gallery.batches(_COLUMNS, rows=65536) if gallery is not None else ():
                 self._add(batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True)), source)
+        except BaseException:
+            self.close()
+            raise
 
     def _add(self, images: pa.RecordBatch, source: str | None) -> None:
         if not images.num_rows:

@@ -8,6 +8,8 @@ import pyarrow.fs as fs
 from facepipe.errors import ConfigError
 from facepipe.storage import is_remote, plain_http, split_url
 
+_TRIES = 10  # of a request by pyarrow, whose own 3 are over in a second
+
 
 def table_options(path: str) -> dict[str, str] | None:
     """Options for deltalake, beside the environment that it reads itself."""
@@ -38,7 +40,9 @@ def arrow_filesystem(folder: str) -> Any:
     bucket, key = split_url(folder)
     scheme, name = bucket.split("://")
     if scheme == "s3":
-        return fs.SubTreeFileSystem(f"{name}/{key}", fs.S3FileSystem(**_s3_options()))
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=_TRIES)
+        made = fs.S3FileSystem(**_s3_options(), retry_strategy=retries)
+        return fs.SubTreeFileSystem(f"{name}/{key}", made)
     if scheme == "gs":
         return fs.SubTreeFileSystem(f"{name}/{key}", fs.GcsFileSystem())
     return None

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from facepipe import storage
-from facepipe.errors import ContractError, GalleryError
+from facepipe.errors import ContractError, GalleryError, StorageError
 from facepipe.gallery.contract import PROPERTY, Contract
 from facepipe.gallery.lock import GUARD
 from facepipe.gallery.lock import NAME as LOCK
@@ -61,7 +61,7 @@ class Gallery:
         """Whether there is a gallery."""
         log = storage.join(path, "faces", "_delta_log")
         # Not deltalake's own test: it holds the interpreter, and with it the lease's heartbeat, while a store is slow.
-        return next(storage.files_in(log), None) is not None
+        return any(found.url.endswith((".json", ".parquet")) for found in storage.files_in(log))
 
     @classmethod
     def create(cls, path: str, contract: Contract) -> "Gallery":
@@ -69,14 +69,19 @@ class Gallery:
         if _holds_something(path):
             raise GalleryError(f"{path!r} exists and is no gallery: choose a new folder")
         configuration = {**_KEEP_LOG, PROPERTY: contract.to_json()}
-        DeltaTable.create(
-            storage.join(path, "faces"),
-            Schema.from_arrow(FACES),
-            name="faces",
-            configuration=configuration,
-            raise_if_key_not_exists=False,  # our own property stands beside Delta's
-            storage_options=table_options(path),
-        )
+        try:
+            DeltaTable.create(
+                storage.join(path, "faces"),
+                Schema.from_arrow(FACES),
+                name="faces",
+                configuration=configuration,
+                raise_if_key_not_exists=False,  # our own property stands beside Delta's
+                storage_options=table_options(path),
+            )
+        except (OSError, DeltaError) as error:
+            # Where the answer of a store was lost the table is there all the same; the caller's lease says it is ours.
+            if not cls.exists(path):
+                raise GalleryError(f"cannot make a gallery at {path!r}: {storage.reason(error)}") from error
         return cls(path)
 
     def widen(self) -> None:
@@ -129,7 +134,17 @@ class Gallery:
         scanner = self.dataset().scanner(
             columns=names, filter=expression(where), batch_size=rows, batch_readahead=2, fragment_readahead=1
         )
-        for batch in scanner.to_batches():
+        batches = scanner.to_batches()
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, pa.ArrowException) as error:
+                raise StorageError(
+                    f"cannot read the table in {self.faces_folder!r}: {storage.reason(error)}; "
+                    f"`facepipe verify {self.path}` names what is damaged"
+                ) from error
+            if batch is None:
+                return
             if batch.num_rows:
                 yield batch
 
@@ -187,11 +202,19 @@ def _holds_something(path: str) -> bool:
     """Whether a place for a new gallery is taken. What a first run leaves before it makes the table does not count."""
     if storage.is_remote(path):
         base = path.rstrip("/") + "/"
-        return any(found.url.removeprefix(base).split("/")[0] not in _OURS for found in storage.list_prefix(base))
+        return any(_foreign(found.url.removeprefix(base)) for found in storage.list_prefix(base))
     if not os.path.exists(path):
         os.makedirs(path, exist_ok=True)
         return False
-    return not os.path.isdir(path) or bool(set(os.listdir(path)) - _OURS)
+    if not os.path.isdir(path) or set(os.listdir(path)) - _OURS - {"faces"}:
+        return True
+    return any(_foreign(os.path.relpath(found.url, path)) for found in storage.files_in(path))
+
+
+def _foreign(name: str) -> bool:
+    """A log whose first entry was not finished is none."""
+    begun = name.startswith("faces/_delta_log/") and not name.endswith(".json")
+    return not begun and name.split("/")[0] not in _OURS
 
 
 def expression(where: "str | ds.Expression | None") -> "ds.Expression | None":

@@ -1,5 +1,6 @@
 """faiss, set up for facepipe: `from facepipe.index.engine import faiss`."""
 
+import os
 from typing import Any
 
 from facepipe.errors import ConfigError
@@ -15,4 +16,18 @@ _BLAS_FROM = 20  # queries from which distances are matrix products; 1.15 has 10
 faiss: Any = _faiss  # its type stubs lack most of what is used here
 faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM
 
-__all__ = ["faiss"]
+_PIECE = 1 << 24
+
+
+def write_index(index: Any, path: str) -> None:
+    """Write a faiss index to a file that is on disk when this returns. Raises OSError where it cannot be.
+
+    Not by its path: faiss does not look whether the last bytes found room.
+    """
+    with open(path, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, _PIECE))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+__all__ = ["faiss", "write_index"]

@@ -231,11 +231,14 @@ def sync(path: str) -> None:
 
 def sync_folder(path: str) -> None:
     """Have a folder's entries on disk."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
 
 
 def contract_of(gallery: Gallery) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from facepipe.errors import IndexingError, StorageError
 from facepipe.gallery import mirror
-from facepipe.index.engine import faiss
+from facepipe.index.engine import faiss, write_index
 from facepipe.index.grid import grid
 from facepipe.index.manifest import (
     IDS,
@@ -96,7 +96,7 @@ class ShardWriter:
             self._vectors.write(_npy_header(self._count))
             self._vectors.close()
             self._write_ids()
-            faiss.write_index(self._index, os.path.join(self._partial, INDEX))
+            write_index(self._index, os.path.join(self._partial, INDEX))
             files = {}
             for name in (INDEX, VECTORS, IDS, ROWS, LABELS):
                 sync(os.path.join(self._partial, name))
@@ -219,7 +219,11 @@ class Shard:
         self._starts = np.minimum(np.searchsorted(self.ids, buckets), len(self.ids) - 1).astype(np.uint32)
         self.dead: Ids = np.empty(0, np.int64)
         if entry.tombstones and entry.tombstones_file:
-            self.dead = np.load(_required(folder, entry.tombstones, entry.tombstones_file))
+            path = _required(folder, entry.tombstones, entry.tombstones_file)
+            try:
+                self.dead = np.load(path)
+            except (OSError, ValueError) as error:
+                raise _damaged(path, error) from error
         self._labels: Any = None
 
     @cached_property
@@ -232,7 +236,11 @@ class Shard:
 
     def _mapped(self, name: str, scattered: bool = False) -> npt.NDArray[Any]:
         self._require(name)
-        array = np.load(os.path.join(self._folder, name), mmap_mode="r")
+        path = os.path.join(self._folder, name)
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
         if scattered and isinstance(array, np.memmap):
             # Candidates lie anywhere: reading ahead would fetch 128 KiB from the disk for 512 bytes.
             array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
@@ -266,21 +274,33 @@ class Shard:
             behind = behind[at[behind] < last]
             behind = behind[self.ids[at[behind]] < ids[behind]]
         np.minimum(at, last, out=at)
-        return self.ids[at] == ids, self.rows[at].astype(np.int64)
+        rows = self.rows[at].astype(np.int64)
+        if rows.size and rows.max() >= self.entry.vectors:  # what follows a row is read without looking
+            raise _damaged(os.path.join(self._folder, ROWS), ValueError("a row beyond the last"))
+        return self.ids[at] == ids, rows
 
     def labels(self, rows: npt.NDArray[np.int64]) -> pa.Table:
         """uri and identity of rows, in their order."""
         if not len(rows):
             return _LABELS.empty_table()
         if self._labels is None:
-            self._labels = pa.ipc.open_file(pa.memory_map(self._require(LABELS)))
+            path = self._require(LABELS)
+            try:
+                self._labels = pa.ipc.open_file(pa.memory_map(path))
+            except (OSError, pa.ArrowException) as error:
+                raise _damaged(path, error) from error
         order = np.argsort(rows, kind="stable")
         batches, starts = np.unique(rows[order] // _LABEL_ROWS, return_index=True)
         ends = [*starts[1:], len(rows)]
-        parts = [
-            pa.Table.from_batches([self._labels.get_batch(int(n))]).take(pa.array(rows[order[a:b]] - n * _LABEL_ROWS))
-            for n, a, b in zip(batches, starts, ends, strict=True)
-        ]
+        try:
+            parts = [
+                pa.Table.from_batches([self._labels.get_batch(int(n))]).take(
+                    pa.array(rows[order[a:b]] - n * _LABEL_ROWS)
+                )
+                for n, a, b in zip(batches, starts, ends, strict=True)
+            ]
+        except (OSError, IndexError, pa.ArrowException) as error:
+            raise _damaged(os.path.join(self._folder, LABELS), error) from error
         back = np.empty(len(rows), np.int64)
         back[order] = np.arange(len(rows))
         return pa.concat_tables(parts).take(pa.array(back))
@@ -312,6 +332,13 @@ class Shard:
                 names = self.labels(chosen).combine_chunks()
                 uris, identities = (names[name].combine_chunks() for name in ("uri", "identity"))
                 yield Rows(ids[chosen], vectors, uris, identities)
+
+
+def _damaged(path: str, error: Exception) -> IndexingError:
+    return IndexingError(
+        f"{path!r} of the index is damaged ({str(error).splitlines()[0][:100]}): "
+        "`facepipe index GALLERY --repair` rebuilds what is damaged"
+    )
 
 
 def _required(folder: str, name: str, file: File) -> str:

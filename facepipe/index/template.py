@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ConfigError, StorageError
-from facepipe.index.engine import faiss
+from facepipe.index.engine import faiss, write_index
 from facepipe.index.grid import grid
-from facepipe.index.manifest import Template, digest, sync
+from facepipe.index.manifest import Template, digest
 from facepipe.index.plan import Plan, open_factory
 
 _WARMING_UP = 39  # vectors a list below which faiss would print warnings: the plan has said so already
@@ -47,8 +47,7 @@ def save(index: Any, folder: str, plan: Plan, seed: int, chosen: bool) -> Templa
     name = f"template-{secrets.token_hex(6)}.faiss"
     path = os.path.join(folder, name)
     try:
-        faiss.write_index(index, path)
-        sync(path)
+        write_index(index, path)
     except (OSError, RuntimeError) as error:  # faiss reports a full disk as RuntimeError
         raise StorageError(f"cannot write {path!r}: {str(error).splitlines()[0]}") from error
     return Template(name, digest(path), plan.factory, plan.lists, plan.train, plan.vectors, 1.0, seed, chosen)

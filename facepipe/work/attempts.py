@@ -86,11 +86,14 @@ def bequeath(runs: str, run: str) -> int:
     return len(suspects)
 
 
-def clear(runs: str, keep: str = "") -> None:
-    """Delete all marks but those of one run; records of runs, which are files of the folder itself, stay."""
+def clear(runs: str, keep: str = "", inherited: str = "") -> None:
+    """Delete all marks but those of one run; records of runs, which are files of the folder itself, stay.
+
+    inherited: a run that did not come to its end, whose suspects the next one is to know.
+    """
     for found in list(storage.files_in(runs)):
         parts = _part_of(runs, found.url)
-        if len(parts) > 1 and parts[0] != keep:
+        if len(parts) > 1 and parts[0] != keep and parts != [inherited, _SUSPECTS]:
             storage.delete(found.url)
     if not storage.is_remote(runs) and os.path.isdir(runs):
         for name in os.listdir(runs):

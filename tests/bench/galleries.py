@@ -112,7 +112,7 @@ def rows(identities: np.ndarray, faces: np.ndarray, first: int) -> pa.Table:
 
 def append(gallery: Gallery, tables: Iterable[pa.Table], run: str) -> None:
     """Commit tables of rows as parts."""
-    commit = Committer(gallery, run)
+    commit = Committer(Gallery(gallery.path), run)  # others may have written since it was opened
     for n, table in enumerate(tables):
         data = encode(table)
         name = f"part-{run}-{n:06d}-{image_id(data)}.parquet"

@@ -17,8 +17,9 @@ from bench.galleries import CONTRACT, Faces, append, rows
 from pyarrow import compute as pc
 
 from facepipe.erasure import pending, receipt, suppressed
+from facepipe.erasure.gone import Gone, role_of
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.reports import Gone, role_of, scrub
+from facepipe.erasure.reports import scrub
 from facepipe.erasure.selection import Selection, choose, mark_of, translate
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery

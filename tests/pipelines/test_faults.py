@@ -23,7 +23,6 @@ import cv2
 import faults
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 from conftest import draw
 from helpers import rows
@@ -179,7 +178,6 @@ def test_writes_that_fail_at_random(
     sound(gallery, expected, indexed=True)
 
 
-@pytest.mark.xfail(raises=OSError, reason="Gallery.create lets deltalake's error through")
 def test_a_disk_too_full_to_begin(corpus: Path, expected: Rows, tmp_path: Path) -> None:
     with faults.disk(tmp_path / "disk", 4096) as disk:
         if disk is None:
@@ -193,7 +191,6 @@ def test_a_disk_too_full_to_begin(corpus: Path, expected: Rows, tmp_path: Path) 
         sound(disk.path / "g", expected)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="faiss.write_index does not look whether the last bytes were written")
 def test_an_index_that_is_cut_short_is_not_published(copy: Path, corpus: Path, whole: Path, tmp_path: Path) -> None:
     """Whatever the room: an index that was said to be written can be searched."""
     with faults.disk(tmp_path / "disk", 1 << 20) as disk:
@@ -553,10 +550,6 @@ def harm(path: Path, how: str, rng: random.Random) -> None:
         path.write_bytes(data)
 
 
-@pytest.mark.xfail(
-    raises=(pa.ArrowException, OSError, ExceptionGroup),
-    reason="Gallery.batches and to_arrow let pyarrow's errors through",
-)
 @pytest.mark.parametrize("trial", range(12))
 def test_a_damaged_table_file(trial: int, corpus: Path, expected: Rows, copy: Path) -> None:
     """verify names it; every command says so or is right all the same; `embed` writes no row of what it cannot read."""
@@ -578,10 +571,6 @@ def test_a_damaged_table_file(trial: int, corpus: Path, expected: Rows, copy: Pa
     assert len(Gallery(str(copy)).files()) == len(gallery.files())
 
 
-@pytest.mark.xfail(
-    raises=(ValueError, pa.ArrowException, IndexError),
-    reason="index/shard.py lets numpy's and pyarrow's errors through",
-)
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_a_damaged_shard(trial: int, copy: Path, corpus: Path, expected: Rows) -> None:
     rng, how = random.Random(trial), ("flipped", "truncated", "deleted")[trial % 3]

@@ -29,7 +29,7 @@ from facepipe.index.verify import verify_index
 from facepipe.schema import FACES
 from pipelines.index import IndexConfig, run
 
-TRIALS = 20
+TRIALS = 12
 COUNT = 5000
 EXACT = Setting(64, 2 * COUNT)
 SETTINGS = {"index": {"factory": "IVF64,PQ64x4fs", "shard_vectors": 1000}}
