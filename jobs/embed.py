@@ -87,7 +87,9 @@ def _asked(
 def _show(summary: Any, gallery: str) -> None:
     rows = [("listed", summary.listed), ("already in the gallery", summary.skipped)]
     rows += [("listed twice", summary.repeated)] if summary.repeated else []
+    rows += [("erased before, left out", summary.erased)] if summary.erased else []
     rows += [(f"images: {status}", count) for status, count in sorted(summary.statuses.items())]
+    rows += [("missing from the source, marked", summary.missing)] if summary.missing else []
     rows += [("faces", summary.faces), ("other files passed over", summary.ignored)]
     table(f"embed -> {gallery} (version {summary.version})", ("", "count"), rows)
     print(f"{figures(summary)}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s")
