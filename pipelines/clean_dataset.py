@@ -19,7 +19,7 @@ from pipelines.clean import CleanConfig, CleanRules
 from pipelines.dedup import DedupConfig
 from pipelines.embed_config import EmbedConfig, RunConfig
 from pipelines.graph import GraphConfig
-from pipelines.nightly_plan import listed
+from pipelines.listing import listed
 from pipelines.recorded import follow, records
 from pipelines.summary import Summary
 from pipelines.workspace import REPORTS

@@ -17,13 +17,10 @@ from facepipe.gallery.compact import due
 from facepipe.gallery.known import Hashes, KnownImages
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
-from facepipe.sources import Source, open_source
+from facepipe.sources import open_source
 from facepipe.sources.item import Watched
-from facepipe.work.blocks import BlockSize, blocks
+from pipelines.listing import LISTED, listed
 from pipelines.nightly_config import NightlyConfig, NightSource
-
-Counts = dict[str, int]
-_LISTED = ("new", "changed", "skipped", "repeated", "erased")
 
 
 @dataclass
@@ -78,25 +75,13 @@ def _look(config: NightlyConfig, source: NightSource, held: Gallery | None, nigh
     finally:
         known.close()
     night.steps[f"embed {name}"] = counts
-    if not any(counts[verdict] for verdict in _LISTED):
+    if not any(counts[verdict] for verdict in LISTED):
         night.failures += [f"{name}: no image in {source.uri!r}"] if watches else []
         return _Seen()
     too_many = count > int(config.night.missing_at_most * known.of_source)
     if watches and too_many and not watched.broken:
         night.failures.append(f"{name}: {count} of {known.of_source} images are gone at once: they would be left alone")
     return _Seen(np.sort(unlisted), watches and not too_many and not watched.broken)
-
-
-def listed(source: Source, known: KnownImages) -> Counts:
-    """What `embed` would find in a source: images by what would be done with them."""
-    counts = dict.fromkeys((*_LISTED, "ignored"), 0)
-    for block in blocks(source, known, BlockSize()):
-        changed = block.items.num_rows - block.items["previous"].null_count
-        counts["changed"] += changed
-        counts["new"] += block.items.num_rows - changed
-        for name in ("skipped", "repeated", "erased", "ignored"):
-            counts[name] += getattr(block, name)
-    return counts
 
 
 def _decide(held: Gallery, source: NightSource, seen: _Seen, night: Foreseen) -> None:

@@ -1,7 +1,6 @@
 """A deterministic detector and embedder without weights: for tests, and for simulating runs of any size."""
 
-import os
-import signal
+import ctypes
 
 import cv2
 import numpy as np
@@ -38,7 +37,7 @@ class FatalDetector(FakeDetector):
     def _one(self, image: Pixels) -> Faces:
         r, g, b = map(int, image[:4, :4].reshape(-1, 3).mean(0))
         if r > 200 and g < 60 and b > 200:
-            os.kill(os.getpid(), signal.SIGKILL)
+            ctypes.string_at(0)  # a real one: SIGSEGV
         return super()._one(image)
 
 

@@ -1,0 +1,20 @@
+"""What a listing would bring, counted and not read: for dry runs."""
+
+from facepipe.gallery.known import KnownImages
+from facepipe.sources import Source
+from facepipe.work.blocks import BlockSize, blocks
+
+Counts = dict[str, int]
+LISTED = ("new", "changed", "skipped", "repeated", "erased")
+
+
+def listed(source: Source, known: KnownImages) -> Counts:
+    """What `embed` would find in a source: images by what would be done with them."""
+    counts = dict.fromkeys((*LISTED, "ignored"), 0)
+    for block in blocks(source, known, BlockSize()):
+        changed = block.items.num_rows - block.items["previous"].null_count
+        counts["changed"] += changed
+        counts["new"] += block.items.num_rows - changed
+        for name in ("skipped", "repeated", "erased", "ignored"):
+            counts[name] += getattr(block, name)
+    return counts
