@@ -21,7 +21,7 @@ from facepipe.graph.graph import Graph, GraphInfo
 from facepipe.graph.nodes import Nodes, collect, open_nodes, representatives
 from facepipe.graph.pairs import Pairs, candidates, refined
 from facepipe.graph.threshold import Threshold, estimate
-from facepipe.models.cards import same_person
+from facepipe.models.registry import same_person
 from facepipe.storage import is_remote
 from pipelines.embed_config import Count
 from pipelines.runners import ray

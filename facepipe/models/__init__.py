@@ -1,6 +1,7 @@
 """Detectors and embedders: own modules, real weights, a registry. Importing this loads no framework."""
 
-from facepipe.models.cards import CARDS, Card, card
+from facepipe.models.card import Card
 from facepipe.models.protocols import Detector, Embedder, Faces
+from facepipe.models.registry import CARDS, card
 
 __all__ = ["CARDS", "Card", "Detector", "Embedder", "Faces", "card"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.models import retinaface_decode as decoding
+from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.protocols import Faces, Floats, Pixels
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ import ctypes
 import cv2
 import numpy as np
 
-from facepipe.models.cards import CARDS
 from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.registry import CARDS
 
 _MIN_AREA = 16
 

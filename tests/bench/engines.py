@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from facepipe.models import card
-from facepipe.models.cards import DLIB_TEMPLATE, dlib_weights, retinaface_net
-from facepipe.models.dlib_resnet import DlibResNet
+from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import TorchEmbedder, TorchRetinaFace
+from facepipe.models.registry import DLIB_TEMPLATE, dlib_weights, retinaface_net
 
 LIMITS = (0.7, 0.4)
 

@@ -10,13 +10,14 @@ import torch
 from facepipe.errors import ModelError, WeightsError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
-from facepipe.models import CARDS, card, retinaface_decode
-from facepipe.models.cards import DLIB_SHA256, dlib_weights, retinaface_graph, retinaface_net
-from facepipe.models.dlib_format import FormatError, read_metric_network
-from facepipe.models.dlib_layout import folded
-from facepipe.models.dlib_resnet import DlibResNet
+from facepipe.models import CARDS, card
+from facepipe.models.detectors import retinaface_decode
+from facepipe.models.detectors.retinaface_decode import suppress
+from facepipe.models.dlib.format import FormatError, read_metric_network
+from facepipe.models.dlib.layout import folded
+from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import OnnxRetinaFace, TorchEmbedder, TorchRetinaFace
-from facepipe.models.retinaface_decode import suppress
+from facepipe.models.registry import DLIB_SHA256, dlib_weights, retinaface_graph, retinaface_net
 from facepipe.models.weights import bytes_literal, checked, package_file
 
 LIMITS = (0.5, 0.4)

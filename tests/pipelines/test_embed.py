@@ -268,7 +268,7 @@ def test_a_worker_that_cannot_start_says_why(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    from facepipe.models.cards import dlib_weights
+    from facepipe.models.registry import dlib_weights
 
     dlib_weights.cache_clear()
     with pytest.raises(Exception, match="pip install face-recognition-models"):

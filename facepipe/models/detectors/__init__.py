@@ -1,0 +1,1 @@
+"""Detectors: their networks, and what stands around them."""

@@ -1,0 +1,1 @@
+"""Embedding networks, by the names and shapes of their papers."""
