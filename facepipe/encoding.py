@@ -56,7 +56,7 @@ def encode(
     Distances between embeddings are Euclidean: `np.linalg.norm(a.embedding - b.embedding)`.
     """
     detect, embed = detect or Detect(), embed or Embed()
-    models = (detect, Align(embedder=embed.model, thumbs=False), embed)
+    models = (detect, Align(embedder=embed.model, detector=detect.model, thumbs=False), embed)
     from_paths, from_pixels = Chain((Read(), Decode(), *models), batch), Chain(models, batch)
     for stage in from_paths.stages:
         stage.setup()

@@ -81,7 +81,7 @@ class EmbedConfig:
             "read": self.read,
             "decode": replace(self.decode, threads=max(self.decode.threads, group.threads)),
             "detect": replace(self.detect, device=device[self.detect], threads=group.threads),
-            "align": replace(self.align, embedder=self.embed.model),
+            "align": replace(self.align, embedder=self.embed.model, detector=self.detect.model),
             "embed": replace(self.embed, device=device[self.embed], threads=group.threads),
         }
         return tuple(chain[name] for name in group.stages)

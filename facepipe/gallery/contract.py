@@ -6,7 +6,7 @@ from typing import Any
 
 from facepipe.errors import ContractError
 from facepipe.hashing import hash64
-from facepipe.models import card
+from facepipe.models import Card, card
 from facepipe.schema import EMBEDDING_DIM
 
 PROPERTY = "facepipe.contract"
@@ -29,8 +29,8 @@ class Contract:
     def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
         """The contract of registered models."""
         found, made = card(detector, "detector"), card(embedder, "embedder")
-        alignment = f"similarity:{hash64(json.dumps([made.size, made.template])):016x}"
-        return cls(detector, found.sha256, embedder, made.sha256, alignment, flip, made.dim or EMBEDDING_DIM)
+        dim = made.dim or EMBEDDING_DIM
+        return cls(found.name, found.sha256, made.name, made.sha256, _alignment(made, found), flip, dim)
 
     def to_json(self) -> str:
         """The form kept in the table's properties."""
@@ -57,6 +57,17 @@ class Contract:
                 f"{where} was made with another model contract:\n" + "\n".join(lines) + "\n"
                 "Embeddings of two contracts cannot be compared: use the gallery's models, or start a new gallery"
             )
+
+
+def _alignment(embedder: Card, detector: Card) -> str:
+    layout = embedder.layout
+    if layout is None:
+        raise ContractError(f"{embedder.name} does not say how its chips are cut")
+    what = {
+        "similarity": [layout.size, layout.template],
+        "dlib": [layout.size, detector.square],
+    }.get(layout.kind, [layout.size, layout.fill])
+    return f"{layout.kind}:{hash64(json.dumps(what)):016x}"
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,6 @@
 
 from facepipe.models.card import Card
 from facepipe.models.protocols import Detector, Embedder, Faces
-from facepipe.models.registry import CARDS, card
+from facepipe.models.registry import CARDS, card, chip_layout
 
-__all__ = ["CARDS", "Card", "Detector", "Embedder", "Faces", "card"]
+__all__ = ["CARDS", "Card", "Detector", "Embedder", "Faces", "card", "chip_layout"]

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Alignment = Literal["similarity", "eyes", "box", "dlib"]
+from facepipe.imaging.alignment import ChipLayout
 
 
 @dataclass(frozen=True)
@@ -12,12 +12,12 @@ class Card:
     """One model.
 
     load: (device, threads, (min_score, max_iou)) -> Detector, or (device, threads) -> Embedder
-    size: (width, height) of an embedder's chips; alignment: how they are cut (imaging/alignment.py)
-    template: the five landmarks (x, y) in such a chip, where the alignment is by similarity
+    layout: how an embedder's chips are cut
+    sha256: of the weights; of a model from a TOML file, of everything that its vectors depend on
     same_person: distance that tells the pairs of LFW View 2 apart best
-    square: of a detector, where dlib would put its square box about the face: centre (dx, dy) and side in units of
-        the geometric mean of the box's sides; None where the boxes are like dlib's
-    parameters: learnt numbers, batch norm statistics left aside
+    square: of a detector, where dlib would put its square box about the face: the centre's (dx, dy) and the side in
+        units of the geometric mean of the box's sides; None where the boxes are dlib's
+    parameters: learnt numbers, batch norms' statistics left aside
     """
 
     name: str
@@ -28,9 +28,7 @@ class Card:
     sha256: str
     input: str
     load: Callable[..., Any]
-    size: tuple[int, int] | None = None
-    template: tuple[tuple[float, float], ...] | None = None
-    alignment: Alignment = "similarity"
+    layout: ChipLayout | None = None
     dim: int | None = None
     metric: str | None = None
     same_person: float | None = None

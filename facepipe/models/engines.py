@@ -1,32 +1,47 @@
-"""The engines that run the default models: ONNX Runtime on CPUs (measured faster there than torch), torch on CUDA.
+"""The engines that run the models: ONNX Runtime for graphs (on CPUs faster than torch), torch for modules and on CUDA.
 
 An engine on a CPU computes image by image: with one thread a batch is no faster, and what comes out then cannot
 depend on what else was in the batch.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from facepipe.errors import ModelError
+from facepipe.models.architectures import Input
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.protocols import Faces, Floats, Pixels
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet
+
 _CHIPS_PER_RUN = 8
 
 
-def session(graph: bytes, threads: int) -> Any:
-    """An ONNX Runtime session on CPU with a fixed number of threads."""
+def session(graph: bytes, threads: int, device: str = "cpu") -> Any:
+    """An ONNX Runtime session with a fixed number of threads. Raises ModelError for what is no graph, and where a GPU
+    is asked for that this ONNX Runtime cannot use: falling back to the CPU unsaid is what nobody wants.
+    """
     import onnxruntime as ort
+
+    provider = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
+    if provider not in ort.get_available_providers():
+        raise ModelError(
+            "this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place, or run the model with device=cpu"
+        )
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(graph, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's own exceptions derive from nothing else
+        raise ModelError(f"ONNX Runtime cannot load the graph: {str(error)[:300]}") from error
 
 
 def channels_last(net: "nn.Module", device: str) -> "nn.Module":
@@ -55,23 +70,32 @@ class OnnxRetinaFace:
 
 
 class TorchRetinaFace:
-    """RetinaFace on any torch device; whole batches at once, in channels_last."""
+    """RetinaFace on any torch device, in channels_last: whole batches at once on a GPU, image by image on a CPU.
+
+    channels: the order in which the network was trained to get them
+    """
 
     stride = 32
 
-    def __init__(self, net: "nn.Module", limits: tuple[float, float], device: str):
+    def __init__(self, net: "RetinaFaceNet", limits: tuple[float, float], device: str, channels: "Channels" = "bgr"):
         import torch
 
-        self._net = channels_last(net, device)
-        self._device, self._limits = torch.device(device), limits
-        self._mean = torch.tensor(decoding.MEAN_BGR[::-1], device=device).view(1, 3, 1, 1)
+        from facepipe.models.detectors.retinaface import fold
+
+        self._net = channels_last(fold(net), device)
+        self._device, self._limits, self._channels = torch.device(device), limits, channels
 
     def detect(self, images: Pixels) -> list[Faces]:
+        part = 1 if self._device.type == "cpu" else max(1, len(images))
+        return [faces for at in range(0, len(images), part) for faces in self._batch(images[at : at + part])]
+
+    def _batch(self, images: Pixels) -> list[Faces]:
         import torch
 
+        from facepipe.models.detectors.retinaface import normalise
+
         with torch.inference_mode():
-            x = torch.from_numpy(images).to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
-            x = (x - self._mean).flip(1).contiguous(memory_format=torch.channels_last)
+            x = normalise(torch.from_numpy(images).to(self._device, non_blocking=True), self._channels)
             offsets, scores, points = (out.float().cpu().numpy() for out in self._net(x))
         shape = images.shape[1:3]
         return [
@@ -80,34 +104,103 @@ class TorchRetinaFace:
 
 
 class OnnxDlib:
-    """dlib's network on a CPU."""
+    """dlib's network on a CPU, as the graph that models/dlib/graph.py writes."""
 
-    def __init__(self, graph: bytes, size: tuple[int, int], template: npt.NDArray[np.float64], threads: int = 1):
+    dim, size = 128, (150, 150)
+
+    def __init__(self, graph: bytes, threads: int = 1):
         self._session = session(graph, threads)
-        self.size, self.template, self.dim = size, template, 128
 
     def embed(self, chips: Pixels) -> Floats:
-        parts = [
-            self._session.run(None, {"chips": chips[start : start + _CHIPS_PER_RUN]})[0]
-            for start in range(0, len(chips), _CHIPS_PER_RUN)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+        return _in_parts(self._run, chips, self.dim)
+
+    def _run(self, chips: Pixels) -> Floats:
+        return np.asarray(self._session.run(None, {"chips": chips})[0], np.float32)
 
 
 class TorchEmbedder:
-    """An embedding network on any torch device; chips in, channels_last inside."""
+    """An embedding network on any torch device; chips in, channels_last inside.
 
-    def __init__(self, net: "nn.Module", size: tuple[int, int], template: npt.NDArray[np.float64], device: str):
+    On a CPU chips go one by one: what comes out then cannot depend on what else was in the batch.
+    """
+
+    def __init__(self, net: "nn.Module", fed: Input, size: tuple[int, int], device: str):
         import torch
 
         self._net = channels_last(net, device)
-        self._device = torch.device(device)
-        self.size, self.template, self.dim = size, template, 128
+        self._device, self._fed = torch.device(device), fed
+        mean, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (fed.mean, fed.scale))
+        self._mean, self._scale = mean, scale
+        self.size = size
+        with torch.inference_mode():
+            self.dim = int(self._net(torch.zeros(1, 3, size[1], size[0], device=device)).shape[1])
 
     def embed(self, chips: Pixels) -> Floats:
+        if self._device.type == "cpu":
+            return _in_parts(self._run, chips, self.dim, 1)
+        return self._run(chips)
+
+    def _run(self, chips: Pixels) -> Floats:
         import torch
 
         with torch.inference_mode():
             x = torch.from_numpy(np.ascontiguousarray(chips)).to(self._device, non_blocking=True)
-            x = x.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-            return np.asarray(self._net(x).float().cpu().numpy(), np.float32)
+            x = x.permute(0, 3, 1, 2).float()
+            x = (x.flip(1) if self._fed.channels == "bgr" else x).sub(self._mean).div(self._scale)
+            return np.asarray(self._net(x.contiguous(memory_format=torch.channels_last)).float().cpu().numpy())
+
+
+class OnnxEmbedder:
+    """Any embedder's ONNX graph: one image input, one output of vectors.
+
+    A uint8 input is fed chips (n, h, w, 3) as they are (our own exports do their scaling inside); a float one what
+    `fed` says, in the order of its dimensions (n, 3, h, w) or (n, h, w, 3). Raises ModelError for other graphs.
+    """
+
+    def __init__(self, graph: bytes, fed: Input, size: tuple[int, int], device: str = "cpu", threads: int = 1):
+        self._session = session(graph, threads, device)
+        self._fed, self.size = fed, size
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4:
+            raise ModelError(f"an embedder's graph has one input of four dimensions, this one {_named(inputs)}")
+        self._input = inputs[0].name
+        self._raw = inputs[0].type == "tensor(uint8)"
+        self._planes_last = inputs[0].shape[3] == 3
+        self._part = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else _CHIPS_PER_RUN
+        self._output = self._session.get_outputs()[0].name
+        width, height = size
+        self.dim = int(self._run(np.zeros((self._part, height, width, 3), np.uint8)).shape[1])
+
+    def embed(self, chips: Pixels) -> Floats:
+        return _in_parts(self._padded, chips, self.dim, self._part)
+
+    def _padded(self, chips: Pixels) -> Floats:
+        """A graph of a fixed batch gets a full one; the others run as many as there are."""
+        lacking = self._part - len(chips) if self._part != _CHIPS_PER_RUN else 0
+        full = np.concatenate([chips, np.repeat(chips[-1:], lacking, 0)]) if lacking else chips
+        return self._run(full)[: len(chips)]
+
+    def _run(self, chips: Pixels) -> Floats:
+        fed = np.ascontiguousarray(chips) if self._raw else self._scaled(chips)
+        try:
+            vectors = np.asarray(self._session.run([self._output], {self._input: fed})[0], np.float32)
+        except Exception as error:  # ONNX Runtime's own exceptions derive from nothing else
+            raise ModelError(f"the graph does not take chips of {self.size}: {str(error)[:300]}") from error
+        if vectors.size % len(chips):
+            raise ModelError(f"the graph's first output has shape {vectors.shape} for {len(chips)} chips")
+        return vectors.reshape(len(chips), -1)
+
+    def _scaled(self, chips: Pixels) -> Floats:
+        ordered = chips[..., ::-1] if self._fed.channels == "bgr" else chips
+        mean, scale = (np.array(v, np.float32) for v in (self._fed.mean, self._fed.scale))
+        x = (ordered.astype(np.float32) - mean) / scale
+        return np.ascontiguousarray(x if self._planes_last else x.transpose(0, 3, 1, 2), np.float32)
+
+
+def _in_parts(run: Callable[[Pixels], Floats], chips: Pixels, dim: int, part: int = _CHIPS_PER_RUN) -> Floats:
+    vectors = [run(chips[at : at + part]) for at in range(0, len(chips), part)]
+    return np.concatenate(vectors) if vectors else np.empty((0, dim), np.float32)
+
+
+def _named(inputs: Any) -> str:
+    return ", ".join(f"{i.name} {i.shape}" for i in inputs) or "none"

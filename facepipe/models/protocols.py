@@ -31,10 +31,9 @@ class Detector(Protocol):
 
 
 class Embedder(Protocol):
-    """Makes one vector of one aligned chip. `template` (5, 2): where the landmarks lie in a chip of `size` (w, h)."""
+    """Makes one vector of one aligned chip of `size` (width, height)."""
 
     size: tuple[int, int]
-    template: npt.NDArray[np.float64]
     dim: int
 
     def embed(self, chips: Pixels) -> Floats:

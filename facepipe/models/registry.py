@@ -1,19 +1,23 @@
 """The registry: what each model is, where its weights come from, under which licence, and how to load it."""
 
+import os
 from collections import OrderedDict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ModelError
+from facepipe.imaging.alignment import ChipLayout
+from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE
 from facepipe.models.card import Card
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
 
-# Mean positions of RetinaFace's five points in dlib's own 150x150 chips, measured on LFW.
-DLIB_TEMPLATE = ((46.54, 43.32), (101.94, 43.67), (74.14, 77.59), (50.28, 102.77), (96.35, 103.30))
+MODELS_FOLDER = "FACEPIPE_MODELS"  # environment variable: a folder of TOML files
+_FAKE_TEMPLATE = ((10.0, 12.0), (22.0, 12.0), (16.0, 18.0), (11.0, 24.0), (21.0, 24.0))
 RETINAFACE_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5"
 DLIB_SHA256 = "55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30"
 
@@ -70,17 +74,21 @@ def _load_retinaface(device: str, threads: int, limits: tuple[float, float]) -> 
     return TorchRetinaFace(retinaface_net(), limits, device)
 
 
+def dlib_net() -> Any:
+    """dlib's network as a torch module with its weights."""
+    from facepipe.models.dlib.resnet import DlibResNet
+
+    return DlibResNet().load(*dlib_weights())
+
+
 def _load_dlib(device: str, threads: int) -> Embedder:
     from facepipe.models.engines import OnnxDlib, TorchEmbedder
 
-    template = np.array(DLIB_TEMPLATE)
     if device == "cpu":
         from facepipe.models.dlib.graph import graph
 
-        return OnnxDlib(graph(*dlib_weights()), (150, 150), template, threads)
-    from facepipe.models.dlib.resnet import DlibResNet
-
-    return TorchEmbedder(DlibResNet().load(*dlib_weights()), (150, 150), template, device)
+        return OnnxDlib(graph(*dlib_weights()), threads)
+    return TorchEmbedder(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device)
 
 
 def _load_fake_detector(device: str, threads: int, limits: tuple[float, float]) -> Detector:
@@ -123,8 +131,8 @@ CARDS = {
             sha256=DLIB_SHA256,
             input="RGB 150x150, (x - (122.782, 117.001, 104.298)) / 256",
             load=_load_dlib,
-            size=(150, 150),
-            template=DLIB_TEMPLATE,
+            layout=ChipLayout((150, 150), template=DLIB_TEMPLATE),
+            parameters=5_614_592,
             dim=128,
             metric="euclidean on unit vectors",
             same_person=0.416,
@@ -158,8 +166,7 @@ CARDS = {
             sha256="",
             input="RGB 32x32",
             load=_load_fake_embedder,
-            size=(32, 32),
-            template=((10.0, 12.0), (22.0, 12.0), (16.0, 18.0), (11.0, 24.0), (21.0, 24.0)),
+            layout=ChipLayout((32, 32), template=_FAKE_TEMPLATE),
             dim=128,
             metric="euclidean on unit vectors",
         ),
@@ -168,15 +175,47 @@ CARDS = {
 
 
 def card(name: str, role: str) -> Card:
-    """The card of a registered model."""
+    """The card of a registered model, of a model's TOML file, or of NAME.toml in the folder FACEPIPE_MODELS.
+
+    Raises ModelError for a name that nothing is registered under.
+    """
     found = CARDS.get(name)
+    if found is None and (file := _file(name)):
+        from facepipe.models.loading import card_of
+
+        found = card_of(file)
     if found is None or found.role != role:
         known = ", ".join(c.name for c in CARDS.values() if c.role == role)
-        raise ModelError(f"no {role} is called {name!r}; registered are: {known}")
+        what = f"{name!r} is a {found.role}, and a {role} is wanted" if found else f"no {role} is called {name!r}"
+        raise ModelError(
+            f"{what}; registered are: {known}. Other models have a TOML file: give its path, or put it into the "
+            f"folder that {MODELS_FOLDER} names"
+        )
     return found
+
+
+def chip_layout(name: str) -> ChipLayout:
+    """How chips are cut for an embedder, or for an architecture that has no weights yet."""
+    if name not in CARDS and name in ARCHITECTURES:
+        return ARCHITECTURES[name].layout
+    layout = card(name, "embedder").layout
+    if layout is None:
+        raise ModelError(f"{name} does not say how its chips are cut")
+    return layout
 
 
 def same_person(embedder: str) -> float | None:
     """Distance below which two faces are likely of one person; None for models whose card does not say."""
-    found = CARDS.get(embedder)
-    return found.same_person if found else None
+    try:
+        return card(embedder, "embedder").same_person
+    except ModelError:  # a gallery whose model's file is elsewhere
+        return None
+
+
+def _file(name: str) -> Path | None:
+    """The TOML file of a model that is not registered."""
+    if Path(name).suffix in (".toml", ".safetensors"):
+        return Path(name).with_suffix(".toml")
+    folder = os.environ.get(MODELS_FOLDER)
+    found = Path(folder, f"{name}.toml") if folder and os.sep not in name else None
+    return found if found and found.is_file() else None

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.errors import ModelError
+from facepipe.imaging.alignment import ChipLayout, chip_of, wanted_scale
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.geometry import Frame, cut, frame_of, pose, scale_of, sharpness, similarity
+from facepipe.imaging.geometry import Frame, frame_of, pose, sharpness
 from facepipe.imaging.header import probe
-from facepipe.models import card
+from facepipe.models import card, chip_layout
 from facepipe.stages.columns import buffers, float_lists, frames, images, pack, with_columns
 
 Pixels = npt.NDArray[np.uint8]
@@ -32,13 +32,15 @@ class Aligned(NamedTuple):
 
 @dataclass(frozen=True)
 class Align:
-    """Cuts chips by the similarity transform that maps five landmarks to the embedder's template.
+    """Cuts chips as the embedder wants them: by default with the similarity that maps five landmarks to its template.
 
-    embedder: whose template and chip size to use
+    embedder: whose chips: a registered name, a model's TOML file, or the name of an architecture
+    detector: whose boxes these are, for chips that are cut by dlib's own landmarks
     thumbs: keep a small JPEG of every face for the reports; thumb_side in pixels, thumb_quality 1-100
     """
 
     embedder: str = "dlib-resnet"
+    detector: str = "retinaface-mnet025"
     thumbs: bool = True
     thumb_side: int = 112
     thumb_quality: int = 80
@@ -73,11 +75,12 @@ class Align:
     )
 
     @cached_property
-    def _layout(self) -> tuple[tuple[int, int], npt.NDArray[np.float64]]:
-        found = card(self.embedder, "embedder")
-        if found.size is None or found.template is None:
-            raise ModelError(f"{self.embedder} has no alignment template")
-        return found.size, np.array(found.template)
+    def _layout(self) -> ChipLayout:
+        return chip_layout(self.embedder)
+
+    @cached_property
+    def _square(self) -> tuple[float, float, float] | None:
+        return card(self.detector, "detector").square
 
     def setup(self) -> None:
         cv2.setNumThreads(1)
@@ -98,14 +101,14 @@ class Align:
         """The faces of one image, cut from enough pixels."""
         boxes, points, scores = (np.array(values, np.float32) for values in found)
         landmarks = points.reshape(-1, 5, 2)
-        size, template = self._layout
+        boxes = boxes.reshape(-1, 4)
+        faces = list(zip(boxes.astype(np.float64), landmarks.astype(np.float64), strict=True))
         # Chip pixels per image pixel: more than the working image has means decoding again, at the scale that has them.
-        wanted = min(1.0, max(scale_of(similarity(p.astype(np.float64), template)) for p in landmarks))
-        pixels, frame = view
-        if data is not None and frame.scale < wanted:
-            pixels, frame = larger(bytes(data), wanted, view)
-        chips = [cut(pixels, similarity(frame.from_full(p.astype(np.float64)), template), size) for p in landmarks]
-        rows = zip(boxes.reshape(-1, 4), landmarks, scores, chips, strict=True)
+        wanted = min(1.0, max(wanted_scale(self._layout, *face) for face in faces))
+        if data is not None and view[1].scale < wanted:
+            view = larger(bytes(data), wanted, view)
+        chips = [chip_of(self._layout, view, *face, self._square) for face in faces]
+        rows = zip(boxes, landmarks, scores, chips, strict=True)
         return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
 
     def _columns(self, faces: list[Aligned | int]) -> dict[str, Any]:

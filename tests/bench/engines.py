@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from facepipe.models import card
+from facepipe.models.architectures import ARCHITECTURES
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import TorchEmbedder, TorchRetinaFace
-from facepipe.models.registry import DLIB_TEMPLATE, dlib_weights, retinaface_net
+from facepipe.models.registry import dlib_weights, retinaface_net
 
 LIMITS = (0.7, 0.4)
 
@@ -44,7 +45,7 @@ def main() -> None:
     net = DlibResNet().load(*dlib_weights())
     embedders = {
         "onnxruntime": card("dlib-resnet", "embedder").load("cpu", 1),
-        "torch": TorchEmbedder(net, (150, 150), np.array(DLIB_TEMPLATE), "cpu"),
+        "torch": TorchEmbedder(net, ARCHITECTURES["dlib-resnet"].input, (150, 150), "cpu"),
     }
     for n in (1, 8):
         found = {name: milliseconds(lambda e=e, n=n: e.detect(frames[:n]), n) for name, e in detectors.items()}

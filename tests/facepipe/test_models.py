@@ -11,13 +11,14 @@ from facepipe.errors import ModelError, WeightsError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
 from facepipe.models import CARDS, card
+from facepipe.models.architectures import ARCHITECTURES
 from facepipe.models.detectors import retinaface_decode
 from facepipe.models.detectors.retinaface_decode import suppress
 from facepipe.models.dlib.format import FormatError, read_metric_network
 from facepipe.models.dlib.layout import folded
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import OnnxRetinaFace, TorchEmbedder, TorchRetinaFace
-from facepipe.models.registry import DLIB_SHA256, dlib_weights, retinaface_graph, retinaface_net
+from facepipe.models.registry import DLIB_SHA256, dlib_net, dlib_weights, retinaface_graph, retinaface_net
 from facepipe.models.weights import bytes_literal, checked, package_file
 
 LIMITS = (0.5, 0.4)
@@ -49,7 +50,7 @@ def test_dlib_on_cpu(reference: np.ndarray) -> None:
 
 
 def test_dlib_as_torch_module(reference: np.ndarray) -> None:
-    net = TorchEmbedder(DlibResNet().load(*dlib_weights()), (150, 150), np.zeros((5, 2)), "cpu")
+    net = TorchEmbedder(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), "cpu")
     assert np.abs(net.embed(chips()) - reference).max() < 1e-5
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, Convolution
+from facepipe.models.dlib.layout import BLOCKS, Convolution
 
 
 class Block(nn.Module):
@@ -31,19 +31,16 @@ class Block(nn.Module):
 
 
 class DlibResNet(nn.Module):
-    """(n, 3, 150, 150) float RGB 0-255 -> (n, 128), not normalised."""
-
-    mean: Tensor
+    """(n, 3, 150, 150) RGB, (x - MEAN_RGB) / SCALE -> (n, 128), not normalised."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(MEAN_RGB).view(1, 3, 1, 1))
         self.stem = nn.Conv2d(3, 32, 7, 2)
         self.blocks = nn.ModuleList(Block(*step) for step in BLOCKS)
         self.fc = nn.Linear(256, 128, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.stem((x - self.mean) / SCALE)), 3, 2)
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2)
         for block in self.blocks:
             x = block(x)
         return self.fc(x.mean((2, 3)))

@@ -1,0 +1,178 @@
+"""The networks of the zoo, without weights: how each is built and what it takes. A model's TOML file names one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from facepipe.errors import ModelError
+from facepipe.imaging.alignment import ChipLayout, arcface_template
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from facepipe.models.checkpoint import State
+
+Size = tuple[int, int]
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network is fed: (x - mean) / scale of 0-255 levels, channel by channel in the order of `channels`."""
+
+    channels: str = "rgb"
+    mean: Channels = (127.5, 127.5, 127.5)
+    scale: Channels = (127.5, 127.5, 127.5)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Checkpoints of one public implementation. mark: a tensor's name that only they have; where their key map is."""
+
+    name: str
+    mark: str
+    module: str
+    function: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One network.
+
+    build: (dimension of the vectors, (width, height)) -> the module with random weights; detectors ignore both
+    lineages: the key maps of public checkpoints
+    """
+
+    name: str
+    role: str
+    summary: str
+    build: Callable[[int, Size], "nn.Module"]
+    input: Input = field(default_factory=Input)
+    layout: ChipLayout = field(default_factory=lambda: ChipLayout((112, 112), template=arcface_template((112, 112))))
+    lineages: tuple[Lineage, ...] = ()
+
+    def key_maps(self) -> dict[str, Callable[["State"], "State"]]:
+        """By name, each from a public checkpoint's names to ours."""
+        return {lineage.name: _module(lineage.module, lineage.function) for lineage in self.lineages}
+
+    def lineage_of(self, state: "State") -> str | None:
+        """The lineage whose mark is among a checkpoint's names; None for our own."""
+        return next((lineage.name for lineage in self.lineages if lineage.mark in state), None)
+
+
+def _module(path: str, name: str) -> Any:
+    from importlib import import_module
+
+    return getattr(import_module(f"facepipe.models.{path}"), name)
+
+
+# Mean positions of RetinaFace's five points in dlib's own 150x150 chips, measured on LFW.
+DLIB_TEMPLATE = ((46.54, 43.32), (101.94, 43.67), (74.14, 77.59), (50.28, 102.77), (96.35, 103.30))
+_DLIB_MEAN = (122.782, 117.001, 104.298)
+_ZERO: Channels = (0.0, 0.0, 0.0)
+_IMAGENET = Input(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375))
+_LETTERBOX = ChipLayout((160, 160), "eyes", fill=128)
+
+
+def _arcface(size: Size) -> ChipLayout:
+    return ChipLayout(size, template=arcface_template(size))
+
+
+def _embedder(path: str, name: str, sized: bool = False, **fixed: Any) -> Callable[[int, Size], "nn.Module"]:
+    """Builds an embedder of the module `path` lazily, so that listing the zoo loads no framework."""
+
+    def build(dim: int, size: Size) -> "nn.Module":
+        made: nn.Module = _module(path, name)(dim=dim, **({"size": size} if sized else {}), **fixed)
+        return made
+
+    return build
+
+
+def _detector(path: str, name: str, **fixed: Any) -> Callable[[int, Size], "nn.Module"]:
+    def build(dim: int, size: Size) -> "nn.Module":
+        made: nn.Module = _module(path, name)(**fixed)
+        return made
+
+    return build
+
+
+def _graph(dim: int, size: Size) -> "nn.Module":
+    raise ModelError("this model is an ONNX graph: it is run as it is, and has no torch module")
+
+
+_KEYS = "embedders.keys"
+_BIUBUG6 = (Lineage("biubug6", "ClassHead.0.conv1x1.weight", "detectors.retinaface_keys", "from_biubug6"),)
+
+ARCHITECTURES = {
+    made.name: made
+    for made in (
+        Architecture(
+            name="dlib-resnet",
+            role="embedder",
+            summary="dlib's face recognition ResNet (King, 2017)",
+            build=lambda dim, size: _module("dlib.resnet", "DlibResNet")(),
+            input=Input(mean=_DLIB_MEAN, scale=(256.0, 256.0, 256.0)),
+            layout=ChipLayout((150, 150), template=DLIB_TEMPLATE),
+        ),
+        Architecture(
+            name="mobilefacenet",
+            role="embedder",
+            summary="MobileFaceNet, 112x96 or any multiple of 16 (Chen et al., CCBR 2018)",
+            build=_embedder("embedders.mobilefacenet", "MobileFaceNet", sized=True),
+            input=Input(scale=(128.0, 128.0, 128.0)),
+            layout=_arcface((96, 112)),
+            lineages=(Lineage("xiaoccer", "dw_conv1.conv.weight", _KEYS, "mobilefacenet_xiaoccer"),),
+        ),
+        Architecture(
+            name="lresnet50e-ir",
+            role="embedder",
+            summary="LResNet50E-IR (Deng et al., ArcFace, CVPR 2019)",
+            build=_embedder("embedders.iresnet", "IResNet", depth=50),
+            input=Input(scale=(128.0, 128.0, 128.0)),
+            layout=_arcface((112, 112)),
+        ),
+        *(
+            Architecture(
+                name=f"resnet{depth}",
+                role="embedder",
+                summary=f"ResNet-{depth}, average pooling, one linear layer (He et al., CVPR 2016)",
+                build=_embedder("embedders.resnet", "ResNet", depth=depth),
+                input=_IMAGENET,
+                layout=_arcface((112, 112)),
+            )
+            for depth in (18, 50)
+        ),
+        Architecture(
+            name="facenet-mobilenet",
+            role="embedder",
+            summary="FaceNet on MobileNetV1 (Schroff et al., CVPR 2015; Howard et al., 2017)",
+            build=_embedder("embedders.facenet_mobilenet", "FaceNetMobileNet"),
+            input=Input(mean=_ZERO, scale=(255.0, 255.0, 255.0)),
+            layout=_LETTERBOX,
+        ),
+        Architecture(
+            name="facenet-inception",
+            role="embedder",
+            summary="FaceNet on Inception-ResNet-v1 (Schroff et al., CVPR 2015; Szegedy et al., AAAI 2017)",
+            build=_embedder("embedders.inception_resnet", "InceptionResNetV1"),
+            input=Input(mean=_ZERO, scale=(255.0, 255.0, 255.0)),
+            layout=_LETTERBOX,
+        ),
+        *(
+            Architecture(
+                name=name,
+                role="detector",
+                summary=f"RetinaFace, {trunk} (Deng et al., CVPR 2020)",
+                build=_detector("detectors.retinaface", "RetinaFaceNet", trunk=key, norms=True),
+                input=Input("bgr", (104.0, 117.0, 123.0), (1.0, 1.0, 1.0)),
+                lineages=_BIUBUG6,
+            )
+            for name, trunk, key in (
+                ("retinaface-mnet025", "MobileNet-0.25", "mobilenet025"),
+                ("retinaface-resnet50", "ResNet-50", "resnet50"),
+            )
+        ),
+        Architecture("yunet", "detector", "YuNet (Wu et al., MIR 2023), an ONNX file of the user's", _graph),
+        Architecture("scrfd", "detector", "SCRFD (Guo et al., ICLR 2022), an ONNX file of the user's", _graph),
+    )
+}

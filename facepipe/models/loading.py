@@ -1,0 +1,142 @@
+"""Models from their TOML files: weights of ours, a public checkpoint, or any ONNX graph.
+
+The SHA-256 that a gallery's contract holds covers the weights, the input and the projection: whatever moves a vector.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from facepipe.errors import ConfigError, ModelError, WeightsError
+from facepipe.models.architectures import ARCHITECTURES, Architecture
+from facepipe.models.card import Card
+from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card
+from facepipe.models.checkpoint import State, fit, read_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from facepipe.models.protocols import Detector, Embedder
+
+
+def card_of(path: Path) -> Card:
+    """The card that the registry would have had; weights are read and checked here, loaded by `load`."""
+    file = read_card(path)
+    weights = path.parent / file.weights
+    sha256 = _fingerprint(path, file, _checked(weights, file.sha256))
+    return Card(
+        name=file.name,
+        role=file.role,
+        summary=_summary(file),
+        weights=file.source or str(weights),
+        licence=file.licence,
+        sha256=sha256,
+        input=_described(file),
+        load=_LoadDetector(str(path)) if file.role == "detector" else _LoadEmbedder(str(path)),
+        layout=chips_of(file) if file.role == "embedder" else None,
+        dim=128 if file.projection else file.dim,
+        metric=file.metric,
+        same_person=file.same_person,
+    )
+
+
+@dataclass(frozen=True)
+class _LoadEmbedder:
+    path: str
+
+    def __call__(self, device: str, threads: int) -> "Embedder":
+        return load_embedder(Path(self.path), device, threads)
+
+
+@dataclass(frozen=True)
+class _LoadDetector:
+    path: str
+
+    def __call__(self, device: str, threads: int, limits: tuple[float, float]) -> "Detector":
+        from facepipe.models.detectors.loading import load_detector
+
+        return load_detector(Path(self.path), device, threads, limits)
+
+
+def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "Embedder":
+    """The embedder of a TOML file. raw: without its projection. Raises ModelError where it gives no 128-D vectors."""
+    from facepipe.models.engines import OnnxEmbedder, TorchEmbedder
+
+    file = read_card(path)
+    size = chips_of(file).size
+    if is_graph(file):
+        graph = (path.parent / file.weights).read_bytes()
+        made: Embedder = OnnxEmbedder(graph, fed_of(file), size, device, threads)
+    else:
+        made = TorchEmbedder(load_net(path)[0], fed_of(file), size, device)
+    if made.dim != file.dim:
+        raise ModelError(f"{path}: the model gives {made.dim} numbers a face, and the file says dim = {file.dim}")
+    if raw:
+        return made
+    if file.projection:
+        from facepipe.models.projection import Projected
+
+        return Projected.of(made, path.parent / file.projection)
+    if file.dim != 128:
+        raise ModelError(
+            f"{file.name} gives {file.dim}-D vectors, and a gallery holds 128-D ones: fit a projection with "
+            f"`facepipe models project {path} GALLERY`"
+        )
+    return made
+
+
+def load_net(path: Path) -> "tuple[nn.Module, CardFile]":
+    """The torch module of a TOML file with its weights, in evaluation mode."""
+    file = read_card(path)
+    if not file.architecture or is_graph(file):
+        raise ModelError(f"{path}: an ONNX graph is run as it is; as a torch module it needs a checkpoint")
+    made = ARCHITECTURES[file.architecture]
+    weights = path.parent / file.weights
+    net = made.build(file.dim, chips_of(file).size)
+    fit(net, renamed(read_state(weights), made, file.keys), str(weights))
+    return net.eval(), file
+
+
+def renamed(state: State, architecture: Architecture, keys: str = "") -> State:
+    """A checkpoint's tensors under our names: by the key map that is named, else by the one that fits."""
+    maps = architecture.key_maps()
+    if keys:
+        if keys not in maps:
+            raise ConfigError(f"{architecture.name} has no key map {keys!r}; there are {', '.join(maps) or 'none'}")
+        return maps[keys](state)
+    found = architecture.lineage_of(state)
+    return maps[found](state) if found else state
+
+
+def _checked(weights: Path, sha256: str) -> str:
+    if not weights.is_file():
+        raise WeightsError(f"the weights {str(weights)!r} are missing")
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 and found != sha256:
+        raise WeightsError(f"{str(weights)!r} has SHA-256 {found}, and its TOML file says {sha256}: not this file")
+    return found
+
+
+def _fingerprint(path: Path, card: CardFile, weights: str) -> str:
+    what: dict[str, Any] = {"weights": weights, "input": asdict(fed_of(card)), "architecture": card.architecture}
+    if card.projection:
+        what["projection"] = _checked(path.parent / card.projection, "")
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _summary(card: CardFile) -> str:
+    made = ARCHITECTURES.get(card.architecture)
+    return made.summary if made else "ONNX graph"
+
+
+def _described(card: CardFile) -> str:
+    fed = fed_of(card)
+    size = "x".join(map(str, chips_of(card).size)) if card.role == "embedder" else "any size"
+    return f"{fed.channels.upper()} {size}, (x - {_short(fed.mean)}) / {_short(fed.scale)}"
+
+
+def _short(values: tuple[float, float, float]) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else "(" + ", ".join(f"{v:g}" for v in values) + ")"

@@ -1,0 +1,46 @@
+"""Whether two engines make the same vectors of the same chips; the chips are seeded."""
+
+import cv2
+import numpy as np
+
+from facepipe.errors import ModelError
+from facepipe.models.projection import unit
+from facepipe.models.protocols import Embedder, Pixels
+
+TOLERANCE = 1e-4  # of unit vectors: a hundredth of what tells two persons apart, and a hundred times float32's rounding
+_CHIPS = 10  # more than one run of ONNX Runtime takes
+
+
+def noise(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> Pixels:
+    """(n, h, w, 3) of independent levels."""
+    return np.random.default_rng(seed).integers(0, 256, (n, size[1], size[0], 3), np.uint8)
+
+
+def scenes(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> Pixels:
+    """(n, h, w, 3) with structure at every scale and spectra that fall as those of photographs do (Field, 1987)."""
+    rng = np.random.default_rng(seed)
+    sides = [side for side in (2, 4, 8, 16, 32, 64, 128) if side <= max(size)]
+    return np.stack([_scene(rng, size, sides) for _ in range(n)])
+
+
+def _scene(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) -> Pixels:
+    layers = [
+        cv2.resize(rng.normal(size=(side, side, 3)).astype(np.float32), size, interpolation=cv2.INTER_CUBIC) / k
+        for k, side in enumerate(sides, 1)
+    ]
+    picture = np.sum(layers, axis=0, dtype=np.float32)
+    picture = (picture - picture.min()) / max(float(np.ptp(picture)), 1e-6)
+    return np.asarray(np.round(picture * 255), np.uint8)
+
+
+def difference(one: Embedder, other: Embedder) -> float:
+    """Largest absolute difference between components of unit vectors, over noise and scenes, in batches and alone."""
+    worst = 0.0
+    for chips in (noise(one.size), scenes(one.size), scenes(one.size, 1, 1)):
+        a, b = one.embed(chips), other.embed(chips)
+        if a.shape != b.shape:
+            raise ModelError(f"the engines give vectors of shape {a.shape} and {b.shape}")
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ModelError("the model gives vectors that are not finite")
+        worst = max(worst, float(np.abs(unit(a) - unit(b)).max()))
+    return worst

@@ -1,0 +1,122 @@
+"""Vectors of another length brought to 128: one matrix, fitted once, kept beside the model's TOML file.
+
+Linear and uncentred: it then commutes with averaging the mirror image in and with normalising, so that a raw vector may
+be projected before either; and of all matrices of rank 128 it changes the inner products of its sample least (Eckart
+and Young, 1936). Centring, as in usual PCA, would measure angles from the mean face and not from the origin.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from facepipe.errors import ModelError, WeightsError
+from facepipe.models.protocols import Embedder, Floats, Pixels
+from facepipe.schema import EMBEDDING_DIM
+from facepipe.storage import write
+
+_TENSOR = "projection"
+
+
+class SecondMoment:
+    """Sum of the outer products of unit vectors: (d, d) float64, whatever their number."""
+
+    def __init__(self, dim: int):
+        self.total = np.zeros((dim, dim), np.float64)
+        self.count = 0
+
+    def add(self, raw: Floats) -> None:
+        """Raw vectors (n, d), which are normalised first."""
+        vectors = unit(raw)
+        self.total += vectors.T @ vectors
+        self.count += len(vectors)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """matrix (d, 128) float32 with orthonormal columns; energy: share of the vectors' squared length that it keeps."""
+
+    matrix: Floats
+    energy: float
+
+
+def fit(moment: SecondMoment) -> Projection:
+    """The directions that hold most of the squared length. Raises ModelError for too few vectors or dimensions."""
+    dim = len(moment.total)
+    if dim <= EMBEDDING_DIM:
+        less = "needs no projection" if dim == EMBEDDING_DIM else f"cannot be brought to {EMBEDDING_DIM} without loss"
+        raise ModelError(f"a model of {dim} dimensions {less}: only longer vectors are projected")
+    if moment.count < dim:
+        raise ModelError(
+            f"{moment.count} faces are too few to fit a projection of {dim} dimensions: it needs {dim} at least, and "
+            "some ten times as many to be sound"
+        )
+    values, vectors = np.linalg.eigh(moment.total)
+    top = vectors[:, ::-1][:, :EMBEDDING_DIM]
+    # Eigenvectors have no sign of their own: the largest component of each is made positive.
+    top = top * np.sign(top[np.abs(top).argmax(0), np.arange(EMBEDDING_DIM)])
+    return Projection(top.astype(np.float32), float(values[::-1][:EMBEDDING_DIM].sum() / values.sum()))
+
+
+def unit(raw: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Vectors (n, d) over their length, float64; those of length 0 stay."""
+    vectors = np.asarray(raw, np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def save(path: Path, projection: Projection, metadata: dict[str, str]) -> None:
+    """Write the matrix as safetensors, with what it was fitted on."""
+    from safetensors.numpy import save as packed
+
+    told = {**metadata, "energy": f"{projection.energy:.6f}"}
+    write(str(path), packed({_TENSOR: np.ascontiguousarray(projection.matrix)}, metadata=told))
+
+
+def read(path: Path, dim: int) -> Floats:
+    """The matrix (dim, 128) of a file. Raises WeightsError where it is missing, damaged or of another model."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"the projection {str(path)!r} cannot be read: {error}") from error
+    matrix = tensors.get(_TENSOR, np.empty((0, 0), np.float32))
+    if matrix.shape != (dim, EMBEDDING_DIM):
+        raise WeightsError(
+            f"{str(path)!r} holds no projection of {dim} dimensions to {EMBEDDING_DIM} (found {matrix.shape}): it "
+            "belongs to another model; `facepipe models project` fits one"
+        )
+    return np.asarray(matrix, np.float32)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """An embedder whose raw vectors are multiplied by a matrix (d, 128)."""
+
+    inner: Embedder
+    matrix: Floats
+
+    @classmethod
+    def of(cls, embedder: Embedder, file: Path) -> "Projected":
+        """With the matrix of a file. Raises WeightsError where it does not fit the embedder."""
+        return cls(embedder, read(file, embedder.dim))
+
+    @property
+    def dim(self) -> int:
+        """128."""
+        return self.matrix.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of a chip."""
+        return self.inner.size
+
+    def embed(self, chips: Pixels) -> Floats:
+        return np.asarray(_rows(self.inner.embed(chips), self.matrix), np.float32)
+
+
+def _rows(raw: Floats, matrix: Floats) -> Floats:
+    """Row by row: a product of whole matrices rounds by its shape, and a vector must not depend on its batch."""
+    return np.stack([row @ matrix for row in raw]) if len(raw) else np.empty((0, matrix.shape[1]), np.float32)
