@@ -1,5 +1,6 @@
 """Small functions of the tests."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,14 @@ import numpy as np
 from facepipe.config import build
 from facepipe.gallery import Gallery
 from pipelines.embed import EmbedConfig, Summary, run
+
+
+def trials(full: int) -> range:
+    """Trials of a test with an element of chance: all of them where FACEPIPE_ALL_TRIALS is set, else a third.
+
+    Every trial is seeded by its number, so a run of all covers what a short one does.
+    """
+    return range(full if os.environ.get("FACEPIPE_ALL_TRIALS") else max(3, full // 3))
 
 
 def embed(source: str | Path, gallery: str | Path, *layers: dict[str, Any], **run_settings: Any) -> Summary:

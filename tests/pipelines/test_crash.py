@@ -13,12 +13,12 @@ import numpy as np
 import psutil
 import pytest
 from conftest import draw
-from helpers import embed, rows
+from helpers import embed, rows, trials
 
 from facepipe.gallery import Gallery
 from facepipe.gallery.verify import verify
 
-TRIALS = 20
+TRIALS = trials(20)
 _SETTINGS = [
     *("--set", "detect.model=fake-detector", "--set", "embed.model=fake-embedder", "--set", "run.block_smallest=4"),
     *("--set", "run.block_largest=8", "--set", "run.commit_seconds=0.05", "--workers", "2", "--quiet"),
@@ -59,7 +59,7 @@ def workers(driver: int, name: str) -> list[psutil.Process]:
         return []
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_kill_local(
     trial: int, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import draw
-from helpers import rows
+from helpers import rows, trials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -42,7 +42,7 @@ from facepipe.work import attempts
 from facepipe.work.attempts import Attempts
 from jobs.cli import app
 
-TRIALS = 10
+TRIALS = trials(10)
 IMAGES = 40
 FAKES = [*("--set", "detect.model=fake-detector"), *("--set", "embed.model=fake-embedder")]
 SMALL = [*("--set", "run.block_smallest=4"), *("--set", "run.block_largest=8"), *("--set", "run.commit_seconds=0.02")]
@@ -128,7 +128,7 @@ def make_gallery(path: str | Path, like: Path) -> None:
 # --- a full disk -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_a_full_disk(trial: int, corpus: Path, whole: Path, expected: Rows, tmp_path: Path) -> None:
     """Embed and index on a disk that is a little larger each time: each failure is said, and nothing is lost by it."""
     rng = random.Random(trial)
@@ -152,7 +152,7 @@ def test_a_full_disk(trial: int, corpus: Path, whole: Path, expected: Rows, tmp_
     assert failed > 0
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_writes_that_fail_at_random(
     trial: int, corpus: Path, expected: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +282,7 @@ def innocent(found: Rows) -> Rows:
     return [{k: v for k, v in row.items() if k not in ("uri", "source", "fingerprint", "face_id")} for row in kept]
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_a_worker_that_dies_of_an_image(trial: int, corpus: Path, expected: Rows, tmp_path: Path) -> None:
     rng = random.Random(trial)
     names = [f"{n:02d}-fatal.png" for n in rng.sample(range(IMAGES), 1 + trial % 2)]
@@ -377,7 +377,7 @@ def kill_family(process: subprocess.Popen[str]) -> None:
 
 def test_ten_kills_of_everything_in_a_row_set_nobody_aside(corpus: Path, expected: Rows, tmp_path: Path) -> None:
     rng, gallery = random.Random(7), tmp_path / "g"
-    for _ in range(TRIALS):
+    for _ in TRIALS:
         process = started("embed", corpus, gallery, *LOCAL)
         wait_for_work(process, gallery, rng.uniform(0, 0.7))
         kill_family(process)
@@ -396,7 +396,7 @@ def wait_for_work(process: subprocess.Popen[str], gallery: Path, seconds: float)
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_no_memory_left(trial: int, corpus: Path, expected: Rows, tmp_path: Path) -> None:
     """One image wants more memory than there is. The kernel kills a worker, or the whole run: it is set aside, after
     three runs at most, and everything else is there."""
@@ -424,7 +424,7 @@ def test_no_memory_left(trial: int, corpus: Path, expected: Rows, tmp_path: Path
 # --- signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_signals(trial: int, corpus: Path, expected: Rows, tmp_path: Path) -> None:
     """SIGTERM ends with 143, Ctrl-C with 130: what was finished is committed, the lease let go, no process left."""
     number, code = (signal.SIGINT, 130) if trial % 3 == 2 else (signal.SIGTERM, 143)
@@ -454,7 +454,7 @@ def test_signals(trial: int, corpus: Path, expected: Rows, tmp_path: Path) -> No
 # --- clocks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_a_clock_that_jumps(trial: int, corpus: Path, expected: Rows, tmp_path: Path) -> None:
     """By years, forward and back, all the while: no image is lost, doubled, read again or taken for missing."""
     folder, gallery = tmp_path / "corpus0", tmp_path / "g"
@@ -485,7 +485,7 @@ def start() -> Iterator[faults.Start]:
 # --- two at once -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_nightly_jobs_at_once(trial: int, start: faults.Start, expected: Rows, copy: Path, tmp_path: Path) -> None:
     """Of two or three that start at the same moment one works; the others say who does, and end with 1."""
     folder = tmp_path / "c"
@@ -550,7 +550,7 @@ def harm(path: Path, how: str, rng: random.Random) -> None:
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("trial", range(12))
+@pytest.mark.parametrize("trial", trials(12))
 def test_a_damaged_table_file(trial: int, corpus: Path, expected: Rows, copy: Path) -> None:
     """verify names it; every command says so or is right all the same; `embed` writes no row of what it cannot read."""
     rng, how = random.Random(trial), ("flipped", "truncated", "deleted")[trial % 3]
@@ -571,7 +571,7 @@ def test_a_damaged_table_file(trial: int, corpus: Path, expected: Rows, copy: Pa
     assert len(Gallery(str(copy)).files()) == len(gallery.files())
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_a_damaged_shard(trial: int, copy: Path, corpus: Path, expected: Rows) -> None:
     rng, how = random.Random(trial), ("flipped", "truncated", "deleted")[trial % 3]
     shard = manifest.load(str(copy)).shards[0]

@@ -17,6 +17,7 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
+from helpers import trials
 
 from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryBusyError, IndexingError
@@ -29,7 +30,7 @@ from facepipe.index.verify import verify_index
 from facepipe.schema import FACES
 from pipelines.index import IndexConfig, run
 
-TRIALS = 12
+TRIALS = trials(12)
 COUNT = 5000
 EXACT = Setting(64, 2 * COUNT)
 SETTINGS = {"index": {"factory": "IVF64,PQ64x4fs", "shard_vectors": 1000}}
@@ -321,7 +322,7 @@ def command(gallery: Gallery, *words: str) -> list[str]:
     return [sys.executable, "-m", "jobs.cli", "index", gallery.path, *settings, *words]
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
+@pytest.mark.parametrize("trial", TRIALS)
 def test_kill(trial: int, gallery: Gallery) -> None:
     """A build, an incremental build and a compaction in turn: the index answers as before or as after, never between."""
     kind = ("build", "incremental", "compaction")[trial % 3]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from bench.galleries import CONTRACT, Faces
 from bench.galleries import rows as face_rows
+from helpers import trials
 
 from facepipe import conditional, storage
 from facepipe.errors import ConfigError, FacepipeError, GalleryBusyError, GalleryError, StorageError
@@ -28,7 +29,7 @@ from facepipe.gallery.rewrite import add, write
 from facepipe.gallery.table import open_table
 
 SECONDS = 0.6
-TRIALS = [*((n, "disk") for n in range(10)), *((n, "s3") for n in range(2))]
+TRIALS = [*((n, "disk") for n in trials(10)), *((n, "s3") for n in range(2))]
 
 
 @pytest.fixture(autouse=True)
@@ -356,7 +357,7 @@ def test_a_commit_is_finished_before_a_signal_counts(
 # --- clocks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("trial", trials(10))
 def test_no_setting_of_the_clock_takes_or_gives_a_lease(
     trial: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,7 +426,7 @@ def test_a_store_that_comes_back_in_time_costs_nothing(tmp_path: Path, store: St
     assert held(place).released  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("trial", trials(10))
 def test_lost_answers_do_not_lose_the_lease(trial: int, tmp_path: Path, store: Store) -> None:
     place, rng = str(tmp_path / "g"), random.Random(trial)
     with writer_lock(place) as lease:
@@ -496,7 +497,7 @@ def test_one_of_a_newer_version_is_understood(tmp_path: Path) -> None:
     assert held(str(tmp_path / "g")) == far
 
 
-@pytest.mark.parametrize("trial", range(20))
+@pytest.mark.parametrize("trial", trials(20))
 def test_bits_that_flip_in_a_lease_never_show_a_traceback(trial: int, tmp_path: Path) -> None:
     place, rng = str(tmp_path / "g"), random.Random(trial)
     data = bytearray(elsewhere(seconds=0.05).encode())
