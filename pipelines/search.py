@@ -20,6 +20,7 @@ from facepipe.index.answers import ANSWERS, Find, answers, joined
 from facepipe.index.cost import scan_is_cheaper
 from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_queries, read_block
 from facepipe.index.search import Index
+from facepipe.models.registry import model_of
 from pipelines import embed
 from pipelines.embed_config import Count, EmbedConfig
 from pipelines.recorded import records
@@ -107,8 +108,10 @@ def _embedded(config: SearchConfig, contract: Contract, images: str, work: str, 
     chosen = replace(
         inner,
         source=replace(inner.source, uri=images),
-        detect=replace(inner.detect, model=contract.detector),
-        embed=replace(inner.embed, model=contract.embedder, flip=contract.flip),
+        detect=replace(inner.detect, model=model_of(contract.detector, inner.detect.model, "detector")),
+        embed=replace(
+            inner.embed, model=model_of(contract.embedder, inner.embed.model, "embedder"), flip=contract.flip
+        ),
         align=replace(inner.align, thumbs=False),
     )
     contract.require(chosen.contract, "the gallery that is searched")

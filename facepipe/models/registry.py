@@ -194,6 +194,14 @@ def card(name: str, role: str) -> Card:
     return found
 
 
+def model_of(name: str, asked: str, role: str) -> str:
+    """How to load the model that a gallery's contract names: what was asked for where that is it, else by its name."""
+    try:
+        return asked if card(asked, role).name == name else name
+    except ModelError:
+        return name
+
+
 def chip_layout(name: str) -> ChipLayout:
     """How chips are cut for an embedder, or for an architecture that has no weights yet."""
     if name not in CARDS and name in ARCHITECTURES:
