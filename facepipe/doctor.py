@@ -100,6 +100,9 @@ def _pictures() -> Finding:
     return Finding("pictures", "ok", f"matplotlib {version}")
 
 
+_DEFAULTS = ("retinaface-mnet025", "dlib-resnet")
+
+
 def _weights(name: str) -> Finding:
     card = CARDS[name]
     try:
@@ -108,5 +111,5 @@ def _weights(name: str) -> Finding:
         else:
             card.load("cpu", 1)
     except FacepipeError as error:
-        return Finding(name, "broken", str(error))
+        return Finding(name, "broken" if name in _DEFAULTS else "missing", str(error))
     return Finding(name, "ok", f"{card.weights}, {card.licence}, SHA-256 {card.sha256[:16]}… checked")

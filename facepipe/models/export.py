@@ -43,7 +43,7 @@ class Exportable:
         from facepipe.models.engines import TorchEmbedder
         from facepipe.models.projection import Projected
 
-        made = TorchEmbedder(self.net, self.fed, self.layout.size, "cpu")
+        made: Embedder = TorchEmbedder(self.net, self.fed, self.layout.size, "cpu")
         return made if self.projection is None else Projected(made, self.projection)
 
 
@@ -177,6 +177,10 @@ def _whole(found: Exportable) -> "nn.Module":
     from torch import Tensor, nn
 
     class Whole(nn.Module):
+        mean: Tensor
+        scale: Tensor
+        projection: Tensor | None
+
         def __init__(self) -> None:
             super().__init__()
             self.net = found.net.eval()

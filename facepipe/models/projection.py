@@ -47,16 +47,21 @@ def fit(moment: SecondMoment) -> Projection:
     if dim <= EMBEDDING_DIM:
         less = "needs no projection" if dim == EMBEDDING_DIM else f"cannot be brought to {EMBEDDING_DIM} without loss"
         raise ModelError(f"a model of {dim} dimensions {less}: only longer vectors are projected")
-    if moment.count < dim:
-        raise ModelError(
-            f"{moment.count} faces are too few to fit a projection of {dim} dimensions: it needs {dim} at least, and "
-            "some ten times as many to be sound"
-        )
+    check_enough(moment.count, dim)
     values, vectors = np.linalg.eigh(moment.total)
     top = vectors[:, ::-1][:, :EMBEDDING_DIM]
     # Eigenvectors have no sign of their own: the largest component of each is made positive.
     top = top * np.sign(top[np.abs(top).argmax(0), np.arange(EMBEDDING_DIM)])
     return Projection(top.astype(np.float32), float(values[::-1][:EMBEDDING_DIM].sum() / values.sum()))
+
+
+def check_enough(faces: int, dim: int) -> None:
+    """Raise ModelError where so few faces cannot show the directions of so many dimensions."""
+    if faces < dim:
+        raise ModelError(
+            f"{faces} faces are too few to fit a projection of {dim} dimensions: it needs {dim} at least beside those "
+            "that its loss is measured on, and some ten times as many to be sound"
+        )
 
 
 def unit(raw: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -91,30 +96,20 @@ def read(path: Path, dim: int) -> Floats:
     return np.asarray(matrix, np.float32)
 
 
-@dataclass(frozen=True)
 class Projected:
     """An embedder whose raw vectors are multiplied by a matrix (d, 128)."""
 
-    inner: Embedder
-    matrix: Floats
+    def __init__(self, inner: Embedder, matrix: Floats):
+        self._inner, self._matrix = inner, matrix
+        self.size, self.dim = inner.size, matrix.shape[1]
 
     @classmethod
     def of(cls, embedder: Embedder, file: Path) -> "Projected":
         """With the matrix of a file. Raises WeightsError where it does not fit the embedder."""
         return cls(embedder, read(file, embedder.dim))
 
-    @property
-    def dim(self) -> int:
-        """128."""
-        return self.matrix.shape[1]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) of a chip."""
-        return self.inner.size
-
     def embed(self, chips: Pixels) -> Floats:
-        return np.asarray(_rows(self.inner.embed(chips), self.matrix), np.float32)
+        return np.asarray(_rows(self._inner.embed(chips), self._matrix), np.float32)
 
 
 def _rows(raw: Floats, matrix: Floats) -> Floats:

@@ -2,7 +2,8 @@
 
 import os
 from collections import OrderedDict
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from facepipe.models.card import Card
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
 
+_MTCNN_SHA256 = "f2836e484b6b1f84a722098b32425d412ee0c7910806e5eb84fca52db6544ddb"  # of its three files' SHA-256
+_HAAR_SHA256 = "0f7d4527844eb514d4a4948e822da90fbb16a34a0bbbbc6adc6498747a5aafb0"
+_DLIB_POINTS_SHA256 = "c4b1e9804792707d3a405c2c16a80a20269e6675021f64a41d30fffafbc41888"
+_MTCNN_SQUARE = (0.0, 0.0, 1.0)
+_HAAR_SQUARE = (-0.017, 0.085, 0.956)
 MODELS_FOLDER = "FACEPIPE_MODELS"  # environment variable: a folder of TOML files
 _FAKE_TEMPLATE = ((10.0, 12.0), (22.0, 12.0), (16.0, 18.0), (11.0, 24.0), (21.0, 24.0))
 RETINAFACE_SHA256 = "b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5"
@@ -91,6 +97,31 @@ def _load_dlib(device: str, threads: int) -> Embedder:
     return TorchEmbedder(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device)
 
 
+def _load_mtcnn(device: str, threads: int, limits: tuple[float, float]) -> Detector:
+    from facepipe.models.detectors.mtcnn import Mtcnn
+    from facepipe.models.detectors.mtcnn_weights import packaged_nets
+
+    return Mtcnn(packaged_nets(), limits, device, threads)
+
+
+def _load_haar(device: str, threads: int, limits: tuple[float, float]) -> Detector:
+    from facepipe.models.detectors.haar import Haar
+
+    return Haar(_dlib_points(), limits)
+
+
+def _load_dlib_hog(device: str, threads: int, limits: tuple[float, float]) -> Detector:
+    from facepipe.models.detectors.dlib_hog import DlibHog
+
+    return DlibHog(_dlib_points(), limits)
+
+
+def _dlib_points() -> Callable[[Any, Any], Any]:
+    from facepipe.models.dlib.predictor import load_predictor, predict
+
+    return partial(predict, load_predictor())
+
+
 def _load_fake_detector(device: str, threads: int, limits: tuple[float, float]) -> Detector:
     from facepipe.models.fakes import FakeDetector
 
@@ -121,6 +152,41 @@ CARDS = {
             sha256=RETINAFACE_SHA256,
             input="BGR minus (104, 117, 123), sides multiples of 32",
             load=_load_retinaface,
+            square=(-0.005, 0.072, 0.978),
+            parameters=426_608,
+        ),
+        Card(
+            name="mtcnn",
+            role="detector",
+            summary="MTCNN, P-, R- and O-Net, five landmarks (Zhang et al., SPL 2016)",
+            weights="PyPI mtcnn 1.0.0 (the extra `mtcnn`)",
+            licence="MIT",
+            sha256=_MTCNN_SHA256,
+            input="RGB, (x - 127.5) / 128, a pyramid of scales",
+            load=_load_mtcnn,
+            square=_MTCNN_SQUARE,
+            parameters=495_850,
+        ),
+        Card(
+            name="haar",
+            role="detector",
+            summary="OpenCV's Haar cascade (Viola and Jones, CVPR 2001), landmarks by dlib; the last resort",
+            weights="opencv-python 4 (version 5 has no cascades)",
+            licence="Apache-2.0",
+            sha256=_HAAR_SHA256,
+            input="grey levels",
+            load=_load_haar,
+            square=_HAAR_SQUARE,
+        ),
+        Card(
+            name="dlib-hog",
+            role="detector",
+            summary="dlib's frontal face detector (HOG), landmarks by dlib's predictor; what face_recognition runs",
+            weights="PyPI dlib-bin (the extra `dlib`)",
+            licence="Boost",
+            sha256=_DLIB_POINTS_SHA256,
+            input="RGB",
+            load=_load_dlib_hog,
         ),
         Card(
             name="dlib-resnet",
@@ -136,6 +202,20 @@ CARDS = {
             dim=128,
             metric="euclidean on unit vectors",
             same_person=0.416,
+        ),
+        Card(
+            name="face-recognition",
+            role="embedder",
+            summary="as the library face_recognition: dlib's landmarks, chips, ResNet (with embed.flip=false)",
+            weights="PyPI face-recognition-models 0.3.0",
+            licence="public domain",
+            sha256=DLIB_SHA256,
+            input="RGB 150x150 cut by dlib's five points, (x - (122.782, 117.001, 104.298)) / 256",
+            load=_load_dlib,
+            layout=ChipLayout((150, 150), "dlib"),
+            parameters=5_614_592,
+            dim=128,
+            metric="euclidean on unit vectors",
         ),
         Card(
             name="fake-detector",

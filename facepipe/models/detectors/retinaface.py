@@ -1,9 +1,11 @@
-"""RetinaFace (Deng et al., CVPR 2020) with the MobileNet-0.25 backbone, as a torch module.
+"""RetinaFace (Deng et al., CVPR 2020) as a torch module, with a MobileNet-0.25 or a ResNet-50 trunk.
 
 Shapes and constants are those of the public PyTorch implementation by biubug6 (models/net.py, retinaface.py).
 """
 
+import copy
 from collections import OrderedDict
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,31 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facepipe.models.detectors.retinaface_decode import STRIDES
+from facepipe.models.detectors.retinaface_decode import MEAN_BGR, STRIDES
+from facepipe.models.detectors.retinaface_trunks import MobileNet025, ResNet50, Shape, Unit
 
+Trunk = Literal["mobilenet025", "resnet50"]
+Channels = Literal["bgr", "rgb"]
+Predictions = tuple[Tensor, Tensor, Tensor]
 
-def _conv(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, leak: float | None = 0.1) -> nn.Sequential:
-    """Convolution with its batch norm folded in, then LeakyReLU (none where leak is None)."""
-    layers: list[nn.Module] = [nn.Conv2d(i, o, k, stride, k // 2, groups=groups)]
-    if leak is not None:
-        layers.append(nn.LeakyReLU(leak))
-    return nn.Sequential(*layers)
-
-
-def _separable(i: int, o: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(_conv(i, i, 3, stride, groups=i), _conv(i, o, 1))
+_TRUNKS: dict[str, tuple[type[MobileNet025] | type[ResNet50], int]] = {
+    "mobilenet025": (MobileNet025, 64),
+    "resnet50": (ResNet50, 256),
+}
 
 
 class ContextModule(nn.Module):
     """SSH context: 3x3, 5x5 and 7x7 receptive fields side by side (Najibi et al., ICCV 2017)."""
 
-    def __init__(self, width: int, leak: float = 0.1):
+    def __init__(self, width: int, leak: float, norms: bool):
         super().__init__()
-        self.conv3 = _conv(width, width // 2, leak=None)
-        self.conv5_1 = _conv(width, width // 4, leak=leak)
-        self.conv5_2 = _conv(width // 4, width // 4, leak=None)
-        self.conv7_2 = _conv(width // 4, width // 4, leak=leak)
-        self.conv7_3 = _conv(width // 4, width // 4, leak=None)
+        quarter = width // 4
+        self.conv3 = Unit(width, width // 2, Shape(3), None, norms)
+        self.conv5_1 = Unit(width, quarter, Shape(3), leak, norms)
+        self.conv5_2 = Unit(quarter, quarter, Shape(3), None, norms)
+        self.conv7_2 = Unit(quarter, quarter, Shape(3), leak, norms)
+        self.conv7_3 = Unit(quarter, quarter, Shape(3), None, norms)
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.conv5_1(x)
@@ -43,47 +44,70 @@ class ContextModule(nn.Module):
 
 
 class RetinaFaceNet(nn.Module):
-    """(n, 3, h, w) float BGR minus MEAN_BGR -> offsets (n, a, 4), face probability (n, a), landmark offsets (n, a, 10).
+    """(n, 3, h, w) float from `normalise` -> offsets (n, a, 4), face probability (n, a), landmark offsets (n, a, 10).
 
-    Anchors a: level, row, column, size. Batch norms are folded into the convolutions.
+    While training, the logits (n, a, 2) of background and face stand in the probability's place. Anchors a: level,
+    row, column, size.
+
+    norms: True keeps the batch norms, for training and for checkpoints that have them; False is the folded form
     """
 
-    def __init__(self, width: int = 64):
+    def __init__(self, trunk: Trunk = "mobilenet025", norms: bool = False):
         super().__init__()
-        body = [(8, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
-        self.stage1 = nn.Sequential(_conv(3, 8, 3, 2), *(_separable(*s) for s in body))
-        self.stage2 = nn.Sequential(_separable(64, 128, 2), *(_separable(128, 128) for _ in range(5)))
-        self.stage3 = nn.Sequential(_separable(128, 256, 2), _separable(256, 256))
-        self.lateral = nn.ModuleList(_conv(i, width, 1) for i in (64, 128, 256))
-        self.merge = nn.ModuleList(_conv(width, width) for _ in range(2))
-        self.context = nn.ModuleList(ContextModule(width) for _ in STRIDES)
+        kind, width = _TRUNKS[trunk]
+        leak = 0.1 if width <= 64 else 0.0
+        self.trunk = kind(norms)
+        self.lateral = nn.ModuleList(Unit(i, width, Shape(1), leak, norms) for i in kind.channels)
+        self.merge = nn.ModuleList(Unit(width, width, Shape(3), leak, norms) for _ in range(2))
+        self.context = nn.ModuleList(ContextModule(width, leak, norms) for _ in STRIDES)
         self.class_head, self.box_head, self.landmark_head = (
             nn.ModuleList(nn.Conv2d(width, 2 * n, 1) for _ in STRIDES) for n in (2, 4, 10)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c1 = self.stage1(x)
-        c2 = self.stage2(c1)
-        c3 = self.stage3(c2)
-        p1, p2, p3 = (lateral(c) for lateral, c in zip(self.lateral, (c1, c2, c3), strict=True))
-        p2 = self.merge[0](p2 + F.interpolate(p3, size=p2.shape[2:], mode="nearest"))
-        p1 = self.merge[1](p1 + F.interpolate(p2, size=p1.shape[2:], mode="nearest"))
-        levels = [context(p) for context, p in zip(self.context, (p1, p2, p3), strict=True)]
+    def forward(self, x: Tensor) -> Predictions:
+        levels = [context(p) for context, p in zip(self.context, self._pyramid(x), strict=True)]
         boxes, classes, points = (
             torch.cat([self._flat(head(f), n) for head, f in zip(heads, levels, strict=True)], 1)
             for heads, n in ((self.box_head, 4), (self.class_head, 2), (self.landmark_head, 10))
         )
-        return boxes, classes.softmax(-1)[..., 1], points
+        return boxes, classes if self.training else classes.softmax(-1)[..., 1], points
+
+    def _pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p1, p2, p3 = (lateral(c) for lateral, c in zip(self.lateral, self.trunk(x), strict=True))
+        p2 = self.merge[0](p2 + F.interpolate(p3, size=p2.shape[2:], mode="nearest"))
+        p1 = self.merge[1](p1 + F.interpolate(p2, size=p1.shape[2:], mode="nearest"))
+        return p1, p2, p3
 
     @staticmethod
     def _flat(x: Tensor, n: int) -> Tensor:
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, n)
 
 
+def normalise(pixels: Tensor, channels: Channels) -> Tensor:
+    """(n, h, w, 3) uint8 RGB -> (n, 3, h, w) float32 in the network's channel order, in channels_last.
+
+    104, 117 and 123 are taken off in the order in which the channels enter the network: off blue, green and red for
+    "bgr", off red, green and blue for "rgb". Networks trained on one order are not to be fed the other.
+    """
+    planes = pixels.permute(0, 3, 1, 2)
+    ordered = planes.flip(1) if channels == "bgr" else planes
+    mean = torch.tensor(MEAN_BGR, device=pixels.device).view(1, 3, 1, 1)
+    return (ordered.float() - mean).contiguous(memory_format=torch.channels_last)
+
+
+def fold(net: RetinaFaceNet) -> RetinaFaceNet:
+    """A copy in inference mode whose batch norms are folded into the convolutions; `net` stays as it was."""
+    folded = copy.deepcopy(net).eval()
+    for module in folded.modules():
+        if isinstance(module, Unit):
+            module.fold()
+    return folded
+
+
 def state_from_graph(
     initialisers: "OrderedDict[str, npt.NDArray[np.float32]]", net: RetinaFaceNet
 ) -> dict[str, Tensor]:
-    """The network's state dict from the constants of the exported ONNX graph.
+    """The folded network's state dict from the constants of the exported ONNX graph.
 
     The graph names the heads and numbers the folded convolutions in the order they ran, which is this module's order
     of definition; shapes are checked one by one.

@@ -14,7 +14,7 @@ from facepipe.models.protocols import Faces, Floats, Pixels
 STRIDES = (8, 16, 32)
 ANCHOR_SIDES = ((16, 32), (64, 128), (256, 512))
 MEAN_BGR = (104.0, 117.0, 123.0)
-_CENTRE_VARIANCE, _SIZE_VARIANCE = 0.1, 0.2
+CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 _MAX_CANDIDATES = 5000
 
 
@@ -47,10 +47,10 @@ def postprocess(
     keep = np.flatnonzero(scores >= min_score)
     keep = keep[np.argsort(-scores[keep], kind="stable")[:_MAX_CANDIDATES]]
     prior = anchors(*shape)[keep]
-    centre = prior[:, :2] + offsets[keep, :2] * _CENTRE_VARIANCE * prior[:, 2:]
-    side = prior[:, 2:] * np.exp(np.clip(offsets[keep, 2:] * _SIZE_VARIANCE, -10, 10))
+    centre = prior[:, :2] + offsets[keep, :2] * CENTRE_VARIANCE * prior[:, 2:]
+    side = prior[:, 2:] * np.exp(np.clip(offsets[keep, 2:] * SIZE_VARIANCE, -10, 10))
     boxes = np.concatenate([centre - side / 2, centre + side / 2], 1)
-    landmarks = prior[:, None, :2] + points[keep].reshape(-1, 5, 2) * _CENTRE_VARIANCE * prior[:, None, 2:]
+    landmarks = prior[:, None, :2] + points[keep].reshape(-1, 5, 2) * CENTRE_VARIANCE * prior[:, None, 2:]
     best = suppress(boxes, max_iou)
     return Faces(boxes[best], landmarks[best], scores[keep][best])
 
@@ -58,11 +58,12 @@ def postprocess(
 def suppress(boxes: Floats, max_iou: float) -> npt.NDArray[np.int64]:
     """Greedy non-maximum suppression of boxes (n, 4) sorted by falling score; the indices kept."""
     area = np.prod(boxes[:, 2:] - boxes[:, :2], 1)
-    alive, kept = np.ones(len(boxes), bool), []
-    for i in range(len(boxes)):
-        if alive[i]:
-            kept.append(i)
-            low, high = np.maximum(boxes[i, :2], boxes[:, :2]), np.minimum(boxes[i, 2:], boxes[:, 2:])
-            overlap = np.prod(np.clip(high - low, 0, None), 1)
-            alive &= overlap <= max_iou * (area + area[i] - overlap)
+    alive, kept = np.arange(len(boxes)), []
+    while len(alive):
+        first, alive = alive[0], alive[1:]
+        kept.append(first)
+        low = np.maximum(boxes[first, :2], boxes[alive, :2])
+        high = np.minimum(boxes[first, 2:], boxes[alive, 2:])
+        overlap = np.prod(np.clip(high - low, 0, None), 1)
+        alive = alive[overlap <= max_iou * (area[alive] + area[first] - overlap)]
     return np.array(kept, np.int64)

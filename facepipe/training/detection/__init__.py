@@ -1,0 +1,1 @@
+"""Training of detectors on WIDER FACE's kind of annotations (torch only)."""

@@ -1,0 +1,114 @@
+"""Augmentation for detectors, after biubug6's RetinaFace (data/data_augment.py): a pure function of its generator."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from facepipe.models.protocols import Floats, Pixels
+from facepipe.training.detection.annotations import Truth
+from facepipe.training.detection.config import SceneAugmentConfig
+
+_KERNELS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
+_MIRRORED = [1, 0, 2, 4, 3]
+Colour = tuple[float, float, float]
+Random = np.random.Generator
+
+
+class Scene(NamedTuple):
+    """An image (h, w, 3) uint8 RGB and its faces; coordinates run from 0 to w and h over the outer pixels' edges."""
+
+    pixels: Pixels
+    truth: Truth
+
+
+def augment(scene: Scene, size: int, fill: Colour, config: SceneAugmentConfig, rng: Random) -> Scene:
+    """A square of side `size` with at least one of the scene's faces; `fill`: colour that pads to a square."""
+    scene = cropped(scene, config, rng)
+    if config.distort:
+        scene = scene._replace(pixels=distorted(scene.pixels, rng))
+    scene = squared(scene, fill)
+    if rng.random() < config.mirror:
+        scene = mirrored(scene)
+    return resized(scene, size, _KERNELS[rng.integers(len(_KERNELS))])
+
+
+def cropped(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
+    """A square with a whole face in it, and all faces whose centre it holds, cut off at its border.
+
+    The scene itself where no such square is found.
+    """
+    h, w = scene.pixels.shape[:2]
+    for _ in range(config.tries):
+        side = max(1, int(rng.choice(config.scales) * min(h, w)))
+        corner = np.array([rng.integers(w - side + 1), rng.integers(h - side + 1)])
+        low, high = corner.astype(np.float32), (corner + side).astype(np.float32)
+        boxes = scene.truth.boxes
+        whole = ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(1)
+        if whole.any():
+            x, y = corner
+            return Scene(scene.pixels[y : y + side, x : x + side], _inside(scene.truth, low, high))
+    return scene
+
+
+def _inside(truth: Truth, low: Floats, high: Floats) -> Truth:
+    centre = (truth.boxes[:, :2] + truth.boxes[:, 2:]) / 2
+    keep = ((centre > low) & (centre < high)).all(1)
+    boxes = (truth.boxes[keep].reshape(-1, 2, 2).clip(low, high) - low).reshape(-1, 4)
+    return Truth(boxes, truth.landmarks[keep].clip(low, high) - low)  # NaN stays NaN
+
+
+def squared(scene: Scene, fill: Colour) -> Scene:
+    """Padded at the right or the bottom."""
+    h, w = scene.pixels.shape[:2]
+    if h == w:
+        return scene
+    side = max(h, w)
+    padded = cv2.copyMakeBorder(scene.pixels, 0, side - h, 0, side - w, cv2.BORDER_CONSTANT, value=fill)
+    return scene._replace(pixels=np.asarray(padded, np.uint8))
+
+
+def mirrored(scene: Scene) -> Scene:
+    """Left and right swapped, in the image, the boxes and the order of the landmarks."""
+    width = np.float32(scene.pixels.shape[1])
+    boxes, landmarks = scene.truth.boxes.copy(), scene.truth.landmarks[:, _MIRRORED].copy()
+    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    landmarks[..., 0] = width - landmarks[..., 0]
+    return Scene(np.ascontiguousarray(scene.pixels[:, ::-1]), Truth(boxes, landmarks))
+
+
+def resized(scene: Scene, size: int, kernel: int) -> Scene:
+    """A square scene at another side."""
+    factor = np.float32(size / scene.pixels.shape[0])
+    pixels = np.asarray(cv2.resize(scene.pixels, (size, size), interpolation=kernel), np.uint8)
+    return Scene(pixels, Truth(scene.truth.boxes * factor, scene.truth.landmarks * factor))
+
+
+def distorted(pixels: Pixels, rng: Random) -> Pixels:
+    """Brightness by up to 32 levels, contrast and saturation by up to a half, hue by up to 36 degrees; each or not."""
+    early = rng.random() < 0.5
+    if rng.random() < 0.5:
+        pixels = _levels(pixels, 1.0, rng.uniform(-32, 32))
+    if early:
+        pixels = _contrast(pixels, rng)
+    pixels = _tint(pixels, rng)
+    return pixels if early else _contrast(pixels, rng)
+
+
+def _levels(values: npt.NDArray[np.uint8], factor: float, shift: float) -> Pixels:
+    """Truncated to whole levels between 0 and 255."""
+    return np.asarray((values.astype(np.float32) * factor + shift).clip(0, 255), np.uint8)
+
+
+def _contrast(pixels: Pixels, rng: Random) -> Pixels:
+    return _levels(pixels, rng.uniform(0.5, 1.5), 0.0) if rng.random() < 0.5 else pixels
+
+
+def _tint(pixels: Pixels, rng: Random) -> Pixels:
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+    if rng.random() < 0.5:
+        hsv[..., 1] = _levels(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)
+    if rng.random() < 0.5:
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + rng.integers(-18, 19)) % 180
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)

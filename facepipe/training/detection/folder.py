@@ -1,0 +1,56 @@
+"""Annotated images below a folder. What is missing or damaged is named and passed over, never fatal."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from facepipe.errors import SourceError
+from facepipe.imaging.decode import DecodeError, decode
+from facepipe.imaging.header import HeaderError, probe
+from facepipe.models.protocols import Pixels
+from facepipe.training.detection.annotations import Annotations, read_annotations
+
+_log = logging.getLogger(__name__)
+
+
+class Folder(NamedTuple):
+    """Annotated images below a folder; rows (n,): images that are there."""
+
+    root: Path
+    annotations: Annotations
+    rows: npt.NDArray[np.int64]
+
+    @property
+    def missing(self) -> int:
+        """Annotated images that are not there."""
+        return len(self.annotations.paths) - len(self.rows)
+
+    def pixels(self, row: int) -> Pixels | None:
+        """An image, None where it cannot be read."""
+        return _pixels(self.root / self.annotations.paths[row])
+
+
+def opened(annotations: str, images: str) -> Folder:
+    """Annotations and where their images lie; each image that is missing is named in a warning."""
+    read = read_annotations(annotations)
+    root = Path(images) if images else Path(annotations).parent / "images"
+    there = np.array([(root / path).is_file() for path in read.paths])
+    for row in np.flatnonzero(~there):
+        _log.warning("%s is missing", root / read.paths[row])
+    if not there.any():
+        raise SourceError(f"none of the {len(there)} images annotated in {annotations!r} is below {str(root)!r}")
+    return Folder(root, read, np.flatnonzero(there))
+
+
+def _pixels(path: Path) -> Pixels | None:
+    """(h, w, 3) uint8 RGB of an image file, or None, with a warning that names it."""
+    try:
+        data = path.read_bytes()
+        return decode(data, probe(data))
+    except (OSError, HeaderError, DecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        _log.warning("%s is passed over: %s", path, reason)
+        return None
