@@ -13,6 +13,7 @@ FacepipeError
 ├── AccountingError      images listed and images accounted for differ
 ├── WorkerError          workers die before they can do any work
 ├── IndexingError        the search index is missing, damaged, or does not fit the gallery
+├── TrainingError        a training run cannot go on: its loss is not finite, or its checkpoints are of another run
 └── EvaluationError      a pairs file or gallery cannot be evaluated
 """
 
@@ -67,6 +68,10 @@ class WorkerError(FacepipeError):
 
 class IndexingError(FacepipeError):
     """The search index is missing, damaged, or does not fit the gallery."""
+
+
+class TrainingError(FacepipeError):
+    """A training run cannot go on: its loss is not finite, or its checkpoints are of another run."""
 
 
 class EvaluationError(FacepipeError):

@@ -10,7 +10,8 @@ from typer.core import TyperGroup
 import facepipe
 from facepipe.observe import logs
 from facepipe.observe.redact import redact
-from jobs import evaluate
+from jobs import evaluate, models
+from jobs.adopt import adopt
 from jobs.clean import clean
 from jobs.cluster import cluster
 from jobs.dedup import dedup
@@ -18,9 +19,10 @@ from jobs.embed import embed
 from jobs.erase import compact, erase
 from jobs.gallery import export, info, verify
 from jobs.index import index
-from jobs.machine import doctor, models
+from jobs.machine import doctor
 from jobs.nightly import nightly
 from jobs.search import search
+from jobs.train import train
 
 
 class _Commands(TyperGroup):
@@ -55,10 +57,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (embed, index, search, dedup, cluster, clean, nightly, erase, compact, info, verify, export, models, doctor)
+COMMANDS = (
+    embed,
+    adopt,
+    index,
+    search,
+    dedup,
+    cluster,
+    clean,
+    train,
+    nightly,
+    erase,
+    compact,
+    info,
+    verify,
+    export,
+    doctor,
+)
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(models.app, name="models")
 
 
 def _version(asked: bool) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from facepipe.config import build, parse_settings, read_toml
 from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, table
-from jobs.options import ConfigFile, GalleryPath, Json, Settings
+from jobs.options import ConfigFile, Detector, Embedder, GalleryPath, Json, Settings, models
 from jobs.progress import EmbedProgress, figures
 
 
@@ -31,6 +31,8 @@ def embed(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes.", show_default="one a CPU or GPU")
     ] = None,
+    detector: Detector = None,
+    embedder: Embedder = None,
     no_thumbs: Annotated[bool, typer.Option("--no-thumbs", help="Store no thumbnails of faces.")] = False,
     max_failed: Annotated[
         float, typer.Option(min=0, max=1, help="Share of images that may fail before exit code 3.")
@@ -51,13 +53,20 @@ def embed(
 
         facepipe embed 's3://bucket/faces' gallery/ --identity folder --runner ray
 
+        facepipe embed photos/ gallery/ --embedder models/mobilefacenet.toml
+
         facepipe embed casia.txt gallery/ --set source.root=/data/casia --set detect.min_score=0.5
     """
     with failures():
         from pipelines.embed import EmbedConfig, run
 
         asked = _asked(source, identity, runner, workers, no_thumbs)
-        layers = [read_toml(config) if config else {}, asked, parse_settings(settings or [])]
+        layers = [
+            read_toml(config) if config else {},
+            asked,
+            models(detector, embedder),
+            parse_settings(settings or []),
+        ]
         with EmbedProgress(quiet) as progress:
             summary = run(build(EmbedConfig, *layers), gallery, progress)
         emit(summary.to_dict(), as_json, lambda: _show(summary, gallery))

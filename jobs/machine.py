@@ -1,23 +1,7 @@
-"""facepipe models, doctor"""
+"""facepipe doctor"""
 
 from jobs.console import FAILED, emit, fail, failures, table
 from jobs.options import Json
-
-
-def models(as_json: Json = False) -> None:
-    """List the registered models: where their weights come from, under which licence, what they take.
-
-    Example:
-
-        facepipe models
-    """
-    with failures():
-        from facepipe.models import CARDS
-
-        columns = ("name", "role", "summary", "weights", "licence", "input", "sha256")
-        rows = [{name: getattr(card, name) for name in columns} for card in CARDS.values()]
-        shown = [[*list(row.values())[:-1], row["sha256"][:12]] for row in rows]
-        emit({"models": rows}, as_json, lambda: table("models", columns, shown))
 
 
 def doctor(as_json: Json = False) -> None:

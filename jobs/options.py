@@ -19,6 +19,18 @@ Settings = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Detector = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--detector", metavar="MODEL", help="A registered detector, or a model's TOML file.", show_default=False
+    ),
+]
+Embedder = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--embedder", metavar="MODEL", help="A registered embedder, or a model's TOML file.", show_default=False
+    ),
+]
 Where = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -30,3 +42,9 @@ Where = Annotated[
 def given(**options: Any) -> dict[str, Any]:
     """Those options that were given, as a layer of configuration."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def models(detector: str | None, embedder: str | None) -> dict[str, Any]:
+    """The options --detector and --embedder as settings of embed."""
+    chosen = {"detect": given(model=detector), "embed": given(model=embedder)}
+    return {section: values for section, values in chosen.items() if values}

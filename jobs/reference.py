@@ -17,6 +17,7 @@ from pipelines.embed import EmbedConfig
 from pipelines.index import IndexConfig
 from pipelines.nightly_config import NightlyConfig, NightSource
 from pipelines.search import SearchConfig
+from pipelines.train import DetectorConfig, TrainConfig
 
 _HEAD = """# Commands
 
@@ -29,6 +30,7 @@ above the error budget; 130 and 143 interrupted by Ctrl-C or SIGTERM with everyt
 _CONFIGS = (
     *(("embed", EmbedConfig), ("index", IndexConfig), ("search", SearchConfig)),
     *(("dedup", DedupConfig), ("cluster", ClusterConfig), ("clean", CleanConfig)),
+    *(("train", TrainConfig), ("train (a detector)", DetectorConfig)),
     *(("compact", CompactRunConfig), ("nightly", NightlyConfig)),
 )
 
@@ -51,7 +53,9 @@ def commands() -> Iterator[tuple[str, Any]]:
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
         inner = getattr(command, "commands", None)
-        yield from ((f"{name} {sub}", c) for sub, c in inner.items()) if inner else [(name, command)]
+        if not inner or command.invoke_without_command:
+            yield name, command
+        yield from ((f"{name} {sub}", c) for sub, c in (inner or {}).items())
 
 
 def section(name: str, command: Any) -> str:
@@ -86,8 +90,13 @@ def settings() -> str:
 
 def _section(title: str, name: str, kind: type) -> list[str]:
     told = ["```", inspect.cleandoc(kind.__doc__ or ""), "```\n"]
-    keys = [f"| `{name}.{f.name}` | `{f.default!r}` |" for f in fields(kind)]
-    return [f"\n### {title}\n", *told, "| key | default |", "|---|---|", *keys]
+    made: dict[str, Any] = {f.name: f.default_factory for f in fields(kind)}
+    inner = {key: part for key, part in made.items() if isinstance(part, type) and is_dataclass(part)}
+    keys = [f"| `{name}.{f.name}` | `{f.default!r}` |" for f in fields(kind) if f.name not in inner]
+    lines = [f"\n### {title}\n", *told, "| key | default |", "|---|---|", *keys]
+    for key, part in inner.items():
+        lines += _section(f"{title[:-1]}.{key}]", f"{name}.{key}", part)
+    return lines
 
 
 if __name__ == "__main__":

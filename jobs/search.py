@@ -10,7 +10,7 @@ import typer
 from facepipe.config import build, parse_settings, read_toml
 from facepipe.errors import ConfigError
 from jobs.console import emit, failures, table
-from jobs.options import ConfigFile, GalleryPath, Json, Settings
+from jobs.options import ConfigFile, Detector, Embedder, GalleryPath, Json, Settings, models
 
 _LINE_SECONDS = 5.0
 
@@ -54,6 +54,8 @@ def search(
         Optional[str],  # noqa: UP045
         typer.Option(help="Who it is: by the nearest face, or by vote of the k.", show_default="nearest"),
     ] = None,
+    detector: Detector = None,
+    embedder: Embedder = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every face instead of visiting lists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Json = False,
@@ -93,7 +95,8 @@ def search(
             if as_json and point is not None:
                 emit(point.to_dict(), True, lambda: None)
             return
-        layers = [read_toml(config) if config else {}, {"search": asked}, parse_settings(settings or [])]
+        chosen = {"search": asked, "embed": models(detector, embedder)}
+        layers = [read_toml(config) if config else {}, chosen, parse_settings(settings or [])]
         with_progress = _Progress(quiet)
         summary = run(build(SearchConfig, *layers), gallery, queries, out, with_progress)
         emit(asdict(summary), as_json, lambda: _show(summary))

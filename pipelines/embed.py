@@ -77,7 +77,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     other models, AccountingError if an image got lost. Bad images raise nothing: they are rows with a status.
     """
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
-    config = replace(config, source=_absolute(config.source))
+    config = absolute(config)
     source = open_source(config.source)
     if next(iter(source), None) is None:
         raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were passed over)")
@@ -211,7 +211,18 @@ def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source:
     return Job(tuple(stages), config.run.batch, writes, identity, source, gallery.faces_folder, marks)
 
 
-def _absolute(source: SourceConfig) -> SourceConfig:
-    """Workers may run in another folder than the user."""
-    stays = not source.uri or storage.is_remote(source.uri) or is_web(source.uri)
-    return source if stays else replace(source, uri=os.path.abspath(source.uri))
+def absolute(config: EmbedConfig) -> EmbedConfig:
+    """Paths made absolute: workers may run in another folder than the user."""
+    uri = config.source.uri
+    stays = not uri or storage.is_remote(uri) or is_web(uri)
+    return replace(
+        config,
+        source=config.source if stays else replace(config.source, uri=os.path.abspath(uri)),
+        detect=replace(config.detect, model=_model(config.detect.model)),
+        embed=replace(config.embed, model=_model(config.embed.model)),
+    )
+
+
+def _model(name: str) -> str:
+    """A model's TOML file; registered names stay."""
+    return os.path.abspath(name) if name.endswith((".toml", ".safetensors")) else name

@@ -15,7 +15,7 @@ from facepipe.evaluation.roc import Curve, auc, best_threshold, cross_validate, 
 from facepipe.gallery import Gallery
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-_FARTHEST = 2.0  # the largest distance of two unit vectors: an image without a face matches nothing
+FARTHEST = 2.0  # the largest distance of two unit vectors: an image without a face matches nothing
 _CENTRE_WEIGHT = 2.0
 
 
@@ -73,7 +73,7 @@ def figures(
     return PairsResult(
         pairs=len(distances),
         folds=len(cross.accuracies),
-        without_face=int((distances >= _FARTHEST).sum()),
+        without_face=int((distances >= FARTHEST).sum()),
         accuracy=cross.mean,
         standard_error=cross.standard_error,
         threshold=best_threshold(distances, same),
@@ -90,15 +90,21 @@ def find_subjects(gallery: Gallery, names: set[str]) -> dict[str, npt.NDArray[np
     The subject is the face with the largest area less twice its squared distance from the image's centre, the rule by
     which LFW is aligned (D. Sandberg's facenet, align_dataset_mtcnn).
     """
+    rows = subject_rows(gallery, names, ["embedding"])
+    vectors = {name: row["embedding"] for name, row in rows.items()}
+    return {name: None if vector is None else np.array(vector, np.float32) for name, vector in vectors.items()}
+
+
+def subject_rows(gallery: Gallery, names: set[str], columns: list[str]) -> dict[str, dict[str, Any]]:
+    """Those columns of each named image's subject, or of the row that says that the image has no face."""
     depths = sorted({name.count("/") + 1 for name in names})
-    best: dict[str, tuple[float, npt.NDArray[np.float32] | None]] = {}
-    for batch in gallery.batches(["uri", "box", "width", "height", "embedding"]):
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for batch in gallery.batches(sorted({"uri", "box", "width", "height", *columns})):
         for name, row in _named(batch, names, depths):
             score = _prominence(row)
             if name not in best or score > best[name][0]:
-                vector = row["embedding"]
-                best[name] = (score, None if vector is None else np.array(vector, np.float32))
-    return {name: vector for name, (_, vector) in best.items()}
+                best[name] = (score, {column: row[column] for column in columns})
+    return {name: row for name, (_, row) in best.items()}
 
 
 def _named(batch: pa.RecordBatch, names: set[str], depths: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,7 +117,7 @@ def _named(batch: pa.RecordBatch, names: set[str], depths: list[int]) -> Iterato
 
 
 def _prominence(row: dict[str, Any]) -> float:
-    if row["embedding"] is None:
+    if row["box"] is None:
         return -np.inf
     x1, y1, x2, y2 = row["box"]
     off = ((x1 + x2) / 2 - row["width"] / 2) ** 2 + ((y1 + y2) / 2 - row["height"] / 2) ** 2
@@ -120,7 +126,7 @@ def _prominence(row: dict[str, Any]) -> float:
 
 def _distance(left: npt.NDArray[np.float32] | None, right: npt.NDArray[np.float32] | None) -> float:
     if left is None or right is None:
-        return _FARTHEST
+        return FARTHEST
     return float(np.linalg.norm(left.astype(np.float64) - right))
 
 

@@ -95,7 +95,7 @@ def _fit(size: tuple[int, int], box: Floats) -> float:
 def _letterboxed(chip: Pixels, layout: ChipLayout, box: Floats) -> Pixels:
     """The chip with `fill` wherever the box does not reach."""
     width, height = layout.size
-    inner = np.round((box[2:] - box[:2]) * _fit(layout.size, box)).astype(int)
+    inner = np.clip(np.round((box[2:] - box[:2]) * _fit(layout.size, box)), 1, layout.size).astype(int)
     left, top = max(0, (width - inner[0]) // 2), max(0, (height - inner[1]) // 2)
     right, bottom = max(0, width - inner[0] - left), max(0, height - inner[1] - top)
     within = chip[top : height - bottom, left : width - right]

@@ -101,6 +101,7 @@ def _graph(dim: int, size: Size) -> "nn.Module":
 
 
 _KEYS = "embedders.keys"
+_BUBBLIIIING_MARK = "backbone.model.conv2d_1a.conv.weight"
 _BIUBUG6 = (Lineage("biubug6", "ClassHead.0.conv1x1.weight", "detectors.retinaface_keys", "from_biubug6"),)
 
 ARCHITECTURES = {
@@ -121,15 +122,30 @@ ARCHITECTURES = {
             build=_embedder("embedders.mobilefacenet", "MobileFaceNet", sized=True),
             input=Input(scale=(128.0, 128.0, 128.0)),
             layout=_arcface((96, 112)),
-            lineages=(Lineage("xiaoccer", "dw_conv1.conv.weight", _KEYS, "mobilefacenet_xiaoccer"),),
+            lineages=(
+                Lineage("xiaoccer", "dw_conv1.conv.weight", _KEYS, "mobilefacenet_xiaoccer"),
+                Lineage("treb1en", "conv2_dw.conv.weight", _KEYS, "mobilefacenet_treb1en"),
+            ),
         ),
         Architecture(
             name="lresnet50e-ir",
             role="embedder",
             summary="LResNet50E-IR (Deng et al., ArcFace, CVPR 2019)",
-            build=_embedder("embedders.iresnet", "IResNet", depth=50),
+            build=_embedder("embedders.iresnet", "IResNet", sized=True, depth=50),
             input=Input(scale=(128.0, 128.0, 128.0)),
             layout=_arcface((112, 112)),
+            lineages=(Lineage("mxnet", "pre_fc1_weight", _KEYS, "iresnet_mxnet"),),
+        ),
+        *(
+            Architecture(
+                name=f"iresnet{depth}",
+                role="embedder",
+                summary=f"IResNet-{depth} of insightface's arcface_torch: LResNet{depth}E-IR in torch's epsilon",
+                build=_embedder("embedders.iresnet", "IResNet", sized=True, depth=depth, eps=1e-5),
+                layout=_arcface((112, 112)),
+                lineages=(Lineage("arcface-torch", "features.weight", _KEYS, "iresnet_arcface_torch"),),
+            )
+            for depth in (18, 34, 50, 100)
         ),
         *(
             Architecture(
@@ -149,6 +165,9 @@ ARCHITECTURES = {
             build=_embedder("embedders.facenet_mobilenet", "FaceNetMobileNet"),
             input=Input(mean=_ZERO, scale=(255.0, 255.0, 255.0)),
             layout=_LETTERBOX,
+            lineages=(
+                Lineage("bubbliiiing", "backbone.model.stage1.0.0.weight", _KEYS, "facenet_mobilenet_bubbliiiing"),
+            ),
         ),
         Architecture(
             name="facenet-inception",
@@ -157,6 +176,10 @@ ARCHITECTURES = {
             build=_embedder("embedders.inception_resnet", "InceptionResNetV1"),
             input=Input(mean=_ZERO, scale=(255.0, 255.0, 255.0)),
             layout=_LETTERBOX,
+            lineages=(
+                Lineage("facenet-pytorch", "logits.weight", _KEYS, "inception_resnet_facenet_pytorch"),
+                Lineage("bubbliiiing", _BUBBLIIIING_MARK, _KEYS, "inception_resnet_bubbliiiing"),
+            ),
         ),
         *(
             Architecture(

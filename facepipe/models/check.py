@@ -14,8 +14,7 @@ from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
 from facepipe.models.card_file import is_graph, read_card
 from facepipe.models.parity import scenes
-from facepipe.models.registry import CARDS, MODELS_FOLDER, card
-from facepipe.models.registry import _file as file_of
+from facepipe.models.registry import CARDS, MODELS_FOLDER, card, file_of
 from facepipe.schema import EMBEDDING_DIM
 
 _LIMITS = (0.5, 0.4)

@@ -1,6 +1,7 @@
 """Public checkpoints: read without executing anything in them, and fitted key by key into our modules."""
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,9 @@ def _torch(file: Path) -> Any:
     import torch
 
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of pickles that it is about to refuse
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{str(file)!r} is refused: it holds more than tensors, and loading that would run code of whoever wrote "

@@ -124,10 +124,10 @@ class TorchEmbedder:
     On a CPU chips go one by one: what comes out then cannot depend on what else was in the batch.
     """
 
-    def __init__(self, net: "nn.Module", fed: Input, size: tuple[int, int], device: str):
+    def __init__(self, net: "nn.Module", fed: Input, size: tuple[int, int], device: str, threads: int = 1):
         import torch
 
-        self._net = channels_last(net, device)
+        self._net, self._threads = channels_last(net, device), threads
         self._device, self._fed = torch.device(device), fed
         mean, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (fed.mean, fed.scale))
         self._mean, self._scale = mean, scale
@@ -136,9 +136,16 @@ class TorchEmbedder:
             self.dim = int(self._net(torch.zeros(1, 3, size[1], size[0], device=device)).shape[1])
 
     def embed(self, chips: Pixels) -> Floats:
-        if self._device.type == "cpu":
+        if self._device.type != "cpu":
+            return self._run(chips)
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
             return _in_parts(self._run, chips, self.dim, 1)
-        return self._run(chips)
+        finally:
+            torch.set_num_threads(before)
 
     def _run(self, chips: Pixels) -> Floats:
         import torch

@@ -93,7 +93,7 @@ def export(model: str, out: Path, opset: int = OPSET) -> Exported:
 
 def exportable(model: str) -> Exportable:
     """Raises ModelError for what there is no torch module of: an ONNX graph, a test's fake."""
-    from facepipe.models.registry import _file as file_of
+    from facepipe.models.registry import file_of
 
     if model in CARDS:
         return _registered(card(model, "embedder"))

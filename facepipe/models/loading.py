@@ -70,7 +70,7 @@ def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "
         graph = (path.parent / file.weights).read_bytes()
         made: Embedder = OnnxEmbedder(graph, fed_of(file), size, device, threads)
     else:
-        made = TorchEmbedder(load_net(path)[0], fed_of(file), size, device)
+        made = TorchEmbedder(load_net(path)[0], fed_of(file), size, device, threads)
     if made.dim != file.dim:
         raise ModelError(f"{path}: the model gives {made.dim} numbers a face, and the file says dim = {file.dim}")
     if raw:

@@ -20,7 +20,7 @@ from facepipe.models.weights import bytes_literal, checked, package_file
 _MTCNN_SHA256 = "f2836e484b6b1f84a722098b32425d412ee0c7910806e5eb84fca52db6544ddb"  # of its three files' SHA-256
 _HAAR_SHA256 = "0f7d4527844eb514d4a4948e822da90fbb16a34a0bbbbc6adc6498747a5aafb0"
 _DLIB_POINTS_SHA256 = "c4b1e9804792707d3a405c2c16a80a20269e6675021f64a41d30fffafbc41888"
-_MTCNN_SQUARE = (0.0, 0.0, 1.0)
+_MTCNN_SQUARE = (0.0, 0.078, 1.003)
 _HAAR_SQUARE = (-0.017, 0.085, 0.956)
 MODELS_FOLDER = "FACEPIPE_MODELS"  # environment variable: a folder of TOML files
 _FAKE_TEMPLATE = ((10.0, 12.0), (22.0, 12.0), (16.0, 18.0), (11.0, 24.0), (21.0, 24.0))
@@ -152,7 +152,7 @@ CARDS = {
             sha256=RETINAFACE_SHA256,
             input="BGR minus (104, 117, 123), sides multiples of 32",
             load=_load_retinaface,
-            square=(-0.005, 0.072, 0.978),
+            square=(0.0, 0.072, 0.989),
             parameters=426_608,
         ),
         Card(
@@ -260,7 +260,7 @@ def card(name: str, role: str) -> Card:
     Raises ModelError for a name that nothing is registered under.
     """
     found = CARDS.get(name)
-    if found is None and (file := _file(name)):
+    if found is None and (file := file_of(name)):
         from facepipe.models.loading import card_of
 
         found = card_of(file)
@@ -300,7 +300,7 @@ def same_person(embedder: str) -> float | None:
         return None
 
 
-def _file(name: str) -> Path | None:
+def file_of(name: str) -> Path | None:
     """The TOML file of a model that is not registered."""
     if Path(name).suffix in (".toml", ".safetensors"):
         return Path(name).with_suffix(".toml")

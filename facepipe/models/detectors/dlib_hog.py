@@ -17,7 +17,8 @@ _AT_THRESHOLD = 0.7
 class DlibHog:
     """dlib's detector in the image doubled once. `limits`: lowest score, highest overlap (IoU) kept.
 
-    predict: (image, rectangle) -> dlib's five points; the detector gives boxes only, trimmed to the image.
+    predict: (image, rectangle) -> dlib's five points; the detector gives boxes only. They may reach over
+    the image's edge: `face_encodings(image)` takes them so, though `face_locations` trims what it returns.
     dlib's threshold has a score of 0.7 here: a score is the logistic function of dlib's plus ln(7 / 3), so that
     `min_score = 0.7` finds what dlib does, and less finds more. Raises ModelError where dlib is not installed.
     """
@@ -33,9 +34,7 @@ class DlibHog:
     def _one(self, image: Pixels) -> Faces:
         min_score, max_iou = self._limits
         found, margins, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLED, threshold(min_score))
-        h, w = image.shape[:2]
-        raw = np.array([(r.left(), r.top(), r.right(), r.bottom()) for r in found], np.int64).reshape(-1, 4)
-        rectangles = np.concatenate([np.maximum(raw[:, :2], 0), np.minimum(raw[:, 2:], [w, h])], 1)
+        rectangles = np.array([(r.left(), r.top(), r.right(), r.bottom()) for r in found], np.int64).reshape(-1, 4)
         scores = _score(np.array(margins, np.float64))
         kept = by_iou(rectangles.astype(np.float32), scores, max_iou)
         rectangles = rectangles[kept]

@@ -64,7 +64,7 @@ def _cascade() -> Any:
     file = Path(folder) / _FILE
     if not hasattr(cv2, "CascadeClassifier") or not file.is_file():
         raise ModelError(
-            f"haar-frontal needs OpenCV 4: OpenCV {cv2.__version__} has no Haar cascades. "
+            f"haar needs OpenCV 4: OpenCV {cv2.__version__} has no Haar cascades. "
             "pip install 'opencv-python<5', or take another detector"
         )
     checked(file.read_bytes(), SHA256, str(file))

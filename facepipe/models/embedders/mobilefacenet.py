@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
 class MobileFaceNet(nn.Module):
     """(n, 3, h, w) float, h x w of `size` -> (n, dim) raw vectors.
 
-    size: (w, h) of the chips, multiples of 16. At 112x112 and 128-D there are 1 003 136 parameters (the paper says 0.99 M;
+    size: (w, h) of the chips, multiples of 16. At 112x112 and 128-D it has 1 003 136 parameters (the paper says 0.99 M;
         995 584 without the slopes of the PReLUs) and 221 M multiply-adds.
     """
 

@@ -1,0 +1,93 @@
+"""Training of an embedder: chips and their labels, an objective over embeddings, verification of pairs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from facepipe.models.architectures import Input
+from facepipe.training.augment import AugmentConfig, augment
+from facepipe.training.sampling import Sampler
+from facepipe.training.task import Batch
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Embed = Callable[[Pixels], Floats]
+
+
+class Chips(Protocol):
+    """What is needed of a chip set: labels (n,) int64, and chips (h, w, 3) uint8 RGB by row."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...
+
+    def chip(self, row: int) -> Pixels: ...
+
+
+def _nothing(embed: Embed) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an embedder is trained on and judged by.
+
+    chips: a training set with labels from 0 without gaps; verify: figures of an embedding function, with `score`
+    """
+
+    chips: Chips
+    sampler: Sampler
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    verify: Callable[[Embed], dict[str, float]] = _nothing
+
+
+class EmbeddingTask:
+    """A `Task`: a batch is chips (n, h, w, 3) uint8 RGB and labels (n,) int64."""
+
+    def __init__(self, net: nn.Module, objective: nn.Module, examples: Examples, fed: Input, seed: int = 0):
+        self.net, self.objective, self._examples = net, objective, examples
+        self._fed, self._seed = fed, seed
+        self.steps_per_epoch = examples.sampler.steps_per_epoch
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rank's rows of the step, each varied by random numbers of its own place in the whole batch."""
+        rows = self._examples.sampler.rows(step, rank, world)
+        first = rank * len(rows)
+        chips = [self._varied(int(row), step, first + n) for n, row in enumerate(rows)]
+        return torch.from_numpy(np.stack(chips)), torch.from_numpy(self._examples.chips.labels[rows].copy())
+
+    def _varied(self, row: int, step: int, place: int) -> Pixels:
+        rng = np.random.default_rng((self._seed, step, place))
+        return augment(self._examples.chips.chip(row), self._examples.augment, rng)
+
+    def loss(self, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of the batch, in float32 whatever the network computes in."""
+        chips, labels = inputs
+        embeddings = self.net(fed(chips, self._fed))
+        with torch.autocast(chips.device.type, enabled=False):
+            loss = self.objective(embeddings.float(), labels)
+        figures: Any = getattr(self.objective, "figures", {})
+        return loss, dict(figures)
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        """Verification of pairs with the network's raw embeddings."""
+        device = next(net.parameters()).device
+        return self._examples.verify(lambda chips: embedded(net, chips, self._fed, device))
+
+
+def fed(chips: Tensor, given: Input) -> Tensor:
+    """Chips (n, h, w, 3) uint8 RGB as a network wants them: (n, 3, h, w) float32, (x - mean) / scale."""
+    x = chips.permute(0, 3, 1, 2).float()
+    mean, scale = (torch.tensor(v, device=chips.device).view(1, 3, 1, 1) for v in (given.mean, given.scale))
+    return (x.flip(1) if given.channels == "bgr" else x).sub(mean).div(scale)
+
+
+def embedded(net: nn.Module, chips: Pixels, given: Input, device: torch.device) -> Floats:
+    """Embeddings (n, dim) float32 of chips (n, h, w, 3), not normalised."""
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.ascontiguousarray(chips)).to(device)
+        return np.asarray(net(fed(pixels, given)).float().cpu().numpy())

@@ -1,0 +1,91 @@
+"""Triplets mined over a whole embedded set, for epochs that are trained on given triplets (`triplet_loss`).
+
+Exact, so the time is that of n^2 dot products; the memory is that of one block of them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from facepipe.errors import ConfigError
+from facepipe.training.losses.config import LossConfig, settled
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+_ANCHORS, _OTHERS = 512, 16384  # a block of cosines has 32 MB
+
+
+def offline_triplets(
+    vectors: npt.NDArray[np.floating], labels: npt.NDArray[np.integer], config: LossConfig, seed: int
+) -> Rows:
+    """Rows (t, 3) int64 of anchor, positive, negative: at most one triplet an anchor, in the anchors' order.
+
+    vectors (n, dim) raw, labels (n,). Distances are squared ones of unit vectors, as in the loss.
+    batch-hard: the farthest positive and the nearest negative, where they cost anything.
+    semi-hard: a random positive (by `seed`) and the nearest negative that is farther, by less than the margin.
+    Errors: ConfigError for batch-all, and for a loss that is none of the triplet losses.
+    """
+    config = settled(config)
+    if config.mining not in ("batch-hard", "semi-hard"):
+        raise ConfigError(
+            f"offline triplets of {config.name} with mining {config.mining}: give triplet with semi-hard or batch-hard"
+        )
+    codes = np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1).astype(np.int64)
+    x = np.asarray(vectors, np.float32)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
+    partners = _random_partners(codes, np.random.default_rng(seed)) if config.mining == "semi-hard" else None
+    parts = []
+    for start in range(0, len(x), _ANCHORS):
+        rows = np.arange(start, min(start + _ANCHORS, len(x)))
+        given = None if partners is None else partners[rows]
+        parts.append(_mined(_Set(x, codes, (config.margin or 0) / 2), rows, given))
+    return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+
+
+class _Set(NamedTuple):
+    x: Floats  # unit vectors
+    codes: Rows
+    margin: float  # in cosine: half of that in squared distance
+
+
+def _mined(of: _Set, rows: Rows, partners: Rows | None) -> Rows:
+    """Triplets of the anchors `rows`; partners are their given positives, -1 for none."""
+    if partners is None:
+        positive, low = _best(of, rows, True, np.full(len(rows), np.inf, np.float32))
+        negative, high = _best(of, rows, False, np.full(len(rows), np.inf, np.float32))
+    else:
+        positive = partners
+        low = np.einsum("nd,nd->n", of.x[rows], of.x[partners]).astype(np.float32)
+        negative, high = _best(of, rows, False, low)
+    keep = (positive >= 0) & (negative >= 0) & (low - high < of.margin)
+    return np.stack([rows, positive, negative], axis=1)[keep]
+
+
+def _best(of: _Set, rows: Rows, friends: bool, below: Floats) -> tuple[Rows, Floats]:
+    """The least similar of the own class (friends), or the most similar stranger whose cosine is less than `below`."""
+    sign = -1 if friends else 1
+    found, value = np.full(len(rows), -1, np.int64), np.full(len(rows), -np.inf, np.float32)
+    for start in range(0, len(of.x), _OTHERS):
+        others = np.arange(start, min(start + _OTHERS, len(of.x)))
+        cosines = of.x[rows] @ of.x[others].T
+        usable = (of.codes[rows][:, None] == of.codes[others]) == friends
+        usable &= (cosines < below[:, None]) & (rows[:, None] != others)
+        scores = np.where(usable, sign * cosines, -np.inf)
+        best = scores.argmax(1)
+        better = scores[np.arange(len(rows)), best] > value
+        found[better], value[better] = others[best[better]], scores[np.arange(len(rows)), best][better]
+    return found, sign * value
+
+
+def _random_partners(codes: Rows, rng: np.random.Generator) -> Rows:
+    """For each row another row of its class, uniformly; -1 where it is alone."""
+    order = np.argsort(codes, kind="stable")
+    sizes = np.bincount(codes)
+    size, first = sizes[codes[order]], (np.cumsum(sizes) - sizes)[codes[order]]
+    step = 1 + np.floor(rng.random(len(codes)) * (size - 1)).astype(np.int64)
+    chosen = order[first + (np.arange(len(codes)) - first + step) % size]
+    partners = np.empty_like(codes)
+    partners[order] = np.where(size > 1, chosen, -1)
+    return partners

@@ -1,0 +1,104 @@
+"""Training and held-out parts of a chip set, told by hashes of names: data that is added later moves nothing across."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from facepipe.errors import ConfigError, SourceError
+from facepipe.hashing import hash64
+from facepipe.storage import read
+
+Ints = npt.NDArray[np.int64]
+Rows = tuple[Ints, Ints]
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """What is held out for validation.
+
+    by: identities (no person is on both sides), images (every identity with two images or more is on both sides), or
+        none
+    held: share of the identities, or of the images
+    names: file with one identity a line; these are held out, whatever `by` and `held` say
+    """
+
+    by: Literal["identities", "images", "none"] = "identities"
+    held: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    names: str = ""
+
+
+def split(
+    labels: Ints,
+    config: SplitConfig,
+    seed: int = 0,
+    identities: Sequence[str] | None = None,
+    faces: Ints | None = None,
+) -> Rows:
+    """(rows to train on, rows held out), both ascending, of labels (n,) int64.
+
+    identities: what the labels stand for (ChipSet.identities); faces (n,): ids that are hashes (ChipSet.faces). Where
+    they are not given, the label's or the row's number stands in, and the split depends on the order of the data.
+    Raises ConfigError where nothing would be left to train on.
+    """
+    labels = np.asarray(labels, np.int64)
+    if config.names:
+        held = _named(config.names, identities)[labels]
+    elif config.by == "none" or not config.held:
+        held = np.zeros(len(labels), bool)
+    elif config.by == "identities":
+        held = _held_identities(int(labels.max(initial=-1)) + 1, config.held, seed, identities)[labels]
+    else:
+        held = _held_images(labels, config.held, seed, faces)
+    if held.all():
+        raise ConfigError("the split leaves nothing to train on: lower split.held, or name fewer identities")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def read_names(path: str) -> list[str]:
+    """The names of a file with one a line; blank lines do not count."""
+    lines = read(path.encode()).decode("utf-8-sig", "replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _named(path: str, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]:
+    if identities is None:
+        raise ConfigError("split.names needs data whose identities have names")
+    wanted = set(read_names(path))
+    absent = sorted(wanted.difference(identities))
+    if len(absent) == len(wanted):
+        raise SourceError(f"none of the {len(wanted)} names in {path!r} is an identity of the data")
+    return np.array([name in wanted for name in identities], bool)
+
+
+def _held_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]:
+    names = (str(n) for n in range(count)) if identities is None else identities
+    draws = np.array([hash64(str(seed), name) for name in names], np.uint64)
+    return draws < np.uint64(share * 2.0**64)
+
+
+def _held_images(labels: Ints, share: float, seed: int, faces: Ints | None) -> npt.NDArray[np.bool_]:
+    """By the hash; where all of an identity fall on one side, the image with the nearest hash goes to the other."""
+    keys = np.arange(len(labels)) if faces is None else np.asarray(faces)
+    draws = _mixed(keys.astype(np.uint64), seed)
+    held = draws < np.uint64(share * 2.0**64)
+    order = np.lexsort((draws, labels))
+    first = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    last = np.append(first[1:], len(order)) - 1
+    lowest, highest = order[first], order[last]
+    held[lowest[first < last]] = True
+    held[highest] = False  # an identity with one image is trained on
+    return held
+
+
+def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele et al., OOPSLA 2014) of each key and the seed."""
+    with np.errstate(over="ignore"):
+        z = keys + np.uint64(hash64("split", str(seed))) * (_MIX | np.uint64(1))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -1,0 +1,239 @@
+"""Verification of a network in training on pairs of chips: LFW's protocol on a pairs file, or pairs drawn from the
+identities that are held out. The chips are cut before training; only the embedding is done anew.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from facepipe.errors import ConfigError, EvaluationError
+from facepipe.evaluation.pairs import figures
+from facepipe.evaluation.pairs_file import Pair, read_pairs
+from facepipe.sources.identity import IdentityRule
+from facepipe.training.chip_writer import plain_name
+from facepipe.training.chips import ChipSet
+from facepipe.training.data_config import DataConfig
+from facepipe.training.image_names import Names
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Count = Annotated[int, Field(ge=1)]
+_FARTHEST = 2.0  # of unit vectors: a picture without a face matches nothing
+_DRAWN_FOLDS = 10
+_STREAM = 1_000_003  # sets these random numbers apart from those of the same seed elsewhere
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """What the network is scored on while it trains: the pairs of a file, or, without one, pairs drawn from the part of
+    the data that is held out (split).
+
+    pairs: LFW's pairs.txt, or a CSV with file_x, file_y, same; needs `source` or `gallery`
+    source, gallery: where the images of the pairs are: anything that `facepipe embed` reads, or what it made
+    root, aligned, detector: of the source, as in `[data]`
+    held_only: of a file's pairs only those count of which neither person is trained on
+    genuine, impostors: how many pairs are drawn at most; of genuine ones there may be fewer
+    flip: the raw vectors of a chip and of its mirror image are averaged, as `facepipe embed` does
+    batch: chips given to the network at a time
+    """
+
+    pairs: str = ""
+    source: str = ""
+    gallery: str = ""
+    root: str | None = None
+    aligned: bool = False
+    detector: str = "retinaface-mnet025"
+    held_only: bool = False
+    genuine: Count = 3000
+    impostors: Count = 3000
+    flip: bool = True
+    batch: Count = 64
+
+    @property
+    def data(self) -> DataConfig:
+        """Where the images of a pairs file are. Raises ConfigError where that is not said, or said without need."""
+        if not self.pairs:
+            raise ConfigError("validate.pairs names no file; without one the pairs are drawn from the held-out part")
+        if bool(self.source) == bool(self.gallery):
+            raise ConfigError("validate.pairs needs the images it names: set validate.source or validate.gallery")
+        rule: IdentityRule = "auto"
+        return DataConfig(
+            self.gallery, "", self.source, rule, self.root, aligned=self.aligned, detector=self.detector
+        ).check()
+
+
+@dataclass(frozen=True, eq=False)
+class PairSet:
+    """Pairs of chips.
+
+    left, right (p,) int64: rows of `chips`, -1 where no face was found; same (p,); folds (p,)
+    what: how the pairs came about, for reports; drawn_at_random: not from a file
+    """
+
+    chips: ChipSet
+    left: Ints
+    right: Ints
+    same: Bools
+    folds: Ints
+    what: str
+    drawn_at_random: bool = False
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    @classmethod
+    def named(cls, chips: ChipSet, pairs: list[Pair], what: str) -> "PairSet":
+        """Pairs of a file; an image of which there is no chip has none.
+
+        Raises EvaluationError where no pair has two chips, or where all pairs are of one kind.
+        """
+        names = Names(name for pair in pairs for name in (pair.left, pair.right))
+        rows = {name: row for row, uri in enumerate(chips.uris) if (name := names.of(uri)) is not None}
+        left, right = (
+            np.array([rows.get(name, -1) for name in side], np.int64)
+            for side in ([pair.left for pair in pairs], [pair.right for pair in pairs])
+        )
+        found = cls(
+            chips, left, right, np.array([p.same for p in pairs], bool), np.array([p.fold for p in pairs]), what
+        )
+        return found._checked()
+
+    @classmethod
+    def drawn(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0) -> "PairSet":
+        """Pairs of a set of held-out chips: all genuine ones, or a choice of `config.genuine`, and as many impostors as
+        asked for. Folds are random."""
+        rng = np.random.default_rng((seed, _STREAM))
+        genuine, impostors = (
+            draw(np.asarray(chips.labels), most, rng)
+            for draw, most in ((_genuine, config.genuine), (_impostors, config.impostors))
+        )
+        both = np.concatenate([genuine, impostors])
+        same = np.arange(len(both)) < len(genuine)
+        kinds = (rng.permutation(len(part)) % _DRAWN_FOLDS for part in (genuine, impostors))  # both in every fold
+        identities = int(np.asarray(chips.labels).max(initial=-1)) + 1
+        what = f"{len(genuine)} genuine and {len(impostors)} impostor pairs drawn from {identities} held-out identities"
+        return cls(chips, both[:, 0], both[:, 1], same, np.concatenate(list(kinds)), what, True)._checked()
+
+    def _checked(self) -> "PairSet":
+        whole = (self.left >= 0) & (self.right >= 0)
+        if not (whole & self.same).any() or not (whole & ~self.same).any():
+            raise EvaluationError(
+                f"{self.what}: {int((whole & self.same).sum())} genuine and {int((whole & ~self.same).sum())} impostor "
+                "pairs have faces in both images, and both kinds are needed: hold out more identities with 2 images or "
+                "more, or check the pairs file and its images"
+            )
+        return self
+
+
+def read_validation_pairs(config: ValidateConfig, trained: Iterable[str] = ()) -> list[Pair]:
+    """The pairs of config.pairs; with config.held_only those without a person that is in `trained`."""
+    pairs = read_pairs(config.pairs)
+    return held_pairs(pairs, trained) if config.held_only else pairs
+
+
+def held_pairs(pairs: list[Pair], trained: Iterable[str]) -> list[Pair]:
+    """Pairs of which neither image is of a person in `trained`; the person is the folder an image's name has.
+
+    Folds keep their numbers. Raises EvaluationError for names without folders.
+    """
+    if odd := next((name for pair in pairs for name in (pair.left, pair.right) if "/" not in name), None):
+        raise EvaluationError(f"{odd!r} does not say who it is: validate.held_only needs names like Person/Image")
+    seen = {plain_name(name) for name in trained}
+    return [pair for pair in pairs if not {_person(pair.left), _person(pair.right)} & seen]
+
+
+def _person(name: str) -> str:
+    return plain_name(name.split("/")[-2])
+
+
+def names_in(pairs: list[Pair]) -> frozenset[str]:
+    """The images that pairs name."""
+    return frozenset(name for pair in pairs for name in (pair.left, pair.right))
+
+
+def verify(embed: Callable[[Pixels], Floats], pairs: PairSet, flip: bool = True, batch: int = 64) -> dict[str, float]:
+    """Figures of a network on pairs. embed: chips (n, h, w, 3) uint8 RGB -> raw vectors (n, dim).
+
+    accuracy, accuracy_std: mean and standard deviation over the folds, each at the threshold chosen on the others (LFW
+    View 2); tar_at_far_1e-3 where there are 1,000 impostor pairs; auc; eer; threshold (Euclidean, of unit vectors)
+    score: the accuracy of a file's folds. Of drawn pairs, whose folds mean nothing, the mean of AUC and of TAR at FAR
+        1e-3, or the AUC alone where TAR is not known
+    """
+    rows, at = np.unique(np.concatenate([pairs.left, pairs.right]), return_inverse=True)
+    known = rows >= 0
+    vectors = unit_vectors(embed, pairs.chips, rows[known], flip, batch)
+    if not np.isfinite(vectors).all():
+        raise EvaluationError("the network's vectors are not finite: training has diverged")
+    place = (np.cumsum(known) - 1)[at]
+    left, right = np.split(place, 2)
+    both = np.logical_and(*np.split(known[at], 2))
+    distances = np.full(len(pairs), _FARTHEST)
+    distances[both] = np.linalg.norm(vectors[left[both]].astype(np.float64) - vectors[right[both]], axis=1)
+    return _scored(distances, pairs)
+
+
+def unit_vectors(
+    embed: Callable[[Pixels], Floats], chips: ChipSet, rows: Ints, flip: bool = True, batch: int = 64
+) -> Floats:
+    """Vectors (n, dim) of unit length of chips; with `flip` each the mean of the raw ones of chip and mirror image."""
+    parts = [_raw(embed, chips.stack(rows[at : at + batch]), flip) for at in range(0, len(rows), batch)]
+    raw = np.concatenate(parts).astype(np.float32)
+    return np.asarray(raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), np.finfo(np.float32).tiny))
+
+
+def _raw(embed: Callable[[Pixels], Floats], chips: Pixels, flip: bool) -> Floats:
+    if not flip:
+        return np.asarray(embed(chips))
+    both = np.asarray(embed(np.concatenate([chips, chips[:, :, ::-1]])))
+    return np.asarray((both[: len(chips)] + both[len(chips) :]) / 2)
+
+
+def _scored(distances: npt.NDArray[np.float64], pairs: PairSet) -> dict[str, float]:
+    found = figures(distances, pairs.same, pairs.folds)
+    scores = {"accuracy": found.accuracy, "auc": found.auc, "eer": found.eer, "threshold": found.threshold}
+    if found.folds > 1:
+        scores["accuracy_std"] = found.standard_error * float(np.sqrt(found.folds))
+    tar = found.tar["0.001"]
+    if tar is not None:
+        scores["tar_at_far_1e-3"] = tar
+    drawn = found.auc if tar is None else (found.auc + tar) / 2
+    return {"score": drawn if pairs.drawn_at_random else found.accuracy} | scores
+
+
+def _genuine(labels: Ints, most: int, rng: np.random.Generator) -> Ints:
+    """(p, 2) rows of one identity: all pairs where there are no more than `most`, else a random choice of them."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    starts, pairs = np.cumsum(counts) - counts, counts * (counts - 1) // 2
+    ends = np.cumsum(pairs)
+    total = int(ends[-1]) if len(ends) else 0
+    chosen = np.arange(total) if total <= most else np.sort(rng.choice(total, most, replace=False, shuffle=False))
+    label = np.searchsorted(ends, chosen, side="right")
+    i, j = _pair(chosen - (ends - pairs)[label])
+    return np.stack([order[starts[label] + i], order[starts[label] + j]], 1)
+
+
+def _pair(number: Ints) -> tuple[Ints, Ints]:
+    """The pairs (i, j), i < j, numbered (0, 1), (0, 2), (1, 2), (0, 3) and so on."""
+    j = ((1 + np.sqrt(8.0 * number + 1)) / 2).astype(np.int64)
+    j -= j * (j - 1) // 2 > number
+    return number - j * (j - 1) // 2, j
+
+
+def _impostors(labels: Ints, most: int, rng: np.random.Generator) -> Ints:
+    """(p, 2) rows of two identities, no pair twice; fewer than `most` where there are not as many."""
+    count, found = len(labels), np.empty(0, np.int64)
+    for _ in range(20):
+        a, b = rng.integers(0, count, (2, 2 * most)) if count else np.empty((2, 0), np.int64)
+        keys = np.where(a < b, a * count + b, b * count + a)[labels[a] != labels[b]]
+        together = np.concatenate([found, keys])
+        found = together[np.sort(np.unique(together, return_index=True)[1])][:most]
+        if len(found) == most:
+            break
+    return np.stack([found // max(1, count), found % max(1, count)], 1)

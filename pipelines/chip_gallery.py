@@ -1,0 +1,92 @@
+"""Blocks of work that cut chips of a gallery's faces: boxes and landmarks travel with the images, no detector runs."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.gallery import Gallery
+from facepipe.schema import WORK_ITEM
+from facepipe.sources.again import Places
+from facepipe.stages.chips import GIVEN
+from facepipe.work.blocks import Block, BlockSize
+from pipelines.chip_plan import CODE, FACE, NAMES, ROWS, image_starts, whole_images
+
+Ints = npt.NDArray[np.int64]
+_WORK = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")
+
+
+@dataclass(frozen=True)
+class GalleryListing:
+    """Blocks of the wanted faces that are not yet held; made afresh wherever it is called.
+
+    folder: where `choose` wrote what is wanted; held: a file of face ids (.npy), ascending
+    """
+
+    gallery: str
+    version: int
+    folder: str
+    held: str
+    size: BlockSize
+
+    def __call__(self) -> Iterator[Block]:
+        wanted, codes = (np.load(os.path.join(self.folder, name), mmap_mode="r") for name in (FACE, CODE))
+        with pa.memory_map(os.path.join(self.folder, NAMES)) as file:
+            names = pa.ipc.open_file(file).read_all()["name"].combine_chunks()
+        held = np.load(self.held, mmap_mode="r")
+        number, places = 0, Places()
+        left = len(wanted) - len(held)
+        for faces in whole_images(Gallery(self.gallery, self.version).batches(_WORK, "face_id is not null", ROWS)):
+            ids = faces["face_id"].to_numpy()
+            mine = _among(wanted, ids) & ~_among(held, ids)
+            chosen = faces.filter(pa.array(mine))
+            labels = codes[np.searchsorted(wanted, ids[mine])]
+            chosen = chosen.append_column("name", names.take(pa.array(labels)))
+            starts = np.append(image_starts(chosen["uri"]) if chosen.num_rows else [], chosen.num_rows).astype(np.int64)
+            while len(starts) > 1:
+                n = min(self.size(left), len(starts) - 1)
+                rows = chosen.slice(int(starts[0]), int(starts[n] - starts[0]))
+                yield _block(number, rows, starts[: n + 1] - starts[0], places)
+                number, starts, left = number + 1, starts[n:], left - n
+        yield Block(number, WORK_ITEM.empty_table(), last=True)
+
+
+def _among(ascending: Ints, ids: Ints) -> npt.NDArray[np.bool_]:
+    """Whether each id is among the others, which are looked up and not gone through."""
+    if not len(ascending):
+        return np.zeros(len(ids), bool)
+    return np.asarray(ascending[np.minimum(np.searchsorted(ascending, ids), len(ascending) - 1)] == ids)
+
+
+def _block(number: int, rows: pa.Table, starts: Ints, places: Places) -> Block:
+    """rows: wanted faces; starts (images + 1,): where each image's begin."""
+    rows = rows.combine_chunks()
+    first = pa.array(starts[:-1])
+    uris, marks = (rows[name].take(first).to_pylist() for name in ("uri", "fingerprint"))
+    items = [places.item(uri, mark) for uri, mark in zip(uris, marks, strict=True)]
+    columns = [*zip(*items, strict=True), [None] * len(items)]
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, WORK_ITEM, strict=True)], schema=WORK_ITEM)
+    given = {
+        "given_image": rows["image_id"].take(first),
+        "given_faces": _lists(rows["face_id"], starts, 1),
+        "given_identities": _lists(rows["name"], starts, 1),
+        "given_boxes": _lists(_flat(rows["box"]), starts, 4),
+        "given_points": _lists(_flat(rows["landmarks"]), starts, 10),
+        "given_scores": _lists(rows["det_score"], starts, 1),
+    }
+    whole = pa.table({**{name: table[name] for name in WORK_ITEM.names}, **{n: given[n] for n in GIVEN.names}})
+    return Block(number, table, whole)
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks().flatten() if column.num_chunks != 1 else column.chunk(0).flatten()
+
+
+def _lists(values: Any, starts: Ints, width: int) -> pa.ListArray:
+    flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    flat = flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
+    return pa.ListArray.from_arrays(pa.array((starts * width).astype(np.int32)), flat)

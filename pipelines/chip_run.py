@@ -1,0 +1,195 @@
+"""How chips are made: from an order to the records of finished blocks, on whichever runner."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from facepipe import storage
+from facepipe.gallery import Gallery
+from facepipe.gallery.parts import Record
+from facepipe.hashing import hash64
+from facepipe.hashtable import HashTable
+from facepipe.models import chip_layout
+from facepipe.observe.runs import new_run_id
+from facepipe.sources import Source, SourceConfig, WorkItem, open_source
+from facepipe.stages import Align, Decode, Detect, Read
+from facepipe.stages.chips import Encode, Given, Subject, Whole
+from facepipe.training.data_config import DataConfig
+from facepipe.training.image_names import Names
+from facepipe.work import attempts
+from facepipe.work.blocks import NEW, REPEATED, SKIP, Block, BlockSize
+from facepipe.work.blocks import blocks as cut_blocks
+from pipelines.chip_exclude import named
+from pipelines.chip_gallery import GalleryListing
+from pipelines.plan import Plan, Resources, local_resources, make_plan
+from pipelines.runners import inline, local, ray
+from pipelines.worker import Job
+
+Progress = Callable[[str], None]
+
+Hashes = npt.NDArray[np.uint64]
+PARTS, MARKS, HELD = "parts", "marks", "held.npy"
+_VERSION = 1  # of what a folder holds
+_INLINE = 64  # images that are not worth starting processes for
+
+
+@dataclass(frozen=True)
+class ChipRun:
+    """How chips are made; none of it changes what comes out.
+
+    runner: local (processes on this machine), ray, inline (this process), or auto: inline for few images, else local
+    workers: how many; by default one a CPU, or one a GPU where there are GPUs and faces are to be detected
+    batch: images a worker holds decoded at a time; block_smallest, block_largest: images of one unit of work
+    """
+
+    runner: Literal["auto", "inline", "local", "ray"] = "auto"
+    workers: Annotated[int, Field(ge=1)] | None = None
+    batch: Annotated[int, Field(ge=1)] = 16
+    block_smallest: Annotated[int, Field(ge=1)] = 16
+    block_largest: Annotated[int, Field(ge=1)] = 512
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a chip set is made from. wanted: names of images; empty: all; labelled: only faces with an identity."""
+
+    data: DataConfig
+    embedder: str
+    wanted: tuple[str, ...] = ()
+    labelled: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """What the set depends on, as far as that can be told without reading it."""
+        layout = dataclasses.asdict(chip_layout(self.embedder))
+        galleries = [(g.id, g.version) for g in map(Gallery, filter(None, (self.data.gallery, *self.data.exclude)))]
+        files = [_mark(path) for path in (self.data.list, self.data.source)]
+        facts = [_VERSION, dataclasses.asdict(self.data), layout, galleries, files, named(self.data), self.wanted]
+        return f"{hash64(json.dumps(facts, sort_keys=True)):016x}"
+
+
+def _mark(path: str) -> str:
+    """A list file's size and time; nothing for folders, whose time says little."""
+    return storage.entry(path).fingerprint if path and os.path.isfile(path) else ""
+
+
+@dataclass(frozen=True)
+class SourceListing:
+    """Blocks of a source's images of which no chip is held yet; made afresh wherever it is called.
+
+    held: file of hashes of uris (.npy); wanted: names of images; empty: all
+    """
+
+    source: SourceConfig
+    held: str
+    wanted: tuple[str, ...]
+    size: BlockSize
+
+    def __call__(self) -> Iterator[Block]:
+        seen = _Seen(np.load(self.held))
+        try:
+            yield from cut_blocks(_Named(open_source(self.source), self.wanted), seen, self.size)
+        finally:
+            seen.close()
+
+
+class _Seen:
+    """What is held, and what was listed in this run, by hashes of uris (work.blocks.Known)."""
+
+    def __init__(self, held: Hashes):
+        self._table = HashTable(width=1)
+        self._table.add(held, np.ones((len(held), 1), np.uint64))
+
+    def screen(self, uris: Hashes, fingerprints: Hashes) -> tuple[npt.NDArray[np.int8], Hashes]:
+        """(SKIP, REPEATED or NEW; zeros) for each listed image."""
+        found, held = self._table.get(uris)
+        first = np.zeros(len(uris), bool)
+        first[np.unique(uris, return_index=True)[1]] = True
+        verdict = np.where(found & (held[:, 0] == 1), SKIP, NEW)
+        verdict = np.where(first & (held[:, 0] != 2), verdict, REPEATED)
+        self._table.add(uris, np.full((len(uris), 1), 2, np.uint64))
+        return verdict.astype(np.int8), np.zeros(len(uris), np.uint64)
+
+    def close(self) -> None:
+        self._table.close()
+
+
+class _Named:
+    """The items of a source that have wanted names; all where none is wanted."""
+
+    def __init__(self, source: Source, wanted: tuple[str, ...]):
+        self._source, self.name, self._wanted = source, source.name, Names(wanted)
+
+    @property
+    def ignored(self) -> int:
+        return self._source.ignored
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        return (item for item in self._source if not self._wanted or self._wanted.of(item.uri))
+
+
+def records(order: Order, folder: str, run: ChipRun) -> Iterator[Record]:
+    """Records of the blocks as workers finish them; Ray is left again when they are read to the end, or closed."""
+    marks, name = os.path.join(folder, MARKS), new_run_id()
+    attempts.bequeath(marks, name)  # the lock says that no other run is alive
+    detects = not order.data.gallery and not order.data.aligned
+    runner = _runner(order, folder, run)
+    try:
+        resources = ray.start() if runner == "ray" else local_resources()
+        plan = make_plan(resources if detects else Resources(resources.cpus), run.workers)
+        blocks = _listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
+        stages = _stages(order, plan)
+        parts = os.path.join(folder, PARTS)
+        job = Job(stages, run.batch, True, name, order.embedder, parts, os.path.join(marks, name))
+        yield from _run(runner, blocks, job, plan)
+    finally:
+        if runner == "ray":
+            ray.stop()
+
+
+def _run(runner: str, blocks: Callable[[], Iterator[Block]], job: Job, plan: Plan) -> Iterator[Record]:
+    if runner == "ray":
+        return ray.run(blocks, [job], plan)
+    return inline.run(blocks, job) if runner == "inline" else local.run(blocks, job, plan.groups[0])
+
+
+def _runner(order: Order, folder: str, run: ChipRun) -> str:
+    if run.runner != "auto":
+        return run.runner
+    images = 0
+    for block in _listing(order, folder, BlockSize(1, _INLINE))():
+        images += block.items.num_rows
+        if images > _INLINE:
+            return "local"
+    return "inline"
+
+
+def _listing(order: Order, folder: str, size: BlockSize) -> Callable[[], Iterator[Block]]:
+    held = os.path.join(folder, HELD)
+    if order.data.gallery:
+        gallery = Gallery(order.data.gallery)
+        return GalleryListing(gallery.path, gallery.version, folder, held, size)
+    source = order.data.source_config
+    if not storage.is_remote(source.uri):
+        source = replace(source, uri=os.path.abspath(source.uri))
+    return SourceListing(source, held, order.wanted, size)
+
+
+def _stages(order: Order, plan: Plan) -> tuple[Any, ...]:
+    data, group, ends = order.data, plan.groups[0], Encode(order.embedder)
+    begin = (Read(), Decode(threads=group.threads))
+    if data.aligned:
+        return (*begin, Whole(order.embedder), ends)
+    if data.gallery:
+        align = Align(embedder=order.embedder, detector=Gallery(data.gallery).contract.detector, thumbs=False)
+        return (*begin, Given(), align, ends)
+    device = "cuda" if group.gpus else "cpu"
+    detect = Detect(model=data.detector, device=device, threads=group.threads)
+    return (*begin, detect, Subject(), Align(embedder=order.embedder, detector=data.detector, thumbs=False), ends)

@@ -1,0 +1,189 @@
+"""fit_projection: a gallery's faces, cut and embedded anew, in; the matrix that brings a model's vectors to 128-D out.
+
+One pass in this process; what is held in memory are second moments and the faces that the loss is measured on.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from facepipe.errors import ConfigError, GalleryError, ModelError
+from facepipe.evaluation.projected import Verification, drawn_pairs, verification
+from facepipe.gallery import Gallery
+from facepipe.models import Embedder
+from facepipe.models.card_file import CardFile, read_card, to_toml
+from facepipe.models.device import resolve
+from facepipe.models.loading import card_of, load_embedder
+from facepipe.models.projection import Projection, SecondMoment, check_enough, fit, save
+from facepipe.schema import EMBEDDING_DIM, OK
+from facepipe.stages import Decode, Read
+from facepipe.storage import write
+from pipelines.fit_faces import FacesAgain, Sample, choose
+from pipelines.plan import local_resources
+from pipelines.recorded import follow, records
+
+Progress = Callable[[str], None]
+_PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """How a projection is fitted.
+
+    faces: of the gallery, chosen by seed; the more the better, ten times the model's dimensions at least
+    pairs: LFW's pairs.txt or a CSV with file_x, file_y, same, to measure the loss on; without it pairs are drawn from
+        people that are left out of the fit
+    held: share of the people that is left out for that; flip: average the mirrored chip in, as galleries do
+    device: cpu, cuda or auto; threads: of ONNX Runtime on a CPU, by default all
+    batch: chips given to the model at once
+    """
+
+    faces: Annotated[int, Field(ge=1)] = 20_000
+    seed: int = 0
+    pairs: str | None = None
+    held: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    flip: bool = True
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    batch: Annotated[int, Field(ge=1)] = 64
+    read: Read = field(default_factory=Read)
+    decode: Decode = field(default_factory=Decode)
+
+
+@dataclass
+class ProjectSummary:
+    """What was fitted, and what it loses.
+
+    faces: fitted on; images: read, by status; energy: share of the vectors' squared length that 128 dimensions keep
+    full, reduced: verification with all dimensions and with 128; None where no pairs could be made, and why
+    measured_on_fit: whether pairs are of faces that were fitted on, so that the real loss is a little larger
+    """
+
+    card: str = ""
+    projection: str = ""
+    dim: int = 0
+    faces: int = 0
+    images: dict[str, int] = field(default_factory=dict)
+    energy: float = 0.0
+    full: Verification | None = None
+    reduced: Verification | None = None
+    unmeasured: str = ""
+    measured_on_fit: bool = False
+    seconds: float = 0.0
+
+
+@records("project")
+def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lambda line: None) -> ProjectSummary:
+    """Write NAME.projection.safetensors and NAME-128.toml beside a model's NAME.toml, which stays as it is.
+
+    No detector is run: boxes and landmarks are the gallery's, whichever model that was made with. Raises ConfigError
+    where one of the files exists, ModelError for a model of 128 dimensions or fewer and for too few faces.
+    """
+    began = time.monotonic()
+    path = Path(card)
+    toml, weights = path.with_name(f"{path.stem}-128.toml"), path.with_name(f"{path.stem}.projection.safetensors")
+    for there in (toml, weights):
+        if there.exists():
+            raise ConfigError(f"{str(there)!r} exists: move it away, or copy {path.name} to another name")
+    file, table = read_card(path), Gallery(gallery)
+    embedder = _embedder(path, file, config)
+    summary = ProjectSummary(str(toml), str(weights), embedder.dim)
+    follow(summary)
+    sample = choose(table, embedder.dim, config.faces, config.held, config.seed, config.pairs)
+    check_enough(len(sample.fitted), embedder.dim)  # before any image is read
+    moment, raw = _embedded(config, path, embedder, table, sample, summary, progress)
+    projection = _fitted(moment, summary)
+    _measure(summary, sample, raw, projection, config.seed)
+    told = {"gallery": table.path, "version": str(table.version), "contract": table.contract.to_json()}
+    told |= {"faces": str(summary.faces), "seed": str(config.seed), "model_sha256": card_of(path).sha256}
+    save(weights, projection, told)
+    write(str(toml), to_toml(_card(file, weights.name, summary)).encode())
+    card_of(toml)  # what was written can be read
+    summary.seconds = round(time.monotonic() - began, 3)
+    return summary
+
+
+def _embedder(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
+    if file.role != "embedder":
+        raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are projected")
+    card_of(path)  # checks the weights' SHA-256
+    made = load_embedder(path, resolve(config.device), config.threads or local_resources().cpus, raw=True)
+    if made.dim <= EMBEDDING_DIM:
+        fit(SecondMoment(made.dim))  # says why not
+    return made
+
+
+def _embedded(
+    config: ProjectConfig,
+    path: Path,
+    embedder: Embedder,
+    gallery: Gallery,
+    sample: Sample,
+    summary: ProjectSummary,
+    progress: Progress,
+) -> tuple[SecondMoment, dict[int, npt.NDArray[np.float32]]]:
+    """Second moments of the faces to fit on, and raw vectors by id of those to measure on."""
+    moment, raw, images = SecondMoment(embedder.dim), dict[int, npt.NDArray[np.float32]](), Counter[str]()
+    faces = FacesAgain(gallery, str(path), config.read, config.decode)
+    spoke, done = time.monotonic(), 0
+    for ids, chips in faces.chips(sample.all, images):
+        vectors = _vectors(embedder, chips, config)
+        moment.add(vectors[np.isin(ids, sample.fitted)])
+        raw |= {int(n): v for n, v in zip(ids, vectors, strict=True) if n in sample.measured}
+        done += len(ids)
+        summary.images, summary.faces = dict(images), moment.count
+        if time.monotonic() - spoke >= _PROGRESS_SECONDS:
+            spoke = time.monotonic()
+            progress(f"{done} of {len(sample.all)} faces")
+    summary.images, summary.faces = dict(images), moment.count
+    return moment, raw
+
+
+def _vectors(embedder: Embedder, chips: npt.NDArray[np.uint8], config: ProjectConfig) -> npt.NDArray[np.float32]:
+    parts = []
+    for at in range(0, len(chips), config.batch):
+        part = chips[at : at + config.batch]
+        vectors = embedder.embed(part)
+        parts.append((vectors + embedder.embed(part[:, :, ::-1])) / 2 if config.flip else vectors)
+    return np.concatenate(parts) if parts else np.empty((0, embedder.dim), np.float32)
+
+
+def _fitted(moment: SecondMoment, summary: ProjectSummary) -> Projection:
+    failed = sum(count for status, count in summary.images.items() if status != OK)
+    try:
+        found = fit(moment)
+    except ModelError as error:
+        told = f"; {failed} images could not be read again or have changed" if failed else ""
+        raise GalleryError(f"{error}{told}") from error
+    summary.energy = found.energy
+    return found
+
+
+def _measure(summary: ProjectSummary, sample: Sample, raw: dict[int, Any], projection: Projection, seed: int) -> None:
+    pairs = sample.pairs(list(raw)) or drawn_pairs(sample.people(list(raw)), seed)
+    if pairs is None:
+        summary.unmeasured = "the gallery has no labels, or too few, to draw pairs from: give --pairs"
+        return
+    vectors = np.stack(list(raw.values())).astype(np.float64)
+    summary.full = verification(vectors, pairs)
+    summary.reduced = verification(vectors @ projection.matrix.astype(np.float64), pairs)
+    summary.measured_on_fit = bool(np.isin(sample.fitted, np.array(list(raw))).any())
+
+
+def _card(file: CardFile, projection: str, summary: ProjectSummary) -> CardFile:
+    """What the model says of itself, with the projection, what it keeps, and the threshold of the reduced vectors."""
+    figures = {**file.figures, "energy_of_128": round(summary.energy, 6)}
+    threshold = None
+    if summary.full and summary.reduced:
+        for name, found in (("all_dimensions", summary.full), ("128", summary.reduced)):
+            figures |= {f"accuracy_{name}": round(found.accuracy, 5)}
+            figures |= {f"tar_at_far_1e-3_{name}": round(found.tar, 5)} if found.tar is not None else {}
+        threshold = round(summary.reduced.threshold, 4)
+    return replace(file, name=f"{file.name}-128", projection=projection, figures=figures, same_person=threshold)

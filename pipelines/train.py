@@ -1,0 +1,246 @@
+"""train: a config in, a model out, with its checkpoints, metrics, report and manifest; goes on where it stopped."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from facepipe import storage
+from facepipe.errors import TrainingError
+from facepipe.models.card_file import save_model
+from facepipe.training import checkpointing, journal
+from facepipe.training.config import RunConfig
+from facepipe.training.journal import Progress
+from facepipe.training.loop import Outcome
+from facepipe.training.report import write_report
+from facepipe.training.start import Start, find, written
+from facepipe.training.validation import names_in, read_validation_pairs
+from pipelines.train_config import DetectorConfig, TrainConfig, read_config
+from pipelines.train_manifest import of_detector, of_embedder, write_faces, write_manifest
+from pipelines.train_plan import DetectorPlan, EmbedderPlan
+from pipelines.train_worker import OnRay, Plan, check_device, inline
+
+__all__ = ["DetectorConfig", "Progress", "TrainConfig", "TrainSummary", "read_config", "run"]
+
+Tell = Callable[[Progress], None]
+Say = Callable[[str], None]
+MODEL, REPORT = "model", "report.html"
+
+
+@dataclass
+class TrainSummary:
+    """What a training run has done.
+
+    end: done or stopped (early); resumed: the step it went on from; best: the step the model is of; data: counts
+    """
+
+    output: str
+    model: str
+    end: str
+    step: int
+    steps: int
+    epochs: float
+    seconds: float
+    resumed: int
+    loss: float
+    images_per_second: float
+    best: int
+    scores: dict[str, float] = field(default_factory=dict)
+    data: dict[str, int] = field(default_factory=dict)
+
+
+def run(
+    config: TrainConfig | DetectorConfig,
+    fresh: bool = False,
+    tell: Tell = lambda progress: None,
+    say: Say = lambda line: None,
+) -> TrainSummary:
+    """Train; what an earlier run of the same config left in `run.output` is gone on with, unless `fresh`.
+
+    Raises ConfigError and ModelError for what can be known to be wrong before any work; TrainingError where the loss
+    is not finite or the folder holds another run. Ctrl-C and SIGTERM end the step, write a checkpoint and are raised.
+    """
+    config = _absolute(config)
+    check_device(config.run)
+    start = find(config.model) if isinstance(config, TrainConfig) else None
+    if fresh:
+        _clear(config.run.output)
+    os.makedirs(config.run.output, exist_ok=True)
+    job = _Embedder(config, start, say) if isinstance(config, TrainConfig) and start else _Detector(cast(Any, config))
+    outcome = train(job.plan, tell)
+    return _finish(job, outcome)
+
+
+def train(plan: Plan, tell: Tell = lambda progress: None) -> Outcome:
+    """Run a plan's loop where its config says, so that signals end it cleanly."""
+    with interruptible() as stop:
+        return inline(plan, tell, stop) if plan.run.runner == "inline" else OnRay(plan)(tell, stop)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C or SIGTERM only makes what is given true; it is raised at the end. A second one counts.
+
+    In threads other than the main one signals are not ours.
+    """
+    caught = list[int]()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        restore()  # the next one is not waited for
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        restore()
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+class _Embedder:
+    """The training of an embedder: its data, and what its model is called."""
+
+    def __init__(self, config: TrainConfig, start: Start, say: Say):
+        from pipelines.chips import prepare, prepare_images
+
+        self.config, self.start, run = config, start, config.run
+        folder = run.chips or os.path.join(run.output, "chips")
+        chips = prepare(config.data, start.chips, folder, progress=say)
+        pairs = ""
+        if config.validate.pairs and config.schedule.validate:
+            pairs = f"{folder}-of-pairs"
+            wanted = names_in(read_validation_pairs(replace(config.validate, held_only=False)))
+            prepare_images(config.validate.data, wanted, start.chips, pairs)
+        self.plan = EmbedderPlan(config, folder, pairs)
+        self._whole = chips
+        self._train, self._held = self.plan.parts()
+        judged = self.plan.pair_set()  # an error in it is to be heard of before training
+        self.judged = f"scored on {judged.what}" if judged else "not validated: the last network is the result"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        found = {"images": len(self._train), "identities": len(self._train.identities)}
+        found |= {"held-out images": len(self._held)} if len(self._held) else {}
+        return found | {f"chips: {name}": count for name, count in self._whole.info.figures.items()}
+
+    def manifest(self) -> dict[str, Any]:
+        """What it was trained on."""
+        write_faces(self.config.run.output, self._train)
+        return of_embedder(self.config.data, self._whole, self._train, self._held)
+
+
+class _Detector:
+    """The training of a detector."""
+
+    def __init__(self, config: DetectorConfig):
+        self.config = config
+        self.plan = DetectorPlan(config)
+        self.start, task = self.plan.task()
+        self._steps, self._notes = task.steps_per_epoch, task.notes
+        self.judged = "; ".join(self._notes)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"batches an epoch": self._steps}
+
+    def manifest(self) -> dict[str, Any]:
+        """What it was trained on."""
+        return of_detector(self.config.detection.annotations, self._steps)
+
+
+def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
+    """The model from the best checkpoint, the report and the manifest."""
+    run = job.config.run
+    state = _weights(run)
+    figures = {name: round(value, 6) for name, value in outcome.standing.scores.items()}
+    card = written(job.start, _name(run), figures)
+    model = save_model(Path(run.output) / MODEL, state, card)
+    entries = journal.read(run.output)
+    config = asdict(job.config)
+    about = {
+        "title": f"Training of {job.start.architecture.name}",
+        "subtitle": f"{run.output}, from {job.start.where}",
+        "notes": [job.judged] if job.judged else [],
+        "data": job.counts,
+        "scores": outcome.standing.scores,
+        "config": config,
+    }
+    write_report(os.path.join(run.output, REPORT), entries, outcome, about)
+    start = {"name": job.start.where, "sha256": job.start.sha256 or None, "licence": job.start.licence}
+    write_manifest(run.output, {**job.manifest(), "start": start, "seed": run.seed}, outcome, config)
+    last = entries[-1] if entries else None
+    speeds = sorted(entry.speed for entry in entries)
+    return TrainSummary(
+        output=run.output,
+        model=str(model),
+        end=outcome.end,
+        step=outcome.step,
+        steps=outcome.steps,
+        epochs=last.epoch if last else 0.0,
+        seconds=outcome.seconds,
+        resumed=outcome.resumed,
+        loss=last.loss if last else float("nan"),
+        images_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
+        best=outcome.standing.step or outcome.step,
+        scores=outcome.standing.scores,
+        data=job.counts,
+    )
+
+
+def _weights(run: RunConfig) -> dict[str, Any]:
+    """The network with the best score; the last one where nothing was validated."""
+    checkpoints = checkpointing.Checkpoints(run.output, run.keep)
+    if checkpoints.best.exists():
+        try:
+            return dict(checkpointing.read(checkpoints.best)["net"])
+        except checkpointing.DamagedError as error:
+            raise TrainingError(f"{str(checkpoints.best)!r} is damaged: {error}. Delete it to take the last") from error
+    last = checkpoints.load()
+    if last is None:
+        raise TrainingError(f"no checkpoint in {run.output!r}")
+    return dict(last["net"])
+
+
+def _name(run: RunConfig) -> str:
+    return Path(run.output).name or MODEL
+
+
+def _clear(output: str) -> None:
+    """Take off what an earlier run left, but for the chips."""
+    checkpointing.Checkpoints(output).clear()
+    for name in (journal.METRICS, REPORT, "manifest.json", "model.toml", "model.safetensors"):
+        Path(output, name).unlink(missing_ok=True)
+
+
+def _absolute(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:
+    """Workers may run in another folder than the user."""
+    run = replace(config.run, output=_path(config.run.output), chips=_path(config.run.chips))
+    start = config.model.start
+    model = replace(config.model, start=_path(start) if os.sep in start or os.path.isfile(start) else start)
+    if isinstance(config, DetectorConfig):
+        given = config.detection
+        files = replace(given, annotations=_path(given.annotations), images=_path(given.images))
+        files = replace(files, held=_path(given.held), held_images=_path(given.held_images))
+        return replace(config, run=run, model=model, detection=files)
+    validate = replace(config.validate, pairs=_path(config.validate.pairs))
+    split = replace(config.split, names=_path(config.split.names))
+    return replace(config, run=run, model=model, validate=validate, split=split)
+
+
+def _path(path: str) -> str:
+    return path if not path or storage.is_remote(path) else os.path.abspath(path)

@@ -1,0 +1,90 @@
+"""What `train` can be told: of an embedder, or of a detector where there is a section `detection`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from facepipe.config import build
+from facepipe.errors import ConfigError
+from facepipe.training.augment import AugmentConfig
+from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.data_config import DataConfig
+from facepipe.training.detection.config import DetectionConfig
+from facepipe.training.losses import LossConfig, needs_pairs, settled
+from facepipe.training.sampling import SampleConfig
+from facepipe.training.split import SplitConfig
+from facepipe.training.validation import ValidateConfig
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything the training of an embedder can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def batch(self) -> tuple[str, int]:
+        """What has to divide by the number of workers, and its name."""
+        if self.sample.identities:
+            return "sample.identities", self.sample.identities
+        return "sample.batch", self.sample.batch
+
+    def check(self) -> "TrainConfig":
+        """Itself, with what can be known to be wrong before any data is read. Raises ConfigError."""
+        self.data.check()
+        settled(self.loss)
+        if needs_pairs(self.loss.name) and (not self.sample.identities or self.sample.images < 2):
+            raise ConfigError(
+                f"{self.loss.name} compares faces of one person within a batch: set sample.identities (P) and "
+                "sample.images (K) of at least 2"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Everything the training of a detector can be told."""
+
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def batch(self) -> tuple[str, int]:
+        """What has to divide by the number of workers, and its name."""
+        return "detection.batch", self.detection.batch
+
+    def check(self) -> "DetectorConfig":
+        """Itself. Raises ConfigError where there is nothing to train on."""
+        if not self.detection.annotations:
+            raise ConfigError("detection.annotations is missing: WIDER FACE's label.txt, or a file like it")
+        return self
+
+
+def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
+    """The config of nested mappings, later ones winning, checked as far as it can be without data."""
+    kind: type[TrainConfig | DetectorConfig] = TrainConfig
+    if any("detection" in layer for layer in layers):
+        kind = DetectorConfig
+    found = build(kind, *layers).check()
+    run = found.run
+    if not run.output:
+        raise ConfigError("run.output is missing: the folder that the model, its checkpoints and the report go to")
+    if run.runner == "inline" and run.workers > 1:
+        raise ConfigError(f"run.workers is {run.workers}, and the runner inline has one: take ray")
+    name, size = found.batch
+    if size % run.workers:
+        raise ConfigError(f"{name} = {size} does not divide by run.workers = {run.workers}: choose a multiple")
+    return found

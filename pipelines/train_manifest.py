@@ -1,0 +1,97 @@
+"""manifest.json: what a model was trained on, so that models can be found that an erased person had a part in.
+
+Beside it faces.npy has the ids of all faces that were trained on, sorted: whether one is among them is one look-up.
+"""
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+import facepipe
+from facepipe import storage
+from facepipe.gallery import Gallery
+from facepipe.observe.redact import redact
+from facepipe.training.chips import ChipSet
+from facepipe.training.data_config import DataConfig
+from facepipe.training.loop import Outcome
+
+MANIFEST, FACES = "manifest.json", "faces.npy"
+
+
+def of_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: ChipSet) -> dict[str, Any]:
+    """The part on the data of an embedder. whole: the chip set; trained, held: its parts."""
+    return {
+        "data": _origin(data),
+        "chips": whole.info.fingerprint,
+        "images": len(trained),
+        "identities": len(trained.identities),
+        "held_images": len(held),
+        "held_identities": len(held.identities),
+        "figures": whole.info.figures,
+        "excluded": {"galleries": list(data.exclude), "identities": data.exclude_identities},
+        "faces_sha256": hashlib.sha256(_sorted(trained).tobytes()).hexdigest(),
+        "uris_sha256": _digest_of_uris(trained),
+    }
+
+
+def of_detector(annotations: str, steps_per_epoch: int) -> dict[str, Any]:
+    """The part on the data of a detector."""
+    return {"data": {"annotations": annotations, "sha256": _file_digest(annotations)}, "batches": steps_per_epoch}
+
+
+def write_manifest(output: str, about: dict[str, Any], outcome: Outcome, config: dict[str, Any]) -> None:
+    """Write manifest.json. Raises StorageError."""
+    import torch
+
+    content = {
+        "facepipe": facepipe.__version__,
+        "torch": torch.__version__,
+        **about,
+        "steps": outcome.step,
+        "end": outcome.end,
+        "scores": outcome.standing.scores,
+        "best_step": outcome.standing.step or None,
+        "config": config,
+    }
+    text = redact(json.dumps(content, indent=1, default=str))
+    storage.write(os.path.join(output, MANIFEST), text.encode())
+
+
+def write_faces(output: str, trained: ChipSet) -> None:
+    """Write faces.npy: ids (n,) int64, ascending."""
+    buffer = io.BytesIO()
+    np.save(buffer, _sorted(trained))
+    storage.write(os.path.join(output, FACES), buffer.getvalue())
+
+
+def _sorted(chips: ChipSet) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.sort(np.asarray(chips.faces, np.int64))
+
+
+def _digest_of_uris(chips: ChipSet) -> str:
+    """SHA-256 over the sorted uris, each ended by a zero byte."""
+    digest = hashlib.sha256()
+    for uri in sorted(chips.uris):
+        digest.update(uri.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def _origin(data: DataConfig) -> dict[str, Any]:
+    if not data.gallery:
+        return {"source": data.source, "sha256": _file_digest(data.source)}
+    gallery = Gallery(data.gallery)
+    found = {"gallery": data.gallery, "version": gallery.version, "contract": asdict(gallery.contract)}
+    return found | ({"list": data.list, "list_sha256": _file_digest(data.list)} if data.list else {})
+
+
+def _file_digest(path: str) -> str | None:
+    """SHA-256 of a local file; None for folders and what is elsewhere."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

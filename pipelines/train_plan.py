@@ -1,0 +1,127 @@
+"""What every worker makes for itself: the task, from a config, a folder of chips and files that all can read."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, cast
+
+from facepipe.training import optim, schedule
+from facepipe.training.chips import ChipSet
+from facepipe.training.config import RunConfig
+from facepipe.training.detection.task import DetectionTask
+from facepipe.training.embedding_task import Embed, EmbeddingTask, Examples
+from facepipe.training.loop import Settings
+from facepipe.training.losses import objective
+from facepipe.training.sampling import Sampler
+from facepipe.training.split import split
+from facepipe.training.start import Start, find
+from facepipe.training.task import Task
+from facepipe.training.validation import PairSet, read_validation_pairs, verify
+from pipelines.train_config import DetectorConfig, TrainConfig
+
+Made = tuple[Task, Settings]
+
+
+@dataclass(frozen=True)
+class EmbedderPlan:
+    """The training of an embedder on a chip set. pairs: chip set of the images of `validate.pairs`, if any."""
+
+    config: TrainConfig
+    chips: str
+    pairs: str = ""
+
+    @property
+    def run(self) -> RunConfig:
+        return self.config.run
+
+    def __call__(self) -> Made:
+        config, seed = self.config, self.run.seed
+        start = find(config.model)
+        train, _ = self.parts()
+        net = start.build(seed, config.model.dropout)
+        head = objective(config.loss, start.dim, len(train.identities), seed)
+        sampler = Sampler(train.labels, config.sample, seed)
+        task = EmbeddingTask(net, head, Examples(train, sampler, config.augment, Judge(self)), start.input, seed)
+        identity = _identity(config, ("data", "loss", "sample", "augment", "split", "validate"))
+        identity |= {"weights": start.sha256, "images": train.info.fingerprint}
+        return task, settings(config, task, start, identity)
+
+    def parts(self) -> tuple[ChipSet, ChipSet]:
+        """Chips to train on, and those held out."""
+        chips = ChipSet.open(self.chips)
+        train, held = split(chips.labels, self.config.split, self.run.seed, chips.identities, chips.faces)
+        return chips.select(train), chips.select(held)
+
+    def pair_set(self) -> PairSet | None:
+        """The pairs that networks are scored on; None where nothing is held out and no file is given."""
+        config = self.config.validate
+        if not self.config.schedule.validate:
+            return None
+        train, held = self.parts()
+        if self.pairs:
+            named = read_validation_pairs(config, train.identities)
+            return PairSet.named(ChipSet.open(self.pairs), named, config.pairs)
+        return PairSet.drawn(held, config, self.run.seed) if len(held) else None
+
+
+class Judge:
+    """Verifies networks on a plan's pairs, which are made when the first one comes."""
+
+    def __init__(self, plan: EmbedderPlan):
+        self._plan = plan
+
+    @cached_property
+    def _pairs(self) -> PairSet | None:
+        return self._plan.pair_set()
+
+    def __call__(self, embed: Embed) -> dict[str, float]:
+        config = self._plan.config.validate
+        return verify(embed, self._pairs, config.flip, config.batch) if self._pairs else {}
+
+
+@dataclass(frozen=True)
+class DetectorPlan:
+    """The training of a detector."""
+
+    config: DetectorConfig
+
+    @property
+    def run(self) -> RunConfig:
+        return self.config.run
+
+    def __call__(self) -> Made:
+        config = self.config
+        start, task = self.task()
+        return task, settings(config, task, start, _identity(config, ("detection",)) | {"weights": start.sha256})
+
+    def task(self) -> tuple[Start, DetectionTask]:
+        """What the network starts from, and its task. Raises SourceError and ConfigError for data that cannot be."""
+        start = find(self.config.model, "detector")
+        net, channels = start.build(self.run.seed, self.config.model.dropout), start.input.channels
+        return start, DetectionTask(net, self.config.detection, self.run.seed, cast(Any, channels))
+
+
+def settings(config: TrainConfig | DetectorConfig, task: Task, start: Start, identity: dict[str, str]) -> Settings:
+    """What the loop is told of a config."""
+    steps = task.steps_per_epoch
+    return Settings(
+        optim=config.optim,
+        schedule=config.schedule,
+        run=config.run,
+        frozen=optim.frozen_names(task.net, start.frozen(config.model)),
+        unfreeze_step=schedule.in_steps(config.schedule, config.model.unfreeze_at, steps),
+        layer_decay=config.model.layer_decay,
+        validate_steps=schedule.in_steps(config.schedule, config.schedule.validate, steps),
+        identity=identity,
+    )
+
+
+def _identity(config: Any, sections: tuple[str, ...]) -> dict[str, str]:
+    """Digests of what the weights depend on, by section."""
+    found = {name: _digest(asdict(getattr(config, name))) for name in (*sections, "model", "optim", "schedule")}
+    return found | {"run.seed": str(config.run.seed), "run.precision": config.run.precision}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

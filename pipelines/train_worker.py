@@ -1,0 +1,182 @@
+"""Training in one process, or in workers of Ray Train: the same loop, which takes up its own checkpoints."""
+
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from facepipe import errors
+from facepipe.errors import ConfigError, FacepipeError, ModelError, WorkerError
+from facepipe.memory import keep_freed
+from facepipe.models.device import resolve
+from facepipe.training import journal
+from facepipe.training.checkpointing import FOLDER
+from facepipe.training.config import RunConfig
+from facepipe.training.journal import Progress
+from facepipe.training.loop import Loop, Outcome, Settings
+from facepipe.training.ranks import Ranks
+from facepipe.training.task import Task
+from pipelines.runners import ray as ray_runner
+
+Tell = Callable[[Progress], None]
+_STOP = "stop"  # a file beside the checkpoints that asks workers to end
+_COLLECTIVE_SECONDS = 4 * 3600.0  # the others wait while the first one validates
+_POLL_SECONDS = 0.5
+
+
+class Plan(Protocol):
+    """Makes what is trained; pickled to every worker, and called there."""
+
+    @property
+    def run(self) -> RunConfig: ...
+
+    def __call__(self) -> tuple[Task, Settings]: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where training will run. cpus: of a worker."""
+
+    device: str
+    cpus: int
+
+
+def check_device(run: RunConfig) -> None:
+    """Raises ModelError where a GPU is asked for on this machine and there is none; nothing has been started then."""
+    if run.runner == "inline" or "RAY_ADDRESS" not in os.environ:
+        resolve(run.device)
+
+
+def inline(plan: Plan, tell: Tell, stop: Callable[[], bool]) -> Outcome:
+    """Train in this process."""
+    import torch
+
+    device = resolve(plan.run.device)
+    threads = torch.get_num_threads()
+    try:
+        return _train(plan, Ranks(0, 1, torch.device(device)), (tell, stop), plan.run.threads or _cpus())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _train(plan: Plan, ranks: Ranks, ends: tuple[Tell, Callable[[], bool]], threads: int) -> Outcome:
+    import torch
+
+    torch.set_num_threads(threads)
+    keep_freed()
+    if plan.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(plan.run.deterministic)
+    tell, stop = ends
+    task, settings = plan()
+    return Loop(task, settings, ranks, stop)(tell)
+
+
+class OnRay:
+    """Train in workers of Ray Train on this machine, or on the cluster that RAY_ADDRESS names."""
+
+    def __init__(self, plan: Plan):
+        self._plan, self._run = plan, plan.run
+        self._stop = Path(self._run.output) / FOLDER / _STOP
+
+    def __call__(self, tell: Tell, stop: Callable[[], bool]) -> Outcome:
+        """The first worker's outcome. Raises WorkerError where workers die more than `run.failures` times."""
+        place = self._place(ray_runner.start())
+        try:
+            self._stop.unlink(missing_ok=True)
+            box: dict[str, Any] = {}
+            # Not in the main thread: there Ray would take Ctrl-C for itself, and end workers in the middle of a step.
+            fitting = threading.Thread(target=self._fit, args=(place, box), daemon=True)
+            fitting.start()
+            self._watch(fitting, tell, stop)
+            return _outcome(box)
+        finally:
+            self._stop.unlink(missing_ok=True)
+            ray_runner.stop()
+
+    def _place(self, found: Any) -> Place:
+        run = self._run
+        device = run.device if run.device != "auto" else "cuda" if found.gpus >= run.workers else "cpu"
+        if device == "cuda" and found.gpus < run.workers:
+            raise ModelError(f"run.workers {run.workers} on cuda need as many GPUs, and Ray has {found.gpus}")
+        if found.cpus < run.workers:
+            raise ConfigError(f"run.workers is {run.workers}, and Ray has {found.cpus} CPUs: lower it")
+        return Place(device, run.threads or max(1, found.cpus // run.workers))
+
+    def _fit(self, place: Place, box: dict[str, Any]) -> None:
+        from ray.train import FailureConfig, ScalingConfig
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        gpu = place.device == "cuda"
+        results = str(Path(self._run.output) / ".ray")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={"plan": self._plan, "place": place},
+                torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(_COLLECTIVE_SECONDS)),
+                scaling_config=ScalingConfig(num_workers=self._run.workers, use_gpu=gpu),
+                run_config=RayRunConfig(
+                    name="train", storage_path=results, failure_config=FailureConfig(max_failures=self._run.failures)
+                ),
+            )
+            try:
+                box["result"] = trainer.fit().return_value
+            except Exception as error:
+                box["error"] = error
+        shutil.rmtree(results, ignore_errors=True)
+
+    def _watch(self, fitting: threading.Thread, tell: Tell, stop: Callable[[], bool]) -> None:
+        told = journal.last(self._run.output)
+        while fitting.is_alive():
+            fitting.join(_POLL_SECONDS)
+            newest = journal.last(self._run.output)
+            if newest and newest != told:
+                told = newest
+                tell(newest)
+            if stop() and self._stop.parent.is_dir():
+                self._stop.touch()
+
+
+def _outcome(box: dict[str, Any]) -> Outcome:
+    error = box.get("error")
+    if error is not None:
+        failures = getattr(error, "worker_failures", {}).values()
+        for found in failures:
+            cause = getattr(found, "cause", found)
+            if isinstance(cause, FacepipeError):
+                raise cause
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise WorkerError(f"Ray Train gave up: {lines[-1].strip()[:300] if lines else type(error).__name__}") from error
+    result = box["result"]
+    if isinstance(result, Outcome):
+        return result
+    kind, message = result
+    raise getattr(errors, kind, WorkerError)(message)
+
+
+def _worker(config: dict[str, Any]) -> Any:
+    """In each of Ray's workers. An error that trying again would not mend is given back, so that Ray does not."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    context, plan, place = ray.train.get_context(), config["plan"], config["place"]
+    device = ray.train.torch.get_device() if place.device == "cuda" else torch.device("cpu")
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
+    asked = Path(plan.run.output) / FOLDER / _STOP
+    try:
+        return _train(plan, ranks, (lambda progress: None, asked.exists), place.cpus)
+    except FacepipeError as error:
+        if ranks.world > 1 and not getattr(error, "agreed", False):
+            raise  # the others do not know: all have to be started again
+        return type(error).__name__, str(error)

@@ -1,0 +1,163 @@
+"""A model's TOML file: what it may say, what it is refused for, and that it comes back as it was written."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from facepipe.errors import ConfigError, ModelError, WeightsError
+from facepipe.imaging.alignment import arcface_template
+from facepipe.models import card, chip_layout
+from facepipe.models.card_file import CardFile, InputConfig, chips_of, fed_of, read_card, save_model, to_toml
+from facepipe.models.loading import card_of, load_embedder, load_net
+
+
+class Tiny(nn.Module):
+    """Two convolutions' worth of an embedder."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, 2), nn.Linear(4, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture of the tests."""
+    from facepipe.models.architectures import ARCHITECTURES, Architecture
+
+    made = Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim))
+    monkeypatch.setitem(ARCHITECTURES, "tiny", made)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def saved(folder: Path, dim: int = 128, **settings: Any) -> Path:
+    torch.manual_seed(0)
+    return save_model(
+        folder / "m.toml", Tiny(dim).state_dict(), CardFile("m", "", architecture="tiny", dim=dim, **settings)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('name = "m"\nweigths = "m.onnx"', "did you mean weights"),
+        ('name = "m"\nweights = "m.onnx"\n[input]\nmeans = 0', "input.means: did you mean input.mean"),
+        ('name = "m"\nweights = "m.pth"\narchitecture = "resnet19"', "'resnet19'; there are .*resnet18"),
+        ('name = "m"\nweights = "m.pth"', "need an architecture: .*mobilefacenet"),
+        ('name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "resnet18"', "resnet18 is no detector"),
+        ('name = "m"\nweights = "m.pth"\narchitecture = "retinaface-mnet025"', "retinaface-mnet025 is no embedder"),
+        ('name = "m"\nweights = "m.onnx"\nrole = "tracker"', "role"),
+        ('weights = "m.onnx"', "name"),
+        ('name = "m', "is not TOML"),
+    ],
+)
+def test_what_a_file_is_refused_for(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_card(write(tmp_path / "m.toml", text))
+
+
+def test_layouts_that_cannot_be() -> None:
+    graph = CardFile("m", "m.onnx")
+    with pytest.raises(ConfigError, match=r"m: input.size = \[width, height\] is missing"):
+        chips_of(graph)
+    with pytest.raises(ConfigError, match=r"input.template is missing: arcface, dlib, or five"):
+        chips_of(CardFile("m", "m.onnx", input=InputConfig((112, 112))))
+    four = ((1.0, 2.0), (3.0, 2.0), (2.0, 3.0), (1.0, 4.0))
+    with pytest.raises(ConfigError, match=r"five points, input.template has 4"):
+        chips_of(CardFile("m", "m.onnx", input=InputConfig((112, 112), template=four)))
+
+
+def test_what_is_not_given_is_the_architectures() -> None:
+    plain = CardFile("m", "m.pth", architecture="mobilefacenet")
+    assert (chips_of(plain).size, fed_of(plain).scale) == ((96, 112), (128.0, 128.0, 128.0))
+    larger = CardFile("m", "m.pth", architecture="mobilefacenet", input=InputConfig((112, 112), "bgr", scale=1.0))
+    assert chips_of(larger).template == arcface_template((112, 112))
+    assert (fed_of(larger).channels, fed_of(larger).mean, fed_of(larger).scale) == ("bgr", (127.5,) * 3, (1.0,) * 3)
+    box = CardFile("m", "m.pth", architecture="mobilefacenet", input=InputConfig(alignment="box", fill=7))
+    assert (chips_of(box).kind, chips_of(box).template, chips_of(box).fill) == ("box", (), 7)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_model_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    given = {
+        "same_person": 1.1,
+        "licence": 'MIT, "as is"',
+        "source": "trained here \\ é",
+        "figures": {"accuracy": 0.98},
+        "input": InputConfig((64, 48), "bgr", (1.0, 2.0, 3.0), 2.5, "similarity", arcface_template((64, 48))),
+    }
+    path = saved(tmp_path, **given)
+    file = read_card(path)
+    assert {name: getattr(file, name) for name in given} == given
+    assert file.sha256 == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
+    write(tmp_path / "again.toml", to_toml(file))
+    assert read_card(tmp_path / "again.toml") == file
+    net, _ = load_net(path)
+    torch.manual_seed(0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), Tiny(128).state_dict().values(), strict=True)
+    )
+    assert card_of(path).layout == chip_layout(str(path))
+    assert card(str(tmp_path / "m.safetensors"), "embedder").sha256 == card(str(path), "embedder").sha256
+
+
+@pytest.mark.usefixtures("tiny")
+def test_weights_that_are_not_the_files(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    weights = tmp_path / "m.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(WeightsError, match="and its TOML file says"):
+        card_of(path)
+    weights.write_bytes(whole[:100])
+    write(path, 'name = "m"\nweights = "m.safetensors"\narchitecture = "tiny"')
+    with pytest.raises(WeightsError, match="cannot be read as safetensors"):
+        load_net(path)
+    weights.unlink()
+    with pytest.raises(WeightsError, match=r"m\.safetensors' are missing"):
+        card_of(path)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_dimensions_must_be_what_the_file_says(tmp_path: Path) -> None:
+    path = saved(tmp_path, 200)
+    with pytest.raises(ModelError, match=r"200-D vectors, and a gallery holds 128-D .*facepipe models project"):
+        load_embedder(path, "cpu", 1)
+    assert load_embedder(path, "cpu", 1, raw=True).dim == 200
+    write(path, path.read_text().replace("dim = 200", "dim = 100"))
+    with pytest.raises(WeightsError, match=r"fc.weight \(200, 4\) where \(100, 4\)"):
+        load_embedder(path, "cpu", 1)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path)
+    (tmp_path / "dlib-resnet.toml").write_text(path.read_text())
+    with pytest.raises(ModelError, match="no embedder is called 'm'"):
+        card("m", "embedder")
+    monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
+    assert card("m", "embedder").sha256 == card(str(path), "embedder").sha256
+    assert card("dlib-resnet", "embedder").licence == "public domain", "what is registered comes first"
+    with pytest.raises(ModelError, match="'m' is a embedder, and a detector is wanted"):
+        card("m", "detector")
+    with pytest.raises(ConfigError, match="cannot read"):
+        card(str(tmp_path / "other.toml"), "embedder")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_whatever_moves_a_vector_moves_the_fingerprint(tmp_path: Path) -> None:
+    first = card_of(saved(tmp_path)).sha256
+    assert card_of(saved(tmp_path, licence="MIT", same_person=1.0)).sha256 == first
+    changed = [{"channels": "bgr"}, {"mean": 1.0}, {"scale": 2.0}]
+    found = {card_of(saved(tmp_path, input=InputConfig(**one))).sha256 for one in changed}  # type: ignore[arg-type]
+    assert len(found | {first}) == 4

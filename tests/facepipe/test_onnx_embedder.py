@@ -1,0 +1,227 @@
+"""Embedders as ONNX graphs: foreign ones in any layout, our own exports, and galleries made with them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import embed
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from facepipe.errors import ConfigError, ContractError, ModelError
+from facepipe.gallery import Gallery
+from facepipe.models import card
+from facepipe.models.architectures import ARCHITECTURES, Architecture, Input
+from facepipe.models.card_file import CardFile, InputConfig, read_card, save_model
+from facepipe.models.engines import OnnxEmbedder, TorchEmbedder
+from facepipe.models.export import export
+from facepipe.models.parity import difference, scenes
+from facepipe.models.projection import Projection, read, save, unit
+
+FED = Input("bgr", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
+SIZE = (24, 32)
+
+
+class Tiny(nn.Module):
+    """One convolution, batch norms as everywhere, one linear layer."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 5, 2), nn.BatchNorm2d(16)
+        self.fc, self.last = nn.Linear(16, dim), nn.BatchNorm1d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fc(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+def tiny(dim: int = 512) -> Tiny:
+    """With statistics that folding must not lose."""
+    torch.manual_seed(0)
+    net = Tiny(dim)
+    for norm in (net.norm, net.last):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+def foreign(channels_last: bool, batch: int | str) -> bytes:
+    """The tiny net as somebody else's exporter would have written it: float input, named as they like."""
+    net = tiny()
+    state = {name: value.numpy() for name, value in net.state_dict().items() if "tracked" not in name}
+    height, width = SIZE[1], SIZE[0]
+    shape = [batch, height, width, 3] if channels_last else [batch, 3, height, width]
+    nodes = [helper.make_node("Transpose", ["data"], ["x"], perm=[0, 3, 1, 2])] if channels_last else []
+    first = "x" if channels_last else "data"
+    norms = ("weight", "bias", "running_mean", "running_var")
+    nodes += [
+        helper.make_node("Conv", [first, "conv.weight", "conv.bias"], ["a"], strides=[2, 2]),
+        helper.make_node("BatchNormalization", ["a", *(f"norm.{n}" for n in norms)], ["b"]),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["e"]),
+        helper.make_node("Gemm", ["e", "fc.weight", "fc.bias"], ["f"], transB=1),
+        helper.make_node("BatchNormalization", ["f", *(f"last.{n}" for n in norms)], ["fc1"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info("data", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("fc1", TensorProto.FLOAT, [batch, 512])],
+        [numpy_helper.from_array(value, name) for name, value in state.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, "n"])
+def test_foreign_graphs_in_any_layout(channels_last: bool, batch: int | str) -> None:
+    made = OnnxEmbedder(foreign(channels_last, batch), FED, SIZE)
+    assert (made.dim, made.size) == (512, SIZE)
+    assert difference(TorchEmbedder(tiny(), FED, SIZE, "cpu"), made) < 1e-5
+    chips = scenes(SIZE, 11)
+    alone = np.concatenate([made.embed(chip[None]) for chip in chips])
+    assert np.abs(made.embed(chips) - alone).max() < 1e-5, "the batch does not show in the vectors"
+    assert made.embed(chips[:0]).shape == (0, 512)
+
+
+def test_what_a_graph_is_fed_matters() -> None:
+    right = OnnxEmbedder(foreign(False, "n"), FED, SIZE)
+    chips = scenes(SIZE, 3)
+    for other in (Input("rgb", FED.mean, FED.scale), Input("bgr", (0.0,) * 3, FED.scale), Input("bgr", FED.mean)):  # type: ignore[arg-type]
+        assert np.abs(OnnxEmbedder(foreign(False, "n"), other, SIZE).embed(chips) - right.embed(chips)).max() > 0.01
+
+
+def test_graphs_that_are_no_embedders() -> None:
+    with pytest.raises(ModelError, match="cannot load the graph"):
+        OnnxEmbedder(b"no graph", FED, SIZE)
+    with pytest.raises(ModelError, match=r"does not take chips of \(32, 32\)"):
+        OnnxEmbedder(foreign(False, "n"), FED, (32, 32))
+    two = onnx.load_from_string(foreign(False, "n"))
+    two.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+    with pytest.raises(ModelError, match=r"one input of four dimensions, this one data .*more"):
+        OnnxEmbedder(two.SerializeToString(), FED, SIZE)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny net of 512 dimensions as a model with a projection."""
+    made = Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim), FED)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", made)
+    matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(512, 128)))[0].astype(np.float32)
+    save(tmp_path / "p.safetensors", Projection(matrix, 1.0), {})
+    told = CardFile("m", "", architecture="tiny", dim=512, projection="p.safetensors", figures={"accuracy": 0.5})
+    return save_model(tmp_path / "m.toml", tiny().state_dict(), _sized(told))
+
+
+def _sized(told: CardFile) -> CardFile:
+    return replace(told, input=InputConfig(SIZE, alignment="box", fill=9))
+
+
+def test_an_export_holds_all_that_comes_before_and_after(saved: Path, tmp_path: Path) -> None:
+    made = export(str(saved), tmp_path / "out.onnx")
+    assert (made.dim, made.difference < 1e-5) == (128, True)
+    file = read_card(tmp_path / "out.toml")
+    assert (file.name, file.dim, file.projection, file.figures) == ("m", 128, "", {"accuracy": 0.5})
+    assert card(str(tmp_path / "out.toml"), "embedder").layout == card(str(saved), "embedder").layout
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
+    assert [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == ["n", 32, 24, 3]
+    one, other = (card(str(path), "embedder").load("cpu", 1) for path in (saved, tmp_path / "out.toml"))
+    assert difference(one, other) < 1e-5
+    whole = TorchEmbedder(tiny(), FED, SIZE, "cpu").embed(scenes(SIZE))
+    matrix = read(tmp_path / "p.safetensors", 512)
+    assert np.abs(unit(other.embed(scenes(SIZE))) - unit(whole @ matrix)).max() < 1e-5
+    with pytest.raises(ConfigError, match="exists: choose another name"):
+        export(str(saved), saved.with_suffix(".onnx"))
+    with pytest.raises(ModelError, match="run as it is"):
+        export(str(tmp_path / "out.toml"), tmp_path / "again.onnx")
+    with pytest.raises(ModelError, match="nothing to export"):
+        export("fake-embedder", tmp_path / "again.onnx")
+
+
+def test_an_export_that_is_not_the_same_is_not_written(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import facepipe.models.export as exporting
+
+    shifted = replace(exporting.exportable(str(saved)), fed=Input())
+    right = exporting.graph_of(shifted)
+    monkeypatch.setattr(exporting, "graph_of", lambda found, opset: right)
+    with pytest.raises(ModelError, match="nothing was written; try another --opset"):
+        export(str(saved), tmp_path / "out.onnx")
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("name", ["dlib-resnet", "mobilefacenet"])
+def test_networks_of_the_zoo_are_exported(name: str, tmp_path: Path) -> None:
+    model = name
+    if name != "dlib-resnet":
+        torch.manual_seed(0)
+        net = ARCHITECTURES[name].build(128, ARCHITECTURES[name].layout.size)
+        model = str(save_model(tmp_path / "m.toml", net.state_dict(), CardFile("m", "", architecture=name)))
+    made = export(model, tmp_path / "out.onnx")
+    assert made.difference < 1e-5
+    assert card(str(tmp_path / "out.toml"), "embedder").load("cpu", 1).dim == 128
+
+
+@pytest.fixture
+def people(shared: Path, tmp_path: Path) -> Path:
+    """Four pictures of LFW."""
+    for n, path in enumerate(sorted((shared / "data" / "lfw-dev" / "images").glob("*/*.jpg"))[:4]):
+        folder = tmp_path / "people" / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).symlink_to(path)
+        assert n < 4
+    return tmp_path / "people"
+
+
+def toml(folder: Path, name: str, **values: Any) -> Path:
+    """A foreign graph's file; text is quoted, numbers are not."""
+    (folder / "foreign.onnx").write_bytes(foreign(False, "n"))
+    if not (folder / "p.safetensors").exists():
+        matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(512, 128)))[0].astype(np.float32)
+        save(folder / "p.safetensors", Projection(matrix, 1.0), {})
+    told = {
+        "mean": 100.0,
+        "alignment": '"similarity"',
+        "projection": "p.safetensors",
+        "template": '"arcface"',
+        **values,
+    }
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f'name = "foreign"\nweights = "foreign.onnx"\ndim = 512\nprojection = "{told["projection"]}"\n[input]\n'
+        f'size = {list(SIZE)}\nchannels = "bgr"\nmean = {told["mean"]}\nscale = 60\nalignment = {told["alignment"]}\n'
+        + (f"template = {told['template']}\n" if told["alignment"] == '"similarity"' else "")
+    )
+    return path
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("alignment", ["similarity", "eyes", "box"])
+def test_a_gallery_of_a_foreign_graph(alignment: str, people: Path, tmp_path: Path) -> None:
+    model = toml(tmp_path, "one", alignment=f'"{alignment}"')
+    settings = {"embed": {"model": str(model)}}
+    first = embed(people, tmp_path / "g", settings, runner="inline")
+    assert (first.statuses, first.faces >= 4) == ({"ok": 4}, True)
+    vectors = Gallery(tmp_path / "g").vectors()[1]
+    assert vectors.shape[1] == 128
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    contract = Gallery(tmp_path / "g").contract
+    assert (contract.embedder, contract.alignment.split(":")[0]) == ("foreign", alignment)
+    again = embed(people, tmp_path / "g", settings, runner="inline")
+    assert (again.images, again.skipped) == (0, 4)
+    other = toml(tmp_path, "two", alignment=f'"{alignment}"', mean=90.0)
+    with pytest.raises(ContractError, match=r"embedder_sha256: the gallery has .*, asked for is"):
+        embed(people, tmp_path / "g", {"embed": {"model": str(other)}}, runner="inline")
+    save(tmp_path / "q.safetensors", Projection(np.eye(512, 128, dtype=np.float32), 1.0), {})
+    turned = toml(tmp_path, "three", alignment=f'"{alignment}"', projection="q.safetensors")
+    with pytest.raises(ContractError, match="embedder_sha256"):
+        embed(people, tmp_path / "g", {"embed": {"model": str(turned)}}, runner="inline")

@@ -1,0 +1,458 @@
+"""The loop on toy tasks: exact resume, schedules, optimiser groups, checkpoints, ranks. No faces, no Ray."""
+
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from facepipe.errors import ConfigError, TrainingError
+from facepipe.training import checkpointing, journal, optim, schedule, start
+from facepipe.training.checkpointing import Checkpoints
+from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.journal import Journal, Progress
+from facepipe.training.loop import Loop, Outcome, Settings
+from facepipe.training.losses import LossConfig, objective
+from facepipe.training.precision import Precision
+from facepipe.training.ranks import Ranks
+from facepipe.training.report import write_report
+from facepipe.training.schedule import Standing
+
+STEPS = 40
+
+
+class Toy:
+    """Six numbers to three classes, with batch norm and dropout; a head with weights of its own."""
+
+    steps_per_epoch = 10
+
+    def __init__(self, norm: bool = True, bad: int = -1, pause: float = 0.0, loss: LossConfig | None = None):
+        torch.manual_seed(1)
+        middle = [nn.BatchNorm1d(8), nn.Dropout(0.2)] if norm else []
+        self.net: nn.Module = nn.Sequential(nn.Linear(6, 8), *middle, nn.ReLU(), nn.Linear(8, 4))
+        self.objective: nn.Module = objective(loss, 4, 3, 0) if loss else nn.Linear(4, 3)
+        self.given = loss
+        self.bad, self.pause, self.scores = bad, pause, list[float]()
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
+        time.sleep(self.pause)
+        x = torch.randn(12, 6, generator=torch.Generator().manual_seed(step))
+        share = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+        return (x * math.nan if step == self.bad else x)[share], y[share]
+
+    def loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y = inputs
+        if self.given:
+            return self.objective(self.net(x), y), {}
+        found = self.objective(self.net(x))
+        return nn.functional.cross_entropy(found, y), {"accuracy": (found.argmax(1) == y).float().mean()}
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        assert not net.training
+        if self.scores:
+            return {"score": self.scores.pop(0)}
+        x, y = self.batch(10_000)
+        if self.given:
+            return {}
+        return {"score": float((self.objective(net(x)).argmax(1) == y).float().mean())}
+
+
+def settings(output: Path | str, **run: Any) -> Settings:
+    options = {"log_every": 5, "checkpoint_steps": 7, "keep": 2} | run
+    schedule = ScheduleConfig(steps=STEPS, policy="cosine", warmup=5)
+    return Settings(
+        OptimConfig(lr=0.05), schedule, RunConfig(str(output), **options), validate_steps=10, identity={"a": "b"}
+    )
+
+
+def weights(output: Path) -> dict[str, Any]:
+    found = Checkpoints(str(output)).load()
+    assert found is not None
+    return found
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def forked(run: Callable[[], object]) -> int:
+    """A child process that runs this and ends, with 0 if nothing was raised; its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        run()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def one_of_two(folder: Path, rank: int, loss: LossConfig | None, stops: Sequence[int]) -> None:
+    """A rank of two that trains into `folder`, each time stopped after so many steps, and to the end at last."""
+    for n, stop in enumerate((*stops, 0)):
+        dist.init_process_group("gloo", init_method=f"file://{folder}-{n}", rank=rank, world_size=2)
+        calls = iter(range(1, 10_000))
+        Loop(Toy(norm=False, loss=loss), clipped(folder), Ranks(rank, 2), lambda: next(calls) == stop)()  # noqa: B023
+        dist.destroy_process_group()
+
+
+def clipped(folder: Path) -> Settings:
+    return replace(settings(folder), optim=OptimConfig(lr=0.05, clip=0.5))
+
+
+def trained(task: Toy, given: Settings, stop: int = 0) -> Outcome:
+    """Train; with `stop`, interrupt after so many steps."""
+    calls = iter(range(1, 10_000))
+    return Loop(task, given, Ranks(), lambda: next(calls) == stop)()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """How many threads there are changes the last bits of sums, and the children have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole")
+    outcome = trained(Toy(), settings(output))
+    assert (outcome.end, outcome.step, outcome.resumed) == ("done", STEPS, 0)
+    return output
+
+
+def test_training_learns_and_tells(whole: Path) -> None:
+    entries = journal.read(str(whole))
+    assert [e.step for e in entries] == list(range(5, STEPS + 1, 5))
+    assert entries[-1].loss < 0.8 * entries[0].loss
+    assert entries[-1].epoch == 4.0
+    assert entries[0].lr == pytest.approx(0.05)
+    assert entries[-1].speed > 0
+    assert 0 <= entries[-1].figures["accuracy"] <= 1
+    assert [e.step for e in entries if e.scores] == [10, 20, 30, 40]
+    assert journal.last(str(whole)) == entries[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, optimizer: Any) -> None:
+    given = [replace(settings(tmp_path / name), optim=OptimConfig(optimizer, lr=0.05)) for name in ("a", "b")]
+    trained(Toy(), given[0])
+    for stop in (3, 14, 1):
+        outcome = trained(Toy(), given[1], stop)
+        assert outcome.end == "interrupted"
+    assert outcome.step == 18
+    assert trained(Toy(), given[1]).resumed == 18
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for part in ("net", "head", "optimizer", "scaler", "standing", "step"):
+        assert equal(one[part], other[part]), part
+    lines = [[(e.step, e.scores) for e in journal.read(str(tmp_path / name))] for name in ("a", "b")]
+    assert lines[0] == lines[1]
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, whole: Path) -> None:
+    """SIGKILL at random moments, which fall into steps, validations and the writing of checkpoints alike."""
+    rng = random.Random(20261122)
+    for trial in range(2):
+        output = tmp_path / str(trial)
+        kills = 0
+        while True:
+            child = forked(lambda folder=output: trained(Toy(pause=0.01), settings(folder)))  # type: ignore[misc]
+            if kills == 2:
+                assert os.waitpid(child, 0)[1] == 0
+                break
+            time.sleep(rng.uniform(0.02, 0.4))
+            os.kill(child, signal.SIGKILL)
+            kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        ours, theirs = weights(output), weights(whole)
+        for part in ("net", "head", "optimizer", "standing"):
+            assert equal(ours[part], theirs[part]), (trial, part)
+        best = [checkpointing.read(Checkpoints(str(folder)).best) for folder in (output, whole)]
+        assert equal(best[0], best[1])
+        assert [e.step for e in journal.read(str(output))] == [e.step for e in journal.read(str(whole))]
+
+
+def test_loaders_change_nothing(tmp_path: Path, whole: Path) -> None:
+    trained(Toy(), settings(tmp_path, loaders=2, threads=1))
+    assert equal(weights(tmp_path)["net"], weights(whole)["net"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"not finite at step 24 \(epoch 3.*checkpoint of step 21 is kept"):
+        trained(Toy(bad=23), settings(tmp_path))
+    kept = weights(tmp_path)
+    assert kept["step"] == 21
+    assert all(bool(torch.isfinite(t).all()) for t in kept["net"].values())
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    task = Toy()
+    with torch.no_grad():
+        next(task.net.parameters()).fill_(math.inf)
+    task.loss = lambda inputs: (task.objective.weight.sum() * 1.0, {})  # type: ignore[method-assign, union-attr, operator]
+    with pytest.raises(
+        TrainingError, match=r"weights are not finite after step 7\. No checkpoint had been written yet"
+    ):
+        trained(task, settings(tmp_path))
+    assert Checkpoints(str(tmp_path)).load() is None
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    trained(Toy(), settings(tmp_path), stop=2)
+    other = replace(settings(tmp_path), identity={"a": "c"})
+    with pytest.raises(TrainingError, match="a run with other a: begin again with --fresh"):
+        trained(Toy(), other)
+
+
+def test_early_stopping_and_plateaus(tmp_path: Path) -> None:
+    given = settings(tmp_path, patience=3)
+    plan = ScheduleConfig(epochs=20, policy="plateau", plateau_patience=0, gamma=0.5)
+    task = Toy()
+    task.scores = [0.1, 0.5, 0.4, 0.3, 0.5, 0.9]
+    outcome = trained(task, replace(given, schedule=plan))
+    assert (outcome.end, outcome.step) == ("stopped", 50)
+    assert outcome.standing.step == 20
+    rates = {e.step: e.lr for e in journal.read(str(tmp_path))}
+    assert rates[25] == pytest.approx(0.05)
+    assert rates[35] == pytest.approx(0.025)
+    assert rates[45] == pytest.approx(0.0125)
+    again = trained(Toy(), replace(given, schedule=plan))
+    assert (again.end, again.step, again.resumed) == ("stopped", 50, 50)
+
+
+def test_schedules() -> None:
+    def rates(steps: int = 100, **options: Any) -> list[float]:
+        plan = schedule.lay_out(ScheduleConfig(steps=steps, **options), 10)
+        return [plan.factor(t) for t in range(steps)]
+
+    assert rates(policy="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    steps = rates(policy="step", milestones=(50, 80), gamma=0.1)
+    assert [steps[n] for n in (49, 50, 80)] == pytest.approx([1, 0.1, 0.01])
+    cosine = rates(policy="cosine", final=0.1)
+    assert cosine[0] == 1.0
+    assert cosine[50] == pytest.approx(0.55)
+    assert cosine[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates(policy="poly", power=2.0)[50] == pytest.approx(0.25)
+    epochs = schedule.lay_out(ScheduleConfig(epochs=3, policy="step", milestones=(2.0,)), 10)
+    assert (epochs.total, epochs.milestones) == (30, (20,))
+    with pytest.raises(ConfigError, match="warmup is 100 steps"):
+        rates(warmup=100)
+    with pytest.raises(ConfigError, match="milestones is empty"):
+        rates(policy="step")
+
+
+def test_a_standing_survives_a_checkpoint() -> None:
+    standing = Standing().after({"score": 0.5}, 10, ScheduleConfig()).after({"score": 0.4}, 20, ScheduleConfig())
+    assert (standing.best, standing.step, standing.stale) == (0.5, 10, 1)
+    assert Standing(**standing.to_dict()) == standing
+
+
+def test_groups_of_parameters() -> None:
+    task = Toy()
+    config = OptimConfig(weight_decay=0.1, head_weight_decay=0.2, head_lr=10.0)
+    found = {name: g for g, names in optim.groups(task.net, task.objective, config, 0.5).items() for name in names}
+    assert found["net.0.weight"] == optim.Group(0.25, 0.1)
+    assert found["net.0.bias"] == optim.Group(0.25, 0.0)
+    assert found["net.1.weight"] == optim.Group(0.5, 0.0)
+    assert found["net.4.weight"] == optim.Group(1.0, 0.1)
+    assert found["head.weight"] == optim.Group(10.0, 0.2)
+    optimizer = optim.make(optim.groups(task.net, task.objective, config), config)
+    optim.set_rate(optimizer, 0.3)
+    assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([0.3, 0.3, 3.0])
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    task = Toy(norm=False)
+    before = {k: v.clone() for k, v in task.net.state_dict().items()}
+    config = OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, clip=0.01)
+    trained(task, replace(settings(tmp_path), optim=config, schedule=ScheduleConfig(steps=1, policy="constant")))
+    moved = sum(float(((v - before[k]) ** 2).sum()) for k, v in task.net.state_dict().items())
+    assert 0 < moved <= 0.01**2 * 1.001
+
+
+def test_what_is_frozen_stays_until_it_is_thawed(tmp_path: Path) -> None:
+    task = Toy()
+    before = {k: v.clone() for k, v in task.net.state_dict().items()}
+    names = optim.frozen_names(task.net, ["0", "1"])
+    given = replace(settings(tmp_path), frozen=names, unfreeze_step=20)
+    trained(task, given, stop=19)
+    for key in ("0.weight", "1.weight", "1.running_mean", "1.num_batches_tracked"):
+        assert torch.equal(task.net.state_dict()[key], before[key]), key
+    assert not torch.equal(task.net.state_dict()["4.weight"], before["4.weight"])
+    task = Toy()
+    trained(task, given)
+    for key in ("0.weight", "1.running_mean"):
+        assert not torch.equal(task.net.state_dict()[key], before[key]), key
+    with pytest.raises(ConfigError, match="names 'body', and no parameter begins so; there are 0, 1, 4"):
+        optim.frozen_names(task.net, ["body"])
+
+
+def test_thawing_is_resumed_exactly(tmp_path: Path) -> None:
+    names = optim.frozen_names(Toy().net, ["0"])
+    for folder, stops in (("a", ()), ("b", (20, 3))):
+        given = replace(settings(tmp_path / folder), frozen=names, unfreeze_step=20)
+        for stop in stops:
+            trained(Toy(), given, stop)
+        trained(Toy(), given)
+    assert equal(weights(tmp_path / "a")["net"], weights(tmp_path / "b")["net"])
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(str(tmp_path), keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save({"step": step, "x": torch.full((100,), float(step))})
+    last = checkpoints.folder / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-40])
+    found = Checkpoints(str(tmp_path)).load()
+    assert found is not None
+    assert found["step"] == 2
+    assert float(found["x"][0]) == 2.0
+    older = checkpoints.folder / "last-1.ckpt"
+    data = bytearray(older.read_bytes())
+    data[len(data) // 2] ^= 1
+    older.write_bytes(data)
+    found = Checkpoints(str(tmp_path)).load()
+    assert found is not None
+    assert found["step"] == 1
+    (checkpoints.folder / "last-2.ckpt").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged"):
+        Checkpoints(str(tmp_path)).load()
+
+
+def test_a_checkpoint_cannot_bring_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    checkpointing.write(tmp_path / "last.ckpt", {"step": 1, "x": Evil()})
+    with pytest.raises(checkpointing.DamagedError):
+        checkpointing.read(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_one_run_writes(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    other = Checkpoints(str(tmp_path)).held(patience=0.1)
+    with checkpoints.held(), pytest.raises(TrainingError, match="another run is writing to"), other:
+        pass
+
+
+def test_metrics_after_the_checkpoint_are_taken_off(tmp_path: Path) -> None:
+    entries = [Progress(n, 9, n / 3, 1.0, 0.1, 5.0, float(n)) for n in (2, 4, 6)]
+    with Journal(str(tmp_path), 0, tensorboard=True) as write:
+        for entry in entries:
+            write(entry)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "cut')
+    with Journal(str(tmp_path), 4) as write:
+        write(replace(entries[2], loss=2.0))
+    assert [(e.step, e.loss) for e in journal.read(str(tmp_path))] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+    assert entries[1].left == pytest.approx(5.0)
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+SHARDED = LossConfig("am-softmax", scale=8.0, margin=0.1, sharded=True)
+
+
+@pytest.mark.parametrize(("loss", "stops"), [(None, ()), (SHARDED, (3,))])
+def test_two_ranks_with_the_same_batch_are_one(tmp_path: Path, loss: LossConfig | None, stops: Sequence[int]) -> None:
+    """Two gloo processes, a network without batch norm: the mean of two halves' gradients is that of the whole.
+
+    Of a sharded head each has its own classes, and the checkpoint all of them; a run is stopped and gone on with.
+    """
+    ranks = [forked(lambda rank=rank: one_of_two(tmp_path / "two", rank, loss, stops)) for rank in range(2)]  # type: ignore[misc]
+    assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
+    trained(Toy(norm=False, loss=loss), clipped(tmp_path / "one"))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for part in ("net", "head"):
+        assert one[part].keys() == two[part].keys()
+        for key, value in one[part].items():
+            assert torch.allclose(value, two[part][key], rtol=0, atol=1e-6), key
+    # A checkpoint of two workers is gone on with by one.
+    more = replace(settings(tmp_path / "two"), schedule=ScheduleConfig(steps=STEPS + 5, policy="constant"))
+    assert trained(Toy(norm=False, loss=loss), more).resumed == STEPS
+
+
+def test_precision_is_checked() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        Precision("fp16", torch.device("cpu"))
+    assert Precision("auto", torch.device("cpu")).name == "fp32"
+
+
+def test_bf16_trains_on_a_cpu(tmp_path: Path) -> None:
+    assert trained(Toy(), settings(tmp_path, precision="bf16")).end == "done"
+    assert weights(tmp_path)["net"]["0.weight"].dtype == torch.float32
+    entries = journal.read(str(tmp_path))
+    assert entries[-1].loss < entries[0].loss
+
+
+def test_the_report_is_one_page_without_outside_assets(tmp_path: Path, whole: Path) -> None:
+    entries = journal.read(str(whole))
+    outcome = Outcome("done", STEPS, STEPS, 12.0, 0, Standing(0.9, 20, scores={"score": 0.9}))
+    config = {
+        "optim": {"lr": 0.1},
+        "detection": {"loss": {"box": 2.0}},
+        "data": {"source": "<script>alert(1)</script>"},
+    }
+    about = {"title": "Training", "subtitle": "out", "data": {"images": 1234}, "config": config, "scores": {"auc": 1.0}}
+    write_report(str(tmp_path / "report.html"), entries, outcome, about)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("<path") == 5
+    for text in ("1,234", "loss.box", "Learning rate", "Throughput", "&lt;script&gt;", "best"):
+        assert text in page, text
+
+
+def test_a_start_of_another_dim_keeps_the_trunk(tmp_path: Path) -> None:
+    first = start.find(ModelConfig(architecture="mobilefacenet", dim=64))
+    state = first.build(0).state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    same = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "a.pth")))
+    assert same.dim == 64
+    assert same.resized() == []
+    assert equal(same.build(5).state_dict(), state)
+    other = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "a.pth"), dim=32))
+    resized = set(other.resized())
+    assert resized
+    built = other.build(5).state_dict()
+    kept = [k for k in state if k not in resized]
+    assert all(torch.equal(built[k], state[k]) for k in kept)
+    frozen = set(other.frozen(ModelConfig(freeze="trunk")))
+    assert frozen
+    assert not frozen & resized
+    missing = dict(list(state.items())[1:])
+    torch.save(missing, tmp_path / "b.pth")
+    broken = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "b.pth")))
+    from facepipe.errors import WeightsError
+
+    with pytest.raises(WeightsError, match=f"1 missing: {next(iter(state))}"):
+        broken.build(0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(), "model.architecture is missing"),
+        (ModelConfig(architecture="resnet9000"), "no embedder is called 'resnet9000'"),
+        (ModelConfig(start="retinaface-mnet025"), "no embedder is called 'retinaface-mnet025'"),
+    ],
+)
+def test_models_that_cannot_be_trained(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start.find(config)

@@ -1,0 +1,137 @@
+"""facepipe models on the command line, and models from files for embed and search."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import draw
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from facepipe.gallery import Gallery
+from facepipe.models.card_file import CardFile, InputConfig, save_model
+from jobs.cli import app
+
+
+class Tiny(nn.Module):
+    """Mean colours of a 3x3 grid, spread over `dim` numbers."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc = nn.Linear(27, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 3).flatten(1))
+
+
+def call(*words: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def model(folder: Path, name: str, dim: int) -> Path:
+    torch.manual_seed(0)
+    told = CardFile(name, "", architecture="tiny", dim=dim, licence="MIT", input=InputConfig((32, 32)))
+    return save_model(folder / f"{name}.toml", Tiny(dim).state_dict(), told)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    from facepipe.models.architectures import ARCHITECTURES, Architecture
+
+    monkeypatch.setitem(
+        ARCHITECTURES, "tiny", Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim))
+    )
+
+
+def test_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call("models", "--json")
+    names = [row["name"] for row in json.loads(out)["models"]]
+    assert (code, {"dlib-resnet", "retinaface-mnet025"} <= set(names)) == (0, True)
+    code, out, _ = call("models", "--architectures", "--json")
+    found = {row["name"]: row for row in json.loads(out)["architectures"]}
+    assert (found["mobilefacenet"]["role"], found["mobilefacenet"]["input"]) == (
+        "embedder",
+        "RGB, mean 127.5, scale 128",
+    )
+    assert found["facenet-inception"]["alignment"] == "160x160, eyes level, box letterboxed with 128"
+    model(tmp_path, "mine", 128)
+    (tmp_path / "broken.toml").write_text('name = "broken"\nweights = "gone.onnx"\n')
+    monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
+    rows = {row["name"]: row for row in json.loads(call("models", "--json")[1])["models"]}
+    assert (rows["mine"]["licence"], len(rows["mine"]["sha256"])) == ("MIT", 64)
+    assert "cannot be used: the weights" in rows["broken"]["summary"]
+    assert call("models")[0] == 0
+    assert call("models", "--architectures")[0] == 0
+
+
+def test_check(tmp_path: Path) -> None:
+    found = json.loads(call("models", "check", "dlib-resnet", "--json")[1])
+    assert (found["dim"], found["parameters"], found["licence"]) == (128, 5_614_592, "public domain")
+    found = json.loads(call("models", "check", model(tmp_path, "mine", 130), "--json")[1])
+    assert (found["raw_dim"], found["parameters"], found["architecture"]) == (130, 28 * 130, "tiny")
+    assert "models project" in found["note"]
+    assert json.loads(call("models", "check", "fake-detector", "--json")[1])["role"] == "detector"
+    (tmp_path / "mine.safetensors").write_bytes(b"nothing")
+    code, _, err = call("models", "check", tmp_path / "mine.toml")
+    assert (code, "its TOML file says" in err) == (1, True)
+    code, _, err = call("models", "check", "nobody")
+    assert (code, "no embedder is called 'nobody'" in err) == (1, True)
+    code, _, err = call("models", "check", tmp_path / "no.toml")
+    assert (code, "cannot read" in err) == (2, True)
+
+
+def test_export(tmp_path: Path) -> None:
+    path = model(tmp_path, "mine", 128)
+    code, out, _ = call("models", "export", path, tmp_path / "out.onnx", "--json")
+    found = json.loads(out)
+    assert (code, found["opset"], found["dim"], found["difference"] < 1e-5) == (0, 20, 128, True)
+    assert json.loads(call("models", "check", tmp_path / "out.toml", "--json")[1])["dim"] == 128
+    code, _, err = call("models", "export", path, tmp_path / "out.onnx")
+    assert (code, "choose another name" in err) == (2, True)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """45 pictures, 3 of a person, with 4 'faces' each."""
+    for n in range(45):
+        folder = tmp_path / "corpus" / f"p{n // 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        one = draw(2)
+        tinted = [np.where(draw(2) > 200, 200 + (n * 7 + k * 13) % 50, one).astype(np.uint8) for k in range(2)]
+        cv2.imwrite(str(folder / f"{n}.png"), np.hstack(tinted))
+    return tmp_path / "corpus"
+
+
+def test_from_projection_to_search(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = ["--runner", "inline", "--quiet"]
+    assert (
+        call("embed", corpus, tmp_path / "g", "--detector", "fake-detector", "--embedder", "fake-embedder", *fast)[0]
+        == 0
+    )
+    assert len(Gallery(tmp_path / "g").vectors()[0]) == 180
+    big = model(tmp_path, "mine", 140)
+    code, _, err = call("embed", corpus, tmp_path / "h", "--detector", "fake-detector", "--embedder", big, *fast)
+    assert (code, "models project" in err) == (1, True)
+    code, _, err = call("models", "project", big, tmp_path / "g", "--faces", "20")
+    assert (code, "20 faces are too few" in err) == (1, True)
+    code, out, _ = call("models", "project", big, tmp_path / "g", "--seed", "8", "--quiet", "--json")
+    found = json.loads(out)
+    assert (code, found["images"], found["full"]["same"] > 0) == (0, {"ok": 45}, True)
+    monkeypatch.chdir(tmp_path)
+    words = ["--detector", "fake-detector", "--embedder", "mine-128.toml"]
+    assert call("embed", corpus, "own2", *words, *fast)[0] == 0
+    assert Gallery("own2").contract.embedder == "mine-128"
+    assert call("index", "own2", "--quiet")[0] == 0
+    query = ["search", "own2", corpus / "p0", "hits.parquet", "--quiet", "--set", "embed.run.runner=inline"]
+    code, _, err = call(*query)
+    assert (code, "mine-128" in err) == (1, True)
+    assert call(*query, "--embedder", "mine-128.toml")[0] == 0
+    (tmp_path / "hits.parquet").unlink()
+    monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
+    assert call(*query)[0] == 0

@@ -1,0 +1,109 @@
+"""`facepipe train`: its messages, its exit codes, and that it ends cleanly and goes on."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.train import line
+
+EXAMPLE = REPOSITORY / "jobs" / "train.toml"
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A config of a small run on drawn crops."""
+    for person in range(4):
+        (tmp_path / "data" / f"p{person}").mkdir(parents=True)
+        for n in range(4):
+            pixels = np.random.default_rng(10 * person + n).integers(0, 60, (32, 32, 3)) + 40 * person
+            cv2.imwrite(str(tmp_path / "data" / f"p{person}" / f"{n}.png"), pixels.astype(np.uint8))
+    text = f"""
+data = {{source = "{tmp_path}/data", aligned = true}}
+model.architecture = "mobilefacenet"
+loss = {{name = "softmax"}}
+sample.batch = 4
+split.by = "none"
+optim.lr = 0.01
+schedule.steps = 3
+run = {{output = "{tmp_path}/out", runner = "inline", log_every = 1, threads = 1}}
+"""
+    (tmp_path / "train.toml").write_text(text)
+    return tmp_path / "train.toml"
+
+
+def test_ctrl_c_ends_a_run_cleanly_and_it_goes_on(written: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "train", str(written), "--json", "--set", "schedule.steps=100000"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        seen = [run.stderr.readline()]
+        while "step " not in seen[-1]:
+            seen.append(run.stderr.readline())
+            assert seen[-1], seen
+        run.send_signal(signal.SIGINT)
+        rest = run.stderr.read()
+    assert run.returncode == 130, rest
+    assert "interrupted; the checkpoint is written, and the same command goes on from there" in rest
+    assert re.search(
+        r"step \d+ of 100000, epoch \d+\.\d+, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, .* left", seen[-1]
+    )
+    assert (written.parent / "out" / "checkpoints" / "last.ckpt").exists()
+    done = CliRunner().invoke(app, ["train", str(written), "--fresh", "--json", "--quiet"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert (summary["end"], summary["step"], summary["resumed"]) == ("done", 3, 0)
+    assert summary["data"]["images"] == 16
+    again = CliRunner().invoke(app, ["train", str(written), "--quiet"])
+    assert again.exit_code == 0
+    assert "went on from step" in again.stdout
+    assert "model.toml" in again.stdout
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_1(written: Path) -> None:
+    found = CliRunner().invoke(app, ["train", str(written), "--quiet", "--set", "optim.lr=1e30"])
+    assert found.exit_code == 1
+    assert re.search(r"(loss is not finite at step \d+ \(epoch 1,|weights are not finite after step)", found.stderr)
+    assert not (written.parent / "out" / "model.toml").exists()
+
+
+def test_a_wrong_config_is_exit_code_2(written: Path) -> None:
+    for setting, message in (
+        ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr?"),
+        ("model.architecture=resnet9", "no embedder is called 'resnet9'"),
+        ("schedule.warmup=99", "warmup is 99 steps, and the whole training 3"),
+    ):
+        found = CliRunner().invoke(app, ["train", str(written), "--quiet", "--set", setting])
+        assert (found.exit_code, message in found.stderr) == (2, True), found.stderr
+
+
+def test_the_example_says_the_defaults() -> None:
+    from facepipe.config import build
+    from pipelines.train import TrainConfig
+
+    tree = tomllib.loads(EXAMPLE.read_text())
+    given, plain = build(TrainConfig, tree), TrainConfig()
+    free = {("data", "gallery"), ("model", "architecture"), ("run", "output")}
+    for section, keys in tree.items():
+        for key in keys:
+            if (section, key) not in free:
+                assert getattr(getattr(given, section), key) == getattr(getattr(plain, section), key), key
+    commented = re.sub(r"(?m)^# (?=\w+ = )", "", EXAMPLE.read_text().split("# A detector")[0])
+    build(TrainConfig, tomllib.loads(commented))
+
+
+def test_a_line_of_progress() -> None:
+    from pipelines.train import Progress
+
+    progress = Progress(50, 200, 1.25, 3.14159, 0.1, 99.5, 60.0, scores={"score": 0.875})
+    expected = "step 50 of 200, epoch 1.25, loss 3.1416, lr 0.1, 99.5 images/s, score 0.8750, 0:03:00 left"
+    assert line(progress) == expected

@@ -1,0 +1,236 @@
+"""Training as a pipeline: through Ray with a worker that dies, the checks before any work, and what is left behind."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from facepipe.errors import ConfigError, ModelError, TrainingError
+from facepipe.training import checkpointing, journal
+from facepipe.training.checkpointing import Checkpoints
+from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.loop import Settings
+from pipelines.train import interruptible, read_config, run, train
+
+STEPS = 30
+
+
+class Toy:
+    """Four numbers to two classes. fatal: this process is killed at this step, once, as the file tells."""
+
+    steps_per_epoch = 10
+
+    def __init__(self, fatal: int, mark: str):
+        torch.manual_seed(3)
+        self.net: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 4))
+        self.objective: nn.Module = nn.Linear(4, 2)
+        self._fatal, self._mark = fatal, mark
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
+        if step == self._fatal and not os.path.exists(self._mark):
+            open(self._mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return x, (x[:, 0] > 0).long()
+
+    def loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        return nn.functional.cross_entropy(self.objective(self.net(inputs[0])), inputs[1]), {}
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        return {"score": -float(self.loss(self.batch(9_999))[0])}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyPlan:
+    run: RunConfig
+    fatal: int = -1
+
+    def __call__(self) -> tuple[Toy, Settings]:
+        schedule = ScheduleConfig(steps=STEPS, warmup=3)
+        mark = str(Path(self.run.output) / "killed")
+        given = Settings(OptimConfig("adamw", lr=0.01), schedule, self.run, validate_steps=10)
+        return Toy(self.fatal, mark), given
+
+
+def loaded(output: Path) -> dict[str, Any]:
+    found = Checkpoints(str(output)).load()
+    assert found is not None
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_through_ray_a_killed_worker_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    options = {"log_every": 5, "checkpoint_steps": 4, "threads": 1}
+    try:
+        killed = ToyPlan(RunConfig(str(tmp_path / "ray"), runner="ray", **options), fatal=17)  # type: ignore[arg-type]
+        (tmp_path / "ray").mkdir()
+        told = list[Any]()
+        outcome = train(killed, told.append)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert (tmp_path / "ray" / "killed").exists()
+    assert (outcome.end, outcome.step, outcome.resumed) == ("done", STEPS, 16)
+    assert told
+    assert told[-1].step == STEPS
+    train(ToyPlan(RunConfig(str(tmp_path / "inline"), runner="inline", **options)))  # type: ignore[arg-type]
+    one, other = loaded(tmp_path / "ray"), loaded(tmp_path / "inline")
+    for part in ("net", "head", "optimizer", "standing"):
+        assert same(one[part], other[part]), part
+    steps = [[e.step for e in journal.read(str(tmp_path / name))] for name in ("ray", "inline")]
+    assert steps[0] == steps[1]
+
+
+def test_the_first_signal_ends_the_step_and_the_second_counts() -> None:
+    reached = list[bool]()
+
+    def work(signals: int) -> None:
+        with interruptible() as stop:
+            for _ in range(signals):
+                reached.append(stop())
+                signal.raise_signal(signal.SIGINT)
+            reached.append(stop())
+
+    with pytest.raises(KeyboardInterrupt):
+        work(1)
+    assert reached == [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        work(2)
+    assert reached == [False, True, False, True]
+    work(0)
+
+
+BASE: dict[str, Any] = {
+    "data": {"source": "nowhere"},
+    "model": {"architecture": "mobilefacenet"},
+    "run": {"output": "nowhere-either", "runner": "inline"},
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"loss": {"name": "triplet", "mining": "batch-hard"}, "sample": {"identities": 8, "images": 1}}, "at least 2"),
+        ({"loss": {"name": "triplet"}}, "compares faces of one person"),
+        ({"loss": {"name": "arcfac"}}, "did you mean arcface"),
+        ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
+        ({"model": {"freezing": "trunk"}}, "unknown key model.freezing: did you mean model.freeze"),
+        ({"run": {"output": ""}}, "run.output is missing"),
+        ({"run": {"runner": "ray", "workers": 3}}, "sample.batch = 128 does not divide by run.workers = 3"),
+        ({"run": {"workers": 2}}, "the runner inline has one"),
+        ({"data": {"gallery": "g"}}, "both given"),
+        ({"detection": {"annotations": "x"}}, "unknown key data"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused_before_any_work(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(BASE, layer)
+
+
+def test_a_gpu_that_is_absent_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    from facepipe.models.device import gpus
+
+    if gpus():
+        pytest.skip("there is a GPU")
+    output = tmp_path / "out"
+    with pytest.raises(ModelError, match="there is no CUDA device"):
+        run(read_config(BASE, {"run": {"device": "cuda", "output": str(output)}}))
+    assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def persons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Crops of six 'persons', each a pattern of its own with noise."""
+    root = tmp_path_factory.mktemp("persons")
+    for person in range(6):
+        (root / f"person{person}").mkdir()
+        pattern = np.random.default_rng(person).integers(60, 200, (3, 3, 3)).astype(np.uint8)
+        for n in range(4):
+            noise = np.random.default_rng(100 * person + n).integers(-30, 30, (32, 32, 3))
+            pixels = cv2.resize(pattern, (32, 32), interpolation=cv2.INTER_CUBIC) + noise
+            cv2.imwrite(str(root / f"person{person}" / f"{n}.png"), np.clip(pixels, 0, 255).astype(np.uint8))
+    return root
+
+
+def config(persons: Path, output: Path, **layers: Any) -> Any:
+    tree = {
+        "data": {"source": str(persons), "aligned": True},
+        "model": {"architecture": "mobilefacenet", "dim": 128},
+        "loss": {"name": "am-softmax", "scale": 12.0, "margin": 0.1},
+        "sample": {"batch": 8},
+        "split": {"held": 0.4},
+        "optim": {"lr": 0.02},
+        "schedule": {"steps": 4, "validate": 2},
+        "run": {"output": str(output), "runner": "inline", "threads": 1, "log_every": 1, "checkpoint_steps": 1},
+    }
+    return read_config(tree, layers)
+
+
+def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> None:
+    from facepipe.models import card
+
+    output = tmp_path / "first"
+    summary = run(config(persons, output))
+    assert (summary.end, summary.step, summary.resumed) == ("done", 4, 0)
+    assert summary.data["images"] + summary.data["held-out images"] == 24
+    made = card(summary.model, "embedder")
+    assert made.dim == 128
+    assert made.load("cpu", 1).embed(np.zeros((2, 112, 96, 3), np.uint8)).shape == (2, 128)
+    manifest = json.loads((output / "manifest.json").read_text())
+    faces = np.load(output / "faces.npy")
+    assert len(faces) == manifest["images"] == summary.data["images"]
+    assert manifest["faces_sha256"] == hashlib.sha256(faces.tobytes()).hexdigest()
+    assert manifest["config"]["optim"]["lr"] == 0.02
+    assert "mobilefacenet" in (output / "report.html").read_text()
+    # Again: nothing to do, the same model.
+    before = (output / "model.safetensors").read_bytes()
+    again = run(config(persons, output))
+    assert again.resumed == 4
+    assert (output / "model.safetensors").read_bytes() == before
+    # Other settings are not mixed with these checkpoints; --fresh begins again.
+    with pytest.raises(TrainingError, match="other optim: begin again with --fresh"):
+        run(config(persons, output, optim={"lr": 0.5}))
+    # Fine-tuning from the result, with another length of vectors and a frozen trunk.
+    tuned = config(persons, tmp_path / "second", run={"chips": str(output / "chips")}, schedule={"steps": 1})
+    model = {"start": summary.model, "architecture": "mobilefacenet", "dim": 64, "freeze": "trunk"}
+    run(dataclasses.replace(tuned, model=dataclasses.replace(tuned.model, **model)))
+    first, second = loaded(output), loaded(tmp_path / "second")
+    best = checkpointing.read(Checkpoints(str(output)).best)["net"]
+    changed = [k for k, v in second["net"].items() if k not in best or not torch.equal(v, best[k])]
+    assert 0 < len(changed) < len(first["net"]) / 4
+    start = json.loads((tmp_path / "second" / "manifest.json").read_text())["start"]
+    assert start["sha256"] == hashlib.sha256(before).hexdigest()
+
+
+def test_an_interrupted_run_leaves_a_checkpoint(persons: Path, tmp_path: Path) -> None:
+    """SIGINT between two steps: KeyboardInterrupt, and the next run goes on."""
+    given = config(persons, tmp_path, split={"by": "none"})
+
+    def interrupt(progress: Any) -> None:
+        if progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(given, tell=interrupt)
+    stopped = loaded(tmp_path)["step"]
+    assert stopped in (2, 3)
+    assert not (tmp_path / "model.toml").exists()
+    summary = run(given)
+    assert (summary.resumed, summary.scores) == (stopped, {})
