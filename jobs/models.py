@@ -54,8 +54,11 @@ def _list(as_json: bool) -> None:
     for found, name, problem in listed():
         known = {column: getattr(found, column) for column in _COLUMNS} if found else dict.fromkeys(_COLUMNS, "")
         rows.append(known if found else {**known, "name": name, "summary": f"cannot be used: {problem}"})
-    shown = [[*list(row.values())[:-1], row["sha256"][:12]] for row in rows]
-    emit({"models": rows}, as_json, lambda: table("models", _COLUMNS, shown))
+    columns = ("name", "role", "summary", "licence")
+    shown = [[row[column] for column in columns] for row in rows]
+    emit(
+        {"models": rows}, as_json, lambda: table("models (--json: weights, SHA-256 and input as well)", columns, shown)
+    )
 
 
 def _architectures(as_json: bool) -> None:
@@ -70,7 +73,9 @@ def _architectures(as_json: bool) -> None:
         alignment = described(made.layout) if made.role == "embedder" else ""
         lineages = ", ".join(lineage.name for lineage in made.lineages)
         rows.append(dict(zip(columns, (made.name, made.role, made.summary, taken, alignment, lineages), strict=True)))
-    emit({"architectures": rows}, as_json, lambda: table("architectures", columns, (row.values() for row in rows)))
+    few = ("name", "role", "summary", "lineages")
+    shown = [[row[column] for column in few] for row in rows]
+    emit({"architectures": rows}, as_json, lambda: table("architectures (--json: input and alignment)", few, shown))
 
 
 def _numbers(values: tuple[float, ...]) -> str:

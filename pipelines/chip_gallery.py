@@ -40,7 +40,7 @@ class GalleryListing:
         held = np.load(self.held, mmap_mode="r")
         number, places = 0, Places()
         left = len(wanted) - len(held)
-        for faces in whole_images(Gallery(self.gallery, self.version).batches(_WORK, "face_id is not null", ROWS)):
+        for faces in whole_images(Gallery(self.gallery, self.version).batches(_WORK, "landmarks is not null", ROWS)):
             ids = faces["face_id"].to_numpy()
             mine = _among(wanted, ids) & ~_among(held, ids)
             chosen = faces.filter(pa.array(mine))

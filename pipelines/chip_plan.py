@@ -48,7 +48,7 @@ def choose(
     only = Names(wanted) if wanted is not None else None
     names = {name: n for n, name in enumerate(labels.names)} if labels else {}
     figures, parts = Counter[str](), [(np.empty(0, np.int64), np.empty(0, np.int32))]
-    has_face = "face_id is not null"
+    has_face = "landmarks is not null"
     for table in whole_images(gallery.batches(_CHOICE, has_face, rows=ROWS)):
         code = _coded(table, labels, names) if only is None else _unlabelled(table, only, names)
         rows = np.flatnonzero(code >= 0)

@@ -128,7 +128,7 @@ def _with_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) ->
 
 
 def _labelled(gallery: Gallery) -> Iterator[tuple[Ints, list[str | None]]]:
-    for batch in gallery.batches(["face_id", "identity"], "face_id is not null"):
+    for batch in gallery.batches(["face_id", "identity"], "landmarks is not null"):
         yield batch["face_id"].to_numpy(), batch["identity"].to_pylist()
 
 
@@ -152,7 +152,7 @@ class FacesAgain:
     def chips(self, faces: Ints, images: Counter[str]) -> Iterator[tuple[Ints, npt.NDArray[np.uint8]]]:
         """(ids (n,), chips (n, h, w, 3)) block by block; `images` counts what became of the images, by status."""
         places = Places()
-        for batch in self._gallery.batches(_COLUMNS, "face_id is not null"):
+        for batch in self._gallery.batches(_COLUMNS, "landmarks is not null"):
             mine = batch.filter(pa.array(np.isin(batch["face_id"].to_numpy(), faces))).to_pylist()
             found = dict[str, list[dict[str, Any]]]()
             for row in mine:
