@@ -122,7 +122,7 @@ class _Embedder:
         folder = run.chips or os.path.join(run.output, "chips")
         chips = prepare(config.data, start.chips, folder, progress=say)
         pairs = ""
-        if config.validate.pairs and config.schedule.validate:
+        if config.validate.pairs and config.schedule.validate != 0:
             pairs = f"{folder}-of-pairs"
             wanted = names_in(read_validation_pairs(replace(config.validate, held_only=False)))
             prepare_images(config.validate.data, wanted, start.chips, pairs)

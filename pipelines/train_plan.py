@@ -56,7 +56,7 @@ class EmbedderPlan:
     def pair_set(self) -> PairSet | None:
         """The pairs that networks are scored on; None where nothing is held out and no file is given."""
         config = self.config.validate
-        if not self.config.schedule.validate:
+        if self.config.schedule.validate == 0:
             return None
         train, held = self.parts()
         if self.pairs:
@@ -112,7 +112,7 @@ def settings(config: TrainConfig | DetectorConfig, task: Task, start: Start, ide
         frozen=optim.frozen_names(task.net, start.frozen(config.model)),
         unfreeze_step=schedule.in_steps(config.schedule, config.model.unfreeze_at, steps),
         layer_decay=config.model.layer_decay,
-        validate_steps=schedule.in_steps(config.schedule, config.schedule.validate, steps),
+        validate_steps=schedule.validation_steps(config.schedule, steps),
         identity=identity,
     )
 

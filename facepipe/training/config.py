@@ -74,8 +74,8 @@ class ScheduleConfig:
     milestones: where policy step falls
     warmup: length of the linear rise from nothing at the beginning
     final: share of the rate that cosine, poly and plateau end at
-    validate: length between validations, of which there is one at the end as well; the best network is the result.
-        0: none, and the last network is
+    validate: length between validations, by default an epoch; there is one at the end as well, and the best network is
+        the result. 0: none, and the last network is
     """
 
     epochs: Positive = 20.0
@@ -87,7 +87,7 @@ class ScheduleConfig:
     plateau_patience: Natural = 2
     warmup: Weight = 0.0
     final: Share = 0.0
-    validate: Weight = 1.0
+    validate: Weight | None = None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def in_steps(config: ScheduleConfig, length: float, steps_per_epoch: int) -> int
     return max(1, round(length * unit)) if length else 0
 
 
+def validation_steps(config: ScheduleConfig, steps_per_epoch: int) -> int:
+    """Steps between two validations; 0 where there are none."""
+    return steps_per_epoch if config.validate is None else in_steps(config, config.validate, steps_per_epoch)
+
+
 def lay_out(config: ScheduleConfig, steps_per_epoch: int) -> Schedule:
     """A schedule in steps, for a task with so many steps an epoch.
 

@@ -83,7 +83,7 @@ def halves(chips: ChipSet, work: Path) -> list[Path]:
     return files
 
 
-def trained(args: argparse.Namespace, loss: str, held: Path, out: Path) -> Path:
+def trained(args: argparse.Namespace, loss: str, held: Path, out: Path, chips: str) -> Path:
     """The model's TOML file after fine-tuning with a loss on who is not held out."""
     tree = {
         "data": {"source": str(args.images), "identity": "folder"},
@@ -93,8 +93,15 @@ def trained(args: argparse.Namespace, loss: str, held: Path, out: Path) -> Path:
         "augment": {"colour": 0.3, "crop": 0.5} if args.augment else {},
         "split": {"names": str(held)},
         "optim": {"lr": args.lr, "head_lr": args.head_lr, "clip": 5.0},
-        "schedule": {"steps": args.steps, "policy": "cosine", "warmup": args.steps // 10},
-        "run": {"output": str(out), "runner": "inline", "threads": 1, "device": "cpu", "checkpoint_seconds": 3600},
+        "schedule": {"steps": args.steps, "policy": "cosine", "warmup": args.steps // 10, "validate": 0},
+        "run": {
+            "output": str(out),
+            "chips": str(chips),
+            "runner": "inline",
+            "threads": 1,
+            "device": "cpu",
+            "checkpoint_seconds": 3600,
+        },
     }
     return Path(run(build(TrainConfig, tree)).model)
 
@@ -130,7 +137,7 @@ def main() -> None:
     for loss in args.loss:
         began, after = time.monotonic(), []
         for side in (0, 1):
-            file = trained(args, loss, held[side], args.work / f"{name}{args.tag}-{loss}-{side}")
+            file = trained(args, loss, held[side], args.work / f"{name}{args.tag}-{loss}-{side}", chips.folder)
             after.append(judged(vectors_of(load_net(file)[0], fed, parts[side]), parts[side].labels))
         seconds = round(time.monotonic() - began)
         show(loss, after, before, seconds)
