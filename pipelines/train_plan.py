@@ -4,13 +4,21 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import nn
+
+from facepipe.models.architectures import Input
+from facepipe.models.device import resolve
 from facepipe.training import optim, schedule
+from facepipe.training.checkpointing import FOLDER
 from facepipe.training.chips import ChipSet
 from facepipe.training.config import RunConfig
 from facepipe.training.detection.task import DetectionTask
-from facepipe.training.embedding_task import Embed, EmbeddingTask, Examples
+from facepipe.training.embedding_task import Embed, EmbeddingTask, Examples, embedded
+from facepipe.training.imprint import imprint
 from facepipe.training.loop import Settings
 from facepipe.training.losses import objective
 from facepipe.training.sampling import Sampler
@@ -41,11 +49,19 @@ class EmbedderPlan:
         train, _ = self.parts()
         net = start.build(seed, config.model.dropout)
         head = objective(config.loss, start.dim, len(train.identities), seed)
+        if config.model.imprint and not any(Path(self.run.output, FOLDER).glob("*.ckpt")):
+            self._imprint(net, head, start.input, train)
         sampler = Sampler(train.labels, config.sample, seed)
         task = EmbeddingTask(net, head, Examples(train, sampler, config.augment, Judge(self)), start.input, seed)
         identity = _identity(config, ("data", "loss", "sample", "augment", "split", "validate"))
         identity |= {"weights": start.sha256, "images": train.info.fingerprint}
         return task, settings(config, task, start, identity)
+
+    def _imprint(self, net: nn.Module, head: nn.Module, fed: Input, train: ChipSet) -> None:
+        device = torch.device(resolve(self.run.device))
+        net.to(device).eval()
+        imprint(head, lambda chips: embedded(net, chips, fed, device), train, self.config.model.imprint)
+        net.train()
 
     def parts(self) -> tuple[ChipSet, ChipSet]:
         """Chips to train on, and those held out."""

@@ -25,6 +25,8 @@ class ModelConfig:
         make the embedding. Batch normalisation in frozen parts keeps its statistics as well
     unfreeze_at: from here on nothing is frozen: epochs, or steps where `schedule.steps` is given; 0: never
     layer_decay: factor on the learning rate for each layer further from the output (layer-wise decay); 1: none
+    imprint: of so many images of each identity the mean direction becomes where its class centre starts; 0: centres
+        start at random. For fine-tuning; costs one pass over these images
     dropout: probability of the network's own dropout layers; by default the architecture's
     """
 
@@ -34,6 +36,7 @@ class ModelConfig:
     freeze: Literal["trunk"] | tuple[str, ...] = ()
     unfreeze_at: Weight = 0.0
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    imprint: Natural = 0
     dropout: Share | None = None
 
 

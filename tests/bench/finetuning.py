@@ -87,7 +87,7 @@ def trained(args: argparse.Namespace, loss: str, held: Path, out: Path, chips: s
     """The model's TOML file after fine-tuning with a loss on who is not held out."""
     tree = {
         "data": {"source": str(args.images), "identity": "folder"},
-        "model": {"start": args.start, "layer_decay": args.layer_decay},
+        "model": {"start": args.start, "layer_decay": args.layer_decay, "imprint": args.imprint},
         "loss": {"name": loss, **SETTINGS.get(loss, {})},
         "sample": {"identities": args.identities, "images": 2, "singles": "repeat"},
         "augment": {"colour": 0.3, "crop": 0.5} if args.augment else {},
@@ -115,7 +115,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--identities", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--head-lr", type=float, default=10.0)
+    parser.add_argument("--head-lr", type=float, default=1.0)
+    parser.add_argument("--imprint", type=int, default=4)
     parser.add_argument("--layer-decay", type=float, default=1.0)
     parser.add_argument("--augment", action="store_true")
     parser.add_argument("--tag", default="")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from facepipe.errors import ConfigError, TrainingError
 from facepipe.training import checkpointing, journal, optim, schedule, start
 from facepipe.training.checkpointing import Checkpoints
 from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.imprint import imprint
 from facepipe.training.journal import Journal, Progress
 from facepipe.training.loop import Loop, Outcome, Settings
 from facepipe.training.losses import LossConfig, objective
@@ -456,3 +458,28 @@ def test_a_start_of_another_dim_keeps_the_trunk(tmp_path: Path) -> None:
 def test_models_that_cannot_be_trained(config: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         start.find(config)
+
+
+@pytest.mark.parametrize("name", ["softmax", "arcface", "subcenter-arcface", "triplet-softmax"])
+def test_imprinted_centres_are_the_classes_mean_directions(name: str) -> None:
+    class Rows:
+        labels = np.array([2, 0, 1, 0, 2, 2, 1, 0])
+
+        def stack(self, rows: np.ndarray) -> np.ndarray:
+            return rows  # type: ignore[return-value]
+
+    vectors = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    head = objective(LossConfig(name), 6, 3, 0)
+    weight = next(p for p in head.parameters() if p.dim() > 1)
+    lengths = weight.detach().norm(dim=-1)
+    imprint(head, lambda rows: vectors[rows], Rows(), 2)  # type: ignore[arg-type]
+    assert torch.allclose(weight.detach().norm(dim=-1), lengths)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for label, rows in ((0, [1, 3]), (1, [2, 6]), (2, [0, 4])):
+        mean = units[rows].sum(0) / np.linalg.norm(units[rows].sum(0))
+        found = torch.nn.functional.normalize(weight.detach()[label].reshape(-1, 6).mean(0), dim=0).numpy()
+        assert found @ mean > (0.99 if name == "subcenter-arcface" else 0.99999)
+
+
+def test_losses_without_centres_are_left_alone_by_imprinting() -> None:
+    imprint(objective(LossConfig("triplet"), 6, 3, 0), lambda rows: pytest.fail("embeds nothing"), None, 2)  # type: ignore[arg-type]
