@@ -68,6 +68,8 @@ def run(
     config = _absolute(config)
     check_device(config.run)
     start = find(config.model) if isinstance(config, TrainConfig) else None
+    if start:
+        start.build(config.run.seed)  # weights that do not fit are told before any data is prepared
     if fresh:
         _clear(config.run.output)
     os.makedirs(config.run.output, exist_ok=True)

@@ -51,7 +51,7 @@ def _torch(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{str(file)!r} is refused: it holds more than tensors, and loading that would run code of whoever wrote "
-            f"it, or it is no checkpoint ({_first_line(error)}). Save its state_dict alone, or as safetensors"
+            "it, or it is no checkpoint. Save its state_dict alone, or as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise WeightsError(f"{str(file)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
