@@ -8,7 +8,7 @@ import typer
 from jobs.console import emit, failures, say, table
 from jobs.options import GalleryPath, Json
 
-app = typer.Typer(help="Detectors and embedders: list, check, export, project.")
+app = typer.Typer()
 _COLUMNS = ("name", "role", "summary", "weights", "licence", "input", "sha256")
 Model = Annotated[
     str,

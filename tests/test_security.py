@@ -35,7 +35,7 @@ from facepipe.hashtable import HashTable
 from facepipe.imaging import header
 from facepipe.index.queries import open_queries
 from facepipe.index.search import Index
-from facepipe.models import cards
+from facepipe.models import registry
 from facepipe.observe.redact import redact
 from facepipe.sources import SourceConfig, listfile, open_source, tar
 from facepipe.stages import Decode, Read
@@ -50,6 +50,9 @@ DOCS = (REPOSITORY / "docs" / "security.md").read_text()
 
 # A private socket between a parent and the child that it started itself: docs/security.md says why that is safe.
 TALK_PICKLE = {"pipelines/runners/local.py", "pipelines/runners/child.py"}
+# The exception that torch's weights_only reader raises, and an unpickler that knows four names: tests/facepipe/test_mtcnn.py
+# and test_embedders.py show that neither runs what it reads.
+REFUSE_PICKLE = {"facepipe/models/checkpoint.py", "facepipe/models/detectors/mtcnn_weights.py"}
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml", "jsonpickle"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 METHODS = {"extract", "extractall", "unpack_archive", "os.system", "os.popen"}
@@ -81,7 +84,7 @@ def faults(source: str) -> list[str]:
 def test_nothing_that_is_read_is_run(floor: str) -> None:
     for path in sorted((REPOSITORY / floor).rglob("*.py")):
         name = path.relative_to(REPOSITORY).as_posix()
-        allowed = {"pickle"} if name in TALK_PICKLE else set()
+        allowed = {"pickle"} if name in TALK_PICKLE | REFUSE_PICKLE else set()
         assert set(faults(path.read_text())) <= allowed, name
 
 
@@ -159,9 +162,9 @@ def test_weights_are_data(kind: str, trace: Path, tmp_path: Path, monkeypatch: p
         monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.syspath_prepend(tmp_path / "site")
     with pytest.raises(WeightsError):
-        cards.retinaface_graph.__wrapped__()
+        registry.retinaface_graph.__wrapped__()
     with pytest.raises(WeightsError, match="not the registered file"):
-        cards.dlib_weights.__wrapped__()
+        registry.dlib_weights.__wrapped__()
 
 
 @pytest.fixture(scope="module")
