@@ -52,7 +52,11 @@ DOCS = (REPOSITORY / "docs" / "security.md").read_text()
 TALK_PICKLE = {"pipelines/runners/local.py", "pipelines/runners/child.py"}
 # The exception that torch's weights_only reader raises, and an unpickler that knows four names: tests/facepipe/test_mtcnn.py
 # and test_embedders.py show that neither runs what it reads.
-REFUSE_PICKLE = {"facepipe/models/checkpoint.py", "facepipe/models/detectors/mtcnn_weights.py"}
+REFUSE_PICKLE = {
+    "facepipe/models/checkpoint.py",
+    "facepipe/models/detectors/mtcnn_weights.py",
+    "facepipe/training/checkpointing.py",
+}
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml", "jsonpickle"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 METHODS = {"extract", "extractall", "unpack_archive", "os.system", "os.popen"}

@@ -48,6 +48,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# dlib's vectors fill a narrow cone (two persons' cosine is 0.9): margins meant for the whole sphere push it apart.
+NARROW: dict[str, dict[str, Any]] = {
+    "triplet": {"margin": 0.05},
+    "triplet-softmax": {"margin": 0.05},
+    "cosine": {"margin": 0.9},
+}
+
+
+def settings_of(start: str, loss: str) -> dict[str, Any]:
+    """What is set of a loss."""
+    return SETTINGS.get(loss, {}) | (NARROW.get(loss, {}) if start == "dlib-resnet" else {})
+
+
 def side_of(name: str) -> int:
     """Which half an identity is in."""
     return hash64("half", name) & 1
@@ -88,7 +101,7 @@ def trained(args: argparse.Namespace, loss: str, held: Path, out: Path, chips: s
     tree = {
         "data": {"source": str(args.images), "identity": "folder"},
         "model": {"start": args.start, "layer_decay": args.layer_decay, "imprint": args.imprint},
-        "loss": {"name": loss, **SETTINGS.get(loss, {})},
+        "loss": {"name": loss, **settings_of(args.start, loss)},
         "sample": {"identities": args.identities, "images": 2, "singles": "repeat"},
         "augment": {"colour": 0.3, "crop": 0.5} if args.augment else {},
         "split": {"names": str(held)},
