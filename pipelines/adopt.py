@@ -108,7 +108,7 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
     if next((table for table in source.batches() if table.num_rows), None) is None:
         raise SourceError(f"no encoding in {config.encodings!r}")
     with writer_lock(gallery) as lease:
-        return _run_locked(config, source, _open(gallery, contract), lease, progress)
+        return _run_locked(config, source, Gallery.open_or_create(gallery, contract), lease, progress)
 
 
 def _run_locked(
@@ -139,15 +139,6 @@ def _run_locked(
         adoption.close()
     summary.version = Gallery(gallery.path).version
     return summary
-
-
-def _open(path: str, contract: Contract) -> Gallery:
-    if not Gallery.exists(path):
-        return Gallery.create(path, contract)
-    gallery = Gallery(path)
-    gallery.contract.require(contract, f"the gallery {path!r}")
-    gallery.widen()
-    return gallery
 
 
 def _columns(source: EncodingSource) -> list[str]:

@@ -18,6 +18,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
 from facepipe.graph import Graph
 from facepipe.graph.describe import recall_note
+from facepipe.graph.pairs import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
@@ -108,9 +109,10 @@ def _found(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple
     if len(galleries) < 2:
         return found, None
     pairs = graph.edges.within(_FARTHEST)
-    u, v = row_of_node[pairs.u], row_of_node[pairs.v]
-    low, high = np.minimum(u, v), np.maximum(u, v)
-    return found, shared_identities(table, low, high, pairs.distance, graph.info.distance)
+    edges = Pairs(row_of_node[pairs.u], row_of_node[pairs.v], pairs.distance)
+    first = np.full(table.num_rows, -1, np.int64)
+    first[row_of_node] = row_of_node[graph.representatives]
+    return found, shared_identities(table, edges, first, graph.info.distance, graph.info.most)
 
 
 def _without_hash(galleries: list[Gallery]) -> int:

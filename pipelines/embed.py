@@ -11,7 +11,7 @@ import facepipe
 from facepipe import storage
 from facepipe.erasure import suppressed
 from facepipe.errors import AccountingError, SourceError, StorageError
-from facepipe.gallery import Contract, Gallery
+from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.lock import Lease, writer_lock
@@ -82,7 +82,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     if next(iter(source), None) is None:
         raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were passed over)")
     with writer_lock(gallery) as lease:
-        return _run_locked(config, _open(gallery, config.contract), source.name, lease, progress)
+        return _run_locked(config, Gallery.open_or_create(gallery, config.contract), source.name, lease, progress)
 
 
 def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease, progress: Progress) -> Summary:
@@ -192,15 +192,6 @@ def _choose(config: RunConfig, listing: Listing) -> tuple[str, Blocks]:
         if images > config.auto_images:
             return "ray", listing
     return "local", lambda: iter(ahead)  # listed to its end: that need not be done twice
-
-
-def _open(path: str, contract: Contract) -> Gallery:
-    if not Gallery.exists(path):
-        return Gallery.create(path, contract)
-    gallery = Gallery(path)
-    gallery.contract.require(contract, f"the gallery {path!r}")
-    gallery.widen()
-    return gallery
 
 
 def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source: str, gallery: Gallery) -> Job:

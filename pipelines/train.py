@@ -88,13 +88,16 @@ def train(plan: Plan, tell: Tell = lambda progress: None) -> Outcome:
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C or SIGTERM only makes what is given true; it is raised at the end. A second one counts.
 
-    In threads other than the main one signals are not ours.
+    In threads other than the main one signals are not ours; one that the process ignores (as shells make background
+    jobs ignore Ctrl-C) stays ignored.
     """
     caught = list[int]()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    foreign = (signal.SIG_IGN, None)  # None: a handler that is not Python's
+    before = {number: handler for number, handler in found.items() if handler not in foreign}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -1,6 +1,7 @@
 """Corpora and helpers that several tests share. Data in ../shared is optional: tests that need it skip without it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # tests must not write into the home folder
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

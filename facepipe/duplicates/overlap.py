@@ -6,12 +6,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.duplicates.images import Ints, codes_of
+from facepipe.graph.pairs import Pairs
 
-Floats = npt.NDArray[np.float32]
 
-
-def shared_identities(faces: pa.Table, u: Ints, v: Ints, distance: Floats, threshold: float = 0.35) -> pa.Table:
+def shared_identities(
+    faces: pa.Table, edges: Pairs, first: Ints | None = None, threshold: float = 0.35, most: int = 32
+) -> pa.Table:
     """Identities of side 0 and side 1 that are linked by faces within the threshold, or that have the same name.
+
+    edges: between rows of `faces`, of which only pairs within the threshold count. first (n,): the row that stands for
+    a row and its copies in the edges, -1 where a row is no face; by default every row stands for itself. A copy has
+    the links of the row that stands for it; under more than `most` names a side the first of them have.
 
     identity_0, identity_1, same_name, links (pairs of faces), best and mean distance of those (null if none), faces_0,
     faces_1 (faces that the two have), share (links of all pairs of their faces; capped edges leave some out). Highest
@@ -19,22 +24,55 @@ def shared_identities(faces: pa.Table, u: Ints, v: Ints, distance: Floats, thres
     threshold lie 0.07 % of the pairs of strangers on LFW.
     """
     side, codes = faces["side"].to_numpy(), codes_of(faces["identity"])
-    links = _linked(side, codes, (np.asarray(u), np.asarray(v), np.asarray(distance)), threshold)
+    first = np.arange(len(codes)) if first is None else first
+    counts = (edges.distance <= threshold) & (first[edges.u] != first[edges.v])  # copies meet in the row they share
+    links = _linked(_standing(side, codes, first, most), edges.take(counts))
     table = pa.concat_tables([links, _namesakes(faces)]).group_by(["code_0", "code_1"])
     table = table.aggregate([("links", "sum"), ("best", "min"), ("mean", "max"), ("same_name", "max")])
     table = table.rename_columns(["code_0", "code_1", "links", "best", "mean", "same_name"])
     return _described(table, faces, side, codes)
 
 
-def _linked(side: npt.NDArray[np.int8], codes: Ints, edges: tuple[Ints, Ints, Floats], threshold: float) -> pa.Table:
-    u, v, distance = edges
-    counts = (distance <= threshold) & (side[u] != side[v]) & (codes[u] >= 0) & (codes[v] >= 0)
-    u, v, distance = u[counts], v[counts], distance[counts]
-    zero = np.where(side[u] == 0, u, v)
-    pairs = pa.table({"code_0": codes[zero], "code_1": codes[u + v - zero], "distance": distance.astype(np.float32)})
-    found = pairs.group_by(["code_0", "code_1"]).aggregate([("distance", f) for f in ("count", "min", "mean")])
-    found = found.rename_columns(["code_0", "code_1", "links", "best", "mean"])
-    return found.append_column("same_name", pa.array(np.zeros(found.num_rows, bool)))
+def _standing(side: npt.NDArray[np.int8], codes: Ints, first: Ints, most: int) -> tuple[pa.Table, pa.Table]:
+    """Of each side: identities (code) of the faces that a row (first) stands for, and how many faces of each."""
+    known = np.flatnonzero((codes >= 0) & (first >= 0))
+    faces = pa.table({"first": first[known], "code": codes[known], "side": side[known]})
+    counted = faces.group_by(["first", "code", "side"]).aggregate([([], "count_all")])
+    counted = counted.sort_by([(name, "ascending") for name in ("side", "first", "code")])
+    owners = np.stack([counted[name].to_numpy() for name in ("side", "first")])
+    begins = np.ones(counted.num_rows, bool)
+    begins[1:] = (owners[:, 1:] != owners[:, :-1]).any(axis=0)
+    rank = np.arange(counted.num_rows) - np.maximum.accumulate(np.where(begins, np.arange(counted.num_rows), 0))
+    counted = counted.filter(pa.array(rank < most))
+    one, other = (counted.filter(pc.equal(counted["side"], n)).drop_columns(["side"]) for n in (0, 1))
+    return one, other
+
+
+def _linked(standing: tuple[pa.Table, pa.Table], edges: Pairs) -> pa.Table:
+    """Pairs of identities that edges join, through all faces that the edges' ends stand for."""
+    zero, one = (table.rename_columns([f"first_{n}", f"code_{n}", f"count_{n}"]) for n, table in enumerate(standing))
+    itself = np.intersect1d(zero["first_0"].to_numpy(), one["first_1"].to_numpy())
+    ends = pa.table(
+        {
+            "first_0": np.concatenate([edges.u, edges.v, itself]),
+            "first_1": np.concatenate([edges.v, edges.u, itself]),
+            "distance": np.concatenate([edges.distance, edges.distance, np.zeros(len(itself), np.float32)]),
+        }
+    )
+    met = ends.join(zero, "first_0", join_type="inner").join(one, "first_1", join_type="inner")
+    links = pc.multiply(met["count_0"], met["count_1"])
+    weighed = pc.multiply(met["distance"].cast(pa.float64()), links.cast(pa.float64()))
+    met = met.append_column("links", links).append_column("weighed", weighed).group_by(["code_0", "code_1"])
+    found = met.aggregate([("links", "sum"), ("distance", "min"), ("weighed", "sum")])
+    columns = {
+        "code_0": found["code_0"],
+        "code_1": found["code_1"],
+        "links": found["links_sum"],
+        "best": found["distance_min"],
+        "mean": pc.divide(found["weighed_sum"], found["links_sum"].cast(pa.float64())),
+        "same_name": pa.array(np.zeros(found.num_rows, bool)),
+    }
+    return pa.table(columns)
 
 
 def _namesakes(faces: pa.Table) -> pa.Table:

@@ -64,6 +64,16 @@ class Gallery:
         return any(found.url.endswith((".json", ".parquet")) for found in storage.files_in(log))
 
     @classmethod
+    def open_or_create(cls, path: str, contract: Contract) -> "Gallery":
+        """The gallery to write to, with the columns of this version. Raises ContractError where it has another one."""
+        if not cls.exists(path):
+            return cls.create(path, contract)
+        gallery = cls(path)
+        gallery.contract.require(contract, f"the gallery {path!r}")
+        gallery.widen()
+        return gallery
+
+    @classmethod
     def create(cls, path: str, contract: Contract) -> "Gallery":
         """A new, empty gallery pinned to a contract. A folder that holds something else is refused."""
         if _holds_something(path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
 from facepipe.errors import ConfigError
+from facepipe.graph.pairs import Pairs
 from facepipe.imaging.perceptual import mirrored
 
 SCHEMA = pa.schema(
@@ -276,7 +277,7 @@ def test_shared_identities() -> None:
     table = pa.Table.from_pylist(rows, SCHEMA)
     edges = [(0, 2, 0.2), (1, 3, 0.3), (0, 1, 0.1), (4, 5, 0.3), (5, 7, 0.1), (1, 2, 0.9)]
     u, v, d = (np.array(column) for column in zip(*edges, strict=True))
-    found = shared_identities(table, u, v, d.astype(np.float32)).to_pylist()
+    found = shared_identities(table, Pairs(u, v, d.astype(np.float32))).to_pylist()
     assert [(r["identity_0"], r["identity_1"], r["same_name"], r["links"]) for r in found] == [
         ("Cy", "Bo", False, 1),
         ("Ann_Lee", "ann lee", True, 2),
@@ -285,8 +286,35 @@ def test_shared_identities() -> None:
     assert found[1]["best"] == pytest.approx(0.2)
     assert found[1]["mean"] == pytest.approx(0.25)
     assert (found[1]["faces_0"], found[1]["faces_1"], found[2]["best"]) == (2, 2, None)
-    empty = shared_identities(table.slice(0, 0), u[:0], v[:0], d[:0].astype(np.float32))
+    empty = shared_identities(table.slice(0, 0), Pairs(u[:0], v[:0], d[:0].astype(np.float32)))
     assert empty.num_rows == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shared_identities_do_not_depend_on_which_copy_the_graph_knows(seed: int) -> None:
+    """A graph joins copies to the first of them alone; with the links of all pairs spelt out it comes to the same."""
+    rng = np.random.default_rng(seed)
+    rows = [face(n, identity=rng.choice(["a", "b", "c", None]), side=int(rng.integers(2))) for n in range(24)]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    first = np.arange(24)
+    for n in range(1, 24):
+        first[n] = first[rng.integers(n)] if rng.random() < 0.6 else n
+    u, v = np.triu_indices(24, 1)
+    between = {pair: float(rng.random()) for pair in zip(u.tolist(), v.tolist(), strict=True)}
+
+    def far(a: int, b: int) -> float:
+        ends = sorted((int(first[a]), int(first[b])))
+        return 0.0 if ends[0] == ends[1] else between[ends[0], ends[1]]
+
+    every = np.array([far(a, b) for a, b in zip(u.tolist(), v.tolist(), strict=True)], np.float32)
+    known = (first[v] == u) | ((first[u] == u) & (first[v] == v))
+    whole = shared_identities(table, Pairs(u, v, every), threshold=0.4)
+    short = shared_identities(table, Pairs(u, v, every).take(known), first, threshold=0.4)
+    assert whole.num_rows
+    assert short.drop_columns(["mean"]) == whole.drop_columns(["mean"])
+    np.testing.assert_allclose(short["mean"].to_numpy(), whole["mean"].to_numpy(), rtol=1e-5)
+    capped = shared_identities(table, Pairs(u, v, every).take(known), first, threshold=0.4, most=1)
+    assert 0 < sum(capped["links"].to_pylist()) < sum(whole["links"].to_pylist())
 
 
 def test_nothing_one_image_and_odd_names() -> None:

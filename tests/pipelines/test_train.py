@@ -117,6 +117,17 @@ def test_the_first_signal_ends_the_step_and_the_second_counts() -> None:
     work(0)
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 BASE: dict[str, Any] = {
     "data": {"source": "nowhere"},
     "model": {"architecture": "mobilefacenet"},
