@@ -37,13 +37,20 @@ class TrainConfig:
         """What has to divide by the number of workers, and its name."""
         if self.sample.identities:
             return "sample.identities", self.sample.identities
+        if self.loss.offline:
+            return "the number of triplets in sample.batch", self.sample.batch // 3
         return "sample.batch", self.sample.batch
 
     def check(self) -> "TrainConfig":
         """Itself, with what can be known to be wrong before any data is read. Raises ConfigError."""
         self.data.check()
-        settled(self.loss)
-        if needs_pairs(self.loss.name) and (not self.sample.identities or self.sample.images < 2):
+        loss = settled(self.loss)
+        if loss.offline and (self.sample.identities or self.sample.batch % 3):
+            raise ConfigError(
+                "loss.offline brings triplets of its own: leave sample.identities out, and set sample.batch to three "
+                "times the triplets of a batch"
+            )
+        if needs_pairs(loss) and (not self.sample.identities or self.sample.images < 2):
             raise ConfigError(
                 f"{self.loss.name} compares faces of one person within a batch: set sample.identities (P) and "
                 "sample.images (K) of at least 2"

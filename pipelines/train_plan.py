@@ -25,6 +25,7 @@ from facepipe.training.sampling import Sampler
 from facepipe.training.split import split
 from facepipe.training.start import Start, find
 from facepipe.training.task import Task
+from facepipe.training.triplet_task import TripletSampler, TripletTask
 from facepipe.training.validation import PairSet, read_validation_pairs, verify
 from pipelines.train_config import DetectorConfig, TrainConfig
 
@@ -51,11 +52,18 @@ class EmbedderPlan:
         head = objective(config.loss, start.dim, len(train.identities), seed)
         if config.model.imprint and not any(Path(self.run.output, FOLDER).glob("*.ckpt")):
             self._imprint(net, head, start.input, train)
-        sampler = Sampler(train.labels, config.sample, seed)
-        task = EmbeddingTask(net, head, Examples(train, sampler, config.augment, Judge(self)), start.input, seed)
+        task = self._task(net, head, train, start.input)
         identity = _identity(config, ("data", "loss", "sample", "augment", "split", "validate"))
         identity |= {"weights": start.sha256, "images": train.info.fingerprint}
         return task, settings(config, task, start, identity)
+
+    def _task(self, net: nn.Module, head: nn.Module, train: ChipSet, fed: Input) -> Task:
+        config, seed, judge = self.config, self.run.seed, Judge(self)
+        if config.loss.offline:
+            triplets = TripletSampler(train.labels, config.loss, config.sample.batch, seed)
+            return TripletTask(net, head, Examples(train, triplets, config.augment, judge), fed, seed)
+        sampler = Sampler(train.labels, config.sample, seed)
+        return EmbeddingTask(net, head, Examples(train, sampler, config.augment, judge), fed, seed)
 
     def _imprint(self, net: nn.Module, head: nn.Module, fed: Input, train: ChipSet) -> None:
         device = torch.device(resolve(self.run.device))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from facepipe.models.architectures import Input
 from facepipe.training.augment import AugmentConfig, augment
-from facepipe.training.sampling import Sampler
 from facepipe.training.task import Batch
 
 Pixels = npt.NDArray[np.uint8]
@@ -28,19 +27,31 @@ class Chips(Protocol):
     def chip(self, row: int) -> Pixels: ...
 
 
+class Rows(Protocol):
+    """Which rows of the chips make up a batch: see `Sampler`."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> npt.NDArray[np.int64]: ...
+
+
+S = TypeVar("S", bound=Rows, covariant=True)
+
+
 def _nothing(embed: Embed) -> dict[str, float]:
     return {}
 
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(Generic[S]):
     """What an embedder is trained on and judged by.
 
     chips: a training set with labels from 0 without gaps; verify: figures of an embedding function, with `score`
     """
 
     chips: Chips
-    sampler: Sampler
+    sampler: S
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     verify: Callable[[Embed], dict[str, float]] = _nothing
 
@@ -48,7 +59,7 @@ class Examples:
 class EmbeddingTask:
     """A `Task`: a batch is chips (n, h, w, 3) uint8 RGB and labels (n,) int64."""
 
-    def __init__(self, net: nn.Module, objective: nn.Module, examples: Examples, fed: Input, seed: int = 0):
+    def __init__(self, net: nn.Module, objective: nn.Module, examples: Examples[Rows], fed: Input, seed: int = 0):
         self.net, self.objective, self._examples = net, objective, examples
         self._fed, self._seed = fed, seed
         self.steps_per_epoch = examples.sampler.steps_per_epoch

@@ -23,7 +23,7 @@ from facepipe.training.precision import Gradients, Precision
 from facepipe.training.ranks import Ranks
 from facepipe.training.schedule import Standing
 from facepipe.training.snapshot import sliced
-from facepipe.training.task import Batch, Task
+from facepipe.training.task import Batch, Renewed, Task
 from facepipe.training.window import Window
 
 End = Literal["done", "stopped", "interrupted"]
@@ -52,7 +52,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: done, stopped (early: scores no longer rose) or interrupted; and what came of it."""
+    """How a run ended: done, stopped (early: scores no longer rose, or nothing was left to learn) or interrupted; and
+    what came of it."""
 
     end: End
     step: int
@@ -117,13 +118,42 @@ class Loop:
         self._set_mode(self._resumed)
         done = self._resumed
         end: End | None = "stopped" if self._stale() and done < self._schedule.total else None
-        for step, inputs in self._batches(range(self._resumed, self._resumed if end else self._schedule.total)):
-            self._step(step, inputs)
-            done = step + 1
-            end = self._after(done, tell)
+        for steps in [] if end else self._stretches():
+            end = self._renew(done)
+            for step, inputs in [] if end else self._batches(steps):
+                self._step(step, inputs)
+                done = step + 1
+                end = self._after(done, tell)
+                if end:
+                    break
             if end:
                 break
         return Outcome(end or "done", done, self._schedule.total, self._elapsed(), self._resumed, self._standing)
+
+    def _stretches(self) -> Iterator[range]:
+        """The steps to go: all of them, or epoch by epoch where batches are prepared anew for each."""
+        at, total = self._resumed, self._schedule.total
+        each = self.task.steps_per_epoch if isinstance(self.task, Renewed) else total
+        while at < total:
+            stretch = range(at, min(total, at - at % each + each))
+            yield stretch
+            at = stretch.stop
+
+    def _renew(self, done: int) -> End | None:
+        """Prepare the epoch's batches where the task does so; the run ends where nothing is left to learn."""
+        if not isinstance(self.task, Renewed):
+            return None
+        with self._window.paused(), torch.no_grad():
+            self.task.net.eval()
+            more = self.task.renew(done // self.task.steps_per_epoch, self.ranks)
+            self._set_mode(done)
+        if more:
+            return None
+        if not done:
+            raise AgreedError("no triplet of the training set costs anything: set a larger loss.margin")
+        if done > self._resumed:
+            self._save(done)
+        return "stopped"
 
     def _batches(self, steps: range) -> Iterator[tuple[int, Batch]]:
         """Steps and their batches, prepared ahead where there are loaders."""

@@ -10,7 +10,7 @@ from facepipe.errors import TrainingError
 from facepipe.training import optim
 from facepipe.training.losses.shards import Shard, full_rows, full_state, load_full_state, own_rows
 from facepipe.training.schedule import Standing
-from facepipe.training.task import Task
+from facepipe.training.task import Renewed, Task
 
 Content = dict[str, Any]
 
@@ -27,7 +27,10 @@ def sliced(objective: nn.Module) -> dict[str, Shard]:
 
 
 def take(task: Task, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Content:
-    """The tensors of network, head, optimiser and loss scaling, whole. Every rank calls it, and gets the same."""
+    """The tensors of network, head, optimiser and loss scaling, whole, and what the epoch was prepared with.
+
+    Every rank calls it, and gets the same.
+    """
     shards = sliced(task.objective)
     state = optim.state_of(optimizer)
     for name, shard in shards.items():
@@ -37,6 +40,7 @@ def take(task: Task, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Cont
         "head": full_state(task.objective),
         "optimizer": state,
         "scaler": scaler.state_dict(),
+        "prepared": task.prepared() if isinstance(task, Renewed) else {},
     }
 
 
@@ -52,6 +56,8 @@ def give(content: Content, task: Task, optimizer: Optimizer, scaler: torch.amp.G
         state[name] = {k: own_rows(shard, v) if _by_row(v) else v for k, v in state.get(name, {}).items()}
     optim.restore(optimizer, state)
     scaler.load_state_dict(content["scaler"])
+    if isinstance(task, Renewed):
+        task.take_up(content["prepared"])
 
 
 def _by_row(value: Any) -> bool:

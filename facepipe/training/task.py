@@ -1,8 +1,10 @@
 """What the loop trains. A task knows its data and its loss; of steps, optimisers and processes it knows nothing."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+from facepipe.training.ranks import Ranks
 
 Batch = tuple[Tensor, ...]
 
@@ -30,3 +32,20 @@ class Task(Protocol):
 
     def validate(self, net: nn.Module) -> dict[str, float]:
         """Figures of a network in evaluation mode; `score` is among them, and higher is better. {}: no validation."""
+
+
+@runtime_checkable
+class Renewed(Protocol):
+    """A task whose batches depend on the network as it was when their epoch began."""
+
+    def renew(self, epoch: int, ranks: Ranks) -> bool:
+        """Prepare an epoch's batches with the network as it is, unless they are prepared; all ranks call it.
+
+        False where there is nothing left to learn.
+        """
+
+    def prepared(self) -> dict[str, Tensor]:
+        """What a run that goes on within the epoch needs, for checkpoints."""
+
+    def take_up(self, prepared: dict[str, Tensor]) -> None:
+        """Put it back."""

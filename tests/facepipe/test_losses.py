@@ -511,6 +511,23 @@ def test_one_class_is_no_class() -> None:
         objective(LossConfig(), DIM, 1, 0)
 
 
+@pytest.mark.parametrize("name", ["triplet", "triplet-softmax"])
+def test_given_triplets_are_thirds_of_the_batch(name: str) -> None:
+    rng = np.random.default_rng(3)
+    x = torch.from_numpy(rng.normal(size=(12, DIM)))
+    y = torch.from_numpy(rng.integers(0, CLASSES, 12))
+    config = LossConfig(name, margin=0.7, offline=True)
+    assert not needs_pairs(config)
+    head = objective(config, DIM, CLASSES, 0).double()
+    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+    triplets = [(unit[n], unit[n + 4], unit[n + 8]) for n in range(4)]
+    expected = np.mean([max(0.0, ((a - p) ** 2).sum() - ((a - n) ** 2).sum() + 0.7) for a, p, n in triplets])
+    if name == "triplet-softmax":
+        logits = x @ head.classifier.weight.detach().T
+        expected += float(torch.nn.functional.cross_entropy(logits, y))
+    assert float(head(x, y).detach()) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_offline_triplets_need_a_triplet_loss() -> None:
     for config in (LossConfig("arcface"), LossConfig("triplet", mining="batch-all")):
         with pytest.raises(ConfigError, match="semi-hard or batch-hard"):
@@ -521,7 +538,8 @@ def test_offline_triplets_need_a_triplet_loss() -> None:
 def test_what_callers_rely_on(name: str) -> None:
     assert f"{name}" in (LossConfig.__doc__ or "")
     head = objective(build(LossConfig, {"name": name}), DIM, CLASSES, 0)
-    assert head.needs_pairs == needs_pairs(name) == (name in ("triplet", "triplet-softmax", "cosine", "circle-pair"))
+    paired = name in ("triplet", "triplet-softmax", "cosine", "circle-pair")
+    assert head.needs_pairs == needs_pairs(LossConfig(name)) == paired
     again, other = objective(LossConfig(name), DIM, CLASSES, 0), objective(LossConfig(name), DIM, CLASSES, 1)
     for key, value in head.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])

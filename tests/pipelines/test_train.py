@@ -140,6 +140,18 @@ BASE: dict[str, Any] = {
     [
         ({"loss": {"name": "triplet", "mining": "batch-hard"}, "sample": {"identities": 8, "images": 1}}, "at least 2"),
         ({"loss": {"name": "triplet"}}, "compares faces of one person"),
+        ({"loss": {"name": "triplet", "offline": True, "mining": "batch-all"}}, "one triplet an anchor"),
+        ({"loss": {"name": "triplet", "offline": True}}, "three times the triplets"),
+        ({"loss": {"name": "triplet", "offline": True}, "sample": {"identities": 4}}, "leave sample.identities out"),
+        ({"loss": {"name": "arcface", "offline": True}}, "loss.offline means nothing to arcface"),
+        (
+            {
+                "loss": {"name": "triplet", "offline": True},
+                "sample": {"batch": 12},
+                "run": {"runner": "ray", "workers": 3},
+            },
+            "the number of triplets in sample.batch = 4 does not divide by run.workers = 3",
+        ),
         ({"loss": {"name": "arcfac"}}, "did you mean arcface"),
         ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
         ({"model": {"freezing": "trunk"}}, "unknown key model.freezing: did you mean model.freeze"),
@@ -228,6 +240,22 @@ def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> No
     assert 0 < len(changed) < len(first["net"]) / 4
     start = json.loads((tmp_path / "second" / "manifest.json").read_text())["start"]
     assert start["sha256"] == hashlib.sha256(before).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["triplet", "triplet-softmax"])
+def test_triplets_mined_once_an_epoch(persons: Path, tmp_path: Path, name: str) -> None:
+    """With a margin that is not kept there is something to mine in each epoch."""
+    loss = {"name": name, "margin": 2.0, "offline": True, "scale": None}
+    layers = {"sample": {"batch": 12}, "schedule": {"steps": 8, "validate": 8}, "optim": {"lr": 1e-4}}
+    given = config(persons, tmp_path, loss=loss, **layers)
+    summary = run(given)
+    assert (summary.end, summary.step) == ("done", 8)
+    assert summary.loss > 0
+    prepared = loaded(tmp_path)["prepared"]
+    labels = np.repeat(np.arange(summary.data["identities"]), 4)
+    anchor, positive, negative = labels[prepared["triplets"].numpy()].T
+    assert (anchor == positive).all()
+    assert (anchor != negative).all()
 
 
 def test_an_interrupted_run_leaves_a_checkpoint(persons: Path, tmp_path: Path) -> None:

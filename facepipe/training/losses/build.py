@@ -8,7 +8,7 @@ from facepipe.errors import ConfigError
 from facepipe.training.losses.config import LossConfig, settled
 from facepipe.training.losses.heads import AngularHead, CircleHead, ClassHead, CosineHead
 from facepipe.training.losses.pairs import CirclePairLoss, CosineEmbeddingLoss
-from facepipe.training.losses.triplets import TripletLoss, TripletSoftmax
+from facepipe.training.losses.triplets import GivenTriplets, TripletLoss, TripletSoftmax
 
 
 class Objective(Protocol):
@@ -44,5 +44,10 @@ def objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn.Modul
         return _HEADS[config.name](config, dim, classes, seed)
     if config.name == "triplet-softmax":
         return TripletSoftmax(config, dim, classes, seed)
-    kinds = {"triplet": TripletLoss, "cosine": CosineEmbeddingLoss, "circle-pair": CirclePairLoss}
+    triplet = GivenTriplets if config.offline else TripletLoss
+    kinds: dict[str, type[nn.Module]] = {
+        "triplet": triplet,
+        "cosine": CosineEmbeddingLoss,
+        "circle-pair": CirclePairLoss,
+    }
     return kinds[config.name](config)

@@ -27,6 +27,8 @@ class LossConfig:
         step t, lambda = max(min, base * (1 + gamma * t) ** -power); l-softmax 1000, 2.5e-5, 35, 0;
         a-softmax 1000, 0.12, 1, 5
     mining: triplet and triplet-softmax: batch-all, batch-hard or semi-hard; default semi-hard
+    offline: triplet and triplet-softmax: triplets are mined over the whole training set at the beginning of each epoch,
+        batch-hard or semi-hard, not within batches; the time is that of all pairs; default false
     softmax_weight: triplet-softmax: what the classifier's cross-entropy is multiplied by; default 1
     sample_rate: partial FC: the share of class centres a step compares with, in (0, 1]; default 1
     sharded: every rank keeps a slice of the class centres and all compare with all of them; default false
@@ -42,6 +44,7 @@ class LossConfig:
     lambda_power: float | None = None
     lambda_min: float | None = None
     mining: Mining | None = None
+    offline: bool | None = None
     softmax_weight: float | None = None
     sample_rate: float | None = None
     sharded: bool | None = None
@@ -49,7 +52,7 @@ class LossConfig:
 
 _CENTRES: dict[str, Any] = {"sample_rate": 1.0, "sharded": False}
 _ARC = {"scale": 64.0, "margin": 0.5, "easy_margin": False, **_CENTRES}
-_TRIPLET = {"margin": 0.2, "mining": "semi-hard"}
+_TRIPLET = {"margin": 0.2, "mining": "semi-hard", "offline": False}
 _L = {"lambda_base": 1000.0, "lambda_gamma": 2.5e-5, "lambda_power": 35.0, "lambda_min": 0.0}
 _A = {"lambda_base": 1000.0, "lambda_gamma": 0.12, "lambda_power": 1.0, "lambda_min": 5.0}
 
@@ -82,9 +85,9 @@ def known(name: str) -> str:
     return name
 
 
-def needs_pairs(name: str) -> bool:
+def needs_pairs(config: LossConfig) -> bool:
     """Whether a batch must hold several faces of a person (P x K sampling with K of at least 2)."""
-    return known(name) in _PAIRED
+    return known(config.name) in _PAIRED and not config.offline
 
 
 def settled(config: LossConfig) -> LossConfig:
@@ -125,6 +128,8 @@ def _check(config: LossConfig) -> None:
         raise ConfigError(f"loss.softmax_weight is {config.softmax_weight}: give 0 or more")
     if config.mining not in (None, "batch-all", "batch-hard", "semi-hard"):
         raise ConfigError(f"loss.mining is {config.mining!r}: give batch-all, batch-hard or semi-hard")
+    if config.offline and config.mining == "batch-all":
+        raise ConfigError("loss.offline takes one triplet an anchor: give loss.mining batch-hard or semi-hard")
     for key in ("lambda_base", "lambda_gamma", "lambda_power", "lambda_min"):
         if (getattr(config, key) or 0) < 0:
             raise ConfigError(f"loss.{key} is {getattr(config, key)}: give 0 or more")

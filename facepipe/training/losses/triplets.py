@@ -18,6 +18,22 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: flo
         return F.relu((a - p).square().sum(1) - (a - n).square().sum(1) + margin).mean()
 
 
+class GivenTriplets(nn.Module):
+    """[|a - p|^2 - |a - n|^2 + margin]+ over a batch whose thirds are anchors, positives and negatives."""
+
+    needs_pairs = False
+
+    def __init__(self, config: LossConfig):
+        super().__init__()
+        self.margin = config.margin or 0.0
+        self.figures: dict[str, Tensor] = {}
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(3 t, dim) float, (3 t,) int64 -> scalar."""
+        anchor, positive, negative = embeddings.chunk(3)
+        return triplet_loss(anchor, positive, negative, self.margin)
+
+
 class TripletLoss(nn.Module):
     """[|a - p|^2 - |a - n|^2 + margin]+ over triplets mined in the batch.
 
@@ -77,11 +93,10 @@ class TripletSoftmax(nn.Module):
     The classifier, which training leaves behind, keeps the triplets from collapsing to a point early on.
     """
 
-    needs_pairs = True
-
     def __init__(self, config: LossConfig, dim: int, classes: int, seed: int):
         super().__init__()
-        self.triplet, self.softmax_weight = TripletLoss(config), config.softmax_weight or 0.0
+        self.triplet = GivenTriplets(config) if config.offline else TripletLoss(config)
+        self.needs_pairs, self.softmax_weight = self.triplet.needs_pairs, config.softmax_weight or 0.0
         self.classifier = ClassHead(config, dim, classes, seed)
         self.figures: dict[str, Tensor] = {}
 
