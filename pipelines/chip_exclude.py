@@ -66,7 +66,13 @@ def _threshold(*galleries: str) -> float | None:
 def _overlap(data: DataConfig, against: str, progress: Progress) -> tuple[pa.Array, list[str]]:
     """(uris of images that the other gallery holds as well, identities of persons whom it does)."""
     rules = dedup.DedupConfig(graph=GraphConfig(threshold=_threshold(data.gallery, against)))
-    out = dedup.run(rules, data.gallery, against, progress).out
+    summary = dedup.run(rules, data.gallery, against, progress)
+    if summary.without_threshold:
+        progress(
+            f"from which distance two faces are of one person is not known: persons of {against} under other names may "
+            "stay in the training data. Say same_person in the embedder's TOML file"
+        )
+    out = summary.out
     decisions = pq.read_table(join(out, "decisions.parquet"), columns=["uri", "side", "decision"])
     copies = decisions.filter(pc.and_(pc.equal(decisions["side"], 0), pc.equal(decisions["decision"], "drop")))
     persons: Any = pq.read_table(join(out, "identities.parquet"))

@@ -43,7 +43,9 @@ class DedupConfig:
 
 @dataclass
 class DedupSummary:
-    """What was found. pairs: by kind; unlisted: images whose path no text list can hold; shared: identities of both."""
+    """What was found. pairs: by kind; unlisted: images whose path no text list can hold; shared: identities of both;
+    without_threshold: it is not known from which distance faces are of one person, so that shared identities are those
+    of near copies alone."""
 
     images: int = 0
     pairs: dict[str, int] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class DedupSummary:
     unlisted: int = 0
     shared: int | None = None
     without_hash: int = 0
+    without_threshold: bool = False
     recall: float = 1.0
     out: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -80,6 +83,7 @@ def run(
         try:
             graph = open_graph(tables_, wide, config.run, place, progress)
         except ThresholdError:  # copies are told by distances of their own
+            summary.without_threshold = True
             graph = open_graph(tables_, replace(wide, threshold=config.dedup.radius), config.run, place, progress)
         phases.end("graph")
         progress("comparing pictures")

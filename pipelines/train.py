@@ -135,7 +135,10 @@ class _Embedder:
         self._whole = chips
         self._train, self._held = self.plan.parts()
         judged = self.plan.pair_set()  # an error in it is to be heard of before training
-        self.judged = f"scored on {judged.what}" if judged else "not validated: the last network is the result"
+        scored = f"scored on {judged.what}" if judged else "not validated: the last network is the result"
+        self.notes = [scored, *self.plan.notes(self._train)]
+        for note in self.notes[1:]:
+            say(note)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -156,8 +159,7 @@ class _Detector:
         self.config = config
         self.plan = DetectorPlan(config)
         self.start, task = self.plan.task()
-        self._steps, self._notes = task.steps_per_epoch, task.notes
-        self.judged = "; ".join(self._notes)
+        self._steps, self.notes = task.steps_per_epoch, list(task.notes)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -180,7 +182,7 @@ def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
     about = {
         "title": f"Training of {job.start.architecture.name}",
         "subtitle": f"{run.output}, from {job.start.where}",
-        "notes": [job.judged] if job.judged else [],
+        "notes": job.notes,
         "data": job.counts,
         "scores": outcome.standing.scores,
         "config": config,

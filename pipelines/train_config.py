@@ -9,7 +9,7 @@ from facepipe.training.augment import AugmentConfig
 from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.data_config import DataConfig
 from facepipe.training.detection.config import DetectionConfig
-from facepipe.training.losses import LossConfig, needs_pairs, settled
+from facepipe.training.losses import LossConfig, has_centres, needs_pairs, settled
 from facepipe.training.sampling import SampleConfig
 from facepipe.training.split import SplitConfig
 from facepipe.training.validation import ValidateConfig
@@ -50,12 +50,23 @@ class TrainConfig:
                 "loss.offline brings triplets of its own: leave sample.identities out, and set sample.batch to three "
                 "times the triplets of a batch"
             )
-        if needs_pairs(loss) and (not self.sample.identities or self.sample.images < 2):
+        if needs_pairs(loss) and (self.sample.identities < 2 * self.run.workers or self.sample.images < 2):
             raise ConfigError(
-                f"{self.loss.name} compares faces of one person within a batch: set sample.identities (P) and "
-                "sample.images (K) of at least 2"
+                f"{self.loss.name} compares faces of one person, and persons, within a worker's share of a batch: set "
+                "sample.identities (P, of each worker) and sample.images (K) of at least 2"
             )
+        if self.model.imprint and not has_centres(loss):
+            raise ConfigError(f"model.imprint starts class centres, and {loss.name} has none: leave it out")
+        if not self.validate.pairs and (self.validate.source or self.validate.gallery or self.validate.held_only):
+            raise ConfigError("validate.source, gallery and held_only are for a pairs file: set validate.pairs")
+        if self.schedule.validate != 0 and self._nothing_held and not self.validate.pairs:
+            _needs_validation(self.schedule, self.run, "nothing is held out (split), and validate.pairs names no file")
+        check_length(self.model, self.schedule, self.run)
         return self
+
+    @property
+    def _nothing_held(self) -> bool:
+        return not self.split.names and (self.split.by == "none" or not self.split.held)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,31 @@ class DetectorConfig:
         """Itself. Raises ConfigError where there is nothing to train on."""
         if not self.detection.annotations:
             raise ConfigError("detection.annotations is missing: WIDER FACE's label.txt, or a file like it")
+        if not self.detection.held:
+            _needs_validation(self.schedule, self.run, "detection.held names no annotations")
+        check_length(self.model, self.schedule, self.run)
         return self
+
+
+def check_length(model: ModelConfig, schedule: ScheduleConfig, run: RunConfig) -> None:
+    """Raises ConfigError for settings of the schedule that would have no effect."""
+    if schedule.milestones and schedule.policy != "step":
+        raise ConfigError(f"schedule.milestones are for policy step, and schedule.policy is {schedule.policy}")
+    late = [m for m in schedule.milestones if m >= (schedule.steps or schedule.epochs)]
+    if late:
+        raise ConfigError(f"schedule.milestones: {late[0]:g} is not before the end of the training")
+    if model.unfreeze_at and not model.freeze:
+        raise ConfigError("model.unfreeze_at thaws what model.freeze names, and that is empty")
+    if model.unfreeze_at >= (schedule.steps or schedule.epochs):
+        raise ConfigError(f"model.unfreeze_at: {model.unfreeze_at:g} is not before the end of the training")
+    if schedule.validate == 0:
+        _needs_validation(schedule, run, "schedule.validate is 0")
+
+
+def _needs_validation(schedule: ScheduleConfig, run: RunConfig, why: str) -> None:
+    if run.patience or schedule.policy == "plateau":
+        what = "run.patience" if run.patience else "schedule.policy plateau"
+        raise ConfigError(f"{what} waits for validations to get better, and there are none: {why}")
 
 
 def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:

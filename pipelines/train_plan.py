@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from facepipe.errors import ConfigError
 from facepipe.models.architectures import Input
 from facepipe.models.device import resolve
 from facepipe.training import optim, schedule
@@ -22,7 +23,7 @@ from facepipe.training.imprint import imprint
 from facepipe.training.loop import Settings
 from facepipe.training.losses import objective
 from facepipe.training.sampling import Sampler
-from facepipe.training.split import split
+from facepipe.training.split import Rows, split
 from facepipe.training.start import Start, find
 from facepipe.training.task import Task
 from facepipe.training.triplet_task import TripletSampler, TripletTask
@@ -71,11 +72,25 @@ class EmbedderPlan:
         imprint(head, lambda chips: embedded(net, chips, fed, device), train, self.config.model.imprint)
         net.train()
 
+    def notes(self, train: ChipSet) -> list[str]:
+        """What a user should know of the data, with counts."""
+        config = self.config
+        found = [] if config.loss.offline else list(Sampler(train.labels, config.sample, self.run.seed).notes)
+        if self.pairs and not (config.data.exclude or config.data.exclude_identities or config.validate.held_only):
+            found.append(
+                f"nothing of {config.validate.pairs} is left out of the training data: set data.exclude, "
+                "data.exclude_identities or validate.held_only"
+            )
+        return found
+
     def parts(self) -> tuple[ChipSet, ChipSet]:
         """Chips to train on, and those held out."""
         chips = ChipSet.open(self.chips)
-        train, held = split(chips.labels, self.config.split, self.run.seed, chips.identities, chips.faces)
+        train, held = self._rows(chips)
         return chips.select(train), chips.select(held)
+
+    def _rows(self, chips: ChipSet) -> Rows:
+        return split(chips.labels, self.config.split, self.run.seed, chips.identities, chips.faces)
 
     def pair_set(self) -> PairSet | None:
         """The pairs that networks are scored on; None where nothing is held out and no file is given."""
@@ -86,7 +101,12 @@ class EmbedderPlan:
         if self.pairs:
             named = read_validation_pairs(config, train.identities)
             return PairSet.named(ChipSet.open(self.pairs), named, config.pairs)
-        return PairSet.drawn(held, config, self.run.seed) if len(held) else None
+        if not len(held):
+            return None
+        if self.config.split.by == "images" and not self.config.split.names:
+            whole = ChipSet.open(self.chips)
+            return PairSet.drawn(whole, config, self.run.seed, self._rows(whole)[1])
+        return PairSet.drawn(held, config, self.run.seed)
 
 
 class Judge:
@@ -129,11 +149,15 @@ class DetectorPlan:
 def settings(config: TrainConfig | DetectorConfig, task: Task, start: Start, identity: dict[str, str]) -> Settings:
     """What the loop is told of a config."""
     steps = task.steps_per_epoch
+    frozen = optim.frozen_names(task.net, start.frozen(config.model))
+    learns_later = config.model.unfreeze_at and next(task.objective.parameters(), None) is not None
+    if len(frozen) == len(list(task.net.parameters())) and not learns_later:
+        raise ConfigError("model.freeze leaves nothing of the network to train: name less")
     return Settings(
         optim=config.optim,
         schedule=config.schedule,
         run=config.run,
-        frozen=optim.frozen_names(task.net, start.frozen(config.model)),
+        frozen=frozen,
         unfreeze_step=schedule.in_steps(config.schedule, config.model.unfreeze_at, steps),
         layer_decay=config.model.layer_decay,
         validate_steps=schedule.validation_steps(config.schedule, steps),

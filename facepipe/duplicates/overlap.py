@@ -19,9 +19,9 @@ def shared_identities(
     the links of the row that stands for it; under more than `most` names a side the first of them have.
 
     identity_0, identity_1, same_name, links (pairs of faces), best and mean distance of those (null if none), faces_0,
-    faces_1 (faces that the two have), share (links of all pairs of their faces; capped edges leave some out). Highest
-    share first, then the nearest. Names are compared without case, and `_` counts as a space. Within the default
-    threshold lie 0.07 % of the pairs of strangers on LFW.
+    faces_1 (faces that the two have), share (links of all pairs of their faces, of which no more than `most` a face of
+    the smaller identity can be edges). Highest share first, then the nearest. Names are compared without case, and `_`
+    counts as a space. Within the default threshold lie 0.07 % of the pairs of strangers on LFW.
     """
     side, codes = faces["side"].to_numpy(), codes_of(faces["identity"])
     first = np.arange(len(codes)) if first is None else first
@@ -30,7 +30,7 @@ def shared_identities(
     table = pa.concat_tables([links, _namesakes(faces)]).group_by(["code_0", "code_1"])
     table = table.aggregate([("links", "sum"), ("best", "min"), ("mean", "max"), ("same_name", "max")])
     table = table.rename_columns(["code_0", "code_1", "links", "best", "mean", "same_name"])
-    return _described(table, faces, side, codes)
+    return _described(table, faces, side, codes, most)
 
 
 def _standing(side: npt.NDArray[np.int8], codes: Ints, first: Ints, most: int) -> tuple[pa.Table, pa.Table]:
@@ -94,13 +94,14 @@ def _namesakes(faces: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def _described(table: pa.Table, faces: pa.Table, side: npt.NDArray[np.int8], codes: Ints) -> pa.Table:
+def _described(table: pa.Table, faces: pa.Table, side: npt.NDArray[np.int8], codes: Ints, most: int) -> pa.Table:
     pair = [table[f"code_{n}"].to_numpy() for n in (0, 1)]
     known = codes >= 0
     size = int(codes.max(initial=-1)) + 1
     faces_of = [np.bincount(codes[known & (side == n)], minlength=size)[pair[n]] for n in (0, 1)]
     first = np.zeros(size, np.int64)
     first[codes[known]] = np.flatnonzero(known)
+    possible = np.minimum(faces_of[0] * faces_of[1], most * np.minimum(*faces_of))
     names = [faces["identity"].take(pa.array(first[codes_])) for codes_ in pair]
     columns = {
         "identity_0": names[0],
@@ -111,7 +112,7 @@ def _described(table: pa.Table, faces: pa.Table, side: npt.NDArray[np.int8], cod
         "mean": table["mean"].cast(pa.float32()),
         "faces_0": pa.array(faces_of[0]),
         "faces_1": pa.array(faces_of[1]),
-        "share": pa.array(table["links"].to_numpy() / np.maximum(faces_of[0] * faces_of[1], 1)),
+        "share": pa.array(np.minimum(table["links"].to_numpy() / np.maximum(possible, 1), 1.0)),
     }
     order = [("share", "descending"), ("best", "ascending"), ("identity_0", "ascending"), ("identity_1", "ascending")]
     return pa.table(columns).sort_by(order)

@@ -111,7 +111,7 @@ ARCHITECTURES = {
             name="dlib-resnet",
             role="embedder",
             summary="dlib's face recognition ResNet (King, 2017)",
-            build=lambda dim, size: _module("dlib.resnet", "DlibResNet")(),
+            build=_embedder("dlib.resnet", "DlibResNet"),
             input=Input(mean=_DLIB_MEAN, scale=(256.0, 256.0, 256.0)),
             layout=ChipLayout((150, 150), template=DLIB_TEMPLATE),
         ),

@@ -8,6 +8,7 @@ from pydantic import Field
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -56,10 +57,10 @@ class OptimConfig:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: Positive = 0.1
     head_lr: Positive = 1.0
-    momentum: Share = 0.9
+    momentum: Below1 = 0.9
     nesterov: bool = True
-    beta1: Share = 0.9
-    beta2: Share = 0.999
+    beta1: Below1 = 0.9
+    beta2: Below1 = 0.999
     eps: Positive = 1e-8
     weight_decay: Weight = 5e-4
     head_weight_decay: Weight | None = None
@@ -96,7 +97,8 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Where the training runs and what it leaves. Of these only seed, precision, deterministic and patience change
-    the weights; the number of workers does in the last digits.
+    the weights; and the number of workers, since batch norm, mining and partial FC see a worker's share of the batch.
+    Without these it changes the last digits alone.
 
     output: folder of the model, the checkpoints, the metrics and the report
     chips: folder of the faces as the network takes them, which several runs may share; by default OUTPUT/chips

@@ -55,7 +55,13 @@ def _undecayed(net: nn.Module) -> set[str]:
 
 
 def _depths(net: nn.Module) -> dict[str, int]:
-    """The layer each parameter belongs to, counted from the input: children of the network, and of its sequences."""
+    """The layer each parameter belongs to, counted from the input: what the network says itself (`depths`), or children
+    of the network, and of its sequences."""
+    given: Any = getattr(net, "depths", None)
+    if given:
+        names = [name for name, _ in net.named_parameters()]
+        there = [[name for name in names if name.startswith(tuple(f"{p}." for p in prefixes))] for prefixes in given]
+        return {name: depth for depth, layer in enumerate(filter(None, there)) for name in layer}
     layers, found = dict[str, int](), dict[str, int]()
     for name, _ in net.named_parameters():
         parts = name.split(".")
@@ -106,7 +112,7 @@ def _members(optimizer: optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
 def frozen_names(net: nn.Module, prefixes: Iterable[str]) -> frozenset[str]:
     """Names of the network's parameters that begin with one of the prefixes, at the border of a part of the name.
 
-    Raises ConfigError for a prefix that no parameter has, or where nothing is left to train.
+    Raises ConfigError for a prefix that no parameter has.
     """
     names, found = [name for name, _ in net.named_parameters()], set[str]()
     for prefix in prefixes:

@@ -41,11 +41,11 @@ class Precision:
 
     def step(self, optimizer: optim.Optimizer, clip: float, gradients: "Gradients") -> None:
         """Clip and apply the gradients; where float16 overflowed, the step is left out and the scale halved."""
+        if self.scaler.is_enabled():
+            gradients.spread_overflow()  # before they are unscaled, which is when the scaler looks for overflows
         if clip:
             self.scaler.unscale_(optimizer)
             gradients.clip(clip)
-        if self.scaler.is_enabled():
-            gradients.spread_overflow()
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)

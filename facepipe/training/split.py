@@ -14,6 +14,7 @@ from facepipe.storage import read
 
 Ints = npt.NDArray[np.int64]
 Rows = tuple[Ints, Ints]
+_FEWEST = 2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -21,9 +22,9 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 class SplitConfig:
     """What is held out for validation.
 
-    by: identities (no person is on both sides), images (every identity with two images or more is on both sides), or
-        none
-    held: share of the identities, or of the images
+    by: identities (no person is on both sides), images (of all identities; one whose images are all held out is not
+        trained on), or none
+    held: share of the identities, two of them at least, or of the images
     names: file with one identity a line; these are held out, whatever `by` and `held` say
     """
 
@@ -53,7 +54,7 @@ def split(
     elif config.by == "identities":
         held = _held_identities(int(labels.max(initial=-1)) + 1, config.held, seed, identities)[labels]
     else:
-        held = _held_images(labels, config.held, seed, faces)
+        held = _held_images(len(labels), config.held, seed, faces)
     if held.all():
         raise ConfigError("the split leaves nothing to train on: lower split.held, or name fewer identities")
     return np.flatnonzero(~held), np.flatnonzero(held)
@@ -78,21 +79,15 @@ def _named(path: str, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]
 def _held_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]:
     names = (str(n) for n in range(count)) if identities is None else identities
     draws = np.array([hash64(str(seed), name) for name in names], np.uint64)
-    return draws < np.uint64(share * 2.0**64)
-
-
-def _held_images(labels: Ints, share: float, seed: int, faces: Ints | None) -> npt.NDArray[np.bool_]:
-    """By the hash; where all of an identity fall on one side, the image with the nearest hash goes to the other."""
-    keys = np.arange(len(labels)) if faces is None else np.asarray(faces)
-    draws = _mixed(keys.astype(np.uint64), seed)
     held = draws < np.uint64(share * 2.0**64)
-    order = np.lexsort((draws, labels))
-    first = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    last = np.append(first[1:], len(order)) - 1
-    lowest, highest = order[first], order[last]
-    held[lowest[first < last]] = True
-    held[highest] = False  # an identity with one image is trained on
+    if held.sum() < _FEWEST and count > 2 * _FEWEST:
+        held[np.argsort(draws, kind="stable")[:_FEWEST]] = True  # pairs of two persons need two
     return held
+
+
+def _held_images(count: int, share: float, seed: int, faces: Ints | None) -> npt.NDArray[np.bool_]:
+    keys = np.arange(count) if faces is None else np.asarray(faces)
+    return _mixed(keys.astype(np.uint64), seed) < np.uint64(share * 2.0**64)
 
 
 def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:

@@ -16,6 +16,7 @@ from facepipe.training.ranks import Ranks
 
 Ints = npt.NDArray[np.int64]
 _CHIPS = 64
+_MOST = 3  # times that a triplet comes in an epoch: the hardest are often labelled wrongly
 _EPOCH, _TRIPLETS = "epoch", "triplets"
 
 
@@ -23,8 +24,9 @@ class TripletSampler:
     """Draws an epoch's triplets in a random order; a rank's share are the anchors, then their positives, negatives.
 
     labels (n,) int64; batch: images of a whole batch, three a triplet. An epoch has a place for every image that has
-    another of its identity; where fewer triplets cost anything they come again, so that every batch is full. Memory is
-    24 bytes a triplet. Raises ConfigError where there are fewer such images than a batch has triplets.
+    another of its identity. Triplets that cost something come up to three times; the places that are left are of those
+    that cost nothing as yet. Memory is 24 bytes a triplet. Raises ConfigError where there are fewer such images than a
+    batch has triplets.
     """
 
     def __init__(self, labels: Ints, loss: LossConfig, batch: int, seed: int = 0):
@@ -42,8 +44,12 @@ class TripletSampler:
     def mine(self, vectors: npt.NDArray[np.float32], epoch: int) -> None:
         """Find an epoch's triplets: vectors (n, dim) of all images, raw."""
         seed = hash64("triplets", str(self._seed), str(epoch))
-        found = offline_triplets(vectors, self._labels, self._loss, seed)
-        self.take(epoch, np.random.default_rng(seed).permutation(found))
+        rng, found = np.random.default_rng(seed), offline_triplets(vectors, self._labels, self._loss, seed)
+        places = self.steps_per_epoch * self._width
+        costly, others = (rng.permutation(found.rows[part]) for part in (found.active, ~found.active))
+        again = np.tile(costly, (min(_MOST, -(-places // max(1, len(costly)))), 1))[:places]
+        filled = np.concatenate([again, others[: places - len(again)]])
+        self.take(epoch, rng.permutation(filled) if len(costly) else costly)
 
     def take(self, epoch: int, triplets: Ints) -> None:
         """Triplets (t, 3) that were mined, in their order."""

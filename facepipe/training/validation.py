@@ -105,19 +105,25 @@ class PairSet:
         return found._checked()
 
     @classmethod
-    def drawn(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0) -> "PairSet":
+    def drawn(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0, held: Ints | None = None) -> "PairSet":
         """Pairs of a set of held-out chips: all genuine ones, or a choice of `config.genuine`, and as many impostors as
-        asked for. Folds are random."""
+        asked for. Folds are random.
+
+        held: rows of `chips` that are held out, where the others are trained on: each is paired with one image at most
+        of its identity, and with others', of either part.
+        """
         rng = np.random.default_rng((seed, _STREAM))
-        genuine, impostors = (
-            draw(np.asarray(chips.labels), most, rng)
-            for draw, most in ((_genuine, config.genuine), (_impostors, config.impostors))
-        )
+        labels = np.asarray(chips.labels)
+        if held is None:
+            genuine = _genuine(labels, config.genuine, rng)
+        else:
+            genuine = _partners(labels, held, config.genuine, rng)
+        impostors = _impostors(labels, config.impostors, rng, held)
         both = np.concatenate([genuine, impostors])
         same = np.arange(len(both)) < len(genuine)
         kinds = (rng.permutation(len(part)) % _DRAWN_FOLDS for part in (genuine, impostors))  # both in every fold
-        identities = int(np.asarray(chips.labels).max(initial=-1)) + 1
-        what = f"{len(genuine)} genuine and {len(impostors)} impostor pairs drawn from {identities} held-out identities"
+        of = f"{labels.max(initial=-1) + 1} held-out identities" if held is None else f"{len(held)} held-out images"
+        what = f"{len(genuine)} genuine and {len(impostors)} impostor pairs drawn from {of}"
         return cls(chips, both[:, 0], both[:, 1], same, np.concatenate(list(kinds)), what, True)._checked()
 
     def _checked(self) -> "PairSet":
@@ -219,6 +225,19 @@ def _genuine(labels: Ints, most: int, rng: np.random.Generator) -> Ints:
     return np.stack([order[starts[label] + i], order[starts[label] + j]], 1)
 
 
+def _partners(labels: Ints, held: Ints, most: int, rng: np.random.Generator) -> Ints:
+    """(p, 2) a held row and another of its identity, at most one pair a held row and none twice."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels, minlength=1)
+    starts, place = np.cumsum(counts) - counts, np.argsort(order)
+    usable = held[counts[labels[held]] > 1]
+    chosen = np.sort(rng.choice(usable, min(most, len(usable)), replace=False))
+    label = labels[chosen]
+    step = 1 + np.floor(rng.random(len(chosen)) * (counts[label] - 1)).astype(np.int64)
+    other = order[starts[label] + (place[chosen] - starts[label] + step) % counts[label]]
+    return np.unique(np.sort(np.stack([chosen, other], 1), axis=1), axis=0)
+
+
 def _pair(number: Ints) -> tuple[Ints, Ints]:
     """The pairs (i, j), i < j, numbered (0, 1), (0, 2), (1, 2), (0, 3) and so on."""
     j = ((1 + np.sqrt(8.0 * number + 1)) / 2).astype(np.int64)
@@ -226,11 +245,14 @@ def _pair(number: Ints) -> tuple[Ints, Ints]:
     return number - j * (j - 1) // 2, j
 
 
-def _impostors(labels: Ints, most: int, rng: np.random.Generator) -> Ints:
-    """(p, 2) rows of two identities, no pair twice; fewer than `most` where there are not as many."""
+def _impostors(labels: Ints, most: int, rng: np.random.Generator, held: Ints | None = None) -> Ints:
+    """(p, 2) rows of two identities, the first among `held` where it is given, no pair twice; fewer than `most` where
+    there are not as many."""
     count, found = len(labels), np.empty(0, np.int64)
+    first = np.arange(count) if held is None else held
     for _ in range(20):
-        a, b = rng.integers(0, count, (2, 2 * most)) if count else np.empty((2, 0), np.int64)
+        a, b = rng.integers(0, [[len(first)], [count]], (2, 2 * most)) if len(first) else np.empty((2, 0), np.int64)
+        a = first[a]
         keys = np.where(a < b, a * count + b, b * count + a)[labels[a] != labels[b]]
         together = np.concatenate([found, keys])
         found = together[np.sort(np.unique(together, return_index=True)[1])][:most]

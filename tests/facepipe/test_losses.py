@@ -435,27 +435,30 @@ def test_offline_triplets_are_the_brute_force_ones() -> None:
             near = min((q for q in range(90) if y[q] != y[a]), key=lambda q: d[a, q])
             if d[a, far] - d[a, near] + 0.2 > 0:
                 expected.append([a, far, near])
-    assert hard.tolist() == expected
+    assert hard.rows[hard.active].tolist() == expected
+    with_friends = [a for a in range(90) if (y == y[a]).sum() > 1]
+    assert hard.rows[:, 0].tolist() == with_friends, "those that cost nothing are there as well"
     semi = offline_triplets(x, y, LossConfig("triplet"), 0)
-    assert len(semi) > 20
-    for a, p, n in semi:
+    assert 20 < semi.active.sum() < len(semi.rows)
+    for (a, p, n), active in zip(semi.rows, semi.active, strict=True):
         assert y[a] == y[p] != y[n]
         assert a != p
-        assert d[a, p] < d[a, n] < d[a, p] + 0.2
+        assert d[a, p] < d[a, n]
+        assert active == (d[a, n] < d[a, p] + 0.2)
         assert d[a, n] == min(d[a, q] for q in range(90) if y[q] != y[a] and d[a, q] > d[a, p])
-    assert semi.tolist() == offline_triplets(x, y, LossConfig("triplet"), 0).tolist()
-    assert semi.tolist() != offline_triplets(x, y, LossConfig("triplet"), 1).tolist()
+    assert semi.rows.tolist() == offline_triplets(x, y, LossConfig("triplet"), 0).rows.tolist()
+    assert semi.rows.tolist() != offline_triplets(x, y, LossConfig("triplet"), 1).rows.tolist()
 
 
 def test_offline_triplets_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(150, 6)), rng.integers(0, 12, 150)
     configs = [LossConfig("triplet", mining=mining) for mining in ("batch-hard", "semi-hard")]
-    whole = [offline_triplets(x, y, c, 5).tolist() for c in configs]
+    whole = [offline_triplets(x, y, c, 5).rows.tolist() for c in configs]
     monkeypatch.setattr("facepipe.training.losses.offline._ANCHORS", 7)
     monkeypatch.setattr("facepipe.training.losses.offline._OTHERS", 11)
-    assert [offline_triplets(x, y, c, 5).tolist() for c in configs] == whole
-    assert offline_triplets(x[:0], y[:0], configs[0], 5).shape == (0, 3)
+    assert [offline_triplets(x, y, c, 5).rows.tolist() for c in configs] == whole
+    assert offline_triplets(x[:0], y[:0], configs[0], 5).rows.shape == (0, 3)
 
 
 def test_triplet_loss_of_given_triplets() -> None:
@@ -504,6 +507,18 @@ def test_dominant_angles_are_to_the_centre_most_faces_choose() -> None:
 def test_impossible_configs_say_what_to_do(config: LossConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         objective(config, DIM, CLASSES, 0)
+
+
+@pytest.mark.parametrize(("name", "margin"), [("cosine", 1.0), ("am-softmax", 5.0), ("circle", 1.0), ("triplet", 4.0)])
+def test_margins_that_are_beyond_what_they_are_added_to(name: str, margin: float) -> None:
+    with pytest.raises(ConfigError, match="give less than"):
+        settled(LossConfig(name, margin=margin))
+
+
+def test_an_alias_has_the_defaults_of_its_own_paper() -> None:
+    assert (settled(LossConfig("cosface")).scale, settled(LossConfig("am-softmax")).scale) == (64, 30)
+    assert settled(LossConfig("cosface")).name == "am-softmax"
+    assert settled(settled(LossConfig("cosface"))).scale == 64
 
 
 def test_one_class_is_no_class() -> None:

@@ -181,14 +181,38 @@ def test_splits_do_not_move_when_data_is_added(by: str) -> None:
         fewer, _ = split(codes, config, 0, names[::2], faces[keep])
         assert set(np.flatnonzero(keep)[fewer].tolist()) == set(train.tolist()) & set(np.flatnonzero(keep).tolist())
     else:
-        several = {n for n in range(200) if n % 5}
-        assert sides[0] == set(range(200))
-        assert sides[1] == several, "on both sides, but those with one image"
+        assert 0.25 < len(held) / len(labels) < 0.35
+        assert len(sides[0] & sides[1]) > 100, "identities on both sides"
+        more = np.random.default_rng(3).integers(0, 1 << 62, 400)
+        grown = split(np.append(labels, np.repeat(np.arange(200), 2)), config, 0, names, np.append(faces, more))[1]
+        assert grown[grown < len(labels)].tolist() == held.tolist(), "two images more of everybody move nobody"
         order = np.random.default_rng(2).permutation(len(labels))
         again = split(labels[order], config, 0, names, faces[order])[1]
         assert set(order[again].tolist()) == set(held.tolist()), "not by position"
     other = split(labels, config, 1, names, faces)[1]
     assert not np.array_equal(other, held)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_identities_at_least_are_held_out(seed: int) -> None:
+    names = [f"person {n}" for n in range(12)]
+    held = split(labels_of([3] * 12), SplitConfig(held=0.05), seed, names)[1]
+    assert len(held) in (6, 9, 12)
+
+
+def test_pairs_of_held_images_with_images_that_are_trained_on() -> None:
+    labels = labels_of([4] * 50 + [1] * 10)
+    held = np.sort(np.random.default_rng(0).choice(len(labels), 30, replace=False))
+    chips = MadeUp(labels.tolist())
+    pairs = PairSet.drawn(chips, ValidateConfig(impostors=200), 1, held)  # type: ignore[arg-type]
+    inside = np.isin(pairs.left, held) | np.isin(pairs.right, held)
+    assert inside.all()
+    assert (np.equal(labels[pairs.left], labels[pairs.right]) == pairs.same).all()
+    with_friends = (labels[held] < 50).sum()
+    assert 0.8 * with_friends <= pairs.same.sum() <= with_friends
+    assert (~pairs.same).sum() == 200
+    keys = {tuple(sorted(pair)) for pair in zip(pairs.left.tolist(), pairs.right.tolist(), strict=True)}
+    assert len(keys) == len(pairs)
 
 
 def test_a_split_by_names(tmp_path: Path) -> None:

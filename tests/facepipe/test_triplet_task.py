@@ -199,6 +199,22 @@ def test_where_nothing_is_left_to_learn_the_run_ends(tmp_path: Path) -> None:
     assert content(tmp_path / "ends")["step"] == 12
 
 
+def test_hard_triplets_come_three_times_at_most_and_the_rest_fills_the_epoch() -> None:
+    """24 anchors, of which two cost something: two directions, and two faces that stand with the other person."""
+    labels = np.repeat([0, 1], 12)
+    vectors = np.eye(2, dtype=np.float32)[labels]
+    vectors[[0, 12]] = [[0.7, 0.714], [0.714, 0.7]]
+    sampler = TripletSampler(labels, LossConfig("triplet", margin=0.2, mining="batch-hard", offline=True), 12, 0)
+    sampler.mine(vectors, 0)
+    counts = np.bincount(sampler.triplets[:, 0], minlength=24)
+    costly = np.flatnonzero(counts > 1)
+    assert {0, 12} <= set(costly.tolist())
+    assert counts.max() == 3
+    assert len(sampler.triplets) <= sampler.steps_per_epoch * 4
+    assert (counts[counts > 0] >= 1).all()
+    assert (labels[sampler.triplets[:, 0]] == labels[sampler.triplets[:, 1]]).all()
+
+
 def test_too_few_images_for_a_batch() -> None:
     with pytest.raises(ConfigError, match="4 triplets cannot be drawn from 2 images"):
         TripletSampler(np.array([0, 0, 1, 2]), LOSS, 12)

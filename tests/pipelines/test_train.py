@@ -140,6 +140,20 @@ BASE: dict[str, Any] = {
     [
         ({"loss": {"name": "triplet", "mining": "batch-hard"}, "sample": {"identities": 8, "images": 1}}, "at least 2"),
         ({"loss": {"name": "triplet"}}, "compares faces of one person"),
+        ({"loss": {"name": "triplet"}, "sample": {"identities": 1}}, "at least 2"),
+        (
+            {"loss": {"name": "cosine"}, "sample": {"identities": 4}, "run": {"runner": "ray", "workers": 4}},
+            "at least 2",
+        ),
+        ({"run": {"patience": 2}, "schedule": {"validate": 0}}, "run.patience waits .* schedule.validate is 0"),
+        ({"schedule": {"policy": "plateau"}, "split": {"by": "none"}}, "policy plateau waits .* nothing is held out"),
+        ({"schedule": {"milestones": [3]}}, "milestones are for policy step"),
+        ({"schedule": {"policy": "step", "milestones": [3, 30]}}, "30 is not before the end"),
+        ({"model": {"unfreeze_at": 2}}, "model.freeze names, and that is empty"),
+        ({"model": {"freeze": "trunk", "unfreeze_at": 20}}, "20 is not before the end"),
+        ({"model": {"imprint": 4}, "loss": {"name": "cosine"}, "sample": {"identities": 4}}, "cosine has none"),
+        ({"validate": {"source": "lfw"}}, "are for a pairs file"),
+        ({"optim": {"optimizer": "adam", "beta1": 1.0}}, "optim.beta1"),
         ({"loss": {"name": "triplet", "offline": True, "mining": "batch-all"}}, "one triplet an anchor"),
         ({"loss": {"name": "triplet", "offline": True}}, "three times the triplets"),
         ({"loss": {"name": "triplet", "offline": True}, "sample": {"identities": 4}}, "leave sample.identities out"),
@@ -221,6 +235,10 @@ def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> No
     assert len(faces) == manifest["images"] == summary.data["images"]
     assert manifest["faces_sha256"] == hashlib.sha256(faces.tobytes()).hexdigest()
     assert manifest["config"]["optim"]["lr"] == 0.02
+    with pytest.raises(ConfigError, match="leaves nothing of the network to train"):
+        frozen = config(persons, tmp_path / "frozen", run={"chips": str(output / "chips")})
+        every = tuple({k.split(".")[0] for k in loaded(output)["net"]})
+        run(dataclasses.replace(frozen, model=dataclasses.replace(frozen.model, freeze=every)))
     assert "mobilefacenet" in (output / "report.html").read_text()
     # Again: nothing to do, the same model.
     before = (output / "model.safetensors").read_bytes()

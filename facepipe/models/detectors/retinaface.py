@@ -52,6 +52,13 @@ class RetinaFaceNet(nn.Module):
     norms: True keeps the batch norms, for training and for checkpoints that have them; False is the folded form
     """
 
+    # From the image to the outputs, for rates that fall layer by layer; what stands together is at one depth.
+    depths = (
+        *(("trunk.stem", "trunk.layer1"), ("trunk.stage1", "trunk.layer2"), ("trunk.stage2", "trunk.layer3")),
+        *(("trunk.stage3", "trunk.layer4"), ("lateral",), ("merge",), ("context",)),
+        ("class_head", "box_head", "landmark_head"),
+    )
+
     def __init__(self, trunk: Trunk = "mobilenet025", norms: bool = False):
         super().__init__()
         kind, width = _TRUNKS[trunk]

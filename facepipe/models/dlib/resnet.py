@@ -31,13 +31,13 @@ class Block(nn.Module):
 
 
 class DlibResNet(nn.Module):
-    """(n, 3, 150, 150) RGB, (x - MEAN_RGB) / SCALE -> (n, 128), not normalised."""
+    """(n, 3, 150, 150) RGB, (x - MEAN_RGB) / SCALE -> (n, dim), not normalised; dlib's own has 128."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 128) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 7, 2)
         self.blocks = nn.ModuleList(Block(*step) for step in BLOCKS)
-        self.fc = nn.Linear(256, 128, bias=False)
+        self.fc = nn.Linear(256, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.stem(x)), 3, 2)

@@ -1,7 +1,7 @@
 """Losses of embedding training: `objective(config, dim, classes, seed)` is a module (embeddings, labels) -> loss."""
 
 from facepipe.training.losses.build import Objective, objective
-from facepipe.training.losses.config import NAMES, LossConfig, needs_pairs, settled
+from facepipe.training.losses.config import NAMES, LossConfig, has_centres, needs_pairs, settled
 from facepipe.training.losses.dominant import dominant_angles
 from facepipe.training.losses.heads import ClassHead
 from facepipe.training.losses.offline import offline_triplets
@@ -16,6 +16,7 @@ __all__ = [
     "dominant_angles",
     "full_rows",
     "full_state",
+    "has_centres",
     "load_full_state",
     "needs_pairs",
     "objective",

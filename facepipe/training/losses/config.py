@@ -16,8 +16,8 @@ class LossConfig:
 
     name: against class centres: softmax, normface, l-softmax, a-softmax (sphereface), am-softmax (cosface), arcface,
         subcenter-arcface, circle; among the faces of a batch: circle-pair, triplet, cosine; both: triplet-softmax
-    scale: what cosines are multiplied by: normface and am-softmax 30, arcface and subcenter-arcface 64; circle's gamma:
-        256, circle-pair 80
+    scale: what cosines are multiplied by: normface and am-softmax 30, cosface, arcface and subcenter-arcface 64;
+        circle's gamma: 256, circle-pair 80
     margin: arcface and subcenter-arcface 0.5 (radians), am-softmax 0.35 (cosine), l-softmax and a-softmax 4 (times the
         angle, a whole number), circle 0.25, circle-pair 0.4, triplet and triplet-softmax 0.2 (squared distance of unit
         vectors), cosine 0 (cosine up to which two persons cost nothing)
@@ -30,7 +30,8 @@ class LossConfig:
     offline: triplet and triplet-softmax: triplets are mined over the whole training set at the beginning of each epoch,
         batch-hard or semi-hard, not within batches; the time is that of all pairs; default false
     softmax_weight: triplet-softmax: what the classifier's cross-entropy is multiplied by; default 1
-    sample_rate: partial FC: the share of class centres a step compares with, in (0, 1]; default 1
+    sample_rate: partial FC: the share of class centres a step compares with, in (0, 1]; default 1. It saves logits, not
+        the optimiser's memory: centres that are left out still follow their momentum and weight decay
     sharded: every rank keeps a slice of the class centres and all compare with all of them; default false
     """
 
@@ -71,6 +72,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "cosine": {"margin": 0.0},
 }
 _ALIASES = {"cosface": "am-softmax", "sphereface": "a-softmax"}
+_ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {"cosface": {"scale": 64.0}}  # where a paper's differ from its twin's
+_MOST_MARGIN = {
+    "am-softmax": 1.0,
+    "circle": 1.0,
+    "circle-pair": 1.0,
+    "cosine": 1.0,
+    "triplet": 4.0,
+    "triplet-softmax": 4.0,
+}
 _PAIRED = ("circle-pair", "triplet", "triplet-softmax", "cosine")
 
 NAMES = tuple(sorted((*_DEFAULTS, *_ALIASES)))
@@ -90,10 +100,15 @@ def needs_pairs(config: LossConfig) -> bool:
     return known(config.name) in _PAIRED and not config.offline
 
 
+def has_centres(config: LossConfig) -> bool:
+    """Whether the loss learns a centre for every class."""
+    return "sample_rate" in _DEFAULTS[known(config.name)]
+
+
 def settled(config: LossConfig) -> LossConfig:
     """The config with the loss's defaults filled in and its alias replaced; ConfigError where it cannot be used."""
     name = known(config.name)
-    defaults = _DEFAULTS[name]
+    defaults = _DEFAULTS[name] | _ALIAS_DEFAULTS.get(config.name, {})
     given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
     for key in given.keys() - {"name", *defaults}:
         users = ", ".join(sorted(n for n, d in _DEFAULTS.items() if key in d))
@@ -116,6 +131,10 @@ def _check(config: LossConfig) -> None:
         )
     if config.margin is not None and config.margin < 0:
         raise ConfigError(f"loss.margin is {config.margin}: a negative margin rewards errors, give 0 or more")
+    most = _MOST_MARGIN.get(config.name)
+    if most is not None and config.margin is not None and config.margin >= most:
+        what = "squared distance of unit vectors" if most > 1 else "cosine"
+        raise ConfigError(f"loss.margin is {config.margin}: {config.name} adds it to a {what}, give less than {most:g}")
     if config.easy_margin is not None and config.margin is not None and config.margin > 1.5:
         raise ConfigError(f"loss.margin is {config.margin} radians: give less than a right angle, 0.5 is usual")
     if config.sub_centers is not None and config.sub_centers < 1:

@@ -17,14 +17,21 @@ Floats = npt.NDArray[np.float32]
 _ANCHORS, _OTHERS = 512, 16384  # a block of cosines has 32 MB
 
 
+class Triplets(NamedTuple):
+    """Rows (t, 3) int64 of anchor, positive, negative, and which of them cost anything (t,) bool."""
+
+    rows: Rows
+    active: npt.NDArray[np.bool_]
+
+
 def offline_triplets(
     vectors: npt.NDArray[np.floating], labels: npt.NDArray[np.integer], config: LossConfig, seed: int
-) -> Rows:
-    """Rows (t, 3) int64 of anchor, positive, negative: at most one triplet an anchor, in the anchors' order.
+) -> Triplets:
+    """At most one triplet an anchor, in the anchors' order.
 
     vectors (n, dim) raw, labels (n,). Distances are squared ones of unit vectors, as in the loss.
-    batch-hard: the farthest positive and the nearest negative, where they cost anything.
-    semi-hard: a random positive (by `seed`) and the nearest negative that is farther, by less than the margin.
+    batch-hard: the farthest positive and the nearest negative.
+    semi-hard: a random positive (by `seed`) and the nearest negative that is farther.
     Errors: ConfigError for batch-all, and for a loss that is none of the triplet losses.
     """
     config = settled(config)
@@ -41,7 +48,10 @@ def offline_triplets(
         rows = np.arange(start, min(start + _ANCHORS, len(x)))
         given = None if partners is None else partners[rows]
         parts.append(_mined(_Set(x, codes, (config.margin or 0) / 2), rows, given))
-    return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+    if not parts:
+        return Triplets(np.empty((0, 3), np.int64), np.empty(0, bool))
+    rows, active = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Triplets(rows, active)
 
 
 class _Set(NamedTuple):
@@ -50,7 +60,7 @@ class _Set(NamedTuple):
     margin: float  # in cosine: half of that in squared distance
 
 
-def _mined(of: _Set, rows: Rows, partners: Rows | None) -> Rows:
+def _mined(of: _Set, rows: Rows, partners: Rows | None) -> Triplets:
     """Triplets of the anchors `rows`; partners are their given positives, -1 for none."""
     if partners is None:
         positive, low = _best(of, rows, True, np.full(len(rows), np.inf, np.float32))
@@ -59,8 +69,8 @@ def _mined(of: _Set, rows: Rows, partners: Rows | None) -> Rows:
         positive = partners
         low = np.einsum("nd,nd->n", of.x[rows], of.x[partners]).astype(np.float32)
         negative, high = _best(of, rows, False, low)
-    keep = (positive >= 0) & (negative >= 0) & (low - high < of.margin)
-    return np.stack([rows, positive, negative], axis=1)[keep]
+    keep = (positive >= 0) & (negative >= 0)
+    return Triplets(np.stack([rows, positive, negative], axis=1)[keep], (low - high < of.margin)[keep])
 
 
 def _best(of: _Set, rows: Rows, friends: bool, below: Floats) -> tuple[Rows, Floats]:

@@ -13,13 +13,20 @@ from facepipe.training.losses.heads import ClassHead
 
 def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.2) -> Tensor:
     """Mean of [|a - p|^2 - |a - n|^2 + margin]+ over given triplets: three (t, dim) tensors, not yet unit vectors."""
-    with torch.autocast(anchor.device.type, enabled=False):
-        a, p, n = (F.normalize(v if v.dtype == torch.float64 else v.float()) for v in (anchor, positive, negative))
-        return F.relu((a - p).square().sum(1) - (a - n).square().sum(1) + margin).mean()
+    return _given_costs((anchor, positive, negative), margin).mean()
+
+
+def _given_costs(triplets: tuple[Tensor, ...], margin: float) -> Tensor:
+    with torch.autocast(triplets[0].device.type, enabled=False):
+        a, p, n = (F.normalize(v if v.dtype == torch.float64 else v.float()) for v in triplets)
+        return F.relu((a - p).square().sum(1) - (a - n).square().sum(1) + margin)
 
 
 class GivenTriplets(nn.Module):
-    """[|a - p|^2 - |a - n|^2 + margin]+ over a batch whose thirds are anchors, positives and negatives."""
+    """[|a - p|^2 - |a - n|^2 + margin]+ over a batch whose thirds are anchors, positives and negatives.
+
+    `figures`: active, the share of triplets that cost anything.
+    """
 
     needs_pairs = False
 
@@ -30,8 +37,9 @@ class GivenTriplets(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(3 t, dim) float, (3 t,) int64 -> scalar."""
-        anchor, positive, negative = embeddings.chunk(3)
-        return triplet_loss(anchor, positive, negative, self.margin)
+        costs = _given_costs(embeddings.chunk(3), self.margin)
+        self.figures = {"active": (costs.detach() > 0).float().mean()}
+        return costs.mean()
 
 
 class TripletLoss(nn.Module):
