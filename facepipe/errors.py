@@ -14,6 +14,7 @@ FacepipeError
 ├── WorkerError          workers die before they can do any work
 ├── IndexingError        the search index is missing, damaged, or does not fit the gallery
 ├── TrainingError        a training run cannot go on: its loss is not finite, or its checkpoints are of another run
+│   └── AgreedError      the same, on all workers at the same step
 └── EvaluationError      a pairs file or gallery cannot be evaluated
 """
 
@@ -72,6 +73,10 @@ class IndexingError(FacepipeError):
 
 class TrainingError(FacepipeError):
     """A training run cannot go on: its loss is not finite, or its checkpoints are of another run."""
+
+
+class AgreedError(TrainingError):
+    """All workers raise it at the same step: starting them again would not mend it."""
 
 
 class EvaluationError(FacepipeError):

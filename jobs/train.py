@@ -11,7 +11,7 @@ from jobs.console import emit, failures, say, table
 from jobs.options import Json, Settings
 
 _LINE_SECONDS = 5.0
-_KEPT = "the checkpoint is written, and the same command goes on from there"
+_KEPT = "what is done is kept, and the same command goes on from there"
 
 
 def train(
@@ -90,4 +90,6 @@ def _show(summary: Any) -> None:
     rows += [("loss", f"{summary.loss:.4f}"), ("the model is of step", f"{summary.best:,}")]
     rows += [(name, f"{value:.4f}") for name, value in summary.scores.items()]
     table(f"train -> {summary.output} ({summary.end})", ("", ""), rows)
+    for note in summary.notes:
+        print(note)
     print(f"{summary.images_per_second:.1f} images/s, {summary.seconds:.1f} s; model {summary.model}")

@@ -36,7 +36,7 @@ Progress = Callable[[str], None]
 
 Hashes = npt.NDArray[np.uint64]
 PARTS, MARKS, HELD = "parts", "marks", "held.npy"
-_VERSION = 1  # of what a folder holds
+_VERSION = 2  # of what a folder holds
 _INLINE = 64  # images that are not worth starting processes for
 
 
@@ -68,11 +68,23 @@ class Order:
     @property
     def fingerprint(self) -> str:
         """What the set depends on, as far as that can be told without reading it."""
-        layout = dataclasses.asdict(chip_layout(self.embedder))
         galleries = [(g.id, g.version) for g in map(Gallery, filter(None, (self.data.gallery, *self.data.exclude)))]
         files = [_mark(path) for path in (self.data.list, self.data.source)]
-        facts = [_VERSION, dataclasses.asdict(self.data), layout, galleries, files, named(self.data), self.wanted]
-        return f"{hash64(json.dumps(facts, sort_keys=True)):016x}"
+        return _hash([self._asked, galleries, files, named(self.data)])
+
+    @property
+    def asked(self) -> str:
+        """The part of it that does not change as the data does."""
+        return _hash(self._asked)
+
+    @property
+    def _asked(self) -> list[Any]:
+        layout = dataclasses.asdict(chip_layout(self.embedder))
+        return [_VERSION, dataclasses.asdict(self.data), layout, self.wanted]
+
+
+def _hash(facts: list[Any]) -> str:
+    return f"{hash64(json.dumps(facts, sort_keys=True)):016x}"
 
 
 def _mark(path: str) -> str:

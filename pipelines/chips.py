@@ -5,10 +5,12 @@ goes on behind the last whole shard.
 """
 
 import csv
+import fcntl
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +32,13 @@ from facepipe.training.data_config import DataConfig
 from facepipe.training.image_names import Names
 from facepipe.training.validation import PairSet, ValidateConfig, names_in, read_validation_pairs
 from pipelines.chip_exclude import excluded
+from pipelines.chip_origin import origin_of
 from pipelines.chip_plan import WANTED, choose
 from pipelines.chip_run import HELD, MARKS, PARTS, ChipRun, Order, records
 
 Progress = Callable[[str], None]
 PLAN, FAILURES = "plan.json", "failed.csv"
+_USE = ".lock-use"
 
 
 def prepare(
@@ -43,15 +47,18 @@ def prepare(
     folder: str,
     run: ChipRun | None = None,
     progress: Progress = lambda line: None,
+    settled: bool = False,
 ) -> ChipSet:
     """The chip set of some data for an embedder, made in `folder` unless it is there already.
 
-    It is made anew when the config, the gallery's version, a list or the embedder's chips have changed. Files that
+    It is made anew when the config, the gallery's version, a list or the embedder's chips have changed; with `settled`
+    only when the config or the embedder's chips have, so that a training goes on with what it began with. Files that
     come or go below a source folder are not noticed: delete the set's folder then. Raises ConfigError for a folder
-    that holds something else, SourceError where there are no images, no labels, or fewer than 2 identities. Images
-    that cannot be used raise nothing: they are counted in `info.figures`, with reasons in failed.csv.
+    that holds something else, or a set that another training uses and that is not the one wanted; SourceError where
+    there are no images, no labels, or fewer than 2 identities. Images that cannot be used raise nothing: they are
+    counted in `info.figures`, with reasons in failed.csv.
     """
-    return _prepared(Order(data.check(), embedder), folder, run or ChipRun(), progress)
+    return _prepared(Order(data.check(), embedder), folder, run or ChipRun(), progress, settled)
 
 
 def prepare_images(
@@ -61,6 +68,7 @@ def prepare_images(
     folder: str,
     run: ChipRun | None = None,
     progress: Progress = lambda line: None,
+    settled: bool = False,
 ) -> ChipSet:
     """The chip set of the subjects of named images, labelled or not, made in `folder`; see `prepare`.
 
@@ -68,7 +76,7 @@ def prepare_images(
     which no face is found has no chip.
     """
     order = Order(data.check(), embedder, tuple(sorted(wanted)), labelled=False)
-    chips = _prepared(order, folder, run or ChipRun(), progress)
+    chips = _prepared(order, folder, run or ChipRun(), progress, settled)
     names = Names(wanted)
     absent = sorted(wanted - {names.of(uri) for uri in (*chips.uris, *_without_chip(data, chips))})
     if absent:
@@ -102,17 +110,43 @@ def prepare_pairs(
     return PairSet.named(chips, read_validation_pairs(config, trained), os.path.basename(config.pairs))
 
 
-def _prepared(order: Order, folder: str, run: ChipRun, progress: Progress) -> ChipSet:
+def _prepared(order: Order, folder: str, run: ChipRun, progress: Progress, settled: bool = False) -> ChipSet:
     if storage.is_remote(folder):
         raise ConfigError(f"{folder!r} is in an object store; chips are read at random, and need a folder on a disk")
     folder = os.path.abspath(folder)
-    fingerprint = order.fingerprint
+    fingerprint, info = order.fingerprint, read_info(folder)
+    if settled and info and info.asked == order.asked:
+        if info.fingerprint != fingerprint:
+            progress(f"going on with the chips in {folder!r}, though the data has changed since; --fresh takes it anew")
+        return ChipSet.open(folder)
     if not _is_made_from(folder, fingerprint):
         with writer_lock(folder, "chip set", progress):
             if not _is_made_from(folder, fingerprint):  # another run may have made it while we waited
-                _begin(folder, fingerprint)
-                _make(order, folder, run, progress)
+                _check_source(order.data)  # before chips that are there go
+                with _unused(folder):
+                    _begin(folder, fingerprint)
+                    _make(order, folder, run, progress)
     return ChipSet.open(folder)
+
+
+@contextmanager
+def in_use(folder: str) -> Iterator[None]:
+    """While inside, the chip set in a folder is not made anew by others; the end of the process lets go as well."""
+    with open(os.path.join(folder, _USE), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _unused(folder: str) -> Iterator[None]:
+    with open(os.path.join(folder, _USE), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder!r} holds chips of other data, which another training is using: give another run.chips"
+            ) from None
+        yield
 
 
 def _is_made_from(folder: str, fingerprint: str) -> bool:
@@ -141,14 +175,12 @@ def _begin(folder: str, fingerprint: str) -> None:
 
 
 def _make(order: Order, folder: str, run: ChipRun, progress: Progress) -> None:
-    data = order.data
+    data, origin = order.data, origin_of(order.data)
     left_out = excluded(data, progress)
     figures = Counter[str]()
     if data.gallery:
         gallery = Gallery(data.gallery)
         figures.update(choose(data, gallery, left_out, folder, frozenset(order.wanted) if not order.labelled else None))
-    else:
-        _check_source(data)
     writer = ShardWriter(folder)  # also takes away what an interrupted run had not finished
     figures["held from an interrupted run"] = _note_held(order, folder)
     os.makedirs(os.path.join(folder, PARTS), exist_ok=True)
@@ -159,7 +191,8 @@ def _make(order: Order, folder: str, run: ChipRun, progress: Progress) -> None:
     mover.close()
     keep = Keep(data.min_images, data.max_images, left_out.images, left_out.names, order.labelled)
     layout = chip_layout(order.embedder)
-    info = SetInfo(order.fingerprint, order.embedder, layout.size, 0, 0, {n: c for n, c in figures.items() if c})
+    counted = {n: c for n, c in figures.items() if c}
+    info = SetInfo(order.fingerprint, order.embedder, layout.size, 0, 0, counted, order.asked, origin)
     write_index(folder, info, keep)
     for name in (PARTS, MARKS):
         shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
@@ -168,6 +201,8 @@ def _make(order: Order, folder: str, run: ChipRun, progress: Progress) -> None:
 
 
 def _check_source(data: DataConfig) -> None:
+    if data.gallery:
+        return
     source = open_source(data.source_config)
     if next(iter(source), None) is None:
         raise SourceError(f"no image in {data.source!r} ({source.ignored} other files were passed over)")

@@ -1,10 +1,11 @@
 """train: a config in, a model out, with its checkpoints, metrics, report and manifest; goes on where it stopped."""
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from facepipe.training.report import write_report
 from facepipe.training.start import Start, find, written
 from facepipe.training.validation import names_in, read_validation_pairs
 from pipelines.train_config import DetectorConfig, TrainConfig, read_config
-from pipelines.train_manifest import of_detector, of_embedder, write_faces, write_manifest
+from pipelines.train_manifest import FACES, MANIFEST, of_detector, of_embedder, write_faces, write_manifest
 from pipelines.train_plan import DetectorPlan, EmbedderPlan
 from pipelines.train_worker import OnRay, Plan, check_device, inline
 
@@ -36,7 +37,8 @@ MODEL, REPORT = "model", "report.html"
 class TrainSummary:
     """What a training run has done.
 
-    end: done or stopped (early); resumed: the step it went on from; best: the step the model is of; data: counts
+    end: done or stopped (early); resumed: the step it went on from; best: the step the model is of; data: counts;
+    notes: what a user should know of the data and the scores
     """
 
     output: str
@@ -52,6 +54,7 @@ class TrainSummary:
     best: int
     scores: dict[str, float] = field(default_factory=dict)
     data: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def run(
@@ -70,12 +73,19 @@ def run(
     start = find(config.model) if isinstance(config, TrainConfig) else None
     if start:
         start.build(config.run.seed)  # weights that do not fit are told before any data is prepared
-    if fresh:
-        _clear(config.run.output)
     os.makedirs(config.run.output, exist_ok=True)
-    job = _Embedder(config, start, say) if isinstance(config, TrainConfig) and start else _Detector(cast(Any, config))
-    outcome = train(job.plan, tell)
-    return _finish(job, outcome)
+    checkpoints = checkpointing.Checkpoints(config.run.output)
+    goes_on = not fresh and checkpoints.present
+    if isinstance(config, TrainConfig) and start:
+        job: _Embedder | _Detector = _Embedder(config, start, say, goes_on)
+    else:
+        job = _Detector(cast(Any, config))
+    if fresh:
+        with checkpoints.held():  # not under a run that is going on, nor before it is known that this one can
+            _clear(config.run.output)
+    with job.using():
+        outcome = train(job.plan, tell)
+        return _finish(job, outcome)
 
 
 def train(plan: Plan, tell: Tell = lambda progress: None) -> Outcome:
@@ -120,25 +130,33 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 class _Embedder:
     """The training of an embedder: its data, and what its model is called."""
 
-    def __init__(self, config: TrainConfig, start: Start, say: Say):
+    def __init__(self, config: TrainConfig, start: Start, say: Say, goes_on: bool):
         from pipelines.chips import prepare, prepare_images
 
         self.config, self.start, run = config, start, config.run
         folder = run.chips or os.path.join(run.output, "chips")
-        chips = prepare(config.data, start.chips, folder, progress=say)
+        chips = prepare(config.data, start.chips, folder, progress=say, settled=goes_on)
         pairs = ""
         if config.validate.pairs and config.schedule.validate != 0:
             pairs = f"{folder}-of-pairs"
             wanted = names_in(read_validation_pairs(replace(config.validate, held_only=False)))
-            prepare_images(config.validate.data, wanted, start.chips, pairs)
+            prepare_images(config.validate.data, wanted, start.chips, pairs, progress=say, settled=goes_on)
         self.plan = EmbedderPlan(config, folder, pairs)
         self._whole = chips
         self._train, self._held = self.plan.parts()
         judged = self.plan.pair_set()  # an error in it is to be heard of before training
         scored = f"scored on {judged.what}" if judged else "not validated: the last network is the result"
         self.notes = [scored, *self.plan.notes(self._train)]
-        for note in self.notes[1:]:
-            say(note)
+        if again := start.resized():
+            self.notes.append(f"these start at random, since the weights have another dim: {', '.join(again)}")
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """The chips stay as they are."""
+        from pipelines.chips import in_use
+
+        with in_use(self._whole.folder):
+            yield
 
     @property
     def counts(self) -> dict[str, int]:
@@ -161,6 +179,10 @@ class _Detector:
         self.start, task = self.plan.task()
         self._steps, self.notes = task.steps_per_epoch, list(task.notes)
 
+    def using(self) -> AbstractContextManager[None]:
+        """Nothing has to be held."""
+        return nullcontext()
+
     @property
     def counts(self) -> dict[str, int]:
         return {"batches an epoch": self._steps}
@@ -173,23 +195,24 @@ class _Detector:
 def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
     """The model from the best checkpoint, the report and the manifest."""
     run = job.config.run
-    state = _weights(run)
-    figures = {name: round(value, 6) for name, value in outcome.standing.scores.items()}
+    state, best, scores = _weights(run, outcome)
+    figures = {name: round(value, 6) for name, value in scores.items()}
     card = written(job.start, _name(run), figures)
     model = save_model(Path(run.output) / MODEL, state, card)
     entries = journal.read(run.output)
     config = asdict(job.config)
-    about = {
+    about: dict[str, Any] = {
         "title": f"Training of {job.start.architecture.name}",
         "subtitle": f"{run.output}, from {job.start.where}",
         "notes": job.notes,
         "data": job.counts,
-        "scores": outcome.standing.scores,
+        "scores": scores,
         "config": config,
     }
     write_report(os.path.join(run.output, REPORT), entries, outcome, about)
     start = {"name": job.start.where, "sha256": job.start.sha256 or None, "licence": job.start.licence}
-    write_manifest(run.output, {**job.manifest(), "start": start, "seed": run.seed}, outcome, config)
+    about = {**job.manifest(), "start": start, "seed": run.seed, "scores": scores, "model_step": best}
+    write_manifest(run.output, about, outcome, config)
     last = entries[-1] if entries else None
     speeds = sorted(entry.speed for entry in entries)
     return TrainSummary(
@@ -203,24 +226,28 @@ def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
         resumed=outcome.resumed,
         loss=last.loss if last else float("nan"),
         images_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
-        best=outcome.standing.step or outcome.step,
-        scores=outcome.standing.scores,
+        best=best,
+        scores=scores,
         data=job.counts,
+        notes=job.notes,
     )
 
 
-def _weights(run: RunConfig) -> dict[str, Any]:
-    """The network with the best score; the last one where nothing was validated."""
+def _weights(run: RunConfig, outcome: Outcome) -> tuple[dict[str, Any], int, dict[str, float]]:
+    """The network with the best score, its step, and its scores; the last one where none was validated, or where the
+    best one is no longer there."""
     checkpoints = checkpointing.Checkpoints(run.output, run.keep)
     if checkpoints.best.exists():
         try:
-            return dict(checkpointing.read(checkpoints.best)["net"])
+            best = checkpointing.read(checkpoints.best)
         except checkpointing.DamagedError as error:
             raise TrainingError(f"{str(checkpoints.best)!r} is damaged: {error}. Delete it to take the last") from error
+        if best["step"] == outcome.standing.step:
+            return dict(best["net"]), best["step"], outcome.standing.scores
     last = checkpoints.load()
     if last is None:
         raise TrainingError(f"no checkpoint in {run.output!r}")
-    return dict(last["net"])
+    return dict(last["net"]), last["step"], {}
 
 
 def _name(run: RunConfig) -> str:
@@ -230,8 +257,9 @@ def _name(run: RunConfig) -> str:
 def _clear(output: str) -> None:
     """Take off what an earlier run left, but for the chips."""
     checkpointing.Checkpoints(output).clear()
-    for name in (journal.METRICS, REPORT, "manifest.json", "model.toml", "model.safetensors"):
+    for name in (journal.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
         Path(output, name).unlink(missing_ok=True)
+    shutil.rmtree(Path(output, journal.TENSORBOARD), ignore_errors=True)
 
 
 def _absolute(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:

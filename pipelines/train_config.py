@@ -5,6 +5,7 @@ from typing import Any
 
 from facepipe.config import build
 from facepipe.errors import ConfigError
+from facepipe.storage import is_remote
 from facepipe.training.augment import AugmentConfig
 from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.data_config import DataConfig
@@ -98,6 +99,10 @@ def check_length(model: ModelConfig, schedule: ScheduleConfig, run: RunConfig) -
     """Raises ConfigError for settings of the schedule that would have no effect."""
     if schedule.milestones and schedule.policy != "step":
         raise ConfigError(f"schedule.milestones are for policy step, and schedule.policy is {schedule.policy}")
+    if schedule.policy == "step" and not schedule.milestones:
+        raise ConfigError("schedule.policy is step, and schedule.milestones is empty: say where the rate falls")
+    if schedule.warmup >= (schedule.steps or schedule.epochs):
+        raise ConfigError(f"schedule.warmup: {schedule.warmup:g} is not before the end of the training")
     late = [m for m in schedule.milestones if m >= (schedule.steps or schedule.epochs)]
     if late:
         raise ConfigError(f"schedule.milestones: {late[0]:g} is not before the end of the training")
@@ -124,6 +129,8 @@ def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
     run = found.run
     if not run.output:
         raise ConfigError("run.output is missing: the folder that the model, its checkpoints and the report go to")
+    if is_remote(run.output):
+        raise ConfigError(f"run.output is {run.output!r}: checkpoints are locked and replaced, which needs a disk")
     if run.runner == "inline" and run.workers > 1:
         raise ConfigError(f"run.workers is {run.workers}, and the runner inline has one: take ray")
     name, size = found.batch

@@ -7,18 +7,17 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 import facepipe
 from facepipe import storage
-from facepipe.gallery import Gallery
 from facepipe.observe.redact import redact
 from facepipe.training.chips import ChipSet
 from facepipe.training.data_config import DataConfig
 from facepipe.training.loop import Outcome
+from pipelines.chip_origin import digest_of
 
 MANIFEST, FACES = "manifest.json", "faces.npy"
 
@@ -26,7 +25,7 @@ MANIFEST, FACES = "manifest.json", "faces.npy"
 def of_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: ChipSet) -> dict[str, Any]:
     """The part on the data of an embedder. whole: the chip set; trained, held: its parts."""
     return {
-        "data": _origin(data),
+        "data": whole.info.origin,
         "chips": whole.info.fingerprint,
         "images": len(trained),
         "identities": len(trained.identities),
@@ -41,7 +40,7 @@ def of_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: ChipSe
 
 def of_detector(annotations: str, steps_per_epoch: int) -> dict[str, Any]:
     """The part on the data of a detector."""
-    return {"data": {"annotations": annotations, "sha256": _file_digest(annotations)}, "batches": steps_per_epoch}
+    return {"data": {"annotations": annotations, "sha256": digest_of(annotations)}, "batches": steps_per_epoch}
 
 
 def write_manifest(output: str, about: dict[str, Any], outcome: Outcome, config: dict[str, Any]) -> None:
@@ -54,8 +53,6 @@ def write_manifest(output: str, about: dict[str, Any], outcome: Outcome, config:
         **about,
         "steps": outcome.step,
         "end": outcome.end,
-        "scores": outcome.standing.scores,
-        "best_step": outcome.standing.step or None,
         "config": config,
     }
     text = redact(json.dumps(content, indent=1, default=str))
@@ -74,24 +71,8 @@ def _sorted(chips: ChipSet) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 
 def _digest_of_uris(chips: ChipSet) -> str:
-    """SHA-256 over the sorted uris, each ended by a zero byte."""
+    """SHA-256 over the uris, each ended by a zero byte, in the set's order: by label and face id."""
     digest = hashlib.sha256()
-    for uri in sorted(chips.uris):
+    for uri in chips.uris:
         digest.update(uri.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
-
-
-def _origin(data: DataConfig) -> dict[str, Any]:
-    if not data.gallery:
-        return {"source": data.source, "sha256": _file_digest(data.source)}
-    gallery = Gallery(data.gallery)
-    found = {"gallery": data.gallery, "version": gallery.version, "contract": asdict(gallery.contract)}
-    return found | ({"list": data.list, "list_sha256": _file_digest(data.list)} if data.list else {})
-
-
-def _file_digest(path: str) -> str | None:
-    """SHA-256 of a local file; None for folders and what is elsewhere."""
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from facepipe.errors import ConfigError
 from facepipe.models.architectures import Input
 from facepipe.models.device import resolve
 from facepipe.training import optim, schedule
-from facepipe.training.checkpointing import FOLDER
+from facepipe.training.checkpointing import Checkpoints
 from facepipe.training.chips import ChipSet
 from facepipe.training.config import RunConfig
 from facepipe.training.detection.task import DetectionTask
@@ -23,7 +22,7 @@ from facepipe.training.imprint import imprint
 from facepipe.training.loop import Settings
 from facepipe.training.losses import objective
 from facepipe.training.sampling import Sampler
-from facepipe.training.split import Rows, split
+from facepipe.training.split import Rows, SplitConfig, split
 from facepipe.training.start import Start, find
 from facepipe.training.task import Task
 from facepipe.training.triplet_task import TripletSampler, TripletTask
@@ -51,7 +50,7 @@ class EmbedderPlan:
         train, _ = self.parts()
         net = start.build(seed, config.model.dropout)
         head = objective(config.loss, start.dim, len(train.identities), seed)
-        if config.model.imprint and not any(Path(self.run.output, FOLDER).glob("*.ckpt")):
+        if config.model.imprint and not Checkpoints(self.run.output).present:
             self._imprint(net, head, start.input, train)
         task = self._task(net, head, train, start.input)
         identity = _identity(config, ("data", "loss", "sample", "augment", "split", "validate"))
@@ -90,7 +89,10 @@ class EmbedderPlan:
         return chips.select(train), chips.select(held)
 
     def _rows(self, chips: ChipSet) -> Rows:
-        return split(chips.labels, self.config.split, self.run.seed, chips.identities, chips.faces)
+        given, validate = self.config.split, self.config.validate
+        if validate.pairs and not validate.held_only and not given.names:
+            given = SplitConfig("none")  # what nobody would be scored on is not held out
+        return split(chips.labels, given, self.run.seed, chips.identities, chips.faces)
 
     def pair_set(self) -> PairSet | None:
         """The pairs that networks are scored on; None where nothing is held out and no file is given."""

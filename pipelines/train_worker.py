@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from facepipe import errors
-from facepipe.errors import ConfigError, FacepipeError, ModelError, WorkerError
+from facepipe.errors import AgreedError, ConfigError, FacepipeError, ModelError, WorkerError
 from facepipe.memory import keep_freed
 from facepipe.models.device import resolve
 from facepipe.training import journal
@@ -18,6 +18,7 @@ from facepipe.training.checkpointing import FOLDER
 from facepipe.training.config import RunConfig
 from facepipe.training.journal import Progress
 from facepipe.training.loop import Loop, Outcome, Settings
+from facepipe.training.precision import choose
 from facepipe.training.ranks import Ranks
 from facepipe.training.task import Task
 from pipelines.runners import ray as ray_runner
@@ -46,9 +47,12 @@ class Place:
 
 
 def check_device(run: RunConfig) -> None:
-    """Raises ModelError where a GPU is asked for on this machine and there is none; nothing has been started then."""
+    """Raises ModelError where a GPU is asked for on this machine and there is none, and ConfigError for a precision
+    that the device does not have; nothing has been started then."""
+    import torch
+
     if run.runner == "inline" or "RAY_ADDRESS" not in os.environ:
-        resolve(run.device)
+        choose(run.precision, torch.device(resolve(run.device)))
 
 
 def inline(plan: Plan, tell: Tell, stop: Callable[[], bool]) -> Outcome:
@@ -105,6 +109,10 @@ class OnRay:
     def _place(self, found: Any) -> Place:
         run = self._run
         device = run.device if run.device != "auto" else "cuda" if found.gpus >= run.workers else "cpu"
+        if run.device == "auto" and 0 < found.gpus < run.workers:
+            raise ConfigError(
+                f"run.workers is {run.workers}, and Ray has {found.gpus} GPUs: lower it, or set run.device"
+            )
         if device == "cuda" and found.gpus < run.workers:
             raise ModelError(f"run.workers {run.workers} on cuda need as many GPUs, and Ray has {found.gpus}")
         if found.cpus < run.workers:
@@ -172,11 +180,13 @@ def _worker(config: dict[str, Any]) -> Any:
 
     context, plan, place = ray.train.get_context(), config["plan"], config["place"]
     device = ray.train.torch.get_device() if place.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what is loaded onto plain "cuda" comes here as well
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     asked = Path(plan.run.output) / FOLDER / _STOP
     try:
         return _train(plan, ranks, (lambda progress: None, asked.exists), place.cpus)
     except FacepipeError as error:
-        if ranks.world > 1 and not getattr(error, "agreed", False):
+        if ranks.world > 1 and not isinstance(error, AgreedError):
             raise  # the others do not know: all have to be started again
         return type(error).__name__, str(error)

@@ -25,7 +25,7 @@ def card_of(path: Path) -> Card:
     """The card that the registry would have had; weights are read and checked here, loaded by `load`."""
     file = read_card(path)
     weights = path.parent / file.weights
-    sha256 = _fingerprint(path, file, _checked(weights, file.sha256))
+    sha256 = _fingerprint(path, file, checked(weights, file.sha256))
     return Card(
         name=file.name,
         role=file.role,
@@ -110,7 +110,8 @@ def renamed(state: State, architecture: Architecture, keys: str = "") -> State:
     return maps[found](state) if found else state
 
 
-def _checked(weights: Path, sha256: str) -> str:
+def checked(weights: Path, sha256: str) -> str:
+    """SHA-256 of a file of weights. Raises WeightsError where it is missing, or not the one that is given."""
     if not weights.is_file():
         raise WeightsError(f"the weights {str(weights)!r} are missing")
     with weights.open("rb") as file:
@@ -123,7 +124,7 @@ def _checked(weights: Path, sha256: str) -> str:
 def _fingerprint(path: Path, card: CardFile, weights: str) -> str:
     what: dict[str, Any] = {"weights": weights, "input": asdict(fed_of(card)), "architecture": card.architecture}
     if card.projection:
-        what["projection"] = _checked(path.parent / card.projection, "")
+        what["projection"] = checked(path.parent / card.projection, "")
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -22,6 +22,7 @@ from facepipe.observe import logs
 FOLDER = "checkpoints"
 BEST = "best.ckpt"
 _FORMAT = b"facepipe-checkpoint 1 "
+_PATIENCE = 60.0  # seconds
 _OLDEST = 10  # of those before the last that are looked for
 _HEAD = len(_FORMAT) + 64 + 1
 
@@ -60,6 +61,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file begins as `write` begins it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_FORMAT)) == _FORMAT
+    except OSError:
+        return False
+
+
 def read(path: Path) -> dict[str, Any]:
     """What `write` wrote, on the CPU. Raises DamagedError, or StorageError where the file cannot be read."""
     try:
@@ -89,6 +99,16 @@ class Checkpoints:
     def best(self) -> Path:
         """Where the network with the best score lies."""
         return self.folder / BEST
+
+    @property
+    def last(self) -> Path:
+        """Where the last checkpoint lies."""
+        return self._last(0)
+
+    @property
+    def present(self) -> bool:
+        """Whether a run can go on from here."""
+        return any(self._last(age).exists() for age in range(_OLDEST))
 
     def _last(self, age: int) -> Path:
         return self.folder / (f"last-{age}.ckpt" if age else "last.ckpt")
@@ -120,14 +140,14 @@ class Checkpoints:
         return None
 
     @contextmanager
-    def held(self, patience: float = 60.0) -> Iterator[None]:
-        """Nobody else writes here. A run that was killed may take a while to let go, hence `patience` in seconds.
+    def held(self) -> Iterator[None]:
+        """Nobody else writes here. A run that was killed may take a while to let go, and is waited for.
 
         Raises TrainingError where another run holds on.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as file:
-            until = time.monotonic() + patience
+            until = time.monotonic() + _PATIENCE
             while not _locked(file):
                 if time.monotonic() > until:
                     raise TrainingError(
@@ -140,8 +160,9 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete all checkpoints."""
-        for path in self.folder.glob("*.ckpt*") if self.folder.is_dir() else ():
-            path.unlink(missing_ok=True)
+        for pattern in ("*.ckpt*", "*.damaged"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _locked(file: IO[str]) -> bool:

@@ -45,7 +45,11 @@ INDEX_ROWS = pa.schema(
 
 @dataclass(frozen=True)
 class SetInfo:
-    """What `set.json` says. size: (width, height) of a chip; figures: what became of the images, counted."""
+    """What `set.json` says.
+
+    fingerprint: of all that the set depends on; asked: of what the config says alone, whatever has come to the data
+    size: (width, height) of a chip; figures: what became of the images, counted; origin: where they are from
+    """
 
     fingerprint: str
     embedder: str
@@ -53,6 +57,8 @@ class SetInfo:
     chips: int
     identities: int
     figures: dict[str, int] = field(default_factory=dict)
+    asked: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def shard_name(number: int) -> str:

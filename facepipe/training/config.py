@@ -17,7 +17,7 @@ Weight = Annotated[float, Field(ge=0)]
 class ModelConfig:
     """What is trained, and from which weights on.
 
-    architecture: `facepipe models` lists them; may be left out where `start` says it
+    architecture: `facepipe models --architectures` lists them; may be left out where `start` says it
     start: weights to start from: a model's TOML file, the name of a registered model, or a checkpoint of the
         architecture (.safetensors, .pth); nothing: random weights. Layers whose size depends on `dim` start at random
         where the weights have another `dim`

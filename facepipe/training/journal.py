@@ -108,4 +108,4 @@ def _curves(entry: Progress) -> dict[str, float]:
 def _board(folder: str, step: int) -> Any:
     from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
-    return SummaryWriter(folder, purge_step=step + 1 if step else None)
+    return SummaryWriter(folder, purge_step=step + 1)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from facepipe.errors import FacepipeError, TrainingError
+from facepipe.errors import AgreedError, FacepipeError
 from facepipe.hashing import hash64
 from facepipe.training import checkpointing, optim, schedule, snapshot
 from facepipe.training.checkpointing import Checkpoints
@@ -61,12 +61,6 @@ class Outcome:
     seconds: float
     resumed: int
     standing: Standing
-
-
-class AgreedError(TrainingError):
-    """A TrainingError that all ranks raise at the same step: starting them again would not mend it."""
-
-    agreed = True
 
 
 class Loop:
@@ -228,7 +222,9 @@ class Loop:
 
     def _kept(self) -> str:
         kept = self._checkpoints.last_step
-        return f"The checkpoint of step {kept} is kept" if kept else "No checkpoint had been written yet"
+        if not kept:
+            return "No checkpoint had been written yet"
+        return f"The checkpoint of step {kept} is kept; model.start = {str(self._checkpoints.last)!r} goes on from it"
 
     def _validate(self, done: int) -> dict[str, float]:
         """Scores of the network as it stands; the best one so far is kept. Takes the first worker alone."""
@@ -240,8 +236,9 @@ class Loop:
             raise AgreedError(f"the validation at step {done} failed: {scores[_WHY]}. {self._kept()}")
         if scores:
             self._standing = self._standing.after(scores, done, self.settings.schedule)
-            if self.ranks.first and self._standing.step == done:
+            if self._standing.step == done:
                 self._finite(done)
+            if self.ranks.first and self._standing.step == done:
                 content = {"net": self.task.net.state_dict(), "step": done, "scores": scores}
                 checkpointing.write(self._checkpoints.best, content)
         return scores
@@ -262,7 +259,8 @@ class Loop:
         return self._before + time.monotonic() - self._began
 
     def _finite(self, done: int) -> None:
-        if not snapshot.finite(self.task.net, self.task.objective):
+        bad = not snapshot.finite(self.task.net, self.task.objective)
+        if self.ranks.most([bad])[0]:  # a slice of a head may be bad on one rank alone
             raise AgreedError(f"the weights are not finite after step {done}. {self._kept()}")
 
     def _save(self, done: int) -> None:
@@ -290,7 +288,7 @@ class Loop:
     def _same_run(self, identity: dict[str, str]) -> None:
         other = [name for name, value in self.settings.identity.items() if identity.get(name) != value]
         if other:
-            raise TrainingError(
+            raise AgreedError(
                 f"{self._run.output!r} holds the checkpoints of a run with other {', '.join(other)}: begin again "
                 "with --fresh, or give another run.output"
             )

@@ -20,7 +20,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """What is held out for validation.
+    """What is held out for validation; nothing where `validate.pairs` scores on a file and `held_only` is not set.
 
     by: identities (no person is on both sides), images (of all identities; one whose images are all held out is not
         trained on), or none

@@ -1,6 +1,8 @@
 """The network that is trained: its architecture, its size, and the weights it starts from."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from facepipe.errors import ConfigError
+from facepipe.errors import ConfigError, WeightsError
 from facepipe.models.architectures import ARCHITECTURES, Architecture, Input
 from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card
 from facepipe.models.checkpoint import State, fit, read_state
-from facepipe.models.loading import renamed
+from facepipe.models.loading import checked, renamed
+from facepipe.training import checkpointing
 from facepipe.training.config import ModelConfig
 
 _DIM = 128
@@ -72,7 +75,10 @@ class Start:
 
     def _resized(self, state: State) -> list[str]:
         axes = output_axes(self.architecture, self.dim, self.size)
-        return [k for k, axis in axes.items() if k in state and state[k].shape[axis] != self.dim]
+        if _dim_of(state, self.architecture, self.size) == self.dim:
+            return []
+        wanted = self._blank(self.dim).state_dict()
+        return [k for k, axis in axes.items() if k in state and _differ_in(state[k].shape, wanted[k].shape, axis)]
 
     def frozen(self, config: ModelConfig) -> tuple[str, ...]:
         """The beginnings of names that `model.freeze` stands for."""
@@ -98,6 +104,12 @@ def output_axes(architecture: Architecture, dim: int, size: tuple[int, int]) -> 
     return found
 
 
+def _differ_in(one: Sequence[int], other: Sequence[int], axis: int) -> bool:
+    """Whether that axis alone tells two shapes apart; what else does not fit is for `fit` to name."""
+    same = len(one) == len(other) and all(n == axis or a == b for n, (a, b) in enumerate(zip(one, other, strict=True)))
+    return same and one[axis] != other[axis]
+
+
 def _blank(architecture: Architecture, dim: int, size: tuple[int, int]) -> nn.Module:
     """The network without memory for its weights."""
     with torch.device("meta"):
@@ -118,10 +130,20 @@ def find(config: ModelConfig, role: Any = "embedder") -> Start:
     if config.start in ARCHITECTURES:
         return _registered(start, config)
     path = Path(config.start)
-    state = renamed(read_state(path), made)
+    state = _trained(path) or renamed(read_state(path), made)
     dim = config.dim or _dim_of(state, made, start.size)
     read = {"state": state, "where": str(path), "sha256": _digest(path)}
     return replace(start, dim=dim, card=replace(card, dim=dim), **read)  # type: ignore[arg-type]
+
+
+def _trained(path: Path) -> State | None:
+    """The network of a checkpoint that a training of ours left; None for other files. Raises WeightsError."""
+    if not checkpointing.is_ours(path):
+        return None
+    try:
+        return dict(checkpointing.read(path)["net"])
+    except checkpointing.DamagedError as error:
+        raise WeightsError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
 
 
 def _architecture(name: str, role: str) -> Architecture:
@@ -142,9 +164,10 @@ def _from_card(config: ModelConfig, path: Path, role: str) -> Start:
     if config.architecture and config.architecture != card.architecture:
         raise ConfigError(f"model.start is of {card.architecture}, and model.architecture says {config.architecture}")
     made, weights = ARCHITECTURES[card.architecture], path.parent / card.weights
+    sha256 = checked(weights, card.sha256)
     state = renamed(read_state(weights), made, card.keys)
     dim = config.dim or card.dim
-    return Start(made, dim, str(path), replace(card, dim=dim), state, str(weights), _digest(weights))
+    return Start(made, dim, str(path), replace(card, dim=dim), state, str(weights), sha256)
 
 
 def _registered(start: Start, config: ModelConfig) -> Start:
@@ -162,7 +185,9 @@ def _registered(start: Start, config: ModelConfig) -> Start:
 
 def _dim_of(state: State, architecture: Architecture, size: tuple[int, int]) -> int:
     axes = output_axes(architecture, _DIM, size)
-    return next((state[k].shape[axis] for k, axis in axes.items() if k in state), _DIM)
+    found = (state[k].shape[axis] for k, axis in axes.items() if k in state and axis < len(state[k].shape))
+    counts = Counter(found)
+    return counts.most_common(1)[0][0] if counts else _DIM
 
 
 def _digest(path: Path) -> str:

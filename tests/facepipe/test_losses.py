@@ -19,6 +19,7 @@ from facepipe.training.losses import (
     needs_pairs,
     objective,
     offline_triplets,
+    settled,
     triplet_loss,
 )
 from facepipe.training.losses.margins import added_angle, annealed, multiplied_angle

@@ -347,9 +347,10 @@ def test_a_checkpoint_cannot_bring_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_only_one_run_writes(tmp_path: Path) -> None:
+def test_only_one_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "_PATIENCE", 0.1)
     checkpoints = Checkpoints(str(tmp_path))
-    other = Checkpoints(str(tmp_path)).held(patience=0.1)
+    other = Checkpoints(str(tmp_path)).held()
     with checkpoints.held(), pytest.raises(TrainingError, match="another run is writing to"), other:
         pass
 
@@ -445,6 +446,36 @@ def test_a_start_of_another_dim_keeps_the_trunk(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsError, match=f"1 missing: {next(iter(state))}"):
         broken.build(0)
+    name = next(k for k in resized if state[k].dim() == 4)
+    for shape in ((64, state[name].shape[1] - 1, 1, 1), ()):
+        torch.save({**state, name: torch.zeros(shape)}, tmp_path / "c.pth")
+        for dim in (None, 32):
+            damaged = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "c.pth"), dim=dim))
+            with pytest.raises(WeightsError, match=name):
+                damaged.build(0)
+
+
+def test_dlib_s_network_takes_another_dim_and_keeps_its_trunk() -> None:
+    found = start.find(ModelConfig(start="dlib-resnet", dim=64, freeze="trunk"))
+    assert found.resized() == ["fc.weight"]
+    net = found.build(0)
+    assert net(torch.zeros(1, 3, 150, 150)).shape == (1, 64)
+    names = {name for name, _ in net.named_parameters()}
+    assert names - set(found.frozen(ModelConfig(freeze="trunk"))) == {"fc.weight"}
+
+
+def test_a_detector_s_heads_are_at_one_depth() -> None:
+    from facepipe.models.detectors.retinaface import RetinaFaceNet
+
+    net = RetinaFaceNet("mobilenet025", norms=True)
+    found = {n: g.scale for g, names in optim.groups(net, nn.Linear(1, 1), OptimConfig(), 0.5).items() for n in names}
+    scales = [
+        {scale for name, scale in found.items() if name.startswith(f"net.{prefix}")}
+        for prefix in ("class_head", "box_head", "landmark_head", "context", "merge", "lateral")
+    ]
+    assert scales == [{1.0}, {1.0}, {1.0}, {0.5}, {0.25}, {0.125}]
+    assert {s for n, s in found.items() if n.startswith("net.trunk.stage1")} == {0.5**6}
+    assert len(found) == len(list(net.parameters())) + 2
 
 
 @pytest.mark.parametrize(

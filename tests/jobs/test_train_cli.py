@@ -53,7 +53,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_it_goes_on(written: Path) -> None:
         run.send_signal(signal.SIGINT)
         rest = run.stderr.read()
     assert run.returncode == 130, rest
-    assert "interrupted; the checkpoint is written, and the same command goes on from there" in rest
+    assert "interrupted; what is done is kept, and the same command goes on from there" in rest
     assert re.search(
         r"step \d+ of 100000, epoch \d+\.\d+, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, .* left", seen[-1]
     )
@@ -80,7 +80,7 @@ def test_a_wrong_config_is_exit_code_2(written: Path) -> None:
     for setting, message in (
         ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr?"),
         ("model.architecture=resnet9", "no embedder is called 'resnet9'"),
-        ("schedule.warmup=99", "warmup is 99 steps, and the whole training 3"),
+        ("schedule.warmup=99", "warmup: 99 is not before the end"),
     ):
         found = CliRunner().invoke(app, ["train", str(written), "--quiet", "--set", setting])
         assert (found.exit_code, message in found.stderr) == (2, True), found.stderr

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from facepipe.errors import ConfigError, ModelError, TrainingError
+from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
 from facepipe.training import checkpointing, journal
 from facepipe.training.checkpointing import Checkpoints
 from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.loop import Settings
+from pipelines.chips import in_use
 from pipelines.train import interruptible, read_config, run, train
 
 STEPS = 30
@@ -170,6 +171,9 @@ BASE: dict[str, Any] = {
         ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
         ({"model": {"freezing": "trunk"}}, "unknown key model.freezing: did you mean model.freeze"),
         ({"run": {"output": ""}}, "run.output is missing"),
+        ({"run": {"output": "s3://bucket/run"}}, "needs a disk"),
+        ({"schedule": {"policy": "step"}}, "milestones is empty"),
+        ({"schedule": {"warmup": 20}}, "warmup: 20 is not before"),
         ({"run": {"runner": "ray", "workers": 3}}, "sample.batch = 128 does not divide by run.workers = 3"),
         ({"run": {"workers": 2}}, "the runner inline has one"),
         ({"data": {"gallery": "g"}}, "both given"),
@@ -235,9 +239,9 @@ def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> No
     assert len(faces) == manifest["images"] == summary.data["images"]
     assert manifest["faces_sha256"] == hashlib.sha256(faces.tobytes()).hexdigest()
     assert manifest["config"]["optim"]["lr"] == 0.02
+    frozen = config(persons, tmp_path / "frozen", run={"chips": str(output / "chips")})
+    every = tuple({k.split(".")[0] for k in loaded(output)["net"]})
     with pytest.raises(ConfigError, match="leaves nothing of the network to train"):
-        frozen = config(persons, tmp_path / "frozen", run={"chips": str(output / "chips")})
-        every = tuple({k.split(".")[0] for k in loaded(output)["net"]})
         run(dataclasses.replace(frozen, model=dataclasses.replace(frozen.model, freeze=every)))
     assert "mobilefacenet" in (output / "report.html").read_text()
     # Again: nothing to do, the same model.
@@ -274,6 +278,103 @@ def test_triplets_mined_once_an_epoch(persons: Path, tmp_path: Path, name: str) 
     anchor, positive, negative = labels[prepared["triplets"].numpy()].T
     assert (anchor == positive).all()
     assert (anchor != negative).all()
+
+
+def test_fresh_takes_nothing_before_it_is_known_that_the_run_can_begin(
+    persons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(persons, tmp_path)
+    run(given)
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and ".lock" not in path.name}
+    with pytest.raises(SourceError):
+        run(config(persons / "nowhere", tmp_path), fresh=True)
+    assert {path: path.read_bytes() for path in left} == left
+    monkeypatch.setattr(checkpointing, "_PATIENCE", 0.2)
+    with Checkpoints(str(tmp_path)).held(), pytest.raises(TrainingError, match="another run is writing"):
+        run(given, fresh=True)
+    assert {path: path.read_bytes() for path in left} == left
+    assert run(given, fresh=True).resumed == 0
+
+
+def test_a_training_goes_on_with_the_chips_it_began_with(persons: Path, tmp_path: Path) -> None:
+    """Images that came to the gallery since are for a training that begins anew; another run cannot take them away."""
+    from conftest import draw
+
+    from facepipe.config import build
+    from pipelines.embed import EmbedConfig
+    from pipelines.embed import run as embed
+
+    def add(folder: Path) -> None:
+        fakes = {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}, "run": {"runner": "inline"}}
+        embed(build(EmbedConfig, {**fakes, "source": {"uri": str(folder)}}), str(tmp_path / "gallery"))
+
+    def red(folder: Path, first: int) -> Path:
+        for n in range(first, first + 12):
+            (folder / f"person{n % 3}").mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(folder / f"person{n % 3}" / f"{n}.png"), draw(3 * n + 1))
+        return folder
+
+    add(red(tmp_path / "one", 0))
+    layers: dict[str, Any] = {"data": {"source": "", "aligned": False, "gallery": str(tmp_path / "gallery")}}
+    layers |= {"split": {"by": "none"}, "schedule": {"steps": 3, "validate": 0}}
+    given = config(persons, tmp_path / "run", **layers)
+    first = run(given)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    add(red(tmp_path / "two", 20))
+    again = run(given)
+    assert again.resumed == 3
+    assert again.data["images"] == first.data["images"] == 12
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["data"] == manifest["data"]
+    other = dataclasses.replace(given, run=dataclasses.replace(given.run, output=str(tmp_path / "other")))
+    shared = dataclasses.replace(other, run=dataclasses.replace(other.run, chips=str(tmp_path / "run" / "chips")))
+    with in_use(str(tmp_path / "run" / "chips")), pytest.raises(ConfigError, match="which another training is using"):
+        run(shared)
+    assert run(given, fresh=True).data["images"] == 24
+
+
+def test_class_centres_are_imprinted_again_where_no_checkpoint_was_left(persons: Path, tmp_path: Path) -> None:
+    """Killed between the first best network and the first checkpoint."""
+    start = run(config(persons, tmp_path / "start")).model
+    given = [config(persons, tmp_path / name, split={"held": 0.4}) for name in ("a", "b")]
+    given = [dataclasses.replace(g, model=dataclasses.replace(g.model, start=start, imprint=2)) for g in given]
+    run(given[0])
+    folder = tmp_path / "b" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "best.ckpt").write_bytes((tmp_path / "a" / "checkpoints" / "best.ckpt").read_bytes())
+    run(given[1])
+    assert same(loaded(tmp_path / "a")["net"], loaded(tmp_path / "b")["net"])
+    assert same(loaded(tmp_path / "a")["head"], loaded(tmp_path / "b")["head"])
+
+
+def test_the_model_has_the_scores_of_its_own_step(persons: Path, tmp_path: Path) -> None:
+    given = config(persons, tmp_path)
+    first = run(given)
+    assert first.scores
+    assert json.loads((tmp_path / "manifest.json").read_text())["model_step"] == first.best
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    again = run(given)
+    assert (again.best, again.scores) == (4, {})
+    assert "same_person" not in (tmp_path / "model.toml").read_text()
+
+
+def test_weights_to_start_from_are_checked(persons: Path, tmp_path: Path) -> None:
+    summary = run(config(persons, tmp_path / "first"))
+    weights = tmp_path / "first" / "model.safetensors"
+    kept = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    begun = config(persons, tmp_path / "second", schedule={"steps": 1})
+
+    def started(from_: Path | str) -> Any:
+        return dataclasses.replace(begun, model=dataclasses.replace(begun.model, start=str(from_)))
+
+    assert run(started(kept)).step == 1, "a checkpoint of ours, as after a loss that was not finite"
+    changed = bytearray(weights.read_bytes())
+    changed[-5] ^= 1
+    weights.write_bytes(bytes(changed))
+    with pytest.raises(WeightsError, match="not this file"):
+        run(started(summary.model), fresh=True)
+    kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(WeightsError, match="damaged"):
+        run(started(kept), fresh=True)
 
 
 def test_an_interrupted_run_leaves_a_checkpoint(persons: Path, tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""Where a chip set's images are from, for the manifests of what is trained on it."""
+
+import hashlib
+import os
+from dataclasses import asdict
+from typing import Any
+
+from facepipe.gallery import Gallery
+from facepipe.training.data_config import DataConfig
+
+
+def origin_of(data: DataConfig) -> dict[str, Any]:
+    """A gallery with its version and contract and the list, or a source; with digests of files."""
+    if not data.gallery:
+        return {"source": data.source, "sha256": digest_of(data.source)}
+    gallery = Gallery(data.gallery)
+    found = {"gallery": data.gallery, "version": gallery.version, "contract": asdict(gallery.contract)}
+    return found | ({"list": data.list, "list_sha256": digest_of(data.list)} if data.list else {})
+
+
+def digest_of(path: str) -> str | None:
+    """SHA-256 of a local file; None for folders and what is elsewhere."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
