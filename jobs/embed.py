@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
-from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, table
+from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, say, table
 from jobs.options import ConfigFile, Detector, Embedder, GalleryPath, Json, Settings, models
 from jobs.progress import EmbedProgress, figures
 
@@ -67,8 +67,11 @@ def embed(
             models(detector, embedder),
             parse_settings(settings or []),
         ]
+        chosen = build(EmbedConfig, *layers)
+        if chosen.doubt:
+            say("embed")(chosen.doubt)
         with EmbedProgress(quiet) as progress:
-            summary = run(build(EmbedConfig, *layers), gallery, progress)
+            summary = run(chosen, gallery, progress)
         emit(summary.to_dict(), as_json, lambda: _show(summary, gallery))
         if summary.failed == summary.listed > 0:
             fail(f"all {summary.images} images failed; `facepipe info {gallery}` lists why", FAILED)

@@ -73,6 +73,16 @@ class EmbedConfig:
         """What the embeddings depend on."""
         return Contract.of(self.detect.model, self.embed.model, self.embed.flip)
 
+    @property
+    def doubt(self) -> str:
+        """What is likely not meant, though it runs; empty where there is nothing."""
+        if self.embed.model != "face-recognition" or not self.embed.flip:
+            return ""
+        return (
+            "with embed.flip the mirror image is averaged in, which the library face_recognition does not do: its own "
+            "vectors come with --config face_recognition.toml, or with --set embed.flip=false"
+        )
+
     def stages(self, group: Group) -> tuple[Any, ...]:
         """The stages of a group, set to the group's device and threads."""
         given = "cuda" if group.gpus else "cpu"

@@ -20,7 +20,7 @@ from facepipe.gallery import Gallery
 from facepipe.models import Embedder
 from facepipe.models.card_file import CardFile, read_card, to_toml
 from facepipe.models.device import resolve
-from facepipe.models.loading import card_of, load_embedder
+from facepipe.models.loading import card_of, load_embedder, unprojected
 from facepipe.models.projection import Projection, SecondMoment, check_enough, fit, save
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
@@ -102,7 +102,7 @@ def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lam
     projection = _fitted(moment, summary)
     _measure(summary, sample, raw, projection, config.seed)
     told = {"gallery": table.path, "version": str(table.version), "contract": table.contract.to_json()}
-    told |= {"faces": str(summary.faces), "seed": str(config.seed), "model_sha256": card_of(path).sha256}
+    told |= {"faces": str(summary.faces), "seed": str(config.seed), "model_sha256": unprojected(path, file)}
     save(weights, projection, told)
     write(str(toml), to_toml(_card(file, weights.name, summary)).encode())
     card_of(toml)  # what was written can be read
@@ -186,4 +186,5 @@ def _card(file: CardFile, projection: str, summary: ProjectSummary) -> CardFile:
             figures |= {f"accuracy_{name}": round(found.accuracy, 5)}
             figures |= {f"tar_at_far_1e-3_{name}": round(found.tar, 5)} if found.tar is not None else {}
         threshold = round(summary.reduced.threshold, 4)
-    return replace(file, name=f"{file.name}-128", projection=projection, figures=figures, same_person=threshold)
+    told = {"name": f"{file.name}-128", "projection": projection, "metric": "euclidean on unit vectors"}
+    return replace(file, **told, figures=figures, same_person=threshold)  # type: ignore[arg-type]

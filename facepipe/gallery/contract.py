@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from facepipe.errors import ContractError
+from facepipe.errors import ContractError, ModelError
 from facepipe.hashing import hash64
 from facepipe.models import Card, card
 from facepipe.schema import EMBEDDING_DIM
@@ -27,7 +27,7 @@ class Contract:
 
     @classmethod
     def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
-        """The contract of registered models."""
+        """The contract of two models. Raises ModelError for two that do not go together."""
         found, made = card(detector, "detector"), card(embedder, "embedder")
         dim = made.dim or EMBEDDING_DIM
         return cls(found.name, found.sha256, made.name, made.sha256, _alignment(made, found), flip, dim)
@@ -63,6 +63,11 @@ def _alignment(embedder: Card, detector: Card) -> str:
     layout = embedder.layout
     if layout is None:
         raise ContractError(f"{embedder.name} does not say how its chips are cut")
+    if layout.kind == "dlib" and not detector.square_known:
+        raise ModelError(
+            f"{embedder.name} takes chips cut by dlib's points, and how the boxes of {detector.name} lie to dlib's was "
+            "never measured: take another detector, such as retinaface-mnet025 or dlib-hog"
+        )
     what = {
         "similarity": [layout.size, layout.template],
         "dlib": [layout.size, detector.square],

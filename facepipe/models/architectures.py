@@ -27,12 +27,16 @@ class Input:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Checkpoints of one public implementation. mark: a tensor's name that only they have; where their key map is."""
+    """Checkpoints of one public implementation. mark: a tensor's name that only they have; where their key map is.
+
+    input: what they were trained on, where that is not the architecture's
+    """
 
     name: str
     mark: str
     module: str
     function: str
+    input: Input | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Architecture:
 
     build: (dimension of the vectors, (width, height)) -> the module with random weights; detectors ignore both
     lineages: the key maps of public checkpoints
+    square: of a detector, as in its `Card`
     """
 
     name: str
@@ -50,6 +55,11 @@ class Architecture:
     input: Input = field(default_factory=Input)
     layout: ChipLayout = field(default_factory=lambda: ChipLayout((112, 112), template=arcface_template((112, 112))))
     lineages: tuple[Lineage, ...] = ()
+    square: tuple[float, float, float] | None = None
+
+    def lineage(self, name: str | None) -> Lineage | None:
+        """The lineage of that name."""
+        return next((lineage for lineage in self.lineages if lineage.name == name), None)
 
     def key_maps(self) -> dict[str, Callable[["State"], "State"]]:
         """By name, each from a public checkpoint's names to ours."""
@@ -100,6 +110,7 @@ def _graph(dim: int, size: Size) -> "nn.Module":
     raise ModelError("this model is an ONNX graph: it is run as it is, and has no torch module")
 
 
+RETINAFACE_SQUARE = (0.0, 0.072, 0.989)  # measured on LFW, tests/bench/dlib_exact.py
 _KEYS = "embedders.keys"
 _BUBBLIIIING_MARK = "backbone.model.conv2d_1a.conv.weight"
 _BIUBUG6 = (Lineage("biubug6", "ClassHead.0.conv1x1.weight", "detectors.retinaface_keys", "from_biubug6"),)
@@ -124,7 +135,8 @@ ARCHITECTURES = {
             layout=_arcface((96, 112)),
             lineages=(
                 Lineage("xiaoccer", "dw_conv1.conv.weight", _KEYS, "mobilefacenet_xiaoccer"),
-                Lineage("treb1en", "conv2_dw.conv.weight", _KEYS, "mobilefacenet_treb1en"),
+                # Its faces are read as BGR, and (x / 255 - 0.5) / 0.5.
+                Lineage("treb1en", "conv2_dw.conv.weight", _KEYS, "mobilefacenet_treb1en", Input("bgr")),
             ),
         ),
         Architecture(
@@ -177,7 +189,10 @@ ARCHITECTURES = {
             input=Input(mean=_ZERO, scale=(255.0, 255.0, 255.0)),
             layout=_LETTERBOX,
             lineages=(
-                Lineage("facenet-pytorch", "logits.weight", _KEYS, "inception_resnet_facenet_pytorch"),
+                Lineage(
+                    *("facenet-pytorch", "logits.weight", _KEYS, "inception_resnet_facenet_pytorch"),
+                    input=Input(scale=(128.0, 128.0, 128.0)),
+                ),
                 Lineage("bubbliiiing", _BUBBLIIIING_MARK, _KEYS, "inception_resnet_bubbliiiing"),
             ),
         ),
@@ -189,13 +204,20 @@ ARCHITECTURES = {
                 build=_detector("detectors.retinaface", "RetinaFaceNet", trunk=key, norms=True),
                 input=Input("bgr", (104.0, 117.0, 123.0), (1.0, 1.0, 1.0)),
                 lineages=_BIUBUG6,
+                square=RETINAFACE_SQUARE,
             )
             for name, trunk, key in (
                 ("retinaface-mnet025", "MobileNet-0.25", "mobilenet025"),
                 ("retinaface-resnet50", "ResNet-50", "resnet50"),
             )
         ),
-        Architecture("yunet", "detector", "YuNet (Wu et al., MIR 2023), an ONNX file of the user's", _graph),
-        Architecture("scrfd", "detector", "SCRFD (Guo et al., ICLR 2022), an ONNX file of the user's", _graph),
+        Architecture(
+            *("yunet", "detector", "YuNet (Wu et al., MIR 2023), an ONNX file of the user's", _graph),
+            input=Input("bgr", _ZERO, (1.0, 1.0, 1.0)),
+        ),
+        Architecture(
+            *("scrfd", "detector", "SCRFD (Guo et al., ICLR 2022), an ONNX file of the user's", _graph),
+            input=Input(scale=(128.0, 128.0, 128.0)),
+        ),
     )
 }

@@ -17,6 +17,7 @@ class Card:
     same_person: distance that tells the pairs of LFW View 2 apart best
     square: of a detector, where dlib would put its square box about the face: the centre's (dx, dy) and the side in
         units of the geometric mean of the box's sides; None where the boxes are dlib's
+    square_known: False where nobody has measured how the detector's boxes lie to dlib's
     parameters: learnt numbers, batch norms' statistics left aside
     """
 
@@ -33,4 +34,5 @@ class Card:
     metric: str | None = None
     same_person: float | None = None
     square: tuple[float, float, float] | None = None
+    square_known: bool = True
     parameters: int | None = None

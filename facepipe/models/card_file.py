@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from facepipe.models.checkpoint import State
 
 Numbers = float | tuple[float, float, float]
+Metric = Literal["euclidean on unit vectors", "cosine"]
 Points = tuple[tuple[float, float], ...]
 
 
@@ -48,7 +50,8 @@ class CardFile:
     weights: .safetensors, .pth, .pt, .ckpt (a state dict) or .onnx, beside this file; sha256: checked where given
     keys: whose names a checkpoint's tensors have; found by itself where not given
     dim: length of the model's vectors; projection: file that brings another length to 128 (`facepipe models project`)
-    metric: what the vectors are compared by; same_person: distance that tells two persons apart best, of unit vectors
+    metric: what same_person is in; vectors of a gallery are compared by the Euclidean distance of unit vectors
+    same_person: distance (or, in `cosine`, similarity) that tells two persons apart best
     licence, source: of the weights; figures: what was measured with it
     """
 
@@ -60,7 +63,7 @@ class CardFile:
     keys: str = ""
     dim: int = 128
     projection: str = ""
-    metric: str = "euclidean on unit vectors"
+    metric: Metric = "euclidean on unit vectors"
     same_person: float | None = None
     licence: str = "unknown"
     source: str = ""
@@ -77,7 +80,40 @@ def read_card(path: str | Path) -> CardFile:
         raise ConfigError(f"{path}: weights that are no .onnx graph need an architecture: {_names(found.role)}")
     if found.architecture and ARCHITECTURES[found.architecture].role != found.role:
         raise ConfigError(f"{path}: {found.architecture} is no {found.role}")
+    _check_input(found, str(path))
     return found
+
+
+def _check_input(card: CardFile, path: str) -> None:
+    given = card.input
+    if not all(math.isfinite(v) and v for v in _three(given.scale) or ()):
+        raise ConfigError(f"{path}: input.scale is {given.scale}, and levels are divided by it")
+    if given.size is not None and min(given.size) < 1:
+        raise ConfigError(f"{path}: input.size is {list(given.size)}: width and height in pixels")
+    if card.role == "embedder" and not card.architecture:
+        missing = [name for name in ("size", "channels", "mean", "scale") if getattr(given, name) is None]
+        if missing:
+            raise ConfigError(
+                f"{path}: an ONNX graph does not say what it takes: input.{', input.'.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing"
+            )
+    if card.role == "detector":
+        honoured = ("channels",) if card.architecture.startswith("retinaface") else ()
+        ignored = [name for name, value in asdict(given).items() if value is not None and name not in honoured]
+        if ignored:
+            raise ConfigError(
+                f"{path}: input.{', input.'.join(ignored)} cannot be set for {card.architecture or 'a detector'}: it "
+                "is fed as its authors feed it"
+            )
+
+
+def same_person_of(card: CardFile) -> float | None:
+    """The card's threshold as a Euclidean distance of unit vectors."""
+    if card.same_person is None or card.metric != "cosine":
+        return card.same_person
+    if not -1 <= card.same_person <= 1:
+        raise ConfigError(f"{card.name}: same_person is {card.same_person}, and a cosine is between -1 and 1")
+    return math.sqrt(2 - 2 * card.same_person)
 
 
 def _names(role: str) -> str:

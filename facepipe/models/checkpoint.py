@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 State = dict[str, "Tensor"]
 
 _WRAPPERS = ("state_dict", "net_state_dict", "model_state_dict", "model", "net")
+_DEEPEST = 8
 _SHOWN = 5
 
 
@@ -53,7 +54,7 @@ def _torch(file: Path) -> Any:
             f"{str(file)!r} is refused: it holds more than tensors, and loading that would run code of whoever wrote "
             "it, or it is no checkpoint. Save its state_dict alone, or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch's reader raises whatever damaged bytes lead it to
         raise WeightsError(f"{str(file)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
 
 
@@ -62,7 +63,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _unwrapped(loaded: Any) -> Any:
-    while isinstance(loaded, Mapping):
+    for _ in range(_DEEPEST):  # a wrapper may hold itself
+        if not isinstance(loaded, Mapping):
+            break
         inner = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
         if inner is None:
             break

@@ -1,7 +1,7 @@
 """The engines that run the models: ONNX Runtime for graphs (on CPUs faster than torch), torch for modules and on CUDA.
 
-An engine on a CPU computes image by image: with one thread a batch is no faster, and what comes out then cannot
-depend on what else was in the batch.
+A torch module on a CPU computes image by image: with one thread a batch is no faster, and what comes out then cannot
+depend on what else was in the batch. ONNX Runtime gives the same bits for a chip whatever is beside it.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ def session(graph: bytes, threads: int, device: str = "cpu") -> Any:
     import onnxruntime as ort
 
     provider = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
+    number = device.partition(":")[2]
     if provider not in ort.get_available_providers():
         raise ModelError(
             "this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place, or run the model with device=cpu"
@@ -39,9 +40,15 @@ def session(graph: bytes, threads: int, device: str = "cpu") -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(graph, options, providers=[provider])
+        made = ort.InferenceSession(graph, options, providers=[(provider, {"device_id": number} if number else {})])
     except Exception as error:  # ONNX Runtime's own exceptions derive from nothing else
         raise ModelError(f"ONNX Runtime cannot load the graph: {str(error)[:300]}") from error
+    if provider not in made.get_providers():
+        raise ModelError(
+            f"ONNX Runtime could not start {provider} and would run on the CPU: are its CUDA and cuDNN the ones that "
+            "this onnxruntime-gpu was built with?"
+        )
+    return made
 
 
 def channels_last(net: "nn.Module", device: str) -> "nn.Module":
@@ -173,7 +180,8 @@ class OnnxEmbedder:
         self._input = inputs[0].name
         self._raw = inputs[0].type == "tensor(uint8)"
         self._planes_last = inputs[0].shape[3] == 3
-        self._part = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else _CHIPS_PER_RUN
+        self._fixed = isinstance(inputs[0].shape[0], int)
+        self._part = inputs[0].shape[0] if self._fixed else _CHIPS_PER_RUN
         self._output = self._session.get_outputs()[0].name
         width, height = size
         self.dim = int(self._run(np.zeros((self._part, height, width, 3), np.uint8)).shape[1])
@@ -183,7 +191,7 @@ class OnnxEmbedder:
 
     def _padded(self, chips: Pixels) -> Floats:
         """A graph of a fixed batch gets a full one; the others run as many as there are."""
-        lacking = self._part - len(chips) if self._part != _CHIPS_PER_RUN else 0
+        lacking = self._part - len(chips) if self._fixed else 0
         full = np.concatenate([chips, np.repeat(chips[-1:], lacking, 0)]) if lacking else chips
         return self._run(full)[: len(chips)]
 

@@ -112,7 +112,6 @@ def _registered(found: Card) -> Exportable:
         name=found.name,
         weights="",
         architecture=found.name,
-        metric=found.metric or "",
         same_person=found.same_person,
         licence=found.licence,
         source=found.weights,
@@ -121,14 +120,14 @@ def _registered(found: Card) -> Exportable:
 
 
 def _from_file(path: Path) -> Exportable:
-    from facepipe.models.loading import card_of, load_net
+    from facepipe.models.loading import card_of, load_net, unprojected
     from facepipe.models.projection import read
 
     card_of(path)  # checks the weights' SHA-256
     net, file = load_net(path)
     if file.role != "embedder":
         raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are exported")
-    matrix = read(path.parent / file.projection, file.dim) if file.projection else None
+    matrix = read(path.parent / file.projection, file.dim, unprojected(path, file)) if file.projection else None
     layout, fed = chips_of(file), fed_of(file)
     written = replace(file, projection="", keys="", input=_spelt_out(layout, fed))
     return Exportable(net, fed, layout, written, matrix)
@@ -176,6 +175,8 @@ def _whole(found: Exportable) -> "nn.Module":
     import torch
     from torch import Tensor, nn
 
+    from facepipe.models.embedders.prelu import convolved
+
     class Whole(nn.Module):
         mean: Tensor
         scale: Tensor
@@ -183,7 +184,7 @@ def _whole(found: Exportable) -> "nn.Module":
 
         def __init__(self) -> None:
             super().__init__()
-            self.net = found.net.eval()
+            self.net = convolved(found.net).eval()
             for name, values in (("mean", found.fed.mean), ("scale", found.fed.scale)):
                 self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
             self.register_buffer("projection", None if found.projection is None else torch.tensor(found.projection))

@@ -5,14 +5,14 @@ The SHA-256 that a gallery's contract holds covers the weights, the input and th
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
-from facepipe.models.architectures import ARCHITECTURES, Architecture
+from facepipe.models.architectures import ARCHITECTURES, Architecture, Lineage
 from facepipe.models.card import Card
-from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card
+from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card, same_person_of
 from facepipe.models.checkpoint import State, fit, read_state
 
 if TYPE_CHECKING:
@@ -37,9 +37,16 @@ def card_of(path: Path) -> Card:
         load=_LoadDetector(str(path)) if file.role == "detector" else _LoadEmbedder(str(path)),
         layout=chips_of(file) if file.role == "embedder" else None,
         dim=128 if file.projection else file.dim,
-        metric=file.metric,
-        same_person=file.same_person,
+        metric="euclidean on unit vectors",
+        same_person=same_person_of(file),
+        square=_square(file),
+        square_known=_square(file) is not None,
     )
+
+
+def _square(card: CardFile) -> tuple[float, float, float] | None:
+    made = ARCHITECTURES.get(card.architecture)
+    return made.square if made else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "
     if file.projection:
         from facepipe.models.projection import Projected
 
-        return Projected.of(made, path.parent / file.projection)
+        return Projected.of(made, path.parent / file.projection, unprojected(path, file))
     if file.dim != 128:
         raise ModelError(
             f"{file.name} gives {file.dim}-D vectors, and a gallery holds 128-D ones: fit a projection with "
@@ -95,8 +102,22 @@ def load_net(path: Path) -> "tuple[nn.Module, CardFile]":
     made = ARCHITECTURES[file.architecture]
     weights = path.parent / file.weights
     net = made.build(file.dim, chips_of(file).size)
-    fit(net, renamed(read_state(weights), made, file.keys), str(weights))
+    state = read_state(weights)
+    _check_fed(path, file, made.lineage(file.keys or made.lineage_of(state)))
+    fit(net, renamed(state, made, file.keys), str(weights))
     return net.eval(), file
+
+
+def _check_fed(path: Path, file: CardFile, lineage: Lineage | None) -> None:
+    """A lineage that was trained on another input than the architecture's has to have it spelt out."""
+    given = file.input
+    if lineage is None or lineage.input is None or None not in (given.channels, given.mean, given.scale):
+        return
+    usual = lineage.input
+    raise ConfigError(
+        f"{path}: checkpoints of {lineage.name} are not fed as {file.architecture} is here: give input.channels, mean "
+        f'and scale; theirs are channels = "{usual.channels}", mean = {usual.mean[0]:g}, scale = {usual.scale[0]:g}'
+    )
 
 
 def renamed(state: State, architecture: Architecture, keys: str = "") -> State:
@@ -119,6 +140,11 @@ def checked(weights: Path, sha256: str) -> str:
     if sha256 and found != sha256:
         raise WeightsError(f"{str(weights)!r} has SHA-256 {found}, and its TOML file says {sha256}: not this file")
     return found
+
+
+def unprojected(path: Path, card: CardFile) -> str:
+    """The fingerprint that the model has without its projection."""
+    return _fingerprint(path, replace(card, projection=""), checked(path.parent / card.weights, card.sha256))
 
 
 def _fingerprint(path: Path, card: CardFile, weights: str) -> str:

@@ -16,6 +16,7 @@ from facepipe.models.protocols import Embedder, Floats, Pixels
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import write
 
+_MODEL = "model_sha256"
 _TENSOR = "projection"
 
 
@@ -78,13 +79,18 @@ def save(path: Path, projection: Projection, metadata: dict[str, str]) -> None:
     write(str(path), packed({_TENSOR: np.ascontiguousarray(projection.matrix)}, metadata=told))
 
 
-def read(path: Path, dim: int) -> Floats:
-    """The matrix (dim, 128) of a file. Raises WeightsError where it is missing, damaged or of another model."""
-    from safetensors import SafetensorError
+def read(path: Path, dim: int, sha256: str) -> Floats:
+    """The matrix (dim, 128) of a file. Raises WeightsError where it is missing, damaged or of another model.
+
+    sha256: fingerprint of the model it is to go with
+    """
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load
 
     try:
         tensors = load(path.read_bytes())
+        with safe_open(path, "np") as file:
+            fitted = (file.metadata() or {}).get(_MODEL)
     except (OSError, SafetensorError, ValueError) as error:
         raise WeightsError(f"the projection {str(path)!r} cannot be read: {error}") from error
     matrix = tensors.get(_TENSOR, np.empty((0, 0), np.float32))
@@ -92,6 +98,11 @@ def read(path: Path, dim: int) -> Floats:
         raise WeightsError(
             f"{str(path)!r} holds no projection of {dim} dimensions to {EMBEDDING_DIM} (found {matrix.shape}): it "
             "belongs to another model; `facepipe models project` fits one"
+        )
+    if fitted != sha256:
+        raise WeightsError(
+            f"{str(path)!r} was fitted on the model {fitted or 'that it does not name'}, and this one is {sha256} "
+            "(weights and input count): fit it anew with `facepipe models project`"
         )
     return np.asarray(matrix, np.float32)
 
@@ -104,9 +115,9 @@ class Projected:
         self.size, self.dim = inner.size, matrix.shape[1]
 
     @classmethod
-    def of(cls, embedder: Embedder, file: Path) -> "Projected":
-        """With the matrix of a file. Raises WeightsError where it does not fit the embedder."""
-        return cls(embedder, read(file, embedder.dim))
+    def of(cls, embedder: Embedder, file: Path, sha256: str) -> "Projected":
+        """With the matrix of a file. Raises WeightsError where it was fitted on another model than that of `sha256`."""
+        return cls(embedder, read(file, embedder.dim, sha256))
 
     def embed(self, chips: Pixels) -> Floats:
         return np.asarray(_rows(self._inner.embed(chips), self._matrix), np.float32)

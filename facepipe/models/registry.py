@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from facepipe.errors import ModelError
 from facepipe.imaging.alignment import ChipLayout
-from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE
+from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
 from facepipe.models.card import Card
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
@@ -152,7 +152,7 @@ CARDS = {
             sha256=RETINAFACE_SHA256,
             input="BGR minus (104, 117, 123), sides multiples of 32",
             load=_load_retinaface,
-            square=(0.0, 0.072, 0.989),
+            square=RETINAFACE_SQUARE,
             parameters=426_608,
         ),
         Card(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.errors import ModelError
 from facepipe.hashing import face_id
 from facepipe.models import Embedder, card
 from facepipe.models.device import resolve
@@ -47,6 +48,11 @@ class Embed:
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
         raw = self.raw(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
         norm = np.linalg.norm(raw, axis=1)
+        if not (np.isfinite(norm) & (norm > 0)).all():
+            raise ModelError(
+                f"{self.model} gives vectors that are not finite, or zero: is its input (mean, scale) what it was "
+                "trained on? `facepipe models check` tells"
+            )
         unit = raw / np.maximum(norm, np.finfo(np.float32).tiny)[:, None]
         names = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)
         ids = [None if index is None else face_id(uri, image or "", index) for uri, image, index in names]

@@ -57,6 +57,18 @@ def saved(folder: Path, dim: int = 128, **settings: Any) -> Path:
         ('name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "resnet18"', "resnet18 is no detector"),
         ('name = "m"\nweights = "m.pth"\narchitecture = "retinaface-mnet025"', "retinaface-mnet025 is no embedder"),
         ('name = "m"\nweights = "m.onnx"\nrole = "tracker"', "role"),
+        ('name = "m"\nweights = "m.onnx"\n[input]\nsize = [9, 9]\nmean = 0', "input.channels, input.scale are missing"),
+        ('name = "m"\nweights = "m.pth"\narchitecture = "resnet18"\n[input]\nscale = [1, 0, 1]', "divided by it"),
+        ('name = "m"\nweights = "m.pth"\narchitecture = "resnet18"\n[input]\nsize = [0, 9]', "width and height"),
+        (
+            'name = "m"\nweights = "m.onnx"\nrole = "detector"\narchitecture = "yunet"\n[input]\nmean = 1',
+            "input.mean cannot be set for yunet",
+        ),
+        (
+            'name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "retinaface-mnet025"\n[input]\nscale = 2',
+            "input.scale cannot be set for retinaface-mnet025",
+        ),
+        ('name = "m"\nweights = "m.onnx"\nmetric = "cosinus"', "metric"),
         ('weights = "m.onnx"', "name"),
         ('name = "m', "is not TOML"),
     ],
@@ -161,3 +173,33 @@ def test_whatever_moves_a_vector_moves_the_fingerprint(tmp_path: Path) -> None:
     changed = [{"channels": "bgr"}, {"mean": 1.0}, {"scale": 2.0}]
     found = {card_of(saved(tmp_path, input=InputConfig(**one))).sha256 for one in changed}  # type: ignore[arg-type]
     assert len(found | {first}) == 4
+
+
+def test_a_threshold_in_cosine_is_a_distance_here(tiny: None, tmp_path: Path) -> None:
+    found = card_of(saved(tmp_path, metric="cosine", same_person=0.363))
+    assert found.same_person == pytest.approx((2 - 2 * 0.363) ** 0.5)
+    assert found.metric == "euclidean on unit vectors"
+    with pytest.raises(ConfigError, match="a cosine is between"):
+        card_of(saved(tmp_path, metric="cosine", same_person=1.2))
+
+
+def test_lineages_that_are_fed_otherwise_have_to_say_so(tmp_path: Path) -> None:
+    """facenet-pytorch's and TreB1eN's checkpoints have our layers, and were trained on other numbers."""
+    from facepipe.models.architectures import ARCHITECTURES
+
+    for name, lineage in (("facenet-inception", "facenet-pytorch"), ("mobilefacenet", "treb1en")):
+        made = ARCHITECTURES[name].lineage(lineage)
+        assert made is not None
+        torch.save({made.mark: torch.zeros(1)}, tmp_path / "m.pth")
+        text = f'name = "m"\nweights = "m.pth"\narchitecture = "{name}"\ndim = 512\n'
+        with pytest.raises(ConfigError, match=f"checkpoints of {lineage} are not fed as .* channels = "):
+            load_net(write(tmp_path / "m.toml", text))
+        text += '[input]\nchannels = "rgb"\nmean = 127.5\nscale = 128\n'
+        with pytest.raises(WeightsError, match="missing"):
+            load_net(write(tmp_path / "m.toml", text))
+
+
+def test_a_retinaface_of_a_file_stands_where_the_registered_one_does(tmp_path: Path) -> None:
+    text = 'name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "retinaface-resnet50"\n'
+    (tmp_path / "m.pth").write_bytes(b"weights")
+    assert card_of(write(tmp_path / "m.toml", text)).square == card("retinaface-mnet025", "detector").square

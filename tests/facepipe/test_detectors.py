@@ -11,7 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from facepipe.errors import ModelError
+from facepipe.errors import ConfigError, ModelError
+from facepipe.gallery import Contract
+from facepipe.models import card
 from facepipe.models.detectors import dlib_hog, haar
 from facepipe.models.detectors.dlib_hog import DlibHog
 from facepipe.models.detectors.five_points import Predict, five_points, landmarks
@@ -246,6 +248,25 @@ def test_graphs_take_images_of_any_shape(shape: tuple[int, int]) -> None:
         faces = Scrfd(scrfd(size), (0.5, 0.4)).detect(image)
         assert [f.boxes.shape for f in faces] == [(0, 4)] * 2
         assert [f.landmarks.shape for f in faces] == [(0, 5, 2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "fed"), [("yunet", "BGR any size, (x - 0) / 1"), ("scrfd", "RGB any size, (x - 127.5) / 128")]
+)
+def test_graphs_of_files(name: str, fed: str, tmp_path: Path) -> None:
+    """What a card says of the input is what is fed; dlib's points are not looked for in boxes that nobody compared."""
+    (tmp_path / "d.onnx").write_bytes(random_yunet(96, 128, True) if name == "yunet" else scrfd([1, 3, 96, 128]))
+    path = tmp_path / "d.toml"
+    path.write_text(f'name = "d"\nrole = "detector"\narchitecture = "{name}"\nweights = "d.onnx"\n')
+    found = card(str(path), "detector")
+    assert (found.input, found.square, found.square_known) == (fed, None, False)
+    assert len(found.load("cpu", 1, (0.5, 0.4)).detect(np.zeros((1, 96, 128, 3), np.uint8))) == 1
+    assert Contract.of(str(path), "dlib-resnet", True).detector == "d"
+    with pytest.raises(ModelError, match="how the boxes of d lie to dlib's was never measured"):
+        Contract.of(str(path), "face-recognition", False)
+    path.write_text(path.read_text() + '[input]\nchannels = "rgb"\nscale = 2\n')
+    with pytest.raises(ConfigError, match=f"input.channels, input.scale cannot be set for {name}"):
+        card(str(path), "detector")
 
 
 def mirrored(points: np.ndarray) -> np.ndarray:

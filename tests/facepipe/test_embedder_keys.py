@@ -1,6 +1,7 @@
 """Key maps: public checkpoints' names, written down from their sources, and ours."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,25 @@ def test_the_public_checkpoint_fits_bit_by_bit(shared: Path) -> None:
     assert parameters(net) == sum(t.numel() for t in learnt)
     for theirs, ours in zip(state.values(), net.state_dict().values(), strict=True):
         assert torch.equal(theirs, ours)
+
+
+def test_a_wrapper_that_holds_itself_ends(tmp_path: Path) -> None:
+    endless: dict[str, object] = {}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "m.pth")
+    with pytest.raises(WeightsError, match="holds no state dict"):
+        read_state(tmp_path / "m.pth")
+
+
+def test_damaged_checkpoints_are_weights_errors_whatever_the_bytes(tmp_path: Path) -> None:
+    """A byte turned anywhere: it loads all the same, or it is an error of ours."""
+    torch.save({"a": torch.arange(5.0), "b": {"c": torch.zeros(2)}}, tmp_path / "m.pth")
+    whole = (tmp_path / "m.pth").read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 7):
+        (tmp_path / "m.pth").write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        with suppress(WeightsError):
+            refused += 1
+            read_state(tmp_path / "m.pth")
+            refused -= 1
+    assert refused > 10

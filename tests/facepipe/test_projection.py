@@ -99,18 +99,20 @@ def test_an_embedder_with_a_file(tmp_path: Path) -> None:
     raw = vectors(300)
     found = fitted(raw)
     file = tmp_path / "p.safetensors"
-    save(file, found, {"seed": "3"})
-    made = Projected.of(Raw(raw), file)
+    save(file, found, {"seed": "3", "model_sha256": "abc"})
+    made = Projected.of(Raw(raw), file, "abc")
+    with pytest.raises(WeightsError, match="was fitted on the model abc, and this one is abd"):
+        Projected.of(Raw(raw), file, "abd")
     chips = np.zeros((30, 4, 4, 3), np.uint8)
     assert (made.dim, made.size) == (128, (4, 4))
     assert np.abs(made.embed(chips) - raw[:30] @ found.matrix).max() < 1e-5
     assert np.array_equal(made.embed(chips)[:1], made.embed(chips[:1])), "a vector does not depend on its batch"
     assert made.embed(chips[:0]).shape == (0, 128)
     with pytest.raises(WeightsError, match=r"no projection of 161 dimensions .*belongs to another model"):
-        read(file, 161)
+        read(file, 161, "abc")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(WeightsError, match="cannot be read"):
-        read(file, 160)
+        read(file, 160, "abc")
 
 
 def test_pairs_are_measured_as_they_are() -> None:
@@ -167,7 +169,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ARCHITECTURES, "tiny", Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim))
     )
     torch.manual_seed(0)
-    told = CardFile("m", "", architecture="tiny", dim=150, input=InputConfig((32, 32), "bgr"))
+    threshold: Settings = {"metric": "cosine", "same_person": 0.3}
+    told = CardFile("m", "", architecture="tiny", dim=150, input=InputConfig((32, 32), "bgr"), **threshold)
     return save_model(tmp_path / "m.toml", Tiny(150).state_dict(), told)
 
 
@@ -204,6 +207,12 @@ def test_a_fit_on_a_gallery(corpus: Path, fakes: Settings, model: Path, tmp_path
         str(Gallery(tmp_path / "g").version),
     )
     assert card(str(tmp_path / "m-128.toml"), "embedder").load("cpu", 1).dim == 128
+    made = card(str(tmp_path / "m-128.toml"), "embedder")
+    assert made.same_person == file.same_person, "what was measured is a distance, whatever the model's own file is in"
+    other = tmp_path / "m-128-rgb.toml"
+    other.write_text((tmp_path / "m-128.toml").read_text().replace('"bgr"', '"rgb"'))
+    with pytest.raises(ModelError, match=f"was fitted on the model {card(str(model), 'embedder').sha256}, and this"):
+        card(str(other), "embedder").load("cpu", 1)
     with pytest.raises(ConfigError, match=r"m-128.toml' exists"):
         project(model, tmp_path / "g")
     written = (tmp_path / "m.projection.safetensors").read_bytes()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from facepipe.errors import WeightsError
+from facepipe.gallery import Contract
 from facepipe.models import card
 from facepipe.models.card_file import CardFile, InputConfig, save_model
 from facepipe.models.checkpoint import fit, read_state
@@ -21,6 +22,7 @@ from facepipe.training.detection.detector import detect
 from facepipe.training.detection.overlap import iou
 
 LIMITS = (0.7, 0.4)
+ALIGNMENT = Contract.of("retinaface-mnet025", "face-recognition", False).alignment
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -190,6 +192,7 @@ def test_a_trained_state_loads_as_a_registered_detector(
     fit(net, from_biubug6(read_state(shared / "weights" / "retinaface-mobilenet025-rgb.pth")), "the file")
     file = CardFile("mine", "", "detector", "retinaface-mnet025", input=InputConfig(channels="rgb"))
     toml = save_model(tmp_path / "mine", net.state_dict(), file)
+    assert Contract.of(str(toml), "face-recognition", False).alignment == ALIGNMENT
     image = shrunk(photos / "img1.jpg", 320)
     (found,) = card(str(toml), "detector").load("cpu", 1, LIMITS).detect(image[None])
     expected = detect(rgb_net, image, "rgb", LIMITS)

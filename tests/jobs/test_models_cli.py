@@ -65,7 +65,7 @@ def test_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
     rows = {row["name"]: row for row in json.loads(call("models", "--json")[1])["models"]}
     assert (rows["mine"]["licence"], len(rows["mine"]["sha256"])) == ("MIT", 64)
-    assert "cannot be used: the weights" in rows["broken"]["summary"]
+    assert "an ONNX graph does not say what it takes" in rows["broken"]["summary"]
     assert call("models")[0] == 0
     assert call("models", "--architectures")[0] == 0
 
@@ -135,3 +135,14 @@ def test_from_projection_to_search(corpus: Path, tmp_path: Path, monkeypatch: py
     (tmp_path / "hits.parquet").unlink()
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
     assert call(*query)[0] == 0
+
+
+def test_the_library_of_that_name_takes_no_mirror_image(tmp_path: Path) -> None:
+    blank = tmp_path / "photos"
+    blank.mkdir()
+    cv2.imwrite(str(blank / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    fast = ["--detector", "fake-detector", "--embedder", "face-recognition", "--runner", "inline", "--quiet"]
+    code, _, err = call("embed", blank, tmp_path / "g", *fast)
+    assert (code, "--set embed.flip=false" in err) == (0, True)
+    code, _, err = call("embed", blank, tmp_path / "h", *fast, "--set", "embed.flip=false")
+    assert (code, err) == (0, "")

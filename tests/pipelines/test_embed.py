@@ -15,7 +15,7 @@ import pytest
 from conftest import draw
 from helpers import embed, rows, same_faces
 
-from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, SourceError
+from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, ModelError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.verify import verify
@@ -327,3 +327,41 @@ def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes:
     finally:
         module.make_plan = original
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+def test_a_model_of_another_length_leaves_no_gallery(drawings: Path, tmp_path: Path) -> None:
+    from facepipe.models.architectures import ARCHITECTURES
+    from facepipe.models.card_file import CardFile, save_model
+
+    net = ARCHITECTURES["mobilefacenet"].build(256, (96, 112))
+    card = CardFile("m", "", architecture="mobilefacenet", dim=256)
+    model = str(save_model(tmp_path / "m.toml", net.state_dict(), card))
+    with pytest.raises(ModelError, match="gives 256-D vectors"):
+        embed(drawings, tmp_path / "g", {"embed": {"model": model}}, runner="inline")
+    assert not (tmp_path / "g").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_gallery(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    """The corrected file would have another fingerprint, and be refused by a gallery that holds nothing."""
+    fed = "[input]\nsize = [32, 32]\nchannels = 'rgb'\nmean = 0\nscale = 1\ntemplate = 'arcface'\n"
+    (tmp_path / "m.onnx").write_bytes(b"no graph")
+    (tmp_path / "m.toml").write_text(f"name = 'm'\nweights = 'm.onnx'\n{fed}")
+    with pytest.raises(ModelError, match="cannot load the graph"):
+        embed(drawings, tmp_path / "g", fakes, {"embed": {"model": str(tmp_path / "m.toml")}})
+    told = "name = 'd'\nrole = 'detector'\nweights = 'm.onnx'\narchitecture = "
+    (tmp_path / "d.toml").write_text(f"{told}'yunet'\n")
+    for embedder, message in (("fake-embedder", "YuNet: .* cannot load"), ("face-recognition", "never measured")):
+        models = {"detect": {"model": str(tmp_path / "d.toml")}, "embed": {"model": embedder}}
+        with pytest.raises(ModelError, match=message):
+            embed(drawings, tmp_path / "g", fakes, models)
+    assert not (tmp_path / "g").exists()
+
+
+def test_vectors_that_are_not_finite_end_the_run(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
+    from facepipe.models.fakes import FakeEmbedder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEmbedder, "embed", lambda self, chips: np.full((len(chips), 128), np.nan, np.float32))
+        with pytest.raises(ModelError, match="not finite, or zero"):
+            embed(drawings, tmp_path / "g", fakes, runner="inline")
+    assert not Gallery(tmp_path / "g").vectors()[0].size
