@@ -1,6 +1,7 @@
 """Where models run."""
 
 import os
+import re
 
 from facepipe.errors import ModelError
 
@@ -15,9 +16,20 @@ def gpus() -> int:
 
 
 def resolve(device: str) -> str:
-    """`auto` as cuda or cpu; a CUDA device that is asked for and absent is an error."""
+    """`auto` as cuda or cpu, other names as they are: cpu, cuda, cuda:N.
+
+    Raises ModelError for another name, and for a CUDA device that is asked for and absent.
+    """
     if device == "auto":
         return "cuda" if gpus() else "cpu"
-    if device.startswith("cuda") and not gpus():
+    named = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", device)
+    if named is None:
+        raise ModelError(f"no device is called {device!r}; there are auto, cpu, cuda and cuda:N (cuda:0 is the first)")
+    if device == "cpu":
+        return device
+    there = gpus()
+    if not there:
         raise ModelError(f"device {device} was asked for, and there is no CUDA device; `facepipe doctor` says why")
+    if int(named[1] or 0) >= there:
+        raise ModelError(f"device {device} was asked for, and the last one here is cuda:{there - 1}")
     return device

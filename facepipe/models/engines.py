@@ -1,7 +1,8 @@
 """The engines that run the models: ONNX Runtime for graphs (on CPUs faster than torch), torch for modules and on CUDA.
 
-A torch module on a CPU computes image by image: with one thread a batch is no faster, and what comes out then cannot
-depend on what else was in the batch. ONNX Runtime gives the same bits for a chip whatever is beside it.
+On a CPU detectors and torch modules compute image by image: with one thread a batch is no faster, and what comes out
+then cannot depend on what else was in the batch. Embedders' graphs run on 8 chips at a time, where a chip's vector is
+the same bit by bit whatever is beside it (measured with dlib's network and MobileFaceNet).
 """
 
 from collections.abc import Callable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet
 
 _CHIPS_PER_RUN = 8
+_EXPORTED = ("chips", "vectors")
+_AS_THEY_ARE = Input("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def session(graph: bytes, threads: int, device: str = "cpu") -> Any:
@@ -129,6 +132,7 @@ class TorchEmbedder:
     """An embedding network on any torch device; chips in, channels_last inside.
 
     On a CPU chips go one by one: what comes out then cannot depend on what else was in the batch.
+    Raises ModelError for a size that the network does not take.
     """
 
     def __init__(self, net: "nn.Module", fed: Input, size: tuple[int, int], device: str, threads: int = 1):
@@ -139,8 +143,7 @@ class TorchEmbedder:
         mean, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (fed.mean, fed.scale))
         self._mean, self._scale = mean, scale
         self.size = size
-        with torch.inference_mode():
-            self.dim = int(self._net(torch.zeros(1, 3, size[1], size[0], device=device)).shape[1])
+        self.dim = self._probed()
 
     def embed(self, chips: Pixels) -> Floats:
         if self._device.type != "cpu":
@@ -153,6 +156,17 @@ class TorchEmbedder:
             return _in_parts(self._run, chips, self.dim, 1)
         finally:
             torch.set_num_threads(before)
+
+    def _probed(self) -> int:
+        """Length of the vectors. Raises ModelError where the network does not take chips of this size."""
+        import torch
+
+        width, height = self.size
+        try:
+            with torch.inference_mode():
+                return int(self._net(torch.zeros(1, 3, height, width, device=self._device)).shape[1])
+        except RuntimeError as error:
+            raise ModelError(f"the network does not take chips of {self.size}: {str(error)[:300]}") from error
 
     def _run(self, chips: Pixels) -> Floats:
         import torch
@@ -167,8 +181,10 @@ class TorchEmbedder:
 class OnnxEmbedder:
     """Any embedder's ONNX graph: one image input, one output of vectors.
 
-    A uint8 input is fed chips (n, h, w, 3) as they are (our own exports do their scaling inside); a float one what
-    `fed` says, in the order of its dimensions (n, 3, h, w) or (n, h, w, 3). Raises ModelError for other graphs.
+    A float input is fed what `fed` says, in the order of its dimensions (n, 3, h, w) or (n, h, w, 3); a uint8 one chips
+    (n, h, w, 3) as they are. Of our own exports (`chips` to `vectors`) `fed` says what the network inside is fed. Of
+    other uint8 graphs it has to be RGB, mean 0, scale 1, since nothing else can be done to whole levels.
+    Raises ModelError for other graphs.
     """
 
     def __init__(self, graph: bytes, fed: Input, size: tuple[int, int], device: str = "cpu", threads: int = 1):
@@ -183,6 +199,11 @@ class OnnxEmbedder:
         self._fixed = isinstance(inputs[0].shape[0], int)
         self._part = inputs[0].shape[0] if self._fixed else _CHIPS_PER_RUN
         self._output = self._session.get_outputs()[0].name
+        if self._raw and (self._input, self._output) != _EXPORTED and fed != _AS_THEY_ARE:
+            raise ModelError(
+                f"the graph takes uint8 chips as they are, and was to be fed {fed}: in its TOML file say channels = "
+                '"rgb", mean = 0, scale = 1, or take a graph whose input is float'
+            )
         width, height = size
         self.dim = int(self._run(np.zeros((self._part, height, width, 3), np.uint8)).shape[1])
 

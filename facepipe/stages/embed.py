@@ -47,13 +47,8 @@ class Embed:
         valid = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
         raw = self.raw(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
-        norm = np.linalg.norm(raw, axis=1)
-        if not (np.isfinite(norm) & (norm > 0)).all():
-            raise ModelError(
-                f"{self.model} gives vectors that are not finite, or zero: is its input (mean, scale) what it was "
-                "trained on? `facepipe models check` tells"
-            )
-        unit = raw / np.maximum(norm, np.finfo(np.float32).tiny)[:, None]
+        norm = self._norm(raw)
+        unit = raw / norm[:, None]
         names = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)
         ids = [None if index is None else face_id(uri, image or "", index) for uri, image, index in names]
         norms = np.full(len(valid), np.nan, np.float32)
@@ -64,6 +59,16 @@ class Embed:
             "face_id": pa.array(ids, pa.int64()),
         }
         return with_columns(table, columns, drop=("chip",))
+
+    def _norm(self, raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(n, dim) -> (n,). Raises ModelError where a vector has no direction: every face would get such a row."""
+        norm = np.linalg.norm(raw, axis=1)
+        if not (np.isfinite(norm) & (norm > 0)).all():
+            raise ModelError(
+                f"{self.model} gives vectors that are not finite, or zero: is its input (mean, scale) what it was "
+                "trained on? `facepipe models check` tells"
+            )
+        return norm
 
     def raw(self, chips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """(n, h, w, 3) RGB -> (n, dim), not normalised."""
