@@ -61,7 +61,7 @@ class Embed:
         return with_columns(table, columns, drop=("chip",))
 
     def _norm(self, raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """(n, dim) -> (n,). Raises ModelError where a vector has no direction: every face would get such a row."""
+        """(n, dim) -> (n,). Raises ModelError for a vector without a direction, which no row may hold."""
         norm = np.linalg.norm(raw, axis=1)
         if not (np.isfinite(norm) & (norm > 0)).all():
             raise ModelError(

@@ -317,6 +317,23 @@ def test_shared_identities_do_not_depend_on_which_copy_the_graph_knows(seed: int
     assert 0 < sum(capped["links"].to_pylist()) < sum(whole["links"].to_pylist())
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(4, 2), (300, 5), (5, 300), (100, 100)])
+def test_the_share_of_near_faces_does_not_fall_with_the_size_of_an_identity(ours: int, theirs: int) -> None:
+    """A face has 32 edges at most, however many of its person there are."""
+    rows = [face(n, identity="a", side=0) for n in range(ours)]
+    rows += [face(ours + n, identity="b", side=1) for n in range(theirs)]
+    few, many = (
+        (range(ours), range(ours, ours + theirs)) if ours < theirs else (range(ours, ours + theirs), range(ours))
+    )
+    ends = {tuple(sorted((a, many[k]))) for a in few for k in range(min(32, len(many)))}
+    u, v = np.array(sorted(ends)).T
+    pairs = Pairs(u, v, np.full(len(u), 0.2, np.float32))
+    (found,) = shared_identities(pa.Table.from_pylist(rows, SCHEMA), pairs).to_pylist()
+    assert found["share"] == 1
+    half = shared_identities(pa.Table.from_pylist(rows, SCHEMA), pairs.take(np.arange(len(pairs)) % 2 == 0)).to_pylist()
+    assert half[0]["share"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_nothing_one_image_and_odd_names() -> None:
     assert find([], []).decisions.num_rows == 0
     check([face(1)], find([face(1)], []))

@@ -11,9 +11,10 @@ from facepipe.errors import ModelError, WeightsError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
 from facepipe.models import CARDS, card
-from facepipe.models.architectures import ARCHITECTURES
+from facepipe.models.architectures import ARCHITECTURES, Input
 from facepipe.models.detectors import retinaface_decode
 from facepipe.models.detectors.retinaface_decode import suppress
+from facepipe.models.device import resolve
 from facepipe.models.dlib.format import FormatError, read_metric_network
 from facepipe.models.dlib.layout import folded
 from facepipe.models.dlib.resnet import DlibResNet
@@ -166,3 +167,24 @@ def test_unknown_models_are_named() -> None:
     with pytest.raises(ModelError):
         card("dlib-resnet", "detector")
     assert all(c.licence for c in CARDS.values())
+
+
+def test_a_size_that_a_network_does_not_take_is_named() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9), torch.nn.Flatten())
+    assert TorchEmbedder(net, Input(), (9, 9), "cpu").dim == 4
+    with pytest.raises(ModelError, match=r"does not take chips of \(9, 8\): .*Kernel size"):
+        TorchEmbedder(net, Input(), (9, 8), "cpu")
+
+
+def test_devices_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("facepipe.models.device.gpus", lambda: 2)
+    assert [resolve(d) for d in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    for name in ("gpu", "", "CUDA", "cuda:", "cuda:x", "cuda1", "cpu:0", "mps", "cuda:0\n"):
+        with pytest.raises(ModelError, match=r"no device is called .* auto, cpu, cuda and cuda:N"):
+            resolve(name)
+    with pytest.raises(ModelError, match="the last one here is cuda:1"):
+        resolve("cuda:2")
+    monkeypatch.setattr("facepipe.models.device.gpus", lambda: 0)
+    assert resolve("auto") == "cpu"
+    with pytest.raises(ModelError, match="there is no CUDA device"):
+        resolve("cuda:0")

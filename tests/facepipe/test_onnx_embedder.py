@@ -112,6 +112,48 @@ def test_a_gpu_that_cannot_be_started_is_no_cpu(monkeypatch: pytest.MonkeyPatch)
                 session(foreign(False, "n"), 1, device)
 
 
+def test_a_gpu_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class Started:
+        def __init__(self, graph: bytes, options: Any, providers: list[tuple[str, dict[str, str]]]):
+            self.providers = providers
+
+        def get_providers(self) -> list[str]:
+            return [name for name, _ in self.providers]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
+    assert session(b"", 1, "cuda:1").providers == [("CUDAExecutionProvider", {"device_id": "1"})]
+    assert session(b"", 1, "cuda").providers == [("CUDAExecutionProvider", {})]
+
+
+def of_levels(name: str) -> bytes:
+    """A graph from uint8 chips to the mean level of each channel."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", [name], ["x"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["x"], ["vectors"], axes=[1, 2], keepdims=0),
+        ],
+        "levels",
+        [helper.make_tensor_value_info(name, TensorProto.UINT8, ["n", SIZE[1], SIZE[0], 3])],
+        [helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["n", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def test_whole_levels_are_fed_as_they_are_or_not_at_all() -> None:
+    chips = scenes(SIZE, 3)
+    plain = Input("rgb", (0, 0, 0), (1, 1, 1))
+    assert np.abs(OnnxEmbedder(of_levels("data"), plain, SIZE).embed(chips) - chips.mean((1, 2))).max() < 1e-3
+    for fed in (FED, Input(), replace(plain, channels="bgr")):
+        with pytest.raises(ModelError, match=r'takes uint8 chips as they are.* channels = "rgb", mean = 0, scale = 1'):
+            OnnxEmbedder(of_levels("data"), fed, SIZE)
+        assert OnnxEmbedder(of_levels("chips"), fed, SIZE).dim == 3, "ours: what it is fed is inside"
+
+
 def test_graphs_that_are_no_embedders() -> None:
     with pytest.raises(ModelError, match="cannot load the graph"):
         OnnxEmbedder(b"no graph", FED, SIZE)

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 import facepipe
-from facepipe.errors import ConfigError
+from facepipe.errors import ConfigError, ModelError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.geometry import frame_of
 from facepipe.imaging.header import probe
+from facepipe.models.fakes import FakeEmbedder
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
 from facepipe.stages.columns import buffers, float_lists, images, pack, ragged, vectors
@@ -49,6 +50,25 @@ def test_stages_keep_their_word(photos: Path) -> None:
     missing = set(FACES.names) - set(found.column_names) - {"source", "ingested_at", "missing_since"}
     assert not missing
     assert conform(found).schema == FACES
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("flip", [True, False])
+def test_vectors_without_a_direction_are_no_rows(broken: float, flip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is fed the wrong way is an error, and not a gallery of nonsense."""
+    chips = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    rows = {"uri": list("abc"), "image_id": list("abc"), "face_index": [0] * 3, "chip": pack([*chips])}
+    embed = Embed("fake-embedder", flip)
+    assert embed(pa.table(rows))["embedding"].null_count == 0
+    right = FakeEmbedder.embed
+
+    def last_broken(self: FakeEmbedder, given: np.ndarray) -> np.ndarray:
+        wrong = (given[:, None] == np.stack([chips[2], chips[2][:, ::-1]])).all((2, 3, 4)).any(1)
+        return np.where(wrong[:, None], np.float32(broken), right(self, given))
+
+    monkeypatch.setattr(FakeEmbedder, "embed", last_broken)
+    with pytest.raises(ModelError, match="fake-embedder gives vectors that are not finite, or zero"):
+        embed(pa.table(rows))
 
 
 def test_reduced_decoding_moves_embeddings_little(photos: Path) -> None:
