@@ -10,7 +10,7 @@ from typing import Any
 import facepipe
 from facepipe import storage
 from facepipe.erasure import suppressed
-from facepipe.errors import AccountingError, ModelError, SourceError, StorageError
+from facepipe.errors import AccountingError, SourceError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
@@ -18,10 +18,9 @@ from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
 from facepipe.gallery.parts import Record
 from facepipe.gallery.table import RUNS
-from facepipe.models import card
 from facepipe.models.registry import file_of
 from facepipe.observe.runs import new_run_id
-from facepipe.schema import EMBEDDING_DIM, WORK_ITEM
+from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.item import Watched
 from facepipe.sources.kinds import is_web
@@ -81,7 +80,6 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     """
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config = absolute(config)
-    _check_dim(config.embed.model)
     contract = config.contract
     source = open_source(config.source)
     if next(iter(source), None) is None:
@@ -89,16 +87,6 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     _try_files(config, gallery)
     with writer_lock(gallery) as lease:
         return _run_locked(config, Gallery.open_or_create(gallery, contract), source.name, lease, progress)
-
-
-def _check_dim(embedder: str) -> None:
-    """Before a gallery is made, which would hold on to the contract."""
-    dim = card(embedder, "embedder").dim or EMBEDDING_DIM
-    if dim != EMBEDDING_DIM:
-        raise ModelError(
-            f"{embedder} gives {dim}-D vectors, and a gallery holds {EMBEDDING_DIM}-D ones: fit a projection with "
-            "`facepipe models project`"
-        )
 
 
 def _try_files(config: EmbedConfig, gallery: str) -> None:
