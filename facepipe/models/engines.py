@@ -72,11 +72,14 @@ class OnnxRetinaFace:
         self._limits = limits
 
     def detect(self, images: Pixels) -> list[Faces]:
-        return [self._one(image) for image in images]
+        return self.graded(images, self._limits[0])
 
-    def _one(self, image: Pixels) -> Faces:
+    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
+        return [self._one(image, (min_score, self._limits[1])) for image in images]
+
+    def _one(self, image: Pixels, limits: tuple[float, float]) -> Faces:
         loc, conf, points = self._session.run(None, {"input": decoding.preprocess(image[None])})
-        return decoding.postprocess(loc[0], conf[0, :, 1], points[0], image.shape[:2], self._limits)
+        return decoding.postprocess(loc[0], conf[0, :, 1], points[0], image.shape[:2], limits)
 
 
 class TorchRetinaFace:
@@ -96,10 +99,13 @@ class TorchRetinaFace:
         self._device, self._limits, self._channels = torch.device(device), limits, channels
 
     def detect(self, images: Pixels) -> list[Faces]:
-        part = 1 if self._device.type == "cpu" else max(1, len(images))
-        return [faces for at in range(0, len(images), part) for faces in self._batch(images[at : at + part])]
+        return self.graded(images, self._limits[0])
 
-    def _batch(self, images: Pixels) -> list[Faces]:
+    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
+        part, limits = 1 if self._device.type == "cpu" else max(1, len(images)), (min_score, self._limits[1])
+        return [faces for at in range(0, len(images), part) for faces in self._batch(images[at : at + part], limits)]
+
+    def _batch(self, images: Pixels, limits: tuple[float, float]) -> list[Faces]:
         import torch
 
         from facepipe.models.detectors.retinaface import normalise
@@ -109,7 +115,7 @@ class TorchRetinaFace:
             offsets, scores, points = (out.float().cpu().numpy() for out in self._net(x))
         shape = images.shape[1:3]
         return [
-            decoding.postprocess(o, s, p, shape, self._limits) for o, s, p in zip(offsets, scores, points, strict=True)
+            decoding.postprocess(o, s, p, shape, limits) for o, s, p in zip(offsets, scores, points, strict=True)
         ]
 
 

@@ -1,6 +1,6 @@
 """What a detector and an embedder are to the stages."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,14 @@ class Detector(Protocol):
 
     def detect(self, images: Pixels) -> list[Faces]:
         """images (n, h, w, 3) RGB -> the faces of each."""
+
+
+@runtime_checkable
+class Graded(Detector, Protocol):
+    """A detector whose low scores mean something too: that there may be a face, seen too small to tell."""
+
+    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
+        """Like `detect`, from another lowest score."""
 
 
 class Embedder(Protocol):

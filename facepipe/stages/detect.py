@@ -1,8 +1,9 @@
 """Detect: pixels to faces, in coordinates of the oriented full-size image."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, NamedTuple
 
 import cv2
@@ -13,10 +14,15 @@ import pyarrow as pa
 from facepipe.imaging.geometry import Frame
 from facepipe.models import Detector, Faces, card
 from facepipe.models.device import resolve
+from facepipe.models.protocols import Graded
 from facepipe.schema import NO_FACE, OK
 from facepipe.stages.columns import frames, images, ragged, with_columns
 
 Pixels = npt.NDArray[np.uint8]
+Search = Callable[[Pixels], list[Faces]]
+
+# Of a quick look: from this score on something may be a face, and from that on it is one (docs/performance.md).
+DOUBTFUL, CERTAIN = 0.02, 0.9
 
 
 class Letterbox(NamedTuple):
@@ -34,6 +40,8 @@ class Detect:
     """Finds faces with a registered detector.
 
     size: longest side given to the detector; images are shrunk to it, never enlarged
+    quick_look: images are first searched at this size; where all faces found there are certain, and nothing else looks
+        like one, that is the result (RetinaFace only; 0: always `size`)
     border_below: images no longer than this get a mirrored border of a quarter of their sides, which helps with faces
         that fill the frame (LFW crops)
     second_look: images without a face are searched once more at half `size` with such a border (close-ups)
@@ -45,6 +53,7 @@ class Detect:
 
     model: str = "retinaface-mnet025"
     size: int = 640
+    quick_look: int = 384
     border_below: int = 320
     second_look: bool = True
     min_score: float = 0.7
@@ -72,14 +81,7 @@ class Detect:
         _ = self.detector
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        pixels = list(images(table))
-        faces = self._search({n: self._letterbox(p, self.size) for n, p in enumerate(pixels) if p is not None})
-        if self.second_look:
-            missed = {n: pixels[n] for n, found in faces.items() if not len(found.scores)}
-            again = {
-                n: self._closer(p) for n, p in missed.items() if p is not None and max(p.shape[:2]) > self.border_below
-            }
-            faces |= self._search(again)
+        faces = self.found({n: pixels for n, pixels in enumerate(images(table)) if pixels is not None})
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         results = [
             self._full_size(faces[n], frame, size) if n in faces else _NONE
@@ -97,8 +99,37 @@ class Detect:
         }
         return with_columns(table, columns)
 
-    def _search(self, inputs: dict[int, Letterbox]) -> dict[int, Faces]:
+    def found(self, pixels: dict[int, Pixels]) -> dict[int, Faces]:
+        """The faces of images (h, w, 3) RGB by number, in those images' pixels."""
+        faces = self._quick(pixels)
+        faces |= self._search({n: self._letterbox(p, self.size) for n, p in pixels.items() if n not in faces})
+        if self.second_look:
+            missed = [n for n, found in faces.items() if not len(found.scores)]
+            again = {n: self._closer(pixels[n]) for n in missed if max(pixels[n].shape[:2]) > self.border_below}
+            faces |= self._search(again)
+        return faces
+
+    def _quick(self, pixels: dict[int, Pixels]) -> dict[int, Faces]:
+        """The faces of those images that a smaller input is enough for."""
+        detector = self.detector
+        if not self.quick_look or not isinstance(detector, Graded):
+            return {}
+        inputs = {
+            n: self._letterbox(p, self.quick_look)
+            for n, p in pixels.items()
+            if min(self.size, max(p.shape[:2])) > self.quick_look
+        }
+        looks = self._search(inputs, partial(detector.graded, min_score=min(DOUBTFUL, self.min_score)))
+        return {n: faces for n, faces in looks.items() if self._certain(faces)}
+
+    def _certain(self, faces: Faces) -> bool:
+        """Whether a quick look saw faces beyond doubt, and nothing that might be another one."""
+        certain = faces.scores >= max(CERTAIN, self.min_score)
+        return bool(len(certain) and certain.all())
+
+    def _search(self, inputs: dict[int, Letterbox], detect: Search | None = None) -> dict[int, Faces]:
         """Faces in the pixels that were letterboxed, detected in batches of one shape."""
+        detect = detect or self.detector.detect
         buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for n, box in inputs.items():
             buckets[box.pixels.shape].append(n)
@@ -107,20 +138,13 @@ class Detect:
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
                 stacked = inputs[part[0]].pixels[None] if len(part) == 1 else np.stack([inputs[n].pixels for n in part])
-                found |= {n: _restore(f, inputs[n]) for n, f in zip(part, self.detector.detect(stacked), strict=True)}
+                found |= {n: _restore(f, inputs[n]) for n, f in zip(part, detect(stacked), strict=True)}
         return found
 
     def _letterbox(self, pixels: Pixels, size: int) -> Letterbox:
         """Shrunk to `size` and padded to the detector's stride."""
-        h, w = pixels.shape[:2]
-        scale = size / max(h, w)
-        if scale < 1:
-            shrunk = (max(1, round(w * scale)), max(1, round(h * scale)))
-            # Down to a half bilinear sampling skips no pixel, and takes a sixth of the time of area averages.
-            kernel = cv2.INTER_LINEAR if scale >= 0.5 else cv2.INTER_AREA
-            pixels = np.asarray(cv2.resize(pixels, shrunk, interpolation=kernel), np.uint8)
+        pixels, (sx, sy) = shrunk(pixels, size)
         small_h, small_w = pixels.shape[:2]
-        sx, sy = small_w / w, small_h / h
         if max(small_h, small_w) <= self.border_below:
             top, bottom = self._mirror(small_h)
             left, right = self._mirror(small_w)
@@ -146,6 +170,27 @@ class Detect:
         inside = ((centre >= 0) & (centre <= np.array(size) - 1)).all(1)  # a mirrored border mirrors faces as well
         keep = np.flatnonzero(inside & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= self.min_face))
         return Faces(boxes[keep], frame.to_full(faces.landmarks)[keep], faces.scores[keep])
+
+
+def shrunk(pixels: Pixels, size: int) -> tuple[Pixels, tuple[float, float]]:
+    """(pixels whose longer side is at most `size`, scales of x and y).
+
+    Halved by averages, then bilinear, which down to a half skips no pixel; averaging to any size takes five times as
+    long.
+    """
+    sx = sy = 1.0
+    while max(h := pixels.shape[0], w := pixels.shape[1]) > 2 * size and min(h, w) > 1:
+        half = (w // 2, h // 2)
+        pixels = np.asarray(
+            cv2.resize(pixels[: 2 * half[1], : 2 * half[0]], half, interpolation=cv2.INTER_AREA), np.uint8
+        )
+        sx, sy = sx / 2, sy / 2
+    scale = size / max(h, w)
+    if scale < 1:
+        wanted = (max(1, round(w * scale)), max(1, round(h * scale)))
+        pixels = np.asarray(cv2.resize(pixels, wanted, interpolation=cv2.INTER_LINEAR), np.uint8)
+        sx, sy = sx * wanted[0] / w, sy * wanted[1] / h
+    return pixels, (sx, sy)
 
 
 _NONE = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))

@@ -1,0 +1,136 @@
+"""The size that a detector sees: shrinking keeps places, and a quick look stands only where it leaves no doubt."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from facepipe.models import Faces
+from facepipe.stages import Decode, Detect
+from facepipe.stages.detect import shrunk
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Eye:
+    """Finds one face at the input's middle; what it scores for an input of a longer side is `scores`."""
+
+    stride = 8
+
+    def __init__(self, scores: dict[int, tuple[float, ...]]):
+        self.scores, self.seen = scores, list[int]()
+
+    def detect(self, images: Pixels) -> list[Faces]:
+        return self.graded(images, 0.7)
+
+    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
+        side = max(images.shape[1:3])
+        self.seen += [side] * len(images)
+        scores = np.array([s for s in self.scores[side] if s >= min_score], np.float32)
+        n = len(scores)
+        box = np.array([side / 4, side / 4, side / 2, side / 2], np.float32)
+        return [Faces(np.tile(box, (n, 1)), np.tile(box[:2], (n, 5, 1)), scores)] * len(images)
+
+
+class Blunt(Eye):
+    """The same without grades."""
+
+    graded = None  # type: ignore[assignment]
+
+    def detect(self, images: Pixels) -> list[Faces]:
+        return Eye.graded(self, images, 0.7)
+
+
+def looked(eye: Eye, **settings: float) -> dict[int, Faces]:
+    stage = Detect(device="cpu", **settings)  # type: ignore[arg-type]
+    stage.__dict__["detector"] = eye
+    return stage.found({0: np.zeros((640, 480, 3), np.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("quick", "sides"),
+    [
+        ((0.95,), [384]),
+        ((0.95, 0.93), [384]),
+        ((0.95, 0.5), [384, 640]),  # the second face might be real, and show at full size
+        ((0.95, 0.02), [384, 640]),
+        ((0.95, 0.01), [384]),
+        ((0.8,), [384, 640]),
+        ((), [384, 640]),
+    ],
+)
+def test_a_quick_look_stands_where_it_leaves_no_doubt(quick: tuple[float, ...], sides: list[int]) -> None:
+    eye = Eye({384: quick, 640: (0.99, 0.98, 0.97)})
+    found = looked(eye)[0]
+    assert eye.seen == sides
+    assert len(found.scores) == (3 if 640 in sides else len([s for s in quick if s >= 0.7]))
+
+
+def test_no_quick_look_where_it_is_off_or_low_scores_mean_nothing_or_the_image_is_small() -> None:
+    for eye, given_settings in (
+        (Eye({640: (0.9,)}), {"quick_look": 0}),
+        (Eye({384: (0.9,)}), {"size": 384}),
+        (Blunt({640: (0.9,)}), {}),
+    ):
+        looked(eye, **given_settings)
+        assert eye.seen == [given_settings.get("size", 640)]
+
+
+def test_a_higher_lowest_score_is_kept_to() -> None:
+    eye = Eye({384: (0.95,), 640: (0.95,)})
+    assert len(looked(eye, min_score=0.97)[0].scores) == 0 or eye.seen[-1] == 640
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(40, 1500), st.integers(40, 1500), st.integers(32, 400), st.floats(0.1, 0.9), st.floats(0.1, 0.9))
+def test_shrinking_keeps_places(width: int, height: int, size: int, x: float, y: float) -> None:
+    """A bright square is where the scales say, to a pixel of the shrunk image."""
+    side = max(width, height)
+    half = max(8, side // 20)
+    at = np.array([x * (width - 1), y * (height - 1)])
+    low, high = np.maximum(np.ceil(at - half), 0).astype(int), np.ceil(at + half).astype(int)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[low[1] : high[1], low[0] : high[0]] = 255
+    centre = (low + np.minimum(high, (width, height)) - 1) / 2
+    small, (sx, sy) = shrunk(pixels, size)
+    assert max(small.shape[:2]) <= size or small is pixels
+    rows, columns = small[..., 0].astype(float).sum(1), small[..., 0].astype(float).sum(0)
+    if rows.sum() == 0:
+        return
+    seen = np.array(
+        [(columns * np.arange(len(columns))).sum() / columns.sum(), (rows * np.arange(len(rows))).sum() / rows.sum()]
+    )
+    back = (seen + 0.5) / (sx, sy) - 0.5
+    assert np.abs(back - centre).max() <= 1.0 / min(sx, sy)
+
+
+def test_no_face_of_the_photos_is_lost_by_a_quick_look(photos: Path) -> None:
+    decode, quick, full = Decode(), Detect(device="cpu"), Detect(device="cpu", quick_look=0)
+    images = [decode.one(path.read_bytes()).pixels for path in sorted(photos.glob("*.jpg"))]
+    pixels = {n: image for n, image in enumerate(images) if image is not None}
+    a, b = quick.found(pixels), full.found(pixels)
+    assert {n: len(faces.scores) for n, faces in a.items()} == {n: len(faces.scores) for n, faces in b.items()}
+    moved = []
+    for n, faces in a.items():
+        for box, points in zip(faces.boxes, faces.landmarks, strict=True):
+            nearest = np.abs(b[n].boxes - box).sum(1).argmin()
+            width = (b[n].boxes[nearest, 2:] - b[n].boxes[nearest, :2]).min()
+            moved.append(np.linalg.norm(points - b[n].landmarks[nearest], axis=1).mean() / width)
+    assert max(moved) < 0.1
+    assert 0 < np.median(moved) < 0.04
+
+
+def test_a_quick_look_does_not_depend_on_the_batch(photos: Path) -> None:
+    decode, detect = Decode(), Detect(device="cpu")
+    pixels = {
+        n: decode.one((photos / name).read_bytes()).pixels
+        for n, name in enumerate(("img56.jpg", "couple.jpg", "img4.jpg"))
+    }
+    together = detect.found(pixels)  # type: ignore[arg-type]
+    for n, image in pixels.items():
+        alone = detect.found({n: image})[n]  # type: ignore[dict-item]
+        assert np.array_equal(alone.boxes, together[n].boxes)
+        assert np.array_equal(alone.landmarks, together[n].landmarks)
