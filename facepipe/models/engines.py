@@ -25,9 +25,11 @@ _EXPORTED = ("chips", "vectors")
 _AS_THEY_ARE = Input("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def session(graph: bytes, threads: int, device: str = "cpu") -> Any:
+def session(graph: bytes, threads: int, device: str = "cpu", as_written: bool = False) -> Any:
     """An ONNX Runtime session with a fixed number of threads. Raises ModelError for what is no graph, and where a GPU
     is asked for that this ONNX Runtime cannot use: falling back to the CPU unsaid is what nobody wants.
+
+    as_written: no node is fused with another or computed otherwise than the graph says; slow
     """
     import onnxruntime as ort
 
@@ -42,6 +44,8 @@ def session(graph: bytes, threads: int, device: str = "cpu") -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         made = ort.InferenceSession(graph, options, providers=[(provider, {"device_id": number} if number else {})])
     except Exception as error:  # ONNX Runtime's own exceptions derive from nothing else
@@ -114,9 +118,7 @@ class TorchRetinaFace:
             x = normalise(torch.from_numpy(images).to(self._device, non_blocking=True), self._channels)
             offsets, scores, points = (out.float().cpu().numpy() for out in self._net(x))
         shape = images.shape[1:3]
-        return [
-            decoding.postprocess(o, s, p, shape, limits) for o, s, p in zip(offsets, scores, points, strict=True)
-        ]
+        return [decoding.postprocess(o, s, p, shape, limits) for o, s, p in zip(offsets, scores, points, strict=True)]
 
 
 class OnnxDlib:

@@ -1,5 +1,6 @@
 """The registry: what each model is, where its weights come from, under which licence, and how to load it."""
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from facepipe.errors import ModelError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
 from facepipe.models.card import Card
+from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
 
@@ -97,6 +99,12 @@ def _load_dlib(device: str, threads: int) -> Embedder:
     return TorchEmbedder(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device)
 
 
+def _load_dlib_int8(device: str, threads: int) -> Embedder:
+    from facepipe.models.dlib.eight_bits import load
+
+    return load(*dlib_weights(), threads)
+
+
 def _load_mtcnn(device: str, threads: int, limits: tuple[float, float]) -> Detector:
     from facepipe.models.detectors.mtcnn import Mtcnn
     from facepipe.models.detectors.mtcnn_weights import packaged_nets
@@ -138,6 +146,11 @@ def _load_fake_embedder(device: str, threads: int) -> Embedder:
     from facepipe.models.fakes import FakeEmbedder
 
     return FakeEmbedder()
+
+
+def _int8_sha256() -> str:
+    """Over the weights and the ranges that they are rounded with."""
+    return hashlib.sha256(f"{DLIB_SHA256} {RANGES}".encode()).hexdigest()
 
 
 CARDS = {
@@ -197,6 +210,21 @@ CARDS = {
             sha256=DLIB_SHA256,
             input="RGB 150x150, (x - (122.782, 117.001, 104.298)) / 256",
             load=_load_dlib,
+            layout=ChipLayout((150, 150), template=DLIB_TEMPLATE),
+            parameters=5_614_592,
+            dim=128,
+            metric="euclidean on unit vectors",
+            same_person=0.416,
+        ),
+        Card(
+            name="dlib-resnet-int8",
+            role="embedder",
+            summary="dlib-resnet in eight bits: 2.6 times as fast, for CPUs with VNNI; vectors 0.03 from dlib-resnet's",
+            weights="PyPI face-recognition-models 0.3.0",
+            licence="public domain",
+            sha256=_int8_sha256(),
+            input="RGB 150x150",
+            load=_load_dlib_int8,
             layout=ChipLayout((150, 150), template=DLIB_TEMPLATE),
             parameters=5_614_592,
             dim=128,

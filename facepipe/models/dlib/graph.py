@@ -1,4 +1,9 @@
-"""dlib's network as an ONNX graph, for ONNX Runtime on CPUs; takes uint8 chips, so that nothing is copied before it."""
+"""dlib's network as an ONNX graph, for ONNX Runtime on CPUs; takes uint8 chips, so that nothing is copied before it.
+
+In eight bits as well: weights of each output channel scaled to +-127, activations to 0..255 over given ranges.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,25 +17,41 @@ _IR_VERSION = 10
 _SIDE_AFTER_POOL = 35
 
 
-def graph(convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> bytes:
-    """A serialised model: `chips` (n, 150, 150, 3) uint8 RGB -> `vectors` (n, 128) float32."""
+Range = tuple[float, float]
+
+
+def graph(convolutions: list[Convolution], fc: npt.NDArray[np.float32], ranges: Sequence[Range] | None = None) -> bytes:
+    """A serialised model: `chips` (n, 150, 150, 3) uint8 RGB -> `vectors` (n, 128) float32.
+
+    ranges: lowest and highest value of each activation in the order of `activations`; the graph is in eight bits then
+    """
+    g = _Graph() if ranges is None else _EightBits(ranges)
+    _build(g, convolutions, fc)
+    return g.serialise()
+
+
+def activations(convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> tuple[bytes, list[str]]:
+    """(the graph in floating point with its activations as further outputs, their names), to measure ranges with."""
     g = _Graph()
-    x = g.node("Cast", [g.node("Transpose", ["chips"], perm=[0, 3, 1, 2])], to=TensorProto.FLOAT)
-    x = g.node("Relu", [g.conv(x, _with_input_scaling(convolutions[0]))])
-    x = g.node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2])
+    _build(g, convolutions, fc)
+    return g.serialise(g.settled), g.settled
+
+
+def _build(g: "_Graph", convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> None:
+    x = g.node("Relu", [g.conv(g.pixels(), _with_input_scaling(convolutions[0]))])
+    x = g.same("MaxPool", g.settle(x), kernel_shape=[3, 3], strides=[2, 2])
     side = _SIDE_AFTER_POOL
     for n, (i, o, stride) in enumerate(BLOCKS):
         first, second = convolutions[1 + 2 * n : 3 + 2 * n]
-        y = g.conv(g.node("Relu", [g.conv(x, first)]), second)
+        y = g.settle(g.conv(g.settle(g.node("Relu", [g.conv(x, first)])), second))
         if stride == 2:
             pooled, strided = side // 2, (side - 3) // 2 + 1
             side = max(pooled, strided)
-            x = g.node("AveragePool", [x], kernel_shape=[2, 2], strides=[2, 2])
+            x = g.same("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
             x, y = g.pad(x, o - i, side - pooled), g.pad(y, 0, side - strided)
-        x = g.node("Relu", [g.node("Add", [x, y])])
+        x = g.settle(g.node("Relu", [g.node("Add", [x, y])]))
     x = g.node("Flatten", [g.node("GlobalAveragePool", [x])])
     g.node("MatMul", [x, g.constant(fc)])
-    return g.serialise()
 
 
 def _with_input_scaling(conv: Convolution) -> Convolution:
@@ -43,11 +64,25 @@ def _with_input_scaling(conv: Convolution) -> Convolution:
 
 
 class _Graph:
-    """Nodes and constants under running names."""
+    """Nodes and constants under running names, in floating point."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
+        self.settled: list[str] = []
+
+    def pixels(self) -> str:
+        """The chips' levels in planes, as numbers."""
+        return self.node("Cast", [self.node("Transpose", ["chips"], perm=[0, 3, 1, 2])], to=TensorProto.FLOAT)
+
+    def settle(self, x: str) -> str:
+        """An activation that other layers read: the place where it would be rounded."""
+        self.settled.append(x)
+        return x
+
+    def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
+        """A node whose output has the range of its input."""
+        return self.node(kind, [x, *more], **attributes)
 
     def node(self, kind: str, inputs: list[str], **attributes: object) -> str:
         name = f"{kind}_{len(self.nodes)}"
@@ -56,7 +91,7 @@ class _Graph:
 
     def constant(self, array: npt.NDArray[np.generic]) -> str:
         name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def conv(self, x: str, conv: Convolution) -> str:
@@ -67,13 +102,63 @@ class _Graph:
     def pad(self, x: str, channels: int, pixels: int) -> str:
         if not channels and not pixels:
             return x
-        return self.node("Pad", [x, self.constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels]))])
+        return self.same("Pad", x, self.constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels])))
 
-    def serialise(self) -> bytes:
-        """The model whose output is the last node's."""
+    def serialise(self, more: Sequence[str] = ()) -> bytes:
+        """The model whose output is the last node's, and the named tensors."""
         self.nodes[-1].output[0] = "vectors"
         chips = helper.make_tensor_value_info("chips", TensorProto.UINT8, ["n", SIDE, SIDE, 3])
         vectors = helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["n", 128])
-        body = helper.make_graph(self.nodes, "dlib_resnet", [chips], [vectors], self.constants)
+        others = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in more]
+        body = helper.make_graph(self.nodes, "dlib_resnet", [chips], [vectors, *others], self.constants)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
         return bytes(model.SerializeToString())
+
+
+class _EightBits(_Graph):
+    """The same with integers in between, as ONNX writes them: each activation quantised and read back.
+
+    ONNX Runtime computes what stands between reading and rounding in integers.
+    """
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        super().__init__()
+        self._ranges = iter(ranges)
+        self._steps: dict[str, tuple[str, str, float]] = {}
+
+    def pixels(self) -> str:
+        return self._read(self.node("Transpose", ["chips"], perm=[0, 3, 1, 2]), self._step(0.0, 255.0))
+
+    def settle(self, x: str) -> str:
+        return self._rounded(x, self._step(*next(self._ranges)))
+
+    def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
+        return self._rounded(self.node(kind, [x, *more], **attributes), self._steps[x])
+
+    def conv(self, x: str, conv: Convolution) -> str:
+        """Weights of eight bits with a scale for each output channel; the bias in units of their product."""
+        steps = np.maximum(np.abs(conv.weight).max((1, 2, 3)), 1e-12) / 127
+        rounded = np.round(conv.weight / steps[:, None, None, None]).astype(np.int8)
+        units = (steps * self._steps[x][2]).astype(np.float32)
+        weight = self._constant_in_steps(rounded, steps.astype(np.float32))
+        bias = self._constant_in_steps(np.round(conv.bias / units).astype(np.int32), units)
+        k, p = conv.weight.shape[2], conv.padding
+        return self.node("Conv", [x, weight, bias], kernel_shape=[k, k], strides=[conv.stride] * 2, pads=[p] * 4)
+
+    def _constant_in_steps(self, values: npt.NDArray[np.integer], steps: npt.NDArray[np.float32]) -> str:
+        names = [self.constant(a) for a in (values, steps, np.zeros(len(steps), values.dtype))]
+        return self.node("DequantizeLinear", names, axis=0)
+
+    def _step(self, low: float, high: float) -> tuple[str, str, float]:
+        low, high = min(low, 0.0), max(high, 1e-6)
+        step = np.float32((high - low) / 255)
+        zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
+        return self.constant(np.array(step)), self.constant(np.array(zero)), float(step)
+
+    def _rounded(self, x: str, step: tuple[str, str, float]) -> str:
+        return self._read(self.node("QuantizeLinear", [x, *step[:2]]), step)
+
+    def _read(self, x: str, step: tuple[str, str, float]) -> str:
+        name = self.node("DequantizeLinear", [x, *step[:2]])
+        self._steps[name] = step
+        return name

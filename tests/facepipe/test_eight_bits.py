@@ -1,0 +1,93 @@
+"""dlib's network in eight bits: near the network it was made of, the same in every batch, and refused where it is wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import facepipe
+from facepipe.errors import ModelError
+from facepipe.imaging.decode import decode
+from facepipe.imaging.header import probe
+from facepipe.models import card
+from facepipe.models.dlib import eight_bits
+from facepipe.models.dlib.graph import activations, graph
+from facepipe.models.dlib.ranges import RANGES
+from facepipe.models.engines import OnnxDlib, session
+from facepipe.models.parity import noise, scenes
+from facepipe.models.registry import dlib_weights
+from facepipe.stages import Embed
+
+Chips = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def engine() -> OnnxDlib:
+    loaded = card("dlib-resnet-int8", "embedder").load("cpu", 1)
+    assert isinstance(loaded, OnnxDlib)
+    return loaded
+
+
+def unit(vectors: Floats) -> Floats:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def test_a_vector_does_not_depend_on_its_batch(engine: OnnxDlib) -> None:
+    chips = np.concatenate([scenes((150, 150)), noise((150, 150))])
+    together = engine.embed(chips)
+    order = np.random.default_rng(0).permutation(len(chips))
+    assert np.array_equal(engine.embed(chips[order]), together[order])
+    assert np.array_equal(np.concatenate([engine.embed(chip[None]) for chip in chips]), together)
+
+
+def test_faces_are_where_the_network_in_floating_point_has_them(photos: Path) -> None:
+    images = [decode(data, probe(data)) for data in map(Path.read_bytes, sorted(photos.glob("img*.jpg"))[:12])]
+    whole, rounded = (facepipe.encode(images, embed=Embed(name)) for name in ("dlib-resnet", "dlib-resnet-int8"))
+    pairs = [
+        (a, b) for one, other in zip(whole, rounded, strict=True) for a, b in zip(one.faces, other.faces, strict=True)
+    ]
+    apart = [float(np.linalg.norm(a.embedding - b.embedding)) for a, b in pairs]
+    assert len(apart) >= 12
+    assert 0.002 < np.median(apart) < 0.04
+    assert max(apart) < 0.08
+
+
+def test_a_cpu_whose_products_saturate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do on x86 without VNNI: sums of two products are cut off at 16 bits, and vectors come out wrong."""
+
+    def cut_off(self: OnnxDlib, chips: Chips) -> Floats:
+        right = embed(self, chips)
+        return np.clip(right, -np.abs(right).max() / 4, np.abs(right).max() / 4)
+
+    embed = OnnxDlib.embed
+    monkeypatch.setattr(OnnxDlib, "embed", cut_off)
+    with pytest.raises(ModelError, match=r"saturation.*dlib-resnet"):
+        eight_bits.load(*dlib_weights(), 1)
+
+
+def test_ranges_are_those_of_the_activations_in_their_order() -> None:
+    made, names = activations(*dlib_weights())
+    assert len(names) == len(RANGES)
+    values = session(made, 1).run(names, {"chips": scenes((150, 150), 2)})
+    for (low, high), found in zip(RANGES, values, strict=True):
+        assert (low == 0) == (found.min() >= 0)
+        assert 0.2 * high < found.max() < 5 * high
+
+
+def test_more_bits_of_range_are_worse() -> None:
+    """What the ranges are for: eight times as wide, the same graph rounds eight times as coarsely."""
+    chips, weights = scenes((150, 150), 8), dlib_weights()
+    exact = unit(OnnxDlib(graph(*weights)).embed(chips))
+    wide = [(8 * low, 8 * high) for low, high in RANGES]
+    near, far = (
+        np.linalg.norm(unit(OnnxDlib(graph(*weights, r)).embed(chips)) - exact, axis=1).mean() for r in (RANGES, wide)
+    )
+    assert near * 2 < far
+
+
+def test_its_contract_is_not_that_of_the_network_in_floating_point() -> None:
+    one, other = card("dlib-resnet", "embedder"), card("dlib-resnet-int8", "embedder")
+    assert one.sha256 != other.sha256
+    assert one.layout == other.layout
