@@ -5,7 +5,7 @@ then cannot depend on what else was in the batch. Embedders' graphs run on 8 chi
 the same bit by bit whatever is beside it (measured with dlib's network and MobileFaceNet).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,14 +76,15 @@ class OnnxRetinaFace:
         self._limits = limits
 
     def detect(self, images: Pixels) -> list[Faces]:
-        return self.graded(images, self._limits[0])
+        return [decoding.postprocess(*self._run(image), image.shape[:2], self._limits) for image in images]
 
-    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
-        return [self._one(image, (min_score, self._limits[1])) for image in images]
+    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+        limits = (doubtful, sure, self._limits[1])
+        return [decoding.certain(self._run(image), image.shape[:2], limits) for image in images]
 
-    def _one(self, image: Pixels, limits: tuple[float, float]) -> Faces:
-        loc, conf, points = self._session.run(None, {"input": decoding.preprocess(image[None])})
-        return decoding.postprocess(loc[0], conf[0, :, 1], points[0], image.shape[:2], limits)
+    def _run(self, image: Pixels) -> decoding.Outputs:
+        offsets, scores, points = self._session.run(None, {"input": decoding.preprocess(image[None])})
+        return decoding.Outputs(offsets[0], scores[0, :, 1], points[0])
 
 
 class TorchRetinaFace:
@@ -103,13 +104,18 @@ class TorchRetinaFace:
         self._device, self._limits, self._channels = torch.device(device), limits, channels
 
     def detect(self, images: Pixels) -> list[Faces]:
-        return self.graded(images, self._limits[0])
+        return [decoding.postprocess(*out, images.shape[1:3], self._limits) for out in self._outputs(images)]
 
-    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
-        part, limits = 1 if self._device.type == "cpu" else max(1, len(images)), (min_score, self._limits[1])
-        return [faces for at in range(0, len(images), part) for faces in self._batch(images[at : at + part], limits)]
+    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+        limits = (doubtful, sure, self._limits[1])
+        return [decoding.certain(out, images.shape[1:3], limits) for out in self._outputs(images)]
 
-    def _batch(self, images: Pixels, limits: tuple[float, float]) -> list[Faces]:
+    def _outputs(self, images: Pixels) -> Iterator[decoding.Outputs]:
+        part = 1 if self._device.type == "cpu" else max(1, len(images))
+        for at in range(0, len(images), part):
+            yield from self._batch(images[at : at + part])
+
+    def _batch(self, images: Pixels) -> list[decoding.Outputs]:
         import torch
 
         from facepipe.models.detectors.retinaface import normalise
@@ -117,8 +123,7 @@ class TorchRetinaFace:
         with torch.inference_mode():
             x = normalise(torch.from_numpy(images).to(self._device, non_blocking=True), self._channels)
             offsets, scores, points = (out.float().cpu().numpy() for out in self._net(x))
-        shape = images.shape[1:3]
-        return [decoding.postprocess(o, s, p, shape, limits) for o, s, p in zip(offsets, scores, points, strict=True)]
+        return [decoding.Outputs(*one) for one in zip(offsets, scores, points, strict=True)]
 
 
 class OnnxDlib:

@@ -31,11 +31,13 @@ class Detector(Protocol):
 
 
 @runtime_checkable
-class Graded(Detector, Protocol):
+class Doubting(Detector, Protocol):
     """A detector whose low scores mean something too: that there may be a face, seen too small to tell."""
 
-    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
-        """Like `detect`, from another lowest score."""
+    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+        """The faces of each image where all are surely some; None where there is none, or where something else scores
+        `doubtful` or more and less than `sure`.
+        """
 
 
 class Embedder(Protocol):

@@ -1,7 +1,7 @@
 """Detect: pixels to faces, in coordinates of the oriented full-size image."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar, NamedTuple
@@ -14,12 +14,12 @@ import pyarrow as pa
 from facepipe.imaging.geometry import Frame
 from facepipe.models import Detector, Faces, card
 from facepipe.models.device import resolve
-from facepipe.models.protocols import Graded
+from facepipe.models.protocols import Doubting
 from facepipe.schema import NO_FACE, OK
 from facepipe.stages.columns import frames, images, ragged, with_columns
 
 Pixels = npt.NDArray[np.uint8]
-Search = Callable[[Pixels], list[Faces]]
+Search = Callable[[Pixels], Sequence[Faces | None]]
 
 # Of a quick look: from this score on something may be a face, and from that on it is one (docs/performance.md).
 DOUBTFUL, CERTAIN = 0.02, 0.9
@@ -112,23 +112,18 @@ class Detect:
     def _quick(self, pixels: dict[int, Pixels]) -> dict[int, Faces]:
         """The faces of those images that a smaller input is enough for."""
         detector = self.detector
-        if not self.quick_look or not isinstance(detector, Graded):
+        if not self.quick_look or not isinstance(detector, Doubting):
             return {}
         inputs = {
             n: self._letterbox(p, self.quick_look)
             for n, p in pixels.items()
             if min(self.size, max(p.shape[:2])) > self.quick_look
         }
-        looks = self._search(inputs, partial(detector.graded, min_score=min(DOUBTFUL, self.min_score)))
-        return {n: faces for n, faces in looks.items() if self._certain(faces)}
-
-    def _certain(self, faces: Faces) -> bool:
-        """Whether a quick look saw faces beyond doubt, and nothing that might be another one."""
-        certain = faces.scores >= max(CERTAIN, self.min_score)
-        return bool(len(certain) and certain.all())
+        sure = max(CERTAIN, self.min_score)
+        return self._search(inputs, partial(detector.certain, doubtful=min(DOUBTFUL, self.min_score), sure=sure))
 
     def _search(self, inputs: dict[int, Letterbox], detect: Search | None = None) -> dict[int, Faces]:
-        """Faces in the pixels that were letterboxed, detected in batches of one shape."""
+        """Faces in the pixels that were letterboxed, detected in batches of one shape; without those of None."""
         detect = detect or self.detector.detect
         buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for n, box in inputs.items():
@@ -138,7 +133,8 @@ class Detect:
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
                 stacked = inputs[part[0]].pixels[None] if len(part) == 1 else np.stack([inputs[n].pixels for n in part])
-                found |= {n: _restore(f, inputs[n]) for n, f in zip(part, detect(stacked), strict=True)}
+                looks = zip(part, detect(stacked), strict=True)
+                found |= {n: _restore(faces, inputs[n]) for n, faces in looks if faces is not None}
         return found
 
     def _letterbox(self, pixels: Pixels, size: int) -> Letterbox:

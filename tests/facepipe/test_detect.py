@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.models import Faces
+from facepipe.models.detectors.retinaface_decode import Outputs, anchors, certain, postprocess
 from facepipe.stages import Decode, Detect
 from facepipe.stages.detect import shrunk
 
@@ -24,24 +25,24 @@ class Eye:
         self.scores, self.seen = scores, list[int]()
 
     def detect(self, images: Pixels) -> list[Faces]:
-        return self.graded(images, 0.7)
+        return [self._faces(images, 0.7)] * len(images)
 
-    def graded(self, images: Pixels, min_score: float) -> list[Faces]:
+    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+        found = self._faces(images, doubtful)
+        return [found if len(found.scores) and (found.scores >= sure).all() else None] * len(images)
+
+    def _faces(self, images: Pixels, min_score: float) -> Faces:
         side = max(images.shape[1:3])
         self.seen += [side] * len(images)
         scores = np.array([s for s in self.scores[side] if s >= min_score], np.float32)
-        n = len(scores)
         box = np.array([side / 4, side / 4, side / 2, side / 2], np.float32)
-        return [Faces(np.tile(box, (n, 1)), np.tile(box[:2], (n, 5, 1)), scores)] * len(images)
+        return Faces(np.tile(box, (len(scores), 1)), np.tile(box[:2], (len(scores), 5, 1)), scores)
 
 
 class Blunt(Eye):
-    """The same without grades."""
+    """The same without a sense of doubt."""
 
-    graded = None  # type: ignore[assignment]
-
-    def detect(self, images: Pixels) -> list[Faces]:
-        return Eye.graded(self, images, 0.7)
+    certain = None  # type: ignore[assignment]
 
 
 def looked(eye: Eye, **settings: float) -> dict[int, Faces]:
@@ -82,6 +83,26 @@ def test_no_quick_look_where_it_is_off_or_low_scores_mean_nothing_or_the_image_i
 def test_a_higher_lowest_score_is_kept_to() -> None:
     eye = Eye({384: (0.95,), 640: (0.95,)})
     assert len(looked(eye, min_score=0.97)[0].scores) == 0 or eye.seen[-1] == 640
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.001, 0.5), st.floats(0.5, 0.99), st.floats(0.1, 0.9))
+def test_doubt_is_what_suppression_would_leave_between_the_scores(
+    seed: int, doubtful: float, sure: float, max_iou: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (64, 96)
+    count = len(anchors(*shape))
+    scores = np.where(rng.random(count) < 0.1, rng.random(count), 0).astype(np.float32)
+    outputs = Outputs(
+        rng.normal(size=(count, 4)).astype(np.float32), scores, rng.normal(size=(count, 10)).astype(np.float32)
+    )
+    everything = postprocess(*outputs, shape, (doubtful, max_iou))
+    expected = len(everything.scores) > 0 and bool((everything.scores >= sure).all())
+    found = certain(outputs, shape, (doubtful, sure, max_iou))
+    assert (found is not None) == expected
+    if found is not None:
+        assert all(np.array_equal(a, b) for a, b in zip(found, everything, strict=True))
 
 
 @settings(max_examples=60, deadline=None)

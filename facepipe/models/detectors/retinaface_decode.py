@@ -4,6 +4,7 @@ Constants are those of the public PyTorch implementation by biubug6 (data/config
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -39,31 +40,75 @@ def preprocess(images: Pixels) -> Floats:
     return planes
 
 
+class Outputs(NamedTuple):
+    """What the network says of one image's anchors: offsets (a, 4), face probability (a,), landmark offsets (a, 10)."""
+
+    offsets: Floats
+    scores: Floats
+    points: Floats
+
+
 def postprocess(
     offsets: Floats, scores: Floats, points: Floats, shape: tuple[int, int], limits: tuple[float, float]
 ) -> Faces:
-    """Faces of one image from the network's output; `limits`: lowest score and highest overlap (IoU) kept."""
-    min_score, max_iou = limits
+    """Faces of one image of `shape` (h, w) from the network's `Outputs`; `limits`: lowest score and highest overlap
+    (IoU) kept.
+    """
+    outputs = Outputs(offsets, scores, points)
+    keep = _best(scores, limits[0])
+    boxes = _boxes(outputs, keep, shape)
+    best = suppress(boxes, limits[1])
+    kept = keep[best]
+    prior = anchors(*shape)[kept]
+    shifts = points[kept].reshape(-1, 5, 2)
+    landmarks = prior[:, None, :2] + shifts * CENTRE_VARIANCE * prior[:, None, 2:]
+    return Faces(boxes[best], landmarks, scores[kept])
+
+
+def certain(outputs: Outputs, shape: tuple[int, int], limits: tuple[float, float, float]) -> Faces | None:
+    """Faces of one image where all are surely some, else None; `limits`: doubtful score, sure score, highest overlap.
+
+    Of suppression down to the doubtful score something between the two would be left exactly where a candidate of
+    such a score overlaps no sure face: the best of these cannot be suppressed by anything else.
+    """
+    doubtful, sure, max_iou = limits
+    found = postprocess(*outputs, shape, (sure, max_iou))
+    if not len(found.scores):
+        return None
+    rest = np.flatnonzero((outputs.scores >= doubtful) & (outputs.scores < sure))
+    boxes = _boxes(outputs, rest, shape)
+    covered = np.zeros(len(rest), bool)
+    for box in found.boxes:
+        covered |= _overlapping(box, boxes, max_iou)
+    return found if covered.all() else None
+
+
+def _best(scores: Floats, min_score: float) -> npt.NDArray[np.int64]:
+    """Anchors from that score on, by falling score."""
     keep = np.flatnonzero(scores >= min_score)
-    keep = keep[np.argsort(-scores[keep], kind="stable")[:_MAX_CANDIDATES]]
-    prior = anchors(*shape)[keep]
-    centre = prior[:, :2] + offsets[keep, :2] * CENTRE_VARIANCE * prior[:, 2:]
-    side = prior[:, 2:] * np.exp(np.clip(offsets[keep, 2:] * SIZE_VARIANCE, -10, 10))
-    boxes = np.concatenate([centre - side / 2, centre + side / 2], 1)
-    landmarks = prior[:, None, :2] + points[keep].reshape(-1, 5, 2) * CENTRE_VARIANCE * prior[:, None, 2:]
-    best = suppress(boxes, max_iou)
-    return Faces(boxes[best], landmarks[best], scores[keep][best])
+    return keep[np.argsort(-scores[keep], kind="stable")[:_MAX_CANDIDATES]]
+
+
+def _boxes(outputs: Outputs, keep: npt.NDArray[np.int64], shape: tuple[int, int]) -> Floats:
+    prior, offsets = anchors(*shape)[keep], outputs.offsets[keep]
+    centre = prior[:, :2] + offsets[:, :2] * CENTRE_VARIANCE * prior[:, 2:]
+    side = prior[:, 2:] * np.exp(np.clip(offsets[:, 2:] * SIZE_VARIANCE, -10, 10))
+    return np.asarray(np.concatenate([centre - side / 2, centre + side / 2], 1), np.float32)
 
 
 def suppress(boxes: Floats, max_iou: float) -> npt.NDArray[np.int64]:
     """Greedy non-maximum suppression of boxes (n, 4) sorted by falling score; the indices kept."""
-    area = np.prod(boxes[:, 2:] - boxes[:, :2], 1)
     alive, kept = np.arange(len(boxes)), []
     while len(alive):
         first, alive = alive[0], alive[1:]
         kept.append(first)
-        low = np.maximum(boxes[first, :2], boxes[alive, :2])
-        high = np.minimum(boxes[first, 2:], boxes[alive, 2:])
-        overlap = np.prod(np.clip(high - low, 0, None), 1)
-        alive = alive[overlap <= max_iou * (area[alive] + area[first] - overlap)]
+        alive = alive[~_overlapping(boxes[first], boxes[alive], max_iou)]
     return np.array(kept, np.int64)
+
+
+def _overlapping(box: Floats, boxes: Floats, max_iou: float) -> npt.NDArray[np.bool_]:
+    """(n,) whether boxes (n, 4) overlap one (4,) by more than `max_iou`."""
+    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+    overlap = np.prod(np.clip(high - low, 0, None), 1)
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], 1)
+    return np.asarray(overlap > max_iou * (area + np.prod(box[2:] - box[:2]) - overlap))
