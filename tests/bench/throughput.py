@@ -1,8 +1,8 @@
 """embed against a bare two-process loop over the same models, and against face_recognition, in one run.
 
-    python tests/bench/throughput.py [--times 20] [--rounds 3] [--runners local,ray]
+    python tests/bench/throughput.py [--times 20] [--rounds 3] [--variants "local; local detect.quick_look=0; ray"]
 
-Needs ../shared. Steady state: from the moment every worker has delivered two blocks to the end; start-up is given
+Needs ../shared. A variant is a runner and settings of embed. Steady state: from the moment every worker has delivered two blocks to the end; start-up is given
 apart. face_recognition's calls (HOG detector, landmarks, encoding; two processes) run through dlib-bin, on each photo once.
 """
 
@@ -20,13 +20,13 @@ import numpy as np
 from corpus import SHARED, repeated_photos
 from PIL import Image
 
-from facepipe.sources import SourceConfig
-from pipelines.embed import EmbedConfig, RunConfig, Summary, run
+from facepipe.config import build, parse_settings
+from pipelines.embed import EmbedConfig, Summary, run
 
 WORKERS = 2
 
 
-def facepipe_rate(photos: Path, runner: str) -> tuple[float, float, Summary]:
+def facepipe_rate(photos: Path, variant: str) -> tuple[float, float, Summary]:
     """(images/s in the steady state, seconds from the call to the first record, summary)."""
     seen: list[tuple[float, int]] = []
     began = time.perf_counter()
@@ -34,8 +34,10 @@ def facepipe_rate(photos: Path, runner: str) -> tuple[float, float, Summary]:
     def note(summary: Summary) -> None:
         seen.append((time.perf_counter(), summary.images))
 
+    runner, *settings = variant.split()
+    fixed = {"source": {"uri": str(photos)}, "run": {"runner": runner, "workers": WORKERS, "block_largest": 32}}
     with tempfile.TemporaryDirectory() as folder:
-        config = EmbedConfig(SourceConfig(str(photos)), run=RunConfig(runner=runner, workers=WORKERS, block_largest=32))  # type: ignore[arg-type]
+        config = build(EmbedConfig, parse_settings(settings), fixed)
         summary = run(config, f"{folder}/gallery", note)
     start, done = seen[2 * WORKERS]
     end, images = seen[-1]
@@ -85,26 +87,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--runners", default="local,ray")
+    parser.add_argument(
+        "--variants", default="local; local detect.quick_look=0; local embed.model=dlib-resnet-int8; ray"
+    )
     args = parser.parse_args()
-    ratios: dict[str, list[tuple[float, float, float]]] = {runner: [] for runner in args.runners.split(",")}
+    ratios: dict[str, list[tuple[float, ...]]] = {variant.strip(): [] for variant in args.variants.split(";")}
     with tempfile.TemporaryDirectory() as folder:
         photos = repeated_photos(Path(folder) / "photos", args.times)
         once = sorted(str(path) for path in photos.glob("000-*"))
         for n in range(args.rounds):
             print(f"round {n + 1}")
-            for runner, found in ratios.items():
-                bare, dlib = bare_rate(photos), dlib_rate(once)
-                rate, first, summary = facepipe_rate(photos, runner)
+            dlib = dlib_rate(once)
+            for variant, found in ratios.items():
+                bare = bare_rate(photos)
+                rate, first, summary = facepipe_rate(photos, variant)
                 stages = "  ".join(f"{k} {v / summary.images * 1e3:.1f}" for k, v in summary.stage_seconds.items())
-                print(f"  facepipe {runner}: {rate:.1f} images/s, {summary.faces} faces in {summary.images} images, ")
+                print(f"  facepipe {variant}: {rate:.1f} images/s, {summary.faces} faces in {summary.images} images, ")
                 print(f"    first record after {first:.1f} s; ms per image: {stages}", flush=True)
-                found.append((rate, rate / bare, rate / dlib))
-    for runner, found in ratios.items():
+                found.append((rate, rate / bare, rate / dlib, first))
+    for variant, found in ratios.items():
         for what, values in zip(
-            ("images/s", "of the bare loop", "of face_recognition"), zip(*found, strict=True), strict=True
+            ("images/s", "of the bare loop", "of face_recognition", "s to the first record"),
+            zip(*found, strict=True),
+            strict=True,
         ):
-            print(f"{runner}: {statistics.median(values):.2f} {what} ({min(values):.2f} to {max(values):.2f})")
+            print(f"{variant}: {statistics.median(values):.2f} {what} ({min(values):.2f} to {max(values):.2f})")
 
 
 if __name__ == "__main__":
