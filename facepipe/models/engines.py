@@ -67,13 +67,13 @@ def channels_last(net: "nn.Module", device: str) -> "nn.Module":
 
 
 class OnnxRetinaFace:
-    """RetinaFace on a CPU. `limits`: lowest score, highest overlap kept."""
+    """RetinaFace on a CPU. `limits`: lowest score, highest overlap kept; `channels`: the order it was trained on."""
 
     stride = 32
 
-    def __init__(self, graph: bytes, limits: tuple[float, float], threads: int = 1):
+    def __init__(self, graph: bytes, limits: tuple[float, float], threads: int = 1, channels: "Channels" = "bgr"):
         self._session = session(graph, threads)
-        self._limits = limits
+        self._limits, self._order = limits, 1 if channels == "bgr" else -1
 
     def detect(self, images: Pixels) -> list[Faces]:
         return [decoding.postprocess(*self._run(image), image.shape[:2], self._limits) for image in images]
@@ -83,7 +83,9 @@ class OnnxRetinaFace:
         return [decoding.certain(self._run(image), image.shape[:2], limits) for image in images]
 
     def _run(self, image: Pixels) -> decoding.Outputs:
-        offsets, scores, points = self._session.run(None, {"input": decoding.preprocess(image[None])})
+        # The means go by a channel's place in the input, not by its colour: turned round, RGB stands where BGR did.
+        planes = decoding.preprocess(image[None, ..., :: self._order])
+        offsets, scores, points = self._session.run(None, {"input": planes})
         return decoding.Outputs(offsets[0], scores[0, :, 1], points[0])
 
 

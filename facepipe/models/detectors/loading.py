@@ -8,6 +8,7 @@ from facepipe.models.card_file import CardFile, fed_of, is_graph, read_card
 from facepipe.models.loading import load_net
 
 if TYPE_CHECKING:
+    from facepipe.models.detectors.retinaface import Channels
     from facepipe.models.protocols import Detector
 
 Limits = tuple[float, float]
@@ -18,13 +19,17 @@ def load_detector(path: Path, device: str, threads: int, limits: Limits) -> "Det
     file = read_card(path)
     if is_graph(file):
         return _graph(file, path.parent / file.weights, threads, limits)
-    from facepipe.models.engines import TorchRetinaFace
+    from facepipe.models.detectors.retinaface_graph import graph
+    from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 
     net: Any = load_net(path)[0]
     fed = fed_of(file)
     if fed.channels not in ("rgb", "bgr"):
         raise ModelError(f"{path}: channels are rgb or bgr")
-    return TorchRetinaFace(net, limits, device, "rgb" if fed.channels == "rgb" else "bgr")
+    channels: Channels = "rgb" if fed.channels == "rgb" else "bgr"
+    if device == "cpu":
+        return OnnxRetinaFace(graph(net), limits, threads, channels)
+    return TorchRetinaFace(net, limits, device, channels)
 
 
 def _graph(file: CardFile, weights: Path, threads: int, limits: Limits) -> "Detector":

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convolution
+from facepipe.models.onnx_graph import Graph, tensor
 
-_OPSET = 17
-_IR_VERSION = 10
 # Side of the feature map after each strided block: what padding the shortcut needs is known when the graph is built.
 _SIDE_AFTER_POOL = 35
 
@@ -25,25 +24,25 @@ def graph(convolutions: list[Convolution], fc: npt.NDArray[np.float32], ranges: 
 
     ranges: lowest and highest value of each activation in the order of `activations`; the graph is in eight bits then
     """
-    g = _Graph() if ranges is None else _EightBits(ranges)
+    g = _Floats() if ranges is None else _EightBits(ranges)
     _build(g, convolutions, fc)
-    return g.serialise()
+    return g.finished()
 
 
 def activations(convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> tuple[bytes, list[str]]:
     """(the graph in floating point with its activations as further outputs, their names), to measure ranges with."""
-    g = _Graph()
+    g = _Floats()
     _build(g, convolutions, fc)
-    return g.serialise(g.settled), g.settled
+    return g.finished(g.settled), g.settled
 
 
-def _build(g: "_Graph", convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> None:
-    x = g.node("Relu", [g.conv(g.pixels(), _with_input_scaling(convolutions[0]))])
+def _build(g: "_Floats", convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> None:
+    x = g.node("Relu", [g.layer(g.pixels(), _with_input_scaling(convolutions[0]))])
     x = g.same("MaxPool", g.settle(x), kernel_shape=[3, 3], strides=[2, 2])
     side = _SIDE_AFTER_POOL
     for n, (i, o, stride) in enumerate(BLOCKS):
         first, second = convolutions[1 + 2 * n : 3 + 2 * n]
-        y = g.settle(g.conv(g.settle(g.node("Relu", [g.conv(x, first)])), second))
+        y = g.settle(g.layer(g.settle(g.node("Relu", [g.layer(x, first)])), second))
         if stride == 2:
             pooled, strided = side // 2, (side - 3) // 2 + 1
             side = max(pooled, strided)
@@ -63,12 +62,11 @@ def _with_input_scaling(conv: Convolution) -> Convolution:
     )
 
 
-class _Graph:
-    """Nodes and constants under running names, in floating point."""
+class _Floats(Graph):
+    """The network's parts in floating point."""
 
     def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
+        super().__init__()
         self.settled: list[str] = []
 
     def pixels(self) -> str:
@@ -84,38 +82,25 @@ class _Graph:
         """A node whose output has the range of its input."""
         return self.node(kind, [x, *more], **attributes)
 
-    def node(self, kind: str, inputs: list[str], **attributes: object) -> str:
-        name = f"{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
-        return name
-
-    def constant(self, array: npt.NDArray[np.generic]) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
-        return name
-
-    def conv(self, x: str, conv: Convolution) -> str:
-        k, p = conv.weight.shape[2], conv.padding
-        names = [x, self.constant(conv.weight), self.constant(conv.bias)]
-        return self.node("Conv", names, kernel_shape=[k, k], strides=[conv.stride] * 2, pads=[p] * 4)
+    def layer(self, x: str, conv: Convolution) -> str:
+        """A convolution of the network."""
+        weight, bias = self.constant(conv.weight), self.constant(conv.bias)
+        return self.conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
 
     def pad(self, x: str, channels: int, pixels: int) -> str:
+        """Zeros behind the channels, and below and right of the pixels."""
         if not channels and not pixels:
             return x
         return self.same("Pad", x, self.constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels])))
 
-    def serialise(self, more: Sequence[str] = ()) -> bytes:
+    def finished(self, more: Sequence[str] = ()) -> bytes:
         """The model whose output is the last node's, and the named tensors."""
-        self.nodes[-1].output[0] = "vectors"
-        chips = helper.make_tensor_value_info("chips", TensorProto.UINT8, ["n", SIDE, SIDE, 3])
-        vectors = helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["n", 128])
-        others = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in more]
-        body = helper.make_graph(self.nodes, "dlib_resnet", [chips], [vectors, *others], self.constants)
-        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
-        return bytes(model.SerializeToString())
+        self.name(self.nodes[-1].output[0], "vectors")
+        outputs = [tensor("vectors", ["n", 128]), *(tensor(name, None) for name in more)]
+        return self.serialise("dlib_resnet", [tensor("chips", ["n", SIDE, SIDE, 3], raw=True)], outputs)
 
 
-class _EightBits(_Graph):
+class _EightBits(_Floats):
     """The same with integers in between, as ONNX writes them: each activation quantised and read back.
 
     ONNX Runtime computes what stands between reading and rounding in integers.
@@ -135,15 +120,14 @@ class _EightBits(_Graph):
     def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
         return self._rounded(self.node(kind, [x, *more], **attributes), self._steps[x])
 
-    def conv(self, x: str, conv: Convolution) -> str:
+    def layer(self, x: str, conv: Convolution) -> str:
         """Weights of eight bits with a scale for each output channel; the bias in units of their product."""
         steps = np.maximum(np.abs(conv.weight).max((1, 2, 3)), 1e-12) / 127
         rounded = np.round(conv.weight / steps[:, None, None, None]).astype(np.int8)
         units = (steps * self._steps[x][2]).astype(np.float32)
         weight = self._constant_in_steps(rounded, steps.astype(np.float32))
         bias = self._constant_in_steps(np.round(conv.bias / units).astype(np.int32), units)
-        k, p = conv.weight.shape[2], conv.padding
-        return self.node("Conv", [x, weight, bias], kernel_shape=[k, k], strides=[conv.stride] * 2, pads=[p] * 4)
+        return self.conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
 
     def _constant_in_steps(self, values: npt.NDArray[np.integer], steps: npt.NDArray[np.float32]) -> str:
         names = [self.constant(a) for a in (values, steps, np.zeros(len(steps), values.dtype))]
