@@ -100,4 +100,6 @@ def _section(title: str, name: str, kind: type) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m jobs.reference docs/commands.md")
     main(sys.argv[1])
