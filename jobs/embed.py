@@ -5,6 +5,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
+from facepipe.gpu.sampler import GpuFigures
 from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, say, table
 from jobs.options import ConfigFile, Detector, Embedder, GalleryPath, Json, Settings, models
 from jobs.progress import EmbedProgress, figures
@@ -104,4 +105,6 @@ def _show(summary: Any, gallery: str) -> None:
     rows += [("missing from the source, marked", summary.missing)] if summary.missing else []
     rows += [("faces", summary.faces), ("other files passed over", summary.ignored)]
     table(f"embed -> {gallery} (version {summary.version})", ("", "count"), rows)
+    if summary.gpu:
+        print(GpuFigures(**summary.gpu))
     print(f"{figures(summary)}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s")

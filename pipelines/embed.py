@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
 from facepipe.gallery.parts import Record
 from facepipe.gallery.table import RUNS
+from facepipe.gpu.sampler import Sampler
 from facepipe.models.registry import file_of
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
@@ -126,7 +127,8 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
         summary = Summary(identity, runner, plan.workers)
         follow(summary)
         commit = Committer(gallery, identity, lease)
-        _collect(_records(runner, blocks, jobs, plan), commit, summary, config, progress)
+        with _sampled(summary, plan):
+            _collect(_records(runner, blocks, jobs, plan), commit, summary, config, progress)
         if missing:
             summary.missing, summary.missing_ignored = mark_missing(gallery, source, missing, commit)
             summary.version = Gallery(gallery.path).version
@@ -137,6 +139,17 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
             ray.stop()
         with suppress(StorageError):  # left-over marks cost little, and must not hide why the run ended
             attempts.clear(runs, inherited="" if finished else identity)
+
+
+@contextmanager
+def _sampled(summary: Summary, plan: Plan) -> Iterator[None]:
+    """Writes into the summary how busy the GPUs were meanwhile, where the plan has any."""
+    if not any(group.gpus for group in plan.groups):
+        yield
+        return
+    with Sampler() as sampler:
+        yield
+    summary.gpu = sampler.figures().to_dict()
 
 
 def _collect(
@@ -214,7 +227,8 @@ def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source:
     if "read" in group.stages and suppressed.contents(gallery.path).size:
         stages.insert(1, Suppress(gallery.path))
     marks = storage.join(gallery.path, RUNS, identity)
-    return Job(tuple(stages), config.run.batch, writes, identity, source, gallery.faces_folder, marks)
+    ahead, batch = config.ahead(group, tuple(stages)), config.run.batch or group.batch
+    return Job(tuple(stages), batch, writes, identity, source, gallery.faces_folder, marks, ahead)
 
 
 def absolute(config: EmbedConfig) -> EmbedConfig:

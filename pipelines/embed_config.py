@@ -6,25 +6,33 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from facepipe.gallery import Contract
+from facepipe.gpu.networks import resident
 from facepipe.sources import SourceConfig
-from facepipe.stages import Align, Decode, Detect, Embed, Read
+from facepipe.stages import Align, Decode, Detect, Embed, FacesOnDevice, Read
 from facepipe.work.blocks import BlockSize
 from pipelines.plan import Group, Layout, Plan
 
+MODELS = ("detect", "align", "embed")
 Count = Annotated[int, Field(ge=1)]
 
 Runner = Literal["auto", "inline", "local", "ray"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the work is run; none of it changes what comes out.
+    """How the work is run; none of it but `precision` changes what comes out.
 
     runner: local (processes on this machine), ray, inline (this process), or auto: local below auto_images, else ray
     workers: how many; by default one a CPU, or one a GPU where there are GPUs
     layout: fused (one worker runs all stages) or split (CPU workers decode, GPU workers run the models)
-    batch: images a worker holds decoded at a time
-    block_smallest, block_largest: images of one unit of work, which is one Parquet file
+    batch: images a worker holds decoded at a time; by default 16, and 256 where it has a GPU
+    resident: on a GPU pixels stay there from detection to embedding, with RetinaFace and torch embedders; false: the
+        stages one by one, as on a CPU. The faces are the same
+    precision: of the networks in a `resident` chain: float32, bfloat16 or float16. Half precision moves vectors by some
+        0.002 (float16) or 0.01 (bfloat16) as a median, where two people are 0.4 apart
+    block_smallest, block_largest: images of one unit of work, which is one Parquet file; by default at most 512,
+        and 4096 where there are GPUs, whose pipeline runs empty at the end of each
     commit_seconds: finished work becomes visible at least this often
     """
 
@@ -32,14 +40,16 @@ class RunConfig:
     auto_images: Count = 500
     workers: Count | None = None
     layout: Layout = "fused"
-    batch: Count = 16
+    batch: Count | None = None
+    resident: bool = True
+    precision: Precision = "float32"
     block_smallest: Count = 16
-    block_largest: Count = 512
+    block_largest: Count | None = None
     commit_seconds: float = 10.0
 
     def block_size(self, plan: Plan) -> BlockSize:
         """How to cut the work for a plan."""
-        return BlockSize(self.block_smallest, self.block_largest, plan.workers)
+        return BlockSize(self.block_smallest, self.block_largest or plan.block, plan.workers)
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,26 @@ class EmbedConfig:
         """The stages of a group, set to the group's device and threads."""
         given = "cuda" if group.gpus else "cpu"
         device = {part: given if part.device == "auto" else part.device for part in (self.detect, self.embed)}
-        chain = {
+        chain: dict[str, Any] = {
             "read": self.read,
             "decode": replace(self.decode, threads=max(self.decode.threads, group.threads)),
             "detect": replace(self.detect, device=device[self.detect], threads=group.threads),
             "align": replace(self.align, embedder=self.embed.model, detector=self.detect.model),
             "embed": replace(self.embed, device=device[self.embed], threads=group.threads),
         }
-        return tuple(chain[name] for name in group.stages)
+        names = group.stages
+        if group.gpus and self.run.resident and names[-3:] == MODELS and self._runs_resident(set(device.values())):
+            parts: dict[str, Any] = {name: chain[name] for name in MODELS}
+            made = FacesOnDevice(**parts, device=device[self.detect], threads=group.threads)
+            chain["faces"] = replace(made, precision=self.run.precision)
+            names = (*names[:-3], "faces")
+        return tuple(chain[name] for name in names)
+
+    def _runs_resident(self, devices: set[str]) -> bool:
+        """Whether both models are torch modules on the same GPU."""
+        same = len(devices) == 1 and next(iter(devices)).startswith("cuda")
+        return same and resident(self.detect.model, self.embed.model)
+
+    def ahead(self, group: Group, stages: tuple[Any, ...]) -> int:
+        """How many of a group's stages work a batch ahead of its GPU: those in front of the first that is on one."""
+        return next((n for n, stage in enumerate(stages) if hasattr(stage, "device")), 0) if group.gpus else 0

@@ -37,6 +37,11 @@ class Group:
         """Threads a worker may use."""
         return max(1, int(self.cpus))
 
+    @property
+    def batch(self) -> int:
+        """Images a worker holds decoded at a time: on a GPU enough of each common shape to fill a batch there."""
+        return 256 if self.gpus else 16
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +53,11 @@ class Plan:
     def workers(self) -> int:
         """Workers of the widest group."""
         return max(group.workers for group in self.groups)
+
+    @property
+    def block(self) -> int:
+        """Images of one unit of work at most."""
+        return 4096 if any(group.gpus for group in self.groups) else 512
 
 
 def make_plan(resources: Resources, workers: int | None = None, layout: Layout = "fused") -> Plan:

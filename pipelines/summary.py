@@ -14,6 +14,7 @@ class Summary:
 
     erased: listed, but erased before and not to come back (those told by their bytes are among the statuses);
     missing: images of this source that it no longer lists, now marked; missing_ignored: why they were left alone.
+    gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None where none is used.
     """
 
     run: str
@@ -34,6 +35,7 @@ class Summary:
     first_record_seconds: float = 0.0
     stage_seconds: Counter[str] = field(default_factory=Counter)
     listed_all: bool = False
+    gpu: dict[str, Any] | None = None
 
     @property
     def listed(self) -> int:

@@ -22,7 +22,8 @@ class Job:
     """Everything a worker needs to know; small, and picklable.
 
     stages: the ones this worker runs; writes: whether they are the chain's last, so that rows become a part in
-    `faces_folder`; attempts: folder of the crash marks; source: name of the corpus.
+    `faces_folder`; attempts: folder of the crash marks; source: name of the corpus; ahead: stages in front of a device,
+    as in `Chain`.
     """
 
     stages: tuple[Any, ...]
@@ -32,6 +33,7 @@ class Job:
     source: str
     faces_folder: str
     attempts: str
+    ahead: int = 0
 
 
 class BlockWorker:
@@ -39,7 +41,7 @@ class BlockWorker:
 
     def __init__(self, job: Job):
         self.job = job
-        self._chain = Chain(job.stages, job.batch)
+        self._chain = Chain(job.stages, job.batch, job.ahead)
         self._attempts = Attempts(f"{job.attempts}/{'-'.join(type(s).__name__ for s in job.stages)}")
 
     def setup(self) -> None:

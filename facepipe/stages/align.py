@@ -1,5 +1,6 @@
 """Align: one row per image to one row per face, with a chip cut to the embedder's template and quality figures."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -17,6 +18,7 @@ from facepipe.models import card, chip_layout
 from facepipe.stages.columns import buffers, float_lists, frames, images, pack, with_columns
 
 Pixels = npt.NDArray[np.uint8]
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 class Aligned(NamedTuple):
@@ -93,9 +95,16 @@ class Align:
         for n, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
             found = self._image(n, (pixels, frame), data, (boxes, points, scores)) if scores else []
             faces += found or [n]
+        return self.rows(table, faces)
+
+    def rows(self, table: pa.Table, faces: Sequence[Aligned | int], each: Each = map) -> pa.Table:
+        """The table with one row a face, and one for each image without: of such images `faces` holds the row number.
+
+        each: map, or a pool's, under which chips are measured and thumbnails made
+        """
         origin = [face if isinstance(face, int) else face.row for face in faces]
         per_image = with_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
-        return with_columns(per_image, self._columns(faces))
+        return with_columns(per_image, self._columns(faces, each))
 
     def _image(self, n: int, view: Any, data: memoryview | None, found: Any) -> list[Aligned]:
         """The faces of one image, cut from enough pixels."""
@@ -111,26 +120,29 @@ class Align:
         rows = zip(boxes, landmarks, scores, chips, strict=True)
         return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
 
-    def _columns(self, faces: list[Aligned | int]) -> dict[str, Any]:
+    def _columns(self, faces: Sequence[Aligned | int], each: Each) -> dict[str, Any]:
         real = [face for face in faces if isinstance(face, Aligned)]
         valid = np.array([isinstance(face, Aligned) for face in faces], bool)
         boxes = np.array([face.box for face in real], np.float32).reshape(-1, 4)
         landmarks = np.array([face.landmarks for face in real], np.float32).reshape(-1, 5, 2)
         yaw, roll = pose(landmarks.astype(np.float64)) if real else (np.empty(0), np.empty(0))
         chips = iter(real)
-        thumbs = [self._thumb(face.chip) if self.thumbs else None for face in real]
+        looks = list(each(self._look, [face.chip for face in real]))
         return {
             "face_index": _spread([face.face_index for face in real], valid, pa.int16()),
             "box": float_lists(boxes, valid),
             "landmarks": float_lists(landmarks.reshape(-1, 10), valid),
             "det_score": _spread([face.score for face in real], valid, pa.float32()),
             "face_px": _spread((boxes[:, 2:] - boxes[:, :2]).min(1).tolist() if real else [], valid, pa.float32()),
-            "sharpness": _spread([sharpness(face.chip) for face in real], valid, pa.float32()),
+            "sharpness": _spread([sharp for sharp, _ in looks], valid, pa.float32()),
             "yaw": _spread(yaw.tolist(), valid, pa.float32()),
             "roll": _spread(roll.tolist(), valid, pa.float32()),
             "chip": pack([next(chips).chip if is_face else None for is_face in valid]),
-            "thumb": _spread(thumbs, valid, pa.binary()),
+            "thumb": _spread([thumb for _, thumb in looks], valid, pa.binary()),
         }
+
+    def _look(self, chip: Pixels) -> tuple[float, bytes | None]:
+        return sharpness(chip), self._thumb(chip) if self.thumbs else None
 
     def _thumb(self, chip: Pixels) -> bytes:
         height = round(self.thumb_side * chip.shape[0] / chip.shape[1])

@@ -47,6 +47,13 @@ class Embed:
         valid = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
         raw = self.raw(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
+        return self.rows(table, valid, raw)
+
+    def rows(self, table: pa.Table, valid: npt.NDArray[np.bool_], raw: npt.NDArray[np.float32]) -> pa.Table:
+        """The table with the raw vectors (n, dim) of its faces, which are its `valid` rows, normalised; less its chips.
+
+        Raises ModelError for a vector without a direction.
+        """
         norm = self._norm(raw)
         unit = raw / norm[:, None]
         names = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)

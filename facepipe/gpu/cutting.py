@@ -1,0 +1,45 @@
+"""The chips of many faces: those of images on the device are cut there, the others come from the host."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from facepipe.gpu.chips import cut, cuts_of, scales, similarities
+from facepipe.gpu.coordinates import Found
+from facepipe.gpu.gather import Resident
+from facepipe.gpu.transfers import Uploads
+from facepipe.imaging.alignment import ChipLayout, wanted_scale
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+
+def wanted(layout: ChipLayout, faces: Found) -> Floats:
+    """(f,) chip pixels per pixel of the full-size image: `alignment.wanted_scale` of many faces."""
+    boxes, landmarks = faces.boxes.astype(np.float64), faces.landmarks.astype(np.float64)
+    if layout.kind == "similarity":
+        return scales(similarities(landmarks, np.array(layout.template)))
+    return np.array([wanted_scale(layout, *face) for face in zip(boxes, landmarks, strict=True)])
+
+
+def on_device(layout: ChipLayout) -> bool:
+    """Whether the device cuts the chips of a layout; those that are not turned by landmarks alone the host cuts."""
+    return layout.kind == "similarity"
+
+
+def chips_of(layout: ChipLayout, resident: Resident, image: Indices, landmarks: Floats) -> tuple[Tensor, Indices]:
+    """Chips (f, h, w, 3) uint8 of faces, and which face each is of: they are in another order.
+
+    image: (f,) of `resident`; landmarks: (f, 5, 2) in pixels of those images
+    """
+    matrices = similarities(landmarks, np.array(layout.template))
+    cuts, order = cuts_of(image, matrices, resident.shapes[image], layout.size).ordered()
+    return cut(resident, cuts, layout.size), order
+
+
+def uploaded(uploads: Uploads, chips: Sequence[Pixels]) -> Tensor:
+    """(n, h, w, 3) uint8 on the device, n >= 1."""
+    return uploads(chips).view(len(chips), *chips[0].shape)

@@ -1,0 +1,72 @@
+"""Chips on the device to raw vectors, in batches of one size; the mirrored chips are made there as well."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from facepipe.gpu.batches import Batches, free_memory, planned
+from facepipe.gpu.graphs import Buckets
+from facepipe.gpu.networks import EmbedderNet
+from facepipe.gpu.precision import DTYPES, cast
+from facepipe.models.protocols import Floats
+
+# Bytes of a pixel of a chip, for each byte of a number: what is live at once in the widest place of the networks here.
+# dlib's holds its input, the stem's output before and after the activation, and cuDNN's workspace, which is taken to be
+# as much again: 2 * (3 + 2 * 32 / 4). IResNet's first block is the widest of all: 64 planes at full size, in and out.
+_PER_PIXEL = {"dlib": 40}
+_WIDEST = 400
+
+
+class ChipEmbedder:
+    """An embedder's network on a device.
+
+    flip: the raw vectors of a chip and of its mirror image are averaged
+    most: chips of a batch, where the device has the memory
+    """
+
+    def __init__(self, network: EmbedderNet, device: str, precision: str, flip: bool, most: int):
+        self.size, self._matrix, self._flip = network.size, network.projection, flip
+        self._device, self._dtype = torch.device(device), DTYPES[precision]
+        net = cast(network.net.eval().to(self._device), precision, _exact(network.net))
+        self._net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        mean, scale = (
+            torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (network.fed.mean, network.fed.scale)
+        )
+        self._mean, self._scale, self._swapped = mean, scale, network.fed.channels == "bgr"
+        self._buckets = Buckets(self.embed, self._device)
+        self.batches: Batches[Tensor] = Batches(planned(free_memory(device), self.bytes_each(), most))
+
+    def bytes_each(self) -> int:
+        """Device memory that a chip of a batch takes, with its mirror image."""
+        width, height = self.size
+        planes = _PER_PIXEL["dlib"] if type(self._net).__name__ == "DlibResNet" else _WIDEST
+        return (2 if self._flip else 1) * width * height * planes * self._dtype.itemsize
+
+    def __call__(self, chips: Tensor) -> Tensor:
+        """(n, h, w, 3) uint8 RGB on the device -> raw vectors (n, d) float32 on the device; n is 1 or more."""
+        parts = [vectors for _, vectors in self.batches(lambda part: self._batch(chips[part]), len(chips))]
+        return torch.cat(parts)
+
+    def _batch(self, chips: Tensor) -> Tensor:
+        return self._buckets.batch(chips, self.batches).clone()  # the next batch overwrites the bucket's output
+
+    @torch.inference_mode()
+    def embed(self, chips: Tensor) -> Tensor:
+        """One batch, as it is."""
+        planes = chips.permute(0, 3, 1, 2).float()
+        x = (planes.flip(1) if self._swapped else planes).sub(self._mean).div(self._scale).to(self._dtype)
+        both = torch.cat([x, x.flip(3)]) if self._flip else x
+        vectors: Tensor = self._net(both.contiguous(memory_format=torch.channels_last)).float()
+        return (vectors[: len(chips)] + vectors[len(chips) :]) / 2 if self._flip else vectors
+
+    def projected(self, raw: Floats) -> Floats:
+        """Vectors (n, d) as they came from the device, brought to 128 dimensions where the model has a projection."""
+        if self._matrix is None:
+            return raw
+        return np.stack([row @ self._matrix for row in raw])  # as models.projection: row by row
+
+
+def _exact(net: torch.nn.Module) -> tuple[str, ...]:
+    """The last linear layer, where it is the network's last word."""
+    last = list(net.named_modules())[-1]
+    return (last[0],) if isinstance(last[1], torch.nn.Linear) else ()

@@ -1,0 +1,217 @@
+"""FacesOnDevice: decoded images to embedded faces, pixels sent to a GPU once; where Detect, Align, Embed would be."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from facepipe.gpu.coordinates import Found, Frames, full_size
+from facepipe.imaging.alignment import ChipLayout, chip_of
+from facepipe.imaging.geometry import Frame
+from facepipe.models import card, chip_layout
+from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
+from facepipe.stages.align import Align, Aligned, Each, larger
+from facepipe.stages.columns import buffers, frames, images, with_columns
+from facepipe.stages.detect import Detect
+from facepipe.stages.embed import Embed
+
+if TYPE_CHECKING:
+    from facepipe.gpu.embedding import ChipEmbedder
+    from facepipe.gpu.gather import Resident
+    from facepipe.gpu.looks import Looks
+    from facepipe.gpu.transfers import Fetched, Uploads
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+_IN_FLIGHT = 4  # tables: one at its quick look, one at the full one, one being embedded, one whose rows are made
+
+
+class _Images(NamedTuple):
+    """A table's images that have pixels: their rows, pixels, frames, and the files they came from."""
+
+    rows: list[int]
+    pixels: list[Pixels]
+    frames: list[Frame]
+    data: list[memoryview | None]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "_Images":
+        columns = zip(images(table), frames(table), buffers(table["bytes"]), strict=True)
+        there = [(n, *row) for n, row in enumerate(columns) if row[0] is not None]
+        return cls(*(list(column) for column in zip(*there, strict=True))) if there else cls([], [], [], [])
+
+
+class _Queued(NamedTuple):
+    """Chips and vectors on their way to the host, and which face each is of."""
+
+    face: Indices
+    chips: "Fetched"
+    vectors: "Fetched"
+
+
+@dataclass(frozen=True)
+class FacesOnDevice:
+    """Finds, aligns and embeds on one device, with RetinaFace and a torch embedder.
+
+    detect, align, embed: the stages in whose place this one stands; all their options but device and batch are kept
+    device: cuda, cuda:N or cpu; precision: float32, bfloat16 or float16, of what passes between the networks' layers
+    frames, chips: images of one shape, and faces, computed at a time; fewer where memory is short
+    candidates, faces: of an image on the device; images with more are finished on the host
+    threads: for copies, thumbnails, and chips that the host cuts
+    """
+
+    detect: Detect = field(default_factory=Detect)
+    align: Align = field(default_factory=Align)
+    embed: Embed = field(default_factory=Embed)
+    device: str = "cuda"
+    precision: str = "float32"
+    frames: int = 32
+    chips: int = 128
+    candidates: int = 512
+    faces: int = 128
+    threads: int = 1
+
+    needs: ClassVar = tuple(dict.fromkeys((*Detect.needs, "bytes", "uri", "image_id")))
+    adds: ClassVar = (*(name for name in Align.adds if name != "chip"), *Embed.adds)
+    drops: ClassVar = tuple(name for name in Align.drops if name not in Detect.adds)
+
+    def setup(self) -> None:
+        cv2.setNumThreads(1)
+        _ = self._looks, self._embedder
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return next(self.stream([table]))
+
+    def stream(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The tables' results in order. While the host has one in hand, the device has the next ones."""
+        works: deque[Iterator[pa.Table | None]] = deque()
+        for table in chain(tables, [None] * (_IN_FLIGHT - 1)):
+            works.append(iter((None,) * _IN_FLIGHT) if table is None else self._steps(table))
+            # The newest first: its search is queued before what comes of the searches before.
+            done = [next(work) for work in reversed(works)][-1]
+            if len(works) == _IN_FLIGHT:
+                works.popleft()
+                if done is not None:
+                    yield done
+
+    def _steps(self, table: pa.Table) -> Iterator[pa.Table | None]:
+        """None whenever something is queued whose end is not to be waited for yet; at last the table."""
+        from facepipe.gpu.gather import Resident
+
+        inputs = _Images.of(table)
+        if not inputs.rows:
+            yield from [None] * (_IN_FLIGHT - 1)
+            yield self._rows(table, Found.joined([]), None)
+            return
+        resident = Resident.of(inputs.pixels, self._uploads)
+        found = yield from self._looks.search(resident, inputs.pixels)
+        sizes = np.array([table[name].to_pylist() for name in ("width", "height")], np.float64).T
+        faces = full_size(found, Frames.of(inputs.frames), sizes[inputs.rows], self.detect.min_face)
+        queued = self._embedded(faces, inputs, resident) if len(faces.image) else None
+        del resident  # the images on the device go as soon as they have been read
+        yield None
+        yield self._rows(table, faces._replace(image=np.array(inputs.rows)[faces.image]), queued)
+
+    def _embedded(self, faces: Found, inputs: _Images, resident: "Resident") -> _Queued:
+        """Chips and vectors of the faces, queued."""
+        import torch
+
+        from facepipe.gpu import cutting
+        from facepipe.gpu.transfers import Fetched
+
+        view = Frames.of(inputs.frames)
+        wanted = np.zeros(len(inputs.rows))
+        np.maximum.at(wanted, faces.image, np.minimum(1.0, cutting.wanted(self._layout, faces)))
+        again = np.array([data is not None for data in inputs.data], bool) & (view.scale < wanted)
+        there = ~again[faces.image] & cutting.on_device(self._layout)
+        mine, others = np.flatnonzero(there), np.flatnonzero(~there)
+        chips, order = [], [others]
+        if len(mine):
+            landmarks = view.from_full(faces.landmarks[mine].astype(np.float64), faces.image[mine])
+            cut, places = cutting.chips_of(self._layout, resident, faces.image[mine], landmarks)
+            chips, order = [cut], [mine[places], others]
+        if len(others):
+            made = self._by_host(faces, others, inputs, np.where(again, wanted, 0))
+            chips.append(cutting.uploaded(self._uploads, made))
+        joined = torch.cat(chips)
+        return _Queued(np.concatenate(order), Fetched(joined), Fetched(self._embedder(joined)))
+
+    def _by_host(self, faces: Found, chosen: Indices, inputs: _Images, wanted: npt.NDArray[np.float64]) -> list[Pixels]:
+        """The chips of chosen faces as Align cuts them; wanted: by image the scale to decode again at, 0 for none."""
+
+        def cut(image: int) -> list[Pixels]:
+            view, data = (inputs.pixels[image], inputs.frames[image]), inputs.data[image]
+            if wanted[image] and data is not None:
+                view = larger(bytes(data), float(wanted[image]), view)
+            mine = chosen[faces.image[chosen] == image]
+            pairs = zip(faces.boxes[mine].astype(np.float64), faces.landmarks[mine].astype(np.float64), strict=True)
+            return [chip_of(self._layout, view, *face, self._square) for face in pairs]
+
+        return [chip for chips in self._each(cut, np.unique(faces.image[chosen]).tolist()) for chip in chips]
+
+    def _rows(self, table: pa.Table, faces: Found, queued: _Queued | None) -> pa.Table:
+        """One row a face, or for an image without."""
+        chips: dict[int, Pixels] = {}
+        raw = np.empty((0, EMBEDDING_DIM), np.float32)
+        if queued is not None:
+            chips = dict(zip(queued.face.tolist(), queued.chips.array(), strict=True))
+            raw = self._embedder.projected(queued.vectors.array()[np.argsort(queued.face)])
+        by_row: dict[int, list[Aligned | int]] = {n: [] for n in range(table.num_rows)}
+        values = zip(faces.image.tolist(), faces.ordinals().tolist(), *faces[1:], strict=True)
+        for f, (n, ordinal, box, points, score) in enumerate(values):
+            by_row[n].append(Aligned(n, ordinal, box, points, float(score), chips[f]))
+        before = table["status"].to_pylist()
+        status = [(OK if by_row[n] else NO_FACE) if was == OK else was for n, was in enumerate(before)]
+        aligned = [face for n, found in by_row.items() for face in found or [n]]
+        table = with_columns(table, {"status": pa.array(status, pa.string())})
+        valid = np.array([isinstance(face, Aligned) for face in aligned], bool)
+        return self.embed.rows(self.align.rows(table, aligned, self._each), valid, raw)
+
+    @property
+    def _each(self) -> Each:
+        return self._pool.map if self.threads > 1 else map
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, "faces")
+
+    @cached_property
+    def _layout(self) -> ChipLayout:
+        return chip_layout(self.embed.model)
+
+    @cached_property
+    def _square(self) -> tuple[float, float, float] | None:
+        return card(self.detect.model, "detector").square
+
+    @cached_property
+    def _uploads(self) -> "Uploads":
+        import torch
+
+        from facepipe.gpu.transfers import Uploads
+
+        return Uploads(torch.device(self.device), self._each)
+
+    @cached_property
+    def _looks(self) -> "Looks":
+        from facepipe.gpu.faces import FaceFinder
+        from facepipe.gpu.looks import Capacity, Looks
+        from facepipe.gpu.networks import detector_net
+
+        finder = FaceFinder(*detector_net(self.detect.model), self.device, self.precision)
+        return Looks(self.detect, finder, self._uploads, Capacity(self.frames, self.candidates, self.faces))
+
+    @cached_property
+    def _embedder(self) -> "ChipEmbedder":
+        from facepipe.gpu.embedding import ChipEmbedder
+        from facepipe.gpu.networks import embedder_net
+
+        return ChipEmbedder(embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips)

@@ -1,0 +1,110 @@
+"""Stages that work ahead in a thread: the same tables in the same order, errors where they were, time where it was."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from facepipe.errors import SourceError
+from facepipe.stages import Chain
+
+
+@dataclass(frozen=True)
+class Host:
+    """Adds 1; fails at `bad`."""
+
+    bad: int | None = None
+    pause: float = 0.0
+
+    needs: ClassVar = ("x",)
+    adds: ClassVar = ("x",)
+
+    def setup(self) -> None:
+        pass
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(self.pause)
+        if self.bad in table["x"].to_pylist():
+            raise SourceError(f"{self.bad} is bad")
+        return pa.table({"x": pa.array([x + 1 for x in table["x"].to_pylist()], pa.int64())})
+
+
+@dataclass(frozen=True)
+class Device(Host):
+    """Doubles; has `depth` tables in hand."""
+
+    depth: int = 3
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(self.pause)
+        if self.bad in table["x"].to_pylist():
+            raise RuntimeError(f"{self.bad} is bad")
+        return pa.table({"x": pa.array([2 * x for x in table["x"].to_pylist()], pa.int64())})
+
+    def stream(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        held: list[pa.Table] = []
+        for table in tables:
+            held.append(table)
+            if len(held) == self.depth:
+                yield self(held.pop(0))
+        for table in held:
+            yield self(table)
+
+
+def numbers(n: int) -> pa.Table:
+    return pa.table({"x": pa.array(range(n), pa.int64())})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 3), st.integers(1, 5))
+def test_what_comes_out_does_not_depend_on_who_works_ahead(n: int, batch: int, ahead: int, depth: int) -> None:
+    chain = Chain((Host(), Host(), Device(depth=depth)), batch, ahead)
+    assert chain(numbers(n))["x"].to_pylist() == [2 * (x + 2) for x in range(n)]
+    assert set(chain.seconds) == {"host", "device"}
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_errors_are_raised_and_the_chain_goes_on_afterwards(ahead: int) -> None:
+    threads = threading.active_count()
+    for stages, kind in (((Host(bad=7), Device()), SourceError), ((Host(), Device(bad=7)), RuntimeError)):
+        chain = Chain(stages, 2, ahead)
+        for _ in range(3):
+            with pytest.raises(kind, match="7 is bad"):
+                chain(numbers(40))
+        assert chain(numbers(4))["x"].to_pylist() == [2, 4, 6, 8]
+        assert threading.active_count() == threads, "no thread is left behind"
+
+
+def test_host_and_device_work_at_the_same_time_and_both_are_timed() -> None:
+    chain = Chain((Host(pause=0.03), Device(pause=0.03)), 1, 1)
+    began = time.perf_counter()
+    chain(numbers(12))
+    took = time.perf_counter() - began
+    assert min(chain.seconds.values()) >= 0.36
+    assert took < 0.85 * sum(chain.seconds.values()), "neither was waited for by the other, nor counted as its time"
+
+
+def test_one_batch_is_ahead_and_no_more() -> None:
+    made: list[int] = []
+
+    @dataclass(frozen=True)
+    class Noting(Host):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            made.append(table["x"][0].as_py())
+            return table
+
+    @dataclass(frozen=True)
+    class Slow(Host):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            time.sleep(0.05)
+            assert len(made) <= table["x"][0].as_py() + 3, "this one, one that waits and one that is being made"
+            return table
+
+    Chain((Noting(), Slow()), 1, 1)(numbers(8))
+    assert made == list(range(8))
