@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,13 +15,14 @@ from pydantic import Field
 
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.graph import cells, edges, graph, truth
+from facepipe.graph import cells, cost, edges, graph, truth
 from facepipe.graph.calibration import Asked, calibrate
 from facepipe.graph.cells import Cells, Layout
 from facepipe.graph.graph import Graph, GraphInfo
 from facepipe.graph.nodes import Nodes, collect, open_nodes, representatives
 from facepipe.graph.pairs import Pairs, candidates, refined
 from facepipe.graph.threshold import Threshold, estimate
+from facepipe.models.device import resolve
 from facepipe.models.registry import same_person
 from facepipe.storage import is_remote
 from pipelines.embed_config import Count
@@ -58,14 +60,17 @@ class GraphConfig:
 
 @dataclass(frozen=True)
 class GraphRunConfig:
-    """How the work is run; none of it changes what comes out.
+    """How the work is run. None of it changes what comes out, but that a GPU compares every face with every other also
+    where cells would have to do without one: then no edge is missing.
 
     runner: inline (this process, all its CPUs), ray (a task some cells), or auto: ray where RAY_ADDRESS names a cluster
     cpus: of a Ray task
+    device: where all faces are compared with all: auto (a GPU, where one is there and pays), cpu, cuda or cuda:N
     """
 
     runner: Literal["auto", "inline", "ray"] = "auto"
     cpus: Count = 2
+    device: str = "auto"
 
 
 Progress = Callable[[str], None]
@@ -149,8 +154,17 @@ class _Builder:
     ):
         self.galleries, self.config, self.run, self.folder = galleries, config, run, folder
         self.progress, self.wanted, self.began = progress, wanted, time.monotonic()
+        shared = not any(is_remote(gallery.path) for gallery in galleries)
+        self.on_ray = run.runner == "ray" or (run.runner == "auto" and shared and "RAY_ADDRESS" in os.environ)
 
     def build(self) -> None:
+        try:
+            self._build()
+        finally:
+            if self.on_ray:
+                ray.stop()
+
+    def _build(self) -> None:
         nodes = self._nodes()
         if not len(nodes):
             raise GalleryError(f"no face in {self.galleries[0].path!r}: there is nothing to compare")
@@ -205,7 +219,10 @@ class _Builder:
         """Cells, and the fewest of them each that reach the recall on a sample."""
         path = os.path.join(self.folder, "cells.npy")
         if not os.path.exists(path):
-            made = cells.train(nodes.vectors, self.config.seed)
+            if cells.all_are_compared(len(nodes), *self._means()):
+                made = cells.one(nodes.vectors.shape[1])
+            else:
+                made = cells.train(nodes.vectors, self.config.seed, self.progress)
             if len(made.centres) > 1:
                 made = self._enough(made, nodes, density, threshold)
                 self.progress(f"{len(made.centres)} cells, each face in {made.each}")
@@ -213,6 +230,21 @@ class _Builder:
             del found
             _save(path, made.centres)
         return Cells(np.load(path), Layout.open(self.folder).assigned.shape[1])
+
+    def _means(self) -> tuple[int, bool]:
+        """(cores, whether there is a GPU that may be used)."""
+        cores = ray.start().cpus if self.on_ray else len(os.sched_getaffinity(0))
+        return cores, self._device != "cpu"
+
+    @cached_property
+    def _device(self) -> str:
+        return ray.device(self.run.device, ray.start()) if self.on_ray else resolve(self.run.device)
+
+    def _joined_on(self, faces: int, exact: bool) -> str:
+        """The device that compares pairs: cells are compared on CPUs, many at a time."""
+        cores, gpu = self._means()
+        pays = gpu and cost.all_pairs(faces, cores, True) < cost.all_pairs(faces, cores, False)
+        return self._device if exact and (pays or self.run.device != "auto") else "cpu"
 
     def _enough(self, made: Cells, nodes: Nodes, density: Any, threshold: Threshold) -> Cells:
         sample = truth.draw(len(nodes), self.config.seed, budget=5e8)
@@ -236,21 +268,16 @@ class _Builder:
         _save(os.path.join(self.folder, "wide.npy"), density)
         layout = Layout.open(self.folder)
         ranges = list(enumerate(layout.work(_TASK)))
-        tasks = [
-            _Task(self.folder, n, first, last, threshold.similarity, self.config.most) for n, (first, last) in ranges
-        ]
+        device = self._joined_on(len(nodes), exact=len(chosen.centres) == 1)
+        rule = (threshold.similarity, self.config.most, device)
+        tasks = [_Task(self.folder, n, first, last, *rule) for n, (first, last) in ranges]
         left = [task for task in tasks if not os.path.exists(edges.part(self.folder, task.number))]
-        shared = not any(is_remote(gallery.path) for gallery in self.galleries)
-        on_ray = self.run.runner == "ray" or (self.run.runner == "auto" and shared and "RAY_ADDRESS" in os.environ)
-        if on_ray:
+        done: Iterable[tuple[_Task, int]] = ((task, _join(task)) for task in left)
+        if self.on_ray and left:
             ray.start()
-        try:
-            done = ray.tasks(_join, left, self.run.cpus) if on_ray else ((task, _join(task)) for task in left)
-            for n, (_, found) in enumerate(done, 1):
-                self.progress(f"edges: task {len(tasks) - len(left) + n} of {len(tasks)}, {found} found")
-        finally:
-            if on_ray:
-                ray.stop()
+            done = ray.tasks(_join, left, self.run.cpus, gpus=int(device != "cpu"))
+        for n, (_, found) in enumerate(done, 1):
+            self.progress(f"edges: task {len(tasks) - len(left) + n} of {len(tasks)}, {found} found")
         copies = np.load(os.path.join(self.folder, graph.REPRESENTATIVES))
         moved = np.flatnonzero(copies != np.arange(len(copies)))
         same = Pairs(copies[moved], moved, np.zeros(len(moved), np.float32))
@@ -277,6 +304,7 @@ class _Task:
     last: int
     threshold: float
     most: int
+    device: str
 
 
 def _join(task: _Task) -> int:
@@ -288,14 +316,16 @@ def _join(task: _Task) -> int:
     for cell in range(task.first, task.last):
         inside = layout.inside(cell)
         inside = inside[copies[inside] == inside]
-        found.append(_cell(layout, cell, inside, nodes.vectors[inside], density[inside], task))
+        all_ = len(inside) == len(nodes)  # then they stay where they are mapped from
+        vectors = nodes.vectors if all_ else nodes.vectors[inside]
+        found.append(_cell(layout, cell, inside, vectors, density[inside], task))
     pairs = edges.joined(found)
     edges.write(pairs, edges.part(task.folder, task.number))
     return len(pairs)
 
 
 def _cell(layout: Layout, cell: int, inside: Any, vectors: Any, density: Any, task: _Task) -> Pairs:
-    u, v = candidates(vectors, density, task.threshold, task.most)
+    u, v = candidates(vectors, density, task.threshold, task.most, task.device)
     new = layout.first_met(cell, inside, u, v)
     pairs = refined(vectors, density, u[new], v[new], task.threshold)
     return Pairs(inside[pairs.u], inside[pairs.v], pairs.distance)

@@ -182,7 +182,7 @@ class _Builder:
         vectors = sample(self.gallery, plan.train, self.config.index.seed)
         self.summary.time("sample", began)
         began = time.monotonic()
-        trained = template.train(vectors, plan)
+        trained = template.train(vectors, plan, self.progress)
         made = template.save(trained, self.folder, plan, self.config.index.seed, self.factory is not None)
         del vectors, trained
         self.summary.time("train", began)

@@ -17,9 +17,10 @@ from facepipe.errors import ConfigError, SourceError, StorageError
 from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest
 from facepipe.index.answers import ANSWERS, Find, answers, joined
-from facepipe.index.cost import scan_is_cheaper
+from facepipe.index.cost import Scan, device_is_cheaper, scan_is_cheaper
 from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_queries, read_block
 from facepipe.index.search import Index
+from facepipe.models.device import resolve
 from facepipe.models.registry import model_of
 from pipelines import embed
 from pipelines.embed_config import Count, EmbedConfig
@@ -33,11 +34,14 @@ class SearchRunConfig:
 
     runner: inline (this process, all its CPUs), ray (a task a block), or auto: ray where RAY_ADDRESS names a cluster
     block: queries of one block, which is done again if it was not finished; cpus: of a Ray task
+    device: where queries are compared with every vector, if they are: auto (a GPU, where one is there and pays), cpu,
+        cuda or cuda:N; all vectors are sent to a GPU once for each block, so that larger blocks pay there
     """
 
     runner: Literal["auto", "inline", "ray"] = "auto"
     block: Count = 20_000
     cpus: Count = 2
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -133,20 +137,34 @@ def _search_blocks(
     began: float,
     progress: Progress,
 ) -> None:
-    job = _Job.of(config, gallery, source)
-    found = manifest.load(gallery.path)
-    summary.path, summary.vectors = job.path, found.live
-    summary.nprobe, summary.rescore = found.setting(config.search.recall)
-    exact = job.path == "scan" or not found.template.lists
-    summary.recall_at_10 = 1.0 if exact else manifest.measured_recall(found, summary.nprobe, summary.rescore)
-    _begin(work, job)
     on_ray = config.run.runner == "ray" or (config.run.runner == "auto" and "RAY_ADDRESS" in os.environ)
-    threads = config.run.cpus if on_ray else None
-    blocks = (_Task(job, block, work, threads) for block in _unfinished(source, config.run.block, work, summary))
-    if on_ray:
-        ray.start()
     try:
-        done = ray.tasks(_search_block, blocks, config.run.cpus) if on_ray else ((t, _search_block(t)) for t in blocks)
+        resources = ray.start() if on_ray else None
+        asked = config.run.device
+        device = ray.device(asked, resources) if resources else resolve(asked)
+        threads = config.run.cpus if on_ray else None
+        total = source.count()
+        scan = Scan(
+            queries=min(total, config.run.block),
+            total=total,
+            k=config.search.k,
+            cores=threads or len(os.sched_getaffinity(0)),
+            gpu=device != "cpu",
+        )
+        job = _Job.of(config, gallery, source, scan)
+        found = manifest.load(gallery.path)
+        summary.path, summary.vectors = job.path, found.live
+        summary.nprobe, summary.rescore = found.setting(config.search.recall)
+        exact = job.path == "scan" or not found.template.lists
+        summary.recall_at_10 = 1.0 if exact else manifest.measured_recall(found, summary.nprobe, summary.rescore)
+        if job.path == "lists" or (asked == "auto" and not device_is_cheaper(found.live, scan)):
+            device = "cpu"
+        _begin(work, job)
+        left = _unfinished(source, config.run.block, work, summary)
+        blocks = (_Task(job, block, work, threads, device) for block in left)
+        done: Iterable[tuple[_Task, dict[str, Any]]] = ((task, _search_block(task)) for task in blocks)
+        if on_ray:
+            done = ray.tasks(_search_block, blocks, config.run.cpus, gpus=int(device != "cpu"))
         for _, counts in done:
             _count(summary, counts)
             summary.seconds = time.monotonic() - began
@@ -180,7 +198,7 @@ class _Job:
     path: str
 
     @classmethod
-    def of(cls, config: SearchConfig, gallery: Gallery, source: QuerySource) -> "_Job":
+    def of(cls, config: SearchConfig, gallery: Gallery, source: QuerySource, scan: Scan) -> "_Job":
         found = manifest.load(gallery.path)
         find = config.search
         if find.leave_self_out is None:
@@ -189,7 +207,8 @@ class _Job:
             )
         path = find.path
         if path == "auto":
-            path = "scan" if not find.radius and scan_is_cheaper(found, *found.setting(find.recall)) else "lists"
+            cheaper = not find.radius and scan_is_cheaper(found, *found.setting(find.recall), scan)
+            path = "scan" if cheaper else "lists"
         if path == "scan" and find.radius:
             raise ConfigError("a search by radius visits lists: leave path=scan out, or give k")
         return cls(gallery.path, found.created, source.path, source.fingerprint, config.run.block, find, path)
@@ -201,6 +220,7 @@ class _Task:
     block: QueryBlock
     work: str
     threads: int | None
+    device: str
 
 
 def _begin(work: str, job: _Job) -> None:
@@ -228,7 +248,7 @@ def _search_block(task: _Task) -> dict[str, Any]:
     index = _opened(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
     counts: dict[str, Any] = {"queries": 0, "rows": 0, "identified": 0, "unknown": 0, "bad": {}}
     parts: Iterable[Queries] = read_block(task.block)
-    scan = task.job.path == "scan"
+    scan = task.device if task.job.path == "scan" else None
     if scan:
         parts = joined(list(parts))
     tables = [answers(index, queries, task.job.find, scan, counts) for queries in parts]

@@ -1,14 +1,16 @@
 """Overlapping cells: every face lies in its nearest few, so that near faces share one, also across borders."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from facepipe.graph import cost
 from facepipe.graph.pairs import Ids, Vectors
-from facepipe.index.engine import faiss
+from facepipe.index.engine import faiss, with_gpus
 from facepipe.index.grid import grid
 
 SMALL = 30_000  # faces that are compared all with all
@@ -37,17 +39,37 @@ class Cells:
         return found
 
 
-def train(vectors: Vectors, seed: int) -> Cells:
-    """Cells for n vectors; one, with all in it, where they are few."""
-    count = len(vectors)
+def all_are_compared(count: int, cores: int, gpu: bool) -> bool:
+    """Whether n faces are compared all with all: where they are few, or where a GPU does that sooner than the cores
+    compare cells."""
+    return count <= SMALL or (gpu and cost.all_pairs(count, cores, gpu) < cost.cells(count, cores, _CELL))
+
+
+def one(dimension: int) -> Cells:
+    """One cell, with everything in it."""
+    return Cells(np.zeros((1, dimension), np.float32), 1)
+
+
+def train(vectors: Vectors, seed: int, say: Callable[[str], None] = lambda line: None) -> Cells:
+    """Cells for n vectors; one, with all in it, where they are few.
+
+    Runs k-means on GPUs where faiss-gpu finds any; `say` hears why not, where it does and they cannot be used.
+    """
+    count, dimension = vectors.shape
     if count <= SMALL:
-        return Cells(np.zeros((1, vectors.shape[1]), np.float32), 1)
+        return one(dimension)
     number = 2 ** int(np.log2(count / _CELL))
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(count, min(count, _SAMPLED * number), replace=False))
-    means = faiss.Kmeans(vectors.shape[1], number, niter=_ROUNDS, seed=1, max_points_per_centroid=_SAMPLED)
-    means.train(_unit(vectors[chosen]))
-    return Cells(grid(means.centroids), MOST_CELLS_EACH // 2)
+    means = faiss.Kmeans(dimension, number, niter=_ROUNDS, seed=1, max_points_per_centroid=_SAMPLED)
+    sample, on_cpu = _unit(vectors[chosen]), means.index
+
+    def centroids(index: Any) -> Vectors:
+        means.index = on_cpu if index is None else index
+        means.train(sample)
+        return np.asarray(means.centroids, np.float32)
+
+    return Cells(grid(with_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
 
 
 def shared(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], each: int) -> npt.NDArray[np.bool_]:

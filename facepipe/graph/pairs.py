@@ -16,6 +16,7 @@ Densities = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 _ROWS = 384  # of a block: its product with some thousand vectors stays in the cache
 _NONE = (np.empty(0, np.int64), np.empty(0, np.int64))
+_SPARE = 22  # so many more than a crowded row keeps are compared exactly
 _SLACK = 1e-5  # products round: what is near the threshold is computed again
 
 
@@ -40,17 +41,26 @@ def similarity(distance: npt.NDArray[np.float32], left: Densities, right: Densit
     return np.asarray(1 - distance * distance / 2 - (left + right) / 2, np.float32)
 
 
-def candidates(vectors: Vectors, densities: Densities, threshold: float, most: int) -> tuple[Ids, Ids]:
+def candidates(
+    vectors: Vectors, densities: Densities, threshold: float, most: int, device: str = "cpu"
+) -> tuple[Ids, Ids]:
     """(u (m,), v (m,)), u < v, of rows (n, 128) whose product less their mean density reaches about the threshold.
 
-    Of a row with more than `most` its nearest; a pair stays when it is among the nearest of either of its rows.
+    Of a row with more than `most` its nearest; a pair stays when it is among the nearest of either of its rows. Of what
+    `refined` leaves of them, every device finds the same.
     """
+    if device != "cpu":
+        from facepipe.gpu.nearest_join import Rule, join  # loads torch
+
+        return join(vectors, densities, Rule(threshold - _SLACK, most, _ROWS), device)
     left, right = _augmented(vectors, densities)
     found, crowd = [_NONE], None
     for at in range(0, len(left), _ROWS):
         # What is before a block's first row its earlier blocks have found, but where a crowd kept its own nearest only.
         begin = at if crowd is None else crowd
         u, v, crowded = _block(left, right, (at, begin), threshold - _SLACK, most)
+        if crowded:
+            u, v = _crowded(vectors, densities, (left, right), at, (threshold - _SLACK, most))
         crowd = at if crowded and crowd is None else crowd
         found.append((u, v))
     u, v = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -65,6 +75,18 @@ def refined(vectors: Vectors, densities: Densities, u: Ids, v: Ids, threshold: f
     rows = np.ascontiguousarray(vectors)
     distance = np.sqrt(pair_distances(rows, u, rows, v))
     return Pairs(u, v, distance).take(similarity(distance, densities[u], densities[v]) >= threshold)
+
+
+def crowding(densities: Densities) -> Densities:
+    """(n,), at least 0: squared distances plus these of the other face rise as the similarity to it falls."""
+    return np.asarray(densities - densities.min(initial=0), np.float32)
+
+
+def reaching(own: Ids, near: Ids, squared: Vectors, densities: Densities, threshold: float) -> tuple[Ids, Ids]:
+    """(row (m,), other (m,)): of faces (r, c) at squared distances (r, c) of rows (r,) those of enough similarity."""
+    value = 1 - squared / 2 - (densities[own][:, None] + densities[near]) / 2
+    kept = (value >= threshold) & (near != own[:, None])
+    return np.repeat(own, kept.sum(axis=1)), near[kept]
 
 
 def _augmented(vectors: Vectors, densities: Densities) -> tuple[Vectors, Vectors]:
@@ -83,17 +105,23 @@ def _block(left: Vectors, right: Vectors, place: tuple[int, int], threshold: flo
     product = (rows @ right[begin:].T).ravel()
     hits = np.flatnonzero(product >= threshold)
     if len(hits) > most * len(rows):
-        return *_crowded(rows, right, at, threshold, most), True
+        return *_NONE, True
     i, j = np.divmod(hits, len(right) - begin)
     i, j = i + at, j + begin
     new = (j > i) | (j < at)
     return i[new], j[new], False
 
 
-def _crowded(rows: Vectors, right: Vectors, at: int, threshold: float, most: int) -> tuple[Ids, Ids]:
-    """The nearest of each row among all, before and behind it."""
-    count = min(most + 1, len(right))  # a row is its own nearest, or its equal is
-    value, near = faiss.knn(np.ascontiguousarray(rows), right, count, metric=faiss.METRIC_INNER_PRODUCT)
-    own = np.arange(at, at + len(rows))[:, None]
-    kept = (value >= threshold) & (near != own)
-    return np.repeat(own.ravel(), kept.sum(axis=1)), near[kept].astype(np.int64)
+def _crowded(
+    vectors: Vectors, densities: Densities, augmented: tuple[Vectors, Vectors], at: int, rule: tuple[float, int]
+) -> tuple[Ids, Ids]:
+    """The nearest of each row among all, before and behind it: more are found than meant, as products round."""
+    (left, right), (threshold, most) = augmented, rule
+    rows = np.ascontiguousarray(left[at : at + _ROWS])
+    count = min(most + 1 + _SPARE, len(right))  # a row is its own nearest, or its equal is
+    near = faiss.knn(rows, right, count, metric=faiss.METRIC_INNER_PRODUCT)[1].astype(np.int64)
+    own, exact = np.arange(at, at + len(rows)), np.ascontiguousarray(vectors)
+    squared = pair_distances(exact, np.repeat(own, count), exact, near.ravel()).reshape(near.shape)
+    order = np.lexsort((near, squared + crowding(densities)[near]), axis=1)[:, : most + 1]
+    near, squared = np.take_along_axis(near, order, axis=1), np.take_along_axis(squared, order, axis=1)
+    return reaching(own, near, squared, densities, threshold)

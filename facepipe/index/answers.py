@@ -9,10 +9,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from facepipe.index.decide import Rule, decide
-from facepipe.index.exact import exact_search, live_blocks
+from facepipe.index.exact import scan as scanned
 from facepipe.index.queries import Queries
-from facepipe.index.search import Hits, Index
-from facepipe.models.device import gpus
+from facepipe.index.search import Index
 from facepipe.schema import OK
 
 Count = Annotated[int, Field(ge=1)]
@@ -61,10 +60,10 @@ def joined(parts: list[Queries]) -> list[Queries]:
     return [Queries(pa.concat_arrays([p.names for p in parts]), pa.concat_arrays([p.uris for p in parts]), **arrays)]
 
 
-def answers(index: Index, queries: Queries, find: Find, scan: bool, counts: dict[str, Any]) -> pa.Table:
+def answers(index: Index, queries: Queries, find: Find, scan: str | None, counts: dict[str, Any]) -> pa.Table:
     """Rows of the answers, in the order of the queries; a query without an answer has one row without a rank.
 
-    scan: compare with every vector instead of visiting lists. Adds to `counts`.
+    scan: the device on which to compare with every vector, instead of visiting lists. Adds to `counts`.
     """
     good = queries.status == OK
     asked, ids, distances = _found(index, queries.vectors[good], queries.own[good], find, scan)
@@ -107,7 +106,7 @@ def answers(index: Index, queries: Queries, find: Find, scan: bool, counts: dict
 
 
 def _found(
-    index: Index, vectors: npt.NDArray[np.float32], own: npt.NDArray[np.int64], find: Find, scan: bool
+    index: Index, vectors: npt.NDArray[np.float32], own: npt.NDArray[np.int64], find: Find, scan: str | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Flat (query, face id, distance), by query, nearest first."""
     if find.radius is not None:
@@ -118,15 +117,11 @@ def _found(
         keep = ids != own[asked] if find.leave_self_out else np.ones(len(ids), bool)
         return asked[keep], ids[keep], distances[keep]
     k = find.k + bool(find.leave_self_out)
-    hits = _scanned(index, vectors, k) if scan else index.search(vectors, k)
+    hits = scanned(index, vectors, k, scan) if scan else index.search(vectors, k)
     if find.leave_self_out:
         hits = hits.without(own, find.k)
     asked, places = np.nonzero(hits.ids >= 0)
     return asked, hits.ids[asked, places], hits.distances[asked, places]
-
-
-def _scanned(index: Index, vectors: npt.NDArray[np.float32], k: int) -> Hits:
-    return exact_search(vectors, live_blocks(index), k, "cuda" if gpus() else "cpu")
 
 
 def _ranks(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """faiss, set up for facepipe: `from facepipe.index.engine import faiss`."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from facepipe.errors import ConfigError
 
@@ -17,6 +18,7 @@ faiss: Any = _faiss  # its type stubs lack most of what is used here
 faiss.cvar.distance_compute_blas_threshold = _BLAS_FROM
 
 _PIECE = 1 << 24
+Result = TypeVar("Result")
 
 
 def write_index(index: Any, path: str) -> None:
@@ -30,4 +32,20 @@ def write_index(index: Any, path: str) -> None:
         os.fsync(file.fileno())
 
 
-__all__ = ["faiss", "write_index"]
+def with_gpus(train: Callable[[Any], Result], dimension: int, say: Callable[[str], None]) -> Result:
+    """What `train` makes of an empty L2 index on all GPUs that faiss sees, or of None where there is none to be had.
+
+    k-means looks for the nearest centroids in that index. `say` hears why a GPU that is there was not used.
+    """
+    count = faiss.get_num_gpus()
+    if count < 1:
+        return train(None)
+    try:
+        return train(faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(dimension)))
+    except (RuntimeError, NameError, AttributeError) as error:  # a driver too old, no memory left, a build without them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        say(f"faiss sees {count} GPUs and cannot train on them ({reason[:200]}): k-means runs on the CPU")
+    return train(None)
+
+
+__all__ = ["faiss", "with_gpus", "write_index"]

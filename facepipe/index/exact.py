@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from facepipe.index.search import Hits, Index, pair_distances
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 _BLOCK = 65_536  # vectors scanned at a time
-_TILE = 4096  # queries of a product on a GPU
+_DEVICE_BLOCK = 262_144  # on a GPU: what is picked out of a block costs the same for a large one
 _SPARE = 22  # more than k are re-scored, since matrix products round
 
 
@@ -41,47 +40,37 @@ def live_blocks(index: Index, rows: int = _BLOCK) -> Iterator[Block]:
 def exact_search(queries: Vectors, blocks: Iterable[Block], k: int, device: str = "cpu") -> Hits:
     """The k nearest of all blocks' vectors to each query (n, 128), nearest first, ties by id.
 
-    On a CPU by faiss; on a GPU by a tiled product in half precision. Both find more than k and compute the distances of
-    those again in single precision, from the vectors.
+    Distances are computed in single precision by the CPU, from the vectors. Which are the candidates faiss finds: more
+    than k, since its products round; or, on another device, facepipe.gpu.nearest, which leaves out none.
     """
     queries = np.ascontiguousarray(queries, np.float32)
-    scan = _scan_cpu if device == "cpu" else _GpuScan(queries, device)
+    best = _on_cpu(queries, blocks, k) if device == "cpu" else _on_device(queries, blocks, k, device)
+    return Hits(best.ids, np.sqrt(best.distances))
+
+
+def scan(index: Index, queries: Vectors, k: int, device: str = "cpu") -> Hits:
+    """`exact_search` among all that an index can find, in blocks of a size that suits the device."""
+    return exact_search(queries, live_blocks(index, _BLOCK if device == "cpu" else _DEVICE_BLOCK), k, device)
+
+
+def _on_cpu(queries: Vectors, blocks: Iterable[Block], k: int) -> Hits:
     best = Hits(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32))
     for block in blocks:
         if not len(block.ids):
             continue
         vectors = np.ascontiguousarray(block.vectors)
-        count = min(k + _SPARE, len(block.ids)) if device == "cpu" else min(2 * k + _SPARE, len(block.ids))
-        rows = scan(queries, vectors, count)
+        count = min(k + _SPARE, len(block.ids))
+        rows = faiss.knn(queries, vectors, count)[1]
         asked = np.repeat(np.arange(len(queries)), count)
         exact = pair_distances(queries, asked, vectors, rows.ravel()).reshape(len(queries), count)
         best = _better(best, Hits(block.ids[rows], exact), k)
-    return Hits(best.ids, np.sqrt(best.distances))
+    return best
 
 
-def _scan_cpu(queries: Vectors, vectors: Vectors, count: int) -> Ids:
-    rows: Ids = faiss.knn(queries, vectors, count)[1]
-    return rows
+def _on_device(queries: Vectors, blocks: Iterable[Block], k: int, device: str) -> Hits:
+    from facepipe.gpu.nearest import knn  # loads torch
 
-
-class _GpuScan:
-    """Row numbers of the nearest by torch: the queries stay on the device, the vectors pass through."""
-
-    def __init__(self, queries: Vectors, device: str):
-        import torch
-
-        self._torch, self._device = torch, torch.device(device)
-        self._queries: Any = torch.from_numpy(queries).to(self._device)
-
-    def __call__(self, queries: Vectors, vectors: Vectors, count: int) -> Ids:
-        torch = self._torch
-        part: Any = torch.tensor(vectors).to(self._device, non_blocking=True)  # copies: a mapped file is read-only
-        half = part.to(torch.bfloat16)
-        # On unit vectors the nearest is the one of the largest product.
-        queries_on = [self._queries[at : at + _TILE] for at in range(0, len(self._queries), _TILE)]
-        tiles = [(tile.to(torch.bfloat16) @ half.T).topk(count, dim=1).indices for tile in queries_on]
-        rows: Ids = torch.cat(tiles).cpu().numpy()
-        return rows
+    return knn(queries, (((block.ids, None), block.vectors) for block in blocks), k, device)
 
 
 def _better(a: Hits, b: Hits, k: int) -> Hits:

@@ -79,6 +79,10 @@ class QuerySource:
         if pieces:
             yield QueryBlock(number, tuple(pieces))
 
+    def count(self) -> int:
+        """How many queries there are, those of no use included."""
+        return sum(rows for _, rows in self._pieces())
+
     def _pieces(self) -> Iterator[tuple[Piece, int]]:
         if self.gallery:
             gallery = Gallery(self.path, self.version)

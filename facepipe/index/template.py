@@ -2,13 +2,14 @@
 
 import os
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ConfigError, StorageError
-from facepipe.index.engine import faiss, write_index
+from facepipe.index.engine import faiss, with_gpus, write_index
 from facepipe.index.grid import grid
 from facepipe.index.manifest import Template, digest
 from facepipe.index.plan import Plan, open_factory
@@ -16,11 +17,12 @@ from facepipe.index.plan import Plan, open_factory
 _WARMING_UP = 39  # vectors a list below which faiss would print warnings: the plan has said so already
 
 
-def train(sample: npt.NDArray[np.float32], plan: Plan) -> Any:
+def train(sample: npt.NDArray[np.float32], plan: Plan, say: Callable[[str], None] = lambda line: None) -> Any:
     """A trained, empty index from a sample (n, 128) of unit vectors.
 
     Centroids lie on the grid (facepipe.index.grid), so that lists do not depend on the batch. Runs k-means on GPUs
-    where faiss-gpu finds any. Raises ConfigError where there are fewer vectors than lists.
+    where faiss-gpu finds any; `say` hears why not, where it does and they cannot be used.
+    Raises ConfigError where there are fewer vectors than lists.
     """
     index = open_factory(plan.factory)
     ivf = faiss.try_extract_index_ivf(index)
@@ -31,11 +33,22 @@ def train(sample: npt.NDArray[np.float32], plan: Plan) -> Any:
             f"{plan.factory} has {ivf.nlist} lists and needs as many vectors to train on; the gallery gives "
             f"{len(sample)}: choose fewer lists, or leave --factory out"
         )
+    return with_gpus(lambda clustering: _trained(sample, plan, clustering), ivf.d, say)
+
+
+def _trained(sample: npt.NDArray[np.float32], plan: Plan, clustering: Any) -> Any:
+    """clustering: the index that k-means looks for centroids in; None for one on the CPU."""
+    index = open_factory(plan.factory)
+    ivf = faiss.try_extract_index_ivf(index)
     ivf.cp.min_points_per_centroid = min(_WARMING_UP, max(1, len(sample) // ivf.nlist))
-    if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0:
-        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
-    index.train(sample)
-    ivf.clustering_index = None
+    if clustering is not None:
+        ivf.clustering_index = clustering
+    try:
+        index.train(sample)
+    finally:
+        ivf.clustering_index = None
+        if clustering is not None:
+            clustering.thisown = True  # the assignment took it over, and nobody else would free its memory on the GPUs
     centroids = grid(ivf.quantizer.reconstruct_n(0, ivf.nlist))
     ivf.quantizer.reset()
     ivf.quantizer.add(centroids)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from facepipe.errors import FacepipeError, SourceError, WorkerError
+from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
 from facepipe.gallery.parts import Record
 from facepipe.hashing import hash64
 from facepipe.work.blocks import Block, decode, encode
@@ -104,16 +104,27 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> I
             raise cause or WorkerError(f"Ray gave up: {_last_line(error)}") from error
 
 
-def tasks(function: Callable[[Any], Any], items: Iterable[Any], cpus: float) -> Iterator[tuple[Any, Any]]:
+def device(asked: str, resources: Resources) -> str:
+    """Where a task runs that asks for a GPU if Ray has one; it sees that one alone. Raises ConfigError where a GPU is
+    asked for and Ray has none."""
+    if asked not in ("auto", "cpu") and not resources.gpus:
+        raise ConfigError(f"run.device is {asked}, and Ray has no GPU: leave it out, or set run.device=cpu")
+    return "cuda" if asked != "cpu" and resources.gpus else "cpu"
+
+
+def tasks(
+    function: Callable[[Any], Any], items: Iterable[Any], cpus: float, gpus: float = 0
+) -> Iterator[tuple[Any, Any]]:
     """(item, function(item)) as they are finished, each a task of its own; a few more are submitted than can run.
 
-    cpus: of a task; no more than a node has, since Ray would wait for ever for one that has them.
+    cpus, gpus: of a task; no more CPUs than a node has, since Ray would wait for ever for one that has them.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    cpus = min(cpus, max((node.get("CPU", 0) for node in _nodes()), default=0) or cpus)
-    remote = ray.remote(num_cpus=cpus)(function)
+    fitting = (node.get("CPU", 0) for node in _nodes() if node.get("GPU", 0) >= gpus)
+    cpus = min(cpus, max(fitting, default=0) or cpus)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(function)
     ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
     waiting, running = iter(items), dict[Any, Any]()
     while True:

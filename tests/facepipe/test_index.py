@@ -15,7 +15,7 @@ from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery import Gallery
 from facepipe.index import manifest, tune
 from facepipe.index.compact import due, everything
-from facepipe.index.exact import _GpuScan, exact_search, live_blocks
+from facepipe.index.exact import exact_search, live_blocks, scan
 from facepipe.index.grid import grid
 from facepipe.index.manifest import File, ShardEntry
 from facepipe.index.plan import make_plan, parse_size
@@ -243,17 +243,14 @@ def test_recall_that_was_asked_for(gallery: Gallery) -> None:
     assert found.nprobe == found.setting(found.recall)[0]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
-def test_scan_in_half_precision_equals_the_exact_one(
-    device: str, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+def test_a_scan_on_a_device_equals_the_exact_one(device: str, gallery: Gallery) -> None:
+    """`cpu:0` is torch's CPU: what runs on a GPU, on tensors here."""
     asked, index = queries(64), Index(gallery.path)
     expected = exact_search(asked, live_blocks(index), 10)
     same(Hits(expected.ids, expected.distances), exact_search(asked, live_blocks(index, 700), 10))
-    scan = _GpuScan(asked, device)
-    monkeypatch.setattr("facepipe.index.exact._scan_cpu", scan)
-    found = exact_search(asked, live_blocks(index, 1000), 10)
-    assert (found.ids == expected.ids).mean() > 0.999
+    same(expected, exact_search(asked, live_blocks(index, 1000), 10, device))
+    same(expected, scan(index, asked, 10, device))
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""Top 10 and joins on a device, beside the bare product of the same matrices in half precision.
+
+    python tests/bench/gpu_nearest.py [--device cuda] [--sizes 100000x1000000,1000000x10000000] [--joins 1000000] [--rounds 3]
+    python tests/bench/gpu_nearest.py --device cpu --sizes 2000x50000 --joins 20000
+
+Seconds of `knn` (with all transfers and the host's part) and of `join`, those of the product alone, in tiles of the same
+size at the rate measured on the device in the same run, and their ratio; of a join half of the product counts. A sample of
+the answers is compared with faiss. On a CPU the ratio is that to faiss.knn. Vectors are faces of a synthetic gallery.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+import faiss
+import numpy as np
+import torch
+from galleries import Faces
+
+from facepipe.gpu.nearest import BLOCK, ROWS, Work, knn
+from facepipe.gpu.nearest_half import default_type
+from facepipe.gpu.nearest_join import Rule, join
+from facepipe.graph.pairs import refined
+
+K, SAMPLE, MOST = 10, 200, 32
+DRAWN = 1 << 18
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    began = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def product_rate(device: str, rounds: int) -> float:
+    """Pairs a second of a bare product, a tile at a time, the best of the rounds."""
+    kind = default_type(device)
+    rows, columns = (ROWS, BLOCK) if device.startswith("cuda") else (512, 65_536)
+    left, right = (torch.randn((n, 128), device=device).to(kind) for n in (rows, columns))
+    out = torch.empty((rows, columns), dtype=kind, device=device)
+    repeats = 20 if device.startswith("cuda") else 2
+
+    def tiles() -> None:
+        for _ in range(repeats):
+            torch.mm(left, right.T, out=out)
+
+    tiles()
+    return repeats * rows * columns / min(seconds(tiles, device) for _ in range(rounds))
+
+
+def faces(count: int, seed: int) -> np.ndarray:
+    """Faces (n, 128) of persons with five on average, in random order."""
+    out, rng = np.empty((count, 128), np.float32), np.random.default_rng(seed)
+    for at in range(0, count, DRAWN):
+        size = min(DRAWN, count - at)
+        out[at : at + size] = Faces().draw(rng.integers(0, count // 5 + 1, size), seed * 10**10 + at)
+    return out
+
+
+def blocks(vectors: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, None], np.ndarray]]:
+    for at in range(0, len(vectors), BLOCK):
+        part = vectors[at : at + BLOCK]
+        yield (np.arange(at, at + len(part)), None), part
+
+
+def top(queries: np.ndarray, vectors: np.ndarray, device: str, args: argparse.Namespace, rate: float) -> None:
+    knn(queries[:ROWS], blocks(vectors[: 2 * BLOCK]), K, device)  # warm: kernels are loaded, memory is there
+    times = [seconds(lambda: knn(queries, blocks(vectors), K, device), device) for _ in range(args.rounds)]
+    bare = len(queries) * len(vectors) / rate
+    found = knn(queries[:SAMPLE], blocks(vectors), K, device)
+    same = (found.ids == faiss.knn(queries[:SAMPLE], vectors, K)[1]).mean()
+    line = f"top {K} of {len(queries)} x {len(vectors)}: {min(times):.2f} s"
+    line += f"; product {bare:.2f} s, ratio {min(times) / bare:.2f}"
+    if device == "cpu":
+        theirs = min(seconds(lambda: faiss.knn(queries, vectors, K), device) for _ in range(args.rounds))
+        line += f"; faiss.knn {theirs:.2f} s, ratio {min(times) / theirs:.2f}"
+    print(f"{line}; {same:.4%} of {SAMPLE} queries' answers are faiss's", flush=True)
+
+
+def all_pairs(vectors: np.ndarray, device: str, args: argparse.Namespace, rate: float) -> None:
+    """At the similarity that a face has to its 5th nearest, on average."""
+    flat = np.zeros(len(vectors), np.float32)
+    sample = vectors[:SAMPLE]
+    near = faiss.knn(np.ascontiguousarray(sample), vectors, 6, metric=faiss.METRIC_INNER_PRODUCT)[0]
+    threshold = float(np.median(near[:, 5]))
+    rule = Rule(threshold, MOST, 384)
+    join(vectors[:ROWS], flat[:ROWS], rule, device)
+    times = [seconds(lambda: join(vectors, flat, rule, device), device) for _ in range(args.rounds)]
+    u, v = join(vectors, flat, rule, device)
+    found = refined(vectors, flat, u, v, threshold)
+    bare = len(vectors) ** 2 / 2 / rate
+    ours = np.bincount(np.concatenate([found.u, found.v]), minlength=len(vectors))[:SAMPLE]
+    index = faiss.IndexFlatIP(128)
+    index.add(vectors)
+    limits = index.range_search(np.ascontiguousarray(sample), threshold)[0]
+    differ = np.abs(ours - (np.diff(limits.astype(np.int64)) - 1)).sum()
+    print(
+        f"join of {len(vectors)} at {threshold:.3f}: {min(times):.2f} s, {len(found)} pairs; half a product {bare:.2f} s, "
+        f"ratio {min(times) / bare:.2f}; {differ} pairs of {SAMPLE} faces differ from faiss's, of {ours.sum()}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sizes", default="100000x1000000,1000000x10000000")
+    parser.add_argument("--joins", default="1000000")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rate = product_rate(args.device, args.rounds)
+    tile = Work().tile(args.device, BLOCK)
+    print(f"{args.device}: product {rate * 256 / 1e12:.2f} TFLOP/s, {1e12 / rate:.2f} ps a pair; tiles of {tile} rows")
+    for size in filter(None, args.sizes.split(",")):
+        asked, held = (int(n) for n in size.split("x"))
+        top(faces(asked, 1), faces(held, 2), args.device, args, rate)
+    for size in filter(None, args.joins.split(",")):
+        all_pairs(faces(int(size), 3), args.device, args, rate)
+
+
+if __name__ == "__main__":
+    main()
