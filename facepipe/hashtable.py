@@ -13,7 +13,7 @@ from facepipe.errors import StorageError
 Array = npt.NDArray[np.uint64]
 _FIRST_SLOTS = 1 << 16
 _MAX_LOAD = 0.6
-_REHASH_ROWS = 1 << 20
+_REHASH_ROWS = 1 << 17  # 4 MiB at three values a key: what a rehash holds beside the tables
 
 
 class HashTable:

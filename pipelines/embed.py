@@ -39,6 +39,8 @@ from pipelines.worker import Job
 
 __all__ = ["EmbedConfig", "RunConfig", "Summary", "run"]
 
+_BETWEEN_COMMITS = 20  # times a commit's own duration
+
 Progress = Callable[[Summary], None]
 Blocks = Callable[[], Iterator[Block]]
 
@@ -157,6 +159,7 @@ def _collect(
 ) -> None:
     """Count and commit records as they come; what is finished is committed even when the run is broken off."""
     began = committed = time.monotonic()
+    interval = config.run.commit_seconds
     pending: list[Record] = []
     numbers = blocks = last = 0
     try:
@@ -168,10 +171,12 @@ def _collect(
             numbers, blocks = numbers + record.block, blocks + 1
             last = record.block if record.last else last
             progress(summary)
-            if time.monotonic() - committed >= config.run.commit_seconds:
+            if time.monotonic() - committed >= interval:
                 # Emptied first: an interruption between commit and emptying must not commit them twice.
                 batch, pending, committed = pending, [], time.monotonic()
                 commit(batch, _figures(summary))
+                # A commit costs what the table has files: of 10M images a fifth of a second, of a billion many.
+                interval = max(interval, _BETWEEN_COMMITS * (time.monotonic() - committed))
     finally:
         try:
             commit(pending, _figures(summary))

@@ -33,7 +33,7 @@ class RunConfig:
         0.002 (float16) or 0.01 (bfloat16) as a median, where two people are 0.4 apart
     block_smallest, block_largest: images of one unit of work, which is one Parquet file; by default at most 512,
         and 4096 where there are GPUs, whose pipeline runs empty at the end of each
-    commit_seconds: finished work becomes visible at least this often
+    commit_seconds: finished work becomes visible this often, or when twenty times of what a commit took have passed
     """
 
     runner: Runner = "auto"

@@ -7,7 +7,7 @@ erasure or a compaction moves to another file is told from what is new by its ke
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -81,9 +81,9 @@ class Files(Gallery):
         self.__dict__.update(gallery.__dict__)
         self._chosen = None if files is None else frozenset(files)
 
-    def dataset(self) -> ds.Dataset:
+    def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
         """The chosen files as a pyarrow dataset."""
-        whole = super().dataset()
+        whole = super().dataset(ranges)
         if self._chosen is None:
             return whole
         chosen = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
@@ -157,7 +157,7 @@ class Changes:
         if self.gone is None or self.then is None or self.mark is None:
             return None
         recent, parts = self.mark.since(_LAG), [np.empty(0, np.uint64)]
-        candidates = Files(self.gallery, self.mixed).dataset().get_fragments(filter=recent)
+        candidates = Files(self.gallery, self.mixed).dataset(["ingested_at"]).get_fragments(filter=recent)
         if next(iter(candidates), None) is None:
             return parts[0]
         try:

@@ -1,12 +1,14 @@
 """What the gallery already holds, asked at listing time, before any byte of an image is read."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import hash64
+from facepipe.hashing import hash64_column, marks_each
 from facepipe.hashtable import HashTable
 from facepipe.schema import READ_ERROR
 from facepipe.work.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
@@ -14,6 +16,7 @@ from facepipe.work.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
 Hashes = npt.NDArray[np.uint64]
 _HELD, _LISTED, _OF_SOURCE = (np.uint64(n) for n in range(3))
 _COLUMNS = ("uri", "fingerprint", "image_id", "status", "source", "missing_since", "face_index")
+_ROWS = 65536
 
 
 class KnownImages:
@@ -28,23 +31,23 @@ class KnownImages:
         self._erased = np.empty(0, np.uint64) if erased is None else erased
         self.of_source = 0
         try:
-            for batch in gallery.batches(_COLUMNS, rows=65536) if gallery is not None else ():
-                self._add(batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True)), source)
+            for table in _gathered(gallery.batches(_COLUMNS, rows=_ROWS)) if gallery is not None else ():
+                self._add(table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True)), source)
         except BaseException:
             self.close()
             raise
 
-    def _add(self, images: pa.RecordBatch, source: str | None) -> None:
+    def _add(self, images: pa.Table, source: str | None) -> None:
         if not images.num_rows:
             return
         # What could not be read is tried again, and so is what was missing: their fingerprints never match.
-        again = pc.or_(pc.equal(images["status"], READ_ERROR), pc.is_valid(images["missing_since"])).to_pylist()
+        unread = pc.fill_null(pc.equal(images["status"], READ_ERROR), False)
+        again = pc.or_(unread, pc.is_valid(images["missing_since"])).to_numpy(zero_copy_only=False)
         mine = pc.fill_null(pc.equal(images["source"], source or ""), False).to_numpy(zero_copy_only=False)
-        uris, marks, contents = (images[name].to_pylist() for name in ("uri", "fingerprint", "image_id"))
-        marks_ = [0 if retry or not mark else hash64(mark) for mark, retry in zip(marks, again, strict=True)]
-        values = np.array([marks_, [hash64(content or "") for content in contents]], np.uint64)
+        marks = marks_each(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
+        marks[again] = 0
         states = np.where(mine, _OF_SOURCE, _HELD)
-        self._table.add(np.array([hash64(uri) for uri in uris], np.uint64), np.vstack([values, states]).T.copy())
+        self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
         self.of_source += int(mine.sum())
 
     def screen(self, uris: Hashes, fingerprints: Hashes) -> tuple[npt.NDArray[np.int8], Hashes]:
@@ -52,7 +55,7 @@ class KnownImages:
 
         REPEATED: listed before in this run. SKIP: held with the same fingerprint. CHANGED: held, but the file may have
         changed or was never read. NEW: not held. ERASED: not to come back. An image without fingerprint is CHANGED
-        when held: only its content can tell.
+        when held: only its content can tell. fingerprints: `marks_each`, 0 where there is none.
         """
         found, held = self._table.get(uris)
         repeated = found & (held[:, 2] == _LISTED)
@@ -84,3 +87,16 @@ class KnownImages:
     def close(self) -> None:
         """Give the temporary file back."""
         self._table.close()
+
+
+def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Batches as tables of some length: a file that a worker wrote gives one of a few hundred rows."""
+    held, rows = list[pa.RecordBatch](), 0
+    for batch in batches:
+        held.append(batch)
+        rows += batch.num_rows
+        if rows >= _ROWS:
+            yield pa.Table.from_batches(held)
+            held, rows = [], 0
+    if held:
+        yield pa.Table.from_batches(held)

@@ -14,7 +14,7 @@ from facepipe.errors import StorageError
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.rewrite import Rewrite, rewritten
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import hash64
+from facepipe.hashing import hash64_column
 from facepipe.schema import FACES
 
 Hashes = npt.NDArray[np.uint64]
@@ -63,8 +63,7 @@ def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) ->
 
     def matches(rows: pa.Table) -> Any:
         new = pc.and_(pc.equal(rows["source"], source), pc.is_null(rows["missing_since"]))
-        hashes = np.array([hash64(uri) for uri in rows["uri"].to_pylist()], np.uint64)
-        return pc.and_(new, pa.array(np.isin(hashes, wanted)))
+        return pc.and_(new, pa.array(np.isin(hash64_column(rows["uri"]), wanted)))
 
     def change(rows: pa.Table, mask: Any) -> pa.Table:
         nonlocal images

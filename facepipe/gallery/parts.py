@@ -1,6 +1,7 @@
 """One finished block as one Parquet file in the table's folder: content-addressed, invisible until it is committed."""
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -59,12 +60,15 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     `items` are the block's work items (they say which images replace older rows). The file's name ends in the first
     32 hex digits of its SHA-256, so that `verify` can tell whether it is still what was written.
     """
-    first = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
+    first = table.select(["uri", "fingerprint", "status"]).filter(
+        pc.fill_null(pc.equal(table["face_index"], 0), True)  # of all columns that would copy every vector
+    )
     record.images = first.num_rows
     record.statuses = dict(Counter(first["status"].to_pylist()))
     again = first.filter(pc.equal(first["status"], TOUCHED))
     record.touched = dict(zip(again["uri"].to_pylist(), again["fingerprint"].to_pylist(), strict=True))
-    table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(NEVER_STORED))))
+    if not set(NEVER_STORED).isdisjoint(record.statuses):
+        table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(NEVER_STORED))))
     record.rows, record.faces = table.num_rows, table.num_rows - table["face_id"].null_count
     known = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
     record.replaced = sorted(set(known) & set(table["uri"].to_pylist())) if known else []
@@ -80,7 +84,7 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
 
 def encode(table: pa.Table) -> bytes:
     """A conforming table as Parquet: zstd, vectors byte-stream-split, no dictionaries where every value differs."""
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()  # its bytes need no copy, unlike those of Arrow's own
     floats = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
     repeated = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri"]
     pq.write_table(
@@ -90,7 +94,7 @@ def encode(table: pa.Table) -> bytes:
         use_dictionary=repeated,
         column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
     )
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue()
 
 
 def statistics(table: pa.Table) -> str:

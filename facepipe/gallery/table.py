@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNS = "runs"
+_VECTORS = 65536  # rows read at a time
+_FILES_AT_ONCE = 64
 _FILE_FIGURES = (
     *("path", "size_bytes", "num_records", "min.uri", "max.uri", "min.source", "max.source", "min.identity"),
     *("max.identity", "min.ingested_at", "max.ingested_at", "null_count.missing_since"),
@@ -128,11 +131,16 @@ class Gallery:
             row["faces"] = row["num_records"] - (row.pop("null_count.face_id", 0) or 0)
         return rows
 
-    def dataset(self) -> ds.Dataset:
-        """The table as a pyarrow dataset, for whatever this class does not offer."""
+    def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
+        """The table as a pyarrow dataset, for whatever this class does not offer.
+
+        ranges: columns by which a filter may tell, from the log, that a file holds nothing for it; all by default. In
+        a table of many files they are what opening it costs, some 40 microseconds a column and file.
+        """
         held = pa.schema(self._table.schema().to_arrow(as_large_types=False))
         # Left out while the files are listed: deltalake takes a column without statistics for one without nulls.
-        early = pa.schema([field for field in held if field.name not in LATER])
+        wanted = set(held.names if ranges is None else ranges).difference(LATER)
+        early = pa.schema([field for field in held if field.name in wanted])
         listed = self._table.to_pyarrow_dataset(filesystem=arrow_filesystem(self.faces_folder), schema=early)
         return listed.replace_schema(pa.unify_schemas([held, FACES]))
 
@@ -140,10 +148,14 @@ class Gallery:
         self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None, rows: int = 8192
     ) -> Iterator[pa.RecordBatch]:
         """Rows as a stream of record batches; memory does not grow with the gallery."""
-        names = _columns(columns)
-        scanner = self.dataset().scanner(
-            columns=names, filter=expression(where), batch_size=rows, batch_readahead=2, fragment_readahead=1
-        )
+        names, chosen = _columns(columns), expression(where)
+        for some in _in_groups(self.dataset(_named_in(chosen)), chosen):
+            scanner = some.scanner(
+                columns=names, filter=chosen, batch_size=rows, batch_readahead=2, fragment_readahead=1
+            )
+            yield from self._read(scanner)
+
+    def _read(self, scanner: ds.Scanner) -> Iterator[pa.RecordBatch]:
         batches = scanner.to_batches()
         while True:
             try:
@@ -173,12 +185,20 @@ class Gallery:
         self, where: "str | ds.Expression | None" = None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """(face ids (n,), unit vectors (n, 128)) of all faces, or of those that match."""
-        from facepipe.stages.columns import vectors
-
         has_face = ds.field("face_id").is_valid()
         chosen = expression(where)
-        table = self.to_arrow(["face_id", "embedding"], has_face if chosen is None else has_face & chosen)
-        return table["face_id"].to_numpy(), vectors(table["embedding"], EMBEDDING_DIM)
+        # Where all are wanted the log knows how many; each vector is then copied once, and held once.
+        room = sum(file["faces"] for file in self.files()) if chosen is None else _VECTORS
+        ids, vectors, n = np.empty(room, np.int64), np.empty((room, EMBEDDING_DIM), np.float32), 0
+        found = has_face if chosen is None else has_face & chosen
+        for batch in self.batches(["face_id", "embedding"], found, rows=_VECTORS):
+            end = n + batch.num_rows
+            if end > len(ids):
+                ids, vectors = _longer(ids, n, 2 * end), _longer(vectors, n, 2 * end)
+            ids[n:end] = batch["face_id"].to_numpy()
+            vectors[n:end] = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(-1, EMBEDDING_DIM)
+            n = end
+        return ids[:n], vectors[:n]
 
     def counts(self) -> dict[str, int]:
         """Images by status, and the number of faces."""
@@ -234,6 +254,30 @@ def expression(where: "str | ds.Expression | None") -> "ds.Expression | None":
     from facepipe.gallery.where import parse
 
     return parse(where)
+
+
+def _in_groups(dataset: ds.Dataset, where: "ds.Expression | None") -> Iterator[ds.Dataset]:
+    """The files that may hold what is wanted, as datasets of few: what has been read of a file's metadata, some 80 kB,
+    is kept as long as its dataset is, which in a table of 20,000 files is 1.6 GB.
+    """
+    kind, place, schema = dataset.format, dataset.filesystem, dataset.schema
+    fragments = list(dataset.get_fragments(filter=where))[::-1]
+    del dataset
+    while fragments:
+        some = [fragments.pop() for _ in range(min(_FILES_AT_ONCE, len(fragments)))]
+        yield ds.FileSystemDataset(some, schema, kind, place)
+
+
+def _named_in(where: "ds.Expression | None") -> list[str]:
+    """The columns that a filter names; perhaps some more, such as one that is also a word in a value."""
+    words = set(re.findall(r"\w+", "" if where is None else str(where)))
+    return [name for name in FACES.names if name in words]
+
+
+def _longer(array: npt.NDArray[Any], filled: int, length: int) -> npt.NDArray[Any]:
+    longer = np.empty((length, *array.shape[1:]), array.dtype)
+    longer[:filled] = array[:filled]
+    return longer
 
 
 def _columns(columns: Sequence[str] | None) -> list[str]:

@@ -13,7 +13,7 @@ from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.gallery.parts import digest_in
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import face_id, hash64
+from facepipe.hashing import face_id, hash64_column
 from facepipe.hashtable import HashTable
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
 from facepipe.stages.columns import vectors
@@ -115,9 +115,8 @@ def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verificatio
 
 
 def _check_images(path: str, table: pa.Table, first: pa.Table, uris: HashTable, result: Verification) -> None:
-    names = first["uri"].to_pylist()
-    if names:
-        repeated = int((~uris.add(np.array([hash64(uri) for uri in names], np.uint64))).sum())
+    if first.num_rows:
+        repeated = int((~uris.add(hash64_column(first["uri"]))).sum())
         if repeated:
             result.add(f"{path}: {repeated} images that occur twice")
     faces = table.filter(pc.is_valid(table["face_index"])).select(["uri", "face_index"])

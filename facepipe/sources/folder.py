@@ -1,10 +1,11 @@
 """A folder tree on a disk. Folders are read one at a time; the walk holds one open folder per level."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from stat import S_ISREG
 
-from facepipe.sources.files import Expander
+from facepipe.sources.files import Expander, Plain
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem, broken, is_special
 from facepipe.storage import local_fingerprint
@@ -70,6 +71,7 @@ class FolderSource:
                     yield broken(folder, "a link to a folder that was listed before")
                     return
                 self._nested.add(here)
+            plain = self._expand.folder(folder, relative)
             with os.scandir(folder) as entries:
                 # Sorted runs: a readable order, and bounded memory in a folder of millions.
                 while run := sorted(islice(entries, _SORT_RUN), key=lambda entry: entry.name):
@@ -77,22 +79,23 @@ class FolderSource:
                         name = os.fsdecode(entry.name)
                         path = f"{relative}/{name}" if relative else name
                         if not _is_dir(entry):
-                            yield from self._file(entry, path)
+                            yield from self._file(entry, name, path, plain)
                         elif self._depth is None or len(parents) < self._depth:
                             more = links + 1 if entry.is_symlink() else links
                             yield self._folder(entry.path, path, (*parents, here), more)
         except OSError as error:
             yield broken(folder, f"folder cannot be read: {(error.strerror or str(error)).lower()}")
 
-    def _file(self, entry: "os.DirEntry[bytes]", relative: str) -> Iterator[WorkItem]:
+    def _file(self, entry: "os.DirEntry[bytes]", name: str, relative: str, plain: Plain) -> Iterable[WorkItem]:
         if not self._wanted(relative):
-            return
+            return ()
         try:
             info = entry.stat()
         except OSError:
-            yield from self._expand(entry.path, relative, None)  # a dangling or looping link: reading it will say why
-        else:
-            yield from self._expand(entry.path, relative, local_fingerprint(info), is_special(info.st_mode))
+            return self._expand(entry.path, relative, None)  # a dangling or looping link: reading it will say why
+        mark = local_fingerprint(info)
+        item = plain(name, entry.path, mark) if S_ISREG(info.st_mode) else None
+        return (item,) if item else self._expand(entry.path, relative, mark, is_special(info.st_mode))
 
 
 def _is_dir(entry: "os.DirEntry[bytes]") -> bool:

@@ -12,7 +12,7 @@ Identify = Callable[[str, str | None], str | None]
 
 def from_folder(path: str) -> str | None:
     """`lfw/Aaron_Eckhart/0001.jpg` -> `Aaron_Eckhart`."""
-    return posixpath.basename(posixpath.dirname(path)) or None
+    return path.rpartition("/")[0].rstrip("/").rpartition("/")[2] or None
 
 
 def from_filename(path: str) -> str | None:
@@ -32,10 +32,17 @@ def rule(name: IdentityRule) -> Identify:
     chosen = _rule(name)
 
     def identify(path: str, label: str | None) -> str | None:
-        identity = chosen(posixpath.normpath(path) if path else path, label)
-        return identity.encode("utf-8", "replace").decode("utf-8") if identity else None
+        identity = chosen(path if _plain(path) else posixpath.normpath(path), label)
+        if not identity or identity.isascii():
+            return identity or None
+        return identity.encode("utf-8", "replace").decode("utf-8")
 
     return identify
+
+
+def _plain(path: str) -> bool:
+    """Whether nothing about a path is to be normalised; told in a fraction of the time that takes, image by image."""
+    return not (path.startswith((".", "/")) or path.endswith("/") or "//" in path or "/." in path)
 
 
 def _rule(name: IdentityRule) -> Identify:

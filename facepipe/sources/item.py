@@ -41,13 +41,23 @@ def file_uri(path: str | bytes) -> str:
     """The uri of a file: its absolute path or URL; a `file://` URL with %-escapes where the path is not UTF-8, or where
     it would read like the uri of a container's member.
     """
-    if is_remote(path):
+    if isinstance(path, bytes) and _absolute(path):
+        absolute = path  # as folders are listed: said of a million paths, the rest costs seconds
+    elif is_remote(path):
         return readable(os.fsdecode(path))
-    absolute = os.path.abspath(os.fsencode(path))
+    else:
+        absolute = os.path.abspath(os.fsencode(path))
+    if b"#" in absolute and _LIKE_A_MEMBER.search(absolute):
+        return "file://" + quote(absolute)
     try:
-        return "file://" + quote(absolute) if _LIKE_A_MEMBER.search(absolute) else absolute.decode("utf-8")
+        return absolute.decode("utf-8")
     except UnicodeDecodeError:
         return "file://" + quote(absolute)
+
+
+def _absolute(path: bytes) -> bool:
+    """Whether it is an absolute path already, with nothing in it to be normalised."""
+    return path.startswith(b"/") and not (path.endswith(b"/") or b"//" in path or b"/." in path)
 
 
 def member_uri(container: str, member: str) -> str:

@@ -1,7 +1,5 @@
 """Which file names can be images."""
 
-import os
-
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "gif"}
     | {"avif", "jp2", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "jxl"}
@@ -10,7 +8,9 @@ IMAGE_EXTENSIONS = frozenset(
 
 def extension(name: str) -> str:
     """Lower-case extension without its dot."""
-    return os.path.splitext(name)[1][1:].lower()
+    last = name.rpartition("/")[2]
+    stem, dot, kind = last.rpartition(".")
+    return kind.lower() if dot and stem.strip(".") else ""  # names of dots, or that begin with one, have none
 
 
 def is_web(name: str) -> bool:
@@ -20,4 +20,4 @@ def is_web(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Dot files: `.DS_Store`, `._photo.jpg` and the like are never images."""
-    return os.path.basename(name).startswith(".")
+    return name.startswith(".", name.rfind("/") + 1)

@@ -4,7 +4,6 @@ import os
 import posixpath
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
@@ -51,32 +50,31 @@ class ParquetSource:
     def _rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
         names = file.schema_arrow.names
         content = bytes_column(file.schema_arrow)
-        uri, identity = (_pick(names, columns) for columns in (URI_COLUMNS, IDENTITY_COLUMNS))
-        if uri is None and content is None:
+        by_name, by_label = (_pick(names, columns) for columns in (URI_COLUMNS, IDENTITY_COLUMNS))
+        if by_name is None and content is None:
             raise SourceError(
                 f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
                 f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(names)}"
             )
         mark = entry(path).fingerprint
+        container, place, folder = file_uri(path), os.fsencode(path), os.path.dirname(path)  # once, not a million times
         row = 0
-        columns = [name for name in (uri, identity) if name]
+        columns = [name for name in (by_name, by_label) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            uris = batch.column(uri).to_pylist() if uri else [None] * batch.num_rows
-            labels = batch.column(identity).to_pylist() if identity else [None] * batch.num_rows
+            uris = batch.column(by_name).to_pylist() if by_name else [None] * batch.num_rows
+            labels = batch.column(by_label).to_pylist() if by_label else [None] * batch.num_rows
             for name, label in zip(uris, labels, strict=True):
-                yield self._item(path, row, name, label, mark if content else None)
+                text = None if name is None else str(name)
+                identity = self._identify(text or "", None if label is None else str(label))
+                if content:
+                    # The row number keeps rows apart that carry one name, such as 1.jpg of two people.
+                    uri = member_uri(container, str(row) if text is None else f"{row}/{text}")
+                    yield WorkItem(uri, place, row, None, f"{mark}@{row}", identity)
+                elif not text:
+                    yield broken(path, "the row names no image", str(row))._replace(identity=identity)
+                else:
+                    yield named_image(text, folder, identity)
                 row += 1
-
-    def _item(self, path: str, row: int, name: Any, label: Any, mark: str | None) -> WorkItem:
-        text = None if name is None else str(name)
-        identity = self._identify(text or "", None if label is None else str(label))
-        if mark is not None:
-            # The row number keeps rows apart that carry one name, such as 1.jpg of two people.
-            uri = member_uri(file_uri(path), str(row) if text is None else f"{row}/{text}")
-            return WorkItem(uri, os.fsencode(path), row, None, f"{mark}@{row}", identity)
-        if not text:
-            return broken(path, "the row names no image", str(row))._replace(identity=identity)
-        return named_image(text, os.path.dirname(path), identity)
 
 
 def named_image(name: str, root: str, identity: str | None, confined: bool = False) -> WorkItem:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.hashing import hash64
+from facepipe.hashing import hash64_each, marks_each
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import Source, WorkItem
 
@@ -61,7 +61,8 @@ class Known(Protocol):
     def screen(
         self, uris: npt.NDArray[np.uint64], fingerprints: npt.NDArray[np.uint64]
     ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
-        """(verdict, previous) per item: see the constants beside gallery.known.KnownImages."""
+        """(verdict, previous) per item, as gallery.known.KnownImages gives them, for `hash64_each` of the uris and
+        `marks_each` of the fingerprints (0 where there is none)."""
 
 
 NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
@@ -84,11 +85,8 @@ def blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
             exhausted = not items
             verdicts, previous = _screen(items, known)
             cutter.count(verdicts)
-            held += [
-                (item, int(before) if verdict == CHANGED else None)
-                for item, verdict, before in zip(items, verdicts, previous, strict=True)
-                if verdict in (NEW, CHANGED)
-            ]
+            wanted = np.flatnonzero((verdicts == NEW) | (verdicts == CHANGED)).tolist()
+            held += [(items[n], int(previous[n]) if verdicts[n] == CHANGED else None) for n in wanted]
             if cutter.passed >= _REPORT:
                 yield cutter.block([])
         if held:
@@ -124,9 +122,8 @@ class _Cutter:
 
 
 def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
-    uris = np.array([hash64(item.uri) for item in items], np.uint64)
-    marks = np.array([hash64(item.fingerprint) if item.fingerprint else 0 for item in items], np.uint64)
-    return known.screen(uris, marks)
+    uris, marks = [item.uri for item in items], [item.fingerprint or "" for item in items]
+    return known.screen(hash64_each(uris), marks_each(marks))
 
 
 def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:

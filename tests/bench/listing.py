@@ -1,13 +1,15 @@
 """Listing and screening: images per second and peak memory, for new images and for a gallery that holds them all.
 
-    python tests/bench/listing.py [--images 1000000]
+    python tests/bench/listing.py [--images 1000000] [--rounds 3]
 
-Empty files in folders of a thousand; the gallery that knows them is built from rows, not from embedded images.
+Empty files in folders of a thousand; the gallery that knows them is built from rows, not from embedded images. Known
+images are passed over `rounds` times, and the median counts. CPU seconds are this process's: the machine is shared.
 """
 
 import argparse
 import os
-import resource
+import re
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -56,30 +58,43 @@ def remember(folder: Path, gallery: Gallery) -> None:
     commit(records, {})
 
 
+def memory() -> str:
+    """Peak of this process, and what of it now is not backed by a file: the table of known images is."""
+    status = Path("/proc/self/status").read_text()
+    peak, anonymous = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024 for name in ("VmHWM", "RssAnon"))
+    return f"peak {peak:.0f} MiB, {anonymous:.0f} MiB without mapped files"
+
+
+def timed(files: Path, gallery: Gallery | None) -> tuple[int, int, float, float]:
+    """(new images, images passed over, seconds, CPU seconds)."""
+    began, worked = time.perf_counter(), time.process_time()
+    new = skipped = 0
+    for block in listed(files, gallery):
+        new, skipped = new + block.items.num_rows, skipped + block.skipped
+    return new, skipped, time.perf_counter() - began, time.process_time() - worked
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for n in (args.images // 10, args.images):
             files = Path(folder) / f"f{n}"
             touch(files, n)
-            began = time.perf_counter()
-            found = sum(block.items.num_rows for block in listed(files, None))
-            seconds = time.perf_counter() - began
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(
-                f"{found} new images listed in {seconds:.1f} s ({found / seconds:,.0f}/s), peak {peak:.0f} MiB",
-                flush=True,
-            )
+            found, _, seconds, cpu = timed(files, None)
+            print(f"{found} new images listed in {seconds:.1f} s, {cpu:.1f} s of CPU ({found / seconds:,.0f}/s)")
+            print(f"  {memory()}", flush=True)
         gallery = Gallery.create(f"{folder}/g", Contract.of("fake-detector", "fake-embedder", True))
         remember(files, gallery)
-        began = time.perf_counter()
-        skipped = sum(block.skipped for block in listed(files, Gallery(f"{folder}/g")))
-        seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rounds = [timed(files, Gallery(f"{folder}/g")) for _ in range(args.rounds)]
+        assert all(new == 0 and skipped == args.images for new, skipped, _, _ in rounds)
+        times = [seconds for _, _, seconds, _ in rounds]
         print(
-            f"{skipped} known images passed over in {seconds:.1f} s ({skipped / seconds:,.0f}/s), peak {peak:.0f} MiB"
+            f"{args.images} known images passed over in {statistics.median(times):.1f} s "
+            f"({min(times):.1f} to {max(times):.1f}), {statistics.median(cpu for *_, cpu in rounds):.1f} s of CPU "
+            f"({args.images / statistics.median(times):,.0f}/s)\n  {memory()}"
         )
 
 
