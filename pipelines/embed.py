@@ -215,9 +215,11 @@ def _records(runner: str, blocks: Blocks, jobs: list[Job], plan: Plan) -> Iterat
 
 
 def _choose(config: RunConfig, listing: Listing) -> tuple[str, Blocks]:
-    """(runner, blocks): Ray's start costs some ten seconds, which a small amount of work does not pay for."""
+    """(runner, blocks): Ray's start costs some ten seconds, and on one machine it is no faster than processes are."""
     if config.runner != "auto":
         return config.runner, listing
+    if "RAY_ADDRESS" not in os.environ and config.layout == "fused":
+        return "local", listing
     images, ahead = 0, list[Block]()
     for block in listing():
         images += block.items.num_rows

@@ -23,7 +23,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class RunConfig:
     """How the work is run; none of it but `precision` changes what comes out.
 
-    runner: local (processes on this machine), ray, inline (this process), or auto: local below auto_images, else ray
+    runner: local (processes on this machine), ray, inline (this process), or auto: local, but ray for more than
+        auto_images images where RAY_ADDRESS names a cluster (or layout is split, which only Ray runs)
     workers: how many; by default one a CPU, or one a GPU where there are GPUs
     layout: fused (one worker runs all stages) or split (CPU workers decode, GPU workers run the models)
     batch: images a worker holds decoded at a time; by default 16, and 256 where it has a GPU

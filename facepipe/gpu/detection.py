@@ -57,7 +57,7 @@ class Detection:
     def begin(self, resident: Resident, chosen: Indices, size: int, letterbox: Callable[[int], Any]) -> list[Part]:
         """Queue the search of chosen images (m,), shrunk to `size`.
 
-        letterbox: by an image's number what `Detect._letterbox` makes of it, for those that the rule leaves to the host
+        letterbox: by an image's number what `Detect.letterbox` makes of it, for those that the rule leaves to the host
         """
         groups: dict[tuple[int, int, int], list[tuple[int, Placement]]] = defaultdict(list)
         others: list[int] = []

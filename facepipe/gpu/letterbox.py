@@ -46,7 +46,7 @@ class Rule:
     stride: int
 
     def place(self, height: int, width: int, size: int) -> Placement | None:
-        """The placement of an image at `size`, as `Detect._letterbox` finds it; None where it is halved twice or more,
+        """The placement of an image at `size`, as `Detect.letterbox` finds it; None where it is halved twice or more,
         which is left to the host.
         """
         step = 1
@@ -71,7 +71,7 @@ class Rule:
 def letterboxed(sources: Sources, places: Sequence[Placement]) -> Tensor:
     """(n, out_height, out_width, 3) uint8 of the sources' images, whose placements share that size and the step.
 
-    Pixel by pixel what `Detect._letterbox` gives (tests/facepipe/test_gpu_letterbox.py).
+    Pixel by pixel what `Detect.letterbox` gives (tests/facepipe/test_gpu_letterbox.py).
     """
     first = places[0]
     told = np.array([place[:5] for place in places], np.int64)

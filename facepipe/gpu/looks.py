@@ -52,7 +52,7 @@ class Looks:
         quick = (np.minimum(detect.size, sides) > detect.quick_look) & (detect.quick_look > 0)
 
         def begin(detection: Detection, chosen: Indices, size: int) -> list[Part]:
-            return detection.begin(resident, chosen, size, lambda n: self._by_host._letterbox(pixels[n], size))
+            return detection.begin(resident, chosen, size, lambda n: self._by_host.letterbox(pixels[n], size))
 
         looks = begin(self._quick, every[quick], detect.quick_look)
         parts = begin(self._full, every[~quick], detect.size)

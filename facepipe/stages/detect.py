@@ -102,7 +102,7 @@ class Detect:
     def found(self, pixels: dict[int, Pixels]) -> dict[int, Faces]:
         """The faces of images (h, w, 3) RGB by number, in those images' pixels."""
         faces = self._quick(pixels)
-        faces |= self._search({n: self._letterbox(p, self.size) for n, p in pixels.items() if n not in faces})
+        faces |= self._search({n: self.letterbox(p, self.size) for n, p in pixels.items() if n not in faces})
         if self.second_look:
             missed = [n for n, found in faces.items() if not len(found.scores)]
             again = {n: self._closer(pixels[n]) for n in missed if max(pixels[n].shape[:2]) > self.border_below}
@@ -115,7 +115,7 @@ class Detect:
         if not self.quick_look or not isinstance(detector, Doubting):
             return {}
         inputs = {
-            n: self._letterbox(p, self.quick_look)
+            n: self.letterbox(p, self.quick_look)
             for n, p in pixels.items()
             if min(self.size, max(p.shape[:2])) > self.quick_look
         }
@@ -137,7 +137,7 @@ class Detect:
                 found |= {n: _restore(faces, inputs[n]) for n, faces in looks if faces is not None}
         return found
 
-    def _letterbox(self, pixels: Pixels, size: int) -> Letterbox:
+    def letterbox(self, pixels: Pixels, size: int) -> Letterbox:
         """Shrunk to `size` and padded to the detector's stride."""
         pixels, (sx, sy) = shrunk(pixels, size)
         small_h, small_w = pixels.shape[:2]
@@ -152,7 +152,7 @@ class Detect:
         return Letterbox(pixels, sx, sy, 0, 0)
 
     def _closer(self, pixels: Pixels) -> Letterbox:
-        return self._letterbox(pixels, min(self.size // 2, self.border_below))
+        return self.letterbox(pixels, min(self.size // 2, self.border_below))
 
     def _mirror(self, side: int) -> tuple[int, int]:
         """Border before and after: half the side in all, to the nearest multiple of the stride."""

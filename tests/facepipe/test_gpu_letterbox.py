@@ -32,7 +32,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([64, 160, 384, 640]), st.sampled_from([0, 96, 320]))
 def test_every_shape_lies_as_detect_lays_it(height: int, width: int, size: int, border_below: int) -> None:
     image = noise(height, width)
-    host = detect(border_below)._letterbox(image, size)
+    host = detect(border_below).letterbox(image, size)
     place = Rule(border_below, 32).place(height, width, size)
     if place is None:
         assert max(height, width) > 4 * size or max(height // 2, width // 2) > 2 * size
@@ -59,7 +59,7 @@ def test_images_of_one_shape_are_made_together() -> None:
         resident = Resident.of([image for image, _ in rows], Uploads(CPU))
         together = letterboxed(resident.sources(np.arange(len(rows))), [place for _, place in rows])
         for (image, _), made in zip(rows, together.numpy(), strict=True):
-            assert np.array_equal(made, detect()._letterbox(image, 640).pixels)
+            assert np.array_equal(made, detect().letterbox(image, 640).pixels)
 
 
 def test_images_one_behind_the_other_are_not_copied() -> None:

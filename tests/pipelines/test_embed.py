@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.verify import verify
 from facepipe.sources import SourceConfig, open_source
 from facepipe.stages import Decode, Detect, check_chain
-from facepipe.work.blocks import BlockSize, blocks, decode, encode
+from facepipe.work.blocks import Block, BlockSize, blocks, decode, encode
+from pipelines.embed import RunConfig, _choose
 from pipelines.plan import Resources, make_plan
 
 Settings = dict[str, Any]
@@ -304,6 +306,32 @@ def test_plans() -> None:
     assert sum(g.workers * g.cpus for g in split) <= 16
     with pytest.raises(ConfigError):
         make_plan(Resources(2), layout="split")
+
+
+@pytest.mark.parametrize(
+    ("address", "layout", "images", "expected", "listings"),
+    [
+        ("", "fused", 9999, "local", 0),  # one machine: nobody waits for the listing to be counted
+        ("head:6379", "fused", 3, "local", 1),
+        ("head:6379", "fused", 9999, "ray", 1),
+        ("", "split", 9999, "ray", 1),
+    ],
+)
+def test_ray_is_for_much_work_on_a_cluster(
+    address: str, layout: Any, images: int, expected: str, listings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    listed: list[int] = []
+
+    def listing() -> Iterator[Block]:
+        listed.append(1)
+        yield from (Block(n, pa.table({"uri": ["x"] * min(100, images)})) for n in range(-(-images // 100)))
+
+    runner, found = _choose(RunConfig(layout=layout), listing)  # type: ignore[arg-type]
+    assert (runner, len(listed)) == (expected, listings)
+    assert len(list(found())) == -(-images // 100)
 
 
 def test_a_chain_in_the_wrong_order_is_refused_before_it_runs() -> None:
