@@ -4,7 +4,7 @@
 
 Needs ../shared. Of every image of LFW-dev the largest face near the middle; ranges come from every twelfth of them. A
 share of the values on either side is left out of a range. View 2 are the folds 1 to 5; all pairs are those of the 3,811
-faces (some 7,000 of one person and 7.3 million of two).
+faces (4,414 of one person and 7.3 million of two).
 """
 
 import argparse
