@@ -8,6 +8,7 @@ from facepipe.gpu.batches import Batches, free_memory, planned
 from facepipe.gpu.graphs import Buckets
 from facepipe.gpu.networks import EmbedderNet
 from facepipe.gpu.precision import DTYPES, cast
+from facepipe.models.engines import channels_last
 from facepipe.models.protocols import Floats
 
 # Bytes of a pixel of a chip, for each byte of a number: what is live at once in the widest place of the networks here.
@@ -27,8 +28,7 @@ class ChipEmbedder:
     def __init__(self, network: EmbedderNet, device: str, precision: str, flip: bool, most: int):
         self.size, self._matrix, self._flip = network.size, network.projection, flip
         self._device, self._dtype = torch.device(device), DTYPES[precision]
-        net = cast(network.net.eval().to(self._device), precision, _exact(network.net))
-        self._net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._net = channels_last(cast(network.net, precision, _exact(network.net)), device)
         mean, scale = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (network.fed.mean, network.fed.scale)
         )

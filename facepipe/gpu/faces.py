@@ -15,6 +15,7 @@ from facepipe.gpu.precision import DTYPES, cast
 from facepipe.gpu.suppress import suppress
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFaceNet, fold
+from facepipe.models.engines import channels_last
 from facepipe.models.protocols import Faces, Floats
 
 _ROUNDS = 12  # of suppression; what needs more is flagged
@@ -61,8 +62,7 @@ class FaceFinder:
     def __init__(self, net: RetinaFaceNet, channels: Channels, device: str, precision: str = "float32"):
         self.device = torch.device(device)
         self.dtype, self._flipped = DTYPES[precision], channels == "bgr"
-        folded = cast(fold(net).to(self.device), precision, _HEADS)
-        self.net = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = channels_last(cast(fold(net), precision, _HEADS), device)
         mean = torch.tensor(decoding.MEAN_BGR, dtype=self.dtype, device=self.device)
         self._mean = mean.view(1, 3, 1, 1)
         self._anchors: dict[tuple[int, ...], Tensor] = {}

@@ -80,9 +80,11 @@ def test_no_quick_look_where_it_is_off_or_low_scores_mean_nothing_or_the_image_i
         assert eye.seen == [given_settings.get("size", 640)]
 
 
-def test_a_higher_lowest_score_is_kept_to() -> None:
-    eye = Eye({384: (0.95,), 640: (0.95,)})
-    assert len(looked(eye, min_score=0.97)[0].scores) == 0 or eye.seen[-1] == 640
+def test_what_is_below_the_lowest_score_is_not_certain() -> None:
+    eye = Eye({384: (0.95,), 640: (0.98,)})
+    found = looked(eye, min_score=0.97)[0]
+    assert eye.seen == [384, 640]
+    assert found.scores == pytest.approx([0.98])
 
 
 @settings(max_examples=200, deadline=None)
