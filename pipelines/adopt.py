@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import facepipe
+from facepipe.adoption.adopt import Adoption, Tally
+from facepipe.adoption.rows import whole_images
+from facepipe.adoption.tables import EncodingSource, Names, open_encodings
 from facepipe.erasure import suppressed
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.adopt import Adoption, Tally
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.parts import Record, stamp, write_part
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import EMBEDDING_DIM
-from facepipe.sources.encoded import whole_images
-from facepipe.sources.encodings import EncodingSource, Names, open_encodings
 from pipelines.recorded import current, follow, records
 
 

@@ -18,11 +18,11 @@ from conftest import REPOSITORY, draw
 from helpers import embed, rows
 from typer.testing import CliRunner
 
+from facepipe.adoption.tables import open_encodings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.verify import verify
 from facepipe.models.weights import package_file
-from facepipe.sources.encodings import open_encodings
 from jobs.cli import app
 from pipelines import adopt as pipeline
 from pipelines.adopt import AdoptConfig, AdoptSummary
@@ -165,7 +165,7 @@ def test_batches_do_not_cut_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     vectors, names = people(40, 5)
     pq.write_table(pa.table({"vector": vectors.tolist(), "uri": names}), tmp_path / "e.parquet")
     adopt(tmp_path / "e.parquet", tmp_path / "whole")
-    monkeypatch.setattr("facepipe.sources.encodings._ROWS", 7)
+    monkeypatch.setattr("facepipe.adoption.tables._ROWS", 7)
     summary = adopt(tmp_path / "e.parquet", tmp_path / "cut")
     assert summary.version > 20, "a commit a batch"
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
@@ -306,7 +306,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     vectors, names = people(3000)
     path = savez(tmp_path / "k.npz", encodings=vectors, names=names)
     code = (
-        "import facepipe.sources.encodings as e, pipelines.adopt as p; e._ROWS = 50; "
+        "import facepipe.adoption.tables as e, pipelines.adopt as p; e._ROWS = 50; "
         f"p.run(p.AdoptConfig({str(path)!r}, detector='fake-detector', embedder='fake-embedder'), {str(tmp_path / 'g')!r})"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
