@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import pack
 from facepipe.errors import ConfigError
 from facepipe.hashing import image_id
 from facepipe.schema import OK, WORK_ITEM
 from facepipe.sources.item import file_uri
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read
-from facepipe.stages.columns import pack
 
 Image = str | os.PathLike[str] | npt.NDArray[np.uint8]
 

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.arrow import vectors
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.stages.chips import prominence
-from facepipe.stages.columns import vectors
 from facepipe.training.chip_writer import plain_name
 from facepipe.training.data_config import DataConfig
 from facepipe.training.image_names import Names

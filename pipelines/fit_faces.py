@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import buffers
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.pairs import subject_rows
 from facepipe.evaluation.pairs_file import Pair, read_pairs
@@ -24,7 +25,6 @@ from facepipe.sources.again import Places
 from facepipe.stages import Align, Decode, Read
 from facepipe.stages.chain import Chain
 from facepipe.stages.chips import GIVEN, Given
-from facepipe.stages.columns import buffers
 
 Ints = npt.NDArray[np.int64]
 _MEASURED = 2_000  # faces: two million pairs

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.adoption.rows import SCHEME, Image, images, measured, reasons
+from facepipe.arrow import float_lists, vectors
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64
 from facepipe.hashtable import HashTable
 from facepipe.schema import OK
-from facepipe.stages.columns import float_lists, vectors
 
 Floats = npt.NDArray[np.float32]
 Hashes = npt.NDArray[np.uint64]

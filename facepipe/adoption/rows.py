@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe import storage
+from facepipe.arrow import vectors
 from facepipe.hashing import hash64, image_id
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.item import file_uri
 from facepipe.sources.kinds import is_web
-from facepipe.stages.columns import vectors
 
 Floats = npt.NDArray[np.float32]
 

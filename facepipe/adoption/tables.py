@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.adoption import npy
+from facepipe.arrow import float_lists
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery.contract import PROPERTY
 from facepipe.index.queries import parquet_files
 from facepipe.index.rows import list_vectors
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS
-from facepipe.stages.columns import float_lists
 
 Names = Literal["auto", "people", "images"]
 

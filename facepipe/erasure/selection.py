@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from facepipe.arrow import vectors
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM
-from facepipe.stages.columns import vectors
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _ROWS = 65536

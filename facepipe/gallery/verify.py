@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.arrow import vectors
 from facepipe.errors import StorageError
 from facepipe.gallery.parts import digest_in
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64_column
 from facepipe.hashtable import HashTable
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
-from facepipe.stages.columns import vectors
 
 _NORM_TOLERANCE = 1e-4
 _MAX_PROBLEMS = 100

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import buffers, float_lists, frames, images, pack, with_columns
 from facepipe.imaging.alignment import ChipLayout, chip_of, wanted_scale
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.geometry import Frame, frame_of, pose, sharpness
 from facepipe.imaging.header import probe
 from facepipe.models import card, chip_layout
-from facepipe.stages.columns import buffers, float_lists, frames, images, pack, with_columns
 
 Pixels = npt.NDArray[np.uint8]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import buffers, images, pack, with_columns
 from facepipe.hashing import face_id
 from facepipe.models import chip_layout
 from facepipe.schema import OK, READ_ERROR
-from facepipe.stages.columns import buffers, images, pack, with_columns
 
 Pixels = npt.NDArray[np.uint8]
 GIVEN = pa.schema(

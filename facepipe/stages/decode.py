@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import buffers, pack, with_columns
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.geometry import Frame, frame_of
 from facepipe.imaging.header import Header, HeaderError, probe
 from facepipe.imaging.perceptual import perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
-from facepipe.stages.columns import buffers, pack, with_columns
 
 _LARGEST = (1 << 31) - 1
 _KEPT_WHOLE = 1 << 24  # pixels

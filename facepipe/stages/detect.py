@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import frames, images, ragged, with_columns
 from facepipe.imaging.geometry import Frame
 from facepipe.models import Detector, Faces, card
 from facepipe.models.device import resolve
 from facepipe.models.protocols import Doubting
 from facepipe.schema import NO_FACE, OK
-from facepipe.stages.columns import frames, images, ragged, with_columns
 
 Pixels = npt.NDArray[np.uint8]
 Search = Callable[[Pixels], Sequence[Faces | None]]

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import buffers, frames, images, with_columns
 from facepipe.gpu.coordinates import Found, Frames, full_size
 from facepipe.imaging.alignment import ChipLayout, chip_of
 from facepipe.imaging.geometry import Frame
 from facepipe.models import card, chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.stages.align import Align, Aligned, Each, larger
-from facepipe.stages.columns import buffers, frames, images, with_columns
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 

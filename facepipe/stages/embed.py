@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from facepipe.arrow import buffers, float_lists, with_columns
 from facepipe.errors import ModelError
 from facepipe.hashing import face_id
 from facepipe.models import Embedder, card
 from facepipe.models.device import resolve
-from facepipe.stages.columns import buffers, float_lists, with_columns
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.arrow import pack, with_columns
 from facepipe.errors import ConfigError, StorageError
 from facepipe.hashing import hash64, image_id
 from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.sources.parquet import bytes_column, one_line
-from facepipe.stages.columns import pack, with_columns
 
 Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
 _BATCH_ROWS = 16

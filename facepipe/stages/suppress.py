@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from facepipe.arrow import pack, with_columns
 from facepipe.erasure import suppressed
 from facepipe.hashing import hash64
 from facepipe.schema import ERASED, OK
-from facepipe.stages.columns import pack, with_columns
 
 
 @dataclass(frozen=True)

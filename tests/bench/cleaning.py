@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from galleries import append
 
+from facepipe.arrow import vectors
 from facepipe.evaluation.cleaning import evaluate_clean
 from facepipe.gallery import Gallery
-from facepipe.stages.columns import vectors
 from pipelines.clean import CleanConfig, run
 
 _CLEANLAB = """

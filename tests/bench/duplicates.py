@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe import Gallery
+from facepipe.arrow import vectors
 from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources import SourceConfig
-from facepipe.stages.columns import vectors
 from pipelines.embed import EmbedConfig, RunConfig, run
 
 Pixels = np.ndarray[Any, Any]

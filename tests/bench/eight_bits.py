@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from corpus import SHARED
 
+from facepipe.arrow import buffers
 from facepipe.evaluation.pairs import figures
 from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.models.dlib.graph import Range, activations, graph
@@ -26,7 +27,6 @@ from facepipe.models.registry import dlib_weights
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Subject
-from facepipe.stages.columns import buffers
 
 Chips = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe import storage
+from facepipe.arrow import float_lists
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.parts import Record, encode, statistics
 from facepipe.hashing import image_id
 from facepipe.schema import EMBEDDING_DIM, OK, conform
-from facepipe.stages.columns import float_lists
 
 CONTRACT = Contract("synthetic", "0" * 64, "synthetic", "0" * 64, "none", False)
 STATS = Path(__file__).resolve().parents[3] / "shared" / "data" / "embedding-stats.npz"

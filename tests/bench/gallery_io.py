@@ -26,12 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from galleries import CONTRACT, Faces, rows
 
+from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.parts import Record, write_part
 from facepipe.index.rows import face_rows
 from facepipe.schema import FACES
-from facepipe.stages.columns import float_lists
 
 COMMIT_EVERY = 64  # files; a run commits every ten seconds
 Timings = dict[str, list[float]]

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from facepipe.arrow import pack
 from facepipe.gpu.embedding import ChipEmbedder
 from facepipe.gpu.faces import FaceFinder
 from facepipe.gpu.networks import detector_net, embedder_net
 from facepipe.gpu.sampler import Sampler
 from facepipe.stages import Align, Detect, FacesOnDevice
-from facepipe.stages.columns import pack
 
 WIDTH, HEIGHT = 640, 480
 IMAGES_GOAL, CHIPS_GOAL = 10_000, 40_000

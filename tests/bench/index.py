@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from galleries import Faces, make_gallery
 
+from facepipe.arrow import float_lists
 from facepipe.config import build
 from facepipe.gallery import Gallery
 from facepipe.index.manifest import load
@@ -24,7 +25,6 @@ from facepipe.index.plan import lists_of
 from facepipe.index.rows import face_rows, sample
 from facepipe.index.search import Index, Setting
 from facepipe.index.tune import recall
-from facepipe.stages.columns import float_lists
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index
 from pipelines.search import SearchConfig

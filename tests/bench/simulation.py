@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import pipelines.embed
+from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
@@ -37,7 +38,6 @@ from facepipe.gallery.table import open_table
 from facepipe.hashing import face_id, image_id
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.sources import SourceConfig
-from facepipe.stages.columns import float_lists
 from pipelines.embed import EmbedConfig, RunConfig, Summary
 from pipelines.plan import Group
 

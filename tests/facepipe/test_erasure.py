@@ -16,6 +16,7 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from pyarrow import compute as pc
 
+from facepipe.arrow import pack
 from facepipe.erasure import pending, receipt, suppressed
 from facepipe.erasure.gone import Gone, role_of
 from facepipe.erasure.receipt import Receipt
@@ -27,7 +28,6 @@ from facepipe.hashing import hash64
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Face, Figure, Group, Report, Table
 from facepipe.schema import FACES, OK
-from facepipe.stages.columns import pack
 from facepipe.stages.suppress import Suppress
 
 NOW = datetime(2026, 11, 20, tzinfo=UTC)

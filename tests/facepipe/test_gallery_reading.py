@@ -11,12 +11,12 @@ import pyarrow.dataset as ds
 import pytest
 from helpers import embed
 
+from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery import table as module
 from facepipe.gallery.fresh import Files
 from facepipe.gallery.parts import Record, write_part
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, UNCHANGED, conform
-from facepipe.stages.columns import float_lists
 
 FILTERS = {
     "face_id is not null": ["face_id"],

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from facepipe.arrow import vectors
 from facepipe.gpu.graphs import Buckets
 from facepipe.gpu.networks import resident
 from facepipe.models.architectures import ARCHITECTURES
@@ -19,7 +20,6 @@ from facepipe.models.detectors.retinaface import RetinaFaceNet
 from facepipe.models.detectors.retinaface_keys import from_biubug6
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, FacesOnDevice, Read, check_chain
-from facepipe.stages.columns import vectors
 
 NAMES = ("couple", "img54", "img27", "img5", "img2", "img4", "img31", "img67", "img1", "img11_reflection")
 SMALL = FacesOnDevice(device="cpu", frames=2, chips=4)

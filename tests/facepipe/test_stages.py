@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import facepipe
+from facepipe.arrow import buffers, float_lists, images, pack, ragged, vectors
 from facepipe.errors import ConfigError, ModelError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.geometry import frame_of
@@ -17,7 +18,6 @@ from facepipe.imaging.header import probe
 from facepipe.models.fakes import FakeEmbedder
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
-from facepipe.stages.columns import buffers, float_lists, images, pack, ragged, vectors
 from facepipe.stages.read import ParquetRows
 
 

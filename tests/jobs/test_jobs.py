@@ -18,11 +18,11 @@ import typer
 from conftest import REPOSITORY, draw
 from typer.testing import CliRunner
 
+from facepipe.arrow import float_lists
 from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.gallery import Gallery
 from facepipe.observe import runs
-from facepipe.stages.columns import float_lists
 from jobs import bulk_search, clean_dataset
 from jobs.cli import app as facepipe
 from pipelines import bulk_search as bulk

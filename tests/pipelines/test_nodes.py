@@ -17,6 +17,7 @@ from bench.nodes import committed, listing, make_corpus, start, working
 from helpers import embed, rows
 from ray_nodes import Cluster, Node, cluster
 
+from facepipe.arrow import float_lists
 from facepipe.config import build
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
@@ -24,7 +25,6 @@ from facepipe.gallery.verify import verify
 from facepipe.index import manifest
 from facepipe.index.verify import verify_index
 from facepipe.schema import WORK_ITEM
-from facepipe.stages.columns import float_lists
 from facepipe.work.blocks import Block
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index

@@ -11,6 +11,7 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from helpers import embed
 
+from facepipe.arrow import float_lists
 from facepipe.config import build
 from facepipe.errors import ConfigError, ContractError, EvaluationError, GalleryError, IndexingError, SourceError
 from facepipe.evaluation.identification import Probes, identification, operating_point, probe
@@ -19,7 +20,6 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
 from facepipe.index.decide import decide
 from facepipe.index.search import Index
-from facepipe.stages.columns import float_lists
 from pipelines.index import IndexConfig
 from pipelines.index import run as index
 from pipelines.search import SearchConfig, SearchSummary, run
