@@ -13,11 +13,11 @@ from bench.galleries import Faces as Drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from facepipe.cleaning import decide, lists
-from facepipe.cleaning.decide import DECISIONS, REASONS, Verdicts, expected_errors, overruled, verdicts
-from facepipe.cleaning.evidence import Candidates, Centres, Faces, candidates
-from facepipe.cleaning.identities import Parts, Summary, core, parts, summarise
-from facepipe.cleaning.model import Belief, Normal, believe, log_ratio
+from facepipe.curation.cleaning import decide, lists
+from facepipe.curation.cleaning.decide import DECISIONS, REASONS, Verdicts, expected_errors, overruled, verdicts
+from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, candidates
+from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
+from facepipe.curation.cleaning.model import Belief, Normal, believe, log_ratio
 from facepipe.graph import pairs as near
 from facepipe.graph.pairs import Pairs
 from facepipe.sources.listfile import ListSource

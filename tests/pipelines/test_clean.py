@@ -15,9 +15,9 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from helpers import embed
 
-from facepipe.cleaning.decide import DECISIONS, REASONS
-from facepipe.cleaning.lists import DECISION_ROWS
 from facepipe.config import build
+from facepipe.curation.cleaning.decide import DECISIONS, REASONS
+from facepipe.curation.cleaning.lists import DECISION_ROWS
 from facepipe.errors import GalleryBusyError, GalleryError
 from facepipe.evaluation.cleaning import evaluate_clean
 from facepipe.gallery import Contract, Gallery

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.cleaning.evidence import Candidates, Ids
-from facepipe.cleaning.model import LEAST, Belief
+from facepipe.curation.cleaning.evidence import Candidates, Ids
+from facepipe.curation.cleaning.model import LEAST, Belief
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.cleaning.evidence import Candidates, Centres, Faces, Ids
+from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, Ids
 
 Floats = npt.NDArray[np.float32]
 _BINS = np.array([0.3, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf])

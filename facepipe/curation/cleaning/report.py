@@ -7,10 +7,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.cleaning.decide import DECISIONS, KEEP, OUTLIER, REASONS, RELABEL, REVIEW, Verdicts, expected_errors
-from facepipe.cleaning.evidence import Ids
-from facepipe.cleaning.identities import Parts, Summary
-from facepipe.cleaning.model import Belief
+from facepipe.curation.cleaning.decide import (
+    DECISIONS,
+    KEEP,
+    OUTLIER,
+    REASONS,
+    RELABEL,
+    REVIEW,
+    Verdicts,
+    expected_errors,
+)
+from facepipe.curation.cleaning.evidence import Ids
+from facepipe.curation.cleaning.identities import Parts, Summary
+from facepipe.curation.cleaning.model import Belief
 from facepipe.gallery import Gallery
 from facepipe.graph import Graph
 from facepipe.graph.describe import recall_note

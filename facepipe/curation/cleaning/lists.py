@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.cleaning.decide import DECISIONS, KEEP, REASONS, RELABEL, Verdicts
+from facepipe.curation.cleaning.decide import DECISIONS, KEEP, REASONS, RELABEL, Verdicts
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.graph import GraphInfo

@@ -1,0 +1,1 @@
+"""What people act on: the face graph, duplicates, clusters and noisy labels."""
