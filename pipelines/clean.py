@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from facepipe.clusters.constraints import labels as given_labels
-from facepipe.clusters.constraints import same_photo
 from facepipe.curation.cleaning import decide, lists
 from facepipe.curation.cleaning.decide import DECISIONS, Verdicts
 from facepipe.curation.cleaning.evidence import Candidates, Faces, Ids, candidates
 from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.curation.cleaning.model import believe
 from facepipe.curation.cleaning.report import Cleaned, clean_report
+from facepipe.curation.clusters.constraints import labels as given_labels
+from facepipe.curation.clusters.constraints import same_photo
 from facepipe.duplicates import DuplicateRule, find_duplicates
 from facepipe.duplicates.crowds import face_pairs
 from facepipe.duplicates.gather import gather

@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.clusters import review, tables
-from facepipe.clusters.constraints import labels as given_labels
-from facepipe.clusters.constraints import same_photo
-from facepipe.clusters.identities import Algorithm, cluster
 from facepipe.clusters.linkage import Clusters
-from facepipe.clusters.report import Found, cluster_report
-from facepipe.clusters.standing import Standing
+from facepipe.curation.clusters import review, tables
+from facepipe.curation.clusters.constraints import labels as given_labels
+from facepipe.curation.clusters.constraints import same_photo
+from facepipe.curation.clusters.identities import Algorithm, cluster
+from facepipe.curation.clusters.report import Found, cluster_report
+from facepipe.curation.clusters.sums import Standing
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark

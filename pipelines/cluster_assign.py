@@ -17,13 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.clusters import standing as standings
-from facepipe.clusters import tables
-from facepipe.clusters.assign import Placed, assign
-from facepipe.clusters.ledger import Ledger
 from facepipe.clusters.linkage import Clusters
-from facepipe.clusters.nearby import nearby, usable_index
-from facepipe.clusters.standing import MARK, SUMS, Standing, find
+from facepipe.curation.clusters import sums as standings
+from facepipe.curation.clusters import tables
+from facepipe.curation.clusters.assign import Placed, assign
+from facepipe.curation.clusters.ledger import Ledger
+from facepipe.curation.clusters.nearby import nearby, usable_index
+from facepipe.curation.clusters.sums import MARK, SUMS, Standing, find
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark, changes
 from facepipe.graph.cohort import Cohort

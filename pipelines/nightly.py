@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from facepipe import storage
-from facepipe.clusters import tables
+from facepipe.curation.clusters import tables
 from facepipe.erasure.selection import Selection
 from facepipe.errors import (
     ConfigError,

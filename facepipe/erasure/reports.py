@@ -13,9 +13,9 @@ from zipfile import BadZipFile
 
 import pyarrow as pa
 
-from facepipe.clusters.ledger import Ledger
-from facepipe.clusters.standing import MARK, SUMS, Standing, forget
-from facepipe.clusters.tables import FACES
+from facepipe.curation.clusters.ledger import Ledger
+from facepipe.curation.clusters.sums import MARK, SUMS, Standing, forget
+from facepipe.curation.clusters.tables import FACES
 from facepipe.erasure.gone import ANY, Gone
 from facepipe.erasure.lists import scrub_csv, scrub_list
 from facepipe.erasure.pages import scrub_page

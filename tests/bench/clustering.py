@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from galleries import BLOCK, CONTRACT, Faces, append, rows
 
-from facepipe.clusters.identities import cluster
+from facepipe.curation.clusters.identities import cluster
 from facepipe.evaluation.clusters import compare, evaluate_clusters
 from facepipe.gallery import Gallery
 from facepipe.graph import Graph

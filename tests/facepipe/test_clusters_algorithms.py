@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.clusters.communities import communities
 from facepipe.clusters.components import adjacency, components, numbered
-from facepipe.clusters.whispers import whispers
+from facepipe.curation.clusters.chinese_whispers import whispers
+from facepipe.curation.clusters.louvain import communities
 from facepipe.errors import ConfigError
 
 Clustering = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -145,6 +145,6 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}")
         return importlib.import_module(name, *rest, **named)
 
-    monkeypatch.setattr("facepipe.clusters.communities.import_module", absent)
+    monkeypatch.setattr("facepipe.curation.clusters.louvain.import_module", absent)
     with pytest.raises(ConfigError, match=r"pip install 'facepipe\[communities\]'"):
         communities(*graph(3, {(0, 1): 0.5}))

@@ -13,8 +13,8 @@ from bench.galleries import CONTRACT, Faces, append, rows
 from helpers import embed
 
 import facepipe.graph
-from facepipe.clusters import tables
 from facepipe.config import build
+from facepipe.curation.clusters import tables
 from facepipe.errors import ConfigError, EvaluationError, GalleryBusyError, GalleryError
 from facepipe.evaluation.clusters import evaluate_clusters
 from facepipe.gallery import Gallery

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.clusters.linkage import Clusters
-from facepipe.clusters.review import Suspects
+from facepipe.curation.clusters.review import Suspects
 from facepipe.gallery import Gallery
 from facepipe.graph import Graph
 from facepipe.graph.describe import pair_histogram, recall_note, threshold_note

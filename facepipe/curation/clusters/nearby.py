@@ -6,8 +6,8 @@ What a face is compared with then grows with the new faces, and not with their n
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.assign import Near
-from facepipe.clusters.ledger import Ledger
+from facepipe.curation.clusters.assign import Near
+from facepipe.curation.clusters.ledger import Ledger
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark

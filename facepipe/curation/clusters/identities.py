@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.communities import communities
 from facepipe.clusters.components import components, numbered
 from facepipe.clusters.linkage import Clusters, average_linkage
-from facepipe.clusters.whispers import whispers
+from facepipe.curation.clusters.chinese_whispers import whispers
+from facepipe.curation.clusters.louvain import communities
 from facepipe.graph import Graph
 from facepipe.graph.cells import Layout, train
 from facepipe.graph.pairs import candidates

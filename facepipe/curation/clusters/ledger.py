@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from facepipe.clusters.standing import find
-from facepipe.clusters.tables import FACE_ROWS
+from facepipe.curation.clusters.sums import find
+from facepipe.curation.clusters.tables import FACE_ROWS
 from facepipe.errors import StorageError
 
 Ids = npt.NDArray[np.int64]
