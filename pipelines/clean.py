@@ -18,10 +18,10 @@ from facepipe.curation.cleaning.model import believe
 from facepipe.curation.cleaning.report import Cleaned, clean_report
 from facepipe.curation.clusters.constraints import labels as given_labels
 from facepipe.curation.clusters.constraints import same_photo
-from facepipe.duplicates import DuplicateRule, find_duplicates
-from facepipe.duplicates.crowds import face_pairs
-from facepipe.duplicates.gather import gather
-from facepipe.duplicates.images import Images, images_of
+from facepipe.curation.duplicates import DuplicateRule, find_duplicates
+from facepipe.curation.duplicates.gather import gather
+from facepipe.curation.duplicates.images import Images, images_of
+from facepipe.curation.duplicates.stars import face_pairs
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
 from facepipe.graph import Graph

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from facepipe import storage
-from facepipe.duplicates import DuplicateRule
+from facepipe.curation.duplicates import DuplicateRule
 from facepipe.erasure import suppressed
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery

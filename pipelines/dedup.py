@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
-from facepipe.duplicates.crowds import face_pairs
-from facepipe.duplicates.gather import gather
-from facepipe.duplicates.report import duplicates_report
+from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
+from facepipe.curation.duplicates.gather import gather
+from facepipe.curation.duplicates.report import duplicates_report
+from facepipe.curation.duplicates.stars import face_pairs
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates
-from facepipe.duplicates.around import Around, around
-from facepipe.duplicates.report import duplicates_report
+from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
+from facepipe.curation.duplicates.incremental import Around, around
+from facepipe.curation.duplicates.report import duplicates_report
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Changes, Files, Mark, changes

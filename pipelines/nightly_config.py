@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from facepipe.duplicates import DuplicateRule
+from facepipe.curation.duplicates import DuplicateRule
 from facepipe.gallery.compact import CompactConfig
 from facepipe.sources import Kind, SourceConfig, open_source
 from facepipe.sources.identity import IdentityRule

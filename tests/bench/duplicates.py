@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from facepipe import Gallery
 from facepipe.arrow import vectors
-from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates
+from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, RunConfig, run

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
+from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
 from facepipe.errors import ConfigError
 from facepipe.graph.pairs import Pairs
 from facepipe.imaging.perceptual import mirrored

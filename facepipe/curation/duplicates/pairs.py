@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.duplicates.images import Images, Ints, codes_of
-from facepipe.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
+from facepipe.curation.duplicates.images import Images, Ints, codes_of
+from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
 from facepipe.imaging.perceptual import hamming, mirrored
 
 Floats = npt.NDArray[np.float32]

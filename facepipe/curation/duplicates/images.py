@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.duplicates.rule import Keep
+from facepipe.curation.duplicates.rule import Keep
 
 Ints = npt.NDArray[np.int64]
 

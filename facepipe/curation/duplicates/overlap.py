@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.duplicates.images import Ints, codes_of
+from facepipe.curation.duplicates.images import Ints, codes_of
 from facepipe.graph.pairs import Pairs
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from facepipe.duplicates import Duplicates
-from facepipe.duplicates.rule import KINDS, DuplicateRule
+from facepipe.curation.duplicates import Duplicates
+from facepipe.curation.duplicates.rule import KINDS, DuplicateRule
 from facepipe.gallery import Gallery
 from facepipe.reports.histogram import log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Table

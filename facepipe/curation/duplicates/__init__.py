@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from facepipe.duplicates import groups as _groups
-from facepipe.duplicates import pairs as _pairs
-from facepipe.duplicates.groups import grouped
-from facepipe.duplicates.images import Ints, images_of
-from facepipe.duplicates.keep import decisions
-from facepipe.duplicates.overlap import shared_identities
-from facepipe.duplicates.pairs import Floats
-from facepipe.duplicates.rule import DuplicateRule
+from facepipe.curation.duplicates import groups as _groups
+from facepipe.curation.duplicates import pairs as _pairs
+from facepipe.curation.duplicates.groups import grouped
+from facepipe.curation.duplicates.images import Ints, images_of
+from facepipe.curation.duplicates.keep import decisions
+from facepipe.curation.duplicates.overlap import shared_identities
+from facepipe.curation.duplicates.pairs import Floats
+from facepipe.curation.duplicates.rule import DuplicateRule
 
 __all__ = ["DuplicateRule", "Duplicates", "find_duplicates", "shared_identities"]
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.duplicates.images import images_of
-from facepipe.duplicates.rule import DuplicateRule
+from facepipe.curation.duplicates.images import images_of
+from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.graph import Graph
 from facepipe.graph.edges import joined
 from facepipe.graph.pairs import Pairs

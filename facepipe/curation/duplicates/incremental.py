@@ -15,11 +15,11 @@ import pyarrow.dataset as ds
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.duplicates.crowds import stars
-from facepipe.duplicates.gather import COLUMNS, SIZE
-from facepipe.duplicates.images import Images, Ints, images_of
-from facepipe.duplicates.pairs import Links, classified
-from facepipe.duplicates.rule import KINDS, NEAR, DuplicateRule
+from facepipe.curation.duplicates.gather import COLUMNS, SIZE
+from facepipe.curation.duplicates.images import Images, Ints, images_of
+from facepipe.curation.duplicates.pairs import Links, classified
+from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
+from facepipe.curation.duplicates.stars import stars
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Changes

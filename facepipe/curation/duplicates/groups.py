@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.sparse import coo_array
 
-from facepipe.duplicates.images import Images, Ints
-from facepipe.duplicates.pairs import Links
-from facepipe.duplicates.rule import EXACT, KINDS, NEAR, DuplicateRule
+from facepipe.curation.duplicates.images import Images, Ints
+from facepipe.curation.duplicates.pairs import Links
+from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, DuplicateRule
 
 
 @dataclass(frozen=True)

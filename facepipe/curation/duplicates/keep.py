@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from facepipe.duplicates.groups import Grouping
-from facepipe.duplicates.images import Images, Ints
-from facepipe.duplicates.rule import EXACT, KINDS, NEAR, Keep
+from facepipe.curation.duplicates.groups import Grouping
+from facepipe.curation.duplicates.images import Images, Ints
+from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, Keep
 
 KEEP, DROP = "keep", "drop"
 _CHUNK = 65536
