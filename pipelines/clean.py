@@ -22,9 +22,9 @@ from facepipe.curation.duplicates import DuplicateRule, find_duplicates
 from facepipe.curation.duplicates.gather import gather
 from facepipe.curation.duplicates.images import Images, images_of
 from facepipe.curation.duplicates.stars import face_pairs
+from facepipe.curation.graph import Graph
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
-from facepipe.graph import Graph
 from facepipe.graph.pairs import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table

@@ -7,18 +7,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.clusters.linkage import Clusters
 from facepipe.curation.clusters import review, tables
 from facepipe.curation.clusters.constraints import labels as given_labels
 from facepipe.curation.clusters.constraints import same_photo
 from facepipe.curation.clusters.identities import Algorithm, cluster
 from facepipe.curation.clusters.report import Found, cluster_report
 from facepipe.curation.clusters.sums import Standing
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
-from facepipe.graph import Graph
-from facepipe.graph.cohort import Cohort
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter

@@ -17,16 +17,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.clusters.linkage import Clusters
 from facepipe.curation.clusters import sums as standings
 from facepipe.curation.clusters import tables
 from facepipe.curation.clusters.assign import Placed, assign
 from facepipe.curation.clusters.ledger import Ledger
 from facepipe.curation.clusters.nearby import nearby, usable_index
 from facepipe.curation.clusters.sums import MARK, SUMS, Standing, find
+from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark, changes
-from facepipe.graph.cohort import Cohort
 from facepipe.index.rows import unit_vectors
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM

@@ -13,11 +13,11 @@ from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplica
 from facepipe.curation.duplicates.gather import gather
 from facepipe.curation.duplicates.report import duplicates_report
 from facepipe.curation.duplicates.stars import face_pairs
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.describe import recall_note
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
-from facepipe.graph import Graph
-from facepipe.graph.describe import recall_note
 from facepipe.graph.pairs import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure

@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from facepipe.curation.graph import cells, cost, edges, graph, truth
+from facepipe.curation.graph.calibration import Asked, calibrate
+from facepipe.curation.graph.cells import Cells, Layout
+from facepipe.curation.graph.graph import Graph, GraphInfo
+from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representatives
+from facepipe.curation.graph.threshold import Threshold, estimate
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.graph import cells, cost, edges, graph, truth
-from facepipe.graph.calibration import Asked, calibrate
-from facepipe.graph.cells import Cells, Layout
-from facepipe.graph.graph import Graph, GraphInfo
-from facepipe.graph.nodes import Nodes, collect, open_nodes, representatives
 from facepipe.graph.pairs import Pairs, candidates, refined
-from facepipe.graph.threshold import Threshold, estimate
 from facepipe.models.device import resolve
 from facepipe.models.registry import same_person
 from facepipe.storage import is_remote

@@ -1,6 +1,6 @@
 """All pairs of faces above a similarity: a matrix product block by block, so that what survives is all that is kept.
 
-The similarity of two faces is their cosine less the mean of their densities (facepipe.graph.cohort).
+The similarity of two faces is their cosine less the mean of their densities (facepipe.curation.graph.cohort).
 """
 
 from dataclasses import dataclass

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from galleries import BLOCK, CONTRACT, Faces, append, rows
 
 from facepipe.curation.clusters.identities import cluster
+from facepipe.curation.graph import Graph
 from facepipe.evaluation.clusters import compare, evaluate_clusters
 from facepipe.gallery import Gallery
-from facepipe.graph import Graph
 from pipelines.cluster import ClusterConfig, run
 from pipelines.dedup import DedupConfig
 from pipelines.dedup import run as dedup

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.clusters.components import adjacency, components, numbered
 from facepipe.curation.clusters.chinese_whispers import whispers
 from facepipe.curation.clusters.louvain import communities
+from facepipe.curation.graph.components import adjacency, components, numbered
 from facepipe.errors import ConfigError
 
 Clustering = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]

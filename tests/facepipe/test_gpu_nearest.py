@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipelines.graph
+from facepipe.curation.graph import cells, pairs
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.gpu import nearest_best
@@ -23,7 +24,6 @@ from facepipe.gpu.nearest_best import keep
 from facepipe.gpu.nearest_half import Tile, halved, input_error, lowered, with_ones, with_term
 from facepipe.gpu.nearest_join import Rule, join
 from facepipe.gpu.nearest_stream import uploaded
-from facepipe.graph import cells, pairs
 from facepipe.graph.pairs import candidates, refined
 from facepipe.index import cost, engine, template
 from facepipe.index.engine import faiss

@@ -10,8 +10,8 @@ from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import squareform
 
-from facepipe.clusters.components import numbered
-from facepipe.clusters.linkage import Clusters, average_linkage
+from facepipe.curation.graph.components import numbered
+from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.graph.pairs import candidates
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -12,7 +12,7 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from helpers import embed
 
-import facepipe.graph
+import facepipe.curation.graph
 from facepipe.config import build
 from facepipe.curation.clusters import tables
 from facepipe.errors import ConfigError, EvaluationError, GalleryBusyError, GalleryError
@@ -79,7 +79,7 @@ def sound(gallery: Gallery, summary: ClusterSummary) -> None:
     medoids = dict(zip(found["cluster"][found["medoid"]], found["face_id"][found["medoid"]], strict=True))
     assert found["medoid"].sum() == summary.clusters
     assert made["medoid"] == [medoids[n] for n in made["cluster"]]
-    graph = facepipe.graph.Graph(str(Path(gallery.path, "reports", "graph")))
+    graph = facepipe.curation.graph.Graph(str(Path(gallery.path, "reports", "graph")))
     assert np.array_equal(graph.nodes.ids, found["face_id"])
     vectors, density = graph.nodes.vectors.astype(np.float64), graph.density.astype(np.float64)
     assert np.array_equal(np.isnan(found["fit"].astype(float)), found["size"] == 1)

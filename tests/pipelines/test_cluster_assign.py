@@ -16,11 +16,11 @@ from bench.galleries import Faces, append, rows
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
-from facepipe.clusters.linkage import Clusters
 from facepipe.config import build
 from facepipe.curation.clusters.assign import assign
 from facepipe.curation.clusters.ledger import Ledger
 from facepipe.curation.clusters.sums import MARK, SUMS, forget
+from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.lock import writer_lock

@@ -16,9 +16,9 @@ from conftest import draw
 from helpers import embed
 
 from facepipe.config import build
+from facepipe.curation.graph import Graph
 from facepipe.errors import IndexingError
 from facepipe.gallery import Contract, Gallery
-from facepipe.graph import Graph
 from pipelines import dedup_new as pipeline
 from pipelines.dedup import DedupConfig
 from pipelines.dedup import run as dedup

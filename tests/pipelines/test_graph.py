@@ -16,10 +16,10 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 
 import pipelines.graph
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.graph import read_info
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.graph import Graph
-from facepipe.graph.graph import read_info
 from facepipe.graph.pairs import Pairs
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
 
@@ -107,14 +107,14 @@ def exact(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Graph:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells and many tasks, also for few faces."""
-    monkeypatch.setattr("facepipe.graph.cells.SMALL", 500)
+    monkeypatch.setattr("facepipe.curation.graph.cells.SMALL", 500)
     monkeypatch.setattr("pipelines.graph._TASK", 5e5)
 
 
 @pytest.fixture(scope="module")
 def celled(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("facepipe.graph.cells.SMALL", 500)
+        patch.setattr("facepipe.curation.graph.cells.SMALL", 500)
         patch.setattr("pipelines.graph._TASK", 5e5)
         return make(gallery, tmp_path_factory.mktemp("celled") / "graph")
 
@@ -356,12 +356,12 @@ def test_what_was_begun_for_another_graph_is_of_no_use(
 
 STEPS = {
     "collect": "pipelines.graph.collect",
-    "histogram": "facepipe.graph.calibration.histogram",
-    "true edges": "facepipe.graph.truth.true_edges",
-    "layout": "facepipe.graph.cells.members",
-    "copies": "facepipe.graph.edges.write",
-    "recall": "facepipe.graph.truth.recall",
-    "info": "facepipe.graph.graph.write_info",
+    "histogram": "facepipe.curation.graph.calibration.histogram",
+    "true edges": "facepipe.curation.graph.truth.true_edges",
+    "layout": "facepipe.curation.graph.cells.members",
+    "copies": "facepipe.curation.graph.edges.write",
+    "recall": "facepipe.curation.graph.truth.recall",
+    "info": "facepipe.curation.graph.graph.write_info",
     "tidy": "os.unlink",
     "rename": "os.rename",
 }
@@ -397,7 +397,7 @@ CHILD = """
 import sys
 import facepipe.graph.cells, pipelines.graph
 from facepipe.gallery import Gallery
-facepipe.graph.cells.SMALL, pipelines.graph._TASK = 500, 5e5
+facepipe.curation.graph.cells.SMALL, pipelines.graph._TASK = 500, 5e5
 print("begins", flush=True)
 config, run = pipelines.graph.GraphConfig(), pipelines.graph.GraphRunConfig("inline")
 pipelines.graph.open_graph([Gallery(sys.argv[1])], config, run, sys.argv[2], lambda line: print(line, flush=True))

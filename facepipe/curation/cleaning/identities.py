@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.linkage import Clusters, average_linkage
 from facepipe.curation.cleaning.decide import DECISIONS, KEEP, Verdicts
 from facepipe.curation.cleaning.evidence import Faces, Ids
+from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.graph.pairs import Pairs
 
 Floats = npt.NDArray[np.float32]

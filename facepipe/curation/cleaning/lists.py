@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.curation.cleaning.decide import DECISIONS, KEEP, REASONS, RELABEL, Verdicts
+from facepipe.curation.graph import GraphInfo
+from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.graph import GraphInfo
-from facepipe.graph.nodes import Nodes
 
 Ids = npt.NDArray[np.int64]
 DECISION_ROWS = pa.schema(

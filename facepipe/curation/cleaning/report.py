@@ -20,9 +20,9 @@ from facepipe.curation.cleaning.decide import (
 from facepipe.curation.cleaning.evidence import Ids
 from facepipe.curation.cleaning.identities import Parts, Summary
 from facepipe.curation.cleaning.model import Belief
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.describe import recall_note
 from facepipe.gallery import Gallery
-from facepipe.graph import Graph
-from facepipe.graph.describe import recall_note
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import linear_edges, log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.components import numbered
-from facepipe.clusters.linkage import Clusters, average_linkage
+from facepipe.curation.graph.components import numbered
+from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.graph.pairs import candidates
 from facepipe.index.engine import faiss
 

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
-from facepipe.clusters.components import Ints, Weights, adjacency, numbered
+from facepipe.curation.graph.components import Ints, Weights, adjacency, numbered
 
 SWEEPS = 20
 _BLOCKS = 8

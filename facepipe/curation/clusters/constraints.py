@@ -8,8 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
-from facepipe.graph.nodes import Nodes
 
 Ids = npt.NDArray[np.int64]
 _MOST = 500  # a face is held apart from so many others of its photo: pairs grow with the square

@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.components import components, numbered
-from facepipe.clusters.linkage import Clusters, average_linkage
 from facepipe.curation.clusters.chinese_whispers import whispers
 from facepipe.curation.clusters.louvain import communities
-from facepipe.graph import Graph
-from facepipe.graph.cells import Layout, train
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.cells import Layout, train
+from facepipe.curation.graph.components import components, numbered
+from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.graph.pairs import candidates
 
 Ids = npt.NDArray[np.int64]

@@ -8,7 +8,7 @@ from importlib import import_module
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from facepipe.clusters.components import Ints, Weights, adjacency, numbered
+from facepipe.curation.graph.components import Ints, Weights, adjacency, numbered
 from facepipe.errors import ConfigError
 
 RESOLUTION = 0.3

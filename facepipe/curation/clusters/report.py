@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.linkage import Clusters
 from facepipe.curation.clusters.review import Suspects
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.describe import pair_histogram, recall_note, threshold_note
+from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
-from facepipe.graph import Graph
-from facepipe.graph.describe import pair_histogram, recall_note, threshold_note
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report

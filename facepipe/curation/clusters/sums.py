@@ -12,11 +12,11 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.linkage import Clusters
+from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
-from facepipe.graph.cohort import Cohort
 from facepipe.index import manifest as manifests
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index

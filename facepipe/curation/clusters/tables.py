@@ -8,10 +8,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.clusters.linkage import Clusters
+from facepipe.curation.graph.linkage import Clusters
+from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery, mirror
-from facepipe.graph.nodes import Nodes
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

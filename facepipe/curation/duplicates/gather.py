@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
-from facepipe.graph.nodes import Nodes
 
 COLUMNS = (
     *("face_id", "image_id", "uri", "source", "identity", "image_hash", "width", "height", "face_index", "sharpness"),

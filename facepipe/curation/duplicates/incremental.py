@@ -20,11 +20,11 @@ from facepipe.curation.duplicates.images import Images, Ints, images_of
 from facepipe.curation.duplicates.pairs import Links, classified
 from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
 from facepipe.curation.duplicates.stars import stars
+from facepipe.curation.graph.edges import joined
+from facepipe.curation.graph.nodes import representatives
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Changes
-from facepipe.graph.edges import joined
-from facepipe.graph.nodes import representatives
 from facepipe.graph.pairs import Pairs
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index

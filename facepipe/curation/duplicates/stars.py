@@ -8,8 +8,8 @@ from scipy.sparse.csgraph import connected_components
 
 from facepipe.curation.duplicates.images import images_of
 from facepipe.curation.duplicates.rule import DuplicateRule
-from facepipe.graph import Graph
-from facepipe.graph.edges import joined
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.edges import joined
 from facepipe.graph.pairs import Pairs
 from facepipe.index.search import pair_distances
 

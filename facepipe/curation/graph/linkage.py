@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.clusters.components import numbered
+from facepipe.curation.graph.components import numbered
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.edges import Edges
+from facepipe.curation.graph.nodes import Nodes, open_nodes
+from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
-from facepipe.graph.cohort import Cohort
-from facepipe.graph.edges import Edges
-from facepipe.graph.nodes import Nodes, open_nodes
 from facepipe.graph.pairs import Pairs, similarity
-from facepipe.graph.threshold import Threshold
 
 INFO = "graph.json"
 DENSITY, COHORT, HISTOGRAM, REPRESENTATIVES = "density.npy", "cohort.npy", "histogram.npy", "representatives.npy"
@@ -80,7 +80,7 @@ class Graph:
 
     @cached_property
     def histogram(self) -> npt.NDArray[np.int64]:
-        """Counts of similarities of random pairs, in bins of facepipe.graph.threshold.EDGES."""
+        """Counts of similarities of random pairs, in bins of facepipe.curation.graph.threshold.EDGES."""
         return np.asarray(self._array(HISTOGRAM), np.int64)
 
     def _array(self, name: str) -> Any:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from facepipe.graph.graph import Graph, GraphInfo
-from facepipe.graph.threshold import EDGES
+from facepipe.curation.graph.graph import Graph, GraphInfo
+from facepipe.curation.graph.threshold import EDGES
 from facepipe.reports.model import Histogram, Mark, Series
 
 

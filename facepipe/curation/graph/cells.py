@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.graph import cost
+from facepipe.curation.graph import cost
 from facepipe.graph.pairs import Ids, Vectors
 from facepipe.index.engine import faiss, with_gpus
 from facepipe.index.grid import grid

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.clusters.linkage import Clusters, average_linkage
+from facepipe.curation.graph import truth
+from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.linkage import Clusters, average_linkage
+from facepipe.curation.graph.threshold import Counts, Threshold, estimate, histogram
 from facepipe.errors import ThresholdError
-from facepipe.graph import truth
-from facepipe.graph.cohort import Cohort
 from facepipe.graph.pairs import candidates
-from facepipe.graph.threshold import Counts, Threshold, estimate, histogram
 
 Vectors = npt.NDArray[np.float32]
 _PLAUSIBLE = (0.5, 1.3)  # an estimated threshold lies within these times the one of the model's card
