@@ -11,9 +11,8 @@ import facepipe
 from facepipe.adoption.adopt import Adoption, Tally
 from facepipe.adoption.rows import whole_images
 from facepipe.adoption.tables import EncodingSource, Names, open_encodings
-from facepipe.erasure import suppressed
 from facepipe.errors import ConfigError, SourceError
-from facepipe.gallery import Contract, Gallery
+from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.parts import Record, stamp, write_part

@@ -8,9 +8,8 @@ from pydantic import Field
 
 from facepipe import storage
 from facepipe.curation.duplicates import DuplicateRule
-from facepipe.erasure import suppressed
 from facepipe.errors import ConfigError
-from facepipe.gallery import Gallery
+from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.known import KnownImages
 from facepipe.sources import SourceConfig, open_source
 from facepipe.stages import Align, Decode, Detect, Embed, Read

@@ -9,9 +9,8 @@ from typing import Any
 
 import facepipe
 from facepipe import storage
-from facepipe.erasure import suppressed
 from facepipe.errors import AccountingError, SourceError, StorageError
-from facepipe.gallery import Gallery
+from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.lock import Lease, writer_lock

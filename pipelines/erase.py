@@ -13,13 +13,13 @@ import pyarrow.dataset as ds
 
 import facepipe
 from facepipe import storage
-from facepipe.erasure import pending, receipt, suppressed, vectors
+from facepipe.erasure import pending, receipt, vectors
 from facepipe.erasure.gone import Gone
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import doomed, scrub
 from facepipe.erasure.selection import Chosen, Selection, choose
 from facepipe.errors import FacepipeError, GalleryBusyError
-from facepipe.gallery import Gallery, mirror
+from facepipe.gallery import Gallery, mirror, suppressed
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.lock import NAME as LOCK
 from facepipe.gallery.lock import Lease, writer_lock

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from facepipe.erasure import pending, suppressed
+from facepipe.erasure import pending
 from facepipe.errors import SourceError
-from facepipe.gallery import Gallery
+from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.compact import due
 from facepipe.gallery.known import Hashes, KnownImages
 from facepipe.hashing import hash64

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from facepipe import storage
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import Chosen
-from facepipe.erasure.suppressed import UNFINISHED, folder_of, put
 from facepipe.errors import GalleryError
+from facepipe.gallery.suppressed import UNFINISHED, folder_of, put
 
 _ENDING, _STATE = ".pending", ".state"
 _KINDS = {

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from facepipe import storage
-from facepipe.erasure.suppressed import folder_of, put
 from facepipe.errors import ConfigError, StorageError
+from facepipe.gallery.suppressed import folder_of, put
 from facepipe.hashing import hash64
 
 FORMAT = 1

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.arrow import pack, with_columns
-from facepipe.erasure import suppressed
+from facepipe.gallery import suppressed
 from facepipe.hashing import hash64
 from facepipe.schema import ERASED, OK
 

@@ -17,13 +17,13 @@ from bench.galleries import CONTRACT, Faces, append, rows
 from pyarrow import compute as pc
 
 from facepipe.arrow import pack
-from facepipe.erasure import pending, receipt, suppressed
+from facepipe.erasure import pending, receipt
 from facepipe.erasure.gone import Gone, role_of
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub
 from facepipe.erasure.selection import Selection, choose, mark_of, translate
 from facepipe.errors import ConfigError, GalleryError, StorageError
-from facepipe.gallery import Gallery
+from facepipe.gallery import Gallery, suppressed
 from facepipe.hashing import hash64
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Face, Figure, Group, Report, Table

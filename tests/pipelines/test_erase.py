@@ -32,12 +32,12 @@ from typer.testing import CliRunner
 
 from facepipe import storage
 from facepipe.config import build
-from facepipe.erasure import pending, receipt, suppressed
+from facepipe.erasure import pending, receipt
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import Selection, choose
 from facepipe.errors import GalleryBusyError, GalleryError, StorageError
-from facepipe.gallery import Contract, Gallery
+from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery import compact as steps
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.compact import CompactConfig
