@@ -104,8 +104,8 @@ def _letterboxed(chip: Pixels, layout: ChipLayout, box: Floats) -> Pixels:
 
 
 def _dlib_chip(pixels: Pixels, box: Floats, square: Square | None) -> Pixels:
-    from facepipe.models.dlib.chip import chip_of as dlib_chip
-    from facepipe.models.dlib.chip import square as squared
+    from facepipe.imaging.dlib_chip import chip_of as dlib_chip
+    from facepipe.imaging.dlib_chip import square as squared
     from facepipe.models.dlib.predictor import load_predictor, predict
 
     return dlib_chip(pixels, predict(load_predictor(), pixels, squared(box, square)))

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from facepipe.imaging.dlib_chip import chip_of, square
 from facepipe.models import card
-from facepipe.models.dlib.chip import chip_of, square
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.weights import package_file
 

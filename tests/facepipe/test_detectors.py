@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from facepipe.errors import ConfigError, ModelError
 from facepipe.gallery import Contract
+from facepipe.imaging.dlib_chip import square
 from facepipe.models import card
 from facepipe.models.detectors import dlib_hog, haar
 from facepipe.models.detectors.dlib_hog import DlibHog
@@ -23,7 +24,6 @@ from facepipe.models.detectors.retinaface_decode import suppress
 from facepipe.models.detectors.scrfd import Scrfd
 from facepipe.models.detectors.suppression import by_iou, by_smaller
 from facepipe.models.detectors.yunet import YuNet
-from facepipe.models.dlib.chip import square
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.engines import OnnxRetinaFace
 from facepipe.models.registry import retinaface_graph

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from facepipe.errors import WeightsError
+from facepipe.imaging.dlib_chip import TEMPLATE, chip_of, halved, square
 from facepipe.models import card
-from facepipe.models.dlib.chip import TEMPLATE, chip_of, halved, square
 from facepipe.models.dlib.format import FormatError
 from facepipe.models.dlib.predictor import PREDICTOR_SHA256, load_predictor, predict
 from facepipe.models.dlib.predictor_format import integers, read_cascade

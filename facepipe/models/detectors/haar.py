@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 
 from facepipe.errors import ModelError
+from facepipe.imaging.dlib_chip import square
 from facepipe.models.detectors.five_points import Predict, landmarks
 from facepipe.models.detectors.suppression import by_iou
-from facepipe.models.dlib.chip import square
 from facepipe.models.protocols import Faces, Pixels
 from facepipe.models.weights import checked
 
