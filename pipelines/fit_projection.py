@@ -19,9 +19,9 @@ from facepipe.evaluation.projected import Verification, drawn_pairs, verificatio
 from facepipe.gallery import Gallery
 from facepipe.models import Embedder
 from facepipe.models.card_file import CardFile, read_card, to_toml
-from facepipe.models.device import resolve
 from facepipe.models.loading import card_of, load_embedder, unprojected
 from facepipe.models.projection import Projection, SecondMoment, check_enough, fit, save
+from facepipe.models.runtime.device import resolve
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write

@@ -22,8 +22,8 @@ from facepipe.curation.graph.threshold import Threshold, estimate
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.graph.pairs import Pairs, candidates, refined
-from facepipe.models.device import resolve
 from facepipe.models.registry import same_person
+from facepipe.models.runtime.device import resolve
 from facepipe.storage import is_remote
 from pipelines.embed_config import Count
 from pipelines.runners import ray

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from facepipe.errors import ConfigError
-from facepipe.models.device import gpus
+from facepipe.models.runtime.device import gpus
 
 Layout = Literal["fused", "split"]
 ALL = ("read", "decode", "detect", "align", "embed")

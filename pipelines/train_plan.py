@@ -11,7 +11,7 @@ from torch import nn
 
 from facepipe.errors import ConfigError
 from facepipe.models.architectures import Input
-from facepipe.models.device import resolve
+from facepipe.models.runtime.device import resolve
 from facepipe.training import optim, schedule
 from facepipe.training.checkpointing import Checkpoints
 from facepipe.training.chips import ChipSet

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from facepipe import errors
 from facepipe.errors import AgreedError, ConfigError, FacepipeError, ModelError, WorkerError
-from facepipe.memory import keep_freed
-from facepipe.models.device import resolve
+from facepipe.models.runtime.device import resolve
+from facepipe.models.runtime.memory import keep_freed
 from facepipe.training import journal
 from facepipe.training.checkpointing import FOLDER
 from facepipe.training.config import RunConfig

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from facepipe.gpu.gather import Resident, bilinear
-from facepipe.gpu.transfers import sent
+from facepipe.models.runtime.transfers import sent
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

@@ -9,8 +9,8 @@ from torch import Tensor
 from facepipe.gpu.chips import cut, cuts_of, scales, similarities
 from facepipe.gpu.coordinates import Found
 from facepipe.gpu.gather import Resident
-from facepipe.gpu.transfers import Uploads
 from facepipe.imaging.alignment import ChipLayout, wanted_scale
+from facepipe.models.runtime.transfers import Uploads
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

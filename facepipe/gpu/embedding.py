@@ -4,12 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.gpu.batches import Batches, free_memory, planned
-from facepipe.gpu.graphs import Buckets
-from facepipe.gpu.networks import EmbedderNet
-from facepipe.gpu.precision import DTYPES, cast
 from facepipe.models.engines import channels_last
+from facepipe.models.networks import EmbedderNet
 from facepipe.models.protocols import Floats
+from facepipe.models.runtime.batches import Batches, free_memory, planned
+from facepipe.models.runtime.cuda_graphs import Buckets
+from facepipe.models.runtime.precision import DTYPES, cast
 
 # Bytes of a pixel of a chip, for each byte of a number: what is live at once in the widest place of the networks here.
 # dlib's holds its input, the stem's output before and after the activation, and cuDNN's workspace, which is taken to be

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from facepipe.gpu.transfers import Uploads, sent
+from facepipe.models.runtime.transfers import Uploads, sent
 
 Indices = npt.NDArray[np.int64]
 

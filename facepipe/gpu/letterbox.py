@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from facepipe.gpu.gather import Sources, blocks_at, pixels_at
-from facepipe.gpu.transfers import sent
+from facepipe.models.runtime.transfers import sent
 
 _WEIGHT = 2048  # OpenCV's unit of weights
 

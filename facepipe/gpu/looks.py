@@ -11,8 +11,8 @@ from facepipe.gpu.detection import Detection, Part
 from facepipe.gpu.faces import FaceFinder, Limits
 from facepipe.gpu.gather import Indices, Resident
 from facepipe.gpu.letterbox import Rule
-from facepipe.gpu.transfers import Uploads
 from facepipe.models.protocols import Pixels
+from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
 
 WAITS = 2  # times that `Looks.search` yields

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from facepipe.gpu.batches import Batches, free_memory, planned
 from facepipe.gpu.nearest_best import Best
 from facepipe.gpu.nearest_half import GROUP, Half, Tile, default_type, halved, squared_norms, with_ones, with_term
 from facepipe.gpu.nearest_stream import Arrived, uploaded
 from facepipe.index.search import Hits
+from facepipe.models.runtime.batches import Batches, free_memory, planned
 
 Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float32]

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from facepipe.gpu.batches import Batches
 from facepipe.gpu.nearest import Work, knn
 from facepipe.gpu.nearest_half import Half, Tile, halved, with_ones, with_term
 from facepipe.gpu.nearest_stream import Arrived, uploaded
 from facepipe.graph.pairs import crowding, reaching
+from facepipe.models.runtime.batches import Batches
 
 Vectors = npt.NDArray[np.float32]
 Densities = npt.NDArray[np.float32]

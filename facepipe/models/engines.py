@@ -129,7 +129,7 @@ class TorchRetinaFace:
 
 
 class OnnxDlib:
-    """dlib's network on a CPU, as the graph that models/dlib/graph.py writes."""
+    """dlib's network on a CPU, as the graph that models/dlib/dlib_onnx.py writes."""
 
     dim, size = 128, (150, 150)
 

@@ -93,7 +93,7 @@ def _load_dlib(device: str, threads: int) -> Embedder:
     from facepipe.models.engines import OnnxDlib, TorchEmbedder
 
     if device == "cpu":
-        from facepipe.models.dlib.graph import graph
+        from facepipe.models.dlib.dlib_onnx import graph
 
         return OnnxDlib(graph(*dlib_weights()), threads)
     return TorchEmbedder(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device)

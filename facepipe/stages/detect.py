@@ -14,8 +14,8 @@ import pyarrow as pa
 from facepipe.arrow import frames, images, ragged, with_columns
 from facepipe.imaging.geometry import Frame
 from facepipe.models import Detector, Faces, card
-from facepipe.models.device import resolve
 from facepipe.models.protocols import Doubting
+from facepipe.models.runtime.device import resolve
 from facepipe.schema import NO_FACE, OK
 
 Pixels = npt.NDArray[np.uint8]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from facepipe.gpu.embedding import ChipEmbedder
     from facepipe.gpu.gather import Resident
     from facepipe.gpu.looks import Looks
-    from facepipe.gpu.transfers import Fetched, Uploads
+    from facepipe.models.runtime.transfers import Fetched, Uploads
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -126,7 +126,7 @@ class FacesOnDevice:
         import torch
 
         from facepipe.gpu import cutting
-        from facepipe.gpu.transfers import Fetched
+        from facepipe.models.runtime.transfers import Fetched
 
         view = Frames.of(inputs.frames)
         wanted = np.zeros(len(inputs.rows))
@@ -196,7 +196,7 @@ class FacesOnDevice:
     def _uploads(self) -> "Uploads":
         import torch
 
-        from facepipe.gpu.transfers import Uploads
+        from facepipe.models.runtime.transfers import Uploads
 
         return Uploads(torch.device(self.device), self._each)
 
@@ -204,7 +204,7 @@ class FacesOnDevice:
     def _looks(self) -> "Looks":
         from facepipe.gpu.faces import FaceFinder
         from facepipe.gpu.looks import Capacity, Looks
-        from facepipe.gpu.networks import detector_net
+        from facepipe.models.networks import detector_net
 
         finder = FaceFinder(*detector_net(self.detect.model), self.device, self.precision)
         return Looks(self.detect, finder, self._uploads, Capacity(self.frames, self.candidates, self.faces))
@@ -212,6 +212,6 @@ class FacesOnDevice:
     @cached_property
     def _embedder(self) -> "ChipEmbedder":
         from facepipe.gpu.embedding import ChipEmbedder
-        from facepipe.gpu.networks import embedder_net
+        from facepipe.models.networks import embedder_net
 
         return ChipEmbedder(embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips)

@@ -12,7 +12,7 @@ from facepipe.arrow import buffers, float_lists, with_columns
 from facepipe.errors import ModelError
 from facepipe.hashing import face_id
 from facepipe.models import Embedder, card
-from facepipe.models.device import resolve
+from facepipe.models.runtime.device import resolve
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from corpus import SHARED
 from facepipe.arrow import buffers
 from facepipe.evaluation.pairs import figures
 from facepipe.evaluation.pairs_file import read_pairs
-from facepipe.models.dlib.graph import Range, activations, graph
+from facepipe.models.dlib.dlib_onnx import Range, activations, graph
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.engines import OnnxDlib, session
 from facepipe.models.registry import dlib_weights

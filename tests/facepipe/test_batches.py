@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.gpu.batches import Batches, free_memory, out_of_memory, planned
+from facepipe.models.runtime.batches import Batches, free_memory, out_of_memory, planned
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**10), st.integers(1, 4096), st.integers(0, 10**10))

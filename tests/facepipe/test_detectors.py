@@ -19,10 +19,10 @@ from facepipe.models.detectors import dlib_hog, haar
 from facepipe.models.detectors.dlib_hog import DlibHog
 from facepipe.models.detectors.five_points import Predict, five_points, landmarks
 from facepipe.models.detectors.haar import Haar, smallest_group
+from facepipe.models.detectors.nms import by_iou, by_smaller
 from facepipe.models.detectors.onnx_input import DetectorGraph
 from facepipe.models.detectors.retinaface_decode import suppress
 from facepipe.models.detectors.scrfd import Scrfd
-from facepipe.models.detectors.suppression import by_iou, by_smaller
 from facepipe.models.detectors.yunet import YuNet
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.engines import OnnxRetinaFace

@@ -12,7 +12,7 @@ from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
 from facepipe.models import card
 from facepipe.models.dlib import eight_bits
-from facepipe.models.dlib.graph import activations, graph
+from facepipe.models.dlib.dlib_onnx import activations, graph
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.engines import OnnxDlib, session
 from facepipe.models.parity import noise, scenes

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from facepipe.gpu.chips import Cuts, cut, cuts_of, scales, similarities
 from facepipe.gpu.gather import Resident
-from facepipe.gpu.transfers import Uploads
 from facepipe.imaging import geometry
 from facepipe.models import chip_layout
+from facepipe.models.runtime.transfers import Uploads
 
 CPU = torch.device("cpu")
 LAYOUT = chip_layout("dlib-resnet")

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.gpu.graphs import Bucket, Buckets
 from facepipe.gpu.sampler import Sampler
-from facepipe.gpu.transfers import Fetched, Uploads, filled, gathered, sent
+from facepipe.models.runtime.cuda_graphs import Bucket, Buckets
+from facepipe.models.runtime.transfers import Fetched, Uploads, filled, gathered, sent
 
 CPU = torch.device("cpu")
 DEVICES = [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from facepipe.gpu.gather import Resident
 from facepipe.gpu.letterbox import Placement, Rule, letterboxed
-from facepipe.gpu.transfers import Uploads
+from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages import Detect
 
 CPU = torch.device("cpu")

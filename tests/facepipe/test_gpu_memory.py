@@ -13,8 +13,8 @@ from facepipe.gpu.embedding import ChipEmbedder
 from facepipe.gpu.faces import FaceFinder, Limits
 from facepipe.gpu.gather import Resident
 from facepipe.gpu.letterbox import Rule, letterboxed
-from facepipe.gpu.networks import detector_net, embedder_net
-from facepipe.gpu.transfers import Uploads
+from facepipe.models.networks import detector_net, embedder_net
+from facepipe.models.runtime.transfers import Uploads
 
 CPU = torch.device("cpu")
 RULE = Rule(320, 32)

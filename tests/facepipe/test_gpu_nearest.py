@@ -29,7 +29,7 @@ from facepipe.index import cost, engine, template
 from facepipe.index.engine import faiss
 from facepipe.index.plan import make_plan
 from facepipe.index.search import Hits, pair_distances
-from facepipe.models.device import gpus
+from facepipe.models.runtime.device import gpus
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
 from pipelines.plan import Resources
 from pipelines.runners import ray

@@ -20,7 +20,7 @@ from facepipe.index.grid import grid
 from facepipe.index.manifest import File, ShardEntry
 from facepipe.index.plan import make_plan, parse_size
 from facepipe.index.search import Hits, Index, Setting, smallest
-from facepipe.models.device import gpus
+from facepipe.models.runtime.device import gpus
 from facepipe.schema import FACES
 from pipelines.index import IndexConfig, run
 

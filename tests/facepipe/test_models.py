@@ -14,12 +14,12 @@ from facepipe.models import CARDS, card
 from facepipe.models.architectures import ARCHITECTURES, Input
 from facepipe.models.detectors import retinaface_decode
 from facepipe.models.detectors.retinaface_decode import suppress
-from facepipe.models.device import resolve
 from facepipe.models.dlib.format import FormatError, read_metric_network
 from facepipe.models.dlib.layout import folded
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import OnnxRetinaFace, TorchEmbedder, TorchRetinaFace
 from facepipe.models.registry import DLIB_SHA256, dlib_net, dlib_weights, retinaface_graph, retinaface_net
+from facepipe.models.runtime.device import resolve
 from facepipe.models.weights import bytes_literal, checked, package_file
 
 LIMITS = (0.5, 0.4)
@@ -177,14 +177,14 @@ def test_a_size_that_a_network_does_not_take_is_named() -> None:
 
 
 def test_devices_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("facepipe.models.device.gpus", lambda: 2)
+    monkeypatch.setattr("facepipe.models.runtime.device.gpus", lambda: 2)
     assert [resolve(d) for d in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
     for name in ("gpu", "", "CUDA", "cuda:", "cuda:x", "cuda1", "cpu:0", "mps", "cuda:0\n"):
         with pytest.raises(ModelError, match=r"no device is called .* auto, cpu, cuda and cuda:N"):
             resolve(name)
     with pytest.raises(ModelError, match="the last one here is cuda:1"):
         resolve("cuda:2")
-    monkeypatch.setattr("facepipe.models.device.gpus", lambda: 0)
+    monkeypatch.setattr("facepipe.models.runtime.device.gpus", lambda: 0)
     assert resolve("auto") == "cpu"
     with pytest.raises(ModelError, match="there is no CUDA device"):
         resolve("cuda:0")

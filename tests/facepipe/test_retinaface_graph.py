@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk, normalise
-from facepipe.models.detectors.retinaface_graph import graph
+from facepipe.models.detectors.retinaface_onnx import graph
 from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 from facepipe.models.parity import scenes
 from facepipe.models.registry import retinaface_graph, retinaface_net

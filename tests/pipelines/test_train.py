@@ -186,7 +186,7 @@ def test_configs_that_cannot_be_are_refused_before_any_work(layer: dict[str, Any
 
 
 def test_a_gpu_that_is_absent_is_an_error_before_anything_starts(tmp_path: Path) -> None:
-    from facepipe.models.device import gpus
+    from facepipe.models.runtime.device import gpus
 
     if gpus():
         pytest.skip("there is a GPU")

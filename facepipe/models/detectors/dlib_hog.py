@@ -7,7 +7,7 @@ import numpy as np
 
 from facepipe.errors import ModelError
 from facepipe.models.detectors.five_points import Predict, landmarks
-from facepipe.models.detectors.suppression import by_iou
+from facepipe.models.detectors.nms import by_iou
 from facepipe.models.protocols import Faces, Pixels
 
 _UPSAMPLED = 1

@@ -10,7 +10,7 @@ import numpy as np
 from facepipe.errors import ModelError
 from facepipe.imaging.dlib_chip import square
 from facepipe.models.detectors.five_points import Predict, landmarks
-from facepipe.models.detectors.suppression import by_iou
+from facepipe.models.detectors.nms import by_iou
 from facepipe.models.protocols import Faces, Pixels
 from facepipe.models.weights import checked
 

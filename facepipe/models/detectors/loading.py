@@ -19,7 +19,7 @@ def load_detector(path: Path, device: str, threads: int, limits: Limits) -> "Det
     file = read_card(path)
     if is_graph(file):
         return _graph(file, path.parent / file.weights, threads, limits)
-    from facepipe.models.detectors.retinaface_graph import graph
+    from facepipe.models.detectors.retinaface_onnx import graph
     from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 
     net: Any = load_net(path)[0]

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.models.detectors.suppression import by_iou, by_smaller
+from facepipe.models.detectors.nms import by_iou, by_smaller
 from facepipe.models.protocols import Faces, Floats, Pixels
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ shapes: exports differ in names, order and a batch dimension.
 import numpy as np
 
 from facepipe.errors import ModelError
+from facepipe.models.detectors.nms import by_iou
 from facepipe.models.detectors.onnx_input import DetectorGraph, cells
-from facepipe.models.detectors.suppression import by_iou
 from facepipe.models.protocols import Faces, Floats, Pixels
 
 _STRIDES = (8, 16, 32)

@@ -6,8 +6,8 @@ The arithmetic is that of OpenCV's FaceDetectorYN (modules/objdetect/src/face_de
 import numpy as np
 
 from facepipe.errors import ModelError
+from facepipe.models.detectors.nms import by_iou
 from facepipe.models.detectors.onnx_input import DetectorGraph, cells
-from facepipe.models.detectors.suppression import by_iou
 from facepipe.models.protocols import Faces, Floats, Pixels
 
 _STRIDES = (8, 16, 32)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.dlib.graph import graph
+from facepipe.models.dlib.dlib_onnx import graph
 from facepipe.models.dlib.layout import SIDE, Convolution
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.engines import OnnxDlib, session

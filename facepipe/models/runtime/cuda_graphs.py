@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from facepipe.gpu.batches import Batches, out_of_memory
+from facepipe.models.runtime.batches import Batches, out_of_memory
 
 _log = logging.getLogger(__name__)
 Shape = tuple[int, ...]

@@ -1,0 +1,1 @@
+"""What runs the models: devices, batches, CUDA graphs, transfers and precision."""
