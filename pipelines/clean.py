@@ -25,7 +25,7 @@ from facepipe.curation.duplicates.stars import face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
-from facepipe.graph.pairs import Pairs
+from facepipe.nearest.join import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter

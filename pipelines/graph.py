@@ -21,9 +21,9 @@ from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representa
 from facepipe.curation.graph.threshold import Threshold, estimate
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.graph.pairs import Pairs, candidates, refined
 from facepipe.models.registry import same_person
 from facepipe.models.runtime.device import resolve
+from facepipe.nearest.join import Pairs, candidates, refined
 from facepipe.storage import is_remote
 from pipelines.embed_config import Count
 from pipelines.runners import ray

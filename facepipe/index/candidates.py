@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.index.engine import faiss
 from facepipe.index.grid import Vectors, grid
+from facepipe.nearest.faiss_engine import faiss
 
 Ids = npt.NDArray[np.int64]
 _TIE = 1e-6  # two computations of one distance may differ by this where codes are not integers

@@ -18,7 +18,7 @@ PRODUCT = 3.6  # a vector compared exactly, in a matrix product
 DEVICE_PRODUCT = 0.0013  # the same on a GPU
 SENT = 60.0  # a vector's way to a GPU: 512 bytes read and copied by one thread at some 10 GB/s, 10 ns of PCIe 5
 _PASSED_ON = 150.0  # a pair that a GPU could not rule out: compared and sorted by the host
-BLOCK = 262_144  # vectors between which thresholds rise (facepipe.gpu.nearest)
+BLOCK = 262_144  # vectors between which thresholds rise (facepipe.nearest.knn_gpu)
 START = 6e9  # torch is loaded, and a CUDA context made: once a process, some seconds
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.index.engine import faiss
 from facepipe.index.search import Hits, Index, pair_distances
+from facepipe.nearest.faiss_engine import faiss
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ def exact_search(queries: Vectors, blocks: Iterable[Block], k: int, device: str 
     """The k nearest of all blocks' vectors to each query (n, 128), nearest first, ties by id.
 
     Distances are computed in single precision by the CPU, from the vectors. Which are the candidates faiss finds: more
-    than k, since its products round; or, on another device, facepipe.gpu.nearest, which leaves out none.
+    than k, since its products round; or, on another device, facepipe.nearest.knn_gpu, which leaves out none.
     """
     queries = np.ascontiguousarray(queries, np.float32)
     best = _on_cpu(queries, blocks, k) if device == "cpu" else _on_device(queries, blocks, k, device)
@@ -68,7 +68,7 @@ def _on_cpu(queries: Vectors, blocks: Iterable[Block], k: int) -> Hits:
 
 
 def _on_device(queries: Vectors, blocks: Iterable[Block], k: int, device: str) -> Hits:
-    from facepipe.gpu.nearest import knn  # loads torch
+    from facepipe.nearest.knn_gpu import knn  # loads torch
 
     return knn(queries, (((block.ids, None), block.vectors) for block in blocks), k, device)
 

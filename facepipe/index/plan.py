@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from facepipe.errors import ConfigError
-from facepipe.index.engine import faiss
+from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 
 FLAT_BELOW = 50_000

@@ -13,9 +13,9 @@ import pyarrow as pa
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NOBODY, Ids, Scanner
-from facepipe.index.engine import faiss
 from facepipe.index.manifest import INDEX, Manifest
 from facepipe.index.shard import Shard, joined_index
+from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 
 Vectors = npt.NDArray[np.float32]

@@ -19,7 +19,6 @@ import pyarrow as pa
 
 from facepipe.errors import IndexingError, StorageError
 from facepipe.gallery import mirror
-from facepipe.index.engine import faiss, write_index
 from facepipe.index.grid import grid
 from facepipe.index.manifest import (
     IDS,
@@ -35,6 +34,7 @@ from facepipe.index.manifest import (
     sync_folder,
 )
 from facepipe.index.rows import Rows
+from facepipe.nearest.faiss_engine import faiss, write_index
 from facepipe.schema import EMBEDDING_DIM
 
 Ids = npt.NDArray[np.int64]

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ConfigError, StorageError
-from facepipe.index.engine import faiss, with_gpus, write_index
 from facepipe.index.grid import grid
 from facepipe.index.manifest import Template, digest
 from facepipe.index.plan import Plan, open_factory
+from facepipe.nearest.faiss_engine import faiss, with_gpus, write_index
 
 _WARMING_UP = 39  # vectors a list below which faiss would print warnings: the plan has said so already
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from galleries import Faces
 
-from facepipe.gpu.nearest import BLOCK, ROWS, Work, knn
-from facepipe.gpu.nearest_half import default_type
-from facepipe.gpu.nearest_join import Rule, join
-from facepipe.graph.pairs import refined
+from facepipe.nearest.half_precision import default_type
+from facepipe.nearest.join import refined
+from facepipe.nearest.join_gpu import Rule, join
+from facepipe.nearest.knn_gpu import BLOCK, ROWS, Work, knn
 
 K, SAMPLE, MOST = 10, 200, 32
 DRAWN = 1 << 18

@@ -19,7 +19,7 @@ from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, cand
 from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.curation.cleaning.model import Belief, Normal, believe, log_ratio
 from facepipe.curation.graph import pairs as near
-from facepipe.graph.pairs import Pairs
+from facepipe.nearest.join import Pairs
 from facepipe.sources.listfile import ListSource
 
 THRESHOLD = 1 - 0.416**2 / 2

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
 from facepipe.errors import ConfigError
-from facepipe.graph.pairs import Pairs
 from facepipe.imaging.perceptual import mirrored
+from facepipe.nearest.join import Pairs
 
 SCHEMA = pa.schema(
     [

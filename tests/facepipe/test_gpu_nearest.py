@@ -18,18 +18,19 @@ import pipelines.graph
 from facepipe.curation.graph import cells, pairs
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
-from facepipe.gpu import nearest_best
-from facepipe.gpu.nearest import Work, knn
-from facepipe.gpu.nearest_best import keep
-from facepipe.gpu.nearest_half import Tile, halved, input_error, lowered, with_ones, with_term
-from facepipe.gpu.nearest_join import Rule, join
-from facepipe.gpu.nearest_stream import uploaded
-from facepipe.graph.pairs import candidates, refined
-from facepipe.index import cost, engine, template
-from facepipe.index.engine import faiss
+from facepipe.index import cost, template
 from facepipe.index.plan import make_plan
 from facepipe.index.search import Hits, pair_distances
 from facepipe.models.runtime.device import gpus
+from facepipe.nearest import faiss_engine as engine
+from facepipe.nearest import top_k as nearest_best
+from facepipe.nearest.faiss_engine import faiss
+from facepipe.nearest.half_precision import Tile, halved, input_error, lowered, with_ones, with_term
+from facepipe.nearest.join import candidates, refined
+from facepipe.nearest.join_gpu import Rule, join
+from facepipe.nearest.knn_gpu import Work, knn
+from facepipe.nearest.top_k import keep
+from facepipe.nearest.upload import uploaded
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
 from pipelines.plan import Resources
 from pipelines.runners import ray

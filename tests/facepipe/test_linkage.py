@@ -12,7 +12,7 @@ from scipy.spatial.distance import squareform
 
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.graph.pairs import candidates
+from facepipe.nearest.join import candidates
 
 SEEDS = st.integers(0, 2**32 - 1)
 NONE = np.empty(0, np.int64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.graph.pairs import Pairs
+from facepipe.nearest.join import Pairs
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

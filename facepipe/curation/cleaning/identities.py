@@ -8,7 +8,7 @@ import numpy.typing as npt
 from facepipe.curation.cleaning.decide import DECISIONS, KEEP, Verdicts
 from facepipe.curation.cleaning.evidence import Faces, Ids
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.graph.pairs import Pairs
+from facepipe.nearest.join import Pairs
 
 Floats = npt.NDArray[np.float32]
 

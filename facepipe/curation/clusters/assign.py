@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.graph.pairs import candidates
-from facepipe.index.engine import faiss
+from facepipe.nearest.faiss_engine import faiss
+from facepipe.nearest.join import candidates
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

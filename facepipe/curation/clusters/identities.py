@@ -13,7 +13,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cells import Layout, train
 from facepipe.curation.graph.components import components, numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.graph.pairs import candidates
+from facepipe.nearest.join import candidates
 
 Ids = npt.NDArray[np.int64]
 Algorithm = Literal["linkage", "components", "whispers", "communities"]

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.graph.pairs import Pairs
+from facepipe.nearest.join import Pairs
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

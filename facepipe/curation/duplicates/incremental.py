@@ -25,9 +25,9 @@ from facepipe.curation.graph.nodes import representatives
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Changes
-from facepipe.graph.pairs import Pairs
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
+from facepipe.nearest.join import Pairs
 from facepipe.schema import EMBEDDING_DIM, FACES
 
 Bools = npt.NDArray[np.bool_]

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.duplicates.images import Ints, codes_of
-from facepipe.graph.pairs import Pairs
+from facepipe.nearest.join import Pairs
 
 
 def shared_identities(

@@ -10,8 +10,8 @@ from facepipe.curation.duplicates.images import images_of
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.edges import joined
-from facepipe.graph.pairs import Pairs
 from facepipe.index.search import pair_distances
+from facepipe.nearest.join import Pairs
 
 Ints = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]

@@ -10,7 +10,7 @@ from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.curation.graph.threshold import Counts, Threshold, estimate, histogram
 from facepipe.errors import ThresholdError
-from facepipe.graph.pairs import candidates
+from facepipe.nearest.join import candidates
 
 Vectors = npt.NDArray[np.float32]
 _PLAUSIBLE = (0.5, 1.3)  # an estimated threshold lies within these times the one of the model's card

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.curation.graph import cost
-from facepipe.graph.pairs import Ids, Vectors
-from facepipe.index.engine import faiss, with_gpus
 from facepipe.index.grid import grid
+from facepipe.nearest.faiss_engine import faiss, with_gpus
+from facepipe.nearest.join import Ids, Vectors
 
 SMALL = 30_000  # faces that are compared all with all
 _CELL = 244  # faces for each cell: found to cost least for a given recall (docs/performance.md)

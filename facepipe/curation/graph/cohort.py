@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.index.engine import faiss
+from facepipe.nearest.faiss_engine import faiss
 
 Vectors = npt.NDArray[np.float32]
 SIZE = 4096

@@ -14,7 +14,7 @@ from facepipe.curation.graph.edges import Edges
 from facepipe.curation.graph.nodes import Nodes, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
-from facepipe.graph.pairs import Pairs, similarity
+from facepipe.nearest.join import Pairs, similarity
 
 INFO = "graph.json"
 DENSITY, COHORT, HISTOGRAM, REPRESENTATIVES = "density.npy", "cohort.npy", "histogram.npy", "representatives.npy"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.graph.pairs import Densities, Ids, Vectors
+from facepipe.nearest.join import Densities, Ids, Vectors
 
 Counts = npt.NDArray[np.int64]
 IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/reports.md)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.graph.pairs import Densities, Ids, Pairs, Vectors
+from facepipe.nearest.join import Densities, Ids, Pairs, Vectors
 
 _COLUMNS = 65536
 _ROWS = 256

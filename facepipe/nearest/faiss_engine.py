@@ -1,4 +1,4 @@
-"""faiss, set up for facepipe: `from facepipe.index.engine import faiss`."""
+"""faiss, set up for facepipe: `from facepipe.nearest.faiss_engine import faiss`."""
 
 import os
 from collections.abc import Callable

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.index.engine import faiss
 from facepipe.index.search import pair_distances
+from facepipe.nearest.faiss_engine import faiss
 
 Vectors = npt.NDArray[np.float32]
 Densities = npt.NDArray[np.float32]
@@ -50,7 +50,7 @@ def candidates(
     `refined` leaves of them, every device finds the same.
     """
     if device != "cpu":
-        from facepipe.gpu.nearest_join import Rule, join  # loads torch
+        from facepipe.nearest.join_gpu import Rule, join  # loads torch
 
         return join(vectors, densities, Rule(threshold - _SLACK, most, _ROWS), device)
     left, right = _augmented(vectors, densities)

@@ -7,8 +7,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.index.engine import faiss
 from facepipe.index.search import Hits, pair_distances
+from facepipe.nearest.faiss_engine import faiss
 
 Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float32]

@@ -1,7 +1,7 @@
 """The k nearest of many vectors to many queries, exactly: a device rules out, the host compares what is left.
 
 The device multiplies in half precision and passes on every pair that could still be among a query's k nearest, by the
-bound of facepipe.gpu.nearest_half. The host computes the distance of each such pair in single precision, as it does
+bound of facepipe.nearest.half_precision. The host computes the distance of each such pair in single precision, as it does
 without a device. So the answer is that of comparing all pairs on the host, bit by bit and ties included; a coarser
 format or a worse bound costs time and nothing else, and no query has to be searched twice.
 
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from facepipe.gpu.nearest_best import Best
-from facepipe.gpu.nearest_half import GROUP, Half, Tile, default_type, halved, squared_norms, with_ones, with_term
-from facepipe.gpu.nearest_stream import Arrived, uploaded
 from facepipe.index.search import Hits
 from facepipe.models.runtime.batches import Batches, free_memory, planned
+from facepipe.nearest.half_precision import GROUP, Half, Tile, default_type, halved, squared_norms, with_ones, with_term
+from facepipe.nearest.top_k import Best
+from facepipe.nearest.upload import Arrived, uploaded
 
 Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float32]

@@ -1,6 +1,6 @@
 """All pairs of faces above a similarity, on a device: what facepipe.curation.graph.pairs.candidates finds, and by the same rule.
 
-Products in half precision rule out nearly all pairs by the bound of facepipe.gpu.nearest_half; the others are computed
+Products in half precision rule out nearly all pairs by the bound of facepipe.nearest.half_precision; the others are computed
 again in double precision, on the device, so that a pair is found or not whatever the tiles.
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from facepipe.gpu.nearest import Work, knn
-from facepipe.gpu.nearest_half import Half, Tile, halved, with_ones, with_term
-from facepipe.gpu.nearest_stream import Arrived, uploaded
-from facepipe.graph.pairs import crowding, reaching
 from facepipe.models.runtime.batches import Batches
+from facepipe.nearest.half_precision import Half, Tile, halved, with_ones, with_term
+from facepipe.nearest.join import crowding, reaching
+from facepipe.nearest.knn_gpu import Work, knn
+from facepipe.nearest.upload import Arrived, uploaded
 
 Vectors = npt.NDArray[np.float32]
 Densities = npt.NDArray[np.float32]

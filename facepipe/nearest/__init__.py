@@ -1,0 +1,1 @@
+"""Exact nearest neighbours and joins over vectors, on CPUs and GPUs."""
