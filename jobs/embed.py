@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
-from facepipe.gpu.sampler import GpuFigures
+from facepipe.observe.gpu_usage import GpuFigures
 from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, say, table
 from jobs.options import ConfigFile, Detector, Embedder, GalleryPath, Json, Settings, models
 from jobs.progress import EmbedProgress, figures

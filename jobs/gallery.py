@@ -18,8 +18,8 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
     """
     with failures():
         from facepipe.gallery import Gallery
-        from facepipe.gallery.report import describe
         from facepipe.index.manifest import state
+        from facepipe.observe.info import describe
 
         opened = Gallery(gallery)
         found = describe(opened) | {"index": state(opened)}

@@ -12,7 +12,7 @@ def doctor(as_json: Json = False) -> None:
         facepipe doctor
     """
     with failures():
-        from facepipe.doctor import examine
+        from facepipe.observe.doctor import examine
 
         found = examine()
         rows = {"findings": [finding._asdict() for finding in found]}

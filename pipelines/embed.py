@@ -17,8 +17,8 @@ from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
 from facepipe.gallery.parts import Record
 from facepipe.gallery.table import RUNS
-from facepipe.gpu.sampler import Sampler
 from facepipe.models.registry import file_of
+from facepipe.observe.gpu_usage import Sampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from facepipe.arrow import pack
 from facepipe.gpu.embedding import ChipEmbedder
 from facepipe.gpu.faces import FaceFinder
-from facepipe.gpu.sampler import Sampler
 from facepipe.models.networks import detector_net, embedder_net
+from facepipe.observe.gpu_usage import Sampler
 from facepipe.stages import Align, Detect, FacesOnDevice
 
 WIDTH, HEIGHT = 640, 480

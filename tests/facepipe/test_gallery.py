@@ -21,8 +21,8 @@ from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
-from facepipe.gallery.report import describe
 from facepipe.gallery.verify import verify
+from facepipe.observe.info import describe
 from facepipe.schema import FACES, LATER, conform
 from pipelines.embed import EmbedConfig
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.gpu.sampler import Sampler
 from facepipe.models.runtime.cuda_graphs import Bucket, Buckets
 from facepipe.models.runtime.transfers import Fetched, Uploads, filled, gathered, sent
+from facepipe.observe.gpu_usage import Sampler
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -152,7 +152,7 @@ def test_without_nvml_there_are_no_figures_and_a_reason(monkeypatch: pytest.Monk
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr("facepipe.gpu.sampler.import_module", missing)
+    monkeypatch.setattr("facepipe.observe.gpu_usage.import_module", missing)
     with Sampler() as sampler:
         pass
     assert sampler.figures().samples == 0
