@@ -12,8 +12,8 @@ import pyarrow as pa
 from facepipe.gallery import Gallery
 from facepipe.schema import WORK_ITEM
 from facepipe.sources.again import Places
+from facepipe.sources.blocks import Block, BlockSize
 from facepipe.stages.chips import GIVEN
-from facepipe.work.blocks import Block, BlockSize
 from pipelines.chip_plan import CODE, FACE, NAMES, ROWS, image_starts, whole_images
 
 Ints = npt.NDArray[np.int64]

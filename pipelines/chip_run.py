@@ -19,13 +19,13 @@ from facepipe.hashtable import HashTable
 from facepipe.models import chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
+from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize
+from facepipe.sources.blocks import blocks as cut_blocks
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Encode, Given, Subject, Whole
 from facepipe.training.data_config import DataConfig
 from facepipe.training.image_names import Names
 from facepipe.work import attempts
-from facepipe.work.blocks import NEW, REPEATED, SKIP, Block, BlockSize
-from facepipe.work.blocks import blocks as cut_blocks
 from pipelines.chip_exclude import named
 from pipelines.chip_gallery import GalleryListing
 from pipelines.plan import Plan, Resources, local_resources, make_plan

@@ -22,13 +22,13 @@ from facepipe.observe.gpu_usage import Sampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
+from facepipe.sources.blocks import Block, BlockSize
+from facepipe.sources.blocks import blocks as cut_blocks
 from facepipe.sources.item import Watched
 from facepipe.sources.kinds import is_web
 from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
 from facepipe.work import attempts
-from facepipe.work.blocks import Block, BlockSize
-from facepipe.work.blocks import blocks as cut_blocks
 from pipelines.embed_config import EmbedConfig, RunConfig
 from pipelines.plan import Group, Plan, local_resources, make_plan
 from pipelines.recorded import current, follow, records

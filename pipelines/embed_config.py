@@ -8,8 +8,8 @@ from pydantic import Field
 from facepipe.gallery import Contract
 from facepipe.models.networks import resident
 from facepipe.sources import SourceConfig
+from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, FacesOnDevice, Read
-from facepipe.work.blocks import BlockSize
 from pipelines.plan import Group, Layout, Plan
 
 MODELS = ("detect", "align", "embed")

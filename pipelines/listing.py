@@ -2,7 +2,7 @@
 
 from facepipe.gallery.known import KnownImages
 from facepipe.sources import Source
-from facepipe.work.blocks import BlockSize, blocks
+from facepipe.sources.blocks import BlockSize, blocks
 
 Counts = dict[str, int]
 LISTED = ("new", "changed", "skipped", "repeated", "erased")

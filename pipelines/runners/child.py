@@ -8,7 +8,7 @@ from facepipe.errors import FacepipeError
 from facepipe.gallery.parts import Record
 from facepipe.observe import logs
 from facepipe.observe.redact import redact
-from facepipe.work.blocks import decode
+from facepipe.sources.blocks import decode
 from pipelines.worker import BlockWorker
 
 

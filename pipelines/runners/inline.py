@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from facepipe.gallery.parts import Record
-from facepipe.work.blocks import Block
+from facepipe.sources.blocks import Block
 from pipelines.worker import BlockWorker, Job
 
 

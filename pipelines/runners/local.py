@@ -13,7 +13,7 @@ from queue import Empty, Queue
 
 from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.parts import Record
-from facepipe.work.blocks import Block, encode
+from facepipe.sources.blocks import Block, encode
 from pipelines.plan import Group
 from pipelines.worker import Job
 

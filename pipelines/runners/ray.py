@@ -22,7 +22,7 @@ import pyarrow as pa
 from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
 from facepipe.gallery.parts import Record
 from facepipe.hashing import hash64
-from facepipe.work.blocks import Block, decode, encode
+from facepipe.sources.blocks import Block, decode, encode
 from pipelines import ray_metrics
 from pipelines.plan import Plan, Resources
 from pipelines.worker import BlockWorker, Job

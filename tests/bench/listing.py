@@ -22,7 +22,7 @@ from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.parts import Record, stamp, status_rows, write_part
 from facepipe.sources import SourceConfig, open_source
-from facepipe.work.blocks import Block, BlockSize, blocks
+from facepipe.sources.blocks import Block, BlockSize, blocks
 
 
 def touch(folder: Path, count: int) -> None:

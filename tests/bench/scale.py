@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from facepipe.hashtable import _FIRST_SLOTS, _MAX_LOAD
 from facepipe.index.plan import make_plan
-from facepipe.work.blocks import BlockSize
+from facepipe.sources.blocks import BlockSize
 
 SIZES = (10_000_000, 100_000_000, 1_000_000_000)
 GIB = 1 << 30

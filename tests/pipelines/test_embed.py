@@ -21,8 +21,8 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.verify import verify
 from facepipe.sources import SourceConfig, open_source
+from facepipe.sources.blocks import Block, BlockSize, blocks, decode, encode
 from facepipe.stages import Decode, Detect, check_chain
-from facepipe.work.blocks import Block, BlockSize, blocks, decode, encode
 from pipelines.embed import RunConfig, _choose
 from pipelines.plan import Resources, make_plan
 

@@ -25,7 +25,7 @@ from facepipe.gallery.verify import verify
 from facepipe.index import manifest
 from facepipe.index.verify import verify_index
 from facepipe.schema import WORK_ITEM
-from facepipe.work.blocks import Block
+from facepipe.sources.blocks import Block
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index
 from pipelines.plan import Resources, make_plan

@@ -10,7 +10,7 @@ import pytest
 
 from facepipe.hashing import hash64
 from facepipe.schema import WORK_ITEM
-from facepipe.work.blocks import Block
+from facepipe.sources.blocks import Block
 from pipelines.worker import BlockWorker, Job
 
 
