@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from facepipe.arrow import pack
-from facepipe.gpu.embedding import ChipEmbedder
-from facepipe.gpu.faces import FaceFinder
 from facepipe.models.networks import detector_net, embedder_net
 from facepipe.observe.gpu_usage import Sampler
 from facepipe.stages import Align, Detect, FacesOnDevice
+from facepipe.stages.resident.embedding import ChipEmbedder
+from facepipe.stages.resident.retinaface import FaceFinder
 
 WIDTH, HEIGHT = 640, 480
 IMAGES_GOAL, CHIPS_GOAL = 10_000, 40_000

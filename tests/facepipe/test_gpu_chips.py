@@ -7,11 +7,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from facepipe.gpu.chips import Cuts, cut, cuts_of, scales, similarities
-from facepipe.gpu.gather import Resident
 from facepipe.imaging import geometry
 from facepipe.models import chip_layout
 from facepipe.models.runtime.transfers import Uploads
+from facepipe.stages.resident.chips import Cuts, cut, cuts_of, scales, similarities
+from facepipe.stages.resident.sampling import Resident
 
 CPU = torch.device("cpu")
 LAYOUT = chip_layout("dlib-resnet")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from facepipe.gpu.faces import FaceFinder, Limits, Packed, packed
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.engines import OnnxRetinaFace
 from facepipe.models.registry import retinaface_graph, retinaface_net
+from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed, packed
 
 SIDE = 160
 PRIOR = torch.from_numpy(decoding.anchors(SIDE, SIDE))

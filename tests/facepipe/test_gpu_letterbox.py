@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.gpu.gather import Resident
-from facepipe.gpu.letterbox import Placement, Rule, letterboxed
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages import Detect
+from facepipe.stages.resident.letterbox import Placement, Rule, letterboxed
+from facepipe.stages.resident.sampling import Resident
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from facepipe.gpu.detection import Detection
-from facepipe.gpu.embedding import ChipEmbedder
-from facepipe.gpu.faces import FaceFinder, Limits
-from facepipe.gpu.gather import Resident
-from facepipe.gpu.letterbox import Rule, letterboxed
 from facepipe.models.networks import detector_net, embedder_net
 from facepipe.models.runtime.transfers import Uploads
+from facepipe.stages.resident.detection import Detection
+from facepipe.stages.resident.embedding import ChipEmbedder
+from facepipe.stages.resident.letterbox import Rule, letterboxed
+from facepipe.stages.resident.retinaface import FaceFinder, Limits
+from facepipe.stages.resident.sampling import Resident
 
 CPU = torch.device("cpu")
 RULE = Rule(320, 32)

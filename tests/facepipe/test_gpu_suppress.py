@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.gpu.suppress import suppress
 from facepipe.models.detectors.retinaface_decode import suppress as greedy
+from facepipe.stages.resident.nms import suppress
 
 
 @st.composite

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from facepipe.gpu.gather import Resident, bilinear
 from facepipe.models.runtime.transfers import sent
+from facepipe.stages.resident.sampling import Resident, bilinear
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

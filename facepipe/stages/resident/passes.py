@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from facepipe.gpu.coordinates import Found
-from facepipe.gpu.detection import Detection, Part
-from facepipe.gpu.faces import FaceFinder, Limits
-from facepipe.gpu.gather import Indices, Resident
-from facepipe.gpu.letterbox import Rule
 from facepipe.models.protocols import Pixels
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
+from facepipe.stages.resident.coordinates import Found
+from facepipe.stages.resident.detection import Detection, Part
+from facepipe.stages.resident.letterbox import Rule
+from facepipe.stages.resident.retinaface import FaceFinder, Limits
+from facepipe.stages.resident.sampling import Indices, Resident
 
 WAITS = 2  # times that `Looks.search` yields
 

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers, frames, images, with_columns
-from facepipe.gpu.coordinates import Found, Frames, full_size
 from facepipe.imaging.alignment import ChipLayout, chip_of
 from facepipe.imaging.geometry import Frame
 from facepipe.models import card, chip_layout
@@ -22,12 +21,13 @@ from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.stages.align import Align, Aligned, Each, larger
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
+from facepipe.stages.resident.coordinates import Found, Frames, full_size
 
 if TYPE_CHECKING:
-    from facepipe.gpu.embedding import ChipEmbedder
-    from facepipe.gpu.gather import Resident
-    from facepipe.gpu.looks import Looks
     from facepipe.models.runtime.transfers import Fetched, Uploads
+    from facepipe.stages.resident.embedding import ChipEmbedder
+    from facepipe.stages.resident.passes import Looks
+    from facepipe.stages.resident.sampling import Resident
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -105,7 +105,7 @@ class FacesOnDevice:
 
     def _steps(self, table: pa.Table) -> Iterator[pa.Table | None]:
         """None whenever something is queued whose end is not to be waited for yet; at last the table."""
-        from facepipe.gpu.gather import Resident
+        from facepipe.stages.resident.sampling import Resident
 
         inputs = _Images.of(table)
         if not inputs.rows:
@@ -125,8 +125,8 @@ class FacesOnDevice:
         """Chips and vectors of the faces, queued."""
         import torch
 
-        from facepipe.gpu import cutting
         from facepipe.models.runtime.transfers import Fetched
+        from facepipe.stages.resident import cutting
 
         view = Frames.of(inputs.frames)
         wanted = np.zeros(len(inputs.rows))
@@ -202,16 +202,16 @@ class FacesOnDevice:
 
     @cached_property
     def _looks(self) -> "Looks":
-        from facepipe.gpu.faces import FaceFinder
-        from facepipe.gpu.looks import Capacity, Looks
         from facepipe.models.networks import detector_net
+        from facepipe.stages.resident.passes import Capacity, Looks
+        from facepipe.stages.resident.retinaface import FaceFinder
 
         finder = FaceFinder(*detector_net(self.detect.model), self.device, self.precision)
         return Looks(self.detect, finder, self._uploads, Capacity(self.frames, self.candidates, self.faces))
 
     @cached_property
     def _embedder(self) -> "ChipEmbedder":
-        from facepipe.gpu.embedding import ChipEmbedder
         from facepipe.models.networks import embedder_net
+        from facepipe.stages.resident.embedding import ChipEmbedder
 
         return ChipEmbedder(embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips)

@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from facepipe.gpu.chips import cut, cuts_of, scales, similarities
-from facepipe.gpu.coordinates import Found
-from facepipe.gpu.gather import Resident
 from facepipe.imaging.alignment import ChipLayout, wanted_scale
 from facepipe.models.runtime.transfers import Uploads
+from facepipe.stages.resident.chips import cut, cuts_of, scales, similarities
+from facepipe.stages.resident.coordinates import Found
+from facepipe.stages.resident.sampling import Resident
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

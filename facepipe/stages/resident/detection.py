@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from facepipe.gpu.coordinates import Found, restored
-from facepipe.gpu.faces import FaceFinder, Limits, Packed
-from facepipe.gpu.gather import Indices, Resident
-from facepipe.gpu.letterbox import Placement, Rule, letterboxed
 from facepipe.models.protocols import Faces
 from facepipe.models.runtime.batches import Batches, free_memory, planned
 from facepipe.models.runtime.cuda_graphs import Buckets
 from facepipe.models.runtime.transfers import Fetched, Uploads
+from facepipe.stages.resident.coordinates import Found, restored
+from facepipe.stages.resident.letterbox import Placement, Rule, letterboxed
+from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed
+from facepipe.stages.resident.sampling import Indices, Resident
 
 # Bytes of a pixel of a frame that are live at once, beside its 3. While frames are placed: whole-number levels and sums
 # of three channels, their product, an index, and the four pixels of a block where the image is halved; torch's profiler

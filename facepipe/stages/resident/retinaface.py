@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from facepipe.gpu.suppress import suppress
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFaceNet, fold
 from facepipe.models.engines import channels_last
 from facepipe.models.protocols import Faces, Floats
 from facepipe.models.runtime.precision import DTYPES, cast
+from facepipe.stages.resident.nms import suppress
 
 _ROUNDS = 12  # of suppression; what needs more is flagged
 _HEAD, _FACE = 2, 15  # numbers that lead an image's row, and those of a face: box 4, landmarks 10, score 1

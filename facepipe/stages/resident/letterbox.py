@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.gpu.gather import Sources, blocks_at, pixels_at
 from facepipe.models.runtime.transfers import sent
+from facepipe.stages.resident.sampling import Sources, blocks_at, pixels_at
 
 _WEIGHT = 2048  # OpenCV's unit of weights
 
