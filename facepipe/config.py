@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from facepipe.errors import ConfigError
-from facepipe.observe.redact import HIDDEN, redact
+from facepipe.storage.redact import HIDDEN, redact
 
 T = TypeVar("T")
 Tree = dict[str, Any]

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 import facepipe
 from facepipe.observe import logs
-from facepipe.observe.redact import redact
+from facepipe.storage.redact import redact
 from jobs import evaluate, models
 from jobs.adopt import adopt
 from jobs.clean import clean

@@ -15,7 +15,6 @@ from facepipe import storage
 from facepipe.gallery import Gallery
 from facepipe.gallery.parts import Record
 from facepipe.hashing import hash64
-from facepipe.hashtable import HashTable
 from facepipe.models import chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
@@ -23,6 +22,7 @@ from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize
 from facepipe.sources.blocks import blocks as cut_blocks
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Encode, Given, Subject, Whole
+from facepipe.storage.hashtable import HashTable
 from facepipe.training.data_config import DataConfig
 from facepipe.training.image_names import Names
 from facepipe.work import attempts

@@ -13,7 +13,7 @@ import numpy as np
 
 import facepipe
 from facepipe import storage
-from facepipe.observe.redact import redact
+from facepipe.storage.redact import redact
 from facepipe.training.chips import ChipSet
 from facepipe.training.data_config import DataConfig
 from facepipe.training.loop import Outcome

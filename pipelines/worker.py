@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 
 from facepipe.errors import AccountingError, FacepipeError
 from facepipe.gallery.parts import Record, stamp, status_rows, write_part
-from facepipe.observe.redact import redact
 from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
+from facepipe.storage.redact import redact
 from facepipe.work.attempts import Attempts
 
 

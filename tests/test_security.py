@@ -31,14 +31,14 @@ from facepipe.errors import ConfigError, FacepipeError, StorageError, WeightsErr
 from facepipe.gallery import Gallery, mirror, stores
 from facepipe.gallery.table import open_table
 from facepipe.hashing import hash64
-from facepipe.hashtable import HashTable
 from facepipe.imaging import header
 from facepipe.index.queries import open_queries
 from facepipe.index.search import Index
 from facepipe.models import registry
-from facepipe.observe.redact import redact
 from facepipe.sources import SourceConfig, listfile, open_source, tar
 from facepipe.stages import Decode, Read
+from facepipe.storage.hashtable import HashTable
+from facepipe.storage.redact import redact
 from pipelines import cluster, dedup, erase, index
 from pipelines.embed import EmbedConfig
 from pipelines.nightly_config import NightlyConfig

@@ -12,8 +12,8 @@ from facepipe.adoption.rows import SCHEME, Image, images, measured, reasons
 from facepipe.arrow import float_lists, vectors
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64
-from facepipe.hashtable import HashTable
 from facepipe.schema import OK
+from facepipe.storage.hashtable import HashTable
 
 Floats = npt.NDArray[np.float32]
 Hashes = npt.NDArray[np.uint64]

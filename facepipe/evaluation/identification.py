@@ -14,8 +14,8 @@ import numpy.typing as npt
 from facepipe.errors import EvaluationError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
-from facepipe.hashtable import HashTable
 from facepipe.index.search import Index
+from facepipe.storage.hashtable import HashTable
 
 Distances = npt.NDArray[np.float64]
 PROBES = 10_000

@@ -9,9 +9,9 @@ import pyarrow.compute as pc
 
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column, marks_each
-from facepipe.hashtable import HashTable
 from facepipe.schema import READ_ERROR
 from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
+from facepipe.storage.hashtable import HashTable
 
 Hashes = npt.NDArray[np.uint64]
 _HELD, _LISTED, _OF_SOURCE = (np.uint64(n) for n in range(3))

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from facepipe import conditional, storage
+from facepipe import storage
 from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
+from facepipe.storage import conditional
 
 NAME, GUARD = ".lock", ".lock.guard"
 _SECONDS = 60.0  # without a heartbeat, after which others take a lease over

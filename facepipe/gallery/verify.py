@@ -15,8 +15,8 @@ from facepipe.errors import StorageError
 from facepipe.gallery.parts import digest_in
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64_column
-from facepipe.hashtable import HashTable
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
+from facepipe.storage.hashtable import HashTable
 
 _NORM_TOLERANCE = 1e-4
 _MAX_PROBLEMS = 100

@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from facepipe import conditional, storage
+from facepipe import storage
 from facepipe.errors import GalleryBusyError, IndexingError, StorageError
 from facepipe.gallery import Gallery, mirror
 from facepipe.gallery.lock import GUARD
 from facepipe.gallery.lock import NAME as LOCK
+from facepipe.storage import conditional
 
 FORMAT = 1
 FOLDER = "index"

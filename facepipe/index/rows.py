@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.hashtable import HashTable
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.storage.hashtable import HashTable
 
 _ROWS = 16384
 _NORM_TOLERANCE = 1e-2

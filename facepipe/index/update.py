@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.hashtable import HashTable
 from facepipe.index.manifest import Manifest
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
+from facepipe.storage.hashtable import HashTable
 
 Ids = npt.NDArray[np.int64]
 

@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from facepipe.errors import FacepipeError, IndexingError, StorageError
 from facepipe.gallery import Gallery, mirror
-from facepipe.hashtable import HashTable
 from facepipe.index.manifest import File, Manifest, digest, files_of, folder_of, load
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
+from facepipe.storage.hashtable import HashTable
 
 Ids = npt.NDArray[np.int64]
 _STEP = 1 << 20

@@ -24,7 +24,7 @@ from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from facepipe.observe.redact import redact
+from facepipe.storage.redact import redact
 
 __all__ = ["bind", "complain", "configure", "event", "get", "install_excepthook", "is_json", "redact"]
 

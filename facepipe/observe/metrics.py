@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from facepipe import storage
 from facepipe.errors import GalleryError, IndexingError, StorageError
 from facepipe.observe import runs
-from facepipe.observe.redact import redact
 from facepipe.observe.runs import Last, RunRecord
+from facepipe.storage.redact import redact
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COUNT_ROWS = 2_000_000  # up to here images are counted in the table: a second

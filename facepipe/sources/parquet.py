@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
-from facepipe.observe.redact import redact
 from facepipe.sources.identity import IdentityRule, rule
 from facepipe.sources.item import WorkItem, broken, file_uri, is_special, member_uri, readable
 from facepipe.sources.kinds import is_web
 from facepipe.storage import entry, holds_credentials, is_remote, list_prefix, local_fingerprint, open_seekable
+from facepipe.storage.redact import redact
 
 URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
 BYTES_COLUMNS = ("bytes", "image", "jpg", "content")

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from facepipe.observe.redact import redact
 from facepipe.reports.model import Figure, Table
 from facepipe.storage import write
+from facepipe.storage.redact import redact
 from facepipe.training import curves
 from facepipe.training.curves import Curves
 from facepipe.training.journal import Progress

@@ -7,8 +7,8 @@ from multiprocessing.connection import Connection
 from facepipe.errors import FacepipeError
 from facepipe.gallery.parts import Record
 from facepipe.observe import logs
-from facepipe.observe.redact import redact
 from facepipe.sources.blocks import decode
+from facepipe.storage.redact import redact
 from pipelines.worker import BlockWorker
 
 

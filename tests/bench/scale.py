@@ -9,9 +9,9 @@ read from, and with some that one was (they say so); more than 1.3 apart must be
 
 from dataclasses import dataclass
 
-from facepipe.hashtable import _FIRST_SLOTS, _MAX_LOAD
 from facepipe.index.plan import make_plan
 from facepipe.sources.blocks import BlockSize
+from facepipe.storage.hashtable import _FIRST_SLOTS, _MAX_LOAD
 
 SIZES = (10_000_000, 100_000_000, 1_000_000_000)
 GIB = 1 << 30

@@ -11,7 +11,7 @@ from facepipe.config import build, parse_settings, read_toml
 from facepipe.errors import ConfigError
 from facepipe.gallery.where import parse
 from facepipe.hashing import MASK_63, face_id, hash64, image_id
-from facepipe.hashtable import HashTable
+from facepipe.storage.hashtable import HashTable
 from pipelines.embed import EmbedConfig
 
 

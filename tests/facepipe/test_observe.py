@@ -27,8 +27,8 @@ from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.parts import Record
 from facepipe.observe import logs, metrics, runs
-from facepipe.observe.redact import HIDDEN, redact
 from facepipe.observe.runs import RunRecord
+from facepipe.storage.redact import HIDDEN, redact
 from pipelines import ray_metrics
 from pipelines.recorded import current, follow, recorded, records, write_metrics_to
 

@@ -19,7 +19,7 @@ from bench.galleries import CONTRACT, Faces
 from bench.galleries import rows as face_rows
 from helpers import trials
 
-from facepipe import conditional, storage
+from facepipe import storage
 from facepipe.errors import ConfigError, FacepipeError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Gallery, lock
 from facepipe.gallery.commit import Committer
@@ -27,6 +27,7 @@ from facepipe.gallery.lock import Holder, Lease, lease_seconds, writer_lock
 from facepipe.gallery.parts import Record
 from facepipe.gallery.rewrite import add, write
 from facepipe.gallery.table import open_table
+from facepipe.storage import conditional
 
 SECONDS = 0.6
 TRIALS = [*((n, "disk") for n in trials(10)), *((n, "s3") for n in range(2))]

@@ -10,7 +10,6 @@ import pytest
 from conftest import draw
 from helpers import embed, rows, same_faces
 
-from facepipe import conditional
 from facepipe.config import build
 from facepipe.errors import GalleryBusyError
 from facepipe.gallery import Gallery
@@ -19,6 +18,7 @@ from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
+from facepipe.storage import conditional
 from pipelines import cluster, dedup, index
 
 G = "s3://faces/team/gallery"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from facepipe.errors import ConfigError, StorageError
-from facepipe.observe.redact import redact
+from facepipe.storage.redact import redact
 
 SCHEMES = ("s3://", "gs://", "az://", "abfs://", "memory://")
 _ARROW = re.compile(r"\x1b\[[0-9;]*m|↳")
