@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 from facepipe.gallery import Gallery
 from facepipe.models.registry import same_person
 from facepipe.storage import join
-from facepipe.training.chip_writer import plain_name
-from facepipe.training.data_config import DataConfig
-from facepipe.training.split import read_names
+from facepipe.training.data.chip_writer import plain_name
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.selection import Excluded
+from facepipe.training.data.split import read_names
 from pipelines import dedup
-from pipelines.chip_plan import Excluded
 from pipelines.graph import GraphConfig
 
 Progress = Callable[[str], None]

@@ -14,7 +14,7 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources.again import Places
 from facepipe.sources.blocks import Block, BlockSize
 from facepipe.stages.chips import GIVEN
-from pipelines.chip_plan import CODE, FACE, NAMES, ROWS, image_starts, whole_images
+from facepipe.training.data.selection import CODE, FACE, NAMES, ROWS, image_starts, whole_images
 
 Ints = npt.NDArray[np.int64]
 _WORK = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")

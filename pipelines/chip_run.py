@@ -23,8 +23,8 @@ from facepipe.sources.blocks import blocks as cut_blocks
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Encode, Given, Subject, Whole
 from facepipe.storage.hashtable import HashTable
-from facepipe.training.data_config import DataConfig
-from facepipe.training.image_names import Names
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.image_names import Names
 from facepipe.work import attempts
 from pipelines.chip_exclude import named
 from pipelines.chip_gallery import GalleryListing

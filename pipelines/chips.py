@@ -26,14 +26,14 @@ from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import Record
 from facepipe.models import chip_layout
 from facepipe.sources import open_source
-from facepipe.training.chip_writer import Keep, ShardWriter, held_faces, held_uris, write_index
-from facepipe.training.chips import SET, ChipSet, SetInfo, read_info
-from facepipe.training.data_config import DataConfig
-from facepipe.training.image_names import Names
+from facepipe.training.data.chip_set import SET, ChipSet, SetInfo, read_info
+from facepipe.training.data.chip_writer import Keep, ShardWriter, held_faces, held_uris, write_index
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.image_names import Names
+from facepipe.training.data.origin import origin_of
+from facepipe.training.data.selection import WANTED, choose
 from facepipe.training.validation import PairSet, ValidateConfig, names_in, read_validation_pairs
 from pipelines.chip_exclude import excluded
-from pipelines.chip_origin import origin_of
-from pipelines.chip_plan import WANTED, choose
 from pipelines.chip_run import HELD, MARKS, PARTS, ChipRun, Order, records
 
 Progress = Callable[[str], None]

@@ -14,12 +14,13 @@ from typing import Any, cast
 from facepipe import storage
 from facepipe.errors import TrainingError
 from facepipe.models.card_file import save_model
-from facepipe.training import checkpointing, journal
 from facepipe.training.config import RunConfig
-from facepipe.training.journal import Progress
-from facepipe.training.loop import Outcome
 from facepipe.training.report import write_report
 from facepipe.training.start import Start, find, written
+from facepipe.training.trainer import checkpointing
+from facepipe.training.trainer import metrics_log as journal
+from facepipe.training.trainer.loop import Outcome
+from facepipe.training.trainer.metrics_log import Progress
 from facepipe.training.validation import names_in, read_validation_pairs
 from pipelines.train_config import DetectorConfig, TrainConfig, read_config
 from pipelines.train_manifest import FACES, MANIFEST, of_detector, of_embedder, write_faces, write_manifest

@@ -14,10 +14,10 @@ import numpy as np
 import facepipe
 from facepipe import storage
 from facepipe.storage.redact import redact
-from facepipe.training.chips import ChipSet
-from facepipe.training.data_config import DataConfig
-from facepipe.training.loop import Outcome
-from pipelines.chip_origin import digest_of
+from facepipe.training.data.chip_set import ChipSet
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.origin import digest_of
+from facepipe.training.trainer.loop import Outcome
 
 MANIFEST, FACES = "manifest.json", "faces.npy"
 

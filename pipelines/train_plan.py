@@ -12,19 +12,19 @@ from torch import nn
 from facepipe.errors import ConfigError
 from facepipe.models.architectures import Input
 from facepipe.models.runtime.device import resolve
-from facepipe.training import optim, schedule
-from facepipe.training.checkpointing import Checkpoints
-from facepipe.training.chips import ChipSet
 from facepipe.training.config import RunConfig
+from facepipe.training.data.chip_set import ChipSet
+from facepipe.training.data.sampling import Sampler
+from facepipe.training.data.split import Rows, SplitConfig, split
 from facepipe.training.detection.task import DetectionTask
 from facepipe.training.embedding_task import Embed, EmbeddingTask, Examples, embedded
 from facepipe.training.imprint import imprint
-from facepipe.training.loop import Settings
 from facepipe.training.losses import objective
-from facepipe.training.sampling import Sampler
-from facepipe.training.split import Rows, SplitConfig, split
 from facepipe.training.start import Start, find
-from facepipe.training.task import Task
+from facepipe.training.trainer import optim, schedule
+from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.loop import Settings
+from facepipe.training.trainer.task import Task
 from facepipe.training.triplet_task import TripletSampler, TripletTask
 from facepipe.training.validation import PairSet, read_validation_pairs, verify
 from pipelines.train_config import DetectorConfig, TrainConfig

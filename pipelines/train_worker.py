@@ -13,14 +13,14 @@ from facepipe import errors
 from facepipe.errors import AgreedError, ConfigError, FacepipeError, ModelError, WorkerError
 from facepipe.models.runtime.device import resolve
 from facepipe.models.runtime.memory import keep_freed
-from facepipe.training import journal
-from facepipe.training.checkpointing import FOLDER
 from facepipe.training.config import RunConfig
-from facepipe.training.journal import Progress
-from facepipe.training.loop import Loop, Outcome, Settings
-from facepipe.training.precision import choose
-from facepipe.training.ranks import Ranks
-from facepipe.training.task import Task
+from facepipe.training.trainer import metrics_log as journal
+from facepipe.training.trainer.checkpointing import FOLDER
+from facepipe.training.trainer.loop import Loop, Outcome, Settings
+from facepipe.training.trainer.metrics_log import Progress
+from facepipe.training.trainer.mixed_precision import choose
+from facepipe.training.trainer.ranks import Ranks
+from facepipe.training.trainer.task import Task
 from pipelines.runners import ray as ray_runner
 
 Tell = Callable[[Progress], None]

@@ -55,7 +55,7 @@ TALK_PICKLE = {"pipelines/runners/local.py", "pipelines/runners/child.py"}
 REFUSE_PICKLE = {
     "facepipe/models/checkpoint.py",
     "facepipe/models/detectors/mtcnn_weights.py",
-    "facepipe/training/checkpointing.py",
+    "facepipe/training/trainer/checkpointing.py",
 }
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml", "jsonpickle"}
 CALLS = {"eval", "exec", "compile", "__import__"}

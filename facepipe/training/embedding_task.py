@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from facepipe.models.architectures import Input
-from facepipe.training.augment import AugmentConfig, augment
-from facepipe.training.task import Batch
+from facepipe.training.data.augment import AugmentConfig, augment
+from facepipe.training.trainer.task import Batch
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

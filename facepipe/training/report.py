@@ -14,8 +14,8 @@ from facepipe.storage import write
 from facepipe.storage.redact import redact
 from facepipe.training import curves
 from facepipe.training.curves import Curves
-from facepipe.training.journal import Progress
-from facepipe.training.loop import Outcome
+from facepipe.training.trainer.loop import Outcome
+from facepipe.training.trainer.metrics_log import Progress
 
 _ENDS = {"done": "all steps done", "stopped": "stopped early", "interrupted": "interrupted"}
 

@@ -15,8 +15,8 @@ from facepipe.models.architectures import ARCHITECTURES, Architecture, Input
 from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card
 from facepipe.models.checkpoint import State, fit, read_state
 from facepipe.models.loading import checked, renamed
-from facepipe.training import checkpointing
 from facepipe.training.config import ModelConfig
+from facepipe.training.trainer import checkpointing
 
 _DIM = 128
 

@@ -12,7 +12,7 @@ from facepipe.hashing import hash64
 from facepipe.models.architectures import Input
 from facepipe.training.embedding_task import EmbeddingTask, Examples, embedded
 from facepipe.training.losses import LossConfig, offline_triplets
-from facepipe.training.ranks import Ranks
+from facepipe.training.trainer.ranks import Ranks
 
 Ints = npt.NDArray[np.int64]
 _CHIPS = 64

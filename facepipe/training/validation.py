@@ -14,10 +14,10 @@ from facepipe.errors import ConfigError, EvaluationError
 from facepipe.evaluation.pairs import figures
 from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.sources.identity import IdentityRule
-from facepipe.training.chip_writer import plain_name
-from facepipe.training.chips import ChipSet
-from facepipe.training.data_config import DataConfig
-from facepipe.training.image_names import Names
+from facepipe.training.data.chip_set import ChipSet
+from facepipe.training.data.chip_writer import plain_name
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.image_names import Names
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

@@ -24,9 +24,9 @@ from facepipe.models import card
 from facepipe.models.loading import load_net
 from facepipe.models.registry import dlib_net
 from facepipe.models.runtime.memory import keep_freed
-from facepipe.training.chips import ChipSet
 from facepipe.training.config import ModelConfig
-from facepipe.training.data_config import DataConfig
+from facepipe.training.data.chip_set import ChipSet
+from facepipe.training.data.config import DataConfig
 from facepipe.training.embedding_task import embedded
 from facepipe.training.start import find
 from pipelines.chips import prepare

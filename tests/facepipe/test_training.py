@@ -17,17 +17,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, TrainingError
-from facepipe.training import checkpointing, journal, optim, schedule, start
-from facepipe.training.checkpointing import Checkpoints
+from facepipe.training import start
 from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.imprint import imprint
-from facepipe.training.journal import Journal, Progress
-from facepipe.training.loop import Loop, Outcome, Settings
 from facepipe.training.losses import LossConfig, objective
-from facepipe.training.precision import Precision
-from facepipe.training.ranks import Ranks
 from facepipe.training.report import write_report
-from facepipe.training.schedule import Standing
+from facepipe.training.trainer import checkpointing, optim, schedule
+from facepipe.training.trainer import metrics_log as journal
+from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.loop import Loop, Outcome, Settings
+from facepipe.training.trainer.metrics_log import Journal, Progress
+from facepipe.training.trainer.mixed_precision import Precision
+from facepipe.training.trainer.ranks import Ranks
+from facepipe.training.trainer.schedule import Standing
 
 STEPS = 40
 

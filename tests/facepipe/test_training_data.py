@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from facepipe.config import build
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.evaluation.pairs_file import read_pairs
-from facepipe.training.augment import AugmentConfig, augment
-from facepipe.training.data_config import DataConfig
-from facepipe.training.image_names import Names
-from facepipe.training.sampling import SampleConfig, Sampler
-from facepipe.training.split import SplitConfig, split
+from facepipe.training.data.augment import AugmentConfig, augment
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.image_names import Names
+from facepipe.training.data.sampling import SampleConfig, Sampler
+from facepipe.training.data.split import SplitConfig, split
 from facepipe.training.validation import PairSet, ValidateConfig, _pair, held_pairs, verify
 
 COUNTS = st.lists(st.integers(1, 9), min_size=4, max_size=30)

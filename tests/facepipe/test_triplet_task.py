@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, TrainingError
 from facepipe.hashing import hash64
 from facepipe.models.architectures import Input
-from facepipe.training.augment import AugmentConfig
-from facepipe.training.checkpointing import Checkpoints
 from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.data.augment import AugmentConfig
 from facepipe.training.embedding_task import Examples
-from facepipe.training.loop import Loop, Outcome, Settings
 from facepipe.training.losses import LossConfig, objective, offline_triplets, settled
 from facepipe.training.losses.triplets import TripletLoss
-from facepipe.training.ranks import Ranks
+from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.loop import Loop, Outcome, Settings
+from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.triplet_task import TripletSampler, TripletTask
 
 STEPS = 26  # four epochs of six steps and two more

@@ -20,9 +20,9 @@ from conftest import REPOSITORY, draw
 from facepipe.config import build
 from facepipe.errors import ConfigError, EvaluationError, SourceError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.training import chip_writer
-from facepipe.training.chips import SET, ChipSet, batches_of
-from facepipe.training.data_config import DataConfig
+from facepipe.training.data import chip_writer
+from facepipe.training.data.chip_set import SET, ChipSet, batches_of
+from facepipe.training.data.config import DataConfig
 from facepipe.training.validation import ValidateConfig, verify
 from pipelines import chips as pipeline
 from pipelines.chips import ChipRun, prepare, prepare_pairs

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, SourceError
 from facepipe.models.detectors.retinaface import Channels, Predictions, normalise
 from facepipe.models.detectors.retinaface_decode import MEAN_BGR, anchors
+from facepipe.training.data.sampling import SampleConfig, Sampler
 from facepipe.training.detection.annotations import Truth
 from facepipe.training.detection.augment import Scene, augment
 from facepipe.training.detection.config import DetectionConfig
 from facepipe.training.detection.folder import opened
 from facepipe.training.detection.loss import MultiTaskLoss
 from facepipe.training.detection.validation import average_precision_of
-from facepipe.training.sampling import SampleConfig, Sampler
 
 _AUGMENT = 1001  # keeps its stream of random numbers apart from the sampler's
 
 
 class DetectionTask:
-    """Trains a RetinaFaceNet with batch norms (`Task` of facepipe/training/task.py).
+    """Trains a RetinaFaceNet with batch norms (`Task` of facepipe/training/trainer/task.py).
 
     A batch is (pixels (n, size, size, 3) uint8 RGB, targets (n, f, 15), valid (n, f), passed over (n,) int64). Images
     without faces are not trained on; one that cannot be decoded gives its turn to the next that can.

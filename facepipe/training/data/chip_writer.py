@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from facepipe import storage
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
-from facepipe.training.chips import CHIPS, IDENTITIES, INDEX, INDEX_ROWS, SET, SetInfo, batches_of, shard_name
+from facepipe.training.data.chip_set import CHIPS, IDENTITIES, INDEX, INDEX_ROWS, SET, SetInfo, batches_of, shard_name
 
 Ints = npt.NDArray[np.int64]
 _SHARD_BYTES = 512 << 20

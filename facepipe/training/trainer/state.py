@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from facepipe.errors import TrainingError
-from facepipe.training import optim
 from facepipe.training.losses.shards import Shard, full_rows, full_state, load_full_state, own_rows
-from facepipe.training.schedule import Standing
-from facepipe.training.task import Renewed, Task
+from facepipe.training.trainer import optim
+from facepipe.training.trainer.schedule import Standing
+from facepipe.training.trainer.task import Renewed, Task
 
 Content = dict[str, Any]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from facepipe.training.ranks import Ranks
+from facepipe.training.trainer.ranks import Ranks
 
 
 class Window:

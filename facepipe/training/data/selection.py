@@ -15,10 +15,10 @@ from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.stages.chips import prominence
-from facepipe.training.chip_writer import plain_name
-from facepipe.training.data_config import DataConfig
-from facepipe.training.image_names import Names
-from pipelines.chip_lists import Labels, read_list
+from facepipe.training.data.chip_writer import plain_name
+from facepipe.training.data.config import DataConfig
+from facepipe.training.data.image_names import Names
+from facepipe.training.data.lists import Labels, read_list
 
 Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]

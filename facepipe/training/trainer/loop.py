@@ -15,16 +15,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from facepipe.errors import AgreedError, FacepipeError
 from facepipe.hashing import hash64
-from facepipe.training import checkpointing, optim, schedule, snapshot
-from facepipe.training.checkpointing import Checkpoints
 from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
-from facepipe.training.journal import Journal, Progress
-from facepipe.training.precision import Gradients, Precision
-from facepipe.training.ranks import Ranks
-from facepipe.training.schedule import Standing
-from facepipe.training.snapshot import sliced
-from facepipe.training.task import Batch, Renewed, Task
-from facepipe.training.window import Window
+from facepipe.training.trainer import checkpointing, optim, schedule
+from facepipe.training.trainer import state as snapshot
+from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.metrics_log import Journal, Progress
+from facepipe.training.trainer.mixed_precision import Gradients, Precision
+from facepipe.training.trainer.ranks import Ranks
+from facepipe.training.trainer.running_means import Window
+from facepipe.training.trainer.schedule import Standing
+from facepipe.training.trainer.state import sliced
+from facepipe.training.trainer.task import Batch, Renewed, Task
 
 End = Literal["done", "stopped", "interrupted"]
 Tell = Callable[[Progress], None]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from facepipe.gallery import Gallery
-from facepipe.training.data_config import DataConfig
+from facepipe.training.data.config import DataConfig
 
 
 def origin_of(data: DataConfig) -> dict[str, Any]:

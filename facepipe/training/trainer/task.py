@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from facepipe.training.ranks import Ranks
+from facepipe.training.trainer.ranks import Ranks
 
 Batch = tuple[Tensor, ...]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from facepipe.errors import ConfigError
-from facepipe.training.ranks import Ranks
+from facepipe.training.trainer.ranks import Ranks
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,1 @@
+"""The training loop and what it needs: schedule, optimiser, mixed precision, ranks, state and checkpoints."""
