@@ -132,7 +132,7 @@ class _Embedder:
     """The training of an embedder: its data, and what its model is called."""
 
     def __init__(self, config: TrainConfig, start: Start, say: Say, goes_on: bool):
-        from pipelines.chips import prepare, prepare_images
+        from pipelines.chips.prepare import prepare, prepare_images
 
         self.config, self.start, run = config, start, config.run
         folder = run.chips or os.path.join(run.output, "chips")
@@ -154,7 +154,7 @@ class _Embedder:
     @contextmanager
     def using(self) -> Iterator[None]:
         """The chips stay as they are."""
-        from pipelines.chips import in_use
+        from pipelines.chips.prepare import in_use
 
         with in_use(self._whole.folder):
             yield

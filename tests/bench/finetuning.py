@@ -29,7 +29,7 @@ from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.config import DataConfig
 from facepipe.training.embedding_task import embedded
 from facepipe.training.start import find
-from pipelines.chips import prepare
+from pipelines.chips.prepare import prepare
 from pipelines.train import TrainConfig, run
 
 LOSSES = (

@@ -24,8 +24,8 @@ from facepipe.training.data import chip_writer
 from facepipe.training.data.chip_set import SET, ChipSet, batches_of
 from facepipe.training.data.config import DataConfig
 from facepipe.training.validation import ValidateConfig, verify
-from pipelines import chips as pipeline
-from pipelines.chips import ChipRun, prepare, prepare_pairs
+from pipelines.chips import prepare as pipeline
+from pipelines.chips.prepare import ChipRun, prepare, prepare_pairs
 from pipelines.embed import EmbedConfig
 from pipelines.embed import run as run_embed
 

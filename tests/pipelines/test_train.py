@@ -22,7 +22,7 @@ from facepipe.training.trainer import checkpointing
 from facepipe.training.trainer import metrics_log as journal
 from facepipe.training.trainer.checkpointing import Checkpoints
 from facepipe.training.trainer.loop import Settings
-from pipelines.chips import in_use
+from pipelines.chips.prepare import in_use
 from pipelines.train import interruptible, read_config, run, train
 
 STEPS = 30

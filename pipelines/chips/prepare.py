@@ -33,8 +33,8 @@ from facepipe.training.data.image_names import Names
 from facepipe.training.data.origin import origin_of
 from facepipe.training.data.selection import WANTED, choose
 from facepipe.training.validation import PairSet, ValidateConfig, names_in, read_validation_pairs
-from pipelines.chip_exclude import excluded
-from pipelines.chip_run import HELD, MARKS, PARTS, ChipRun, Order, records
+from pipelines.chips.exclude import excluded
+from pipelines.chips.run import HELD, MARKS, PARTS, ChipRun, Order, records
 
 Progress = Callable[[str], None]
 PLAN, FAILURES = "plan.json", "failed.csv"

@@ -26,8 +26,8 @@ from facepipe.storage.hashtable import HashTable
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import Names
 from facepipe.work import attempts
-from pipelines.chip_exclude import named
-from pipelines.chip_gallery import GalleryListing
+from pipelines.chips.exclude import named
+from pipelines.chips.gallery import GalleryListing
 from pipelines.plan import Plan, Resources, local_resources, make_plan
 from pipelines.runners import inline, local, ray
 from pipelines.worker import Job

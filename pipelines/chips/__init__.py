@@ -1,0 +1,5 @@
+"""chips: aligned faces for training, cut from images or from the images of a gallery."""
+
+from pipelines.chips.prepare import ChipRun, in_use, prepare, prepare_images, prepare_pairs
+
+__all__ = ["ChipRun", "in_use", "prepare", "prepare_images", "prepare_pairs"]
