@@ -20,7 +20,7 @@ from facepipe.index.search import Index
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
 from pipelines import index, search
-from pipelines.embed_config import EmbedConfig
+from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig
 from pipelines.recorded import follow, records
 from pipelines.search import SearchConfig, SearchRunConfig, SearchSummary

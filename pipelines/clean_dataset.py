@@ -16,11 +16,11 @@ from facepipe.stages import Align, Decode, Detect, Embed, Read
 from pipelines import clean, dedup, embed
 from pipelines.clean import CleanConfig, CleanRules
 from pipelines.dedup import DedupConfig
-from pipelines.embed_config import EmbedConfig, RunConfig
+from pipelines.embed.config import EmbedConfig, RunConfig
+from pipelines.embed.summary import Summary
 from pipelines.graph import GraphConfig
 from pipelines.listing import listed
 from pipelines.recorded import follow, records
-from pipelines.summary import Summary
 from pipelines.workspace import REPORTS
 
 Progress = Callable[[str], None]

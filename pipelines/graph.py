@@ -25,7 +25,7 @@ from facepipe.models.registry import same_person
 from facepipe.models.runtime.device import resolve
 from facepipe.nearest.join import Pairs, candidates, refined
 from facepipe.storage import is_remote
-from pipelines.embed_config import Count
+from pipelines.embed.config import Count
 from pipelines.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -24,7 +24,7 @@ from facepipe.index.shard import build_shard, bury, merge_shards
 from facepipe.index.update import Changes, TableFile
 from facepipe.index.verify import damaged
 from facepipe.models.runtime.memory import resident
-from pipelines.embed_config import Count
+from pipelines.embed.config import Count
 from pipelines.recorded import follow, records
 from pipelines.runners import ray
 

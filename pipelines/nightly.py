@@ -25,12 +25,12 @@ from facepipe.sources import open_source
 from pipelines import cluster, cluster_assign, compact, dedup_new, embed, erase, index
 from pipelines.dedup import DedupConfig
 from pipelines.embed import EmbedConfig
-from pipelines.embed_config import MissingConfig
+from pipelines.embed.config import MissingConfig
+from pipelines.embed.summary import Summary
 from pipelines.index import IndexConfig
 from pipelines.nightly_config import NightlyConfig, NightSource
 from pipelines.nightly_plan import foresee
 from pipelines.recorded import follow, records
-from pipelines.summary import Summary
 from pipelines.workspace import reports_of
 
 Progress = Callable[[str], None]

@@ -11,7 +11,7 @@ from facepipe.sources import Kind, SourceConfig, open_source
 from facepipe.sources.identity import IdentityRule
 from facepipe.stages import Align, Decode, Detect, Embed, Read
 from pipelines.cluster import ClusterRules
-from pipelines.embed_config import RunConfig
+from pipelines.embed.config import RunConfig
 from pipelines.graph import GraphConfig
 from pipelines.index import BuildConfig
 

@@ -23,7 +23,7 @@ from facepipe.index.search import Index
 from facepipe.models.registry import model_of
 from facepipe.models.runtime.device import resolve
 from pipelines import embed
-from pipelines.embed_config import Count, EmbedConfig
+from pipelines.embed.config import Count, EmbedConfig
 from pipelines.recorded import records
 from pipelines.runners import ray
 

@@ -28,7 +28,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import pipelines.embed
+import pipelines.embed.pipeline
 from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--commit-seconds", type=float, default=10.0)
     parser.add_argument("--folder", help="where the source and the gallery go (10 GB for 10M); they are deleted again")
     args = parser.parse_args()
-    pipelines.embed.Committer = TimedCommitter  # type: ignore[misc]
+    pipelines.embed.pipeline.Committer = TimedCommitter  # type: ignore[misc]
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         (folder / "source").mkdir()

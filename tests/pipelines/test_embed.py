@@ -23,7 +23,8 @@ from facepipe.gallery.verify import verify
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, blocks, decode, encode
 from facepipe.stages import Decode, Detect, check_chain
-from pipelines.embed import RunConfig, _choose
+from pipelines.embed import RunConfig
+from pipelines.embed.pipeline import _choose
 from pipelines.plan import Resources, make_plan
 
 Settings = dict[str, Any]
@@ -342,7 +343,7 @@ def test_a_chain_in_the_wrong_order_is_refused_before_it_runs() -> None:
 def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     """The split plan on Ray, with the second group on a CPU, since pixels travel the same way to a GPU."""
     from facepipe.config import build
-    from pipelines import embed as module
+    from pipelines.embed import pipeline as module
     from pipelines.plan import ALL, Group, Plan
 
     embed(drawings, tmp_path / "one", fakes)

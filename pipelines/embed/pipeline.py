@@ -29,11 +29,11 @@ from facepipe.sources.kinds import is_web
 from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
 from facepipe.work import attempts
-from pipelines.embed_config import EmbedConfig, RunConfig
+from pipelines.embed.config import EmbedConfig, RunConfig
+from pipelines.embed.summary import Summary
 from pipelines.plan import Group, Plan, local_resources, make_plan
 from pipelines.recorded import current, follow, records
 from pipelines.runners import inline, local, ray
-from pipelines.summary import Summary
 from pipelines.worker import Job
 
 __all__ = ["EmbedConfig", "RunConfig", "Summary", "run"]
