@@ -35,7 +35,7 @@ def nightly(
     """
     with failures("what was finished is kept; the next night goes on from there"):
         from pipelines.nightly import run
-        from pipelines.nightly_config import NightlyConfig
+        from pipelines.nightly.config import NightlyConfig
         from pipelines.recorded import recorded
 
         chosen = build(NightlyConfig, read_toml(config), parse_settings(settings or []))

@@ -15,7 +15,7 @@ from pipelines.compact import CompactRunConfig
 from pipelines.dedup import DedupConfig
 from pipelines.embed import EmbedConfig
 from pipelines.index import IndexConfig
-from pipelines.nightly_config import NightlyConfig, NightSource
+from pipelines.nightly.config import NightlyConfig, NightSource
 from pipelines.search import SearchConfig
 from pipelines.train import DetectorConfig, TrainConfig
 

@@ -232,7 +232,7 @@ def _code(app: Callable[[list[str]], object], words: list[str]) -> int:
 
 def _fork() -> None:
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # beside this file lies a folder called facepipe as well
-    import pipelines.nightly  # noqa: F401
+    import pipelines.nightly.pipeline  # noqa: F401
     from jobs.cli import app
 
     for line in sys.stdin:

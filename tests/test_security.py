@@ -41,7 +41,7 @@ from facepipe.storage.hashtable import HashTable
 from facepipe.storage.redact import redact
 from pipelines import cluster, dedup, erase, index
 from pipelines.embed import EmbedConfig
-from pipelines.nightly_config import NightlyConfig
+from pipelines.nightly.config import NightlyConfig
 
 G = "s3://faces/team/gallery"
 DOCS = (REPOSITORY / "docs" / "security.md").read_text()

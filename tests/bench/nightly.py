@@ -32,9 +32,10 @@ from facepipe.config import build
 from facepipe.erasure.selection import Selection
 from facepipe.gallery import Gallery
 from facepipe.models import fakes
-from pipelines import erase, nightly
-from pipelines.nightly import NightSummary
-from pipelines.nightly_config import NightlyConfig
+from pipelines import erase
+from pipelines.nightly import pipeline as nightly
+from pipelines.nightly.config import NightlyConfig
+from pipelines.nightly.pipeline import NightSummary
 
 SIDE, GREEN, BLUE = 64, 80, 80
 STEPS = ("embed", "index", "assign", "erase", "dedup", "compact")

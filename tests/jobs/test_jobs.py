@@ -28,7 +28,7 @@ from jobs.cli import app as facepipe
 from pipelines import bulk_search as bulk
 from pipelines.bulk_search import BulkSearchConfig
 from pipelines.clean_dataset import CleanDatasetConfig
-from pipelines.nightly_config import NightlyConfig
+from pipelines.nightly.config import NightlyConfig
 
 CONFIGS = {"nightly": NightlyConfig, "clean_dataset": CleanDatasetConfig, "bulk_search": BulkSearchConfig}
 FAKES = '[detect]\nmodel = "fake-detector"\n[embed]\nmodel = "fake-embedder"\n[run]\nrunner = "inline"\n'
@@ -155,7 +155,7 @@ def test_a_night_that_is_broken_off(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.nightly.index.run", broken)
+        patch.setattr("pipelines.nightly.pipeline.index.run", broken)
         assert night()[0] == code
     assert code in {exit_code for _, exit_code in ends(tmp_path / "g", "nightly")}
     assert night()[0] == 0

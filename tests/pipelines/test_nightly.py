@@ -29,9 +29,12 @@ from facepipe.gallery.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.observe import runs
-from pipelines import erase, index, nightly, nightly_plan
-from pipelines.nightly import NightSummary, run
-from pipelines.nightly_config import NightlyConfig
+from pipelines import erase, index
+from pipelines.nightly import pipeline as nightly
+from pipelines.nightly import plan as nightly_plan
+from pipelines.nightly import run
+from pipelines.nightly.config import NightlyConfig
+from pipelines.nightly.pipeline import NightSummary
 
 Tree = dict[str, Any]
 

@@ -20,7 +20,7 @@ from facepipe.index import manifest as manifests
 from facepipe.sources import open_source
 from facepipe.sources.item import Watched
 from pipelines.listing import LISTED, listed
-from pipelines.nightly_config import NightlyConfig, NightSource
+from pipelines.nightly.config import NightlyConfig, NightSource
 
 
 @dataclass

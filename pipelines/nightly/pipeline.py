@@ -28,8 +28,8 @@ from pipelines.embed import EmbedConfig
 from pipelines.embed.config import MissingConfig
 from pipelines.embed.summary import Summary
 from pipelines.index import IndexConfig
-from pipelines.nightly_config import NightlyConfig, NightSource
-from pipelines.nightly_plan import foresee
+from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.nightly.plan import foresee
 from pipelines.recorded import follow, records
 from pipelines.workspace import reports_of
 
