@@ -40,7 +40,8 @@ def train(
         facepipe embed photos/ gallery/ --set embed.model=runs/first/model.toml
     """
     with failures(_KEPT):
-        from pipelines.train import read_config, run
+        from pipelines.train import run
+        from pipelines.train.pipeline import read_config
 
         chosen = read_config(read_toml(config), parse_settings(settings or []))
         summary = run(chosen, fresh, _Progress(quiet), _Lines(quiet))

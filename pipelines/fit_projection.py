@@ -25,9 +25,9 @@ from facepipe.models.runtime.device import resolve
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
-from pipelines.fit_faces import FacesAgain, Sample, choose
 from pipelines.plan import local_resources
 from pipelines.recorded import follow, records
+from pipelines.train.projection_faces import FacesAgain, Sample, choose
 
 Progress = Callable[[str], None]
 _PROGRESS_SECONDS = 5.0

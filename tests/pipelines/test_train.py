@@ -23,7 +23,8 @@ from facepipe.training.trainer import metrics_log as journal
 from facepipe.training.trainer.checkpointing import Checkpoints
 from facepipe.training.trainer.loop import Settings
 from pipelines.chips.prepare import in_use
-from pipelines.train import interruptible, read_config, run, train
+from pipelines.train import run
+from pipelines.train.pipeline import interruptible, read_config, train
 
 STEPS = 30
 

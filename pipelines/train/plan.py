@@ -27,7 +27,7 @@ from facepipe.training.trainer.loop import Settings
 from facepipe.training.trainer.task import Task
 from facepipe.training.triplet_task import TripletSampler, TripletTask
 from facepipe.training.validation import PairSet, read_validation_pairs, verify
-from pipelines.train_config import DetectorConfig, TrainConfig
+from pipelines.train.config import DetectorConfig, TrainConfig
 
 Made = tuple[Task, Settings]
 

@@ -22,10 +22,10 @@ from facepipe.training.trainer import metrics_log as journal
 from facepipe.training.trainer.loop import Outcome
 from facepipe.training.trainer.metrics_log import Progress
 from facepipe.training.validation import names_in, read_validation_pairs
-from pipelines.train_config import DetectorConfig, TrainConfig, read_config
-from pipelines.train_manifest import FACES, MANIFEST, of_detector, of_embedder, write_faces, write_manifest
-from pipelines.train_plan import DetectorPlan, EmbedderPlan
-from pipelines.train_worker import OnRay, Plan, check_device, inline
+from pipelines.train.config import DetectorConfig, TrainConfig, read_config
+from pipelines.train.manifest import FACES, MANIFEST, of_detector, of_embedder, write_faces, write_manifest
+from pipelines.train.plan import DetectorPlan, EmbedderPlan
+from pipelines.train.worker import OnRay, Plan, check_device, inline
 
 __all__ = ["DetectorConfig", "Progress", "TrainConfig", "TrainSummary", "read_config", "run"]
 
