@@ -51,7 +51,7 @@ def dedup(
     """
     with failures("the report is what it was before; the same command goes on from the last finished step"):
         from pipelines.dedup import DedupConfig, run
-        from pipelines.dedup_new import run as run_new
+        from pipelines.dedup.incremental import run as run_new
 
         layers = [read_toml(config) if config else {}, {"dedup": given(keep=keep, drop=drop)}]
         chosen = build(DedupConfig, *layers, parse_settings(settings or []))

@@ -22,8 +22,9 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.table import RUNS
 from facepipe.sources import open_source
-from pipelines import cluster, cluster_assign, compact, dedup_new, embed, erase, index
+from pipelines import cluster, cluster_assign, compact, embed, erase, index
 from pipelines.dedup import DedupConfig
+from pipelines.dedup import incremental as dedup_new
 from pipelines.embed import EmbedConfig
 from pipelines.embed.config import MissingConfig
 from pipelines.embed.summary import Summary

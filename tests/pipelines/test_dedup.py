@@ -17,8 +17,8 @@ from helpers import embed
 from facepipe.config import build
 from facepipe.errors import ConfigError, ContractError, GalleryError
 from facepipe.gallery import Contract, Gallery
-from pipelines import dedup as pipeline
-from pipelines.dedup import DedupConfig, DedupSummary, run
+from pipelines.dedup import DedupConfig, pipeline, run
+from pipelines.dedup.pipeline import DedupSummary
 
 DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
 NAMES = ("img5.jpg", "img11.jpg", "img21.jpg", "img25.jpg", "img51.jpg")  # small files with a face each

@@ -19,10 +19,10 @@ from facepipe.config import build
 from facepipe.curation.graph import Graph
 from facepipe.errors import IndexingError
 from facepipe.gallery import Contract, Gallery
-from pipelines import dedup_new as pipeline
 from pipelines.dedup import DedupConfig
+from pipelines.dedup import incremental as pipeline
 from pipelines.dedup import run as dedup
-from pipelines.dedup_new import NewSummary, run
+from pipelines.dedup.incremental import NewSummary, run
 from pipelines.index import IndexConfig
 from pipelines.index import run as index
 

@@ -52,7 +52,9 @@ from facepipe.index.update import changes
 from facepipe.index.verify import verify_index
 from facepipe.schema import FACES, LATER, conform
 from jobs.cli import app
-from pipelines import clean, cluster, cluster_assign, compact, dedup, dedup_new, erase, index
+from pipelines import clean, cluster, cluster_assign, compact, erase, index
+from pipelines.dedup import incremental as dedup_new
+from pipelines.dedup import pipeline as dedup
 
 DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
 PERSONS, EACH = 30, 6

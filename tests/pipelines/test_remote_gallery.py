@@ -19,7 +19,8 @@ from facepipe.gallery.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.storage import conditional
-from pipelines import cluster, dedup, index
+from pipelines import cluster, index
+from pipelines.dedup import pipeline as dedup
 
 G = "s3://faces/team/gallery"
 

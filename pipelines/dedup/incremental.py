@@ -22,8 +22,9 @@ from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
-from pipelines.dedup import MARK, DedupConfig, DedupSummary, write_tables
-from pipelines.dedup import NAME as WHOLE
+from pipelines.dedup import DedupConfig
+from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
+from pipelines.dedup.pipeline import NAME as WHOLE
 from pipelines.graph import Progress
 from pipelines.phases import Phases
 from pipelines.recorded import records
