@@ -47,7 +47,7 @@ def cluster(
     """
     with failures("the report is what it was before; the same command goes on from the last finished step"):
         from pipelines.cluster import ClusterConfig, run
-        from pipelines.cluster_assign import run as assign_new
+        from pipelines.cluster.assign import run as assign_new
 
         asked = {
             "cluster": given(algorithm=algorithm, identities=identities or None),

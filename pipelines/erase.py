@@ -27,7 +27,7 @@ from facepipe.gallery.rewrite import Action, Trace, of_uris, rewritten
 from facepipe.gallery.vacuum import forget_history, unreferenced, vacuum
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
-from pipelines import cluster_assign
+from pipelines.cluster import assign as cluster_assign
 from pipelines.phases import Phases
 from pipelines.recorded import current, follow, records
 from pipelines.workspace import REPORTS

@@ -39,7 +39,8 @@ from facepipe.sources import SourceConfig, listfile, open_source, tar
 from facepipe.stages import Decode, Read
 from facepipe.storage.hashtable import HashTable
 from facepipe.storage.redact import redact
-from pipelines import cluster, erase, index
+from pipelines import erase, index
+from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import pipeline as dedup
 from pipelines.embed import EmbedConfig
 from pipelines.nightly.config import NightlyConfig

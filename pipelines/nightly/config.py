@@ -10,7 +10,7 @@ from facepipe.gallery.compact import CompactConfig
 from facepipe.sources import Kind, SourceConfig, open_source
 from facepipe.sources.identity import IdentityRule
 from facepipe.stages import Align, Decode, Detect, Embed, Read
-from pipelines.cluster import ClusterRules
+from pipelines.cluster.pipeline import ClusterRules
 from pipelines.embed.config import RunConfig
 from pipelines.graph import GraphConfig
 from pipelines.index import BuildConfig

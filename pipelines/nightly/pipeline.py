@@ -22,7 +22,8 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.table import RUNS
 from facepipe.sources import open_source
-from pipelines import cluster, cluster_assign, compact, embed, erase, index
+from pipelines import cluster, compact, embed, erase, index
+from pipelines.cluster import assign as cluster_assign
 from pipelines.dedup import DedupConfig
 from pipelines.dedup import incremental as dedup_new
 from pipelines.embed import EmbedConfig

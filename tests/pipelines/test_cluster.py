@@ -20,7 +20,8 @@ from facepipe.evaluation.clusters import evaluate_clusters
 from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.schema import FACES
-from pipelines.cluster import ClusterConfig, ClusterSummary, run
+from pipelines.cluster import ClusterConfig, run
+from pipelines.cluster.pipeline import ClusterSummary
 
 ALGORITHMS = ("linkage", "components", "whispers", "communities")
 COUNT = 2000
@@ -282,7 +283,7 @@ def test_an_interrupted_run_leaves_the_old_report(gallery: Gallery, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.cluster.write_report", stopped)
+        patch.setattr("pipelines.cluster.pipeline.write_report", stopped)
         with pytest.raises(KeyboardInterrupt):
             make(gallery, algorithm="components")
     assert {path.name: path.read_bytes() for path in report.iterdir()} == before

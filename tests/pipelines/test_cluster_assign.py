@@ -26,10 +26,10 @@ from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import encode, statistics
 from facepipe.schema import conform
-from pipelines import cluster_assign as pipeline
 from pipelines.cluster import ClusterConfig
+from pipelines.cluster import assign as pipeline
 from pipelines.cluster import run as cluster
-from pipelines.cluster_assign import AssignSummary, run
+from pipelines.cluster.assign import AssignSummary, run
 from pipelines.index import IndexConfig
 from pipelines.index import run as index
 

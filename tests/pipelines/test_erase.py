@@ -52,7 +52,9 @@ from facepipe.index.update import changes
 from facepipe.index.verify import verify_index
 from facepipe.schema import FACES, LATER, conform
 from jobs.cli import app
-from pipelines import clean, cluster, cluster_assign, compact, erase, index
+from pipelines import clean, compact, erase, index
+from pipelines.cluster import assign as cluster_assign
+from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import incremental as dedup_new
 from pipelines.dedup import pipeline as dedup
 

@@ -19,7 +19,8 @@ from facepipe.gallery.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.storage import conditional
-from pipelines import cluster, index
+from pipelines import index
+from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import pipeline as dedup
 
 G = "s3://faces/team/gallery"

@@ -30,7 +30,7 @@ from facepipe.gallery.fresh import Mark, changes
 from facepipe.index.rows import unit_vectors
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM
-from pipelines.cluster import NAME, read_state
+from pipelines.cluster.pipeline import NAME, read_state
 from pipelines.graph import Progress
 from pipelines.recorded import records
 from pipelines.workspace import report_folder, reports_of
