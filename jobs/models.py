@@ -161,7 +161,7 @@ def project(
     with failures("nothing was written"):
         from facepipe.config import build
         from jobs.options import given
-        from pipelines.fit_projection import ProjectConfig, run
+        from pipelines.project import ProjectConfig, run
 
         config = build(ProjectConfig, given(pairs=pairs, faces=faces, seed=seed))
         summary = run(config, card, gallery, say("project", quiet))

@@ -28,7 +28,7 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.again import Places
 from facepipe.stages import Read
-from pipelines.fit_projection import ProjectConfig, ProjectSummary, run
+from pipelines.project import ProjectConfig, ProjectSummary, run
 
 Settings = dict[str, Any]
 
