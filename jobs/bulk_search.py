@@ -38,7 +38,7 @@ def bulk_search(
     """
     with failures():
         from pipelines.bulk_search import BulkSearchConfig, run
-        from pipelines.recorded import recorded
+        from pipelines.runtime.run_record import recorded
 
         chosen = build(BulkSearchConfig, read_toml(config), parse_settings(settings or []))
         with nullcontext() if dry_run or not chosen.gallery else recorded(chosen.gallery, "bulk_search"):

@@ -37,7 +37,7 @@ def clean_dataset(
     """
     with failures():
         from pipelines.clean_dataset import CleanDatasetConfig, run
-        from pipelines.recorded import recorded
+        from pipelines.runtime.run_record import recorded
 
         chosen = build(CleanDatasetConfig, read_toml(config), parse_settings(settings or []))
         with nullcontext() if dry_run or not chosen.gallery else recorded(chosen.gallery, "clean_dataset"):

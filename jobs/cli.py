@@ -105,7 +105,7 @@ def options(
     ] = None,
 ) -> None:
     """Large image corpora in, a searchable gallery of 128-D face embeddings out."""
-    from pipelines.recorded import write_metrics_to
+    from pipelines.runtime.run_record import write_metrics_to
 
     logs.configure(log_format, show_names=log_names)
     logs.install_excepthook()

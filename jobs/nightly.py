@@ -36,7 +36,7 @@ def nightly(
     with failures("what was finished is kept; the next night goes on from there"):
         from pipelines.nightly import run
         from pipelines.nightly.config import NightlyConfig
-        from pipelines.recorded import recorded
+        from pipelines.runtime.run_record import recorded
 
         chosen = build(NightlyConfig, read_toml(config), parse_settings(settings or []))
         # A dry run leaves nothing, no record either; the record of a night has the exit code.

@@ -18,7 +18,7 @@ from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.parts import Record, stamp, write_part
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import EMBEDDING_DIM
-from pipelines.recorded import current, follow, records
+from pipelines.runtime.run_record import current, follow, records
 
 
 @dataclass(frozen=True)

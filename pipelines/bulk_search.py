@@ -22,7 +22,7 @@ from facepipe.sources import open_source
 from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig
-from pipelines.recorded import follow, records
+from pipelines.runtime.run_record import follow, records
 from pipelines.search import SearchConfig, SearchRunConfig, SearchSummary
 
 Progress = Callable[[str], None]

@@ -29,9 +29,9 @@ from facepipe.nearest.join import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
-from pipelines.phases import Phases
-from pipelines.recorded import records
-from pipelines.workspace import report_folder, reports_of
+from pipelines.runtime.phases import Phases
+from pipelines.runtime.run_record import records
+from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "clean"
 _ELSEWHERE = np.float32(0.1)  # what a face outside its identity's largest part counts to begin with

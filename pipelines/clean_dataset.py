@@ -19,9 +19,9 @@ from pipelines.dedup import DedupConfig
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import Summary
 from pipelines.graph import GraphConfig
-from pipelines.listing import listed
-from pipelines.recorded import follow, records
-from pipelines.workspace import REPORTS
+from pipelines.runtime.listing import listed
+from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.workspace import REPORTS
 
 Progress = Callable[[str], None]
 EmbedProgress = Callable[[Summary], None]

@@ -8,7 +8,7 @@ from facepipe.gallery.compact import CompactConfig, compact, due
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.vacuum import unreferenced, vacuum
 from facepipe.observe.runs import new_run_id
-from pipelines.recorded import current, records
+from pipelines.runtime.run_record import current, records
 
 _HOUR = 3600.0
 

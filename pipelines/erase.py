@@ -28,9 +28,9 @@ from facepipe.gallery.vacuum import forget_history, unreferenced, vacuum
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from pipelines.cluster import assign as cluster_assign
-from pipelines.phases import Phases
-from pipelines.recorded import current, follow, records
-from pipelines.workspace import REPORTS
+from pipelines.runtime.phases import Phases
+from pipelines.runtime.run_record import current, follow, records
+from pipelines.runtime.workspace import REPORTS
 
 Progress = Callable[[str], None]
 _ROWS = 65536

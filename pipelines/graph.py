@@ -26,7 +26,7 @@ from facepipe.models.runtime.device import resolve
 from facepipe.nearest.join import Pairs, candidates, refined
 from facepipe.storage import is_remote
 from pipelines.embed.config import Count
-from pipelines.runners import ray
+from pipelines.runtime.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Distance = Annotated[float, Field(gt=0, lt=2)]

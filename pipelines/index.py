@@ -25,8 +25,8 @@ from facepipe.index.update import Changes, TableFile
 from facepipe.index.verify import damaged
 from facepipe.models.runtime.memory import resident
 from pipelines.embed.config import Count
-from pipelines.recorded import follow, records
-from pipelines.runners import ray
+from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
 RECALL = 0.97  # of a new index

@@ -25,8 +25,8 @@ from facepipe.models.runtime.device import resolve
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
-from pipelines.plan import local_resources
-from pipelines.recorded import follow, records
+from pipelines.runtime.plan import local_resources
+from pipelines.runtime.run_record import follow, records
 from pipelines.train.projection_faces import FacesAgain, Sample, choose
 
 Progress = Callable[[str], None]

@@ -24,8 +24,8 @@ from facepipe.models.registry import model_of
 from facepipe.models.runtime.device import resolve
 from pipelines import embed
 from pipelines.embed.config import Count, EmbedConfig
-from pipelines.recorded import records
-from pipelines.runners import ray
+from pipelines.runtime.run_record import records
+from pipelines.runtime.runners import ray
 
 
 @dataclass(frozen=True)

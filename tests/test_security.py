@@ -51,7 +51,7 @@ DOCS = (REPOSITORY / "docs" / "security.md").read_text()
 # ---------------------------------------------------------------- data are never code
 
 # A private socket between a parent and the child that it started itself: docs/security.md says why that is safe.
-TALK_PICKLE = {"pipelines/runners/local.py", "pipelines/runners/child.py"}
+TALK_PICKLE = {"pipelines/runtime/runners/local.py", "pipelines/runtime/runners/child.py"}
 # The exception that torch's weights_only reader raises, and an unpickler that knows four names: tests/facepipe/test_mtcnn.py
 # and test_embedders.py show that neither runs what it reads.
 REFUSE_PICKLE = {
@@ -375,7 +375,7 @@ def test_nor_by_the_parser_of_the_command_line() -> None:
 def test_a_worker_that_fails_tells_no_secret(drawings: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if 'pipelines.runners.child' in sys.orig_argv:\n"
+        "if 'pipelines.runtime.runners.child' in sys.orig_argv:\n"
         "    from facepipe.stages.decode import Decode\n"
         "    def one(self, data):\n"
         "        raise RuntimeError('boom ' + os.environ['AWS_SESSION_TOKEN'] + ' http://me:hunter4passw0rd@host')\n"

@@ -25,12 +25,12 @@ from facepipe.stages.chips import Encode, Given, Subject, Whole
 from facepipe.storage.hashtable import HashTable
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import Names
-from facepipe.work import attempts
 from pipelines.chips.exclude import named
 from pipelines.chips.gallery import GalleryListing
-from pipelines.plan import Plan, Resources, local_resources, make_plan
-from pipelines.runners import inline, local, ray
-from pipelines.worker import Job
+from pipelines.runtime import crash_marks as attempts
+from pipelines.runtime.plan import Plan, Resources, local_resources, make_plan
+from pipelines.runtime.runners import inline, local, ray
+from pipelines.runtime.worker import Job
 
 Progress = Callable[[str], None]
 

@@ -32,8 +32,8 @@ from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM
 from pipelines.cluster.pipeline import NAME, read_state
 from pipelines.graph import Progress
-from pipelines.recorded import records
-from pipelines.workspace import report_folder, reports_of
+from pipelines.runtime.run_record import records
+from pipelines.runtime.workspace import report_folder, reports_of
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -22,9 +22,9 @@ from facepipe.gallery.fresh import Mark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
-from pipelines.phases import Phases
-from pipelines.recorded import records
-from pipelines.workspace import report_folder, reports_of
+from pipelines.runtime.phases import Phases
+from pipelines.runtime.run_record import records
+from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "cluster"
 _SUSPECTS = 100_000

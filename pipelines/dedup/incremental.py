@@ -26,9 +26,9 @@ from pipelines.dedup import DedupConfig
 from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
 from pipelines.dedup.pipeline import NAME as WHOLE
 from pipelines.graph import Progress
-from pipelines.phases import Phases
-from pipelines.recorded import records
-from pipelines.workspace import report_folder, reports_of
+from pipelines.runtime.phases import Phases
+from pipelines.runtime.run_record import records
+from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "dedup-new"
 _THUMBS = 2 << 30  # bytes of table files that are read for the pictures in the page

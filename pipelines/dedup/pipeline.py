@@ -23,9 +23,9 @@ from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
-from pipelines.phases import Phases
-from pipelines.recorded import records
-from pipelines.workspace import report_folder, reports_of
+from pipelines.runtime.phases import Phases
+from pipelines.runtime.run_record import records
+from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME, OVERLAP, MARK = "dedup", "overlap", "mark.json"
 _ROWS = 65536

@@ -10,7 +10,7 @@ from facepipe.models.networks import resident
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, FacesOnDevice, Read
-from pipelines.plan import Group, Layout, Plan
+from pipelines.runtime.plan import Group, Layout, Plan
 
 MODELS = ("detect", "align", "embed")
 Count = Annotated[int, Field(ge=1)]

@@ -28,13 +28,13 @@ from facepipe.sources.item import Watched
 from facepipe.sources.kinds import is_web
 from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
-from facepipe.work import attempts
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import Summary
-from pipelines.plan import Group, Plan, local_resources, make_plan
-from pipelines.recorded import current, follow, records
-from pipelines.runners import inline, local, ray
-from pipelines.worker import Job
+from pipelines.runtime import crash_marks as attempts
+from pipelines.runtime.plan import Group, Plan, local_resources, make_plan
+from pipelines.runtime.run_record import current, follow, records
+from pipelines.runtime.runners import inline, local, ray
+from pipelines.runtime.worker import Job
 
 __all__ = ["EmbedConfig", "RunConfig", "Summary", "run"]
 

@@ -32,8 +32,8 @@ from pipelines.embed.summary import Summary
 from pipelines.index import IndexConfig
 from pipelines.nightly.config import NightlyConfig, NightSource
 from pipelines.nightly.plan import foresee
-from pipelines.recorded import follow, records
-from pipelines.workspace import reports_of
+from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.workspace import reports_of
 
 Progress = Callable[[str], None]
 EmbedProgress = Callable[[Summary], None]

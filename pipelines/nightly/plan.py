@@ -19,8 +19,8 @@ from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.sources import open_source
 from facepipe.sources.item import Watched
-from pipelines.listing import LISTED, listed
 from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.runtime.listing import LISTED, listed
 
 
 @dataclass

@@ -21,7 +21,7 @@ from facepipe.training.trainer.metrics_log import Progress
 from facepipe.training.trainer.mixed_precision import choose
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.trainer.task import Task
-from pipelines.runners import ray as ray_runner
+from pipelines.runtime.runners import ray as ray_runner
 
 Tell = Callable[[Progress], None]
 _STOP = "stop"  # a file beside the checkpoints that asks workers to end

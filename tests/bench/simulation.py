@@ -39,7 +39,7 @@ from facepipe.hashing import face_id, image_id
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, RunConfig, Summary
-from pipelines.plan import Group
+from pipelines.runtime.plan import Group
 
 PER_FILE, FACELESS = 100_000, 50  # rows of a source file; one image in so many shows no face
 MIB = 1 << 20

@@ -32,8 +32,8 @@ from facepipe.nearest.knn_gpu import Work, knn
 from facepipe.nearest.top_k import keep
 from facepipe.nearest.upload import uploaded
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
-from pipelines.plan import Resources
-from pipelines.runners import ray
+from pipelines.runtime.plan import Resources
+from pipelines.runtime.runners import ray
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not gpus(), reason="no CUDA device")])
 KINDS = [torch.float32, torch.float16, torch.bfloat16]

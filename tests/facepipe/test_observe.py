@@ -29,8 +29,8 @@ from facepipe.gallery.parts import Record
 from facepipe.observe import logs, metrics, runs
 from facepipe.observe.runs import RunRecord
 from facepipe.storage.redact import HIDDEN, redact
-from pipelines import ray_metrics
-from pipelines.recorded import current, follow, recorded, records, write_metrics_to
+from pipelines.runtime import ray_metrics
+from pipelines.runtime.run_record import current, follow, recorded, records, write_metrics_to
 
 Settings = dict[str, Any]
 
@@ -503,7 +503,7 @@ def test_uncaught_exceptions_tell_no_credentials(json_: bool, thread: bool) -> N
 
 def test_observing_is_light() -> None:
     code = (
-        "import sys, facepipe.observe.logs, facepipe.observe.runs, facepipe.observe.metrics, pipelines.recorded\n"
+        "import sys, facepipe.observe.logs, facepipe.observe.runs, facepipe.observe.metrics, pipelines.runtime.run_record\n"
         "print([m for m in ('ray', 'torch', 'faiss', 'pyarrow', 'numpy', 'deltalake') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

@@ -71,7 +71,7 @@ def test_kill_local(
     if trial % 2:
         driver.kill()
     else:
-        for victim in rng.sample(alive := workers(driver.pid, "pipelines.runners.child"), min(1, len(alive))):
+        for victim in rng.sample(alive := workers(driver.pid, "pipelines.runtime.runners.child"), min(1, len(alive))):
             os.kill(victim.pid, signal.SIGKILL)
     code = driver.wait(60)
     assert code == (-signal.SIGKILL if trial % 2 and code else 0)

@@ -25,7 +25,7 @@ from facepipe.sources.blocks import Block, BlockSize, blocks, decode, encode
 from facepipe.stages import Decode, Detect, check_chain
 from pipelines.embed import RunConfig
 from pipelines.embed.pipeline import _choose
-from pipelines.plan import Resources, make_plan
+from pipelines.runtime.plan import Resources, make_plan
 
 Settings = dict[str, Any]
 
@@ -344,7 +344,7 @@ def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes:
     """The split plan on Ray, with the second group on a CPU, since pixels travel the same way to a GPU."""
     from facepipe.config import build
     from pipelines.embed import pipeline as module
-    from pipelines.plan import ALL, Group, Plan
+    from pipelines.runtime.plan import ALL, Group, Plan
 
     embed(drawings, tmp_path / "one", fakes)
     plan = Plan((Group(ALL[:2], 1, 1), Group(ALL[2:], 1, 1)))

@@ -38,9 +38,9 @@ from facepipe.gallery.verify import verify
 from facepipe.index import manifest
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
-from facepipe.work import attempts
-from facepipe.work.attempts import Attempts
 from jobs.cli import app
+from pipelines.runtime import crash_marks as attempts
+from pipelines.runtime.crash_marks import Attempts
 
 TRIALS = trials(10)
 IMAGES = 40
@@ -298,7 +298,7 @@ def test_a_worker_that_dies_of_an_image(trial: int, corpus: Path, expected: Rows
 
 def workers_left() -> list[psutil.Process]:
     """Worker processes of runs in this process."""
-    return [p for p in psutil.Process().children() if "pipelines.runners.child" in p.cmdline()]
+    return [p for p in psutil.Process().children() if "pipelines.runtime.runners.child" in p.cmdline()]
 
 
 def die(folder: Path, run: int, uris: list[str], alone: str | None) -> None:

@@ -12,7 +12,7 @@ from facepipe.stages import Decode, Detect, Embed, FacesOnDevice, Read
 from pipelines.embed import config as embed_config
 from pipelines.embed import pipeline as module
 from pipelines.embed.config import EmbedConfig, RunConfig
-from pipelines.plan import ALL, Group, Plan, Resources, make_plan
+from pipelines.runtime.plan import ALL, Group, Plan, Resources, make_plan
 
 GPU = make_plan(Resources(16, 2)).groups[0]
 

@@ -28,8 +28,8 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources.blocks import Block
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index
-from pipelines.plan import Resources, make_plan
-from pipelines.runners.ray import Unchanging
+from pipelines.runtime.plan import Resources, make_plan
+from pipelines.runtime.runners.ray import Unchanging
 from pipelines.search import SearchConfig
 from pipelines.search import run as search
 

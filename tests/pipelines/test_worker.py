@@ -11,7 +11,7 @@ import pytest
 from facepipe.hashing import hash64
 from facepipe.schema import WORK_ITEM
 from facepipe.sources.blocks import Block
-from pipelines.worker import BlockWorker, Job
+from pipelines.runtime.worker import BlockWorker, Job
 
 
 class Ended(BaseException):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from facepipe.gallery.parts import Record
 from facepipe.sources.blocks import Block
-from pipelines.worker import BlockWorker, Job
+from pipelines.runtime.worker import BlockWorker, Job
 
 
 def run(blocks: Callable[[], Iterable[Block]], job: Job) -> Iterator[Record]:

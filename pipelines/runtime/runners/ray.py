@@ -23,9 +23,9 @@ from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
 from facepipe.gallery.parts import Record
 from facepipe.hashing import hash64
 from facepipe.sources.blocks import Block, decode, encode
-from pipelines import ray_metrics
-from pipelines.plan import Plan, Resources
-from pipelines.worker import BlockWorker, Job
+from pipelines.runtime import ray_metrics
+from pipelines.runtime.plan import Plan, Resources
+from pipelines.runtime.worker import BlockWorker, Job
 
 _ROW = pa.schema(
     [

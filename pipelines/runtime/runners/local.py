@@ -14,8 +14,8 @@ from queue import Empty, Queue
 from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.parts import Record
 from facepipe.sources.blocks import Block, encode
-from pipelines.plan import Group
-from pipelines.worker import Job
+from pipelines.runtime.plan import Group
+from pipelines.runtime.worker import Job
 
 _BLOCKS_AHEAD = 2
 _MAX_STILLBIRTHS = 4  # deaths before a worker is ready; later ones set a mark each, and so come to an end
@@ -28,7 +28,7 @@ class _Child:
     def __init__(self, job: bytes, group: Group, number: int):
         self.number = number
         self.connection, theirs = Pipe()
-        command = [sys.executable, "-m", "pipelines.runners.child", str(theirs.fileno())]
+        command = [sys.executable, "-m", "pipelines.runtime.runners.child", str(theirs.fileno())]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         environment["OMP_NUM_THREADS"] = str(group.threads)
         if group.gpus:

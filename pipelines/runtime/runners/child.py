@@ -1,4 +1,4 @@
-"""The worker process of the local pool: `python -m pipelines.runners.child FD`."""
+"""The worker process of the local pool: `python -m pipelines.runtime.runners.child FD`."""
 
 import pickle
 import sys
@@ -9,7 +9,7 @@ from facepipe.gallery.parts import Record
 from facepipe.observe import logs
 from facepipe.sources.blocks import decode
 from facepipe.storage.redact import redact
-from pipelines.worker import BlockWorker
+from pipelines.runtime.worker import BlockWorker
 
 
 def main(fd: int) -> None:

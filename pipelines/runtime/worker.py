@@ -14,7 +14,7 @@ from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
 from facepipe.storage.redact import redact
-from facepipe.work.attempts import Attempts
+from pipelines.runtime.crash_marks import Attempts
 
 
 @dataclass(frozen=True)

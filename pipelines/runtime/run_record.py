@@ -121,8 +121,8 @@ class Run:
                 self.count(name, value)
 
 
-_current: ContextVar[Run | None] = ContextVar("pipelines.recorded", default=None)
-_metrics_file: ContextVar[str | None] = ContextVar("pipelines.recorded.metrics_file", default=None)
+_current: ContextVar[Run | None] = ContextVar("pipelines.runtime.run_record", default=None)
+_metrics_file: ContextVar[str | None] = ContextVar("pipelines.runtime.run_record.metrics_file", default=None)
 
 
 def write_metrics_to(path: str | None) -> None:

@@ -1,0 +1,1 @@
+"""How work is run: plan, worker, run records, crash marks and workspaces."""
