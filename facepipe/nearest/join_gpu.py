@@ -1,7 +1,7 @@
-"""All pairs of faces above a similarity, on a device: what facepipe.curation.graph.pairs.candidates finds, and by the same rule.
+"""All pairs of faces above a similarity, on a device: what facepipe.nearest.join.candidates finds, by the same rule.
 
-Products in half precision rule out nearly all pairs by the bound of facepipe.nearest.half_precision; the others are computed
-again in double precision, on the device, so that a pair is found or not whatever the tiles.
+Products in half precision rule out nearly all pairs by the bound of facepipe.nearest.half_precision; the others are
+computed again in double precision, on the device, so that a pair is found or not whatever the tiles.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """The k nearest of many vectors to many queries, exactly: a device rules out, the host compares what is left.
 
 The device multiplies in half precision and passes on every pair that could still be among a query's k nearest, by the
-bound of facepipe.nearest.half_precision. The host computes the distance of each such pair in single precision, as it does
-without a device. So the answer is that of comparing all pairs on the host, bit by bit and ties included; a coarser
+bound of facepipe.nearest.half_precision. The host computes the distance of each such pair in single precision, as it
+does without a device. So the answer is that of comparing all pairs on the host, bit by bit and ties included; a coarser
 format or a worse bound costs time and nothing else, and no query has to be searched twice.
 
 The k-th nearest comes closer with every block, so that few pairs are passed on after the first one: of n vectors in

@@ -27,7 +27,7 @@ from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import Names
 from pipelines.chips.exclude import named
 from pipelines.chips.gallery import GalleryListing
-from pipelines.runtime import crash_marks as attempts
+from pipelines.runtime import crash_marks
 from pipelines.runtime.plan import Plan, Resources, local_resources, make_plan
 from pipelines.runtime.runners import inline, local, ray
 from pipelines.runtime.worker import Job
@@ -150,7 +150,7 @@ class _Named:
 def records(order: Order, folder: str, run: ChipRun) -> Iterator[Record]:
     """Records of the blocks as workers finish them; Ray is left again when they are read to the end, or closed."""
     marks, name = os.path.join(folder, MARKS), new_run_id()
-    attempts.bequeath(marks, name)  # the lock says that no other run is alive
+    crash_marks.bequeath(marks, name)  # the lock says that no other run is alive
     detects = not order.data.gallery and not order.data.aligned
     runner = _runner(order, folder, run)
     try:

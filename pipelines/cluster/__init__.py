@@ -1,5 +1,5 @@
 """cluster: a gallery in, its faces grouped by person out."""
 
-from pipelines.cluster.pipeline import ClusterConfig, ClusterRules, ClusterSummary, run
+from pipelines.cluster.pipeline import NAME, ClusterConfig, ClusterRules, ClusterSummary, run
 
-__all__ = ["ClusterConfig", "ClusterRules", "ClusterSummary", "run"]
+__all__ = ["NAME", "ClusterConfig", "ClusterRules", "ClusterSummary", "run"]

@@ -30,7 +30,7 @@ from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import Summary
-from pipelines.runtime import crash_marks as attempts
+from pipelines.runtime import crash_marks
 from pipelines.runtime.plan import Group, Plan, local_resources, make_plan
 from pipelines.runtime.run_record import current, follow, records
 from pipelines.runtime.runners import inline, local, ray
@@ -109,7 +109,7 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
         record.versions(before=gallery.version)
         record.save()  # there may have been no gallery when the run began
     runs = storage.join(gallery.path, RUNS)
-    attempts.bequeath(runs, identity)  # the lease says that no other run is alive
+    crash_marks.bequeath(runs, identity)  # the lease says that no other run is alive
     plan = make_plan(local_resources(), config.run.workers)
     missing = storage.join(runs, identity, "missing") if config.missing.policy == "mark" else ""
     listing = Listing(
@@ -139,7 +139,7 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
         if runner == "ray":
             ray.stop()
         with suppress(StorageError):  # left-over marks cost little, and must not hide why the run ended
-            attempts.clear(runs, inherited="" if finished else identity)
+            crash_marks.clear(runs, inherited="" if finished else identity)
 
 
 @contextmanager

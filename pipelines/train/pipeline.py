@@ -17,8 +17,7 @@ from facepipe.models.card_file import save_model
 from facepipe.training.config import RunConfig
 from facepipe.training.report import write_report
 from facepipe.training.start import Start, find, written
-from facepipe.training.trainer import checkpointing
-from facepipe.training.trainer import metrics_log as journal
+from facepipe.training.trainer import checkpointing, metrics_log
 from facepipe.training.trainer.loop import Outcome
 from facepipe.training.trainer.metrics_log import Progress
 from facepipe.training.validation import names_in, read_validation_pairs
@@ -200,7 +199,7 @@ def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
     figures = {name: round(value, 6) for name, value in scores.items()}
     card = written(job.start, _name(run), figures)
     model = save_model(Path(run.output) / MODEL, state, card)
-    entries = journal.read(run.output)
+    entries = metrics_log.read(run.output)
     config = asdict(job.config)
     about: dict[str, Any] = {
         "title": f"Training of {job.start.architecture.name}",
@@ -258,9 +257,9 @@ def _name(run: RunConfig) -> str:
 def _clear(output: str) -> None:
     """Take off what an earlier run left, but for the chips."""
     checkpointing.Checkpoints(output).clear()
-    for name in (journal.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
+    for name in (metrics_log.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
         Path(output, name).unlink(missing_ok=True)
-    shutil.rmtree(Path(output, journal.TENSORBOARD), ignore_errors=True)
+    shutil.rmtree(Path(output, metrics_log.TENSORBOARD), ignore_errors=True)
 
 
 def _absolute(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:

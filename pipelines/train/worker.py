@@ -14,7 +14,7 @@ from facepipe.errors import AgreedError, ConfigError, FacepipeError, ModelError,
 from facepipe.models.runtime.device import resolve
 from facepipe.models.runtime.memory import keep_freed
 from facepipe.training.config import RunConfig
-from facepipe.training.trainer import metrics_log as journal
+from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.checkpointing import FOLDER
 from facepipe.training.trainer.loop import Loop, Outcome, Settings
 from facepipe.training.trainer.metrics_log import Progress
@@ -144,10 +144,10 @@ class OnRay:
         shutil.rmtree(results, ignore_errors=True)
 
     def _watch(self, fitting: threading.Thread, tell: Tell, stop: Callable[[], bool]) -> None:
-        told = journal.last(self._run.output)
+        told = metrics_log.last(self._run.output)
         while fitting.is_alive():
             fitting.join(_POLL_SECONDS)
-            newest = journal.last(self._run.output)
+            newest = metrics_log.last(self._run.output)
             if newest and newest != told:
                 told = newest
                 tell(newest)

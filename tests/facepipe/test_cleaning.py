@@ -18,7 +18,7 @@ from facepipe.curation.cleaning.decide import DECISIONS, REASONS, Verdicts, expe
 from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, candidates
 from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.curation.cleaning.model import Belief, Normal, believe, log_ratio
-from facepipe.curation.graph import pairs as near
+from facepipe.nearest import join as near
 from facepipe.nearest.join import Pairs
 from facepipe.sources.listfile import ListSource
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipelines.graph
-from facepipe.curation.graph import cells, pairs
+from facepipe.curation.graph import cells
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.index import cost, template
@@ -23,6 +23,7 @@ from facepipe.index.plan import make_plan
 from facepipe.index.search import Hits, pair_distances
 from facepipe.models.runtime.device import gpus
 from facepipe.nearest import faiss_engine as engine
+from facepipe.nearest import join as pairs
 from facepipe.nearest import top_k as nearest_best
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.half_precision import Tile, halved, input_error, lowered, with_ones, with_term

@@ -203,7 +203,7 @@ def kept_by_all(vectors: np.ndarray, densities: np.ndarray, threshold: float, mo
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("most", [1, 5, 32])
 def test_in_a_crowd_every_face_keeps_its_nearest(seed: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("facepipe.curation.graph.pairs._ROWS", 64)
+    monkeypatch.setattr("facepipe.nearest.join._ROWS", 64)
     rng = np.random.default_rng(seed)
     vectors, densities = sphere(300, seed, 0.3), rng.uniform(0, 0.05, 300).astype(np.float32)
     kept_by_all(vectors, densities, 0.1, most)
@@ -214,7 +214,7 @@ def test_in_a_crowd_every_face_keeps_its_nearest(seed: int, most: int, monkeypat
 @pytest.mark.parametrize("order", ["crowd last", "crowd first", "mixed"])
 def test_a_face_at_the_edge_of_a_crowd_keeps_its_nearest(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not among the nearest of any face of the crowd, but they are its nearest."""
-    monkeypatch.setattr("facepipe.curation.graph.pairs._ROWS", 64)
+    monkeypatch.setattr("facepipe.nearest.join._ROWS", 64)
     alone, crowd = sphere(70, 1, 3.0), sphere(128, 2, 0.05)
     alone[3] = sphere(1, 3, 0.6)[0]
     vectors = np.concatenate([crowd, alone] if order == "crowd first" else [alone, crowd])
@@ -228,7 +228,7 @@ def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pyte
     _, vectors = drawn(800)
     density = Cohort.draw(vectors, 0).density(vectors)
     whole = refined(vectors, density, *candidates(vectors, density, 0.02, 100), 0.02)
-    monkeypatch.setattr("facepipe.curation.graph.pairs._ROWS", rows_)
+    monkeypatch.setattr("facepipe.nearest.join._ROWS", rows_)
     cut = refined(vectors, density, *candidates(vectors, density, 0.02, 100), 0.02)
     assert len(whole) > 1000
     order, again = (np.lexsort((found.v, found.u)) for found in (whole, cut))

@@ -102,7 +102,7 @@ def test_forbidden_pairs_stay_apart(seed: int, count: int, quantile: float, most
     forbidden = forbidden[forbidden[:, 0] != forbidden[:, 1]]
     with pytest.MonkeyPatch.context() as patch:
         if hasty:  # leaves join stars from the first round
-            patch.setattr("facepipe.curation.clusters.linkage._PATIENT", -1000)
+            patch.setattr("facepipe.curation.graph.linkage._PATIENT", -1000)
         u, v = all_pairs(count)
         clusters = Clusters.single(vectors, density)
         group, merged = average_linkage(clusters, u, v, threshold, forbidden)
@@ -160,7 +160,7 @@ def test_sums_stand_for_all_pairs_of_faces(seed: int, count: int, groups: int) -
 def test_what_is_asked_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     clusters = Clusters.single(faces(60, 3, 0.1, 1), np.linspace(0, 0.5, 60, dtype=np.float32))
     whole = clusters.linkage(*all_pairs(60))
-    monkeypatch.setattr("facepipe.curation.clusters.linkage._CHUNK", 7)
+    monkeypatch.setattr("facepipe.curation.graph.linkage._CHUNK", 7)
     assert np.array_equal(clusters.linkage(*all_pairs(60)), whole)
 
 
@@ -210,7 +210,7 @@ def test_a_large_identity_takes_seconds(kind: str, monkeypatch: pytest.MonkeyPat
         rounds += 1
         return one_round(*args)
 
-    from facepipe.curation.clusters import linkage
+    from facepipe.curation.graph import linkage
 
     one_round = linkage._round
     monkeypatch.setattr(linkage, "_round", counted)

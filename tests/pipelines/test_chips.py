@@ -200,8 +200,8 @@ def test_a_set_is_made_once(drawings: Path, tmp_path: Path, monkeypatch: pytest.
 
 KILLED = """
 import os, sys
-from facepipe.training import chip_writer
-from facepipe.training.data_config import DataConfig
+from facepipe.training.data import chip_writer
+from facepipe.training.data.config import DataConfig
 from pipelines.chips import ChipRun, prepare
 chip_writer._SHARD_BYTES = 1
 chip_writer.ShardWriter.__init__.__defaults__ = (1,)

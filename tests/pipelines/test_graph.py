@@ -395,7 +395,7 @@ def test_an_error_in_any_step_can_be_got_over(
 
 CHILD = """
 import sys
-import facepipe.graph.cells, pipelines.graph
+import facepipe.curation.graph.cells, pipelines.graph
 from facepipe.gallery import Gallery
 facepipe.curation.graph.cells.SMALL, pipelines.graph._TASK = 500, 5e5
 print("begins", flush=True)
