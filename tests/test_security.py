@@ -52,7 +52,7 @@ DOCS = (REPOSITORY / "docs" / "security.md").read_text()
 
 # A private socket between a parent and the child that it started itself: docs/security.md says why that is safe.
 TALK_PICKLE = {"pipelines/runtime/runners/local.py", "pipelines/runtime/runners/child.py"}
-# The exception that torch's weights_only reader raises, and an unpickler that knows four names: tests/facepipe/test_mtcnn.py
+# The exception that torch's weights_only reader raises, and an unpickler that knows four names: tests/facepipe/models/detectors/test_mtcnn.py
 # and test_embedders.py show that neither runs what it reads.
 REFUSE_PICKLE = {
     "facepipe/models/checkpoint.py",

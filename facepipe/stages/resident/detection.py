@@ -25,7 +25,7 @@ from facepipe.stages.resident.sampling import Indices, Resident
 # finds 60, and 128 with halves. In the network, in numbers of its precision: the input 3 and its copy 3, then the first
 # separable block at half the sides, 8 + 16 planes before and after an activation: (8 + 16 + 16) / 4, which is what the
 # profiler finds, and as much again for cuDNN. RetinaFace's ResNet-50 trunk has 256 planes at a quarter of the sides,
-# and the same 64 twice beside them. tests/facepipe/test_gpu_memory.py compares.
+# and the same 64 twice beside them. tests/facepipe/stages/resident/test_memory.py compares.
 _PLACING = 130
 _NETWORK = {"MobileNet025": 26, "ResNet50": 90}
 _PAIR = 40  # bytes of a pair of candidates in suppression: four sides in float32, the union, masks

@@ -71,7 +71,7 @@ class Rule:
 def letterboxed(sources: Sources, places: Sequence[Placement]) -> Tensor:
     """(n, out_height, out_width, 3) uint8 of the sources' images, whose placements share that size and the step.
 
-    Pixel by pixel what `Detect.letterbox` gives (tests/facepipe/test_gpu_letterbox.py).
+    Pixel by pixel what `Detect.letterbox` gives (tests/facepipe/stages/resident/test_letterbox.py).
     """
     first = places[0]
     told = np.array([place[:5] for place in places], np.int64)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image
 
 from facepipe.config import build, read_toml
@@ -11,7 +12,7 @@ from facepipe.gallery import Gallery
 from facepipe.models.weights import package_file
 from pipelines.embed import EmbedConfig, run
 
-CONFIG = Path(__file__).parents[2] / "jobs" / "face_recognition.toml"
+CONFIG = REPOSITORY / "jobs" / "face_recognition.toml"
 PHOTOS = ("img21.jpg", "img27.jpg", "img43.jpg", "img51.jpg")
 
 
