@@ -4,12 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.imaging.geometry import Frame
-
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import Bool, Float32, UInt8Image
 
 
 def with_columns(table: pa.Table, columns: Mapping[str, Any], drop: Sequence[str] = ()) -> pa.Table:
@@ -18,13 +16,13 @@ def with_columns(table: pa.Table, columns: Mapping[str, Any], drop: Sequence[str
     return pa.table({**kept, **columns})
 
 
-def pack(arrays: Sequence[Pixels | bytes | None]) -> pa.ChunkedArray:
+def pack(arrays: Sequence[UInt8Image | bytes | None]) -> pa.ChunkedArray:
     """A large_binary column with one chunk a row; each chunk is a view of its array, nothing is copied."""
     chunks = [_view(array) for array in arrays]
     return pa.chunked_array(chunks, pa.large_binary())
 
 
-def _view(array: Pixels | bytes | None) -> pa.Array:
+def _view(array: UInt8Image | bytes | None) -> pa.Array:
     if array is None:
         return pa.nulls(1, pa.large_binary())
     data = pa.py_buffer(array if isinstance(array, bytes) else np.ascontiguousarray(array).data.cast("B"))
@@ -44,7 +42,7 @@ def buffers(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
             yield view[ends[n] : ends[n + 1]] if valid and ends is not None else None
 
 
-def images(table: pa.Table) -> Iterator[Pixels | None]:
+def images(table: pa.Table) -> Iterator[UInt8Image | None]:
     """The `pixels` column as (h, w, 3) views; None where there is none."""
     sizes = zip(table["pixels_height"].to_pylist(), table["pixels_width"].to_pylist(), strict=True)
     for view, (h, w) in zip(buffers(table["pixels"]), sizes, strict=True):
@@ -58,7 +56,7 @@ def frames(table: pa.Table) -> Iterator[Frame]:
         yield Frame() if scale is None else Frame(scale, left, top)
 
 
-def vectors(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.float32]:
+def vectors(column: pa.ChunkedArray, width: int) -> Float32:
     """(n, width) float32 of a list<float32> column without nulls; a view where the column is one chunk."""
     parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
     if len(parts) == 1:
@@ -66,7 +64,7 @@ def vectors(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.float32]:
     return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.empty((0, width), np.float32)
 
 
-def float_lists(rows: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_] | None = None) -> pa.ListArray:
+def float_lists(rows: Float32, valid: Bool | None = None) -> pa.ListArray:
     """A list<float32> column of rows (n, width); null where not valid (such rows are left out of `rows`)."""
     n = len(rows) if valid is None else len(valid)
     lengths = np.full(n, rows.shape[1]) if valid is None else np.where(valid, rows.shape[1], 0)
@@ -75,7 +73,7 @@ def float_lists(rows: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_] | No
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ravel(rows), pa.float32()), mask=mask)
 
 
-def ragged(rows: Sequence[npt.NDArray[np.float32]]) -> pa.ListArray:
+def ragged(rows: Sequence[Float32]) -> pa.ListArray:
     """A list<float32> column of rows of any length."""
     offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int32)
     flat = np.concatenate([np.ravel(row) for row in rows]) if rows else np.empty(0, np.float32)

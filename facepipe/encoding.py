@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import pack
@@ -16,18 +15,19 @@ from facepipe.hashing import image_id
 from facepipe.schema import OK, WORK_ITEM
 from facepipe.sources.item import file_uri
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read
+from facepipe.types import Float32, UInt8
 
-Image = str | os.PathLike[str] | npt.NDArray[np.uint8]
+Image = str | os.PathLike[str] | UInt8
 
 
 @dataclass(frozen=True)
 class Face:
     """One face. box: x1 y1 x2 y2; landmarks (5, 2); embedding (128,) of unit norm; embedding_norm: norm before."""
 
-    box: npt.NDArray[np.float32]
-    landmarks: npt.NDArray[np.float32]
+    box: Float32
+    landmarks: Float32
     det_score: float
-    embedding: npt.NDArray[np.float32]
+    embedding: Float32
     embedding_norm: float
     face_px: float
     sharpness: float
@@ -74,7 +74,7 @@ def _paths(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=WORK_ITEM)
 
 
-def _pixels(arrays: Sequence[npt.NDArray[np.uint8]]) -> pa.Table:
+def _pixels(arrays: Sequence[UInt8]) -> pa.Table:
     for array in arrays:
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise ConfigError(f"images are (h, w, 3) uint8 RGB arrays, got shape {array.shape} of {array.dtype}")

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from facepipe.gallery import Gallery
-from facepipe.imaging.decode import Pixels
+from facepipe.types import UInt8Image
 from jobs.clean import clean
 from jobs.cluster import cluster
 from jobs.console import failures, table
@@ -179,7 +179,7 @@ def show_wrong(relabels: Path) -> None:
     table("labels that are wrong", ("file", "label", "is", "surely"), shown)
 
 
-def _jpeg(image: Pixels | cv2.typing.MatLike, quality: int = 90) -> bytes:
+def _jpeg(image: UInt8Image | cv2.typing.MatLike, quality: int = 90) -> bytes:
     return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
 
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from facepipe.curation.cleaning import decide, lists
 from facepipe.curation.cleaning.decide import DECISIONS, Verdicts
-from facepipe.curation.cleaning.evidence import Candidates, Faces, Ids, candidates
+from facepipe.curation.cleaning.evidence import Candidates, Faces, candidates
 from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.curation.cleaning.model import believe
 from facepipe.curation.cleaning.report import Cleaned, clean_report
@@ -28,6 +27,7 @@ from facepipe.gallery import Gallery
 from facepipe.nearest.join import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
+from facepipe.types import Bool, Float32, Int64
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
 from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import records
@@ -122,7 +122,7 @@ def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: Non
     return summary
 
 
-def _cleaned(config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, names: pa.Array) -> Cleaned:
+def _cleaned(config: CleanConfig, graph: Graph, gallery: Gallery, label: Int64, names: pa.Array) -> Cleaned:
     threshold = graph.info.threshold.similarity
     faces = Faces(graph.nodes.vectors, graph.density)
     pairs = graph.edges.within(2.0)
@@ -139,7 +139,7 @@ def _cleaned(config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, na
     return Cleaned(label, names, verdicts, belief, inside, identities, settled)
 
 
-def _with_copies(pairs: Pairs, copies: Ids) -> Pairs:
+def _with_copies(pairs: Pairs, copies: Int64) -> Pairs:
     """Edges with those of copies as well: a copy has the neighbours of the face it equals."""
     moved = copies != np.arange(len(copies))
     if not moved.any():
@@ -150,13 +150,13 @@ def _with_copies(pairs: Pairs, copies: Ids) -> Pairs:
     return Pairs(u, v, np.concatenate([pairs.distance, pairs.distance]))
 
 
-def _start(pool: Candidates, inside: npt.NDArray[np.bool_], prior: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _start(pool: Candidates, inside: Bool, prior: Float32) -> Float32:
     """Labels are believed to begin with where they hold together."""
     believed = np.where(inside[pool.face], np.float32(1), _ELSEWHERE) * prior[pool.face]
     return np.where(pool.own, believed, np.float32(0)).astype(np.float32)
 
 
-def _photos(gallery: Gallery, graph: Graph, label: Ids) -> tuple[Ids, npt.NDArray[np.float32]]:
+def _photos(gallery: Gallery, graph: Graph, label: Int64) -> tuple[Int64, Float32]:
     """(number of each face's photo (n,), how likely its label is meant for it (n,): one in as many as share both)."""
     count = len(label)
     photo, together = np.arange(count), same_photo(gallery, graph.nodes)
@@ -166,7 +166,7 @@ def _photos(gallery: Gallery, graph: Graph, label: Ids) -> tuple[Ids, npt.NDArra
     return photo, (1 / sharers).astype(np.float32)
 
 
-def _unfit(config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, found: Verdicts) -> Verdicts:
+def _unfit(config: CleanConfig, graph: Graph, gallery: Gallery, label: Int64, found: Verdicts) -> Verdicts:
     """Of the labels that are right, those of faces that training does not want."""
     rules, nodes = config.clean, graph.nodes
     small, blurred = (np.zeros(len(label), bool) for _ in range(2))
@@ -189,7 +189,7 @@ def _unfit(config: CleanConfig, graph: Graph, gallery: Gallery, label: Ids, foun
     return decide.overruled(found, chosen, decide.DUPLICATE, decide.COPY)
 
 
-def _worse_copies(found: Verdicts, images: Images, image: Ids, copies: pa.Table, label: Ids) -> npt.NDArray[np.bool_]:
+def _worse_copies(found: Verdicts, images: Images, image: Int64, copies: pa.Table, label: Int64) -> Bool:
     """Kept faces (n,) in whose identity a better copy of their picture is kept too; image (n,) numbers the best first.
 
     The copy that is best of all may have another label, or be unfit: of the others with one label the best stays.
@@ -217,7 +217,7 @@ def _write(config: CleanConfig, graph: Graph, gallery: Gallery, found: Cleaned, 
     return lists.write_lists(folder, config.clean.relabels)
 
 
-def _identity_table(found: Summary, names: pa.Array, inside: Parts, label: Ids) -> pa.Table:
+def _identity_table(found: Summary, names: pa.Array, inside: Parts, label: Int64) -> pa.Table:
     solid = (label >= 0) & (inside.size > 1)
     count = len(names)
     keys = np.unique(label[solid] * (len(label) + 1) + inside.part[solid]) // (len(label) + 1)

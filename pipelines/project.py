@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from facepipe.errors import ConfigError, GalleryError, ModelError
@@ -25,6 +24,7 @@ from facepipe.models.runtime.device import resolve
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
+from facepipe.types import Float32, UInt8
 from pipelines.runtime.plan import local_resources
 from pipelines.runtime.run_record import follow, records
 from pipelines.train.projection_faces import FacesAgain, Sample, choose
@@ -128,9 +128,9 @@ def _embedded(
     sample: Sample,
     summary: ProjectSummary,
     progress: Progress,
-) -> tuple[SecondMoment, dict[int, npt.NDArray[np.float32]]]:
+) -> tuple[SecondMoment, dict[int, Float32]]:
     """Second moments of the faces to fit on, and raw vectors by id of those to measure on."""
-    moment, raw, images = SecondMoment(embedder.dim), dict[int, npt.NDArray[np.float32]](), Counter[str]()
+    moment, raw, images = SecondMoment(embedder.dim), dict[int, Float32](), Counter[str]()
     faces = FacesAgain(gallery, str(path), config.read, config.decode)
     spoke, done = time.monotonic(), 0
     for ids, chips in faces.chips(sample.all, images):
@@ -146,7 +146,7 @@ def _embedded(
     return moment, raw
 
 
-def _vectors(embedder: Embedder, chips: npt.NDArray[np.uint8], config: ProjectConfig) -> npt.NDArray[np.float32]:
+def _vectors(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Float32:
     parts = []
     for at in range(0, len(chips), config.batch):
         part = chips[at : at + config.batch]

@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,9 +13,7 @@ from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64
 from facepipe.schema import OK
 from facepipe.storage.hashtable import HashTable
-
-Floats = npt.NDArray[np.float32]
-Hashes = npt.NDArray[np.uint64]
+from facepipe.types import Bool, Float32, Float64, UInt64
 
 _ADOPTED, _EMBEDDED, _LISTED = (np.uint64(n) for n in range(3))
 _EXAMPLES = 5
@@ -45,7 +42,7 @@ class Tally:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{table['file'][n]} row {table['row'][n]}: {why}")
 
-    def measured(self, norms: npt.NDArray[np.float64]) -> None:
+    def measured(self, norms: Float64) -> None:
         """Take the norms of vectors that were adopted."""
         if len(norms):
             low, high, total = self.norms
@@ -59,7 +56,7 @@ class Adoption:
     differ. `close` when done.
     """
 
-    def __init__(self, gallery: Gallery, source: str, erased: tuple[Hashes, Hashes]):
+    def __init__(self, gallery: Gallery, source: str, erased: tuple[UInt64, UInt64]):
         self.tally = Tally()
         self._source = source
         self._erased = erased
@@ -90,7 +87,7 @@ class Adoption:
         chosen, previous = self._screened(list(images(table, raw, sound, self._source)), table)
         return rows(table, raw, norms, chosen), pa.table({"uri": uris_of(chosen), "previous": previous})
 
-    def _sound(self, table: pa.Table, raw: Floats, norms: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    def _sound(self, table: pa.Table, raw: Float32, norms: Float64) -> Bool:
         whys = reasons(table, raw, norms)
         for n, (reason, why) in whys.items():
             self.tally.refuse(table, n, reason, why)
@@ -133,13 +130,13 @@ class Adoption:
         for n in image.at:
             self.tally.refuse(table, int(n), "scattered", why)
 
-    def _gone(self, keys: Hashes, found: list[Image]) -> npt.NDArray[np.bool_]:
+    def _gone(self, keys: UInt64, found: list[Image]) -> Bool:
         uris, contents = self._erased
         digests = np.array([hash64(image.content) for image in found], np.uint64)
         return np.asarray(np.isin(keys, uris) | np.isin(digests, contents))
 
 
-def rows(table: pa.Table, raw: Floats, norms: npt.NDArray[np.float64], chosen: list[Image]) -> pa.Table:
+def rows(table: pa.Table, raw: Float32, norms: Float64, chosen: list[Image]) -> pa.Table:
     """The gallery's rows of the chosen images, all columns but those that a block shares."""
     at = np.concatenate([np.empty(0, np.int64), *(image.at for image in chosen)])
     each = [(image, n) for image in chosen for n in range(len(image.at))]

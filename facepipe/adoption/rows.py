@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,8 +15,7 @@ from facepipe.hashing import hash64, image_id
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.item import file_uri
 from facepipe.sources.kinds import is_web
-
-Floats = npt.NDArray[np.float32]
+from facepipe.types import Bool, Float32, Float64, Int64
 
 SCHEME = "adopted:"  # of the uris of rows that name no file, and of the fingerprints of all adopted rows
 _LARGEST = 4096  # faces of one image; keeps memory bounded where a file gives all rows one name
@@ -29,7 +27,7 @@ class Image:
     """Rows of one name, those that are sound. at: their places in the table that is adopted."""
 
     uri: str
-    at: npt.NDArray[np.int64]
+    at: Int64
     content: str
     fingerprint: str
 
@@ -57,7 +55,7 @@ def _last_image(names: list[str | None], following: str | None) -> int:
     return start
 
 
-def measured(table: pa.Table) -> tuple[Floats, npt.NDArray[np.float64]]:
+def measured(table: pa.Table) -> tuple[Float32, Float64]:
     """((n, 128) raw vectors, zero where there is none; (n,) their norms, NaN where a number is not finite)."""
     held = table["vector"].is_valid().to_numpy()
     raw = np.zeros((table.num_rows, EMBEDDING_DIM), np.float32)
@@ -67,7 +65,7 @@ def measured(table: pa.Table) -> tuple[Floats, npt.NDArray[np.float64]]:
     return raw, np.where(finite, norms, np.nan)
 
 
-def reasons(table: pa.Table, raw: Floats, norms: npt.NDArray[np.float64]) -> dict[int, tuple[str, str]]:
+def reasons(table: pa.Table, raw: Float32, norms: Float64) -> dict[int, tuple[str, str]]:
     """(reason, why) of every row that cannot be adopted."""
     found: dict[int, tuple[str, str]] = {}
     for n in np.flatnonzero(~box_fits(table["box"])):
@@ -85,7 +83,7 @@ def reasons(table: pa.Table, raw: Floats, norms: npt.NDArray[np.float64]) -> dic
     return dict(sorted(found.items()))
 
 
-def box_fits(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+def box_fits(column: pa.ChunkedArray) -> Bool:
     """(n,) whether a row has no box, or one with x1 < x2 and y1 < y2."""
     fits = column.is_null().to_numpy() | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 4)
     given = fits & column.is_valid().to_numpy()
@@ -94,7 +92,7 @@ def box_fits(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     return fits
 
 
-def images(table: pa.Table, raw: Floats, sound: npt.NDArray[np.bool_], source: str) -> Iterator[Image]:
+def images(table: pa.Table, raw: Float32, sound: Bool, source: str) -> Iterator[Image]:
     """The images of a table: sound rows next to each other with one name; a row without a name is its own."""
     at = np.flatnonzero(sound)
     if not len(at):

@@ -20,6 +20,7 @@ from facepipe.index.queries import parquet_files
 from facepipe.index.rows import list_vectors
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS
+from facepipe.types import Float32
 
 Names = Literal["auto", "people", "images"]
 
@@ -233,7 +234,7 @@ def _numpy(path: str, roles: Roles) -> Iterator[dict[str, Any]]:
         }
 
 
-def _floats(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+def _floats(array: npt.NDArray[np.generic]) -> Float32:
     with np.errstate(over="ignore", invalid="ignore"):  # too large for single precision: infinite, and refused later
         return array.astype(np.float32)
 

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+
+from facepipe.types import Int64, UInt64
 
 URIS, NAMES, CONTENTS, IDS, ANY = "uris", "names", "contents", "ids", "any"
 _ROLES = (
@@ -30,8 +30,8 @@ class Gone:
     uris: frozenset[str]
     names: frozenset[str]
     contents: frozenset[str]
-    faces: npt.NDArray[np.int64]
-    marks: npt.NDArray[np.uint64]
+    faces: Int64
+    marks: UInt64
 
     @cached_property
     def by_role(self) -> dict[str, frozenset[str]]:

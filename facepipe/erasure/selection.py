@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -15,6 +14,7 @@ from facepipe.arrow import vectors
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.types import Float32, UInt64
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _ROWS = 65536
@@ -185,7 +185,7 @@ def _choose(gallery: Gallery, where: ds.Expression, personal: bool) -> Chosen:
     )
 
 
-def mark_of(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+def mark_of(values: Float32) -> UInt64:
     """(n,) the first two numbers of vectors (n, d) as 64 bits: equal for equal vectors, and hardly ever for others."""
     return np.ascontiguousarray(values[:, :2], "<f4").view("<u8")[:, 0]
 

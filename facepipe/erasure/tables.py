@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe.erasure.gone import ANY, IDS, URIS, Gone, role_of
 from facepipe.erasure.selection import mark_of
+from facepipe.types import Bool
 
 _ASIDE = "nearest_identity"  # only compared with: the row is another's, and stays without it
 
@@ -43,7 +43,7 @@ def _told_by(field: pa.Field) -> str | None:
     return role if role == IDS and pa.types.is_int64(field.type) else None
 
 
-def _found(batch: pa.RecordBatch, gone: Gone, aside: bool) -> npt.NDArray[np.bool_]:
+def _found(batch: pa.RecordBatch, gone: Gone, aside: bool) -> Bool:
     mask = np.zeros(batch.num_rows, bool)
     for field, column in zip(batch.schema, batch.columns, strict=True):
         role = _told_by(field)

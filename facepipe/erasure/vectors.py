@@ -4,15 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
 from facepipe.erasure.selection import Chosen
 from facepipe.index import manifest as manifests
 from facepipe.index.manifest import Manifest
 from facepipe.index.shard import Shard, bury, merge_shards
+from facepipe.types import Int64
 
-Ids = npt.NDArray[np.int64]
 _ROWS = 65536  # as many as lie together in a shard's labels
 
 
@@ -47,7 +46,7 @@ def hide(gallery: str, chosen: Chosen, check: Callable[[], None]) -> Removed:
     return removed
 
 
-def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Ids, bool]:
+def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Int64, bool]:
     """(sorted ids in a shard that are the images', whether others of its dead bear their labels).
 
     whole: look at the labels of all rows and not of the dead only.

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe import storage
@@ -12,9 +11,8 @@ from facepipe.errors import EvaluationError
 from facepipe.evaluation.clusters import Rates
 from facepipe.evaluation.truth import LEFT_OUT, check_made_from, encode, file_labels, read_table
 from facepipe.gallery import Gallery
+from facepipe.types import Bool, Float64, Int64
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 DECISIONS = ("keep", "outlier", "relabel", "duplicate", "low_quality", "review")
 _FLAGS = ("outlier", "relabel")
 _SUSPECT = 0.5
@@ -34,11 +32,11 @@ class Decisions:
     noise: float64 (n,), the probability that the given label is wrong.
     """
 
-    given: Ints
-    true: Ints
-    suggested: Ints
-    decision: Ints
-    noise: npt.NDArray[np.float64]
+    given: Int64
+    true: Int64
+    suggested: Int64
+    decision: Int64
+    noise: Float64
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def judge(found: Decisions) -> CleanResult:
     )
 
 
-def average_precision(wrong: Mask, noise: npt.NDArray[np.float64]) -> float | None:
+def average_precision(wrong: Bool, noise: Float64) -> float | None:
     """Mean precision over the steps of recall, from the largest noise down; faces of equal noise are one step."""
     if not wrong.any():
         return None
@@ -137,16 +135,16 @@ def average_precision(wrong: Mask, noise: npt.NDArray[np.float64]) -> float | No
     return float((np.diff(hits, prepend=0) * hits / (ends + 1)).sum() / hits[-1])
 
 
-def _share(part: Mask, whole: Mask) -> float | None:
+def _share(part: Bool, whole: Bool) -> float | None:
     return float(part.sum() / whole.sum()) if whole.any() else None
 
 
-def _counts(decision: Ints, wrong: Mask) -> dict[str, dict[str, int]]:
+def _counts(decision: Int64, wrong: Bool) -> dict[str, dict[str, int]]:
     cells = np.bincount(2 * decision + wrong, minlength=2 * len(DECISIONS)).reshape(-1, 2).tolist()
     return {name: {"right": right, "wrong": false} for name, (right, false) in zip(DECISIONS, cells, strict=True)}
 
 
-def _places(column: pa.ChunkedArray, path: str) -> Ints:
+def _places(column: pa.ChunkedArray, path: str) -> Int64:
     names = {name: n for n, name in enumerate(DECISIONS)}
     places = encode(column, names)
     unknown = [repr(name) for name in names if name not in DECISIONS] + ["null"] * int((places < 0).any())

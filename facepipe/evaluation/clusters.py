@@ -4,15 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe import storage
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.truth import LEFT_OUT, check_made_from, file_labels, gallery_labels, read_table
 from facepipe.gallery import Gallery
+from facepipe.types import Int64
 
-Ints = npt.NDArray[np.int64]
 _COLUMNS = {"face_id": pa.int64(), "cluster": pa.int64()}
 
 
@@ -76,7 +75,7 @@ class ClustersResult:
         return {**found.pop("scores"), **found}
 
 
-def compare(truth: Ints, found: Ints) -> ClusterScores:
+def compare(truth: Int64, found: Int64) -> ClusterScores:
     """Scores of clusters (n,) int64 against identities (n,) int64; any integers. Time and memory as of sorting n."""
     a, b = _codes(truth), _codes(found)
     of_identity, of_cluster = np.bincount(a), np.bincount(b)
@@ -124,21 +123,21 @@ def evaluate_clusters(gallery: Gallery, table: str | None = None, truth: str | N
     )
 
 
-def _codes(labels: Ints) -> Ints:
+def _codes(labels: Int64) -> Int64:
     return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)
 
 
-def _pairs(sizes: Ints) -> float:
+def _pairs(sizes: Int64) -> float:
     return float((sizes * (sizes - 1) // 2).sum())
 
 
-def _bcubed(cells: Ints, rows: Ints, columns: Ints) -> Rates:
+def _bcubed(cells: Int64, rows: Int64, columns: Int64) -> Rates:
     """From the faces of every non-empty cell of the contingency table, of its identity and of its cluster."""
     n, squares = cells.sum(), cells.astype(np.float64) ** 2
     return Rates.mean(float((squares / columns).sum() / n), float((squares / rows).sum() / n))
 
 
-def _nmi(cells: Ints, rows: Ints, columns: Ints, *entropies: float) -> float:
+def _nmi(cells: Int64, rows: Int64, columns: Int64, *entropies: float) -> float:
     if not sum(entropies):
         return 1.0
     n = cells.sum()
@@ -146,7 +145,7 @@ def _nmi(cells: Ints, rows: Ints, columns: Ints, *entropies: float) -> float:
     return float(np.clip(2 * shared / sum(entropies), 0, 1))
 
 
-def _entropy(sizes: Ints) -> float:
+def _entropy(sizes: Int64) -> float:
     """In nats."""
     shares = sizes / max(1, sizes.sum())
     return float(-(shares * np.log(shares)).sum()) + 0.0

@@ -16,8 +16,8 @@ from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.index.search import Index
 from facepipe.storage.hashtable import HashTable
+from facepipe.types import Bool, Float32, Float64, Int64, UInt64
 
-Distances = npt.NDArray[np.float64]
 PROBES = 10_000
 FPIRS = (0.1, 0.01, 0.001)
 _FIRST_K = 20
@@ -32,8 +32,8 @@ class Probes:
     gallery: faces whose label can be relied on; share: of all faces, those.
     """
 
-    mate: Distances
-    other: Distances
+    mate: Float64
+    other: Float64
     gallery: int
     share: float
 
@@ -81,10 +81,10 @@ def probe(gallery: Gallery, index: Index, most: int = PROBES, seed: int = 0) -> 
 def _nearest_of_each(
     index: Index,
     crowds: HashTable,
-    ids: npt.NDArray[np.int64],
+    ids: Int64,
     names: npt.NDArray[np.object_],
-    vectors: npt.NDArray[np.float32],
-) -> tuple[Distances, Distances]:
+    vectors: Float32,
+) -> tuple[Float64, Float64]:
     """Distances (n,) to the nearest mate and the nearest other; those whose k nearest are all mates ask for more."""
     mate, other = np.full(len(ids), np.inf), np.full(len(ids), np.inf)
     open_, k = np.arange(len(ids)), min(_FIRST_K, index.live)
@@ -111,17 +111,17 @@ def _crowds(gallery: Gallery) -> HashTable:
     return found
 
 
-def _hashes(uris: Any) -> npt.NDArray[np.uint64]:
+def _hashes(uris: Any) -> UInt64:
     return np.array([hash64(uri or "") for uri in uris.to_pylist()], np.uint64)
 
 
-def _nearest(distances: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> Distances:
+def _nearest(distances: Float32, mask: Bool) -> Float64:
     return np.asarray(np.where(mask, distances, np.inf).min(axis=1, initial=np.inf), np.float64)
 
 
 def _labelled(
     gallery: Gallery, crowds: HashTable, most: int, seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.object_], int, int]:
+) -> tuple[Int64, npt.NDArray[np.object_], int, int]:
     """(ids, identities, faces, labelled faces): those with the smallest random keys, so that one pass is enough."""
     rng = np.random.default_rng(seed)
     ids, names, keys = np.empty(0, np.int64), np.empty(0, object), np.empty(0)

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.evaluation.roc import Curve, auc, best_threshold, cross_validate, equal_error_rate, roc, tar_at_far
 from facepipe.gallery import Gallery
+from facepipe.types import Bool, Float32, Float64, Int64
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 FARTHEST = 2.0  # the largest distance of two unit vectors: an image without a face matches nothing
@@ -64,9 +64,7 @@ def evaluate_pairs(gallery: Gallery, path: str | os.PathLike[str], picture: str 
     return result
 
 
-def figures(
-    distances: npt.NDArray[np.float64], same: npt.NDArray[np.bool_], folds: npt.NDArray[np.int64]
-) -> PairsResult:
+def figures(distances: Float64, same: Bool, folds: Int64) -> PairsResult:
     """All figures from distances (n,), labels (n,) and fold numbers (n,)."""
     curve, cross = roc(distances, same), cross_validate(distances, same, folds)
     points = {f"{far:g}": tar_at_far(curve, far) if (~same).sum() * far >= 1 else (None, None) for far in FARS}
@@ -84,7 +82,7 @@ def figures(
     )
 
 
-def find_subjects(gallery: Gallery, names: set[str]) -> dict[str, npt.NDArray[np.float32] | None]:
+def find_subjects(gallery: Gallery, names: set[str]) -> dict[str, Float32 | None]:
     """The embedding of each named image's subject; None where it has no face. Names are path ends without extension.
 
     The subject is the face with the largest area less twice its squared distance from the image's centre, the rule by
@@ -124,7 +122,7 @@ def _prominence(row: dict[str, Any]) -> float:
     return float((x2 - x1) * (y2 - y1) - _CENTRE_WEIGHT * off)
 
 
-def _distance(left: npt.NDArray[np.float32] | None, right: npt.NDArray[np.float32] | None) -> float:
+def _distance(left: Float32 | None, right: Float32 | None) -> float:
     if left is None or right is None:
         return FARTHEST
     return float(np.linalg.norm(left.astype(np.float64) - right))

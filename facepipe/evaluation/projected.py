@@ -9,23 +9,21 @@ import numpy.typing as npt
 from facepipe.evaluation.pairs import FARTHEST
 from facepipe.evaluation.roc import best_threshold, cross_validate, roc, tar_at_far
 from facepipe.models.projection import unit
+from facepipe.types import Bool, Float64, Int64
 
 FAR = 1e-3
 _FOLDS = 10
 _MOST_SAME = 6_000  # pairs: as many as LFW View 2 has
 _MOST_DIFFERENT = 100_000
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
 
 class PairRows(NamedTuple):
     """Pairs as rows of a list of faces, -1 where a face could not be embedded; same (n,) bool, folds (n,)."""
 
-    left: Ints
-    right: Ints
-    same: npt.NDArray[np.bool_]
-    folds: Ints
+    left: Int64
+    right: Int64
+    same: Bool
+    folds: Int64
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def verification(raw: npt.ArrayLike, pairs: PairRows) -> Verification:
     return Verification(cross.mean, tar, best_threshold(distances[rows], same[rows]), int(same.sum()), different)
 
 
-def _distances(vectors: Floats, pairs: PairRows) -> Floats:
+def _distances(vectors: Float64, pairs: PairRows) -> Float64:
     """A pair with a face that could not be embedded is as far apart as can be."""
     known = (pairs.left >= 0) & (pairs.right >= 0)
     apart = np.full(len(known), FARTHEST)
@@ -62,7 +60,7 @@ def _distances(vectors: Floats, pairs: PairRows) -> Floats:
     return apart
 
 
-def drawn_pairs(people: Ints, seed: int) -> PairRows | None:
+def drawn_pairs(people: Int64, seed: int) -> PairRows | None:
     """Pairs of faces (n,) whose numbers of persons are given; None where they make no pairs of both kinds."""
     rng = np.random.default_rng(seed)
     left, right = np.triu_indices(len(people), 1)

@@ -3,21 +3,19 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
+from facepipe.types import Bool, Float64, Int64
 
 
 class Curve(NamedTuple):
     """Operating points by rising threshold: a pair is accepted as the same person where distance <= threshold."""
 
-    thresholds: Floats
-    far: Floats
-    tar: Floats
+    thresholds: Float64
+    far: Float64
+    tar: Float64
 
 
-def roc(distances: Floats, same: Bools) -> Curve:
+def roc(distances: Float64, same: Bool) -> Curve:
     """One operating point for each distinct distance, opened by the one that accepts nothing."""
     order = np.argsort(distances, kind="stable")
     sorted_distances, sorted_same = distances[order], same[order]
@@ -50,7 +48,7 @@ def tar_at_far(curve: Curve, far: float) -> tuple[float, float]:
     return float(curve.tar[at]), float(curve.thresholds[at])
 
 
-def best_threshold(distances: Floats, same: Bools) -> float:
+def best_threshold(distances: Float64, same: Bool) -> float:
     """A threshold of the highest accuracy, midway between distances; the middle one where several tie."""
     order = np.argsort(distances, kind="stable")
     d, s = distances[order], same[order]
@@ -64,8 +62,8 @@ def best_threshold(distances: Floats, same: Bools) -> float:
 class Folds(NamedTuple):
     """Accuracy of each fold at the threshold chosen on the others."""
 
-    accuracies: Floats
-    thresholds: Floats
+    accuracies: Float64
+    thresholds: Float64
 
     @property
     def mean(self) -> float:
@@ -78,7 +76,7 @@ class Folds(NamedTuple):
         return float(self.accuracies.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
 
-def cross_validate(distances: Floats, same: Bools, folds: npt.NDArray[np.int64]) -> Folds:
+def cross_validate(distances: Float64, same: Bool, folds: Int64) -> Folds:
     """k-fold accuracy; with a single fold the threshold is chosen on the fold itself."""
     accuracies, thresholds = [], []
     for fold in np.unique(folds):

@@ -16,8 +16,8 @@ from facepipe import storage
 from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
+from facepipe.types import Float32, Int64, UInt64
 
-Ints = npt.NDArray[np.int64]
 Names = dict[str, int]
 _ROWS = 65536
 _NOBODY = -1
@@ -29,11 +29,11 @@ _TRUTH_TYPES = {"identity": pa.string(), "uri": pa.string(), "face_id": pa.int64
 class Labels:
     """n labelled faces: ids (n,) ascending; codes (n,) into `names`, or LEFT_OUT for further faces of their photos."""
 
-    ids: Ints
-    codes: Ints
+    ids: Int64
+    codes: Int64
     names: Names
 
-    def of(self, ids: Ints) -> Ints:
+    def of(self, ids: Int64) -> Int64:
         """Codes (m,) of faces (m,); -1 of those without a label, LEFT_OUT of those that it does not belong to."""
         return look_up(self.ids, self.codes, ids)
 
@@ -58,7 +58,7 @@ def file_labels(gallery: Gallery, path: str) -> Labels:
     return _of_photos(gallery, names, lambda _, hashes: look_up(uris, codes, hashes))
 
 
-def look_up(keys: npt.NDArray[Any], values: Ints, asked: npt.NDArray[Any]) -> Ints:
+def look_up(keys: npt.NDArray[Any], values: Int64, asked: npt.NDArray[Any]) -> Int64:
     """The values of the keys asked for, -1 where there is none; keys ascending."""
     if not len(keys):
         return np.full(len(asked), _NOBODY)
@@ -66,7 +66,7 @@ def look_up(keys: npt.NDArray[Any], values: Ints, asked: npt.NDArray[Any]) -> In
     return np.where(keys[at] == asked, values[at], _NOBODY)
 
 
-def encode(column: Any, names: Names) -> Ints:
+def encode(column: Any, names: Names) -> Int64:
     """Codes (n,) of a string column, -1 of null; names that are new get the next code."""
     if isinstance(column, pa.ChunkedArray):
         return np.concatenate([np.empty(0, np.int64), *(encode(chunk, names) for chunk in column.chunks)])
@@ -88,7 +88,7 @@ def read_table(path: str, columns: dict[str, pa.DataType], what: str, remedy: st
     return table.filter(table["face_id"].is_valid())
 
 
-def check_made_from(gallery: Gallery, ids: Ints, path: str, what: str) -> None:
+def check_made_from(gallery: Gallery, ids: Int64, path: str, what: str) -> None:
     """Raise EvaluationError for a table that names a face twice, or none that the gallery holds."""
     if not len(ids):
         raise EvaluationError(f"the {what} {path!r} holds no face: there is nothing to judge")
@@ -144,7 +144,7 @@ def _cast(table: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
     return pa.table({name: table[name].cast(kind) for name, kind in columns.items()})
 
 
-def _unique(keys: npt.NDArray[Any], codes: Ints, shown: Any, path: str) -> tuple[npt.NDArray[Any], Ints]:
+def _unique(keys: npt.NDArray[Any], codes: Int64, shown: Any, path: str) -> tuple[npt.NDArray[Any], Int64]:
     """Keys ascending and their codes; a key may stand twice with one code, but not with two."""
     order = np.argsort(keys, kind="stable")
     keys, codes = keys[order], codes[order]
@@ -158,9 +158,7 @@ def _unique(keys: npt.NDArray[Any], codes: Ints, shown: Any, path: str) -> tuple
     return np.delete(keys, again), np.delete(codes, again)
 
 
-def _of_photos(
-    gallery: Gallery, names: Names, label: Callable[[pa.RecordBatch, npt.NDArray[np.uint64]], Ints]
-) -> Labels:
+def _of_photos(gallery: Gallery, names: Names, label: Callable[[pa.RecordBatch, UInt64], Int64]) -> Labels:
     """The faces of every photo that has a label; all but the largest (of equal ones the smallest id) are LEFT_OUT."""
     parts: list[tuple[npt.NDArray[Any], ...]] = []
     for batch in gallery.batches(["face_id", "uri", "identity", "box"], ds.field("face_id").is_valid(), rows=_ROWS):
@@ -180,7 +178,7 @@ def _of_photos(
     return Labels(ids[order], codes[order], names)
 
 
-def _areas(boxes: pa.ListArray) -> npt.NDArray[np.float32]:
+def _areas(boxes: pa.ListArray) -> Float32:
     """Areas (n,) of boxes x1, y1, x2, y2 in pixels; 0 where there is none."""
     areas = np.zeros(len(boxes), np.float32)
     corners = boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
@@ -188,5 +186,5 @@ def _areas(boxes: pa.ListArray) -> npt.NDArray[np.float32]:
     return areas
 
 
-def _hashes(uris: Any) -> npt.NDArray[np.uint64]:
+def _hashes(uris: Any) -> UInt64:
     return np.array([hash64(uri) for uri in uris.to_pylist()], np.uint64)

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,9 +21,8 @@ import pyarrow.dataset as ds
 from facepipe import storage
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery.table import Gallery
+from facepipe.types import Bool, Int64, UInt64
 
-Ids = npt.NDArray[np.int64]
-Keys = npt.NDArray[np.uint64]
 _ROWS = 65536
 _NEW_ROWS_ONLY = re.compile(r"part-(?!rewrite-|compact-).*-[0-9a-f]{32}\.parquet$")
 _KEY = ("uri", "face_index", "ingested_at")
@@ -133,7 +131,7 @@ class Changes:
             if new.num_rows:
                 yield new.select(list(columns))
 
-    def gone_ids(self) -> Ids | None:
+    def gone_ids(self) -> Int64 | None:
         """(n,) sorted ids of the faces that are in the table no more; None where only comparing all ids can tell.
 
         16 bytes of memory a face of the files that went.
@@ -152,7 +150,7 @@ class Changes:
             stays[at[left[at] == ids]] = True
         return left[~stays]
 
-    def _moved(self) -> Keys | None:
+    def _moved(self) -> UInt64 | None:
         """Sorted keys of the rows of then that may stand in another file now; None where they cannot be read."""
         if self.gone is None or self.then is None or self.mark is None:
             return None
@@ -194,12 +192,12 @@ def _then(gallery: Gallery, mark: Mark) -> Gallery | None:
         return None
 
 
-def _ids(gallery: Gallery) -> Ids:
+def _ids(gallery: Gallery) -> Int64:
     parts = [batch["face_id"].drop_null().to_numpy() for batch in gallery.batches(["face_id"], rows=_ROWS)]
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def _keys(batch: pa.RecordBatch) -> Keys:
+def _keys(batch: pa.RecordBatch) -> UInt64:
     """(n,) a hash of what makes a row that row, wherever it stands: image, face and the time it was embedded."""
     keys = pd.util.hash_array(np.asarray(batch["uri"].to_numpy(zero_copy_only=False), object))
     for name, absent in (("face_index", -1), ("ingested_at", 0)):
@@ -208,7 +206,7 @@ def _keys(batch: pa.RecordBatch) -> Keys:
     return np.asarray(keys, np.uint64)
 
 
-def _within(ordered: Keys, keys: Keys) -> npt.NDArray[np.bool_]:
+def _within(ordered: UInt64, keys: UInt64) -> Bool:
     if not len(ordered):
         return np.zeros(len(keys), bool)
     at = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)

@@ -12,8 +12,8 @@ from facepipe.hashing import hash64_column, marks_each
 from facepipe.schema import READ_ERROR
 from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
 from facepipe.storage.hashtable import HashTable
+from facepipe.types import UInt64
 
-Hashes = npt.NDArray[np.uint64]
 _HELD, _LISTED, _OF_SOURCE = (np.uint64(n) for n in range(3))
 _COLUMNS = ("uri", "fingerprint", "image_id", "status", "source", "missing_since", "face_index")
 _ROWS = 65536
@@ -26,7 +26,7 @@ class KnownImages:
     source: name of the corpus that is listed; erased: sorted hashes of uris that must not come back.
     """
 
-    def __init__(self, gallery: Gallery | None, source: str | None = None, erased: Hashes | None = None):
+    def __init__(self, gallery: Gallery | None, source: str | None = None, erased: UInt64 | None = None):
         self._table = HashTable(width=3)
         self._erased = np.empty(0, np.uint64) if erased is None else erased
         self.of_source = 0
@@ -50,7 +50,7 @@ class KnownImages:
         self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
         self.of_source += int(mine.sum())
 
-    def screen(self, uris: Hashes, fingerprints: Hashes) -> tuple[npt.NDArray[np.int8], Hashes]:
+    def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
         """(verdict, content hash held) for each listed image.
 
         REPEATED: listed before in this run. SKIP: held with the same fingerprint. CHANGED: held, but the file may have
@@ -71,7 +71,7 @@ class KnownImages:
         self._table.add(uris, listed)
         return verdict, held[:, 1]
 
-    def missing(self, most: int) -> tuple[int, Hashes]:
+    def missing(self, most: int) -> tuple[int, UInt64]:
         """(how many, hashes of the uris) of the source's images that were not listed; no hashes where more than `most`.
 
         For after the last item of a listing.

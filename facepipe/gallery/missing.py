@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,8 +15,7 @@ from facepipe.gallery.rewrite import Rewrite, rewritten
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
 from facepipe.schema import FACES
-
-Hashes = npt.NDArray[np.uint64]
+from facepipe.types import UInt64
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class MissingUris:
     count: int
     of: int
     broken: int
-    uris: Hashes | None
+    uris: UInt64 | None
 
 
 def write_missing(path: str, found: MissingUris) -> None:

@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
+from facepipe.types import UInt64
 
-Hashes = npt.NDArray[np.uint64]
 FOLDER = "erased"
 _URIS, _CONTENTS = ".uris", ".contents"
 UNFINISHED = ".new"
@@ -46,17 +45,17 @@ def suppress(gallery: str, name: str, uris: Iterable[str], contents: Iterable[st
         put(gallery, name + ending, hashes.astype("<u8").tobytes())
 
 
-def uris(gallery: str) -> Hashes:
+def uris(gallery: str) -> UInt64:
     """Sorted hashes of uris that must not come back."""
     return _all(gallery, _URIS)
 
 
-def contents(gallery: str) -> Hashes:
+def contents(gallery: str) -> UInt64:
     """Sorted hashes of image ids that must not come back."""
     return _all(gallery, _CONTENTS)
 
 
-def _all(gallery: str, ending: str) -> Hashes:
+def _all(gallery: str, ending: str) -> UInt64:
     found = [f.url for f in storage.files_in(folder_of(gallery)) if f.url.endswith(ending)]
     parts = [np.frombuffer(storage.read(path.encode()), "<u8") for path in found]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))

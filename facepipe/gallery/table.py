@@ -22,6 +22,7 @@ from facepipe.gallery.lock import GUARD
 from facepipe.gallery.lock import NAME as LOCK
 from facepipe.gallery.stores import arrow_filesystem, table_options
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
+from facepipe.types import Float32, Int64
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,9 +182,7 @@ class Gallery:
         """Rows as a pandas frame."""
         return self.to_arrow(columns, where).to_pandas()
 
-    def vectors(
-        self, where: "str | ds.Expression | None" = None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def vectors(self, where: "str | ds.Expression | None" = None) -> tuple[Int64, Float32]:
         """(face ids (n,), unit vectors (n, 128)) of all faces, or of those that match."""
         has_face = ds.field("face_id").is_valid()
         chosen = expression(where)

@@ -8,12 +8,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.imaging.geometry import Frame, cut, scale_of, similarity
+from facepipe.types import Float64, UInt8Image
 
-Floats = npt.NDArray[np.float64]
-Pixels = npt.NDArray[np.uint8]
 Points = tuple[tuple[float, float], ...]
 Square = tuple[float, float, float]
 Kind = Literal["similarity", "eyes", "box", "dlib"]
@@ -54,14 +52,14 @@ class ChipLayout:
     fill: int = 0
 
 
-def wanted_scale(layout: ChipLayout, box: Floats, landmarks: Floats) -> float:
+def wanted_scale(layout: ChipLayout, box: Float64, landmarks: Float64) -> float:
     """Chip pixels per pixel of the full-size image; dlib's chips are made from the image itself."""
     return 1.0 if layout.kind == "dlib" else scale_of(_matrix(layout, box, landmarks))
 
 
 def chip_of(
-    layout: ChipLayout, view: tuple[Pixels, Frame], box: Floats, landmarks: Floats, square: Square | None = None
-) -> Pixels:
+    layout: ChipLayout, view: tuple[UInt8Image, Frame], box: Float64, landmarks: Float64, square: Square | None = None
+) -> UInt8Image:
     """(h, w, 3) uint8 chip of a face; box (4,) and landmarks (5, 2) in pixels of the full-size image.
 
     view: pixels, and where they lie in that image; square: makes dlib's box of this one (models/card.py)
@@ -75,7 +73,7 @@ def chip_of(
     return chip if layout.kind == "similarity" else _letterboxed(chip, layout, corners)
 
 
-def _matrix(layout: ChipLayout, box: Floats, landmarks: Floats) -> Floats:
+def _matrix(layout: ChipLayout, box: Float64, landmarks: Float64) -> Float64:
     if layout.kind == "similarity":
         return similarity(landmarks, np.array(layout.template))
     across = landmarks[1] - landmarks[0]
@@ -87,12 +85,12 @@ def _matrix(layout: ChipLayout, box: Floats, landmarks: Floats) -> Floats:
     return np.column_stack([turn, middle - turn @ ((box[:2] + box[2:]) / 2)])
 
 
-def _fit(size: tuple[int, int], box: Floats) -> float:
+def _fit(size: tuple[int, int], box: Float64) -> float:
     width, height = np.maximum(box[2:] - box[:2], 1e-3)
     return float(min(size[0] / width, size[1] / height))
 
 
-def _letterboxed(chip: Pixels, layout: ChipLayout, box: Floats) -> Pixels:
+def _letterboxed(chip: UInt8Image, layout: ChipLayout, box: Float64) -> UInt8Image:
     """The chip with `fill` wherever the box does not reach."""
     width, height = layout.size
     inner = np.clip(np.round((box[2:] - box[:2]) * _fit(layout.size, box)), 1, layout.size).astype(int)
@@ -103,7 +101,7 @@ def _letterboxed(chip: Pixels, layout: ChipLayout, box: Floats) -> Pixels:
     return np.asarray(cv2.copyMakeBorder(within, top, bottom, left, right, cv2.BORDER_CONSTANT, value=grey), np.uint8)
 
 
-def _dlib_chip(pixels: Pixels, box: Floats, square: Square | None) -> Pixels:
+def _dlib_chip(pixels: UInt8Image, box: Float64, square: Square | None) -> UInt8Image:
     from facepipe.imaging.dlib_chip import chip_of as dlib_chip
     from facepipe.imaging.dlib_chip import square as squared
     from facepipe.models.dlib.predictor import load_predictor, predict

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 # A second lock behind the header check; OpenCV reads it once, when it is imported.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 28))
@@ -13,8 +12,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 import cv2
 
 from facepipe.imaging.header import Header, without_animation
-
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import UInt8Image
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -31,7 +29,7 @@ class DecodeError(ValueError):
     """The decoder could not make pixels of the bytes."""
 
 
-def decode(data: bytes, header: Header, reduce: int = 1) -> Pixels:
+def decode(data: bytes, header: Header, reduce: int = 1) -> UInt8Image:
     """(h, w, 3) uint8 RGB, EXIF orientation applied; `reduce` in 1, 2, 4, 8 divides both sides, rounding up.
 
     For JPEG a reduced image comes from the DCT directly (libjpeg's scaled IDCT); other formats are shrunk by area.
@@ -56,7 +54,7 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> Pixels:
     return np.asarray(pixels, np.uint8) if oriented else orient(np.asarray(pixels, np.uint8), header.orientation)
 
 
-def orient(pixels: Pixels, orientation: int) -> Pixels:
+def orient(pixels: UInt8Image, orientation: int) -> UInt8Image:
     """Apply an EXIF orientation (1-8) to stored pixels."""
     if orientation in _TURNS:
         return np.asarray(cv2.rotate(pixels, _TURNS[orientation]), np.uint8)

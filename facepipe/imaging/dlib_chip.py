@@ -14,10 +14,7 @@ import numpy.typing as npt
 from facepipe.imaging.geometry import similarity
 from facepipe.models.dlib.layout import SIDE
 from facepipe.models.dlib.predictor import Rect
-
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import Float64, Int64, UInt8Image
 
 PADDING = 0.25
 # Mean positions of the five points in an unpadded face of side 1 (dlib/image_transforms/interpolation.h).
@@ -56,7 +53,7 @@ class Cut(NamedTuple):
         width, height = up.right - up.left + 1, up.bottom - up.top + 1
         return width > 0 and height > 0 and width * height > SIDE * SIDE
 
-    def corners(self) -> Floats:
+    def corners(self) -> Float64:
         """(3, 2) top left, top right and bottom left after the turn, and (4, 2) with bottom right."""
         centre = np.array([(self.left + self.right) / 2, (self.top + self.bottom) / 2])
         cos, sin = math.cos(self.angle), math.sin(self.angle)
@@ -84,7 +81,7 @@ def square(box: npt.ArrayLike, offsets: tuple[float, float, float] | None) -> Re
     return x, y, x + whole - 1, y + whole - 1
 
 
-def chip_of(image: Pixels, points: Indices) -> Pixels:
+def chip_of(image: UInt8Image, points: Int64) -> UInt8Image:
     """(150, 150, 3) chip of an image (h, w, 3) RGB, black where it leaves the image; points (5, 2) of `predict`.
 
     The work depends on the face's size alone, not on the image's.
@@ -101,7 +98,7 @@ def chip_of(image: Pixels, points: Indices) -> Pixels:
     return _bilinear(region, x, y)
 
 
-def cut_of(points: Indices) -> Cut:
+def cut_of(points: Int64) -> Cut:
     """The square that the points' similarity to the template asks for."""
     matrix = similarity(TEMPLATE, points.astype(np.float64))
     scale, angle = math.hypot(matrix[0, 0], matrix[1, 0]), math.atan2(matrix[1, 0], matrix[0, 0])
@@ -110,7 +107,7 @@ def cut_of(points: Indices) -> Cut:
     return Cut(x - half, y - half, x + half, y + half, angle)
 
 
-def _region(image: Pixels, cut: Cut) -> tuple[Pixels, Cut]:
+def _region(image: UInt8Image, cut: Cut) -> tuple[UInt8Image, Cut]:
     """The part of the image that the chip needs, with the border that the pyramid's filter eats, and the cut in it."""
     grow, level = 2, cut
     while level.too_large():
@@ -124,7 +121,7 @@ def _region(image: Pixels, cut: Cut) -> tuple[Pixels, Cut]:
     return image[top : bottom + 1, left : right + 1], cut.moved(-left, -top)
 
 
-def halved(image: Pixels) -> Pixels:
+def halved(image: UInt8Image) -> UInt8Image:
     """One level up dlib's pyramid: 1-4-6-4-1 both ways at every other pixel, borders cut off, truncated to integers."""
     height, width = image.shape[:2]
     if min(height, width) <= _SMALLEST:
@@ -134,7 +131,7 @@ def halved(image: Pixels) -> Pixels:
     return full[1 : 1 + (height - 3) // 2, 1 : 1 + (width - 3) // 2].astype(np.uint8)
 
 
-def _bilinear(image: Pixels, x: Floats, y: Floats) -> Pixels:
+def _bilinear(image: UInt8Image, x: Float64, y: Float64) -> UInt8Image:
     """(150, 150, 3) values at (x, y), truncated; black where one of the four neighbours is outside the image."""
     height, width = image.shape[:2]
     chip = np.zeros((*x.shape, 3), np.uint8)

@@ -4,15 +4,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.imaging.header import Header
-
-Floats = npt.NDArray[np.float64]
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import Float32, Float64, UInt8Image
 
 
-def similarity(points: Floats, template: Floats) -> Floats:
+def similarity(points: Float64, template: Float64) -> Float64:
     """(2, 3) matrix of the similarity that maps points (n, 2) to template (n, 2) with least squares.
 
     Closed form of Umeyama (PAMI 1991) for two dimensions: with complex numbers the rotation and scale are one
@@ -26,7 +23,7 @@ def similarity(points: Floats, template: Floats) -> Floats:
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
 
 
-def scale_of(matrix: Floats) -> float:
+def scale_of(matrix: Float64) -> float:
     """How many output pixels one input pixel becomes."""
     return float(np.hypot(matrix[0, 0], matrix[1, 0]))
 
@@ -38,11 +35,11 @@ class Frame(NamedTuple):
     left: float = 0.0
     top: float = 0.0
 
-    def to_full(self, points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def to_full(self, points: Float32) -> Float32:
         """Points (..., 2) of the decoded pixels in the full image."""
         return ((points + 0.5) / self.scale - 0.5 + np.array([self.left, self.top])).astype(np.float32)
 
-    def from_full(self, points: Floats) -> Floats:
+    def from_full(self, points: Float64) -> Float64:
         """Points (..., 2) of the full image in the decoded pixels."""
         return (points - np.array([self.left, self.top]) + 0.5) * self.scale - 0.5
 
@@ -61,7 +58,7 @@ def frame_of(header: Header, reduce: int) -> Frame:
     return Frame(1 / reduce, -float(left), -float(top))
 
 
-def cut(pixels: Pixels, matrix: Floats, size: tuple[int, int]) -> Pixels:
+def cut(pixels: UInt8Image, matrix: Float64, size: tuple[int, int]) -> UInt8Image:
     """Chip of size (width, height), bilinear, black outside the image.
 
     Where the chip shrinks the image by 2 or more, the region is first shrunk by area, since bilinear sampling alone
@@ -73,7 +70,7 @@ def cut(pixels: Pixels, matrix: Floats, size: tuple[int, int]) -> Pixels:
     return np.asarray(cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR), np.uint8)
 
 
-def _shrunk(pixels: Pixels, matrix: Floats, size: tuple[int, int], step: int) -> tuple[Pixels, Floats]:
+def _shrunk(pixels: UInt8Image, matrix: Float64, size: tuple[int, int], step: int) -> tuple[UInt8Image, Float64]:
     inverse = cv2.invertAffineTransform(matrix)
     corners = np.array([[0, 0], [size[0], 0], [0, size[1]], size], float) @ inverse[:, :2].T + inverse[:, 2]
     h, w = pixels.shape[:2]
@@ -95,7 +92,7 @@ _HEAD = np.array([[-31.5, 0, 0], [31.5, 0, 0], [0, 38.8, 28.0], [-26.2, 67.7, 4.
 _HEAD_INVERSE = np.linalg.pinv(_HEAD - _HEAD.mean(0))
 
 
-def pose(landmarks: Floats) -> tuple[Floats, Floats]:
+def pose(landmarks: Float64) -> tuple[Float64, Float64]:
     """(yaw, roll) in degrees of faces with landmarks (n, 5, 2).
 
     Yaw is positive when the face turns to the image's right, from a weak-perspective fit of a mean head to the five
@@ -112,6 +109,6 @@ def pose(landmarks: Floats) -> tuple[Floats, Floats]:
     return np.degrees(yaw), np.degrees(roll)
 
 
-def sharpness(chip: Pixels) -> float:
+def sharpness(chip: UInt8Image) -> float:
     """Variance of the Laplacian of the chip's luminance: the usual focus measure (Pech-Pacheco et al., ICPR 2000)."""
     return float(cv2.Laplacian(cv2.cvtColor(chip, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())

@@ -13,6 +13,7 @@ from facepipe.index.exact import scan as scanned
 from facepipe.index.queries import Queries
 from facepipe.index.search import Index
 from facepipe.schema import OK
+from facepipe.types import Float32, Int64
 
 Count = Annotated[int, Field(ge=1)]
 Distance = Annotated[float, Field(gt=0, le=2)]
@@ -105,9 +106,7 @@ def answers(index: Index, queries: Queries, find: Find, scan: str | None, counts
     )
 
 
-def _found(
-    index: Index, vectors: npt.NDArray[np.float32], own: npt.NDArray[np.int64], find: Find, scan: str | None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _found(index: Index, vectors: Float32, own: Int64, find: Find, scan: str | None) -> tuple[Int64, Int64, Float32]:
     """Flat (query, face id, distance), by query, nearest first."""
     if find.radius is not None:
         near = index.within(vectors, find.radius, find.most + bool(find.leave_self_out))
@@ -124,7 +123,7 @@ def _found(
     return asked, hits.ids[asked, places], hits.distances[asked, places]
 
 
-def _ranks(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _ranks(asked: Int64) -> Int64:
     """1, 2, ... within each run of equal queries."""
     starts = np.flatnonzero(np.diff(asked, prepend=-1))
     return np.arange(len(asked)) - np.repeat(starts, np.diff(np.append(starts, len(asked)))) + 1
@@ -132,10 +131,10 @@ def _ranks(asked: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def _decisions(
     queries: int,
-    asked: npt.NDArray[np.int64],
-    ranks: npt.NDArray[np.int64],
+    asked: Int64,
+    ranks: Int64,
     identities: pa.ChunkedArray,
-    distances: npt.NDArray[np.float32],
+    distances: Float32,
     find: Find,
 ) -> npt.NDArray[np.object_] | None:
     if find.threshold is None:

@@ -5,12 +5,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from facepipe.types import Float32
+
 UNKNOWN = "Unknown"
 Rule = Literal["nearest", "vote"]
 
 
 def decide(
-    identities: npt.NDArray[np.object_], distances: npt.NDArray[np.float32], threshold: float, rule: Rule = "nearest"
+    identities: npt.NDArray[np.object_], distances: Float32, threshold: float, rule: Rule = "nearest"
 ) -> npt.NDArray[np.object_]:
     """(n,) identities or `Unknown` from those of the k nearest faces (n, k), None where a face has none.
 

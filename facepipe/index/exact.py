@@ -4,13 +4,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.index.search import Hits, Index, pair_distances
 from facepipe.nearest.faiss_engine import faiss
+from facepipe.types import Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 _BLOCK = 65_536  # vectors scanned at a time
 _DEVICE_BLOCK = 262_144  # on a GPU: what is picked out of a block costs the same for a large one
 _SPARE = 22  # more than k are re-scored, since matrix products round
@@ -20,8 +18,8 @@ _SPARE = 22  # more than k are re-scored, since matrix products round
 class Block:
     """Vectors (n, 128) and their ids (n,)."""
 
-    ids: Ids
-    vectors: Vectors
+    ids: Int64
+    vectors: Float32
 
 
 def live_blocks(index: Index, rows: int = _BLOCK) -> Iterator[Block]:
@@ -37,7 +35,7 @@ def live_blocks(index: Index, rows: int = _BLOCK) -> Iterator[Block]:
                 yield Block(ids[part][alive[part]], vectors[alive[part]])
 
 
-def exact_search(queries: Vectors, blocks: Iterable[Block], k: int, device: str = "cpu") -> Hits:
+def exact_search(queries: Float32, blocks: Iterable[Block], k: int, device: str = "cpu") -> Hits:
     """The k nearest of all blocks' vectors to each query (n, 128), nearest first, ties by id.
 
     Distances are computed in single precision by the CPU, from the vectors. Which are the candidates faiss finds: more
@@ -48,12 +46,12 @@ def exact_search(queries: Vectors, blocks: Iterable[Block], k: int, device: str 
     return Hits(best.ids, np.sqrt(best.distances))
 
 
-def scan(index: Index, queries: Vectors, k: int, device: str = "cpu") -> Hits:
+def scan(index: Index, queries: Float32, k: int, device: str = "cpu") -> Hits:
     """`exact_search` among all that an index can find, in blocks of a size that suits the device."""
     return exact_search(queries, live_blocks(index, _BLOCK if device == "cpu" else _DEVICE_BLOCK), k, device)
 
 
-def _on_cpu(queries: Vectors, blocks: Iterable[Block], k: int) -> Hits:
+def _on_cpu(queries: Float32, blocks: Iterable[Block], k: int) -> Hits:
     best = Hits(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32))
     for block in blocks:
         if not len(block.ids):
@@ -67,7 +65,7 @@ def _on_cpu(queries: Vectors, blocks: Iterable[Block], k: int) -> Hits:
     return best
 
 
-def _on_device(queries: Vectors, blocks: Iterable[Block], k: int, device: str) -> Hits:
+def _on_device(queries: Float32, blocks: Iterable[Block], k: int, device: str) -> Hits:
     from facepipe.nearest.knn_gpu import knn  # loads torch
 
     return knn(queries, (((block.ids, None), block.vectors) for block in blocks), k, device)

@@ -6,13 +6,13 @@ vectors that came with it, and the answers of an index on how it was cut into sh
 """
 
 import numpy as np
-import numpy.typing as npt
 
-Vectors = npt.NDArray[np.float32]
+from facepipe.types import Float32
+
 _STEPS = np.float32(2048)
 
 
-def grid(vectors: Vectors) -> Vectors:
+def grid(vectors: Float32) -> Float32:
     """(n, d) float32 vectors of at most unit norm, each component at the nearest multiple of 2^-11.
 
     A 128-D vector moves by some 0.0016, a two-hundredth of the distance to its list's centroid. Only lists and codes

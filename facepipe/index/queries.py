@@ -19,6 +19,7 @@ from facepipe.gallery.contract import PROPERTY
 from facepipe.hashing import hash64
 from facepipe.index.rows import list_vectors
 from facepipe.schema import EMBEDDING_DIM, OK
+from facepipe.types import Bool, Float32, Int64
 
 _NAMES = ("query_id", "face_id", "id", "uri")  # columns that may name a query, first found wins
 _ROWS = 8192
@@ -52,8 +53,8 @@ class Queries:
 
     names: pa.Array
     uris: pa.Array
-    own: npt.NDArray[np.int64]
-    vectors: npt.NDArray[np.float32]
+    own: Int64
+    vectors: Float32
     status: npt.NDArray[np.object_]
 
 
@@ -204,7 +205,7 @@ def _queries(batch: pa.RecordBatch, first: int) -> Queries:
     )
 
 
-def usable(column: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.object_]]:
+def usable(column: Any) -> tuple[Float32, npt.NDArray[np.object_]]:
     """((n, 128) unit vectors, (n,) `ok` or why not) of a column of lists of numbers."""
     raw, listed = list_vectors(column)
     vectors = np.array(raw, np.float32)
@@ -213,7 +214,7 @@ def usable(column: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.object_
     for n in np.flatnonzero(~listed):
         length = lengths[int(n)].as_py()
         status[n] = "no embedding" if length is None else f"{length} dimensions, not {EMBEDDING_DIM}"
-    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
+    finite: Bool = np.asarray(np.isfinite(vectors).all(axis=1))
     norms = np.linalg.norm(np.where(finite[:, None], vectors, 0).astype(np.float64), axis=1)
     status[listed & ~finite] = "not finite"
     status[listed & finite & (norms < _ZERO)] = "zero vector"

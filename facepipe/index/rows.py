@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,6 +14,7 @@ from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage.hashtable import HashTable
+from facepipe.types import Bool, Float32, Int64
 
 _ROWS = 16384
 _NORM_TOLERANCE = 1e-2
@@ -24,15 +24,15 @@ _NORM_TOLERANCE = 1e-2
 class Rows:
     """n faces: ids (n,) int64, vectors (n, 128) float32 of unit norm, uri and identity as Arrow strings."""
 
-    ids: npt.NDArray[np.int64]
-    vectors: npt.NDArray[np.float32]
+    ids: Int64
+    vectors: Float32
     uris: pa.Array
     identities: pa.Array
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, mask: npt.NDArray[np.bool_]) -> "Rows":
+    def take(self, mask: Bool) -> "Rows":
         """The rows where the mask is true."""
         if mask.all():
             return self
@@ -86,14 +86,14 @@ def _rows(batch: pa.RecordBatch, skipped: Skipped) -> Rows:
     return rows.take(good)
 
 
-def unit_vectors(column: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def unit_vectors(column: Any) -> tuple[Float32, Bool]:
     """((n, 128) float32, (n,) whether the row is a finite vector of unit norm)."""
     vectors, good = list_vectors(column)
     norms = np.einsum("nd,nd->n", vectors, vectors)
     return vectors, good & (np.abs(norms - 1) < 2 * _NORM_TOLERANCE)  # false where a number is NaN or infinite
 
 
-def list_vectors(column: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def list_vectors(column: Any) -> tuple[Float32, Bool]:
     """((n, 128) float32, (n,) whether the row is a list of 128 numbers); other rows are zero, nulls in a list NaN."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
@@ -107,7 +107,7 @@ def list_vectors(column: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.b
     return vectors, good
 
 
-def sample(gallery: Gallery, count: int, seed: int) -> npt.NDArray[np.float32]:
+def sample(gallery: Gallery, count: int, seed: int) -> Float32:
     """A seeded sample of about `count` vectors (n, 128), drawn over all files of the table.
 
     Of tables of more than 4,096 files that many are drawn first, each with a chance in proportion to its rows.

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.index import manifest as manifests
-from facepipe.index.candidates import NOBODY, Ids, Scanner
+from facepipe.index.candidates import NOBODY, Scanner
 from facepipe.index.manifest import INDEX, Manifest
 from facepipe.index.shard import Shard, joined_index
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.types import Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
-Distances = npt.NDArray[np.float32]
 _CHUNK = 1024  # queries a thread takes at a time: enough to share the reading of a list, small enough for the cache
 _MOST_CELLS = 1 << 24  # candidates held at a time by a thread
 _GROWTH = 4
@@ -32,10 +30,10 @@ _LONE = 16  # fewer queries than this are spread over threads by faiss itself
 class Hits:
     """Answers to n queries: ids (n, k) int64, nearest first, ties by id, -1 behind the last; distances (n, k)."""
 
-    ids: Ids
-    distances: Distances
+    ids: Int64
+    distances: Float32
 
-    def without(self, own: Ids, k: int) -> "Hits":
+    def without(self, own: Int64, k: int) -> "Hits":
         """The first k of each query's answers that are not the query's own face (n,)."""
         order = np.argsort(self.ids == own[:, None], axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(self.ids, order, axis=1), np.take_along_axis(self.distances, order, axis=1))
@@ -102,11 +100,11 @@ class Index:
         """Inverted lists; 0 for an exact index."""
         return self._scanner.lists if self._scanner else 0
 
-    def list_lengths(self) -> npt.NDArray[np.int64]:
+    def list_lengths(self) -> Int64:
         """Vectors in each inverted list."""
         return self._scanner.list_lengths() if self._scanner else np.zeros(1, np.int64)
 
-    def search(self, queries: Vectors, k: int = 10, setting: Setting | None = None) -> Hits:
+    def search(self, queries: Float32, k: int = 10, setting: Setting | None = None) -> Hits:
         """The k nearest faces of each query (n, 128); fewer only where the gallery holds fewer."""
         queries = _checked(queries)
         if k < 1:
@@ -119,15 +117,15 @@ class Index:
         return Hits(np.concatenate([p.ids for p in parts]), np.concatenate([p.distances for p in parts]))
 
     def within(
-        self, queries: Vectors, radius: float, most: int = 100_000, setting: Setting | None = None
-    ) -> list[tuple[Ids, Distances]]:
+        self, queries: Float32, radius: float, most: int = 100_000, setting: Setting | None = None
+    ) -> list[tuple[Int64, Float32]]:
         """(ids, distances) of all faces within a Euclidean distance of each query, nearest first, at most `most`."""
         queries = _checked(queries)
         chosen = setting or self.setting
         found = self._map(queries, lambda part: self._inside(part, radius, most, chosen), chosen.rescore)
         return [answer for part in found for answer in part]
 
-    def labels(self, ids: Ids) -> pa.Table:
+    def labels(self, ids: Int64) -> pa.Table:
         """uri and identity of face ids (n,), in their order; null for -1."""
         place = np.full(len(ids), -1, np.int64)
         tables, at = [pa.table({"uri": pa.nulls(1, pa.string()), "identity": pa.nulls(1, pa.string())})], 1
@@ -137,14 +135,14 @@ class Index:
             at += len(where)
         return pa.concat_tables(tables).take(pa.array(np.maximum(place, 0)))
 
-    def vectors(self, ids: Ids) -> Vectors:
+    def vectors(self, ids: Int64) -> Float32:
         """The vectors (n, 128) of face ids (n,); zeros for ids that the index does not hold."""
         out = np.zeros((len(ids), EMBEDDING_DIM), np.float32)
         for shard, (where, rows) in zip(self.shards, self._located(ids), strict=True):
             out[where] = shard.vectors[rows]
         return out
 
-    def _map(self, queries: Vectors, call: Any, width: int) -> Iterator[Any]:
+    def _map(self, queries: Float32, call: Any, width: int) -> Iterator[Any]:
         if self._scanner is None or not len(queries):
             return iter(()) if not len(queries) else iter([call(queries)])
         if len(queries) < _LONE:
@@ -154,7 +152,7 @@ class Index:
         with ThreadPoolExecutor(self.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
             return iter(list(pool.map(call, (queries[at : at + size] for at in range(0, len(queries), size)))))
 
-    def _nearest(self, queries: Vectors, k: int, setting: Setting) -> Hits:
+    def _nearest(self, queries: Float32, k: int, setting: Setting) -> Hits:
         """Queries whose candidates do not suffice are asked again, with more lists and more candidates."""
         ids, distances = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.inf, np.float32)
         open_, nprobe, count = np.arange(len(queries)), setting.nprobe, max(setting.rescore, min(2 * k, self.live))
@@ -174,9 +172,9 @@ class Index:
         ids[missing] = -1
         return Hits(ids, np.sqrt(distances))
 
-    def _inside(self, queries: Vectors, radius: float, most: int, setting: Setting) -> list[tuple[Ids, Distances]]:
+    def _inside(self, queries: Float32, radius: float, most: int, setting: Setting) -> list[tuple[Int64, Float32]]:
         """Until the candidates reach well beyond the radius, they are made more."""
-        answers: list[tuple[Ids, Distances]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
+        answers: list[tuple[Int64, Float32]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         open_, count = np.arange(len(queries)), max(setting.rescore, _FEWEST)
         while open_.size and self._scanner is not None:
             found = self._scanner(queries[open_], min(count, self.live + 1), setting.nprobe)
@@ -190,7 +188,7 @@ class Index:
             count *= _GROWTH
         return answers
 
-    def _exact(self, queries: Vectors, ids: Ids) -> Distances:
+    def _exact(self, queries: Float32, ids: Int64) -> Float32:
         """Squared distances (n, w) of queries to candidates (n, w); infinite where there is none."""
         out = np.full(ids.shape, np.inf, np.float32)
         asked, places = np.nonzero(ids != NOBODY)
@@ -199,7 +197,7 @@ class Index:
             out[asked[where], places[where]] = pair_distances(queries, asked[where], shard.vectors, rows)
         return out
 
-    def _located(self, ids: Ids) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def _located(self, ids: Int64) -> Iterator[tuple[Int64, Int64]]:
         """For each shard: positions in `ids` of those it holds and no newer shard does, and their rows."""
         left = np.arange(len(ids))
         for shard in self.shards:
@@ -208,7 +206,7 @@ class Index:
             left = left[~found]
 
 
-def smallest(values: Distances, k: int) -> npt.NDArray[np.int64]:
+def smallest(values: Float32, k: int) -> Int64:
     """Positions (n, min(k, w)) of the smallest of non-negative values (n, w), in order, ties by position.
 
     Bits of non-negative floats rise with their values: with the position behind them they are one integer to sort.
@@ -220,9 +218,7 @@ def smallest(values: Distances, k: int) -> npt.NDArray[np.int64]:
     return (np.sort(keys, axis=1) & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def pair_distances(
-    queries: Vectors, asked: npt.NDArray[np.int64], vectors: Vectors, rows: npt.NDArray[np.int64]
-) -> Distances:
+def pair_distances(queries: Float32, asked: Int64, vectors: Float32, rows: Int64) -> Float32:
     """Squared Euclidean distances (m,) between queries[asked] and vectors[rows], without gathering either."""
     out = np.empty(len(rows), np.float32)
     if len(rows):
@@ -232,7 +228,7 @@ def pair_distances(
     return out
 
 
-def _checked(queries: Vectors) -> Vectors:
+def _checked(queries: Float32) -> Float32:
     if queries.ndim != 2 or queries.shape[1] != EMBEDDING_DIM:
         raise ConfigError(f"queries are (n, {EMBEDDING_DIM}) vectors, got an array of shape {queries.shape}")
     queries = np.ascontiguousarray(queries, np.float32)

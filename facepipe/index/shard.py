@@ -36,8 +36,8 @@ from facepipe.index.manifest import (
 from facepipe.index.rows import Rows
 from facepipe.nearest.faiss_engine import faiss, write_index
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.types import Bool, Float32, Int64
 
-Ids = npt.NDArray[np.int64]
 _LABEL_ROWS = 65536  # rows of a batch of labels.arrow: where a row's label is, is a division
 _LABELS = pa.schema([("uri", pa.string()), ("identity", pa.string())])
 _NPY_HEADER = 128
@@ -52,7 +52,7 @@ class ShardWriter:
     def __init__(self, folder: str, index: Any):
         self._folder, self._index = folder, index
         self._partial = os.path.join(folder, f"shard-{secrets.token_hex(6)}.partial")
-        self._ids: list[Ids] = []
+        self._ids: list[Int64] = []
         self._count = 0
 
     def __enter__(self) -> "ShardWriter":
@@ -151,7 +151,7 @@ def _npy_header(rows: int) -> bytes:
     return start + text.encode().ljust(_NPY_HEADER - 11) + b"\n"
 
 
-def add_to(index: Any, vectors: npt.NDArray[np.float32], ids: Ids) -> None:
+def add_to(index: Any, vectors: Float32, ids: Int64) -> None:
     """Add unit vectors to an index: on the grid where it has lists, as they are where it is exact."""
     has_lists = faiss.try_extract_index_ivf(index) is not None
     for at in range(0, len(ids), _ADD_ROWS):
@@ -212,12 +212,12 @@ class Shard:
         if mirror.origin(folder) is None:
             for name in entry.files:
                 self._require(name)
-        self.ids: Ids = self._mapped(IDS)
+        self.ids: Int64 = self._mapped(IDS)
         self.rows: npt.NDArray[np.uint32] = self._mapped(ROWS)
         self._shift = np.int64(63 - min(_BUCKET_BITS, max(1, (len(self.ids) - 1).bit_length())))
         buckets = np.arange(1 << (63 - int(self._shift)), dtype=np.int64) << self._shift
         self._starts = np.minimum(np.searchsorted(self.ids, buckets), len(self.ids) - 1).astype(np.uint32)
-        self.dead: Ids = np.empty(0, np.int64)
+        self.dead: Int64 = np.empty(0, np.int64)
         if entry.tombstones and entry.tombstones_file:
             path = _required(folder, entry.tombstones, entry.tombstones_file)
             try:
@@ -227,7 +227,7 @@ class Shard:
         self._labels: Any = None
 
     @cached_property
-    def vectors(self) -> npt.NDArray[np.float32]:
+    def vectors(self) -> Float32:
         """(n, 128) float32 by row; of a mirrored shard fetched when they are asked for."""
         return self._mapped(VECTORS, scattered=True)
 
@@ -246,7 +246,7 @@ class Shard:
             array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
         return np.asarray(array)
 
-    def read_vectors(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def read_vectors(self, start: int, stop: int) -> Float32:
         """Vectors of rows from `start` up to `stop`, read in sequence: mapping all of them would fill the memory."""
         count = max(0, min(stop, len(self.vectors)) - start) * EMBEDDING_DIM
         offset = _NPY_HEADER + 4 * EMBEDDING_DIM * start
@@ -263,7 +263,7 @@ class Shard:
                 f"{self._folder!r} cannot be opened: `facepipe index GALLERY --repair` rebuilds what is damaged"
             ) from error
 
-    def locate(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    def locate(self, ids: Int64) -> tuple[Bool, Int64]:
         """(whether the shard holds each id, its row)."""
         at = self._starts[ids >> self._shift].astype(np.int64)
         last = len(self.ids) - 1
@@ -279,7 +279,7 @@ class Shard:
             raise _damaged(os.path.join(self._folder, ROWS), ValueError("a row beyond the last"))
         return self.ids[at] == ids, rows
 
-    def labels(self, rows: npt.NDArray[np.int64]) -> pa.Table:
+    def labels(self, rows: Int64) -> pa.Table:
         """uri and identity of rows, in their order."""
         if not len(rows):
             return _LABELS.empty_table()
@@ -305,7 +305,7 @@ class Shard:
         back[order] = np.arange(len(rows))
         return pa.concat_tables(parts).take(pa.array(back))
 
-    def alive(self) -> npt.NDArray[np.bool_] | None:
+    def alive(self) -> Bool | None:
         """(n,) by row, or None where all are alive."""
         if not self.dead.size:
             return None
@@ -314,7 +314,7 @@ class Shard:
         mask[rows[found]] = False
         return mask
 
-    def ids_by_row(self) -> Ids:
+    def ids_by_row(self) -> Int64:
         """Ids in the order of the vectors."""
         ids = np.empty(len(self.ids), np.int64)
         ids[self.rows] = self.ids
@@ -361,7 +361,7 @@ def _required(folder: str, name: str, file: File) -> str:
     return path
 
 
-def bury(folder: str, entry: ShardEntry, dead: Ids) -> ShardEntry:
+def bury(folder: str, entry: ShardEntry, dead: Int64) -> ShardEntry:
     """The shard's entry with these ids as its dead (all of them: earlier ones are not added)."""
     if not len(dead):
         return replace(entry, dead=0, tombstones=None, tombstones_file=None)

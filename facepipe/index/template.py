@@ -5,19 +5,17 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from facepipe.errors import ConfigError, StorageError
 from facepipe.index.grid import grid
 from facepipe.index.manifest import Template, digest
 from facepipe.index.plan import Plan, open_factory
 from facepipe.nearest.faiss_engine import faiss, with_gpus, write_index
+from facepipe.types import Float32
 
 _WARMING_UP = 39  # vectors a list below which faiss would print warnings: the plan has said so already
 
 
-def train(sample: npt.NDArray[np.float32], plan: Plan, say: Callable[[str], None] = lambda line: None) -> Any:
+def train(sample: Float32, plan: Plan, say: Callable[[str], None] = lambda line: None) -> Any:
     """A trained, empty index from a sample (n, 128) of unit vectors.
 
     Centroids lie on the grid (facepipe.index.grid), so that lists do not depend on the batch. Runs k-means on GPUs
@@ -36,7 +34,7 @@ def train(sample: npt.NDArray[np.float32], plan: Plan, say: Callable[[str], None
     return with_gpus(lambda clustering: _trained(sample, plan, clustering), ivf.d, say)
 
 
-def _trained(sample: npt.NDArray[np.float32], plan: Plan, clustering: Any) -> Any:
+def _trained(sample: Float32, plan: Plan, clustering: Any) -> Any:
     """clustering: the index that k-means looks for centroids in; None for one on the CPU."""
     index = open_factory(plan.factory)
     ivf = faiss.try_extract_index_ivf(index)

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.index.cost import of_lists
 from facepipe.index.exact import exact_search, live_blocks
 from facepipe.index.manifest import Point
 from facepipe.index.search import Index, Setting
+from facepipe.types import Float32, Float64, Int64
 
-Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 K = 10
 _WORK = 500_000_000  # distances computed for the truth
 _FEWEST, _MOST = 200, 1000
@@ -24,9 +22,9 @@ _SURE = 1.64  # standard errors: the recall asked for is reached with 95 % certa
 class Sample:
     """Faces of the gallery as queries (m, 128), their own ids (m,), and the k true nearest others (m, k)."""
 
-    queries: Vectors
-    own: Ids
-    truth: Ids
+    queries: Float32
+    own: Int64
+    truth: Int64
 
 
 def draw(index: Index, seed: int, queries: int | None = None) -> Sample:
@@ -44,7 +42,7 @@ def draw(index: Index, seed: int, queries: int | None = None) -> Sample:
     return Sample(vectors, chosen, truth.ids)
 
 
-def recall(found: Ids, truth: Ids) -> npt.NDArray[np.float64]:
+def recall(found: Int64, truth: Int64) -> Float64:
     """Share (n,) of the true neighbours (n, k) that were found (n, k); where there are fewer than k, of those."""
     hit = ((truth[:, :, None] == found[:, None, :]) & (truth >= 0)[:, :, None]).any(axis=2).sum(axis=1)
     return np.asarray(hit / np.maximum(1, (truth >= 0).sum(axis=1)), np.float64)
@@ -76,7 +74,7 @@ def _point(index: Index, sample: Sample, setting: Setting) -> Point:
     return Point(setting.nprobe, setting.rescore, _lower(at_1), _lower(at_10))
 
 
-def _lower(values: npt.NDArray[np.float64]) -> float:
+def _lower(values: Float64) -> float:
     """What the mean is not below, with 95 % certainty."""
     if len(values) < 2:
         return float(values.mean()) if len(values) else 1.0

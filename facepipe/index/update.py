@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.errors import GalleryError, StorageError
@@ -15,8 +14,7 @@ from facepipe.index.manifest import Manifest
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
 from facepipe.storage.hashtable import HashTable
-
-Ids = npt.NDArray[np.int64]
+from facepipe.types import Bool, Int64, UInt64
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Changes:
 
     files: list[TableFile]
     fresh: HashTable | None
-    dead: dict[str, Ids] = field(default_factory=dict)
+    dead: dict[str, Int64] = field(default_factory=dict)
     added: int = 0
     removed: int = 0
     full: bool = False
@@ -105,7 +103,7 @@ def _diff(gallery: Gallery, shards: list[Shard], came: list[tuple[str, int]], go
 
 def _sort_out(
     gallery: Gallery, shards: list[Shard], file: tuple[str, int], held: HashTable, kept: HashTable, found: Changes
-) -> Iterator[Ids]:
+) -> Iterator[Int64]:
     """Note which ids of a file are to be added and which only moved; yields those that come back from the dead."""
     assert found.fresh is not None
     before, faces = found.fresh.count, 0
@@ -125,7 +123,7 @@ def _sort_out(
         found.added += new
 
 
-def _gone_ids(gallery: Gallery, shards: list[Shard], gone: list[str] | None) -> Iterator[Ids]:
+def _gone_ids(gallery: Gallery, shards: list[Shard], gone: list[str] | None) -> Iterator[Int64]:
     if gone is None:
         for shard in shards:
             for at in range(0, len(shard.ids), 1 << 20):
@@ -137,7 +135,7 @@ def _gone_ids(gallery: Gallery, shards: list[Shard], gone: list[str] | None) -> 
             yield batch["face_id"].to_numpy()
 
 
-def _buried(shards: list[Shard], ids: Ids) -> npt.NDArray[np.bool_]:
+def _buried(shards: list[Shard], ids: Int64) -> Bool:
     """Which ids are in a shard, dead: they come back by being taken off its tombstones."""
     found = np.zeros(len(ids), bool)
     for shard in shards:
@@ -147,7 +145,7 @@ def _buried(shards: list[Shard], ids: Ids) -> npt.NDArray[np.bool_]:
     return found
 
 
-def _same_identity(shards: list[Shard], ids: Ids, identities: pa.Array) -> npt.NDArray[np.bool_]:
+def _same_identity(shards: list[Shard], ids: Int64, identities: pa.Array) -> Bool:
     """Whether the newest shard that holds each id has it under the given identity."""
     same = np.zeros(len(ids), bool)
     left = np.arange(len(ids))
@@ -160,7 +158,7 @@ def _same_identity(shards: list[Shard], ids: Ids, identities: pa.Array) -> npt.N
     return same
 
 
-def _tombstones(shards: list[Shard], gone: Ids, revived: Iterable[Ids]) -> dict[str, Ids]:
+def _tombstones(shards: list[Shard], gone: Int64, revived: Iterable[Int64]) -> dict[str, Int64]:
     back = np.concatenate([*revived, np.empty(0, np.int64)])
     dead = {}
     newer = np.empty(0, np.int64)  # an id that a newer shard returns must stay dead in the older one
@@ -175,5 +173,5 @@ def _tombstones(shards: list[Shard], gone: Ids, revived: Iterable[Ids]) -> dict[
     return dead
 
 
-def _keys(ids: Ids) -> npt.NDArray[np.uint64]:
+def _keys(ids: Int64) -> UInt64:
     return ids.astype(np.uint64)

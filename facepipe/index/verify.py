@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.errors import FacepipeError, IndexingError, StorageError
 from facepipe.gallery import Gallery, mirror
@@ -13,8 +12,8 @@ from facepipe.index.manifest import File, Manifest, digest, files_of, folder_of,
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
 from facepipe.storage.hashtable import HashTable
+from facepipe.types import Int64
 
-Ids = npt.NDArray[np.int64]
 _STEP = 1 << 20
 
 
@@ -85,14 +84,14 @@ def _compare(table: Gallery, shards: list[Shard]) -> list[str]:
     return problems + [f"index/{entry.name}: not the {entry.vectors} ids that it is to have" for entry in short]
 
 
-def _live_ids(shards: list[Shard]) -> Iterator[Ids]:
+def _live_ids(shards: list[Shard]) -> Iterator[Int64]:
     for shard in shards:
         for at in range(0, len(shard.ids), _STEP):
             ids = np.asarray(shard.ids[at : at + _STEP])
             yield ids[~np.isin(ids, shard.dead)] if shard.dead.size else ids
 
 
-def _table_ids(table: Gallery) -> Iterator[Ids]:
+def _table_ids(table: Gallery) -> Iterator[Int64]:
     for file in table.files():
         for batch in face_ids(table.faces_folder, file["path"]):
             yield batch["face_id"].to_numpy()

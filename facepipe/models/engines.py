@@ -13,7 +13,8 @@ import numpy as np
 from facepipe.errors import ModelError
 from facepipe.models.architectures import Input
 from facepipe.models.detectors import retinaface_decode as decoding
-from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import Float32, UInt8Image
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,14 +76,14 @@ class OnnxRetinaFace:
         self._session = session(graph, threads)
         self._limits, self._order = limits, 1 if channels == "bgr" else -1
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [decoding.postprocess(*self._run(image), image.shape[:2], self._limits) for image in images]
 
-    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         limits = (doubtful, sure, self._limits[1])
         return [decoding.certain(self._run(image), image.shape[:2], limits) for image in images]
 
-    def _run(self, image: Pixels) -> decoding.Outputs:
+    def _run(self, image: UInt8Image) -> decoding.Outputs:
         # The means go by a channel's place in the input, not by its colour: turned round, RGB stands where BGR did.
         planes = decoding.preprocess(image[None, ..., :: self._order])
         offsets, scores, points = self._session.run(None, {"input": planes})
@@ -105,19 +106,19 @@ class TorchRetinaFace:
         self._net = channels_last(fold(net), device)
         self._device, self._limits, self._channels = torch.device(device), limits, channels
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [decoding.postprocess(*out, images.shape[1:3], self._limits) for out in self._outputs(images)]
 
-    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         limits = (doubtful, sure, self._limits[1])
         return [decoding.certain(out, images.shape[1:3], limits) for out in self._outputs(images)]
 
-    def _outputs(self, images: Pixels) -> Iterator[decoding.Outputs]:
+    def _outputs(self, images: UInt8Image) -> Iterator[decoding.Outputs]:
         part = 1 if self._device.type == "cpu" else max(1, len(images))
         for at in range(0, len(images), part):
             yield from self._batch(images[at : at + part])
 
-    def _batch(self, images: Pixels) -> list[decoding.Outputs]:
+    def _batch(self, images: UInt8Image) -> list[decoding.Outputs]:
         import torch
 
         from facepipe.models.detectors.retinaface import normalise
@@ -136,10 +137,10 @@ class OnnxDlib:
     def __init__(self, graph: bytes, threads: int = 1):
         self._session = session(graph, threads)
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         return _in_parts(self._run, chips, self.dim)
 
-    def _run(self, chips: Pixels) -> Floats:
+    def _run(self, chips: UInt8Image) -> Float32:
         return np.asarray(self._session.run(None, {"chips": chips})[0], np.float32)
 
 
@@ -160,7 +161,7 @@ class TorchEmbedder:
         self.size = size
         self.dim = self._probed()
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         if self._device.type != "cpu":
             return self._run(chips)
         import torch
@@ -183,7 +184,7 @@ class TorchEmbedder:
         except RuntimeError as error:
             raise ModelError(f"the network does not take chips of {self.size}: {str(error)[:300]}") from error
 
-    def _run(self, chips: Pixels) -> Floats:
+    def _run(self, chips: UInt8Image) -> Float32:
         import torch
 
         with torch.inference_mode():
@@ -222,16 +223,16 @@ class OnnxEmbedder:
         width, height = size
         self.dim = int(self._run(np.zeros((self._part, height, width, 3), np.uint8)).shape[1])
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         return _in_parts(self._padded, chips, self.dim, self._part)
 
-    def _padded(self, chips: Pixels) -> Floats:
+    def _padded(self, chips: UInt8Image) -> Float32:
         """A graph of a fixed batch gets a full one; the others run as many as there are."""
         lacking = self._part - len(chips) if self._fixed else 0
         full = np.concatenate([chips, np.repeat(chips[-1:], lacking, 0)]) if lacking else chips
         return self._run(full)[: len(chips)]
 
-    def _run(self, chips: Pixels) -> Floats:
+    def _run(self, chips: UInt8Image) -> Float32:
         fed = np.ascontiguousarray(chips) if self._raw else self._scaled(chips)
         try:
             vectors = np.asarray(self._session.run([self._output], {self._input: fed})[0], np.float32)
@@ -241,14 +242,14 @@ class OnnxEmbedder:
             raise ModelError(f"the graph's first output has shape {vectors.shape} for {len(chips)} chips")
         return vectors.reshape(len(chips), -1)
 
-    def _scaled(self, chips: Pixels) -> Floats:
+    def _scaled(self, chips: UInt8Image) -> Float32:
         ordered = chips[..., ::-1] if self._fed.channels == "bgr" else chips
         mean, scale = (np.array(v, np.float32) for v in (self._fed.mean, self._fed.scale))
         x = (ordered.astype(np.float32) - mean) / scale
         return np.ascontiguousarray(x if self._planes_last else x.transpose(0, 3, 1, 2), np.float32)
 
 
-def _in_parts(run: Callable[[Pixels], Floats], chips: Pixels, dim: int, part: int = _CHIPS_PER_RUN) -> Floats:
+def _in_parts(run: Callable[[UInt8Image], Float32], chips: UInt8Image, dim: int, part: int = _CHIPS_PER_RUN) -> Float32:
     vectors = [run(chips[at : at + part]) for at in range(0, len(chips), part)]
     return np.concatenate(vectors) if vectors else np.empty((0, dim), np.float32)
 

@@ -18,9 +18,10 @@ from facepipe.models.architectures import ARCHITECTURES, Input
 from facepipe.models.card import Card
 from facepipe.models.card_file import CardFile, InputConfig, chips_of, fed_of, to_toml
 from facepipe.models.parity import TOLERANCE, difference
-from facepipe.models.protocols import Embedder, Floats
+from facepipe.models.protocols import Embedder
 from facepipe.models.registry import CARDS, card, dlib_net
 from facepipe.storage import write
+from facepipe.types import Float32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,7 @@ class Exportable:
     fed: Input
     layout: ChipLayout
     card: CardFile
-    projection: Floats | None = None
+    projection: Float32 | None = None
 
     def embedder(self) -> Embedder:
         """It, run by torch on the CPU."""

@@ -5,7 +5,8 @@ import ctypes
 import cv2
 import numpy as np
 
-from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import Float32, UInt8Image
 
 _MIN_AREA = 16
 
@@ -15,10 +16,10 @@ class FakeDetector:
 
     stride = 8
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._one(image) for image in images]
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         mask = ((image[..., 0] > 180) & (image[..., 1] < 80) & (image[..., 2] < 80)).astype(np.uint8)
         found = cv2.connectedComponentsWithStats(mask)[2][1:]
         found = found[found[:, cv2.CC_STAT_AREA] >= _MIN_AREA]
@@ -33,7 +34,7 @@ class FakeDetector:
 class FatalDetector(FakeDetector):
     """A FakeDetector that kills its process, as a fault in native code would, at an image whose corner is magenta."""
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         r, g, b = map(int, image[:4, :4].reshape(-1, 3).mean(0))
         if r > 200 and g < 60 and b > 200:
             ctypes.string_at(0)  # a real one: SIGSEGV
@@ -45,7 +46,7 @@ class FakeEmbedder:
 
     dim, size = 128, (32, 32)
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         grids = [cv2.resize(chip, (7, 6), interpolation=cv2.INTER_AREA).astype(np.float32).ravel() for chip in chips]
         body = np.stack(grids) / 255 if grids else np.empty((0, 126), np.float32)
         return np.concatenate([body, np.full((len(body), 2), 0.5, np.float32)], 1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from facepipe.models.architectures import ARCHITECTURES, Input
-from facepipe.models.protocols import Floats
+from facepipe.types import Float32
 
 if TYPE_CHECKING:
     from facepipe.models.card_file import CardFile
@@ -21,7 +21,7 @@ class EmbedderNet:
     net: Any
     fed: Input
     size: tuple[int, int]
-    projection: Floats | None = None
+    projection: Float32 | None = None
 
 
 def resident(detector: str, embedder: str) -> bool:

@@ -5,25 +5,26 @@ import numpy as np
 
 from facepipe.errors import ModelError
 from facepipe.models.projection import unit
-from facepipe.models.protocols import Embedder, Pixels
+from facepipe.models.protocols import Embedder
+from facepipe.types import UInt8Image
 
 TOLERANCE = 1e-4  # of unit vectors: a hundredth of what tells two persons apart, and a hundred times float32's rounding
 _CHIPS = 10  # more than one run of ONNX Runtime takes
 
 
-def noise(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> Pixels:
+def noise(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> UInt8Image:
     """(n, h, w, 3) of independent levels."""
     return np.random.default_rng(seed).integers(0, 256, (n, size[1], size[0], 3), np.uint8)
 
 
-def scenes(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> Pixels:
+def scenes(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> UInt8Image:
     """(n, h, w, 3) with structure at every scale and spectra that fall as those of photographs do (Field, 1987)."""
     rng = np.random.default_rng(seed)
     sides = [side for side in (2, 4, 8, 16, 32, 64, 128) if side <= max(size)]
     return np.stack([_scene(rng, size, sides) for _ in range(n)])
 
 
-def _scene(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) -> Pixels:
+def _scene(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) -> UInt8Image:
     layers = [
         cv2.resize(rng.normal(size=(side, side, 3)).astype(np.float32), size, interpolation=cv2.INTER_CUBIC) / k
         for k, side in enumerate(sides, 1)

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ModelError, WeightsError
-from facepipe.models.protocols import Embedder, Floats, Pixels
+from facepipe.models.protocols import Embedder
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import write
+from facepipe.types import Float32, Float64, UInt8Image
 
 _MODEL = "model_sha256"
 _TENSOR = "projection"
@@ -27,7 +28,7 @@ class SecondMoment:
         self.total = np.zeros((dim, dim), np.float64)
         self.count = 0
 
-    def add(self, raw: Floats) -> None:
+    def add(self, raw: Float32) -> None:
         """Raw vectors (n, d), which are normalised first."""
         vectors = unit(raw)
         self.total += vectors.T @ vectors
@@ -38,7 +39,7 @@ class SecondMoment:
 class Projection:
     """matrix (d, 128) float32 with orthonormal columns; energy: share of the vectors' squared length that it keeps."""
 
-    matrix: Floats
+    matrix: Float32
     energy: float
 
 
@@ -65,7 +66,7 @@ def check_enough(faces: int, dim: int) -> None:
         )
 
 
-def unit(raw: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def unit(raw: npt.ArrayLike) -> Float64:
     """Vectors (n, d) over their length, float64; those of length 0 stay."""
     vectors = np.asarray(raw, np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -79,7 +80,7 @@ def save(path: Path, projection: Projection, metadata: dict[str, str]) -> None:
     write(str(path), packed({_TENSOR: np.ascontiguousarray(projection.matrix)}, metadata=told))
 
 
-def read(path: Path, dim: int, sha256: str) -> Floats:
+def read(path: Path, dim: int, sha256: str) -> Float32:
     """The matrix (dim, 128) of a file. Raises WeightsError where it is missing, damaged or of another model.
 
     sha256: fingerprint of the model it is to go with
@@ -110,7 +111,7 @@ def read(path: Path, dim: int, sha256: str) -> Floats:
 class Projected:
     """An embedder whose raw vectors are multiplied by a matrix (d, 128)."""
 
-    def __init__(self, inner: Embedder, matrix: Floats):
+    def __init__(self, inner: Embedder, matrix: Float32):
         self._inner, self._matrix = inner, matrix
         self.size, self.dim = inner.size, matrix.shape[1]
 
@@ -119,10 +120,10 @@ class Projected:
         """With the matrix of a file. Raises WeightsError where it was fitted on another model than that of `sha256`."""
         return cls(embedder, read(file, embedder.dim, sha256))
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         return np.asarray(_rows(self._inner.embed(chips), self._matrix), np.float32)
 
 
-def _rows(raw: Floats, matrix: Floats) -> Floats:
+def _rows(raw: Float32, matrix: Float32) -> Float32:
     """Row by row: a product of whole matrices rounds by its shape, and a vector must not depend on its batch."""
     return np.stack([row @ matrix for row in raw]) if len(raw) else np.empty((0, matrix.shape[1]), np.float32)

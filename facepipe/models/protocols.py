@@ -2,11 +2,7 @@
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
-
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+from facepipe.types import Float32, UInt8Image
 
 
 class Faces(NamedTuple):
@@ -16,9 +12,9 @@ class Faces(NamedTuple):
     the image; scores (n,). All float32.
     """
 
-    boxes: Floats
-    landmarks: Floats
-    scores: Floats
+    boxes: Float32
+    landmarks: Float32
+    scores: Float32
 
 
 class Detector(Protocol):
@@ -26,7 +22,7 @@ class Detector(Protocol):
 
     stride: int
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         """images (n, h, w, 3) RGB -> the faces of each."""
 
 
@@ -34,7 +30,7 @@ class Detector(Protocol):
 class Doubting(Detector, Protocol):
     """A detector whose low scores mean something too: that there may be a face, seen too small to tell."""
 
-    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         """The faces of each image where all are surely some; None where there is none, or where something else scores
         `doubtful` or more and less than `sure`.
         """
@@ -46,5 +42,5 @@ class Embedder(Protocol):
     size: tuple[int, int]
     dim: int
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         """chips (n, h, w, 3) RGB -> raw vectors (n, dim), not normalised."""

@@ -8,9 +8,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from facepipe.errors import ModelError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
@@ -18,6 +15,7 @@ from facepipe.models.card import Card
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
+from facepipe.types import Float32
 
 _MTCNN_SHA256 = "f2836e484b6b1f84a722098b32425d412ee0c7910806e5eb84fca52db6544ddb"  # of its three files' SHA-256
 _HAAR_SHA256 = "0f7d4527844eb514d4a4948e822da90fbb16a34a0bbbbc6adc6498747a5aafb0"
@@ -38,7 +36,7 @@ def retinaface_graph() -> bytes:
 
 
 @lru_cache(maxsize=1)
-def dlib_weights() -> tuple[list[Any], npt.NDArray[np.float32]]:
+def dlib_weights() -> tuple[list[Any], Float32]:
     """Folded convolutions and output matrix of dlib's network, checked."""
     from facepipe.models.dlib.format import read_metric_network
     from facepipe.models.dlib.layout import folded
@@ -61,7 +59,7 @@ def retinaface_net() -> Any:
     return net.eval().requires_grad_(False)
 
 
-def _constants(graph: Any) -> "OrderedDict[str, npt.NDArray[np.float32]]":
+def _constants(graph: Any) -> "OrderedDict[str, Float32]":
     """Constants in the order the convolutions use them, each once: the graph runs the context modules' shared 3x3
     convolution twice, the second time through an Identity of its weights.
     """

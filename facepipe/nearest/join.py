@@ -6,14 +6,11 @@ The similarity of two faces is their cosine less the mean of their densities (fa
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.index.search import pair_distances
 from facepipe.nearest.faiss_engine import faiss
+from facepipe.types import Bool, Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
-Densities = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 _ROWS = 384  # of a block: its product with some thousand vectors stays in the cache
 _NONE = (np.empty(0, np.int64), np.empty(0, np.int64))
 _SPARE = 22  # so many more than a crowded row keeps are compared exactly
@@ -24,26 +21,26 @@ _SLACK = 1e-5  # products round: what is near the threshold is computed again
 class Pairs:
     """m pairs: u < v (m,) int64 positions, distance (m,) float32 Euclidean."""
 
-    u: Ids
-    v: Ids
-    distance: npt.NDArray[np.float32]
+    u: Int64
+    v: Int64
+    distance: Float32
 
     def __len__(self) -> int:
         return len(self.u)
 
-    def take(self, chosen: npt.NDArray[np.bool_] | Ids) -> "Pairs":
+    def take(self, chosen: Bool | Int64) -> "Pairs":
         """Some of the pairs."""
         return Pairs(self.u[chosen], self.v[chosen], self.distance[chosen])
 
 
-def similarity(distance: npt.NDArray[np.float32], left: Densities, right: Densities) -> npt.NDArray[np.float32]:
+def similarity(distance: Float32, left: Float32, right: Float32) -> Float32:
     """(m,) similarity of pairs from Euclidean distances (m,) and the densities of both faces (m,)."""
     return np.asarray(1 - distance * distance / 2 - (left + right) / 2, np.float32)
 
 
 def candidates(
-    vectors: Vectors, densities: Densities, threshold: float, most: int, device: str = "cpu"
-) -> tuple[Ids, Ids]:
+    vectors: Float32, densities: Float32, threshold: float, most: int, device: str = "cpu"
+) -> tuple[Int64, Int64]:
     """(u (m,), v (m,)), u < v, of rows (n, 128) whose product less their mean density reaches about the threshold.
 
     Of a row with more than `most` its nearest; a pair stays when it is among the nearest of either of its rows. Of what
@@ -70,26 +67,26 @@ def candidates(
     return key // len(left), key % len(left)
 
 
-def refined(vectors: Vectors, densities: Densities, u: Ids, v: Ids, threshold: float) -> Pairs:
+def refined(vectors: Float32, densities: Float32, u: Int64, v: Int64, threshold: float) -> Pairs:
     """Candidates of unit vectors with their distances, computed pair by pair; those below the threshold are gone."""
     rows = np.ascontiguousarray(vectors)
     distance = np.sqrt(pair_distances(rows, u, rows, v))
     return Pairs(u, v, distance).take(similarity(distance, densities[u], densities[v]) >= threshold)
 
 
-def crowding(densities: Densities) -> Densities:
+def crowding(densities: Float32) -> Float32:
     """(n,), at least 0: squared distances plus these of the other face rise as the similarity to it falls."""
     return np.asarray(densities - densities.min(initial=0), np.float32)
 
 
-def reaching(own: Ids, near: Ids, squared: Vectors, densities: Densities, threshold: float) -> tuple[Ids, Ids]:
+def reaching(own: Int64, near: Int64, squared: Float32, densities: Float32, threshold: float) -> tuple[Int64, Int64]:
     """(row (m,), other (m,)): of faces (r, c) at squared distances (r, c) of rows (r,) those of enough similarity."""
     value = 1 - squared / 2 - (densities[own][:, None] + densities[near]) / 2
     kept = (value >= threshold) & (near != own[:, None])
     return np.repeat(own, kept.sum(axis=1)), near[kept]
 
 
-def _augmented(vectors: Vectors, densities: Densities) -> tuple[Vectors, Vectors]:
+def _augmented(vectors: Float32, densities: Float32) -> tuple[Float32, Float32]:
     """Two more columns make the product of two rows their similarity."""
     left = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)  # 132 columns: rows begin at full registers
     left[:, : vectors.shape[1]] = vectors
@@ -99,7 +96,9 @@ def _augmented(vectors: Vectors, densities: Densities) -> tuple[Vectors, Vectors
     return left, right
 
 
-def _block(left: Vectors, right: Vectors, place: tuple[int, int], threshold: float, most: int) -> tuple[Ids, Ids, bool]:
+def _block(
+    left: Float32, right: Float32, place: tuple[int, int], threshold: float, most: int
+) -> tuple[Int64, Int64, bool]:
     at, begin = place
     rows = left[at : at + _ROWS]
     product = (rows @ right[begin:].T).ravel()
@@ -113,8 +112,8 @@ def _block(left: Vectors, right: Vectors, place: tuple[int, int], threshold: flo
 
 
 def _crowded(
-    vectors: Vectors, densities: Densities, augmented: tuple[Vectors, Vectors], at: int, rule: tuple[float, int]
-) -> tuple[Ids, Ids]:
+    vectors: Float32, densities: Float32, augmented: tuple[Float32, Float32], at: int, rule: tuple[float, int]
+) -> tuple[Int64, Int64]:
     """The nearest of each row among all, before and behind it: more are found than meant, as products round."""
     (left, right), (threshold, most) = augmented, rule
     rows = np.ascontiguousarray(left[at : at + _ROWS])

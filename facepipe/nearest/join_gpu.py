@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from facepipe.models.runtime.batches import Batches
@@ -16,10 +15,8 @@ from facepipe.nearest.half_precision import Half, Tile, halved, with_ones, with_
 from facepipe.nearest.join import crowding, reaching
 from facepipe.nearest.knn_gpu import Work, knn
 from facepipe.nearest.upload import Arrived, uploaded
+from facepipe.types import Bool, Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
-Densities = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 _PAIRS = 1 << 18  # pairs computed again at a time: 256 MiB of each side in double precision
 _NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64))
 
@@ -34,7 +31,9 @@ class Rule:
     rows: int
 
 
-def join(vectors: Vectors, densities: Densities, rule: Rule, device: str, work: Work | None = None) -> tuple[Ids, Ids]:
+def join(
+    vectors: Float32, densities: Float32, rule: Rule, device: str, work: Work | None = None
+) -> tuple[Int64, Int64]:
     """(u (m,), v (m,)), u < v, of unit vectors (n, d) whose product less their mean density reaches the threshold.
 
     Vectors may be mapped from a file: they are read once for each `work.held` rows. Of crowded rows a pair stays where
@@ -71,14 +70,14 @@ class _Scan:
     crowd: the first row that is crowded, where there is one before these: they look at all from there on
     """
 
-    def __init__(self, data: tuple[Vectors, Densities], part: slice, crowd: int | None, how: tuple[Rule, str, Work]):
+    def __init__(self, data: tuple[Float32, Float32], part: slice, crowd: int | None, how: tuple[Rule, str, Work]):
         (self._vectors, self._densities), self._part, self._crowd = data, part, crowd
         self._rule, self._device, self._work = how
         self._kind = self._work.format(self._device)
         self._begins = np.arange(part.start, part.stop, self._rule.rows)
         sizes = np.diff(np.append(self._begins, part.stop))
         self._allowed, self._counts = self._rule.most * sizes, np.zeros(len(sizes), np.int64)
-        self._found: list[tuple[Ids, Ids]] = [_NO_PAIRS]
+        self._found: list[tuple[Int64, Int64]] = [_NO_PAIRS]
         self._there = torch.tensor(np.asarray(self._vectors[part])).to(self._device)
         self._rows = halved(with_ones(self._there), self._kind)
         self._crowding = torch.from_numpy(self._densities[part]).to(self._device)
@@ -89,11 +88,11 @@ class _Scan:
         """Compare with all rows behind, and with those between a crowd and these."""
         size = self._work.block
         starts = range(self._part.start if self._crowd is None else self._crowd, len(self._vectors), size)
-        batches: Batches[tuple[Ids, list[tuple[Ids, Ids]]]] = Batches(self._work.tile(self._device, size))
+        batches: Batches[tuple[Int64, list[tuple[Int64, Int64]]]] = Batches(self._work.tile(self._device, size))
         for arrived in uploaded(((at, self._vectors[at : at + size]) for at in starts), self._device):
             columns = _Columns.of(arrived, self._densities, self._kind)
 
-            def compare(tile: slice, columns: _Columns = columns) -> tuple[Ids, list[tuple[Ids, Ids]]]:
+            def compare(tile: slice, columns: _Columns = columns) -> tuple[Int64, list[tuple[Int64, Int64]]]:
                 # Of rows before a tile's first group the tiles before have found all.
                 first = self._part.start + tile.start // self._rule.rows * self._rule.rows
                 return self._compare(tile, columns if self._crowd is not None else columns.since(first))
@@ -103,16 +102,16 @@ class _Scan:
                 self._found += pairs
             self._drop()
 
-    def crowded(self) -> npt.NDArray[np.bool_]:
+    def crowded(self) -> Bool:
         """(groups,) whether they have more pairs than `most` a row."""
         return np.asarray(self._counts > self._allowed)
 
-    def rows(self, groups: npt.NDArray[np.bool_]) -> Ids:
+    def rows(self, groups: Bool) -> Int64:
         """Positions of the rows of groups."""
         positions = np.arange(self._part.start, self._part.stop)
         return positions[groups[self._group(positions)]]
 
-    def pairs(self, end: int) -> tuple[Ids, Ids]:
+    def pairs(self, end: int) -> tuple[Int64, Int64]:
         """Those of rows before `end` that are not crowded, each once, or once from either side of a crowd."""
         u, v = (np.concatenate(column) for column in zip(*self._found, strict=True))
         group = self._group(u)
@@ -122,13 +121,13 @@ class _Scan:
         kept = new & (u < end) & ~self.crowded()[group]
         return u[kept], v[kept]
 
-    def _group(self, positions: Ids) -> Ids:
+    def _group(self, positions: Int64) -> Int64:
         return (positions - self._part.start) // self._rule.rows
 
-    def _compare(self, part: slice, columns: "_Columns") -> tuple[Ids, list[tuple[Ids, Ids]]]:
+    def _compare(self, part: slice, columns: "_Columns") -> tuple[Int64, list[tuple[Int64, Int64]]]:
         """(pairs in each group of rows, the pairs); a group that turns out to be crowded is looked at no more."""
         counts = np.zeros(len(self._counts), np.int64)
-        found: list[tuple[Ids, Ids]] = []
+        found: list[tuple[Int64, Int64]] = []
         if not len(columns.there):
             return counts, found
         tile = Tile(self._rows[part], columns.half, self._work.group)
@@ -141,7 +140,7 @@ class _Scan:
                 found.append((u, v))
         return counts, found
 
-    def _exact(self, i: torch.Tensor, j: torch.Tensor, columns: "_Columns") -> Iterator[tuple[Ids, Ids]]:
+    def _exact(self, i: torch.Tensor, j: torch.Tensor, columns: "_Columns") -> Iterator[tuple[Int64, Int64]]:
         """Positions of pairs whose similarity reaches the threshold in double precision, of groups not yet closed."""
         for at in range(0, len(i), _PAIRS):
             a, b = i[at : at + _PAIRS], j[at : at + _PAIRS]
@@ -152,7 +151,7 @@ class _Scan:
             near = product - mean >= self._rule.threshold
             yield a[near].cpu().numpy() + self._part.start, b[near].cpu().numpy() + columns.start
 
-    def _close(self, full: npt.NDArray[np.bool_]) -> None:
+    def _close(self, full: Bool) -> None:
         for group in np.flatnonzero(full):
             first = int(self._begins[group]) - self._part.start
             self._limit[first : first + self._rule.rows] = torch.inf
@@ -175,7 +174,7 @@ class _Columns:
     half: Half
 
     @classmethod
-    def of(cls, arrived: Arrived[int], densities: Densities, kind: torch.dtype) -> "_Columns":
+    def of(cls, arrived: Arrived[int], densities: Float32, kind: torch.dtype) -> "_Columns":
         crowding = torch.from_numpy(densities[arrived.label : arrived.label + len(arrived.here)])
         crowding = crowding.to(arrived.there.device)
         half = halved(with_term(arrived.there, -crowding / 2, kind), kind)
@@ -188,8 +187,8 @@ class _Columns:
 
 
 def _nearest(
-    vectors: Vectors, densities: Densities, rows: Ids, how: tuple[Rule, str, Work]
-) -> Iterator[tuple[Ids, Ids]]:
+    vectors: Float32, densities: Float32, rows: Int64, how: tuple[Rule, str, Work]
+) -> Iterator[tuple[Int64, Int64]]:
     """The `most` nearest among all faces of crowded rows."""
     rule, device, work = how
     if not len(rows):

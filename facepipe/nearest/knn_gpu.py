@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from facepipe.index.search import Hits
@@ -21,11 +20,9 @@ from facepipe.models.runtime.batches import Batches, free_memory, planned
 from facepipe.nearest.half_precision import GROUP, Half, Tile, default_type, halved, squared_norms, with_ones, with_term
 from facepipe.nearest.top_k import Best
 from facepipe.nearest.upload import Arrived, uploaded
+from facepipe.types import Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-Label = tuple[Ids, Floats | None]
+Label = tuple[Int64, Float32 | None]
 ROWS = 4096  # queries of a tile at most: with a block some 1 ms of work, and fewer than 2^31 products
 BLOCK = 262_144  # vectors that callers should send at a time
 _RESIDENT = 0.25  # share of free memory that queries may take; more of them are sent tile by tile
@@ -60,7 +57,7 @@ class Work:
 
 
 def knn(
-    queries: Vectors, blocks: Iterable[tuple[Label, Vectors]], k: int, device: str, work: Work | None = None
+    queries: Float32, blocks: Iterable[tuple[Label, Float32]], k: int, device: str, work: Work | None = None
 ) -> Hits:
     """The k nearest of all blocks' vectors to queries (n, d): ids, squared distances (n, k), nearest first, ties by id.
 
@@ -85,7 +82,7 @@ def rounding(dimension: int) -> float:
     return 1.01 * (dimension + 4) * 2.0**-24
 
 
-def _search(queries: Vectors, blocks: Iterable[tuple[Label, Vectors]], best: Best, how: tuple[int, str, Work]) -> None:
+def _search(queries: Float32, blocks: Iterable[tuple[Label, Float32]], best: Best, how: tuple[int, str, Work]) -> None:
     k, device, work = how
     kind, held, batches = work.format(device), None, None
     for arrived in uploaded(blocks, device):
@@ -125,9 +122,9 @@ class _Columns:
     half: Half
     least: torch.Tensor
     most: torch.Tensor
-    ids: Ids
-    added: Floats | None
-    vectors: Vectors
+    ids: Int64
+    added: Float32 | None
+    vectors: Float32
 
     @classmethod
     def of(cls, arrived: Arrived[Label], device: str, kind: torch.dtype) -> "_Columns":
@@ -140,7 +137,7 @@ class _Columns:
 class _Queries:
     """Queries in half precision with their squared norms: on the device, or on their way to it with every tile."""
 
-    def __init__(self, queries: Vectors, device: str, kind: torch.dtype, widened: bool):
+    def __init__(self, queries: Float32, device: str, kind: torch.dtype, widened: bool):
         self._queries, self._device, self._kind, self._widened = queries, device, kind, widened
         free = free_memory(device)
         self._held: tuple[Half, torch.Tensor] | None = None

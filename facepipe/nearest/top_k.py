@@ -5,21 +5,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.index.search import Hits, pair_distances
 from facepipe.nearest.faiss_engine import faiss
+from facepipe.types import Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 _BEHIND = 4  # pieces of work a thread may have waiting
 
 
 class Best:
     """The k nearest so far of queries (n, d). Threads compare and keep; parts of the queries are independent."""
 
-    def __init__(self, queries: Vectors, k: int, threads: int | None = None):
+    def __init__(self, queries: Float32, k: int, threads: int | None = None):
         self._queries = queries
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
@@ -35,12 +32,12 @@ class Best:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def farthest(self, part: slice) -> Floats:
+    def farthest(self, part: slice) -> Float32:
         """(m,) squared distance of the k-th nearest of a part of the queries, infinite where there are fewer."""
         self.wait(part)
         return self.hits.distances[part, -1]
 
-    def add(self, part: slice, pairs: tuple[Ids, Ids], block: tuple[Ids, Floats | None, Vectors]) -> None:
+    def add(self, part: slice, pairs: tuple[Int64, Int64], block: tuple[Int64, Float32 | None, Float32]) -> None:
         """Compare query part.start + i with the block's vector j, for pairs (i (m,) rising, j (m,)).
 
         block: (ids, what is added to squared distances, vectors)
@@ -58,7 +55,7 @@ class Best:
                 left.append((other, done))
         self._pending = left
 
-    def _compare(self, part: slice, pairs: tuple[Ids, Ids], block: tuple[Ids, Floats | None, Vectors]) -> None:
+    def _compare(self, part: slice, pairs: tuple[Int64, Int64], block: tuple[Int64, Float32 | None, Float32]) -> None:
         (i, j), (ids, added, vectors) = pairs, block
         distances = pair_distances(self._queries[part], i, vectors, j)
         if added is not None:
@@ -66,7 +63,7 @@ class Best:
         keep(Hits(self.hits.ids[part], self.hits.distances[part]), i, ids[j], distances)
 
 
-def keep(best: Hits, rows: Ids, ids: Ids, distances: Floats) -> None:
+def keep(best: Hits, rows: Int64, ids: Int64, distances: Float32) -> None:
     """Put pairs (row (m,) rising, id (m,), distance (m,) >= 0) into the best (n, k), in place, if they are among them.
 
     Sorted by distance, ties by id. An id that a row has already with the same distance is not put in again.

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Vectors = npt.NDArray[np.float32]
+from facepipe.types import Float32
+
 Label = TypeVar("Label")
 
 
@@ -16,11 +16,11 @@ class Arrived(NamedTuple, Generic[Label]):
     """A block on the device: what it was labelled with, and its vectors (n, d) float32 here and there."""
 
     label: Label
-    here: Vectors
+    here: Float32
     there: torch.Tensor
 
 
-def uploaded(blocks: Iterable[tuple[Label, Vectors]], device: str) -> Iterator[Arrived[Label]]:
+def uploaded(blocks: Iterable[tuple[Label, Float32]], device: str) -> Iterator[Arrived[Label]]:
     """Each block's vectors (n, d) float32 on the device, one ahead of what is asked for, in order; empty ones left out.
 
     On a GPU through two pinned buffers and a stream of its own, so that copies run beside kernels; blocks are read by a
@@ -30,7 +30,7 @@ def uploaded(blocks: Iterable[tuple[Label, Vectors]], device: str) -> Iterator[A
     send = _Pinned(device) if device.startswith("cuda") else _plain
     with ThreadPoolExecutor(1) as ahead:
 
-        def following() -> tuple[Label, Vectors, torch.Tensor, torch.cuda.Event | None] | None:
+        def following() -> tuple[Label, Float32, torch.Tensor, torch.cuda.Event | None] | None:
             block = next(full, None)
             return None if block is None else (*block, *send(block[1]))
 
@@ -47,7 +47,7 @@ def uploaded(blocks: Iterable[tuple[Label, Vectors]], device: str) -> Iterator[A
             del here, there
 
 
-def _plain(vectors: Vectors) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+def _plain(vectors: Float32) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     return torch.tensor(vectors), None  # a copy: mapped files are read-only, which torch does not know
 
 
@@ -61,7 +61,7 @@ class _Pinned:
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
-    def __call__(self, vectors: Vectors) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def __call__(self, vectors: Float32) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         self._turn = 1 - self._turn
         last = self._copied[self._turn]
         if last is not None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from facepipe.gallery import Gallery
+from facepipe.types import Int64
 
 _COLUMNS = ("face_id", "uri", "identity", "thumb")
 
@@ -21,7 +21,7 @@ class Shown:
     thumb: bytes | None
 
 
-def shown(gallery: Gallery, face_ids: npt.NDArray[np.int64]) -> dict[int, Shown]:
+def shown(gallery: Gallery, face_ids: Int64) -> dict[int, Shown]:
     """Some faces (n,) by face id, in one streamed pass; memory grows with n (about 4 kB a face)."""
     if not len(face_ids):
         return {}

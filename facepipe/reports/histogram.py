@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.reports.model import Series
+from facepipe.types import Float64
 
 Numbers = npt.NDArray[np.floating] | npt.NDArray[np.integer]
 
@@ -21,14 +22,14 @@ def series(name: str, values: Numbers, edges: Numbers) -> Series:
     return Series(name, tuple(edges.tolist()), tuple(counts.tolist()))
 
 
-def linear_edges(low: float, high: float, bins: int) -> npt.NDArray[np.float64]:
+def linear_edges(low: float, high: float, bins: int) -> Float64:
     """Edges (bins + 1,) of equal bins; a range of nothing is widened to one that can be drawn."""
     if high <= low:
         low, high = low - 0.5, low + 0.5
     return np.linspace(low, high, bins + 1)
 
 
-def log_edges(least: float, most: float, per_decade: int = 5) -> npt.NDArray[np.float64]:
+def log_edges(least: float, most: float, per_decade: int = 5) -> Float64:
     """Edges that rise by equal factors, from `least` (above 0) to at least `most`."""
     if least <= 0:
         raise ValueError(f"a logarithmic axis cannot begin at {least}")

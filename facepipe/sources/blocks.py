@@ -14,6 +14,7 @@ import pyarrow as pa
 from facepipe.hashing import hash64_each, marks_each
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import Source, WorkItem
+from facepipe.types import UInt64
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class Block:
 class Known(Protocol):
     """What the gallery holds (gallery.known.KnownImages, or nothing)."""
 
-    def screen(
-        self, uris: npt.NDArray[np.uint64], fingerprints: npt.NDArray[np.uint64]
-    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
+    def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
         """(verdict, previous) per item, as gallery.known.KnownImages gives them, for `hash64_each` of the uris and
         `marks_each` of the fingerprints (0 where there is none)."""
 
@@ -121,7 +120,7 @@ class _Cutter:
         return made
 
 
-def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint64]]:
+def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], UInt64]:
     uris, marks = [item.uri for item in items], [item.fingerprint or "" for item in items]
     return known.screen(hash64_each(uris), marks_each(marks))
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers, float_lists, frames, images, pack, with_columns
@@ -16,8 +15,8 @@ from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.geometry import Frame, frame_of, pose, sharpness
 from facepipe.imaging.header import probe
 from facepipe.models import card, chip_layout
+from facepipe.types import Bool, Float32, UInt8Image
 
-Pixels = npt.NDArray[np.uint8]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
@@ -26,10 +25,10 @@ class Aligned(NamedTuple):
 
     row: int
     face_index: int
-    box: npt.NDArray[np.float32]
-    landmarks: npt.NDArray[np.float32]
+    box: Float32
+    landmarks: Float32
     score: float
-    chip: Pixels
+    chip: UInt8Image
 
 
 @dataclass(frozen=True)
@@ -141,17 +140,17 @@ class Align:
             "thumb": _spread([thumb for _, thumb in looks], valid, pa.binary()),
         }
 
-    def _look(self, chip: Pixels) -> tuple[float, bytes | None]:
+    def _look(self, chip: UInt8Image) -> tuple[float, bytes | None]:
         return sharpness(chip), self._thumb(chip) if self.thumbs else None
 
-    def _thumb(self, chip: Pixels) -> bytes:
+    def _thumb(self, chip: UInt8Image) -> bytes:
         height = round(self.thumb_side * chip.shape[0] / chip.shape[1])
         small = cv2.resize(chip, (self.thumb_side, height), interpolation=cv2.INTER_AREA)
         options = [cv2.IMWRITE_JPEG_QUALITY, self.thumb_quality]
         return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1])
 
 
-def larger(data: bytes, wanted: float, view: tuple[Pixels, Frame]) -> tuple[Pixels, Frame]:
+def larger(data: bytes, wanted: float, view: tuple[UInt8Image, Frame]) -> tuple[UInt8Image, Frame]:
     """The image decoded at the smallest scale of at least `wanted`; the pixels at hand if that fails."""
     reduce = next((r for r in (4, 2) if 1 / r >= wanted), 1)
     try:
@@ -161,7 +160,7 @@ def larger(data: bytes, wanted: float, view: tuple[Pixels, Frame]) -> tuple[Pixe
         return view
 
 
-def _spread(values: list[Any], valid: npt.NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
+def _spread(values: list[Any], valid: Bool, kind: pa.DataType) -> pa.Array:
     """Values at the rows that are faces, nulls elsewhere."""
     given = iter(values)
     return pa.array([next(given) if is_face else None for is_face in valid], kind)

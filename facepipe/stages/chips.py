@@ -6,15 +6,14 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers, images, pack, with_columns
 from facepipe.hashing import face_id
 from facepipe.models import chip_layout
 from facepipe.schema import OK, READ_ERROR
+from facepipe.types import Float32, UInt8Image
 
-Pixels = npt.NDArray[np.uint8]
 GIVEN = pa.schema(
     [
         ("given_image", pa.string()),
@@ -29,7 +28,7 @@ _CENTRE_WEIGHT = 2.0
 _PIXELS = ("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top")
 
 
-def prominence(boxes: npt.NDArray[np.float32], size: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def prominence(boxes: Float32, size: Float32) -> Float32:
     """(n,) for boxes (n, 4) in images of (width, height) (n, 2) or (2,): the subject of an image has the largest.
 
     The face's area less twice its squared distance from the image's centre, the rule by which LFW is aligned
@@ -121,7 +120,7 @@ class Whole:
         return with_columns(table, {"face_index": indices, "chip": pack(chips)}, drop=self.drops)
 
 
-def fitted(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+def fitted(pixels: UInt8Image, size: tuple[int, int]) -> UInt8Image:
     """The middle of a picture that has the shape of `size` (width, height), scaled to it."""
     height, width = pixels.shape[:2]
     scale = max(size[0] / width, size[1] / height)

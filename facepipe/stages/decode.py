@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers, pack, with_columns
@@ -15,6 +13,7 @@ from facepipe.imaging.geometry import Frame, frame_of
 from facepipe.imaging.header import Header, HeaderError, probe
 from facepipe.imaging.perceptual import perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
+from facepipe.types import UInt8
 
 _LARGEST = (1 << 31) - 1
 _KEPT_WHOLE = 1 << 24  # pixels
@@ -23,7 +22,7 @@ _KEPT_WHOLE = 1 << 24  # pixels
 class Decoded(NamedTuple):
     """Pixels (h, w, 3), full size as seen and perceptual hash; or what went wrong."""
 
-    pixels: npt.NDArray[np.uint8] | None
+    pixels: UInt8 | None
     frame: Frame | None
     width: int | None
     height: int | None

@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import frames, images, ragged, with_columns
@@ -17,9 +16,9 @@ from facepipe.models import Detector, Faces, card
 from facepipe.models.protocols import Doubting
 from facepipe.models.runtime.device import resolve
 from facepipe.schema import NO_FACE, OK
+from facepipe.types import Float32, UInt8Image
 
-Pixels = npt.NDArray[np.uint8]
-Search = Callable[[Pixels], Sequence[Faces | None]]
+Search = Callable[[UInt8Image], Sequence[Faces | None]]
 
 # Of a quick look: from this score on something may be a face, and from that on it is one (docs/performance.md).
 DOUBTFUL, CERTAIN = 0.02, 0.9
@@ -28,7 +27,7 @@ DOUBTFUL, CERTAIN = 0.02, 0.9
 class Letterbox(NamedTuple):
     """A detector's input and the way back: x = (x' - left) / sx and likewise y, about pixel centres."""
 
-    pixels: Pixels
+    pixels: UInt8Image
     sx: float
     sy: float
     left: int
@@ -99,7 +98,7 @@ class Detect:
         }
         return with_columns(table, columns)
 
-    def found(self, pixels: dict[int, Pixels]) -> dict[int, Faces]:
+    def found(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
         """The faces of images (h, w, 3) RGB by number, in those images' pixels."""
         faces = self._quick(pixels)
         faces |= self._search({n: self.letterbox(p, self.size) for n, p in pixels.items() if n not in faces})
@@ -109,7 +108,7 @@ class Detect:
             faces |= self._search(again)
         return faces
 
-    def _quick(self, pixels: dict[int, Pixels]) -> dict[int, Faces]:
+    def _quick(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
         """The faces of those images that a smaller input is enough for."""
         detector = self.detector
         if not self.quick_look or not isinstance(detector, Doubting):
@@ -137,7 +136,7 @@ class Detect:
                 found |= {n: _restore(faces, inputs[n]) for n, faces in looks if faces is not None}
         return found
 
-    def letterbox(self, pixels: Pixels, size: int) -> Letterbox:
+    def letterbox(self, pixels: UInt8Image, size: int) -> Letterbox:
         """Shrunk to `size` and padded to the detector's stride."""
         pixels, (sx, sy) = shrunk(pixels, size)
         small_h, small_w = pixels.shape[:2]
@@ -151,7 +150,7 @@ class Detect:
             pixels = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
         return Letterbox(pixels, sx, sy, 0, 0)
 
-    def _closer(self, pixels: Pixels) -> Letterbox:
+    def _closer(self, pixels: UInt8Image) -> Letterbox:
         return self.letterbox(pixels, min(self.size // 2, self.border_below))
 
     def _mirror(self, side: int) -> tuple[int, int]:
@@ -168,7 +167,7 @@ class Detect:
         return Faces(boxes[keep], frame.to_full(faces.landmarks)[keep], faces.scores[keep])
 
 
-def shrunk(pixels: Pixels, size: int) -> tuple[Pixels, tuple[float, float]]:
+def shrunk(pixels: UInt8Image, size: int) -> tuple[UInt8Image, tuple[float, float]]:
     """(pixels whose longer side is at most `size`, scales of x and y).
 
     Halved by averages, then bilinear, which down to a half skips no pixel; averaging to any size takes five times as
@@ -199,6 +198,6 @@ def _restore(faces: Faces, box: Letterbox) -> Faces:
     return Faces(boxes, _scaled(faces.landmarks - shift, scale), faces.scores)
 
 
-def _scaled(points: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _scaled(points: Float32, scale: Float32) -> Float32:
     """Points about pixel centres: a pixel's centre is at a whole coordinate."""
     return ((points + 0.5) * scale - 0.5).astype(np.float32)

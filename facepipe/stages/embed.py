@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers, float_lists, with_columns
@@ -13,6 +12,7 @@ from facepipe.errors import ModelError
 from facepipe.hashing import face_id
 from facepipe.models import Embedder, card
 from facepipe.models.runtime.device import resolve
+from facepipe.types import Bool, Float32, UInt8
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Embed:
         raw = self.raw(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
         return self.rows(table, valid, raw)
 
-    def rows(self, table: pa.Table, valid: npt.NDArray[np.bool_], raw: npt.NDArray[np.float32]) -> pa.Table:
+    def rows(self, table: pa.Table, valid: Bool, raw: Float32) -> pa.Table:
         """The table with the raw vectors (n, dim) of its faces, which are its `valid` rows, normalised; less its chips.
 
         Raises ModelError for a vector without a direction.
@@ -67,7 +67,7 @@ class Embed:
         }
         return with_columns(table, columns, drop=("chip",))
 
-    def _norm(self, raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _norm(self, raw: Float32) -> Float32:
         """(n, dim) -> (n,). Raises ModelError for a vector without a direction, which no row may hold."""
         norm = np.linalg.norm(raw, axis=1)
         if not (np.isfinite(norm) & (norm > 0)).all():
@@ -77,11 +77,11 @@ class Embed:
             )
         return norm
 
-    def raw(self, chips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def raw(self, chips: UInt8) -> Float32:
         """(n, h, w, 3) RGB -> (n, dim), not normalised."""
         return np.concatenate([self._batch(chips[at : at + self.batch]) for at in range(0, len(chips), self.batch)])
 
-    def _batch(self, chips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _batch(self, chips: UInt8) -> Float32:
         if not self.flip:
             return self.embedder.embed(chips)
         both = self.embedder.embed(np.concatenate([chips, chips[:, :, ::-1]]))

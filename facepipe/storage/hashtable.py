@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.errors import StorageError
+from facepipe.types import Bool, UInt64
 
-Array = npt.NDArray[np.uint64]
 _FIRST_SLOTS = 1 << 16
 _MAX_LOAD = 0.6
 _REHASH_ROWS = 1 << 17  # 4 MiB at three values a key: what a rehash holds beside the tables
@@ -28,7 +27,7 @@ class HashTable:
         self._folder = folder
         self._slots, self._file = self._allocate(_FIRST_SLOTS)
 
-    def _allocate(self, slots: int) -> tuple[Array, IO[bytes]]:
+    def _allocate(self, slots: int) -> tuple[UInt64, IO[bytes]]:
         size = slots * (1 + self.width) * 8
         try:
             file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")  # noqa: SIM115  closed by close()
@@ -41,7 +40,7 @@ class HashTable:
             ) from error
         return np.frombuffer(mapped, np.uint64).reshape(slots, 1 + self.width), file
 
-    def add(self, keys: Array, values: Array | None = None) -> npt.NDArray[np.bool_]:
+    def add(self, keys: UInt64, values: UInt64 | None = None) -> Bool:
         """Insert or overwrite; True where the key was new. A key repeated in the batch is new at its first place."""
         keys = np.where(keys == 0, np.uint64(1), keys).astype(np.uint64)
         unique, first = np.unique(keys, return_index=True)
@@ -51,7 +50,7 @@ class HashTable:
         new[first] = self._insert(unique, None if values is None else values[first])
         return new
 
-    def get(self, keys: Array) -> tuple[npt.NDArray[np.bool_], Array]:
+    def get(self, keys: UInt64) -> tuple[Bool, UInt64]:
         """(found, values): values are (n, width), zero where the key is absent."""
         keys = np.where(keys == 0, np.uint64(1), keys).astype(np.uint64)
         found = np.zeros(len(keys), bool)
@@ -67,7 +66,7 @@ class HashTable:
             slot[pending] = (slot[pending] + np.uint64(1)) & mask
         return found, values
 
-    def _insert(self, keys: Array, values: Array | None) -> npt.NDArray[np.bool_]:
+    def _insert(self, keys: UInt64, values: UInt64 | None) -> Bool:
         new = np.zeros(len(keys), bool)
         mask = np.uint64(len(self._slots) - 1)
         slot, pending = keys & mask, np.arange(len(keys))
@@ -92,7 +91,7 @@ class HashTable:
             self._insert(keys, values)
         old_file.close()
 
-    def rows(self) -> Iterator[tuple[Array, Array]]:
+    def rows(self) -> Iterator[tuple[UInt64, UInt64]]:
         """(keys (n,), values (n, width)) of everything held, a piece at a time, in no order."""
         yield from _filled(self._slots)
 
@@ -102,7 +101,7 @@ class HashTable:
         self._file.close()
 
 
-def _filled(slots: Array) -> Iterator[tuple[Array, Array]]:
+def _filled(slots: UInt64) -> Iterator[tuple[UInt64, UInt64]]:
     for start in range(0, len(slots), _REHASH_ROWS):
         rows = slots[start : start + _REHASH_ROWS]
         rows = rows[rows[:, 0] != 0]

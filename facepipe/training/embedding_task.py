@@ -5,26 +5,24 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from facepipe.models.architectures import Input
 from facepipe.training.data.augment import AugmentConfig, augment
 from facepipe.training.trainer.task import Batch
+from facepipe.types import Float32, Int64, UInt8Image
 
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-Embed = Callable[[Pixels], Floats]
+Embed = Callable[[UInt8Image], Float32]
 
 
 class Chips(Protocol):
     """What is needed of a chip set: labels (n,) int64, and chips (h, w, 3) uint8 RGB by row."""
 
     @property
-    def labels(self) -> npt.NDArray[np.int64]: ...
+    def labels(self) -> Int64: ...
 
-    def chip(self, row: int) -> Pixels: ...
+    def chip(self, row: int) -> UInt8Image: ...
 
 
 class Rows(Protocol):
@@ -33,7 +31,7 @@ class Rows(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> npt.NDArray[np.int64]: ...
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> Int64: ...
 
 
 S = TypeVar("S", bound=Rows, covariant=True)
@@ -71,7 +69,7 @@ class EmbeddingTask:
         chips = [self._varied(int(row), step, first + n) for n, row in enumerate(rows)]
         return torch.from_numpy(np.stack(chips)), torch.from_numpy(self._examples.chips.labels[rows].copy())
 
-    def _varied(self, row: int, step: int, place: int) -> Pixels:
+    def _varied(self, row: int, step: int, place: int) -> UInt8Image:
         rng = np.random.default_rng((self._seed, step, place))
         return augment(self._examples.chips.chip(row), self._examples.augment, rng)
 
@@ -97,7 +95,7 @@ def fed(chips: Tensor, given: Input) -> Tensor:
     return (x.flip(1) if given.channels == "bgr" else x).sub(mean).div(scale)
 
 
-def embedded(net: nn.Module, chips: Pixels, given: Input, device: torch.device) -> Floats:
+def embedded(net: nn.Module, chips: UInt8Image, given: Input, device: torch.device) -> Float32:
     """Embeddings (n, dim) float32 of chips (n, h, w, 3), not normalised."""
     with torch.inference_mode():
         pixels = torch.from_numpy(np.ascontiguousarray(chips)).to(device)

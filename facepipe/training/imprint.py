@@ -7,16 +7,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from facepipe.training.losses import ClassHead
+from facepipe.types import Float32, Int64, UInt8Image
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
-Embed = Callable[[Pixels], npt.NDArray[np.float32]]
+Embed = Callable[[UInt8Image], Float32]
 _BATCH = 64
 _SPREAD = 0.1  # of several centres of a class, about their mean
 
@@ -25,9 +23,9 @@ class Chips(Protocol):
     """Labels (n,) int64 from 0 without gaps, and the chips of rows (m, h, w, 3)."""
 
     @property
-    def labels(self) -> Ints: ...
+    def labels(self) -> Int64: ...
 
-    def stack(self, rows: Ints) -> Pixels: ...
+    def stack(self, rows: Int64) -> UInt8Image: ...
 
 
 def imprint(objective: nn.Module, embed: Embed, chips: Chips, images: int) -> None:
@@ -52,7 +50,7 @@ def imprint(objective: nn.Module, embed: Embed, chips: Chips, images: int) -> No
         head.weight.copy_(F.normalize(means, dim=-1) * old.norm(dim=-1, keepdim=True))
 
 
-def _first_of_each(labels: Ints, images: int, first: int, end: int) -> Ints:
+def _first_of_each(labels: Int64, images: int, first: int, end: int) -> Int64:
     """Rows of the first few faces of each class in [first, end), by class."""
     order = np.argsort(labels, kind="stable")
     low, high = np.searchsorted(labels[order], (first, end))

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +12,8 @@ from facepipe.models.architectures import Input
 from facepipe.training.embedding_task import EmbeddingTask, Examples, embedded
 from facepipe.training.losses import LossConfig, offline_triplets
 from facepipe.training.trainer.ranks import Ranks
+from facepipe.types import Float32, Int64
 
-Ints = npt.NDArray[np.int64]
 _CHIPS = 64
 _MOST = 3  # times that a triplet comes in an epoch: the hardest are often labelled wrongly
 _EPOCH, _TRIPLETS = "epoch", "triplets"
@@ -29,7 +28,7 @@ class TripletSampler:
     batch has triplets.
     """
 
-    def __init__(self, labels: Ints, loss: LossConfig, batch: int, seed: int = 0):
+    def __init__(self, labels: Int64, loss: LossConfig, batch: int, seed: int = 0):
         self._labels, self._loss, self._seed = labels, loss, seed
         self._width = batch // 3
         anchors = int((np.bincount(labels)[labels] > 1).sum())
@@ -41,7 +40,7 @@ class TripletSampler:
         self.steps_per_epoch = -(-anchors // self._width)
         self.epoch, self.triplets = -1, np.empty((0, 3), np.int64)
 
-    def mine(self, vectors: npt.NDArray[np.float32], epoch: int) -> None:
+    def mine(self, vectors: Float32, epoch: int) -> None:
         """Find an epoch's triplets: vectors (n, dim) of all images, raw."""
         seed = hash64("triplets", str(self._seed), str(epoch))
         rng, found = np.random.default_rng(seed), offline_triplets(vectors, self._labels, self._loss, seed)
@@ -51,11 +50,11 @@ class TripletSampler:
         filled = np.concatenate([again, others[: places - len(again)]])
         self.take(epoch, rng.permutation(filled) if len(costly) else costly)
 
-    def take(self, epoch: int, triplets: Ints) -> None:
+    def take(self, epoch: int, triplets: Int64) -> None:
         """Triplets (t, 3) that were mined, in their order."""
         self.epoch, self.triplets = epoch, triplets
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> Ints:
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
         """Rows (size / world,) int64 of a step's batch that are the rank's; the step is one of the mined epoch.
 
         Raises ConfigError where triplets do not divide by the number of ranks.
@@ -88,7 +87,7 @@ class TripletTask(EmbeddingTask):
             self._sampler.take(epoch, ranks.from_first(mined)[_TRIPLETS])
         return len(self._sampler.triplets) > 0
 
-    def _vectors(self, device: torch.device) -> npt.NDArray[np.float32]:
+    def _vectors(self, device: torch.device) -> Float32:
         chips, parts = self._examples.chips, []
         for at in range(0, len(chips.labels), _CHIPS):
             rows = range(at, min(at + _CHIPS, len(chips.labels)))

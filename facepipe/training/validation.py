@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from facepipe.errors import ConfigError, EvaluationError
@@ -18,11 +17,8 @@ from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.chip_writer import plain_name
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import Names
+from facepipe.types import Bool, Float32, Float64, Int64, UInt8Image
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 Count = Annotated[int, Field(ge=1)]
 _FARTHEST = 2.0  # of unit vectors: a picture without a face matches nothing
 _DRAWN_FOLDS = 10
@@ -77,10 +73,10 @@ class PairSet:
     """
 
     chips: ChipSet
-    left: Ints
-    right: Ints
-    same: Bools
-    folds: Ints
+    left: Int64
+    right: Int64
+    same: Bool
+    folds: Int64
     what: str
     drawn_at_random: bool = False
 
@@ -105,7 +101,7 @@ class PairSet:
         return found._checked()
 
     @classmethod
-    def drawn(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0, held: Ints | None = None) -> "PairSet":
+    def drawn(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0, held: Int64 | None = None) -> "PairSet":
         """Pairs of a set of held-out chips: all genuine ones, or a choice of `config.genuine`, and as many impostors as
         asked for. Folds are random.
 
@@ -163,7 +159,9 @@ def names_in(pairs: list[Pair]) -> frozenset[str]:
     return frozenset(name for pair in pairs for name in (pair.left, pair.right))
 
 
-def verify(embed: Callable[[Pixels], Floats], pairs: PairSet, flip: bool = True, batch: int = 64) -> dict[str, float]:
+def verify(
+    embed: Callable[[UInt8Image], Float32], pairs: PairSet, flip: bool = True, batch: int = 64
+) -> dict[str, float]:
     """Figures of a network on pairs. embed: chips (n, h, w, 3) uint8 RGB -> raw vectors (n, dim).
 
     accuracy, accuracy_std: mean and standard deviation over the folds, each at the threshold chosen on the others (LFW
@@ -185,22 +183,22 @@ def verify(embed: Callable[[Pixels], Floats], pairs: PairSet, flip: bool = True,
 
 
 def unit_vectors(
-    embed: Callable[[Pixels], Floats], chips: ChipSet, rows: Ints, flip: bool = True, batch: int = 64
-) -> Floats:
+    embed: Callable[[UInt8Image], Float32], chips: ChipSet, rows: Int64, flip: bool = True, batch: int = 64
+) -> Float32:
     """Vectors (n, dim) of unit length of chips; with `flip` each the mean of the raw ones of chip and mirror image."""
     parts = [_raw(embed, chips.stack(rows[at : at + batch]), flip) for at in range(0, len(rows), batch)]
     raw = np.concatenate(parts).astype(np.float32)
     return np.asarray(raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), np.finfo(np.float32).tiny))
 
 
-def _raw(embed: Callable[[Pixels], Floats], chips: Pixels, flip: bool) -> Floats:
+def _raw(embed: Callable[[UInt8Image], Float32], chips: UInt8Image, flip: bool) -> Float32:
     if not flip:
         return np.asarray(embed(chips))
     both = np.asarray(embed(np.concatenate([chips, chips[:, :, ::-1]])))
     return np.asarray((both[: len(chips)] + both[len(chips) :]) / 2)
 
 
-def _scored(distances: npt.NDArray[np.float64], pairs: PairSet) -> dict[str, float]:
+def _scored(distances: Float64, pairs: PairSet) -> dict[str, float]:
     found = figures(distances, pairs.same, pairs.folds)
     scores = {"accuracy": found.accuracy, "auc": found.auc, "eer": found.eer, "threshold": found.threshold}
     if found.folds > 1:
@@ -212,7 +210,7 @@ def _scored(distances: npt.NDArray[np.float64], pairs: PairSet) -> dict[str, flo
     return {"score": drawn if pairs.drawn_at_random else found.accuracy} | scores
 
 
-def _genuine(labels: Ints, most: int, rng: np.random.Generator) -> Ints:
+def _genuine(labels: Int64, most: int, rng: np.random.Generator) -> Int64:
     """(p, 2) rows of one identity: all pairs where there are no more than `most`, else a random choice of them."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
@@ -225,7 +223,7 @@ def _genuine(labels: Ints, most: int, rng: np.random.Generator) -> Ints:
     return np.stack([order[starts[label] + i], order[starts[label] + j]], 1)
 
 
-def _partners(labels: Ints, held: Ints, most: int, rng: np.random.Generator) -> Ints:
+def _partners(labels: Int64, held: Int64, most: int, rng: np.random.Generator) -> Int64:
     """(p, 2) a held row and another of its identity, at most one pair a held row and none twice."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=1)
@@ -238,14 +236,14 @@ def _partners(labels: Ints, held: Ints, most: int, rng: np.random.Generator) -> 
     return np.unique(np.sort(np.stack([chosen, other], 1), axis=1), axis=0)
 
 
-def _pair(number: Ints) -> tuple[Ints, Ints]:
+def _pair(number: Int64) -> tuple[Int64, Int64]:
     """The pairs (i, j), i < j, numbered (0, 1), (0, 2), (1, 2), (0, 3) and so on."""
     j = ((1 + np.sqrt(8.0 * number + 1)) / 2).astype(np.int64)
     j -= j * (j - 1) // 2 > number
     return number - j * (j - 1) // 2, j
 
 
-def _impostors(labels: Ints, most: int, rng: np.random.Generator, held: Ints | None = None) -> Ints:
+def _impostors(labels: Int64, most: int, rng: np.random.Generator, held: Int64 | None = None) -> Int64:
     """(p, 2) rows of two identities, the first among `held` where it is given, no pair twice; fewer than `most` where
     there are not as many."""
     count, found = len(labels), np.empty(0, np.int64)

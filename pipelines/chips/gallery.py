@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.gallery import Gallery
@@ -15,8 +14,8 @@ from facepipe.sources.again import Places
 from facepipe.sources.blocks import Block, BlockSize
 from facepipe.stages.chips import GIVEN
 from facepipe.training.data.selection import CODE, FACE, NAMES, ROWS, image_starts, whole_images
+from facepipe.types import Bool, Int64
 
-Ints = npt.NDArray[np.int64]
 _WORK = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")
 
 
@@ -55,14 +54,14 @@ class GalleryListing:
         yield Block(number, WORK_ITEM.empty_table(), last=True)
 
 
-def _among(ascending: Ints, ids: Ints) -> npt.NDArray[np.bool_]:
+def _among(ascending: Int64, ids: Int64) -> Bool:
     """Whether each id is among the others, which are looked up and not gone through."""
     if not len(ascending):
         return np.zeros(len(ids), bool)
     return np.asarray(ascending[np.minimum(np.searchsorted(ascending, ids), len(ascending) - 1)] == ids)
 
 
-def _block(number: int, rows: pa.Table, starts: Ints, places: Places) -> Block:
+def _block(number: int, rows: pa.Table, starts: Int64, places: Places) -> Block:
     """rows: wanted faces; starts (images + 1,): where each image's begin."""
     rows = rows.combine_chunks()
     first = pa.array(starts[:-1])
@@ -86,7 +85,7 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks().flatten() if column.num_chunks != 1 else column.chunk(0).flatten()
 
 
-def _lists(values: Any, starts: Ints, width: int) -> pa.ListArray:
+def _lists(values: Any, starts: Int64, width: int) -> pa.ListArray:
     flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     flat = flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
     return pa.ListArray.from_arrays(pa.array((starts * width).astype(np.int32)), flat)

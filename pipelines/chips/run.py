@@ -25,6 +25,7 @@ from facepipe.stages.chips import Encode, Given, Subject, Whole
 from facepipe.storage.hashtable import HashTable
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import Names
+from facepipe.types import UInt64
 from pipelines.chips.exclude import named
 from pipelines.chips.gallery import GalleryListing
 from pipelines.runtime import crash_marks
@@ -34,7 +35,7 @@ from pipelines.runtime.worker import Job
 
 Progress = Callable[[str], None]
 
-Hashes = npt.NDArray[np.uint64]
+
 PARTS, MARKS, HELD = "parts", "marks", "held.npy"
 _VERSION = 2  # of what a folder holds
 _INLINE = 64  # images that are not worth starting processes for
@@ -115,11 +116,11 @@ class SourceListing:
 class _Seen:
     """What is held, and what was listed in this run, by hashes of uris (work.blocks.Known)."""
 
-    def __init__(self, held: Hashes):
+    def __init__(self, held: UInt64):
         self._table = HashTable(width=1)
         self._table.add(held, np.ones((len(held), 1), np.uint64))
 
-    def screen(self, uris: Hashes, fingerprints: Hashes) -> tuple[npt.NDArray[np.int8], Hashes]:
+    def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
         """(SKIP, REPEATED or NEW; zeros) for each listed image."""
         found, held = self._table.get(uris)
         first = np.zeros(len(uris), bool)

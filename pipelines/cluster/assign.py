@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,13 +29,12 @@ from facepipe.gallery.fresh import Mark, changes
 from facepipe.index.rows import unit_vectors
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.types import Float32, Int64
 from pipelines.cluster.pipeline import NAME, read_state
 from pipelines.graph import Progress
 from pipelines.runtime.run_record import records
 from pipelines.runtime.workspace import report_folder, reports_of
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _ROWS = 65536
 _MOST = 500  # a face is held apart from so many others of its photo: pairs grow with the square
 _NO_IDS = np.empty(0, np.int64)
@@ -81,11 +79,11 @@ class _News:
     have a cluster and are no longer in the gallery."""
 
     faces: pa.Table
-    vectors: Floats
-    gone: Ids
+    vectors: Float32
+    gone: Int64
 
     @property
-    def ids(self) -> Ids:
+    def ids(self) -> Int64:
         return np.asarray(self.faces["face_id"].to_numpy())
 
 
@@ -156,7 +154,7 @@ def _since(table: Gallery, standing: Standing, ledger: Ledger) -> _News:
     return _News(faces.filter(pa.array(new)), vectors[new], gone)
 
 
-def _absent(table: Gallery, ids: Ids) -> Ids:
+def _absent(table: Gallery, ids: Int64) -> Int64:
     """Those of the sorted ids that no face of the gallery has."""
     here = np.zeros(len(ids), bool)
     for batch in table.batches(["face_id"], rows=_ROWS):
@@ -169,7 +167,7 @@ def _everything(table: Gallery, ledger: Ledger, cohort: Cohort, count: int) -> t
     """One pass over the gallery: the faces that are new, and the sums of the clusters from those that are left."""
     ids, of = ledger.all_ids()
     here, known = np.zeros(len(ids), bool), standings.none(count)
-    fresh: list[tuple[pa.Table, Floats]] = []
+    fresh: list[tuple[pa.Table, Float32]] = []
     for batch in table.batches(["face_id", "uri", "identity", "embedding"], rows=_ROWS):
         faces, vectors = _usable([batch])
         at = find(ids, faces["face_id"].to_numpy())
@@ -181,7 +179,7 @@ def _everything(table: Gallery, ledger: Ledger, cohort: Cohort, count: int) -> t
     return _News(*_joined(fresh), ids[~here]), known
 
 
-def _usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Floats]:
+def _usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
     """(face_id, uri and identity of the faces with a vector of unit norm, the vectors), by rising id."""
     parts = []
     for batch in batches:
@@ -192,7 +190,7 @@ def _usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Floats]:
     return _joined(parts)
 
 
-def _joined(parts: list[tuple[pa.Table, Floats]]) -> tuple[pa.Table, Floats]:
+def _joined(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float32]:
     empty = pa.schema([tables.FACE_ROWS.field(name) for name in ("face_id", "uri", "identity")]).empty_table()
     faces = pa.concat_tables([empty, *(part.cast(empty.schema) for part, _ in parts)])
     vectors = np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *(part for _, part in parts)])
@@ -200,7 +198,7 @@ def _joined(parts: list[tuple[pa.Table, Floats]]) -> tuple[pa.Table, Floats]:
     return faces.take(pa.array(order)), vectors[order]
 
 
-def _apart(faces: pa.Table) -> Ids:
+def _apart(faces: pa.Table) -> Int64:
     """(m, 2) positions of new faces in one photo."""
     photo = faces["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
     order = np.argsort(photo, kind="stable")
@@ -214,7 +212,7 @@ def _apart(faces: pa.Table) -> Ids:
     return found[np.lexsort((found[:, 1], found[:, 0]))]
 
 
-def _taken(news: _News, ledger: Ledger) -> Ids:
+def _taken(news: _News, ledger: Ledger) -> Int64:
     """(m, 2) positions of new faces, and clusters that hold another face of the same photo."""
     uris = news.faces["uri"].combine_chunks()
     there = ledger.of_photos(pc.unique(uris), news.gone) if len(uris) else None
@@ -232,11 +230,11 @@ class _Now:
 
     previous: pa.Table
     clusters: Clusters
-    cluster: Ids
-    members: tuple[Ids, Ids]
+    cluster: Int64
+    members: tuple[Int64, Int64]
 
     @property
-    def size(self) -> Ids:
+    def size(self) -> Int64:
         return self.clusters.size
 
 
@@ -255,7 +253,7 @@ def _write(folder: str, ledger: Ledger, news: _News, now: _Now) -> None:
     write_table(os.path.join(folder, tables.CLUSTERS), clusters)
 
 
-def _new_rows(news: _News, now: _Now, medoids: Ids) -> Iterable[pa.Table]:
+def _new_rows(news: _News, now: _Now, medoids: Int64) -> Iterable[pa.Table]:
     """Rows of the new faces; how well they fit is not known."""
     if len(news.ids):
         columns = {
@@ -268,7 +266,7 @@ def _new_rows(news: _News, now: _Now, medoids: Ids) -> Iterable[pa.Table]:
         yield pa.table(columns, schema=tables.FACE_ROWS)
 
 
-def _clusters(news: _News, now: _Now) -> tuple[pa.Table, Ids]:
+def _clusters(news: _News, now: _Now) -> tuple[pa.Table, Int64]:
     """(rows of the clusters, sorted ids of the faces that are new as medoids). Where the medoid is gone, and in new
     clusters, the face of the smallest id stands for the cluster."""
     numbers, medoids = now.previous["cluster"].to_numpy(), now.previous["medoid"].to_numpy().copy()

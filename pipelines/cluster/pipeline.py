@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.curation.clusters import review, tables
@@ -21,6 +20,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
+from facepipe.types import Int64
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
 from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import records
@@ -105,7 +105,7 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
     return summary
 
 
-def _reviewed(graph: Graph, labels: npt.NDArray[np.int64], clusters: Clusters, algorithm: str) -> Found:
+def _reviewed(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> Found:
     pairs = graph.edges.within(2.0)
     pairs = pairs.take(graph.similarity(pairs) >= graph.info.threshold.similarity)
     fits = review.fit(graph, labels, clusters)

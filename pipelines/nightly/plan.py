@@ -14,11 +14,12 @@ from facepipe.erasure import pending
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.compact import due
-from facepipe.gallery.known import Hashes, KnownImages
+from facepipe.gallery.known import KnownImages
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.sources import open_source
 from facepipe.sources.item import Watched
+from facepipe.types import UInt64
 from pipelines.nightly.config import NightlyConfig, NightSource
 from pipelines.runtime.listing import LISTED, listed
 
@@ -56,7 +57,7 @@ def foresee(config: NightlyConfig, progress: Callable[[str], None] = lambda line
 class _Seen:
     """unlisted: sorted hashes of the images that were not listed, None for all; marks: whether they would be marked."""
 
-    unlisted: Hashes | None = None
+    unlisted: UInt64 | None = None
     marks: bool = False
 
 
@@ -109,7 +110,7 @@ def _reasons(source: NightSource) -> list[str]:
     return [reason for reason, given in asked if given]
 
 
-def _within(uris: pa.Array, hashes: Hashes | None) -> Any:
+def _within(uris: pa.Array, hashes: UInt64 | None) -> Any:
     if hashes is None:
         return np.ones(len(uris), bool)
     return np.isin(np.array([hash64(uri) for uri in uris.to_pylist()], np.uint64), hashes)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers
@@ -25,8 +24,8 @@ from facepipe.sources.again import Places
 from facepipe.stages import Align, Decode, Read
 from facepipe.stages.chain import Chain
 from facepipe.stages.chips import GIVEN, Given
+from facepipe.types import Int64, UInt8, UInt64
 
-Ints = npt.NDArray[np.int64]
 _MEASURED = 2_000  # faces: two million pairs
 _ENOUGH = 10  # faces a dimension
 _IMAGES = 64  # of a block
@@ -40,7 +39,7 @@ class _Lowest:
         self._n = n
         self._keys, self._ids = np.empty(0, np.uint64), np.empty(0, np.int64)
 
-    def add(self, keys: npt.NDArray[np.uint64], ids: Ints) -> None:
+    def add(self, keys: UInt64, ids: Int64) -> None:
         self._keys, self._ids = np.concatenate([self._keys, keys]), np.concatenate([self._ids, ids])
         if len(self._keys) > 2 * self._n:
             self._cut()
@@ -49,11 +48,11 @@ class _Lowest:
         order = np.lexsort((self._ids, self._keys))[: self._n]
         self._keys, self._ids = self._keys[order], self._ids[order]
 
-    def ids(self) -> Ints:
+    def ids(self) -> Int64:
         """Ascending."""
         return np.sort(self.by_key()[1])
 
-    def by_key(self) -> tuple[npt.NDArray[np.uint64], Ints]:
+    def by_key(self) -> tuple[UInt64, Int64]:
         """Keys, ascending, and their ids."""
         self._cut()
         return self._keys, self._ids
@@ -63,17 +62,17 @@ class _Lowest:
 class Sample:
     """Face ids (n,), ascending, to fit on; to measure on, with the person's number; and a pairs file's pairs."""
 
-    fitted: Ints
+    fitted: Int64
     measured: dict[int, int]
     given: list[Pair] = field(default_factory=list)
     named: dict[str, int] = field(default_factory=dict)
 
     @property
-    def all(self) -> Ints:
+    def all(self) -> Int64:
         """Every face that must be embedded, ascending."""
         return np.union1d(self.fitted, np.array(list(self.measured), np.int64))
 
-    def people(self, faces: list[int]) -> Ints:
+    def people(self, faces: list[int]) -> Int64:
         """(n,) number of the person of each face."""
         return np.array([self.measured[face] for face in faces], np.int64)
 
@@ -127,12 +126,12 @@ def _with_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) ->
     return Sample(fitted if len(fitted) >= _ENOUGH * dim else every.ids(), measured, given, named)
 
 
-def _labelled(gallery: Gallery) -> Iterator[tuple[Ints, list[str | None]]]:
+def _labelled(gallery: Gallery) -> Iterator[tuple[Int64, list[str | None]]]:
     for batch in gallery.batches(["face_id", "identity"], "landmarks is not null"):
         yield batch["face_id"].to_numpy(), batch["identity"].to_pylist()
 
 
-def _keys(ids: Ints, seed: int) -> npt.NDArray[np.uint64]:
+def _keys(ids: Int64, seed: int) -> UInt64:
     """A hash of each id and the seed (the finaliser of splitmix64; Steele et al., OOPSLA 2014)."""
     x = ids.view(np.uint64) + np.uint64(hash64(str(seed)))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -149,7 +148,7 @@ class FacesAgain:
         self._chain = Chain((read, decode, Given(), align))
         self._chain.setup()
 
-    def chips(self, faces: Ints, images: Counter[str]) -> Iterator[tuple[Ints, npt.NDArray[np.uint8]]]:
+    def chips(self, faces: Int64, images: Counter[str]) -> Iterator[tuple[Int64, UInt8]]:
         """(ids (n,), chips (n, h, w, 3)) block by block; `images` counts what became of the images, by status."""
         places = Places()
         for batch in self._gallery.batches(_COLUMNS, "landmarks is not null"):
@@ -161,7 +160,7 @@ class FacesAgain:
             for at in range(0, len(groups), _IMAGES):
                 yield self._cut(_table(groups[at : at + _IMAGES], places), images)
 
-    def _cut(self, table: pa.Table, images: Counter[str]) -> tuple[Ints, npt.NDArray[np.uint8]]:
+    def _cut(self, table: pa.Table, images: Counter[str]) -> tuple[Int64, UInt8]:
         made = self._chain(table)
         status, index = made["status"].to_pylist(), made["face_index"].to_pylist()
         images.update(s for s, n in zip(status, index, strict=True) if s != OK or n == 0)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from corpus import SHARED
 from eight_bits import IMAGES, all_pairs, view2
 
@@ -25,29 +24,29 @@ from facepipe.models import Faces, card, chip_layout
 from facepipe.stages import Decode, Detect
 from facepipe.stages import detect as stage
 from facepipe.stages.chips import prominence
+from facepipe.types import UInt8Image
 
-Pixels = npt.NDArray[np.uint8]
 _CANVAS = 1280
 
 
-def photos() -> list[Pixels]:
+def photos() -> list[UInt8Image]:
     decode = Decode()
     decoded = [decode.one(path.read_bytes()).pixels for path in sorted((SHARED / "data" / "photos-dev").glob("*.jpg"))]
     return [pixels for pixels in decoded if pixels is not None]
 
 
-def scaled(pixels: Pixels, scale: float) -> Pixels:
+def scaled(pixels: UInt8Image, scale: float) -> UInt8Image:
     return np.asarray(cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
+def fitted(pixels: UInt8Image, width: int, height: int) -> UInt8Image:
     small = scaled(pixels, min(width / pixels.shape[1], height / pixels.shape[0], 1))[:height, :width]
     canvas = np.zeros((height, width, 3), np.uint8)
     canvas[: small.shape[0], : small.shape[1]] = small
     return canvas
 
 
-def sets() -> Iterator[tuple[str, list[Pixels]]]:
+def sets() -> Iterator[tuple[str, list[UInt8Image]]]:
     """Named corpora, seeded."""
     originals, rng = photos(), np.random.default_rng(0)
     yield "photos", originals
@@ -62,7 +61,7 @@ def sets() -> Iterator[tuple[str, list[Pixels]]]:
         yield f"photos with one of 1/{share} in it", [inset(originals, share, rng) for _ in range(60)]
 
 
-def inset(originals: list[Pixels], share: int, rng: np.random.Generator) -> Pixels:
+def inset(originals: list[UInt8Image], share: int, rng: np.random.Generator) -> UInt8Image:
     large, small = (originals[n] for n in rng.choice(len(originals), 2))
     canvas = fitted(large, _CANVAS, _CANVAS * 3 // 4)
     small = scaled(small, _CANVAS / share / max(small.shape[:2]))
@@ -113,7 +112,7 @@ def recognition(enlarged: int) -> None:
     layout, embedder = chip_layout("dlib-resnet"), card("dlib-resnet-int8", "embedder").load("cpu", 1)
     paths = sorted(IMAGES.glob("*/*.jpg"))
     names = [str(path.relative_to(IMAGES).with_suffix("")) for path in paths]
-    chips: dict[int, list[Pixels]] = {s: [] for s in detects}
+    chips: dict[int, list[UInt8Image]] = {s: [] for s in detects}
     widths: dict[int, list[float]] = {s: [] for s in detects}
     for path in paths:
         pixels = np.asarray(cv2.imread(str(path), cv2.IMREAD_COLOR_RGB), np.uint8)

@@ -22,9 +22,10 @@ from facepipe.models import card
 from facepipe.models.checkpoint import fit, read_state
 from facepipe.models.detectors.retinaface import RetinaFaceNet, fold
 from facepipe.models.detectors.retinaface_keys import from_biubug6
-from facepipe.models.protocols import Detector, Floats, Pixels
+from facepipe.models.protocols import Detector
 from facepipe.training.detection.config import DetectionConfig, SceneAugmentConfig
 from facepipe.training.detection.task import DetectionTask
+from facepipe.types import Float32, UInt8Image
 
 SIDE, CANVASES, HELD = 320, 500, 40
 BORDER = 37  # 150 + 2 * 37 = 7 * 32
@@ -33,9 +34,9 @@ BORDER = 37  # 150 + 2 * 37 = 7 * 32
 class Pasted(NamedTuple):
     """A crop with one face: box (4,) and landmarks (5, 2) in its pixels."""
 
-    pixels: Pixels
-    box: Floats
-    landmarks: Floats
+    pixels: UInt8Image
+    box: Float32
+    landmarks: Float32
 
 
 def faces(folders: list[Path], detector: Detector) -> list[Pasted]:
@@ -52,7 +53,7 @@ def faces(folders: list[Path], detector: Detector) -> list[Pasted]:
     return found
 
 
-def canvas(pool: list[Pasted], rng: np.random.Generator) -> tuple[Pixels, list[str]]:
+def canvas(pool: list[Pasted], rng: np.random.Generator) -> tuple[UInt8Image, list[str]]:
     """One to five faces in cells of a 3x3 grid over a blurred ground, beside patches without faces; WIDER's lines."""
     ground = cv2.resize(pool[rng.integers(len(pool))].pixels, (SIDE, SIDE))
     image, lines = cv2.GaussianBlur(ground, (0, 0), 15), []

@@ -28,8 +28,8 @@ from facepipe.imaging.dlib_chip import chip_of, square
 from facepipe.models import card
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.weights import package_file
+from facepipe.types import UInt8Image
 
-Pixels = npt.NDArray[np.uint8]
 Rect = tuple[int, int, int, int]
 WORKING = 800  # side of the images in which dlib's detector searches
 
@@ -44,13 +44,13 @@ NETWORK = dlib.face_recognition_model_v1(weights("dlib_face_recognition_resnet_m
 EMBEDDER = card("dlib-resnet", "embedder").load("cpu", 1)
 
 
-def load(file: Path, side: int = 0) -> Pixels:
+def load(file: Path, side: int = 0) -> UInt8Image:
     image = np.array(Image.open(file).convert("RGB"))
     scale = side / max(image.shape[:2]) if side else 1.0
     return image if scale >= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
-def boxes(image: Pixels) -> list[Rect]:
+def boxes(image: UInt8Image) -> list[Rect]:
     """dlib's boxes, one upsampling, in an image of at most WORKING pixels; scaled up for larger ones."""
     scale = min(1.0, WORKING / max(image.shape[:2]))
     small = image if scale == 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -68,11 +68,11 @@ def timed(run: Callable[[], Any], times: int = 3) -> tuple[Any, float]:
     return result, min(spent)
 
 
-def vector_of(image: Pixels, rect: Rect) -> npt.NDArray[np.float32]:
+def vector_of(image: UInt8Image, rect: Rect) -> npt.NDArray[np.float32]:
     return EMBEDDER.embed(chip_of(image, predict(load_predictor(), image, rect))[None])[0]
 
 
-def one(image: Pixels, rect: Rect) -> list[float]:
+def one(image: UInt8Image, rect: Rect) -> list[float]:
     """Differences (landmarks px, chip levels, vector), then ms: ours, dlib's, for landmarks + chip and for all."""
     box = dlib.rectangle(*rect)
     shape = PREDICTOR(image, box)
@@ -86,13 +86,13 @@ def one(image: Pixels, rect: Rect) -> list[float]:
     return [*(float(np.abs(d).max()) for d in differences), cut_ms, dlib_cut_ms, ms, dlib_ms]
 
 
-def turned(image: Pixels, rect: Rect) -> tuple[Pixels, Rect]:
+def turned(image: UInt8Image, rect: Rect) -> tuple[UInt8Image, Rect]:
     left, top, right, bottom = rect
     width = image.shape[1]
     return np.rot90(image).copy(), (top, width - 1 - right, bottom, width - 1 - left)
 
 
-def at_the_edge(image: Pixels, rect: Rect) -> tuple[Pixels, Rect]:
+def at_the_edge(image: UInt8Image, rect: Rect) -> tuple[UInt8Image, Rect]:
     """Cropped so that a quarter of the box is outside, left and above."""
     left, top, right, bottom = rect
     x, y = max(0, left + (right - left) // 4), max(0, top + (bottom - top) // 4)
@@ -116,7 +116,7 @@ def table(data: Path) -> None:
     row("LFW, every 40th image", lfw)
 
 
-def row(name: str, images: list[tuple[Pixels, list[Rect]]]) -> None:
+def row(name: str, images: list[tuple[UInt8Image, list[Rect]]]) -> None:
     figures = np.array([one(image, rect) for image, rects in images for rect in rects])
     worst, ms = figures[:, :3].max(0), np.median(figures[:, 3:], 0)
     print(
@@ -187,7 +187,7 @@ def squares(data: Path) -> None:
     )
 
 
-def matched(detector: Any, image: Pixels) -> Iterator[tuple[Pixels, Any, Rect]]:
+def matched(detector: Any, image: UInt8Image) -> Iterator[tuple[UInt8Image, Any, Rect]]:
     """The detector's boxes whose centre one dlib box holds."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % 32), (0, -width % 32), (0, 0)))

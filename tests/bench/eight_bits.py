@@ -27,9 +27,8 @@ from facepipe.models.registry import dlib_weights
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Subject
+from facepipe.types import Float32, UInt8
 
-Chips = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 IMAGES = SHARED / "data" / "lfw-dev" / "images"
 _BINS = 1 << 15
 
@@ -52,7 +51,7 @@ def faces(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
             )
 
 
-def histograms(chips: Chips) -> list[tuple[float, float, npt.NDArray[np.int64]]]:
+def histograms(chips: UInt8) -> list[tuple[float, float, npt.NDArray[np.int64]]]:
     """Lowest and highest value of each activation, and counts in between."""
     made, names = activations(*dlib_weights())
     run = session(made, 1)
@@ -79,13 +78,13 @@ def ranges(found: list[tuple[float, float, npt.NDArray[np.int64]]], share: float
     return cut
 
 
-def flipped(engine: OnnxDlib, chips: Chips) -> Floats:
+def flipped(engine: OnnxDlib, chips: UInt8) -> Float32:
     """Unit vectors, mirror images averaged in."""
     raw = engine.embed(chips) + engine.embed(np.ascontiguousarray(chips[:, :, ::-1]))
     return np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), np.float32)
 
 
-def view2(vectors: Floats, names: list[str]) -> str:
+def view2(vectors: Float32, names: list[str]) -> str:
     """Accuracy and TAR by the protocol."""
     at = {name: n for n, name in enumerate(names)}
     pairs = read_pairs(SHARED / "data" / "lfw-dev" / "pairs.txt")
@@ -94,7 +93,7 @@ def view2(vectors: Floats, names: list[str]) -> str:
     return f"View 2 {result.accuracy:.4f} ± {result.standard_error:.4f}, TAR at 1e-3 {result.tar['0.001']:.4f}"
 
 
-def all_pairs(vectors: Floats, names: list[str]) -> str:
+def all_pairs(vectors: Float32, names: list[str]) -> str:
     """EER, and TAR at three FARs, over all pairs of images."""
     persons = np.unique([name.split("/")[0] for name in names], return_inverse=True)[1]
     left, right = np.triu_indices(len(vectors), 1)
@@ -135,7 +134,7 @@ def main() -> None:
             graphs[f"eight bits, {share:g} cut off"] = graph(*weights, cut)
             if args.print_ranges:
                 print(share, cut)
-    before: Floats | None = None
+    before: Float32 | None = None
     base = 0.0
     for name, written in graphs.items():
         engine = OnnxDlib(written)

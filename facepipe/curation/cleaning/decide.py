@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.curation.cleaning.evidence import Candidates, Ids
+from facepipe.curation.cleaning.evidence import Candidates
 from facepipe.curation.cleaning.model import LEAST, Belief
+from facepipe.types import Bool, Float32, Int64
 
-Floats = npt.NDArray[np.float32]
-Flags = npt.NDArray[np.bool_]
 KEEP, OUTLIER, RELABEL, DUPLICATE, LOW_QUALITY, REVIEW = (
     *("keep", "outlier", "relabel", "duplicate", "low_quality", "review"),
 )
@@ -25,12 +24,12 @@ class Verdicts:
     similarity (n,) and probability (n,); decision (n,): index into DECISIONS, -1 without a label; reason (n,): index
     into REASONS."""
 
-    noise: Floats
-    own: Floats
-    rest: Floats
-    other: Ids
-    other_similarity: Floats
-    other_share: Floats
+    noise: Float32
+    own: Float32
+    rest: Float32
+    other: Int64
+    other_similarity: Float32
+    other_share: Float32
     decision: npt.NDArray[np.int8]
     reason: npt.NDArray[np.int8]
 
@@ -51,7 +50,7 @@ REASONS = (
 FITS, ALONE, NOBODY, OTHER, BYSTANDER, DOUBTFUL, LIKELY, COPY, SMALL, BLURRED, UNLABELLED = range(len(REASONS))
 
 
-def verdicts(pool: Candidates, belief: Belief, count: int, photo: Ids) -> Verdicts:
+def verdicts(pool: Candidates, belief: Belief, count: int, photo: Int64) -> Verdicts:
     """Judge n faces; photo (n,) numbers the image each face is in: of faces with one label in it one can be right."""
     noise, own, rest = (np.full(count, np.nan, np.float32) for _ in range(3))
     mine = pool.own
@@ -82,7 +81,7 @@ def verdicts(pool: Candidates, belief: Belief, count: int, photo: Ids) -> Verdic
     return Verdicts(noise, own, rest, other, similar, likely, decision, reason)
 
 
-def overruled(found: Verdicts, chosen: Flags, decision: str, reason: int) -> Verdicts:
+def overruled(found: Verdicts, chosen: Bool, decision: str, reason: int) -> Verdicts:
     """The same, with another decision on those faces (n,) that would have been kept."""
     kept = chosen & (found.decision == DECISIONS.index(KEEP))
     changed = np.where(kept, DECISIONS.index(decision), found.decision).astype(np.int8)
@@ -97,7 +96,7 @@ def expected_errors(found: Verdicts) -> float:
     return float(np.where(known > _WRONG, 1 - known, known).sum())
 
 
-def _best_other(pool: Candidates, belief: Belief, count: int) -> tuple[Ids, Floats, Floats]:
+def _best_other(pool: Candidates, belief: Belief, count: int) -> tuple[Int64, Float32, Float32]:
     """(identity (n,), share (n,), similarity (n,)) of the most likely identity that is not the label's."""
     other, share, similarity = np.full(count, -1), np.zeros(count, np.float32), np.full(count, np.nan, np.float32)
     theirs = np.flatnonzero(~pool.own)
@@ -108,7 +107,7 @@ def _best_other(pool: Candidates, belief: Belief, count: int) -> tuple[Ids, Floa
     return other, share, similarity
 
 
-def _bystanders(pool: Candidates, noise: Floats, photo: Ids) -> Flags:
+def _bystanders(pool: Candidates, noise: Float32, photo: Int64) -> Bool:
     """Faces (n,) that share photo and label with a face that the label fits better."""
     mine = np.flatnonzero(pool.own)
     face, identity = pool.face[mine], pool.identity[mine]

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.nearest.join import Pairs
+from facepipe.types import Bool, Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _BLOCK = 1 << 17
 _NOBODY = np.float32(1e-3)
 
@@ -18,16 +16,16 @@ class Candidates:
     """m pairs of a face and an identity it might belong to, sorted by face: face (m,), identity (m,), own (m,) whether
     it is the label given; count: of identities."""
 
-    face: Ids
-    identity: Ids
-    own: npt.NDArray[np.bool_]
+    face: Int64
+    identity: Int64
+    own: Bool
     count: int
 
     def __len__(self) -> int:
         return len(self.face)
 
 
-def candidates(label: Ids, pairs: Pairs) -> Candidates:
+def candidates(label: Int64, pairs: Pairs) -> Candidates:
     """The label of each face (n,), -1 for none, and those of its neighbours."""
     count = int(label.max(initial=-1)) + 1
     faces = np.concatenate([np.arange(len(label)), pairs.u, pairs.v])
@@ -43,20 +41,20 @@ def candidates(label: Ids, pairs: Pairs) -> Candidates:
 class Faces:
     """n faces: vectors (n, 128) of unit norm, density (n,)."""
 
-    vectors: Floats
-    density: Floats
+    vectors: Float32
+    density: Float32
 
 
 @dataclass(frozen=True)
 class Centres:
     """k identities: weighted sums (k, 128) of the vectors that belong to them, crowd (k,) of densities, weight (k,)."""
 
-    sums: Floats
-    crowd: Floats
-    weight: Floats
+    sums: Float32
+    crowd: Float32
+    weight: Float32
 
     @classmethod
-    def of(cls, faces: Faces, members: Candidates, share: Floats) -> "Centres":
+    def of(cls, faces: Faces, members: Candidates, share: Float32) -> "Centres":
         """Sums over candidates, each with the share (m,) to which the face belongs to the identity."""
         order = np.argsort(members.identity, kind="stable")
         order = order[share[order] > _NOBODY]
@@ -71,7 +69,7 @@ class Centres:
             weight[whose[begins]] += np.add.reduceat(much, begins)
         return cls(sums, crowd, weight)
 
-    def fit(self, faces: Faces, face: Ids, identity: Ids, share: Floats) -> tuple[Floats, Floats]:
+    def fit(self, faces: Faces, face: Int64, identity: Int64, share: Float32) -> tuple[Float32, Float32]:
         """(mean similarity (m,) of faces to the rest of identities, weight (m,) of that rest); share (m,) is what each
         face itself has in the identity and is taken out."""
         similarity, rest = np.zeros(len(face), np.float32), np.zeros(len(face), np.float32)

@@ -3,25 +3,23 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.cleaning.decide import DECISIONS, KEEP, Verdicts
-from facepipe.curation.cleaning.evidence import Faces, Ids
+from facepipe.curation.cleaning.evidence import Faces
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.nearest.join import Pairs
-
-Floats = npt.NDArray[np.float32]
+from facepipe.types import Bool, Float32, Int64
 
 
 @dataclass(frozen=True)
 class Parts:
     """Where identities fall apart: part (n,) of each face within its identity, 0 for the largest, -1 if unlabelled."""
 
-    part: Ids
-    size: Ids  # (n,) faces of the face's part
+    part: Int64
+    size: Int64  # (n,) faces of the face's part
 
 
-def parts(faces: Faces, label: Ids, copies: Ids, pairs: Pairs, threshold: float) -> Parts:
+def parts(faces: Faces, label: Int64, copies: Int64, pairs: Pairs, threshold: float) -> Parts:
     """Average linkage inside each identity alone."""
     inside = (label[pairs.u] == label[pairs.v]) & (label[pairs.u] >= 0)
     joined = np.flatnonzero((copies != np.arange(len(copies))) & (label == label[copies]) & (label >= 0))
@@ -37,7 +35,7 @@ def parts(faces: Faces, label: Ids, copies: Ids, pairs: Pairs, threshold: float)
     return Parts(np.where(label >= 0, place[group], -1), made.size[group])
 
 
-def core(found: Parts) -> npt.NDArray[np.bool_]:
+def core(found: Parts) -> Bool:
     """(n,) whether a face is in the largest part of its identity."""
     return found.part == 0
 
@@ -48,18 +46,18 @@ class Summary:
     no other identity claims), distance between the two largest parts as similarity; and pairs that may be one person:
     left, right, similarity."""
 
-    faces: Ids
-    kept: Ids
-    wrong: Floats
-    apart: Ids
-    apart_similarity: Floats
-    left: Ids
-    right: Ids
-    similarity: Floats
+    faces: Int64
+    kept: Int64
+    wrong: Float32
+    apart: Int64
+    apart_similarity: Float32
+    left: Int64
+    right: Int64
+    similarity: Float32
 
 
 def summarise(
-    faces: Faces, label: Ids, count: int, found: Verdicts, inside: Parts, pairs: Pairs, threshold: float
+    faces: Faces, label: Int64, count: int, found: Verdicts, inside: Parts, pairs: Pairs, threshold: float
 ) -> Summary:
     """Figures of k identities."""
     labelled = np.flatnonzero(label >= 0)
@@ -73,8 +71,8 @@ def summarise(
 
 
 def _one_person(
-    faces: Faces, label: Ids, count: int, kept: npt.NDArray[np.bool_], pairs: Pairs, threshold: float
-) -> tuple[Ids, Ids, Floats]:
+    faces: Faces, label: Int64, count: int, kept: Bool, pairs: Pairs, threshold: float
+) -> tuple[Int64, Int64, Float32]:
     """Pairs of identities whose kept faces are as alike as those of one person, most alike first."""
     usable = kept & (label >= 0)
     clusters = _means(faces, np.where(usable, label, -1), count)
@@ -88,7 +86,7 @@ def _one_person(
     return left[order], right[order], similarity[order]
 
 
-def _two_persons(faces: Faces, label: Ids, count: int, found: Verdicts, inside: Parts) -> tuple[Ids, Floats]:
+def _two_persons(faces: Faces, label: Int64, count: int, found: Verdicts, inside: Parts) -> tuple[Int64, Float32]:
     """(faces of the second part (k,), its mean similarity to the first (k,)) where several faces lie apart together."""
     unclaimed = (label >= 0) & (found.decision != DECISIONS.index("relabel"))
     first = _means(faces, np.where(unclaimed & (inside.part == 0), label, -1), count)
@@ -101,7 +99,7 @@ def _two_persons(faces: Faces, label: Ids, count: int, found: Verdicts, inside: 
     return size, similarity
 
 
-def _means(faces: Faces, label: Ids, count: int) -> Clusters:
+def _means(faces: Faces, label: Int64, count: int) -> Clusters:
     """Sums of faces by label (n,), -1 for those that do not count; empty ones have the size 0."""
     used = np.flatnonzero(label >= 0)
     order = used[np.argsort(label[used], kind="stable")]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,8 +15,8 @@ from facepipe.curation.graph import GraphInfo
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
+from facepipe.types import Float32, Int64
 
-Ids = npt.NDArray[np.int64]
 DECISION_ROWS = pa.schema(
     [
         ("face_id", pa.int64()),
@@ -67,7 +66,7 @@ def decision_rows(
         yield _rows(faces.filter(pa.array(judged)), at[judged], found, names, info)
 
 
-def _rows(faces: pa.Table, at: Ids, found: Verdicts, names: pa.Array, info: GraphInfo) -> pa.Table:
+def _rows(faces: pa.Table, at: Int64, found: Verdicts, names: pa.Array, info: GraphInfo) -> pa.Table:
     distance, nearest = (_distances(info, values[at]) for values in (found.own, found.other_similarity))
     other = pa.array(found.other[at], mask=found.other[at] < 0)
     moved = found.decision[at] == DECISIONS.index(RELABEL)
@@ -86,11 +85,11 @@ def _rows(faces: pa.Table, at: Ids, found: Verdicts, names: pa.Array, info: Grap
     return pa.table({name: columns[name] for name in DECISION_ROWS.names}).cast(DECISION_ROWS)
 
 
-def _distances(info: GraphInfo, similarity: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _distances(info: GraphInfo, similarity: Float32) -> Float32:
     return np.sqrt(np.maximum(0, 2 - 2 * (similarity + np.float32(info.mean_density))))
 
 
-def _nullable(values: npt.NDArray[np.float32]) -> pa.Array:
+def _nullable(values: Float32) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 

@@ -10,11 +10,10 @@ centres, so that every round centres them anew (Dempster, Laird, Rubin, 1977; la
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, Ids
+from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces
+from facepipe.types import Float32, Int64
 
-Floats = npt.NDArray[np.float32]
 _BINS = np.array([0.3, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf])
 LEAST = 0.3  # faces an identity must rest on to say anything
 _FEW = 8.0  # faces below which a distribution is not estimated
@@ -32,7 +31,7 @@ class Normal:
     fixed: float
     each: float
 
-    def log(self, x: Floats, weight: Floats) -> Floats:
+    def log(self, x: Float32, weight: Float32) -> Float32:
         """Log density (m,), less a constant."""
         variance = self.fixed + self.each / np.maximum(weight, LEAST)
         return np.asarray(-0.5 * (x - self.mean) ** 2 / variance - 0.5 * np.log(variance), np.float32)
@@ -46,10 +45,10 @@ class Belief:
     similarity, weight (m,): to the rest of the identity, and how many faces that rests on
     """
 
-    share: Floats
-    nobody: Floats
-    similarity: Floats
-    weight: Floats
+    share: Float32
+    nobody: Float32
+    similarity: Float32
+    weight: Float32
     genuine: Normal
     impostor: Normal
     swapped: float
@@ -57,7 +56,7 @@ class Belief:
     rounds: list[dict[str, float]] = field(default_factory=list)
 
 
-def believe(faces: Faces, pool: Candidates, prior: Floats, start: Floats, threshold: float, seed: int = 0) -> Belief:
+def believe(faces: Faces, pool: Candidates, prior: Float32, start: Float32, threshold: float, seed: int = 0) -> Belief:
     """Estimate from n faces and their candidates.
 
     prior (n,): how likely the label is meant for this face at all (photos with several faces have one label);
@@ -90,7 +89,7 @@ def believe(faces: Faces, pool: Candidates, prior: Floats, start: Floats, thresh
     return Belief(share, nobody, similarity, weight, genuine, impostor, swapped, lost, rounds)
 
 
-def log_ratio(genuine: Normal, impostor: Normal, similarity: Floats, weight: Floats) -> Floats:
+def log_ratio(genuine: Normal, impostor: Normal, similarity: Float32, weight: Float32) -> Float32:
     """(m,) log likelihood ratio of belonging against not; 0 where an identity rests on nothing.
 
     Above the mean of those who belong a face cannot become less likely: the ratio stays at its value there.
@@ -100,7 +99,9 @@ def log_ratio(genuine: Normal, impostor: Normal, similarity: Floats, weight: Flo
     return np.where(weight >= LEAST, np.clip(ratio, -_AGAINST, _FOR), 0).astype(np.float32)
 
 
-def _posterior(pool: Candidates, ratio: Floats, prior: Floats, swapped: float, lost: float) -> tuple[Floats, Floats]:
+def _posterior(
+    pool: Candidates, ratio: Float32, prior: Float32, swapped: float, lost: float
+) -> tuple[Float32, Float32]:
     """(share (m,) of candidates, share (n,) of nobody)."""
     own = (1 - swapped - lost) * prior[pool.face]
     other = np.full(len(pool), swapped / max(1, pool.count - 1))
@@ -110,7 +111,7 @@ def _posterior(pool: Candidates, ratio: Floats, prior: Floats, swapped: float, l
     return (likely / total[pool.face]).astype(np.float32), (nobody / total).astype(np.float32)
 
 
-def _strangers(pool: Candidates, count: int, seed: int) -> tuple[Ids, Ids]:
+def _strangers(pool: Candidates, count: int, seed: int) -> tuple[Int64, Int64]:
     """Random (faces (s,), identities (s,)) that are no candidates."""
     rng = np.random.default_rng(seed)
     if pool.count < 2 or not len(pool):
@@ -125,7 +126,7 @@ def _strangers(pool: Candidates, count: int, seed: int) -> tuple[Ids, Ids]:
 
 
 def _distributions(
-    known: tuple[Floats, Floats, Floats], strangers: tuple[Floats, Floats], threshold: float
+    known: tuple[Float32, Float32, Float32], strangers: tuple[Float32, Float32], threshold: float
 ) -> tuple[Normal, Normal]:
     genuine = _normal(*known)
     impostor = _normal(strangers[0], strangers[1], np.ones(len(strangers[0]), np.float32))
@@ -137,7 +138,7 @@ def _distributions(
     return genuine, impostor
 
 
-def _normal(x: Floats, weight: Floats, share: Floats) -> Normal | None:
+def _normal(x: Float32, weight: Float32, share: Float32) -> Normal | None:
     """Mean, and variance as a line in 1 / weight, of values that count by their share."""
     usable = (weight >= LEAST) & (share > 0.01)
     x, weight, share = x[usable].astype(np.float64), weight[usable], share[usable].astype(np.float64)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.curation.cleaning.decide import (
@@ -17,7 +16,6 @@ from facepipe.curation.cleaning.decide import (
     Verdicts,
     expected_errors,
 )
-from facepipe.curation.cleaning.evidence import Ids
 from facepipe.curation.cleaning.identities import Parts, Summary
 from facepipe.curation.cleaning.model import Belief
 from facepipe.curation.graph import Graph
@@ -26,6 +24,7 @@ from facepipe.gallery import Gallery
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import linear_edges, log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table
+from facepipe.types import Float32, Int64
 
 _SHOWN = 4  # faces of an identity beside a suspicious one
 _LABELS, _PAIRS = 6000, 1500  # groups of each kind
@@ -36,7 +35,7 @@ _NOBODY = Shown("", None, None)
 class Cleaned:
     """Everything a cleaning has found; arrays (n,) are by node, (k,) by identity."""
 
-    label: Ids
+    label: Int64
     names: pa.Array
     verdicts: Verdicts
     belief: Belief
@@ -96,7 +95,7 @@ def _similarities(found: Cleaned) -> Histogram:
     return Histogram("Similarity to identities", "mean similarity to the rest of the identity", rows, log=True)
 
 
-def _noise(known: npt.NDArray[np.float32]) -> Histogram:
+def _noise(known: Float32) -> Histogram:
     edges = np.linspace(0, 1, 51)
     return Histogram(
         "How sure it is", "probability that the label is wrong", (series("faces", known, edges),), log=True
@@ -153,20 +152,20 @@ class _Groups:
         yield from (self._merge(n, known) for n in merges)
         yield from (self._two(int(k), known) for k in split)
 
-    def _best(self, identity: int, count: int = _SHOWN) -> Ids:
+    def _best(self, identity: int, count: int = _SHOWN) -> Int64:
         if identity < 0:
             return np.empty(0, np.int64)
         return self._order[self._begins[identity] : self._begins[identity + 1]][:count]
 
-    def _around(self, face: int) -> Ids:
+    def _around(self, face: int) -> Int64:
         own, other = (int(x[face]) for x in (self._found.label, self._found.verdicts.other))
         return np.concatenate([[face], self._best(own), self._best(other)])
 
-    def _pair(self, n: int) -> Ids:
+    def _pair(self, n: int) -> Int64:
         both = (self._found.identities.left[n], self._found.identities.right[n])
         return np.concatenate([self._best(int(k)) for k in both])
 
-    def _parts(self, identity: int) -> Ids:
+    def _parts(self, identity: int) -> Int64:
         members = self._order[self._begins[identity] : self._begins[identity + 1]]
         part = self._found.inside.part[members]
         return np.concatenate([members[part == p][:_SHOWN] for p in (0, 1)])

@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.join import candidates
+from facepipe.types import Bool, Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _COLUMNS = 65536  # clusters, or pairs, looked at in one go
 _NEIGHBOURS = 32
 
@@ -20,8 +18,8 @@ _NEIGHBOURS = 32
 class Placed:
     """cluster (n,): position among the old clusters, or -1; own (n,): number of a new cluster, or -1."""
 
-    cluster: Ids
-    own: Ids
+    cluster: Int64
+    own: Int64
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,18 @@ class Near:
     """Which known clusters new faces are compared with: pairs (face (m,), cluster (m,)); everywhere (n,): faces that
     are compared with all."""
 
-    face: Ids
-    cluster: Ids
-    everywhere: npt.NDArray[np.bool_]
+    face: Int64
+    cluster: Int64
+    everywhere: Bool
 
 
 def assign(
-    faces: Clusters, known: Clusters, threshold: float, apart: Ids, taken: Ids | None = None, near: Near | None = None
+    faces: Clusters,
+    known: Clusters,
+    threshold: float,
+    apart: Int64,
+    taken: Int64 | None = None,
+    near: Near | None = None,
 ) -> Placed:
     """Place n new faces (clusters of one); apart (m, 2) are pairs of them that are two persons, taken (m, 2) pairs of
     a new face and a known cluster that cannot be its own; near: where to look, everywhere by default.
@@ -64,7 +67,7 @@ def assign(
     return Placed(chosen, own)
 
 
-def _nearest(faces: Clusters, known: Clusters) -> tuple[Ids, Floats]:
+def _nearest(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
     """(the most similar known cluster (n,), -1 where there is none; the similarity (n,))."""
     best, at = np.full(len(faces), -np.inf, np.float32), np.full(len(faces), -1, np.int64)
     queries = _widened(faces.sums, np.ones(len(faces), np.float32))
@@ -79,13 +82,13 @@ def _nearest(faces: Clusters, known: Clusters) -> tuple[Ids, Floats]:
     return at, np.asarray(best - faces.crowd / 2, np.float32)
 
 
-def _widened(vectors: Floats, last: Floats) -> Floats:
+def _widened(vectors: Float32, last: Float32) -> Float32:
     out = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)  # 132 columns: rows begin at full registers
     out[:, : vectors.shape[1]], out[:, -1] = vectors, last
     return out
 
 
-def _nearest_of(faces: Clusters, known: Clusters, near: Near) -> tuple[Ids, Floats]:
+def _nearest_of(faces: Clusters, known: Clusters, near: Near) -> tuple[Int64, Float32]:
     """The same, among the clusters that are near each face."""
     best, at = np.full(len(faces), -np.inf, np.float32), np.full(len(faces), -1, np.int64)
     value = _similarity(faces, known, near)
@@ -98,7 +101,7 @@ def _nearest_of(faces: Clusters, known: Clusters, near: Near) -> tuple[Ids, Floa
     return at, best
 
 
-def _similarity(faces: Clusters, known: Clusters, near: Near) -> Floats:
+def _similarity(faces: Clusters, known: Clusters, near: Near) -> Float32:
     """(m,) of pairs of a face and a known cluster."""
     out = np.empty(len(near.face), np.float32)
     for begin in range(0, len(out), _COLUMNS):

@@ -1,16 +1,16 @@
 """Chinese whispers (Biemann, TextGraphs 2006): every node takes the label that weighs most among its neighbours."""
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import csr_array
 
-from facepipe.curation.graph.components import Ints, Weights, adjacency, numbered
+from facepipe.curation.graph.components import adjacency, numbered
+from facepipe.types import Bool, Float32, Int64
 
 SWEEPS = 20
 _BLOCKS = 8
 
 
-def whispers(count: int, u: Ints, v: Ints, weight: Weights, sweeps: int = SWEEPS, seed: int = 0) -> Ints:
+def whispers(count: int, u: Int64, v: Int64, weight: Float32, sweeps: int = SWEEPS, seed: int = 0) -> Int64:
     """Labels (count,) int64 after `sweeps` sweeps, or sooner when no node would change.
 
     Edges u < v int64 (m,), each once, in any order; weight float32 (m,) > 0. Biemann visits one node after another in
@@ -31,7 +31,7 @@ def whispers(count: int, u: Ints, v: Ints, weight: Weights, sweeps: int = SWEEPS
     return numbered(labels)
 
 
-def _whisper(graph: csr_array, labels: Ints, stirred: npt.NDArray[np.bool_], block: Ints) -> None:
+def _whisper(graph: csr_array, labels: Int64, stirred: Bool, block: Int64) -> None:
     """Give the nodes of a block their neighbours' label; those who hear of a change are stirred, the block is not."""
     near = graph[block]
     stirred[block] = False
@@ -41,7 +41,7 @@ def _whisper(graph: csr_array, labels: Ints, stirred: npt.NDArray[np.bool_], blo
     stirred[near[np.flatnonzero(changed)].indices] = True
 
 
-def _loudest(near: csr_array, labels: Ints, block: Ints) -> Ints:
+def _loudest(near: csr_array, labels: Int64, block: Int64) -> Int64:
     """For each row the label with the largest sum of weights: the node's own one if it ties, else the smallest."""
     heard = csr_array((near.data.copy(), labels[near.indices], near.indptr.copy()), shape=near.shape)
     heard.sum_duplicates()

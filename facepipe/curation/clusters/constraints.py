@@ -3,20 +3,19 @@
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
+from facepipe.types import Int64
 
-Ids = npt.NDArray[np.int64]
 _MOST = 500  # a face is held apart from so many others of its photo: pairs grow with the square
 _ROWS = 65536
 
 
-def same_photo(gallery: Gallery, nodes: Nodes) -> Ids:
+def same_photo(gallery: Gallery, nodes: Nodes) -> Int64:
     """(m, 2) positions of nodes in one photo, which are two persons."""
     keys, faces = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for at, batch in _batches(gallery, nodes, "uri"):
@@ -34,7 +33,7 @@ def same_photo(gallery: Gallery, nodes: Nodes) -> Ids:
     return np.sort(np.concatenate(pairs), axis=1)
 
 
-def labels(gallery: Gallery, nodes: Nodes, side: int = 0) -> tuple[Ids, pa.Array]:
+def labels(gallery: Gallery, nodes: Nodes, side: int = 0) -> tuple[Int64, pa.Array]:
     """(number of each node's identity (n,), -1 without one; the identities' names, sorted)."""
     numbers = np.full(len(nodes), -1, np.int64)
     names: dict[str, int] = {}
@@ -49,7 +48,7 @@ def labels(gallery: Gallery, nodes: Nodes, side: int = 0) -> tuple[Ids, pa.Array
     return place[numbers], pa.array(ranked, pa.string())
 
 
-def _batches(gallery: Gallery, nodes: Nodes, column: str, side: int = 0) -> Iterator[tuple[Ids, pa.RecordBatch]]:
+def _batches(gallery: Gallery, nodes: Nodes, column: str, side: int = 0) -> Iterator[tuple[Int64, pa.RecordBatch]]:
     """(positions (n,), batch) of the gallery's faces that are nodes."""
     for batch in gallery.batches(["face_id", column], rows=_ROWS):
         faces = batch.filter(batch["face_id"].is_valid())

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.clusters.chinese_whispers import whispers
 from facepipe.curation.clusters.louvain import communities
@@ -14,10 +13,10 @@ from facepipe.curation.graph.cells import Layout, train
 from facepipe.curation.graph.components import components, numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.nearest.join import candidates
+from facepipe.types import Int64
 
-Ids = npt.NDArray[np.int64]
 Algorithm = Literal["linkage", "components", "whispers", "communities"]
-_ON_EDGES: dict[str, Callable[..., Ids]] = {
+_ON_EDGES: dict[str, Callable[..., Int64]] = {
     "components": components,
     "whispers": whispers,
     "communities": communities,
@@ -28,8 +27,8 @@ _PASSES = 4
 
 
 def cluster(
-    graph: Graph, algorithm: Algorithm, apart: Ids | None = None, together: Ids | None = None
-) -> tuple[Ids, Clusters]:
+    graph: Graph, algorithm: Algorithm, apart: Int64 | None = None, together: Int64 | None = None
+) -> tuple[Int64, Clusters]:
     """(cluster (n,) of each node, the clusters), numbered by their smallest node.
 
     apart: pairs (m, 2) of nodes that are two persons; together: a number (n,) for each node, -1 for none: nodes of one
@@ -50,7 +49,7 @@ def cluster(
     return _linked(labels, clusters, labels[pairs.u], labels[pairs.v], graph.info.threshold.similarity, apart)
 
 
-def _given(graph: Graph, together: Ids | None) -> Ids:
+def _given(graph: Graph, together: Int64 | None) -> Int64:
     """What is one person from the start: vectors that are equal in every bit, and what was said to be."""
     count = len(graph.nodes)
     copies = graph.representatives
@@ -64,8 +63,8 @@ def _given(graph: Graph, together: Ids | None) -> Ids:
 
 
 def _linked(
-    labels: Ids, clusters: Clusters, u: Ids, v: Ids, threshold: float, apart: Ids | None
-) -> tuple[Ids, Clusters]:
+    labels: Int64, clusters: Clusters, u: Int64, v: Int64, threshold: float, apart: Int64 | None
+) -> tuple[Int64, Clusters]:
     """Average linkage along edges, and then along those that the clusters' means have: edges are capped and cells miss
     a few, so two halves of a person may share no edge."""
     for n in range(_PASSES):
@@ -78,14 +77,14 @@ def _linked(
     return labels, clusters
 
 
-def _forbidden(labels: Ids, apart: Ids | None) -> Ids | None:
+def _forbidden(labels: Int64, apart: Int64 | None) -> Int64 | None:
     if apart is None:
         return None
     pairs = np.sort(labels[apart], axis=1)
     return np.asarray(pairs[pairs[:, 0] != pairs[:, 1]], np.int64)
 
 
-def near_means(clusters: Clusters, threshold: float) -> tuple[Ids, Ids]:
+def near_means(clusters: Clusters, threshold: float) -> tuple[Int64, Int64]:
     """Pairs (u (m,), v (m,)) of clusters of several faces whose mean similarity reaches about the threshold.
 
     Single faces are left out: what the graph did not find for them, as many comparisons would not find now.

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -11,8 +10,8 @@ import pyarrow.parquet as pq
 from facepipe.curation.clusters.sums import find
 from facepipe.curation.clusters.tables import FACE_ROWS
 from facepipe.errors import StorageError
+from facepipe.types import Int64
 
-Ids = npt.NDArray[np.int64]
 _ROWS = 65536
 
 
@@ -35,7 +34,7 @@ class Ledger:
         except (OSError, pa.ArrowException) as error:
             raise StorageError(f"cannot read {self._path!r}: {str(error).splitlines()[0]}") from error
 
-    def all_ids(self) -> tuple[Ids, Ids]:
+    def all_ids(self) -> tuple[Int64, Int64]:
         """(face ids (n,), sorted; their clusters (n,))."""
         parts = [pa.Table.from_batches([batch]) for batch in self._batches("face_id", "cluster")]
         table = pa.concat_tables([FACE_ROWS.empty_table().select(["face_id", "cluster"]), *parts])
@@ -43,7 +42,7 @@ class Ledger:
         order = np.argsort(ids)
         return ids[order], of[order]
 
-    def counts(self) -> Ids:
+    def counts(self) -> Int64:
         """(k,) faces of each cluster."""
         counts = np.zeros(0, np.int64)
         for batch in self._batches("cluster"):
@@ -52,7 +51,7 @@ class Ledger:
             counts = some
         return counts
 
-    def locate(self, ids: Ids) -> Ids:
+    def locate(self, ids: Int64) -> Int64:
         """The clusters (n,) of sorted face ids (n,); -1 for those that are in none."""
         of = np.full(len(ids), -1, np.int64)
         for batch in self._batches("face_id", "cluster") if len(ids) else ():
@@ -60,7 +59,7 @@ class Ledger:
             of[at[at >= 0]] = batch["cluster"].to_numpy()[at >= 0]
         return of
 
-    def of_photos(self, uris: pa.Array, gone: Ids) -> pa.Table:
+    def of_photos(self, uris: pa.Array, gone: Int64) -> pa.Table:
         """uri and cluster of the faces in these photos, those in `gone` (sorted) left out."""
         parts = []
         for batch in self._batches("face_id", "uri", "cluster"):
@@ -69,7 +68,7 @@ class Ledger:
             parts.append(shared.filter(pa.array(stays)).select(["uri", "cluster"]))
         return pa.Table.from_batches(parts, pa.schema([FACE_ROWS.field("uri"), FACE_ROWS.field("cluster")]))
 
-    def members(self, clusters: Ids, gone: Ids) -> tuple[Ids, Ids]:
+    def members(self, clusters: Int64, gone: Int64) -> tuple[Int64, Int64]:
         """(ids (n,), cluster (n,)) of the faces in some clusters (sorted), those in `gone` (sorted) left out."""
         ids, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for batch in self._batches("face_id", "cluster") if len(clusters) else ():
@@ -80,7 +79,7 @@ class Ledger:
             of.append(batch["cluster"].to_numpy()[inside][stays])
         return np.concatenate(ids), np.concatenate(of)
 
-    def anew(self, gone: Ids, size: Ids, medoids: Ids) -> Iterator[pa.Table]:
+    def anew(self, gone: Int64, size: Int64, medoids: Int64) -> Iterator[pa.Table]:
         """The rows without those in `gone`, with the sizes (k,) that their clusters have now; the faces in `medoids`
         stand for their clusters from now on. Both are sorted."""
         for batch in self._batches(*FACE_ROWS.names):

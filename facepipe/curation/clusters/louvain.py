@@ -8,14 +8,15 @@ from importlib import import_module
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from facepipe.curation.graph.components import Ints, Weights, adjacency, numbered
+from facepipe.curation.graph.components import adjacency, numbered
 from facepipe.errors import ConfigError
+from facepipe.types import Float32, Int64
 
 RESOLUTION = 0.3
 _TOLERANCE = 1e-5  # smallest gain, as a share of all weight, for which another pass is made
 
 
-def communities(count: int, u: Ints, v: Ints, weight: Weights, resolution: float = RESOLUTION) -> Ints:
+def communities(count: int, u: Int64, v: Int64, weight: Float32, resolution: float = RESOLUTION) -> Int64:
     """Labels (count,) int64 that maximise, over pairs of nodes in one cluster, the sum of weight less the price.
 
     The price of a pair is `resolution` times the mean weight of an edge; a pair without an edge weighs 0. So two

@@ -4,7 +4,6 @@ What a face is compared with then grows with the new faces, and not with their n
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.clusters.assign import Near
 from facepipe.curation.clusters.ledger import Ledger
@@ -13,8 +12,8 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
+from facepipe.types import Float32
 
-Floats = npt.NDArray[np.float32]
 _NEAREST = 128  # faces: of 10,000 among a million 27 miss the cluster that comparing all gives them
 _FEWEST = 8  # of them in clusters: else the new ones crowd the old out, and the face is compared with all clusters
 _CHEAP = 1_000_000_000  # products that take some seconds: up to there everything is compared
@@ -32,7 +31,7 @@ def usable_index(gallery: Gallery, mark: Mark, products: int) -> Index | None:
     return index if current and mark.version <= index.manifest.table_version <= gallery.version else None
 
 
-def nearby(index: Index, vectors: Floats, ledger: Ledger) -> Near:
+def nearby(index: Index, vectors: Float32, ledger: Ledger) -> Near:
     """The clusters to compare new faces (n, 128) with; some 2 kB of memory a face."""
     hits = index.search(vectors, _NEAREST).ids
     ids, place = np.unique(hits, return_inverse=True)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.clusters.review import Suspects
 from facepipe.curation.graph import Graph
@@ -14,9 +13,8 @@ from facepipe.gallery import Gallery
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report
+from facepipe.types import Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _FACES = 6  # of a cluster
 _SUSPECTS = 3000
 _LARGEST = 1500
@@ -26,14 +24,14 @@ _LARGEST = 1500
 class Found:
     """Everything a clustering has found; arrays (n,) are by node, (k,) by cluster."""
 
-    labels: Ids
+    labels: Int64
     clusters: Clusters
-    ids: Ids  # (k,) the cluster's public number
-    fits: Floats
-    medoids: Ids  # (k,) nodes
+    ids: Int64  # (k,) the cluster's public number
+    fits: Float32
+    medoids: Int64  # (k,) nodes
     merges: Suspects
     splits: Suspects
-    parts: Ids
+    parts: Int64
     algorithm: str
 
 
@@ -68,7 +66,7 @@ def cluster_report(graph: Graph, gallery: Gallery, found: Found) -> Report:
     )
 
 
-def _sizes(sizes: Ids) -> Histogram:
+def _sizes(sizes: Int64) -> Histogram:
     edges = log_edges(1, max(2, float(sizes.max(initial=1)) + 1), 5)
     return Histogram("Sizes of clusters", "faces", (series("clusters", sizes, edges),), log=True, log_x=True)
 
@@ -104,17 +102,17 @@ class _Groups:
         yield from sorted(suspects, key=lambda group: -group.suspicion)
         yield from (self._cluster(int(c), faces) for c in self._largest)
 
-    def _members(self, cluster: int) -> Ids:
+    def _members(self, cluster: int) -> Int64:
         return self._order[self._begins[cluster] : self._begins[cluster + 1]]
 
-    def _best(self, cluster: int) -> list[Ids]:
+    def _best(self, cluster: int) -> list[Int64]:
         return [self._members(cluster)[:_FACES]]
 
-    def _nodes_of_merge(self, n: int) -> list[Ids]:
+    def _nodes_of_merge(self, n: int) -> list[Int64]:
         pair = (self._found.merges.left[n], self._found.merges.right[n])
         return [self._members(int(cluster))[: _FACES // 2] for cluster in pair]
 
-    def _nodes_of_split(self, n: int) -> list[Ids]:
+    def _nodes_of_split(self, n: int) -> list[Int64]:
         members = self._members(int(self._found.splits.left[n]))
         return [members[self._found.parts[members] == part][: _FACES // 2] for part in (0, 1)]
 

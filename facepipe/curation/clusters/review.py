@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.nearest.join import Pairs
+from facepipe.types import Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _BLOCK = 65536
 
 
@@ -23,15 +21,15 @@ class Suspects:
     mean similarity between those that stay and those that leave.
     """
 
-    left: Ids
-    right: Ids
-    similarity: Floats
+    left: Int64
+    right: Int64
+    similarity: Float32
 
     def __len__(self) -> int:
         return len(self.left)
 
 
-def fit(graph: Graph, labels: Ids, clusters: Clusters) -> Floats:
+def fit(graph: Graph, labels: Int64, clusters: Clusters) -> Float32:
     """(n,) mean similarity of each face to the rest of its cluster; NaN for a face that is alone."""
     out = np.full(len(labels), np.nan, np.float32)
     for at in range(0, len(labels), _BLOCK):
@@ -45,13 +43,13 @@ def fit(graph: Graph, labels: Ids, clusters: Clusters) -> Floats:
     return out
 
 
-def medoids(labels: Ids, fits: Floats, count: int) -> Ids:
+def medoids(labels: Int64, fits: Float32, count: int) -> Int64:
     """(k,) the node of each cluster that fits it best, the first of equals."""
     order = np.lexsort((np.arange(len(labels)), -np.nan_to_num(fits), labels))
     return np.asarray(order[np.searchsorted(labels[order], np.arange(count))], np.int64)
 
 
-def merges(clusters: Clusters, labels: Ids, pairs: Pairs, most: int) -> Suspects:
+def merges(clusters: Clusters, labels: Int64, pairs: Pairs, most: int) -> Suspects:
     """Clusters that edges join and that are nevertheless two: the most similar first."""
     u, v = labels[pairs.u], labels[pairs.v]
     across = u != v
@@ -63,8 +61,8 @@ def merges(clusters: Clusters, labels: Ids, pairs: Pairs, most: int) -> Suspects
 
 
 def splits(
-    graph: Graph, labels: Ids, clusters: Clusters, pairs: Pairs, strict: float, most: int
-) -> tuple[Suspects, Ids]:
+    graph: Graph, labels: Int64, clusters: Clusters, pairs: Pairs, strict: float, most: int
+) -> tuple[Suspects, Int64]:
     """Clusters that fall into parts of several faces at a stricter threshold, the least similar parts first.
 
     Suspects hold the cluster (left) and how many faces its second part has (right); with them the part (n,) of each

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from zipfile import BadZipFile
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
@@ -21,9 +20,8 @@ from facepipe.index import manifest as manifests
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.types import Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 SUMS, MARK = "sums.npz", "mark.json"
 _ROWS = 65536
 _NOBODY = np.float32(1e3)  # the crowd of a cluster without faces: nobody is near it
@@ -43,7 +41,7 @@ class Standing:
         self.mark.save(os.path.join(folder, MARK))
 
     @classmethod
-    def load(cls, folder: str, faces: Ids) -> "tuple[Standing, Ids] | None":
+    def load(cls, folder: str, faces: Int64) -> "tuple[Standing, Int64] | None":
         """(that of a report whose clusters have so many faces (k,) by its tables, the clusters whose sums are of others
         than these faces: somebody was erased). None where there is none, or one that does not belong to the tables."""
         mark, held = Mark.load(os.path.join(folder, MARK)), _read(folder)
@@ -54,7 +52,7 @@ class Standing:
         return (cls(aligned, mark), np.flatnonzero(counts != aligned.size)) if aligned else None
 
 
-def forget(folder: str, faces: Ids) -> None:
+def forget(folder: str, faces: Int64) -> None:
     """Take clusters that lost faces out of a report's sums; the next `cluster --assign` makes theirs anew.
 
     faces (k,): how many each cluster has by the tables, the erased no longer among them (`Ledger.counts`). Without
@@ -90,7 +88,7 @@ def _read(folder: str) -> Clusters | None:
     return held if held.sums.shape[1:] == (EMBEDDING_DIM,) and held.crowd.shape == held.size.shape else None
 
 
-def _aligned(held: Clusters, counts: Ids) -> Clusters | None:
+def _aligned(held: Clusters, counts: Int64) -> Clusters | None:
     """With a row of sums for every cluster: `erase` deletes rows that are the vector of an erased face."""
     if len(held.sums) == len(held):
         return held
@@ -108,7 +106,7 @@ def none(count: int) -> Clusters:
     return Clusters(sums, crowd, np.zeros(count, np.int64))
 
 
-def add(clusters: Clusters, at: Ids, vectors: Floats, density: Floats) -> None:
+def add(clusters: Clusters, at: Int64, vectors: Float32, density: Float32) -> None:
     """Put faces (n, 128) of these densities (n,) into clusters (n,), in place."""
     np.add.at(clusters.sums, at, vectors)
     np.add.at(clusters.crowd, at, density)
@@ -126,7 +124,9 @@ def peopled(clusters: Clusters) -> Clusters:
     return replace(clusters, crowd=np.where(clusters.size > 0, clusters.crowd, _NOBODY))
 
 
-def recounted(clusters: Clusters, numbers: Ids, members: tuple[Ids, Ids], gallery: Gallery, cohort: Cohort) -> Clusters:
+def recounted(
+    clusters: Clusters, numbers: Int64, members: tuple[Int64, Int64], gallery: Gallery, cohort: Cohort
+) -> Clusters:
     """A copy in which some clusters (m,) consist of these members: (ids (n,), cluster (n,)) and nobody else."""
     held = Clusters(clusters.sums.copy(), clusters.crowd.copy(), clusters.size.copy())
     held.sums[numbers], held.crowd[numbers], held.size[numbers] = 0, 0, 0
@@ -141,7 +141,7 @@ def recounted(clusters: Clusters, numbers: Ids, members: tuple[Ids, Ids], galler
 class _Vectors:
     """Vectors by face id: from the search index, and those that it does not hold from one pass over the table."""
 
-    def __init__(self, gallery: Gallery, ids: Ids):
+    def __init__(self, gallery: Gallery, ids: Int64):
         self._index = _index(gallery)
         missing = ids if self._index is None else np.concatenate([ids[:0], *self._missing(self._index, ids)])
         self._ids = np.sort(missing)
@@ -149,7 +149,7 @@ class _Vectors:
         if len(missing):
             self._scan(gallery)
 
-    def __call__(self, ids: Ids) -> Floats:
+    def __call__(self, ids: Int64) -> Float32:
         """(n, 128)"""
         out = np.zeros((len(ids), EMBEDDING_DIM), np.float32) if self._index is None else self._index.vectors(ids)
         at = find(self._ids, ids)
@@ -157,7 +157,7 @@ class _Vectors:
         return out
 
     @staticmethod
-    def _missing(index: Index, ids: Ids) -> list[Ids]:
+    def _missing(index: Index, ids: Int64) -> list[Int64]:
         parts = (ids[at : at + _ROWS] for at in range(0, len(ids), _ROWS))
         return [part[~index.vectors(part).any(axis=1)] for part in parts]
 
@@ -179,7 +179,7 @@ def _index(gallery: Gallery) -> Index | None:
     return index if index.manifest.contract == manifests.contract_of(gallery) else None
 
 
-def find(ordered: Ids, ids: Ids) -> Ids:
+def find(ordered: Int64, ids: Int64) -> Int64:
     """Positions (m,) of ids in sorted ones, -1 where absent."""
     if not len(ordered):
         return np.full(len(ids), -1, np.int64)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,9 +11,8 @@ from facepipe.curation.graph.linkage import Clusters
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery, mirror
+from facepipe.types import Bool, Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 FACES, CLUSTERS, MERGES, SPLITS, CENTRES = (
     *("faces.parquet", "clusters.parquet", "merges.parquet", "splits.parquet"),
     "centres.parquet",
@@ -33,7 +31,7 @@ FACE_ROWS = pa.schema(
 _ROWS = 65536
 
 
-def by_size(labels: Ids, clusters: Clusters) -> Ids:
+def by_size(labels: Int64, clusters: Clusters) -> Int64:
     """(k,) the id of each cluster: 0 for the largest; of equal ones the one with the first face."""
     order = np.lexsort((np.arange(len(clusters)), -clusters.size))
     ids = np.empty(len(clusters), np.int64)
@@ -42,7 +40,7 @@ def by_size(labels: Ids, clusters: Clusters) -> Ids:
 
 
 def face_rows(
-    gallery: Gallery, nodes: Nodes, cluster: Ids, size: Ids, fits: Floats, medoid: npt.NDArray[np.bool_]
+    gallery: Gallery, nodes: Nodes, cluster: Int64, size: Int64, fits: Float32, medoid: Bool
 ) -> Iterator[pa.Table]:
     """Rows of faces.parquet, in the gallery's order; arrays (n,) are by node."""
     for batch in gallery.batches(["face_id", "uri", "identity"], rows=_ROWS):

@@ -7,11 +7,11 @@ import pyarrow as pa
 from facepipe.curation.duplicates import groups as _groups
 from facepipe.curation.duplicates import pairs as _pairs
 from facepipe.curation.duplicates.groups import grouped
-from facepipe.curation.duplicates.images import Ints, images_of
+from facepipe.curation.duplicates.images import images_of
 from facepipe.curation.duplicates.keep import decisions
 from facepipe.curation.duplicates.overlap import shared_identities
-from facepipe.curation.duplicates.pairs import Floats
 from facepipe.curation.duplicates.rule import DuplicateRule
+from facepipe.types import Float32, Int64
 
 __all__ = ["DuplicateRule", "Duplicates", "find_duplicates", "shared_identities"]
 
@@ -29,7 +29,7 @@ class Duplicates:
     decisions: pa.Table
 
 
-def find_duplicates(faces: pa.Table, u: Ints, v: Ints, distance: Floats, rule: DuplicateRule) -> Duplicates:
+def find_duplicates(faces: pa.Table, u: Int64, v: Int64, distance: Float32, rule: DuplicateRule) -> Duplicates:
     """Duplicates among the images of a table of faces, which may hold images without a face.
 
     faces: face_id, image_id, uri, identity, image_hash, width, height, face_index, sharpness, face_px, ingested_at as

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
+from facepipe.types import Int64
 
 COLUMNS = (
     *("face_id", "image_id", "uri", "source", "identity", "image_hash", "width", "height", "face_index", "sharpness"),
@@ -17,7 +17,7 @@ COLUMNS = (
 SIZE = r"^(?P<size>\d{1,18})-"
 
 
-def gather(galleries: Sequence[Gallery], nodes: Nodes) -> tuple[pa.Table, npt.NDArray[np.int64]]:
+def gather(galleries: Sequence[Gallery], nodes: Nodes) -> tuple[pa.Table, Int64]:
     """(the images' rows, their faces' rows included, with `side` and `file_size`; the row (n,) of each node)."""
     parts, row_of_node, rows = [], np.full(len(nodes), -1, np.int64), 0
     for side, gallery in enumerate(galleries):

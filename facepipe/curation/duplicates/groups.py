@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.sparse import coo_array
 
-from facepipe.curation.duplicates.images import Images, Ints
+from facepipe.curation.duplicates.images import Images
 from facepipe.curation.duplicates.pairs import Links
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, DuplicateRule
+from facepipe.types import Bool, Int64
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Grouping:
     mirrored, and group (-1 where it is alone). Groups are numbered by the uri of what is kept.
     """
 
-    kept: Ints
+    kept: Int64
     kind: npt.NDArray[np.int8]
-    mirrored: npt.NDArray[np.bool_]
-    group: Ints
+    mirrored: Bool
+    group: Int64
 
 
-def grouped(images: Images, picture: Ints, links: Links, rule: DuplicateRule) -> Grouping:
+def grouped(images: Images, picture: Int64, links: Links, rule: DuplicateRule) -> Grouping:
     """Every image with the first (in the order of the rule) of those that stay and that it is a duplicate of."""
     own = np.arange(len(images))
     links = links.take(links.kind <= KINDS.index(rule.drop))
@@ -39,7 +40,7 @@ def grouped(images: Images, picture: Ints, links: Links, rule: DuplicateRule) ->
     return Grouping(kept, kind, mirrored, _numbered(images, kept))
 
 
-def _leaders(n: int, p: Ints, q: Ints) -> Ints:
+def _leaders(n: int, p: Int64, q: Int64) -> Int64:
     """(n,) the leader of each of n nodes. In their order, each node that follows none leads its free neighbours."""
     leader = np.arange(n)
     free = np.ones(n, bool)
@@ -54,8 +55,8 @@ def _leaders(n: int, p: Ints, q: Ints) -> Ints:
 
 
 def _links_to_kept(
-    images: Images, picture: Ints, pairs: tuple[Ints, Ints, Links], kept: Ints
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
+    images: Images, picture: Int64, pairs: tuple[Int64, Int64, Links], kept: Int64
+) -> tuple[npt.NDArray[np.int8], Bool]:
     """(kind, mirrored) of the link between each image and what is kept for it."""
     n, own = len(images), np.arange(len(images))
     p, q, links = pairs
@@ -73,7 +74,7 @@ def _links_to_kept(
     return kind, mirrored
 
 
-def _numbered(images: Images, kept: Ints) -> Ints:
+def _numbered(images: Images, kept: Int64) -> Int64:
     dropped = kept != np.arange(len(kept))
     stays = np.unique(kept[dropped])
     names = images.table.select(["uri", "side"]).take(pa.array(stays))

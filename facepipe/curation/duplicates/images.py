@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.duplicates.rule import Keep
-
-Ints = npt.NDArray[np.int64]
+from facepipe.types import Bool, Int64
 
 _BY_SIZE = [("pixels", "descending"), ("file_size", "descending")]
 _BY_SHARPNESS, _BY_AGE = [("sharpness", "descending")], [("ingested_at", "ascending")]
@@ -30,8 +29,8 @@ class Images:
     """
 
     table: pa.Table
-    of_face: Ints
-    faces: Ints
+    of_face: Int64
+    faces: Int64
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -50,12 +49,12 @@ class Images:
         return bool(len(self.side)) and int(self.side.min()) != int(self.side.max())
 
     @cached_property
-    def hashed(self) -> npt.NDArray[np.bool_]:
+    def hashed(self) -> Bool:
         """Which images have a perceptual hash."""
         return np.asarray(self.table["image_hash"].is_valid())
 
     @cached_property
-    def same_bytes(self) -> Ints:
+    def same_bytes(self) -> Int64:
         """(images,) the first image with the same bytes; an image whose bytes are unknown is its own."""
         codes = codes_of(self.table["image_id"])
         own = np.arange(len(self))
@@ -84,7 +83,7 @@ def images_of(faces: pa.Table, keep: Keep) -> Images:
     return Images(table.take(places), of_face, np.bincount(of_face[present], minlength=len(places)))
 
 
-def codes_of(column: pa.ChunkedArray) -> Ints:
+def codes_of(column: pa.ChunkedArray) -> Int64:
     """(n,) equal numbers for equal strings, -1 for nulls."""
     chunks = pa.chunked_array(pc.dictionary_encode(column)).unify_dictionaries().chunks
     parts = [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in chunks]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -16,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from facepipe.curation.duplicates.gather import COLUMNS, SIZE
-from facepipe.curation.duplicates.images import Images, Ints, images_of
+from facepipe.curation.duplicates.images import Images, images_of
 from facepipe.curation.duplicates.pairs import Links, classified
 from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
 from facepipe.curation.duplicates.stars import stars
@@ -29,8 +28,8 @@ from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
 from facepipe.nearest.join import Pairs
 from facepipe.schema import EMBEDDING_DIM, FACES
+from facepipe.types import Bool, Float32, Int64
 
-Bools = npt.NDArray[np.bool_]
 _MOST = 256  # neighbours of a face: of a picture that is there more often, the copy that stays is compared with all
 _QUERIES = 16384
 _FILE = "file"
@@ -44,7 +43,7 @@ class Around:
     which are of new images; edges: pairs of rows, u < v, with the distance of their faces; asked: faces looked up."""
 
     table: pa.Table
-    new: Bools
+    new: Bool
     edges: Pairs
     asked: int
 
@@ -74,7 +73,7 @@ def around(
     return Around(table.combine_chunks(), _is_new(table, uris), found.edges(table), found.count)
 
 
-def _new(changes: Changes) -> tuple[pa.Table, Ints]:
+def _new(changes: Changes) -> tuple[pa.Table, Int64]:
     """(rows of new images, sorted ids of their faces that can be searched for)."""
     parts, ids = [], [np.empty(0, np.int64)]
     wanted = [*COLUMNS, "embedding"]
@@ -102,7 +101,7 @@ def _sized(table: pa.Table) -> pa.Table:
     return table.append_column("side", pa.array(np.zeros(table.num_rows, np.int8)))
 
 
-def _require(index: Index, ids: Ints, gallery: str) -> None:
+def _require(index: Index, ids: Int64, gallery: str) -> None:
     lacking = sum(int((~index.vectors(part).any(axis=1)).sum()) for part in _parts(ids))
     if lacking:
         raise IndexingError(
@@ -110,7 +109,7 @@ def _require(index: Index, ids: Ints, gallery: str) -> None:
         )
 
 
-def _parts(ids: Ints) -> Iterator[Ints]:
+def _parts(ids: Int64) -> Iterator[Int64]:
     for at in range(0, len(ids), _QUERIES):
         yield ids[at : at + _QUERIES]
 
@@ -136,7 +135,7 @@ def _unknown(uris: pa.Array, table: pa.Table) -> pa.Array:
     return uris.filter(pc.invert(pc.is_in(uris, pc.unique(table["uri"]))))
 
 
-def _is_new(table: pa.Table, uris: pa.Array) -> Bools:
+def _is_new(table: pa.Table, uris: pa.Array) -> Bool:
     return np.asarray(pc.is_in(table["uri"], uris).to_numpy())
 
 
@@ -152,7 +151,7 @@ class _Found:
     def count(self) -> int:
         return len(self._asked)
 
-    def ask(self, ids: Ints, table: pa.Table) -> pa.Array:
+    def ask(self, ids: Int64, table: pa.Table) -> pa.Array:
         """Look up faces (n,); the images of those that are near and not in the table."""
         known, strangers = np.sort(table["face_id"].drop_null().to_numpy()), [np.empty(0, np.int64)]
         for part in _parts(ids):
@@ -166,7 +165,7 @@ class _Found:
         self._asked = np.union1d(self._asked, ids)
         return pc.unique(self._index.labels(np.unique(np.concatenate(strangers)))["uri"]).drop_null()
 
-    def next(self, table: pa.Table, new: Bools) -> Ints:
+    def next(self, table: pa.Table, new: Bool) -> Int64:
         """Faces that are to be looked up: those of images which could be in a group with a new one, or in a pair."""
         images = images_of(table, self._rule.keep)
         edges = self.edges(table)
@@ -192,7 +191,7 @@ class _Found:
         return Pairs(ends[0], ends[1], pairs.distance)
 
 
-def _positions(pairs: Pairs, ids: Ints) -> Pairs:
+def _positions(pairs: Pairs, ids: Int64) -> Pairs:
     """Pairs of ids as pairs of positions in the sorted ids."""
     if not len(ids):
         return _NO_PAIRS
@@ -202,7 +201,7 @@ def _positions(pairs: Pairs, ids: Ints) -> Pairs:
     return _once(Pairs(low, high, pairs.distance[here]), len(ids))
 
 
-def _of_one_each(pairs: Pairs, vectors: npt.NDArray[np.float32]) -> Pairs:
+def _of_one_each(pairs: Pairs, vectors: Float32) -> Pairs:
     """Of faces with identical vectors the first is compared with others, and the rest with it, as in the graph."""
     first = representatives(vectors)
     alone = first == np.arange(len(first))
@@ -213,7 +212,7 @@ def _once(pairs: Pairs, count: int) -> Pairs:
     return pairs.take(np.unique(pairs.u * count + pairs.v, return_index=True)[1])
 
 
-def _concerned(images: Images, links: Links, new: Bools, rule: DuplicateRule) -> Bools:
+def _concerned(images: Images, links: Links, new: Bool, rule: DuplicateRule) -> Bool:
     """(images,) those in a group with a new one, those linked to one of these, and the copies of the latter: how many
     pairs two groups of copies make depends on all of them."""
     n, own = len(images), np.arange(len(images))

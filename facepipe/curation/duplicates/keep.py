@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.curation.duplicates.groups import Grouping
-from facepipe.curation.duplicates.images import Images, Ints
+from facepipe.curation.duplicates.images import Images
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, Keep
+from facepipe.types import Int64
 
 KEEP, DROP = "keep", "drop"
 _CHUNK = 65536
@@ -34,7 +35,7 @@ def decisions(images: Images, grouping: Grouping, keep: Keep) -> pa.Table:
     return pa.table(columns).sort_by([("uri", "ascending"), ("side", "ascending")])
 
 
-def _reasons(images: Images, grouping: Grouping, dropped: Ints, keep: Keep) -> pa.ChunkedArray:
+def _reasons(images: Images, grouping: Grouping, dropped: Int64, keep: Keep) -> pa.ChunkedArray:
     """(images,) what a reader checks first: which copy stays, and what it has over this one; null for the kept."""
     chunks = (dropped[at : at + _CHUNK] for at in range(0, len(dropped), _CHUNK))
     parts = [pa.array(list(_chunk(images, grouping, chunk, keep)), pa.string()) for chunk in chunks]
@@ -45,7 +46,7 @@ def _reasons(images: Images, grouping: Grouping, dropped: Ints, keep: Keep) -> p
     return pa.chunked_array(parts, pa.string()).take(pa.array(place, mask=kept))
 
 
-def _chunk(images: Images, grouping: Grouping, rows: Ints, keep: Keep) -> Iterator[str]:
+def _chunk(images: Images, grouping: Grouping, rows: Int64, keep: Keep) -> Iterator[str]:
     figures = images.table.select(["uri", "width", "height", "pixels", "file_size", "sharpness"])
     these, those = (figures.take(pa.array(r)).to_pylist() for r in (rows, grouping.kept[rows]))
     kinds, turned = grouping.kind[rows].tolist(), grouping.mirrored[rows].tolist()

@@ -5,12 +5,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.curation.duplicates.images import Ints, codes_of
+from facepipe.curation.duplicates.images import codes_of
 from facepipe.nearest.join import Pairs
+from facepipe.types import Int64
 
 
 def shared_identities(
-    faces: pa.Table, edges: Pairs, first: Ints | None = None, threshold: float = 0.35, most: int = 32
+    faces: pa.Table, edges: Pairs, first: Int64 | None = None, threshold: float = 0.35, most: int = 32
 ) -> pa.Table:
     """Identities of side 0 and side 1 that are linked by faces within the threshold, or that have the same name.
 
@@ -33,7 +34,7 @@ def shared_identities(
     return _described(table, faces, side, codes, most)
 
 
-def _standing(side: npt.NDArray[np.int8], codes: Ints, first: Ints, most: int) -> tuple[pa.Table, pa.Table]:
+def _standing(side: npt.NDArray[np.int8], codes: Int64, first: Int64, most: int) -> tuple[pa.Table, pa.Table]:
     """Of each side: identities (code) of the faces that a row (first) stands for, and how many faces of each."""
     known = np.flatnonzero((codes >= 0) & (first >= 0))
     faces = pa.table({"first": first[known], "code": codes[known], "side": side[known]})
@@ -94,7 +95,7 @@ def _namesakes(faces: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def _described(table: pa.Table, faces: pa.Table, side: npt.NDArray[np.int8], codes: Ints, most: int) -> pa.Table:
+def _described(table: pa.Table, faces: pa.Table, side: npt.NDArray[np.int8], codes: Int64, most: int) -> pa.Table:
     pair = [table[f"code_{n}"].to_numpy() for n in (0, 1)]
     known = codes >= 0
     size = int(codes.max(initial=-1)) + 1

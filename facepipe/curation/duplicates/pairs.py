@@ -10,12 +10,10 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.curation.duplicates.images import Images, Ints, codes_of
+from facepipe.curation.duplicates.images import Images, codes_of
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
 from facepipe.imaging.perceptual import hamming, mirrored
-
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
+from facepipe.types import Bool, Float32, Int64, UInt8
 
 _IDENTICAL = 1e-4  # a distance that is nothing but rounding
 _NO_HASH = 65
@@ -28,13 +26,13 @@ class Links:
     a, b: image numbers, a < b; kind: index into KINDS; bits: differing bits of the hashes, 65 where one is missing.
     """
 
-    u: Ints
-    v: Ints
-    a: Ints
-    b: Ints
-    distance: Floats
-    bits: npt.NDArray[np.uint8]
-    mirrored: Bools
+    u: Int64
+    v: Int64
+    a: Int64
+    b: Int64
+    distance: Float32
+    bits: UInt8
+    mirrored: Bool
     kind: npt.NDArray[np.int8]
 
     def __len__(self) -> int:
@@ -49,7 +47,7 @@ class Links:
         return Links(*(np.concatenate([getattr(x, n) for x in (self, other)]) for n in self.__dataclass_fields__))
 
 
-def classified(images: Images, faces: pa.Table, edges: tuple[Ints, Ints, Floats], rule: DuplicateRule) -> Links:
+def classified(images: Images, faces: pa.Table, edges: tuple[Int64, Int64, Float32], rule: DuplicateRule) -> Links:
     """The edges (u, v, distance) that link two images in one of the ways near and same_shot; others are left out."""
     links = _candidates(images, edges, rule.radius)
     hash_agrees = (links.bits <= rule.hash_bits) & (links.distance <= rule.near)
@@ -61,7 +59,7 @@ def classified(images: Images, faces: pa.Table, edges: tuple[Ints, Ints, Floats]
     return replace(links, kind=kind).take(hash_agrees | shot)
 
 
-def _candidates(images: Images, edges: tuple[Ints, Ints, Floats], radius: float) -> Links:
+def _candidates(images: Images, edges: tuple[Int64, Int64, Float32], radius: float) -> Links:
     """Edges of two images within the radius, with the hashes' differences."""
     u, v, distance = edges
     chosen = np.flatnonzero(np.asarray(distance) <= radius)
@@ -77,7 +75,7 @@ def _candidates(images: Images, edges: tuple[Ints, Ints, Floats], radius: float)
     return Links(u, v, a, b, distance, bits, turned, np.zeros(len(a), np.int8)).take(a < b)
 
 
-def _most_faces(images: Images, links: Links) -> Bools:
+def _most_faces(images: Images, links: Links) -> Bool:
     """Whether more than half of the faces of the image with fewer have a partner: a face cut off by the border may
     resemble a stranger's, two of them hardly do.
     """
@@ -95,7 +93,7 @@ def _most_faces(images: Images, links: Links) -> Bools:
     return np.asarray(2 * np.minimum(*counts)[place] > fewer)
 
 
-def pictures(images: Images, links: Links) -> Ints:
+def pictures(images: Images, links: Links) -> Int64:
     """(images,) the first image of the same picture: the same bytes, or the same hash and the same embedding.
 
     Both are transitive, so copies need not be linked to each other one by one.
@@ -109,7 +107,7 @@ def pictures(images: Images, links: Links) -> Ints:
     return np.asarray(first[labels], np.int64)
 
 
-def copies(images: Images, picture: Ints) -> Links:
+def copies(images: Images, picture: Int64) -> Links:
     """Every image tied to the first of its bytes (exact), and every first of its bytes to the first of the picture."""
     own = np.arange(len(images))
     exact = own[images.same_bytes != own]
@@ -121,7 +119,7 @@ def copies(images: Images, picture: Ints) -> Links:
     return tied.take(images.side[a] != images.side[b]) if images.compares else tied
 
 
-def strongest(images: Images, faces: pa.Table, links: Links, picture: Ints) -> Links:
+def strongest(images: Images, faces: pa.Table, links: Links, picture: Int64) -> Links:
     """One link for two pictures: of the surest kind, then between two galleries, then the closest faces.
 
     Where galleries are compared, a picture that both hold counts as the other one's (side 1).

@@ -1,7 +1,6 @@
 """Pictures that a corpus holds a hundred times: more copies than a face has neighbours in the graph."""
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -12,13 +11,12 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.edges import joined
 from facepipe.index.search import pair_distances
 from facepipe.nearest.join import Pairs
+from facepipe.types import Bool, Float32, Int64
 
-Ints = npt.NDArray[np.int64]
-Vectors = npt.NDArray[np.float32]
 _CENTRES = 1000  # pictures that are looked for in one crowd
 
 
-def face_pairs(graph: Graph, table: pa.Table, row_of_node: Ints, rule: DuplicateRule) -> Pairs:
+def face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: DuplicateRule) -> Pairs:
     """A graph's edges within the rule's radius, and where they stop at the most that a face has, those to the face
     that would be kept of each crowd. table and row_of_node (n,): see `gather`."""
     near = graph.edges.within(rule.radius)
@@ -32,7 +30,7 @@ def face_pairs(graph: Graph, table: pa.Table, row_of_node: Ints, rule: Duplicate
     return both.take(np.unique(both.u * count + both.v, return_index=True)[1])
 
 
-def stars(vectors: Vectors, order: Ints, near: Pairs, full: npt.NDArray[np.bool_], radius: float) -> Pairs:
+def stars(vectors: Float32, order: Int64, near: Pairs, full: Bool, radius: float) -> Pairs:
     """Edges from the face that would be kept to all its copies.
 
     vectors (n, 128); order (n,): the smaller, the sooner a face is kept; full (n,): whose edges are not all there. In
@@ -48,7 +46,7 @@ def stars(vectors: Vectors, order: Ints, near: Pairs, full: npt.NDArray[np.bool_
     return Pairs(np.minimum(u, v), np.maximum(u, v), distance)
 
 
-def _star(vectors: npt.NDArray[np.float32], members: Ints, radius: float) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+def _star(vectors: Float32, members: Int64, radius: float) -> tuple[Int64, Int64, Float32]:
     rows = np.ascontiguousarray(vectors[members])
     left, found = np.arange(len(members)), []
     for _ in range(_CENTRES):

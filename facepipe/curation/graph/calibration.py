@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.graph import truth
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.curation.graph.threshold import Counts, Threshold, estimate, histogram
+from facepipe.curation.graph.threshold import Threshold, estimate, histogram
 from facepipe.errors import ThresholdError
 from facepipe.nearest.join import candidates
+from facepipe.types import Float32, Int64
 
-Vectors = npt.NDArray[np.float32]
 _PLAUSIBLE = (0.5, 1.3)  # an estimated threshold lies within these times the one of the model's card
 _FEWEST = 300  # faces from which a threshold is estimated
 _EACH = 3  # faces of a person in the cohort
@@ -36,12 +35,12 @@ class Calibration:
     """cohort; density (n,) of all faces against it; counts: histogram of similarities of random pairs; threshold."""
 
     cohort: Cohort
-    density: npt.NDArray[np.float32]
-    counts: Counts
+    density: Float32
+    counts: Int64
     threshold: Threshold
 
 
-def calibrate(vectors: Vectors, asked: Asked) -> Calibration:
+def calibrate(vectors: Float32, asked: Asked) -> Calibration:
     """Densities and threshold of n faces. Where these are too few to show one, the cohort is left out and the model's
     own is taken. Raises ThresholdError where the model has none."""
     sample = truth.draw(len(vectors), asked.seed)
@@ -67,7 +66,7 @@ def given(distance: float, density: float) -> Threshold:
     return Threshold(1 - distance**2 / 2 - density, float("nan"), float("nan"), estimated=False)
 
 
-def _found(counts: Counts, faces: int, density: float, asked: Asked) -> Threshold | None:
+def _found(counts: Int64, faces: int, density: float, asked: Asked) -> Threshold | None:
     if asked.threshold:
         return given(asked.threshold, density)
     found = estimate(counts, faces, asked.impostors)

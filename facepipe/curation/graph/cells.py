@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.graph import cost
 from facepipe.index.grid import grid
 from facepipe.nearest.faiss_engine import faiss, with_gpus
-from facepipe.nearest.join import Ids, Vectors
+from facepipe.types import Bool, Float32, Int32, Int64
 
 SMALL = 30_000  # faces that are compared all with all
 _CELL = 244  # faces for each cell: found to cost least for a given recall (docs/performance.md)
@@ -25,10 +24,10 @@ MOST_CELLS_EACH = 24
 class Cells:
     """Centres (c, 128), and how many of its nearest cells a face lies in."""
 
-    centres: Vectors
+    centres: Float32
     each: int
 
-    def assign(self, vectors: Vectors, each: int | None = None) -> npt.NDArray[np.int32]:
+    def assign(self, vectors: Float32, each: int | None = None) -> Int32:
         """(n, each) numbers of the nearest cells, nearest first."""
         index = faiss.IndexFlatL2(self.centres.shape[1])
         index.add(self.centres)
@@ -50,7 +49,7 @@ def one(dimension: int) -> Cells:
     return Cells(np.zeros((1, dimension), np.float32), 1)
 
 
-def train(vectors: Vectors, seed: int, say: Callable[[str], None] = lambda line: None) -> Cells:
+def train(vectors: Float32, seed: int, say: Callable[[str], None] = lambda line: None) -> Cells:
     """Cells for n vectors; one, with all in it, where they are few.
 
     Runs k-means on GPUs where faiss-gpu finds any; `say` hears why not, where it does and they cannot be used.
@@ -64,7 +63,7 @@ def train(vectors: Vectors, seed: int, say: Callable[[str], None] = lambda line:
     means = faiss.Kmeans(dimension, number, niter=_ROUNDS, seed=1, max_points_per_centroid=_SAMPLED)
     sample, on_cpu = _unit(vectors[chosen]), means.index
 
-    def centroids(index: Any) -> Vectors:
+    def centroids(index: Any) -> Float32:
         means.index = on_cpu if index is None else index
         means.train(sample)
         return np.asarray(means.centroids, np.float32)
@@ -72,12 +71,12 @@ def train(vectors: Vectors, seed: int, say: Callable[[str], None] = lambda line:
     return Cells(grid(with_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
 
 
-def shared(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32], each: int) -> npt.NDArray[np.bool_]:
+def shared(left: Int32, right: Int32, each: int) -> Bool:
     """(m,) whether faces with cells (m, c) and (m, c) meet in one of their nearest `each`."""
     return np.asarray((left[:, :each, None] == right[:, None, :each]).any(axis=(1, 2)))
 
 
-def members(assigned: npt.NDArray[np.int32], cells: int, path: str) -> tuple[Ids, Ids]:
+def members(assigned: Int32, cells: int, path: str) -> tuple[Int64, Int64]:
     """(faces sorted by cell (n * each,) mapped from a file, where each cell begins (cells + 1,))."""
     counts = np.zeros(cells + 1, np.int64)
     for at in range(0, len(assigned), _BLOCK):
@@ -101,12 +100,12 @@ def members(assigned: npt.NDArray[np.int32], cells: int, path: str) -> tuple[Ids
 class Layout:
     """Who lies where: assigned (n, each) int32, and the faces of each cell; all mapped from files of a folder."""
 
-    assigned: npt.NDArray[np.int32]
-    faces: Ids
-    begins: Ids
+    assigned: Int32
+    faces: Int64
+    begins: Int64
 
     @classmethod
-    def make(cls, vectors: Vectors, cells: Cells, folder: str) -> "Layout":
+    def make(cls, vectors: Float32, cells: Cells, folder: str) -> "Layout":
         """Assign all faces and sort them by cell."""
         path = os.path.join(folder, "assigned.npy")
         np.save(path, cells.assign(vectors))
@@ -131,11 +130,11 @@ class Layout:
             yield first, min(last, len(cost))
             first = last
 
-    def inside(self, cell: int) -> Ids:
+    def inside(self, cell: int) -> Int64:
         """The faces of a cell."""
         return np.asarray(self.faces[self.begins[cell] : self.begins[cell + 1]])
 
-    def first_met(self, cell: int, inside: Ids, u: Ids, v: Ids) -> npt.NDArray[np.bool_]:
+    def first_met(self, cell: int, inside: Int64, u: Int64, v: Int64) -> Bool:
         """(m,) whether pairs (u, v) of faces inside a cell meet in no cell of a smaller number."""
         if self.assigned.shape[1] == 1:
             return np.ones(len(u), bool)
@@ -146,7 +145,7 @@ class Layout:
         return np.asarray(lowest == cell)
 
 
-def _unit(vectors: Vectors) -> Vectors:
+def _unit(vectors: Float32) -> Float32:
     block = np.asarray(vectors, np.float32)
     norms = np.linalg.norm(block, axis=1, keepdims=True)
     return np.ascontiguousarray(block / np.maximum(norms, 1e-12))

@@ -9,11 +9,10 @@ remain inner products of sums.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.nearest.faiss_engine import faiss
+from facepipe.types import Float32
 
-Vectors = npt.NDArray[np.float32]
 SIZE = 4096
 _NEAREST, _FARTHEST = 0.005, 0.025  # share of the cohort between which neighbours count
 _LEAST_NEAREST, _LEAST_FARTHEST = 20, 100  # in small cohorts the nearest are the face's own identity
@@ -24,10 +23,10 @@ _BLOCK = 8192
 class Cohort:
     """A sample of faces (m, 128); none where a gallery is too small for one, and then nobody is crowded."""
 
-    vectors: Vectors
+    vectors: Float32
 
     @classmethod
-    def draw(cls, vectors: Vectors, seed: int) -> "Cohort":
+    def draw(cls, vectors: Float32, seed: int) -> "Cohort":
         """A seeded sample of all faces, one of each where they are few."""
         rng = np.random.default_rng(seed)
         chosen = np.sort(rng.choice(len(vectors), min(SIZE, len(vectors)), replace=False))
@@ -38,7 +37,7 @@ class Cohort:
         """No cohort: densities are 0 and similarities are cosines."""
         return cls(np.empty((0, 128), np.float32))
 
-    def density(self, vectors: Vectors) -> npt.NDArray[np.float32]:
+    def density(self, vectors: Float32) -> Float32:
         """(n,) mean cosine to the cohort's faces between the ranks that count."""
         out = np.zeros(len(vectors), np.float32)
         size = len(self.vectors)

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.edges import Edges
@@ -15,6 +14,7 @@ from facepipe.curation.graph.nodes import Nodes, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
 from facepipe.nearest.join import Pairs, similarity
+from facepipe.types import Float32, Int64
 
 INFO = "graph.json"
 DENSITY, COHORT, HISTOGRAM, REPRESENTATIVES = "density.npy", "cohort.npy", "histogram.npy", "representatives.npy"
@@ -64,7 +64,7 @@ class Graph:
         self.edges = Edges(folder)
 
     @cached_property
-    def density(self) -> npt.NDArray[np.float32]:
+    def density(self) -> Float32:
         """(n,) how crowded the space around each face is."""
         return np.asarray(self._array(DENSITY), np.float32)
 
@@ -74,12 +74,12 @@ class Graph:
         return Cohort(self._array(COHORT))
 
     @cached_property
-    def representatives(self) -> npt.NDArray[np.int64]:
+    def representatives(self) -> Int64:
         """(n,) the first node with the same vector, bit by bit."""
         return np.asarray(self._array(REPRESENTATIVES), np.int64)
 
     @cached_property
-    def histogram(self) -> npt.NDArray[np.int64]:
+    def histogram(self) -> Int64:
         """Counts of similarities of random pairs, in bins of facepipe.curation.graph.threshold.EDGES."""
         return np.asarray(self._array(HISTOGRAM), np.int64)
 
@@ -89,7 +89,7 @@ class Graph:
         except (OSError, ValueError, EOFError) as error:
             raise StorageError(f"the graph in {self.folder!r} is damaged ({name}): delete the folder") from error
 
-    def similarity(self, pairs: Pairs) -> npt.NDArray[np.float32]:
+    def similarity(self, pairs: Pairs) -> Float32:
         """(m,) similarities of edges."""
         return similarity(pairs.distance, self.density[pairs.u], self.density[pairs.v])
 

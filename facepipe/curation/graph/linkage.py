@@ -9,14 +9,12 @@ merging one pair at a time (Murtagh, 1983; Sumengen et al., arXiv 2105.11653).
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from facepipe.curation.graph.components import numbered
+from facepipe.types import Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 _CHUNK = 1 << 17
 _PATIENT = 100  # rounds in which only mutual nearest are merged
 _HASTE = np.float32(0.0002)  # then this much more slack each round: a large cluster takes in many at once
@@ -26,12 +24,12 @@ _HASTE = np.float32(0.0002)  # then this much more slack each round: a large clu
 class Clusters:
     """k clusters: sums (k, 128) of their faces' vectors, crowd (k,) sums of their densities, size (k,)."""
 
-    sums: Floats
-    crowd: Floats
-    size: Ids
+    sums: Float32
+    crowd: Float32
+    size: Int64
 
     @classmethod
-    def single(cls, vectors: Floats, density: Floats) -> "Clusters":
+    def single(cls, vectors: Float32, density: Float32) -> "Clusters":
         """Every face a cluster."""
         return cls(np.array(vectors, np.float32), np.array(density, np.float32), np.ones(len(vectors), np.int64))
 
@@ -39,16 +37,16 @@ class Clusters:
         return len(self.size)
 
     @property
-    def means(self) -> Floats:
+    def means(self) -> Float32:
         """(k, 128) mean vectors; the longer, the more alike a cluster's faces are."""
         return np.asarray(self.sums / np.maximum(1, self.size)[:, None], np.float32)
 
     @property
-    def density(self) -> Floats:
+    def density(self) -> Float32:
         """(k,) mean densities."""
         return np.asarray(self.crowd / np.maximum(1, self.size), np.float32)
 
-    def linkage(self, u: Ids, v: Ids) -> Floats:
+    def linkage(self, u: Int64, v: Int64) -> Float32:
         """(m,) mean similarity over all pairs of faces between clusters u (m,) and v (m,)."""
         out = np.empty(len(u), np.float32)
         for at in range(0, len(u), _CHUNK):
@@ -57,13 +55,13 @@ class Clusters:
             out[part] = product / (self.size[u[part]] * self.size[v[part]])
         return np.asarray(out - (self.density[u] + self.density[v]) / 2, np.float32)
 
-    def cohesion(self) -> Floats:
+    def cohesion(self) -> Float32:
         """(k,) mean cosine between two different faces of a cluster; 1 for single faces."""
         squared = np.einsum("nd,nd->n", self.sums, self.sums)
         pairs = np.maximum(1, self.size * (self.size - 1))
         return np.where(self.size > 1, (squared - self.size) / pairs, 1).astype(np.float32)
 
-    def merged(self, group: Ids) -> "Clusters":
+    def merged(self, group: Int64) -> "Clusters":
         """Clusters by their group's number (k,), numbered 0 to the largest."""
         count = int(group.max(initial=-1)) + 1
         order = np.argsort(group, kind="stable")
@@ -78,8 +76,8 @@ class Clusters:
 
 
 def average_linkage(
-    clusters: Clusters, u: Ids, v: Ids, threshold: float, forbidden: npt.NDArray[np.int64] | None = None
-) -> tuple[Ids, Clusters]:
+    clusters: Clusters, u: Int64, v: Int64, threshold: float, forbidden: Int64 | None = None
+) -> tuple[Int64, Clusters]:
     """Merge clusters while the mean similarity of two that an edge (u, v) joins reaches the threshold.
 
     `forbidden` (m, 2) are pairs of clusters that must not come together. Returns the group of each given cluster (k,),
@@ -103,23 +101,23 @@ def average_linkage(
 @dataclass(frozen=True)
 class _State:
     clusters: Clusters
-    group: Ids
-    u: Ids
-    v: Ids
-    weight: Floats
+    group: Int64
+    u: Int64
+    v: Int64
+    weight: Float32
 
     def above(self, threshold: float) -> "_State":
         kept = self.weight >= threshold
         return replace(self, u=self.u[kept], v=self.v[kept], weight=self.weight[kept])
 
-    def without(self, apart: Ids) -> "_State":
+    def without(self, apart: Int64) -> "_State":
         if not len(apart) or not len(self.u):
             return self
         low, high = apart.min(axis=1), apart.max(axis=1)
         kept = ~np.isin(self.u * len(self.clusters) + self.v, low * len(self.clusters) + high)
         return replace(self, u=self.u[kept], v=self.v[kept], weight=self.weight[kept])
 
-    def merged(self, joined: Ids, threshold: float) -> "_State":
+    def merged(self, joined: Int64, threshold: float) -> "_State":
         """After a merge only the edges of clusters that grew are computed again."""
         clusters = self.clusters.merged(joined)
         grown = np.bincount(joined, minlength=len(clusters)) > 1
@@ -133,7 +131,7 @@ class _State:
         return _State(clusters, fresh.group, np.concatenate([low, fresh.u]), np.concatenate([high, fresh.v]), weight)
 
 
-def _tidy(u: Ids, v: Ids, count: int) -> tuple[Ids, Ids]:
+def _tidy(u: Int64, v: Int64, count: int) -> tuple[Int64, Int64]:
     """Every pair of different ends once, the smaller first."""
     different = u != v
     key = np.sort(np.minimum(u, v)[different] * count + np.maximum(u, v)[different])
@@ -141,7 +139,7 @@ def _tidy(u: Ids, v: Ids, count: int) -> tuple[Ids, Ids]:
     return key // max(1, count), key % max(1, count)
 
 
-def _round(state: _State, apart: Ids, slack: np.float32) -> Ids:
+def _round(state: _State, apart: Int64, slack: np.float32) -> Int64:
     """The group (k,) of each cluster after mutual nearest have merged, and with slack those that point at them."""
     count = len(state.clusters)
     a, b = np.concatenate([state.u, state.v]), np.concatenate([state.v, state.u])
@@ -168,7 +166,7 @@ def _round(state: _State, apart: Ids, slack: np.float32) -> Ids:
     return group
 
 
-def _groups(count: int, u: Ids, v: Ids) -> Ids:
+def _groups(count: int, u: Int64, v: Int64) -> Int64:
     """Connected components, numbered by their smallest member."""
     edges = coo_array((np.ones(len(u), np.int8), (u, v)), shape=(count, count))
     labels = connected_components(edges, directed=False)[1].astype(np.int64)

@@ -11,9 +11,8 @@ from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.index.rows import Skipped, face_rows
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.types import Float32, Int64
 
-Ids = npt.NDArray[np.int64]
-Vectors = npt.NDArray[np.float32]
 _IDS, _SIDES, _VECTORS = "ids.npy", "sides.npy", "vectors.npy"
 _HASHED = 65536  # rows hashed at a time
 
@@ -25,14 +24,14 @@ class Nodes:
     The same face can be in two galleries under one id; it is then two nodes, told apart by their side.
     """
 
-    ids: Ids
+    ids: Int64
     sides: npt.NDArray[np.int8]
-    vectors: Vectors
+    vectors: Float32
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def find(self, ids: Ids, side: int = 0) -> Ids:
+    def find(self, ids: Int64, side: int = 0) -> Int64:
         """Positions (m,) of face ids (m,) of one gallery; -1 for those that are no nodes."""
         if not len(self.ids):
             return np.full(len(ids), -1, np.int64)
@@ -80,7 +79,7 @@ def open_nodes(folder: str) -> Nodes:
     return Nodes(ids, sides, vectors)
 
 
-def representatives(vectors: Vectors) -> Ids:
+def representatives(vectors: Float32) -> Int64:
     """(n,) position of the first vector that is equal in every bit: copies would crowd out all other neighbours."""
     weights = np.random.default_rng(0).integers(1, 1 << 63, EMBEDDING_DIM, dtype=np.uint64) | np.uint64(1)
     hashes = np.empty(len(vectors), np.uint64)
@@ -97,7 +96,7 @@ def representatives(vectors: Vectors) -> Ids:
     return found
 
 
-def _keys(gallery: Gallery) -> Ids:
+def _keys(gallery: Gallery) -> Int64:
     skipped = Skipped()
     parts = [rows.ids for rows in face_rows(gallery.faces_folder, _paths(gallery), skipped=skipped)]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)

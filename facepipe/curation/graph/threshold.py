@@ -9,11 +9,9 @@ share is never reached; then it is where a face has few impostors.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from facepipe.nearest.join import Densities, Ids, Vectors
+from facepipe.types import Float32, Float64, Int64
 
-Counts = npt.NDArray[np.int64]
 IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/reports.md)
 _LOW, _HIGH, _STEP = -0.5, 1.0, 0.0005
 EDGES = np.arange(_LOW, _HIGH + _STEP, _STEP)
@@ -37,7 +35,7 @@ class Threshold:
     estimated: bool = True
 
 
-def histogram(vectors: Vectors, densities: Densities, sample: Ids) -> Counts:
+def histogram(vectors: Float32, densities: Float32, sample: Int64) -> Int64:
     """Counts (3000,) of the similarities between sampled faces (m,) and all others, in bins of EDGES."""
     counts = np.zeros(len(EDGES) - 1, np.int64)
     left, own = np.ascontiguousarray(vectors[sample]), densities[sample]
@@ -54,7 +52,7 @@ def histogram(vectors: Vectors, densities: Densities, sample: Ids) -> Counts:
     return counts
 
 
-def estimate(counts: Counts, faces: int, impostors: float = IMPOSTORS) -> Threshold | None:
+def estimate(counts: Int64, faces: int, impostors: float = IMPOSTORS) -> Threshold | None:
     """The threshold for n faces from a histogram of similarities; None where it does not show where one person ends.
 
     The fit is repeated with a smaller share of the tail once it is known how many pairs of one person lie in it.
@@ -85,7 +83,7 @@ def estimate(counts: Counts, faces: int, impostors: float = IMPOSTORS) -> Thresh
     return found
 
 
-def _null_tail(counts: Counts, lower: float) -> npt.NDArray[np.float64] | None:
+def _null_tail(counts: Int64, lower: float) -> Float64 | None:
     """Impostor pairs expected at or above the beginning of each bin, from a fit to the bulk's right flank."""
     total = counts.sum()
     above = counts[::-1].cumsum()[::-1]

@@ -3,24 +3,24 @@
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
-from facepipe.nearest.join import Densities, Ids, Pairs, Vectors
+from facepipe.nearest.join import Pairs
+from facepipe.types import Float32, Int64
 
 _COLUMNS = 65536
 _ROWS = 256
 
 
-def draw(count: int, seed: int, budget: float = 1e9) -> Ids:
+def draw(count: int, seed: int, budget: float = 1e9) -> Int64:
     """A seeded sample of positions: as many as give about `budget` comparisons with all n faces."""
     size = min(count, int(np.clip(budget / max(1, count), 200, 4096)))
     return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
 
 
-def true_edges(vectors: Vectors, densities: Densities, sample: Ids, threshold: float, most: int) -> tuple[Ids, Ids]:
+def true_edges(vectors: Float32, densities: Float32, sample: Int64, threshold: float, most: int) -> tuple[Int64, Int64]:
     """(sampled face (m,), other face (m,)) of at least the threshold's similarity; of a face its `most` nearest."""
     left, own = np.ascontiguousarray(vectors[sample]), densities[sample]
-    found: list[tuple[Ids, Ids, npt.NDArray[np.float32]]] = []
+    found: list[tuple[Int64, Int64, Float32]] = []
     for at in range(0, len(vectors), _COLUMNS):
         right, theirs = np.asarray(vectors[at : at + _COLUMNS]), densities[at : at + _COLUMNS]
         for row in range(0, len(left), _ROWS):
@@ -37,7 +37,7 @@ def true_edges(vectors: Vectors, densities: Densities, sample: Ids, threshold: f
     return sample[rows[near]], others[near]
 
 
-def _best(product: Vectors, threshold: float, most: int) -> tuple[Ids, Ids]:
+def _best(product: Float32, threshold: float, most: int) -> tuple[Int64, Int64]:
     """(row (m,), column (m,)) of what reaches the threshold, of each row the `most` largest."""
     i, j = np.nonzero(product >= threshold)
     if len(i) <= most * len(product):
@@ -47,7 +47,7 @@ def _best(product: Vectors, threshold: float, most: int) -> tuple[Ids, Ids]:
     return np.repeat(np.arange(len(product)), kept.sum(axis=1)), near[kept]
 
 
-def recall(sample: Ids, truth: tuple[Ids, Ids], edges: Iterable[Pairs], count: int) -> float:
+def recall(sample: Int64, truth: tuple[Int64, Int64], edges: Iterable[Pairs], count: int) -> float:
     """Share of the true edges of sampled faces that are among the edges; 1 where there are none."""
     wanted = np.zeros(count, bool)
     wanted[sample] = True

@@ -8,7 +8,8 @@ import numpy as np
 from facepipe.errors import ModelError
 from facepipe.models.detectors.five_points import Predict, landmarks
 from facepipe.models.detectors.nms import by_iou
-from facepipe.models.protocols import Faces, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import UInt8Image
 
 _UPSAMPLED = 1
 _AT_THRESHOLD = 0.7
@@ -28,10 +29,10 @@ class DlibHog:
     def __init__(self, predict: Predict, limits: tuple[float, float]):
         self._detector, self._predict, self._limits = _detector(), predict, limits
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._one(image) for image in images]
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         min_score, max_iou = self._limits
         found, margins, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLED, threshold(min_score))
         rectangles = np.array([(r.left(), r.top(), r.right(), r.bottom()) for r in found], np.int64).reshape(-1, 4)

@@ -11,8 +11,9 @@ from facepipe.errors import ModelError
 from facepipe.imaging.dlib_chip import square
 from facepipe.models.detectors.five_points import Predict, landmarks
 from facepipe.models.detectors.nms import by_iou
-from facepipe.models.protocols import Faces, Pixels
+from facepipe.models.protocols import Faces
 from facepipe.models.weights import checked
+from facepipe.types import UInt8Image
 
 SHA256 = "0f7d4527844eb514d4a4948e822da90fbb16a34a0bbbbc6adc6498747a5aafb0"
 # Where dlib's box lies about a cascade's: median of 347 faces of LFW.
@@ -35,10 +36,10 @@ class Haar:
     def __init__(self, predict: Predict, limits: tuple[float, float]):
         self._cascade, self._predict, self._limits = _cascade(), predict, limits
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._one(image) for image in images]
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         min_score, max_iou = self._limits
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         found, windows = self._cascade.detectMultiScale2(

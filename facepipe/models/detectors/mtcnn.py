@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.models.detectors.nms import by_iou, by_smaller
-from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import Float32, Float64, Int32, Int64, UInt8Image
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +28,8 @@ _SCALE_IOU, _PYRAMID_IOU, _RNET_IOU, _ONET_SHARE = 0.5, 0.7, 0.7, 0.7
 _CROPS_PER_RUN = 512
 _STRIPE = 1 << 15
 
-Ints = npt.NDArray[np.int64]
-Sums = npt.NDArray[np.int32] | npt.NDArray[np.float64]
+
+Sums = Int32 | Float64
 
 
 class Mtcnn:
@@ -48,7 +48,7 @@ class Mtcnn:
         self._nets = nets
         self._limits, self._device, self._threads = limits, device, threads
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         import torch
 
         before = torch.get_num_threads()
@@ -59,14 +59,14 @@ class Mtcnn:
         finally:
             torch.set_num_threads(before)
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         h, w = image.shape[:2]
         sums = _sums(image)
         proposals = _squares(self._propose(sums, h, w))
         refined = _squares(self._refine(sums, proposals, (h, w)))
         return self._output(sums, refined, (h, w))
 
-    def _propose(self, sums: Sums, h: int, w: int) -> Floats:
+    def _propose(self, sums: Sums, h: int, w: int) -> Float32:
         """P-Net: boxes (n, 4) of 12-pixel windows that may be faces, moved by the network's offsets."""
         boxes, scores, offsets = ([np.empty((0, *shape), np.float32)] for shape in ((4,), (), (4,)))
         for scale in scales(h, w):
@@ -80,7 +80,7 @@ class Mtcnn:
         kept = by_iou(box, score, _PYRAMID_IOU)
         return box[kept] + offset[kept] * np.tile(box[kept, 2:] - box[kept, :2], 2)
 
-    def _windows(self, sums: Sums, size: tuple[int, int]) -> tuple[Ints, Floats, Floats]:
+    def _windows(self, sums: Sums, size: tuple[int, int]) -> tuple[Int64, Float32, Float32]:
         """Cells (x, y), scores and offsets of P-Net's windows on one level of the pyramid.
 
         Levels are computed in stripes: the networks' maps take many times the memory of the image.
@@ -96,7 +96,7 @@ class Mtcnn:
             offsets.append(offset[0, :, y, x])
         return np.concatenate(cells), np.concatenate(scores), np.concatenate(offsets)
 
-    def _refine(self, sums: Sums, boxes: Floats, shape: tuple[int, int]) -> Floats:
+    def _refine(self, sums: Sums, boxes: Float32, shape: tuple[int, int]) -> Float32:
         """R-Net: the boxes that are still faces, moved by its offsets."""
         boxes, windows = _inside(boxes, shape)
         score, offset = self._score(self._nets.rnet, sums, windows, 24)
@@ -105,7 +105,7 @@ class Mtcnn:
         kept = by_iou(boxes, score, _RNET_IOU)
         return _moved(boxes[kept], offset[kept])
 
-    def _output(self, sums: Sums, boxes: Floats, shape: tuple[int, int]) -> Faces:
+    def _output(self, sums: Sums, boxes: Float32, shape: tuple[int, int]) -> Faces:
         """O-Net: the faces with their landmarks."""
         min_score, max_iou = self._limits
         boxes, windows = _inside(boxes, shape)
@@ -121,7 +121,7 @@ class Mtcnn:
             (boxes[kept] - 1).astype(np.float32), landmarks[kept].astype(np.float32), score[kept].astype(np.float32)
         )
 
-    def _score(self, net: "nn.Module", sums: Sums, windows: Ints, side: int) -> tuple[Floats, ...]:
+    def _score(self, net: "nn.Module", sums: Sums, windows: Int64, side: int) -> tuple[Float32, ...]:
         """What a network says of the windows, each scaled to side x side, in runs that bound memory."""
         parts = [
             self._run(net, _crops(sums, windows[start : start + _CROPS_PER_RUN], side))
@@ -129,7 +129,7 @@ class Mtcnn:
         ]
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-    def _run(self, net: "nn.Module", pixels: Floats) -> tuple[Floats, ...]:
+    def _run(self, net: "nn.Module", pixels: Float32) -> tuple[Float32, ...]:
         import torch
 
         return tuple(out.float().cpu().numpy() for out in net(torch.from_numpy(pixels).to(self._device)))
@@ -152,20 +152,20 @@ def stripes(h: int, w: int) -> Iterator[tuple[int, int]]:
         yield start, h if start + rows >= last else start + rows + _CELL - _STEP
 
 
-def _sums(image: Pixels) -> Sums:
+def _sums(image: UInt8Image) -> Sums:
     """(3, h + 1, w + 1) sums of all pixels above and left, exact."""
     exact = cv2.CV_32S if image.size // 3 * 255 < 2**31 else cv2.CV_64F
     return np.stack([cv2.integral(channel, sdepth=exact) for channel in cv2.split(image)])
 
 
-def _edges(low: Ints | int, high: Ints | int, n: int) -> tuple[Ints, Ints]:
+def _edges(low: Int64 | int, high: Int64 | int, n: int) -> tuple[Int64, Int64]:
     """Where the n cells of the spans [low, high) begin and end, (..., n): rounded outward, so they may share pixels."""
     k = np.arange(n)
-    length: Ints = np.asarray(high, np.int64) - low
+    length: Int64 = np.asarray(high, np.int64) - low
     return low + k * length // n, low + ((k + 1) * length + n - 1) // n
 
 
-def _level(sums: Sums, rows: tuple[Ints, Ints], columns: tuple[Ints, Ints]) -> Floats:
+def _level(sums: Sums, rows: tuple[Int64, Int64], columns: tuple[Int64, Int64]) -> Float32:
     """(1, 3, r, c) means of the image in a grid of cells with these edges, (r,) and (c,), as the networks take them."""
     (top, bottom), (left, right) = rows, columns
     bands = sums[:, bottom] - sums[:, top]
@@ -173,7 +173,7 @@ def _level(sums: Sums, rows: tuple[Ints, Ints], columns: tuple[Ints, Ints]) -> F
     return _scaled(total, (bottom - top)[:, None] * (right - left))
 
 
-def _crops(sums: Sums, windows: Ints, side: int) -> Floats:
+def _crops(sums: Sums, windows: Int64, side: int) -> Float32:
     """(n, 3, side, side) means of half-open windows (n, 4), as the networks take them."""
     x1, y1, x2, y2 = windows[:, :, None].transpose(1, 0, 2)
     (top, bottom), (left, right) = _edges(y1, y2, side), _edges(x1, x2, side)
@@ -183,13 +183,13 @@ def _crops(sums: Sums, windows: Ints, side: int) -> Floats:
     return _scaled(total, ((bottom - top)[:, :, None] * (right - left)[:, None])[:, None])
 
 
-def _scaled(total: Sums, area: Ints) -> Floats:
+def _scaled(total: Sums, area: Int64) -> Float32:
     means = np.asarray(total, np.float32)
     means /= area.astype(np.float32)
     return (means - np.float32(127.5)) * np.float32(1 / 128)
 
 
-def _inside(boxes: Floats, shape: tuple[int, int]) -> tuple[Floats, Ints]:
+def _inside(boxes: Float32, shape: tuple[int, int]) -> tuple[Float32, Int64]:
     """The boxes that have pixels of the image, and these as half-open windows that count from 0."""
     h, w = shape
     windows = np.trunc(boxes).astype(np.int64)
@@ -199,7 +199,7 @@ def _inside(boxes: Floats, shape: tuple[int, int]) -> tuple[Floats, Ints]:
     return boxes[some], windows[some]
 
 
-def _squares(boxes: Floats) -> Floats:
+def _squares(boxes: Float32) -> Float32:
     """Squares about the same centres, with the longer side."""
     sides = boxes[:, 2:] - boxes[:, :2]
     longer = sides.max(1, keepdims=True)
@@ -207,5 +207,5 @@ def _squares(boxes: Floats) -> Floats:
     return np.concatenate([low, low + longer], 1)
 
 
-def _moved(boxes: Floats, offsets: Floats) -> Floats:
+def _moved(boxes: Float32, offsets: Float32) -> Float32:
     return boxes + offsets * np.tile(boxes[:, 2:] - boxes[:, :2] + 1, 2)

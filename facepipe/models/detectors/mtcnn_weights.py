@@ -8,18 +8,17 @@ import pickle
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.errors import WeightsError
 from facepipe.models.checkpoint import fit
 from facepipe.models.weights import checked, package_file
+from facepipe.types import Float32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from facepipe.models.detectors.mtcnn_nets import MtcnnNets
 
-Floats = npt.NDArray[np.float32]
 
 SHA256 = {
     "pnet": "ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
@@ -52,7 +51,7 @@ def packaged_nets() -> "MtcnnNets":
     return nets.eval().requires_grad_(False)
 
 
-def from_keras(net: str, arrays: list[Floats]) -> "dict[str, Tensor]":
+def from_keras(net: str, arrays: list[Float32]) -> "dict[str, Tensor]":
     """The state dict of one network (`pnet`, `rnet`, `onet`) from Keras' list of arrays: kernels are (row, column,
     in, out), dense layers (in, out), slopes (1, 1, channel).
     """
@@ -170,7 +169,7 @@ class _ArrayUnpickler(_Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    def _array(self, wrapper: _Wrapper) -> Floats:
+    def _array(self, wrapper: _Wrapper) -> Float32:
         """The array whose bytes come next: a count of padding bytes, the padding, the numbers."""
         padding = self._stream.read(1)
         self._stream.read(padding[0])
@@ -181,7 +180,7 @@ class _ArrayUnpickler(_Unpickler):
         return np.frombuffer(data, "<f4").reshape(wrapper.shape)
 
 
-def read_arrays(data: bytes) -> list[Floats]:
+def read_arrays(data: bytes) -> list[Float32]:
     """The list of float32 arrays in a pickle that joblib wrote. Raises WeightsError for anything else."""
     try:
         loaded = _ArrayUnpickler(io.BytesIO(data)).load()

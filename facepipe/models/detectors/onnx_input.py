@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.protocols import Floats, Pixels
+from facepipe.types import Float32, UInt8Image
 
 MULTIPLE = 32
 
@@ -14,10 +14,10 @@ MULTIPLE = 32
 class Fitted(NamedTuple):
     """An image at the top left of a graph's input, and the scales it was shrunk by."""
 
-    pixels: Pixels
-    scale: Floats
+    pixels: UInt8Image
+    scale: Float32
 
-    def back(self, points: Floats) -> Floats:
+    def back(self, points: Float32) -> Float32:
         """Points (..., 2) of the input in the image, about pixel centres."""
         return ((points + 0.5) / self.scale - 0.5).astype(np.float32)
 
@@ -44,7 +44,7 @@ class DetectorGraph:
         self._fixed = tuple(side if isinstance(side, int) and side > 0 else None for side in shape[2:])
         self.outputs = [out.name for out in self._session.get_outputs()]
 
-    def fit(self, image: Pixels) -> Fitted:
+    def fit(self, image: UInt8Image) -> Fitted:
         """Padded with black on the right and below; shrunk first where the graph's fixed size is smaller."""
         h, w = image.shape[:2]
         limits = [side / have for side, have in zip(self._fixed, (h, w), strict=True) if side is not None]
@@ -59,7 +59,7 @@ class DetectorGraph:
         padded[:small_h, :small_w] = image
         return Fitted(padded, np.array([small_w / w, small_h / h], np.float32))
 
-    def run(self, planes: Floats) -> dict[str, Any]:
+    def run(self, planes: Float32) -> dict[str, Any]:
         """Outputs by name, without the batch dimension, of (1, 3, h, w) float32."""
         try:
             found = self._session.run(None, {self._input: planes})
@@ -72,7 +72,7 @@ def _short(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def cells(height: int, width: int, stride: int) -> Floats:
+def cells(height: int, width: int, stride: int) -> Float32:
     """(rows * columns, 2) column and row of every cell of a level, row by row."""
     rows, columns = np.mgrid[: height // stride, : width // stride]
     return np.stack([columns, rows], -1).reshape(-1, 2).astype(np.float32)

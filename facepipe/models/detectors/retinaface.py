@@ -7,14 +7,13 @@ import copy
 from collections import OrderedDict
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facepipe.models.detectors.retinaface_decode import MEAN_BGR, STRIDES
 from facepipe.models.detectors.retinaface_trunks import MobileNet025, ResNet50, Shape, Unit
+from facepipe.types import Float32
 
 Trunk = Literal["mobilenet025", "resnet50"]
 Channels = Literal["bgr", "rgb"]
@@ -111,9 +110,7 @@ def fold(net: RetinaFaceNet) -> RetinaFaceNet:
     return folded
 
 
-def state_from_graph(
-    initialisers: "OrderedDict[str, npt.NDArray[np.float32]]", net: RetinaFaceNet
-) -> dict[str, Tensor]:
+def state_from_graph(initialisers: "OrderedDict[str, Float32]", net: RetinaFaceNet) -> dict[str, Tensor]:
     """The folded network's state dict from the constants of the exported ONNX graph.
 
     The graph names the heads and numbers the folded convolutions in the order they ran, which is this module's order

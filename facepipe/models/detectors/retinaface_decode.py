@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import Bool, Float32, Int64, UInt8Image
 
 STRIDES = (8, 16, 32)
 ANCHOR_SIDES = ((16, 32), (64, 128), (256, 512))
@@ -20,7 +20,7 @@ _MAX_CANDIDATES = 5000
 
 
 @lru_cache(maxsize=64)
-def anchors(height: int, width: int) -> Floats:
+def anchors(height: int, width: int) -> Float32:
     """(a, 4) centre x, centre y, width, height in pixels."""
     levels = []
     for stride, sides in zip(STRIDES, ANCHOR_SIDES, strict=True):
@@ -30,7 +30,7 @@ def anchors(height: int, width: int) -> Floats:
     return np.concatenate(levels).astype(np.float32)
 
 
-def preprocess(images: Pixels) -> Floats:
+def preprocess(images: UInt8Image) -> Float32:
     """(n, h, w, 3) uint8 RGB -> (n, 3, h, w) float32 BGR minus the mean."""
     planes = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
     for image, bgr in zip(images, planes, strict=True):
@@ -43,13 +43,13 @@ def preprocess(images: Pixels) -> Floats:
 class Outputs(NamedTuple):
     """What the network says of one image's anchors: offsets (a, 4), face probability (a,), landmark offsets (a, 10)."""
 
-    offsets: Floats
-    scores: Floats
-    points: Floats
+    offsets: Float32
+    scores: Float32
+    points: Float32
 
 
 def postprocess(
-    offsets: Floats, scores: Floats, points: Floats, shape: tuple[int, int], limits: tuple[float, float]
+    offsets: Float32, scores: Float32, points: Float32, shape: tuple[int, int], limits: tuple[float, float]
 ) -> Faces:
     """Faces of one image of `shape` (h, w) from the network's `Outputs`; `limits`: lowest score and highest overlap
     (IoU) kept.
@@ -83,20 +83,20 @@ def certain(outputs: Outputs, shape: tuple[int, int], limits: tuple[float, float
     return found if covered.all() else None
 
 
-def _best(scores: Floats, min_score: float) -> npt.NDArray[np.int64]:
+def _best(scores: Float32, min_score: float) -> Int64:
     """Anchors from that score on, by falling score."""
     keep = np.flatnonzero(scores >= min_score)
     return keep[np.argsort(-scores[keep], kind="stable")[:_MAX_CANDIDATES]]
 
 
-def _boxes(outputs: Outputs, keep: npt.NDArray[np.int64], shape: tuple[int, int]) -> Floats:
+def _boxes(outputs: Outputs, keep: Int64, shape: tuple[int, int]) -> Float32:
     prior, offsets = anchors(*shape)[keep], outputs.offsets[keep]
     centre = prior[:, :2] + offsets[:, :2] * CENTRE_VARIANCE * prior[:, 2:]
     side = prior[:, 2:] * np.exp(np.clip(offsets[:, 2:] * SIZE_VARIANCE, -10, 10))
     return np.asarray(np.concatenate([centre - side / 2, centre + side / 2], 1), np.float32)
 
 
-def suppress(boxes: Floats, max_iou: float) -> npt.NDArray[np.int64]:
+def suppress(boxes: Float32, max_iou: float) -> Int64:
     """Greedy non-maximum suppression of boxes (n, 4) sorted by falling score; the indices kept."""
     alive, kept = np.arange(len(boxes)), []
     while len(alive):
@@ -106,7 +106,7 @@ def suppress(boxes: Floats, max_iou: float) -> npt.NDArray[np.int64]:
     return np.array(kept, np.int64)
 
 
-def _overlapping(box: Floats, boxes: Floats, max_iou: float) -> npt.NDArray[np.bool_]:
+def _overlapping(box: Float32, boxes: Float32, max_iou: float) -> Bool:
     """(n,) whether boxes (n, 4) overlap one (4,) by more than `max_iou`."""
     low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
     overlap = np.prod(np.clip(high - low, 0, None), 1)

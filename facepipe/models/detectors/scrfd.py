@@ -9,14 +9,15 @@ import numpy as np
 from facepipe.errors import ModelError
 from facepipe.models.detectors.nms import by_iou
 from facepipe.models.detectors.onnx_input import DetectorGraph, cells
-from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import Float32, UInt8Image
 
 _STRIDES = (8, 16, 32)
 _ANCHORS = 2
 _PROBE = 64
 _MAX_CANDIDATES = 5000
 
-Level = tuple[Floats, Floats, Floats]
+Level = tuple[Float32, Float32, Float32]
 
 
 class Scrfd:
@@ -39,10 +40,10 @@ class Scrfd:
             raise ModelError(f"the graph is not SCRFD's: it has {len(self._graph.outputs)} outputs where 9 are wanted")
         self._levels(np.zeros((_PROBE, _PROBE, 3), np.uint8))
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._one(image) for image in images]
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         min_score, max_iou = self._limits
         fitted = self._graph.fit(image)
         h, w = fitted.pixels.shape[:2]
@@ -57,7 +58,7 @@ class Scrfd:
             fitted.back(boxes[best].reshape(-1, 2, 2)).reshape(-1, 4), fitted.back(landmarks[best]), scores[best]
         )
 
-    def _levels(self, pixels: Pixels) -> list[Level]:
+    def _levels(self, pixels: UInt8Image) -> list[Level]:
         """Scores (n,), box (n, 4) and landmark distances (n, 10) of each stride for RGB pixels that fit the graph."""
         pixels = self._graph.fit(pixels).pixels
         h, w = pixels.shape[:2]

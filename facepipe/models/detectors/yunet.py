@@ -8,7 +8,8 @@ import numpy as np
 from facepipe.errors import ModelError
 from facepipe.models.detectors.nms import by_iou
 from facepipe.models.detectors.onnx_input import DetectorGraph, cells
-from facepipe.models.protocols import Faces, Floats, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import Float32, UInt8Image
 
 _STRIDES = (8, 16, 32)
 _COLUMNS = {"cls": 1, "obj": 1, "bbox": 4, "kps": 10}
@@ -29,10 +30,10 @@ class YuNet:
         if missing:
             raise ModelError(f"the graph is not YuNet's: its outputs {', '.join(missing)} are missing")
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._one(image) for image in images]
 
-    def _one(self, image: Pixels) -> Faces:
+    def _one(self, image: UInt8Image) -> Faces:
         min_score, max_iou = self._limits
         fitted = self._graph.fit(image)
         bgr = np.ascontiguousarray(fitted.pixels[None, ..., ::-1].transpose(0, 3, 1, 2), np.float32)
@@ -46,8 +47,8 @@ class YuNet:
         )
 
     def _level(
-        self, out: dict[str, Floats], stride: int, shape: tuple[int, ...], min_score: float
-    ) -> tuple[Floats, Floats, Floats]:
+        self, out: dict[str, Float32], stride: int, shape: tuple[int, ...], min_score: float
+    ) -> tuple[Float32, Float32, Float32]:
         """Boxes, landmarks and scores of one level, of at least `min_score`."""
         grid = cells(shape[0], shape[1], stride)
         found = {}

@@ -11,6 +11,7 @@ from onnx import TensorProto
 
 from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convolution
 from facepipe.models.graph_onnx import Graph, tensor
+from facepipe.types import Float32
 
 # Side of the feature map after each strided block: what padding the shortcut needs is known when the graph is built.
 _SIDE_AFTER_POOL = 35
@@ -19,7 +20,7 @@ _SIDE_AFTER_POOL = 35
 Range = tuple[float, float]
 
 
-def graph(convolutions: list[Convolution], fc: npt.NDArray[np.float32], ranges: Sequence[Range] | None = None) -> bytes:
+def graph(convolutions: list[Convolution], fc: Float32, ranges: Sequence[Range] | None = None) -> bytes:
     """A serialised model: `chips` (n, 150, 150, 3) uint8 RGB -> `vectors` (n, 128) float32.
 
     ranges: lowest and highest value of each activation in the order of `activations`; the graph is in eight bits then
@@ -29,14 +30,14 @@ def graph(convolutions: list[Convolution], fc: npt.NDArray[np.float32], ranges: 
     return g.finished()
 
 
-def activations(convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> tuple[bytes, list[str]]:
+def activations(convolutions: list[Convolution], fc: Float32) -> tuple[bytes, list[str]]:
     """(the graph in floating point with its activations as further outputs, their names), to measure ranges with."""
     g = _Floats()
     _build(g, convolutions, fc)
     return g.finished(g.settled), g.settled
 
 
-def _build(g: "_Floats", convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> None:
+def _build(g: "_Floats", convolutions: list[Convolution], fc: Float32) -> None:
     x = g.node("Relu", [g.layer(g.pixels(), _with_input_scaling(convolutions[0]))])
     x = g.same("MaxPool", g.settle(x), kernel_shape=[3, 3], strides=[2, 2])
     side = _SIDE_AFTER_POOL
@@ -129,7 +130,7 @@ class _EightBits(_Floats):
         bias = self._constant_in_steps(np.round(conv.bias / units).astype(np.int32), units)
         return self.conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
 
-    def _constant_in_steps(self, values: npt.NDArray[np.integer], steps: npt.NDArray[np.float32]) -> str:
+    def _constant_in_steps(self, values: npt.NDArray[np.integer], steps: Float32) -> str:
         names = [self.constant(a) for a in (values, steps, np.zeros(len(steps), values.dtype))]
         return self.node("DequantizeLinear", names, axis=0)
 

@@ -9,12 +9,12 @@ from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.engines import OnnxDlib, session
 from facepipe.models.parity import scenes
 from facepipe.models.projection import unit
-from facepipe.models.protocols import Floats
+from facepipe.types import Float32
 
 _FARTHEST = 0.05  # roundings in another order move a unit vector by 0.01 to 0.02
 
 
-def load(convolutions: list[Convolution], fc: Floats, threads: int) -> OnnxDlib:
+def load(convolutions: list[Convolution], fc: Float32, threads: int) -> OnnxDlib:
     """The network. Raises ModelError on a CPU whose eight-bit products saturate (x86 without VNNI): vectors would be
     wrong there, and nothing would say so.
     """
@@ -30,6 +30,6 @@ def load(convolutions: list[Convolution], fc: Floats, threads: int) -> OnnxDlib:
     return made
 
 
-def _apart(a: Floats, b: Floats) -> float:
+def _apart(a: Float32, b: Float32) -> float:
     """Largest distance of vectors (n, 128) and (n, 128) brought to unit length."""
     return float(np.linalg.norm(unit(a) - unit(b), axis=1).max())

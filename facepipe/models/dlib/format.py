@@ -7,16 +7,15 @@ to its last byte, so that a file of another layout is refused and not misread.
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from facepipe.types import Float32
 
 
 class Layer(NamedTuple):
     """One layer with parameters: kind is "con", "affine" or "fc"; `sizes` holds the integers stored with it."""
 
     kind: str
-    params: Floats
+    params: Float32
     sizes: tuple[int, ...]
 
 
@@ -54,7 +53,7 @@ class Reader:
         mantissa, exponent = self.integers(2)
         return mantissa * 2.0**exponent
 
-    def tensor(self) -> Floats:
+    def tensor(self) -> Float32:
         version, *shape = self.integers(5)
         if version != 2 or min(shape) < 0:
             raise FormatError(f"no tensor before byte {self.at}")

@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from facepipe.models.dlib.format import FormatError, Layer
+from facepipe.types import Float32
 
 SIDE = 150
 MEAN_RGB = (122.782, 117.001, 104.298)
@@ -26,13 +24,13 @@ BLOCKS = (
 class Convolution(NamedTuple):
     """Weights (out, in, k, k) and bias (out,) with the affine layer folded in, stride and padding."""
 
-    weight: npt.NDArray[np.float32]
-    bias: npt.NDArray[np.float32]
+    weight: Float32
+    bias: Float32
     stride: int
     padding: int
 
 
-def folded(layers: list[Layer]) -> tuple[list[Convolution], npt.NDArray[np.float32]]:
+def folded(layers: list[Layer]) -> tuple[list[Convolution], Float32]:
     """(29 convolutions in the order they run, fully connected matrix (256, 128)) of the file's layers."""
     plan = [(3, 32, 7, 2, 0)]
     for i, o, stride in BLOCKS:

@@ -9,15 +9,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.imaging.geometry import similarity
 from facepipe.models.dlib.predictor_format import LEVELS, POINTS, SPLITS, TREES, Cascade, read_cascade
 from facepipe.models.weights import checked, package_file
+from facepipe.types import Float32, Int16, Int64, UInt8Image
 
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 Rect = tuple[int, int, int, int]
 
 PREDICTOR_SHA256 = "c4b1e9804792707d3a405c2c16a80a20269e6675021f64a41d30fffafbc41888"
@@ -32,17 +29,17 @@ class Level(NamedTuple):
     anchors: (800,) and deltas: (2, 800), where the pixels are
     """
 
-    pixels: npt.NDArray[np.int16]
-    thresholds: Floats
-    leaves: Floats
-    anchors: Indices
-    deltas: Floats
+    pixels: Int16
+    thresholds: Float32
+    leaves: Float32
+    anchors: Int64
+    deltas: Float32
 
 
 class Predictor(NamedTuple):
     """Mean shape (5, 2) in units of the face's box, and the levels in the order they run."""
 
-    initial: Floats
+    initial: Float32
     levels: tuple[Level, ...]
 
 
@@ -65,7 +62,7 @@ def arranged(cascade: Cascade) -> Predictor:
     return Predictor(cascade.initial, tuple(levels))
 
 
-def predict(predictor: Predictor, image: Pixels, rect: Rect) -> Indices:
+def predict(predictor: Predictor, image: UInt8Image, rect: Rect) -> Int64:
     """(5, 2) points (x, y) in an image (h, w, 3) RGB of the face in `rect`, an inclusive (left, top, right, bottom).
 
     0, 1: outer and inner corner of the eye on the image's right; 2, 3: the same on its left; 4: base of the nose.
@@ -80,7 +77,7 @@ def predict(predictor: Predictor, image: Pixels, rect: Rect) -> Indices:
     return np.stack([_in_image(shape[:, 0], rect[::2]), _in_image(shape[:, 1], rect[1::2])], -1)
 
 
-def _pixels(level: Level, image: Pixels, rect: Rect, shapes: tuple[Floats, Floats]) -> Floats:
+def _pixels(level: Level, image: UInt8Image, rect: Rect, shapes: tuple[Float32, Float32]) -> Float32:
     """(800,) intensities of the level's pixels, which turn and grow with the shape."""
     initial, shape = shapes
     turn = similarity(initial.astype(np.float64), shape.astype(np.float64))[:, :2].astype(np.float32)
@@ -96,7 +93,7 @@ def _pixels(level: Level, image: Pixels, rect: Rect, shapes: tuple[Floats, Float
     return ((red + green + blue) // 3 * inside).astype(np.float32)
 
 
-def _leaves(level: Level, values: Floats) -> Indices:
+def _leaves(level: Level, values: Float32) -> Int64:
     """(500,) which leaf each tree ends in."""
     node = np.zeros(TREES, np.int64)
     for _ in range(_DEPTH):
@@ -107,6 +104,6 @@ def _leaves(level: Level, values: Floats) -> Indices:
     return _FIRST_LEAF + (node - SPLITS)
 
 
-def _in_image(values: Floats, ends: tuple[int, ...]) -> Indices:
+def _in_image(values: Float32, ends: tuple[int, ...]) -> Int64:
     """Coordinates in units of the box, which reaches from pixel ends[0] to ends[1], as pixels, halves rounded up."""
     return np.floor(values.astype(np.float64) * (ends[1] - ends[0]) + ends[0] + 0.5).astype(np.int64)

@@ -7,12 +7,9 @@ the registered cascade's sizes is refused.
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.models.dlib.format import FormatError
-
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
+from facepipe.types import Float32, Int64, UInt8
 
 POINTS, LEVELS, TREES, SPLITS, PIXELS = 5, 15, 500, 15, 800
 _LEAVES = SPLITS + 1
@@ -29,13 +26,13 @@ class Cascade(NamedTuple):
     anchors, deltas: (15, 800) and (15, 800, 2), where a level's pixels lie: beside which point, and how far
     """
 
-    initial: Floats
-    first: Indices
-    second: Indices
-    thresholds: Floats
-    leaves: Floats
-    anchors: Indices
-    deltas: Floats
+    initial: Float32
+    first: Int64
+    second: Int64
+    thresholds: Float32
+    leaves: Float32
+    anchors: Int64
+    deltas: Float32
 
 
 def read_cascade(data: bytes) -> Cascade:
@@ -64,7 +61,7 @@ def read_cascade(data: bytes) -> Cascade:
     return cascade
 
 
-def integers(data: bytes) -> Indices:
+def integers(data: bytes) -> Int64:
     """All the packed integers of `data`: control byte (bit 7: negative, low bits: number of bytes), magnitude."""
     # A control byte that cannot be one leads past the end.
     past = len(data) + 1
@@ -78,7 +75,7 @@ def integers(data: bytes) -> Indices:
     return _unpacked(np.frombuffer(data + bytes(8), np.uint8), np.array(starts, np.int64))
 
 
-def _unpacked(octets: npt.NDArray[np.uint8], starts: Indices) -> Indices:
+def _unpacked(octets: UInt8, starts: Int64) -> Int64:
     control = octets[starts]
     sizes = control & 0x0F
     values = np.zeros(len(starts), np.int64)
@@ -90,10 +87,10 @@ def _unpacked(octets: npt.NDArray[np.uint8], starts: Indices) -> Indices:
 class _Numbers:
     """A cursor over unpacked integers."""
 
-    def __init__(self, values: Indices):
+    def __init__(self, values: Int64):
         self.values, self.at = values, 0
 
-    def take(self, *shape: int) -> Indices:
+    def take(self, *shape: int) -> Int64:
         count = int(np.prod(shape))
         part = self.values[self.at : self.at + count]
         _expect(len(part) == count, "more numbers")
@@ -104,13 +101,13 @@ class _Numbers:
         _expect(self.take(1)[0] == value, f"{value} at number {self.at - 1}")
         return self
 
-    def lists(self, n: int, length: int, width: int) -> Indices:
+    def lists(self, n: int, length: int, width: int) -> Int64:
         """(n, length, width) of n lists, each with its length before it."""
         rows = self.take(n, 1 + length * width)
         _expect(bool((rows[:, 0] == length).all()), f"lists of {length}")
         return rows[:, 1:].reshape(n, length, width)
 
-    def matrices(self, rows: Indices) -> Floats:
+    def matrices(self, rows: Int64) -> Float32:
         """(..., 10) numbers of column vectors (..., 22); sizes are stored negative."""
         _expect(bool((rows[..., 0] == -2 * POINTS).all() and (rows[..., 1] == -1).all()), "vectors of 10 numbers")
         return _floats(rows[..., 2:].reshape(*rows.shape[:-1], 2 * POINTS, 2))[..., 0]
@@ -119,7 +116,7 @@ class _Numbers:
         _expect(self.at == len(self.values), f"end of file, {len(self.values) - self.at} numbers are left over")
 
 
-def _floats(pairs: Indices) -> Floats:
+def _floats(pairs: Int64) -> Float32:
     """(..., n) numbers of (..., 2 n) mantissas and exponents of two."""
     exponents = pairs[..., 1::2]
     _expect(bool((np.abs(exponents) < 150).all()), "finite numbers")  # infinity and NaN have exponents of 32000

@@ -4,12 +4,12 @@ A ResNet-34 with three of its blocks left out and half the filters; affine layer
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facepipe.models.dlib.layout import BLOCKS, Convolution
+from facepipe.types import Float32
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class DlibResNet(nn.Module):
             x = block(x)
         return self.fc(x.mean((2, 3)))
 
-    def load(self, convolutions: list[Convolution], fc: npt.NDArray[np.float32]) -> "DlibResNet":
+    def load(self, convolutions: list[Convolution], fc: Float32) -> "DlibResNet":
         """Take the weights of `folded`."""
         modules = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         with torch.no_grad():

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import UInt8Image
+
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 _PARTS = 4  # copies side by side where there is a pool: one core moves less than the bus does
@@ -58,7 +59,7 @@ class Uploads:
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2 if cuda else 0)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
-    def __call__(self, images: Sequence[Pixels]) -> Tensor:
+    def __call__(self, images: Sequence[UInt8Image]) -> Tensor:
         """The bytes of the images (h, w, 3) one behind the other: (pixels, 3) uint8 on the device.
 
         What is queued on the current stream afterwards comes after the copy.
@@ -76,7 +77,7 @@ class Uploads:
         there.record_stream(stream)  # its memory is the copy stream's, and is read on this one
         return there.view(-1, 3)
 
-    def _send(self, pieces: list[Pixels], there: Tensor) -> int:
+    def _send(self, pieces: list[UInt8Image], there: Tensor) -> int:
         """Queue a buffer's copy to the beginning of `there`; its length."""
         self._turn ^= 1
         before = self._copied[self._turn]
@@ -90,9 +91,9 @@ class Uploads:
         return count
 
 
-def filled(arrays: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
+def filled(arrays: Iterable[UInt8Image], size: int) -> Iterator[list[UInt8Image]]:
     """Arrays (n,) in lists of `size` bytes together, the last of which has what is left; they are cut where need be."""
-    pieces: list[Pixels] = []
+    pieces: list[UInt8Image] = []
     room = size
     for array in arrays:
         at = 0
@@ -107,7 +108,7 @@ def filled(arrays: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
         yield pieces
 
 
-def gathered(pieces: Sequence[Pixels], into: Pixels, each: Each = map) -> int:
+def gathered(pieces: Sequence[UInt8Image], into: UInt8Image, each: Each = map) -> int:
     """Copy arrays (n,) one behind the other into a buffer; how many bytes they are."""
     ends = np.cumsum([0, *map(len, pieces)])
 

@@ -3,21 +3,19 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from facepipe.models.runtime.transfers import sent
 from facepipe.stages.resident.sampling import Resident, bilinear
+from facepipe.types import Bool, Float64, Int64
 
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
 Size = tuple[int, int]
 
 _AT_ONCE = 1 << 23  # positions that are gathered at a time: 22,500 a chip, times the pixels of a block
 
 
-def similarities(points: Floats, template: Floats) -> Floats:
+def similarities(points: Float64, template: Float64) -> Float64:
     """(n, 2, 3) matrices that map points (n, p, 2) to the template (p, 2): `geometry.similarity` of many at once."""
     p, t = points[..., 0] + 1j * points[..., 1], template[:, 0] + 1j * template[:, 1]
     pc, tc = p - p.mean(1, keepdims=True), t - t.mean()
@@ -29,7 +27,7 @@ def similarities(points: Floats, template: Floats) -> Floats:
     return np.moveaxis(np.array(rows), 2, 0)
 
 
-def scales(matrices: Floats) -> Floats:
+def scales(matrices: Float64) -> Float64:
     """(n,) how many output pixels one input pixel becomes."""
     return np.hypot(matrices[:, 0, 0], matrices[:, 1, 0])
 
@@ -37,17 +35,17 @@ def scales(matrices: Floats) -> Floats:
 class Cuts(NamedTuple):
     """Chips to be cut: image (n,) each is of, (n, 2, 3) from chip to blocks of the image, step (n,) pixels a block."""
 
-    image: Indices
-    matrix: Floats
-    step: Indices
+    image: Int64
+    matrix: Float64
+    step: Int64
 
-    def ordered(self) -> tuple["Cuts", Indices]:
+    def ordered(self) -> tuple["Cuts", Int64]:
         """By rising step, and the places (n,) they had."""
         order = np.argsort(self.step, kind="stable")
         return Cuts(self.image[order], self.matrix[order], self.step[order]), order
 
 
-def cuts_of(image: Indices, matrices: Floats, shapes: Indices, size: Size) -> Cuts:
+def cuts_of(image: Int64, matrices: Float64, shapes: Int64, size: Size) -> Cuts:
     """The cuts that take matrices (n, 2, 3), image to chip, of images whose (height, width) are shapes (n, 2).
 
     As `geometry.cut`: where a chip shrinks its image by 2 or more, blocks of so many whole pixels are averaged first.
@@ -76,7 +74,7 @@ def cut(resident: Resident, cuts: Cuts, size: Size) -> Tensor:
     return torch.cat(parts)
 
 
-def _parts(steps: Indices, positions: int) -> list[slice]:
+def _parts(steps: Int64, positions: int) -> list[slice]:
     """Runs of one step, none of which gathers too much at a time."""
     parts = []
     for step in np.unique(steps).tolist():
@@ -86,7 +84,7 @@ def _parts(steps: Indices, positions: int) -> list[slice]:
     return parts
 
 
-def _inverted(matrices: Floats) -> Floats:
+def _inverted(matrices: Float64) -> Float64:
     """(n, 2, 3) inverses; all zero, as OpenCV has them, where a matrix has none."""
     a, b, c, d = (matrices[:, i, j] for i in (0, 1) for j in (0, 1))
     determinant = a * d - b * c
@@ -95,7 +93,7 @@ def _inverted(matrices: Floats) -> Floats:
     return np.concatenate([turn, -turn @ matrices[:, :, 2:]], 2)
 
 
-def _reaches(inverse: Floats, shapes: Indices, size: Size, step: Indices) -> npt.NDArray[np.bool_]:
+def _reaches(inverse: Float64, shapes: Int64, size: Size, step: Int64) -> Bool:
     """(n,) whether the part of the image below the chip is a block wide and high at least."""
     corners = np.array([[0, 0], [size[0], 0], [0, size[1]], size], float)
     places = corners @ np.swapaxes(inverse[:, :, :2], 1, 2) + inverse[:, None, :, 2]

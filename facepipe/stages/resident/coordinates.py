@@ -6,13 +6,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.imaging.geometry import Frame
-
-Doubles = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
+from facepipe.types import Float32, Float64, Int64
 
 
 class Found(NamedTuple):
@@ -21,10 +17,10 @@ class Found(NamedTuple):
     By falling score within an image.
     """
 
-    image: Indices
-    boxes: Floats
-    landmarks: Floats
-    scores: Floats
+    image: Int64
+    boxes: Float32
+    landmarks: Float32
+    scores: Float32
 
     @classmethod
     def joined(cls, parts: "Iterable[Found]") -> "Found":
@@ -39,7 +35,7 @@ class Found(NamedTuple):
         keep = ~np.isin(self.image, low)
         return Found(self.image[keep], self.boxes[keep], self.landmarks[keep], self.scores[keep])
 
-    def ordinals(self) -> Indices:
+    def ordinals(self) -> Int64:
         """(f,) ordinal of each face in its image."""
         if not len(self.image):
             return self.image
@@ -55,26 +51,26 @@ _NONE = Found(
 class Frames(NamedTuple):
     """Where images' decoded pixels lie in the full-size ones: scale (n,), left and top (n, 2)."""
 
-    scale: Doubles
-    corner: Doubles
+    scale: Float64
+    corner: Float64
 
     @classmethod
     def of(cls, frames: Iterable[Frame]) -> "Frames":
         rows = np.array([*frames], np.float64).reshape(-1, 3)
         return cls(rows[:, 0], rows[:, 1:])
 
-    def to_full(self, points: Floats, image: Indices) -> Floats:
+    def to_full(self, points: Float32, image: Int64) -> Float32:
         """Points (f, p, 2) of the decoded pixels of images (f,) in the full ones."""
         half = np.float32(0.5)
         scale = self.scale[image].astype(np.float32)[:, None, None]
         return ((points + half) / scale - half + self.corner[image][:, None]).astype(np.float32)
 
-    def from_full(self, points: Doubles, image: Indices) -> Doubles:
+    def from_full(self, points: Float64, image: Int64) -> Float64:
         """Points (f, p, 2) of full images in their decoded pixels."""
         return (points - self.corner[image][:, None] + 0.5) * self.scale[image][:, None, None] - 0.5
 
 
-def full_size(found: Found, frames: Frames, sizes: Doubles, min_face: float) -> Found:
+def full_size(found: Found, frames: Frames, sizes: Float64, min_face: float) -> Found:
     """In pixels of the full-size images, whose (width, height) are sizes (n, 2); without faces that are too small, and
     without those whose middle is outside: a mirrored border mirrors faces as well.
     """
@@ -86,7 +82,7 @@ def full_size(found: Found, frames: Frames, sizes: Doubles, min_face: float) -> 
     return Found(found.image[keep], boxes[keep], landmarks[keep], found.scores[keep])
 
 
-def restored(points: Floats, ways: Doubles) -> Floats:
+def restored(points: Float32, ways: Float64) -> Float32:
     """Points (f, p, 2) of a detector's input in the images' pixels; ways (f, 4): sx, sy, left, top of its letterbox."""
     half = np.float32(0.5)
     scale = (1 / ways[:, None, :2]).astype(np.float32)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from facepipe.imaging.alignment import ChipLayout, wanted_scale
@@ -11,13 +10,10 @@ from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.resident.chips import cut, cuts_of, scales, similarities
 from facepipe.stages.resident.coordinates import Found
 from facepipe.stages.resident.sampling import Resident
-
-Floats = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import Float64, Int64, UInt8Image
 
 
-def wanted(layout: ChipLayout, faces: Found) -> Floats:
+def wanted(layout: ChipLayout, faces: Found) -> Float64:
     """(f,) chip pixels per pixel of the full-size image: `alignment.wanted_scale` of many faces."""
     boxes, landmarks = faces.boxes.astype(np.float64), faces.landmarks.astype(np.float64)
     if layout.kind == "similarity":
@@ -30,7 +26,7 @@ def on_device(layout: ChipLayout) -> bool:
     return layout.kind == "similarity"
 
 
-def chips_of(layout: ChipLayout, resident: Resident, image: Indices, landmarks: Floats) -> tuple[Tensor, Indices]:
+def chips_of(layout: ChipLayout, resident: Resident, image: Int64, landmarks: Float64) -> tuple[Tensor, Int64]:
     """Chips (f, h, w, 3) uint8 of faces, and which face each is of: they are in another order.
 
     image: (f,) of `resident`; landmarks: (f, 5, 2) in pixels of those images
@@ -40,6 +36,6 @@ def chips_of(layout: ChipLayout, resident: Resident, image: Indices, landmarks: 
     return cut(resident, cuts, layout.size), order
 
 
-def uploaded(uploads: Uploads, chips: Sequence[Pixels]) -> Tensor:
+def uploaded(uploads: Uploads, chips: Sequence[UInt8Image]) -> Tensor:
     """(n, h, w, 3) uint8 on the device, n >= 1."""
     return uploads(chips).view(len(chips), *chips[0].shape)

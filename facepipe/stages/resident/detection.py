@@ -18,7 +18,8 @@ from facepipe.models.runtime.transfers import Fetched, Uploads
 from facepipe.stages.resident.coordinates import Found, restored
 from facepipe.stages.resident.letterbox import Placement, Rule, letterboxed
 from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed
-from facepipe.stages.resident.sampling import Indices, Resident
+from facepipe.stages.resident.sampling import Resident
+from facepipe.types import Int64
 
 # Bytes of a pixel of a frame that are live at once, beside its 3. While frames are placed: whole-number levels and sums
 # of three channels, their product, an index, and the four pixels of a block where the image is halved; torch's profiler
@@ -34,9 +35,9 @@ _PAIR = 40  # bytes of a pair of candidates in suppression: four sides in float3
 class Part(NamedTuple):
     """Images of one shape that are searched together: their numbers, where and how they lie, and what is found."""
 
-    images: Indices
+    images: Int64
     resident: Resident
-    chosen: Indices
+    chosen: Int64
     places: list[Placement]
     ways: list[Any]
     rows: Fetched
@@ -54,7 +55,7 @@ class Detection:
         self._buckets = Buckets(partial(finder.find, limits=limits), finder.device)
         self._batches: dict[tuple[int, int], Batches[Part]] = {}
 
-    def begin(self, resident: Resident, chosen: Indices, size: int, letterbox: Callable[[int], Any]) -> list[Part]:
+    def begin(self, resident: Resident, chosen: Int64, size: int, letterbox: Callable[[int], Any]) -> list[Part]:
         """Queue the search of chosen images (m,), shrunk to `size`.
 
         letterbox: by an image's number what `Detect.letterbox` makes of it, for those that the rule leaves to the host
@@ -91,7 +92,7 @@ class Detection:
         return parts
 
     def _queued(
-        self, images: Indices, resident: Resident, chosen: Indices, places: list[Placement], ways: list[Any]
+        self, images: Int64, resident: Resident, chosen: Int64, places: list[Placement], ways: list[Any]
     ) -> list[Part]:
         """The parts of images of one shape."""
         batches = self._of_shape(places[0].out_height, places[0].out_width)
@@ -136,7 +137,7 @@ class Detection:
         return self._finder.exactly(alone, self._limits)[0]
 
 
-def _frames(resident: Resident, chosen: Indices, places: list[Placement]) -> Tensor:
+def _frames(resident: Resident, chosen: Int64, places: list[Placement]) -> Tensor:
     if all(place.whole for place in places) and (frames := resident.stacked(chosen)) is not None:
         return frames
     return letterboxed(resident.sources(chosen), places)

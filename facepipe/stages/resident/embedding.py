@@ -6,10 +6,10 @@ from torch import Tensor
 
 from facepipe.models.engines import channels_last
 from facepipe.models.networks import EmbedderNet
-from facepipe.models.protocols import Floats
 from facepipe.models.runtime.batches import Batches, free_memory, planned
 from facepipe.models.runtime.cuda_graphs import Buckets
 from facepipe.models.runtime.precision import DTYPES, cast
+from facepipe.types import Float32
 
 # Bytes of a pixel of a chip, for each byte of a number: what is live at once in the widest place of the networks here.
 # dlib's holds its input, the stem's output before and after the activation, and cuDNN's workspace, which is taken to be
@@ -59,7 +59,7 @@ class ChipEmbedder:
         vectors: Tensor = self._net(both.contiguous(memory_format=torch.channels_last)).float()
         return (vectors[: len(chips)] + vectors[len(chips) :]) / 2 if self._flip else vectors
 
-    def projected(self, raw: Floats) -> Floats:
+    def projected(self, raw: Float32) -> Float32:
         """Vectors (n, d) as they came from the device, brought to 128 dimensions where the model has a projection."""
         if self._matrix is None:
             return raw

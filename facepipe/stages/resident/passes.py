@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from facepipe.models.protocols import Pixels
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
 from facepipe.stages.resident.coordinates import Found
 from facepipe.stages.resident.detection import Detection, Part
 from facepipe.stages.resident.letterbox import Rule
 from facepipe.stages.resident.retinaface import FaceFinder, Limits
-from facepipe.stages.resident.sampling import Indices, Resident
+from facepipe.stages.resident.sampling import Resident
+from facepipe.types import Int64, UInt8Image
 
 WAITS = 2  # times that `Looks.search` yields
 
@@ -42,7 +42,7 @@ class Looks:
         self._full = detection(detect.min_score)
         self._quick = detection(min(DOUBTFUL, detect.min_score))
 
-    def search(self, resident: Resident, pixels: Sequence[Pixels]) -> Generator[None, None, Found]:
+    def search(self, resident: Resident, pixels: Sequence[UInt8Image]) -> Generator[None, None, Found]:
         """The faces of images that are on the device, and as pixels here, in their pixels.
 
         Yields when something is queued whose end is not to be waited for yet.
@@ -51,7 +51,7 @@ class Looks:
         sides = resident.shapes.max(1)
         quick = (np.minimum(detect.size, sides) > detect.quick_look) & (detect.quick_look > 0)
 
-        def begin(detection: Detection, chosen: Indices, size: int) -> list[Part]:
+        def begin(detection: Detection, chosen: Int64, size: int) -> list[Part]:
             return detection.begin(resident, chosen, size, lambda n: self._by_host.letterbox(pixels[n], size))
 
         looks = begin(self._quick, every[quick], detect.quick_look)

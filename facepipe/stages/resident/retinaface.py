@@ -7,16 +7,16 @@ All shapes are fixed, so that nothing waits for the host. Images that the fixed 
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFaceNet, fold
 from facepipe.models.engines import channels_last
-from facepipe.models.protocols import Faces, Floats
+from facepipe.models.protocols import Faces
 from facepipe.models.runtime.precision import DTYPES, cast
 from facepipe.stages.resident.nms import suppress
+from facepipe.types import Bool, Float32, Int64
 
 _ROUNDS = 12  # of suppression; what needs more is flagged
 _HEAD, _FACE = 2, 15  # numbers that lead an image's row, and those of a face: box 4, landmarks 10, score 1
@@ -35,12 +35,12 @@ class Limits(NamedTuple):
 class Packed(NamedTuple):
     """Faces of n images as they come from the device: number (n,), flagged (n,) bool, faces (n, m, 15) float32."""
 
-    number: npt.NDArray[np.int64]
-    flagged: npt.NDArray[np.bool_]
-    faces: Floats
+    number: Int64
+    flagged: Bool
+    faces: Float32
 
     @classmethod
-    def of(cls, rows: Floats) -> "Packed":
+    def of(cls, rows: Float32) -> "Packed":
         """Of the rows (n, 2 + 15 m) that `packed` makes."""
         faces = rows[:, _HEAD:].reshape(len(rows), -1, _FACE)
         return cls(rows[:, 0].astype(np.int64), rows[:, 1] > 0, faces)

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from facepipe.models.runtime.transfers import Uploads, sent
-
-Indices = npt.NDArray[np.int64]
+from facepipe.types import Int64, UInt8
 
 
 class Sources(NamedTuple):
@@ -29,22 +27,22 @@ class Resident(NamedTuple):
     """Images that were sent to a device: pixels (p, 3) uint8 there; here each one's first pixel, height and width."""
 
     pixels: Tensor
-    first: Indices
-    shapes: Indices
+    first: Int64
+    shapes: Int64
 
     @classmethod
-    def of(cls, images: Sequence[npt.NDArray[np.uint8]], uploads: Uploads) -> "Resident":
+    def of(cls, images: Sequence[UInt8], uploads: Uploads) -> "Resident":
         """Of images (h, w, 3), at least one."""
         shapes = np.array([image.shape[:2] for image in images], np.int64)
         return cls(uploads(images), np.cumsum([0, *shapes.prod(1)])[:-1], shapes)
 
-    def sources(self, chosen: Indices) -> Sources:
+    def sources(self, chosen: Int64) -> Sources:
         """Of chosen images (m,), any of them any number of times."""
         kind = np.int32 if len(self.pixels) < 1 << 31 else np.int64
         columns = np.stack([self.first[chosen], *self.shapes[chosen].T]).astype(kind)
         return Sources(self.pixels, *sent(columns, self.pixels.device).unbind(0))
 
-    def stacked(self, chosen: Indices) -> Tensor | None:
+    def stacked(self, chosen: Int64) -> Tensor | None:
         """(m, h, w, 3) of chosen images, where they are of one shape and one behind the other: a view, else None."""
         height, width = self.shapes[chosen[0]].tolist()
         first, size = int(self.first[chosen[0]]), height * width

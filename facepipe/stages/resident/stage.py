@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.arrow import buffers, frames, images, with_columns
@@ -22,6 +21,7 @@ from facepipe.stages.align import Align, Aligned, Each, larger
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 from facepipe.stages.resident.coordinates import Found, Frames, full_size
+from facepipe.types import Float64, Int64, UInt8Image
 
 if TYPE_CHECKING:
     from facepipe.models.runtime.transfers import Fetched, Uploads
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from facepipe.stages.resident.passes import Looks
     from facepipe.stages.resident.sampling import Resident
 
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
+
 _IN_FLIGHT = 4  # tables: one at its quick look, one at the full one, one being embedded, one whose rows are made
 
 
@@ -39,7 +37,7 @@ class _Images(NamedTuple):
     """A table's images that have pixels: their rows, pixels, frames, and the files they came from."""
 
     rows: list[int]
-    pixels: list[Pixels]
+    pixels: list[UInt8Image]
     frames: list[Frame]
     data: list[memoryview | None]
 
@@ -53,7 +51,7 @@ class _Images(NamedTuple):
 class _Queued(NamedTuple):
     """Chips and vectors on their way to the host, and which face each is of."""
 
-    face: Indices
+    face: Int64
     chips: "Fetched"
     vectors: "Fetched"
 
@@ -145,10 +143,10 @@ class FacesOnDevice:
         joined = torch.cat(chips)
         return _Queued(np.concatenate(order), Fetched(joined), Fetched(self._embedder(joined)))
 
-    def _by_host(self, faces: Found, chosen: Indices, inputs: _Images, wanted: npt.NDArray[np.float64]) -> list[Pixels]:
+    def _by_host(self, faces: Found, chosen: Int64, inputs: _Images, wanted: Float64) -> list[UInt8Image]:
         """The chips of chosen faces as Align cuts them; wanted: by image the scale to decode again at, 0 for none."""
 
-        def cut(image: int) -> list[Pixels]:
+        def cut(image: int) -> list[UInt8Image]:
             view, data = (inputs.pixels[image], inputs.frames[image]), inputs.data[image]
             if wanted[image] and data is not None:
                 view = larger(bytes(data), float(wanted[image]), view)
@@ -160,7 +158,7 @@ class FacesOnDevice:
 
     def _rows(self, table: pa.Table, faces: Found, queued: _Queued | None) -> pa.Table:
         """One row a face, or for an image without."""
-        chips: dict[int, Pixels] = {}
+        chips: dict[int, UInt8Image] = {}
         raw = np.empty((0, EMBEDDING_DIM), np.float32)
         if queued is not None:
             chips = dict(zip(queued.face.tolist(), queued.chips.array(), strict=True))

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
-Pixels = npt.NDArray[np.uint8]
-Draws = npt.NDArray[np.float64]
+from facepipe.types import Float64, UInt8Image
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -47,7 +46,7 @@ class AugmentConfig:
     jpeg_highest: Quality = 95
 
 
-def augment(chip: Pixels, config: AugmentConfig, rng: np.random.Generator) -> Pixels:
+def augment(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generator) -> UInt8Image:
     """A varied copy of a chip (h, w, 3) uint8 RGB, of the same shape; takes 14 numbers from the generator."""
     happens, draw = rng.random(6), rng.random(8)
     if happens[0] < config.crop:
@@ -67,7 +66,7 @@ def augment(chip: Pixels, config: AugmentConfig, rng: np.random.Generator) -> Pi
     return np.array(chip, np.uint8, order="C")
 
 
-def _moved(chip: Pixels, config: AugmentConfig, draw: Draws) -> Pixels:
+def _moved(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
     """Shifted and zoomed about the chip's centre."""
     height, width = chip.shape[:2]
     dx, dy, zoom = (2 * draw - 1) * (config.shift * width, config.shift * height, config.zoom)
@@ -78,7 +77,7 @@ def _moved(chip: Pixels, config: AugmentConfig, draw: Draws) -> Pixels:
     return np.asarray(cv2.warpAffine(chip, matrix, (width, height), borderMode=cv2.BORDER_REFLECT_101), np.uint8)
 
 
-def _coloured(chip: Pixels, config: AugmentConfig, draw: Draws) -> Pixels:
+def _coloured(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
     """Brightness, then contrast about the mean luminance, then saturation about each pixel's luminance."""
     brightness, contrast, saturation = 1 + (2 * draw - 1) * (config.brightness, config.contrast, config.saturation)
     values = chip.astype(np.float32) * np.float32(brightness)
@@ -88,7 +87,7 @@ def _coloured(chip: Pixels, config: AugmentConfig, draw: Draws) -> Pixels:
     return np.clip(np.rint((values - luma) * np.float32(saturation) + luma), 0, 255).astype(np.uint8)
 
 
-def _compressed(chip: Pixels, quality: int) -> Pixels:
+def _compressed(chip: UInt8Image, quality: int) -> UInt8Image:
     bgr = cv2.cvtColor(np.ascontiguousarray(chip), cv2.COLOR_RGB2BGR)
     data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), np.uint8)

@@ -17,9 +17,8 @@ import pyarrow as pa
 
 from facepipe.errors import SourceError, StorageError
 from facepipe.storage import reason
+from facepipe.types import Int32, Int64, UInt8Image
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 _TEXTS = 1 << 18
 SET, INDEX, IDENTITIES = "set.json", "index.arrow", "identities.arrow"
 CHIPS = pa.schema(
@@ -107,11 +106,11 @@ class ChipSet:
         return self.info.size
 
     @property
-    def labels(self) -> Ints:
+    def labels(self) -> Int64:
         return self._index.label if self._view is None else self._view.labels
 
     @property
-    def faces(self) -> Ints:
+    def faces(self) -> Int64:
         return self._index.face_id if self._view is None else self._index.face_id[self._view.rows]
 
     @cached_property
@@ -132,19 +131,19 @@ class ChipSet:
             raise StorageError(f"the chips in {self.folder!r} were cut short: delete the folder, and it is made again")
         return data
 
-    def chip(self, row: int) -> Pixels:
+    def chip(self, row: int) -> UInt8Image:
         """A chip (h, w, 3) uint8 RGB. Raises StorageError where the file is damaged."""
         pixels = cv2.imdecode(np.frombuffer(self.encoded(row), np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is None or pixels.shape != (self.size[1], self.size[0], 3):
             raise StorageError(f"chip {row} of {self.folder!r} is damaged: delete the folder, and it is made again")
         return np.asarray(pixels, np.uint8)
 
-    def stack(self, rows: Ints) -> Pixels:
+    def stack(self, rows: Int64) -> UInt8Image:
         """Chips (n, h, w, 3) of rows (n,)."""
         chips = [self.chip(int(row)) for row in rows]
         return np.stack(chips) if chips else np.empty((0, self.size[1], self.size[0], 3), np.uint8)
 
-    def select(self, rows: Ints) -> "ChipSet":
+    def select(self, rows: Int64) -> "ChipSet":
         """A view on some rows; labels are coded anew, in the same order, without gaps. It holds 16 bytes a row."""
         rows = np.asarray(rows, np.int64)
         labels = self.labels[rows]
@@ -155,7 +154,7 @@ class ChipSet:
             rows, chosen = self._view.rows[rows], self._view.names[chosen]
         return ChipSet(self.folder, _View(rows, codes[labels], chosen))
 
-    def uris_at(self, rows: Ints) -> list[str]:
+    def uris_at(self, rows: Int64) -> list[str]:
         """Where the faces of some rows are; each shard is looked into once."""
         at = rows if self._view is None else self._view.rows[rows]
         shards, places = self._index.shard[at], self._index.row[at]
@@ -173,21 +172,21 @@ class ChipSet:
 class _View:
     """Rows of the whole set, their labels, and which of its names these stand for."""
 
-    rows: Ints
-    labels: Ints
-    names: Ints
+    rows: Int64
+    labels: Int64
+    names: Int64
 
 
 @dataclass(frozen=True)
 class _Index:
     """Columns of INDEX_ROWS, as views of the mapped file."""
 
-    label: Ints
-    face_id: Ints
-    at: Ints
-    length: npt.NDArray[np.int32]
-    shard: npt.NDArray[np.int32]
-    row: npt.NDArray[np.int32]
+    label: Int64
+    face_id: Int64
+    at: Int64
+    length: Int32
+    shard: Int32
+    row: Int32
 
 
 class Texts(Sequence[str]):
@@ -247,7 +246,7 @@ def read_info(folder: str) -> SetInfo | None:
         return None
 
 
-def batches_of(path: str) -> Iterator[tuple[pa.RecordBatch, Ints]]:
+def batches_of(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
     """(record batch, byte offsets (n + 1,) of its chips in the file) of a shard; nothing is copied."""
     with pa.memory_map(path) as file:
         whole = file.read_buffer()

@@ -15,8 +15,8 @@ from facepipe import storage
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
 from facepipe.training.data.chip_set import CHIPS, IDENTITIES, INDEX, INDEX_ROWS, SET, SetInfo, batches_of, shard_name
+from facepipe.types import Int64, UInt64
 
-Ints = npt.NDArray[np.int64]
 _SHARD_BYTES = 512 << 20
 _BATCH = 1024
 _UNFINISHED = ".partial"
@@ -69,13 +69,13 @@ def shards(folder: str) -> list[str]:
     return found
 
 
-def held_faces(folder: str) -> Ints:
+def held_faces(folder: str) -> Int64:
     """Face ids (n,) that whole shards hold, ascending."""
     ids = [batch["face_id"].to_numpy() for path in shards(folder) for batch, _ in batches_of(path)]
     return np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int64)
 
 
-def held_uris(folder: str) -> npt.NDArray[np.uint64]:
+def held_uris(folder: str) -> UInt64:
     """Hashes (n,) of the uris of which whole shards hold a chip."""
     texts = (batch["uri"].to_pylist() for path in shards(folder) for batch, _ in batches_of(path))
     return np.fromiter((hash64(uri) for part in texts for uri in part), np.uint64)
@@ -149,7 +149,7 @@ def _chosen(folder: str, keep: Keep, names: dict[str, int], figures: Counter[str
     return dict(zip(INDEX_ROWS.names, (np.concatenate(c) for c in zip(*parts, strict=True)), strict=True))
 
 
-def _labels(column: pa.Array, keep: Keep, names: dict[str, int]) -> Ints:
+def _labels(column: pa.Array, keep: Keep, names: dict[str, int]) -> Int64:
     """Numbers (n,) of a batch's identities; _NOBODY where there is none, _EXCLUDED where it is not to be there."""
     if not keep.labelled:
         column = column.fill_null("")
@@ -162,7 +162,7 @@ def _labels(column: pa.Array, keep: Keep, names: dict[str, int]) -> Ints:
     return np.array([*numbers, _NOBODY], np.int64)[codes]
 
 
-def _within_limits(columns: dict[str, npt.NDArray[Any]], keep: Keep, figures: Counter[str]) -> Ints:
+def _within_limits(columns: dict[str, npt.NDArray[Any]], keep: Keep, figures: Counter[str]) -> Int64:
     """Rows of ordered columns to keep: each face once, identities with enough images, and of these not too many.
 
     Face ids are hashes, so that the first of an identity are a random choice, and the same whatever else is there.
@@ -180,7 +180,7 @@ def _within_limits(columns: dict[str, npt.NDArray[Any]], keep: Keep, figures: Co
     return rows
 
 
-def _sort(columns: dict[str, npt.NDArray[Any]], rows: Ints) -> None:
+def _sort(columns: dict[str, npt.NDArray[Any]], rows: Int64) -> None:
     for name in columns:
         columns[name] = columns[name][rows]
 

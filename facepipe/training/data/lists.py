@@ -14,6 +14,7 @@ from facepipe import storage
 from facepipe.errors import SourceError
 from facepipe.hashing import hash64
 from facepipe.sources.listfile import ListSource
+from facepipe.types import Int32
 
 # A uri or path that names a member of a container.
 MEMBER = re.compile(r"(.*?\.(?:tar|parquet|pq))#(.*)", re.IGNORECASE | re.DOTALL)
@@ -24,7 +25,7 @@ class Labels:
     """A list's labels by key (face id, or hash of the uri), ascending; codes into names."""
 
     keys: npt.NDArray[Any]
-    codes: npt.NDArray[np.int32]
+    codes: Int32
     names: list[str]
     by_face: bool
 

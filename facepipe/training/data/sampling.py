@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from facepipe.errors import ConfigError
+from facepipe.types import Int32, Int64
 
-Ints = npt.NDArray[np.int64]
 _ORDER, _IMAGES, _AGAIN = range(3)  # what a stream of random numbers is for
 
 
@@ -49,7 +48,7 @@ class Sampler:
     Raises ConfigError where the labels hold too few identities or images for a batch.
     """
 
-    def __init__(self, labels: Ints, config: SampleConfig | None = None, seed: int = 0):
+    def __init__(self, labels: Int64, config: SampleConfig | None = None, seed: int = 0):
         self.config, self.seed = config or SampleConfig(), seed
         self._balanced = self.config.identities > 0
         self._width = self.config.identities or self.config.batch
@@ -60,7 +59,7 @@ class Sampler:
         elif self._width > self._count:
             raise ConfigError(f"a batch of {self._width} images cannot be drawn from {self._count}: lower sample.batch")
 
-    def _group(self, labels: Ints) -> None:
+    def _group(self, labels: Int64) -> None:
         order = np.argsort(labels, kind="stable")
         self._by_identity = None if np.array_equal(order, np.arange(len(order))) else order
         counts = np.bincount(labels)
@@ -94,7 +93,7 @@ class Sampler:
         done = "is left out" if self.config.singles == "drop" else "is repeated within its batch"
         return (f"{self.singles} of {len(self._counts)} identities have one image, which {done}",)
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> Ints:
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
         """Rows (size / world,) int64 of a step's batch that are the rank's; whole identities, image by image, in P x K.
 
         Raises ConfigError where identities (P x K) or images do not divide by the number of ranks.
@@ -113,13 +112,13 @@ class Sampler:
         rows = np.concatenate([self._images(identity, epoch, more) for identity, more in visits])
         return rows if self._by_identity is None else self._by_identity[rows]
 
-    def _shuffled(self, epoch: int) -> npt.NDArray[np.int32]:
+    def _shuffled(self, epoch: int) -> Int32:
         """The order of identities or images in an epoch."""
         order = np.arange(self._count, dtype=np.int32)
         self._random(_ORDER, epoch).shuffle(order)
         return order
 
-    def _images(self, identity: int, epoch: int, again: bool) -> Ints:
+    def _images(self, identity: int, epoch: int, again: bool) -> Int64:
         """K images of an identity, as places in the order by identity: distinct ones where it has as many."""
         count, k = int(self._counts[identity]), self.config.images
         turn, within = (epoch, 0) if again else divmod(epoch, -(-count // k))  # a round shows each image

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,9 +18,8 @@ from facepipe.training.data.chip_writer import plain_name
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import Names
 from facepipe.training.data.lists import Labels, read_list
+from facepipe.types import Bool, Int32, Int64
 
-Ints = npt.NDArray[np.int64]
-Codes = npt.NDArray[np.int32]
 WANTED = FACE, CODE, NAMES = "wanted-faces.npy", "wanted-labels.npy", "wanted-names.arrow"
 _CHOICE = ("face_id", "image_id", "uri", "identity", "box", "width", "height")
 ROWS = 65536
@@ -86,9 +84,7 @@ def _without_labels(data: DataConfig) -> str:
     )
 
 
-def _limited(
-    data: DataConfig, face: Ints, label: Codes, barred: npt.NDArray[np.bool_], figures: Counter[str]
-) -> tuple[Ints, Codes]:
+def _limited(data: DataConfig, face: Int64, label: Int32, barred: Bool, figures: Counter[str]) -> tuple[Int64, Int32]:
     """Without excluded identities, and ones with too few images; of the others no more than allowed, by lowest id."""
     out = barred[label]
     figures["left_out: excluded identity"] += int(out.sum())
@@ -120,13 +116,13 @@ def whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield held.combine_chunks()
 
 
-def image_starts(uris: pa.ChunkedArray) -> Ints:
+def image_starts(uris: pa.ChunkedArray) -> Int64:
     """Rows at which another image begins."""
     differ = pc.not_equal(uris.slice(1), uris.slice(0, len(uris) - 1)).to_numpy()
     return np.flatnonzero(np.concatenate([[True], differ]))
 
 
-def subjects(table: pa.Table) -> Ints:
+def subjects(table: pa.Table) -> Int64:
     """The row of each image's subject."""
     starts = image_starts(table["uri"])
     image = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, table.num_rows)))
@@ -135,7 +131,7 @@ def subjects(table: pa.Table) -> Ints:
     return np.sort(order[starts])
 
 
-def _coded(table: pa.Table, labels: Labels | None, names: dict[str, int]) -> Ints:
+def _coded(table: pa.Table, labels: Labels | None, names: dict[str, int]) -> Int64:
     """(n,) number of each face's identity; -1 where it has none, or is not in the list."""
     if labels is None:
         coded = table["identity"].combine_chunks().dictionary_encode()
@@ -152,6 +148,6 @@ def _coded(table: pa.Table, labels: Labels | None, names: dict[str, int]) -> Int
     return np.where(labels.keys[at] == keys, labels.codes[at], -1).astype(np.int64)
 
 
-def _unlabelled(table: pa.Table, wanted: Names, names: dict[str, int]) -> Ints:
+def _unlabelled(table: pa.Table, wanted: Names, names: dict[str, int]) -> Int64:
     names.setdefault("", 0)
     return np.array([0 if wanted.of(uri) else -1 for uri in table["uri"].to_pylist()], np.int64)

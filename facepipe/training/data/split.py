@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from facepipe.errors import ConfigError, SourceError
 from facepipe.hashing import hash64
 from facepipe.storage import read
+from facepipe.types import Bool, Int64, UInt64
 
-Ints = npt.NDArray[np.int64]
-Rows = tuple[Ints, Ints]
+Rows = tuple[Int64, Int64]
 _FEWEST = 2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -34,11 +33,11 @@ class SplitConfig:
 
 
 def split(
-    labels: Ints,
+    labels: Int64,
     config: SplitConfig,
     seed: int = 0,
     identities: Sequence[str] | None = None,
-    faces: Ints | None = None,
+    faces: Int64 | None = None,
 ) -> Rows:
     """(rows to train on, rows held out), both ascending, of labels (n,) int64.
 
@@ -66,7 +65,7 @@ def read_names(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _named(path: str, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]:
+def _named(path: str, identities: Sequence[str] | None) -> Bool:
     if identities is None:
         raise ConfigError("split.names needs data whose identities have names")
     wanted = set(read_names(path))
@@ -76,7 +75,7 @@ def _named(path: str, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]
     return np.array([name in wanted for name in identities], bool)
 
 
-def _held_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> npt.NDArray[np.bool_]:
+def _held_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> Bool:
     names = (str(n) for n in range(count)) if identities is None else identities
     draws = np.array([hash64(str(seed), name) for name in names], np.uint64)
     held = draws < np.uint64(share * 2.0**64)
@@ -85,12 +84,12 @@ def _held_identities(count: int, share: float, seed: int, identities: Sequence[s
     return held
 
 
-def _held_images(count: int, share: float, seed: int, faces: Ints | None) -> npt.NDArray[np.bool_]:
+def _held_images(count: int, share: float, seed: int, faces: Int64 | None) -> Bool:
     keys = np.arange(count) if faces is None else np.asarray(faces)
     return _mixed(keys.astype(np.uint64), seed) < np.uint64(share * 2.0**64)
 
 
-def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+def _mixed(keys: UInt64, seed: int) -> UInt64:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014) of each key and the seed."""
     with np.errstate(over="ignore"):
         z = keys + np.uint64(hash64("split", str(seed))) * (_MIX | np.uint64(1))

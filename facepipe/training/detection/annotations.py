@@ -9,10 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.errors import SourceError
-from facepipe.models.protocols import Floats
+from facepipe.types import Float32, Int64
 
 _LENGTHS = (4, 19, 20)  # a box; and five points of three numbers; and the blur
 _INVALID = 7  # where the official file says that a face is not to be used
@@ -22,8 +21,8 @@ _NO_POINTS = [float("nan")] * 10
 class Truth(NamedTuple):
     """Annotated faces of one image: boxes (n, 4) x1 y1 x2 y2, landmarks (n, 5, 2) in image order, NaN for none."""
 
-    boxes: Floats
-    landmarks: Floats
+    boxes: Float32
+    landmarks: Float32
 
 
 class Annotations(NamedTuple):
@@ -34,9 +33,9 @@ class Annotations(NamedTuple):
     """
 
     paths: list[str]
-    offsets: npt.NDArray[np.int64]
-    boxes: Floats
-    landmarks: Floats
+    offsets: Int64
+    boxes: Float32
+    landmarks: Float32
     dropped: int
 
     def of(self, image: int) -> Truth:

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from facepipe.models.protocols import Floats, Pixels
 from facepipe.training.detection.annotations import Truth
 from facepipe.training.detection.config import SceneAugmentConfig
+from facepipe.types import Float32, UInt8, UInt8Image
 
 _KERNELS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 _MIRRORED = [1, 0, 2, 4, 3]
@@ -19,7 +18,7 @@ Random = np.random.Generator
 class Scene(NamedTuple):
     """An image (h, w, 3) uint8 RGB and its faces; coordinates run from 0 to w and h over the outer pixels' edges."""
 
-    pixels: Pixels
+    pixels: UInt8Image
     truth: Truth
 
 
@@ -52,7 +51,7 @@ def cropped(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
     return scene
 
 
-def _inside(truth: Truth, low: Floats, high: Floats) -> Truth:
+def _inside(truth: Truth, low: Float32, high: Float32) -> Truth:
     centre = (truth.boxes[:, :2] + truth.boxes[:, 2:]) / 2
     keep = ((centre > low) & (centre < high)).all(1)
     boxes = (truth.boxes[keep].reshape(-1, 2, 2).clip(low, high) - low).reshape(-1, 4)
@@ -85,7 +84,7 @@ def resized(scene: Scene, size: int, kernel: int) -> Scene:
     return Scene(pixels, Truth(scene.truth.boxes * factor, scene.truth.landmarks * factor))
 
 
-def distorted(pixels: Pixels, rng: Random) -> Pixels:
+def distorted(pixels: UInt8Image, rng: Random) -> UInt8Image:
     """Brightness by up to 32 levels, contrast and saturation by up to a half, hue by up to 36 degrees; each or not."""
     early = rng.random() < 0.5
     if rng.random() < 0.5:
@@ -96,16 +95,16 @@ def distorted(pixels: Pixels, rng: Random) -> Pixels:
     return pixels if early else _contrast(pixels, rng)
 
 
-def _levels(values: npt.NDArray[np.uint8], factor: float, shift: float) -> Pixels:
+def _levels(values: UInt8, factor: float, shift: float) -> UInt8Image:
     """Truncated to whole levels between 0 and 255."""
     return np.asarray((values.astype(np.float32) * factor + shift).clip(0, 255), np.uint8)
 
 
-def _contrast(pixels: Pixels, rng: Random) -> Pixels:
+def _contrast(pixels: UInt8Image, rng: Random) -> UInt8Image:
     return _levels(pixels, rng.uniform(0.5, 1.5), 0.0) if rng.random() < 0.5 else pixels
 
 
-def _tint(pixels: Pixels, rng: Random) -> Pixels:
+def _tint(pixels: UInt8Image, rng: Random) -> UInt8Image:
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
     if rng.random() < 0.5:
         hsv[..., 1] = _levels(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)

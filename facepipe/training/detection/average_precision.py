@@ -5,16 +5,13 @@ stretches scores over the whole set, and samples the curve at 1000 thresholds. H
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from facepipe.models.protocols import Floats
 from facepipe.training.detection.overlap import iou
+from facepipe.types import Bool, Float32
 
-Bools = npt.NDArray[np.bool_]
 
-
-def correct(found: Floats, truth: Floats, min_iou: float = 0.5) -> Bools:
+def correct(found: Float32, truth: Float32, min_iou: float = 0.5) -> Bool:
     """Which of the boxes found (n, 4), by falling score, are right, given the true ones (m, 4).
 
     One is right where it overlaps its best true box by `min_iou` or more, and no earlier one was right with that.
@@ -31,7 +28,7 @@ def correct(found: Floats, truth: Floats, min_iou: float = 0.5) -> Bools:
     return right
 
 
-def average_precision(scores: Floats, right: Bools, truths: int) -> float:
+def average_precision(scores: Float32, right: Bool, truths: int) -> float:
     """Of all boxes found (n,) in any order, and the number of true boxes; 0 where there are none."""
     if not truths or not len(scores):
         return 0.0

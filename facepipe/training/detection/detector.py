@@ -6,10 +6,11 @@ import torch
 
 from facepipe.models.detectors.retinaface import Channels, normalise
 from facepipe.models.detectors.retinaface_decode import STRIDES, postprocess
-from facepipe.models.protocols import Faces, Pixels
+from facepipe.models.protocols import Faces
+from facepipe.types import UInt8Image
 
 
-def detect(net: torch.nn.Module, image: Pixels, channels: Channels, limits: tuple[float, float]) -> Faces:
+def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: tuple[float, float]) -> Faces:
     """(h, w, 3) uint8 RGB -> its faces; `net` a RetinaFaceNet in inference mode, `limits` as `postprocess` has them."""
     h, w = image.shape[:2]
     stride = STRIDES[-1]

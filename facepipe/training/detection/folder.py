@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from facepipe.errors import SourceError
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.header import HeaderError, probe
-from facepipe.models.protocols import Pixels
 from facepipe.training.detection.annotations import Annotations, read_annotations
+from facepipe.types import Int64, UInt8Image
 
 _log = logging.getLogger(__name__)
 
@@ -21,14 +20,14 @@ class Folder(NamedTuple):
 
     root: Path
     annotations: Annotations
-    rows: npt.NDArray[np.int64]
+    rows: Int64
 
     @property
     def missing(self) -> int:
         """Annotated images that are not there."""
         return len(self.annotations.paths) - len(self.rows)
 
-    def pixels(self, row: int) -> Pixels | None:
+    def pixels(self, row: int) -> UInt8Image | None:
         """An image, None where it cannot be read."""
         return _pixels(self.root / self.annotations.paths[row])
 
@@ -45,7 +44,7 @@ def opened(annotations: str, images: str) -> Folder:
     return Folder(root, read, np.flatnonzero(there))
 
 
-def _pixels(path: Path) -> Pixels | None:
+def _pixels(path: Path) -> UInt8Image | None:
     """(h, w, 3) uint8 RGB of an image file, or None, with a warning that names it."""
     try:
         data = path.read_bytes()

@@ -7,12 +7,13 @@ import numpy as np
 from torch import nn
 
 from facepipe.models.detectors.retinaface import Channels
-from facepipe.models.protocols import Faces, Pixels
+from facepipe.models.protocols import Faces
 from facepipe.training.detection.annotations import Truth
 from facepipe.training.detection.average_precision import average_precision, correct
 from facepipe.training.detection.config import DetectionConfig
 from facepipe.training.detection.detector import detect
 from facepipe.training.detection.folder import Folder
+from facepipe.types import UInt8Image
 
 
 def average_precision_of(net: nn.Module, held: Folder, config: DetectionConfig, channels: Channels) -> dict[str, float]:
@@ -34,14 +35,14 @@ def average_precision_of(net: nn.Module, held: Folder, config: DetectionConfig, 
     }
 
 
-def _images(held: Folder, config: DetectionConfig) -> Iterator[tuple[Pixels, Truth]]:
+def _images(held: Folder, config: DetectionConfig) -> Iterator[tuple[UInt8Image, Truth]]:
     for row in held.rows[held.rows < (config.held_count or len(held.annotations.paths))]:
         image = held.pixels(int(row))
         if image is not None:
             yield image, held.annotations.of(int(row))
 
 
-def _found(net: nn.Module, image: Pixels, config: DetectionConfig, channels: Channels) -> Faces:
+def _found(net: nn.Module, image: UInt8Image, config: DetectionConfig, channels: Channels) -> Faces:
     """Faces in the image's own pixels, found in one whose longest side is at most `held_size`."""
     scale = min(1.0, config.held_size / max(image.shape[:2]))
     h, w = (max(1, round(side * scale)) for side in image.shape[:2])

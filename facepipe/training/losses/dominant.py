@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from facepipe.errors import ConfigError
 from facepipe.training.losses.heads import ClassHead
 from facepipe.training.losses.shards import full_state
+from facepipe.types import Float32
 
 _BLOCK = 8192
 
@@ -20,7 +21,7 @@ _BLOCK = 8192
 @torch.no_grad()
 def dominant_angles(
     objective: nn.Module, vectors: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]
-) -> npt.NDArray[np.float32]:
+) -> Float32:
     """(n,) degrees from each vector to its class's dominant sub-centre: the one most faces of the class are nearest to.
 
     vectors (n, dim) raw, labels (n,) as in training: the whole set, or a class's votes are of a part.

@@ -10,9 +10,7 @@ import numpy.typing as npt
 
 from facepipe.errors import ConfigError
 from facepipe.training.losses.config import LossConfig, settled
-
-Rows = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+from facepipe.types import Bool, Float32, Int64
 
 _ANCHORS, _OTHERS = 512, 16384  # a block of cosines has 32 MB
 
@@ -20,8 +18,8 @@ _ANCHORS, _OTHERS = 512, 16384  # a block of cosines has 32 MB
 class Triplets(NamedTuple):
     """Rows (t, 3) int64 of anchor, positive, negative, and which of them cost anything (t,) bool."""
 
-    rows: Rows
-    active: npt.NDArray[np.bool_]
+    rows: Int64
+    active: Bool
 
 
 def offline_triplets(
@@ -55,12 +53,12 @@ def offline_triplets(
 
 
 class _Set(NamedTuple):
-    x: Floats  # unit vectors
-    codes: Rows
+    x: Float32  # unit vectors
+    codes: Int64
     margin: float  # in cosine: half of that in squared distance
 
 
-def _mined(of: _Set, rows: Rows, partners: Rows | None) -> Triplets:
+def _mined(of: _Set, rows: Int64, partners: Int64 | None) -> Triplets:
     """Triplets of the anchors `rows`; partners are their given positives, -1 for none."""
     if partners is None:
         positive, low = _best(of, rows, True, np.full(len(rows), np.inf, np.float32))
@@ -73,7 +71,7 @@ def _mined(of: _Set, rows: Rows, partners: Rows | None) -> Triplets:
     return Triplets(np.stack([rows, positive, negative], axis=1)[keep], (low - high < of.margin)[keep])
 
 
-def _best(of: _Set, rows: Rows, friends: bool, below: Floats) -> tuple[Rows, Floats]:
+def _best(of: _Set, rows: Int64, friends: bool, below: Float32) -> tuple[Int64, Float32]:
     """The least similar of the own class (friends), or the most similar stranger whose cosine is less than `below`."""
     sign = -1 if friends else 1
     found, value = np.full(len(rows), -1, np.int64), np.full(len(rows), -np.inf, np.float32)
@@ -89,7 +87,7 @@ def _best(of: _Set, rows: Rows, friends: bool, below: Floats) -> tuple[Rows, Flo
     return found, sign * value
 
 
-def _random_partners(codes: Rows, rng: np.random.Generator) -> Rows:
+def _random_partners(codes: Int64, rng: np.random.Generator) -> Int64:
     """For each row another row of its class, uniformly; -1 where it is alone."""
     order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes)

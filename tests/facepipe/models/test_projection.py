@@ -23,30 +23,30 @@ from facepipe.gallery import Gallery
 from facepipe.models import card
 from facepipe.models.card_file import CardFile, InputConfig, read_card, save_model
 from facepipe.models.projection import Projected, Projection, SecondMoment, fit, read, save, unit
-from facepipe.models.protocols import Floats, Pixels
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.again import Places
 from facepipe.stages import Read
+from facepipe.types import Float32, UInt8Image
 from pipelines.project import ProjectConfig, ProjectSummary, run
 
 Settings = dict[str, Any]
 
 
-def vectors(n: int, dim: int = 160, seed: int = 0) -> Floats:
+def vectors(n: int, dim: int = 160, seed: int = 0) -> Float32:
     """Directions of falling strength about a mean that is not 0, as real embeddings have."""
     rng = np.random.default_rng(seed)
     return np.asarray(rng.normal(size=(n, dim)) * 0.97 ** np.arange(dim) + 0.2, np.float32)
 
 
-def fitted(raw: Floats) -> Projection:
+def fitted(raw: Float32) -> Projection:
     moment = SecondMoment(raw.shape[1])
     for part in np.array_split(raw, 5):
         moment.add(part)
     return fit(moment)
 
 
-def gram_error(raw: Floats, matrix: Floats) -> float:
+def gram_error(raw: Float32, matrix: Float32) -> float:
     whole = unit(raw)
     part = whole @ matrix.astype(np.float64)
     return float(np.linalg.norm(whole @ whole.T - part @ part.T))
@@ -88,10 +88,10 @@ class Raw:
 
     size = (4, 4)
 
-    def __init__(self, raw: Floats):
+    def __init__(self, raw: Float32):
         self._raw, self.dim = raw, raw.shape[1]
 
-    def embed(self, chips: Pixels) -> Floats:
+    def embed(self, chips: UInt8Image) -> Float32:
         return self._raw[: len(chips)]
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +11,7 @@ from facepipe.models import Faces
 from facepipe.models.detectors.retinaface_decode import Outputs, anchors, certain, postprocess
 from facepipe.stages import Decode, Detect
 from facepipe.stages.detect import shrunk
-
-Pixels = npt.NDArray[np.uint8]
+from facepipe.types import UInt8Image
 
 
 class Eye:
@@ -24,14 +22,14 @@ class Eye:
     def __init__(self, scores: dict[int, tuple[float, ...]]):
         self.scores, self.seen = scores, list[int]()
 
-    def detect(self, images: Pixels) -> list[Faces]:
+    def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._faces(images, 0.7)] * len(images)
 
-    def certain(self, images: Pixels, doubtful: float, sure: float) -> list[Faces | None]:
+    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         found = self._faces(images, doubtful)
         return [found if len(found.scores) and (found.scores >= sure).all() else None] * len(images)
 
-    def _faces(self, images: Pixels, min_score: float) -> Faces:
+    def _faces(self, images: UInt8Image, min_score: float) -> Faces:
         side = max(images.shape[1:3])
         self.seen += [side] * len(images)
         scores = np.array([s for s in self.scores[side] if s >= min_score], np.float32)

@@ -16,10 +16,11 @@ from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk,
 from facepipe.models.detectors.retinaface_decode import preprocess
 from facepipe.models.detectors.retinaface_keys import from_biubug6
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.protocols import Faces, Pixels
+from facepipe.models.protocols import Faces
 from facepipe.models.registry import retinaface_graph
 from facepipe.training.detection.detector import detect
 from facepipe.training.detection.overlap import iou
+from facepipe.types import UInt8Image
 
 LIMITS = (0.7, 0.4)
 ALIGNMENT = Contract.of("retinaface-mnet025", "face-recognition", False).alignment
@@ -129,14 +130,14 @@ def test_training_gives_logits_and_inference_their_softmax() -> None:
 def test_the_mean_goes_off_in_the_order_the_channels_enter() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (2, 8, 9, 3), np.uint8)
     mean = np.array([104, 117, 123], np.float32)
-    orders: list[tuple[Channels, Pixels]] = [("rgb", pixels), ("bgr", pixels[..., ::-1])]
+    orders: list[tuple[Channels, UInt8Image]] = [("rgb", pixels), ("bgr", pixels[..., ::-1])]
     for channels, ordered in orders:
         found = normalise(torch.from_numpy(pixels), channels).numpy()
         assert np.array_equal(found, (ordered.astype(np.float32) - mean).transpose(0, 3, 1, 2))
     assert np.array_equal(normalise(torch.from_numpy(pixels), "bgr").numpy(), preprocess(pixels))
 
 
-def shrunk(path: Path, longest: int = 640) -> Pixels:
+def shrunk(path: Path, longest: int = 640) -> UInt8Image:
     image = np.asarray(cv2.imread(str(path), cv2.IMREAD_COLOR_RGB))
     scale = min(1.0, longest / max(image.shape[:2]))
     h, w = (round(side * scale) for side in image.shape[:2])
@@ -164,7 +165,7 @@ def found_again(truth: Faces, found: Faces) -> tuple[list[float], list[float]]:
     return best, distances
 
 
-def compared(net: RetinaFaceNet, images: list[Pixels], channels: Channels) -> tuple[list[float], list[float]]:
+def compared(net: RetinaFaceNet, images: list[UInt8Image], channels: Channels) -> tuple[list[float], list[float]]:
     default = OnnxRetinaFace(retinaface_graph(), LIMITS)
     overlaps: list[float] = []
     distances: list[float] = []

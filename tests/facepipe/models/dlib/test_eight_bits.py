@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 import facepipe
@@ -18,9 +17,7 @@ from facepipe.models.engines import OnnxDlib, session
 from facepipe.models.parity import noise, scenes
 from facepipe.models.registry import dlib_weights
 from facepipe.stages import Embed
-
-Chips = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+from facepipe.types import Float32, UInt8
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def engine() -> OnnxDlib:
     return loaded
 
 
-def unit(vectors: Floats) -> Floats:
+def unit(vectors: Float32) -> Float32:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
@@ -57,7 +54,7 @@ def test_faces_are_where_the_network_in_floating_point_has_them(photos: Path) ->
 def test_a_cpu_whose_products_saturate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they do on x86 without VNNI: sums of two products are cut off at 16 bits, and vectors come out wrong."""
 
-    def cut_off(self: OnnxDlib, chips: Chips) -> Floats:
+    def cut_off(self: OnnxDlib, chips: UInt8) -> Float32:
         right = embed(self, chips)
         return np.clip(right, -np.abs(right).max() / 4, np.abs(right).max() / 4)
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,30 +22,30 @@ from facepipe.training.losses import (
     triplet_loss,
 )
 from facepipe.training.losses.margins import added_angle, annealed, multiplied_angle
+from facepipe.types import Float64
 
-Array = npt.NDArray[np.float64]
-Reference = Callable[[Array, Array, Array], float]
+Reference = Callable[[Float64, Float64, Float64], float]
 
 DIM, CLASSES = 5, 4
 LABELS = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
 
 
-def unit(x: Array) -> Array:
+def unit(x: Float64) -> Float64:
     return x / np.sqrt((x * x).sum(-1, keepdims=True))
 
 
-def softmax_loss(logits: Array, labels: Array) -> float:
+def softmax_loss(logits: Float64, labels: Float64) -> float:
     """The mean of -log(exp(own) / sum(exp)), in so many words."""
     return float(
         np.mean([-math.log(math.exp(z[y]) / sum(map(math.exp, z))) for z, y in zip(logits, labels, strict=True)])
     )
 
 
-def angles(x: Array, w: Array) -> Array:
+def angles(x: Float64, w: Float64) -> Float64:
     return np.arccos(np.clip(unit(x) @ unit(w).T, -1, 1))
 
 
-def with_own(logits: Array, labels: Array, own: list[float]) -> Array:
+def with_own(logits: Float64, labels: Float64, own: list[float]) -> Float64:
     logits = logits.copy()
     logits[np.arange(len(labels)), labels] = own
     return logits
@@ -57,7 +56,7 @@ def psi(theta: float, m: int) -> float:
     return (-1) ** k * math.cos(m * theta) - 2 * k
 
 
-def cosine_margin(x: Array, w: Array, y: Array, scale: float, own: Callable[[float], float]) -> float:
+def cosine_margin(x: Float64, w: Float64, y: Float64, scale: float, own: Callable[[float], float]) -> float:
     theta = angles(x, w)
     mine = [scale * own(float(theta[n, c])) for n, c in enumerate(y)]
     return softmax_loss(with_own(scale * np.cos(theta), y, mine), y)
@@ -71,7 +70,7 @@ def arc_easy(m: float) -> Callable[[float], float]:
     return lambda t: math.cos(t + m) if t < math.pi / 2 else math.cos(t)
 
 
-def angular(x: Array, w: Array, y: Array, m: int, lam: float) -> float:
+def angular(x: Float64, w: Float64, y: Float64, m: int, lam: float) -> float:
     """L-Softmax on given weights; A-Softmax is the same on unit weights."""
     theta = angles(x, w)
     mine = []
@@ -81,30 +80,30 @@ def angular(x: Array, w: Array, y: Array, m: int, lam: float) -> float:
     return softmax_loss(with_own(x @ w.T, y, mine), y)
 
 
-def subcenter(x: Array, w: Array, y: Array) -> float:
+def subcenter(x: Float64, w: Float64, y: Float64) -> float:
     theta = np.array([[min(float(angles(v[None], s[None])[0, 0]) for s in centres) for centres in w] for v in x])
     mine = [8 * arc(0.5)(float(theta[n, c])) for n, c in enumerate(y)]
     return softmax_loss(with_own(8 * np.cos(theta), y, mine), y)
 
 
-def triplets_of(y: Array) -> list[tuple[int, int, int]]:
+def triplets_of(y: Float64) -> list[tuple[int, int, int]]:
     n = range(len(y))
     return [(a, p, q) for a, p, q in itertools.product(n, n, n) if a != p and y[a] == y[p] and y[a] != y[q]]
 
 
-def distances(x: Array) -> Array:
+def distances(x: Float64) -> Float64:
     u = unit(x)
     return np.array([[((a - b) ** 2).sum() for b in u] for a in u])
 
 
-def batch_all(x: Array, w: Array, y: Array) -> float:
+def batch_all(x: Float64, w: Float64, y: Float64) -> float:
     d = distances(x)
     costs = [d[a, p] - d[a, q] + 0.2 for a, p, q in triplets_of(y)]
     costs = [c for c in costs if c > 0]
     return sum(costs) / len(costs)
 
 
-def batch_hard(x: Array, w: Array, y: Array) -> float:
+def batch_hard(x: Float64, w: Float64, y: Float64) -> float:
     d, n = distances(x), range(len(y))
     costs = []
     for a in n:
@@ -114,7 +113,7 @@ def batch_hard(x: Array, w: Array, y: Array) -> float:
     return sum(costs) / len(costs)
 
 
-def semi_hard(x: Array, w: Array, y: Array) -> float:
+def semi_hard(x: Float64, w: Float64, y: Float64) -> float:
     d, n = distances(x), range(len(y))
     costs = []
     for a, p in sorted({(a, p) for a, p, _ in triplets_of(y)}):
@@ -124,7 +123,7 @@ def semi_hard(x: Array, w: Array, y: Array) -> float:
     return sum(costs) / len(costs)
 
 
-def cosine_pairs(x: Array, w: Array, y: Array) -> float:
+def cosine_pairs(x: Float64, w: Float64, y: Float64) -> float:
     u, n = unit(x), range(len(y))
     near = [1 - u[a] @ u[b] for a, b in itertools.combinations(n, 2) if y[a] == y[b]]
     far = [max(0.0, u[a] @ u[b] - 0.1) for a, b in itertools.combinations(n, 2) if y[a] != y[b]]
@@ -174,7 +173,7 @@ def made(config: LossConfig, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     return head, torch.tensor(rng.normal(size=(len(LABELS), DIM)) * 1.5, requires_grad=True), torch.tensor(LABELS)
 
 
-def slopes(of: Callable[[Array], float], at: Array) -> Array:
+def slopes(of: Callable[[Float64], float], at: Float64) -> Float64:
     """Central differences."""
     out = np.zeros_like(at)
     for n in np.ndindex(at.shape):
@@ -212,11 +211,11 @@ def test_gradients_fit_the_values(case: str) -> None:
     assert torch.autograd.gradcheck(lambda v, *_: head(v, y), (x, *parameters), fast_mode=True)
 
 
-def circle_weights(cosines: Array, m: float) -> tuple[Array, Array]:
+def circle_weights(cosines: Float64, m: float) -> tuple[Float64, Float64]:
     return np.maximum(1 + m - cosines, 0), np.maximum(cosines + m, 0)
 
 
-def circle_reference(x: Array, w: Array, y: Array, frozen: tuple[Array, Array]) -> float:
+def circle_reference(x: Float64, w: Float64, y: Float64, frozen: tuple[Float64, Float64]) -> float:
     """Equation 6 with the centre as the only positive; the weights are given, constants to the slopes."""
     s, costs = unit(x) @ unit(w).T, []
     for n, c in enumerate(y):
@@ -225,7 +224,7 @@ def circle_reference(x: Array, w: Array, y: Array, frozen: tuple[Array, Array]) 
     return float(np.mean(costs))
 
 
-def circle_pairs_reference(x: Array, y: Array, frozen: tuple[Array, Array]) -> float:
+def circle_pairs_reference(x: Float64, y: Float64, frozen: tuple[Float64, Float64]) -> float:
     s, n, costs = unit(x) @ unit(x).T, range(len(y)), []
     for a in n:
         away = sum(math.exp(6 * frozen[1][a, q] * (s[a, q] - 0.25)) for q in n if y[q] != y[a])
