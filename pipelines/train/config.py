@@ -6,13 +6,14 @@ from typing import Any
 from facepipe.config import build
 from facepipe.errors import ConfigError
 from facepipe.storage import is_remote
-from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.config import ModelConfig
 from facepipe.training.data.augment import AugmentConfig
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.sampling import SampleConfig
 from facepipe.training.data.split import SplitConfig
 from facepipe.training.detection.config import DetectionConfig
 from facepipe.training.losses import LossConfig, has_centres, needs_pairs, settled
+from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.validation import ValidateConfig
 
 Tree = dict[str, Any]

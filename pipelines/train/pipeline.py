@@ -14,10 +14,10 @@ from typing import Any, cast
 from facepipe import storage
 from facepipe.errors import TrainingError
 from facepipe.models.card_file import save_model
-from facepipe.training.config import RunConfig
 from facepipe.training.report import write_report
 from facepipe.training.start import Start, find, written
 from facepipe.training.trainer import checkpointing, metrics_log
+from facepipe.training.trainer.config import RunConfig
 from facepipe.training.trainer.loop import Outcome
 from facepipe.training.trainer.metrics_log import Progress
 from facepipe.training.validation import names_in, read_validation_pairs

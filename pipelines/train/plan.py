@@ -12,7 +12,6 @@ from torch import nn
 from facepipe.errors import ConfigError
 from facepipe.models.architectures import Input
 from facepipe.models.runtime.device import resolve
-from facepipe.training.config import RunConfig
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.sampling import Sampler
 from facepipe.training.data.split import Rows, SplitConfig, split
@@ -23,6 +22,7 @@ from facepipe.training.losses import objective
 from facepipe.training.start import Start, find
 from facepipe.training.trainer import optim, schedule
 from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.config import RunConfig
 from facepipe.training.trainer.loop import Settings
 from facepipe.training.trainer.task import Task
 from facepipe.training.triplet_task import TripletSampler, TripletTask

@@ -13,9 +13,9 @@ from facepipe import errors
 from facepipe.errors import AgreedError, ConfigError, FacepipeError, ModelError, WorkerError
 from facepipe.models.runtime.device import resolve
 from facepipe.models.runtime.memory import keep_freed
-from facepipe.training.config import RunConfig
 from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.checkpointing import FOLDER
+from facepipe.training.trainer.config import RunConfig
 from facepipe.training.trainer.loop import Loop, Outcome, Settings
 from facepipe.training.trainer.metrics_log import Progress
 from facepipe.training.trainer.mixed_precision import choose

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from facepipe.errors import AgreedError, FacepipeError
 from facepipe.hashing import hash64
-from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.trainer import checkpointing, optim, schedule
 from facepipe.training.trainer import state as snapshot
 from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.trainer.metrics_log import Journal, Progress
 from facepipe.training.trainer.mixed_precision import Gradients, Precision
 from facepipe.training.trainer.ranks import Ranks

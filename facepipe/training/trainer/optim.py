@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from facepipe.errors import ConfigError
-from facepipe.training.config import OptimConfig
+from facepipe.training.trainer.config import OptimConfig
 
 NET, HEAD = "net.", "head."
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from facepipe.errors import ConfigError
-from facepipe.training.config import ScheduleConfig
+from facepipe.training.trainer.config import ScheduleConfig
 
 
 @dataclass(frozen=True)

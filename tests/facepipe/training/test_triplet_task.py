@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, TrainingError
 from facepipe.hashing import hash64
 from facepipe.models.architectures import Input
-from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.data.augment import AugmentConfig
 from facepipe.training.embedding_task import Examples
 from facepipe.training.losses import LossConfig, objective, offline_triplets, settled
 from facepipe.training.losses.triplets import TripletLoss
 from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.trainer.loop import Loop, Outcome, Settings
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.triplet_task import TripletSampler, TripletTask

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
-from facepipe.training.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.trainer import checkpointing
 from facepipe.training.trainer import metrics_log as journal
 from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.trainer.loop import Settings
 from pipelines.chips.prepare import in_use
 from pipelines.train import run

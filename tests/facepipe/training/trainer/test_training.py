@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, TrainingError
 from facepipe.training import start
-from facepipe.training.config import ModelConfig, OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.config import ModelConfig
 from facepipe.training.imprint import imprint
 from facepipe.training.losses import LossConfig, objective
 from facepipe.training.report import write_report
 from facepipe.training.trainer import checkpointing, optim, schedule
 from facepipe.training.trainer import metrics_log as journal
 from facepipe.training.trainer.checkpointing import Checkpoints
+from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
 from facepipe.training.trainer.loop import Loop, Outcome, Settings
 from facepipe.training.trainer.metrics_log import Journal, Progress
 from facepipe.training.trainer.mixed_precision import Precision

@@ -25,9 +25,9 @@ from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
 from facepipe.types import Float32, UInt8
+from pipelines.project.faces import FacesAgain, Sample, choose
 from pipelines.runtime.plan import local_resources
 from pipelines.runtime.run_record import follow, records
-from pipelines.train.projection_faces import FacesAgain, Sample, choose
 
 Progress = Callable[[str], None]
 _PROGRESS_SECONDS = 5.0
