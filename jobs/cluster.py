@@ -17,7 +17,7 @@ def cluster(
     ] = False,
     algorithm: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="linkage, communities, whispers or components.", show_default="linkage"),
+        typer.Option(help="Only `linkage`; kept so that old scripts run.", hidden=True),
     ] = None,
     threshold: Annotated[
         float | None,

@@ -65,6 +65,8 @@ def section(name: str, command: Any) -> str:
     lines = [f"\n## facepipe {name}\n", f"    {usage}\n", inspect.cleandoc(command.help) + "\n"]
     lines += ["| argument or option | meaning |", "|---|---|"]
     for p in command.params:
+        if getattr(p, "hidden", False):
+            continue
         names = p.metavar or p.name.upper() if p.param_type_name == "argument" else ", ".join(f"`{o}`" for o in p.opts)
         lines.append(f"| {names} | {p.help or ''} |" if p.name != "help" else "")
     return "\n".join(line for line in lines if line) + "\n"

@@ -9,13 +9,13 @@ import pyarrow as pa
 from facepipe.curation.clusters import review, tables
 from facepipe.curation.clusters.constraints import labels as given_labels
 from facepipe.curation.clusters.constraints import same_photo
-from facepipe.curation.clusters.identities import Algorithm, cluster
+from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.clusters.report import Found, cluster_report
 from facepipe.curation.clusters.sums import Standing
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
-from facepipe.errors import StorageError
+from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
 from facepipe.reports.html import write_report
@@ -33,16 +33,24 @@ _STATE = "state.npz"
 
 @dataclass(frozen=True)
 class ClusterRules:
-    """What may be one person.
+    """Rules for which faces may be one person.
 
-    algorithm: linkage (average linkage, the best on faces), communities, whispers, components
-    one_photo: faces of one photo are different persons
-    identities: faces with one label are one person
+    Attributes:
+        algorithm: `linkage`, which is average linkage and the only choice.
+        one_photo: Faces of one photo are different persons.
+        identities: Faces with one label are one person.
     """
 
-    algorithm: Algorithm = "linkage"
+    algorithm: str = "linkage"
     one_photo: bool = True
     identities: bool = False
+
+    def __post_init__(self) -> None:
+        if self.algorithm != "linkage":
+            raise ConfigError(
+                f"cluster.algorithm={self.algorithm} is not available: write cluster.algorithm=linkage or leave it out "
+                "(whispers, communities and components scored lower and were removed)"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
         progress(f"{graph.info.edges} edges: merging")
         apart = same_photo(table, graph.nodes) if config.cluster.one_photo else None
         together = given_labels(table, graph.nodes)[0] if config.cluster.identities else None
-        labels, clusters = cluster(graph, config.cluster.algorithm, apart, together)
+        labels, clusters = cluster_faces(graph, apart, together)
         phases.end("merge")
         found = _reviewed(graph, labels, clusters, config.cluster.algorithm)
         phases.end("review")

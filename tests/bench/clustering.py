@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from chinese_whispers import cluster_by_whispers
 from galleries import BLOCK, CONTRACT, Faces, append, rows
 
-from facepipe.curation.clusters.identities import cluster
+from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.components import components
 from facepipe.evaluation.clusters import compare, evaluate_clusters
 from facepipe.gallery import Gallery
 from pipelines.cluster import ClusterConfig, run
@@ -43,8 +45,18 @@ def algorithms(path: str) -> None:
         f"{len(graph.nodes)} faces, threshold {graph.info.distance:.4f} found from the data, {graph.info.edges} edges"
     )
     print(f"{'algorithm':14} {'pairs P':>8} {'R':>7} {'F':>7} {'BCubed P':>9} {'R':>7} {'F':>7} {'clusters':>9}")
-    for name in ("linkage", "whispers", "communities", "components"):
-        labels, _ = cluster(graph, name)  # type: ignore[arg-type]
+    threshold = np.float32(graph.info.threshold.similarity)
+    pairs = graph.edges.within(2.0)
+    similarity = graph.similarity(pairs)
+    above = similarity >= threshold
+    pairs, weight = pairs.take(above), similarity[above] - threshold + np.float32(1e-6)
+    count = len(graph.nodes)
+    labelled = {
+        "linkage": cluster_faces(graph)[0],
+        "whispers": cluster_by_whispers(count, pairs.u, pairs.v, weight),
+        "components": components(count, pairs.u, pairs.v),
+    }
+    for name, labels in labelled.items():
         with tempfile.TemporaryDirectory() as folder:
             table = f"{folder}/faces.parquet"
             pq.write_table(pa.table({"face_id": graph.nodes.ids, "cluster": labels}), table)

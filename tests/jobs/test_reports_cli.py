@@ -106,10 +106,10 @@ def test_cluster(gallery: Path) -> None:
     )
     code, out, _ = call("cluster", gallery, "--assign", "--quiet")
     assert (code, "put into clusters" in out) == (0, True)
-    code, out, _ = call(
-        "cluster", gallery, "--quiet", "--threshold", "0.01", "--identities", "--algorithm", "components"
-    )
-    assert (code, "clusters by components" in out) == (0, True)
+    code, out, _ = call("cluster", gallery, "--quiet", "--threshold", "0.01", "--identities", "--algorithm", "linkage")
+    assert (code, "clusters by linkage" in out) == (0, True)
+    code, _, err = call("cluster", gallery, "--quiet", "--algorithm", "whispers")
+    assert (code, "cluster.algorithm=linkage" in err) == (2, True)
 
 
 def test_clean(gallery: Path, tmp_path: Path) -> None:
