@@ -22,13 +22,14 @@ from facepipe.curation.duplicates.gather import gather
 from facepipe.curation.duplicates.images import Images, images_of
 from facepipe.curation.duplicates.stars import face_pairs
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.describe import stricter_threshold
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Bool, Float32, Int64
-from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
+from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
 from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import records
 from pipelines.runtime.workspace import report_folder, reports_of
@@ -134,7 +135,7 @@ def _cleaned(config: CleanConfig, graph: Graph, gallery: Gallery, label: Int64, 
     belief = believe(faces, pool, prior, _start(pool, core(inside), prior), threshold, config.graph.seed)
     verdicts = decide.verdicts(pool, belief, len(label), photo)
     verdicts = _unfit(config, graph, gallery, label, verdicts)
-    identities = summarise(faces, label, len(names), verdicts, inside, pairs, stricter(graph))
+    identities = summarise(faces, label, len(names), verdicts, inside, pairs, stricter_threshold(graph))
     settled = bool(belief.rounds and belief.rounds[-1]["moved"] < 0.01)
     return Cleaned(label, names, verdicts, belief, inside, identities, settled)
 

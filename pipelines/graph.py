@@ -16,14 +16,16 @@ from pydantic import Field
 from facepipe.curation.graph import cells, cost, edges, graph, truth
 from facepipe.curation.graph.calibration import Asked, calibrate
 from facepipe.curation.graph.cells import Cells, Layout
+from facepipe.curation.graph.describe import cap_density
 from facepipe.curation.graph.graph import Graph, GraphInfo
 from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representatives
-from facepipe.curation.graph.threshold import Threshold, estimate
+from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.registry import same_person
 from facepipe.models.runtime.device import resolve
-from facepipe.nearest.join import Pairs, candidates, refined
+from facepipe.nearest.join import candidates
+from facepipe.nearest.similarity import Pairs, refined
 from facepipe.storage import is_remote
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
@@ -31,8 +33,6 @@ from pipelines.runtime.runners import ray
 Share = Annotated[float, Field(gt=0, le=1)]
 Distance = Annotated[float, Field(gt=0, lt=2)]
 _TASK = 4e9  # comparisons of one task: some seconds of two cores
-_DOUBT = 0.25  # of the share of impostors above the threshold, above the stricter one
-_STRICTER = 0.02  # in similarity, where that share is not known
 _THRESHOLD = "threshold.json"
 _TEMPORARY = ("cells", "assigned", "members", "begins", "wide")  # the first says that the others are there
 _DECIDES = ("threshold", "impostors", "reach", "most", "recall", "seed")
@@ -169,7 +169,7 @@ class _Builder:
         if not len(nodes):
             raise GalleryError(f"no face in {self.galleries[0].path!r}: there is nothing to compare")
         density, threshold = self._calibrated(nodes)
-        wide = wider(density, threshold.similarity, self.config.reach)
+        wide = cap_density(density, threshold.similarity, self.config.reach)
         chosen = self._cells(nodes, wide, threshold)
         exact = len(chosen.centres) == 1
         self._edges(nodes, wide, chosen, threshold)
@@ -282,18 +282,6 @@ class _Builder:
         moved = np.flatnonzero(copies != np.arange(len(copies)))
         same = Pairs(copies[moved], moved, np.zeros(len(moved), np.float32))
         edges.write(same, edges.part(self.folder, len(tasks)))
-
-
-def stricter(made: Graph) -> float:
-    """A similarity above the threshold, from which two faces are one person with little doubt."""
-    threshold = made.info.threshold
-    found = estimate(made.histogram, len(made.nodes), _DOUBT * threshold.impostors) if threshold.estimated else None
-    return max(found.similarity, threshold.similarity) if found else threshold.similarity + _STRICTER
-
-
-def wider(density: Any, threshold: float, reach: float) -> Any:
-    """Densities with a ceiling: with them every pair within `reach` has at least the threshold's similarity."""
-    return np.minimum(density, np.float32(1 - reach**2 / 2 - threshold))
 
 
 @dataclass(frozen=True)

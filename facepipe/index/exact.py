@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.index.search import Hits, Index, pair_distances
+from facepipe.index.search import Index
+from facepipe.nearest.distances import Hits, pair_distances
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Float32, Int64
 

@@ -3,39 +3,17 @@
 The similarity of two faces is their cosine less the mean of their densities (facepipe.curation.graph.cohort).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from facepipe.index.search import pair_distances
+from facepipe.nearest.distances import pair_distances
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.types import Bool, Float32, Int64
+from facepipe.nearest.similarity import crowding, reaching
+from facepipe.types import Float32, Int64
 
 _ROWS = 384  # of a block: its product with some thousand vectors stays in the cache
 _NONE = (np.empty(0, np.int64), np.empty(0, np.int64))
 _SPARE = 22  # so many more than a crowded row keeps are compared exactly
 _SLACK = 1e-5  # products round: what is near the threshold is computed again
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """m pairs: u < v (m,) int64 positions, distance (m,) float32 Euclidean."""
-
-    u: Int64
-    v: Int64
-    distance: Float32
-
-    def __len__(self) -> int:
-        return len(self.u)
-
-    def take(self, chosen: Bool | Int64) -> "Pairs":
-        """Some of the pairs."""
-        return Pairs(self.u[chosen], self.v[chosen], self.distance[chosen])
-
-
-def similarity(distance: Float32, left: Float32, right: Float32) -> Float32:
-    """(m,) similarity of pairs from Euclidean distances (m,) and the densities of both faces (m,)."""
-    return np.asarray(1 - distance * distance / 2 - (left + right) / 2, np.float32)
 
 
 def candidates(
@@ -65,25 +43,6 @@ def candidates(
         return u, v
     key = np.unique(np.minimum(u, v) * len(left) + np.maximum(u, v))
     return key // len(left), key % len(left)
-
-
-def refined(vectors: Float32, densities: Float32, u: Int64, v: Int64, threshold: float) -> Pairs:
-    """Candidates of unit vectors with their distances, computed pair by pair; those below the threshold are gone."""
-    rows = np.ascontiguousarray(vectors)
-    distance = np.sqrt(pair_distances(rows, u, rows, v))
-    return Pairs(u, v, distance).take(similarity(distance, densities[u], densities[v]) >= threshold)
-
-
-def crowding(densities: Float32) -> Float32:
-    """(n,), at least 0: squared distances plus these of the other face rise as the similarity to it falls."""
-    return np.asarray(densities - densities.min(initial=0), np.float32)
-
-
-def reaching(own: Int64, near: Int64, squared: Float32, densities: Float32, threshold: float) -> tuple[Int64, Int64]:
-    """(row (m,), other (m,)): of faces (r, c) at squared distances (r, c) of rows (r,) those of enough similarity."""
-    value = 1 - squared / 2 - (densities[own][:, None] + densities[near]) / 2
-    kept = (value >= threshold) & (near != own[:, None])
-    return np.repeat(own, kept.sum(axis=1)), near[kept]
 
 
 def _augmented(vectors: Float32, densities: Float32) -> tuple[Float32, Float32]:

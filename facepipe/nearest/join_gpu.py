@@ -12,8 +12,8 @@ import torch
 
 from facepipe.models.runtime.batches import Batches
 from facepipe.nearest.half_precision import Half, Tile, halved, with_ones, with_term
-from facepipe.nearest.join import crowding, reaching
 from facepipe.nearest.knn_gpu import Work, knn
+from facepipe.nearest.similarity import crowding, reaching
 from facepipe.nearest.upload import Arrived, uploaded
 from facepipe.types import Bool, Float32, Int64
 

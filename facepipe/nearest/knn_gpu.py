@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from facepipe.index.search import Hits
 from facepipe.models.runtime.batches import Batches, free_memory, planned
+from facepipe.nearest.distances import Hits
 from facepipe.nearest.half_precision import GROUP, Half, Tile, default_type, halved, squared_norms, with_ones, with_term
 from facepipe.nearest.top_k import Best
 from facepipe.nearest.upload import Arrived, uploaded

@@ -6,7 +6,7 @@ from types import TracebackType
 
 import numpy as np
 
-from facepipe.index.search import Hits, pair_distances
+from facepipe.nearest.distances import Hits, pair_distances
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Float32, Int64
 

@@ -14,6 +14,7 @@ from facepipe.curation.clusters.report import Found, cluster_report
 from facepipe.curation.clusters.sums import Standing
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.describe import stricter_threshold
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
@@ -21,7 +22,7 @@ from facepipe.gallery.fresh import Mark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64
-from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph, stricter
+from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
 from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import records
 from pipelines.runtime.workspace import report_folder, reports_of
@@ -117,7 +118,7 @@ def _reviewed(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -
     pairs = graph.edges.within(2.0)
     pairs = pairs.take(graph.similarity(pairs) >= graph.info.threshold.similarity)
     fits = review.fit(graph, labels, clusters)
-    splits, parts = review.splits(graph, labels, clusters, pairs, stricter(graph), _SUSPECTS)
+    splits, parts = review.splits(graph, labels, clusters, pairs, stricter_threshold(graph), _SUSPECTS)
     return Found(
         *(labels, clusters, tables.by_size(labels, clusters), fits, review.medoids(labels, fits, len(clusters))),
         *(review.merges(clusters, labels, pairs, _SUSPECTS), splits, parts, algorithm),

@@ -18,9 +18,9 @@ import torch
 from galleries import Faces
 
 from facepipe.nearest.half_precision import default_type
-from facepipe.nearest.join import refined
 from facepipe.nearest.join_gpu import Rule, join
 from facepipe.nearest.knn_gpu import BLOCK, ROWS, Work, knn
+from facepipe.nearest.similarity import refined
 
 K, SAMPLE, MOST = 10, 200, 32
 DRAWN = 1 << 18

@@ -20,7 +20,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.graph import read_info
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
 
 COUNT = 4000

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
 _BLOCK = 1 << 17

@@ -7,7 +7,7 @@ import numpy as np
 from facepipe.curation.cleaning.decide import DECISIONS, KEEP, Verdicts
 from facepipe.curation.cleaning.evidence import Faces
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Float32, Int64
 
 _BLOCK = 65536

@@ -26,7 +26,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Changes
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.schema import EMBEDDING_DIM, FACES
 from facepipe.types import Bool, Float32, Int64
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.duplicates.images import codes_of
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Int64
 
 

@@ -9,8 +9,8 @@ from facepipe.curation.duplicates.images import images_of
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.edges import joined
-from facepipe.index.search import pair_distances
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.distances import pair_distances
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
 _CENTRES = 1000  # pictures that are looked for in one crowd

@@ -1,10 +1,14 @@
-"""What every report says of the graph it is built on."""
+"""What a graph says for those who build on it: a stricter threshold, capped densities, the notes of reports."""
 
 import numpy as np
 
 from facepipe.curation.graph.graph import Graph, GraphInfo
-from facepipe.curation.graph.threshold import EDGES
+from facepipe.curation.graph.threshold import EDGES, estimate
 from facepipe.reports.model import Histogram, Mark, Series
+from facepipe.types import Float32
+
+_DOUBT = 0.25  # of the share of impostors above the threshold, above the stricter one
+_STRICTER = 0.02  # in similarity, if that share is not known
 
 
 def threshold_note(info: GraphInfo) -> str:
@@ -33,3 +37,18 @@ def pair_histogram(graph: Graph) -> Histogram:
     bars = Series("pairs", bounds, tuple(float(x) for x in sums[::-1][: len(bounds) - 1]))
     mark = Mark(info.distance, "threshold")
     return Histogram("Distances of random pairs of faces", "distance", (bars,), (mark,), log=True)
+
+
+def stricter_threshold(graph: Graph) -> float:
+    """Return a similarity above the threshold, from which two faces are one person with little doubt."""
+    threshold = graph.info.threshold
+    if threshold.estimated:
+        estimated = estimate(graph.histogram, len(graph.nodes), _DOUBT * threshold.impostors)
+        if estimated:
+            return max(estimated.similarity, threshold.similarity)
+    return threshold.similarity + _STRICTER
+
+
+def cap_density(density: Float32, threshold: float, reach: float) -> Float32:
+    """Cap densities (n,) so that every pair closer than `reach` has at least the threshold's similarity."""
+    return np.minimum(density, np.float32(1 - reach**2 / 2 - threshold))

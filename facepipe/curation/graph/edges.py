@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import StorageError
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 
 SCHEMA = pa.schema([("u", pa.uint32()), ("v", pa.uint32()), ("distance", pa.float32())])
 _PART = re.compile(r"edges-\d{6}\.parquet$")

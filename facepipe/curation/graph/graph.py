@@ -13,7 +13,7 @@ from facepipe.curation.graph.edges import Edges
 from facepipe.curation.graph.nodes import Nodes, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
-from facepipe.nearest.join import Pairs, similarity
+from facepipe.nearest.similarity import Pairs, similarity
 from facepipe.types import Float32, Int64
 
 INFO = "graph.json"

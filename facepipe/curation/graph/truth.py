@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Float32, Int64
 
 _COLUMNS = 65536

@@ -19,8 +19,9 @@ from facepipe.index.exact import exact_search, live_blocks, scan
 from facepipe.index.grid import grid
 from facepipe.index.manifest import File, ShardEntry
 from facepipe.index.plan import make_plan, parse_size
-from facepipe.index.search import Hits, Index, Setting, smallest
+from facepipe.index.search import Index, Setting
 from facepipe.models.runtime.device import gpus
+from facepipe.nearest.distances import Hits, smallest
 from facepipe.schema import FACES
 from pipelines.index import IndexConfig, run
 

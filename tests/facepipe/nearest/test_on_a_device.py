@@ -20,16 +20,17 @@ from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.index import cost, template
 from facepipe.index.plan import make_plan
-from facepipe.index.search import Hits, pair_distances
 from facepipe.models.runtime.device import gpus
 from facepipe.nearest import faiss_engine as engine
 from facepipe.nearest import join as pairs
 from facepipe.nearest import top_k as nearest_best
+from facepipe.nearest.distances import Hits, pair_distances
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.half_precision import Tile, halved, input_error, lowered, with_ones, with_term
-from facepipe.nearest.join import candidates, refined
+from facepipe.nearest.join import candidates
 from facepipe.nearest.join_gpu import Rule, join
 from facepipe.nearest.knn_gpu import Work, knn
+from facepipe.nearest.similarity import refined
 from facepipe.nearest.top_k import keep
 from facepipe.nearest.upload import uploaded
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph

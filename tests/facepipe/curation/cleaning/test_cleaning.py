@@ -19,7 +19,7 @@ from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, cand
 from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.curation.cleaning.model import Belief, Normal, believe, log_ratio
 from facepipe.nearest import join as near
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs, refined
 from facepipe.sources.listfile import ListSource
 
 THRESHOLD = 1 - 0.416**2 / 2
@@ -46,7 +46,7 @@ class Corpus:
     def pairs(self) -> Pairs:
         vectors, density = self.faces.vectors, self.faces.density
         u, v = near.candidates(vectors, density, THRESHOLD, 32)
-        return near.refined(vectors, density, u, v, THRESHOLD)
+        return refined(vectors, density, u, v, THRESHOLD)
 
 
 def corpus(truth: np.ndarray, label: np.ndarray | None = None, seed: int = 0) -> Corpus:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
 from facepipe.errors import ConfigError
 from facepipe.imaging.perceptual import mirrored
-from facepipe.nearest.join import Pairs
+from facepipe.nearest.similarity import Pairs
 
 SCHEMA = pa.schema(
     [

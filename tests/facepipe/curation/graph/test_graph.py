@@ -17,7 +17,8 @@ from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representa
 from facepipe.curation.graph.threshold import estimate, histogram
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.nearest.join import Pairs, candidates, refined, similarity
+from facepipe.nearest.join import candidates
+from facepipe.nearest.similarity import Pairs, refined, similarity
 
 SEEDS = st.integers(0, 2**32 - 1)
 
