@@ -1,8 +1,14 @@
-"""The house has three floors, imports only point downward, and the front door is light."""
+"""The house has three floors, imports only point downward, and the front door is light.
+
+A room is a package right below `facepipe/` or `pipelines/`, or a module there. Imports are read from the syntax tree, so
+those inside functions and below `if TYPE_CHECKING` count.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,13 @@ from conftest import REPOSITORY
 import facepipe
 
 FLOORS = ["facepipe", "pipelines", "jobs"]
+
+# Rooms that still import each other, directly or through others. The test asks to remove an entry once it is gone.
+KNOWN_CIRCLES_OF_ROOMS = {("facepipe.imaging", "facepipe.models")}
+# Files that still import each other.
+KNOWN_CIRCLES_OF_FILES = {("facepipe.models.detectors.loading", "facepipe.models.loading")}
+
+Imports = dict[str, set[str]]
 
 
 def imports(path: Path) -> set[str]:
@@ -29,6 +42,91 @@ def test_imports_point_downward(floor: str) -> None:
     above = set(FLOORS[FLOORS.index(floor) + 1 :])
     for path in (REPOSITORY / floor).rglob("*.py"):
         assert not imports(path) & above, path
+
+
+@cache
+def read_imports() -> Imports:
+    """Map each module of the library and the pipelines to the modules of these that it imports."""
+    trees: dict[str, ast.Module] = {}
+    for floor in ("facepipe", "pipelines"):
+        for path in (REPOSITORY / floor).rglob("*.py"):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            trees[name] = ast.parse(path.read_text())
+    return {name: set(find_imports(tree, trees.keys() - {name})) for name, tree in trees.items()}
+
+
+def find_imports(tree: ast.Module, modules: set[str]) -> Iterator[str]:
+    """Yield the modules that a file imports. `from package import module` is an import of the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                if submodule in modules:
+                    yield submodule
+                elif node.module in modules:
+                    yield node.module or ""
+
+
+def group_by_room(imports: Imports) -> Imports:
+    """Map each room to the other rooms that its files import."""
+    rooms: Imports = {}
+    for module, targets in imports.items():
+        # `facepipe/__init__.py` is no room: it hands out the public names of all of them.
+        if module not in FLOORS:
+            own = to_room(module)
+            rooms.setdefault(own, set()).update({to_room(target) for target in targets} - {own, *FLOORS})
+    return rooms
+
+
+def to_room(module: str) -> str:
+    """Shorten a module's name to its room, `facepipe.index.search` to `facepipe.index`."""
+    return ".".join(module.split(".")[:2])
+
+
+def find_circles(imports: Imports) -> set[tuple[str, ...]]:
+    """Find the groups, each sorted, that import each other directly or through others."""
+    reachable = {name: find_reachable(name, imports) for name in imports}
+    circles = set()
+    for name, targets in reachable.items():
+        circle = {other for other in targets if name in reachable[other]}
+        if circle:
+            circles.add(tuple(sorted(circle)))
+    return circles
+
+
+def find_reachable(start: str, imports: Imports) -> set[str]:
+    """Collect what a module imports directly or through others."""
+    reachable: set[str] = set()
+    pending = [start]
+    while pending:
+        for target in imports.get(pending.pop(), set()) - reachable:
+            reachable.add(target)
+            pending.append(target)
+    return reachable
+
+
+def test_rooms_do_not_import_each_other() -> None:
+    circles = find_circles(group_by_room(read_imports()))
+    assert not circles - KNOWN_CIRCLES_OF_ROOMS
+    assert not KNOWN_CIRCLES_OF_ROOMS - circles, "gone: remove it from KNOWN_CIRCLES_OF_ROOMS"
+
+
+def test_files_do_not_import_each_other() -> None:
+    circles = find_circles(read_imports())
+    assert not circles - KNOWN_CIRCLES_OF_FILES
+    assert not KNOWN_CIRCLES_OF_FILES - circles, "gone: remove it from KNOWN_CIRCLES_OF_FILES"
+
+
+def test_circles_are_found_in_lazy_imports() -> None:
+    tree = ast.parse("def load():\n    from facepipe.b import run\n    import facepipe.c\n    from facepipe.d import e")
+    modules = {"facepipe.b", "facepipe.c", "facepipe.d.e"}
+    assert set(find_imports(tree, modules)) == modules
+    imports = {"facepipe.a.x": {"facepipe.b.y"}, "facepipe.b.y": {"facepipe.b.z"}, "facepipe.b.z": {"facepipe.a.x"}}
+    assert find_circles(imports) == {("facepipe.a.x", "facepipe.b.y", "facepipe.b.z")}
+    assert find_circles(group_by_room(imports)) == {("facepipe.a", "facepipe.b")}
 
 
 def test_only_pipelines_know_of_ray() -> None:
