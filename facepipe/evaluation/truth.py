@@ -16,6 +16,7 @@ from facepipe import storage
 from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
+from facepipe.sorted_lookup import is_in_sorted, look_up_sorted
 from facepipe.types import Float32, Int64, UInt64
 
 Names = dict[str, int]
@@ -35,7 +36,7 @@ class Labels:
 
     def of(self, ids: Int64) -> Int64:
         """Codes (m,) of faces (m,); -1 of those without a label, LEFT_OUT of those that it does not belong to."""
-        return look_up(self.ids, self.codes, ids)
+        return look_up_sorted(self.ids, self.codes, ids)
 
 
 def gallery_labels(gallery: Gallery) -> Labels:
@@ -55,15 +56,7 @@ def file_labels(gallery: Gallery, path: str) -> Labels:
     if "face_id" in table.column_names:
         return Labels(*_unique(table["face_id"].to_numpy(), codes, table["face_id"], path), names)
     uris, codes = _unique(_hashes(table["uri"]), codes, table["uri"], path)
-    return _of_photos(gallery, names, lambda _, hashes: look_up(uris, codes, hashes))
-
-
-def look_up(keys: npt.NDArray[Any], values: Int64, asked: npt.NDArray[Any]) -> Int64:
-    """The values of the keys asked for, -1 where there is none; keys ascending."""
-    if not len(keys):
-        return np.full(len(asked), _NOBODY)
-    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[at] == asked, values[at], _NOBODY)
+    return _of_photos(gallery, names, lambda _, hashes: look_up_sorted(uris, codes, hashes))
 
 
 def encode(column: Any, names: Names) -> Int64:
@@ -97,7 +90,7 @@ def check_made_from(gallery: Gallery, ids: Int64, path: str, what: str) -> None:
         raise EvaluationError(f"the {what} {path!r} has {len(ids) - len(known)} rows too many: a face_id stands twice")
     for batch in gallery.batches(["face_id"], "face_id is not null", rows=_ROWS):
         held = batch["face_id"].to_numpy()
-        if (look_up(known, known, held) == held).any():
+        if is_in_sorted(known, held).any():
             return
     raise EvaluationError(
         f"the {what} {path!r} was made from other faces: none of its {len(ids)} face_ids is in {gallery.path!r}; "

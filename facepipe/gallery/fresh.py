@@ -21,7 +21,8 @@ import pyarrow.dataset as ds
 from facepipe import storage
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery.table import Gallery
-from facepipe.types import Bool, Int64, UInt64
+from facepipe.sorted_lookup import find_sorted, is_in_sorted
+from facepipe.types import Int64, UInt64
 
 _ROWS = 65536
 _NEW_ROWS_ONLY = re.compile(r"part-(?!rewrite-|compact-).*-[0-9a-f]{32}\.parquet$")
@@ -127,7 +128,7 @@ class Changes:
         where = self.mark.since() if moved is None else self.mark.since(_LAG)
         names = list(dict.fromkeys([*columns, *(_KEY if moved is not None else ())]))
         for batch in Files(self.gallery, self.mixed).batches(names, where, rows=rows):
-            new = batch if moved is None else batch.filter(pa.array(~_within(moved, _keys(batch))))
+            new = batch if moved is None else batch.filter(pa.array(~is_in_sorted(moved, _keys(batch))))
             if new.num_rows:
                 yield new.select(list(columns))
 
@@ -146,8 +147,8 @@ class Changes:
         came = (*self.whole, *self.mixed)
         for batch in Files(self.gallery, came).batches(["face_id"], rows=_ROWS) if len(left) and came else ():
             ids = batch["face_id"].drop_null().to_numpy()
-            at = np.minimum(np.searchsorted(left, ids), len(left) - 1)
-            stays[at[left[at] == ids]] = True
+            at = find_sorted(left, ids)
+            stays[at[at >= 0]] = True
         return left[~stays]
 
     def _moved(self) -> UInt64 | None:
@@ -204,10 +205,3 @@ def _keys(batch: pa.RecordBatch) -> UInt64:
         numbers: Any = pc.fill_null(batch[name].cast(pa.int64()), absent).to_numpy()
         keys = pd.util.hash_array(keys ^ pd.util.hash_array(numbers))
     return np.asarray(keys, np.uint64)
-
-
-def _within(ordered: UInt64, keys: UInt64) -> Bool:
-    if not len(ordered):
-        return np.zeros(len(keys), bool)
-    at = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
-    return np.asarray(ordered[at] == keys)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column, marks_each
 from facepipe.schema import READ_ERROR
+from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import UInt64
@@ -61,9 +62,7 @@ class KnownImages:
         repeated = found & (held[:, 2] == _LISTED)
         same = found & (held[:, 0] == fingerprints) & (fingerprints != 0)
         verdict = np.where(repeated, REPEATED, np.where(same, SKIP, np.where(found, CHANGED, NEW)))
-        if self._erased.size:
-            at = np.minimum(np.searchsorted(self._erased, uris), self._erased.size - 1)
-            verdict = np.where(~repeated & (self._erased[at] == uris), ERASED, verdict)
+        verdict = np.where(~repeated & is_in_sorted(self._erased, uris), ERASED, verdict)
         first = np.zeros(len(uris), bool)
         first[np.unique(uris, return_index=True)[1]] = True
         verdict = np.where(first, verdict, REPEATED).astype(np.int8)

@@ -13,6 +13,7 @@ from facepipe.gallery import Gallery
 from facepipe.index.manifest import Manifest
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
+from facepipe.sorted_lookup import is_in_sorted
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Int64, UInt64
 
@@ -139,9 +140,7 @@ def _buried(shards: list[Shard], ids: Int64) -> Bool:
     """Which ids are in a shard, dead: they come back by being taken off its tombstones."""
     found = np.zeros(len(ids), bool)
     for shard in shards:
-        if shard.dead.size:
-            at = np.minimum(np.searchsorted(shard.dead, ids), len(shard.dead) - 1)
-            found |= shard.dead[at] == ids
+        found |= is_in_sorted(shard.dead, ids)
     return found
 
 

@@ -10,11 +10,12 @@ import pyarrow as pa
 
 from facepipe.gallery import Gallery
 from facepipe.schema import WORK_ITEM
+from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.again import Places
 from facepipe.sources.blocks import Block, BlockSize
 from facepipe.stages.chips import GIVEN
 from facepipe.training.data.selection import CODE, FACE, NAMES, ROWS, image_starts, whole_images
-from facepipe.types import Bool, Int64
+from facepipe.types import Int64
 
 _WORK = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")
 
@@ -41,7 +42,7 @@ class GalleryListing:
         left = len(wanted) - len(held)
         for faces in whole_images(Gallery(self.gallery, self.version).batches(_WORK, "landmarks is not null", ROWS)):
             ids = faces["face_id"].to_numpy()
-            mine = _among(wanted, ids) & ~_among(held, ids)
+            mine = is_in_sorted(wanted, ids) & ~is_in_sorted(held, ids)
             chosen = faces.filter(pa.array(mine))
             labels = codes[np.searchsorted(wanted, ids[mine])]
             chosen = chosen.append_column("name", names.take(pa.array(labels)))
@@ -52,13 +53,6 @@ class GalleryListing:
                 yield _block(number, rows, starts[: n + 1] - starts[0], places)
                 number, starts, left = number + 1, starts[n:], left - n
         yield Block(number, WORK_ITEM.empty_table(), last=True)
-
-
-def _among(ascending: Int64, ids: Int64) -> Bool:
-    """Whether each id is among the others, which are looked up and not gone through."""
-    if not len(ascending):
-        return np.zeros(len(ids), bool)
-    return np.asarray(ascending[np.minimum(np.searchsorted(ascending, ids), len(ascending) - 1)] == ids)
 
 
 def _block(number: int, rows: pa.Table, starts: Int64, places: Places) -> Block:

@@ -21,7 +21,7 @@ from facepipe.curation.clusters import tables
 from facepipe.curation.clusters.assign import Placed, assign
 from facepipe.curation.clusters.ledger import Ledger
 from facepipe.curation.clusters.nearby import nearby, usable_index
-from facepipe.curation.clusters.sums import MARK, SUMS, Standing, find
+from facepipe.curation.clusters.sums import MARK, SUMS, Standing
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
@@ -29,6 +29,7 @@ from facepipe.gallery.fresh import Mark, changes
 from facepipe.index.rows import unit_vectors
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.sorted_lookup import find_sorted
 from facepipe.types import Float32, Int64
 from pipelines.cluster.pipeline import NAME, read_state
 from pipelines.graph import Progress
@@ -158,7 +159,7 @@ def _absent(table: Gallery, ids: Int64) -> Int64:
     """Those of the sorted ids that no face of the gallery has."""
     here = np.zeros(len(ids), bool)
     for batch in table.batches(["face_id"], rows=_ROWS):
-        at = find(ids, batch["face_id"].drop_null().to_numpy())
+        at = find_sorted(ids, batch["face_id"].drop_null().to_numpy())
         here[at[at >= 0]] = True
     return ids[~here]
 
@@ -170,7 +171,7 @@ def _everything(table: Gallery, ledger: Ledger, cohort: Cohort, count: int) -> t
     fresh: list[tuple[pa.Table, Float32]] = []
     for batch in table.batches(["face_id", "uri", "identity", "embedding"], rows=_ROWS):
         faces, vectors = _usable([batch])
-        at = find(ids, faces["face_id"].to_numpy())
+        at = find_sorted(ids, faces["face_id"].to_numpy())
         held = at >= 0
         standings.add(known, of[at[held]], vectors[held], cohort.density(vectors[held]))
         here[at[held]] = True
@@ -261,7 +262,7 @@ def _new_rows(news: _News, now: _Now, medoids: Int64) -> Iterable[pa.Table]:
             "cluster": pa.array(now.cluster),
             "size": pa.array(now.size[now.cluster]),
             "fit": pa.nulls(len(news.ids), pa.float32()),
-            "medoid": pa.array(find(medoids, news.ids) >= 0),
+            "medoid": pa.array(find_sorted(medoids, news.ids) >= 0),
         }
         yield pa.table(columns, schema=tables.FACE_ROWS)
 
@@ -272,7 +273,7 @@ def _clusters(news: _News, now: _Now) -> tuple[pa.Table, Int64]:
     numbers, medoids = now.previous["cluster"].to_numpy(), now.previous["medoid"].to_numpy().copy()
     smallest = np.full(len(now.size), np.iinfo(np.int64).max)
     np.minimum.at(smallest, np.concatenate([now.members[1], now.cluster]), np.concatenate([now.members[0], news.ids]))
-    lost = (find(news.gone, medoids) >= 0) & (now.size[numbers] > 0)
+    lost = (find_sorted(news.gone, medoids) >= 0) & (now.size[numbers] > 0)
     medoids[lost] = smallest[numbers[lost]]
     old = now.previous.set_column(1, "size", pa.array(now.size[numbers])).set_column(2, "medoid", pa.array(medoids))
     made = np.setdiff1d(np.flatnonzero(now.size), numbers)

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from facepipe.curation.clusters.sums import find
 from facepipe.curation.clusters.tables import FACE_ROWS
 from facepipe.errors import StorageError
+from facepipe.sorted_lookup import find_sorted
 from facepipe.types import Int64
 
 _ROWS = 65536
@@ -55,7 +55,7 @@ class Ledger:
         """The clusters (n,) of sorted face ids (n,); -1 for those that are in none."""
         of = np.full(len(ids), -1, np.int64)
         for batch in self._batches("face_id", "cluster") if len(ids) else ():
-            at = find(ids, batch["face_id"].to_numpy())
+            at = find_sorted(ids, batch["face_id"].to_numpy())
             of[at[at >= 0]] = batch["cluster"].to_numpy()[at >= 0]
         return of
 
@@ -64,7 +64,7 @@ class Ledger:
         parts = []
         for batch in self._batches("face_id", "uri", "cluster"):
             shared = batch.filter(pc.is_in(batch["uri"], uris))
-            stays = find(gone, shared["face_id"].to_numpy()) < 0
+            stays = find_sorted(gone, shared["face_id"].to_numpy()) < 0
             parts.append(shared.filter(pa.array(stays)).select(["uri", "cluster"]))
         return pa.Table.from_batches(parts, pa.schema([FACE_ROWS.field("uri"), FACE_ROWS.field("cluster")]))
 
@@ -72,9 +72,9 @@ class Ledger:
         """(ids (n,), cluster (n,)) of the faces in some clusters (sorted), those in `gone` (sorted) left out."""
         ids, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for batch in self._batches("face_id", "cluster") if len(clusters) else ():
-            inside = find(clusters, batch["cluster"].to_numpy()) >= 0
+            inside = find_sorted(clusters, batch["cluster"].to_numpy()) >= 0
             some = batch["face_id"].to_numpy()[inside]
-            stays = find(gone, some) < 0
+            stays = find_sorted(gone, some) < 0
             ids.append(some[stays])
             of.append(batch["cluster"].to_numpy()[inside][stays])
         return np.concatenate(ids), np.concatenate(of)
@@ -87,6 +87,6 @@ class Ledger:
             at, field = FACE_ROWS.get_field_index("size"), FACE_ROWS.field("size")
             table = pa.Table.from_batches([batch]).set_column(at, field, pa.array(size[cluster]))
             if len(medoids):
-                stands = pc.or_(batch["medoid"], pa.array(find(medoids, ids) >= 0))
+                stands = pc.or_(batch["medoid"], pa.array(find_sorted(medoids, ids) >= 0))
                 table = table.set_column(FACE_ROWS.get_field_index("medoid"), FACE_ROWS.field("medoid"), stands)
-            yield table.filter(pa.array(find(gone, ids) < 0)) if len(gone) else table
+            yield table.filter(pa.array(find_sorted(gone, ids) < 0)) if len(gone) else table

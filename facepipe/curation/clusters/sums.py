@@ -20,6 +20,7 @@ from facepipe.index import manifest as manifests
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.sorted_lookup import find_sorted
 from facepipe.types import Float32, Int64
 
 SUMS, MARK = "sums.npz", "mark.json"
@@ -152,7 +153,7 @@ class _Vectors:
     def __call__(self, ids: Int64) -> Float32:
         """(n, 128)"""
         out = np.zeros((len(ids), EMBEDDING_DIM), np.float32) if self._index is None else self._index.vectors(ids)
-        at = find(self._ids, ids)
+        at = find_sorted(self._ids, ids)
         out[at >= 0] = self._held[at[at >= 0]]
         return out
 
@@ -164,7 +165,7 @@ class _Vectors:
     def _scan(self, gallery: Gallery) -> None:
         for batch in gallery.batches(["face_id", "embedding"], rows=_ROWS):
             faces = batch.filter(batch["face_id"].is_valid())
-            at = find(self._ids, faces["face_id"].to_numpy())
+            at = find_sorted(self._ids, faces["face_id"].to_numpy())
             if (at >= 0).any():
                 vectors, good = unit_vectors(faces["embedding"])
                 chosen = good & (at >= 0)
@@ -177,11 +178,3 @@ def _index(gallery: Gallery) -> Index | None:
     except IndexingError:
         return None
     return index if index.manifest.contract == manifests.contract_of(gallery) else None
-
-
-def find(ordered: Int64, ids: Int64) -> Int64:
-    """Positions (m,) of ids in sorted ones, -1 where absent."""
-    if not len(ordered):
-        return np.full(len(ids), -1, np.int64)
-    at = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
-    return np.where(ordered[at] == ids, at, -1)

@@ -28,6 +28,7 @@ from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
 from facepipe.nearest.similarity import Pairs
 from facepipe.schema import EMBEDDING_DIM, FACES
+from facepipe.sorted_lookup import find_sorted
 from facepipe.types import Bool, Float32, Int64
 
 _MOST = 256  # neighbours of a face: of a picture that is there more often, the copy that stays is compared with all
@@ -193,10 +194,9 @@ class _Found:
 
 def _positions(pairs: Pairs, ids: Int64) -> Pairs:
     """Pairs of ids as pairs of positions in the sorted ids."""
-    if not len(ids):
-        return _NO_PAIRS
-    u, v = (np.minimum(np.searchsorted(ids, x), len(ids) - 1) for x in (pairs.u, pairs.v))
-    here = (ids[u] == pairs.u) & (ids[v] == pairs.v)
+    u = find_sorted(ids, pairs.u)
+    v = find_sorted(ids, pairs.v)
+    here = (u >= 0) & (v >= 0)
     low, high = np.minimum(u, v)[here], np.maximum(u, v)[here]
     return _once(Pairs(low, high, pairs.distance[here]), len(ids))
 

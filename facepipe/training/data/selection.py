@@ -13,6 +13,7 @@ from facepipe.arrow import vectors
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
+from facepipe.sorted_lookup import look_up_sorted
 from facepipe.stages.chips import prominence
 from facepipe.training.data.chip_writer import plain_name
 from facepipe.training.data.config import DataConfig
@@ -142,10 +143,7 @@ def _coded(table: pa.Table, labels: Labels | None, names: dict[str, int]) -> Int
         keys = table["face_id"].to_numpy()
     else:
         keys = np.fromiter((hash64(uri) for uri in table["uri"].to_pylist()), np.uint64)
-    if not len(labels.keys):
-        return np.full(len(keys), -1)
-    at = np.minimum(np.searchsorted(labels.keys, keys), len(labels.keys) - 1)
-    return np.where(labels.keys[at] == keys, labels.codes[at], -1).astype(np.int64)
+    return look_up_sorted(labels.keys, labels.codes, keys)
 
 
 def _unlabelled(table: pa.Table, wanted: Names, names: dict[str, int]) -> Int64:
