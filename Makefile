@@ -1,10 +1,12 @@
-# make demo: a gallery from real photos, from nothing. make test: everything CI runs.
+# make demo: build a gallery from real photos, from nothing. make test: check everything that needs no other data.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit browser bench clean
+SHARED ?= ../shared
+
+.PHONY: demo test test-shared lint types unit browser bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m jobs.demo build/demo
@@ -19,13 +21,17 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP) browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not shared"
 
-# The tests of the HTML report want a Chromium. Where there is none and it cannot be had, they skip and say so.
+# These need photos and weights that we may not ship. They skip if SHARED is not a folder of them.
+test-shared: $(STAMP)
+	$(BIN)/python -m pytest -m shared --shared $(SHARED)
+
+# The tests of the HTML report need Chromium. They skip if it cannot be installed.
 browser:
 	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		(timeout 120 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 \
-			|| echo "no Chromium: the tests of the report in a browser will skip"; \
+			|| echo "Chromium is not installed: the tests of the HTML report will skip"; \
 	fi
 
 bench: $(STAMP)

@@ -1,14 +1,16 @@
-"""Corpora and helpers that several tests share. Data in ../shared is optional: tests that need it skip without it."""
+"""Fixtures that several test files share.
+
+The suite reads nothing outside the repository and the installed packages. Tests marked `shared` are the exception: they
+need photos and weights that we may not ship. They run only with `--shared FOLDER` (`make test-shared`) and skip otherwise.
+"""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +18,69 @@ import cv2
 import numpy as np
 import pytest
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # tests must not write into the home folder
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray would write a token into the home folder
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the tests send Ctrl-C
+# A background job of a shell ignores Ctrl-C, and its children inherit that. The tests send Ctrl-C to children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared"
+
+# The port is chosen by the system and printed, so that two servers never want the same one.
+_S3_SERVER = """
+from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+application = DomainDispatcherApplication(create_backend_app)
+server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that names the shared data."""
+    parser.addoption("--shared", metavar="FOLDER", help="Folder of photos and weights for the tests marked `shared`.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that asks for the fixture `shared`, directly or through another fixture."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    if not (SHARED / "data").is_dir():
-        pytest.skip(f"the shared data is not at {SHARED}")
-    return SHARED
+def shared(request: pytest.FixtureRequest) -> Path:
+    """Return the folder of the shared data, or skip the test if there is none."""
+    folder = request.config.getoption("--shared")
+    if not folder:
+        pytest.skip("needs the shared data: pytest --shared FOLDER")
+    path = Path(folder).resolve()
+    if not (path / "data").is_dir():
+        pytest.skip(f"the shared data is not at {path}")
+    return path
 
 
 @pytest.fixture(scope="session")
 def photos(shared: Path) -> Path:
+    """Return the folder of 32 real photos in the shared data."""
     return shared / "data" / "photos-dev"
 
 
+@pytest.fixture(scope="session")
+def portrait() -> Path:
+    """Return a photo with one face that every clone has: Grace Hopper, from matplotlib's sample data."""
+    spec = find_spec("matplotlib")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
+
+
 def draw(n: int, side: int = 96) -> np.ndarray:
-    """An image (BGR) with `n % 3` red rectangles, which the fake detector takes for faces; different for every n."""
+    """Draw an image (BGR) with `n % 3` red rectangles, which the fake detector takes for faces.
+
+    Every `n` gives a different image.
+    """
     rng = np.random.default_rng(n)
     image = np.full((side, side + n % 7, 3), rng.integers(90, 255), np.uint8)
     for k in range(n % 3):
@@ -51,7 +93,7 @@ def draw(n: int, side: int = 96) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 PNGs of 0 to 2 'faces' in three folders."""
+    """Return a folder of 60 PNGs with 0 to 2 drawn faces each, in three subfolders."""
     root = tmp_path_factory.mktemp("drawings")
     for n in range(60):
         folder = root / f"person{n % 3}"
@@ -62,7 +104,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fakes() -> dict[str, dict[str, object]]:
-    """Settings that replace the models by fakes and cut the work small."""
+    """Return settings that replace the models by fakes and cut the work into small blocks."""
     return {
         "detect": {"model": "fake-detector"},
         "embed": {"model": "fake-embedder"},
@@ -72,25 +114,20 @@ def fakes() -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The endpoint of an S3 server in a process of its own: some calls of clients hold the interpreter."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            break
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
+    """Return the endpoint of an S3 server.
+
+    It runs in a process of its own, because some calls of clients hold the interpreter's lock.
+    """
+    command = [sys.executable, "-c", _S3_SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        server.terminate()
 
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """An empty S3 store in the environment, with a bucket `faces`; its client."""
+    """Put an empty S3 store with a bucket `faces` into the environment, and return its client."""
     import boto3
 
     from facepipe import storage

@@ -117,7 +117,6 @@ def photo(photos: Path, orientation: int = 1) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scale_and_orientation_do_not_show(layout: ChipLayout, photos: Path) -> None:
     box = np.array([300, 120, 700, 560], float)

@@ -264,7 +264,6 @@ def toml(folder: Path, name: str, **values: Any) -> Path:
     return path
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize("alignment", ["similarity", "eyes", "box"])
 def test_a_gallery_of_a_foreign_graph(alignment: str, people: Path, tmp_path: Path) -> None:
     model = toml(tmp_path, "one", alignment=f'"{alignment}"')
