@@ -25,7 +25,7 @@ unit: $(STAMP) browser
 
 # These need photos and weights that we may not ship. They skip if SHARED is not a folder of them.
 test-shared: $(STAMP)
-	$(BIN)/python -m pytest -m shared --shared $(SHARED)
+	$(BIN)/python -m pytest -m shared --shared=$(SHARED)
 
 # The tests of the HTML report need Chromium. They skip if it cannot be installed.
 browser:

@@ -1,7 +1,7 @@
 """Fixtures that several test files share.
 
 The suite reads nothing outside the repository and the installed packages. Tests marked `shared` are the exception: they
-need photos and weights that we may not ship. They run only with `--shared FOLDER` (`make test-shared`) and skip otherwise.
+need photos and weights that we may not ship. They run only with `--shared=FOLDER` (`make test-shared`) and skip otherwise.
 """
 
 import os
@@ -42,6 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shared", metavar="FOLDER", help="Folder of photos and weights for the tests marked `shared`.")
 
 
+def pytest_configure() -> None:
+    """Refuse to test another checkout: one virtual environment may serve several clones."""
+    import facepipe
+
+    if not Path(facepipe.__file__).is_relative_to(REPOSITORY):
+        raise pytest.UsageError(f"facepipe is imported from {facepipe.__file__}: set PYTHONPATH={REPOSITORY}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test that asks for the fixture `shared`, directly or through another fixture."""
     for item in items:
@@ -54,7 +62,7 @@ def shared(request: pytest.FixtureRequest) -> Path:
     """Return the folder of the shared data, or skip the test if there is none."""
     folder = request.config.getoption("--shared")
     if not folder:
-        pytest.skip("needs the shared data: pytest --shared FOLDER")
+        pytest.skip("needs the shared data: pytest --shared=FOLDER")
     path = Path(folder).resolve()
     if not (path / "data").is_dir():
         pytest.skip(f"the shared data is not at {path}")
