@@ -48,7 +48,7 @@ def models(
 
 
 def _list(as_json: bool) -> None:
-    from facepipe.models.check import listed
+    from facepipe.models.zoo.check import listed
 
     rows = []
     for found, name, problem in listed():
@@ -62,8 +62,8 @@ def _list(as_json: bool) -> None:
 
 
 def _architectures(as_json: bool) -> None:
-    from facepipe.models.architectures import ARCHITECTURES
-    from facepipe.models.check import described
+    from facepipe.models.zoo.architectures import ARCHITECTURES
+    from facepipe.models.zoo.check import described
 
     columns = ("name", "role", "summary", "input", "alignment", "lineages")
     rows = []
@@ -91,7 +91,7 @@ def check(model: Model, as_json: Json = False) -> None:
         facepipe models check arcface.toml
     """
     with failures():
-        from facepipe.models.check import check as examine
+        from facepipe.models.zoo.check import check as examine
 
         found = examine(model)
         rows = [(name, value) for name, value in asdict(found).items() if value not in ("", None)]
@@ -122,8 +122,8 @@ def export(
     with failures("nothing was written"):
         from pathlib import Path
 
-        from facepipe.models.export import OPSET
-        from facepipe.models.export import export as write
+        from facepipe.models.zoo.export import OPSET
+        from facepipe.models.zoo.export import export as write
 
         made = write(model, Path(out), opset or OPSET)
         emit(asdict(made), as_json, lambda: table(f"export of {model}", ("", ""), asdict(made).items()))

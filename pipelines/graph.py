@@ -22,8 +22,8 @@ from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representa
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.models.registry import same_person
 from facepipe.models.runtime.device import resolve
+from facepipe.models.zoo.registry import same_person
 from facepipe.nearest.join import candidates
 from facepipe.nearest.similarity import Pairs, refined
 from facepipe.storage import is_remote

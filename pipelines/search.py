@@ -20,8 +20,8 @@ from facepipe.index.answers import ANSWERS, Find, answers, joined
 from facepipe.index.cost import Scan, device_is_cheaper, scan_is_cheaper
 from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_queries, read_block
 from facepipe.index.search import Index
-from facepipe.models.registry import model_of
 from facepipe.models.runtime.device import resolve
+from facepipe.models.zoo.registry import model_of
 from pipelines import embed
 from pipelines.embed.config import Count, EmbedConfig
 from pipelines.runtime.run_record import records

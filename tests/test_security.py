@@ -34,7 +34,7 @@ from facepipe.hashing import hash64
 from facepipe.imaging import header
 from facepipe.index.queries import open_queries
 from facepipe.index.search import Index
-from facepipe.models import registry
+from facepipe.models.zoo import registry
 from facepipe.sources import SourceConfig, listfile, open_source, tar
 from facepipe.stages import Decode, Read
 from facepipe.storage.hashtable import HashTable

@@ -6,7 +6,8 @@ from typing import Any
 
 from facepipe.errors import ContractError, ModelError
 from facepipe.hashing import hash64
-from facepipe.models import Card, card
+from facepipe.models.card import Card
+from facepipe.models.zoo.registry import card
 from facepipe.schema import EMBEDDING_DIM
 
 PROPERTY = "facepipe.contract"

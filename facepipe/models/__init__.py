@@ -1,7 +1,5 @@
-"""Detectors and embedders: own modules, real weights, a registry. Importing this loads no framework."""
+"""Detectors and embedders: networks, weights, engines and cards. Importing this package loads no framework.
 
-from facepipe.models.card import Card
-from facepipe.models.protocols import Detector, Embedder, Faces
-from facepipe.models.registry import CARDS, card, chip_layout
-
-__all__ = ["CARDS", "Card", "Detector", "Embedder", "Faces", "card", "chip_layout"]
+This folder holds what all models share. `detectors`, `embedders` and `dlib` hold the models, `runtime` runs them, and
+`zoo` puts them together: the registry, TOML cards, loading and export.
+"""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.architectures import Input
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.protocols import Faces
+from facepipe.models.runtime.preprocess import Input
 from facepipe.types import Float32, UInt8Image
 
 if TYPE_CHECKING:

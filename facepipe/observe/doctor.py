@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from facepipe.errors import FacepipeError
-from facepipe.models import CARDS
+from facepipe.models.zoo.registry import CARDS
 
 
 class Finding(NamedTuple):

@@ -14,7 +14,7 @@ from facepipe.imaging.alignment import ChipLayout, chip_of, wanted_scale
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.geometry import Frame, frame_of, pose, sharpness
 from facepipe.imaging.header import probe
-from facepipe.models import card, chip_layout
+from facepipe.models.zoo.registry import card, chip_layout
 from facepipe.types import Bool, Float32, UInt8Image
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]

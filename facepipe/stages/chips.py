@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from facepipe.arrow import buffers, images, pack, with_columns
 from facepipe.hashing import face_id
-from facepipe.models import chip_layout
+from facepipe.models.zoo.registry import chip_layout
 from facepipe.schema import OK, READ_ERROR
 from facepipe.types import Float32, UInt8Image
 

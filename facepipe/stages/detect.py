@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from facepipe.arrow import frames, images, ragged, with_columns
 from facepipe.imaging.geometry import Frame
-from facepipe.models import Detector, Faces, card
-from facepipe.models.protocols import Doubting
+from facepipe.models.protocols import Detector, Doubting, Faces
 from facepipe.models.runtime.device import resolve
+from facepipe.models.zoo.registry import card
 from facepipe.schema import NO_FACE, OK
 from facepipe.types import Float32, UInt8Image
 

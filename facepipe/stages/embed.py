@@ -10,8 +10,9 @@ import pyarrow as pa
 from facepipe.arrow import buffers, float_lists, with_columns
 from facepipe.errors import ModelError
 from facepipe.hashing import face_id
-from facepipe.models import Embedder, card
+from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve
+from facepipe.models.zoo.registry import card
 from facepipe.types import Bool, Float32, UInt8
 
 

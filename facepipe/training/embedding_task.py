@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from facepipe.models.architectures import Input
+from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.augment import AugmentConfig, augment
 from facepipe.training.trainer.task import Batch
 from facepipe.types import Float32, Int64, UInt8Image

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from facepipe.errors import ConfigError, WeightsError
-from facepipe.models.architectures import ARCHITECTURES, Architecture, Input
-from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card
 from facepipe.models.checkpoint import State, fit, read_state
-from facepipe.models.loading import checked, renamed
+from facepipe.models.runtime.preprocess import Input
+from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
+from facepipe.models.zoo.card_file import CardFile, chips_of, fed_of, is_graph, read_card
+from facepipe.models.zoo.loading import checked, renamed
 from facepipe.training.config import ModelConfig
 from facepipe.training.trainer import checkpointing
 
@@ -171,7 +172,7 @@ def _from_card(config: ModelConfig, path: Path, role: str) -> Start:
 
 
 def _registered(start: Start, config: ModelConfig) -> Start:
-    from facepipe.models import registry
+    from facepipe.models.zoo import registry
 
     if config.start != "dlib-resnet":
         raise ConfigError(

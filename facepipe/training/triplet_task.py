@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError
 from facepipe.hashing import hash64
-from facepipe.models.architectures import Input
+from facepipe.models.runtime.preprocess import Input
 from facepipe.training.embedding_task import EmbeddingTask, Examples, embedded
 from facepipe.training.losses import LossConfig, offline_triplets
 from facepipe.training.trainer.ranks import Ranks

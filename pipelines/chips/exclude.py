@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe.gallery import Gallery
-from facepipe.models.registry import same_person
+from facepipe.models.zoo.registry import same_person
 from facepipe.storage import join
 from facepipe.training.data.chip_writer import plain_name
 from facepipe.training.data.config import DataConfig

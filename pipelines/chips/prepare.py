@@ -24,7 +24,7 @@ from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import Record
-from facepipe.models import chip_layout
+from facepipe.models.zoo.registry import chip_layout
 from facepipe.sources import open_source
 from facepipe.training.data.chip_set import SET, ChipSet, SetInfo, read_info
 from facepipe.training.data.chip_writer import Keep, ShardWriter, held_faces, held_uris, write_index

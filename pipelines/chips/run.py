@@ -15,7 +15,7 @@ from facepipe import storage
 from facepipe.gallery import Gallery
 from facepipe.gallery.parts import Record
 from facepipe.hashing import hash64
-from facepipe.models import chip_layout
+from facepipe.models.zoo.registry import chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
 from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize

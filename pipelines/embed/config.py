@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from facepipe.gallery import Contract
-from facepipe.models.networks import resident
+from facepipe.models.zoo.networks import resident
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, FacesOnDevice, Read

@@ -17,7 +17,7 @@ from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
 from facepipe.gallery.parts import Record
 from facepipe.gallery.table import RUNS
-from facepipe.models.registry import file_of
+from facepipe.models.zoo.registry import file_of
 from facepipe.observe.gpu_usage import Sampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM

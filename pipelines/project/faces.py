@@ -18,7 +18,7 @@ from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.evaluation.projected import PairRows
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
-from facepipe.models import chip_layout
+from facepipe.models.zoo.registry import chip_layout
 from facepipe.schema import OK, WORK_ITEM
 from facepipe.sources.again import Places
 from facepipe.stages import Align, Decode, Read

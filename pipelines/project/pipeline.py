@@ -16,11 +16,11 @@ from pydantic import Field
 from facepipe.errors import ConfigError, GalleryError, ModelError
 from facepipe.evaluation.projected import Verification, drawn_pairs, verification
 from facepipe.gallery import Gallery
-from facepipe.models import Embedder
-from facepipe.models.card_file import CardFile, read_card, to_toml
-from facepipe.models.loading import card_of, load_embedder, unprojected
 from facepipe.models.projection import Projection, SecondMoment, check_enough, fit, save
+from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve
+from facepipe.models.zoo.card_file import CardFile, read_card, to_toml
+from facepipe.models.zoo.loading import card_of, load_embedder, unprojected
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write

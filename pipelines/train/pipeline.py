@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from facepipe import storage
 from facepipe.errors import TrainingError
-from facepipe.models.card_file import save_model
+from facepipe.models.zoo.card_file import save_model
 from facepipe.training.report import write_report
 from facepipe.training.start import Start, find, written
 from facepipe.training.trainer import checkpointing, metrics_log

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from facepipe.errors import ConfigError
-from facepipe.models.architectures import Input
 from facepipe.models.runtime.device import resolve
+from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.sampling import Sampler
 from facepipe.training.data.split import Rows, SplitConfig, split

@@ -20,7 +20,8 @@ from eight_bits import IMAGES, all_pairs, view2
 
 from facepipe.imaging.alignment import chip_of
 from facepipe.imaging.geometry import Frame
-from facepipe.models import Faces, card, chip_layout
+from facepipe.models.protocols import Faces
+from facepipe.models.zoo.registry import card, chip_layout
 from facepipe.stages import Decode, Detect
 from facepipe.stages import detect as stage
 from facepipe.stages.chips import prominence

@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 import torch
 
-from facepipe.models import card
 from facepipe.models.checkpoint import fit, read_state
 from facepipe.models.detectors.retinaface import RetinaFaceNet, fold
 from facepipe.models.detectors.retinaface_keys import from_biubug6
 from facepipe.models.protocols import Detector
+from facepipe.models.zoo.registry import card
 from facepipe.training.detection.config import DetectionConfig, SceneAugmentConfig
 from facepipe.training.detection.task import DetectionTask
 from facepipe.types import Float32, UInt8Image

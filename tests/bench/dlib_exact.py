@@ -25,9 +25,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from facepipe.imaging.dlib_chip import chip_of, square
-from facepipe.models import card
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.weights import package_file
+from facepipe.models.zoo.registry import card
 from facepipe.types import UInt8Image
 
 Rect = tuple[int, int, int, int]

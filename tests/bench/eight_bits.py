@@ -23,7 +23,7 @@ from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.models.dlib.dlib_onnx import Range, activations, graph
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.engines import OnnxDlib, session
-from facepipe.models.registry import dlib_weights
+from facepipe.models.zoo.registry import dlib_weights
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Subject

@@ -11,11 +11,10 @@ import cv2
 import numpy as np
 import torch
 
-from facepipe.models import card
-from facepipe.models.architectures import ARCHITECTURES
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import TorchEmbedder, TorchRetinaFace
-from facepipe.models.registry import dlib_weights, retinaface_net
+from facepipe.models.zoo.architectures import ARCHITECTURES
+from facepipe.models.zoo.registry import card, dlib_weights, retinaface_net
 
 LIMITS = (0.7, 0.4)
 

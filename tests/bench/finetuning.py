@@ -20,10 +20,9 @@ import torch
 from facepipe.config import build
 from facepipe.evaluation.roc import equal_error_rate, roc, tar_at_far
 from facepipe.hashing import hash64
-from facepipe.models import card
-from facepipe.models.loading import load_net
-from facepipe.models.registry import dlib_net
 from facepipe.models.runtime.memory import keep_freed
+from facepipe.models.zoo.loading import load_net
+from facepipe.models.zoo.registry import card, dlib_net
 from facepipe.training.config import ModelConfig
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.config import DataConfig

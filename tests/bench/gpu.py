@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from facepipe.arrow import pack
-from facepipe.models.networks import detector_net, embedder_net
+from facepipe.models.zoo.networks import detector_net, embedder_net
 from facepipe.observe.gpu_usage import Sampler
 from facepipe.stages import Align, Detect, FacesOnDevice
 from facepipe.stages.resident.embedding import ChipEmbedder

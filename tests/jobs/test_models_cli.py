@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from facepipe.gallery import Gallery
-from facepipe.models.card_file import CardFile, InputConfig, save_model
+from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
 from jobs.cli import app
 
 
@@ -42,7 +42,7 @@ def model(folder: Path, name: str, dim: int) -> Path:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    from facepipe.models.architectures import ARCHITECTURES, Architecture
+    from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 
     monkeypatch.setitem(
         ARCHITECTURES, "tiny", Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim))

@@ -7,7 +7,7 @@ from torch import nn
 
 from facepipe.models.detectors.retinaface import ContextModule, RetinaFaceNet, fold
 from facepipe.models.detectors.retinaface_trunks import Bottleneck, MobileNet025, ResNet50, Unit
-from facepipe.models.graph_onnx import Graph, tensor
+from facepipe.models.onnx_graph import Graph, tensor
 
 _HEADS = (("offsets", "box_head", 4), ("scores", "class_head", 2), ("points", "landmark_head", 10))
 

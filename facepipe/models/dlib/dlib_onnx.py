@@ -10,7 +10,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convolution
-from facepipe.models.graph_onnx import Graph, tensor
+from facepipe.models.onnx_graph import Graph, tensor
 from facepipe.types import Float32
 
 # Side of the feature map after each strided block: what padding the shortcut needs is known when the graph is built.

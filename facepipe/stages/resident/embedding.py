@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from facepipe.models.engines import channels_last
-from facepipe.models.networks import EmbedderNet
 from facepipe.models.runtime.batches import Batches, free_memory, planned
 from facepipe.models.runtime.cuda_graphs import Buckets
 from facepipe.models.runtime.precision import DTYPES, cast
+from facepipe.models.zoo.networks import EmbedderNet
 from facepipe.types import Float32
 
 # Bytes of a pixel of a chip, for each byte of a number: what is live at once in the widest place of the networks here.

@@ -15,7 +15,7 @@ import pyarrow as pa
 from facepipe.arrow import buffers, frames, images, with_columns
 from facepipe.imaging.alignment import ChipLayout, chip_of
 from facepipe.imaging.geometry import Frame
-from facepipe.models import card, chip_layout
+from facepipe.models.zoo.registry import card, chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.stages.align import Align, Aligned, Each, larger
 from facepipe.stages.detect import Detect
@@ -200,7 +200,7 @@ class FacesOnDevice:
 
     @cached_property
     def _looks(self) -> "Looks":
-        from facepipe.models.networks import detector_net
+        from facepipe.models.zoo.networks import detector_net
         from facepipe.stages.resident.passes import Capacity, Looks
         from facepipe.stages.resident.retinaface import FaceFinder
 
@@ -209,7 +209,7 @@ class FacesOnDevice:
 
     @cached_property
     def _embedder(self) -> "ChipEmbedder":
-        from facepipe.models.networks import embedder_net
+        from facepipe.models.zoo.networks import embedder_net
         from facepipe.stages.resident.embedding import ChipEmbedder
 
         return ChipEmbedder(embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips)

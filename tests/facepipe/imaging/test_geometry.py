@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.imaging.geometry import cut, pose, scale_of, sharpness, similarity
-from facepipe.models.architectures import DLIB_TEMPLATE
+from facepipe.models.zoo.architectures import DLIB_TEMPLATE
 
 TEMPLATE = np.array(DLIB_TEMPLATE)
 

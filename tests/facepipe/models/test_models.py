@@ -10,17 +10,25 @@ import torch
 from facepipe.errors import ModelError, WeightsError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
-from facepipe.models import CARDS, card
-from facepipe.models.architectures import ARCHITECTURES, Input
 from facepipe.models.detectors import retinaface_decode
 from facepipe.models.detectors.retinaface_decode import suppress
 from facepipe.models.dlib.format import FormatError, read_metric_network
 from facepipe.models.dlib.layout import folded
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import OnnxRetinaFace, TorchEmbedder, TorchRetinaFace
-from facepipe.models.registry import DLIB_SHA256, dlib_net, dlib_weights, retinaface_graph, retinaface_net
 from facepipe.models.runtime.device import resolve
+from facepipe.models.runtime.preprocess import Input
 from facepipe.models.weights import bytes_literal, checked, package_file
+from facepipe.models.zoo.architectures import ARCHITECTURES
+from facepipe.models.zoo.registry import (
+    CARDS,
+    DLIB_SHA256,
+    card,
+    dlib_net,
+    dlib_weights,
+    retinaface_graph,
+    retinaface_net,
+)
 
 LIMITS = (0.5, 0.4)
 DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, EvaluationError, ModelError, WeightsError
 from facepipe.evaluation.projected import PairRows, drawn_pairs, verification
 from facepipe.gallery import Gallery
-from facepipe.models import card
-from facepipe.models.card_file import CardFile, InputConfig, read_card, save_model
 from facepipe.models.projection import Projected, Projection, SecondMoment, fit, read, save, unit
+from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
+from facepipe.models.zoo.registry import card
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.again import Places
@@ -163,7 +163,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The TOML file of a 150-D embedder."""
-    from facepipe.models.architectures import ARCHITECTURES, Architecture
+    from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 
     monkeypatch.setitem(
         ARCHITECTURES, "tiny", Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, TrainingError
 from facepipe.hashing import hash64
-from facepipe.models.architectures import Input
+from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.augment import AugmentConfig
 from facepipe.training.embedding_task import Examples
 from facepipe.training.losses import LossConfig, objective, offline_triplets, settled

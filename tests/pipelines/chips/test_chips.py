@@ -364,7 +364,7 @@ def persons(lfw: Path, root: Path, count: int, images: int) -> Path:
 
 
 def test_pairs_of_lfw(lfw: Path, tmp_path: Path) -> None:
-    from facepipe.models import card
+    from facepipe.models.zoo.registry import card
 
     root = persons(lfw, tmp_path / "images", 8, 3)
     names = sorted(folder.name for folder in root.iterdir())

@@ -271,7 +271,7 @@ def test_a_worker_that_cannot_start_says_why(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    from facepipe.models.registry import dlib_weights
+    from facepipe.models.zoo.registry import dlib_weights
 
     dlib_weights.cache_clear()
     with pytest.raises(Exception, match="pip install face-recognition-models"):
@@ -359,8 +359,8 @@ def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes:
 
 
 def test_a_model_of_another_length_leaves_no_gallery(drawings: Path, tmp_path: Path) -> None:
-    from facepipe.models.architectures import ARCHITECTURES
-    from facepipe.models.card_file import CardFile, save_model
+    from facepipe.models.zoo.architectures import ARCHITECTURES
+    from facepipe.models.zoo.card_file import CardFile, save_model
 
     net = ARCHITECTURES["mobilefacenet"].build(256, (96, 112))
     card = CardFile("m", "", architecture="mobilefacenet", dim=256)

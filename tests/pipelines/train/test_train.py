@@ -227,7 +227,7 @@ def config(persons: Path, output: Path, **layers: Any) -> Any:
 
 
 def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> None:
-    from facepipe.models import card
+    from facepipe.models.zoo.registry import card
 
     output = tmp_path / "first"
     summary = run(config(persons, output))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.models import Faces
 from facepipe.models.detectors.retinaface_decode import Outputs, anchors, certain, postprocess
+from facepipe.models.protocols import Faces
 from facepipe.stages import Decode, Detect
 from facepipe.stages.detect import shrunk
 from facepipe.types import UInt8Image

@@ -18,8 +18,8 @@ from facepipe.models.detectors.mtcnn import Mtcnn
 from facepipe.models.detectors.mtcnn_nets import MtcnnNets, from_facenet_pytorch
 from facepipe.models.detectors.mtcnn_weights import SHA256, from_keras, lz4_frame, packaged_nets, read_arrays
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.registry import retinaface_graph
 from facepipe.models.weights import package_file
+from facepipe.models.zoo.registry import retinaface_graph
 
 # What facenet-pytorch 2.6.0 finds with its defaults in photos shrunk to 640 by area: box and landmarks.
 FOUND = {

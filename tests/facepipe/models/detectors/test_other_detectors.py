@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from facepipe.errors import ConfigError, ModelError
 from facepipe.gallery import Contract
 from facepipe.imaging.dlib_chip import square
-from facepipe.models import card
 from facepipe.models.detectors import dlib_hog, haar
 from facepipe.models.detectors.dlib_hog import DlibHog
 from facepipe.models.detectors.five_points import Predict, five_points, landmarks
@@ -26,7 +25,7 @@ from facepipe.models.detectors.scrfd import Scrfd
 from facepipe.models.detectors.yunet import YuNet
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.registry import retinaface_graph
+from facepipe.models.zoo.registry import card, retinaface_graph
 
 HOSTILE = [(1, 1), (11, 11), (4, 3000), (3000, 4)]
 LEVELS = {8: 1, 16: 2, 32: 4}

@@ -9,15 +9,14 @@ import torch
 
 from facepipe.errors import WeightsError
 from facepipe.gallery import Contract
-from facepipe.models import card
-from facepipe.models.card_file import CardFile, InputConfig, save_model
 from facepipe.models.checkpoint import fit, read_state
 from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk, fold, normalise
 from facepipe.models.detectors.retinaface_decode import preprocess
 from facepipe.models.detectors.retinaface_keys import from_biubug6
 from facepipe.models.engines import OnnxRetinaFace
 from facepipe.models.protocols import Faces
-from facepipe.models.registry import retinaface_graph
+from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
+from facepipe.models.zoo.registry import card, retinaface_graph
 from facepipe.training.detection.detector import detect
 from facepipe.training.detection.overlap import iou
 from facepipe.types import UInt8Image

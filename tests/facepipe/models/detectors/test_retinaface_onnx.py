@@ -8,7 +8,7 @@ from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk,
 from facepipe.models.detectors.retinaface_onnx import graph
 from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 from facepipe.models.parity import scenes
-from facepipe.models.registry import retinaface_graph, retinaface_net
+from facepipe.models.zoo.registry import retinaface_graph, retinaface_net
 
 
 def trained_like(trunk: Trunk, norms: bool) -> RetinaFaceNet:

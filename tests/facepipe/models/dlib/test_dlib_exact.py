@@ -10,11 +10,11 @@ import pytest
 
 from facepipe.errors import WeightsError
 from facepipe.imaging.dlib_chip import TEMPLATE, chip_of, halved, square
-from facepipe.models import card
 from facepipe.models.dlib.format import FormatError
 from facepipe.models.dlib.predictor import PREDICTOR_SHA256, load_predictor, predict
 from facepipe.models.dlib.predictor_format import integers, read_cascade
 from facepipe.models.weights import checked, package_file
+from facepipe.models.zoo.registry import card
 
 FOLDER = "models/"
 PREDICTOR = "shape_predictor_5_face_landmarks.dat"

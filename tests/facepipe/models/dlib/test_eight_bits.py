@@ -9,13 +9,12 @@ import facepipe
 from facepipe.errors import ModelError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
-from facepipe.models import card
 from facepipe.models.dlib import eight_bits
 from facepipe.models.dlib.dlib_onnx import activations, graph
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.engines import OnnxDlib, session
 from facepipe.models.parity import noise, scenes
-from facepipe.models.registry import dlib_weights
+from facepipe.models.zoo.registry import card, dlib_weights
 from facepipe.stages import Embed
 from facepipe.types import Float32, UInt8
 

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ContractError, ModelError
 from facepipe.gallery import Gallery
-from facepipe.models import card
-from facepipe.models.architectures import ARCHITECTURES, Architecture, Input
-from facepipe.models.card_file import CardFile, InputConfig, read_card, save_model
 from facepipe.models.engines import OnnxEmbedder, TorchEmbedder, session
-from facepipe.models.export import export
-from facepipe.models.loading import unprojected
 from facepipe.models.parity import difference, scenes
 from facepipe.models.projection import Projection, save, unit
+from facepipe.models.runtime.preprocess import Input
+from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
+from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
+from facepipe.models.zoo.export import export
+from facepipe.models.zoo.loading import unprojected
+from facepipe.models.zoo.registry import card
 
 FED = Input("bgr", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
 SIZE = (24, 32)
@@ -214,7 +215,7 @@ def test_an_export_holds_all_that_comes_before_and_after(saved: Path, tmp_path: 
 def test_an_export_that_is_not_the_same_is_not_written(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import facepipe.models.export as exporting
+    import facepipe.models.zoo.export as exporting
 
     shifted = replace(exporting.exportable(str(saved)), fed=Input())
     right = exporting.graph_of(shifted)

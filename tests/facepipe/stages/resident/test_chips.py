@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from facepipe.imaging import geometry
-from facepipe.models import chip_layout
 from facepipe.models.runtime.transfers import Uploads
+from facepipe.models.zoo.registry import chip_layout
 from facepipe.stages.resident.chips import Cuts, cut, cuts_of, scales, similarities
 from facepipe.stages.resident.sampling import Resident
 

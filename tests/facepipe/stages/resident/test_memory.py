@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from facepipe.models.networks import detector_net, embedder_net
 from facepipe.models.runtime.transfers import Uploads
+from facepipe.models.zoo.networks import detector_net, embedder_net
 from facepipe.stages.resident.detection import Detection
 from facepipe.stages.resident.embedding import ChipEmbedder
 from facepipe.stages.resident.letterbox import Rule, letterboxed

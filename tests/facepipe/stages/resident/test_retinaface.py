@@ -11,7 +11,7 @@ from facepipe.imaging.decode import decode
 from facepipe.imaging.header import probe
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.registry import retinaface_graph, retinaface_net
+from facepipe.models.zoo.registry import retinaface_graph, retinaface_net
 from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed, packed
 
 SIDE = 160

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from facepipe.arrow import vectors
-from facepipe.models.architectures import ARCHITECTURES
-from facepipe.models.card_file import CardFile, InputConfig, save_model
 from facepipe.models.checkpoint import fit, read_state
 from facepipe.models.detectors.retinaface import RetinaFaceNet
 from facepipe.models.detectors.retinaface_keys import from_biubug6
-from facepipe.models.networks import resident
 from facepipe.models.runtime.cuda_graphs import Buckets
+from facepipe.models.zoo.architectures import ARCHITECTURES
+from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
+from facepipe.models.zoo.networks import resident
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, FacesOnDevice, Read, check_chain
 

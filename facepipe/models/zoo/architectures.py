@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ModelError
 from facepipe.imaging.alignment import ChipLayout, arcface_template
+from facepipe.models.runtime.preprocess import Input
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,16 +14,6 @@ if TYPE_CHECKING:
     from facepipe.models.checkpoint import State
 
 Size = tuple[int, int]
-Channels = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a network is fed: (x - mean) / scale of 0-255 levels, channel by channel in the order of `channels`."""
-
-    channels: str = "rgb"
-    mean: Channels = (127.5, 127.5, 127.5)
-    scale: Channels = (127.5, 127.5, 127.5)
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ def _module(path: str, name: str) -> Any:
 # Mean positions of RetinaFace's five points in dlib's own 150x150 chips, measured on LFW.
 DLIB_TEMPLATE = ((46.54, 43.32), (101.94, 43.67), (74.14, 77.59), (50.28, 102.77), (96.35, 103.30))
 _DLIB_MEAN = (122.782, 117.001, 104.298)
-_ZERO: Channels = (0.0, 0.0, 0.0)
+_ZERO = (0.0, 0.0, 0.0)
 _IMAGENET = Input(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375))
 _LETTERBOX = ChipLayout((160, 160), "eyes", fill=128)
 

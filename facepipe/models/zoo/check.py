@@ -12,9 +12,9 @@ import numpy as np
 from facepipe.errors import FacepipeError, ModelError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
-from facepipe.models.card_file import is_graph, read_card
 from facepipe.models.parity import scenes
-from facepipe.models.registry import CARDS, MODELS_FOLDER, card, file_of
+from facepipe.models.zoo.card_file import is_graph, read_card
+from facepipe.models.zoo.registry import CARDS, MODELS_FOLDER, card, file_of
 from facepipe.schema import EMBEDDING_DIM
 
 _LIMITS = (0.5, 0.4)
@@ -67,7 +67,7 @@ def check(model: str) -> Checked:
 
 
 def _embed(found: Card, path: Path | None) -> tuple[int, float, str]:
-    from facepipe.models.loading import load_embedder
+    from facepipe.models.zoo.loading import load_embedder
 
     raw = load_embedder(path, "cpu", 1, raw=True) if path else found.load("cpu", 1)
     usable = found.dim == EMBEDDING_DIM
@@ -104,7 +104,7 @@ def _parameters(found: Card, path: Path | None) -> int | None:
 
         graph = onnx.load(str(path.parent / file.weights)).graph
         return sum(int(np.prod(constant.dims)) for constant in graph.initializer)
-    from facepipe.models.loading import load_net
+    from facepipe.models.zoo.loading import load_net
 
     return sum(p.numel() for p in load_net(path)[0].parameters())
 
@@ -127,7 +127,7 @@ def listed() -> Iterator[tuple[Card | None, str, str]]:
         yield found, found.name, ""
     folder = os.environ.get(MODELS_FOLDER)
     for path in sorted(Path(folder).glob("*.toml")) if folder else []:
-        from facepipe.models.loading import card_of
+        from facepipe.models.zoo.loading import card_of
 
         try:
             yield card_of(path), path.stem, ""

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, StorageError
 from facepipe.imaging.alignment import ChipLayout
-from facepipe.models.architectures import ARCHITECTURES, Input
 from facepipe.models.card import Card
-from facepipe.models.card_file import CardFile, InputConfig, chips_of, fed_of, to_toml
 from facepipe.models.parity import TOLERANCE, difference
 from facepipe.models.protocols import Embedder
-from facepipe.models.registry import CARDS, card, dlib_net
+from facepipe.models.runtime.preprocess import Input
+from facepipe.models.zoo.architectures import ARCHITECTURES
+from facepipe.models.zoo.card_file import CardFile, InputConfig, chips_of, fed_of, to_toml
+from facepipe.models.zoo.registry import CARDS, card, dlib_net
 from facepipe.storage import write
 from facepipe.types import Float32
 
@@ -94,7 +95,7 @@ def export(model: str, out: Path, opset: int = OPSET) -> Exported:
 
 def exportable(model: str) -> Exportable:
     """Raises ModelError for what there is no torch module of: an ONNX graph, a test's fake."""
-    from facepipe.models.registry import file_of
+    from facepipe.models.zoo.registry import file_of
 
     if model in CARDS:
         return _registered(card(model, "embedder"))
@@ -121,8 +122,8 @@ def _registered(found: Card) -> Exportable:
 
 
 def _from_file(path: Path) -> Exportable:
-    from facepipe.models.loading import card_of, load_net, unprojected
     from facepipe.models.projection import read
+    from facepipe.models.zoo.loading import card_of, load_net, unprojected
 
     card_of(path)  # checks the weights' SHA-256
     net, file = load_net(path)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
-from facepipe.models.architectures import ARCHITECTURES, Architecture, Lineage
 from facepipe.models.card import Card
-from facepipe.models.card_file import CardFile, chips_of, fed_of, is_graph, read_card, same_person_of
 from facepipe.models.checkpoint import State, fit, read_state
+from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture, Lineage
+from facepipe.models.zoo.card_file import CardFile, chips_of, fed_of, is_graph, read_card, same_person_of
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from facepipe.models.detectors.retinaface import Channels
     from facepipe.models.protocols import Detector, Embedder
 
 
@@ -62,8 +63,6 @@ class _LoadDetector:
     path: str
 
     def __call__(self, device: str, threads: int, limits: tuple[float, float]) -> "Detector":
-        from facepipe.models.detectors.loading import load_detector
-
         return load_detector(Path(self.path), device, threads, limits)
 
 
@@ -92,6 +91,37 @@ def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "
             f"`facepipe models project {path} GALLERY`"
         )
     return made
+
+
+def load_detector(path: Path, device: str, threads: int, limits: tuple[float, float]) -> "Detector":
+    """The detector of a TOML file: a RetinaFace checkpoint, or a YuNet or SCRFD graph."""
+    file = read_card(path)
+    if is_graph(file):
+        return _graph(file, path.parent / file.weights, threads, limits)
+    from facepipe.models.detectors.retinaface_onnx import graph
+    from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
+
+    net: Any = load_net(path)[0]
+    fed = fed_of(file)
+    if fed.channels not in ("rgb", "bgr"):
+        raise ModelError(f"{path}: channels are rgb or bgr")
+    channels: Channels = "rgb" if fed.channels == "rgb" else "bgr"
+    if device == "cpu":
+        return OnnxRetinaFace(graph(net), limits, threads, channels)
+    return TorchRetinaFace(net, limits, device, channels)
+
+
+def _graph(file: CardFile, weights: Path, threads: int, limits: tuple[float, float]) -> "Detector":
+    graph = weights.read_bytes()
+    if file.architecture == "yunet":
+        from facepipe.models.detectors.yunet import YuNet
+
+        return YuNet(graph, limits, threads)
+    if file.architecture == "scrfd":
+        from facepipe.models.detectors.scrfd import Scrfd
+
+        return Scrfd(graph, limits, threads)
+    raise ModelError(f"{file.name}: a detector's ONNX graph is that of yunet or scrfd, not of {file.architecture}")
 
 
 def load_net(path: Path) -> "tuple[nn.Module, CardFile]":

@@ -10,11 +10,11 @@ from typing import Any
 
 from facepipe.errors import ModelError
 from facepipe.imaging.alignment import ChipLayout
-from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
 from facepipe.models.card import Card
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.protocols import Detector, Embedder
 from facepipe.models.weights import bytes_literal, checked, package_file
+from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
 from facepipe.types import Float32
 
 _MTCNN_SHA256 = "f2836e484b6b1f84a722098b32425d412ee0c7910806e5eb84fca52db6544ddb"  # of its three files' SHA-256
@@ -287,7 +287,7 @@ def card(name: str, role: str) -> Card:
     """
     found = CARDS.get(name)
     if found is None and (file := file_of(name)):
-        from facepipe.models.loading import card_of
+        from facepipe.models.zoo.loading import card_of
 
         found = card_of(file)
     if found is None or found.role != role:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError
 from facepipe.imaging.alignment import ChipLayout, Kind, arcface_template
-from facepipe.models.architectures import ARCHITECTURES, DLIB_TEMPLATE, Input
+from facepipe.models.runtime.preprocess import Input
+from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE
 
 if TYPE_CHECKING:
     from facepipe.models.checkpoint import State

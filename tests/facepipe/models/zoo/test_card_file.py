@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
 from facepipe.imaging.alignment import arcface_template
-from facepipe.models import card, chip_layout
-from facepipe.models.card_file import CardFile, InputConfig, chips_of, fed_of, read_card, save_model, to_toml
-from facepipe.models.loading import card_of, load_embedder, load_net
+from facepipe.models.zoo.card_file import CardFile, InputConfig, chips_of, fed_of, read_card, save_model, to_toml
+from facepipe.models.zoo.loading import card_of, load_embedder, load_net
+from facepipe.models.zoo.registry import card, chip_layout
 
 
 class Tiny(nn.Module):
@@ -29,7 +29,7 @@ class Tiny(nn.Module):
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """An architecture of the tests."""
-    from facepipe.models.architectures import ARCHITECTURES, Architecture
+    from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 
     made = Architecture("tiny", "embedder", "for tests", lambda dim, size: Tiny(dim))
     monkeypatch.setitem(ARCHITECTURES, "tiny", made)
@@ -185,7 +185,7 @@ def test_a_threshold_in_cosine_is_a_distance_here(tiny: None, tmp_path: Path) ->
 
 def test_lineages_that_are_fed_otherwise_have_to_say_so(tmp_path: Path) -> None:
     """facenet-pytorch's and TreB1eN's checkpoints have our layers, and were trained on other numbers."""
-    from facepipe.models.architectures import ARCHITECTURES
+    from facepipe.models.zoo.architectures import ARCHITECTURES
 
     for name, lineage in (("facenet-inception", "facenet-pytorch"), ("mobilefacenet", "treb1en")):
         made = ARCHITECTURES[name].lineage(lineage)

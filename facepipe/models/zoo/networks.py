@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from facepipe.models.architectures import ARCHITECTURES, Input
+from facepipe.models.runtime.preprocess import Input
+from facepipe.models.zoo.architectures import ARCHITECTURES
 from facepipe.types import Float32
 
 if TYPE_CHECKING:
-    from facepipe.models.card_file import CardFile
     from facepipe.models.detectors.retinaface import Channels
+    from facepipe.models.zoo.card_file import CardFile
 
 _DETECTOR = "retinaface-mnet025"
 _DLIB = ("dlib-resnet", "face-recognition")
@@ -32,7 +33,7 @@ def resident(detector: str, embedder: str) -> bool:
 def _is_module(name: str, known: tuple[str, ...], architecture: str) -> bool:
     if name in known:
         return True
-    from facepipe.models.card_file import is_graph
+    from facepipe.models.zoo.card_file import is_graph
 
     file = _file(name)
     return file is not None and not is_graph(file) and file.architecture.startswith(architecture or file.architecture)
@@ -41,11 +42,11 @@ def _is_module(name: str, known: tuple[str, ...], architecture: str) -> bool:
 def detector_net(name: str) -> "tuple[Any, Channels]":
     """RetinaFace with the weights of a model for which `resident` holds, and the order of its channels: bgr or rgb."""
     if name == _DETECTOR:
-        from facepipe.models.registry import retinaface_net
+        from facepipe.models.zoo.registry import retinaface_net
 
         return retinaface_net(), "bgr"
-    from facepipe.models.card_file import fed_of
-    from facepipe.models.loading import load_net
+    from facepipe.models.zoo.card_file import fed_of
+    from facepipe.models.zoo.loading import load_net
 
     net, file = load_net(_path(name))
     return net, "rgb" if fed_of(file).channels == "rgb" else "bgr"
@@ -54,12 +55,12 @@ def detector_net(name: str) -> "tuple[Any, Channels]":
 def embedder_net(name: str) -> EmbedderNet:
     """The network of a model for which `resident` holds."""
     if name in _DLIB:
-        from facepipe.models.registry import dlib_net
+        from facepipe.models.zoo.registry import dlib_net
 
         return EmbedderNet(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150))
     from facepipe.models import projection
-    from facepipe.models.card_file import chips_of, fed_of
-    from facepipe.models.loading import load_net, unprojected
+    from facepipe.models.zoo.card_file import chips_of, fed_of
+    from facepipe.models.zoo.loading import load_net, unprojected
 
     path = _path(name)
     net, file = load_net(path)
@@ -70,13 +71,13 @@ def embedder_net(name: str) -> EmbedderNet:
 
 
 def _path(name: str) -> Any:
-    from facepipe.models.registry import file_of
+    from facepipe.models.zoo.registry import file_of
 
     return file_of(name)
 
 
 def _file(name: str) -> "CardFile | None":
-    from facepipe.models.card_file import read_card
+    from facepipe.models.zoo.card_file import read_card
 
     path = _path(name)
     return read_card(path) if path else None

@@ -1,0 +1,1 @@
+"""The model zoo: which models there are, how each is loaded, checked and exported."""
