@@ -1,14 +1,31 @@
 """Small functions of the tests."""
 
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from facepipe.config import build
 from facepipe.gallery import Gallery
 from pipelines.embed import EmbedConfig, Summary, run
+
+Result = TypeVar("Result")
+
+
+def measure_peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
+    """Run `work` and return its result and the most memory that Python and NumPy held meanwhile, in bytes.
+
+    Use this where a test would otherwise look at the clock: arrays of all pairs or copies of large images show here, and
+    a busy machine does not.
+    """
+    tracemalloc.start()
+    try:
+        return work(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def trials(full: int) -> range:
