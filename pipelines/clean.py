@@ -127,7 +127,7 @@ def _cleaned(config: CleanConfig, graph: Graph, gallery: Gallery, label: Int64, 
     threshold = graph.info.threshold.similarity
     faces = Faces(graph.nodes.vectors, graph.density)
     pairs = graph.edges.within(2.0)
-    pairs = pairs.take(graph.similarity(pairs) >= threshold)
+    pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
     copies = graph.representatives
     inside = parts(faces, label, copies, pairs, threshold)
     pool = candidates(label, _with_copies(pairs, copies))

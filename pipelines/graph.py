@@ -24,8 +24,8 @@ from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve
 from facepipe.models.zoo.registry import same_person
-from facepipe.nearest.join import candidates
-from facepipe.nearest.similarity import Pairs, refined
+from facepipe.nearest.join import find_candidate_pairs
+from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.storage import is_remote
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
@@ -313,9 +313,9 @@ def _join(task: _Task) -> int:
 
 
 def _cell(layout: Layout, cell: int, inside: Any, vectors: Any, density: Any, task: _Task) -> Pairs:
-    u, v = candidates(vectors, density, task.threshold, task.most, task.device)
+    u, v = find_candidate_pairs(vectors, density, task.threshold, task.most, task.device)
     new = layout.first_met(cell, inside, u, v)
-    pairs = refined(vectors, density, u[new], v[new], task.threshold)
+    pairs = refine_pairs(vectors, density, u[new], v[new], task.threshold)
     return Pairs(inside[pairs.u], inside[pairs.v], pairs.distance)
 
 

@@ -54,7 +54,7 @@ def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Int64, bool]:
     ids = chosen.faces.to_numpy()
     parts = [ids[shard.locate(ids)[0]]] if len(ids) else [ids]
     rows = np.arange(len(shard.ids)) if whole else np.sort(shard.locate(shard.dead)[1])
-    by_row = shard.ids_by_row() if len(rows) else ids
+    by_row = shard.read_ids_by_row() if len(rows) else ids
     remains = False
     for at in range(0, len(rows), _ROWS):
         some = rows[at : at + _ROWS]

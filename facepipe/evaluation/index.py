@@ -11,7 +11,7 @@ from facepipe.evaluation.identification import Identification, identification, p
 from facepipe.gallery import Gallery
 from facepipe.index import tune
 from facepipe.index.candidates import imbalance
-from facepipe.index.exact import exact_search, live_blocks
+from facepipe.index.exact import read_live_blocks, search_exactly
 from facepipe.index.manifest import Point
 from facepipe.index.search import Index
 
@@ -65,7 +65,7 @@ def evaluate_index(
     began = time.perf_counter()
     hits = index.search(sample.queries, tune.K + 1)
     elapsed = time.perf_counter() - began
-    found = hits.without(sample.own, tune.K).ids
+    found = hits.exclude_own(sample.own, tune.K).ids
     at_1, at_10 = tune.recall(found[:, :1], sample.truth[:, :1]), tune.recall(found, sample.truth)
     curve = tune.measure(index, sample, index.manifest.recall)
     if picture:
@@ -108,7 +108,7 @@ def _people(gallery: Gallery, index: Index) -> tuple[Identification | None, list
 def _exact_qps(index: Index, sample: tune.Sample) -> float:
     chosen = sample.queries[:_EXACT]
     began = time.perf_counter()
-    exact_search(chosen, live_blocks(index), tune.K)
+    search_exactly(chosen, read_live_blocks(index), tune.K)
     return len(chosen) / (time.perf_counter() - began)
 
 

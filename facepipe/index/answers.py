@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from facepipe.index.decide import Rule, decide
-from facepipe.index.exact import scan as scanned
+from facepipe.index.exact import scan_index
 from facepipe.index.queries import Queries
 from facepipe.index.search import Index
 from facepipe.schema import OK
@@ -116,9 +116,9 @@ def _found(index: Index, vectors: Float32, own: Int64, find: Find, scan: str | N
         keep = ids != own[asked] if find.leave_self_out else np.ones(len(ids), bool)
         return asked[keep], ids[keep], distances[keep]
     k = find.k + bool(find.leave_self_out)
-    hits = scanned(index, vectors, k, scan) if scan else index.search(vectors, k)
+    hits = scan_index(index, vectors, k, scan) if scan else index.search(vectors, k)
     if find.leave_self_out:
-        hits = hits.without(own, find.k)
+        hits = hits.exclude_own(own, find.k)
     asked, places = np.nonzero(hits.ids >= 0)
     return asked, hits.ids[asked, places], hits.distances[asked, places]
 

@@ -14,7 +14,7 @@ from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NOBODY, Scanner
 from facepipe.index.manifest import INDEX, Manifest
 from facepipe.index.shard import Shard, joined_index
-from facepipe.nearest.distances import Hits, pair_distances, smallest
+from facepipe.nearest.distances import Hits, compute_pair_distances, find_smallest
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, Int64
@@ -148,7 +148,7 @@ class Index:
             # Those tied with the last are left out: a few more are asked for, so that the rest are as many as meant.
             found = self._scanner(queries[open_], min(count + max(2, count // 50), self.live + 1), nprobe)
             exact = self._exact(queries[open_], found.ids)
-            order = smallest(exact, k)  # candidates are sorted by id: ties come by id
+            order = find_smallest(exact, k)  # candidates are sorted by id: ties come by id
             width = order.shape[1]
             ids[open_, :width] = np.take_along_axis(found.ids, order, axis=1)
             distances[open_, :width] = np.take_along_axis(exact, order, axis=1)
@@ -182,7 +182,7 @@ class Index:
         asked, places = np.nonzero(ids != NOBODY)
         flat = ids[asked, places]
         for shard, (where, rows) in zip(self.shards, self._located(flat), strict=True):
-            out[asked[where], places[where]] = pair_distances(queries, asked[where], shard.vectors, rows)
+            out[asked[where], places[where]] = compute_pair_distances(queries, asked[where], shard.vectors, rows)
         return out
 
     def _located(self, ids: Int64) -> Iterator[tuple[Int64, Int64]]:

@@ -305,7 +305,7 @@ class Shard:
         back[order] = np.arange(len(rows))
         return pa.concat_tables(parts).take(pa.array(back))
 
-    def alive(self) -> Bool | None:
+    def mask_live(self) -> Bool | None:
         """(n,) by row, or None where all are alive."""
         if not self.dead.size:
             return None
@@ -314,7 +314,7 @@ class Shard:
         mask[rows[found]] = False
         return mask
 
-    def ids_by_row(self) -> Int64:
+    def read_ids_by_row(self) -> Int64:
         """Ids in the order of the vectors."""
         ids = np.empty(len(self.ids), np.int64)
         ids[self.rows] = self.ids
@@ -322,7 +322,7 @@ class Shard:
 
     def live_rows(self) -> Iterator[Rows]:
         """What a search can return, in the order of the vectors."""
-        alive, ids = self.alive(), self.ids_by_row()
+        alive, ids = self.mask_live(), self.read_ids_by_row()
         for at in range(0, len(ids), _COPY_ROWS):
             chosen = np.arange(at, min(at + _COPY_ROWS, len(ids)))
             vectors = self.read_vectors(at, at + _COPY_ROWS)

@@ -9,7 +9,7 @@ from facepipe.errors import ConfigError, StorageError
 from facepipe.index.grid import grid
 from facepipe.index.manifest import Template, digest
 from facepipe.index.plan import Plan, open_factory
-from facepipe.nearest.faiss_engine import faiss, with_gpus, write_index
+from facepipe.nearest.faiss_engine import faiss, train_on_gpus, write_index
 from facepipe.types import Float32
 
 _WARMING_UP = 39  # vectors a list below which faiss would print warnings: the plan has said so already
@@ -31,7 +31,7 @@ def train(sample: Float32, plan: Plan, say: Callable[[str], None] = lambda line:
             f"{plan.factory} has {ivf.nlist} lists and needs as many vectors to train on; the gallery gives "
             f"{len(sample)}: choose fewer lists, or leave --factory out"
         )
-    return with_gpus(lambda clustering: _trained(sample, plan, clustering), ivf.d, say)
+    return train_on_gpus(lambda clustering: _trained(sample, plan, clustering), ivf.d, say)
 
 
 def _trained(sample: Float32, plan: Plan, clustering: Any) -> Any:

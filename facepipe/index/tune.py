@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.index.cost import of_lists
-from facepipe.index.exact import exact_search, live_blocks
+from facepipe.index.exact import read_live_blocks, search_exactly
 from facepipe.index.manifest import Point
 from facepipe.index.search import Index, Setting
 from facepipe.types import Float32, Float64, Int64
@@ -38,7 +38,7 @@ def draw(index: Index, seed: int, queries: int | None = None) -> Sample:
         own.append(np.asarray(ids[np.sort(rng.choice(len(ids), min(len(ids), round(share)), replace=False))]))
     chosen = np.concatenate(own) if own else np.empty(0, np.int64)
     vectors = index.vectors(chosen)
-    truth = exact_search(vectors, live_blocks(index), K + 1).without(chosen, K)
+    truth = search_exactly(vectors, read_live_blocks(index), K + 1).exclude_own(chosen, K)
     return Sample(vectors, chosen, truth.ids)
 
 
@@ -69,7 +69,7 @@ def measure(index: Index, sample: Sample, asked: float) -> tuple[Point, ...]:
 
 
 def _point(index: Index, sample: Sample, setting: Setting) -> Point:
-    found = index.search(sample.queries, K + 1, setting).without(sample.own, K).ids
+    found = index.search(sample.queries, K + 1, setting).exclude_own(sample.own, K).ids
     at_1, at_10 = recall(found[:, :1], sample.truth[:, :1]), recall(found, sample.truth)
     return Point(setting.nprobe, setting.rescore, _lower(at_1), _lower(at_10))
 

@@ -1,15 +1,15 @@
 """Products of vectors in half precision, with a proven bound of what rounding does to them.
 
-Whether a product can reach a limit is decided in two levels: the maximum of each group of columns first, single columns
-only in the groups that reach it. Nothing that reaches the limit in exact arithmetic is ever missed.
+Two levels decide whether a product can reach a limit: first the maximum of each group of columns, then the single
+columns of the groups that reach it. Nothing that reaches the limit in exact arithmetic is missed.
 
-The bound. Let x, y be vectors in single precision, x', y' their halves, p the product as it comes out. Then
-|x'y' - xy| = |x'(y' - y) + (x' - x)y| <= |x'| |y' - y| + |x' - x| |y| (Cauchy-Schwarz, all four norms are measured);
-products of halves are exact in single precision, and n of them are summed with an error of at most n 2^-22 |x'| |y'|,
-in any order, also where sums are truncated, not rounded, as tensor cores do (Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1; Fasi et al., PeerJ CS 2021). Rounding the sum to a half is monotonic: what is at
-least L becomes at least L less u |L|, with the unit roundoff u of the format. It adds up to some 0.0009 for float16 and
-0.006 for bfloat16.
+The bound. Let x, y be vectors in single precision, x', y' their halves, p the computed product. Then
+|x'y' - xy| = |x'(y' - y) + (x' - x)y| <= |x'| |y' - y| + |x' - x| |y| (Cauchy-Schwarz, all four norms are measured).
+Products of halves are exact in single precision. Summing n of them errs by at most n 2^-22 |x'| |y'|, in any order.
+This holds even if sums are truncated instead of rounded, as tensor cores do (Higham, Accuracy and Stability of
+Numerical Algorithms, section 3.1; Fasi et al., PeerJ CS 2021). Rounding the sum to a half is monotonic: what is at least
+L becomes at least L less u |L|, with the unit roundoff u of the format. The total is about 0.0009 for float16 and 0.006
+for bfloat16.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-GROUP = 64  # columns of a group: its maximum is 1/64 of what is read again, and its columns are looked at together
-_CHUNK = 1 << 18  # groups whose columns are looked at in one go
-_SUM = 2.0**-22
-_MORE = 8
-_COARSER = (
+# Columns per group. Reading the maxima is 1/64 of reading the products, and a group's columns are examined together.
+GROUP = 64
+_GROUPS_PER_CHUNK = 1 << 18  # groups whose columns are examined in one go
+_SUM_ERROR = 2.0**-22
+_EXTRA_COLUMNS = 8  # tensor cores want multiples of eight
+_REDUCED_PRECISION_FLAGS = (
     "allow_fp16_reduced_precision_reduction",
     "allow_bf16_reduced_precision_reduction",
     "allow_fp16_accumulation",
@@ -31,140 +32,183 @@ _COARSER = (
 
 
 @dataclass(frozen=True)
-class Half:
-    """Vectors (n, d) in half precision. norm: of the vectors (n,) in float64; half: norm of their halves; error: norm
-    of the difference."""
+class HalfVectors:
+    """Vectors rounded to half precision, with norms that bound the rounding.
+
+    Attributes:
+        values: The rounded vectors (n, d).
+        norms: Norms (n,) of the vectors before rounding, float64.
+        half_norms: Norms (n,) of the rounded vectors, float64.
+        error_norms: Norms (n,) of the differences, float64.
+    """
 
     values: torch.Tensor
-    norm: torch.Tensor
-    half: torch.Tensor
-    error: torch.Tensor
+    norms: torch.Tensor
+    half_norms: torch.Tensor
+    error_norms: torch.Tensor
 
-    def __getitem__(self, part: slice) -> "Half":
-        return Half(self.values[part], self.norm[part], self.half[part], self.error[part])
+    def __getitem__(self, part: slice) -> "HalfVectors":
+        return HalfVectors(self.values[part], self.norms[part], self.half_norms[part], self.error_norms[part])
 
     @classmethod
-    def joined(cls, parts: "list[Half]") -> "Half":
-        """Several as one."""
-        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("values", "norm", "half", "error")))
+    def concatenate(cls, parts: "list[HalfVectors]") -> "HalfVectors":
+        """Concatenate the rows of several."""
+        return cls(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.norms for part in parts]),
+            torch.cat([part.half_norms for part in parts]),
+            torch.cat([part.error_norms for part in parts]),
+        )
 
 
-def default_type(device: str) -> torch.dtype:
-    """float16 on a GPU, where it costs what bfloat16 costs and rounds eight times finer; float32 on a CPU."""
+def choose_dtype(device: str) -> torch.dtype:
+    """Return the default format of products on a device.
+
+    On a GPU float16: it costs what bfloat16 costs and rounds eight times finer. On a CPU float32.
+    """
     return torch.float16 if device.startswith("cuda") else torch.float32
 
 
-def halved(vectors: torch.Tensor, kind: torch.dtype) -> Half:
-    """Vectors (n, d) float32 rounded to a format, with what the rounding did.
+def round_to_half(vectors: torch.Tensor, dtype: torch.dtype) -> HalfVectors:
+    """Round vectors to a format and measure the rounding.
 
-    Of norms of at most some 100: the largest float16 is 65,504, and products must not exceed it.
+    Args:
+        vectors: float32 (n, d), of norms up to about 100: the largest float16 is 65,504, and products must not
+            exceed it.
+        dtype: the format.
     """
-    values = vectors.to(kind)
-    wide = vectors.double()
+    values = vectors.to(dtype)
+    exact = vectors.double()
     rounded = values.double()
-    norms = [torch.linalg.vector_norm(x, dim=1) for x in (wide, rounded, rounded - wide)]
-    return Half(values, *norms)
+    return HalfVectors(
+        values,
+        norms=torch.linalg.vector_norm(exact, dim=1),
+        half_norms=torch.linalg.vector_norm(rounded, dim=1),
+        error_norms=torch.linalg.vector_norm(rounded - exact, dim=1),
+    )
 
 
-def squared_norms(vectors: torch.Tensor) -> torch.Tensor:
-    """(n,) float64 of vectors (n, d)."""
+def compute_squared_norms(vectors: torch.Tensor) -> torch.Tensor:
+    """Compute the squared norms (n,) float64 of vectors (n, d)."""
     return vectors.double().square().sum(dim=1)
 
 
-def with_term(vectors: torch.Tensor, term: torch.Tensor | None, kind: torch.dtype) -> torch.Tensor:
-    """Vectors (n, d) float32 with 8 columns more: their products with rows of `with_ones` are larger by `term` (n,).
+def append_term(vectors: torch.Tensor, term: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Append eight columns that add `term` to every product with a row of `append_ones`.
 
-    The term is split in two, of which each is exact in half precision or nearly; eight columns, since tensor cores want
-    multiples of eight. Without a term the vectors as they are.
+    The term is split in two columns, each exact in half precision or nearly. Eight columns, since tensor cores want
+    multiples of eight.
+
+    Args:
+        vectors: float32 (n, d).
+        term: (n,); None returns the vectors unchanged.
+        dtype: the format that the result is rounded to.
     """
     if term is None:
         return vectors
-    more = vectors.new_zeros((len(vectors), _MORE))
-    more[:, 0] = term.to(kind).float()
-    more[:, 1] = term - more[:, 0]
-    return torch.cat([vectors, more], dim=1)
+    extra = vectors.new_zeros((len(vectors), _EXTRA_COLUMNS))
+    extra[:, 0] = term.to(dtype).float()
+    extra[:, 1] = term - extra[:, 0]
+    return torch.cat([vectors, extra], dim=1)
 
 
-def with_ones(vectors: torch.Tensor) -> torch.Tensor:
-    """Rows (n, d) float32 for products with what `with_term` makes."""
-    more = vectors.new_zeros((len(vectors), _MORE))
-    more[:, :2] = 1
-    return torch.cat([vectors, more], dim=1)
+def append_ones(vectors: torch.Tensor) -> torch.Tensor:
+    """Append the columns to rows (n, d) that select the terms of `append_term` in a product."""
+    extra = vectors.new_zeros((len(vectors), _EXTRA_COLUMNS))
+    extra[:, :2] = 1
+    return torch.cat([vectors, extra], dim=1)
 
 
-def input_error(rows: Half, columns: Half) -> torch.Tensor:
-    """(n,) float64: how far a sum of products of halves may be from the exact product, for each row."""
-    far, off, large = columns.norm.max(), columns.error.max(), columns.half.max()
-    summed = (rows.values.shape[1] + 1) * _SUM * rows.half * large
-    return rows.half * off + rows.error * far + summed
+def bound_input_error(rows: HalfVectors, columns: HalfVectors) -> torch.Tensor:
+    """Bound the distance (n,) float64 of each row's sums of products of halves from the exact products."""
+    summing_error = (rows.values.shape[1] + 1) * _SUM_ERROR * rows.half_norms * columns.half_norms.max()
+    return rows.half_norms * columns.error_norms.max() + rows.error_norms * columns.norms.max() + summing_error
 
 
-def lowered(limit: torch.Tensor, error: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """(n,) float32: what a product in half precision reaches if the exact one reaches the limit (n,) float64."""
-    before = limit - error
-    info = torch.finfo(kind)
+def lower_limit(limit: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a product in half precision reaches at least if the exact one reaches the limit.
+
+    Args:
+        limit: float64 (n,).
+        error: of `bound_input_error`, (n,).
+        dtype: format of the products.
+
+    Returns:
+        float32 (n,).
+    """
+    before_rounding = limit - error
+    info = torch.finfo(dtype)
     # The smallest normal number, for results that are flushed to zero; 2^-20 for the limit's own rounding to float32.
-    return (before - before.abs() * (info.eps / 2 + 2.0**-20) - info.tiny - 2.0**-30).float()
+    return (before_rounding - before_rounding.abs() * (info.eps / 2 + 2.0**-20) - info.tiny - 2.0**-30).float()
 
 
-def certain(value: torch.Tensor, error: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """(n,) float64: what the exact product reaches if the one in half precision is `value` (n,)."""
-    wide = value.double()
-    info = torch.finfo(kind)
+def bound_exact_product(product: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the exact product reaches at least, (n,) float64, if `product` (n,) is the one in half precision."""
+    wide = product.double()
+    info = torch.finfo(dtype)
     return wide - wide.abs() * info.eps - info.tiny - error
 
 
 class Tile:
     """All products of rows (n, d) and columns (m, d), and the maximum of each group of columns.
 
-    Group g holds the columns g, g + groups, g + 2 groups, ...: maxima over a far stride are read in full lines. The
-    products are in memory once, n * m halves, until the tile goes.
+    Group g holds the columns g, g + groups, g + 2 groups, ...: maxima over a wide stride are read in full lines. The
+    products are in memory once, n * m halves, until the tile is deleted.
     """
 
-    def __init__(self, rows: Half, columns: Half, group: int = GROUP):
+    def __init__(self, rows: HalfVectors, columns: HalfVectors, group: int = GROUP):
         count = len(columns.values)
         self.groups = -(-count // group)
-        left = self.groups * group - count
-        padded = torch.nn.functional.pad(columns.values, (0, 0, 0, left)) if left else columns.values
-        with _full_sums():
+        padding = self.groups * group - count
+        padded = torch.nn.functional.pad(columns.values, (0, 0, 0, padding)) if padding else columns.values
+        with _sum_in_single_precision():
             product = rows.values @ padded.T
-        if left:
+        if padding:
             product[:, count:] = -torch.inf
-        self._kind, self._error = product.dtype, input_error(rows, columns)
+        self._dtype = product.dtype
+        self._error = bound_input_error(rows, columns)
         self._product = product.view(len(product), group, self.groups)
-        self._peaks = self._product.amax(dim=1)
+        self._maxima = self._product.amax(dim=1)
 
-    def kth(self, k: int) -> torch.Tensor:
-        """(n,) float64: what the k-th largest exact product reaches at least; -inf where there are fewer groups than k.
+    def bound_kth(self, k: int) -> torch.Tensor:
+        """Return what the k-th largest exact product per row reaches at least, (n,) float64.
 
-        The k largest maxima are of k columns.
+        The k largest maxima belong to k different columns. With fewer groups than k the answer is -inf.
         """
         if self.groups < k:
-            return torch.full((len(self._peaks),), -torch.inf, dtype=torch.float64, device=self._peaks.device)
-        return certain(self._peaks.topk(k, dim=1, sorted=True).values[:, -1], self._error, self._kind)
+            return torch.full((len(self._maxima),), -torch.inf, dtype=torch.float64, device=self._maxima.device)
+        kth = self._maxima.topk(k, dim=1, sorted=True).values[:, -1]
+        return bound_exact_product(kth, self._error, self._dtype)
 
-    def reaching(self, limit: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(rows (m,), columns (m,)) int64 in parts of bounded size, rows rising: all whose exact product reaches the
-        row's limit (n,) float64, and a few that are nearly there."""
+    def find_reaching(self, limit: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Find all products whose exact value reaches the limit, and a few that nearly do.
+
+        Args:
+            limit: per row, (n,) float64.
+
+        Yields:
+            Positions (rows (m,), columns (m,)) in parts of bounded size, with rising rows.
+        """
         # Columns that fill up the last groups are -inf, and reach no limit that is finite.
-        low = lowered(limit, self._error, self._kind).clamp(min=torch.finfo(torch.float32).min)
-        hot = (self._peaks >= low[:, None]).view(-1).nonzero().squeeze(1)
-        for at in range(0, len(hot), _CHUNK):
-            chunk = hot[at : at + _CHUNK]
-            row, group = chunk // self.groups, chunk % self.groups
-            inside = (self._product[row, :, group] >= low[row, None]).view(-1).nonzero().squeeze(1)
-            size = self._product.shape[1]
+        lowered = lower_limit(limit, self._error, self._dtype).clamp(min=torch.finfo(torch.float32).min)
+        reaching_groups = (self._maxima >= lowered[:, None]).view(-1).nonzero().squeeze(1)
+        size = self._product.shape[1]
+        for at in range(0, len(reaching_groups), _GROUPS_PER_CHUNK):
+            chunk = reaching_groups[at : at + _GROUPS_PER_CHUNK]
+            row = chunk // self.groups
+            group = chunk % self.groups
+            inside = (self._product[row, :, group] >= lowered[row, None]).view(-1).nonzero().squeeze(1)
             which = inside // size
             yield row[which], group[which] + self.groups * (inside % size)
 
 
 @contextmanager
-def _full_sums() -> Iterator[None]:
-    """Sums of products in single precision, which the bound rests on: cuBLAS may otherwise add some of them in half."""
+def _sum_in_single_precision() -> Iterator[None]:
+    """Have cuBLAS sum products in single precision, which the bound rests on: it may otherwise add some in half."""
     matmul = torch.backends.cuda.matmul
-    before = {name: getattr(matmul, name) for name in _COARSER}
+    before = {name: getattr(matmul, name) for name in _REDUCED_PRECISION_FLAGS}
     try:
-        for name in _COARSER:
+        for name in _REDUCED_PRECISION_FLAGS:
             setattr(matmul, name, False)
         yield
     finally:

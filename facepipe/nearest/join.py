@@ -1,85 +1,121 @@
-"""All pairs of faces above a similarity: a matrix product block by block, so that what survives is all that is kept.
+"""All pairs of faces above a similarity.
 
-The similarity of two faces is their cosine less the mean of their densities (facepipe.curation.graph.cohort).
+A matrix product is computed block by block and only the pairs that reach the threshold are kept, so that memory stays
+bounded. The similarity of two faces is their cosine less the mean of their densities (facepipe.nearest.similarity).
 """
 
 import numpy as np
 
-from facepipe.nearest.distances import pair_distances
+from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.nearest.similarity import crowding, reaching
+from facepipe.nearest.similarity import compute_penalties, select_similar, sort_pairs
 from facepipe.types import Float32, Int64
 
-_ROWS = 384  # of a block: its product with some thousand vectors stays in the cache
-_NONE = (np.empty(0, np.int64), np.empty(0, np.int64))
-_SPARE = 22  # so many more than a crowded row keeps are compared exactly
+_ROWS = 384  # rows of a block: its product with some thousand vectors stays in the cache
+_SPARE = 22  # neighbours of a crowded row that are compared exactly beyond those it keeps
 _SLACK = 1e-5  # products round: what is near the threshold is computed again
 
 
-def candidates(
-    vectors: Float32, densities: Float32, threshold: float, most: int, device: str = "cpu"
+def find_candidate_pairs(
+    vectors: Float32, densities: Float32, threshold: float, max_neighbours: int, device: str = "cpu"
 ) -> tuple[Int64, Int64]:
-    """(u (m,), v (m,)), u < v, of rows (n, 128) whose product less their mean density reaches about the threshold.
+    """Find the pairs whose similarity reaches about the threshold.
 
-    Of a row with more than `most` its nearest; a pair stays when it is among the nearest of either of its rows. Of what
-    `refined` leaves of them, every device finds the same.
+    If a block of rows has more than `max_neighbours` pairs per row it is crowded. Each of its rows then keeps its
+    nearest only, and a pair stays if it is among the nearest of either of its rows. Every device finds the same pairs,
+    as far as `refine_pairs` keeps them.
+
+    Args:
+        vectors: unit vectors (n, 128).
+        densities: densities (n,).
+        threshold: similarity.
+        max_neighbours: neighbours per row of a crowded block, and mean pairs per row above which a block is crowded.
+        device: `cpu`, or a device of torch.
+
+    Returns:
+        Positions (u (m,), v (m,)) with u < v, each pair once.
     """
     if device != "cpu":
-        from facepipe.nearest.join_gpu import Rule, join  # loads torch
+        from facepipe.nearest.join_gpu import JoinRule, find_pairs_on_device  # loads torch
 
-        return join(vectors, densities, Rule(threshold - _SLACK, most, _ROWS), device)
-    left, right = _augmented(vectors, densities)
-    found, crowd = [_NONE], None
-    for at in range(0, len(left), _ROWS):
-        # What is before a block's first row its earlier blocks have found, but where a crowd kept its own nearest only.
-        begin = at if crowd is None else crowd
-        u, v, crowded = _block(left, right, (at, begin), threshold - _SLACK, most)
-        if crowded:
-            u, v = _crowded(vectors, densities, (left, right), at, (threshold - _SLACK, most))
-        crowd = at if crowded and crowd is None else crowd
-        found.append((u, v))
-    u, v = (np.concatenate(column) for column in zip(*found, strict=True))
-    if crowd is None:
-        return u, v
-    key = np.unique(np.minimum(u, v) * len(left) + np.maximum(u, v))
-    return key // len(left), key % len(left)
+        rule = JoinRule(threshold - _SLACK, max_neighbours, _ROWS)
+        return find_pairs_on_device(vectors, densities, rule, device)
+    left, right = _augment(vectors, densities)
+    blocks: list[tuple[Int64, Int64]] = []
+    first_crowd: int | None = None
+    for start in range(0, len(left), _ROWS):
+        # Earlier blocks have found the pairs with the rows before this one. A crowded block has not: it kept only the
+        # nearest of its own rows. So rows behind the first crowd compare with everything from there on.
+        begin = start if first_crowd is None else first_crowd
+        pairs = _join_block(
+            left, right, start, begin=begin, threshold=threshold - _SLACK, max_pairs_per_row=max_neighbours
+        )
+        if pairs is None:
+            pairs = _find_nearest_of_block(
+                vectors, densities, left, right, start, threshold=threshold - _SLACK, max_neighbours=max_neighbours
+            )
+            if first_crowd is None:
+                first_crowd = start
+        blocks.append(pairs)
+    u = np.concatenate([np.empty(0, np.int64), *(block[0] for block in blocks)])
+    v = np.concatenate([np.empty(0, np.int64), *(block[1] for block in blocks)])
+    return (u, v) if first_crowd is None else sort_pairs(u, v, len(left))
 
 
-def _augmented(vectors: Float32, densities: Float32) -> tuple[Float32, Float32]:
-    """Two more columns make the product of two rows their similarity."""
-    left = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)  # 132 columns: rows begin at full registers
+def _augment(vectors: Float32, densities: Float32) -> tuple[Float32, Float32]:
+    """Append columns to the vectors, on the left and on the right, that make the product of two rows their similarity.
+
+    Four columns instead of two: with 132 in all, every row begins at a full register.
+    """
+    left = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)
     left[:, : vectors.shape[1]] = vectors
     right = left.copy()
-    left[:, -2], left[:, -1] = -densities / 2, 1
-    right[:, -2], right[:, -1] = 1, -densities / 2
+    left[:, -2] = -densities / 2
+    left[:, -1] = 1
+    right[:, -2] = 1
+    right[:, -1] = -densities / 2
     return left, right
 
 
-def _block(
-    left: Float32, right: Float32, place: tuple[int, int], threshold: float, most: int
-) -> tuple[Int64, Int64, bool]:
-    at, begin = place
-    rows = left[at : at + _ROWS]
+def _join_block(
+    left: Float32, right: Float32, start: int, *, begin: int, threshold: float, max_pairs_per_row: int
+) -> tuple[Int64, Int64] | None:
+    """Find the pairs of a block's rows with the rows from `begin` on; None if the block is crowded."""
+    rows = left[start : start + _ROWS]
     product = (rows @ right[begin:].T).ravel()
     hits = np.flatnonzero(product >= threshold)
-    if len(hits) > most * len(rows):
-        return *_NONE, True
+    if len(hits) > max_pairs_per_row * len(rows):
+        return None
     i, j = np.divmod(hits, len(right) - begin)
-    i, j = i + at, j + begin
-    new = (j > i) | (j < at)
-    return i[new], j[new], False
+    i = i + start
+    j = j + begin
+    # Behind the block's first row each pair comes twice; before it, only from this side.
+    new = (j > i) | (j < start)
+    return i[new], j[new]
 
 
-def _crowded(
-    vectors: Float32, densities: Float32, augmented: tuple[Float32, Float32], at: int, rule: tuple[float, int]
+def _find_nearest_of_block(
+    vectors: Float32,
+    densities: Float32,
+    left: Float32,
+    right: Float32,
+    start: int,
+    *,
+    threshold: float,
+    max_neighbours: int,
 ) -> tuple[Int64, Int64]:
-    """The nearest of each row among all, before and behind it: more are found than meant, as products round."""
-    (left, right), (threshold, most) = augmented, rule
-    rows = np.ascontiguousarray(left[at : at + _ROWS])
-    count = min(most + 1 + _SPARE, len(right))  # a row is its own nearest, or its equal is
-    near = faiss.knn(rows, right, count, metric=faiss.METRIC_INNER_PRODUCT)[1].astype(np.int64)
-    own, exact = np.arange(at, at + len(rows)), np.ascontiguousarray(vectors)
-    squared = pair_distances(exact, np.repeat(own, count), exact, near.ravel()).reshape(near.shape)
-    order = np.lexsort((near, squared + crowding(densities)[near]), axis=1)[:, : most + 1]
-    near, squared = np.take_along_axis(near, order, axis=1), np.take_along_axis(squared, order, axis=1)
-    return reaching(own, near, squared, densities, threshold)
+    """Find the nearest of each row of a crowded block among all rows, before and behind it."""
+    queries = np.ascontiguousarray(left[start : start + _ROWS])
+    exact = np.ascontiguousarray(vectors)
+    rows = np.arange(start, start + len(queries))
+    # More than needed are found, because products round. One more, because a row is its own nearest or as near.
+    count = min(max_neighbours + 1 + _SPARE, len(right))
+    neighbours = faiss.knn(queries, right, count, metric=faiss.METRIC_INNER_PRODUCT)[1].astype(np.int64)
+    squared = compute_pair_distances(exact, np.repeat(rows, count), exact, neighbours.ravel())
+    squared = squared.reshape(neighbours.shape)
+    # Rank by exact similarity, ties by position.
+    order = np.lexsort((neighbours, squared + compute_penalties(densities)[neighbours]), axis=1)
+    order = order[:, : max_neighbours + 1]
+    neighbours = np.take_along_axis(neighbours, order, axis=1)
+    squared = np.take_along_axis(squared, order, axis=1)
+    return select_similar(rows, neighbours, squared, densities, threshold)

@@ -12,68 +12,87 @@ from facepipe.types import Float32
 Label = TypeVar("Label")
 
 
-class Arrived(NamedTuple, Generic[Label]):
-    """A block on the device: what it was labelled with, and its vectors (n, d) float32 here and there."""
+class UploadedBlock(NamedTuple, Generic[Label]):
+    """A block of vectors on the host and on the device.
+
+    Attributes:
+        label: What the caller named the block.
+        on_host: Vectors (n, d).
+        on_device: The same vectors on the device.
+    """
 
     label: Label
-    here: Float32
-    there: torch.Tensor
+    on_host: Float32
+    on_device: torch.Tensor
 
 
-def uploaded(blocks: Iterable[tuple[Label, Float32]], device: str) -> Iterator[Arrived[Label]]:
-    """Each block's vectors (n, d) float32 on the device, one ahead of what is asked for, in order; empty ones left out.
+class _Copy(NamedTuple):
+    """A copy to a device, and the event that ends it; None if it is complete."""
 
-    On a GPU through two pinned buffers and a stream of its own, so that copies run beside kernels; blocks are read by a
-    thread. Holds three blocks at a time.
+    vectors: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+def upload_blocks(blocks: Iterable[tuple[Label, Float32]], device: str) -> Iterator[UploadedBlock[Label]]:
+    """Copy each block to the device, in order, one ahead of the block that the caller works on.
+
+    On a GPU blocks pass through two pinned buffers and a stream of their own, so that copies run beside kernels. A
+    thread reads the blocks. Three blocks are in memory at a time.
+
+    Args:
+        blocks: labels and vectors (n, d); empty blocks are skipped.
+        device: of torch.
     """
     full = ((label, np.ascontiguousarray(vectors, np.float32)) for label, vectors in blocks if len(vectors))
-    send = _Pinned(device) if device.startswith("cuda") else _plain
-    with ThreadPoolExecutor(1) as ahead:
+    send = _PinnedSender(device) if device.startswith("cuda") else _copy_on_host
+    with ThreadPoolExecutor(1) as reader:
 
-        def following() -> tuple[Label, Float32, torch.Tensor, torch.cuda.Event | None] | None:
+        def send_next() -> tuple[Label, Float32, _Copy] | None:
             block = next(full, None)
-            return None if block is None else (*block, *send(block[1]))
+            return None if block is None else (*block, send(block[1]))
 
-        coming = ahead.submit(following)
-        while (block := coming.result()) is not None:
-            label, here, there, copied = block
-            coming = ahead.submit(following)
-            if copied is not None:
-                current = torch.cuda.current_stream(there.device)
-                current.wait_event(copied)
-                there.record_stream(current)
+        upcoming = reader.submit(send_next)
+        while (block := upcoming.result()) is not None:
+            label, on_host, (on_device, done) = block
+            upcoming = reader.submit(send_next)
+            if done is not None:
+                current = torch.cuda.current_stream(on_device.device)
+                current.wait_event(done)
+                on_device.record_stream(current)
+            # Names that outlive the yield would keep a fourth block in memory.
             del block
-            yield Arrived(label, here, there)
-            del here, there
+            yield UploadedBlock(label, on_host, on_device)
+            del on_host, on_device
 
 
-def _plain(vectors: Float32) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    return torch.tensor(vectors), None  # a copy: mapped files are read-only, which torch does not know
+def _copy_on_host(vectors: Float32) -> _Copy:
+    # A copy: mapped files are read-only, and torch has no tensors that are.
+    return _Copy(torch.tensor(vectors), None)
 
 
-class _Pinned:
+class _PinnedSender:
     """Two page-locked buffers that blocks pass through in turn."""
 
     def __init__(self, device: str):
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._buffers: list[torch.Tensor | None] = [None, None]
-        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._done: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
-    def __call__(self, vectors: Float32) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def __call__(self, vectors: Float32) -> _Copy:
         self._turn = 1 - self._turn
-        last = self._copied[self._turn]
-        if last is not None:
-            last.synchronize()  # the buffer is free once its last copy has left
+        previous = self._done[self._turn]
+        if previous is not None:
+            previous.synchronize()  # the buffer is free once its last copy has left
         buffer = self._buffers[self._turn]
         if buffer is None or len(buffer) < len(vectors) or buffer.shape[1] != vectors.shape[1]:
             buffer = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
             self._buffers[self._turn] = buffer
         np.copyto(buffer.numpy()[: len(vectors)], vectors)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            there = buffer[: len(vectors)].to(self._device, non_blocking=True)
-            copied.record(self._stream)
-        self._copied[self._turn] = copied
-        return there, copied
+            copy = buffer[: len(vectors)].to(self._device, non_blocking=True)
+            done.record(self._stream)
+        self._done[self._turn] = done
+        return _Copy(copy, done)

@@ -116,7 +116,7 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
 
 def _reviewed(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> Found:
     pairs = graph.edges.within(2.0)
-    pairs = pairs.take(graph.similarity(pairs) >= graph.info.threshold.similarity)
+    pairs = pairs.take(graph.compute_similarity(pairs) >= graph.info.threshold.similarity)
     fits = review.fit(graph, labels, clusters)
     splits, parts = review.splits(graph, labels, clusters, pairs, stricter_threshold(graph), _SUSPECTS)
     return Found(

@@ -47,7 +47,7 @@ def algorithms(path: str) -> None:
     print(f"{'algorithm':14} {'pairs P':>8} {'R':>7} {'F':>7} {'BCubed P':>9} {'R':>7} {'F':>7} {'clusters':>9}")
     threshold = np.float32(graph.info.threshold.similarity)
     pairs = graph.edges.within(2.0)
-    similarity = graph.similarity(pairs)
+    similarity = graph.compute_similarity(pairs)
     above = similarity >= threshold
     pairs, weight = pairs.take(above), similarity[above] - threshold + np.float32(1e-6)
     count = len(graph.nodes)

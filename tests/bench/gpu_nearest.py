@@ -3,9 +3,9 @@
     python tests/bench/gpu_nearest.py [--device cuda] [--sizes 100000x1000000,1000000x10000000] [--joins 1000000] [--rounds 3]
     python tests/bench/gpu_nearest.py --device cpu --sizes 2000x50000 --joins 20000
 
-Seconds of `knn` (with all transfers and the host's part) and of `join`, those of the product alone, in tiles of the same
-size at the rate measured on the device in the same run, and their ratio; of a join half of the product counts. A sample of
-the answers is compared with faiss. On a CPU the ratio is that to faiss.knn. Vectors are faces of a synthetic gallery.
+Prints the seconds of `find_neighbours` (with all transfers and the host's part) and of `find_pairs_on_device`, those of the
+product alone, in tiles of the same size at the rate measured on the device in the same run, and their ratio. A join needs
+half of the product. A sample of the answers is compared with faiss. On a CPU the ratio is that to faiss.knn. Vectors are faces of a synthetic gallery.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from galleries import Faces
 
-from facepipe.nearest.half_precision import default_type
-from facepipe.nearest.join_gpu import Rule, join
-from facepipe.nearest.knn_gpu import BLOCK, ROWS, Work, knn
-from facepipe.nearest.similarity import refined
+from facepipe.nearest.distances import VectorBlock
+from facepipe.nearest.half_precision import choose_dtype
+from facepipe.nearest.join_gpu import JoinRule, find_pairs_on_device
+from facepipe.nearest.knn_gpu import BLOCK_ROWS, MAX_TILE_ROWS, Tiling, find_neighbours
+from facepipe.nearest.similarity import refine_pairs
 
 K, SAMPLE, MOST = 10, 200, 32
 DRAWN = 1 << 18
@@ -36,8 +37,8 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 def product_rate(device: str, rounds: int) -> float:
     """Pairs a second of a bare product, a tile at a time, the best of the rounds."""
-    kind = default_type(device)
-    rows, columns = (ROWS, BLOCK) if device.startswith("cuda") else (512, 65_536)
+    kind = choose_dtype(device)
+    rows, columns = (MAX_TILE_ROWS, BLOCK_ROWS) if device.startswith("cuda") else (512, 65_536)
     left, right = (torch.randn((n, 128), device=device).to(kind) for n in (rows, columns))
     out = torch.empty((rows, columns), dtype=kind, device=device)
     repeats = 20 if device.startswith("cuda") else 2
@@ -59,17 +60,19 @@ def faces(count: int, seed: int) -> np.ndarray:
     return out
 
 
-def blocks(vectors: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, None], np.ndarray]]:
-    for at in range(0, len(vectors), BLOCK):
-        part = vectors[at : at + BLOCK]
-        yield (np.arange(at, at + len(part)), None), part
+def blocks(vectors: np.ndarray) -> Iterator[VectorBlock]:
+    for at in range(0, len(vectors), BLOCK_ROWS):
+        part = vectors[at : at + BLOCK_ROWS]
+        yield VectorBlock(np.arange(at, at + len(part)), part)
 
 
 def top(queries: np.ndarray, vectors: np.ndarray, device: str, args: argparse.Namespace, rate: float) -> None:
-    knn(queries[:ROWS], blocks(vectors[: 2 * BLOCK]), K, device)  # warm: kernels are loaded, memory is there
-    times = [seconds(lambda: knn(queries, blocks(vectors), K, device), device) for _ in range(args.rounds)]
+    find_neighbours(
+        queries[:MAX_TILE_ROWS], blocks(vectors[: 2 * BLOCK_ROWS]), K, device
+    )  # warm: kernels are loaded, memory is there
+    times = [seconds(lambda: find_neighbours(queries, blocks(vectors), K, device), device) for _ in range(args.rounds)]
     bare = len(queries) * len(vectors) / rate
-    found = knn(queries[:SAMPLE], blocks(vectors), K, device)
+    found = find_neighbours(queries[:SAMPLE], blocks(vectors), K, device)
     same = (found.ids == faiss.knn(queries[:SAMPLE], vectors, K)[1]).mean()
     line = f"top {K} of {len(queries)} x {len(vectors)}: {min(times):.2f} s"
     line += f"; product {bare:.2f} s, ratio {min(times) / bare:.2f}"
@@ -85,11 +88,11 @@ def all_pairs(vectors: np.ndarray, device: str, args: argparse.Namespace, rate: 
     sample = vectors[:SAMPLE]
     near = faiss.knn(np.ascontiguousarray(sample), vectors, 6, metric=faiss.METRIC_INNER_PRODUCT)[0]
     threshold = float(np.median(near[:, 5]))
-    rule = Rule(threshold, MOST, 384)
-    join(vectors[:ROWS], flat[:ROWS], rule, device)
-    times = [seconds(lambda: join(vectors, flat, rule, device), device) for _ in range(args.rounds)]
-    u, v = join(vectors, flat, rule, device)
-    found = refined(vectors, flat, u, v, threshold)
+    rule = JoinRule(threshold, MOST, 384)
+    find_pairs_on_device(vectors[:MAX_TILE_ROWS], flat[:MAX_TILE_ROWS], rule, device)
+    times = [seconds(lambda: find_pairs_on_device(vectors, flat, rule, device), device) for _ in range(args.rounds)]
+    u, v = find_pairs_on_device(vectors, flat, rule, device)
+    found = refine_pairs(vectors, flat, u, v, threshold)
     bare = len(vectors) ** 2 / 2 / rate
     ours = np.bincount(np.concatenate([found.u, found.v]), minlength=len(vectors))[:SAMPLE]
     index = faiss.IndexFlatIP(128)
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     rate = product_rate(args.device, args.rounds)
-    tile = Work().tile(args.device, BLOCK)
+    tile = Tiling().plan_tile_rows(args.device, BLOCK_ROWS)
     print(f"{args.device}: product {rate * 256 / 1e12:.2f} TFLOP/s, {1e12 / rate:.2f} ps a pair; tiles of {tile} rows")
     for size in filter(None, args.sizes.split(",")):
         asked, held = (int(n) for n in size.split("x"))

@@ -138,7 +138,7 @@ def test_few_faces_are_compared_all_with_all(gallery: Gallery, exact: Graph) -> 
         wanted = keys(Pairs(u, v, np.zeros(len(u), np.float32)))
         assert np.isin(*((wanted, keys(found)) if contains else (keys(found), wanted))).all()
     assert np.allclose(found.distance, distance[found.u, found.v], atol=1e-5)
-    assert np.allclose(exact.similarity(found), similar[found.u, found.v], atol=1e-5)
+    assert np.allclose(exact.compute_similarity(found), similar[found.u, found.v], atol=1e-5)
     assert info.distance == pytest.approx(np.sqrt(2 - 2 * (info.threshold.similarity + density.mean())), abs=1e-5)
     assert np.array_equal(exact.nodes.find(gallery.vectors()[0]) >= 0, np.ones(COUNT, bool))
     assert np.allclose(exact.cohort.density(exact.nodes.vectors), density, atol=1e-6)

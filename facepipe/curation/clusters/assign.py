@@ -7,7 +7,7 @@ import numpy as np
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.nearest.join import candidates
+from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Float32, Int64
 
 _COLUMNS = 65536  # clusters, or pairs, looked at in one go
@@ -58,7 +58,7 @@ def assign(
     own = np.full(len(faces), -1, np.int64)
     if len(left):
         rest = Clusters(faces.sums[left], faces.crowd[left], faces.size[left])
-        u, v = candidates(rest.means, rest.density, threshold, _NEIGHBOURS)
+        u, v = find_candidate_pairs(rest.means, rest.density, threshold, _NEIGHBOURS)
         place = np.full(len(faces), -1, np.int64)
         place[left] = np.arange(len(left))
         both = place[apart]

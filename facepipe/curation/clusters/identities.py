@@ -8,7 +8,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cells import Layout, train
 from facepipe.curation.graph.components import components, numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.nearest.join import candidates
+from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Int64
 
 _MAX_NEIGHBOURS = 32  # clusters that a cluster is compared with, per cell
@@ -31,7 +31,7 @@ def cluster_faces(graph: Graph, different: Int64 | None = None, same: Int64 | No
     """
     threshold = graph.info.threshold.similarity
     pairs = graph.edges.within(_MAX_DISTANCE)
-    pairs = pairs.take(graph.similarity(pairs) >= threshold)
+    pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
     single = Clusters.single(graph.nodes.vectors, graph.density)
     labels = _merge_known(graph, same)
     clusters = single.merged(labels)
@@ -96,14 +96,14 @@ def find_near_means(clusters: Clusters, threshold: float) -> tuple[Int64, Int64]
     density = clusters.density[several]
     cells = train(means, seed=0)
     if len(cells.centres) == 1:
-        u, v = candidates(means, density, threshold, _MAX_NEIGHBOURS)
+        u, v = find_candidate_pairs(means, density, threshold, _MAX_NEIGHBOURS)
         return several[u], several[v]
     left, right = [], []
     with tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         layout = Layout.make(means, cells, folder)
         for cell in range(len(cells.centres)):
             inside = layout.inside(cell)
-            u, v = candidates(means[inside], density[inside], threshold, _MAX_NEIGHBOURS)
+            u, v = find_candidate_pairs(means[inside], density[inside], threshold, _MAX_NEIGHBOURS)
             is_new = layout.first_met(cell, inside, u, v)
             left.append(inside[u[is_new]])
             right.append(inside[v[is_new]])

@@ -9,7 +9,7 @@ from facepipe.curation.duplicates.images import images_of
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.edges import joined
-from facepipe.nearest.distances import pair_distances
+from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
@@ -53,7 +53,7 @@ def _star(vectors: Float32, members: Int64, radius: float) -> tuple[Int64, Int64
         if len(left) < 2:
             break
         centre, rest = left[0], left[1:]
-        distance = np.sqrt(pair_distances(rows, np.full(len(rest), centre), rows, rest))
+        distance = np.sqrt(compute_pair_distances(rows, np.full(len(rest), centre), rows, rest))
         close = distance <= radius
         found.append((np.full(int(close.sum()), centre), rest[close], distance[close]))
         left = rest[~close]

@@ -9,7 +9,7 @@ from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.curation.graph.threshold import Threshold, estimate, histogram
 from facepipe.errors import ThresholdError
-from facepipe.nearest.join import candidates
+from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Float32, Int64
 
 _PLAUSIBLE = (0.5, 1.3)  # an estimated threshold lies within these times the one of the model's card
@@ -84,7 +84,7 @@ def thinned(cohort: Cohort, card: float | None) -> Cohort:
     if found is None and card is None:
         return cohort
     threshold = found.similarity if found else given(card or 0.0, 0.0).similarity
-    u, v = candidates(vectors, flat, threshold, len(vectors))
+    u, v = find_candidate_pairs(vectors, flat, threshold, len(vectors))
     person, _ = average_linkage(Clusters.single(vectors, flat), u, v, threshold)
     order = np.argsort(person, kind="stable")
     rank = np.arange(len(order)) - np.searchsorted(person[order], person[order])

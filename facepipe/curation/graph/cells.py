@@ -9,7 +9,7 @@ import numpy as np
 
 from facepipe.curation.graph import cost
 from facepipe.index.grid import grid
-from facepipe.nearest.faiss_engine import faiss, with_gpus
+from facepipe.nearest.faiss_engine import faiss, train_on_gpus
 from facepipe.types import Bool, Float32, Int32, Int64
 
 SMALL = 30_000  # faces that are compared all with all
@@ -68,7 +68,7 @@ def train(vectors: Float32, seed: int, say: Callable[[str], None] = lambda line:
         means.train(sample)
         return np.asarray(means.centroids, np.float32)
 
-    return Cells(grid(with_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
+    return Cells(grid(train_on_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
 
 
 def shared(left: Int32, right: Int32, each: int) -> Bool:

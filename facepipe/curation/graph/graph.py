@@ -13,7 +13,7 @@ from facepipe.curation.graph.edges import Edges
 from facepipe.curation.graph.nodes import Nodes, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
-from facepipe.nearest.similarity import Pairs, similarity
+from facepipe.nearest.similarity import Pairs, compute_similarity
 from facepipe.types import Float32, Int64
 
 INFO = "graph.json"
@@ -89,9 +89,9 @@ class Graph:
         except (OSError, ValueError, EOFError) as error:
             raise StorageError(f"the graph in {self.folder!r} is damaged ({name}): delete the folder") from error
 
-    def similarity(self, pairs: Pairs) -> Float32:
+    def compute_similarity(self, pairs: Pairs) -> Float32:
         """(m,) similarities of edges."""
-        return similarity(pairs.distance, self.density[pairs.u], self.density[pairs.v])
+        return compute_similarity(pairs.distance, self.density[pairs.u], self.density[pairs.v])
 
 
 def read_info(folder: str) -> GraphInfo:

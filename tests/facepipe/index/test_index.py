@@ -15,13 +15,13 @@ from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery import Gallery
 from facepipe.index import manifest, tune
 from facepipe.index.compact import due, everything
-from facepipe.index.exact import exact_search, live_blocks, scan
+from facepipe.index.exact import read_live_blocks, scan_index, search_exactly
 from facepipe.index.grid import grid
 from facepipe.index.manifest import File, ShardEntry
 from facepipe.index.plan import make_plan, parse_size
 from facepipe.index.search import Index, Setting
 from facepipe.models.runtime.device import gpus
-from facepipe.nearest.distances import Hits, smallest
+from facepipe.nearest.distances import Hits, find_smallest
 from facepipe.schema import FACES
 from pipelines.index import IndexConfig, run
 
@@ -134,7 +134,7 @@ def test_grid_makes_distances_exact(n: int, seed: int) -> None:
 def test_smallest_is_a_stable_sort(w: int, k: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 8, (5, w)).astype(np.float32)
     values[0, 0] = np.inf
-    assert np.array_equal(smallest(values, k), np.argsort(values, axis=1, kind="stable")[:, :k])
+    assert np.array_equal(find_smallest(values, k), np.argsort(values, axis=1, kind="stable")[:, :k])
 
 
 def test_answers_do_not_depend_on_batch_or_threads(gallery: Gallery) -> None:
@@ -239,7 +239,7 @@ def test_recall_that_was_asked_for(gallery: Gallery) -> None:
     sample = tune.draw(index, seed=5)
     for asked in (0.9, 0.97):
         setting = Setting(*found.setting(asked))
-        at_10 = tune.recall(index.search(sample.queries, 11, setting).without(sample.own, 10).ids, sample.truth)
+        at_10 = tune.recall(index.search(sample.queries, 11, setting).exclude_own(sample.own, 10).ids, sample.truth)
         assert at_10.mean() >= asked - 0.01
     assert found.nprobe == found.setting(found.recall)[0]
 
@@ -248,10 +248,10 @@ def test_recall_that_was_asked_for(gallery: Gallery) -> None:
 def test_a_scan_on_a_device_equals_the_exact_one(device: str, gallery: Gallery) -> None:
     """`cpu:0` is torch's CPU: what runs on a GPU, on tensors here."""
     asked, index = queries(64), Index(gallery.path)
-    expected = exact_search(asked, live_blocks(index), 10)
-    same(Hits(expected.ids, expected.distances), exact_search(asked, live_blocks(index, 700), 10))
-    same(expected, exact_search(asked, live_blocks(index, 1000), 10, device))
-    same(expected, scan(index, asked, 10, device))
+    expected = search_exactly(asked, read_live_blocks(index), 10)
+    same(Hits(expected.ids, expected.distances), search_exactly(asked, read_live_blocks(index, 700), 10))
+    same(expected, search_exactly(asked, read_live_blocks(index, 1000), 10, device))
+    same(expected, scan_index(index, asked, 10, device))
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

@@ -23,16 +23,23 @@ from facepipe.index.plan import make_plan
 from facepipe.models.runtime.device import gpus
 from facepipe.nearest import faiss_engine as engine
 from facepipe.nearest import join as pairs
-from facepipe.nearest import top_k as nearest_best
-from facepipe.nearest.distances import Hits, pair_distances
+from facepipe.nearest import top_k
+from facepipe.nearest.distances import Hits, VectorBlock, compute_pair_distances
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.nearest.half_precision import Tile, halved, input_error, lowered, with_ones, with_term
-from facepipe.nearest.join import candidates
-from facepipe.nearest.join_gpu import Rule, join
-from facepipe.nearest.knn_gpu import Work, knn
-from facepipe.nearest.similarity import refined
-from facepipe.nearest.top_k import keep
-from facepipe.nearest.upload import uploaded
+from facepipe.nearest.half_precision import (
+    Tile,
+    append_ones,
+    append_term,
+    bound_input_error,
+    lower_limit,
+    round_to_half,
+)
+from facepipe.nearest.join import find_candidate_pairs
+from facepipe.nearest.join_gpu import JoinRule, find_pairs_on_device
+from facepipe.nearest.knn_gpu import Tiling, find_neighbours
+from facepipe.nearest.similarity import refine_pairs
+from facepipe.nearest.top_k import insert_hits
+from facepipe.nearest.upload import upload_blocks
 from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
 from pipelines.runtime.plan import Resources
 from pipelines.runtime.runners import ray
@@ -66,7 +73,7 @@ def brute(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int, add
     """Every distance in single precision; nearest first, ties by id."""
     shape = (len(queries), len(vectors))
     asked, found = (part.ravel() for part in np.indices(shape))
-    distances = pair_distances(queries, asked, vectors, found).reshape(shape)
+    distances = compute_pair_distances(queries, asked, vectors, found).reshape(shape)
     distances = distances if added is None else distances + added
     order = np.lexsort((np.broadcast_to(ids, shape), distances), axis=1)[:, :k]
     best = Hits(np.full((shape[0], k), -1, np.int64), np.full((shape[0], k), np.inf, np.float32))
@@ -75,10 +82,10 @@ def brute(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int, add
     return best
 
 
-def cut(vectors: np.ndarray, ids: np.ndarray, size: int, added: np.ndarray | None = None) -> Iterator[Any]:
+def cut(vectors: np.ndarray, ids: np.ndarray, size: int, added: np.ndarray | None = None) -> Iterator[VectorBlock]:
     for at in range(0, len(ids), size):
         part = slice(at, at + size)
-        yield (ids[part], None if added is None else added[part]), vectors[part]
+        yield VectorBlock(ids[part], vectors[part], None if added is None else added[part])
 
 
 def equal(a: Hits, b: Hits) -> None:
@@ -96,33 +103,33 @@ def test_rounding_stays_within_the_bound(kind: torch.dtype, seed: int, shape: st
     left, right = (torch.from_numpy(drawn(60, shape, seed + n) * np.float32(scale)) for n in (0, 1))
     term = torch.from_numpy(np.random.default_rng(seed).uniform(-0.5, 0.5, 60).astype(np.float32))
     exact = left.double() @ right.double().T + (term.double() if termed else 0)
-    rows = halved(with_ones(left) if termed else left, kind)
-    columns = halved(with_term(right, term if termed else None, kind), kind)
-    product, error = rows.values @ columns.values.T, input_error(rows, columns)
-    assert (product.float() >= lowered(exact.T, error, kind).T).all()
+    rows = round_to_half(append_ones(left) if termed else left, kind)
+    columns = round_to_half(append_term(right, term if termed else None, kind), kind)
+    product, error = rows.values @ columns.values.T, bound_input_error(rows, columns)
+    assert (product.float() >= lower_limit(exact.T, error, kind).T).all()
     assert ((product.double() - exact) <= error[:, None] + exact.abs() * 2 * torch.finfo(kind).eps + 1e-4).all()
     tile = Tile(rows, columns, 7)
     for k in (1, 5, 9):
-        assert (tile.kth(k) <= exact.sort(dim=1, descending=True).values[:, k - 1]).all()
-    assert torch.isinf(tile.kth(10)).all()  # nine groups
+        assert (tile.bound_kth(k) <= exact.sort(dim=1, descending=True).values[:, k - 1]).all()
+    assert torch.isinf(tile.bound_kth(10)).all()  # nine groups
 
 
 def test_the_bound_is_of_use() -> None:
     """As tight as the documentation says: a loose one would pass on every pair."""
     vectors = torch.from_numpy(drawn(500, "random", 1))
     for kind, most in ((torch.float16, 9.5e-4), (torch.bfloat16, 6.5e-3), (torch.float32, 4e-5)):
-        half = halved(vectors, kind)
+        half = round_to_half(vectors, kind)
         limit = torch.full((500,), 0.5, dtype=torch.float64)
-        assert (limit - lowered(limit, input_error(half, half), kind)).max() < most
+        assert (limit - lower_limit(limit, bound_input_error(half, half), kind)).max() < most
 
 
 @pytest.mark.parametrize("group", [1, 7, 64, 500])
 def test_a_tile_passes_on_what_reaches_the_limit(group: int) -> None:
-    left, right = (halved(torch.from_numpy(drawn(200, "random", n)), torch.bfloat16) for n in (1, 2))
+    left, right = (round_to_half(torch.from_numpy(drawn(200, "random", n)), torch.bfloat16) for n in (1, 2))
     exact = left.values.double() @ right.values.double().T
     limit = torch.linspace(-0.5, 0.3, 200, dtype=torch.float64)
     found = torch.zeros((200, 200), dtype=torch.bool)
-    for i, j in Tile(left, right, group).reaching(limit):
+    for i, j in Tile(left, right, group).find_reaching(limit):
         assert not found[i, j].any()
         assert (i.diff() >= 0).all()
         found[i, j] = True
@@ -159,31 +166,31 @@ def test_the_nearest_are_those_of_comparing_all_pairs(
     ids = rng.permutation(2**40 + np.arange(counts[1]))
     added = rng.uniform(0, 1, counts[1]).astype(np.float32) if weighted else None
     tile, block, group = sizes
-    found = knn(queries, cut(vectors, ids, block, added), k, "cpu", Work(kind, tile, group, threads=2))
+    found = find_neighbours(queries, cut(vectors, ids, block, added), k, "cpu", Tiling(kind, tile, group, threads=2))
     equal(found, brute(queries, vectors, ids, k, added))
 
 
 def test_they_are_those_of_faiss() -> None:
     queries, vectors = Faces().draw(np.arange(300) % 90, 10**9), Faces().draw(np.arange(6000) % 900, 0)
     distances, places = faiss.knn(queries, vectors, 10)
-    found = knn(queries, cut(vectors, np.arange(6000), 1000), 10, "cpu", Work(torch.float16, 128))
+    found = find_neighbours(queries, cut(vectors, np.arange(6000), 1000), 10, "cpu", Tiling(torch.float16, 128))
     assert (found.ids == places).mean() > 0.999  # its products round: near ties turn
     assert np.allclose(found.distances, distances, atol=1e-5)
     order = np.random.default_rng(0).permutation(6000)
-    equal(found, knn(queries, cut(vectors[order], order, 777), 10, "cpu", Work(torch.bfloat16, 50)))
+    equal(found, find_neighbours(queries, cut(vectors[order], order, 777), 10, "cpu", Tiling(torch.bfloat16, 50)))
 
 
 def test_few_pairs_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first block only what may be among the nearest: the host must keep up with a GPU."""
     passed_on: list[int] = []
 
-    def counted(best: Hits, asked: np.ndarray, *rest: np.ndarray) -> None:
+    def count_and_insert(best: Hits, asked: np.ndarray, *rest: np.ndarray) -> None:
         passed_on.append(len(asked))
-        keep(best, asked, *rest)
+        insert_hits(best, asked, *rest)
 
-    monkeypatch.setattr(nearest_best, "keep", counted)
+    monkeypatch.setattr(top_k, "insert_hits", count_and_insert)
     queries, vectors = drawn(200, "random", 1), drawn(20_000, "random", 2)
-    knn(queries, cut(vectors, np.arange(20_000), 2000), 10, "cpu", Work(torch.float16))
+    find_neighbours(queries, cut(vectors, np.arange(20_000), 2000), 10, "cpu", Tiling(torch.float16))
     assert sum(passed_on) < 200 * 10 * (1 + np.log(10)) * 1.5
 
 
@@ -191,23 +198,23 @@ def test_few_pairs_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_without_much_memory_halves_its_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it runs out after part of a tile was passed on: nothing is lost, and nothing counts twice."""
     queries, vectors = drawn(100, "copies", 1), drawn(900, "copies", 1)
-    expected = knn(queries, cut(vectors, np.arange(900), 300), 12, device)
-    sizes, reaching = [], Tile.reaching
+    expected = find_neighbours(queries, cut(vectors, np.arange(900), 300), 12, device)
+    sizes, find_reaching = [], Tile.find_reaching
 
     def limited(tile: Tile, limit: torch.Tensor) -> Iterator[Any]:
         sizes.append(len(limit))
-        yield from reaching(tile, limit)
+        yield from find_reaching(tile, limit)
         if len(limit) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Tile, "reaching", limited)
-    equal(expected, knn(queries, cut(vectors, np.arange(900), 300), 12, device))
+    monkeypatch.setattr(Tile, "find_reaching", limited)
+    equal(expected, find_neighbours(queries, cut(vectors, np.arange(900), 300), 12, device))
     assert sizes[0] == 100
     assert max(sizes[-5:]) <= 20
-    rule = Rule(0.5, 900, 64)
-    small = join(vectors, np.zeros(900, np.float32), rule, device)
+    rule = JoinRule(0.5, 900, 64)
+    small = find_pairs_on_device(vectors, np.zeros(900, np.float32), rule, device)
     monkeypatch.undo()
-    whole = join(vectors, np.zeros(900, np.float32), rule, device)
+    whole = find_pairs_on_device(vectors, np.zeros(900, np.float32), rule, device)
     assert np.array_equal(*(np.sort(u * 900 + v) for u, v in (small, whole)))
 
 
@@ -217,7 +224,7 @@ def test_one_query_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Tile, "__init__", full)
     with pytest.raises(torch.OutOfMemoryError):
-        knn(drawn(9, "random", 1), cut(drawn(9, "random", 1), np.arange(9), 9), 1, "cpu")
+        find_neighbours(drawn(9, "random", 1), cut(drawn(9, "random", 1), np.arange(9), 9), 1, "cpu")
 
 
 def test_a_block_that_cannot_be_read_raises() -> None:
@@ -226,7 +233,7 @@ def test_a_block_that_cannot_be_read_raises() -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        knn(drawn(9, "random", 1), broken(), 1, "cpu")
+        find_neighbours(drawn(9, "random", 1), broken(), 1, "cpu")
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(1, 5))
@@ -236,7 +243,7 @@ def test_what_is_kept_does_not_depend_on_the_order(pairs_: list[tuple[int, int, 
     for at in range(0, len(pairs_), 7):
         part = sorted(pairs_[at : at + 7])
         asked, ids = (np.array([pair[n] for pair in part], np.int64) for n in (0, 1))
-        keep(best, asked, ids, np.array([first[pair[:2]] for pair in part], np.float32))
+        insert_hits(best, asked, ids, np.array([first[pair[:2]] for pair in part], np.float32))
     for row in range(4):
         wanted = sorted((distance, face) for (r, face), distance in first.items() if r == row)[:k]
         there = best.ids[row] >= 0
@@ -249,7 +256,7 @@ def test_blocks_arrive_in_order(device: str) -> None:
     blocks = [(n, np.full((size, 4), n, np.float32)) for n, size in enumerate([3, 0, 7, 1, 9, 2])]
     for _, vectors in blocks:
         vectors.setflags(write=False)  # as mapped files are
-    arrived = [(label, here.copy(), there.cpu().numpy()) for label, here, there in uploaded(blocks, device)]
+    arrived = [(label, here.copy(), there.cpu().numpy()) for label, here, there in upload_blocks(blocks, device)]
     assert [label for label, _, _ in arrived] == [0, 2, 3, 4, 5]
     for label, here, there in arrived:
         assert np.array_equal(here, blocks[label][1])
@@ -260,15 +267,17 @@ def test_blocks_arrive_in_order(device: str) -> None:
 
 
 def joined(
-    vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int, work: Work | None, device: str = "cpu"
+    vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int, tiling: Tiling | None, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(keys of the pairs, sorted; their distances): of the CPU's own way without `work`."""
-    if work is None:
-        u, v = candidates(vectors, densities, threshold, most)
+    """(keys of the pairs, sorted; their distances): of the CPU's own way without `tiling`."""
+    if tiling is None:
+        u, v = find_candidate_pairs(vectors, densities, threshold, most)
     else:
-        u, v = join(vectors, densities, Rule(threshold - pairs._SLACK, most, pairs._ROWS), device, work)
+        u, v = find_pairs_on_device(
+            vectors, densities, JoinRule(threshold - pairs._SLACK, most, pairs._ROWS), device, tiling
+        )
     assert (u < v).all()
-    found = refined(vectors, densities, u, v, threshold)
+    found = refine_pairs(vectors, densities, u, v, threshold)
     keys = found.u * max(1, len(vectors)) + found.v
     assert len(np.unique(keys)) == len(keys)
     order = np.argsort(keys)
@@ -295,11 +304,11 @@ def test_joined_pairs_are_those_of_the_cpu(
     similar = vectors @ vectors.T - (densities[:, None] + densities) / 2
     threshold = float(np.quantile(similar[np.triu_indices(len(vectors), 1)], share)) if len(vectors) > 1 else 0.5
     tile, group, block, held = sizes
-    work = Work(kind, tile, group, block, held, threads=2)
+    tiling = Tiling(kind, tile, group, block, held, threads=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "_ROWS", 48)
         expected = joined(vectors, densities, threshold, most, None)
-        found = joined(vectors, densities, threshold, most, work)
+        found = joined(vectors, densities, threshold, most, tiling)
     assert np.array_equal(found[0], expected[0])
     assert np.array_equal(found[1], expected[1])
 
@@ -312,8 +321,12 @@ def test_a_crowd_among_strangers(device: str, monkeypatch: pytest.MonkeyPatch) -
     vectors = np.concatenate([alone[:250], crowd, alone[250:]])
     densities = np.random.default_rng(0).uniform(0, 0.1, 700).astype(np.float32)
     expected = joined(vectors, densities, 0.6, 8, None)
-    for work in (Work(torch.float16, 64, 8, 128, 128), Work(torch.bfloat16, 200), Work(torch.float32, 33, 5, 77, 320)):
-        found = joined(vectors, densities, 0.6, 8, work, device)
+    for tiling in (
+        Tiling(torch.float16, 64, 8, 128, 128),
+        Tiling(torch.bfloat16, 200),
+        Tiling(torch.float32, 33, 5, 77, 320),
+    ):
+        found = joined(vectors, densities, 0.6, 8, tiling, device)
         assert np.array_equal(found[0], expected[0])
         assert np.array_equal(found[1], expected[1])
 

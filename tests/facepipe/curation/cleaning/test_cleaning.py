@@ -19,7 +19,7 @@ from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, cand
 from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
 from facepipe.curation.cleaning.model import Belief, Normal, believe, log_ratio
 from facepipe.nearest import join as near
-from facepipe.nearest.similarity import Pairs, refined
+from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.sources.listfile import ListSource
 
 THRESHOLD = 1 - 0.416**2 / 2
@@ -45,8 +45,8 @@ class Corpus:
 
     def pairs(self) -> Pairs:
         vectors, density = self.faces.vectors, self.faces.density
-        u, v = near.candidates(vectors, density, THRESHOLD, 32)
-        return refined(vectors, density, u, v, THRESHOLD)
+        u, v = near.find_candidate_pairs(vectors, density, THRESHOLD, 32)
+        return refine_pairs(vectors, density, u, v, THRESHOLD)
 
 
 def corpus(truth: np.ndarray, label: np.ndarray | None = None, seed: int = 0) -> Corpus:

@@ -17,8 +17,8 @@ from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representa
 from facepipe.curation.graph.threshold import estimate, histogram
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.nearest.join import candidates
-from facepipe.nearest.similarity import Pairs, refined, similarity
+from facepipe.nearest.join import find_candidate_pairs
+from facepipe.nearest.similarity import Pairs, compute_similarity, refine_pairs
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -83,7 +83,7 @@ def test_nothing_depends_on_the_order_of_rows_and_files(tmp_path: Path) -> None:
         assert np.array_equal(found.vectors, expected)
         densities.append(Cohort.draw(found.vectors, 0).density(found.vectors))
     assert np.array_equal(densities[0], densities[1])
-    joined = [candidates(found.vectors, densities[0], 0.03, 32) for found in nodes]
+    joined = [find_candidate_pairs(found.vectors, densities[0], 0.03, 32) for found in nodes]
     assert len(joined[0][0]) > 300
     assert np.array_equal(joined[0], joined[1])
 
@@ -169,21 +169,23 @@ def test_pairs_are_those_of_brute_force(seed: int, count: int, crowded: bool, sh
     wanted = brute(vectors, densities)
     off = wanted[np.triu_indices(count, 1)]
     threshold = float(np.quantile(off, share)) if off.size else 0.5
-    u, v = candidates(vectors, densities, threshold, max(1, count))
-    found = refined(vectors, densities, u, v, threshold)
+    u, v = find_candidate_pairs(vectors, densities, threshold, max(1, count))
+    found = refine_pairs(vectors, densities, u, v, threshold)
     sure, possible = (np.argwhere(np.triu(wanted >= threshold + slack, 1)) for slack in (2e-6, -2e-6))
     assert pairs_of(*sure.T) <= pairs_of(found.u, found.v) <= pairs_of(*possible.T)
     exact = np.sqrt(((vectors[found.u].astype(np.float64) - vectors[found.v]) ** 2).sum(axis=1))
     assert np.allclose(found.distance, exact, atol=1e-5)
     assert found.distance.dtype == np.float32
-    values = similarity(found.distance, densities[found.u], densities[found.v])
+    values = compute_similarity(found.distance, densities[found.u], densities[found.v])
     assert np.allclose(values, wanted[found.u, found.v], atol=1e-5)
     assert (values >= threshold - 1e-6).all()
 
 
 def test_copies_lie_at_distance_zero() -> None:
     vectors = np.repeat(sphere(1, 0), 5, axis=0)
-    found = refined(vectors, np.zeros(5, np.float32), *candidates(vectors, np.zeros(5, np.float32), 0.99, 32), 0.99)
+    found = refine_pairs(
+        vectors, np.zeros(5, np.float32), *find_candidate_pairs(vectors, np.zeros(5, np.float32), 0.99, 32), 0.99
+    )
     assert len(found) == 10
     assert (found.distance == 0).all()
 
@@ -191,7 +193,7 @@ def test_copies_lie_at_distance_zero() -> None:
 def kept_by_all(vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int) -> None:
     """Every face keeps its `most` nearest of those above the threshold, the nearest above all."""
     wanted = brute(vectors, densities)
-    found = pairs_of(*candidates(vectors, densities, threshold, most))
+    found = pairs_of(*find_candidate_pairs(vectors, densities, threshold, most))
     near = np.argsort(-wanted, axis=1)[:, :most]
     last = np.sort(wanted, axis=1)[:, -min(most, len(vectors))]
     for face in range(len(vectors)):
@@ -208,7 +210,7 @@ def test_in_a_crowd_every_face_keeps_its_nearest(seed: int, most: int, monkeypat
     rng = np.random.default_rng(seed)
     vectors, densities = sphere(300, seed, 0.3), rng.uniform(0, 0.05, 300).astype(np.float32)
     kept_by_all(vectors, densities, 0.1, most)
-    u, _ = candidates(vectors, densities, 0.1, most)
+    u, _ = find_candidate_pairs(vectors, densities, 0.1, most)
     assert 300 / 2 <= len(u) <= 300 * most
 
 
@@ -228,9 +230,9 @@ def test_a_face_at_the_edge_of_a_crowd_keeps_its_nearest(order: str, monkeypatch
 def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, vectors = drawn(800)
     density = Cohort.draw(vectors, 0).density(vectors)
-    whole = refined(vectors, density, *candidates(vectors, density, 0.02, 100), 0.02)
+    whole = refine_pairs(vectors, density, *find_candidate_pairs(vectors, density, 0.02, 100), 0.02)
     monkeypatch.setattr("facepipe.nearest.join._ROWS", rows_)
-    cut = refined(vectors, density, *candidates(vectors, density, 0.02, 100), 0.02)
+    cut = refine_pairs(vectors, density, *find_candidate_pairs(vectors, density, 0.02, 100), 0.02)
     assert len(whole) > 1000
     order, again = (np.lexsort((found.v, found.u)) for found in (whole, cut))
     for name in ("u", "v", "distance"):

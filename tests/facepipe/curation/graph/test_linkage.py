@@ -12,7 +12,7 @@ from scipy.spatial.distance import squareform
 
 from facepipe.curation.graph.components import numbered
 from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.nearest.join import candidates
+from facepipe.nearest.join import find_candidate_pairs
 
 SEEDS = st.integers(0, 2**32 - 1)
 NONE = np.empty(0, np.int64)
@@ -222,7 +222,7 @@ def test_a_large_identity_takes_few_rounds(kind: str, monkeypatch: pytest.Monkey
     else:
         centres = np.random.default_rng(3).integers(0, count, (count, 20))
         u, v = np.repeat(np.arange(count), 20), centres.ravel()
-        near = candidates(vectors[count:], density[count:], 0.5, 32)
+        near = find_candidate_pairs(vectors[count:], density[count:], 0.5, 32)
         u, v = np.concatenate([u, near[0] + count]), np.concatenate([v, near[1] + count])
     group, merged = average_linkage(Clusters.single(vectors, density), u, v, 0.5)
     assert (group[:count] == 0).all()
