@@ -13,13 +13,11 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.adoption import npy
-from facepipe.arrow import float_lists
+from facepipe.arrow import float_lists, read_embeddings
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery.contract import PROPERTY
-from facepipe.index.queries import parquet_files
-from facepipe.index.rows import list_vectors
 from facepipe.schema import EMBEDDING_DIM
-from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS
+from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, list_parquet_files
 from facepipe.types import Float32
 
 Names = Literal["auto", "people", "images"]
@@ -98,7 +96,7 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
         path = os.path.abspath(path)
         if not os.path.exists(path):
             raise SourceError(f"no such file or folder: {path!r}")
-    files = parquet_files(path) or ([] if os.path.isdir(path) else [path])
+    files = list_parquet_files(path) or ([] if os.path.isdir(path) else [path])
     if not files:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")
     if _is_parquet(files[0]):
@@ -196,7 +194,7 @@ def _parquet(path: str, roles: Roles) -> Iterator[dict[str, Any]]:
 def _of_batch(batch: pa.RecordBatch, roles: Roles) -> dict[str, Any]:
     nothing = pa.nulls(batch.num_rows, pa.string())
     column = batch[roles.vector]
-    vectors, good = list_vectors(column)
+    vectors, good = read_embeddings(column)
     lengths = pc.list_value_length(column)
     return {
         "name": batch[roles.uri].cast(pa.string()) if roles.uri else nothing,

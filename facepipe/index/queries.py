@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.arrow import read_embeddings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.contract import PROPERTY
 from facepipe.hashing import hash64
-from facepipe.index.rows import list_vectors
 from facepipe.schema import EMBEDDING_DIM, OK
+from facepipe.sources.parquet import list_parquet_files
 from facepipe.types import Bool, Float32, Int64
 
 _NAMES = ("query_id", "face_id", "id", "uri")  # columns that may name a query, first found wins
@@ -91,7 +92,7 @@ class QuerySource:
                 if file["faces"]:
                     yield Piece(storage.join(gallery.faces_folder, file["path"]), None), file["faces"]
             return
-        for path in parquet_files(self.path):
+        for path in list_parquet_files(self.path):
             with _opened(path) as file:
                 metadata = file.metadata
             first = 0
@@ -115,7 +116,7 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
         gallery = Gallery(path)
         contract.require(gallery.contract, "the gallery that is searched")
         return QuerySource(path, f"gallery {gallery.version}", True, gallery.version)
-    files = parquet_files(path)
+    files = list_parquet_files(path)
     if not files:
         return None
     with _opened(files[0]) as file:
@@ -142,19 +143,6 @@ def _check(schema: pa.Schema, contract: Contract, path: str) -> None:
         raise ConfigError(f"{path}: embeddings have {kind.list_size} dimensions, the gallery's have {EMBEDDING_DIM}")
 
 
-def parquet_files(path: str) -> list[str]:
-    """The .parquet files at a path or below a folder, sorted; empty where its first file is something else.
-
-    A folder or prefix of images is not walked: what its first file is decides.
-    """
-    found = []
-    for name in _files(path):
-        if not name.endswith((".parquet", ".pq")):
-            break
-        found.append(name)
-    return sorted(found)
-
-
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     with storage.open_seekable(path) as handle:
@@ -162,16 +150,6 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(handle)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
-
-
-def _files(path: str) -> Iterator[str]:
-    if storage.is_remote(path):
-        yield from (entry.url for entry in storage.list_prefix(path))
-    elif os.path.isfile(path):
-        yield path
-    else:
-        for folder, _, names in os.walk(path):
-            yield from (os.path.join(folder, name) for name in names if not name.startswith((".", "_")))
 
 
 def read_block(block: QueryBlock) -> Iterator[Queries]:
@@ -207,7 +185,7 @@ def _queries(batch: pa.RecordBatch, first: int) -> Queries:
 
 def usable(column: Any) -> tuple[Float32, npt.NDArray[np.object_]]:
     """((n, 128) unit vectors, (n,) `ok` or why not) of a column of lists of numbers."""
-    raw, listed = list_vectors(column)
+    raw, listed = read_embeddings(column)
     vectors = np.array(raw, np.float32)
     status = np.full(len(vectors), OK, object)
     lengths = column.value_lengths() if hasattr(column, "value_lengths") else pc.list_value_length(column)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.arrow import read_embeddings
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.schema import EMBEDDING_DIM
@@ -88,23 +88,9 @@ def _rows(batch: pa.RecordBatch, skipped: Skipped) -> Rows:
 
 def unit_vectors(column: Any) -> tuple[Float32, Bool]:
     """((n, 128) float32, (n,) whether the row is a finite vector of unit norm)."""
-    vectors, good = list_vectors(column)
+    vectors, good = read_embeddings(column)
     norms = np.einsum("nd,nd->n", vectors, vectors)
     return vectors, good & (np.abs(norms - 1) < 2 * _NORM_TOLERANCE)  # false where a number is NaN or infinite
-
-
-def list_vectors(column: Any) -> tuple[Float32, Bool]:
-    """((n, 128) float32, (n,) whether the row is a list of 128 numbers); other rows are zero, nulls in a list NaN."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    good = np.asarray(lengths == EMBEDDING_DIM)
-    flat = (array if good.all() else array.filter(pa.array(good))).flatten().cast(pa.float32())
-    values = flat.to_numpy(zero_copy_only=flat.null_count == 0).reshape(-1, EMBEDDING_DIM)
-    if good.all():
-        return values, good
-    vectors = np.zeros((len(array), EMBEDDING_DIM), np.float32)
-    vectors[good] = values
-    return vectors, good
 
 
 def sample(gallery: Gallery, count: int, seed: int) -> Float32:

@@ -7,9 +7,9 @@ The bound. Let x, y be vectors in single precision, x', y' their halves, p the c
 |x'y' - xy| = |x'(y' - y) + (x' - x)y| <= |x'| |y' - y| + |x' - x| |y| (Cauchy-Schwarz, all four norms are measured).
 Products of halves are exact in single precision. Summing n of them errs by at most n 2^-22 |x'| |y'|, in any order.
 This holds even if sums are truncated instead of rounded, as tensor cores do (Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1; Fasi et al., PeerJ CS 2021). Rounding the sum to a half is monotonic: what is at least
-L becomes at least L less u |L|, with the unit roundoff u of the format. The total is about 0.0009 for float16 and 0.006
-for bfloat16.
+Numerical Algorithms, section 3.1; Fasi et al., PeerJ CS 2021). Rounding the sum to a half is monotonic: what is at
+least L becomes at least L less u |L|, with the unit roundoff u of the format. The total is about 0.0009 for float16 and
+0.006 for bfloat16.
 """
 
 from collections.abc import Iterator

@@ -155,3 +155,26 @@ def bytes_column(schema: pa.Schema) -> str | None:
 
 def _pick(names: list[str], candidates: tuple[str, ...]) -> str | None:
     return next((name for name in candidates if name in names), None)
+
+
+def list_parquet_files(path: str) -> list[str]:
+    """List the .parquet files at a path or below a folder, sorted; empty if the first file is of another kind.
+
+    A folder or prefix of images is not walked: the kind of its first file decides.
+    """
+    files = []
+    for name in _walk_files(path):
+        if not name.endswith((".parquet", ".pq")):
+            break
+        files.append(name)
+    return sorted(files)
+
+
+def _walk_files(path: str) -> Iterator[str]:
+    if is_remote(path):
+        yield from (entry.url for entry in list_prefix(path))
+    elif os.path.isfile(path):
+        yield path
+    else:
+        for folder, _, names in os.walk(path):
+            yield from (os.path.join(folder, name) for name in names if not name.startswith((".", "_")))
