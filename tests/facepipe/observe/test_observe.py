@@ -533,7 +533,7 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
 
 
 def test_metrics_of_a_gallery(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
-    gallery = str(tmp_path / "g")
+    gallery, began = str(tmp_path / "g"), time.time()
     with recorded(gallery, "embed") as run:
         run.follow(embed(drawings, gallery, fakes))
         run.seconds("commit", 0.5)
@@ -546,7 +546,7 @@ def test_metrics_of_a_gallery(drawings: Path, fakes: Settings, tmp_path: Path) -
     who = f'job="embed",gallery="{gallery}"'
     assert found["facepipe_run_exit_code"] == {who: 1, f'job="erase",gallery="{gallery}"': 0}
     success = found["facepipe_run_last_success_timestamp_seconds"]
-    assert abs(success[who] - time.time()) < 60
+    assert int(began) <= success[who] <= time.time(), "a time of this run"
     assert success[who] <= found["facepipe_run_last_end_timestamp_seconds"][who]
     assert found["facepipe_run_erased_images"] == {f'job="erase",gallery="{gallery}"': 4}
     assert found["facepipe_gallery_images"] == {
