@@ -1,15 +1,14 @@
 """facepipe adopt"""
 
-import time
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from jobs.console import FAILED, OVER_BUDGET, emit, fail, failures, say, table
-from jobs.options import GalleryPath, Json, given
+from jobs.console import ExitCode, exit_on_error, fail, print_result, print_table
+from jobs.options import GalleryPath, Json, NameRole, Quiet, select_set
+from jobs.progress import ProgressReporter
 
-_LINE_SECONDS = 5.0
-_UNIT = 1e-3
+_UNIT_TOLERANCE = 1e-3
 
 
 def adopt(
@@ -28,26 +27,26 @@ def adopt(
         typer.Option(metavar="NAME", help="Name of the corpus in the gallery.", show_default="the file's name"),
     ] = None,
     names: Annotated[
-        Literal["auto", "people", "images"],
-        typer.Option(help="What a column name names; auto: images where another column says who it is, else people."),
+        NameRole,
+        typer.Option(help="What a column `name` holds; auto: images if another column has identities, else people."),
     ] = "auto",
     detector: Annotated[
-        str, typer.Option(metavar="MODEL", help="Detector for the photos that come later.")
+        str, typer.Option(metavar="MODEL", help="Detector for photos that are added later.")
     ] = "dlib-hog",
     embedder: Annotated[
         str, typer.Option(metavar="MODEL", help="Embedder that computes the same encodings.")
     ] = "face-recognition",
     max_failed: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of rows that may be refused before exit code 3.")
+        float, typer.Option(min=0, max=1, help="Largest share of refused rows; above it the exit code is 3.")
     ] = 0.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Take over encodings that face_recognition computed, where the photos are no longer at hand.
+    """Add encodings that face_recognition computed to a gallery, without their photos.
 
-    Photos embedded with the same models are compared with them from then on. Adopting a file again adds nothing; after
-    a crash it goes on where it stopped. Rows that are no encoding (NaN, another length) are refused and counted.
-    Pickle files are not opened: the message says how to convert one.
+    Photos that are later embedded with the same models are compared with them. Adopting a file again adds nothing;
+    after a crash it resumes where it stopped. Rows that are not an encoding (NaN, another length) are refused and
+    counted. Pickle files are not opened: the error message says how to convert one.
 
     Example:
 
@@ -57,46 +56,45 @@ def adopt(
 
         facepipe embed new-photos/ gallery/ --detector dlib-hog --embedder face-recognition --set embed.flip=false
     """
-    with failures():
+    with exit_on_error():
         from pipelines.adopt import AdoptConfig, run
 
-        models = {"detector": detector, "embedder": embedder}
-        config = AdoptConfig(encodings, names=names, **given(source=source, **models))
-        summary = run(config, gallery, _Lines(quiet))
-        emit(summary.to_dict(), as_json, lambda: _show(summary, gallery))
+        config = AdoptConfig(encodings, names=names, **select_set(source=source, detector=detector, embedder=embedder))
+        with ProgressReporter("adopt", quiet=quiet) as progress:
+            summary = run(config, gallery, lambda adopted: progress.update(_format_counts(adopted)))
+        print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print(summary, gallery))
         if summary.failed == summary.listed:
-            fail(f"all {summary.listed} rows were refused: {summary.examples[0]}", FAILED)
+            fail(f"all {summary.listed} rows were refused: {summary.examples[0]}", ExitCode.FAILED)
         if summary.failed > max_failed * summary.listed:
             fail(
                 f"{summary.failed} of {summary.listed} rows were refused, more than --max-failed {max_failed:g}",
-                OVER_BUDGET,
+                ExitCode.OVER_BUDGET,
             )
 
 
-class _Lines:
-    """A line of progress every few seconds."""
-
-    def __init__(self, quiet: bool):
-        self._say, self._last = say("adopt", quiet), time.monotonic()
-
-    def __call__(self, summary: Any) -> None:
-        if time.monotonic() - self._last >= _LINE_SECONDS:
-            self._last = time.monotonic()
-            self._say(f"{summary.listed} rows, {summary.adopted} adopted, {summary.failed} refused")
+def _format_counts(summary: Any) -> str:
+    return f"{summary.listed} rows, {summary.adopted} adopted, {summary.failed} refused"
 
 
-def _show(summary: Any, gallery: str) -> None:
+def _print(summary: Any, gallery: str) -> None:
+    # Counts, of which the rare ones are shown only if there are any.
     rows = [("rows", summary.listed), ("adopted", summary.adopted)]
-    rows += [("of these, in place of others", summary.replaced)] if summary.replaced else []
-    rows += [("already in the gallery", summary.skipped)]
-    rows += [("listed twice", summary.repeated)] if summary.repeated else []
-    rows += [("erased before, left out", summary.erased)] if summary.erased else []
-    rows += [(f"refused: {reason.replace('_', ' ')}", count) for reason, count in sorted(summary.refused.items())]
-    table(f"adopt -> {gallery} (version {summary.version})", ("", "count"), rows)
+    if summary.replaced:
+        rows.append(("of these, replaced others", summary.replaced))
+    rows.append(("already in the gallery", summary.skipped))
+    if summary.repeated:
+        rows.append(("listed twice", summary.repeated))
+    if summary.erased:
+        rows.append(("erased earlier, skipped", summary.erased))
+    for reason, count in sorted(summary.refused.items()):
+        rows.append((f"refused: {reason.replace('_', ' ')}", count))
+    print_table(f"adopt -> {gallery} (version {summary.version})", ("", "count"), rows)
+
+    # Which column was used for what, and whether the encodings look like those of face_recognition.
     print("; ".join(summary.columns))
     if summary.adopted:
         print(f"norms {summary.norm_least:.4f} to {summary.norm_most:.4f}, mean {summary.norm_mean:.4f}")
-        if abs(summary.norm_least - 1) < _UNIT and abs(summary.norm_most - 1) < _UNIT:
-            print("the encodings had been normalised before: face_recognition's own have norms above 1")
+        if abs(summary.norm_least - 1) < _UNIT_TOLERANCE and abs(summary.norm_most - 1) < _UNIT_TOLERANCE:
+            print("the encodings are normalised already; those of face_recognition itself have norms above 1")
     for example in summary.examples:
         print(f"refused: {example}")

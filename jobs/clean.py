@@ -1,31 +1,32 @@
 """facepipe clean"""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
-from facepipe.config import build, parse_settings, read_toml
-from jobs.console import emit, failures, say, table
-from jobs.options import ConfigFile, GalleryPath, Json, Settings, given
+from jobs.console import REPORT_HINT, exit_on_error, make_line_printer, print_result, print_seconds, print_table
+from jobs.options import ConfigFile, GalleryPath, HelpSettings, Json, Quiet, Settings, build_config, select_set
 
 
 def clean(
     gallery: GalleryPath,
     relabels: Annotated[
-        bool, typer.Option("--relabels", help="Put relabelled faces into the clean lists, under their new identity.")
+        bool, typer.Option("--relabels", help="Relabelled faces in the clean lists, under their new identity.")
     ] = False,
     min_face_px: Annotated[
-        float | None, typer.Option(min=0, help="Smaller faces are of low quality.", show_default="20")
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Smallest usable face, in pixels; smaller ones are low_quality.", show_default="20"),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     config: ConfigFile = None,
     settings: Settings = None,
+    help_settings: HelpSettings = False,
 ) -> None:
     """Judge every identity label: keep, outlier, relabel, duplicate, low_quality or review, each with a reason.
 
-    How noisy the labels are is estimated from the corpus itself, and so is how many of the decisions are wrong. Writes
+    The share of wrong labels is estimated from the corpus itself, and so is the number of wrong decisions. Writes
     decisions.parquet, identities.parquet, merges.parquet, the lists clean.csv, clean.txt, msceleb.txt and relabel.csv,
     and report.html into GALLERY/reports/clean/.
 
@@ -35,24 +36,27 @@ def clean(
 
         facepipe clean gallery/ --relabels --min-face-px 40 --set duplicates.keep=sharpest
     """
-    with failures("the report is what it was before; the same command goes on from the last finished step"):
+    with exit_on_error(REPORT_HINT):
         from pipelines.clean import CleanConfig, run
 
-        asked = {"clean": given(relabels=relabels or None, min_face_px=min_face_px)}
-        chosen = build(CleanConfig, read_toml(config) if config else {}, asked, parse_settings(settings or []))
-        summary = run(chosen, gallery, say("clean", quiet))
-        emit(asdict(summary), as_json, lambda: _show(summary))
+        options = {"clean": select_set(relabels=relabels or None, min_face_px=min_face_px)}
+        chosen = build_config(CleanConfig, config, settings, options)
+        summary = run(chosen, gallery, make_line_printer("clean", quiet=quiet))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 
-def _show(summary: Any) -> None:
+def _print(summary: Any) -> None:
+    share_wrong = summary.wrong / max(1, summary.labelled)
     rows = [
         ("labelled faces (without label)", f"{summary.labelled} ({summary.unlabelled})"),
         ("identities", summary.identities),
-        ("wrong labels, estimated", f"{summary.wrong:.1f} ({summary.wrong / max(1, summary.labelled):.2%})"),
-        *((decision, count) for decision, count in summary.decisions.items()),
+        ("wrong labels, estimated", f"{summary.wrong:.1f} ({share_wrong:.2%})"),
+    ]
+    rows += summary.decisions.items()
+    rows += [
         ("expected errors among these", f"{summary.errors:.1f}"),
-        ("one person under two names, pairs", summary.merges),
-        ("two persons under one name", summary.splits),
+        ("pairs of identities that are one person", summary.merges),
+        ("identities that are two people", summary.splits),
         ("in the clean lists", summary.listed),
         ("paths in msceleb.txt are relative to", summary.root or "nothing"),
         ("edge recall", f"{summary.recall:.4f}"),
@@ -60,5 +64,5 @@ def _show(summary: Any) -> None:
     ]
     if summary.unlisted:
         rows.append(("only in clean.csv: paths with line breaks", summary.unlisted))
-    table(f"labels, settled in {summary.rounds} rounds", ("", ""), rows)
-    print(", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items()))
+    print_table(f"labels, settled in {summary.rounds} rounds", ("", ""), rows)
+    print_seconds(summary.seconds)

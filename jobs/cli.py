@@ -1,8 +1,8 @@
-"""The command line: one function a command, each in the module named after what it works on."""
+"""The command line: one function per command, in the module named after what it works on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -12,33 +12,37 @@ from facepipe.observe import logs
 from facepipe.storage.redact import redact
 from jobs import evaluate, models
 from jobs.adopt import adopt
+from jobs.bulk_search import bulk_search
 from jobs.clean import clean
+from jobs.clean_dataset import clean_dataset
 from jobs.cluster import cluster
+from jobs.compact import compact
 from jobs.dedup import dedup
+from jobs.doctor import doctor
 from jobs.embed import embed
-from jobs.erase import compact, erase
+from jobs.erase import erase
 from jobs.gallery import export, info, verify
 from jobs.index import index
-from jobs.machine import doctor
 from jobs.nightly import nightly
+from jobs.options import LogFormat
 from jobs.search import search
 from jobs.train import train
 
 
-class _Commands(TyperGroup):
-    """Complaints about the command line repeat words of it; a credential among them is left out."""
+class _RedactedGroup(TyperGroup):
+    """A group whose usage errors, which repeat words of the command line, contain no credentials."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _redacted():
+        with _redact_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _redacted():
+        with _redact_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _redacted() -> Iterator[None]:
+def _redact_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -47,60 +51,60 @@ def _redacted() -> Iterator[None]:
         raise
 
 
-LogFormat = Literal["text", "json"]
-
 app = typer.Typer(
     name="facepipe",
-    cls=_Commands,
+    cls=_RedactedGroup,
     help="Large image corpora in, a searchable gallery of 128-D face embeddings out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (
-    embed,
-    adopt,
-    index,
-    search,
-    dedup,
-    cluster,
-    clean,
-    train,
-    nightly,
-    erase,
-    compact,
-    info,
-    verify,
-    export,
-    doctor,
-)
-for command in COMMANDS:
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "embed": embed,
+    "adopt": adopt,
+    "index": index,
+    "search": search,
+    "dedup": dedup,
+    "cluster": cluster,
+    "clean": clean,
+    "train": train,
+    "nightly": nightly,
+    "clean-dataset": clean_dataset,
+    "bulk-search": bulk_search,
+    "erase": erase,
+    "compact": compact,
+    "info": info,
+    "verify": verify,
+    "export": export,
+    "doctor": doctor,
+}
+for name, command in COMMANDS.items():
+    app.command(name=name)(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(models.app, name="models")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         print(f"facepipe {facepipe.__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def set_up(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Version of facepipe.", callback=_print_version, is_eager=True)
     ] = False,
     log_format: Annotated[
-        LogFormat, typer.Option("--log-format", help="Messages on stderr as text, or as JSON lines for machines.")
+        LogFormat, typer.Option("--log-format", help="Format of messages on stderr; JSON lines are for programs.")
     ] = "text",
     log_names: Annotated[
-        bool, typer.Option("--log-names", help="Let JSON logs name files and labels; they are hashed otherwise.")
+        bool, typer.Option("--log-names", help="File names and labels in JSON logs, which are hashed otherwise.")
     ] = False,
     metrics_file: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            "--metrics-file", metavar="PATH", help="Write the gallery's metrics for Prometheus.", show_default=False
+            "--metrics-file", metavar="PATH", help="File for the gallery's metrics, for Prometheus.", show_default=False
         ),
     ] = None,
 ) -> None:
@@ -113,7 +117,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the `facepipe` script."""
+    """Run the `facepipe` script."""
     app()
 
 

@@ -5,36 +5,50 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from facepipe.config import build, parse_settings, read_toml
-from jobs.console import emit, failures, say, table
-from jobs.options import ConfigFile, GalleryPath, Json, Settings, given
+from jobs.console import REPORT_HINT, exit_on_error, make_line_printer, print_result, print_seconds, print_table
+from jobs.options import (
+    ConfigFile,
+    GalleryPath,
+    HelpSettings,
+    Json,
+    Quiet,
+    Settings,
+    build_config,
+    select_set,
+)
 
 
 def cluster(
     gallery: GalleryPath,
     assign: Annotated[
-        bool, typer.Option("--assign", help="Put new faces into the clusters there are; ids stay as they are.")
+        bool, typer.Option("--assign", help="Assignment of new faces to existing clusters, whose ids stay.")
     ] = False,
     algorithm: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Only `linkage`; kept so that old scripts run.", hidden=True),
+        typer.Option(help="Clustering algorithm; only linkage, kept so that old scripts run.", hidden=True),
     ] = None,
     threshold: Annotated[
-        float | None,
+        Optional[float],  # noqa: UP045
         typer.Option(
-            min=0, max=2, help="Distance from which two faces are two persons.", show_default="found from the data"
+            min=0,
+            max=2,
+            help="Distance above which two faces are different people.",
+            show_default="estimated from the data",
         ),
     ] = None,
-    identities: Annotated[bool, typer.Option("--identities", help="Faces with one label are one person.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    identities: Annotated[
+        bool, typer.Option("--identities", help="Faces with the same label always in one cluster.")
+    ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     config: ConfigFile = None,
     settings: Settings = None,
+    help_settings: HelpSettings = False,
 ) -> None:
-    """Find the persons of a gallery: clusters of faces, what may have to be merged or split, and a report.
+    """Group the faces of a gallery by person, list likely merges and splits, and write a report.
 
-    Needs no labels and no index. The threshold is found from the distances themselves; two faces of one photo are
-    different persons. Writes faces.parquet, clusters.parquet, merges.parquet, splits.parquet and report.html into
+    It needs no labels and no index. The threshold is estimated from the distances themselves. Two faces of one photo
+    are different people. Writes faces.parquet, clusters.parquet, merges.parquet, splits.parquet and report.html into
     GALLERY/reports/cluster/.
 
     Example:
@@ -45,45 +59,45 @@ def cluster(
 
         facepipe cluster gallery/ --assign
     """
-    with failures("the report is what it was before; the same command goes on from the last finished step"):
+    with exit_on_error(REPORT_HINT):
         from pipelines.cluster import ClusterConfig, run
         from pipelines.cluster.assign import run as assign_new
 
-        asked = {
-            "cluster": given(algorithm=algorithm, identities=identities or None),
-            "graph": given(threshold=threshold),
+        options = {
+            "cluster": select_set(algorithm=algorithm, identities=identities or None),
+            "graph": select_set(threshold=threshold),
         }
-        chosen = build(ClusterConfig, read_toml(config) if config else {}, asked, parse_settings(settings or []))
-        tell = say("cluster", quiet)
+        chosen = build_config(ClusterConfig, config, settings, options)
+        on_progress = make_line_printer("cluster", quiet=quiet)
         if assign:
-            placed = assign_new(gallery, chosen.cluster.one_photo, tell)
-            emit(asdict(placed), as_json, lambda: _show_assigned(placed))
+            assigned = assign_new(gallery, chosen.cluster.one_photo, on_progress)
+            print_result(asdict(assigned), as_json=as_json, print_text=lambda: _print_assigned(assigned))
             return
-        summary = run(chosen, gallery, tell)
-        emit(asdict(summary), as_json, lambda: _show(summary))
+        summary = run(chosen, gallery, on_progress)
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 
-def _show(summary: Any) -> None:
-    found = "found from the data" if summary.estimated else "given, or the model's own"
+def _print(summary: Any) -> None:
+    origin = "estimated from the data" if summary.estimated else "set, or the model's own"
     rows = [
         ("faces", summary.faces),
         ("clusters (of one face)", f"{summary.clusters} ({summary.singletons})"),
         ("largest", summary.largest),
-        ("threshold", f"{summary.distance:.4f}, {found}"),
+        ("threshold", f"{summary.distance:.4f}, {origin}"),
         ("edges, recall measured", f"{summary.edges}, {summary.recall:.4f}"),
         ("suspected merges, splits", f"{summary.merges}, {summary.splits}"),
         ("report", f"{summary.out}/report.html"),
     ]
-    table(f"clusters by {summary.algorithm}", ("", ""), rows)
-    print(", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items()))
+    print_table(f"clusters by {summary.algorithm}", ("", ""), rows)
+    print_seconds(summary.seconds)
 
 
-def _show_assigned(summary: Any) -> None:
+def _print_assigned(summary: Any) -> None:
     rows = [
         ("new faces", summary.new),
         ("put into clusters", summary.placed),
         ("new clusters", summary.clusters),
-        ("gone faces", summary.gone),
+        ("removed faces", summary.gone),
     ]
-    table("clusters, brought up to date", ("", ""), rows)
+    print_table("clusters, updated", ("", ""), rows)
     print(f"{summary.seconds:.1f} s")

@@ -1,4 +1,4 @@
-"""How commands print and how they fail: results on stdout, messages on stderr, and the exit codes of the design."""
+"""How commands print and how they fail: results on stdout, messages on stderr, one exit code per kind of end."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -16,70 +17,105 @@ from rich.table import Table
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs
 
-DONE, FAILED, USAGE, OVER_BUDGET, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+RESUME_HINT = "finished work is kept; run the same command again to resume"
+REPORT_HINT = "the report is unchanged; run the same command again to resume from the last finished step"
 
 
-_GOES_ON = "what was finished is kept, and the same command goes on from there"
+class ExitCode(IntEnum):
+    """The exit codes of a command."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    OVER_BUDGET = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that it can commit and clean up."""
+    """SIGTERM, raised in the main thread so that it can commit and clean up."""
 
 
 @contextmanager
-def failures(interrupted: str = _GOES_ON) -> Iterator[None]:
-    """Turn expected errors and interruptions into a message and an exit code; anything else is a bug and shows."""
-    before = signal.signal(signal.SIGTERM, _terminated)
+def exit_on_error(hint: str = RESUME_HINT) -> Iterator[None]:
+    """Turn expected errors and interruptions into a message and an exit code.
+
+    Any other exception is a bug, and passes with its traceback.
+
+    Args:
+        hint: what an interruption leaves behind, and what to do next.
+    """
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         yield
     except ConfigError as error:
-        fail(str(error), USAGE)
+        fail(str(error), ExitCode.USAGE)
     except FacepipeError as error:
-        fail(str(error), FAILED)
+        fail(str(error), ExitCode.FAILED)
     except KeyboardInterrupt:
-        fail(f"interrupted; {interrupted}", INTERRUPTED)
+        fail(f"interrupted; {hint}", ExitCode.INTERRUPTED)
     except Terminated:
-        fail(f"terminated; {interrupted}", TERMINATED)
+        fail(f"terminated; {hint}", ExitCode.TERMINATED)
     except BrokenPipeError:
+        # The reader of stdout has ended. Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(int(ExitCode.FAILED)) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Say why on stderr and leave."""
-    logs.complain(message, code)
-    raise typer.Exit(code)
+def fail(message: str, code: ExitCode) -> NoReturn:
+    """Print a message on stderr and exit with a code."""
+    logs.complain(message, int(code))
+    raise typer.Exit(int(code))
 
 
-def say(job: str, quiet: bool = False) -> Callable[[str], None]:
-    """What tells of a job's progress: a line on stderr; nothing where that is for JSON, which has the runs' events."""
+def make_line_printer(job: str, *, quiet: bool = False) -> Callable[[str], None]:
+    """Return a function that prints a line of progress on stderr.
 
-    def tell(line: str) -> None:
+    It prints nothing if stderr holds JSON lines, because the log events of the runs say the same.
+
+    Args:
+        job: name of the command, which begins each line.
+        quiet: print nothing.
+    """
+
+    def print_line(line: str) -> None:
         if not (quiet or logs.is_json()):
             print(f"{job}: {line}", file=sys.stderr, flush=True)
 
-    return tell
+    return print_line
 
 
-def emit(value: dict[str, Any], as_json: bool, text: Callable[[], None]) -> None:
-    """Print a result for machines or for people."""
+def print_result(result: dict[str, Any], *, as_json: bool, print_text: Callable[[], None]) -> None:
+    """Print a result on stdout, as JSON for programs or as text for people.
+
+    Args:
+        result: what `--json` prints.
+        as_json: whether `--json` is set.
+        print_text: prints the same for people.
+    """
     if as_json:
-        print(json.dumps(value, indent=2, default=str))
+        print(json.dumps(result, indent=2, default=str))
     else:
-        text()
+        print_text()
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table on stdout."""
-    drawn = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in columns:
-        drawn.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*map(str, row))
-    Console().print(drawn)
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def print_seconds(seconds: dict[str, float]) -> None:
+    """Print the wall clock of each phase on one line; nothing if there is none."""
+    if seconds:
+        print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in seconds.items()))

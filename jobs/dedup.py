@@ -5,41 +5,55 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from facepipe.config import build, parse_settings, read_toml
 from facepipe.errors import ConfigError
-from jobs.console import emit, failures, say, table
-from jobs.options import ConfigFile, GalleryPath, Json, Settings, given
+from jobs.console import REPORT_HINT, exit_on_error, make_line_printer, print_result, print_seconds, print_table
+from jobs.options import (
+    ConfigFile,
+    Drop,
+    GalleryPath,
+    HelpSettings,
+    Json,
+    Keep,
+    Quiet,
+    Settings,
+    build_config,
+    select_set,
+)
 
 
 def dedup(
     gallery: GalleryPath,
     against: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="GALLERY", help="Look for what this other gallery holds as well.", show_default=False),
+        typer.Option(metavar="GALLERY", help="Another gallery, to find what both of them hold.", show_default=False),
     ] = None,
     new: Annotated[
-        bool, typer.Option("--new", help="Only the images that came since the last time; needs an index.")
+        bool, typer.Option("--new", help="Only images added since the last run (requires an index).")
     ] = False,
     keep: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Which copy stays: largest, sharpest or oldest.", show_default="largest"),
+        Optional[Keep],  # noqa: UP045
+        typer.Option(help="Copy to keep.", show_default="largest"),
     ] = None,
     drop: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The weakest kind to drop: exact, near or same_shot.", show_default="near"),
+        Optional[Drop],  # noqa: UP045
+        typer.Option(help="Weakest kind of copy to drop.", show_default="near"),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     config: ConfigFile = None,
     settings: Settings = None,
+    help_settings: HelpSettings = False,
 ) -> None:
-    """Find copies: exact (same bytes), near (same picture, changed a little), same_shot (photos of one moment).
+    """Find copies: exact (same bytes), near (same picture, slightly changed), same_shot (photos of one moment).
 
-    Of each group one image stays; nothing is deleted. Writes pairs.parquet, groups.parquet, decisions.parquet,
-    keep.txt, drop.txt and report.html into GALLERY/reports/dedup/. With --against, images and identities that both
-    galleries hold, such as test images in a training set, are named in GALLERY/reports/overlap/. With --new, the images
-    that came since the last --new are looked up in the search index, which must be up to date, and the same files with
-    what concerns them go into GALLERY/reports/dedup-new/; what that costs grows with what is new.
+    One image of each group is kept; nothing is deleted. Writes pairs.parquet, groups.parquet, decisions.parquet,
+    keep.txt, drop.txt and report.html into GALLERY/reports/dedup/.
+
+    With --against, images and identities that both galleries hold are listed in GALLERY/reports/overlap/. Use it to
+    find test images in a training set.
+
+    With --new, images added since the last --new are looked up in the search index, which must be up to date. Their
+    files go into GALLERY/reports/dedup-new/. The cost grows with the number of new images only.
 
     Example:
 
@@ -49,27 +63,25 @@ def dedup(
 
         facepipe dedup gallery/ --new
     """
-    with failures("the report is what it was before; the same command goes on from the last finished step"):
+    with exit_on_error(REPORT_HINT):
         from pipelines.dedup import DedupConfig, run
         from pipelines.dedup.incremental import run as run_new
 
-        layers = [read_toml(config) if config else {}, {"dedup": given(keep=keep, drop=drop)}]
-        chosen = build(DedupConfig, *layers, parse_settings(settings or []))
-        tell = say("dedup", quiet)
+        chosen = build_config(DedupConfig, config, settings, {"dedup": select_set(keep=keep, drop=drop)})
+        on_progress = make_line_printer("dedup", quiet=quiet)
+        if new and against:
+            raise ConfigError("--new and --against exclude each other: leave out one of them")
         if new:
-            if against:
-                raise ConfigError("--new is of one gallery: leave out --against, or --new")
-            found = run_new(chosen, gallery, tell)
-            emit(asdict(found), as_json, lambda: _show_new(found))
+            new_summary = run_new(chosen, gallery, on_progress)
+            print_result(asdict(new_summary), as_json=as_json, print_text=lambda: _print_new(new_summary))
             return
-        summary = run(chosen, gallery, against, tell)
-        emit(asdict(summary), as_json, lambda: _show(summary))
+        summary = run(chosen, gallery, against, on_progress)
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 
-def _show(summary: Any) -> None:
-    rows = [
-        ("images", summary.images),
-        *((f"pairs: {kind.replace('_', ' ')}", count) for kind, count in summary.pairs.items()),
+def _print(summary: Any) -> None:
+    rows = [("images", summary.images), *_list_pairs(summary)]
+    rows += [
         ("groups", summary.groups),
         ("keep", summary.keep),
         ("drop", summary.drop),
@@ -78,27 +90,33 @@ def _show(summary: Any) -> None:
     ]
     if summary.shared is not None:
         rows.append(("identities in both", summary.shared))
-    if summary.unlisted:
-        rows.append(("not in the lists: paths with line breaks", summary.unlisted))
-    if summary.without_hash:
-        rows.append(("images without a hash: exact copies only (embed them anew)", summary.without_hash))
-    table("duplicates" if summary.shared is None else "in both galleries", ("", ""), rows)
-    print(", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items()))
+    rows += _list_exceptions(summary)
+    print_table("duplicates" if summary.shared is None else "in both galleries", ("", ""), rows)
+    print_seconds(summary.seconds)
 
 
-def _show_new(summary: Any) -> None:
-    rows = [
-        ("new images", summary.new),
-        ("old images compared with them", summary.compared),
-        *((f"pairs: {kind.replace('_', ' ')}", count) for kind, count in summary.pairs.items()),
+def _print_new(summary: Any) -> None:
+    rows = [("new images", summary.new), ("old images compared with them", summary.compared), *_list_pairs(summary)]
+    rows += [
         ("groups", summary.groups),
         ("keep", summary.keep),
         ("drop", summary.drop),
-        ("report", f"{summary.out}/report.html" if summary.new else "as it was"),
+        ("report", f"{summary.out}/report.html" if summary.new else "unchanged"),
     ]
+    rows += _list_exceptions(summary)
+    print_table("duplicates of new images", ("", ""), rows)
+    print_seconds(summary.seconds)
+
+
+def _list_pairs(summary: Any) -> list[tuple[str, Any]]:
+    return [(f"pairs: {kind.replace('_', ' ')}", count) for kind, count in summary.pairs.items()]
+
+
+def _list_exceptions(summary: Any) -> list[tuple[str, Any]]:
+    """Return the rows on images that a list or a comparison had to leave out."""
+    rows = []
     if summary.unlisted:
         rows.append(("not in the lists: paths with line breaks", summary.unlisted))
     if summary.without_hash:
-        rows.append(("images without a hash: exact copies only (embed them anew)", summary.without_hash))
-    table("duplicates of new images", ("", ""), rows)
-    print(", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items()))
+        rows.append(("images without a hash: exact copies only (embed them again)", summary.without_hash))
+    return rows

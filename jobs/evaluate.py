@@ -1,10 +1,10 @@
-"""facepipe evaluate"""
+"""facepipe evaluate pairs, index, clusters, clean"""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
-from jobs.console import emit, failures, table
+from jobs.console import exit_on_error, print_result, print_table
 from jobs.options import GalleryPath, Json
 
 app = typer.Typer(help="Measure a gallery against the truth.", no_args_is_help=True)
@@ -21,25 +21,26 @@ def pairs(
         ),
     ],
     picture: Annotated[
-        str | None, typer.Option(metavar="ROC.png", help="Draw the ROC curve.", show_default=False)
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="ROC.png", help="Picture of the ROC curve.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Verification on pairs: k-fold accuracy with its standard error (LFW View 2), AUC, EER, TAR at fixed FAR.
+    """Measure verification on pairs: k-fold accuracy with its standard error (LFW View 2), AUC, EER, TAR at fixed FAR.
 
     Example:
 
         facepipe evaluate pairs gallery/ pairs.txt --picture roc.png
     """
-    with failures():
+    with exit_on_error():
         from facepipe.evaluation.pairs import evaluate_pairs
         from facepipe.gallery import Gallery
 
         result = evaluate_pairs(Gallery(gallery), file, picture)
-        emit(result.to_dict(), as_json, lambda: _show(file, result))
+        print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_pairs(file, result))
 
 
-def _show(file: str, result: Any) -> None:
+def _print_pairs(file: str, result: Any) -> None:
     rows = [
         ("pairs", result.pairs),
         ("pairs without a face, decided as different", result.without_face),
@@ -49,63 +50,75 @@ def _show(file: str, result: Any) -> None:
         ("EER", f"{result.eer:.4f}"),
     ]
     for far, tar in result.tar.items():
-        shown = (
-            "too few impostor pairs" if tar is None else f"{tar:.4f} (distance <= {result.thresholds[far] or 0:.4f})"
-        )
+        if tar is None:
+            shown = "too few impostor pairs"
+        else:
+            shown = f"{tar:.4f} (distance <= {result.thresholds[far] or 0:.4f})"
         rows.append((f"TAR at FAR {far}", shown))
-    table(f"pairs {file}", ("", ""), rows)
+    print_table(f"pairs {file}", ("", ""), rows)
 
 
 @app.command()
 def index(
     gallery: GalleryPath,
     queries: Annotated[
-        int | None, typer.Option(min=1, help="Faces of the gallery to search with.", show_default="by its size")
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Number of the gallery's faces to search for.", show_default="by its size"),
     ] = None,
     recall: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Recall@10 to search with.", show_default="the index's")
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, max=1, help="Recall@10 of the searches.", show_default="the index's"),
     ] = None,
     picture: Annotated[
-        str | None, typer.Option(metavar="RECALL.png", help="Draw recall against lists visited.", show_default=False)
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="RECALL.png", help="Picture of recall against lists visited.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The search index: recall against exact search, queries a second, bytes a vector; identification where labels are.
+    """Measure the search index: recall against exact search, queries per second, bytes per vector, identification.
+
+    Identification is measured if the gallery has labels.
 
     Example:
 
         facepipe evaluate index gallery/ --picture recall.png
     """
-    with failures():
+    with exit_on_error():
         from facepipe.evaluation.index import evaluate_index
         from facepipe.gallery import Gallery
 
         result = evaluate_index(Gallery(gallery), queries, recall, picture)
-        emit(result.to_dict(), as_json, lambda: _show_index(gallery, result))
+        print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_index(gallery, result))
 
 
-def _show_index(gallery: str, result: Any) -> None:
+def _print_index(gallery: str, result: Any) -> None:
+    # Size, recall and speed of the index.
     rows = [
         ("faces, shards, deleted in them", f"{result.faces}, {result.shards}, {result.dead}"),
         ("factory", result.factory),
         ("lists visited, candidates re-scored", f"{result.nprobe}, {result.rescore}"),
         (f"recall@1, {result.queries} queries", f"{result.recall_at_1:.4f}"),
-        (f"recall@10 ({result.asked:g} asked)", f"{result.recall_at_10:.4f} ± {result.standard_error:.4f}"),
+        (f"recall@10 (requested {result.asked:g})", f"{result.recall_at_10:.4f} ± {result.standard_error:.4f}"),
         ("queries/s in a batch", f"{result.qps:.0f}"),
         ("queries/s against every vector", f"{result.exact_qps:.0f}"),
         ("one query alone", f"{result.single_ms:.2f} ms"),
-        ("bytes a vector: index, side files", f"{result.bytes_per_vector:.1f}, {result.side_bytes_per_vector:.1f}"),
+        ("bytes per vector: index, side files", f"{result.bytes_per_vector:.1f}, {result.side_bytes_per_vector:.1f}"),
         ("imbalance of the lists", f"{result.imbalance:.3f}"),
     ]
-    people = result.identification
-    if people is not None:
-        rows += [("rank-1 identification", f"{people.rank_1:.4f} of {people.mated} mated searches")]
-        for point in people.points:
+
+    # Identification of labelled faces.
+    identification = result.identification
+    if identification is not None:
+        rate = f"{identification.rank_1:.4f} of {identification.mated} mated searches"
+        rows.append(("rank-1 identification", rate))
+        for point in identification.points:
             missed = "no mated searches" if point.fnir is None else f"{point.fnir:.4f}"
             rows.append((f"FNIR at FPIR {point.fpir:g}", f"{missed} (distance <= {point.threshold:.4f})"))
-    table(f"index of {gallery}", ("", ""), rows)
-    points = ((p.nprobe, p.rescore, f"{p.recall_at_1:.4f}", f"{p.recall_at_10:.4f}") for p in result.curve)
-    table("measured, lower bounds of 95 %", ("lists", "re-scored", "recall@1", "recall@10"), points)
+    print_table(f"index of {gallery}", ("", ""), rows)
+
+    # Recall by search effort.
+    points = [(p.nprobe, p.rescore, f"{p.recall_at_1:.4f}", f"{p.recall_at_10:.4f}") for p in result.curve]
+    print_table("measured, lower bounds of 95 %", ("lists", "re-scored", "recall@1", "recall@10"), points)
     for note in result.notes:
         print(note)
 
@@ -114,7 +127,7 @@ def _show_index(gallery: str, result: Any) -> None:
 def clusters(
     gallery: GalleryPath,
     file: Annotated[
-        str | None,
+        Optional[str],  # noqa: UP045
         typer.Option(
             "--table",
             metavar="FACES.parquet",
@@ -123,40 +136,41 @@ def clusters(
         ),
     ] = None,
     truth: Annotated[
-        str | None, typer.Option(metavar="TRUTH", help=f"{_TRUTH}.", show_default="the gallery's own labels")
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TRUTH", help=f"{_TRUTH}.", show_default="the gallery's own labels"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Clusters against identities: precision, recall and F over pairs and by BCubed, NMI, sizes.
+    """Measure clusters against identities: precision, recall and F over pairs and by BCubed, NMI, sizes.
 
-    Of a photo with several faces only the largest counts, unless the truth names faces by face_id.
+    Only the largest face of a photo counts, unless the truth names faces by face_id.
 
     Example:
 
         facepipe evaluate clusters gallery/ --truth people.csv
     """
-    with failures():
+    with exit_on_error():
         from facepipe.evaluation.clusters import evaluate_clusters
         from facepipe.gallery import Gallery
 
         result = evaluate_clusters(Gallery(gallery), file, truth)
-        emit(result.to_dict(), as_json, lambda: _show_clusters(gallery, result))
+        print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_clusters(gallery, result))
 
 
-def _show_clusters(gallery: str, result: Any) -> None:
+def _print_clusters(gallery: str, result: Any) -> None:
     scores = result.scores
     rows = [
         ("faces, identities", f"{scores.faces}, {scores.identities}"),
         ("clusters, of one face", f"{scores.clusters}, {scores.singletons}"),
         ("faces of the largest cluster", scores.largest),
-        ("pairs: precision, recall, F", _rates(scores.pairwise)),
-        ("BCubed: precision, recall, F", _rates(scores.bcubed)),
+        ("pairs: precision, recall, F", _format_rates(scores.pairwise)),
+        ("BCubed: precision, recall, F", _format_rates(scores.bcubed)),
         ("NMI", f"{scores.nmi:.4f}"),
         ("left out: smaller faces of a photo", result.left_out),
         ("left out: labelled, but in no cluster", result.without_cluster),
         ("left out: in a cluster, but without a label", result.without_label),
     ]
-    table(f"clusters of {gallery}", ("", ""), rows)
+    print_table(f"clusters of {gallery}", ("", ""), rows)
 
 
 @app.command()
@@ -164,10 +178,14 @@ def clean(
     gallery: GalleryPath,
     truth: Annotated[
         str,
-        typer.Argument(metavar="TRUTH", help=f"{_TRUTH}; an empty identity is nobody in the set.", show_default=False),
+        typer.Argument(
+            metavar="TRUTH",
+            help=f"{_TRUTH}; an empty identity means that the person is not in the set.",
+            show_default=False,
+        ),
     ],
     file: Annotated[
-        str | None,
+        Optional[str],  # noqa: UP045
         typer.Option(
             "--table",
             metavar="DECISIONS.parquet",
@@ -177,44 +195,44 @@ def clean(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Decisions on labels against the truth: how many wrong labels are found and repaired, and whether the noise holds.
+    """Measure decisions on labels against the truth: wrong labels detected, repaired, and the calibration of `noise`.
 
-    Found is what is decided outlier or relabel, or review with a noise above 0.5. Where the truth names photos by uri,
-    only the largest face of each counts.
+    A label counts as detected if it is decided outlier or relabel, or review with a noise above 0.5. If the truth names
+    photos by uri, only the largest face of each counts.
 
     Example:
 
         facepipe evaluate clean gallery/ truth.csv
     """
-    with failures():
+    with exit_on_error():
         from facepipe.evaluation.cleaning import evaluate_clean
         from facepipe.gallery import Gallery
 
         result = evaluate_clean(Gallery(gallery), truth, file)
-        emit(result.to_dict(), as_json, lambda: _show_clean(gallery, result))
+        print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_clean(gallery, result))
 
 
-def _show_clean(gallery: str, result: Any) -> None:
+def _print_clean(gallery: str, result: Any) -> None:
     rows = [
-        ("faces, wrong labels, flagged", f"{result.faces}, {result.wrong}, {result.flagged}"),
-        ("detection: precision, recall, F", _rates(result.detection)),
-        ("average precision by noise", _share(result.average_precision, "no wrong label")),
-        ("wrong labels relabelled rightly", _share(result.repaired, "no wrong label")),
-        ("relabels that are right", _share(result.relabels_right, "no relabel")),
-        ("errors that the noise predicts, real ones", f"{result.expected_errors:.1f}, {result.errors}"),
+        ("faces, wrong labels, detected", f"{result.faces}, {result.wrong}, {result.flagged}"),
+        ("detection: precision, recall, F", _format_rates(result.detection)),
+        ("average precision by noise", _format_share(result.average_precision, "no wrong label")),
+        ("wrong labels relabelled correctly", _format_share(result.repaired, "no wrong label")),
+        ("relabels that are correct", _format_share(result.relabels_right, "no relabel")),
+        ("errors predicted by noise, actual errors", f"{result.expected_errors:.1f}, {result.errors}"),
         ("left out: smaller faces of a photo", result.left_out),
-        ("left out: decided, but without a truth", result.without_truth),
+        ("left out: decided, but not in the truth", result.without_truth),
         ("left out: decided, but without a label", result.without_label),
         ("left out: in the truth, but not decided", result.without_decision),
     ]
-    table(f"labels of {gallery}", ("", ""), rows)
-    counts = ((decision, found["right"], found["wrong"]) for decision, found in result.counts.items())
-    table("labels by decision", ("decision", "right", "wrong"), counts)
+    print_table(f"labels of {gallery}", ("", ""), rows)
+    counts = [(decision, count["right"], count["wrong"]) for decision, count in result.counts.items()]
+    print_table("labels by decision", ("decision", "right", "wrong"), counts)
 
 
-def _rates(rates: Any) -> str:
+def _format_rates(rates: Any) -> str:
     return f"{rates.precision:.4f}, {rates.recall:.4f}, {rates.f:.4f}"
 
 
-def _share(share: float | None, without: str) -> str:
-    return without if share is None else f"{share:.4f}"
+def _format_share(share: float | None, when_none: str) -> str:
+    return when_none if share is None else f"{share:.4f}"

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from jobs.console import FAILED, emit, fail, failures, table
+from jobs.console import ExitCode, exit_on_error, fail, print_result, print_table
 from jobs.options import GalleryPath, Json, Where
+
+_RUN_COLUMNS = ("run", "job", "state", "images", "faces", "failed", "seconds")
 
 
 def info(gallery: GalleryPath, as_json: Json = False) -> None:
@@ -16,34 +18,28 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
 
         facepipe info gallery/
     """
-    with failures():
+    with exit_on_error():
         from facepipe.gallery import Gallery
         from facepipe.index.manifest import state
         from facepipe.observe.info import describe
 
         opened = Gallery(gallery)
-        found = describe(opened) | {"index": state(opened)}
-        emit(found, as_json, lambda: _show(found))
+        description = describe(opened) | {"index": state(opened)}
+        print_result(description, as_json=as_json, print_text=lambda: _print_info(description))
 
 
-def _show(found: dict[str, Any]) -> None:
-    table(
-        f"{found['path']} (version {found['version']})",
-        ("", "count"),
-        [*found["counts"].items(), ("files", found["files"]), ("bytes", found["bytes"])],
-    )
-    table("contract", ("", ""), found["contract"].items())
-    if found["errors"]:
-        table(
-            "why images failed",
-            ("status", "error", "images"),
-            ((e["status"], e["error"], e["images"]) for e in found["errors"]),
-        )
-    if found["index"]:
-        table("index", ("", ""), found["index"].items())
-    if found["runs"]:
-        columns = ("run", "job", "state", "images", "faces", "failed", "seconds")
-        table("last runs", columns, ([run.get(c, "") for c in columns] for run in found["runs"]))
+def _print_info(description: dict[str, Any]) -> None:
+    counts = [*description["counts"].items(), ("files", description["files"]), ("bytes", description["bytes"])]
+    print_table(f"{description['path']} (version {description['version']})", ("", "count"), counts)
+    print_table("contract", ("", ""), description["contract"].items())
+    if description["errors"]:
+        rows = [(error["status"], error["error"], error["images"]) for error in description["errors"]]
+        print_table("why images failed", ("status", "error", "images"), rows)
+    if description["index"]:
+        print_table("index", ("", ""), description["index"].items())
+    if description["runs"]:
+        runs = [[run.get(column, "") for column in _RUN_COLUMNS] for run in description["runs"]]
+        print_table("last runs", _RUN_COLUMNS, runs)
 
 
 def verify(
@@ -51,14 +47,18 @@ def verify(
     erased: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            "--erased", metavar="RECEIPT", help="Look for what this receipt says is gone.", show_default=False
+            "--erased",
+            metavar="RECEIPT",
+            help="Receipt of an erasure, to check that nothing is left.",
+            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Re-read the whole gallery and its index: checksums, counts, unique ids, unit norms. Exit code 1 if any is wrong.
+    """Read a whole gallery and its index, and check checksums, counts, unique ids and unit norms.
 
-    With --erased: whether any row, vector, old file, log entry or report still holds what a receipt says was erased.
+    The exit code is 1 if a check fails. With --erased, check instead that no row, vector, old file, log entry or report
+    still holds what the receipt lists as erased.
 
     Example:
 
@@ -66,48 +66,51 @@ def verify(
 
         facepipe verify gallery/ --erased gallery/erased/20261122T031500-0a1b2c.json
     """
-    with failures():
+    with exit_on_error():
         if erased:
-            _verify_erased(gallery, erased, as_json)
-            return
-        from facepipe.gallery import Gallery
-        from facepipe.gallery.verify import verify as check
-        from facepipe.index.manifest import exists
-
-        table_of = Gallery(gallery)
-        result = check(table_of)
-        if exists(table_of.path):
-            from facepipe.index.verify import verify_index
-
-            result.problems += verify_index(table_of)
-        figures = asdict(result)
-        problems = figures.pop("problems")
-
-        def text() -> None:
-            table(f"verify {gallery}", ("", "count"), figures.items())
-            print("\n".join(problems) or "sound")
-
-        emit({**figures, "problems": problems}, as_json, text)
-        if problems:
-            fail(f"{len(problems)} problems", FAILED)
+            _verify_erased(gallery, erased, as_json=as_json)
+        else:
+            _verify_gallery(gallery, as_json=as_json)
 
 
-def _verify_erased(gallery: str, path: str, as_json: bool) -> None:
+def _verify_gallery(path: str, *, as_json: bool) -> None:
+    from facepipe.gallery import Gallery
+    from facepipe.gallery.verify import verify as verify_table
+    from facepipe.index.manifest import exists
+    from facepipe.index.verify import verify_index
+
+    gallery = Gallery(path)
+    figures = asdict(verify_table(gallery))
+    problems = figures.pop("problems")
+    if exists(gallery.path):
+        problems += verify_index(gallery)
+
+    def print_text() -> None:
+        print_table(f"verify {path}", ("", "count"), figures.items())
+        print("\n".join(problems) or "sound")
+
+    print_result({**figures, "problems": problems}, as_json=as_json, print_text=print_text)
+    if problems:
+        fail(f"{len(problems)} problems", ExitCode.FAILED)
+
+
+def _verify_erased(path: str, receipt_path: str, *, as_json: bool) -> None:
     from facepipe.erasure import receipt
     from facepipe.erasure.proof import check_erased
     from facepipe.gallery import Gallery
 
-    found = receipt.load(path)
-    problems = check_erased(Gallery(gallery), found)
+    erasure = receipt.load(receipt_path)
+    problems = check_erased(Gallery(path), erasure)
 
-    def text() -> None:
-        rows = [("images", found.images), ("faces", found.faces), ("erased", found.at)]
-        table(f"verify {gallery} --erased {found.id}", ("", ""), rows)
+    def print_text() -> None:
+        rows = [("images", erasure.images), ("faces", erasure.faces), ("erased", erasure.at)]
+        print_table(f"verify {path} --erased {erasure.id}", ("", ""), rows)
         print("\n".join(problems) or "nothing of it is left")
 
-    emit({"receipt": found.id, "images": found.images, "faces": found.faces, "problems": problems}, as_json, text)
+    result = {"receipt": erasure.id, "images": erasure.images, "faces": erasure.faces, "problems": problems}
+    print_result(result, as_json=as_json, print_text=print_text)
     if problems:
-        fail(f"{len(problems)} places still hold what was erased", FAILED)
+        fail(f"{len(problems)} places still hold what was erased", ExitCode.FAILED)
 
 
 def export(
@@ -115,22 +118,22 @@ def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the Parquet files.", show_default=False)],
     columns: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="A,B,C", help="Columns to take.", show_default="all"),
+        typer.Option(metavar="A,B,C", help="Columns to write.", show_default="all"),
     ] = None,
     where: Where = None,
     version: Annotated[Optional[int], typer.Option(help="Version of the table.", show_default="newest")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """Write rows as a plain Parquet folder, for everything that does not read Delta tables.
+    """Write rows as a plain Parquet folder, for programs that do not read Delta tables.
 
     Example:
 
         facepipe export gallery/ faces/ --columns face_id,uri,identity,embedding --where "status = 'ok'"
     """
-    with failures():
+    with exit_on_error():
         from facepipe.gallery import Gallery
-        from facepipe.gallery.export import export as write
+        from facepipe.gallery.export import export as export_rows
 
-        chosen = [name.strip() for name in columns.split(",")] if columns else None
-        rows = write(Gallery(gallery, version), out, chosen, where)
-        emit({"rows": rows, "out": out}, as_json, lambda: print(f"{rows} rows -> {out}"))
+        names = [name.strip() for name in columns.split(",")] if columns else None
+        rows = export_rows(Gallery(gallery, version), out, names, where)
+        print_result({"rows": rows, "out": out}, as_json=as_json, print_text=lambda: print(f"{rows} rows -> {out}"))

@@ -5,9 +5,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from facepipe.config import build, parse_settings, read_toml
-from jobs.console import emit, failures, say, table
-from jobs.options import ConfigFile, GalleryPath, Json, Settings
+from jobs.console import exit_on_error, make_line_printer, print_result, print_seconds, print_table
+from jobs.options import ConfigFile, GalleryPath, HelpSettings, Json, Quiet, Settings, build_config, select_set
 
 
 def index(
@@ -17,24 +16,26 @@ def index(
         typer.Option(metavar="SIZE", help="Memory budget of a process that builds.", show_default="4GiB"),
     ] = None,
     recall: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Recall@10 to be reached.", show_default="0.97")
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, max=1, help="Recall@10 that searches reach.", show_default="0.97"),
     ] = None,
     factory: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="A faiss factory string: Flat, or IVF... with any code.", show_default="planned"),
+        typer.Option(help="FAISS factory string: Flat, or IVF... with any code.", show_default="planned"),
     ] = None,
-    retrain: Annotated[bool, typer.Option("--retrain", help="Train anew and build everything.")] = False,
-    compact: Annotated[bool, typer.Option("--compact", help="Merge shards, and drop what was deleted.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Rebuild damaged shards, and only those.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    retrain: Annotated[bool, typer.Option("--retrain", help="New training, and a complete rebuild.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Merge of shards, without deleted faces.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild of damaged shards only.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     config: ConfigFile = None,
     settings: Settings = None,
+    help_settings: HelpSettings = False,
 ) -> None:
     """Build the search index of a gallery, or bring it up to date.
 
-    Running it again adds the faces that came and buries those that went, in proportion to what changed. The old index
-    answers until the new one is complete; a crash leaves it in force.
+    Run it again to add new faces and tombstone deleted ones; the work grows with what changed. The old index answers
+    until the new one is complete. After a crash it stays in use.
 
     Example:
 
@@ -44,38 +45,43 @@ def index(
 
         facepipe index gallery/ --factory IVF16384,SQ8 --retrain
     """
-    with failures("the index is what it was before; the same command starts again"):
+    with exit_on_error("the index is unchanged; run the same command again to start over"):
         from pipelines.index import IndexConfig, run
 
-        given = {"memory": memory, "recall": recall, "factory": factory}
-        asked = {"index": {name: value for name, value in given.items() if value is not None}}
-        layers = [read_toml(config) if config else {}, asked, parse_settings(settings or [])]
+        options = {"index": select_set(memory=memory, recall=recall, factory=factory)}
         summary = run(
-            build(IndexConfig, *layers),
+            build_config(IndexConfig, config, settings, options),
             gallery,
             retrain=retrain,
             compact_all=compact,
             repair=repair,
-            progress=say("index", quiet),
+            progress=make_line_printer("index", quiet=quiet),
         )
-        emit(asdict(summary), as_json, lambda: _show(gallery, summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(gallery, summary))
 
 
-def _show(gallery: str, summary: Any) -> None:
-    measured = "not measured" if summary.recall_at_10 is None else f"{summary.recall_at_10:.4f} or better"
-    reached = "exact" if summary.factory == "IDMap2,Flat" else measured
+def _print(gallery: str, summary: Any) -> None:
     rows = [
         ("faces", summary.vectors),
         ("added", summary.added),
         ("removed", summary.removed),
-        ("unusable vectors left out", summary.unusable),
+        ("unusable vectors, left out", summary.unusable),
         ("shards (merged now)", f"{summary.shards} ({summary.merged})"),
         ("deleted, still in shards", summary.dead),
         ("factory", summary.factory),
         ("lists visited, candidates re-scored", f"{summary.nprobe}, {summary.rescore}"),
-        ("recall@10", reached),
+        ("recall@10", _format_recall(summary)),
         ("bytes on disk", summary.bytes),
     ]
-    because = f": {summary.reason}" if summary.reason else ""
-    table(f"index of {gallery} (table version {summary.table_version}), {summary.action}{because}", ("", ""), rows)
-    print(", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items()))
+    reason = f": {summary.reason}" if summary.reason else ""
+    title = f"index of {gallery} (table version {summary.table_version}), {summary.action}{reason}"
+    print_table(title, ("", ""), rows)
+    print_seconds(summary.seconds)
+
+
+def _format_recall(summary: Any) -> str:
+    if summary.factory == "IDMap2,Flat":
+        return "exact"
+    if summary.recall_at_10 is None:
+        return "not measured"
+    return f"{summary.recall_at_10:.4f} or better"

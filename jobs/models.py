@@ -1,20 +1,23 @@
-"""facepipe models: what there is, trying it out, writing it as ONNX, bringing it to 128 dimensions"""
+"""facepipe models, and its commands check, export, project"""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
-from jobs.console import emit, failures, say, table
-from jobs.options import GalleryPath, Json
+from jobs.console import exit_on_error, print_result, print_table
+from jobs.options import GalleryPath, Json, Quiet, select_set
+from jobs.progress import ProgressReporter
 
 app = typer.Typer()
 _COLUMNS = ("name", "role", "summary", "weights", "licence", "input", "sha256")
+_ARCHITECTURE_COLUMNS = ("name", "role", "summary", "input", "alignment", "lineages")
+_UNCHANGED_HINT = "nothing was written"
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A registered name, a model's TOML file, or its name in FACEPIPE_MODELS.",
+        help="Registered name, TOML file of a model, or its name in FACEPIPE_MODELS.",
         show_default=False,
     ),
 ]
@@ -24,13 +27,13 @@ Model = Annotated[
 def models(
     context: typer.Context,
     architectures: Annotated[
-        bool, typer.Option("--architectures", help="List the networks that a TOML file may name instead.")
+        bool, typer.Option("--architectures", help="List of the networks that a model's TOML file may name.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """List the models: where their weights come from, under which licence, what they take.
 
-    Those of TOML files in the folder that the environment variable FACEPIPE_MODELS names are listed too.
+    The list includes models with a TOML file in the folder that the environment variable FACEPIPE_MODELS names.
 
     Example:
 
@@ -40,62 +43,94 @@ def models(
     """
     if context.invoked_subcommand is not None:
         return
-    with failures():
+    with exit_on_error():
         if architectures:
-            _architectures(as_json)
+            _list_architectures(as_json=as_json)
         else:
-            _list(as_json)
+            _list_models(as_json=as_json)
 
 
-def _list(as_json: bool) -> None:
+def _list_models(*, as_json: bool) -> None:
     from facepipe.models.zoo.check import listed
 
     rows = []
-    for found, name, problem in listed():
-        known = {column: getattr(found, column) for column in _COLUMNS} if found else dict.fromkeys(_COLUMNS, "")
-        rows.append(known if found else {**known, "name": name, "summary": f"cannot be used: {problem}"})
-    columns = ("name", "role", "summary", "licence")
-    shown = [[row[column] for column in columns] for row in rows]
-    emit(
-        {"models": rows}, as_json, lambda: table("models (--json: weights, SHA-256 and input as well)", columns, shown)
+    for card, name, problem in listed():
+        if card:
+            rows.append({column: getattr(card, column) for column in _COLUMNS})
+        else:
+            rows.append({**dict.fromkeys(_COLUMNS, ""), "name": name, "summary": f"cannot be used: {problem}"})
+    _print_rows(
+        "models",
+        rows,
+        title="models (--json: weights, SHA-256 and input as well)",
+        columns=("name", "role", "summary", "licence"),
+        as_json=as_json,
     )
 
 
-def _architectures(as_json: bool) -> None:
+def _list_architectures(*, as_json: bool) -> None:
     from facepipe.models.zoo.architectures import ARCHITECTURES
     from facepipe.models.zoo.check import described
 
-    columns = ("name", "role", "summary", "input", "alignment", "lineages")
     rows = []
-    for made in ARCHITECTURES.values():
-        fed = made.input
-        taken = f"{fed.channels.upper()}, mean {_numbers(fed.mean)}, scale {_numbers(fed.scale)}"
-        alignment = described(made.layout) if made.role == "embedder" else ""
-        lineages = ", ".join(lineage.name for lineage in made.lineages)
-        rows.append(dict(zip(columns, (made.name, made.role, made.summary, taken, alignment, lineages), strict=True)))
-    few = ("name", "role", "summary", "lineages")
-    shown = [[row[column] for column in few] for row in rows]
-    emit({"architectures": rows}, as_json, lambda: table("architectures (--json: input and alignment)", few, shown))
+    for architecture in ARCHITECTURES.values():
+        taken = architecture.input
+        mean = _format_numbers(taken.mean)
+        scale = _format_numbers(taken.scale)
+        values = (
+            architecture.name,
+            architecture.role,
+            architecture.summary,
+            f"{taken.channels.upper()}, mean {mean}, scale {scale}",
+            described(architecture.layout) if architecture.role == "embedder" else "",
+            ", ".join(lineage.name for lineage in architecture.lineages),
+        )
+        rows.append(dict(zip(_ARCHITECTURE_COLUMNS, values, strict=True)))
+    _print_rows(
+        "architectures",
+        rows,
+        title="architectures (--json: input and alignment as well)",
+        columns=("name", "role", "summary", "lineages"),
+        as_json=as_json,
+    )
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return f"{values[0]:g}" if len(set(values)) == 1 else ", ".join(f"{v:g}" for v in values)
+def _print_rows(key: str, rows: list[dict[str, Any]], *, title: str, columns: tuple[str, ...], as_json: bool) -> None:
+    """Print rows with all their columns as JSON, or with a few of them as a table.
+
+    Args:
+        key: name of the list in the JSON object.
+        rows: the rows.
+        title: title of the table.
+        columns: columns of the table.
+        as_json: whether `--json` is set.
+    """
+    print_result(
+        {key: rows},
+        as_json=as_json,
+        print_text=lambda: print_table(title, columns, [[row[column] for column in columns] for row in rows]),
+    )
+
+
+def _format_numbers(values: tuple[float, ...]) -> str:
+    """Format one number per channel, or a single number if all are equal."""
+    return f"{values[0]:g}" if len(set(values)) == 1 else ", ".join(f"{value:g}" for value in values)
 
 
 @app.command()
 def check(model: Model, as_json: Json = False) -> None:
-    """Load a model as a worker would, run it once, and say what it is.
+    """Load a model as a worker would, run it once, and describe it.
 
     Example:
 
         facepipe models check arcface.toml
     """
-    with failures():
-        from facepipe.models.zoo.check import check as examine
+    with exit_on_error():
+        from facepipe.models.zoo.check import check as check_model
 
-        found = examine(model)
-        rows = [(name, value) for name, value in asdict(found).items() if value not in ("", None)]
-        emit(asdict(found), as_json, lambda: table(f"model {model}", ("", ""), rows))
+        description = asdict(check_model(model))
+        rows = [(name, value) for name, value in description.items() if value not in ("", None)]
+        print_result(description, as_json=as_json, print_text=lambda: print_table(f"model {model}", ("", ""), rows))
 
 
 @app.command()
@@ -104,29 +139,38 @@ def export(
     out: Annotated[
         str,
         typer.Argument(
-            metavar="OUT.onnx", help="The graph; a TOML file of the same name is written beside it.", show_default=False
+            metavar="OUT.onnx",
+            help="File for the ONNX graph; a TOML file of the same name is written beside it.",
+            show_default=False,
         ),
     ],
-    opset: Annotated[int | None, typer.Option(min=18, help="Of the ONNX operators.", show_default="20")] = None,
+    opset: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=18, help="ONNX opset version.", show_default="20"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an embedder as one ONNX graph that takes chips as they are cut: uint8, RGB, (n, height, width, 3).
 
-    Channel order, mean, scale and projection are inside; batch norms are folded where torch can. Nothing is written
-    unless ONNX Runtime gives the vectors that torch gives.
+    The graph contains channel order, mean, scale and projection; batch norms are folded if torch can fold them. Nothing
+    is written unless ONNX Runtime returns the same vectors as torch.
 
     Example:
 
         facepipe models export arcface.toml arcface-onnx.onnx
     """
-    with failures("nothing was written"):
+    with exit_on_error(_UNCHANGED_HINT):
         from pathlib import Path
 
         from facepipe.models.zoo.export import OPSET
-        from facepipe.models.zoo.export import export as write
+        from facepipe.models.zoo.export import export as export_model
 
-        made = write(model, Path(out), opset or OPSET)
-        emit(asdict(made), as_json, lambda: table(f"export of {model}", ("", ""), asdict(made).items()))
+        description = asdict(export_model(model, Path(out), opset or OPSET))
+        print_result(
+            description,
+            as_json=as_json,
+            print_text=lambda: print_table(f"export of {model}", ("", ""), description.items()),
+        )
 
 
 @app.command()
@@ -139,18 +183,23 @@ def project(
     ],
     gallery: GalleryPath,
     pairs: Annotated[
-        str | None,
-        typer.Option(metavar="PAIRS", help="LFW's pairs.txt or a CSV, to measure the loss on.", show_default="drawn"),
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="PAIRS", help="LFW's pairs.txt or a CSV, to measure the loss on.", show_default="random pairs"
+        ),
     ] = None,
-    faces: Annotated[int | None, typer.Option(min=1, help="Of the gallery, to fit on.", show_default="20000")] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of faces and pairs.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    faces: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Number of faces to fit on.", show_default="20000"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fit the matrix that brings a model's vectors to the 128 dimensions of a gallery, and say what that loses.
+    """Fit the matrix that reduces a model's vectors to the 128 dimensions of a gallery, and measure the loss.
 
-    The gallery may be of any models: its images are read again, its boxes and landmarks are used, no detector is run.
-    Writes CARD.projection.safetensors and CARD-128.toml, which is the model to embed with.
+    The gallery may be of any models. Its images are read again, and its boxes and landmarks are used; no detector is
+    run. Writes CARD.projection.safetensors and CARD-128.toml, which is the model to embed with.
 
     Example:
 
@@ -158,32 +207,32 @@ def project(
 
         facepipe embed photos/ arcface-gallery/ --embedder arcface-128.toml
     """
-    with failures("nothing was written"):
+    with exit_on_error(_UNCHANGED_HINT):
         from facepipe.config import build
-        from jobs.options import given
         from pipelines.project import ProjectConfig, run
 
-        config = build(ProjectConfig, given(pairs=pairs, faces=faces, seed=seed))
-        summary = run(config, card, gallery, say("project", quiet))
-        emit(asdict(summary), as_json, lambda: _show(summary))
+        config = build(ProjectConfig, select_set(pairs=pairs, faces=faces, seed=seed))
+        with ProgressReporter("project", quiet=quiet) as progress:
+            summary = run(config, card, gallery, progress.update)
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_projection(summary))
 
 
-def _show(summary: Any) -> None:
+def _print_projection(summary: Any) -> None:
     rows = [("faces fitted on", summary.faces)]
     rows += [(f"images: {status}", count) for status, count in sorted(summary.images.items())]
-    rows += [("kept by 128 dimensions", f"{summary.energy:.2%} of the squared length"), ("model", summary.card)]
-    table(f"projection of {summary.dim} dimensions to 128 -> {summary.projection}", ("", ""), rows)
+    rows.append(("kept by 128 dimensions", f"{summary.energy:.2%} of the squared length"))
+    rows.append(("model", summary.card))
+    print_table(f"projection of {summary.dim} dimensions to 128 -> {summary.projection}", ("", ""), rows)
+
+    # What the projection loses, on pairs of faces.
     if summary.full is None or summary.reduced is None:
         print(f"The loss was not measured: {summary.unmeasured}")
         return
-    measured = ((f"{summary.dim} dimensions", summary.full), ("128 dimensions", summary.reduced))
-    lines = [
-        (name, f"{found.accuracy:.4f}", "too few pairs" if found.tar is None else f"{found.tar:.4f}")
-        for name, found in measured
-    ]
+    scores = []
+    for dimensions, verification in ((summary.dim, summary.full), (128, summary.reduced)):
+        tar = "too few pairs" if verification.tar is None else f"{verification.tar:.4f}"
+        scores.append((f"{dimensions} dimensions", f"{verification.accuracy:.4f}", tar))
     title = f"{summary.full.same} pairs of one person, {summary.full.different} of two"
-    table(title, ("", "accuracy", "TAR at FAR 1e-3"), lines)
+    print_table(title, ("", "accuracy", "TAR at FAR 1e-3"), scores)
     if summary.measured_on_fit:
-        print(
-            "The gallery has too few other faces: these were fitted on too, so that the real loss is a little larger."
-        )
+        print("The actual loss is slightly larger: some of these faces were also fitted on, for lack of others.")

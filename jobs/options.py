@@ -1,50 +1,93 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the config that they add up to."""
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional, TypeVar
 
 import typer
 
+from facepipe.config import build, parse_settings, read_toml
+from jobs.settings import print_settings
+
+Config = TypeVar("Config")
+
+# Choices of options. The configs have the same ones, but are imported only when a command runs; a test compares them.
+LogFormat = Literal["text", "json"]
+IdentityRule = Literal["auto", "folder", "filename", "label", "none"]
+Runner = Literal["auto", "inline", "local", "ray"]
+Keep = Literal["largest", "sharpest", "oldest"]
+Drop = Literal["exact", "near", "same_shot"]
+Decide = Literal["nearest", "vote"]
+NameRole = Literal["auto", "people", "images"]
+
 GalleryPath = Annotated[str, typer.Argument(metavar="GALLERY", help="Folder of the gallery.", show_default=False)]
 ConfigFile = Annotated[
-    str | None,
-    typer.Option("--config", metavar="FILE.toml", help="Settings, one section a stage.", show_default=False),
+    Optional[str],  # noqa: UP045
+    typer.Option("--config", metavar="FILE.toml", help="TOML file with one section per stage.", show_default=False),
 ]
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="One setting; may be repeated, wins over --config.",
+        help="Single setting, which overrides --config; repeatable.",
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+HelpSettings = Annotated[
+    bool,
+    typer.Option(
+        "--help-settings",
+        help="List of all settings for --config and --set, with defaults and meanings.",
+        callback=print_settings,
+        is_eager=True,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only a count of what would be done; nothing is written.")]
 Detector = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        "--detector", metavar="MODEL", help="A registered detector, or a model's TOML file.", show_default=False
+        "--detector", metavar="MODEL", help="Name of a registered detector, or a model's TOML file.", show_default=False
     ),
 ]
 Embedder = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        "--embedder", metavar="MODEL", help="A registered embedder, or a model's TOML file.", show_default=False
+        "--embedder", metavar="MODEL", help="Name of a registered embedder, or a model's TOML file.", show_default=False
     ),
 ]
 Where = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        metavar="FILTER", help="Rows to take, such as \"status = 'ok' and det_score > 0.9\".", show_default=False
+        metavar="FILTER", help="Filter on rows, such as \"status = 'ok' and det_score > 0.9\".", show_default=False
     ),
 ]
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Those options that were given, as a layer of configuration."""
+def select_set(**options: Any) -> dict[str, Any]:
+    """Return the options that the user set, which are those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def models(detector: str | None, embedder: str | None) -> dict[str, Any]:
-    """The options --detector and --embedder as settings of embed."""
-    chosen = {"detect": given(model=detector), "embed": given(model=embedder)}
-    return {section: values for section, values in chosen.items() if values}
+def build_config(
+    kind: type[Config], config_file: str | None, settings: list[str] | None, options: dict[str, Any] | None = None
+) -> Config:
+    """Build a command's config. Options override the file, and `--set` overrides both.
+
+    Args:
+        kind: dataclass of the config.
+        config_file: path of `--config`, if set.
+        settings: values of `--set`, if set.
+        options: the other options, as sections and keys of the config.
+
+    Raises:
+        ConfigError: if the file is not TOML, a key is unknown, or a value is invalid.
+    """
+    file_layer = read_toml(config_file) if config_file else {}
+    return build(kind, file_layer, options or {}, parse_settings(settings or []))
+
+
+def build_model_sections(detector: str | None, embedder: str | None) -> dict[str, Any]:
+    """Return `--detector` and `--embedder` as sections of an `embed` config."""
+    sections = {"detect": select_set(model=detector), "embed": select_set(model=embedder)}
+    return {section: values for section, values in sections.items() if values}

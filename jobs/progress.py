@@ -1,38 +1,53 @@
-"""Progress on stderr: a bar on a terminal, a line every few seconds otherwise."""
+"""Progress on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jobs.console import say
-from pipelines.embed import Summary
+from facepipe.observe import logs
+from jobs.console import make_line_printer
 
-_LINE_SECONDS = 5.0
+_INTERVAL_S = 5.0
 
 
-class EmbedProgress:
-    """Shows a running Summary. The total is not known before the listing has ended, so there is a rate and no ETA
-    until then.
+class ProgressReporter:
+    """Show where a job stands.
+
+    Updates are throttled: a bar redraws itself, and lines are printed a few seconds apart. Without a total there is no
+    estimate of the time left, as for a listing that has not ended.
     """
 
-    def __init__(self, quiet: bool = False):
-        self._quiet = quiet
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._last = time.monotonic()
+    def __init__(
+        self, job: str, *, quiet: bool = False, show_first: bool = False, clock: Callable[[], float] = time.monotonic
+    ):
+        """Prepare progress for one job.
 
-    def __enter__(self) -> "EmbedProgress":
-        if self._console.is_terminal and not self._quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
+        Args:
+            job: name of the command, which begins each line.
+            quiet: show nothing.
+            show_first: print a line for the first update as well, instead of after the first interval.
+            clock: returns the time in seconds; tests replace it.
+        """
+        self._job = job
+        self._quiet = quiet or logs.is_json()
+        self._clock = clock
+        self._print_line = make_line_printer(job, quiet=quiet)
+        self._bar: Progress | None = None
+        self._last_line = clock() - (_INTERVAL_S if show_first else 0.0)
+
+    def __enter__(self) -> Self:
+        console = Console(stderr=True)
+        if console.is_terminal and not self._quiet:
+            description = TextColumn("{task.description}")
+            figures = TextColumn("{task.fields[figures]}")
+            self._bar = Progress(
+                description, BarColumn(), figures, TimeElapsedColumn(), console=console, transient=True
             )
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task("embed", total=None, figures="starting")
+            self._task = self._bar.add_task(self._job, total=None, figures="starting")
             self._bar.start()
         return self
 
@@ -41,20 +56,50 @@ class EmbedProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
-    def __call__(self, summary: Summary) -> None:
-        text = figures(summary)
+    def update(self, figures: str, *, completed: float | None = None, total: float | None = None) -> None:
+        """Show the current figures, at once on a bar, otherwise if the last line is old enough.
+
+        Args:
+            figures: where the job stands, in a few words.
+            completed: number of finished units.
+            total: number of all units.
+        """
         if self._bar is not None:
-            self._bar.update(self._task, figures=text)
-        elif not self._quiet and time.monotonic() - self._last >= _LINE_SECONDS:
-            self._last = time.monotonic()
-            say("embed")(text)
+            self._bar.update(self._task, figures=figures, completed=completed, total=total)
+        elif self._clock() - self._last_line >= _INTERVAL_S:
+            self._last_line = self._clock()
+            self._print_line(figures)
+
+    def log(self, line: str) -> None:
+        """Print a line at once, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(f"{self._job}: {line}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._print_line(line)
 
 
-def figures(summary: Summary) -> str:
-    """One line of a running or finished run."""
+def format_embed_rate(summary: Any) -> str:
+    """Format the figures of a running or finished `embed` as one line.
+
+    Args:
+        summary: a `pipelines.embed.Summary`.
+    """
     rate = summary.images / summary.seconds if summary.seconds else 0.0
     parts = [f"{summary.images} images", f"{summary.faces} faces", f"{rate:.1f} images/s"]
-    parts += [f"{summary.failed} failed"] if summary.failed else []
-    parts += [f"{summary.skipped} known"] if summary.skipped else []
+    if summary.failed:
+        parts.append(f"{summary.failed} failed")
+    if summary.skipped:
+        parts.append(f"{summary.skipped} known")
     return ", ".join(parts)
+
+
+def format_search_rate(summary: Any) -> str:
+    """Format the figures of a running search as one line.
+
+    Args:
+        summary: a `pipelines.search.SearchSummary`.
+    """
+    rate = summary.queries / max(1e-9, summary.seconds)
+    return f"{summary.queries} queries, {rate:.0f} queries/s"

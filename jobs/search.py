@@ -1,18 +1,28 @@
 """facepipe search"""
 
 import sys
-import time
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
 
 import typer
 
-from facepipe.config import build, parse_settings, read_toml
 from facepipe.errors import ConfigError
-from jobs.console import emit, failures, table
-from jobs.options import ConfigFile, Detector, Embedder, GalleryPath, Json, Settings, models
-
-_LINE_SECONDS = 5.0
+from jobs.console import exit_on_error, print_result, print_table
+from jobs.options import (
+    ConfigFile,
+    Decide,
+    Detector,
+    Embedder,
+    GalleryPath,
+    HelpSettings,
+    Json,
+    Quiet,
+    Settings,
+    build_config,
+    build_model_sections,
+    select_set,
+)
+from jobs.progress import ProgressReporter, format_search_rate
 
 
 def search(
@@ -28,44 +38,52 @@ def search(
     out: Annotated[
         Optional[str],  # noqa: UP045
         typer.Argument(
-            metavar="OUT.parquet", help="The answers; a folder of parts without .parquet.", show_default=False
+            metavar="OUT.parquet", help="File for the answers; without .parquet a folder of parts.", show_default=False
         ),
     ] = None,
-    k: Annotated[int | None, typer.Option("-k", "--k", min=1, help="Nearest faces a query.", show_default="10")] = None,
+    k: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("-k", "--k", min=1, help="Neighbours per query.", show_default="10"),
+    ] = None,
     radius: Annotated[
-        float | None, typer.Option(help="All faces within this distance, instead of k.", show_default=False)
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Distance within which all faces are returned, instead of k.", show_default=False),
     ] = None,
     recall: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Recall@10 to search with.", show_default="the index's")
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, max=1, help="Recall@10 of the search.", show_default="the index's"),
     ] = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(help="Distance up to which a face says who it is; else Unknown.", show_default=False),
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Maximum distance for a match; anything farther is Unknown.", show_default=False),
     ] = None,
     calibrate: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="FPIR=RATE",
-            help="Choose the threshold for this rate of false alarms, from searches in the gallery itself.",
+            help="Rate of false alarms to choose the threshold for, from searches in the gallery itself.",
             show_default=False,
         ),
     ] = None,
     decide: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Who it is: by the nearest face, or by vote of the k.", show_default="nearest"),
+        Optional[Decide],  # noqa: UP045
+        typer.Option(
+            help="Identification by the nearest face, or by a vote of all neighbours.", show_default="nearest"
+        ),
     ] = None,
     detector: Detector = None,
     embedder: Embedder = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare with every face instead of visiting lists.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Comparison with every face instead of an index.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     config: ConfigFile = None,
     settings: Settings = None,
+    help_settings: HelpSettings = False,
 ) -> None:
-    """Find the nearest faces of each query, and say who it is.
+    """Find the nearest faces of each query, and identify it.
 
-    A search that was interrupted goes on from its last finished block when the same command is given again.
-    With --calibrate alone, prints the threshold and what it misses.
+    Run an interrupted search again to resume from the last finished block. With --calibrate but without QUERIES, only
+    the threshold is chosen and printed, with the share of faces it misses.
 
     Example:
 
@@ -77,86 +95,90 @@ def search(
 
         facepipe search gallery/ new_photos/ who.parquet --calibrate FPIR=0.001 --decide vote
     """
-    with failures():
+    with exit_on_error():
         from pipelines.search import SearchConfig, run
 
-        given = {"k": k, "radius": radius, "recall": recall, "threshold": threshold, "decide": decide}
-        asked = {name: value for name, value in given.items() if value is not None}
-        if exact:
-            asked["path"] = "scan"
         if calibrate is not None and threshold is not None:
-            raise ConfigError("--threshold and --calibrate both set the threshold: give one of them")
+            raise ConfigError("--threshold and --calibrate both set the threshold: leave out one of them")
         if (queries is None or out is None) and (calibrate is None or queries is not None):
-            raise ConfigError("search takes GALLERY QUERIES OUT.parquet; only with --calibrate is GALLERY alone enough")
-        point = _calibrated(gallery, calibrate, recall) if calibrate else None
-        if point is not None:
-            asked["threshold"] = point.threshold
+            raise ConfigError("search needs GALLERY QUERIES OUT.parquet; only with --calibrate is GALLERY alone enough")
+
+        # Choose the threshold, and stop there if there is nothing to search for.
+        point = _choose_threshold(gallery, calibrate, recall) if calibrate else None
         if queries is None or out is None:
             if as_json and point is not None:
-                emit(point.to_dict(), True, lambda: None)
+                print_result(point.to_dict(), as_json=True, print_text=lambda: None)
             return
-        chosen = {"search": asked, "embed": models(detector, embedder)}
-        layers = [read_toml(config) if config else {}, chosen, parse_settings(settings or [])]
-        with_progress = _Progress(quiet)
-        summary = run(build(SearchConfig, *layers), gallery, queries, out, with_progress)
-        emit(asdict(summary), as_json, lambda: _show(summary))
+
+        options = {
+            "search": select_set(
+                k=k,
+                radius=radius,
+                recall=recall,
+                threshold=threshold if point is None else point.threshold,
+                decide=decide,
+                path="scan" if exact else None,
+            ),
+            "embed": build_model_sections(detector, embedder),
+        }
+        chosen = build_config(SearchConfig, config, settings, options)
+        with ProgressReporter("search", quiet=quiet) as progress:
+            summary = run(chosen, gallery, queries, out, lambda searched: progress.update(format_search_rate(searched)))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 
-def _calibrated(gallery: str, asked: str, recall: float | None) -> Any:
-    from facepipe.evaluation.identification import few, operating_point, probe
+def _choose_threshold(gallery: str, calibrate: str, recall: float | None) -> Any:
+    """Choose the threshold for the rate in `--calibrate`, and print it on stderr.
+
+    Returns:
+        The operating point that `facepipe.evaluation.identification.choose_threshold` returns.
+    """
+    from facepipe.evaluation.identification import choose_threshold, few
     from facepipe.gallery import Gallery
-    from facepipe.index.search import Index
 
-    name, _, value = asked.rpartition("=")
+    point = choose_threshold(Gallery(gallery), _parse_fpir(calibrate), recall)
+    print(_format_point(point, is_unstable=few(point)), file=sys.stderr)
+    return point
+
+
+def _parse_fpir(text: str) -> float:
+    """Parse `FPIR=RATE`, or the rate alone."""
+    name, _, value = text.rpartition("=")
     try:
         fpir = float(value)
     except ValueError:
         fpir = 0.0
     if name.upper() not in ("", "FPIR") or not 0 < fpir < 1:
-        raise ConfigError(f"--calibrate takes FPIR=RATE with a rate between 0 and 1, such as FPIR=0.001; got {asked!r}")
-    point = operating_point(probe(Gallery(gallery), Index(gallery, recall)), fpir)
-    print(_told(point, few(point)), file=sys.stderr)
-    return point
+        raise ConfigError(f"--calibrate={text!r} is not FPIR=RATE: write a rate between 0 and 1, such as FPIR=0.001")
+    return fpir
 
 
-def _told(point: Any, few: bool) -> str:
+def _format_point(point: Any, *, is_unstable: bool) -> str:
     text = f"threshold {point.threshold:.4f}: {point.false_alarms} false alarms in {point.probes} searches"
     text += f" (FPIR {point.fpir:g}); "
     if point.fnir is None:
-        text += "no identity has two faces, so what it misses is not known"
+        text += "the share of misses is unknown, because no identity has two faces"
     else:
         text += f"misses {point.fnir:.2%} of the faces whose identity is in the gallery (FNIR)"
-    if few:
-        text += "; so few alarms that another sample may move it: label more faces, or ask for a higher FPIR"
+    if is_unstable:
+        text += "; too few false alarms for a stable estimate: label more faces, or choose a higher FPIR"
     return text
 
 
-class _Progress:
-    """A line on stderr every few seconds."""
-
-    def __init__(self, quiet: bool):
-        self._quiet, self._last = quiet, time.monotonic()
-
-    def __call__(self, summary: Any) -> None:
-        if not self._quiet and time.monotonic() - self._last >= _LINE_SECONDS:
-            self._last = time.monotonic()
-            rate = summary.queries / max(1e-9, summary.seconds)
-            print(f"search: {summary.queries} queries, {rate:.0f}/s", file=sys.stderr, flush=True)
-
-
-def _show(summary: Any) -> None:
-    how = "every face compared" if summary.path == "scan" else f"{summary.nprobe} lists, {summary.rescore} re-scored"
+def _print(summary: Any) -> None:
+    visited = f"{summary.nprobe} lists, {summary.rescore} re-scored"
     rows = [
         ("queries", summary.queries),
         ("answers", summary.rows),
         ("faces in the index", summary.vectors),
-        ("how", how),
+        ("method", "every face compared" if summary.path == "scan" else visited),
         ("recall@10, measured", summary.recall_at_10),
     ]
     rows += [(f"images: {status}", count) for status, count in summary.images.items()]
-    rows += [(f"queries without a search: {reason}", count) for reason, count in summary.bad.items()]
-    rows += [("blocks (done before)", f"{summary.blocks} ({summary.skipped_blocks})")]
+    rows += [(f"queries not searched: {reason}", count) for reason, count in summary.bad.items()]
+    rows.append(("blocks (finished earlier)", f"{summary.blocks} ({summary.skipped_blocks})"))
     if summary.threshold is not None:
-        rows += [(f"identified (within {summary.threshold:.4f})", summary.identified), ("Unknown", summary.unknown)]
-    table(f"search -> {summary.out}", ("", ""), rows)
+        rows.append((f"identified (within {summary.threshold:.4f})", summary.identified))
+        rows.append(("Unknown", summary.unknown))
+    print_table(f"search -> {summary.out}", ("", ""), rows)
     print(f"{summary.seconds:.1f} s")

@@ -1,35 +1,33 @@
 """facepipe train"""
 
-import time
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from facepipe.config import parse_settings, read_toml
-from jobs.console import emit, failures, say, table
-from jobs.options import Json, Settings
-
-_LINE_SECONDS = 5.0
-_KEPT = "what is done is kept, and the same command goes on from there"
+from jobs.console import exit_on_error, print_result, print_table
+from jobs.options import HelpSettings, Json, Quiet, Settings
+from jobs.progress import ProgressReporter
 
 
 def train(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A TOML file, such as jobs/train.toml.", show_default=False)
+        str, typer.Argument(metavar="CONFIG.toml", help="TOML file, such as jobs/train.toml.", show_default=False)
     ],
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin again, without the checkpoints that run.output holds.")
+        bool, typer.Option("--fresh", help="Start from scratch, without the checkpoints in run.output.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
     settings: Settings = None,
+    help_settings: HelpSettings = False,
 ) -> None:
-    """Train an embedder, or with a section `detection` a detector, and leave a model that facepipe can use.
+    """Train an embedder, or a detector if the config has a section `detection`, and write a model to use.
 
-    Running it again goes on from the last checkpoint, to the same result as if it had never stopped. In run.output it
-    leaves model.toml with its weights, report.html, metrics.jsonl, manifest.json (what it was trained on), and the
-    checkpoints.
+    Run it again to resume from the last checkpoint; the result is the same as without the interruption. Writes
+    model.toml with its weights, report.html, metrics.jsonl, manifest.json (what it was trained on) and checkpoints into
+    run.output.
 
     Example:
 
@@ -39,58 +37,62 @@ def train(
 
         facepipe embed photos/ gallery/ --set embed.model=runs/first/model.toml
     """
-    with failures(_KEPT):
+    with exit_on_error():
         from pipelines.train import run
         from pipelines.train.pipeline import read_config
 
         chosen = read_config(read_toml(config), parse_settings(settings or []))
-        summary = run(chosen, fresh, _Progress(quiet), _Lines(quiet))
-        emit(asdict(summary), as_json, lambda: _show(summary))
+        with ProgressReporter("train", quiet=quiet, show_first=True) as progress:
+            summary = run(chosen, fresh, lambda step: _report(progress, step), progress.update)
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 
-class _Lines:
-    """A line every few seconds at most."""
+def _report(progress: ProgressReporter, step: Any) -> None:
+    """Show where training stands; the scores of a validation are printed at once.
 
-    def __init__(self, quiet: bool):
-        self._say, self._last = say("train", quiet), time.monotonic() - _LINE_SECONDS
-
-    def __call__(self, line: str) -> None:
-        if time.monotonic() - self._last >= _LINE_SECONDS:
-            self._last = time.monotonic()
-            self._say(line)
-
-
-class _Progress:
-    """Says where a run stands; what a validation found is said at once."""
-
-    def __init__(self, quiet: bool):
-        self._say, self._lines = say("train", quiet), _Lines(quiet)
-
-    def __call__(self, progress: Any) -> None:
-        (self._say if progress.scores else self._lines)(line(progress))
+    Args:
+        progress: where to show it.
+        step: a `Progress` of the training.
+    """
+    line = format_step(step)
+    if step.scores:
+        progress.log(line)
+    progress.update(line, completed=step.step, total=step.steps)
 
 
-def line(progress: Any) -> str:
-    """Where a run stands, in one line."""
-    parts = [f"step {progress.step} of {progress.steps}", f"epoch {progress.epoch:.2f}", f"loss {progress.loss:.4f}"]
-    parts += [f"lr {progress.lr:.3g}", f"{progress.speed:.1f} images/s"]
-    parts += [f"score {progress.scores['score']:.4f}"] if progress.scores else []
-    return ", ".join([*parts, f"{_time(progress.left)} left"])
+def format_step(progress: Any) -> str:
+    """Format where training stands as one line.
+
+    Args:
+        progress: a `Progress` of the training.
+    """
+    parts = [
+        f"step {progress.step} of {progress.steps}",
+        f"epoch {progress.epoch:.2f}",
+        f"loss {progress.loss:.4f}",
+        f"lr {progress.lr:.3g}",
+        f"{progress.speed:.1f} images/s",
+    ]
+    if progress.scores:
+        parts.append(f"score {progress.scores['score']:.4f}")
+    parts.append(f"{_format_time(progress.left)} left")
+    return ", ".join(parts)
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _show(summary: Any) -> None:
+def _print(summary: Any) -> None:
     rows: list[tuple[str, object]] = [(name, f"{count:,}") for name, count in summary.data.items()]
     rows += [("steps", f"{summary.step:,} of {summary.steps:,}"), ("epochs", f"{summary.epochs:.2f}")]
-    rows += [("went on from step", f"{summary.resumed:,}")] if summary.resumed else []
-    rows += [("loss", f"{summary.loss:.4f}"), ("the model is of step", f"{summary.best:,}")]
+    if summary.resumed:
+        rows.append(("resumed from step", f"{summary.resumed:,}"))
+    rows += [("loss", f"{summary.loss:.4f}"), ("best step, which the model is from", f"{summary.best:,}")]
     rows += [(name, f"{value:.4f}") for name, value in summary.scores.items()]
-    table(f"train -> {summary.output} ({summary.end})", ("", ""), rows)
+    print_table(f"train -> {summary.output} ({summary.end})", ("", ""), rows)
     for note in summary.notes:
         print(note)
     print(f"{summary.images_per_second:.1f} images/s, {summary.seconds:.1f} s; model {summary.model}")

@@ -1,43 +1,44 @@
-"""bulk_search: a batch of queries in, their nearest faces and who they are out; the index is brought up first."""
+"""bulk_search: search a batch of queries in a gallery, and identify them; update the index first if configured."""
 
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from facepipe import storage
 from facepipe.errors import ConfigError
-from facepipe.evaluation.identification import few, operating_point, probe
+from facepipe.evaluation.identification import choose_threshold, few
 from facepipe.gallery import Gallery, mirror
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import Find
 from facepipe.index.queries import open_queries
-from facepipe.index.search import Index
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
 from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig
+from pipelines.job import JobSummary, OnLine, Share, count_indexed
 from pipelines.runtime.run_record import follow, records
 from pipelines.search import SearchConfig, SearchRunConfig, SearchSummary
 
-Progress = Callable[[str], None]
-SearchProgress = Callable[[SearchSummary], None]
-Share = Annotated[float, Field(ge=0, le=1)]
+OnSearch = Callable[[SearchSummary], None]
 
 
 @dataclass(frozen=True)
 class BulkConfig:
     """What the job does around the search, and when it counts as failed.
 
-    update_index: bring the index up to date with the gallery first; without, the faces that it holds are searched
-    fpir: rate of false alarms that the threshold is chosen for, from searches in the gallery itself, which needs
-        labels; instead of search.threshold
-    max_failed: share of the queries that may be of no use (unreadable images, broken vectors) before the exit code is 3
+    Attributes:
+        update_index: Whether to bring the index up to date with the gallery first. Otherwise the job searches the faces
+            that the index holds.
+        fpir: Rate of false alarms to choose the threshold for, from searches in the gallery itself. It needs labels,
+            and replaces search.threshold.
+        max_failed: Largest share of the queries that may fail (unreadable images, broken vectors); above it the exit
+            code is 3.
     """
 
     update_index: bool = False
@@ -47,10 +48,17 @@ class BulkConfig:
 
 @dataclass(frozen=True)
 class BulkSearchConfig:
-    """Everything the job can be told: what is searched for where, and the sections of its commands.
+    """The settings of the job: gallery, queries, output, and the sections of its steps.
 
-    queries: images (whatever embed takes), a gallery, or Parquet files with a column `embedding`
-    output: a .parquet file, or a folder of parts; also in an object store
+    Attributes:
+        gallery: Folder of the gallery to search.
+        queries: Images (whatever `embed` takes), a gallery, or Parquet files with a column `embedding`.
+        output: A .parquet file, or a folder of parts; also in an object store.
+        bulk: What the job does around the search, and when it counts as failed.
+        search: What to search for, as in `search`.
+        run: Distribution of the search, as in `search`.
+        index: How to build the index, for bulk.update_index.
+        embed: How to embed queries that are images: the sections of `embed`.
     """
 
     gallery: str = ""
@@ -64,82 +72,98 @@ class BulkSearchConfig:
 
 
 @dataclass
-class BulkSummary:
-    """What was done: queries that were of no use among all, and the summary of each step (index, calibrate, search)."""
+class BulkSummary(JobSummary):
+    """The figures of a run; its steps are index, calibrate and search.
 
-    gallery: str
-    output: str
-    dry_run: bool = False
+    Attributes:
+        output: where the answers are.
+        queries: number of queries; `failed` counts those among them that could not be searched.
+    """
+
+    output: str = ""
     queries: int = 0
-    failed: int = 0
-    over_budget: bool = False
-    steps: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
     config: BulkSearchConfig,
     *,
     dry_run: bool = False,
-    progress: Progress = lambda line: None,
-    searched: SearchProgress = lambda summary: None,
+    on_progress: OnLine = lambda line: None,
+    on_search: OnSearch = lambda summary: None,
 ) -> BulkSummary:
-    """Search. A job that died is run again, and goes on from its last finished block.
+    """Search all queries. Run it again to resume from the last finished block.
 
-    dry_run: only say what would be searched. Raises EvaluationError where the gallery's labels do not show a threshold.
+    Args:
+        config: settings of the job.
+        dry_run: only count what would be searched; write nothing.
+        on_progress: receives the name of each step, and its messages.
+        on_search: receives the running figures of the search.
+
+    Returns:
+        The figures of the run.
+
+    Raises:
+        ConfigError: if the config lacks a path, or sets the threshold twice.
+        EvaluationError: if the gallery's labels are too few to choose a threshold for bulk.fpir.
     """
     _check(config)
     if dry_run:
-        return _planned(config)
-    return _searched(config, config.gallery, progress, searched)
+        return _preview(config)
+    return _bulk_search(config, config.gallery, on_progress, on_search)
 
 
 @records("bulk_search")
-def _searched(config: BulkSearchConfig, gallery: str, progress: Progress, searched: SearchProgress) -> BulkSummary:
-    summary = BulkSummary(gallery, config.output)
+def _bulk_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_search: OnSearch) -> BulkSummary:
+    summary = BulkSummary(gallery, output=config.output)
     follow(summary)
-    if config.bulk.update_index and _behind(gallery):
-        progress("index")
-        summary.steps["index"] = asdict(index.run(IndexConfig(config.index), gallery, progress=progress))
-    find = _calibrated(config, summary, progress)
-    progress("search")
-    with_settings = SearchConfig(find, config.run, config.embed)
-    local = _local(config.output)
-    found = search.run(with_settings, gallery, config.queries, local, searched)
-    _deliver(local, config.output)
-    summary.steps["search"] = {**asdict(found), "out": config.output}
-    summary.queries = max(found.queries, sum(found.images.values()))
-    summary.failed = sum(found.bad.values()) + sum(found.images.get(status, 0) for status in FAILED)
+    if config.bulk.update_index and _is_index_outdated(gallery):
+        on_progress("index")
+        summary.add_step("index", index.run(IndexConfig(config.index), gallery, progress=on_progress))
+    find = _set_threshold(config, summary, on_progress)
+
+    # Search into a local folder, where finished blocks stay until all are done.
+    on_progress("search")
+    search_config = SearchConfig(find, config.run, config.embed)
+    local_output = _local_path(config.output)
+    searched = search.run(search_config, gallery, config.queries, local_output, on_search)
+    _upload(local_output, config.output)
+
+    summary.steps["search"] = {**asdict(searched), "out": config.output}
+    summary.queries = max(searched.queries, sum(searched.images.values()))
+    failed_images = sum(searched.images.get(status, 0) for status in FAILED)
+    summary.failed = sum(searched.bad.values()) + failed_images
     summary.over_budget = summary.failed > config.bulk.max_failed * summary.queries
     return summary
 
 
-def _behind(gallery: str) -> bool:
-    """Whether the table has moved on. An index that is up to date stays untouched: a search that was broken off goes on
-    only in the index that it began with."""
+def _is_index_outdated(gallery: str) -> bool:
+    """Tell whether the table is newer than the index.
+
+    An index that is up to date stays untouched, because an interrupted search resumes only in the index it began with.
+    """
     return not manifests.exists(gallery) or manifests.load(gallery).table_version != Gallery(gallery).version
 
 
-def _calibrated(config: BulkSearchConfig, summary: BulkSummary, progress: Progress) -> Find:
-    """What is looked for, with the threshold for the rate of false alarms; the same one whenever it is asked for."""
+def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: OnLine) -> Find:
+    """Return what to search for, with the threshold for bulk.fpir. The same gallery gives the same threshold."""
     if config.bulk.fpir is None:
         return config.search
-    progress(f"threshold for FPIR={config.bulk.fpir:g}")
-    opened = Index(config.gallery, config.search.recall)
-    point = operating_point(probe(Gallery(config.gallery), opened), config.bulk.fpir)
+    on_progress(f"threshold for FPIR={config.bulk.fpir:g}")
+    point = choose_threshold(Gallery(config.gallery), config.bulk.fpir, config.search.recall)
     summary.steps["calibrate"] = {**point.to_dict(), "few": few(point)}
     return replace(config.search, threshold=point.threshold)
 
 
-def _local(output: str) -> str:
-    """Where the answers are written: blocks that are finished stay there until all are."""
+def _local_path(output: str) -> str:
+    """Return where to write the answers first: the output itself, or a path in the cache if the output is remote."""
     if not storage.is_remote(output):
         return output
     name = f"{hash64(output):016x}" + (".parquet" if output.endswith(".parquet") else "")
     return os.path.join(mirror.cache(), "searches", name)
 
 
-def _deliver(local: str, output: str) -> None:
-    """Answers that go to an object store are uploaded when they are complete."""
+def _upload(local: str, output: str) -> None:
+    """Upload complete answers to an object store and delete the local copy; do nothing for a local output."""
     if local == output:
         return
     if os.path.isdir(local):
@@ -154,28 +178,26 @@ def _deliver(local: str, output: str) -> None:
 def _check(config: BulkSearchConfig) -> None:
     for name in ("gallery", "queries", "output"):
         if not getattr(config, name):
-            raise ConfigError(f'the config names no {name}: {name} = "..."')
+            raise ConfigError(f'the config names no {name}: add {name} = "..."')
     if config.bulk.fpir is not None and config.search.threshold is not None:
-        raise ConfigError("bulk.fpir and search.threshold both set the threshold: give one of them")
+        raise ConfigError("bulk.fpir and search.threshold both set the threshold: remove one of them")
     if config.embed.source.uri:
-        raise ConfigError("embed.source.uri is not for this job: queries says where the images are")
+        raise ConfigError(
+            f"embed.source.uri={config.embed.source.uri!r} has no effect in this job: set queries instead"
+        )
 
 
-def _planned(config: BulkSearchConfig) -> BulkSummary:
-    """Listings are read, nothing else, and nothing is written."""
-    summary = BulkSummary(config.gallery, config.output, dry_run=True)
-    held = Gallery(config.gallery)
-    indexed = manifests.load(held.path).live if manifests.exists(held.path) else 0
-    behind = _behind(held.path)
-    summary.steps["index"] = {
-        "faces": sum(file["faces"] for file in held.files()),
-        "indexed": indexed,
-        "update": behind and config.bulk.update_index,
-    }
-    queries = open_queries(config.queries, held.contract)
+def _preview(config: BulkSearchConfig) -> BulkSummary:
+    """Count what would be searched. Only listings and the table are read, and nothing is written."""
+    summary = BulkSummary(config.gallery, dry_run=True, output=config.output)
+    gallery = Gallery(config.gallery)
+    update = _is_index_outdated(gallery.path) and config.bulk.update_index
+    summary.steps["index"] = {**count_indexed(gallery), "update": update}
+
+    queries = open_queries(config.queries, gallery.contract)
     if queries is not None:
         summary.steps["search"] = {"blocks": sum(1 for _ in queries.blocks(config.run.block))}
         return summary
-    source = open_source(replace(config.embed.source, uri=config.queries))
-    summary.steps["search"] = {"images": sum(1 for _ in source)}
+    images = open_source(replace(config.embed.source, uri=config.queries))
+    summary.steps["search"] = {"images": sum(1 for _ in images)}
     return summary

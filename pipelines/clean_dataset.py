@@ -1,41 +1,31 @@
-"""clean_dataset: a face dataset in, lists of the images fit for training out: embed, dedup, clean."""
+"""clean_dataset: embed a face dataset, find its copies, judge its labels, and list the images fit for training."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
-
-from pydantic import Field
+from contextlib import closing
+from dataclasses import dataclass, field
 
 from facepipe import storage
 from facepipe.curation.duplicates import DuplicateRule
-from facepipe.errors import ConfigError
-from facepipe.gallery import Gallery, suppressed
-from facepipe.gallery.known import KnownImages
 from facepipe.sources import SourceConfig, open_source
-from facepipe.stages import Align, Decode, Detect, Embed, Read
 from pipelines import clean, dedup, embed
 from pipelines.clean import CleanConfig, CleanRules
 from pipelines.dedup import DedupConfig
-from pipelines.embed.config import EmbedConfig, RunConfig
-from pipelines.embed.summary import Summary
 from pipelines.graph import GraphConfig
+from pipelines.job import EmbedSections, JobSummary, OnEmbed, OnLine, Share, check_job, load_known, open_gallery
 from pipelines.runtime.listing import listed
 from pipelines.runtime.run_record import follow, records
 from pipelines.runtime.workspace import REPORTS
 
-Progress = Callable[[str], None]
-EmbedProgress = Callable[[Summary], None]
-Share = Annotated[float, Field(ge=0, le=1)]
-
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """What the job does, and when it counts as failed.
+    """What the job does besides cleaning, and when it counts as failed.
 
-    max_failed: share of the images read that may fail before the exit code is 3
-    copies: a report of all copies as well (GALLERY/reports/dedup); the clean lists are without copies in any case,
-        unless clean.duplicates is false
-    against: another gallery, such as one of the test images: what both hold is named in GALLERY/reports/overlap
+    Attributes:
+        max_failed: Largest share of the images read that may fail; above it the exit code is 3.
+        copies: Whether to report all copies as well, in GALLERY/reports/dedup. The clean lists hold no copies in any
+            case, unless clean.duplicates is false.
+        against: Another gallery, such as one of the test images. Images and identities in both are listed in
+            GALLERY/reports/overlap.
     """
 
     max_failed: Share = 0.01
@@ -44,106 +34,104 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class CleanDatasetConfig:
-    """Everything the job can be told: where the gallery is, what goes in, and the sections of its commands."""
+class CleanDatasetConfig(EmbedSections):
+    """The settings of the job: its gallery, its sources, and the sections of its steps, those of `embed` among them.
+
+    Attributes:
+        gallery: Folder of the gallery; the first run creates it.
+        source: Folders, lists or archives with the images.
+        dataset: What the job does besides cleaning, and when it counts as failed.
+        dedup: Rules for copies, as in `dedup`.
+        clean: Rules for unfit faces, as in `clean`.
+        graph: Which faces are compared, as in `cluster`.
+    """
 
     gallery: str = ""
     source: tuple[SourceConfig, ...] = ()
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    read: Read = field(default_factory=Read)
-    decode: Decode = field(default_factory=Decode)
-    detect: Detect = field(default_factory=Detect)
-    align: Align = field(default_factory=Align)
-    embed: Embed = field(default_factory=Embed)
-    run: RunConfig = field(default_factory=RunConfig)
     dedup: DuplicateRule = field(default_factory=DuplicateRule)
     clean: CleanRules = field(default_factory=CleanRules)
     graph: GraphConfig = field(default_factory=GraphConfig)
 
 
 @dataclass
-class DatasetSummary:
-    """What was done: the summary of each step, images that failed among those that were read, and the lists' folder."""
+class DatasetSummary(JobSummary):
+    """The figures of a run.
 
-    gallery: str
-    dry_run: bool = False
+    Attributes:
+        images: number of images read; `failed` counts those among them that failed.
+        lists: folder of the clean lists.
+    """
+
     images: int = 0
-    failed: int = 0
-    over_budget: bool = False
     lists: str = ""
-    steps: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
     config: CleanDatasetConfig,
     *,
     dry_run: bool = False,
-    progress: Progress = lambda line: None,
-    embedded: EmbedProgress = lambda summary: None,
+    on_progress: OnLine = lambda line: None,
+    on_embed: OnEmbed = lambda summary: None,
 ) -> DatasetSummary:
-    """Embed what is new, then judge all of it. A job that died is run again, and goes on from what is finished.
+    """Embed new images, then judge the labels of the whole dataset. Run it again to resume after a crash.
 
-    dry_run: only say what would be embedded. Raises GalleryError where no image has a label.
+    Args:
+        config: settings of the job.
+        dry_run: only count what would be embedded; write nothing.
+        on_progress: receives the name of each step, and its messages.
+        on_embed: receives the running figures of the step `embed`.
+
+    Returns:
+        The figures of the run.
+
+    Raises:
+        ConfigError: if the config names no gallery or no source.
+        GalleryError: if no image has a label.
     """
-    _check(config)
+    names = check_job(config.gallery, config.source, lambda source: open_source(source).name)
     if dry_run:
-        return _planned(config)
-    return _cleaned(config, config.gallery, progress, embedded)
+        return _preview(config, names)
+    return _clean_dataset(config, names, config.gallery, on_progress, on_embed)
 
 
 @records("clean_dataset")
-def _cleaned(config: CleanDatasetConfig, gallery: str, progress: Progress, embedded: EmbedProgress) -> DatasetSummary:
+def _clean_dataset(
+    config: CleanDatasetConfig, names: list[str], gallery: str, on_progress: OnLine, on_embed: OnEmbed
+) -> DatasetSummary:
     summary = DatasetSummary(gallery)
     follow(summary)
-    for source in config.source:
-        name = open_source(source).name
-        progress(f"embed {name}")
-        found = embed.run(embed_config(config, source), gallery, embedded)
-        summary.steps[f"embed {name}"] = found.to_dict()
-        summary.images += found.images
-        summary.failed += found.failed
+
+    # Embed what is new in each source.
+    for name, source in zip(names, config.source, strict=True):
+        on_progress(f"embed {name}")
+        embedded = embed.run(config.build_embed_config(source), gallery, on_embed)
+        summary.add_step(f"embed {name}", embedded)
+        summary.images += embedded.images
+        summary.failed += embedded.failed
     summary.over_budget = summary.failed > config.dataset.max_failed * summary.images
+
+    # Report copies within the dataset, and images that another gallery holds as well.
+    duplicates = DedupConfig(config.dedup, config.graph)
     if config.dataset.copies:
-        progress("dedup")
-        copies = DedupConfig(config.dedup, config.graph)
-        summary.steps["dedup"] = asdict(dedup.run(copies, gallery, progress=progress))
+        on_progress("dedup")
+        summary.add_step("dedup", dedup.run(duplicates, gallery, None, on_progress))
     if config.dataset.against:
-        progress("overlap")
-        shared = dedup.run(DedupConfig(config.dedup, config.graph), gallery, config.dataset.against, progress)
-        summary.steps["overlap"] = asdict(shared)
-    progress("clean")
-    rules = CleanConfig(config.clean, config.dedup, config.graph)
-    summary.steps["clean"] = asdict(clean.run(rules, gallery, progress))
+        on_progress("overlap")
+        summary.add_step("overlap", dedup.run(duplicates, gallery, config.dataset.against, on_progress))
+
+    # Judge the labels and write the lists.
+    on_progress("clean")
+    summary.add_step("clean", clean.run(CleanConfig(config.clean, config.dedup, config.graph), gallery, on_progress))
     summary.lists = storage.join(gallery, REPORTS, clean.NAME)
     return summary
 
 
-def embed_config(config: CleanDatasetConfig, source: SourceConfig) -> EmbedConfig:
-    """What `embed` is told about a source."""
-    parts = {name: getattr(config, name) for name in ("read", "decode", "detect", "align", "embed", "run")}
-    return EmbedConfig(source, **parts)
-
-
-def _check(config: CleanDatasetConfig) -> None:
-    if not config.gallery:
-        raise ConfigError('the config names no gallery: gallery = "..."')
-    if not config.source or not all(source.uri for source in config.source):
-        raise ConfigError('the config names no source: [[source]] uri = "..."')
-    names = [open_source(source).name for source in config.source]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two sources have one name ({', '.join(sorted(names))}): give each its own (source.name)")
-
-
-def _planned(config: CleanDatasetConfig) -> DatasetSummary:
-    """Listings are read, nothing else, and nothing is written."""
+def _preview(config: CleanDatasetConfig, names: list[str]) -> DatasetSummary:
+    """Count what would be embedded. Only listings and the table are read, and nothing is written."""
     summary = DatasetSummary(config.gallery, dry_run=True)
-    held = Gallery(config.gallery) if Gallery.exists(config.gallery) else None
-    erased = suppressed.uris(config.gallery) if held else None
-    for chosen in config.source:
-        source = open_source(chosen)
-        known = KnownImages(held, source.name, erased)
-        try:
-            summary.steps[f"embed {source.name}"] = listed(source, known)
-        finally:
-            known.close()
+    gallery = open_gallery(config.gallery)
+    for name, source in zip(names, config.source, strict=True):
+        with closing(load_known(gallery, name)) as known:
+            summary.steps[f"embed {name}"] = listed(open_source(source), known)
     return summary

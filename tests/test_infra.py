@@ -32,7 +32,7 @@ FOREIGN = re.compile(r"(node_filesystem|kubelet_volume_stats)_\w+")
 
 
 def commands() -> set[str]:
-    named = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    named = {c.name for c in app.registered_commands if c.name}
     return named | {group.name for group in app.registered_groups if group.name}
 
 

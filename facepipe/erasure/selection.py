@@ -192,3 +192,19 @@ def mark_of(values: Float32) -> UInt64:
 
 def _unique(batches: Iterator[pa.RecordBatch], name: str, kind: pa.DataType) -> pa.Array:
     return pc.unique(pa.concat_arrays([pa.array([], kind), *(pc.unique(batch[name]).cast(kind) for batch in batches)]))
+
+
+def read_ids(path: str) -> tuple[str, ...]:
+    """Read face ids and image ids from a text file, one per line.
+
+    Raises:
+        ConfigError: if the file cannot be read as UTF-8, or holds no id.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            ids = tuple(line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the ids in {path!r}: {error}") from error
+    if not ids:
+        raise ConfigError(f"{path!r} holds no id: write one face id or image id per line")
+    return ids

@@ -168,6 +168,20 @@ def operating_point(found: Probes, fpir: float) -> Operating:
     return Operating(fpir, threshold, fnir, int((found.other <= threshold).sum()), probes)
 
 
+def choose_threshold(gallery: Gallery, fpir: float, recall: float | None = None) -> Operating:
+    """Choose the largest threshold whose false alarms stay within a rate, from searches in the gallery's own index.
+
+    Args:
+        gallery: a gallery with an index, and with labels.
+        fpir: rate of false alarms, between 0 and 1.
+        recall: recall@10 of the searches, by default the one the index was built for.
+
+    Raises:
+        EvaluationError: if there are fewer labelled faces than the rate needs.
+    """
+    return operating_point(probe(gallery, Index(gallery.path, recall)), fpir)
+
+
 def identification(found: Probes) -> Identification:
     """All figures."""
     mated = np.isfinite(found.mate)

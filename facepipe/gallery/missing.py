@@ -17,6 +17,8 @@ from facepipe.hashing import hash64_column
 from facepipe.schema import FACES
 from facepipe.types import UInt64
 
+TOO_MANY_MISSING = "more than missing.at_most allows"
+
 
 @dataclass(frozen=True)
 class MissingUris:
@@ -52,7 +54,7 @@ def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) ->
     if found.broken:
         return 0, f"{found.broken} places of the source could not be listed"
     if found.uris is None:
-        return 0, f"{found.count} of {found.of} images are gone at once, more than missing.at_most allows"
+        return 0, f"{found.count} of {found.of} images are missing at once, {TOO_MANY_MISSING}"
     if not found.count:
         return 0, ""
     images = 0

@@ -1,4 +1,4 @@
-"""What the nightly job can be told: one TOML file, whose sections are those of the commands it is made of."""
+"""Settings of the nightly job: one TOML file, with the sections of the commands that the job runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -9,21 +9,25 @@ from facepipe.curation.duplicates import DuplicateRule
 from facepipe.gallery.compact import CompactConfig
 from facepipe.sources import Kind, SourceConfig, open_source
 from facepipe.sources.identity import IdentityRule
-from facepipe.stages import Align, Decode, Detect, Embed, Read
 from pipelines.cluster.pipeline import ClusterRules
-from pipelines.embed.config import RunConfig
+from pipelines.embed.config import EmbedConfig, MissingConfig
 from pipelines.graph import GraphConfig
 from pipelines.index import BuildConfig
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from pipelines.job import EmbedSections, Share
 
 
 @dataclass(frozen=True)
 class NightSource:
-    """A corpus that is looked through every night: the keys of a source, and what becomes of its images in time.
+    """A corpus that every night lists: the keys of a source, and what happens to its images over time.
 
-    retention_days: images are erased this long after they were embedded, and do not come back
-    missing: what happens to images that the source lists no more: keep, mark (`missing_since`), or erase
+    Attributes:
+        uri: Where the images are: a folder, a glob, an s3:// prefix, a .parquet file or folder, a .tar, or a list file.
+        kind: How to read it; auto decides from the uri.
+        identity: Where labels come from; auto takes a list's label, else the folder if images lie one folder deep.
+        name: Name of the corpus in the table's column `source`; by default the last part of the uri.
+        root: Folder that a list's paths are relative to; by default the list's own.
+        retention_days: Age after which images are erased, counted from when they were embedded. They do not come back.
+        missing: What happens to images that the source no longer lists: keep, mark (in `missing_since`), or erase.
     """
 
     uri: str = ""
@@ -36,11 +40,11 @@ class NightSource:
 
     @property
     def title(self) -> str:
-        """Its name in the table's `source` column."""
+        """Name of the source in the table's column `source`."""
         return self.name or open_source(self.to_source()).name
 
     def to_source(self) -> SourceConfig:
-        """As `embed` is told."""
+        """Return the keys that `embed` takes."""
         return SourceConfig(self.uri, self.kind, self.identity, self.name, self.root)
 
 
@@ -48,13 +52,14 @@ class NightSource:
 class NightConfig:
     """What a night does, and when it counts as failed.
 
-    max_failed: share of the images read tonight that may fail before the exit code is 3
-    few_failed: as many may fail whatever their share is, for nights that bring few images
-    missing_at_most: share of a source's images that may be missing at once; where more are, none is touched and the
-        exit code is 1
-    clusters: assign (new faces to the clusters that `facepipe cluster` made), make (clusters as well, where there are
-        none; [cluster] and [graph] say how), or no
-    dedup: compare new images with all
+    Attributes:
+        max_failed: Largest share of the images read tonight that may fail; above it the exit code is 3.
+        few_failed: Number of images that may fail whatever their share is, for nights with few new images.
+        missing_at_most: Largest share of a source's images that may be missing at once. Above it no image is marked or
+            erased as missing, and the exit code is 1.
+        clusters: assign (new faces to the clusters that `facepipe cluster` made), make (also the first clusters, as
+            [cluster] and [graph] say), or no.
+        dedup: Whether to compare new images with all images.
     """
 
     max_failed: Share = 0.01
@@ -65,20 +70,33 @@ class NightConfig:
 
 
 @dataclass(frozen=True)
-class NightlyConfig:
-    """Everything the nightly job can be told: where the gallery is, what goes in, and the sections of its commands."""
+class NightlyConfig(EmbedSections):
+    """The settings of the nightly job: its gallery, its sources, and the sections of its steps.
+
+    Attributes:
+        gallery: Folder of the gallery; the first night creates it.
+        source: Corpora that every night lists.
+        night: What a night does, and when it counts as failed.
+        index: How to build the index, as in `index`.
+        cluster: How to make the first clusters, as in `cluster`.
+        graph: Which faces are compared for the first clusters, as in `cluster`.
+        dedup: Rules for copies, as in `dedup`.
+        compact: When to join small files of the table, as in `compact`.
+    """
 
     gallery: str = ""
     source: tuple[NightSource, ...] = ()
     night: NightConfig = field(default_factory=NightConfig)
-    read: Read = field(default_factory=Read)
-    decode: Decode = field(default_factory=Decode)
-    detect: Detect = field(default_factory=Detect)
-    align: Align = field(default_factory=Align)
-    embed: Embed = field(default_factory=Embed)
-    run: RunConfig = field(default_factory=RunConfig)
     index: BuildConfig = field(default_factory=BuildConfig)
     cluster: ClusterRules = field(default_factory=ClusterRules)
     graph: GraphConfig = field(default_factory=GraphConfig)
     dedup: DuplicateRule = field(default_factory=DuplicateRule)
     compact: CompactConfig = field(default_factory=CompactConfig)
+
+    def build_source_config(self, source: NightSource) -> EmbedConfig:
+        """Build the config of the step `embed` for one source.
+
+        A source with `missing = "erase"` is marked by this step; a later step erases what is marked.
+        """
+        missing = MissingConfig("keep" if source.missing == "keep" else "mark", self.night.missing_at_most)
+        return self.build_embed_config(source.to_source(), missing)

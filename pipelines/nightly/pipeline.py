@@ -1,61 +1,48 @@
-"""nightly: everything a gallery needs every night, in order; each step goes on from where the night before left it."""
+"""nightly: everything a gallery needs every night, in order. Each step resumes where the night before stopped."""
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from facepipe import storage
 from facepipe.curation.clusters import tables
 from facepipe.erasure.selection import Selection
-from facepipe.errors import (
-    ConfigError,
-    EvaluationError,
-    GalleryBusyError,
-    GalleryError,
-    SourceError,
-    StorageError,
-)
+from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, SourceError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.lock import writer_lock
+from facepipe.gallery.missing import TOO_MANY_MISSING
 from facepipe.gallery.table import RUNS
 from facepipe.sources import open_source
 from pipelines import cluster, compact, embed, erase, index
 from pipelines.cluster import assign as cluster_assign
 from pipelines.dedup import DedupConfig
 from pipelines.dedup import incremental as dedup_new
-from pipelines.embed import EmbedConfig
-from pipelines.embed.config import MissingConfig
 from pipelines.embed.summary import Summary
 from pipelines.index import IndexConfig
+from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
 from pipelines.nightly.config import NightlyConfig, NightSource
-from pipelines.nightly.plan import foresee
+from pipelines.nightly.preview import preview_night
 from pipelines.runtime.run_record import follow, records
 from pipelines.runtime.workspace import reports_of
 
-Progress = Callable[[str], None]
-EmbedProgress = Callable[[Summary], None]
-_GUARDED = "missing.at_most allows"  # how mark_missing says that too many were gone at once
-
 
 @dataclass
-class NightSummary:
-    """What a night did: the summary of each step, images that failed among those that were read, seconds by step.
+class NightSummary(JobSummary):
+    """The figures of a night.
 
-    problems: what a step left undone without the night having failed, such as a clustering that nobody has made yet
-    failures: what somebody must look at, though the other steps were done: a source that is not there, or that misses
-        more images than it may
+    Attributes:
+        version: version of the table after the night.
+        images: number of images read; `failed` counts those among them that failed.
+        problems: what a step left undone although the night succeeded, such as a clustering that does not exist yet.
+        failures: what needs attention although the other steps ran: a source that cannot be listed, or one that misses
+            more images than it may.
+        seconds: wall clock by step.
     """
 
-    gallery: str
-    dry_run: bool = False
     version: int = -1
     images: int = 0
-    failed: int = 0
-    over_budget: bool = False
-    steps: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -65,191 +52,194 @@ def run(
     config: NightlyConfig,
     *,
     dry_run: bool = False,
-    progress: Progress = lambda line: None,
-    embedded: EmbedProgress = lambda summary: None,
+    on_progress: OnLine = lambda line: None,
+    on_embed: OnEmbed = lambda summary: None,
 ) -> NightSummary:
-    """One night: embed, index, assign, erase, dedup, compact. Safe to be run again after it died, at any step.
+    """Bring a gallery up to date: embed, index, assign, erase, dedup, compact. Run it again to resume after a crash.
 
-    Images go before copies are looked for: none is named as a copy of one that is no more.
+    Images are erased before copies are looked for, so that no image is reported as a copy of an erased one.
 
-    dry_run: only say what would be done. Raises GalleryBusyError while another night is at work on the gallery,
-    SourceError where there is no gallery yet and no source has an image.
+    Args:
+        config: settings of the job.
+        dry_run: only count what a night would do; write nothing.
+        on_progress: receives the name of each step, and its messages.
+        on_embed: receives the running figures of the step `embed`.
+
+    Returns:
+        The figures of the night.
+
+    Raises:
+        ConfigError: if the config names no gallery or no source.
+        GalleryBusyError: if another night is at work on the gallery.
+        SourceError: if there is no gallery yet and no source has an image.
     """
-    _check(config)
+    check_job(config.gallery, config.source, lambda source: source.title)
     if dry_run:
-        found = foresee(config, progress)
+        preview = preview_night(config, on_progress)
         return NightSummary(
-            config.gallery, dry_run=True, version=found.version, steps=found.steps, failures=found.failures
+            config.gallery, dry_run=True, version=preview.version, steps=preview.steps, failures=preview.failures
         )
-    return _night(config, config.gallery, progress, embedded)
+    return _run_night(config, config.gallery, on_progress, on_embed)
 
 
 @records("nightly")
-def _night(config: NightlyConfig, gallery: str, progress: Progress, embedded: EmbedProgress) -> NightSummary:
-    place = storage.join(gallery, RUNS)
-    with writer_lock(place, "nightly job", progress):
-        night = _Night(config, NightSummary(gallery), progress)
+def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embed: OnEmbed) -> NightSummary:
+    with writer_lock(storage.join(gallery, RUNS), "nightly job", on_progress):
+        night = _Night(config, NightSummary(gallery), on_progress)
         follow(night.summary)
-        night.resume()
+        night.finish_erasures()
         for source in config.source:
-            night.embed(source, embedded)
+            night.embed_source(source, on_embed)
         if not Gallery.exists(gallery):
             raise SourceError("; ".join([*night.summary.failures, *night.summary.problems]))
-        night.index()
-        night.clusters()
-        night.erase()
-        night.copies()
-        night.compact()
+        night.update_index()
+        night.assign_clusters()
+        night.erase_images()
+        night.find_copies()
+        night.compact_table()
         night.summary.version = Gallery(gallery).version
         return night.summary
 
 
 class _Night:
-    """The steps, each of which can be done again, and then does what is left of it."""
+    """The steps of a night. Each can be repeated, and then does what is left of its work."""
 
-    def __init__(self, config: NightlyConfig, summary: NightSummary, progress: Progress):
-        self.config, self.summary, self.progress = config, summary, progress
+    def __init__(self, config: NightlyConfig, summary: NightSummary, on_progress: OnLine):
+        self.config = config
+        self.summary = summary
         self.gallery = config.gallery
+        self._on_progress = on_progress
 
     @contextmanager
-    def _step(self, name: str, about: str = "") -> Iterator[None]:
-        """Book the time of a step. A source's name is told to people, and kept out of the run's record."""
-        self.progress(f"{name} {about}".rstrip())
+    def _measure(self, step: str, source: str = "") -> Iterator[None]:
+        """Report a step and add its wall clock. A source's name is printed, but kept out of the run's record."""
+        self._on_progress(f"{step} {source}".rstrip())
         began = time.monotonic()
         try:
             yield
         finally:
-            spent = self.summary.seconds.get(name, 0.0) + time.monotonic() - began
-            self.summary.seconds[name] = round(spent, 3)
+            spent = self.summary.seconds.get(step, 0.0) + time.monotonic() - began
+            self.summary.seconds[step] = round(spent, 3)
 
-    def _done(self, name: str, found: Any) -> None:
-        self.summary.steps[name] = found.to_dict() if hasattr(found, "to_dict") else asdict(found)
-
-    def resume(self) -> None:
-        """Erasures that a crash broke off, before anything else looks at what they were to take out."""
+    def finish_erasures(self) -> None:
+        """Finish erasures that a crash interrupted, before any other step sees the images they were to remove."""
         if not Gallery.exists(self.gallery):
             return
-        with self._step("erase"):
-            found = erase.resume(self.gallery, self.progress)
-        if found.receipts:
-            self._done("erase unfinished", found)
+        with self._measure("erase"):
+            finished = erase.resume(self.gallery, self._on_progress)
+        if finished.receipts:
+            self.summary.add_step("erase unfinished", finished)
 
-    def embed(self, source: NightSource, progress: EmbedProgress) -> None:
-        """New and changed images of a source; what it no longer lists is marked. Without it, the night goes on."""
+    def embed_source(self, source: NightSource, on_embed: OnEmbed) -> None:
+        """Embed new and changed images of a source, and mark those it no longer lists.
+
+        A source that cannot be listed is noted as a failure, and the night continues without it.
+        """
         name = source.title
-        with self._step("embed", name):
+        with self._measure("embed", name):
             try:
                 open_source(source.to_source())
             except SourceError as error:
                 self.summary.failures.append(f"{name}: {error}")
                 return
             try:
-                found = embed.run(embed_config(self.config, source), self.gallery, progress)
+                embedded = embed.run(self.config.build_source_config(source), self.gallery, on_embed)
             except (SourceError, StorageError) as error:
-                # A place where images come and go may be empty; one whose images are watched may not.
-                empty = isinstance(error, SourceError) and source.missing == "keep"
-                (self.summary.problems if empty else self.summary.failures).append(f"{name}: {error}")
+                # An inbox, whose images come and go, may be empty. A source whose missing images are marked may not.
+                may_be_empty = isinstance(error, SourceError) and source.missing == "keep"
+                notes = self.summary.problems if may_be_empty else self.summary.failures
+                notes.append(f"{name}: {error}")
                 return
-        self._done(f"embed {name}", found)
-        self._count(name, found)
+        self.summary.add_step(f"embed {name}", embedded)
+        self._add_counts(name, embedded)
 
-    def _count(self, name: str, found: Summary) -> None:
-        summary, config = self.summary, self.config.night
-        if found.missing_ignored:
-            told = summary.failures if found.missing_ignored.endswith(_GUARDED) else summary.problems
-            told.append(f"{name}: missing images were left alone: {found.missing_ignored}")
-        summary.images += found.images
-        summary.failed += found.failed
-        summary.over_budget = summary.failed > max(config.few_failed, config.max_failed * summary.images)
+    def _add_counts(self, name: str, embedded: Summary) -> None:
+        """Add up images and failures over the sources, and note why missing images were left alone."""
+        summary = self.summary
+        if embedded.missing_ignored:
+            is_guarded = embedded.missing_ignored.endswith(TOO_MANY_MISSING)
+            notes = summary.failures if is_guarded else summary.problems
+            notes.append(f"{name}: missing images were left alone: {embedded.missing_ignored}")
+        summary.images += embedded.images
+        summary.failed += embedded.failed
+        allowed = max(self.config.night.few_failed, self.config.night.max_failed * summary.images)
+        summary.over_budget = summary.failed > allowed
 
-    def index(self) -> None:
-        """The search index, in proportion to what changed."""
-        with self._step("index"):
-            found = index.run(IndexConfig(self.config.index), self.gallery, progress=self.progress)
-        self._done("index", found)
+    def update_index(self) -> None:
+        """Bring the search index up to date; the work grows with what changed."""
+        with self._measure("index"):
+            updated = index.run(IndexConfig(self.config.index), self.gallery, progress=self._on_progress)
+        self.summary.add_step("index", updated)
 
-    def clusters(self) -> None:
-        """New faces into the clusters there are; the first ones are made where that is asked for."""
+    def assign_clusters(self) -> None:
+        """Assign new faces to the existing clusters, or make the first clusters if night.clusters is make."""
         if self.config.night.clusters == "no":
             return
-        with self._step("assign"):
-            lacking = _no_clusters(self.gallery)
-            if not lacking:
-                self._done("assign", cluster_assign.run(self.gallery, progress=self.progress))
+        with self._measure("assign"):
+            obstacle = _explain_no_clusters(self.gallery)
+            if not obstacle:
+                self.summary.add_step("assign", cluster_assign.run(self.gallery, progress=self._on_progress))
             elif self.config.night.clusters == "make":
-                self._first_clusters()
+                self._make_clusters()
             else:
-                self.summary.problems.append(lacking)
+                self.summary.problems.append(obstacle)
 
-    def _first_clusters(self) -> None:
+    def _make_clusters(self) -> None:
         config = cluster.ClusterConfig(self.config.cluster, self.config.graph)
         try:
-            self._done("cluster", cluster.run(config, self.gallery, self.progress))
+            self.summary.add_step("cluster", cluster.run(config, self.gallery, self._on_progress))
         except GalleryBusyError:
             raise
-        except GalleryError as error:  # no face yet, or too few to say from where on two are two persons
+        except GalleryError as error:  # no face yet, or too few faces to find the threshold from
             self.summary.problems.append(f"no clusters were made: {error}")
 
-    def erase(self) -> None:
-        """What is past its time, and what its source lists no more."""
-        with self._step("erase"):
-            for name, selection in erasures(self.config):
-                found = erase.run(selection, self.gallery, may_return=selection.missing, progress=self.progress)
-                if found.images or found.receipts:
-                    self._done(f"erase {name}", found)
+    def erase_images(self) -> None:
+        """Erase images past their retention, and those missing from a source whose policy is erase."""
+        with self._measure("erase"):
+            for name, selection in list_erasures(self.config):
+                erased = erase.run(selection, self.gallery, may_return=selection.missing, progress=self._on_progress)
+                if erased.images or erased.receipts:
+                    self.summary.add_step(f"erase {name}", erased)
 
-    def copies(self) -> None:
-        """New images against all."""
+    def find_copies(self) -> None:
+        """Compare new images with all images."""
         if not self.config.night.dedup:
             return
-        with self._step("dedup"):
-            found = dedup_new.run(DedupConfig(self.config.dedup), self.gallery, self.progress)
-        self._done("dedup", found)
+        with self._measure("dedup"):
+            copies = dedup_new.run(DedupConfig(self.config.dedup), self.gallery, self._on_progress)
+        self.summary.add_step("dedup", copies)
 
-    def compact(self) -> None:
-        """Small files of the table into large ones, when there are enough of them."""
-        with self._step("compact"):
-            self._done("compact", compact.run(self.config.compact, self.gallery))
+    def compact_table(self) -> None:
+        """Join small files of the table into large ones, if there are enough of them."""
+        with self._measure("compact"):
+            self.summary.add_step("compact", compact.run(self.config.compact, self.gallery))
 
 
-def erasures(config: NightlyConfig) -> list[tuple[str, Selection]]:
-    """What a night erases, by name. Images past their time do not come back; those that were missing may."""
-    found = []
+def list_erasures(config: NightlyConfig) -> list[tuple[str, Selection]]:
+    """List what a night erases, with a name for each selection.
+
+    Images past their retention do not come back. Missing ones may, if their source lists them again.
+    """
+    erasures = []
     for source in config.source:
         if source.retention_days is not None:
-            aged = Selection(source=source.title, older_than_days=source.retention_days)
-            found.append((f"retention {source.title}", aged))
+            outdated = Selection(source=source.title, older_than_days=source.retention_days)
+            erasures.append((f"retention {source.title}", outdated))
         if source.missing == "erase":
-            found.append((f"missing {source.title}", Selection(source=source.title, missing=True)))
-    return found
+            erasures.append((f"missing {source.title}", Selection(source=source.title, missing=True)))
+    return erasures
 
 
-def embed_config(config: NightlyConfig, source: NightSource) -> EmbedConfig:
-    """What `embed` is told about a source."""
-    policy = "keep" if source.missing == "keep" else "mark"
-    missing = MissingConfig(policy, config.night.missing_at_most)  # type: ignore[arg-type]
-    parts = {name: getattr(config, name) for name in ("read", "decode", "detect", "align", "embed", "run")}
-    return EmbedConfig(source.to_source(), missing=missing, **parts)
+def _explain_no_clusters(gallery: str) -> str:
+    """Return why new faces cannot be assigned, or "" if they can.
 
-
-def _no_clusters(gallery: str) -> str:
-    """Why new faces cannot be assigned; asked before a run of it is recorded as failed. Empty where they can."""
+    The night asks this first, so that no run of `assign` is recorded as failed.
+    """
     table = Gallery(gallery)
-    if os.path.isdir(os.path.join(reports_of(table), f"{cluster.NAME}.old")):  # a run ended between two renames
+    if os.path.isdir(os.path.join(reports_of(table), f"{cluster.NAME}.old")):  # a run stopped between two renames
         return ""
     try:
         tables.read(table.path, tables.CLUSTERS, ["cluster"])
     except EvaluationError as error:
         return str(error)
     return ""
-
-
-def _check(config: NightlyConfig) -> None:
-    if not config.gallery:
-        raise ConfigError('the config names no gallery: gallery = "..."')
-    if not config.source or not all(source.uri for source in config.source):
-        raise ConfigError('the config names no source: [[source]] uri = "..."')
-    titles = [source.title for source in config.source]
-    twice = {title for title in titles if titles.count(title) > 1}
-    if twice:
-        raise ConfigError(f"two sources are called {twice.pop()!r}: give each a name of its own (source.name)")

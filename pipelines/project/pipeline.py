@@ -30,7 +30,6 @@ from pipelines.runtime.plan import local_resources
 from pipelines.runtime.run_record import follow, records
 
 Progress = Callable[[str], None]
-_PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -132,16 +131,14 @@ def _embedded(
     """Second moments of the faces to fit on, and raw vectors by id of those to measure on."""
     moment, raw, images = SecondMoment(embedder.dim), dict[int, Float32](), Counter[str]()
     faces = FacesAgain(gallery, str(path), config.read, config.decode)
-    spoke, done = time.monotonic(), 0
+    done = 0
     for ids, chips in faces.chips(sample.all, images):
         vectors = _vectors(embedder, chips, config)
         moment.add(vectors[np.isin(ids, sample.fitted)])
         raw |= {int(n): v for n, v in zip(ids, vectors, strict=True) if n in sample.measured}
         done += len(ids)
         summary.images, summary.faces = dict(images), moment.count
-        if time.monotonic() - spoke >= _PROGRESS_SECONDS:
-            spoke = time.monotonic()
-            progress(f"{done} of {len(sample.all)} faces")
+        progress(f"{done} of {len(sample.all)} faces")
     summary.images, summary.faces = dict(images), moment.count
     return moment, raw
 

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.train import line
+from jobs.train import format_step
 
 EXAMPLE = REPOSITORY / "jobs" / "train.toml"
 
@@ -53,7 +53,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_it_goes_on(written: Path) -> None:
         run.send_signal(signal.SIGINT)
         rest = run.stderr.read()
     assert run.returncode == 130, rest
-    assert "interrupted; what is done is kept, and the same command goes on from there" in rest
+    assert "interrupted; finished work is kept; run the same command again to resume" in rest
     assert re.search(
         r"step \d+ of 100000, epoch \d+\.\d+, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, .* left", seen[-1]
     )
@@ -65,7 +65,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_it_goes_on(written: Path) -> None:
     assert summary["data"]["images"] == 16
     again = CliRunner().invoke(app, ["train", str(written), "--quiet"])
     assert again.exit_code == 0
-    assert "went on from step" in again.stdout
+    assert "resumed from step" in again.stdout
     assert "model.toml" in again.stdout
 
 
@@ -106,4 +106,4 @@ def test_a_line_of_progress() -> None:
 
     progress = Progress(50, 200, 1.25, 3.14159, 0.1, 99.5, 60.0, scores={"score": 0.875})
     expected = "step 50 of 200, epoch 1.25, loss 3.1416, lr 0.1, 99.5 images/s, score 0.8750, 0:03:00 left"
-    assert line(progress) == expected
+    assert format_step(progress) == expected

@@ -877,7 +877,7 @@ def test_wrong_words(gallery: Gallery, tmp_path: Path) -> None:
     assert call("erase", gallery.path, "--uri", "\udcff*")[0] == 2
     assert call("erase", str(tmp_path / "none"), "--identity", "x")[0] == 1
     for data, message in (
-        (b"", "no id in"),
+        (b"", "holds no id"),
         (b"abc\n", "neither a face id"),
         (b"\xff", "cannot read the ids"),
         (None, "cannot"),

@@ -31,7 +31,7 @@ from facepipe.index.verify import verify_index
 from facepipe.observe import runs
 from pipelines import erase, index
 from pipelines.nightly import pipeline as nightly
-from pipelines.nightly import plan as nightly_plan
+from pipelines.nightly import preview as nightly_preview
 from pipelines.nightly import run
 from pipelines.nightly.config import NightlyConfig
 from pipelines.nightly.pipeline import NightSummary
@@ -165,7 +165,7 @@ class Clock:
             def now(cls, tz: Any = None) -> datetime:
                 return datetime.now(tz) + timedelta(days=clock.day)
 
-        for module in (parts, missing, selection, nightly_plan):
+        for module in (parts, missing, selection, nightly_preview):
             monkeypatch.setattr(module, "datetime", Now)
 
 
@@ -488,7 +488,7 @@ def test_what_a_source_lists_no_more(policy: str, config: Callable[..., NightlyC
     if policy == "keep":
         assert (summary.failures, len(left), set(left.values())) == ([], 6, {None})
     else:
-        assert "2 of 6 images are gone at once" in summary.failures[0]
+        assert "2 of 6 images are missing at once" in summary.failures[0]
         assert (len(left), set(left.values())) == (6, {None})
         assert run(guarded, dry_run=True).failures[0].startswith("watched: 2 of 6 images")
     assert run(config(world, g)).failures == []
@@ -568,7 +568,7 @@ def test_clusters_are_only_made_where_that_is_asked_for(config: Callable[..., Ni
         ({"gallery": ""}, "names no gallery"),
         ({"source": []}, "names no source"),
         ({"source": [{"name": "a"}]}, "names no source"),
-        ({"source": [{"uri": "{}", "name": "a"}, {"uri": "{}", "name": "a"}]}, "two sources are called 'a'"),
+        ({"source": [{"uri": "{}", "name": "a"}, {"uri": "{}", "name": "a"}]}, "two sources have the name 'a'"),
         ({"source": [{"uri": "{}", "missing": "forget"}]}, "missing"),
         ({"source": [{"uri": "{}", "retention_days": 0}]}, "retention_days"),
         ({"source": [{"url": "{}"}]}, r"did you mean source\[0\].uri"),

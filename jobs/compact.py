@@ -1,0 +1,38 @@
+"""facepipe compact"""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from jobs.console import exit_on_error, print_result, print_table
+from jobs.options import ConfigFile, DryRun, GalleryPath, HelpSettings, Json, Settings, build_config
+
+
+def compact(
+    gallery: GalleryPath,
+    everything: Annotated[bool, typer.Option("--all", help="Join of small files even if there are few.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    help_settings: HelpSettings = False,
+) -> None:
+    """Join a gallery's small files into large ones, and delete files that left the table a day ago.
+
+    No row changes, and the index stays as it is.
+
+    Example:
+
+        facepipe compact gallery/
+    """
+    with exit_on_error():
+        from pipelines.compact import CompactRunConfig, run
+
+        chosen = build_config(CompactRunConfig, config, settings)
+        figures = asdict(run(chosen.compact, gallery, everything, dry_run))
+        print_result(
+            figures,
+            as_json=as_json,
+            print_text=lambda: print_table(f"compact {gallery}", ("", "count"), figures.items()),
+        )

@@ -1,0 +1,110 @@
+"""The demo: fetch photos, embed them twice, search, and write three reports. Run `python -m jobs.demo OUT`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from facepipe.gallery import Gallery
+from jobs.clean import clean
+from jobs.cluster import cluster
+from jobs.console import exit_on_error, print_table
+from jobs.dedup import dedup
+from jobs.demo.contact_sheet import draw_contact_sheet
+from jobs.demo.photos import make_corpus
+from jobs.embed import embed
+from jobs.evaluate import clusters
+from jobs.gallery import info
+from jobs.index import index
+from jobs.search import search
+
+_SAME_PERSON = 0.41  # best threshold on LFW (docs/performance.md); good enough for a gallery as small as this one
+
+
+def main(out: Path) -> None:
+    """Make a gallery of the demo's photos, and print what each command shows.
+
+    Args:
+        out: folder for the photos, the gallery and the downloads.
+    """
+    photos = out / "photos"
+    gallery = out / "gallery"
+    shutil.rmtree(photos, ignore_errors=True)
+    shutil.rmtree(gallery, ignore_errors=True)
+    photos.mkdir(parents=True)
+    make_corpus(photos, out / "downloads")
+
+    count = len(list(photos.iterdir()))
+    print(f"\n{count} files in {photos}; embedding them twice: the second run has nothing to do\n")
+    for _ in range(2):
+        embed(str(photos), str(gallery), identity="filename", runner="local")
+
+    # Search every face of the gallery in the gallery.
+    index(str(gallery))
+    nearest = out / "nearest.parquet"
+    search(str(gallery), str(gallery), str(nearest), k=1, threshold=_SAME_PERSON)
+    print_identified(nearest)
+    info(str(gallery))
+    print_distances(Gallery(gallery))
+    picture = draw_contact_sheet(Gallery(gallery), out / "faces.png")
+
+    print("\nthree reports: which files are copies, who is who without labels, and which labels are wrong\n")
+    dedup(str(gallery), quiet=True)
+    cluster(str(gallery), quiet=True)
+    clusters(str(gallery))
+    clean(str(gallery), quiet=True)
+    print_wrong_labels(gallery / "reports" / "clean" / "relabel.csv")
+
+    pages = "\n".join(str(gallery / "reports" / name / "report.html") for name in ("dedup", "cluster", "clean"))
+    print(f"\nthe faces as a picture: {picture}\nthe reports, to open in a browser:\n{pages}\ntry next:")
+    print("facepipe embed YOUR_PHOTOS build/mine && facepipe cluster build/mine")
+
+
+def print_identified(answers: Path) -> None:
+    """Print how many faces were identified correctly by their nearest other face.
+
+    Args:
+        answers: Parquet file of a search for one neighbour; file names begin with the person's name.
+    """
+    frame = pd.read_parquet(answers)
+    person = frame["query_uri"].map(lambda uri: Path(uri).stem.rsplit("_", 1)[0])
+    is_identified = frame["decision"] != "Unknown"
+    correct = int((frame["decision"] == person)[is_identified].sum())
+    unknown = int((~is_identified).sum())
+    print(f"\n{correct} of {int(is_identified.sum())} identified faces are correct, {unknown} stayed Unknown\n")
+
+
+def print_distances(gallery: Gallery) -> None:
+    """Print the distances within and between the people of a gallery, by their labels."""
+    frame = gallery.to_pandas(["identity", "face_index", "embedding"], "face_index = 0")
+    people = sorted(frame["identity"].unique())
+    vectors = {name: np.stack(frame.loc[frame["identity"] == name, "embedding"].to_list()) for name in people}
+    rows = []
+    for name in people:
+        row = [name]
+        for other in people:
+            distances = np.linalg.norm(vectors[name][:, None] - vectors[other][None], axis=-1)
+            row.append(f"{distances.max() if name == other else distances.min():.2f}")
+        rows.append(row)
+    print("\nLargest distance within a person (diagonal), smallest between two people (elsewhere).")
+    print("Faces of one person are closer than about 0.41.")
+    print_table("distances", ["", *people], rows)
+
+
+def print_wrong_labels(relabels: Path) -> None:
+    """Print the labels that cleaning would change; the planted wrong label is among them.
+
+    Args:
+        relabels: the list relabel.csv of the report.
+    """
+    frame = pd.read_csv(relabels, dtype=str)
+    files = [Path(path).name for path in frame["path"]]
+    rows = zip(files, frame["identity"], frame["suggested"], frame["probability"], strict=True)
+    print_table("labels that are wrong", ("file", "label", "should be", "probability"), rows)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/demo"))

@@ -1,0 +1,162 @@
+"""Dry run of a night: only listings and the table are read, and nothing is written."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from facepipe.erasure import pending
+from facepipe.errors import SourceError
+from facepipe.gallery import Gallery
+from facepipe.gallery.compact import due
+from facepipe.hashing import hash64
+from facepipe.sources import open_source
+from facepipe.sources.item import Watched
+from facepipe.types import Bool, UInt64
+from pipelines.job import count_indexed, load_known, open_gallery
+from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.runtime.listing import LISTED, listed
+
+_BATCH_ROWS = 65536
+_COLUMNS = ("uri", "face_index", "face_id", "ingested_at", "missing_since")
+
+
+@dataclass
+class NightPreview:
+    """What a night would do.
+
+    Attributes:
+        version: version of the table, -1 if there is no gallery yet.
+        steps: counts by step.
+        failures: what would make the exit code 1.
+    """
+
+    version: int = -1
+    steps: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Unlisted:
+    """Images of a source that its listing does not name.
+
+    Attributes:
+        uris: sorted hashes of their uris; None means all images of the source.
+        is_marked: whether the night would mark them as missing.
+    """
+
+    uris: UInt64 | None = None
+    is_marked: bool = False
+
+
+def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = lambda line: None) -> NightPreview:
+    """Count what a night would do.
+
+    Changed files are counted by their fingerprints. Whether they hold other images is known only after reading them.
+
+    Args:
+        config: settings of the job.
+        on_progress: receives a line per source.
+    """
+    preview = NightPreview()
+    gallery = open_gallery(config.gallery)
+    if gallery:
+        preview.version = gallery.version
+        preview.steps["erase unfinished"] = {"erasures": len(pending.unfinished(gallery.path))}
+    for source in config.source:
+        on_progress(f"listing {source.title}")
+        unlisted = _list_source(config, source, gallery, preview)
+        if gallery:
+            _count_missing_and_erased(gallery, source, unlisted, preview)
+    if gallery:
+        preview.steps["index"] = count_indexed(gallery)
+        groups = due(gallery, config.compact)
+        preview.steps["compact"] = {"joined": sum(map(len, groups)), "into": len(groups)}
+    return preview
+
+
+def _list_source(
+    config: NightlyConfig, source: NightSource, gallery: Gallery | None, preview: NightPreview
+) -> _Unlisted:
+    """List a source as a night does, count its images, and note what would be a failure."""
+    name = source.title
+    is_watched = source.missing != "keep"
+    try:
+        listing = Watched(open_source(source.to_source()))
+    except SourceError as error:
+        preview.failures.append(f"{name}: {error}")
+        return _Unlisted()
+    with closing(load_known(gallery, name)) as known:
+        counts = listed(listing, known)
+        missing, uris = known.missing(known.of_source)
+    preview.steps[f"embed {name}"] = counts
+
+    # An empty listing of a watched source is a fault of the source, not the deletion of all its images.
+    if not any(counts[verdict] for verdict in LISTED):
+        if is_watched:
+            preview.failures.append(f"{name}: no image in {source.uri!r}")
+        return _Unlisted()
+
+    has_too_many = missing > int(config.night.missing_at_most * known.of_source)
+    if is_watched and has_too_many and not listing.broken:
+        preview.failures.append(
+            f"{name}: {missing} of {known.of_source} images are missing at once: they would be left alone"
+        )
+    return _Unlisted(np.sort(uris), is_marked=is_watched and not has_too_many and not listing.broken)
+
+
+def _count_missing_and_erased(
+    gallery: Gallery, source: NightSource, unlisted: _Unlisted, preview: NightPreview
+) -> None:
+    """Count the images that would be marked as missing, and those that would be erased for either reason."""
+    marked = 0
+    erased = {reason: {"images": 0, "faces": 0} for reason in _list_reasons(source)}
+    cutoff = pa.scalar(datetime.now(UTC) - timedelta(days=source.retention_days or 0), pa.timestamp("us", "UTC"))
+    for batch in gallery.batches(list(_COLUMNS), ds.field("source") == source.title, rows=_BATCH_ROWS):
+        # One row per image, and one row per face.
+        is_image = _to_mask(pc.equal(batch["face_index"], 0), when_null=True)
+        is_face = _to_mask(pc.is_valid(batch["face_id"]))
+
+        # Missing images: those marked tonight, and those that an earlier night marked.
+        is_unlisted = _is_among(batch["uri"], unlisted.uris)
+        was_missing = _to_mask(pc.is_valid(batch["missing_since"]))
+        is_new = is_unlisted & ~was_missing & unlisted.is_marked
+        marked += int((is_new & is_image).sum())
+
+        # Images past their time are erased for that reason, even if they are missing as well.
+        is_old = _to_mask(pc.less(batch["ingested_at"], cutoff)) & ("retention" in erased)
+        is_missing = (is_new | (is_unlisted & was_missing)) & ~is_old
+        for reason, mask in (("retention", is_old), ("missing", is_missing)):
+            if reason in erased:
+                erased[reason]["images"] += int((mask & is_image).sum())
+                erased[reason]["faces"] += int((mask & is_face).sum())
+    preview.steps.setdefault(f"embed {source.title}", {})["missing"] = marked
+    for reason, counts in erased.items():
+        preview.steps[f"erase {reason} {source.title}"] = counts
+
+
+def _list_reasons(source: NightSource) -> list[str]:
+    """Return why images of a source may be erased."""
+    reasons = []
+    if source.retention_days is not None:
+        reasons.append("retention")
+    if source.missing == "erase":
+        reasons.append("missing")
+    return reasons
+
+
+def _is_among(uris: pa.Array, hashes: UInt64 | None) -> Bool:
+    if hashes is None:
+        return np.ones(len(uris), bool)
+    return np.isin(np.array([hash64(uri) for uri in uris.to_pylist()], np.uint64), hashes)
+
+
+def _to_mask(values: pa.Array, when_null: bool = False) -> Bool:
+    mask: Bool = pc.fill_null(values, when_null).to_numpy(zero_copy_only=False)
+    return mask
