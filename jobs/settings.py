@@ -27,6 +27,8 @@ CONFIG_CLASSES = {
     "clean-dataset": ("pipelines.clean_dataset:CleanDatasetConfig",),
     "bulk-search": ("pipelines.bulk_search:BulkSearchConfig",),
 }
+# Settings with one value left, which old config files may still hold.
+HIDDEN_SETTINGS = frozenset({"cluster.algorithm"})
 _TITLES = {"DetectorConfig": "To train a detector:"}
 _LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _ATTRIBUTE = re.compile(r"    (\w+)(?: \([^)]*\))?: (.+)")
@@ -104,8 +106,8 @@ def list_sections(config: type, prefix: str = "") -> Iterator[Section]:
     meanings = read_meanings(config)
     settings = []
     for key in fields(config):
-        if _get_section_class(hints[key.name]) is None:
-            name = f"{prefix}{key.name}"
+        name = f"{prefix}{key.name}"
+        if _get_section_class(hints[key.name]) is None and name not in HIDDEN_SETTINGS:
             settings.append(
                 Setting(name, _format_default(key), describe_type(hints[key.name]), meanings.get(key.name, ""))
             )
