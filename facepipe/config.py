@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from facepipe.errors import ConfigError
+from facepipe.storage.error_text import describe_error
 from facepipe.storage.redact import HIDDEN, redact
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ def read_toml(path: str | os.PathLike[str]) -> Tree:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"cannot read the config {os.fspath(path)!r}: {error.strerror}") from error
+        raise ConfigError(f"cannot read the config {os.fspath(path)!r}: {describe_error(error)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{os.fspath(path)!r} is not TOML: {error}") from error
 

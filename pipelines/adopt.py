@@ -14,10 +14,10 @@ from facepipe.adoption.tables import EncodingSource, Names, open_encodings
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commit import Committer
-from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.parts import Record, stamp, write_part
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.storage.lease import Lease, hold_lease
 from pipelines.runtime.run_record import current, follow, records
 
 
@@ -106,7 +106,7 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
         Contract.from_json(source.contract).require(contract, repr(source.path))
     if next((table for table in source.batches() if table.num_rows), None) is None:
         raise SourceError(f"no encoding in {config.encodings!r}")
-    with writer_lock(gallery) as lease:
+    with hold_lease(gallery) as lease:
         return _run_locked(config, source, Gallery.open_or_create(gallery, contract), lease, progress)
 
 

@@ -11,13 +11,14 @@ from pydantic import Field
 from facepipe import storage
 from facepipe.errors import ConfigError
 from facepipe.evaluation.identification import choose_threshold, few
-from facepipe.gallery import Gallery, mirror
+from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import Find
 from facepipe.index.queries import open_queries
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
+from facepipe.storage.store import get_cache_folder
 from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig
@@ -159,7 +160,7 @@ def _local_path(output: str) -> str:
     if not storage.is_remote(output):
         return output
     name = f"{hash64(output):016x}" + (".parquet" if output.endswith(".parquet") else "")
-    return os.path.join(mirror.cache(), "searches", name)
+    return os.path.join(get_cache_folder(), "searches", name)
 
 
 def _upload(local: str, output: str) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.compact import CompactConfig, compact, due
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.vacuum import unreferenced, vacuum
 from facepipe.observe.runs import new_run_id
+from facepipe.storage.lease import hold_lease
 from pipelines.runtime.run_record import current, records
 
 _HOUR = 3600.0
@@ -46,7 +46,7 @@ def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: 
 @records("compact")
 def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSummary:
     table = Gallery(gallery)
-    with writer_lock(table.path) as lease:
+    with hold_lease(table.path) as lease:
         table = Gallery(gallery)
         groups = due(table, config, everything)
         recorded = current()

@@ -19,14 +19,14 @@ from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import doomed, scrub
 from facepipe.erasure.selection import Chosen, Selection, choose
 from facepipe.errors import FacepipeError, GalleryBusyError
-from facepipe.gallery import Gallery, mirror, suppressed
+from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commit import Committer
-from facepipe.gallery.lock import NAME as LOCK
-from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.rewrite import Action, Trace, of_uris, rewritten
 from facepipe.gallery.vacuum import forget_history, unreferenced, vacuum
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
+from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease
+from facepipe.storage.store import delete_copies, open_store
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import current, follow, records
@@ -99,11 +99,11 @@ def _leases(gallery: str, progress: Progress) -> Iterator[tuple[Lease, Lease]]:
     """Those of the gallery and of its index. The reports' is taken when their turn comes: others take it in between."""
     reports = storage.join(gallery, REPORTS)
     with (
-        writer_lock(gallery, "gallery", progress) as lease,
-        writer_lock(storage.join(gallery, manifests.FOLDER), "index", progress) as index_lease,
+        hold_lease(gallery, "gallery", progress) as lease,
+        hold_lease(storage.join(gallery, manifests.FOLDER), "index", progress) as index_lease,
     ):
-        if next(storage.files_in(reports), None) is not None:
-            with writer_lock(reports, "reports", progress):
+        if next(storage.list_files(reports), None) is not None:
+            with hold_lease(reports, "reports", progress):
                 pass  # refused before anything is done, and not half-way
         yield lease, index_lease
 
@@ -209,14 +209,17 @@ class _Steps:
 
     def _reports(self, made: Receipt, gone: Gone) -> None:
         place = storage.join(self.gallery, REPORTS)
-        names = sorted({found.url.removeprefix(place + "/").split("/")[0] for found in storage.files_in(place)})
+        names = sorted({found.url.removeprefix(place + "/").split("/")[0] for found in storage.list_files(place)})
         if not names:
             return
         if "cluster" in names:
             self._assign()
-        with writer_lock(place, "reports", self.progress) as lease:
-            remote = storage.is_remote(self.gallery)
-            for changed in chain.from_iterable(self._remote(n, gone) for n in names) if remote else scrub(place, gone):
+        with hold_lease(place, "reports", self.progress) as lease:
+            if open_store(self.gallery, REPORTS).is_complete:
+                changes = scrub(place, gone)
+            else:
+                changes = chain.from_iterable(self._remote(name, gone) for name in names)
+            for changed in changes:
                 made.reports = sorted({*made.reports, changed})
                 pending.keep(self.gallery, made)
                 lease.check()
@@ -232,17 +235,17 @@ class _Steps:
 
     def _remote(self, name: str, gone: Gone) -> list[str]:
         """One report of a gallery in an object store: fetched, scrubbed, and uploaded where it has changed."""
-        if name.startswith(LOCK):
+        if name.startswith(LEASE_FILE):
             return []
-        remote, folder = storage.join(self.gallery, REPORTS, name), mirror.folder(self.gallery, f"{REPORTS}/{name}")
+        store = open_store(self.gallery, f"{REPORTS}/{name}")
         if doomed(name):
-            for file in list(storage.files_in(remote)):
+            for file in list(storage.list_files(store.url)):
                 storage.delete(file.url)
             return [f"{name}/"]
-        mirror.pull(folder)
-        found = list(scrub(folder, gone))
+        store.pull()
+        found = list(scrub(store.folder, gone))
         if found:
-            mirror.push(folder, last="report.html")
+            store.push(last="report.html")
         return [f"{name}/{inner}" for inner in found]
 
     def _files(self, made: Receipt) -> None:
@@ -257,7 +260,7 @@ class _Steps:
         pending.keep(self.gallery, made)
         vacuum(table)
         made.log_files_deleted += forget_history(table)
-        mirror.forget(self.gallery)
+        delete_copies(self.gallery)
 
 
 def _count_erased(images: int) -> None:

@@ -26,7 +26,7 @@ from facepipe.models.runtime.device import resolve
 from facepipe.models.zoo.registry import same_person
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.nearest.similarity import Pairs, refine_pairs
-from facepipe.storage import is_remote
+from facepipe.storage import describe_error, is_remote, replace_file
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
 
@@ -129,7 +129,7 @@ def _begin(partial: str, wanted: tuple[Any, ...]) -> None:
         with open(path, "w") as file:
             file.write(state)
     except OSError as error:
-        raise StorageError(f"cannot write {partial!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error
 
 
 def _text(path: str) -> str | None:
@@ -210,9 +210,8 @@ class _Builder:
         named = ((graph.DENSITY, found.density), (graph.COHORT, found.cohort.vectors), (graph.HISTOGRAM, found.counts))
         for name, array in named:
             _save(os.path.join(self.folder, name), array)
-        with open(path + ".new", "w") as file:
+        with replace_file(path) as unfinished, open(unfinished, "w") as file:
             json.dump(asdict(found.threshold), file)
-        os.replace(path + ".new", path)
         return found.density, found.threshold
 
     def _cells(self, nodes: Nodes, density: Any, threshold: Threshold) -> Cells:
@@ -321,9 +320,5 @@ def _cell(layout: Layout, cell: int, inside: Any, vectors: Any, density: Any, ta
 
 def _save(path: str, array: Any) -> None:
     """An array under its final name once it is complete."""
-    try:
-        with open(path + ".new", "wb") as file:
-            np.save(file, np.asarray(array))
-        os.replace(path + ".new", path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
+        np.save(file, np.asarray(array))

@@ -12,8 +12,7 @@ from pydantic import Field
 
 from facepipe import storage
 from facepipe.errors import ConfigError, IndexingError, StorageError
-from facepipe.gallery import Gallery, mirror
-from facepipe.gallery.lock import Lease, writer_lock
+from facepipe.gallery import Gallery
 from facepipe.index import compact, manifest, template, tune, update
 from facepipe.index.candidates import imbalance
 from facepipe.index.manifest import Manifest, ShardEntry, Template
@@ -24,6 +23,8 @@ from facepipe.index.shard import build_shard, bury, merge_shards
 from facepipe.index.update import Changes, TableFile
 from facepipe.index.verify import damaged
 from facepipe.models.runtime.memory import resident
+from facepipe.storage.lease import Lease, hold_lease
+from facepipe.storage.store import Store
 from pipelines.embed.config import Count
 from pipelines.runtime.run_record import follow, records
 from pipelines.runtime.runners import ray
@@ -123,9 +124,9 @@ def run(
     too small, GalleryBusyError while another run writes the index.
     """
     table = Gallery(gallery)
-    folder = manifest.folder_of(table.path)
-    with writer_lock(storage.join(table.path, manifest.FOLDER), "index", progress) as lease:
-        builder = _Builder(config, table, folder, progress, lease)
+    store = manifest.open_index_store(table.path)
+    with hold_lease(storage.join(table.path, manifest.FOLDER), "index", progress) as lease:
+        builder = _Builder(config, table, store, progress, lease)
         follow(builder.summary)
         builder.tidy()
         found = builder.current(retrain)
@@ -139,9 +140,9 @@ def run(
 class _Builder:
     """One run: what it was told, and the summary that it fills in."""
 
-    def __init__(self, config: IndexConfig, gallery: Gallery, folder: str, progress: Progress, lease: Lease):
+    def __init__(self, config: IndexConfig, gallery: Gallery, store: Store, progress: Progress, lease: Lease):
         self.lease, self.tag = lease, manifest.tag(gallery.path)
-        self.config, self.gallery, self.folder, self.progress = config, gallery, folder, progress
+        self.config, self.gallery, self.store, self.progress = config, gallery, store, progress
         self.memory = parse_size(config.index.memory)
         self.factory = FLAT if config.index.factory == "Flat" else config.index.factory
         self.recall = config.index.recall or RECALL
@@ -183,7 +184,7 @@ class _Builder:
         self.summary.time("sample", began)
         began = time.monotonic()
         trained = template.train(vectors, plan, self.progress)
-        made = template.save(trained, self.folder, plan, self.config.index.seed, self.factory is not None)
+        made = template.save(trained, self.store.folder, plan, self.config.index.seed, self.factory is not None)
         del vectors, trained
         self.summary.time("train", began)
         shards = self._add(changes, made, plan.shard_vectors)
@@ -193,7 +194,7 @@ class _Builder:
     def update(self, old: Manifest, compact_all: bool) -> IndexSummary:
         """New faces as new shards, the gone on the tombstones; merges what is due."""
         began = time.monotonic()
-        with closing(update.changes(self.gallery, old, self.folder)) as changes:
+        with closing(update.changes(self.gallery, old, self.store)) as changes:
             self.summary.time("compare", began)
             if self._outgrown(old, old.live + changes.added - changes.removed):
                 return self.build(f"outgrown: {old.template.factory} was planned for {old.template.vectors} faces")
@@ -217,7 +218,7 @@ class _Builder:
 
     def repair(self, old: Manifest) -> IndexSummary:
         """Rebuild the shards with damaged files, and only those: from the faces that no sound shard holds."""
-        bad = damaged(self.folder, old)
+        bad = damaged(self.store, old)
         if old.template.name in bad:
             return self.build("the template was damaged")
         sound = tuple(shard for shard in old.shards if shard.name not in bad)
@@ -225,7 +226,7 @@ class _Builder:
             return self._finish(old)
         began = time.monotonic()
         sound_only = replace(old, shards=sound)
-        with closing(update.changes(self.gallery, sound_only, self.folder, only_full=True)) as changes:
+        with closing(update.changes(self.gallery, sound_only, self.store, only_full=True)) as changes:
             self.summary.time("compare", began)
             plan = self._plan(max(1, changes.added), old.template.factory)
             shards = self._buried(sound, changes) + self._add(changes, old.template, plan.shard_limit)
@@ -245,7 +246,7 @@ class _Builder:
 
     def _buried(self, shards: Sequence[ShardEntry], changes: Changes) -> list[ShardEntry]:
         dead = changes.dead
-        return [bury(self.folder, entry, dead[entry.name]) if entry.name in dead else entry for entry in shards]
+        return [bury(self.store, entry, dead[entry.name]) if entry.name in dead else entry for entry in shards]
 
     def _add(self, changes: Changes, made: Template, limit: int) -> list[ShardEntry]:
         """Shards of at most about `limit` vectors, each of whole table files."""
@@ -255,9 +256,9 @@ class _Builder:
             self.config.run.runner == "auto" and "RAY_ADDRESS" in os.environ and len(groups) > 1
         )
         needed = sum(file.faces for file in changes.files) * 540
-        if needed > shutil.disk_usage(self.folder).free:
+        if needed > shutil.disk_usage(self.store.folder).free:
             raise StorageError(
-                f"the disk of {self.folder!r} has {shutil.disk_usage(self.folder).free >> 20} MiB left, "
+                f"the disk of {self.store.folder!r} has {shutil.disk_usage(self.store.folder).free >> 20} MiB left, "
                 f"and the index needs some {needed >> 20}"
             )
         whole = [g for g in groups if on_ray and all(file.whole for file in g)]
@@ -266,13 +267,13 @@ class _Builder:
             self.progress(f"shard {len(shards) + 1} of {len(groups)}: {sum(f.faces for f in group)} faces")
             only = None if all(file.whole for file in group) else changes.fresh
             rows = face_rows(self.gallery.faces_folder, [f.path for f in group], only, self.skipped)
-            entry = build_shard(self.folder, made, rows)
+            entry = build_shard(self.store, made, rows)
             shards += [entry] if entry else []
         self.summary.time("shards", began)
         return shards
 
     def _on_ray(self, groups: list[list[TableFile]], made: Template) -> Iterator[ShardEntry]:
-        mirror.upload(self.folder, [made.name])
+        self.store.upload([made.name])
         tasks = [_Task(self.gallery.path, made, self.gallery.faces_folder, [f.path for f in g]) for g in groups]
         ray.start()
         try:
@@ -290,7 +291,7 @@ class _Builder:
         groups = compact.everything(shards, limit) if all_ else compact.due(shards, limit, self.config.index.max_dead)
         for group in groups:
             self.progress(f"merging {len(group)} shards of {sum(entry.live for entry in group)} faces")
-            entry = merge_shards(self.folder, group)
+            entry = merge_shards(self.store, group)
             at = shards.index(group[0])
             shards = [shard for shard in shards if shard not in group]
             shards[at:at] = [entry] if entry else []
@@ -352,9 +353,9 @@ class _Task:
 
 
 def _build(task: _Task) -> tuple[ShardEntry | None, int]:
-    skipped, folder = Skipped(), manifest.folder_of(task.gallery)
-    entry = build_shard(folder, task.template, face_rows(task.faces, task.files, None, skipped))
-    mirror.upload(folder, [entry.name] if entry else [])
+    skipped, store = Skipped(), manifest.open_index_store(task.gallery)
+    entry = build_shard(store, task.template, face_rows(task.faces, task.files, None, skipped))
+    store.upload([entry.name] if entry else [])
     return entry, skipped.unusable
 
 

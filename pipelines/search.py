@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_querie
 from facepipe.index.search import Index
 from facepipe.models.runtime.device import resolve
 from facepipe.models.zoo.registry import model_of
+from facepipe.storage import describe_error, replace_file
 from pipelines import embed
 from pipelines.embed.config import Count, EmbedConfig
 from pipelines.runtime.run_record import records
@@ -98,7 +98,7 @@ def run(
     try:
         os.makedirs(work, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot write {work!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {work!r}: {describe_error(error)}") from error
     source = open_queries(queries, table.contract) or _embedded(config, table.contract, queries, work, summary)
     _search_blocks(config, table, source, work, summary, began, progress)
     _finish(work, out, summary)
@@ -255,12 +255,8 @@ def _search_block(task: _Task) -> dict[str, Any]:
     table = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
     table = table.replace_schema_metadata({"facepipe.counts": json.dumps(counts)})
     path = _part(task.work, task.block.number)
-    temporary = f"{path}.{secrets.token_hex(4)}"
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    with replace_file(path, unique=True) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")
     return counts
 
 
@@ -292,5 +288,5 @@ def _finish(work: str, out: str, summary: SearchSummary) -> None:
                 os.rename(part, os.path.join(work, "parts", os.path.basename(part)))
             os.rename(work + "/parts", out)
     except OSError as error:
-        raise StorageError(f"cannot write {out!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {out!r}: {describe_error(error)}") from error
     shutil.rmtree(work, ignore_errors=True)

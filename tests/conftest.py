@@ -145,9 +145,9 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
     }.items():
         monkeypatch.setenv(name, value)
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST")).close()
-    storage.bucket_store.cache_clear()
+    storage.open_bucket.cache_clear()
     client = boto3.client("s3")
     client.create_bucket(Bucket="faces")
     yield client
     client.close()
-    storage.bucket_store.cache_clear()
+    storage.open_bucket.cache_clear()

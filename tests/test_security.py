@@ -28,7 +28,7 @@ from facepipe import storage
 from facepipe.config import build, parse_settings, read_toml
 from facepipe.erasure.selection import Selection
 from facepipe.errors import ConfigError, FacepipeError, StorageError, WeightsError
-from facepipe.gallery import Gallery, mirror, stores
+from facepipe.gallery import Gallery
 from facepipe.gallery.table import open_table
 from facepipe.hashing import hash64
 from facepipe.imaging import header
@@ -37,8 +37,10 @@ from facepipe.index.search import Index
 from facepipe.models.zoo import registry
 from facepipe.sources import SourceConfig, listfile, open_source, tar
 from facepipe.stages import Decode, Read
+from facepipe.storage import table_access
 from facepipe.storage.hashtable import HashTable
 from facepipe.storage.redact import redact
+from facepipe.storage.store import open_store
 from pipelines import erase, index
 from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import pipeline as dedup
@@ -408,7 +410,7 @@ def test_urls_with_credentials_do_not_come_into_a_gallery(
     (tmp_path / "l.txt").write_text("\n".join([*names, "s3://faces/c.jpg", "s3://faces//d.jpg", "s3://faces/../e.jpg"]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{PASSWORD}@127.0.0.1:9")
     monkeypatch.setenv("FACEPIPE_RETRY_SECONDS", "0")
-    storage.bucket_store.cache_clear()
+    storage.open_bucket.cache_clear()
     assert embed(tmp_path / "l.txt", tmp_path / "g", fakes).statuses == {"read_error": 5}
     found = rows(tmp_path / "g")
     hunt(json.dumps(found, default=str), "rows")
@@ -495,7 +497,7 @@ def test_encryption_that_would_not_happen_is_refused(
         embed(drawings, G, fakes)
     listed = bucket.list_objects_v2(Bucket="faces").get("Contents", [])
     assert not [entry["Key"] for entry in listed if "faces/part" in entry["Key"] or "_delta_log" in entry["Key"]]
-    assert stores.table_options("/a/folder") is None, "a gallery on a disk does not ask"
+    assert table_access.get_delta_options("/a/folder") is None, "a gallery on a disk does not ask"
     with pytest.raises(Exception, match=message):
         open_table(f"{G}/faces")
 
@@ -528,37 +530,37 @@ def test_a_gallery_is_as_open_as_the_umask_lets_it_be(
 def test_copies_of_a_remote_gallery_are_private(umask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     umask(0)
     monkeypatch.setenv("FACEPIPE_CACHE", str(tmp_path / "cache"))
-    place = Path(mirror.folder(G, "reports/dedup"))
+    place = Path(open_store(G, "reports/dedup").folder)
     held = place.parents[1]
     assert stat.S_IMODE(held.stat().st_mode) == stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     held.chmod(0o777)
-    mirror.folder(G, "index")
+    open_store(G, "index")
     assert stat.S_IMODE(held.stat().st_mode) == 0o700
     with monkeypatch.context() as other:
         other.setattr(os, "geteuid", lambda: held.stat().st_uid + 1)
-        with pytest.raises(StorageError, match="no folder of yours"):
-            mirror.folder(G, "index")
+        with pytest.raises(StorageError, match="not a folder of yours"):
+            open_store(G, "index")
     held.rename(tmp_path / "elsewhere")
     held.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StorageError, match="no folder of yours"):
-        mirror.folder(G, "index")
+    with pytest.raises(StorageError, match="not a folder of yours"):
+        open_store(G, "index")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/hostname", "a/../../../x", ".", ""])
 def test_names_in_a_manifest_do_not_leave_the_copy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEPIPE_CACHE", str(tmp_path / "cache"))
-    place = mirror.folder(G, "index")
+    store = open_store(G, "index")
     with pytest.raises(StorageError, match="names no file"):
-        mirror.fetch(place, name, 1, "")
+        store.fetch(name, 1, "")
     with pytest.raises(StorageError, match="names no file"):
-        mirror.upload(place, [name])
+        store.upload([name])
 
 
 def test_keys_in_a_bucket_do_not_leave_the_copy(bucket: Any, tmp_path: Path) -> None:
     bucket.put_object(Bucket="faces", Key="team/gallery/reports/dedup/../../../../../x", Body=b"x")
-    place = mirror.folder(G, "reports/dedup")
+    store = open_store(G, "reports/dedup")
     with pytest.raises(StorageError):
-        mirror.pull(place)
+        store.pull()
     assert not list(tmp_path.rglob("x"))
 
 

@@ -118,7 +118,7 @@ def uri_of(source: str, file: str, row: int, name: str | None) -> str:
         name = os.fsdecode(unquote_to_bytes(os.fsencode(name.removeprefix("file://"))))
     if os.path.isabs(name):
         return file_uri(os.path.abspath(name))
-    if is_web(name) or (storage.is_remote(name) and storage.holds_credentials(name)):
+    if is_web(name) or (storage.is_remote(name) and storage.has_credentials(name)):
         scheme, _, rest = name.partition("?")[0].partition("://")  # what is behind the ? may be a signature
         host, slash, key = rest.partition("/")
         return f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"

@@ -92,10 +92,9 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
     another column says who it is, else people. Raises SourceError where there is nothing, ConfigError for a file of
     another kind (pickles among them), or without 128-D vectors.
     """
-    if not storage.is_remote(path):
-        path = os.path.abspath(path)
-        if not os.path.exists(path):
-            raise SourceError(f"no such file or folder: {path!r}")
+    path = storage.to_absolute(path)
+    if not storage.may_exist(path):
+        raise SourceError(f"no such file or folder: {path!r}")
     files = list_parquet_files(path) or ([] if os.path.isdir(path) else [path])
     if not files:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")

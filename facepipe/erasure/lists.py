@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from facepipe.erasure.gone import ANY, Gone, role_of
+from facepipe.storage.atomic import publish_file
 
 
 def scrub_list(path: str, gone: Gone) -> bool:
@@ -57,7 +58,7 @@ def _filtered(path: str, drop: Callable[[str], bool]) -> bool:
 
 def put_in_place(path: str, changed: bool) -> bool:
     if changed:
-        os.replace(path + ".new", path)
+        publish_file(path + ".new", path, sync=False)
     else:
         os.unlink(path + ".new")
     return changed

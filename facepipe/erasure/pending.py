@@ -16,7 +16,8 @@ from facepipe import storage
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import Chosen
 from facepipe.errors import GalleryError
-from facepipe.gallery.suppressed import UNFINISHED, folder_of, put
+from facepipe.gallery.suppressed import folder_of, put
+from facepipe.storage.atomic import UNFINISHED
 
 _ENDING, _STATE = ".pending", ".state"
 _KINDS = {
@@ -45,7 +46,7 @@ def keep(gallery: str, receipt: Receipt) -> None:
 
 def unfinished(gallery: str) -> list[tuple[Receipt, Chosen]]:
     """Erasures that began and did not end, oldest first."""
-    paths = sorted(f.url for f in storage.files_in(folder_of(gallery)) if f.url.endswith(_ENDING))
+    paths = sorted(f.url for f in storage.list_files(folder_of(gallery)) if f.url.endswith(_ENDING))
     return [_read(path) for path in paths]
 
 
@@ -67,7 +68,7 @@ def _read(path: str) -> tuple[Receipt, Chosen]:
 
 
 def _known(path: str, begun: Receipt) -> Receipt:
-    if not any(found.url == path for found in storage.files_in(path.rpartition("/")[0])):
+    if not any(found.url == path for found in storage.list_files(path.rpartition("/")[0])):
         return begun
     try:
         found = TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
@@ -82,6 +83,6 @@ def end(gallery: str, receipt: Receipt) -> None:
     # First the names: without them the rest says nothing, and no crash leaves an erasure that seems to have ended.
     for name in (base + _ENDING, base + _STATE):
         storage.delete(name)
-    for found in list(storage.files_in(folder_of(gallery))):
+    for found in list(storage.list_files(folder_of(gallery))):
         if found.url.endswith(UNFINISHED):
             storage.delete(found.url)

@@ -16,11 +16,12 @@ from facepipe.erasure import pending
 from facepipe.erasure.lists import csv_rows, line_tests
 from facepipe.erasure.receipt import Receipt
 from facepipe.errors import StorageError
-from facepipe.gallery import Gallery, mirror
+from facepipe.gallery import Gallery
 from facepipe.gallery.vacuum import unreferenced
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
+from facepipe.storage.store import open_store
 
 _GROUP = '{"title":'
 _AT_ONCE = 65536
@@ -85,7 +86,7 @@ def _files(gallery: Gallery, receipt: Receipt, asked: _Asked) -> Iterator[str]:
 
 def _log(gallery: Gallery, asked: _Asked) -> Iterator[str]:
     """The log quotes the smallest and the largest uri and identity of every file."""
-    for found in storage.files_in(storage.join(gallery.faces_folder, "_delta_log")):
+    for found in storage.list_files(storage.join(gallery.faces_folder, "_delta_log")):
         quoted = (
             json.loads(stats or "{}").get(end, {}).get(column)
             for stats in _statistics(found.url)
@@ -110,16 +111,17 @@ def _vectors(gallery: Gallery, asked: _Asked) -> Iterator[str]:
     base = storage.join(gallery.path, manifests.FOLDER).rstrip("/") + "/"
     named: set[str] = set()
     if manifests.exists(gallery.path):
-        folder, found = manifests.folder_of(gallery.path), manifests.load(gallery.path)
+        store = manifests.open_index_store(gallery.path)
+        found = manifests.load(gallery.path)
         for entry in found.shards:
-            shard = Shard(folder, entry)
+            shard = Shard(store, entry)
             count = asked.found(map(str, shard.ids.tolist()), "faces")
             # Vectors of what an image was before it changed have other ids.
             count = count or sum(asked.found(pc.unique(rows.uris).to_pylist(), "uris") for rows in shard.live_rows())
             if count:
                 yield f"index/{entry.name}: {count} vectors"
         named = {name.split("/")[0] for name, _ in manifests.files_of(found)}
-    others = {file.url.removeprefix(base).split("/")[0] for file in storage.files_in(base)} - named
+    others = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)} - named
     yield from (
         f"index/{name}: no part of the index" for name in sorted(others) if name.startswith(("shard-", "dead-"))
     )
@@ -127,11 +129,12 @@ def _vectors(gallery: Gallery, asked: _Asked) -> Iterator[str]:
 
 def _reports(gallery: Gallery, asked: _Asked) -> Iterator[str]:
     base = storage.join(gallery.path, "reports").rstrip("/") + "/"
-    names = {found.url.removeprefix(base).split("/")[0] for found in storage.files_in(base)}
+    names = {found.url.removeprefix(base).split("/")[0] for found in storage.list_files(base)}
     for name in sorted(names):
-        folder = mirror.folder(gallery.path, f"reports/{name}")
-        mirror.pull(folder)
-        for found in storage.files_in(folder) if os.path.isdir(folder) else ():
+        store = open_store(gallery.path, f"reports/{name}")
+        store.pull()
+        folder = store.folder
+        for found in storage.list_files(folder) if os.path.isdir(folder) else ():
             count = _mentions(found.url, asked)
             if count:
                 yield f"reports/{name}/{os.path.relpath(found.url, folder)}: {count} mentions"

@@ -21,8 +21,9 @@ from facepipe.erasure.lists import scrub_csv, scrub_list
 from facepipe.erasure.pages import scrub_page
 from facepipe.erasure.tables import orphans, scrub_arrays, scrub_table
 from facepipe.errors import StorageError
-from facepipe.gallery.lock import NAME
-from facepipe.gallery.mirror import PRIVATE
+from facepipe.storage import describe_error
+from facepipe.storage.lease import LEASE_FILE
+from facepipe.storage.store import PRIVATE_NAMES
 
 _WORDS = re.compile(rb"[^\s\"'<>,;\x00]+")
 _DAMAGED = (pa.ArrowException, ValueError, KeyError, TypeError, EOFError, BadZipFile, csv.Error)
@@ -43,9 +44,9 @@ def scrub(folder: str, gone: Gone) -> Iterator[str]:
             yield f"{name}/"
         elif os.path.isdir(path):
             yield from (f"{name}/{inner}" for inner in scrub(path, gone))
-        elif name.endswith(".new") and not name.startswith(NAME):
+        elif name.endswith(".new") and not name.startswith(LEASE_FILE):
             _unlink(path)  # of a run that died
-        elif not name.startswith(NAME) and name not in PRIVATE and here.scrub(name):
+        elif not name.startswith(LEASE_FILE) and name not in PRIVATE_NAMES and here.scrub(name):
             yield name
     if _forgot(folder):
         yield SUMS
@@ -79,7 +80,7 @@ def _unlink(path: str) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise StorageError(f"cannot delete {path!r}: {error.strerror}") from error
+        raise StorageError(f"cannot delete {path!r}: {describe_error(error)}") from error
 
 
 class _Report:
@@ -115,7 +116,7 @@ class _Report:
             return tables.get(kind, _unknown)(path, self._gone)
         except OSError as error:
             if error.errno is not None:  # Arrow's own have none
-                raise StorageError(f"cannot clean the report {path!r}: {(error.strerror or '').lower()}") from error
+                raise StorageError(f"cannot clean the report {path!r}: {describe_error(error)}") from error
         except _DAMAGED:
             pass
         for left in (path, path + ".new"):

@@ -1,6 +1,5 @@
 """Tables and named arrays of reports without the erased."""
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 
 from facepipe.erasure.gone import ANY, IDS, URIS, Gone, role_of
 from facepipe.erasure.selection import mark_of
+from facepipe.storage import write_beside
 from facepipe.types import Bool
 
 _ASIDE = "nearest_identity"  # only compared with: the row is another's, and stays without it
@@ -28,10 +28,12 @@ def scrub_table(path: str, gone: Gone) -> bool:
         columns = [field.name for field in file.schema_arrow if _told_by(field) or field.name == "size"]
         if not columns or not any(_touched(batch, gone) for batch in file.iter_batches(columns=columns)):
             return False
-        with pq.ParquetWriter(path + ".new", file.schema_arrow, compression="zstd") as writer:
+        with (
+            write_beside(path) as unfinished,
+            pq.ParquetWriter(unfinished, file.schema_arrow, compression="zstd") as writer,
+        ):
             for batch in file.iter_batches():
                 writer.write_batch(_without(batch, gone))
-    os.replace(path + ".new", path)
     return True
 
 
@@ -78,7 +80,6 @@ def scrub_arrays(path: str, gone: Gone) -> bool:
         kept[name] = array[~np.isin(mark_of(array), gone.marks)] if vectors else array
     if all(len(kept[name]) == len(array) for name, array in arrays.items() if array.ndim):
         return False
-    with open(path + ".new", "wb") as out:
+    with write_beside(path) as unfinished, open(unfinished, "wb") as out:
         np.savez(out, **kept)
-    os.replace(path + ".new", path)
     return True

@@ -31,15 +31,15 @@ def hide(gallery: str, chosen: Chosen, check: Callable[[], None]) -> Removed:
     behind the table, not yet. They are told by the image's uri.
     """
     found, tag = manifests.load_tagged(gallery)
-    folder, removed, shards = manifests.folder_of(gallery), Removed(), []
+    store, removed, shards = manifests.open_index_store(gallery), Removed(), []
     for entry in found.shards:
-        shard = Shard(folder, entry)
+        shard = Shard(store, entry)
         here, remains = _held(shard, chosen, whole=found.table_version != chosen.version)
         if len(here) or remains:
             removed.vectors += len(here)
             removed.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
         dead = np.union1d(shard.dead, here)
-        shards.append(bury(folder, entry, dead) if len(dead) != len(shard.dead) else entry)
+        shards.append(bury(store, entry, dead) if len(dead) != len(shard.dead) else entry)
     if tuple(shards) != found.shards:
         check()
         manifests.publish(gallery, replace(found, shards=tuple(shards)), tag)
@@ -72,13 +72,13 @@ def remove(gallery: str, removed: Removed, versions: tuple[int, int], check: Cal
     versions: of the table, before and after its rows went; an index that answered for the first answers for the second.
     """
     found, tag = manifests.load_tagged(gallery)
-    folder = manifests.folder_of(gallery)
+    store = manifests.open_index_store(gallery)
     concerned, shards = {name.split("/")[0] for name in removed.before}, []
     for entry in found.shards:
         if entry.name not in concerned:
             shards.append(entry)
             continue
-        made = merge_shards(folder, [entry])
+        made = merge_shards(store, [entry])
         if made is not None:
             shards.append(made)
             removed.after |= {f"{made.name}/{name}": file.sha256[:32] for name, file in made.files.items()}

@@ -16,11 +16,11 @@ from deltalake.transaction import Transaction
 
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
-from facepipe.gallery.lock import Lease
 from facepipe.gallery.parts import Record
 from facepipe.gallery.rewrite import Action, Rewrite, add, of_uris, rewritten
 from facepipe.gallery.table import Gallery, open_table
 from facepipe.schema import FACES
+from facepipe.storage.lease import Lease
 
 _NOTE = "facepipe"
 _TRIES = 5
@@ -95,7 +95,7 @@ class Committer:
                 return True
             if isinstance(error, CommitFailedError):
                 return False
-            raise StorageError(f"cannot commit to {self.gallery.path!r}: {storage.reason(error)}") from error
+            raise StorageError(f"cannot commit to {self.gallery.path!r}: {storage.describe_error(error)}") from error
         return True
 
     def _number(self) -> int:
@@ -177,4 +177,4 @@ def _reported(path: str) -> Iterator[None]:
     try:
         yield
     except (DeltaError, OSError) as error:
-        raise StorageError(f"the table of {path!r} cannot be read: {storage.reason(error)}") from error
+        raise StorageError(f"the table of {path!r} cannot be read: {storage.describe_error(error)}") from error

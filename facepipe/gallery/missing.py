@@ -35,7 +35,7 @@ def write_missing(path: str, found: MissingUris) -> None:
     """Leave it for the driver, which may be on another machine."""
     uris = np.empty(0, np.uint64) if found.uris is None else found.uris
     head = np.array([found.count, found.of, found.broken], np.uint64)
-    storage.make_folder_of(path)
+    storage.make_parent_folder(path)
     storage.write(path, np.concatenate([head, uris]).astype("<u8").tobytes())
 
 

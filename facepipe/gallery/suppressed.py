@@ -3,19 +3,16 @@
 The source may go on listing an erased image. Hashes tell it again without saying what it was called.
 """
 
-import os
 from collections.abc import Iterable
 
 import numpy as np
 
 from facepipe import storage
-from facepipe.errors import StorageError
 from facepipe.hashing import hash64
 from facepipe.types import UInt64
 
 FOLDER = "erased"
 _URIS, _CONTENTS = ".uris", ".contents"
-UNFINISHED = ".new"
 
 
 def folder_of(gallery: str) -> str:
@@ -26,15 +23,7 @@ def folder_of(gallery: str) -> str:
 def put(gallery: str, name: str, data: bytes) -> str:
     """Write a file of this folder, whole or not at all: a torn one would stop every later run. Its path."""
     path = storage.join(folder_of(gallery), name)
-    storage.make_folder_of(path)
-    if storage.is_remote(path):
-        storage.write(path, data)
-        return path
-    storage.write(path + UNFINISHED, data)
-    try:
-        os.replace(path + UNFINISHED, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+    storage.replace(path, data)
     return path
 
 
@@ -56,6 +45,6 @@ def contents(gallery: str) -> UInt64:
 
 
 def _all(gallery: str, ending: str) -> UInt64:
-    found = [f.url for f in storage.files_in(folder_of(gallery)) if f.url.endswith(ending)]
+    found = [f.url for f in storage.list_files(folder_of(gallery)) if f.url.endswith(ending)]
     parts = [np.frombuffer(storage.read(path.encode()), "<u8") for path in found]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))

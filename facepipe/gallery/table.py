@@ -18,10 +18,9 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from facepipe import storage
 from facepipe.errors import ContractError, GalleryError, StorageError
 from facepipe.gallery.contract import PROPERTY, Contract
-from facepipe.gallery.lock import GUARD
-from facepipe.gallery.lock import NAME as LOCK
-from facepipe.gallery.stores import arrow_filesystem, table_options
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
+from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.table_access import get_delta_options, open_arrow_filesystem
 from facepipe.types import Float32, Int64
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Gallery:
     """
 
     def __init__(self, path: str | os.PathLike[str], version: int | None = None):
-        self.path = os.fspath(path) if storage.is_remote(os.fspath(path)) else os.path.abspath(path)
+        self.path = storage.to_absolute(os.fspath(path))
         self.faces_folder = storage.join(self.path, "faces")
         try:
             self._table = open_table(self.faces_folder, version)
@@ -58,14 +57,16 @@ class Gallery:
                 f"no gallery at {self.path!r} (no faces/ table in it): `facepipe embed SOURCE {self.path}` makes one"
             ) from error
         except Exception as error:  # deltalake raises many kinds for a log that cannot be read
-            raise GalleryError(f"the gallery at {self.path!r} cannot be read: {storage.reason(error)}") from error
+            raise GalleryError(
+                f"the gallery at {self.path!r} cannot be read: {storage.describe_error(error)}"
+            ) from error
 
     @classmethod
     def exists(cls, path: str) -> bool:
         """Whether there is a gallery."""
         log = storage.join(path, "faces", "_delta_log")
         # Not deltalake's own test: it holds the interpreter, and with it the lease's heartbeat, while a store is slow.
-        return any(found.url.endswith((".json", ".parquet")) for found in storage.files_in(log))
+        return any(found.url.endswith((".json", ".parquet")) for found in storage.list_files(log))
 
     @classmethod
     def open_or_create(cls, path: str, contract: Contract) -> "Gallery":
@@ -90,12 +91,12 @@ class Gallery:
                 name="faces",
                 configuration=configuration,
                 raise_if_key_not_exists=False,  # our own property stands beside Delta's
-                storage_options=table_options(path),
+                storage_options=get_delta_options(path),
             )
         except (OSError, DeltaError) as error:
             # Where the answer of a store was lost the table is there all the same; the caller's lease says it is ours.
             if not cls.exists(path):
-                raise GalleryError(f"cannot make a gallery at {path!r}: {storage.reason(error)}") from error
+                raise GalleryError(f"cannot make a gallery at {path!r}: {storage.describe_error(error)}") from error
         return cls(path)
 
     def widen(self) -> None:
@@ -142,7 +143,7 @@ class Gallery:
         # Left out while the files are listed: deltalake takes a column without statistics for one without nulls.
         wanted = set(held.names if ranges is None else ranges).difference(LATER)
         early = pa.schema([field for field in held if field.name in wanted])
-        listed = self._table.to_pyarrow_dataset(filesystem=arrow_filesystem(self.faces_folder), schema=early)
+        listed = self._table.to_pyarrow_dataset(filesystem=open_arrow_filesystem(self.faces_folder), schema=early)
         return listed.replace_schema(pa.unify_schemas([held, FACES]))
 
     def batches(
@@ -163,7 +164,7 @@ class Gallery:
                 batch = next(batches, None)
             except (OSError, pa.ArrowException) as error:
                 raise StorageError(
-                    f"cannot read the table in {self.faces_folder!r}: {storage.reason(error)}; "
+                    f"cannot read the table in {self.faces_folder!r}: {storage.describe_error(error)}; "
                     f"`facepipe verify {self.path}` names what is damaged"
                 ) from error
             if batch is None:
@@ -221,10 +222,10 @@ class Gallery:
 
 def open_table(folder: str, version: int | None = None) -> DeltaTable:
     """A Delta table in a folder or an object store."""
-    return DeltaTable(folder, version=version, storage_options=table_options(folder))
+    return DeltaTable(folder, version=version, storage_options=get_delta_options(folder))
 
 
-_OURS = {LOCK, GUARD, RUNS}
+_OURS = {LEASE_FILE, LEASE_GUARD, RUNS}
 
 
 def _holds_something(path: str) -> bool:
@@ -237,7 +238,7 @@ def _holds_something(path: str) -> bool:
         return False
     if not os.path.isdir(path) or set(os.listdir(path)) - _OURS - {"faces"}:
         return True
-    return any(_foreign(os.path.relpath(found.url, path)) for found in storage.files_in(path))
+    return any(_foreign(os.path.relpath(found.url, path)) for found in storage.list_files(path))
 
 
 def _foreign(name: str) -> bool:

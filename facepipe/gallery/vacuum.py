@@ -27,7 +27,7 @@ def unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entr
         named |= set(_left_since(gallery, now - older_than))
     return [
         found
-        for found in storage.files_in(gallery.faces_folder)
+        for found in storage.list_files(gallery.faces_folder)
         if (name := found.url.removeprefix(base)).endswith(".parquet")
         and not name.startswith(_LOG)
         and name not in named
@@ -37,7 +37,7 @@ def unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entr
 
 def _left_since(gallery: Gallery, when: float) -> Iterator[str]:
     """Files that were in the table at a time and are no more; a version's own file is as old as the version."""
-    for found in storage.files_in(storage.join(gallery.faces_folder, _LOG)):
+    for found in storage.list_files(storage.join(gallery.faces_folder, _LOG)):
         if found.url.endswith(".json") and found.modified > when:
             for line in storage.read(found.url.encode()).splitlines():
                 left = json.loads(line).get("remove")
@@ -61,7 +61,7 @@ def forget_history(gallery: Gallery) -> int:
     table = open_table(gallery.faces_folder)
     table.create_checkpoint()
     base, deleted = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/", 0
-    for found in list(storage.files_in(base)):
+    for found in list(storage.list_files(base)):
         name = found.url.removeprefix(base)
         version = _VERSION.match(name)
         if _TORN.search(name) or (version and int(version[1]) < table.version()):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,10 +10,9 @@ from pydantic import TypeAdapter
 
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, IndexingError, StorageError
-from facepipe.gallery import Gallery, mirror
-from facepipe.gallery.lock import GUARD
-from facepipe.gallery.lock import NAME as LOCK
+from facepipe.gallery import Gallery
 from facepipe.storage import conditional
+from facepipe.storage.store import Store, open_store
 
 FORMAT = 1
 FOLDER = "index"
@@ -113,9 +111,9 @@ def measured_recall(manifest: Manifest, nprobe: int, rescore: int) -> float | No
     return next((point.recall_at_10 for point in found), None)
 
 
-def folder_of(gallery: str) -> str:
-    """Where a gallery's index lies on this machine."""
-    return mirror.folder(gallery, FOLDER)
+def open_index_store(gallery: str) -> Store:
+    """Open the folder of a gallery's index."""
+    return open_store(gallery, FOLDER)
 
 
 def path_of(gallery: str) -> str:
@@ -164,26 +162,15 @@ def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
 
     replaces: tag of the one it was made from; where that is no longer in force, GalleryBusyError is raised.
     """
-    folder = folder_of(gallery)
-    _upload(folder, manifest)
+    store = open_index_store(gallery)
+    store.upload_missing({name: file.bytes for name, file in files_of(manifest)})
     data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
     try:
         made = conditional.write_if(path_of(gallery), data, replaces)
     except conditional.ConflictError as error:
         raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
-    if not storage.is_remote(gallery):
-        sync_folder(folder)
+    store.sync()
     return made
-
-
-def _upload(folder: str, manifest: Manifest) -> None:
-    """Files that the manifest names and the store does not hold yet."""
-    remote = mirror.origin(folder)
-    if remote is None:
-        return
-    base = remote.rstrip("/") + "/"
-    there = {found.url.removeprefix(base): found.size for found in storage.list_prefix(base)}
-    mirror.upload(folder, (name for name, file in files_of(manifest) if there.get(name) != file.bytes))
 
 
 def files_of(manifest: Manifest) -> list[tuple[str, File]]:
@@ -198,48 +185,17 @@ def files_of(manifest: Manifest) -> list[tuple[str, File]]:
 
 def sweep(gallery: str, manifest: Manifest | None) -> None:
     """Delete what the manifest does not name: leftovers of a crash, and what was replaced. Needs the index lock."""
-    folder = folder_of(gallery)
-    named = {NAME, LOCK, GUARD, f"{NAME}.guard", *mirror.PRIVATE}
+    named = {NAME, f"{NAME}.guard"}
     if manifest:
         named |= {manifest.template.name, *(shard.name for shard in manifest.shards)}
         named |= {shard.tombstones for shard in manifest.shards if shard.tombstones}
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if name in named:
-            continue
-        if os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.unlink(path)
-    if (remote := mirror.origin(folder)) is not None:
-        base = remote.rstrip("/") + "/"
-        for found in list(storage.list_prefix(base)):
-            if found.url.removeprefix(base).split("/")[0] not in named:
-                storage.delete(found.url)
+    open_index_store(gallery).delete_except(named)
 
 
 def digest(path: str) -> File:
     """Size and SHA-256 of a file."""
     with open(path, "rb") as file:
         return File(os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def sync(path: str) -> None:
-    """Have a file on disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: str) -> None:
-    """Have a folder's entries on disk."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
 
 
 def contract_of(gallery: Gallery) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Queries for a search: the faces of a gallery, or any Parquet files with an `embedding` column, cut into blocks."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,10 +107,9 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
     Raises ContractError where the queries say that they were made with other models, ConfigError where their dimension
     is another, SourceError where nothing is there.
     """
-    if not storage.is_remote(path):
-        path = os.path.abspath(path)
-        if not os.path.exists(path) and not set("*?[") & set(path):
-            raise SourceError(f"no such file or folder: {path!r}")
+    path = storage.to_absolute(path)
+    if not storage.may_exist(path) and not set("*?[") & set(path):
+        raise SourceError(f"no such file or folder: {path!r}")
     if Gallery.exists(path):
         gallery = Gallery(path)
         contract.require(gallery.contract, "the gallery that is searched")
@@ -124,7 +122,7 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
     if "embedding" not in schema.names:
         return None
     _check(schema, contract, path)
-    entries = [storage.entry(file) for file in files]
+    entries = [storage.get_entry(file) for file in files]
     mark = hash64(*(f"{entry.url} {entry.fingerprint}" for entry in entries))
     return QuerySource(path, f"parquet {mark:016x}", False)
 

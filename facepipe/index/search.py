@@ -72,7 +72,7 @@ class Index:
 
     def _shards(self) -> list[Shard]:
         # Newest first: of an id that was tombstoned and added again, the newer label counts.
-        return [Shard(manifests.folder_of(self.gallery), entry) for entry in reversed(self.manifest.shards)]
+        return [Shard(manifests.open_index_store(self.gallery), entry) for entry in reversed(self.manifest.shards)]
 
     def _mergeable(self) -> bool:
         size = sum(shard.entry.files[INDEX].bytes for shard in self.shards)

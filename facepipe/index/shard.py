@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.errors import IndexingError, StorageError
-from facepipe.gallery import mirror
 from facepipe.index.grid import grid
 from facepipe.index.manifest import (
     IDS,
@@ -30,12 +29,12 @@ from facepipe.index.manifest import (
     ShardEntry,
     Template,
     digest,
-    sync,
-    sync_folder,
 )
 from facepipe.index.rows import Rows
 from facepipe.nearest.faiss_engine import faiss, write_index
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.storage import describe_error, sync_file, sync_folder
+from facepipe.storage.store import Store
 from facepipe.types import Bool, Float32, Int64
 
 _LABEL_ROWS = 65536  # rows of a batch of labels.arrow: where a row's label is, is a division
@@ -49,9 +48,9 @@ _BUCKET_BITS = 22  # 16 MiB of offsets into the sorted ids, at most
 class ShardWriter:
     """Takes rows, then makes them a shard. Used as a context: what was not finished is deleted."""
 
-    def __init__(self, folder: str, index: Any):
-        self._folder, self._index = folder, index
-        self._partial = os.path.join(folder, f"shard-{secrets.token_hex(6)}.partial")
+    def __init__(self, store: Store, index: Any):
+        self._folder, self._index = store.folder, index
+        self._partial = os.path.join(self._folder, f"shard-{secrets.token_hex(6)}.partial")
         self._ids: list[Int64] = []
         self._count = 0
 
@@ -62,7 +61,7 @@ class ShardWriter:
             self._vectors.write(bytes(_NPY_HEADER))
             self._labels = _LabelWriter(os.path.join(self._partial, LABELS))
         except OSError as error:
-            raise StorageError(f"cannot write {self._partial!r}: {(error.strerror or str(error)).lower()}") from error
+            raise StorageError(f"cannot write {self._partial!r}: {describe_error(error)}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,7 +98,7 @@ class ShardWriter:
             write_index(self._index, os.path.join(self._partial, INDEX))
             files = {}
             for name in (INDEX, VECTORS, IDS, ROWS, LABELS):
-                sync(os.path.join(self._partial, name))
+                sync_file(os.path.join(self._partial, name))
                 files[name] = digest(os.path.join(self._partial, name))
             sync_folder(self._partial)
             final = self._partial.removesuffix(".partial")
@@ -159,26 +158,26 @@ def add_to(index: Any, vectors: Float32, ids: Int64) -> None:
         index.add_with_ids(grid(part) if has_lists else part, np.ascontiguousarray(ids[at : at + _ADD_ROWS]))
 
 
-def build_shard(folder: str, template: Template, batches: Iterable[Rows]) -> ShardEntry | None:
+def build_shard(store: Store, template: Template, batches: Iterable[Rows]) -> ShardEntry | None:
     """A shard of the rows; None where there are none."""
-    mirror.fetch(folder, template.name, template.file.bytes, template.file.sha256)
+    store.fetch(template.name, template.file.bytes, template.file.sha256)
+    path = store.local_path(template.name)
     try:
-        index = faiss.read_index(os.path.join(folder, template.name))
+        index = faiss.read_index(path)
     except RuntimeError as error:
         raise IndexingError(
-            f"the template {os.path.join(folder, template.name)!r} cannot be opened: "
-            "`facepipe index GALLERY --repair` rebuilds what is damaged"
+            f"the template {path!r} cannot be opened: `facepipe index GALLERY --repair` rebuilds what is damaged"
         ) from error
-    with ShardWriter(folder, index) as writer:
+    with ShardWriter(store, index) as writer:
         for rows in batches:
             writer.add(rows)
         return writer.finish()
 
 
-def merge_shards(folder: str, entries: Iterable[ShardEntry]) -> ShardEntry | None:
+def merge_shards(store: Store, entries: Iterable[ShardEntry]) -> ShardEntry | None:
     """One shard of several, without their dead. Nothing is quantised anew: the answers stay what they were."""
-    parts = [Shard(folder, entry) for entry in entries]
-    with ShardWriter(folder, joined_index(parts)) as writer:
+    parts = [Shard(store, entry) for entry in entries]
+    with ShardWriter(store, joined_index(parts)) as writer:
         for part in parts:
             for rows in part.live_rows():
                 writer.keep(rows)
@@ -206,10 +205,11 @@ class Shard:
     dead: sorted ids that no search returns. Raises IndexingError, naming the file, where one is missing or cut short.
     """
 
-    def __init__(self, folder: str, entry: ShardEntry):
+    def __init__(self, store: Store, entry: ShardEntry):
         self.entry = entry
-        self._root, self._folder = folder, os.path.join(folder, entry.name)
-        if mirror.origin(folder) is None:
+        self._store = store
+        self._folder = store.local_path(entry.name)
+        if store.is_complete:
             for name in entry.files:
                 self._require(name)
         self.ids: Int64 = self._mapped(IDS)
@@ -219,7 +219,7 @@ class Shard:
         self._starts = np.minimum(np.searchsorted(self.ids, buckets), len(self.ids) - 1).astype(np.uint32)
         self.dead: Int64 = np.empty(0, np.int64)
         if entry.tombstones and entry.tombstones_file:
-            path = _required(folder, entry.tombstones, entry.tombstones_file)
+            path = _required(store, entry.tombstones, entry.tombstones_file)
             try:
                 self.dead = np.load(path)
             except (OSError, ValueError) as error:
@@ -232,7 +232,7 @@ class Shard:
         return self._mapped(VECTORS, scattered=True)
 
     def _require(self, name: str) -> str:
-        return _required(self._root, f"{self.entry.name}/{name}", self.entry.files[name])
+        return _required(self._store, f"{self.entry.name}/{name}", self.entry.files[name])
 
     def _mapped(self, name: str, scattered: bool = False) -> npt.NDArray[Any]:
         self._require(name)
@@ -341,14 +341,14 @@ def _damaged(path: str, error: Exception) -> IndexingError:
     )
 
 
-def _required(folder: str, name: str, file: File) -> str:
+def _required(store: Store, name: str, file: File) -> str:
     """The path of a file that is there and as long as it was written, fetched into a mirror if need be."""
-    path = os.path.join(folder, name)
+    path = os.path.join(store.folder, name)
     try:
-        mirror.fetch(folder, name, file.bytes, file.sha256)
+        store.fetch(name, file.bytes, file.sha256)
         size = os.path.getsize(path)
     except (OSError, StorageError) as error:
-        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        reason = describe_error(error) if isinstance(error, OSError) else str(error)
         raise IndexingError(
             f"{path!r} of the index cannot be read ({reason}): "
             "`facepipe index GALLERY --repair` rebuilds what is damaged"
@@ -361,15 +361,15 @@ def _required(folder: str, name: str, file: File) -> str:
     return path
 
 
-def bury(folder: str, entry: ShardEntry, dead: Int64) -> ShardEntry:
+def bury(store: Store, entry: ShardEntry, dead: Int64) -> ShardEntry:
     """The shard's entry with these ids as its dead (all of them: earlier ones are not added)."""
     if not len(dead):
         return replace(entry, dead=0, tombstones=None, tombstones_file=None)
     name = f"dead-{secrets.token_hex(6)}.npy"
-    path = os.path.join(folder, name)
+    path = store.local_path(name)
     try:
         np.save(path, np.unique(dead))
-        sync(path)
+        sync_file(path)
     except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
     return replace(entry, dead=len(np.unique(dead)), tombstones=name, tombstones_file=digest(path))

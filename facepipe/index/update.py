@@ -15,6 +15,7 @@ from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.storage.hashtable import HashTable
+from facepipe.storage.store import Store
 from facepipe.types import Bool, Int64, UInt64
 
 
@@ -55,13 +56,13 @@ def everything(gallery: Gallery) -> Changes:
     return Changes(files, None, added=sum(file.faces for file in files))
 
 
-def changes(gallery: Gallery, manifest: Manifest, folder: str, only_full: bool = False) -> Changes:
+def changes(gallery: Gallery, manifest: Manifest, store: Store, only_full: bool = False) -> Changes:
     """Compare, id by id, the table's files that came and went since the manifest's version.
 
     A face that only moved to another file (a compaction, a neighbour's deletion) is neither new nor gone; one whose
     identity changed is both. What is read is in proportion to what changed, unless the log of then has been cleaned.
     """
-    shards = [Shard(folder, entry) for entry in manifest.shards]
+    shards = [Shard(store, entry) for entry in manifest.shards]
     then = None if only_full else _then(gallery, manifest.table_version)
     now = {file["path"]: file["faces"] for file in _sorted(gallery)}
     if then is not None:

@@ -1,27 +1,28 @@
 """Whether an index is what was written, and answers for the table it says it answers for."""
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
 
 from facepipe.errors import FacepipeError, IndexingError, StorageError
-from facepipe.gallery import Gallery, mirror
-from facepipe.index.manifest import File, Manifest, digest, files_of, folder_of, load
+from facepipe.gallery import Gallery
+from facepipe.index.manifest import File, Manifest, files_of, load, open_index_store
 from facepipe.index.rows import face_ids
 from facepipe.index.shard import Shard
+from facepipe.storage import describe_error
 from facepipe.storage.hashtable import HashTable
+from facepipe.storage.store import Store
 from facepipe.types import Int64
 
 _STEP = 1 << 20
 
 
-def damaged(folder: str, manifest: Manifest) -> dict[str, list[str]]:
+def damaged(store: Store, manifest: Manifest) -> dict[str, list[str]]:
     """By name of the shard or template: its files that are absent, or whose size or checksum differs, and how."""
     found: dict[str, list[str]] = {}
     for owner, path, file in _files(manifest):
-        problem = _problem(folder, path, file)
+        problem = _problem(store, path, file)
         if problem:
             found.setdefault(owner, []).append(f"index/{path}: {problem}")
     return found
@@ -32,15 +33,15 @@ def _files(manifest: Manifest) -> list[tuple[str, str, File]]:
     return [(buried.get(name, name.split("/")[0]), name, file) for name, file in files_of(manifest)]
 
 
-def _problem(folder: str, path: str, file: File) -> str | None:
+def _problem(store: Store, path: str, file: File) -> str | None:
     try:
-        now = File(*mirror.digest_there(folder, path)) if mirror.origin(folder) else digest(os.path.join(folder, path))
+        now = File(*store.measure(path))
     except FileNotFoundError:
         return "is missing"
     except StorageError as error:
         return str(error)
     except OSError as error:
-        return (error.strerror or str(error)).lower()
+        return describe_error(error)
     if now.bytes != file.bytes:
         return f"has {now.bytes} bytes, not {file.bytes}"
     return "checksum differs, the file was altered" if now.sha256 != file.sha256 else None
@@ -55,13 +56,13 @@ def verify_index(gallery: Gallery) -> list[str]:
         manifest = load(gallery.path)
     except IndexingError as error:
         return [str(error)]
-    folder = folder_of(gallery.path)
-    problems = [line for lines in damaged(folder, manifest).values() for line in lines]
+    store = open_index_store(gallery.path)
+    problems = [line for lines in damaged(store, manifest).values() for line in lines]
     if problems:
         return [*problems, "`facepipe index GALLERY --repair` rebuilds the damaged shards and only those"]
     try:
         table = Gallery(gallery.path, manifest.table_version)
-        return _compare(table, [Shard(folder, entry) for entry in manifest.shards])
+        return _compare(table, [Shard(store, entry) for entry in manifest.shards])
     except FacepipeError:
         return []  # cleaned from the log, or vacuumed: there is nothing to compare with
 

@@ -3,8 +3,6 @@
 Labels hold names of jobs, phases and statuses, and the gallery's path without credentials; never a file or a person.
 """
 
-import os
-import secrets
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -73,19 +71,15 @@ def text(gallery_path: str) -> str:
 
 def write(path: str, text: str) -> None:
     """Write a metrics file in one step: a collector reads the old one or the new one. Raises StorageError."""
-    temporary = f"{path}.{secrets.token_hex(3)}.new"  # collectors read *.prom only
-    try:
-        storage.write(temporary, text.encode())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+    # Collectors read *.prom only, so they never see the unfinished file.
+    with storage.replace_file(path, sync=True, unique=True) as unfinished, open(unfinished, "wb") as file:
+        file.write(text.encode())
 
 
 def gallery_label(gallery_path: str) -> str:
     """What names a gallery in metrics and logs: its path, without credentials and query."""
-    if storage.is_remote(gallery_path):
-        return redact(gallery_path).partition("?")[0].rstrip("/")
-    return redact(os.path.abspath(gallery_path))
+    path = storage.to_absolute(gallery_path)
+    return redact(path).partition("?")[0].rstrip("/") if storage.is_remote(path) else redact(path)
 
 
 def exposition(samples: list[Sample]) -> str:

@@ -136,30 +136,11 @@ def prune(gallery_path: str, keep: int = 1000) -> int:
 
 
 def _names(gallery_path: str) -> Iterable[str]:
-    folder = folder_of(gallery_path)
-    if storage.is_remote(folder):
-        at = len(folder) + 1
-        return [entry.url[at:] for entry in storage.list_prefix(folder + "/")]
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StorageError(f"cannot list {folder!r}: {storage.reason(error)}") from error
+    return storage.list_names(folder_of(gallery_path))
 
 
 def _put(gallery_path: str, name: str, data: bytes) -> None:
-    path = storage.join(folder_of(gallery_path), name)
-    if storage.is_remote(path):
-        storage.write(path, data)
-        return
-    temporary = f"{path}.{secrets.token_hex(3)}.new"
-    try:
-        os.makedirs(folder_of(gallery_path), exist_ok=True)
-        storage.write(temporary, data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+    storage.replace(storage.join(folder_of(gallery_path), name), data, unique=True)
 
 
 def _read(gallery_path: str, name: str) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -19,6 +18,7 @@ from facepipe.errors import StorageError
 from facepipe.reports import chart
 from facepipe.reports.model import Face, Group, Report
 from facepipe.reports.thumbs import shrink
+from facepipe.storage import replace_file
 
 # What JSON leaves as it is and HTML may take for markup; JSON itself escapes all that is not ASCII.
 _MARKUP = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
@@ -36,16 +36,11 @@ def write_report(report: Report, path: str | os.PathLike[str], budget: int = 24 
     Raises StorageError where the file cannot be written.
     """
     target = os.fspath(path)
-    unfinished = f"{target}.{os.getpid()}.new"
-    try:
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_pieces(report, budget))
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise StorageError(f"cannot write the report {target!r}: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        with suppress(OSError):
-            os.remove(unfinished)
+    with (
+        replace_file(target, unique=True, what="report") as unfinished,
+        open(unfinished, "w", encoding="utf-8", newline="\n") as file,
+    ):
+        file.writelines(_pieces(report, budget))
 
 
 def _pieces(report: Report, budget: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import StorageError
+from facepipe.storage import describe_error
 
 
 def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
@@ -17,7 +18,7 @@ def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
                 writer.write_table(table)
                 rows += table.num_rows
     except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
     return rows
 
 

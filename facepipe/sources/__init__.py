@@ -13,7 +13,7 @@ from facepipe.sources.listfile import ListSource
 from facepipe.sources.object_store import ObjectStoreSource
 from facepipe.sources.parquet import ParquetSource
 from facepipe.sources.pattern import glob_source
-from facepipe.storage import is_remote
+from facepipe.storage import is_remote, may_exist
 
 Kind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
@@ -49,7 +49,7 @@ def open_source(config: SourceConfig) -> Source:
             "facepipe reads no http(s) URLs: fetch the images first, or name a bucket (s3://, gs://, az://)"
         )
     kind = _kind_of(uri) if config.kind == "auto" else config.kind
-    if kind not in ("glob", "object_store") and not is_remote(uri) and not os.path.exists(uri):
+    if kind not in ("glob", "object_store") and not may_exist(uri):
         raise SourceError(f"no such file or folder: {uri!r}")
     match kind:
         case "list":

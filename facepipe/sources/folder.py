@@ -7,8 +7,8 @@ from stat import S_ISREG
 
 from facepipe.sources.files import Expander, Plain
 from facepipe.sources.identity import IdentityRule
-from facepipe.sources.item import WorkItem, broken, is_special
-from facepipe.storage import local_fingerprint
+from facepipe.sources.item import WorkItem, broken
+from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
 _SORT_RUN = 100_000
 
@@ -84,7 +84,7 @@ class FolderSource:
                             more = links + 1 if entry.is_symlink() else links
                             yield self._folder(entry.path, path, (*parents, here), more)
         except OSError as error:
-            yield broken(folder, f"folder cannot be read: {(error.strerror or str(error)).lower()}")
+            yield broken(folder, f"folder cannot be read: {describe_error(error)}")
 
     def _file(self, entry: "os.DirEntry[bytes]", name: str, relative: str, plain: Plain) -> Iterable[WorkItem]:
         if not self._wanted(relative):
@@ -93,9 +93,9 @@ class FolderSource:
             info = entry.stat()
         except OSError:
             return self._expand(entry.path, relative, None)  # a dangling or looping link: reading it will say why
-        mark = local_fingerprint(info)
+        mark = get_local_fingerprint(info)
         item = plain(name, entry.path, mark) if S_ISREG(info.st_mode) else None
-        return (item,) if item else self._expand(entry.path, relative, mark, is_special(info.st_mode))
+        return (item,) if item else self._expand(entry.path, relative, mark, is_special_mode(info.st_mode))
 
 
 def _is_dir(entry: "os.DirEntry[bytes]") -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
@@ -99,8 +98,3 @@ def broken(path: str | bytes, reason: str, part: str = "") -> WorkItem:
     """
     uri = f"{file_uri(path)}#{part}" if part else file_uri(path)
     return WorkItem(uri, os.fsencode(path), listing_error=reason)
-
-
-def is_special(mode: int) -> bool:
-    """Whether a file's mode is that of a device, FIFO or socket: opening one may block, or set something off."""
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

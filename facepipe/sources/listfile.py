@@ -12,6 +12,7 @@ from facepipe.sources.identity import IdentityRule, rule
 from facepipe.sources.item import WorkItem, broken
 from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension
 from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, named_image
+from facepipe.storage import describe_error
 
 HEADER_URIS = (*URI_COLUMNS, "filename", "image", "image_id", "img")
 _SNIFF_LINES = 50
@@ -62,7 +63,7 @@ class ListSource:
         try:
             return open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="")
         except OSError as error:
-            raise SourceError(f"cannot read the list {self.path!r}: {error.strerror}") from error
+            raise SourceError(f"cannot read the list {self.path!r}: {describe_error(error)}") from error
 
     def _item(self, number: int, fields: list[str], layout: Layout) -> WorkItem:
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:

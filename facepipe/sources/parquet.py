@@ -11,9 +11,18 @@ import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
 from facepipe.sources.identity import IdentityRule, rule
-from facepipe.sources.item import WorkItem, broken, file_uri, is_special, member_uri, readable
+from facepipe.sources.item import WorkItem, broken, file_uri, member_uri, readable
 from facepipe.sources.kinds import is_web
-from facepipe.storage import entry, holds_credentials, is_remote, list_prefix, local_fingerprint, open_seekable
+from facepipe.storage import (
+    get_entry,
+    get_local_fingerprint,
+    has_credentials,
+    is_remote,
+    is_special_file,
+    is_special_mode,
+    list_prefix,
+    open_seekable,
+)
 from facepipe.storage.redact import redact
 
 URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
@@ -39,7 +48,7 @@ class ParquetSource:
         self.ignored = 0
         for path in parquet_files(self.path):
             try:
-                if not is_remote(path) and is_special(os.stat(path).st_mode):
+                if is_special_file(path):
                     raise StorageError("not a regular file")
                 with open_seekable(path) as file:
                     yield from self._rows(path, pq.ParquetFile(file))
@@ -56,7 +65,7 @@ class ParquetSource:
                 f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
                 f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(names)}"
             )
-        mark = entry(path).fingerprint
+        mark = get_entry(path).fingerprint
         container, place, folder = file_uri(path), os.fsencode(path), os.path.dirname(path)  # once, not a million times
         row = 0
         columns = [name for name in (by_name, by_label) if name]
@@ -85,7 +94,7 @@ def named_image(name: str, root: str, identity: str | None, confined: bool = Fal
     """
     if name.startswith("file://"):
         name = os.fsdecode(unquote_to_bytes(os.fsencode(name.removeprefix("file://"))))
-    if is_web(name) or (is_remote(name) and holds_credentials(name)):
+    if is_web(name) or (is_remote(name) and has_credentials(name)):
         scheme, _, rest = name.partition("?")[0].partition("://")  # what is behind the ? may be a signature
         host, slash, key = rest.partition("/")
         bare = f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"
@@ -106,9 +115,9 @@ def named_image(name: str, root: str, identity: str | None, confined: bool = Fal
         except (OSError, ValueError):
             pass
         else:
-            if is_special(info.st_mode):
+            if is_special_mode(info.st_mode):
                 return broken(path, "not a regular file")._replace(identity=identity)
-            fingerprint = local_fingerprint(info)
+            fingerprint = get_local_fingerprint(info)
     return WorkItem(file_uri(path), os.fsencode(path), fingerprint=fingerprint, identity=identity)
 
 

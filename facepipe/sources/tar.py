@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
 from facepipe.sources.identity import Identify
-from facepipe.sources.item import WorkItem, broken, file_uri, is_special, member_uri, readable
+from facepipe.sources.item import WorkItem, broken, file_uri, member_uri, readable
 from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension, is_hidden
-from facepipe.storage import entry, is_remote, open_seekable
+from facepipe.storage import get_entry, is_special_file, open_seekable
 
 _LABEL_EXTENSIONS = ("cls", "json")
 _LABEL_KEYS = ("identity", "label", "class")
@@ -36,8 +36,8 @@ def tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
     only names: nothing is written, and no link is followed, so that `../x.jpg` is an image like any other.
     """
     try:
-        shard = entry(path)
-        if not is_remote(path) and is_special(os.stat(path).st_mode):
+        shard = get_entry(path)
+        if is_special_file(path):
             raise StorageError("not a regular file")
         with open_seekable(path) as file, _open(file) as tar:
             yield from _members(tar, file, file_uri(path), os.fsencode(path), shard.fingerprint, identify)

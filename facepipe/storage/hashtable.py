@@ -8,6 +8,7 @@ from typing import IO
 import numpy as np
 
 from facepipe.errors import StorageError
+from facepipe.storage.error_text import describe_error
 from facepipe.types import Bool, UInt64
 
 _FIRST_SLOTS = 1 << 16
@@ -36,7 +37,7 @@ class HashTable:
         except OSError as error:
             raise StorageError(
                 f"cannot keep a table of ids in {self._folder or tempfile.gettempdir()!r} (TMPDIR): "
-                f"{(error.strerror or str(error)).lower()}"
+                f"{describe_error(error)}"
             ) from error
         return np.frombuffer(mapped, np.uint64).reshape(slots, 1 + self.width), file
 

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import Record
 from facepipe.models.zoo.registry import chip_layout
 from facepipe.sources import open_source
+from facepipe.storage.lease import hold_lease
 from facepipe.training.data.chip_set import SET, ChipSet, SetInfo, read_info
 from facepipe.training.data.chip_writer import Keep, ShardWriter, held_faces, held_uris, write_index
 from facepipe.training.data.config import DataConfig
@@ -120,7 +120,7 @@ def _prepared(order: Order, folder: str, run: ChipRun, progress: Progress, settl
             progress(f"going on with the chips in {folder!r}, though the data has changed since; --fresh takes it anew")
         return ChipSet.open(folder)
     if not _is_made_from(folder, fingerprint):
-        with writer_lock(folder, "chip set", progress):
+        with hold_lease(folder, "chip set", progress):
             if not _is_made_from(folder, fingerprint):  # another run may have made it while we waited
                 _check_source(order.data)  # before chips that are there go
                 with _unused(folder):

@@ -90,7 +90,7 @@ def _hash(facts: list[Any]) -> str:
 
 def _mark(path: str) -> str:
     """A list file's size and time; nothing for folders, whose time says little."""
-    return storage.entry(path).fingerprint if path and os.path.isfile(path) else ""
+    return storage.get_entry(path).fingerprint if path and os.path.isfile(path) else ""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ def _listing(order: Order, folder: str, size: BlockSize) -> Callable[[], Iterato
         gallery = Gallery(order.data.gallery)
         return GalleryListing(gallery.path, gallery.version, folder, held, size)
     source = order.data.source_config
-    if not storage.is_remote(source.uri):
-        source = replace(source, uri=os.path.abspath(source.uri))
+    source = replace(source, uri=storage.to_absolute(source.uri))
     return SourceListing(source, held, order.wanted, size)
 
 

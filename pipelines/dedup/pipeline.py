@@ -22,6 +22,7 @@ from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
+from facepipe.storage import describe_error
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
 from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import records
@@ -154,7 +155,7 @@ def _write_list(path: str, uris: pa.ChunkedArray) -> int:
                 else:
                     file.write(uri + "\n")
     except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
     return left_out
 
 

@@ -13,7 +13,6 @@ from facepipe.errors import AccountingError, SourceError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.known import KnownImages
-from facepipe.gallery.lock import Lease, writer_lock
 from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
 from facepipe.gallery.parts import Record
 from facepipe.gallery.table import RUNS
@@ -28,6 +27,7 @@ from facepipe.sources.item import Watched
 from facepipe.sources.kinds import is_web
 from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
+from facepipe.storage.lease import Lease, hold_lease
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import Summary
 from pipelines.runtime import crash_marks
@@ -87,7 +87,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     if next(iter(source), None) is None:
         raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were passed over)")
     _try_files(config, gallery)
-    with writer_lock(gallery) as lease:
+    with hold_lease(gallery) as lease:
         return _run_locked(config, Gallery.open_or_create(gallery, contract), source.name, lease, progress)
 
 
@@ -240,10 +240,10 @@ def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source:
 def absolute(config: EmbedConfig) -> EmbedConfig:
     """Paths made absolute: workers may run in another folder than the user."""
     uri = config.source.uri
-    stays = not uri or storage.is_remote(uri) or is_web(uri)
+    stays = not uri or is_web(uri)
     return replace(
         config,
-        source=config.source if stays else replace(config.source, uri=os.path.abspath(uri)),
+        source=config.source if stays else replace(config.source, uri=storage.to_absolute(uri)),
         detect=replace(config.detect, model=_model(config.detect.model)),
         embed=replace(config.embed, model=_model(config.embed.model)),
     )

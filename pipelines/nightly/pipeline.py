@@ -11,10 +11,10 @@ from facepipe.curation.clusters import tables
 from facepipe.erasure.selection import Selection
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, SourceError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.missing import TOO_MANY_MISSING
 from facepipe.gallery.table import RUNS
 from facepipe.sources import open_source
+from facepipe.storage.lease import hold_lease
 from pipelines import cluster, compact, embed, erase, index
 from pipelines.cluster import assign as cluster_assign
 from pipelines.dedup import DedupConfig
@@ -84,7 +84,7 @@ def run(
 
 @records("nightly")
 def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embed: OnEmbed) -> NightSummary:
-    with writer_lock(storage.join(gallery, RUNS), "nightly job", on_progress):
+    with hold_lease(storage.join(gallery, RUNS), "nightly job", on_progress):
         night = _Night(config, NightSummary(gallery), on_progress)
         follow(night.summary)
         night.finish_erasures()

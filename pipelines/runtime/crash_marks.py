@@ -8,7 +8,7 @@ tried alone twice: a whole run has many reasons to die.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 
 from facepipe import storage
@@ -38,7 +38,7 @@ class Attempts:
     def block(self, number: int, uris: Sequence[str]) -> Iterator[bool]:
         """Mark a block as in hand; yields whether a worker died on it, or a run on one of its images."""
         mark, names = storage.join(self._folder, f"{_BLOCK}{number}"), [_name(uri) for uri in uris]
-        crashed = _exists(mark) or any(name in self.suspects for name in names)
+        crashed = storage.file_exists(mark) or any(name in self.suspects for name in names)
         _write(mark, "\n".join(names))
         yield crashed
         if crashed:
@@ -52,7 +52,7 @@ class Attempts:
         name = _name(uri)
         mark = storage.join(self._folder, _IMAGE + name)
         deaths = self.suspects.get(name, 0)
-        crashed = _exists(mark) or deaths >= _ALONE
+        crashed = storage.file_exists(mark) or deaths >= _ALONE
         if not crashed:
             _write(mark, str(deaths))
         yield crashed
@@ -65,7 +65,7 @@ def bequeath(runs: str, run: str) -> int:
 
     runs: the gallery's folder of runs; no other run may be alive.
     """
-    marks = [found.url for found in storage.files_in(runs) if _part_of(runs, found.url)[1:]]
+    marks = [found.url for found in storage.list_files(runs) if _part_of(runs, found.url)[1:]]
     suspects: dict[str, int] = {}
     for path in marks:
         name, text = path.rsplit("/", 1)[1], _read(path)
@@ -91,14 +91,11 @@ def clear(runs: str, keep: str = "", inherited: str = "") -> None:
 
     inherited: a run that did not come to its end, whose suspects the next one is to know.
     """
-    for found in list(storage.files_in(runs)):
+    for found in list(storage.list_files(runs)):
         parts = _part_of(runs, found.url)
         if len(parts) > 1 and parts[0] != keep and parts != [inherited, _SUSPECTS]:
             storage.delete(found.url)
-    if not storage.is_remote(runs) and os.path.isdir(runs):
-        for name in os.listdir(runs):
-            if name != keep:
-                _remove_empty(os.path.join(runs, name))
+    storage.delete_empty_folders(runs, keep=keep)
 
 
 def _suspects(text: str) -> dict[str, int]:
@@ -111,12 +108,6 @@ def _count(text: str) -> int:
     return int(text) if text.isdecimal() and len(text) < 9 else 0
 
 
-def _remove_empty(folder: str) -> None:
-    for at, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):  # not empty, or gone: a worker of a run that died may still be ending
-            os.rmdir(at)
-
-
 def _part_of(base: str, path: str) -> list[str]:
     return path.removeprefix(base.rstrip("/") + "/").split("/")
 
@@ -125,27 +116,10 @@ def _name(uri: str) -> str:
     return f"{hash64(uri):016x}"
 
 
-def _exists(path: str) -> bool:
-    if not storage.is_remote(path):
-        return os.path.exists(path)
-    try:
-        storage.entry(path)
-    except StorageError:
-        return False
-    return True
-
-
 def _write(path: str, text: str) -> None:
     """Not synced to disk as other files are: a mark need not outlive the machine, only the process."""
-    if storage.is_remote(path):
-        storage.write(path, text.encode())
-        return
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="ascii") as file:
-            file.write(text)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+    storage.make_parent_folder(path)
+    storage.write(path, text.encode("ascii"), sync=False)
 
 
 def _read(path: str) -> str:

@@ -1,7 +1,6 @@
 """recorded: a run leaves its record in the gallery and two events in the log, however it ends."""
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -225,14 +224,11 @@ def outcome(error: BaseException) -> tuple[State, int]:
 
 def _there(gallery: str) -> bool:
     """Whether there is a gallery: a folder that is none gets no record."""
-    log = storage.join(gallery, "faces", "_delta_log")
-    if not storage.is_remote(gallery):
-        return os.path.isdir(log)
-    return next(iter(storage.list_prefix(log + "/")), None) is not None
+    return storage.folder_exists(storage.join(gallery, "faces", "_delta_log"))
 
 
 def _place(gallery: str) -> str:
-    return gallery.rstrip("/") if storage.is_remote(gallery) else os.path.abspath(gallery)
+    return storage.to_absolute(gallery).rstrip("/") or "/"
 
 
 def _label(text: str) -> str:

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from facepipe.errors import StorageError
-from facepipe.gallery import Gallery, mirror
-from facepipe.gallery.lock import writer_lock
-from facepipe.storage import join
+from facepipe.gallery import Gallery
+from facepipe.storage import describe_error, join
+from facepipe.storage.lease import hold_lease
+from facepipe.storage.store import open_store
 
 REPORTS = "reports"
 
 
 def reports_of(gallery: Gallery) -> str:
     """The folder of a gallery's reports on this machine."""
-    return mirror.folder(gallery.path, REPORTS)
+    return open_store(gallery.path, REPORTS).folder
 
 
 @contextmanager
@@ -25,13 +26,14 @@ def report_folder(gallery: Gallery, name: str, progress: Callable[[str], None] =
     One run at a time makes reports. What an interrupted run left is there to go on from. Of a gallery in an object
     store the report before is fetched first, and the new one is uploaded; readers may see some files of either then.
     """
-    with writer_lock(join(gallery.path, REPORTS), "reports", progress) as lease:
-        final = mirror.folder(gallery.path, f"{REPORTS}/{name}")
+    with hold_lease(join(gallery.path, REPORTS), "reports", progress) as lease:
+        store = open_store(gallery.path, f"{REPORTS}/{name}")
+        final = store.folder
         partial, old = final + ".partial", final + ".old"
         try:
             if os.path.isdir(old) and not os.path.isdir(final):
                 os.rename(old, final)  # a run ended between the two renames below
-            mirror.pull(final)
+            store.pull()
             os.makedirs(partial, exist_ok=True)
             yield partial
             lease.check()
@@ -39,7 +41,7 @@ def report_folder(gallery: Gallery, name: str, progress: Callable[[str], None] =
             if os.path.isdir(final):
                 os.rename(final, old)
             os.rename(partial, final)
-            mirror.push(mirror.folder(gallery.path, f"{REPORTS}/{name}"), last="report.html")
+            store.push(last="report.html")
         except OSError as error:
-            raise StorageError(f"cannot write {partial!r}: {(error.strerror or str(error)).lower()}") from error
+            raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error
         shutil.rmtree(old, ignore_errors=True)

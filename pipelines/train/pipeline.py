@@ -278,4 +278,4 @@ def _absolute(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorCon
 
 
 def _path(path: str) -> str:
-    return path if not path or storage.is_remote(path) else os.path.abspath(path)
+    return storage.to_absolute(path) if path else path

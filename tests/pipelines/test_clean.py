@@ -21,7 +21,7 @@ from facepipe.curation.cleaning.lists import DECISION_ROWS
 from facepipe.errors import GalleryBusyError, GalleryError
 from facepipe.evaluation.cleaning import evaluate_clean
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.lock import writer_lock
+from facepipe.storage.lease import hold_lease
 from pipelines import clean as pipeline
 from pipelines.clean import CleanConfig, CleanSummary, run
 
@@ -164,7 +164,7 @@ def test_an_interrupted_run_leaves_the_old_report(tmp_path: Path, monkeypatch: p
 
 
 def test_one_report_at_a_time(noisy: tuple[Gallery, pa.Table]) -> None:
-    with writer_lock(os.path.join(noisy[0].path, "reports"), "reports"), pytest.raises(GalleryBusyError):
+    with hold_lease(os.path.join(noisy[0].path, "reports"), "reports"), pytest.raises(GalleryBusyError):
         run(build(CleanConfig), noisy[0].path)
 
 

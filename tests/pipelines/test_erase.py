@@ -41,7 +41,6 @@ from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery import compact as steps
 from facepipe.gallery.commit import Committer
 from facepipe.gallery.compact import CompactConfig
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import Record, encode, statistics
 from facepipe.gallery.verify import verify
 from facepipe.hashing import face_id, image_id
@@ -51,6 +50,7 @@ from facepipe.index.shard import bury
 from facepipe.index.update import changes
 from facepipe.index.verify import verify_index
 from facepipe.schema import FACES, LATER, conform
+from facepipe.storage.lease import hold_lease
 from jobs.cli import app
 from pipelines import clean, compact, erase, index
 from pipelines.cluster import assign as cluster_assign
@@ -258,8 +258,8 @@ def never_found(gallery: Gallery, traces: Traces) -> None:
 
 
 def up_to_date(gallery: Gallery) -> None:
-    folder = manifest.folder_of(gallery.path)
-    now = changes(Gallery(gallery.path), manifest.load(gallery.path), folder)
+    store = manifest.open_index_store(gallery.path)
+    now = changes(Gallery(gallery.path), manifest.load(gallery.path), store)
     assert not now.full, "the next run reads everything"
     now.close()
     before = manifest.load(gallery.path)
@@ -487,9 +487,9 @@ def test_an_index_that_is_behind_the_table(gallery: Gallery) -> None:
 def test_vectors_that_were_dead_already_go_as_well(gallery: Gallery) -> None:
     was = [row for row in table_rows(gallery) if row["identity"] == name_of(9)]
     found, tag = manifest.load_tagged(gallery.path)
-    folder = manifest.folder_of(gallery.path)
+    store = manifest.open_index_store(gallery.path)
     (entry,) = found.shards
-    manifest.publish(gallery.path, replace(found, shards=(bury(folder, entry, np.array([was[0]["face_id"]])),)), tag)
+    manifest.publish(gallery.path, replace(found, shards=(bury(store, entry, np.array([was[0]["face_id"]])),)), tag)
     others = Selection(identities=(name_of(10),))
     erase.run(others, gallery.path)
     rest = Selection(images=tuple(row["uri"] for row in was[1:]))
@@ -736,11 +736,11 @@ def test_of_two_one_is_refused(gallery: Gallery) -> None:
         (f"{gallery.path}/index", "index"),
         (f"{gallery.path}/reports", "reports"),
     ):
-        with writer_lock(place, what), pytest.raises(GalleryBusyError, match=f"writing to the {what}"):
+        with hold_lease(place, what), pytest.raises(GalleryBusyError, match=f"writing to the {what}"):
             erase.run(Selection(identities=(name_of(9),)), gallery.path)
     assert tree(Path(gallery.path, "faces")) == before
     assert pending.unfinished(gallery.path) == []
-    with writer_lock(gallery.path), pytest.raises(GalleryBusyError):
+    with hold_lease(gallery.path), pytest.raises(GalleryBusyError):
         compact.run(CompactConfig(), gallery.path, everything=True)
 
 
@@ -965,7 +965,7 @@ def test_in_an_object_store(bucket: Any, tmp_path: Path, made: Path, fakes: dict
     assert traces.anywhere(left) == {}
     assert not [n for n in left if "/graph/" in n or n.endswith((".pending", ".state", ".new", ".tags", ".origin"))]
     assert check_erased(Gallery(path), receipt.load(summary.receipts[0])) == []
-    erase.mirror.forget(path)
+    erase.delete_copies(path)
     assert traces.anywhere(tree(tmp_path / "cache")) == {}
     assert verify(Gallery(path)).problems == []
     assert verify_index(Gallery(path)) == []

@@ -85,7 +85,7 @@ def sound(gallery: str | Path, expected: Rows, indexed: bool = False) -> None:
 def leftovers(gallery: str | Path) -> list[str]:
     """Files that a good run leaves to nobody: marks, half files. Parts without a commit are the vacuum's."""
     base = str(gallery).rstrip("/") + "/"
-    names = [found.url.removeprefix(base) for found in storage.files_in(str(gallery))]
+    names = [found.url.removeprefix(base) for found in storage.list_files(str(gallery))]
     marks = [name for name in names if name.startswith(f"{RUNS}/") and name.count("/") > 1]
     return marks + [name for name in names if name.endswith((".new", ".part", ".tmp", ".partial"))]
 
@@ -238,9 +238,9 @@ def store(bucket: Any, proxy: faults.Proxy, monkeypatch: pytest.MonkeyPatch) -> 
     proxy.given.clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     options = {"max_retries": "4", "retry_timeout": "2s", "allow_http": "true"}
-    monkeypatch.setattr("facepipe.gallery.table.table_options", lambda path: options)
+    monkeypatch.setattr("facepipe.gallery.table.get_delta_options", lambda path: options)
     monkeypatch.setenv("FACEPIPE_RETRY_SECONDS", "2")
-    storage.bucket_store.cache_clear()
+    storage.open_bucket.cache_clear()
     return proxy
 
 

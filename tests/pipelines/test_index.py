@@ -22,12 +22,12 @@ from helpers import trials
 from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryBusyError, IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import encode, statistics
 from facepipe.index import manifest
 from facepipe.index.search import Index, Setting
 from facepipe.index.verify import verify_index
 from facepipe.schema import FACES
+from facepipe.storage.lease import hold_lease
 from pipelines.index import IndexConfig, run
 
 TRIALS = trials(12)
@@ -287,7 +287,7 @@ def test_a_damaged_template_is_trained_again(gallery: Gallery) -> None:
 
 
 def test_a_second_writer_is_refused(gallery: Gallery) -> None:
-    with writer_lock(os.path.join(gallery.path, "index"), "index"), pytest.raises(GalleryBusyError, match="index"):
+    with hold_lease(os.path.join(gallery.path, "index"), "index"), pytest.raises(GalleryBusyError, match="index"):
         make(gallery)
 
 

@@ -130,7 +130,9 @@ def test_index(nodes: Cluster, table: Path, asked: Path, tmp_path: Path) -> None
     assert verify_index(Gallery(str(table))) == []
     held = manifest.load(str(table))
     assert len(held.shards) == FACES // FILE
-    assert {path.name for path in Path(manifest.folder_of(str(table))).iterdir()} >= {s.name for s in held.shards}
+    assert {path.name for path in Path(manifest.open_index_store(str(table)).folder).iterdir()} >= {
+        s.name for s in held.shards
+    }
     search(build(SearchConfig), str(table), str(asked), str(tmp_path / "ray.parquet"))
     assert pq.read_table(tmp_path / "ray.parquet").equals(pq.read_table(tmp_path / "inline.parquet"))
 

@@ -14,11 +14,11 @@ from facepipe.config import build
 from facepipe.errors import GalleryBusyError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.storage import conditional
+from facepipe.storage.lease import hold_lease
 from pipelines import index
 from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import pipeline as dedup
@@ -77,7 +77,7 @@ def test_reports_lie_in_the_store(bucket: Any, drawings: Path, fakes: dict[str, 
 
 def test_of_two_writers_one_wins(bucket: Any, drawings: Path, fakes: dict[str, Any]) -> None:
     embed(drawings, G, fakes)
-    with writer_lock(G), pytest.raises(GalleryBusyError, match="another run"):
+    with hold_lease(G), pytest.raises(GalleryBusyError, match="another run"):
         embed(drawings, G, fakes)
     tag = conditional.write_if("s3://faces/x", b"1", None)
     with pytest.raises(conditional.ConflictError):

@@ -15,6 +15,7 @@ from facepipe.curation.graph import GraphInfo
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
+from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
 
 DECISION_ROWS = pa.schema(
@@ -108,7 +109,7 @@ def write_lists(folder: str, relabels: bool) -> Written:
         with open(os.path.join(folder, "labels.csv"), "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("label", "identity"), *((n, name) for name, n in numbers.items())])
     except OSError as error:
-        raise StorageError(f"cannot write {folder!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
     return written
 
 

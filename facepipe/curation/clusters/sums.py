@@ -13,7 +13,7 @@ import numpy as np
 
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
-from facepipe.errors import IndexingError, StorageError
+from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Mark
 from facepipe.index import manifest as manifests
@@ -21,6 +21,7 @@ from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sorted_lookup import find_sorted
+from facepipe.storage import replace_file
 from facepipe.types import Float32, Int64
 
 SUMS, MARK = "sums.npz", "mark.json"
@@ -72,12 +73,8 @@ def forget(folder: str, faces: Int64) -> None:
 
 def _write(held: Clusters, folder: str) -> None:
     path = os.path.join(folder, SUMS)
-    try:
-        with open(path + ".new", "wb") as file:
-            np.savez(file, sums=held.sums, crowd=held.crowd, size=held.size)
-        os.replace(path + ".new", path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, sums=held.sums, crowd=held.crowd, size=held.size)
 
 
 def _read(folder: str) -> Clusters | None:

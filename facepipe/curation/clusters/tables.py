@@ -1,6 +1,5 @@
 """Clusters as tables: one row a face, one a cluster, one a suspicion. Cluster ids are numbered by falling size."""
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +9,8 @@ import pyarrow.parquet as pq
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import EvaluationError, StorageError
-from facepipe.gallery import Gallery, mirror
+from facepipe.gallery import Gallery
+from facepipe.storage.store import open_store
 from facepipe.types import Bool, Float32, Int64
 
 FACES, CLUSTERS, MERGES, SPLITS, CENTRES = (
@@ -56,9 +56,9 @@ def face_rows(
 
 def read(gallery: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """A table of the gallery's cluster report."""
-    folder = mirror.folder(gallery, "reports/cluster")
-    mirror.pull(folder)
-    path = os.path.join(folder, name)
+    store = open_store(gallery, "reports/cluster")
+    store.pull()
+    path = store.local_path(name)
     try:
         return pq.read_table(path, columns=columns)
     except FileNotFoundError as error:

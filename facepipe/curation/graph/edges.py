@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from facepipe.errors import StorageError
 from facepipe.nearest.similarity import Pairs
+from facepipe.storage import replace_file
 
 SCHEMA = pa.schema([("u", pa.uint32()), ("v", pa.uint32()), ("distance", pa.float32())])
 _PART = re.compile(r"edges-\d{6}\.parquet$")
@@ -26,12 +26,8 @@ def write(pairs: Pairs, path: str) -> None:
     """A part; it appears when it is complete."""
     rows = (pairs.u, pairs.v, pairs.distance)
     columns = [pa.array(column, field.type) for column, field in zip(rows, SCHEMA, strict=True)]
-    temporary = f"{path}.{secrets.token_hex(4)}"
-    try:
-        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    with replace_file(path, unique=True) as unfinished:
+        pq.write_table(pa.table(columns, schema=SCHEMA), unfinished, compression="zstd")
 
 
 class Edges:

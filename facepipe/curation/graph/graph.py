@@ -14,6 +14,7 @@ from facepipe.curation.graph.nodes import Nodes, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
 from facepipe.nearest.similarity import Pairs, compute_similarity
+from facepipe.storage import replace_file
 from facepipe.types import Float32, Int64
 
 INFO = "graph.json"
@@ -108,9 +109,5 @@ def read_info(folder: str) -> GraphInfo:
 def write_info(folder: str, info: GraphInfo) -> None:
     """Write what makes the folder a finished graph."""
     path = os.path.join(folder, INFO)
-    try:
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump(asdict(info), file, indent=1)
-        os.replace(path + ".new", path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {(error.strerror or str(error)).lower()}") from error
+    with replace_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        json.dump(asdict(info), file, indent=1)

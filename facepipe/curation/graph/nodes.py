@@ -11,6 +11,7 @@ from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.index.rows import Skipped, face_rows
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
 
 _IDS, _SIDES, _VECTORS = "ids.npy", "sides.npy", "vectors.npy"
@@ -65,7 +66,7 @@ def collect(galleries: Sequence[Gallery], folder: str) -> Nodes:
                 at += len(rows)
         vectors.flush()
     except OSError as error:
-        raise StorageError(f"cannot write {folder!r}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
     return open_nodes(folder)
 
 

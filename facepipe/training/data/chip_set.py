@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.errors import SourceError, StorageError
-from facepipe.storage import reason
+from facepipe.storage import describe_error
 from facepipe.types import Int32, Int64, UInt8Image
 
 _TEXTS = 1 << 18
@@ -226,7 +226,7 @@ class _Shards:
             try:
                 view = np.memmap(os.path.join(self._folder, shard_name(shard)), np.uint8, "r").data
             except (OSError, ValueError) as error:
-                raise StorageError(f"cannot read the chips in {self._folder!r}: {reason(error)}") from error
+                raise StorageError(f"cannot read the chips in {self._folder!r}: {describe_error(error)}") from error
             self._maps[shard] = view
         return view[at : at + length]
 
@@ -264,7 +264,7 @@ def _mapped(path: str) -> pa.Table:
         with pa.memory_map(path) as file:
             return pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {path!r}: {reason(error)}") from error
+        raise StorageError(f"cannot read {path!r}: {describe_error(error)}") from error
 
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:

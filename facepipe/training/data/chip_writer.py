@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from facepipe import storage
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
+from facepipe.storage.atomic import publish_file, replace_file
 from facepipe.training.data.chip_set import CHIPS, IDENTITIES, INDEX, INDEX_ROWS, SET, SetInfo, batches_of, shard_name
 from facepipe.types import Int64, UInt64
 
@@ -46,14 +47,14 @@ class ShardWriter:
                 if self._held >= self._most:
                     self.close()
         except OSError as error:
-            raise StorageError(f"cannot write {self._path!r}: {storage.reason(error)}") from error
+            raise StorageError(f"cannot write {self._path!r}: {storage.describe_error(error)}") from error
 
     def close(self) -> None:
         """Finish the shard in hand: on disk first, then under its name."""
         if self._writer is None:
             return
         self._writer.close()
-        _settle(self._path + _UNFINISHED, self._path)
+        publish_file(self._path + _UNFINISHED, self._path, sync=True)
         self._writer, self._held, self._number = None, 0, self._number + 1
 
     @property
@@ -194,21 +195,9 @@ def _too_few(chips: int, identities: int, figures: dict[str, int]) -> str:
 
 
 def _write_table(path: str, table: pa.Table) -> None:
-    try:
-        with pa.ipc.new_file(path + _UNFINISHED, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
-        _settle(path + _UNFINISHED, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {storage.reason(error)}") from error
+    with replace_file(path, sync=True) as unfinished, pa.ipc.new_file(unfinished, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
 
 
 def _write_json(path: str, fields: dict[str, Any]) -> None:
-    storage.write(path + _UNFINISHED, json.dumps(fields, indent=1).encode())
-    os.replace(path + _UNFINISHED, path)
-
-
-def _settle(partial: str, path: str) -> None:
-    """Give a file its name when it is on disk."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    storage.replace(path, json.dumps(fields, indent=1).encode())

@@ -36,7 +36,7 @@ def read_list(path: str, root: str | None) -> Labels:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             header = file.readline().strip().lower().split(",")
     except OSError as error:
-        raise SourceError(f"cannot read the list {path!r}: {storage.reason(error)}") from error
+        raise SourceError(f"cannot read the list {path!r}: {storage.describe_error(error)}") from error
     if {"face_id", "identity"} <= set(header):
         return _clean_csv(path)
     numbers, keys, codes = dict[str, int](), list[int](), list[int]()
@@ -60,7 +60,7 @@ def _clean_csv(path: str) -> Labels:
         quoted = csv.ParseOptions(newlines_in_values=True)
         table = csv.read_csv(path, convert_options=kinds, parse_options=quoted)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"the list {path!r} cannot be read: {storage.reason(error)}") from error
+        raise SourceError(f"the list {path!r} cannot be read: {storage.describe_error(error)}") from error
     coded = table["identity"].combine_chunks().dictionary_encode()
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
     keys, first = np.unique(table["face_id"].to_numpy(), return_index=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from facepipe.errors import SourceError
+from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
 
 _LENGTHS = (4, 19, 20)  # a box; and five points of three numbers; and the blur
@@ -156,6 +157,6 @@ def read_annotations(path: str | Path) -> Annotations:
                     collected.take(text)
         return (collected or _WithLandmarks()).finished()
     except OSError as error:
-        raise SourceError(f"cannot read the annotations {str(path)!r}: {error.strerror}") from error
+        raise SourceError(f"cannot read the annotations {str(path)!r}: {describe_error(error)}") from error
     except ValueError as error:
         raise SourceError(f"{path}, line {number}: {error}") from error

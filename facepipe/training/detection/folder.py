@@ -9,6 +9,7 @@ import numpy as np
 from facepipe.errors import SourceError
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.header import HeaderError, probe
+from facepipe.storage import describe_error
 from facepipe.training.detection.annotations import Annotations, read_annotations
 from facepipe.types import Int64, UInt8Image
 
@@ -50,6 +51,6 @@ def _pixels(path: Path) -> UInt8Image | None:
         data = path.read_bytes()
         return decode(data, probe(data))
     except (OSError, HeaderError, DecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = describe_error(error)
         _log.warning("%s is passed over: %s", path, reason)
         return None

@@ -18,6 +18,7 @@ import torch
 
 from facepipe.errors import StorageError, TrainingError
 from facepipe.observe import logs
+from facepipe.storage import describe_error, replace_file, sync_folder
 
 FOLDER = "checkpoints"
 BEST = "best.ckpt"
@@ -36,29 +37,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     body = buffer.getbuffer()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
+    with replace_file(str(path), sync=True, unique=True, what="checkpoint") as unfinished:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(_FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n")
             file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write the checkpoint {str(path)!r}: {(error.strerror or '').lower()}") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(str(path.parent))
 
 
 def is_ours(path: Path) -> bool:
@@ -75,7 +59,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StorageError(f"cannot read the checkpoint {str(path)!r}: {(error.strerror or '').lower()}") from error
+        raise StorageError(f"cannot read the checkpoint {str(path)!r}: {describe_error(error)}") from error
     body = memoryview(data)[_HEAD:]
     if not data.startswith(_FORMAT):
         raise DamagedError("it is no checkpoint of this format")

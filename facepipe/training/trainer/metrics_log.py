@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from facepipe.storage import replace_file
+
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _TAIL = 16 << 10  # bytes that the last line is looked for in
@@ -74,9 +76,8 @@ class Journal:
         kept = [entry for entry in read(output) if entry.step <= step] if step else []
         path = Path(output) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-        os.replace(unfinished, path)
+        with replace_file(str(path)) as unfinished:
+            Path(unfinished).write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by `close`
         self._board = _board(os.path.join(output, TENSORBOARD), step) if tensorboard else None
 

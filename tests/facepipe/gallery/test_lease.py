@@ -21,13 +21,14 @@ from helpers import trials
 
 from facepipe import storage
 from facepipe.errors import ConfigError, FacepipeError, GalleryBusyError, GalleryError, StorageError
-from facepipe.gallery import Gallery, lock
+from facepipe.gallery import Gallery
 from facepipe.gallery.commit import Committer
-from facepipe.gallery.lock import Holder, Lease, lease_seconds, writer_lock
 from facepipe.gallery.parts import Record
 from facepipe.gallery.rewrite import add, write
 from facepipe.gallery.table import open_table
 from facepipe.storage import conditional
+from facepipe.storage import lease as leases
+from facepipe.storage.lease import Holder, Lease, get_lease_seconds, hold_lease
 
 SECONDS = 0.6
 TRIALS = [*((n, "disk") for n in trials(10)), *((n, "s3") for n in range(2))]
@@ -49,21 +50,21 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def put(place: str, holder: Holder | bytes) -> str:
     """Leave a lease as another run would; its tag."""
-    path = storage.join(place, lock.NAME)
-    storage.make_folder_of(path)
+    path = storage.join(place, leases.LEASE_FILE)
+    storage.make_parent_folder(path)
     found = conditional.read_tagged(path)
     data = holder if isinstance(holder, bytes) else holder.encode()
     return conditional.write_if(path, data, found[1] if found else None)
 
 
 def held(place: str) -> Holder | None:
-    found = conditional.read_tagged(storage.join(place, lock.NAME))
-    return lock._decoded(found[0]) if found else None
+    found = conditional.read_tagged(storage.join(place, leases.LEASE_FILE))
+    return leases._decode(found[0]) if found else None
 
 
 def elsewhere(**changes: Any) -> Holder:
     """A holder on another machine."""
-    return replace(Holder.me(SECONDS), machine="another boot pid:[1]", host="elsewhere", **changes)
+    return replace(Holder.of_this_process(SECONDS), machine="another boot pid:[1]", host="elsewhere", **changes)
 
 
 @contextmanager
@@ -88,9 +89,9 @@ def beating(place: str, holder: Holder, seconds: float) -> Iterator[None]:
 HOLD = """
 import sys, time
 from facepipe.errors import GalleryBusyError
-from facepipe.gallery.lock import writer_lock
+from facepipe.storage.lease import hold_lease
 try:
-    with writer_lock(sys.argv[1]) as lease:
+    with hold_lease(sys.argv[1]) as lease:
         print("held", flush=True)
         sys.stdin.readline()
         try:
@@ -140,7 +141,7 @@ def test_threads_exclude_each_other(place: str) -> None:
         nonlocal inside, entered, most, refused
         for _ in range(10):
             try:
-                with writer_lock(place):
+                with hold_lease(place):
                     with guard:
                         inside, entered = inside + 1, entered + 1
                         most = max(most, inside)
@@ -166,14 +167,14 @@ def test_processes_exclude_each_other_and_a_killed_one_is_replaced_at_once(tmp_p
     with holder_process(place) as first:
         assert line(first) == "held"
         began = time.monotonic()
-        with pytest.raises(GalleryBusyError, match=f"process {first.pid} on "), writer_lock(place):
+        with pytest.raises(GalleryBusyError, match=f"process {first.pid} on "), hold_lease(place):
             pass
         with holder_process(place) as second:
             assert line(second) == "busy"
         first.kill()
         first.wait()
         began = time.monotonic()
-        with writer_lock(place):
+        with hold_lease(place):
             assert time.monotonic() - began < SECONDS / 2, "nobody waits for the dead"
 
 
@@ -186,7 +187,7 @@ def test_of_twenty_that_race_for_an_expired_lease_one_wins(trial: int, place: st
     def contend() -> None:
         ready.wait()
         try:
-            with writer_lock(place) as lease:
+            with hold_lease(place) as lease:
                 won.append(lease)
                 ends.wait(20)
                 lease.check()
@@ -214,7 +215,7 @@ def test_one_on_another_machine_that_beats_is_refused_within_a_beat_or_two(place
     put(place, far)
     with beating(place, far, SECONDS / 4):
         began = time.monotonic()
-        with pytest.raises(GalleryBusyError, match="on elsewhere"), writer_lock(place, waiting=told.append):
+        with pytest.raises(GalleryBusyError, match="on elsewhere"), hold_lease(place, on_wait=told.append):
             pass
         assert time.monotonic() - began < SECONDS
     assert told == [f"the gallery is held by a run on elsewhere: watching it for up to {SECONDS:g} s"]
@@ -223,7 +224,7 @@ def test_one_on_another_machine_that_beats_is_refused_within_a_beat_or_two(place
 def test_one_on_another_machine_that_is_silent_is_taken_over_after_its_time(place: str) -> None:
     put(place, elsewhere())
     began = time.monotonic()
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         assert time.monotonic() - began >= SECONDS * 0.99
         lease.check()
         assert held(place).host != "elsewhere"  # type: ignore[union-attr]
@@ -233,7 +234,7 @@ def test_its_own_time_counts_not_ours(tmp_path: Path) -> None:
     place = str(tmp_path / "g")
     put(place, elsewhere(seconds=0.1))
     began = time.monotonic()
-    with writer_lock(place):
+    with hold_lease(place):
         assert 0.09 < time.monotonic() - began < SECONDS
 
 
@@ -244,18 +245,18 @@ def test_one_that_lets_go_while_it_is_watched_is_followed_at_once(tmp_path: Path
     timer = threading.Timer(0.2, lambda: put(place, replace(far, released=True)))
     timer.start()
     began = time.monotonic()
-    with writer_lock(place):
+    with hold_lease(place):
         assert time.monotonic() - began < 5
     timer.join()
 
 
 def test_a_machine_that_was_started_again_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = Holder.me(SECONDS)
-    assert mine.gone(), "nobody holds it"
-    assert replace(mine, machine="").gone() is None
-    assert replace(mine, machine="another boot").gone() is None
-    assert replace(mine, began="1").gone(), "the pid is another process's by now"
-    assert replace(mine, pid=1, began=lock._began(1)).gone() in (False, None)
+    mine = Holder.of_this_process(SECONDS)
+    assert mine.has_ended(), "nobody holds it"
+    assert replace(mine, machine="").has_ended() is None
+    assert replace(mine, machine="another boot").has_ended() is None
+    assert replace(mine, began="1").has_ended(), "the pid is another process's by now"
+    assert replace(mine, pid=1, began=leases._read_process_start(1)).has_ended() in (False, None)
 
 
 # --- stopped, and awake again ------------------------------------------------------------------------------------------
@@ -265,10 +266,10 @@ def test_a_stopped_holder_is_taken_over_and_knows_it_when_it_wakes(place: str) -
     with holder_process(place) as process:
         assert line(process) == "held"
         process.send_signal(signal.SIGSTOP)
-        while lock._process(process.pid)[1] != "T":
+        while leases._read_process(process.pid)[1] != "T":
             time.sleep(0.01)
         began = time.monotonic()
-        with writer_lock(place) as lease:
+        with hold_lease(place) as lease:
             assert time.monotonic() - began >= SECONDS * 0.9
             process.send_signal(signal.SIGCONT)
             assert process.stdin is not None
@@ -363,15 +364,15 @@ def test_no_setting_of_the_clock_takes_or_gives_a_lease(
     trial: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, rng, real = str(tmp_path / "g"), random.Random(trial), time.time
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         years = rng.choice([-30, -1, 1, 30]) * rng.random() * 3.15e7
         monkeypatch.setattr(time, "time", lambda: real() + years)
         monkeypatch.setattr(time, "time_ns", lambda: int((real() + years) * 1e9))
-        os.utime(Path(place, lock.NAME), (abs(real() + years),) * 2)
-        with pytest.raises(GalleryBusyError), writer_lock(place):
+        os.utime(Path(place, leases.LEASE_FILE), (abs(real() + years),) * 2)
+        with pytest.raises(GalleryBusyError), hold_lease(place):
             pass
         lease.check()
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         lease.check()
 
 
@@ -405,7 +406,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def test_a_holder_that_cannot_renew_stops_before_its_lease_ends(tmp_path: Path, store: Store) -> None:
     place = str(tmp_path / "g")
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         lease.check()
         store.down = True
         began = time.monotonic()
@@ -417,7 +418,7 @@ def test_a_holder_that_cannot_renew_stops_before_its_lease_ends(tmp_path: Path, 
 
 def test_a_store_that_comes_back_in_time_costs_nothing(tmp_path: Path, store: Store) -> None:
     place = str(tmp_path / "g")
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         for _ in range(3):
             store.down = True
             time.sleep(SECONDS * 0.3)
@@ -430,7 +431,7 @@ def test_a_store_that_comes_back_in_time_costs_nothing(tmp_path: Path, store: St
 @pytest.mark.parametrize("trial", trials(10))
 def test_lost_answers_do_not_lose_the_lease(trial: int, tmp_path: Path, store: Store) -> None:
     place, rng = str(tmp_path / "g"), random.Random(trial)
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         for _ in range(4):
             store.deaf = not store.deaf
             time.sleep(rng.uniform(0.05, 0.35) * SECONDS)
@@ -445,17 +446,17 @@ def test_an_answer_lost_when_it_is_taken_blocks_nobody(tmp_path: Path, store: St
     """A program that lives on, such as a notebook, must not be refused by the lease that it failed to take."""
     place = str(tmp_path / "g")
     store.deaf = True
-    with pytest.raises(GalleryError, match="timed out"), writer_lock(place):
+    with pytest.raises(GalleryError, match="timed out"), hold_lease(place):
         pass
     assert held(place) is not None
     store.deaf = False
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         lease.check()
 
 
 def test_who_lost_it_leaves_the_winners_lease(place: str) -> None:
     with ExitStack() as stack:
-        lease = stack.enter_context(writer_lock(place))
+        lease = stack.enter_context(hold_lease(place))
         winner = elsewhere()
         put(place, winner)
         with pytest.raises(GalleryBusyError, match="another run took it over"):
@@ -486,7 +487,7 @@ def test_a_damaged_lease_is_no_lease(data: bytes, tmp_path: Path) -> None:
     place = str(tmp_path / "g")
     put(place, data)
     began = time.monotonic()
-    with writer_lock(place) as lease:
+    with hold_lease(place) as lease:
         lease.check()
     assert time.monotonic() - began < SECONDS
     assert held(place).released  # type: ignore[union-attr]
@@ -508,7 +509,7 @@ def test_bits_that_flip_in_a_lease_never_show_a_traceback(trial: int, tmp_path: 
     found = held(place)
     if found is not None and found.seconds > 1:
         return  # watched for as long as it says: an hour at most
-    with suppress(FacepipeError), writer_lock(place) as lease:
+    with suppress(FacepipeError), hold_lease(place) as lease:
         lease.check()
 
 
@@ -516,12 +517,12 @@ def test_bits_that_flip_in_a_lease_never_show_a_traceback(trial: int, tmp_path: 
 def test_lease_seconds_must_make_sense(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEPIPE_LEASE_SECONDS", text)
     with pytest.raises(ConfigError, match="FACEPIPE_LEASE_SECONDS"):
-        lease_seconds()
+        get_lease_seconds()
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="is a file"), writer_lock(str(tmp_path / "file")):
+    with pytest.raises(ConfigError, match="is a file"), hold_lease(str(tmp_path / "file")):
         pass
-    with pytest.raises(GalleryError, match="cannot write"), writer_lock(str(tmp_path / "file" / "g")):
+    with pytest.raises(GalleryError, match="cannot write"), hold_lease(str(tmp_path / "file" / "g")):
         pass

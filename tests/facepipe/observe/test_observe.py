@@ -62,14 +62,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    storage.bucket_store.cache_clear()
+    storage.open_bucket.cache_clear()
     client = boto3.client("s3")
     client.create_bucket(Bucket="faces")
     client.put_object(Bucket="faces", Key="g/faces/_delta_log/00000000000000000000.json", Body=b"{}")
     yield "s3://faces/g"
     client.close()
     server.stop()
-    storage.bucket_store.cache_clear()
+    storage.open_bucket.cache_clear()
 
 
 @pytest.fixture
@@ -407,7 +407,7 @@ def test_a_run_in_the_log_names_no_image_and_nobody(
     with recorded(str(tmp_path / "g"), "embed") as run:
         run.follow(embed(broken, tmp_path / "g", fakes))
     with pytest.raises(StorageError), recorded(str(tmp_path / "g"), "clean"):
-        storage.entry(str(broken / "person0" / "none.png"))
+        storage.get_entry(str(broken / "person0" / "none.png"))
     text = log.getvalue() + "".join(path.read_text() for path in (tmp_path / "g" / "runs").glob("*.json"))
     assert '"images": 13' in text
     rows = Gallery(str(tmp_path / "g")).to_arrow(["uri", "identity"]).to_pylist()

@@ -23,9 +23,9 @@ from facepipe.curation.clusters.sums import MARK, SUMS, forget
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.parts import encode, statistics
 from facepipe.schema import conform
+from facepipe.storage.lease import hold_lease
 from pipelines.cluster import ClusterConfig
 from pipelines.cluster import assign as pipeline
 from pipelines.cluster import run as cluster
@@ -253,7 +253,7 @@ def test_an_interrupted_run_leaves_the_old_tables(gallery: Gallery, monkeypatch:
     assert counts(run(gallery.path)) == (5, 5, 0, 0)
     assert set(files(gallery)) == set(before)
     assert set(os.listdir(Path(gallery.path, "reports"))) <= {"cluster", "graph", ".lock", ".lock.guard"}
-    with writer_lock(os.path.join(gallery.path, "reports"), "reports"), pytest.raises(GalleryBusyError):
+    with hold_lease(os.path.join(gallery.path, "reports"), "reports"), pytest.raises(GalleryBusyError):
         run(gallery.path)
 
 

@@ -18,8 +18,8 @@ from facepipe.curation.clusters import tables
 from facepipe.errors import ConfigError, EvaluationError, GalleryBusyError, GalleryError
 from facepipe.evaluation.clusters import evaluate_clusters
 from facepipe.gallery import Gallery
-from facepipe.gallery.lock import writer_lock
 from facepipe.schema import FACES
+from facepipe.storage.lease import hold_lease
 from pipelines.cluster import ClusterConfig, run
 from pipelines.cluster.pipeline import ClusterSummary
 
@@ -310,7 +310,7 @@ def test_new_faces_are_clustered_too(gallery: Gallery) -> None:
 
 
 def test_one_run_at_a_time_makes_reports(gallery: Gallery) -> None:
-    with writer_lock(str(Path(gallery.path, "reports")), "reports"), pytest.raises(GalleryBusyError, match="reports"):
+    with hold_lease(str(Path(gallery.path, "reports")), "reports"), pytest.raises(GalleryBusyError, match="reports"):
         make(gallery)
 
 

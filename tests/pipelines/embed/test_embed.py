@@ -18,11 +18,11 @@ from helpers import embed, rows, same_faces
 
 from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, ModelError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.lock import writer_lock
 from facepipe.gallery.verify import verify
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, blocks, decode, encode
 from facepipe.stages import Decode, Detect, check_chain
+from facepipe.storage.lease import hold_lease
 from pipelines.embed import RunConfig
 from pipelines.embed.pipeline import _choose
 from pipelines.runtime.plan import Resources, make_plan
@@ -258,7 +258,7 @@ def test_a_folder_that_is_no_gallery_is_left_alone(drawings: Path, fakes: Settin
 
 
 def test_one_writer_at_a_time(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
-    with writer_lock(str(tmp_path / "g")), pytest.raises(GalleryBusyError):
+    with hold_lease(str(tmp_path / "g")), pytest.raises(GalleryBusyError):
         embed(drawings, tmp_path / "g", fakes)
 
 

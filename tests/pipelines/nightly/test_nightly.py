@@ -23,12 +23,13 @@ from facepipe import storage
 from facepipe.config import build
 from facepipe.erasure import selection
 from facepipe.errors import ConfigError, GalleryBusyError, SourceError
-from facepipe.gallery import Gallery, mirror, missing, parts
-from facepipe.gallery.lock import writer_lock
+from facepipe.gallery import Gallery, missing, parts
 from facepipe.gallery.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.observe import runs
+from facepipe.storage.lease import hold_lease
+from facepipe.storage.store import open_store
 from pipelines import erase, index
 from pipelines.nightly import pipeline as nightly
 from pipelines.nightly import preview as nightly_preview
@@ -240,9 +241,9 @@ def check(world: World, gallery: str, fakes: Tree, scratch: Path, summary: Night
 
 def report(gallery: str, name: str, table: str) -> Any:
     """A table of a report, wherever the gallery is."""
-    folder = mirror.folder(gallery, f"reports/{name}")
-    mirror.pull(folder)
-    return pq.read_table(Path(folder, f"{table}.parquet"))
+    store = open_store(gallery, f"reports/{name}")
+    store.pull()
+    return pq.read_table(store.local_path(f"{table}.parquet"))
 
 
 def same_answers(gallery: str, other: str) -> None:
@@ -545,7 +546,7 @@ def test_without_any_image_there_is_no_gallery(config: Callable[..., NightlyConf
 def test_two_nights_at_once(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
     world, g = filled(tmp_path / "in", 3), str(tmp_path / "g")
     run(config(world, g))
-    with writer_lock(storage.join(g, "runs"), "nightly job"), pytest.raises(GalleryBusyError, match="nightly job"):
+    with hold_lease(storage.join(g, "runs"), "nightly job"), pytest.raises(GalleryBusyError, match="nightly job"):
         run(config(world, g))
 
 

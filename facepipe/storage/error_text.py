@@ -1,0 +1,21 @@
+"""What an error says, as one short line."""
+
+import re
+
+from facepipe.storage.redact import redact
+
+_MAX_CHARACTERS = 300
+# deltalake puts the cause on the last of several lines that begin with an arrow, in colour.
+_ARROW = "↳"
+_DECORATION = re.compile(rf"\x1b\[[0-9;]*m|{_ARROW}")
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an error in one short line, without the path (messages name it themselves) and without credentials."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    lines = [_DECORATION.sub("", line).strip() for line in redact(str(error)).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    text = f"{lines[0]}: {lines[-1]}" if _ARROW in str(error) and len(lines) > 1 else lines[0]
+    return text[:_MAX_CHARACTERS]

@@ -1,0 +1,379 @@
+"""Bytes in and out of a local disk or an object store: every function takes a path or a URL.
+
+Object stores go through `obstore`, which lists as a stream: a prefix of a hundred million keys is never held in memory.
+"""
+
+import io
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from facepipe.errors import StorageError
+from facepipe.storage.atomic import replace_file
+from facepipe.storage.client import open_bucket
+from facepipe.storage.error_text import describe_error
+from facepipe.storage.urls import is_remote, join, split_url
+
+_REMOTE_BUFFER = 1 << 18
+_LIST_CHUNK = 1000
+
+
+class Entry(NamedTuple):
+    """One file or object of a listing.
+
+    Attributes:
+        url: Its path or URL.
+        size: Bytes.
+        fingerprint: A text that changes with the content.
+        modified: When it was last written, in seconds since 1970 by the clock of the machine or store that holds it.
+    """
+
+    url: str
+    size: int
+    fingerprint: str
+    modified: float = 0.0
+
+
+class TooLargeError(StorageError):
+    """There are more bytes than the limit allows."""
+
+
+# ---- listing and looking
+
+
+def list_files(folder: str) -> Iterator[Entry]:
+    """List every file below a folder or prefix; nothing if there is no such folder."""
+    if is_remote(folder):
+        yield from list_prefix(folder.rstrip("/") + "/")
+        return
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                info = os.lstat(path)
+                yield Entry(path, info.st_size, get_local_fingerprint(info), info.st_mtime)
+
+
+def list_prefix(url: str) -> Iterator[Entry]:
+    """List every object under a prefix as a stream in the store's order, or the one object of that name."""
+    import obstore
+
+    bucket, prefix = split_url(url)
+    is_empty = True
+    try:
+        for batch in obstore.list(open_bucket(bucket), prefix=prefix or None, chunk_size=_LIST_CHUNK):
+            for meta in batch:
+                is_empty = False
+                yield _to_entry(bucket, meta)
+    except obstore.exceptions.BaseError as error:
+        raise StorageError(f"cannot list {url}: {describe_error(error)}") from error
+    if is_empty and prefix and not url.endswith("/"):
+        with suppress(StorageError):
+            yield get_entry(url)
+
+
+def list_names(folder: str) -> Iterable[str]:
+    """List the names in a folder, in no order; none if there is no such folder.
+
+    In an object store the names are keys relative to the prefix, those of deeper objects included.
+    """
+    if is_remote(folder):
+        start = len(folder.rstrip("/")) + 1
+        return [entry.url[start:] for entry in list_prefix(folder.rstrip("/") + "/")]
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"cannot list {folder!r}: {describe_error(error)}") from error
+
+
+def get_entry(path: str | bytes) -> Entry:
+    """Get size and fingerprint of one file or object. Raises StorageError if there is none."""
+    if is_remote(path):
+        import obstore
+
+        bucket, key = split_url(os.fsdecode(path))
+        try:
+            meta = obstore.head(open_bucket(bucket), key)
+        except (obstore.exceptions.BaseError, FileNotFoundError) as error:
+            raise StorageError(describe_error(error)) from error
+        return _to_entry(bucket, meta)
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise StorageError(describe_error(error)) from error
+    return Entry(os.fsdecode(path), info.st_size, get_local_fingerprint(info), info.st_mtime)
+
+
+def _to_entry(bucket: str, meta: Any) -> Entry:
+    fingerprint = f"{meta['size']}-{meta['e_tag']}"
+    return Entry(f"{bucket}/{meta['path']}", meta["size"], fingerprint, meta["last_modified"].timestamp())
+
+
+def get_local_fingerprint(info: os.stat_result) -> str:
+    """Join size and modification time of a local file to a fingerprint."""
+    return f"{info.st_size}-{info.st_mtime_ns}"
+
+
+def file_exists(path: str) -> bool:
+    """Tell whether there is a file or an object of this name."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    try:
+        get_entry(path)
+    except StorageError:
+        return False
+    return True
+
+
+def folder_exists(path: str) -> bool:
+    """Tell whether there is a folder, or a prefix with at least one object."""
+    if not is_remote(path):
+        return os.path.isdir(path)
+    return next(iter(list_prefix(path.rstrip("/") + "/")), None) is not None
+
+
+def may_exist(path: str) -> bool:
+    """Tell whether there is a local file or folder; a URL is not looked up and may always exist."""
+    return is_remote(path) or os.path.exists(path)
+
+
+def is_special_file(path: str) -> bool:
+    """Tell whether a path leads to a device, FIFO or socket. Opening one may block, or set something off."""
+    return not is_remote(path) and is_special_mode(os.stat(path).st_mode)
+
+
+def is_special_mode(mode: int) -> bool:
+    """Tell whether a file's mode is that of a device, FIFO or socket."""
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+# ---- reading
+
+
+def read(path: bytes, offset: int | None = None, length: int | None = None, limit: int | None = None) -> bytes:
+    """Read a file or object, or a part of it.
+
+    Args:
+        path: local path or URL, as bytes because local names need not be UTF-8.
+        offset: first byte; 0 by default.
+        length: bytes to read; all by default.
+        limit: most bytes to read. More are refused before anything is read.
+
+    Raises:
+        TooLargeError: there are more bytes than `limit`.
+        StorageError: the file cannot be read, or ends before `length` bytes.
+    """
+    if is_remote(path):
+        return _read_remote(path, offset, length, limit)
+    return _read_local(path, offset, length, limit)
+
+
+def _read_local(path: bytes, offset: int | None, length: int | None, limit: int | None) -> bytes:
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer would block for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as file:
+            info = os.fstat(descriptor)
+            if not stat.S_ISREG(info.st_mode):
+                raise StorageError("is a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file")
+            expected = info.st_size if length is None else length
+            _check_limit(expected, limit)
+            file.seek(offset or 0)
+            return _require_length(file.read(expected) if expected else b"", expected)
+    except (OSError, ValueError) as error:
+        raise StorageError(describe_error(error)) from error
+
+
+def _read_remote(path: bytes, offset: int | None, length: int | None, limit: int | None) -> bytes:
+    import obstore
+
+    bucket, key = split_url(path.decode())
+    try:
+        if length is not None:
+            _check_limit(length, limit)
+            data = obstore.get_range(open_bucket(bucket), key, start=offset or 0, length=length) if length else b""
+            return _require_length(bytes(data), length)
+        result = obstore.get(open_bucket(bucket), key)
+        _check_limit(result.meta["size"], limit)
+        return bytes(result.bytes())
+    except (obstore.exceptions.BaseError, OSError) as error:
+        raise StorageError(describe_error(error)) from error
+
+
+def _check_limit(size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise TooLargeError(f"{size} bytes, the limit is {limit}")
+
+
+def _require_length(data: bytes, expected: int) -> bytes:
+    if len(data) != expected:
+        raise StorageError(f"truncated: {len(data)} of {expected} bytes")
+    return data
+
+
+def open_seekable(path: str | bytes) -> BinaryIO:
+    """Open a seekable binary file object, for readers of containers (tar, Parquet)."""
+    try:
+        if is_remote(path):
+            return io.BufferedReader(_RemoteFile(os.fsdecode(path)), _REMOTE_BUFFER)
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot open {os.fsdecode(path)!r}: {describe_error(error)}") from error
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object of a store that is read by ranges."""
+
+    def __init__(self, url: str):
+        self._path = url.encode()
+        self._size = get_entry(url).size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, offset + origin)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), max(0, self._size - self._position))
+        if length:
+            buffer[:length] = _read_remote(self._path, self._position, length, None)
+            self._position += length
+        return length
+
+
+# ---- writing and deleting
+
+
+def write(path: str, data: bytes, *, sync: bool = True) -> None:
+    """Write a whole file or object.
+
+    Args:
+        path: local path or URL.
+        data: the content.
+        sync: have a local file on disk (fsync) before this returns.
+    """
+    try:
+        if is_remote(path):
+            _write_remote(path, data)
+        else:
+            _write_local(path, data, sync)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
+
+
+def _write_remote(path: str, data: bytes | Path) -> None:
+    import obstore
+
+    bucket, key = split_url(path)
+    try:
+        obstore.put(open_bucket(bucket), key, data)
+    except (obstore.exceptions.BaseError, OSError) as error:
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
+
+
+def _write_local(path: str, data: bytes, sync: bool) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError:
+        # The disk is full: half a file is of no use, and takes the space that is left.
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def replace(path: str, data: bytes, *, unique: bool = False) -> None:
+    """Write a file or object so that readers see the old content or the new; a local one is on disk afterwards.
+
+    Args:
+        path: local path or URL; the folder of a local file is made.
+        data: the content.
+        unique: several processes may write this file at once.
+    """
+    if is_remote(path):
+        write(path, data)
+        return
+    make_parent_folder(path)
+    with replace_file(path, unique=unique) as unfinished:
+        _write_local(unfinished, data, sync=True)
+
+
+def write_file(path: str, local: str) -> None:
+    """Write the content of a local file as a file or an object, in parts if it is long."""
+    if is_remote(path):
+        _write_remote(path, Path(local))
+        return
+    with open(local, "rb") as file:
+        write(path, file.read())
+
+
+def make_folder(path: str) -> None:
+    """Make a local folder and its parents. Object stores have no folders."""
+    if is_remote(path):
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
+
+
+def make_parent_folder(path: str) -> None:
+    """Make the folder of a local file. Object stores have no folders."""
+    if is_remote(path):
+        return
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
+
+
+def delete(path: str) -> None:
+    """Delete a file or an object; it is no error if there is none."""
+    try:
+        if is_remote(path):
+            import obstore
+
+            bucket, key = split_url(path)
+            with suppress(FileNotFoundError):
+                obstore.delete(open_bucket(bucket), key)
+            return
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    except OSError as error:
+        raise StorageError(f"cannot delete {path!r}: {describe_error(error)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("obstore"):
+            raise StorageError(f"cannot delete {path!r}: {describe_error(error)}") from error
+        raise
+
+
+def delete_empty_folders(folder: str, keep: str = "") -> None:
+    """Delete the empty folders below a local folder, except the one called `keep`. Object stores have no folders."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if name == keep:
+            continue
+        for path, _, _ in os.walk(join(folder, name), topdown=False):
+            # It is not empty, or deleted already: a worker of a run that was killed may still be ending.
+            with suppress(OSError):
+                os.rmdir(path)

@@ -1,0 +1,284 @@
+"""One writer at a time: a lease on a small file, renewed by a heartbeat. Others take it over when the heartbeat stops.
+
+Works on local disks and in object stores alike. No clock of another machine is trusted: a run that finds a lease
+watches whether it changes. A lease proves nothing at the moment of a commit. The commit is therefore conditional on the
+table's version as well.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
+from facepipe.storage import conditional
+from facepipe.storage.error_text import describe_error
+from facepipe.storage.urls import is_remote, join
+
+LEASE_FILE = ".lock"
+LEASE_GUARD = ".lock.guard"
+
+_DEFAULT_SECONDS = 60.0  # without a heartbeat, after which others take a lease over
+_MAX_SECONDS = 3600.0
+_HEARTBEATS = 4  # in the time of a lease
+_TRUST = 0.75  # share of that time for which a holder trusts its own lease without having renewed it
+_MAX_POLL_SECONDS = 1.0
+_own_leases: set[str] = set()  # ids of the leases that this process holds
+
+OnWait = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The content of a lease file.
+
+    Attributes:
+        holder: Random id of the lease.
+        host: Name of the machine, for messages.
+        machine: Boot id and process namespace, within which `pid` and `began` have a meaning.
+        pid: Process id.
+        began: When the process began, in ticks of the kernel.
+        beat: Number of the last heartbeat.
+        seconds: How long the lease lives without a heartbeat.
+        released: The holder has finished.
+    """
+
+    holder: str
+    host: str
+    machine: str
+    pid: int
+    began: str
+    beat: int = 0
+    seconds: float = _DEFAULT_SECONDS
+    released: bool = False
+
+    @classmethod
+    def of_this_process(cls, seconds: float) -> "Holder":
+        """Make a holder with a new id for this process."""
+        pid = os.getpid()
+        return cls(
+            holder=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=_read_machine_id(),
+            pid=pid,
+            began=_read_process_start(pid),
+            seconds=seconds,
+        )
+
+    def encode(self) -> bytes:
+        """Encode the holder for the file."""
+        return json.dumps(asdict(self)).encode()
+
+    def has_ended(self) -> bool | None:
+        """Tell whether the holder's process has ended.
+
+        Returns:
+            None if only the heartbeat can tell: the process is on another machine, or stopped.
+        """
+        if not self.machine or self.machine != _read_machine_id():
+            return None
+        if self.pid == os.getpid() and self.began == _read_process_start(self.pid):
+            # This process may have failed to take the lease, or to release it.
+            return self.holder not in _own_leases
+        began, state = _read_process(self.pid)
+        if began != self.began:
+            return True
+        return None if state in "Tt" else False
+
+
+class Lease:
+    """A lease that this process holds. Call `check` before anything that must not happen without it."""
+
+    def __init__(self, path: str, kind: str, holder: Holder, tag: str):
+        self._path = path
+        self._kind = kind
+        self._holder = holder
+        self._tag = tag
+        self._renewed_at = _read_clock()
+        self._is_lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._send_heartbeats, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise GalleryBusyError if another run may hold the lease by now."""
+        if self._is_lost or _read_clock() - self._renewed_at > _TRUST * self._holder.seconds:
+            raise GalleryBusyError(
+                f"the lease on the {self._kind} {os.path.dirname(self._path)!r} was lost: it could not be renewed for "
+                f"{self._holder.seconds:g} s, or another run took it over; what was committed is kept"
+            )
+
+    def release(self) -> None:
+        """Release the lease. If another run holds it by now, it is left alone."""
+        self._stop.set()
+        self._thread.join()
+        try:
+            if not self._is_lost:
+                with suppress(StorageError):  # it expires by itself
+                    self._write(replace(self._holder, released=True))
+        finally:
+            _own_leases.discard(self._holder.holder)
+
+    def _send_heartbeats(self) -> None:
+        while not self._stop.wait(self._holder.seconds / _HEARTBEATS):
+            began = _read_clock()
+            try:
+                self._write(replace(self._holder, beat=self._holder.beat + 1))
+                self._renewed_at = began
+            except conditional.ConflictError:
+                self._is_lost = True
+                return
+            except StorageError:  # the store may answer again before the lease ends
+                continue
+
+    def _write(self, holder: Holder) -> None:
+        try:
+            self._tag = conditional.write_if(self._path, holder.encode(), self._tag)
+        except conditional.ConflictError:
+            # A renewal that seemed to fail may have arrived. The file then holds this lease under another tag.
+            content = conditional.read_tagged(self._path)
+            current = _decode(content[0]) if content else None
+            if content is None or current is None or current.holder != self._holder.holder:
+                raise
+            self._tag = conditional.write_if(self._path, holder.encode(), content[1])
+        self._holder = holder
+
+
+def get_lease_seconds() -> float:
+    """Read from FACEPIPE_LEASE_SECONDS how long a lease lives without a heartbeat; 60 by default."""
+    text = os.environ.get("FACEPIPE_LEASE_SECONDS", "")
+    try:
+        seconds = float(text) if text else _DEFAULT_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < _MAX_SECONDS:
+        raise ConfigError(f"FACEPIPE_LEASE_SECONDS is {text!r}: give seconds, such as 60")
+    return seconds
+
+
+@contextmanager
+def hold_lease(folder: str, kind: str = "gallery", on_wait: OnWait = lambda line: None) -> Iterator[Lease]:
+    """Hold the lease of a folder for writing.
+
+    A lease of a process of this machine that has ended is taken over at once. One of another machine is taken over if
+    no heartbeat arrives for its time.
+
+    Args:
+        folder: the gallery, or its index, its reports or another folder with one writer; a local one is made.
+        kind: what the folder is, for messages.
+        on_wait: called with a line if the lease of another machine has to be watched.
+
+    Raises:
+        GalleryBusyError: another run holds the lease.
+    """
+    if not is_remote(folder):
+        _make_folder(folder, kind)
+    lease = _acquire(join(folder, LEASE_FILE), kind, on_wait)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _make_folder(folder: str, kind: str) -> None:
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ConfigError(f"the {kind} {folder!r} is a file; name a folder")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise GalleryError(f"cannot write to the {kind} {folder!r}: {describe_error(error)}") from error
+
+
+def _acquire(path: str, kind: str, on_wait: OnWait) -> Lease:
+    """Take the lease as soon as it is free; raise GalleryBusyError if its holder is alive."""
+    own = Holder.of_this_process(get_lease_seconds())
+    folder = os.path.dirname(path)
+    while True:
+        try:
+            content = conditional.read_tagged(path)
+            current = _decode(content[0]) if content else None
+            if current is not None and not current.released:
+                _wait_for_end(path, kind, current, on_wait)
+            return _take(path, kind, own, content[1] if content else None)
+        except conditional.ConflictError:
+            continue  # another run was faster: look at what it wrote
+        except StorageError as error:
+            raise GalleryError(f"cannot write to the {kind} {folder!r}: {error}") from error
+
+
+def _take(path: str, kind: str, own: Holder, tag: str | None) -> Lease:
+    # First, because another thread of this process may read the lease as soon as it is written.
+    _own_leases.add(own.holder)
+    try:
+        return Lease(path, kind, own, conditional.write_if(path, own.encode(), tag))
+    except BaseException:
+        _own_leases.discard(own.holder)
+        raise
+
+
+def _wait_for_end(path: str, kind: str, holder: Holder, on_wait: OnWait) -> None:
+    """Return once a holder is known to have ended; raise GalleryBusyError once it is seen to be running."""
+    has_ended = holder.has_ended()
+    if has_ended is None:
+        on_wait(f"the {kind} is held by a run on {holder.host}: watching it for up to {holder.seconds:g} s")
+        has_ended = _watch(path, holder)
+    if not has_ended:
+        raise GalleryBusyError(
+            f"another run (process {holder.pid} on {holder.host}) is writing to the {kind} {os.path.dirname(path)!r}; "
+            "wait for it to end"
+        )
+
+
+def _watch(path: str, holder: Holder) -> bool:
+    """Watch a lease file for the lease's time; tell whether no heartbeat arrived, or the lease was released."""
+    deadline = _read_clock() + holder.seconds
+    while _read_clock() < deadline:
+        time.sleep(min(_MAX_POLL_SECONDS, holder.seconds / 20))
+        content = conditional.read_tagged(path)
+        current = _decode(content[0]) if content else None
+        if current is None or current.released:
+            return True
+        if current != holder:
+            return False
+    return True
+
+
+def _decode(data: bytes) -> Holder | None:
+    """Decode a lease file; None for one without meaning: it is damaged, or an older version left it."""
+    try:
+        holder = TypeAdapter(Holder).validate_json(data, strict=True)
+    except ValueError:
+        return None
+    return holder if 0 < holder.seconds < _MAX_SECONDS else None
+
+
+def _read_clock() -> float:
+    """Read seconds that go on while the machine sleeps, and that no setting of the clock changes."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _read_machine_id() -> str:
+    with suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _read_process_start(pid: int) -> str:
+    """Read when a process began, in ticks of the kernel; empty if there is none. A zombie counts as none."""
+    return _read_process(pid)[0]
+
+
+def _read_process(pid: int) -> tuple[str, str]:
+    """Read (when a process began, the letter of its state)."""
+    with suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+        return ("" if fields[0] in "ZX" else fields[19]), fields[0]
+    return "", ""

@@ -1,0 +1,289 @@
+"""A folder of a gallery as files of this machine, whether the gallery lies on a disk or in an object store.
+
+faiss and memory maps want files. The files of a gallery on a disk are used where they are. For a gallery in an object
+store this machine keeps copies: they are fetched when needed and uploaded when made.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from facepipe.errors import StorageError
+from facepipe.hashing import hash64
+from facepipe.storage.atomic import replace_file, sync_folder
+from facepipe.storage.error_text import describe_error
+from facepipe.storage.files import delete, get_entry, list_files, list_prefix, read, write_file
+from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.urls import is_remote, join
+
+_ORIGIN = ".origin"
+_TAGS = ".tags"
+_CHUNK_BYTES = 64 << 20
+PRIVATE_NAMES = frozenset({_ORIGIN, _TAGS, LEASE_FILE, LEASE_GUARD})
+"""Files of a folder that are neither uploaded nor part of what it holds."""
+
+
+class Store(ABC):
+    """A folder of a gallery.
+
+    Attributes:
+        url: Where the folder is: its path, or its URL.
+        folder: Folder on this machine with the files, or with copies of them.
+        is_complete: Whether `folder` holds every file without `fetch` or `pull`.
+    """
+
+    url: str
+    folder: str
+    is_complete: bool
+
+    def local_path(self, name: str) -> str:
+        """Return the path of a file on this machine. Raises StorageError for a name that leads out of the folder.
+
+        Names may come from a manifest or a bucket, which anyone may have written.
+        """
+        path = os.path.join(self.folder, name)
+        if not os.path.abspath(path).startswith(os.path.abspath(self.folder) + os.sep):
+            raise StorageError(f"{name!r} names no file of {self.url!r}")
+        return path
+
+    @abstractmethod
+    def measure(self, name: str) -> tuple[int, str]:
+        """Return (bytes, SHA-256) of a file as the store holds it. Raises StorageError or OSError if it cannot."""
+
+    @abstractmethod
+    def fetch(self, name: str, size: int, sha256: str) -> None:
+        """Fetch a file if this machine has no copy. Raises StorageError if what arrives has another checksum."""
+
+    @abstractmethod
+    def upload(self, names: Iterable[str]) -> None:
+        """Upload files; a name of a folder stands for everything in it."""
+
+    @abstractmethod
+    def upload_missing(self, sizes: Mapping[str, int]) -> None:
+        """Upload the files, by name, that the store lacks or holds with another size."""
+
+    @abstractmethod
+    def pull(self) -> None:
+        """Make the copies what the store is: fetch new and changed files, delete the others."""
+
+    @abstractmethod
+    def push(self, last: str = "") -> None:
+        """Make the store what the copies are; the file `last` goes last, for readers that look for it first."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Have new and renamed files of the folder survive a power cut."""
+
+    def delete_except(self, names: Collection[str]) -> None:
+        """Delete every file and folder directly in the folder whose name is not among these."""
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            if name in names or name in PRIVATE_NAMES:
+                continue
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.unlink(path)
+
+
+class LocalStore(Store):
+    """A folder of a gallery on a disk: nothing is copied."""
+
+    is_complete = True
+
+    def __init__(self, path: str):
+        self.url = path
+        self.folder = path
+
+    def measure(self, name: str) -> tuple[int, str]:
+        """Return (bytes, SHA-256) of a file."""
+        path = self.local_path(name)
+        with open(path, "rb") as file:
+            return os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()
+
+    def fetch(self, name: str, size: int, sha256: str) -> None:
+        """Do nothing: the files are on this machine."""
+
+    def upload(self, names: Iterable[str]) -> None:
+        """Do nothing: the files are where they belong."""
+
+    def upload_missing(self, sizes: Mapping[str, int]) -> None:
+        """Do nothing: the files are where they belong."""
+
+    def pull(self) -> None:
+        """Do nothing: the files are on this machine."""
+
+    def push(self, last: str = "") -> None:
+        """Do nothing: the files are where they belong."""
+
+    def sync(self) -> None:
+        """Have new and renamed files of the folder survive a power cut."""
+        sync_folder(self.folder)
+
+
+class ObjectStore(Store):
+    """A folder of a gallery in an object store, with copies of its files in the cache of this machine."""
+
+    is_complete = False
+
+    def __init__(self, gallery: str, name: str):
+        self.url = join(gallery, name)
+        self._gallery = gallery
+        self._prefix = self.url.rstrip("/") + "/"
+        self.folder = os.path.join(get_cache_folder(gallery), name)
+        self._make_folder()
+
+    def _make_folder(self) -> None:
+        try:
+            os.makedirs(get_cache_folder(), mode=0o700, exist_ok=True)
+            _make_private(get_cache_folder(self._gallery))
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            Path(self.folder, _ORIGIN).write_text(self.url)
+        except OSError as error:
+            raise StorageError(
+                f"cannot keep a copy of {self._gallery!r} in {self.folder!r} (FACEPIPE_CACHE): {describe_error(error)}"
+            ) from error
+
+    def measure(self, name: str) -> tuple[int, str]:
+        """Return (bytes, SHA-256) of a file as the object store holds it."""
+        url = join(self.url, name)
+        size = get_entry(url).size
+        digest = hashlib.sha256()
+        for data in _read_chunks(url, size):
+            digest.update(data)
+        return size, digest.hexdigest()
+
+    def fetch(self, name: str, size: int, sha256: str) -> None:
+        """Fetch a file in chunks if this machine has no copy; refuse one that arrives damaged."""
+        url = join(self.url, name)
+        path = self.local_path(name)
+        if os.path.exists(path):
+            return
+        digest = hashlib.sha256()
+        with replace_file(path, unique=True) as unfinished:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(unfinished, "wb") as file:
+                for data in _read_chunks(url, size):
+                    digest.update(data)
+                    file.write(data)
+            if digest.hexdigest() != sha256:
+                raise StorageError(f"{url!r} is not what was written: its checksum differs")
+
+    def upload(self, names: Iterable[str]) -> None:
+        """Upload files; a name of a folder stands for everything in it."""
+        for name in names:
+            path = self.local_path(name)
+            if os.path.isdir(path):
+                self.upload(f"{name}/{inner}" for inner in sorted(os.listdir(path)))
+            else:
+                write_file(join(self.url, name), path)
+
+    def upload_missing(self, sizes: Mapping[str, int]) -> None:
+        """Upload the files, by name, that the store lacks or holds with another size."""
+        stored = {entry.url.removeprefix(self._prefix): entry.size for entry in list_prefix(self._prefix)}
+        self.upload(name for name, size in sizes.items() if stored.get(name) != size)
+
+    def pull(self) -> None:
+        """Fetch new and changed files, and delete the copies of the others."""
+        known_tags = self._read_tags()
+        tags = {}
+        for entry in list_prefix(self._prefix):
+            name = entry.url.removeprefix(self._prefix)
+            if name.split("/")[0] in PRIVATE_NAMES:
+                continue
+            path = self.local_path(name)
+            tags[name] = entry.fingerprint
+            if known_tags.get(name) != entry.fingerprint or not os.path.exists(path):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                Path(path).write_bytes(read(entry.url.encode()))
+        for name in known_tags.keys() - tags.keys():
+            with suppress(OSError):
+                os.unlink(self.local_path(name))
+        self._write_tags(tags)
+
+    def push(self, last: str = "") -> None:
+        """Upload all files, the file `last` at the end, and delete what else the store holds."""
+        # A new report takes the place of the folder, which then has no mark of where it belongs.
+        self._make_folder()
+        paths = (os.path.relpath(entry.url, self.folder) for entry in list_files(self.folder))
+        names = sorted((path for path in paths if path not in PRIVATE_NAMES), key=lambda name: (name == last, name))
+        self.upload(names)
+        local_names = set(names)
+        tags = {}
+        for entry in list(list_prefix(self._prefix)):
+            name = entry.url.removeprefix(self._prefix)
+            if name in local_names:
+                tags[name] = entry.fingerprint
+            elif name.split("/")[0] not in PRIVATE_NAMES:
+                delete(entry.url)
+        self._write_tags(tags)
+
+    def sync(self) -> None:
+        """Do nothing: the store keeps what it has accepted."""
+
+    def delete_except(self, names: Collection[str]) -> None:
+        """Delete, on this machine and in the store, what is directly in the folder and not among these names."""
+        super().delete_except(names)
+        for entry in list(list_prefix(self._prefix)):
+            name = entry.url.removeprefix(self._prefix).split("/")[0]
+            if name not in names and name not in PRIVATE_NAMES:
+                delete(entry.url)
+
+    def _read_tags(self) -> dict[str, str]:
+        """Read the fingerprints that the copied files had in the store."""
+        with suppress(OSError, ValueError):
+            tags: dict[str, str] = json.loads(Path(self.folder, _TAGS).read_text())
+            return tags
+        return {}
+
+    def _write_tags(self, tags: dict[str, str]) -> None:
+        Path(self.folder, _TAGS).write_text(json.dumps(tags))
+
+
+def open_store(gallery: str, name: str) -> Store:
+    """Open the folder `name` of a gallery. For a gallery in an object store its copy is made if there is none.
+
+    Args:
+        gallery: path or URL of the gallery.
+        name: path of the folder in the gallery, such as `reports/dedup`.
+    """
+    if is_remote(gallery):
+        return ObjectStore(gallery, name)
+    return LocalStore(join(gallery, name))
+
+
+def get_cache_folder(gallery: str = "") -> str:
+    """Return the folder with this machine's copies, of all galleries or of one.
+
+    FACEPIPE_CACHE names it; the default is ~/.cache/facepipe.
+    """
+    folder = os.environ.get("FACEPIPE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "facepipe")
+    return os.path.join(folder, f"{hash64(gallery.rstrip('/')):016x}") if gallery else folder
+
+
+def delete_copies(gallery: str) -> None:
+    """Delete this machine's copies of a gallery in an object store."""
+    if is_remote(gallery):
+        shutil.rmtree(get_cache_folder(gallery), ignore_errors=True)
+
+
+def _make_private(folder: str) -> None:
+    """Make a folder that no other user can look into; refuse one that another user made first."""
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    info = os.lstat(folder)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+        raise StorageError(f"{folder!r} is not a folder of yours: have FACEPIPE_CACHE name a place that is")
+    if info.st_mode & 0o077:
+        os.chmod(folder, 0o700)
+
+
+def _read_chunks(url: str, size: int) -> Iterator[bytes]:
+    for start in range(0, size, _CHUNK_BYTES):
+        yield read(url.encode(), start, min(_CHUNK_BYTES, size - start))
