@@ -376,7 +376,7 @@ def test_killed_after_every_step_and_run_again(
         killed = str(tmp_path / f"killed{n}")
         shutil.copytree(base, killed)
         with monkeypatch.context() as patch:
-            patch.setattr(f"pipelines.nightly.{step}", dying(STEPS, n, step))
+            patch.setattr(f"pipelines.nightly.pipeline.{step}", dying(STEPS, n, step))
             with pytest.raises(_KilledError):
                 run(config(world, killed))
         again_ = run(config(world, killed))
