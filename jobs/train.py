@@ -52,7 +52,7 @@ def _report(progress: ProgressReporter, step: Any) -> None:
 
     Args:
         progress: where to show it.
-        step: a `Progress` of the training.
+        step: a `TrainingProgress` of the training.
     """
     line = format_step(step)
     if step.scores:
@@ -64,7 +64,7 @@ def format_step(progress: Any) -> str:
     """Format where training stands as one line.
 
     Args:
-        progress: a `Progress` of the training.
+        progress: a `TrainingProgress` of the training.
     """
     parts = [
         f"step {progress.step} of {progress.steps}",
@@ -75,7 +75,7 @@ def format_step(progress: Any) -> str:
     ]
     if progress.scores:
         parts.append(f"score {progress.scores['score']:.4f}")
-    parts.append(f"{_format_time(progress.left)} left")
+    parts.append(f"{_format_time(progress.seconds_left)} left")
     return ", ".join(parts)
 
 

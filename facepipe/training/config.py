@@ -1,4 +1,4 @@
-"""The settings of the network that is trained."""
+"""The settings of the network to train."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,20 +10,21 @@ from facepipe.training.trainer.config import Count, Natural, Share, Weight
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained, and from which weights on.
+    """Configure the network to train and the weights it starts from.
 
-    architecture: `facepipe models --architectures` lists them; may be left out where `start` says it
-    start: weights to start from: a model's TOML file, the name of a registered model, or a checkpoint of the
-        architecture (.safetensors, .pth); nothing: random weights. Layers whose size depends on `dim` start at random
-        where the weights have another `dim`
-    dim: length of an embedding; by default that of `start`, else 128
-    freeze: names, or beginnings of names, of parameters that stay as they are, or "trunk": all but the layers that
-        make the embedding. Batch normalisation in frozen parts keeps its statistics as well
-    unfreeze_at: from here on nothing is frozen: epochs, or steps where `schedule.steps` is given; 0: never
-    layer_decay: factor on the learning rate for each layer further from the output (layer-wise decay); 1: none
-    imprint: of so many images of each identity the mean direction becomes where its class centre starts; 0: centres
-        start at random. For fine-tuning; costs one pass over these images
-    dropout: probability of the network's own dropout layers; by default the architecture's
+    Attributes:
+        architecture: name of the network; `facepipe models --architectures` lists them. Optional if `start` implies it
+        start: weights to start from: a model's TOML file, the name of a registered model, or a checkpoint of the
+            architecture (.safetensors, .pth). Default: random weights. Layers whose size depends on `dim` start at
+            random if the weights have another `dim`
+        dim: length of an embedding; default: that of `start`, or 128
+        freeze: parameters to freeze: names, or prefixes of names, or "trunk": all layers except those that make the
+            embedding. Batch normalisation in frozen layers keeps its statistics too
+        unfreeze_at: when to unfreeze all parameters, in epochs, or in steps if `schedule.steps` is set; 0: never
+        layer_decay: factor on the learning rate per layer away from the output (layer-wise decay); 1: no decay
+        imprint: images per identity whose mean direction becomes the initial class centre; 0: random class centres.
+            Meant for fine-tuning; costs one pass over these images
+        dropout: probability of the network's own dropout layers; default: that of the architecture
     """
 
     architecture: str = ""

@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Curves:
+class CurveChart:
     """Curves that share their axes, in pixels of a WIDTH x HEIGHT box.
 
     paths: one a curve; dots: places of single points; mark: x of a vertical line and its label
@@ -31,17 +31,19 @@ class Curves:
     summary: str
 
 
-def curves(title: str, lines: dict[str, Points], mark: tuple[float, str] | None = None, log: bool = False) -> Curves:
+def build_curve_chart(
+    title: str, lines: dict[str, Points], mark: tuple[float, str] | None = None, log: bool = False
+) -> CurveChart:
     """Lay curves out by name; points that are not finite (and, on a logarithmic axis, not positive) are left out.
 
     mark: x of a vertical line, and what it says
     """
-    kept = {name: _thinned([p for p in points if _drawable(p[1], log)]) for name, points in lines.items()}
+    kept = {name: _thin_points([p for p in points if _is_drawable(p[1], log)]) for name, points in lines.items()}
     kept = {name: points for name, points in kept.items() if points}
     xs = [x for points in kept.values() for x, _ in points] or [0.0, 1.0]
     ys = [y for points in kept.values() for _, y in points] or [1.0]
     right = max(xs)
-    low, high = _bounds(min(ys), max(ys), log)
+    low, high = _widen_bounds(min(ys), max(ys), log)
 
     def across(x: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * x / (right or 1.0), 1)
@@ -51,7 +53,7 @@ def curves(title: str, lines: dict[str, Points], mark: tuple[float, str] | None 
         return round(BOTTOM - (BOTTOM - TOP) * share, 1)
 
     places = [[(across(x), up(y)) for x, y in points] for points in kept.values()]
-    return Curves(
+    return CurveChart(
         title,
         tuple(kept),
         tuple("M" + "L".join(f"{x} {y}" for x, y in line) for line in places),
@@ -63,18 +65,18 @@ def curves(title: str, lines: dict[str, Points], mark: tuple[float, str] | None 
     )
 
 
-def _drawable(value: float, log: bool) -> bool:
+def _is_drawable(value: float, log: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def _bounds(low: float, high: float, log: bool) -> tuple[float, float]:
+def _widen_bounds(low: float, high: float, log: bool) -> tuple[float, float]:
     if log:
         return (low / 1.1, high * 1.1)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 0.5
     return low - margin, high + margin
 
 
-def _thinned(points: Points) -> list[tuple[float, float]]:
+def _thin_points(points: Points) -> list[tuple[float, float]]:
     """Means of neighbours where there are more points than can be told apart."""
     size = -(-len(points) // _MOST)
     groups = [points[n : n + size] for n in range(0, len(points), max(1, size))]

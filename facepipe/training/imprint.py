@@ -19,16 +19,16 @@ _BATCH = 64
 _SPREAD = 0.1  # of several centres of a class, about their mean
 
 
-class Chips(Protocol):
+class ChipStacks(Protocol):
     """Labels (n,) int64 from 0 without gaps, and the chips of rows (m, h, w, 3)."""
 
     @property
     def labels(self) -> Int64: ...
 
-    def stack(self, rows: Int64) -> UInt8Image: ...
+    def load_chips(self, rows: Int64) -> UInt8Image: ...
 
 
-def imprint(objective: nn.Module, embed: Embed, chips: Chips, images: int) -> None:
+def imprint_centres(objective: nn.Module, embed: Embed, chips: ChipStacks, images: int) -> None:
     """Turn the objective's class centres to the mean of up to `images` unit embeddings of each class, in place.
 
     Their lengths stay what they were. Losses without class centres are left alone; of a sharded head only this rank's
@@ -37,12 +37,12 @@ def imprint(objective: nn.Module, embed: Embed, chips: Chips, images: int) -> No
     head = next((module for module in objective.modules() if isinstance(module, ClassHead)), None)
     if head is None:
         return
-    first, size = head.shard.first, head.shard.size
-    rows = _first_of_each(np.asarray(chips.labels), images, first, first + size)
+    first, size = head.shard.start, head.shard.size
+    rows = _select_first_rows(np.asarray(chips.labels), images, first, first + size)
     sums = torch.zeros(size, head.weight.shape[-1])
     for at in range(0, len(rows), _BATCH):
         part = rows[at : at + _BATCH]
-        units = F.normalize(torch.from_numpy(embed(chips.stack(part))))
+        units = F.normalize(torch.from_numpy(embed(chips.load_chips(part))))
         sums.index_add_(0, torch.from_numpy(chips.labels[part] - first), units)
     with torch.no_grad():
         old = head.weight
@@ -50,7 +50,7 @@ def imprint(objective: nn.Module, embed: Embed, chips: Chips, images: int) -> No
         head.weight.copy_(F.normalize(means, dim=-1) * old.norm(dim=-1, keepdim=True))
 
 
-def _first_of_each(labels: Int64, images: int, first: int, end: int) -> Int64:
+def _select_first_rows(labels: Int64, images: int, first: int, end: int) -> Int64:
     """Rows of the first few faces of each class in [first, end), by class."""
     order = np.argsort(labels, kind="stable")
     low, high = np.searchsorted(labels[order], (first, end))

@@ -1,11 +1,11 @@
-"""The network that is trained: its architecture, its size, and the weights it starts from."""
+"""What the network starts from: its architecture, its size and its initial weights."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,15 +19,22 @@ from facepipe.models.zoo.loading import checked, renamed
 from facepipe.training.config import ModelConfig
 from facepipe.training.trainer import checkpointing
 
-_DIM = 128
+Role = Literal["embedder", "detector"]
+_DEFAULT_DIM = 128
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a network is built from; small, but for `state`.
+class NetworkStart:
+    """What a network is built from. Small, except for `state`.
 
-    chips: the name that chips for it are asked for by (`facepipe.models.chip_layout`)
-    state: weights to start from, under our names; None: random ones. source, licence, sha256: of these
+    Attributes:
+        architecture: the network
+        dim: length of an embedding
+        chips: name that finds the layout of its chips (`facepipe.models.chip_layout`)
+        card: the model's card
+        state: initial weights, under our names; None: random weights
+        origin: where the weights come from, for reports
+        sha256: digest of the file of the weights
     """
 
     architecture: Architecture
@@ -35,172 +42,214 @@ class Start:
     chips: str
     card: CardFile
     state: State | None = field(default=None, repr=False)
-    where: str = "random weights"
+    origin: str = "random weights"
     sha256: str = ""
 
     @property
     def input(self) -> Input:
-        """What the network is fed."""
+        """What the network takes: channels, mean and scale."""
         return fed_of(self.card)
 
     @property
     def licence(self) -> str:
-        """Of the weights that training starts from; whether it holds for what comes out is for lawyers to say."""
+        """Licence of the initial weights. Whether it holds for the trained weights is a question for lawyers."""
         return self.card.licence if self.state is not None else "that of the training data"
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of its chips."""
+        """(width, height) of the network's chips."""
         return chips_of(self.card).size if self.card.role == "embedder" else (0, 0)
 
     def build(self, seed: int, dropout: float | None = None) -> nn.Module:
-        """The network, in training mode. What the weights do not bring is random, and depends on the seed alone.
+        """Build the network, in training mode.
 
-        Raises WeightsError that names what of the weights does not fit.
+        Args:
+            seed: random seed of the layers that the initial weights do not cover
+            dropout: probability of the network's dropout layers; default: that of the architecture
+
+        Raises:
+            WeightsError: The weights do not fit the network. The message names the tensors.
         """
         torch.manual_seed(seed)
         net = self.architecture.build(self.dim, self.size)
         if self.state is not None:
-            fresh = net.state_dict()
-            kept = {k: fresh[k] for k in self._resized(self.state)}
-            fit(net, {**self.state, **kept}, self.where)
+            random_state = net.state_dict()
+            resized = {name: random_state[name] for name in self.list_resized()}
+            fit(net, {**self.state, **resized}, self.origin)
         if dropout is not None:
             for module in net.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
                     module.p = dropout
         return net.requires_grad_(True).train()
 
-    def resized(self) -> list[str]:
-        """Names of the layers that start at random because the weights are of another `dim`."""
-        return self._resized(self.state) if self.state is not None else []
-
-    def _resized(self, state: State) -> list[str]:
-        axes = output_axes(self.architecture, self.dim, self.size)
-        if _dim_of(state, self.architecture, self.size) == self.dim:
+    def list_resized(self) -> list[str]:
+        """List the tensors that start at random because the weights have another `dim`."""
+        if self.state is None:
             return []
-        wanted = self._blank(self.dim).state_dict()
-        return [k for k, axis in axes.items() if k in state and _differ_in(state[k].shape, wanted[k].shape, axis)]
+        axes = find_output_axes(self.architecture, self.dim, self.size)
+        if _infer_dim(self.state, self.architecture, self.size) == self.dim:
+            return []
+        shapes = {name: tensor.shape for name, tensor in self._build_blank().state_dict().items()}
+        return [
+            name
+            for name, axis in axes.items()
+            if name in self.state and _differs_only_in(self.state[name].shape, shapes[name], axis)
+        ]
 
-    def frozen(self, config: ModelConfig) -> tuple[str, ...]:
-        """The beginnings of names that `model.freeze` stands for."""
+    def list_frozen_prefixes(self, config: ModelConfig) -> tuple[str, ...]:
+        """List the prefixes of parameter names that `model.freeze` stands for."""
         if config.freeze != "trunk":
             return config.freeze
         if self.architecture.role == "detector":
             return ("trunk",)
-        output = output_axes(self.architecture, self.dim, self.size)
-        net = self._blank(self.dim)
+        output = find_output_axes(self.architecture, self.dim, self.size)
+        net = self._build_blank()
         return tuple(name for name, _ in net.named_parameters() if name not in output)
 
-    def _blank(self, dim: int) -> nn.Module:
-        return _blank(self.architecture, dim, self.size)
+    def _build_blank(self) -> nn.Module:
+        return _build_blank(self.architecture, self.dim, self.size)
 
 
-def output_axes(architecture: Architecture, dim: int, size: tuple[int, int]) -> dict[str, int]:
-    """Tensors that make the embedding: those whose shape depends on its length, and the axis that does."""
-    one, other = (_blank(architecture, d, size).state_dict() for d in (dim, dim + 1))
-    found = dict[str, int]()
-    for name, tensor in one.items():
-        differs = [n for n, (a, b) in enumerate(zip(tensor.shape, other[name].shape, strict=True)) if a != b]
-        found |= {name: differs[0]} if differs else {}
-    return found
+def find_output_axes(architecture: Architecture, dim: int, size: tuple[int, int]) -> dict[str, int]:
+    """Find the tensors whose shape depends on the length of the embedding.
+
+    Returns:
+        The axis that depends on the length, by tensor name.
+    """
+    state = _build_blank(architecture, dim, size).state_dict()
+    longer_state = _build_blank(architecture, dim + 1, size).state_dict()
+    axes: dict[str, int] = {}
+    for name, tensor in state.items():
+        pairs = zip(tensor.shape, longer_state[name].shape, strict=True)
+        changed = [axis for axis, (length, longer) in enumerate(pairs) if length != longer]
+        if changed:
+            axes[name] = changed[0]
+    return axes
 
 
-def _differ_in(one: Sequence[int], other: Sequence[int], axis: int) -> bool:
-    """Whether that axis alone tells two shapes apart; what else does not fit is for `fit` to name."""
-    same = len(one) == len(other) and all(n == axis or a == b for n, (a, b) in enumerate(zip(one, other, strict=True)))
-    return same and one[axis] != other[axis]
+def _differs_only_in(one: Sequence[int], other: Sequence[int], axis: int) -> bool:
+    """Check that two shapes differ in this axis and in no other. `fit` reports any other mismatch."""
+    if len(one) != len(other):
+        return False
+    return all((a != b) == (n == axis) for n, (a, b) in enumerate(zip(one, other, strict=True)))
 
 
-def _blank(architecture: Architecture, dim: int, size: tuple[int, int]) -> nn.Module:
-    """The network without memory for its weights."""
+def _build_blank(architecture: Architecture, dim: int, size: tuple[int, int]) -> nn.Module:
+    """Build the network without memory for its weights."""
     with torch.device("meta"):
         return architecture.build(dim, size)
 
 
-def find(config: ModelConfig, role: Any = "embedder") -> Start:
-    """What `model` asks for. Raises ConfigError where it names nothing that can be trained, WeightsError for weights
-    that cannot be read."""
+def resolve_start(config: ModelConfig, role: Role = "embedder") -> NetworkStart:
+    """Find the architecture and the initial weights that `[model]` names.
+
+    Args:
+        config: the settings of the network
+        role: embedder or detector
+
+    Raises:
+        ConfigError: The config names nothing that can be trained.
+        WeightsError: The weights cannot be read.
+    """
     if config.start.endswith(".toml"):
-        return _from_card(config, Path(config.start), role)
+        return _load_card(config, Path(config.start), role)
     name = config.architecture or (config.start if config.start in ARCHITECTURES else "")
-    made = _architecture(name, role)
-    card = CardFile(name, "", role, name, dim=config.dim or _DIM)
-    start = Start(made, card.dim, name, card)
+    architecture = _get_architecture(name, role)
+    card = CardFile(name, "", role, name, dim=config.dim or _DEFAULT_DIM)
+    start = NetworkStart(architecture, card.dim, name, card)
     if not config.start:
         return start
     if config.start in ARCHITECTURES:
-        return _registered(start, config)
+        return _load_registered(start, config)
     path = Path(config.start)
-    state = _trained(path) or renamed(read_state(path), made)
-    dim = config.dim or _dim_of(state, made, start.size)
-    read = {"state": state, "where": str(path), "sha256": _digest(path)}
-    return replace(start, dim=dim, card=replace(card, dim=dim), **read)  # type: ignore[arg-type]
+    state = _read_own_checkpoint(path) or renamed(read_state(path), architecture)
+    dim = config.dim or _infer_dim(state, architecture, start.size)
+    card = replace(card, dim=dim)
+    return replace(start, dim=dim, card=card, state=state, origin=str(path), sha256=_hash_file(path))
 
 
-def _trained(path: Path) -> State | None:
-    """The network of a checkpoint that a training of ours left; None for other files. Raises WeightsError."""
-    if not checkpointing.is_ours(path):
+def _read_own_checkpoint(path: Path) -> State | None:
+    """Read the network of a checkpoint that our training wrote, or return None for other files."""
+    if not checkpointing.is_checkpoint(path):
         return None
     try:
-        return dict(checkpointing.read(path)["net"])
-    except checkpointing.DamagedError as error:
+        return dict(checkpointing.read_checkpoint(path)["net"])
+    except checkpointing.DamagedCheckpointError as error:
         raise WeightsError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
 
 
-def _architecture(name: str, role: str) -> Architecture:
+def _get_architecture(name: str, role: Role) -> Architecture:
     known = sorted(a.name for a in ARCHITECTURES.values() if a.role == role)
     if not name:
-        raise ConfigError(f"model.architecture is missing: one of {', '.join(known)}; or model.start, a model's TOML")
+        raise ConfigError(
+            f"model.architecture is missing: set it to one of {', '.join(known)}, or set model.start to a model's TOML "
+            "file"
+        )
     if name not in known:
-        raise ConfigError(f"model.architecture: no {role} is called {name!r}; there are {', '.join(known)}")
+        raise ConfigError(f"model.architecture: no {role} is named {name!r}; choose from {', '.join(known)}")
     return ARCHITECTURES[name]
 
 
-def _from_card(config: ModelConfig, path: Path, role: str) -> Start:
+def _load_card(config: ModelConfig, path: Path, role: Role) -> NetworkStart:
+    """Start from a model's TOML file."""
     card = read_card(path)
     if card.role != role:
-        raise ConfigError(f"model.start: {path} is a {card.role}, and a {role} is to be trained")
+        raise ConfigError(f"model.start: {path} is a {card.role}; expected a {role}")
     if is_graph(card) or not card.architecture:
         raise ConfigError(f"model.start: {path} is an ONNX graph, which cannot be trained; start from a checkpoint")
     if config.architecture and config.architecture != card.architecture:
-        raise ConfigError(f"model.start is of {card.architecture}, and model.architecture says {config.architecture}")
-    made, weights = ARCHITECTURES[card.architecture], path.parent / card.weights
+        raise ConfigError(
+            f"model.start is a {card.architecture}, but model.architecture={config.architecture}: leave one out"
+        )
+    architecture = ARCHITECTURES[card.architecture]
+    weights = path.parent / card.weights
     sha256 = checked(weights, card.sha256)
-    state = renamed(read_state(weights), made, card.keys)
+    state = renamed(read_state(weights), architecture, card.keys)
     dim = config.dim or card.dim
-    return Start(made, dim, str(path), replace(card, dim=dim), state, str(weights), sha256)
+    return NetworkStart(architecture, dim, str(path), replace(card, dim=dim), state, str(weights), sha256)
 
 
-def _registered(start: Start, config: ModelConfig) -> Start:
+def _load_registered(start: NetworkStart, config: ModelConfig) -> NetworkStart:
+    """Start from the weights of a registered model. Only dlib's can be trained."""
     from facepipe.models.zoo import registry
 
     if config.start != "dlib-resnet":
         raise ConfigError(
-            f"model.start: {config.start} has no weights that can be trained on; give it as model.architecture, "
-            "and a checkpoint or a model's TOML file as model.start"
+            f"model.start: {config.start} has no trainable weights; set it as model.architecture, and set model.start "
+            "to a checkpoint or a model's TOML file"
         )
     card = replace(start.card, licence=registry.CARDS[config.start].licence)
     state = registry.dlib_net().state_dict()
-    return replace(start, card=card, state=state, where=config.start, sha256=registry.DLIB_SHA256)
+    return replace(start, card=card, state=state, origin=config.start, sha256=registry.DLIB_SHA256)
 
 
-def _dim_of(state: State, architecture: Architecture, size: tuple[int, int]) -> int:
-    axes = output_axes(architecture, _DIM, size)
-    found = (state[k].shape[axis] for k, axis in axes.items() if k in state and axis < len(state[k].shape))
-    counts = Counter(found)
-    return counts.most_common(1)[0][0] if counts else _DIM
+def _infer_dim(state: State, architecture: Architecture, size: tuple[int, int]) -> int:
+    """Infer the length of the embedding: the most frequent length of the axes that depend on it."""
+    axes = find_output_axes(architecture, _DEFAULT_DIM, size)
+    lengths = Counter(
+        state[name].shape[axis] for name, axis in axes.items() if name in state and axis < len(state[name].shape)
+    )
+    return lengths.most_common(1)[0][0] if lengths else _DEFAULT_DIM
 
 
-def _digest(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def written(start: Start, name: str, figures: dict[str, float]) -> CardFile:
-    """The card of what was trained. What it was fed is spelt out, where it is an embedder."""
-    given, fed = start.card.input, start.input
-    spelt = replace(given, mean=fed.mean, scale=fed.scale, size=given.size or start.architecture.layout.size)
-    source = f"trained by facepipe from {start.where}"
+def build_card(start: NetworkStart, name: str, figures: dict[str, float]) -> CardFile:
+    """Build the card of a trained model.
+
+    An embedder's card spells out its input, so that a later change of the architecture's defaults does not affect it.
+
+    Args:
+        start: what the training started from
+        name: name of the model
+        figures: its scores; "threshold" becomes the threshold for one person
+    """
+    card_input = start.card.input
+    size = card_input.size or start.architecture.layout.size
+    full_input = replace(card_input, mean=start.input.mean, scale=start.input.scale, size=size)
     return CardFile(
         name=name,
         weights="",
@@ -209,7 +258,7 @@ def written(start: Start, name: str, figures: dict[str, float]) -> CardFile:
         dim=start.dim,
         licence=start.licence,
         same_person=figures.get("threshold"),
-        source=source,
+        source=f"trained by facepipe from {start.origin}",
         figures=figures,
-        input=spelt if start.card.role == "embedder" else given,
+        input=full_input if start.card.role == "embedder" else card_input,
     )

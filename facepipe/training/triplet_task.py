@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError
 from facepipe.hashing import hash64
 from facepipe.models.runtime.preprocess import Input
-from facepipe.training.embedding_task import EmbeddingTask, Examples, embedded
-from facepipe.training.losses import LossConfig, offline_triplets
+from facepipe.training.embedding_task import EmbeddingTask, Examples, embed_chips
+from facepipe.training.losses import LossConfig, mine_triplets
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.types import Float32, Int64
 
@@ -40,21 +40,21 @@ class TripletSampler:
         self.steps_per_epoch = -(-anchors // self._width)
         self.epoch, self.triplets = -1, np.empty((0, 3), np.int64)
 
-    def mine(self, vectors: Float32, epoch: int) -> None:
+    def mine_epoch(self, vectors: Float32, epoch: int) -> None:
         """Find an epoch's triplets: vectors (n, dim) of all images, raw."""
         seed = hash64("triplets", str(self._seed), str(epoch))
-        rng, found = np.random.default_rng(seed), offline_triplets(vectors, self._labels, self._loss, seed)
+        rng, found = np.random.default_rng(seed), mine_triplets(vectors, self._labels, self._loss, seed)
         places = self.steps_per_epoch * self._width
         costly, others = (rng.permutation(found.rows[part]) for part in (found.active, ~found.active))
         again = np.tile(costly, (min(_MOST, -(-places // max(1, len(costly)))), 1))[:places]
         filled = np.concatenate([again, others[: places - len(again)]])
-        self.take(epoch, rng.permutation(filled) if len(costly) else costly)
+        self.set_triplets(epoch, rng.permutation(filled) if len(costly) else costly)
 
-    def take(self, epoch: int, triplets: Int64) -> None:
+    def set_triplets(self, epoch: int, triplets: Int64) -> None:
         """Triplets (t, 3) that were mined, in their order."""
         self.epoch, self.triplets = epoch, triplets
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
+    def draw_rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
         """Rows (size / world,) int64 of a step's batch that are the rank's; the step is one of the mined epoch.
 
         Raises ConfigError where triplets do not divide by the number of ranks.
@@ -78,26 +78,26 @@ class TripletTask(EmbeddingTask):
         super().__init__(net, objective, examples, fed, seed)
         self._sampler = examples.sampler
 
-    def renew(self, epoch: int, ranks: Ranks) -> bool:
+    def prepare_epoch(self, epoch: int, ranks: Ranks) -> bool:
         """Mine on the first rank, whose triplets all get."""
         if self._sampler.epoch != epoch:
-            if ranks.first:
-                self._sampler.mine(self._vectors(ranks.device), epoch)
+            if ranks.is_first:
+                self._sampler.mine_epoch(self._embed_all(ranks.device), epoch)
             mined: dict[str, Any] = {_TRIPLETS: self._sampler.triplets}
-            self._sampler.take(epoch, ranks.from_first(mined)[_TRIPLETS])
+            self._sampler.set_triplets(epoch, ranks.broadcast(mined)[_TRIPLETS])
         return len(self._sampler.triplets) > 0
 
-    def _vectors(self, device: torch.device) -> Float32:
+    def _embed_all(self, device: torch.device) -> Float32:
         chips, parts = self._examples.chips, []
         for at in range(0, len(chips.labels), _CHIPS):
             rows = range(at, min(at + _CHIPS, len(chips.labels)))
-            parts.append(embedded(self.net, np.stack([chips.chip(row) for row in rows]), self._fed, device))
+            parts.append(embed_chips(self.net, np.stack([chips.load_chip(row) for row in rows]), self._fed, device))
         return np.concatenate(parts)
 
-    def prepared(self) -> dict[str, Tensor]:
+    def get_epoch_state(self) -> dict[str, Tensor]:
         """The epoch and its triplets."""
         return {_EPOCH: torch.tensor(self._sampler.epoch), _TRIPLETS: torch.from_numpy(self._sampler.triplets)}
 
-    def take_up(self, prepared: dict[str, Tensor]) -> None:
+    def load_epoch_state(self, prepared: dict[str, Tensor]) -> None:
         """Of a checkpoint."""
-        self._sampler.take(int(prepared[_EPOCH]), prepared[_TRIPLETS].numpy())
+        self._sampler.set_triplets(int(prepared[_EPOCH]), prepared[_TRIPLETS].numpy())

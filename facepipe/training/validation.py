@@ -14,9 +14,9 @@ from facepipe.evaluation.pairs import figures
 from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.sources.identity import IdentityRule
 from facepipe.training.data.chip_set import ChipSet
-from facepipe.training.data.chip_writer import plain_name
+from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
-from facepipe.training.data.image_names import Names
+from facepipe.training.data.image_names import ImageNames
 from facepipe.types import Bool, Float32, Float64, Int64, UInt8Image
 
 Count = Annotated[int, Field(ge=1)]
@@ -69,7 +69,7 @@ class PairSet:
     """Pairs of chips.
 
     left, right (p,) int64: rows of `chips`, -1 where no face was found; same (p,); folds (p,)
-    what: how the pairs came about, for reports; drawn_at_random: not from a file
+    description: how the pairs came about, for reports; is_drawn: not from a file
     """
 
     chips: ChipSet
@@ -77,20 +77,20 @@ class PairSet:
     right: Int64
     same: Bool
     folds: Int64
-    what: str
-    drawn_at_random: bool = False
+    description: str
+    is_drawn: bool = False
 
     def __len__(self) -> int:
         return len(self.left)
 
     @classmethod
-    def named(cls, chips: ChipSet, pairs: list[Pair], what: str) -> "PairSet":
+    def from_names(cls, chips: ChipSet, pairs: list[Pair], what: str) -> "PairSet":
         """Pairs of a file; an image of which there is no chip has none.
 
         Raises EvaluationError where no pair has two chips, or where all pairs are of one kind.
         """
-        names = Names(name for pair in pairs for name in (pair.left, pair.right))
-        rows = {name: row for row, uri in enumerate(chips.uris) if (name := names.of(uri)) is not None}
+        names = ImageNames(name for pair in pairs for name in (pair.left, pair.right))
+        rows = {name: row for row, uri in enumerate(chips.uris) if (name := names.find_name(uri)) is not None}
         left, right = (
             np.array([rows.get(name, -1) for name in side], np.int64)
             for side in ([pair.left for pair in pairs], [pair.right for pair in pairs])
@@ -98,10 +98,10 @@ class PairSet:
         found = cls(
             chips, left, right, np.array([p.same for p in pairs], bool), np.array([p.fold for p in pairs]), what
         )
-        return found._checked()
+        return found._require_both_kinds()
 
     @classmethod
-    def drawn(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0, held: Int64 | None = None) -> "PairSet":
+    def draw(cls, chips: ChipSet, config: ValidateConfig, seed: int = 0, held: Int64 | None = None) -> "PairSet":
         """Pairs of a set of held-out chips: all genuine ones, or a choice of `config.genuine`, and as many impostors as
         asked for. Folds are random.
 
@@ -111,22 +111,23 @@ class PairSet:
         rng = np.random.default_rng((seed, _STREAM))
         labels = np.asarray(chips.labels)
         if held is None:
-            genuine = _genuine(labels, config.genuine, rng)
+            genuine = _draw_genuine(labels, config.genuine, rng)
         else:
-            genuine = _partners(labels, held, config.genuine, rng)
-        impostors = _impostors(labels, config.impostors, rng, held)
+            genuine = _draw_partners(labels, held, config.genuine, rng)
+        impostors = _draw_impostors(labels, config.impostors, rng, held)
         both = np.concatenate([genuine, impostors])
         same = np.arange(len(both)) < len(genuine)
         kinds = (rng.permutation(len(part)) % _DRAWN_FOLDS for part in (genuine, impostors))  # both in every fold
         of = f"{labels.max(initial=-1) + 1} held-out identities" if held is None else f"{len(held)} held-out images"
         what = f"{len(genuine)} genuine and {len(impostors)} impostor pairs drawn from {of}"
-        return cls(chips, both[:, 0], both[:, 1], same, np.concatenate(list(kinds)), what, True)._checked()
+        return cls(chips, both[:, 0], both[:, 1], same, np.concatenate(list(kinds)), what, True)._require_both_kinds()
 
-    def _checked(self) -> "PairSet":
+    def _require_both_kinds(self) -> "PairSet":
         whole = (self.left >= 0) & (self.right >= 0)
         if not (whole & self.same).any() or not (whole & ~self.same).any():
             raise EvaluationError(
-                f"{self.what}: {int((whole & self.same).sum())} genuine and {int((whole & ~self.same).sum())} impostor "
+                f"{self.description}: {int((whole & self.same).sum())} genuine and "
+                f"{int((whole & ~self.same).sum())} impostor "
                 "pairs have faces in both images, and both kinds are needed: hold out more identities with 2 images or "
                 "more, or check the pairs file and its images"
             )
@@ -136,30 +137,30 @@ class PairSet:
 def read_validation_pairs(config: ValidateConfig, trained: Iterable[str] = ()) -> list[Pair]:
     """The pairs of config.pairs; with config.held_only those without a person that is in `trained`."""
     pairs = read_pairs(config.pairs)
-    return held_pairs(pairs, trained) if config.held_only else pairs
+    return select_held_pairs(pairs, trained) if config.held_only else pairs
 
 
-def held_pairs(pairs: list[Pair], trained: Iterable[str]) -> list[Pair]:
+def select_held_pairs(pairs: list[Pair], trained: Iterable[str]) -> list[Pair]:
     """Pairs of which neither image is of a person in `trained`; the person is the folder an image's name has.
 
     Folds keep their numbers. Raises EvaluationError for names without folders.
     """
     if odd := next((name for pair in pairs for name in (pair.left, pair.right) if "/" not in name), None):
         raise EvaluationError(f"{odd!r} does not say who it is: validate.held_only needs names like Person/Image")
-    seen = {plain_name(name) for name in trained}
-    return [pair for pair in pairs if not {_person(pair.left), _person(pair.right)} & seen]
+    seen = {normalise_name(name) for name in trained}
+    return [pair for pair in pairs if not {_get_person(pair.left), _get_person(pair.right)} & seen]
 
 
-def _person(name: str) -> str:
-    return plain_name(name.split("/")[-2])
+def _get_person(name: str) -> str:
+    return normalise_name(name.split("/")[-2])
 
 
-def names_in(pairs: list[Pair]) -> frozenset[str]:
+def collect_names(pairs: list[Pair]) -> frozenset[str]:
     """The images that pairs name."""
     return frozenset(name for pair in pairs for name in (pair.left, pair.right))
 
 
-def verify(
+def verify_pairs(
     embed: Callable[[UInt8Image], Float32], pairs: PairSet, flip: bool = True, batch: int = 64
 ) -> dict[str, float]:
     """Figures of a network on pairs. embed: chips (n, h, w, 3) uint8 RGB -> raw vectors (n, dim).
@@ -171,7 +172,7 @@ def verify(
     """
     rows, at = np.unique(np.concatenate([pairs.left, pairs.right]), return_inverse=True)
     known = rows >= 0
-    vectors = unit_vectors(embed, pairs.chips, rows[known], flip, batch)
+    vectors = embed_unit_vectors(embed, pairs.chips, rows[known], flip, batch)
     if not np.isfinite(vectors).all():
         raise EvaluationError("the network's vectors are not finite: training has diverged")
     place = (np.cumsum(known) - 1)[at]
@@ -179,26 +180,26 @@ def verify(
     both = np.logical_and(*np.split(known[at], 2))
     distances = np.full(len(pairs), _FARTHEST)
     distances[both] = np.linalg.norm(vectors[left[both]].astype(np.float64) - vectors[right[both]], axis=1)
-    return _scored(distances, pairs)
+    return _compute_scores(distances, pairs)
 
 
-def unit_vectors(
+def embed_unit_vectors(
     embed: Callable[[UInt8Image], Float32], chips: ChipSet, rows: Int64, flip: bool = True, batch: int = 64
 ) -> Float32:
     """Vectors (n, dim) of unit length of chips; with `flip` each the mean of the raw ones of chip and mirror image."""
-    parts = [_raw(embed, chips.stack(rows[at : at + batch]), flip) for at in range(0, len(rows), batch)]
+    parts = [_embed_raw(embed, chips.load_chips(rows[at : at + batch]), flip) for at in range(0, len(rows), batch)]
     raw = np.concatenate(parts).astype(np.float32)
     return np.asarray(raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), np.finfo(np.float32).tiny))
 
 
-def _raw(embed: Callable[[UInt8Image], Float32], chips: UInt8Image, flip: bool) -> Float32:
+def _embed_raw(embed: Callable[[UInt8Image], Float32], chips: UInt8Image, flip: bool) -> Float32:
     if not flip:
         return np.asarray(embed(chips))
     both = np.asarray(embed(np.concatenate([chips, chips[:, :, ::-1]])))
     return np.asarray((both[: len(chips)] + both[len(chips) :]) / 2)
 
 
-def _scored(distances: Float64, pairs: PairSet) -> dict[str, float]:
+def _compute_scores(distances: Float64, pairs: PairSet) -> dict[str, float]:
     found = figures(distances, pairs.same, pairs.folds)
     scores = {"accuracy": found.accuracy, "auc": found.auc, "eer": found.eer, "threshold": found.threshold}
     if found.folds > 1:
@@ -207,10 +208,10 @@ def _scored(distances: Float64, pairs: PairSet) -> dict[str, float]:
     if tar is not None:
         scores["tar_at_far_1e-3"] = tar
     drawn = found.auc if tar is None else (found.auc + tar) / 2
-    return {"score": drawn if pairs.drawn_at_random else found.accuracy} | scores
+    return {"score": drawn if pairs.is_drawn else found.accuracy} | scores
 
 
-def _genuine(labels: Int64, most: int, rng: np.random.Generator) -> Int64:
+def _draw_genuine(labels: Int64, most: int, rng: np.random.Generator) -> Int64:
     """(p, 2) rows of one identity: all pairs where there are no more than `most`, else a random choice of them."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
@@ -219,11 +220,11 @@ def _genuine(labels: Int64, most: int, rng: np.random.Generator) -> Int64:
     total = int(ends[-1]) if len(ends) else 0
     chosen = np.arange(total) if total <= most else np.sort(rng.choice(total, most, replace=False, shuffle=False))
     label = np.searchsorted(ends, chosen, side="right")
-    i, j = _pair(chosen - (ends - pairs)[label])
+    i, j = _decode_pairs(chosen - (ends - pairs)[label])
     return np.stack([order[starts[label] + i], order[starts[label] + j]], 1)
 
 
-def _partners(labels: Int64, held: Int64, most: int, rng: np.random.Generator) -> Int64:
+def _draw_partners(labels: Int64, held: Int64, most: int, rng: np.random.Generator) -> Int64:
     """(p, 2) a held row and another of its identity, at most one pair a held row and none twice."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=1)
@@ -236,14 +237,14 @@ def _partners(labels: Int64, held: Int64, most: int, rng: np.random.Generator) -
     return np.unique(np.sort(np.stack([chosen, other], 1), axis=1), axis=0)
 
 
-def _pair(number: Int64) -> tuple[Int64, Int64]:
+def _decode_pairs(number: Int64) -> tuple[Int64, Int64]:
     """The pairs (i, j), i < j, numbered (0, 1), (0, 2), (1, 2), (0, 3) and so on."""
     j = ((1 + np.sqrt(8.0 * number + 1)) / 2).astype(np.int64)
     j -= j * (j - 1) // 2 > number
     return number - j * (j - 1) // 2, j
 
 
-def _impostors(labels: Int64, most: int, rng: np.random.Generator, held: Int64 | None = None) -> Int64:
+def _draw_impostors(labels: Int64, most: int, rng: np.random.Generator, held: Int64 | None = None) -> Int64:
     """(p, 2) rows of two identities, the first among `held` where it is given, no pair twice; fewer than `most` where
     there are not as many."""
     count, found = len(labels), np.empty(0, np.int64)

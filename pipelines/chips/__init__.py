@@ -1,6 +1,6 @@
 """chips: aligned faces for training, cut from images or from the images of a gallery."""
 
-from pipelines.chips.prepare import in_use, prepare, prepare_images, prepare_pairs
-from pipelines.chips.run import ChipRun
+from pipelines.chips.prepare import mark_in_use, prepare_chips, prepare_images, prepare_pairs
+from pipelines.chips.run import ChipRunConfig
 
-__all__ = ["ChipRun", "in_use", "prepare", "prepare_images", "prepare_pairs"]
+__all__ = ["ChipRunConfig", "mark_in_use", "prepare_chips", "prepare_images", "prepare_pairs"]

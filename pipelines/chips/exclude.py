@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 from facepipe.gallery import Gallery
 from facepipe.models.zoo.registry import same_person
 from facepipe.storage import join
-from facepipe.training.data.chip_writer import plain_name
+from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
-from facepipe.training.data.selection import Excluded
+from facepipe.training.data.selection import Exclusions
 from facepipe.training.data.split import read_names
 from pipelines import dedup
 from pipelines.graph import GraphConfig
@@ -21,33 +21,33 @@ Progress = Callable[[str], None]
 _FEW = 2000
 
 
-def excluded(data: DataConfig, progress: Progress = lambda line: None) -> Excluded:
+def collect_exclusions(data: DataConfig, progress: Progress = lambda line: None) -> Exclusions:
     """Of the galleries in data.exclude, and of the names in data.exclude_identities.
 
     Of a gallery to train on also the report of `dedup --against` is made, and read. Raises ContractError where the
     two galleries were made with other models.
     """
-    names = {plain_name(name) for name in named(data)}
+    names = {normalise_name(name) for name in read_excluded_names(data)}
     images, copies = [pa.array([], pa.string())], [pa.array([], pa.string())]
     for path in data.exclude:
-        held, theirs = _contents(Gallery(path))
+        held, theirs = _read_contents(Gallery(path))
         images.append(held)
-        names |= {plain_name(name) for name in theirs if any(c.isalpha() for c in name)}
+        names |= {normalise_name(name) for name in theirs if any(c.isalpha() for c in name)}
         if data.gallery:
             progress(f"comparing with {path}")
-            uris, persons = _overlap(data, path, progress)
+            uris, persons = _find_overlap(data, path, progress)
             copies.append(uris)
-            names |= {plain_name(name) for name in persons}
-    return Excluded(pc.unique(pa.concat_arrays(images)), pc.unique(pa.concat_arrays(copies)), frozenset(names))
+            names |= {normalise_name(name) for name in persons}
+    return Exclusions(pc.unique(pa.concat_arrays(images)), pc.unique(pa.concat_arrays(copies)), frozenset(names))
 
 
-def named(data: DataConfig) -> list[str]:
+def read_excluded_names(data: DataConfig) -> list[str]:
     """The names of data.exclude_identities, read from the file where it is one."""
     given = data.exclude_identities
     return read_names(given) if isinstance(given, str) and given else list(given)
 
 
-def _contents(gallery: Gallery) -> tuple[pa.Array, list[str]]:
+def _read_contents(gallery: Gallery) -> tuple[pa.Array, list[str]]:
     """(content hashes, identities) of a gallery."""
     images, names = [pa.array([], pa.string())], set[str]()
     for batch in gallery.batches(["image_id", "identity"], rows=65536):
@@ -56,16 +56,16 @@ def _contents(gallery: Gallery) -> tuple[pa.Array, list[str]]:
     return pc.unique(pa.concat_arrays(images)), sorted(names)
 
 
-def _threshold(*galleries: str) -> float | None:
+def _choose_threshold(*galleries: str) -> float | None:
     """The model's own where there are too few faces to find one in; then a share of pairs still tells persons apart."""
     opened = [Gallery(path) for path in galleries]
     faces = sum(row["faces"] for gallery in opened for row in gallery.files())
     return same_person(opened[0].contract.embedder) if faces < _FEW else None
 
 
-def _overlap(data: DataConfig, against: str, progress: Progress) -> tuple[pa.Array, list[str]]:
+def _find_overlap(data: DataConfig, against: str, progress: Progress) -> tuple[pa.Array, list[str]]:
     """(uris of images that the other gallery holds as well, identities of persons whom it does)."""
-    rules = dedup.DedupConfig(graph=GraphConfig(threshold=_threshold(data.gallery, against)))
+    rules = dedup.DedupConfig(graph=GraphConfig(threshold=_choose_threshold(data.gallery, against)))
     summary = dedup.run(rules, data.gallery, against, progress)
     if summary.without_threshold:
         progress(

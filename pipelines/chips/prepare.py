@@ -26,26 +26,26 @@ from facepipe.gallery.parts import Record
 from facepipe.models.zoo.registry import chip_layout
 from facepipe.sources import open_source
 from facepipe.storage.lease import hold_lease
-from facepipe.training.data.chip_set import SET, ChipSet, SetInfo, read_info
-from facepipe.training.data.chip_writer import Keep, ShardWriter, held_faces, held_uris, write_index
+from facepipe.training.data.chip_set import SET, ChipSet, ChipSetInfo, read_set_info
+from facepipe.training.data.chip_writer import ChipFilter, ChipShardWriter, read_face_ids, read_uri_hashes, write_index
 from facepipe.training.data.config import DataConfig
-from facepipe.training.data.image_names import Names
-from facepipe.training.data.origin import origin_of
-from facepipe.training.data.selection import WANTED, choose
-from facepipe.training.validation import PairSet, ValidateConfig, names_in, read_validation_pairs
-from pipelines.chips.exclude import excluded
-from pipelines.chips.run import HELD, MARKS, PARTS, ChipRun, Order, records
+from facepipe.training.data.image_names import ImageNames
+from facepipe.training.data.origin import describe_origin
+from facepipe.training.data.selection import SELECTION_FILES, select_faces
+from facepipe.training.validation import PairSet, ValidateConfig, collect_names, read_validation_pairs
+from pipelines.chips.exclude import collect_exclusions
+from pipelines.chips.run import HELD, MARKS, PARTS, ChipOrder, ChipRunConfig, run_chip_workers
 
 Progress = Callable[[str], None]
 PLAN, FAILURES = "plan.json", "failed.csv"
 _USE = ".lock-use"
 
 
-def prepare(
+def prepare_chips(
     data: DataConfig,
     embedder: str,
     folder: str,
-    run: ChipRun | None = None,
+    run: ChipRunConfig | None = None,
     progress: Progress = lambda line: None,
     settled: bool = False,
 ) -> ChipSet:
@@ -58,7 +58,7 @@ def prepare(
     there are no images, no labels, or fewer than 2 identities. Images that cannot be used raise nothing: they are
     counted in `info.figures`, with reasons in failed.csv.
     """
-    return _prepared(Order(data.check(), embedder), folder, run or ChipRun(), progress, settled)
+    return _prepare_order(ChipOrder(data.check(), embedder), folder, run or ChipRunConfig(), progress, settled)
 
 
 def prepare_images(
@@ -66,19 +66,19 @@ def prepare_images(
     wanted: frozenset[str],
     embedder: str,
     folder: str,
-    run: ChipRun | None = None,
+    run: ChipRunConfig | None = None,
     progress: Progress = lambda line: None,
     settled: bool = False,
 ) -> ChipSet:
-    """The chip set of the subjects of named images, labelled or not, made in `folder`; see `prepare`.
+    """The chip set of the subjects of named images, labelled or not, made in `folder`; see `prepare_chips`.
 
     Names are path ends without extension, as in pairs files. Raises EvaluationError where images are absent; one in
     which no face is found has no chip.
     """
-    order = Order(data.check(), embedder, tuple(sorted(wanted)), labelled=False)
-    chips = _prepared(order, folder, run or ChipRun(), progress, settled)
-    names = Names(wanted)
-    absent = sorted(wanted - {names.of(uri) for uri in (*chips.uris, *_without_chip(data, chips))})
+    order = ChipOrder(data.check(), embedder, tuple(sorted(wanted)), labelled=False)
+    chips = _prepare_order(order, folder, run or ChipRunConfig(), progress, settled)
+    names = ImageNames(wanted)
+    absent = sorted(wanted - {names.find_name(uri) for uri in (*chips.uris, *_iterate_chipless_uris(data, chips))})
     if absent:
         raise EvaluationError(
             f"{len(absent)} images are not in {data.source or data.gallery!r}, such as {', '.join(absent[:3])}: are "
@@ -87,7 +87,7 @@ def prepare_images(
     return chips
 
 
-def _without_chip(data: DataConfig, chips: ChipSet) -> Iterator[str]:
+def _iterate_chipless_uris(data: DataConfig, chips: ChipSet) -> Iterator[str]:
     """The uris of images that there are, though not as chips."""
     with open(os.path.join(chips.folder, FAILURES), newline="", encoding="utf-8", errors="surrogateescape") as file:
         yield from (row["uri"] for row in csv.DictReader(file))
@@ -100,22 +100,24 @@ def prepare_pairs(
     config: ValidateConfig,
     embedder: str,
     folder: str,
-    run: ChipRun | None = None,
+    run: ChipRunConfig | None = None,
     progress: Progress = lambda line: None,
     trained: Iterable[str] = (),
 ) -> PairSet:
     """The pairs of a file as chips in `folder`; where config.held_only, those without a person in `trained`."""
-    wanted = names_in(read_validation_pairs(replace(config, held_only=False)))
+    wanted = collect_names(read_validation_pairs(replace(config, held_only=False)))
     chips = prepare_images(config.data, wanted, embedder, folder, run, progress)
-    return PairSet.named(chips, read_validation_pairs(config, trained), os.path.basename(config.pairs))
+    return PairSet.from_names(chips, read_validation_pairs(config, trained), os.path.basename(config.pairs))
 
 
-def _prepared(order: Order, folder: str, run: ChipRun, progress: Progress, settled: bool = False) -> ChipSet:
+def _prepare_order(
+    order: ChipOrder, folder: str, run: ChipRunConfig, progress: Progress, settled: bool = False
+) -> ChipSet:
     if storage.is_remote(folder):
         raise ConfigError(f"{folder!r} is in an object store; chips are read at random, and need a folder on a disk")
     folder = os.path.abspath(folder)
-    fingerprint, info = order.fingerprint, read_info(folder)
-    if settled and info and info.asked == order.asked:
+    fingerprint, info = order.fingerprint, read_set_info(folder)
+    if settled and info and info.asked == order.config_fingerprint:
         if info.fingerprint != fingerprint:
             progress(f"going on with the chips in {folder!r}, though the data has changed since; --fresh takes it anew")
         return ChipSet.open(folder)
@@ -123,14 +125,14 @@ def _prepared(order: Order, folder: str, run: ChipRun, progress: Progress, settl
         with hold_lease(folder, "chip set", progress):
             if not _is_made_from(folder, fingerprint):  # another run may have made it while we waited
                 _check_source(order.data)  # before chips that are there go
-                with _unused(folder):
-                    _begin(folder, fingerprint)
-                    _make(order, folder, run, progress)
+                with _require_unused(folder):
+                    _begin_folder(folder, fingerprint)
+                    _make_chips(order, folder, run, progress)
     return ChipSet.open(folder)
 
 
 @contextmanager
-def in_use(folder: str) -> Iterator[None]:
+def mark_in_use(folder: str) -> Iterator[None]:
     """While inside, the chip set in a folder is not made anew by others; the end of the process lets go as well."""
     with open(os.path.join(folder, _USE), "a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -138,7 +140,7 @@ def in_use(folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def _unused(folder: str) -> Iterator[None]:
+def _require_unused(folder: str) -> Iterator[None]:
     with open(os.path.join(folder, _USE), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,11 +152,11 @@ def _unused(folder: str) -> Iterator[None]:
 
 
 def _is_made_from(folder: str, fingerprint: str) -> bool:
-    info = read_info(folder)
+    info = read_set_info(folder)
     return info is not None and info.fingerprint == fingerprint
 
 
-def _begin(folder: str, fingerprint: str) -> None:
+def _begin_folder(folder: str, fingerprint: str) -> None:
     """Ready the folder: what an interrupted run for the same set left stays, another set goes."""
     plan = os.path.join(folder, PLAN)
     try:
@@ -164,7 +166,7 @@ def _begin(folder: str, fingerprint: str) -> None:
         same = False
         if foreign := [name for name in os.listdir(folder) if not name.startswith(".lock")]:
             raise ConfigError(f"{folder!r} holds {foreign[0]!r} and is no chip set: choose a new folder") from None
-    if not same or read_info(folder) is not None:
+    if not same or read_set_info(folder) is not None:
         storage.delete(os.path.join(folder, SET))  # first: from here on it is no set
         for name in os.listdir(folder):
             if name != PLAN and not name.startswith(".lock"):
@@ -174,29 +176,31 @@ def _begin(folder: str, fingerprint: str) -> None:
     shutil.rmtree(os.path.join(folder, PARTS), ignore_errors=True)
 
 
-def _make(order: Order, folder: str, run: ChipRun, progress: Progress) -> None:
-    data, origin = order.data, origin_of(order.data)
-    left_out = excluded(data, progress)
+def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, progress: Progress) -> None:
+    data, origin = order.data, describe_origin(order.data)
+    left_out = collect_exclusions(data, progress)
     figures = Counter[str]()
     if data.gallery:
         gallery = Gallery(data.gallery)
-        figures.update(choose(data, gallery, left_out, folder, frozenset(order.wanted) if not order.labelled else None))
-    writer = ShardWriter(folder)  # also takes away what an interrupted run had not finished
-    figures["held from an interrupted run"] = _note_held(order, folder)
+        figures.update(
+            select_faces(data, gallery, left_out, folder, frozenset(order.wanted) if not order.labelled else None)
+        )
+    writer = ChipShardWriter(folder)  # also takes away what an interrupted run had not finished
+    figures["held from an interrupted run"] = _write_known(order, folder)
     os.makedirs(os.path.join(folder, PARTS), exist_ok=True)
-    mover = _Mover(folder, writer, figures)
-    for record in records(order, folder, run):
+    mover = _ChipMover(folder, writer, figures)
+    for record in run_chip_workers(order, folder, run):
         mover(record)
         progress(f"{figures['images']} images, {mover.chips} chips")
     mover.close()
-    keep = Keep(data.min_images, data.max_images, left_out.images, left_out.names, order.labelled)
+    keep = ChipFilter(data.min_images, data.max_images, left_out.images, left_out.names, order.labelled)
     layout = chip_layout(order.embedder)
     counted = {n: c for n, c in figures.items() if c}
-    info = SetInfo(order.fingerprint, order.embedder, layout.size, 0, 0, counted, order.asked, origin)
+    info = ChipSetInfo(order.fingerprint, order.embedder, layout.size, 0, 0, counted, order.config_fingerprint, origin)
     write_index(folder, info, keep)
     for name in (PARTS, MARKS):
         shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    for name in (HELD, *WANTED):
+    for name in (HELD, *SELECTION_FILES):
         storage.delete(os.path.join(folder, name))
 
 
@@ -208,17 +212,17 @@ def _check_source(data: DataConfig) -> None:
         raise SourceError(f"no image in {data.source!r} ({source.ignored} other files were passed over)")
 
 
-def _note_held(order: Order, folder: str) -> int:
+def _write_known(order: ChipOrder, folder: str) -> int:
     """Write what whole shards hold already, for the listing; how much that is."""
-    held: Any = held_faces(folder) if order.data.gallery else held_uris(folder)
+    held: Any = read_face_ids(folder) if order.data.gallery else read_uri_hashes(folder)
     np.save(os.path.join(folder, HELD), held)
     return len(held)
 
 
-class _Mover:
+class _ChipMover:
     """Takes the chips of finished parts into the shards, and counts."""
 
-    def __init__(self, folder: str, writer: ShardWriter, figures: Counter[str]):
+    def __init__(self, folder: str, writer: ChipShardWriter, figures: Counter[str]):
         self._folder, self._writer, self._figures = folder, writer, figures
         self.chips = 0
         self._failures = os.path.join(folder, FAILURES)
@@ -239,10 +243,10 @@ class _Mover:
         chips = rows.filter(has_chip).select(["face_id", "image_id", "uri", "identity", "thumb"])
         self._writer.add(chips.rename_columns(["face_id", "image_id", "uri", "identity", "chip"]))
         self.chips += chips.num_rows
-        self._note(rows.filter(pc.invert(has_chip)))
+        self._record_failures(rows.filter(pc.invert(has_chip)))
         os.unlink(path)
 
-    def _note(self, failed: pa.Table) -> None:
+    def _record_failures(self, failed: pa.Table) -> None:
         with open(self._failures, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             for row in failed.select(["uri", "status", "error"]).to_pylist():

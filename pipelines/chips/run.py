@@ -24,9 +24,9 @@ from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Encode, Given, Subject, Whole
 from facepipe.storage.hashtable import HashTable
 from facepipe.training.data.config import DataConfig
-from facepipe.training.data.image_names import Names
+from facepipe.training.data.image_names import ImageNames
 from facepipe.types import UInt64
-from pipelines.chips.exclude import named
+from pipelines.chips.exclude import read_excluded_names
 from pipelines.chips.gallery import GalleryListing
 from pipelines.runtime import crash_marks
 from pipelines.runtime.plan import Plan, Resources, local_resources, make_plan
@@ -42,7 +42,7 @@ _INLINE = 64  # images that are not worth starting processes for
 
 
 @dataclass(frozen=True)
-class ChipRun:
+class ChipRunConfig:
     """How chips are made; none of it changes what comes out.
 
     runner: local (processes on this machine), ray, inline (this process), or auto: inline for few images, else local
@@ -58,7 +58,7 @@ class ChipRun:
 
 
 @dataclass(frozen=True)
-class Order:
+class ChipOrder:
     """What a chip set is made from. wanted: names of images; empty: all; labelled: only faces with an identity."""
 
     data: DataConfig
@@ -70,25 +70,25 @@ class Order:
     def fingerprint(self) -> str:
         """What the set depends on, as far as that can be told without reading it."""
         galleries = [(g.id, g.version) for g in map(Gallery, filter(None, (self.data.gallery, *self.data.exclude)))]
-        files = [_mark(path) for path in (self.data.list, self.data.source)]
-        return _hash([self._asked, galleries, files, named(self.data)])
+        files = [_get_file_mark(path) for path in (self.data.list, self.data.source)]
+        return _hash_facts([self._config_facts, galleries, files, read_excluded_names(self.data)])
 
     @property
-    def asked(self) -> str:
+    def config_fingerprint(self) -> str:
         """The part of it that does not change as the data does."""
-        return _hash(self._asked)
+        return _hash_facts(self._config_facts)
 
     @property
-    def _asked(self) -> list[Any]:
+    def _config_facts(self) -> list[Any]:
         layout = dataclasses.asdict(chip_layout(self.embedder))
         return [_VERSION, dataclasses.asdict(self.data), layout, self.wanted]
 
 
-def _hash(facts: list[Any]) -> str:
+def _hash_facts(facts: list[Any]) -> str:
     return f"{hash64(json.dumps(facts, sort_keys=True)):016x}"
 
 
-def _mark(path: str) -> str:
+def _get_file_mark(path: str) -> str:
     """A list file's size and time; nothing for folders, whose time says little."""
     return storage.get_entry(path).fingerprint if path and os.path.isfile(path) else ""
 
@@ -106,14 +106,14 @@ class SourceListing:
     size: BlockSize
 
     def __call__(self) -> Iterator[Block]:
-        seen = _Seen(np.load(self.held))
+        seen = _KnownChips(np.load(self.held))
         try:
-            yield from cut_blocks(_Named(open_source(self.source), self.wanted), seen, self.size)
+            yield from cut_blocks(_NamedItems(open_source(self.source), self.wanted), seen, self.size)
         finally:
             seen.close()
 
 
-class _Seen:
+class _KnownChips:
     """What is held, and what was listed in this run, by hashes of uris (work.blocks.Known)."""
 
     def __init__(self, held: UInt64):
@@ -134,57 +134,57 @@ class _Seen:
         self._table.close()
 
 
-class _Named:
+class _NamedItems:
     """The items of a source that have wanted names; all where none is wanted."""
 
     def __init__(self, source: Source, wanted: tuple[str, ...]):
-        self._source, self.name, self._wanted = source, source.name, Names(wanted)
+        self._source, self.name, self._wanted = source, source.name, ImageNames(wanted)
 
     @property
     def ignored(self) -> int:
         return self._source.ignored
 
     def __iter__(self) -> Iterator[WorkItem]:
-        return (item for item in self._source if not self._wanted or self._wanted.of(item.uri))
+        return (item for item in self._source if not self._wanted or self._wanted.find_name(item.uri))
 
 
-def records(order: Order, folder: str, run: ChipRun) -> Iterator[Record]:
+def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Iterator[Record]:
     """Records of the blocks as workers finish them; Ray is left again when they are read to the end, or closed."""
     marks, name = os.path.join(folder, MARKS), new_run_id()
     crash_marks.bequeath(marks, name)  # the lock says that no other run is alive
     detects = not order.data.gallery and not order.data.aligned
-    runner = _runner(order, folder, run)
+    runner = _choose_runner(order, folder, run)
     try:
         resources = ray.start() if runner == "ray" else local_resources()
         plan = make_plan(resources if detects else Resources(resources.cpus), run.workers)
-        blocks = _listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
-        stages = _stages(order, plan)
+        blocks = _build_listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
+        stages = _build_stages(order, plan)
         parts = os.path.join(folder, PARTS)
         job = Job(stages, run.batch, True, name, order.embedder, parts, os.path.join(marks, name))
-        yield from _run(runner, blocks, job, plan)
+        yield from _run_blocks(runner, blocks, job, plan)
     finally:
         if runner == "ray":
             ray.stop()
 
 
-def _run(runner: str, blocks: Callable[[], Iterator[Block]], job: Job, plan: Plan) -> Iterator[Record]:
+def _run_blocks(runner: str, blocks: Callable[[], Iterator[Block]], job: Job, plan: Plan) -> Iterator[Record]:
     if runner == "ray":
         return ray.run(blocks, [job], plan)
     return inline.run(blocks, job) if runner == "inline" else local.run(blocks, job, plan.groups[0])
 
 
-def _runner(order: Order, folder: str, run: ChipRun) -> str:
+def _choose_runner(order: ChipOrder, folder: str, run: ChipRunConfig) -> str:
     if run.runner != "auto":
         return run.runner
     images = 0
-    for block in _listing(order, folder, BlockSize(1, _INLINE))():
+    for block in _build_listing(order, folder, BlockSize(1, _INLINE))():
         images += block.items.num_rows
         if images > _INLINE:
             return "local"
     return "inline"
 
 
-def _listing(order: Order, folder: str, size: BlockSize) -> Callable[[], Iterator[Block]]:
+def _build_listing(order: ChipOrder, folder: str, size: BlockSize) -> Callable[[], Iterator[Block]]:
     held = os.path.join(folder, HELD)
     if order.data.gallery:
         gallery = Gallery(order.data.gallery)
@@ -194,7 +194,7 @@ def _listing(order: Order, folder: str, size: BlockSize) -> Callable[[], Iterato
     return SourceListing(source, held, order.wanted, size)
 
 
-def _stages(order: Order, plan: Plan) -> tuple[Any, ...]:
+def _build_stages(order: ChipOrder, plan: Plan) -> tuple[Any, ...]:
     data, group, ends = order.data, plan.groups[0], Encode(order.embedder)
     begin = (Read(), Decode(threads=group.threads))
     if data.aligned:

@@ -32,7 +32,7 @@ _IMAGES = 64  # of a block
 _COLUMNS = ("face_id", "image_id", "uri", "box", "landmarks", "det_score")
 
 
-class _Lowest:
+class _LowestKeys:
     """The ids of the n lowest keys that have come by."""
 
     def __init__(self, n: int):
@@ -48,18 +48,18 @@ class _Lowest:
         order = np.lexsort((self._ids, self._keys))[: self._n]
         self._keys, self._ids = self._keys[order], self._ids[order]
 
-    def ids(self) -> Int64:
+    def get_ids(self) -> Int64:
         """Ascending."""
-        return np.sort(self.by_key()[1])
+        return np.sort(self.get_sorted()[1])
 
-    def by_key(self) -> tuple[UInt64, Int64]:
+    def get_sorted(self) -> tuple[UInt64, Int64]:
         """Keys, ascending, and their ids."""
         self._cut()
         return self._keys, self._ids
 
 
 @dataclass(frozen=True)
-class Sample:
+class FaceSample:
     """Face ids (n,), ascending, to fit on; to measure on, with the person's number; and a pairs file's pairs."""
 
     fitted: Int64
@@ -72,11 +72,11 @@ class Sample:
         """Every face that must be embedded, ascending."""
         return np.union1d(self.fitted, np.array(list(self.measured), np.int64))
 
-    def people(self, faces: list[int]) -> Int64:
+    def get_persons(self, faces: list[int]) -> Int64:
         """(n,) number of the person of each face."""
         return np.array([self.measured[face] for face in faces], np.int64)
 
-    def pairs(self, faces: list[int]) -> PairRows | None:
+    def build_pairs(self, faces: list[int]) -> PairRows | None:
         """The pairs file's pairs as rows of `faces`; None where no file was given."""
         if not self.given:
             return None
@@ -86,26 +86,26 @@ class Sample:
         return PairRows(left, right, np.array([p.same for p in self.given]), np.array([p.fold for p in self.given]))
 
 
-def choose(gallery: Gallery, dim: int, faces: int, held: float, seed: int, pairs: str | None) -> Sample:
+def choose_faces(gallery: Gallery, dim: int, faces: int, held: float, seed: int, pairs: str | None) -> FaceSample:
     """What to fit on, at most `faces`, and what to measure on: a pairs file's faces, else those of held out people.
 
     Faces of a pairs file are fitted on only where too few others are left. Raises EvaluationError where the gallery
     does not hold the file's images.
     """
     if pairs is not None:
-        return _with_pairs(gallery, dim, faces, seed, pairs)
-    fitted, measured = _Lowest(faces), _Lowest(_MEASURED)
-    for ids, labels in _labelled(gallery):
+        return _choose_for_pairs(gallery, dim, faces, seed, pairs)
+    fitted, measured = _LowestKeys(faces), _LowestKeys(_MEASURED)
+    for ids, labels in _iterate_labels(gallery):
         keys = np.array([0 if name is None else hash64(f"{seed}:{name}") for name in labels], np.uint64)
         out = np.array([name is not None for name in labels], bool) & (keys < np.uint64(int(held * 2**64)))
-        fitted.add(_keys(ids[~out], seed), ids[~out])
+        fitted.add(_hash_ids(ids[~out], seed), ids[~out])
         measured.add(keys[out], ids[out])
-    people, ids = measured.by_key()
+    people, ids = measured.get_sorted()
     numbers = np.unique(people, return_inverse=True)[1]
-    return Sample(fitted.ids(), dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+    return FaceSample(fitted.get_ids(), dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
 
 
-def _with_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) -> Sample:
+def _choose_for_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) -> FaceSample:
     given = read_pairs(path)
     names = {name for pair in given for name in (pair.left, pair.right)}
     rows = subject_rows(gallery, names, ["face_id"])
@@ -117,21 +117,21 @@ def _with_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) ->
         raise EvaluationError(f"the pairs of {path!r} are all of one kind: both same and different ones are needed")
     named = {name: int(row["face_id"]) for name, row in rows.items() if row["face_id"] is not None}
     measured = dict.fromkeys(named.values(), 0)
-    others, every = _Lowest(faces), _Lowest(faces)
-    for ids, _ in _labelled(gallery):
+    others, every = _LowestKeys(faces), _LowestKeys(faces)
+    for ids, _ in _iterate_labels(gallery):
         free = ~np.isin(ids, list(measured))
-        others.add(_keys(ids[free], seed), ids[free])
-        every.add(_keys(ids, seed), ids)
-    fitted = others.ids()
-    return Sample(fitted if len(fitted) >= _ENOUGH * dim else every.ids(), measured, given, named)
+        others.add(_hash_ids(ids[free], seed), ids[free])
+        every.add(_hash_ids(ids, seed), ids)
+    fitted = others.get_ids()
+    return FaceSample(fitted if len(fitted) >= _ENOUGH * dim else every.get_ids(), measured, given, named)
 
 
-def _labelled(gallery: Gallery) -> Iterator[tuple[Int64, list[str | None]]]:
+def _iterate_labels(gallery: Gallery) -> Iterator[tuple[Int64, list[str | None]]]:
     for batch in gallery.batches(["face_id", "identity"], "landmarks is not null"):
         yield batch["face_id"].to_numpy(), batch["identity"].to_pylist()
 
 
-def _keys(ids: Int64, seed: int) -> UInt64:
+def _hash_ids(ids: Int64, seed: int) -> UInt64:
     """A hash of each id and the seed (the finaliser of splitmix64; Steele et al., OOPSLA 2014)."""
     x = ids.view(np.uint64) + np.uint64(hash64(str(seed)))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -139,7 +139,7 @@ def _keys(ids: Int64, seed: int) -> UInt64:
     return x ^ (x >> np.uint64(31))
 
 
-class FacesAgain:
+class FaceCutter:
     """Faces that a gallery holds, cut anew for another embedder: its boxes and landmarks, no detector."""
 
     def __init__(self, gallery: Gallery, embedder: str, read: Read, decode: Decode):
@@ -148,7 +148,7 @@ class FacesAgain:
         self._chain = Chain((read, decode, Given(), align))
         self._chain.setup()
 
-    def chips(self, faces: Int64, images: Counter[str]) -> Iterator[tuple[Int64, UInt8]]:
+    def cut_chips(self, faces: Int64, images: Counter[str]) -> Iterator[tuple[Int64, UInt8]]:
         """(ids (n,), chips (n, h, w, 3)) block by block; `images` counts what became of the images, by status."""
         places = Places()
         for batch in self._gallery.batches(_COLUMNS, "landmarks is not null"):
@@ -158,9 +158,9 @@ class FacesAgain:
                 found.setdefault(row["uri"], []).append(row)
             groups = list(found.values())
             for at in range(0, len(groups), _IMAGES):
-                yield self._cut(_table(groups[at : at + _IMAGES], places), images)
+                yield self._cut_block(_build_table(groups[at : at + _IMAGES], places), images)
 
-    def _cut(self, table: pa.Table, images: Counter[str]) -> tuple[Int64, UInt8]:
+    def _cut_block(self, table: pa.Table, images: Counter[str]) -> tuple[Int64, UInt8]:
         made = self._chain(table)
         status, index = made["status"].to_pylist(), made["face_index"].to_pylist()
         images.update(s for s, n in zip(status, index, strict=True) if s != OK or n == 0)
@@ -173,7 +173,7 @@ class FacesAgain:
         )
 
 
-def _table(images: list[list[dict[str, Any]]], places: Places) -> pa.Table:
+def _build_table(images: list[list[dict[str, Any]]], places: Places) -> pa.Table:
     """One row an image, with its faces as the stage Given wants them."""
     items = [(*places.item(faces[0]["uri"]), None) for faces in images]
     work = pa.table([pa.array(c, f.type) for c, f in zip(zip(*items, strict=True), WORK_ITEM, strict=True)], WORK_ITEM)

@@ -25,7 +25,7 @@ from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
 from facepipe.types import Float32, UInt8
-from pipelines.project.faces import FacesAgain, Sample, choose
+from pipelines.project.faces import FaceCutter, FaceSample, choose_faces
 from pipelines.runtime.plan import local_resources
 from pipelines.runtime.run_record import follow, records
 
@@ -92,24 +92,24 @@ def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lam
         if there.exists():
             raise ConfigError(f"{str(there)!r} exists: move it away, or copy {path.name} to another name")
     file, table = read_card(path), Gallery(gallery)
-    embedder = _embedder(path, file, config)
+    embedder = _load_model(path, file, config)
     summary = ProjectSummary(str(toml), str(weights), embedder.dim)
     follow(summary)
-    sample = choose(table, embedder.dim, config.faces, config.held, config.seed, config.pairs)
+    sample = choose_faces(table, embedder.dim, config.faces, config.held, config.seed, config.pairs)
     check_enough(len(sample.fitted), embedder.dim)  # before any image is read
-    moment, raw = _embedded(config, path, embedder, table, sample, summary, progress)
-    projection = _fitted(moment, summary)
-    _measure(summary, sample, raw, projection, config.seed)
+    moment, raw = _embed_faces(config, path, embedder, table, sample, summary, progress)
+    projection = _fit_projection(moment, summary)
+    _measure_loss(summary, sample, raw, projection, config.seed)
     told = {"gallery": table.path, "version": str(table.version), "contract": table.contract.to_json()}
     told |= {"faces": str(summary.faces), "seed": str(config.seed), "model_sha256": unprojected(path, file)}
     save(weights, projection, told)
-    write(str(toml), to_toml(_card(file, weights.name, summary)).encode())
+    write(str(toml), to_toml(_build_card(file, weights.name, summary)).encode())
     card_of(toml)  # what was written can be read
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
 
 
-def _embedder(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
+def _load_model(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
     if file.role != "embedder":
         raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are projected")
     card_of(path)  # checks the weights' SHA-256
@@ -119,21 +119,21 @@ def _embedder(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
     return made
 
 
-def _embedded(
+def _embed_faces(
     config: ProjectConfig,
     path: Path,
     embedder: Embedder,
     gallery: Gallery,
-    sample: Sample,
+    sample: FaceSample,
     summary: ProjectSummary,
     progress: Progress,
 ) -> tuple[SecondMoment, dict[int, Float32]]:
     """Second moments of the faces to fit on, and raw vectors by id of those to measure on."""
     moment, raw, images = SecondMoment(embedder.dim), dict[int, Float32](), Counter[str]()
-    faces = FacesAgain(gallery, str(path), config.read, config.decode)
+    faces = FaceCutter(gallery, str(path), config.read, config.decode)
     done = 0
-    for ids, chips in faces.chips(sample.all, images):
-        vectors = _vectors(embedder, chips, config)
+    for ids, chips in faces.cut_chips(sample.all, images):
+        vectors = _embed_chips(embedder, chips, config)
         moment.add(vectors[np.isin(ids, sample.fitted)])
         raw |= {int(n): v for n, v in zip(ids, vectors, strict=True) if n in sample.measured}
         done += len(ids)
@@ -143,7 +143,7 @@ def _embedded(
     return moment, raw
 
 
-def _vectors(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Float32:
+def _embed_chips(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Float32:
     parts = []
     for at in range(0, len(chips), config.batch):
         part = chips[at : at + config.batch]
@@ -152,7 +152,7 @@ def _vectors(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Float32
     return np.concatenate(parts) if parts else np.empty((0, embedder.dim), np.float32)
 
 
-def _fitted(moment: SecondMoment, summary: ProjectSummary) -> Projection:
+def _fit_projection(moment: SecondMoment, summary: ProjectSummary) -> Projection:
     failed = sum(count for status, count in summary.images.items() if status != OK)
     try:
         found = fit(moment)
@@ -163,8 +163,10 @@ def _fitted(moment: SecondMoment, summary: ProjectSummary) -> Projection:
     return found
 
 
-def _measure(summary: ProjectSummary, sample: Sample, raw: dict[int, Any], projection: Projection, seed: int) -> None:
-    pairs = sample.pairs(list(raw)) or drawn_pairs(sample.people(list(raw)), seed)
+def _measure_loss(
+    summary: ProjectSummary, sample: FaceSample, raw: dict[int, Any], projection: Projection, seed: int
+) -> None:
+    pairs = sample.build_pairs(list(raw)) or drawn_pairs(sample.get_persons(list(raw)), seed)
     if pairs is None:
         summary.unmeasured = "the gallery has no labels, or too few, to draw pairs from: give --pairs"
         return
@@ -174,7 +176,7 @@ def _measure(summary: ProjectSummary, sample: Sample, raw: dict[int, Any], proje
     summary.measured_on_fit = bool(np.isin(sample.fitted, np.array(list(raw))).any())
 
 
-def _card(file: CardFile, projection: str, summary: ProjectSummary) -> CardFile:
+def _build_card(file: CardFile, projection: str, summary: ProjectSummary) -> CardFile:
     """What the model says of itself, with the projection, what it keeps, and the threshold of the reduced vectors."""
     figures = {**file.figures, "energy_of_128": round(summary.energy, 6)}
     threshold = None

@@ -12,8 +12,8 @@ from facepipe.training.data.config import DataConfig
 from facepipe.training.data.sampling import SampleConfig
 from facepipe.training.data.split import SplitConfig
 from facepipe.training.detection.config import DetectionConfig
-from facepipe.training.losses import LossConfig, has_centres, needs_pairs, settled
-from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
+from facepipe.training.losses import LossConfig, has_centres, needs_pairs, resolve_loss_config
+from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
 from facepipe.training.validation import ValidateConfig
 
 Tree = dict[str, Any]
@@ -32,10 +32,10 @@ class TrainConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: TrainingRunConfig = field(default_factory=TrainingRunConfig)
 
     @property
-    def batch(self) -> tuple[str, int]:
+    def worker_share(self) -> tuple[str, int]:
         """What has to divide by the number of workers, and its name."""
         if self.sample.identities:
             return "sample.identities", self.sample.identities
@@ -46,7 +46,7 @@ class TrainConfig:
     def check(self) -> "TrainConfig":
         """Itself, with what can be known to be wrong before any data is read. Raises ConfigError."""
         self.data.check()
-        loss = settled(self.loss)
+        loss = resolve_loss_config(self.loss)
         if loss.offline and (self.sample.identities or self.sample.batch % 3):
             raise ConfigError(
                 "loss.offline brings triplets of its own: leave sample.identities out, and set sample.batch to three "
@@ -62,8 +62,10 @@ class TrainConfig:
         if not self.validate.pairs and (self.validate.source or self.validate.gallery or self.validate.held_only):
             raise ConfigError("validate.source, gallery and held_only are for a pairs file: set validate.pairs")
         if self.schedule.validate != 0 and self._nothing_held and not self.validate.pairs:
-            _needs_validation(self.schedule, self.run, "nothing is held out (split), and validate.pairs names no file")
-        check_length(self.model, self.schedule, self.run)
+            _check_without_validation(
+                self.schedule, self.run, "nothing is held out (split), and validate.pairs names no file"
+            )
+        check_lengths(self.model, self.schedule, self.run)
         return self
 
     @property
@@ -79,10 +81,10 @@ class DetectorConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: TrainingRunConfig = field(default_factory=TrainingRunConfig)
 
     @property
-    def batch(self) -> tuple[str, int]:
+    def worker_share(self) -> tuple[str, int]:
         """What has to divide by the number of workers, and its name."""
         return "detection.batch", self.detection.batch
 
@@ -91,12 +93,12 @@ class DetectorConfig:
         if not self.detection.annotations:
             raise ConfigError("detection.annotations is missing: WIDER FACE's label.txt, or a file like it")
         if not self.detection.held:
-            _needs_validation(self.schedule, self.run, "detection.held names no annotations")
-        check_length(self.model, self.schedule, self.run)
+            _check_without_validation(self.schedule, self.run, "detection.held names no annotations")
+        check_lengths(self.model, self.schedule, self.run)
         return self
 
 
-def check_length(model: ModelConfig, schedule: ScheduleConfig, run: RunConfig) -> None:
+def check_lengths(model: ModelConfig, schedule: ScheduleConfig, run: TrainingRunConfig) -> None:
     """Raises ConfigError for settings of the schedule that would have no effect."""
     if schedule.milestones and schedule.policy != "step":
         raise ConfigError(f"schedule.milestones are for policy step, and schedule.policy is {schedule.policy}")
@@ -112,10 +114,10 @@ def check_length(model: ModelConfig, schedule: ScheduleConfig, run: RunConfig) -
     if model.unfreeze_at >= (schedule.steps or schedule.epochs):
         raise ConfigError(f"model.unfreeze_at: {model.unfreeze_at:g} is not before the end of the training")
     if schedule.validate == 0:
-        _needs_validation(schedule, run, "schedule.validate is 0")
+        _check_without_validation(schedule, run, "schedule.validate is 0")
 
 
-def _needs_validation(schedule: ScheduleConfig, run: RunConfig, why: str) -> None:
+def _check_without_validation(schedule: ScheduleConfig, run: TrainingRunConfig, why: str) -> None:
     if run.patience or schedule.policy == "plateau":
         what = "run.patience" if run.patience else "schedule.policy plateau"
         raise ConfigError(f"{what} waits for validations to get better, and there are none: {why}")
@@ -134,7 +136,7 @@ def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
         raise ConfigError(f"run.output is {run.output!r}: checkpoints are locked and replaced, which needs a disk")
     if run.runner == "inline" and run.workers > 1:
         raise ConfigError(f"run.workers is {run.workers}, and the runner inline has one: take ray")
-    name, size = found.batch
+    name, size = found.worker_share
     if size % run.workers:
         raise ConfigError(f"{name} = {size} does not divide by run.workers = {run.workers}: choose a multiple")
     return found

@@ -16,13 +16,13 @@ from facepipe import storage
 from facepipe.storage.redact import redact
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.config import DataConfig
-from facepipe.training.data.origin import digest_of
+from facepipe.training.data.origin import hash_file
 from facepipe.training.trainer.loop import Outcome
 
 MANIFEST, FACES = "manifest.json", "faces.npy"
 
 
-def of_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: ChipSet) -> dict[str, Any]:
+def describe_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: ChipSet) -> dict[str, Any]:
     """The part on the data of an embedder. whole: the chip set; trained, held: its parts."""
     return {
         "data": whole.info.origin,
@@ -33,14 +33,14 @@ def of_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: ChipSe
         "held_identities": len(held.identities),
         "figures": whole.info.figures,
         "excluded": {"galleries": list(data.exclude), "identities": data.exclude_identities},
-        "faces_sha256": hashlib.sha256(_sorted(trained).tobytes()).hexdigest(),
-        "uris_sha256": _digest_of_uris(trained),
+        "faces_sha256": hashlib.sha256(_sort_face_ids(trained).tobytes()).hexdigest(),
+        "uris_sha256": _hash_uris(trained),
     }
 
 
-def of_detector(annotations: str, steps_per_epoch: int) -> dict[str, Any]:
+def describe_detector(annotations: str, steps_per_epoch: int) -> dict[str, Any]:
     """The part on the data of a detector."""
-    return {"data": {"annotations": annotations, "sha256": digest_of(annotations)}, "batches": steps_per_epoch}
+    return {"data": {"annotations": annotations, "sha256": hash_file(annotations)}, "batches": steps_per_epoch}
 
 
 def write_manifest(output: str, about: dict[str, Any], outcome: Outcome, config: dict[str, Any]) -> None:
@@ -62,15 +62,15 @@ def write_manifest(output: str, about: dict[str, Any], outcome: Outcome, config:
 def write_faces(output: str, trained: ChipSet) -> None:
     """Write faces.npy: ids (n,) int64, ascending."""
     buffer = io.BytesIO()
-    np.save(buffer, _sorted(trained))
+    np.save(buffer, _sort_face_ids(trained))
     storage.write(os.path.join(output, FACES), buffer.getvalue())
 
 
-def _sorted(chips: ChipSet) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    return np.sort(np.asarray(chips.faces, np.int64))
+def _sort_face_ids(chips: ChipSet) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.sort(np.asarray(chips.face_ids, np.int64))
 
 
-def _digest_of_uris(chips: ChipSet) -> str:
+def _hash_uris(chips: ChipSet) -> str:
     """SHA-256 over the uris, each ended by a zero byte, in the set's order: by label and face id."""
     digest = hashlib.sha256()
     for uri in chips.uris:

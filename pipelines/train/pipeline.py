@@ -15,20 +15,20 @@ from facepipe import storage
 from facepipe.errors import TrainingError
 from facepipe.models.zoo.card_file import save_model
 from facepipe.training.report import write_report
-from facepipe.training.start import Start, find, written
+from facepipe.training.start import NetworkStart, build_card, resolve_start
 from facepipe.training.trainer import checkpointing, metrics_log
-from facepipe.training.trainer.config import RunConfig
+from facepipe.training.trainer.config import TrainingRunConfig
 from facepipe.training.trainer.loop import Outcome
-from facepipe.training.trainer.metrics_log import Progress
-from facepipe.training.validation import names_in, read_validation_pairs
+from facepipe.training.trainer.metrics_log import TrainingProgress
+from facepipe.training.validation import collect_names, read_validation_pairs
 from pipelines.train.config import DetectorConfig, TrainConfig, read_config
-from pipelines.train.manifest import FACES, MANIFEST, of_detector, of_embedder, write_faces, write_manifest
+from pipelines.train.manifest import FACES, MANIFEST, describe_detector, describe_embedder, write_faces, write_manifest
 from pipelines.train.plan import DetectorPlan, EmbedderPlan
-from pipelines.train.worker import OnRay, Plan, check_device, inline
+from pipelines.train.worker import RayTraining, TrainingPlan, check_device, train_inline
 
-__all__ = ["DetectorConfig", "Progress", "TrainConfig", "TrainSummary", "read_config", "run"]
+__all__ = ["DetectorConfig", "TrainConfig", "TrainSummary", "TrainingProgress", "read_config", "run"]
 
-Tell = Callable[[Progress], None]
+Tell = Callable[[TrainingProgress], None]
 Say = Callable[[str], None]
 MODEL, REPORT = "model", "report.html"
 
@@ -68,34 +68,34 @@ def run(
     Raises ConfigError and ModelError for what can be known to be wrong before any work; TrainingError where the loss
     is not finite or the folder holds another run. Ctrl-C and SIGTERM end the step, write a checkpoint and are raised.
     """
-    config = _absolute(config)
+    config = _resolve_paths(config)
     check_device(config.run)
-    start = find(config.model) if isinstance(config, TrainConfig) else None
+    start = resolve_start(config.model) if isinstance(config, TrainConfig) else None
     if start:
         start.build(config.run.seed)  # weights that do not fit are told before any data is prepared
     os.makedirs(config.run.output, exist_ok=True)
-    checkpoints = checkpointing.Checkpoints(config.run.output)
-    goes_on = not fresh and checkpoints.present
+    checkpoints = checkpointing.CheckpointFolder(config.run.output)
+    goes_on = not fresh and checkpoints.has_checkpoint
     if isinstance(config, TrainConfig) and start:
-        job: _Embedder | _Detector = _Embedder(config, start, say, goes_on)
+        job: EmbedderJob | DetectorJob = EmbedderJob(config, start, say, goes_on)
     else:
-        job = _Detector(cast(Any, config))
+        job = DetectorJob(cast(Any, config))
     if fresh:
-        with checkpoints.held():  # not under a run that is going on, nor before it is known that this one can
-            _clear(config.run.output)
-    with job.using():
-        outcome = train(job.plan, tell)
-        return _finish(job, outcome)
+        with checkpoints.lock():  # not under a run that is going on, nor before it is known that this one can
+            _delete_outputs(config.run.output)
+    with job.protect_data():
+        outcome = train_plan(job.plan, tell)
+        return _write_outputs(job, outcome)
 
 
-def train(plan: Plan, tell: Tell = lambda progress: None) -> Outcome:
+def train_plan(plan: TrainingPlan, tell: Tell = lambda progress: None) -> Outcome:
     """Run a plan's loop where its config says, so that signals end it cleanly."""
-    with interruptible() as stop:
-        return inline(plan, tell, stop) if plan.run.runner == "inline" else OnRay(plan)(tell, stop)
+    with catch_signals() as stop:
+        return train_inline(plan, tell, stop) if plan.run.runner == "inline" else RayTraining(plan)(tell, stop)
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def catch_signals() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C or SIGTERM only makes what is given true; it is raised at the end. A second one counts.
 
     In threads other than the main one signals are not ours; one that the process ignores (as shells make background
@@ -127,35 +127,35 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(caught[0])
 
 
-class _Embedder:
+class EmbedderJob:
     """The training of an embedder: its data, and what its model is called."""
 
-    def __init__(self, config: TrainConfig, start: Start, say: Say, goes_on: bool):
-        from pipelines.chips.prepare import prepare, prepare_images
+    def __init__(self, config: TrainConfig, start: NetworkStart, say: Say, goes_on: bool):
+        from pipelines.chips.prepare import prepare_chips, prepare_images
 
         self.config, self.start, run = config, start, config.run
         folder = run.chips or os.path.join(run.output, "chips")
-        chips = prepare(config.data, start.chips, folder, progress=say, settled=goes_on)
+        chips = prepare_chips(config.data, start.chips, folder, progress=say, settled=goes_on)
         pairs = ""
         if config.validate.pairs and config.schedule.validate != 0:
             pairs = f"{folder}-of-pairs"
-            wanted = names_in(read_validation_pairs(replace(config.validate, held_only=False)))
+            wanted = collect_names(read_validation_pairs(replace(config.validate, held_only=False)))
             prepare_images(config.validate.data, wanted, start.chips, pairs, progress=say, settled=goes_on)
         self.plan = EmbedderPlan(config, folder, pairs)
         self._whole = chips
-        self._train, self._held = self.plan.parts()
-        judged = self.plan.pair_set()  # an error in it is to be heard of before training
-        scored = f"scored on {judged.what}" if judged else "not validated: the last network is the result"
-        self.notes = [scored, *self.plan.notes(self._train)]
-        if again := start.resized():
+        self._train, self._held = self.plan.split_chips()
+        judged = self.plan.build_pair_set()  # an error in it is to be heard of before training
+        scored = f"scored on {judged.description}" if judged else "not validated: the last network is the result"
+        self.notes = [scored, *self.plan.collect_notes(self._train)]
+        if again := start.list_resized():
             self.notes.append(f"these start at random, since the weights have another dim: {', '.join(again)}")
 
     @contextmanager
-    def using(self) -> Iterator[None]:
+    def protect_data(self) -> Iterator[None]:
         """The chips stay as they are."""
-        from pipelines.chips.prepare import in_use
+        from pipelines.chips.prepare import mark_in_use
 
-        with in_use(self._whole.folder):
+        with mark_in_use(self._whole.folder):
             yield
 
     @property
@@ -164,22 +164,22 @@ class _Embedder:
         found |= {"held-out images": len(self._held)} if len(self._held) else {}
         return found | {f"chips: {name}": count for name, count in self._whole.info.figures.items()}
 
-    def manifest(self) -> dict[str, Any]:
+    def describe_data(self) -> dict[str, Any]:
         """What it was trained on."""
         write_faces(self.config.run.output, self._train)
-        return of_embedder(self.config.data, self._whole, self._train, self._held)
+        return describe_embedder(self.config.data, self._whole, self._train, self._held)
 
 
-class _Detector:
+class DetectorJob:
     """The training of a detector."""
 
     def __init__(self, config: DetectorConfig):
         self.config = config
         self.plan = DetectorPlan(config)
-        self.start, task = self.plan.task()
+        self.start, task = self.plan.build_task()
         self._steps, self.notes = task.steps_per_epoch, list(task.notes)
 
-    def using(self) -> AbstractContextManager[None]:
+    def protect_data(self) -> AbstractContextManager[None]:
         """Nothing has to be held."""
         return nullcontext()
 
@@ -187,31 +187,31 @@ class _Detector:
     def counts(self) -> dict[str, int]:
         return {"batches an epoch": self._steps}
 
-    def manifest(self) -> dict[str, Any]:
+    def describe_data(self) -> dict[str, Any]:
         """What it was trained on."""
-        return of_detector(self.config.detection.annotations, self._steps)
+        return describe_detector(self.config.detection.annotations, self._steps)
 
 
-def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
+def _write_outputs(job: "EmbedderJob | DetectorJob", outcome: Outcome) -> TrainSummary:
     """The model from the best checkpoint, the report and the manifest."""
     run = job.config.run
-    state, best, scores = _weights(run, outcome)
+    state, best, scores = _choose_weights(run, outcome)
     figures = {name: round(value, 6) for name, value in scores.items()}
-    card = written(job.start, _name(run), figures)
+    card = build_card(job.start, _get_model_name(run), figures)
     model = save_model(Path(run.output) / MODEL, state, card)
-    entries = metrics_log.read(run.output)
+    entries = metrics_log.read_metrics(run.output)
     config = asdict(job.config)
     about: dict[str, Any] = {
         "title": f"Training of {job.start.architecture.name}",
-        "subtitle": f"{run.output}, from {job.start.where}",
+        "subtitle": f"{run.output}, from {job.start.origin}",
         "notes": job.notes,
         "data": job.counts,
         "scores": scores,
         "config": config,
     }
     write_report(os.path.join(run.output, REPORT), entries, outcome, about)
-    start = {"name": job.start.where, "sha256": job.start.sha256 or None, "licence": job.start.licence}
-    about = {**job.manifest(), "start": start, "seed": run.seed, "scores": scores, "model_step": best}
+    start = {"name": job.start.origin, "sha256": job.start.sha256 or None, "licence": job.start.licence}
+    about = {**job.describe_data(), "start": start, "seed": run.seed, "scores": scores, "model_step": best}
     write_manifest(run.output, about, outcome, config)
     last = entries[-1] if entries else None
     speeds = sorted(entry.speed for entry in entries)
@@ -233,49 +233,51 @@ def _finish(job: "_Embedder | _Detector", outcome: Outcome) -> TrainSummary:
     )
 
 
-def _weights(run: RunConfig, outcome: Outcome) -> tuple[dict[str, Any], int, dict[str, float]]:
+def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> tuple[dict[str, Any], int, dict[str, float]]:
     """The network with the best score, its step, and its scores; the last one where none was validated, or where the
     best one is no longer there."""
-    checkpoints = checkpointing.Checkpoints(run.output, run.keep)
-    if checkpoints.best.exists():
+    checkpoints = checkpointing.CheckpointFolder(run.output, run.keep)
+    if checkpoints.best_path.exists():
         try:
-            best = checkpointing.read(checkpoints.best)
-        except checkpointing.DamagedError as error:
-            raise TrainingError(f"{str(checkpoints.best)!r} is damaged: {error}. Delete it to take the last") from error
-        if best["step"] == outcome.standing.step:
-            return dict(best["net"]), best["step"], outcome.standing.scores
+            best = checkpointing.read_checkpoint(checkpoints.best_path)
+        except checkpointing.DamagedCheckpointError as error:
+            raise TrainingError(
+                f"{str(checkpoints.best_path)!r} is damaged: {error}. Delete it to take the last"
+            ) from error
+        if best["step"] == outcome.history.step:
+            return dict(best["net"]), best["step"], outcome.history.scores
     last = checkpoints.load()
     if last is None:
         raise TrainingError(f"no checkpoint in {run.output!r}")
     return dict(last["net"]), last["step"], {}
 
 
-def _name(run: RunConfig) -> str:
+def _get_model_name(run: TrainingRunConfig) -> str:
     return Path(run.output).name or MODEL
 
 
-def _clear(output: str) -> None:
+def _delete_outputs(output: str) -> None:
     """Take off what an earlier run left, but for the chips."""
-    checkpointing.Checkpoints(output).clear()
+    checkpointing.CheckpointFolder(output).clear()
     for name in (metrics_log.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
         Path(output, name).unlink(missing_ok=True)
     shutil.rmtree(Path(output, metrics_log.TENSORBOARD), ignore_errors=True)
 
 
-def _absolute(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:
+def _resolve_paths(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:
     """Workers may run in another folder than the user."""
-    run = replace(config.run, output=_path(config.run.output), chips=_path(config.run.chips))
+    run = replace(config.run, output=_to_absolute(config.run.output), chips=_to_absolute(config.run.chips))
     start = config.model.start
-    model = replace(config.model, start=_path(start) if os.sep in start or os.path.isfile(start) else start)
+    model = replace(config.model, start=_to_absolute(start) if os.sep in start or os.path.isfile(start) else start)
     if isinstance(config, DetectorConfig):
         given = config.detection
-        files = replace(given, annotations=_path(given.annotations), images=_path(given.images))
-        files = replace(files, held=_path(given.held), held_images=_path(given.held_images))
+        files = replace(given, annotations=_to_absolute(given.annotations), images=_to_absolute(given.images))
+        files = replace(files, held=_to_absolute(given.held), held_images=_to_absolute(given.held_images))
         return replace(config, run=run, model=model, detection=files)
-    validate = replace(config.validate, pairs=_path(config.validate.pairs))
-    split = replace(config.split, names=_path(config.split.names))
+    validate = replace(config.validate, pairs=_to_absolute(config.validate.pairs))
+    split = replace(config.split, names=_to_absolute(config.split.names))
     return replace(config, run=run, model=model, validate=validate, split=split)
 
 
-def _path(path: str) -> str:
+def _to_absolute(path: str) -> str:
     return storage.to_absolute(path) if path else path

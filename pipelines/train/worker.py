@@ -15,63 +15,63 @@ from facepipe.models.runtime.device import resolve
 from facepipe.models.runtime.memory import keep_freed
 from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.checkpointing import FOLDER
-from facepipe.training.trainer.config import RunConfig
-from facepipe.training.trainer.loop import Loop, Outcome, Settings
-from facepipe.training.trainer.metrics_log import Progress
-from facepipe.training.trainer.mixed_precision import choose
+from facepipe.training.trainer.config import TrainingRunConfig
+from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop
+from facepipe.training.trainer.metrics_log import TrainingProgress
+from facepipe.training.trainer.mixed_precision import choose_precision
 from facepipe.training.trainer.ranks import Ranks
-from facepipe.training.trainer.task import Task
+from facepipe.training.trainer.task import TrainingTask
 from pipelines.runtime.runners import ray as ray_runner
 
-Tell = Callable[[Progress], None]
+Tell = Callable[[TrainingProgress], None]
 _STOP = "stop"  # a file beside the checkpoints that asks workers to end
 _COLLECTIVE_SECONDS = 4 * 3600.0  # the others wait while the first one validates
 _POLL_SECONDS = 0.5
 
 
-class Plan(Protocol):
+class TrainingPlan(Protocol):
     """Makes what is trained; pickled to every worker, and called there."""
 
     @property
-    def run(self) -> RunConfig: ...
+    def run(self) -> TrainingRunConfig: ...
 
-    def __call__(self) -> tuple[Task, Settings]: ...
+    def __call__(self) -> tuple[TrainingTask, LoopSettings]: ...
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerDevice:
     """Where training will run. cpus: of a worker."""
 
     device: str
     cpus: int
 
 
-def check_device(run: RunConfig) -> None:
+def check_device(run: TrainingRunConfig) -> None:
     """Raises ModelError where a GPU is asked for on this machine and there is none, and ConfigError for a precision
     that the device does not have; nothing has been started then."""
     import torch
 
     if run.runner == "inline" or "RAY_ADDRESS" not in os.environ:
-        choose(run.precision, torch.device(resolve(run.device)))
+        choose_precision(run.precision, torch.device(resolve(run.device)))
 
 
-def inline(plan: Plan, tell: Tell, stop: Callable[[], bool]) -> Outcome:
+def train_inline(plan: TrainingPlan, tell: Tell, stop: Callable[[], bool]) -> Outcome:
     """Train in this process."""
     import torch
 
     device = resolve(plan.run.device)
     threads = torch.get_num_threads()
     try:
-        return _train(plan, Ranks(0, 1, torch.device(device)), (tell, stop), plan.run.threads or _cpus())
+        return _run_loop(plan, Ranks(0, 1, torch.device(device)), (tell, stop), plan.run.threads or _count_cpus())
     finally:
         torch.set_num_threads(threads)
 
 
-def _cpus() -> int:
+def _count_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _train(plan: Plan, ranks: Ranks, ends: tuple[Tell, Callable[[], bool]], threads: int) -> Outcome:
+def _run_loop(plan: TrainingPlan, ranks: Ranks, ends: tuple[Tell, Callable[[], bool]], threads: int) -> Outcome:
     import torch
 
     torch.set_num_threads(threads)
@@ -81,19 +81,19 @@ def _train(plan: Plan, ranks: Ranks, ends: tuple[Tell, Callable[[], bool]], thre
     torch.use_deterministic_algorithms(plan.run.deterministic)
     tell, stop = ends
     task, settings = plan()
-    return Loop(task, settings, ranks, stop)(tell)
+    return TrainingLoop(task, settings, ranks, stop).run(tell)
 
 
-class OnRay:
+class RayTraining:
     """Train in workers of Ray Train on this machine, or on the cluster that RAY_ADDRESS names."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: TrainingPlan):
         self._plan, self._run = plan, plan.run
         self._stop = Path(self._run.output) / FOLDER / _STOP
 
     def __call__(self, tell: Tell, stop: Callable[[], bool]) -> Outcome:
         """The first worker's outcome. Raises WorkerError where workers die more than `run.failures` times."""
-        place = self._place(ray_runner.start())
+        place = self._choose_device(ray_runner.start())
         try:
             self._stop.unlink(missing_ok=True)
             box: dict[str, Any] = {}
@@ -101,12 +101,12 @@ class OnRay:
             fitting = threading.Thread(target=self._fit, args=(place, box), daemon=True)
             fitting.start()
             self._watch(fitting, tell, stop)
-            return _outcome(box)
+            return _get_outcome(box)
         finally:
             self._stop.unlink(missing_ok=True)
             ray_runner.stop()
 
-    def _place(self, found: Any) -> Place:
+    def _choose_device(self, found: Any) -> WorkerDevice:
         run = self._run
         device = run.device if run.device != "auto" else "cuda" if found.gpus >= run.workers else "cpu"
         if run.device == "auto" and 0 < found.gpus < run.workers:
@@ -117,9 +117,9 @@ class OnRay:
             raise ModelError(f"run.workers {run.workers} on cuda need as many GPUs, and Ray has {found.gpus}")
         if found.cpus < run.workers:
             raise ConfigError(f"run.workers is {run.workers}, and Ray has {found.cpus} CPUs: lower it")
-        return Place(device, run.threads or max(1, found.cpus // run.workers))
+        return WorkerDevice(device, run.threads or max(1, found.cpus // run.workers))
 
-    def _fit(self, place: Place, box: dict[str, Any]) -> None:
+    def _fit(self, place: WorkerDevice, box: dict[str, Any]) -> None:
         from ray.train import FailureConfig, ScalingConfig
         from ray.train import RunConfig as RayRunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -129,7 +129,7 @@ class OnRay:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = TorchTrainer(
-                _worker,
+                _run_worker,
                 train_loop_config={"plan": self._plan, "place": place},
                 torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(_COLLECTIVE_SECONDS)),
                 scaling_config=ScalingConfig(num_workers=self._run.workers, use_gpu=gpu),
@@ -144,10 +144,10 @@ class OnRay:
         shutil.rmtree(results, ignore_errors=True)
 
     def _watch(self, fitting: threading.Thread, tell: Tell, stop: Callable[[], bool]) -> None:
-        told = metrics_log.last(self._run.output)
+        told = metrics_log.read_last_metrics(self._run.output)
         while fitting.is_alive():
             fitting.join(_POLL_SECONDS)
-            newest = metrics_log.last(self._run.output)
+            newest = metrics_log.read_last_metrics(self._run.output)
             if newest and newest != told:
                 told = newest
                 tell(newest)
@@ -155,7 +155,7 @@ class OnRay:
                 self._stop.touch()
 
 
-def _outcome(box: dict[str, Any]) -> Outcome:
+def _get_outcome(box: dict[str, Any]) -> Outcome:
     error = box.get("error")
     if error is not None:
         failures = getattr(error, "worker_failures", {}).values()
@@ -172,7 +172,7 @@ def _outcome(box: dict[str, Any]) -> Outcome:
     raise getattr(errors, kind, WorkerError)(message)
 
 
-def _worker(config: dict[str, Any]) -> Any:
+def _run_worker(config: dict[str, Any]) -> Any:
     """In each of Ray's workers. An error that trying again would not mend is given back, so that Ray does not."""
     import ray.train
     import ray.train.torch
@@ -185,7 +185,7 @@ def _worker(config: dict[str, Any]) -> Any:
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     asked = Path(plan.run.output) / FOLDER / _STOP
     try:
-        return _train(plan, ranks, (lambda progress: None, asked.exists), place.cpus)
+        return _run_loop(plan, ranks, (lambda progress: None, asked.exists), place.cpus)
     except FacepipeError as error:
         if ranks.world > 1 and not isinstance(error, AgreedError):
             raise  # the others do not know: all have to be started again

@@ -93,7 +93,7 @@ def train(task: DetectionTask, seconds: float, lr: float) -> Iterator[tuple[int,
     began, step = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < seconds:
         optimiser.param_groups[0]["lr"] = lr * (1 - spent / seconds)
-        loss, _ = task.loss(task.batch(step))
+        loss, _ = task.compute_loss(task.make_batch(step))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(task.net.parameters(), 10.0)

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facepipe.training.losses import ClassHead, LossConfig, objective
+from facepipe.training.losses import ClassHead, LossConfig, build_objective
 
 CLASSES = 10
 EPOCHS, BATCH, RATE = 15, 64, 0.01  # epochs of each half
@@ -103,7 +103,7 @@ def experiment(seed: int, scratch: bool = False) -> dict[str, Outcome]:
 
 
 def class_head(config: LossConfig, seed: int) -> ClassHead:
-    head = objective(config, 2, CLASSES, seed)
+    head = build_objective(config, 2, CLASSES, seed)
     assert isinstance(head, ClassHead)
     return head
 

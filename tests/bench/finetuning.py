@@ -26,9 +26,9 @@ from facepipe.models.zoo.registry import card, dlib_net
 from facepipe.training.config import ModelConfig
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.config import DataConfig
-from facepipe.training.embedding_task import embedded
-from facepipe.training.start import find
-from pipelines.chips.prepare import prepare
+from facepipe.training.embedding_task import embed_chips
+from facepipe.training.start import resolve_start
+from pipelines.chips.prepare import prepare_chips
 from pipelines.train import TrainConfig, run
 
 LOSSES = (
@@ -69,8 +69,8 @@ def vectors_of(net: torch.nn.Module, fed: Any, chips: ChipSet) -> np.ndarray:
     """(n, 128) unit vectors, the mirrored chip averaged in."""
     parts, net = [], net.eval().to(memory_format=torch.channels_last)
     for at in range(0, len(chips), 64):
-        pixels = chips.stack(np.arange(at, min(at + 64, len(chips))))
-        plain, mirrored = (embedded(net, p, fed, torch.device("cpu")) for p in (pixels, pixels[:, :, ::-1]))
+        pixels = chips.load_chips(np.arange(at, min(at + 64, len(chips))))
+        plain, mirrored = (embed_chips(net, p, fed, torch.device("cpu")) for p in (pixels, pixels[:, :, ::-1]))
         parts.append((plain + mirrored) / 2)
     raw = np.concatenate(parts)
     return raw / np.linalg.norm(raw, axis=1, keepdims=True)
@@ -137,8 +137,8 @@ def main() -> None:
     keep_freed()
     args.work.mkdir(parents=True, exist_ok=True)
     name = card(args.start, "embedder").name
-    fed = find(ModelConfig(start=args.start)).input
-    chips = prepare(
+    fed = resolve_start(ModelConfig(start=args.start)).input
+    chips = prepare_chips(
         DataConfig(source=str(args.images), identity="folder"), args.start, str(args.work / f"{name}-chips")
     )
     held = halves(chips, args.work)

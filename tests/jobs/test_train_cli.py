@@ -102,8 +102,8 @@ def test_the_example_says_the_defaults() -> None:
 
 
 def test_a_line_of_progress() -> None:
-    from pipelines.train.pipeline import Progress
+    from pipelines.train.pipeline import TrainingProgress
 
-    progress = Progress(50, 200, 1.25, 3.14159, 0.1, 99.5, 60.0, scores={"score": 0.875})
+    progress = TrainingProgress(50, 200, 1.25, 3.14159, 0.1, 99.5, 60.0, scores={"score": 0.875})
     expected = "step 50 of 200, epoch 1.25, loss 3.1416, lr 0.1, 99.5 images/s, score 0.8750, 0:03:00 left"
     assert format_step(progress) == expected

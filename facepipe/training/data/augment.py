@@ -46,15 +46,15 @@ class AugmentConfig:
     jpeg_highest: Quality = 95
 
 
-def augment(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generator) -> UInt8Image:
+def augment_chip(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generator) -> UInt8Image:
     """A varied copy of a chip (h, w, 3) uint8 RGB, of the same shape; takes 14 numbers from the generator."""
     happens, draw = rng.random(6), rng.random(8)
     if happens[0] < config.crop:
-        chip = _moved(chip, config, draw[:3])
+        chip = _warp(chip, config, draw[:3])
     if happens[1] < config.flip:
         chip = chip[:, ::-1]
     if happens[2] < config.colour:
-        chip = _coloured(chip, config, draw[3:6])
+        chip = _change_colour(chip, config, draw[3:6])
     if happens[3] < config.grey:
         chip = np.repeat(np.rint(chip @ _LUMA).astype(np.uint8)[..., None], 3, axis=2)
     if happens[4] < config.blur:
@@ -62,11 +62,11 @@ def augment(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generator) -
         chip = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(chip), (0, 0), sigma), np.uint8)
     if happens[5] < config.jpeg:
         low, high = sorted((config.jpeg_lowest, config.jpeg_highest))
-        chip = _compressed(chip, round(low + float(draw[7]) * (high - low)))
+        chip = _recompress(chip, round(low + float(draw[7]) * (high - low)))
     return np.array(chip, np.uint8, order="C")
 
 
-def _moved(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
+def _warp(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
     """Shifted and zoomed about the chip's centre."""
     height, width = chip.shape[:2]
     dx, dy, zoom = (2 * draw - 1) * (config.shift * width, config.shift * height, config.zoom)
@@ -77,7 +77,7 @@ def _moved(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image
     return np.asarray(cv2.warpAffine(chip, matrix, (width, height), borderMode=cv2.BORDER_REFLECT_101), np.uint8)
 
 
-def _coloured(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
+def _change_colour(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
     """Brightness, then contrast about the mean luminance, then saturation about each pixel's luminance."""
     brightness, contrast, saturation = 1 + (2 * draw - 1) * (config.brightness, config.contrast, config.saturation)
     values = chip.astype(np.float32) * np.float32(brightness)
@@ -87,7 +87,7 @@ def _coloured(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Im
     return np.clip(np.rint((values - luma) * np.float32(saturation) + luma), 0, 255).astype(np.uint8)
 
 
-def _compressed(chip: UInt8Image, quality: int) -> UInt8Image:
+def _recompress(chip: UInt8Image, quality: int) -> UInt8Image:
     bgr = cv2.cvtColor(np.ascontiguousarray(chip), cv2.COLOR_RGB2BGR)
     data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), np.uint8)

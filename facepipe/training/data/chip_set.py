@@ -43,7 +43,7 @@ INDEX_ROWS = pa.schema(
 
 
 @dataclass(frozen=True)
-class SetInfo:
+class ChipSetInfo:
     """What `set.json` says.
 
     fingerprint: of all that the set depends on; asked: of what the config says alone, whatever has come to the data
@@ -60,7 +60,7 @@ class SetInfo:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def shard_name(number: int) -> str:
+def get_shard_name(number: int) -> str:
     """The file of a shard."""
     return f"chips-{number:05d}.arrow"
 
@@ -76,17 +76,17 @@ class ChipSet:
     a set may be pickled: it opens its files where it arrives.
     """
 
-    def __init__(self, folder: str, view: "_View | None" = None):
+    def __init__(self, folder: str, view: "_RowView | None" = None):
         self.folder = os.path.abspath(folder)
-        info = read_info(self.folder)
+        info = read_set_info(self.folder)
         if info is None:
             raise SourceError(f"no chip set at {self.folder!r} (no {SET} in it): training makes one of its `data`")
         self.info = info
-        index = _mapped(os.path.join(self.folder, INDEX))
-        self._index = _Index(*(_column(index, name) for name in INDEX_ROWS.names))
-        self._shards = _Shards(self.folder)
+        index = _map_table(os.path.join(self.folder, INDEX))
+        self._index = _IndexColumns(*(_get_column(index, name) for name in INDEX_ROWS.names))
+        self._shards = _MappedShards(self.folder)
         self._view = view
-        names = _mapped(os.path.join(self.folder, IDENTITIES))["identity"].combine_chunks()
+        names = _map_table(os.path.join(self.folder, IDENTITIES))["identity"].combine_chunks()
         self._names = names if view is None else names.take(pa.array(view.names))
 
     @classmethod
@@ -110,7 +110,7 @@ class ChipSet:
         return self._index.label if self._view is None else self._view.labels
 
     @property
-    def faces(self) -> Int64:
+    def face_ids(self) -> Int64:
         return self._index.face_id if self._view is None else self._index.face_id[self._view.rows]
 
     @cached_property
@@ -119,28 +119,28 @@ class ChipSet:
         return cast(list[str], self._names.to_pylist())
 
     @property
-    def uris(self) -> "Texts":
+    def uris(self) -> "UriSequence":
         """Where each face's image is; read from the files as they are asked for."""
-        return Texts(self)
+        return UriSequence(self)
 
-    def encoded(self, row: int) -> memoryview:
+    def read_jpeg(self, row: int) -> memoryview:
         """The JPEG of a chip, as a view of its file."""
-        at, index = self._at(row), self._index
-        data = self._shards.bytes(int(index.shard[at]), int(index.at[at]), int(index.length[at]))
+        at, index = self._to_set_row(row), self._index
+        data = self._shards.read_bytes(int(index.shard[at]), int(index.at[at]), int(index.length[at]))
         if len(data) != index.length[at]:
             raise StorageError(f"the chips in {self.folder!r} were cut short: delete the folder, and it is made again")
         return data
 
-    def chip(self, row: int) -> UInt8Image:
+    def load_chip(self, row: int) -> UInt8Image:
         """A chip (h, w, 3) uint8 RGB. Raises StorageError where the file is damaged."""
-        pixels = cv2.imdecode(np.frombuffer(self.encoded(row), np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(np.frombuffer(self.read_jpeg(row), np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is None or pixels.shape != (self.size[1], self.size[0], 3):
             raise StorageError(f"chip {row} of {self.folder!r} is damaged: delete the folder, and it is made again")
         return np.asarray(pixels, np.uint8)
 
-    def stack(self, rows: Int64) -> UInt8Image:
+    def load_chips(self, rows: Int64) -> UInt8Image:
         """Chips (n, h, w, 3) of rows (n,)."""
-        chips = [self.chip(int(row)) for row in rows]
+        chips = [self.load_chip(int(row)) for row in rows]
         return np.stack(chips) if chips else np.empty((0, self.size[1], self.size[0], 3), np.uint8)
 
     def select(self, rows: Int64) -> "ChipSet":
@@ -152,24 +152,24 @@ class ChipSet:
         chosen, codes = np.flatnonzero(used), np.cumsum(used) - 1
         if self._view is not None:
             rows, chosen = self._view.rows[rows], self._view.names[chosen]
-        return ChipSet(self.folder, _View(rows, codes[labels], chosen))
+        return ChipSet(self.folder, _RowView(rows, codes[labels], chosen))
 
-    def uris_at(self, rows: Int64) -> list[str]:
+    def read_uris(self, rows: Int64) -> list[str]:
         """Where the faces of some rows are; each shard is looked into once."""
         at = rows if self._view is None else self._view.rows[rows]
         shards, places = self._index.shard[at], self._index.row[at]
         found = np.empty(len(rows), object)
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
-            found[here] = self._shards.uris(int(shard)).take(pa.array(places[here])).to_pylist()
+            found[here] = self._shards.map_uris(int(shard)).take(pa.array(places[here])).to_pylist()
         return cast(list[str], found.tolist())
 
-    def _at(self, row: int) -> int:
+    def _to_set_row(self, row: int) -> int:
         return int(row if self._view is None else self._view.rows[row])
 
 
 @dataclass(frozen=True)
-class _View:
+class _RowView:
     """Rows of the whole set, their labels, and which of its names these stand for."""
 
     rows: Int64
@@ -178,7 +178,7 @@ class _View:
 
 
 @dataclass(frozen=True)
-class _Index:
+class _IndexColumns:
     """Columns of INDEX_ROWS, as views of the mapped file."""
 
     label: Int64
@@ -189,7 +189,7 @@ class _Index:
     row: Int32
 
 
-class Texts(Sequence[str]):
+class UriSequence(Sequence[str]):
     """The uris of a chip set; none is held."""
 
     def __init__(self, chips: ChipSet):
@@ -204,15 +204,15 @@ class Texts(Sequence[str]):
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
-            return self._chips.uris_at(np.arange(*row.indices(len(self))))
-        return self._chips.uris_at(np.array([row]))[0]
+            return self._chips.read_uris(np.arange(*row.indices(len(self))))
+        return self._chips.read_uris(np.array([row]))[0]
 
     def __iter__(self) -> Iterator[str]:
         for at in range(0, len(self), _TEXTS):
             yield from self[at : at + _TEXTS]
 
 
-class _Shards:
+class _MappedShards:
     """The files of a chip set, mapped when they are first used."""
 
     def __init__(self, folder: str):
@@ -220,33 +220,33 @@ class _Shards:
         self._maps: dict[int, memoryview] = {}
         self._uris: dict[int, pa.ChunkedArray] = {}
 
-    def bytes(self, shard: int, at: int, length: int) -> memoryview:
+    def read_bytes(self, shard: int, at: int, length: int) -> memoryview:
         view = self._maps.get(shard)
         if view is None:
             try:
-                view = np.memmap(os.path.join(self._folder, shard_name(shard)), np.uint8, "r").data
+                view = np.memmap(os.path.join(self._folder, get_shard_name(shard)), np.uint8, "r").data
             except (OSError, ValueError) as error:
                 raise StorageError(f"cannot read the chips in {self._folder!r}: {describe_error(error)}") from error
             self._maps[shard] = view
         return view[at : at + length]
 
-    def uris(self, shard: int) -> pa.ChunkedArray:
+    def map_uris(self, shard: int) -> pa.ChunkedArray:
         if shard not in self._uris:
-            self._uris[shard] = _mapped(os.path.join(self._folder, shard_name(shard)))["uri"]
+            self._uris[shard] = _map_table(os.path.join(self._folder, get_shard_name(shard)))["uri"]
         return self._uris[shard]
 
 
-def read_info(folder: str) -> SetInfo | None:
+def read_set_info(folder: str) -> ChipSetInfo | None:
     """What a folder's set.json says; None where there is none, or none that can be read."""
     try:
         with open(os.path.join(folder, SET), encoding="utf-8") as file:
             fields = json.load(file)
-        return SetInfo(**{**fields, "size": tuple(fields["size"])})
+        return ChipSetInfo(**{**fields, "size": tuple(fields["size"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def batches_of(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
+def iterate_batches(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
     """(record batch, byte offsets (n + 1,) of its chips in the file) of a shard; nothing is copied."""
     with pa.memory_map(path) as file:
         whole = file.read_buffer()
@@ -259,7 +259,7 @@ def batches_of(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
             yield batch, ends + (data.address - whole.address if data is not None else 0)
 
 
-def _mapped(path: str) -> pa.Table:
+def _map_table(path: str) -> pa.Table:
     try:
         with pa.memory_map(path) as file:
             return pa.ipc.open_file(file).read_all()
@@ -267,7 +267,7 @@ def _mapped(path: str) -> pa.Table:
         raise StorageError(f"cannot read {path!r}: {describe_error(error)}") from error
 
 
-def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+def _get_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
     column = table[name]
     if column.num_chunks == 1:
         return cast(npt.NDArray[Any], column.chunk(0).to_numpy())

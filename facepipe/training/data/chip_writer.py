@@ -15,7 +15,16 @@ from facepipe import storage
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
 from facepipe.storage.atomic import publish_file, replace_file
-from facepipe.training.data.chip_set import CHIPS, IDENTITIES, INDEX, INDEX_ROWS, SET, SetInfo, batches_of, shard_name
+from facepipe.training.data.chip_set import (
+    CHIPS,
+    IDENTITIES,
+    INDEX,
+    INDEX_ROWS,
+    SET,
+    ChipSetInfo,
+    get_shard_name,
+    iterate_batches,
+)
 from facepipe.types import Int64, UInt64
 
 _SHARD_BYTES = 512 << 20
@@ -24,7 +33,7 @@ _UNFINISHED = ".partial"
 _NOBODY, _EXCLUDED = -1, -2
 
 
-class ShardWriter:
+class ChipShardWriter:
     """Appends chips (CHIPS) to shards of some 512 MiB; goes on behind those that are whole."""
 
     def __init__(self, folder: str, shard_bytes: int = _SHARD_BYTES):
@@ -33,7 +42,7 @@ class ShardWriter:
         for name in os.listdir(folder):
             if name.startswith("chips-") and name.endswith(_UNFINISHED):
                 os.unlink(os.path.join(folder, name))
-        self._number, self._held = len(shards(folder)), 0
+        self._number, self._held = len(list_shards(folder)), 0
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
 
     def add(self, chips: pa.Table) -> None:
@@ -59,50 +68,51 @@ class ShardWriter:
 
     @property
     def _path(self) -> str:
-        return os.path.join(self._folder, shard_name(self._number))
+        return os.path.join(self._folder, get_shard_name(self._number))
 
 
-def shards(folder: str) -> list[str]:
+def list_shards(folder: str) -> list[str]:
     """The whole shards of a folder, in order."""
     found = list[str]()
-    while os.path.exists(path := os.path.join(folder, shard_name(len(found)))):
+    while os.path.exists(path := os.path.join(folder, get_shard_name(len(found)))):
         found.append(path)
     return found
 
 
-def held_faces(folder: str) -> Int64:
+def read_face_ids(folder: str) -> Int64:
     """Face ids (n,) that whole shards hold, ascending."""
-    ids = [batch["face_id"].to_numpy() for path in shards(folder) for batch, _ in batches_of(path)]
+    ids = [batch["face_id"].to_numpy() for path in list_shards(folder) for batch, _ in iterate_batches(path)]
     return np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int64)
 
 
-def held_uris(folder: str) -> UInt64:
+def read_uri_hashes(folder: str) -> UInt64:
     """Hashes (n,) of the uris of which whole shards hold a chip."""
-    texts = (batch["uri"].to_pylist() for path in shards(folder) for batch, _ in batches_of(path))
+    texts = (batch["uri"].to_pylist() for path in list_shards(folder) for batch, _ in iterate_batches(path))
     return np.fromiter((hash64(uri) for part in texts for uri in part), np.uint64)
 
 
 @dataclass(frozen=True)
-class Keep:
+class ChipFilter:
     """Which chips of the shards belong to the set.
 
-    images: ids of contents that must not be in it; names: plain names (plain_name) of identities that must not
-    labelled: chips without an identity are left out; else they stand under the name ""
+    excluded_images: ids of contents that must not be in it
+    excluded_names: normalised names (normalise_name) of identities that must not
+    needs_identity: chips without an identity are left out; else they stand under the name ""
     """
 
     min_images: int = 1
     max_images: int | None = None
-    images: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
-    names: frozenset[str] = frozenset()
-    labelled: bool = True
+    excluded_images: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    excluded_names: frozenset[str] = frozenset()
+    needs_identity: bool = True
 
 
-def plain_name(name: str) -> str:
+def normalise_name(name: str) -> str:
     """A name as names are compared: without case, `_` for a space."""
     return name.replace("_", " ").strip().lower()
 
 
-def write_index(folder: str, info: SetInfo, keep: Keep) -> SetInfo:
+def write_index(folder: str, info: ChipSetInfo, keep: ChipFilter) -> ChipSetInfo:
     """Choose among the chips of the shards, order them by name and face id, and make the folder a chip set.
 
     The order does not depend on which worker was first. The info that is returned, and written, has its numbers of
@@ -111,16 +121,16 @@ def write_index(folder: str, info: SetInfo, keep: Keep) -> SetInfo:
     """
     names: dict[str, int] = {}
     figures = Counter[str]()
-    columns = _chosen(folder, keep, names, figures)
+    columns = _collect_columns(folder, keep, names, figures)
     ordered = sorted(names)
     rank = np.empty(len(names), np.int64)
     rank[[names[name] for name in ordered]] = np.arange(len(names))
     columns["label"] = rank[columns["label"]]
-    _sort(columns, np.lexsort((columns["face_id"], columns["label"])))
-    _sort(columns, _within_limits(columns, keep, figures))
+    _reorder(columns, np.lexsort((columns["face_id"], columns["label"])))
+    _reorder(columns, _select_rows(columns, keep, figures))
     used, columns["label"] = np.unique(columns["label"], return_inverse=True)
-    if len(used) < (2 if keep.labelled else 1):
-        raise SourceError(_too_few(len(columns["label"]), len(used), {**info.figures, **figures}))
+    if len(used) < (2 if keep.needs_identity else 1):
+        raise SourceError(_describe_shortage(len(columns["label"]), len(used), {**info.figures, **figures}))
     _write_table(os.path.join(folder, INDEX), pa.table(columns).select(INDEX_ROWS.names).cast(INDEX_ROWS))
     texts = pa.array(ordered, pa.string()).take(pa.array(used))
     _write_table(os.path.join(folder, IDENTITIES), pa.table({"identity": texts}))
@@ -130,14 +140,16 @@ def write_index(folder: str, info: SetInfo, keep: Keep) -> SetInfo:
     return done
 
 
-def _chosen(folder: str, keep: Keep, names: dict[str, int], figures: Counter[str]) -> dict[str, npt.NDArray[Any]]:
+def _collect_columns(
+    folder: str, keep: ChipFilter, names: dict[str, int], figures: Counter[str]
+) -> dict[str, npt.NDArray[Any]]:
     """Columns of the chips that may be in the set; `names` gets the identities' numbers."""
     parts: list[tuple[npt.NDArray[Any], ...]] = [tuple(np.empty(0, np.int64) for _ in INDEX_ROWS)]
-    for number, path in enumerate(shards(folder)):
+    for number, path in enumerate(list_shards(folder)):
         start = 0
-        for batch, at in batches_of(path):
-            label = _labels(batch["identity"], keep, names)
-            out = pc.is_in(batch["image_id"], value_set=keep.images).to_numpy(zero_copy_only=False)
+        for batch, at in iterate_batches(path):
+            label = _number_identities(batch["identity"], keep, names)
+            out = pc.is_in(batch["image_id"], value_set=keep.excluded_images).to_numpy(zero_copy_only=False)
             figures["left_out: without identity"] += int((label == _NOBODY).sum())
             figures["left_out: excluded identity"] += int((label == _EXCLUDED).sum())
             figures["left_out: image of an excluded gallery"] += int((out & (label >= 0)).sum())
@@ -150,20 +162,22 @@ def _chosen(folder: str, keep: Keep, names: dict[str, int], figures: Counter[str
     return dict(zip(INDEX_ROWS.names, (np.concatenate(c) for c in zip(*parts, strict=True)), strict=True))
 
 
-def _labels(column: pa.Array, keep: Keep, names: dict[str, int]) -> Int64:
+def _number_identities(column: pa.Array, keep: ChipFilter, names: dict[str, int]) -> Int64:
     """Numbers (n,) of a batch's identities; _NOBODY where there is none, _EXCLUDED where it is not to be there."""
-    if not keep.labelled:
+    if not keep.needs_identity:
         column = column.fill_null("")
     coded = column.dictionary_encode()
     numbers = [
-        _EXCLUDED if keep.names and plain_name(name) in keep.names else names.setdefault(name, len(names))
+        _EXCLUDED
+        if keep.excluded_names and normalise_name(name) in keep.excluded_names
+        else names.setdefault(name, len(names))
         for name in coded.dictionary.to_pylist()
     ]
     codes = coded.indices.fill_null(len(numbers)).to_numpy()
     return np.array([*numbers, _NOBODY], np.int64)[codes]
 
 
-def _within_limits(columns: dict[str, npt.NDArray[Any]], keep: Keep, figures: Counter[str]) -> Int64:
+def _select_rows(columns: dict[str, npt.NDArray[Any]], keep: ChipFilter, figures: Counter[str]) -> Int64:
     """Rows of ordered columns to keep: each face once, identities with enough images, and of these not too many.
 
     Face ids are hashes, so that the first of an identity are a random choice, and the same whatever else is there.
@@ -181,12 +195,12 @@ def _within_limits(columns: dict[str, npt.NDArray[Any]], keep: Keep, figures: Co
     return rows
 
 
-def _sort(columns: dict[str, npt.NDArray[Any]], rows: Int64) -> None:
+def _reorder(columns: dict[str, npt.NDArray[Any]], rows: Int64) -> None:
     for name in columns:
         columns[name] = columns[name][rows]
 
 
-def _too_few(chips: int, identities: int, figures: dict[str, int]) -> str:
+def _describe_shortage(chips: int, identities: int, figures: dict[str, int]) -> str:
     counted = ", ".join(f"{name} {count}" for name, count in figures.items() if count)
     return (
         f"{chips} chips of {identities} identities are left, too few to train on ({counted}): labels come from folder "

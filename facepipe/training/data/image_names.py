@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 
 
-class Names:
+class ImageNames:
     """A set of names such as `Aaron_Eckhart/Aaron_Eckhart_0001`."""
 
     def __init__(self, names: Iterable[str]):
@@ -14,7 +14,7 @@ class Names:
     def __bool__(self) -> bool:
         return bool(self._names)
 
-    def of(self, uri: str) -> str | None:
+    def find_name(self, uri: str) -> str | None:
         """The name that an image goes by; None where it is none of these."""
         parts = os.path.splitext(uri.replace("#", "/"))[0].split("/")
         ends = ("/".join(parts[-depth:]) for depth in self._depths)

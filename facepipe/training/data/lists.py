@@ -21,7 +21,7 @@ MEMBER = re.compile(r"(.*?\.(?:tar|parquet|pq))#(.*)", re.IGNORECASE | re.DOTALL
 
 
 @dataclass(frozen=True)
-class Labels:
+class ListLabels:
     """A list's labels by key (face id, or hash of the uri), ascending; codes into names."""
 
     keys: npt.NDArray[Any]
@@ -30,7 +30,7 @@ class Labels:
     by_face: bool
 
 
-def read_list(path: str, root: str | None) -> Labels:
+def read_label_list(path: str, root: str | None) -> ListLabels:
     """clean.csv by its face ids; any other list by its paths, with the names of a labels.csv beside it."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -38,7 +38,7 @@ def read_list(path: str, root: str | None) -> Labels:
     except OSError as error:
         raise SourceError(f"cannot read the list {path!r}: {storage.describe_error(error)}") from error
     if {"face_id", "identity"} <= set(header):
-        return _clean_csv(path)
+        return _read_clean_csv(path)
     numbers, keys, codes = dict[str, int](), list[int](), list[int]()
     for item in ListSource(path, "label", root=root):
         if item.identity is not None and item.listing_error is None:
@@ -48,11 +48,11 @@ def read_list(path: str, root: str | None) -> Labels:
     if not keys:
         raise SourceError(f"the list {path!r} has no line `path label`")
     key, first = np.unique(np.array(keys, np.uint64), return_index=True)
-    known = _label_names(os.path.join(os.path.dirname(path), "labels.csv"))
-    return Labels(key, np.array(codes, np.int32)[first], [known.get(n, n) for n in numbers], False)
+    known = _read_label_names(os.path.join(os.path.dirname(path), "labels.csv"))
+    return ListLabels(key, np.array(codes, np.int32)[first], [known.get(n, n) for n in numbers], False)
 
 
-def _clean_csv(path: str) -> Labels:
+def _read_clean_csv(path: str) -> ListLabels:
     try:
         kinds = csv.ConvertOptions(
             include_columns=["face_id", "identity"], column_types={"face_id": pa.int64(), "identity": pa.string()}
@@ -64,10 +64,10 @@ def _clean_csv(path: str) -> Labels:
     coded = table["identity"].combine_chunks().dictionary_encode()
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
     keys, first = np.unique(table["face_id"].to_numpy(), return_index=True)
-    return Labels(keys, coded.indices.to_numpy().astype(np.int32)[first], coded.dictionary.to_pylist(), True)
+    return ListLabels(keys, coded.indices.to_numpy().astype(np.int32)[first], coded.dictionary.to_pylist(), True)
 
 
-def _label_names(path: str) -> dict[str, str]:
+def _read_label_names(path: str) -> dict[str, str]:
     """The names of a list's numbers, where labels.csv lies beside it."""
     if not os.path.exists(path):
         return {}

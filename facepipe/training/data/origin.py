@@ -9,16 +9,16 @@ from facepipe.gallery import Gallery
 from facepipe.training.data.config import DataConfig
 
 
-def origin_of(data: DataConfig) -> dict[str, Any]:
+def describe_origin(data: DataConfig) -> dict[str, Any]:
     """A gallery with its version and contract and the list, or a source; with digests of files."""
     if not data.gallery:
-        return {"source": data.source, "sha256": digest_of(data.source)}
+        return {"source": data.source, "sha256": hash_file(data.source)}
     gallery = Gallery(data.gallery)
     found = {"gallery": data.gallery, "version": gallery.version, "contract": asdict(gallery.contract)}
-    return found | ({"list": data.list, "list_sha256": digest_of(data.list)} if data.list else {})
+    return found | ({"list": data.list, "list_sha256": hash_file(data.list)} if data.list else {})
 
 
-def digest_of(path: str) -> str | None:
+def hash_file(path: str) -> str | None:
     """SHA-256 of a local file; None for folders and what is elsewhere."""
     if not os.path.isfile(path):
         return None

@@ -38,7 +38,7 @@ class SampleConfig:
         return self.identities * self.images if self.identities else self.batch
 
 
-class Sampler:
+class BatchSampler:
     """Draws rows of labels (n,) int64, codes from 0.
 
     An epoch passes every identity (or image, where they are shuffled) once; its last batch is filled up from the
@@ -53,13 +53,13 @@ class Sampler:
         self._balanced = self.config.identities > 0
         self._width = self.config.identities or self.config.batch
         self._count = len(labels)
-        self._order_of_epoch = lru_cache(maxsize=2)(self._shuffled)  # of two: batches are drawn ahead
+        self._order_of_epoch = lru_cache(maxsize=2)(self._shuffle_epoch)  # of two: batches are drawn ahead
         if self._balanced:
-            self._group(np.asarray(labels))
+            self._group_by_identity(np.asarray(labels))
         elif self._width > self._count:
             raise ConfigError(f"a batch of {self._width} images cannot be drawn from {self._count}: lower sample.batch")
 
-    def _group(self, labels: Int64) -> None:
+    def _group_by_identity(self, labels: Int64) -> None:
         order = np.argsort(labels, kind="stable")
         self._by_identity = None if np.array_equal(order, np.arange(len(order))) else order
         counts = np.bincount(labels)
@@ -93,7 +93,7 @@ class Sampler:
         done = "is left out" if self.config.singles == "drop" else "is repeated within its batch"
         return (f"{self.singles} of {len(self._counts)} identities have one image, which {done}",)
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
+    def draw_rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
         """Rows (size / world,) int64 of a step's batch that are the rank's; whole identities, image by image, in P x K.
 
         Raises ConfigError where identities (P x K) or images do not divide by the number of ranks.
@@ -109,22 +109,22 @@ class Sampler:
             return units
         again = places >= self._count  # a second visit in this epoch, which takes no turns from the others
         visits = zip(self._usable[units].tolist(), again.tolist(), strict=True)
-        rows = np.concatenate([self._images(identity, epoch, more) for identity, more in visits])
+        rows = np.concatenate([self._draw_images(identity, epoch, more) for identity, more in visits])
         return rows if self._by_identity is None else self._by_identity[rows]
 
-    def _shuffled(self, epoch: int) -> Int32:
+    def _shuffle_epoch(self, epoch: int) -> Int32:
         """The order of identities or images in an epoch."""
         order = np.arange(self._count, dtype=np.int32)
-        self._random(_ORDER, epoch).shuffle(order)
+        self._make_rng(_ORDER, epoch).shuffle(order)
         return order
 
-    def _images(self, identity: int, epoch: int, again: bool) -> Int64:
+    def _draw_images(self, identity: int, epoch: int, again: bool) -> Int64:
         """K images of an identity, as places in the order by identity: distinct ones where it has as many."""
         count, k = int(self._counts[identity]), self.config.images
         turn, within = (epoch, 0) if again else divmod(epoch, -(-count // k))  # a round shows each image
-        order = self._random(_AGAIN if again else _IMAGES, turn, identity).permutation(count)
+        order = self._make_rng(_AGAIN if again else _IMAGES, turn, identity).permutation(count)
         chosen = order[(within * k + np.arange(k)) % count]
         return np.asarray(self._starts[identity] + chosen, np.int64)
 
-    def _random(self, *stream: int) -> np.random.Generator:
+    def _make_rng(self, *stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, *stream))))

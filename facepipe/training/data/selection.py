@@ -15,19 +15,19 @@ from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.sorted_lookup import look_up_sorted
 from facepipe.stages.chips import prominence
-from facepipe.training.data.chip_writer import plain_name
+from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
-from facepipe.training.data.image_names import Names
-from facepipe.training.data.lists import Labels, read_list
+from facepipe.training.data.image_names import ImageNames
+from facepipe.training.data.lists import ListLabels, read_label_list
 from facepipe.types import Bool, Int32, Int64
 
-WANTED = FACE, CODE, NAMES = "wanted-faces.npy", "wanted-labels.npy", "wanted-names.arrow"
+SELECTION_FILES = FACES_FILE, LABELS_FILE, NAMES_FILE = "wanted-faces.npy", "wanted-labels.npy", "wanted-names.arrow"
 _CHOICE = ("face_id", "image_id", "uri", "identity", "box", "width", "height")
 ROWS = 65536
 
 
 @dataclass(frozen=True)
-class Excluded:
+class Exclusions:
     """What must not be trained on. images: content hashes; uris: copies of such; names: plain names of identities."""
 
     images: pa.Array
@@ -35,24 +35,24 @@ class Excluded:
     names: frozenset[str] = frozenset()
 
 
-def choose(
-    data: DataConfig, gallery: Gallery, excluded: Excluded, folder: str, wanted: frozenset[str] | None = None
+def select_faces(
+    data: DataConfig, gallery: Gallery, excluded: Exclusions, folder: str, wanted: frozenset[str] | None = None
 ) -> dict[str, int]:
     """Write which faces are wanted, with their names, into a folder; returns how many were left out, by reason.
 
     wanted: names of images whose subjects are to be taken, labelled or not. Raises SourceError where there is no
     identity at all.
     """
-    labels = read_list(data.list, data.root) if data.list else None
-    only = Names(wanted) if wanted is not None else None
+    labels = read_label_list(data.list, data.root) if data.list else None
+    only = ImageNames(wanted) if wanted is not None else None
     names = {name: n for n, name in enumerate(labels.names)} if labels else {}
     figures, parts = Counter[str](), [(np.empty(0, np.int64), np.empty(0, np.int32))]
     has_face = "landmarks is not null"
-    for table in whole_images(gallery.batches(_CHOICE, has_face, rows=ROWS)):
-        code = _coded(table, labels, names) if only is None else _unlabelled(table, only, names)
+    for table in iterate_whole_images(gallery.batches(_CHOICE, has_face, rows=ROWS)):
+        code = _code_identities(table, labels, names) if only is None else _code_wanted(table, only, names)
         rows = np.flatnonzero(code >= 0)
         if labels is None or not labels.by_face:
-            rows = np.intersect1d(rows, subjects(table))
+            rows = np.intersect1d(rows, find_subjects(table))
         figures["left_out: without identity"] += int((code < 0).sum()) if labels is None and only is None else 0
         for column, values, reason in (
             ("image_id", excluded.images, "image of an excluded gallery"),
@@ -65,18 +65,18 @@ def choose(
     face, label = (np.concatenate(column) for column in zip(*parts, strict=True))
     known = labels.names if labels else list(names)
     if not known or (not len(face) and not figures.total()):
-        raise SourceError(_without_labels(data))
-    barred = np.array([plain_name(name) in excluded.names for name in known], bool)
-    face, label = _limited(data, face, label, barred, figures)
+        raise SourceError(_describe_missing_labels(data))
+    barred = np.array([normalise_name(name) in excluded.names for name in known], bool)
+    face, label = _apply_limits(data, face, label, barred, figures)
     order = np.argsort(face, kind="stable")
-    np.save(os.path.join(folder, FACE), face[order])
-    np.save(os.path.join(folder, CODE), label[order])
-    with pa.ipc.new_file(os.path.join(folder, NAMES), pa.schema([("name", pa.string())])) as writer:
+    np.save(os.path.join(folder, FACES_FILE), face[order])
+    np.save(os.path.join(folder, LABELS_FILE), label[order])
+    with pa.ipc.new_file(os.path.join(folder, NAMES_FILE), pa.schema([("name", pa.string())])) as writer:
         writer.write_table(pa.table({"name": pa.array(known, pa.string())}))
     return {name: count for name, count in figures.items() if count} | {"wanted faces": len(face)}
 
 
-def _without_labels(data: DataConfig) -> str:
+def _describe_missing_labels(data: DataConfig) -> str:
     if data.list:
         return f"no face of the gallery {data.gallery!r} is in the list {data.list!r}: was it made from this gallery?"
     return (
@@ -85,7 +85,9 @@ def _without_labels(data: DataConfig) -> str:
     )
 
 
-def _limited(data: DataConfig, face: Int64, label: Int32, barred: Bool, figures: Counter[str]) -> tuple[Int64, Int32]:
+def _apply_limits(
+    data: DataConfig, face: Int64, label: Int32, barred: Bool, figures: Counter[str]
+) -> tuple[Int64, Int32]:
     """Without excluded identities, and ones with too few images; of the others no more than allowed, by lowest id."""
     out = barred[label]
     figures["left_out: excluded identity"] += int(out.sum())
@@ -102,13 +104,13 @@ def _limited(data: DataConfig, face: Int64, label: Int32, barred: Bool, figures:
     return face[place < data.max_images], label[place < data.max_images]
 
 
-def whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+def iterate_whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     """Tables in which no image's rows are cut apart (a part holds them one after the other)."""
     held: pa.Table | None = None
     for batch in batches:
         table = pa.Table.from_batches([batch])
         table = table if held is None else pa.concat_tables([held, table])
-        ends = image_starts(table["uri"])
+        ends = find_image_starts(table["uri"])
         last = int(ends[-1])
         held = table.slice(last)
         if last:
@@ -117,22 +119,22 @@ def whole_images(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield held.combine_chunks()
 
 
-def image_starts(uris: pa.ChunkedArray) -> Int64:
+def find_image_starts(uris: pa.ChunkedArray) -> Int64:
     """Rows at which another image begins."""
     differ = pc.not_equal(uris.slice(1), uris.slice(0, len(uris) - 1)).to_numpy()
     return np.flatnonzero(np.concatenate([[True], differ]))
 
 
-def subjects(table: pa.Table) -> Int64:
+def find_subjects(table: pa.Table) -> Int64:
     """The row of each image's subject."""
-    starts = image_starts(table["uri"])
+    starts = find_image_starts(table["uri"])
     image = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, table.num_rows)))
     sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], 1).astype(np.float32)
     order = np.lexsort((-prominence(vectors(table["box"], 4), sizes), image))
     return np.sort(order[starts])
 
 
-def _coded(table: pa.Table, labels: Labels | None, names: dict[str, int]) -> Int64:
+def _code_identities(table: pa.Table, labels: ListLabels | None, names: dict[str, int]) -> Int64:
     """(n,) number of each face's identity; -1 where it has none, or is not in the list."""
     if labels is None:
         coded = table["identity"].combine_chunks().dictionary_encode()
@@ -146,6 +148,6 @@ def _coded(table: pa.Table, labels: Labels | None, names: dict[str, int]) -> Int
     return look_up_sorted(labels.keys, labels.codes, keys)
 
 
-def _unlabelled(table: pa.Table, wanted: Names, names: dict[str, int]) -> Int64:
+def _code_wanted(table: pa.Table, wanted: ImageNames, names: dict[str, int]) -> Int64:
     names.setdefault("", 0)
-    return np.array([0 if wanted.of(uri) else -1 for uri in table["uri"].to_pylist()], np.int64)
+    return np.array([0 if wanted.find_name(uri) else -1 for uri in table["uri"].to_pylist()], np.int64)

@@ -32,7 +32,7 @@ class SplitConfig:
     names: str = ""
 
 
-def split(
+def split_rows(
     labels: Int64,
     config: SplitConfig,
     seed: int = 0,
@@ -47,15 +47,15 @@ def split(
     """
     labels = np.asarray(labels, np.int64)
     if config.names:
-        held = _named(config.names, identities)[labels]
+        held = _mark_named(config.names, identities)[labels]
     elif config.by == "none" or not config.held:
         held = np.zeros(len(labels), bool)
     elif config.by == "identities":
-        held = _held_identities(int(labels.max(initial=-1)) + 1, config.held, seed, identities)[labels]
+        held = _draw_identities(int(labels.max(initial=-1)) + 1, config.held, seed, identities)[labels]
     else:
-        held = _held_images(len(labels), config.held, seed, faces)
+        held = _draw_images(len(labels), config.held, seed, faces)
     if held.all():
-        raise ConfigError("the split leaves nothing to train on: lower split.held, or name fewer identities")
+        raise ConfigError("the split leaves nothing to train on: lower split_rows.held, or name fewer identities")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -65,9 +65,9 @@ def read_names(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _named(path: str, identities: Sequence[str] | None) -> Bool:
+def _mark_named(path: str, identities: Sequence[str] | None) -> Bool:
     if identities is None:
-        raise ConfigError("split.names needs data whose identities have names")
+        raise ConfigError("split_rows.names needs data whose identities have names")
     wanted = set(read_names(path))
     absent = sorted(wanted.difference(identities))
     if len(absent) == len(wanted):
@@ -75,7 +75,7 @@ def _named(path: str, identities: Sequence[str] | None) -> Bool:
     return np.array([name in wanted for name in identities], bool)
 
 
-def _held_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> Bool:
+def _draw_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> Bool:
     names = (str(n) for n in range(count)) if identities is None else identities
     draws = np.array([hash64(str(seed), name) for name in names], np.uint64)
     held = draws < np.uint64(share * 2.0**64)
@@ -84,12 +84,12 @@ def _held_identities(count: int, share: float, seed: int, identities: Sequence[s
     return held
 
 
-def _held_images(count: int, share: float, seed: int, faces: Int64 | None) -> Bool:
+def _draw_images(count: int, share: float, seed: int, faces: Int64 | None) -> Bool:
     keys = np.arange(count) if faces is None else np.asarray(faces)
-    return _mixed(keys.astype(np.uint64), seed) < np.uint64(share * 2.0**64)
+    return _mix_keys(keys.astype(np.uint64), seed) < np.uint64(share * 2.0**64)
 
 
-def _mixed(keys: UInt64, seed: int) -> UInt64:
+def _mix_keys(keys: UInt64, seed: int) -> UInt64:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014) of each key and the seed."""
     with np.errstate(over="ignore"):
         z = keys + np.uint64(hash64("split", str(seed))) * (_MIX | np.uint64(1))

@@ -19,7 +19,7 @@ _INVALID = 7  # where the official file says that a face is not to be used
 _NO_POINTS = [float("nan")] * 10
 
 
-class Truth(NamedTuple):
+class AnnotatedFaces(NamedTuple):
     """Annotated faces of one image: boxes (n, 4) x1 y1 x2 y2, landmarks (n, 5, 2) in image order, NaN for none."""
 
     boxes: Float32
@@ -39,38 +39,38 @@ class Annotations(NamedTuple):
     landmarks: Float32
     dropped: int
 
-    def of(self, image: int) -> Truth:
+    def get_faces(self, image: int) -> AnnotatedFaces:
         """The faces of one image."""
         rows = slice(*self.offsets[image : image + 2])
-        return Truth(self.boxes[rows], self.landmarks[rows])
+        return AnnotatedFaces(self.boxes[rows], self.landmarks[rows])
 
 
-class _Collected:
-    """Arrays that grow line by line; `take` raises ValueError for a line that does not belong."""
+class _AnnotationParser:
+    """Arrays that grow line by line; `parse_line` raises ValueError for a line that does not belong."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.offsets, self.numbers = array("q"), array("f")
         self.dropped = 0
 
-    def take(self, line: str) -> None:
+    def parse_line(self, line: str) -> None:
         raise NotImplementedError
 
-    def image(self, path: str) -> None:
+    def add_image(self, path: str) -> None:
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts:
             raise ValueError(f"{path!r} is no path below the images' folder")
         self.paths.append(path)
         self.offsets.append(len(self.numbers) // 14)
 
-    def face(self, box: list[float], points: list[float]) -> None:
+    def add_face(self, box: list[float], points: list[float]) -> None:
         x, y, w, h = box
         if w > 0 and h > 0:
             self.numbers.extend([x, y, x + w, y + h, *points])
         else:
             self.dropped += 1
 
-    def finished(self) -> Annotations:
+    def build_annotations(self) -> Annotations:
         if not self.paths:
             raise ValueError("no image is annotated")
         numbers = np.array(self.numbers, np.float32).reshape(-1, 14)
@@ -79,19 +79,19 @@ class _Collected:
         return Annotations(self.paths, offsets, boxes, landmarks, self.dropped)
 
 
-class _WithLandmarks(_Collected):
+class _LandmarkParser(_AnnotationParser):
     """RetinaFace's label.txt: `# path`, then x y w h, five times x y flag (-1: none), and the blur, of each face."""
 
-    def take(self, line: str) -> None:
+    def parse_line(self, line: str) -> None:
         if line.startswith("#"):
-            self.image(line[1:].strip())
+            self.add_image(line[1:].strip())
             return
-        numbers = _numbers(line, _LENGTHS)
+        numbers = _parse_numbers(line, _LENGTHS)
         points = [n for at in range(4, 19, 3) for n in numbers[at : at + 2]]
-        self.face(numbers[:4], points if len(numbers) > 4 and numbers[4] >= 0 else _NO_POINTS)
+        self.add_face(numbers[:4], points if len(numbers) > 4 and numbers[4] >= 0 else _NO_POINTS)
 
 
-class _Official(_Collected):
+class _BoxParser(_AnnotationParser):
     """wider_face_*_bbx_gt.txt: a path, the number of faces, then x y w h and six attributes of each.
 
     An image without faces has one line of zeros.
@@ -102,37 +102,37 @@ class _Official(_Collected):
         self._expected: int | None = 0
         self._empty = False
 
-    def take(self, line: str) -> None:
+    def parse_line(self, line: str) -> None:
         if self._expected is None:
-            self._count(line)
+            self._parse_count(line)
         elif self._expected:
             self._expected -= 1
-            numbers = _numbers(line, (4, 10))
-            self.face([0.0] * 4 if len(numbers) > _INVALID and numbers[_INVALID] else numbers[:4], _NO_POINTS)
+            numbers = _parse_numbers(line, (4, 10))
+            self.add_face([0.0] * 4 if len(numbers) > _INVALID and numbers[_INVALID] else numbers[:4], _NO_POINTS)
         elif self._empty and not line.strip(" 0"):
             self._empty = False
         else:
-            self._path(line)
+            self._parse_path(line)
 
-    def _path(self, line: str) -> None:
+    def _parse_path(self, line: str) -> None:
         if len(line.split()) >= 4 and not line.strip(" -.0123456789"):
             raise ValueError("one more face than its image announced")
-        self.image(line)
+        self.add_image(line)
         self._expected, self._empty = None, False
 
-    def _count(self, line: str) -> None:
+    def _parse_count(self, line: str) -> None:
         if not line.isdigit():
             raise ValueError(f"{line[:40]!r} is no number of faces")
         self._expected = int(line)
         self._empty = not self._expected
 
-    def finished(self) -> Annotations:
+    def build_annotations(self) -> Annotations:
         if self._expected is None or self._expected:
             raise ValueError("the file ends before the last image's faces")
-        return super().finished()
+        return super().build_annotations()
 
 
-def _numbers(line: str, lengths: tuple[int, ...]) -> list[float]:
+def _parse_numbers(line: str, lengths: tuple[int, ...]) -> list[float]:
     numbers = [float(word) for word in line.split()]
     if len(numbers) not in lengths:
         raise ValueError(f"{len(numbers)} numbers, where a face has {' or '.join(map(str, lengths))}")
@@ -146,16 +146,16 @@ def read_annotations(path: str | Path) -> Annotations:
 
     Raises SourceError with file and line for what cannot be read, and for a file without images.
     """
-    collected: _Collected | None = None
+    collected: _AnnotationParser | None = None
     number = 0
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 - the line an error is about
                 text = line.strip()
                 if text:
-                    collected = collected or (_WithLandmarks() if text.startswith("#") else _Official())
-                    collected.take(text)
-        return (collected or _WithLandmarks()).finished()
+                    collected = collected or (_LandmarkParser() if text.startswith("#") else _BoxParser())
+                    collected.parse_line(text)
+        return (collected or _LandmarkParser()).build_annotations()
     except OSError as error:
         raise SourceError(f"cannot read the annotations {str(path)!r}: {describe_error(error)}") from error
     except ValueError as error:

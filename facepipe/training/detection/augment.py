@@ -5,7 +5,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from facepipe.training.detection.annotations import Truth
+from facepipe.training.detection.annotations import AnnotatedFaces
 from facepipe.training.detection.config import SceneAugmentConfig
 from facepipe.types import Float32, UInt8, UInt8Image
 
@@ -19,21 +19,21 @@ class Scene(NamedTuple):
     """An image (h, w, 3) uint8 RGB and its faces; coordinates run from 0 to w and h over the outer pixels' edges."""
 
     pixels: UInt8Image
-    truth: Truth
+    faces: AnnotatedFaces
 
 
-def augment(scene: Scene, size: int, fill: Colour, config: SceneAugmentConfig, rng: Random) -> Scene:
+def augment_scene(scene: Scene, size: int, fill: Colour, config: SceneAugmentConfig, rng: Random) -> Scene:
     """A square of side `size` with at least one of the scene's faces; `fill`: colour that pads to a square."""
-    scene = cropped(scene, config, rng)
+    scene = crop_scene(scene, config, rng)
     if config.distort:
-        scene = scene._replace(pixels=distorted(scene.pixels, rng))
-    scene = squared(scene, fill)
+        scene = scene._replace(pixels=distort_colours(scene.pixels, rng))
+    scene = pad_to_square(scene, fill)
     if rng.random() < config.mirror:
-        scene = mirrored(scene)
-    return resized(scene, size, _KERNELS[rng.integers(len(_KERNELS))])
+        scene = mirror_scene(scene)
+    return resize_scene(scene, size, _KERNELS[rng.integers(len(_KERNELS))])
 
 
-def cropped(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
+def crop_scene(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
     """A square with a whole face in it, and all faces whose centre it holds, cut off at its border.
 
     The scene itself where no such square is found.
@@ -43,22 +43,22 @@ def cropped(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
         side = max(1, int(rng.choice(config.scales) * min(h, w)))
         corner = np.array([rng.integers(w - side + 1), rng.integers(h - side + 1)])
         low, high = corner.astype(np.float32), (corner + side).astype(np.float32)
-        boxes = scene.truth.boxes
+        boxes = scene.faces.boxes
         whole = ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(1)
         if whole.any():
             x, y = corner
-            return Scene(scene.pixels[y : y + side, x : x + side], _inside(scene.truth, low, high))
+            return Scene(scene.pixels[y : y + side, x : x + side], _select_inside(scene.faces, low, high))
     return scene
 
 
-def _inside(truth: Truth, low: Float32, high: Float32) -> Truth:
+def _select_inside(truth: AnnotatedFaces, low: Float32, high: Float32) -> AnnotatedFaces:
     centre = (truth.boxes[:, :2] + truth.boxes[:, 2:]) / 2
     keep = ((centre > low) & (centre < high)).all(1)
     boxes = (truth.boxes[keep].reshape(-1, 2, 2).clip(low, high) - low).reshape(-1, 4)
-    return Truth(boxes, truth.landmarks[keep].clip(low, high) - low)  # NaN stays NaN
+    return AnnotatedFaces(boxes, truth.landmarks[keep].clip(low, high) - low)  # NaN stays NaN
 
 
-def squared(scene: Scene, fill: Colour) -> Scene:
+def pad_to_square(scene: Scene, fill: Colour) -> Scene:
     """Padded at the right or the bottom."""
     h, w = scene.pixels.shape[:2]
     if h == w:
@@ -68,46 +68,46 @@ def squared(scene: Scene, fill: Colour) -> Scene:
     return scene._replace(pixels=np.asarray(padded, np.uint8))
 
 
-def mirrored(scene: Scene) -> Scene:
+def mirror_scene(scene: Scene) -> Scene:
     """Left and right swapped, in the image, the boxes and the order of the landmarks."""
     width = np.float32(scene.pixels.shape[1])
-    boxes, landmarks = scene.truth.boxes.copy(), scene.truth.landmarks[:, _MIRRORED].copy()
+    boxes, landmarks = scene.faces.boxes.copy(), scene.faces.landmarks[:, _MIRRORED].copy()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     landmarks[..., 0] = width - landmarks[..., 0]
-    return Scene(np.ascontiguousarray(scene.pixels[:, ::-1]), Truth(boxes, landmarks))
+    return Scene(np.ascontiguousarray(scene.pixels[:, ::-1]), AnnotatedFaces(boxes, landmarks))
 
 
-def resized(scene: Scene, size: int, kernel: int) -> Scene:
+def resize_scene(scene: Scene, size: int, kernel: int) -> Scene:
     """A square scene at another side."""
     factor = np.float32(size / scene.pixels.shape[0])
     pixels = np.asarray(cv2.resize(scene.pixels, (size, size), interpolation=kernel), np.uint8)
-    return Scene(pixels, Truth(scene.truth.boxes * factor, scene.truth.landmarks * factor))
+    return Scene(pixels, AnnotatedFaces(scene.faces.boxes * factor, scene.faces.landmarks * factor))
 
 
-def distorted(pixels: UInt8Image, rng: Random) -> UInt8Image:
+def distort_colours(pixels: UInt8Image, rng: Random) -> UInt8Image:
     """Brightness by up to 32 levels, contrast and saturation by up to a half, hue by up to 36 degrees; each or not."""
     early = rng.random() < 0.5
     if rng.random() < 0.5:
-        pixels = _levels(pixels, 1.0, rng.uniform(-32, 32))
+        pixels = _scale_levels(pixels, 1.0, rng.uniform(-32, 32))
     if early:
-        pixels = _contrast(pixels, rng)
-    pixels = _tint(pixels, rng)
-    return pixels if early else _contrast(pixels, rng)
+        pixels = _change_contrast(pixels, rng)
+    pixels = _change_tint(pixels, rng)
+    return pixels if early else _change_contrast(pixels, rng)
 
 
-def _levels(values: UInt8, factor: float, shift: float) -> UInt8Image:
+def _scale_levels(values: UInt8, factor: float, shift: float) -> UInt8Image:
     """Truncated to whole levels between 0 and 255."""
     return np.asarray((values.astype(np.float32) * factor + shift).clip(0, 255), np.uint8)
 
 
-def _contrast(pixels: UInt8Image, rng: Random) -> UInt8Image:
-    return _levels(pixels, rng.uniform(0.5, 1.5), 0.0) if rng.random() < 0.5 else pixels
+def _change_contrast(pixels: UInt8Image, rng: Random) -> UInt8Image:
+    return _scale_levels(pixels, rng.uniform(0.5, 1.5), 0.0) if rng.random() < 0.5 else pixels
 
 
-def _tint(pixels: UInt8Image, rng: Random) -> UInt8Image:
+def _change_tint(pixels: UInt8Image, rng: Random) -> UInt8Image:
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
     if rng.random() < 0.5:
-        hsv[..., 1] = _levels(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)
+        hsv[..., 1] = _scale_levels(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)
     if rng.random() < 0.5:
         hsv[..., 0] = (hsv[..., 0].astype(np.int16) + rng.integers(-18, 19)) % 180
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)

@@ -16,7 +16,7 @@ from facepipe.types import Int64, UInt8Image
 _log = logging.getLogger(__name__)
 
 
-class Folder(NamedTuple):
+class AnnotatedFolder(NamedTuple):
     """Annotated images below a folder; rows (n,): images that are there."""
 
     root: Path
@@ -28,12 +28,12 @@ class Folder(NamedTuple):
         """Annotated images that are not there."""
         return len(self.annotations.paths) - len(self.rows)
 
-    def pixels(self, row: int) -> UInt8Image | None:
+    def load_pixels(self, row: int) -> UInt8Image | None:
         """An image, None where it cannot be read."""
-        return _pixels(self.root / self.annotations.paths[row])
+        return _load_pixels(self.root / self.annotations.paths[row])
 
 
-def opened(annotations: str, images: str) -> Folder:
+def open_folder(annotations: str, images: str) -> AnnotatedFolder:
     """Annotations and where their images lie; each image that is missing is named in a warning."""
     read = read_annotations(annotations)
     root = Path(images) if images else Path(annotations).parent / "images"
@@ -42,10 +42,10 @@ def opened(annotations: str, images: str) -> Folder:
         _log.warning("%s is missing", root / read.paths[row])
     if not there.any():
         raise SourceError(f"none of the {len(there)} images annotated in {annotations!r} is below {str(root)!r}")
-    return Folder(root, read, np.flatnonzero(there))
+    return AnnotatedFolder(root, read, np.flatnonzero(there))
 
 
-def _pixels(path: Path) -> UInt8Image | None:
+def _load_pixels(path: Path) -> UInt8Image | None:
     """(h, w, 3) uint8 RGB of an image file, or None, with a warning that names it."""
     try:
         data = path.read_bytes()

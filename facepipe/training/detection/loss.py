@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from facepipe.models.detectors.retinaface import Predictions
 from facepipe.training.detection.config import MultiTaskConfig
-from facepipe.training.detection.matching import encode_boxes, encode_points, match
+from facepipe.training.detection.matching import encode_boxes, encode_points, match_anchors
 
-MARK = 14  # column of a target: 1 for a face with landmarks, -1 for one without
+MARK_COLUMN = 14  # column of a target: 1 for a face with landmarks, -1 for one without
 
 
 class MultiTaskLoss(nn.Module):
@@ -32,19 +32,21 @@ class MultiTaskLoss(nn.Module):
         boxes, logits, points = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions)
         limits = (self.config.positive, self.config.ignore)
         faces = [t[v] for t, v in zip(targets, valid, strict=True)]
-        assigned = torch.stack([match(f[:, :4], priors, *limits) for f in faces])
+        assigned = torch.stack([match_anchors(f[:, :4], priors, *limits) for f in faces])
         image, anchor = (assigned >= 0).nonzero(as_tuple=True)
         target = torch.cat([f[a[a >= 0]] for f, a in zip(faces, assigned, strict=True)])
-        at, marked = priors[anchor], target[:, MARK] > 0
-        box = _mean_of_sums(boxes[image, anchor], encode_boxes(target[:, :4], at))
-        landmarks = _mean_of_sums(points[image, anchor][marked], encode_points(target[marked, 4:MARK], at[marked]))
-        score = self._score(logits, (assigned >= 0).long())
+        at, marked = priors[anchor], target[:, MARK_COLUMN] > 0
+        box = _compute_smooth_l1(boxes[image, anchor], encode_boxes(target[:, :4], at))
+        landmarks = _compute_smooth_l1(
+            points[image, anchor][marked], encode_points(target[marked, 4:MARK_COLUMN], at[marked])
+        )
+        score = self._compute_score_loss(logits, (assigned >= 0).long())
         figures = {"box": box, "score": score, "landmarks": landmarks, "positives": boxes.new_tensor(len(at))}
         self.figures = {name: figure.detach() for name, figure in figures.items()}
         c = self.config
         return c.box * box + c.score * score + c.landmarks * landmarks
 
-    def _score(self, logits: Tensor, face: Tensor) -> Tensor:
+    def _compute_score_loss(self, logits: Tensor, face: Tensor) -> Tensor:
         """Cross-entropy of all faces and of each image's hardest background, by the number of faces."""
         losses = F.cross_entropy(logits.flatten(0, 1), face.flatten(), reduction="none").view_as(face)
         count = face.sum(1, keepdim=True)
@@ -55,6 +57,6 @@ class MultiTaskLoss(nn.Module):
         return losses[hard | (face > 0)].sum() / count.sum().clamp(min=1)
 
 
-def _mean_of_sums(found: Tensor, wanted: Tensor) -> Tensor:
+def _compute_smooth_l1(found: Tensor, wanted: Tensor) -> Tensor:
     """Smooth L1 summed over coordinates, averaged over anchors; 0 for none."""
     return F.smooth_l1_loss(found, wanted, reduction="sum") / max(len(found), 1)

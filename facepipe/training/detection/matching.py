@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from facepipe.models.detectors.retinaface_decode import CENTRE_VARIANCE, SIZE_VARIANCE
-from facepipe.training.detection.overlap import corners, iou
+from facepipe.training.detection.overlap import compute_iou, to_corners
 
 
-def match(boxes: Tensor, priors: Tensor, positive: float, ignore: float) -> Tensor:
+def match_anchors(boxes: Tensor, priors: Tensor, positive: float, ignore: float) -> Tensor:
     """Faces (f, 4) x1 y1 x2 y2 and anchors (a, 4) centre and size -> (a,) int64: the anchor's face, -1 for background.
 
     An anchor is its best face's where they overlap by `positive` or more. Every face whose best anchor overlaps by
@@ -16,7 +16,7 @@ def match(boxes: Tensor, priors: Tensor, positive: float, ignore: float) -> Tens
     """
     if not len(boxes):
         return torch.full((len(priors),), -1, dtype=torch.int64, device=priors.device)
-    overlaps = iou(boxes, corners(priors))
+    overlaps = compute_iou(boxes, to_corners(priors))
     best, face = overlaps.max(0)
     assigned = torch.where(best >= positive, face, -1)
     reached, prior = overlaps.max(1)

@@ -5,10 +5,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError
-from facepipe.training.losses.config import LossConfig, settled
+from facepipe.training.losses.config import LossConfig, resolve_loss_config
 from facepipe.training.losses.heads import AngularHead, CircleHead, ClassHead, CosineHead
 from facepipe.training.losses.pairs import CirclePairLoss, CosineEmbeddingLoss
-from facepipe.training.losses.triplets import GivenTriplets, TripletLoss, TripletSoftmax
+from facepipe.training.losses.triplets import OfflineTripletLoss, TripletLoss, TripletSoftmax
 
 
 class Objective(Protocol):
@@ -32,19 +32,19 @@ _HEADS: dict[str, type[ClassHead]] = {
 }
 
 
-def objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn.Module:
+def build_objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn.Module:
     """The objective (an `Objective`) for embeddings of `dim` numbers and labels below `classes`.
 
     seed: of the first class centres. Errors: ConfigError for a config that cannot be used.
     """
-    config = settled(config)
+    config = resolve_loss_config(config)
     if classes < 2:
         raise ConfigError(f"{classes} class: training tells persons apart, give it at least 2")
     if config.name in _HEADS:
         return _HEADS[config.name](config, dim, classes, seed)
     if config.name == "triplet-softmax":
         return TripletSoftmax(config, dim, classes, seed)
-    triplet = GivenTriplets if config.offline else TripletLoss
+    triplet = OfflineTripletLoss if config.offline else TripletLoss
     kinds: dict[str, type[nn.Module]] = {
         "triplet": triplet,
         "cosine": CosineEmbeddingLoss,

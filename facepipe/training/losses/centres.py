@@ -4,21 +4,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.training.losses.shards import Shard
+from facepipe.training.losses.shards import ClassShard
 
 _TOGETHER = 4096  # classes drawn from one generator
 
 
-def initial_centres(shard: Shard, sub_centers: int, dim: int, seed: int) -> Tensor:
+def draw_centres(shard: ClassShard, sub_centers: int, dim: int, seed: int) -> Tensor:
     """(count, dim) float32, or (count, sub_centers, dim): normal with deviation dim ** -0.5, so about unit vectors."""
-    last = shard.first + shard.size
-    blocks = range(shard.first // _TOGETHER, -(-last // _TOGETHER))
-    drawn = torch.cat([_block(seed, block, (_TOGETHER, sub_centers, dim)) for block in blocks])
-    start = shard.first - blocks.start * _TOGETHER
+    last = shard.start + shard.size
+    blocks = range(shard.start // _TOGETHER, -(-last // _TOGETHER))
+    drawn = torch.cat([_draw_block(seed, block, (_TOGETHER, sub_centers, dim)) for block in blocks])
+    start = shard.start - blocks.start * _TOGETHER
     own = drawn[start : start + shard.size] * dim**-0.5
     return own.squeeze(1) if sub_centers == 1 else own.clone()
 
 
-def _block(seed: int, block: int, shape: tuple[int, int, int]) -> Tensor:
+def _draw_block(seed: int, block: int, shape: tuple[int, int, int]) -> Tensor:
     state = int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0] >> 1)
     return torch.randn(shape, generator=torch.Generator().manual_seed(state))

@@ -86,7 +86,7 @@ _PAIRED = ("circle-pair", "triplet", "triplet-softmax", "cosine")
 NAMES = tuple(sorted((*_DEFAULTS, *_ALIASES)))
 
 
-def known(name: str) -> str:
+def resolve_loss_name(name: str) -> str:
     """The loss that a name or alias stands for; ConfigError where there is none, with the nearest name."""
     name = _ALIASES.get(name, name)
     if name not in _DEFAULTS:
@@ -97,28 +97,28 @@ def known(name: str) -> str:
 
 def needs_pairs(config: LossConfig) -> bool:
     """Whether a batch must hold several faces of a person (P x K sampling with K of at least 2)."""
-    return known(config.name) in _PAIRED and not config.offline
+    return resolve_loss_name(config.name) in _PAIRED and not config.offline
 
 
 def has_centres(config: LossConfig) -> bool:
     """Whether the loss learns a centre for every class."""
-    return "sample_rate" in _DEFAULTS[known(config.name)]
+    return "sample_rate" in _DEFAULTS[resolve_loss_name(config.name)]
 
 
-def settled(config: LossConfig) -> LossConfig:
+def resolve_loss_config(config: LossConfig) -> LossConfig:
     """The config with the loss's defaults filled in and its alias replaced; ConfigError where it cannot be used."""
-    name = known(config.name)
+    name = resolve_loss_name(config.name)
     defaults = _DEFAULTS[name] | _ALIAS_DEFAULTS.get(config.name, {})
     given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
     for key in given.keys() - {"name", *defaults}:
         users = ", ".join(sorted(n for n, d in _DEFAULTS.items() if key in d))
         raise ConfigError(f"loss.{key} means nothing to {name}: leave it out, or use one of {users}")
     full = replace(config, **{**defaults, **given, "name": name})
-    _check(full)
+    _check_values(full)
     return full
 
 
-def _check(config: LossConfig) -> None:
+def _check_values(config: LossConfig) -> None:
     whole = config.name in ("l-softmax", "a-softmax")
     for key in ("scale", "margin", "lambda_base", "lambda_gamma", "lambda_power", "lambda_min", "softmax_weight"):
         if not math.isfinite(getattr(config, key) or 0):

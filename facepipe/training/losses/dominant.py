@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from facepipe.errors import ConfigError
 from facepipe.training.losses.heads import ClassHead
-from facepipe.training.losses.shards import full_state
+from facepipe.training.losses.shards import gather_state
 from facepipe.types import Float32
 
 _BLOCK = 8192
 
 
 @torch.no_grad()
-def dominant_angles(
+def measure_dominant_angles(
     objective: nn.Module, vectors: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]
 ) -> Float32:
     """(n,) degrees from each vector to its class's dominant sub-centre: the one most faces of the class are nearest to.
@@ -29,11 +29,14 @@ def dominant_angles(
     """
     if not isinstance(objective, ClassHead):
         raise ConfigError(f"{type(objective).__name__} has no class centres: train with subcenter-arcface")
-    centres = full_state(objective)["weight"].detach().float().cpu()
+    centres = gather_state(objective)["weight"].detach().float().cpu()
     centres = F.normalize(centres.reshape(objective.shard.classes, objective.sub_centers, -1), dim=2)
     codes = torch.from_numpy(np.asarray(labels, np.int64))
     cosines = torch.cat(
-        [_cosines(vectors[n : n + _BLOCK], centres, codes[n : n + _BLOCK]) for n in range(0, len(codes), _BLOCK)]
+        [
+            _compute_cosines(vectors[n : n + _BLOCK], centres, codes[n : n + _BLOCK])
+            for n in range(0, len(codes), _BLOCK)
+        ]
         or [torch.empty(0, objective.sub_centers)]
     )
     votes = torch.bincount(codes * objective.sub_centers + cosines.argmax(1), minlength=centres.shape[:2].numel())
@@ -42,7 +45,7 @@ def dominant_angles(
     return np.asarray(angles.numpy(), np.float32)
 
 
-def _cosines(vectors: npt.NDArray[np.floating], centres: Tensor, codes: Tensor) -> Tensor:
+def _compute_cosines(vectors: npt.NDArray[np.floating], centres: Tensor, codes: Tensor) -> Tensor:
     """(n, sub_centers) cosines to the own class's sub-centres."""
     x = F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)))
     return torch.einsum("nd,nkd->nk", x, centres[codes])

@@ -8,16 +8,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from facepipe.training.losses.centres import initial_centres
+from facepipe.training.losses.centres import draw_centres
 from facepipe.training.losses.config import LossConfig
-from facepipe.training.losses.margins import added_angle, annealed, multiplied_angle
-from facepipe.training.losses.partial import positions_in, sampled
+from facepipe.training.losses.margins import add_angle, anneal_weight, multiply_angle
+from facepipe.training.losses.partial import find_positions, sample_classes
 from facepipe.training.losses.shards import (
-    cross_entropy_over_ranks,
-    gathered,
-    gathered_with_gradient,
-    own_entries,
-    own_shard,
+    compute_sharded_cross_entropy,
+    gather_ranks,
+    gather_ranks_with_gradient,
+    get_own_entries,
+    get_own_shard,
 )
 
 
@@ -35,16 +35,16 @@ class ClassHead(nn.Module):
     def __init__(self, config: LossConfig, dim: int, classes: int, seed: int):
         super().__init__()
         self.config = config
-        self.shard = own_shard(classes, bool(config.sharded))
+        self.shard = get_own_shard(classes, bool(config.sharded))
         self.sub_centers = config.sub_centers or 1
-        self.weight = nn.Parameter(initial_centres(self.shard, self.sub_centers, dim, seed))
+        self.weight = nn.Parameter(draw_centres(self.shard, self.sub_centers, dim, seed))
         self.bias = (
             nn.Parameter(torch.zeros(self.shard.size)) if config.name in ("softmax", "triplet-softmax") else None
         )
         self.figures: dict[str, Tensor] = {}
 
     @property
-    def sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether the parameters are this rank's alone: their gradients are whole and must not be averaged."""
         return self.shard.world > 1
 
@@ -52,45 +52,49 @@ class ClassHead(nn.Module):
         """(n, dim) float, (n,) int64 -> scalar; on several ranks of a sharded head the mean over the faces of all."""
         with torch.autocast(embeddings.device.type, enabled=False):
             x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-            if self.sharded:
-                x, labels = gathered_with_gradient(x), gathered(labels)
-            centres, bias, positions = self._compared(self._own(labels))
-            logits = self._plain(x, centres, bias)
-            self.figures = {"accuracy": self._accuracy(logits.detach(), positions)}
-            logits = self._margined(logits, positions, (x, centres))
-            return cross_entropy_over_ranks(logits, positions) if self.sharded else F.cross_entropy(logits, positions)
+            if self.is_sharded:
+                x, labels = gather_ranks_with_gradient(x), gather_ranks(labels)
+            centres, bias, positions = self._select_centres(self._to_local_rows(labels))
+            logits = self._compute_logits(x, centres, bias)
+            self.figures = {"accuracy": self._measure_accuracy(logits.detach(), positions)}
+            logits = self._apply_margin(logits, positions, (x, centres))
+            return (
+                compute_sharded_cross_entropy(logits, positions)
+                if self.is_sharded
+                else F.cross_entropy(logits, positions)
+            )
 
-    def _own(self, labels: Tensor) -> Tensor:
+    def _to_local_rows(self, labels: Tensor) -> Tensor:
         """Rows of `weight`; -1 for classes of other ranks."""
-        if not self.sharded:
+        if not self.is_sharded:
             return labels
-        local = labels - self.shard.first
+        local = labels - self.shard.start
         return torch.where((local >= 0) & (local < self.shard.size), local, -1)
 
-    def _compared(self, own: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _select_centres(self, own: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The centres and biases of this step, and the faces' columns among them."""
         if not self.training or self.config.sample_rate in (None, 1):
             return self.weight, self.bias, own
-        rows = sampled(own, self.shard.size, self.config.sample_rate or 1)
-        return self.weight[rows], None if self.bias is None else self.bias[rows], positions_in(rows, own)
+        rows = sample_classes(own, self.shard.size, self.config.sample_rate or 1)
+        return self.weight[rows], None if self.bias is None else self.bias[rows], find_positions(rows, own)
 
-    def _plain(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute_logits(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, centres, bias)
 
-    def _margined(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
+    def _apply_margin(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
         """Logits with the margin in the entries at `positions`; may write into those given."""
         return logits
 
     @torch.no_grad()
-    def _accuracy(self, logits: Tensor, positions: Tensor) -> Tensor:
-        own, best = own_entries(logits, positions), logits.amax(1)
-        if self.sharded:
+    def _measure_accuracy(self, logits: Tensor, positions: Tensor) -> Tensor:
+        own, best = get_own_entries(logits, positions), logits.amax(1)
+        if self.is_sharded:
             dist.all_reduce(own)
             dist.all_reduce(best, dist.ReduceOp.MAX)
         return (own >= best).float().mean()
 
 
-def _replaced(logits: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+def _write_entries(logits: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """Writes values (n,) to the entries at the positions, except where a position is -1."""
     at = positions.clamp(min=0)
     kept = torch.where(positions >= 0, values, logits[torch.arange(len(at), device=at.device), at])
@@ -106,22 +110,22 @@ class CosineHead(ClassHead):
     sub-centres.
     """
 
-    def _plain(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute_logits(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
         scaled = (self.config.scale or 1) * F.normalize(x)
         logits = F.linear(scaled, F.normalize(centres.reshape(-1, centres.shape[-1])))
         # max keeps its indices for the way back, not its values: the margin may be written over them
         return logits if self.sub_centers == 1 else logits.view(len(x), -1, self.sub_centers).max(2).values
 
-    def _margined(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
+    def _apply_margin(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
         scale, margin = self.config.scale or 1, self.config.margin or 0
         if not margin:
             return logits
-        cosine = own_entries(logits, positions) / scale
+        cosine = get_own_entries(logits, positions) / scale
         if self.config.name == "am-softmax":
             moved = cosine - margin
         else:
-            moved = added_angle(cosine, margin, bool(self.config.easy_margin))
-        return _replaced(logits, positions, scale * moved)
+            moved = add_angle(cosine, margin, bool(self.config.easy_margin))
+        return _write_entries(logits, positions, scale * moved)
 
 
 class CircleHead(CosineHead):
@@ -131,12 +135,12 @@ class CircleHead(CosineHead):
     a = [s + m]+ and d = m for others. The weights a are constants to the gradient, as in the paper's.
     """
 
-    def _margined(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
+    def _apply_margin(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
         scale, margin = self.config.scale or 1, self.config.margin or 0
-        cosine = own_entries(logits, positions) / scale
+        cosine = get_own_entries(logits, positions) / scale
         own = scale * (1 + margin - cosine).detach().clamp(min=0) * (cosine - (1 - margin))
         others = (logits.detach() / scale + margin).clamp(min=0) * (logits - scale * margin)
-        return _replaced(others, positions, own)
+        return _write_entries(others, positions, own)
 
 
 class AngularHead(ClassHead):
@@ -156,22 +160,24 @@ class AngularHead(ClassHead):
         if self.training:
             self.iteration += 1
         loss = super().forward(embeddings, labels)
-        self.figures["lambda"] = self._lambda()
+        self.figures["lambda"] = self._compute_lambda()
         return loss
 
-    def _lambda(self) -> Tensor:
+    def _compute_lambda(self) -> Tensor:
         c = self.config
-        return annealed(self.iteration, c.lambda_base or 0, c.lambda_gamma or 0, c.lambda_power or 0, c.lambda_min or 0)
+        return anneal_weight(
+            self.iteration, c.lambda_base or 0, c.lambda_gamma or 0, c.lambda_power or 0, c.lambda_min or 0
+        )
 
-    def _plain(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute_logits(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, F.normalize(centres) if self.config.name == "a-softmax" else centres)
 
-    def _margined(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
+    def _apply_margin(self, logits: Tensor, positions: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
         x, centres = of
         length = x.norm(dim=1)
         if self.config.name == "l-softmax":
             length = length * centres[positions.clamp(min=0)].norm(dim=1)
-        cosine = own_entries(logits, positions) / length.clamp(min=torch.finfo(x.dtype).tiny)
-        weight = self._lambda().to(x.dtype)
-        moved = (weight * cosine + multiplied_angle(cosine, int(self.config.margin or 1))) / (1 + weight)
-        return _replaced(logits, positions, length * moved)
+        cosine = get_own_entries(logits, positions) / length.clamp(min=torch.finfo(x.dtype).tiny)
+        weight = self._compute_lambda().to(x.dtype)
+        moved = (weight * cosine + multiply_angle(cosine, int(self.config.margin or 1))) / (1 + weight)
+        return _write_entries(logits, positions, length * moved)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def added_angle(cosine: Tensor, margin: float, easy: bool) -> Tensor:
+def add_angle(cosine: Tensor, margin: float, easy: bool) -> Tensor:
     """cos(theta + margin) of ArcFace (Deng et al., CVPR 2019, arXiv 1801.07698), made safe beyond theta + margin = pi.
 
     There cos(theta + margin) would rise again: a straight line, cos(theta) - margin * sin(margin), goes on falling.
@@ -23,7 +23,7 @@ def added_angle(cosine: Tensor, margin: float, easy: bool) -> Tensor:
     return torch.where(cosine > -math.cos(margin), moved, cosine - margin * math.sin(margin))
 
 
-def multiplied_angle(cosine: Tensor, times: int) -> Tensor:
+def multiply_angle(cosine: Tensor, times: int) -> Tensor:
     """psi(theta) = (-1)^k cos(times * theta) - 2k, k = floor(times * theta / pi): it falls from 1 to 1 - 2 times.
 
     L-Softmax (Liu et al., ICML 2016, arXiv 1612.02295) and A-Softmax (Liu et al., CVPR 2017, arXiv 1704.08063).
@@ -38,6 +38,6 @@ def multiplied_angle(cosine: Tensor, times: int) -> Tensor:
     return (1 - 2 * (k % 2)) * now - 2 * k
 
 
-def annealed(iteration: Tensor, base: float, gamma: float, power: float, least: float) -> Tensor:
+def anneal_weight(iteration: Tensor, base: float, gamma: float, power: float, least: float) -> Tensor:
     """lambda = max(least, base * (1 + gamma * iteration) ** -power), float64: what the plain cosine still counts."""
     return (base * (1 + gamma * iteration.double()) ** -power).clamp(min=least)

@@ -23,9 +23,9 @@ class PairLoss(nn.Module):
             x = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float())
             same = labels[:, None] == labels
             itself = torch.eye(len(same), dtype=torch.bool, device=same.device)
-            return self._cost(x @ x.T, same & ~itself, ~same)
+            return self._compute_loss(x @ x.T, same & ~itself, ~same)
 
-    def _cost(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    def _compute_loss(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -35,7 +35,7 @@ class CosineEmbeddingLoss(PairLoss):
     The means are apart because a batch has many times more pairs of two persons.
     """
 
-    def _cost(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    def _compute_loss(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         near = ((1 - cosines) * positive).sum() / positive.sum().clamp(min=1)
         far = (F.relu(cosines - self.margin) * negative).sum() / negative.sum().clamp(min=1)
         return near + far
@@ -48,7 +48,7 @@ class CirclePairLoss(PairLoss):
     weights a are constants to the gradient. Anchors without a positive or without a negative do not count.
     """
 
-    def _cost(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    def _compute_loss(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         usable = positive.any(1) & negative.any(1)
         s, p, n = cosines[usable], positive[usable], negative[usable]
         toward = -self.scale * (1 + self.margin - s).detach().clamp(min=0) * (s - 1 + self.margin)

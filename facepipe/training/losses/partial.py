@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def sampled(wanted: Tensor, count: int, rate: float) -> Tensor:
+def sample_classes(wanted: Tensor, count: int, rate: float) -> Tensor:
     """Ascending rows (k,) int64 of `count` classes: all `wanted` ones, and others up to k = round(rate * count).
 
     Where more than that are wanted, k is their number. `wanted` (n,) int64 may repeat itself; -1 is nobody.
@@ -21,6 +21,6 @@ def sampled(wanted: Tensor, count: int, rate: float) -> Tensor:
     return order.topk(k).indices.sort().values
 
 
-def positions_in(rows: Tensor, wanted: Tensor) -> Tensor:
+def find_positions(rows: Tensor, wanted: Tensor) -> Tensor:
     """Where each of `wanted` stands in the ascending `rows`, which hold them all; -1 stays -1."""
     return torch.where(wanted >= 0, torch.searchsorted(rows, wanted.clamp(min=0)), wanted)

@@ -11,18 +11,18 @@ from facepipe.training.losses.config import LossConfig
 from facepipe.training.losses.heads import ClassHead
 
 
-def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.2) -> Tensor:
+def compute_triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.2) -> Tensor:
     """Mean of [|a - p|^2 - |a - n|^2 + margin]+ over given triplets: three (t, dim) tensors, not yet unit vectors."""
-    return _given_costs((anchor, positive, negative), margin).mean()
+    return _compute_costs((anchor, positive, negative), margin).mean()
 
 
-def _given_costs(triplets: tuple[Tensor, ...], margin: float) -> Tensor:
+def _compute_costs(triplets: tuple[Tensor, ...], margin: float) -> Tensor:
     with torch.autocast(triplets[0].device.type, enabled=False):
         a, p, n = (F.normalize(v if v.dtype == torch.float64 else v.float()) for v in triplets)
         return F.relu((a - p).square().sum(1) - (a - n).square().sum(1) + margin)
 
 
-class GivenTriplets(nn.Module):
+class OfflineTripletLoss(nn.Module):
     """[|a - p|^2 - |a - n|^2 + margin]+ over a batch whose thirds are anchors, positives and negatives.
 
     `figures`: active, the share of triplets that cost anything.
@@ -37,7 +37,7 @@ class GivenTriplets(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(3 t, dim) float, (3 t,) int64 -> scalar."""
-        costs = _given_costs(embeddings.chunk(3), self.margin)
+        costs = _compute_costs(embeddings.chunk(3), self.margin)
         self.figures = {"active": (costs.detach() > 0).float().mean()}
         return costs.mean()
 
@@ -66,14 +66,14 @@ class TripletLoss(nn.Module):
             x = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float())
             distances = 2 - 2 * x @ x.T
             same = labels[:, None] == labels
-            costs = self._costs(distances, same)
+            costs = self._mine_costs(distances, same)
             active = costs > 0
             self.figures = {"active": active.float().sum() / max(costs.numel(), 1)}
             if self.mining == "batch-all":
                 return costs.sum() / active.sum().clamp(min=1)
             return costs.sum() / max(costs.numel(), 1)
 
-    def _costs(self, distances: Tensor, same: Tensor) -> Tensor:
+    def _mine_costs(self, distances: Tensor, same: Tensor) -> Tensor:
         """Costs (t,) of the mined triplets."""
         positive = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         if self.mining == "batch-hard":
@@ -85,10 +85,10 @@ class TripletLoss(nn.Module):
         apart, negatives, strangers = distances[anchor, other], distances[anchor], ~same[anchor]
         if self.mining == "batch-all":
             return F.relu(apart[:, None] - negatives + self.margin)[strangers]
-        return F.relu(apart - _semi_hard(apart, negatives, strangers) + self.margin)
+        return F.relu(apart - _choose_semi_hard(apart, negatives, strangers) + self.margin)
 
 
-def _semi_hard(apart: Tensor, negatives: Tensor, strangers: Tensor) -> Tensor:
+def _choose_semi_hard(apart: Tensor, negatives: Tensor, strangers: Tensor) -> Tensor:
     farther = strangers & (negatives > apart[:, None])
     nearest = negatives.masked_fill(~farther, torch.inf).amin(1)
     farthest = negatives.masked_fill(~strangers, -torch.inf).amax(1)
@@ -103,7 +103,7 @@ class TripletSoftmax(nn.Module):
 
     def __init__(self, config: LossConfig, dim: int, classes: int, seed: int):
         super().__init__()
-        self.triplet = GivenTriplets(config) if config.offline else TripletLoss(config)
+        self.triplet = OfflineTripletLoss(config) if config.offline else TripletLoss(config)
         self.needs_pairs, self.softmax_weight = self.triplet.needs_pairs, config.softmax_weight or 0.0
         self.classifier = ClassHead(config, dim, classes, seed)
         self.figures: dict[str, Tensor] = {}

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: schedule, optimiser, mixed precision, ranks, state and checkpoints."""
+"""The training loop and its parts: settings, schedule, optimiser, mixed precision, ranks, checkpoints and metrics."""

@@ -1,6 +1,6 @@
-"""Checkpoints: one file each, whole or not there, with a digest that is checked before anything in it is believed.
+r"""Checkpoints: one file each, complete or absent. A digest is verified before anything in a file is used.
 
-facepipe-checkpoint 1 <SHA-256 of the rest>\\n  followed by what torch.save wrote; loaded without running any code
+Format: `facepipe-checkpoint 1 <SHA-256 of the rest>\n`, then the output of torch.save. Loading runs no code.
 """
 
 import fcntl
@@ -23,17 +23,29 @@ from facepipe.storage import describe_error, replace_file, sync_folder
 FOLDER = "checkpoints"
 BEST = "best.ckpt"
 _FORMAT = b"facepipe-checkpoint 1 "
-_PATIENCE = 60.0  # seconds
-_OLDEST = 10  # of those before the last that are looked for
-_HEAD = len(_FORMAT) + 64 + 1
+_HEADER_BYTES = len(_FORMAT) + 64 + 1
+_LOCK_TIMEOUT_S = 60.0
+_LOCK_POLL_S = 0.2
+_MAX_AGES = 10  # checkpoints before the last one to look for
 
 
-class DamagedError(Exception):
-    """The file is no whole checkpoint. Stays in this module's callers: there is an older one, or there is none."""
+class DamagedCheckpointError(Exception):
+    """The file is not a complete checkpoint.
+
+    Callers of this module handle it: they use an older checkpoint or report that there is none.
+    """
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors, numbers and texts (nested in dicts and lists) in one step. Raises StorageError."""
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        path: file to write
+        content: tensors, numbers and texts, nested in dicts and lists
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
     body = buffer.getbuffer()
@@ -45,8 +57,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     sync_folder(str(path.parent))
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file begins as `write` begins it."""
+def is_checkpoint(path: Path) -> bool:
+    """Check that a file begins like a checkpoint of `write_checkpoint`."""
     try:
         with path.open("rb") as file:
             return file.read(len(_FORMAT)) == _FORMAT
@@ -54,92 +66,107 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What `write` wrote, on the CPU. Raises DamagedError, or StorageError where the file cannot be read."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; its tensors are on the CPU.
+
+    Raises:
+        DamagedCheckpointError: The file is not a complete checkpoint.
+        StorageError: The file cannot be read.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read the checkpoint {str(path)!r}: {describe_error(error)}") from error
-    body = memoryview(data)[_HEAD:]
+    body = memoryview(data)[_HEADER_BYTES:]
     if not data.startswith(_FORMAT):
-        raise DamagedError("it is no checkpoint of this format")
-    if hashlib.sha256(body).hexdigest().encode() != data[len(_FORMAT) : _HEAD - 1]:
-        raise DamagedError("its SHA-256 is not the one it was written with")
+        raise DamagedCheckpointError("it is not a checkpoint of this format")
+    if hashlib.sha256(body).hexdigest().encode() != data[len(_FORMAT) : _HEADER_BYTES - 1]:
+        raise DamagedCheckpointError("its SHA-256 differs from the one in its header")
     try:
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DamagedError(str(error).splitlines()[0]) from error
+        raise DamagedCheckpointError(str(error).splitlines()[0]) from error
 
 
-class Checkpoints:
-    """The checkpoints of a run: `last.ckpt`, the `keep` - 1 before it as `last-1.ckpt` ..., and `best.ckpt`."""
+class CheckpointFolder:
+    """The checkpoints of a run: `last.ckpt`, up to `keep` - 1 before it (`last-1.ckpt`, ...), and `best.ckpt`."""
 
     def __init__(self, output: str, keep: int = 2):
         self.folder = Path(output) / FOLDER
         self._keep = keep
-        self.last_step = 0  # of the last checkpoint that was written or read here
+        self.last_step = 0  # step of the checkpoint that this object wrote or read last
 
     @property
-    def best(self) -> Path:
-        """Where the network with the best score lies."""
+    def best_path(self) -> Path:
+        """The file of the network with the best score."""
         return self.folder / BEST
 
     @property
-    def last(self) -> Path:
-        """Where the last checkpoint lies."""
-        return self._last(0)
+    def last_path(self) -> Path:
+        """The file of the last checkpoint."""
+        return self._get_path(0)
 
     @property
-    def present(self) -> bool:
-        """Whether a run can go on from here."""
-        return any(self._last(age).exists() for age in range(_OLDEST))
+    def has_checkpoint(self) -> bool:
+        """Whether a run can resume from this folder."""
+        return any(self._get_path(age).exists() for age in range(_MAX_AGES))
 
-    def _last(self, age: int) -> Path:
+    def _get_path(self, age: int) -> Path:
         return self.folder / (f"last-{age}.ckpt" if age else "last.ckpt")
 
     def save(self, content: dict[str, Any]) -> None:
-        """Make this the last checkpoint. At every moment at least one whole one is there."""
+        """Write the last checkpoint. At every moment the folder holds at least one complete checkpoint."""
         for age in range(self._keep - 1, 0, -1):
             with suppress(FileNotFoundError):
-                os.replace(self._last(age - 1), self._last(age))
-        write(self._last(0), content)
+                os.replace(self._get_path(age - 1), self._get_path(age))
+        write_checkpoint(self._get_path(0), content)
         self.last_step = content["step"]
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint; None where there is none. DamagedError ones are told of and set aside.
+        """Load the newest complete checkpoint. Damaged ones are logged and renamed to `.damaged`.
 
-        Raises TrainingError where there are some, and all are damaged.
+        Returns:
+            The content of the checkpoint, or None if the folder holds no checkpoint.
+
+        Raises:
+            TrainingError: All checkpoints are damaged.
         """
-        found = [path for age in range(_OLDEST) if (path := self._last(age)).exists()]
-        for path in found:
+        paths = [self._get_path(age) for age in range(_MAX_AGES)]
+        existing = [path for path in paths if path.exists()]
+        for path in existing:
             try:
-                content = read(path)
+                content = read_checkpoint(path)
                 self.last_step = content["step"]
                 return content
-            except DamagedError as error:
+            except DamagedCheckpointError as error:
                 logs.get(__name__).warning("checkpoint.damaged", extra={"fields": {"file": path.name, "why": error}})
-                path.rename(path.with_suffix(".damaged"))  # else it would push a whole one out
-        if found:
-            raise TrainingError(f"every checkpoint in {str(self.folder)!r} is damaged; begin again with --fresh")
+                # If it stayed, the next save would rotate a complete checkpoint out.
+                path.rename(path.with_suffix(".damaged"))
+        if existing:
+            raise TrainingError(f"every checkpoint in {str(self.folder)!r} is damaged: start again with --fresh")
         return None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody else writes here. A run that was killed may take a while to let go, and is waited for.
+    def lock(self) -> Iterator[None]:
+        """Keep other runs from writing here.
 
-        Raises TrainingError where another run holds on.
+        A run that was killed may take a while to release the lock, so this waits for it.
+
+        Raises:
+            TrainingError: Another run still holds the lock after the timeout.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as file:
-            until = time.monotonic() + _PATIENCE
-            while not _locked(file):
-                if time.monotonic() > until:
+            deadline = time.monotonic() + _LOCK_TIMEOUT_S
+            while not _try_lock(file):
+                if time.monotonic() > deadline:
                     raise TrainingError(
-                        f"another run is writing to {str(self.folder.parent)!r}: let it end, or stop it"
+                        f"another run is writing to {str(self.folder.parent)!r}: wait until it ends, or stop it"
                     )
-                time.sleep(0.2)
-            for left in self.folder.glob("*.new"):  # of a run that was killed while writing
-                left.unlink(missing_ok=True)
+                time.sleep(_LOCK_POLL_S)
+            # Files of a run that was killed while it wrote a checkpoint.
+            for unfinished in self.folder.glob("*.new"):
+                unfinished.unlink(missing_ok=True)
             yield
 
     def clear(self) -> None:
@@ -149,7 +176,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
 
-def _locked(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What training can be told, whatever is trained: the model, the optimiser, the schedule, the run."""
+"""The settings of the training loop: the optimiser, the schedule and the run."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,15 +15,23 @@ Weight = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How weights are moved. The head is what the loss brings: class centres, margins' parameters.
+    """Configure the optimiser.
 
-    optimizer: sgd, adam or adamw
-    lr: learning rate of the network at the schedule's height, for the whole batch of all workers
-    head_lr: factor on it for the head
-    momentum: of sgd, Nesterov's where `nesterov`; beta1, beta2, eps: of adam and adamw
-    weight_decay: of the network's weights; head_weight_decay: of the head's, by default the same
-    norm_weight_decay: of biases and of normalisation layers' weights
-    clip: largest norm of all gradients together; larger ones are scaled down to it. 0: none
+    The head is what the loss learns beside the network: class centres and parameters of margins.
+
+    Attributes:
+        optimizer: algorithm: sgd, adam or adamw
+        lr: peak learning rate of the network, for the whole batch of all workers
+        head_lr: factor on the learning rate of the head
+        momentum: momentum of sgd
+        nesterov: use Nesterov's momentum (sgd)
+        beta1: decay of the first moment (adam and adamw)
+        beta2: decay of the second moment (adam and adamw)
+        eps: term that keeps divisions stable (adam and adamw)
+        weight_decay: weight decay of the network's weights
+        head_weight_decay: weight decay of the head's weights; default: `weight_decay`
+        norm_weight_decay: weight decay of biases and of the weights of normalisation layers
+        clip: maximum norm of all gradients together; larger gradients are scaled down to it. 0: no limit
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -42,16 +50,24 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rate falls. Lengths are epochs, or steps where `steps` is given.
+    """Configure the length of the training and the learning rate.
 
-    epochs: length of the training; steps: its length in steps, instead
-    policy: constant, step (times `gamma` at each milestone), cosine, poly (of degree `power`), or plateau (times
-        `gamma` after more than `plateau_patience` validations without a better score)
-    milestones: where policy step falls
-    warmup: length of the linear rise from nothing at the beginning
-    final: share of the rate that cosine, poly and plateau end at
-    validate: length between validations, by default an epoch; there is one at the end as well, and the best network is
-        the result. 0: none, and the last network is
+    Lengths are in epochs, or in steps if `steps` is set.
+
+    Attributes:
+        epochs: length of the training in epochs
+        steps: length of the training in steps, instead of `epochs`
+        policy: how the learning rate falls. constant: not at all. step: times `gamma` at each milestone. cosine: along
+            half a cosine. poly: along a polynomial of degree `power`. plateau: times `gamma` after more than
+            `plateau_patience` validations without a better score
+        milestones: where policy step lowers the learning rate
+        gamma: factor on the learning rate at each reduction (step and plateau)
+        power: degree of the polynomial (poly)
+        plateau_patience: validations without a better score before a reduction (plateau)
+        warmup: length of the linear rise from zero at the beginning
+        final: share of the peak learning rate at which cosine, poly and plateau end
+        validate: length between two validations; default: one epoch. The last step is validated as well, and the
+            network with the best score becomes the model. 0: no validation, and the last network becomes the model
     """
 
     epochs: Positive = 20.0
@@ -67,27 +83,31 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Where the training runs and what it leaves. Of these only seed, precision, deterministic and patience change
-    the weights; and the number of workers, since batch norm, mining and partial FC see a worker's share of the batch.
-    Without these it changes the last digits alone.
+class TrainingRunConfig:
+    """Configure where the training runs and what it writes.
 
-    output: folder of the model, the checkpoints, the metrics and the report
-    chips: folder of the faces as the network takes them, which several runs may share; by default OUTPUT/chips
-    runner: ray (workers of Ray Train) or inline (this process)
-    workers: processes that share each batch, one a GPU; inline has one
-    device: auto, cpu or cuda
-    precision: fp32, bf16, fp16 (with loss scaling), or auto: bf16 on a GPU that has it, else fp32
-    seed: of weights, batches, augmentation and dropout
-    threads: of a worker on the CPU; by default its share of the machine
-    loaders: processes of each worker that prepare batches ahead; 0: none, batches are made where they are used
-    checkpoint_steps, checkpoint_seconds: a checkpoint is written at least so often, at every validation, and at the end
-    keep: checkpoints that are kept; where the last is damaged the one before is taken
-    log_every: steps between two lines of metrics.jsonl
-    patience: validations without a better score after which training stops; 0: it does not
-    failures: how often Ray starts lost workers again, which go on from the last checkpoint
-    deterministic: on GPUs, only algorithms that give the same bits every time
-    tensorboard: write curves for TensorBoard as well
+    Only seed, precision, deterministic and patience change the trained weights. So does the number of workers if the
+    training uses batch norm, mining or partial FC, which see one worker's share of the batch. Otherwise it changes the
+    last digits only.
+
+    Attributes:
+        output: folder of the model, the checkpoints, the metrics and the report
+        chips: folder of the aligned faces, which several runs can share; default: OUTPUT/chips
+        runner: where training runs: ray (workers of Ray Train) or inline (this process)
+        workers: processes that share each batch, one per GPU; inline has one
+        device: auto, cpu or cuda
+        precision: fp32, bf16, fp16 (with loss scaling), or auto: bf16 on a GPU that supports it, otherwise fp32
+        seed: random seed of weights, batches, augmentation and dropout
+        threads: CPU threads per worker; default: an equal share of the machine
+        loaders: processes per worker that prepare batches ahead; 0: the worker prepares its batches itself
+        checkpoint_steps: write a checkpoint every so many steps, and at every validation and at the end
+        checkpoint_seconds: write a checkpoint at least every so many seconds
+        keep: checkpoints to keep; if the last one is damaged, training resumes from the one before
+        log_every: steps between two lines of metrics.jsonl
+        patience: validations without a better score after which training stops early; 0: never
+        failures: how often Ray restarts lost workers, which resume from the last checkpoint
+        deterministic: on GPUs, use only algorithms that give the same bits every time
+        tensorboard: also write curves for TensorBoard
     """
 
     output: str = ""

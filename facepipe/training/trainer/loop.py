@@ -1,12 +1,12 @@
-"""The training loop. Step t's batch and randomness depend on (seed, t, rank) alone; all else is in the checkpoint.
+"""The training loop.
 
-So a run that was killed and goes on ends with the very weights of one that was not, on the same kind of machine.
+A step's batch and randomness depend on (seed, step, rank) only. Everything else is in the checkpoint. A run that was
+killed and resumes therefore ends with exactly the same weights as one that was not, on the same kind of machine.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,35 +15,39 @@ from torch.utils.data import DataLoader, Dataset
 
 from facepipe.errors import AgreedError, FacepipeError
 from facepipe.hashing import hash64
-from facepipe.training.trainer import checkpointing, optim, schedule
-from facepipe.training.trainer import state as snapshot
-from facepipe.training.trainer.checkpointing import Checkpoints
-from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
-from facepipe.training.trainer.metrics_log import Journal, Progress
-from facepipe.training.trainer.mixed_precision import Gradients, Precision
+from facepipe.training.trainer import checkpointing, optim, schedule, state
+from facepipe.training.trainer.checkpointing import CheckpointFolder
+from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
+from facepipe.training.trainer.metrics_log import MetricsLog, TrainingProgress
+from facepipe.training.trainer.mixed_precision import Gradients, MixedPrecision
 from facepipe.training.trainer.ranks import Ranks
-from facepipe.training.trainer.running_means import Window
-from facepipe.training.trainer.schedule import Standing
-from facepipe.training.trainer.state import sliced
-from facepipe.training.trainer.task import Batch, Renewed, Task
+from facepipe.training.trainer.running_means import RunningMeans
+from facepipe.training.trainer.schedule import ValidationHistory
+from facepipe.training.trainer.task import Batch, EpochTask, TrainingTask
 
-End = Literal["done", "stopped", "interrupted"]
-Tell = Callable[[Progress], None]
-_WHY = "why"
+EndReason = Literal["done", "stopped", "interrupted"]
+OnProgress = Callable[[TrainingProgress], None]
+_ERROR = "why"  # key of an error among scores
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the loop is told beside its task.
+class LoopSettings:
+    """What the loop needs besides its task.
 
-    frozen: names of the network's parameters that stay; unfreeze_step: from here on none does (0: never)
-    validate_steps: steps between validations; the last step is validated as well. 0: none
-    identity: what a checkpoint must agree with, by name; else it is of another run
+    Attributes:
+        optim: the optimiser
+        schedule: the schedule
+        run: the run
+        frozen: names of the network's frozen parameters
+        unfreeze_step: step from which on no parameter is frozen; 0: never
+        layer_decay: factor on the learning rate per layer away from the output
+        validate_steps: steps between validations; the last step is validated as well. 0: no validation
+        identity: values by name that a checkpoint must have too; otherwise it belongs to another run
     """
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: TrainingRunConfig = field(default_factory=TrainingRunConfig)
     frozen: frozenset[str] = frozenset()
     unfreeze_step: int = 0
     layer_decay: float = 1.0
@@ -53,253 +57,324 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: done, stopped (early: scores no longer rose, or nothing was left to learn) or interrupted; and
-    what came of it."""
+    """How a run ended.
 
-    end: End
+    Attributes:
+        end: done; stopped (early, because scores no longer rose or nothing was left to learn); or interrupted
+        step: steps done
+        steps: steps of the whole training
+        seconds: time of all attempts together
+        resumed: step that this attempt resumed from; 0: it started from the beginning
+        history: the best validation
+    """
+
+    end: EndReason
     step: int
     steps: int
     seconds: float
     resumed: int
-    standing: Standing
+    history: ValidationHistory
 
 
-class Loop:
-    """Trains a task. stop: asked after every step (by several workers: at every line); True ends the run cleanly."""
+class TrainingLoop:
+    """The training of a task on one rank.
 
-    def __init__(self, task: Task, settings: Settings, ranks: Ranks, stop: Callable[[], bool] = lambda: False):
-        self.task, self.settings, self.ranks, self._stop = task, settings, ranks, stop
-        self._run = settings.run
-        self._checkpoints = Checkpoints(self._run.output, self._run.keep)
-        self._precision = Precision(self._run.precision, ranks.device)
-        self._schedule = schedule.lay_out(settings.schedule, task.steps_per_epoch)
-        task.net, task.objective = task.net.to(ranks.device), task.objective.to(ranks.device)
+    Args:
+        task: what to train
+        settings: the loop's settings
+        ranks: this process among all processes of the training
+        should_stop: called after every step, with several ranks at every line of the metrics; True ends the run cleanly
+    """
+
+    def __init__(
+        self, task: TrainingTask, settings: LoopSettings, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
+    ):
+        self.task = task
+        self.settings = settings
+        self.ranks = ranks
+        self._should_stop = should_stop
+        self._run_config = settings.run
+        self._checkpoints = CheckpointFolder(self._run_config.output, self._run_config.keep)
+        self._precision = MixedPrecision(self._run_config.precision, ranks.device)
+        self._schedule = schedule.build_schedule(settings.schedule, task.steps_per_epoch)
+        # Move network and head to the device, then build the optimiser on their parameters.
+        task.net = task.net.to(ranks.device)
+        task.objective = task.objective.to(ranks.device)
         task.net = task.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        grouped = optim.groups(task.net, task.objective, settings.optim, settings.layer_decay)
-        self._optimizer = optim.make(grouped, settings.optim)
-        self._own = sliced(task.objective)
-        every = optim.named(task.net, task.objective)
-        self._shared = [p for name, p in every.items() if name not in self._own]
-        self._gradients = Gradients(self._shared, [every[name] for name in self._own], ranks)
-        self._standing, self._resumed, self._before = Standing(), 0, 0.0
+        groups = optim.group_parameters(task.net, task.objective, settings.optim, settings.layer_decay)
+        self._optimizer = optim.build_optimizer(groups, settings.optim)
+        # Sharded parameters have whole gradients on each rank; only the shared ones are averaged.
+        sharded = state.find_sharded_parameters(task.objective)
+        parameters = optim.name_parameters(task.net, task.objective)
+        self._shared = [p for name, p in parameters.items() if name not in sharded]
+        self._gradients = Gradients(self._shared, [parameters[name] for name in sharded], ranks)
+        self._history = ValidationHistory()
+        self._resumed_step = 0
+        self._earlier_seconds = 0.0
 
-    def __call__(self, tell: Tell = lambda progress: None) -> Outcome:
-        """Train from the last checkpoint, if there is one, to the end. tell: gets every line of the metrics.
+    def run(self, on_progress: OnProgress = lambda progress: None) -> Outcome:
+        """Train to the end, from the last checkpoint if there is one.
 
-        Raises TrainingError where a loss is not finite, or checkpoints are damaged or of a run with other settings;
-        the last good checkpoint stays.
+        Args:
+            on_progress: called with every line of the metrics, on the first rank
+
+        Raises:
+            TrainingError: A loss is not finite, or the checkpoints are damaged or belong to a run with other settings.
+                The last good checkpoint is kept.
         """
-        with self._alone():
+        if not self.ranks.is_first:
             self._restore()
-            with self._journal() as journal:
+            return self._train(lambda progress: None)
+        with self._checkpoints.lock():
+            self._restore()
+            with MetricsLog(self._run_config.output, self._resumed_step, self._run_config.tensorboard) as metrics_log:
 
-                def told(progress: Progress) -> None:
-                    journal(progress)
-                    tell(progress)
+                def report(progress: TrainingProgress) -> None:
+                    metrics_log.write(progress)
+                    on_progress(progress)
 
-                return self._train(told if self.ranks.first else lambda progress: None)
+                return self._train(report)
 
-    def _alone(self) -> AbstractContextManager[None]:
-        return self._checkpoints.held() if self.ranks.first else nullcontext()
-
-    def _journal(self) -> AbstractContextManager[Tell]:
-        if not self.ranks.first:
-            return nullcontext(lambda progress: None)
-        return Journal(self._run.output, self._resumed, self._run.tensorboard)
-
-    def _train(self, tell: Tell) -> Outcome:
-        self._began = self._saved = time.monotonic()
-        self._window = Window(self.ranks.device)
-        self._set_mode(self._resumed)
-        done = self._resumed
-        end: End | None = "stopped" if self._stale() and done < self._schedule.total else None
-        for steps in [] if end else self._stretches():
-            end = self._renew(done)
-            for step, inputs in [] if end else self._batches(steps):
+    def _train(self, report: OnProgress) -> Outcome:
+        """Run the steps, epoch by epoch."""
+        self._began = time.monotonic()
+        self._saved = self._began
+        self._means = RunningMeans(self.ranks.device)
+        self._set_mode(self._resumed_step)
+        done = self._resumed_step
+        end: EndReason | None = None
+        if self._is_out_of_patience() and done < self._schedule.total:
+            end = "stopped"
+        for steps in [] if end else self._iterate_epochs():
+            end = self._prepare_epoch(done)
+            for step, inputs in [] if end else self._iterate_batches(steps):
                 self._step(step, inputs)
                 done = step + 1
-                end = self._after(done, tell)
+                end = self._finish_step(done, report)
                 if end:
                     break
             if end:
                 break
-        return Outcome(end or "done", done, self._schedule.total, self._elapsed(), self._resumed, self._standing)
+        return Outcome(
+            end=end or "done",
+            step=done,
+            steps=self._schedule.total,
+            seconds=self._measure_elapsed(),
+            resumed=self._resumed_step,
+            history=self._history,
+        )
 
-    def _stretches(self) -> Iterator[range]:
-        """The steps to go: all of them, or epoch by epoch where batches are prepared anew for each."""
-        at, total = self._resumed, self._schedule.total
-        each = self.task.steps_per_epoch if isinstance(self.task, Renewed) else total
-        while at < total:
-            stretch = range(at, min(total, at - at % each + each))
-            yield stretch
-            at = stretch.stop
+    def _iterate_epochs(self) -> Iterator[range]:
+        """Yield the remaining steps: all at once, or epoch by epoch if the task prepares each epoch's batches."""
+        step = self._resumed_step
+        total = self._schedule.total
+        length = self.task.steps_per_epoch if isinstance(self.task, EpochTask) else total
+        while step < total:
+            steps = range(step, min(total, step - step % length + length))
+            yield steps
+            step = steps.stop
 
-    def _renew(self, done: int) -> End | None:
-        """Prepare the epoch's batches where the task does so; the run ends where nothing is left to learn."""
-        if not isinstance(self.task, Renewed):
+    def _prepare_epoch(self, done: int) -> EndReason | None:
+        """Let the task prepare its epoch's batches. The run ends if nothing is left to learn."""
+        if not isinstance(self.task, EpochTask):
             return None
-        with self._window.paused(), torch.no_grad():
+        with self._means.pause(), torch.no_grad():
             self.task.net.eval()
-            more = self.task.renew(done // self.task.steps_per_epoch, self.ranks)
+            can_learn = self.task.prepare_epoch(done // self.task.steps_per_epoch, self.ranks)
             self._set_mode(done)
-        if more:
+        if can_learn:
             return None
         if not done:
-            raise AgreedError("no triplet of the training set costs anything: set a larger loss.margin")
-        if done > self._resumed:
+            raise AgreedError("no triplet of the training set has a loss above 0: set a larger loss.margin")
+        if done > self._resumed_step:
             self._save(done)
         return "stopped"
 
-    def _batches(self, steps: range) -> Iterator[tuple[int, Batch]]:
-        """Steps and their batches, prepared ahead where there are loaders."""
-        loaders, on_gpu = self._run.loaders, self.ranks.device.type == "cuda"
-        source = _Shares(self.task, self.ranks.rank, self.ranks.world)
-        ready = DataLoader(
-            source,
+    def _iterate_batches(self, steps: range) -> Iterator[tuple[int, Batch]]:
+        """Yield steps and their batches, which loader processes prepare ahead if there are any."""
+        loaders = self._run_config.loaders
+        on_gpu = self.ranks.device.type == "cuda"
+        batches = DataLoader(
+            _RankBatches(self.task, self.ranks.rank, self.ranks.world),
             batch_size=None,
             sampler=steps,
             num_workers=loaders,
             prefetch_factor=4 if loaders else None,
             pin_memory=on_gpu,
         )
-        for step, batch in zip(steps, ready, strict=True):
+        for step, batch in zip(steps, batches, strict=True):
             yield step, tuple(tensor.to(self.ranks.device, non_blocking=on_gpu) for tensor in batch)
 
     def _set_mode(self, step: int) -> None:
-        thawed = 0 < self.settings.unfreeze_step <= step
-        optim.freeze(self.task.net, frozenset() if thawed else self.settings.frozen)
+        unfrozen = 0 < self.settings.unfreeze_step <= step
+        optim.freeze_parameters(self.task.net, frozenset() if unfrozen else self.settings.frozen)
         self.task.objective.train()
 
     def _step(self, step: int, inputs: Batch) -> None:
+        """Train on one batch."""
         if step == self.settings.unfreeze_step:
             self._set_mode(step)
-        torch.manual_seed(hash64("step", str(self._run.seed), str(step), str(self.ranks.rank)))
-        optim.set_rate(self._optimizer, self._rate(step))
+        torch.manual_seed(hash64("step", str(self._run_config.seed), str(step), str(self.ranks.rank)))
+        optim.set_learning_rate(self._optimizer, self._get_learning_rate(step))
         with self._precision.autocast():
-            loss, figures = self.task.loss(inputs)
+            loss, figures = self.task.compute_loss(inputs)
         self._precision.backward(loss)
-        self.ranks.mean(p.grad for p in self._shared if p.grad is not None)
+        self.ranks.average(p.grad for p in self._shared if p.grad is not None)
         self._precision.step(self._optimizer, self.settings.optim.clip, self._gradients)
-        self._window.add(step, loss.detach(), len(inputs[0]) * self.ranks.world, figures)
+        self._means.add(step, loss.detach(), len(inputs[0]) * self.ranks.world, figures)
 
-    def _rate(self, step: int) -> float:
-        return self.settings.optim.lr * self._schedule.factor(step, self._standing.reductions)
+    def _get_learning_rate(self, step: int) -> float:
+        return self.settings.optim.lr * self._schedule.compute_factor(step, self._history.reductions)
 
-    def _after(self, done: int, tell: Tell) -> End | None:
-        """What is due after so many steps: a line, a validation, a checkpoint; how the run ends, if it ends here."""
-        last = done == self._schedule.total
-        line = last or done % self._run.log_every == 0
-        judged = self.settings.validate_steps > 0 and (last or done % self.settings.validate_steps == 0)
-        planned = bool(self._run.checkpoint_steps and done % self._run.checkpoint_steps == 0)
-        if self.ranks.world > 1 and not (line or judged or planned):
-            return None  # several workers agree at steps that all know of
-        stop, due = self.ranks.most([self._stop(), self._overdue()])
-        if not (line or judged or planned or stop or due):
+    def _finish_step(self, done: int, report: OnProgress) -> EndReason | None:
+        """Do what is due after a step: validate, report, save.
+
+        Args:
+            done: steps done
+            report: called with the line of the metrics
+
+        Returns:
+            Why the run ends here, or None if it continues.
+        """
+        is_last = done == self._schedule.total
+        log_due = is_last or done % self._run_config.log_every == 0
+        interval = self.settings.validate_steps
+        validation_due = interval > 0 and (is_last or done % interval == 0)
+        checkpoint_steps = self._run_config.checkpoint_steps
+        checkpoint_due = bool(checkpoint_steps and done % checkpoint_steps == 0)
+        if self.ranks.world > 1 and not (log_due or validation_due or checkpoint_due):
+            return None  # ranks agree on anything else only at steps that all of them can compute
+        stop, overdue = self.ranks.reduce_max([self._should_stop(), self._is_checkpoint_overdue()])
+        if not (log_due or validation_due or checkpoint_due or stop or overdue):
             return None
-        self._check(done)
-        scores = self._validate(done) if judged else {}
-        if line or scores:
-            tell(self._progress(done, scores))
-        if last or judged or planned or stop or due:
+        self._check_losses(done)
+        scores = self._validate(done) if validation_due else {}
+        if log_due or scores:
+            report(self._build_progress(done, scores))
+        if is_last or validation_due or checkpoint_due or stop or overdue:
             self._save(done)
-        return "done" if last else "interrupted" if stop else "stopped" if self._stale() else None
+        if is_last:
+            return "done"
+        if stop:
+            return "interrupted"
+        return "stopped" if self._is_out_of_patience() else None
 
-    def _stale(self) -> bool:
-        return 0 < self._run.patience <= self._standing.stale
+    def _is_out_of_patience(self) -> bool:
+        return 0 < self._run_config.patience <= self._history.stale
 
-    def _overdue(self) -> bool:
-        return self.ranks.first and time.monotonic() - self._saved > self._run.checkpoint_seconds
+    def _is_checkpoint_overdue(self) -> bool:
+        return self.ranks.is_first and time.monotonic() - self._saved > self._run_config.checkpoint_seconds
 
-    def _check(self, done: int) -> None:
-        """Raises TrainingError at the first step since the last check whose loss was not finite, on any worker."""
-        (found,) = self.ranks.most([-self._window.first_bad()])
-        if found > -math.inf:
-            step = int(-found)
+    def _check_losses(self, done: int) -> None:
+        """Raise AgreedError for the first step whose loss was not finite, on any rank."""
+        (negated_step,) = self.ranks.reduce_max([-self._means.find_first_bad_step()])
+        if negated_step > -math.inf:
+            step = int(-negated_step)
             raise AgreedError(
                 f"the loss is not finite at step {step + 1} (epoch {step // self.task.steps_per_epoch + 1}, learning "
-                f"rate {self._rate(step):.3g}): lower optim.lr, set optim.clip or lengthen schedule.warmup. "
-                + self._kept()
+                f"rate {self._get_learning_rate(step):.3g}): lower optim.lr, set optim.clip or lengthen "
+                f"schedule.warmup. {self._describe_checkpoint()}"
             )
 
-    def _kept(self) -> str:
-        kept = self._checkpoints.last_step
-        if not kept:
-            return "No checkpoint had been written yet"
-        return f"The checkpoint of step {kept} is kept; model.start = {str(self._checkpoints.last)!r} goes on from it"
+    def _describe_checkpoint(self) -> str:
+        step = self._checkpoints.last_step
+        if not step:
+            return "No checkpoint was written yet"
+        path = str(self._checkpoints.last_path)
+        return f"The checkpoint of step {step} is kept; set model.start = {path!r} to continue from it"
 
     def _validate(self, done: int) -> dict[str, float]:
-        """Scores of the network as it stands; the best one so far is kept. Takes the first worker alone."""
-        with self._window.paused(), torch.no_grad():
+        """Score the network on the first rank, and keep the network if it is the best so far."""
+        with self._means.pause(), torch.no_grad():
             self.task.net.eval()
-            scores = self.ranks.from_first(self._scored() if self.ranks.first else {})
+            scores = self.ranks.broadcast(self._compute_scores() if self.ranks.is_first else {})
             self._set_mode(done)
-        if _WHY in scores:
-            raise AgreedError(f"the validation at step {done} failed: {scores[_WHY]}. {self._kept()}")
+        if _ERROR in scores:
+            raise AgreedError(f"the validation at step {done} failed: {scores[_ERROR]}. {self._describe_checkpoint()}")
         if scores:
-            self._standing = self._standing.after(scores, done, self.settings.schedule)
-            if self._standing.step == done:
-                self._finite(done)
-            if self.ranks.first and self._standing.step == done:
+            self._history = self._history.record(scores, done, self.settings.schedule)
+            if self._history.step == done:
+                self._check_weights(done)
+            if self.ranks.is_first and self._history.step == done:
                 content = {"net": self.task.net.state_dict(), "step": done, "scores": scores}
-                checkpointing.write(self._checkpoints.best, content)
+                checkpointing.write_checkpoint(self._checkpoints.best_path, content)
         return scores
 
-    def _scored(self) -> dict[str, Any]:
+    def _compute_scores(self) -> dict[str, Any]:
         try:
             return dict(self.task.validate(self.task.net))
         except FacepipeError as error:
-            return {_WHY: str(error)}  # the other ranks must learn of it
+            return {_ERROR: str(error)}  # the other ranks must learn about it
 
-    def _progress(self, done: int, scores: dict[str, float]) -> Progress:
-        loss, figures, speed = self._window.close(self.ranks)
-        epoch = done / self.task.steps_per_epoch
-        spent = self._elapsed()
-        return Progress(done, self._schedule.total, epoch, loss, self._rate(done - 1), speed, spent, figures, scores)
+    def _build_progress(self, done: int, scores: dict[str, float]) -> TrainingProgress:
+        means = self._means.finish_window(self.ranks)
+        return TrainingProgress(
+            step=done,
+            steps=self._schedule.total,
+            epoch=done / self.task.steps_per_epoch,
+            loss=means.loss,
+            lr=self._get_learning_rate(done - 1),
+            speed=means.images_per_second,
+            seconds=self._measure_elapsed(),
+            figures=means.figures,
+            scores=scores,
+        )
 
-    def _elapsed(self) -> float:
-        return self._before + time.monotonic() - self._began
+    def _measure_elapsed(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self._began
 
-    def _finite(self, done: int) -> None:
-        bad = not snapshot.finite(self.task.net, self.task.objective)
-        if self.ranks.most([bad])[0]:  # a slice of a head may be bad on one rank alone
-            raise AgreedError(f"the weights are not finite after step {done}. {self._kept()}")
+    def _check_weights(self, done: int) -> None:
+        """Raise AgreedError if a weight is not finite, on any rank: each rank has its own slice of a sharded head."""
+        is_bad = not state.has_finite_state(self.task.net, self.task.objective)
+        if self.ranks.reduce_max([is_bad])[0]:
+            raise AgreedError(f"the weights are not finite after step {done}. {self._describe_checkpoint()}")
 
     def _save(self, done: int) -> None:
-        with self._window.paused():
-            self._finite(done)
-            content = snapshot.take(self.task, self._optimizer, self._precision.scaler)
-            if self.ranks.first:
-                about = {"step": done, "seconds": self._elapsed(), "standing": vars(self._standing)}
-                self._checkpoints.save({**content, **about, "identity": self.settings.identity})
+        """Write a checkpoint. All ranks call it, because sharded tensors are gathered."""
+        with self._means.pause():
+            self._check_weights(done)
+            content = state.build_state_dict(self.task, self._optimizer, self._precision.scaler)
+            if self.ranks.is_first:
+                content["step"] = done
+                content["seconds"] = self._measure_elapsed()
+                content["standing"] = self._history.to_dict()
+                content["identity"] = self.settings.identity
+                self._checkpoints.save(content)
         self._saved = time.monotonic()
 
     def _restore(self) -> None:
-        if not self.ranks.first:
-            self.ranks.wait()  # the first one sets damaged files aside
+        """Resume from the last checkpoint, if there is one."""
+        # The first rank loads first, because it renames damaged files.
+        if not self.ranks.is_first:
+            self.ranks.wait()
         content = self._checkpoints.load()
-        if self.ranks.first:
+        if self.ranks.is_first:
             self.ranks.wait()
         if content is None:
             return
-        self._same_run(content["identity"])
-        snapshot.give(content, self.task, self._optimizer, self._precision.scaler)
-        self._standing, self._resumed = snapshot.standing(content), content["step"]
-        self._before = content["seconds"]
+        self._check_identity(content["identity"])
+        state.load_state_dict(content, self.task, self._optimizer, self._precision.scaler)
+        self._history = state.load_validation_history(content)
+        self._resumed_step = content["step"]
+        self._earlier_seconds = content["seconds"]
 
-    def _same_run(self, identity: dict[str, str]) -> None:
-        other = [name for name, value in self.settings.identity.items() if identity.get(name) != value]
-        if other:
+    def _check_identity(self, identity: dict[str, str]) -> None:
+        """Raise AgreedError if the checkpoint belongs to a run with other settings."""
+        changed = [name for name, value in self.settings.identity.items() if identity.get(name) != value]
+        if changed:
             raise AgreedError(
-                f"{self._run.output!r} holds the checkpoints of a run with other {', '.join(other)}: begin again "
-                "with --fresh, or give another run.output"
+                f"{self._run_config.output!r} holds checkpoints of a run with other settings ({', '.join(changed)}): "
+                "start again with --fresh, or set another run.output"
             )
 
 
-class _Shares(Dataset[Batch]):
+class _RankBatches(Dataset[Batch]):
     """A rank's shares of the batches, by step."""
 
-    def __init__(self, task: Task, rank: int, world: int):
-        self._batch, self._rank, self._world = task.batch, rank, world
+    def __init__(self, task: TrainingTask, rank: int, world: int):
+        self._make_batch = task.make_batch
+        self._rank = rank
+        self._world = world
 
     def __getitem__(self, step: int) -> Batch:
-        return self._batch(step, self._rank, self._world)
+        return self._make_batch(step, self._rank, self._world)

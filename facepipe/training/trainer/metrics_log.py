@@ -1,6 +1,6 @@
-"""What a run writes down as it goes: metrics.jsonl, one object a line, and TensorBoard's curves.
+"""The metrics of a run: metrics.jsonl, one JSON object per line, and TensorBoard's curves.
 
-Lines are by step, in order, each step's once: what an earlier attempt wrote beyond the checkpoint is taken off.
+Lines are in the order of steps, one per step. A run that resumes drops the lines after its checkpoint.
 """
 
 import json
@@ -14,15 +14,23 @@ from facepipe.storage import replace_file
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-_TAIL = 16 << 10  # bytes that the last line is looked for in
+_TAIL_BYTES = 16 << 10  # the last line is searched in so many bytes
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands after `step` of `steps` steps.
+class TrainingProgress:
+    """The progress of a run after a step. metrics.jsonl holds these fields under these names.
 
-    loss: mean over the steps since the last line; speed: images a second of all workers, validation left aside
-    seconds: of all attempts together; figures: of the loss; scores: of a validation at this step, if there was one
+    Attributes:
+        step: steps done
+        steps: steps of the whole training
+        epoch: epochs done
+        loss: mean loss over the steps since the last line
+        lr: learning rate of the step
+        speed: images per second of all workers, without validation
+        seconds: time of all attempts together
+        figures: means of the loss's figures, by name
+        scores: scores of the validation at this step, by name; empty without one
     """
 
     step: int
@@ -36,77 +44,80 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)
 
     @property
-    def left(self) -> float:
-        """Seconds that the rest will take at the pace so far."""
+    def seconds_left(self) -> float:
+        """Estimated seconds until the end, at the pace so far."""
         return self.seconds / self.step * (self.steps - self.step) if self.step else 0.0
 
 
-def read(output: str) -> list[Progress]:
-    """All lines of a run's metrics; a last line that was cut off is left out."""
+def read_metrics(output: str) -> list[TrainingProgress]:
+    """Read all complete lines of a run's metrics."""
     try:
         with open(os.path.join(output, METRICS), encoding="utf-8") as file:
             lines = file.readlines()
     except FileNotFoundError:
         return []
-    found = []
+    entries = []
     for line in lines:
         with suppress(ValueError, TypeError):
-            found.append(Progress(**json.loads(line)))
-    return found
+            entries.append(TrainingProgress(**json.loads(line)))
+    return entries
 
 
-def last(output: str) -> Progress | None:
-    """The newest whole line, without reading the others; None where there is none."""
+def read_last_metrics(output: str) -> TrainingProgress | None:
+    """Read the newest complete line without reading the others, or None if there is none."""
     try:
         with open(os.path.join(output, METRICS), "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = file.read().splitlines()
     except FileNotFoundError:
         return None
     for line in reversed(lines):
         with suppress(ValueError, TypeError):
-            return Progress(**json.loads(line))
+            return TrainingProgress(**json.loads(line))
     return None
 
 
-class Journal:
-    """Writes a run's metrics. step: that it goes on from; later lines of an earlier attempt are taken off."""
+class MetricsLog:
+    """Writer of a run's metrics.
+
+    Args:
+        output: folder of the run
+        step: step that the run resumes from; later lines of an earlier attempt are dropped
+        tensorboard: also write curves for TensorBoard
+    """
 
     def __init__(self, output: str, step: int, tensorboard: bool = False):
-        kept = [entry for entry in read(output) if entry.step <= step] if step else []
+        kept = [entry for entry in read_metrics(output) if entry.step <= step] if step else []
         path = Path(output) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(str(path)) as unfinished:
-            Path(unfinished).write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by `close`
-        self._board = _board(os.path.join(output, TENSORBOARD), step) if tensorboard else None
+            Path(unfinished).write_text("".join(_to_line(entry) for entry in kept), encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  __exit__ closes it
+        self._board = _open_tensorboard(os.path.join(output, TENSORBOARD), step) if tensorboard else None
 
-    def __call__(self, entry: Progress) -> None:
+    def write(self, entry: TrainingProgress) -> None:
         """Write a line."""
-        self._file.write(_line(entry))
+        self._file.write(_to_line(entry))
         if self._board is not None:
-            for name, value in {**_curves(entry), **entry.figures, **entry.scores}.items():
+            curves = {"loss": entry.loss, "lr": entry.lr, "images_per_second": entry.speed}
+            for name, value in {**curves, **entry.figures, **entry.scores}.items():
                 self._board.add_scalar(name, value, entry.step)
             self._board.flush()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *ended: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
 
 
-def _line(entry: Progress) -> str:
+def _to_line(entry: TrainingProgress) -> str:
     return json.dumps(asdict(entry)) + "\n"
 
 
-def _curves(entry: Progress) -> dict[str, float]:
-    return {"loss": entry.loss, "lr": entry.lr, "images_per_second": entry.speed}
-
-
-def _board(folder: str, step: int) -> Any:
+def _open_tensorboard(folder: str, step: int) -> Any:
     from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
     return SummaryWriter(folder, purge_step=step + 1)

@@ -1,4 +1,7 @@
-"""In which numbers the network computes; weights, gradients' sums, losses and optimisers are float32 throughout."""
+"""Mixed precision: the network may compute in 16 bits.
+
+Weights, sums of gradients, losses and optimisers stay in float32.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,35 +17,45 @@ from facepipe.training.trainer.ranks import Ranks
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose(precision: str, device: torch.device) -> str:
-    """`auto` as one of fp32, bf16, fp16. Raises ConfigError for fp16 on a CPU, which has no loss scaling."""
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto` to fp32, bf16 or fp16.
+
+    Raises:
+        ConfigError: The precision is fp16 on a CPU, which has no loss scaling.
+    """
     if precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        on_gpu = device.type == "cuda"
+        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision == "fp16" and device.type != "cuda":
-        raise ConfigError("run.precision fp16 needs a GPU: choose fp32 or bf16")
+        raise ConfigError("run.precision=fp16 needs a GPU: choose fp32 or bf16")
     return precision
 
 
-class Precision:
-    """Autocast, and the scaling of losses that float16's small range makes necessary."""
+class MixedPrecision:
+    """Autocast, and the loss scaling that float16 needs because of its small range."""
 
     def __init__(self, precision: str, device: torch.device):
-        self.name = choose(precision, device)
-        self._device, self._type = device.type, _TYPES[self.name]
+        self.name = choose_precision(precision, device)
+        self._device = device.type
+        self._type = _TYPES[self.name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What the forward pass runs in."""
+        """Return the context for the forward pass."""
         return torch.autocast(self._device, self._type) if self._type else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss, scaled."""
+        """Compute the gradients of the scaled loss."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: optim.Optimizer, clip: float, gradients: "Gradients") -> None:
-        """Clip and apply the gradients; where float16 overflowed, the step is left out and the scale halved."""
+        """Clip and apply the gradients, and clear them.
+
+        If float16 overflowed, no weight changes and the scale is halved.
+        """
         if self.scaler.is_enabled():
-            gradients.spread_overflow()  # before they are unscaled, which is when the scaler looks for overflows
+            # Before unscaling, which is when the scaler looks for overflows.
+            gradients.spread_overflow()
         if clip:
             self.scaler.unscale_(optimizer)
             gradients.clip(clip)
@@ -53,29 +66,40 @@ class Precision:
 
 @dataclass(frozen=True)
 class Gradients:
-    """All parameters with gradients: those that all ranks share, and those of which each has its own rows."""
+    """All parameters with gradients.
+
+    Attributes:
+        shared: parameters that all ranks hold
+        own: parameters of which each rank holds its own rows
+        ranks: the processes of the training
+    """
 
     shared: list[nn.Parameter]
     own: list[nn.Parameter]
     ranks: Ranks
 
     def clip(self, limit: float) -> None:
-        """Scale all gradients down together such that their norm, over all ranks, is at most the limit."""
-        shared, own = (get_total_norm([p.grad for p in ps if p.grad is not None]) for ps in (self.shared, self.own))
+        """Scale all gradients down together, so that their norm over all ranks is at most the limit."""
+        shared_norm = _measure_norm(self.shared)
+        own_norm = _measure_norm(self.own)
         if self.ranks.world > 1 and self.own:
-            square = own**2
+            square = own_norm**2
             dist.all_reduce(square)
-            own = square.sqrt()
-        norm = torch.hypot(shared.to(self.ranks.device), own.to(self.ranks.device))
+            own_norm = square.sqrt()
+        norm = torch.hypot(shared_norm.to(self.ranks.device), own_norm.to(self.ranks.device))
         clip_grads_with_norm_([*self.shared, *self.own], limit, norm)
 
     def spread_overflow(self) -> None:
-        """Where a rank's own gradients have overflowed, all ranks must leave the step out."""
+        """Make all ranks skip the step if the own gradients of one rank overflowed."""
         if self.ranks.world == 1 or not self.own:
             return
         sums = torch.stack([p.grad.sum() for p in self.own if p.grad is not None]).sum()
         dist.all_reduce(sums)
-        poison = sums * 0  # NaN where it is not finite
-        first = next(p.grad for p in self.shared if p.grad is not None)
-        assert first is not None
-        first += poison
+        nan_or_zero = sums * 0  # NaN if the sum is not finite
+        shared_gradient = next(p.grad for p in self.shared if p.grad is not None)
+        assert shared_gradient is not None
+        shared_gradient += nan_or_zero
+
+
+def _measure_norm(parameters: list[nn.Parameter]) -> Tensor:
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])

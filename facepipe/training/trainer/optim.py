@@ -1,4 +1,4 @@
-"""The optimiser: its groups of parameters, what is frozen, and its state by the parameters' names."""
+"""The optimiser: its parameter groups, frozen parameters, and its state by parameter name."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,125 +9,154 @@ from torch import Tensor, nn, optim
 from facepipe.errors import ConfigError
 from facepipe.training.trainer.config import OptimConfig
 
-NET, HEAD = "net.", "head."
+NET_PREFIX = "net."
+HEAD_PREFIX = "head."
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-Named = dict[str, nn.Parameter]
+NamedParameters = dict[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
-class Group:
-    """What is common to some parameters: the factor on the learning rate, and the weight decay."""
+class ParameterGroup:
+    """What some parameters have in common.
+
+    Attributes:
+        scale: factor on the learning rate
+        decay: weight decay
+    """
 
     scale: float
     decay: float
 
 
-def named(net: nn.Module, objective: nn.Module) -> Named:
-    """All parameters: the network's under `net.`, the objective's under `head.`."""
-    found = {NET + name: p for name, p in net.named_parameters()}
-    return found | {HEAD + name: p for name, p in objective.named_parameters()}
+def name_parameters(net: nn.Module, objective: nn.Module) -> NamedParameters:
+    """Collect all parameters by name: the network's under `net.`, the objective's under `head.`."""
+    parameters = {NET_PREFIX + name: p for name, p in net.named_parameters()}
+    return parameters | {HEAD_PREFIX + name: p for name, p in objective.named_parameters()}
 
 
-def groups(net: nn.Module, objective: nn.Module, config: OptimConfig, layer_decay: float = 1.0) -> dict[Group, Named]:
-    """The parameters by group. layer_decay: factor for each layer further from the output."""
-    plain, found = _undecayed(net), dict[Group, Named]()
-    depth = _depths(net)
-    last = max(depth.values(), default=0)
-    head = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
-    for name, parameter in named(net, objective).items():
+def group_parameters(
+    net: nn.Module, objective: nn.Module, config: OptimConfig, layer_decay: float = 1.0
+) -> dict[ParameterGroup, NamedParameters]:
+    """Group the parameters by learning rate and weight decay.
+
+    Args:
+        net: the network
+        objective: the head
+        config: the optimiser's settings
+        layer_decay: factor on the learning rate per layer away from the output
+    """
+    undecayed = _find_undecayed(net)
+    depths = _find_depths(net)
+    deepest = max(depths.values(), default=0)
+    head_decay = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
+    groups: dict[ParameterGroup, NamedParameters] = {}
+    for name, parameter in name_parameters(net, objective).items():
         inner = name.partition(".")[2]
-        if name.startswith(HEAD):
-            group = Group(config.head_lr, head)
+        if name.startswith(HEAD_PREFIX):
+            group = ParameterGroup(config.head_lr, head_decay)
         else:
-            decay = config.norm_weight_decay if inner in plain else config.weight_decay
-            group = Group(layer_decay ** (last - depth[inner]), decay)
-        found.setdefault(group, {})[name] = parameter
-    return found
+            decay = config.norm_weight_decay if inner in undecayed else config.weight_decay
+            group = ParameterGroup(layer_decay ** (deepest - depths[inner]), decay)
+        groups.setdefault(group, {})[name] = parameter
+    return groups
 
 
-def _undecayed(net: nn.Module) -> set[str]:
-    """Names of biases and of all that normalisation and PReLU layers learn."""
-    found = {name for name, p in net.named_parameters() if name.endswith("bias")}
+def _find_undecayed(net: nn.Module) -> set[str]:
+    """Find the names of biases and of all parameters of normalisation and PReLU layers."""
+    names = {name for name, p in net.named_parameters() if name.endswith("bias")}
     for prefix, module in net.named_modules():
         if isinstance(module, (*_NORMS, nn.PReLU)):
-            found |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
-    return found
+            names |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+    return names
 
 
-def _depths(net: nn.Module) -> dict[str, int]:
-    """The layer each parameter belongs to, counted from the input: what the network says itself (`depths`), or children
-    of the network, and of its sequences."""
-    given: Any = getattr(net, "depths", None)
-    if given:
+def _find_depths(net: nn.Module) -> dict[str, int]:
+    """Find each parameter's layer, counted from the input.
+
+    The network's own attribute `depths` (prefixes of names per layer) decides, if it has one. Otherwise layers are the
+    network's children, and the children of its sequences.
+    """
+    own_depths: Any = getattr(net, "depths", None)
+    if own_depths:
         names = [name for name, _ in net.named_parameters()]
-        there = [[name for name in names if name.startswith(tuple(f"{p}." for p in prefixes))] for prefixes in given]
-        return {name: depth for depth, layer in enumerate(filter(None, there)) for name in layer}
-    layers, found = dict[str, int](), dict[str, int]()
+        layers = [
+            [name for name in names if name.startswith(tuple(f"{prefix}." for prefix in prefixes))]
+            for prefixes in own_depths
+        ]
+        return {name: depth for depth, layer in enumerate(filter(None, layers)) for name in layer}
+    numbers: dict[str, int] = {}
+    depths: dict[str, int] = {}
     for name, _ in net.named_parameters():
         parts = name.split(".")
-        child = net.get_submodule(parts[0]) if len(parts) > 1 else net
-        listed = isinstance(child, nn.Sequential | nn.ModuleList) and len(parts) > 2
-        layer = ".".join(parts[: 2 if listed else 1]) if len(parts) > 1 else ""
-        found[name] = layers.setdefault(layer, len(layers))
-    return found
+        layer_name = ""
+        if len(parts) > 1:
+            child = net.get_submodule(parts[0])
+            in_sequence = isinstance(child, nn.Sequential | nn.ModuleList) and len(parts) > 2
+            layer_name = ".".join(parts[: 2 if in_sequence else 1])
+        depths[name] = numbers.setdefault(layer_name, len(numbers))
+    return depths
 
 
-def make(grouped: dict[Group, Named], config: OptimConfig) -> optim.Optimizer:
-    """The optimiser, with a group's `scale` beside its parameters; learning rates are set before every step."""
-    given: list[dict[str, Any]] = [
+def build_optimizer(groups: dict[ParameterGroup, NamedParameters], config: OptimConfig) -> optim.Optimizer:
+    """Build the optimiser. Each of its groups keeps its `scale`; learning rates are set before every step."""
+    options: list[dict[str, Any]] = [
         {"params": list(members.values()), "names": list(members), "scale": group.scale, "weight_decay": group.decay}
-        for group, members in grouped.items()
+        for group, members in groups.items()
     ]
     if config.optimizer == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        return optim.SGD(given, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+        return optim.SGD(options, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
     kind = optim.Adam if config.optimizer == "adam" else optim.AdamW
-    return kind(given, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return kind(options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def set_rate(optimizer: optim.Optimizer, lr: float) -> None:
-    """Set every group's learning rate from the rate of the whole."""
+def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:
+    """Set every group's learning rate from the network's learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
 
-def state_of(optimizer: optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimiser's state by the parameters' names."""
-    return {name: optimizer.state[p] for name, p in _members(optimizer) if p in optimizer.state}
+def get_state_by_name(optimizer: optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Get the optimiser's state by parameter name."""
+    return {name: optimizer.state[p] for name, p in _iterate_parameters(optimizer) if p in optimizer.state}
 
 
-def restore(optimizer: optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """Give the optimiser a state by names back, however its groups are cut now."""
-    numbers = {name: n for n, (name, _) in enumerate(_members(optimizer))}
-    current = optimizer.state_dict()["param_groups"]
-    given = {numbers[name]: values for name, values in state.items() if name in numbers}
-    optimizer.load_state_dict({"state": given, "param_groups": current})
+def load_state_by_name(optimizer: optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
+    """Load the state that `get_state_by_name` returned, even if the groups have changed since."""
+    numbers = {name: n for n, (name, _) in enumerate(_iterate_parameters(optimizer))}
+    groups = optimizer.state_dict()["param_groups"]
+    numbered = {numbers[name]: values for name, values in state.items() if name in numbers}
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
-def _members(optimizer: optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _iterate_parameters(optimizer: optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for group in optimizer.param_groups:
         yield from zip(group["names"], group["params"], strict=True)
 
 
-def frozen_names(net: nn.Module, prefixes: Iterable[str]) -> frozenset[str]:
-    """Names of the network's parameters that begin with one of the prefixes, at the border of a part of the name.
+def find_frozen_names(net: nn.Module, prefixes: Iterable[str]) -> frozenset[str]:
+    """Find the names of the network's parameters below one of the prefixes.
 
-    Raises ConfigError for a prefix that no parameter has.
+    A prefix ends at a dot or at the end of a name: "layer1" does not match "layer10.weight".
+
+    Raises:
+        ConfigError: No parameter begins with one of the prefixes.
     """
-    names, found = [name for name, _ in net.named_parameters()], set[str]()
+    names = [name for name, _ in net.named_parameters()]
+    frozen: set[str] = set()
     for prefix in prefixes:
-        under = {name for name in names if f"{name}.".startswith(f"{prefix.rstrip('.')}.")}
-        if not under:
-            tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise ConfigError(f"model.freeze names {prefix!r}, and no parameter begins so; there are {tops}")
-        found |= under
-    return frozenset(found)
+        matches = {name for name in names if f"{name}.".startswith(f"{prefix.rstrip('.')}.")}
+        if not matches:
+            children = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise ConfigError(f"model.freeze: no parameter begins with {prefix!r}; choose from {children}")
+        frozen |= matches
+    return frozenset(frozen)
 
 
-def freeze(net: nn.Module, names: frozenset[str]) -> None:
-    """Put the network into training mode, but for the named parameters and the modules that have no others.
+def freeze_parameters(net: nn.Module, names: frozenset[str]) -> None:
+    """Put the network into training mode, except for the named parameters.
 
-    A frozen module is in evaluation mode: its statistics stay, its dropout is off.
+    A module that has only frozen parameters is put into evaluation mode: it keeps its statistics and uses no dropout.
     """
     net.train()
     for name, parameter in net.named_parameters():

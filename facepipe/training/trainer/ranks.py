@@ -1,7 +1,7 @@
-"""The processes that train together, and what passes between them. One process alone needs no process group.
+"""The processes that train together, and their communication. A single process needs no process group.
 
-Gradients are averaged in buckets of a fixed layout: sums come out the same in every run, which DistributedDataParallel,
-whose buckets change after the first step, does not promise.
+Gradients are averaged in buckets of a fixed layout, so that sums are the same in every run. DistributedDataParallel
+does not promise that: its buckets change after the first step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,43 +12,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BUCKET = 32 << 20  # numbers
+_BUCKET_NUMBERS = 32 << 20
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process among all processes of the training.
+
+    Attributes:
+        rank: number of this process, from 0
+        world: number of processes
+        device: device this process computes on
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
-    def mean(self, gradients: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over all processes."""
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes, in place."""
         if self.world == 1:
             return
-        for bucket in _buckets(gradients):
+        for bucket in _split_into_buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             dist.all_reduce(flat)
             flat /= self.world
             for tensor, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def most(self, values: list[float]) -> list[float]:
-        """The largest of each value over all processes; all get the same answer."""
+    def reduce_max(self, values: list[float]) -> list[float]:
+        """Return the maximum of each value over all processes; all get the same result."""
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def from_first(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What the first process has."""
+    def broadcast(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the first process's values on all processes."""
         if self.world == 1:
             return values
         box = [values]
@@ -56,17 +62,20 @@ class Ranks:
         return box[0]
 
     def wait(self) -> None:
-        """Go on when all are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket, size = list[Tensor](), 0
+def _split_into_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group consecutive tensors of one dtype up to the bucket size."""
+    bucket: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if bucket and (size + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
+        if bucket and (size + tensor.numel() > _BUCKET_NUMBERS or tensor.dtype != bucket[0].dtype):
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append(tensor)
         size += tensor.numel()
     if bucket:

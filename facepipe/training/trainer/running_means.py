@@ -1,9 +1,10 @@
-"""What has come up since the last line of the metrics; kept on the device, so that steps need not wait for it."""
+"""Means over the steps since the last line of the metrics. Sums stay on the device, so that steps need not wait."""
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,40 +12,73 @@ from torch import Tensor
 from facepipe.training.trainer.ranks import Ranks
 
 
-class Window:
-    """Sums over steps."""
+@dataclass(frozen=True)
+class WindowMeans:
+    """Means over the steps of one window.
+
+    Attributes:
+        loss: mean loss
+        figures: mean of each of the loss's figures, by name
+        images_per_second: throughput of all ranks, without pauses
+    """
+
+    loss: float
+    figures: dict[str, float]
+    images_per_second: float
+
+
+class RunningMeans:
+    """Sums of losses, figures and images over a window of steps."""
 
     def __init__(self, device: torch.device):
-        self._bad = torch.full((), math.inf, dtype=torch.float64, device=device)
-        self._clear()
+        self._first_bad_step = torch.full((), math.inf, dtype=torch.float64, device=device)
+        self._reset()
 
-    def _clear(self) -> None:
-        self._sums, self._steps, self._images = dict[str, Tensor](), 0, 0
-        self._since, self._pause = time.monotonic(), 0.0
+    def _reset(self) -> None:
+        self._loss_sum: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._images = 0
+        self._began = time.monotonic()
+        self._paused_s = 0.0
 
     def add(self, step: int, loss: Tensor, images: int, figures: dict[str, Tensor]) -> None:
-        """Count a step: its loss, its images over all ranks, and the loss's figures."""
-        self._bad = torch.where(torch.isfinite(loss), self._bad, self._bad.clamp(max=step))
-        for name, value in {"": loss, **figures}.items():
-            found = value.detach().double()
-            self._sums[name] = self._sums[name] + found if name in self._sums else found
-        self._steps, self._images = self._steps + 1, self._images + images
+        """Add one step.
 
-    def first_bad(self) -> float:
-        """The first step of this attempt whose loss was not finite; infinity if there was none."""
-        return float(self._bad)
+        Args:
+            step: number of the step
+            loss: scalar
+            images: images of the step over all ranks
+            figures: the loss's figures by name, scalars
+        """
+        bad = self._first_bad_step
+        self._first_bad_step = torch.where(torch.isfinite(loss), bad, bad.clamp(max=step))
+        loss = loss.detach().double()
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+        for name, figure in figures.items():
+            value = figure.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        self._images += images
+
+    def find_first_bad_step(self) -> float:
+        """Return the first step since the start of this process whose loss was not finite, or infinity."""
+        return float(self._first_bad_step)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count as training."""
+    def pause(self) -> Iterator[None]:
+        """Exclude the time inside from the throughput."""
         began = time.monotonic()
         yield
-        self._pause += time.monotonic() - began
+        self._paused_s += time.monotonic() - began
 
-    def close(self, ranks: Ranks) -> tuple[float, dict[str, float], float]:
-        """(mean loss, mean figures, images a second); begins the next window."""
-        ranks.mean(self._sums.values())
-        means = {name: float(value) / max(1, self._steps) for name, value in self._sums.items()}
-        speed = self._images / max(1e-9, time.monotonic() - self._since - self._pause)
-        self._clear()
-        return means.pop("", math.nan), means, speed
+    def finish_window(self, ranks: Ranks) -> WindowMeans:
+        """Return the means of this window over all ranks, and begin the next one."""
+        sums = {} if self._loss_sum is None else {"": self._loss_sum}
+        sums |= self._sums
+        ranks.average(sums.values())
+        means = {name: float(value) / max(1, self._steps) for name, value in sums.items()}
+        seconds = time.monotonic() - self._began - self._paused_s
+        speed = self._images / max(1e-9, seconds)
+        self._reset()
+        return WindowMeans(means.pop("", math.nan), means, speed)

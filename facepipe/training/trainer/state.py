@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the whole state of a training but for its data, which are functions of the step."""
+"""The state of a training, as checkpoints hold it. Data is not part of it: batches are functions of the step."""
 
 from typing import Any
 
@@ -7,70 +7,75 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from facepipe.errors import TrainingError
-from facepipe.training.losses.shards import Shard, full_rows, full_state, load_full_state, own_rows
+from facepipe.training.losses.shards import ClassShard, gather_rows, gather_state, load_gathered_state, slice_own_rows
 from facepipe.training.trainer import optim
-from facepipe.training.trainer.schedule import Standing
-from facepipe.training.trainer.task import Renewed, Task
+from facepipe.training.trainer.schedule import ValidationHistory
+from facepipe.training.trainer.task import EpochTask, TrainingTask
 
 Content = dict[str, Any]
 
 
-def sliced(objective: nn.Module) -> dict[str, Shard]:
-    """Names, as the optimiser knows them, of parameters of which every rank has its own rows."""
-    found: dict[str, Shard] = {}
+def find_sharded_parameters(objective: nn.Module) -> dict[str, ClassShard]:
+    """Find the parameters of which every rank has its own rows, by the names that the optimiser uses."""
+    shards: dict[str, ClassShard] = {}
     for prefix, module in objective.named_modules():
         shard = getattr(module, "shard", None)
-        if isinstance(shard, Shard) and shard.world > 1:
+        if isinstance(shard, ClassShard) and shard.world > 1:
             names = (name for name, _ in module.named_parameters(prefix, recurse=False))
-            found |= {optim.HEAD + name: shard for name in names}
-    return found
+            shards |= {optim.HEAD_PREFIX + name: shard for name in names}
+    return shards
 
 
-def take(task: Task, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Content:
-    """The tensors of network, head, optimiser and loss scaling, whole, and what the epoch was prepared with.
+def build_state_dict(task: TrainingTask, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> Content:
+    """Build the state of network, head, optimiser, loss scaling and the current epoch.
 
-    Every rank calls it, and gets the same.
+    Every rank calls it. All get the same state, with sharded tensors gathered.
     """
-    shards = sliced(task.objective)
-    state = optim.state_of(optimizer)
-    for name, shard in shards.items():
-        state[name] = {k: full_rows(shard, v) if _by_row(v) else v for k, v in state.get(name, {}).items()}
+    state = optim.get_state_by_name(optimizer)
+    for name, shard in find_sharded_parameters(task.objective).items():
+        values = state.get(name, {})
+        state[name] = {key: gather_rows(shard, v) if _has_rows(v) else v for key, v in values.items()}
     return {
         "net": task.net.state_dict(),
-        "head": full_state(task.objective),
+        "head": gather_state(task.objective),
         "optimizer": state,
         "scaler": scaler.state_dict(),
-        "prepared": task.prepared() if isinstance(task, Renewed) else {},
+        "prepared": task.get_epoch_state() if isinstance(task, EpochTask) else {},
     }
 
 
-def give(content: Content, task: Task, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Put them back, each rank its own part. Raises TrainingError where they are of another network."""
+def load_state_dict(content: Content, task: TrainingTask, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Load what `build_state_dict` returned; each rank loads its own rows of sharded tensors.
+
+    Raises:
+        TrainingError: The state is of another network.
+    """
     try:
         task.net.load_state_dict(content["net"])
-        load_full_state(task.objective, content["head"])
+        load_gathered_state(task.objective, content["head"])
     except RuntimeError as error:
         raise TrainingError(f"the checkpoint does not fit the network: {str(error).splitlines()[0]}") from error
     state = content["optimizer"]
-    for name, shard in sliced(task.objective).items():
-        state[name] = {k: own_rows(shard, v) if _by_row(v) else v for k, v in state.get(name, {}).items()}
-    optim.restore(optimizer, state)
+    for name, shard in find_sharded_parameters(task.objective).items():
+        values = state.get(name, {})
+        state[name] = {key: slice_own_rows(shard, v) if _has_rows(v) else v for key, v in values.items()}
+    optim.load_state_by_name(optimizer, state)
     scaler.load_state_dict(content["scaler"])
-    if isinstance(task, Renewed):
-        task.take_up(content["prepared"])
+    if isinstance(task, EpochTask):
+        task.load_epoch_state(content["prepared"])
 
 
-def _by_row(value: Any) -> bool:
+def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def standing(content: Content) -> Standing:
-    """How validations stood."""
-    return Standing(**content["standing"])
+def load_validation_history(content: Content) -> ValidationHistory:
+    """Load the validation history of a checkpoint."""
+    return ValidationHistory(**content["standing"])
 
 
-def finite(*modules: nn.Module) -> bool:
-    """Whether all that the modules hold is finite."""
+def has_finite_state(*modules: nn.Module) -> bool:
+    """Check that all parameters and buffers of the modules are finite."""
     tensors = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
     checks: list[Tensor] = [torch.isfinite(t).all() for t in tensors]
     return not checks or bool(torch.stack(checks).all())

@@ -1,4 +1,7 @@
-"""What the loop trains. A task knows its data and its loss; of steps, optimisers and processes it knows nothing."""
+"""The interface between the loop and what it trains.
+
+A task knows its data and its loss. It knows nothing about steps, optimisers or processes.
+"""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,43 +12,59 @@ from facepipe.training.trainer.ranks import Ranks
 Batch = tuple[Tensor, ...]
 
 
-class Task(Protocol):
-    """A network, what it is trained on and towards.
+class TrainingTask(Protocol):
+    """A network with its data and its loss.
 
-    net: the module that is exported
-    objective: what the loss learns beside it (class centres); may have no parameters
-    steps_per_epoch: how many batches an epoch has
+    Attributes:
+        net: the module that is exported
+        objective: what the loss learns beside the network, such as class centres; may have no parameters
+        steps_per_epoch: batches per epoch
     """
 
     net: nn.Module
     objective: nn.Module
     steps_per_epoch: int
 
-    def batch(self, step: int, rank: int, world: int) -> Batch:
-        """Rank's share of the batch of a step, on the CPU; the first tensor has the images along its first axis.
+    def make_batch(self, step: int, rank: int, world: int) -> Batch:
+        """Make the rank's share of a step's batch, on the CPU.
 
-        Depends on (seed, step, rank, world) alone. May be called in another process, and ahead of time.
+        The result depends on (seed, step, rank, world) only. The loop may call this in another process and ahead of
+        time.
+
+        Returns:
+            Tensors; the first one holds the images along its first axis.
         """
 
-    def loss(self, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(mean loss over the share, a scalar; figures to be shown, scalars without gradients)."""
+    def compute_loss(self, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a share of a batch.
+
+        Returns:
+            The mean loss, a scalar; and figures to show by name, scalars without gradients.
+        """
 
     def validate(self, net: nn.Module) -> dict[str, float]:
-        """Figures of a network in evaluation mode; `score` is among them, and higher is better. {}: no validation."""
+        """Score a network that is in evaluation mode.
+
+        Returns:
+            Scores by name; "score" is one of them, and higher is better. Empty if the task has no validation.
+        """
 
 
 @runtime_checkable
-class Renewed(Protocol):
+class EpochTask(Protocol):
     """A task whose batches depend on the network as it was when their epoch began."""
 
-    def renew(self, epoch: int, ranks: Ranks) -> bool:
-        """Prepare an epoch's batches with the network as it is, unless they are prepared; all ranks call it.
+    def prepare_epoch(self, epoch: int, ranks: Ranks) -> bool:
+        """Prepare an epoch's batches with the current network, unless they are prepared already.
 
-        False where there is nothing left to learn.
+        All ranks call it.
+
+        Returns:
+            Whether anything is left to learn.
         """
 
-    def prepared(self) -> dict[str, Tensor]:
-        """What a run that goes on within the epoch needs, for checkpoints."""
+    def get_epoch_state(self) -> dict[str, Tensor]:
+        """Get what a run needs to resume within the epoch, for checkpoints."""
 
-    def take_up(self, prepared: dict[str, Tensor]) -> None:
-        """Put it back."""
+    def load_epoch_state(self, prepared: dict[str, Tensor]) -> None:
+        """Restore what `get_epoch_state` returned."""

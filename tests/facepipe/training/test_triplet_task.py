@@ -16,11 +16,11 @@ from facepipe.hashing import hash64
 from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.augment import AugmentConfig
 from facepipe.training.embedding_task import Examples
-from facepipe.training.losses import LossConfig, objective, offline_triplets, settled
+from facepipe.training.losses import LossConfig, build_objective, mine_triplets, resolve_loss_config
 from facepipe.training.losses.triplets import TripletLoss
-from facepipe.training.trainer.checkpointing import Checkpoints
-from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
-from facepipe.training.trainer.loop import Loop, Outcome, Settings
+from facepipe.training.trainer.checkpointing import CheckpointFolder
+from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
+from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.triplet_task import TripletSampler, TripletTask
 
@@ -38,7 +38,7 @@ class Chips:
         noise = rng.normal(0, 40, (len(self.labels), 6, 6, 3))
         self._pixels = np.clip(colours[self.labels][:, None, None] + noise, 0, 255).astype(np.uint8)
 
-    def chip(self, row: int) -> np.ndarray:
+    def load_chip(self, row: int) -> np.ndarray:
         return self._pixels[row]
 
 
@@ -48,20 +48,22 @@ def task(loss: LossConfig = LOSS) -> TripletTask:
     net = nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 4))
     examples = Examples(chips, TripletSampler(chips.labels, loss, 12, 5), AugmentConfig(colour=0.5))
     fed = Input("rgb", (127.5,) * 3, (127.5,) * 3)
-    return TripletTask(net, objective(loss, 4, 8, 0), examples, fed, 5)
+    return TripletTask(net, build_objective(loss, 4, 8, 0), examples, fed, 5)
 
 
 def trained(
     output: Path, stop: int = 0, of: TripletTask | None = None, ranks: Ranks | None = None, **run: Any
 ) -> Outcome:
     options: dict[str, Any] = {"log_every": 3, "checkpoint_steps": 5, **run}
-    settings = Settings(OptimConfig(lr=0.02), ScheduleConfig(steps=STEPS), RunConfig(str(output), **options))
+    settings = LoopSettings(
+        OptimConfig(lr=0.02), ScheduleConfig(steps=STEPS), TrainingRunConfig(str(output), **options)
+    )
     calls = iter(range(1, 1000))
-    return Loop(of or task(), settings, ranks or Ranks(), lambda: next(calls) == stop)()
+    return TrainingLoop(of or task(), settings, ranks or Ranks(), lambda: next(calls) == stop).run()
 
 
 def content(output: Path) -> dict[str, Any]:
-    found = Checkpoints(str(output)).load()
+    found = CheckpointFolder(str(output)).load()
     assert found is not None
     return found
 
@@ -108,8 +110,8 @@ def test_triplets_are_mined_anew_each_epoch_with_the_network_as_it_is() -> None:
     given.net.eval()
     found = []
     for epoch in range(2):
-        assert given.renew(epoch, Ranks())
-        triplets = given.prepared()["triplets"].numpy()
+        assert given.prepare_epoch(epoch, Ranks())
+        triplets = given.get_epoch_state()["triplets"].numpy()
         anchor, positive, negative = given._examples.chips.labels[triplets].T
         assert (anchor == positive).all()
         assert (anchor != negative).all()
@@ -119,24 +121,24 @@ def test_triplets_are_mined_anew_each_epoch_with_the_network_as_it_is() -> None:
             next(given.net.parameters()).add_(0.05 * torch.randn(16, 108, generator=torch.Generator().manual_seed(0)))
     assert found[0] != found[1]
     before = found[1]
-    given.renew(1, Ranks())
-    assert given.prepared()["triplets"].tolist() == before, "an epoch is prepared once"
+    given.prepare_epoch(1, Ranks())
+    assert given.get_epoch_state()["triplets"].tolist() == before, "an epoch is prepared once"
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_batch(world: int) -> None:
     given = task()
     given.net.eval()
-    given.renew(0, Ranks())
+    given.prepare_epoch(0, Ranks())
     sampler = given._sampler
     for step in range(given.steps_per_epoch):
-        one = sampler.rows(step).reshape(3, -1)
-        parts = [sampler.rows(step, rank, world).reshape(3, -1) for rank in range(world)]
+        one = sampler.draw_rows(step).reshape(3, -1)
+        parts = [sampler.draw_rows(step, rank, world).reshape(3, -1) for rank in range(world)]
         assert np.array_equal(np.concatenate(parts, axis=1), one)
     with pytest.raises(ValueError, match="of epoch 1"):
-        sampler.rows(given.steps_per_epoch)
+        sampler.draw_rows(given.steps_per_epoch)
     with pytest.raises(ConfigError, match="do not divide by 3"):
-        sampler.rows(0, 0, 3)
+        sampler.draw_rows(0, 0, 3)
 
 
 def test_two_ranks_train_with_the_triplets_of_the_first(tmp_path: Path) -> None:
@@ -164,10 +166,10 @@ def test_all_triplets_cost_less_than_before(whole: Path) -> None:
     """Not those of an epoch, which are the ones that cost something."""
     given = task()
     chips = given._examples.chips
-    every = TripletLoss(settled(LossConfig("triplet", margin=0.4, mining="batch-all")))
+    every = TripletLoss(resolve_loss_config(LossConfig("triplet", margin=0.4, mining="batch-all")))
 
     def cost() -> float:
-        vectors = torch.from_numpy(given._vectors(torch.device("cpu")))
+        vectors = torch.from_numpy(given._embed_all(torch.device("cpu")))
         every(vectors, torch.from_numpy(chips.labels))
         return float(every.figures["active"])
 
@@ -183,18 +185,18 @@ def test_where_nothing_is_left_to_learn_the_run_ends(tmp_path: Path) -> None:
     chips: Any = given._examples.chips
     far = np.eye(8, 108, dtype=np.uint8)[chips.labels] * 250
     chips._pixels = far.reshape(-1, 6, 6, 3)
-    with pytest.raises(TrainingError, match=r"no triplet .* costs anything: set a larger loss\.margin"):
+    with pytest.raises(TrainingError, match=r"no triplet .* has a loss above 0: set a larger loss\.margin"):
         trained(tmp_path / "never", of=given)
-    assert Checkpoints(str(tmp_path / "never")).load() is None
+    assert CheckpointFolder(str(tmp_path / "never")).load() is None
     given = task()
-    mine = given._sampler.mine
+    mine = given._sampler.mine_epoch
 
     def mined(vectors: Any, epoch: int) -> None:
         mine(vectors, epoch)
         if epoch == 2:
-            given._sampler.take(epoch, np.empty((0, 3), np.int64))
+            given._sampler.set_triplets(epoch, np.empty((0, 3), np.int64))
 
-    given._sampler.mine = mined  # type: ignore[method-assign]
+    given._sampler.mine_epoch = mined  # type: ignore[method-assign]
     outcome = trained(tmp_path / "ends", of=given)
     assert (outcome.end, outcome.step) == ("stopped", 12)
     assert content(tmp_path / "ends")["step"] == 12
@@ -206,8 +208,8 @@ def test_hard_triplets_come_three_times_at_most_and_the_rest_fills_the_epoch() -
     vectors = (np.eye(6)[labels] + rng.normal(0, 0.25, (40, 6))).astype(np.float32)
     loss = LossConfig("triplet", margin=0.3, offline=True)
     sampler = TripletSampler(labels, loss, 12, 0)
-    sampler.mine(vectors, 0)
-    found = offline_triplets(vectors, labels, loss, hash64("triplets", "0", "0"))
+    sampler.mine_epoch(vectors, 0)
+    found = mine_triplets(vectors, labels, loss, hash64("triplets", "0", "0"))
     assert 0 < found.active.sum() < 13
     counts = np.bincount(sampler.triplets[:, 0], minlength=40)
     costly = np.zeros(40, bool)

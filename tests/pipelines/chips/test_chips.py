@@ -21,15 +21,15 @@ from facepipe.config import build
 from facepipe.errors import ConfigError, EvaluationError, SourceError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.training.data import chip_writer
-from facepipe.training.data.chip_set import SET, ChipSet, batches_of
+from facepipe.training.data.chip_set import SET, ChipSet, iterate_batches
 from facepipe.training.data.config import DataConfig
-from facepipe.training.validation import ValidateConfig, verify
-from pipelines.chips import prepare as pipeline
-from pipelines.chips.prepare import ChipRun, prepare, prepare_pairs
+from facepipe.training.validation import ValidateConfig, verify_pairs
+from pipelines.chips import prepare_chips as pipeline
+from pipelines.chips.prepare import ChipRunConfig, prepare_chips, prepare_pairs
 from pipelines.embed import EmbedConfig
 from pipelines.embed import run as run_embed
 
-INLINE = ChipRun(runner="inline", block_smallest=4, block_largest=8)
+INLINE = ChipRunConfig(runner="inline", block_smallest=4, block_largest=8)
 FAKES = {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}, "run": {"runner": "inline"}}
 FAKE = "fake-embedder"
 
@@ -45,7 +45,7 @@ def gallery_of(source: Path | str, path: Path, **settings: Any) -> str:
 
 def content(chips: ChipSet) -> list[tuple[str, bytes]]:
     """(identity, JPEG) of every chip, in order."""
-    return [(chips.identities[chips.labels[n]], bytes(chips.encoded(n))) for n in range(len(chips))]
+    return [(chips.identities[chips.labels[n]], bytes(chips.read_jpeg(n))) for n in range(len(chips))]
 
 
 def people(chips: ChipSet) -> dict[str, int]:
@@ -55,7 +55,7 @@ def people(chips: ChipSet) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def plain(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> ChipSet:
     """The chips of the drawings: 13 or 14 faces of each of three persons, none of the first."""
-    return prepare(config(drawings), FAKE, str(tmp_path_factory.mktemp("plain") / "chips"), INLINE)
+    return prepare_chips(config(drawings), FAKE, str(tmp_path_factory.mktemp("plain") / "chips"), INLINE)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_folder_tree(plain: ChipSet, drawings: Path) -> None:
     assert plain.identities == ["person1", "person2"], "nobody has a face in the pictures of person0"
     assert people(plain) == {"person1": 20, "person2": 20}
     assert plain.info.figures == {"images": 60, "failed: no_face": 20}
-    assert plain.chip(3).shape == (32, 32, 3)
+    assert plain.load_chip(3).shape == (32, 32, 3)
     assert list(plain.uris) == [plain.uris[n] for n in range(40)]
     assert plain.uris[0] in {str(path) for path in (drawings / "person1").iterdir()}
     assert len(set(plain.uris[:])) == len(plain) == 40
@@ -83,24 +83,26 @@ def test_a_set_leaves_nothing_else_behind(plain: ChipSet) -> None:
 
 
 def test_the_files_are_plain_arrow(plain: ChipSet) -> None:
-    held = [row for batch, _ in batches_of(str(Path(plain.folder) / "chips-00000.arrow")) for row in batch.to_pylist()]
+    held = [
+        row for batch, _ in iterate_batches(str(Path(plain.folder) / "chips-00000.arrow")) for row in batch.to_pylist()
+    ]
     by_face = {row["face_id"]: row for row in held}
     for n in range(len(plain)):
-        row = by_face[int(plain.faces[n])]
-        assert bytes(plain.encoded(n)) == row["chip"]
+        row = by_face[int(plain.face_ids[n])]
+        assert bytes(plain.read_jpeg(n)) == row["chip"]
         assert (plain.uris[n], plain.identities[plain.labels[n]]) == (row["uri"], row["identity"])
 
 
 def test_a_gallery_gives_the_chips_of_its_source(plain: ChipSet, drawn_gallery: str, tmp_path: Path) -> None:
-    found = prepare(DataConfig(gallery=drawn_gallery), FAKE, str(tmp_path / "chips"), INLINE)
+    found = prepare_chips(DataConfig(gallery=drawn_gallery), FAKE, str(tmp_path / "chips"), INLINE)
     assert content(found) == content(plain)
     assert found.uris[:] == plain.uris[:]
-    assert np.array_equal(found.faces, plain.faces)
+    assert np.array_equal(found.face_ids, plain.face_ids)
 
 
 def test_processes_give_the_same_chips(plain: ChipSet, drawings: Path, tmp_path: Path) -> None:
-    run = ChipRun(runner="local", workers=2, block_smallest=4, block_largest=8)
-    found = prepare(config(drawings), FAKE, str(tmp_path / "chips"), run)
+    run = ChipRunConfig(runner="local", workers=2, block_smallest=4, block_largest=8)
+    found = prepare_chips(config(drawings), FAKE, str(tmp_path / "chips"), run)
     assert content(found) == content(plain)
 
 
@@ -115,9 +117,9 @@ def test_members_of_containers(plain: ChipSet, drawings: Path, tmp_path: Path) -
     pq.write_table(pa.table({**rows, "identity": [p.parent.name for p in paths[30:]]}), shards / "b.parquet")
     gallery = gallery_of(shards / "a.tar", tmp_path / "g")
     gallery_of(shards / "b.parquet", tmp_path / "g")
-    found = prepare(DataConfig(gallery=gallery), FAKE, str(tmp_path / "chips"), INLINE)
+    found = prepare_chips(DataConfig(gallery=gallery), FAKE, str(tmp_path / "chips"), INLINE)
     assert sorted(content(found)) == sorted(content(plain))
-    rows_alone = prepare(config(shards / "b.parquet"), FAKE, str(tmp_path / "rows"), INLINE)
+    rows_alone = prepare_chips(config(shards / "b.parquet"), FAKE, str(tmp_path / "rows"), INLINE)
     assert people(rows_alone) == {"person1": 10, "person2": 20}
 
 
@@ -132,19 +134,19 @@ def test_clean_lists(drawn_gallery: str, plain: ChipSet, tmp_path: Path) -> None
         listed = ((row["uri"], name, 0, row["face_id"]) for row, name in zip(chosen, names, strict=True))
         csv.writer(file).writerows([("path", "identity", "label", "face_id"), *listed])
     data = DataConfig(gallery=drawn_gallery, list=str(tmp_path / "clean.csv"))
-    found = prepare(data, FAKE, str(tmp_path / "chips"), INLINE)
-    held = {int(face): found.identities[label] for face, label in zip(found.faces, found.labels, strict=True)}
+    found = prepare_chips(data, FAKE, str(tmp_path / "chips"), INLINE)
+    held = {int(face): found.identities[label] for face, label in zip(found.face_ids, found.labels, strict=True)}
     assert held == {row["face_id"]: name for row, name in zip(chosen, names, strict=True)}
 
     (tmp_path / "clean.txt").write_text("".join(f"{uri} {n % 2}\n" for n, uri in enumerate(plain.uris[:8])))
     (tmp_path / "labels.csv").write_text("label,identity\n0,Ann\n1,Bo\n")
-    text = prepare(replace(data, list=str(tmp_path / "clean.txt")), FAKE, str(tmp_path / "chips"), INLINE)
+    text = prepare_chips(replace(data, list=str(tmp_path / "clean.txt")), FAKE, str(tmp_path / "chips"), INLINE)
     assert people(text) == {"Ann": 4, "Bo": 4}
     assert {*text.uris} == {*plain.uris[:8]}
 
     (tmp_path / "clean.txt").write_text("/elsewhere/a.jpg 0\n")
     with pytest.raises(SourceError, match="was it made from this gallery"):
-        prepare(replace(data, list=str(tmp_path / "clean.txt")), FAKE, str(tmp_path / "chips"), INLINE)
+        prepare_chips(replace(data, list=str(tmp_path / "clean.txt")), FAKE, str(tmp_path / "chips"), INLINE)
 
 
 def test_limits_and_excluded_names(drawings: Path, drawn_gallery: str, plain: ChipSet, tmp_path: Path) -> None:
@@ -156,13 +158,13 @@ def test_limits_and_excluded_names(drawings: Path, drawn_gallery: str, plain: Ch
         shutil.copyfile(tmp_path / "one.png", corpus / name / "x.png")
     settings = {"min_images": 2, "max_images": 7, "exclude_identities": ["left out"]}
     data = config(corpus, **settings)
-    found = prepare(data, FAKE, str(tmp_path / "chips"), INLINE)
+    found = prepare_chips(data, FAKE, str(tmp_path / "chips"), INLINE)
     assert people(found) == {"person1": 7, "person2": 7}
     assert found.info.figures["left_out: identity with too few images"] == 1
     assert found.info.figures["left_out: excluded identity"] == 1
     assert found.info.figures["left_out: more images than data.max_images"] == 26
     gallery = gallery_of(corpus, tmp_path / "g")
-    again = prepare(replace(data, source="", gallery=gallery), FAKE, str(tmp_path / "of gallery"), INLINE)
+    again = prepare_chips(replace(data, source="", gallery=gallery), FAKE, str(tmp_path / "of gallery"), INLINE)
     assert content(again) == content(found), "the same choice"
     assert again.info.figures["wanted faces"] == 14, "no other was cut"
 
@@ -175,7 +177,7 @@ def test_images_and_names_of_a_test_set_are_left_out(drawings: Path, plain: Chip
     shutil.copyfile(plain.uris[39], test / "Person2" / "copy.png")
     gallery = gallery_of(test, tmp_path / "test gallery")
     with pytest.raises(SourceError, match="19 chips of 1 identities are left") as raised:
-        prepare(config(drawings, exclude=[gallery]), FAKE, str(tmp_path / "chips"), INLINE)
+        prepare_chips(config(drawings, exclude=[gallery]), FAKE, str(tmp_path / "chips"), INLINE)
     assert "excluded identity 20" in str(raised.value)
     assert "image of an excluded gallery 1" in str(raised.value)
     with pytest.raises(SourceError, match="no chip set"):
@@ -184,18 +186,18 @@ def test_images_and_names_of_a_test_set_are_left_out(drawings: Path, plain: Chip
 
 def test_a_set_is_made_once(drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path / "chips")
-    first = content(prepare(config(drawings), FAKE, folder, INLINE))
+    first = content(prepare_chips(config(drawings), FAKE, folder, INLINE))
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "_make", lambda *_: pytest.fail("made again"))
-        assert content(prepare(config(drawings), FAKE, folder, INLINE)) == first
-    assert len(prepare(config(drawings, max_images=3), FAKE, folder, INLINE)) == 6, "another config, another set"
-    assert prepare(config(drawings), "dlib-resnet", folder, INLINE).size == (150, 150)
+        assert content(prepare_chips(config(drawings), FAKE, folder, INLINE)) == first
+    assert len(prepare_chips(config(drawings, max_images=3), FAKE, folder, INLINE)) == 6, "another config, another set"
+    assert prepare_chips(config(drawings), "dlib-resnet", folder, INLINE).size == (150, 150)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("!")
     with pytest.raises(ConfigError, match=r"holds 'thesis\.txt' and is no chip set"):
-        prepare(config(drawings), FAKE, str(tmp_path / "mine"), INLINE)
+        prepare_chips(config(drawings), FAKE, str(tmp_path / "mine"), INLINE)
     with pytest.raises(ConfigError, match="object store"):
-        prepare(config(drawings), FAKE, "s3://bucket/chips", INLINE)
+        prepare_chips(config(drawings), FAKE, "s3://bucket/chips", INLINE)
 
 
 KILLED = """
@@ -204,7 +206,7 @@ from facepipe.training.data import chip_writer
 from facepipe.training.data.config import DataConfig
 from pipelines.chips import ChipRun, prepare
 chip_writer._SHARD_BYTES = 1
-chip_writer.ShardWriter.__init__.__defaults__ = (1,)
+chip_writer.ChipShardWriter.__init__.__defaults__ = (1,)
 seen = []
 def progress(line):
     seen.append(line)
@@ -223,7 +225,7 @@ def test_a_killed_run_is_gone_on_with(drawings: Path, plain: ChipSet, tmp_path: 
     with pytest.raises(SourceError, match="no chip set"):
         ChipSet.open(folder)
     assert list(folder.glob("chips-*.arrow"))
-    done = prepare(config(drawings), FAKE, str(folder), INLINE)
+    done = prepare_chips(config(drawings), FAKE, str(folder), INLINE)
     assert content(done) == content(plain)
     assert done.uris[:] == plain.uris[:]
     held = done.info.figures["held from an interrupted run"]
@@ -234,25 +236,25 @@ def test_a_killed_run_is_gone_on_with(drawings: Path, plain: ChipSet, tmp_path: 
 def test_an_interruption_at_any_time_leaves_no_set(
     drawings: Path, plain: ChipSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chip_writer.ShardWriter.__init__, "__defaults__", (4000,))
+    monkeypatch.setattr(chip_writer.ChipShardWriter.__init__, "__defaults__", (4000,))
     folder = tmp_path / "chips"
-    for name in ("_settle", "_write_table", "_write_json"):
+    for name in ("publish_file", "_write_table", "_write_json"):
         original = getattr(chip_writer, name)
         calls: list[int] = []
 
-        def fail(*given: Any, original: Any = original, calls: list[int] = calls) -> Any:
+        def fail(*args: Any, original: Any = original, calls: list[int] = calls, **options: Any) -> Any:
             calls.append(0)
             if len(calls) == 2 or original.__name__ == "_write_json":
                 raise KeyboardInterrupt
-            return original(*given)
+            return original(*args, **options)
 
         with monkeypatch.context() as patched:
             patched.setattr(chip_writer, name, fail)
             with pytest.raises(KeyboardInterrupt):
-                prepare(config(drawings), FAKE, str(folder), INLINE)
+                prepare_chips(config(drawings), FAKE, str(folder), INLINE)
         with pytest.raises(SourceError, match="no chip set"):
             ChipSet.open(folder)
-    assert content(prepare(config(drawings), FAKE, str(folder), INLINE)) == content(plain)
+    assert content(prepare_chips(config(drawings), FAKE, str(folder), INLINE)) == content(plain)
 
 
 def test_hostile_files(drawings: Path, tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ def test_hostile_files(drawings: Path, tmp_path: Path) -> None:
     (corpus / "person2" / "nowhere.jpg").symlink_to("/nowhere")
     (corpus / "person2" / "notes.txt").write_text("no image")
     shutil.copyfile(corpus / "person1" / "p1_001.png", corpus / "loose.png")
-    found = prepare(config(corpus), FAKE, str(tmp_path / "chips"), INLINE)
+    found = prepare_chips(config(corpus), FAKE, str(tmp_path / "chips"), INLINE)
     assert people(found) == {"person1": 20, "person2": 20}
     figures = found.info.figures
     assert (figures["failed: decode_error"], figures["failed: read_error"]) == (3, 1)
@@ -278,18 +280,18 @@ def test_hostile_files(drawings: Path, tmp_path: Path) -> None:
 def test_sources_that_cannot_be_trained_on(drawings: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="no image in"):
-        prepare(config(tmp_path / "empty"), FAKE, str(tmp_path / "a"), INLINE)
+        prepare_chips(config(tmp_path / "empty"), FAKE, str(tmp_path / "a"), INLINE)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "person1").symlink_to(drawings / "person1")
     with pytest.raises(SourceError, match="20 chips of 1 identities are left"):
-        prepare(config(tmp_path / "one"), FAKE, str(tmp_path / "b"), INLINE)
+        prepare_chips(config(tmp_path / "one"), FAKE, str(tmp_path / "b"), INLINE)
     with pytest.raises(SourceError, match="without identity 20"):
-        prepare(config(drawings / "person1"), FAKE, str(tmp_path / "c"), INLINE)
+        prepare_chips(config(drawings / "person1"), FAKE, str(tmp_path / "c"), INLINE)
     gallery = gallery_of(drawings / "person1", tmp_path / "g")
     with pytest.raises(SourceError, match="has an identity, and training needs labels"):
-        prepare(DataConfig(gallery=gallery), FAKE, str(tmp_path / "d"), INLINE)
+        prepare_chips(DataConfig(gallery=gallery), FAKE, str(tmp_path / "d"), INLINE)
     with pytest.raises(SourceError, match="no such file"):
-        prepare(config(tmp_path / "absent"), FAKE, str(tmp_path / "e"), INLINE)
+        prepare_chips(config(tmp_path / "absent"), FAKE, str(tmp_path / "e"), INLINE)
 
 
 def test_images_that_changed_since_they_were_embedded(drawings: Path, tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_images_that_changed_since_they_were_embedded(drawings: Path, tmp_path: 
     gallery = gallery_of(corpus, tmp_path / "g")
     shutil.copyfile(corpus / "person1" / "p1_004.png", corpus / "person1" / "p1_001.png")
     (corpus / "person2" / "p2_002.png").unlink()
-    found = prepare(DataConfig(gallery=gallery), FAKE, str(tmp_path / "chips"), INLINE)
+    found = prepare_chips(DataConfig(gallery=gallery), FAKE, str(tmp_path / "chips"), INLINE)
     assert people(found) == {"person1": 19, "person2": 19}
     assert found.info.figures["failed: read_error"] == 2
     assert "has changed since it was embedded" in (tmp_path / "chips" / "failed.csv").read_text()
@@ -308,44 +310,44 @@ def test_crops_need_no_detector(plain: ChipSet, tmp_path: Path) -> None:
     for n in range(0, 40, 4):
         folder = tmp_path / "crops" / plain.identities[plain.labels[n]]
         folder.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / f"{n}.png"), plain.chip(n)[:, :, ::-1])
-    wide = cv2.copyMakeBorder(plain.chip(0)[:, :, ::-1], 0, 0, 8, 8, cv2.BORDER_CONSTANT)
+        cv2.imwrite(str(folder / f"{n}.png"), plain.load_chip(n)[:, :, ::-1])
+    wide = cv2.copyMakeBorder(plain.load_chip(0)[:, :, ::-1], 0, 0, 8, 8, cv2.BORDER_CONSTANT)
     cv2.imwrite(str(tmp_path / "crops" / "person1" / "wide.png"), wide)
-    found = prepare(
+    found = prepare_chips(
         config(tmp_path / "crops", aligned=True, detector="retinaface-mnet025"), FAKE, str(tmp_path / "c"), INLINE
     )
     assert len(found) == 11
     for n, uri in enumerate(found.uris):
         stem = Path(uri).stem
-        same = plain.chip(0 if stem == "wide" else int(stem)).astype(int)
-        assert np.abs(found.chip(n) - same).mean() < 4, "the JPEG's loss alone"
+        same = plain.load_chip(0 if stem == "wide" else int(stem)).astype(int)
+        assert np.abs(found.load_chip(n) - same).mean() < 4, "the JPEG's loss alone"
 
 
 def test_views(plain: ChipSet) -> None:
     rows = np.flatnonzero(plain.labels == 1)[::-2]
     part = plain.select(rows)
     assert (part.identities, set(part.labels.tolist()), len(part)) == (["person2"], {0}, 10)
-    assert [bytes(part.encoded(n)) for n in range(10)] == [bytes(plain.encoded(row)) for row in rows]
+    assert [bytes(part.read_jpeg(n)) for n in range(10)] == [bytes(plain.read_jpeg(row)) for row in rows]
     assert part.uris[2] == plain.uris[int(rows[2])]
     twice = part.select(np.array([1, 1]))
-    assert twice.faces.tolist() == [part.faces[1]] * 2
+    assert twice.face_ids.tolist() == [part.face_ids[1]] * 2
     moved = pickle.loads(pickle.dumps(part))
-    assert np.array_equal(moved.stack(np.arange(3)), part.stack(np.arange(3)))
-    assert part.stack(np.empty(0, np.int64)).shape == (0, 32, 32, 3)
+    assert np.array_equal(moved.stack(np.arange(3)), part.load_chips(np.arange(3)))
+    assert part.load_chips(np.empty(0, np.int64)).shape == (0, 32, 32, 3)
 
 
 def test_damaged_chips_are_named(drawings: Path, tmp_path: Path) -> None:
-    chips = prepare(config(drawings), FAKE, str(tmp_path / "chips"), INLINE)
+    chips = prepare_chips(config(drawings), FAKE, str(tmp_path / "chips"), INLINE)
     shard = tmp_path / "chips" / "chips-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(StorageError, match="were cut short"):
-        ChipSet.open(chips.folder).chip(39)
+        ChipSet.open(chips.folder).load_chip(39)
     shard.write_bytes(b"\0" * 200_000)
     with pytest.raises(StorageError, match=r"chip 39 of .* is damaged"):
-        ChipSet.open(chips.folder).chip(39)
+        ChipSet.open(chips.folder).load_chip(39)
     shard.unlink()
     with pytest.raises(StorageError, match="cannot read the chips"):
-        ChipSet.open(chips.folder).chip(0)
+        ChipSet.open(chips.folder).load_chip(0)
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +381,7 @@ def test_pairs_of_lfw(lfw: Path, tmp_path: Path) -> None:
     validate = ValidateConfig(pairs=str(tmp_path / "pairs.txt"), source=str(root))
     pairs = prepare_pairs(validate, "dlib-resnet", str(tmp_path / "chips"))
     assert (len(pairs), len(pairs.chips), (pairs.left < 0).sum()) == (32, 24, 0)
-    scores = verify(card("dlib-resnet", "embedder").load("cpu", 1).embed, pairs)
+    scores = verify_pairs(card("dlib-resnet", "embedder").load("cpu", 1).embed, pairs)
     assert scores["score"] == scores["accuracy"] > 0.9
     assert scores["auc"] > 0.97
 
@@ -411,7 +413,7 @@ def test_test_persons_are_found_in_a_gallery(lfw: Path, tmp_path: Path) -> None:
     settings = {"detect": {}, "embed": {}}
     galleries = [gallery_of(folder, tmp_path / f"{folder.name}.gallery", **settings) for folder in (train, test)]
     data = DataConfig(gallery=galleries[0], exclude=(galleries[1],))
-    found = prepare(data, "dlib-resnet", str(tmp_path / "chips"), INLINE)
+    found = prepare_chips(data, "dlib-resnet", str(tmp_path / "chips"), INLINE)
     assert not {names[0], names[1]} & set(found.identities)
     assert set(names[3:]) <= set(found.identities)
     assert str(picture) not in set(found.uris)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
 from facepipe.training.trainer import checkpointing
 from facepipe.training.trainer import metrics_log as journal
-from facepipe.training.trainer.checkpointing import Checkpoints
-from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
-from facepipe.training.trainer.loop import Settings
-from pipelines.chips.prepare import in_use
+from facepipe.training.trainer.checkpointing import CheckpointFolder
+from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
+from facepipe.training.trainer.loop import LoopSettings
+from pipelines.chips.prepare import mark_in_use
 from pipelines.train import run
-from pipelines.train.pipeline import interruptible, read_config, train
+from pipelines.train.pipeline import catch_signals, read_config, train_plan
 
 STEPS = 30
 
@@ -40,34 +40,34 @@ class Toy:
         self.objective: nn.Module = nn.Linear(4, 2)
         self._fatal, self._mark = fatal, mark
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
+    def make_batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
         if step == self._fatal and not os.path.exists(self._mark):
             open(self._mark, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         return x, (x[:, 0] > 0).long()
 
-    def loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         return nn.functional.cross_entropy(self.objective(self.net(inputs[0])), inputs[1]), {}
 
     def validate(self, net: nn.Module) -> dict[str, float]:
-        return {"score": -float(self.loss(self.batch(9_999))[0])}
+        return {"score": -float(self.compute_loss(self.make_batch(9_999))[0])}
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyPlan:
-    run: RunConfig
+    run: TrainingRunConfig
     fatal: int = -1
 
-    def __call__(self) -> tuple[Toy, Settings]:
+    def __call__(self) -> tuple[Toy, LoopSettings]:
         schedule = ScheduleConfig(steps=STEPS, warmup=3)
         mark = str(Path(self.run.output) / "killed")
-        given = Settings(OptimConfig("adamw", lr=0.01), schedule, self.run, validate_steps=10)
+        given = LoopSettings(OptimConfig("adamw", lr=0.01), schedule, self.run, validate_steps=10)
         return Toy(self.fatal, mark), given
 
 
 def loaded(output: Path) -> dict[str, Any]:
-    found = Checkpoints(str(output)).load()
+    found = CheckpointFolder(str(output)).load()
     assert found is not None
     return found
 
@@ -83,21 +83,21 @@ def test_through_ray_a_killed_worker_goes_on_to_the_same_bits(tmp_path: Path, mo
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     options = {"log_every": 5, "checkpoint_steps": 4, "threads": 1}
     try:
-        killed = ToyPlan(RunConfig(str(tmp_path / "ray"), runner="ray", **options), fatal=17)  # type: ignore[arg-type]
+        killed = ToyPlan(TrainingRunConfig(str(tmp_path / "ray"), runner="ray", **options), fatal=17)  # type: ignore[arg-type]
         (tmp_path / "ray").mkdir()
         told = list[Any]()
-        outcome = train(killed, told.append)
+        outcome = train_plan(killed, told.append)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert (tmp_path / "ray" / "killed").exists()
     assert (outcome.end, outcome.step, outcome.resumed) == ("done", STEPS, 16)
     assert told
     assert told[-1].step == STEPS
-    train(ToyPlan(RunConfig(str(tmp_path / "inline"), runner="inline", **options)))  # type: ignore[arg-type]
+    train_plan(ToyPlan(TrainingRunConfig(str(tmp_path / "inline"), runner="inline", **options)))  # type: ignore[arg-type]
     one, other = loaded(tmp_path / "ray"), loaded(tmp_path / "inline")
     for part in ("net", "head", "optimizer", "standing"):
         assert same(one[part], other[part]), part
-    steps = [[e.step for e in journal.read(str(tmp_path / name))] for name in ("ray", "inline")]
+    steps = [[e.step for e in journal.read_metrics(str(tmp_path / name))] for name in ("ray", "inline")]
     assert steps[0] == steps[1]
 
 
@@ -105,7 +105,7 @@ def test_the_first_signal_ends_the_step_and_the_second_counts() -> None:
     reached = list[bool]()
 
     def work(signals: int) -> None:
-        with interruptible() as stop:
+        with catch_signals() as stop:
             for _ in range(signals):
                 reached.append(stop())
                 signal.raise_signal(signal.SIGINT)
@@ -123,7 +123,7 @@ def test_the_first_signal_ends_the_step_and_the_second_counts() -> None:
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interruptible() as stop:
+        with catch_signals() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -259,7 +259,7 @@ def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> No
     model = {"start": summary.model, "architecture": "mobilefacenet", "dim": 64, "freeze": "trunk"}
     run(dataclasses.replace(tuned, model=dataclasses.replace(tuned.model, **model)))
     first, second = loaded(output), loaded(tmp_path / "second")
-    best = checkpointing.read(Checkpoints(str(output)).best)["net"]
+    best = checkpointing.read_checkpoint(CheckpointFolder(str(output)).best_path)["net"]
     changed = [k for k, v in second["net"].items() if k not in best or not torch.equal(v, best[k])]
     assert 0 < len(changed) < len(first["net"]) / 4
     start = json.loads((tmp_path / "second" / "manifest.json").read_text())["start"]
@@ -291,8 +291,8 @@ def test_fresh_takes_nothing_before_it_is_known_that_the_run_can_begin(
     with pytest.raises(SourceError):
         run(config(persons / "nowhere", tmp_path), fresh=True)
     assert {path: path.read_bytes() for path in left} == left
-    monkeypatch.setattr(checkpointing, "_PATIENCE", 0.2)
-    with Checkpoints(str(tmp_path)).held(), pytest.raises(TrainingError, match="another run is writing"):
+    monkeypatch.setattr(checkpointing, "_LOCK_TIMEOUT_S", 0.2)
+    with CheckpointFolder(str(tmp_path)).lock(), pytest.raises(TrainingError, match="another run is writing"):
         run(given, fresh=True)
     assert {path: path.read_bytes() for path in left} == left
     assert run(given, fresh=True).resumed == 0
@@ -329,7 +329,10 @@ def test_a_training_goes_on_with_the_chips_it_began_with(persons: Path, tmp_path
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["data"] == manifest["data"]
     other = dataclasses.replace(given, run=dataclasses.replace(given.run, output=str(tmp_path / "other")))
     shared = dataclasses.replace(other, run=dataclasses.replace(other.run, chips=str(tmp_path / "run" / "chips")))
-    with in_use(str(tmp_path / "run" / "chips")), pytest.raises(ConfigError, match="which another training is using"):
+    with (
+        mark_in_use(str(tmp_path / "run" / "chips")),
+        pytest.raises(ConfigError, match="which another training is using"),
+    ):
         run(shared)
     assert run(given, fresh=True).data["images"] == 24
 

@@ -18,7 +18,7 @@ from facepipe.models.protocols import Faces
 from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
 from facepipe.models.zoo.registry import card, retinaface_graph
 from facepipe.training.detection.detector import detect
-from facepipe.training.detection.overlap import iou
+from facepipe.training.detection.overlap import compute_iou
 from facepipe.types import UInt8Image
 
 LIMITS = (0.7, 0.4)
@@ -154,7 +154,7 @@ def rgb_net(shared: Path) -> RetinaFaceNet:
 
 def found_again(truth: Faces, found: Faces) -> tuple[list[float], list[float]]:
     """Of each true face, the best overlap, and where it is over one half the landmarks' mean distance in sides."""
-    overlaps = iou(torch.from_numpy(truth.boxes), torch.from_numpy(found.boxes)).numpy()
+    overlaps = compute_iou(torch.from_numpy(truth.boxes), torch.from_numpy(found.boxes)).numpy()
     best, distances = [], []
     for n, row in enumerate(overlaps):
         best.append(float(row.max(initial=0.0)))

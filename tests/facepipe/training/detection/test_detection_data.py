@@ -8,7 +8,7 @@ import pytest
 
 from facepipe.errors import SourceError
 from facepipe.training.detection import augment as augmentation
-from facepipe.training.detection.annotations import Truth, read_annotations
+from facepipe.training.detection.annotations import AnnotatedFaces, read_annotations
 from facepipe.training.detection.augment import Scene
 from facepipe.training.detection.config import SceneAugmentConfig
 
@@ -43,10 +43,10 @@ def test_annotations_with_landmarks(tmp_path: Path) -> None:
     read = read_annotations(written(tmp_path / "label.txt", LABELS))
     assert read.paths == ["0--Parade/a.jpg", "1--Other/b c.jpg"]
     assert read.offsets.tolist() == [0, 2, 3]
-    assert read.of(0).boxes.tolist() == [[10, 20, 40, 60], [50, 60, 55, 66]]
-    assert read.of(0).landmarks[0].tolist() == [[15.5, 30], [25, 30], [20, 40], [16, 50], [24, 50]]
-    assert np.isnan(read.of(0).landmarks[1]).all()
-    assert np.isnan(read.of(1).landmarks).all()
+    assert read.get_faces(0).boxes.tolist() == [[10, 20, 40, 60], [50, 60, 55, 66]]
+    assert read.get_faces(0).landmarks[0].tolist() == [[15.5, 30], [25, 30], [20, 40], [16, 50], [24, 50]]
+    assert np.isnan(read.get_faces(0).landmarks[1]).all()
+    assert np.isnan(read.get_faces(1).landmarks).all()
     assert read.dropped == 1
 
 
@@ -98,7 +98,7 @@ def drawn_scene(w: int = 200, h: int = 120) -> Scene:
     for n in range(2):
         for k, (x, y) in enumerate(np.floor(landmarks[n]).astype(int)):
             pixels[y, x] = marker(n, k)
-    return Scene(pixels, Truth(boxes, landmarks))
+    return Scene(pixels, AnnotatedFaces(boxes, landmarks))
 
 
 def marker(n: int, k: int) -> list[int]:
@@ -107,25 +107,25 @@ def marker(n: int, k: int) -> list[int]:
 
 def test_mirroring_moves_pixels_and_landmarks_alike() -> None:
     scene = drawn_scene()
-    turned = augmentation.mirrored(scene)
+    turned = augmentation.mirror_scene(scene)
     for n in range(2):
         for k, other in enumerate((1, 0, 2, 4, 3)):
-            x, y = np.floor(turned.truth.landmarks[n, k]).astype(int)
+            x, y = np.floor(turned.faces.landmarks[n, k]).astype(int)
             assert turned.pixels[y, x].tolist() == marker(n, other)
-        left, right = turned.truth.landmarks[n, :2, 0]
+        left, right = turned.faces.landmarks[n, :2, 0]
         assert left < right
-    assert turned.truth.boxes[0].tolist() == [140, 20, 180, 70]
-    assert np.isnan(turned.truth.landmarks[2]).all()
-    again = augmentation.mirrored(turned)
+    assert turned.faces.boxes[0].tolist() == [140, 20, 180, 70]
+    assert np.isnan(turned.faces.landmarks[2]).all()
+    again = augmentation.mirror_scene(turned)
     assert np.array_equal(again.pixels, scene.pixels)
-    assert np.array_equal(again.truth.boxes, scene.truth.boxes)
-    assert np.array_equal(again.truth.landmarks, scene.truth.landmarks, equal_nan=True)
+    assert np.array_equal(again.faces.boxes, scene.faces.boxes)
+    assert np.array_equal(again.faces.landmarks, scene.faces.landmarks, equal_nan=True)
 
 
 def test_crops_keep_the_faces_whose_centre_they_hold() -> None:
     scene, seen = drawn_scene(), set()
     for seed in range(200):
-        cut = augmentation.cropped(scene, SceneAugmentConfig(), np.random.default_rng(seed))
+        cut = augmentation.crop_scene(scene, SceneAugmentConfig(), np.random.default_rng(seed))
         h, w = cut.pixels.shape[:2]
         assert h == w
         assert h in {36, 54, 72, 96, 120}
@@ -133,16 +133,16 @@ def test_crops_keep_the_faces_whose_centre_they_hold() -> None:
         corner = corner_of(cut.pixels, scene.pixels)
         kept = [
             n
-            for n, (x1, y1, x2, y2) in enumerate(scene.truth.boxes)
+            for n, (x1, y1, x2, y2) in enumerate(scene.faces.boxes)
             if 0 < (x1 + x2) / 2 - corner[0] < w and 0 < (y1 + y2) / 2 - corner[1] < h
         ]
-        assert len(kept) == len(cut.truth.boxes) > 0
+        assert len(kept) == len(cut.faces.boxes) > 0
         whole = False
-        for n, box, points in zip(kept, cut.truth.boxes, cut.truth.landmarks, strict=True):
-            moved = scene.truth.boxes[n] - np.tile(corner, 2)
+        for n, box, points in zip(kept, cut.faces.boxes, cut.faces.landmarks, strict=True):
+            moved = scene.faces.boxes[n] - np.tile(corner, 2)
             assert box.tolist() == np.clip(moved, 0, w).tolist()
             whole |= np.array_equal(box, moved)
-            expected = np.clip(scene.truth.landmarks[n] - corner, 0, w)
+            expected = np.clip(scene.faces.landmarks[n] - corner, 0, w)
             assert np.array_equal(points, expected, equal_nan=True)
         assert whole
     assert seen >= {72, 96, 120}
@@ -155,19 +155,23 @@ def corner_of(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def test_a_scene_without_a_fitting_crop_is_padded_whole() -> None:
     pixels = np.full((60, 100, 3), 200, np.uint8)
-    scene = Scene(pixels, Truth(np.array([[0, 0, 100, 60]], np.float32), np.full((1, 5, 2), np.nan, np.float32)))
+    scene = Scene(
+        pixels, AnnotatedFaces(np.array([[0, 0, 100, 60]], np.float32), np.full((1, 5, 2), np.nan, np.float32))
+    )
     config = SceneAugmentConfig(mirror=0.0, distort=False)
-    found = augmentation.augment(scene, 64, (1.0, 2.0, 3.0), config, np.random.default_rng(0))
+    found = augmentation.augment_scene(scene, 64, (1.0, 2.0, 3.0), config, np.random.default_rng(0))
     assert found.pixels.shape == (64, 64, 3)
-    assert np.allclose(found.truth.boxes, [[0, 0, 64, 38.4]])
+    assert np.allclose(found.faces.boxes, [[0, 0, 64, 38.4]])
     assert found.pixels[-1, 0].tolist() == [1, 2, 3]
     assert found.pixels[5, 5].tolist() == [200, 200, 200]
 
 
 def test_distortion_is_bounded_and_repeatable() -> None:
     pixels = drawn_scene().pixels
-    found = [augmentation.distorted(pixels, np.random.default_rng(seed)) for seed in range(30)]
-    assert all(np.array_equal(f, augmentation.distorted(pixels, np.random.default_rng(n))) for n, f in enumerate(found))
+    found = [augmentation.distort_colours(pixels, np.random.default_rng(seed)) for seed in range(30)]
+    assert all(
+        np.array_equal(f, augmentation.distort_colours(pixels, np.random.default_rng(n))) for n, f in enumerate(found)
+    )
     changed = [np.abs(f.astype(int) - pixels).mean() for f in found]
     assert np.mean(np.array(changed) > 3) > 0.6
     assert max(changed) < 120

@@ -7,7 +7,7 @@ import torch
 from facepipe.models.detectors.retinaface_decode import anchors, postprocess
 from facepipe.training.detection.config import MultiTaskConfig
 from facepipe.training.detection.loss import MultiTaskLoss
-from facepipe.training.detection.matching import encode_boxes, encode_points, match
+from facepipe.training.detection.matching import encode_boxes, encode_points, match_anchors
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -47,17 +47,17 @@ def test_matching_equals_loops() -> None:
     for count in (1, 2, 7, 25, 25):
         boxes = random_faces(rng, count)[:, :4]
         expected = matched_by_loops(boxes, priors, 0.35, 0.2)
-        assert match(torch.from_numpy(boxes), torch.from_numpy(priors), 0.35, 0.2).tolist() == expected
+        assert match_anchors(torch.from_numpy(boxes), torch.from_numpy(priors), 0.35, 0.2).tolist() == expected
         ignored += count - len({f for f in expected if f >= 0})
     assert ignored > 0  # boxes of 3 pixels reach no anchor
-    assert match(torch.empty(0, 4), torch.from_numpy(priors), 0.35, 0.2).tolist() == [-1] * len(priors)
+    assert match_anchors(torch.empty(0, 4), torch.from_numpy(priors), 0.35, 0.2).tolist() == [-1] * len(priors)
 
 
 def test_of_two_faces_on_one_anchor_the_later_has_it() -> None:
     priors = torch.tensor([[50.0, 50, 32, 32]])
     boxes = torch.tensor([[34.0, 34, 66, 66], [40.0, 40, 60, 60]])
-    assert match(boxes, priors, 0.35, 0.2).tolist() == [1]
-    assert match(boxes, priors, 0.35, 0.5).tolist() == [0]
+    assert match_anchors(boxes, priors, 0.35, 0.2).tolist() == [1]
+    assert match_anchors(boxes, priors, 0.35, 0.5).tolist() == [0]
 
 
 def test_encoding_is_what_decoding_undoes() -> None:

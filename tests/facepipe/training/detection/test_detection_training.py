@@ -11,7 +11,7 @@ from facepipe.config import build
 from facepipe.errors import ConfigError, SourceError
 from facepipe.models.detectors.retinaface import RetinaFaceNet
 from facepipe.models.detectors.retinaface_decode import anchors
-from facepipe.training.detection.average_precision import average_precision, correct
+from facepipe.training.detection.average_precision import compute_average_precision, mark_correct
 from facepipe.training.detection.config import DetectionConfig
 from facepipe.training.detection.task import DetectionTask
 
@@ -20,21 +20,21 @@ def test_average_precision_by_hand() -> None:
     scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5], np.float32)
     right = np.array([True, False, True, False, True])
     # Precision at the three hits: 1, 2/3, 3/5; of four true boxes one is never found.
-    assert np.isclose(average_precision(scores, right, 4), (1 + 2 / 3 + 3 / 5) / 4)
+    assert np.isclose(compute_average_precision(scores, right, 4), (1 + 2 / 3 + 3 / 5) / 4)
     order = [3, 0, 4, 2, 1]
-    assert np.isclose(average_precision(scores[order], right[order], 4), (1 + 2 / 3 + 3 / 5) / 4)
-    assert average_precision(scores, np.ones(5, bool), 5) == 1
-    assert average_precision(np.empty(0, np.float32), np.empty(0, bool), 3) == 0
+    assert np.isclose(compute_average_precision(scores[order], right[order], 4), (1 + 2 / 3 + 3 / 5) / 4)
+    assert compute_average_precision(scores, np.ones(5, bool), 5) == 1
+    assert compute_average_precision(np.empty(0, np.float32), np.empty(0, bool), 3) == 0
     # The envelope: a later, better precision lifts what stands before it.
-    assert np.isclose(average_precision(scores, np.array([False, True, True, True, True]), 4), 4 / 5)
+    assert np.isclose(compute_average_precision(scores, np.array([False, True, True, True, True]), 4), 4 / 5)
 
 
 def test_a_face_is_found_once() -> None:
     truth = np.array([[0, 0, 10, 10], [20, 0, 30, 10]], np.float32)
     found = np.array([[0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 4], [21, 0, 30, 10]], np.float32)
-    assert correct(found, truth).tolist() == [True, False, False, True]
-    assert correct(found, truth[:0]).tolist() == [False] * 4
-    assert correct(found[:0], truth).tolist() == []
+    assert mark_correct(found, truth).tolist() == [True, False, False, True]
+    assert mark_correct(found, truth[:0]).tolist() == [False] * 4
+    assert mark_correct(found[:0], truth).tolist() == []
 
 
 def face_like(rng: np.random.Generator) -> np.ndarray:
@@ -81,13 +81,13 @@ def test_batches_are_functions_of_the_step(corpus: Path) -> None:
     task = DetectionTask(RetinaFaceNet(norms=True), config(corpus), seed=3)
     again = DetectionTask(torch.nn.Identity(), config(corpus), seed=3)
     for step in (0, 5):
-        for a, b in zip(task.batch(step), again.batch(step), strict=True):
+        for a, b in zip(task.make_batch(step), again.make_batch(step), strict=True):
             assert torch.equal(a, b)
-    whole = task.batch(2)
-    halves = [task.batch(2, rank, 2) for rank in (0, 1)]
+    whole = task.make_batch(2)
+    halves = [task.make_batch(2, rank, 2) for rank in (0, 1)]
     assert torch.equal(whole[0], torch.cat([half[0] for half in halves]))
-    assert not torch.equal(whole[0], task.batch(3)[0])
-    assert not torch.equal(whole[0], DetectionTask(task.net, config(corpus), seed=4).batch(2)[0])
+    assert not torch.equal(whole[0], task.make_batch(3)[0])
+    assert not torch.equal(whole[0], DetectionTask(task.net, config(corpus), seed=4).make_batch(2)[0])
     images, targets, valid, _ = whole
     assert images.shape == (4, 96, 96, 3)
     assert images.dtype == torch.uint8
@@ -102,7 +102,7 @@ def test_missing_and_broken_images_are_counted(corpus: Path, caplog: pytest.LogC
     assert task.notes == ("1 of 12 annotated images are missing",)
     assert task.steps_per_epoch == 3  # eleven images, of which one cannot be decoded
     assert "missing.png is missing" in caplog.text
-    passed = sum(int(task.batch(step)[3].sum()) for step in range(3))
+    passed = sum(int(task.make_batch(step)[3].sum()) for step in range(3))
     assert passed >= 1
     assert "broken.png is passed over: no known image format" in caplog.text
 
@@ -112,7 +112,7 @@ def test_no_image_at_all(corpus: Path, tmp_path: Path) -> None:
         DetectionTask(torch.nn.Identity(), config(corpus, images=str(tmp_path)))
     (tmp_path / "missing.png").write_bytes(b"no picture")
     with pytest.raises(SourceError, match="can be decoded"):
-        DetectionTask(torch.nn.Identity(), config(corpus, images=str(tmp_path), batch=1)).batch(0)
+        DetectionTask(torch.nn.Identity(), config(corpus, images=str(tmp_path), batch=1)).make_batch(0)
 
 
 def test_too_few_images_for_a_batch(corpus: Path) -> None:
@@ -129,9 +129,9 @@ def test_colours_enter_in_the_order_the_network_takes_them(corpus: Path) -> None
             a = len(anchors(96, 96))
             return torch.zeros(len(x), a, 4), torch.zeros(len(x), a, 2), torch.zeros(len(x), a, 10)
 
-    inputs = DetectionTask(Spy(), config(corpus)).batch(0)
+    inputs = DetectionTask(Spy(), config(corpus)).make_batch(0)
     for channels in ("rgb", "bgr"):
-        DetectionTask(Spy(), config(corpus), channels="rgb" if channels == "rgb" else "bgr").loss(inputs)
+        DetectionTask(Spy(), config(corpus), channels="rgb" if channels == "rgb" else "bgr").compute_loss(inputs)
     mean = torch.tensor([104.0, 117, 123]).view(1, 3, 1, 1)
     assert torch.equal((seen[0] + mean).flip(1), seen[1] + mean)
     assert torch.equal((seen[0] + mean).permute(0, 2, 3, 1).byte(), inputs[0])
@@ -150,7 +150,7 @@ def test_training_learns_to_find_the_drawn_faces(corpus: Path) -> None:
     task.net.train()
     losses = []
     for step in range(60):
-        loss, figures = task.loss(task.batch(step))
+        loss, figures = task.compute_loss(task.make_batch(step))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

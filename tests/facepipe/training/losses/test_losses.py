@@ -14,14 +14,14 @@ from facepipe.errors import ConfigError
 from facepipe.training.losses import (
     NAMES,
     LossConfig,
-    dominant_angles,
+    build_objective,
+    compute_triplet_loss,
+    measure_dominant_angles,
+    mine_triplets,
     needs_pairs,
-    objective,
-    offline_triplets,
-    settled,
-    triplet_loss,
+    resolve_loss_config,
 )
-from facepipe.training.losses.margins import added_angle, annealed, multiplied_angle
+from facepipe.training.losses.margins import add_angle, anneal_weight, multiply_angle
 from facepipe.types import Float64
 
 Reference = Callable[[Float64, Float64, Float64], float]
@@ -169,7 +169,7 @@ def centres_of(head: nn.Module) -> nn.Parameter | None:
 def made(config: LossConfig, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """A float64 objective, embeddings that want gradients, labels."""
     rng = np.random.default_rng(seed)
-    head = objective(config, DIM, CLASSES, seed).double().train()
+    head = build_objective(config, DIM, CLASSES, seed).double().train()
     return head, torch.tensor(rng.normal(size=(len(LABELS), DIM)) * 1.5, requires_grad=True), torch.tensor(LABELS)
 
 
@@ -298,7 +298,7 @@ def test_a_larger_scale_is_a_harder_softmax() -> None:
     right, wrong = torch.tensor([0]), torch.tensor([1])
     losses = {}
     for scale in (1.0, 10.0, 100.0):
-        head = objective(LossConfig("normface", scale=scale), DIM, CLASSES, 0).double()
+        head = build_objective(LossConfig("normface", scale=scale), DIM, CLASSES, 0).double()
         with torch.no_grad():
             head.get_parameter("weight").copy_(centres)
         losses[scale] = (head(centres[:1], right).item(), head(centres[:1], wrong).item())
@@ -309,7 +309,7 @@ def test_a_larger_scale_is_a_harder_softmax() -> None:
 @pytest.mark.parametrize("margin", [0.1, 0.5, 1.0, 1.5])
 def test_arcface_falls_all_the_way(margin: float) -> None:
     theta = torch.linspace(0, math.pi, 2001, dtype=torch.float64)
-    logits = added_angle(theta.cos(), margin, easy=False)
+    logits = add_angle(theta.cos(), margin, easy=False)
     assert (logits.diff() < 0).all()
     near = theta < math.pi - margin - 1e-3
     assert torch.allclose(logits[near], (theta[near] + margin).cos(), atol=1e-7)
@@ -320,14 +320,14 @@ def test_arcface_falls_all_the_way(margin: float) -> None:
 
 def test_easy_margin_leaves_wide_angles_alone() -> None:
     theta = torch.tensor([0.5, 1.5, 1.6, 3.0], dtype=torch.float64)
-    got = added_angle(theta.cos(), 0.5, easy=True)
+    got = add_angle(theta.cos(), 0.5, easy=True)
     assert torch.allclose(got, torch.tensor([math.cos(1.0), math.cos(2.0), math.cos(1.6), math.cos(3.0)]).double())
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
 def test_multiplied_angle_is_continuous_and_falls(m: int) -> None:
     theta = np.linspace(0, math.pi, 1501)
-    got = multiplied_angle(torch.from_numpy(np.cos(theta)), m).numpy()
+    got = multiply_angle(torch.from_numpy(np.cos(theta)), m).numpy()
     assert np.allclose(got, [psi(t, m) for t in theta], atol=1e-9)
     assert (np.diff(got) < 1e-12).all()
     assert got[0] == pytest.approx(1)
@@ -336,9 +336,9 @@ def test_multiplied_angle_is_continuous_and_falls(m: int) -> None:
 
 def test_lambda_follows_its_formula() -> None:
     steps = (0, 1, 5, 100, 10_000, 10**6)
-    a = [annealed(torch.tensor(t), 1000, 0.12, 1, 5).item() for t in steps]
+    a = [anneal_weight(torch.tensor(t), 1000, 0.12, 1, 5).item() for t in steps]
     assert a == pytest.approx([max(5, 1000 / (1 + 0.12 * t)) for t in steps])
-    head = [annealed(torch.tensor(t), 1000, 2.5e-5, 35, 0).item() for t in steps]
+    head = [anneal_weight(torch.tensor(t), 1000, 2.5e-5, 35, 0).item() for t in steps]
     assert head == pytest.approx([1000 / (1 + 2.5e-5 * t) ** 35 for t in steps])
 
 
@@ -360,7 +360,7 @@ def test_lambda_goes_on_after_save_and_load() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_nothing_breaks_at_the_poles(name: str, sign: int) -> None:
     """Embeddings that lie on their centres or opposite to them, and coincide, in float32."""
-    head = objective(LossConfig(name), DIM, CLASSES, 0).train()
+    head = build_objective(LossConfig(name), DIM, CLASSES, 0).train()
     w = centres_of(head)
     centres = torch.randn(CLASSES, DIM) if w is None else w.detach().reshape(CLASSES, -1, DIM)[:, 0]
     y = torch.tensor(LABELS)
@@ -407,7 +407,7 @@ def squared(degrees: float) -> float:
 
 
 def test_semi_hard_takes_the_nearest_of_those_that_are_farther() -> None:
-    head = objective(LossConfig("triplet", margin=0.5), 2, 2, 0)
+    head = build_objective(LossConfig("triplet", margin=0.5), 2, 2, 0)
     x = on_circle([0, 40, 30, 50, 170])  # of the pair 0, 40: from 0 the 50 is semi-hard, not the 30 nor the 170
     loss = head(x, torch.tensor([0, 0, 1, 2, 3]))
     from_0 = squared(40) - squared(50) + 0.5
@@ -416,7 +416,7 @@ def test_semi_hard_takes_the_nearest_of_those_that_are_farther() -> None:
 
 
 def test_semi_hard_falls_back_to_the_farthest_where_all_are_nearer() -> None:
-    head = objective(LossConfig("triplet", margin=0.5), 2, 2, 0)
+    head = build_objective(LossConfig("triplet", margin=0.5), 2, 2, 0)
     loss = head(on_circle([0, 90, 10, 70]), torch.tensor([0, 0, 1, 2]))
     assert loss.item() == pytest.approx((squared(90) - squared(70) + squared(90) - squared(80)) / 2 + 0.5)
 
@@ -426,7 +426,7 @@ def test_offline_triplets_are_the_brute_force_ones() -> None:
     x, y = rng.normal(size=(90, 6)), rng.integers(0, 12, 90)
     y[0] = 99  # alone: never an anchor
     d = distances(x)
-    hard = offline_triplets(x, y, LossConfig("triplet", mining="batch-hard"), 0)
+    hard = mine_triplets(x, y, LossConfig("triplet", mining="batch-hard"), 0)
     expected = []
     for a in range(90):
         mine = [p for p in range(90) if p != a and y[p] == y[a]]
@@ -438,7 +438,7 @@ def test_offline_triplets_are_the_brute_force_ones() -> None:
     assert hard.rows[hard.active].tolist() == expected
     with_friends = [a for a in range(90) if (y == y[a]).sum() > 1]
     assert hard.rows[:, 0].tolist() == with_friends, "those that cost nothing are there as well"
-    semi = offline_triplets(x, y, LossConfig("triplet"), 0)
+    semi = mine_triplets(x, y, LossConfig("triplet"), 0)
     assert 20 < semi.active.sum() < len(semi.rows)
     for (a, p, n), active in zip(semi.rows, semi.active, strict=True):
         assert y[a] == y[p] != y[n]
@@ -446,39 +446,39 @@ def test_offline_triplets_are_the_brute_force_ones() -> None:
         assert d[a, p] < d[a, n]
         assert active == (d[a, n] < d[a, p] + 0.2)
         assert d[a, n] == min(d[a, q] for q in range(90) if y[q] != y[a] and d[a, q] > d[a, p])
-    assert semi.rows.tolist() == offline_triplets(x, y, LossConfig("triplet"), 0).rows.tolist()
-    assert semi.rows.tolist() != offline_triplets(x, y, LossConfig("triplet"), 1).rows.tolist()
+    assert semi.rows.tolist() == mine_triplets(x, y, LossConfig("triplet"), 0).rows.tolist()
+    assert semi.rows.tolist() != mine_triplets(x, y, LossConfig("triplet"), 1).rows.tolist()
 
 
 def test_offline_triplets_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(150, 6)), rng.integers(0, 12, 150)
     configs = [LossConfig("triplet", mining=mining) for mining in ("batch-hard", "semi-hard")]
-    whole = [offline_triplets(x, y, c, 5).rows.tolist() for c in configs]
+    whole = [mine_triplets(x, y, c, 5).rows.tolist() for c in configs]
     monkeypatch.setattr("facepipe.training.losses.offline._ANCHORS", 7)
     monkeypatch.setattr("facepipe.training.losses.offline._OTHERS", 11)
-    assert [offline_triplets(x, y, c, 5).rows.tolist() for c in configs] == whole
-    assert offline_triplets(x[:0], y[:0], configs[0], 5).rows.shape == (0, 3)
+    assert [mine_triplets(x, y, c, 5).rows.tolist() for c in configs] == whole
+    assert mine_triplets(x[:0], y[:0], configs[0], 5).rows.shape == (0, 3)
 
 
 def test_triplet_loss_of_given_triplets() -> None:
     a, p, n = (torch.randn(4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3))
     u = [unit(v.numpy()) for v in (a, p, n)]
     costs = [max(0.0, ((i - j) ** 2).sum() - ((i - k) ** 2).sum() + 0.2) for i, j, k in zip(*u, strict=True)]
-    assert triplet_loss(a, p, n).item() == pytest.approx(np.mean(costs))
-    assert triplet_loss(a, a, -a).item() == 0
+    assert compute_triplet_loss(a, p, n).item() == pytest.approx(np.mean(costs))
+    assert compute_triplet_loss(a, a, -a).item() == 0
 
 
 def test_dominant_angles_are_to_the_centre_most_faces_choose() -> None:
-    head = objective(LossConfig("subcenter-arcface", sub_centers=2), 2, 2, 0)
+    head = build_objective(LossConfig("subcenter-arcface", sub_centers=2), 2, 2, 0)
     with torch.no_grad():
         head.get_parameter("weight").copy_(3 * torch.stack([on_circle([0, 90]), on_circle([200, 180])]))
     degrees = [5.0, 350, 20, 80, 179, 185, 198]
     vectors = 7 * on_circle(degrees).numpy()
     labels = np.array([0, 0, 0, 0, 1, 1, 1])
-    assert dominant_angles(head, vectors, labels) == pytest.approx([5, 10, 20, 80, 1, 5, 18], abs=1e-2)
+    assert measure_dominant_angles(head, vectors, labels) == pytest.approx([5, 10, 20, 80, 1, 5, 18], abs=1e-2)
     with pytest.raises(ConfigError, match="subcenter-arcface"):
-        dominant_angles(objective(LossConfig("triplet"), 2, 2, 0), vectors, labels)
+        measure_dominant_angles(build_objective(LossConfig("triplet"), 2, 2, 0), vectors, labels)
 
 
 @pytest.mark.parametrize(
@@ -506,24 +506,27 @@ def test_dominant_angles_are_to_the_centre_most_faces_choose() -> None:
 )
 def test_impossible_configs_say_what_to_do(config: LossConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        objective(config, DIM, CLASSES, 0)
+        build_objective(config, DIM, CLASSES, 0)
 
 
 @pytest.mark.parametrize(("name", "margin"), [("cosine", 1.0), ("am-softmax", 5.0), ("circle", 1.0), ("triplet", 4.0)])
 def test_margins_that_are_beyond_what_they_are_added_to(name: str, margin: float) -> None:
     with pytest.raises(ConfigError, match="give less than"):
-        settled(LossConfig(name, margin=margin))
+        resolve_loss_config(LossConfig(name, margin=margin))
 
 
 def test_an_alias_has_the_defaults_of_its_own_paper() -> None:
-    assert (settled(LossConfig("cosface")).scale, settled(LossConfig("am-softmax")).scale) == (64, 30)
-    assert settled(LossConfig("cosface")).name == "am-softmax"
-    assert settled(settled(LossConfig("cosface"))).scale == 64
+    assert (resolve_loss_config(LossConfig("cosface")).scale, resolve_loss_config(LossConfig("am-softmax")).scale) == (
+        64,
+        30,
+    )
+    assert resolve_loss_config(LossConfig("cosface")).name == "am-softmax"
+    assert resolve_loss_config(resolve_loss_config(LossConfig("cosface"))).scale == 64
 
 
 def test_one_class_is_no_class() -> None:
     with pytest.raises(ConfigError, match="at least 2"):
-        objective(LossConfig(), DIM, 1, 0)
+        build_objective(LossConfig(), DIM, 1, 0)
 
 
 @pytest.mark.parametrize("name", ["triplet", "triplet-softmax"])
@@ -533,7 +536,7 @@ def test_given_triplets_are_thirds_of_the_batch(name: str) -> None:
     y = torch.from_numpy(rng.integers(0, CLASSES, 12))
     config = LossConfig(name, margin=0.7, offline=True)
     assert not needs_pairs(config)
-    head = objective(config, DIM, CLASSES, 0).double()
+    head = build_objective(config, DIM, CLASSES, 0).double()
     unit = (x / x.norm(dim=1, keepdim=True)).numpy()
     triplets = [(unit[n], unit[n + 4], unit[n + 8]) for n in range(4)]
     expected = np.mean([max(0.0, ((a - p) ** 2).sum() - ((a - n) ** 2).sum() + 0.7) for a, p, n in triplets])
@@ -546,23 +549,26 @@ def test_given_triplets_are_thirds_of_the_batch(name: str) -> None:
 def test_offline_triplets_need_a_triplet_loss() -> None:
     for config in (LossConfig("arcface"), LossConfig("triplet", mining="batch-all")):
         with pytest.raises(ConfigError, match="semi-hard or batch-hard"):
-            offline_triplets(np.ones((2, 2)), np.zeros(2, np.int64), config, 0)
+            mine_triplets(np.ones((2, 2)), np.zeros(2, np.int64), config, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_callers_rely_on(name: str) -> None:
     assert f"{name}" in (LossConfig.__doc__ or "")
-    head = objective(build(LossConfig, {"name": name}), DIM, CLASSES, 0)
+    head = build_objective(build(LossConfig, {"name": name}), DIM, CLASSES, 0)
     paired = name in ("triplet", "triplet-softmax", "cosine", "circle-pair")
     assert head.needs_pairs == needs_pairs(LossConfig(name)) == paired
-    again, other = objective(LossConfig(name), DIM, CLASSES, 0), objective(LossConfig(name), DIM, CLASSES, 1)
+    again, other = (
+        build_objective(LossConfig(name), DIM, CLASSES, 0),
+        build_objective(LossConfig(name), DIM, CLASSES, 1),
+    )
     for key, value in head.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
         assert not key.endswith("weight") or not torch.equal(value, other.state_dict()[key])
 
 
 def test_figures_tell_the_accuracy_before_the_margin() -> None:
-    head = objective(LossConfig("arcface"), 2, 2, 0)
+    head = build_objective(LossConfig("arcface"), 2, 2, 0)
     with torch.no_grad():
         head.get_parameter("weight").copy_(torch.eye(2))
     head(torch.tensor([[1.0, 0.9], [0.9, 1.0], [0.2, 1.0]]), torch.tensor([0, 0, 1]))

@@ -15,9 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError
-from facepipe.training.losses import ClassHead, LossConfig, full_rows, full_state, load_full_state, objective, own_rows
-from facepipe.training.losses.partial import positions_in, sampled
-from facepipe.training.losses.shards import Shard
+from facepipe.training.losses import (
+    ClassHead,
+    LossConfig,
+    build_objective,
+    gather_rows,
+    gather_state,
+    load_gathered_state,
+    slice_own_rows,
+)
+from facepipe.training.losses.partial import find_positions, sample_classes
+from facepipe.training.losses.shards import ClassShard
 
 DIM, CLASSES, WORLD = 6, 11, 2
 SHARDED = [
@@ -35,7 +43,7 @@ def batch(n: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def trained_head(config: LossConfig, seed: int = 0) -> ClassHead:
-    head = objective(config, DIM, CLASSES, seed).double().train()
+    head = build_objective(config, DIM, CLASSES, seed).double().train()
     assert isinstance(head, ClassHead)
     return head
 
@@ -45,11 +53,11 @@ def test_all_wanted_classes_are_in_and_the_others_by_the_rate() -> None:
     wanted = torch.tensor([3, 3, 90, -1, 41])
     seen = torch.zeros(100)
     for _ in range(2000):
-        rows = sampled(wanted, 100, 0.2)
+        rows = sample_classes(wanted, 100, 0.2)
         assert rows.tolist() == sorted(set(rows.tolist()))
         assert len(rows) == 20
-        assert rows[positions_in(rows, wanted)[[0, 1, 2, 4]]].tolist() == [3, 3, 90, 41]
-        assert positions_in(rows, wanted)[3] == -1
+        assert rows[find_positions(rows, wanted)[[0, 1, 2, 4]]].tolist() == [3, 3, 90, 41]
+        assert find_positions(rows, wanted)[3] == -1
         seen[rows] += 1
     others = np.delete(seen.numpy(), [3, 90, 41])
     expected = 2000 * 17 / 97
@@ -58,15 +66,15 @@ def test_all_wanted_classes_are_in_and_the_others_by_the_rate() -> None:
 
 
 def test_more_wanted_classes_than_the_rate_allows() -> None:
-    assert sampled(torch.arange(50), 100, 0.1).tolist() == list(range(50))
-    assert len(sampled(torch.tensor([-1]), 3, 0.01)) == 1
+    assert sample_classes(torch.arange(50), 100, 0.1).tolist() == list(range(50))
+    assert len(sample_classes(torch.tensor([-1]), 3, 0.01)) == 1
 
 
 @pytest.mark.parametrize("name", ["softmax", "arcface", "a-softmax", "subcenter-arcface", "circle", "triplet-softmax"])
 def test_rate_1_is_the_full_head(name: str) -> None:
     x, y = batch()
-    full, partial = (objective(LossConfig(name, sample_rate=r), DIM, CLASSES, 0).double() for r in (None, 1.0))
-    near_1 = objective(LossConfig(name, sample_rate=0.9999), DIM, CLASSES, 0).double()  # goes the way of sampling
+    full, partial = (build_objective(LossConfig(name, sample_rate=r), DIM, CLASSES, 0).double() for r in (None, 1.0))
+    near_1 = build_objective(LossConfig(name, sample_rate=0.9999), DIM, CLASSES, 0).double()  # goes the way of sampling
     expected = full(x, y)
     expected.backward()
     assert partial(x, y).item() == expected.item()
@@ -87,9 +95,9 @@ def test_a_step_is_the_full_loss_over_the_classes_it_drew() -> None:
     loss = head(x, y)
     loss.backward()
     torch.manual_seed(5)
-    rows = sampled(y, CLASSES, 0.7)
+    rows = sample_classes(y, CLASSES, 0.7)
     assert len(rows) == 8
-    small = objective(LossConfig("arcface", scale=8), DIM, len(rows), 0).double()
+    small = build_objective(LossConfig("arcface", scale=8), DIM, len(rows), 0).double()
     with torch.no_grad():
         small.get_parameter("weight").copy_(head.weight[rows])
     alone = small(x, torch.tensor([rows.tolist().index(c) for c in y.tolist()]))
@@ -108,7 +116,7 @@ def test_expected_gradient_is_the_mean_over_all_draws() -> None:
     """One face, 4 classes, 2 drawn: the 3 possible draws are equally likely; the mean of many steps is theirs."""
     x, y = batch(1)
     y = y % 4
-    head = objective(LossConfig("normface", scale=4, sample_rate=0.5), DIM, 4, 0).double()
+    head = build_objective(LossConfig("normface", scale=4, sample_rate=0.5), DIM, 4, 0).double()
     weight = head.get_parameter("weight")
     possible = []
     for other in {0, 1, 2, 3} - set(y.tolist()):
@@ -136,34 +144,34 @@ def test_the_draw_follows_torch_s_seed_and_evaluation_draws_nothing() -> None:
 def test_slices_cover_all_classes_once() -> None:
     for classes in (2, 11, 5000):
         for world in (1, 2):
-            shards = [Shard(classes, rank, world) for rank in range(world)]
-            assert [c for s in shards for c in range(s.first, s.first + s.size)] == list(range(classes))
+            shards = [ClassShard(classes, rank, world) for rank in range(world)]
+            assert [c for s in shards for c in range(s.start, s.start + s.size)] == list(range(classes))
     rows = torch.arange(22).view(11, 2)
-    assert torch.equal(torch.cat([own_rows(Shard(11, r, 3), rows) for r in range(3)]), rows)
-    assert torch.equal(full_rows(Shard(11), rows), rows)
+    assert torch.equal(torch.cat([slice_own_rows(ClassShard(11, r, 3), rows) for r in range(3)]), rows)
+    assert torch.equal(gather_rows(ClassShard(11), rows), rows)
 
 
 def test_first_centres_do_not_depend_on_the_slices() -> None:
-    from facepipe.training.losses.centres import initial_centres
+    from facepipe.training.losses.centres import draw_centres
 
-    whole = initial_centres(Shard(9000), 1, 3, 7)
-    parts = [initial_centres(Shard(9000, r, 4), 1, 3, 7) for r in range(4)]
+    whole = draw_centres(ClassShard(9000), 1, 3, 7)
+    parts = [draw_centres(ClassShard(9000, r, 4), 1, 3, 7) for r in range(4)]
     assert torch.equal(torch.cat(parts), whole)
     assert whole.square().sum(1).mean().item() == pytest.approx(1, abs=0.05)
     assert len(torch.unique(whole, dim=0)) == 9000
 
 
 def test_a_state_of_other_classes_is_refused() -> None:
-    state = full_state(trained_head(LossConfig("arcface")))
+    state = gather_state(trained_head(LossConfig("arcface")))
     with pytest.raises(RuntimeError, match="of 11 classes, this objective has 12"):
-        load_full_state(objective(LossConfig("arcface"), DIM, 12, 0), state)
+        load_gathered_state(build_objective(LossConfig("arcface"), DIM, 12, 0), state)
 
 
 def test_fewer_classes_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
     with pytest.raises(ConfigError, match="11 classes cannot be sliced over 16 ranks"):
-        objective(LossConfig("arcface", sharded=True), DIM, CLASSES, 0)
+        build_objective(LossConfig("arcface", sharded=True), DIM, CLASSES, 0)
 
 
 def network() -> nn.Linear:
@@ -186,11 +194,11 @@ def trained(config: LossConfig, x: Tensor, y: Tensor, rank: int | None) -> dict[
             p.grad /= WORLD
         optimiser.step()
         losses.append(loss.item())
-    momentum = full_rows(head.shard, optimiser.state[head.weight]["momentum_buffer"])
+    momentum = gather_rows(head.shard, optimiser.state[head.weight]["momentum_buffer"])
     figures = {k: float(v) for k, v in head.figures.items()}
-    state, of_net = full_state(head), net.state_dict()
+    state, of_net = gather_state(head), net.state_dict()
     other = trained_head(config, seed=9)
-    load_full_state(other, state)
+    load_gathered_state(other, state)
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in head.state_dict().items())
     return {"losses": losses, "figures": figures, "state": state, "net": of_net, "momentum": momentum}
 
@@ -201,7 +209,7 @@ def worker(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORLD)
     x, y = (v.chunk(WORLD)[rank] for v in batch())
     outcomes = [trained(config, x, y, rank) for config in SHARDED]
-    assert trained_head(SHARDED[0]).weight.shape[0] == Shard(CLASSES, rank, WORLD).size
+    assert trained_head(SHARDED[0]).weight.shape[0] == ClassShard(CLASSES, rank, WORLD).size
     sampled_head = trained_head(LossConfig("arcface", sample_rate=0.5, sharded=True))
     torch.manual_seed(rank)
     losses = [sampled_head(x, y).item() for _ in range(3)]

@@ -19,18 +19,17 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, TrainingError
 from facepipe.training import start
 from facepipe.training.config import ModelConfig
-from facepipe.training.imprint import imprint
-from facepipe.training.losses import LossConfig, objective
+from facepipe.training.imprint import imprint_centres
+from facepipe.training.losses import LossConfig, build_objective
 from facepipe.training.report import write_report
-from facepipe.training.trainer import checkpointing, optim, schedule
-from facepipe.training.trainer import metrics_log as journal
-from facepipe.training.trainer.checkpointing import Checkpoints
-from facepipe.training.trainer.config import OptimConfig, RunConfig, ScheduleConfig
-from facepipe.training.trainer.loop import Loop, Outcome, Settings
-from facepipe.training.trainer.metrics_log import Journal, Progress
-from facepipe.training.trainer.mixed_precision import Precision
+from facepipe.training.trainer import checkpointing, metrics_log, optim, schedule
+from facepipe.training.trainer.checkpointing import CheckpointFolder
+from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
+from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop
+from facepipe.training.trainer.metrics_log import MetricsLog, TrainingProgress
+from facepipe.training.trainer.mixed_precision import MixedPrecision
 from facepipe.training.trainer.ranks import Ranks
-from facepipe.training.trainer.schedule import Standing
+from facepipe.training.trainer.schedule import ValidationHistory
 
 STEPS = 40
 
@@ -44,18 +43,18 @@ class Toy:
         torch.manual_seed(1)
         middle = [nn.BatchNorm1d(8), nn.Dropout(0.2)] if norm else []
         self.net: nn.Module = nn.Sequential(nn.Linear(6, 8), *middle, nn.ReLU(), nn.Linear(8, 4))
-        self.objective: nn.Module = objective(loss, 4, 3, 0) if loss else nn.Linear(4, 3)
+        self.objective: nn.Module = build_objective(loss, 4, 3, 0) if loss else nn.Linear(4, 3)
         self.given = loss
         self.bad, self.pause, self.scores = bad, pause, list[float]()
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
+    def make_batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
         time.sleep(self.pause)
         x = torch.randn(12, 6, generator=torch.Generator().manual_seed(step))
         share = slice(rank * 12 // world, (rank + 1) * 12 // world)
         y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
         return (x * math.nan if step == self.bad else x)[share], y[share]
 
-    def loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = inputs
         if self.given:
             return self.objective(self.net(x), y), {}
@@ -66,22 +65,26 @@ class Toy:
         assert not net.training
         if self.scores:
             return {"score": self.scores.pop(0)}
-        x, y = self.batch(10_000)
+        x, y = self.make_batch(10_000)
         if self.given:
             return {}
         return {"score": float((self.objective(net(x)).argmax(1) == y).float().mean())}
 
 
-def settings(output: Path | str, **run: Any) -> Settings:
+def settings(output: Path | str, **run: Any) -> LoopSettings:
     options = {"log_every": 5, "checkpoint_steps": 7, "keep": 2} | run
     schedule = ScheduleConfig(steps=STEPS, policy="cosine", warmup=5)
-    return Settings(
-        OptimConfig(lr=0.05), schedule, RunConfig(str(output), **options), validate_steps=10, identity={"a": "b"}
+    return LoopSettings(
+        OptimConfig(lr=0.05),
+        schedule,
+        TrainingRunConfig(str(output), **options),
+        validate_steps=10,
+        identity={"a": "b"},
     )
 
 
 def weights(output: Path) -> dict[str, Any]:
-    found = Checkpoints(str(output)).load()
+    found = CheckpointFolder(str(output)).load()
     assert found is not None
     return found
 
@@ -110,18 +113,18 @@ def one_of_two(folder: Path, rank: int, loss: LossConfig | None, stops: Sequence
     for n, stop in enumerate((*stops, 0)):
         dist.init_process_group("gloo", init_method=f"file://{folder}-{n}", rank=rank, world_size=2)
         calls = iter(range(1, 10_000))
-        Loop(Toy(norm=False, loss=loss), clipped(folder), Ranks(rank, 2), lambda: next(calls) == stop)()  # noqa: B023
+        TrainingLoop(Toy(norm=False, loss=loss), clipped(folder), Ranks(rank, 2), lambda: next(calls) == stop).run()  # noqa: B023
         dist.destroy_process_group()
 
 
-def clipped(folder: Path) -> Settings:
+def clipped(folder: Path) -> LoopSettings:
     return replace(settings(folder), optim=OptimConfig(lr=0.05, clip=0.5))
 
 
-def trained(task: Toy, given: Settings, stop: int = 0) -> Outcome:
+def trained(task: Toy, given: LoopSettings, stop: int = 0) -> Outcome:
     """Train; with `stop`, interrupt after so many steps."""
     calls = iter(range(1, 10_000))
-    return Loop(task, given, Ranks(), lambda: next(calls) == stop)()
+    return TrainingLoop(task, given, Ranks(), lambda: next(calls) == stop).run()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +146,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_learns_and_tells(whole: Path) -> None:
-    entries = journal.read(str(whole))
+    entries = metrics_log.read_metrics(str(whole))
     assert [e.step for e in entries] == list(range(5, STEPS + 1, 5))
     assert entries[-1].loss < 0.8 * entries[0].loss
     assert entries[-1].epoch == 4.0
@@ -151,7 +154,7 @@ def test_training_learns_and_tells(whole: Path) -> None:
     assert entries[-1].speed > 0
     assert 0 <= entries[-1].figures["accuracy"] <= 1
     assert [e.step for e in entries if e.scores] == [10, 20, 30, 40]
-    assert journal.last(str(whole)) == entries[-1]
+    assert metrics_log.read_last_metrics(str(whole)) == entries[-1]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -166,7 +169,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, opti
     one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
     for part in ("net", "head", "optimizer", "scaler", "standing", "step"):
         assert equal(one[part], other[part]), part
-    lines = [[(e.step, e.scores) for e in journal.read(str(tmp_path / name))] for name in ("a", "b")]
+    lines = [[(e.step, e.scores) for e in metrics_log.read_metrics(str(tmp_path / name))] for name in ("a", "b")]
     assert lines[0] == lines[1]
 
 
@@ -187,9 +190,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, whole: Path) -> No
         ours, theirs = weights(output), weights(whole)
         for part in ("net", "head", "optimizer", "standing"):
             assert equal(ours[part], theirs[part]), (trial, part)
-        best = [checkpointing.read(Checkpoints(str(folder)).best) for folder in (output, whole)]
+        best = [checkpointing.read_checkpoint(CheckpointFolder(str(folder)).best_path) for folder in (output, whole)]
         assert equal(best[0], best[1])
-        assert [e.step for e in journal.read(str(output))] == [e.step for e in journal.read(str(whole))]
+        assert [e.step for e in metrics_log.read_metrics(str(output))] == [
+            e.step for e in metrics_log.read_metrics(str(whole))
+        ]
 
 
 def test_loaders_change_nothing(tmp_path: Path, whole: Path) -> None:
@@ -209,18 +214,16 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     task = Toy()
     with torch.no_grad():
         next(task.net.parameters()).fill_(math.inf)
-    task.loss = lambda inputs: (task.objective.weight.sum() * 1.0, {})  # type: ignore[method-assign, union-attr, operator]
-    with pytest.raises(
-        TrainingError, match=r"weights are not finite after step 7\. No checkpoint had been written yet"
-    ):
+    task.compute_loss = lambda inputs: (task.objective.weight.sum() * 1.0, {})  # type: ignore[method-assign, union-attr, operator]
+    with pytest.raises(TrainingError, match=r"weights are not finite after step 7\. No checkpoint was written yet"):
         trained(task, settings(tmp_path))
-    assert Checkpoints(str(tmp_path)).load() is None
+    assert CheckpointFolder(str(tmp_path)).load() is None
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     trained(Toy(), settings(tmp_path), stop=2)
     other = replace(settings(tmp_path), identity={"a": "c"})
-    with pytest.raises(TrainingError, match="a run with other a: begin again with --fresh"):
+    with pytest.raises(TrainingError, match=r"a run with other settings \(a\): start again with --fresh"):
         trained(Toy(), other)
 
 
@@ -231,8 +234,8 @@ def test_early_stopping_and_plateaus(tmp_path: Path) -> None:
     task.scores = [0.1, 0.5, 0.4, 0.3, 0.5, 0.9]
     outcome = trained(task, replace(given, schedule=plan))
     assert (outcome.end, outcome.step) == ("stopped", 50)
-    assert outcome.standing.step == 20
-    rates = {e.step: e.lr for e in journal.read(str(tmp_path))}
+    assert outcome.history.step == 20
+    rates = {e.step: e.lr for e in metrics_log.read_metrics(str(tmp_path))}
     assert rates[25] == pytest.approx(0.05)
     assert rates[35] == pytest.approx(0.025)
     assert rates[45] == pytest.approx(0.0125)
@@ -242,8 +245,8 @@ def test_early_stopping_and_plateaus(tmp_path: Path) -> None:
 
 def test_schedules() -> None:
     def rates(steps: int = 100, **options: Any) -> list[float]:
-        plan = schedule.lay_out(ScheduleConfig(steps=steps, **options), 10)
-        return [plan.factor(t) for t in range(steps)]
+        plan = schedule.build_schedule(ScheduleConfig(steps=steps, **options), 10)
+        return [plan.compute_factor(t) for t in range(steps)]
 
     assert rates(policy="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     steps = rates(policy="step", milestones=(50, 80), gamma=0.1)
@@ -253,31 +256,35 @@ def test_schedules() -> None:
     assert cosine[50] == pytest.approx(0.55)
     assert cosine[-1] == pytest.approx(0.1, abs=1e-3)
     assert rates(policy="poly", power=2.0)[50] == pytest.approx(0.25)
-    epochs = schedule.lay_out(ScheduleConfig(epochs=3, policy="step", milestones=(2.0,)), 10)
+    epochs = schedule.build_schedule(ScheduleConfig(epochs=3, policy="step", milestones=(2.0,)), 10)
     assert (epochs.total, epochs.milestones) == (30, (20,))
     with pytest.raises(ConfigError, match="warmup is 100 steps"):
         rates(warmup=100)
-    with pytest.raises(ConfigError, match="milestones is empty"):
+    with pytest.raises(ConfigError, match=r"schedule\.milestones, which is empty"):
         rates(policy="step")
 
 
-def test_a_standing_survives_a_checkpoint() -> None:
-    standing = Standing().after({"score": 0.5}, 10, ScheduleConfig()).after({"score": 0.4}, 20, ScheduleConfig())
-    assert (standing.best, standing.step, standing.stale) == (0.5, 10, 1)
-    assert Standing(**standing.to_dict()) == standing
+def test_a_validation_history_survives_a_checkpoint() -> None:
+    history = (
+        ValidationHistory().record({"score": 0.5}, 10, ScheduleConfig()).record({"score": 0.4}, 20, ScheduleConfig())
+    )
+    assert (history.best, history.step, history.stale) == (0.5, 10, 1)
+    assert ValidationHistory(**history.to_dict()) == history
 
 
 def test_groups_of_parameters() -> None:
     task = Toy()
     config = OptimConfig(weight_decay=0.1, head_weight_decay=0.2, head_lr=10.0)
-    found = {name: g for g, names in optim.groups(task.net, task.objective, config, 0.5).items() for name in names}
-    assert found["net.0.weight"] == optim.Group(0.25, 0.1)
-    assert found["net.0.bias"] == optim.Group(0.25, 0.0)
-    assert found["net.1.weight"] == optim.Group(0.5, 0.0)
-    assert found["net.4.weight"] == optim.Group(1.0, 0.1)
-    assert found["head.weight"] == optim.Group(10.0, 0.2)
-    optimizer = optim.make(optim.groups(task.net, task.objective, config), config)
-    optim.set_rate(optimizer, 0.3)
+    found = {
+        name: g for g, names in optim.group_parameters(task.net, task.objective, config, 0.5).items() for name in names
+    }
+    assert found["net.0.weight"] == optim.ParameterGroup(0.25, 0.1)
+    assert found["net.0.bias"] == optim.ParameterGroup(0.25, 0.0)
+    assert found["net.1.weight"] == optim.ParameterGroup(0.5, 0.0)
+    assert found["net.4.weight"] == optim.ParameterGroup(1.0, 0.1)
+    assert found["head.weight"] == optim.ParameterGroup(10.0, 0.2)
+    optimizer = optim.build_optimizer(optim.group_parameters(task.net, task.objective, config), config)
+    optim.set_learning_rate(optimizer, 0.3)
     assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([0.3, 0.3, 3.0])
 
 
@@ -293,7 +300,7 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
 def test_what_is_frozen_stays_until_it_is_thawed(tmp_path: Path) -> None:
     task = Toy()
     before = {k: v.clone() for k, v in task.net.state_dict().items()}
-    names = optim.frozen_names(task.net, ["0", "1"])
+    names = optim.find_frozen_names(task.net, ["0", "1"])
     given = replace(settings(tmp_path), frozen=names, unfreeze_step=20)
     trained(task, given, stop=19)
     for key in ("0.weight", "1.weight", "1.running_mean", "1.num_batches_tracked"):
@@ -303,12 +310,12 @@ def test_what_is_frozen_stays_until_it_is_thawed(tmp_path: Path) -> None:
     trained(task, given)
     for key in ("0.weight", "1.running_mean"):
         assert not torch.equal(task.net.state_dict()[key], before[key]), key
-    with pytest.raises(ConfigError, match="names 'body', and no parameter begins so; there are 0, 1, 4"):
-        optim.frozen_names(task.net, ["body"])
+    with pytest.raises(ConfigError, match="no parameter begins with 'body'; choose from 0, 1, 4"):
+        optim.find_frozen_names(task.net, ["body"])
 
 
 def test_thawing_is_resumed_exactly(tmp_path: Path) -> None:
-    names = optim.frozen_names(Toy().net, ["0"])
+    names = optim.find_frozen_names(Toy().net, ["0"])
     for folder, stops in (("a", ()), ("b", (20, 3))):
         given = replace(settings(tmp_path / folder), frozen=names, unfreeze_step=20)
         for stop in stops:
@@ -318,12 +325,12 @@ def test_thawing_is_resumed_exactly(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = Checkpoints(str(tmp_path), keep=3)
+    checkpoints = CheckpointFolder(str(tmp_path), keep=3)
     for step in (1, 2, 3):
         checkpoints.save({"step": step, "x": torch.full((100,), float(step))})
     last = checkpoints.folder / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-40])
-    found = Checkpoints(str(tmp_path)).load()
+    found = CheckpointFolder(str(tmp_path)).load()
     assert found is not None
     assert found["step"] == 2
     assert float(found["x"][0]) == 2.0
@@ -331,12 +338,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, caplo
     data = bytearray(older.read_bytes())
     data[len(data) // 2] ^= 1
     older.write_bytes(data)
-    found = Checkpoints(str(tmp_path)).load()
+    found = CheckpointFolder(str(tmp_path)).load()
     assert found is not None
     assert found["step"] == 1
     (checkpoints.folder / "last-2.ckpt").write_bytes(b"nothing")
     with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged"):
-        Checkpoints(str(tmp_path)).load()
+        CheckpointFolder(str(tmp_path)).load()
 
 
 def test_a_checkpoint_cannot_bring_code(tmp_path: Path) -> None:
@@ -344,31 +351,31 @@ def test_a_checkpoint_cannot_bring_code(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    checkpointing.write(tmp_path / "last.ckpt", {"step": 1, "x": Evil()})
-    with pytest.raises(checkpointing.DamagedError):
-        checkpointing.read(tmp_path / "last.ckpt")
+    checkpointing.write_checkpoint(tmp_path / "last.ckpt", {"step": 1, "x": Evil()})
+    with pytest.raises(checkpointing.DamagedCheckpointError):
+        checkpointing.read_checkpoint(tmp_path / "last.ckpt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_only_one_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "_PATIENCE", 0.1)
-    checkpoints = Checkpoints(str(tmp_path))
-    other = Checkpoints(str(tmp_path)).held()
-    with checkpoints.held(), pytest.raises(TrainingError, match="another run is writing to"), other:
+    monkeypatch.setattr(checkpointing, "_LOCK_TIMEOUT_S", 0.1)
+    checkpoints = CheckpointFolder(str(tmp_path))
+    other = CheckpointFolder(str(tmp_path)).lock()
+    with checkpoints.lock(), pytest.raises(TrainingError, match="another run is writing to"), other:
         pass
 
 
-def test_metrics_after_the_checkpoint_are_taken_off(tmp_path: Path) -> None:
-    entries = [Progress(n, 9, n / 3, 1.0, 0.1, 5.0, float(n)) for n in (2, 4, 6)]
-    with Journal(str(tmp_path), 0, tensorboard=True) as write:
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    entries = [TrainingProgress(n, 9, n / 3, 1.0, 0.1, 5.0, float(n)) for n in (2, 4, 6)]
+    with MetricsLog(str(tmp_path), 0, tensorboard=True) as log:
         for entry in entries:
-            write(entry)
+            log.write(entry)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "cut')
-    with Journal(str(tmp_path), 4) as write:
-        write(replace(entries[2], loss=2.0))
-    assert [(e.step, e.loss) for e in journal.read(str(tmp_path))] == [(2, 1.0), (4, 1.0), (6, 2.0)]
-    assert entries[1].left == pytest.approx(5.0)
+    with MetricsLog(str(tmp_path), 4) as log:
+        log.write(replace(entries[2], loss=2.0))
+    assert [(e.step, e.loss) for e in metrics_log.read_metrics(str(tmp_path))] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+    assert entries[1].seconds_left == pytest.approx(5.0)
     assert any((tmp_path / "tensorboard").iterdir())
 
 
@@ -396,20 +403,20 @@ def test_two_ranks_with_the_same_batch_are_one(tmp_path: Path, loss: LossConfig 
 
 def test_precision_is_checked() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        Precision("fp16", torch.device("cpu"))
-    assert Precision("auto", torch.device("cpu")).name == "fp32"
+        MixedPrecision("fp16", torch.device("cpu"))
+    assert MixedPrecision("auto", torch.device("cpu")).name == "fp32"
 
 
 def test_bf16_trains_on_a_cpu(tmp_path: Path) -> None:
     assert trained(Toy(), settings(tmp_path, precision="bf16")).end == "done"
     assert weights(tmp_path)["net"]["0.weight"].dtype == torch.float32
-    entries = journal.read(str(tmp_path))
+    entries = metrics_log.read_metrics(str(tmp_path))
     assert entries[-1].loss < entries[0].loss
 
 
 def test_the_report_is_one_page_without_outside_assets(tmp_path: Path, whole: Path) -> None:
-    entries = journal.read(str(whole))
-    outcome = Outcome("done", STEPS, STEPS, 12.0, 0, Standing(0.9, 20, scores={"score": 0.9}))
+    entries = metrics_log.read_metrics(str(whole))
+    outcome = Outcome("done", STEPS, STEPS, 12.0, 0, ValidationHistory(0.9, 20, scores={"score": 0.9}))
     config = {
         "optim": {"lr": 0.1},
         "detection": {"loss": {"box": 2.0}},
@@ -426,25 +433,25 @@ def test_the_report_is_one_page_without_outside_assets(tmp_path: Path, whole: Pa
 
 
 def test_a_start_of_another_dim_keeps_the_trunk(tmp_path: Path) -> None:
-    first = start.find(ModelConfig(architecture="mobilefacenet", dim=64))
+    first = start.resolve_start(ModelConfig(architecture="mobilefacenet", dim=64))
     state = first.build(0).state_dict()
     torch.save(state, tmp_path / "a.pth")
-    same = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "a.pth")))
+    same = start.resolve_start(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "a.pth")))
     assert same.dim == 64
-    assert same.resized() == []
+    assert same.list_resized() == []
     assert equal(same.build(5).state_dict(), state)
-    other = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "a.pth"), dim=32))
-    resized = set(other.resized())
+    other = start.resolve_start(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "a.pth"), dim=32))
+    resized = set(other.list_resized())
     assert resized
     built = other.build(5).state_dict()
     kept = [k for k in state if k not in resized]
     assert all(torch.equal(built[k], state[k]) for k in kept)
-    frozen = set(other.frozen(ModelConfig(freeze="trunk")))
+    frozen = set(other.list_frozen_prefixes(ModelConfig(freeze="trunk")))
     assert frozen
     assert not frozen & resized
     missing = dict(list(state.items())[1:])
     torch.save(missing, tmp_path / "b.pth")
-    broken = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "b.pth")))
+    broken = start.resolve_start(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "b.pth")))
     from facepipe.errors import WeightsError
 
     with pytest.raises(WeightsError, match=f"1 missing: {next(iter(state))}"):
@@ -453,25 +460,31 @@ def test_a_start_of_another_dim_keeps_the_trunk(tmp_path: Path) -> None:
     for shape in ((64, state[name].shape[1] - 1, 1, 1), ()):
         torch.save({**state, name: torch.zeros(shape)}, tmp_path / "c.pth")
         for dim in (None, 32):
-            damaged = start.find(ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "c.pth"), dim=dim))
+            damaged = start.resolve_start(
+                ModelConfig(architecture="mobilefacenet", start=str(tmp_path / "c.pth"), dim=dim)
+            )
             with pytest.raises(WeightsError, match=name):
                 damaged.build(0)
 
 
 def test_dlib_s_network_takes_another_dim_and_keeps_its_trunk() -> None:
-    found = start.find(ModelConfig(start="dlib-resnet", dim=64, freeze="trunk"))
-    assert found.resized() == ["fc.weight"]
+    found = start.resolve_start(ModelConfig(start="dlib-resnet", dim=64, freeze="trunk"))
+    assert found.list_resized() == ["fc.weight"]
     net = found.build(0)
     assert net(torch.zeros(1, 3, 150, 150)).shape == (1, 64)
     names = {name for name, _ in net.named_parameters()}
-    assert names - set(found.frozen(ModelConfig(freeze="trunk"))) == {"fc.weight"}
+    assert names - set(found.list_frozen_prefixes(ModelConfig(freeze="trunk"))) == {"fc.weight"}
 
 
 def test_a_detector_s_heads_are_at_one_depth() -> None:
     from facepipe.models.detectors.retinaface import RetinaFaceNet
 
     net = RetinaFaceNet("mobilenet025", norms=True)
-    found = {n: g.scale for g, names in optim.groups(net, nn.Linear(1, 1), OptimConfig(), 0.5).items() for n in names}
+    found = {
+        n: g.scale
+        for g, names in optim.group_parameters(net, nn.Linear(1, 1), OptimConfig(), 0.5).items()
+        for n in names
+    }
     scales = [
         {scale for name, scale in found.items() if name.startswith(f"net.{prefix}")}
         for prefix in ("class_head", "box_head", "landmark_head", "context", "merge", "lateral")
@@ -485,13 +498,13 @@ def test_a_detector_s_heads_are_at_one_depth() -> None:
     ("config", "message"),
     [
         (ModelConfig(), "model.architecture is missing"),
-        (ModelConfig(architecture="resnet9000"), "no embedder is called 'resnet9000'"),
-        (ModelConfig(start="retinaface-mnet025"), "no embedder is called 'retinaface-mnet025'"),
+        (ModelConfig(architecture="resnet9000"), "no embedder is named 'resnet9000'"),
+        (ModelConfig(start="retinaface-mnet025"), "no embedder is named 'retinaface-mnet025'"),
     ],
 )
 def test_models_that_cannot_be_trained(config: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        start.find(config)
+        start.resolve_start(config)
 
 
 @pytest.mark.parametrize("name", ["softmax", "arcface", "subcenter-arcface", "triplet-softmax"])
@@ -499,14 +512,14 @@ def test_imprinted_centres_are_the_classes_mean_directions(name: str) -> None:
     class Rows:
         labels = np.array([2, 0, 1, 0, 2, 2, 1, 0])
 
-        def stack(self, rows: np.ndarray) -> np.ndarray:
+        def load_chips(self, rows: np.ndarray) -> np.ndarray:
             return rows  # type: ignore[return-value]
 
     vectors = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
-    head = objective(LossConfig(name), 6, 3, 0)
+    head = build_objective(LossConfig(name), 6, 3, 0)
     weight = next(p for p in head.parameters() if p.dim() > 1)
     lengths = weight.detach().norm(dim=-1)
-    imprint(head, lambda rows: vectors[rows], Rows(), 2)  # type: ignore[arg-type]
+    imprint_centres(head, lambda rows: vectors[rows], Rows(), 2)  # type: ignore[arg-type]
     assert torch.allclose(weight.detach().norm(dim=-1), lengths)
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for label, rows in ((0, [1, 3]), (1, [2, 6]), (2, [0, 4])):
@@ -516,4 +529,6 @@ def test_imprinted_centres_are_the_classes_mean_directions(name: str) -> None:
 
 
 def test_losses_without_centres_are_left_alone_by_imprinting() -> None:
-    imprint(objective(LossConfig("triplet"), 6, 3, 0), lambda rows: pytest.fail("embeds nothing"), None, 2)  # type: ignore[arg-type]
+    imprint_centres(
+        build_objective(LossConfig("triplet"), 6, 3, 0), lambda rows: pytest.fail("embeds nothing"), None, 2
+    )  # type: ignore[arg-type]
