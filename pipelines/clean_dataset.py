@@ -4,10 +4,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from facepipe import storage
+from facepipe.curation.cleaning.judge import CleanRules
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.sources import SourceConfig, open_source
 from pipelines import clean, dedup, embed
-from pipelines.clean import CleanConfig, CleanRules
+from pipelines.clean import CleanConfig
 from pipelines.dedup import DedupConfig
 from pipelines.graph import GraphConfig
 from pipelines.job import EmbedSections, JobSummary, OnEmbed, OnLine, Share, check_job, load_known, open_gallery

@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.curation.clusters import review, tables
-from facepipe.curation.clusters.constraints import labels as given_labels
-from facepipe.curation.clusters.constraints import same_photo
+from facepipe.curation.clusters.constraints import find_same_photo_pairs, read_labels
 from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.clusters.report import Found, cluster_report
 from facepipe.curation.clusters.sums import Standing
@@ -95,8 +94,8 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
         graph = open_graph([table], config.graph, config.run, os.path.join(reports_of(table), "graph"), progress)
         phases.end("graph")
         progress(f"{graph.info.edges} edges: merging")
-        apart = same_photo(table, graph.nodes) if config.cluster.one_photo else None
-        together = given_labels(table, graph.nodes)[0] if config.cluster.identities else None
+        apart = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
+        together = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
         labels, clusters = cluster_faces(graph, apart, together)
         phases.end("merge")
         found = _reviewed(graph, labels, clusters, config.cluster.algorithm)

@@ -1,4 +1,4 @@
-"""dedup: a gallery in, its duplicate images out."""
+"""dedup: find the duplicate images of a gallery."""
 
 from pipelines.dedup.pipeline import DedupConfig, DedupSummary, run
 

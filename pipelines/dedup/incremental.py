@@ -1,6 +1,7 @@
-"""dedup --new: the images that came since the last time against all that are there, by the search index; no graph.
+"""dedup --new: compare the images that came since the last time with all others, by the search index.
 
-The report is what `dedup` would say of the new images: the pairs that have one, and the groups with one, in full.
+The report is what `dedup` would say of the new images: the pairs and groups with a new image, in full. No graph is
+needed.
 """
 
 import os
@@ -13,15 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
-from facepipe.curation.duplicates.incremental import Around, around
-from facepipe.curation.duplicates.report import duplicates_report
+from facepipe.curation.duplicates.incremental import NewImages, gather_new_images
+from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.fresh import Changes, Files, Mark, changes
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.reports.html import write_report
-from facepipe.reports.model import Figure
+from facepipe.reports.model import Figure, Report
+from facepipe.types import Int64
 from pipelines.dedup import DedupConfig
 from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
 from pipelines.dedup.pipeline import NAME as WHOLE
@@ -31,63 +33,78 @@ from pipelines.runtime.run_record import records
 from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "dedup-new"
-_THUMBS = 2 << 30  # bytes of table files that are read for the pictures in the page
+_MAX_THUMB_BYTES = 2 << 30  # of the table's files that are read for the pictures in the page
 
 
 @dataclass
 class NewSummary(DedupSummary):
-    """What was found. new: images that came; compared: old ones that they were compared with picture by picture. The
-    other figures are of the new images and of their groups."""
+    """Figures of a search for duplicates of new images. Other figures are of the new images and their groups.
+
+    Attributes:
+        new: New images.
+        compared: Old images that they were compared with, picture by picture.
+    """
 
     new: int = 0
     compared: int = 0
 
 
 class _UnchangedError(Exception):
-    """Nothing came: the report stays as it is."""
+    """There are no new images: the report stays as it is."""
 
 
 @records("dedup_new")
 def run(config: DedupConfig, gallery: str, progress: Progress = lambda line: None) -> NewSummary:
-    """Find the copies among and of the images that came since the last run, or since the last `dedup` that left a mark.
+    """Find the copies of the images that came since the last run, or since the last `dedup` that left a mark.
 
-    Without either all images are new. Where none came, the report of the last run stays. Raises IndexingError where
-    the index is missing, of another model, or lacks faces of the new images.
+    If there was no such run, all images are new. If there are no new images, the last report stays.
+
+    Args:
+        config: the configuration.
+        gallery: path of the gallery. The report goes to GALLERY/reports/dedup-new/.
+        progress: called with each line of progress.
+
+    Raises:
+        IndexingError: if the index is missing, of another model, or lacks faces of the new images.
     """
-    table, summary = Gallery(gallery), NewSummary()
+    table = Gallery(gallery)
+    summary = NewSummary(out=os.path.join(reports_of(table), NAME))
     phases = Phases(summary.seconds)
-    summary.out = os.path.join(reports_of(table), NAME)
     with suppress(_UnchangedError), report_folder(table, NAME) as folder:
-        since = changes(table, _mark(table))
-        found = around(since, lambda: _index(table), config.dedup, progress)
+        since = changes(table, _load_last_mark(table))
+        images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
         phases.end("gather")
-        if found is None:
-            _keep(table, summary.out, folder)
+        if images is None:
+            _keep_report(table, summary.out, folder)
             raise _UnchangedError
         progress("comparing pictures")
-        edges = found.edges
-        everything = find_duplicates(found.table, edges.u, edges.v, edges.distance, config.dedup)
-        uris = pc.unique(found.table["uri"].filter(pa.array(found.new)))
-        duplicates = of_new(everything, uris)
+        everything = find_duplicates(images.table, images.edges, config.dedup)
+        uris = pc.unique(images.table["uri"].filter(pa.array(images.is_new)))
+        duplicates = select_new(everything, uris)
         phases.end("compare")
         write_tables(folder, duplicates, None, summary)
-        _report(table, since, found, duplicates, (config.dedup, folder))
+        report = _build_report(table, since, images, duplicates, config.dedup)
+        write_report(report, os.path.join(folder, "report.html"))
         Mark.of(table).save(os.path.join(folder, MARK))
-        summary.new, summary.compared = len(uris), pc.count_distinct(found.table["uri"]).as_py() - len(uris)
-        summary.without_hash = _without_hash(found)
+        summary.new = len(uris)
+        summary.compared = pc.count_distinct(images.table["uri"]).as_py() - len(uris)
+        summary.without_hash = _count_without_hash(images)
         phases.end("write")
     return summary
 
 
-def _mark(table: Gallery) -> Mark | None:
-    """The later of what this and a whole `dedup` left, of this table."""
-    found = [Mark.load(os.path.join(reports_of(table), name, MARK)) for name in (NAME, WHOLE)]
-    marks = [mark for mark in found if mark is not None]
-    same = [mark for mark in marks if mark.gallery == table.id]
-    return max(same or marks, key=lambda mark: mark.version, default=None)
+def _load_last_mark(table: Gallery) -> Mark | None:
+    """Load the later of the marks that this command and a whole `dedup` left, if possible one of this table."""
+    marks = []
+    for name in (NAME, WHOLE):
+        mark = Mark.load(os.path.join(reports_of(table), name, MARK))
+        if mark is not None:
+            marks.append(mark)
+    of_this_table = [mark for mark in marks if mark.gallery == table.id]
+    return max(of_this_table or marks, key=lambda mark: mark.version, default=None)
 
 
-def _index(table: Gallery) -> Index:
+def _open_index(table: Gallery) -> Index:
     index = Index(table.path)
     if index.manifest.contract != manifests.contract_of(table):
         raise IndexingError(
@@ -96,61 +113,66 @@ def _index(table: Gallery) -> Index:
     return index
 
 
-def _keep(table: Gallery, final: str, folder: str) -> None:
-    """The report as it is, with a newer mark: the files of the table may have changed without new rows."""
-    if os.path.isdir(final):
-        now = Mark.of(table)
-        if Mark.load(os.path.join(final, MARK)) != now:
-            now.save(os.path.join(final, MARK))
+def _keep_report(table: Gallery, report: str, folder: str) -> None:
+    """Keep the report with a newer mark: the files of the table may have changed without new rows."""
+    if os.path.isdir(report):
+        mark = Mark.of(table)
+        path = os.path.join(report, MARK)
+        if Mark.load(path) != mark:
+            mark.save(path)
     shutil.rmtree(folder)
 
 
-def of_new(found: Duplicates, uris: pa.Array) -> Duplicates:
-    """Of duplicates the pairs with one of these images, the groups with one, and the decisions on all of both."""
-    pairs = found.pairs.filter(pc.or_(*(pc.is_in(found.pairs[f"uri_{end}"], uris) for end in "ab")))
-    mine = pc.is_in(found.decisions["uri"], uris)
-    groups = np.unique(found.decisions.filter(mine)["group"].drop_null().to_numpy())
-    inside = pc.is_in(found.decisions["group"], pa.array(groups, pa.int64()))
-    decisions = found.decisions.filter(pc.or_(mine, inside))
-    shown = found.groups.filter(pc.is_in(found.groups["group"], pa.array(groups, pa.int64())))
-    return Duplicates(pairs, _renumbered(shown, groups), _renumbered(decisions, groups))
+def select_new(duplicates: Duplicates, uris: pa.Array) -> Duplicates:
+    """Select the pairs with one of these images, the groups with one, and the decisions on all images of both."""
+    pairs = duplicates.pairs
+    pairs = pairs.filter(pc.or_(pc.is_in(pairs["uri_a"], uris), pc.is_in(pairs["uri_b"], uris)))
+    is_new = pc.is_in(duplicates.decisions["uri"], uris)
+    numbers = np.unique(duplicates.decisions.filter(is_new)["group"].drop_null().to_numpy())
+    is_in_group = pc.is_in(duplicates.decisions["group"], pa.array(numbers, pa.int64()))
+    decisions = duplicates.decisions.filter(pc.or_(is_new, is_in_group))
+    groups = duplicates.groups.filter(pc.is_in(duplicates.groups["group"], pa.array(numbers, pa.int64())))
+    return Duplicates(pairs, _renumber_groups(groups, numbers), _renumber_groups(decisions, numbers))
 
 
-def _renumbered(table: pa.Table, groups: np.ndarray[tuple[int], np.dtype[np.int64]]) -> pa.Table:
-    """The groups numbered 0, 1, ... in their order."""
+def _renumber_groups(table: pa.Table, numbers: Int64) -> pa.Table:
+    """Number these groups 0, 1, ... in their order."""
     at = table.column_names.index("group")
-    number = pc.index_in(table["group"], pa.array(groups, pa.int64())).cast(pa.int64())
-    return table.set_column(at, "group", number)
+    group = pc.index_in(table["group"], pa.array(numbers, pa.int64())).cast(pa.int64())
+    return table.set_column(at, "group", group)
 
 
-def _without_hash(found: Around) -> int:
-    table = found.table.filter(pa.array(found.new))
-    first = pc.and_(pc.equal(table["face_index"], 0), table["image_hash"].is_null())
-    return int(pc.sum(first).as_py() or 0)
+def _count_without_hash(images: NewImages) -> int:
+    table = images.table.filter(pa.array(images.is_new))
+    without_hash = pc.and_(pc.equal(table["face_index"], 0), table["image_hash"].is_null())
+    return int(pc.sum(without_hash).as_py() or 0)
 
 
-def _report(
-    table: Gallery, since: Changes, found: Around, duplicates: Duplicates, told: tuple[DuplicateRule, str]
-) -> None:
-    rule, folder = told
-    images = pc.count_distinct(found.table["uri"].filter(pa.array(found.new))).as_py()
-    new = Figure("new images", f"{images:,}", f"{found.asked:,} faces were looked up in the index")
-    shown = Files(table, _pictured(table, since, found, duplicates))
-    page = duplicates_report([shown], duplicates, rule, new)
-    write_report(replace(page, title="Copies among the new images, and of them"), os.path.join(folder, "report.html"))
+def _build_report(
+    table: Gallery, since: Changes, images: NewImages, duplicates: Duplicates, rule: DuplicateRule
+) -> Report:
+    count = pc.count_distinct(images.table["uri"].filter(pa.array(images.is_new))).as_py()
+    new = Figure("new images", f"{count:,}", f"{images.query_count:,} faces were looked up in the index")
+    files = Files(table, _select_files(table, since, images, duplicates))
+    report = build_duplicates_report([files], duplicates, rule, new)
+    return replace(report, title="Copies among the new images, and of them")
 
 
-def _pictured(table: Gallery, since: Changes, found: Around, duplicates: Duplicates) -> list[str]:
-    """The table's files that pictures are read from: those of the new images, then those that hold most of the rest,
-    as long as it is no lot: pictures of old images lie all over the table."""
+def _select_files(table: Gallery, since: Changes, images: NewImages, duplicates: Duplicates) -> list[str]:
+    """Select the table's files that pictures are read from, up to a limit of bytes.
+
+    The files of the new images come first, then those that hold most of the rest. The limit is needed because pictures
+    of old images lie all over the table.
+    """
     size = {file["path"]: file["size_bytes"] for file in table.files()}
-    shown = duplicates.decisions.filter(duplicates.decisions["group"].is_valid())["uri"]
-    ends = [duplicates.pairs[f"uri_{end}"] for end in "ab"]
-    uris = pc.unique(pa.chunked_array([chunk for column in (shown, *ends) for chunk in column.chunks], pa.string()))
+    grouped = duplicates.decisions.filter(duplicates.decisions["group"].is_valid())
+    columns = [grouped["uri"], duplicates.pairs["uri_a"], duplicates.pairs["uri_b"]]
+    uris = pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
     if not len(uris):
         return []
-    old = found.table.filter(pc.and_(pc.is_in(found.table["uri"], uris), found.table["file"].is_valid()))
+    old = images.table.filter(pc.and_(pc.is_in(images.table["uri"], uris), images.table["file"].is_valid()))
     counts = sorted(old["file"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"]))
     order = dict.fromkeys([*since.whole, *since.mixed, *(row["values"] for row in counts)])
     paths = [path for path in order if path in size]
-    return [path for path, total in zip(paths, np.cumsum([size[p] for p in paths]), strict=True) if total <= _THUMBS]
+    totals = np.cumsum([size[path] for path in paths])
+    return [path for path, total in zip(paths, totals, strict=True) if total <= _MAX_THUMB_BYTES]

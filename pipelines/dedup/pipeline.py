@@ -1,4 +1,4 @@
-"""dedup: a gallery in, groups of copies out with the one to keep; or two galleries in, what they share out."""
+"""Find groups of copies in a gallery and the copy to keep, or what two galleries share."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
-from facepipe.curation.duplicates.gather import gather
-from facepipe.curation.duplicates.report import duplicates_report
-from facepipe.curation.duplicates.stars import face_pairs
+from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, find_shared_identities
+from facepipe.curation.duplicates.images import gather_faces
+from facepipe.curation.duplicates.report import build_duplicates_report
+from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import recall_note
 from facepipe.errors import ConfigError, StorageError, ThresholdError
@@ -28,14 +28,22 @@ from pipelines.runtime.phases import Phases
 from pipelines.runtime.run_record import records
 from pipelines.runtime.workspace import report_folder, reports_of
 
-NAME, OVERLAP, MARK = "dedup", "overlap", "mark.json"
+NAME = "dedup"
+OVERLAP = "overlap"
+MARK = "mark.json"
 _ROWS = 65536
-_FARTHEST = 2.0
+_MAX_DISTANCE = 2.0  # of two unit vectors: all edges
 
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """Everything `dedup` can be told."""
+    """Configuration of `dedup`.
+
+    Attributes:
+        dedup: What counts as a duplicate, and which copy is kept.
+        graph: Which faces are joined.
+        run: How the graph is made.
+    """
 
     dedup: DuplicateRule = field(default_factory=DuplicateRule)
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -44,9 +52,23 @@ class DedupConfig:
 
 @dataclass
 class DedupSummary:
-    """What was found. pairs: by kind; unlisted: images whose path no text list can hold; shared: identities of both;
-    without_threshold: it is not known from which distance faces are of one person, so that shared identities are those
-    of near copies alone."""
+    """Figures of a search for duplicates.
+
+    Attributes:
+        images: Number of images.
+        pairs: Pairs of images, by kind.
+        groups: Number of groups.
+        keep: Images to keep.
+        drop: Images to drop.
+        unlisted: Images whose path no text list can hold.
+        shared: Identities that both galleries hold.
+        without_hash: Images without a perceptual hash.
+        without_threshold: Whether it is unknown from which distance faces are of one person. The shared identities are
+            then those of near copies alone.
+        recall: Share of the graph's edges that were found, measured on a sample.
+        out: Folder of the report.
+        seconds: Seconds per phase.
+    """
 
     images: int = 0
     pairs: dict[str, int] = field(default_factory=dict)
@@ -66,90 +88,124 @@ class DedupSummary:
 def run(
     config: DedupConfig, gallery: str, against: str | None = None, progress: Progress = lambda line: None
 ) -> DedupSummary:
-    """Find the copies in a gallery (GALLERY/reports/dedup/), or what it shares with another (GALLERY/reports/overlap/).
+    """Find the copies in a gallery, or what it shares with another one. Nothing is deleted.
 
-    Nothing is deleted. Raises ContractError where the two were made with different models.
+    Args:
+        config: the configuration.
+        gallery: path of the gallery. The report goes to GALLERY/reports/dedup/, or to GALLERY/reports/overlap/.
+        against: path of the other gallery.
+        progress: called with each line of progress.
+
+    Raises:
+        ConfigError: if both paths are of one gallery.
+        ContractError: if the two galleries were made with different models.
     """
-    tables_ = [Gallery(gallery)] + ([Gallery(against)] if against else [])
+    galleries = [Gallery(gallery)]
     if against:
-        if os.path.realpath(tables_[0].faces_folder) == os.path.realpath(tables_[1].faces_folder):
-            raise ConfigError("--against names the same gallery: leave it out to look for copies inside it")
-        tables_[0].contract.require(tables_[1].contract, f"the gallery {tables_[1].path!r}")
-    wide = replace(config.graph, reach=max(config.graph.reach, config.dedup.radius))
+        galleries.append(_open_other(galleries[0], against))
+    name = OVERLAP if against else NAME
     summary = DedupSummary()
     phases = Phases(summary.seconds)
-    name = OVERLAP if against else NAME
-    with report_folder(tables_[0], name) as folder:
-        place = os.path.join(folder, "graph") if against else os.path.join(reports_of(tables_[0]), "graph")
-        try:
-            graph = open_graph(tables_, wide, config.run, place, progress)
-        except ThresholdError:  # copies are told by distances of their own
-            summary.without_threshold = True
-            graph = open_graph(tables_, replace(wide, threshold=config.dedup.radius), config.run, place, progress)
+    with report_folder(galleries[0], name) as folder:
+        graph_folder = os.path.join(folder if against else reports_of(galleries[0]), "graph")
+        graph = _open_wide_graph(config, galleries, graph_folder, summary, progress)
         phases.end("graph")
         progress("comparing pictures")
-        found, shared = _found(config, tables_, graph)
+        duplicates, shared = _compare(config, galleries, graph)
         phases.end("compare")
         progress("writing")
-        write_tables(folder, found, shared, summary)
+        write_tables(folder, duplicates, shared, summary)
         recall = Figure("edge recall", f"{graph.info.recall:.4f}", recall_note(graph.info))
-        report = duplicates_report(tables_, found, config.dedup, recall, shared)
+        report = build_duplicates_report(galleries, duplicates, config.dedup, recall, shared)
         write_report(report, os.path.join(folder, "report.html"))
-        summary.recall = graph.info.recall
         if against:
-            shutil.rmtree(place)  # it holds the vectors of the other gallery
+            shutil.rmtree(graph_folder)  # it holds the vectors of the other gallery
         else:
-            Mark.of(tables_[0]).save(os.path.join(folder, MARK))  # from where `dedup --new` goes on
+            Mark.of(galleries[0]).save(os.path.join(folder, MARK))  # where `dedup --new` starts
         phases.end("write")
-    summary.without_hash = _without_hash(tables_)
-    summary.out = os.path.join(reports_of(tables_[0]), name)
+    summary.recall = graph.info.recall
+    summary.without_hash = _count_without_hash(galleries)
+    summary.out = os.path.join(reports_of(galleries[0]), name)
     return summary
 
 
-def _found(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, pa.Table | None]:
-    table, row_of_node = gather(galleries, graph.nodes)
-    near = face_pairs(graph, table, row_of_node, config.dedup)
+def _open_other(gallery: Gallery, against: str) -> Gallery:
+    """Open the gallery to compare with, and check that the two can be compared."""
+    other = Gallery(against)
+    if os.path.realpath(gallery.faces_folder) == os.path.realpath(other.faces_folder):
+        raise ConfigError("--against names the same gallery: leave it out to look for copies inside it")
+    gallery.contract.require(other.contract, f"the gallery {other.path!r}")
+    return other
+
+
+def _open_wide_graph(
+    config: DedupConfig, galleries: list[Gallery], folder: str, summary: DedupSummary, progress: Progress
+) -> Graph:
+    """Open the graph with all pairs that can be duplicates; no threshold for persons is needed for that."""
+    wide = replace(config.graph, reach=max(config.graph.reach, config.dedup.radius))
+    try:
+        return open_graph(galleries, wide, config.run, folder, progress)
+    except ThresholdError:
+        summary.without_threshold = True
+        return open_graph(galleries, replace(wide, threshold=config.dedup.radius), config.run, folder, progress)
+
+
+def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, pa.Table | None]:
+    """Find the duplicates and, of two galleries, the shared identities."""
+    table, row_of_node = gather_faces(galleries, graph.nodes)
+    near = find_face_pairs(graph, table, row_of_node, config.dedup)
     ends = np.sort(np.stack([row_of_node[near.u], row_of_node[near.v]]), axis=0)
-    found = find_duplicates(table, ends[0], ends[1], near.distance, config.dedup)
+    duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup)
     if len(galleries) < 2:
-        return found, None
-    pairs = graph.edges.within(_FARTHEST)
+        return duplicates, None
+    pairs = graph.edges.within(_MAX_DISTANCE)
     edges = Pairs(row_of_node[pairs.u], row_of_node[pairs.v], pairs.distance)
     first = np.full(table.num_rows, -1, np.int64)
     first[row_of_node] = row_of_node[graph.representatives]
-    return found, shared_identities(table, edges, first, graph.info.distance, graph.info.most)
+    shared = find_shared_identities(table, edges, first, threshold=graph.info.distance, max_neighbours=graph.info.most)
+    return duplicates, shared
 
 
-def _without_hash(galleries: list[Gallery]) -> int:
-    """Images embedded before the gallery knew perceptual hashes: of these only exact copies are found."""
-    return sum(
-        batch.num_rows
-        for gallery in galleries
-        for batch in gallery.batches(["image_hash"], "status = 'ok' and face_index = 0 and image_hash is null")
-    )
+def _count_without_hash(galleries: list[Gallery]) -> int:
+    """Count the images embedded before the gallery had perceptual hashes: of these only exact copies are found."""
+    where = "status = 'ok' and face_index = 0 and image_hash is null"
+    return sum(batch.num_rows for gallery in galleries for batch in gallery.batches(["image_hash"], where))
 
 
-def write_tables(folder: str, found: Duplicates, shared: pa.Table | None, summary: DedupSummary) -> None:
-    named = [("pairs", found.pairs), ("groups", found.groups), ("decisions", found.decisions)]
-    for name, table in named + ([("identities", shared)] if shared is not None else []):
+def write_tables(folder: str, duplicates: Duplicates, shared: pa.Table | None, summary: DedupSummary) -> None:
+    """Write the tables and lists of a report, and fill in the figures that follow from them.
+
+    Args:
+        folder: folder of the report.
+        duplicates: tables of duplicates.
+        shared: identities that two galleries share.
+        summary: summary to fill in.
+    """
+    tables = {"pairs": duplicates.pairs, "groups": duplicates.groups, "decisions": duplicates.decisions}
+    if shared is not None:
+        tables["identities"] = shared
+    for name, table in tables.items():
         write_table(os.path.join(folder, f"{name}.parquet"), table)
-    decided = found.decisions.filter(pc.equal(found.decisions["side"], 0))
-    for name in ("keep", "drop"):
-        uris = decided.filter(pc.equal(decided["decision"], name))["uri"]
-        setattr(summary, name, len(uris))
-        summary.unlisted += _write_list(os.path.join(folder, f"{name}.txt"), uris)
-    kinds = found.pairs["kind"].value_counts().to_pylist()
-    summary.images, summary.groups = decided.num_rows, found.groups.num_rows
+    decided = duplicates.decisions.filter(pc.equal(duplicates.decisions["side"], 0))
+    keep = decided.filter(pc.equal(decided["decision"], "keep"))["uri"]
+    drop = decided.filter(pc.equal(decided["decision"], "drop"))["uri"]
+    summary.unlisted += _write_list(os.path.join(folder, "keep.txt"), keep)
+    summary.unlisted += _write_list(os.path.join(folder, "drop.txt"), drop)
+    summary.keep = len(keep)
+    summary.drop = len(drop)
+    kinds = duplicates.pairs["kind"].value_counts().to_pylist()
+    summary.images = decided.num_rows
+    summary.groups = duplicates.groups.num_rows
     summary.pairs = {row["values"]: row["counts"] for row in kinds}
     summary.shared = None if shared is None else shared.num_rows
 
 
 def _write_list(path: str, uris: pa.ChunkedArray) -> int:
-    """One uri a line; how many cannot be in such a list."""
+    """Write one uri per line, and return how many contain line breaks and are left out."""
     left_out = 0
     try:
         with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            for uri in _texts(uris):
+            for uri in _iterate_strings(uris):
                 if "\n" in uri or "\r" in uri:
                     left_out += 1
                 else:
@@ -159,6 +215,6 @@ def _write_list(path: str, uris: pa.ChunkedArray) -> int:
     return left_out
 
 
-def _texts(column: pa.ChunkedArray) -> Iterator[str]:
+def _iterate_strings(column: pa.ChunkedArray) -> Iterator[str]:
     for at in range(0, len(column), _ROWS):
         yield from column.slice(at, _ROWS).to_pylist()

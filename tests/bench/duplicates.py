@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from facepipe import Gallery
 from facepipe.arrow import vectors
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
+from facepipe.nearest.similarity import Pairs
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, RunConfig, run
@@ -218,7 +219,7 @@ def main() -> None:
     rule = DuplicateRule()
     linked = edges(x, rule.radius)
     began = time.perf_counter()
-    found = find_duplicates(faces, *linked, rule)
+    found = find_duplicates(faces, Pairs(*linked), rule)
     seconds = time.perf_counter() - began
     images = found.decisions.num_rows
     print(f"{images} images, {faces.num_rows} faces, {len(linked[0])} pairs of faces within {rule.radius}", end="")

@@ -16,7 +16,7 @@ from helpers import embed
 
 from facepipe.config import build
 from facepipe.curation.cleaning.decide import DECISIONS, REASONS
-from facepipe.curation.cleaning.lists import DECISION_ROWS
+from facepipe.curation.cleaning.lists import DECISION_SCHEMA
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import GalleryBusyError, GalleryError
 from facepipe.evaluation.cleaning import evaluate_clean
@@ -48,7 +48,7 @@ def clean(made: Gallery, *layers: dict[str, Any]) -> tuple[CleanSummary, list[di
     folder = Path(summary.out)
     assert folder == Path(made.path, "reports", "clean")
     decided = pq.read_table(folder / "decisions.parquet")
-    assert decided.schema == DECISION_ROWS
+    assert decided.schema == DECISION_SCHEMA
     found = decided.to_pylist()
     held = made.to_arrow(["face_id", "uri", "identity"], "face_id is not null and identity is not null").to_pylist()
     assert [{k: row[k] for k in ("face_id", "uri", "identity")} for row in found] == held, "a row a label, in order"

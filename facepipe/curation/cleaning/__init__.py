@@ -1,1 +1,1 @@
-"""Noisy identity labels: who each face is, how sure that is, and what to do about it."""
+"""Find wrong identity labels: estimate who each face is, how sure that is, and decide what to do about it."""

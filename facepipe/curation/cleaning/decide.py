@@ -1,38 +1,24 @@
-"""From beliefs to decisions: what to do with each label, and why."""
+"""Decide what to do with each label, and say why, from the label posteriors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.curation.cleaning.evidence import Candidates
-from facepipe.curation.cleaning.model import LEAST, Belief
+from facepipe.curation.cleaning.evidence import LabelCandidates
+from facepipe.curation.cleaning.model import MIN_WEIGHT, LabelPosteriors
 from facepipe.types import Bool, Float32, Int64
 
-KEEP, OUTLIER, RELABEL, DUPLICATE, LOW_QUALITY, REVIEW = (
-    *("keep", "outlier", "relabel", "duplicate", "low_quality", "review"),
-)
+KEEP = "keep"
+OUTLIER = "outlier"
+RELABEL = "relabel"
+DUPLICATE = "duplicate"
+LOW_QUALITY = "low_quality"
+REVIEW = "review"
 DECISIONS = (KEEP, OUTLIER, RELABEL, DUPLICATE, LOW_QUALITY, REVIEW)
-_WRONG = 0.5  # a label more likely wrong than right is flagged
-_UNSURE = 0.8  # what is less likely than this is for a person to decide
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """n faces. noise (n,): probability that the label is wrong, NaN without a label; own (n,): mean similarity to the
-    rest of the identity and rest (n,) the faces it rests on; other (n,): the best other identity, -1 for none, with its
-    similarity (n,) and probability (n,); decision (n,): index into DECISIONS, -1 without a label; reason (n,): index
-    into REASONS."""
-
-    noise: Float32
-    own: Float32
-    rest: Float32
-    other: Int64
-    other_similarity: Float32
-    other_share: Float32
-    decision: npt.NDArray[np.int8]
-    reason: npt.NDArray[np.int8]
-
+_WRONG = 0.5  # noise above which a label is flagged: it is more likely wrong than right
+_SURE = 0.8  # a less likely decision goes to a person for review
+_BYSTANDER_NOISE = 1 - 1e-3
 
 REASONS = (
     "fits its identity",
@@ -47,73 +33,154 @@ REASONS = (
     "the face is blurred",
     "no label",
 )
-FITS, ALONE, NOBODY, OTHER, BYSTANDER, DOUBTFUL, LIKELY, COPY, SMALL, BLURRED, UNLABELLED = range(len(REASONS))
+(
+    FITS,
+    ONLY_FACE,
+    FITS_NONE,
+    FITS_OTHER,
+    BYSTANDER,
+    PROBABLY_WRONG,
+    PROBABLY_RIGHT,
+    COPY,
+    SMALL,
+    BLURRED,
+    UNLABELLED,
+) = range(len(REASONS))
 
 
-def verdicts(pool: Candidates, belief: Belief, count: int, photo: Int64) -> Verdicts:
-    """Judge n faces; photo (n,) numbers the image each face is in: of faces with one label in it one can be right."""
-    noise, own, rest = (np.full(count, np.nan, np.float32) for _ in range(3))
-    mine = pool.own
-    noise[pool.face[mine]] = 1 - belief.share[mine]
-    known = belief.weight[mine] >= LEAST
-    own[pool.face[mine]] = np.where(known, belief.similarity[mine], np.nan)
-    rest[pool.face[mine]] = belief.weight[mine]
-    other, likely, similar = _best_other(pool, belief, count)
-    labelled = ~np.isnan(noise)
-    bystander, fit = _bystanders(pool, noise, photo), 1 - noise
-    noise = np.where(bystander, np.maximum(noise, 1 - 1e-3), noise).astype(np.float32)
-    wrong = labelled & (noise > _WRONG)
-    moved = wrong & (likely >= belief.nobody) & (likely > fit)
-    sure = np.where(moved, likely, np.where(wrong, np.maximum(belief.nobody, bystander), 1 - noise)) >= _UNSURE
-    alone = labelled & ~wrong & (np.nan_to_num(rest) < _WRONG)
+@dataclass(frozen=True)
+class LabelVerdicts:
+    """Decisions on the labels of n faces, with the evidence for them.
+
+    Attributes:
+        noise: Probability that the label is wrong, (n,). NaN without a label.
+        own_similarity: Mean similarity to the rest of the face's identity, (n,). NaN if there is no rest.
+        own_weight: Number of faces that this similarity rests on, (n,).
+        other: The most likely other identity, (n,), -1 for none.
+        other_similarity: Mean similarity to that identity, (n,).
+        other_probability: Probability that the face belongs to it, (n,).
+        decision: Index into DECISIONS, (n,), -1 without a label.
+        reason: Index into REASONS, (n,).
+    """
+
+    noise: Float32
+    own_similarity: Float32
+    own_weight: Float32
+    other: Int64
+    other_similarity: Float32
+    other_probability: Float32
+    decision: npt.NDArray[np.int8]
+    reason: npt.NDArray[np.int8]
+
+    def is_decided(self, decision: str) -> Bool:
+        """Mark the faces (n,) with this decision."""
+        return np.asarray(self.decision == DECISIONS.index(decision))
+
+
+def decide_labels(
+    candidates: LabelCandidates, posteriors: LabelPosteriors, face_count: int, photo: Int64
+) -> LabelVerdicts:
+    """Decide on the labels of all faces.
+
+    Args:
+        candidates: m pairs of a face and an identity.
+        posteriors: what was estimated for them.
+        face_count: number of faces n.
+        photo: number of the image of each face, (n,). Of faces with one label in one image only one can be right.
+    """
+    # Evidence for the label itself.
+    is_own = candidates.is_own
+    own_face = candidates.face[is_own]
+    noise = np.full(face_count, np.nan, np.float32)
+    noise[own_face] = 1 - posteriors.probability[is_own]
+    is_known = posteriors.weight[is_own] >= MIN_WEIGHT
+    own_similarity = np.full(face_count, np.nan, np.float32)
+    own_similarity[own_face] = np.where(is_known, posteriors.similarity[is_own], np.nan)
+    own_weight = np.full(face_count, np.nan, np.float32)
+    own_weight[own_face] = posteriors.weight[is_own]
+
+    # Evidence against it.
+    other, other_probability, other_similarity = _find_best_other(candidates, posteriors, face_count)
+    is_labelled = ~np.isnan(noise)
+    is_bystander = _find_bystanders(candidates, noise, photo)
+    fit = 1 - noise
+    noise = np.where(is_bystander, np.maximum(noise, _BYSTANDER_NOISE), noise).astype(np.float32)
+    is_wrong = is_labelled & (noise > _WRONG)
+    is_moved = is_wrong & (other_probability >= posteriors.no_identity) & (other_probability > fit)
+
+    # How sure the decision that follows is.
+    certainty_if_kept = 1 - noise
+    certainty_if_wrong = np.maximum(posteriors.no_identity, is_bystander)
+    certainty = np.where(is_moved, other_probability, np.where(is_wrong, certainty_if_wrong, certainty_if_kept))
+    is_sure = certainty >= _SURE
+    is_alone = is_labelled & ~is_wrong & (np.nan_to_num(own_weight) < _WRONG)
+
+    # The first case that holds decides.
     cases = [
-        (~labelled, -1, UNLABELLED),
-        (alone, DECISIONS.index(KEEP), ALONE),
-        (bystander & ~moved, DECISIONS.index(OUTLIER), BYSTANDER),
-        (moved & sure, DECISIONS.index(RELABEL), OTHER),
-        (wrong & ~moved & sure, DECISIONS.index(OUTLIER), NOBODY),
-        (wrong, DECISIONS.index(REVIEW), DOUBTFUL),
-        (~sure, DECISIONS.index(REVIEW), LIKELY),
+        (~is_labelled, -1, UNLABELLED),
+        (is_alone, DECISIONS.index(KEEP), ONLY_FACE),
+        (is_bystander & ~is_moved, DECISIONS.index(OUTLIER), BYSTANDER),
+        (is_moved & is_sure, DECISIONS.index(RELABEL), FITS_OTHER),
+        (is_wrong & ~is_moved & is_sure, DECISIONS.index(OUTLIER), FITS_NONE),
+        (is_wrong, DECISIONS.index(REVIEW), PROBABLY_WRONG),
+        (~is_sure, DECISIONS.index(REVIEW), PROBABLY_RIGHT),
     ]
-    conditions = [case for case, _, _ in cases]
-    decision = np.select(conditions, [d for _, d, _ in cases], DECISIONS.index(KEEP)).astype(np.int8)
-    reason = np.select(conditions, [r for _, _, r in cases], FITS).astype(np.int8)
-    return Verdicts(noise, own, rest, other, similar, likely, decision, reason)
+    conditions = [condition for condition, _, _ in cases]
+    decisions = [decision for _, decision, _ in cases]
+    reasons = [reason for _, _, reason in cases]
+    return LabelVerdicts(
+        noise=noise,
+        own_similarity=own_similarity,
+        own_weight=own_weight,
+        other=other,
+        other_similarity=other_similarity,
+        other_probability=other_probability,
+        decision=np.select(conditions, decisions, DECISIONS.index(KEEP)).astype(np.int8),
+        reason=np.select(conditions, reasons, FITS).astype(np.int8),
+    )
 
 
-def overruled(found: Verdicts, chosen: Bool, decision: str, reason: int) -> Verdicts:
-    """The same, with another decision on those faces (n,) that would have been kept."""
-    kept = chosen & (found.decision == DECISIONS.index(KEEP))
-    changed = np.where(kept, DECISIONS.index(decision), found.decision).astype(np.int8)
-    reasons = np.where(kept, reason, found.reason).astype(np.int8)
-    columns = {name: getattr(found, name) for name in Verdicts.__dataclass_fields__}
-    return Verdicts(**{**columns, "decision": changed, "reason": reasons})
+def overrule_kept(verdicts: LabelVerdicts, chosen: Bool, decision: str, reason: int) -> LabelVerdicts:
+    """Change the decision on the chosen faces (n,) that are kept so far."""
+    is_changed = chosen & verdicts.is_decided(KEEP)
+    decisions = np.where(is_changed, DECISIONS.index(decision), verdicts.decision).astype(np.int8)
+    reasons = np.where(is_changed, reason, verdicts.reason).astype(np.int8)
+    return replace(verdicts, decision=decisions, reason=reasons)
 
 
-def expected_errors(found: Verdicts) -> float:
-    """How many decisions on labels are wrong, by the probabilities themselves."""
-    known = found.noise[~np.isnan(found.noise)]
-    return float(np.where(known > _WRONG, 1 - known, known).sum())
+def estimate_errors(verdicts: LabelVerdicts) -> float:
+    """Estimate how many decisions on labels are wrong, from their own probabilities."""
+    noise = verdicts.noise[~np.isnan(verdicts.noise)]
+    return float(np.where(noise > _WRONG, 1 - noise, noise).sum())
 
 
-def _best_other(pool: Candidates, belief: Belief, count: int) -> tuple[Int64, Float32, Float32]:
-    """(identity (n,), share (n,), similarity (n,)) of the most likely identity that is not the label's."""
-    other, share, similarity = np.full(count, -1), np.zeros(count, np.float32), np.full(count, np.nan, np.float32)
-    theirs = np.flatnonzero(~pool.own)
-    order = theirs[np.lexsort((-belief.similarity[theirs], -belief.share[theirs], pool.face[theirs]))]
-    first = order[np.diff(pool.face[order], prepend=-1) > 0]
-    other[pool.face[first]] = pool.identity[first]
-    share[pool.face[first]], similarity[pool.face[first]] = belief.share[first], belief.similarity[first]
-    return other, share, similarity
+def _find_best_other(
+    candidates: LabelCandidates, posteriors: LabelPosteriors, face_count: int
+) -> tuple[Int64, Float32, Float32]:
+    """Find the most likely identity that is not the label's: identity (n,), probability (n,), similarity (n,)."""
+    identity = np.full(face_count, -1)
+    probability = np.zeros(face_count, np.float32)
+    similarity = np.full(face_count, np.nan, np.float32)
+    others = np.flatnonzero(~candidates.is_own)
+    keys = (-posteriors.similarity[others], -posteriors.probability[others], candidates.face[others])
+    order = others[np.lexsort(keys)]
+    best = order[np.diff(candidates.face[order], prepend=-1) > 0]
+    face = candidates.face[best]
+    identity[face] = candidates.identity[best]
+    probability[face] = posteriors.probability[best]
+    similarity[face] = posteriors.similarity[best]
+    return identity, probability, similarity
 
 
-def _bystanders(pool: Candidates, noise: Float32, photo: Int64) -> Bool:
-    """Faces (n,) that share photo and label with a face that the label fits better."""
-    mine = np.flatnonzero(pool.own)
-    face, identity = pool.face[mine], pool.identity[mine]
+def _find_bystanders(candidates: LabelCandidates, noise: Float32, photo: Int64) -> Bool:
+    """Find the faces (n,) that share photo and label with a face that the label fits better."""
+    own = np.flatnonzero(candidates.is_own)
+    face = candidates.face[own]
+    identity = candidates.identity[own]
     order = np.lexsort((face, noise[face], identity, photo[face]))
-    face, identity = face[order], identity[order]
-    again = (np.diff(photo[face], prepend=-1) == 0) & (np.diff(identity, prepend=-1) == 0)
-    out = np.zeros(len(noise), bool)
-    out[face[again]] = True
-    return out
+    face = face[order]
+    identity = identity[order]
+    is_repeated = (np.diff(photo[face], prepend=-1) == 0) & (np.diff(identity, prepend=-1) == 0)
+    is_bystander = np.zeros(len(noise), bool)
+    is_bystander[face[is_repeated]] = True
+    return is_bystander

@@ -1,4 +1,4 @@
-"""How well each face fits the identities it might belong to: its own, and those of the faces that are near it."""
+"""Measure how well each face fits the identities it may belong to: its own label's and its neighbours'."""
 
 from dataclasses import dataclass
 
@@ -8,79 +8,129 @@ from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
 _BLOCK = 1 << 17
-_NOBODY = np.float32(1e-3)
+_MIN_SHARE = np.float32(1e-3)  # a smaller share counts as none
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """m pairs of a face and an identity it might belong to, sorted by face: face (m,), identity (m,), own (m,) whether
-    it is the label given; count: of identities."""
+class LabelCandidates:
+    """Pairs of a face and an identity that it may belong to, sorted by face.
+
+    Attributes:
+        face: Position of the face, (m,).
+        identity: Number of the identity, (m,).
+        is_own: Whether the identity is the face's own label, (m,).
+        identity_count: Number of identities.
+    """
 
     face: Int64
     identity: Int64
-    own: Bool
-    count: int
+    is_own: Bool
+    identity_count: int
 
     def __len__(self) -> int:
         return len(self.face)
 
 
-def candidates(label: Int64, pairs: Pairs) -> Candidates:
-    """The label of each face (n,), -1 for none, and those of its neighbours."""
-    count = int(label.max(initial=-1)) + 1
-    faces = np.concatenate([np.arange(len(label)), pairs.u, pairs.v])
-    names = np.concatenate([label, label[pairs.v], label[pairs.u]])
-    key = np.unique((faces * max(1, count) + names)[names >= 0])
-    face, identity = key // max(1, count), key % max(1, count)
-    labelled = label[face] >= 0
-    face, identity = face[labelled], identity[labelled]
-    return Candidates(face, identity, identity == label[face], count)
+def find_candidates(labels: Int64, pairs: Pairs) -> LabelCandidates:
+    """Find the identities that each labelled face may belong to: its own label, and those of its neighbours.
+
+    Args:
+        labels: number of each face's identity, (n,), -1 for none.
+        pairs: neighbouring faces.
+
+    Returns:
+        Each face and identity once.
+    """
+    identity_count = int(labels.max(initial=-1)) + 1
+    stride = max(1, identity_count)
+    faces = np.concatenate([np.arange(len(labels)), pairs.u, pairs.v])
+    identities = np.concatenate([labels, labels[pairs.v], labels[pairs.u]])
+    keys = np.unique((faces * stride + identities)[identities >= 0])
+    face = keys // stride
+    identity = keys % stride
+    is_labelled = labels[face] >= 0
+    face = face[is_labelled]
+    identity = identity[is_labelled]
+    return LabelCandidates(face, identity, identity == labels[face], identity_count)
 
 
 @dataclass(frozen=True)
-class Faces:
-    """n faces: vectors (n, 128) of unit norm, density (n,)."""
+class FaceVectors:
+    """Vectors of faces and how crowded the space around them is.
+
+    Attributes:
+        vectors: Unit vectors, (n, 128).
+        density: Local density of each face, (n,).
+    """
 
     vectors: Float32
     density: Float32
 
 
 @dataclass(frozen=True)
-class Centres:
-    """k identities: weighted sums (k, 128) of the vectors that belong to them, crowd (k,) of densities, weight (k,)."""
+class IdentityCentres:
+    """Weighted sums of the faces of k identities.
+
+    Attributes:
+        sums: Sums of the vectors, (k, 128), each weighted by the share to which the face belongs.
+        crowd: Sums of the densities, (k,), weighted in the same way.
+        weight: Sums of the shares, (k,).
+    """
 
     sums: Float32
     crowd: Float32
     weight: Float32
 
     @classmethod
-    def of(cls, faces: Faces, members: Candidates, share: Float32) -> "Centres":
-        """Sums over candidates, each with the share (m,) to which the face belongs to the identity."""
-        order = np.argsort(members.identity, kind="stable")
-        order = order[share[order] > _NOBODY]
-        sums = np.zeros((members.count, faces.vectors.shape[1]), np.float32)
-        crowd, weight = np.zeros(members.count, np.float32), np.zeros(members.count, np.float32)
+    def from_shares(cls, faces: FaceVectors, candidates: LabelCandidates, share: Float32) -> "IdentityCentres":
+        """Sum the faces of each identity.
+
+        Args:
+            faces: n faces.
+            candidates: m pairs of a face and an identity.
+            share: share to which the face belongs to the identity, (m,).
+        """
+        order = np.argsort(candidates.identity, kind="stable")
+        order = order[share[order] > _MIN_SHARE]
+        sums = np.zeros((candidates.identity_count, faces.vectors.shape[1]), np.float32)
+        crowd = np.zeros(candidates.identity_count, np.float32)
+        weight = np.zeros(candidates.identity_count, np.float32)
         for at in range(0, len(order), _BLOCK):
-            part = order[at : at + _BLOCK]
-            who, whose, much = members.face[part], members.identity[part], share[part]
-            begins = np.flatnonzero(np.diff(whose, prepend=-1))
-            sums[whose[begins]] += np.add.reduceat(faces.vectors[who] * much[:, None], begins, axis=0)
-            crowd[whose[begins]] += np.add.reduceat(faces.density[who] * much, begins)
-            weight[whose[begins]] += np.add.reduceat(much, begins)
+            block = order[at : at + _BLOCK]
+            face = candidates.face[block]
+            identity = candidates.identity[block]
+            part = share[block]
+            # The block is sorted by identity, so that each identity is one run of rows.
+            starts = np.flatnonzero(np.diff(identity, prepend=-1))
+            sums[identity[starts]] += np.add.reduceat(faces.vectors[face] * part[:, None], starts, axis=0)
+            crowd[identity[starts]] += np.add.reduceat(faces.density[face] * part, starts)
+            weight[identity[starts]] += np.add.reduceat(part, starts)
         return cls(sums, crowd, weight)
 
-    def fit(self, faces: Faces, face: Int64, identity: Int64, share: Float32) -> tuple[Float32, Float32]:
-        """(mean similarity (m,) of faces to the rest of identities, weight (m,) of that rest); share (m,) is what each
-        face itself has in the identity and is taken out."""
-        similarity, rest = np.zeros(len(face), np.float32), np.zeros(len(face), np.float32)
-        share = np.where(share > _NOBODY, share, np.float32(0))
+    def compute_fit(self, faces: FaceVectors, face: Int64, identity: Int64, share: Float32) -> tuple[Float32, Float32]:
+        """Compute the mean similarity of faces to the rest of identities.
+
+        Args:
+            faces: n faces.
+            face: position of the face of each pair, (m,).
+            identity: number of the identity of each pair, (m,).
+            share: share of the face in the identity's sums, (m,). It is taken out of them.
+
+        Returns:
+            The mean similarity (m,), and the weight (m,) of the faces that it rests on.
+        """
+        similarity = np.zeros(len(face), np.float32)
+        rest = np.zeros(len(face), np.float32)
+        share = np.where(share > _MIN_SHARE, share, np.float32(0))
         for at in range(0, len(face), _BLOCK):
-            part = slice(at, at + _BLOCK)
-            who, whose, much = face[part], identity[part], share[part]
-            product = np.einsum("nd,nd->n", faces.vectors[who], self.sums[whose]) - much
-            weight = np.maximum(self.weight[whose] - much, 0)
-            solid = np.maximum(weight, _NOBODY)
-            crowd = (self.crowd[whose] - much * faces.density[who]) / solid
-            similarity[part] = product / solid - (faces.density[who] + crowd) / 2
-            rest[part] = weight
+            block = slice(at, at + _BLOCK)
+            rows = face[block]
+            centres = identity[block]
+            own = share[block]
+            product = np.einsum("nd,nd->n", faces.vectors[rows], self.sums[centres]) - own
+            weight = np.maximum(self.weight[centres] - own, 0)
+            divisor = np.maximum(weight, _MIN_SHARE)
+            crowd = (self.crowd[centres] - own * faces.density[rows]) / divisor
+            similarity[block] = product / divisor - (faces.density[rows] + crowd) / 2
+            rest[block] = weight
         return similarity, rest

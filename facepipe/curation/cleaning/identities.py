@@ -1,112 +1,175 @@
-"""Identities as a whole: how pure they are, which are one person under two names, which hold two persons."""
+"""Judge identities as a whole: their purity, one person under two names, and two persons under one name."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.cleaning.decide import DECISIONS, KEEP, Verdicts
-from facepipe.curation.cleaning.evidence import Faces
+from facepipe.curation.cleaning.decide import KEEP, RELABEL, LabelVerdicts
+from facepipe.curation.cleaning.evidence import FaceVectors
 from facepipe.curation.graph.linkage import Clusters, average_linkage
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
+_BLOCK = 1 << 17
+
 
 @dataclass(frozen=True)
-class Parts:
-    """Where identities fall apart: part (n,) of each face within its identity, 0 for the largest, -1 if unlabelled."""
+class IdentityParts:
+    """The parts that identities fall into if each is clustered alone.
+
+    Attributes:
+        part: Part of each face within its identity, (n,). 0 is the largest, -1 means that the face has no label.
+        size: Number of faces of the face's part, (n,).
+    """
 
     part: Int64
-    size: Int64  # (n,) faces of the face's part
+    size: Int64
+
+    @property
+    def is_largest(self) -> Bool:
+        """Whether each face is in the largest part of its identity, (n,)."""
+        return np.asarray(self.part == 0)
 
 
-def parts(faces: Faces, label: Int64, copies: Int64, pairs: Pairs, threshold: float) -> Parts:
-    """Average linkage inside each identity alone."""
-    inside = (label[pairs.u] == label[pairs.v]) & (label[pairs.u] >= 0)
-    joined = np.flatnonzero((copies != np.arange(len(copies))) & (label == label[copies]) & (label >= 0))
+def split_identities(faces: FaceVectors, labels: Int64, copies: Int64, pairs: Pairs, threshold: float) -> IdentityParts:
+    """Split each identity into parts by average linkage inside it.
+
+    Args:
+        faces: n faces.
+        labels: number of each face's identity, (n,), -1 for none.
+        copies: first face with the same vector, (n,).
+        pairs: neighbouring faces.
+        threshold: mean similarity from which two parts are one.
+    """
+    is_inside = (labels[pairs.u] == labels[pairs.v]) & (labels[pairs.u] >= 0)
+    is_copy = (copies != np.arange(len(copies))) & (labels == labels[copies]) & (labels >= 0)
+    copy = np.flatnonzero(is_copy)
     single = Clusters.single(faces.vectors, faces.density)
-    u, v = np.concatenate([pairs.u[inside], copies[joined]]), np.concatenate([pairs.v[inside], joined])
-    group, made = average_linkage(single, u, v, threshold)
-    owner = np.empty(len(made), np.int64)
-    owner[group] = label
-    order = np.lexsort((np.arange(len(made)), -made.size, owner))
-    rank = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
-    place = np.empty(len(made), np.int64)
-    place[order] = rank
-    return Parts(np.where(label >= 0, place[group], -1), made.size[group])
-
-
-def core(found: Parts) -> Bool:
-    """(n,) whether a face is in the largest part of its identity."""
-    return found.part == 0
+    u = np.concatenate([pairs.u[is_inside], copies[copy]])
+    v = np.concatenate([pairs.v[is_inside], copy])
+    group, clusters = average_linkage(single, u, v, threshold)
+    # Rank the clusters of each identity by falling size.
+    owner = np.empty(len(clusters), np.int64)
+    owner[group] = labels
+    order = np.lexsort((np.arange(len(clusters)), -clusters.size, owner))
+    rank = np.empty(len(clusters), np.int64)
+    rank[order] = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
+    return IdentityParts(np.where(labels >= 0, rank[group], -1), clusters.size[group])
 
 
 @dataclass(frozen=True)
-class Summary:
-    """k identities: faces, kept, wrong (expected number of wrong labels), apart (faces of the second largest part that
-    no other identity claims), distance between the two largest parts as similarity; and pairs that may be one person:
-    left, right, similarity."""
+class IdentitySummary:
+    """Figures of k identities, and pairs of identities that may be one person.
 
-    faces: Int64
-    kept: Int64
+    Attributes:
+        face_count: Labelled faces, (k,).
+        kept_count: Faces with the decision to keep, (k,).
+        wrong: Expected number of wrong labels, (k,).
+        apart_count: Faces of the second largest part that no other identity claims, (k,). 0 if fewer than two.
+        apart_similarity: Mean similarity of the two largest parts, (k,). NaN if there is no second part.
+        left: First identity of each pair, (m,).
+        right: Second identity of each pair, (m,).
+        similarity: Mean similarity of each pair, (m,), falling.
+    """
+
+    face_count: Int64
+    kept_count: Int64
     wrong: Float32
-    apart: Int64
+    apart_count: Int64
     apart_similarity: Float32
     left: Int64
     right: Int64
     similarity: Float32
 
 
-def summarise(
-    faces: Faces, label: Int64, count: int, found: Verdicts, inside: Parts, pairs: Pairs, threshold: float
-) -> Summary:
-    """Figures of k identities."""
-    labelled = np.flatnonzero(label >= 0)
-    mine = label[labelled]
-    kept = found.decision == DECISIONS.index(KEEP)
-    wrong = np.bincount(mine, np.nan_to_num(found.noise[labelled]), count).astype(np.float32)
-    left, right, similarity = _one_person(faces, label, count, kept, pairs, threshold)
-    apart, apart_similarity = _two_persons(faces, label, count, found, inside)
-    faces_of, kept_of = np.bincount(mine, minlength=count), np.bincount(mine[kept[labelled]], minlength=count)
-    return Summary(faces_of, kept_of, wrong, apart, apart_similarity, left, right, similarity)
+def summarise_identities(
+    faces: FaceVectors,
+    labels: Int64,
+    verdicts: LabelVerdicts,
+    parts: IdentityParts,
+    pairs: Pairs,
+    *,
+    identity_count: int,
+    threshold: float,
+) -> IdentitySummary:
+    """Summarise all identities.
+
+    Args:
+        faces: n faces.
+        labels: number of each face's identity, (n,), -1 for none.
+        verdicts: decisions on the labels.
+        parts: parts of the identities.
+        pairs: neighbouring faces.
+        identity_count: number of identities k. Some may have no face.
+        threshold: mean similarity from which two identities may be one person.
+    """
+    labelled = np.flatnonzero(labels >= 0)
+    identity = labels[labelled]
+    is_kept = verdicts.is_decided(KEEP)
+    left, right, similarity = _find_same_persons(
+        faces, np.where(is_kept, labels, -1), pairs, identity_count=identity_count, threshold=threshold
+    )
+    is_unclaimed = (labels >= 0) & ~verdicts.is_decided(RELABEL)
+    apart_count, apart_similarity = _find_second_persons(
+        faces, np.where(is_unclaimed, labels, -1), parts, identity_count
+    )
+    return IdentitySummary(
+        face_count=np.bincount(identity, minlength=identity_count),
+        kept_count=np.bincount(identity[is_kept[labelled]], minlength=identity_count),
+        wrong=np.bincount(identity, np.nan_to_num(verdicts.noise[labelled]), identity_count).astype(np.float32),
+        apart_count=apart_count,
+        apart_similarity=apart_similarity,
+        left=left,
+        right=right,
+        similarity=similarity,
+    )
 
 
-def _one_person(
-    faces: Faces, label: Int64, count: int, kept: Bool, pairs: Pairs, threshold: float
+def _find_same_persons(
+    faces: FaceVectors, kept_labels: Int64, pairs: Pairs, *, identity_count: int, threshold: float
 ) -> tuple[Int64, Int64, Float32]:
-    """Pairs of identities whose kept faces are as alike as those of one person, most alike first."""
-    usable = kept & (label >= 0)
-    clusters = _means(faces, np.where(usable, label, -1), count)
-    u, v = label[pairs.u], label[pairs.v]
-    across = usable[pairs.u] & usable[pairs.v] & (u != v)
-    key = np.unique(np.minimum(u, v)[across] * count + np.maximum(u, v)[across])
-    left, right = key // max(1, count), key % max(1, count)
-    similarity = clusters.linkage(left, right)
-    alike = np.flatnonzero(similarity >= threshold)
-    order = alike[np.lexsort((right[alike], left[alike], -similarity[alike]))]
+    """Find pairs of identities whose kept faces are as similar as those of one person, the most similar first."""
+    means = _sum_by_label(faces, kept_labels, identity_count)
+    u = kept_labels[pairs.u]
+    v = kept_labels[pairs.v]
+    is_across = (u >= 0) & (v >= 0) & (u != v)
+    keys = np.unique(np.minimum(u, v)[is_across] * identity_count + np.maximum(u, v)[is_across])
+    left = keys // max(1, identity_count)
+    right = keys % max(1, identity_count)
+    similarity = means.linkage(left, right)
+    similar = np.flatnonzero(similarity >= threshold)
+    order = similar[np.lexsort((right[similar], left[similar], -similarity[similar]))]
     return left[order], right[order], similarity[order]
 
 
-def _two_persons(faces: Faces, label: Int64, count: int, found: Verdicts, inside: Parts) -> tuple[Int64, Float32]:
-    """(faces of the second part (k,), its mean similarity to the first (k,)) where several faces lie apart together."""
-    unclaimed = (label >= 0) & (found.decision != DECISIONS.index("relabel"))
-    first = _means(faces, np.where(unclaimed & (inside.part == 0), label, -1), count)
-    second = _means(faces, np.where(unclaimed & (inside.part == 1) & (inside.size > 1), label, -1), count)
+def _find_second_persons(
+    faces: FaceVectors, labels: Int64, parts: IdentityParts, identity_count: int
+) -> tuple[Int64, Float32]:
+    """Find identities with a second part of several faces: its size (k,), its mean similarity to the first (k,)."""
+    first = _sum_by_label(faces, np.where(parts.part == 0, labels, -1), identity_count)
+    second = _sum_by_label(faces, np.where((parts.part == 1) & (parts.size > 1), labels, -1), identity_count)
     size = np.where(second.size >= 2, second.size, 0)
-    similarity = np.full(count, np.nan, np.float32)
     both = np.flatnonzero((size > 0) & (first.size > 0))
-    stacked = Clusters(*(np.concatenate([getattr(first, n), getattr(second, n)]) for n in ("sums", "crowd", "size")))
-    similarity[both] = stacked.linkage(both, both + count)
+    stacked = Clusters(
+        np.concatenate([first.sums, second.sums]),
+        np.concatenate([first.crowd, second.crowd]),
+        np.concatenate([first.size, second.size]),
+    )
+    similarity = np.full(identity_count, np.nan, np.float32)
+    similarity[both] = stacked.linkage(both, both + identity_count)
     return size, similarity
 
 
-def _means(faces: Faces, label: Int64, count: int) -> Clusters:
-    """Sums of faces by label (n,), -1 for those that do not count; empty ones have the size 0."""
-    used = np.flatnonzero(label >= 0)
-    order = used[np.argsort(label[used], kind="stable")]
-    sums, crowd = np.zeros((count, faces.vectors.shape[1]), np.float32), np.zeros(count, np.float32)
-    for at in range(0, len(order), 1 << 17):
-        part = order[at : at + (1 << 17)]
-        begins = np.flatnonzero(np.diff(label[part], prepend=-1))
-        sums[label[part][begins]] += np.add.reduceat(faces.vectors[part], begins, axis=0)
-        crowd[label[part][begins]] += np.add.reduceat(faces.density[part], begins)
-    return Clusters(sums, crowd, np.bincount(label[used], minlength=count))
+def _sum_by_label(faces: FaceVectors, labels: Int64, identity_count: int) -> Clusters:
+    """Sum the faces of each identity. A label of -1 (n,) does not count, and an empty identity has size 0."""
+    used = np.flatnonzero(labels >= 0)
+    order = used[np.argsort(labels[used], kind="stable")]
+    sums = np.zeros((identity_count, faces.vectors.shape[1]), np.float32)
+    crowd = np.zeros(identity_count, np.float32)
+    for at in range(0, len(order), _BLOCK):
+        block = order[at : at + _BLOCK]
+        identity = labels[block]
+        starts = np.flatnonzero(np.diff(identity, prepend=-1))
+        sums[identity[starts]] += np.add.reduceat(faces.vectors[block], starts, axis=0)
+        crowd[identity[starts]] += np.add.reduceat(faces.density[block], starts)
+    return Clusters(sums, crowd, np.bincount(labels[used], minlength=identity_count))

@@ -1,4 +1,7 @@
-"""Clean lists in the layouts people train from, and the decision table; streamed, whatever the names hold."""
+"""Write the clean lists in the layouts that trainers read, and build the rows of the decision table.
+
+Everything is streamed. Names and paths may hold any character.
+"""
 
 import csv
 import os
@@ -10,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.curation.cleaning.decide import DECISIONS, KEEP, REASONS, RELABEL, Verdicts
+from facepipe.curation.cleaning.decide import DECISIONS, KEEP, REASONS, RELABEL, LabelVerdicts
 from facepipe.curation.graph import GraphInfo
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import StorageError
@@ -18,7 +21,8 @@ from facepipe.gallery import Gallery
 from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
 
-DECISION_ROWS = pa.schema(
+DECISIONS_FILE = "decisions.parquet"
+DECISION_SCHEMA = pa.schema(
     [
         ("face_id", pa.int64()),
         ("uri", pa.string()),
@@ -37,16 +41,21 @@ DECISION_ROWS = pa.schema(
         ("det_score", pa.float32()),
     ]
 )
+_GALLERY_COLUMNS = ("face_id", "uri", "identity", "face_px", "sharpness", "det_score")
+_LIST_COLUMNS = ("face_id", "uri", "identity", "decision", "suggested", "noise")
 _ROWS = 65536
-_BREAKS = ("\n", "\r")
+_LINE_BREAKS = ("\n", "\r")
 
 
 @dataclass
-class Written:
-    """What is in the lists.
+class ListSummary:
+    """Figures of the written lists.
 
-    unlisted: kept images whose path no text list can hold; they are in the CSV
-    root: what paths in msceleb.txt are relative to
+    Attributes:
+        kept: Rows of clean.csv.
+        relabelled: Rows of relabel.csv.
+        unlisted: Rows of clean.csv whose path does not fit on a line of a text list.
+        root: Folder that paths in msceleb.txt are relative to.
     """
 
     kept: int = 0
@@ -55,79 +64,102 @@ class Written:
     root: str = ""
 
 
-def decision_rows(
-    gallery: Gallery, nodes: Nodes, found: Verdicts, names: pa.Array, info: GraphInfo
+def build_decision_rows(
+    gallery: Gallery, nodes: Nodes, verdicts: LabelVerdicts, names: pa.Array, info: GraphInfo
 ) -> Iterator[pa.Table]:
-    """Rows of decisions.parquet in the gallery's order, for faces that have a label."""
-    columns = ["face_id", "uri", "identity", "face_px", "sharpness", "det_score"]
-    for batch in gallery.batches(columns, rows=_ROWS):
+    """Build the rows of decisions.parquet: one row per labelled face, in the gallery's order.
+
+    Args:
+        gallery: the gallery.
+        nodes: the graph's nodes, n faces.
+        verdicts: decisions on the labels of the nodes.
+        names: names of the identities.
+        info: figures of the graph, for distances.
+    """
+    for batch in gallery.batches(list(_GALLERY_COLUMNS), rows=_ROWS):
         faces = pa.Table.from_batches([batch.filter(batch["face_id"].is_valid())])
         at = nodes.find(faces["face_id"].to_numpy())
-        judged = (at >= 0) & (found.decision[at] >= 0)
-        yield _rows(faces.filter(pa.array(judged)), at[judged], found, names, info)
+        is_judged = (at >= 0) & (verdicts.decision[at] >= 0)
+        yield _build_rows(faces.filter(pa.array(is_judged)), at[is_judged], verdicts, names, info)
 
 
-def _rows(faces: pa.Table, at: Int64, found: Verdicts, names: pa.Array, info: GraphInfo) -> pa.Table:
-    distance, nearest = (_distances(info, values[at]) for values in (found.own, found.other_similarity))
-    other = pa.array(found.other[at], mask=found.other[at] < 0)
-    moved = found.decision[at] == DECISIONS.index(RELABEL)
-    columns: dict[str, Any] = {
-        **{name: faces[name] for name in ("face_id", "uri", "identity", "face_px", "sharpness", "det_score")},
-        "decision": pa.array(DECISIONS, pa.string()).take(pa.array(found.decision[at])),
-        "reason": pa.array(REASONS, pa.string()).take(pa.array(found.reason[at])),
-        "suggested": names.take(pa.array(found.other[at], mask=~moved)),
-        "noise": found.noise[at],
-        "distance": _nullable(distance),
-        "rest": found.rest[at],
-        "nearest_identity": names.take(other),
-        "nearest_distance": _nullable(nearest),
-        "margin": _nullable(nearest - distance),
+def _build_rows(faces: pa.Table, at: Int64, verdicts: LabelVerdicts, names: pa.Array, info: GraphInfo) -> pa.Table:
+    distance = _to_distance(info, verdicts.own_similarity[at])
+    nearest_distance = _to_distance(info, verdicts.other_similarity[at])
+    other = verdicts.other[at]
+    is_moved = verdicts.is_decided(RELABEL)[at]
+    columns: dict[str, Any] = {name: faces[name] for name in _GALLERY_COLUMNS}
+    columns |= {
+        "decision": pa.array(DECISIONS, pa.string()).take(pa.array(verdicts.decision[at])),
+        "reason": pa.array(REASONS, pa.string()).take(pa.array(verdicts.reason[at])),
+        "suggested": names.take(pa.array(other, mask=~is_moved)),
+        "noise": verdicts.noise[at],
+        "distance": _mask_nan(distance),
+        "rest": verdicts.own_weight[at],
+        "nearest_identity": names.take(pa.array(other, mask=other < 0)),
+        "nearest_distance": _mask_nan(nearest_distance),
+        "margin": _mask_nan(nearest_distance - distance),
     }
-    return pa.table({name: columns[name] for name in DECISION_ROWS.names}).cast(DECISION_ROWS)
+    return pa.table({name: columns[name] for name in DECISION_SCHEMA.names}).cast(DECISION_SCHEMA)
 
 
-def _distances(info: GraphInfo, similarity: Float32) -> Float32:
+def _to_distance(info: GraphInfo, similarity: Float32) -> Float32:
     return np.sqrt(np.maximum(0, 2 - 2 * (similarity + np.float32(info.mean_density))))
 
 
-def _nullable(values: Float32) -> pa.Array:
+def _mask_nan(values: Float32) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
-def write_lists(folder: str, relabels: bool) -> Written:
-    """From decisions.parquet of a folder: clean.csv, clean.txt and msceleb.txt (path and number), labels.csv, and
-    relabel.csv. With `relabels` the relabelled are in the clean lists, under their new identity."""
-    source = pq.ParquetFile(os.path.join(folder, "decisions.parquet"))
-    written, numbers = Written(root=_common_folder(source)), dict[str, int]()
+def write_lists(folder: str, *, relabels: bool) -> ListSummary:
+    """Write the lists that follow from decisions.parquet into its folder.
+
+    The lists are clean.csv, clean.txt and msceleb.txt (path and number of the label per line), labels.csv (number and
+    name) and relabel.csv.
+
+    Args:
+        folder: folder of decisions.parquet.
+        relabels: whether relabelled faces are in the clean lists, under their new identity.
+
+    Raises:
+        StorageError: if a list cannot be written.
+    """
+    source = pq.ParquetFile(os.path.join(folder, DECISIONS_FILE))
+    summary = ListSummary(root=_find_common_folder(source))
+    numbers = dict[str, int]()
     try:
-        with _Lists(folder) as lists:
-            for batch in source.iter_batches(
-                _ROWS, columns=["face_id", "uri", "identity", "decision", "suggested", "noise"]
-            ):
+        with _ListFiles(folder) as files:
+            for batch in source.iter_batches(_ROWS, columns=list(_LIST_COLUMNS)):
                 for row in batch.to_pylist():
-                    _write(row, lists, numbers, written, relabels)
+                    _write_row(row, files, numbers, summary, relabels=relabels)
         with open(os.path.join(folder, "labels.csv"), "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("label", "identity"), *((n, name) for name, n in numbers.items())])
+            writer = csv.writer(file)
+            writer.writerow(("label", "identity"))
+            writer.writerows((number, name) for name, number in numbers.items())
     except OSError as error:
         raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
-    return written
+    return summary
 
 
-class _Lists:
+class _ListFiles:
     """The four open list files."""
 
     def __init__(self, folder: str):
-        names = ("clean.csv", "relabel.csv", "clean.txt", "msceleb.txt")
-        self._files: list[IO[str]] = [
-            open(os.path.join(folder, name), "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-            for name in names
-        ]
-        self.clean, self.relabel = (csv.writer(file) for file in self._files[:2])
-        self.text, self.msceleb = self._files[2:]
+        self._files: list[IO[str]] = []
+        self.clean = csv.writer(self._open(folder, "clean.csv"))
+        self.relabel = csv.writer(self._open(folder, "relabel.csv"))
+        self.text = self._open(folder, "clean.txt")
+        self.msceleb = self._open(folder, "msceleb.txt")
         self.clean.writerow(("path", "identity", "label", "face_id"))
         self.relabel.writerow(("path", "identity", "suggested", "probability", "face_id"))
 
-    def __enter__(self) -> "_Lists":
+    def _open(self, folder: str, name: str) -> IO[str]:
+        path = os.path.join(folder, name)
+        file = open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        self._files.append(file)
+        return file
+
+    def __enter__(self) -> "_ListFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,42 +167,47 @@ class _Lists:
             file.close()
 
 
-def _write(row: dict[str, Any], lists: _Lists, numbers: dict[str, int], written: Written, relabels: bool) -> None:
-    moved = row["decision"] == RELABEL
-    if moved:
-        lists.relabel.writerow((row["uri"], row["identity"], row["suggested"], f"{row['noise']:.4f}", row["face_id"]))
-        written.relabelled += 1
-    if row["decision"] != KEEP and not (moved and relabels):
+def _write_row(
+    row: dict[str, Any], files: _ListFiles, numbers: dict[str, int], summary: ListSummary, *, relabels: bool
+) -> None:
+    """Write one decision to the lists that it belongs to, and count it."""
+    uri = row["uri"]
+    is_moved = row["decision"] == RELABEL
+    if is_moved:
+        files.relabel.writerow((uri, row["identity"], row["suggested"], f"{row['noise']:.4f}", row["face_id"]))
+        summary.relabelled += 1
+    if row["decision"] != KEEP and not (is_moved and relabels):
         return
-    name, uri = row["suggested"] if moved else row["identity"], row["uri"]
+    name = row["suggested"] if is_moved else row["identity"]
     label = numbers.setdefault(name, len(numbers))
-    lists.clean.writerow((uri, name, label, row["face_id"]))
-    written.kept += 1
-    if not _plain(uri):
-        written.unlisted += 1
+    files.clean.writerow((uri, name, label, row["face_id"]))
+    summary.kept += 1
+    if not _fits_on_line(uri):
+        summary.unlisted += 1
         return
-    short = uri.removeprefix(written.root)
-    lists.text.write(f"{uri} {label}\n")
-    lists.msceleb.write(f"{short if _plain(short) else uri} {label}\n")
+    short = uri.removeprefix(summary.root)
+    files.text.write(f"{uri} {label}\n")
+    files.msceleb.write(f"{short if _fits_on_line(short) else uri} {label}\n")
 
 
-def _plain(path: str) -> bool:
-    """Whether a line `path label` can hold it: readers strip white space and a byte order mark."""
-    return bool(path) and path == path.strip().lstrip("\ufeff") and not any(c in path for c in _BREAKS)
+def _fits_on_line(path: str) -> bool:
+    """Tell whether a line `path label` can hold the path: readers strip white space and a byte order mark."""
+    return bool(path) and path == path.strip().lstrip("\ufeff") and not any(c in path for c in _LINE_BREAKS)
 
 
-def _common_folder(source: pq.ParquetFile) -> str:
-    """What all uris begin with, up to a slash; nothing for `file://` URLs, whose ends are no paths."""
+def _find_common_folder(source: pq.ParquetFile) -> str:
+    """Find what all uris begin with, up to a slash. It is empty for `file://` URLs: what follows is not a path."""
     root: str | None = None
     for batch in source.iter_batches(_ROWS, columns=["uri"]):
         uris = batch["uri"]
         if len(uris):
             lowest, highest = (value.as_py() for value in pa.compute.min_max(uris).values())
-            root = _common(_common(lowest, highest), lowest if root is None else root)
-    return "" if not root or root.startswith("file://") else root[: root.rfind("/") + 1]
+            root = _find_common_prefix(_find_common_prefix(lowest, highest), lowest if root is None else root)
+    if not root or root.startswith("file://"):
+        return ""
+    return root[: root.rfind("/") + 1]
 
 
-def _common(left: str, right: str) -> str:
-    """What two texts begin with."""
-    differ = (n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return left[: next(differ, min(len(left), len(right)))]
+def _find_common_prefix(left: str, right: str) -> str:
+    different = (n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return left[: next(different, min(len(left), len(right)))]

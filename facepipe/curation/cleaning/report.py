@@ -1,10 +1,8 @@
-"""The cleaning report: labels that are probably wrong first, then identities to merge or to split."""
+"""Build the cleaning report: labels that are probably wrong first, then identities to merge or to split."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 
 from facepipe.curation.cleaning.decide import (
     DECISIONS,
@@ -13,11 +11,10 @@ from facepipe.curation.cleaning.decide import (
     REASONS,
     RELABEL,
     REVIEW,
-    Verdicts,
-    expected_errors,
+    LabelVerdicts,
+    estimate_errors,
 )
-from facepipe.curation.cleaning.identities import Parts, Summary
-from facepipe.curation.cleaning.model import Belief
+from facepipe.curation.cleaning.judge import LabelJudgement
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import recall_note
 from facepipe.gallery import Gallery
@@ -26,42 +23,16 @@ from facepipe.reports.histogram import linear_edges, log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table
 from facepipe.types import Float32, Int64
 
-_SHOWN = 4  # faces of an identity beside a suspicious one
-_LABELS, _PAIRS = 6000, 1500  # groups of each kind
-_NOBODY = Shown("", None, None)
+_EXAMPLES = 4  # faces of an identity beside a suspicious one
+_MAX_LABEL_GROUPS = 6000
+_MAX_IDENTITY_GROUPS = 1500  # of merges, and of splits
+_UNKNOWN_FACE = Shown("", None, None)
 
 
-@dataclass(frozen=True)
-class Cleaned:
-    """Everything a cleaning has found; arrays (n,) are by node, (k,) by identity."""
-
-    label: Int64
-    names: pa.Array
-    verdicts: Verdicts
-    belief: Belief
-    inside: Parts
-    identities: Summary
-    settled: bool
-
-
-def clean_report(graph: Graph, gallery: Gallery, found: Cleaned) -> Report:
-    """The report of a cleaning."""
-    verdicts, info = found.verdicts, graph.info
-    labelled = verdicts.decision >= 0
-    counts = np.bincount(verdicts.decision[labelled], minlength=len(DECISIONS))
-    known = verdicts.noise[labelled]
-    wrong, errors = float(known.sum()), expected_errors(verdicts)
-    groups = _Groups(graph, gallery, found)
-    figures = (
-        Figure("labelled faces", f"{int(labelled.sum()):,}", f"of {len(found.label):,} in the gallery"),
-        Figure("identities", f"{len(found.names):,}"),
-        Figure("wrong labels", f"{wrong:,.0f}", f"estimated: {wrong / max(1, len(known)):.2%} of all"),
-        Figure("kept", f"{int(counts[DECISIONS.index(KEEP)]):,}"),
-        Figure("expected errors", f"{errors:,.1f}", "decisions that are wrong, by the probabilities themselves"),
-        Figure("one person, two names", f"{len(found.identities.left):,}", "pairs of identities"),
-        Figure("two persons, one name", f"{int((found.identities.apart > 0).sum()):,}", "identities"),
-        Figure("edge recall", f"{info.recall:.4f}", recall_note(info)),
-    )
+def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement) -> Report:
+    """Build the report of a cleaning."""
+    groups = _CleanGroups(graph, gallery, judgement)
+    noise = judgement.verdicts.noise[judgement.verdicts.decision >= 0]
     notes = (
         "noise is the probability that a label is wrong. It comes from the corpus itself: how alike faces are to the "
         "rest of their identity and to others, and how often labels are swapped. No threshold is set by hand.",
@@ -72,145 +43,203 @@ def clean_report(graph: Graph, gallery: Gallery, found: Cleaned) -> Report:
     )
     return Report(
         title="Noisy identities",
-        subtitle=f"{gallery.path}, table version {info.versions[0]}",
-        figures=figures,
-        histograms=(_similarities(found), _noise(known), _sizes(found)),
-        tables=(_reasons(found), _rounds(found)),
+        subtitle=f"{gallery.path}, table version {graph.info.versions[0]}",
+        figures=_build_figures(graph, judgement),
+        histograms=(
+            _build_similarity_histogram(judgement.verdicts),
+            _build_noise_histogram(noise),
+            _build_size_histogram(judgement),
+        ),
+        tables=(_build_decision_table(judgement.verdicts), _build_round_table(judgement)),
         groups=groups,
         notes=notes,
         groups_total=groups.total,
     )
 
 
-def _similarities(found: Cleaned) -> Histogram:
-    own, other = found.verdicts.own, found.verdicts.other_similarity
-    kept = found.verdicts.decision == DECISIONS.index(KEEP)
+def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...]:
+    verdicts = judgement.verdicts
+    identities = judgement.identities
+    is_labelled = verdicts.decision >= 0
+    counts = np.bincount(verdicts.decision[is_labelled], minlength=len(DECISIONS))
+    noise = verdicts.noise[is_labelled]
+    wrong = float(noise.sum())
+    errors = estimate_errors(verdicts)
+    return (
+        Figure("labelled faces", f"{int(is_labelled.sum()):,}", f"of {len(judgement.labels):,} in the gallery"),
+        Figure("identities", f"{len(judgement.names):,}"),
+        Figure("wrong labels", f"{wrong:,.0f}", f"estimated: {wrong / max(1, len(noise)):.2%} of all"),
+        Figure("kept", f"{int(counts[DECISIONS.index(KEEP)]):,}"),
+        Figure("expected errors", f"{errors:,.1f}", "decisions that are wrong, by the probabilities themselves"),
+        Figure("one person, two names", f"{len(identities.left):,}", "pairs of identities"),
+        Figure("two persons, one name", f"{int((identities.apart_count > 0).sum()):,}", "identities"),
+        Figure("edge recall", f"{graph.info.recall:.4f}", recall_note(graph.info)),
+    )
+
+
+def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:
+    own = verdicts.own_similarity
+    other = verdicts.other_similarity
+    is_kept = verdicts.is_decided(KEEP)
     known = np.concatenate([own[~np.isnan(own)], other[~np.isnan(other)]])
     edges = linear_edges(float(known.min(initial=1)), float(known.max(initial=-1)) + 1e-3, 80)
     rows = (
-        series("own identity, kept", own[kept], edges),
-        series("own identity, not kept", own[~kept], edges),
+        series("own identity, kept", own[is_kept], edges),
+        series("own identity, not kept", own[~is_kept], edges),
         series("best other identity", other, edges),
     )
     return Histogram("Similarity to identities", "mean similarity to the rest of the identity", rows, log=True)
 
 
-def _noise(known: Float32) -> Histogram:
-    edges = np.linspace(0, 1, 51)
-    return Histogram(
-        "How sure it is", "probability that the label is wrong", (series("faces", known, edges),), log=True
-    )
+def _build_noise_histogram(noise: Float32) -> Histogram:
+    rows = (series("faces", noise, np.linspace(0, 1, 51)),)
+    return Histogram("How sure it is", "probability that the label is wrong", rows, log=True)
 
 
-def _sizes(found: Cleaned) -> Histogram:
-    sizes = found.identities.faces
+def _build_size_histogram(judgement: LabelJudgement) -> Histogram:
+    sizes = judgement.identities.face_count
     edges = log_edges(1, max(2.0, float(sizes.max(initial=1)) + 1))
-    rows = (series("before", sizes, edges), series("kept", np.maximum(found.identities.kept, 1), edges))
+    kept = np.maximum(judgement.identities.kept_count, 1)
+    rows = (series("before", sizes, edges), series("kept", kept, edges))
     return Histogram("Faces of an identity", "faces", rows, log=True, log_x=True)
 
 
-def _reasons(found: Cleaned) -> Table:
-    decided = found.verdicts.decision >= 0
-    pairs = list(zip(found.verdicts.decision[decided], found.verdicts.reason[decided], strict=True))
+def _build_decision_table(verdicts: LabelVerdicts) -> Table:
+    is_decided = verdicts.decision >= 0
+    pairs = list(zip(verdicts.decision[is_decided], verdicts.reason[is_decided], strict=True))
     keys, counts = np.unique(np.array(pairs, np.int64).reshape(-1, 2), axis=0, return_counts=True)
-    rows = tuple((DECISIONS[d], REASONS[r], f"{n:,}") for (d, r), n in zip(keys, counts, strict=True))
+    rows = tuple(
+        (DECISIONS[decision], REASONS[reason], f"{count:,}")
+        for (decision, reason), count in zip(keys, counts, strict=True)
+    )
     return Table("Decisions", ("decision", "because", "faces"), rows)
 
 
-def _rounds(found: Cleaned) -> Table:
+def _build_round_table(judgement: LabelJudgement) -> Table:
     rows = tuple(
-        (str(n), f"{r['swapped']:.4f}", f"{r['nobody']:.4f}", f"{r['moved']:.4f}")
-        for n, r in enumerate(found.belief.rounds, 1)
+        (str(n), f"{entry.swapped:.4f}", f"{entry.unknown:.4f}", f"{entry.change:.4f}")
+        for n, entry in enumerate(judgement.posteriors.rounds, 1)
     )
-    title = "Rounds of cleaning and centring anew" + ("" if found.settled else ", stopped before they settled")
+    title = "Rounds of cleaning and centring anew"
+    if not judgement.posteriors.has_settled:
+        title += ", stopped before they settled"
     return Table(title, ("round", "labels swapped", "faces of nobody", "largest change"), rows)
 
 
-class _Groups:
-    """Groups of faces, read from the gallery when they are asked for."""
+class _CleanGroups:
+    """Groups of faces to look at. Their pictures are read from the gallery when the groups are iterated."""
 
-    def __init__(self, graph: Graph, gallery: Gallery, found: Cleaned):
-        self._graph, self._gallery, self._found = graph, gallery, found
-        verdicts = found.verdicts
-        flagged = np.isin(verdicts.decision, [DECISIONS.index(name) for name in (OUTLIER, RELABEL, REVIEW)])
-        order = np.lexsort((np.arange(len(flagged)), -verdicts.noise))
-        self._faces = order[flagged[order]]
-        self._split = np.flatnonzero(found.identities.apart > 0)
-        self._split = self._split[np.argsort(found.identities.apart_similarity[self._split], kind="stable")]
-        by = np.lexsort((-np.nan_to_num(verdicts.own), verdicts.decision != DECISIONS.index(KEEP), found.label))
-        self._order, self._begins = by, np.searchsorted(found.label[by], np.arange(len(found.names) + 1))
-        self.total = len(self._faces) + len(found.identities.left) + len(self._split)
+    def __init__(self, graph: Graph, gallery: Gallery, judgement: LabelJudgement):
+        self._graph = graph
+        self._gallery = gallery
+        self._judgement = judgement
+        verdicts = judgement.verdicts
+        identities = judgement.identities
+        # Suspicious labels, by falling noise.
+        is_flagged = np.isin(verdicts.decision, [DECISIONS.index(name) for name in (OUTLIER, RELABEL, REVIEW)])
+        by_noise = np.lexsort((np.arange(len(is_flagged)), -verdicts.noise))
+        self._suspects = by_noise[is_flagged[by_noise]]
+        # Identities that may be two persons, the least similar parts first.
+        split = np.flatnonzero(identities.apart_count > 0)
+        self._split = split[np.argsort(identities.apart_similarity[split], kind="stable")]
+        # Faces by identity, in each the kept ones first, and of these the best fit.
+        is_not_kept = ~verdicts.is_decided(KEEP)
+        order = np.lexsort((-np.nan_to_num(verdicts.own_similarity), is_not_kept, judgement.labels))
+        self._order = order
+        self._starts = np.searchsorted(judgement.labels[order], np.arange(len(judgement.names) + 1))
+        self.total = len(self._suspects) + len(identities.left) + len(split)
 
     def __iter__(self) -> Iterator[Group]:
-        faces, split = self._faces[:_LABELS], self._split[:_PAIRS]
-        merges = range(min(_PAIRS, len(self._found.identities.left)))
-        wanted = [self._around(int(face)) for face in faces]
-        wanted += [self._pair(n) for n in merges] + [self._parts(int(k)) for k in split]
-        nodes = np.unique(np.concatenate([np.empty(0, np.int64), *wanted]))
-        known = shown(self._gallery, self._graph.nodes.ids[nodes])
-        yield from (self._label(int(face), known) for face in faces)
-        yield from (self._merge(n, known) for n in merges)
-        yield from (self._two(int(k), known) for k in split)
+        suspects = self._suspects[:_MAX_LABEL_GROUPS].tolist()
+        merges = range(min(_MAX_IDENTITY_GROUPS, len(self._judgement.identities.left)))
+        split = self._split[:_MAX_IDENTITY_GROUPS].tolist()
+        # Read all faces in one pass over the gallery.
+        nodes = [np.empty(0, np.int64)]
+        nodes += [self._select_around(face) for face in suspects]
+        nodes += [self._select_merge(pair) for pair in merges]
+        nodes += [self._select_parts(identity) for identity in split]
+        faces = shown(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
+        yield from (self._build_label_group(face, faces) for face in suspects)
+        yield from (self._build_merge_group(pair, faces) for pair in merges)
+        yield from (self._build_split_group(identity, faces) for identity in split)
 
-    def _best(self, identity: int, count: int = _SHOWN) -> Int64:
+    def _list_members(self, identity: int) -> Int64:
+        """List the faces of an identity, the best first. There are none for the identity -1."""
         if identity < 0:
             return np.empty(0, np.int64)
-        return self._order[self._begins[identity] : self._begins[identity + 1]][:count]
+        return self._order[self._starts[identity] : self._starts[identity + 1]]
 
-    def _around(self, face: int) -> Int64:
-        own, other = (int(x[face]) for x in (self._found.label, self._found.verdicts.other))
-        return np.concatenate([[face], self._best(own), self._best(other)])
+    def _select_best(self, identity: int) -> Int64:
+        return self._list_members(identity)[:_EXAMPLES]
 
-    def _pair(self, n: int) -> Int64:
-        both = (self._found.identities.left[n], self._found.identities.right[n])
-        return np.concatenate([self._best(int(k)) for k in both])
+    def _select_around(self, face: int) -> Int64:
+        own = int(self._judgement.labels[face])
+        other = int(self._judgement.verdicts.other[face])
+        return np.concatenate([[face], self._select_best(own), self._select_best(other)])
 
-    def _parts(self, identity: int) -> Int64:
-        members = self._order[self._begins[identity] : self._begins[identity + 1]]
-        part = self._found.inside.part[members]
-        return np.concatenate([members[part == p][:_SHOWN] for p in (0, 1)])
+    def _select_merge(self, pair: int) -> Int64:
+        identities = self._judgement.identities
+        left = self._select_best(int(identities.left[pair]))
+        return np.concatenate([left, self._select_best(int(identities.right[pair]))])
 
-    def _label(self, face: int, known: dict[int, Shown]) -> Group:
-        verdicts, name = self._found.verdicts, self._name(int(self._found.label[face]))
-        kind = DECISIONS[verdicts.decision[face]]
-        figures = [("noise", f"{verdicts.noise[face]:.3f}"), ("its identity", self._distance(verdicts.own[face]))]
+    def _select_parts(self, identity: int) -> Int64:
+        members = self._list_members(identity)
+        part = self._judgement.parts.part[members]
+        return np.concatenate([members[part == 0][:_EXAMPLES], members[part == 1][:_EXAMPLES]])
+
+    def _build_label_group(self, face: int, faces: dict[int, Shown]) -> Group:
+        """Show a suspicious face beside the best faces of its label and of the most likely other identity."""
+        verdicts = self._judgement.verdicts
+        label = int(self._judgement.labels[face])
         other = int(verdicts.other[face])
+        decision = DECISIONS[verdicts.decision[face]]
+        figures = [
+            ("noise", f"{verdicts.noise[face]:.3f}"),
+            ("its identity", self._format_distance(verdicts.own_similarity[face])),
+        ]
         if other >= 0:
-            figures.append((self._name(other), self._distance(verdicts.other_similarity[face])))
-        rows = [self._face(face, kind, known)]
-        rows += [self._face(int(n), "label", known) for n in self._best(int(self._found.label[face])) if n != face]
-        rows += [self._face(int(n), "other", known) for n in self._best(other) if n != face]
-        title = f"{name}: {REASONS[verdicts.reason[face]]}"
-        return Group(title, kind, tuple(figures), tuple(rows), suspicion=float(verdicts.noise[face]))
+            figures.append((self._name(other), self._format_distance(verdicts.other_similarity[face])))
+        rows = [self._build_face(face, decision, faces)]
+        rows += [self._build_face(n, "label", faces) for n in self._select_best(label).tolist() if n != face]
+        rows += [self._build_face(n, "other", faces) for n in self._select_best(other).tolist() if n != face]
+        title = f"{self._name(label)}: {REASONS[verdicts.reason[face]]}"
+        return Group(title, decision, tuple(figures), tuple(rows), suspicion=float(verdicts.noise[face]))
 
-    def _merge(self, n: int, known: dict[int, Shown]) -> Group:
-        found = self._found.identities
-        left, right, similarity = int(found.left[n]), int(found.right[n]), float(found.similarity[n])
-        rows = [self._face(int(f), "first", known) for f in self._best(left)]
-        rows += [self._face(int(f), "second", known) for f in self._best(right)]
+    def _build_merge_group(self, pair: int, faces: dict[int, Shown]) -> Group:
+        """Show the best faces of two identities that may be one person."""
+        identities = self._judgement.identities
+        left = int(identities.left[pair])
+        right = int(identities.right[pair])
+        rows = [self._build_face(n, "first", faces) for n in self._select_best(left).tolist()]
+        rows += [self._build_face(n, "second", faces) for n in self._select_best(right).tolist()]
         figures = (
-            ("mean distance", self._distance(similarity)),
-            ("faces", f"{found.faces[left]} + {found.faces[right]}"),
+            ("mean distance", self._format_distance(float(identities.similarity[pair]))),
+            ("faces", f"{identities.face_count[left]} + {identities.face_count[right]}"),
         )
-        return Group(f"{self._name(left)} and {self._name(right)}: one person?", "merge", figures, tuple(rows), 0.5)
+        title = f"{self._name(left)} and {self._name(right)}: one person?"
+        return Group(title, "merge", figures, tuple(rows), 0.5)
 
-    def _two(self, identity: int, known: dict[int, Shown]) -> Group:
-        found = self._found.identities
-        nodes = self._parts(identity)
-        rows = [self._face(int(f), "second" if self._found.inside.part[f] else "first", known) for f in nodes]
+    def _build_split_group(self, identity: int, faces: dict[int, Shown]) -> Group:
+        """Show the two largest parts of an identity that may be two persons."""
+        identities = self._judgement.identities
+        part = self._judgement.parts.part
+        nodes = self._select_parts(identity).tolist()
+        rows = [self._build_face(n, "second" if part[n] else "first", faces) for n in nodes]
         figures = (
-            ("distance between the parts", self._distance(found.apart_similarity[identity])),
-            ("faces", f"{found.faces[identity]}, {found.apart[identity]} apart"),
+            ("distance between the parts", self._format_distance(identities.apart_similarity[identity])),
+            ("faces", f"{identities.face_count[identity]}, {identities.apart_count[identity]} apart"),
         )
         return Group(f"{self._name(identity)}: two persons?", "split", figures, tuple(rows), 0.5)
 
+    def _build_face(self, node: int, badge: str, faces: dict[int, Shown]) -> Face:
+        face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
+        figures = (("label", face.identity),) if face.identity else ()
+        return Face(face.uri, figures, face.thumb, badge)
+
     def _name(self, identity: int) -> str:
-        return str(self._found.names[identity].as_py())
+        return str(self._judgement.names[identity].as_py())
 
-    def _distance(self, similarity: float) -> str:
-        return "nothing to compare with" if np.isnan(similarity) else f"{self._graph.info.distance_at(similarity):.3f}"
-
-    def _face(self, node: int, badge: str, known: dict[int, Shown]) -> Face:
-        face = known.get(int(self._graph.nodes.ids[node]), _NOBODY)
-        figures: Sequence[tuple[str, str]] = [("label", face.identity)] if face.identity else []
-        return Face(face.uri, tuple(figures), face.thumb, badge)
+    def _format_distance(self, similarity: float) -> str:
+        if np.isnan(similarity):
+            return "nothing to compare with"
+        return f"{self._graph.info.distance_at(similarity):.3f}"

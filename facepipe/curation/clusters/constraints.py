@@ -1,8 +1,10 @@
-"""What a gallery says for free: faces of one photo are different people, and faces with one label may be the same."""
+"""Read what a gallery says about persons: faces of one photo differ, and faces with one label may be the same."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,49 +13,78 @@ from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
 from facepipe.types import Int64
 
-_MOST = 500  # a face is held apart from so many others of its photo: pairs grow with the square
+_MAX_GAP = 500  # faces of its photo that a face is kept apart from: pairs grow with the square
 _ROWS = 65536
 
 
-def same_photo(gallery: Gallery, nodes: Nodes) -> Int64:
-    """(m, 2) positions of nodes in one photo, which are two persons."""
-    keys, faces = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for at, batch in _batches(gallery, nodes, "uri"):
-        keys.append(pd.util.hash_array(batch["uri"].to_numpy(zero_copy_only=False)))
+def find_same_photo_pairs(gallery: Gallery, nodes: Nodes) -> Int64:
+    """Find the pairs of nodes (m, 2) in one photo, which are two persons."""
+    photos = [np.empty(0, np.uint64)]
+    faces = [np.empty(0, np.int64)]
+    for at, batch in _iterate_nodes(gallery, nodes, "uri", side=0):
+        photos.append(pd.util.hash_array(batch["uri"].to_numpy(zero_copy_only=False)))
         faces.append(at)
-    key, node = np.concatenate(keys), np.concatenate(faces)
-    order = np.lexsort((node, key))
-    key, node = key[order], node[order]
+    return pair_equal_keys(np.concatenate(photos), np.concatenate(faces))
+
+
+def pair_equal_keys(keys: npt.NDArray[Any], numbers: Int64) -> Int64:
+    """Pair numbers that have equal keys, each with up to 499 that follow it.
+
+    Args:
+        keys: a key per number, (n,).
+        numbers: different numbers, (n,).
+
+    Returns:
+        The pairs, (m, 2), the smaller number first, sorted.
+    """
+    order = np.lexsort((numbers, keys))
+    keys = keys[order]
+    numbers = numbers[order]
     pairs = [np.empty((0, 2), np.int64)]
-    for gap in range(1, _MOST):
-        together = np.flatnonzero(key[gap:] == key[:-gap])
-        if not together.size:
+    for gap in range(1, _MAX_GAP):
+        first = np.flatnonzero(keys[gap:] == keys[:-gap])
+        if not first.size:
             break
-        pairs.append(np.stack([node[together], node[together + gap]], axis=1))
-    return np.sort(np.concatenate(pairs), axis=1)
+        pairs.append(np.stack([numbers[first], numbers[first + gap]], axis=1))
+    stacked = np.concatenate(pairs)
+    return stacked[np.lexsort((stacked[:, 1], stacked[:, 0]))]
 
 
-def labels(gallery: Gallery, nodes: Nodes, side: int = 0) -> tuple[Int64, pa.Array]:
-    """(number of each node's identity (n,), -1 without one; the identities' names, sorted)."""
+def read_labels(gallery: Gallery, nodes: Nodes, *, side: int = 0) -> tuple[Int64, pa.Array]:
+    """Read the identity labels of nodes.
+
+    Args:
+        gallery: the gallery.
+        nodes: n nodes.
+        side: position of the gallery among those of the nodes.
+
+    Returns:
+        The number of each node's identity (n,), -1 without one, and the names of the identities, sorted.
+    """
     numbers = np.full(len(nodes), -1, np.int64)
     names: dict[str, int] = {}
-    for at, batch in _batches(gallery, nodes, "identity", side):
-        named = batch["identity"].cast(pa.string())
-        coded = pc.if_else(pc.equal(named, ""), None, named).dictionary_encode()
-        known = np.array([names.setdefault(name, len(names)) for name in coded.dictionary.to_pylist()] + [-1], np.int64)
-        numbers[at] = known[coded.indices.fill_null(len(known) - 1).to_numpy()]
+    for at, batch in _iterate_nodes(gallery, nodes, "identity", side=side):
+        identities = batch["identity"].cast(pa.string())
+        coded = pc.if_else(pc.equal(identities, ""), None, identities).dictionary_encode()
+        codes = [names.setdefault(name, len(names)) for name in coded.dictionary.to_pylist()]
+        codes.append(-1)  # of null
+        numbers[at] = np.array(codes, np.int64)[coded.indices.fill_null(len(codes) - 1).to_numpy()]
+    # Number the identities by name instead of by first appearance.
     ranked = sorted(names)
-    place = np.empty(len(names) + 1, np.int64)
-    place[[names[name] for name in ranked]], place[-1] = np.arange(len(names)), -1
-    return place[numbers], pa.array(ranked, pa.string())
+    rank = np.empty(len(names) + 1, np.int64)
+    rank[[names[name] for name in ranked]] = np.arange(len(names))
+    rank[-1] = -1
+    return rank[numbers], pa.array(ranked, pa.string())
 
 
-def _batches(gallery: Gallery, nodes: Nodes, column: str, side: int = 0) -> Iterator[tuple[Int64, pa.RecordBatch]]:
-    """(positions (n,), batch) of the gallery's faces that are nodes."""
+def _iterate_nodes(gallery: Gallery, nodes: Nodes, column: str, *, side: int) -> Iterator[tuple[Int64, pa.RecordBatch]]:
+    """Iterate over the gallery's faces that are nodes: their positions (n,) and a batch of the column."""
     for batch in gallery.batches(["face_id", column], rows=_ROWS):
         faces = batch.filter(batch["face_id"].is_valid())
         at = nodes.find(faces["face_id"].to_numpy(), side)
-        if (at < 0).any():
-            faces, at = faces.filter(pa.array(at >= 0)), at[at >= 0]
+        is_node = at >= 0
+        if not is_node.all():
+            faces = faces.filter(pa.array(is_node))
+            at = at[is_node]
         if len(at):
             yield at, faces

@@ -1,7 +1,8 @@
-"""New images with all that a comparison of everything would put into groups with them, gathered through the index.
+"""Gather, through the index, the new images and all images that a full comparison would group with them.
 
-From the new images outward: faces near theirs, the images of those, and so on along copies until no image is left whose
-neighbours are not known. What is gathered grows with the new images and their groups, not with the gallery.
+The search goes outward from the new images: faces near theirs, the images of those faces, and so on along copies,
+until the neighbours of every gathered image are known. What is gathered grows with the new images and their groups, not
+with the gallery.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +15,10 @@ import pyarrow.dataset as ds
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.curation.duplicates.gather import COLUMNS, SIZE
-from facepipe.curation.duplicates.images import Images, images_of
-from facepipe.curation.duplicates.pairs import Links, classified
+from facepipe.curation.duplicates.images import COLUMNS, RankedImages, add_size_and_side, rank_images
+from facepipe.curation.duplicates.pairs import ImageLinks, classify_pairs
 from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
-from facepipe.curation.duplicates.stars import stars
+from facepipe.curation.duplicates.stars import build_stars
 from facepipe.curation.graph.edges import joined
 from facepipe.curation.graph.nodes import representatives
 from facepipe.errors import IndexingError
@@ -31,195 +31,221 @@ from facepipe.schema import EMBEDDING_DIM, FACES
 from facepipe.sorted_lookup import find_sorted
 from facepipe.types import Bool, Float32, Int64
 
-_MOST = 256  # neighbours of a face: of a picture that is there more often, the copy that stays is compared with all
+# Neighbours per face. If a picture is there more often, the copy that is kept is compared with all.
+_MAX_NEIGHBOURS = 256
 _QUERIES = 16384
 _FILE = "file"
+_NO_IDS = np.empty(0, np.int64)
 _NO_VECTORS = np.empty((0, EMBEDDING_DIM), np.float32)
-_NO_PAIRS = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+_NO_PAIRS = Pairs(_NO_IDS, _NO_IDS, np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
-class Around:
-    """table: rows of images as `find_duplicates` takes them, and `file`, the table's file a row is in; new (rows,):
-    which are of new images; edges: pairs of rows, u < v, with the distance of their faces; asked: faces looked up."""
+class NewImages:
+    """New images with everything that they have to be compared with.
+
+    Attributes:
+        table: Rows as `find_duplicates` takes them, and `file`, the gallery's file that an old row is in.
+        is_new: Whether each row is of a new image.
+        edges: Pairs of rows, u < v, with the distance of their faces.
+        query_count: Number of faces that were looked up in the index.
+    """
 
     table: pa.Table
-    new: Bool
+    is_new: Bool
     edges: Pairs
-    asked: int
+    query_count: int
 
 
-def around(
-    changes: Changes, index: Callable[[], Index], rule: DuplicateRule, progress: Callable[[str], None]
-) -> Around | None:
-    """All about the images that came since; None where there are none.
+def gather_new_images(
+    changes: Changes, open_index: Callable[[], Index], rule: DuplicateRule, progress: Callable[[str], None]
+) -> NewImages | None:
+    """Gather the new images of a gallery and all images that they have to be compared with.
 
-    Raises IndexingError where the index, which is opened when there is something to look up, lacks faces of them.
+    Args:
+        changes: what came into the gallery.
+        open_index: opens the gallery's index. It is called only if there is something to look up.
+        rule: what counts as a duplicate.
+        progress: called with each line of progress.
+
+    Returns:
+        None if there are no new images.
+
+    Raises:
+        IndexingError: if the index lacks faces of the new images.
     """
     gallery = changes.gallery
-    rows, ids = _new(changes)
+    rows, ids = _read_new_rows(changes)
     if not rows.num_rows:
         return None
-    opened = index()
-    _require(opened, ids, gallery.path)
+    index = open_index()
+    _require_faces(index, ids, gallery.path)
     uris = pc.unique(rows["uri"])
-    table = pa.concat_tables([rows, _rows(gallery, _same_bytes(gallery, rows, uris))])
-    found = _Found(opened, rule)
+    table = pa.concat_tables([rows, _read_images(gallery, _find_same_bytes(gallery, rows, uris))])
+    search = _NeighbourSearch(index, rule)
     while len(ids):
         progress(f"{len(ids)} faces: looking for near ones")
-        missing = found.ask(ids, table)
-        table = pa.concat_tables([table, _rows(gallery, _unknown(missing, table))])
-        new = _is_new(table, uris)
-        ids = found.next(table, new)
-    return Around(table.combine_chunks(), _is_new(table, uris), found.edges(table), found.count)
+        near_uris = search.look_up(ids, table)
+        table = pa.concat_tables([table, _read_images(gallery, _drop_known(near_uris, table))])
+        ids = search.find_next(table, _is_one_of(table, uris))
+    return NewImages(table.combine_chunks(), _is_one_of(table, uris), search.build_edges(table), search.query_count)
 
 
-def _new(changes: Changes) -> tuple[pa.Table, Int64]:
-    """(rows of new images, sorted ids of their faces that can be searched for)."""
-    parts, ids = [], [np.empty(0, np.int64)]
-    wanted = [*COLUMNS, "embedding"]
-    for batch in changes.fresh(wanted):
+def _read_new_rows(changes: Changes) -> tuple[pa.Table, Int64]:
+    """Read the rows of new images, and the sorted ids of their faces that can be searched for."""
+    parts = [_make_empty_table()]
+    ids = [_NO_IDS]
+    for batch in changes.fresh([*COLUMNS, "embedding"]):
         faces = batch.filter(batch["face_id"].is_valid())
         ids.append(faces["face_id"].to_numpy()[unit_vectors(faces["embedding"])[1]])
-        parts.append(pa.Table.from_batches([batch]).drop_columns("embedding"))
-    table = pa.concat_tables([_empty(), *(_sized(part.append_column(_FILE, _no_file(part))) for part in parts)])
-    return table, np.unique(np.concatenate(ids))
+        part = pa.Table.from_batches([batch]).drop_columns("embedding")
+        part = part.append_column(_FILE, pa.nulls(part.num_rows, pa.string()))
+        parts.append(add_size_and_side(part, 0))
+    return pa.concat_tables(parts), np.unique(np.concatenate(ids))
 
 
-def _no_file(table: pa.Table) -> pa.Array:
-    return pa.nulls(table.num_rows, pa.string())
-
-
-def _empty() -> pa.Table:
+def _make_empty_table() -> pa.Table:
     schema = pa.schema([*(FACES.field(name) for name in COLUMNS), (_FILE, pa.string())])
-    return _sized(schema.empty_table())
+    return add_size_and_side(schema.empty_table(), 0)
 
 
-def _sized(table: pa.Table) -> pa.Table:
-    """Rows of a gallery as `find_duplicates` wants them."""
-    size = pc.struct_field(pc.extract_regex(table["fingerprint"], SIZE), "size").cast(pa.int64())
-    table = table.drop_columns("fingerprint").append_column("file_size", size)
-    return table.append_column("side", pa.array(np.zeros(table.num_rows, np.int8)))
-
-
-def _require(index: Index, ids: Int64, gallery: str) -> None:
-    lacking = sum(int((~index.vectors(part).any(axis=1)).sum()) for part in _parts(ids))
-    if lacking:
+def _require_faces(index: Index, ids: Int64, gallery: str) -> None:
+    missing = sum(int((~index.vectors(part).any(axis=1)).sum()) for part in _split(ids))
+    if missing:
         raise IndexingError(
-            f"the index of {gallery!r} lacks {lacking} of {len(ids)} new faces: `facepipe index {gallery}` adds them"
+            f"the index of {gallery!r} lacks {missing} of {len(ids)} new faces: `facepipe index {gallery}` adds them"
         )
 
 
-def _parts(ids: Int64) -> Iterator[Int64]:
+def _split(ids: Int64) -> Iterator[Int64]:
+    """Split ids into parts that are looked up together."""
     for at in range(0, len(ids), _QUERIES):
         yield ids[at : at + _QUERIES]
 
 
-def _same_bytes(gallery: Gallery, rows: pa.Table, uris: pa.Array) -> pa.Array:
-    """Where the gallery has the same bytes as in these rows, by one pass over two columns: an image without a face is
-    not in the index."""
-    images = pc.unique(rows["image_id"]).drop_null()
-    held = gallery.to_arrow(["uri", "image_id"], ds.field("image_id").isin(images))["uri"]
-    return pc.unique(held.filter(pc.invert(pc.is_in(held, uris))))
+def _find_same_bytes(gallery: Gallery, rows: pa.Table, uris: pa.Array) -> pa.Array:
+    """Find the old images with the same bytes as new rows, by one pass over two columns.
+
+    The index does not have them all: an image without a face is not in it.
+    """
+    image_ids = pc.unique(rows["image_id"]).drop_null()
+    same = gallery.to_arrow(["uri", "image_id"], ds.field("image_id").isin(image_ids))["uri"]
+    return pc.unique(same.filter(pc.invert(pc.is_in(same, uris))))
 
 
-def _rows(gallery: Gallery, uris: pa.Array) -> pa.Table:
-    """All rows of some images, with the file they are in."""
+def _read_images(gallery: Gallery, uris: pa.Array) -> pa.Table:
+    """Read all rows of some images, with the file that they are in."""
     if not len(uris):
-        return _empty()
+        return _make_empty_table()
     columns = [*COLUMNS, "__filename"]
     scanner = gallery.dataset().scanner(columns=columns, filter=ds.field("uri").isin(uris), batch_readahead=2)
-    return pa.concat_tables([_empty(), _sized(scanner.to_table().rename_columns([*COLUMNS, _FILE]))])
+    rows = scanner.to_table().rename_columns([*COLUMNS, _FILE])
+    return pa.concat_tables([_make_empty_table(), add_size_and_side(rows, 0)])
 
 
-def _unknown(uris: pa.Array, table: pa.Table) -> pa.Array:
+def _drop_known(uris: pa.Array, table: pa.Table) -> pa.Array:
     return uris.filter(pc.invert(pc.is_in(uris, pc.unique(table["uri"]))))
 
 
-def _is_new(table: pa.Table, uris: pa.Array) -> Bool:
+def _is_one_of(table: pa.Table, uris: pa.Array) -> Bool:
     return np.asarray(pc.is_in(table["uri"], uris).to_numpy())
 
 
-class _Found:
-    """Neighbours by face id, as they are found."""
+class _NeighbourSearch:
+    """Neighbours by face id, as the search goes on."""
 
     def __init__(self, index: Index, rule: DuplicateRule):
-        self._index, self._rule = index, rule
-        self._asked, self._full = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._index = index
+        self._rule = rule
+        self._queried = _NO_IDS
+        self._full = _NO_IDS  # faces that have more neighbours than one query returns
         self._pairs = [_NO_PAIRS]  # u and v are face ids here
 
     @property
-    def count(self) -> int:
-        return len(self._asked)
+    def query_count(self) -> int:
+        return len(self._queried)
 
-    def ask(self, ids: Int64, table: pa.Table) -> pa.Array:
-        """Look up faces (n,); the images of those that are near and not in the table."""
-        known, strangers = np.sort(table["face_id"].drop_null().to_numpy()), [np.empty(0, np.int64)]
-        for part in _parts(ids):
-            answers = self._index.within(self._index.vectors(part), self._rule.radius, _MOST)
-            counts = np.array([len(found) for found, _ in answers])
-            near = np.concatenate([found for found, _ in answers])
-            pairs = Pairs(np.repeat(part, counts), near, np.concatenate([distance for _, distance in answers]))
+    def look_up(self, ids: Int64, table: pa.Table) -> pa.Array:
+        """Look up faces (n,), and return the uris of near faces that are not in the table."""
+        known = np.sort(table["face_id"].drop_null().to_numpy())
+        unknown = [_NO_IDS]
+        for part in _split(ids):
+            answers = self._index.within(self._index.vectors(part), self._rule.radius, _MAX_NEIGHBOURS)
+            counts = np.array([len(near) for near, _ in answers])
+            near = np.concatenate([near for near, _ in answers])
+            distance = np.concatenate([distance for _, distance in answers])
+            pairs = Pairs(np.repeat(part, counts), near, distance)
             self._pairs.append(pairs.take(pairs.u != pairs.v))
-            self._full = np.union1d(self._full, part[counts >= _MOST])
-            strangers.append(np.setdiff1d(near, known))
-        self._asked = np.union1d(self._asked, ids)
-        return pc.unique(self._index.labels(np.unique(np.concatenate(strangers)))["uri"]).drop_null()
+            self._full = np.union1d(self._full, part[counts >= _MAX_NEIGHBOURS])
+            unknown.append(np.setdiff1d(near, known))
+        self._queried = np.union1d(self._queried, ids)
+        return pc.unique(self._index.labels(np.unique(np.concatenate(unknown)))["uri"]).drop_null()
 
-    def next(self, table: pa.Table, new: Bool) -> Int64:
-        """Faces that are to be looked up: those of images which could be in a group with a new one, or in a pair."""
-        images = images_of(table, self._rule.keep)
-        edges = self.edges(table)
-        links = classified(images, table, (edges.u, edges.v, edges.distance), self._rule)
-        wanted = _concerned(images, links, new, self._rule)[images.of_face]
-        ids = table["face_id"].filter(pa.array(wanted)).drop_null().to_numpy()
-        left = np.setdiff1d(ids, self._asked)
-        return left[np.concatenate([np.empty(0, bool), *(self._index.vectors(p).any(axis=1) for p in _parts(left))])]
+    def find_next(self, table: pa.Table, is_new: Bool) -> Int64:
+        """Find the faces to look up next: those of images that could be in a group with a new one, or in a pair."""
+        images = rank_images(table, self._rule.keep)
+        links = classify_pairs(images, table, self.build_edges(table), self._rule)
+        is_affected = _find_affected_images(images, links, is_new, self._rule)[images.of_face]
+        ids = table["face_id"].filter(pa.array(is_affected)).drop_null().to_numpy()
+        candidates = np.setdiff1d(ids, self._queried)
+        vectors = [_NO_VECTORS, *(self._index.vectors(part) for part in _split(candidates))]
+        is_indexed = np.concatenate([part.any(axis=1) for part in vectors])
+        return candidates[is_indexed]
 
-    def edges(self, table: pa.Table) -> Pairs:
-        """The pairs as rows of the table, each once; those of faces that are in it no more are left out."""
+    def build_edges(self, table: pa.Table) -> Pairs:
+        """Build the pairs as rows of the table, each once. Faces that are no longer in it are left out."""
         rows = np.flatnonzero(table["face_id"].is_valid())
         ids = table["face_id"].drop_null().to_numpy()
         order = np.argsort(ids)
-        ids, rows = ids[order], rows[order]
-        vectors = np.concatenate([_NO_VECTORS, *(self._index.vectors(part) for part in _parts(ids))])
-        pairs = _of_one_each(_positions(joined(self._pairs), ids), vectors)
-        full = np.isin(ids, self._full)
-        if full.any():
-            ranks = images_of(table, self._rule.keep).of_face[rows]
-            pairs = _once(joined([pairs, stars(vectors, ranks, pairs, full, self._rule.radius)]), len(ids))
+        ids = ids[order]
+        rows = rows[order]
+        vectors = np.concatenate([_NO_VECTORS, *(self._index.vectors(part) for part in _split(ids))])
+        pairs = _drop_pairs_of_copies(_to_positions(joined(self._pairs), ids), vectors)
+        is_full = np.isin(ids, self._full)
+        if is_full.any():
+            rank = rank_images(table, self._rule.keep).of_face[rows]
+            stars = build_stars(vectors, rank, pairs, is_full, radius=self._rule.radius)
+            pairs = _drop_repeated(joined([pairs, stars]), len(ids))
         ends = np.sort(np.stack([rows[pairs.u], rows[pairs.v]]), axis=0)
         return Pairs(ends[0], ends[1], pairs.distance)
 
 
-def _positions(pairs: Pairs, ids: Int64) -> Pairs:
-    """Pairs of ids as pairs of positions in the sorted ids."""
+def _to_positions(pairs: Pairs, ids: Int64) -> Pairs:
+    """Turn pairs of ids into pairs of positions in the sorted ids, each once."""
     u = find_sorted(ids, pairs.u)
     v = find_sorted(ids, pairs.v)
-    here = (u >= 0) & (v >= 0)
-    low, high = np.minimum(u, v)[here], np.maximum(u, v)[here]
-    return _once(Pairs(low, high, pairs.distance[here]), len(ids))
+    is_known = (u >= 0) & (v >= 0)
+    low = np.minimum(u, v)[is_known]
+    high = np.maximum(u, v)[is_known]
+    return _drop_repeated(Pairs(low, high, pairs.distance[is_known]), len(ids))
 
 
-def _of_one_each(pairs: Pairs, vectors: Float32) -> Pairs:
-    """Of faces with identical vectors the first is compared with others, and the rest with it, as in the graph."""
+def _drop_pairs_of_copies(pairs: Pairs, vectors: Float32) -> Pairs:
+    """Of faces with identical vectors compare the first with others, and the rest only with it, as in the graph."""
     first = representatives(vectors)
-    alone = first == np.arange(len(first))
-    return pairs.take((alone[pairs.u] & alone[pairs.v]) | (first[pairs.u] == pairs.v) | (first[pairs.v] == pairs.u))
+    is_first = first == np.arange(len(first))
+    is_between_firsts = is_first[pairs.u] & is_first[pairs.v]
+    is_to_own_first = (first[pairs.u] == pairs.v) | (first[pairs.v] == pairs.u)
+    return pairs.take(is_between_firsts | is_to_own_first)
 
 
-def _once(pairs: Pairs, count: int) -> Pairs:
+def _drop_repeated(pairs: Pairs, count: int) -> Pairs:
     return pairs.take(np.unique(pairs.u * count + pairs.v, return_index=True)[1])
 
 
-def _concerned(images: Images, links: Links, new: Bool, rule: DuplicateRule) -> Bool:
-    """(images,) those in a group with a new one, those linked to one of these, and the copies of the latter: how many
-    pairs two groups of copies make depends on all of them."""
-    n, own = len(images), np.arange(len(images))
-    grouping = links.kind <= max(KINDS.index(NEAR), KINDS.index(rule.drop))
-    ends = np.concatenate([links.a[grouping], own]), np.concatenate([links.b[grouping], images.same_bytes])
-    group = connected_components(coo_array((np.ones(len(ends[0]), bool), ends), (n, n)), directed=False)[1]
-    touched = np.isin(group, group[images.of_face[new]])
-    linked = touched[links.a] | touched[links.b]
-    beside = np.isin(group, group[np.concatenate([links.a[linked], links.b[linked]])])
-    return np.asarray(touched | beside)
+def _find_affected_images(images: RankedImages, links: ImageLinks, is_new: Bool, rule: DuplicateRule) -> Bool:
+    """Find the images (n,) that new images affect.
+
+    These are the images in a group with a new one, the images that are linked to one of those, and the copies of the
+    latter. The copies matter because the number of pairs that two groups of copies make depends on all of them.
+    """
+    count = len(images)
+    groups_images = links.kind <= max(KINDS.index(NEAR), KINDS.index(rule.drop))
+    rows = np.concatenate([links.a[groups_images], np.arange(count)])
+    columns = np.concatenate([links.b[groups_images], images.first_with_bytes])
+    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), (count, count))
+    group = connected_components(graph, directed=False)[1]
+    is_touched = np.isin(group, group[images.of_face[is_new]])
+    is_linked = is_touched[links.a] | is_touched[links.b]
+    is_beside = np.isin(group, group[np.concatenate([links.a[is_linked], links.b[is_linked]])])
+    return np.asarray(is_touched | is_beside)

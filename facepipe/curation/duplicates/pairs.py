@@ -1,6 +1,6 @@
-"""Pairs of images that show the same: classified by bytes, perceptual hash and face distance."""
+"""Classify pairs of images that show the same, by bytes, perceptual hash and face distance."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.curation.duplicates.images import Images, codes_of
+from facepipe.curation.duplicates.images import RankedImages, encode_strings
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
 from facepipe.imaging.perceptual import hamming, mirrored
+from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64, UInt8
 
 _IDENTICAL = 1e-4  # a distance that is nothing but rounding
@@ -20,10 +21,18 @@ _NO_HASH = 65
 
 
 @dataclass(frozen=True)
-class Links:
-    """Pairs of faces (u, v: rows of the table of faces) of two images, or pairs of images (u, v = -1).
+class ImageLinks:
+    """Links between two images, by a pair of faces or by the images themselves.
 
-    a, b: image numbers, a < b; kind: index into KINDS; bits: differing bits of the hashes, 65 where one is missing.
+    Attributes:
+        u: Row of the first image's face in the table of faces, (m,), -1 for a link of the images themselves.
+        v: Row of the second image's face, (m,).
+        a: Number of the first image, (m,).
+        b: Number of the second image, (m,), a < b.
+        distance: Distance of the faces, (m,).
+        bits: Differing bits of the hashes, (m,), 65 if one is missing.
+        is_mirrored: Whether one image is a mirror image of the other, (m,).
+        kind: Index into KINDS, (m,).
     """
 
     u: Int64
@@ -32,119 +41,158 @@ class Links:
     b: Int64
     distance: Float32
     bits: UInt8
-    mirrored: Bool
+    is_mirrored: Bool
     kind: npt.NDArray[np.int8]
 
     def __len__(self) -> int:
         return len(self.a)
 
-    def take(self, where: Any) -> "Links":
-        """Some of the pairs."""
-        return Links(*(getattr(self, name)[where] for name in self.__dataclass_fields__))
+    def take(self, chosen: Any) -> "ImageLinks":
+        """Take some of the links, by positions or by a mask."""
+        columns = {field.name: getattr(self, field.name)[chosen] for field in fields(self)}
+        return ImageLinks(**columns)
 
-    def joined(self, other: "Links") -> "Links":
-        """These pairs and others."""
-        return Links(*(np.concatenate([getattr(x, n) for x in (self, other)]) for n in self.__dataclass_fields__))
-
-
-def classified(images: Images, faces: pa.Table, edges: tuple[Int64, Int64, Float32], rule: DuplicateRule) -> Links:
-    """The edges (u, v, distance) that link two images in one of the ways near and same_shot; others are left out."""
-    links = _candidates(images, edges, rule.radius)
-    hash_agrees = (links.bits <= rule.hash_bits) & (links.distance <= rule.near)
-    hash_agrees |= (links.bits <= rule.close_bits) & (links.distance <= rule.close_near)
-    codes = codes_of(faces["identity"])
-    one, other = codes[links.u], codes[links.v]
-    shot = (links.distance <= rule.same_shot) & ((one == other) | (one < 0) | (other < 0)) & _most_faces(images, links)
-    kind = np.where(hash_agrees, KINDS.index(NEAR), KINDS.index(SAME_SHOT)).astype(np.int8)
-    return replace(links, kind=kind).take(hash_agrees | shot)
+    def concat(self, other: "ImageLinks") -> "ImageLinks":
+        """Append other links."""
+        names = [field.name for field in fields(self)]
+        return ImageLinks(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names})
 
 
-def _candidates(images: Images, edges: tuple[Int64, Int64, Float32], radius: float) -> Links:
-    """Edges of two images within the radius, with the hashes' differences."""
-    u, v, distance = edges
-    chosen = np.flatnonzero(np.asarray(distance) <= radius)
-    u, v, distance = np.asarray(u)[chosen], np.asarray(v)[chosen], np.asarray(distance, np.float32)[chosen]
-    a, b = images.of_face[u], images.of_face[v]
-    turned = a > b
-    u, v = np.where(turned, v, u), np.where(turned, u, v)
+def classify_pairs(images: RankedImages, faces: pa.Table, edges: Pairs, rule: DuplicateRule) -> ImageLinks:
+    """Classify pairs of faces as near or same_shot links of their images. Pairs that are neither are left out.
+
+    Args:
+        images: images of the faces.
+        faces: table of faces.
+        edges: pairs of rows of `faces`, with the distance of the faces.
+        rule: limits.
+    """
+    links = _build_links(images, edges, rule.radius)
+    is_near = (links.bits <= rule.hash_bits) & (links.distance <= rule.near)
+    is_near |= (links.bits <= rule.close_bits) & (links.distance <= rule.close_near)
+    codes = encode_strings(faces["identity"])
+    first = codes[links.u]
+    second = codes[links.v]
+    may_be_same_person = (first == second) | (first < 0) | (second < 0)
+    is_same_shot = (links.distance <= rule.same_shot) & may_be_same_person & _pairs_most_faces(images, links)
+    kind = np.where(is_near, KINDS.index(NEAR), KINDS.index(SAME_SHOT)).astype(np.int8)
+    return replace(links, kind=kind).take(is_near | is_same_shot)
+
+
+def _build_links(images: RankedImages, edges: Pairs, radius: float) -> ImageLinks:
+    """Build links from the edges of two images within the radius, with the differing bits of the hashes."""
+    edges = edges.take(np.flatnonzero(np.asarray(edges.distance) <= radius))
+    u = np.asarray(edges.u)
+    v = np.asarray(edges.v)
+    # The image that is kept first comes first.
+    a = images.of_face[u]
+    b = images.of_face[v]
+    is_swapped = a > b
+    u, v = np.where(is_swapped, v, u), np.where(is_swapped, u, v)
     a, b = np.minimum(a, b), np.maximum(a, b)
-    hashes = images.numbers("image_hash")
-    straight, flipped = hamming(hashes[a], hashes[b]), hamming(hashes[a], mirrored(hashes[b]))
-    bits = np.where(images.hashed[a] & images.hashed[b], np.minimum(straight, flipped), _NO_HASH).astype(np.uint8)
-    turned = (flipped < straight) & (bits < _NO_HASH)
-    return Links(u, v, a, b, distance, bits, turned, np.zeros(len(a), np.int8)).take(a < b)
+    # The hash agrees as it is, or mirrored.
+    hashes = images.get_numbers("image_hash")
+    straight = hamming(hashes[a], hashes[b])
+    flipped = hamming(hashes[a], mirrored(hashes[b]))
+    has_hashes = images.has_hash[a] & images.has_hash[b]
+    bits = np.where(has_hashes, np.minimum(straight, flipped), _NO_HASH).astype(np.uint8)
+    is_mirrored = (flipped < straight) & (bits < _NO_HASH)
+    distance = np.asarray(edges.distance, np.float32)
+    return ImageLinks(u, v, a, b, distance, bits, is_mirrored, np.zeros(len(a), np.int8)).take(a < b)
 
 
-def _most_faces(images: Images, links: Links) -> Bool:
-    """Whether more than half of the faces of the image with fewer have a partner: a face cut off by the border may
-    resemble a stranger's, two of them hardly do.
+def _pairs_most_faces(images: RankedImages, links: ImageLinks) -> Bool:
+    """Tell whether more than half of the faces of the image with fewer faces have a partner, per link (m,).
+
+    A face that the border cuts off may resemble a stranger's. Two of them hardly do.
     """
     if not len(links):
         return np.zeros(0, bool)
     pair = links.a * len(images) + links.b
-    _, place = np.unique(pair, return_inverse=True)
+    _, number = np.unique(pair, return_inverse=True)
     counts = []
-    for nodes in (links.u, links.v):
-        order = np.lexsort((nodes, place))
-        new = np.ones(len(order), bool)
-        new[1:] = (np.diff(place[order]) != 0) | (np.diff(nodes[order]) != 0)
-        counts.append(np.bincount(place[order][new]))
-    fewer = np.minimum(images.faces[links.a], images.faces[links.b])
-    return np.asarray(2 * np.minimum(*counts)[place] > fewer)
+    for faces in (links.u, links.v):
+        # Count each face once per pair of images.
+        order = np.lexsort((faces, number))
+        is_new = np.ones(len(order), bool)
+        is_new[1:] = (np.diff(number[order]) != 0) | (np.diff(faces[order]) != 0)
+        counts.append(np.bincount(number[order][is_new]))
+    fewer = np.minimum(images.face_counts[links.a], images.face_counts[links.b])
+    return np.asarray(2 * np.minimum(*counts)[number] > fewer)
 
 
-def pictures(images: Images, links: Links) -> Int64:
-    """(images,) the first image of the same picture: the same bytes, or the same hash and the same embedding.
+def find_pictures(images: RankedImages, links: ImageLinks) -> Int64:
+    """Find the first image of the same picture for each image (n,).
 
-    Both are transitive, so copies need not be linked to each other one by one.
+    A picture is the same if the bytes are, or both the hash and the embedding. Both are transitive, so that copies need
+    not be linked to each other one by one.
     """
-    n = len(images)
-    same = (links.distance <= _IDENTICAL) & (links.bits == 0) & ~links.mirrored
-    rows, columns = np.concatenate([links.a[same], np.arange(n)]), np.concatenate([links.b[same], images.same_bytes])
-    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), (n, n))
+    count = len(images)
+    is_identical = (links.distance <= _IDENTICAL) & (links.bits == 0) & ~links.is_mirrored
+    rows = np.concatenate([links.a[is_identical], np.arange(count)])
+    columns = np.concatenate([links.b[is_identical], images.first_with_bytes])
+    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), (count, count))
     labels = connected_components(graph, directed=False)[1]
     _, first = np.unique(labels, return_index=True)
     return np.asarray(first[labels], np.int64)
 
 
-def copies(images: Images, picture: Int64) -> Links:
-    """Every image tied to the first of its bytes (exact), and every first of its bytes to the first of the picture."""
-    own = np.arange(len(images))
-    exact = own[images.same_bytes != own]
-    alike = own[(images.same_bytes == own) & (picture != own)]
-    a, b = np.concatenate([images.same_bytes[exact], picture[alike]]), np.concatenate([exact, alike])
-    kind = np.repeat([KINDS.index(EXACT), KINDS.index(NEAR)], [len(exact), len(alike)]).astype(np.int8)
-    none, zero = np.full(len(a), -1), np.zeros(len(a))
-    tied = Links(none, none, a, b, zero.astype(np.float32), zero.astype(np.uint8), zero.astype(bool), kind)
-    return tied.take(images.side[a] != images.side[b]) if images.compares else tied
+def link_copies(images: RankedImages, picture: Int64) -> ImageLinks:
+    """Link every image to the first of its bytes (exact), and every first of its bytes to the first of its picture.
 
-
-def strongest(images: Images, faces: pa.Table, links: Links, picture: Int64) -> Links:
-    """One link for two pictures: of the surest kind, then between two galleries, then the closest faces.
-
-    Where galleries are compared, a picture that both hold counts as the other one's (side 1).
+    Args:
+        images: n images.
+        picture: first image of the same picture, (n,).
     """
-    p, q = picture[links.a], picture[links.b]
-    wanted = images.side[p] != images.side[q] if images.compares else p != q
-    links, p, q = links.take(wanted), p[wanted], q[wanted]
+    own = np.arange(len(images))
+    exact = own[images.first_with_bytes != own]
+    near = own[(images.first_with_bytes == own) & (picture != own)]
+    a = np.concatenate([images.first_with_bytes[exact], picture[near]])
+    b = np.concatenate([exact, near])
+    links = ImageLinks(
+        u=np.full(len(a), -1),
+        v=np.full(len(a), -1),
+        a=a,
+        b=b,
+        distance=np.zeros(len(a), np.float32),
+        bits=np.zeros(len(a), np.uint8),
+        is_mirrored=np.zeros(len(a), bool),
+        kind=np.repeat([KINDS.index(EXACT), KINDS.index(NEAR)], [len(exact), len(near)]).astype(np.int8),
+    )
+    return links.take(images.side[a] != images.side[b]) if images.has_two_sides else links
+
+
+def select_strongest(images: RankedImages, faces: pa.Table, links: ImageLinks, picture: Int64) -> ImageLinks:
+    """Select one link per two pictures: of the surest kind, then between two galleries, then of the closest faces.
+
+    If galleries are compared, a picture that both hold counts as the other one's (side 1).
+    """
+    p = picture[links.a]
+    q = picture[links.b]
+    is_wanted = images.side[p] != images.side[q] if images.has_two_sides else p != q
+    links = links.take(is_wanted)
+    p = p[is_wanted]
+    q = q[is_wanted]
     pair = np.minimum(p, q) * len(images) + np.maximum(p, q)
-    within = images.side[links.a] == images.side[links.b]
+    is_within_side = images.side[links.a] == images.side[links.b]
     ids = pc.fill_null(faces["face_id"], 0).to_numpy()
-    order = np.lexsort((ids[links.v], ids[links.u], links.b, links.a, links.distance, within, links.kind, pair))
+    # The last key counts most; the ids make ties independent of the order of rows.
+    keys = (ids[links.v], ids[links.u], links.b, links.a, links.distance, is_within_side, links.kind, pair)
+    order = np.lexsort(keys)
     _, first = np.unique(pair[order], return_index=True)
     return links.take(order[first])
 
 
-def as_table(images: Images, faces: pa.Table, links: Links) -> pa.Table:
-    """The links as rows of uri, side, identity and face_id of both images, kind, distance, hash_bits, mirrored."""
+def build_pair_table(images: RankedImages, faces: pa.Table, links: ImageLinks) -> pa.Table:
+    """Build one row per link: uri, side, identity and face_id of both images, kind, distance, hash_bits, mirrored."""
     columns: dict[str, Any] = {}
-    for end, rows, nodes in (("a", links.a, links.u), ("b", links.b, links.v)):
-        chosen = images.table.select(["uri", "side", "identity", "face_id"]).take(pa.array(rows))
+    for end, numbers, rows in (("a", links.a, links.u), ("b", links.b, links.v)):
+        chosen = images.table.select(["uri", "side", "identity", "face_id"]).take(pa.array(numbers))
         columns |= {f"{name}_{end}": chosen[name] for name in ("uri", "side", "identity")}
-        own = faces["face_id"].take(pa.array(nodes, mask=nodes < 0))
+        own = faces["face_id"].take(pa.array(rows, mask=rows < 0))
         columns[f"face_id_{end}"] = pc.coalesce(own, chosen["face_id"])
     columns["kind"] = pa.array(np.array(KINDS, object)[links.kind], pa.string())
     columns["distance"] = pa.array(links.distance, pa.float32())
     columns["hash_bits"] = pa.array(links.bits.astype(np.int16), pa.int16(), mask=links.bits == _NO_HASH)
-    columns["mirrored"] = pa.array(links.mirrored, pa.bool_())
+    columns["mirrored"] = pa.array(links.is_mirrored, pa.bool_())
     return pa.table(columns)

@@ -1,4 +1,4 @@
-"""The report of duplicates: the least certain groups first, the kept copy before those that go."""
+"""Build the report of duplicates: the least certain groups first, the kept copy before those to drop."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,39 +9,51 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from facepipe.curation.duplicates import Duplicates
+from facepipe.curation.duplicates.keep import DROP, KEEP
 from facepipe.curation.duplicates.rule import KINDS, DuplicateRule
 from facepipe.gallery import Gallery
 from facepipe.reports.histogram import log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Table
 
-_IMAGES = 8  # shown of a group
-_GROUPS, _SHOTS = 7000, 3000
-_SHARED = 200
+_IMAGES_PER_GROUP = 8
+_MAX_GROUPS = 7000
+_MAX_SAME_SHOTS = 3000
+_MAX_SHARED = 200
+
+Thumbs = dict[tuple[str, int], bytes]  # JPEG of each image, by uri and side
 
 
-def duplicates_report(
+def build_duplicates_report(
     galleries: Sequence[Gallery], found: Duplicates, rule: DuplicateRule, recall: Figure, shared: pa.Table | None = None
 ) -> Report:
-    """The report of one gallery's duplicates, or of what two share (`shared`: their identities)."""
+    """Build the report of one gallery's duplicates, or of what two galleries share.
+
+    Args:
+        galleries: one gallery, or two.
+        found: their duplicates.
+        rule: what counts as a duplicate.
+        recall: figure that says how complete the search was.
+        shared: identities that two galleries share.
+    """
     counts = {kind: int(pc.sum(pc.equal(found.pairs["kind"], kind)).as_py() or 0) for kind in KINDS}
-    dropped = int(pc.sum(pc.equal(found.decisions["decision"], "drop")).as_py() or 0)
-    groups = _Groups(galleries, found)
+    dropped = int(pc.sum(pc.equal(found.decisions["decision"], DROP)).as_py() or 0)
+    groups = _DuplicateGroups(galleries, found)
     figures = [
         Figure("images", f"{found.decisions.num_rows:,}"),
         Figure("groups", f"{found.groups.num_rows:,}", "of copies"),
         Figure("to drop", f"{dropped:,}", f"of each group the {rule.keep} stays"),
-        *(Figure(kind.replace("_", " "), f"{n:,}", "pairs of images") for kind, n in counts.items()),
-        recall,
     ]
+    figures += [Figure(kind.replace("_", " "), f"{count:,}", "pairs of images") for kind, count in counts.items()]
+    figures.append(recall)
     tables: tuple[Table, ...] = ()
     if shared is not None:
         figures.append(Figure("shared identities", f"{shared.num_rows:,}", "by faces or by name"))
-        tables = (_shared(shared),)
+        tables = (_build_shared_table(shared),)
     return Report(
         title="Duplicate images" if shared is None else "What two galleries share",
         subtitle=" against ".join(gallery.path for gallery in galleries),
         figures=tuple(figures),
-        histograms=_histograms(found, rule),
+        histograms=(_build_distance_histogram(found, rule), _build_size_histogram(found)),
         tables=tables,
         groups=groups,
         notes=(
@@ -54,101 +66,107 @@ def duplicates_report(
     )
 
 
-def _histograms(found: Duplicates, rule: DuplicateRule) -> tuple[Histogram, ...]:
-    edges, rows = np.linspace(0, rule.radius, 51), []
-    for kind in KINDS[1:]:
-        chosen = found.pairs.filter(pc.equal(found.pairs["kind"], kind))["distance"]
-        rows.append(series(kind.replace("_", " "), chosen.to_numpy().astype(np.float64), edges))
-    sizes = found.groups["images"].to_numpy()
-    bins = log_edges(1, max(2.0, float(sizes.max(initial=1)) + 1))
-    marks = (Mark(rule.near, "near"), Mark(rule.same_shot, "same shot"))
-    return (
-        Histogram("Distances of faces in pairs", "distance", tuple(rows), marks, log=True),
-        Histogram("Images of a group", "images", (series("groups", sizes, bins),), log=True, log_x=True),
-    )
-
-
-def _shared(shared: pa.Table) -> Table:
+def _build_distance_histogram(found: Duplicates, rule: DuplicateRule) -> Histogram:
+    edges = np.linspace(0, rule.radius, 51)
     rows = []
-    for row in shared.slice(0, _SHARED).to_pylist():
+    for kind in KINDS[1:]:
+        distance = found.pairs.filter(pc.equal(found.pairs["kind"], kind))["distance"]
+        rows.append(series(kind.replace("_", " "), distance.to_numpy().astype(np.float64), edges))
+    marks = (Mark(rule.near, "near"), Mark(rule.same_shot, "same shot"))
+    return Histogram("Distances of faces in pairs", "distance", tuple(rows), marks, log=True)
+
+
+def _build_size_histogram(found: Duplicates) -> Histogram:
+    sizes = found.groups["images"].to_numpy()
+    edges = log_edges(1, max(2.0, float(sizes.max(initial=1)) + 1))
+    return Histogram("Images of a group", "images", (series("groups", sizes, edges),), log=True, log_x=True)
+
+
+def _build_shared_table(shared: pa.Table) -> Table:
+    rows = []
+    for row in shared.slice(0, _MAX_SHARED).to_pylist():
         best = "" if row["best"] is None else f"{row['best']:.3f}"
-        same = "yes" if row["same_name"] else ""
-        rows.append((row["identity_0"], row["identity_1"], same, str(row["links"]), best, f"{row['share']:.2f}"))
-    title = f"Shared identities (the first {_SHARED} of {shared.num_rows:,})"
+        same_name = "yes" if row["same_name"] else ""
+        rows.append((row["identity_0"], row["identity_1"], same_name, str(row["links"]), best, f"{row['share']:.2f}"))
+    title = f"Shared identities (the first {_MAX_SHARED} of {shared.num_rows:,})"
     return Table(title, ("here", "there", "same name", "near pairs", "nearest", "share of pairs"), tuple(rows))
 
 
-class _Groups:
-    """Groups, their pictures read when they are asked for."""
+class _DuplicateGroups:
+    """Groups of copies, then pairs of the same shot. Their pictures are read when the groups are iterated."""
 
     def __init__(self, galleries: Sequence[Gallery], found: Duplicates):
-        self._galleries, self._found = galleries, found
-        shots = pc.equal(found.pairs["kind"], KINDS[-1])
-        self._shots = found.pairs.filter(shots).sort_by([("distance", "ascending"), ("uri_a", "ascending")])
+        self._galleries = galleries
+        self._found = found
+        shots = found.pairs.filter(pc.equal(found.pairs["kind"], KINDS[-1]))
+        self._shots = shots.sort_by([("distance", "ascending"), ("uri_a", "ascending")])
         self.total = found.groups.num_rows + self._shots.num_rows
 
     def __iter__(self) -> Iterator[Group]:
-        groups, shots = self._members(), self._shots.slice(0, _SHOTS).to_pylist()
-        wanted = [(m["uri"], m["side"]) for group in groups for m in group["members"]]
-        wanted += [(row[f"uri_{x}"], row[f"side_{x}"]) for row in shots for x in "ab"]
-        thumbs = self._thumbs(wanted)
-        yield from (_group(group, thumbs) for group in groups)
-        yield from (_shot(row, thumbs) for row in shots)
+        groups = self._list_groups()
+        shots = self._shots.slice(0, _MAX_SAME_SHOTS).to_pylist()
+        wanted = [(member["uri"], member["side"]) for group in groups for member in group["members"]]
+        wanted += [(row[f"uri_{end}"], row[f"side_{end}"]) for row in shots for end in "ab"]
+        thumbs = self._read_thumbs(wanted)
+        yield from (_build_copy_group(group, thumbs) for group in groups)
+        yield from (_build_shot_group(row, thumbs) for row in shots)
 
-    def _members(self) -> list[dict[str, Any]]:
-        """The groups to show, the least certain first: their farthest pair decides."""
-        grouped = self._found.decisions.filter(self._found.decisions["group"].is_valid())
-        by_group: dict[int, list[dict[str, Any]]] = {}
+    def _list_groups(self) -> list[dict[str, Any]]:
+        """List the groups to show with their first members, the least certain first: their weakest link decides."""
         table = self._found.groups.sort_by([("group", "ascending")])
-        order = np.argsort([-KINDS.index(kind) for kind in table["kind"].to_pylist()], kind="stable")[:_GROUPS]
-        chosen = table.take(pa.array(order))
-        inside = grouped.filter(pc.is_in(grouped["group"], chosen["group"].combine_chunks()))
-        for row in inside.to_pylist():
-            by_group.setdefault(row["group"], []).append(row)
+        order = np.argsort([-KINDS.index(kind) for kind in table["kind"].to_pylist()], kind="stable")[:_MAX_GROUPS]
+        groups = table.take(pa.array(order))
+        decisions = self._found.decisions.filter(self._found.decisions["group"].is_valid())
+        decisions = decisions.filter(pc.is_in(decisions["group"], groups["group"].combine_chunks()))
+        members: dict[int, list[dict[str, Any]]] = {}
+        for row in decisions.to_pylist():
+            members.setdefault(row["group"], []).append(row)
         shown = []
-        for group in chosen.to_pylist():
-            members = sorted(by_group.get(group["group"], []), key=lambda m: (m["decision"] != "keep", m["uri"]))
-            shown.append({**group, "members": members[:_IMAGES], "more": max(0, len(members) - _IMAGES)})
+        for group in groups.to_pylist():
+            rows = sorted(members.get(group["group"], []), key=lambda row: (row["decision"] != KEEP, row["uri"]))
+            more = max(0, len(rows) - _IMAGES_PER_GROUP)
+            shown.append({**group, "members": rows[:_IMAGES_PER_GROUP], "more": more})
         return shown
 
-    def _thumbs(self, wanted: list[tuple[str, int]]) -> dict[tuple[str, int], bytes]:
-        found = {}
+    def _read_thumbs(self, wanted: list[tuple[str, int]]) -> Thumbs:
+        """Read the pictures of images, given by uri and side."""
+        thumbs = {}
         for side, gallery in enumerate(self._galleries):
-            uris = sorted({uri for uri, s in wanted if s == side})
+            uris = sorted({uri for uri, image_side in wanted if image_side == side})
             if not uris:
                 continue
             where = ds.field("uri").isin(pa.array(uris, pa.string())) & (ds.field("face_index") == 0)
             for batch in gallery.batches(["uri", "thumb"], where):
                 for uri, thumb in zip(batch["uri"].to_pylist(), batch["thumb"].to_pylist(), strict=True):
-                    found[uri, side] = thumb
-        return found
+                    thumbs[uri, side] = thumb
+        return thumbs
 
 
-def _group(group: dict[str, Any], thumbs: dict[tuple[str, int], bytes]) -> Group:
+def _build_copy_group(group: dict[str, Any], thumbs: Thumbs) -> Group:
     faces = tuple(
-        Face(m["uri"], _because(m), thumbs.get((m["uri"], m["side"])), m["decision"]) for m in group["members"]
+        Face(row["uri"], _build_reason_figures(row), thumbs.get((row["uri"], row["side"])), row["decision"])
+        for row in group["members"]
     )
     kind = group["kind"].replace("_", " ")
     figures = (("images", str(group["images"])),)
-    return Group(f"group {group['group']}", kind, figures, faces, float(KINDS.index(group["kind"])), group["more"])
+    suspicion = float(KINDS.index(group["kind"]))
+    return Group(f"group {group['group']}", kind, figures, faces, suspicion, group["more"])
 
 
-def _because(member: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The reason without the name of the kept copy, which stands beside it."""
-    if not member["reason"]:
+def _build_reason_figures(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Show the reason without the name of the kept copy, which stands beside it."""
+    if not row["reason"]:
         return ()
-    kept = member["kept_uri"]
-    return (("", member["reason"].replace(f" of {kept}", "").replace(f" as {kept}", "")),)
+    kept = row["kept_uri"]
+    return (("", row["reason"].replace(f" of {kept}", "").replace(f" as {kept}", "")),)
 
 
-def _shot(row: dict[str, Any], thumbs: dict[tuple[str, int], bytes]) -> Group:
-    faces = tuple(
-        Face(row[f"uri_{x}"], _label(row[f"identity_{x}"]), thumbs.get((row[f"uri_{x}"], row[f"side_{x}"])))
-        for x in "ab"
-    )
+def _build_shot_group(row: dict[str, Any], thumbs: Thumbs) -> Group:
+    faces = []
+    for end in "ab":
+        uri = row[f"uri_{end}"]
+        identity = row[f"identity_{end}"]
+        label = (("label", identity),) if identity else ()
+        faces.append(Face(uri, label, thumbs.get((uri, row[f"side_{end}"]))))
     figures = (("distance", f"{row['distance']:.3f}"), ("hash bits apart", str(row["hash_bits"])))
-    return Group("two photos of one moment", "same shot", figures, faces, suspicion=1 - row["distance"])
-
-
-def _label(identity: str | None) -> tuple[tuple[str, str], ...]:
-    return (("label", identity),) if identity else ()
+    return Group("two photos of one moment", "same shot", figures, tuple(faces), suspicion=1 - row["distance"])

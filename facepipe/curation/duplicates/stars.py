@@ -1,11 +1,11 @@
-"""Pictures that a corpus holds a hundred times: more copies than a face has neighbours in the graph."""
+"""Find the copies of pictures that a corpus holds a hundred times: more copies than a face has edges in the graph."""
 
 import numpy as np
 import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.curation.duplicates.images import images_of
+from facepipe.curation.duplicates.images import rank_images
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.edges import joined
@@ -13,49 +13,69 @@ from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
-_CENTRES = 1000  # pictures that are looked for in one crowd
+_MAX_CENTRES = 1000  # pictures that are looked for in one crowd
 
 
-def face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: DuplicateRule) -> Pairs:
-    """A graph's edges within the rule's radius, and where they stop at the most that a face has, those to the face
-    that would be kept of each crowd. table and row_of_node (n,): see `gather`."""
-    near = graph.edges.within(rule.radius)
-    count = len(graph.nodes)
-    degree = np.bincount(near.u, minlength=count) + np.bincount(near.v, minlength=count)
-    full = degree >= graph.info.most
-    if not full.any():
-        return near
-    order = images_of(table, rule.keep).of_face[row_of_node]
-    both = joined([near, stars(graph.nodes.vectors, order, near, full, rule.radius)])
-    return both.take(np.unique(both.u * count + both.v, return_index=True)[1])
+def find_face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: DuplicateRule) -> Pairs:
+    """Find all pairs of nodes within the rule's radius that matter for duplicates.
 
+    These are the graph's edges. If a face has as many edges as the graph allows, they also include the edges to the
+    face of its crowd that would be kept.
 
-def stars(vectors: Float32, order: Int64, near: Pairs, full: Bool, radius: float) -> Pairs:
-    """Edges from the face that would be kept to all its copies.
-
-    vectors (n, 128); order (n,): the smaller, the sooner a face is kept; full (n,): whose edges are not all there. In
-    every connected crowd with such a face the first is joined to all that are near it; then the first of the rest.
+    Args:
+        graph: the face graph, n nodes.
+        table: rows as of `gather_faces`.
+        row_of_node: row of each node in `table`, (n,).
+        rule: what counts as a duplicate, and which copy is kept.
     """
-    links = coo_array((np.ones(len(near), np.int8), (near.u, near.v)), shape=(len(order), len(order)))
+    edges = graph.edges.within(rule.radius)
+    count = len(graph.nodes)
+    degree = np.bincount(edges.u, minlength=count) + np.bincount(edges.v, minlength=count)
+    is_full = degree >= graph.info.most
+    if not is_full.any():
+        return edges
+    rank = rank_images(table, rule.keep).of_face[row_of_node]
+    pairs = joined([edges, build_stars(graph.nodes.vectors, rank, edges, is_full, radius=rule.radius)])
+    return pairs.take(np.unique(pairs.u * count + pairs.v, return_index=True)[1])
+
+
+def build_stars(vectors: Float32, rank: Int64, edges: Pairs, is_full: Bool, *, radius: float) -> Pairs:
+    """Build the edges from the face that would be kept to all its copies, in every crowd with missing edges.
+
+    In every connected crowd with a full face, the first face is joined to all faces near it. Then the first of the
+    rest is, and so on.
+
+    Args:
+        vectors: unit vectors, (n, 128).
+        rank: the smaller, the sooner a face is kept, (n,).
+        edges: known pairs.
+        is_full: whether edges of the face may be missing, (n,).
+        radius: distance up to which faces are near.
+    """
+    # Find the crowds, and the members of each in the order in which they are kept.
+    links = coo_array((np.ones(len(edges), np.int8), (edges.u, edges.v)), shape=(len(rank), len(rank)))
     crowd = connected_components(links, directed=False)[1]
-    inside = np.flatnonzero(np.isin(crowd, np.unique(crowd[full])))
-    inside = inside[np.lexsort((order[inside], crowd[inside]))]
-    ends = np.flatnonzero(np.diff(crowd[inside], append=-1))
-    found = [_star(vectors, members, radius) for members in np.split(inside, ends[:-1] + 1)]
-    u, v, distance = (np.concatenate(column) for column in zip(*found, strict=True))
-    return Pairs(np.minimum(u, v), np.maximum(u, v), distance)
+    inside = np.flatnonzero(np.isin(crowd, np.unique(crowd[is_full])))
+    inside = inside[np.lexsort((rank[inside], crowd[inside]))]
+    lasts = np.flatnonzero(np.diff(crowd[inside], append=-1))
+    stars = [_build_crowd_stars(vectors, members, radius) for members in np.split(inside, lasts[:-1] + 1)]
+    return joined([Pairs(np.minimum(star.u, star.v), np.maximum(star.u, star.v), star.distance) for star in stars])
 
 
-def _star(vectors: Float32, members: Int64, radius: float) -> tuple[Int64, Int64, Float32]:
+def _build_crowd_stars(vectors: Float32, members: Int64, radius: float) -> Pairs:
+    """Build the stars of one crowd: pairs of a centre and a near member, until no member is left without a centre."""
     rows = np.ascontiguousarray(vectors[members])
-    left, found = np.arange(len(members)), []
-    for _ in range(_CENTRES):
-        if len(left) < 2:
+    unassigned = np.arange(len(members))
+    parts = []
+    for _ in range(_MAX_CENTRES):
+        if len(unassigned) < 2:
             break
-        centre, rest = left[0], left[1:]
+        centre = unassigned[0]
+        rest = unassigned[1:]
         distance = np.sqrt(compute_pair_distances(rows, np.full(len(rest), centre), rows, rest))
-        close = distance <= radius
-        found.append((np.full(int(close.sum()), centre), rest[close], distance[close]))
-        left = rest[~close]
-    u, v, distance = (np.concatenate(column) for column in zip(*found, strict=True))
-    return members[u], members[v], distance
+        is_near = distance <= radius
+        near = rest[is_near]
+        parts.append(Pairs(np.full(len(near), centre), near, distance[is_near]))
+        unassigned = rest[~is_near]
+    star = joined(parts)
+    return Pairs(members[star.u], members[star.v], star.distance)

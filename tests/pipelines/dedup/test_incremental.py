@@ -251,7 +251,7 @@ def test_pictures_in_the_page_come_from_few_files(
     sizes = []
     for most in (0, 2 << 30):
         Path(page.parent, "mark.json").unlink()
-        monkeypatch.setattr(pipeline, "_THUMBS", most)
+        monkeypatch.setattr(pipeline, "_MAX_THUMB_BYTES", most)
         run(DedupConfig(), g)
         sizes.append(page.stat().st_size)
     assert sizes[1] > sizes[0] + 2000

@@ -9,15 +9,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bench.galleries import Faces as Drawn
+from bench.galleries import Faces as DrawnFaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from facepipe.curation.cleaning import decide, lists
-from facepipe.curation.cleaning.decide import DECISIONS, REASONS, Verdicts, expected_errors, overruled, verdicts
-from facepipe.curation.cleaning.evidence import Candidates, Centres, Faces, candidates
-from facepipe.curation.cleaning.identities import Parts, Summary, core, parts, summarise
-from facepipe.curation.cleaning.model import Belief, Normal, believe, log_ratio
+from facepipe.curation.cleaning.decide import (
+    DECISIONS,
+    REASONS,
+    LabelVerdicts,
+    decide_labels,
+    estimate_errors,
+    overrule_kept,
+)
+from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates, find_candidates
+from facepipe.curation.cleaning.identities import (
+    IdentityParts,
+    IdentitySummary,
+    split_identities,
+    summarise_identities,
+)
+from facepipe.curation.cleaning.model import LabelPosteriors, Normal, compute_log_ratio, estimate_label_posteriors
 from facepipe.nearest import join as near
 from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.sources.listfile import ListSource
@@ -31,7 +43,7 @@ KEEP, OUTLIER, RELABEL, REVIEW = (DECISIONS.index(name) for name in ("keep", "ou
 class Corpus:
     """n faces with their true identities and the labels given, -1 for none; copies (n,) the first equal vector."""
 
-    faces: Faces
+    faces: FaceVectors
     truth: np.ndarray
     label: np.ndarray
 
@@ -51,9 +63,9 @@ class Corpus:
 
 def corpus(truth: np.ndarray, label: np.ndarray | None = None, seed: int = 0) -> Corpus:
     truth = np.asarray(truth, np.int64)
-    vectors = Drawn(seed=seed).draw(truth, 0)
+    vectors = DrawnFaces(seed=seed).draw(truth, 0)
     given_ = truth if label is None else np.asarray(label, np.int64)
-    return Corpus(Faces(vectors, np.zeros(len(truth), np.float32)), truth, given_)
+    return Corpus(FaceVectors(vectors, np.zeros(len(truth), np.float32)), truth, given_)
 
 
 def flipped(share: float, identities: int = 100, seed: int = 1) -> Corpus:
@@ -64,16 +76,18 @@ def flipped(share: float, identities: int = 100, seed: int = 1) -> Corpus:
     return corpus(truth, np.where(moved, (truth + rng.integers(1, identities, len(truth))) % identities, truth))
 
 
-def judged(made: Corpus, photo: np.ndarray | None = None) -> tuple[Candidates, Belief, Verdicts, Parts]:
+def judged(
+    made: Corpus, photo: np.ndarray | None = None
+) -> tuple[LabelCandidates, LabelPosteriors, LabelVerdicts, IdentityParts]:
     """As pipelines.clean does it, for faces that are each in a photo of their own."""
     pairs = made.pairs()
-    inside = parts(made.faces, made.label, made.copies, pairs, THRESHOLD)
-    pool = candidates(made.label, pairs)
-    start = np.where(pool.own, np.where(core(inside)[pool.face], 1, 0.1), 0).astype(np.float32)
+    inside = split_identities(made.faces, made.label, made.copies, pairs, THRESHOLD)
+    pool = find_candidates(made.label, pairs)
+    start = np.where(pool.is_own, np.where(inside.is_largest[pool.face], 1, 0.1), 0).astype(np.float32)
     prior = np.ones(len(made.label), np.float32)
-    belief = believe(made.faces, pool, prior, start, THRESHOLD)
+    belief = estimate_label_posteriors(made.faces, pool, prior, start, threshold=THRESHOLD)
     photo = np.arange(len(made.label)) if photo is None else photo
-    return pool, belief, verdicts(pool, belief, len(made.label), photo), inside
+    return pool, belief, decide_labels(pool, belief, len(made.label), photo), inside
 
 
 def f_score(flagged: np.ndarray, wrong: np.ndarray) -> float:
@@ -93,16 +107,16 @@ def test_candidates_are_the_own_label_and_the_neighbours(seed: int, faces: int, 
     wanted = {(f, int(label[f])) for f in range(faces)}
     wanted |= {(int(a), int(label[b])) for a, b in [*zip(u, v, strict=True), *zip(v, u, strict=True)]}
     wanted = {(f, k) for f, k in wanted if label[f] >= 0 and k >= 0}
-    found = candidates(label, Pairs(u, v, np.zeros(len(u), np.float32)))
+    found = find_candidates(label, Pairs(u, v, np.zeros(len(u), np.float32)))
     assert list(zip(found.face.tolist(), found.identity.tolist(), strict=True)) == sorted(wanted)
-    assert (found.own == (found.identity == label[found.face])).all()
-    assert found.count == label.max() + 1
+    assert (found.is_own == (found.identity == label[found.face])).all()
+    assert found.identity_count == label.max() + 1
 
 
 def test_without_labels_there_is_no_candidate() -> None:
-    found = candidates(np.full(3, -1), Pairs(np.array([0]), np.array([1]), np.zeros(1, np.float32)))
-    assert (len(found), found.count) == (0, 0)
-    assert len(candidates(np.empty(0, np.int64), NO_PAIRS)) == 0
+    found = find_candidates(np.full(3, -1), Pairs(np.array([0]), np.array([1]), np.zeros(1, np.float32)))
+    assert (len(found), found.identity_count) == (0, 0)
+    assert len(find_candidates(np.empty(0, np.int64), NO_PAIRS)) == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,12 +126,12 @@ def test_fit_is_the_weighted_mean_over_the_others(seed: int, count: int, identit
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(count, 128)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    faces = Faces(vectors, rng.random(count).astype(np.float32))
+    faces = FaceVectors(vectors, rng.random(count).astype(np.float32))
     face, identity = (x.ravel() for x in np.meshgrid(np.arange(count), np.arange(identities), indexing="ij"))
-    pool = Candidates(face, identity, identity == 0, identities)
+    pool = LabelCandidates(face, identity, identity == 0, identities)
     share = rng.choice([0, 5e-4, 0.3, 0.7, 1], len(pool)).astype(np.float32)
-    centres = Centres.of(faces, pool, share)
-    similarity, weight = centres.fit(faces, face, identity, share)
+    centres = IdentityCentres.from_shares(faces, pool, share)
+    similarity, weight = centres.compute_fit(faces, face, identity, share)
     counts = np.where(share > 1e-3, share, 0).astype(np.float64).reshape(count, identities)
     density = faces.density.astype(np.float64)
     pairwise = vectors.astype(np.float64) @ vectors.T - (density[:, None] + density) / 2
@@ -142,7 +156,7 @@ def test_flipped_labels_are_found_and_put_right(share: float) -> None:
     assert (made.wrong & moved & (found.other == made.truth)).sum() / made.wrong.sum() > 0.85
     assert (found.other == made.truth)[moved].mean() > 0.95
     assert belief.swapped == pytest.approx(made.wrong.mean(), abs=0.04)
-    assert belief.lost < 0.05
+    assert belief.unknown < 0.05
 
 
 def test_right_labels_stay() -> None:
@@ -150,14 +164,14 @@ def test_right_labels_stay() -> None:
     assert (found.noise < 0.5).all()
     assert (found.decision == KEEP).mean() > 0.998
     assert belief.swapped < 0.01
-    assert expected_errors(found) < 1
+    assert estimate_errors(found) < 1
 
 
 def test_shares_are_probabilities() -> None:
     pool, belief, found, _ = judged(flipped(0.3, 60))
-    total = belief.nobody + np.bincount(pool.face, belief.share, len(belief.nobody))
+    total = belief.no_identity + np.bincount(pool.face, belief.probability, len(belief.no_identity))
     assert np.abs(total - 1).max() < 1e-3
-    assert (belief.share >= 0).all()
+    assert (belief.probability >= 0).all()
     assert ((found.noise >= 0) & (found.noise <= 1)).all()
 
 
@@ -171,7 +185,7 @@ def test_numbering_does_not_matter(of: str) -> None:
         order, names = rng.permutation(n), np.arange(80)
     else:
         order, names = np.arange(n), rng.permutation(80)
-    faces = Faces(made.faces.vectors[order], made.faces.density[order])
+    faces = FaceVectors(made.faces.vectors[order], made.faces.density[order])
     _, second, again, _ = judged(Corpus(faces, names[made.truth[order]], names[made.label[order]]))
     assert np.abs(again.noise - found.noise[order]).max() < 0.02
     assert (again.decision == found.decision[order]).mean() > 0.999
@@ -187,9 +201,9 @@ def test_strangers_belong_to_nobody() -> None:
     _, belief, found, _ = judged(corpus(truth, label))
     strangers = truth >= 60
     assert (found.decision[strangers] == OUTLIER).mean() > 0.9
-    assert (found.reason[found.decision == OUTLIER] == decide.NOBODY).all()
+    assert (found.reason[found.decision == OUTLIER] == decide.FITS_NONE).all()
     assert (found.decision[~strangers] == KEEP).mean() > 0.99
-    assert belief.lost == pytest.approx(strangers.mean(), abs=0.03)
+    assert belief.unknown == pytest.approx(strangers.mean(), abs=0.03)
 
 
 @pytest.mark.parametrize("truth", [np.zeros(1, int), np.zeros(60, int), np.arange(60), np.arange(4) // 2])
@@ -197,26 +211,28 @@ def test_corpora_that_show_little(truth: np.ndarray) -> None:
     """One face, one identity, one face an identity, two identities of two: nothing is thrown away, nothing breaks."""
     _, belief, found, _ = judged(corpus(truth))
     assert (found.decision == KEEP).all()
-    assert np.isfinite(belief.share).all()
+    assert np.isfinite(belief.probability).all()
     alone = np.bincount(truth)[truth] == 1
-    assert (found.reason == np.where(alone, decide.ALONE, decide.FITS)).all()
+    assert (found.reason == np.where(alone, decide.ONLY_FACE, decide.FITS)).all()
 
 
 def test_identical_faces_under_two_names() -> None:
     made = corpus(np.arange(40) % 2)
     made.faces.vectors[:] = made.faces.vectors[0]
     _, belief, found, _ = judged(made)
-    assert np.isfinite(belief.share).all()
+    assert np.isfinite(belief.probability).all()
     assert np.isfinite(found.noise).all()
 
 
 def test_a_better_fit_never_counts_against_a_face() -> None:
     genuine, impostor = Normal(0.95, 1e-4, 2e-4), Normal(0.8, 1e-3, 1e-4)
     x = np.linspace(0.83, 1.05, 200, dtype=np.float32)
-    ratio = log_ratio(genuine, impostor, x, np.full(200, 5, np.float32))
+    ratio = compute_log_ratio(genuine, impostor, x, np.full(200, 5, np.float32))
     assert (np.diff(ratio) >= 0).all()
     assert (np.abs(ratio) <= 20).all()
-    assert (log_ratio(genuine, impostor, x, np.zeros(200, np.float32)) == 0).all(), "nothing to rest on says nothing"
+    assert (compute_log_ratio(genuine, impostor, x, np.zeros(200, np.float32)) == 0).all(), (
+        "nothing to rest on says nothing"
+    )
 
 
 # ------------------------------------------------------------------ verdicts
@@ -224,33 +240,33 @@ def test_a_better_fit_never_counts_against_a_face() -> None:
 
 def verdict(
     rows: list[tuple[int, int, bool, float]], nobody: list[float], photo: list[int] | None = None, weight: float = 5
-) -> Verdicts:
-    """Verdicts from rows of (face, identity, own, share)."""
+) -> LabelVerdicts:
+    """LabelVerdicts from rows of (face, identity, own, share)."""
     face, identity, own, share = (np.array(column) for column in zip(*rows, strict=True)) if rows else ((),) * 4
-    pool = Candidates(np.asarray(face, np.int64), np.asarray(identity, np.int64), np.asarray(own, bool), 9)
+    pool = LabelCandidates(np.asarray(face, np.int64), np.asarray(identity, np.int64), np.asarray(own, bool), 9)
     shares = np.asarray(share, np.float32)
     rest = np.full(len(rows), weight, np.float32)
     normal = Normal(0.9, 1e-3, 0)
-    belief = Belief(shares, np.array(nobody, np.float32), shares, rest, normal, normal, 0.1, 0.1)
-    return verdicts(pool, belief, len(nobody), np.array(photo if photo else range(len(nobody)), np.int64))
+    belief = LabelPosteriors(shares, np.array(nobody, np.float32), shares, rest, normal, normal, 0.1, 0.1)
+    return decide_labels(pool, belief, len(nobody), np.array(photo if photo else range(len(nobody)), np.int64))
 
 
 @pytest.mark.parametrize(
     ("own", "other", "nobody", "decision", "reason"),
     [
         (0.99, 0.005, 0.005, "keep", decide.FITS),
-        (0.7, 0.2, 0.1, "review", decide.LIKELY),
-        (0.02, 0.95, 0.03, "relabel", decide.OTHER),
-        (0.02, 0.03, 0.95, "outlier", decide.NOBODY),
-        (0.3, 0.6, 0.1, "review", decide.DOUBTFUL),
-        (0.3, 0.1, 0.6, "review", decide.DOUBTFUL),
+        (0.7, 0.2, 0.1, "review", decide.PROBABLY_RIGHT),
+        (0.02, 0.95, 0.03, "relabel", decide.FITS_OTHER),
+        (0.02, 0.03, 0.95, "outlier", decide.FITS_NONE),
+        (0.3, 0.6, 0.1, "review", decide.PROBABLY_WRONG),
+        (0.3, 0.1, 0.6, "review", decide.PROBABLY_WRONG),
     ],
 )
 def test_what_is_likely_decides(own: float, other: float, nobody: float, decision: str, reason: int) -> None:
     found = verdict([(0, 1, True, own), (0, 2, False, other)], [nobody])
     assert (DECISIONS[found.decision[0]], REASONS[found.reason[0]]) == (decision, REASONS[reason])
     assert found.noise[0] == pytest.approx(1 - own)
-    assert (found.other[0], found.other_share[0]) == (2, pytest.approx(other))
+    assert (found.other[0], found.other_probability[0]) == (2, pytest.approx(other))
 
 
 def test_the_best_other_identity_is_shown() -> None:
@@ -262,7 +278,7 @@ def test_the_best_other_identity_is_shown() -> None:
 def test_faces_without_a_label_and_alone() -> None:
     found = verdict([(1, 0, True, 0.9)], [0, 0.1, 0], weight=0)
     assert found.decision.tolist() == [-1, KEEP, -1]
-    assert [REASONS[r] for r in found.reason] == ["no label", REASONS[decide.ALONE], "no label"]
+    assert [REASONS[r] for r in found.reason] == ["no label", REASONS[decide.ONLY_FACE], "no label"]
     assert np.isnan(found.noise).tolist() == [True, False, True]
     assert verdict([], [0, 0]).decision.tolist() == [-1, -1]
 
@@ -282,16 +298,16 @@ def test_of_faces_that_share_photo_and_label_one_can_be_right() -> None:
 
 def test_overruling_touches_only_what_was_kept() -> None:
     found = verdict([(0, 1, True, 0.99), (1, 1, True, 0.01), (2, 1, True, 0.99)], [0.01, 0.99, 0.01, 0])
-    changed = overruled(found, np.array([True, True, False, True]), decide.LOW_QUALITY, decide.SMALL)
+    changed = overrule_kept(found, np.array([True, True, False, True]), decide.LOW_QUALITY, decide.SMALL)
     assert [DECISIONS[d] if d >= 0 else "" for d in changed.decision] == ["low_quality", "outlier", "keep", ""]
     assert (changed.reason[0], changed.reason[2]) == (decide.SMALL, decide.FITS)
-    rest = [f.name for f in fields(Verdicts) if f.name not in ("decision", "reason")]
+    rest = [f.name for f in fields(LabelVerdicts) if f.name not in ("decision", "reason")]
     assert all(getattr(changed, name) is getattr(found, name) for name in rest)
 
 
 def test_expected_errors_are_the_probabilities_of_being_wrong() -> None:
     found = verdict([(0, 1, True, 0.9), (1, 1, True, 0.2), (2, 1, True, 0.5)], [0.1, 0.8, 0.5, 0])
-    assert expected_errors(found) == pytest.approx(0.1 + 0.2 + 0.5, abs=1e-6)
+    assert estimate_errors(found) == pytest.approx(0.1 + 0.2 + 0.5, abs=1e-6)
 
 
 def test_expected_errors_are_about_the_real_ones() -> None:
@@ -304,16 +320,18 @@ def test_expected_errors_are_about_the_real_ones() -> None:
     _, _, found, _ = judged(made)
     errors = int(((found.noise > 0.5) != made.wrong).sum())
     assert errors > 0, "there is something to expect"
-    assert errors / 3 - 3 < expected_errors(found) < 3 * errors + 3
+    assert errors / 3 - 3 < estimate_errors(found) < 3 * errors + 3
 
 
 # ------------------------------------------------------------------ identities
 
 
-def summed(made: Corpus) -> tuple[Summary, Parts]:
+def summed(made: Corpus) -> tuple[IdentitySummary, IdentityParts]:
     _, _, found, inside = judged(made)
     count = int(made.label.max()) + 1
-    return summarise(made.faces, made.label, count, found, inside, made.pairs(), THRESHOLD), inside
+    return summarise_identities(
+        made.faces, made.label, found, inside, made.pairs(), identity_count=count, threshold=THRESHOLD
+    ), inside
 
 
 def test_two_persons_under_one_name_and_one_person_under_two() -> None:
@@ -321,9 +339,9 @@ def test_two_persons_under_one_name_and_one_person_under_two() -> None:
     truth = np.concatenate([np.repeat([0, 1], [14, 7]), np.repeat(2, 16), np.repeat(np.arange(3, 43), 8)])
     label = np.concatenate([np.zeros(21), np.ones(8), np.full(8, 2), np.repeat(np.arange(3, 43), 8)])
     found, inside = summed(corpus(truth, label))
-    assert found.faces.tolist() == [21, 8, 8] + [8] * 40
-    assert np.flatnonzero(found.apart).tolist() == [0]
-    assert found.apart[0] == 7
+    assert found.face_count.tolist() == [21, 8, 8] + [8] * 40
+    assert np.flatnonzero(found.apart_count).tolist() == [0]
+    assert found.apart_count[0] == 7
     assert found.apart_similarity[0] < THRESHOLD
     assert np.isnan(found.apart_similarity[1:]).all()
     assert (inside.part[:14] == 0).all()
@@ -336,17 +354,19 @@ def test_two_persons_under_one_name_and_one_person_under_two() -> None:
 def test_parts_of_unlabelled_faces_and_copies() -> None:
     made = corpus(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 0, -1, -1]))
     made.faces.vectors[1] = made.faces.vectors[0]
-    found = parts(made.faces, made.label, np.array([0, 0, 2, 3, 4]), NO_PAIRS, THRESHOLD)
+    found = split_identities(made.faces, made.label, np.array([0, 0, 2, 3, 4]), NO_PAIRS, THRESHOLD)
     assert found.part.tolist() == [0, 0, 1, -1, -1], "copies hold together without an edge"
     assert found.size[:3].tolist() == [2, 2, 1]
-    assert core(found).tolist() == [True, True, False, False, False]
+    assert found.is_largest.tolist() == [True, True, False, False, False]
 
 
 def test_an_empty_identity_has_figures_too() -> None:
     made = corpus(np.repeat([0, 2], 5))
     _, _, found, inside = judged(made)
-    figures = summarise(made.faces, made.label, 4, found, inside, made.pairs(), THRESHOLD)
-    assert figures.faces.tolist() == figures.kept.tolist() == [5, 0, 5, 0]
+    figures = summarise_identities(
+        made.faces, made.label, found, inside, made.pairs(), identity_count=4, threshold=THRESHOLD
+    )
+    assert figures.face_count.tolist() == figures.kept_count.tolist() == [5, 0, 5, 0]
     assert len(figures.left) == 0
 
 
@@ -357,7 +377,7 @@ def decisions(rows: list[dict[str, Any]], folder: Path) -> None:
     plain = {"decision": "keep", "reason": "", "suggested": None, "noise": 0.01}
     filled = [{**plain, "face_id": n, **row} for n, row in enumerate(rows)]
     folder.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(filled, lists.DECISION_ROWS), folder / "decisions.parquet")
+    pq.write_table(pa.Table.from_pylist(filled, lists.DECISION_SCHEMA), folder / "decisions.parquet")
 
 
 def read_back(path: Path, root: str | None = None) -> list[tuple[str, str | None]]:

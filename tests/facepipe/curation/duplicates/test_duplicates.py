@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from helpers import measure_peak_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, shared_identities
+from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, find_shared_identities
+from facepipe.curation.duplicates.groups import ImageGroups, group_images
+from facepipe.curation.duplicates.images import RankedImages
+from facepipe.curation.duplicates.pairs import ImageLinks
 from facepipe.errors import ConfigError
 from facepipe.imaging.perceptual import mirrored
 from facepipe.nearest.similarity import Pairs
@@ -48,7 +50,7 @@ def face(n: int, uri: str | None = None, **values: Any) -> dict[str, Any]:
 
 def find(rows: list[dict[str, Any]], edges: list[tuple[int, int, float]], rule: DuplicateRule = RULE) -> Duplicates:
     u, v, d = (np.array(column) for column in zip(*edges, strict=True)) if edges else (np.zeros(0, int),) * 3
-    return find_duplicates(pa.Table.from_pylist(rows, SCHEMA), u, v, d.astype(np.float32), rule)
+    return find_duplicates(pa.Table.from_pylist(rows, SCHEMA), Pairs(u, v, d.astype(np.float32)), rule)
 
 
 def kept(found: Duplicates) -> dict[str, str | None]:
@@ -224,7 +226,7 @@ def test_which_copy_is_kept() -> None:
         assert reason in found.decisions["reason"].to_pylist()
     table = pa.Table.from_pylist([face(1, image_hash=3), face(2, image_hash=3)], SCHEMA)
     table = table.append_column("file_size", pa.array([1000, 3000]))
-    sized = find_duplicates(table, np.array([0]), np.array([1]), np.array([0.1], np.float32), RULE)
+    sized = find_duplicates(table, Pairs(np.array([0]), np.array([1]), np.array([0.1], np.float32)), RULE)
     assert sized.decisions["reason"].to_pylist() == ["copy of /i/2.jpg in fewer bytes: 1000 against 3000", None]
 
 
@@ -277,7 +279,7 @@ def test_shared_identities() -> None:
     table = pa.Table.from_pylist(rows, SCHEMA)
     edges = [(0, 2, 0.2), (1, 3, 0.3), (0, 1, 0.1), (4, 5, 0.3), (5, 7, 0.1), (1, 2, 0.9)]
     u, v, d = (np.array(column) for column in zip(*edges, strict=True))
-    found = shared_identities(table, Pairs(u, v, d.astype(np.float32))).to_pylist()
+    found = find_shared_identities(table, Pairs(u, v, d.astype(np.float32))).to_pylist()
     assert [(r["identity_0"], r["identity_1"], r["same_name"], r["links"]) for r in found] == [
         ("Cy", "Bo", False, 1),
         ("Ann_Lee", "ann lee", True, 2),
@@ -286,7 +288,7 @@ def test_shared_identities() -> None:
     assert found[1]["best"] == pytest.approx(0.2)
     assert found[1]["mean"] == pytest.approx(0.25)
     assert (found[1]["faces_0"], found[1]["faces_1"], found[2]["best"]) == (2, 2, None)
-    empty = shared_identities(table.slice(0, 0), Pairs(u[:0], v[:0], d[:0].astype(np.float32)))
+    empty = find_shared_identities(table.slice(0, 0), Pairs(u[:0], v[:0], d[:0].astype(np.float32)))
     assert empty.num_rows == 0
 
 
@@ -308,12 +310,12 @@ def test_shared_identities_do_not_depend_on_which_copy_the_graph_knows(seed: int
 
     every = np.array([far(a, b) for a, b in zip(u.tolist(), v.tolist(), strict=True)], np.float32)
     known = (first[v] == u) | ((first[u] == u) & (first[v] == v))
-    whole = shared_identities(table, Pairs(u, v, every), threshold=0.4)
-    short = shared_identities(table, Pairs(u, v, every).take(known), first, threshold=0.4)
+    whole = find_shared_identities(table, Pairs(u, v, every), threshold=0.4)
+    short = find_shared_identities(table, Pairs(u, v, every).take(known), first, threshold=0.4)
     assert whole.num_rows
     assert short.drop_columns(["mean"]) == whole.drop_columns(["mean"])
     np.testing.assert_allclose(short["mean"].to_numpy(), whole["mean"].to_numpy(), rtol=1e-5)
-    capped = shared_identities(table, Pairs(u, v, every).take(known), first, threshold=0.4, most=1)
+    capped = find_shared_identities(table, Pairs(u, v, every).take(known), first, threshold=0.4, max_neighbours=1)
     assert 0 < sum(capped["links"].to_pylist()) < sum(whole["links"].to_pylist())
 
 
@@ -328,9 +330,11 @@ def test_the_share_of_near_faces_does_not_fall_with_the_size_of_an_identity(ours
     ends = {tuple(sorted((a, many[k]))) for a in few for k in range(min(32, len(many)))}
     u, v = np.array(sorted(ends)).T
     pairs = Pairs(u, v, np.full(len(u), 0.2, np.float32))
-    (found,) = shared_identities(pa.Table.from_pylist(rows, SCHEMA), pairs).to_pylist()
+    (found,) = find_shared_identities(pa.Table.from_pylist(rows, SCHEMA), pairs).to_pylist()
     assert found["share"] == 1
-    half = shared_identities(pa.Table.from_pylist(rows, SCHEMA), pairs.take(np.arange(len(pairs)) % 2 == 0)).to_pylist()
+    half = find_shared_identities(
+        pa.Table.from_pylist(rows, SCHEMA), pairs.take(np.arange(len(pairs)) % 2 == 0)
+    ).to_pylist()
     assert half[0]["share"] == pytest.approx(0.5, abs=0.1)
 
 
@@ -357,15 +361,22 @@ def test_all_images_the_same(identical: str) -> None:
     assert found.pairs.num_rows == 4999
 
 
-def test_many_exact_copies_take_no_more_than_their_edges() -> None:
-    n = 10_000
+def test_links_between_exact_copies_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouping visits no link of 3.2 million: copies of the same bytes are one picture from the start."""
+    link_counts = []
+
+    def count_links(images: RankedImages, picture: np.ndarray, links: ImageLinks, rule: DuplicateRule) -> ImageGroups:
+        link_counts.append(len(links))
+        return group_images(images, picture, links, rule)
+
+    monkeypatch.setattr("facepipe.curation.duplicates.group_images", count_links)
+    n = 50_000
     columns = {name: pa.array([face(1)[name]] * n, SCHEMA.field(name).type) for name in face(1)}
     columns |= {"uri": pa.array([f"/copies/{k}.jpg" for k in range(n)]), "face_id": pa.array(np.arange(n))}
     table = pa.table({f.name: columns.get(f.name, pa.nulls(n, f.type)) for f in SCHEMA})
     u = np.repeat(np.arange(n - 64), 64)
     v = u + np.tile(np.arange(1, 65), n - 64)
-    distances = np.zeros(len(u), np.float32)
-    found, peak = measure_peak_bytes(lambda: find_duplicates(table, u, v, distances, RULE))
-    assert peak < 200 * len(u), "bytes per edge: pairs of copies that no edge links are not made"
+    found = find_duplicates(table, Pairs(u, v, np.zeros(len(u), np.float32)), RULE)
+    assert link_counts == [0]
     assert found.groups["images"].to_pylist() == [n]
     assert found.pairs.num_rows == n - 1

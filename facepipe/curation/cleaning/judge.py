@@ -1,0 +1,248 @@
+"""Judge every identity label of a gallery: gather the evidence, decide, and sort out faces unfit for training."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from facepipe.curation.cleaning import decide
+from facepipe.curation.cleaning.decide import LabelVerdicts, decide_labels, overrule_kept
+from facepipe.curation.cleaning.evidence import FaceVectors, LabelCandidates, find_candidates
+from facepipe.curation.cleaning.identities import (
+    IdentityParts,
+    IdentitySummary,
+    split_identities,
+    summarise_identities,
+)
+from facepipe.curation.cleaning.model import LabelPosteriors, estimate_label_posteriors
+from facepipe.curation.clusters.constraints import find_same_photo_pairs
+from facepipe.curation.duplicates import DuplicateRule, find_duplicates
+from facepipe.curation.duplicates.images import RankedImages, gather_faces, rank_images
+from facepipe.curation.duplicates.stars import find_face_pairs
+from facepipe.curation.graph import Graph
+from facepipe.curation.graph.describe import stricter_threshold
+from facepipe.gallery import Gallery
+from facepipe.nearest.similarity import Pairs
+from facepipe.types import Bool, Float32, Int64
+
+_START_OUTSIDE = np.float32(0.1)  # starting probability of a face outside the largest part of its identity
+_MAX_DISTANCE = 2.0  # of two unit vectors: all edges
+_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class CleanRules:
+    """Rules for which faces are unfit for training besides wrong labels, and what the clean lists hold.
+
+    Attributes:
+        min_face_px: Minimum shorter side of the face box, in pixels.
+        min_sharpness: Minimum variance of the Laplacian on the aligned face.
+        duplicates: Keep only the best copy of a picture that an identity holds several times.
+        relabels: Put relabelled faces into the clean lists, under their new identity.
+    """
+
+    min_face_px: Annotated[float, Field(ge=0)] = 20.0
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.0
+    duplicates: bool = True
+    relabels: bool = False
+
+
+@dataclass(frozen=True)
+class LabelJudgement:
+    """Everything that is known about the labels of n faces with k identities.
+
+    Attributes:
+        labels: Number of each face's identity, (n,), -1 for none.
+        names: Names of the identities, (k,).
+        verdicts: Decision on each label.
+        posteriors: Estimates that the decisions follow from.
+        parts: Parts that the identities fall into.
+        identities: Figures of the identities.
+    """
+
+    labels: Int64
+    names: pa.Array
+    verdicts: LabelVerdicts
+    posteriors: LabelPosteriors
+    parts: IdentityParts
+    identities: IdentitySummary
+
+
+def judge_labels(
+    graph: Graph,
+    gallery: Gallery,
+    labels: Int64,
+    names: pa.Array,
+    *,
+    rules: CleanRules,
+    duplicates: DuplicateRule,
+    seed: int,
+) -> LabelJudgement:
+    """Judge every label of a gallery.
+
+    Args:
+        graph: the gallery's face graph, n nodes.
+        gallery: the gallery.
+        labels: number of each node's identity, (n,), -1 for none.
+        names: names of the identities.
+        rules: what makes a face unfit for training.
+        duplicates: what counts as a copy.
+        seed: seed of the samples.
+    """
+    threshold = graph.info.threshold.similarity
+    faces = FaceVectors(graph.nodes.vectors, graph.density)
+    pairs = graph.edges.within(_MAX_DISTANCE)
+    pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
+    copies = graph.representatives
+
+    # Estimate how likely each label is right, starting from the largest part of each identity.
+    parts = split_identities(faces, labels, copies, pairs, threshold)
+    candidates = find_candidates(labels, _add_pairs_of_copies(pairs, copies))
+    photo, prior = _number_photos(gallery, graph, labels)
+    start = _start_probabilities(candidates, parts.is_largest, prior)
+    posteriors = estimate_label_posteriors(faces, candidates, prior, start, threshold=threshold, seed=seed)
+
+    # Decide, and overrule the decision to keep for unfit faces.
+    verdicts = decide_labels(candidates, posteriors, len(labels), photo)
+    verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
+    if rules.duplicates:
+        verdicts = _reject_copies(verdicts, graph, gallery, labels, duplicates)
+    identities = summarise_identities(
+        faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=stricter_threshold(graph)
+    )
+    return LabelJudgement(labels, names, verdicts, posteriors, parts, identities)
+
+
+def build_identity_table(judgement: LabelJudgement) -> pa.Table:
+    """Build identities.parquet: one row per identity."""
+    labels = judgement.labels
+    parts = judgement.parts
+    identities = judgement.identities
+    # Count the parts of several faces in each identity.
+    is_solid = (labels >= 0) & (parts.size > 1)
+    stride = len(labels) + 1
+    identity_of_part = np.unique(labels[is_solid] * stride + parts.part[is_solid]) // stride
+    return pa.table(
+        {
+            "identity": judgement.names,
+            "faces": identities.face_count,
+            "kept": identities.kept_count,
+            "wrong": identities.wrong,
+            "purity": (1 - identities.wrong / np.maximum(1, identities.face_count)).astype(np.float32),
+            "sub_clusters": np.bincount(identity_of_part, minlength=len(judgement.names)),
+            "apart": identities.apart_count,
+            "apart_similarity": pa.array(identities.apart_similarity, mask=np.isnan(identities.apart_similarity)),
+        }
+    )
+
+
+def build_merge_table(judgement: LabelJudgement) -> pa.Table:
+    """Build merges.parquet: one row per pair of identities that may be one person."""
+    identities = judgement.identities
+    return pa.table(
+        {
+            "left": judgement.names.take(pa.array(identities.left)),
+            "right": judgement.names.take(pa.array(identities.right)),
+            "similarity": identities.similarity,
+        }
+    )
+
+
+def _add_pairs_of_copies(pairs: Pairs, copies: Int64) -> Pairs:
+    """Add the pairs of copies: a copy has the neighbours of the face that it equals."""
+    is_copy = copies != np.arange(len(copies))
+    if not is_copy.any():
+        return pairs
+    # One copy of each face is enough: what matters is the labels around it.
+    last = np.arange(len(copies))
+    last[copies[is_copy]] = np.flatnonzero(is_copy)
+    u = np.concatenate([pairs.u, last[pairs.u]])
+    v = np.concatenate([pairs.v, last[pairs.v]])
+    return Pairs(u, v, np.concatenate([pairs.distance, pairs.distance]))
+
+
+def _start_probabilities(candidates: LabelCandidates, is_largest: Bool, prior: Float32) -> Float32:
+    """Set the starting probabilities (m,): a label counts fully if the face is in its identity's largest part."""
+    own = np.where(is_largest[candidates.face], np.float32(1), _START_OUTSIDE) * prior[candidates.face]
+    return np.where(candidates.is_own, own, np.float32(0)).astype(np.float32)
+
+
+def _number_photos(gallery: Gallery, graph: Graph, labels: Int64) -> tuple[Int64, Float32]:
+    """Number the photos, and say how likely a label is meant for the face.
+
+    Returns:
+        The number of each face's photo (n,), and the probability (n,): 1 over the faces that share photo and label.
+    """
+    count = len(labels)
+    photo = np.arange(count)
+    pairs = find_same_photo_pairs(gallery, graph.nodes)
+    np.minimum.at(photo, pairs[:, 1], pairs[:, 0])
+    same_label = pairs[labels[pairs[:, 0]] == labels[pairs[:, 1]]]
+    sharers = 1 + np.bincount(same_label.ravel(), minlength=count)
+    return photo, (1 / sharers).astype(np.float32)
+
+
+def _reject_low_quality(verdicts: LabelVerdicts, graph: Graph, gallery: Gallery, rules: CleanRules) -> LabelVerdicts:
+    """Overrule the decision to keep for faces that are too small or blurred."""
+    is_small = np.zeros(len(verdicts.decision), bool)
+    is_blurred = np.zeros(len(verdicts.decision), bool)
+    for batch in gallery.batches(["face_id", "face_px", "sharpness"], rows=_ROWS):
+        faces = batch.filter(batch["face_id"].is_valid())
+        at = graph.nodes.find(faces["face_id"].to_numpy())
+        face_px = faces["face_px"].to_numpy(zero_copy_only=False)
+        sharpness = faces["sharpness"].to_numpy(zero_copy_only=False)
+        is_node = at >= 0
+        is_small[at[is_node]] = (face_px < rules.min_face_px)[is_node]
+        is_blurred[at[is_node]] = (sharpness < rules.min_sharpness)[is_node]
+    verdicts = overrule_kept(verdicts, is_small, decide.LOW_QUALITY, decide.SMALL)
+    return overrule_kept(verdicts, is_blurred, decide.LOW_QUALITY, decide.BLURRED)
+
+
+def _reject_copies(
+    verdicts: LabelVerdicts, graph: Graph, gallery: Gallery, labels: Int64, rule: DuplicateRule
+) -> LabelVerdicts:
+    """Overrule the decision to keep for faces whose picture is kept in a better copy under the same label."""
+    table, row_of_node = gather_faces([gallery], graph.nodes)
+    near = find_face_pairs(graph, table, row_of_node, rule)
+    u = row_of_node[near.u]
+    v = row_of_node[near.v]
+    edges = Pairs(np.minimum(u, v), np.maximum(u, v), near.distance)
+    decisions = find_duplicates(table, edges, rule).decisions
+    images = rank_images(table, rule.keep)
+    is_worse = _find_worse_copies(verdicts, images, images.of_face[row_of_node], decisions, labels)
+    return overrule_kept(verdicts, is_worse, decide.DUPLICATE, decide.COPY)
+
+
+def _find_worse_copies(
+    verdicts: LabelVerdicts, images: RankedImages, image: Int64, decisions: pa.Table, labels: Int64
+) -> Bool:
+    """Find the kept faces (n,) whose identity keeps a better copy of their picture too.
+
+    The best copy of all may have another label, or be unfit. So the best copy is chosen per label, among the faces
+    that are kept.
+
+    Args:
+        verdicts: decisions so far.
+        images: images, the best copy first.
+        image: number of each face's image, (n,).
+        decisions: decisions of the search for duplicates, one row per image.
+        labels: number of each face's identity, (n,).
+    """
+    # Name each group of copies by the image that the search would keep.
+    copies = decisions.filter(decisions["kept_uri"].is_valid())
+    uris = images.table["uri"]
+    worse = pc.index_in(copies["uri"], value_set=uris).to_numpy()
+    best = pc.index_in(copies["kept_uri"], value_set=uris).to_numpy()
+    leader = np.arange(len(images))
+    leader[worse] = best
+    group = leader[image]
+    # Of the kept faces of each group and label, all but the first go.
+    kept = np.flatnonzero(verdicts.is_decided(decide.KEEP))
+    order = kept[np.lexsort((image[kept], labels[kept], group[kept]))]
+    is_repeated = (np.diff(group[order], prepend=-1) == 0) & (np.diff(labels[order], prepend=-1) == 0)
+    is_worse = np.zeros(len(labels), bool)
+    is_worse[order[is_repeated]] = True
+    return is_worse
