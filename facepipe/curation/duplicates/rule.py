@@ -24,9 +24,9 @@ class DuplicateRule:
     The limits are for dlib-resnet with flip, from 3,811 LFW images and 7 copies of 329 images among them
     (tests/bench/duplicates.py). Copies cropped by 5 %: faces within 0.12, and 98 of 100 within 14 bits. Recoloured:
     0.12 and 9 bits. Recompressed at q30: 0.18 and 2 bits. Shrunk to 0.6: 0.20 and 2 bits. Shrunk to 0.4 (faces of 37
-    px): 2 bits, and 0.25 for 97 of 100. Different photos: none within 16 bits and 0.12, nor within 4 bits and 0.4. The
-    main faces of strangers: 0.24 and more. Of one person: 10 pairs within 0.15, all of one occasion by eye, and 128 within
-    0.2, hardly more than half of them of one occasion.
+    px): 2 bits, and 0.25 for 97 of 100. Different photos: none within 16 bits and 0.12, nor within 4 bits and 0.4.
+    The main faces of strangers: 0.24 and more. Of one person: 10 pairs within 0.15, all of one occasion by eye, and
+    128 within 0.2, hardly more than half of them of one occasion.
 
     Attributes:
         hash_bits: Differing bits up to which cropped or recoloured copies are near; these move the hash only.

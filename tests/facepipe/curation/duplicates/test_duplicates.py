@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, find_shared_identities
@@ -113,6 +113,7 @@ def galleries(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[tuple[int, in
     return rows, edges
 
 
+@settings(deadline=None)
 @given(galleries(), st.sampled_from(["largest", "sharpest", "oldest"]), st.sampled_from(["exact", "near", "same_shot"]))
 def test_results_hold_together_and_do_not_depend_on_order(
     gallery: tuple[list[dict[str, Any]], list[tuple[int, int, float]]], keep: Any, drop: Any

@@ -66,6 +66,7 @@ def test_odd_graphs() -> None:
     assert components(*build_graph(200, {(n, n + 1) for n in range(199)})).max() == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=21))
 def test_numbering(labels: list[int]) -> None:
     before = np.array(labels, np.int64) % max(1, len(labels))
