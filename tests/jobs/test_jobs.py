@@ -22,7 +22,10 @@ from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.gallery import Gallery
 from facepipe.observe import runs
+from jobs.bulk_search import bulk_search
+from jobs.clean_dataset import clean_dataset
 from jobs.cli import app
+from jobs.job_command import run_old_spelling
 from jobs.settings import HIDDEN_SETTINGS
 from pipelines import bulk_search as bulk
 from pipelines.bulk_search import BulkSearchConfig
@@ -314,3 +317,22 @@ def test_answers_in_an_object_store(output: str, bucket: Any, batch: Path, tmp_p
 def test_a_job_needs_names() -> None:
     with pytest.raises(ConfigError, match="names no queries"):
         bulk.run(BulkSearchConfig(gallery="g"))
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        (clean_dataset, "python -m jobs.clean_dataset", "facepipe clean-dataset"),
+        (bulk_search, "python -m jobs.bulk_search", "facepipe bulk-search"),
+    ],
+)
+def test_the_old_spelling_works_with_a_warning(
+    command: Any, old: str, new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["job", "none.toml"])
+    with pytest.raises(SystemExit) as ended:
+        run_old_spelling(command, old, new)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith(f"warning: `{old}` is deprecated: use `{new}`")
+    assert "cannot read the config" in error
