@@ -75,7 +75,7 @@ def verify(
 
 def _verify_gallery(path: str, *, as_json: bool) -> None:
     from facepipe.gallery import Gallery
-    from facepipe.gallery.verify import verify as verify_table
+    from facepipe.gallery.maintenance.verify import verify as verify_table
     from facepipe.index.manifest import exists
     from facepipe.index.verify import verify_index
 

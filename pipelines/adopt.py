@@ -13,8 +13,8 @@ from facepipe.adoption.rows import whole_images
 from facepipe.adoption.tables import EncodingSource, Names, open_encodings
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery import Contract, Gallery, suppressed
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.parts import Record, stamp, write_part
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record, stamp, write_part
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage.lease import Lease, hold_lease

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.compact import CompactConfig, compact, due
-from facepipe.gallery.vacuum import unreferenced, vacuum
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.maintenance.compact import CompactConfig, compact, due
+from facepipe.gallery.maintenance.vacuum import unreferenced, vacuum
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
 from pipelines.runtime.run_record import current, records

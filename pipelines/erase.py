@@ -20,9 +20,9 @@ from facepipe.erasure.reports import doomed, scrub
 from facepipe.erasure.selection import Chosen, Selection, choose
 from facepipe.errors import FacepipeError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.rewrite import Action, Trace, of_uris, rewritten
-from facepipe.gallery.vacuum import forget_history, unreferenced, vacuum
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.rewrite import Action, Trace, of_uris, rewritten
+from facepipe.gallery.maintenance.vacuum import forget_history, unreferenced, vacuum
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease

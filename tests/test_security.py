@@ -35,7 +35,7 @@ from facepipe.imaging import header
 from facepipe.index.queries import open_queries
 from facepipe.index.search import Index
 from facepipe.models.zoo import registry
-from facepipe.sources import SourceConfig, listfile, open_source, tar
+from facepipe.sources import SourceConfig, list_file, open_source, tar
 from facepipe.stages import Decode, Read
 from facepipe.storage import table_access
 from facepipe.storage.hashtable import HashTable
@@ -588,7 +588,7 @@ def test_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "tar._MAX_HEADER_BYTES": tar._MAX_HEADER_BYTES,
         "tar._MAX_LABEL_BYTES": tar._MAX_LABEL_BYTES,
         "tar._MAX_NAME": tar._MAX_NAME,
-        "listfile._MAX_LINE": listfile._MAX_LINE,
+        "list_file._MAX_LINE": list_file._MAX_LINE,
     }
     assert os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(1 << 28)
 

@@ -13,8 +13,8 @@ from facepipe import storage
 from facepipe.arrow import vectors
 from facepipe.hashing import hash64, image_id
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.sources.extensions import is_web
 from facepipe.sources.item import file_uri
-from facepipe.sources.kinds import is_web
 from facepipe.types import Bool, Float32, Float64, Int64
 
 SCHEME = "adopted:"  # of the uris of rows that name no file, and of the fingerprints of all adopted rows

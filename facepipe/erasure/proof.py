@@ -17,7 +17,7 @@ from facepipe.erasure.lists import csv_rows, line_tests
 from facepipe.erasure.receipt import Receipt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.vacuum import unreferenced
+from facepipe.gallery.maintenance.vacuum import unreferenced
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard

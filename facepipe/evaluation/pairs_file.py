@@ -5,7 +5,7 @@ import os
 from typing import NamedTuple
 
 from facepipe.errors import EvaluationError
-from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension
 
 _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")

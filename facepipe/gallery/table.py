@@ -251,7 +251,7 @@ def expression(where: "str | ds.Expression | None") -> "ds.Expression | None":
     """A filter from text such as `status = 'ok' and det_score > 0.9`; expressions pass through."""
     if where is None or isinstance(where, ds.Expression):
         return where
-    from facepipe.gallery.where import parse
+    from facepipe.gallery.filters import parse
 
     return parse(where)
 

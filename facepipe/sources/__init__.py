@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from facepipe.errors import SourceError
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension, is_web
 from facepipe.sources.folder import FolderSource
+from facepipe.sources.glob import glob_source
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import Source, WorkItem
-from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension, is_web
-from facepipe.sources.listfile import ListSource
+from facepipe.sources.list_file import ListSource
 from facepipe.sources.object_store import ObjectStoreSource
 from facepipe.sources.parquet import ParquetSource
-from facepipe.sources.pattern import glob_source
 from facepipe.storage import is_remote, may_exist
 
 Kind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from stat import S_ISREG
 
-from facepipe.sources.files import Expander, Plain
+from facepipe.sources.expand import Expander, Plain
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem, broken
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode

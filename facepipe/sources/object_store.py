@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from facepipe.sources.files import Expander
+from facepipe.sources.expand import Expander
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem
 from facepipe.storage import list_prefix, split_url

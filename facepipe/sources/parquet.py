@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
+from facepipe.sources.extensions import is_web
 from facepipe.sources.identity import IdentityRule, rule
 from facepipe.sources.item import WorkItem, broken, file_uri, member_uri, readable
-from facepipe.sources.kinds import is_web
 from facepipe.storage import (
     get_entry,
     get_local_fingerprint,

@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension, is_hidden
 from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, broken, file_uri, member_uri, readable
-from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension, is_hidden
 from facepipe.storage import get_entry, is_special_file, open_seekable
 
 _LABEL_EXTENSIONS = ("cls", "json")

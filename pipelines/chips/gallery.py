@@ -11,8 +11,8 @@ import pyarrow as pa
 from facepipe.gallery import Gallery
 from facepipe.schema import WORK_ITEM
 from facepipe.sorted_lookup import is_in_sorted
-from facepipe.sources.again import Places
 from facepipe.sources.blocks import Block, BlockSize
+from facepipe.sources.relocate import Places
 from facepipe.stages.chips import GIVEN
 from facepipe.training.data.selection import (
     FACES_FILE,

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.models.zoo.registry import chip_layout
 from facepipe.sources import open_source
 from facepipe.storage.lease import hold_lease

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from facepipe import storage
 from facepipe.gallery import Gallery
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.hashing import hash64
 from facepipe.models.zoo.registry import chip_layout
 from facepipe.observe.runs import new_run_id

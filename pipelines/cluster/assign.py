@@ -25,7 +25,7 @@ from facepipe.curation.clusters.sums import MARK, SUMS, Standing
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
-from facepipe.gallery.fresh import Mark, changes
+from facepipe.gallery.changes import Mark, changes
 from facepipe.index.rows import unit_vectors
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM

@@ -17,7 +17,7 @@ from facepipe.curation.graph.describe import stricter_threshold
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.fresh import Mark
+from facepipe.gallery.changes import Mark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64

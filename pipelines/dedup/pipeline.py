@@ -17,7 +17,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import recall_note
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
-from facepipe.gallery.fresh import Mark
+from facepipe.gallery.changes import Mark
 from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure

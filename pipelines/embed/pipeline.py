@@ -11,10 +11,10 @@ import facepipe
 from facepipe import storage
 from facepipe.errors import AccountingError, SourceError, StorageError
 from facepipe.gallery import Gallery, suppressed
-from facepipe.gallery.commit import Committer
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.missing import MissingUris, mark_missing, write_missing
+from facepipe.gallery.commits.parts import Record
 from facepipe.gallery.known import KnownImages
-from facepipe.gallery.missing import MissingUris, mark_missing, write_missing
-from facepipe.gallery.parts import Record
 from facepipe.gallery.table import RUNS
 from facepipe.models.zoo.registry import file_of
 from facepipe.observe.gpu_usage import Sampler
@@ -23,8 +23,8 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize
 from facepipe.sources.blocks import blocks as cut_blocks
+from facepipe.sources.extensions import is_web
 from facepipe.sources.item import Watched
-from facepipe.sources.kinds import is_web
 from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.schema import FAILED
 
 

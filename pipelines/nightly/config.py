@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from facepipe.curation.duplicates import DuplicateRule
-from facepipe.gallery.compact import CompactConfig
+from facepipe.gallery.maintenance.compact import CompactConfig
 from facepipe.sources import Kind, SourceConfig, open_source
 from facepipe.sources.identity import IdentityRule
 from pipelines.cluster.pipeline import ClusterRules

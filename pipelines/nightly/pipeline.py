@@ -11,7 +11,7 @@ from facepipe.curation.clusters import tables
 from facepipe.erasure.selection import Selection
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, SourceError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.missing import TOO_MANY_MISSING
+from facepipe.gallery.commits.missing import TOO_MANY_MISSING
 from facepipe.gallery.table import RUNS
 from facepipe.sources import open_source
 from facepipe.storage.lease import hold_lease

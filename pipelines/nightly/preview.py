@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 from facepipe.erasure import pending
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.compact import due
+from facepipe.gallery.maintenance.compact import due
 from facepipe.hashing import hash64
 from facepipe.sources import open_source
 from facepipe.sources.item import Watched

@@ -20,7 +20,7 @@ from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.models.zoo.registry import chip_layout
 from facepipe.schema import OK, WORK_ITEM
-from facepipe.sources.again import Places
+from facepipe.sources.relocate import Places
 from facepipe.stages import Align, Decode, Read
 from facepipe.stages.chain import Chain
 from facepipe.stages.chips import GIVEN, Given

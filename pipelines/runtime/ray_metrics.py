@@ -4,7 +4,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.observe.metrics import LIVE, NAMES
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.errors import AccountingError, FacepipeError
-from facepipe.gallery.parts import Record, stamp, status_rows, write_part
+from facepipe.gallery.commits.parts import Record, stamp, status_rows, write_part
 from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain

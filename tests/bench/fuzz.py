@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["facepipe.imaging", "facepipe.sources",
     from facepipe.imaging.header import HeaderError, probe
     from facepipe.sources.identity import rule
     from facepipe.sources.item import WorkItem
-    from facepipe.sources.listfile import ListSource
+    from facepipe.sources.list_file import ListSource
     from facepipe.sources.tar import tar_items
 
 _FOLDER = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp") / f"facepipe-fuzz-{os.getpid()}"

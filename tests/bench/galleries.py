@@ -17,8 +17,8 @@ import pyarrow as pa
 from facepipe import storage
 from facepipe.arrow import float_lists
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.parts import Record, encode, statistics
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record, encode, statistics
 from facepipe.hashing import image_id
 from facepipe.schema import EMBEDDING_DIM, OK, conform
 

@@ -28,8 +28,8 @@ from galleries import CONTRACT, Faces, rows
 
 from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.parts import Record, write_part
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record, write_part
 from facepipe.index.rows import face_rows
 from facepipe.schema import FACES
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.commit import Committer
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record, stamp, status_rows, write_part
 from facepipe.gallery.known import KnownImages
-from facepipe.gallery.parts import Record, stamp, status_rows, write_part
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, blocks
 

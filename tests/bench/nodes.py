@@ -29,7 +29,7 @@ from helpers import rows
 from ray_nodes import Cluster, Node, cluster
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 
 LIMIT = 150  # seconds after which a run is said to hang
 SETTINGS = [

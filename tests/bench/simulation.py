@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 import pipelines.embed.pipeline
 from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
-from facepipe.gallery.commit import Committer
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record
 from facepipe.gallery.known import KnownImages
-from facepipe.gallery.parts import Record
 from facepipe.gallery.table import open_table
 from facepipe.hashing import face_id, image_id
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from facepipe.config import build, parse_settings, read_toml
 from facepipe.errors import ConfigError
-from facepipe.gallery.where import parse
+from facepipe.gallery.filters import parse
 from facepipe.hashing import MASK_63, face_id, hash64, image_id
 from facepipe.storage.hashtable import HashTable
 from pipelines.embed import EmbedConfig

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from typer.testing import CliRunner
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.index.verify import verify_index
 from jobs.cli import app
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from facepipe.adoption.tables import open_encodings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.models.weights import package_file
 from jobs.cli import app
 from pipelines import adopt as pipeline

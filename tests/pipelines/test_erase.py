@@ -38,11 +38,11 @@ from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import Selection, choose
 from facepipe.errors import GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery, suppressed
-from facepipe.gallery import compact as steps
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.compact import CompactConfig
-from facepipe.gallery.parts import Record, encode, statistics
-from facepipe.gallery.verify import verify
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record, encode, statistics
+from facepipe.gallery.maintenance import compact as steps
+from facepipe.gallery.maintenance.compact import CompactConfig
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.hashing import face_id, image_id
 from facepipe.index import manifest
 from facepipe.index.search import Index
@@ -933,7 +933,7 @@ def old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gallery:
         made = Gallery.create(str(tmp_path / "old"), DLIB)
     parts = [conform(people(np.repeat(np.arange(4), 3), 100 * n), before) for n in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr("facepipe.gallery.parts.FACES", before)
+        patch.setattr("facepipe.gallery.commits.parts.FACES", before)
         append(made, parts, "20261001T000000-000000")
     return Gallery(made.path)
 

@@ -33,8 +33,8 @@ from typer.testing import CliRunner
 from facepipe import storage
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.gallery.table import RUNS
-from facepipe.gallery.verify import verify
 from facepipe.index import manifest
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index

@@ -22,7 +22,7 @@ from helpers import trials
 from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryBusyError, IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.parts import encode, statistics
+from facepipe.gallery.commits.parts import encode, statistics
 from facepipe.index import manifest
 from facepipe.index.search import Index, Setting
 from facepipe.index.verify import verify_index

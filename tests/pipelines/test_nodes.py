@@ -21,7 +21,7 @@ from facepipe.arrow import float_lists
 from facepipe.config import build
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.index import manifest
 from facepipe.index.verify import verify_index
 from facepipe.schema import WORK_ITEM

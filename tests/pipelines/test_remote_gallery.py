@@ -13,8 +13,8 @@ from helpers import embed, rows, same_faces
 from facepipe.config import build
 from facepipe.errors import GalleryBusyError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.verify import verify
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.storage import conditional
@@ -88,7 +88,7 @@ def test_of_two_writers_one_wins(bucket: Any, drawings: Path, fakes: dict[str, A
     first, second = (Committer(Gallery(G), name) for name in ("one", "two"))
     import pyarrow as pa
 
-    from facepipe.gallery.rewrite import Rewrite, rewritten
+    from facepipe.gallery.commits.rewrite import Rewrite, rewritten
 
     def actions() -> list[Any]:
         everything = Rewrite(("uri",), lambda t: pa.array([True] * t.num_rows), lambda rows, mask: rows)

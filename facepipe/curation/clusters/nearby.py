@@ -9,7 +9,7 @@ from facepipe.curation.clusters.assign import Near
 from facepipe.curation.clusters.ledger import Ledger
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.fresh import Mark
+from facepipe.gallery.changes import Mark
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.types import Float32

@@ -15,7 +15,7 @@ from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.fresh import Mark
+from facepipe.gallery.changes import Mark
 from facepipe.index import manifest as manifests
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index

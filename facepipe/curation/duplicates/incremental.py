@@ -23,7 +23,7 @@ from facepipe.curation.graph.edges import joined
 from facepipe.curation.graph.nodes import representatives
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.fresh import Changes
+from facepipe.gallery.changes import Changes
 from facepipe.index.rows import unit_vectors
 from facepipe.index.search import Index
 from facepipe.nearest.similarity import Pairs

@@ -13,7 +13,7 @@ import pyarrow.csv as csv
 from facepipe import storage
 from facepipe.errors import SourceError
 from facepipe.hashing import hash64
-from facepipe.sources.listfile import ListSource
+from facepipe.sources.list_file import ListSource
 from facepipe.types import Int32
 
 # A uri or path that names a member of a container.

@@ -5,7 +5,7 @@ import sys
 from multiprocessing.connection import Connection
 
 from facepipe.errors import FacepipeError
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.observe import logs
 from facepipe.sources.blocks import decode
 from facepipe.storage.redact import redact

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.sources.blocks import Block
 from pipelines.runtime.worker import BlockWorker, Job
 

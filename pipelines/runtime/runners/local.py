@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from queue import Empty, Queue
 
 from facepipe.errors import FacepipeError, WorkerError
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.sources.blocks import Block, encode
 from pipelines.runtime.plan import Group
 from pipelines.runtime.worker import Job

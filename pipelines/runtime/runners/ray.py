@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.hashing import hash64
 from facepipe.sources.blocks import Block, decode, encode
 from pipelines.runtime import ray_metrics

@@ -21,7 +21,7 @@ from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.observe.info import describe
 from facepipe.schema import FACES, LATER, conform
 from pipelines.embed import EmbedConfig
@@ -182,8 +182,8 @@ def old(monkeypatch: pytest.MonkeyPatch, drawings: Path, fakes: dict[str, Any], 
         patch.setattr("facepipe.gallery.table.FACES", before)
         Gallery.create(str(tmp_path / "old"), build(EmbedConfig, fakes).contract)
     with monkeypatch.context() as patch:
-        patch.setattr("facepipe.gallery.parts.FACES", before)
-        patch.setattr("facepipe.gallery.parts.conform", lambda table, schema=before: conform(table, schema))
+        patch.setattr("facepipe.gallery.commits.parts.FACES", before)
+        patch.setattr("facepipe.gallery.commits.parts.conform", lambda table, schema=before: conform(table, schema))
         patch.setattr(Gallery, "widen", lambda self: None)
         embed(tmp_path / "drawings", tmp_path / "old", fakes)
     return str(tmp_path / "old")

@@ -14,8 +14,8 @@ from helpers import embed
 from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery import table as module
-from facepipe.gallery.fresh import Files
-from facepipe.gallery.parts import Record, write_part
+from facepipe.gallery.changes import Files
+from facepipe.gallery.commits.parts import Record, write_part
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, UNCHANGED, conform
 
 FILTERS = {

@@ -100,7 +100,7 @@ def erase(gallery: Gallery, dead: np.ndarray) -> None:
     from deltalake import DeltaTable
     from deltalake.transaction import AddAction, RemoveAction
 
-    from facepipe.gallery.parts import encode, statistics
+    from facepipe.gallery.commits.parts import encode, statistics
     from facepipe.hashing import image_id
 
     table, actions = DeltaTable(gallery.faces_folder), []

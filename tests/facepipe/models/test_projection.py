@@ -25,7 +25,7 @@ from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save
 from facepipe.models.zoo.registry import card
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.again import Places
+from facepipe.sources.relocate import Places
 from facepipe.stages import Read
 from facepipe.types import Float32, UInt8Image
 from pipelines.project import ProjectConfig, ProjectSummary, run

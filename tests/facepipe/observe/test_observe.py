@@ -25,7 +25,7 @@ from moto.server import ThreadedMotoServer
 from facepipe import storage
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from facepipe.observe import logs, metrics, runs
 from facepipe.observe.runs import RunRecord
 from facepipe.storage.redact import HIDDEN, redact
@@ -653,7 +653,7 @@ RAY = """
 import os, sys, time, urllib.request
 os.environ |= {"RAY_METRICS_EXPORT_INTERVAL_MS": "500", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 import ray
-from facepipe.gallery.parts import Record
+from facepipe.gallery.commits.parts import Record
 from pipelines.runtime import ray_metrics
 ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, logging_level="error", log_to_driver=False)
 
@@ -702,7 +702,7 @@ def test_live_metrics_on_ray() -> None:
 
 def test_no_counter_outside_ray() -> None:
     code = (
-        "import sys; from facepipe.gallery.parts import Record; from pipelines.runtime import ray_metrics\n"
+        "import sys; from facepipe.gallery.commits.parts import Record; from pipelines.runtime import ray_metrics\n"
         "ray_metrics.observe(Record(0, statuses={'ok': 1})); print('ray' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

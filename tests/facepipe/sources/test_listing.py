@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from facepipe.hashing import hash64, hash64_column, hash64_each, marks_each
 from facepipe.sources import SourceConfig, WorkItem, open_source
-from facepipe.sources.files import Expander
+from facepipe.sources.expand import Expander
+from facepipe.sources.extensions import extension, is_hidden
 from facepipe.sources.identity import IdentityRule, from_filename, rule
 from facepipe.sources.item import file_uri
-from facepipe.sources.kinds import extension, is_hidden
 
 NAMES = st.text("./aB_#jpé\udcff \x00", max_size=12)
 

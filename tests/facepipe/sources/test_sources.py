@@ -14,8 +14,8 @@ import pytest
 
 from facepipe.errors import SourceError
 from facepipe.sources import SourceConfig, WorkItem, open_source
+from facepipe.sources.glob import translate
 from facepipe.sources.identity import from_filename, from_folder
-from facepipe.sources.pattern import translate
 
 
 def items(uri: str | Path, **config: object) -> list[WorkItem]:

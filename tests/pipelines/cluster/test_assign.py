@@ -23,7 +23,7 @@ from facepipe.curation.clusters.sums import MARK, SUMS, forget
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.parts import encode, statistics
+from facepipe.gallery.commits.parts import encode, statistics
 from facepipe.schema import conform
 from facepipe.storage.lease import hold_lease
 from pipelines.cluster import ClusterConfig

@@ -16,7 +16,7 @@ from conftest import draw
 from helpers import embed, rows, trials
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 
 TRIALS = trials(20)
 _SETTINGS = [

@@ -18,7 +18,7 @@ from helpers import embed, rows, same_faces
 
 from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, ModelError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, blocks, decode, encode
 from facepipe.stages import Decode, Detect, check_chain

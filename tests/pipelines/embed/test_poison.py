@@ -19,7 +19,7 @@ from helpers import embed, rows
 
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.verify import verify
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import Header
 from facepipe.sources import SourceConfig, WorkItem, open_source

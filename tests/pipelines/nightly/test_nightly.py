@@ -23,8 +23,9 @@ from facepipe import storage
 from facepipe.config import build
 from facepipe.erasure import selection
 from facepipe.errors import ConfigError, GalleryBusyError, SourceError
-from facepipe.gallery import Gallery, missing, parts
-from facepipe.gallery.verify import verify
+from facepipe.gallery import Gallery
+from facepipe.gallery.commits import missing, parts
+from facepipe.gallery.maintenance.verify import verify
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.observe import runs

@@ -32,7 +32,7 @@ from facepipe.curation.cleaning.identities import (
 from facepipe.curation.cleaning.model import LabelPosteriors, Normal, compute_log_ratio, estimate_label_posteriors
 from facepipe.nearest import join as near
 from facepipe.nearest.similarity import Pairs, refine_pairs
-from facepipe.sources.listfile import ListSource
+from facepipe.sources.list_file import ListSource
 
 THRESHOLD = 1 - 0.416**2 / 2
 NO_PAIRS = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery import fresh as module
-from facepipe.gallery.fresh import Mark, changes
-from facepipe.gallery.parts import encode, statistics
+from facepipe.gallery import changes as module
+from facepipe.gallery.changes import Mark, changes
+from facepipe.gallery.commits.parts import encode, statistics
 from facepipe.hashing import image_id
 from facepipe.schema import conform
 

@@ -23,9 +23,9 @@ from helpers import trials
 from facepipe import storage
 from facepipe.errors import ConfigError, FacepipeError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.parts import Record
-from facepipe.gallery.rewrite import add, write
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.rewrite import add, write
 from facepipe.gallery.table import open_table
 from facepipe.storage import conditional
 from facepipe.storage import lease as leases

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.errors import StorageError
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.rewrite import COMPACT, Action, remove, write
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.rewrite import COMPACT, Action, remove, write
 from facepipe.gallery.table import Gallery
 from facepipe.schema import conform
 

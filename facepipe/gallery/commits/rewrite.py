@@ -13,7 +13,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe import storage
 from facepipe.errors import StorageError
-from facepipe.gallery.parts import digest_in, encode, statistics
+from facepipe.gallery.commits.parts import digest_in, encode, statistics
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import image_id
 from facepipe.schema import FACES, conform

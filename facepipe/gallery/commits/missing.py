@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 
 from facepipe import storage
 from facepipe.errors import StorageError
-from facepipe.gallery.commit import Committer
-from facepipe.gallery.rewrite import Rewrite, rewritten
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.rewrite import Rewrite, rewritten
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
 from facepipe.schema import FACES

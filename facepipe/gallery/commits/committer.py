@@ -16,8 +16,8 @@ from deltalake.transaction import Transaction
 
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
-from facepipe.gallery.parts import Record
-from facepipe.gallery.rewrite import Action, Rewrite, add, of_uris, rewritten
+from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.rewrite import Action, Rewrite, add, of_uris, rewritten
 from facepipe.gallery.table import Gallery, open_table
 from facepipe.schema import FACES
 from facepipe.storage.lease import Lease

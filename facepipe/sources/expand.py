@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterable
 
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension, is_hidden
 from facepipe.sources.identity import IdentityRule, rule
 from facepipe.sources.item import WorkItem, broken, file_uri
-from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension, is_hidden
 from facepipe.sources.tar import tar_items
 
 Plain = Callable[[str, bytes, str], WorkItem | None]

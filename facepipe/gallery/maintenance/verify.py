@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.arrow import vectors
 from facepipe.errors import StorageError
-from facepipe.gallery.parts import digest_in
+from facepipe.gallery.commits.parts import digest_in
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import face_id, hash64_column
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform

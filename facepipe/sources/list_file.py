@@ -8,9 +8,9 @@ from itertools import islice
 from typing import IO, Literal
 
 from facepipe.errors import SourceError
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension
 from facepipe.sources.identity import IdentityRule, rule
 from facepipe.sources.item import WorkItem, broken
-from facepipe.sources.kinds import IMAGE_EXTENSIONS, extension
 from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, named_image
 from facepipe.storage import describe_error
 

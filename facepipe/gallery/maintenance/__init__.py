@@ -1,0 +1,1 @@
+"""Upkeep of a gallery: join small files, delete old ones, verify what is there."""
