@@ -51,10 +51,10 @@ def models(
 
 
 def _list_models(*, as_json: bool) -> None:
-    from facepipe.models.zoo.check import listed
+    from facepipe.models.zoo.check import list_models
 
     rows = []
-    for card, name, problem in listed():
+    for card, name, problem in list_models():
         if card:
             rows.append({column: getattr(card, column) for column in _COLUMNS})
         else:
@@ -70,7 +70,7 @@ def _list_models(*, as_json: bool) -> None:
 
 def _list_architectures(*, as_json: bool) -> None:
     from facepipe.models.zoo.architectures import ARCHITECTURES
-    from facepipe.models.zoo.check import described
+    from facepipe.models.zoo.check import describe_layout
 
     rows = []
     for architecture in ARCHITECTURES.values():
@@ -82,7 +82,7 @@ def _list_architectures(*, as_json: bool) -> None:
             architecture.role,
             architecture.summary,
             f"{taken.channels.upper()}, mean {mean}, scale {scale}",
-            described(architecture.layout) if architecture.role == "embedder" else "",
+            describe_layout(architecture.layout) if architecture.role == "embedder" else "",
             ", ".join(lineage.name for lineage in architecture.lineages),
         )
         rows.append(dict(zip(_ARCHITECTURE_COLUMNS, values, strict=True)))
@@ -126,7 +126,7 @@ def check(model: Model, as_json: Json = False) -> None:
         facepipe models check arcface.toml
     """
     with exit_on_error():
-        from facepipe.models.zoo.check import check as check_model
+        from facepipe.models.zoo.check import check_model as check_model
 
         description = asdict(check_model(model))
         rows = [(name, value) for name, value in description.items() if value not in ("", None)]
@@ -163,7 +163,7 @@ def export(
         from pathlib import Path
 
         from facepipe.models.zoo.export import OPSET
-        from facepipe.models.zoo.export import export as export_model
+        from facepipe.models.zoo.export import export_model as export_model
 
         description = asdict(export_model(model, Path(out), opset or OPSET))
         print_result(

@@ -22,8 +22,8 @@ from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representa
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.models.runtime.device import resolve
-from facepipe.models.zoo.registry import same_person
+from facepipe.models.runtime.device import resolve_device
+from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.storage import describe_error, is_remote, replace_file
@@ -203,7 +203,7 @@ class _Builder:
                 return np.load(os.path.join(self.folder, graph.DENSITY)), Threshold(**json.load(file))
         self.progress(f"{len(nodes)} faces: finding the threshold")
         embedder, config = self.galleries[0].contract.embedder, self.config
-        asked = Asked(config.threshold, config.impostors, same_person(embedder), embedder, config.seed)
+        asked = Asked(config.threshold, config.impostors, find_match_threshold(embedder), embedder, config.seed)
         found = calibrate(nodes.vectors, asked)
         if not (found.threshold.estimated or config.threshold):
             self.progress("the faces do not show where one person ends: taking the model's own threshold")
@@ -237,7 +237,7 @@ class _Builder:
 
     @cached_property
     def _device(self) -> str:
-        return ray.device(self.run.device, ray.start()) if self.on_ray else resolve(self.run.device)
+        return ray.device(self.run.device, ray.start()) if self.on_ray else resolve_device(self.run.device)
 
     def _joined_on(self, faces: int, exact: bool) -> str:
         """The device that compares pairs: cells are compared on CPUs, many at a time."""

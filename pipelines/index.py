@@ -22,7 +22,7 @@ from facepipe.index.search import Index
 from facepipe.index.shard import build_shard, bury, merge_shards
 from facepipe.index.update import Changes, TableFile
 from facepipe.index.verify import damaged
-from facepipe.models.runtime.memory import resident
+from facepipe.models.runtime.memory import measure_resident_memory
 from facepipe.storage.lease import Lease, hold_lease
 from facepipe.storage.store import Store
 from pipelines.embed.config import Count
@@ -236,7 +236,9 @@ class _Builder:
 
     def _plan(self, vectors: int, trained: str | None = None) -> Plan:
         largest = self.config.index.shard_vectors
-        return make_plan(vectors, self.memory, resident(), trained or self.factory, largest, trained is not None)
+        return make_plan(
+            vectors, self.memory, measure_resident_memory(), trained or self.factory, largest, trained is not None
+        )
 
     def _outgrown(self, old: Manifest, vectors: int) -> bool:
         if self.factory:

@@ -19,8 +19,8 @@ from facepipe.index.answers import ANSWERS, Find, answers, joined
 from facepipe.index.cost import Scan, device_is_cheaper, scan_is_cheaper
 from facepipe.index.queries import Queries, QueryBlock, QuerySource, open_queries, read_block
 from facepipe.index.search import Index
-from facepipe.models.runtime.device import resolve
-from facepipe.models.zoo.registry import model_of
+from facepipe.models.runtime.device import resolve_device
+from facepipe.models.zoo.registry import resolve_model_name
 from facepipe.storage import describe_error, replace_file
 from pipelines import embed
 from pipelines.embed.config import Count, EmbedConfig
@@ -112,9 +112,9 @@ def _embedded(config: SearchConfig, contract: Contract, images: str, work: str, 
     chosen = replace(
         inner,
         source=replace(inner.source, uri=images),
-        detect=replace(inner.detect, model=model_of(contract.detector, inner.detect.model, "detector")),
+        detect=replace(inner.detect, model=resolve_model_name(contract.detector, inner.detect.model, "detector")),
         embed=replace(
-            inner.embed, model=model_of(contract.embedder, inner.embed.model, "embedder"), flip=contract.flip
+            inner.embed, model=resolve_model_name(contract.embedder, inner.embed.model, "embedder"), flip=contract.flip
         ),
         align=replace(inner.align, thumbs=False),
     )
@@ -141,7 +141,7 @@ def _search_blocks(
     try:
         resources = ray.start() if on_ray else None
         asked = config.run.device
-        device = ray.device(asked, resources) if resources else resolve(asked)
+        device = ray.device(asked, resources) if resources else resolve_device(asked)
         threads = config.run.cpus if on_ray else None
         total = source.count()
         scan = Scan(

@@ -170,9 +170,9 @@ def test_weights_are_data(kind: str, trace: Path, tmp_path: Path, monkeypatch: p
         monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.syspath_prepend(tmp_path / "site")
     with pytest.raises(WeightsError):
-        registry.retinaface_graph.__wrapped__()
+        registry.read_retinaface_onnx.__wrapped__()
     with pytest.raises(WeightsError, match="not the registered file"):
-        registry.dlib_weights.__wrapped__()
+        registry.read_dlib_weights.__wrapped__()
 
 
 @pytest.fixture(scope="module")

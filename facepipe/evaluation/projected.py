@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from facepipe.evaluation.pairs import FARTHEST
 from facepipe.evaluation.roc import best_threshold, cross_validate, roc, tar_at_far
-from facepipe.models.projection import unit
+from facepipe.models.projection import to_unit_vectors
 from facepipe.types import Bool, Float64, Int64
 
 FAR = 1e-3
@@ -42,7 +42,7 @@ class Verification:
 
 def verification(raw: npt.ArrayLike, pairs: PairRows) -> Verification:
     """Figures of raw vectors (n, d)."""
-    distances, same = _distances(unit(raw), pairs), pairs.same
+    distances, same = _distances(to_unit_vectors(raw), pairs), pairs.same
     curve = roc(distances, same)
     # As LFW does: otherwise calling every pair different would be right most of the time.
     rows = np.concatenate([np.flatnonzero(same), np.flatnonzero(~same)[: max(1, int(same.sum()))]])

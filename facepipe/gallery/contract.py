@@ -7,7 +7,7 @@ from typing import Any
 from facepipe.errors import ContractError, ModelError
 from facepipe.hashing import hash64
 from facepipe.models.card import Card
-from facepipe.models.zoo.registry import card
+from facepipe.models.zoo.registry import find_card
 from facepipe.schema import EMBEDDING_DIM
 
 PROPERTY = "facepipe.contract"
@@ -29,7 +29,7 @@ class Contract:
     @classmethod
     def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
         """The contract of two models. Raises ModelError for two that do not go together."""
-        found, made = card(detector, "detector"), card(embedder, "embedder")
+        found, made = find_card(detector, "detector"), find_card(embedder, "embedder")
         dim = made.dim or EMBEDDING_DIM
         return cls(found.name, found.sha256, made.name, made.sha256, _alignment(made, found), flip, dim)
 

@@ -9,16 +9,16 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from facepipe.imaging.geometry import Frame, cut, scale_of, similarity
+from facepipe.imaging.geometry import Frame, fit_similarity, measure_scale, warp_chip
 from facepipe.types import Float64, UInt8Image
 
-Points = tuple[tuple[float, float], ...]
+Template = tuple[tuple[float, float], ...]
 Square = tuple[float, float, float]
 Kind = Literal["similarity", "eyes", "box", "dlib"]
 
 # In 112x112: eyes, nose, corners of the mouth. Counted from one by SphereFace's MATLAB (Liu et al., CVPR 2017), used
 # as if from zero by everyone since; 112x96 is the same eight columns further left.
-ARCFACE_112: Points = (
+ARCFACE_112: Template = (
     (38.2946, 51.6963),
     (73.5318, 51.5014),
     (56.0252, 71.7366),
@@ -27,7 +27,7 @@ ARCFACE_112: Points = (
 )
 
 
-def arcface_template(size: tuple[int, int]) -> Points:
+def scale_arcface_template(size: tuple[int, int]) -> Template:
     """ArcFace's template for chips of another (width, height): scaled by the height, centred in the width."""
     width, height = size
     scale = height / 112
@@ -48,16 +48,16 @@ class ChipLayout:
 
     size: tuple[int, int]
     kind: Kind = "similarity"
-    template: Points = ()
+    template: Template = ()
     fill: int = 0
 
 
-def wanted_scale(layout: ChipLayout, box: Float64, landmarks: Float64) -> float:
+def find_required_scale(layout: ChipLayout, box: Float64, landmarks: Float64) -> float:
     """Chip pixels per pixel of the full-size image; dlib's chips are made from the image itself."""
-    return 1.0 if layout.kind == "dlib" else scale_of(_matrix(layout, box, landmarks))
+    return 1.0 if layout.kind == "dlib" else measure_scale(_matrix(layout, box, landmarks))
 
 
-def chip_of(
+def cut_chip(
     layout: ChipLayout, view: tuple[UInt8Image, Frame], box: Float64, landmarks: Float64, square: Square | None = None
 ) -> UInt8Image:
     """(h, w, 3) uint8 chip of a face; box (4,) and landmarks (5, 2) in pixels of the full-size image.
@@ -69,13 +69,13 @@ def chip_of(
     if layout.kind == "dlib":
         return _dlib_chip(pixels, corners, square)
     matrix = _matrix(layout, corners, frame.from_full(landmarks))
-    chip = cut(pixels, matrix, layout.size)
+    chip = warp_chip(pixels, matrix, layout.size)
     return chip if layout.kind == "similarity" else _letterboxed(chip, layout, corners)
 
 
 def _matrix(layout: ChipLayout, box: Float64, landmarks: Float64) -> Float64:
     if layout.kind == "similarity":
-        return similarity(landmarks, np.array(layout.template))
+        return fit_similarity(landmarks, np.array(layout.template))
     across = landmarks[1] - landmarks[0]
     angle = np.arctan2(across[1], across[0]) if layout.kind == "eyes" else 0.0
     scale = _fit(layout.size, box)
@@ -102,8 +102,8 @@ def _letterboxed(chip: UInt8Image, layout: ChipLayout, box: Float64) -> UInt8Ima
 
 
 def _dlib_chip(pixels: UInt8Image, box: Float64, square: Square | None) -> UInt8Image:
-    from facepipe.imaging.dlib_chip import chip_of as dlib_chip
-    from facepipe.imaging.dlib_chip import square as squared
+    from facepipe.imaging.dlib_chip import cut_dlib_chip as dlib_chip
+    from facepipe.imaging.dlib_chip import find_dlib_square as squared
     from facepipe.models.dlib.predictor import load_predictor, predict
 
     return dlib_chip(pixels, predict(load_predictor(), pixels, squared(box, square)))

@@ -11,7 +11,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
 
-from facepipe.imaging.header import Header, without_animation
+from facepipe.imaging.header import Header, strip_animation
 from facepipe.types import UInt8Image
 
 _REDUCED = {
@@ -37,14 +37,14 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> UInt8Image:
     """
     try:
         if header.format == "png" and data.find(b"acTL", 0, data.find(b"IDAT")) > 0:
-            data = without_animation(data)
+            data = strip_animation(data)
         flags = _REDUCED[reduce if header.format == "jpeg" else 1] | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except (cv2.error, MemoryError) as error:
         raise DecodeError(f"{header.format}: {str(error).splitlines()[0][:120]}") from error
     if pixels is None:
         raise DecodeError(f"{header.format} is truncated or corrupt")
-    seen = header.oriented if header.format == "tiff" else (header.width, header.height)
+    seen = header.oriented_size if header.format == "tiff" else (header.width, header.height)
     if (reduce == 1 or header.format != "jpeg") and pixels.shape[1::-1] != seen:
         raise DecodeError(f"{header.format}: the header says {seen}, the image is {pixels.shape[1::-1]}")
     if reduce > 1 and header.format != "jpeg":

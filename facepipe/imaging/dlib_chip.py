@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from facepipe.imaging.geometry import similarity
+from facepipe.imaging.geometry import fit_similarity
 from facepipe.models.dlib.layout import SIDE
 from facepipe.models.dlib.predictor import Rect
 from facepipe.types import Float64, Int64, UInt8Image
@@ -31,7 +31,7 @@ TEMPLATE = (PADDING + MEAN_SHAPE) / (2 * PADDING + 1) * SIDE
 _SMALLEST = 8  # images of this side have nothing below them in the pyramid
 
 
-class Cut(NamedTuple):
+class ChipSquare(NamedTuple):
     """Where a chip comes from: an upright square of real-valued corners, turned by `angle` about its centre."""
 
     left: float
@@ -40,20 +40,22 @@ class Cut(NamedTuple):
     bottom: float
     angle: float
 
-    def halved(self) -> "Cut":
+    def halve(self) -> "ChipSquare":
         """The same square one level up the pyramid."""
-        return Cut(self.left / 2 - 1.25, self.top / 2 - 0.75, self.right / 2 - 1.25, self.bottom / 2 - 0.75, self.angle)
+        return ChipSquare(
+            self.left / 2 - 1.25, self.top / 2 - 0.75, self.right / 2 - 1.25, self.bottom / 2 - 0.75, self.angle
+        )
 
-    def moved(self, x: float, y: float) -> "Cut":
-        return Cut(self.left + x, self.top + y, self.right + x, self.bottom + y, self.angle)
+    def move(self, x: float, y: float) -> "ChipSquare":
+        return ChipSquare(self.left + x, self.top + y, self.right + x, self.bottom + y, self.angle)
 
-    def too_large(self) -> bool:
+    def is_too_large(self) -> bool:
         """Whether bilinear sampling would skip pixels even one level up."""
-        up = self.halved()
+        up = self.halve()
         width, height = up.right - up.left + 1, up.bottom - up.top + 1
         return width > 0 and height > 0 and width * height > SIDE * SIDE
 
-    def corners(self) -> Float64:
+    def find_corners(self) -> Float64:
         """(3, 2) top left, top right and bottom left after the turn, and (4, 2) with bottom right."""
         centre = np.array([(self.left + self.right) / 2, (self.top + self.bottom) / 2])
         cos, sin = math.cos(self.angle), math.sin(self.angle)
@@ -62,7 +64,7 @@ class Cut(NamedTuple):
         return np.stack([cos * x - sin * y, sin * x + cos * y], -1) + centre
 
 
-def square(box: npt.ArrayLike, offsets: tuple[float, float, float] | None) -> Rect:
+def find_dlib_square(box: npt.ArrayLike, offsets: tuple[float, float, float] | None) -> Rect:
     """The inclusive (left, top, right, bottom) of dlib's square about the face in another detector's box.
 
     box: (left, top, right, bottom) in pixels; offsets: centre (dx, dy) from the box's centre and side, in units of
@@ -81,16 +83,16 @@ def square(box: npt.ArrayLike, offsets: tuple[float, float, float] | None) -> Re
     return x, y, x + whole - 1, y + whole - 1
 
 
-def chip_of(image: UInt8Image, points: Int64) -> UInt8Image:
+def cut_dlib_chip(image: UInt8Image, points: Int64) -> UInt8Image:
     """(150, 150, 3) chip of an image (h, w, 3) RGB, black where it leaves the image; points (5, 2) of `predict`.
 
     The work depends on the face's size alone, not on the image's.
     """
-    cut = cut_of(points)
+    cut = find_chip_square(points)
     region, cut = _region(image, cut)
-    while cut.too_large():
-        region, cut = halved(region), cut.halved()
-    top_left, top_right, bottom_left = cut.corners()[:3]
+    while cut.is_too_large():
+        region, cut = halve_image(region), cut.halve()
+    top_left, top_right, bottom_left = cut.find_corners()[:3]
     across, down = (top_right - top_left) / (SIDE - 1), (bottom_left - top_left) / (SIDE - 1)
     steps = np.arange(SIDE)
     x = across[0] * steps + down[0] * steps[:, None] + top_left[0]
@@ -98,30 +100,30 @@ def chip_of(image: UInt8Image, points: Int64) -> UInt8Image:
     return _bilinear(region, x, y)
 
 
-def cut_of(points: Int64) -> Cut:
+def find_chip_square(points: Int64) -> ChipSquare:
     """The square that the points' similarity to the template asks for."""
-    matrix = similarity(TEMPLATE, points.astype(np.float64))
+    matrix = fit_similarity(TEMPLATE, points.astype(np.float64))
     scale, angle = math.hypot(matrix[0, 0], matrix[1, 0]), math.atan2(matrix[1, 0], matrix[0, 0])
     x, y = matrix[:, :2] @ (SIDE / 2, SIDE / 2) + matrix[:, 2]
     half = (SIDE * scale - 1) / 2  # corners are pixels of the square, not its edges
-    return Cut(x - half, y - half, x + half, y + half, angle)
+    return ChipSquare(x - half, y - half, x + half, y + half, angle)
 
 
-def _region(image: UInt8Image, cut: Cut) -> tuple[UInt8Image, Cut]:
+def _region(image: UInt8Image, cut: ChipSquare) -> tuple[UInt8Image, ChipSquare]:
     """The part of the image that the chip needs, with the border that the pyramid's filter eats, and the cut in it."""
     grow, level = 2, cut
-    while level.too_large():
-        grow, level = 2 * grow + 2, level.halved()
-    corners = cut.corners()
+    while level.is_too_large():
+        grow, level = 2 * grow + 2, level.halve()
+    corners = cut.find_corners()
     height, width = image.shape[:2]
     left, top = np.floor(np.maximum(corners.min(0) - grow, 0) + 0.5).astype(int)
     right, bottom = np.floor(np.minimum(corners.max(0) + grow, (width - 1, height - 1)) + 0.5).astype(int)
     if right < left or bottom < top:
         return np.zeros((0, 0, 3), np.uint8), cut
-    return image[top : bottom + 1, left : right + 1], cut.moved(-left, -top)
+    return image[top : bottom + 1, left : right + 1], cut.move(-left, -top)
 
 
-def halved(image: UInt8Image) -> UInt8Image:
+def halve_image(image: UInt8Image) -> UInt8Image:
     """One level up dlib's pyramid: 1-4-6-4-1 both ways at every other pixel, borders cut off, truncated to integers."""
     height, width = image.shape[:2]
     if min(height, width) <= _SMALLEST:

@@ -9,7 +9,7 @@ from facepipe.imaging.header import Header
 from facepipe.types import Float32, Float64, UInt8Image
 
 
-def similarity(points: Float64, template: Float64) -> Float64:
+def fit_similarity(points: Float64, template: Float64) -> Float64:
     """(2, 3) matrix of the similarity that maps points (n, 2) to template (n, 2) with least squares.
 
     Closed form of Umeyama (PAMI 1991) for two dimensions: with complex numbers the rotation and scale are one
@@ -23,7 +23,7 @@ def similarity(points: Float64, template: Float64) -> Float64:
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
 
 
-def scale_of(matrix: Float64) -> float:
+def measure_scale(matrix: Float64) -> float:
     """How many output pixels one input pixel becomes."""
     return float(np.hypot(matrix[0, 0], matrix[1, 0]))
 
@@ -44,7 +44,7 @@ class Frame(NamedTuple):
         return (points - np.array([self.left, self.top]) + 0.5) * self.scale - 0.5
 
 
-def frame_of(header: Header, reduce: int) -> Frame:
+def locate_frame(header: Header, reduce: int) -> Frame:
     """The frame of a decoded image.
 
     A reduced side is rounded up while its pixels stay exactly `reduce` wide, so the last ones reach over the stored
@@ -58,13 +58,13 @@ def frame_of(header: Header, reduce: int) -> Frame:
     return Frame(1 / reduce, -float(left), -float(top))
 
 
-def cut(pixels: UInt8Image, matrix: Float64, size: tuple[int, int]) -> UInt8Image:
+def warp_chip(pixels: UInt8Image, matrix: Float64, size: tuple[int, int]) -> UInt8Image:
     """Chip of size (width, height), bilinear, black outside the image.
 
     Where the chip shrinks the image by 2 or more, the region is first shrunk by area, since bilinear sampling alone
     would skip pixels (aliasing).
     """
-    step = int(1 / max(scale_of(matrix), 1e-6))
+    step = int(1 / max(measure_scale(matrix), 1e-6))
     if step >= 2:
         pixels, matrix = _shrunk(pixels, matrix, size, step)
     return np.asarray(cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR), np.uint8)
@@ -92,7 +92,7 @@ _HEAD = np.array([[-31.5, 0, 0], [31.5, 0, 0], [0, 38.8, 28.0], [-26.2, 67.7, 4.
 _HEAD_INVERSE = np.linalg.pinv(_HEAD - _HEAD.mean(0))
 
 
-def pose(landmarks: Float64) -> tuple[Float64, Float64]:
+def estimate_pose(landmarks: Float64) -> tuple[Float64, Float64]:
     """(yaw, roll) in degrees of faces with landmarks (n, 5, 2).
 
     Yaw is positive when the face turns to the image's right, from a weak-perspective fit of a mean head to the five
@@ -109,6 +109,6 @@ def pose(landmarks: Float64) -> tuple[Float64, Float64]:
     return np.degrees(yaw), np.degrees(roll)
 
 
-def sharpness(chip: UInt8Image) -> float:
+def measure_sharpness(chip: UInt8Image) -> float:
     """Variance of the Laplacian of the chip's luminance: the usual focus measure (Pech-Pacheco et al., ICPR 2000)."""
     return float(cv2.Laplacian(cv2.cvtColor(chip, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())

@@ -25,7 +25,7 @@ class Header(NamedTuple):
     scans: int = 1
 
     @property
-    def oriented(self) -> tuple[int, int]:
+    def oriented_size(self) -> tuple[int, int]:
         """(width, height) as seen."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
@@ -34,7 +34,7 @@ class HeaderError(ValueError):
     """No image of a known format, or a header that ends early."""
 
 
-def probe(data: bytes) -> Header:
+def read_header(data: bytes) -> Header:
     """The header of an encoded image. Raises HeaderError with a short reason."""
     if not data:
         raise HeaderError("empty file")
@@ -120,7 +120,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     raise HeaderError(f"png of more than {_MAX_SEGMENTS} chunks")
 
 
-def without_animation(data: bytes) -> bytes:
+def strip_animation(data: bytes) -> bytes:
     """A PNG's still picture alone: where an animation is damaged, OpenCV may return memory that it never wrote to."""
     kept = [data[at:end] for kind, at, end in _chunks(data) if kind not in (b"acTL", b"fcTL", b"fdAT")]
     return data[:8] + b"".join(kept)

@@ -13,7 +13,7 @@ _DOWN, _ACROSS = (np.array(axis) for axis in zip(*_LOWEST, strict=True))
 _ODD = int.from_bytes(np.packbits(_ACROSS % 2 == 1).tobytes(), "big", signed=True)
 
 
-def perceptual_hash(pixels: UInt8) -> int:
+def compute_perceptual_hash(pixels: UInt8) -> int:
     """A signed 64-bit hash of (h, w, 3) RGB pixels of any size: signs of the lowest DCT coefficients of 32x32 greys.
 
     After pHash (Zauner 2010), but the threshold is zero instead of the median, which makes the mirror image's hash
@@ -28,12 +28,12 @@ def perceptual_hash(pixels: UInt8) -> int:
     return int.from_bytes(np.packbits(positive).tobytes(), "big", signed=True)
 
 
-def mirrored(hashes: Int64) -> Int64:
+def mirror_hashes(hashes: Int64) -> Int64:
     """The hashes (n,) of the same images seen in a mirror: cosines of odd frequency across change their sign."""
     return np.asarray(hashes, np.int64) ^ np.int64(_ODD)
 
 
-def hamming(a: Int64, b: Int64) -> UInt8:
+def count_differing_bits(a: Int64, b: Int64) -> UInt8:
     """How many of the 64 bits differ, element by element (uint8)."""
     # Unsigned: bitwise_count counts the bits of a negative number's absolute value.
     return np.bitwise_count((np.asarray(a, np.int64) ^ np.asarray(b, np.int64)).view(np.uint64))

@@ -84,7 +84,7 @@ def _tensors(state: Any, where: str) -> State:
     return found
 
 
-def fit(net: "nn.Module", state: State, where: str, ignored: Iterable[str] = ()) -> None:
+def load_state(net: "nn.Module", state: State, where: str, ignored: Iterable[str] = ()) -> None:
     """Load a state dict whose names are the module's; batch norms' counters may be absent.
 
     ignored: prefixes of names that may be left over (a classifier that is not wanted)

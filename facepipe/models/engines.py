@@ -26,7 +26,7 @@ _EXPORTED = ("chips", "vectors")
 _AS_THEY_ARE = Input("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def session(graph: bytes, threads: int, device: str = "cpu", as_written: bool = False) -> Any:
+def open_session(graph: bytes, threads: int, device: str = "cpu", as_written: bool = False) -> Any:
     """An ONNX Runtime session with a fixed number of threads. Raises ModelError for what is no graph, and where a GPU
     is asked for that this ONNX Runtime cannot use: falling back to the CPU unsaid is what nobody wants.
 
@@ -59,7 +59,7 @@ def session(graph: bytes, threads: int, device: str = "cpu", as_written: bool = 
     return made
 
 
-def channels_last(net: "nn.Module", device: str) -> "nn.Module":
+def to_channels_last(net: "nn.Module", device: str) -> "nn.Module":
     """The network on a device, in inference mode, with its convolutions' weights in channels_last."""
     import torch
 
@@ -73,21 +73,21 @@ class OnnxRetinaFace:
     stride = 32
 
     def __init__(self, graph: bytes, limits: tuple[float, float], threads: int = 1, channels: "Channels" = "bgr"):
-        self._session = session(graph, threads)
+        self._session = open_session(graph, threads)
         self._limits, self._order = limits, 1 if channels == "bgr" else -1
 
     def detect(self, images: UInt8Image) -> list[Faces]:
-        return [decoding.postprocess(*self._run(image), image.shape[:2], self._limits) for image in images]
+        return [decoding.decode_faces(*self._run(image), image.shape[:2], self._limits) for image in images]
 
-    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
+    def detect_confident(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         limits = (doubtful, sure, self._limits[1])
-        return [decoding.certain(self._run(image), image.shape[:2], limits) for image in images]
+        return [decoding.decode_confident_faces(self._run(image), image.shape[:2], limits) for image in images]
 
-    def _run(self, image: UInt8Image) -> decoding.Outputs:
+    def _run(self, image: UInt8Image) -> decoding.RetinaFaceOutputs:
         # The means go by a channel's place in the input, not by its colour: turned round, RGB stands where BGR did.
-        planes = decoding.preprocess(image[None, ..., :: self._order])
+        planes = decoding.to_bgr_planes(image[None, ..., :: self._order])
         offsets, scores, points = self._session.run(None, {"input": planes})
-        return decoding.Outputs(offsets[0], scores[0, :, 1], points[0])
+        return decoding.RetinaFaceOutputs(offsets[0], scores[0, :, 1], points[0])
 
 
 class TorchRetinaFace:
@@ -101,32 +101,32 @@ class TorchRetinaFace:
     def __init__(self, net: "RetinaFaceNet", limits: tuple[float, float], device: str, channels: "Channels" = "bgr"):
         import torch
 
-        from facepipe.models.detectors.retinaface import fold
+        from facepipe.models.detectors.retinaface import fold_batch_norms
 
-        self._net = channels_last(fold(net), device)
+        self._net = to_channels_last(fold_batch_norms(net), device)
         self._device, self._limits, self._channels = torch.device(device), limits, channels
 
     def detect(self, images: UInt8Image) -> list[Faces]:
-        return [decoding.postprocess(*out, images.shape[1:3], self._limits) for out in self._outputs(images)]
+        return [decoding.decode_faces(*out, images.shape[1:3], self._limits) for out in self._outputs(images)]
 
-    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
+    def detect_confident(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         limits = (doubtful, sure, self._limits[1])
-        return [decoding.certain(out, images.shape[1:3], limits) for out in self._outputs(images)]
+        return [decoding.decode_confident_faces(out, images.shape[1:3], limits) for out in self._outputs(images)]
 
-    def _outputs(self, images: UInt8Image) -> Iterator[decoding.Outputs]:
+    def _outputs(self, images: UInt8Image) -> Iterator[decoding.RetinaFaceOutputs]:
         part = 1 if self._device.type == "cpu" else max(1, len(images))
         for at in range(0, len(images), part):
             yield from self._batch(images[at : at + part])
 
-    def _batch(self, images: UInt8Image) -> list[decoding.Outputs]:
+    def _batch(self, images: UInt8Image) -> list[decoding.RetinaFaceOutputs]:
         import torch
 
-        from facepipe.models.detectors.retinaface import normalise
+        from facepipe.models.detectors.retinaface import normalise_pixels
 
         with torch.inference_mode():
-            x = normalise(torch.from_numpy(images).to(self._device, non_blocking=True), self._channels)
+            x = normalise_pixels(torch.from_numpy(images).to(self._device, non_blocking=True), self._channels)
             offsets, scores, points = (out.float().cpu().numpy() for out in self._net(x))
-        return [decoding.Outputs(*one) for one in zip(offsets, scores, points, strict=True)]
+        return [decoding.RetinaFaceOutputs(*one) for one in zip(offsets, scores, points, strict=True)]
 
 
 class OnnxDlib:
@@ -135,7 +135,7 @@ class OnnxDlib:
     dim, size = 128, (150, 150)
 
     def __init__(self, graph: bytes, threads: int = 1):
-        self._session = session(graph, threads)
+        self._session = open_session(graph, threads)
 
     def embed(self, chips: UInt8Image) -> Float32:
         return _in_parts(self._run, chips, self.dim)
@@ -154,7 +154,7 @@ class TorchEmbedder:
     def __init__(self, net: "nn.Module", fed: Input, size: tuple[int, int], device: str, threads: int = 1):
         import torch
 
-        self._net, self._threads = channels_last(net, device), threads
+        self._net, self._threads = to_channels_last(net, device), threads
         self._device, self._fed = torch.device(device), fed
         mean, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (fed.mean, fed.scale))
         self._mean, self._scale = mean, scale
@@ -204,7 +204,7 @@ class OnnxEmbedder:
     """
 
     def __init__(self, graph: bytes, fed: Input, size: tuple[int, int], device: str = "cpu", threads: int = 1):
-        self._session = session(graph, threads, device)
+        self._session = open_session(graph, threads, device)
         self._fed, self.size = fed, size
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4:

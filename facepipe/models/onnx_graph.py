@@ -11,31 +11,31 @@ _OPSET = 17
 _IR_VERSION = 10
 
 
-class Graph:
+class OnnxGraphBuilder:
     """A graph in the making; what makes a node returns the name of its output."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
 
-    def node(self, kind: str, inputs: Sequence[str], **attributes: object) -> str:
+    def add_node(self, kind: str, inputs: Sequence[str], **attributes: object) -> str:
         """A node of one output."""
         name = f"{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
         return name
 
-    def constant(self, array: npt.NDArray[np.generic]) -> str:
+    def add_constant(self, array: npt.NDArray[np.generic]) -> str:
         """A constant tensor."""
         name = f"constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
-    def conv(self, inputs: Sequence[str], kernel: int, stride: int, padding: int, groups: int = 1) -> str:
+    def add_conv(self, inputs: Sequence[str], kernel: int, stride: int, padding: int, groups: int = 1) -> str:
         """A square convolution of [x, weight (o, i / groups, k, k), bias (o,)]."""
         shape = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [padding] * 4, "group": groups}
-        return self.node("Conv", inputs, **shape)
+        return self.add_node("Conv", inputs, **shape)
 
-    def name(self, output: str, name: str) -> None:
+    def rename_output(self, output: str, name: str) -> None:
         """Give the output of a node, which no other node reads, a name of its own."""
         node = next(node for node in self.nodes if output in node.output)
         node.output[0] = name
@@ -47,6 +47,6 @@ class Graph:
         return bytes(model.SerializeToString())
 
 
-def tensor(name: str, shape: Sequence[int | str] | None, raw: bool = False) -> Any:
+def describe_tensor(name: str, shape: Sequence[int | str] | None, raw: bool = False) -> Any:
     """An input or output of float32, or of uint8; a dimension's name stands for any length."""
     return helper.make_tensor_value_info(name, TensorProto.UINT8 if raw else TensorProto.FLOAT, shape)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.projection import unit
+from facepipe.models.projection import to_unit_vectors
 from facepipe.models.protocols import Embedder
 from facepipe.types import UInt8Image
 
@@ -12,12 +12,12 @@ TOLERANCE = 1e-4  # of unit vectors: a hundredth of what tells two persons apart
 _CHIPS = 10  # more than one run of ONNX Runtime takes
 
 
-def noise(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> UInt8Image:
+def make_noise_chips(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> UInt8Image:
     """(n, h, w, 3) of independent levels."""
     return np.random.default_rng(seed).integers(0, 256, (n, size[1], size[0], 3), np.uint8)
 
 
-def scenes(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> UInt8Image:
+def make_scene_chips(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> UInt8Image:
     """(n, h, w, 3) with structure at every scale and spectra that fall as those of photographs do (Field, 1987)."""
     rng = np.random.default_rng(seed)
     sides = [side for side in (2, 4, 8, 16, 32, 64, 128) if side <= max(size)]
@@ -34,14 +34,14 @@ def _scene(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) ->
     return np.asarray(np.round(picture * 255), np.uint8)
 
 
-def difference(one: Embedder, other: Embedder) -> float:
+def measure_difference(one: Embedder, other: Embedder) -> float:
     """Largest absolute difference between components of unit vectors, over noise and scenes, in batches and alone."""
     worst = 0.0
-    for chips in (noise(one.size), scenes(one.size), scenes(one.size, 1, 1)):
+    for chips in (make_noise_chips(one.size), make_scene_chips(one.size), make_scene_chips(one.size, 1, 1)):
         a, b = one.embed(chips), other.embed(chips)
         if a.shape != b.shape:
             raise ModelError(f"the engines give vectors of shape {a.shape} and {b.shape}")
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ModelError("the model gives vectors that are not finite")
-        worst = max(worst, float(np.abs(unit(a) - unit(b)).max()))
+        worst = max(worst, float(np.abs(to_unit_vectors(a) - to_unit_vectors(b)).max()))
     return worst

@@ -30,7 +30,7 @@ class SecondMoment:
 
     def add(self, raw: Float32) -> None:
         """Raw vectors (n, d), which are normalised first."""
-        vectors = unit(raw)
+        vectors = to_unit_vectors(raw)
         self.total += vectors.T @ vectors
         self.count += len(vectors)
 
@@ -43,13 +43,13 @@ class Projection:
     energy: float
 
 
-def fit(moment: SecondMoment) -> Projection:
+def fit_projection(moment: SecondMoment) -> Projection:
     """The directions that hold most of the squared length. Raises ModelError for too few vectors or dimensions."""
     dim = len(moment.total)
     if dim <= EMBEDDING_DIM:
         less = "needs no projection" if dim == EMBEDDING_DIM else f"cannot be brought to {EMBEDDING_DIM} without loss"
         raise ModelError(f"a model of {dim} dimensions {less}: only longer vectors are projected")
-    check_enough(moment.count, dim)
+    check_face_count(moment.count, dim)
     values, vectors = np.linalg.eigh(moment.total)
     top = vectors[:, ::-1][:, :EMBEDDING_DIM]
     # Eigenvectors have no sign of their own: the largest component of each is made positive.
@@ -57,7 +57,7 @@ def fit(moment: SecondMoment) -> Projection:
     return Projection(top.astype(np.float32), float(values[::-1][:EMBEDDING_DIM].sum() / values.sum()))
 
 
-def check_enough(faces: int, dim: int) -> None:
+def check_face_count(faces: int, dim: int) -> None:
     """Raise ModelError where so few faces cannot show the directions of so many dimensions."""
     if faces < dim:
         raise ModelError(
@@ -66,13 +66,13 @@ def check_enough(faces: int, dim: int) -> None:
         )
 
 
-def unit(raw: npt.ArrayLike) -> Float64:
+def to_unit_vectors(raw: npt.ArrayLike) -> Float64:
     """Vectors (n, d) over their length, float64; those of length 0 stay."""
     vectors = np.asarray(raw, np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def save(path: Path, projection: Projection, metadata: dict[str, str]) -> None:
+def save_projection(path: Path, projection: Projection, metadata: dict[str, str]) -> None:
     """Write the matrix as safetensors, with what it was fitted on."""
     from safetensors.numpy import save as packed
 
@@ -80,7 +80,7 @@ def save(path: Path, projection: Projection, metadata: dict[str, str]) -> None:
     write(str(path), packed({_TENSOR: np.ascontiguousarray(projection.matrix)}, metadata=told))
 
 
-def read(path: Path, dim: int, sha256: str) -> Float32:
+def read_projection(path: Path, dim: int, sha256: str) -> Float32:
     """The matrix (dim, 128) of a file. Raises WeightsError where it is missing, damaged or of another model.
 
     sha256: fingerprint of the model it is to go with
@@ -108,7 +108,7 @@ def read(path: Path, dim: int, sha256: str) -> Float32:
     return np.asarray(matrix, np.float32)
 
 
-class Projected:
+class ProjectedEmbedder:
     """An embedder whose raw vectors are multiplied by a matrix (d, 128)."""
 
     def __init__(self, inner: Embedder, matrix: Float32):
@@ -116,9 +116,9 @@ class Projected:
         self.size, self.dim = inner.size, matrix.shape[1]
 
     @classmethod
-    def of(cls, embedder: Embedder, file: Path, sha256: str) -> "Projected":
+    def from_file(cls, embedder: Embedder, file: Path, sha256: str) -> "ProjectedEmbedder":
         """With the matrix of a file. Raises WeightsError where it was fitted on another model than that of `sha256`."""
-        return cls(embedder, read(file, embedder.dim, sha256))
+        return cls(embedder, read_projection(file, embedder.dim, sha256))
 
     def embed(self, chips: UInt8Image) -> Float32:
         return np.asarray(_rows(self._inner.embed(chips), self._matrix), np.float32)

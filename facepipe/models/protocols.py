@@ -27,10 +27,10 @@ class Detector(Protocol):
 
 
 @runtime_checkable
-class Doubting(Detector, Protocol):
+class CanAbstain(Detector, Protocol):
     """A detector whose low scores mean something too: that there may be a face, seen too small to tell."""
 
-    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
+    def detect_confident(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         """The faces of each image where all are surely some; None where there is none, or where something else scores
         `doubtful` or more and less than `sure`.
         """

@@ -9,7 +9,7 @@ from pathlib import Path
 from facepipe.errors import WeightsError
 
 
-def package_file(package: str, name: str, install: str) -> Path:
+def find_package_file(package: str, name: str, install: str) -> Path:
     """A data file of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     folder = Path(spec.origin).parent if spec and spec.origin else None
@@ -18,7 +18,7 @@ def package_file(package: str, name: str, install: str) -> Path:
     return folder / name
 
 
-def checked(data: bytes, sha256: str, what: str) -> bytes:
+def verify_sha256(data: bytes, sha256: str, what: str) -> bytes:
     """The data, if it has the registered SHA-256."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -29,7 +29,7 @@ def checked(data: bytes, sha256: str, what: str) -> bytes:
     return data
 
 
-def bytes_literal(source: bytes, name: str) -> bytes:
+def read_bytes_literal(source: bytes, name: str) -> bytes:
     """The value of a bytes constant assigned in a Python file, parsed and not executed."""
     with suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # no Python, or no literal
         for node in ast.parse(source).body:

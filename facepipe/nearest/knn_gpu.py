@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from facepipe.models.runtime.batches import Batches, free_memory, planned
+from facepipe.models.runtime.batches import Batches, measure_free_memory, plan_batch_size
 from facepipe.nearest.distances import Hits, VectorBlock
 from facepipe.nearest.half_precision import (
     GROUP,
@@ -65,8 +65,8 @@ class Tiling:
         """Plan the rows per tile: as many as fit the memory beside a block of vectors."""
         # Per pair its product; per group its maximum, whether it is examined, and its number.
         bytes_per_row = block_rows * self.get_dtype(device).itemsize + block_rows // self.group * 16
-        return self.tile_rows or planned(
-            free_memory(device), bytes_per_row, MAX_TILE_ROWS, fixed=_ROUNDING_BYTES * block_rows
+        return self.tile_rows or plan_batch_size(
+            measure_free_memory(device), bytes_per_row, MAX_TILE_ROWS, fixed=_ROUNDING_BYTES * block_rows
         )
 
 
@@ -177,7 +177,7 @@ class _Queries:
         self._dtype = dtype
         self._with_ones = with_ones
         self._resident: tuple[HalfVectors, torch.Tensor] | None = None
-        free = free_memory(device)
+        free = measure_free_memory(device)
         if free is None or 4 * queries.nbytes < _RESIDENT_SHARE * free:
             parts = [self._send(slice(at, at + MAX_TILE_ROWS)) for at in range(0, len(queries), MAX_TILE_ROWS)]
             half = HalfVectors.concatenate([half for half, _ in parts])

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from facepipe.imaging.header import HeaderError, probe
+from facepipe.imaging.header import HeaderError, read_header
 
 WIDTH = 72
 _QUALITY = 70
@@ -33,7 +33,7 @@ def _is_small_jpeg(data: bytes) -> bool:
     if not data.startswith(b"\xff\xd8\xff"):
         return False
     try:
-        header = probe(data)
+        header = read_header(data)
     except HeaderError:
         return False
     return 0 < header.width * header.height <= _MOST_PIXELS

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.arrow import buffers, float_lists, frames, images, pack, with_columns
-from facepipe.imaging.alignment import ChipLayout, chip_of, wanted_scale
+from facepipe.imaging.alignment import ChipLayout, cut_chip, find_required_scale
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.geometry import Frame, frame_of, pose, sharpness
-from facepipe.imaging.header import probe
-from facepipe.models.zoo.registry import card, chip_layout
+from facepipe.imaging.geometry import Frame, estimate_pose, locate_frame, measure_sharpness
+from facepipe.imaging.header import read_header
+from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.types import Bool, Float32, UInt8Image
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
@@ -77,11 +77,11 @@ class Align:
 
     @cached_property
     def _layout(self) -> ChipLayout:
-        return chip_layout(self.embedder)
+        return find_chip_layout(self.embedder)
 
     @cached_property
     def _square(self) -> tuple[float, float, float] | None:
-        return card(self.detector, "detector").square
+        return find_card(self.detector, "detector").square
 
     def setup(self) -> None:
         cv2.setNumThreads(1)
@@ -112,10 +112,10 @@ class Align:
         boxes = boxes.reshape(-1, 4)
         faces = list(zip(boxes.astype(np.float64), landmarks.astype(np.float64), strict=True))
         # Chip pixels per image pixel: more than the working image has means decoding again, at the scale that has them.
-        wanted = min(1.0, max(wanted_scale(self._layout, *face) for face in faces))
+        wanted = min(1.0, max(find_required_scale(self._layout, *face) for face in faces))
         if data is not None and view[1].scale < wanted:
             view = larger(bytes(data), wanted, view)
-        chips = [chip_of(self._layout, view, *face, self._square) for face in faces]
+        chips = [cut_chip(self._layout, view, *face, self._square) for face in faces]
         rows = zip(boxes, landmarks, scores, chips, strict=True)
         return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
 
@@ -124,7 +124,7 @@ class Align:
         valid = np.array([isinstance(face, Aligned) for face in faces], bool)
         boxes = np.array([face.box for face in real], np.float32).reshape(-1, 4)
         landmarks = np.array([face.landmarks for face in real], np.float32).reshape(-1, 5, 2)
-        yaw, roll = pose(landmarks.astype(np.float64)) if real else (np.empty(0), np.empty(0))
+        yaw, roll = estimate_pose(landmarks.astype(np.float64)) if real else (np.empty(0), np.empty(0))
         chips = iter(real)
         looks = list(each(self._look, [face.chip for face in real]))
         return {
@@ -141,7 +141,7 @@ class Align:
         }
 
     def _look(self, chip: UInt8Image) -> tuple[float, bytes | None]:
-        return sharpness(chip), self._thumb(chip) if self.thumbs else None
+        return measure_sharpness(chip), self._thumb(chip) if self.thumbs else None
 
     def _thumb(self, chip: UInt8Image) -> bytes:
         height = round(self.thumb_side * chip.shape[0] / chip.shape[1])
@@ -154,8 +154,8 @@ def larger(data: bytes, wanted: float, view: tuple[UInt8Image, Frame]) -> tuple[
     """The image decoded at the smallest scale of at least `wanted`; the pixels at hand if that fails."""
     reduce = next((r for r in (4, 2) if 1 / r >= wanted), 1)
     try:
-        header = probe(data)
-        return decode(data, header, reduce), frame_of(header, reduce)
+        header = read_header(data)
+        return decode(data, header, reduce), locate_frame(header, reduce)
     except (DecodeError, ValueError):
         return view
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from facepipe.arrow import buffers, images, pack, with_columns
 from facepipe.hashing import face_id
-from facepipe.models.zoo.registry import chip_layout
+from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, READ_ERROR
 from facepipe.types import Float32, UInt8Image
 
@@ -108,7 +108,7 @@ class Whole:
 
     @cached_property
     def _size(self) -> tuple[int, int]:
-        return chip_layout(self.embedder).size
+        return find_chip_layout(self.embedder).size
 
     def setup(self) -> None:
         cv2.setNumThreads(1)
@@ -146,7 +146,7 @@ class Encode:
 
     @cached_property
     def _size(self) -> tuple[int, int]:
-        return chip_layout(self.embedder).size
+        return find_chip_layout(self.embedder).size
 
     def setup(self) -> None:
         cv2.setNumThreads(1)

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from facepipe.arrow import buffers, pack, with_columns
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.geometry import Frame, frame_of
-from facepipe.imaging.header import Header, HeaderError, probe
-from facepipe.imaging.perceptual import perceptual_hash
+from facepipe.imaging.geometry import Frame, locate_frame
+from facepipe.imaging.header import Header, HeaderError, read_header
+from facepipe.imaging.perceptual import compute_perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
 from facepipe.types import UInt8
 
@@ -92,10 +92,10 @@ class Decode:
     def one(self, data: bytes) -> Decoded:
         """Decode one image."""
         try:
-            header = probe(data)
+            header = read_header(data)
         except HeaderError as error:
             return Decoded(None, None, None, None, DECODE_ERROR, str(error))
-        width, height = header.oriented
+        width, height = header.oriented_size
         if width * height > self.max_pixels:
             reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
             fits = max(width, height) <= _LARGEST  # what a header claims need not fit the column
@@ -108,7 +108,7 @@ class Decode:
             pixels = decode(data, header, reduce)
         except DecodeError as error:
             return Decoded(None, None, width, height, DECODE_ERROR, str(error))
-        return Decoded(pixels, frame_of(header, reduce), width, height, OK, None, perceptual_hash(pixels))
+        return Decoded(pixels, locate_frame(header, reduce), width, height, OK, None, compute_perceptual_hash(pixels))
 
     def reduction(self, header: Header) -> int:
         """The largest divisor that keeps the longer side.

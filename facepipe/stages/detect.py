@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from facepipe.arrow import frames, images, ragged, with_columns
 from facepipe.imaging.geometry import Frame
-from facepipe.models.protocols import Detector, Doubting, Faces
-from facepipe.models.runtime.device import resolve
-from facepipe.models.zoo.registry import card
+from facepipe.models.protocols import CanAbstain, Detector, Faces
+from facepipe.models.runtime.device import resolve_device
+from facepipe.models.zoo.registry import find_card
 from facepipe.schema import NO_FACE, OK
 from facepipe.types import Float32, UInt8Image
 
@@ -70,8 +70,8 @@ class Detect:
 
     @cached_property
     def detector(self) -> Detector:
-        loaded: Detector = card(self.model, "detector").load(
-            resolve(self.device), self.threads, (self.min_score, self.max_iou)
+        loaded: Detector = find_card(self.model, "detector").load(
+            resolve_device(self.device), self.threads, (self.min_score, self.max_iou)
         )
         return loaded
 
@@ -111,7 +111,7 @@ class Detect:
     def _quick(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
         """The faces of those images that a smaller input is enough for."""
         detector = self.detector
-        if not self.quick_look or not isinstance(detector, Doubting):
+        if not self.quick_look or not isinstance(detector, CanAbstain):
             return {}
         inputs = {
             n: self.letterbox(p, self.quick_look)
@@ -119,7 +119,9 @@ class Detect:
             if min(self.size, max(p.shape[:2])) > self.quick_look
         }
         sure = max(CERTAIN, self.min_score)
-        return self._search(inputs, partial(detector.certain, doubtful=min(DOUBTFUL, self.min_score), sure=sure))
+        return self._search(
+            inputs, partial(detector.detect_confident, doubtful=min(DOUBTFUL, self.min_score), sure=sure)
+        )
 
     def _search(self, inputs: dict[int, Letterbox], detect: Search | None = None) -> dict[int, Faces]:
         """Faces in the pixels that were letterboxed, detected in batches of one shape; without those of None."""

@@ -11,8 +11,8 @@ from facepipe.arrow import buffers, float_lists, with_columns
 from facepipe.errors import ModelError
 from facepipe.hashing import face_id
 from facepipe.models.protocols import Embedder
-from facepipe.models.runtime.device import resolve
-from facepipe.models.zoo.registry import card
+from facepipe.models.runtime.device import resolve_device
+from facepipe.models.zoo.registry import find_card
 from facepipe.types import Bool, Float32, UInt8
 
 
@@ -36,7 +36,7 @@ class Embed:
 
     @cached_property
     def embedder(self) -> Embedder:
-        loaded: Embedder = card(self.model, "embedder").load(resolve(self.device), self.threads)
+        loaded: Embedder = find_card(self.model, "embedder").load(resolve_device(self.device), self.threads)
         return loaded
 
     def setup(self) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from facepipe.errors import ConfigError, WeightsError
-from facepipe.models.checkpoint import State, fit, read_state
+from facepipe.models.checkpoint import State, load_state, read_state
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
-from facepipe.models.zoo.card_file import CardFile, chips_of, fed_of, is_graph, read_card
-from facepipe.models.zoo.loading import checked, renamed
+from facepipe.models.zoo.card_file import CardFile, is_onnx, read_card, resolve_chip_layout, resolve_input
+from facepipe.models.zoo.loading import rename_keys, verify_weights
 from facepipe.training.config import ModelConfig
 from facepipe.training.trainer import checkpointing
 
@@ -30,7 +30,7 @@ class NetworkStart:
     Attributes:
         architecture: the network
         dim: length of an embedding
-        chips: name that finds the layout of its chips (`facepipe.models.chip_layout`)
+        chips: name that finds the layout of its chips (`facepipe.models.zoo.registry.find_chip_layout`)
         card: the model's card
         state: initial weights, under our names; None: random weights
         origin: where the weights come from, for reports
@@ -48,7 +48,7 @@ class NetworkStart:
     @property
     def input(self) -> Input:
         """What the network takes: channels, mean and scale."""
-        return fed_of(self.card)
+        return resolve_input(self.card)
 
     @property
     def licence(self) -> str:
@@ -58,7 +58,7 @@ class NetworkStart:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the network's chips."""
-        return chips_of(self.card).size if self.card.role == "embedder" else (0, 0)
+        return resolve_chip_layout(self.card).size if self.card.role == "embedder" else (0, 0)
 
     def build(self, seed: int, dropout: float | None = None) -> nn.Module:
         """Build the network, in training mode.
@@ -75,7 +75,7 @@ class NetworkStart:
         if self.state is not None:
             random_state = net.state_dict()
             resized = {name: random_state[name] for name in self.list_resized()}
-            fit(net, {**self.state, **resized}, self.origin)
+            load_state(net, {**self.state, **resized}, self.origin)
         if dropout is not None:
             for module in net.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -162,7 +162,7 @@ def resolve_start(config: ModelConfig, role: Role = "embedder") -> NetworkStart:
     if config.start in ARCHITECTURES:
         return _load_registered(start, config)
     path = Path(config.start)
-    state = _read_own_checkpoint(path) or renamed(read_state(path), architecture)
+    state = _read_own_checkpoint(path) or rename_keys(read_state(path), architecture)
     dim = config.dim or _infer_dim(state, architecture, start.size)
     card = replace(card, dim=dim)
     return replace(start, dim=dim, card=card, state=state, origin=str(path), sha256=_hash_file(path))
@@ -195,7 +195,7 @@ def _load_card(config: ModelConfig, path: Path, role: Role) -> NetworkStart:
     card = read_card(path)
     if card.role != role:
         raise ConfigError(f"model.start: {path} is a {card.role}; expected a {role}")
-    if is_graph(card) or not card.architecture:
+    if is_onnx(card) or not card.architecture:
         raise ConfigError(f"model.start: {path} is an ONNX graph, which cannot be trained; start from a checkpoint")
     if config.architecture and config.architecture != card.architecture:
         raise ConfigError(
@@ -203,8 +203,8 @@ def _load_card(config: ModelConfig, path: Path, role: Role) -> NetworkStart:
         )
     architecture = ARCHITECTURES[card.architecture]
     weights = path.parent / card.weights
-    sha256 = checked(weights, card.sha256)
-    state = renamed(read_state(weights), architecture, card.keys)
+    sha256 = verify_weights(weights, card.sha256)
+    state = rename_keys(read_state(weights), architecture, card.keys)
     dim = config.dim or card.dim
     return NetworkStart(architecture, dim, str(path), replace(card, dim=dim), state, str(weights), sha256)
 
@@ -219,7 +219,7 @@ def _load_registered(start: NetworkStart, config: ModelConfig) -> NetworkStart:
             "to a checkpoint or a model's TOML file"
         )
     card = replace(start.card, licence=registry.CARDS[config.start].licence)
-    state = registry.dlib_net().state_dict()
+    state = registry.load_dlib_net().state_dict()
     return replace(start, card=card, state=state, origin=config.start, sha256=registry.DLIB_SHA256)
 
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe.gallery import Gallery
-from facepipe.models.zoo.registry import same_person
+from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.storage import join
 from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
@@ -60,7 +60,7 @@ def _choose_threshold(*galleries: str) -> float | None:
     """The model's own where there are too few faces to find one in; then a share of pairs still tells persons apart."""
     opened = [Gallery(path) for path in galleries]
     faces = sum(row["faces"] for gallery in opened for row in gallery.files())
-    return same_person(opened[0].contract.embedder) if faces < _FEW else None
+    return find_match_threshold(opened[0].contract.embedder) if faces < _FEW else None
 
 
 def _find_overlap(data: DataConfig, against: str, progress: Progress) -> tuple[pa.Array, list[str]]:

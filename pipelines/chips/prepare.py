@@ -23,7 +23,7 @@ from facepipe import storage
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import Record
-from facepipe.models.zoo.registry import chip_layout
+from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.sources import open_source
 from facepipe.storage.lease import hold_lease
 from facepipe.training.data.chip_set import SET, ChipSet, ChipSetInfo, read_set_info
@@ -194,7 +194,7 @@ def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, progress: Pro
         progress(f"{figures['images']} images, {mover.chips} chips")
     mover.close()
     keep = ChipFilter(data.min_images, data.max_images, left_out.images, left_out.names, order.labelled)
-    layout = chip_layout(order.embedder)
+    layout = find_chip_layout(order.embedder)
     counted = {n: c for n, c in figures.items() if c}
     info = ChipSetInfo(order.fingerprint, order.embedder, layout.size, 0, 0, counted, order.config_fingerprint, origin)
     write_index(folder, info, keep)

@@ -15,7 +15,7 @@ from facepipe import storage
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import Record
 from facepipe.hashing import hash64
-from facepipe.models.zoo.registry import chip_layout
+from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
 from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize
@@ -80,7 +80,7 @@ class ChipOrder:
 
     @property
     def _config_facts(self) -> list[Any]:
-        layout = dataclasses.asdict(chip_layout(self.embedder))
+        layout = dataclasses.asdict(find_chip_layout(self.embedder))
         return [_VERSION, dataclasses.asdict(self.data), layout, self.wanted]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from facepipe.gallery import Contract
-from facepipe.models.zoo.networks import resident
+from facepipe.models.zoo.networks import can_run_resident
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, FacesOnDevice, Read
@@ -116,7 +116,7 @@ class EmbedConfig:
     def _runs_resident(self, devices: set[str]) -> bool:
         """Whether both models are torch modules on the same GPU."""
         same = len(devices) == 1 and next(iter(devices)).startswith("cuda")
-        return same and resident(self.detect.model, self.embed.model)
+        return same and can_run_resident(self.detect.model, self.embed.model)
 
     def ahead(self, group: Group, stages: tuple[Any, ...]) -> int:
         """How many of a group's stages work a batch ahead of its GPU: those in front of the first that is on one."""

@@ -16,7 +16,7 @@ from facepipe.gallery.commits.missing import MissingUris, mark_missing, write_mi
 from facepipe.gallery.commits.parts import Record
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.table import RUNS
-from facepipe.models.zoo.registry import file_of
+from facepipe.models.zoo.registry import find_card_file
 from facepipe.observe.gpu_usage import Sampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
@@ -93,7 +93,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
 
 def _try_files(config: EmbedConfig, gallery: str) -> None:
     """Load models of TOML files before a gallery is made: the corrected file would have another contract."""
-    detector, embedder = (file_of(stage.model) for stage in (config.detect, config.embed))
+    detector, embedder = (find_card_file(stage.model) for stage in (config.detect, config.embed))
     if not (detector or embedder) or Gallery.exists(gallery):
         return
     if detector:

@@ -18,7 +18,7 @@ from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.evaluation.projected import PairRows
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
-from facepipe.models.zoo.registry import chip_layout
+from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, WORK_ITEM
 from facepipe.sources.relocate import Places
 from facepipe.stages import Align, Decode, Read
@@ -143,7 +143,7 @@ class FaceCutter:
     """Faces that a gallery holds, cut anew for another embedder: its boxes and landmarks, no detector."""
 
     def __init__(self, gallery: Gallery, embedder: str, read: Read, decode: Decode):
-        self._gallery, self._size = gallery, chip_layout(embedder).size
+        self._gallery, self._size = gallery, find_chip_layout(embedder).size
         align = Align(embedder=embedder, detector=gallery.contract.detector, thumbs=False)
         self._chain = Chain((read, decode, Given(), align))
         self._chain.setup()

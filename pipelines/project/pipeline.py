@@ -16,11 +16,11 @@ from pydantic import Field
 from facepipe.errors import ConfigError, GalleryError, ModelError
 from facepipe.evaluation.projected import Verification, drawn_pairs, verification
 from facepipe.gallery import Gallery
-from facepipe.models.projection import Projection, SecondMoment, check_enough, fit, save
+from facepipe.models.projection import Projection, SecondMoment, check_face_count, fit_projection, save_projection
 from facepipe.models.protocols import Embedder
-from facepipe.models.runtime.device import resolve
+from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.card_file import CardFile, read_card, to_toml
-from facepipe.models.zoo.loading import card_of, load_embedder, unprojected
+from facepipe.models.zoo.loading import fingerprint_without_projection, load_card, load_embedder
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
@@ -96,15 +96,19 @@ def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lam
     summary = ProjectSummary(str(toml), str(weights), embedder.dim)
     follow(summary)
     sample = choose_faces(table, embedder.dim, config.faces, config.held, config.seed, config.pairs)
-    check_enough(len(sample.fitted), embedder.dim)  # before any image is read
+    check_face_count(len(sample.fitted), embedder.dim)  # before any image is read
     moment, raw = _embed_faces(config, path, embedder, table, sample, summary, progress)
     projection = _fit_projection(moment, summary)
     _measure_loss(summary, sample, raw, projection, config.seed)
     told = {"gallery": table.path, "version": str(table.version), "contract": table.contract.to_json()}
-    told |= {"faces": str(summary.faces), "seed": str(config.seed), "model_sha256": unprojected(path, file)}
-    save(weights, projection, told)
+    told |= {
+        "faces": str(summary.faces),
+        "seed": str(config.seed),
+        "model_sha256": fingerprint_without_projection(path, file),
+    }
+    save_projection(weights, projection, told)
     write(str(toml), to_toml(_build_card(file, weights.name, summary)).encode())
-    card_of(toml)  # what was written can be read
+    load_card(toml)  # what was written can be read
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
 
@@ -112,10 +116,10 @@ def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lam
 def _load_model(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
     if file.role != "embedder":
         raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are projected")
-    card_of(path)  # checks the weights' SHA-256
-    made = load_embedder(path, resolve(config.device), config.threads or local_resources().cpus, raw=True)
+    load_card(path)  # checks the weights' SHA-256
+    made = load_embedder(path, resolve_device(config.device), config.threads or local_resources().cpus, raw=True)
     if made.dim <= EMBEDDING_DIM:
-        fit(SecondMoment(made.dim))  # says why not
+        fit_projection(SecondMoment(made.dim))  # says why not
     return made
 
 
@@ -155,7 +159,7 @@ def _embed_chips(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Flo
 def _fit_projection(moment: SecondMoment, summary: ProjectSummary) -> Projection:
     failed = sum(count for status, count in summary.images.items() if status != OK)
     try:
-        found = fit(moment)
+        found = fit_projection(moment)
     except ModelError as error:
         told = f"; {failed} images could not be read again or have changed" if failed else ""
         raise GalleryError(f"{error}{told}") from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from facepipe.errors import ConfigError
-from facepipe.models.runtime.device import gpus
+from facepipe.models.runtime.device import count_gpus
 
 Layout = Literal["fused", "split"]
 ALL = ("read", "decode", "detect", "align", "embed")
@@ -85,4 +85,4 @@ def make_plan(resources: Resources, workers: int | None = None, layout: Layout =
 def local_resources() -> Resources:
     """CPUs this process may use, and GPUs that torch sees."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Resources(cpus, gpus())
+    return Resources(cpus, count_gpus())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from facepipe.errors import ConfigError
-from facepipe.models.runtime.device import resolve
+from facepipe.models.runtime.device import resolve_device
 from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.sampling import BatchSampler
@@ -66,7 +66,7 @@ class EmbedderPlan:
         return EmbeddingTask(net, head, Examples(train, sampler, config.augment, judge), fed, seed)
 
     def _imprint_centres(self, net: nn.Module, head: nn.Module, fed: Input, train: ChipSet) -> None:
-        device = torch.device(resolve(self.run.device))
+        device = torch.device(resolve_device(self.run.device))
         net.to(device).eval()
         imprint_centres(head, lambda chips: embed_chips(net, chips, fed, device), train, self.config.model.imprint)
         net.train()

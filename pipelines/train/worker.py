@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from facepipe import errors
 from facepipe.errors import AgreedError, ConfigError, FacepipeError, ModelError, WorkerError
-from facepipe.models.runtime.device import resolve
-from facepipe.models.runtime.memory import keep_freed
+from facepipe.models.runtime.device import resolve_device
+from facepipe.models.runtime.memory import keep_freed_memory
 from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.checkpointing import FOLDER
 from facepipe.training.trainer.config import TrainingRunConfig
@@ -52,14 +52,14 @@ def check_device(run: TrainingRunConfig) -> None:
     import torch
 
     if run.runner == "inline" or "RAY_ADDRESS" not in os.environ:
-        choose_precision(run.precision, torch.device(resolve(run.device)))
+        choose_precision(run.precision, torch.device(resolve_device(run.device)))
 
 
 def train_inline(plan: TrainingPlan, tell: Tell, stop: Callable[[], bool]) -> Outcome:
     """Train in this process."""
     import torch
 
-    device = resolve(plan.run.device)
+    device = resolve_device(plan.run.device)
     threads = torch.get_num_threads()
     try:
         return _run_loop(plan, Ranks(0, 1, torch.device(device)), (tell, stop), plan.run.threads or _count_cpus())
@@ -75,7 +75,7 @@ def _run_loop(plan: TrainingPlan, ranks: Ranks, ends: tuple[Tell, Callable[[], b
     import torch
 
     torch.set_num_threads(threads)
-    keep_freed()
+    keep_freed_memory()
     if plan.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(plan.run.deterministic)

@@ -18,10 +18,10 @@ import numpy as np
 from corpus import SHARED
 from eight_bits import IMAGES, all_pairs, view2
 
-from facepipe.imaging.alignment import chip_of
+from facepipe.imaging.alignment import cut_chip
 from facepipe.imaging.geometry import Frame
 from facepipe.models.protocols import Faces
-from facepipe.models.zoo.registry import card, chip_layout
+from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.stages import Decode, Detect
 from facepipe.stages import detect as stage
 from facepipe.stages.chips import prominence
@@ -110,7 +110,7 @@ def recall(size: int, doubtful: float) -> None:
 
 def recognition(enlarged: int) -> None:
     detects = {s: Detect(device="cpu", size=s, quick_look=0, border_below=160) for s in (640, 480, 384, 320, 256)}
-    layout, embedder = chip_layout("dlib-resnet"), card("dlib-resnet-int8", "embedder").load("cpu", 1)
+    layout, embedder = find_chip_layout("dlib-resnet"), find_card("dlib-resnet-int8", "embedder").load("cpu", 1)
     paths = sorted(IMAGES.glob("*/*.jpg"))
     names = [str(path.relative_to(IMAGES).with_suffix("")) for path in paths]
     chips: dict[int, list[UInt8Image]] = {s: [] for s in detects}
@@ -126,7 +126,7 @@ def recognition(enlarged: int) -> None:
                 continue
             best = int(prominence(found.boxes, size).argmax())
             box, points = (v[best].astype(np.float64) for v in (found.boxes, found.landmarks))
-            chips[s].append(chip_of(layout, (pixels, Frame()), box, points))
+            chips[s].append(cut_chip(layout, (pixels, Frame()), box, points))
             widths[s].append(float((box[2:] - box[:2]).min() * min(1, s / size.max())))
     for s in detects:
         both = np.stack(chips[s])

@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 import torch
 
-from facepipe.models.checkpoint import fit, read_state
-from facepipe.models.detectors.retinaface import RetinaFaceNet, fold
-from facepipe.models.detectors.retinaface_keys import from_biubug6
+from facepipe.models.checkpoint import load_state, read_state
+from facepipe.models.detectors.retinaface import RetinaFaceNet, fold_batch_norms
+from facepipe.models.detectors.retinaface_keys import rename_biubug6_keys
 from facepipe.models.protocols import Detector
-from facepipe.models.zoo.registry import card
+from facepipe.models.zoo.registry import find_card
 from facepipe.training.detection.config import DetectionConfig, SceneAugmentConfig
 from facepipe.training.detection.task import DetectionTask
 from facepipe.types import Float32, UInt8Image
@@ -114,7 +114,7 @@ def reported(name: str, task: DetectionTask, seconds: float, lr: float) -> None:
 
 def checkpoint_net(shared: Path) -> RetinaFaceNet:
     net, file = RetinaFaceNet(norms=True), shared / "weights" / "retinaface-mobilenet025-rgb.pth"
-    fit(net, from_biubug6(read_state(file)), str(file))
+    load_state(net, rename_biubug6_keys(read_state(file)), str(file))
     return net
 
 
@@ -131,7 +131,7 @@ def main(seconds: float, shared: Path) -> None:
     cv2.setNumThreads(1)
     torch.manual_seed(0)
     people = sorted((shared / "data" / "lfw-dev" / "images").iterdir())
-    detector = card("retinaface-mnet025", "detector").load("cpu", 1, (0.3, 0.4))
+    detector = find_card("retinaface-mnet025", "detector").load("cpu", 1, (0.3, 0.4))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         trained, held = faces(people[:700], detector), faces(people[-150:], detector)
@@ -148,7 +148,7 @@ def main(seconds: float, shared: Path) -> None:
         print(
             f"{len(trained)} faces to train on, {len(held)} of other people held; {time.perf_counter() - began:.0f} s"
         )
-        whole = DetectionTask(fold(checkpoint_net(shared)), config, channels="rgb")
+        whole = DetectionTask(fold_batch_norms(checkpoint_net(shared)), config, channels="rgb")
         print("the public checkpoint as it is:", whole.validate(whole.net))
         heads = DetectionTask(without_heads(checkpoint_net(shared)), config, channels="rgb")
         reported("public checkpoint, new heads", heads, seconds / 3, 1e-3)

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from facepipe.imaging.dlib_chip import chip_of, square
+from facepipe.imaging.dlib_chip import cut_dlib_chip, find_dlib_square
 from facepipe.models.dlib.predictor import load_predictor, predict
-from facepipe.models.weights import package_file
-from facepipe.models.zoo.registry import card
+from facepipe.models.weights import find_package_file
+from facepipe.models.zoo.registry import find_card
 from facepipe.types import UInt8Image
 
 Rect = tuple[int, int, int, int]
@@ -35,13 +35,13 @@ WORKING = 800  # side of the images in which dlib's detector searches
 
 
 def weights(name: str) -> str:
-    return str(package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
+    return str(find_package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
 
 
 DETECTOR = dlib.get_frontal_face_detector()
 PREDICTOR = dlib.shape_predictor(weights("shape_predictor_5_face_landmarks.dat"))
 NETWORK = dlib.face_recognition_model_v1(weights("dlib_face_recognition_resnet_model_v1.dat"))
-EMBEDDER = card("dlib-resnet", "embedder").load("cpu", 1)
+EMBEDDER = find_card("dlib-resnet", "embedder").load("cpu", 1)
 
 
 def load(file: Path, side: int = 0) -> UInt8Image:
@@ -69,7 +69,7 @@ def timed(run: Callable[[], Any], times: int = 3) -> tuple[Any, float]:
 
 
 def vector_of(image: UInt8Image, rect: Rect) -> npt.NDArray[np.float32]:
-    return EMBEDDER.embed(chip_of(image, predict(load_predictor(), image, rect))[None])[0]
+    return EMBEDDER.embed(cut_dlib_chip(image, predict(load_predictor(), image, rect))[None])[0]
 
 
 def one(image: UInt8Image, rect: Rect) -> list[float]:
@@ -78,7 +78,7 @@ def one(image: UInt8Image, rect: Rect) -> list[float]:
     shape = PREDICTOR(image, box)
     points, chip = predict(load_predictor(), image, rect), dlib.get_face_chip(image, shape, 150, 0.25)
     theirs = np.array([(part.x, part.y) for part in shape.parts()])
-    ours, cut_ms = timed(lambda: chip_of(image, predict(load_predictor(), image, rect)))
+    ours, cut_ms = timed(lambda: cut_dlib_chip(image, predict(load_predictor(), image, rect)))
     _, dlib_cut_ms = timed(lambda: dlib.get_face_chip(image, PREDICTOR(image, box), 150, 0.25))
     vector, ms = timed(lambda: vector_of(image, rect))
     expected, dlib_ms = timed(lambda: np.array(NETWORK.compute_face_descriptor(image, PREDICTOR(image, box))))
@@ -131,7 +131,7 @@ def face_recognition() -> Any:
         return None
     if importlib.util.find_spec("pkg_resources") is None:
         stand_in = types.ModuleType("pkg_resources")
-        stand_in.resource_filename = lambda package, name: str(package_file(package, name, package))  # type: ignore[attr-defined]
+        stand_in.resource_filename = lambda package, name: str(find_package_file(package, name, package))  # type: ignore[attr-defined]
         sys.modules["pkg_resources"] = stand_in
     return importlib.import_module("face_recognition")
 
@@ -170,14 +170,15 @@ def pair_distances(data: Path, library: Any, theirs: Any, ours: Any) -> Iterator
 
 def squares(data: Path) -> None:
     """dlib's squares in the default detector's boxes, and how far vectors from such squares are from dlib's."""
-    detector = card("retinaface-mnet025", "detector").load("cpu", 1, (0.8, 0.4))
+    detector = find_card("retinaface-mnet025", "detector").load("cpu", 1, (0.8, 0.4))
     files = [*(data / "photos-dev").glob("*.jpg"), *sorted((data / "lfw-dev" / "images").glob("*/*.jpg"))[::20]]
     pairs = [pair for file in sorted(files) for pair in matched(detector, load(file, 640))]
     relative = np.array([placed(box, rect) for _, box, rect in pairs])
     dx, dy, side = (float(v) for v in np.median(relative, 0))
     spread = np.percentile(np.abs(relative - np.median(relative, 0)), 50, axis=0)
     far = [
-        np.linalg.norm(vector_of(i, rect) - vector_of(i, square(box, (dx, dy, side)))) for i, box, rect in pairs[::4]
+        np.linalg.norm(vector_of(i, rect) - vector_of(i, find_dlib_square(box, (dx, dy, side))))
+        for i, box, rect in pairs[::4]
     ]
     print(
         f"\nRetinaFace's boxes, {len(pairs)} faces: square = ({dx:.3f}, {dy:.3f}, {side:.3f}), median deviation {spread.round(3)}"

@@ -20,10 +20,10 @@ from corpus import SHARED
 from facepipe.arrow import buffers
 from facepipe.evaluation.pairs import figures
 from facepipe.evaluation.pairs_file import read_pairs
-from facepipe.models.dlib.dlib_onnx import Range, activations, graph
+from facepipe.models.dlib.dlib_onnx import Range, build_dlib_onnx, build_dlib_onnx_with_activations
 from facepipe.models.dlib.ranges import RANGES
-from facepipe.models.engines import OnnxDlib, session
-from facepipe.models.zoo.registry import dlib_weights
+from facepipe.models.engines import OnnxDlib, open_session
+from facepipe.models.zoo.registry import read_dlib_weights
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Subject
@@ -53,8 +53,8 @@ def faces(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
 
 def histograms(chips: UInt8) -> list[tuple[float, float, npt.NDArray[np.int64]]]:
     """Lowest and highest value of each activation, and counts in between."""
-    made, names = activations(*dlib_weights())
-    run = session(made, 1)
+    made, names = build_dlib_onnx_with_activations(*read_dlib_weights())
+    run = open_session(made, 1)
     parts = [chips[at : at + 8] for at in range(0, len(chips), 8)]
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for part in parts:
@@ -125,13 +125,13 @@ def main() -> None:
     paths = sorted(IMAGES.glob("*/*.jpg"))
     names = [str(path.relative_to(IMAGES).with_suffix("")) for path in paths]
     chips = np.stack(list(faces(paths)))
-    weights = dlib_weights()
-    graphs = {"float32": graph(*weights), "eight bits": graph(*weights, RANGES)}
+    weights = read_dlib_weights()
+    graphs = {"float32": build_dlib_onnx(*weights), "eight bits": build_dlib_onnx(*weights, RANGES)}
     if args.shares:
         found = histograms(chips[::12])
         for share in map(float, args.shares.split(",")):
             cut = ranges(found, share)
-            graphs[f"eight bits, {share:g} cut off"] = graph(*weights, cut)
+            graphs[f"eight bits, {share:g} cut off"] = build_dlib_onnx(*weights, cut)
             if args.print_ranges:
                 print(share, cut)
     before: Float32 | None = None

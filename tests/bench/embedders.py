@@ -18,11 +18,11 @@ from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.embedders.facenet_mobilenet import FaceNetMobileNet
 from facepipe.models.embedders.inception_resnet import InceptionResNetV1
 from facepipe.models.embedders.iresnet import IResNet
-from facepipe.models.embedders.layers import parameters
+from facepipe.models.embedders.layers import count_parameters
 from facepipe.models.embedders.mobilefacenet import MobileFaceNet
-from facepipe.models.embedders.prelu import convolved
+from facepipe.models.embedders.prelu import replace_prelus
 from facepipe.models.embedders.resnet import ResNet
-from facepipe.models.engines import channels_last, session
+from facepipe.models.engines import open_session, to_channels_last
 
 BATCH, SECONDS, FEWEST = 8, 4.0, 3
 # name: (constructor, (h, w))
@@ -63,7 +63,7 @@ def graph(net: nn.Module, images: Tensor) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            convolved(net),
+            replace_prelus(net),
             (images,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("n")},),
@@ -97,11 +97,11 @@ def main() -> None:
         make, size = NETS[name]
         torch.manual_seed(0)
         net, images = make().eval(), torch.randn(BATCH, 3, *size)
-        learnt, cost = parameters(net), multiply_adds(net, images)
-        onnx = session(graph(net, images), threads=1)
+        learnt, cost = count_parameters(net), multiply_adds(net, images)
+        onnx = open_session(graph(net, images), threads=1)
         array = images.numpy()
         (found,) = onnx.run(None, {"input": array})
-        net, images = channels_last(net, "cpu"), images.contiguous(memory_format=torch.channels_last)
+        net, images = to_channels_last(net, "cpu"), images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             difference = np.abs(found - net(images).numpy()).max() / np.abs(found).max()
             eager = per_second(lambda net=net, images=images: net(images))  # type: ignore[misc]

@@ -14,7 +14,7 @@ import torch
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.engines import TorchEmbedder, TorchRetinaFace
 from facepipe.models.zoo.architectures import ARCHITECTURES
-from facepipe.models.zoo.registry import card, dlib_weights, retinaface_net
+from facepipe.models.zoo.registry import find_card, load_retinaface_net, read_dlib_weights
 
 LIMITS = (0.7, 0.4)
 
@@ -38,12 +38,12 @@ def main() -> None:
     chips = rng.integers(0, 255, (32, 150, 150, 3), np.uint8)
     frames = rng.integers(0, 255, (8, 480, 640, 3), np.uint8)
     detectors = {
-        "onnxruntime": card("retinaface-mnet025", "detector").load("cpu", 1, LIMITS),
-        "torch": TorchRetinaFace(retinaface_net(), LIMITS, "cpu"),
+        "onnxruntime": find_card("retinaface-mnet025", "detector").load("cpu", 1, LIMITS),
+        "torch": TorchRetinaFace(load_retinaface_net(), LIMITS, "cpu"),
     }
-    net = DlibResNet().load(*dlib_weights())
+    net = DlibResNet().load_weights(*read_dlib_weights())
     embedders = {
-        "onnxruntime": card("dlib-resnet", "embedder").load("cpu", 1),
+        "onnxruntime": find_card("dlib-resnet", "embedder").load("cpu", 1),
         "torch": TorchEmbedder(net, ARCHITECTURES["dlib-resnet"].input, (150, 150), "cpu"),
     }
     for n in (1, 8):
@@ -55,8 +55,8 @@ def main() -> None:
         shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items())
         print(f"dlib ResNet, batch {n}: {shown}; torch/onnxruntime {found['torch'] / found['onnxruntime']:.2f}")
     if torch.cuda.is_available():
-        gpu_detector = card("retinaface-mnet025", "detector").load("cuda", 1, LIMITS)
-        gpu_embedder = card("dlib-resnet", "embedder").load("cuda", 1)
+        gpu_detector = find_card("retinaface-mnet025", "detector").load("cuda", 1, LIMITS)
+        gpu_embedder = find_card("dlib-resnet", "embedder").load("cuda", 1)
         many = np.repeat(chips, 16, 0)
         print(
             f"{torch.cuda.get_device_name()}: RetinaFace {milliseconds(lambda: gpu_detector.detect(frames), 8):.2f} ms, "

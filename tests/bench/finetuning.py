@@ -20,9 +20,9 @@ import torch
 from facepipe.config import build
 from facepipe.evaluation.roc import equal_error_rate, roc, tar_at_far
 from facepipe.hashing import hash64
-from facepipe.models.runtime.memory import keep_freed
+from facepipe.models.runtime.memory import keep_freed_memory
 from facepipe.models.zoo.loading import load_net
-from facepipe.models.zoo.registry import card, dlib_net
+from facepipe.models.zoo.registry import find_card, load_dlib_net
 from facepipe.training.config import ModelConfig
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.config import DataConfig
@@ -134,9 +134,9 @@ def main() -> None:
     parser.add_argument("--tag", default="")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed()
+    keep_freed_memory()
     args.work.mkdir(parents=True, exist_ok=True)
-    name = card(args.start, "embedder").name
+    name = find_card(args.start, "embedder").name
     fed = resolve_start(ModelConfig(start=args.start)).input
     chips = prepare_chips(
         DataConfig(source=str(args.images), identity="folder"), args.start, str(args.work / f"{name}-chips")
@@ -144,7 +144,7 @@ def main() -> None:
     held = halves(chips, args.work)
     sides = np.array([side_of(n) for n in chips.identities])[chips.labels]
     parts = [chips.select(np.flatnonzero(sides == side)) for side in (0, 1)]
-    net = dlib_net() if args.start == "dlib-resnet" else load_net(Path(args.start))[0]
+    net = load_dlib_net() if args.start == "dlib-resnet" else load_net(Path(args.start))[0]
     before = [judged(vectors_of(net, fed, part), part.labels) for part in parts]
     show("before", before, before)
     for loss in args.loss:

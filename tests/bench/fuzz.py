@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["facepipe.imaging", "facepipe.sources",
     import tarfile
 
     from facepipe.errors import SourceError
-    from facepipe.imaging.header import HeaderError, probe
+    from facepipe.imaging.header import HeaderError, read_header
     from facepipe.sources.identity import rule
     from facepipe.sources.item import WorkItem
     from facepipe.sources.list_file import ListSource
@@ -36,7 +36,7 @@ _IDENTIFY = rule("auto")
 
 def header(data: bytes) -> None:
     with contextlib.suppress(HeaderError):
-        found = probe(data)
+        found = read_header(data)
         assert found.width > 0
         assert found.height > 0
         assert 1 <= found.orientation <= 8

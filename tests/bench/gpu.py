@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from facepipe.arrow import pack
-from facepipe.models.zoo.networks import detector_net, embedder_net
+from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
 from facepipe.observe.gpu_usage import Sampler
 from facepipe.stages import Align, Detect, FacesOnDevice
 from facepipe.stages.resident.embedding import ChipEmbedder
@@ -143,7 +143,7 @@ def main() -> None:
     print(f"transfer roofline {up / (WIDTH * HEIGHT * 3):,.0f} images/s of 640x480")
     sizes = {"frames": 4, "chips": 8} if small else {}
     for precision in given.precision.split(","):
-        finder = FaceFinder(*detector_net("retinaface-mnet025"), device, precision)
+        finder = FaceFinder(*load_detector_net("retinaface-mnet025"), device, precision)
         one = torch.zeros(1, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=device)
         moved = traffic(finder.net, lambda f=finder, x=one: f.predictions(x))
         print(f"\n{precision}: RetinaFace moves {moved / 1e6:.0f} MB an image, roofline {memory / moved:,.0f} images/s")
@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def chips(device: str, precision: str, count: int, seconds: float) -> None:
-    embedder = ChipEmbedder(embedder_net("dlib-resnet"), device, precision, flip=False, most=count)
+    embedder = ChipEmbedder(load_embedder_net("dlib-resnet"), device, precision, flip=False, most=count)
     batch = torch.randint(0, 256, (count, 150, 150, 3), dtype=torch.uint8, device=device)
     with Sampler() as sampler:
         found = rate(lambda: embedder(batch), count, seconds, device)

@@ -57,10 +57,10 @@ def dlib_models() -> None:
     global detect, shape, encode
     import dlib
 
-    from facepipe.models.weights import package_file
+    from facepipe.models.weights import find_package_file
 
     def model(name: str) -> str:
-        return str(package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
+        return str(find_package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
 
     detect = dlib.get_frontal_face_detector()
     shape = dlib.shape_predictor(model("shape_predictor_5_face_landmarks.dat"))

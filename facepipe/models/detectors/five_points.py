@@ -24,7 +24,7 @@ _ACROSS = np.array([(0.167, 0.013), (0.167, -0.013), (1.241, 0.0), (0.169, -0.01
 _DOWN = np.array([(-0.113, 0.053), (0.113, 0.053), (0.0, 0.988), (-0.071, 0.538), (0.071, 0.538)])
 
 
-def five_points(corners: npt.NDArray[np.generic]) -> Float32:
+def to_five_points(corners: npt.NDArray[np.generic]) -> Float32:
     """(n, 5, 2) left eye, right eye, nose tip, mouth corners from dlib's points (n, 5, 2): image-right eye's outer and
     inner corner, image-left eye's outer and inner corner, base of the nose.
     """
@@ -39,7 +39,7 @@ def five_points(corners: npt.NDArray[np.generic]) -> Float32:
     return (middle[:, None] + inner[..., :1] * along[:, None] + inner[..., 1:] * down[:, None]).astype(np.float32)
 
 
-def landmarks(predict: Predict, image: UInt8Image, rectangles: Iterable[Rectangle]) -> Float32:
+def predict_landmarks(predict: Predict, image: UInt8Image, rectangles: Iterable[Rectangle]) -> Float32:
     """(n, 5, 2) landmarks in an RGB image of the faces at dlib's rectangles, corners inclusive."""
     corners = [predict(image, rectangle) for rectangle in rectangles]
-    return five_points(np.array(corners, np.float64).reshape(-1, 5, 2))
+    return to_five_points(np.array(corners, np.float64).reshape(-1, 5, 2))

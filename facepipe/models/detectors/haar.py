@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.imaging.dlib_chip import square
-from facepipe.models.detectors.five_points import Predict, landmarks
-from facepipe.models.detectors.nms import by_iou
+from facepipe.imaging.dlib_chip import find_dlib_square
+from facepipe.models.detectors.five_points import Predict, predict_landmarks
+from facepipe.models.detectors.nms import apply_nms
 from facepipe.models.protocols import Faces
-from facepipe.models.weights import checked
+from facepipe.models.weights import verify_sha256
 from facepipe.types import UInt8Image
 
 SHA256 = "0f7d4527844eb514d4a4948e822da90fbb16a34a0bbbbc6adc6498747a5aafb0"
@@ -49,8 +49,8 @@ class Haar:
         boxes = np.concatenate([corner[:, :2], corner[:, :2] + corner[:, 2:] - 1], 1)
         count = np.array(windows, np.float32).reshape(-1)
         scores = count / (count + np.float32(_HALF))
-        kept = by_iou(boxes, scores, max_iou)
-        points = landmarks(self._predict, image, [square(box, SQUARE) for box in boxes[kept]])
+        kept = apply_nms(boxes, scores, max_iou)
+        points = predict_landmarks(self._predict, image, [find_dlib_square(box, SQUARE) for box in boxes[kept]])
         return Faces(boxes[kept], points, scores[kept])
 
 
@@ -68,5 +68,5 @@ def _cascade() -> Any:
             f"haar needs OpenCV 4: OpenCV {cv2.__version__} has no Haar cascades. "
             "pip install 'opencv-python<5', or take another detector"
         )
-    checked(file.read_bytes(), SHA256, str(file))
+    verify_sha256(file.read_bytes(), SHA256, str(file))
     return cv2.CascadeClassifier(str(file))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from facepipe.models.detectors.nms import by_iou, by_smaller
+from facepipe.models.detectors.nms import apply_nms, apply_nms_by_smaller
 from facepipe.models.protocols import Faces
 from facepipe.types import Float32, Float64, Int32, Int64, UInt8Image
 
@@ -42,9 +42,9 @@ class Mtcnn:
     stride = 1
 
     def __init__(self, nets: "MtcnnNets", limits: tuple[float, float], device: str = "cpu", threads: int = 1):
-        from facepipe.models.engines import channels_last
+        from facepipe.models.engines import to_channels_last
 
-        channels_last(nets, device)
+        to_channels_last(nets, device)
         self._nets = nets
         self._limits, self._device, self._threads = limits, device, threads
 
@@ -69,15 +69,15 @@ class Mtcnn:
     def _propose(self, sums: Sums, h: int, w: int) -> Float32:
         """P-Net: boxes (n, 4) of 12-pixel windows that may be faces, moved by the network's offsets."""
         boxes, scores, offsets = ([np.empty((0, *shape), np.float32)] for shape in ((4,), (), (4,)))
-        for scale in scales(h, w):
+        for scale in list_scales(h, w):
             cells, score, offset = self._windows(sums, (int(h * scale + 1), int(w * scale + 1)))
             corners = (_STEP * np.tile(cells, 2) + np.array([1, 1, _CELL, _CELL])).astype(np.float32)
             box = np.floor(corners / np.float32(scale))
-            kept = by_iou(box, score, _SCALE_IOU)
+            kept = apply_nms(box, score, _SCALE_IOU)
             for whole, part in ((boxes, box), (scores, score), (offsets, offset)):
                 whole.append(part[kept])
         box, score, offset = (np.concatenate(parts) for parts in (boxes, scores, offsets))
-        kept = by_iou(box, score, _PYRAMID_IOU)
+        kept = apply_nms(box, score, _PYRAMID_IOU)
         return box[kept] + offset[kept] * np.tile(box[kept, 2:] - box[kept, :2], 2)
 
     def _windows(self, sums: Sums, size: tuple[int, int]) -> tuple[Int64, Float32, Float32]:
@@ -87,7 +87,7 @@ class Mtcnn:
         """
         (top, bottom), columns = _edges(0, sums.shape[1] - 1, size[0]), _edges(0, sums.shape[2] - 1, size[1])
         cells, scores, offsets = [], [], []
-        for start, stop in stripes(*size):
+        for start, stop in split_into_stripes(*size):
             level = _level(sums, (top[start:stop], bottom[start:stop]), columns)
             score, offset = self._run(self._nets.pnet, level)
             y, x = np.nonzero(score[0] >= _PNET_SCORE)
@@ -102,7 +102,7 @@ class Mtcnn:
         score, offset = self._score(self._nets.rnet, sums, windows, 24)
         passed = score > _RNET_SCORE
         boxes, score, offset = boxes[passed], score[passed], offset[passed]
-        kept = by_iou(boxes, score, _RNET_IOU)
+        kept = apply_nms(boxes, score, _RNET_IOU)
         return _moved(boxes[kept], offset[kept])
 
     def _output(self, sums: Sums, boxes: Float32, shape: tuple[int, int]) -> Faces:
@@ -115,8 +115,8 @@ class Mtcnn:
         points = points[passed].reshape(-1, 2, 5).transpose(0, 2, 1)
         landmarks = boxes[:, None, :2] - 1 + points * (boxes[:, None, 2:] - boxes[:, None, :2] + 1)
         boxes = _moved(boxes, offset)
-        kept = by_smaller(boxes, score, _ONET_SHARE)
-        kept = kept[by_iou(boxes[kept], score[kept], max_iou)]
+        kept = apply_nms_by_smaller(boxes, score, _ONET_SHARE)
+        kept = kept[apply_nms(boxes[kept], score[kept], max_iou)]
         return Faces(
             (boxes[kept] - 1).astype(np.float32), landmarks[kept].astype(np.float32), score[kept].astype(np.float32)
         )
@@ -135,7 +135,7 @@ class Mtcnn:
         return tuple(out.float().cpu().numpy() for out in net(torch.from_numpy(pixels).to(self._device)))
 
 
-def scales(h: int, w: int) -> list[float]:
+def list_scales(h: int, w: int) -> list[float]:
     """Scales of the pyramid: from 20-pixel faces upward until the shorter side is below P-Net's window."""
     scale, found = _CELL / _SMALLEST_FACE, []
     while min(h, w) * scale >= _CELL:
@@ -144,7 +144,7 @@ def scales(h: int, w: int) -> list[float]:
     return found
 
 
-def stripes(h: int, w: int) -> Iterator[tuple[int, int]]:
+def split_into_stripes(h: int, w: int) -> Iterator[tuple[int, int]]:
     """Rows (start, stop) of a level's stripes, which together have each window once."""
     rows = max(_STRIPE // w // _STEP, 8) * _STEP
     last = max(h - _CELL + _STEP, 1)  # where a window can begin

@@ -110,7 +110,7 @@ _HEADS = {
 }
 
 
-def from_facenet_pytorch(state: Mapping[str, Tensor], net: str = "") -> dict[str, Tensor]:
+def rename_facenet_pytorch_keys(state: Mapping[str, Tensor], net: str = "") -> dict[str, Tensor]:
     """Names of the public PyTorch port (facenet-pytorch) to ours.
 
     net: "pnet", "rnet" or "onet" for the state dict of that network alone, nothing for names that begin with it

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from facepipe.errors import WeightsError
-from facepipe.models.checkpoint import fit
-from facepipe.models.weights import checked, package_file
+from facepipe.models.checkpoint import load_state
+from facepipe.models.weights import find_package_file, verify_sha256
 from facepipe.types import Float32
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _MAGIC = b"\x04\x22\x4d\x18"
 _LARGEST = 1 << 24
 
 
-def packaged_nets() -> "MtcnnNets":
+def load_packaged_nets() -> "MtcnnNets":
     """The three networks with the weights of the package mtcnn, ready for inference.
 
     Raises WeightsError where the package is missing or its files are not the registered ones.
@@ -45,13 +45,15 @@ def packaged_nets() -> "MtcnnNets":
     nets = MtcnnNets()
     state: dict[str, Tensor] = {}
     for name, sha256 in SHA256.items():
-        file = package_file("mtcnn", f"assets/weights/{name}.lz4", "mtcnn")
-        state |= from_keras(name, read_arrays(lz4_frame(checked(file.read_bytes(), sha256, str(file)))))
-    fit(nets, state, "the package mtcnn")
+        file = find_package_file("mtcnn", f"assets/weights/{name}.lz4", "mtcnn")
+        state |= convert_keras_arrays(
+            name, read_arrays(decompress_lz4_frame(verify_sha256(file.read_bytes(), sha256, str(file))))
+        )
+    load_state(nets, state, "the package mtcnn")
     return nets.eval().requires_grad_(False)
 
 
-def from_keras(net: str, arrays: list[Float32]) -> "dict[str, Tensor]":
+def convert_keras_arrays(net: str, arrays: list[Float32]) -> "dict[str, Tensor]":
     """The state dict of one network (`pnet`, `rnet`, `onet`) from Keras' list of arrays: kernels are (row, column,
     in, out), dense layers (in, out), slopes (1, 1, channel).
     """
@@ -72,7 +74,7 @@ def from_keras(net: str, arrays: list[Float32]) -> "dict[str, Tensor]":
     return state
 
 
-def lz4_frame(data: bytes) -> bytes:
+def decompress_lz4_frame(data: bytes) -> bytes:
     """The content of one LZ4 frame (LZ4 frame format 1.6); checksums are passed over, callers check a SHA-256."""
     if data[:4] != _MAGIC or len(data) < 7 or data[4] >> 6 != 1:
         raise WeightsError("not an LZ4 frame")

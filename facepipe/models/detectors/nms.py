@@ -9,7 +9,7 @@ import numpy.typing as npt
 from facepipe.types import Int64
 
 
-def by_iou(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], max_iou: float) -> Int64:
+def apply_nms(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], max_iou: float) -> Int64:
     """Indices of the boxes (n, 4) kept, by falling score; equal scores in their order. Scores are above 0."""
     if not len(boxes):
         return np.empty(0, np.int64)
@@ -19,8 +19,8 @@ def by_iou(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], ma
     return np.asarray(kept, np.int64).reshape(-1)
 
 
-def by_smaller(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], max_share: float) -> Int64:
-    """As by_iou, but overlap counts as a share of the smaller box, so that a box inside another goes.
+def apply_nms_by_smaller(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], max_share: float) -> Int64:
+    """As apply_nms, but overlap counts as a share of the smaller box, so that a box inside another goes.
 
     Areas are those of inclusive corners, as in MTCNN's original.
     """

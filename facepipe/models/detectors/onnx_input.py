@@ -11,13 +11,13 @@ from facepipe.types import Float32, UInt8Image
 MULTIPLE = 32
 
 
-class Fitted(NamedTuple):
+class FittedImage(NamedTuple):
     """An image at the top left of a graph's input, and the scales it was shrunk by."""
 
     pixels: UInt8Image
     scale: Float32
 
-    def back(self, points: Float32) -> Float32:
+    def to_image(self, points: Float32) -> Float32:
         """Points (..., 2) of the input in the image, about pixel centres."""
         return ((points + 0.5) / self.scale - 0.5).astype(np.float32)
 
@@ -29,11 +29,11 @@ class DetectorGraph:
     """
 
     def __init__(self, graph: bytes, name: str, threads: int = 1):
-        from facepipe.models.engines import session
+        from facepipe.models.engines import open_session
 
         self.name = name
         try:
-            self._session = session(graph, threads)
+            self._session = open_session(graph, threads)
         except Exception as error:  # ONNX Runtime's own errors have no common class to import
             raise ModelError(f"{name}: ONNX Runtime cannot load the graph: {_short(error)}") from error
         inputs = self._session.get_inputs()
@@ -44,7 +44,7 @@ class DetectorGraph:
         self._fixed = tuple(side if isinstance(side, int) and side > 0 else None for side in shape[2:])
         self.outputs = [out.name for out in self._session.get_outputs()]
 
-    def fit(self, image: UInt8Image) -> Fitted:
+    def fit(self, image: UInt8Image) -> FittedImage:
         """Padded with black on the right and below; shrunk first where the graph's fixed size is smaller."""
         h, w = image.shape[:2]
         limits = [side / have for side, have in zip(self._fixed, (h, w), strict=True) if side is not None]
@@ -57,7 +57,7 @@ class DetectorGraph:
         wanted = [fixed or side + -side % MULTIPLE for fixed, side in zip(self._fixed, (small_h, small_w), strict=True)]
         padded = np.zeros((*wanted, 3), np.uint8)
         padded[:small_h, :small_w] = image
-        return Fitted(padded, np.array([small_w / w, small_h / h], np.float32))
+        return FittedImage(padded, np.array([small_w / w, small_h / h], np.float32))
 
     def run(self, planes: Float32) -> dict[str, Any]:
         """Outputs by name, without the batch dimension, of (1, 3, h, w) float32."""
@@ -72,7 +72,7 @@ def _short(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def cells(height: int, width: int, stride: int) -> Float32:
+def list_cells(height: int, width: int, stride: int) -> Float32:
     """(rows * columns, 2) column and row of every cell of a level, row by row."""
     rows, columns = np.mgrid[: height // stride, : width // stride]
     return np.stack([columns, rows], -1).reshape(-1, 2).astype(np.float32)

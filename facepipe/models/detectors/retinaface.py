@@ -43,7 +43,8 @@ class ContextModule(nn.Module):
 
 
 class RetinaFaceNet(nn.Module):
-    """(n, 3, h, w) float from `normalise` -> offsets (n, a, 4), face probability (n, a), landmark offsets (n, a, 10).
+    """(n, 3, h, w) float from `normalise_pixels`
+    -> offsets (n, a, 4), face probability (n, a), landmark offsets (n, a, 10).
 
     While training, the logits (n, a, 2) of background and face stand in the probability's place. Anchors a: level,
     row, column, size.
@@ -89,7 +90,7 @@ class RetinaFaceNet(nn.Module):
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, n)
 
 
-def normalise(pixels: Tensor, channels: Channels) -> Tensor:
+def normalise_pixels(pixels: Tensor, channels: Channels) -> Tensor:
     """(n, h, w, 3) uint8 RGB -> (n, 3, h, w) float32 in the network's channel order, in channels_last.
 
     104, 117 and 123 are taken off in the order in which the channels enter the network: off blue, green and red for
@@ -101,7 +102,7 @@ def normalise(pixels: Tensor, channels: Channels) -> Tensor:
     return (ordered.float() - mean).contiguous(memory_format=torch.channels_last)
 
 
-def fold(net: RetinaFaceNet) -> RetinaFaceNet:
+def fold_batch_norms(net: RetinaFaceNet) -> RetinaFaceNet:
     """A copy in inference mode whose batch norms are folded into the convolutions; `net` stays as it was."""
     folded = copy.deepcopy(net).eval()
     for module in folded.modules():
@@ -110,7 +111,7 @@ def fold(net: RetinaFaceNet) -> RetinaFaceNet:
     return folded
 
 
-def state_from_graph(initialisers: "OrderedDict[str, Float32]", net: RetinaFaceNet) -> dict[str, Tensor]:
+def convert_onnx_constants(initialisers: "OrderedDict[str, Float32]", net: RetinaFaceNet) -> dict[str, Tensor]:
     """The folded network's state dict from the constants of the exported ONNX graph.
 
     The graph names the heads and numbers the folded convolutions in the order they ran, which is this module's order

@@ -20,7 +20,7 @@ _MAX_CANDIDATES = 5000
 
 
 @lru_cache(maxsize=64)
-def anchors(height: int, width: int) -> Float32:
+def build_anchors(height: int, width: int) -> Float32:
     """(a, 4) centre x, centre y, width, height in pixels."""
     levels = []
     for stride, sides in zip(STRIDES, ANCHOR_SIDES, strict=True):
@@ -30,7 +30,7 @@ def anchors(height: int, width: int) -> Float32:
     return np.concatenate(levels).astype(np.float32)
 
 
-def preprocess(images: UInt8Image) -> Float32:
+def to_bgr_planes(images: UInt8Image) -> Float32:
     """(n, h, w, 3) uint8 RGB -> (n, 3, h, w) float32 BGR minus the mean."""
     planes = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
     for image, bgr in zip(images, planes, strict=True):
@@ -40,7 +40,7 @@ def preprocess(images: UInt8Image) -> Float32:
     return planes
 
 
-class Outputs(NamedTuple):
+class RetinaFaceOutputs(NamedTuple):
     """What the network says of one image's anchors: offsets (a, 4), face probability (a,), landmark offsets (a, 10)."""
 
     offsets: Float32
@@ -48,31 +48,33 @@ class Outputs(NamedTuple):
     points: Float32
 
 
-def postprocess(
+def decode_faces(
     offsets: Float32, scores: Float32, points: Float32, shape: tuple[int, int], limits: tuple[float, float]
 ) -> Faces:
-    """Faces of one image of `shape` (h, w) from the network's `Outputs`; `limits`: lowest score and highest overlap
+    """Faces of one image of `shape` (h, w) from the `RetinaFaceOutputs`; `limits`: lowest score and highest overlap
     (IoU) kept.
     """
-    outputs = Outputs(offsets, scores, points)
+    outputs = RetinaFaceOutputs(offsets, scores, points)
     keep = _best(scores, limits[0])
     boxes = _boxes(outputs, keep, shape)
-    best = suppress(boxes, limits[1])
+    best = apply_sorted_nms(boxes, limits[1])
     kept = keep[best]
-    prior = anchors(*shape)[kept]
+    prior = build_anchors(*shape)[kept]
     shifts = points[kept].reshape(-1, 5, 2)
     landmarks = prior[:, None, :2] + shifts * CENTRE_VARIANCE * prior[:, None, 2:]
     return Faces(boxes[best], landmarks, scores[kept])
 
 
-def certain(outputs: Outputs, shape: tuple[int, int], limits: tuple[float, float, float]) -> Faces | None:
+def decode_confident_faces(
+    outputs: RetinaFaceOutputs, shape: tuple[int, int], limits: tuple[float, float, float]
+) -> Faces | None:
     """Faces of one image where all are surely some, else None; `limits`: doubtful score, sure score, highest overlap.
 
     Of suppression down to the doubtful score something between the two would be left exactly where a candidate of
     such a score overlaps no sure face: the best of these cannot be suppressed by anything else.
     """
     doubtful, sure, max_iou = limits
-    found = postprocess(*outputs, shape, (sure, max_iou))
+    found = decode_faces(*outputs, shape, (sure, max_iou))
     if not len(found.scores):
         return None
     rest = np.flatnonzero((outputs.scores >= doubtful) & (outputs.scores < sure))
@@ -89,14 +91,14 @@ def _best(scores: Float32, min_score: float) -> Int64:
     return keep[np.argsort(-scores[keep], kind="stable")[:_MAX_CANDIDATES]]
 
 
-def _boxes(outputs: Outputs, keep: Int64, shape: tuple[int, int]) -> Float32:
-    prior, offsets = anchors(*shape)[keep], outputs.offsets[keep]
+def _boxes(outputs: RetinaFaceOutputs, keep: Int64, shape: tuple[int, int]) -> Float32:
+    prior, offsets = build_anchors(*shape)[keep], outputs.offsets[keep]
     centre = prior[:, :2] + offsets[:, :2] * CENTRE_VARIANCE * prior[:, 2:]
     side = prior[:, 2:] * np.exp(np.clip(offsets[:, 2:] * SIZE_VARIANCE, -10, 10))
     return np.asarray(np.concatenate([centre - side / 2, centre + side / 2], 1), np.float32)
 
 
-def suppress(boxes: Float32, max_iou: float) -> Int64:
+def apply_sorted_nms(boxes: Float32, max_iou: float) -> Int64:
     """Greedy non-maximum suppression of boxes (n, 4) sorted by falling score; the indices kept."""
     alive, kept = np.arange(len(boxes)), []
     while len(alive):

@@ -51,7 +51,7 @@ _PATTERNS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 )
 
 
-def from_biubug6(state: State) -> State:
+def rename_biubug6_keys(state: State) -> State:
     """Both trunks' checkpoints, DataParallel's `module.` already taken off.
 
     A name that no pattern knows stays as it is, so that `checkpoint.fit` names it as left over.

@@ -7,8 +7,8 @@ shapes: exports differ in names, order and a batch dimension.
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.detectors.nms import by_iou
-from facepipe.models.detectors.onnx_input import DetectorGraph, cells
+from facepipe.models.detectors.nms import apply_nms
+from facepipe.models.detectors.onnx_input import DetectorGraph, list_cells
 from facepipe.models.protocols import Faces
 from facepipe.types import Float32, UInt8Image
 
@@ -53,9 +53,11 @@ class Scrfd:
         ]
         boxes, landmarks, scores = (np.concatenate(part) for part in zip(*decoded, strict=True))
         best = np.argsort(-scores, kind="stable")[:_MAX_CANDIDATES]
-        best = best[by_iou(boxes[best], scores[best], max_iou)]
+        best = best[apply_nms(boxes[best], scores[best], max_iou)]
         return Faces(
-            fitted.back(boxes[best].reshape(-1, 2, 2)).reshape(-1, 4), fitted.back(landmarks[best]), scores[best]
+            fitted.to_image(boxes[best].reshape(-1, 2, 2)).reshape(-1, 4),
+            fitted.to_image(landmarks[best]),
+            scores[best],
         )
 
     def _levels(self, pixels: UInt8Image) -> list[Level]:
@@ -79,6 +81,6 @@ def _decoded(level: Level, height: int, width: int, stride: int, min_score: floa
     """Boxes, landmarks and scores of at least `min_score`, from distances in strides to the anchors' points."""
     scores, box, points = level
     kept = np.flatnonzero((scores >= min_score) & (scores > 0))
-    anchor = np.repeat(cells(height, width, stride), _ANCHORS, 0)[kept] * stride
+    anchor = np.repeat(list_cells(height, width, stride), _ANCHORS, 0)[kept] * stride
     boxes = np.concatenate([anchor - box[kept, :2] * stride, anchor + box[kept, 2:] * stride], 1)
     return boxes, anchor[:, None] + points[kept].reshape(-1, 5, 2) * stride, scores[kept]

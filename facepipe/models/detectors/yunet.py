@@ -6,8 +6,8 @@ The arithmetic is that of OpenCV's FaceDetectorYN (modules/objdetect/src/face_de
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.detectors.nms import by_iou
-from facepipe.models.detectors.onnx_input import DetectorGraph, cells
+from facepipe.models.detectors.nms import apply_nms
+from facepipe.models.detectors.onnx_input import DetectorGraph, list_cells
 from facepipe.models.protocols import Faces
 from facepipe.types import Float32, UInt8Image
 
@@ -41,16 +41,18 @@ class YuNet:
         levels = [self._level(out, stride, bgr.shape[2:], min_score) for stride in _STRIDES]
         boxes, landmarks, scores = (np.concatenate(part) for part in zip(*levels, strict=True))
         best = np.argsort(-scores, kind="stable")[:_MAX_CANDIDATES]
-        best = best[by_iou(boxes[best], scores[best], max_iou)]
+        best = best[apply_nms(boxes[best], scores[best], max_iou)]
         return Faces(
-            fitted.back(boxes[best].reshape(-1, 2, 2)).reshape(-1, 4), fitted.back(landmarks[best]), scores[best]
+            fitted.to_image(boxes[best].reshape(-1, 2, 2)).reshape(-1, 4),
+            fitted.to_image(landmarks[best]),
+            scores[best],
         )
 
     def _level(
         self, out: dict[str, Float32], stride: int, shape: tuple[int, ...], min_score: float
     ) -> tuple[Float32, Float32, Float32]:
         """Boxes, landmarks and scores of one level, of at least `min_score`."""
-        grid = cells(shape[0], shape[1], stride)
+        grid = list_cells(shape[0], shape[1], stride)
         found = {}
         for kind, columns in _COLUMNS.items():
             values = np.asarray(out[f"{kind}_{stride}"], np.float32)

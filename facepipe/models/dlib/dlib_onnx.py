@@ -10,7 +10,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convolution
-from facepipe.models.onnx_graph import Graph, tensor
+from facepipe.models.onnx_graph import OnnxGraphBuilder, describe_tensor
 from facepipe.types import Float32
 
 # Side of the feature map after each strided block: what padding the shortcut needs is known when the graph is built.
@@ -20,17 +20,18 @@ _SIDE_AFTER_POOL = 35
 Range = tuple[float, float]
 
 
-def graph(convolutions: list[Convolution], fc: Float32, ranges: Sequence[Range] | None = None) -> bytes:
+def build_dlib_onnx(convolutions: list[Convolution], fc: Float32, ranges: Sequence[Range] | None = None) -> bytes:
     """A serialised model: `chips` (n, 150, 150, 3) uint8 RGB -> `vectors` (n, 128) float32.
 
-    ranges: lowest and highest value of each activation in the order of `activations`; the graph is in eight bits then
+    ranges: lowest and highest value of each activation in the order of `build_dlib_onnx_with_activations`;
+        the graph is in eight bits then
     """
     g = _Floats() if ranges is None else _EightBits(ranges)
     _build(g, convolutions, fc)
     return g.finished()
 
 
-def activations(convolutions: list[Convolution], fc: Float32) -> tuple[bytes, list[str]]:
+def build_dlib_onnx_with_activations(convolutions: list[Convolution], fc: Float32) -> tuple[bytes, list[str]]:
     """(the graph in floating point with its activations as further outputs, their names), to measure ranges with."""
     g = _Floats()
     _build(g, convolutions, fc)
@@ -38,20 +39,20 @@ def activations(convolutions: list[Convolution], fc: Float32) -> tuple[bytes, li
 
 
 def _build(g: "_Floats", convolutions: list[Convolution], fc: Float32) -> None:
-    x = g.node("Relu", [g.layer(g.pixels(), _with_input_scaling(convolutions[0]))])
+    x = g.add_node("Relu", [g.layer(g.pixels(), _with_input_scaling(convolutions[0]))])
     x = g.same("MaxPool", g.settle(x), kernel_shape=[3, 3], strides=[2, 2])
     side = _SIDE_AFTER_POOL
     for n, (i, o, stride) in enumerate(BLOCKS):
         first, second = convolutions[1 + 2 * n : 3 + 2 * n]
-        y = g.settle(g.layer(g.settle(g.node("Relu", [g.layer(x, first)])), second))
+        y = g.settle(g.layer(g.settle(g.add_node("Relu", [g.layer(x, first)])), second))
         if stride == 2:
             pooled, strided = side // 2, (side - 3) // 2 + 1
             side = max(pooled, strided)
             x = g.same("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
             x, y = g.pad(x, o - i, side - pooled), g.pad(y, 0, side - strided)
-        x = g.settle(g.node("Relu", [g.node("Add", [x, y])]))
-    x = g.node("Flatten", [g.node("GlobalAveragePool", [x])])
-    g.node("MatMul", [x, g.constant(fc)])
+        x = g.settle(g.add_node("Relu", [g.add_node("Add", [x, y])]))
+    x = g.add_node("Flatten", [g.add_node("GlobalAveragePool", [x])])
+    g.add_node("MatMul", [x, g.add_constant(fc)])
 
 
 def _with_input_scaling(conv: Convolution) -> Convolution:
@@ -63,7 +64,7 @@ def _with_input_scaling(conv: Convolution) -> Convolution:
     )
 
 
-class _Floats(Graph):
+class _Floats(OnnxGraphBuilder):
     """The network's parts in floating point."""
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class _Floats(Graph):
 
     def pixels(self) -> str:
         """The chips' levels in planes, as numbers."""
-        return self.node("Cast", [self.node("Transpose", ["chips"], perm=[0, 3, 1, 2])], to=TensorProto.FLOAT)
+        return self.add_node("Cast", [self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2])], to=TensorProto.FLOAT)
 
     def settle(self, x: str) -> str:
         """An activation that other layers read: the place where it would be rounded."""
@@ -81,24 +82,24 @@ class _Floats(Graph):
 
     def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
         """A node whose output has the range of its input."""
-        return self.node(kind, [x, *more], **attributes)
+        return self.add_node(kind, [x, *more], **attributes)
 
     def layer(self, x: str, conv: Convolution) -> str:
         """A convolution of the network."""
-        weight, bias = self.constant(conv.weight), self.constant(conv.bias)
-        return self.conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
+        weight, bias = self.add_constant(conv.weight), self.add_constant(conv.bias)
+        return self.add_conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
 
     def pad(self, x: str, channels: int, pixels: int) -> str:
         """Zeros behind the channels, and below and right of the pixels."""
         if not channels and not pixels:
             return x
-        return self.same("Pad", x, self.constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels])))
+        return self.same("Pad", x, self.add_constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels])))
 
     def finished(self, more: Sequence[str] = ()) -> bytes:
         """The model whose output is the last node's, and the named tensors."""
-        self.name(self.nodes[-1].output[0], "vectors")
-        outputs = [tensor("vectors", ["n", 128]), *(tensor(name, None) for name in more)]
-        return self.serialise("dlib_resnet", [tensor("chips", ["n", SIDE, SIDE, 3], raw=True)], outputs)
+        self.rename_output(self.nodes[-1].output[0], "vectors")
+        outputs = [describe_tensor("vectors", ["n", 128]), *(describe_tensor(name, None) for name in more)]
+        return self.serialise("dlib_resnet", [describe_tensor("chips", ["n", SIDE, SIDE, 3], raw=True)], outputs)
 
 
 class _EightBits(_Floats):
@@ -113,13 +114,13 @@ class _EightBits(_Floats):
         self._steps: dict[str, tuple[str, str, float]] = {}
 
     def pixels(self) -> str:
-        return self._read(self.node("Transpose", ["chips"], perm=[0, 3, 1, 2]), self._step(0.0, 255.0))
+        return self._read(self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2]), self._step(0.0, 255.0))
 
     def settle(self, x: str) -> str:
         return self._rounded(x, self._step(*next(self._ranges)))
 
     def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
-        return self._rounded(self.node(kind, [x, *more], **attributes), self._steps[x])
+        return self._rounded(self.add_node(kind, [x, *more], **attributes), self._steps[x])
 
     def layer(self, x: str, conv: Convolution) -> str:
         """Weights of eight bits with a scale for each output channel; the bias in units of their product."""
@@ -128,22 +129,22 @@ class _EightBits(_Floats):
         units = (steps * self._steps[x][2]).astype(np.float32)
         weight = self._constant_in_steps(rounded, steps.astype(np.float32))
         bias = self._constant_in_steps(np.round(conv.bias / units).astype(np.int32), units)
-        return self.conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
+        return self.add_conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
 
     def _constant_in_steps(self, values: npt.NDArray[np.integer], steps: Float32) -> str:
-        names = [self.constant(a) for a in (values, steps, np.zeros(len(steps), values.dtype))]
-        return self.node("DequantizeLinear", names, axis=0)
+        names = [self.add_constant(a) for a in (values, steps, np.zeros(len(steps), values.dtype))]
+        return self.add_node("DequantizeLinear", names, axis=0)
 
     def _step(self, low: float, high: float) -> tuple[str, str, float]:
         low, high = min(low, 0.0), max(high, 1e-6)
         step = np.float32((high - low) / 255)
         zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
-        return self.constant(np.array(step)), self.constant(np.array(zero)), float(step)
+        return self.add_constant(np.array(step)), self.add_constant(np.array(zero)), float(step)
 
     def _rounded(self, x: str, step: tuple[str, str, float]) -> str:
-        return self._read(self.node("QuantizeLinear", [x, *step[:2]]), step)
+        return self._read(self.add_node("QuantizeLinear", [x, *step[:2]]), step)
 
     def _read(self, x: str, step: tuple[str, str, float]) -> str:
-        name = self.node("DequantizeLinear", [x, *step[:2]])
+        name = self.add_node("DequantizeLinear", [x, *step[:2]])
         self._steps[name] = step
         return name

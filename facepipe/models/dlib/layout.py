@@ -30,7 +30,7 @@ class Convolution(NamedTuple):
     padding: int
 
 
-def folded(layers: list[Layer]) -> tuple[list[Convolution], Float32]:
+def fold_layers(layers: list[Layer]) -> tuple[list[Convolution], Float32]:
     """(29 convolutions in the order they run, fully connected matrix (256, 128)) of the file's layers."""
     plan = [(3, 32, 7, 2, 0)]
     for i, o, stride in BLOCKS:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from facepipe.imaging.geometry import similarity
+from facepipe.imaging.geometry import fit_similarity
 from facepipe.models.dlib.predictor_format import LEVELS, POINTS, SPLITS, TREES, Cascade, read_cascade
-from facepipe.models.weights import checked, package_file
+from facepipe.models.weights import find_package_file, verify_sha256
 from facepipe.types import Float32, Int16, Int64, UInt8Image
 
 Rect = tuple[int, int, int, int]
@@ -47,11 +47,11 @@ class Predictor(NamedTuple):
 def load_predictor() -> Predictor:
     """The predictor of the package face-recognition-models, checked; WeightsError where it is missing or altered."""
     name = "models/shape_predictor_5_face_landmarks.dat"
-    file = package_file("face_recognition_models", name, "face-recognition-models")
-    return arranged(read_cascade(checked(file.read_bytes(), PREDICTOR_SHA256, str(file))))
+    file = find_package_file("face_recognition_models", name, "face-recognition-models")
+    return arrange_cascade(read_cascade(verify_sha256(file.read_bytes(), PREDICTOR_SHA256, str(file))))
 
 
-def arranged(cascade: Cascade) -> Predictor:
+def arrange_cascade(cascade: Cascade) -> Predictor:
     """The cascade laid out for `predict`, read-only."""
     pixels = np.stack([cascade.first, cascade.second], 1).reshape(LEVELS, 2, -1).astype(np.int16)
     thresholds, leaves = cascade.thresholds.reshape(LEVELS, -1), cascade.leaves.reshape(LEVELS, -1, 2 * POINTS)
@@ -80,7 +80,7 @@ def predict(predictor: Predictor, image: UInt8Image, rect: Rect) -> Int64:
 def _pixels(level: Level, image: UInt8Image, rect: Rect, shapes: tuple[Float32, Float32]) -> Float32:
     """(800,) intensities of the level's pixels, which turn and grow with the shape."""
     initial, shape = shapes
-    turn = similarity(initial.astype(np.float64), shape.astype(np.float64))[:, :2].astype(np.float32)
+    turn = fit_similarity(initial.astype(np.float64), shape.astype(np.float64))[:, :2].astype(np.float32)
     dx, dy = level.deltas
     points = [dx * row[0] + dy * row[1] + shape[:, k].take(level.anchors) for k, row in enumerate(turn)]
     x, y = (_in_image(part, ends) for part, ends in zip(points, (rect[::2], rect[1::2]), strict=True))

@@ -37,7 +37,7 @@ class Cascade(NamedTuple):
 
 def read_cascade(data: bytes) -> Cascade:
     """The cascade of a five-point predictor's file; FormatError for anything else."""
-    numbers = _Numbers(integers(data))
+    numbers = _Numbers(read_integers(data))
     numbers.expect(1)
     initial = numbers.matrices(numbers.take(1, _MATRIX))
     numbers.expect(LEVELS)
@@ -61,7 +61,7 @@ def read_cascade(data: bytes) -> Cascade:
     return cascade
 
 
-def integers(data: bytes) -> Int64:
+def read_integers(data: bytes) -> Int64:
     """All the packed integers of `data`: control byte (bit 7: negative, low bits: number of bytes), magnitude."""
     # A control byte that cannot be one leads past the end.
     past = len(data) + 1

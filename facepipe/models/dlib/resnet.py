@@ -45,7 +45,7 @@ class DlibResNet(nn.Module):
             x = block(x)
         return self.fc(x.mean((2, 3)))
 
-    def load(self, convolutions: list[Convolution], fc: Float32) -> "DlibResNet":
+    def load_weights(self, convolutions: list[Convolution], fc: Float32) -> "DlibResNet":
         """Take the weights of `folded`."""
         modules = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         with torch.no_grad():

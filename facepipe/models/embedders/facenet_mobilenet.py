@@ -5,7 +5,7 @@ The recipe is that of bubbliiiing's facenet-pytorch: full width, average pooling
 
 from torch import Tensor, nn
 
-from facepipe.models.embedders.layers import ConvBN, conv, depthwise, initialise
+from facepipe.models.embedders.layers import ConvBN, initialise, make_conv, make_depthwise_conv
 
 # (channels, stride) of each depthwise separable convolution
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
@@ -16,8 +16,8 @@ class Separable(nn.Module):
 
     def __init__(self, i: int, o: int, stride: int):
         super().__init__()
-        self.depthwise = ConvBN(depthwise(i, stride), nn.ReLU6())
-        self.pointwise = ConvBN(conv(i, o), nn.ReLU6())
+        self.depthwise = ConvBN(make_depthwise_conv(i, stride), nn.ReLU6())
+        self.pointwise = ConvBN(make_conv(i, o), nn.ReLU6())
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.pointwise(self.depthwise(x))
@@ -34,7 +34,7 @@ class FaceNetMobileNet(nn.Module):
     def __init__(self, dim: int = 128, dropout: float = 0.5):
         super().__init__()
         widths = [32, *(o for o, _ in BLOCKS)]
-        self.stem = ConvBN(conv(3, 32, 3, 2), nn.ReLU6())
+        self.stem = ConvBN(make_conv(3, 32, 3, 2), nn.ReLU6())
         self.blocks = nn.Sequential(*(Separable(i, o, s) for i, (o, s) in zip(widths, BLOCKS, strict=False)))
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(1024, dim, bias=False)

@@ -5,7 +5,7 @@ As in insightface's fresnet symbol: input version 1 (3x3 stem of stride 1), unit
 
 from torch import Tensor, nn
 
-from facepipe.models.embedders.layers import ConvBN, FixedScaleBatchNorm1d, conv, initialise
+from facepipe.models.embedders.layers import ConvBN, FixedScaleBatchNorm1d, initialise, make_conv
 
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
 WIDTHS = (64, 128, 256, 512)
@@ -17,10 +17,10 @@ class Unit(nn.Module):
     def __init__(self, i: int, o: int, stride: int, eps: float):
         super().__init__()
         self.bn = nn.BatchNorm2d(i, eps)
-        self.conv1 = ConvBN(conv(i, o, 3), nn.PReLU(o), eps)
-        self.conv2 = ConvBN(conv(o, o, 3, stride), eps=eps)
+        self.conv1 = ConvBN(make_conv(i, o, 3), nn.PReLU(o), eps)
+        self.conv2 = ConvBN(make_conv(o, o, 3, stride), eps=eps)
         # insightface gives the first unit of every stage a convolution there, also where the widths are equal.
-        self.shortcut = ConvBN(conv(i, o, 1, stride), eps=eps) if stride != 1 or i != o else nn.Identity()
+        self.shortcut = ConvBN(make_conv(i, o, 1, stride), eps=eps) if stride != 1 or i != o else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv2(self.conv1(self.bn(x))) + self.shortcut(x)
@@ -47,7 +47,7 @@ class IResNet(nn.Module):
         super().__init__()
         if depth not in UNITS:
             raise ValueError(f"IResNet has the depths {', '.join(map(str, UNITS))}, not {depth}")
-        self.stem = ConvBN(conv(3, WIDTHS[0], 3), nn.PReLU(WIDTHS[0]), eps)
+        self.stem = ConvBN(make_conv(3, WIDTHS[0], 3), nn.PReLU(WIDTHS[0]), eps)
         self.stages = nn.Sequential(*_stages(UNITS[depth], eps))
         self.bn = nn.BatchNorm2d(WIDTHS[-1], eps)
         self.dropout = nn.Dropout(dropout)

@@ -1,6 +1,6 @@
 """Names of public checkpoints' tensors in our networks: one function a lineage, `state -> state`, nothing is read.
 
-Names that a lineage does not know stay as they are, so that `facepipe.models.checkpoint.fit` can name them.
+Names that a lineage does not know stay as they are, so that `facepipe.models.checkpoint.load_state` can name them.
 """
 
 from itertools import chain

@@ -19,12 +19,12 @@ class ConvBN(nn.Module):
         return out
 
 
-def conv(i: int, o: int, kernel: int = 1, stride: int = 1) -> nn.Conv2d:
+def make_conv(i: int, o: int, kernel: int = 1, stride: int = 1) -> nn.Conv2d:
     """Dense convolution with "same" padding, no bias."""
     return nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
 
 
-def depthwise(width: int, stride: int = 1) -> nn.Conv2d:
+def make_depthwise_conv(width: int, stride: int = 1) -> nn.Conv2d:
     """3x3 convolution of every channel by itself, no bias."""
     return nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)
 
@@ -53,6 +53,6 @@ def initialise(net: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def parameters(net: nn.Module) -> int:
+def count_parameters(net: nn.Module) -> int:
     """How many numbers training learns; running statistics and fixed scales are not among them."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)

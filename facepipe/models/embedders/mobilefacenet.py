@@ -5,7 +5,7 @@ The global depthwise convolution is as large as the map before it: 7x7 of 112x11
 
 from torch import Tensor, nn
 
-from facepipe.models.embedders.layers import ConvBN, conv, depthwise, initialise
+from facepipe.models.embedders.layers import ConvBN, initialise, make_conv, make_depthwise_conv
 
 # (expansion, channels, units, stride) of each row of bottlenecks
 BOTTLENECKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -17,9 +17,9 @@ class Bottleneck(nn.Module):
     def __init__(self, i: int, o: int, expansion: int, stride: int):
         super().__init__()
         wide = i * expansion
-        self.expand = ConvBN(conv(i, wide), nn.PReLU(wide))
-        self.depthwise = ConvBN(depthwise(wide, stride), nn.PReLU(wide))
-        self.project = ConvBN(conv(wide, o))
+        self.expand = ConvBN(make_conv(i, wide), nn.PReLU(wide))
+        self.depthwise = ConvBN(make_depthwise_conv(wide, stride), nn.PReLU(wide))
+        self.project = ConvBN(make_conv(wide, o))
         self.residual = stride == 1 and i == o
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ class MobileFaceNet(nn.Module):
     def __init__(self, dim: int = 128, size: tuple[int, int] = (112, 112)):
         super().__init__()
         width, height = size
-        self.stem = ConvBN(conv(3, 64, 3, 2), nn.PReLU(64))
-        self.stem_depthwise = ConvBN(depthwise(64), nn.PReLU(64))
+        self.stem = ConvBN(make_conv(3, 64, 3, 2), nn.PReLU(64))
+        self.stem_depthwise = ConvBN(make_depthwise_conv(64), nn.PReLU(64))
         self.blocks = nn.Sequential(*_bottlenecks())
-        self.expand = ConvBN(conv(128, 512), nn.PReLU(512))
+        self.expand = ConvBN(make_conv(128, 512), nn.PReLU(512))
         self.global_depthwise = ConvBN(nn.Conv2d(512, 512, (height // 16, width // 16), groups=512, bias=False))
-        self.linear = ConvBN(conv(512, dim))
+        self.linear = ConvBN(make_conv(512, dim))
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

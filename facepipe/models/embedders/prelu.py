@@ -23,7 +23,7 @@ class ConvolvedPReLU(nn.Module):
         return F.conv2d(x, self.slopes, groups=width) + F.conv2d(x.relu(), self.rest, groups=width)
 
 
-def convolved(net: nn.Module) -> nn.Module:
+def replace_prelus(net: nn.Module) -> nn.Module:
     """A copy for export whose channelwise PReLUs are convolutions; the same function to float32's rounding."""
     copy = deepcopy(net)
     for module in list(copy.modules()):

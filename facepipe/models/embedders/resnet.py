@@ -6,7 +6,7 @@ the first 1x1).
 
 from torch import Tensor, nn
 
-from facepipe.models.embedders.layers import conv, initialise
+from facepipe.models.embedders.layers import initialise, make_conv
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -18,8 +18,8 @@ class Basic(nn.Module):
 
     def __init__(self, i: int, width: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = conv(i, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, 3), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = make_conv(i, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = make_conv(width, width, 3), nn.BatchNorm2d(width)
         self.downsample = _downsample(i, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,9 +35,9 @@ class Bottleneck(nn.Module):
     def __init__(self, i: int, width: int, stride: int):
         super().__init__()
         o = width * self.expansion
-        self.conv1, self.bn1 = conv(i, width), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv(width, o), nn.BatchNorm2d(o)
+        self.conv1, self.bn1 = make_conv(i, width), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = make_conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = make_conv(width, o), nn.BatchNorm2d(o)
         self.downsample = _downsample(i, o, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Bottleneck(nn.Module):
 def _downsample(i: int, o: int, stride: int) -> nn.Module:
     if stride == 1 and i == o:
         return nn.Identity()
-    return nn.Sequential(conv(i, o, 1, stride), nn.BatchNorm2d(o))
+    return nn.Sequential(make_conv(i, o, 1, stride), nn.BatchNorm2d(o))
 
 
 LAYOUTS: dict[int, tuple[type[Basic] | type[Bottleneck], tuple[int, ...]]] = {

@@ -8,7 +8,7 @@ Result = TypeVar("Result")
 _SHARE = 0.8  # of the free memory; the allocator rounds up, and others may want some
 
 
-def free_memory(device: str) -> int | None:
+def measure_free_memory(device: str) -> int | None:
     """Free bytes of a CUDA device, with what torch holds of it unused; None for a CPU."""
     if not device.startswith("cuda"):
         return None
@@ -18,7 +18,7 @@ def free_memory(device: str) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def planned(free: int | None, each: int, most: int, fixed: int = 0) -> int:
+def plan_batch_size(free: int | None, each: int, most: int, fixed: int = 0) -> int:
     """The largest power of two, at most `most`, of items of `each` bytes beside `fixed` bytes; at least 1.
 
     free: bytes; None where memory is not what decides
@@ -44,7 +44,7 @@ class Batches(Generic[Result]):
             try:
                 result = work(part)
             except Exception as error:
-                if part.stop - at == 1 or not out_of_memory(error):
+                if part.stop - at == 1 or not is_out_of_memory(error):
                     raise
             else:
                 yield part, result
@@ -55,7 +55,7 @@ class Batches(Generic[Result]):
             _give_back()
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device's memory is used up: torch's own, ONNX Runtime's, or a library's."""
     if type(error).__name__ == "OutOfMemoryError":
         return True

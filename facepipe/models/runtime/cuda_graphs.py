@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from facepipe.models.runtime.batches import Batches, out_of_memory
+from facepipe.models.runtime.batches import Batches, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 Shape = tuple[int, ...]
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 _PLAIN = 3
 
 
-class Bucket:
+class CapturedShape:
     """One shape: its static input, and the function on it.
 
     Fewer items than the bucket holds are computed beside what was there before: libraries choose algorithms by the
@@ -28,7 +28,7 @@ class Bucket:
         self._input = torch.zeros(shape, dtype=torch.uint8, device=device)
         self._calls = 0
         self._output: Tensor | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.cuda_graph: torch.cuda.CUDAGraph | None = None
         self.capturable = device.type == "cuda"
 
     def _try_to_capture(self) -> None:
@@ -36,7 +36,7 @@ class Bucket:
         try:
             self._capture()
         except Exception as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             self.capturable, self._output = False, None
             _log.warning("no CUDA graph could be captured, kernels are launched one by one: %s", error)
@@ -51,21 +51,21 @@ class Bucket:
         # Other threads may pin memory or copy meanwhile; only this one's calls are captured.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._output = self._function(self._input)
-        self.graph = graph
+        self.cuda_graph = graph
 
     def __call__(self, items: Tensor) -> Tensor:
         """The function's output for items (n, ...), n <= the bucket's; the next call to any bucket overwrites it."""
         self._input[: len(items)].copy_(items)
         self._calls += 1
-        if self.capturable and self.graph is None and self._calls > _PLAIN:
+        if self.capturable and self.cuda_graph is None and self._calls > _PLAIN:
             self._try_to_capture()
-        if self.graph is None or self._output is None:
+        if self.cuda_graph is None or self._output is None:
             return self._function(self._input)[: len(items)]
-        self.graph.replay()
+        self.cuda_graph.replay()
         return self._output[: len(items)]
 
 
-class Buckets:
+class CudaGraphCache:
     """The buckets of one function (n, ...) uint8 -> (n, ...), one a shape; the `most` last used are kept.
 
     All are replayed on one stream, one after the other, and so share their memory for what is in between.
@@ -74,7 +74,7 @@ class Buckets:
     def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device, most: int = 24):
         self._function, self._device, self._most = function, device, most
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._held: OrderedDict[Shape, Bucket] = OrderedDict()
+        self._held: OrderedDict[Shape, CapturedShape] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -85,11 +85,11 @@ class Buckets:
         bucket = self._held.pop(shape, None)
         if bucket is None:
             self._make_room(self._most - 1)
-            bucket = Bucket(self._function, shape, self._device, self._pool)
+            bucket = CapturedShape(self._function, shape, self._device, self._pool)
         self._held[shape] = bucket
         return bucket(items)
 
-    def batch(self, items: Tensor, batches: Batches[Any]) -> Tensor:
+    def run_batch(self, items: Tensor, batches: Batches[Any]) -> Tensor:
         """The outputs of items that `batches` has cut off, computed in batches of its size.
 
         Where a full batch does not fit the memory and these items are fewer, it is the size that is halved, for good.
@@ -98,7 +98,7 @@ class Buckets:
             try:
                 return self(items, batches.size)
             except Exception as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self.clear()
                 if batches.size <= len(items):
@@ -115,5 +115,5 @@ class Buckets:
     def _make_room(self, most: int) -> None:
         while len(self._held) > most:
             _, bucket = self._held.popitem(last=False)
-            if bucket.graph is not None:
+            if bucket.cuda_graph is not None:
                 torch.cuda.synchronize(self._device)  # a graph must not go while it runs

@@ -8,7 +8,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _NEVER = 2**31 - 1
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep freed memory for its next allocations, where the C library is glibc.
 
     A network's large tensors are otherwise mapped afresh and zeroed by the kernel, layer by layer, step by step: a
@@ -20,7 +20,7 @@ def keep_freed() -> None:
         library.mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
-def resident() -> int:
+def measure_resident_memory() -> int:
     """Resident bytes of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

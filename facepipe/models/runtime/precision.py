@@ -14,7 +14,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def cast(net: nn.Module, precision: str, exact: tuple[str, ...] = ()) -> nn.Module:
+def cast_network(net: nn.Module, precision: str, exact: tuple[str, ...] = ()) -> nn.Module:
     """The network in a precision, in place; submodules named in `exact` take and give float32.
 
     Sums inside a layer are float32 on GPUs anyway: what half precision rounds is what passes between layers. The last

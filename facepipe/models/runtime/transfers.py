@@ -18,13 +18,13 @@ Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 _PARTS = 4  # copies side by side where there is a pool: one core moves less than the bus does
 
 
-def sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+def send_array(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """A small array on the device, by way of pinned memory, so that the host does not wait for the stream."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-class Fetched:
+class Download:
     """A tensor on its way to the host, copied in the current stream's order: what comes later may overwrite it."""
 
     def __init__(self, tensor: Tensor):
@@ -37,7 +37,7 @@ class Fetched:
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(torch.cuda.current_stream(tensor.device))
 
-    def array(self) -> npt.NDArray[Any]:
+    def wait(self) -> npt.NDArray[Any]:
         """The values, as soon as they are here; the stream itself is not waited for."""
         if self._event is not None:
             self._event.synchronize()
@@ -71,7 +71,7 @@ class Uploads:
         with torch.cuda.stream(self._stream):
             there = torch.empty(sum(map(len, flat)), dtype=torch.uint8, device=self._device)
             at = 0
-            for pieces in filled(flat, self._size):
+            for pieces in fill_buffers(flat, self._size):
                 at += self._send(pieces, there[at:])
         stream.wait_stream(self._stream)
         there.record_stream(stream)  # its memory is the copy stream's, and is read on this one
@@ -83,7 +83,7 @@ class Uploads:
         before = self._copied[self._turn]
         if before is not None:
             before.synchronize()
-        count = gathered(pieces, self._buffers[self._turn].numpy(), self.each)
+        count = gather_pieces(pieces, self._buffers[self._turn].numpy(), self.each)
         there[:count].copy_(self._buffers[self._turn][:count], non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
@@ -91,7 +91,7 @@ class Uploads:
         return count
 
 
-def filled(arrays: Iterable[UInt8Image], size: int) -> Iterator[list[UInt8Image]]:
+def fill_buffers(arrays: Iterable[UInt8Image], size: int) -> Iterator[list[UInt8Image]]:
     """Arrays (n,) in lists of `size` bytes together, the last of which has what is left; they are cut where need be."""
     pieces: list[UInt8Image] = []
     room = size
@@ -108,7 +108,7 @@ def filled(arrays: Iterable[UInt8Image], size: int) -> Iterator[list[UInt8Image]
         yield pieces
 
 
-def gathered(pieces: Sequence[UInt8Image], into: UInt8Image, each: Each = map) -> int:
+def gather_pieces(pieces: Sequence[UInt8Image], into: UInt8Image, each: Each = map) -> int:
     """Copy arrays (n,) one behind the other into a buffer; how many bytes they are."""
     ends = np.cumsum([0, *map(len, pieces)])
 

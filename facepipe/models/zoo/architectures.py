@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ModelError
-from facepipe.imaging.alignment import ChipLayout, arcface_template
+from facepipe.imaging.alignment import ChipLayout, scale_arcface_template
 from facepipe.models.runtime.preprocess import Input
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class Architecture:
     summary: str
     build: Callable[[int, Size], "nn.Module"]
     input: Input = field(default_factory=Input)
-    layout: ChipLayout = field(default_factory=lambda: ChipLayout((112, 112), template=arcface_template((112, 112))))
+    layout: ChipLayout = field(
+        default_factory=lambda: ChipLayout((112, 112), template=scale_arcface_template((112, 112)))
+    )
     lineages: tuple[Lineage, ...] = ()
     square: tuple[float, float, float] | None = None
 
@@ -76,7 +78,7 @@ _LETTERBOX = ChipLayout((160, 160), "eyes", fill=128)
 
 
 def _arcface(size: Size) -> ChipLayout:
-    return ChipLayout(size, template=arcface_template(size))
+    return ChipLayout(size, template=scale_arcface_template(size))
 
 
 def _embedder(path: str, name: str, sized: bool = False, **fixed: Any) -> Callable[[int, Size], "nn.Module"]:
@@ -104,7 +106,7 @@ def _graph(dim: int, size: Size) -> "nn.Module":
 RETINAFACE_SQUARE = (0.0, 0.072, 0.989)  # measured on LFW, tests/bench/dlib_exact.py
 _KEYS = "embedders.keys"
 _BUBBLIIIING_MARK = "backbone.model.conv2d_1a.conv.weight"
-_BIUBUG6 = (Lineage("biubug6", "ClassHead.0.conv1x1.weight", "detectors.retinaface_keys", "from_biubug6"),)
+_BIUBUG6 = (Lineage("biubug6", "ClassHead.0.conv1x1.weight", "detectors.retinaface_keys", "rename_biubug6_keys"),)
 
 ARCHITECTURES = {
     made.name: made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError
-from facepipe.imaging.alignment import ChipLayout, Kind, arcface_template
+from facepipe.imaging.alignment import ChipLayout, Kind, scale_arcface_template
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE
 
@@ -77,7 +77,7 @@ def read_card(path: str | Path) -> CardFile:
     found = build(CardFile, read_toml(path))
     if found.architecture and found.architecture not in ARCHITECTURES:
         raise ConfigError(f"{path}: no architecture is called {found.architecture!r}; there are {_names(found.role)}")
-    if not found.architecture and not is_graph(found):
+    if not found.architecture and not is_onnx(found):
         raise ConfigError(f"{path}: weights that are no .onnx graph need an architecture: {_names(found.role)}")
     if found.architecture and ARCHITECTURES[found.architecture].role != found.role:
         raise ConfigError(f"{path}: {found.architecture} is no {found.role}")
@@ -108,7 +108,7 @@ def _check_input(card: CardFile, path: str) -> None:
             )
 
 
-def same_person_of(card: CardFile) -> float | None:
+def to_euclidean_threshold(card: CardFile) -> float | None:
     """The card's threshold as a Euclidean distance of unit vectors."""
     if card.same_person is None or card.metric != "cosine":
         return card.same_person
@@ -121,7 +121,7 @@ def _names(role: str) -> str:
     return ", ".join(a.name for a in ARCHITECTURES.values() if a.role == role)
 
 
-def is_graph(card: CardFile) -> bool:
+def is_onnx(card: CardFile) -> bool:
     """Whether the weights are an ONNX graph, which is run as it is."""
     return card.weights.endswith(".onnx")
 
@@ -155,7 +155,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings, numbers and lists of them are written alike in both
 
 
-def chips_of(card: CardFile) -> ChipLayout:
+def resolve_chip_layout(card: CardFile) -> ChipLayout:
     """How the embedder's chips are cut. Raises ConfigError where neither file nor architecture says."""
     given, made = card.input, ARCHITECTURES.get(card.architecture)
     known = made.layout if made else None
@@ -170,7 +170,7 @@ def chips_of(card: CardFile) -> ChipLayout:
 def _template(card: CardFile, size: tuple[int, int], known: ChipLayout | None) -> Points:
     given = card.input.template
     if given == "arcface":
-        return arcface_template(size)
+        return scale_arcface_template(size)
     if given == "dlib":
         return tuple((x * size[0] / 150, y * size[1] / 150) for x, y in DLIB_TEMPLATE)
     if given:
@@ -179,10 +179,10 @@ def _template(card: CardFile, size: tuple[int, int], known: ChipLayout | None) -
         return given
     if known is None or not known.template:
         raise ConfigError(f"{card.name}: input.template is missing: arcface, dlib, or five [x, y]")
-    return known.template if size == known.size else arcface_template(size)
+    return known.template if size == known.size else scale_arcface_template(size)
 
 
-def fed_of(card: CardFile) -> Input:
+def resolve_input(card: CardFile) -> Input:
     """Channel order, mean and scale."""
     given, made = card.input, ARCHITECTURES.get(card.architecture)
     known = made.input if made else Input()

@@ -12,16 +12,16 @@ import numpy as np
 from facepipe.errors import FacepipeError, ModelError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
-from facepipe.models.parity import scenes
-from facepipe.models.zoo.card_file import is_graph, read_card
-from facepipe.models.zoo.registry import CARDS, MODELS_FOLDER, card, file_of
+from facepipe.models.parity import make_scene_chips
+from facepipe.models.zoo.card_file import is_onnx, read_card
+from facepipe.models.zoo.registry import CARDS, MODELS_FOLDER, find_card, find_card_file
 from facepipe.schema import EMBEDDING_DIM
 
 _LIMITS = (0.5, 0.4)
 
 
 @dataclass(frozen=True)
-class Checked:
+class ModelCheck:
     """What was found. dim: of the vectors that a gallery gets; raw_dim: of the model's own; None for detectors.
 
     parameters: learnt numbers, batch norms' statistics left aside; of an ONNX graph all its constants
@@ -43,13 +43,13 @@ class Checked:
     note: str = ""
 
 
-def check(model: str) -> Checked:
+def check_model(model: str) -> ModelCheck:
     """Load and run a registered model or that of a TOML file. Raises ModelError, with why, where that fails."""
-    path = None if model in CARDS else file_of(model)
+    path = None if model in CARDS else find_card_file(model)
     role = read_card(path).role if path else CARDS[model].role if model in CARDS else "embedder"
-    found = card(model, role)
+    found = find_card(model, role)
     raw_dim, spent, note = (None, _detect(found), "") if role == "detector" else _embed(found, path)
-    return Checked(
+    return ModelCheck(
         name=found.name,
         role=role,
         architecture=read_card(path).architecture if path else "",
@@ -57,7 +57,7 @@ def check(model: str) -> Checked:
         sha256=found.sha256,
         weights=found.weights,
         input=found.input,
-        layout=described(found.layout) if found.layout else "",
+        layout=describe_layout(found.layout) if found.layout else "",
         dim=None if role == "detector" else found.dim,
         raw_dim=raw_dim,
         parameters=_parameters(found, path),
@@ -72,7 +72,7 @@ def _embed(found: Card, path: Path | None) -> tuple[int, float, str]:
     raw = load_embedder(path, "cpu", 1, raw=True) if path else found.load("cpu", 1)
     usable = found.dim == EMBEDDING_DIM
     made = found.load("cpu", 1) if usable else raw
-    chip = scenes(made.size, 1)
+    chip = make_scene_chips(made.size, 1)
     vectors = made.embed(chip)
     if not np.isfinite(vectors).all() or not vectors.any():
         raise ModelError(f"{found.name} gives no usable vector: all of it is 0, or some of it is not finite")
@@ -84,7 +84,7 @@ def _embed(found: Card, path: Path | None) -> tuple[int, float, str]:
 
 def _detect(found: Card) -> float:
     made = found.load("cpu", 1, _LIMITS)
-    picture = scenes((640, 480), 1)
+    picture = make_scene_chips((640, 480), 1)
     made.detect(picture)
     return _milliseconds(lambda: made.detect(picture))
 
@@ -99,7 +99,7 @@ def _parameters(found: Card, path: Path | None) -> int | None:
     if path is None:
         return found.parameters
     file = read_card(path)
-    if is_graph(file):
+    if is_onnx(file):
         import onnx
 
         graph = onnx.load(str(path.parent / file.weights)).graph
@@ -109,7 +109,7 @@ def _parameters(found: Card, path: Path | None) -> int | None:
     return sum(p.numel() for p in load_net(path)[0].parameters())
 
 
-def described(layout: ChipLayout) -> str:
+def describe_layout(layout: ChipLayout) -> str:
     """A layout in words."""
     width, height = layout.size
     how = {
@@ -121,15 +121,15 @@ def described(layout: ChipLayout) -> str:
     return f"{width}x{height}, {how[layout.kind]}"
 
 
-def listed() -> Iterator[tuple[Card | None, str, str]]:
+def list_models() -> Iterator[tuple[Card | None, str, str]]:
     """(card, name, why there is none) of what is registered and of the TOML files in the models' folder."""
     for found in CARDS.values():
         yield found, found.name, ""
     folder = os.environ.get(MODELS_FOLDER)
     for path in sorted(Path(folder).glob("*.toml")) if folder else []:
-        from facepipe.models.zoo.loading import card_of
+        from facepipe.models.zoo.loading import load_card
 
         try:
-            yield card_of(path), path.stem, ""
+            yield load_card(path), path.stem, ""
         except FacepipeError as error:
             yield None, path.stem, str(error)

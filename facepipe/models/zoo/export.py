@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from facepipe.errors import ConfigError, ModelError, StorageError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
-from facepipe.models.parity import TOLERANCE, difference
+from facepipe.models.parity import TOLERANCE, measure_difference
 from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES
-from facepipe.models.zoo.card_file import CardFile, InputConfig, chips_of, fed_of, to_toml
-from facepipe.models.zoo.registry import CARDS, card, dlib_net
+from facepipe.models.zoo.card_file import CardFile, InputConfig, resolve_chip_layout, resolve_input, to_toml
+from facepipe.models.zoo.registry import CARDS, find_card, load_dlib_net
 from facepipe.storage import write
 from facepipe.types import Float32
 
@@ -31,7 +31,7 @@ OPSET = 20
 
 
 @dataclass(frozen=True)
-class Exportable:
+class TorchModel:
     """An embedder as torch has it: the net, what it is fed, how its chips are cut, and what its TOML file will say."""
 
     net: "nn.Module"
@@ -43,14 +43,14 @@ class Exportable:
     def embedder(self) -> Embedder:
         """It, run by torch on the CPU."""
         from facepipe.models.engines import TorchEmbedder
-        from facepipe.models.projection import Projected
+        from facepipe.models.projection import ProjectedEmbedder
 
         made: Embedder = TorchEmbedder(self.net, self.fed, self.layout.size, "cpu")
-        return made if self.projection is None else Projected(made, self.projection)
+        return made if self.projection is None else ProjectedEmbedder(made, self.projection)
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """What was written. difference: between components of unit vectors, torch's and ONNX Runtime's, at most."""
 
     weights: str
@@ -60,7 +60,7 @@ class Exported:
     difference: float
 
 
-def export(model: str, out: Path, opset: int = OPSET) -> Exported:
+def export_model(model: str, out: Path, opset: int = OPSET) -> ExportedModel:
     """Write OUT.onnx (`chips` (n, h, w, 3) uint8 RGB -> `vectors` (n, dim) float32) and OUT.toml beside it.
 
     model: a TOML file, or the name of an embedder
@@ -72,10 +72,10 @@ def export(model: str, out: Path, opset: int = OPSET) -> Exported:
     for path in (weights, toml):
         if path.exists():
             raise ConfigError(f"{str(path)!r} exists: choose another name")
-    found = exportable(model)
+    found = load_torch_model(model)
     torch_embedder = found.embedder()
-    graph = graph_of(found, opset)
-    worst = difference(torch_embedder, OnnxEmbedder(graph, found.fed, found.layout.size))
+    graph = build_onnx_graph(found, opset)
+    worst = measure_difference(torch_embedder, OnnxEmbedder(graph, found.fed, found.layout.size))
     if worst > TOLERANCE:
         raise ModelError(
             f"ONNX Runtime's vectors of {found.card.name} differ from torch's by {worst:.2g}, more than {TOLERANCE:g}: "
@@ -90,23 +90,23 @@ def export(model: str, out: Path, opset: int = OPSET) -> Exported:
     except StorageError:
         weights.unlink(missing_ok=True)
         raise
-    return Exported(str(weights), str(toml), opset, torch_embedder.dim, worst)
+    return ExportedModel(str(weights), str(toml), opset, torch_embedder.dim, worst)
 
 
-def exportable(model: str) -> Exportable:
+def load_torch_model(model: str) -> TorchModel:
     """Raises ModelError for what there is no torch module of: an ONNX graph, a test's fake."""
-    from facepipe.models.zoo.registry import file_of
+    from facepipe.models.zoo.registry import find_card_file
 
     if model in CARDS:
-        return _registered(card(model, "embedder"))
-    path = file_of(model)
+        return _registered(find_card(model, "embedder"))
+    path = find_card_file(model)
     if path is None:
-        card(model, "embedder")  # says what there is
+        find_card(model, "embedder")  # says what there is
         raise ModelError(f"{model} has no TOML file")
     return _from_file(path)
 
 
-def _registered(found: Card) -> Exportable:
+def _registered(found: Card) -> TorchModel:
     layout, fed = found.layout, ARCHITECTURES["dlib-resnet"].input
     if found.name != "dlib-resnet" or layout is None:
         raise ModelError(f"{found.name} is no torch module: there is nothing to export")
@@ -118,21 +118,25 @@ def _registered(found: Card) -> Exportable:
         licence=found.licence,
         source=found.weights,
     )
-    return Exportable(dlib_net(), fed, layout, replace(written, input=_spelt_out(layout, fed)))
+    return TorchModel(load_dlib_net(), fed, layout, replace(written, input=_spelt_out(layout, fed)))
 
 
-def _from_file(path: Path) -> Exportable:
-    from facepipe.models.projection import read
-    from facepipe.models.zoo.loading import card_of, load_net, unprojected
+def _from_file(path: Path) -> TorchModel:
+    from facepipe.models.projection import read_projection
+    from facepipe.models.zoo.loading import fingerprint_without_projection, load_card, load_net
 
-    card_of(path)  # checks the weights' SHA-256
+    load_card(path)  # checks the weights' SHA-256
     net, file = load_net(path)
     if file.role != "embedder":
         raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are exported")
-    matrix = read(path.parent / file.projection, file.dim, unprojected(path, file)) if file.projection else None
-    layout, fed = chips_of(file), fed_of(file)
+    matrix = (
+        read_projection(path.parent / file.projection, file.dim, fingerprint_without_projection(path, file))
+        if file.projection
+        else None
+    )
+    layout, fed = resolve_chip_layout(file), resolve_input(file)
     written = replace(file, projection="", keys="", input=_spelt_out(layout, fed))
-    return Exportable(net, fed, layout, written, matrix)
+    return TorchModel(net, fed, layout, written, matrix)
 
 
 def _spelt_out(layout: ChipLayout, fed: Input) -> InputConfig:
@@ -142,7 +146,7 @@ def _spelt_out(layout: ChipLayout, fed: Input) -> InputConfig:
     return InputConfig(layout.size, channels, fed.mean, fed.scale, layout.kind, template, fill)
 
 
-def graph_of(found: Exportable, opset: int = OPSET) -> bytes:
+def build_onnx_graph(found: TorchModel, opset: int = OPSET) -> bytes:
     """The ONNX graph. Raises ModelError without onnxscript, and where torch cannot write the net."""
     import torch
 
@@ -172,12 +176,12 @@ def graph_of(found: Exportable, opset: int = OPSET) -> bytes:
     return data
 
 
-def _whole(found: Exportable) -> "nn.Module":
+def _whole(found: TorchModel) -> "nn.Module":
     """From uint8 chips to vectors, as one module."""
     import torch
     from torch import Tensor, nn
 
-    from facepipe.models.embedders.prelu import convolved
+    from facepipe.models.embedders.prelu import replace_prelus
 
     class Whole(nn.Module):
         mean: Tensor
@@ -186,7 +190,7 @@ def _whole(found: Exportable) -> "nn.Module":
 
         def __init__(self) -> None:
             super().__init__()
-            self.net = convolved(found.net).eval()
+            self.net = replace_prelus(found.net).eval()
             for name, values in (("mean", found.fed.mean), ("scale", found.fed.scale)):
                 self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
             self.register_buffer("projection", None if found.projection is None else torch.tensor(found.projection))

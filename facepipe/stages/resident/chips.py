@@ -1,4 +1,4 @@
-"""Aligned chips from images on the device, equal to those of `facepipe.imaging.geometry.cut`."""
+"""Aligned chips from images on the device, equal to those of `facepipe.imaging.geometry.warp_chip`."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.models.runtime.transfers import sent
+from facepipe.models.runtime.transfers import send_array
 from facepipe.stages.resident.sampling import Resident, bilinear
 from facepipe.types import Bool, Float64, Int64
 
@@ -65,7 +65,7 @@ def cut(resident: Resident, cuts: Cuts, size: Size) -> Tensor:
     width, height = size
     device = resident.pixels.device
     parts = [torch.empty((0, height, width, 3), dtype=torch.uint8, device=device)]
-    matrix = sent(cuts.matrix.astype(np.float32), device)
+    matrix = send_array(cuts.matrix.astype(np.float32), device)
     v, u = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     for part in _parts(cuts.step, height * width):
         m = matrix[part, :, :, None, None]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from facepipe.imaging.alignment import ChipLayout, wanted_scale
+from facepipe.imaging.alignment import ChipLayout, find_required_scale
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.resident.chips import cut, cuts_of, scales, similarities
 from facepipe.stages.resident.coordinates import Found
@@ -18,7 +18,7 @@ def wanted(layout: ChipLayout, faces: Found) -> Float64:
     boxes, landmarks = faces.boxes.astype(np.float64), faces.landmarks.astype(np.float64)
     if layout.kind == "similarity":
         return scales(similarities(landmarks, np.array(layout.template)))
-    return np.array([wanted_scale(layout, *face) for face in zip(boxes, landmarks, strict=True)])
+    return np.array([find_required_scale(layout, *face) for face in zip(boxes, landmarks, strict=True)])
 
 
 def on_device(layout: ChipLayout) -> bool:

@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from facepipe.models.protocols import Faces
-from facepipe.models.runtime.batches import Batches, free_memory, planned
-from facepipe.models.runtime.cuda_graphs import Buckets
-from facepipe.models.runtime.transfers import Fetched, Uploads
+from facepipe.models.runtime.batches import Batches, measure_free_memory, plan_batch_size
+from facepipe.models.runtime.cuda_graphs import CudaGraphCache
+from facepipe.models.runtime.transfers import Download, Uploads
 from facepipe.stages.resident.coordinates import Found, restored
 from facepipe.stages.resident.letterbox import Placement, Rule, letterboxed
 from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     chosen: Int64
     places: list[Placement]
     ways: list[Any]
-    rows: Fetched
+    rows: Download
 
 
 class Detection:
@@ -52,7 +52,7 @@ class Detection:
     def __init__(self, finder: FaceFinder, limits: Limits, rule: Rule, uploads: Uploads, most: int):
         self._finder, self._limits, self._rule, self._uploads = finder, limits, rule, uploads
         self._most = most
-        self._buckets = Buckets(partial(finder.find, limits=limits), finder.device)
+        self._buckets = CudaGraphCache(partial(finder.find, limits=limits), finder.device)
         self._batches: dict[tuple[int, int], Batches[Part]] = {}
 
     def begin(self, resident: Resident, chosen: Int64, size: int, letterbox: Callable[[int], Any]) -> list[Part]:
@@ -99,7 +99,7 @@ class Detection:
 
         def work(at: slice) -> Part:
             frames = _frames(resident, chosen[at], places[at])
-            rows = Fetched(self._buckets.batch(frames, batches))
+            rows = Download(self._buckets.run_batch(frames, batches))
             return Part(images[at], resident, chosen[at], places[at], ways[at], rows)
 
         return [part for _, part in batches(work, len(images))]
@@ -107,7 +107,9 @@ class Detection:
     def _of_shape(self, height: int, width: int) -> Batches[Part]:
         shape = height, width
         if shape not in self._batches:
-            size = planned(free_memory(str(self._finder.device)), self.bytes_each(height, width), self._most)
+            size = plan_batch_size(
+                measure_free_memory(str(self._finder.device)), self.bytes_each(height, width), self._most
+            )
             self._batches[shape] = Batches(size)
         return self._batches[shape]
 
@@ -122,7 +124,7 @@ class Detection:
         return Found.joined([self._found(part) for part in parts])
 
     def _found(self, part: Part) -> Found:
-        rows = Packed.of(part.rows.array())
+        rows = Packed.of(part.rows.wait())
         exact = {n: self._exactly(part, n) for n in np.flatnonzero(rows.flagged).tolist()}
         faces = [exact.get(n) or rows.image(n) for n in range(len(part.images))]
         slot = np.repeat(np.arange(len(faces)), [len(f.scores) for f in faces])

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.models.engines import channels_last
-from facepipe.models.runtime.batches import Batches, free_memory, planned
-from facepipe.models.runtime.cuda_graphs import Buckets
-from facepipe.models.runtime.precision import DTYPES, cast
+from facepipe.models.engines import to_channels_last
+from facepipe.models.runtime.batches import Batches, measure_free_memory, plan_batch_size
+from facepipe.models.runtime.cuda_graphs import CudaGraphCache
+from facepipe.models.runtime.precision import DTYPES, cast_network
 from facepipe.models.zoo.networks import EmbedderNet
 from facepipe.types import Float32
 
@@ -28,13 +28,13 @@ class ChipEmbedder:
     def __init__(self, network: EmbedderNet, device: str, precision: str, flip: bool, most: int):
         self.size, self._matrix, self._flip = network.size, network.projection, flip
         self._device, self._dtype = torch.device(device), DTYPES[precision]
-        self._net = channels_last(cast(network.net, precision, _exact(network.net)), device)
+        self._net = to_channels_last(cast_network(network.net, precision, _exact(network.net)), device)
         mean, scale = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (network.fed.mean, network.fed.scale)
         )
         self._mean, self._scale, self._swapped = mean, scale, network.fed.channels == "bgr"
-        self._buckets = Buckets(self.embed, self._device)
-        self.batches: Batches[Tensor] = Batches(planned(free_memory(device), self.bytes_each(), most))
+        self._buckets = CudaGraphCache(self.embed, self._device)
+        self.batches: Batches[Tensor] = Batches(plan_batch_size(measure_free_memory(device), self.bytes_each(), most))
 
     def bytes_each(self) -> int:
         """Device memory that a chip of a batch takes, with its mirror image."""
@@ -48,7 +48,7 @@ class ChipEmbedder:
         return torch.cat(parts)
 
     def _batch(self, chips: Tensor) -> Tensor:
-        return self._buckets.batch(chips, self.batches).clone()  # the next batch overwrites the bucket's output
+        return self._buckets.run_batch(chips, self.batches).clone()  # the next batch overwrites the bucket's output
 
     @torch.inference_mode()
     def embed(self, chips: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.models.runtime.transfers import sent
+from facepipe.models.runtime.transfers import send_array
 from facepipe.stages.resident.sampling import Sources, blocks_at, pixels_at
 
 _WEIGHT = 2048  # OpenCV's unit of weights
@@ -75,7 +75,7 @@ def letterboxed(sources: Sources, places: Sequence[Placement]) -> Tensor:
     """
     first = places[0]
     told = np.array([place[:5] for place in places], np.int64)
-    height, width, top, left, mirrored = sent(told, sources.pixels.device)[:, :, None].unbind(1)
+    height, width, top, left, mirrored = send_array(told, sources.pixels.device)[:, :, None].unbind(1)
     y, row_inside = _along(first.out_height, height, top, mirrored.bool())
     x, column_inside = _along(first.out_width, width, left, mirrored.bool())
     if any(place.sx != 1 or place.sy != 1 for place in places):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from facepipe.models.detectors import retinaface_decode as decoding
-from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFaceNet, fold
-from facepipe.models.engines import channels_last
+from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFaceNet, fold_batch_norms
+from facepipe.models.engines import to_channels_last
 from facepipe.models.protocols import Faces
-from facepipe.models.runtime.precision import DTYPES, cast
+from facepipe.models.runtime.precision import DTYPES, cast_network
 from facepipe.stages.resident.nms import suppress
 from facepipe.types import Bool, Float32, Int64
 
@@ -62,7 +62,7 @@ class FaceFinder:
     def __init__(self, net: RetinaFaceNet, channels: Channels, device: str, precision: str = "float32"):
         self.device = torch.device(device)
         self.dtype, self._flipped = DTYPES[precision], channels == "bgr"
-        self.net = channels_last(cast(fold(net), precision, _HEADS), device)
+        self.net = to_channels_last(cast_network(fold_batch_norms(net), precision, _HEADS), device)
         mean = torch.tensor(decoding.MEAN_BGR, dtype=self.dtype, device=self.device)
         self._mean = mean.view(1, 3, 1, 1)
         self._anchors: dict[tuple[int, ...], Tensor] = {}
@@ -87,12 +87,12 @@ class FaceFinder:
         offsets, scores, points = (out.cpu().numpy() for out in self.predictions(frames))
         height, width = frames.shape[1:3]
         rows = zip(offsets, scores, points, strict=True)
-        return [decoding.postprocess(o, s, p, (height, width), limits[:2]) for o, s, p in rows]
+        return [decoding.decode_faces(o, s, p, (height, width), limits[:2]) for o, s, p in rows]
 
     def _prior(self, frames: Tensor) -> Tensor:
         size = tuple(frames.shape[1:3])
         if size not in self._anchors:
-            self._anchors[size] = torch.from_numpy(decoding.anchors(*size)).to(self.device)
+            self._anchors[size] = torch.from_numpy(decoding.build_anchors(*size)).to(self.device)
         return self._anchors[size]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.models.runtime.transfers import Uploads, sent
+from facepipe.models.runtime.transfers import Uploads, send_array
 from facepipe.types import Int64, UInt8
 
 
@@ -40,7 +40,7 @@ class Resident(NamedTuple):
         """Of chosen images (m,), any of them any number of times."""
         kind = np.int32 if len(self.pixels) < 1 << 31 else np.int64
         columns = np.stack([self.first[chosen], *self.shapes[chosen].T]).astype(kind)
-        return Sources(self.pixels, *sent(columns, self.pixels.device).unbind(0))
+        return Sources(self.pixels, *send_array(columns, self.pixels.device).unbind(0))
 
     def stacked(self, chosen: Int64) -> Tensor | None:
         """(m, h, w, 3) of chosen images, where they are of one shape and one behind the other: a view, else None."""

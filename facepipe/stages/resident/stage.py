@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.arrow import buffers, frames, images, with_columns
-from facepipe.imaging.alignment import ChipLayout, chip_of
+from facepipe.imaging.alignment import ChipLayout, cut_chip
 from facepipe.imaging.geometry import Frame
-from facepipe.models.zoo.registry import card, chip_layout
+from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.stages.align import Align, Aligned, Each, larger
 from facepipe.stages.detect import Detect
@@ -24,7 +24,7 @@ from facepipe.stages.resident.coordinates import Found, Frames, full_size
 from facepipe.types import Float64, Int64, UInt8Image
 
 if TYPE_CHECKING:
-    from facepipe.models.runtime.transfers import Fetched, Uploads
+    from facepipe.models.runtime.transfers import Download, Uploads
     from facepipe.stages.resident.embedding import ChipEmbedder
     from facepipe.stages.resident.passes import Looks
     from facepipe.stages.resident.sampling import Resident
@@ -52,8 +52,8 @@ class _Queued(NamedTuple):
     """Chips and vectors on their way to the host, and which face each is of."""
 
     face: Int64
-    chips: "Fetched"
-    vectors: "Fetched"
+    chips: "Download"
+    vectors: "Download"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class FacesOnDevice:
         """Chips and vectors of the faces, queued."""
         import torch
 
-        from facepipe.models.runtime.transfers import Fetched
+        from facepipe.models.runtime.transfers import Download
         from facepipe.stages.resident import cutting
 
         view = Frames.of(inputs.frames)
@@ -141,7 +141,7 @@ class FacesOnDevice:
             made = self._by_host(faces, others, inputs, np.where(again, wanted, 0))
             chips.append(cutting.uploaded(self._uploads, made))
         joined = torch.cat(chips)
-        return _Queued(np.concatenate(order), Fetched(joined), Fetched(self._embedder(joined)))
+        return _Queued(np.concatenate(order), Download(joined), Download(self._embedder(joined)))
 
     def _by_host(self, faces: Found, chosen: Int64, inputs: _Images, wanted: Float64) -> list[UInt8Image]:
         """The chips of chosen faces as Align cuts them; wanted: by image the scale to decode again at, 0 for none."""
@@ -152,7 +152,7 @@ class FacesOnDevice:
                 view = larger(bytes(data), float(wanted[image]), view)
             mine = chosen[faces.image[chosen] == image]
             pairs = zip(faces.boxes[mine].astype(np.float64), faces.landmarks[mine].astype(np.float64), strict=True)
-            return [chip_of(self._layout, view, *face, self._square) for face in pairs]
+            return [cut_chip(self._layout, view, *face, self._square) for face in pairs]
 
         return [chip for chips in self._each(cut, np.unique(faces.image[chosen]).tolist()) for chip in chips]
 
@@ -161,8 +161,8 @@ class FacesOnDevice:
         chips: dict[int, UInt8Image] = {}
         raw = np.empty((0, EMBEDDING_DIM), np.float32)
         if queued is not None:
-            chips = dict(zip(queued.face.tolist(), queued.chips.array(), strict=True))
-            raw = self._embedder.projected(queued.vectors.array()[np.argsort(queued.face)])
+            chips = dict(zip(queued.face.tolist(), queued.chips.wait(), strict=True))
+            raw = self._embedder.projected(queued.vectors.wait()[np.argsort(queued.face)])
         by_row: dict[int, list[Aligned | int]] = {n: [] for n in range(table.num_rows)}
         values = zip(faces.image.tolist(), faces.ordinals().tolist(), *faces[1:], strict=True)
         for f, (n, ordinal, box, points, score) in enumerate(values):
@@ -184,11 +184,11 @@ class FacesOnDevice:
 
     @cached_property
     def _layout(self) -> ChipLayout:
-        return chip_layout(self.embed.model)
+        return find_chip_layout(self.embed.model)
 
     @cached_property
     def _square(self) -> tuple[float, float, float] | None:
-        return card(self.detect.model, "detector").square
+        return find_card(self.detect.model, "detector").square
 
     @cached_property
     def _uploads(self) -> "Uploads":
@@ -200,16 +200,18 @@ class FacesOnDevice:
 
     @cached_property
     def _looks(self) -> "Looks":
-        from facepipe.models.zoo.networks import detector_net
+        from facepipe.models.zoo.networks import load_detector_net
         from facepipe.stages.resident.passes import Capacity, Looks
         from facepipe.stages.resident.retinaface import FaceFinder
 
-        finder = FaceFinder(*detector_net(self.detect.model), self.device, self.precision)
+        finder = FaceFinder(*load_detector_net(self.detect.model), self.device, self.precision)
         return Looks(self.detect, finder, self._uploads, Capacity(self.frames, self.candidates, self.faces))
 
     @cached_property
     def _embedder(self) -> "ChipEmbedder":
-        from facepipe.models.zoo.networks import embedder_net
+        from facepipe.models.zoo.networks import load_embedder_net
         from facepipe.stages.resident.embedding import ChipEmbedder
 
-        return ChipEmbedder(embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips)
+        return ChipEmbedder(
+            load_embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips
+        )

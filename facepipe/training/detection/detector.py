@@ -4,19 +4,19 @@ import cv2
 import numpy as np
 import torch
 
-from facepipe.models.detectors.retinaface import Channels, normalise
-from facepipe.models.detectors.retinaface_decode import STRIDES, postprocess
+from facepipe.models.detectors.retinaface import Channels, normalise_pixels
+from facepipe.models.detectors.retinaface_decode import STRIDES, decode_faces
 from facepipe.models.protocols import Faces
 from facepipe.types import UInt8Image
 
 
 def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: tuple[float, float]) -> Faces:
-    """(h, w, 3) uint8 RGB -> its faces; `net` a RetinaFaceNet in inference mode, `limits` as `postprocess` has them."""
+    """(h, w, 3) uint8 RGB -> its faces; `net` a RetinaFaceNet in inference mode, `limits` as in `decode_faces`."""
     h, w = image.shape[:2]
     stride = STRIDES[-1]
     padded = cv2.copyMakeBorder(image, 0, -h % stride, 0, -w % stride, cv2.BORDER_CONSTANT)
     device = next(net.parameters()).device
     with torch.inference_mode():
-        x = normalise(torch.from_numpy(np.asarray(padded, np.uint8)).to(device)[None], channels)
+        x = normalise_pixels(torch.from_numpy(np.asarray(padded, np.uint8)).to(device)[None], channels)
         offsets, scores, points = (out[0].float().cpu().numpy() for out in net(x))
-    return postprocess(offsets, scores, points, (padded.shape[0], padded.shape[1]), limits)
+    return decode_faces(offsets, scores, points, (padded.shape[0], padded.shape[1]), limits)

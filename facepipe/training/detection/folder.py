@@ -8,7 +8,7 @@ import numpy as np
 
 from facepipe.errors import SourceError
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.header import HeaderError, probe
+from facepipe.imaging.header import HeaderError, read_header
 from facepipe.storage import describe_error
 from facepipe.training.detection.annotations import Annotations, read_annotations
 from facepipe.types import Int64, UInt8Image
@@ -49,7 +49,7 @@ def _load_pixels(path: Path) -> UInt8Image | None:
     """(h, w, 3) uint8 RGB of an image file, or None, with a warning that names it."""
     try:
         data = path.read_bytes()
-        return decode(data, probe(data))
+        return decode(data, read_header(data))
     except (OSError, HeaderError, DecodeError) as error:
         reason = describe_error(error)
         _log.warning("%s is passed over: %s", path, reason)

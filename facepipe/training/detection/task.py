@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, SourceError
-from facepipe.models.detectors.retinaface import Channels, Predictions, normalise
-from facepipe.models.detectors.retinaface_decode import MEAN_BGR, anchors
+from facepipe.models.detectors.retinaface import Channels, Predictions, normalise_pixels
+from facepipe.models.detectors.retinaface_decode import MEAN_BGR, build_anchors
 from facepipe.training.data.sampling import BatchSampler, SampleConfig
 from facepipe.training.detection.annotations import AnnotatedFaces
 from facepipe.training.detection.augment import Scene, augment_scene
@@ -83,8 +83,8 @@ class DetectionTask:
     def compute_loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """The multi-task loss of a batch; figures: its parts, anchors that are faces, images passed over."""
         images, targets, valid, passed = inputs
-        priors = torch.from_numpy(anchors(*images.shape[1:3])).to(images.device)
-        predictions = cast(Predictions, self.net(normalise(images, self.channels)))
+        priors = torch.from_numpy(build_anchors(*images.shape[1:3])).to(images.device)
+        predictions = cast(Predictions, self.net(normalise_pixels(images, self.channels)))
         total: Tensor = self.objective(predictions, targets, valid, priors)
         figures: dict[str, Tensor] = getattr(self.objective, "figures", {})
         return total, {**figures, "passed_over": passed.sum().float()}

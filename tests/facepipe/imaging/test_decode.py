@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.header import Header, HeaderError, probe
+from facepipe.imaging.header import Header, HeaderError, read_header
 from facepipe.stages import Decode
 
 
@@ -56,7 +56,7 @@ FORMATS = {
 def test_formats(name: str) -> None:
     kind, mode, options = FORMATS[name]
     data = save(picture().convert(mode), kind, **options)
-    header = probe(data)
+    header = read_header(data)
     pixels = decode(data, header)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert (header.width, header.height) == (61, 47)
@@ -68,13 +68,13 @@ def test_sixteen_bits() -> None:
     deep = np.asarray(picture()).astype(np.uint16) * 257
     for kind in (".png", ".tiff"):
         data = cv2.imencode(kind, deep[..., ::-1])[1].tobytes()
-        assert np.abs(decode(data, probe(data)).astype(int) - np.asarray(picture())).max() <= 1
+        assert np.abs(decode(data, read_header(data)).astype(int) - np.asarray(picture())).max() <= 1
 
 
 def test_first_frame_of_an_animation() -> None:
     first, second = picture().convert("P"), Image.new("P", (61, 47))
     data = save(first, "GIF", save_all=True, append_images=[second])
-    assert np.abs(decode(data, probe(data)).astype(int) - np.asarray(first.convert("RGB"))).mean() < 2
+    assert np.abs(decode(data, read_header(data)).astype(int) - np.asarray(first.convert("RGB"))).mean() < 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -84,17 +84,17 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     exif[274] = orientation
     options = {"JPEG": {"quality": 97, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     data = save(picture(), kind, exif=exif, **options)
-    header = probe(data)
+    header = read_header(data)
     pixels = decode(data, header)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
-    assert header.oriented == (pixels.shape[1], pixels.shape[0])
+    assert header.oriented_size == (pixels.shape[1], pixels.shape[0])
     assert np.abs(pixels - expected).mean() < 2
 
 
 @pytest.mark.parametrize("reduce", [2, 4, 8])
 def test_reduced_decoding_is_the_image_made_smaller(reduce: int) -> None:
     data = save(picture(640, 480), "JPEG", quality=95)
-    small = decode(data, probe(data), reduce)
+    small = decode(data, read_header(data), reduce)
     expected = np.asarray(picture(640, 480).reduce(reduce)).astype(int)
     assert small.shape == expected.shape
     assert np.abs(small - expected).mean() < 3
@@ -105,7 +105,7 @@ def test_reduction_keeps_the_working_side() -> None:
     sides = {639: 1, 1279: 1, 1280: 2, 2560: 4, 9000: 8}
     for side, reduce in sides.items():
         data = save(picture(side, 40), "JPEG")
-        assert stage.reduction(probe(data)) == reduce
+        assert stage.reduction(read_header(data)) == reduce
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
@@ -151,7 +151,7 @@ def test_mutated_headers_never_raise_anything_else(seed: bytes, changes: list[tu
         if at < len(data):
             data[at] = value
     try:
-        header = probe(bytes(data))
+        header = read_header(bytes(data))
         if header.width * header.height < 1e6:
             decode(bytes(data), header)
     except (HeaderError, DecodeError):
@@ -172,19 +172,19 @@ def test_sizes_beyond_the_column_are_too_large() -> None:
 
 @pytest.mark.parametrize("bomb", [poison.progressive_bomb, poison.sequential_bomb])
 def test_a_jpeg_of_many_scans_is_too_large(bomb: Callable[[int, int], bytes]) -> None:
-    assert probe(bomb(64, 40)).scans == 40
+    assert read_header(bomb(64, 40)).scans == 40
     assert Decode().one(bomb(64, 40)).status == "ok"
     assert Decode().one(bomb(64, 101)).error == "101 scans, the limit is 100"
-    assert probe(save(picture(), "JPEG")).scans == 1
-    assert 2 <= probe(save(picture(), "JPEG", progressive=True)).scans <= 12
+    assert read_header(save(picture(), "JPEG")).scans == 1
+    assert 2 <= read_header(save(picture(), "JPEG", progressive=True)).scans <= 12
 
 
 def test_scans_are_not_hidden_and_not_imagined() -> None:
     many = poison.progressive_bomb(64, 200)
     table = many.index(b"\xff\xc4")
     # An end-of-image marker inside a segment is no end; what stands behind the end is no scan.
-    assert probe(many[:table] + poison.jpeg_segment(0xFE, b"\xff\xd9") + many[table:]).scans == 200
-    assert probe(poison.progressive_bomb(64, 4) + b"\xff\xda" * 500).scans == 4
+    assert read_header(many[:table] + poison.jpeg_segment(0xFE, b"\xff\xd9") + many[table:]).scans == 200
+    assert read_header(poison.progressive_bomb(64, 4) + b"\xff\xda" * 500).scans == 4
 
 
 @pytest.mark.parametrize("value", [0x1000, 0x7FFFFFFF, 0xFFFFFFFF])
@@ -197,7 +197,7 @@ def test_a_png_chunk_that_claims_gigabytes(value: int) -> None:
 
 def test_the_still_picture_of_an_animated_png() -> None:
     data = save(picture(), "PNG", save_all=True, append_images=[Image.new("RGB", (61, 47))])
-    assert np.array_equal(decode(data, probe(data)), np.asarray(picture()))
+    assert np.array_equal(decode(data, read_header(data)), np.asarray(picture()))
     damaged = bytearray(data)
     damaged[data.index(b"IDAT") + 20] ^= 0xFF
     assert Decode().one(bytes(damaged)).status == "decode_error", "and not memory that nothing was written to"
@@ -206,11 +206,11 @@ def test_the_still_picture_of_an_animated_png() -> None:
 def test_a_jpeg_2000_goes_by_its_code_stream() -> None:
     assert Decode().one(poison.bombs()["lying.jp2"]).status == "too_large"
     with pytest.raises(HeaderError):
-        probe(b"\0\0\0\1jP  " + b"\xdc" * 80)  # a box length that no file has (found by tests/bench/fuzz.py)
+        read_header(b"\0\0\0\1jP  " + b"\xdc" * 80)  # a box length that no file has (found by tests/bench/fuzz.py)
 
 
 def test_a_comment_hides_no_size() -> None:
-    assert probe(b"P6 #\r9 7 255\n8 8\n255\n")[1:3] == (9, 7)
+    assert read_header(b"P6 #\r9 7 255\n8 8\n255\n")[1:3] == (9, 7)
 
 
 def test_large_pngs_are_kept_small() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from helpers import embed, measure_peak_bytes, rows
 
-from facepipe.imaging.perceptual import hamming, mirrored, perceptual_hash
+from facepipe.imaging.perceptual import compute_perceptual_hash, count_differing_bits, mirror_hashes
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Decode, Read
 
@@ -21,13 +21,13 @@ def scene(seed: int, width: int = 400, height: int = 300) -> np.ndarray:
 
 
 def bits(a: int, b: int) -> int:
-    return int(hamming(np.array([a]), np.array([b]))[0])
+    return int(count_differing_bits(np.array([a]), np.array([b]))[0])
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_copies_agree_and_others_do_not(seed: int) -> None:
     image = scene(seed)
-    own = perceptual_hash(image)
+    own = compute_perceptual_hash(image)
     assert -(1 << 63) <= own < 1 << 63
     jpeg = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 30])[1], cv2.IMREAD_COLOR)
     copies = {
@@ -37,32 +37,34 @@ def test_copies_agree_and_others_do_not(seed: int) -> None:
         "brighter": np.clip(image.astype(float) * 1.1 + 8, 0, 255).astype(np.uint8),
     }
     for what, copy in copies.items():
-        assert bits(own, perceptual_hash(np.asarray(copy, np.uint8))) <= 5, what
-    assert bits(own, perceptual_hash(scene(seed + 100))) > 14
+        assert bits(own, compute_perceptual_hash(np.asarray(copy, np.uint8))) <= 5, what
+    assert bits(own, compute_perceptual_hash(scene(seed + 100))) > 14
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_mirror_images_hash_is_known(seed: int) -> None:
     image = scene(seed, 640, 417)
-    seen = perceptual_hash(np.ascontiguousarray(image[:, ::-1]))
-    follows = mirrored(np.array([perceptual_hash(image)]))
+    seen = compute_perceptual_hash(np.ascontiguousarray(image[:, ::-1]))
+    follows = mirror_hashes(np.array([compute_perceptual_hash(image)]))
     assert bits(int(follows[0]), seen) <= 2
     hashes = np.random.default_rng(seed).integers(-(1 << 63), 1 << 63, 50, np.int64)
-    assert np.array_equal(mirrored(mirrored(hashes)), hashes)
-    assert (hamming(hashes, mirrored(hashes)) == bits(0, int(mirrored(np.zeros(1, np.int64))[0]))).all()
+    assert np.array_equal(mirror_hashes(mirror_hashes(hashes)), hashes)
+    assert (
+        count_differing_bits(hashes, mirror_hashes(hashes)) == bits(0, int(mirror_hashes(np.zeros(1, np.int64))[0]))
+    ).all()
 
 
 def test_distances_count_all_bits_of_signed_numbers() -> None:
     a = np.array([0, -1, -1, 1 << 62, -(1 << 63)])
-    assert hamming(a, np.zeros(5, np.int64)).tolist() == [0, 64, 64, 1, 1]
-    assert hamming(a, a).tolist() == [0] * 5
+    assert count_differing_bits(a, np.zeros(5, np.int64)).tolist() == [0, 64, 64, 1, 1]
+    assert count_differing_bits(a, a).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (31, 33), (257, 2)])
 def test_any_shape_has_a_hash(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(1).integers(0, 255, (*shape, 3)).astype(np.uint8)
-    assert perceptual_hash(pixels) == perceptual_hash(pixels.copy())
-    assert perceptual_hash(np.full((*shape, 3), 77, np.uint8)) == 0
+    assert compute_perceptual_hash(pixels) == compute_perceptual_hash(pixels.copy())
+    assert compute_perceptual_hash(np.full((*shape, 3), 77, np.uint8)) == 0
 
 
 @pytest.mark.parametrize("size", [(640, 480), (1279, 960), (4000, 3000)])
@@ -78,7 +80,7 @@ def test_its_cost_does_not_grow_with_the_image(size: tuple[int, int], monkeypatc
 
     monkeypatch.setattr(cv2, "resize", counted)
     pixels = scene(0, *size)
-    _, peak = measure_peak_bytes(lambda: perceptual_hash(pixels))
+    _, peak = measure_peak_bytes(lambda: compute_perceptual_hash(pixels))
     assert whole_images == [cv2.INTER_LINEAR], "it reads four pixels for each that it gives"
     assert peak < 400_000, "256 x 256 pixels of three colours, and of grey"
 

@@ -20,12 +20,12 @@ from facepipe.index.grid import grid
 from facepipe.index.manifest import File, ShardEntry
 from facepipe.index.plan import make_plan, parse_size
 from facepipe.index.search import Index, Setting
-from facepipe.models.runtime.device import gpus
+from facepipe.models.runtime.device import count_gpus
 from facepipe.nearest.distances import Hits, find_smallest
 from facepipe.schema import FACES
 from pipelines.index import IndexConfig, run
 
-CUDA = pytest.mark.skipif(not gpus(), reason="no CUDA device")
+CUDA = pytest.mark.skipif(not count_gpus(), reason="no CUDA device")
 FACTORY = "IVF64,PQ64x4fs"
 COUNT = 6000
 NARROW = Setting(6, 100)  # far from exhaustive: which lists are visited and which codes win decides the answers

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from facepipe.errors import ConfigError, EvaluationError, ModelError, WeightsError
 from facepipe.evaluation.projected import PairRows, drawn_pairs, verification
 from facepipe.gallery import Gallery
-from facepipe.models.projection import Projected, Projection, SecondMoment, fit, read, save, unit
+from facepipe.models.projection import (
+    ProjectedEmbedder,
+    Projection,
+    SecondMoment,
+    fit_projection,
+    read_projection,
+    save_projection,
+    to_unit_vectors,
+)
 from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
-from facepipe.models.zoo.registry import card
+from facepipe.models.zoo.registry import find_card
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.relocate import Places
@@ -43,11 +51,11 @@ def fitted(raw: Float32) -> Projection:
     moment = SecondMoment(raw.shape[1])
     for part in np.array_split(raw, 5):
         moment.add(part)
-    return fit(moment)
+    return fit_projection(moment)
 
 
 def gram_error(raw: Float32, matrix: Float32) -> float:
-    whole = unit(raw)
+    whole = to_unit_vectors(raw)
     part = whole @ matrix.astype(np.float64)
     return float(np.linalg.norm(whole @ whole.T - part @ part.T))
 
@@ -56,13 +64,13 @@ def test_inner_products_are_kept_best() -> None:
     raw = vectors(600)
     found = fitted(raw)
     assert np.abs(found.matrix.T @ found.matrix - np.eye(128)).max() < 1e-5
-    centred = unit(raw) - unit(raw).mean(0)
+    centred = to_unit_vectors(raw) - to_unit_vectors(raw).mean(0)
     usual = np.linalg.svd(centred, full_matrices=False)[2][:128].T.astype(np.float32)
     random = np.linalg.qr(np.random.default_rng(1).normal(size=(160, 128)))[0].astype(np.float32)
     best = gram_error(raw, found.matrix)
     assert best < gram_error(raw, usual)
     assert best < 0.2 * gram_error(raw, random)
-    kept = np.square(unit(raw) @ found.matrix).sum() / 600
+    kept = np.square(to_unit_vectors(raw) @ found.matrix).sum() / 600
     assert found.energy == pytest.approx(kept, abs=1e-5)
     assert np.array_equal(found.matrix, fitted(raw).matrix)
 
@@ -70,8 +78,8 @@ def test_inner_products_are_kept_best() -> None:
 def test_it_commutes_with_mirroring_and_normalising() -> None:
     matrix = fitted(vectors(400)).matrix
     a, b = vectors(20, seed=2), vectors(20, seed=3)
-    inside = unit((a @ matrix + b @ matrix) / 2)
-    assert np.abs(inside - unit(unit((a + b) / 2) @ matrix)).max() < 1e-5
+    inside = to_unit_vectors((a @ matrix + b @ matrix) / 2)
+    assert np.abs(inside - to_unit_vectors(to_unit_vectors((a + b) / 2) @ matrix)).max() < 1e-5
 
 
 def test_too_few_vectors_or_dimensions() -> None:
@@ -99,20 +107,20 @@ def test_an_embedder_with_a_file(tmp_path: Path) -> None:
     raw = vectors(300)
     found = fitted(raw)
     file = tmp_path / "p.safetensors"
-    save(file, found, {"seed": "3", "model_sha256": "abc"})
-    made = Projected.of(Raw(raw), file, "abc")
+    save_projection(file, found, {"seed": "3", "model_sha256": "abc"})
+    made = ProjectedEmbedder.from_file(Raw(raw), file, "abc")
     with pytest.raises(WeightsError, match="was fitted on the model abc, and this one is abd"):
-        Projected.of(Raw(raw), file, "abd")
+        ProjectedEmbedder.from_file(Raw(raw), file, "abd")
     chips = np.zeros((30, 4, 4, 3), np.uint8)
     assert (made.dim, made.size) == (128, (4, 4))
     assert np.abs(made.embed(chips) - raw[:30] @ found.matrix).max() < 1e-5
     assert np.array_equal(made.embed(chips)[:1], made.embed(chips[:1])), "a vector does not depend on its batch"
     assert made.embed(chips[:0]).shape == (0, 128)
     with pytest.raises(WeightsError, match=r"no projection of 161 dimensions .*belongs to another model"):
-        read(file, 161, "abc")
+        read_projection(file, 161, "abc")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(WeightsError, match="cannot be read"):
-        read(file, 160, "abc")
+        read_projection(file, 160, "abc")
 
 
 def test_pairs_are_measured_as_they_are() -> None:
@@ -206,13 +214,15 @@ def test_a_fit_on_a_gallery(corpus: Path, fakes: Settings, model: Path, tmp_path
         "0",
         str(Gallery(tmp_path / "g").version),
     )
-    assert card(str(tmp_path / "m-128.toml"), "embedder").load("cpu", 1).dim == 128
-    made = card(str(tmp_path / "m-128.toml"), "embedder")
+    assert find_card(str(tmp_path / "m-128.toml"), "embedder").load("cpu", 1).dim == 128
+    made = find_card(str(tmp_path / "m-128.toml"), "embedder")
     assert made.same_person == file.same_person, "what was measured is a distance, whatever the model's own file is in"
     other = tmp_path / "m-128-rgb.toml"
     other.write_text((tmp_path / "m-128.toml").read_text().replace('"bgr"', '"rgb"'))
-    with pytest.raises(ModelError, match=f"was fitted on the model {card(str(model), 'embedder').sha256}, and this"):
-        card(str(other), "embedder").load("cpu", 1)
+    with pytest.raises(
+        ModelError, match=f"was fitted on the model {find_card(str(model), 'embedder').sha256}, and this"
+    ):
+        find_card(str(other), "embedder").load("cpu", 1)
     with pytest.raises(ConfigError, match=r"m-128.toml' exists"):
         project(model, tmp_path / "g")
     written = (tmp_path / "m.projection.safetensors").read_bytes()

@@ -20,7 +20,7 @@ from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.index import cost, template
 from facepipe.index.plan import make_plan
-from facepipe.models.runtime.device import gpus
+from facepipe.models.runtime.device import count_gpus
 from facepipe.nearest import faiss_engine as engine
 from facepipe.nearest import join as pairs
 from facepipe.nearest import top_k
@@ -44,7 +44,7 @@ from pipelines.graph import GraphConfig, GraphRunConfig, open_graph
 from pipelines.runtime.plan import Resources
 from pipelines.runtime.runners import ray
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not gpus(), reason="no CUDA device")])
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not count_gpus(), reason="no CUDA device")])
 KINDS = [torch.float32, torch.float16, torch.bfloat16]
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = ["random", "clustered", "copies", "constant", "not quite unit"]
@@ -352,7 +352,7 @@ def test_a_graph_on_a_device_is_that_of_the_cpu(
     plain = open_graph([gallery], GraphConfig(), inline, str(tmp_path / "plain"))
     monkeypatch.setattr(cells, "SMALL", 500)
     assert not open_graph([gallery], GraphConfig(), inline, str(tmp_path / "cells")).info.exact
-    monkeypatch.setattr(pipelines.graph, "resolve", lambda name: device)
+    monkeypatch.setattr(pipelines.graph, "resolve_device", lambda name: device)
     monkeypatch.setattr(cells, "all_are_compared", lambda count, cores, gpu: gpu)
     lines: list[str] = []
     run = GraphRunConfig("inline", device="cuda")

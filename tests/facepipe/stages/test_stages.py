@@ -13,8 +13,8 @@ import facepipe
 from facepipe.arrow import buffers, float_lists, images, pack, ragged, vectors
 from facepipe.errors import ConfigError, ModelError
 from facepipe.imaging.decode import decode
-from facepipe.imaging.geometry import frame_of
-from facepipe.imaging.header import probe
+from facepipe.imaging.geometry import locate_frame
+from facepipe.imaging.header import read_header
 from facepipe.models.fakes import FakeEmbedder
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
@@ -88,7 +88,7 @@ def test_a_small_face_in_a_large_photo_is_cut_from_the_full_image(
 ) -> None:
     """Without decoding again its chip would be enlarged from a few pixels, and blurred."""
     data = (photos / "img2.jpg").read_bytes()
-    photo = decode(data, probe(data))
+    photo = decode(data, read_header(data))
     canvas = np.full((3000, 4200, 3), 128, np.uint8)
     canvas[800 : 800 + photo.shape[0], 900 : 900 + photo.shape[1]] = photo
     out = io.BytesIO()
@@ -114,7 +114,7 @@ def test_reduced_decoding_keeps_places_where_sides_do_not_divide(reduce: int, or
     out, exif = io.BytesIO(), Image.Exif()
     exif[274] = orientation
     Image.fromarray(canvas).save(out, "JPEG", quality=97, exif=exif)
-    header = probe(out.getvalue())
+    header = read_header(out.getvalue())
 
     def centres(pixels: np.ndarray) -> np.ndarray:
         light = pixels[..., 0].astype(float)
@@ -125,7 +125,7 @@ def test_reduced_decoding_keeps_places_where_sides_do_not_divide(reduce: int, or
         return np.array([[(h * x).sum() / h.sum(), (h * y).sum() / h.sum()] for h in halves])
 
     full = centres(decode(out.getvalue(), header))
-    frame = frame_of(header, reduce)
+    frame = locate_frame(header, reduce)
     small = centres(decode(out.getvalue(), header, reduce))
     assert np.abs(frame.to_full(small) - full).max() < 0.25
     assert np.allclose(frame.from_full(frame.to_full(small)), small, atol=1e-3)
@@ -133,7 +133,7 @@ def test_reduced_decoding_keeps_places_where_sides_do_not_divide(reduce: int, or
 
 def test_mirror_images_have_mirrored_figures(photos: Path) -> None:
     data = (photos / "img6.jpg").read_bytes()
-    image = decode(data, probe(data))
+    image = decode(data, read_header(data))
     result, mirrored = facepipe.encode([image, np.ascontiguousarray(image[:, ::-1])])
     a, b = result.faces[0], mirrored.faces[0]
     assert a.yaw == pytest.approx(-b.yaw, abs=4)
@@ -156,7 +156,7 @@ def test_turned_photos_give_the_same_face(photos: Path, orientation: int, tmp_pa
 def test_encode_takes_paths_and_arrays_in_one_list(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     data = (photos / "img5.jpg").read_bytes()
-    array = decode(data, probe(data))
+    array = decode(data, read_header(data))
     found = facepipe.encode(
         [photos / "img5.jpg", array, tmp_path / "broken.jpg", str(tmp_path / "none.jpg"), array * 0]
     )
@@ -175,7 +175,7 @@ def test_encode_takes_paths_and_arrays_in_one_list(photos: Path, tmp_path: Path)
 
 def test_faces_of_a_mirrored_border_are_not_reported(photos: Path) -> None:
     data = (photos / "img5.jpg").read_bytes()
-    image = decode(data, probe(data))
+    image = decode(data, read_header(data))
     (whole,) = facepipe.encode([image])
     x1, y1, x2, y2 = whole.faces[0].box.astype(int)
     tight = np.ascontiguousarray(image[y1:y2, x1:x2])  # the face touches every side

@@ -366,7 +366,7 @@ def persons(lfw: Path, root: Path, count: int, images: int) -> Path:
 
 
 def test_pairs_of_lfw(lfw: Path, tmp_path: Path) -> None:
-    from facepipe.models.zoo.registry import card
+    from facepipe.models.zoo.registry import find_card
 
     root = persons(lfw, tmp_path / "images", 8, 3)
     names = sorted(folder.name for folder in root.iterdir())
@@ -381,7 +381,7 @@ def test_pairs_of_lfw(lfw: Path, tmp_path: Path) -> None:
     validate = ValidateConfig(pairs=str(tmp_path / "pairs.txt"), source=str(root))
     pairs = prepare_pairs(validate, "dlib-resnet", str(tmp_path / "chips"))
     assert (len(pairs), len(pairs.chips), (pairs.left < 0).sum()) == (32, 24, 0)
-    scores = verify_pairs(card("dlib-resnet", "embedder").load("cpu", 1).embed, pairs)
+    scores = verify_pairs(find_card("dlib-resnet", "embedder").load("cpu", 1).embed, pairs)
     assert scores["score"] == scores["accuracy"] > 0.9
     assert scores["auc"] > 0.97
 

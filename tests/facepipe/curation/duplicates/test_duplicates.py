@@ -15,7 +15,7 @@ from facepipe.curation.duplicates.groups import ImageGroups, group_images
 from facepipe.curation.duplicates.images import RankedImages
 from facepipe.curation.duplicates.pairs import ImageLinks
 from facepipe.errors import ConfigError
-from facepipe.imaging.perceptual import mirrored
+from facepipe.imaging.perceptual import mirror_hashes
 from facepipe.nearest.similarity import Pairs
 
 SCHEMA = pa.schema(
@@ -166,7 +166,7 @@ def test_hash_and_face_must_agree(bits: int, distance: float, kind: str | None) 
 
 def test_mirrored_copies() -> None:
     one = face(1, width=300)
-    copy = face(2, image_hash=int(mirrored(np.array([one["image_hash"]]))[0]))
+    copy = face(2, image_hash=int(mirror_hashes(np.array([one["image_hash"]]))[0]))
     found = find([copy, one], [(0, 1, 0.08)])
     assert found.pairs["mirrored"].to_pylist() == [True]
     assert found.decisions["reason"].to_pylist() == [None, "smaller mirrored copy of /i/1.jpg: 100x100 against 300x100"]

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.models.detectors.retinaface_decode import Outputs, anchors, certain, postprocess
+from facepipe.models.detectors.retinaface_decode import (
+    RetinaFaceOutputs,
+    build_anchors,
+    decode_confident_faces,
+    decode_faces,
+)
 from facepipe.models.protocols import Faces
 from facepipe.stages import Decode, Detect
 from facepipe.stages.detect import shrunk
@@ -25,7 +30,7 @@ class Eye:
     def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._faces(images, 0.7)] * len(images)
 
-    def certain(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
+    def detect_confident(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
         found = self._faces(images, doubtful)
         return [found if len(found.scores) and (found.scores >= sure).all() else None] * len(images)
 
@@ -40,7 +45,7 @@ class Eye:
 class Blunt(Eye):
     """The same without a sense of doubt."""
 
-    certain = None  # type: ignore[assignment]
+    detect_confident = None  # type: ignore[assignment]
 
 
 def looked(eye: Eye, **settings: float) -> dict[int, Faces]:
@@ -92,14 +97,14 @@ def test_doubt_is_what_suppression_would_leave_between_the_scores(
 ) -> None:
     rng = np.random.default_rng(seed)
     shape = (64, 96)
-    count = len(anchors(*shape))
+    count = len(build_anchors(*shape))
     scores = np.where(rng.random(count) < 0.1, rng.random(count), 0).astype(np.float32)
-    outputs = Outputs(
+    outputs = RetinaFaceOutputs(
         rng.normal(size=(count, 4)).astype(np.float32), scores, rng.normal(size=(count, 10)).astype(np.float32)
     )
-    everything = postprocess(*outputs, shape, (doubtful, max_iou))
+    everything = decode_faces(*outputs, shape, (doubtful, max_iou))
     expected = len(everything.scores) > 0 and bool((everything.scores >= sure).all())
-    found = certain(outputs, shape, (doubtful, sure, max_iou))
+    found = decode_confident_faces(outputs, shape, (doubtful, sure, max_iou))
     assert (found is not None) == expected
     if found is not None:
         assert all(np.array_equal(a, b) for a, b in zip(found, everything, strict=True))

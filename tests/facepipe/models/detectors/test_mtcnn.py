@@ -12,14 +12,20 @@ import torch
 from torch.nn import functional as F
 
 from facepipe.errors import WeightsError
-from facepipe.models.checkpoint import fit
+from facepipe.models.checkpoint import load_state
 from facepipe.models.detectors import mtcnn, mtcnn_weights
 from facepipe.models.detectors.mtcnn import Mtcnn
-from facepipe.models.detectors.mtcnn_nets import MtcnnNets, from_facenet_pytorch
-from facepipe.models.detectors.mtcnn_weights import SHA256, from_keras, lz4_frame, packaged_nets, read_arrays
+from facepipe.models.detectors.mtcnn_nets import MtcnnNets, rename_facenet_pytorch_keys
+from facepipe.models.detectors.mtcnn_weights import (
+    SHA256,
+    convert_keras_arrays,
+    decompress_lz4_frame,
+    load_packaged_nets,
+    read_arrays,
+)
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.weights import package_file
-from facepipe.models.zoo.registry import retinaface_graph
+from facepipe.models.weights import find_package_file
+from facepipe.models.zoo.registry import read_retinaface_onnx
 
 # What facenet-pytorch 2.6.0 finds with its defaults in photos shrunk to 640 by area: box and landmarks.
 FOUND = {
@@ -34,7 +40,7 @@ FOUND = {
 @pytest.fixture(scope="module")
 def nets() -> MtcnnNets:
     try:
-        return packaged_nets()
+        return load_packaged_nets()
     except WeightsError as error:
         pytest.skip(str(error))
 
@@ -66,7 +72,7 @@ def test_finds_what_the_public_port_finds(detector: Mtcnn, photos: Path, name: s
 
 
 def test_agrees_with_retinaface(detector: Mtcnn, photos: Path) -> None:
-    other = OnnxRetinaFace(retinaface_graph(), (0.9, 0.4))
+    other = OnnxRetinaFace(read_retinaface_onnx(), (0.9, 0.4))
     for name in ("couple.jpg", "img27.jpg"):
         image = photo(photos, name)
         h, w = (side // 32 * 32 for side in image.shape[:2])
@@ -154,7 +160,7 @@ def test_stripes_hold_every_window_once(shape: tuple[int, int], monkeypatch: pyt
     x = torch.randn(1, 3, *shape)
     whole, _ = pnet(x)
     monkeypatch.setattr(mtcnn, "_STRIPE", 2000)
-    parts = [pnet(x[:, :, start:stop])[0] for start, stop in mtcnn.stripes(*shape)]
+    parts = [pnet(x[:, :, start:stop])[0] for start, stop in mtcnn.split_into_stripes(*shape)]
     assert len(parts) > 1 or shape[0] < 50
     together = torch.cat(parts, 1)
     assert together.shape == whole.shape
@@ -162,11 +168,11 @@ def test_stripes_hold_every_window_once(shape: tuple[int, int], monkeypatch: pyt
 
 
 def test_pyramid() -> None:
-    found = mtcnn.scales(480, 640)
+    found = mtcnn.list_scales(480, 640)
     assert found[0] == pytest.approx(0.6)
     assert found[1] / found[0] == pytest.approx(0.709)
     assert 480 * found[-1] >= 12 > 480 * found[-1] * 0.709
-    assert mtcnn.scales(19, 4000) == []
+    assert mtcnn.list_scales(19, 4000) == []
 
 
 def test_parameters() -> None:
@@ -190,9 +196,9 @@ def test_names_of_the_public_port(whole: bool) -> None:
             for layer, leaf in (key.rsplit(".", 1) for key in state)
         }
     if whole:
-        found = from_facenet_pytorch({f"{o}.{k}": t for o, state in public.items() for k, t in state.items()})
+        found = rename_facenet_pytorch_keys({f"{o}.{k}": t for o, state in public.items() for k, t in state.items()})
     else:
-        found = {k: t for owner, state in public.items() for k, t in from_facenet_pytorch(state, owner).items()}
+        found = {k: t for owner, state in public.items() for k, t in rename_facenet_pytorch_keys(state, owner).items()}
     wanted = nets.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -214,24 +220,24 @@ def keras(net: torch.nn.Module, order: list[str]) -> list[np.ndarray]:
 def test_keras_layouts() -> None:
     nets, empty = random_nets(), random_nets(1)
     order = ["conv1", "prelu1", "conv2", "prelu2", "conv3", "prelu3", "dense4", "prelu4", "head.box", "head.face"]
-    state = empty.state_dict() | from_keras("rnet", keras(nets.rnet, order))
-    fit(empty, state, "a test")
+    state = empty.state_dict() | convert_keras_arrays("rnet", keras(nets.rnet, order))
+    load_state(empty, state, "a test")
     x = torch.randn(3, 3, 24, 24)
     assert all(torch.equal(a, b) for a, b in zip(nets.rnet(x), empty.rnet(x), strict=True))
     with pytest.raises(WeightsError, match="do not make an MTCNN rnet"):
-        from_keras("rnet", keras(nets.rnet, order[:-1]))
+        convert_keras_arrays("rnet", keras(nets.rnet, order[:-1]))
 
 
 def test_altered_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        data = bytearray(package_file("mtcnn", "assets/weights/pnet.lz4", "mtcnn").read_bytes())
+        data = bytearray(find_package_file("mtcnn", "assets/weights/pnet.lz4", "mtcnn").read_bytes())
     except WeightsError as error:
         pytest.skip(str(error))
     data[9000] ^= 1
     (tmp_path / "pnet.lz4").write_bytes(data)
-    monkeypatch.setattr(mtcnn_weights, "package_file", lambda *_: tmp_path / "pnet.lz4")
+    monkeypatch.setattr(mtcnn_weights, "find_package_file", lambda *_: tmp_path / "pnet.lz4")
     with pytest.raises(WeightsError, match="SHA-256"):
-        packaged_nets()
+        load_packaged_nets()
 
 
 class Evil:
@@ -285,13 +291,13 @@ def frame(*blocks: tuple[bytes, bool]) -> bytes:
 
 
 def test_lz4_frames() -> None:
-    assert lz4_frame(frame((b"plain", False))) == b"plain"
+    assert decompress_lz4_frame(frame((b"plain", False))) == b"plain"
     # "ab", then 12 bytes from 2 back, which the match itself makes; then literals of more than 15 bytes
     packed = bytes([0x28]) + b"ab" + b"\x02\x00" + bytes([0xF0, 1]) + b"0123456789abcdef"
-    assert lz4_frame(frame((packed, True))) == b"ab" * 7 + b"0123456789abcdef"
+    assert decompress_lz4_frame(frame((packed, True))) == b"ab" * 7 + b"0123456789abcdef"
     # a match of 4 + 15 + 255 + 1 bytes that reaches into the block before
     linked = bytes([0x0F]) + b"\x05\x00" + bytes([255, 1, 0x10]) + b"!"
-    assert lz4_frame(frame((b"plain", False), (linked, True))) == (b"plain" * 60)[: 5 + 275] + b"!"
+    assert decompress_lz4_frame(frame((b"plain", False), (linked, True))) == (b"plain" * 60)[: 5 + 275] + b"!"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +312,7 @@ def test_lz4_frames() -> None:
 )
 def test_damaged_lz4_frames_are_refused(data: bytes) -> None:
     with pytest.raises(WeightsError, match="LZ4"):
-        lz4_frame(data)
+        decompress_lz4_frame(data)
 
 
 def test_every_weight_file_is_pinned() -> None:

@@ -13,19 +13,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from facepipe.errors import ConfigError, ModelError
 from facepipe.gallery import Contract
-from facepipe.imaging.dlib_chip import square
+from facepipe.imaging.dlib_chip import find_dlib_square
 from facepipe.models.detectors import dlib_hog, haar
 from facepipe.models.detectors.dlib_hog import DlibHog
-from facepipe.models.detectors.five_points import Predict, five_points, landmarks
+from facepipe.models.detectors.five_points import Predict, predict_landmarks, to_five_points
 from facepipe.models.detectors.haar import Haar, smallest_group
-from facepipe.models.detectors.nms import by_iou, by_smaller
+from facepipe.models.detectors.nms import apply_nms, apply_nms_by_smaller
 from facepipe.models.detectors.onnx_input import DetectorGraph
-from facepipe.models.detectors.retinaface_decode import suppress
+from facepipe.models.detectors.retinaface_decode import apply_sorted_nms
 from facepipe.models.detectors.scrfd import Scrfd
 from facepipe.models.detectors.yunet import YuNet
 from facepipe.models.dlib.predictor import load_predictor, predict
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.zoo.registry import card, retinaface_graph
+from facepipe.models.zoo.registry import find_card, read_retinaface_onnx
 
 HOSTILE = [(1, 1), (11, 11), (4, 3000), (3000, 4)]
 LEVELS = {8: 1, 16: 2, 32: 4}
@@ -54,15 +54,15 @@ def boxes_at_random(n: int) -> tuple[np.ndarray, np.ndarray]:
 def test_suppression_by_iou(n: int, max_iou: float) -> None:
     boxes, scores = boxes_at_random(n)
     order = np.argsort(-scores)
-    assert by_iou(boxes, scores, max_iou).tolist() == order[suppress(boxes[order], max_iou)].tolist()
+    assert apply_nms(boxes, scores, max_iou).tolist() == order[apply_sorted_nms(boxes[order], max_iou)].tolist()
 
 
 def test_suppression_by_the_smaller_box() -> None:
     boxes = np.array([[0, 0, 99, 99], [40, 40, 49, 49], [200, 0, 209, 9], [205, 0, 244, 39]], float)
-    assert by_smaller(boxes, np.array([0.9, 0.8, 0.7, 0.6]), 0.7).tolist() == [0, 2, 3]
-    assert by_smaller(boxes, np.array([0.6, 0.8, 0.7, 0.9]), 0.7).tolist() == [3, 1, 2]
-    assert by_smaller(boxes, np.array([0.9, 0.8, 0.7, 0.6]), 0.4).tolist() == [0, 2]
-    assert by_smaller(np.empty((0, 4)), np.empty(0), 0.5).tolist() == []
+    assert apply_nms_by_smaller(boxes, np.array([0.9, 0.8, 0.7, 0.6]), 0.7).tolist() == [0, 2, 3]
+    assert apply_nms_by_smaller(boxes, np.array([0.6, 0.8, 0.7, 0.9]), 0.7).tolist() == [3, 1, 2]
+    assert apply_nms_by_smaller(boxes, np.array([0.9, 0.8, 0.7, 0.6]), 0.4).tolist() == [0, 2]
+    assert apply_nms_by_smaller(np.empty((0, 4)), np.empty(0), 0.5).tolist() == []
 
 
 def model(nodes: list[Any], outputs: dict[str, Any], constants: dict[str, Any], shape: list[Any]) -> bytes:
@@ -257,7 +257,7 @@ def test_graphs_of_files(name: str, fed: str, tmp_path: Path) -> None:
     (tmp_path / "d.onnx").write_bytes(random_yunet(96, 128, True) if name == "yunet" else scrfd([1, 3, 96, 128]))
     path = tmp_path / "d.toml"
     path.write_text(f'name = "d"\nrole = "detector"\narchitecture = "{name}"\nweights = "d.onnx"\n')
-    found = card(str(path), "detector")
+    found = find_card(str(path), "detector")
     assert (found.input, found.square, found.square_known) == (fed, None, False)
     assert len(found.load("cpu", 1, (0.5, 0.4)).detect(np.zeros((1, 96, 128, 3), np.uint8))) == 1
     assert Contract.of(str(path), "dlib-resnet", True).detector == "d"
@@ -265,7 +265,7 @@ def test_graphs_of_files(name: str, fed: str, tmp_path: Path) -> None:
         Contract.of(str(path), "face-recognition", False)
     path.write_text(path.read_text() + '[input]\nchannels = "rgb"\nscale = 2\n')
     with pytest.raises(ConfigError, match=f"input.channels, input.scale cannot be set for {name}"):
-        card(str(path), "detector")
+        find_card(str(path), "detector")
 
 
 def mirrored(points: np.ndarray) -> np.ndarray:
@@ -276,22 +276,23 @@ CORNERS = np.array([(71.0, 40), (58, 42), (19, 41), (33, 43), (46, 70)])
 
 
 def test_five_points_of_a_mirrored_face_are_mirrored() -> None:
-    ours = five_points(CORNERS[None])[0]
-    other = five_points(mirrored(CORNERS)[[2, 3, 0, 1, 4]][None])[0]
+    ours = to_five_points(CORNERS[None])[0]
+    other = to_five_points(mirrored(CORNERS)[[2, 3, 0, 1, 4]][None])[0]
     assert np.abs(mirrored(other)[[1, 0, 2, 4, 3]] - ours).max() < 1e-4
 
 
 def test_five_points_turn_and_grow_with_the_face() -> None:
     turn = 3 * np.array([[0.8, -0.6], [0.6, 0.8]])
     assert (
-        np.abs(five_points((CORNERS @ turn.T + 7)[None])[0] - (five_points(CORNERS[None])[0] @ turn.T + 7)).max() < 1e-3
+        np.abs(to_five_points((CORNERS @ turn.T + 7)[None])[0] - (to_five_points(CORNERS[None])[0] @ turn.T + 7)).max()
+        < 1e-3
     )
-    assert five_points(np.empty((0, 5, 2))).shape == (0, 5, 2)
-    assert np.isfinite(five_points(np.zeros((1, 5, 2)))).all()
+    assert to_five_points(np.empty((0, 5, 2))).shape == (0, 5, 2)
+    assert np.isfinite(to_five_points(np.zeros((1, 5, 2)))).all()
 
 
 def test_five_points_are_near_those_of_a_detector(shared: Path, predictor: Predict) -> None:
-    detector = OnnxRetinaFace(retinaface_graph(), (0.7, 0.4))
+    detector = OnnxRetinaFace(read_retinaface_onnx(), (0.7, 0.4))
     errors = []
     for file in sorted((shared / "data" / "lfw-dev" / "images").glob("*/*.jpg"))[7::190]:
         image = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
@@ -299,7 +300,7 @@ def test_five_points_are_near_those_of_a_detector(shared: Path, predictor: Predi
         faces = detector.detect(padded[None])[0]
         n = np.abs(faces.landmarks[:, 2] - 111.5).max(1).argmin()  # the border mirrors faces too
         theirs = faces.landmarks[n] - 37
-        ours = landmarks(predictor, image, [square(faces.boxes[n] - 37, (0.0, 0.072, 0.989))])[0]
+        ours = predict_landmarks(predictor, image, [find_dlib_square(faces.boxes[n] - 37, (0.0, 0.072, 0.989))])[0]
         errors.append(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs[1] - theirs[0]))
     assert len(errors) > 15
     assert (np.median(errors, 0) < [0.08, 0.08, 0.1, 0.14, 0.14]).all()
@@ -331,10 +332,10 @@ def test_hog_gives_dlibs_boxes(hog: DlibHog, photos: Path) -> None:
 
 
 def test_hog_scores() -> None:
-    assert dlib_hog.threshold(0.7) == 0
+    assert dlib_hog.to_dlib_threshold(0.7) == 0
     margins = np.array([-0.5, 0.0, 0.3, 4.0])
-    assert [dlib_hog.threshold(p) for p in dlib_hog._score(margins)] == pytest.approx(margins.tolist())
-    assert np.isfinite([dlib_hog.threshold(0.0), dlib_hog.threshold(1.0)]).all()
+    assert [dlib_hog.to_dlib_threshold(p) for p in dlib_hog._score(margins)] == pytest.approx(margins.tolist())
+    assert np.isfinite([dlib_hog.to_dlib_threshold(0.0), dlib_hog.to_dlib_threshold(1.0)]).all()
 
 
 @pytest.mark.parametrize("shape", HOSTILE)

@@ -9,14 +9,14 @@ import torch
 
 from facepipe.errors import WeightsError
 from facepipe.gallery import Contract
-from facepipe.models.checkpoint import fit, read_state
-from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk, fold, normalise
-from facepipe.models.detectors.retinaface_decode import preprocess
-from facepipe.models.detectors.retinaface_keys import from_biubug6
+from facepipe.models.checkpoint import load_state, read_state
+from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk, fold_batch_norms, normalise_pixels
+from facepipe.models.detectors.retinaface_decode import to_bgr_planes
+from facepipe.models.detectors.retinaface_keys import rename_biubug6_keys
 from facepipe.models.engines import OnnxRetinaFace
 from facepipe.models.protocols import Faces
 from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
-from facepipe.models.zoo.registry import card, retinaface_graph
+from facepipe.models.zoo.registry import find_card, read_retinaface_onnx
 from facepipe.training.detection.detector import detect
 from facepipe.training.detection.overlap import compute_iou
 from facepipe.types import UInt8Image
@@ -63,7 +63,7 @@ def test_the_reference_names_map_onto_ours_one_to_one(trunk: Trunk) -> None:
     with torch.device("meta"):
         wanted = RetinaFaceNet(trunk, norms=True).state_dict()
     names = biubug6_names(trunk)
-    mapped = from_biubug6({name: torch.tensor(n) for n, name in enumerate(names)})
+    mapped = rename_biubug6_keys({name: torch.tensor(n) for n, name in enumerate(names)})
     assert len(mapped) == len(names)
     assert set(mapped) == set(wanted)
     leaves = {ours.rsplit(".", 1)[1] == names[int(n)].rsplit(".", 1)[1] for ours, n in mapped.items()}
@@ -82,10 +82,10 @@ def test_parameters() -> None:
 
 
 def test_strange_names_are_left_over() -> None:
-    state = from_biubug6({"body.stage9.0.0.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
+    state = rename_biubug6_keys({"body.stage9.0.0.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
     assert set(state) == {"body.stage9.0.0.weight", "fc.weight"}
     with pytest.raises(WeightsError, match="2 left over"):
-        fit(RetinaFaceNet(norms=True), state, "the file")
+        load_state(RetinaFaceNet(norms=True), state, "the file")
 
 
 def random_statistics(net: RetinaFaceNet) -> RetinaFaceNet:
@@ -105,7 +105,7 @@ def random_statistics(net: RetinaFaceNet) -> RetinaFaceNet:
 def test_folding_changes_nothing(trunk: Trunk) -> None:
     torch.manual_seed(0)
     net = random_statistics(RetinaFaceNet(trunk, norms=True)).double()
-    folded = fold(net)
+    folded = fold_batch_norms(net)
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     with torch.inference_mode():
         for a, b in zip(net(x), folded(x), strict=True):
@@ -119,7 +119,7 @@ def test_training_gives_logits_and_inference_their_softmax() -> None:
     torch.manual_seed(0)
     net = random_statistics(RetinaFaceNet(norms=True))
     x = torch.randn(2, 3, 64, 64)
-    probability = fold(net)(x)[1]
+    probability = fold_batch_norms(net)(x)[1]
     net.training = True  # of the network alone: its batch norms stay in inference
     logits = net(x)[1]
     assert logits.shape == (2, 168, 2)
@@ -131,9 +131,9 @@ def test_the_mean_goes_off_in_the_order_the_channels_enter() -> None:
     mean = np.array([104, 117, 123], np.float32)
     orders: list[tuple[Channels, UInt8Image]] = [("rgb", pixels), ("bgr", pixels[..., ::-1])]
     for channels, ordered in orders:
-        found = normalise(torch.from_numpy(pixels), channels).numpy()
+        found = normalise_pixels(torch.from_numpy(pixels), channels).numpy()
         assert np.array_equal(found, (ordered.astype(np.float32) - mean).transpose(0, 3, 1, 2))
-    assert np.array_equal(normalise(torch.from_numpy(pixels), "bgr").numpy(), preprocess(pixels))
+    assert np.array_equal(normalise_pixels(torch.from_numpy(pixels), "bgr").numpy(), to_bgr_planes(pixels))
 
 
 def shrunk(path: Path, longest: int = 640) -> UInt8Image:
@@ -148,8 +148,8 @@ def shrunk(path: Path, longest: int = 640) -> UInt8Image:
 def rgb_net(shared: Path) -> RetinaFaceNet:
     file = shared / "weights" / "retinaface-mobilenet025-rgb.pth"
     net = RetinaFaceNet("mobilenet025", norms=True)
-    fit(net, from_biubug6(read_state(file)), str(file))
-    return fold(net)
+    load_state(net, rename_biubug6_keys(read_state(file)), str(file))
+    return fold_batch_norms(net)
 
 
 def found_again(truth: Faces, found: Faces) -> tuple[list[float], list[float]]:
@@ -165,7 +165,7 @@ def found_again(truth: Faces, found: Faces) -> tuple[list[float], list[float]]:
 
 
 def compared(net: RetinaFaceNet, images: list[UInt8Image], channels: Channels) -> tuple[list[float], list[float]]:
-    default = OnnxRetinaFace(retinaface_graph(), LIMITS)
+    default = OnnxRetinaFace(read_retinaface_onnx(), LIMITS)
     overlaps: list[float] = []
     distances: list[float] = []
     for image in images:
@@ -189,12 +189,12 @@ def test_a_trained_state_loads_as_a_registered_detector(
     tmp_path: Path, rgb_net: RetinaFaceNet, shared: Path, photos: Path
 ) -> None:
     net = RetinaFaceNet("mobilenet025", norms=True)
-    fit(net, from_biubug6(read_state(shared / "weights" / "retinaface-mobilenet025-rgb.pth")), "the file")
+    load_state(net, rename_biubug6_keys(read_state(shared / "weights" / "retinaface-mobilenet025-rgb.pth")), "the file")
     file = CardFile("mine", "", "detector", "retinaface-mnet025", input=InputConfig(channels="rgb"))
     toml = save_model(tmp_path / "mine", net.state_dict(), file)
     assert Contract.of(str(toml), "face-recognition", False).alignment == ALIGNMENT
     image = shrunk(photos / "img1.jpg", 320)
-    (found,) = card(str(toml), "detector").load("cpu", 1, LIMITS).detect(image[None])
+    (found,) = find_card(str(toml), "detector").load("cpu", 1, LIMITS).detect(image[None])
     expected = detect(rgb_net, image, "rgb", LIMITS)
     assert len(expected.scores) > 0
     assert np.allclose(found.boxes, expected.boxes, atol=1e-3)

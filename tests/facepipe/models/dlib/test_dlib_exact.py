@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from facepipe.errors import WeightsError
-from facepipe.imaging.dlib_chip import TEMPLATE, chip_of, halved, square
+from facepipe.imaging.dlib_chip import TEMPLATE, cut_dlib_chip, find_dlib_square, halve_image
 from facepipe.models.dlib.format import FormatError
 from facepipe.models.dlib.predictor import PREDICTOR_SHA256, load_predictor, predict
-from facepipe.models.dlib.predictor_format import integers, read_cascade
-from facepipe.models.weights import checked, package_file
-from facepipe.models.zoo.registry import card
+from facepipe.models.dlib.predictor_format import read_cascade, read_integers
+from facepipe.models.weights import find_package_file, verify_sha256
+from facepipe.models.zoo.registry import find_card
 
 FOLDER = "models/"
 PREDICTOR = "shape_predictor_5_face_landmarks.dat"
@@ -22,7 +22,7 @@ NETWORK = "dlib_face_recognition_resnet_model_v1.dat"
 
 
 def weights(name: str) -> Path:
-    return package_file("face_recognition_models", FOLDER + name, "face-recognition-models")
+    return find_package_file("face_recognition_models", FOLDER + name, "face-recognition-models")
 
 
 class Face(NamedTuple):
@@ -109,15 +109,15 @@ def test_landmarks_and_chips_are_those_of_dlib(faces: list[Face], reference: Dli
         points = predict(predictor, face.image, face.rect)
         np.testing.assert_array_equal(points, coordinates(shape), face.name)
         chip = dlib.get_face_chip(face.image, shape, 150, 0.25)
-        np.testing.assert_array_equal(chip_of(face.image, points), chip, face.name)
+        np.testing.assert_array_equal(cut_dlib_chip(face.image, points), chip, face.name)
 
 
 def test_vectors_are_those_of_dlib(faces: list[Face], reference: Dlib) -> None:
     some = faces[::14]
     assert len(some) > 20
-    predictor, embedder = load_predictor(), card("dlib-resnet", "embedder").load("cpu", 1)
+    predictor, embedder = load_predictor(), find_card("dlib-resnet", "embedder").load("cpu", 1)
     for face in some:
-        ours = embedder.embed(chip_of(face.image, predict(predictor, face.image, face.rect))[None])[0]
+        ours = embedder.embed(cut_dlib_chip(face.image, predict(predictor, face.image, face.rect))[None])[0]
         theirs = np.array(reference.network.compute_face_descriptor(face.image, reference.shape(face)))
         assert np.abs(ours - theirs).max() <= 1e-6, face.name
 
@@ -148,7 +148,9 @@ def test_chips_of_any_similarity_are_those_of_dlib() -> None:
             continue
         parts = dlib.points([dlib.point(int(x), int(y)) for x, y in points])
         shape = dlib.full_object_detection(dlib.rectangle(0, 0, 9, 9), parts)
-        np.testing.assert_array_equal(chip_of(image, points), dlib.get_face_chip(image, shape, 150, 0.25), f"{scale}")
+        np.testing.assert_array_equal(
+            cut_dlib_chip(image, points), dlib.get_face_chip(image, shape, 150, 0.25), f"{scale}"
+        )
 
 
 @pytest.mark.parametrize("shade", [255, 254, 127, 1])
@@ -161,7 +163,7 @@ def test_chips_of_flat_colours_are_those_of_dlib(shade: int) -> None:
         parts = dlib.points([dlib.point(int(x), int(y)) for x, y in points])
         shape = dlib.full_object_detection(dlib.rectangle(0, 0, 9, 9), parts)
         theirs = dlib.get_face_chip(image, shape, 150, 0.25)
-        np.testing.assert_array_equal(chip_of(image, points), theirs, f"{scale}")
+        np.testing.assert_array_equal(cut_dlib_chip(image, points), theirs, f"{scale}")
 
 
 def test_landmarks_of_any_box_are_those_of_dlib(reference: Dlib) -> None:
@@ -182,17 +184,17 @@ def test_no_face_is_too_odd(size: tuple[int, int]) -> None:
         points = predict(predictor, image, rect)
         assert points.shape == (5, 2)
         assert points.dtype == np.int64
-        assert chip_of(image, points).shape == (150, 150, 3)
+        assert cut_dlib_chip(image, points).shape == (150, 150, 3)
     far = np.array([[10**6, 0], [0, 10**6], [-(10**6), 0], [0, -(10**6)], [3, 3]])
     for points in (np.zeros((5, 2), np.int64), far, placed(np.random.default_rng(0), 500.0, (0, 0))):
-        assert chip_of(image, points).dtype == np.uint8
+        assert cut_dlib_chip(image, points).dtype == np.uint8
 
 
 def test_a_face_outside_the_image_is_black() -> None:
     image = np.full((100, 100, 3), 200, np.uint8)
     rng = np.random.default_rng(1)
-    assert not chip_of(image, placed(rng, 1.0, (900, 50))).any()
-    assert chip_of(image, placed(rng, 1.0, (50, 50))).any()
+    assert not cut_dlib_chip(image, placed(rng, 1.0, (900, 50))).any()
+    assert cut_dlib_chip(image, placed(rng, 1.0, (50, 50))).any()
 
 
 def test_pyramid_truncates() -> None:
@@ -201,14 +203,14 @@ def test_pyramid_truncates() -> None:
     rows = sum(t * image[k : k + 27 : 2] for k, t in enumerate(taps))
     both = sum(t * rows[:, k : k + 40 : 2] for k, t in enumerate(taps))
     expected = (both // 256)[: (31 - 3) // 2, : (44 - 3) // 2]
-    np.testing.assert_array_equal(halved(image.astype(np.uint8)), expected)
+    np.testing.assert_array_equal(halve_image(image.astype(np.uint8)), expected)
 
 
 def test_square() -> None:
-    assert square((10, 20, 110, 120), (0, 0, 1)) == (10, 20, 109, 119)
-    assert square((0, 0, 50, 200), (0.1, -0.1, 1.2)) == (-25, 30, 94, 149)
-    assert square(np.array([3, 4, 61, 62], np.float32), None) == (3, 4, 61, 62)
-    left, top, right, bottom = square((7, 7, 7, 7), (0, 0, 1.3))  # an empty box
+    assert find_dlib_square((10, 20, 110, 120), (0, 0, 1)) == (10, 20, 109, 119)
+    assert find_dlib_square((0, 0, 50, 200), (0.1, -0.1, 1.2)) == (-25, 30, 94, 149)
+    assert find_dlib_square(np.array([3, 4, 61, 62], np.float32), None) == (3, 4, 61, 62)
+    left, top, right, bottom = find_dlib_square((7, 7, 7, 7), (0, 0, 1.3))  # an empty box
     assert (left, top) == (right, bottom)
 
 
@@ -222,16 +224,16 @@ def test_file_is_walked_to_its_end() -> None:
 def test_altered_weights_are_refused() -> None:
     data = weights(PREDICTOR).read_bytes()
     with pytest.raises(WeightsError, match="not the registered file"):
-        checked(data[:-1] + bytes([data[-1] ^ 1]), PREDICTOR_SHA256, PREDICTOR)
+        verify_sha256(data[:-1] + bytes([data[-1] ^ 1]), PREDICTOR_SHA256, PREDICTOR)
 
 
 def test_packed_integers() -> None:
     packed = bytes([1, 7, 0x81, 7, 2, 0, 1, 4, 255, 255, 255, 255, 0x82, 1, 2])
-    assert integers(packed).tolist() == [7, -7, 256, 2**32 - 1, -513]
-    assert integers(b"").tolist() == []
+    assert read_integers(packed).tolist() == [7, -7, 256, 2**32 - 1, -513]
+    assert read_integers(b"").tolist() == []
     for broken in (b"\x01", b"\x09123456789", b"\x11a", b"\x00"):
         with pytest.raises(FormatError):
-            integers(broken)
+            read_integers(broken)
 
 
 def test_arrays_are_read_only() -> None:

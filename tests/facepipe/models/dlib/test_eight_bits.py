@@ -8,20 +8,20 @@ import pytest
 import facepipe
 from facepipe.errors import ModelError
 from facepipe.imaging.decode import decode
-from facepipe.imaging.header import probe
+from facepipe.imaging.header import read_header
 from facepipe.models.dlib import eight_bits
-from facepipe.models.dlib.dlib_onnx import activations, graph
+from facepipe.models.dlib.dlib_onnx import build_dlib_onnx, build_dlib_onnx_with_activations
 from facepipe.models.dlib.ranges import RANGES
-from facepipe.models.engines import OnnxDlib, session
-from facepipe.models.parity import noise, scenes
-from facepipe.models.zoo.registry import card, dlib_weights
+from facepipe.models.engines import OnnxDlib, open_session
+from facepipe.models.parity import make_noise_chips, make_scene_chips
+from facepipe.models.zoo.registry import find_card, read_dlib_weights
 from facepipe.stages import Embed
 from facepipe.types import Float32, UInt8
 
 
 @pytest.fixture(scope="module")
 def engine() -> OnnxDlib:
-    loaded = card("dlib-resnet-int8", "embedder").load("cpu", 1)
+    loaded = find_card("dlib-resnet-int8", "embedder").load("cpu", 1)
     assert isinstance(loaded, OnnxDlib)
     return loaded
 
@@ -31,7 +31,7 @@ def unit(vectors: Float32) -> Float32:
 
 
 def test_a_vector_does_not_depend_on_its_batch(engine: OnnxDlib) -> None:
-    chips = np.concatenate([scenes((150, 150)), noise((150, 150))])
+    chips = np.concatenate([make_scene_chips((150, 150)), make_noise_chips((150, 150))])
     together = engine.embed(chips)
     order = np.random.default_rng(0).permutation(len(chips))
     assert np.array_equal(engine.embed(chips[order]), together[order])
@@ -39,7 +39,7 @@ def test_a_vector_does_not_depend_on_its_batch(engine: OnnxDlib) -> None:
 
 
 def test_faces_are_where_the_network_in_floating_point_has_them(photos: Path) -> None:
-    images = [decode(data, probe(data)) for data in map(Path.read_bytes, sorted(photos.glob("img*.jpg"))[:12])]
+    images = [decode(data, read_header(data)) for data in map(Path.read_bytes, sorted(photos.glob("img*.jpg"))[:12])]
     whole, rounded = (facepipe.encode(images, embed=Embed(name)) for name in ("dlib-resnet", "dlib-resnet-int8"))
     pairs = [
         (a, b) for one, other in zip(whole, rounded, strict=True) for a, b in zip(one.faces, other.faces, strict=True)
@@ -60,13 +60,13 @@ def test_a_cpu_whose_products_saturate_is_refused(monkeypatch: pytest.MonkeyPatc
     embed = OnnxDlib.embed
     monkeypatch.setattr(OnnxDlib, "embed", cut_off)
     with pytest.raises(ModelError, match=r"saturation.*dlib-resnet"):
-        eight_bits.load(*dlib_weights(), 1)
+        eight_bits.load_int8_dlib(*read_dlib_weights(), 1)
 
 
 def test_ranges_are_those_of_the_activations_in_their_order() -> None:
-    made, names = activations(*dlib_weights())
+    made, names = build_dlib_onnx_with_activations(*read_dlib_weights())
     assert len(names) == len(RANGES)
-    values = session(made, 1).run(names, {"chips": scenes((150, 150), 2)})
+    values = open_session(made, 1).run(names, {"chips": make_scene_chips((150, 150), 2)})
     for (low, high), found in zip(RANGES, values, strict=True):
         assert (low == 0) == (found.min() >= 0)
         assert 0.2 * high < found.max() < 5 * high
@@ -74,16 +74,17 @@ def test_ranges_are_those_of_the_activations_in_their_order() -> None:
 
 def test_more_bits_of_range_are_worse() -> None:
     """What the ranges are for: eight times as wide, the same graph rounds eight times as coarsely."""
-    chips, weights = scenes((150, 150), 8), dlib_weights()
-    exact = unit(OnnxDlib(graph(*weights)).embed(chips))
+    chips, weights = make_scene_chips((150, 150), 8), read_dlib_weights()
+    exact = unit(OnnxDlib(build_dlib_onnx(*weights)).embed(chips))
     wide = [(8 * low, 8 * high) for low, high in RANGES]
     near, far = (
-        np.linalg.norm(unit(OnnxDlib(graph(*weights, r)).embed(chips)) - exact, axis=1).mean() for r in (RANGES, wide)
+        np.linalg.norm(unit(OnnxDlib(build_dlib_onnx(*weights, r)).embed(chips)) - exact, axis=1).mean()
+        for r in (RANGES, wide)
     )
     assert near * 2 < far
 
 
 def test_its_contract_is_not_that_of_the_network_in_floating_point() -> None:
-    one, other = card("dlib-resnet", "embedder"), card("dlib-resnet-int8", "embedder")
+    one, other = find_card("dlib-resnet", "embedder"), find_card("dlib-resnet-int8", "embedder")
     assert one.sha256 != other.sha256
     assert one.layout == other.layout

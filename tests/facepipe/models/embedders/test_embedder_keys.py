@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from facepipe.errors import WeightsError
-from facepipe.models.checkpoint import State, fit, read_state
+from facepipe.models.checkpoint import State, load_state, read_state
 from facepipe.models.embedders import keys
 from facepipe.models.embedders.facenet_mobilenet import FaceNetMobileNet
 from facepipe.models.embedders.inception_resnet import InceptionResNetV1
 from facepipe.models.embedders.iresnet import IResNet
-from facepipe.models.embedders.layers import parameters
+from facepipe.models.embedders.layers import count_parameters
 from facepipe.models.embedders.mobilefacenet import MobileFaceNet
 from facepipe.models.embedders.resnet import ResNet
 
@@ -255,7 +255,7 @@ def test_torchvisions_trunk_fits_but_for_the_embedding_layer(depth: int, units: 
     ours = {k: v.shape for k, v in net.state_dict().items() if not k.startswith("embedding.")}
     assert {k: v.shape for k, v in trunk.items()} == ours
     with pytest.raises(WeightsError, match=r"2 missing: embedding\.weight, embedding\.bias"):
-        fit(net, trunk, "ResNet's file")
+        load_state(net, trunk, "ResNet's file")
 
 
 def test_mxnets_fixed_scale_is_one_whatever_the_file_holds() -> None:
@@ -271,9 +271,9 @@ def test_the_public_checkpoint_fits_bit_by_bit(shared: Path) -> None:
     state = read_state(shared / CHECKPOINT)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(xiaoccer())
     net = MobileFaceNet(size=(96, 112))
-    fit(net, keys.mobilefacenet_xiaoccer(state), CHECKPOINT)
+    load_state(net, keys.mobilefacenet_xiaoccer(state), CHECKPOINT)
     learnt = [t for k, t in state.items() if not k.endswith(("running_mean", "running_var", "tracked"))]
-    assert parameters(net) == sum(t.numel() for t in learnt)
+    assert count_parameters(net) == sum(t.numel() for t in learnt)
     for theirs, ours in zip(state.values(), net.state_dict().values(), strict=True):
         assert torch.equal(theirs, ours)
 

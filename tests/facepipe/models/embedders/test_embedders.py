@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from facepipe.errors import WeightsError
-from facepipe.models.checkpoint import fit, read_state
+from facepipe.models.checkpoint import load_state, read_state
 from facepipe.models.dlib.resnet import DlibResNet
 from facepipe.models.embedders.facenet_mobilenet import FaceNetMobileNet
 from facepipe.models.embedders.inception_resnet import InceptionResNetV1
 from facepipe.models.embedders.iresnet import IResNet
-from facepipe.models.embedders.layers import parameters
+from facepipe.models.embedders.layers import count_parameters
 from facepipe.models.embedders.mobilefacenet import MobileFaceNet
-from facepipe.models.embedders.prelu import convolved
+from facepipe.models.embedders.prelu import replace_prelus
 from facepipe.models.embedders.resnet import ResNet
 
 # The smallest of each kind for small chips: (constructor, (h, w))
@@ -116,7 +116,7 @@ def test_training_and_inference(small: tuple[nn.Module, tuple[int, int]]) -> Non
     ],
 )
 def test_counts_are_the_references(make: Callable[[], nn.Module], count: int) -> None:
-    assert parameters(on_meta(make)) == count
+    assert count_parameters(on_meta(make)) == count
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -163,7 +163,7 @@ def test_convolved_prelus_compute_the_same() -> None:
             nn.init.uniform_(module.weight, -0.5, 1.5)
     images = chips(3, (48, 32))
     net.train()(images)
-    made = convolved(net.eval())
+    made = replace_prelus(net.eval())
     assert not any(isinstance(m, nn.PReLU) for m in made.modules())
     assert sum(isinstance(m, nn.PReLU) for m in net.modules()) == 33
     with torch.inference_mode():
@@ -176,7 +176,7 @@ def test_a_network_survives_its_file(name: str, tmp_path: Path) -> None:
     first, second = make(), make()
     first.train()(chips(4, size))
     save_file(first.state_dict(), tmp_path / "net.safetensors")
-    fit(second, read_state(tmp_path / "net.safetensors"), "net.safetensors")
+    load_state(second, read_state(tmp_path / "net.safetensors"), "net.safetensors")
     with torch.inference_mode():
         expected, found = first.eval()(chips(2, size, 1)), second.eval()(chips(2, size, 1))
     assert torch.equal(expected, found)
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_named() -> None:
     bad = {k: v for k, v in good.items() if k not in ("stem.conv.weight", "stem.bn.num_batches_tracked")}
     bad |= {"classifier.weight": torch.zeros(3), "linear.conv.weight": torch.zeros(512, 512, 1, 1)}
     with pytest.raises(WeightsError) as raised:
-        fit(net, bad, "x.pth")
+        load_state(net, bad, "x.pth")
     message = str(raised.value)
     assert message.startswith("x.pth does not fit MobileFaceNet: 1 missing: stem.conv.weight; ")
     assert "1 left over: classifier.weight" in message

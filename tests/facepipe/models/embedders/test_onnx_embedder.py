@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ContractError, ModelError
 from facepipe.gallery import Gallery
-from facepipe.models.engines import OnnxEmbedder, TorchEmbedder, session
-from facepipe.models.parity import difference, scenes
-from facepipe.models.projection import Projection, save, unit
+from facepipe.models.engines import OnnxEmbedder, TorchEmbedder, open_session
+from facepipe.models.parity import make_scene_chips, measure_difference
+from facepipe.models.projection import Projection, save_projection, to_unit_vectors
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
-from facepipe.models.zoo.export import export
-from facepipe.models.zoo.loading import unprojected
-from facepipe.models.zoo.registry import card
+from facepipe.models.zoo.export import export_model
+from facepipe.models.zoo.loading import fingerprint_without_projection
+from facepipe.models.zoo.registry import find_card
 
 FED = Input("bgr", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
 SIZE = (24, 32)
@@ -87,8 +87,8 @@ def foreign(channels_last: bool, batch: int | str) -> bytes:
 def test_foreign_graphs_in_any_layout(channels_last: bool, batch: int | str) -> None:
     made = OnnxEmbedder(foreign(channels_last, batch), FED, SIZE)
     assert (made.dim, made.size) == (512, SIZE)
-    assert difference(TorchEmbedder(tiny(), FED, SIZE, "cpu"), made) < 1e-5
-    chips = scenes(SIZE, 11)
+    assert measure_difference(TorchEmbedder(tiny(), FED, SIZE, "cpu"), made) < 1e-5
+    chips = make_scene_chips(SIZE, 11)
     alone = np.concatenate([made.embed(chip[None]) for chip in chips])
     assert np.abs(made.embed(chips) - alone).max() < 1e-5, "the batch does not show in the vectors"
     assert made.embed(chips[:0]).shape == (0, 512)
@@ -96,7 +96,7 @@ def test_foreign_graphs_in_any_layout(channels_last: bool, batch: int | str) -> 
 
 def test_what_a_graph_is_fed_matters() -> None:
     right = OnnxEmbedder(foreign(False, "n"), FED, SIZE)
-    chips = scenes(SIZE, 3)
+    chips = make_scene_chips(SIZE, 3)
     for other in (Input("rgb", FED.mean, FED.scale), Input("bgr", (0.0,) * 3, FED.scale), Input("bgr", FED.mean)):  # type: ignore[arg-type]
         assert np.abs(OnnxEmbedder(foreign(False, "n"), other, SIZE).embed(chips) - right.embed(chips)).max() > 0.01
 
@@ -110,7 +110,7 @@ def test_a_gpu_that_cannot_be_started_is_no_cpu(monkeypatch: pytest.MonkeyPatch)
         warnings.simplefilter("ignore")
         for device in ("cuda", "cuda:1"):
             with pytest.raises(ModelError, match="could not start CUDAExecutionProvider"):
-                session(foreign(False, "n"), 1, device)
+                open_session(foreign(False, "n"), 1, device)
 
 
 def test_a_gpu_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +125,8 @@ def test_a_gpu_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
-    assert session(b"", 1, "cuda:1").providers == [("CUDAExecutionProvider", {"device_id": "1"})]
-    assert session(b"", 1, "cuda").providers == [("CUDAExecutionProvider", {})]
+    assert open_session(b"", 1, "cuda:1").providers == [("CUDAExecutionProvider", {"device_id": "1"})]
+    assert open_session(b"", 1, "cuda").providers == [("CUDAExecutionProvider", {})]
 
 
 def of_levels(name: str) -> bytes:
@@ -146,7 +146,7 @@ def of_levels(name: str) -> bytes:
 
 
 def test_whole_levels_are_fed_as_they_are_or_not_at_all() -> None:
-    chips = scenes(SIZE, 3)
+    chips = make_scene_chips(SIZE, 3)
     plain = Input("rgb", (0, 0, 0), (1, 1, 1))
     assert np.abs(OnnxEmbedder(of_levels("data"), plain, SIZE).embed(chips) - chips.mean((1, 2))).max() < 1e-3
     for fed in (FED, Input(), replace(plain, channels="bgr")):
@@ -183,8 +183,8 @@ MATRIX = np.linalg.qr(np.random.default_rng(0).normal(size=(512, 128)))[0].astyp
 def _projected(model: Path, matrix: np.ndarray) -> None:
     """Write the projection that a model's file names."""
     file = read_card(model)
-    told = {"model_sha256": unprojected(model, file)}
-    save(model.parent / file.projection, Projection(matrix, 1.0), told)
+    told = {"model_sha256": fingerprint_without_projection(model, file)}
+    save_projection(model.parent / file.projection, Projection(matrix, 1.0), told)
 
 
 def _sized(told: CardFile) -> CardFile:
@@ -192,24 +192,24 @@ def _sized(told: CardFile) -> CardFile:
 
 
 def test_an_export_holds_all_that_comes_before_and_after(saved: Path, tmp_path: Path) -> None:
-    made = export(str(saved), tmp_path / "out.onnx")
+    made = export_model(str(saved), tmp_path / "out.onnx")
     assert (made.dim, made.difference < 1e-5) == (128, True)
     file = read_card(tmp_path / "out.toml")
     assert (file.name, file.dim, file.projection, file.figures) == ("m", 128, "", {"accuracy": 0.5})
-    assert card(str(tmp_path / "out.toml"), "embedder").layout == card(str(saved), "embedder").layout
+    assert find_card(str(tmp_path / "out.toml"), "embedder").layout == find_card(str(saved), "embedder").layout
     graph = onnx.load(tmp_path / "out.onnx").graph
     assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
     assert [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == ["n", 32, 24, 3]
-    one, other = (card(str(path), "embedder").load("cpu", 1) for path in (saved, tmp_path / "out.toml"))
-    assert difference(one, other) < 1e-5
-    whole = TorchEmbedder(tiny(), FED, SIZE, "cpu").embed(scenes(SIZE))
-    assert np.abs(unit(other.embed(scenes(SIZE))) - unit(whole @ MATRIX)).max() < 1e-5
+    one, other = (find_card(str(path), "embedder").load("cpu", 1) for path in (saved, tmp_path / "out.toml"))
+    assert measure_difference(one, other) < 1e-5
+    whole = TorchEmbedder(tiny(), FED, SIZE, "cpu").embed(make_scene_chips(SIZE))
+    assert np.abs(to_unit_vectors(other.embed(make_scene_chips(SIZE))) - to_unit_vectors(whole @ MATRIX)).max() < 1e-5
     with pytest.raises(ConfigError, match="exists: choose another name"):
-        export(str(saved), saved.with_suffix(".onnx"))
+        export_model(str(saved), saved.with_suffix(".onnx"))
     with pytest.raises(ModelError, match="run as it is"):
-        export(str(tmp_path / "out.toml"), tmp_path / "again.onnx")
+        export_model(str(tmp_path / "out.toml"), tmp_path / "again.onnx")
     with pytest.raises(ModelError, match="nothing to export"):
-        export("fake-embedder", tmp_path / "again.onnx")
+        export_model("fake-embedder", tmp_path / "again.onnx")
 
 
 def test_an_export_that_is_not_the_same_is_not_written(
@@ -217,11 +217,11 @@ def test_an_export_that_is_not_the_same_is_not_written(
 ) -> None:
     import facepipe.models.zoo.export as exporting
 
-    shifted = replace(exporting.exportable(str(saved)), fed=Input())
-    right = exporting.graph_of(shifted)
-    monkeypatch.setattr(exporting, "graph_of", lambda found, opset: right)
+    shifted = replace(exporting.load_torch_model(str(saved)), fed=Input())
+    right = exporting.build_onnx_graph(shifted)
+    monkeypatch.setattr(exporting, "build_onnx_graph", lambda found, opset: right)
     with pytest.raises(ModelError, match="nothing was written; try another --opset"):
-        export(str(saved), tmp_path / "out.onnx")
+        export_model(str(saved), tmp_path / "out.onnx")
     assert not list(tmp_path.glob("out.*"))
 
 
@@ -232,9 +232,9 @@ def test_networks_of_the_zoo_are_exported(name: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
         net = ARCHITECTURES[name].build(128, ARCHITECTURES[name].layout.size)
         model = str(save_model(tmp_path / "m.toml", net.state_dict(), CardFile("m", "", architecture=name)))
-    made = export(model, tmp_path / "out.onnx")
+    made = export_model(model, tmp_path / "out.onnx")
     assert made.difference < 1e-5
-    assert card(str(tmp_path / "out.toml"), "embedder").load("cpu", 1).dim == 128
+    assert find_card(str(tmp_path / "out.toml"), "embedder").load("cpu", 1).dim == 128
     kinds = {node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node}
     assert "Conv" in kinds
     assert "PRelu" not in kinds, "ONNX Runtime's own is slow"

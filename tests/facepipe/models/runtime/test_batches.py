@@ -5,20 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.models.runtime.batches import Batches, free_memory, out_of_memory, planned
+from facepipe.models.runtime.batches import Batches, is_out_of_memory, measure_free_memory, plan_batch_size
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**10), st.integers(1, 4096), st.integers(0, 10**10))
 def test_a_planned_batch_is_a_power_of_two_that_fits(free, each, most, fixed):
-    size = planned(free, each, most, fixed)
+    size = plan_batch_size(free, each, most, fixed)
     assert 1 <= size <= most
     assert size & (size - 1) == 0
     assert size == 1 or fixed + size * each <= free
-    assert planned(None, each, most) == 1 << (most.bit_length() - 1)
+    assert plan_batch_size(None, each, most) == 1 << (most.bit_length() - 1)
 
 
 def test_half_of_the_memory_is_used_at_least():
-    assert planned(1000, 1, 10**6) * 2 > 1000 * 0.8
+    assert plan_batch_size(1000, 1, 10**6) * 2 > 1000 * 0.8
 
 
 @given(st.integers(0, 300), st.integers(1, 200), st.integers(1, 200))
@@ -57,10 +57,10 @@ def test_other_errors_are_raised_at_once():
 
 
 def test_what_counts_as_out_of_memory():
-    assert out_of_memory(torch.OutOfMemoryError("x"))
-    assert out_of_memory(RuntimeError("Failed to allocate memory for requested buffer of size 1"))
-    assert not out_of_memory(RuntimeError("no kernel image is available"))
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("Failed to allocate memory for requested buffer of size 1"))
+    assert not is_out_of_memory(RuntimeError("no kernel image is available"))
 
 
 def test_a_cpu_has_no_device_memory():
-    assert free_memory("cpu") is None
+    assert measure_free_memory("cpu") is None

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facepipe.models.runtime.cuda_graphs import Bucket, Buckets
-from facepipe.models.runtime.transfers import Fetched, Uploads, filled, gathered, sent
+from facepipe.models.runtime.cuda_graphs import CapturedShape, CudaGraphCache
+from facepipe.models.runtime.transfers import Download, Uploads, fill_buffers, gather_pieces, send_array
 from facepipe.observe.gpu_usage import Sampler
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def test_a_bucket_computes_its_full_size_whatever_it_is_given(device: str) -> No
         seen.append(tuple(items.shape))
         return items.float().flatten(1).sum(1, keepdim=True)
 
-    buckets = Buckets(function, torch.device(device), most=2)
+    buckets = CudaGraphCache(function, torch.device(device), most=2)
     for count in (4, 1, 3, 2, 4, 1, 3):  # so often that a GPU's is captured
         items = torch.randint(0, 255, (count, 5, 3), dtype=torch.uint8, device=device)
         assert torch.equal(buckets(items, 4), items.float().flatten(1).sum(1, keepdim=True))
@@ -41,7 +41,7 @@ def test_a_bucket_computes_its_full_size_whatever_it_is_given(device: str) -> No
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_shapes_used_last_are_kept(device: str) -> None:
-    buckets = Buckets(lambda items: items + 1, torch.device(device), most=2)
+    buckets = CudaGraphCache(lambda items: items + 1, torch.device(device), most=2)
     for side in (1, 1, 1, 1, 2, 2, 2, 2, 1, 3, 3, 3, 3, 1, 2):  # 3 takes the place of 2, then 2 that of 3
         ones = torch.ones(1, side, dtype=torch.uint8, device=device)
         assert torch.equal(buckets(ones, 2), ones + 1)
@@ -54,13 +54,13 @@ def test_the_shapes_used_last_are_kept(device: str) -> None:
 def test_what_cannot_be_captured_runs_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(self: Bucket) -> None:
+    def fails(self: CapturedShape) -> None:
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     tried: list[int] = []
-    monkeypatch.setattr(Bucket, "_capture", fails)
-    bucket = Bucket(lambda items: items + 1, (2, 3), CPU, None)
+    monkeypatch.setattr(CapturedShape, "_capture", fails)
+    bucket = CapturedShape(lambda items: items + 1, (2, 3), CPU, None)
     bucket.capturable = True
     for _ in range(9):
         assert torch.equal(bucket(torch.zeros(1, 3, dtype=torch.uint8)), torch.ones(1, 3, dtype=torch.uint8))
@@ -71,12 +71,12 @@ def test_what_cannot_be_captured_runs_as_it_is(
 @given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 30))
 def test_buffers_are_filled_to_the_brim_in_order(sizes: list[int], size: int) -> None:
     arrays = [np.arange(n, dtype=np.uint8) + 10 * k for k, n in enumerate(sizes)]
-    lists = list(filled(arrays, size))
+    lists = list(fill_buffers(arrays, size))
     lengths = [sum(map(len, pieces)) for pieces in lists]
     assert all(length == size for length in lengths[:-1])
     assert not lengths or 0 < lengths[-1] <= size
     into = np.zeros(size, np.uint8)
-    read = [into[: gathered(pieces, into)].copy() for pieces in lists]
+    read = [into[: gather_pieces(pieces, into)].copy() for pieces in lists]
     assert np.concatenate([np.empty(0, np.uint8), *read]).tolist() == [v for array in arrays for v in array.tolist()]
 
 
@@ -95,10 +95,10 @@ def test_images_arrive_as_they_were(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_fetched_is_what_it_was(device: str) -> None:
     tensor = torch.arange(12, device=device).view(3, 4)
-    fetched = Fetched(tensor)
+    fetched = Download(tensor)
     tensor.zero_()
-    assert fetched.array().tolist() == np.arange(12).reshape(3, 4).tolist()
-    assert sent(np.arange(3), torch.device(device)).tolist() == [0, 1, 2]
+    assert fetched.wait().tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert send_array(np.arange(3), torch.device(device)).tolist() == [0, 1, 2]
 
 
 class Nvml:

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
-from facepipe.imaging.alignment import arcface_template
-from facepipe.models.zoo.card_file import CardFile, InputConfig, chips_of, fed_of, read_card, save_model, to_toml
-from facepipe.models.zoo.loading import card_of, load_embedder, load_net
-from facepipe.models.zoo.registry import card, chip_layout
+from facepipe.imaging.alignment import scale_arcface_template
+from facepipe.models.zoo.card_file import (
+    CardFile,
+    InputConfig,
+    read_card,
+    resolve_chip_layout,
+    resolve_input,
+    save_model,
+    to_toml,
+)
+from facepipe.models.zoo.loading import load_card, load_embedder, load_net
+from facepipe.models.zoo.registry import find_card, find_chip_layout
 
 
 class Tiny(nn.Module):
@@ -81,22 +89,30 @@ def test_what_a_file_is_refused_for(tmp_path: Path, text: str, message: str) -> 
 def test_layouts_that_cannot_be() -> None:
     graph = CardFile("m", "m.onnx")
     with pytest.raises(ConfigError, match=r"m: input.size = \[width, height\] is missing"):
-        chips_of(graph)
+        resolve_chip_layout(graph)
     with pytest.raises(ConfigError, match=r"input.template is missing: arcface, dlib, or five"):
-        chips_of(CardFile("m", "m.onnx", input=InputConfig((112, 112))))
+        resolve_chip_layout(CardFile("m", "m.onnx", input=InputConfig((112, 112))))
     four = ((1.0, 2.0), (3.0, 2.0), (2.0, 3.0), (1.0, 4.0))
     with pytest.raises(ConfigError, match=r"five points, input.template has 4"):
-        chips_of(CardFile("m", "m.onnx", input=InputConfig((112, 112), template=four)))
+        resolve_chip_layout(CardFile("m", "m.onnx", input=InputConfig((112, 112), template=four)))
 
 
 def test_what_is_not_given_is_the_architectures() -> None:
     plain = CardFile("m", "m.pth", architecture="mobilefacenet")
-    assert (chips_of(plain).size, fed_of(plain).scale) == ((96, 112), (128.0, 128.0, 128.0))
+    assert (resolve_chip_layout(plain).size, resolve_input(plain).scale) == ((96, 112), (128.0, 128.0, 128.0))
     larger = CardFile("m", "m.pth", architecture="mobilefacenet", input=InputConfig((112, 112), "bgr", scale=1.0))
-    assert chips_of(larger).template == arcface_template((112, 112))
-    assert (fed_of(larger).channels, fed_of(larger).mean, fed_of(larger).scale) == ("bgr", (127.5,) * 3, (1.0,) * 3)
+    assert resolve_chip_layout(larger).template == scale_arcface_template((112, 112))
+    assert (resolve_input(larger).channels, resolve_input(larger).mean, resolve_input(larger).scale) == (
+        "bgr",
+        (127.5,) * 3,
+        (1.0,) * 3,
+    )
     box = CardFile("m", "m.pth", architecture="mobilefacenet", input=InputConfig(alignment="box", fill=7))
-    assert (chips_of(box).kind, chips_of(box).template, chips_of(box).fill) == ("box", (), 7)
+    assert (resolve_chip_layout(box).kind, resolve_chip_layout(box).template, resolve_chip_layout(box).fill) == (
+        "box",
+        (),
+        7,
+    )
 
 
 @pytest.mark.usefixtures("tiny")
@@ -106,7 +122,7 @@ def test_a_model_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "licence": 'MIT, "as is"',
         "source": "trained here \\ é",
         "figures": {"accuracy": 0.98},
-        "input": InputConfig((64, 48), "bgr", (1.0, 2.0, 3.0), 2.5, "similarity", arcface_template((64, 48))),
+        "input": InputConfig((64, 48), "bgr", (1.0, 2.0, 3.0), 2.5, "similarity", scale_arcface_template((64, 48))),
     }
     path = saved(tmp_path, **given)
     file = read_card(path)
@@ -119,8 +135,8 @@ def test_a_model_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(net.state_dict().values(), Tiny(128).state_dict().values(), strict=True)
     )
-    assert card_of(path).layout == chip_layout(str(path))
-    assert card(str(tmp_path / "m.safetensors"), "embedder").sha256 == card(str(path), "embedder").sha256
+    assert load_card(path).layout == find_chip_layout(str(path))
+    assert find_card(str(tmp_path / "m.safetensors"), "embedder").sha256 == find_card(str(path), "embedder").sha256
 
 
 @pytest.mark.usefixtures("tiny")
@@ -130,14 +146,14 @@ def test_weights_that_are_not_the_files(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(WeightsError, match="and its TOML file says"):
-        card_of(path)
+        load_card(path)
     weights.write_bytes(whole[:100])
     write(path, 'name = "m"\nweights = "m.safetensors"\narchitecture = "tiny"')
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
         load_net(path)
     weights.unlink()
     with pytest.raises(WeightsError, match=r"m\.safetensors' are missing"):
-        card_of(path)
+        load_card(path)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -156,31 +172,31 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = saved(tmp_path)
     (tmp_path / "dlib-resnet.toml").write_text(path.read_text())
     with pytest.raises(ModelError, match="no embedder is called 'm'"):
-        card("m", "embedder")
+        find_card("m", "embedder")
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
-    assert card("m", "embedder").sha256 == card(str(path), "embedder").sha256
-    assert card("dlib-resnet", "embedder").licence == "public domain", "what is registered comes first"
+    assert find_card("m", "embedder").sha256 == find_card(str(path), "embedder").sha256
+    assert find_card("dlib-resnet", "embedder").licence == "public domain", "what is registered comes first"
     with pytest.raises(ModelError, match="'m' is a embedder, and a detector is wanted"):
-        card("m", "detector")
+        find_card("m", "detector")
     with pytest.raises(ConfigError, match="cannot read"):
-        card(str(tmp_path / "other.toml"), "embedder")
+        find_card(str(tmp_path / "other.toml"), "embedder")
 
 
 @pytest.mark.usefixtures("tiny")
 def test_whatever_moves_a_vector_moves_the_fingerprint(tmp_path: Path) -> None:
-    first = card_of(saved(tmp_path)).sha256
-    assert card_of(saved(tmp_path, licence="MIT", same_person=1.0)).sha256 == first
+    first = load_card(saved(tmp_path)).sha256
+    assert load_card(saved(tmp_path, licence="MIT", same_person=1.0)).sha256 == first
     changed = [{"channels": "bgr"}, {"mean": 1.0}, {"scale": 2.0}]
-    found = {card_of(saved(tmp_path, input=InputConfig(**one))).sha256 for one in changed}  # type: ignore[arg-type]
+    found = {load_card(saved(tmp_path, input=InputConfig(**one))).sha256 for one in changed}  # type: ignore[arg-type]
     assert len(found | {first}) == 4
 
 
 def test_a_threshold_in_cosine_is_a_distance_here(tiny: None, tmp_path: Path) -> None:
-    found = card_of(saved(tmp_path, metric="cosine", same_person=0.363))
+    found = load_card(saved(tmp_path, metric="cosine", same_person=0.363))
     assert found.same_person == pytest.approx((2 - 2 * 0.363) ** 0.5)
     assert found.metric == "euclidean on unit vectors"
     with pytest.raises(ConfigError, match="a cosine is between"):
-        card_of(saved(tmp_path, metric="cosine", same_person=1.2))
+        load_card(saved(tmp_path, metric="cosine", same_person=1.2))
 
 
 def test_lineages_that_are_fed_otherwise_have_to_say_so(tmp_path: Path) -> None:
@@ -202,4 +218,4 @@ def test_lineages_that_are_fed_otherwise_have_to_say_so(tmp_path: Path) -> None:
 def test_a_retinaface_of_a_file_stands_where_the_registered_one_does(tmp_path: Path) -> None:
     text = 'name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "retinaface-resnet50"\n'
     (tmp_path / "m.pth").write_bytes(b"weights")
-    assert card_of(write(tmp_path / "m.toml", text)).square == card("retinaface-mnet025", "detector").square
+    assert load_card(write(tmp_path / "m.toml", text)).square == find_card("retinaface-mnet025", "detector").square

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from facepipe.imaging import geometry
 from facepipe.models.runtime.transfers import Uploads
-from facepipe.models.zoo.registry import chip_layout
+from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.stages.resident.chips import Cuts, cut, cuts_of, scales, similarities
 from facepipe.stages.resident.sampling import Resident
 
 CPU = torch.device("cpu")
-LAYOUT = chip_layout("dlib-resnet")
+LAYOUT = find_chip_layout("dlib-resnet")
 TEMPLATE = np.array(LAYOUT.template)
 
 
@@ -55,7 +55,7 @@ def test_chips_are_opencvs_to_a_level(rows: list[tuple[float, float, float, floa
     chips = on_device(images, image, matrices)
     exact = int(cv2.__version__.split(".")[0]) >= 5
     for chip, n, matrix in zip(chips, image, matrices, strict=True):
-        apart = np.abs(chip.astype(int) - geometry.cut(images[n], matrix, LAYOUT.size))
+        apart = np.abs(chip.astype(int) - geometry.warp_chip(images[n], matrix, LAYOUT.size))
         assert apart.max() <= (1 if exact else 8)
         assert apart.mean() < (0.01 if exact else 0.5)
 
@@ -66,13 +66,13 @@ def test_similarities_are_those_of_one_face(rows: list[tuple[float, float, float
     points = np.stack([landmarks(*row) + np.random.default_rng(0).normal(0, 2, (5, 2)) for row in rows])
     matrices = similarities(points, TEMPLATE)
     for found, face in zip(matrices, points, strict=True):
-        assert np.allclose(found, geometry.similarity(face, TEMPLATE), rtol=1e-9, atol=1e-9)
-    assert np.allclose(scales(matrices), [geometry.scale_of(matrix) for matrix in matrices])
+        assert np.allclose(found, geometry.fit_similarity(face, TEMPLATE), rtol=1e-9, atol=1e-9)
+    assert np.allclose(scales(matrices), [geometry.measure_scale(matrix) for matrix in matrices])
 
 
 def test_five_points_in_one_place_are_no_division_by_zero() -> None:
     points = np.full((1, 5, 2), 7.0)
-    assert np.allclose(similarities(points, TEMPLATE)[0], geometry.similarity(points[0], TEMPLATE))
+    assert np.allclose(similarities(points, TEMPLATE)[0], geometry.fit_similarity(points[0], TEMPLATE))
 
 
 def test_a_chip_does_not_depend_on_the_others() -> None:

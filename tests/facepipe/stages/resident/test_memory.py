@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from facepipe.models.runtime.transfers import Uploads
-from facepipe.models.zoo.networks import detector_net, embedder_net
+from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
 from facepipe.stages.resident.detection import Detection
 from facepipe.stages.resident.embedding import ChipEmbedder
 from facepipe.stages.resident.letterbox import Rule, letterboxed
@@ -45,7 +45,7 @@ def each(call: Callable[[int], object]) -> float:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_frame_takes_what_is_planned_for_it(precision: str) -> None:
-    finder = FaceFinder(*detector_net("retinaface-mnet025"), "cpu", precision)
+    finder = FaceFinder(*load_detector_net("retinaface-mnet025"), "cpu", precision)
     frames = torch.zeros(3, 320, 384, 3, dtype=torch.uint8)
     resident = Resident.of([np.zeros((800, 960, 3), np.uint8)] * 3, Uploads(CPU))
     place = RULE.place(800, 960, 384)
@@ -60,7 +60,7 @@ def test_a_frame_takes_what_is_planned_for_it(precision: str) -> None:
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_a_chip_takes_what_is_planned_for_it(flip: bool) -> None:
-    embedder = ChipEmbedder(embedder_net("dlib-resnet"), "cpu", "float32", flip, 8)
+    embedder = ChipEmbedder(load_embedder_net("dlib-resnet"), "cpu", "float32", flip, 8)
     chips = torch.zeros(3, 150, 150, 3, dtype=torch.uint8)
     taken = each(lambda n: embedder.embed(chips[:n]))
     assert taken < embedder.bytes_each() < 4 * taken

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.models.detectors.retinaface_decode import suppress as greedy
+from facepipe.models.detectors.retinaface_decode import apply_sorted_nms as greedy
 from facepipe.stages.resident.nms import suppress
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from facepipe.imaging.decode import decode
-from facepipe.imaging.header import probe
+from facepipe.imaging.header import read_header
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.zoo.registry import retinaface_graph, retinaface_net
+from facepipe.models.zoo.registry import load_retinaface_net, read_retinaface_onnx
 from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed, packed
 
 SIDE = 160
-PRIOR = torch.from_numpy(decoding.anchors(SIDE, SIDE))
+PRIOR = torch.from_numpy(decoding.build_anchors(SIDE, SIDE))
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -39,7 +39,7 @@ def test_packed_faces_are_those_of_the_host(share: float, max_iou: float) -> Non
     rows = Packed.of(packed(found, PRIOR, limits).numpy())
     assert rows.flagged.tolist() == [False] * 3
     for n, (offsets, scores, points) in enumerate(zip(*(part.numpy() for part in found), strict=True)):
-        host = decoding.postprocess(offsets, scores, points, (SIDE, SIDE), (0.7, max_iou))
+        host = decoding.decode_faces(offsets, scores, points, (SIDE, SIDE), (0.7, max_iou))
         device = rows.image(n)
         assert len(host.scores) == len(device.scores)
         assert np.array_equal(host.scores, device.scores)
@@ -70,7 +70,7 @@ def scenes(photos: Path) -> dict[str, np.ndarray]:
     found = {}
     for name in ("couple", "img54", "img27", "img5", "img2", "img4", "img31", "img67"):
         data = (photos / f"{name}.jpg").read_bytes()
-        pixels = decode(data, probe(data))
+        pixels = decode(data, read_header(data))
         scale = min(1.0, 480 / max(pixels.shape[:2]))
         size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
@@ -81,8 +81,8 @@ def scenes(photos: Path) -> dict[str, np.ndarray]:
 
 def apart(scenes: dict[str, np.ndarray], precision: str, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """How far the landmarks of every face move (pixels, as seen by the detector), and the scores; the same faces."""
-    host = OnnxRetinaFace(retinaface_graph(), (0.7, 0.4))
-    finder = FaceFinder(retinaface_net(), "bgr", device, precision)
+    host = OnnxRetinaFace(read_retinaface_onnx(), (0.7, 0.4))
+    finder = FaceFinder(load_retinaface_net(), "bgr", device, precision)
     moved, scores = [], []
     for image in scenes.values():
         (want,) = host.detect(image[None])
@@ -126,7 +126,7 @@ def test_a_gpu_finds_the_same_faces(precision: str, most: float, scenes: dict[st
 def test_what_is_found_does_not_depend_on_the_batch(scenes: dict[str, np.ndarray]) -> None:
     shape = scenes["couple"].shape
     images = [cv2.resize(image, shape[1::-1]) for image in scenes.values()][:4]
-    finder = FaceFinder(retinaface_net(), "bgr", "cpu")
+    finder = FaceFinder(load_retinaface_net(), "bgr", "cpu")
     together = finder.find(torch.from_numpy(np.stack(images)), Limits())
     for n, image in enumerate(images):
         alone = finder.find(torch.from_numpy(image[None]), Limits())[0]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from facepipe.arrow import vectors
-from facepipe.models.checkpoint import fit, read_state
+from facepipe.models.checkpoint import load_state, read_state
 from facepipe.models.detectors.retinaface import RetinaFaceNet
-from facepipe.models.detectors.retinaface_keys import from_biubug6
-from facepipe.models.runtime.cuda_graphs import Buckets
+from facepipe.models.detectors.retinaface_keys import rename_biubug6_keys
+from facepipe.models.runtime.cuda_graphs import CudaGraphCache
 from facepipe.models.zoo.architectures import ARCHITECTURES
 from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
-from facepipe.models.zoo.networks import resident
+from facepipe.models.zoo.networks import can_run_resident
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, FacesOnDevice, Read, check_chain
 
@@ -128,7 +128,7 @@ def test_models_from_files_run_on_the_device(
     """A detector that takes RGB; embedders with other templates, or turned by the eyes, which the host cuts."""
     detector = RetinaFaceNet("mobilenet025", norms=True)
     weights = shared / "weights" / "retinaface-mobilenet025-rgb.pth"
-    fit(detector, from_biubug6(read_state(weights)), str(weights))
+    load_state(detector, rename_biubug6_keys(read_state(weights)), str(weights))
     file = CardFile("mine", "", "detector", "retinaface-mnet025", input=InputConfig(channels="rgb"))
     found = str(save_model(tmp_path / "mine", detector.state_dict(), file))
     made = ARCHITECTURES[architecture]
@@ -137,16 +137,16 @@ def test_models_from_files_run_on_the_device(
     embedder = str(
         save_model(tmp_path / "net", net.state_dict(), CardFile("net", "", "embedder", architecture, dim=128))
     )
-    assert resident(found, embedder)
+    assert can_run_resident(found, embedder)
     stage = replace(SMALL, detect=Detect(found, device="cpu"), align=Align(), embed=Embed(embedder, device="cpu"))
     some = decoded.slice(0, 8)
     same(run((stage,), some), by_stages(some, stage))
 
 
 def test_which_models_run_on_the_device() -> None:
-    assert resident("retinaface-mnet025", "dlib-resnet")
-    assert not resident("mtcnn", "dlib-resnet")
-    assert not resident("retinaface-mnet025", "fake-embedder")
+    assert can_run_resident("retinaface-mnet025", "dlib-resnet")
+    assert not can_run_resident("mtcnn", "dlib-resnet")
+    assert not can_run_resident("retinaface-mnet025", "fake-embedder")
 
 
 def test_crowds_and_clutter_are_finished_on_the_host(decoded: pa.Table) -> None:
@@ -171,15 +171,15 @@ def test_a_device_that_is_short_of_memory_takes_less_at_a_time(
 ) -> None:
     """Batches of more than one fail: all are halved, none is lost."""
     expected = run((SMALL,), decoded)
-    original, refused = Buckets.__call__, []
+    original, refused = CudaGraphCache.__call__, []
 
-    def short(self: Buckets, things: torch.Tensor, size: int) -> torch.Tensor:
+    def short(self: CudaGraphCache, things: torch.Tensor, size: int) -> torch.Tensor:
         if size > 1:
             refused.append(size)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, things, size)
 
-    monkeypatch.setattr(Buckets, "__call__", short)
+    monkeypatch.setattr(CudaGraphCache, "__call__", short)
     same(run((replace(SMALL, frames=4, chips=8),), decoded), expected, distance=1e-4)
     assert {8, 4, 2} <= set(refused)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from facepipe.models.detectors.retinaface_decode import anchors, postprocess
+from facepipe.models.detectors.retinaface_decode import build_anchors, decode_faces
 from facepipe.training.detection.config import MultiTaskConfig
 from facepipe.training.detection.loss import MultiTaskLoss
 from facepipe.training.detection.matching import encode_boxes, encode_points, match_anchors
@@ -42,7 +42,7 @@ def random_faces(rng: np.random.Generator, count: int, side: float = 128.0) -> n
 
 def test_matching_equals_loops() -> None:
     rng = np.random.default_rng(0)
-    priors = anchors(128, 128).astype(np.float64)
+    priors = build_anchors(128, 128).astype(np.float64)
     ignored = 0
     for count in (1, 2, 7, 25, 25):
         boxes = random_faces(rng, count)[:, :4]
@@ -62,7 +62,7 @@ def test_of_two_faces_on_one_anchor_the_later_has_it() -> None:
 
 def test_encoding_is_what_decoding_undoes() -> None:
     rng = np.random.default_rng(1)
-    priors = anchors(96, 160)
+    priors = build_anchors(96, 160)
     rows = rng.choice(len(priors), 6, replace=False)
     faces = random_faces(rng, 6).astype(np.float32)
     at = torch.from_numpy(priors[rows])
@@ -71,7 +71,7 @@ def test_encoding_is_what_decoding_undoes() -> None:
     points[rows] = encode_points(torch.from_numpy(faces[:, 4:14]), at).numpy()
     scores = np.zeros(len(priors), np.float32)
     scores[rows] = np.linspace(0.9, 0.6, 6)
-    found = postprocess(offsets, scores, points, (96, 160), (0.5, 1.0))
+    found = decode_faces(offsets, scores, points, (96, 160), (0.5, 1.0))
     assert np.allclose(found.boxes, faces[:, :4], atol=1e-3)
     assert np.allclose(found.landmarks.reshape(-1, 10), faces[:, 4:14], atol=1e-3)
 
@@ -135,7 +135,7 @@ def padded(faces: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("negatives", [7.0, 0.5, 10_000.0])
 def test_loss_equals_loops(negatives: float) -> None:
-    priors = anchors(128, 128).astype(np.float64)
+    priors = build_anchors(128, 128).astype(np.float64)
     predictions, faces = batch_of(np.random.default_rng(2), [3, 0, 9], priors)
     config = MultiTaskConfig(negatives=negatives)
     objective = MultiTaskLoss(config)
@@ -149,7 +149,7 @@ def test_loss_equals_loops(negatives: float) -> None:
 
 
 def test_loss_of_a_batch_without_faces() -> None:
-    priors = torch.from_numpy(anchors(64, 64))
+    priors = torch.from_numpy(build_anchors(64, 64))
     predictions = tuple(torch.randn(2, len(priors), n, requires_grad=True) for n in (4, 2, 10))
     total = MultiTaskLoss(MultiTaskConfig())(
         (predictions[0], predictions[1], predictions[2]),
@@ -162,7 +162,7 @@ def test_loss_of_a_batch_without_faces() -> None:
 
 
 def test_gradients() -> None:
-    priors = torch.from_numpy(anchors(16, 16).astype(np.float64))
+    priors = torch.from_numpy(build_anchors(16, 16).astype(np.float64))
     rng = np.random.default_rng(3)
     faces = [random_faces(rng, 2, 16.0), random_faces(rng, 1, 16.0)]
     targets, valid = padded(faces)
@@ -176,7 +176,7 @@ def test_gradients() -> None:
 
 
 def test_half_precision_is_summed_in_single() -> None:
-    priors = anchors(64, 64)
+    priors = build_anchors(64, 64)
     predictions, faces = batch_of(np.random.default_rng(4), [3], priors)
     box, score, landmarks = (torch.from_numpy(p).bfloat16() for p in predictions)
     targets, valid = padded(faces)

@@ -10,7 +10,7 @@ import torch
 from facepipe.config import build
 from facepipe.errors import ConfigError, SourceError
 from facepipe.models.detectors.retinaface import RetinaFaceNet
-from facepipe.models.detectors.retinaface_decode import anchors
+from facepipe.models.detectors.retinaface_decode import build_anchors
 from facepipe.training.detection.average_precision import compute_average_precision, mark_correct
 from facepipe.training.detection.config import DetectionConfig
 from facepipe.training.detection.task import DetectionTask
@@ -126,7 +126,7 @@ def test_colours_enter_in_the_order_the_network_takes_them(corpus: Path) -> None
     class Spy(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             seen.append(x)
-            a = len(anchors(96, 96))
+            a = len(build_anchors(96, 96))
             return torch.zeros(len(x), a, 4), torch.zeros(len(x), a, 2), torch.zeros(len(x), a, 10)
 
     inputs = DetectionTask(Spy(), config(corpus)).make_batch(0)
