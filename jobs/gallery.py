@@ -20,11 +20,11 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
     """
     with exit_on_error():
         from facepipe.gallery import Gallery
-        from facepipe.index.manifest import state
+        from facepipe.index.manifest import describe_state
         from facepipe.observe.info import describe
 
         opened = Gallery(gallery)
-        description = describe(opened) | {"index": state(opened)}
+        description = describe(opened) | {"index": describe_state(opened)}
         print_result(description, as_json=as_json, print_text=lambda: _print_info(description))
 
 

@@ -55,7 +55,7 @@ def index(
             retrain=retrain,
             compact_all=compact,
             repair=repair,
-            progress=make_line_printer("index", quiet=quiet),
+            on_progress=make_line_printer("index", quiet=quiet),
         )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(gallery, summary))
 

@@ -14,7 +14,7 @@ from facepipe.evaluation.identification import choose_threshold, few
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
-from facepipe.index.answers import Find
+from facepipe.index.answers import SearchOptions
 from facepipe.index.queries import open_queries
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
@@ -66,7 +66,7 @@ class BulkSearchConfig:
     queries: str = ""
     output: str = ""
     bulk: BulkConfig = field(default_factory=BulkConfig)
-    search: Find = field(default_factory=Find)
+    search: SearchOptions = field(default_factory=SearchOptions)
     run: SearchRunConfig = field(default_factory=SearchRunConfig)
     index: BuildConfig = field(default_factory=BuildConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
@@ -119,7 +119,7 @@ def _bulk_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on
     follow(summary)
     if config.bulk.update_index and _is_index_outdated(gallery):
         on_progress("index")
-        summary.add_step("index", index.run(IndexConfig(config.index), gallery, progress=on_progress))
+        summary.add_step("index", index.run(IndexConfig(config.index), gallery, on_progress=on_progress))
     find = _set_threshold(config, summary, on_progress)
 
     # Search into a local folder, where finished blocks stay until all are done.
@@ -145,7 +145,7 @@ def _is_index_outdated(gallery: str) -> bool:
     return not manifests.exists(gallery) or manifests.load(gallery).table_version != Gallery(gallery).version
 
 
-def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: OnLine) -> Find:
+def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: OnLine) -> SearchOptions:
     """Return what to search for, with the threshold for bulk.fpir. The same gallery gives the same threshold."""
     if config.bulk.fpir is None:
         return config.search
@@ -197,7 +197,7 @@ def _preview(config: BulkSearchConfig) -> BulkSummary:
 
     queries = open_queries(config.queries, gallery.contract)
     if queries is not None:
-        summary.steps["search"] = {"blocks": sum(1 for _ in queries.blocks(config.run.block))}
+        summary.steps["search"] = {"blocks": sum(1 for _ in queries.cut_blocks(config.run.block))}
         return summary
     images = open_source(replace(config.embed.source, uri=config.queries))
     summary.steps["search"] = {"images": sum(1 for _ in images)}

@@ -117,10 +117,12 @@ def _vectors(gallery: Gallery, asked: _Asked) -> Iterator[str]:
             shard = Shard(store, entry)
             count = asked.found(map(str, shard.ids.tolist()), "faces")
             # Vectors of what an image was before it changed have other ids.
-            count = count or sum(asked.found(pc.unique(rows.uris).to_pylist(), "uris") for rows in shard.live_rows())
+            count = count or sum(
+                asked.found(pc.unique(rows.uris).to_pylist(), "uris") for rows in shard.read_live_rows()
+            )
             if count:
                 yield f"index/{entry.name}: {count} vectors"
-        named = {name.split("/")[0] for name, _ in manifests.files_of(found)}
+        named = {name.split("/")[0] for name, _ in manifests.list_files(found)}
     others = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)} - named
     yield from (
         f"index/{name}: no part of the index" for name in sorted(others) if name.startswith(("shard-", "dead-"))

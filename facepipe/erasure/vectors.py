@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from facepipe.erasure.selection import Chosen
 from facepipe.index import manifest as manifests
 from facepipe.index.manifest import Manifest
-from facepipe.index.shard import Shard, bury, merge_shards
+from facepipe.index.shard import Shard, merge_shards, write_tombstones
 from facepipe.types import Int64
 
 _ROWS = 65536  # as many as lie together in a shard's labels
@@ -38,8 +38,8 @@ def hide(gallery: str, chosen: Chosen, check: Callable[[], None]) -> Removed:
         if len(here) or remains:
             removed.vectors += len(here)
             removed.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
-        dead = np.union1d(shard.dead, here)
-        shards.append(bury(store, entry, dead) if len(dead) != len(shard.dead) else entry)
+        dead = np.union1d(shard.tombstones, here)
+        shards.append(write_tombstones(store, entry, dead) if len(dead) != len(shard.tombstones) else entry)
     if tuple(shards) != found.shards:
         check()
         manifests.publish(gallery, replace(found, shards=tuple(shards)), tag)
@@ -52,17 +52,17 @@ def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Int64, bool]:
     whole: look at the labels of all rows and not of the dead only.
     """
     ids = chosen.faces.to_numpy()
-    parts = [ids[shard.locate(ids)[0]]] if len(ids) else [ids]
-    rows = np.arange(len(shard.ids)) if whole else np.sort(shard.locate(shard.dead)[1])
+    parts = [ids[shard.find_rows(ids)[0]]] if len(ids) else [ids]
+    rows = np.arange(len(shard.ids)) if whole else np.sort(shard.find_rows(shard.tombstones)[1])
     by_row = shard.read_ids_by_row() if len(rows) else ids
     remains = False
     for at in range(0, len(rows), _ROWS):
         some = rows[at : at + _ROWS]
-        labels = shard.labels(some)
+        labels = shard.read_labels(some)
         mine = pc.is_in(labels["uri"], chosen.uris).to_numpy()
         parts.append(by_row[some[mine]])
         named = pc.is_in(labels["identity"], chosen.names).to_numpy() if len(chosen.names) else mine
-        remains |= bool(np.isin(by_row[some[named & ~mine]], shard.dead).any())
+        remains |= bool(np.isin(by_row[some[named & ~mine]], shard.tombstones).any())
     return np.unique(np.concatenate(parts)), remains
 
 

@@ -72,7 +72,7 @@ def probe(gallery: Gallery, index: Index, most: int = PROBES, seed: int = 0) -> 
         ids, names, faces, labelled = _labelled(gallery, crowds, most, seed)
         if not len(ids):
             raise EvaluationError("no face in the gallery has an identity: labels are needed to tell mates from others")
-        vectors = index.vectors(ids)
+        vectors = index.get_vectors(ids)
         held = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.1  # not yet indexed
         mate, other = _nearest_of_each(index, crowds, ids[held], names[held], vectors[held])
     return Probes(mate, other, labelled, labelled / max(1, faces))
@@ -90,7 +90,7 @@ def _nearest_of_each(
     open_, k = np.arange(len(ids)), min(_FIRST_K, index.live)
     while open_.size:
         hits = index.search(vectors[open_], k)
-        labels = index.labels(hits.ids.ravel())
+        labels = index.get_labels(hits.ids.ravel())
         flat = np.array(labels["identity"].to_pylist(), object).reshape(hits.ids.shape)
         known = (flat != None) & (hits.ids != ids[open_][:, None])  # noqa: E711  elementwise
         known &= ~crowds.get(_hashes(labels["uri"]))[0].reshape(hits.ids.shape)

@@ -10,9 +10,9 @@ from facepipe.errors import EvaluationError
 from facepipe.evaluation.identification import Identification, identification, probe
 from facepipe.gallery import Gallery
 from facepipe.index import tune
-from facepipe.index.candidates import imbalance
+from facepipe.index.candidates import compute_imbalance
 from facepipe.index.exact import read_live_blocks, search_exactly
-from facepipe.index.manifest import Point
+from facepipe.index.manifest import RecallPoint
 from facepipe.index.search import Index
 
 _SINGLE = 50  # queries timed one by one
@@ -45,7 +45,7 @@ class IndexResult:
     bytes_per_vector: float
     side_bytes_per_vector: float
     imbalance: float
-    curve: tuple[Point, ...] = ()
+    curve: tuple[RecallPoint, ...] = ()
     identification: Identification | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -61,13 +61,13 @@ def evaluate_index(
     index = Index(gallery.path, recall)
     if not index.live:
         raise EvaluationError(f"the index of {gallery.path!r} is empty: there is nothing to measure")
-    sample = tune.draw(index, seed, queries)
+    sample = tune.draw_sample(index, seed, queries)
     began = time.perf_counter()
     hits = index.search(sample.queries, tune.K + 1)
     elapsed = time.perf_counter() - began
     found = hits.exclude_own(sample.own, tune.K).ids
-    at_1, at_10 = tune.recall(found[:, :1], sample.truth[:, :1]), tune.recall(found, sample.truth)
-    curve = tune.measure(index, sample, index.manifest.recall)
+    at_1, at_10 = tune.compute_recall(found[:, :1], sample.truth[:, :1]), tune.compute_recall(found, sample.truth)
+    curve = tune.measure_curve(index, sample, index.manifest.recall)
     if picture:
         draw(curve, index, picture)
     files = [(name, file.bytes) for shard in index.manifest.shards for name, file in shard.files.items()]
@@ -78,7 +78,7 @@ def evaluate_index(
         faces=index.live,
         factory=index.manifest.template.factory,
         shards=len(index.shards),
-        dead=index.manifest.dead,
+        dead=index.manifest.deleted,
         queries=len(sample.queries),
         nprobe=index.setting.nprobe,
         rescore=index.setting.rescore,
@@ -91,7 +91,7 @@ def evaluate_index(
         single_ms=_single_ms(index, sample),
         bytes_per_vector=codes / vectors,
         side_bytes_per_vector=(sum(size for _, size in files) - codes) / vectors,
-        imbalance=imbalance(index.list_lengths()),
+        imbalance=compute_imbalance(index.count_per_list()),
         curve=curve,
         identification=people,
         notes=notes,
@@ -105,14 +105,14 @@ def _people(gallery: Gallery, index: Index) -> tuple[Identification | None, list
         return None, [str(error)]
 
 
-def _exact_qps(index: Index, sample: tune.Sample) -> float:
+def _exact_qps(index: Index, sample: tune.RecallSample) -> float:
     chosen = sample.queries[:_EXACT]
     began = time.perf_counter()
     search_exactly(chosen, read_live_blocks(index), tune.K)
     return len(chosen) / (time.perf_counter() - began)
 
 
-def _single_ms(index: Index, sample: tune.Sample) -> float:
+def _single_ms(index: Index, sample: tune.RecallSample) -> float:
     times = []
     for query in sample.queries[:_SINGLE]:
         began = time.perf_counter()
@@ -121,7 +121,7 @@ def _single_ms(index: Index, sample: tune.Sample) -> float:
     return 1000 * float(np.median(times))
 
 
-def draw(curve: tuple[Point, ...], index: Index, path: str) -> None:
+def draw(curve: tuple[RecallPoint, ...], index: Index, path: str) -> None:
     """Recall against lists visited."""
     try:
         from matplotlib.figure import Figure

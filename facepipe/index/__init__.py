@@ -1,1 +1,1 @@
-"""Sharded FAISS indexes over a gallery: planned, trained, built, updated, searched and measured here."""
+"""The search index of a gallery: sharded faiss indexes, published by a manifest."""

@@ -1,14 +1,15 @@
-"""Answers of a search as an Arrow table: what is looked for, found, ranked, labelled and decided."""
+"""Results of a search as an Arrow table: the options of a search, ranks, labels and decisions."""
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from facepipe.index.decide import Rule, decide
+from facepipe.index.decide import UNKNOWN, DecisionRule, decide_identities
 from facepipe.index.exact import scan_index
 from facepipe.index.queries import Queries
 from facepipe.index.search import Index
@@ -33,14 +34,18 @@ ANSWERS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Find:
-    """What is looked for.
+class SearchOptions:
+    """What a search looks for.
 
-    k: nearest faces a query; radius: all faces within this Euclidean distance instead, at most `most` of them
-    recall: recall@10 to search with, by default the one the index was built for
-    threshold: distance up to which the nearest faces say who it is; decide: by the nearest one, or by their vote
-    path: lists (visit the nearest inverted lists), scan (compare with every vector: exact), or auto: the cheaper one
-    leave_self_out: a face does not find itself; by default where a gallery is searched with its own faces
+    Attributes:
+        k: Neighbours per query.
+        radius: Maximum Euclidean distance; finds all faces within it instead of the k nearest.
+        most: Maximum faces per query of a search by radius.
+        recall: recall@10 to search with; by default the one that the index was built for.
+        threshold: Maximum distance of a face that identifies a query; anything farther is Unknown.
+        decide: Rule for the identity: by the nearest face, or by vote of the faces within the threshold.
+        path: lists (visit the nearest inverted lists), scan (compare with every vector: exact), or auto: the cheaper.
+        leave_self_out: Whether a face does not find itself; by default if a gallery is searched with its own faces.
     """
 
     k: Count = 10
@@ -48,100 +53,155 @@ class Find:
     most: Count = 1000
     recall: Annotated[float, Field(gt=0, le=1)] | None = None
     threshold: Distance | None = None
-    decide: Rule = "nearest"
+    decide: DecisionRule = "nearest"
     path: Literal["auto", "lists", "scan"] = "auto"
     leave_self_out: bool | None = None
 
 
-def joined(parts: list[Queries]) -> list[Queries]:
-    """One set of queries: a scan reads all vectors once for them."""
-    if len(parts) < 2:
-        return parts
-    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("own", "vectors", "status")}
-    return [Queries(pa.concat_arrays([p.names for p in parts]), pa.concat_arrays([p.uris for p in parts]), **arrays)]
+@dataclass
+class SearchCounts:
+    """Counts of a search. Stored as JSON with each part of the results.
 
-
-def answers(index: Index, queries: Queries, find: Find, scan: str | None, counts: dict[str, Any]) -> pa.Table:
-    """Rows of the answers, in the order of the queries; a query without an answer has one row without a rank.
-
-    scan: the device on which to compare with every vector, instead of visiting lists. Adds to `counts`.
+    Attributes:
+        queries: All queries.
+        rows: Faces found.
+        identified: Queries with an identity.
+        unknown: Queries without one.
+        bad: Queries that could not be searched, by reason.
     """
-    good = queries.status == OK
-    asked, ids, distances = _found(index, queries.vectors[good], queries.own[good], find, scan)
-    asked = np.flatnonzero(good)[asked]
-    labels = index.labels(ids)
-    ranks = _ranks(asked)
-    decisions = _decisions(len(good), asked, ranks, labels["identity"], distances, find)
-    alone = np.setdiff1d(np.arange(len(good)), asked)
-    order = np.argsort(np.concatenate([asked, alone]), kind="stable")
-    every = np.concatenate([asked, alone])[order]
-    padding = pa.nulls(len(alone))
+
+    queries: int = 0
+    rows: int = 0
+    identified: int = 0
+    unknown: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+
+
+class _FlatHits(NamedTuple):
+    """Hits one below the other, by query, nearest first: (m,) each."""
+
+    queries: Int64
+    ids: Int64
+    distances: Float32
+
+
+def answer_queries(
+    index: Index, parts: Iterable[Queries], options: SearchOptions, device: str | None
+) -> tuple[pa.Table, SearchCounts]:
+    """Search for the queries of all parts.
+
+    Args:
+        index: that is searched.
+        parts: queries, some thousands at a time.
+        options: what to look for.
+        device: on which to compare with every vector, instead of visiting lists.
+
+    Returns:
+        Rows of `ANSWERS`, in the order of the queries, and their counts. A query without a hit has one row without a
+        rank.
+    """
+    if device is not None:
+        # A scan reads all vectors once for all of its queries.
+        all_parts = list(parts)
+        parts = [Queries.concatenate(all_parts)] if all_parts else []
+    counts = SearchCounts()
+    tables = [_answer_part(index, queries, options, device, counts) for queries in parts]
+    return pa.concat_tables(tables) if tables else ANSWERS.empty_table(), counts
+
+
+def _answer_part(
+    index: Index, queries: Queries, options: SearchOptions, device: str | None, counts: SearchCounts
+) -> pa.Table:
+    """Search for some queries and add to the counts."""
+    usable = queries.status == OK
+    hits = _find_hits(index, queries.vectors[usable], queries.own[usable], options, device)
+    query_rows = np.flatnonzero(usable)[hits.queries]
+    labels = index.get_labels(hits.ids)
+    ranks = _rank(query_rows)
+    decisions = _decide(len(usable), query_rows, ranks, labels["identity"], hits.distances, options)
+    _count(counts, queries, len(query_rows), decisions)
+
+    # Rows of hits, then one row per query without a hit; sorted by query.
+    without_hit = np.setdiff1d(np.arange(len(usable)), query_rows)
+    row_queries = np.concatenate([query_rows, without_hit])
+    order = np.argsort(row_queries, kind="stable")
+    row_queries = row_queries[order]
+    padding = pa.nulls(len(without_hit))
     columns = {
         "rank": pa.concat_arrays([pa.array(ranks, pa.int32()), padding.cast(pa.int32())]),
-        "face_id": pa.concat_arrays([pa.array(ids), padding.cast(pa.int64())]),
-        "distance": pa.concat_arrays([pa.array(distances, pa.float32()), padding.cast(pa.float32())]),
+        "face_id": pa.concat_arrays([pa.array(hits.ids), padding.cast(pa.int64())]),
+        "distance": pa.concat_arrays([pa.array(hits.distances, pa.float32()), padding.cast(pa.float32())]),
         "identity": pa.concat_arrays([*labels["identity"].chunks, padding.cast(pa.string())]),
         "uri": pa.concat_arrays([*labels["uri"].chunks, padding.cast(pa.string())]),
     }
-    taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
-    chosen = pa.array(every)
-    counts["queries"] += len(good)
-    counts["rows"] += len(asked)
-    for reason in queries.status[~good]:
-        counts["bad"][reason] = counts["bad"].get(reason, 0) + 1
-    if decisions is not None:
-        counts["unknown"] += int((decisions[good] == "Unknown").sum())
-        counts["identified"] += int((decisions[good] != "Unknown").sum())
+    if decisions is None:
+        decision = pa.nulls(len(row_queries), pa.string())
+    else:
+        decision = pa.array(decisions[row_queries], pa.string(), mask=~usable[row_queries])
     return pa.table(
         {
-            "query_id": queries.names.take(chosen),
-            "query_uri": queries.uris.take(chosen),
-            "status": pa.array(queries.status[every], pa.string()),
-            **taken,
-            "decision": pa.nulls(len(every), pa.string())
-            if decisions is None
-            else pa.array(decisions[every], pa.string(), mask=~good[every]),
+            "query_id": queries.names.take(pa.array(row_queries)),
+            "query_uri": queries.uris.take(pa.array(row_queries)),
+            "status": pa.array(queries.status[row_queries], pa.string()),
+            **{name: column.take(pa.array(order)) for name, column in columns.items()},
+            "decision": decision,
         },
         schema=ANSWERS,
     )
 
 
-def _found(index: Index, vectors: Float32, own: Int64, find: Find, scan: str | None) -> tuple[Int64, Int64, Float32]:
-    """Flat (query, face id, distance), by query, nearest first."""
-    if find.radius is not None:
-        near = index.within(vectors, find.radius, find.most + bool(find.leave_self_out))
-        asked = np.repeat(np.arange(len(near)), [len(ids) for ids, _ in near])
-        ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in near)])
-        distances = np.concatenate([np.empty(0, np.float32), *(d for _, d in near)])
-        keep = ids != own[asked] if find.leave_self_out else np.ones(len(ids), bool)
-        return asked[keep], ids[keep], distances[keep]
-    k = find.k + bool(find.leave_self_out)
-    hits = scan_index(index, vectors, k, scan) if scan else index.search(vectors, k)
-    if find.leave_self_out:
-        hits = hits.exclude_own(own, find.k)
-    asked, places = np.nonzero(hits.ids >= 0)
-    return asked, hits.ids[asked, places], hits.distances[asked, places]
+def _count(counts: SearchCounts, queries: Queries, rows: int, decisions: npt.NDArray[np.object_] | None) -> None:
+    usable = queries.status == OK
+    counts.queries += len(usable)
+    counts.rows += rows
+    for reason in queries.status[~usable]:
+        counts.bad[reason] = counts.bad.get(reason, 0) + 1
+    if decisions is not None:
+        counts.unknown += int((decisions[usable] == UNKNOWN).sum())
+        counts.identified += int((decisions[usable] != UNKNOWN).sum())
 
 
-def _ranks(asked: Int64) -> Int64:
-    """1, 2, ... within each run of equal queries."""
-    starts = np.flatnonzero(np.diff(asked, prepend=-1))
-    return np.arange(len(asked)) - np.repeat(starts, np.diff(np.append(starts, len(asked)))) + 1
+def _find_hits(index: Index, vectors: Float32, own: Int64, options: SearchOptions, device: str | None) -> _FlatHits:
+    """Search by radius, by scanning on a device, or by visiting lists."""
+    extra = 1 if options.leave_self_out else 0
+    if options.radius is not None:
+        answers = index.search_within(vectors, options.radius, options.most + extra)
+        queries = np.repeat(np.arange(len(answers)), [len(ids) for ids, _ in answers])
+        ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in answers)])
+        distances = np.concatenate([np.empty(0, np.float32), *(distances for _, distances in answers)])
+        if not options.leave_self_out:
+            return _FlatHits(queries, ids, distances)
+        others = ids != own[queries]
+        return _FlatHits(queries[others], ids[others], distances[others])
+    k = options.k + extra
+    hits = scan_index(index, vectors, k, device) if device else index.search(vectors, k)
+    if options.leave_self_out:
+        hits = hits.exclude_own(own, options.k)
+    queries, columns = np.nonzero(hits.ids >= 0)
+    return _FlatHits(queries, hits.ids[queries, columns], hits.distances[queries, columns])
 
 
-def _decisions(
-    queries: int,
-    asked: Int64,
+def _rank(queries: Int64) -> Int64:
+    """Number the rows of each run of equal queries 1, 2, ..."""
+    starts = np.flatnonzero(np.diff(queries, prepend=-1))
+    lengths = np.diff(np.append(starts, len(queries)))
+    return np.arange(len(queries)) - np.repeat(starts, lengths) + 1
+
+
+def _decide(
+    count: int,
+    queries: Int64,
     ranks: Int64,
     identities: pa.ChunkedArray,
     distances: Float32,
-    find: Find,
+    options: SearchOptions,
 ) -> npt.NDArray[np.object_] | None:
-    if find.threshold is None:
+    """Decide the identity of each of `count` queries; None without a threshold."""
+    if options.threshold is None:
         return None
-    wide = int(ranks.max(initial=1))
-    names = np.full((queries, wide), None, object)
-    far = np.full((queries, wide), np.inf, np.float32)
-    names[asked, ranks - 1] = identities.to_pylist()
-    far[asked, ranks - 1] = distances
-    return decide(names, far, find.threshold, find.decide)
+    width = int(ranks.max(initial=1))
+    by_rank = np.full((count, width), None, object)
+    distances_by_rank = np.full((count, width), np.inf, np.float32)
+    by_rank[queries, ranks - 1] = identities.to_pylist()
+    distances_by_rank[queries, ranks - 1] = distances
+    return decide_identities(by_rank, distances_by_rank, options.threshold, options.decide)

@@ -1,95 +1,138 @@
 """Candidates of an approximate search, cut so that the set does not depend on how the gallery is split into shards."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from facepipe.index.grid import grid
+from facepipe.index.grid import round_to_grid
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Bool, Float32, Int64
 
-_TIE = 1e-6  # two computations of one distance may differ by this where codes are not integers
-NOBODY = np.iinfo(np.int64).max
+_TIE = 1e-6  # two computations of one distance may differ by this if codes are not integers
+NO_ID = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """ids (n, w) int64, each row sorted, NOBODY behind the last; complete (n,): no more were to be had."""
+class SearchCandidates:
+    """Candidates per query.
+
+    Attributes:
+        ids: Face ids (n, w), each row sorted, `NO_ID` behind the last one.
+        complete: Whether (n,) the visited lists hold no more.
+    """
 
     ids: Int64
     complete: Bool
 
 
-class Scanner:
-    """The indexes of all shards as one: lists are chosen once, and every shard scans the same ones."""
+class _ShardResult(NamedTuple):
+    """What one shard returns: distances (n, count) and ids (n, count), -1 behind the last one."""
 
-    def __init__(self, indexes: list[Any], dead: list[Int64]):
+    distances: Float32
+    ids: Int64
+
+
+class Scanner:
+    """The indexes of all shards as one: lists are chosen once, and every shard scans the same ones.
+
+    Attributes:
+        lists: Inverted lists; 0 for an exact index.
+    """
+
+    def __init__(self, indexes: list[Any], tombstones: list[Int64]):
+        """Combine indexes.
+
+        Args:
+            indexes: of faiss, one per shard, all from one template.
+            tombstones: per shard the ids that no search may return.
+        """
         self._indexes = indexes
-        self._buried = [faiss.IDSelectorBatch(ids) if ids.size else None for ids in dead]  # kept: faiss holds pointers
-        self._selectors = [None if batch is None else faiss.IDSelectorNot(batch) for batch in self._buried]
+        # The batches stay referenced, because faiss holds bare pointers to them.
+        self._excluded = [faiss.IDSelectorBatch(ids) if ids.size else None for ids in tombstones]
+        self._selectors = [None if batch is None else faiss.IDSelectorNot(batch) for batch in self._excluded]
         self._inverted = [faiss.try_extract_index_ivf(index) for index in indexes]
         first = indexes[0]
         self._chain = first if isinstance(first, faiss.IndexPreTransform) else None
         self.lists = 0 if self._inverted[0] is None else int(self._inverted[0].nlist)
         self._tie = 0.0 if "FastScan" in type(self._inverted[0]).__name__ else _TIE
 
-    def __call__(self, queries: Float32, count: int, nprobe: int) -> Candidates:
-        """The best `count` candidates, those tied with the last one left out unless there are no more.
+    def find_candidates(self, queries: Float32, count: int, nprobe: int) -> SearchCandidates:
+        """Find the best `count` candidates per query.
 
-        Each shard returns its best `count`; what is strictly better than the count-th of them all is in every shard's
-        answer in full, while of those tied with it a shard may have returned any.
+        Those tied with the last one are left out unless there are no more. Each shard returns its best `count`. What is
+        strictly better than the count-th of them all is in the result of every shard in full. Of those tied with it a
+        shard may have returned any.
+
+        Args:
+            queries: (n, 128).
+            count: candidates per query.
+            nprobe: lists visited per query.
         """
         distances, ids = self._scan(np.ascontiguousarray(queries), count, nprobe)
-        found = ids >= 0
-        complete = found.sum(axis=1) < count
+        is_candidate = ids >= 0
+        complete = is_candidate.sum(axis=1) < count
         if ids.shape[1] > count:
-            last = np.partition(np.where(found, distances, np.inf), count - 1, axis=1)[:, count - 1]
+            last = np.partition(np.where(is_candidate, distances, np.inf), count - 1, axis=1)[:, count - 1]
         else:
             last = distances[:, -1]
-        keep = found & ((distances < (last - self._tie)[:, None]) | complete[:, None])
-        ids = np.sort(np.where(keep, ids, NOBODY), axis=1)
-        return Candidates(np.ascontiguousarray(ids[:, : max(1, int(keep.sum(axis=1).max(initial=0)))]), complete)
+        selected = is_candidate & ((distances < (last - self._tie)[:, None]) | complete[:, None])
+        ids = np.sort(np.where(selected, ids, NO_ID), axis=1)
+        width = max(1, int(selected.sum(axis=1).max(initial=0)))
+        return SearchCandidates(np.ascontiguousarray(ids[:, :width]), complete)
 
-    def _scan(self, queries: Float32, count: int, nprobe: int) -> tuple[Float32, Int64]:
+    def count_per_list(self) -> Int64:
+        """Count the vectors per list over all shards, deleted ones included; (1,) for an exact index."""
+        if not self.lists:
+            return np.array([sum(index.ntotal for index in self._indexes)], np.int64)
+        lengths = [[ivf.invlists.list_size(n) for n in range(self.lists)] for ivf in self._inverted]
+        return np.array(lengths, np.int64).sum(axis=0)
+
+    def _scan(self, queries: Float32, count: int, nprobe: int) -> _ShardResult:
+        """Scan every shard and put the results of the shards side by side."""
         shape = (len(queries), count)
-        found = [(np.empty(shape, np.float32), np.empty(shape, np.int64)) for _ in self._indexes]
+        results = [_ShardResult(np.empty(shape, np.float32), np.empty(shape, np.int64)) for _ in self._indexes]
         if self.lists:
-            self._scan_lists(queries, min(nprobe, self.lists), found)
+            self._scan_lists(queries, min(nprobe, self.lists), results)
         else:
-            self._scan_all(queries, found)
-        if len(found) == 1:
-            return found[0]
-        return np.concatenate([d for d, _ in found], axis=1), np.concatenate([i for _, i in found], axis=1)
+            self._scan_all(queries, results)
+        if len(results) == 1:
+            return results[0]
+        distances = np.concatenate([result.distances for result in results], axis=1)
+        return _ShardResult(distances, np.concatenate([result.ids for result in results], axis=1))
 
-    def _scan_lists(self, queries: Float32, nprobe: int, found: list[tuple[Any, Any]]) -> None:
-        points = grid(self._transformed(queries))
+    def _scan_lists(self, queries: Float32, nprobe: int, results: list[_ShardResult]) -> None:
+        """Choose the lists once and scan them in every shard; fills the results."""
+        points = round_to_grid(self._transform(queries))
         distances, lists = self._inverted[0].quantizer.search(points, nprobe)
-        for ivf, selector, (into, ids) in zip(self._inverted, self._selectors, found, strict=True):
+        for ivf, selector, result in zip(self._inverted, self._selectors, results, strict=True):
             parameters = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
-            pointers = [faiss.swig_ptr(array) for array in (lists, distances, into, ids)]
-            ivf.search_preassigned_c(len(points), faiss.swig_ptr(points), ids.shape[1], *pointers, False, parameters)
+            ivf.search_preassigned_c(
+                len(points),
+                faiss.swig_ptr(points),
+                result.ids.shape[1],
+                faiss.swig_ptr(lists),
+                faiss.swig_ptr(distances),
+                faiss.swig_ptr(result.distances),
+                faiss.swig_ptr(result.ids),
+                False,
+                parameters,
+            )
 
-    def _scan_all(self, queries: Float32, found: list[tuple[Any, Any]]) -> None:
-        for index, selector, (into, ids) in zip(self._indexes, self._selectors, found, strict=True):
-            index.search(queries, ids.shape[1], D=into, I=ids, params=faiss.SearchParameters(sel=selector))
+    def _scan_all(self, queries: Float32, results: list[_ShardResult]) -> None:
+        for index, selector, result in zip(self._indexes, self._selectors, results, strict=True):
+            parameters = faiss.SearchParameters(sel=selector)
+            index.search(queries, result.ids.shape[1], D=result.distances, I=result.ids, params=parameters)
 
-    def _transformed(self, queries: Float32) -> Float32:
+    def _transform(self, queries: Float32) -> Float32:
         if self._chain is None:
             return queries
         for n in range(self._chain.chain.size()):
             queries = faiss.downcast_VectorTransform(self._chain.chain.at(n)).apply(queries)
         return queries
 
-    def list_lengths(self) -> Int64:
-        """Vectors in each list over all shards, the dead included; (1,) for an exact index."""
-        if not self.lists:
-            return np.array([sum(index.ntotal for index in self._indexes)], np.int64)
-        lengths = [[ivf.invlists.list_size(n) for n in range(self.lists)] for ivf in self._inverted]
-        return np.array(lengths, np.int64).sum(axis=0)
 
-
-def imbalance(lengths: Int64) -> float:
-    """Mean length of the list that a random vector is in, over the mean length: 1 when all lists are equally long."""
+def compute_imbalance(lengths: Int64) -> float:
+    """Compute the mean length of the list that a random vector is in, over the mean length: 1 if all are equal."""
     total = int(lengths.sum())
     return float((lengths.astype(np.float64) ** 2).sum() * len(lengths) / total**2) if total else 1.0

@@ -1,4 +1,4 @@
-"""Who is it: an identity or `Unknown`, from the nearest faces and a threshold."""
+"""Identify a face: an identity or `Unknown`, from the nearest faces and a threshold."""
 
 from typing import Literal
 
@@ -8,24 +8,31 @@ import numpy.typing as npt
 from facepipe.types import Float32
 
 UNKNOWN = "Unknown"
-Rule = Literal["nearest", "vote"]
+DecisionRule = Literal["nearest", "vote"]
 
 
-def decide(
-    identities: npt.NDArray[np.object_], distances: Float32, threshold: float, rule: Rule = "nearest"
+def decide_identities(
+    identities: npt.NDArray[np.object_], distances: Float32, threshold: float, rule: DecisionRule = "nearest"
 ) -> npt.NDArray[np.object_]:
-    """(n,) identities or `Unknown` from those of the k nearest faces (n, k), None where a face has none.
+    """Decide the identity of each query by its nearest faces.
 
-    nearest: of the nearest face that has an identity, if it is within the threshold. vote: the identity that most faces
-    within the threshold have, the nearer one of two that are equal.
+    Args:
+        identities: identities of the k nearest faces, nearest first, (n, k); None if a face has none.
+        distances: distances (n, k).
+        threshold: maximum distance of a face that counts.
+        rule: `nearest` takes the identity of the nearest face that has one. `vote` takes the identity of most faces; of
+            two with as many the nearer one.
+
+    Returns:
+        Identities (n,), `Unknown` if no face counts.
     """
     counts = (distances <= threshold) & (identities != None)  # noqa: E711  elementwise
-    chosen = np.full(len(identities), UNKNOWN, object)
+    decisions = np.full(len(identities), UNKNOWN, object)
     for n in np.flatnonzero(counts.any(axis=1)):
-        near = identities[n][counts[n]]
+        candidates = identities[n][counts[n]]
         if rule == "nearest":
-            chosen[n] = near[0]
+            decisions[n] = candidates[0]
         else:
-            names, first, votes = np.unique(near.astype(str), return_index=True, return_counts=True)
-            chosen[n] = names[np.lexsort((first, -votes))[0]]
-    return chosen
+            names, first, votes = np.unique(candidates.astype(str), return_index=True, return_counts=True)
+            decisions[n] = names[np.lexsort((first, -votes))[0]]
+    return decisions

@@ -1,4 +1,4 @@
-"""The manifest: which files make up the index. What it does not name does not exist; swapping it is publication."""
+"""The manifest: which files make up the index. A file that it does not name is not in use; replacing it publishes."""
 
 import hashlib
 import os
@@ -17,12 +17,23 @@ from facepipe.storage.store import Store, open_store
 FORMAT = 1
 FOLDER = "index"
 NAME = "manifest.json"
-INDEX, VECTORS, IDS, ROWS, LABELS = "index.faiss", "vectors.npy", "ids.npy", "rows.npy", "labels.arrow"
+
+# Files of a shard.
+INDEX = "index.faiss"
+VECTORS = "vectors.npy"
+IDS = "ids.npy"
+ROWS = "rows.npy"
+LABELS = "labels.arrow"
 
 
 @dataclass(frozen=True)
-class File:
-    """A file as it was written."""
+class FileDigest:
+    """A file as it was written.
+
+    Attributes:
+        bytes: Size.
+        sha256: Digest, in hexadecimal.
+    """
 
     bytes: int
     sha256: str
@@ -30,29 +41,50 @@ class File:
 
 @dataclass(frozen=True)
 class Template:
-    """The trained, empty index that all shards start from."""
+    """The trained, empty index that all shards start from.
+
+    Attributes:
+        name: File name.
+        file: The file as it was written.
+        factory: Factory string of faiss.
+        lists: Inverted lists; 0 for an exact index.
+        trained_on: Vectors of the training sample.
+        vectors: Vectors in the table when it was trained.
+        imbalance: Of the lists' lengths after the first build; 1 is perfect.
+        seed: Of the training sample.
+        chosen: Whether the factory was requested by name: no plan replaces it.
+    """
 
     name: str
-    file: File
+    file: FileDigest
     factory: str
     lists: int
     trained_on: int
-    vectors: int  # in the table when it was trained
-    imbalance: float  # of the lists' lengths after the first build; 1 is perfect
+    vectors: int
+    imbalance: float
     seed: int
-    chosen: bool = False  # the factory was asked for by name: no plan replaces it
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """An immutable shard: a folder with the index and its side files, and the file of ids that are dead in it."""
+    """An immutable shard: a folder with the index and its side files, and a file of the ids that are deleted in it.
+
+    Attributes:
+        name: Folder name.
+        vectors: Vectors in the shard, deleted ones included.
+        files: Files of the folder by name.
+        dead: Deleted vectors.
+        tombstones: Name of the file of deleted ids, if there are any.
+        tombstones_file: That file as it was written.
+    """
 
     name: str
     vectors: int
-    files: dict[str, File]
+    files: dict[str, FileDigest]
     dead: int = 0
     tombstones: str | None = None
-    tombstones_file: File | None = None
+    tombstones_file: FileDigest | None = None
 
     @property
     def live(self) -> int:
@@ -61,8 +93,15 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Point:
-    """What a setting reaches, measured on a sample of the gallery against exact search."""
+class RecallPoint:
+    """What a setting reaches, measured on a sample of the gallery against exact search.
+
+    Attributes:
+        nprobe: Lists visited per query.
+        rescore: Candidates re-scored per query.
+        recall_at_1: Lower bound of the recall of the nearest face.
+        recall_at_10: Lower bound of the recall of the ten nearest.
+    """
 
     nprobe: int
     rescore: int
@@ -72,17 +111,31 @@ class Point:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The index of one table version."""
+    """The index of one table version.
+
+    Attributes:
+        table_version: Version of the table that the index covers.
+        contract: Models that the vectors were made with.
+        template: The trained, empty index.
+        shards: Oldest first.
+        recall: Requested recall@10.
+        nprobe: Lists visited per query.
+        rescore: Candidates re-scored per query.
+        curve: Measured settings, by rising recall.
+        measured: Live vectors when the curve was measured.
+        created: Time of publication, seconds since 1970.
+        format: Version of this format.
+    """
 
     table_version: int
     contract: dict[str, Any]
     template: Template
     shards: tuple[ShardEntry, ...]
-    recall: float  # asked for
+    recall: float
     nprobe: int = 1
     rescore: int = 100
-    curve: tuple[Point, ...] = ()
-    measured: int = 0  # live vectors when the curve was measured
+    curve: tuple[RecallPoint, ...] = ()
+    measured: int = 0
     created: float = field(default_factory=time.time)
     format: int = FORMAT
 
@@ -92,23 +145,34 @@ class Manifest:
         return sum(shard.live for shard in self.shards)
 
     @property
-    def dead(self) -> int:
-        """Vectors that are still in shards and in no answer."""
+    def deleted(self) -> int:
+        """Vectors that are still in shards and in no result."""
         return sum(shard.dead for shard in self.shards)
 
-    def setting(self, recall: float | None = None) -> tuple[int, int]:
-        """(nprobe, candidates to re-score) for a recall, by the measured curve; its end where none reaches it."""
+    @property
+    def total_bytes(self) -> int:
+        """Size of all shards' files."""
+        return sum(file.bytes for shard in self.shards for file in shard.files.values())
+
+    def choose_setting(self, recall: float | None = None) -> tuple[int, int]:
+        """Choose (nprobe, rescore) for a recall by the measured curve.
+
+        Args:
+            recall: recall@10; by default the one that the index was built for. The end of the curve if none reaches it.
+        """
         if recall is None or not self.curve:
             return self.nprobe, self.rescore
-        reached = [point for point in self.curve if point.recall_at_10 >= recall]
-        point = reached[0] if reached else self.curve[-1]
+        points = [point for point in self.curve if point.recall_at_10 >= recall]
+        point = points[0] if points else self.curve[-1]
         return point.nprobe, point.rescore
 
 
-def measured_recall(manifest: Manifest, nprobe: int, rescore: int) -> float | None:
-    """recall@10 that was measured for a setting of the curve, a lower bound of 95 %."""
-    found = (point for point in manifest.curve if (point.nprobe, point.rescore) == (nprobe, rescore))
-    return next((point.recall_at_10 for point in found), None)
+def find_recall(manifest: Manifest, nprobe: int, rescore: int) -> float | None:
+    """Find the recall@10 that was measured for a setting of the curve, a lower bound of 95 %."""
+    for point in manifest.curve:
+        if (point.nprobe, point.rescore) == (nprobe, rescore):
+            return point.recall_at_10
+    return None
 
 
 def open_index_store(gallery: str) -> Store:
@@ -116,65 +180,83 @@ def open_index_store(gallery: str) -> Store:
     return open_store(gallery, FOLDER)
 
 
-def path_of(gallery: str) -> str:
-    """Where the manifest lies, in the gallery itself."""
+def get_path(gallery: str) -> str:
+    """Return the path of the manifest in the gallery itself."""
     return storage.join(gallery, FOLDER, NAME)
 
 
 def exists(gallery: str) -> bool:
-    """Whether there is a published index."""
-    return conditional.read_tagged(path_of(gallery)) is not None
+    """Say whether there is a published index."""
+    return conditional.read_tagged(get_path(gallery)) is not None
 
 
 def load(gallery: str) -> Manifest:
-    """The published manifest. Raises IndexingError where there is none."""
+    """Load the published manifest.
+
+    Raises:
+        IndexingError: there is none, or it cannot be read.
+    """
     return load_tagged(gallery)[0]
 
 
 def load_tagged(gallery: str) -> tuple[Manifest, str]:
-    """The published manifest, and the tag that `publish` replaces it by."""
-    path = path_of(gallery)
+    """Load the published manifest, and the tag by which `publish` replaces it.
+
+    Raises:
+        IndexingError: there is none, or it cannot be read.
+    """
+    path = get_path(gallery)
     try:
-        found = conditional.read_tagged(path)
+        tagged = conditional.read_tagged(path)
     except StorageError as error:
         raise IndexingError(str(error)) from error
-    if found is None:
+    if tagged is None:
         raise IndexingError(f"no index in {gallery!r}: `facepipe index {gallery}` builds it")
+    data, tag = tagged
     try:
-        manifest = TypeAdapter(Manifest).validate_json(found[0])
-        if any(part in ("", ".", "..") for name, _ in files_of(manifest) for part in name.split("/")[:2]):
+        manifest = TypeAdapter(Manifest).validate_json(data)
+        if any(part in ("", ".", "..") for name, _ in list_files(manifest) for part in name.split("/")[:2]):
             raise ValueError("a name that leaves the index's folder")
-        return manifest, found[1]
-    except ValueError as error:  # pydantic's are among them
+        return manifest, tag
+    except ValueError as error:  # pydantic's errors are among them
         raise IndexingError(
-            f"{path!r} is damaged or of another version of facepipe: `facepipe index {gallery} --retrain` makes it anew"
+            f"{path!r} is damaged or of another version of facepipe: `facepipe index {gallery} --retrain` rebuilds it"
         ) from error
 
 
-def tag(gallery: str) -> str | None:
-    """What tells the manifest in force from any other, readable or not; None where there is none."""
-    found = conditional.read_tagged(path_of(gallery))
-    return found[1] if found else None
+def read_tag(gallery: str) -> str | None:
+    """Read the tag that tells the current manifest from any other, readable or not; None if there is none."""
+    tagged = conditional.read_tagged(get_path(gallery))
+    return None if tagged is None else tagged[1]
 
 
 def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
-    """Make a manifest the one in force: after this returns it survives a power cut, before it nobody sees it.
+    """Make a manifest the current one. After this returns it survives a power cut; before it no reader sees it.
 
-    replaces: tag of the one it was made from; where that is no longer in force, GalleryBusyError is raised.
+    Args:
+        gallery: path or URL.
+        manifest: the new one.
+        replaces: tag of the manifest that it was made from.
+
+    Returns:
+        The new tag.
+
+    Raises:
+        GalleryBusyError: the manifest that it was made from is no longer the current one.
     """
     store = open_index_store(gallery)
-    store.upload_missing({name: file.bytes for name, file in files_of(manifest)})
+    store.upload_missing({name: file.bytes for name, file in list_files(manifest)})
     data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
     try:
-        made = conditional.write_if(path_of(gallery), data, replaces)
+        tag = conditional.write_if(get_path(gallery), data, replaces)
     except conditional.ConflictError as error:
         raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
     store.sync()
-    return made
+    return tag
 
 
-def files_of(manifest: Manifest) -> list[tuple[str, File]]:
-    """Every file of an index, by its name in the index's folder."""
+def list_files(manifest: Manifest) -> list[tuple[str, FileDigest]]:
+    """List every file of an index, by its name in the index's folder."""
     files = [(manifest.template.name, manifest.template.file)]
     for shard in manifest.shards:
         files += [(f"{shard.name}/{name}", file) for name, file in shard.files.items()]
@@ -185,39 +267,40 @@ def files_of(manifest: Manifest) -> list[tuple[str, File]]:
 
 def sweep(gallery: str, manifest: Manifest | None) -> None:
     """Delete what the manifest does not name: leftovers of a crash, and what was replaced. Needs the index lock."""
-    named = {NAME, f"{NAME}.guard"}
+    in_use = {NAME, f"{NAME}.guard"}
     if manifest:
-        named |= {manifest.template.name, *(shard.name for shard in manifest.shards)}
-        named |= {shard.tombstones for shard in manifest.shards if shard.tombstones}
-    open_index_store(gallery).delete_except(named)
+        in_use.add(manifest.template.name)
+        in_use.update(shard.name for shard in manifest.shards)
+        in_use.update(shard.tombstones for shard in manifest.shards if shard.tombstones)
+    open_index_store(gallery).delete_except(in_use)
 
 
-def digest(path: str) -> File:
-    """Size and SHA-256 of a file."""
+def compute_digest(path: str) -> FileDigest:
+    """Compute size and SHA-256 of a file."""
     with open(path, "rb") as file:
-        return File(os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest())
+        return FileDigest(os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def contract_of(gallery: Gallery) -> dict[str, Any]:
-    """A gallery's contract in the manifest's form."""
+def dump_contract(gallery: Gallery) -> dict[str, Any]:
+    """Return a gallery's contract in the manifest's form."""
     return asdict(gallery.contract)
 
 
-def state(gallery: Gallery) -> dict[str, Any] | None:
-    """The index in a few figures, for people; None where there is none."""
+def describe_state(gallery: Gallery) -> dict[str, Any] | None:
+    """Describe the index in a few figures, for people; None if there is none."""
     if not exists(gallery.path):
         return None
     try:
-        found = load(gallery.path)
+        manifest = load(gallery.path)
     except IndexingError as error:
         return {"problem": str(error)}
     return {
-        "faces": found.live,
-        "deleted, still in shards": found.dead,
-        "shards": len(found.shards),
-        "factory": found.template.factory,
-        "lists visited, candidates re-scored": f"{found.nprobe}, {found.rescore}",
-        "table version": found.table_version,
-        "up to date": found.table_version == gallery.version,
-        "bytes": sum(file.bytes for shard in found.shards for file in shard.files.values()),
+        "faces": manifest.live,
+        "deleted, still in shards": manifest.deleted,
+        "shards": len(manifest.shards),
+        "factory": manifest.template.factory,
+        "lists visited, candidates re-scored": f"{manifest.nprobe}, {manifest.rescore}",
+        "table version": manifest.table_version,
+        "up to date": manifest.table_version == gallery.version,
+        "bytes": manifest.total_bytes,
     }

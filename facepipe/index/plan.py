@@ -9,24 +9,38 @@ from facepipe.errors import ConfigError
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 
-FLAT_BELOW = 50_000
+MIN_INVERTED_VECTORS = 50_000
 FLAT = "IDMap2,Flat"
-SHARD_LARGEST = 8_000_000
-_VECTOR = 4 * EMBEDDING_DIM
-_POINTS_PER_LIST = 128  # training vectors a list: against 64 the same recall with 8 % less to scan
-_FEWEST_POINTS = 39  # faiss warns below
-_HNSW_FROM = 65_536  # lists from which the nearest centroids are found by a graph
+MAX_SHARD_VECTORS = 8_000_000
+_MIN_BUDGET_SHARD_VECTORS = 100_000  # a tight budget does not make shards smaller than this
+_VECTOR_BYTES = 4 * EMBEDDING_DIM
+_SIDE_BYTES = 12  # per vector: its id and its row; the vector itself comes on top
+_POINTS_PER_LIST = 128  # training vectors per list: against 64 the same recall with 8 % less to scan
+_MIN_POINTS_PER_LIST = 39  # faiss warns below
+_MIN_TRAINING_VECTORS = 4096
+_MIN_LISTS = 256
+_MIN_HNSW_LISTS = 65_536  # from here on a graph finds the nearest centroids
 _BATCH_BYTES = 64 << 20  # a batch of rows on its way from Parquet into the index, and the GEMM's blocks
+_OUTGROWN = 4  # a plan for today's size would have this many times the lists
+_MIN_LISTS_TO_REPLAN = 2048  # lists that justify replacing an exact index: about 200,000 faces
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be built and what it will take; sizes in bytes.
+class IndexPlan:
+    """What will be built and what it will take. Sizes are in bytes.
 
-    train: vectors to train on; shard_vectors: what each shard gets; shard_limit: the most one may hold; vector_bytes:
-    of a vector in the index (code and id), beside 524 in its side files; train_memory, shard_memory: peak of the two
-    phases, above what the process holds already (base).
+    Attributes:
+        vectors: Vectors to index.
+        factory: Factory string of faiss.
+        lists: Inverted lists; 0 for an exact index.
+        train: Vectors to train on.
+        shard_vectors: Vectors per shard.
+        shard_limit: Maximum vectors per shard.
+        vector_bytes: Code and id of a vector in the index; its side files take 524 more.
+        base: What the process holds already.
+        train_memory: Peak of training, above the base.
+        shard_memory: Peak of building a shard, above the base.
     """
 
     vectors: int
@@ -47,8 +61,19 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes of the index with its side files, names and labels of images left out."""
-        return self.vectors * (self.vector_bytes + _VECTOR + 12) + self.lists * _VECTOR
+        """Bytes of the index with its side files, without the names and labels of images."""
+        return self.vectors * (self.vector_bytes + _VECTOR_BYTES + _SIDE_BYTES) + self.lists * _VECTOR_BYTES
+
+    def describe(self) -> str:
+        """Describe the plan in one line, for people."""
+        shards = -(-self.vectors // self.shard_vectors) if self.vectors else 0
+        return (
+            f"plan: {self.vectors} faces, {self.factory}, {self.vector_bytes} bytes per face in the index and "
+            f"{_VECTOR_BYTES + _SIDE_BYTES} beside it; trains on {self.train}; "
+            f"{shards} shards of {self.shard_vectors}; memory {format_size(self.memory)} "
+            f"({format_size(self.base)} now, training {format_size(self.train_memory)}, "
+            f"a shard {format_size(self.shard_memory)}); disk {format_size(self.disk)}"
+        )
 
 
 def make_plan(
@@ -58,112 +83,142 @@ def make_plan(
     factory: str | None = None,
     shard_vectors: int | None = None,
     trained: bool = False,
-) -> Plan:
-    """The plan for a number of vectors within a memory budget, of which the process holds `base` already.
+) -> IndexPlan:
+    """Make the plan for a number of vectors within a memory budget.
 
-    Below 50,000 vectors an exact index. Above, an inverted file with 4-bit PQ codes, scanned with SIMD and re-scored
-    exactly: lists as a power of two near 4 sqrt(n), fewer where the budget does not hold their training set. With a
-    factory that is trained already only the shards count.
-    Raises ConfigError for a budget that is too small, naming the smallest that works.
+    Below 50,000 vectors the index is exact. Above, it is an inverted file with 4-bit PQ codes, scanned with SIMD and
+    re-scored exactly. Its lists are a power of two near 4 sqrt(n), or fewer if the budget does not hold their training
+    set.
+
+    Args:
+        vectors: vectors to index.
+        memory: budget of the process in bytes.
+        base: bytes that the process holds already.
+        factory: factory string of faiss instead of the planned one.
+        shard_vectors: maximum vectors per shard, by default what the memory allows.
+        trained: whether the factory is trained already, so that only the shards count.
+
+    Raises:
+        ConfigError: the budget is too small; the message names the smallest that works.
     """
-    given = factory is not None
-    factory = factory or (FLAT if vectors < FLAT_BELOW else _default(_lists_for(vectors)))
+    is_requested = factory is not None
+    factory = factory or (FLAT if vectors < MIN_INVERTED_VECTORS else _name_factory(_choose_lists(vectors)))
     points = _POINTS_PER_LIST
     while True:
-        plan = _plan(vectors, memory, base, factory, points, shard_vectors)
-        plan = replace(plan, train=0, train_memory=0) if trained else plan
+        plan = _plan(vectors, memory, base, factory=factory, points=points, shard_vectors=shard_vectors)
+        if trained:
+            plan = replace(plan, train=0, train_memory=0)
         if base + plan.train_memory <= memory:
             break
-        if points > _FEWEST_POINTS:
-            points = max(_FEWEST_POINTS, int(points * 0.8))
-        elif not given and plan.lists > 256:
-            factory, points = _default(plan.lists // 2), _POINTS_PER_LIST
+        # First fewer training vectors per list, then half of the lists.
+        if points > _MIN_POINTS_PER_LIST:
+            points = max(_MIN_POINTS_PER_LIST, int(points * 0.8))
+        elif not is_requested and plan.lists > _MIN_LISTS:
+            factory = _name_factory(plan.lists // 2)
+            points = _POINTS_PER_LIST
         else:
             break
     if plan.memory > memory:
         raise ConfigError(
-            f"a budget of {shown(memory)} is too small to index {vectors} vectors with {plan.factory}: the process "
-            f"holds {shown(base)} before it starts, and the smallest budget that works is {shown(plan.memory)}"
+            f"a budget of {format_size(memory)} is too small to index {vectors} vectors with {plan.factory}: the "
+            f"process holds {format_size(base)} before it starts, and the smallest budget that works is "
+            f"{format_size(plan.memory)}"
         )
     return plan
 
 
-def _plan(vectors: int, memory: int, base: int, factory: str, points: int, shard_vectors: int | None) -> Plan:
-    lists = lists_of(factory)
-    code = code_bytes(factory)
-    train = min(vectors, max(points * lists, 4096)) if lists else 0
-    train_memory = train * _VECTOR + 3 * lists * _VECTOR + (_BATCH_BYTES if lists else 0)
+def is_outgrown(lists: int, vectors: int) -> bool:
+    """Say whether the plan for a number of vectors would have several times the lists of an index that has `lists`."""
+    wanted = make_plan(max(1, vectors), 1 << 62, 0).lists
+    return wanted >= (_OUTGROWN * lists or _MIN_LISTS_TO_REPLAN)
+
+
+def _plan(vectors: int, memory: int, base: int, *, factory: str, points: int, shard_vectors: int | None) -> IndexPlan:
+    """Compute the sizes of an index with a given factory and given training vectors (`points`) per list."""
+    lists = parse_lists(factory)
+    code = compute_code_bytes(factory)
+    train = min(vectors, max(points * lists, _MIN_TRAINING_VECTORS)) if lists else 0
+    train_memory = train * _VECTOR_BYTES + 3 * lists * _VECTOR_BYTES + (_BATCH_BYTES if lists else 0)
     # Growing lists double their capacity, and ids are sorted once: 24 bytes beside them.
-    each = 2 * code + 24
-    fixed = _BATCH_BYTES + lists * (_VECTOR + 32 * code)
-    fitting = max(0, memory - base - fixed) // each
-    largest = max(1, shard_vectors or min(SHARD_LARGEST, max(fitting, min(vectors, 100_000))))
-    return Plan(
+    bytes_per_vector = 2 * code + 24
+    fixed = _BATCH_BYTES + lists * (_VECTOR_BYTES + 32 * code)
+    fitting = max(0, memory - base - fixed) // bytes_per_vector
+    by_memory = min(MAX_SHARD_VECTORS, max(fitting, min(vectors, _MIN_BUDGET_SHARD_VECTORS)))
+    limit = max(1, shard_vectors or by_memory)
+    even = _split_evenly(vectors, limit)
+    return IndexPlan(
         vectors=vectors,
         factory=factory,
         lists=lists,
         train=train,
-        shard_vectors=_even(vectors, largest),
-        shard_limit=largest,
+        shard_vectors=even,
+        shard_limit=limit,
         vector_bytes=code + 8,
         base=base,
         train_memory=train_memory,
-        shard_memory=fixed + min(vectors, _even(vectors, largest)) * each,
+        shard_memory=fixed + min(vectors, even) * bytes_per_vector,
     )
 
 
-def _default(lists: int) -> str:
-    graph = "_HNSW32" if lists >= _HNSW_FROM else ""
+def _name_factory(lists: int) -> str:
+    graph = "_HNSW32" if lists >= _MIN_HNSW_LISTS else ""
     return f"IVF{lists}{graph},PQ{EMBEDDING_DIM // 2}x4fs"
 
 
-def _lists_for(vectors: int) -> int:
+def _choose_lists(vectors: int) -> int:
     return 1 << min(18, max(8, round(math.log2(4 * vectors**0.5))))
 
 
-def _even(vectors: int, largest: int) -> int:
-    """Shards of about equal size rather than a small one at the end."""
-    shards = max(1, -(-vectors // largest))
+def _split_evenly(vectors: int, limit: int) -> int:
+    """Return the size of about equal shards, rather than full ones and a small one at the end."""
+    shards = max(1, -(-vectors // limit))
     return max(1, -(-vectors // shards))
 
 
-def lists_of(factory: str) -> int:
-    """Inverted lists of a factory string, 0 for an exact index."""
-    found = re.search(r"IVF(\d+)", factory)
-    return int(found[1]) if found else 0
+def parse_lists(factory: str) -> int:
+    """Parse the number of inverted lists of a factory string; 0 for an exact index."""
+    match = re.search(r"IVF(\d+)", factory)
+    return int(match[1]) if match else 0
 
 
-def code_bytes(factory: str) -> int:
-    """Bytes of a vector's code, id left out."""
+def compute_code_bytes(factory: str) -> int:
+    """Compute the bytes of a vector's code, without its id."""
     ivf = faiss.try_extract_index_ivf(open_factory(factory))
-    return _VECTOR if ivf is None else int(ivf.code_size)
+    return _VECTOR_BYTES if ivf is None else int(ivf.code_size)
 
 
 def open_factory(factory: str) -> Any:
-    """The empty, untrained index of a factory string. Raises ConfigError where facepipe cannot use it.
+    """Create the empty, untrained index of a factory string.
 
-    Usable are exact indexes (`Flat`) and inverted files (`IVF...`), with or without a transform before them: they take
+    Exact indexes (`Flat`) and inverted files (`IVF...`) are usable, with or without a transform before them. They take
     ids natively, are merged bit for bit, and search around tombstones.
+
+    Raises:
+        ConfigError: facepipe cannot use the factory.
     """
     try:
         index = faiss.index_factory(EMBEDDING_DIM, factory)
     except RuntimeError as error:
         raise ConfigError(f"faiss does not know the factory {factory!r}") from error
     if factory != FLAT and faiss.try_extract_index_ivf(index) is None:
-        raise ConfigError(f"the factory {factory!r} cannot be sharded and erased from: use Flat or IVF…")
+        raise ConfigError(f"the factory {factory!r} does not support shards and deletion: use Flat or IVF…")
     return index
 
 
 def parse_size(text: str) -> int:
-    """`4GiB`, `512M` or `1.5 GB` as bytes; all units are binary."""
-    found = _SIZE.fullmatch(text)
-    if not found:
-        raise ConfigError(f"{text!r} is no size: write 512MiB or 4GiB")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    """Parse `4GiB`, `512M` or `1.5 GB` into bytes. All units are binary.
+
+    Raises:
+        ConfigError: the text is not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ConfigError(f"{text!r} is not a size: write 512MiB or 4GiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-def shown(size: float) -> str:
-    """Bytes for people."""
+def format_size(size: float) -> str:
+    """Format bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +19,23 @@ from facepipe.gallery.contract import PROPERTY
 from facepipe.hashing import hash64
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.sources.parquet import list_parquet_files
-from facepipe.types import Bool, Float32, Int64
+from facepipe.types import Float32, Int64
 
-_NAMES = ("query_id", "face_id", "id", "uri")  # columns that may name a query, first found wins
-_ROWS = 8192
-_ZERO = 1e-12
-_UNIT = 1e-5
+_NAME_COLUMNS = ("query_id", "face_id", "id", "uri")  # columns that may name a query; the first one present wins
+_BATCH_ROWS = 8192
+_ZERO_NORM = 1e-12
+_UNIT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A row group of a Parquet file (None: the whole file), and the number of its first row."""
+class QueryPiece:
+    """A part of a Parquet file.
+
+    Attributes:
+        path: Path or URL of the file.
+        group: Row group; None for the whole file.
+        first: Number of the first row.
+    """
 
     path: str
     group: int | None
@@ -38,17 +44,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """The unit of a bulk search: what is searched again after a crash. Blocks of one source are numbered from 0."""
+    """The unit of a bulk search: what is searched again after a crash.
+
+    Attributes:
+        number: Of the block in its source, from 0.
+        pieces: Parts of files.
+    """
 
     number: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[QueryPiece, ...]
 
 
 @dataclass(frozen=True)
 class Queries:
-    """n queries: names and uris as Arrow strings, own face ids (n,) or -1, unit vectors (n, 128), statuses.
+    """Queries in memory.
 
-    status: `ok`, or why the query cannot be searched; its vector is then zero.
+    Attributes:
+        names: Names, Arrow strings.
+        uris: URIs of images, Arrow strings, null if unknown.
+        own: Their own face ids (n,), or -1.
+        vectors: Unit vectors (n, 128), zero if the query cannot be searched.
+        status: `ok`, or why the query cannot be searched, (n,).
     """
 
     names: pa.Array
@@ -57,55 +73,86 @@ class Queries:
     vectors: Float32
     status: npt.NDArray[np.object_]
 
+    @classmethod
+    def concatenate(cls, parts: "list[Queries]") -> "Queries":
+        """Concatenate the rows of several."""
+        return cls(
+            names=pa.concat_arrays([part.names for part in parts]),
+            uris=pa.concat_arrays([part.uris for part in parts]),
+            own=np.concatenate([part.own for part in parts]),
+            vectors=np.concatenate([part.vectors for part in parts]),
+            status=np.concatenate([part.status for part in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class QuerySource:
-    """Where queries come from. fingerprint: changes when they may have changed; gallery: they are its faces."""
+    """Where queries come from.
+
+    Attributes:
+        path: Path or URL.
+        fingerprint: Changes if the queries may have changed.
+        gallery: Whether they are the faces of a gallery.
+        version: Version of the gallery's table.
+    """
 
     path: str
     fingerprint: str
     gallery: bool
     version: int | None = None
 
-    def blocks(self, rows: int) -> Iterator[QueryBlock]:
-        """Blocks of about `rows` queries, the same ones whenever it is asked."""
-        pieces: list[Piece] = []
-        total = number = 0
-        for piece, count in self._pieces():
+    def cut_blocks(self, rows: int) -> Iterator[QueryBlock]:
+        """Cut the queries into blocks of about `rows`, the same ones on every call."""
+        pieces: list[QueryPiece] = []
+        total = 0
+        number = 0
+        for piece, count in self._list_pieces():
             pieces.append(piece)
             total += count
             if total >= rows:
                 yield QueryBlock(number, tuple(pieces))
-                pieces, total, number = [], 0, number + 1
+                pieces = []
+                total = 0
+                number += 1
         if pieces:
             yield QueryBlock(number, tuple(pieces))
 
     def count(self) -> int:
-        """How many queries there are, those of no use included."""
-        return sum(rows for _, rows in self._pieces())
+        """Count the queries, those that cannot be searched included."""
+        return sum(rows for _, rows in self._list_pieces())
 
-    def _pieces(self) -> Iterator[tuple[Piece, int]]:
+    def _list_pieces(self) -> Iterator[tuple[QueryPiece, int]]:
+        """Yield each piece with its number of rows."""
         if self.gallery:
             gallery = Gallery(self.path, self.version)
-            for file in sorted(gallery.files(), key=lambda file: file["path"]):
-                if file["faces"]:
-                    yield Piece(storage.join(gallery.faces_folder, file["path"]), None), file["faces"]
+            for entry in sorted(gallery.files(), key=lambda entry: entry["path"]):
+                if entry["faces"]:
+                    yield QueryPiece(storage.join(gallery.faces_folder, entry["path"]), None), entry["faces"]
             return
         for path in list_parquet_files(self.path):
-            with _opened(path) as file:
+            with _open_parquet(path) as file:
                 metadata = file.metadata
             first = 0
             for group in range(metadata.num_row_groups):
                 count = metadata.row_group(group).num_rows
-                yield Piece(path, group, first), count
+                yield QueryPiece(path, group, first), count
                 first += count
 
 
 def open_queries(path: str, contract: Contract) -> QuerySource | None:
-    """The source at a path; None where it is neither a gallery nor Parquet files with embeddings (but images, perhaps).
+    """Open the queries at a path.
 
-    Raises ContractError where the queries say that they were made with other models, ConfigError where their dimension
-    is another, SourceError where nothing is there.
+    Args:
+        path: a gallery, a Parquet file, or a folder or prefix of these.
+        contract: models of the gallery that is searched.
+
+    Returns:
+        None if the path is neither a gallery nor Parquet files with embeddings; it may then hold images.
+
+    Raises:
+        ContractError: the queries say that they were made with other models.
+        ConfigError: their dimension differs.
+        SourceError: nothing is there.
     """
     path = storage.to_absolute(path)
     if not storage.may_exist(path) and not set("*?[") & set(path):
@@ -117,21 +164,22 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
     files = list_parquet_files(path)
     if not files:
         return None
-    with _opened(files[0]) as file:
+    with _open_parquet(files[0]) as file:
         schema = file.schema_arrow
     if "embedding" not in schema.names:
         return None
-    _check(schema, contract, path)
+    _check_schema(schema, contract, path)
     entries = [storage.get_entry(file) for file in files]
     mark = hash64(*(f"{entry.url} {entry.fingerprint}" for entry in entries))
     return QuerySource(path, f"parquet {mark:016x}", False)
 
 
-def _check(schema: pa.Schema, contract: Contract, path: str) -> None:
-    said = (schema.metadata or {}).get(PROPERTY.encode())
-    if said is not None:
+def _check_schema(schema: pa.Schema, contract: Contract, path: str) -> None:
+    """Check the contract that a file carries, if any, and the type of its embeddings."""
+    encoded = (schema.metadata or {}).get(PROPERTY.encode())
+    if encoded is not None:
         try:
-            contract.require(Contract.from_json(said.decode()), "the gallery that is searched")
+            contract.require(Contract.from_json(encoded.decode()), "the gallery that is searched")
         except ContractError as error:
             raise ContractError(f"{path}: {error}") from error
     kind = schema.field("embedding").type
@@ -142,7 +190,7 @@ def _check(schema: pa.Schema, contract: Contract, path: str) -> None:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[pq.ParquetFile]:
+def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     with storage.open_seekable(path) as handle:
         try:
             yield pq.ParquetFile(handle)
@@ -151,51 +199,70 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def read_block(block: QueryBlock) -> Iterator[Queries]:
-    """The queries of a block, some thousands at a time."""
+    """Read the queries of a block, some thousands at a time."""
     for piece in block.pieces:
-        with _opened(piece.path) as file:
+        with _open_parquet(piece.path) as file:
             groups = None if piece.group is None else [piece.group]
-            held = [name for name in ("embedding", *_NAMES) if name in file.schema_arrow.names]
+            columns = [name for name in ("embedding", *_NAME_COLUMNS) if name in file.schema_arrow.names]
             first = piece.first
-            for batch in file.iter_batches(_ROWS, row_groups=groups, columns=held):
-                if piece.group is None:  # a gallery's file: rows without a face are no queries
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
+                if piece.group is None:  # a gallery's file: rows without a face are not queries
                     batch = batch.filter(batch["face_id"].is_valid())
                 if batch.num_rows:
-                    yield _queries(batch, first)
+                    yield _to_queries(batch, first)
                 first += batch.num_rows
 
 
-def _queries(batch: pa.RecordBatch, first: int) -> Queries:
-    names = batch.schema.names
-    name = next((name for name in _NAMES if name in names), None)
+def _to_queries(batch: pa.RecordBatch, first: int) -> Queries:
+    """Convert a batch; `first` is the number of its first row, which names queries without a name."""
+    columns = batch.schema.names
     rows = batch.num_rows
+    name_column = next((name for name in _NAME_COLUMNS if name in columns), None)
     numbers = pa.array([str(first + n) for n in range(rows)])
-    own = batch["face_id"] if "face_id" in names and pa.types.is_integer(batch.schema.field("face_id").type) else None
-    vectors, status = usable(batch["embedding"])
+    has_face_ids = "face_id" in columns and pa.types.is_integer(batch.schema.field("face_id").type)
+    own = np.full(rows, -1, np.int64)
+    if has_face_ids:
+        own = batch["face_id"].fill_null(-1).to_numpy(zero_copy_only=False)
+    vectors, status = read_query_vectors(batch["embedding"])
     return Queries(
-        names=pc.coalesce(batch[name].cast(pa.string()), numbers) if name else numbers,
-        uris=batch["uri"].cast(pa.string()) if "uri" in names else pa.nulls(rows, pa.string()),
-        own=np.full(rows, -1, np.int64) if own is None else own.fill_null(-1).to_numpy(zero_copy_only=False),
+        names=pc.coalesce(batch[name_column].cast(pa.string()), numbers) if name_column else numbers,
+        uris=batch["uri"].cast(pa.string()) if "uri" in columns else pa.nulls(rows, pa.string()),
+        own=own,
         vectors=vectors,
         status=status,
     )
 
 
-def usable(column: Any) -> tuple[Float32, npt.NDArray[np.object_]]:
-    """((n, 128) unit vectors, (n,) `ok` or why not) of a column of lists of numbers."""
-    raw, listed = read_embeddings(column)
-    vectors = np.array(raw, np.float32)
+def read_query_vectors(column: Any) -> "QueryVectors":
+    """Read a column of lists of numbers, and scale the vectors to unit norm.
+
+    A gallery's own vectors stay the same, bit by bit.
+    """
+    values, complete = read_embeddings(column)
+    vectors = np.array(values, np.float32)
     status = np.full(len(vectors), OK, object)
     lengths = column.value_lengths() if hasattr(column, "value_lengths") else pc.list_value_length(column)
-    for n in np.flatnonzero(~listed):
+    for n in np.flatnonzero(~complete):
         length = lengths[int(n)].as_py()
         status[n] = "no embedding" if length is None else f"{length} dimensions, not {EMBEDDING_DIM}"
-    finite: Bool = np.asarray(np.isfinite(vectors).all(axis=1))
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
     norms = np.linalg.norm(np.where(finite[:, None], vectors, 0).astype(np.float64), axis=1)
-    status[listed & ~finite] = "not finite"
-    status[listed & finite & (norms < _ZERO)] = "zero vector"
-    good = np.asarray(status == OK, bool)
-    scaled = good & (np.abs(norms - 1) > _UNIT)  # a gallery's own vectors stay what they are, to the bit
+    status[complete & ~finite] = "not finite"
+    status[complete & finite & (norms < _ZERO_NORM)] = "zero vector"
+    usable = np.asarray(status == OK, bool)
+    scaled = usable & (np.abs(norms - 1) > _UNIT_TOLERANCE)
     vectors[scaled] = vectors[scaled] / norms[scaled, None]
-    vectors[~good] = 0
-    return vectors, status
+    vectors[~usable] = 0
+    return QueryVectors(vectors, status)
+
+
+class QueryVectors(NamedTuple):
+    """Vectors of queries.
+
+    Attributes:
+        vectors: Unit vectors (n, 128), zero if the query cannot be searched.
+        status: `ok`, or why the query cannot be searched, (n,).
+    """
+
+    vectors: Float32
+    status: npt.NDArray[np.object_]

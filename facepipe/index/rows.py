@@ -16,13 +16,21 @@ from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Int64
 
-_ROWS = 16384
+_BATCH_ROWS = 16384
 _NORM_TOLERANCE = 1e-2
+_MAX_SAMPLED_FILES = 4096
 
 
 @dataclass(frozen=True)
-class Rows:
-    """n faces: ids (n,) int64, vectors (n, 128) float32 of unit norm, uri and identity as Arrow strings."""
+class FaceRows:
+    """Faces of a table.
+
+    Attributes:
+        ids: Face ids (n,).
+        vectors: Vectors (n, 128) of unit norm.
+        uris: URIs of the images, Arrow strings.
+        identities: Identities, Arrow strings.
+    """
 
     ids: Int64
     vectors: Float32
@@ -32,87 +40,107 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, mask: Bool) -> "Rows":
-        """The rows where the mask is true."""
+    def filter(self, mask: Bool) -> "FaceRows":
+        """Return the rows whose mask is true."""
         if mask.all():
             return self
-        chosen = pa.array(mask)
-        return Rows(self.ids[mask], self.vectors[mask], self.uris.filter(chosen), self.identities.filter(chosen))
+        selected = pa.array(mask)
+        return FaceRows(
+            self.ids[mask], self.vectors[mask], self.uris.filter(selected), self.identities.filter(selected)
+        )
 
 
 @dataclass
-class Skipped:
-    """Rows that cannot be searched: vectors with NaN or infinity, of another norm than 1, or of another dimension."""
+class SkippedRows:
+    """Rows that cannot be searched.
+
+    Attributes:
+        unusable: Vectors with NaN or infinity, of another norm than 1, or of another dimension.
+    """
 
     unusable: int = 0
 
 
-def face_rows(
-    folder: str, files: Sequence[str], only: HashTable | None = None, skipped: Skipped | None = None
-) -> Iterator[Rows]:
-    """The faces of table files below `folder`, a batch at a time; `only` picks ids."""
-    skipped = skipped or Skipped()
+def read_face_rows(
+    folder: str, files: Sequence[str], only: HashTable | None = None, skipped: SkippedRows | None = None
+) -> Iterator[FaceRows]:
+    """Read the faces of table files, a batch at a time.
+
+    Args:
+        folder: of the table.
+        files: paths below the folder.
+        only: ids to keep; by default all.
+        skipped: counts the rows that cannot be searched.
+    """
+    skipped = skipped or SkippedRows()
     for path in files:
-        for batch in _batches(folder, path, ["face_id", "embedding", "uri", "identity"]):
-            rows = _rows(batch, skipped)
+        for batch in _read_batches(folder, path, ["face_id", "embedding", "uri", "identity"]):
+            rows = _to_face_rows(batch, skipped)
             if only is not None and len(rows):
-                rows = rows.take(only.get(rows.ids.astype(np.uint64))[0])
+                rows = rows.filter(only.get(rows.ids.astype(np.uint64))[0])
             if len(rows):
                 yield rows
 
 
-def face_ids(folder: str, path: str) -> Iterator[pa.RecordBatch]:
-    """face_id and identity of the faces in a table file, a batch at a time."""
-    return _batches(folder, path, ["face_id", "identity"])
+def read_face_ids(folder: str, path: str) -> Iterator[pa.RecordBatch]:
+    """Read face_id and identity of the faces in a table file, a batch at a time."""
+    return _read_batches(folder, path, ["face_id", "identity"])
 
 
-def _batches(folder: str, path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    place = storage.join(folder, path)
+def _read_batches(folder: str, path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Read columns of the rows that have a face."""
+    full_path = storage.join(folder, path)
     try:
-        with storage.open_seekable(place) as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(_ROWS, columns=columns):
+        with storage.open_seekable(full_path) as handle:
+            for batch in pq.ParquetFile(handle).iter_batches(_BATCH_ROWS, columns=columns):
                 faces = batch.filter(batch["face_id"].is_valid()) if batch["face_id"].null_count else batch
                 if faces.num_rows:
                     yield faces
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {place!r}: {str(error).splitlines()[0]}") from error
+        raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _rows(batch: pa.RecordBatch, skipped: Skipped) -> Rows:
-    vectors, good = unit_vectors(batch["embedding"])
-    skipped.unusable += int((~good).sum())
+def _to_face_rows(batch: pa.RecordBatch, skipped: SkippedRows) -> FaceRows:
+    vectors, usable = read_unit_vectors(batch["embedding"])
+    skipped.unusable += int((~usable).sum())
     identities = batch["identity"].cast(pa.string())
-    rows = Rows(batch["face_id"].to_numpy(), vectors, batch["uri"].cast(pa.string()), identities)
-    return rows.take(good)
+    rows = FaceRows(batch["face_id"].to_numpy(), vectors, batch["uri"].cast(pa.string()), identities)
+    return rows.filter(usable)
 
 
-def unit_vectors(column: Any) -> tuple[Float32, Bool]:
-    """((n, 128) float32, (n,) whether the row is a finite vector of unit norm)."""
-    vectors, good = read_embeddings(column)
-    norms = np.einsum("nd,nd->n", vectors, vectors)
-    return vectors, good & (np.abs(norms - 1) < 2 * _NORM_TOLERANCE)  # false where a number is NaN or infinite
+def read_unit_vectors(column: Any) -> tuple[Float32, Bool]:
+    """Read a column of embeddings.
 
-
-def sample(gallery: Gallery, count: int, seed: int) -> Float32:
-    """A seeded sample of about `count` vectors (n, 128), drawn over all files of the table.
-
-    Of tables of more than 4,096 files that many are drawn first, each with a chance in proportion to its rows.
+    Returns:
+        Vectors (n, 128), and whether (n,) each is finite and of unit norm.
     """
-    files = [(file["path"], file["num_records"]) for file in sorted(gallery.files(), key=lambda file: file["path"])]
+    vectors, complete = read_embeddings(column)
+    squared_norms = np.einsum("nd,nd->n", vectors, vectors)
+    # The comparison is false for NaN and infinity.
+    return vectors, complete & (np.abs(squared_norms - 1) < 2 * _NORM_TOLERANCE)
+
+
+def sample_vectors(gallery: Gallery, count: int, seed: int) -> Float32:
+    """Draw a seeded sample of about `count` vectors (n, 128) over all files of the table.
+
+    Of a table with more than 4,096 files that many are drawn first, each with a chance in proportion to its rows.
+    """
+    files = sorted(gallery.files(), key=lambda file: file["path"])
+    paths = [file["path"] for file in files]
+    weights = np.array([file["num_records"] for file in files], np.float64)
     rng = np.random.default_rng(seed)
-    weights = np.array([rows for _, rows in files], np.float64)
-    if len(files) > _FILES_SAMPLED:
-        chosen = rng.choice(len(files), _FILES_SAMPLED, replace=False, p=weights / weights.sum())
-        files, weights = [files[n] for n in sorted(chosen)], weights[np.sort(chosen)]
-    out = np.empty((count, EMBEDDING_DIM), np.float32)
-    share, taken = min(1.0, 1.02 * count / max(1.0, weights.sum())), 0
-    for path, _ in files:
-        for rows in face_rows(gallery.faces_folder, [path]):
+    if len(paths) > _MAX_SAMPLED_FILES:
+        chosen = np.sort(rng.choice(len(paths), _MAX_SAMPLED_FILES, replace=False, p=weights / weights.sum()))
+        paths = [paths[n] for n in chosen]
+        weights = weights[chosen]
+    sample = np.empty((count, EMBEDDING_DIM), np.float32)
+    # 2 % more than needed, since the number drawn varies.
+    share = min(1.0, 1.02 * count / max(1.0, weights.sum()))
+    size = 0
+    for path in paths:
+        for rows in read_face_rows(gallery.faces_folder, [path]):
             picked = rows.vectors if share >= 1 else rows.vectors[rng.random(len(rows)) < share]
-            picked = picked[: count - taken]
-            out[taken : taken + len(picked)] = picked
-            taken += len(picked)
-    return out[:taken]
-
-
-_FILES_SAMPLED = 4096
+            picked = picked[: count - size]
+            sample[size : size + len(picked)] = picked
+            size += len(picked)
+    return sample[:size]

@@ -1,6 +1,6 @@
-"""What an index owes its gallery: which faces are new since it was made, and which are gone."""
+"""What an index owes its gallery: which faces are new since it was built, and which are deleted."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,18 +10,26 @@ import pyarrow as pa
 
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.manifest import Manifest
-from facepipe.index.rows import face_ids
-from facepipe.index.shard import Shard
+from facepipe.index.manifest import Manifest, ShardEntry
+from facepipe.index.rows import read_face_ids
+from facepipe.index.shard import Shard, write_tombstones
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.storage.hashtable import HashTable
 from facepipe.storage.store import Store
 from facepipe.types import Bool, Int64, UInt64
 
+_IDS_PER_BLOCK = 1 << 20
+
 
 @dataclass(frozen=True)
 class TableFile:
-    """A file of the table, the faces in it (at most), and whether all of them are to be added."""
+    """A file of the table.
+
+    Attributes:
+        path: Below the table's folder.
+        faces: Faces in it, at most.
+        whole: Whether all of them are to be added.
+    """
 
     path: str
     faces: int
@@ -29,149 +37,218 @@ class TableFile:
 
 
 @dataclass
-class Changes:
-    """Between a manifest and a gallery.
+class IndexChanges:
+    """What changed between a manifest and a gallery.
 
-    files: table files with faces to add; fresh: the ids to take from those that are not whole; dead: all ids that no
-    search may return, by name of the shards where they are others than before; full: every id was compared, since the
-    log or the files of then are gone.
+    Attributes:
+        files: Table files with faces to add.
+        fresh: Ids to add from the files that are not whole.
+        tombstones: Ids that no search may return, by name of the shards whose ids are to change.
+        added: Faces to add.
+        removed: Faces that were deleted.
+        compared_all: Whether every id was compared, because the log or the files of the manifest's version are deleted.
     """
 
     files: list[TableFile]
     fresh: HashTable | None
-    dead: dict[str, Int64] = field(default_factory=dict)
+    tombstones: dict[str, Int64] = field(default_factory=dict)
     added: int = 0
     removed: int = 0
-    full: bool = False
+    compared_all: bool = False
 
     def close(self) -> None:
-        """Give the temporary file back."""
+        """Delete the temporary file."""
         if self.fresh is not None:
             self.fresh.close()
 
 
-def everything(gallery: Gallery) -> Changes:
-    """All faces as new ones."""
-    files = [TableFile(file["path"], file["faces"]) for file in _sorted(gallery)]
-    return Changes(files, None, added=sum(file.faces for file in files))
+def add_all(gallery: Gallery) -> IndexChanges:
+    """Return all faces of the gallery as new ones."""
+    files = [TableFile(entry["path"], entry["faces"]) for entry in _sort_files(gallery)]
+    return IndexChanges(files, None, added=sum(file.faces for file in files))
 
 
-def changes(gallery: Gallery, manifest: Manifest, store: Store, only_full: bool = False) -> Changes:
-    """Compare, id by id, the table's files that came and went since the manifest's version.
+def find_changes(gallery: Gallery, manifest: Manifest, store: Store, compare_all: bool = False) -> IndexChanges:
+    """Compare, id by id, the table files that were added and removed since the manifest's version.
 
-    A face that only moved to another file (a compaction, a neighbour's deletion) is neither new nor gone; one whose
-    identity changed is both. What is read is in proportion to what changed, unless the log of then has been cleaned.
+    A face that only moved to another file (by a compaction, or because another row of the file was deleted) is neither
+    new nor deleted. A face whose identity changed is both. The work is in proportion to what changed, unless the log of
+    the manifest's version has been cleaned.
+
+    Args:
+        gallery: the current table.
+        manifest: of the index.
+        store: of the index.
+        compare_all: compare every id instead.
     """
     shards = [Shard(store, entry) for entry in manifest.shards]
-    then = None if only_full else _then(gallery, manifest.table_version)
-    now = {file["path"]: file["faces"] for file in _sorted(gallery)}
-    if then is not None:
+    old_paths = None if compare_all else _list_paths(gallery, manifest.table_version)
+    files = [TableFile(entry["path"], entry["faces"]) for entry in _sort_files(gallery)]
+    if old_paths is not None:
+        added_files = [file for file in files if file.path not in old_paths]
+        removed_paths = sorted(old_paths - {file.path for file in files})
         try:
-            return _diff(gallery, shards, [(p, n) for p, n in now.items() if p not in then], sorted(then - now.keys()))
-        except StorageError:  # vacuumed: the ids that were in it can only be told by elimination
-            return _diff(gallery, shards, list(now.items()), None)  # raises as well where a file of now is missing
-    return _diff(gallery, shards, list(now.items()), None)
+            return _compare(gallery, shards, added_files, removed_paths)
+        except StorageError:
+            # A removed file was vacuumed, so that only elimination tells which ids it held. If a current file is
+            # missing the comparison below raises as well.
+            pass
+    return _compare(gallery, shards, files, None)
 
 
-def _sorted(gallery: Gallery) -> list[dict[str, Any]]:
-    return sorted(gallery.files(), key=lambda file: file["path"])
+def group_files(files: Sequence[TableFile], limit: int) -> Iterator[list[TableFile]]:
+    """Group table files into shards of about `limit` faces at most.
+
+    Groups may exceed the limit by half a file, so that the last shard is not a remainder.
+    """
+    group: list[TableFile] = []
+    total = 0
+    for file in files:
+        if group and total + file.faces / 2 > limit:
+            yield group
+            group = []
+            total = 0
+        group.append(file)
+        total += file.faces
+    if group:
+        yield group
 
 
-def _then(gallery: Gallery, version: int) -> set[str] | None:
+def tombstone_shards(store: Store, shards: Sequence[ShardEntry], tombstones: dict[str, Int64]) -> list[ShardEntry]:
+    """Write the tombstones of the shards that they name, and return the entries of all shards."""
+    return [
+        write_tombstones(store, entry, tombstones[entry.name]) if entry.name in tombstones else entry
+        for entry in shards
+    ]
+
+
+def _sort_files(gallery: Gallery) -> list[dict[str, Any]]:
+    return sorted(gallery.files(), key=lambda entry: entry["path"])
+
+
+def _list_paths(gallery: Gallery, version: int) -> set[str] | None:
     try:
-        return {file["path"] for file in Gallery(gallery.path, version).files()}
+        return {entry["path"] for entry in Gallery(gallery.path, version).files()}
     except GalleryError:
         return None
 
 
-def _diff(gallery: Gallery, shards: list[Shard], came: list[tuple[str, int]], gone: list[str] | None) -> Changes:
-    """`gone` None: all that the shards return may be gone."""
-    found = Changes([], HashTable(), full=gone is None)
+def _compare(
+    gallery: Gallery, shards: list[Shard], added_files: list[TableFile], removed_paths: list[str] | None
+) -> IndexChanges:
+    """Compare the ids of added files with those of removed ones.
+
+    Args:
+        gallery: the current table.
+        shards: oldest first.
+        added_files: files that may hold new faces.
+        removed_paths: files whose faces may be deleted; None for all faces that the shards return.
+    """
+    changes = IndexChanges([], HashTable(), compared_all=removed_paths is None)
     try:
-        with closing(HashTable()) as held, closing(HashTable()) as kept:
-            for ids in _gone_ids(gallery, shards, gone):
-                held.add(_keys(ids))
-            revived = [
-                ids for path, faces in came for ids in _sort_out(gallery, shards, (path, faces), held, kept, found)
+        # indexed: ids that the index returned and that may be deleted. moved: ids that are still in the table.
+        with closing(HashTable()) as indexed, closing(HashTable()) as moved:
+            for ids in _read_removed_ids(gallery, shards, removed_paths):
+                indexed.add(_to_keys(ids))
+            restored = [
+                ids for file in added_files for ids in _sort_out(gallery, shards, file, indexed, moved, changes)
             ]
-            gone_now = [ids[~kept.get(_keys(ids))[0]] for ids in _gone_ids(gallery, shards, gone)]
+            deleted = [ids[~moved.get(_to_keys(ids))[0]] for ids in _read_removed_ids(gallery, shards, removed_paths)]
     except BaseException:
-        found.close()
+        changes.close()
         raise
-    found.dead = _tombstones(shards, np.concatenate([*gone_now, np.empty(0, np.int64)]), revived)
-    found.removed = int(sum(map(len, gone_now)))
-    return found
+    changes.tombstones = _update_tombstones(shards, np.concatenate([*deleted, np.empty(0, np.int64)]), restored)
+    changes.removed = sum(len(ids) for ids in deleted)
+    return changes
 
 
 def _sort_out(
-    gallery: Gallery, shards: list[Shard], file: tuple[str, int], held: HashTable, kept: HashTable, found: Changes
+    gallery: Gallery,
+    shards: list[Shard],
+    file: TableFile,
+    indexed: HashTable,
+    moved: HashTable,
+    changes: IndexChanges,
 ) -> Iterator[Int64]:
-    """Note which ids of a file are to be added and which only moved; yields those that come back from the dead."""
-    assert found.fresh is not None
-    before, faces = found.fresh.count, 0
-    for batch in face_ids(gallery.faces_folder, file[0]):
+    """Note which ids of a file are to be added, and which only moved.
+
+    Yields:
+        Ids that are taken off the tombstones, because the table holds them again.
+    """
+    assert changes.fresh is not None
+    count_before = changes.fresh.count
+    faces = 0
+    for batch in read_face_ids(gallery.faces_folder, file.path):
         ids = batch["face_id"].to_numpy()
         faces += len(ids)
-        buried = _buried(shards, ids)
-        present = held.get(_keys(ids))[0] | buried
-        same = np.zeros(len(ids), bool)
-        same[present] = _same_identity(shards, ids[present], batch["identity"].filter(pa.array(present)))
-        kept.add(_keys(ids[same]))
-        found.fresh.add(_keys(ids[~same]))
-        yield ids[same & buried]
-    new = found.fresh.count - before
+        tombstoned = _mask_tombstoned(shards, ids)
+        known = indexed.get(_to_keys(ids))[0] | tombstoned
+        unchanged = np.zeros(len(ids), bool)
+        unchanged[known] = _mask_same_identity(shards, ids[known], batch["identity"].filter(pa.array(known)))
+        moved.add(_to_keys(ids[unchanged]))
+        changes.fresh.add(_to_keys(ids[~unchanged]))
+        yield ids[unchanged & tombstoned]
+    new = changes.fresh.count - count_before
     if new:
-        found.files.append(TableFile(file[0], file[1], whole=new == faces))
-        found.added += new
+        changes.files.append(TableFile(file.path, file.faces, whole=new == faces))
+        changes.added += new
 
 
-def _gone_ids(gallery: Gallery, shards: list[Shard], gone: list[str] | None) -> Iterator[Int64]:
-    if gone is None:
-        for shard in shards:
-            for at in range(0, len(shard.ids), 1 << 20):
-                ids = np.asarray(shard.ids[at : at + (1 << 20)])
-                yield ids[~np.isin(ids, shard.dead)] if shard.dead.size else ids
+def _read_removed_ids(gallery: Gallery, shards: list[Shard], removed_paths: list[str] | None) -> Iterator[Int64]:
+    if removed_paths is None:
+        yield from read_live_ids(shards)
         return
-    for path in gone:
-        for batch in face_ids(gallery.faces_folder, path):
+    for path in removed_paths:
+        for batch in read_face_ids(gallery.faces_folder, path):
             yield batch["face_id"].to_numpy()
 
 
-def _buried(shards: list[Shard], ids: Int64) -> Bool:
-    """Which ids are in a shard, dead: they come back by being taken off its tombstones."""
-    found = np.zeros(len(ids), bool)
+def read_live_ids(shards: Sequence[Shard]) -> Iterator[Int64]:
+    """Read the ids that the shards return, a block at a time."""
     for shard in shards:
-        found |= is_in_sorted(shard.dead, ids)
-    return found
+        for at in range(0, len(shard.ids), _IDS_PER_BLOCK):
+            ids = np.asarray(shard.ids[at : at + _IDS_PER_BLOCK])
+            yield ids[~np.isin(ids, shard.tombstones)] if shard.tombstones.size else ids
 
 
-def _same_identity(shards: list[Shard], ids: Int64, identities: pa.Array) -> Bool:
-    """Whether the newest shard that holds each id has it under the given identity."""
+def _mask_tombstoned(shards: list[Shard], ids: Int64) -> Bool:
+    """Mask the ids that a shard holds under a tombstone: they are restored by taking the tombstone off."""
+    tombstoned = np.zeros(len(ids), bool)
+    for shard in shards:
+        if shard.tombstones.size:
+            tombstoned |= is_in_sorted(shard.tombstones, ids)
+    return tombstoned
+
+
+def _mask_same_identity(shards: list[Shard], ids: Int64, identities: pa.Array) -> Bool:
+    """Mask the ids that have the same identity in the newest shard that holds them."""
     same = np.zeros(len(ids), bool)
-    left = np.arange(len(ids))
-    given = np.array(identities.cast(pa.string()).to_pylist(), object)
+    expected = np.array(identities.cast(pa.string()).to_pylist(), object)
+    pending = np.arange(len(ids))
     for shard in reversed(shards):
-        found, rows = shard.locate(ids[left])
-        held = np.array(shard.labels(rows[found])["identity"].to_pylist(), object)
-        same[left[found]] = held == given[left[found]]
-        left = left[~found]
+        in_shard, rows = shard.find_rows(ids[pending])
+        indexed = np.array(shard.read_labels(rows[in_shard])["identity"].to_pylist(), object)
+        same[pending[in_shard]] = indexed == expected[pending[in_shard]]
+        pending = pending[~in_shard]
     return same
 
 
-def _tombstones(shards: list[Shard], gone: Int64, revived: Iterable[Int64]) -> dict[str, Int64]:
-    back = np.concatenate([*revived, np.empty(0, np.int64)])
-    dead = {}
-    newer = np.empty(0, np.int64)  # an id that a newer shard returns must stay dead in the older one
+def _update_tombstones(shards: list[Shard], deleted: Int64, restored: Iterable[Int64]) -> dict[str, Int64]:
+    """Compute the tombstones of the shards that get other ones than before, by name."""
+    restored_ids = np.concatenate([*restored, np.empty(0, np.int64)])
+    tombstones = {}
+    # An id that a newer shard returns must stay under its tombstone in the older one.
+    returned_by_newer = np.empty(0, np.int64)
     for shard in reversed(shards):
-        stays = shard.dead[~np.isin(shard.dead, np.setdiff1d(back, newer))]
-        found, _ = shard.locate(gone)
-        now = np.union1d(stays, gone[found])
-        if not np.array_equal(now, shard.dead):
-            dead[shard.entry.name] = now
-        returned = back[shard.locate(back)[0]]
-        newer = np.union1d(newer, returned)
-    return dead
+        lifted = np.setdiff1d(restored_ids, returned_by_newer)
+        remaining = shard.tombstones[~np.isin(shard.tombstones, lifted)]
+        in_shard, _ = shard.find_rows(deleted)
+        updated = np.union1d(remaining, deleted[in_shard])
+        if not np.array_equal(updated, shard.tombstones):
+            tombstones[shard.entry.name] = updated
+        returned_by_newer = np.union1d(returned_by_newer, restored_ids[shard.find_rows(restored_ids)[0]])
+    return tombstones
 
 
-def _keys(ids: Int64) -> UInt64:
+def _to_keys(ids: Int64) -> UInt64:
     return ids.astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Whether an index is what was written, and answers for the table it says it answers for."""
+"""Whether an index is what was written, and returns the faces of the table that it claims to cover."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -7,92 +7,89 @@ import numpy as np
 
 from facepipe.errors import FacepipeError, IndexingError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.manifest import File, Manifest, files_of, load, open_index_store
-from facepipe.index.rows import face_ids
+from facepipe.index.manifest import FileDigest, Manifest, list_files, load, open_index_store
+from facepipe.index.rows import read_face_ids
 from facepipe.index.shard import Shard
+from facepipe.index.update import read_live_ids
 from facepipe.storage import describe_error
 from facepipe.storage.hashtable import HashTable
 from facepipe.storage.store import Store
 from facepipe.types import Int64
 
-_STEP = 1 << 20
 
+def find_damage(store: Store, manifest: Manifest) -> dict[str, list[str]]:
+    """Find the files that are missing, or whose size or checksum differs.
 
-def damaged(store: Store, manifest: Manifest) -> dict[str, list[str]]:
-    """By name of the shard or template: its files that are absent, or whose size or checksum differs, and how."""
-    found: dict[str, list[str]] = {}
-    for owner, path, file in _files(manifest):
-        problem = _problem(store, path, file)
+    Returns:
+        Descriptions of the problems, by name of the shard or template.
+    """
+    problems: dict[str, list[str]] = {}
+    tombstone_owners = {shard.tombstones: shard.name for shard in manifest.shards}
+    for path, file in list_files(manifest):
+        owner = tombstone_owners.get(path, path.split("/")[0])
+        problem = _check_file(store, path, file)
         if problem:
-            found.setdefault(owner, []).append(f"index/{path}: {problem}")
-    return found
+            problems.setdefault(owner, []).append(f"index/{path}: {problem}")
+    return problems
 
 
-def _files(manifest: Manifest) -> list[tuple[str, str, File]]:
-    buried = {shard.tombstones: shard.name for shard in manifest.shards}
-    return [(buried.get(name, name.split("/")[0]), name, file) for name, file in files_of(manifest)]
-
-
-def _problem(store: Store, path: str, file: File) -> str | None:
+def _check_file(store: Store, path: str, file: FileDigest) -> str | None:
     try:
-        now = File(*store.measure(path))
+        digest = FileDigest(*store.measure(path))
     except FileNotFoundError:
         return "is missing"
     except StorageError as error:
         return str(error)
     except OSError as error:
         return describe_error(error)
-    if now.bytes != file.bytes:
-        return f"has {now.bytes} bytes, not {file.bytes}"
-    return "checksum differs, the file was altered" if now.sha256 != file.sha256 else None
+    if digest.bytes != file.bytes:
+        return f"has {digest.bytes} bytes, not {file.bytes}"
+    return None if digest.sha256 == file.sha256 else "checksum differs, the file was altered"
 
 
 def verify_index(gallery: Gallery) -> list[str]:
-    """Problems of a gallery's index: damaged files, ids that are missing, foreign, dead without cause or there twice.
+    """List the problems of a gallery's index.
 
-    Compares with the table version that the index was made from, where that can still be read.
+    These are damaged files, and ids that are missing, foreign, deleted without cause, or there twice. Ids are compared
+    with the table version that the index was built from, if that can still be read.
     """
     try:
         manifest = load(gallery.path)
     except IndexingError as error:
         return [str(error)]
     store = open_index_store(gallery.path)
-    problems = [line for lines in damaged(store, manifest).values() for line in lines]
+    problems = [line for lines in find_damage(store, manifest).values() for line in lines]
     if problems:
         return [*problems, "`facepipe index GALLERY --repair` rebuilds the damaged shards and only those"]
     try:
         table = Gallery(gallery.path, manifest.table_version)
-        return _compare(table, [Shard(store, entry) for entry in manifest.shards])
+        return _compare_ids(table, [Shard(store, entry) for entry in manifest.shards])
     except FacepipeError:
         return []  # cleaned from the log, or vacuumed: there is nothing to compare with
 
 
-def _compare(table: Gallery, shards: list[Shard]) -> list[str]:
-    with closing(HashTable()) as held:
-        twice = sum(int((~held.add(ids.astype(np.uint64))).sum()) for ids in _live_ids(shards))
-        faces = missing = 0
-        for ids in _table_ids(table):
+def _compare_ids(table: Gallery, shards: list[Shard]) -> list[str]:
+    """Compare the ids that the shards return with those of the table."""
+    with closing(HashTable()) as indexed:
+        repeated = sum(int((~indexed.add(ids.astype(np.uint64))).sum()) for ids in read_live_ids(shards))
+        faces = 0
+        missing = 0
+        for ids in _read_table_ids(table):
             faces += len(ids)
-            missing += int((~held.get(ids.astype(np.uint64))[0]).sum())
-        foreign = held.count - (faces - missing)
-    counted = (
-        (twice, "faces that the index returns twice"),
-        (missing, "faces of the table that it lacks"),
-        (foreign, "faces that the table does not hold"),
-    )
-    problems = [f"index: {count} {what}" for count, what in counted if count > 0]
-    short = [shard.entry for shard in shards if len(shard.ids) != shard.entry.vectors]
-    return problems + [f"index/{entry.name}: not the {entry.vectors} ids that it is to have" for entry in short]
+            missing += int((~indexed.get(ids.astype(np.uint64))[0]).sum())
+        foreign = indexed.count - (faces - missing)
+    counts = {
+        "faces that the index returns twice": repeated,
+        "faces of the table that it lacks": missing,
+        "faces that the table does not hold": foreign,
+    }
+    problems = [f"index: {count} {problem}" for problem, count in counts.items() if count > 0]
+    incomplete = [shard.entry for shard in shards if len(shard.ids) != shard.entry.vectors]
+    problems += [f"index/{entry.name}: does not have the {entry.vectors} ids of the manifest" for entry in incomplete]
+    return problems
 
 
-def _live_ids(shards: list[Shard]) -> Iterator[Int64]:
-    for shard in shards:
-        for at in range(0, len(shard.ids), _STEP):
-            ids = np.asarray(shard.ids[at : at + _STEP])
-            yield ids[~np.isin(ids, shard.dead)] if shard.dead.size else ids
-
-
-def _table_ids(table: Gallery) -> Iterator[Int64]:
-    for file in table.files():
-        for batch in face_ids(table.faces_folder, file["path"]):
+def _read_table_ids(table: Gallery) -> Iterator[Int64]:
+    for entry in table.files():
+        for batch in read_face_ids(table.faces_folder, entry["path"]):
             yield batch["face_id"].to_numpy()

@@ -153,7 +153,7 @@ def _index_samples(gallery_path: str, label: str) -> Iterator[Sample]:
     except (IndexingError, StorageError):
         return
     yield Sample("facepipe_index_faces", (label,), found.live)
-    yield Sample("facepipe_index_dead", (label,), found.dead)
+    yield Sample("facepipe_index_dead", (label,), found.deleted)
 
 
 def _by(run: RunRecord, prefix: str) -> dict[str, int]:

@@ -26,7 +26,7 @@ from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Mark, changes
-from facepipe.index.rows import unit_vectors
+from facepipe.index.rows import read_unit_vectors
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sorted_lookup import find_sorted
@@ -185,7 +185,7 @@ def _usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
     parts = []
     for batch in batches:
         faces = batch.filter(batch["face_id"].is_valid())
-        vectors, good = unit_vectors(faces["embedding"])
+        vectors, good = read_unit_vectors(faces["embedding"])
         named = pa.Table.from_batches([faces]).select(["face_id", "uri", "identity"])
         parts.append((named.filter(pa.array(good)), vectors[good]))
     return _joined(parts)

@@ -106,7 +106,7 @@ def _load_last_mark(table: Gallery) -> Mark | None:
 
 def _open_index(table: Gallery) -> Index:
     index = Index(table.path)
-    if index.manifest.contract != manifests.contract_of(table):
+    if index.manifest.contract != manifests.dump_contract(table):
         raise IndexingError(
             f"the index of {table.path!r} is of another model contract: `facepipe index {table.path}` builds it anew"
         )

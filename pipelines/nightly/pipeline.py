@@ -168,7 +168,7 @@ class _Night:
     def update_index(self) -> None:
         """Bring the search index up to date; the work grows with what changed."""
         with self._measure("index"):
-            updated = index.run(IndexConfig(self.config.index), self.gallery, progress=self._on_progress)
+            updated = index.run(IndexConfig(self.config.index), self.gallery, on_progress=self._on_progress)
         self.summary.add_step("index", updated)
 
     def assign_clusters(self) -> None:

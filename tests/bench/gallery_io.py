@@ -30,7 +30,7 @@ from facepipe.arrow import float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import Record, write_part
-from facepipe.index.rows import face_rows
+from facepipe.index.rows import read_face_rows
 from facepipe.schema import FACES
 
 COMMIT_EVERY = 64  # files; a run commits every ten seconds
@@ -108,7 +108,7 @@ def raw_arrays(gallery: Gallery) -> None:
 
 
 def index_scan(gallery: Gallery) -> None:
-    for _ in face_rows(gallery.faces_folder, [file["path"] for file in gallery.files()]):
+    for _ in read_face_rows(gallery.faces_folder, [file["path"] for file in gallery.files()]):
         pass
 
 
@@ -132,7 +132,7 @@ def writes(parts: list[pa.Table], folder: Path) -> Iterator[tuple[str, Callable[
 def scans(gallery: Gallery) -> Iterator[tuple[str, Callable[[], None]]]:
     two, four = ["face_id", "embedding"], ["face_id", "embedding", "uri", "identity"]
     yield "scan of 4 columns, raw", lambda: raw_scan(gallery, four)
-    yield "scan of 4 columns, index, graph and search (face_rows)", lambda: index_scan(gallery)
+    yield "scan of 4 columns, index, graph and search (read_face_rows)", lambda: index_scan(gallery)
     yield "scan of 2 columns, raw", lambda: raw_scan(gallery, two)
     yield "scan of 2 columns, Gallery.batches", lambda: batch_scan(gallery)
     yield "scan of 2 columns, raw, to arrays", lambda: raw_arrays(gallery)
@@ -141,7 +141,7 @@ def scans(gallery: Gallery) -> Iterator[tuple[str, Callable[[], None]]]:
 
 AGAINST = {
     "write, facepipe": ("write, raw", "write, raw, synced"),
-    "scan of 4 columns, index, graph and search (face_rows)": ("scan of 4 columns, raw",),
+    "scan of 4 columns, index, graph and search (read_face_rows)": ("scan of 4 columns, raw",),
     "scan of 2 columns, Gallery.batches": ("scan of 2 columns, raw",),
     "scan of 2 columns, Gallery.vectors": ("scan of 2 columns, raw, to arrays", "scan of 2 columns, raw"),
 }

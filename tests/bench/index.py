@@ -21,10 +21,10 @@ from facepipe.arrow import float_lists
 from facepipe.config import build
 from facepipe.gallery import Gallery
 from facepipe.index.manifest import load
-from facepipe.index.plan import lists_of
-from facepipe.index.rows import face_rows, sample
-from facepipe.index.search import Index, Setting
-from facepipe.index.tune import recall
+from facepipe.index.plan import parse_lists
+from facepipe.index.rows import read_face_rows, sample_vectors
+from facepipe.index.search import Index, SearchSetting
+from facepipe.index.tune import compute_recall
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index
 from pipelines.search import SearchConfig
@@ -50,24 +50,24 @@ class Stock:
         self.add = seconds(lambda: self.index.add(vectors))
         self.refined = faiss.IndexRefineFlat(self.index, faiss.swig_ptr(vectors))
 
-    def search(self, queries: np.ndarray, setting: Setting) -> np.ndarray:
+    def search(self, queries: np.ndarray, setting: SearchSetting) -> np.ndarray:
         self.index.nprobe = setting.nprobe
         self.refined.k_factor = setting.rescore / 10
         return self.refined.search(queries, 10)[1]
 
 
-def cheapest(index: Index, queries: np.ndarray, truth: np.ndarray, goal: float) -> Setting:
+def cheapest(index: Index, queries: np.ndarray, truth: np.ndarray, goal: float) -> SearchSetting:
     """Of a grid of settings, in the order of what they cost, the first that reaches the recall."""
     for nprobe, count in sorted(GRID, key=lambda pair: 0.7 * pair[0] + 0.15 * pair[1]):
-        setting = Setting(nprobe, count)
-        if recall(index.search(queries, 10, setting).ids, truth).mean() >= goal:
+        setting = SearchSetting(nprobe, count)
+        if compute_recall(index.search(queries, 10, setting).ids, truth).mean() >= goal:
             return setting
-    return Setting(*GRID[-1])
+    return SearchSetting(*GRID[-1])
 
 
 def stock_of(gallery: Gallery, vectors: np.ndarray) -> Stock:
     factory = load(gallery.path).template.factory
-    return Stock(factory, sample(gallery, min(len(vectors), 128 * lists_of(factory)), 0), vectors)
+    return Stock(factory, sample_vectors(gallery, min(len(vectors), 128 * parse_lists(factory)), 0), vectors)
 
 
 def build_ratio(gallery: Gallery, vectors: np.ndarray, rounds: int) -> Stock:
@@ -98,8 +98,8 @@ def search_ratios(
             ours = seconds(lambda s=setting: index.search(queries, 10, s))
             rates.append([len(queries) / t for t in (exact, theirs, ours)])
             recalls = [
-                recall(ids[stock.search(queries, setting)], truth).mean(),
-                recall(index.search(queries, 10, setting).ids, truth).mean(),
+                compute_recall(ids[stock.search(queries, setting)], truth).mean(),
+                compute_recall(index.search(queries, 10, setting).ids, truth).mean(),
             ]
         exact, theirs, ours = np.array(rates).T
         print(
@@ -126,15 +126,15 @@ def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, 
     )
     index = Index(gallery.path, recall=0.99)
     for nprobe in (index.setting.nprobe, 512, 640):
-        setting = Setting(nprobe, 200)
+        setting = SearchSetting(nprobe, 200)
         few = slice(0, 5000)
         truth = index_truth(gallery, queries[few])
-        if recall(index.search(queries[few], 10, setting).ids, truth).mean() >= 0.99:
+        if compute_recall(index.search(queries[few], 10, setting).ids, truth).mean() >= 0.99:
             break
     for block in (1000, 10_000):
         theirs = seconds(lambda b=block: [stock.search(queries[at : at + b], setting) for at in range(0, count, b)])
         ours = seconds(lambda: index.search(queries, 10, setting))
-        reached = recall(index.search(queries[few], 10, setting).ids, truth).mean()
+        reached = compute_recall(index.search(queries[few], 10, setting).ids, truth).mean()
         print(
             f"bulk, {count} queries, {setting}, recall {reached:.4f}: stock in blocks of {block} {theirs:.1f} s, Index.search {ours:.1f} s, ratio {theirs / ours:.2f}",
             flush=True,
@@ -144,7 +144,7 @@ def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, 
     hits = pq.read_table(folder / "hits.parquet", columns=["face_id"])["face_id"].to_numpy().reshape(count, 10)
     print(
         f"the whole of `search` (path {done.path}, {done.nprobe} lists, {done.rescore} re-scored), labels and Parquet included: "
-        f"{done.seconds:.1f} s, recall {recall(hits[few], truth).mean():.4f}",
+        f"{done.seconds:.1f} s, recall {compute_recall(hits[few], truth).mean():.4f}",
         flush=True,
     )
 
@@ -167,7 +167,9 @@ def main() -> None:
         path, faces = args.gallery or Path(temporary) / "g", Faces()
         gallery = Gallery(str(path)) if Gallery.exists(str(path)) else make_gallery(path, args.faces, faces)
         parts = [
-            (rows.ids, rows.vectors) for f in gallery.files() for rows in face_rows(gallery.faces_folder, [f["path"]])
+            (rows.ids, rows.vectors)
+            for f in gallery.files()
+            for rows in read_face_rows(gallery.faces_folder, [f["path"]])
         ]
         ids, vectors = np.concatenate([i for i, _ in parts]), np.concatenate([v for _, v in parts])
         del parts

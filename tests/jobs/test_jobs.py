@@ -31,6 +31,7 @@ from pipelines import bulk_search as bulk
 from pipelines.bulk_search import BulkSearchConfig
 from pipelines.clean_dataset import CleanDatasetConfig
 from pipelines.nightly.config import NightlyConfig
+from pipelines.search import pipeline as search_pipeline
 
 CONFIGS = {"nightly": NightlyConfig, "clean_dataset": CleanDatasetConfig, "bulk_search": BulkSearchConfig}
 FAKES = '[detect]\nmodel = "fake-detector"\n[embed]\nmodel = "fake-embedder"\n[run]\nrunner = "inline"\n'
@@ -272,7 +273,7 @@ def test_a_threshold_for_a_rate_of_false_alarms(batch: Path, tmp_path: Path) -> 
 def test_a_search_that_died_goes_on(batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its last finished block, though the index was to be brought up to date again."""
     words = (batch, "--json", "--quiet", "--set", f'queries="{tmp_path}/g"', "--set", "run.block=1")
-    real, left = bulk.search._search_block, [1]
+    real, left = search_pipeline.search_block, [1]
 
     def dies(task: Any) -> Any:
         left[0] -= 1
@@ -281,7 +282,7 @@ def test_a_search_that_died_goes_on(batch: Path, tmp_path: Path, monkeypatch: py
         return real(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk.search, "_search_block", dies)
+        patch.setattr(search_pipeline, "search_block", dies)
         assert call("bulk-search", *words)[0] == 130
     code, out, _ = call("bulk-search", *words)
     assert (code, json.loads(out)["steps"]["search"]["skipped_blocks"]) == (0, 1)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from facepipe.adoption.tables import Names
 from facepipe.curation.duplicates.rule import Keep, Kind
-from facepipe.index.decide import Rule
+from facepipe.index.decide import DecisionRule
 from facepipe.sources.identity import IdentityRule
 from jobs import options
 from jobs.cli import app
@@ -102,7 +102,7 @@ def test_every_command_with_settings_lists_them() -> None:
         (options.Runner, Runner),
         (options.Keep, Keep),
         (options.Drop, Kind),
-        (options.Decide, Rule),
+        (options.Decide, DecisionRule),
         (options.NameRole, Names),
     ],
 )

@@ -46,8 +46,8 @@ from facepipe.gallery.maintenance.verify import verify
 from facepipe.hashing import face_id, image_id
 from facepipe.index import manifest
 from facepipe.index.search import Index
-from facepipe.index.shard import bury
-from facepipe.index.update import changes
+from facepipe.index.shard import write_tombstones
+from facepipe.index.update import find_changes
 from facepipe.index.verify import verify_index
 from facepipe.schema import FACES, LATER, conform
 from facepipe.storage.lease import hold_lease
@@ -259,8 +259,8 @@ def never_found(gallery: Gallery, traces: Traces) -> None:
 
 def up_to_date(gallery: Gallery) -> None:
     store = manifest.open_index_store(gallery.path)
-    now = changes(Gallery(gallery.path), manifest.load(gallery.path), store)
-    assert not now.full, "the next run reads everything"
+    now = find_changes(Gallery(gallery.path), manifest.load(gallery.path), store)
+    assert not now.compared_all, "the next run reads everything"
     now.close()
     before = manifest.load(gallery.path)
     assert index.run(index.IndexConfig(), gallery.path).action == "unchanged"
@@ -489,7 +489,9 @@ def test_vectors_that_were_dead_already_go_as_well(gallery: Gallery) -> None:
     found, tag = manifest.load_tagged(gallery.path)
     store = manifest.open_index_store(gallery.path)
     (entry,) = found.shards
-    manifest.publish(gallery.path, replace(found, shards=(bury(store, entry, np.array([was[0]["face_id"]])),)), tag)
+    manifest.publish(
+        gallery.path, replace(found, shards=(write_tombstones(store, entry, np.array([was[0]["face_id"]])),)), tag
+    )
     others = Selection(identities=(name_of(10),))
     erase.run(others, gallery.path)
     rest = Selection(images=tuple(row["uri"] for row in was[1:]))
@@ -643,7 +645,7 @@ def test_killed_in_any_place_it_is_finished_by_the_next(gallery: Gallery, tmp_pa
     assert start(*(word for place in places for word in place)) == [-signal.SIGKILL] * len(places)
     for copy, _ in places:
         found = manifest.load(str(copy))
-        if found.dead or found.live < len(stay) + len(traces.ids):
+        if found.deleted or found.live < len(stay) + len(traces.ids):
             hidden += 1
             never_found(Gallery(str(copy)), traces)
         summary = erase.run(selection, str(copy))

@@ -24,7 +24,7 @@ from facepipe.errors import ConfigError, GalleryBusyError, IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import encode, statistics
 from facepipe.index import manifest
-from facepipe.index.search import Index, Setting
+from facepipe.index.search import Index, SearchSetting
 from facepipe.index.verify import verify_index
 from facepipe.schema import FACES
 from facepipe.storage.lease import hold_lease
@@ -32,7 +32,7 @@ from pipelines.index import IndexConfig, run
 
 TRIALS = trials(12)
 COUNT = 5000
-EXACT = Setting(64, 2 * COUNT)
+EXACT = SearchSetting(64, 2 * COUNT)
 SETTINGS = {"index": {"factory": "IVF64,PQ64x4fs", "shard_vectors": 1000}}
 
 
@@ -189,7 +189,7 @@ def test_a_new_label_is_what_a_search_returns(gallery: Gallery) -> None:
     assert (done.added, done.removed) == (250, 250)
     sound(gallery)
     index = Index(gallery.path)
-    labels = index.labels(ids["face_id"].to_numpy())["identity"].to_pylist()
+    labels = index.get_labels(ids["face_id"].to_numpy())["identity"].to_pylist()
     assert labels.count("somebody else") == 250
     assert Index(gallery.path, merge=True).search(ASKED, 10, EXACT).ids.tolist() == answers(gallery, ASKED).tolist()
 
@@ -213,8 +213,8 @@ def test_all_faces_go(gallery: Gallery) -> None:
 
 
 def test_an_exact_index_that_is_outgrown_is_replanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("facepipe.index.plan.FLAT_BELOW", 1000)
-    monkeypatch.setattr("pipelines.index._FEWEST_TO_REPLAN", 256)
+    monkeypatch.setattr("facepipe.index.plan.MIN_INVERTED_VECTORS", 1000)
+    monkeypatch.setattr("facepipe.index.plan._MIN_LISTS_TO_REPLAN", 256)
     path = str(tmp_path / "g")
     append(Gallery.create(path, CONTRACT), cut(faces(500)), "first")
     assert run(IndexConfig(), path).factory == "IDMap2,Flat"

@@ -18,7 +18,7 @@ from facepipe.evaluation.identification import Probes, identification, operating
 from facepipe.evaluation.index import evaluate_index
 from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
-from facepipe.index.decide import decide
+from facepipe.index.decide import decide_identities
 from facepipe.index.search import Index
 from pipelines.index import IndexConfig
 from pipelines.index import run as index
@@ -194,9 +194,9 @@ def test_images_as_queries(drawings: Path, fakes: dict[str, dict[str, object]], 
 def test_decisions() -> None:
     names = np.array([["a", "b", "b"], ["a", "b", "b"], [None, "c", "a"], [None, None, None]], object)
     distances = np.array([[0.1, 0.2, 0.3], [0.1, 0.2, 0.6], [0.1, 0.2, 0.3], [0.1, 0.1, 0.1]], np.float32)
-    assert decide(names, distances, 0.5).tolist() == ["a", "a", "c", "Unknown"]
-    assert decide(names, distances, 0.5, "vote").tolist() == ["b", "a", "c", "Unknown"]
-    assert decide(names, distances, 0.05).tolist() == ["Unknown"] * 4
+    assert decide_identities(names, distances, 0.5).tolist() == ["a", "a", "c", "Unknown"]
+    assert decide_identities(names, distances, 0.5, "vote").tolist() == ["b", "a", "c", "Unknown"]
+    assert decide_identities(names, distances, 0.05).tolist() == ["Unknown"] * 4
 
 
 def test_identify(gallery: Gallery, asked: Path, tmp_path: Path) -> None:

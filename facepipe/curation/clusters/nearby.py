@@ -27,7 +27,7 @@ def usable_index(gallery: Gallery, mark: Mark, products: int) -> Index | None:
         index = Index(gallery.path)
     except IndexingError:
         return None
-    current = index.manifest.contract == manifests.contract_of(gallery) and mark.gallery == gallery.id
+    current = index.manifest.contract == manifests.dump_contract(gallery) and mark.gallery == gallery.id
     return index if current and mark.version <= index.manifest.table_version <= gallery.version else None
 
 

@@ -17,7 +17,7 @@ from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Mark
 from facepipe.index import manifest as manifests
-from facepipe.index.rows import unit_vectors
+from facepipe.index.rows import read_unit_vectors
 from facepipe.index.search import Index
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sorted_lookup import find_sorted
@@ -149,7 +149,7 @@ class _Vectors:
 
     def __call__(self, ids: Int64) -> Float32:
         """(n, 128)"""
-        out = np.zeros((len(ids), EMBEDDING_DIM), np.float32) if self._index is None else self._index.vectors(ids)
+        out = np.zeros((len(ids), EMBEDDING_DIM), np.float32) if self._index is None else self._index.get_vectors(ids)
         at = find_sorted(self._ids, ids)
         out[at >= 0] = self._held[at[at >= 0]]
         return out
@@ -157,14 +157,14 @@ class _Vectors:
     @staticmethod
     def _missing(index: Index, ids: Int64) -> list[Int64]:
         parts = (ids[at : at + _ROWS] for at in range(0, len(ids), _ROWS))
-        return [part[~index.vectors(part).any(axis=1)] for part in parts]
+        return [part[~index.get_vectors(part).any(axis=1)] for part in parts]
 
     def _scan(self, gallery: Gallery) -> None:
         for batch in gallery.batches(["face_id", "embedding"], rows=_ROWS):
             faces = batch.filter(batch["face_id"].is_valid())
             at = find_sorted(self._ids, faces["face_id"].to_numpy())
             if (at >= 0).any():
-                vectors, good = unit_vectors(faces["embedding"])
+                vectors, good = read_unit_vectors(faces["embedding"])
                 chosen = good & (at >= 0)
                 self._held[at[chosen]] = vectors[chosen]
 
@@ -174,4 +174,4 @@ def _index(gallery: Gallery) -> Index | None:
         index = Index(gallery.path)
     except IndexingError:
         return None
-    return index if index.manifest.contract == manifests.contract_of(gallery) else None
+    return index if index.manifest.contract == manifests.dump_contract(gallery) else None

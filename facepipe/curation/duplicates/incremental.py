@@ -24,7 +24,7 @@ from facepipe.curation.graph.nodes import representatives
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Changes
-from facepipe.index.rows import unit_vectors
+from facepipe.index.rows import read_unit_vectors
 from facepipe.index.search import Index
 from facepipe.nearest.similarity import Pairs
 from facepipe.schema import EMBEDDING_DIM, FACES
@@ -97,7 +97,7 @@ def _read_new_rows(changes: Changes) -> tuple[pa.Table, Int64]:
     ids = [_NO_IDS]
     for batch in changes.fresh([*COLUMNS, "embedding"]):
         faces = batch.filter(batch["face_id"].is_valid())
-        ids.append(faces["face_id"].to_numpy()[unit_vectors(faces["embedding"])[1]])
+        ids.append(faces["face_id"].to_numpy()[read_unit_vectors(faces["embedding"])[1]])
         part = pa.Table.from_batches([batch]).drop_columns("embedding")
         part = part.append_column(_FILE, pa.nulls(part.num_rows, pa.string()))
         parts.append(add_size_and_side(part, 0))
@@ -110,7 +110,7 @@ def _make_empty_table() -> pa.Table:
 
 
 def _require_faces(index: Index, ids: Int64, gallery: str) -> None:
-    missing = sum(int((~index.vectors(part).any(axis=1)).sum()) for part in _split(ids))
+    missing = sum(int((~index.get_vectors(part).any(axis=1)).sum()) for part in _split(ids))
     if missing:
         raise IndexingError(
             f"the index of {gallery!r} lacks {missing} of {len(ids)} new faces: `facepipe index {gallery}` adds them"
@@ -170,7 +170,7 @@ class _NeighbourSearch:
         known = np.sort(table["face_id"].drop_null().to_numpy())
         unknown = [_NO_IDS]
         for part in _split(ids):
-            answers = self._index.within(self._index.vectors(part), self._rule.radius, _MAX_NEIGHBOURS)
+            answers = self._index.search_within(self._index.get_vectors(part), self._rule.radius, _MAX_NEIGHBOURS)
             counts = np.array([len(near) for near, _ in answers])
             near = np.concatenate([near for near, _ in answers])
             distance = np.concatenate([distance for _, distance in answers])
@@ -179,7 +179,7 @@ class _NeighbourSearch:
             self._full = np.union1d(self._full, part[counts >= _MAX_NEIGHBOURS])
             unknown.append(np.setdiff1d(near, known))
         self._queried = np.union1d(self._queried, ids)
-        return pc.unique(self._index.labels(np.unique(np.concatenate(unknown)))["uri"]).drop_null()
+        return pc.unique(self._index.get_labels(np.unique(np.concatenate(unknown)))["uri"]).drop_null()
 
     def find_next(self, table: pa.Table, is_new: Bool) -> Int64:
         """Find the faces to look up next: those of images that could be in a group with a new one, or in a pair."""
@@ -188,7 +188,7 @@ class _NeighbourSearch:
         is_affected = _find_affected_images(images, links, is_new, self._rule)[images.of_face]
         ids = table["face_id"].filter(pa.array(is_affected)).drop_null().to_numpy()
         candidates = np.setdiff1d(ids, self._queried)
-        vectors = [_NO_VECTORS, *(self._index.vectors(part) for part in _split(candidates))]
+        vectors = [_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(candidates))]
         is_indexed = np.concatenate([part.any(axis=1) for part in vectors])
         return candidates[is_indexed]
 
@@ -199,7 +199,7 @@ class _NeighbourSearch:
         order = np.argsort(ids)
         ids = ids[order]
         rows = rows[order]
-        vectors = np.concatenate([_NO_VECTORS, *(self._index.vectors(part) for part in _split(ids))])
+        vectors = np.concatenate([_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(ids))])
         pairs = _drop_pairs_of_copies(_to_positions(joined(self._pairs), ids), vectors)
         is_full = np.isin(ids, self._full)
         if is_full.any():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from facepipe.curation.graph import cost
-from facepipe.index.grid import grid
+from facepipe.index.grid import round_to_grid
 from facepipe.nearest.faiss_engine import faiss, train_on_gpus
 from facepipe.types import Bool, Float32, Int32, Int64
 
@@ -33,7 +33,7 @@ class Cells:
         index.add(self.centres)
         found = np.empty((len(vectors), min(each or self.each, len(self.centres))), np.int32)
         for at in range(0, len(vectors), _BLOCK):
-            block = grid(_unit(vectors[at : at + _BLOCK]))
+            block = round_to_grid(_unit(vectors[at : at + _BLOCK]))
             found[at : at + _BLOCK] = index.search(block, found.shape[1])[1]
         return found
 
@@ -68,7 +68,7 @@ def train(vectors: Float32, seed: int, say: Callable[[str], None] = lambda line:
         means.train(sample)
         return np.asarray(means.centroids, np.float32)
 
-    return Cells(grid(train_on_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
+    return Cells(round_to_grid(train_on_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
 
 
 def shared(left: Int32, right: Int32, each: int) -> Bool:

@@ -3,7 +3,7 @@
 The constants, and where they come from, are those of facepipe.index.cost; those of a GPU are estimated, not measured.
 """
 
-from facepipe.index.cost import BLOCK, DEVICE_PRODUCT, PRODUCT, SENT, START
+from facepipe.index.cost import BLOCK_ROWS, DEVICE_PRODUCT, DEVICE_START, PRODUCT, UPLOAD
 
 EACH = 6  # cells that a face lies in, as far as one can say before the recall is measured
 
@@ -13,8 +13,8 @@ def all_pairs(faces: int, cores: int, gpu: bool) -> float:
     pairs = faces**2 / 2
     if not gpu:
         return 1e-9 * PRODUCT * pairs / cores
-    passes = max(1.0, faces / BLOCK / 2)
-    return 1e-9 * (START + DEVICE_PRODUCT * pairs + SENT * faces * passes)
+    passes = max(1.0, faces / BLOCK_ROWS / 2)
+    return 1e-9 * (DEVICE_START + DEVICE_PRODUCT * pairs + UPLOAD * faces * passes)
 
 
 def cells(faces: int, cores: int, size: int) -> float:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.rows import Skipped, face_rows
+from facepipe.index.rows import SkippedRows, read_face_rows
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
@@ -61,7 +61,7 @@ def collect(galleries: Sequence[Gallery], folder: str) -> Nodes:
         rank[order] = np.arange(len(order))
         at = 0
         for gallery in galleries:
-            for rows in face_rows(gallery.faces_folder, _paths(gallery)):
+            for rows in read_face_rows(gallery.faces_folder, _paths(gallery)):
                 vectors[rank[at : at + len(rows)]] = rows.vectors
                 at += len(rows)
         vectors.flush()
@@ -98,8 +98,8 @@ def representatives(vectors: Float32) -> Int64:
 
 
 def _keys(gallery: Gallery) -> Int64:
-    skipped = Skipped()
-    parts = [rows.ids for rows in face_rows(gallery.faces_folder, _paths(gallery), skipped=skipped)]
+    skipped = SkippedRows()
+    parts = [rows.ids for rows in read_face_rows(gallery.faces_folder, _paths(gallery), skipped=skipped)]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 

@@ -14,12 +14,12 @@ from facepipe.config import build
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery import Gallery
 from facepipe.index import manifest, tune
-from facepipe.index.compact import due, everything
+from facepipe.index.compact import plan_full_merge, plan_merges
 from facepipe.index.exact import read_live_blocks, scan_index, search_exactly
-from facepipe.index.grid import grid
-from facepipe.index.manifest import File, ShardEntry
+from facepipe.index.grid import round_to_grid
+from facepipe.index.manifest import FileDigest, ShardEntry
 from facepipe.index.plan import make_plan, parse_size
-from facepipe.index.search import Index, Setting
+from facepipe.index.search import Index, SearchSetting
 from facepipe.models.runtime.device import count_gpus
 from facepipe.nearest.distances import Hits, find_smallest
 from facepipe.schema import FACES
@@ -28,8 +28,8 @@ from pipelines.index import IndexConfig, run
 CUDA = pytest.mark.skipif(not count_gpus(), reason="no CUDA device")
 FACTORY = "IVF64,PQ64x4fs"
 COUNT = 6000
-NARROW = Setting(6, 100)  # far from exhaustive: which lists are visited and which codes win decides the answers
-ALL = Setting(64, COUNT + 1)
+NARROW = SearchSetting(6, 100)  # far from exhaustive: which lists are visited and which codes win decides the answers
+ALL = SearchSetting(64, COUNT + 1)
 
 
 def fill(path: Path, tables: list[pa.Table]) -> Gallery:
@@ -123,7 +123,7 @@ def erase(gallery: Gallery, dead: np.ndarray) -> None:
 def test_grid_makes_distances_exact(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = rng.standard_normal((2, n, 128), np.float32)
-    x, y = (grid(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (x, y))
+    x, y = (round_to_grid(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (x, y))
     exact = x.astype(np.float64) @ y.T.astype(np.float64)
     assert np.array_equal(x @ y.T, exact)
     assert np.array_equal(np.stack([x[::-1] @ row for row in y], 1)[::-1], exact)
@@ -215,33 +215,35 @@ def test_radius_is_complete(gallery: Gallery) -> None:
     asked = queries(40)
     ids, distances = brute(gallery, asked, COUNT)
     for radius in (0.25, 0.4):
-        found = Index(gallery.path).within(asked, radius, setting=Setting(64, 100))
+        found = Index(gallery.path).search_within(asked, radius, setting=SearchSetting(64, 100))
         for n, (near, far) in enumerate(found):
             inside = distances[n] <= radius
             assert set(near) == set(ids[n][inside])
             assert (np.diff(far) >= 0).all()
-    assert len(Index(gallery.path).within(asked, 2.0, most=5, setting=Setting(64, 100))[0][0]) == 5
+    assert len(Index(gallery.path).search_within(asked, 2.0, most=5, setting=SearchSetting(64, 100))[0][0]) == 5
 
 
 def test_labels_and_vectors(gallery: Gallery) -> None:
     table = gallery.to_arrow(["face_id", "uri", "identity", "embedding"])
     ids = table["face_id"].to_numpy()[::-7]
     index = Index(gallery.path)
-    found = index.labels(np.append(ids, -1))
+    found = index.get_labels(np.append(ids, -1))
     assert found["uri"].to_pylist() == [*table["uri"].to_pylist()[::-7], None]
     assert found["identity"].to_pylist()[:-1] == table["identity"].to_pylist()[::-7]
-    assert np.array_equal(index.vectors(ids), gallery.vectors()[1][::-7])
+    assert np.array_equal(index.get_vectors(ids), gallery.vectors()[1][::-7])
 
 
 def test_recall_that_was_asked_for(gallery: Gallery) -> None:
     found = manifest.load(gallery.path)
     index = Index(gallery.path)
-    sample = tune.draw(index, seed=5)
+    sample = tune.draw_sample(index, seed=5)
     for asked in (0.9, 0.97):
-        setting = Setting(*found.setting(asked))
-        at_10 = tune.recall(index.search(sample.queries, 11, setting).exclude_own(sample.own, 10).ids, sample.truth)
+        setting = SearchSetting(*found.choose_setting(asked))
+        at_10 = tune.compute_recall(
+            index.search(sample.queries, 11, setting).exclude_own(sample.own, 10).ids, sample.truth
+        )
         assert at_10.mean() >= asked - 0.01
-    assert found.nprobe == found.setting(found.recall)[0]
+    assert found.nprobe == found.choose_setting(found.recall)[0]
 
 
 @pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
@@ -290,7 +292,7 @@ def test_factories_that_cannot_be_used(factory: str, gallery: Gallery) -> None:
 
 
 def entry(name: str, vectors: int, dead: int = 0) -> ShardEntry:
-    return ShardEntry(name, vectors, {"f": File(1, "")}, dead)
+    return ShardEntry(name, vectors, {"f": FileDigest(1, "")}, dead)
 
 
 def test_shards_are_merged_in_tiers() -> None:
@@ -298,7 +300,7 @@ def test_shards_are_merged_in_tiers() -> None:
     copied = 0
     for night in range(200):
         shards.append(entry(f"n{night}", 1000))
-        for group in due(shards, 10**9, 0.2):
+        for group in plan_merges(shards, 10**9, 0.2):
             at, total = shards.index(group[0]), sum(e.live for e in group)
             copied += total
             shards = [e for e in shards if e not in group]
@@ -306,8 +308,8 @@ def test_shards_are_merged_in_tiers() -> None:
         assert len(shards) <= 10
     assert sum(e.live for e in shards) == 300_000
     assert copied < 10 * 200_000 + 400_000
-    assert due([entry("a", 1000, dead=300), entry("b", 10)], 10**6, 0.2) == [[entry("a", 1000, dead=300)]]
-    assert everything([entry("a", 6), entry("b", 6, 1), entry("c", 2)], 11) == [[entry("a", 6), entry("b", 6, 1)]]
+    assert plan_merges([entry("a", 1000, dead=300), entry("b", 10)], 10**6, 0.2) == [[entry("a", 1000, dead=300)]]
+    assert plan_full_merge([entry("a", 6), entry("b", 6, 1), entry("c", 2)], 11) == [[entry("a", 6), entry("b", 6, 1)]]
 
 
 # --- odd galleries and queries ------------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def test_fewer_vectors_than_lists(tmp_path: Path) -> None:
 
 
 def test_more_neighbours_than_faces(gallery: Gallery) -> None:
-    hits = Index(gallery.path).search(queries(2), COUNT + 50, Setting(2, 100))
+    hits = Index(gallery.path).search(queries(2), COUNT + 50, SearchSetting(2, 100))
     assert hits.ids.shape == (2, COUNT)
     assert all(len(set(row)) == COUNT for row in hits.ids.tolist())
 

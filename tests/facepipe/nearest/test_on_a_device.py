@@ -370,9 +370,9 @@ def test_a_gpu_pays_from_some_size_on() -> None:
     """Not for a handful of faces or queries, for which it would have to be started."""
     assert not cells.all_are_compared(100_000, 2, gpu=False)
     assert cells.all_are_compared(10_000_000, 16, gpu=True)
-    assert cost.device_is_cheaper(10_000_000, cost.Scan(20_000, 10**6, 10, 16, gpu=True))
-    assert not cost.device_is_cheaper(10_000_000, cost.Scan(20_000, 10**6, 10, 16, gpu=False))
-    assert not cost.device_is_cheaper(10_000, cost.Scan(100, 100, 10, 2, gpu=True))
+    assert cost.is_device_cheaper(10_000_000, cost.ScanWork(20_000, 10**6, 10, 16, gpu=True))
+    assert not cost.is_device_cheaper(10_000_000, cost.ScanWork(20_000, 10**6, 10, 16, gpu=False))
+    assert not cost.is_device_cheaper(10_000, cost.ScanWork(100, 100, 10, 2, gpu=True))
     seconds = [pipelines.graph.cost.all_pairs(n, 16, gpu=True) for n in (10**4, 10**6, 10**7, 10**8)]
     assert seconds == sorted(seconds)
 
@@ -413,12 +413,12 @@ def test_k_means_goes_to_gpus_and_comes_back(fails: bool, monkeypatch: pytest.Mo
     sample = drawn(3000, "clustered", 1)
     plan = make_plan(3000, 1 << 40, 0, "IVF16,Flat")
     monkeypatch.setattr(cells, "SMALL", 500)
-    first = template.train(sample, plan)
+    first = template.train_template(sample, plan)
     centroids = faiss.extract_index_ivf(first).quantizer.reconstruct_n(0, 16)
     centres = cells.train(sample, 0).centres
     there, said = Gpus(fails), list[str]()
     monkeypatch.setattr(engine, "faiss", there)
-    again = template.train(sample, plan, said.append)
+    again = template.train_template(sample, plan, said.append)
     ivf = faiss.extract_index_ivf(again)
     assert ivf.clustering_index is None
     assert np.array_equal(ivf.quantizer.reconstruct_n(0, 16), centroids)

@@ -1,0 +1,91 @@
+"""Settings of `search`, and the summary of a run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from facepipe.index.answers import SearchCounts, SearchOptions
+from pipelines.embed.config import Count, EmbedConfig
+
+
+@dataclass(frozen=True)
+class SearchRunConfig:
+    """How the work is run. None of it changes the result.
+
+    Attributes:
+        runner: inline (this process, all its CPUs), ray (one task per block), or auto: ray if RAY_ADDRESS names a
+            cluster.
+        block: Queries per block, which is repeated if it was interrupted.
+        cpus: CPUs per Ray task.
+        device: Device that compares queries with every vector, if that is done: auto (a GPU if there is one and it
+            pays), cpu, cuda or cuda:N. All vectors are sent to a GPU once per block, so that larger blocks pay there.
+    """
+
+    runner: Literal["auto", "inline", "ray"] = "auto"
+    block: Count = 20_000
+    cpus: Count = 2
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """All settings of `search`.
+
+    Attributes:
+        search: What to look for.
+        run: How the work is run.
+        embed: Settings for queries that are images; the models are those of the gallery.
+    """
+
+    search: SearchOptions = field(default_factory=SearchOptions)
+    run: SearchRunConfig = field(default_factory=SearchRunConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+
+
+@dataclass
+class SearchSummary:
+    """What a search did.
+
+    Attributes:
+        queries: All queries.
+        rows: Faces found.
+        identified: Queries with an identity.
+        unknown: Queries without one.
+        bad: Queries that could not be searched, by reason.
+        images: Query images by status.
+        blocks: Blocks of queries.
+        skipped_blocks: Blocks that an earlier run had finished.
+        path: lists (visited the nearest lists) or scan (compared with every vector).
+        vectors: Vectors in the index.
+        nprobe: Lists visited per query.
+        rescore: Candidates re-scored per query.
+        recall_at_10: Measured recall of the setting; None if it was not measured.
+        threshold: Maximum distance of a match.
+        seconds: Wall clock.
+        out: Path of the results.
+    """
+
+    queries: int = 0
+    rows: int = 0
+    identified: int = 0
+    unknown: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    blocks: int = 0
+    skipped_blocks: int = 0
+    path: str = "lists"
+    vectors: int = 0
+    nprobe: int = 0
+    rescore: int = 0
+    recall_at_10: float | None = None
+    threshold: float | None = None
+    seconds: float = 0.0
+    out: str = ""
+
+    def add_counts(self, counts: SearchCounts) -> None:
+        """Add the counts of a block."""
+        self.queries += counts.queries
+        self.rows += counts.rows
+        self.identified += counts.identified
+        self.unknown += counts.unknown
+        for reason, count in counts.bad.items():
+            self.bad[reason] = self.bad.get(reason, 0) + count

@@ -1,0 +1,173 @@
+"""Search a gallery for queries: open or embed them, search block by block, deliver the results."""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from facepipe.errors import ConfigError, SourceError, StorageError
+from facepipe.gallery import Contract, Gallery
+from facepipe.index import manifest as manifests
+from facepipe.index.answers import SearchCounts
+from facepipe.index.cost import ScanWork, is_device_cheaper, is_scan_cheaper
+from facepipe.index.manifest import Manifest
+from facepipe.index.queries import QuerySource, open_queries
+from facepipe.models.runtime.device import resolve_device
+from facepipe.models.zoo.registry import resolve_model_name
+from facepipe.storage import describe_error
+from pipelines import embed
+from pipelines.runtime.run_record import records
+from pipelines.runtime.runners import ray
+from pipelines.search.config import SearchConfig, SearchSummary
+from pipelines.search.parts import SearchJob, SearchTask, deliver, find_unfinished, prepare_folder, search_block
+
+OnProgress = Callable[[SearchSummary], None]
+
+
+@records("search")
+def run(
+    config: SearchConfig, gallery: str, queries: str, out: str, on_progress: OnProgress = lambda summary: None
+) -> SearchSummary:
+    """Search a gallery's index for queries.
+
+    The output appears when it is complete. Run an interrupted search again to resume it after its last finished block.
+
+    Args:
+        config: settings.
+        gallery: path or URL.
+        queries: images, a gallery, or Parquet files with an `embedding` column.
+        out: path of a .parquet file, or of a folder of parts.
+        on_progress: is called after each block.
+
+    Raises:
+        ContractError: the queries were made with other models.
+        SourceError: there are no queries.
+    """
+    began = time.monotonic()
+    table = Gallery(gallery)
+    if os.path.exists(out) and not (os.path.isfile(out) and out.endswith(".parquet")):
+        raise ConfigError(f"{out!r} exists: choose another name")
+    manifests.load(table.path)  # raises before any image is read
+    work = out.rstrip("/") + ".partial"
+    summary = SearchSummary(out=out, threshold=config.search.threshold)
+    try:
+        os.makedirs(work, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {work!r}: {describe_error(error)}") from error
+    source = open_queries(queries, table.contract)
+    if source is None:
+        source = _embed_queries(config, table.contract, queries, work, summary)
+    _search_blocks(config, table, source, work, summary, began=began, on_progress=on_progress)
+    deliver(work, out, summary.blocks)
+    summary.seconds = round(time.monotonic() - began, 3)
+    return summary
+
+
+def _embed_queries(
+    config: SearchConfig, contract: Contract, images: str, work: str, summary: SearchSummary
+) -> QuerySource:
+    """Embed images with the gallery's models, into a gallery beside the output."""
+    base = config.embed
+    embed_config = replace(
+        base,
+        source=replace(base.source, uri=images),
+        detect=replace(base.detect, model=resolve_model_name(contract.detector, base.detect.model, "detector")),
+        embed=replace(
+            base.embed, model=resolve_model_name(contract.embedder, base.embed.model, "embedder"), flip=contract.flip
+        ),
+        align=replace(base.align, thumbs=False),
+    )
+    contract.require(embed_config.contract, "the gallery that is searched")
+    path = os.path.join(work, "queries")
+    embedded = embed.run(embed_config, path)
+    gallery = Gallery(path)
+    summary.images = {name: count for name, count in gallery.counts().items() if name not in ("images", "faces")}
+    source = open_queries(gallery.path, contract)
+    if source is None or embedded.version < 0:
+        raise SourceError(f"no image in {images!r}")
+    return source
+
+
+def _search_blocks(
+    config: SearchConfig,
+    gallery: Gallery,
+    source: QuerySource,
+    work: str,
+    summary: SearchSummary,
+    *,
+    began: float,
+    on_progress: OnProgress,
+) -> None:
+    """Search the blocks that have no part yet, in this process or on Ray."""
+    runner = config.run.runner
+    on_ray = runner == "ray" or (runner == "auto" and "RAY_ADDRESS" in os.environ)
+    try:
+        resources = ray.start() if on_ray else None
+        device = ray.device(config.run.device, resources) if resources else resolve_device(config.run.device)
+        threads = config.run.cpus if on_ray else None
+        total = source.count()
+        work_size = ScanWork(
+            queries=min(total, config.run.block),
+            total=total,
+            k=config.search.k,
+            cores=threads or len(os.sched_getaffinity(0)),
+            gpu=device != "cpu",
+        )
+        manifest = manifests.load(gallery.path)
+        job = _plan_job(config, gallery, manifest, source, work_size)
+        _describe_job(summary, job, manifest)
+        is_device_useless = config.run.device == "auto" and not is_device_cheaper(manifest.live, work_size)
+        if job.path == "lists" or is_device_useless:
+            device = "cpu"
+
+        prepare_folder(work, job)
+        blocks = find_unfinished(source, config.run.block, work, summary)
+        tasks = (SearchTask(job, block, work, threads, device) for block in blocks)
+        results: Iterable[tuple[SearchTask, SearchCounts]] = ((task, search_block(task)) for task in tasks)
+        if on_ray:
+            results = ray.tasks(search_block, tasks, config.run.cpus, gpus=int(device != "cpu"))
+        for _, counts in results:
+            summary.add_counts(counts)
+            summary.seconds = time.monotonic() - began
+            on_progress(summary)
+    finally:
+        if on_ray:
+            ray.stop()
+
+
+def _plan_job(
+    config: SearchConfig, gallery: Gallery, manifest: Manifest, source: QuerySource, work_size: ScanWork
+) -> SearchJob:
+    """Decide what `auto` means: whether to scan, and whether a face finds itself."""
+    options = config.search
+    if options.leave_self_out is None:
+        searches_itself = source.gallery and os.path.realpath(source.path) == os.path.realpath(gallery.path)
+        options = replace(options, leave_self_out=searches_itself)
+    path: str = options.path
+    if path == "auto":
+        nprobe, rescore = manifest.choose_setting(options.recall)
+        scans = not options.radius and is_scan_cheaper(manifest, nprobe, rescore, work_size)
+        path = "scan" if scans else "lists"
+    if path == "scan" and options.radius:
+        raise ConfigError("search.path=scan does not support search.radius: omit search.path, or set search.k")
+    return SearchJob(
+        gallery=gallery.path,
+        created=manifest.created,
+        queries=source.path,
+        fingerprint=source.fingerprint,
+        block=config.run.block,
+        find=options,
+        path=path,
+    )
+
+
+def _describe_job(summary: SearchSummary, job: SearchJob, manifest: Manifest) -> None:
+    """Copy the setting of the search, and its measured recall, into the summary."""
+    summary.path = job.path
+    summary.vectors = manifest.live
+    summary.nprobe, summary.rescore = manifest.choose_setting(job.find.recall)
+    is_exact = job.path == "scan" or not manifest.template.lists
+    if is_exact:
+        summary.recall_at_10 = 1.0
+    else:
+        summary.recall_at_10 = manifests.find_recall(manifest, summary.nprobe, summary.rescore)
