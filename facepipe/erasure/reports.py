@@ -13,8 +13,8 @@ from zipfile import BadZipFile
 
 import pyarrow as pa
 
-from facepipe.curation.clusters.ledger import Ledger
-from facepipe.curation.clusters.sums import MARK, SUMS, Standing, forget
+from facepipe.curation.clusters.assignments import AssignmentTable
+from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums, clear_stale_sums
 from facepipe.curation.clusters.tables import FACES
 from facepipe.erasure.gone import ANY, Gone
 from facepipe.erasure.lists import scrub_csv, scrub_list
@@ -62,15 +62,15 @@ def _forgot(folder: str) -> bool:
     if not os.path.exists(os.path.join(folder, SUMS)):
         return False
     try:
-        counts = Ledger(os.path.join(folder, FACES)).counts()
-        known = Standing.load(folder, counts)
+        counts = AssignmentTable(os.path.join(folder, FACES)).count_faces()
+        sums = ClusterSums.load(folder, counts)
     except (StorageError, *_DAMAGED):
         for name in (SUMS, MARK):
             _unlink(os.path.join(folder, name))
         return True
-    if known is not None and not len(known[1]):
+    if sums is not None and not len(sums.stale):
         return False
-    forget(folder, counts)
+    clear_stale_sums(folder, counts)
     return True
 
 

@@ -1,4 +1,4 @@
-"""cluster: a gallery in, its faces grouped by person out."""
+"""cluster: group the faces of a gallery by person."""
 
 from pipelines.cluster.pipeline import NAME, ClusterConfig, ClusterRules, ClusterSummary, run
 

@@ -1,4 +1,4 @@
-"""cluster: a gallery's faces in, clusters of persons out: graph, merge, tables, report."""
+"""Cluster the faces of a gallery by person, and write tables and a report."""
 
 import os
 from dataclasses import dataclass, field
@@ -6,16 +6,30 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from facepipe.curation.clusters import review, tables
 from facepipe.curation.clusters.constraints import find_same_photo_pairs, read_labels
 from facepipe.curation.clusters.identities import cluster_faces
-from facepipe.curation.clusters.report import Found, cluster_report
-from facepipe.curation.clusters.sums import Standing
+from facepipe.curation.clusters.incremental import PlacementRule
+from facepipe.curation.clusters.report import ClusterReview, build_cluster_report
+from facepipe.curation.clusters.review import (
+    compute_fits,
+    find_medoids,
+    find_suspected_merges,
+    find_suspected_splits,
+)
+from facepipe.curation.clusters.sums import ClusterSums
+from facepipe.curation.clusters.tables import (
+    CLUSTERS,
+    FACE_SCHEMA,
+    FACES,
+    MERGES,
+    SPLITS,
+    build_face_rows,
+    number_by_size,
+)
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.describe import stricter_threshold
 from facepipe.curation.graph.linkage import Clusters
-from facepipe.errors import ConfigError, StorageError
+from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Mark
 from facepipe.reports.html import write_report
@@ -27,8 +41,8 @@ from pipelines.runtime.run_record import records
 from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "cluster"
-_SUSPECTS = 100_000
-_STATE = "state.npz"
+_MAX_SUSPECTS = 100_000  # of each kind
+_MAX_DISTANCE = 2.0  # of two unit vectors: all edges
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,13 @@ class ClusterRules:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Everything `cluster` can be told."""
+    """Configuration of `cluster`.
+
+    Attributes:
+        cluster: Which faces may be one person.
+        graph: Which faces are joined.
+        run: How the graph is made.
+    """
 
     cluster: ClusterRules = field(default_factory=ClusterRules)
     graph: GraphConfig = field(default_factory=GraphConfig)
@@ -64,7 +84,23 @@ class ClusterConfig:
 
 @dataclass
 class ClusterSummary:
-    """What a clustering found. distance: the threshold for faces of mean density; recall: of the graph's edges."""
+    """Figures of a clustering.
+
+    Attributes:
+        faces: Number of faces.
+        clusters: Number of clusters.
+        singletons: Clusters of one face.
+        largest: Faces of the largest cluster.
+        merges: Pairs of clusters that may be one person.
+        splits: Clusters that may be two persons.
+        distance: Threshold, as a distance of faces of mean density.
+        estimated: Whether the threshold was estimated from the data.
+        edges: Edges of the graph.
+        recall: Share of the graph's edges that were found, measured on a sample.
+        algorithm: Name of the algorithm.
+        out: Folder of the report.
+        seconds: Seconds per phase.
+    """
 
     faces: int = 0
     clusters: int = 0
@@ -83,9 +119,15 @@ class ClusterSummary:
 
 @records("cluster")
 def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: None) -> ClusterSummary:
-    """Cluster all faces of a gallery into GALLERY/reports/cluster/.
+    """Cluster all faces of a gallery, and write the report into GALLERY/reports/cluster/.
 
-    Raises GalleryError where there is no face, or too few to find a threshold for a model that does not say one.
+    Args:
+        config: the configuration.
+        gallery: path of the gallery.
+        progress: called with each line of progress.
+
+    Raises:
+        GalleryError: if there is no face, or if there are too few to estimate a threshold for a model that has none.
     """
     table = Gallery(gallery)
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
@@ -94,66 +136,95 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
         graph = open_graph([table], config.graph, config.run, os.path.join(reports_of(table), "graph"), progress)
         phases.end("graph")
         progress(f"{graph.info.edges} edges: merging")
-        apart = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
-        together = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
-        labels, clusters = cluster_faces(graph, apart, together)
+        different = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
+        same = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
+        labels, clusters = cluster_faces(graph, different, same)
         phases.end("merge")
-        found = _reviewed(graph, labels, clusters, config.cluster.algorithm)
+        review = _review_clusters(graph, labels, clusters, config.cluster.algorithm)
         phases.end("review")
         progress(f"{len(clusters)} clusters: writing")
-        _write(table, graph, found, folder)
-        write_report(cluster_report(graph, table, found), os.path.join(folder, "report.html"))
+        _write_tables(table, graph, review, folder)
+        write_report(build_cluster_report(graph, table, review), os.path.join(folder, "report.html"))
         phases.end("write")
     info = graph.info
-    summary.faces, summary.clusters, summary.edges = info.faces, len(clusters), info.edges
-    summary.singletons, summary.largest = int((clusters.size == 1).sum()), int(clusters.size.max())
-    summary.merges, summary.splits = len(found.merges), len(found.splits)
-    summary.distance, summary.estimated, summary.recall = info.distance, info.threshold.estimated, info.recall
+    summary.faces = info.faces
+    summary.clusters = len(clusters)
+    summary.singletons = int((clusters.size == 1).sum())
+    summary.largest = int(clusters.size.max())
+    summary.merges = len(review.merges)
+    summary.splits = len(review.splits)
+    summary.distance = info.distance
+    summary.estimated = info.threshold.estimated
+    summary.edges = info.edges
+    summary.recall = info.recall
     summary.out = os.path.join(reports_of(table), NAME)
     return summary
 
 
-def _reviewed(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> Found:
-    pairs = graph.edges.within(2.0)
+def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> ClusterReview:
+    """Find what a person should look at first."""
+    pairs = graph.edges.within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= graph.info.threshold.similarity)
-    fits = review.fit(graph, labels, clusters)
-    splits, parts = review.splits(graph, labels, clusters, pairs, stricter_threshold(graph), _SUSPECTS)
-    return Found(
-        *(labels, clusters, tables.by_size(labels, clusters), fits, review.medoids(labels, fits, len(clusters))),
-        *(review.merges(clusters, labels, pairs, _SUSPECTS), splits, parts, algorithm),
+    fits = compute_fits(graph, labels, clusters)
+    splits = find_suspected_splits(
+        graph,
+        labels,
+        clusters,
+        pairs,
+        strict_threshold=stricter_threshold(graph),
+        max_suspects=_MAX_SUSPECTS,
+    )
+    return ClusterReview(
+        labels=labels,
+        clusters=clusters,
+        numbers=number_by_size(clusters),
+        fits=fits,
+        medoids=find_medoids(labels, fits, len(clusters)),
+        merges=find_suspected_merges(clusters, labels, pairs, _MAX_SUSPECTS),
+        splits=splits,
+        algorithm=algorithm,
     )
 
 
-def _write(gallery: Gallery, graph: Graph, found: Found, folder: str) -> None:
-    ids, size, labels = found.ids, found.clusters.size, found.labels
-    medoid = np.zeros(len(labels), bool)
-    medoid[found.medoids] = True
-    rows = tables.face_rows(gallery, graph.nodes, ids[labels], size[labels], found.fits, medoid)
-    write_rows(os.path.join(folder, tables.FACES), tables.FACE_ROWS, rows)
-    order = np.argsort(ids)
-    face_ids = graph.nodes.ids
-    made = pa.table(
+def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder: str) -> None:
+    """Write the tables of the report, and what `cluster --assign` needs."""
+    numbers = review.numbers
+    labels = review.labels
+    clusters = review.clusters
+    # One row per face.
+    is_medoid = np.zeros(len(labels), bool)
+    is_medoid[review.medoids] = True
+    rows = build_face_rows(
+        gallery,
+        graph.nodes,
+        cluster=numbers[labels],
+        size=clusters.size[labels],
+        fits=review.fits,
+        is_medoid=is_medoid,
+    )
+    write_rows(os.path.join(folder, FACES), FACE_SCHEMA, rows)
+    # One row per cluster, and one per suspicion.
+    order = np.argsort(numbers)
+    cluster_table = pa.table(
         {
-            "cluster": ids[order],
-            "size": size[order],
-            "medoid": face_ids[found.medoids[order]],
-            "cohesion": found.clusters.cohesion()[order],
+            "cluster": numbers[order],
+            "size": clusters.size[order],
+            "medoid": graph.nodes.ids[review.medoids[order]],
+            "cohesion": clusters.cohesion()[order],
         }
     )
-    merges, splits = found.merges, found.splits
-    together = pa.table({"left": ids[merges.left], "right": ids[merges.right], "similarity": merges.similarity})
-    apart = pa.table({"cluster": ids[splits.left], "leaving": splits.right, "similarity": splits.similarity})
-    for name, table in ((tables.CLUSTERS, made), (tables.MERGES, together), (tables.SPLITS, apart)):
-        write_table(os.path.join(folder, name), table)
-    np.savez(os.path.join(folder, _STATE), cohort=graph.cohort.vectors, threshold=graph.info.threshold.similarity)
-    held = found.clusters
-    Standing(Clusters(held.sums[order], held.crowd[order], held.size[order]), Mark.of(gallery)).save(folder)
-
-
-def read_state(folder: str) -> tuple[Cohort, float]:
-    """The cohort and the similarity threshold that a clustering used: what new faces are placed by."""
-    try:
-        with np.load(os.path.join(folder, _STATE)) as state:
-            return Cohort(state["cohort"]), float(state["threshold"])
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"the clusters in {folder!r} cannot be added to: {error}") from error
+    merges = review.merges
+    merge_table = pa.table(
+        {"left": numbers[merges.left], "right": numbers[merges.right], "similarity": merges.similarity}
+    )
+    splits = review.splits
+    split_table = pa.table(
+        {"cluster": numbers[splits.cluster], "leaving": splits.leaving, "similarity": splits.similarity}
+    )
+    write_table(os.path.join(folder, CLUSTERS), cluster_table)
+    write_table(os.path.join(folder, MERGES), merge_table)
+    write_table(os.path.join(folder, SPLITS), split_table)
+    # The rule and the sums by which new faces are placed.
+    PlacementRule(graph.cohort, graph.info.threshold.similarity).save(folder)
+    ordered = Clusters(clusters.sums[order], clusters.crowd[order], clusters.size[order])
+    ClusterSums(ordered, Mark.of(gallery)).save(folder)

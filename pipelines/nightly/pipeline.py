@@ -239,7 +239,7 @@ def _explain_no_clusters(gallery: str) -> str:
     if os.path.isdir(os.path.join(reports_of(table), f"{cluster.NAME}.old")):  # a run stopped between two renames
         return ""
     try:
-        tables.read(table.path, tables.CLUSTERS, ["cluster"])
+        tables.read_cluster_table(table.path, tables.CLUSTERS, ["cluster"])
     except EvaluationError as error:
         return str(error)
     return ""

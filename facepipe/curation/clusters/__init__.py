@@ -1,1 +1,1 @@
-"""Clusterings of a graph of faces: who is one person."""
+"""Group faces into persons, and keep the groups up to date as faces come and go."""

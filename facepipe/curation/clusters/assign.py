@@ -1,4 +1,4 @@
-"""New faces into clusters that there are: the nearest cluster where it is near enough, otherwise among themselves."""
+"""Assign new faces to existing clusters: to the most similar one if it is similar enough, else to new clusters."""
 
 from dataclasses import dataclass
 
@@ -10,103 +10,139 @@ from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Float32, Int64
 
-_COLUMNS = 65536  # clusters, or pairs, looked at in one go
-_NEIGHBOURS = 32
+_BLOCK = 65536  # clusters, or pairs, that are compared at a time
+_MAX_NEIGHBOURS = 32
 
 
 @dataclass(frozen=True)
-class Placed:
-    """cluster (n,): position among the old clusters, or -1; own (n,): number of a new cluster, or -1."""
+class Placement:
+    """Where n new faces belong.
 
-    cluster: Int64
-    own: Int64
+    Attributes:
+        known: Position of the existing cluster, (n,), or -1.
+        new: Number of the new cluster, (n,), or -1.
+    """
+
+    known: Int64
+    new: Int64
+
+    @property
+    def new_count(self) -> int:
+        """Number of new clusters."""
+        return int(self.new.max(initial=-1)) + 1
 
 
 @dataclass(frozen=True)
-class Near:
-    """Which known clusters new faces are compared with: pairs (face (m,), cluster (m,)); everywhere (n,): faces that
-    are compared with all."""
+class NearClusters:
+    """Which existing clusters new faces are compared with.
+
+    Attributes:
+        face: Position of the face of each pair, (m,).
+        cluster: Position of its cluster, (m,).
+        is_compared_with_all: Whether a face is compared with all clusters instead, (n,).
+    """
 
     face: Int64
     cluster: Int64
-    everywhere: Bool
+    is_compared_with_all: Bool
 
 
-def assign(
+def assign_faces(
     faces: Clusters,
     known: Clusters,
     threshold: float,
-    apart: Int64,
-    taken: Int64 | None = None,
-    near: Near | None = None,
-) -> Placed:
-    """Place n new faces (clusters of one); apart (m, 2) are pairs of them that are two persons, taken (m, 2) pairs of
-    a new face and a known cluster that cannot be its own; near: where to look, everywhere by default.
+    different: Int64,
+    *,
+    excluded: Int64 | None = None,
+    near: NearClusters | None = None,
+) -> Placement:
+    """Assign new faces to clusters.
 
-    First each joins the known cluster it is nearest to, on average over that cluster's faces; the rest are clustered
-    among themselves. Known clusters are never merged.
+    First each face joins the existing cluster that it is most similar to, on average over that cluster's faces. The
+    rest are clustered among themselves. Existing clusters are never merged.
+
+    Args:
+        faces: n new faces, as clusters of one.
+        known: k existing clusters.
+        threshold: mean similarity from which a face belongs to a cluster.
+        different: pairs of new faces that are two persons, (m, 2).
+        excluded: pairs of a new face and an existing cluster that it cannot belong to, (m, 2).
+        near: which clusters to compare with, all by default.
     """
-    nearest, similarity = _nearest(faces, known) if near is None else _nearest_of(faces, known, near)
-    chosen = np.where(similarity >= threshold, nearest, -1)
-    if taken is not None:
-        clash = chosen[taken[:, 0]] == taken[:, 1]
-        chosen[taken[clash, 0]] = -1
-    for first, second in apart:  # the better of two that want the same place has it
+    best, similarity = _find_best(faces, known) if near is None else _find_best_near(faces, known, near)
+    chosen = np.where(similarity >= threshold, best, -1)
+    if excluded is not None:
+        is_clash = chosen[excluded[:, 0]] == excluded[:, 1]
+        chosen[excluded[is_clash, 0]] = -1
+    # Of two persons that want the same cluster the more similar one gets it.
+    for first, second in different:
         if chosen[first] >= 0 and chosen[first] == chosen[second]:
             chosen[second if similarity[first] >= similarity[second] else first] = -1
-    left = np.flatnonzero(chosen < 0)
-    own = np.full(len(faces), -1, np.int64)
-    if len(left):
-        rest = Clusters(faces.sums[left], faces.crowd[left], faces.size[left])
-        u, v = find_candidate_pairs(rest.means, rest.density, threshold, _NEIGHBOURS)
-        place = np.full(len(faces), -1, np.int64)
-        place[left] = np.arange(len(left))
-        both = place[apart]
-        forbidden = both[(both >= 0).all(axis=1)]
-        own[left] = numbered(average_linkage(rest, u, v, threshold, forbidden)[0])
-    return Placed(chosen, own)
+    # Cluster the rest.
+    unassigned = np.flatnonzero(chosen < 0)
+    new = np.full(len(faces), -1, np.int64)
+    if len(unassigned):
+        rest = _take(faces, unassigned)
+        u, v = find_candidate_pairs(rest.means, rest.density, threshold, _MAX_NEIGHBOURS)
+        position = np.full(len(faces), -1, np.int64)
+        position[unassigned] = np.arange(len(unassigned))
+        pairs = position[different]
+        forbidden = pairs[(pairs >= 0).all(axis=1)]
+        new[unassigned] = numbered(average_linkage(rest, u, v, threshold, forbidden)[0])
+    return Placement(chosen, new)
 
 
-def _nearest(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
-    """(the most similar known cluster (n,), -1 where there is none; the similarity (n,))."""
-    best, at = np.full(len(faces), -np.inf, np.float32), np.full(len(faces), -1, np.int64)
-    queries = _widened(faces.sums, np.ones(len(faces), np.float32))
-    for column in range(0, len(known) if len(faces) else 0, _COLUMNS):
-        part = slice(column, column + _COLUMNS)
-        some = Clusters(known.sums[part], known.crowd[part], known.size[part])
-        # One column more makes the product of two rows their similarity, but for the face's own density.
-        rows = _widened(some.means, np.asarray(some.density / -2, np.float32))
-        value, top = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)
-        better = value[:, 0] > best
-        best, at = np.where(better, value[:, 0], best), np.where(better, top[:, 0] + column, at)
-    return at, np.asarray(best - faces.crowd / 2, np.float32)
+def _take(clusters: Clusters, chosen: Int64 | slice) -> Clusters:
+    return Clusters(clusters.sums[chosen], clusters.crowd[chosen], clusters.size[chosen])
 
 
-def _widened(vectors: Float32, last: Float32) -> Float32:
-    out = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)  # 132 columns: rows begin at full registers
-    out[:, : vectors.shape[1]], out[:, -1] = vectors, last
-    return out
+def _find_best(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
+    """Find the most similar existing cluster (n,), -1 if there is none, and the similarity (n,)."""
+    value = np.full(len(faces), -np.inf, np.float32)
+    best = np.full(len(faces), -1, np.int64)
+    queries = _widen(faces.sums, np.ones(len(faces), np.float32))
+    for start in range(0, len(known) if len(faces) else 0, _BLOCK):
+        block = _take(known, slice(start, start + _BLOCK))
+        # One column more makes the product of two rows their similarity, except for the face's own density.
+        rows = _widen(block.means, np.asarray(block.density / -2, np.float32))
+        block_value, block_best = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)
+        is_better = block_value[:, 0] > value
+        best = np.where(is_better, block_best[:, 0] + start, best)
+        value = np.where(is_better, block_value[:, 0], value)
+    return best, np.asarray(value - faces.crowd / 2, np.float32)
 
 
-def _nearest_of(faces: Clusters, known: Clusters, near: Near) -> tuple[Int64, Float32]:
-    """The same, among the clusters that are near each face."""
-    best, at = np.full(len(faces), -np.inf, np.float32), np.full(len(faces), -1, np.int64)
-    value = _similarity(faces, known, near)
-    order = np.lexsort((near.cluster, -value, near.face))
+def _widen(vectors: Float32, last: Float32) -> Float32:
+    """Append a column. The rows get 132 numbers, so that they begin at full registers."""
+    wide = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)
+    wide[:, : vectors.shape[1]] = vectors
+    wide[:, -1] = last
+    return wide
+
+
+def _find_best_near(faces: Clusters, known: Clusters, near: NearClusters) -> tuple[Int64, Float32]:
+    """Do as `_find_best`, among the clusters that are near each face."""
+    similarity = np.full(len(faces), -np.inf, np.float32)
+    best = np.full(len(faces), -1, np.int64)
+    pair_similarity = _compute_similarity(faces, known, near)
+    order = np.lexsort((near.cluster, -pair_similarity, near.face))
     first = order[np.flatnonzero(np.diff(near.face[order], prepend=-1))]
-    best[near.face[first]], at[near.face[first]] = value[first], near.cluster[first]
-    rest = np.flatnonzero(near.everywhere)
+    best[near.face[first]] = near.cluster[first]
+    similarity[near.face[first]] = pair_similarity[first]
+    rest = np.flatnonzero(near.is_compared_with_all)
     if len(rest):
-        at[rest], best[rest] = _nearest(Clusters(faces.sums[rest], faces.crowd[rest], faces.size[rest]), known)
-    return at, best
+        best[rest], similarity[rest] = _find_best(_take(faces, rest), known)
+    return best, similarity
 
 
-def _similarity(faces: Clusters, known: Clusters, near: Near) -> Float32:
-    """(m,) of pairs of a face and a known cluster."""
-    out = np.empty(len(near.face), np.float32)
-    for begin in range(0, len(out), _COLUMNS):
-        u, v = near.face[begin : begin + _COLUMNS], near.cluster[begin : begin + _COLUMNS]
+def _compute_similarity(faces: Clusters, known: Clusters, near: NearClusters) -> Float32:
+    """Compute the mean similarity (m,) of pairs of a face and an existing cluster."""
+    similarity = np.empty(len(near.face), np.float32)
+    for start in range(0, len(similarity), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        u = near.face[block]
+        v = near.cluster[block]
         size = np.maximum(1, known.size[v])
         product = np.einsum("nd,nd->n", faces.sums[u], known.sums[v]) - known.crowd[v] / 2
-        out[begin : begin + _COLUMNS] = product / size - faces.crowd[u] / 2
-    return out
+        similarity[block] = product / size - faces.crowd[u] / 2
+    return similarity

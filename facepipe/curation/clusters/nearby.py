@@ -1,12 +1,12 @@
-"""Which clusters a new face may belong to, by the search index: those of the faces that are nearest to it.
+"""Find which clusters a new face may belong to through the search index: those of its nearest faces.
 
-What a face is compared with then grows with the new faces, and not with their number times that of all clusters.
+The number of comparisons then grows with the new faces, and not with their number times that of all clusters.
 """
 
 import numpy as np
 
-from facepipe.curation.clusters.assign import Near
-from facepipe.curation.clusters.ledger import Ledger
+from facepipe.curation.clusters.assign import NearClusters
+from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Mark
@@ -14,28 +14,43 @@ from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.types import Float32
 
-_NEAREST = 128  # faces: of 10,000 among a million 27 miss the cluster that comparing all gives them
-_FEWEST = 8  # of them in clusters: else the new ones crowd the old out, and the face is compared with all clusters
-_CHEAP = 1_000_000_000  # products that take some seconds: up to there everything is compared
+_NEIGHBOURS = 128  # faces: of 10,000 among a million 27 miss the cluster that a comparison with all gives them
+# Neighbours in clusters below which a face is compared with all clusters: else new faces crowd the old ones out.
+_MIN_IN_CLUSTERS = 8
+_CHEAP_PRODUCTS = 1_000_000_000  # they take some seconds: up to there everything is compared
 
 
-def usable_index(gallery: Gallery, mark: Mark, products: int) -> Index | None:
-    """The gallery's index, where it pays and holds all faces that had a cluster at the mark."""
-    if products <= _CHEAP:
+def open_usable_index(gallery: Gallery, mark: Mark, products: int) -> Index | None:
+    """Open the gallery's index if it pays, and if it holds all faces that had a cluster at the mark.
+
+    Args:
+        gallery: the gallery.
+        mark: mark of the clustering.
+        products: number of comparisons without an index.
+    """
+    if products <= _CHEAP_PRODUCTS:
         return None
     try:
         index = Index(gallery.path)
     except IndexingError:
         return None
-    current = index.manifest.contract == manifests.dump_contract(gallery) and mark.gallery == gallery.id
-    return index if current and mark.version <= index.manifest.table_version <= gallery.version else None
+    if index.manifest.contract != manifests.dump_contract(gallery) or mark.gallery != gallery.id:
+        return None
+    return index if mark.version <= index.manifest.table_version <= gallery.version else None
 
 
-def nearby(index: Index, vectors: Float32, ledger: Ledger) -> Near:
-    """The clusters to compare new faces (n, 128) with; some 2 kB of memory a face."""
-    hits = index.search(vectors, _NEAREST).ids
-    ids, place = np.unique(hits, return_inverse=True)
-    of = ledger.locate(ids)[place.reshape(hits.shape)]
-    face, column = np.nonzero(of >= 0)
-    pairs = np.unique(np.stack([face, of[face, column]], axis=1), axis=0)
-    return Near(pairs[:, 0], pairs[:, 1], (of >= 0).sum(axis=1) < _FEWEST)
+def find_near_clusters(index: Index, vectors: Float32, assignments: AssignmentTable) -> NearClusters:
+    """Find the clusters to compare new faces with. It takes some 2 kB of memory per face.
+
+    Args:
+        index: index that holds the faces of the clusters.
+        vectors: vectors of the new faces, (n, 128).
+        assignments: clusters of the old faces.
+    """
+    hits = index.search(vectors, _NEIGHBOURS).ids
+    ids, at = np.unique(hits, return_inverse=True)
+    clusters = assignments.find_clusters(ids)[at.reshape(hits.shape)]
+    is_clustered = clusters >= 0
+    face, column = np.nonzero(is_clustered)
+    pairs = np.unique(np.stack([face, clusters[face, column]], axis=1), axis=0)
+    return NearClusters(pairs[:, 0], pairs[:, 1], is_clustered.sum(axis=1) < _MIN_IN_CLUSTERS)

@@ -1,11 +1,11 @@
-"""The cluster report: suspected merges and splits first, then the largest clusters."""
+"""Build the cluster report: suspected merges and splits first, then the largest clusters."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.clusters.review import Suspects
+from facepipe.curation.clusters.review import SuspectedMerges, SuspectedSplits
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import pair_histogram, recall_note, threshold_note
 from facepipe.curation.graph.linkage import Clusters
@@ -15,37 +15,50 @@ from facepipe.reports.histogram import log_edges, series
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report
 from facepipe.types import Float32, Int64
 
-_FACES = 6  # of a cluster
-_SUSPECTS = 3000
-_LARGEST = 1500
+_FACES_PER_CLUSTER = 6
+_FACES_PER_PART = 3
+_MAX_SUSPECTS = 3000  # of each kind
+_MAX_CLUSTERS = 1500
+_UNKNOWN_FACE = Shown("", None, None)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything a clustering has found; arrays (n,) are by node, (k,) by cluster."""
+class ClusterReview:
+    """Everything that is known about k clusters of n nodes.
+
+    Attributes:
+        labels: Cluster of each node, (n,).
+        clusters: The clusters.
+        numbers: Public number of each cluster, (k,).
+        fits: Mean similarity of each node to the rest of its cluster, (n,).
+        medoids: Node that fits each cluster best, (k,).
+        merges: Pairs of clusters that may be one person.
+        splits: Clusters that may be two persons.
+        algorithm: Name of the algorithm.
+    """
 
     labels: Int64
     clusters: Clusters
-    ids: Int64  # (k,) the cluster's public number
+    numbers: Int64
     fits: Float32
-    medoids: Int64  # (k,) nodes
-    merges: Suspects
-    splits: Suspects
-    parts: Int64
+    medoids: Int64
+    merges: SuspectedMerges
+    splits: SuspectedSplits
     algorithm: str
 
 
-def cluster_report(graph: Graph, gallery: Gallery, found: Found) -> Report:
-    """The report of a clustering."""
-    groups = _Groups(graph, gallery, found)
-    info, sizes = graph.info, found.clusters.size
+def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) -> Report:
+    """Build the report of a clustering."""
+    groups = _ClusterGroups(graph, gallery, review)
+    info = graph.info
+    sizes = review.clusters.size
     figures = (
         Figure("faces", f"{info.faces:,}"),
         Figure("clusters", f"{len(sizes):,}", f"{int((sizes == 1).sum()):,} of a single face"),
         Figure("largest cluster", f"{int(sizes.max(initial=0)):,}", "faces"),
         Figure("threshold", f"{info.distance:.3f}", threshold_note(info)),
-        Figure("suspected merges", f"{len(found.merges):,}"),
-        Figure("suspected splits", f"{len(found.splits):,}"),
+        Figure("suspected merges", f"{len(review.merges):,}"),
+        Figure("suspected splits", f"{len(review.splits):,}"),
         Figure("edge recall", f"{info.recall:.4f}", recall_note(info)),
     )
     notes = (
@@ -57,111 +70,136 @@ def cluster_report(graph: Graph, gallery: Gallery, found: Found) -> Report:
     )
     return Report(
         title="Identity clusters",
-        subtitle=f"{gallery.path}, table version {info.versions[0]}, by {found.algorithm}",
+        subtitle=f"{gallery.path}, table version {info.versions[0]}, by {review.algorithm}",
         figures=figures,
-        histograms=(pair_histogram(graph), _sizes(sizes), _fits(graph, found)),
+        histograms=(pair_histogram(graph), _build_size_histogram(sizes), _build_fit_histogram(graph, review.fits)),
         groups=groups,
         notes=notes,
         groups_total=groups.total,
     )
 
 
-def _sizes(sizes: Int64) -> Histogram:
+def _build_size_histogram(sizes: Int64) -> Histogram:
     edges = log_edges(1, max(2, float(sizes.max(initial=1)) + 1), 5)
     return Histogram("Sizes of clusters", "faces", (series("clusters", sizes, edges),), log=True, log_x=True)
 
 
-def _fits(graph: Graph, found: Found) -> Histogram:
-    known = found.fits[~np.isnan(found.fits)]
+def _build_fit_histogram(graph: Graph, fits: Float32) -> Histogram:
+    known = fits[~np.isnan(fits)]
     edges = np.linspace(float(known.min(initial=0)), float(known.max(initial=0.1)) + 1e-3, 60)
-    mark = Mark(graph.info.threshold.similarity, "threshold")
-    return Histogram(
-        "How well faces fit their cluster", "mean similarity to the rest", (series("faces", known, edges),), (mark,)
-    )
+    rows = (series("faces", known, edges),)
+    marks = (Mark(graph.info.threshold.similarity, "threshold"),)
+    return Histogram("How well faces fit their cluster", "mean similarity to the rest", rows, marks)
 
 
-class _Groups:
-    """Groups of faces, read from the gallery when they are asked for."""
+class _ClusterGroups:
+    """Groups of faces to look at. Their pictures are read from the gallery when the groups are iterated."""
 
-    def __init__(self, graph: Graph, gallery: Gallery, found: Found):
-        self._graph, self._gallery, self._found = graph, gallery, found
-        self._order = np.lexsort((-np.nan_to_num(found.fits), found.labels))
-        self._begins = np.searchsorted(found.labels[self._order], np.arange(len(found.clusters) + 1))
-        largest = np.argsort(found.ids, kind="stable")[:_LARGEST]
-        self._largest = largest[found.clusters.size[largest] > 1]
-        self._cohesion = found.clusters.cohesion()
-        self.total = len(found.merges) + len(found.splits) + int((found.clusters.size > 1).sum())
+    def __init__(self, graph: Graph, gallery: Gallery, review: ClusterReview):
+        self._graph = graph
+        self._gallery = gallery
+        self._review = review
+        # Nodes by cluster, the best fit first.
+        self._order = np.lexsort((-np.nan_to_num(review.fits), review.labels))
+        self._starts = np.searchsorted(review.labels[self._order], np.arange(len(review.clusters) + 1))
+        largest = np.argsort(review.numbers, kind="stable")[:_MAX_CLUSTERS]
+        self._largest = largest[review.clusters.size[largest] > 1]
+        self._cohesion = review.clusters.cohesion()
+        self.total = len(review.merges) + len(review.splits) + int((review.clusters.size > 1).sum())
 
     def __iter__(self) -> Iterator[Group]:
-        merges, splits = (list(range(min(_SUSPECTS, len(s)))) for s in (self._found.merges, self._found.splits))
-        wanted = [self._nodes_of_merge(n) for n in merges] + [self._nodes_of_split(n) for n in splits]
-        wanted += [self._best(int(c)) for c in self._largest]
-        nodes = np.unique(np.concatenate([np.empty(0, np.int64), *(np.concatenate(w) for w in wanted)]))
-        faces = shown(self._gallery, self._graph.nodes.ids[nodes])
-        suspects = [self._merge(n, faces) for n in merges] + [self._split(n, faces) for n in splits]
+        merges = range(min(_MAX_SUSPECTS, len(self._review.merges)))
+        splits = range(min(_MAX_SUSPECTS, len(self._review.splits)))
+        largest = self._largest.tolist()
+        # Read all faces in one pass over the gallery.
+        nodes = [np.empty(0, np.int64)]
+        for n in merges:
+            nodes += self._select_merge(n)
+        for n in splits:
+            nodes += self._select_split(n)
+        nodes += [self._select_best(cluster) for cluster in largest]
+        faces = shown(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
+        suspects = [self._build_merge_group(n, faces) for n in merges]
+        suspects += [self._build_split_group(n, faces) for n in splits]
         yield from sorted(suspects, key=lambda group: -group.suspicion)
-        yield from (self._cluster(int(c), faces) for c in self._largest)
+        yield from (self._build_cluster_group(cluster, faces) for cluster in largest)
 
-    def _members(self, cluster: int) -> Int64:
-        return self._order[self._begins[cluster] : self._begins[cluster + 1]]
+    def _list_members(self, cluster: int) -> Int64:
+        return self._order[self._starts[cluster] : self._starts[cluster + 1]]
 
-    def _best(self, cluster: int) -> list[Int64]:
-        return [self._members(cluster)[:_FACES]]
+    def _select_best(self, cluster: int) -> Int64:
+        return self._list_members(cluster)[:_FACES_PER_CLUSTER]
 
-    def _nodes_of_merge(self, n: int) -> list[Int64]:
-        pair = (self._found.merges.left[n], self._found.merges.right[n])
-        return [self._members(int(cluster))[: _FACES // 2] for cluster in pair]
+    def _select_merge(self, n: int) -> list[Int64]:
+        """Select the best nodes of both clusters of a suspected merge."""
+        pair = (int(self._review.merges.left[n]), int(self._review.merges.right[n]))
+        return [self._list_members(cluster)[:_FACES_PER_PART] for cluster in pair]
 
-    def _nodes_of_split(self, n: int) -> list[Int64]:
-        members = self._members(int(self._found.splits.left[n]))
-        return [members[self._found.parts[members] == part][: _FACES // 2] for part in (0, 1)]
+    def _select_split(self, n: int) -> list[Int64]:
+        """Select the best nodes of both parts of a suspected split."""
+        members = self._list_members(int(self._review.splits.cluster[n]))
+        part = self._review.splits.part[members]
+        return [members[part == number][:_FACES_PER_PART] for number in (0, 1)]
 
-    def _merge(self, n: int, faces: dict[int, Shown]) -> Group:
-        left, right = int(self._found.merges.left[n]), int(self._found.merges.right[n])
-        ids = [int(self._found.ids[c]) for c in (left, right)]
-        sizes = [int(self._found.clusters.size[c]) for c in (left, right)]
-        distance = self._graph.info.distance_at(float(self._found.merges.similarity[n]))
-        shown_ = [(f"cluster {i}", nodes) for i, nodes in zip(ids, self._nodes_of_merge(n), strict=True)]
+    def _build_merge_group(self, n: int, faces: dict[int, Shown]) -> Group:
+        review = self._review
+        left = int(review.merges.left[n])
+        right = int(review.merges.right[n])
+        left_number = int(review.numbers[left])
+        right_number = int(review.numbers[right])
+        left_size = int(review.clusters.size[left])
+        right_size = int(review.clusters.size[right])
+        distance = self._graph.info.distance_at(float(review.merges.similarity[n]))
+        left_nodes, right_nodes = self._select_merge(n)
+        rows = [self._build_face(node, f"cluster {left_number}", faces) for node in left_nodes]
+        rows += [self._build_face(node, f"cluster {right_number}", faces) for node in right_nodes]
         return Group(
-            f"clusters {ids[0]} and {ids[1]}: one person?",
+            f"clusters {left_number} and {right_number}: one person?",
             "merge",
-            (("mean distance", f"{distance:.3f}"), ("faces", f"{sizes[0]} + {sizes[1]}")),
-            tuple(self._face(node, badge, faces) for badge, nodes in shown_ for node in nodes),
+            (("mean distance", f"{distance:.3f}"), ("faces", f"{left_size} + {right_size}")),
+            tuple(rows),
             suspicion=2 - distance,
-            more=sum(sizes) - sum(len(nodes) for _, nodes in shown_),
+            more=left_size + right_size - len(rows),
         )
 
-    def _split(self, n: int, faces: dict[int, Shown]) -> Group:
-        cluster = int(self._found.splits.left[n])
-        distance = self._graph.info.distance_at(float(self._found.splits.similarity[n]))
-        size = int(self._found.clusters.size[cluster])
-        shown_ = list(zip(("first", "second"), self._nodes_of_split(n), strict=True))
+    def _build_split_group(self, n: int, faces: dict[int, Shown]) -> Group:
+        review = self._review
+        cluster = int(review.splits.cluster[n])
+        size = int(review.clusters.size[cluster])
+        distance = self._graph.info.distance_at(float(review.splits.similarity[n]))
+        first_nodes, second_nodes = self._select_split(n)
+        rows = [self._build_face(node, "first", faces) for node in first_nodes]
+        rows += [self._build_face(node, "second", faces) for node in second_nodes]
         return Group(
-            f"cluster {int(self._found.ids[cluster])}: two persons?",
+            f"cluster {int(review.numbers[cluster])}: two persons?",
             "split",
             (
                 ("distance between the parts", f"{distance:.3f}"),
-                ("faces", f"{size}, {int(self._found.splits.right[n])} apart"),
+                ("faces", f"{size}, {int(review.splits.leaving[n])} apart"),
             ),
-            tuple(self._face(node, badge, faces) for badge, nodes in shown_ for node in nodes),
+            tuple(rows),
             suspicion=1 + distance,
-            more=size - sum(len(nodes) for _, nodes in shown_),
+            more=size - len(rows),
         )
 
-    def _cluster(self, cluster: int, faces: dict[int, Shown]) -> Group:
-        (nodes,), size = self._best(cluster), int(self._found.clusters.size[cluster])
+    def _build_cluster_group(self, cluster: int, faces: dict[int, Shown]) -> Group:
+        review = self._review
+        nodes = self._select_best(cluster)
+        size = int(review.clusters.size[cluster])
         cohesion = float(self._cohesion[cluster])
+        medoid = review.medoids[cluster]
+        rows = [self._build_face(node, "medoid" if node == medoid else "", faces) for node in nodes]
         return Group(
-            f"cluster {int(self._found.ids[cluster])}",
+            f"cluster {int(review.numbers[cluster])}",
             "cluster",
             (("faces", str(size)), ("mean distance inside", f"{np.sqrt(max(0.0, 2 - 2 * cohesion)):.3f}")),
-            tuple(self._face(node, "medoid" if node == self._found.medoids[cluster] else "", faces) for node in nodes),
-            more=size - len(nodes),
+            tuple(rows),
+            more=size - len(rows),
         )
 
-    def _face(self, node: int, badge: str, faces: dict[int, Shown]) -> Face:
-        face = faces.get(int(self._graph.nodes.ids[node]), Shown("", None, None))
+    def _build_face(self, node: int, badge: str, faces: dict[int, Shown]) -> Face:
+        face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
         figures = [("label", face.identity)] if face.identity else []
-        if not np.isnan(self._found.fits[node]):
-            figures.append(("fit", f"{self._found.fits[node]:+.3f}"))
+        if not np.isnan(self._review.fits[node]):
+            figures.append(("fit", f"{self._review.fits[node]:+.3f}"))
         return Face(face.uri, tuple(figures), face.thumb, badge)

@@ -1,4 +1,4 @@
-"""What a person should look at first: how well faces fit, clusters that may be one person, clusters that may be two."""
+"""Find what a person should look at first: how well faces fit, and clusters that may be one person or two."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,13 @@ _BLOCK = 65536
 
 
 @dataclass(frozen=True)
-class Suspects:
-    """Pairs of clusters (m,) with what makes them suspect (m,), most suspicious first.
+class SuspectedMerges:
+    """Pairs of clusters that may be one person, the most similar first.
 
-    Of merges: two clusters and their mean similarity. Of splits: a cluster, how many of its faces would leave, and the
-    mean similarity between those that stay and those that leave.
+    Attributes:
+        left: First cluster, (m,).
+        right: Second cluster, (m,).
+        similarity: Mean similarity, (m,).
     """
 
     left: Int64
@@ -29,61 +31,119 @@ class Suspects:
         return len(self.left)
 
 
-def fit(graph: Graph, labels: Int64, clusters: Clusters) -> Float32:
-    """(n,) mean similarity of each face to the rest of its cluster; NaN for a face that is alone."""
-    out = np.full(len(labels), np.nan, np.float32)
-    for at in range(0, len(labels), _BLOCK):
-        part = slice(at, at + _BLOCK)
-        of, density, vectors = labels[part], graph.density[part], np.asarray(graph.nodes.vectors[part])
-        others = clusters.size[of] - 1
-        product = np.einsum("nd,nd->n", vectors, clusters.sums[of]) - np.einsum("nd,nd->n", vectors, vectors)
+@dataclass(frozen=True)
+class SuspectedSplits:
+    """Clusters that may be two persons, the least similar parts first.
+
+    Attributes:
+        cluster: The cluster, (m,).
+        leaving: Number of faces in its second part, (m,).
+        similarity: Mean similarity between its two largest parts, (m,).
+        part: Part of each node within its cluster, (n,), 0 for the largest.
+    """
+
+    cluster: Int64
+    leaving: Int64
+    similarity: Float32
+    part: Int64
+
+    def __len__(self) -> int:
+        return len(self.cluster)
+
+
+def compute_fits(graph: Graph, labels: Int64, clusters: Clusters) -> Float32:
+    """Compute the mean similarity (n,) of each face to the rest of its cluster; NaN for a face that is alone.
+
+    Args:
+        graph: the face graph, n nodes.
+        labels: cluster of each node, (n,).
+        clusters: the clusters.
+    """
+    fits = np.full(len(labels), np.nan, np.float32)
+    for start in range(0, len(labels), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        cluster = labels[block]
+        density = graph.density[block]
+        vectors = np.asarray(graph.nodes.vectors[block])
+        others = clusters.size[cluster] - 1
+        product = np.einsum("nd,nd->n", vectors, clusters.sums[cluster]) - np.einsum("nd,nd->n", vectors, vectors)
         with np.errstate(divide="ignore", invalid="ignore"):
-            value = product / others - (density + (clusters.crowd[of] - density) / others) / 2
-        out[part] = np.where(others > 0, value, np.nan)
-    return out
+            fit = product / others - (density + (clusters.crowd[cluster] - density) / others) / 2
+        fits[block] = np.where(others > 0, fit, np.nan)
+    return fits
 
 
-def medoids(labels: Int64, fits: Float32, count: int) -> Int64:
-    """(k,) the node of each cluster that fits it best, the first of equals."""
+def find_medoids(labels: Int64, fits: Float32, count: int) -> Int64:
+    """Find the node that fits each cluster (count,) best, the first of equals."""
     order = np.lexsort((np.arange(len(labels)), -np.nan_to_num(fits), labels))
     return np.asarray(order[np.searchsorted(labels[order], np.arange(count))], np.int64)
 
 
-def merges(clusters: Clusters, labels: Int64, pairs: Pairs, most: int) -> Suspects:
-    """Clusters that edges join and that are nevertheless two: the most similar first."""
-    u, v = labels[pairs.u], labels[pairs.v]
-    across = u != v
-    key = np.unique(np.minimum(u, v)[across] * len(clusters) + np.maximum(u, v)[across])
-    left, right = key // max(1, len(clusters)), key % max(1, len(clusters))
-    similarity = clusters.linkage(left, right)
-    order = np.lexsort((right, left, -similarity))[:most]
-    return Suspects(left[order], right[order], similarity[order])
+def find_suspected_merges(clusters: Clusters, labels: Int64, pairs: Pairs, max_suspects: int) -> SuspectedMerges:
+    """Find pairs of clusters that edges join although they are two.
 
-
-def splits(
-    graph: Graph, labels: Int64, clusters: Clusters, pairs: Pairs, strict: float, most: int
-) -> tuple[Suspects, Int64]:
-    """Clusters that fall into parts of several faces at a stricter threshold, the least similar parts first.
-
-    Suspects hold the cluster (left) and how many faces its second part has (right); with them the part (n,) of each
-    node, 0 for the largest of its cluster.
+    Args:
+        clusters: the clusters.
+        labels: cluster of each node, (n,).
+        pairs: edges.
+        max_suspects: number of pairs to return at most.
     """
-    inside = labels[pairs.u] == labels[pairs.v]
+    u = labels[pairs.u]
+    v = labels[pairs.v]
+    is_across = u != v
+    keys = np.unique(np.minimum(u, v)[is_across] * len(clusters) + np.maximum(u, v)[is_across])
+    left = keys // max(1, len(clusters))
+    right = keys % max(1, len(clusters))
+    similarity = clusters.linkage(left, right)
+    order = np.lexsort((right, left, -similarity))[:max_suspects]
+    return SuspectedMerges(left[order], right[order], similarity[order])
+
+
+def find_suspected_splits(
+    graph: Graph,
+    labels: Int64,
+    clusters: Clusters,
+    pairs: Pairs,
+    *,
+    strict_threshold: float,
+    max_suspects: int,
+) -> SuspectedSplits:
+    """Find clusters that fall into parts of several faces at a stricter threshold.
+
+    Args:
+        graph: the face graph, n nodes.
+        labels: cluster of each node, (n,).
+        clusters: the clusters.
+        pairs: edges.
+        strict_threshold: mean similarity from which two parts are one.
+        max_suspects: number of clusters to return at most.
+    """
+    # Cluster again inside each cluster; nodes with equal vectors stay together.
+    is_inside = labels[pairs.u] == labels[pairs.v]
     single = Clusters.single(graph.nodes.vectors, graph.density)
     copies = numbered(graph.representatives)
-    parts, made = average_linkage(single.merged(copies), copies[pairs.u[inside]], copies[pairs.v[inside]], strict)
-    parts = parts[copies]
-    owner = np.zeros(len(made), np.int64)
-    owner[parts] = labels
-    order = np.lexsort((np.arange(len(made)), -made.size, owner))
+    u = copies[pairs.u[is_inside]]
+    v = copies[pairs.v[is_inside]]
+    group, parts = average_linkage(single.merged(copies), u, v, strict_threshold)
+    group = group[copies]
+    # Rank the parts of each cluster by falling size.
+    owner = np.zeros(len(parts), np.int64)
+    owner[group] = labels
+    order = np.lexsort((np.arange(len(parts)), -parts.size, owner))
     rank = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
-    first, second = order[rank == 0], order[rank == 1]
-    second = second[made.size[second] >= 2]
+    part_rank = np.empty(len(parts), np.int64)
+    part_rank[order] = rank
+    # A second part of several faces is suspicious.
+    first = order[rank == 0]
+    second = order[rank == 1]
+    second = second[parts.size[second] >= 2]
     largest = np.zeros(len(clusters), np.int64)
     largest[owner[first]] = first
-    similarity = made.linkage(largest[owner[second]], second)
-    chosen = np.lexsort((owner[second], similarity))[:most]
-    place = np.empty(len(made), np.int64)
-    place[order] = rank
-    found = Suspects(owner[second][chosen], made.size[second][chosen], similarity[chosen])
-    return found, np.asarray(place[parts], np.int64)
+    similarity = parts.linkage(largest[owner[second]], second)
+    chosen = np.lexsort((owner[second], similarity))[:max_suspects]
+    return SuspectedSplits(
+        cluster=owner[second][chosen],
+        leaving=parts.size[second][chosen],
+        similarity=similarity[chosen],
+        part=np.asarray(part_rank[group], np.int64),
+    )

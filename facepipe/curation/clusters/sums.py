@@ -1,12 +1,12 @@
-"""Where a clustering stands: each cluster's sums, and up to where the gallery is in them.
+"""Keep the sums of each cluster with a report, and a mark of which version of the gallery is in them.
 
-With them new faces are placed, and faces that went are taken out, without reading the vectors of the rest. The sums of
-a cluster of one face are that face's vector: the file is biometric data like the table.
+With them new faces are placed and lost faces are taken out without reading the vectors of the rest. The sums of a
+cluster of one face are that face's vector: the file is biometric data like the table.
 """
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,152 +24,210 @@ from facepipe.sorted_lookup import find_sorted
 from facepipe.storage import replace_file
 from facepipe.types import Float32, Int64
 
-SUMS, MARK = "sums.npz", "mark.json"
+SUMS = "sums.npz"
+MARK = "mark.json"
 _ROWS = 65536
-_NOBODY = np.float32(1e3)  # the crowd of a cluster without faces: nobody is near it
+_NO_IDS = np.empty(0, np.int64)
+_UNREACHABLE = np.float32(1e3)  # the crowd of a cluster without faces: no face is near it
 
 
 @dataclass(frozen=True)
-class Standing:
-    """clusters: row n is cluster n; those that lost all faces have size 0. mark: which version of the gallery is in
-    them."""
+class ClusterSums:
+    """The sums of a report's clusters.
+
+    Attributes:
+        clusters: Row n is cluster n. A cluster that lost all faces has size 0.
+        mark: Which version of the gallery is in the sums.
+        stale: Clusters whose sums are of other faces than the report's tables list, because faces were erased.
+    """
 
     clusters: Clusters
     mark: Mark
+    stale: Int64 = field(default_factory=lambda: _NO_IDS)
 
     def save(self, folder: str) -> None:
-        """Write it into a report's folder."""
-        _write(self.clusters, folder)
+        """Write the sums and the mark into a report's folder."""
+        _write_sums(self.clusters, folder)
         self.mark.save(os.path.join(folder, MARK))
 
     @classmethod
-    def load(cls, folder: str, faces: Int64) -> "tuple[Standing, Int64] | None":
-        """(that of a report whose clusters have so many faces (k,) by its tables, the clusters whose sums are of others
-        than these faces: somebody was erased). None where there is none, or one that does not belong to the tables."""
-        mark, held = Mark.load(os.path.join(folder, MARK)), _read(folder)
-        if mark is None or held is None or len(faces) > len(held):
+    def load(cls, folder: str, face_counts: Int64) -> "ClusterSums | None":
+        """Load the sums of a report.
+
+        Args:
+            folder: the report's folder.
+            face_counts: faces of each cluster by the report's tables, (k,).
+
+        Returns:
+            None if there are none, or if they do not belong to the tables.
+        """
+        mark = Mark.load(os.path.join(folder, MARK))
+        clusters = _read_sums(folder)
+        if mark is None or clusters is None or len(face_counts) > len(clusters):
             return None
-        counts = np.pad(faces, (0, len(held) - len(faces)))
-        aligned = _aligned(held, counts)
-        return (cls(aligned, mark), np.flatnonzero(counts != aligned.size)) if aligned else None
+        counts = np.pad(face_counts, (0, len(clusters) - len(face_counts)))
+        aligned = _align_sums(clusters, counts)
+        if aligned is None:
+            return None
+        return cls(aligned, mark, np.flatnonzero(counts != aligned.size))
 
 
-def forget(folder: str, faces: Int64) -> None:
-    """Take clusters that lost faces out of a report's sums; the next `cluster --assign` makes theirs anew.
+def clear_stale_sums(folder: str, face_counts: Int64) -> None:
+    """Clear the sums of clusters that lost faces; the next `cluster --assign` computes them again.
 
-    faces (k,): how many each cluster has by the tables, the erased no longer among them (`Ledger.counts`). Without
-    this the sums tell who was erased, as the difference from those who are left.
+    Without this the sums would tell who was erased, as the difference from the remaining faces. Sums that cannot be
+    used are deleted.
+
+    Args:
+        folder: the report's folder.
+        face_counts: faces of each cluster by the report's tables, (k,), without the erased ones.
     """
-    found = Standing.load(folder, faces)
-    if found is None:
+    sums = ClusterSums.load(folder, face_counts)
+    if sums is None:
         for name in (SUMS, MARK):
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(folder, name))
         return
-    held, stale = found[0].clusters, found[1]
-    held.sums[stale], held.crowd[stale], held.size[stale] = 0, 0, 0
-    _write(held, folder)
+    _clear(sums.clusters, sums.stale)
+    _write_sums(sums.clusters, folder)
 
 
-def _write(held: Clusters, folder: str) -> None:
-    path = os.path.join(folder, SUMS)
-    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
-        np.savez(file, sums=held.sums, crowd=held.crowd, size=held.size)
+def _clear(clusters: Clusters, numbers: Int64) -> None:
+    clusters.sums[numbers] = 0
+    clusters.crowd[numbers] = 0
+    clusters.size[numbers] = 0
 
 
-def _read(folder: str) -> Clusters | None:
+def _write_sums(clusters: Clusters, folder: str) -> None:
+    with replace_file(os.path.join(folder, SUMS)) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, sums=clusters.sums, crowd=clusters.crowd, size=clusters.size)
+
+
+def _read_sums(folder: str) -> Clusters | None:
+    """Read the file of sums; None if it is missing or damaged."""
     try:
         with np.load(os.path.join(folder, SUMS)) as file:
-            held = Clusters(file["sums"], file["crowd"], file["size"])
+            clusters = Clusters(file["sums"], file["crowd"], file["size"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-    return held if held.sums.shape[1:] == (EMBEDDING_DIM,) and held.crowd.shape == held.size.shape else None
+    is_sound = clusters.sums.shape[1:] == (EMBEDDING_DIM,) and clusters.crowd.shape == clusters.size.shape
+    return clusters if is_sound else None
 
 
-def _aligned(held: Clusters, counts: Int64) -> Clusters | None:
-    """With a row of sums for every cluster: `erase` deletes rows that are the vector of an erased face."""
-    if len(held.sums) == len(held):
-        return held
-    left = ~((held.size == 1) & (counts == 0))
-    if int(left.sum()) != len(held.sums):
+def _align_sums(clusters: Clusters, counts: Int64) -> Clusters | None:
+    """Give every cluster a row of sums again: `erase` deletes rows that are the vector of an erased face.
+
+    Returns:
+        None if the rows that are there cannot be told apart.
+    """
+    if len(clusters.sums) == len(clusters):
+        return clusters
+    has_row = ~((clusters.size == 1) & (counts == 0))
+    if int(has_row.sum()) != len(clusters.sums):
         return None
-    sums = np.zeros((len(held), EMBEDDING_DIM), np.float32)
-    sums[left] = held.sums
-    return replace(held, sums=sums)
+    sums = np.zeros((len(clusters), EMBEDDING_DIM), np.float32)
+    sums[has_row] = clusters.sums
+    return replace(clusters, sums=sums)
 
 
-def none(count: int) -> Clusters:
-    """So many clusters without faces."""
-    sums, crowd = np.zeros((count, EMBEDDING_DIM), np.float32), np.zeros(count, np.float32)
-    return Clusters(sums, crowd, np.zeros(count, np.int64))
+def make_empty_clusters(count: int) -> Clusters:
+    """Make clusters without faces."""
+    sums = np.zeros((count, EMBEDDING_DIM), np.float32)
+    return Clusters(sums, np.zeros(count, np.float32), np.zeros(count, np.int64))
 
 
-def add(clusters: Clusters, at: Int64, vectors: Float32, density: Float32) -> None:
-    """Put faces (n, 128) of these densities (n,) into clusters (n,), in place."""
+def add_faces(clusters: Clusters, at: Int64, vectors: Float32, density: Float32) -> None:
+    """Add faces to clusters, in place.
+
+    Args:
+        clusters: k clusters.
+        at: cluster of each face, (n,).
+        vectors: vectors of the faces, (n, 128).
+        density: densities of the faces, (n,).
+    """
     np.add.at(clusters.sums, at, vectors)
     np.add.at(clusters.crowd, at, density)
     clusters.size[:] += np.bincount(at, minlength=len(clusters))
 
 
-def grown(clusters: Clusters, count: int) -> Clusters:
-    """A copy with room for `count` clusters."""
-    more = none(count - len(clusters))
-    return Clusters(*(np.concatenate([getattr(clusters, n), getattr(more, n)]) for n in ("sums", "crowd", "size")))
+def extend_clusters(clusters: Clusters, count: int) -> Clusters:
+    """Copy clusters, with empty ones at the end so that there are `count`."""
+    empty = make_empty_clusters(count - len(clusters))
+    return Clusters(
+        np.concatenate([clusters.sums, empty.sums]),
+        np.concatenate([clusters.crowd, empty.crowd]),
+        np.concatenate([clusters.size, empty.size]),
+    )
 
 
-def peopled(clusters: Clusters) -> Clusters:
-    """The clusters, those without faces out of everybody's reach."""
-    return replace(clusters, crowd=np.where(clusters.size > 0, clusters.crowd, _NOBODY))
+def mask_empty(clusters: Clusters) -> Clusters:
+    """Make empty clusters unreachable: no face is similar to them."""
+    return replace(clusters, crowd=np.where(clusters.size > 0, clusters.crowd, _UNREACHABLE))
 
 
-def recounted(
-    clusters: Clusters, numbers: Int64, members: tuple[Int64, Int64], gallery: Gallery, cohort: Cohort
+def recompute_clusters(
+    clusters: Clusters, numbers: Int64, member_ids: Int64, member_clusters: Int64, gallery: Gallery, cohort: Cohort
 ) -> Clusters:
-    """A copy in which some clusters (m,) consist of these members: (ids (n,), cluster (n,)) and nobody else."""
-    held = Clusters(clusters.sums.copy(), clusters.crowd.copy(), clusters.size.copy())
-    held.sums[numbers], held.crowd[numbers], held.size[numbers] = 0, 0, 0
-    ids, of = members
-    source = _Vectors(gallery, ids)
-    for at in range(0, len(ids), _ROWS):
-        vectors = source(ids[at : at + _ROWS])
-        add(held, of[at : at + _ROWS], vectors, cohort.density(vectors))
-    return held
+    """Copy clusters, with the sums of some of them computed from their members.
+
+    Args:
+        clusters: k clusters.
+        numbers: clusters to compute, (m,).
+        member_ids: ids of all faces in these clusters, (n,).
+        member_clusters: cluster of each of these faces, (n,).
+        gallery: gallery to read vectors from.
+        cohort: cohort that densities are computed with.
+    """
+    copy = Clusters(clusters.sums.copy(), clusters.crowd.copy(), clusters.size.copy())
+    _clear(copy, numbers)
+    reader = _VectorReader(gallery, member_ids)
+    for at in range(0, len(member_ids), _ROWS):
+        vectors = reader.read(member_ids[at : at + _ROWS])
+        add_faces(copy, member_clusters[at : at + _ROWS], vectors, cohort.density(vectors))
+    return copy
 
 
-class _Vectors:
+class _VectorReader:
     """Vectors by face id: from the search index, and those that it does not hold from one pass over the table."""
 
     def __init__(self, gallery: Gallery, ids: Int64):
-        self._index = _index(gallery)
-        missing = ids if self._index is None else np.concatenate([ids[:0], *self._missing(self._index, ids)])
+        self._index = _open_index(gallery)
+        missing = ids if self._index is None else _find_missing(self._index, ids)
         self._ids = np.sort(missing)
-        self._held = np.zeros((len(missing), EMBEDDING_DIM), np.float32)
+        self._vectors = np.zeros((len(missing), EMBEDDING_DIM), np.float32)
         if len(missing):
             self._scan(gallery)
 
-    def __call__(self, ids: Int64) -> Float32:
-        """(n, 128)"""
-        out = np.zeros((len(ids), EMBEDDING_DIM), np.float32) if self._index is None else self._index.get_vectors(ids)
+    def read(self, ids: Int64) -> Float32:
+        """Read the vectors (n, 128) of faces (n,)."""
+        vectors = np.zeros((len(ids), EMBEDDING_DIM), np.float32)
+        if self._index is not None:
+            vectors = self._index.get_vectors(ids)
         at = find_sorted(self._ids, ids)
-        out[at >= 0] = self._held[at[at >= 0]]
-        return out
-
-    @staticmethod
-    def _missing(index: Index, ids: Int64) -> list[Int64]:
-        parts = (ids[at : at + _ROWS] for at in range(0, len(ids), _ROWS))
-        return [part[~index.get_vectors(part).any(axis=1)] for part in parts]
+        vectors[at >= 0] = self._vectors[at[at >= 0]]
+        return vectors
 
     def _scan(self, gallery: Gallery) -> None:
         for batch in gallery.batches(["face_id", "embedding"], rows=_ROWS):
             faces = batch.filter(batch["face_id"].is_valid())
             at = find_sorted(self._ids, faces["face_id"].to_numpy())
             if (at >= 0).any():
-                vectors, good = read_unit_vectors(faces["embedding"])
-                chosen = good & (at >= 0)
-                self._held[at[chosen]] = vectors[chosen]
+                vectors, is_unit = read_unit_vectors(faces["embedding"])
+                chosen = is_unit & (at >= 0)
+                self._vectors[at[chosen]] = vectors[chosen]
 
 
-def _index(gallery: Gallery) -> Index | None:
+def _find_missing(index: Index, ids: Int64) -> Int64:
+    """Find the ids that the index has no vector of."""
+    missing = [ids[:0]]
+    for at in range(0, len(ids), _ROWS):
+        part = ids[at : at + _ROWS]
+        missing.append(part[~index.get_vectors(part).any(axis=1)])
+    return np.concatenate(missing)
+
+
+def _open_index(gallery: Gallery) -> Index | None:
+    """Open the gallery's index; None if there is none, or one of another model."""
     try:
         index = Index(gallery.path)
     except IndexingError:

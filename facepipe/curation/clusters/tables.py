@@ -1,4 +1,7 @@
-"""Clusters as tables: one row a face, one a cluster, one a suspicion. Cluster ids are numbered by falling size."""
+"""The tables of a cluster report: one row per face, per cluster and per suspicion.
+
+Clusters are numbered by falling size.
+"""
 
 from collections.abc import Iterator
 
@@ -13,11 +16,11 @@ from facepipe.gallery import Gallery
 from facepipe.storage.store import open_store
 from facepipe.types import Bool, Float32, Int64
 
-FACES, CLUSTERS, MERGES, SPLITS, CENTRES = (
-    *("faces.parquet", "clusters.parquet", "merges.parquet", "splits.parquet"),
-    "centres.parquet",
-)
-FACE_ROWS = pa.schema(
+FACES = "faces.parquet"
+CLUSTERS = "clusters.parquet"
+MERGES = "merges.parquet"
+SPLITS = "splits.parquet"
+FACE_SCHEMA = pa.schema(
     [
         ("face_id", pa.int64()),
         ("uri", pa.string()),
@@ -31,31 +34,56 @@ FACE_ROWS = pa.schema(
 _ROWS = 65536
 
 
-def by_size(labels: Int64, clusters: Clusters) -> Int64:
-    """(k,) the id of each cluster: 0 for the largest; of equal ones the one with the first face."""
+def number_by_size(clusters: Clusters) -> Int64:
+    """Number clusters (k,) by falling size, from 0. Of equal ones the one with the first face comes first."""
     order = np.lexsort((np.arange(len(clusters)), -clusters.size))
-    ids = np.empty(len(clusters), np.int64)
-    ids[order] = np.arange(len(order))
-    return ids
+    numbers = np.empty(len(clusters), np.int64)
+    numbers[order] = np.arange(len(order))
+    return numbers
 
 
-def face_rows(
-    gallery: Gallery, nodes: Nodes, cluster: Int64, size: Int64, fits: Float32, medoid: Bool
+def build_face_rows(
+    gallery: Gallery, nodes: Nodes, *, cluster: Int64, size: Int64, fits: Float32, is_medoid: Bool
 ) -> Iterator[pa.Table]:
-    """Rows of faces.parquet, in the gallery's order; arrays (n,) are by node."""
+    """Build the rows of faces.parquet: one row per face, in the gallery's order.
+
+    Args:
+        gallery: the gallery.
+        nodes: n nodes.
+        cluster: number of each node's cluster, (n,).
+        size: size of that cluster, (n,).
+        fits: mean similarity to the rest of it, (n,), NaN for a face that is alone.
+        is_medoid: whether the node is its medoid, (n,).
+    """
     for batch in gallery.batches(["face_id", "uri", "identity"], rows=_ROWS):
         faces = pa.Table.from_batches([batch.filter(batch["face_id"].is_valid())])
         at = nodes.find(faces["face_id"].to_numpy())
-        faces, at = faces.filter(pa.array(at >= 0)), at[at >= 0]
-        columns = [
-            *(faces["face_id"], faces["uri"], faces["identity"], pa.array(cluster[at]), pa.array(size[at])),
-            *(pa.array(fits[at], mask=np.isnan(fits[at])), pa.array(medoid[at])),
-        ]
-        yield pa.table([pa.chunked_array([c]) if isinstance(c, pa.Array) else c for c in columns], schema=FACE_ROWS)
+        faces = faces.filter(pa.array(at >= 0))
+        at = at[at >= 0]
+        columns = {
+            "face_id": faces["face_id"],
+            "uri": faces["uri"],
+            "identity": faces["identity"],
+            "cluster": pa.array(cluster[at]),
+            "size": pa.array(size[at]),
+            "fit": pa.array(fits[at], mask=np.isnan(fits[at])),
+            "medoid": pa.array(is_medoid[at]),
+        }
+        yield pa.table(columns, schema=FACE_SCHEMA)
 
 
-def read(gallery: str, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A table of the gallery's cluster report."""
+def read_cluster_table(gallery: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a table of a gallery's cluster report.
+
+    Args:
+        gallery: path of the gallery.
+        name: file name of the table.
+        columns: columns to read, all by default.
+
+    Raises:
+        EvaluationError: if there is no such table.
+        StorageError: if it cannot be read.
+    """
     store = open_store(gallery, "reports/cluster")
     store.pull()
     path = store.local_path(name)

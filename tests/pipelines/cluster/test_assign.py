@@ -17,9 +17,9 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe.config import build
-from facepipe.curation.clusters.assign import assign
-from facepipe.curation.clusters.ledger import Ledger
-from facepipe.curation.clusters.sums import MARK, SUMS, forget
+from facepipe.curation.clusters.assign import assign_faces
+from facepipe.curation.clusters.assignments import AssignmentTable
+from facepipe.curation.clusters.sums import MARK, SUMS, clear_stale_sums
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
@@ -244,7 +244,7 @@ def test_an_interrupted_run_leaves_the_old_tables(gallery: Gallery, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_clusters", interrupted)
+        patched.setattr(pipeline, "write_table", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(gallery.path)
     assert files(gallery) == before
@@ -359,7 +359,7 @@ def test_clusters_of_the_erased_are_summed_anew(gallery: Gallery, tmp_path: Path
     sums, crowd, size = state(gallery)
     np.savez(folder / SUMS, sums=np.delete(sums, numbers[-1], axis=0), crowd=crowd, size=size)
     if told:
-        forget(str(folder), Ledger(str(folder / "faces.parquet")).counts())
+        clear_stale_sums(str(folder), AssignmentTable(str(folder / "faces.parquet")).count_faces())
         assert not state(gallery)[0][numbers].any()
     whole = full(gallery, tmp_path / "full")
     assert (run(gallery.path).full, run(whole.path).full) == (False, True)
@@ -377,7 +377,7 @@ def test_clusters_of_the_erased_are_summed_anew(gallery: Gallery, tmp_path: Path
 def test_what_cannot_be_forgotten_in_part_is_deleted(gallery: Gallery) -> None:
     folder = Path(gallery.path, "reports", "cluster")
     (folder / SUMS).write_bytes(b"x")
-    forget(str(folder), Ledger(str(folder / "faces.parquet")).counts())
+    clear_stale_sums(str(folder), AssignmentTable(str(folder / "faces.parquet")).count_faces())
     assert not (folder / SUMS).exists()
     assert run(gallery.path).full
 
@@ -398,10 +398,10 @@ def test_assign_is_by_the_mean_over_a_clusters_faces(known: int) -> None:
     old, new = Faces().draw(truth, 0), Faces().draw(np.arange(8), 1)
     singles = Clusters.single(old, np.zeros(len(old), np.float32))
     clusters = singles.merged(truth) if known else singles
-    placed = assign(Clusters.single(new, np.zeros(8, np.float32)), clusters, 0.91, np.empty((0, 2), np.int64))
+    placed = assign_faces(Clusters.single(new, np.zeros(8, np.float32)), clusters, 0.91, np.empty((0, 2), np.int64))
     mean = np.array([[(new[n] @ old[truth == k].T).mean() for k in range(known)] for n in range(8)]).reshape(8, known)
     best = mean.argmax(axis=1) if known else np.zeros(8, int)
     near = mean.max(axis=1, initial=-1) >= 0.91
-    assert placed.cluster.tolist() == np.where(near, best, -1).tolist()
-    assert ((placed.own >= 0) == ~near).all()
-    assert (placed.cluster[:known] == np.arange(known)).all(), "there is something to find"
+    assert placed.known.tolist() == np.where(near, best, -1).tolist()
+    assert ((placed.new >= 0) == ~near).all()
+    assert (placed.known[:known] == np.arange(known)).all(), "there is something to find"

@@ -51,8 +51,8 @@ def changed(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
 
 def faces_of(gallery: Gallery) -> dict[str, np.ndarray]:
     """Columns of faces.parquet, by face id."""
-    table = tables.read(gallery.path, tables.FACES)
-    assert table.schema == tables.FACE_ROWS
+    table = tables.read_cluster_table(gallery.path, tables.FACES)
+    assert table.schema == tables.FACE_SCHEMA
     table = table.sort_by("face_id")
     return {name: table[name].to_numpy() for name in table.column_names}
 
@@ -65,7 +65,7 @@ def partition(gallery: Gallery) -> set[frozenset[int]]:
 def sound(gallery: Gallery, summary: ClusterSummary) -> None:
     """What the tables promise, from the gallery's vectors and the graph's densities."""
     found = faces_of(gallery)
-    made = tables.read(gallery.path, tables.CLUSTERS).to_pydict()
+    made = tables.read_cluster_table(gallery.path, tables.CLUSTERS).to_pydict()
     held = gallery.to_arrow(["face_id", "uri", "identity"]).filter(pa.compute.field("face_id").is_valid())
     held = held.sort_by("face_id")
     for name in ("face_id", "uri", "identity"):
@@ -91,7 +91,9 @@ def sound(gallery: Gallery, summary: ClusterSummary) -> None:
             fits = (cosine - (density[at][:, None] + density[at]) / 2 * off)[off].reshape(len(at), -1).mean(axis=1)
             assert np.allclose(found["fit"][at].astype(float), fits, atol=1e-4)
             assert fits[found["medoid"][at]][0] >= fits.max() - 1e-5
-    suspects = {name: tables.read(gallery.path, name).to_pydict() for name in (tables.MERGES, tables.SPLITS)}
+    suspects = {
+        name: tables.read_cluster_table(gallery.path, name).to_pydict() for name in (tables.MERGES, tables.SPLITS)
+    }
     assert (len(suspects[tables.MERGES]["left"]), len(suspects[tables.SPLITS]["cluster"])) == (
         summary.merges,
         summary.splits,
@@ -182,7 +184,7 @@ def test_the_order_of_the_table_does_not_matter(gallery: Gallery, tmp_path: Path
         assert np.array_equal(left[name], right[name])
     assert np.array_equal(left["fit"].astype(float), right["fit"].astype(float), equal_nan=True)
     for name in (tables.CLUSTERS, tables.MERGES, tables.SPLITS):
-        assert tables.read(gallery.path, name).equals(tables.read(other.path, name))
+        assert tables.read_cluster_table(gallery.path, name).equals(tables.read_cluster_table(other.path, name))
     assert summaries[0].merges == summaries[1].merges
 
 
@@ -288,7 +290,7 @@ def test_an_interrupted_run_leaves_the_old_report(gallery: Gallery, monkeypatch:
         patch.setattr("pipelines.graph._join", stopped)  # the graph is there
         summary = make(gallery, identities=True)
     sound(gallery, summary)
-    assert tables.read(gallery.path, tables.FACES).num_rows == COUNT
+    assert tables.read_cluster_table(gallery.path, tables.FACES).num_rows == COUNT
     assert (report / tables.FACES).read_bytes() != before[tables.FACES]
 
 
@@ -317,7 +319,7 @@ def test_one_run_at_a_time_makes_reports(gallery: Gallery) -> None:
 def test_what_is_missing_or_wrong_is_named(gallery: Gallery) -> None:
     shutil.rmtree(Path(gallery.path, "reports"))
     with pytest.raises(EvaluationError, match="facepipe cluster"):
-        tables.read(gallery.path, tables.FACES)
+        tables.read_cluster_table(gallery.path, tables.FACES)
 
 
 HOSTILE = [

@@ -1,0 +1,354 @@
+"""Bring the clusters of a report up to date with a gallery. The numbers of clusters stay as they are.
+
+The report holds the clusters' sums, with a mark of which version of the gallery is in them. So the update reads only
+what came since, and the vectors of clusters that lost a face. Without sums it computes them from all faces.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from facepipe.curation.clusters.assign import Placement, assign_faces
+from facepipe.curation.clusters.assignments import AssignmentTable
+from facepipe.curation.clusters.constraints import pair_equal_keys
+from facepipe.curation.clusters.nearby import find_near_clusters, open_usable_index
+from facepipe.curation.clusters.sums import (
+    ClusterSums,
+    add_faces,
+    extend_clusters,
+    make_empty_clusters,
+    mask_empty,
+    recompute_clusters,
+)
+from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
+from facepipe.curation.graph.cohort import Cohort
+from facepipe.curation.graph.linkage import Clusters
+from facepipe.errors import StorageError
+from facepipe.gallery import Gallery
+from facepipe.gallery.changes import changes
+from facepipe.index.rows import read_unit_vectors
+from facepipe.schema import EMBEDDING_DIM
+from facepipe.sorted_lookup import find_sorted, is_in_sorted
+from facepipe.types import Float32, Int64
+
+STATE = "state.npz"
+_ROWS = 65536
+_NO_IDS = np.empty(0, np.int64)
+_NO_PAIRS = np.empty((0, 2), np.int64)
+_NEW_COLUMNS = ("face_id", "uri", "identity")
+
+
+@dataclass(frozen=True)
+class PlacementRule:
+    """The rule by which a clustering places new faces.
+
+    Attributes:
+        cohort: Cohort that densities are computed with.
+        threshold: Mean similarity from which a face belongs to a cluster.
+    """
+
+    cohort: Cohort
+    threshold: float
+
+    def save(self, folder: str) -> None:
+        """Write the rule into a report's folder."""
+        np.savez(os.path.join(folder, STATE), cohort=self.cohort.vectors, threshold=self.threshold)
+
+    @classmethod
+    def load(cls, folder: str) -> "PlacementRule":
+        """Load the rule of a report.
+
+        Raises:
+            StorageError: if there is none.
+        """
+        try:
+            with np.load(os.path.join(folder, STATE)) as state:
+                return cls(Cohort(state["cohort"]), float(state["threshold"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(f"the clusters in {folder!r} cannot be added to: {error}") from error
+
+
+@dataclass(frozen=True)
+class GalleryChanges:
+    """Faces that came into a gallery, and faces that left it.
+
+    Attributes:
+        faces: face_id, uri and identity of n new faces, by rising id.
+        vectors: Their vectors, (n, 128).
+        removed: Sorted ids of faces that have a cluster and are no longer in the gallery.
+    """
+
+    faces: pa.Table
+    vectors: Float32
+    removed: Int64
+
+    @property
+    def ids(self) -> Int64:
+        """Ids of the new faces, (n,), rising."""
+        return np.asarray(self.faces["face_id"].to_numpy())
+
+
+@dataclass(frozen=True)
+class ClusterUpdate:
+    """The clusters of a report with new faces placed and removed faces taken out.
+
+    Attributes:
+        changes: What changed.
+        clusters: All clusters. Row n is cluster n.
+        cluster: Cluster of each new face, (n,).
+        placed_count: Number of new faces in old clusters.
+        new_cluster_count: Number of new clusters.
+        table: Rows of clusters.parquet.
+        medoids: Sorted ids of the faces that are medoids from now on.
+        assignments: faces.parquet of the report.
+        is_full: Whether the vectors of all faces were read.
+    """
+
+    changes: GalleryChanges
+    clusters: Clusters
+    cluster: Int64
+    placed_count: int
+    new_cluster_count: int
+    table: pa.Table
+    medoids: Int64
+    assignments: AssignmentTable
+    is_full: bool
+
+    def iterate_face_rows(self) -> Iterator[pa.Table]:
+        """Iterate over the rows of faces.parquet: the old faces, then the new ones."""
+        old = self.assignments.iterate_updated(self.changes.removed, self.clusters.size, self.medoids)
+        return chain(old, self._iterate_new_rows())
+
+    def _iterate_new_rows(self) -> Iterator[pa.Table]:
+        """Build the rows of the new faces; how well they fit is not known."""
+        faces = self.changes.faces
+        if not faces.num_rows:
+            return
+        columns = {name: faces[name] for name in _NEW_COLUMNS}
+        columns |= {
+            "cluster": pa.array(self.cluster),
+            "size": pa.array(self.clusters.size[self.cluster]),
+            "fit": pa.nulls(faces.num_rows, pa.float32()),
+            "medoid": pa.array(is_in_sorted(self.medoids, self.changes.ids)),
+        }
+        yield pa.table(columns, schema=FACE_SCHEMA)
+
+
+def update_clusters(
+    gallery: Gallery, report: str, *, one_photo: bool, progress: Callable[[str], None]
+) -> ClusterUpdate | None:
+    """Bring the clusters of a report up to date with the faces of its gallery.
+
+    Args:
+        gallery: the gallery.
+        report: folder of its cluster report.
+        one_photo: whether faces of one photo are different persons.
+        progress: called with each line of progress.
+
+    Returns:
+        None if no face came and none left.
+
+    Raises:
+        EvaluationError: if there are no clusters.
+        StorageError: if the report cannot be read.
+    """
+    previous = read_cluster_table(gallery.path, CLUSTERS)
+    rule = PlacementRule.load(report)
+    assignments = AssignmentTable(os.path.join(report, FACES))
+    sizes = assignments.count_faces()
+    count = max(int(previous["cluster"].to_numpy().max(initial=-1)) + 1, len(sizes))
+
+    # Read what changed; without usable sums that takes all faces.
+    sums = ClusterSums.load(report, sizes)
+    if sums and count > len(sums.clusters):
+        sums = None
+    if sums:
+        delta = _read_changes(gallery, sums, assignments)
+        known = sums.clusters
+        count = len(known)
+    else:
+        progress("no sums of the clusters are kept: reading all faces")
+        delta, known = _read_everything(gallery, assignments, rule.cohort, count)
+
+    # Compute the sums of clusters that lost faces. Some have no row in the table, because their medoid was erased.
+    without_row = np.setdiff1d(np.flatnonzero(sizes), previous["cluster"].to_numpy())
+    stale = sums.stale if sums else _NO_IDS
+    lost = np.unique(np.concatenate([assignments.find_clusters(delta.removed), stale, without_row]))
+    if sums and not len(delta.ids) and not len(lost):
+        return None
+    member_ids, member_clusters = assignments.read_members(lost, delta.removed)
+    if sums and len(lost):
+        known = recompute_clusters(known, lost, member_ids, member_clusters, gallery, rule.cohort)
+
+    # Place the new faces.
+    progress(f"{len(delta.ids)} new faces for {len(known)} clusters")
+    placement, new_faces = _place_faces(
+        gallery, delta, known, rule, assignments, sums=sums, count=count, one_photo=one_photo
+    )
+    # Empty clusters stay in the table of clusters, so that no number is given twice.
+    cluster = np.where(placement.known >= 0, placement.known, count + placement.new)
+    clusters = extend_clusters(known, count + placement.new_count)
+    add_faces(clusters, cluster, new_faces.sums, new_faces.crowd)
+    table, medoids = _update_cluster_table(
+        previous,
+        clusters,
+        removed=delta.removed,
+        ids=np.concatenate([member_ids, delta.ids]),
+        numbers=np.concatenate([member_clusters, cluster]),
+    )
+    return ClusterUpdate(
+        changes=delta,
+        clusters=clusters,
+        cluster=cluster,
+        placed_count=int((placement.known >= 0).sum()),
+        new_cluster_count=placement.new_count,
+        table=table,
+        medoids=medoids,
+        assignments=assignments,
+        is_full=sums is None,
+    )
+
+
+def _read_changes(gallery: Gallery, sums: ClusterSums, assignments: AssignmentTable) -> GalleryChanges:
+    """Read what changed since the mark of the sums."""
+    since = changes(gallery, sums.mark)
+    faces, vectors = _read_usable(since.fresh(["face_id", "uri", "identity", "embedding"]))
+    is_new = assignments.find_clusters(np.asarray(faces["face_id"].to_numpy())) < 0
+    removed = since.gone_ids()
+    if removed is None:
+        removed = _find_absent(gallery, assignments.read_all()[0])
+    elif len(removed):
+        removed = removed[assignments.find_clusters(removed) >= 0]
+    return GalleryChanges(faces.filter(pa.array(is_new)), vectors[is_new], removed)
+
+
+def _find_absent(gallery: Gallery, ids: Int64) -> Int64:
+    """Find those of the sorted ids that no face of the gallery has."""
+    is_present = np.zeros(len(ids), bool)
+    for batch in gallery.batches(["face_id"], rows=_ROWS):
+        at = find_sorted(ids, batch["face_id"].drop_null().to_numpy())
+        is_present[at[at >= 0]] = True
+    return ids[~is_present]
+
+
+def _read_everything(
+    gallery: Gallery, assignments: AssignmentTable, cohort: Cohort, count: int
+) -> tuple[GalleryChanges, Clusters]:
+    """Read all faces once: what changed, and the sums of the clusters from the faces that they still have."""
+    ids, numbers = assignments.read_all()
+    is_present = np.zeros(len(ids), bool)
+    clusters = make_empty_clusters(count)
+    parts: list[tuple[pa.Table, Float32]] = []
+    for batch in gallery.batches(["face_id", "uri", "identity", "embedding"], rows=_ROWS):
+        faces, vectors = _read_usable([batch])
+        at = find_sorted(ids, faces["face_id"].to_numpy())
+        is_known = at >= 0
+        add_faces(clusters, numbers[at[is_known]], vectors[is_known], cohort.density(vectors[is_known]))
+        is_present[at[is_known]] = True
+        if not is_known.all():
+            parts.append((faces.filter(pa.array(~is_known)), vectors[~is_known]))
+    new_faces, new_vectors = _concat_by_id(parts)
+    return GalleryChanges(new_faces, new_vectors, ids[~is_present]), clusters
+
+
+def _read_usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
+    """Read face_id, uri and identity of the faces with a unit vector, and the vectors (n, 128), by rising id."""
+    parts = []
+    for batch in batches:
+        faces = batch.filter(batch["face_id"].is_valid())
+        vectors, is_unit = read_unit_vectors(faces["embedding"])
+        table = pa.Table.from_batches([faces]).select(list(_NEW_COLUMNS))
+        parts.append((table.filter(pa.array(is_unit)), vectors[is_unit]))
+    return _concat_by_id(parts)
+
+
+def _concat_by_id(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float32]:
+    """Concatenate faces and their vectors, each id once, by rising id."""
+    empty = pa.schema([FACE_SCHEMA.field(name) for name in _NEW_COLUMNS]).empty_table()
+    faces = pa.concat_tables([empty, *(table.cast(empty.schema) for table, _ in parts)])
+    vectors = np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *(vectors for _, vectors in parts)])
+    order = np.unique(faces["face_id"].to_numpy(), return_index=True)[1]
+    return faces.take(pa.array(order)), vectors[order]
+
+
+def _place_faces(
+    gallery: Gallery,
+    delta: GalleryChanges,
+    known: Clusters,
+    rule: PlacementRule,
+    assignments: AssignmentTable,
+    *,
+    sums: ClusterSums | None,
+    count: int,
+    one_photo: bool,
+) -> tuple[Placement, Clusters]:
+    """Place the new faces in existing or new clusters, and return them as clusters of one."""
+    faces = Clusters.single(delta.vectors, rule.cohort.density(delta.vectors))
+    different = _NO_PAIRS
+    excluded = _NO_PAIRS
+    if one_photo:
+        photo = delta.faces["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
+        different = pair_equal_keys(photo, np.arange(len(photo)))
+        excluded = _find_excluded(delta, assignments)
+    index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
+    near = find_near_clusters(index, delta.vectors, assignments) if index else None
+    placement = assign_faces(faces, mask_empty(known), rule.threshold, different, excluded=excluded, near=near)
+    return placement, faces
+
+
+def _find_excluded(delta: GalleryChanges, assignments: AssignmentTable) -> Int64:
+    """Find the pairs (m, 2) of a new face and a cluster that holds another face of the same photo."""
+    uris = delta.faces["uri"].combine_chunks()
+    if not len(uris):
+        return _NO_PAIRS
+    taken = assignments.find_photo_clusters(pc.unique(uris), delta.removed)
+    if not taken.num_rows:
+        return _NO_PAIRS
+    faces = pa.table({"uri": uris, "at": np.arange(len(uris))})
+    pairs = faces.join(taken, "uri", join_type="inner")
+    return np.unique(np.stack([pairs["at"].to_numpy(), pairs["cluster"].to_numpy()], axis=1), axis=0)
+
+
+def _update_cluster_table(
+    previous: pa.Table, clusters: Clusters, *, removed: Int64, ids: Int64, numbers: Int64
+) -> tuple[pa.Table, Int64]:
+    """Update the rows of clusters.parquet.
+
+    If a cluster lost its medoid, and in new clusters, the face with the smallest id becomes the medoid.
+
+    Args:
+        previous: the rows so far.
+        clusters: all clusters.
+        removed: sorted ids of removed faces.
+        ids: ids of the new faces, and of all faces in clusters that lost one.
+        numbers: clusters of these faces.
+
+    Returns:
+        The rows, and the sorted ids of the faces that are medoids from now on.
+    """
+    smallest = np.full(len(clusters), np.iinfo(np.int64).max)
+    np.minimum.at(smallest, numbers, ids)
+    # Old clusters: new sizes, and another medoid if theirs was removed.
+    old_numbers = previous["cluster"].to_numpy()
+    medoids = previous["medoid"].to_numpy().copy()
+    has_lost_medoid = is_in_sorted(removed, medoids) & (clusters.size[old_numbers] > 0)
+    medoids[has_lost_medoid] = smallest[old_numbers[has_lost_medoid]]
+    old = previous.set_column(1, "size", pa.array(clusters.size[old_numbers]))
+    old = old.set_column(2, "medoid", pa.array(medoids))
+    # New clusters.
+    new_numbers = np.setdiff1d(np.flatnonzero(clusters.size), old_numbers)
+    new = pa.table(
+        {
+            "cluster": new_numbers,
+            "size": clusters.size[new_numbers],
+            "medoid": smallest[new_numbers],
+            "cohesion": clusters.cohesion()[new_numbers],
+        }
+    )
+    table = pa.concat_tables([old, new.cast(previous.schema)])
+    return table, np.sort(np.append(medoids[has_lost_medoid], smallest[new_numbers]))
