@@ -1,4 +1,4 @@
-"""facepipe adopt"""
+"""The command `facepipe adopt`."""
 
 from typing import Annotated, Any, Optional
 
@@ -42,13 +42,14 @@ def adopt(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Add encodings that face_recognition computed to a gallery, without their photos.
+    """Add encodings of face_recognition to a gallery.
 
-    Photos that are later embedded with the same models are compared with them. Adopting a file again adds nothing;
-    after a crash it resumes where it stopped. Rows that are not an encoding (NaN, another length) are refused and
-    counted. Pickle files are not opened: the error message says how to convert one.
+    The photos of the encodings are not needed. Photos that are later embedded with the same models are compared with
+    them. Adopting a file again adds nothing; after a crash it resumes where it stopped. Rows that are not an encoding
+    (NaN, another length) are refused and counted. Pickle files are not opened: the error message says how to convert
+    one.
 
-    Example:
+    For example:
 
         facepipe adopt known_faces.npz gallery/
 

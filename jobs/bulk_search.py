@@ -1,4 +1,4 @@
-"""facepipe bulk-search"""
+"""The command `facepipe bulk-search`."""
 
 from typing import Annotated, Any
 
@@ -20,12 +20,12 @@ def bulk_search(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Search a batch of queries in a gallery, and identify them.
+    """Search a batch of queries, and identify them.
 
     Run it again to resume from the last finished block. The exit code is 3 if more queries failed than bulk.max_failed
     allows.
 
-    Example:
+    For example:
 
         facepipe bulk-search bulk_search.toml --dry-run
 

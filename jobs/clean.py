@@ -1,4 +1,4 @@
-"""facepipe clean"""
+"""The command `facepipe clean`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -24,13 +24,14 @@ def clean(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Judge every identity label: keep, outlier, relabel, duplicate, low_quality or review, each with a reason.
+    """Judge every identity label of a gallery.
 
-    The share of wrong labels is estimated from the corpus itself, and so is the number of wrong decisions. Writes
-    decisions.parquet, identities.parquet, merges.parquet, the lists clean.csv, clean.txt, msceleb.txt and relabel.csv,
-    and report.html into GALLERY/reports/clean/.
+    A label is keep, outlier, relabel, duplicate, low_quality or review, each with a reason. The share of wrong labels
+    is estimated from the corpus itself, and so is the number of wrong decisions. Writes decisions.parquet,
+    identities.parquet, merges.parquet, the lists clean.csv, clean.txt, msceleb.txt and relabel.csv, and report.html
+    into GALLERY/reports/clean/.
 
-    Example:
+    For example:
 
         facepipe clean gallery/
 

@@ -1,4 +1,4 @@
-"""facepipe clean-dataset"""
+"""The command `facepipe clean-dataset`."""
 
 from typing import Annotated, Any
 
@@ -21,12 +21,13 @@ def clean_dataset(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Embed a face dataset, find its copies, judge its labels, and list the images fit for training.
+    """Clean the labels of a face dataset for training.
 
-    Run it again to resume, or when the dataset has grown: embedded images are kept. The exit code is 3 if more images
-    failed than dataset.max_failed allows.
+    The steps are embed, dedup and clean, which lists the images fit for training. Run it again to resume, or when the
+    dataset has grown: embedded images are kept. The exit code is 3 if more images failed than dataset.max_failed
+    allows.
 
-    Example:
+    For example:
 
         facepipe clean-dataset clean_dataset.toml --dry-run
 

@@ -57,6 +57,7 @@ app = typer.Typer(
     help="Large image corpora in, a searchable gallery of 128-D face embeddings out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # wraps paragraphs as they are written, and keeps the examples apart
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -108,7 +109,7 @@ def set_up(
         ),
     ] = None,
 ) -> None:
-    """Large image corpora in, a searchable gallery of 128-D face embeddings out."""
+    """Set up logs and metrics before any command."""
     from pipelines.runtime.run_record import write_metrics_to
 
     logs.configure(log_format, show_names=log_names)

@@ -1,4 +1,4 @@
-"""facepipe cluster"""
+"""The command `facepipe cluster`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -45,13 +45,13 @@ def cluster(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Group the faces of a gallery by person, list likely merges and splits, and write a report.
+    """Group the faces of a gallery by person.
 
-    It needs no labels and no index. The threshold is estimated from the distances themselves. Two faces of one photo
-    are different people. Writes faces.parquet, clusters.parquet, merges.parquet, splits.parquet and report.html into
-    GALLERY/reports/cluster/.
+    The report also lists clusters that probably need a merge or a split. The command needs no labels and no index. The
+    threshold is estimated from the distances themselves. Two faces of one photo are different people. Writes
+    faces.parquet, clusters.parquet, merges.parquet, splits.parquet and report.html into GALLERY/reports/cluster/.
 
-    Example:
+    For example:
 
         facepipe cluster gallery/
 

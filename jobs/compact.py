@@ -1,4 +1,4 @@
-"""facepipe compact"""
+"""The command `facepipe compact`."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -18,11 +18,11 @@ def compact(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Join a gallery's small files into large ones, and delete files that left the table a day ago.
+    """Join a gallery's small files into large ones.
 
-    No row changes, and the index stays as it is.
+    Files that left the table a day ago are deleted. No row changes, and the index stays as it is.
 
-    Example:
+    For example:
 
         facepipe compact gallery/
     """

@@ -1,4 +1,4 @@
-"""facepipe dedup"""
+"""The command `facepipe dedup`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -44,8 +44,9 @@ def dedup(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Find copies: exact (same bytes), near (same picture, slightly changed), same_shot (photos of one moment).
+    """Find copies of images.
 
+    Kinds of copies are exact (same bytes), near (same picture, slightly changed) and same_shot (photos of one moment).
     One image of each group is kept; nothing is deleted. Writes pairs.parquet, groups.parquet, decisions.parquet,
     keep.txt, drop.txt and report.html into GALLERY/reports/dedup/.
 
@@ -55,7 +56,7 @@ def dedup(
     With --new, images added since the last --new are looked up in the search index, which must be up to date. Their
     files go into GALLERY/reports/dedup-new/. The cost grows with the number of new images only.
 
-    Example:
+    For example:
 
         facepipe dedup gallery/ --keep sharpest
 
@@ -90,7 +91,7 @@ def _print(summary: Any) -> None:
     ]
     if summary.shared is not None:
         rows.append(("identities in both", summary.shared))
-    rows += _list_exceptions(summary)
+    rows += _list_left_out(summary)
     print_table("duplicates" if summary.shared is None else "in both galleries", ("", ""), rows)
     print_seconds(summary.seconds)
 
@@ -103,7 +104,7 @@ def _print_new(summary: Any) -> None:
         ("drop", summary.drop),
         ("report", f"{summary.out}/report.html" if summary.new else "unchanged"),
     ]
-    rows += _list_exceptions(summary)
+    rows += _list_left_out(summary)
     print_table("duplicates of new images", ("", ""), rows)
     print_seconds(summary.seconds)
 
@@ -112,7 +113,7 @@ def _list_pairs(summary: Any) -> list[tuple[str, Any]]:
     return [(f"pairs: {kind.replace('_', ' ')}", count) for kind, count in summary.pairs.items()]
 
 
-def _list_exceptions(summary: Any) -> list[tuple[str, Any]]:
+def _list_left_out(summary: Any) -> list[tuple[str, Any]]:
     """Return the rows on images that a list or a comparison had to leave out."""
     rows = []
     if summary.unlisted:

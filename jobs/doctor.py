@@ -1,13 +1,15 @@
-"""facepipe doctor"""
+"""The command `facepipe doctor`."""
 
 from jobs.console import ExitCode, exit_on_error, fail, print_result, print_table
 from jobs.options import Json
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: CPU and GPU, engines, weights, FAISS, object store. Exit code 1 if facepipe cannot run.
+    """Check what facepipe needs of this machine.
 
-    Example:
+    Checked are CPU and GPU, engines, weights, FAISS and the object store. The exit code is 1 if facepipe cannot run.
+
+    For example:
 
         facepipe doctor
     """

@@ -1,4 +1,4 @@
-"""facepipe embed"""
+"""The command `facepipe embed`."""
 
 from typing import Annotated, Any, Optional
 
@@ -60,12 +60,12 @@ def embed(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Detect, align and embed the faces of a corpus into a gallery.
+    """Detect, align and embed the faces of a corpus.
 
     Run it again to embed only what is new or has changed; after a crash it resumes where it stopped. A failed image is
     recorded with a status and a reason; it does not stop the run.
 
-    Example:
+    For example:
 
         facepipe embed photos/ gallery/
 

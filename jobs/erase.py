@@ -1,4 +1,4 @@
-"""facepipe erase"""
+"""The command `facepipe erase`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -40,13 +40,14 @@ def erase(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Erase images permanently: rows, vectors, thumbnails, report entries and old files. Writes a receipt.
+    """Erase images permanently, and write a receipt.
 
-    All conditions must hold. An image is erased with all its faces. Images chosen by --image, --identity or --ids are
-    erased with their exact copies. A later embed skips them, unless --may-return is set. The receipt contains no names;
-    `facepipe verify GALLERY --erased RECEIPT` looks for what may be left.
+    Rows, vectors, thumbnails, report entries and old files are erased. All conditions must hold. An image is erased
+    with all its faces. Images chosen by --image, --identity or --ids are erased with their exact copies. A later embed
+    skips them, unless --may-return is set. The receipt contains no names; `facepipe verify GALLERY --erased RECEIPT`
+    looks for what may be left.
 
-    Example:
+    For example:
 
         facepipe erase gallery/ --identity "Jane Doe" --dry-run
 

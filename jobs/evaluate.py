@@ -1,4 +1,4 @@
-"""facepipe evaluate pairs, index, clusters, clean"""
+"""The commands `facepipe evaluate pairs`, `index`, `clusters` and `clean`."""
 
 from typing import Annotated, Any, Optional
 
@@ -26,9 +26,11 @@ def pairs(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure verification on pairs: k-fold accuracy with its standard error (LFW View 2), AUC, EER, TAR at fixed FAR.
+    """Measure verification on pairs of images.
 
-    Example:
+    Figures are k-fold accuracy with its standard error (LFW View 2), AUC, EER, and TAR at fixed FAR.
+
+    For example:
 
         facepipe evaluate pairs gallery/ pairs.txt --picture roc.png
     """
@@ -75,11 +77,12 @@ def index(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the search index: recall against exact search, queries per second, bytes per vector, identification.
+    """Measure the search index.
 
-    Identification is measured if the gallery has labels.
+    Figures are recall against exact search, queries per second, and bytes per vector. Identification is measured if the
+    gallery has labels.
 
-    Example:
+    For example:
 
         facepipe evaluate index gallery/ --picture recall.png
     """
@@ -141,11 +144,12 @@ def clusters(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure clusters against identities: precision, recall and F over pairs and by BCubed, NMI, sizes.
+    """Measure clusters against identities.
 
-    Only the largest face of a photo counts, unless the truth names faces by face_id.
+    Figures are precision, recall and F over pairs and by BCubed, NMI, and sizes. Only the largest face of a photo
+    counts, unless the truth names faces by face_id.
 
-    Example:
+    For example:
 
         facepipe evaluate clusters gallery/ --truth people.csv
     """
@@ -195,12 +199,13 @@ def clean(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure decisions on labels against the truth: wrong labels detected, repaired, and the calibration of `noise`.
+    """Measure decisions on labels against the truth.
 
-    A label counts as detected if it is decided outlier or relabel, or review with a noise above 0.5. If the truth names
-    photos by uri, only the largest face of each counts.
+    Figures are wrong labels detected and repaired, and the calibration of `noise`. A label counts as detected if it is
+    decided outlier or relabel, or review with a noise above 0.5. If the truth names photos by uri, only the largest
+    face of each counts.
 
-    Example:
+    For example:
 
         facepipe evaluate clean gallery/ truth.csv
     """

@@ -1,4 +1,4 @@
-"""facepipe info, verify, export"""
+"""The commands `facepipe info`, `verify` and `export`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -12,9 +12,11 @@ _RUN_COLUMNS = ("run", "job", "state", "images", "faces", "failed", "seconds")
 
 
 def info(gallery: GalleryPath, as_json: Json = False) -> None:
-    """Show what a gallery holds: counts by status, model contract, size, last runs, why images failed.
+    """Show what a gallery holds.
 
-    Example:
+    Shown are counts by status, model contract, size, last runs, and why images failed.
+
+    For example:
 
         facepipe info gallery/
     """
@@ -55,12 +57,13 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a whole gallery and its index, and check checksums, counts, unique ids and unit norms.
+    """Check a whole gallery and its index for damage.
 
-    The exit code is 1 if a check fails. With --erased, check instead that no row, vector, old file, log entry or report
-    still holds what the receipt lists as erased.
+    All files are read, and their checksums, counts, unique ids and unit norms are checked. The exit code is 1 if a
+    check fails. With --erased, check instead that no row, vector, old file, log entry or report still holds what the
+    receipt lists as erased.
 
-    Example:
+    For example:
 
         facepipe verify gallery/
 
@@ -124,9 +127,11 @@ def export(
     version: Annotated[Optional[int], typer.Option(help="Version of the table.", show_default="newest")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """Write rows as a plain Parquet folder, for programs that do not read Delta tables.
+    """Write rows as a plain Parquet folder.
 
-    Example:
+    Use it for programs that do not read Delta tables.
+
+    For example:
 
         facepipe export gallery/ faces/ --columns face_id,uri,identity,embedding --where "status = 'ok'"
     """

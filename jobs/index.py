@@ -1,4 +1,4 @@
-"""facepipe index"""
+"""The command `facepipe index`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -32,12 +32,12 @@ def index(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Build the search index of a gallery, or bring it up to date.
+    """Build the search index of a gallery, or update it.
 
     Run it again to add new faces and tombstone deleted ones; the work grows with what changed. The old index answers
     until the new one is complete. After a crash it stays in use.
 
-    Example:
+    For example:
 
         facepipe index gallery/
 

@@ -73,7 +73,9 @@ def run_old_spelling(command: Callable[..., None], old: str, new: str) -> NoRetu
         new: the command that replaces it, such as `facepipe bulk-search`.
     """
     print(f"warning: `{old}` is deprecated: use `{new}`", file=sys.stderr)
-    app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app = typer.Typer(
+        pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+    )
     app.command(name=new.rpartition(" ")[2])(command)
     app()
     raise AssertionError("app() exits")

@@ -1,4 +1,4 @@
-"""facepipe models, and its commands check, export, project"""
+"""The command `facepipe models`, with `check`, `export` and `project`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -31,11 +31,12 @@ def models(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the models: where their weights come from, under which licence, what they take.
+    """List, check, export or project models.
 
-    The list includes models with a TOML file in the folder that the environment variable FACEPIPE_MODELS names.
+    The list says where the weights of each model come from, under which licence, and what the model takes. It includes
+    models with a TOML file in the folder that the environment variable FACEPIPE_MODELS names.
 
-    Example:
+    For example:
 
         facepipe models
 
@@ -119,9 +120,9 @@ def _format_numbers(values: tuple[float, ...]) -> str:
 
 @app.command()
 def check(model: Model, as_json: Json = False) -> None:
-    """Load a model as a worker would, run it once, and describe it.
+    """Load a model, run it once, and describe it.
 
-    Example:
+    For example:
 
         facepipe models check arcface.toml
     """
@@ -150,12 +151,13 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an embedder as one ONNX graph that takes chips as they are cut: uint8, RGB, (n, height, width, 3).
+    """Write an embedder as one ONNX graph.
 
-    The graph contains channel order, mean, scale and projection; batch norms are folded if torch can fold them. Nothing
-    is written unless ONNX Runtime returns the same vectors as torch.
+    The graph takes chips as they are cut: uint8, RGB, (n, height, width, 3). It contains channel order, mean, scale and
+    projection; batch norms are folded if torch can fold them. Nothing is written unless ONNX Runtime returns the same
+    vectors as torch.
 
-    Example:
+    For example:
 
         facepipe models export arcface.toml arcface-onnx.onnx
     """
@@ -196,12 +198,13 @@ def project(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fit the matrix that reduces a model's vectors to the 128 dimensions of a gallery, and measure the loss.
+    """Fit a projection of a model to 128 dimensions.
 
-    The gallery may be of any models. Its images are read again, and its boxes and landmarks are used; no detector is
-    run. Writes CARD.projection.safetensors and CARD-128.toml, which is the model to embed with.
+    The matrix reduces the model's vectors to the 128 dimensions of a gallery; its loss is measured. The gallery may be
+    of any models. Its images are read again, and its boxes and landmarks are used; no detector is run. Writes
+    CARD.projection.safetensors and CARD-128.toml, which is the model to embed with.
 
-    Example:
+    For example:
 
         facepipe models project arcface.toml gallery/ --pairs pairs.txt
 

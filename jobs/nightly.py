@@ -1,4 +1,4 @@
-"""facepipe nightly"""
+"""The command `facepipe nightly`."""
 
 from typing import Annotated, Any
 
@@ -20,15 +20,15 @@ def nightly(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Bring a gallery up to date: embed, index, assign clusters, erase, find copies, compact.
+    """Bring a gallery up to date, as every night.
 
-    Every step resumes where it stopped, so run a night again if it failed. A second night on the same gallery is
-    refused.
+    The steps are embed, index, assign to clusters, erase, find copies, and compact. Every step resumes where it
+    stopped, so run a night again if it failed. A second night on the same gallery is refused.
 
     The exit code is 1 if a source cannot be listed, or misses more images than night.missing_at_most allows. All other
     steps run in that case as well. It is 3 if more images failed than night.max_failed allows.
 
-    Example:
+    For example:
 
         facepipe nightly nightly.toml --dry-run
 

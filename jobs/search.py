@@ -1,4 +1,4 @@
-"""facepipe search"""
+"""The command `facepipe search`."""
 
 import sys
 from dataclasses import asdict
@@ -85,7 +85,7 @@ def search(
     Run an interrupted search again to resume from the last finished block. With --calibrate but without QUERIES, only
     the threshold is chosen and printed, with the share of faces it misses.
 
-    Example:
+    For example:
 
         facepipe search gallery/ new_photos/ hits.parquet
 

@@ -35,7 +35,7 @@ _ATTRIBUTE = re.compile(r"    (\w+)(?: \([^)]*\))?: (.+)")
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingHelp:
     """A setting of a command.
 
     Attributes:
@@ -52,7 +52,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Section:
+class SectionHelp:
     """A section of a command's config.
 
     Attributes:
@@ -65,7 +65,7 @@ class Section:
     name: str
     is_list: bool
     meaning: str
-    settings: list[Setting]
+    settings: list[SettingHelp]
 
 
 def print_settings(context: typer.Context, value: bool) -> None:
@@ -95,7 +95,7 @@ def load_config_classes(command: str) -> list[type]:
     return classes
 
 
-def list_sections(config: type, prefix: str = "") -> Iterator[Section]:
+def list_sections(config: type, prefix: str = "") -> Iterator[SectionHelp]:
     """Yield the sections of a config class, with the keys that belong to no section first.
 
     Args:
@@ -109,10 +109,10 @@ def list_sections(config: type, prefix: str = "") -> Iterator[Section]:
         name = f"{prefix}{key.name}"
         if _get_section_class(hints[key.name]) is None and name not in HIDDEN_SETTINGS:
             settings.append(
-                Setting(name, _format_default(key), describe_type(hints[key.name]), meanings.get(key.name, ""))
+                SettingHelp(name, _format_default(key), describe_type(hints[key.name]), meanings.get(key.name, ""))
             )
     if settings:
-        yield Section(prefix.rstrip("."), False, _read_summary(config) if prefix else "", settings)
+        yield SectionHelp(prefix.rstrip("."), False, _read_summary(config) if prefix else "", settings)
     for key in fields(config):
         section_class = _get_section_class(hints[key.name])
         if section_class is not None:
@@ -208,7 +208,7 @@ def _describe_limits(notes: list[Any]) -> str:
     return " and ".join(limits)
 
 
-def format_section(section: Section) -> str:
+def format_section(section: SectionHelp) -> str:
     """Format a section for a terminal: its name and meaning, then two lines or more per setting."""
     lines = []
     if section.name:

@@ -1,4 +1,4 @@
-"""facepipe train"""
+"""The command `facepipe train`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -23,13 +23,13 @@ def train(
     settings: Settings = None,
     help_settings: HelpSettings = False,
 ) -> None:
-    """Train an embedder, or a detector if the config has a section `detection`, and write a model to use.
+    """Train an embedder or a detector.
 
-    Run it again to resume from the last checkpoint; the result is the same as without the interruption. Writes
-    model.toml with its weights, report.html, metrics.jsonl, manifest.json (what it was trained on) and checkpoints into
-    run.output.
+    A config with a section `detection` trains a detector. Run it again to resume from the last checkpoint; the result
+    is the same as without the interruption. Writes model.toml with its weights, report.html, metrics.jsonl,
+    manifest.json (what it was trained on) and checkpoints into run.output.
 
-    Example:
+    For example:
 
         facepipe train train.toml
 
@@ -43,11 +43,11 @@ def train(
 
         chosen = read_config(read_toml(config), parse_settings(settings or []))
         with ProgressReporter("train", quiet=quiet, show_first=True) as progress:
-            summary = run(chosen, fresh, lambda step: _report(progress, step), progress.update)
+            summary = run(chosen, fresh, lambda step: _show_step(progress, step), progress.update)
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 
-def _report(progress: ProgressReporter, step: Any) -> None:
+def _show_step(progress: ProgressReporter, step: Any) -> None:
     """Show where training stands; the scores of a validation are printed at once.
 
     Args:

@@ -110,11 +110,11 @@ def run(
     _check(config)
     if dry_run:
         return _preview(config)
-    return _bulk_search(config, config.gallery, on_progress, on_search)
+    return _run_search(config, config.gallery, on_progress, on_search)
 
 
 @records("bulk_search")
-def _bulk_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_search: OnSearch) -> BulkSummary:
+def _run_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_search: OnSearch) -> BulkSummary:
     summary = BulkSummary(gallery, output=config.output)
     follow(summary)
     if config.bulk.update_index and _is_index_outdated(gallery):
@@ -125,7 +125,7 @@ def _bulk_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on
     # Search into a local folder, where finished blocks stay until all are done.
     on_progress("search")
     search_config = SearchConfig(find, config.run, config.embed)
-    local_output = _local_path(config.output)
+    local_output = _get_local_path(config.output)
     searched = search.run(search_config, gallery, config.queries, local_output, on_search)
     _upload(local_output, config.output)
 
@@ -155,7 +155,7 @@ def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: 
     return replace(config.search, threshold=point.threshold)
 
 
-def _local_path(output: str) -> str:
+def _get_local_path(output: str) -> str:
     """Return where to write the answers first: the output itself, or a path in the cache if the output is remote."""
     if not storage.is_remote(output):
         return output
