@@ -43,7 +43,12 @@ def train(
 
         chosen = read_config(read_toml(config), parse_settings(settings or []))
         with ProgressReporter("train", quiet=quiet, show_first=True) as progress:
-            summary = run(chosen, fresh, lambda step: _show_step(progress, step), progress.update)
+            summary = run(
+                chosen,
+                fresh=fresh,
+                on_progress=lambda step: _show_step(progress, step),
+                log=progress.update,
+            )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
 
 

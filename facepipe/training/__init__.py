@@ -1,1 +1,1 @@
-"""Training with torch: data, losses, the loop. Nothing here knows of Ray; the same code runs in one process or many."""
+"""Training with torch: data, losses and the loop. It does not use Ray: the same code runs in one process or many."""

@@ -1,83 +1,124 @@
-"""Curves over steps, laid out for SVG: paths and labels in pixels, without colours, which the page's style has."""
+"""Charts of curves over steps, in pixels for SVG. Colours come from the style of the page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from facepipe.reports.chart import Tick
 from facepipe.reports.histogram import log_ticks, number, ticks
+from facepipe.reports.model import Mark
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 540, 14, 208
-_MOST = 1000  # points of a curve that are drawn
+WIDTH = 560
+HEIGHT = 250
+LEFT = 56
+RIGHT = 540
+TOP = 14
+BOTTOM = 208
+_MAX_POINTS = 1000  # drawn per curve
+_MAX_DOTS = 30  # a curve of no more points shows each as a dot
 
 Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a curve that is shown by itself.
+
+    Attributes:
+        curve: number of the curve
+        x: position in pixels
+        y: position in pixels
+    """
+
+    curve: int
+    x: float
+    y: float
 
 
 @dataclass(frozen=True)
 class CurveChart:
     """Curves that share their axes, in pixels of a WIDTH x HEIGHT box.
 
-    paths: one a curve; dots: places of single points; mark: x of a vertical line and its label
+    Attributes:
+        title: title of the chart
+        names: name of each curve
+        paths: SVG path of each curve
+        dots: points of curves that have few
+        x_ticks: labels of the horizontal axis
+        y_ticks: labels of the vertical axis
+        mark: vertical line with a label, if any
+        summary: description for screen readers
     """
 
     title: str
     names: tuple[str, ...]
     paths: tuple[str, ...]
-    dots: tuple[tuple[int, float, float], ...]
+    dots: tuple[Dot, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    mark: tuple[float, str] | None
+    mark: Mark | None
     summary: str
 
 
 def build_curve_chart(
-    title: str, lines: dict[str, Points], mark: tuple[float, str] | None = None, log: bool = False
+    title: str, curves: Mapping[str, Points], mark: Mark | None = None, *, log_scale: bool = False
 ) -> CurveChart:
-    """Lay curves out by name; points that are not finite (and, on a logarithmic axis, not positive) are left out.
+    """Lay out curves in pixels.
 
-    mark: x of a vertical line, and what it says
+    Points that are not finite are left out, and on a logarithmic axis also those that are not positive.
+
+    Args:
+        title: title of the chart
+        curves: points (x, y) of each curve, by name
+        mark: vertical line with a label, in the units of x
+        log_scale: use a logarithmic vertical axis
     """
-    kept = {name: _thin_points([p for p in points if _is_drawable(p[1], log)]) for name, points in lines.items()}
-    kept = {name: points for name, points in kept.items() if points}
-    xs = [x for points in kept.values() for x, _ in points] or [0.0, 1.0]
-    ys = [y for points in kept.values() for _, y in points] or [1.0]
+    drawable = {name: [p for p in points if _is_drawable(p[1], log_scale)] for name, points in curves.items()}
+    thinned = {name: _thin_points(points) for name, points in drawable.items() if points}
+    # Find the ranges of the axes.
+    xs = [x for points in thinned.values() for x, _ in points] or [0.0, 1.0]
+    ys = [y for points in thinned.values() for _, y in points] or [1.0]
     right = max(xs)
-    low, high = _widen_bounds(min(ys), max(ys), log)
+    low, high = _widen_bounds(min(ys), max(ys), log_scale)
 
-    def across(x: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * x / (right or 1.0), 1)
+    def to_x(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * value / (right or 1.0), 1)
 
-    def up(y: float) -> float:
-        share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
+    def to_y(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if log_scale else (value - low) / (high - low)
         return round(BOTTOM - (BOTTOM - TOP) * share, 1)
 
-    places = [[(across(x), up(y)) for x, y in points] for points in kept.values()]
+    # Convert curves, ticks and the mark to pixels.
+    pixels = [[(to_x(x), to_y(y)) for x, y in points] for points in thinned.values()]
+    y_tick_values = (log_ticks if log_scale else ticks)(low, high, 6)
+    summaries = [
+        f"{name}: {number(points[0][1])} at first, {number(points[-1][1])} at last" for name, points in thinned.items()
+    ]
     return CurveChart(
-        title,
-        tuple(kept),
-        tuple("M" + "L".join(f"{x} {y}" for x, y in line) for line in places),
-        tuple((n, x, y) for n, line in enumerate(places) if len(line) <= 30 for x, y in line),
-        tuple(Tick(across(t), number(t)) for t in ticks(0.0, right, 6)),
-        tuple(Tick(up(t), number(t)) for t in (log_ticks if log else ticks)(low, high, 6)),
-        (across(mark[0]), mark[1]) if mark and mark[0] <= right else None,
-        "; ".join(f"{name}: {number(p[0][1])} at first, {number(p[-1][1])} at last" for name, p in kept.items()),
+        title=title,
+        names=tuple(thinned),
+        paths=tuple("M" + "L".join(f"{x} {y}" for x, y in line) for line in pixels),
+        dots=tuple(Dot(n, x, y) for n, line in enumerate(pixels) if len(line) <= _MAX_DOTS for x, y in line),
+        x_ticks=tuple(Tick(to_x(t), number(t)) for t in ticks(0.0, right, 6)),
+        y_ticks=tuple(Tick(to_y(t), number(t)) for t in y_tick_values),
+        mark=Mark(to_x(mark.x), mark.label) if mark and mark.x <= right else None,
+        summary="; ".join(summaries),
     )
 
 
-def _is_drawable(value: float, log: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not log)
+def _is_drawable(value: float, log_scale: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not log_scale)
 
 
-def _widen_bounds(low: float, high: float, log: bool) -> tuple[float, float]:
-    if log:
-        return (low / 1.1, high * 1.1)
+def _widen_bounds(low: float, high: float, log_scale: bool) -> tuple[float, float]:
+    if log_scale:
+        return low / 1.1, high * 1.1
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 0.5
     return low - margin, high + margin
 
 
 def _thin_points(points: Points) -> list[tuple[float, float]]:
-    """Means of neighbours where there are more points than can be told apart."""
-    size = -(-len(points) // _MOST)
+    """Replace neighbouring points by their mean if there are more than a reader can distinguish."""
+    size = -(-len(points) // _MAX_POINTS)
     groups = [points[n : n + size] for n in range(0, len(points), max(1, size))]
-    return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

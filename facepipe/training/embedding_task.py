@@ -1,4 +1,4 @@
-"""Training of an embedder: chips and their labels, an objective over embeddings, verification of pairs."""
+"""The training of an embedder: labelled chips, a loss over embeddings, and verification of pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,30 +8,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from facepipe.models.runtime.preprocess import Input
+from facepipe.models.runtime.preprocess import Input, preprocess
 from facepipe.training.data.augment import AugmentConfig, augment_chip
 from facepipe.training.trainer.task import Batch
 from facepipe.types import Float32, Int64, UInt8Image
 
-EmbedChips = Callable[[UInt8Image], Float32]
+EmbedChips = Callable[[UInt8Image], Float32]  # chips (n, h, w, 3) uint8 RGB -> raw vectors (n, dim)
 
 
 class LabelledChips(Protocol):
-    """What is needed of a chip set: labels (n,) int64, and chips (h, w, 3) uint8 RGB by row."""
+    """The part of a chip set that training needs."""
 
     @property
-    def labels(self) -> Int64: ...
+    def labels(self) -> Int64:
+        """Label of each row, (n,)."""
 
-    def load_chip(self, row: int) -> UInt8Image: ...
+    def load_chip(self, row: int) -> UInt8Image:
+        """Load a chip, (h, w, 3) RGB."""
+
+    def load_chips(self, rows: Int64) -> UInt8Image:
+        """Load the chips of rows, (m, h, w, 3) RGB."""
 
 
 class RowSampler(Protocol):
-    """Which rows of the chips make up a batch: see `Sampler`."""
+    """The choice of the rows of each batch; see `BatchSampler`."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
 
-    def draw_rows(self, step: int, rank: int = 0, world: int = 1) -> Int64: ...
+    def draw_rows(self, step: int, rank: int = 0, world: int = 1) -> Int64:
+        """Draw the rank's rows of a step's batch."""
 
 
 S = TypeVar("S", bound=RowSampler, covariant=True)
@@ -43,9 +50,13 @@ def _skip_verification(embed: EmbedChips) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Examples(Generic[S]):
-    """What an embedder is trained on and judged by.
+    """What an embedder is trained and scored on.
 
-    chips: a training set with labels from 0 without gaps; verify: figures of an embedding function, with `score`
+    Attributes:
+        chips: training set, with labels from 0 without gaps
+        sampler: the choice of each batch's rows
+        augment: augmentation of the chips
+        verify: function that scores an embedding function, with "score" among the scores
     """
 
     chips: LabelledChips
@@ -55,48 +66,67 @@ class Examples(Generic[S]):
 
 
 class EmbeddingTask:
-    """A `Task`: a batch is chips (n, h, w, 3) uint8 RGB and labels (n,) int64."""
+    """A `TrainingTask` whose batches are chips (n, h, w, 3) uint8 RGB and labels (n,) int64.
 
-    def __init__(self, net: nn.Module, objective: nn.Module, examples: Examples[RowSampler], fed: Input, seed: int = 0):
-        self.net, self.objective, self._examples = net, objective, examples
-        self._fed, self._seed = fed, seed
+    Args:
+        net: the network
+        objective: the loss, a module (embeddings, labels) -> scalar
+        examples: the data
+        model_input: channel order, mean and scale of the network
+        seed: random seed of the augmentation
+    """
+
+    def __init__(
+        self, net: nn.Module, objective: nn.Module, examples: Examples[RowSampler], model_input: Input, seed: int = 0
+    ):
+        self.net = net
+        self.objective = objective
         self.steps_per_epoch = examples.sampler.steps_per_epoch
+        self._examples = examples
+        self._input = model_input
+        self._seed = seed
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rank's rows of the step, each varied by random numbers of its own place in the whole batch."""
+        """Load and augment the rank's rows of a step.
+
+        A chip's random numbers depend on its position in the whole batch, so that they do not depend on the ranks.
+        """
         rows = self._examples.sampler.draw_rows(step, rank, world)
         first = rank * len(rows)
         chips = [self._augment_row(int(row), step, first + n) for n, row in enumerate(rows)]
         return torch.from_numpy(np.stack(chips)), torch.from_numpy(self._examples.chips.labels[rows].copy())
 
-    def _augment_row(self, row: int, step: int, place: int) -> UInt8Image:
-        rng = np.random.default_rng((self._seed, step, place))
+    def _augment_row(self, row: int, step: int, position: int) -> UInt8Image:
+        rng = np.random.default_rng((self._seed, step, position))
         return augment_chip(self._examples.chips.load_chip(row), self._examples.augment, rng)
 
     def compute_loss(self, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of the batch, in float32 whatever the network computes in."""
+        """Compute the loss of a batch, in float32 even if the network computes in 16 bits."""
         chips, labels = inputs
-        embeddings = self.net(fed(chips, self._fed))
+        embeddings = self.net(preprocess(chips, self._input))
         with torch.autocast(chips.device.type, enabled=False):
             loss = self.objective(embeddings.float(), labels)
         figures: Any = getattr(self.objective, "figures", {})
         return loss, dict(figures)
 
     def validate(self, net: nn.Module) -> dict[str, float]:
-        """Verification of pairs with the network's raw embeddings."""
+        """Verify pairs with the network's raw embeddings."""
         device = next(net.parameters()).device
-        return self._examples.verify(lambda chips: embed_chips(net, chips, self._fed, device))
+        return self._examples.verify(lambda chips: embed_chips(net, chips, self._input, device))
 
 
-def fed(chips: Tensor, given: Input) -> Tensor:
-    """Chips (n, h, w, 3) uint8 RGB as a network wants them: (n, 3, h, w) float32, (x - mean) / scale."""
-    x = chips.permute(0, 3, 1, 2).float()
-    mean, scale = (torch.tensor(v, device=chips.device).view(1, 3, 1, 1) for v in (given.mean, given.scale))
-    return (x.flip(1) if given.channels == "bgr" else x).sub(mean).div(scale)
+def embed_chips(net: nn.Module, chips: UInt8Image, model_input: Input, device: torch.device) -> Float32:
+    """Embed chips with a network in torch.
 
+    Args:
+        net: network in evaluation mode
+        chips: (n, h, w, 3) uint8 RGB
+        model_input: channel order, mean and scale of the network
+        device: device of the network
 
-def embed_chips(net: nn.Module, chips: UInt8Image, given: Input, device: torch.device) -> Float32:
-    """Embeddings (n, dim) float32 of chips (n, h, w, 3), not normalised."""
+    Returns:
+        Raw embeddings, (n, dim) float32, not normalised.
+    """
     with torch.inference_mode():
         pixels = torch.from_numpy(np.ascontiguousarray(chips)).to(device)
-        return np.asarray(net(fed(pixels, given)).float().cpu().numpy())
+        return np.asarray(net(preprocess(pixels, model_input)).float().cpu().numpy())

@@ -1,59 +1,57 @@
-"""Class centres that start at the mean directions of their faces: weight imprinting (Qi et al., CVPR 2018).
+"""Weight imprinting (Qi et al., CVPR 2018): class centres start at the mean directions of their faces.
 
-Weights that are good already would otherwise be pulled about by random centres until these are learnt.
+Random class centres would change weights that are good already, until the centres are learnt.
 """
-
-from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from facepipe.training.embedding_task import EmbedChips, LabelledChips
 from facepipe.training.losses import ClassHead
-from facepipe.types import Float32, Int64, UInt8Image
+from facepipe.types import Int64
 
-Embed = Callable[[UInt8Image], Float32]
 _BATCH = 64
-_SPREAD = 0.1  # of several centres of a class, about their mean
+_SPREAD = 0.1  # of the sub-centres of a class, about their mean
 
 
-class ChipStacks(Protocol):
-    """Labels (n,) int64 from 0 without gaps, and the chips of rows (m, h, w, 3)."""
+def imprint_centres(objective: nn.Module, embed: EmbedChips, chips: LabelledChips, images: int) -> None:
+    """Turn the objective's class centres to the mean embedding of each class, in place. Their lengths do not change.
 
-    @property
-    def labels(self) -> Int64: ...
+    A loss without class centres is not changed. A rank with a sharded head embeds its own classes only.
 
-    def load_chips(self, rows: Int64) -> UInt8Image: ...
-
-
-def imprint_centres(objective: nn.Module, embed: Embed, chips: ChipStacks, images: int) -> None:
-    """Turn the objective's class centres to the mean of up to `images` unit embeddings of each class, in place.
-
-    Their lengths stay what they were. Losses without class centres are left alone; of a sharded head only this rank's
-    classes are embedded.
+    Args:
+        objective: the loss
+        embed: embedding function
+        chips: training set, with labels from 0 without gaps
+        images: images per class to embed, at most
     """
     head = next((module for module in objective.modules() if isinstance(module, ClassHead)), None)
     if head is None:
         return
-    first, size = head.shard.start, head.shard.size
-    rows = _select_first_rows(np.asarray(chips.labels), images, first, first + size)
+    start = head.shard.start
+    size = head.shard.size
+    rows = _select_first_rows(np.asarray(chips.labels), images, start, start + size)
+    # Sum the unit embeddings of each class.
     sums = torch.zeros(size, head.weight.shape[-1])
     for at in range(0, len(rows), _BATCH):
         part = rows[at : at + _BATCH]
         units = F.normalize(torch.from_numpy(embed(chips.load_chips(part))))
-        sums.index_add_(0, torch.from_numpy(chips.labels[part] - first), units)
+        sums.index_add_(0, torch.from_numpy(chips.labels[part] - start), units)
+    # Give each centre its class's direction and its own old length. Sub-centres stay a little apart.
     with torch.no_grad():
         old = head.weight
-        means = F.normalize(sums) if old.dim() == 2 else F.normalize(sums)[:, None] + _SPREAD * F.normalize(old, dim=-1)
+        means = F.normalize(sums)
+        if old.dim() == 3:
+            means = means[:, None] + _SPREAD * F.normalize(old, dim=-1)
         head.weight.copy_(F.normalize(means, dim=-1) * old.norm(dim=-1, keepdim=True))
 
 
-def _select_first_rows(labels: Int64, images: int, first: int, end: int) -> Int64:
-    """Rows of the first few faces of each class in [first, end), by class."""
+def _select_first_rows(labels: Int64, count: int, start: int, end: int) -> Int64:
+    """Select the first rows of each class in [start, end), up to `count` per class, ordered by class."""
     order = np.argsort(labels, kind="stable")
-    low, high = np.searchsorted(labels[order], (first, end))
+    low, high = np.searchsorted(labels[order], (start, end))
     order = order[low:high]
-    begins = np.searchsorted(labels[order], labels[order])
-    return order[np.arange(len(order)) - begins < images]
+    class_starts = np.searchsorted(labels[order], labels[order])
+    return order[np.arange(len(order)) - class_starts < count]

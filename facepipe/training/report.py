@@ -1,61 +1,96 @@
-"""The training report: one HTML file of curves, figures and the whole config, without scripts or outside assets."""
+"""The report of a training: one HTML file with curves, figures and the whole config. It needs no scripts or assets."""
 
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from facepipe.reports.model import Figure, Table
+from facepipe.reports.model import Figure, Mark, Table
 from facepipe.storage import write
 from facepipe.storage.redact import redact
 from facepipe.training import curves
-from facepipe.training.curves import CurveChart
+from facepipe.training.curves import CurveChart, build_curve_chart
 from facepipe.training.trainer.loop import Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
 
-_ENDS = {"done": "all steps done", "stopped": "stopped early", "interrupted": "interrupted"}
+_END_TEXTS = {"done": "all steps done", "stopped": "stopped early", "interrupted": "interrupted"}
+_CHARTED_SCORES = ("score", "accuracy", "auc")
 
 
-def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcome, about: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class ReportTexts:
+    """What a report says besides metrics and outcome.
+
+    Attributes:
+        title: title of the page
+        subtitle: line below the title
+        data: counts of the data, by name
+        config: all settings, nested by section
+        notes: remarks on the data and the scores
+        scores: scores of the resulting model, by name
+    """
+
+    title: str
+    subtitle: str
+    data: dict[str, Any]
+    config: dict[str, Any]
+    notes: Sequence[str] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcome, texts: ReportTexts) -> None:
     """Write the report of a run.
 
-    entries: its metrics; about: title, subtitle, notes, data (counts by name) and config (nested settings)
-    Raises StorageError where the file cannot be written.
+    Args:
+        path: HTML file to write
+        entries: metrics of the run
+        outcome: how the run ended
+        texts: everything else on the page
+
+    Raises:
+        StorageError: The file cannot be written.
     """
     style = files("facepipe.reports").joinpath("report.css").read_text(encoding="utf-8")
     template = files("facepipe.training").joinpath("report.html.j2").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    sides = {"left": curves.LEFT, "right": curves.RIGHT, "top": curves.TOP, "bottom": curves.BOTTOM}
     page = environment.from_string(template).render(
-        title=about["title"],
-        subtitle=about["subtitle"],
-        notes=about.get("notes", ()),
+        title=texts.title,
+        subtitle=texts.subtitle,
+        notes=texts.notes,
         figures=_build_figures(entries, outcome),
         charts=build_charts(entries, outcome),
-        tables=_build_tables(about),
+        tables=_build_tables(texts),
         style=Markup(style),
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         width=curves.WIDTH,
         height=curves.HEIGHT,
-        **sides,
+        left=curves.LEFT,
+        right=curves.RIGHT,
+        top=curves.TOP,
+        bottom=curves.BOTTOM,
     )
     write(path, page.encode())
 
 
 def _build_figures(entries: Sequence[TrainingProgress], outcome: Outcome) -> list[Figure]:
-    found = [Figure("steps", f"{outcome.step:,}", f"of {outcome.steps:,}, {_ENDS[outcome.end]}")]
+    """Build the headline figures."""
+    figures = [Figure("steps", f"{outcome.step:,}", f"of {outcome.steps:,}, {_END_TEXTS[outcome.end]}")]
     if entries:
-        final = entries[-1]
-        found += [Figure("epochs", f"{final.epoch:.2f}"), Figure("loss", f"{final.loss:.4f}", "at the end")]
-        found.append(Figure("images a second", f"{_get_median_speed(entries):,.0f}", "median, validation left aside"))
-    if outcome.history.scores:
-        found.append(Figure("best score", f"{outcome.history.best:.4f}", f"at step {outcome.history.step:,}"))
-    return [*found, Figure("time", _format_duration(outcome.seconds))]
+        last = entries[-1]
+        figures.append(Figure("epochs", f"{last.epoch:.2f}"))
+        figures.append(Figure("loss", f"{last.loss:.4f}", "at the end"))
+        figures.append(Figure("images per second", f"{_get_median_speed(entries):,.0f}", "median, without validation"))
+    history = outcome.history
+    if history.scores:
+        figures.append(Figure("best score", f"{history.best:.4f}", f"at step {history.step:,}"))
+    figures.append(Figure("time", _format_duration(outcome.seconds)))
+    return figures
 
 
 def _get_median_speed(entries: Sequence[TrainingProgress]) -> float:
@@ -70,39 +105,43 @@ def _format_duration(seconds: float) -> str:
 
 
 def build_charts(entries: Sequence[TrainingProgress], outcome: Outcome) -> list[CurveChart]:
-    """Loss, learning rate, scores, figures of the loss, and throughput, as far as there are any."""
-    best = (outcome.history.step, "best") if outcome.history.scores else None
+    """Build the charts of loss, scores, learning rate, throughput and each of the loss's figures.
+
+    Charts without data are left out.
+    """
+    best = Mark(outcome.history.step, "best") if outcome.history.scores else None
+    charts = [build_curve_chart("Loss", {"loss": [(e.step, e.loss) for e in entries]}, best)]
     scored = [entry for entry in entries if entry.scores]
-    shown = [name for name in ("score", "accuracy", "auc") if any(name in entry.scores for entry in scored)]
-    found = [curves.build_curve_chart("Loss", {"loss": [(e.step, e.loss) for e in entries]}, best)]
-    found += (
-        [curves.build_curve_chart("Score", {n: [(e.step, e.scores[n]) for e in scored] for n in shown}, best)]
-        if shown
-        else []
-    )
-    found.append(curves.build_curve_chart("Learning rate", {"rate": [(e.step, e.lr) for e in entries]}))
-    found.append(curves.build_curve_chart("Throughput", {"images a second": [(e.step, e.speed) for e in entries]}))
-    names = sorted({name for entry in entries for name in entry.figures})
-    of = {name: [(e.step, e.figures[name]) for e in entries if name in e.figures] for name in names}
-    return found + [curves.build_curve_chart(f"Of the loss: {name}", {name: points}) for name, points in of.items()]
+    score_names = [name for name in _CHARTED_SCORES if any(name in entry.scores for entry in scored)]
+    if score_names:
+        score_curves = {name: [(e.step, e.scores[name]) for e in scored] for name in score_names}
+        charts.append(build_curve_chart("Score", score_curves, best))
+    charts.append(build_curve_chart("Learning rate", {"rate": [(e.step, e.lr) for e in entries]}))
+    charts.append(build_curve_chart("Throughput", {"images per second": [(e.step, e.speed) for e in entries]}))
+    for name in sorted({name for entry in entries for name in entry.figures}):
+        points = [(e.step, e.figures[name]) for e in entries if name in e.figures]
+        charts.append(build_curve_chart(f"Of the loss: {name}", {name: points}))
+    return charts
 
 
-def _build_tables(about: dict[str, Any]) -> list[Table]:
-    data = tuple(
-        (name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in about["data"].items()
-    )
-    tables = [Table("Data", ("", "count"), data)]
-    if about.get("scores"):
-        rows = tuple((name, f"{value:.5f}") for name, value in about["scores"].items())
-        tables.append(Table("Validation of the result", ("figure", "value"), rows))
-    for section, values in about["config"].items():
-        rows = tuple((key, redact(str(value))) for key, value in _flatten(values))
-        tables.append(Table(f"[{section}]", ("key", "value"), rows))
+def _build_tables(texts: ReportTexts) -> list[Table]:
+    """Build the tables of the data, the scores and each section of the config."""
+    counts = tuple((name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in texts.data.items())
+    tables = [Table("Data", ("", "count"), counts)]
+    if texts.scores:
+        scores = tuple((name, f"{value:.5f}") for name, value in texts.scores.items())
+        tables.append(Table("Validation of the result", ("figure", "value"), scores))
+    for section, values in texts.config.items():
+        settings = tuple((key, redact(str(value))) for key, value in _flatten(values))
+        tables.append(Table(f"[{section}]", ("key", "value"), settings))
     return tables
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = list[tuple[str, Any]]()
+    pairs: list[tuple[str, Any]] = []
     for key, value in values.items():
-        found += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return found
+        if isinstance(value, dict):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, value))
+    return pairs

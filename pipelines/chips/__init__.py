@@ -1,4 +1,4 @@
-"""chips: aligned faces for training, cut from images or from the images of a gallery."""
+"""chips: cut aligned faces for training, from images or from the images of a gallery."""
 
 from pipelines.chips.prepare import mark_in_use, prepare_chips, prepare_images, prepare_pairs
 from pipelines.chips.run import ChipRunConfig

@@ -1,4 +1,4 @@
-"""What a chip set must not hold: images, copies of images, and persons of the galleries that will test the network."""
+"""Find what a chip set must not hold: images, copies of images, and persons of the galleries that test the network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,64 +17,83 @@ from facepipe.training.data.split import read_names
 from pipelines import dedup
 from pipelines.graph import GraphConfig
 
-Progress = Callable[[str], None]
-_FEW = 2000
+_MIN_CALIBRATION_FACES = 2000
+_BATCH_ROWS = 65536
 
 
-def collect_exclusions(data: DataConfig, progress: Progress = lambda line: None) -> Exclusions:
-    """Of the galleries in data.exclude, and of the names in data.exclude_identities.
+def collect_exclusions(data: DataConfig, log: Callable[[str], None] = lambda line: None) -> Exclusions:
+    """Collect the exclusions of `data.exclude` and `data.exclude_identities`.
 
-    Of a gallery to train on also the report of `dedup --against` is made, and read. Raises ContractError where the
-    two galleries were made with other models.
+    To train on a gallery, this also runs `dedup --against` for each excluded gallery and reads its report.
+
+    Args:
+        data: what to train on
+        log: called with lines about the progress
+
+    Raises:
+        ContractError: A gallery to exclude was made with other models than the gallery to train on.
     """
     names = {normalise_name(name) for name in read_excluded_names(data)}
-    images, copies = [pa.array([], pa.string())], [pa.array([], pa.string())]
+    images = [pa.array([], pa.string())]
+    copies = [pa.array([], pa.string())]
     for path in data.exclude:
-        held, theirs = _read_contents(Gallery(path))
-        images.append(held)
-        names |= {normalise_name(name) for name in theirs if any(c.isalpha() for c in name)}
+        gallery_images, gallery_names = _read_contents(Gallery(path))
+        images.append(gallery_images)
+        names |= {normalise_name(name) for name in gallery_names if any(c.isalpha() for c in name)}
         if data.gallery:
-            progress(f"comparing with {path}")
-            uris, persons = _find_overlap(data, path, progress)
+            log(f"comparing with {path}")
+            uris, persons = _find_overlap(data, path, log)
             copies.append(uris)
             names |= {normalise_name(name) for name in persons}
-    return Exclusions(pc.unique(pa.concat_arrays(images)), pc.unique(pa.concat_arrays(copies)), frozenset(names))
+    return Exclusions(
+        images=pc.unique(pa.concat_arrays(images)), uris=pc.unique(pa.concat_arrays(copies)), names=frozenset(names)
+    )
 
 
 def read_excluded_names(data: DataConfig) -> list[str]:
-    """The names of data.exclude_identities, read from the file where it is one."""
-    given = data.exclude_identities
-    return read_names(given) if isinstance(given, str) and given else list(given)
+    """Read the names of `data.exclude_identities`, from its file if it names one."""
+    names = data.exclude_identities
+    return read_names(names) if isinstance(names, str) and names else list(names)
 
 
 def _read_contents(gallery: Gallery) -> tuple[pa.Array, list[str]]:
-    """(content hashes, identities) of a gallery."""
-    images, names = [pa.array([], pa.string())], set[str]()
-    for batch in gallery.batches(["image_id", "identity"], rows=65536):
+    """Read the content hashes and the identities of a gallery."""
+    images = [pa.array([], pa.string())]
+    names: set[str] = set()
+    for batch in gallery.batches(["image_id", "identity"], rows=_BATCH_ROWS):
         images.append(pc.unique(batch["image_id"].drop_null()))
         names.update(pc.unique(batch["identity"].drop_null()).to_pylist())
     return pc.unique(pa.concat_arrays(images)), sorted(names)
 
 
-def _choose_threshold(*galleries: str) -> float | None:
-    """The model's own where there are too few faces to find one in; then a share of pairs still tells persons apart."""
-    opened = [Gallery(path) for path in galleries]
-    faces = sum(row["faces"] for gallery in opened for row in gallery.files())
-    return find_match_threshold(opened[0].contract.embedder) if faces < _FEW else None
+def _choose_threshold(*paths: str) -> float | None:
+    """Return the model's own threshold if the galleries have too few faces to calibrate one, else None.
+
+    The share of near pairs then still separates persons.
+    """
+    galleries = [Gallery(path) for path in paths]
+    faces = sum(row["faces"] for gallery in galleries for row in gallery.files())
+    if faces >= _MIN_CALIBRATION_FACES:
+        return None
+    return find_match_threshold(galleries[0].contract.embedder)
 
 
-def _find_overlap(data: DataConfig, against: str, progress: Progress) -> tuple[pa.Array, list[str]]:
-    """(uris of images that the other gallery holds as well, identities of persons whom it does)."""
+def _find_overlap(data: DataConfig, against: str, log: Callable[[str], None]) -> tuple[pa.Array, list[str]]:
+    """Find what the gallery to train on shares with another one.
+
+    Returns:
+        The uris of images that the other gallery holds as well; and the identities of persons in it.
+    """
     rules = dedup.DedupConfig(graph=GraphConfig(threshold=_choose_threshold(data.gallery, against)))
-    summary = dedup.run(rules, data.gallery, against, progress)
+    summary = dedup.run(rules, data.gallery, against, log)
     if summary.without_threshold:
-        progress(
-            f"from which distance two faces are of one person is not known: persons of {against} under other names may "
-            "stay in the training data. Say same_person in the embedder's TOML file"
+        log(
+            f"no distance is known up to which two faces show one person: persons of {against} with other names may "
+            "stay in the training data. Set same_person in the embedder's TOML file"
         )
-    out = summary.out
-    decisions = pq.read_table(join(out, "decisions.parquet"), columns=["uri", "side", "decision"])
-    copies = decisions.filter(pc.and_(pc.equal(decisions["side"], 0), pc.equal(decisions["decision"], "drop")))
-    persons: Any = pq.read_table(join(out, "identities.parquet"))
+    decisions = pq.read_table(join(summary.out, "decisions.parquet"), columns=["uri", "side", "decision"])
+    is_copy = pc.and_(pc.equal(decisions["side"], 0), pc.equal(decisions["decision"], "drop"))
+    copies = decisions.filter(is_copy)
+    persons: Any = pq.read_table(join(summary.out, "identities.parquet"))
     near = persons.filter(pc.greater_equal(persons["share"], data.exclude_share))
     return copies["uri"].combine_chunks(), near["identity_0"].unique().to_pylist()

@@ -1,4 +1,4 @@
-"""Blocks of work that cut chips of a gallery's faces: boxes and landmarks travel with the images, no detector runs."""
+"""List the faces of a gallery as work: boxes and landmarks travel with the images, so that no detector runs."""
 
 import os
 from collections.abc import Iterator
@@ -24,57 +24,78 @@ from facepipe.training.data.selection import (
 )
 from facepipe.types import Int64
 
-_WORK = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")
+_COLUMNS = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")
 
 
 @dataclass(frozen=True)
 class GalleryListing:
-    """Blocks of the wanted faces that are not yet held; made afresh wherever it is called.
+    """Blocks of the selected faces without a chip yet. Each worker machine may call it and lists again.
 
-    folder: where `choose` wrote what is wanted; held: a file of face ids (.npy), ascending
+    Attributes:
+        gallery: path of the gallery
+        version: version to read
+        folder: folder that `select_faces` wrote the selection to
+        known: file of the ids of faces that have a chip, ascending (.npy)
+        size: number of images per block
     """
 
     gallery: str
     version: int
     folder: str
-    held: str
+    known: str
     size: BlockSize
 
     def __call__(self) -> Iterator[Block]:
-        wanted, codes = (np.load(os.path.join(self.folder, name), mmap_mode="r") for name in (FACES_FILE, LABELS_FILE))
+        """List the faces in blocks of images."""
+        selected = np.load(os.path.join(self.folder, FACES_FILE), mmap_mode="r")
+        codes = np.load(os.path.join(self.folder, LABELS_FILE), mmap_mode="r")
         with pa.memory_map(os.path.join(self.folder, NAMES_FILE)) as file:
             names = pa.ipc.open_file(file).read_all()["name"].combine_chunks()
-        held = np.load(self.held, mmap_mode="r")
-        number, places = 0, Places()
-        left = len(wanted) - len(held)
-        for faces in iterate_whole_images(
-            Gallery(self.gallery, self.version).batches(_WORK, "landmarks is not null", ROWS)
-        ):
+        known = np.load(self.known, mmap_mode="r")
+        number = 0
+        places = Places()
+        remaining = len(selected) - len(known)
+        batches = Gallery(self.gallery, self.version).batches(_COLUMNS, "landmarks is not null", ROWS)
+        for faces in iterate_whole_images(batches):
+            # Keep the selected faces, with their names.
             ids = faces["face_id"].to_numpy()
-            mine = is_in_sorted(wanted, ids) & ~is_in_sorted(held, ids)
-            chosen = faces.filter(pa.array(mine))
-            labels = codes[np.searchsorted(wanted, ids[mine])]
-            chosen = chosen.append_column("name", names.take(pa.array(labels)))
-            starts = np.append(find_image_starts(chosen["uri"]) if chosen.num_rows else [], chosen.num_rows).astype(
-                np.int64
-            )
+            is_wanted = is_in_sorted(selected, ids) & ~is_in_sorted(known, ids)
+            wanted = faces.filter(pa.array(is_wanted))
+            labels = codes[np.searchsorted(selected, ids[is_wanted])]
+            wanted = wanted.append_column("name", names.take(pa.array(labels)))
+            # Cut them into blocks of whole images.
+            starts = find_image_starts(wanted["uri"]) if wanted.num_rows else np.empty(0, np.int64)
+            starts = np.append(starts, wanted.num_rows).astype(np.int64)
             while len(starts) > 1:
-                n = min(self.size(left), len(starts) - 1)
-                rows = chosen.slice(int(starts[0]), int(starts[n] - starts[0]))
-                yield _build_block(number, rows, starts[: n + 1] - starts[0], places)
-                number, starts, left = number + 1, starts[n:], left - n
+                images = min(self.size(remaining), len(starts) - 1)
+                rows = wanted.slice(int(starts[0]), int(starts[images] - starts[0]))
+                yield _build_block(number, rows, starts[: images + 1] - starts[0], places)
+                number += 1
+                starts = starts[images:]
+                remaining -= images
         yield Block(number, WORK_ITEM.empty_table(), last=True)
 
 
 def _build_block(number: int, rows: pa.Table, starts: Int64, places: Places) -> Block:
-    """rows: wanted faces; starts (images + 1,): where each image's begin."""
+    """Build a block of images with their known faces.
+
+    Args:
+        number: number of the block
+        rows: faces, ordered by image
+        starts: row of each image's first face, and the number of rows, (images + 1,)
+        places: finds the images' files
+    """
+    # One work item per image.
     rows = rows.combine_chunks()
     first = pa.array(starts[:-1])
-    uris, marks = (rows[name].take(first).to_pylist() for name in ("uri", "fingerprint"))
-    items = [places.item(uri, mark) for uri, mark in zip(uris, marks, strict=True)]
+    uris = rows["uri"].take(first).to_pylist()
+    fingerprints = rows["fingerprint"].take(first).to_pylist()
+    items = [places.item(uri, fingerprint) for uri, fingerprint in zip(uris, fingerprints, strict=True)]
     columns = [*zip(*items, strict=True), [None] * len(items)]
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, WORK_ITEM, strict=True)], schema=WORK_ITEM)
-    given = {
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, WORK_ITEM, strict=True)]
+    table = pa.table(arrays, schema=WORK_ITEM)
+    # The faces of each image, as lists.
+    known_faces = {
         "given_image": rows["image_id"].take(first),
         "given_faces": _build_lists(rows["face_id"], starts, 1),
         "given_identities": _build_lists(rows["name"], starts, 1),
@@ -82,8 +103,9 @@ def _build_block(number: int, rows: pa.Table, starts: Int64, places: Places) -> 
         "given_points": _build_lists(_flatten(rows["landmarks"]), starts, 10),
         "given_scores": _build_lists(rows["det_score"], starts, 1),
     }
-    whole = pa.table({**{name: table[name] for name in WORK_ITEM.names}, **{n: given[n] for n in GIVEN.names}})
-    return Block(number, table, whole)
+    item_columns = {name: table[name] for name in WORK_ITEM.names}
+    face_columns = {name: known_faces[name] for name in GIVEN.names}
+    return Block(number, table, pa.table({**item_columns, **face_columns}))
 
 
 def _flatten(column: pa.ChunkedArray) -> pa.Array:
@@ -91,6 +113,7 @@ def _flatten(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _build_lists(values: Any, starts: Int64, width: int) -> pa.ListArray:
+    """Build one list per image from flat values, `width` per face."""
     flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     flat = flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
     return pa.ListArray.from_arrays(pa.array((starts * width).astype(np.int32)), flat)

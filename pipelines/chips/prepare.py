@@ -1,7 +1,7 @@
-"""Chip sets made by parallel workers: images in, one folder of aligned faces out, whole or not there at all.
+"""Make chip sets with parallel workers: images in, one folder of aligned faces out, complete or absent.
 
-Workers leave parts as `embed` does; this process moves their chips into shards as they come. A run that was killed
-goes on behind the last whole shard.
+Workers leave parts as `embed` does. This process moves their chips into shards as they arrive. A run that was killed
+resumes after the last complete shard.
 """
 
 import csv
@@ -24,6 +24,7 @@ from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import Record
 from facepipe.models.zoo.registry import find_chip_layout
+from facepipe.schema import OK
 from facepipe.sources import open_source
 from facepipe.storage.lease import hold_lease
 from facepipe.training.data.chip_set import SET, ChipSet, ChipSetInfo, read_set_info
@@ -36,9 +37,12 @@ from facepipe.training.validation import PairSet, ValidateConfig, collect_names,
 from pipelines.chips.exclude import collect_exclusions
 from pipelines.chips.run import HELD, MARKS, PARTS, ChipOrder, ChipRunConfig, run_chip_workers
 
-Progress = Callable[[str], None]
-PLAN, FAILURES = "plan.json", "failed.csv"
-_USE = ".lock-use"
+PLAN = "plan.json"
+FAILURES = "failed.csv"
+_USE_LOCK = ".lock-use"
+_LOCK_PREFIX = ".lock"
+_PART_COLUMNS = ["face_id", "image_id", "uri", "identity", "thumb", "status", "error"]
+_CHIP_COLUMNS = ["face_id", "image_id", "uri", "identity", "thumb"]
 
 
 def prepare_chips(
@@ -46,51 +50,78 @@ def prepare_chips(
     embedder: str,
     folder: str,
     run: ChipRunConfig | None = None,
-    progress: Progress = lambda line: None,
-    settled: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    *,
+    keep_outdated: bool = False,
 ) -> ChipSet:
-    """The chip set of some data for an embedder, made in `folder` unless it is there already.
+    """Open the chip set of some data for an embedder, and make it first unless it exists.
 
-    It is made anew when the config, the gallery's version, a list or the embedder's chips have changed; with `settled`
-    only when the config or the embedder's chips have, so that a training goes on with what it began with. Files that
-    come or go below a source folder are not noticed: delete the set's folder then. Raises ConfigError for a folder
-    that holds something else, or a set that another training uses and that is not the one wanted; SourceError where
-    there are no images, no labels, or fewer than 2 identities. Images that cannot be used raise nothing: they are
-    counted in `info.figures`, with reasons in failed.csv.
+    It is made again if the config, the gallery's version, a list or the embedder's chips have changed. Files that are
+    added to or removed from a source folder are not noticed: delete the set's folder then. Images that cannot be used
+    raise nothing. They are counted in `info.figures`, and `failed.csv` lists them with reasons.
+
+    Args:
+        data: what to train on
+        embedder: name of a model or TOML file, which decides the layout of chips
+        folder: folder of the chip set
+        run: how to run the workers
+        log: called with lines about the progress
+        keep_outdated: make the set again only if the config or the embedder's chips have changed, so that a training
+            that resumes keeps its chips
+
+    Raises:
+        ConfigError: The folder holds something else, or another training uses the outdated set in it.
+        SourceError: There are no images, no labels, or fewer than 2 identities.
     """
-    return _prepare_order(ChipOrder(data.check(), embedder), folder, run or ChipRunConfig(), progress, settled)
+    order = ChipOrder(data.check(), embedder)
+    return _prepare_order(order, folder, run or ChipRunConfig(), log, keep_outdated=keep_outdated)
 
 
 def prepare_images(
     data: DataConfig,
-    wanted: frozenset[str],
+    image_names: frozenset[str],
     embedder: str,
     folder: str,
     run: ChipRunConfig | None = None,
-    progress: Progress = lambda line: None,
-    settled: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    *,
+    keep_outdated: bool = False,
 ) -> ChipSet:
-    """The chip set of the subjects of named images, labelled or not, made in `folder`; see `prepare_chips`.
+    """Open the chip set of the subjects of named images, labelled or not; see `prepare_chips`.
 
-    Names are path ends without extension, as in pairs files. Raises EvaluationError where images are absent; one in
-    which no face is found has no chip.
+    An image in which no face is found has no chip.
+
+    Args:
+        data: where the images are
+        image_names: ends of paths without extension, as in pairs files
+        embedder: name of a model or TOML file, which decides the layout of chips
+        folder: folder of the chip set
+        run: how to run the workers
+        log: called with lines about the progress
+        keep_outdated: make the set again only if the config or the embedder's chips have changed
+
+    Raises:
+        EvaluationError: The data does not hold all of the images.
     """
-    order = ChipOrder(data.check(), embedder, tuple(sorted(wanted)), labelled=False)
-    chips = _prepare_order(order, folder, run or ChipRunConfig(), progress, settled)
-    names = ImageNames(wanted)
-    absent = sorted(wanted - {names.find_name(uri) for uri in (*chips.uris, *_iterate_chipless_uris(data, chips))})
+    order = ChipOrder(data.check(), embedder, tuple(sorted(image_names)), needs_identity=False)
+    chips = _prepare_order(order, folder, run or ChipRunConfig(), log, keep_outdated=keep_outdated)
+    names = ImageNames(image_names)
+    known = {names.find_name(uri) for uri in chips.uris}
+    known |= {names.find_name(uri) for uri in _iterate_chipless_uris(data, chips)}
+    absent = sorted(image_names - known)
     if absent:
         raise EvaluationError(
-            f"{len(absent)} images are not in {data.source or data.gallery!r}, such as {', '.join(absent[:3])}: are "
-            "the pictures of the pairs file there?"
+            f"{len(absent)} images are not in {data.source or data.gallery!r}, such as {', '.join(absent[:3])}: check "
+            "that the images of the pairs file are there"
         )
     return chips
 
 
 def _iterate_chipless_uris(data: DataConfig, chips: ChipSet) -> Iterator[str]:
-    """The uris of images that there are, though not as chips."""
+    """Yield the uris of images that exist but have no chip."""
     with open(os.path.join(chips.folder, FAILURES), newline="", encoding="utf-8", errors="surrogateescape") as file:
-        yield from (row["uri"] for row in csv.DictReader(file))
+        for row in csv.DictReader(file):
+            yield row["uri"]
     if data.gallery:
         for batch in Gallery(data.gallery).batches(["uri"], "face_id is null"):
             yield from batch["uri"].to_pylist()
@@ -101,52 +132,65 @@ def prepare_pairs(
     embedder: str,
     folder: str,
     run: ChipRunConfig | None = None,
-    progress: Progress = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     trained: Iterable[str] = (),
 ) -> PairSet:
-    """The pairs of a file as chips in `folder`; where config.held_only, those without a person in `trained`."""
-    wanted = collect_names(read_validation_pairs(replace(config, held_only=False)))
-    chips = prepare_images(config.data, wanted, embedder, folder, run, progress)
+    """Open the pairs of a file as chips, and make the chips first unless they exist.
+
+    Args:
+        config: the pairs and their images
+        embedder: name of a model or TOML file, which decides the layout of chips
+        folder: folder of the chip set
+        run: how to run the workers
+        log: called with lines about the progress
+        trained: names of persons that are trained on; `config.held_only` leaves out their pairs
+    """
+    image_names = collect_names(read_validation_pairs(replace(config, held_only=False)))
+    chips = prepare_images(config.data, image_names, embedder, folder, run, log)
     return PairSet.from_names(chips, read_validation_pairs(config, trained), os.path.basename(config.pairs))
 
 
 def _prepare_order(
-    order: ChipOrder, folder: str, run: ChipRunConfig, progress: Progress, settled: bool = False
+    order: ChipOrder, folder: str, run: ChipRunConfig, log: Callable[[str], None], *, keep_outdated: bool
 ) -> ChipSet:
+    """Open the chip set of an order, and make it first unless it exists."""
     if storage.is_remote(folder):
-        raise ConfigError(f"{folder!r} is in an object store; chips are read at random, and need a folder on a disk")
+        raise ConfigError(f"{folder!r} is in an object store: set a local folder, because chips are read at random")
     folder = os.path.abspath(folder)
-    fingerprint, info = order.fingerprint, read_set_info(folder)
-    if settled and info and info.asked == order.config_fingerprint:
+    fingerprint = order.fingerprint
+    info = read_set_info(folder)
+    if keep_outdated and info and info.asked == order.config_fingerprint:
         if info.fingerprint != fingerprint:
-            progress(f"going on with the chips in {folder!r}, though the data has changed since; --fresh takes it anew")
+            log(f"the data has changed, but training resumes with the chips in {folder!r}; --fresh makes new ones")
         return ChipSet.open(folder)
     if not _is_made_from(folder, fingerprint):
-        with hold_lease(folder, "chip set", progress):
-            if not _is_made_from(folder, fingerprint):  # another run may have made it while we waited
-                _check_source(order.data)  # before chips that are there go
+        with hold_lease(folder, "chip set", log):
+            # Another run may have made it while this one waited.
+            if not _is_made_from(folder, fingerprint):
+                _check_source(order.data)  # before existing chips are deleted
                 with _require_unused(folder):
                     _begin_folder(folder, fingerprint)
-                    _make_chips(order, folder, run, progress)
+                    _make_chips(order, folder, run, log)
     return ChipSet.open(folder)
 
 
 @contextmanager
 def mark_in_use(folder: str) -> Iterator[None]:
-    """While inside, the chip set in a folder is not made anew by others; the end of the process lets go as well."""
-    with open(os.path.join(folder, _USE), "a") as file:
+    """Keep others from replacing the chip set in a folder. The end of the process releases it too."""
+    with open(os.path.join(folder, _USE_LOCK), "a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 
 @contextmanager
 def _require_unused(folder: str) -> Iterator[None]:
-    with open(os.path.join(folder, _USE), "a") as file:
+    """Raise ConfigError if another training uses the chip set; keep it unused inside."""
+    with open(os.path.join(folder, _USE_LOCK), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder!r} holds chips of other data, which another training is using: give another run.chips"
+                f"{folder!r} holds chips of other data, which another training is using: set another run.chips"
             ) from None
         yield
 
@@ -157,47 +201,75 @@ def _is_made_from(folder: str, fingerprint: str) -> bool:
 
 
 def _begin_folder(folder: str, fingerprint: str) -> None:
-    """Ready the folder: what an interrupted run for the same set left stays, another set goes."""
+    """Prepare the folder: keep the shards of an interrupted run for the same set, and delete another set.
+
+    Raises:
+        ConfigError: The folder holds other files and is not a chip set.
+    """
     plan = os.path.join(folder, PLAN)
     try:
         with open(plan, encoding="utf-8") as file:
-            same = file.read() == fingerprint
+            is_same = file.read() == fingerprint
     except OSError:
-        same = False
-        if foreign := [name for name in os.listdir(folder) if not name.startswith(".lock")]:
-            raise ConfigError(f"{folder!r} holds {foreign[0]!r} and is no chip set: choose a new folder") from None
-    if not same or read_set_info(folder) is not None:
-        storage.delete(os.path.join(folder, SET))  # first: from here on it is no set
+        is_same = False
+        foreign = [name for name in os.listdir(folder) if not name.startswith(_LOCK_PREFIX)]
+        if foreign:
+            raise ConfigError(
+                f"{folder!r} holds {foreign[0]!r} and is not a chip set: choose an empty or new folder"
+            ) from None
+    if not is_same or read_set_info(folder) is not None:
+        # Delete set.json first: without it the folder is not a chip set.
+        storage.delete(os.path.join(folder, SET))
         for name in os.listdir(folder):
-            if name != PLAN and not name.startswith(".lock"):
+            if name != PLAN and not name.startswith(_LOCK_PREFIX):
                 path = os.path.join(folder, name)
-                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+                if os.path.isdir(path):
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
         storage.write(plan, fingerprint.encode())
     shutil.rmtree(os.path.join(folder, PARTS), ignore_errors=True)
 
 
-def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, progress: Progress) -> None:
-    data, origin = order.data, describe_origin(order.data)
-    left_out = collect_exclusions(data, progress)
+def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, log: Callable[[str], None]) -> None:
+    """Make a chip set in a prepared folder."""
+    data = order.data
+    origin = describe_origin(data)
+    # Choose the faces.
+    exclusions = collect_exclusions(data, log)
     figures = Counter[str]()
     if data.gallery:
-        gallery = Gallery(data.gallery)
-        figures.update(
-            select_faces(data, gallery, left_out, folder, frozenset(order.wanted) if not order.labelled else None)
-        )
-    writer = ChipShardWriter(folder)  # also takes away what an interrupted run had not finished
+        image_names = None if order.needs_identity else frozenset(order.image_names)
+        figures.update(select_faces(data, Gallery(data.gallery), exclusions, folder, image_names))
+    # Cut their chips, and move them into shards. The writer deletes the unfinished shard of an interrupted run.
+    writer = ChipShardWriter(folder)
     figures["held from an interrupted run"] = _write_known(order, folder)
     os.makedirs(os.path.join(folder, PARTS), exist_ok=True)
     mover = _ChipMover(folder, writer, figures)
     for record in run_chip_workers(order, folder, run):
-        mover(record)
-        progress(f"{figures['images']} images, {mover.chips} chips")
+        mover.move(record)
+        log(f"{figures['images']} images, {mover.chips} chips")
     mover.close()
-    keep = ChipFilter(data.min_images, data.max_images, left_out.images, left_out.names, order.labelled)
-    layout = find_chip_layout(order.embedder)
-    counted = {n: c for n, c in figures.items() if c}
-    info = ChipSetInfo(order.fingerprint, order.embedder, layout.size, 0, 0, counted, order.config_fingerprint, origin)
-    write_index(folder, info, keep)
+    # Index the chips that belong to the set. This makes the folder a chip set.
+    chip_filter = ChipFilter(
+        min_images=data.min_images,
+        max_images=data.max_images,
+        excluded_images=exclusions.images,
+        excluded_names=exclusions.names,
+        needs_identity=order.needs_identity,
+    )
+    info = ChipSetInfo(
+        fingerprint=order.fingerprint,
+        embedder=order.embedder,
+        size=find_chip_layout(order.embedder).size,
+        chips=0,
+        identities=0,
+        figures={name: count for name, count in figures.items() if count},
+        asked=order.config_fingerprint,
+        origin=origin,
+    )
+    write_index(folder, info, chip_filter)
+    # Delete what only the making needed.
     for name in (PARTS, MARKS):
         shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     for name in (HELD, *SELECTION_FILES):
@@ -205,52 +277,57 @@ def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, progress: Pro
 
 
 def _check_source(data: DataConfig) -> None:
+    """Raise SourceError if the source has no images."""
     if data.gallery:
         return
     source = open_source(data.source_config)
     if next(iter(source), None) is None:
-        raise SourceError(f"no image in {data.source!r} ({source.ignored} other files were passed over)")
+        raise SourceError(f"no image in {data.source!r} ({source.ignored} other files were skipped)")
 
 
 def _write_known(order: ChipOrder, folder: str) -> int:
-    """Write what whole shards hold already, for the listing; how much that is."""
-    held: Any = read_face_ids(folder) if order.data.gallery else read_uri_hashes(folder)
-    np.save(os.path.join(folder, HELD), held)
-    return len(held)
+    """Write for the listing what complete shards hold already, and return how much that is."""
+    known: Any = read_face_ids(folder) if order.data.gallery else read_uri_hashes(folder)
+    np.save(os.path.join(folder, HELD), known)
+    return len(known)
 
 
 class _ChipMover:
-    """Takes the chips of finished parts into the shards, and counts."""
+    """Moves the chips of finished parts into shards, and counts what became of the images."""
 
     def __init__(self, folder: str, writer: ChipShardWriter, figures: Counter[str]):
-        self._folder, self._writer, self._figures = folder, writer, figures
-        self.chips = 0
+        self._folder = folder
+        self._writer = writer
+        self._figures = figures
         self._failures = os.path.join(folder, FAILURES)
+        self.chips = 0
         storage.write(self._failures, b"uri,status,error\n")
 
-    def __call__(self, record: Record) -> None:
+    def move(self, record: Record) -> None:
+        """Count a finished block, move its chips, and delete its part."""
         self._figures["images"] += record.images
         self._figures["listed twice"] += record.repeated
         self._figures["no image files"] += record.ignored
         for status, count in record.statuses.items():
-            if status != "ok":
+            if status != OK:
                 self._figures[f"failed: {status}"] += count
         if record.path is None:
             return
         path = os.path.join(self._folder, PARTS, record.path)
-        rows = pq.read_table(path, columns=["face_id", "image_id", "uri", "identity", "thumb", "status", "error"])
+        rows = pq.read_table(path, columns=_PART_COLUMNS)
         has_chip = pc.is_valid(rows["thumb"])
-        chips = rows.filter(has_chip).select(["face_id", "image_id", "uri", "identity", "thumb"])
-        self._writer.add(chips.rename_columns(["face_id", "image_id", "uri", "identity", "chip"]))
+        chips = rows.filter(has_chip).select(_CHIP_COLUMNS)
+        self._writer.add(chips.rename_columns([*_CHIP_COLUMNS[:-1], "chip"]))
         self.chips += chips.num_rows
         self._record_failures(rows.filter(pc.invert(has_chip)))
         os.unlink(path)
 
     def _record_failures(self, failed: pa.Table) -> None:
         with open(self._failures, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.writer(file)
+            writer = csv.writer(file)
             for row in failed.select(["uri", "status", "error"]).to_pylist():
-                rows.writerow((row["uri"], row["status"], row["error"] or ""))
+                writer.writerow((row["uri"], row["status"], row["error"] or ""))
 
     def close(self) -> None:
+        """Finish the last shard."""
         self._writer.close()

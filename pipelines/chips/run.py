@@ -1,4 +1,4 @@
-"""How chips are made: from an order to the records of finished blocks, on whichever runner."""
+"""Run the workers that cut chips: from an order to the records of finished blocks, on any runner."""
 
 import dataclasses
 import json
@@ -33,21 +33,28 @@ from pipelines.runtime.plan import Plan, Resources, local_resources, make_plan
 from pipelines.runtime.runners import inline, local, ray
 from pipelines.runtime.worker import Job
 
-Progress = Callable[[str], None]
+PARTS = "parts"
+MARKS = "marks"
+HELD = "held.npy"
+_VERSION = 2  # of the content of a folder
+_MAX_INLINE = 64  # images for which starting processes does not pay
 
-
-PARTS, MARKS, HELD = "parts", "marks", "held.npy"
-_VERSION = 2  # of what a folder holds
-_INLINE = 64  # images that are not worth starting processes for
+# Verdicts on a hash of a uri, in the table of `_KnownChips`.
+_IN_SHARDS = 1
+_LISTED = 2
 
 
 @dataclass(frozen=True)
 class ChipRunConfig:
-    """How chips are made; none of it changes what comes out.
+    """Configure how chips are made. Nothing here changes the chips.
 
-    runner: local (processes on this machine), ray, inline (this process), or auto: inline for few images, else local
-    workers: how many; by default one a CPU, or one a GPU where there are GPUs and faces are to be detected
-    batch: images a worker holds decoded at a time; block_smallest, block_largest: images of one unit of work
+    Attributes:
+        runner: local (processes on this machine), ray, inline (this process), or auto: inline for few images,
+            otherwise local
+        workers: number of workers; default: one per CPU, or one per GPU if there are GPUs and faces must be detected
+        batch: images that a worker holds decoded at a time
+        block_smallest: minimum number of images per unit of work
+        block_largest: maximum number of images per unit of work
     """
 
     runner: Literal["auto", "inline", "local", "ray"] = "auto"
@@ -59,29 +66,38 @@ class ChipRunConfig:
 
 @dataclass(frozen=True)
 class ChipOrder:
-    """What a chip set is made from. wanted: names of images; empty: all; labelled: only faces with an identity."""
+    """What a chip set is made from.
+
+    Attributes:
+        data: the images
+        embedder: name of a model or TOML file, which decides the layout of chips
+        image_names: names of the images to use; empty: all images
+        needs_identity: use only faces with an identity
+    """
 
     data: DataConfig
     embedder: str
-    wanted: tuple[str, ...] = ()
-    labelled: bool = True
+    image_names: tuple[str, ...] = ()
+    needs_identity: bool = True
 
     @property
     def fingerprint(self) -> str:
-        """What the set depends on, as far as that can be told without reading it."""
-        galleries = [(g.id, g.version) for g in map(Gallery, filter(None, (self.data.gallery, *self.data.exclude)))]
+        """Hash of all that the set depends on, as far as it can be known without reading the images."""
+        paths = [path for path in (self.data.gallery, *self.data.exclude) if path]
+        galleries = [Gallery(path) for path in paths]
+        versions = [(gallery.id, gallery.version) for gallery in galleries]
         files = [_get_file_mark(path) for path in (self.data.list, self.data.source)]
-        return _hash_facts([self._config_facts, galleries, files, read_excluded_names(self.data)])
+        return _hash_facts([self._config_facts, versions, files, read_excluded_names(self.data)])
 
     @property
     def config_fingerprint(self) -> str:
-        """The part of it that does not change as the data does."""
+        """Hash of the part of the fingerprint that does not change if only the data changes."""
         return _hash_facts(self._config_facts)
 
     @property
     def _config_facts(self) -> list[Any]:
         layout = dataclasses.asdict(find_chip_layout(self.embedder))
-        return [_VERSION, dataclasses.asdict(self.data), layout, self.wanted]
+        return [_VERSION, dataclasses.asdict(self.data), layout, self.image_names]
 
 
 def _hash_facts(facts: list[Any]) -> str:
@@ -89,78 +105,95 @@ def _hash_facts(facts: list[Any]) -> str:
 
 
 def _get_file_mark(path: str) -> str:
-    """A list file's size and time; nothing for folders, whose time says little."""
+    """Get a list file's size and time. Folders get no mark: their time says little."""
     return storage.get_entry(path).fingerprint if path and os.path.isfile(path) else ""
 
 
 @dataclass(frozen=True)
 class SourceListing:
-    """Blocks of a source's images of which no chip is held yet; made afresh wherever it is called.
+    """Blocks of a source's images without a chip yet. Each worker machine may call it and lists again.
 
-    held: file of hashes of uris (.npy); wanted: names of images; empty: all
+    Attributes:
+        source: the source
+        known: file of the hashes of uris that have a chip (.npy)
+        image_names: names of the images to list; empty: all images
+        size: number of images per block
     """
 
     source: SourceConfig
-    held: str
-    wanted: tuple[str, ...]
+    known: str
+    image_names: tuple[str, ...]
     size: BlockSize
 
     def __call__(self) -> Iterator[Block]:
-        seen = _KnownChips(np.load(self.held))
+        """List the images in blocks."""
+        known = _KnownChips(np.load(self.known))
         try:
-            yield from cut_blocks(_NamedItems(open_source(self.source), self.wanted), seen, self.size)
+            yield from cut_blocks(_NamedItems(open_source(self.source), self.image_names), known, self.size)
         finally:
-            seen.close()
+            known.close()
 
 
 class _KnownChips:
-    """What is held, and what was listed in this run, by hashes of uris (work.blocks.Known)."""
+    """The images that have a chip or were listed in this run, by hashes of uris (`facepipe.sources.blocks.Known`)."""
 
-    def __init__(self, held: UInt64):
+    def __init__(self, in_shards: UInt64):
         self._table = HashTable(width=1)
-        self._table.add(held, np.ones((len(held), 1), np.uint64))
+        self._table.add(in_shards, np.full((len(in_shards), 1), _IN_SHARDS, np.uint64))
 
     def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
-        """(SKIP, REPEATED or NEW; zeros) for each listed image."""
-        found, held = self._table.get(uris)
-        first = np.zeros(len(uris), bool)
-        first[np.unique(uris, return_index=True)[1]] = True
-        verdict = np.where(found & (held[:, 0] == 1), SKIP, NEW)
-        verdict = np.where(first & (held[:, 0] != 2), verdict, REPEATED)
-        self._table.add(uris, np.full((len(uris), 1), 2, np.uint64))
-        return verdict.astype(np.int8), np.zeros(len(uris), np.uint64)
+        """Decide about listed images.
+
+        Returns:
+            SKIP, REPEATED or NEW for each image; and zeros, because older fingerprints do not matter here.
+        """
+        is_known, values = self._table.get(uris)
+        is_first = np.zeros(len(uris), bool)
+        is_first[np.unique(uris, return_index=True)[1]] = True
+        verdicts = np.where(is_known & (values[:, 0] == _IN_SHARDS), SKIP, NEW)
+        verdicts = np.where(is_first & (values[:, 0] != _LISTED), verdicts, REPEATED)
+        self._table.add(uris, np.full((len(uris), 1), _LISTED, np.uint64))
+        return verdicts.astype(np.int8), np.zeros(len(uris), np.uint64)
 
     def close(self) -> None:
+        """Delete the table."""
         self._table.close()
 
 
 class _NamedItems:
-    """The items of a source that have wanted names; all where none is wanted."""
+    """The items of a source that have one of the names, or all items if there are no names."""
 
-    def __init__(self, source: Source, wanted: tuple[str, ...]):
-        self._source, self.name, self._wanted = source, source.name, ImageNames(wanted)
+    def __init__(self, source: Source, image_names: tuple[str, ...]):
+        self.name = source.name
+        self._source = source
+        self._names = ImageNames(image_names)
 
     @property
     def ignored(self) -> int:
+        """Files that are not images."""
         return self._source.ignored
 
     def __iter__(self) -> Iterator[WorkItem]:
-        return (item for item in self._source if not self._wanted or self._wanted.find_name(item.uri))
+        return (item for item in self._source if not self._names or self._names.find_name(item.uri))
 
 
 def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Iterator[Record]:
-    """Records of the blocks as workers finish them; Ray is left again when they are read to the end, or closed."""
-    marks, name = os.path.join(folder, MARKS), new_run_id()
-    crash_marks.bequeath(marks, name)  # the lock says that no other run is alive
-    detects = not order.data.gallery and not order.data.aligned
+    """Yield the records of blocks as workers finish them.
+
+    If Ray was started, it is stopped when the iterator is exhausted or closed.
+    """
+    marks = os.path.join(folder, MARKS)
+    run_id = new_run_id()
+    crash_marks.bequeath(marks, run_id)  # the caller's lease says that no other run is alive
+    needs_detector = not order.data.gallery and not order.data.aligned
     runner = _choose_runner(order, folder, run)
     try:
         resources = ray.start() if runner == "ray" else local_resources()
-        plan = make_plan(resources if detects else Resources(resources.cpus), run.workers)
+        plan = make_plan(resources if needs_detector else Resources(resources.cpus), run.workers)
         blocks = _build_listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
         stages = _build_stages(order, plan)
         parts = os.path.join(folder, PARTS)
-        job = Job(stages, run.batch, True, name, order.embedder, parts, os.path.join(marks, name))
+        job = Job(stages, run.batch, True, run_id, order.embedder, parts, os.path.join(marks, run_id))
         yield from _run_blocks(runner, blocks, job, plan)
     finally:
         if runner == "ray":
@@ -170,38 +203,46 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
 def _run_blocks(runner: str, blocks: Callable[[], Iterator[Block]], job: Job, plan: Plan) -> Iterator[Record]:
     if runner == "ray":
         return ray.run(blocks, [job], plan)
-    return inline.run(blocks, job) if runner == "inline" else local.run(blocks, job, plan.groups[0])
+    if runner == "inline":
+        return inline.run(blocks, job)
+    return local.run(blocks, job, plan.groups[0])
 
 
 def _choose_runner(order: ChipOrder, folder: str, run: ChipRunConfig) -> str:
+    """Resolve `auto` by listing images until there are too many to run inline."""
     if run.runner != "auto":
         return run.runner
     images = 0
-    for block in _build_listing(order, folder, BlockSize(1, _INLINE))():
+    for block in _build_listing(order, folder, BlockSize(1, _MAX_INLINE))():
         images += block.items.num_rows
-        if images > _INLINE:
+        if images > _MAX_INLINE:
             return "local"
     return "inline"
 
 
 def _build_listing(order: ChipOrder, folder: str, size: BlockSize) -> Callable[[], Iterator[Block]]:
-    held = os.path.join(folder, HELD)
+    known = os.path.join(folder, HELD)
     if order.data.gallery:
         gallery = Gallery(order.data.gallery)
-        return GalleryListing(gallery.path, gallery.version, folder, held, size)
+        return GalleryListing(gallery.path, gallery.version, folder, known, size)
     source = order.data.source_config
     source = replace(source, uri=storage.to_absolute(source.uri))
-    return SourceListing(source, held, order.wanted, size)
+    return SourceListing(source, known, order.image_names, size)
 
 
 def _build_stages(order: ChipOrder, plan: Plan) -> tuple[Any, ...]:
-    data, group, ends = order.data, plan.groups[0], Encode(order.embedder)
-    begin = (Read(), Decode(threads=group.threads))
+    """Build the stages from reading to encoding; which ones depends on where the faces are known from."""
+    data = order.data
+    group = plan.groups[0]
+    read = Read()
+    decode = Decode(threads=group.threads)
+    encode = Encode(order.embedder)
     if data.aligned:
-        return (*begin, Whole(order.embedder), ends)
+        return read, decode, Whole(order.embedder), encode
     if data.gallery:
-        align = Align(embedder=order.embedder, detector=Gallery(data.gallery).contract.detector, thumbs=False)
-        return (*begin, Given(), align, ends)
+        detector = Gallery(data.gallery).contract.detector
+        return read, decode, Given(), Align(embedder=order.embedder, detector=detector, thumbs=False), encode
     device = "cuda" if group.gpus else "cpu"
     detect = Detect(model=data.detector, device=device, threads=group.threads)
-    return (*begin, detect, Subject(), Align(embedder=order.embedder, detector=data.detector, thumbs=False), ends)
+    align = Align(embedder=order.embedder, detector=data.detector, thumbs=False)
+    return read, decode, detect, Subject(), align, encode

@@ -1,4 +1,4 @@
-"""train: embedders and detectors, from scratch or from a checkpoint."""
+"""train: train an embedder or a detector, from random weights or from a checkpoint."""
 
 from pipelines.train.pipeline import DetectorConfig, TrainConfig, run
 

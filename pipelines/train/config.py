@@ -1,4 +1,4 @@
-"""What `train` can be told: of an embedder, or of a detector where there is a section `detection`."""
+"""The settings of `train`: of an embedder, or of a detector if there is a section `detection`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,34 @@ Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class BatchSize:
+    """The size of a batch in the units that workers share.
+
+    Attributes:
+        name: what it counts, for error messages
+        value: number per batch
+    """
+
+    name: str
+    value: int
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """Everything the training of an embedder can be told."""
+    """Configure the training of an embedder.
+
+    Attributes:
+        data: training data
+        model: network and initial weights
+        loss: loss
+        sample: choice of the faces of a batch
+        augment: augmentation of chips
+        split: part of the data that is held out
+        validate: pairs that score the network
+        optim: optimiser
+        schedule: length and learning rate
+        run: where the training runs and what it writes
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -35,47 +61,65 @@ class TrainConfig:
     run: TrainingRunConfig = field(default_factory=TrainingRunConfig)
 
     @property
-    def worker_share(self) -> tuple[str, int]:
-        """What has to divide by the number of workers, and its name."""
+    def batch_size(self) -> BatchSize:
+        """The number that must divide by the number of workers."""
         if self.sample.identities:
-            return "sample.identities", self.sample.identities
+            return BatchSize("sample.identities", self.sample.identities)
         if self.loss.offline:
-            return "the number of triplets in sample.batch", self.sample.batch // 3
-        return "sample.batch", self.sample.batch
+            return BatchSize("the number of triplets in sample.batch", self.sample.batch // 3)
+        return BatchSize("sample.batch", self.sample.batch)
 
     def check(self) -> "TrainConfig":
-        """Itself, with what can be known to be wrong before any data is read. Raises ConfigError."""
+        """Return the config if nothing is wrong that can be seen without reading data.
+
+        Raises:
+            ConfigError: Settings contradict each other.
+        """
         self.data.check()
-        loss = resolve_loss_config(self.loss)
-        if loss.offline and (self.sample.identities or self.sample.batch % 3):
-            raise ConfigError(
-                "loss.offline brings triplets of its own: leave sample.identities out, and set sample.batch to three "
-                "times the triplets of a batch"
-            )
-        if needs_pairs(loss) and (self.sample.identities < 2 * self.run.workers or self.sample.images < 2):
-            raise ConfigError(
-                f"{self.loss.name} compares faces of one person, and persons, within a worker's share of a batch: set "
-                "sample.identities (P, of each worker) and sample.images (K) of at least 2"
-            )
-        if self.model.imprint and not has_centres(loss):
-            raise ConfigError(f"model.imprint starts class centres, and {loss.name} has none: leave it out")
+        self._check_sampling()
+        if self.model.imprint and not has_centres(self.loss):
+            name = resolve_loss_config(self.loss).name
+            raise ConfigError(f"model.imprint={self.model.imprint} needs class centres, but {name} has none: remove it")
         if not self.validate.pairs and (self.validate.source or self.validate.gallery or self.validate.held_only):
-            raise ConfigError("validate.source, gallery and held_only are for a pairs file: set validate.pairs")
-        if self.schedule.validate != 0 and self._nothing_held and not self.validate.pairs:
+            raise ConfigError("validate.source, gallery and held_only need a pairs file: set validate.pairs")
+        if self.schedule.validate != 0 and not self._holds_data_out and not self.validate.pairs:
             _check_without_validation(
                 self.schedule, self.run, "nothing is held out (split), and validate.pairs names no file"
             )
         check_lengths(self.model, self.schedule, self.run)
         return self
 
+    def _check_sampling(self) -> None:
+        """Raise ConfigError if the batches do not suit the loss."""
+        loss = resolve_loss_config(self.loss)
+        if loss.offline and (self.sample.identities or self.sample.batch % 3):
+            raise ConfigError(
+                "loss.offline mines its own triplets: remove sample.identities, and set sample.batch to three times "
+                "the triplets of a batch"
+            )
+        too_few = self.sample.identities < 2 * self.run.workers or self.sample.images < 2
+        if needs_pairs(loss) and too_few:
+            raise ConfigError(
+                f"{self.loss.name} compares faces of one person and of different persons within each worker's share of "
+                f"a batch: set sample.identities to at least {2 * self.run.workers} and sample.images to at least 2"
+            )
+
     @property
-    def _nothing_held(self) -> bool:
-        return not self.split.names and (self.split.by == "none" or not self.split.held)
+    def _holds_data_out(self) -> bool:
+        return bool(self.split.names) or (self.split.by != "none" and self.split.held > 0)
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything the training of a detector can be told."""
+    """Configure the training of a detector.
+
+    Attributes:
+        detection: images, annotations, augmentation and loss
+        model: network and initial weights
+        optim: optimiser
+        schedule: length and learning rate
+        run: where the training runs and what it writes
+    """
 
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -84,14 +128,18 @@ class DetectorConfig:
     run: TrainingRunConfig = field(default_factory=TrainingRunConfig)
 
     @property
-    def worker_share(self) -> tuple[str, int]:
-        """What has to divide by the number of workers, and its name."""
-        return "detection.batch", self.detection.batch
+    def batch_size(self) -> BatchSize:
+        """The number that must divide by the number of workers."""
+        return BatchSize("detection.batch", self.detection.batch)
 
     def check(self) -> "DetectorConfig":
-        """Itself. Raises ConfigError where there is nothing to train on."""
+        """Return the config if nothing is wrong that can be seen without reading data.
+
+        Raises:
+            ConfigError: There are no annotations, or settings contradict each other.
+        """
         if not self.detection.annotations:
-            raise ConfigError("detection.annotations is missing: WIDER FACE's label.txt, or a file like it")
+            raise ConfigError("detection.annotations is missing: set it to WIDER FACE's label.txt or a file like it")
         if not self.detection.held:
             _check_without_validation(self.schedule, self.run, "detection.held names no annotations")
         check_lengths(self.model, self.schedule, self.run)
@@ -99,44 +147,61 @@ class DetectorConfig:
 
 
 def check_lengths(model: ModelConfig, schedule: ScheduleConfig, run: TrainingRunConfig) -> None:
-    """Raises ConfigError for settings of the schedule that would have no effect."""
+    """Check that no setting of the schedule is without effect.
+
+    Raises:
+        ConfigError: A setting would have no effect, such as a milestone after the end.
+    """
+    length = schedule.steps or schedule.epochs
     if schedule.milestones and schedule.policy != "step":
-        raise ConfigError(f"schedule.milestones are for policy step, and schedule.policy is {schedule.policy}")
+        raise ConfigError(f"schedule.milestones need policy step, but schedule.policy={schedule.policy}: remove one")
     if schedule.policy == "step" and not schedule.milestones:
-        raise ConfigError("schedule.policy is step, and schedule.milestones is empty: say where the rate falls")
-    if schedule.warmup >= (schedule.steps or schedule.epochs):
-        raise ConfigError(f"schedule.warmup: {schedule.warmup:g} is not before the end of the training")
-    late = [m for m in schedule.milestones if m >= (schedule.steps or schedule.epochs)]
-    if late:
-        raise ConfigError(f"schedule.milestones: {late[0]:g} is not before the end of the training")
+        raise ConfigError("schedule.policy=step needs schedule.milestones, which is empty: set where the rate falls")
+    if schedule.warmup >= length:
+        raise ConfigError(f"schedule.warmup={schedule.warmup:g} is not before the end of the training ({length:g})")
+    for milestone in schedule.milestones:
+        if milestone >= length:
+            raise ConfigError(f"schedule.milestones: {milestone:g} is not before the end of the training ({length:g})")
     if model.unfreeze_at and not model.freeze:
-        raise ConfigError("model.unfreeze_at thaws what model.freeze names, and that is empty")
-    if model.unfreeze_at >= (schedule.steps or schedule.epochs):
-        raise ConfigError(f"model.unfreeze_at: {model.unfreeze_at:g} is not before the end of the training")
+        raise ConfigError(f"model.unfreeze_at={model.unfreeze_at:g} needs model.freeze, which is empty")
+    if model.unfreeze_at >= length:
+        raise ConfigError(f"model.unfreeze_at={model.unfreeze_at:g} is not before the end of the training ({length:g})")
     if schedule.validate == 0:
         _check_without_validation(schedule, run, "schedule.validate is 0")
 
 
 def _check_without_validation(schedule: ScheduleConfig, run: TrainingRunConfig, why: str) -> None:
-    if run.patience or schedule.policy == "plateau":
-        what = "run.patience" if run.patience else "schedule.policy plateau"
-        raise ConfigError(f"{what} waits for validations to get better, and there are none: {why}")
+    """Raise ConfigError if a setting needs the validation that is disabled."""
+    if run.patience:
+        raise ConfigError(f"run.patience={run.patience} needs validation, which is disabled: {why}")
+    if schedule.policy == "plateau":
+        raise ConfigError(f"schedule.policy=plateau needs validation, which is disabled: {why}")
 
 
 def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
-    """The config of nested mappings, later ones winning, checked as far as it can be without data."""
+    """Build the config from nested mappings, and check it as far as possible without data.
+
+    Args:
+        layers: nested mappings; later ones win
+
+    Raises:
+        ConfigError: A setting is unknown, has a wrong value or contradicts another.
+    """
     kind: type[TrainConfig | DetectorConfig] = TrainConfig
     if any("detection" in layer for layer in layers):
         kind = DetectorConfig
-    found = build(kind, *layers).check()
-    run = found.run
+    config = build(kind, *layers).check()
+    run = config.run
     if not run.output:
-        raise ConfigError("run.output is missing: the folder that the model, its checkpoints and the report go to")
+        raise ConfigError("run.output is missing: set the folder for the model, its checkpoints and the report")
     if is_remote(run.output):
-        raise ConfigError(f"run.output is {run.output!r}: checkpoints are locked and replaced, which needs a disk")
+        raise ConfigError(
+            f"run.output={run.output!r} is in an object store: set a local folder, because checkpoints are locked and "
+            "replaced"
+        )
     if run.runner == "inline" and run.workers > 1:
-        raise ConfigError(f"run.workers is {run.workers}, and the runner inline has one: take ray")
-    name, size = found.worker_share
-    if size % run.workers:
-        raise ConfigError(f"{name} = {size} does not divide by run.workers = {run.workers}: choose a multiple")
-    return found
+        raise ConfigError(f"run.workers={run.workers} needs run.runner=ray (inline runs one process)")
+    size = config.batch_size
+    if size.value % run.workers:
+        raise ConfigError(f"{size.name} = {size.value} does not divide by run.workers = {run.workers}: use a multiple")
+    return config

@@ -1,4 +1,4 @@
-"""train: a config in, a model out, with its checkpoints, metrics, report and manifest; goes on where it stopped."""
+"""train: train a model and write checkpoints, metrics, a report and a manifest. It resumes where it stopped."""
 
 import os
 import shutil
@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 from facepipe import storage
 from facepipe.errors import TrainingError
 from facepipe.models.zoo.card_file import save_model
-from facepipe.training.report import write_report
+from facepipe.training.report import ReportTexts, write_report
 from facepipe.training.start import NetworkStart, build_card, resolve_start
 from facepipe.training.trainer import checkpointing, metrics_log
 from facepipe.training.trainer.config import TrainingRunConfig
-from facepipe.training.trainer.loop import Outcome
+from facepipe.training.trainer.loop import OnProgress, Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
 from facepipe.training.validation import collect_names, read_validation_pairs
 from pipelines.train.config import DetectorConfig, TrainConfig, read_config
@@ -28,17 +28,29 @@ from pipelines.train.worker import RayTraining, TrainingPlan, check_device, trai
 
 __all__ = ["DetectorConfig", "TrainConfig", "TrainSummary", "TrainingProgress", "read_config", "run"]
 
-Tell = Callable[[TrainingProgress], None]
-Say = Callable[[str], None]
-MODEL, REPORT = "model", "report.html"
+MODEL = "model"
+REPORT = "report.html"
 
 
 @dataclass
 class TrainSummary:
-    """What a training run has done.
+    """What a training run did. `facepipe train --json` prints these fields under these names.
 
-    end: done or stopped (early); resumed: the step it went on from; best: the step the model is of; data: counts;
-    notes: what a user should know of the data and the scores
+    Attributes:
+        output: folder of the run
+        model: TOML file of the model
+        end: done, or stopped (early)
+        step: steps done
+        steps: steps of the whole training
+        epochs: epochs done
+        seconds: time of all attempts together
+        resumed: step that this attempt resumed from
+        loss: mean loss of the last line of the metrics
+        images_per_second: median throughput
+        best: step that the model's weights are from
+        scores: scores of the model, by name
+        data: counts of the data, by name
+        notes: remarks on the data and the scores
     """
 
     output: str
@@ -59,66 +71,85 @@ class TrainSummary:
 
 def run(
     config: TrainConfig | DetectorConfig,
+    *,
     fresh: bool = False,
-    tell: Tell = lambda progress: None,
-    say: Say = lambda line: None,
+    on_progress: OnProgress = lambda progress: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> TrainSummary:
-    """Train; what an earlier run of the same config left in `run.output` is gone on with, unless `fresh`.
+    """Train, and resume from `run.output` unless `fresh`.
 
-    Raises ConfigError and ModelError for what can be known to be wrong before any work; TrainingError where the loss
-    is not finite or the folder holds another run. Ctrl-C and SIGTERM end the step, write a checkpoint and are raised.
+    Ctrl-C and SIGTERM end the current step, write a checkpoint and are raised then.
+
+    Args:
+        config: all settings
+        fresh: start from the beginning, and delete the outputs of an earlier run except its chips
+        on_progress: called with every line of the metrics
+        log: called with lines about the preparation of the data
+
+    Raises:
+        ConfigError: The settings are wrong.
+        ModelError: The model cannot be used.
+        TrainingError: The loss is not finite, or the folder holds another run.
     """
+    # Find what is wrong with the settings before any data is prepared.
     config = _resolve_paths(config)
     check_device(config.run)
-    start = resolve_start(config.model) if isinstance(config, TrainConfig) else None
-    if start:
-        start.build(config.run.seed)  # weights that do not fit are told before any data is prepared
-    os.makedirs(config.run.output, exist_ok=True)
     checkpoints = checkpointing.CheckpointFolder(config.run.output)
-    goes_on = not fresh and checkpoints.has_checkpoint
-    if isinstance(config, TrainConfig) and start:
-        job: EmbedderJob | DetectorJob = EmbedderJob(config, start, say, goes_on)
+    job: EmbedderJob | DetectorJob
+    if isinstance(config, TrainConfig):
+        start = resolve_start(config.model)
+        start.build(config.run.seed)  # fails if the weights do not fit
+        os.makedirs(config.run.output, exist_ok=True)
+        resumes = not fresh and checkpoints.has_checkpoint
+        job = EmbedderJob(config, start, log, resumes=resumes)
     else:
-        job = DetectorJob(cast(Any, config))
+        os.makedirs(config.run.output, exist_ok=True)
+        job = DetectorJob(config)
     if fresh:
-        with checkpoints.lock():  # not under a run that is going on, nor before it is known that this one can
+        # Delete only now that this run is known to be possible, and not while another run writes.
+        with checkpoints.lock():
             _delete_outputs(config.run.output)
     with job.protect_data():
-        outcome = train_plan(job.plan, tell)
+        outcome = train_plan(job.plan, on_progress)
         return _write_outputs(job, outcome)
 
 
-def train_plan(plan: TrainingPlan, tell: Tell = lambda progress: None) -> Outcome:
-    """Run a plan's loop where its config says, so that signals end it cleanly."""
-    with catch_signals() as stop:
-        return train_inline(plan, tell, stop) if plan.run.runner == "inline" else RayTraining(plan)(tell, stop)
+def train_plan(plan: TrainingPlan, on_progress: OnProgress = lambda progress: None) -> Outcome:
+    """Run a plan's loop inline or on Ray, as its config says. Signals end it cleanly."""
+    with catch_signals() as is_interrupted:
+        if plan.run.runner == "inline":
+            return train_inline(plan, on_progress, is_interrupted)
+        return RayTraining(plan).run(on_progress, is_interrupted)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes what is given true; it is raised at the end. A second one counts.
+    """Hold back the first Ctrl-C or SIGTERM inside, and raise it at the end. A second one acts at once.
 
-    In threads other than the main one signals are not ours; one that the process ignores (as shells make background
-    jobs ignore Ctrl-C) stays ignored.
+    Outside the main thread, signals are left alone. So is a signal that the process ignores: shells make background
+    jobs ignore Ctrl-C.
+
+    Yields:
+        A function that tells whether a signal was caught.
     """
-    caught = list[int]()
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    foreign = (signal.SIG_IGN, None)  # None: a handler that is not Python's
-    before = {number: handler for number, handler in found.items() if handler not in foreign}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    foreign = (signal.SIG_IGN, None)  # None: a handler that was not set by Python
+    replaced = {number: handler for number, handler in handlers.items() if handler not in foreign}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in replaced.items():
             signal.signal(number, handler)
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        restore()  # the next one is not waited for
+        restore()  # the next signal acts at once
 
-    for number in before:
-        signal.signal(number, note)
+    for number in replaced:
+        signal.signal(number, catch)
     try:
         yield lambda: bool(caught)
     finally:
@@ -128,91 +159,113 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
 
 
 class EmbedderJob:
-    """The training of an embedder: its data, and what its model is called."""
+    """The training of an embedder and its data.
 
-    def __init__(self, config: TrainConfig, start: NetworkStart, say: Say, goes_on: bool):
+    Args:
+        config: all settings
+        start: what the network starts from
+        log: called with lines about the preparation of the chips
+        resumes: whether the run resumes from a checkpoint, and therefore keeps its chips if the data has changed
+    """
+
+    def __init__(self, config: TrainConfig, start: NetworkStart, log: Callable[[str], None], *, resumes: bool):
         from pipelines.chips.prepare import prepare_chips, prepare_images
 
-        self.config, self.start, run = config, start, config.run
-        folder = run.chips or os.path.join(run.output, "chips")
-        chips = prepare_chips(config.data, start.chips, folder, progress=say, settled=goes_on)
-        pairs = ""
+        self.config = config
+        self.start = start
+        folder = config.run.chips or os.path.join(config.run.output, "chips")
+        self._chips = prepare_chips(config.data, start.chips, folder, log=log, keep_outdated=resumes)
+        pairs_folder = ""
         if config.validate.pairs and config.schedule.validate != 0:
-            pairs = f"{folder}-of-pairs"
-            wanted = collect_names(read_validation_pairs(replace(config.validate, held_only=False)))
-            prepare_images(config.validate.data, wanted, start.chips, pairs, progress=say, settled=goes_on)
-        self.plan = EmbedderPlan(config, folder, pairs)
-        self._whole = chips
+            pairs_folder = f"{folder}-of-pairs"
+            names = collect_names(read_validation_pairs(replace(config.validate, held_only=False)))
+            data = config.validate.data
+            prepare_images(data, names, start.chips, pairs_folder, log=log, keep_outdated=resumes)
+        self.plan = EmbedderPlan(config, folder, pairs_folder)
         self._train, self._held = self.plan.split_chips()
-        judged = self.plan.build_pair_set()  # an error in it is to be heard of before training
-        scored = f"scored on {judged.description}" if judged else "not validated: the last network is the result"
-        self.notes = [scored, *self.plan.collect_notes(self._train)]
-        if again := start.list_resized():
-            self.notes.append(f"these start at random, since the weights have another dim: {', '.join(again)}")
+        # Build the pairs here too, so that an error in them is raised before training starts.
+        pairs = self.plan.build_pair_set()
+        scoring = f"scored on {pairs.description}" if pairs else "not validated: the last network is the result"
+        self.notes = [scoring, *self.plan.collect_notes(self._train)]
+        resized = start.list_resized()
+        if resized:
+            self.notes.append(f"these start at random, because the weights have another dim: {', '.join(resized)}")
 
     @contextmanager
     def protect_data(self) -> Iterator[None]:
-        """The chips stay as they are."""
+        """Keep other runs from replacing the chips."""
         from pipelines.chips.prepare import mark_in_use
 
-        with mark_in_use(self._whole.folder):
+        with mark_in_use(self._chips.folder):
             yield
 
     @property
     def counts(self) -> dict[str, int]:
-        found = {"images": len(self._train), "identities": len(self._train.identities)}
-        found |= {"held-out images": len(self._held)} if len(self._held) else {}
-        return found | {f"chips: {name}": count for name, count in self._whole.info.figures.items()}
+        """Counts of the data, by name."""
+        counts = {"images": len(self._train), "identities": len(self._train.identities)}
+        if len(self._held):
+            counts["held-out images"] = len(self._held)
+        return counts | {f"chips: {name}": count for name, count in self._chips.info.figures.items()}
 
     def describe_data(self) -> dict[str, Any]:
-        """What it was trained on."""
+        """Describe the data for the manifest, and write the ids of the faces beside it."""
         write_faces(self.config.run.output, self._train)
-        return describe_embedder(self.config.data, self._whole, self._train, self._held)
+        return describe_embedder(self.config.data, self._chips, self._train, self._held)
 
 
 class DetectorJob:
-    """The training of a detector."""
+    """The training of a detector and its data."""
 
     def __init__(self, config: DetectorConfig):
         self.config = config
         self.plan = DetectorPlan(config)
         self.start, task = self.plan.build_task()
-        self._steps, self.notes = task.steps_per_epoch, list(task.notes)
+        self._steps_per_epoch = task.steps_per_epoch
+        self.notes = list(task.notes)
 
     def protect_data(self) -> AbstractContextManager[None]:
-        """Nothing has to be held."""
+        """Do nothing: images are not replaced."""
         return nullcontext()
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"batches an epoch": self._steps}
+        """Counts of the data, by name."""
+        return {"batches an epoch": self._steps_per_epoch}
 
     def describe_data(self) -> dict[str, Any]:
-        """What it was trained on."""
-        return describe_detector(self.config.detection.annotations, self._steps)
+        """Describe the data for the manifest."""
+        return describe_detector(self.config.detection.annotations, self._steps_per_epoch)
 
 
-def _write_outputs(job: "EmbedderJob | DetectorJob", outcome: Outcome) -> TrainSummary:
-    """The model from the best checkpoint, the report and the manifest."""
+def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSummary:
+    """Write the model from the best checkpoint, the report and the manifest."""
     run = job.config.run
-    state, best, scores = _choose_weights(run, outcome)
-    figures = {name: round(value, 6) for name, value in scores.items()}
-    card = build_card(job.start, _get_model_name(run), figures)
-    model = save_model(Path(run.output) / MODEL, state, card)
+    weights = _choose_weights(run, outcome)
+    # The model.
+    figures = {name: round(value, 6) for name, value in weights.scores.items()}
+    name = Path(run.output).name or MODEL
+    model = save_model(Path(run.output) / MODEL, weights.state, build_card(job.start, name, figures))
+    # The report.
     entries = metrics_log.read_metrics(run.output)
     config = asdict(job.config)
-    about: dict[str, Any] = {
-        "title": f"Training of {job.start.architecture.name}",
-        "subtitle": f"{run.output}, from {job.start.origin}",
-        "notes": job.notes,
-        "data": job.counts,
-        "scores": scores,
-        "config": config,
+    texts = ReportTexts(
+        title=f"Training of {job.start.architecture.name}",
+        subtitle=f"{run.output}, from {job.start.origin}",
+        data=job.counts,
+        config=config,
+        notes=job.notes,
+        scores=weights.scores,
+    )
+    write_report(os.path.join(run.output, REPORT), entries, outcome, texts)
+    # The manifest.
+    facts = {
+        **job.describe_data(),
+        "start": {"name": job.start.origin, "sha256": job.start.sha256 or None, "licence": job.start.licence},
+        "seed": run.seed,
+        "scores": weights.scores,
+        "model_step": weights.step,
     }
-    write_report(os.path.join(run.output, REPORT), entries, outcome, about)
-    start = {"name": job.start.origin, "sha256": job.start.sha256 or None, "licence": job.start.licence}
-    about = {**job.describe_data(), "start": start, "seed": run.seed, "scores": scores, "model_step": best}
-    write_manifest(run.output, about, outcome, config)
+    write_manifest(run.output, facts, outcome, config)
     last = entries[-1] if entries else None
     speeds = sorted(entry.speed for entry in entries)
     return TrainSummary(
@@ -226,38 +279,47 @@ def _write_outputs(job: "EmbedderJob | DetectorJob", outcome: Outcome) -> TrainS
         resumed=outcome.resumed,
         loss=last.loss if last else float("nan"),
         images_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
-        best=best,
-        scores=scores,
+        best=weights.step,
+        scores=weights.scores,
         data=job.counts,
         notes=job.notes,
     )
 
 
-def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> tuple[dict[str, Any], int, dict[str, float]]:
-    """The network with the best score, its step, and its scores; the last one where none was validated, or where the
-    best one is no longer there."""
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights that become the model.
+
+    Attributes:
+        state: state of the network
+        step: step they are from
+        scores: their scores, by name; empty if they were not validated
+    """
+
+    state: dict[str, Any]
+    step: int
+    scores: dict[str, float]
+
+
+def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> ModelWeights:
+    """Choose the weights with the best score, or the last ones if there are none or their file was deleted."""
     checkpoints = checkpointing.CheckpointFolder(run.output, run.keep)
-    if checkpoints.best_path.exists():
+    path = checkpoints.best_path
+    if path.exists():
         try:
-            best = checkpointing.read_checkpoint(checkpoints.best_path)
+            best = checkpointing.read_checkpoint(path)
         except checkpointing.DamagedCheckpointError as error:
-            raise TrainingError(
-                f"{str(checkpoints.best_path)!r} is damaged: {error}. Delete it to take the last"
-            ) from error
+            raise TrainingError(f"{str(path)!r} is damaged: {error}. Delete it to use the last weights") from error
         if best["step"] == outcome.history.step:
-            return dict(best["net"]), best["step"], outcome.history.scores
+            return ModelWeights(dict(best["net"]), best["step"], outcome.history.scores)
     last = checkpoints.load()
     if last is None:
-        raise TrainingError(f"no checkpoint in {run.output!r}")
-    return dict(last["net"]), last["step"], {}
-
-
-def _get_model_name(run: TrainingRunConfig) -> str:
-    return Path(run.output).name or MODEL
+        raise TrainingError(f"no checkpoint in {run.output!r}: run again to train")
+    return ModelWeights(dict(last["net"]), last["step"], {})
 
 
 def _delete_outputs(output: str) -> None:
-    """Take off what an earlier run left, but for the chips."""
+    """Delete the outputs of an earlier run, except its chips."""
     checkpointing.CheckpointFolder(output).clear()
     for name in (metrics_log.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
         Path(output, name).unlink(missing_ok=True)
@@ -265,15 +327,20 @@ def _delete_outputs(output: str) -> None:
 
 
 def _resolve_paths(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:
-    """Workers may run in another folder than the user."""
+    """Make all paths absolute, because workers may run in another folder than the user."""
     run = replace(config.run, output=_to_absolute(config.run.output), chips=_to_absolute(config.run.chips))
     start = config.model.start
-    model = replace(config.model, start=_to_absolute(start) if os.sep in start or os.path.isfile(start) else start)
+    is_file = os.sep in start or os.path.isfile(start)
+    model = replace(config.model, start=_to_absolute(start) if is_file else start)
     if isinstance(config, DetectorConfig):
-        given = config.detection
-        files = replace(given, annotations=_to_absolute(given.annotations), images=_to_absolute(given.images))
-        files = replace(files, held=_to_absolute(given.held), held_images=_to_absolute(given.held_images))
-        return replace(config, run=run, model=model, detection=files)
+        detection = replace(
+            config.detection,
+            annotations=_to_absolute(config.detection.annotations),
+            images=_to_absolute(config.detection.images),
+            held=_to_absolute(config.detection.held),
+            held_images=_to_absolute(config.detection.held_images),
+        )
+        return replace(config, run=run, model=model, detection=detection)
     validate = replace(config.validate, pairs=_to_absolute(config.validate.pairs))
     split = replace(config.split, names=_to_absolute(config.split.names))
     return replace(config, run=run, model=model, validate=validate, split=split)

@@ -1,4 +1,4 @@
-"""What every worker makes for itself: the task, from a config, a folder of chips and files that all can read."""
+"""What every worker builds for itself: the task, from a config, a folder of chips and files that all can read."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from facepipe.models.runtime.device import resolve_device
 from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.sampling import BatchSampler
-from facepipe.training.data.split import Rows, SplitConfig, split_rows
+from facepipe.training.data.split import SplitConfig, split_rows
 from facepipe.training.detection.task import DetectionTask
 from facepipe.training.embedding_task import EmbedChips, EmbeddingTask, Examples, embed_chips
 from facepipe.training.imprint import imprint_centres
@@ -27,14 +27,23 @@ from facepipe.training.trainer.loop import LoopSettings
 from facepipe.training.trainer.task import TrainingTask
 from facepipe.training.triplet_task import TripletSampler, TripletTask
 from facepipe.training.validation import PairSet, read_validation_pairs, verify_pairs
+from facepipe.types import Int64
 from pipelines.train.config import DetectorConfig, TrainConfig
 
-Made = tuple[TrainingTask, LoopSettings]
+_EMBEDDER_SECTIONS = ("data", "loss", "sample", "augment", "split", "validate")
+_DETECTOR_SECTIONS = ("detection",)
+_COMMON_SECTIONS = ("model", "optim", "schedule")
 
 
 @dataclass(frozen=True)
 class EmbedderPlan:
-    """The training of an embedder on a chip set. pairs: chip set of the images of `validate.pairs`, if any."""
+    """The training of an embedder on a chip set.
+
+    Attributes:
+        config: all settings
+        chips: folder of the chip set
+        pairs: folder of the chip set with the images of `validate.pairs`; empty without a pairs file
+    """
 
     config: TrainConfig
     chips: str
@@ -42,10 +51,13 @@ class EmbedderPlan:
 
     @property
     def run(self) -> TrainingRunConfig:
+        """The settings of the run."""
         return self.config.run
 
-    def __call__(self) -> Made:
-        config, seed = self.config, self.run.seed
+    def build(self) -> tuple[TrainingTask, LoopSettings]:
+        """Build the task and the settings of its loop."""
+        config = self.config
+        seed = self.run.seed
         start = resolve_start(config.model)
         train, _ = self.split_chips()
         net = start.build(seed, config.model.dropout)
@@ -53,66 +65,75 @@ class EmbedderPlan:
         if config.model.imprint and not CheckpointFolder(self.run.output).has_checkpoint:
             self._imprint_centres(net, head, start.input, train)
         task = self._build_task(net, head, train, start.input)
-        identity = _hash_sections(config, ("data", "loss", "sample", "augment", "split", "validate"))
-        identity |= {"weights": start.sha256, "images": train.info.fingerprint}
+        identity = _hash_sections(config, _EMBEDDER_SECTIONS)
+        identity["weights"] = start.sha256
+        identity["images"] = train.info.fingerprint
         return task, build_loop_settings(config, task, start, identity)
 
-    def _build_task(self, net: nn.Module, head: nn.Module, train: ChipSet, fed: Input) -> TrainingTask:
-        config, seed, judge = self.config, self.run.seed, PairVerifier(self)
+    def _build_task(self, net: nn.Module, head: nn.Module, train: ChipSet, model_input: Input) -> TrainingTask:
+        config = self.config
+        seed = self.run.seed
+        verify = PairVerifier(self)
         if config.loss.offline:
             triplets = TripletSampler(train.labels, config.loss, config.sample.batch, seed)
-            return TripletTask(net, head, Examples(train, triplets, config.augment, judge), fed, seed)
+            return TripletTask(net, head, Examples(train, triplets, config.augment, verify), model_input, seed)
         sampler = BatchSampler(train.labels, config.sample, seed)
-        return EmbeddingTask(net, head, Examples(train, sampler, config.augment, judge), fed, seed)
+        return EmbeddingTask(net, head, Examples(train, sampler, config.augment, verify), model_input, seed)
 
-    def _imprint_centres(self, net: nn.Module, head: nn.Module, fed: Input, train: ChipSet) -> None:
+    def _imprint_centres(self, net: nn.Module, head: nn.Module, model_input: Input, train: ChipSet) -> None:
         device = torch.device(resolve_device(self.run.device))
         net.to(device).eval()
-        imprint_centres(head, lambda chips: embed_chips(net, chips, fed, device), train, self.config.model.imprint)
+        images = self.config.model.imprint
+        imprint_centres(head, lambda chips: embed_chips(net, chips, model_input, device), train, images)
         net.train()
 
     def collect_notes(self, train: ChipSet) -> list[str]:
-        """What a user should know of the data, with counts."""
+        """Collect remarks on the training data, with counts."""
         config = self.config
-        found = [] if config.loss.offline else list(BatchSampler(train.labels, config.sample, self.run.seed).notes)
-        if self.pairs and not (config.data.exclude or config.data.exclude_identities or config.validate.held_only):
-            found.append(
+        notes: list[str] = []
+        if not config.loss.offline:
+            notes += BatchSampler(train.labels, config.sample, self.run.seed).notes
+        excludes = config.data.exclude or config.data.exclude_identities or config.validate.held_only
+        if self.pairs and not excludes:
+            notes.append(
                 f"nothing of {config.validate.pairs} is left out of the training data: set data.exclude, "
                 "data.exclude_identities or validate.held_only"
             )
-        return found
+        return notes
 
     def split_chips(self) -> tuple[ChipSet, ChipSet]:
-        """Chips to train on, and those held out."""
+        """Split the chips into those to train on and those held out."""
         chips = ChipSet.open(self.chips)
         train, held = self._split_rows(chips)
         return chips.select(train), chips.select(held)
 
-    def _split_rows(self, chips: ChipSet) -> Rows:
-        given, validate = self.config.split, self.config.validate
-        if validate.pairs and not validate.held_only and not given.names:
-            given = SplitConfig("none")  # what nobody would be scored on is not held out
-        return split_rows(chips.labels, given, self.run.seed, chips.identities, chips.face_ids)
+    def _split_rows(self, chips: ChipSet) -> tuple[Int64, Int64]:
+        split = self.config.split
+        validate = self.config.validate
+        if validate.pairs and not validate.held_only and not split.names:
+            split = SplitConfig("none")  # the pairs file scores the network, so nothing needs to be held out
+        return split_rows(chips.labels, split, self.run.seed, chips.identities, chips.face_ids)
 
     def build_pair_set(self) -> PairSet | None:
-        """The pairs that networks are scored on; None where nothing is held out and no file is given."""
+        """Build the pairs that score the network, or None if nothing is held out and there is no pairs file."""
         config = self.config.validate
         if self.config.schedule.validate == 0:
             return None
         train, held = self.split_chips()
         if self.pairs:
-            named = read_validation_pairs(config, train.identities)
-            return PairSet.from_names(ChipSet.open(self.pairs), named, config.pairs)
+            pairs = read_validation_pairs(config, train.identities)
+            return PairSet.from_names(ChipSet.open(self.pairs), pairs, config.pairs)
         if not len(held):
             return None
         if self.config.split.by == "images" and not self.config.split.names:
             whole = ChipSet.open(self.chips)
-            return PairSet.draw(whole, config, self.run.seed, self._split_rows(whole)[1])
+            _, held_rows = self._split_rows(whole)
+            return PairSet.draw(whole, config, self.run.seed, held_rows)
         return PairSet.draw(held, config, self.run.seed)
 
 
 class PairVerifier:
-    """Verifies networks on a plan's pairs, which are made when the first one comes."""
+    """Verification on a plan's pairs, which are built at the first call. Small to pickle."""
 
     def __init__(self, plan: EmbedderPlan):
         self._plan = plan
@@ -122,43 +143,67 @@ class PairVerifier:
         return self._plan.build_pair_set()
 
     def __call__(self, embed: EmbedChips) -> dict[str, float]:
+        """Score an embedding function; empty if there are no pairs."""
         config = self._plan.config.validate
         return verify_pairs(embed, self._pairs, config.flip, config.batch) if self._pairs else {}
 
 
 @dataclass(frozen=True)
 class DetectorPlan:
-    """The training of a detector."""
+    """The training of a detector.
+
+    Attributes:
+        config: all settings
+    """
 
     config: DetectorConfig
 
     @property
     def run(self) -> TrainingRunConfig:
+        """The settings of the run."""
         return self.config.run
 
-    def __call__(self) -> Made:
-        config = self.config
+    def build(self) -> tuple[TrainingTask, LoopSettings]:
+        """Build the task and the settings of its loop."""
         start, task = self.build_task()
-        return task, build_loop_settings(
-            config, task, start, _hash_sections(config, ("detection",)) | {"weights": start.sha256}
-        )
+        identity = _hash_sections(self.config, _DETECTOR_SECTIONS)
+        identity["weights"] = start.sha256
+        return task, build_loop_settings(self.config, task, start, identity)
 
     def build_task(self) -> tuple[NetworkStart, DetectionTask]:
-        """What the network starts from, and its task. Raises SourceError and ConfigError for data that cannot be."""
+        """Build the task, and return it with what its network starts from.
+
+        Raises:
+            ConfigError: The settings do not suit the data.
+            SourceError: The annotations or images cannot be used.
+        """
         start = resolve_start(self.config.model, "detector")
-        net, channels = start.build(self.run.seed, self.config.model.dropout), start.input.channels
-        return start, DetectionTask(net, self.config.detection, self.run.seed, cast(Any, channels))
+        net = start.build(self.run.seed, self.config.model.dropout)
+        channels = cast(Any, start.input.channels)
+        return start, DetectionTask(net, self.config.detection, self.run.seed, channels)
 
 
 def build_loop_settings(
     config: TrainConfig | DetectorConfig, task: TrainingTask, start: NetworkStart, identity: dict[str, str]
 ) -> LoopSettings:
-    """What the loop is told of a config."""
+    """Build the settings of the loop.
+
+    Args:
+        config: all settings
+        task: what is trained
+        start: what its network starts from
+        identity: values that a checkpoint must have too
+
+    Raises:
+        ConfigError: `model.freeze` freezes all parameters.
+    """
     steps = task.steps_per_epoch
     frozen = optim.find_frozen_names(task.net, start.list_frozen_prefixes(config.model))
-    learns_later = config.model.unfreeze_at and next(task.objective.parameters(), None) is not None
-    if len(frozen) == len(list(task.net.parameters())) and not learns_later:
-        raise ConfigError("model.freeze leaves nothing of the network to train: name less")
+    has_head = next(task.objective.parameters(), None) is not None
+    # With a head to train, the network may be frozen as a whole until it is unfrozen.
+    can_learn = config.model.unfreeze_at and has_head
+    if len(frozen) == len(list(task.net.parameters())) and not can_learn:
+        raise ConfigError("model.freeze freezes all parameters of the network: freeze fewer layers")
     return LoopSettings(
         optim=config.optim,
         schedule=config.schedule,
@@ -172,9 +217,11 @@ def build_loop_settings(
 
 
 def _hash_sections(config: Any, sections: tuple[str, ...]) -> dict[str, str]:
-    """Digests of what the weights depend on, by section."""
-    found = {name: _hash_values(asdict(getattr(config, name))) for name in (*sections, "model", "optim", "schedule")}
-    return found | {"run.seed": str(config.run.seed), "run.precision": config.run.precision}
+    """Hash the sections of the config that the weights depend on, by name."""
+    hashes = {name: _hash_values(asdict(getattr(config, name))) for name in (*sections, *_COMMON_SECTIONS)}
+    hashes["run.seed"] = str(config.run.seed)
+    hashes["run.precision"] = config.run.precision
+    return hashes
 
 
 def _hash_values(values: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Training in one process, or in workers of Ray Train: the same loop, which takes up its own checkpoints."""
+"""Training in one process, or in workers of Ray Train. Both run the same loop, which resumes from its checkpoints."""
 
 import os
 import shutil
@@ -16,62 +16,81 @@ from facepipe.models.runtime.memory import keep_freed_memory
 from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.checkpointing import FOLDER
 from facepipe.training.trainer.config import TrainingRunConfig
-from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop
-from facepipe.training.trainer.metrics_log import TrainingProgress
+from facepipe.training.trainer.loop import LoopSettings, OnProgress, Outcome, TrainingLoop
 from facepipe.training.trainer.mixed_precision import choose_precision
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.trainer.task import TrainingTask
 from pipelines.runtime.runners import ray as ray_runner
 
-Tell = Callable[[TrainingProgress], None]
 _STOP = "stop"  # a file beside the checkpoints that asks workers to end
-_COLLECTIVE_SECONDS = 4 * 3600.0  # the others wait while the first one validates
-_POLL_SECONDS = 0.5
+_COLLECTIVE_TIMEOUT_S = 4 * 3600.0  # the others wait while the first rank validates
+_POLL_S = 0.5
+_MAX_ERROR_CHARACTERS = 300
 
 
 class TrainingPlan(Protocol):
-    """Makes what is trained; pickled to every worker, and called there."""
+    """A recipe for a task. It is pickled to every worker, which builds the task there."""
 
     @property
-    def run(self) -> TrainingRunConfig: ...
+    def run(self) -> TrainingRunConfig:
+        """The settings of the run."""
 
-    def __call__(self) -> tuple[TrainingTask, LoopSettings]: ...
+    def build(self) -> tuple[TrainingTask, LoopSettings]:
+        """Build the task and the settings of its loop."""
 
 
 @dataclass(frozen=True)
 class WorkerDevice:
-    """Where training will run. cpus: of a worker."""
+    """What each worker computes on.
 
-    device: str
-    cpus: int
+    Attributes:
+        name: cpu or cuda
+        threads: CPU threads per worker
+    """
+
+    name: str
+    threads: int
 
 
 def check_device(run: TrainingRunConfig) -> None:
-    """Raises ModelError where a GPU is asked for on this machine and there is none, and ConfigError for a precision
-    that the device does not have; nothing has been started then."""
+    """Check the device and the precision of a run on this machine, before anything is started.
+
+    Raises:
+        ModelError: The run needs a GPU, but this machine has none.
+        ConfigError: The device does not support the precision.
+    """
     import torch
 
     if run.runner == "inline" or "RAY_ADDRESS" not in os.environ:
         choose_precision(run.precision, torch.device(resolve_device(run.device)))
 
 
-def train_inline(plan: TrainingPlan, tell: Tell, stop: Callable[[], bool]) -> Outcome:
-    """Train in this process."""
+def train_inline(plan: TrainingPlan, on_progress: OnProgress, should_stop: Callable[[], bool]) -> Outcome:
+    """Train in this process.
+
+    Args:
+        plan: what to train
+        on_progress: called with every line of the metrics
+        should_stop: called after every step; True ends the run cleanly
+    """
     import torch
 
-    device = resolve_device(plan.run.device)
-    threads = torch.get_num_threads()
+    ranks = Ranks(0, 1, torch.device(resolve_device(plan.run.device)))
+    threads_before = torch.get_num_threads()
     try:
-        return _run_loop(plan, Ranks(0, 1, torch.device(device)), (tell, stop), plan.run.threads or _count_cpus())
+        return _run_loop(plan, ranks, plan.run.threads or _count_cpus(), on_progress, should_stop)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
 
 
 def _count_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _run_loop(plan: TrainingPlan, ranks: Ranks, ends: tuple[Tell, Callable[[], bool]], threads: int) -> Outcome:
+def _run_loop(
+    plan: TrainingPlan, ranks: Ranks, threads: int, on_progress: OnProgress, should_stop: Callable[[], bool]
+) -> Outcome:
+    """Set up torch in this process and run the loop."""
     import torch
 
     torch.set_num_threads(threads)
@@ -79,62 +98,80 @@ def _run_loop(plan: TrainingPlan, ranks: Ranks, ends: tuple[Tell, Callable[[], b
     if plan.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(plan.run.deterministic)
-    tell, stop = ends
-    task, settings = plan()
-    return TrainingLoop(task, settings, ranks, stop).run(tell)
+    task, settings = plan.build()
+    return TrainingLoop(task, settings, ranks, should_stop).run(on_progress)
 
 
 class RayTraining:
-    """Train in workers of Ray Train on this machine, or on the cluster that RAY_ADDRESS names."""
+    """Training in workers of Ray Train, on this machine or on the cluster that RAY_ADDRESS names."""
 
     def __init__(self, plan: TrainingPlan):
-        self._plan, self._run = plan, plan.run
-        self._stop = Path(self._run.output) / FOLDER / _STOP
+        self._plan = plan
+        self._run_config = plan.run
+        self._stop_file = Path(plan.run.output) / FOLDER / _STOP
 
-    def __call__(self, tell: Tell, stop: Callable[[], bool]) -> Outcome:
-        """The first worker's outcome. Raises WorkerError where workers die more than `run.failures` times."""
-        place = self._choose_device(ray_runner.start())
+    def run(self, on_progress: OnProgress, should_stop: Callable[[], bool]) -> Outcome:
+        """Train, and return the outcome of the first worker.
+
+        Args:
+            on_progress: called with new lines of the metrics
+            should_stop: polled while workers run; True asks them to end cleanly
+
+        Raises:
+            WorkerError: Workers were lost more often than `run.failures` allows.
+        """
+        device = self._choose_device(ray_runner.start())
         try:
-            self._stop.unlink(missing_ok=True)
+            self._stop_file.unlink(missing_ok=True)
             box: dict[str, Any] = {}
-            # Not in the main thread: there Ray would take Ctrl-C for itself, and end workers in the middle of a step.
-            fitting = threading.Thread(target=self._fit, args=(place, box), daemon=True)
-            fitting.start()
-            self._watch(fitting, tell, stop)
+            # Ray would handle Ctrl-C itself in the main thread, and end workers in the middle of a step.
+            thread = threading.Thread(target=self._fit, args=(device, box), daemon=True)
+            thread.start()
+            self._watch(thread, on_progress, should_stop)
             return _get_outcome(box)
         finally:
-            self._stop.unlink(missing_ok=True)
+            self._stop_file.unlink(missing_ok=True)
             ray_runner.stop()
 
-    def _choose_device(self, found: Any) -> WorkerDevice:
-        run = self._run
-        device = run.device if run.device != "auto" else "cuda" if found.gpus >= run.workers else "cpu"
-        if run.device == "auto" and 0 < found.gpus < run.workers:
-            raise ConfigError(
-                f"run.workers is {run.workers}, and Ray has {found.gpus} GPUs: lower it, or set run.device"
-            )
-        if device == "cuda" and found.gpus < run.workers:
-            raise ModelError(f"run.workers {run.workers} on cuda need as many GPUs, and Ray has {found.gpus}")
-        if found.cpus < run.workers:
-            raise ConfigError(f"run.workers is {run.workers}, and Ray has {found.cpus} CPUs: lower it")
-        return WorkerDevice(device, run.threads or max(1, found.cpus // run.workers))
+    def _choose_device(self, resources: Any) -> WorkerDevice:
+        """Choose the device and threads of workers.
 
-    def _fit(self, place: WorkerDevice, box: dict[str, Any]) -> None:
-        from ray.train import FailureConfig, ScalingConfig
-        from ray.train import RunConfig as RayRunConfig
+        Raises:
+            ConfigError: Ray has fewer CPUs than workers, or some GPUs but fewer than workers.
+            ModelError: The run needs more GPUs than Ray has.
+        """
+        run = self._run_config
+        device = run.device
+        if device == "auto":
+            if 0 < resources.gpus < run.workers:
+                raise ConfigError(
+                    f"run.workers={run.workers}, but Ray has {resources.gpus} GPUs: lower it, or set run.device"
+                )
+            device = "cuda" if resources.gpus >= run.workers else "cpu"
+        if device == "cuda" and resources.gpus < run.workers:
+            raise ModelError(f"run.workers={run.workers} on cuda needs as many GPUs, but Ray has {resources.gpus}")
+        if resources.cpus < run.workers:
+            raise ConfigError(f"run.workers={run.workers}, but Ray has {resources.cpus} CPUs: lower it")
+        return WorkerDevice(device, run.threads or max(1, resources.cpus // run.workers))
+
+    def _fit(self, device: WorkerDevice, box: dict[str, Any]) -> None:
+        """Run Ray Train, and put its result or its error into the box."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        gpu = place.device == "cuda"
-        results = str(Path(self._run.output) / ".ray")
+        on_gpu = device.name == "cuda"
+        results = str(Path(self._run_config.output) / ".ray")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = TorchTrainer(
                 _run_worker,
-                train_loop_config={"plan": self._plan, "place": place},
-                torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(_COLLECTIVE_SECONDS)),
-                scaling_config=ScalingConfig(num_workers=self._run.workers, use_gpu=gpu),
-                run_config=RayRunConfig(
-                    name="train", storage_path=results, failure_config=FailureConfig(max_failures=self._run.failures)
+                train_loop_config={"plan": self._plan, "device": device},
+                torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(_COLLECTIVE_TIMEOUT_S)),
+                scaling_config=ScalingConfig(num_workers=self._run_config.workers, use_gpu=on_gpu),
+                run_config=RunConfig(
+                    name="train",
+                    storage_path=results,
+                    failure_config=FailureConfig(max_failures=self._run_config.failures),
                 ),
             )
             try:
@@ -143,28 +180,30 @@ class RayTraining:
                 box["error"] = error
         shutil.rmtree(results, ignore_errors=True)
 
-    def _watch(self, fitting: threading.Thread, tell: Tell, stop: Callable[[], bool]) -> None:
-        told = metrics_log.read_last_metrics(self._run.output)
-        while fitting.is_alive():
-            fitting.join(_POLL_SECONDS)
-            newest = metrics_log.read_last_metrics(self._run.output)
-            if newest and newest != told:
-                told = newest
-                tell(newest)
-            if stop() and self._stop.parent.is_dir():
-                self._stop.touch()
+    def _watch(self, thread: threading.Thread, on_progress: OnProgress, should_stop: Callable[[], bool]) -> None:
+        """Report new lines of the metrics until the thread ends, and pass a request to stop on to the workers."""
+        reported = metrics_log.read_last_metrics(self._run_config.output)
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            newest = metrics_log.read_last_metrics(self._run_config.output)
+            if newest and newest != reported:
+                reported = newest
+                on_progress(newest)
+            if should_stop() and self._stop_file.parent.is_dir():
+                self._stop_file.touch()
 
 
 def _get_outcome(box: dict[str, Any]) -> Outcome:
+    """Return the outcome of the first worker, or raise the error that ended the training."""
     error = box.get("error")
     if error is not None:
-        failures = getattr(error, "worker_failures", {}).values()
-        for found in failures:
-            cause = getattr(found, "cause", found)
+        for failure in getattr(error, "worker_failures", {}).values():
+            cause = getattr(failure, "cause", failure)
             if isinstance(cause, FacepipeError):
                 raise cause
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise WorkerError(f"Ray Train gave up: {lines[-1].strip()[:300] if lines else type(error).__name__}") from error
+        reason = lines[-1].strip()[:_MAX_ERROR_CHARACTERS] if lines else type(error).__name__
+        raise WorkerError(f"Ray Train gave up: {reason}") from error
     result = box["result"]
     if isinstance(result, Outcome):
         return result
@@ -173,20 +212,29 @@ def _get_outcome(box: dict[str, Any]) -> Outcome:
 
 
 def _run_worker(config: dict[str, Any]) -> Any:
-    """In each of Ray's workers. An error that trying again would not mend is given back, so that Ray does not."""
+    """Run the loop in a worker of Ray Train.
+
+    An error that a retry would not fix is returned, not raised, so that Ray does not retry.
+
+    Returns:
+        The outcome, or the name and the message of an error.
+    """
     import ray.train
     import ray.train.torch
     import torch
 
-    context, plan, place = ray.train.get_context(), config["plan"], config["place"]
-    device = ray.train.torch.get_device() if place.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # what is loaded onto plain "cuda" comes here as well
+    context = ray.train.get_context()
+    plan: TrainingPlan = config["plan"]
+    worker_device: WorkerDevice = config["device"]
+    device = torch.device("cpu")
+    if worker_device.name == "cuda":
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)  # so that plain "cuda" means this GPU as well
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
-    asked = Path(plan.run.output) / FOLDER / _STOP
+    stop_file = Path(plan.run.output) / FOLDER / _STOP
     try:
-        return _run_loop(plan, ranks, (lambda progress: None, asked.exists), place.cpus)
+        return _run_loop(plan, ranks, worker_device.threads, lambda progress: None, stop_file.exists)
     except FacepipeError as error:
         if ranks.world > 1 and not isinstance(error, AgreedError):
-            raise  # the others do not know: all have to be started again
+            raise  # the other workers do not know about it: Ray must restart all of them
         return type(error).__name__, str(error)

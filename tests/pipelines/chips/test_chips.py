@@ -194,7 +194,7 @@ def test_a_set_is_made_once(drawings: Path, tmp_path: Path, monkeypatch: pytest.
     assert prepare_chips(config(drawings), "dlib-resnet", folder, INLINE).size == (150, 150)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("!")
-    with pytest.raises(ConfigError, match=r"holds 'thesis\.txt' and is no chip set"):
+    with pytest.raises(ConfigError, match=r"holds 'thesis\.txt' and is not a chip set"):
         prepare_chips(config(drawings), FAKE, str(tmp_path / "mine"), INLINE)
     with pytest.raises(ConfigError, match="object store"):
         prepare_chips(config(drawings), FAKE, "s3://bucket/chips", INLINE)
@@ -204,7 +204,7 @@ KILLED = """
 import os, sys
 from facepipe.training.data import chip_writer
 from facepipe.training.data.config import DataConfig
-from pipelines.chips import ChipRun, prepare
+from pipelines.chips import ChipRunConfig, prepare_chips
 chip_writer._SHARD_BYTES = 1
 chip_writer.ChipShardWriter.__init__.__defaults__ = (1,)
 seen = []
@@ -213,7 +213,7 @@ def progress(line):
     if len(seen) == 6:
         os.kill(os.getpid(), 9)
 data = DataConfig(source=sys.argv[1], detector="fake-detector")
-prepare(data, "fake-embedder", sys.argv[2], ChipRun("inline", None, 16, 4, 8), progress)
+prepare_chips(data, "fake-embedder", sys.argv[2], ChipRunConfig("inline", None, 16, 4, 8), progress)
 """
 
 

@@ -21,7 +21,7 @@ from facepipe.training import start
 from facepipe.training.config import ModelConfig
 from facepipe.training.imprint import imprint_centres
 from facepipe.training.losses import LossConfig, build_objective
-from facepipe.training.report import write_report
+from facepipe.training.report import ReportTexts, write_report
 from facepipe.training.trainer import checkpointing, metrics_log, optim, schedule
 from facepipe.training.trainer.checkpointing import CheckpointFolder
 from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
@@ -422,8 +422,8 @@ def test_the_report_is_one_page_without_outside_assets(tmp_path: Path, whole: Pa
         "detection": {"loss": {"box": 2.0}},
         "data": {"source": "<script>alert(1)</script>"},
     }
-    about = {"title": "Training", "subtitle": "out", "data": {"images": 1234}, "config": config, "scores": {"auc": 1.0}}
-    write_report(str(tmp_path / "report.html"), entries, outcome, about)
+    texts = ReportTexts("Training", "out", {"images": 1234}, config, scores={"auc": 1.0})
+    write_report(str(tmp_path / "report.html"), entries, outcome, texts)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
