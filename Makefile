@@ -4,9 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Files of tests run side by side, as many as there are cores, but no more than memory allows.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SHARED ?= ../shared
+EXTRAS := cpu s3 report dev
+comma := ,
+space := $(subst ,, )
 
-.PHONY: demo test test-shared lint types unit browser bench clean
+.PHONY: install demo test test-shared lint types unit browser bench lock clean
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m jobs.demo build/demo
@@ -21,11 +28,11 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP) browser
-	$(BIN)/python -m pytest -m "not shared"
+	$(PYTEST) -m "not shared"
 
 # These need photos and weights that we may not ship. They skip if SHARED is not a folder of them.
 test-shared: $(STAMP)
-	$(BIN)/python -m pytest -m shared --shared=$(SHARED)
+	$(PYTEST) -m shared --shared=$(SHARED)
 
 # The tests of the HTML report need Chromium. They skip if it cannot be installed.
 browser:
@@ -39,9 +46,15 @@ bench: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,s3,report,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(subst $(space),$(comma),$(EXTRAS))]'
 	touch $(STAMP)
+
+# Pin what CI and the images install, with all that it needs in turn. `make lock UPGRADE=--upgrade` takes newer versions.
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet uv
+	echo 'ray[default]' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --custom-compile-command 'make lock' \
+		--no-emit-index-url --strip-extras --annotation-style line --output-file constraints.txt $(UPGRADE) \
+		$(EXTRAS:%=--extra %) pyproject.toml -
 
 clean:
 	rm -rf $(VENV) build

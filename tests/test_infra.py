@@ -24,7 +24,7 @@ INFRA = REPOSITORY / "infra"
 DOCKERFILES = sorted((INFRA / "docker").glob("*.Dockerfile"))
 OVERLAYS = sorted(p.name for p in (INFRA / "kubernetes" / "overlays").iterdir())
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
 JOBS = {"facepipe-nightly", "facepipe-clean-dataset", "facepipe-bulk-search"}
 
 METRICS = (*(name for name in NAMES if name not in LIVE), *(f"ray_{name}" for name in LIVE))
