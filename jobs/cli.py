@@ -110,11 +110,11 @@ def set_up(
     ] = None,
 ) -> None:
     """Set up logs and metrics before any command."""
-    from pipelines.runtime.run_record import write_metrics_to
+    from pipelines.runtime.run_record import set_metrics_file
 
-    logs.configure(log_format, show_names=log_names)
+    logs.configure_logs(log_format, show_names=log_names)
     logs.install_excepthook()
-    write_metrics_to(metrics_file)
+    set_metrics_file(metrics_file)
 
 
 def main() -> None:

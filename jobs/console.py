@@ -70,7 +70,7 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
 
 def fail(message: str, code: ExitCode) -> NoReturn:
     """Print a message on stderr and exit with a code."""
-    logs.complain(message, int(code))
+    logs.report_failure(message, int(code))
     raise typer.Exit(int(code))
 
 

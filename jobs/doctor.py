@@ -14,9 +14,9 @@ def doctor(as_json: Json = False) -> None:
         facepipe doctor
     """
     with exit_on_error():
-        from facepipe.observe.doctor import examine
+        from facepipe.observe.doctor import examine_machine
 
-        findings = examine()
+        findings = examine_machine()
         print_result(
             {"findings": [finding._asdict() for finding in findings]},
             as_json=as_json,

@@ -23,10 +23,10 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
     with exit_on_error():
         from facepipe.gallery import Gallery
         from facepipe.index.manifest import describe_state
-        from facepipe.observe.info import describe
+        from facepipe.observe.info import describe_gallery
 
         opened = Gallery(gallery)
-        description = describe(opened) | {"index": describe_state(opened)}
+        description = describe_gallery(opened) | {"index": describe_state(opened)}
         print_result(description, as_json=as_json, print_text=lambda: _print_info(description))
 
 

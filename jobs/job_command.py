@@ -20,12 +20,12 @@ def record_job(gallery: str, name: str, *, dry_run: bool) -> Iterator[None]:
         name: name of the job in the record.
         dry_run: whether the job writes nothing.
     """
-    from pipelines.runtime.run_record import recorded
+    from pipelines.runtime.run_record import record_run
 
     if dry_run or not gallery:
         yield
         return
-    with recorded(gallery, name):
+    with record_run(gallery, name):
         yield
 
 

@@ -18,7 +18,7 @@ from facepipe.gallery.commits.parts import Record, stamp, write_part
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage.lease import Lease, hold_lease
-from pipelines.runtime.run_record import current, follow, records
+from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class AdoptSummary:
 Progress = Callable[[AdoptSummary], None]
 
 
-@records("adopt")
+@record_calls("adopt")
 def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: None) -> AdoptSummary:
     """Adopt encodings into a gallery, which is made if there is none.
 
@@ -113,12 +113,12 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
 def _run_locked(
     config: AdoptConfig, source: EncodingSource, gallery: Gallery, lease: Lease, progress: Progress
 ) -> AdoptSummary:
-    record = current()
+    record = get_current_run()
     if record:
-        record.versions(before=gallery.version)
+        record.set_versions(before=gallery.version)
         record.save()  # there may have been no gallery when the run began
     summary = AdoptSummary(record.id if record else new_run_id(), columns=_columns(source))
-    follow(summary)
+    attach_summary(summary)
     began = time.monotonic()
     commit = Committer(gallery, summary.run, lease)
     name = config.source or os.path.basename(source.path.rstrip("/"))

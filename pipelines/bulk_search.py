@@ -23,7 +23,7 @@ from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig
 from pipelines.job import JobSummary, OnLine, Share, count_indexed
-from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.search import SearchConfig, SearchRunConfig, SearchSummary
 
 OnSearch = Callable[[SearchSummary], None]
@@ -113,10 +113,10 @@ def run(
     return _run_search(config, config.gallery, on_progress, on_search)
 
 
-@records("bulk_search")
+@record_calls("bulk_search")
 def _run_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_search: OnSearch) -> BulkSummary:
     summary = BulkSummary(gallery, output=config.output)
-    follow(summary)
+    attach_summary(summary)
     if config.bulk.update_index and _is_index_outdated(gallery):
         on_progress("index")
         summary.add_step("index", index.run(IndexConfig(config.index), gallery, on_progress=on_progress))

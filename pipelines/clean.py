@@ -29,8 +29,7 @@ from facepipe.gallery import Gallery
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
-from pipelines.runtime.phases import Phases
-from pipelines.runtime.run_record import records
+from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "clean"
@@ -96,7 +95,7 @@ class CleanSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@records("clean")
+@record_calls("clean")
 def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: None) -> CleanSummary:
     """Judge every label of a gallery, and write the report into GALLERY/reports/clean/.
 
@@ -110,7 +109,7 @@ def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: Non
     """
     table = Gallery(gallery)
     summary = CleanSummary(out=os.path.join(reports_of(table), NAME))
-    phases = Phases(summary.seconds)
+    phases = PhaseTimer(summary.seconds)
     # Duplicates are looked up in the same graph, so that it must reach as far as they do.
     graph_config = replace(config.graph, reach=max(config.graph.reach, config.duplicates.radius))
     with report_folder(table, NAME) as folder:

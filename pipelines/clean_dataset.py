@@ -13,7 +13,7 @@ from pipelines.dedup import DedupConfig
 from pipelines.graph import GraphConfig
 from pipelines.job import EmbedSections, JobSummary, OnEmbed, OnLine, Share, check_job, load_known, open_gallery
 from pipelines.runtime.listing import listed
-from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.runtime.workspace import REPORTS
 
 
@@ -96,12 +96,12 @@ def run(
     return _clean_dataset(config, names, config.gallery, on_progress, on_embed)
 
 
-@records("clean_dataset")
+@record_calls("clean_dataset")
 def _clean_dataset(
     config: CleanDatasetConfig, names: list[str], gallery: str, on_progress: OnLine, on_embed: OnEmbed
 ) -> DatasetSummary:
     summary = DatasetSummary(gallery)
-    follow(summary)
+    attach_summary(summary)
 
     # Embed what is new in each source.
     for name, source in zip(names, config.source, strict=True):

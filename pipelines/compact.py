@@ -8,7 +8,7 @@ from facepipe.gallery.maintenance.compact import CompactConfig, compact, due
 from facepipe.gallery.maintenance.vacuum import unreferenced, vacuum
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
-from pipelines.runtime.run_record import current, records
+from pipelines.runtime.run_record import get_current_run, record_calls
 
 _HOUR = 3600.0
 
@@ -43,13 +43,13 @@ def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: 
     return _planned(config, table, everything) if dry_run else _compact(config, table.path, everything)
 
 
-@records("compact")
+@record_calls("compact")
 def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSummary:
     table = Gallery(gallery)
     with hold_lease(table.path) as lease:
         table = Gallery(gallery)
         groups = due(table, config, everything)
-        recorded = current()
+        recorded = get_current_run()
         commit = Committer(table, recorded.id if recorded else new_run_id(), lease)
         fewer = compact(table, groups, commit)
         lease.check()

@@ -28,8 +28,7 @@ from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease
 from facepipe.storage.store import delete_copies, open_store
 from pipelines.cluster import assign as cluster_assign
-from pipelines.runtime.phases import Phases
-from pipelines.runtime.run_record import current, follow, records
+from pipelines.runtime.run_record import PhaseTimer, attach_summary, get_current_run, record_calls
 from pipelines.runtime.workspace import REPORTS
 
 Progress = Callable[[str], None]
@@ -71,10 +70,10 @@ def run(
     return _erase(selection, table.path, may_return, progress)
 
 
-@records("erase")
+@record_calls("erase")
 def _erase(selection: Selection, gallery: str, may_return: bool, progress: Progress) -> EraseSummary:
     summary = EraseSummary()
-    follow(summary)
+    attach_summary(summary)
     with _leases(gallery, progress) as leases:
         steps = _Steps(gallery, leases, summary, progress)
         steps.resume()
@@ -140,7 +139,7 @@ class _Steps:
         self._go_on(made, chosen)
 
     def _go_on(self, made: Receipt, chosen: Chosen) -> None:
-        phases = Phases(self.summary.seconds)
+        phases = PhaseTimer(self.summary.seconds)
         if made.suppressed:
             suppressed.suppress(self.gallery, made.id, chosen.uris.to_pylist(), chosen.contents.to_pylist())
         removed = self._hide(made, chosen)
@@ -264,6 +263,6 @@ class _Steps:
 
 
 def _count_erased(images: int) -> None:
-    run = current()
+    run = get_current_run()
     if run is not None:
-        run.count("erased_images", images)
+        run.add_count("erased_images", images)

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from infra.kuberay import RAY_CLUSTER, RAY_JOB
 from jsonschema import Draft202012Validator
 
-from facepipe.observe.metrics import LIVE, NAMES
+from facepipe.observe.metrics import LIVE_METRICS, METRICS
 from jobs.cli import app
 
 INFRA = REPOSITORY / "infra"
@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
 JOBS = {"facepipe-nightly", "facepipe-clean-dataset", "facepipe-bulk-search"}
 
-METRICS = (*(name for name in NAMES if name not in LIVE), *(f"ray_{name}" for name in LIVE))
+EXPORTED = (*(name for name in METRICS if name not in LIVE_METRICS), *(f"ray_{name}" for name in LIVE_METRICS))
 FOREIGN = re.compile(r"(node_filesystem|kubelet_volume_stats)_\w+")
 
 
@@ -409,11 +409,11 @@ def test_metrics_are_those_that_facepipe_writes() -> None:
     queries = [a["expr"] for a in ALERTS] + [t["expr"] for p in PANELS for t in p["targets"]]
     queries += [v["query"]["query"] for v in DASHBOARD["templating"]["list"] if v["type"] == "query"]
     used = {name for query in queries for name in re.findall(r"\b(?:ray_)?facepipe_\w+", query)}
-    assert used == set(METRICS), "each is shown or watched, and nothing else is"
+    assert used == set(EXPORTED), "each is shown or watched, and nothing else is"
     for query in queries:
         bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(by|without) \([^)]*\)", "", query)
         for name in re.findall(r"\b[a-z]+(?:_[a-z]+){2,}\b", bare):
-            assert name in METRICS or FOREIGN.fullmatch(name) or name == "avg_over_time", name
+            assert name in EXPORTED or FOREIGN.fullmatch(name) or name == "avg_over_time", name
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda a: a["alert"])

@@ -1,1 +1,1 @@
-"""What a run leaves for those who watch it: a record in the gallery, structured logs, metrics."""
+"""What a run leaves for its operators: a record in the gallery, structured logs and metrics."""

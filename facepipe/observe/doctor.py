@@ -1,4 +1,4 @@
-"""What this machine has for facepipe: found, missing, and what to do about it."""
+"""Checks of this machine for `facepipe doctor`: what works, what is missing, and what to install."""
 
 import importlib.metadata
 import os
@@ -10,54 +10,71 @@ from typing import NamedTuple
 from facepipe.errors import FacepipeError
 from facepipe.models.zoo.registry import CARDS
 
+_DEFAULT_MODELS = ("retinaface-mnet025", "dlib-resnet")
+
 
 class Finding(NamedTuple):
-    """One thing looked at; `state` is ok, missing (optional, absent) or broken (facepipe cannot run)."""
+    """The outcome of one check.
+
+    Attributes:
+        what: what was checked.
+        state: ok, missing (optional and absent) or broken (facepipe cannot run).
+        detail: versions, or what to install.
+    """
 
     what: str
     state: str
     detail: str
 
 
-def examine() -> list[Finding]:
-    """Look at everything, in the order a newcomer would ask."""
-    checks: list[Callable[[], Finding]] = [_python, _cpu, _gpu, _engine, _ray, _faiss, _object_store, _pictures]
-    return [check() for check in checks] + [_weights(name) for name, card in CARDS.items() if card.sha256]
+def examine_machine() -> list[Finding]:
+    """Run all checks, in the order in which a newcomer would ask."""
+    checks: list[Callable[[], Finding]] = [
+        _check_python,
+        _check_cpu,
+        _check_gpu,
+        _check_engines,
+        _check_ray,
+        _check_faiss,
+        _check_object_store,
+        _check_pictures,
+    ]
+    findings = [check() for check in checks]
+    findings.extend(_check_weights(name) for name, card in CARDS.items() if card.sha256)
+    return findings
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _python() -> Finding:
-    return Finding(
-        "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})"
-    )
+def _check_python() -> Finding:
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.prefix})"
+    return Finding("python", "ok", system)
 
 
-def _cpu() -> Finding:
+def _check_cpu() -> Finding:
     cpus = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Finding("cpu", "ok", f"{cpus} usable cores, {memory:.1f} GiB of memory")
 
 
-def _gpu() -> Finding:
+def _check_gpu() -> Finding:
     if not os.path.exists("/dev/nvidiactl"):
         return Finding("gpu", "missing", "no NVIDIA driver: the models run on the CPU")
     import torch
 
     if not torch.cuda.is_available():
-        return Finding(
-            "gpu", "broken", f"there is a driver, but torch {torch.__version__} sees no device: install a CUDA build"
-        )
-    names = ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
+        detail = f"the driver is installed, but torch {torch.__version__} sees no device: install a CUDA build"
+        return Finding("gpu", "broken", detail)
+    names = ", ".join(torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count()))
     return Finding("gpu", "ok", f"{names}, torch {torch.__version__}")
 
 
-def _engine() -> Finding:
+def _check_engines() -> Finding:
     try:
         import cv2
         import onnxruntime
@@ -66,44 +83,41 @@ def _engine() -> Finding:
     return Finding("engines", "ok", f"onnxruntime {onnxruntime.__version__} on CPU, OpenCV {cv2.__version__}")
 
 
-def _ray() -> Finding:
-    version = _version("ray")
-    address = os.environ.get("RAY_ADDRESS", "none named (RAY_ADDRESS): Ray starts on this machine")
-    return Finding(
-        "ray",
-        "ok" if version else "broken",
-        f"ray {version}, cluster: {address}" if version else "pip install 'ray[data]'",
-    )
-
-
-def _faiss() -> Finding:
-    found = [f"{name} {version}" for name in ("faiss-cpu", "faiss-gpu") if (version := _version(name))]
-    if not found:
-        return Finding(
-            "faiss", "missing", "needed for index and search: pip install 'facepipe[cpu]' or 'facepipe[gpu]'"
-        )
-    return Finding("faiss", "ok", ", ".join(found))
-
-
-def _object_store() -> Finding:
-    version = _version("obstore")
+def _check_ray() -> Finding:
+    version = _find_version("ray")
     if version is None:
-        return Finding("object store", "missing", "s3:// sources need it: pip install 'facepipe[s3]'")
+        return Finding("ray", "broken", "pip install 'ray[data]'")
+    address = os.environ.get("RAY_ADDRESS", "none (RAY_ADDRESS is not set): Ray starts on this machine")
+    return Finding("ray", "ok", f"ray {version}, cluster: {address}")
+
+
+def _check_faiss() -> Finding:
+    versions = {name: _find_version(name) for name in ("faiss-cpu", "faiss-gpu")}
+    installed = [f"{name} {version}" for name, version in versions.items() if version]
+    if not installed:
+        detail = "needed for index and search: pip install 'facepipe[cpu]' or 'facepipe[gpu]'"
+        return Finding("faiss", "missing", detail)
+    return Finding("faiss", "ok", ", ".join(installed))
+
+
+def _check_object_store() -> Finding:
+    version = _find_version("obstore")
+    if version is None:
+        return Finding("object store", "missing", "needed for s3:// sources: pip install 'facepipe[s3]'")
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "the provider's default")
+    # Leave out credentials that the address may hold.
     return Finding("object store", "ok", f"obstore {version}, endpoint: {endpoint.rpartition('@')[2]}")
 
 
-def _pictures() -> Finding:
-    version = _version("matplotlib")
+def _check_pictures() -> Finding:
+    version = _find_version("matplotlib")
     if version is None:
-        return Finding("pictures", "missing", "ROC pictures need it: pip install 'facepipe[report]'")
+        return Finding("pictures", "missing", "needed for ROC pictures: pip install 'facepipe[report]'")
     return Finding("pictures", "ok", f"matplotlib {version}")
 
 
-_DEFAULTS = ("retinaface-mnet025", "dlib-resnet")
-
-
-def _weights(name: str) -> Finding:
+def _check_weights(name: str) -> Finding:
+    """Load a registered model, which checks its weights."""
     card = CARDS[name]
     try:
         if card.role == "detector":
@@ -111,5 +125,5 @@ def _weights(name: str) -> Finding:
         else:
             card.load("cpu", 1)
     except FacepipeError as error:
-        return Finding(name, "broken" if name in _DEFAULTS else "missing", str(error))
+        return Finding(name, "broken" if name in _DEFAULT_MODELS else "missing", str(error))
     return Finding(name, "ok", f"{card.weights}, {card.licence}, SHA-256 {card.sha256[:16]}… checked")

@@ -1,4 +1,4 @@
-"""How busy a machine's GPUs are, sampled in a thread through NVML (nvidia-ml-py); without it there are no figures."""
+"""GPU utilisation, sampled in a thread through NVML (package nvidia-ml-py)."""
 
 import statistics
 import threading
@@ -7,15 +7,21 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-_EVERY = 0.2  # seconds; NVML's own figures are means over 1/6 s to 1 s
+_INTERVAL_S = 0.2  # NVML's own figures are means over 1/6 s to 1 s
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class GpuFigures:
-    """Of all samples of all GPUs: share of the time in which a kernel ran, in percent, and memory in GiB.
+    """Utilisation over all samples of all GPUs.
 
-    why: empty, or why there are no figures
+    Attributes:
+        gpus: number of GPUs that were sampled.
+        samples: number of samples.
+        busy_mean: mean share of the time in which a kernel ran, in percent.
+        busy_p50: median of the same.
+        memory_gib: largest memory use of one GPU, in GiB.
+        why: the reason why there are no figures; empty if there are some.
     """
 
     gpus: int = 0
@@ -27,24 +33,43 @@ class GpuFigures:
 
     def __str__(self) -> str:
         if self.why:
-            return f"no figures of the GPUs: {self.why}"
+            return f"no GPU figures: {self.why}"
+        plural = "" if self.gpus == 1 else "s"
         busy = f"{self.busy_mean:.0f} % busy (p50 {self.busy_p50:.0f} %)"
-        return f"{self.gpus} GPU{'s' * (self.gpus != 1)}, {busy}, {self.memory_gib:.1f} GiB at most"
+        return f"{self.gpus} GPU{plural}, {busy}, {self.memory_gib:.1f} GiB at most"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: round(v, 3) if isinstance(v, float) else v for name, v in asdict(self).items()}
+        """Return the figures for JSON, rounded to three decimals."""
+        figures = asdict(self)
+        return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
 
 
-class Sampler:
-    """Samples while it is entered: `with Sampler() as sampler: ...`, then `sampler.figures()`.
+class GpuSampler:
+    """A context manager that samples the GPUs while it is entered.
 
-    nvml: the module pynvml, or None to import it; every: seconds between samples. All GPUs of the machine count, or
-    those that `chosen` names. Never raises: where the module, the driver or a GPU is missing, `figures` says so
+        with GpuSampler() as sampler:
+            ...
+        print(sampler.summarise())
+
+    It never raises. If the module, the driver or a GPU is missing, the figures say so.
     """
 
-    def __init__(self, chosen: Callable[[int], bool] = lambda n: True, nvml: Any = None, every: float = _EVERY):
-        self._chosen, self._nvml, self._every = chosen, nvml, every
+    def __init__(
+        self,
+        selects: Callable[[int], bool] = lambda gpu: True,
+        nvml: Any = None,
+        interval_s: float = _INTERVAL_S,
+    ) -> None:
+        """Prepare a sampler; nothing runs yet.
+
+        Args:
+            selects: whether to sample the GPU of a number; all GPUs of the machine by default.
+            nvml: the module pynvml; imported if None.
+            interval_s: seconds between samples.
+        """
+        self._selects = selects
+        self._nvml = nvml
+        self._interval_s = interval_s
         self._busy: list[float] = []
         self._memory = 0
         self._handles: list[Any] = []
@@ -52,20 +77,21 @@ class Sampler:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Sampler":
+    def __enter__(self) -> "GpuSampler":
         try:
             self._nvml = self._nvml or import_module("pynvml")
             self._nvml.nvmlInit()
             count = self._nvml.nvmlDeviceGetCount()
-            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(n) for n in range(count) if self._chosen(n)]
+            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in range(count) if self._selects(gpu)]
         except ImportError:
             self._why = "nvidia-ml-py is not installed (pip install 'facepipe[gpu]')"
-        except Exception as error:  # pynvml's own exceptions derive from nothing else
+        except Exception as error:  # pynvml's exceptions have no common base class
             self._why = f"NVML says {error}"
         else:
-            self._why = self._why if self._handles else "there is no GPU"
+            if not self._handles:
+                self._why = "this machine has no GPU"
         if self._handles:
-            self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+            self._thread = threading.Thread(target=self._sample, name="gpu-sampler", daemon=True)
             self._thread.start()
         return self
 
@@ -75,8 +101,9 @@ class Sampler:
             self._thread.join()
             self._nvml.nvmlShutdown()
 
-    def _run(self) -> None:
-        while not self._ended.wait(self._every):
+    def _sample(self) -> None:
+        """Sample all GPUs until the context ends or NVML fails."""
+        while not self._ended.wait(self._interval_s):
             try:
                 for handle in self._handles:
                     self._busy.append(float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
@@ -85,10 +112,15 @@ class Sampler:
                 self._why = f"NVML says {error}"
                 return
 
-    def figures(self) -> GpuFigures:
-        """Of the samples so far."""
+    def summarise(self) -> GpuFigures:
+        """Return the figures of the samples so far."""
         busy = list(self._busy)
         if not busy:
             return GpuFigures(why=self._why)
-        mean, median = statistics.fmean(busy), statistics.median(busy)
-        return GpuFigures(len(self._handles), len(busy), mean, median, self._memory / _GIB)
+        return GpuFigures(
+            gpus=len(self._handles),
+            samples=len(busy),
+            busy_mean=statistics.fmean(busy),
+            busy_p50=statistics.median(busy),
+            memory_gib=self._memory / _GIB,
+        )

@@ -1,4 +1,4 @@
-"""What a gallery holds, as figures."""
+"""The figures that `facepipe info` shows of a gallery."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -11,12 +11,12 @@ from facepipe.observe import runs
 from facepipe.observe.runs import RunRecord
 from facepipe.schema import FAILED
 
-_MOST = 20
-_RUNS = 10
+_MAX_ERRORS = 20
+_MAX_RUNS = 10
 
 
-def describe(gallery: Gallery) -> dict[str, Any]:
-    """Counts by status, contract, files and bytes, the commonest errors, the last runs."""
+def describe_gallery(gallery: Gallery) -> dict[str, Any]:
+    """Collect counts by status, contract, files and bytes, the most frequent errors and the last runs."""
     files = gallery.files()
     return {
         "path": gallery.path,
@@ -25,13 +25,13 @@ def describe(gallery: Gallery) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(file["size_bytes"] for file in files),
         "contract": asdict(gallery.contract),
-        "errors": errors(gallery),
-        "runs": [_shown(record) for record in runs.last(gallery.path, _RUNS)],
+        "errors": count_errors(gallery),
+        "runs": [_describe_run(record) for record in runs.read_newest(gallery.path, _MAX_RUNS)],
     }
 
 
-def _shown(record: RunRecord) -> dict[str, Any]:
-    """A run's record, with the figures that people look for beside its own."""
+def _describe_run(record: RunRecord) -> dict[str, Any]:
+    """Return a run's record, with the figures that people look for beside its own."""
     counters = record.counters
     figures: dict[str, Any] = {name: counters[name] for name in ("images", "faces") if name in counters}
     failed = sum(counters.get(f"status.{status}", 0) for status in FAILED)
@@ -39,11 +39,15 @@ def _shown(record: RunRecord) -> dict[str, Any]:
     return {**asdict(record), **figures, "failed": failed, "seconds": seconds, "phases": record.seconds}
 
 
-def errors(gallery: Gallery) -> list[dict[str, Any]]:
-    """The commonest reasons for failed images, most frequent first."""
-    counted: Counter[tuple[str, str]] = Counter()
+def count_errors(gallery: Gallery) -> list[dict[str, Any]]:
+    """Count failed images by status and reason, most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
     for batch in gallery.batches(["status", "error"], ds.field("status").isin(FAILED)):
-        counted.update(zip(batch["status"].to_pylist(), batch["error"].to_pylist(), strict=True))
-        if len(counted) > 50 * _MOST:  # reasons may quote sizes; keep the table of them bounded
-            counted = Counter(dict(counted.most_common(10 * _MOST)))
-    return [{"status": s, "error": e, "images": n} for (s, e), n in counted.most_common(_MOST)]
+        counts.update(zip(batch["status"].to_pylist(), batch["error"].to_pylist(), strict=True))
+        # Reasons may quote sizes, so their number is not bounded: keep the most frequent ones only.
+        if len(counts) > 50 * _MAX_ERRORS:
+            counts = Counter(dict(counts.most_common(10 * _MAX_ERRORS)))
+    return [
+        {"status": status, "error": error, "images": images}
+        for (status, error), images in counts.most_common(_MAX_ERRORS)
+    ]

@@ -1,8 +1,8 @@
-"""Run records: GALLERY/runs/<run id>.json says what a run of a command did, how it ended, and how long it took.
+"""Run records: GALLERY/runs/<run id>.json says what a run did, how it ended and how long it took.
 
-Records hold counts, times and names of classes; never a file name, a label or a message. `last-<job>.json` repeats a
-job's newest record that ended and the newest that ended well: a watcher reads one file a job, however many runs came
-since.
+Records hold counts, times and class names. They never hold a file name, a label or a message. `last-<job>.json` repeats
+a job's newest record that ended, and the newest that succeeded. So a watcher reads one file per job, however many runs
+there are.
 """
 
 import json
@@ -20,18 +20,30 @@ from facepipe.errors import ConfigError, StorageError
 
 State = Literal["running", "done", "failed", "interrupted", "over_budget"]
 
-_RECORD = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}\.json")
-_LAST = re.compile(r"last-([a-z][a-z0-9_]*)\.json")
-_JOB = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_RECORD_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}\.json")
+_HISTORY_NAME = re.compile(r"last-([a-z][a-z0-9_]*)\.json")
+_JOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 @dataclass
 class RunRecord:
-    """A run of a command on a gallery.
+    """The record of a run of a command on a gallery.
 
-    parent: the run that started it (a nightly run), if any; started, ended: UTC, ISO 8601; version_before,
-    version_after: of the table; counters: `images`, `faces`, `skipped`, `status.ok`, ...; seconds: wall clock by phase;
-    stage_seconds: seconds of work by stage, added up over workers; error: name of the exception's class.
+    Attributes:
+        run: id of the run.
+        job: name of the command.
+        parent: id of the run that started this one, such as a nightly run.
+        started: start time, UTC, ISO 8601.
+        ended: end time, UTC, ISO 8601; None while the run goes on.
+        state: running, done, failed, interrupted or over_budget.
+        exit_code: exit code of the command; None while the run goes on.
+        version_before: version of the table when the run began.
+        version_after: version of the table when the run ended.
+        counters: counts by name: `images`, `faces`, `skipped`, `status.ok` and so on.
+        seconds: wall clock by phase.
+        stage_seconds: seconds of work by stage, summed over workers.
+        error: class name of the exception that ended the run.
+        facepipe: version of facepipe.
     """
 
     run: str
@@ -50,112 +62,139 @@ class RunRecord:
     facepipe: str = facepipe.__version__
 
     def __post_init__(self) -> None:
-        if not _JOB.fullmatch(self.job):
-            raise ConfigError(f"{self.job!r} is no name of a job: lower-case letters, digits and _")
+        if not _JOB_NAME.fullmatch(self.job):
+            raise ConfigError(f"invalid job name {self.job!r}: use lower-case letters, digits and _")
 
     @property
     def duration(self) -> float | None:
-        """Seconds from start to end."""
-        return None if self.ended is None else timestamp(self.ended) - timestamp(self.started)
+        """Seconds from start to end; None while the run goes on."""
+        if self.ended is None:
+            return None
+        return parse_time(self.ended) - parse_time(self.started)
 
     def to_json(self) -> bytes:
-        """One JSON object."""
+        """Return the record as one JSON object."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunRecord":
-        """Raises TypeError where a key is missing; keys of a later facepipe are passed over."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        """Build a record from JSON values, ignoring keys that a later facepipe added.
+
+        Raises:
+            TypeError: a key is missing.
+        """
+        known_names = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known_names})
 
 
-class Last(NamedTuple):
-    """A job's newest run that ended, and the newest that ended well."""
+class JobHistory(NamedTuple):
+    """A job's newest run that ended, and the newest that succeeded."""
 
     ended: RunRecord
     success: RunRecord | None
 
 
 def new_run_id() -> str:
-    """`YYYYmmddTHHMMSS-xxxxxx` in UTC: ids sort by time."""
+    """Create a run id, `YYYYmmddTHHMMSS-xxxxxx` in UTC: ids sort by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
-def now() -> str:
-    """UTC, ISO 8601, milliseconds."""
+def format_now() -> str:
+    """Format the current time: UTC, ISO 8601, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def timestamp(text: str) -> float:
-    """Seconds since 1970 of an ISO 8601 time."""
+def parse_time(text: str) -> float:
+    """Convert an ISO 8601 time to seconds since 1970."""
     return datetime.fromisoformat(text).timestamp()
 
 
-def folder_of(gallery_path: str) -> str:
-    """Where a gallery's run records lie."""
+def get_runs_folder(gallery_path: str) -> str:
+    """Return the folder of a gallery's run records."""
     return storage.join(gallery_path, "runs")
 
 
-def write(gallery_path: str, record: RunRecord) -> None:
-    """Write a record, or write it again with what has become known; readers see the old one or the new one.
+def write_record(gallery_path: str, record: RunRecord) -> None:
+    """Write a record, or replace it by a newer state of the same run.
 
-    Raises StorageError. Of a run that ended, `last-<job>.json` tells as well.
+    Readers see the old record or the new one. If the run has ended, `last-<job>.json` is written as well.
+
+    Raises:
+        StorageError: the record cannot be written.
     """
-    _put(gallery_path, f"{record.run}.json", record.to_json())
-    if record.ended is not None:
-        found = _read(gallery_path, f"last-{record.job}.json") or {}
-        success = asdict(record) if record.state == "done" else found.get("success")
-        text = json.dumps({"ended": asdict(record), "success": success}, indent=1)
-        _put(gallery_path, f"last-{record.job}.json", text.encode())
+    _write_file(gallery_path, f"{record.run}.json", record.to_json())
+    if record.ended is None:
+        return
+    history = _read_file(gallery_path, f"last-{record.job}.json") or {}
+    success = asdict(record) if record.state == "done" else history.get("success")
+    text = json.dumps({"ended": asdict(record), "success": success}, indent=1)
+    _write_file(gallery_path, f"last-{record.job}.json", text.encode())
 
 
-def last(gallery_path: str, n: int = 10) -> list[RunRecord]:
-    """The newest n records, newest first. Names are listed, n files are read; a damaged file is passed over."""
-    names = sorted(filter(_RECORD.fullmatch, _names(gallery_path)), reverse=True)[: max(0, n)]
-    return list(filter(None, (_record(_read(gallery_path, name)) for name in names)))
+def read_newest(gallery_path: str, count: int = 10) -> list[RunRecord]:
+    """Read the newest records, newest first.
+
+    All names are listed, but only `count` files are read. A damaged file is skipped.
+    """
+    names = sorted(filter(_RECORD_NAME.fullmatch, _list_names(gallery_path)), reverse=True)[: max(0, count)]
+    records = [_parse_record(_read_file(gallery_path, name)) for name in names]
+    return [record for record in records if record is not None]
 
 
-def last_of_jobs(gallery_path: str) -> dict[str, Last]:
-    """The last run of every job that ever ended here; one file read a job."""
-    found = {}
-    for name in sorted(_names(gallery_path)):
-        match = _LAST.fullmatch(name)
-        values = _read(gallery_path, name) if match else None
-        ended = _record(values.get("ended")) if values else None
-        if values and ended:
-            found[ended.job] = Last(ended, _record(values.get("success")))
-    return found
+def read_job_histories(gallery_path: str) -> dict[str, JobHistory]:
+    """Read the last run of every job that ever ended here, reading one file per job."""
+    histories = {}
+    for name in sorted(_list_names(gallery_path)):
+        if not _HISTORY_NAME.fullmatch(name):
+            continue
+        values = _read_file(gallery_path, name)
+        if values is None:
+            continue
+        ended = _parse_record(values.get("ended"))
+        if ended:
+            histories[ended.job] = JobHistory(ended, _parse_record(values.get("success")))
+    return histories
 
 
-def prune(gallery_path: str, keep: int = 1000) -> int:
-    """Delete all records but the newest `keep`; how many went. The last run of every job stays known."""
-    names = sorted(filter(_RECORD.fullmatch, _names(gallery_path)), reverse=True)[max(0, keep) :]
+def prune_records(gallery_path: str, keep: int = 1000) -> int:
+    """Delete all records but the newest, and return how many were deleted.
+
+    The last run of every job stays known, because it has a file of its own.
+
+    Args:
+        gallery_path: folder or URL of the gallery.
+        keep: number of records to keep.
+    """
+    names = sorted(filter(_RECORD_NAME.fullmatch, _list_names(gallery_path)), reverse=True)[max(0, keep) :]
     for name in names:
-        storage.delete(storage.join(folder_of(gallery_path), name))
+        storage.delete(storage.join(get_runs_folder(gallery_path), name))
     return len(names)
 
 
-def _names(gallery_path: str) -> Iterable[str]:
-    return storage.list_names(folder_of(gallery_path))
+def _list_names(gallery_path: str) -> Iterable[str]:
+    return storage.list_names(get_runs_folder(gallery_path))
 
 
-def _put(gallery_path: str, name: str, data: bytes) -> None:
-    storage.replace(storage.join(folder_of(gallery_path), name), data, unique=True)
+def _write_file(gallery_path: str, name: str, data: bytes) -> None:
+    """Write a file of the runs folder whole or not at all."""
+    storage.replace(storage.join(get_runs_folder(gallery_path), name), data, unique=True)
 
 
-def _read(gallery_path: str, name: str) -> dict[str, Any] | None:
-    """None where there is no such file, or one that is no JSON object: what only informs must not stop anyone."""
+def _read_file(gallery_path: str, name: str) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file is missing or damaged, because a record only informs."""
     try:
-        found = json.loads(storage.read(os.fsencode(storage.join(folder_of(gallery_path), name))))
+        values = json.loads(storage.read(os.fsencode(storage.join(get_runs_folder(gallery_path), name))))
     except (StorageError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return values if isinstance(values, dict) else None
 
 
-def _record(values: Any) -> RunRecord | None:
+def _parse_record(values: Any) -> RunRecord | None:
+    """Build a record from JSON values; None if they are damaged."""
     try:
         record = RunRecord.from_dict(values)
-        times = [timestamp(record.started), timestamp(record.ended or record.started)]
-        return record if all(times) and isinstance(record.counters, dict) else None
+        times = [parse_time(record.started), parse_time(record.ended or record.started)]
+        is_valid = all(times) and isinstance(record.counters, dict)
     except (AttributeError, TypeError, ValueError, ConfigError):
         return None
+    return record if is_valid else None

@@ -14,7 +14,7 @@ from facepipe.gallery.changes import Mark
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.cluster.pipeline import NAME
 from pipelines.graph import Progress
-from pipelines.runtime.run_record import records
+from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
 
@@ -43,7 +43,7 @@ class _UnchangedError(Exception):
     """No face came and none left: the report stays as it is."""
 
 
-@records("assign")
+@record_calls("assign")
 def run(gallery: str, one_photo: bool = True, progress: Progress = lambda line: None) -> AssignSummary:
     """Bring the cluster tables of a gallery up to date with its faces. Suspicions and the page stay as they are.
 

@@ -36,8 +36,7 @@ from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
-from pipelines.runtime.phases import Phases
-from pipelines.runtime.run_record import records
+from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "cluster"
@@ -117,7 +116,7 @@ class ClusterSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@records("cluster")
+@record_calls("cluster")
 def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: None) -> ClusterSummary:
     """Cluster all faces of a gallery, and write the report into GALLERY/reports/cluster/.
 
@@ -131,7 +130,7 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
     """
     table = Gallery(gallery)
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
-    phases = Phases(summary.seconds)
+    phases = PhaseTimer(summary.seconds)
     with report_folder(table, NAME) as folder:
         graph = open_graph([table], config.graph, config.run, os.path.join(reports_of(table), "graph"), progress)
         phases.end("graph")

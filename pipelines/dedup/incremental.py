@@ -28,8 +28,7 @@ from pipelines.dedup import DedupConfig
 from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
 from pipelines.dedup.pipeline import NAME as WHOLE
 from pipelines.graph import Progress
-from pipelines.runtime.phases import Phases
-from pipelines.runtime.run_record import records
+from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "dedup-new"
@@ -53,7 +52,7 @@ class _UnchangedError(Exception):
     """There are no new images: the report stays as it is."""
 
 
-@records("dedup_new")
+@record_calls("dedup_new")
 def run(config: DedupConfig, gallery: str, progress: Progress = lambda line: None) -> NewSummary:
     """Find the copies of the images that came since the last run, or since the last `dedup` that left a mark.
 
@@ -69,7 +68,7 @@ def run(config: DedupConfig, gallery: str, progress: Progress = lambda line: Non
     """
     table = Gallery(gallery)
     summary = NewSummary(out=os.path.join(reports_of(table), NAME))
-    phases = Phases(summary.seconds)
+    phases = PhaseTimer(summary.seconds)
     with suppress(_UnchangedError), report_folder(table, NAME) as folder:
         since = changes(table, _load_last_mark(table))
         images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)

@@ -24,8 +24,7 @@ from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
 from facepipe.storage import describe_error
 from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
-from pipelines.runtime.phases import Phases
-from pipelines.runtime.run_record import records
+from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
 NAME = "dedup"
@@ -84,7 +83,7 @@ class DedupSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@records("dedup")
+@record_calls("dedup")
 def run(
     config: DedupConfig, gallery: str, against: str | None = None, progress: Progress = lambda line: None
 ) -> DedupSummary:
@@ -105,7 +104,7 @@ def run(
         galleries.append(_open_other(galleries[0], against))
     name = OVERLAP if against else NAME
     summary = DedupSummary()
-    phases = Phases(summary.seconds)
+    phases = PhaseTimer(summary.seconds)
     with report_folder(galleries[0], name) as folder:
         graph_folder = os.path.join(folder if against else reports_of(galleries[0]), "graph")
         graph = _open_wide_graph(config, galleries, graph_folder, summary, progress)

@@ -17,7 +17,7 @@ from facepipe.gallery.commits.parts import Record
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.table import RUNS
 from facepipe.models.zoo.registry import find_card_file
-from facepipe.observe.gpu_usage import Sampler
+from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
@@ -32,7 +32,7 @@ from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import Summary
 from pipelines.runtime import crash_marks
 from pipelines.runtime.plan import Group, Plan, local_resources, make_plan
-from pipelines.runtime.run_record import current, follow, records
+from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
 from pipelines.runtime.runners import inline, local, ray
 from pipelines.runtime.worker import Job
 
@@ -72,7 +72,7 @@ class Listing:
             known.close()
 
 
-@records("embed")
+@record_calls("embed")
 def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: None) -> Summary:
     """Embed a source into a gallery, which is made if there is none.
 
@@ -103,10 +103,10 @@ def _try_files(config: EmbedConfig, gallery: str) -> None:
 
 
 def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease, progress: Progress) -> Summary:
-    record = current()
+    record = get_current_run()
     identity = record.id if record else new_run_id()
     if record:
-        record.versions(before=gallery.version)
+        record.set_versions(before=gallery.version)
         record.save()  # there may have been no gallery when the run began
     runs = storage.join(gallery.path, RUNS)
     crash_marks.bequeath(runs, identity)  # the lease says that no other run is alive
@@ -126,7 +126,7 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
             for n, group in enumerate(plan.groups)
         ]
         summary = Summary(identity, runner, plan.workers)
-        follow(summary)
+        attach_summary(summary)
         commit = Committer(gallery, identity, lease)
         with _sampled(summary, plan):
             _collect(_records(runner, blocks, jobs, plan), commit, summary, config, progress)
@@ -148,9 +148,9 @@ def _sampled(summary: Summary, plan: Plan) -> Iterator[None]:
     if not any(group.gpus for group in plan.groups):
         yield
         return
-    with Sampler() as sampler:
+    with GpuSampler() as sampler:
         yield
-    summary.gpu = sampler.figures().to_dict()
+    summary.gpu = sampler.summarise().to_dict()
 
 
 def _collect(

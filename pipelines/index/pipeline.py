@@ -23,7 +23,7 @@ from facepipe.index.verify import find_damage
 from facepipe.models.runtime.memory import measure_resident_memory
 from facepipe.storage.lease import Lease, hold_lease
 from pipelines.index.config import IndexConfig, IndexSummary
-from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.runtime.runners import ray
 
 DEFAULT_RECALL = 0.97  # of a new index
@@ -33,7 +33,7 @@ _BYTES_PER_FACE = 540  # on disk, at least
 OnProgress = Callable[[str], None]
 
 
-@records("index")
+@record_calls("index")
 def run(
     config: IndexConfig,
     gallery: str,
@@ -62,7 +62,7 @@ def run(
     table = Gallery(gallery)
     with hold_lease(storage.join(table.path, manifests.FOLDER), "index", on_progress) as lease:
         builder = _IndexBuilder(config, table, lease, on_progress)
-        follow(builder.summary)
+        attach_summary(builder.summary)
         builder.sweep()
         manifest = builder.load_current(retrain)
         if manifest is None:

@@ -24,7 +24,7 @@ from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
 from pipelines.nightly.config import NightlyConfig, NightSource
 from pipelines.nightly.preview import preview_night
-from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.runtime.workspace import reports_of
 
 
@@ -82,11 +82,11 @@ def run(
     return _run_night(config, config.gallery, on_progress, on_embed)
 
 
-@records("nightly")
+@record_calls("nightly")
 def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embed: OnEmbed) -> NightSummary:
     with hold_lease(storage.join(gallery, RUNS), "nightly job", on_progress):
         night = _Night(config, NightSummary(gallery), on_progress)
-        follow(night.summary)
+        attach_summary(night.summary)
         night.finish_erasures()
         for source in config.source:
             night.embed_source(source, on_embed)

@@ -27,7 +27,7 @@ from facepipe.storage import write
 from facepipe.types import Float32, UInt8
 from pipelines.project.faces import FaceCutter, FaceSample, choose_faces
 from pipelines.runtime.plan import local_resources
-from pipelines.runtime.run_record import follow, records
+from pipelines.runtime.run_record import attach_summary, record_calls
 
 Progress = Callable[[str], None]
 
@@ -78,7 +78,7 @@ class ProjectSummary:
     seconds: float = 0.0
 
 
-@records("project")
+@record_calls("project")
 def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lambda line: None) -> ProjectSummary:
     """Write NAME.projection.safetensors and NAME-128.toml beside a model's NAME.toml, which stays as it is.
 
@@ -94,7 +94,7 @@ def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lam
     file, table = read_card(path), Gallery(gallery)
     embedder = _load_model(path, file, config)
     summary = ProjectSummary(str(toml), str(weights), embedder.dim)
-    follow(summary)
+    attach_summary(summary)
     sample = choose_faces(table, embedder.dim, config.faces, config.held, config.seed, config.pairs)
     check_face_count(len(sample.fitted), embedder.dim)  # before any image is read
     moment, raw = _embed_faces(config, path, embedder, table, sample, summary, progress)

@@ -1,37 +1,46 @@
-"""Live metrics of a run on Ray: counters that an actor adds to after each block. Nothing happens outside Ray."""
+"""Live metrics of a run on Ray: counters that are increased after each block."""
 
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from facepipe.gallery.commits.parts import Record
-from facepipe.observe.metrics import LIVE, NAMES
+from facepipe.observe.metrics import LIVE_METRICS, METRICS
 
 
-def observe(record: Record) -> None:
-    """Count a finished block: images by status, faces, seconds by stage. Ray exports them as `ray_facepipe_...`."""
-    counters = _counters() if _on_ray() else None
-    if counters is None:
+@dataclass(frozen=True)
+class _Counters:
+    """Ray's counters; it exports them as `ray_facepipe_...`."""
+
+    images: Any
+    faces: Any
+    stage_seconds: Any
+
+
+def count_block(record: Record) -> None:
+    """Count a finished block: images by status, faces, and seconds by stage. Without Ray nothing happens."""
+    if not _is_on_ray():
         return
-    images, faces, seconds = counters
+    counters = _create_counters()
     for status, count in record.statuses.items():
-        images.inc(count, tags={"status": status})
+        counters.images.inc(count, tags={"status": status})
     if record.faces:
-        faces.inc(record.faces)
-    for stage, spent in record.seconds.items():
-        if spent > 0:
-            seconds.inc(spent, tags={"stage": stage})
+        counters.faces.inc(record.faces)
+    for stage, seconds in record.seconds.items():
+        if seconds > 0:
+            counters.stage_seconds.inc(seconds, tags={"stage": stage})
 
 
-def _on_ray() -> bool:
-    """Whether this process belongs to a Ray cluster; Ray is not loaded to find out."""
+def _is_on_ray() -> bool:
+    """Tell whether this process belongs to a Ray cluster, without loading Ray."""
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized())
 
 
 @lru_cache(maxsize=1)
-def _counters() -> tuple[Any, Any, Any]:
+def _create_counters() -> _Counters:
     from ray.util.metrics import Counter
 
-    images, faces, seconds = (Counter(name, NAMES[name].help, tag_keys=NAMES[name].labels) for name in LIVE)
-    return images, faces, seconds
+    counters = [Counter(name, METRICS[name].help, tag_keys=METRICS[name].labels) for name in LIVE_METRICS]
+    return _Counters(*counters)

@@ -1,7 +1,8 @@
-"""recorded: a run leaves its record in the gallery and two events in the log, however it ends."""
+"""Recording runs: every run leaves a record in the gallery and two events in the log, however it ends."""
 
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,180 +17,250 @@ from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs, metrics, runs
 from facepipe.observe.runs import RunRecord, State
 
-DONE, FAILED, USAGE, OVER_BUDGET, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+# Exit codes of the command line.
+DONE = 0
+FAILED = 1
+USAGE = 2
+OVER_BUDGET = 3
+INTERRUPTED = 130
+TERMINATED = 143
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LABEL = re.compile(r"[A-Za-z0-9_+-]{1,64}")
-_SETTINGS = frozenset(("version", "table_version", "workers", "nprobe", "rescore"))  # of a summary, but no counts
+# Whole numbers of a summary that are settings, not counts.
+_SETTINGS = frozenset(("version", "table_version", "workers", "nprobe", "rescore"))
 _SINGULAR = {"statuses": "status", "pairs": "pair", "decisions": "decision"}
 
 
-class Run:
-    """A run that is going on. What it counts goes into its record; names of files and persons must not."""
+class PhaseTimer:
+    """A timer of the phases of a run, which writes their seconds into a mapping."""
 
-    def __init__(self, gallery: str, record: RunRecord):
-        self.gallery, self.record = gallery, record
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._phase_start = time.monotonic()
+
+    def end(self, phase: str) -> None:
+        """End a phase, which began when the timer was made or the phase before ended."""
+        now = time.monotonic()
+        self._seconds[phase] = round(now - self._phase_start, 3)
+        self._phase_start = now
+
+
+class ActiveRun:
+    """A run that is going on.
+
+    What it counts goes into its record. Names of files and persons must not.
+    """
+
+    def __init__(self, gallery: str, record: RunRecord) -> None:
+        self.gallery = gallery
+        self.record = record
         self._summary: Any = None
 
     @property
     def id(self) -> str:
-        """`YYYYmmddTHHMMSS-xxxxxx`."""
+        """The run id, `YYYYmmddTHHMMSS-xxxxxx`."""
         return self.record.run
 
     @property
     def phases(self) -> dict[str, float]:
-        """Wall clock in seconds by phase; what a `Phases` may be given to fill."""
+        """Wall clock in seconds by phase; a PhaseTimer may write into it."""
         return self.record.seconds
 
-    def count(self, name: str, value: int = 1, **labels: str) -> None:
-        """Add to a counter: `count("status", 3, status="ok")` is counters["status.ok"]. Labels are words of ours."""
-        key = ".".join([name, *(_label(text) for text in labels.values())])
+    def add_count(self, name: str, value: int = 1, **labels: str) -> None:
+        """Add to a counter: `add_count("status", 3, status="ok")` adds to counters["status.ok"].
+
+        Args:
+            name: name of the counter.
+            value: how much to add.
+            labels: words that facepipe defines, such as a status.
+        """
+        key = ".".join([name, *(_clean_label(text) for text in labels.values())])
         self.record.counters[key] = self.record.counters.get(key, 0) + int(value)
 
-    def seconds(self, phase: str, value: float) -> None:
+    def add_seconds(self, phase: str, seconds: float) -> None:
         """Add wall clock to a phase."""
-        self.phases[phase] = round(self.phases.get(phase, 0.0) + value, 3)
+        self.phases[phase] = round(self.phases.get(phase, 0.0) + seconds, 3)
 
-    def versions(self, before: int | None = None, after: int | None = None) -> None:
-        """Versions of the table; None leaves what is known."""
-        self.record.version_before = self.record.version_before if before is None else before
-        self.record.version_after = self.record.version_after if after is None else after
+    def set_versions(self, before: int | None = None, after: int | None = None) -> None:
+        """Set the versions of the table; None leaves a version as it is."""
+        if before is not None:
+            self.record.version_before = before
+        if after is not None:
+            self.record.version_after = after
 
-    def counted(self, counts: Mapping[str, int]) -> None:
-        """What the gallery holds now (`Gallery.counts()`): metrics then need not count it again."""
+    def set_gallery_counts(self, counts: Mapping[str, int]) -> None:
+        """Store what the gallery holds now (`Gallery.counts()`), so that metrics need not count it again."""
         for status, images in counts.items():
             if status not in ("images", "faces"):
-                self.record.counters[f"gallery.{_label(status)}"] = int(images)
+                self.record.counters[f"gallery.{_clean_label(status)}"] = int(images)
 
-    def follow(self, summary: Any) -> None:
-        """Take the figures of a pipeline's summary (a dataclass) when the run ends, however it ends."""
+    def attach_summary(self, summary: Any) -> None:
+        """Attach a pipeline's summary (a dataclass); its figures are recorded when the run ends, however it ends."""
         self._summary = summary
 
     def save(self) -> bool:
-        """Write the record as it stands; False where that failed, or where there is no gallery (yet) to write to."""
+        """Write the record as it is; return False if that fails or if there is no gallery yet."""
         try:
-            if not _there(self.gallery):
+            if not _has_gallery(self.gallery):
                 return False
-            runs.write(self.gallery, self.record)
-        except Exception as error:  # the run's own work counts: nothing that only informs may end it
-            logs.event("run.unrecorded", logging.DEBUG, error=error)
+            runs.write_record(self.gallery, self.record)
+        except Exception as error:  # a record only informs: it must not end the run
+            logs.log_event("run.unrecorded", logging.DEBUG, error=error)
             return False
         return True
 
     def end(self, state: State, exit_code: int, error: BaseException | None = None) -> None:
-        """Close the record: written, logged, and old ones pruned."""
+        """Complete the record, write it, log it and prune old records."""
         record = self.record
         try:
             if self._summary is not None:
-                self._take({part.name: getattr(self._summary, part.name) for part in fields(self._summary)})
-        except Exception as taken:  # must not hide what ended the run
-            logs.event("run.unfigured", logging.WARNING, error=taken)
-        record.state, record.exit_code, record.ended = state, exit_code, runs.now()
+                figures = {part.name: getattr(self._summary, part.name) for part in fields(self._summary)}
+                self._record_figures(figures)
+        except Exception as summary_error:  # must not hide what ended the run
+            logs.log_event("run.unfigured", logging.WARNING, error=summary_error)
+        record.state = state
+        record.exit_code = exit_code
+        record.ended = runs.format_now()
         record.error = type(error).__name__ if error is not None and state == "failed" else None
-        saved = self.save()
-        level = logging.INFO if state == "done" else logging.WARNING if state != "failed" else logging.ERROR
-        figures: dict[str, Any] = {"state": state, "exit_code": exit_code, "duration": round(record.duration or 0.0, 3)}
-        figures |= {"counters": record.counters, "seconds": record.seconds, "stage_seconds": record.stage_seconds}
-        logs.event("run.ended", level, **figures, error=record.error)
-        self._tidy(saved)
+        is_saved = self.save()
+        self._log_end(state)
+        self._prune_records(is_saved)
 
-    def _tidy(self, saved: bool) -> None:
+    def _log_end(self, state: State) -> None:
+        """Log how the run ended, with its figures."""
+        levels = {"done": logging.INFO, "failed": logging.ERROR}
+        logs.log_event(
+            "run.ended",
+            levels.get(state, logging.WARNING),
+            state=state,
+            exit_code=self.record.exit_code,
+            duration=round(self.record.duration or 0.0, 3),
+            counters=self.record.counters,
+            seconds=self.record.seconds,
+            stage_seconds=self.record.stage_seconds,
+            error=self.record.error,
+        )
+
+    def _prune_records(self, is_saved: bool) -> None:
+        """Delete the oldest records, or warn that this run's could not be written."""
         try:
-            if saved:
-                runs.prune(self.gallery)
-            elif _there(self.gallery):
-                logs.event("run.unrecorded", logging.WARNING, gallery=metrics.gallery_label(self.gallery))
+            if is_saved:
+                runs.prune_records(self.gallery)
+            elif _has_gallery(self.gallery):
+                gallery = metrics.get_gallery_label(self.gallery)
+                logs.log_event("run.unrecorded", logging.WARNING, gallery=gallery)
         except Exception as error:
-            logs.event("run.unpruned", logging.WARNING, error=error)
+            logs.log_event("run.unpruned", logging.WARNING, error=error)
 
-    def _take(self, figures: dict[str, Any]) -> None:
-        """Numbers of a summary: whole ones are counters, those by name counters `name.key`, seconds are phases."""
-        self.versions(after=figures.get("version") or None)
+    def _record_figures(self, figures: dict[str, Any]) -> None:
+        """Record the numbers of a summary.
+
+        Whole numbers become counters, mappings of them counters `name.key`, and `seconds` becomes phases.
+        """
+        self.set_versions(after=figures.get("version") or None)
         for name, value in figures.items():
             if name == "seconds" and isinstance(value, dict):
                 self.phases.update(value)
             elif name == "stage_seconds":
-                self.record.stage_seconds |= {stage: round(spent, 3) for stage, spent in value.items()}
+                self.record.stage_seconds |= {stage: round(seconds, 3) for stage, seconds in value.items()}
             elif isinstance(value, dict | Counter):
-                for key, n in value.items():
-                    if isinstance(n, int) and not isinstance(n, bool):
-                        self.count(_SINGULAR.get(name, name), n, key=str(key))
-            elif isinstance(value, int) and not isinstance(value, bool) and name not in _SETTINGS:
-                self.count(name, value)
+                for key, count in value.items():
+                    if _is_count(count):
+                        self.add_count(_SINGULAR.get(name, name), count, key=str(key))
+            elif _is_count(value) and name not in _SETTINGS:
+                self.add_count(name, value)
 
 
-_current: ContextVar[Run | None] = ContextVar("pipelines.runtime.run_record", default=None)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_current_run: ContextVar[ActiveRun | None] = ContextVar("pipelines.runtime.run_record", default=None)
 _metrics_file: ContextVar[str | None] = ContextVar("pipelines.runtime.run_record.metrics_file", default=None)
 
 
-def write_metrics_to(path: str | None) -> None:
-    """Have every run from here on that is part of no other write its gallery's metrics to a file when it ends."""
+def set_metrics_file(path: str | None) -> None:
+    """Write the gallery's metrics to a file after every run that no other run started; None stops that."""
     _metrics_file.set(path)
 
 
-def current() -> Run | None:
-    """The run that this code is part of."""
-    return _current.get()
+def get_current_run() -> ActiveRun | None:
+    """Return the run that this code is part of, if any."""
+    return _current_run.get()
 
 
 @contextmanager
-def recorded(gallery: str, job: str, parent: str | None = None) -> Iterator[Run]:
+def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[ActiveRun]:
     """Record what happens inside as a run of a job on a gallery.
 
-    A run inside another is its child (`parent`); one of the same job on the same gallery is that very run, so that a
-    command may wrap a pipeline that records itself, and add its exit code. Where there is no gallery, as after a
-    mistyped path, nothing is written; a run that makes one calls `save` then. A record that cannot be written is a
-    warning, never an error.
+    A run inside another names that one as its parent. A run of the same job on the same gallery is the outer run
+    itself. So a command may wrap a pipeline that records itself, and add its exit code.
+
+    If there is no gallery, as after a mistyped path, nothing is written. A run that creates the gallery calls `save`
+    then. A record that cannot be written is a warning, never an error.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        job: name of the job.
+        parent: id of the run that started this one; by default the run around this one.
     """
-    outer = _current.get()
-    place = _place(gallery)
-    if outer and (outer.record.job, _place(outer.gallery)) == (job, place):
+    outer = _current_run.get()
+    path = _normalise_path(gallery)
+    if outer and outer.record.job == job and _normalise_path(outer.gallery) == path:
         yield outer
         return
-    record = RunRecord(runs.new_run_id(), job, parent or (outer.id if outer else None), runs.now())
-    run = Run(place, record)
-    with logs.bind(record.run, job):
-        token = _current.set(run)
+    if parent is None and outer:
+        parent = outer.id
+    record = RunRecord(runs.new_run_id(), job, parent, runs.format_now())
+    run = ActiveRun(path, record)
+    with logs.bind_run(record.run, job):
+        token = _current_run.set(run)
         run.save()
-        logs.event("run.started", gallery=metrics.gallery_label(place), parent=record.parent, facepipe=record.facepipe)
+        label = metrics.get_gallery_label(path)
+        logs.log_event("run.started", gallery=label, parent=record.parent, facepipe=record.facepipe)
         try:
             yield run
         except BaseException as error:
-            run.end(*outcome(error), error)
+            state, exit_code = classify_end(error)
+            run.end(state, exit_code, error)
             raise
         else:
             run.end("done", DONE)
         finally:
-            _current.reset(token)
-            path = _metrics_file.get()
-            if path and outer is None:
-                _write_metrics(path, place)
+            _current_run.reset(token)
+            metrics_file = _metrics_file.get()
+            if metrics_file and outer is None:
+                _write_metrics(metrics_file, path)
 
 
 def _write_metrics(path: str, gallery: str) -> None:
+    """Write a gallery's metrics; without a gallery the file stays as it is."""
     try:
-        if _there(gallery):  # else the file goes on telling of what was
-            metrics.write(path, metrics.text(gallery))
+        if _has_gallery(gallery):
+            metrics.write_metrics(path, metrics.render_metrics(gallery))
     except Exception as error:
-        logs.event("run.unmeasured", logging.WARNING, error=error)
+        logs.log_event("run.unmeasured", logging.WARNING, error=error)
 
 
-def records(job: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For a pipeline's `run(config, gallery, ...) -> Summary`: every call is recorded, with the summary's figures.
+def record_calls(job: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a pipeline's `run(config, gallery, ...) -> Summary`: every call is recorded, with its summary's figures.
 
-    A run that wants its figures recorded where it fails as well calls `follow` when it has made its summary.
+    A pipeline calls `attach_summary` as soon as it has a summary, if its figures are to be recorded after a failure
+    as well.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        taken = signature(function)
+        parameters = signature(function)
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            with recorded(taken.bind(*args, **kwargs).arguments["gallery"], job) as record:
+            gallery = parameters.bind(*args, **kwargs).arguments["gallery"]
+            with record_run(gallery, job) as active_run:
                 summary = function(*args, **kwargs)
-                record.follow(summary)
+                active_run.attach_summary(summary)
                 return summary
 
         return run
@@ -197,40 +268,42 @@ def records(job: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def follow(summary: Any) -> None:
-    """Have the run that this code is part of, if any, take a summary's figures when it ends, however it ends."""
-    run = _current.get()
+def attach_summary(summary: Any) -> None:
+    """Attach a summary to the run that this code is part of, if any; see `ActiveRun.attach_summary`."""
+    run = _current_run.get()
     if run:
-        run.follow(summary)
+        run.attach_summary(summary)
 
 
-def outcome(error: BaseException) -> tuple[State, int]:
-    """(state, exit code) of a run that an exception ended; the codes are those of the command line."""
+def classify_end(error: BaseException) -> tuple[State, int]:
+    """Return the state and the exit code of a run that an exception ended."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if type(error).__name__ == "Terminated":
         return "interrupted", TERMINATED
     if isinstance(error, ConfigError):
         return "failed", USAGE
-    # typer.Exit has exit_code, SystemExit has code: a command that ends itself.
-    code = getattr(error, "exit_code", getattr(error, "code", None)) if not isinstance(error, FacepipeError) else None
+    if isinstance(error, FacepipeError):
+        return "failed", FAILED
+    # A command that ends itself: typer.Exit has exit_code, SystemExit has code.
+    code = getattr(error, "exit_code", getattr(error, "code", None))
     if isinstance(error, SystemExit) and code is None:
         return "done", DONE
+    if not isinstance(code, int):
+        return "failed", FAILED
     states = {DONE: "done", OVER_BUDGET: "over_budget", INTERRUPTED: "interrupted", TERMINATED: "interrupted"}
-    if isinstance(code, int):
-        return cast(State, states.get(code, "failed")), code
-    return "failed", FAILED
+    return cast(State, states.get(code, "failed")), code
 
 
-def _there(gallery: str) -> bool:
-    """Whether there is a gallery: a folder that is none gets no record."""
-    return storage.folder_exists(storage.join(gallery, "faces", "_delta_log"))
+def _has_gallery(path: str) -> bool:
+    """Tell whether there is a gallery; other folders get no record."""
+    return storage.folder_exists(storage.join(path, "faces", "_delta_log"))
 
 
-def _place(gallery: str) -> str:
+def _normalise_path(gallery: str) -> str:
     return storage.to_absolute(gallery).rstrip("/") or "/"
 
 
-def _label(text: str) -> str:
-    """A word; anything else may be a path or a message, which a record must not hold."""
+def _clean_label(text: str) -> str:
+    """Return a word as it is; anything else may be a path or a message, which a record must not hold."""
     return text if _LABEL.fullmatch(text) else "other"

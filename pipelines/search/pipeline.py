@@ -16,7 +16,7 @@ from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import resolve_model_name
 from facepipe.storage import describe_error
 from pipelines import embed
-from pipelines.runtime.run_record import records
+from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.runners import ray
 from pipelines.search.config import SearchConfig, SearchSummary
 from pipelines.search.parts import SearchJob, SearchTask, deliver, find_unfinished, prepare_folder, search_block
@@ -24,7 +24,7 @@ from pipelines.search.parts import SearchJob, SearchTask, deliver, find_unfinish
 OnProgress = Callable[[SearchSummary], None]
 
 
-@records("search")
+@record_calls("search")
 def run(
     config: SearchConfig, gallery: str, queries: str, out: str, on_progress: OnProgress = lambda summary: None
 ) -> SearchSummary:

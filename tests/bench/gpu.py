@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from facepipe.arrow import pack
 from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
-from facepipe.observe.gpu_usage import Sampler
+from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.stages import Align, Detect, FacesOnDevice
 from facepipe.stages.resident.embedding import ChipEmbedder
 from facepipe.stages.resident.retinaface import FaceFinder
@@ -149,12 +149,12 @@ def main() -> None:
         print(f"\n{precision}: RetinaFace moves {moved / 1e6:.0f} MB an image, roofline {memory / moved:,.0f} images/s")
         for quick, thumbs in ((0, False), (0, True), (384, True)):
             stage = FacesOnDevice(Detect(quick_look=quick), Align(thumbs=thumbs), device=device, precision=precision)
-            with Sampler() as sampler:
+            with GpuSampler() as sampler:
                 chosen = replace(stage, threads=given.threads, **sizes)
                 found, faces = end_to_end(chosen, images, given.seconds)
             print(
                 f"  detect+align+embed, quick_look={quick}, thumbs={thumbs}: {found:,.0f} images/s "
-                f"({found / IMAGES_GOAL:.0%} of {IMAGES_GOAL:,}), {faces:,.0f} faces/s; {sampler.figures()}"
+                f"({found / IMAGES_GOAL:.0%} of {IMAGES_GOAL:,}), {faces:,.0f} faces/s; {sampler.summarise()}"
             )
         chips(device, precision, sizes.get("chips", 512), given.seconds)
 
@@ -162,14 +162,14 @@ def main() -> None:
 def chips(device: str, precision: str, count: int, seconds: float) -> None:
     embedder = ChipEmbedder(load_embedder_net("dlib-resnet"), device, precision, flip=False, most=count)
     batch = torch.randint(0, 256, (count, 150, 150, 3), dtype=torch.uint8, device=device)
-    with Sampler() as sampler:
+    with GpuSampler() as sampler:
         found = rate(lambda: embedder(batch), count, seconds, device)
     with FlopCounterMode(display=False) as counter:
         embedder.embed(batch[:1])
     flops = counter.get_total_flops()
     print(
         f"  dlib's network, {embedder.batches.size} at a time: {found:,.0f} chips/s ({found / CHIPS_GOAL:.0%} of "
-        f"{CHIPS_GOAL:,}), {found * flops / 1e12:.2f} TFLOP/s; {sampler.figures()}"
+        f"{CHIPS_GOAL:,}), {found * flops / 1e12:.2f} TFLOP/s; {sampler.summarise()}"
     )
 
 

@@ -114,7 +114,7 @@ def night(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
 
 def ends(gallery: Path, job: str) -> set[tuple[str, int | None]]:
     """How the runs of a job ended; those of one second have no order."""
-    return {(record.state, record.exit_code) for record in runs.last(str(gallery), 100) if record.job == job}
+    return {(record.state, record.exit_code) for record in runs.read_newest(str(gallery), 100) if record.job == job}
 
 
 def test_a_night_leaves_a_record_and_figures(night: Callable[..., Any], tmp_path: Path) -> None:

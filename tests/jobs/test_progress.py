@@ -28,9 +28,9 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def json_logs() -> Iterator[None]:
-    logs.configure("json")
+    logs.configure_logs("json")
     yield
-    logs.configure("text")
+    logs.configure_logs("text")
 
 
 def test_lines_are_five_seconds_apart(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:

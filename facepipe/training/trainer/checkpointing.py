@@ -139,7 +139,9 @@ class CheckpointFolder:
                 self.last_step = content["step"]
                 return content
             except DamagedCheckpointError as error:
-                logs.get(__name__).warning("checkpoint.damaged", extra={"fields": {"file": path.name, "why": error}})
+                logs.get_logger(__name__).warning(
+                    "checkpoint.damaged", extra={"fields": {"file": path.name, "why": error}}
+                )
                 # If it stayed, the next save would rotate a complete checkpoint out.
                 path.rename(path.with_suffix(".damaged"))
         if existing:

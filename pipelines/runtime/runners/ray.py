@@ -219,7 +219,7 @@ class _Mapper:
         (row,) = table.to_pylist()
         result = self._worker(decode(row))
         if isinstance(result, Record):
-            ray_metrics.observe(result)
+            ray_metrics.count_block(result)
             return pa.table({"record": [result.to_json()]})
         return pa.Table.from_pylist([encode(result)], schema=_ROW)
 

@@ -22,7 +22,7 @@ from facepipe.errors import ConfigError, GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
 from facepipe.gallery.maintenance.verify import verify
-from facepipe.observe.info import describe
+from facepipe.observe.info import describe_gallery
 from facepipe.schema import FACES, LATER, conform
 from pipelines.embed import EmbedConfig
 
@@ -231,7 +231,7 @@ def test_what_is_no_gallery_is_said(tmp_path: Path) -> None:
 
 
 def test_describe(path: str) -> None:
-    found = describe(facepipe.Gallery(path))
+    found = describe_gallery(facepipe.Gallery(path))
     assert found["errors"] == [{"status": "decode_error", "error": "header ends early", "images": 1}]
     assert found["runs"][-1]["images"] == 61
     assert found["contract"]["embedder"] == "fake-embedder"

@@ -30,7 +30,7 @@ from facepipe.observe import logs, metrics, runs
 from facepipe.observe.runs import RunRecord
 from facepipe.storage.redact import HIDDEN, redact
 from pipelines.runtime import ray_metrics
-from pipelines.runtime.run_record import current, follow, recorded, records, write_metrics_to
+from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls, record_run, set_metrics_file
 
 Settings = dict[str, Any]
 
@@ -39,7 +39,7 @@ Settings = dict[str, Any]
 def quiet() -> Iterator[None]:
     """Every test begins and ends with unconfigured logs."""
     yield
-    logger = logs.get()
+    logger = logs.get_logger()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
@@ -49,7 +49,7 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def log() -> io.StringIO:
     stream = io.StringIO()
-    logs.configure("json", stream=stream)
+    logs.configure_logs("json", stream=stream)
     return stream
 
 
@@ -97,18 +97,18 @@ def run_id(n: int) -> str:
 
 
 def check_records(gallery: str) -> None:
-    assert runs.last(gallery, 5) == []
-    assert runs.last_of_jobs(gallery) == {}
-    assert runs.prune(gallery, 0) == 0
+    assert runs.read_newest(gallery, 5) == []
+    assert runs.read_job_histories(gallery) == {}
+    assert runs.prune_records(gallery, 0) == 0
     for n in (3, 1, 2):
-        runs.write(gallery, ended(run_id(n), counters={"images": n, "status.ok": n}))
-    runs.write(gallery, RunRecord(run_id(4), "index", started=runs.now()))
-    assert [record.run for record in runs.last(gallery, 2)] == [run_id(4), run_id(3)]
-    assert runs.last(gallery, 9)[-1] == ended(run_id(1), counters={"images": 1, "status.ok": 1})
-    runs.write(gallery, ended(run_id(5), state="over_budget"))
-    assert runs.prune(gallery, 2) == 3
-    assert [record.run for record in runs.last(gallery, 9)] == [run_id(5), run_id(4)]
-    (job, found), *others = runs.last_of_jobs(gallery).items()
+        runs.write_record(gallery, ended(run_id(n), counters={"images": n, "status.ok": n}))
+    runs.write_record(gallery, RunRecord(run_id(4), "index", started=runs.format_now()))
+    assert [record.run for record in runs.read_newest(gallery, 2)] == [run_id(4), run_id(3)]
+    assert runs.read_newest(gallery, 9)[-1] == ended(run_id(1), counters={"images": 1, "status.ok": 1})
+    runs.write_record(gallery, ended(run_id(5), state="over_budget"))
+    assert runs.prune_records(gallery, 2) == 3
+    assert [record.run for record in runs.read_newest(gallery, 9)] == [run_id(5), run_id(4)]
+    (job, found), *others = runs.read_job_histories(gallery).items()
     assert (job, found.ended.run, others) == ("embed", run_id(5), [])
     assert found.success
     assert found.success.run == run_id(2)  # the last that was written: it is pruned, and still known
@@ -125,16 +125,16 @@ def test_records_in_a_folder(tmp_path: Path) -> None:
 
 def test_records_in_an_object_store(bucket: str) -> None:
     check_records(bucket)
-    with recorded(bucket, "search") as run:
-        assert runs.last(bucket, 1)[0].state == "running"
-    assert runs.last(bucket, 1)[0].run == run.id
-    with recorded("s3://faces/nothing", "search"):
+    with record_run(bucket, "search") as run:
+        assert runs.read_newest(bucket, 1)[0].state == "running"
+    assert runs.read_newest(bucket, 1)[0].run == run.id
+    with record_run("s3://faces/nothing", "search"):
         pass
     assert list(storage.list_prefix("s3://faces/nothing")) == []
 
 
 def test_ids_sort_by_time_and_damaged_records_are_passed_over(tmp_path: Path) -> None:
-    runs.write(str(tmp_path), ended(run_id(1)))
+    runs.write_record(str(tmp_path), ended(run_id(1)))
     folder = tmp_path / "runs"
     (folder / f"{run_id(2)}.json").write_text('{"run": ')
     (folder / f"{run_id(3)}.json").write_text("[]")
@@ -143,26 +143,26 @@ def test_ids_sort_by_time_and_damaged_records_are_passed_over(tmp_path: Path) ->
     (folder / f"{run_id(6)}.json").write_text(json.dumps({**vars(ended(run_id(6))), "of_a_later_version": 1}))
     (folder / f"{run_id(7)}").mkdir()  # marks of embed
     (folder / "last-index.json").write_text("null")
-    assert [record.run for record in runs.last(str(tmp_path), 9)] == [run_id(6), run_id(1)]
-    assert list(runs.last_of_jobs(str(tmp_path))) == ["embed"]
+    assert [record.run for record in runs.read_newest(str(tmp_path), 9)] == [run_id(6), run_id(1)]
+    assert list(runs.read_job_histories(str(tmp_path))) == ["embed"]
     assert re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{6}", runs.new_run_id())
 
 
 def test_a_record_of_a_run(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     gallery = str(tmp_path / "g")
-    with recorded(gallery, "embed") as run:
-        assert current() is run
+    with record_run(gallery, "embed") as run:
+        assert get_current_run() is run
         summary = embed(drawings, gallery, fakes)
         assert run.save()
-        (running,) = runs.last(gallery, 1)
+        (running,) = runs.read_newest(gallery, 1)
         assert (running.run, running.state, running.ended, running.exit_code) == (run.id, "running", None, None)
-        run.follow(summary)
-        run.seconds("commit", 0.25)
-        run.versions(before=0)
-        run.counted(Gallery(gallery).counts())
-        run.count("status", 2, status="person0/p0_000.png")
-    assert current() is None
-    found = next(record for record in runs.last(gallery, 9) if record.run == run.id)
+        run.attach_summary(summary)
+        run.add_seconds("commit", 0.25)
+        run.set_versions(before=0)
+        run.set_gallery_counts(Gallery(gallery).counts())
+        run.add_count("status", 2, status="person0/p0_000.png")
+    assert get_current_run() is None
+    found = next(record for record in runs.read_newest(gallery, 9) if record.run == run.id)
     assert (found.state, found.exit_code, found.error) == ("done", 0, None)
     assert found.counters["images"] == 60
     assert found.counters["status.ok"] == 40
@@ -203,9 +203,9 @@ class Exit(RuntimeError):  # noqa: N818
 def test_how_runs_end(
     error: BaseException, state: str, code: int, name: str | None, log: io.StringIO, gallery: str
 ) -> None:
-    with pytest.raises(type(error)), recorded(gallery, "clean"):
+    with pytest.raises(type(error)), record_run(gallery, "clean"):
         raise error
-    (record,) = runs.last(gallery, 5)
+    (record,) = runs.read_newest(gallery, 5)
     assert (record.state, record.exit_code, record.error) == (state, code, name)
     assert "lovelace" not in Path(gallery, "runs", f"{record.run}.json").read_text() + log.getvalue()
     assert [line["event"] for line in lines(log)] == ["run.started", "run.ended"]
@@ -213,22 +213,22 @@ def test_how_runs_end(
 
 
 def test_runs_inside_runs(gallery: str) -> None:
-    with recorded(gallery, "nightly") as night:
-        with recorded(gallery, "embed") as first:
-            with recorded(gallery + "/", "embed") as same:  # a pipeline inside its own command
-                same.count("images", 3)
+    with record_run(gallery, "nightly") as night:
+        with record_run(gallery, "embed") as first:
+            with record_run(gallery + "/", "embed") as same:  # a pipeline inside its own command
+                same.add_count("images", 3)
             assert same is first
-            assert runs.last(gallery, 1)[0].state == "running"
-        with pytest.raises(ValueError, match="x"), recorded(gallery, "index"):
+            assert runs.read_newest(gallery, 1)[0].state == "running"
+        with pytest.raises(ValueError, match="x"), record_run(gallery, "index"):
             raise ValueError("x")
-    found = {record.job: record for record in runs.last(gallery, 9)}
+    found = {record.job: record for record in runs.read_newest(gallery, 9)}
     assert {job: (r.parent, r.state) for job, r in found.items()} == {
         "nightly": (None, "done"),
         "embed": (night.id, "done"),
         "index": (night.id, "failed"),
     }
     assert found["embed"].counters == {"images": 3}
-    with recorded(gallery, "search", parent="20260101T000000-abcdef") as run:
+    with record_run(gallery, "search", parent="20260101T000000-abcdef") as run:
         pass
     assert run.record.parent == "20260101T000000-abcdef"
 
@@ -241,11 +241,11 @@ class Found:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@records("dedup")
+@record_calls("dedup")
 def dedup(config: int, gallery: str, fails: bool = False) -> Found:
     """Finds."""
     summary = Found({"exact": 3}, 2, seconds={"graph": 0.5})
-    follow(summary)
+    attach_summary(summary)
     if fails:
         raise ValueError("x")
     return summary
@@ -255,32 +255,32 @@ def test_a_pipeline_that_records_itself(gallery: str) -> None:
     assert (dedup(1, gallery=gallery).groups, dedup.__doc__) == (2, "Finds.")
     with pytest.raises(ValueError, match="x"):
         dedup(1, gallery, fails=True)
-    for record in runs.last(gallery, 5):
+    for record in runs.read_newest(gallery, 5):
         assert record.counters == {"pair.exact": 3, "groups": 2}
         assert record.seconds == {"graph": 0.5}
-    assert sorted(record.state for record in runs.last(gallery, 5)) == ["done", "failed"]
-    follow(Found({}))  # outside a run: nobody's
+    assert sorted(record.state for record in runs.read_newest(gallery, 5)) == ["done", "failed"]
+    attach_summary(Found({}))  # outside a run: nobody's
 
 
 def test_a_mistyped_gallery_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(GalleryError), recorded(str(tmp_path / "typo"), "index"):
+    with pytest.raises(GalleryError), record_run(str(tmp_path / "typo"), "index"):
         Gallery(str(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
     (tmp_path / "other").mkdir()
-    with recorded(str(tmp_path / "other"), "index"):
+    with record_run(str(tmp_path / "other"), "index"):
         pass
     assert list((tmp_path / "other").iterdir()) == []
-    with recorded(str(tmp_path / "new"), "embed") as run:  # the run makes it: recorded from then on
+    with record_run(str(tmp_path / "new"), "embed") as run:  # the run makes it: recorded from then on
         assert not run.save()
         (tmp_path / "new" / "faces" / "_delta_log").mkdir(parents=True)
         assert run.save()
-    assert runs.last(str(tmp_path / "new"), 1)[0].state == "done"
+    assert runs.read_newest(str(tmp_path / "new"), 1)[0].state == "done"
 
 
 def test_what_cannot_be_recorded_is_a_warning(log: io.StringIO, gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(gallery, "runs").write_text("in the way")
-    with recorded(gallery, "embed") as run:
-        run.count("images", 3)
+    with record_run(gallery, "embed") as run:
+        run.add_count("images", 3)
     assert [(line["event"], line["level"]) for line in lines(log)] == [
         ("run.started", "info"),
         ("run.ended", "info"),
@@ -291,8 +291,8 @@ def test_what_cannot_be_recorded_is_a_warning(log: io.StringIO, gallery: str, mo
     def refuse(*_: Any) -> None:
         raise StorageError("no")
 
-    monkeypatch.setattr(runs, "prune", refuse)
-    with recorded(gallery, "embed"):
+    monkeypatch.setattr(runs, "prune_records", refuse)
+    with record_run(gallery, "embed"):
         pass
     assert lines(log)[-1]["event"] == "run.unpruned"
 
@@ -301,10 +301,10 @@ def test_what_cannot_be_recorded_is_a_warning(log: io.StringIO, gallery: str, mo
 
 
 def test_lines_are_json_with_time_run_and_job(log: io.StringIO) -> None:
-    with logs.bind("20260101T000000-abcdef", "embed"):
-        logs.event("index.published", vectors=12, gallery="s3://key:secret/x@bucket/g", factory="IVF64,SQ8")
-        logs.get("facepipe.index").warning("lock.waited", extra={"seconds": 3.5, "ok": True})
-    logs.event("outside")
+    with logs.bind_run("20260101T000000-abcdef", "embed"):
+        logs.log_event("index.published", vectors=12, gallery="s3://key:secret/x@bucket/g", factory="IVF64,SQ8")
+        logs.get_logger("facepipe.index").warning("lock.waited", extra={"seconds": 3.5, "ok": True})
+    logs.log_event("outside")
     first, second, third = lines(log)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("ts"))
     assert first == {
@@ -347,8 +347,8 @@ def test_no_field_names_a_face(fields: dict[str, Any]) -> None:
     for format_ in ("json", "text"):
         for shown in (False, True):
             stream = io.StringIO()
-            logs.configure(format_, "info", shown, stream)
-            logs.event("x.y", **fields)
+            logs.configure_logs(format_, "info", shown, stream)
+            logs.log_event("x.y", **fields)
             text = stream.getvalue()
             secret = re.compile(r"Lovelace|Ada|0\.25|123456789")
             assert bool(secret.search(text)) == shown
@@ -356,7 +356,7 @@ def test_no_field_names_a_face(fields: dict[str, Any]) -> None:
 
 def test_equal_values_have_equal_hashes(log: io.StringIO) -> None:
     for uri in ("a.png", "a.png", "b.png"):
-        logs.event("image", uri=uri)
+        logs.log_event("image", uri=uri)
     a, again, b = (line["uri"] for line in lines(log))
     assert a == again != b
     assert a.startswith("h:")
@@ -369,7 +369,7 @@ def test_messages_and_exceptions_are_classes_and_places(log: io.StringIO) -> Non
         except OSError as error:
             raise StorageError(f"cannot read {NAMES}") from error
     except StorageError:
-        logs.get("facepipe.x").exception("could not read %s", NAMES)
+        logs.get_logger("facepipe.x").exception("could not read %s", NAMES)
     (line,) = lines(log)
     assert (line["event"], line["error"], line["causes"]) == ("message", "StorageError", "OSError")
     assert line["at"].startswith("test_observe:")
@@ -378,18 +378,18 @@ def test_messages_and_exceptions_are_classes_and_places(log: io.StringIO) -> Non
 
 
 def test_levels_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure()
+    logs.configure_logs()
     assert not logs.is_json()
-    logs.event("quiet")
-    logs.event("run.unrecorded", logging.WARNING, error=StorageError("x"))
-    logs.complain("cannot read s3://key:pass@b/x", 1)
+    logs.log_event("quiet")
+    logs.log_event("run.unrecorded", logging.WARNING, error=StorageError("x"))
+    logs.report_failure("cannot read s3://key:pass@b/x", 1)
     assert capsys.readouterr().err.splitlines() == [
         "facepipe: warning: run.unrecorded error=StorageError",
         "facepipe: cannot read s3://***@b/x",
     ]
-    logs.configure("json")
+    logs.configure_logs("json")
     assert logs.is_json()
-    logs.complain(NAMES, 2, ConfigError(NAMES))
+    logs.report_failure(NAMES, 2, ConfigError(NAMES))
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["exit_code"], line["error"]) == ("command.failed", 2, "ConfigError")
     assert "message" not in line
@@ -404,9 +404,9 @@ def test_a_run_in_the_log_names_no_image_and_nobody(
     for path in sorted(drawings.rglob("*.png"))[:12]:
         os.makedirs(broken / path.parent.name, exist_ok=True)
         os.link(path, broken / path.parent.name / path.name)
-    with recorded(str(tmp_path / "g"), "embed") as run:
-        run.follow(embed(broken, tmp_path / "g", fakes))
-    with pytest.raises(StorageError), recorded(str(tmp_path / "g"), "clean"):
+    with record_run(str(tmp_path / "g"), "embed") as run:
+        run.attach_summary(embed(broken, tmp_path / "g", fakes))
+    with pytest.raises(StorageError), record_run(str(tmp_path / "g"), "clean"):
         storage.get_entry(str(broken / "person0" / "none.png"))
     text = log.getvalue() + "".join(path.read_text() for path in (tmp_path / "g" / "runs").glob("*.json"))
     assert '"images": 13' in text
@@ -488,7 +488,7 @@ else:
 @pytest.mark.parametrize("thread", [False, True])
 @pytest.mark.parametrize("json_", [False, True])
 def test_uncaught_exceptions_tell_no_credentials(json_: bool, thread: bool) -> None:
-    code = CRASH.format(configure="logs.configure('json')" if json_ else "", thread=thread)
+    code = CRASH.format(configure="logs.configure_logs('json')" if json_ else "", thread=thread)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == (0 if thread else 1)
     assert "hunter22" not in done.stderr
@@ -522,7 +522,7 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
     for line in text.splitlines():
         if line.startswith("# TYPE "):
             name, kind = line.split()[2:]
-            assert kind == metrics.NAMES[name].type
+            assert kind == metrics.METRICS[name].type
             assert name not in found
             found[name] = {}
         elif not line.startswith("# HELP "):
@@ -534,21 +534,21 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
 
 def test_metrics_of_a_gallery(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     gallery, began = str(tmp_path / "g"), time.time()
-    with recorded(gallery, "embed") as run:
-        run.follow(embed(drawings, gallery, fakes))
-        run.seconds("commit", 0.5)
-    with pytest.raises(ValueError, match="x"), recorded(gallery, "embed"):
+    with record_run(gallery, "embed") as run:
+        run.attach_summary(embed(drawings, gallery, fakes))
+        run.add_seconds("commit", 0.5)
+    with pytest.raises(ValueError, match="x"), record_run(gallery, "embed"):
         raise ValueError("x")
-    with recorded(gallery, "erase") as run:
-        run.count("erased_images", 4)
-    text = metrics.text(gallery)
+    with record_run(gallery, "erase") as run:
+        run.add_count("erased_images", 4)
+    text = metrics.render_metrics(gallery)
     found = parsed(text)
-    who = f'job="embed",gallery="{gallery}"'
-    assert found["facepipe_run_exit_code"] == {who: 1, f'job="erase",gallery="{gallery}"': 0}
+    who = f'gallery="{gallery}",job="embed"'
+    assert found["facepipe_run_exit_code"] == {who: 1, f'gallery="{gallery}",job="erase"': 0}
     success = found["facepipe_run_last_success_timestamp_seconds"]
     assert int(began) <= success[who] <= time.time(), "a time of this run"
     assert success[who] <= found["facepipe_run_last_end_timestamp_seconds"][who]
-    assert found["facepipe_run_erased_images"] == {f'job="erase",gallery="{gallery}"': 4}
+    assert found["facepipe_run_erased_images"] == {f'gallery="{gallery}",job="erase"': 4}
     assert found["facepipe_gallery_images"] == {
         f'gallery="{gallery}",status="ok"': 40,
         f'gallery="{gallery}",status="no_face"': 20,
@@ -556,41 +556,41 @@ def test_metrics_of_a_gallery(drawings: Path, fakes: Settings, tmp_path: Path) -
     assert found["facepipe_gallery_faces"] == {f'gallery="{gallery}"': 60}
     assert found["facepipe_gallery_bytes"][f'gallery="{gallery}"'] > 1000
     assert "facepipe_index_faces" not in found
-    with recorded(gallery, "embed") as run:
-        run.follow(embed(drawings, gallery, fakes))
-        run.seconds("commit", 0.5)
-    found = parsed(metrics.text(gallery))
+    with record_run(gallery, "embed") as run:
+        run.attach_summary(embed(drawings, gallery, fakes))
+        run.add_seconds("commit", 0.5)
+    found = parsed(metrics.render_metrics(gallery))
     assert found["facepipe_run_phase_seconds"] == {f'{who},phase="commit"': 0.5}
     assert found["facepipe_run_faces"][who] == 0
     path = tmp_path / "facepipe.prom"
-    metrics.write(str(path), text)
+    metrics.write_metrics(str(path), text)
     assert path.read_text() == text
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".new"] == []
     with pytest.raises(StorageError, match="no such file"):
-        metrics.write(str(tmp_path / "none" / "x.prom"), text)
+        metrics.write_metrics(str(tmp_path / "none" / "x.prom"), text)
 
 
 def test_the_outermost_run_writes_the_metrics_file(log: io.StringIO, gallery: str, tmp_path: Path) -> None:
     path = tmp_path / "g.prom"
-    write_metrics_to(str(path))
+    set_metrics_file(str(path))
     try:
-        with recorded(gallery, "nightly"):
-            with recorded(gallery, "embed"):
+        with record_run(gallery, "nightly"):
+            with record_run(gallery, "embed"):
                 pass
             assert not path.exists()
         assert parsed(path.read_text())["facepipe_run_exit_code"].keys() == {
-            f'job="{job}",gallery="{gallery}"' for job in ("embed", "nightly")
+            f'gallery="{gallery}",job="{job}"' for job in ("embed", "nightly")
         }
         before = path.read_text()
-        with recorded(str(tmp_path / "typo"), "embed"):
+        with record_run(str(tmp_path / "typo"), "embed"):
             pass
         assert path.read_text() == before
-        write_metrics_to(str(tmp_path / "none" / "g.prom"))
-        with recorded(gallery, "index"):
+        set_metrics_file(str(tmp_path / "none" / "g.prom"))
+        with record_run(gallery, "index"):
             pass
         assert lines(log)[-1]["event"] == "run.unmeasured"
     finally:
-        write_metrics_to(None)
+        set_metrics_file(None)
 
 
 def test_large_galleries_are_not_scanned(
@@ -600,34 +600,34 @@ def test_large_galleries_are_not_scanned(
     summary = embed(drawings, gallery, fakes)
     monkeypatch.setattr(metrics, "COUNT_ROWS", 10)
     monkeypatch.setattr(Gallery, "counts", lambda self: pytest.fail("scanned"))
-    assert "facepipe_gallery_images" not in parsed(metrics.text(gallery))
-    with recorded(gallery, "nightly") as run:
-        run.counted({"images": 60, "faces": 60, "ok": 40, "no_face": 20})
-        run.versions(after=summary.version)
-    assert f'facepipe_gallery_images{{gallery="{gallery}",status="ok"}} 40\n' in metrics.text(gallery)
+    assert "facepipe_gallery_images" not in parsed(metrics.render_metrics(gallery))
+    with record_run(gallery, "nightly") as run:
+        run.set_gallery_counts({"images": 60, "faces": 60, "ok": 40, "no_face": 20})
+        run.set_versions(after=summary.version)
+    assert f'facepipe_gallery_images{{gallery="{gallery}",status="ok"}} 40.0\n' in metrics.render_metrics(gallery)
     monkeypatch.setattr(metrics, "COUNT_ROWS", 10**6)  # the count is of this very version
-    assert f'facepipe_gallery_images{{gallery="{gallery}",status="ok"}} 40\n' in metrics.text(gallery)
+    assert f'facepipe_gallery_images{{gallery="{gallery}",status="ok"}} 40.0\n' in metrics.render_metrics(gallery)
 
 
 def test_metrics_of_an_index_and_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from facepipe.index import manifest
 
-    assert metrics.text(str(tmp_path)) == ""
+    assert metrics.render_metrics(str(tmp_path)) == ""
 
     class Found:
         live, dead = 12, 3
 
     monkeypatch.setattr(manifest, "exists", lambda path: True)
     monkeypatch.setattr(manifest, "load", lambda path: Found)
-    found = parsed(metrics.text(str(tmp_path)))
+    found = parsed(metrics.render_metrics(str(tmp_path)))
     assert found["facepipe_index_faces"] == {f'gallery="{tmp_path}"': 12}
     assert found["facepipe_index_dead"] == {f'gallery="{tmp_path}"': 3}
 
 
 @given(st.text(max_size=40), st.floats(allow_nan=False, allow_infinity=False))
 def test_the_format_holds_any_label_and_value(label: str, value: float) -> None:
-    sample = metrics.Sample("facepipe_gallery_faces", (label,), value)
-    text = metrics.exposition([sample])
+    sample = metrics.MetricSample("facepipe_gallery_faces", (label,), value)
+    text = metrics.render_samples([sample])
     (line,) = [line for line in text.split("\n") if line and not line.startswith("#")]
     text_of = line[line.index('"') + 1 : line.rindex('"')]
     unescaped = re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), text_of)
@@ -636,13 +636,13 @@ def test_the_format_holds_any_label_and_value(label: str, value: float) -> None:
 
 
 def test_labels_hold_no_credentials() -> None:
-    assert metrics.gallery_label("s3://AKIAIOSFODNN7EXAMPLE:wJalr/K7@bucket/g/?token=x") == "s3://***@bucket/g"
-    assert metrics.gallery_label("a/") == os.path.abspath("a")
+    assert metrics.get_gallery_label("s3://AKIAIOSFODNN7EXAMPLE:wJalr/K7@bucket/g/?token=x") == "s3://***@bucket/g"
+    assert metrics.get_gallery_label("a/") == os.path.abspath("a")
 
 
 def test_every_metric_is_in_the_docs() -> None:
     text = (REPOSITORY / "docs" / "observability.md").read_text()
-    for name, metric in metrics.NAMES.items():
+    for name, metric in metrics.METRICS.items():
         assert f"`{name}`" in text
         assert metric.help.endswith(".")
 
@@ -661,8 +661,8 @@ ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log
 class Worker:
     def work(self):
         for n in range(2):
-            ray_metrics.observe(Record(n, statuses={"ok": 3, "no_face": 1}, faces=5, seconds={"detect": 0.5}))
-        return ray_metrics._counters.cache_info().currsize
+            ray_metrics.count_block(Record(n, statuses={"ok": 3, "no_face": 1}, faces=5, seconds={"detect": 0.5}))
+        return ray_metrics._create_counters.cache_info().currsize
 
 worker = Worker.remote()
 print("counters", ray.get(worker.work.remote()))
@@ -703,8 +703,8 @@ def test_live_metrics_on_ray() -> None:
 def test_no_counter_outside_ray() -> None:
     code = (
         "import sys; from facepipe.gallery.commits.parts import Record; from pipelines.runtime import ray_metrics\n"
-        "ray_metrics.observe(Record(0, statuses={'ok': 1})); print('ray' in sys.modules)"
+        "ray_metrics.count_block(Record(0, statuses={'ok': 1})); print('ray' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert out.stdout.strip() == "False"
-    ray_metrics.observe(Record(0, statuses={"ok": 1}))
+    ray_metrics.count_block(Record(0, statuses={"ok": 1}))

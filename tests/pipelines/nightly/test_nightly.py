@@ -555,7 +555,9 @@ def test_clusters_are_only_made_where_that_is_asked_for(config: Callable[..., Ni
     world, g = filled(tmp_path / "in"), tmp_path / "g"
     summary = run(config(world, g, night={"clusters": "assign"}))
     assert "facepipe cluster" in summary.problems[0]
-    assert {record.job for record in runs.last(str(g), 100) if record.exit_code} == set(), "no part of it has failed"
+    assert {record.job for record in runs.read_newest(str(g), 100) if record.exit_code} == set(), (
+        "no part of it has failed"
+    )
     assert not (g / "reports" / "cluster").exists()
     assert run(config(world, g, night={"clusters": "no"})).problems == []
     # A model that does not say from where on two are two persons, and too few faces to find it.
@@ -593,7 +595,7 @@ def test_names_of_sources_stay_out_of_the_records(config: Callable[..., NightlyC
     world, g = filled(tmp_path / "in"), tmp_path / "g"
     summary = run(config(world, g))
     assert set(summary.seconds) == {"embed", "index", "assign", "erase", "dedup", "compact"}
-    records = runs.last(str(g), 100)
+    records = runs.read_newest(str(g), 100)
     (night,) = (record for record in records if record.job == "nightly")
     assert (night.state, night.counters["images"], set(night.seconds)) == ("done", 18, set(summary.seconds))
     assert {record.job for record in records if record.parent == night.run} >= {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from facepipe.models.runtime.cuda_graphs import CapturedShape, CudaGraphCache
 from facepipe.models.runtime.transfers import Download, Uploads, fill_buffers, gather_pieces, send_array
-from facepipe.observe.gpu_usage import Sampler
+from facepipe.observe.gpu_usage import GpuSampler
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -130,31 +130,31 @@ class Nvml:
 
 def test_the_sampler_sums_up_what_nvml_says() -> None:
     nvml = Nvml()
-    with Sampler(nvml=nvml, every=0.01) as sampler:
+    with GpuSampler(nvml=nvml, interval_s=0.01) as sampler:
         time.sleep(0.2)
-    found = sampler.figures()
+    found = sampler.summarise()
     assert found.gpus == 2
     assert found.samples >= 4
     assert found.busy_mean == pytest.approx(40)
     assert found.memory_gib == pytest.approx(3)
     assert nvml.ended
     assert "40 % busy" in str(found)
-    with Sampler(chosen=lambda n: n == 0, nvml=Nvml(), every=0.01) as sampler:
+    with GpuSampler(selects=lambda n: n == 0, nvml=Nvml(), interval_s=0.01) as sampler:
         time.sleep(0.1)
-    assert sampler.figures().busy_p50 == 80
+    assert sampler.summarise().busy_p50 == 80
 
 
 def test_without_nvml_there_are_no_figures_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Sampler(nvml=Nvml(fails=True)) as sampler:
+    with GpuSampler(nvml=Nvml(fails=True)) as sampler:
         pass
-    assert "Driver Not Loaded" in str(sampler.figures())
+    assert "Driver Not Loaded" in str(sampler.summarise())
 
     def missing(name: str) -> None:
         raise ImportError(name)
 
     monkeypatch.setattr("facepipe.observe.gpu_usage.import_module", missing)
-    with Sampler() as sampler:
+    with GpuSampler() as sampler:
         pass
-    assert sampler.figures().samples == 0
-    assert "not installed" in str(sampler.figures())
-    assert sampler.figures().to_dict()["why"]
+    assert sampler.summarise().samples == 0
+    assert "not installed" in str(sampler.summarise())
+    assert sampler.summarise().to_dict()["why"]
