@@ -1,4 +1,4 @@
-"""Losses of embedding training: `objective(config, dim, classes, seed)` is a module (embeddings, labels) -> loss."""
+"""Losses of embedding training. `build_objective(config, dim, classes, seed)` builds one."""
 
 from facepipe.training.losses.build import Objective, build_objective
 from facepipe.training.losses.config import NAMES, LossConfig, has_centres, needs_pairs, resolve_loss_config

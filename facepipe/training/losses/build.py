@@ -1,4 +1,4 @@
-"""From a config to an objective: the one place that knows which class computes which loss."""
+"""Build the loss that a config names."""
 
 from typing import Protocol
 
@@ -12,12 +12,18 @@ from facepipe.training.losses.triplets import OfflineTripletLoss, TripletLoss, T
 
 
 class Objective(Protocol):
-    """A module (embeddings (n, dim) raw float, labels (n,) int64) -> scalar loss."""
+    """A module that computes a loss from embeddings and labels.
 
-    needs_pairs: bool  # whether a batch must hold several faces of a person
-    figures: dict[str, Tensor]  # detached scalars of the last forward; may be empty
+    Attributes:
+        needs_pairs: whether a batch must hold several faces per person
+        figures: scalars of the last forward pass by name, detached; may be empty
+    """
 
-    def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor: ...
+    needs_pairs: bool
+    figures: dict[str, Tensor]
+
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss, a scalar, from raw embeddings (n, dim) and labels (n,) int64."""
 
 
 _HEADS: dict[str, type[ClassHead]] = {
@@ -33,21 +39,25 @@ _HEADS: dict[str, type[ClassHead]] = {
 
 
 def build_objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn.Module:
-    """The objective (an `Objective`) for embeddings of `dim` numbers and labels below `classes`.
+    """Build the loss, an `Objective`.
 
-    seed: of the first class centres. Errors: ConfigError for a config that cannot be used.
+    Args:
+        config: settings of the loss
+        dim: length of an embedding
+        classes: number of classes; labels are below it
+        seed: random seed of the initial class centres
+
+    Raises:
+        ConfigError: The settings are wrong, or there are fewer than 2 classes.
     """
     config = resolve_loss_config(config)
     if classes < 2:
-        raise ConfigError(f"{classes} class: training tells persons apart, give it at least 2")
+        raise ConfigError(f"{classes} class in the training data: training needs at least 2")
     if config.name in _HEADS:
         return _HEADS[config.name](config, dim, classes, seed)
     if config.name == "triplet-softmax":
         return TripletSoftmax(config, dim, classes, seed)
-    triplet = OfflineTripletLoss if config.offline else TripletLoss
-    kinds: dict[str, type[nn.Module]] = {
-        "triplet": triplet,
-        "cosine": CosineEmbeddingLoss,
-        "circle-pair": CirclePairLoss,
-    }
-    return kinds[config.name](config)
+    if config.name == "triplet":
+        return OfflineTripletLoss(config) if config.offline else TripletLoss(config)
+    pair_losses: dict[str, type[nn.Module]] = {"cosine": CosineEmbeddingLoss, "circle-pair": CirclePairLoss}
+    return pair_losses[config.name](config)

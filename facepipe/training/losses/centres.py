@@ -1,4 +1,4 @@
-"""First class centres: the same for a class whichever rank keeps it."""
+"""Initial class centres. A class gets the same centre on whichever rank holds it."""
 
 import numpy as np
 import torch
@@ -6,16 +6,20 @@ from torch import Tensor
 
 from facepipe.training.losses.shards import ClassShard
 
-_TOGETHER = 4096  # classes drawn from one generator
+_BLOCK_CLASSES = 4096  # classes drawn from one generator
 
 
 def draw_centres(shard: ClassShard, sub_centers: int, dim: int, seed: int) -> Tensor:
-    """(count, dim) float32, or (count, sub_centers, dim): normal with deviation dim ** -0.5, so about unit vectors."""
-    last = shard.start + shard.size
-    blocks = range(shard.start // _TOGETHER, -(-last // _TOGETHER))
-    drawn = torch.cat([_draw_block(seed, block, (_TOGETHER, sub_centers, dim)) for block in blocks])
-    start = shard.start - blocks.start * _TOGETHER
-    own = drawn[start : start + shard.size] * dim**-0.5
+    """Draw the initial centres of a shard's classes.
+
+    Returns:
+        (count, dim) float32, or (count, sub_centers, dim): normal with deviation dim ** -0.5, so roughly unit vectors.
+    """
+    end = shard.start + shard.size
+    blocks = range(shard.start // _BLOCK_CLASSES, -(-end // _BLOCK_CLASSES))
+    drawn = torch.cat([_draw_block(seed, block, (_BLOCK_CLASSES, sub_centers, dim)) for block in blocks])
+    offset = shard.start - blocks.start * _BLOCK_CLASSES
+    own = drawn[offset : offset + shard.size] * dim**-0.5
     return own.squeeze(1) if sub_centers == 1 else own.clone()
 
 

@@ -1,6 +1,6 @@
-"""Margins: what stands in the place of the cosine to one's own class. Elementwise, free of arccos, finite gradients.
+"""Margins: what replaces the cosine to a face's own class. Elementwise, without arccos, with finite gradients.
 
-All take and give (n,) floats; theta is the angle whose cosine is given.
+All functions map (n,) floats to (n,) floats; theta is the angle of the cosine.
 """
 
 import math
@@ -10,12 +10,17 @@ from torch import Tensor
 
 
 def add_angle(cosine: Tensor, margin: float, easy: bool) -> Tensor:
-    """cos(theta + margin) of ArcFace (Deng et al., CVPR 2019, arXiv 1801.07698), made safe beyond theta + margin = pi.
+    """Compute cos(theta + margin) of ArcFace (Deng et al., CVPR 2019, arXiv 1801.07698).
 
-    There cos(theta + margin) would rise again: a straight line, cos(theta) - margin * sin(margin), goes on falling.
-    easy: the margin below 90 degrees only, the plain cosine elsewhere.
+    Beyond theta + margin = pi, cos(theta + margin) would rise again. The straight line cos(theta) - margin *
+    sin(margin) replaces it there and keeps falling.
+
+    Args:
+        cosine: cosines to the own class, (n,)
+        margin: margin in radians
+        easy: apply the margin only below 90 degrees, and keep the plain cosine elsewhere
     """
-    # At |cosine| = 1 the sine's slope is infinite; below this floor, 0.1 degrees in float32, it counts as constant.
+    # At |cosine| = 1 the sine's slope is infinite. Below this floor, 0.1 degrees in float32, it counts as constant.
     sine = ((1 - cosine) * (1 + cosine)).clamp(min=16 * torch.finfo(cosine.dtype).eps).sqrt()
     moved = cosine * math.cos(margin) - sine * math.sin(margin)
     if easy:
@@ -24,20 +29,27 @@ def add_angle(cosine: Tensor, margin: float, easy: bool) -> Tensor:
 
 
 def multiply_angle(cosine: Tensor, times: int) -> Tensor:
-    """psi(theta) = (-1)^k cos(times * theta) - 2k, k = floor(times * theta / pi): it falls from 1 to 1 - 2 times.
+    """Compute psi(theta) = (-1)^k cos(times * theta) - 2k with k = floor(times * theta / pi).
+
+    It falls from 1 to 1 - 2 times.
 
     L-Softmax (Liu et al., ICML 2016, arXiv 1612.02295) and A-Softmax (Liu et al., CVPR 2017, arXiv 1704.08063).
     cos(times * theta) is Chebyshev's polynomial of the cosine.
     """
-    before, now = torch.ones_like(cosine), cosine
+    previous = torch.ones_like(cosine)
+    current = cosine
     for _ in range(times - 1):
-        before, now = now, 2 * cosine * now - before
+        previous, current = current, 2 * cosine * current - previous
     k = torch.zeros_like(cosine)
     for j in range(1, times):
         k = k + (cosine < math.cos(j * math.pi / times))
-    return (1 - 2 * (k % 2)) * now - 2 * k
+    return (1 - 2 * (k % 2)) * current - 2 * k
 
 
-def anneal_weight(iteration: Tensor, base: float, gamma: float, power: float, least: float) -> Tensor:
-    """lambda = max(least, base * (1 + gamma * iteration) ** -power), float64: what the plain cosine still counts."""
-    return (base * (1 + gamma * iteration.double()) ** -power).clamp(min=least)
+def anneal_weight(iteration: Tensor, *, base: float, gamma: float, power: float, minimum: float) -> Tensor:
+    """Compute the weight of the plain cosine in a step: max(minimum, base * (1 + gamma * iteration) ** -power).
+
+    Returns:
+        A float64 scalar.
+    """
+    return (base * (1 + gamma * iteration.double()) ** -power).clamp(min=minimum)

@@ -1,7 +1,7 @@
 """Partial FC: a step compares with the classes of its batch and a random share of the others.
 
 An et al., Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial FC, CVPR
-2022, arXiv 2203.15565. Drawn from torch's own generator: who seeds it the same way draws the same classes.
+2022, arXiv 2203.15565. Random numbers come from torch's own generator: the same seed draws the same classes.
 """
 
 import torch
@@ -9,9 +9,15 @@ from torch import Tensor
 
 
 def sample_classes(wanted: Tensor, count: int, rate: float) -> Tensor:
-    """Ascending rows (k,) int64 of `count` classes: all `wanted` ones, and others up to k = round(rate * count).
+    """Sample classes: all wanted ones, and others up to k = round(rate * count).
 
-    Where more than that are wanted, k is their number. `wanted` (n,) int64 may repeat itself; -1 is nobody.
+    Args:
+        wanted: rows of classes that must be included, (n,) int64; may repeat; -1 is ignored
+        count: number of classes
+        rate: share of the classes to sample
+
+    Returns:
+        Ascending rows, (k,) int64. k is the number of wanted classes if that is larger.
     """
     order = torch.rand(count, device=wanted.device)
     present: Tensor = torch.unique(wanted)
@@ -22,5 +28,5 @@ def sample_classes(wanted: Tensor, count: int, rate: float) -> Tensor:
 
 
 def find_positions(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Where each of `wanted` stands in the ascending `rows`, which hold them all; -1 stays -1."""
+    """Find the position of each of `wanted` in the ascending `rows`, which contain them all; -1 stays -1."""
     return torch.where(wanted >= 0, torch.searchsorted(rows, wanted.clamp(min=0)), wanted)

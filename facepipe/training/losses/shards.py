@@ -1,6 +1,7 @@
-"""Class centres sliced over the ranks of torch.distributed: rank r of w keeps classes [c*r//w, c*(r+1)//w).
+"""Class centres sharded over the ranks of torch.distributed: rank r of w holds classes [c*r//w, c*(r+1)//w).
 
-The loss is the mean over the faces of all ranks and the same number on all. Ranks must bring batches of one size.
+The loss is the mean over the faces of all ranks, and the same number on all. The batches of all ranks must have one
+size.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,13 @@ State = dict[str, Tensor]
 
 
 class ClassShard(NamedTuple):
-    """Which classes this rank keeps."""
+    """The classes that a rank holds.
+
+    Attributes:
+        classes: number of all classes
+        rank: number of the rank
+        world: number of ranks
+    """
 
     classes: int
     rank: int = 0
@@ -23,47 +30,56 @@ class ClassShard(NamedTuple):
 
     @property
     def start(self) -> int:
+        """The first class."""
         return self.classes * self.rank // self.world
 
     @property
     def size(self) -> int:
+        """The number of classes."""
         return self.classes * (self.rank + 1) // self.world - self.start
 
 
 def get_own_shard(classes: int, sharded: bool) -> ClassShard:
-    """This rank's slice: all classes where nothing is to be sharded or no process group is up."""
+    """Get this rank's classes: all of them if nothing is sharded or there is no process group.
+
+    Raises:
+        ConfigError: There are fewer classes than ranks.
+    """
     if not (sharded and dist.is_available() and dist.is_initialized()):
         return ClassShard(classes)
     world = dist.get_world_size()
     if classes < world:
-        raise ConfigError(f"{classes} classes cannot be sliced over {world} ranks: set loss.sharded = false")
+        raise ConfigError(f"{classes} classes cannot be sharded over {world} ranks: set loss.sharded=false")
     return ClassShard(classes, dist.get_rank(), world)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mine: Tensor) -> Tensor:
-        return gather_ranks(mine)
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return gather_ranks(own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # Every rank has the part of the gradient that went through its own classes. DistributedDataParallel will divide
-        # by the number of ranks, as if each had its own loss: this loss is one for all.
+        # Every rank has the part of the gradient that went through its own classes. The trainer will divide gradients
+        # by the number of ranks, as if each rank had its own loss. This loss is one for all, so multiply by it here.
         total = grads[0].contiguous()
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
 
 
-def gather_ranks(mine: Tensor) -> Tensor:
-    """The ranks' tensors (n, ...), one after the other: (n * world, ...). No gradient."""
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine.contiguous())
+def gather_ranks(own: Tensor) -> Tensor:
+    """Concatenate the tensors (n, ...) of all ranks to (n * world, ...), without a gradient."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.contiguous())
     return torch.cat(parts)
 
 
-def gather_ranks_with_gradient(mine: Tensor) -> Tensor:
-    """`gathered`, whose gradient is the sum over the ranks, times their number (for a network under DDP's averages)."""
-    out: Tensor = _Gather.apply(mine)  # type: ignore[no-untyped-call]
+def gather_ranks_with_gradient(own: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks, with a gradient: the sum over the ranks, times the number of ranks.
+
+    The factor makes up for averaging the network's gradients over the ranks.
+    """
+    out: Tensor = _Gather.apply(own)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -89,56 +105,71 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def compute_sharded_cross_entropy(logits: Tensor, positions: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (n, own classes); positions (n,) are the faces' columns, -1 on the other ranks."""
+    """Compute the mean cross-entropy over the classes of all ranks.
+
+    Args:
+        logits: logits of this rank's classes, (n, own classes)
+        positions: column of each face's own class, (n,); -1 if another rank holds it
+    """
     out: Tensor = _CrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
     return out
 
 
 def get_own_entries(logits: Tensor, positions: Tensor) -> Tensor:
-    """(n,) logits at the positions; 0 where a position is -1."""
-    # Indexing keeps sizes for the way back where gather keeps the logits, which a margin may be written over.
+    """Get the logits at the positions, (n,); 0 where a position is -1."""
+    # For the backward pass indexing keeps sizes only. gather would keep the logits, which a margin may overwrite.
     own = logits[torch.arange(len(logits), device=logits.device), positions.clamp(min=0)]
     return torch.where(positions >= 0, own, torch.zeros_like(own))
 
 
-def gather_rows(shard: ClassShard, mine: Tensor) -> Tensor:
-    """All ranks' rows (classes, ...) of a tensor with a row per class, such as centres or their momentum.
+def gather_rows(shard: ClassShard, own: Tensor) -> Tensor:
+    """Gather the rows of all ranks, (classes, ...), of a tensor with a row per class, such as centres or momentum.
 
-    A collective call: every rank makes it, and every rank gets the whole.
+    All ranks must call it, and all get the whole tensor.
     """
     if shard.world == 1:
-        return mine
-    padded = mine.new_zeros((-(-shard.classes // shard.world), *mine.shape[1:]))
-    padded[: len(mine)] = mine
+        return own
+    padded = own.new_zeros((-(-shard.classes // shard.world), *own.shape[1:]))
+    padded[: len(own)] = own
     parts = gather_ranks(padded).chunk(shard.world)
-    return torch.cat([part[: ClassShard(shard.classes, r, shard.world).size] for r, part in enumerate(parts)])
+    sizes = [ClassShard(shard.classes, rank, shard.world).size for rank in range(len(parts))]
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def slice_own_rows(shard: ClassShard, full: Tensor) -> Tensor:
-    """This rank's rows of a tensor with a row per class."""
+    """Slice this rank's rows from a tensor with a row per class."""
     return full[shard.start : shard.start + shard.size]
 
 
 def gather_state(head: nn.Module) -> State:
-    """An objective's state as an unsharded one would have it, fit to be loaded on any number of ranks. Collective."""
-    rows = _find_sharded_names(head)
-    return {k: gather_rows(rows[k], v) if k in rows else v for k, v in head.state_dict().items()}
+    """Gather an objective's state as an unsharded one would have it. It can be loaded on any number of ranks.
+
+    All ranks must call it.
+    """
+    shards = _find_sharded_names(head)
+    return {key: gather_rows(shards[key], v) if key in shards else v for key, v in head.state_dict().items()}
 
 
 def load_gathered_state(head: nn.Module, state: State) -> None:
-    """Take what belongs to this rank of a state that `gather_state` gave; RuntimeError where it does not fit."""
-    rows = _find_sharded_names(head)
-    for key, shard in rows.items():
+    """Load this rank's part of a state that `gather_state` returned.
+
+    Raises:
+        RuntimeError: The state does not fit the objective.
+    """
+    shards = _find_sharded_names(head)
+    for key, shard in shards.items():
         if key in state and len(state[key]) != shard.classes:
-            raise RuntimeError(f"{key} is of {len(state[key])} classes, this objective has {shard.classes}")
-    head.load_state_dict({k: slice_own_rows(rows[k], v) if k in rows else v for k, v in state.items()})
+            raise RuntimeError(f"{key} has {len(state[key])} classes, but this objective has {shard.classes}")
+    own = {key: slice_own_rows(shards[key], v) if key in shards else v for key, v in state.items()}
+    head.load_state_dict(own)
 
 
 def _find_sharded_names(head: nn.Module) -> dict[str, ClassShard]:
-    """Names in the state of what has a row per class."""
-    found: dict[str, ClassShard] = {}
+    """Find the names in the state that have a row per class."""
+    shards: dict[str, ClassShard] = {}
     for name, module in head.named_modules():
-        if isinstance(shard := getattr(module, "shard", None), ClassShard):
+        shard = getattr(module, "shard", None)
+        if isinstance(shard, ClassShard):
             prefix = f"{name}." if name else ""
-            found |= {prefix + key: shard for key, _ in module.named_parameters(recurse=False)}
-    return found
+            shards |= {prefix + key: shard for key, _ in module.named_parameters(recurse=False)}
+    return shards

@@ -24,7 +24,7 @@ from facepipe.training.data import chip_writer
 from facepipe.training.data.chip_set import SET, ChipSet, iterate_batches
 from facepipe.training.data.config import DataConfig
 from facepipe.training.validation import ValidateConfig, verify_pairs
-from pipelines.chips import prepare_chips as pipeline
+from pipelines.chips import prepare as pipeline
 from pipelines.chips.prepare import ChipRunConfig, prepare_chips, prepare_pairs
 from pipelines.embed import EmbedConfig
 from pipelines.embed import run as run_embed
@@ -188,7 +188,7 @@ def test_a_set_is_made_once(drawings: Path, tmp_path: Path, monkeypatch: pytest.
     folder = str(tmp_path / "chips")
     first = content(prepare_chips(config(drawings), FAKE, folder, INLINE))
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_make", lambda *_: pytest.fail("made again"))
+        patched.setattr(pipeline, "_make_chips", lambda *_: pytest.fail("made again"))
         assert content(prepare_chips(config(drawings), FAKE, folder, INLINE)) == first
     assert len(prepare_chips(config(drawings, max_images=3), FAKE, folder, INLINE)) == 6, "another config, another set"
     assert prepare_chips(config(drawings), "dlib-resnet", folder, INLINE).size == (150, 150)

@@ -336,9 +336,9 @@ def test_multiplied_angle_is_continuous_and_falls(m: int) -> None:
 
 def test_lambda_follows_its_formula() -> None:
     steps = (0, 1, 5, 100, 10_000, 10**6)
-    a = [anneal_weight(torch.tensor(t), 1000, 0.12, 1, 5).item() for t in steps]
+    a = [anneal_weight(torch.tensor(t), base=1000, gamma=0.12, power=1, minimum=5).item() for t in steps]
     assert a == pytest.approx([max(5, 1000 / (1 + 0.12 * t)) for t in steps])
-    head = [anneal_weight(torch.tensor(t), 1000, 2.5e-5, 35, 0).item() for t in steps]
+    head = [anneal_weight(torch.tensor(t), base=1000, gamma=2.5e-5, power=35, minimum=0).item() for t in steps]
     assert head == pytest.approx([1000 / (1 + 2.5e-5 * t) ** 35 for t in steps])
 
 

@@ -163,14 +163,14 @@ def test_first_centres_do_not_depend_on_the_slices() -> None:
 
 def test_a_state_of_other_classes_is_refused() -> None:
     state = gather_state(trained_head(LossConfig("arcface")))
-    with pytest.raises(RuntimeError, match="of 11 classes, this objective has 12"):
+    with pytest.raises(RuntimeError, match="has 11 classes, but this objective has 12"):
         load_gathered_state(build_objective(LossConfig("arcface"), DIM, 12, 0), state)
 
 
 def test_fewer_classes_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
-    with pytest.raises(ConfigError, match="11 classes cannot be sliced over 16 ranks"):
+    with pytest.raises(ConfigError, match="11 classes cannot be sharded over 16 ranks"):
         build_objective(LossConfig("arcface", sharded=True), DIM, CLASSES, 0)
 
 
