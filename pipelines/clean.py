@@ -28,7 +28,7 @@ from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
-from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
+from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
@@ -96,7 +96,7 @@ class CleanSummary:
 
 
 @record_calls("clean")
-def run(config: CleanConfig, gallery: str, progress: Progress = lambda line: None) -> CleanSummary:
+def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: None) -> CleanSummary:
     """Judge every label of a gallery, and write the report into GALLERY/reports/clean/.
 
     Args:

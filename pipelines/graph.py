@@ -1,4 +1,4 @@
-"""graph: a gallery's faces in, the edges between near ones out; restartable task by task, on this machine or on Ray."""
+"""graph: a gallery's faces in, the edges between near ones out; resumable task by task, on this machine or on Ray."""
 
 import json
 import os
@@ -8,46 +8,47 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import Field
 
-from facepipe.curation.graph import cells, cost, edges, graph, truth
-from facepipe.curation.graph.calibration import Asked, calibrate
-from facepipe.curation.graph.cells import Cells, Layout
+from facepipe.curation.graph import build
+from facepipe.curation.graph.build import EdgeRule, EdgeTask, join_cells
+from facepipe.curation.graph.calibration import CalibrationOptions
+from facepipe.curation.graph.cells import Cells, should_compare_all
+from facepipe.curation.graph.cost import estimate_all_pairs
 from facepipe.curation.graph.describe import cap_density
-from facepipe.curation.graph.graph import Graph, GraphInfo
-from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representatives
+from facepipe.curation.graph.edges import Edges
+from facepipe.curation.graph.graph import Graph, GraphInfo, GraphSource, read_info, write_info
+from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.graph.threshold import Threshold
+from facepipe.curation.graph.truth import draw_sample, measure_recall
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_match_threshold
-from facepipe.nearest.join import find_candidate_pairs
-from facepipe.nearest.similarity import Pairs, refine_pairs
-from facepipe.storage import describe_error, is_remote, replace_file
+from facepipe.storage import describe_error, is_remote
+from facepipe.types import Float32
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Distance = Annotated[float, Field(gt=0, lt=2)]
-_TASK = 4e9  # comparisons of one task: some seconds of two cores
-_THRESHOLD = "threshold.json"
-_TEMPORARY = ("cells", "assigned", "members", "begins", "wide")  # the first says that the others are there
-_DECIDES = ("threshold", "impostors", "reach", "most", "recall", "seed")
+OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class GraphConfig:
     """Which faces are joined.
 
-    threshold: distance from which two faces of mean density count as two persons; by default found from the data
-    impostors: share of the pairs above the threshold that may be of two persons, where it is found from the data
-    reach: all pairs nearer than this distance are edges as well, whatever the density: dedup looks at them
-    most: neighbours of a face at most, in a cell
-    recall: share of the edges to be found, of those that comparing every pair would find
-    seed: of all samples
+    Attributes:
+        threshold: Distance from which two faces of mean density count as two persons; by default estimated from the
+            data.
+        impostors: Share of the pairs above the threshold that may be of two persons, if it is estimated from the data.
+        reach: Distance below which all pairs are edges, whatever the density; dedup looks at them.
+        most: Maximum neighbours per face in a crowded cell.
+        recall: Share of the edges to find, of those that comparing every pair would find.
+        seed: Random seed of all samples.
     """
 
     threshold: Distance | None = None
@@ -60,12 +61,16 @@ class GraphConfig:
 
 @dataclass(frozen=True)
 class GraphRunConfig:
-    """How the work is run. None of it changes what comes out, but that a GPU compares every face with every other also
-    where cells would have to do without one: then no edge is missing.
+    """How the work is run. It does not change the result, with one exception.
 
-    runner: inline (this process, all its CPUs), ray (a task some cells), or auto: ray where RAY_ADDRESS names a cluster
-    cpus: of a Ray task
-    device: where all faces are compared with all: auto (a GPU, where one is there and pays), cpu, cuda or cuda:N
+    A GPU compares every face with every other, also if without one only faces that share a cell would be compared. Then
+    no edge is missing.
+
+    Attributes:
+        runner: inline (this process, all its CPUs), ray (one task per group of cells), or auto: ray if RAY_ADDRESS
+            names a cluster.
+        cpus: CPUs per Ray task.
+        device: Device that compares all faces with all: auto (a GPU if there is one and it pays), cpu, cuda or cuda:N.
     """
 
     runner: Literal["auto", "inline", "ray"] = "auto"
@@ -73,57 +78,67 @@ class GraphRunConfig:
     device: str = "auto"
 
 
-Progress = Callable[[str], None]
-
-
 def open_graph(
     galleries: Sequence[Gallery],
     config: GraphConfig,
     run: GraphRunConfig,
     folder: str,
-    progress: Progress = lambda line: None,
+    on_progress: OnProgress = lambda line: None,
 ) -> Graph:
-    """The graph in a folder, made or made anew where the tables or the settings are others than those it is of.
+    """Open the graph in a folder. It is built, or built again if the tables or the settings have changed.
 
-    One that was interrupted is taken up at its last finished task. Raises GalleryError where there is no face.
+    An interrupted build resumes after its last finished task.
+
+    Args:
+        galleries: one, or two that are compared.
+        config: which faces are joined.
+        run: how the work is run.
+        folder: of the graph.
+        on_progress: is called with a line per step.
+
+    Raises:
+        GalleryError: there is no face.
     """
     if run.runner == "ray" and any(is_remote(gallery.path) for gallery in galleries):
-        raise ConfigError("the graph of a gallery in an object store is made on one machine: leave run.runner=ray out")
-    settings = json.dumps({name: value for name, value in asdict(config).items() if name in _DECIDES}, sort_keys=True)
-    wanted = _identity(galleries, settings)
-    if _is_of(folder, wanted):
+        raise ConfigError("run.runner=ray cannot build the graph of a gallery in an object store: omit run.runner")
+    source = _get_source(galleries, config)
+    if _has_graph_of(folder, source):
         with suppress(StorageError):
-            found = Graph(folder)
-            progress(f"the graph of {found.info.faces} faces is up to date")
-            return found
-        progress("the graph is damaged: making it anew")
+            graph = Graph(folder)
+            on_progress(f"the graph of {graph.info.faces} faces is up to date")
+            return graph
+        on_progress("the graph is damaged: rebuilding it")
     partial = folder.rstrip("/") + ".partial"
-    if not _is_of(partial, wanted):  # it may be complete, but for its name
-        _begin(partial, wanted)
-        _Builder(galleries, config, run, partial, progress, wanted).build()
+    if not _has_graph_of(partial, source):  # it may be complete, but for its name
+        _prepare_folder(partial, source)
+        _GraphBuilder(galleries, config, run, source, partial, on_progress).run()
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
     return Graph(folder)
 
 
-def _identity(galleries: Sequence[Gallery], settings: str) -> tuple[tuple[str, ...], tuple[int, ...], str]:
-    return tuple(gallery.id for gallery in galleries), tuple(gallery.version for gallery in galleries), settings
+def _get_source(galleries: Sequence[Gallery], config: GraphConfig) -> GraphSource:
+    return GraphSource(
+        galleries=tuple(gallery.id for gallery in galleries),
+        versions=tuple(gallery.version for gallery in galleries),
+        settings=json.dumps(asdict(config), sort_keys=True),
+    )
 
 
-def _is_of(folder: str, wanted: tuple[Any, ...]) -> bool:
-    """Whether a finished graph of these tables and settings lies there."""
+def _has_graph_of(folder: str, source: GraphSource) -> bool:
+    """Say whether a folder holds a finished graph of these tables and settings."""
     try:
-        found = graph.read_info(folder)
+        return read_info(folder).source == source
     except StorageError:
         return False
-    return (found.galleries, found.versions, found.settings) == wanted
 
 
-def _begin(partial: str, wanted: tuple[Any, ...]) -> None:
-    """The folder to work in; what lies there for another graph is of no use."""
-    path, state = os.path.join(partial, "state.json"), json.dumps(wanted)
+def _prepare_folder(partial: str, source: GraphSource) -> None:
+    """Create the folder to work in, and delete what it holds for another graph."""
+    path = os.path.join(partial, "state.json")
+    state = json.dumps([source.galleries, source.versions, source.settings])
     try:
-        if os.path.isdir(partial) and _text(path) != state:
+        if os.path.isdir(partial) and _read_text(path) != state:
             shutil.rmtree(partial)
         os.makedirs(partial, exist_ok=True)
         with open(path, "w") as file:
@@ -132,193 +147,129 @@ def _begin(partial: str, wanted: tuple[Any, ...]) -> None:
         raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error
 
 
-def _text(path: str) -> str | None:
-    """What a small file says; None where there is none."""
+def _read_text(path: str) -> str | None:
+    """Read a small file; None if it does not exist."""
     if not os.path.exists(path):
         return None
     with open(path) as file:
         return file.read()
 
 
-class _Builder:
-    """One graph: each step leaves files, and a step whose files are there is not done again."""
+class _GraphBuilder:
+    """One build: calls the steps of facepipe.curation.graph.build, and runs the tasks here or on Ray."""
 
     def __init__(
         self,
         galleries: Sequence[Gallery],
         config: GraphConfig,
         run: GraphRunConfig,
+        source: GraphSource,
         folder: str,
-        progress: Progress,
-        wanted: tuple[Any, ...],
+        on_progress: OnProgress,
     ):
-        self.galleries, self.config, self.run, self.folder = galleries, config, run, folder
-        self.progress, self.wanted, self.began = progress, wanted, time.monotonic()
-        shared = not any(is_remote(gallery.path) for gallery in galleries)
-        self.on_ray = run.runner == "ray" or (run.runner == "auto" and shared and "RAY_ADDRESS" in os.environ)
+        self._galleries = galleries
+        self._config = config
+        self._run = run
+        self._source = source
+        self._folder = folder
+        self._on_progress = on_progress
+        self._began = time.monotonic()
+        is_local = not any(is_remote(gallery.path) for gallery in galleries)
+        self._on_ray = run.runner == "ray" or (run.runner == "auto" and is_local and "RAY_ADDRESS" in os.environ)
 
-    def build(self) -> None:
+    def run(self) -> None:
+        """Build the graph."""
         try:
             self._build()
         finally:
-            if self.on_ray:
+            if self._on_ray:
                 ray.stop()
 
     def _build(self) -> None:
-        nodes = self._nodes()
+        config = self._config
+        nodes = build.prepare_nodes(self._galleries, self._folder, self._on_progress)
         if not len(nodes):
-            raise GalleryError(f"no face in {self.galleries[0].path!r}: there is nothing to compare")
-        density, threshold = self._calibrated(nodes)
-        wide = cap_density(density, threshold.similarity, self.config.reach)
-        chosen = self._cells(nodes, wide, threshold)
-        exact = len(chosen.centres) == 1
-        self._edges(nodes, wide, chosen, threshold)
-        sample = truth.draw(len(nodes), self.config.seed + 1)
-        true = self._true(nodes, wide, sample, threshold)
-        held = edges.Edges(self.folder)
-        recall = truth.recall(sample, true, held, len(nodes))
-        galleries, versions, settings = self.wanted
-        info = GraphInfo(
-            *(galleries, versions, settings, len(nodes), len(held), len(chosen.centres), chosen.each),
-            *(self.config.most, exact, threshold, float(density.mean()), recall, len(true[0])),
-            seconds=round(time.monotonic() - self.began, 3),
+            raise GalleryError(f"no face in {self._galleries[0].path!r}: there is nothing to compare")
+        options = self._get_calibration_options()
+        density, threshold = build.prepare_calibration(nodes, options, self._folder, self._on_progress)
+        capped = cap_density(density, threshold.similarity, config.reach)
+        rule = EdgeRule(threshold.similarity, config.most)
+        cells = build.prepare_cells(
+            nodes,
+            capped,
+            rule,
+            compare_all=lambda: should_compare_all(len(nodes), self._count_cores(), self._device != "cpu"),
+            recall=config.recall,
+            seed=config.seed,
+            folder=self._folder,
+            log=self._on_progress,
         )
-        graph.write_info(self.folder, info)
-        for name in _TEMPORARY:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.folder, f"{name}.npy"))
+        self._join(build.plan_edge_tasks(capped, rule, self._folder, self._choose_device(len(nodes), len(cells) == 1)))
+        write_info(self._folder, self._measure(nodes, density, capped, cells, threshold))
+        build.delete_temporary(self._folder)
 
-    def _nodes(self) -> Nodes:
-        done = os.path.join(self.folder, graph.REPRESENTATIVES)
-        if not os.path.exists(done):
-            self.progress("reading the faces")
-            nodes = collect(self.galleries, self.folder)
-            _save(done, representatives(nodes.vectors))
-        return open_nodes(self.folder)
+    def _get_calibration_options(self) -> CalibrationOptions:
+        embedder = self._galleries[0].contract.embedder
+        return CalibrationOptions(
+            threshold=self._config.threshold,
+            impostors=self._config.impostors,
+            model_threshold=find_match_threshold(embedder),
+            embedder=embedder,
+            seed=self._config.seed,
+        )
 
-    def _calibrated(self, nodes: Nodes) -> tuple[np.ndarray[Any, np.dtype[np.float32]], Threshold]:
-        path = os.path.join(self.folder, _THRESHOLD)
-        if os.path.exists(path):
-            with open(path) as file:
-                return np.load(os.path.join(self.folder, graph.DENSITY)), Threshold(**json.load(file))
-        self.progress(f"{len(nodes)} faces: finding the threshold")
-        embedder, config = self.galleries[0].contract.embedder, self.config
-        asked = Asked(config.threshold, config.impostors, find_match_threshold(embedder), embedder, config.seed)
-        found = calibrate(nodes.vectors, asked)
-        if not (found.threshold.estimated or config.threshold):
-            self.progress("the faces do not show where one person ends: taking the model's own threshold")
-        named = ((graph.DENSITY, found.density), (graph.COHORT, found.cohort.vectors), (graph.HISTOGRAM, found.counts))
-        for name, array in named:
-            _save(os.path.join(self.folder, name), array)
-        with replace_file(path) as unfinished, open(unfinished, "w") as file:
-            json.dump(asdict(found.threshold), file)
-        return found.density, found.threshold
-
-    def _cells(self, nodes: Nodes, density: Any, threshold: Threshold) -> Cells:
-        """Cells, and the fewest of them each that reach the recall on a sample."""
-        path = os.path.join(self.folder, "cells.npy")
-        if not os.path.exists(path):
-            if cells.all_are_compared(len(nodes), *self._means()):
-                made = cells.one(nodes.vectors.shape[1])
-            else:
-                made = cells.train(nodes.vectors, self.config.seed, self.progress)
-            if len(made.centres) > 1:
-                made = self._enough(made, nodes, density, threshold)
-                self.progress(f"{len(made.centres)} cells, each face in {made.each}")
-            found = Layout.make(nodes.vectors, made, self.folder)
-            del found
-            _save(path, made.centres)
-        return Cells(np.load(path), Layout.open(self.folder).assigned.shape[1])
-
-    def _means(self) -> tuple[int, bool]:
-        """(cores, whether there is a GPU that may be used)."""
-        cores = ray.start().cpus if self.on_ray else len(os.sched_getaffinity(0))
-        return cores, self._device != "cpu"
+    def _count_cores(self) -> int:
+        return ray.start().cpus if self._on_ray else len(os.sched_getaffinity(0))
 
     @cached_property
     def _device(self) -> str:
-        return ray.device(self.run.device, ray.start()) if self.on_ray else resolve_device(self.run.device)
+        """The requested device, or the one that `auto` finds."""
+        return ray.device(self._run.device, ray.start()) if self._on_ray else resolve_device(self._run.device)
 
-    def _joined_on(self, faces: int, exact: bool) -> str:
-        """The device that compares pairs: cells are compared on CPUs, many at a time."""
-        cores, gpu = self._means()
-        pays = gpu and cost.all_pairs(faces, cores, True) < cost.all_pairs(faces, cores, False)
-        return self._device if exact and (pays or self.run.device != "auto") else "cpu"
+    def _choose_device(self, faces: int, exact: bool) -> str:
+        """Choose the device that compares pairs. Cells are compared on CPUs, many at a time."""
+        if not exact or self._device == "cpu":
+            return "cpu"
+        cores = self._count_cores()
+        pays = estimate_all_pairs(faces, cores, gpu=True) < estimate_all_pairs(faces, cores, gpu=False)
+        return self._device if pays or self._run.device != "auto" else "cpu"
 
-    def _enough(self, made: Cells, nodes: Nodes, density: Any, threshold: Threshold) -> Cells:
-        sample = truth.draw(len(nodes), self.config.seed, budget=5e8)
-        u, v = self._true(nodes, density, sample, threshold)
-        if not len(u):
-            return made
-        left, right = (made.assign(nodes.vectors[x], cells.MOST_CELLS_EACH) for x in (u, v))
-        for each in range(2, cells.MOST_CELLS_EACH + 1):
-            if cells.shared(left, right, each).mean() >= self.config.recall:
-                break
-        return Cells(made.centres, each)
-
-    def _true(self, nodes: Nodes, density: Any, sample: Any, threshold: Threshold) -> tuple[Any, Any]:
-        """True edges of a sample, those of copies left out: a copy is joined to the first of its kind and no other."""
-        u, v = truth.true_edges(nodes.vectors, density, sample, threshold.similarity, self.config.most)
-        copies = np.load(os.path.join(self.folder, graph.REPRESENTATIVES))
-        first = (copies[u] == u) & (copies[v] == v)
-        return u[first], v[first]
-
-    def _edges(self, nodes: Nodes, density: Any, chosen: Cells, threshold: Threshold) -> None:
-        _save(os.path.join(self.folder, "wide.npy"), density)
-        layout = Layout.open(self.folder)
-        ranges = list(enumerate(layout.work(_TASK)))
-        device = self._joined_on(len(nodes), exact=len(chosen.centres) == 1)
-        rule = (threshold.similarity, self.config.most, device)
-        tasks = [_Task(self.folder, n, first, last, *rule) for n, (first, last) in ranges]
-        left = [task for task in tasks if not os.path.exists(edges.part(self.folder, task.number))]
-        done: Iterable[tuple[_Task, int]] = ((task, _join(task)) for task in left)
-        if self.on_ray and left:
+    def _join(self, tasks: list[EdgeTask]) -> None:
+        """Run the tasks that have no part yet, and write the edges of copies behind theirs."""
+        pending = [task for task in tasks if not os.path.exists(task.path)]
+        results: Iterable[tuple[EdgeTask, int]] = ((task, join_cells(task)) for task in pending)
+        if self._on_ray and pending:
             ray.start()
-            done = ray.tasks(_join, left, self.run.cpus, gpus=int(device != "cpu"))
-        for n, (_, found) in enumerate(done, 1):
-            self.progress(f"edges: task {len(tasks) - len(left) + n} of {len(tasks)}, {found} found")
-        copies = np.load(os.path.join(self.folder, graph.REPRESENTATIVES))
-        moved = np.flatnonzero(copies != np.arange(len(copies)))
-        same = Pairs(copies[moved], moved, np.zeros(len(moved), np.float32))
-        edges.write(same, edges.part(self.folder, len(tasks)))
+            uses_gpu = pending[0].device != "cpu"
+            results = ray.tasks(join_cells, pending, self._run.cpus, gpus=int(uses_gpu))
+        finished = len(tasks) - len(pending)
+        for _, count in results:
+            finished += 1
+            self._on_progress(f"edges: task {finished} of {len(tasks)}, {count} found")
+        build.write_copies(self._folder, len(tasks))
 
-
-@dataclass(frozen=True)
-class _Task:
-    folder: str
-    number: int
-    first: int
-    last: int
-    threshold: float
-    most: int
-    device: str
-
-
-def _join(task: _Task) -> int:
-    """The edges of some cells, as one part; how many."""
-    nodes, layout = open_nodes(task.folder), Layout.open(task.folder)
-    density = np.load(os.path.join(task.folder, "wide.npy"), mmap_mode="r")
-    copies = np.load(os.path.join(task.folder, graph.REPRESENTATIVES), mmap_mode="r")
-    found = []
-    for cell in range(task.first, task.last):
-        inside = layout.inside(cell)
-        inside = inside[copies[inside] == inside]
-        all_ = len(inside) == len(nodes)  # then they stay where they are mapped from
-        vectors = nodes.vectors if all_ else nodes.vectors[inside]
-        found.append(_cell(layout, cell, inside, vectors, density[inside], task))
-    pairs = edges.joined(found)
-    edges.write(pairs, edges.part(task.folder, task.number))
-    return len(pairs)
-
-
-def _cell(layout: Layout, cell: int, inside: Any, vectors: Any, density: Any, task: _Task) -> Pairs:
-    u, v = find_candidate_pairs(vectors, density, task.threshold, task.most, task.device)
-    new = layout.first_met(cell, inside, u, v)
-    pairs = refine_pairs(vectors, density, u[new], v[new], task.threshold)
-    return Pairs(inside[pairs.u], inside[pairs.v], pairs.distance)
-
-
-def _save(path: str, array: Any) -> None:
-    """An array under its final name once it is complete."""
-    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
-        np.save(file, np.asarray(array))
+    def _measure(
+        self, nodes: Nodes, density: Float32, capped: Float32, cells: Cells, threshold: Threshold
+    ) -> GraphInfo:
+        """Measure the recall of the edges on another sample than the one that the cells were chosen by."""
+        rule = EdgeRule(threshold.similarity, self._config.most)
+        sample = draw_sample(len(nodes), self._config.seed + 1)
+        u, v = build.find_sample_edges(nodes, capped, sample, rule, self._folder)
+        edges = Edges(self._folder)
+        recall = measure_recall(sample, u, v, edges, len(nodes))
+        return GraphInfo(
+            galleries=self._source.galleries,
+            versions=self._source.versions,
+            settings=self._source.settings,
+            faces=len(nodes),
+            edges=len(edges),
+            cells=len(cells),
+            each=cells.each,
+            most=self._config.most,
+            exact=len(cells) == 1,
+            threshold=threshold,
+            mean_density=float(density.mean()),
+            recall=recall,
+            sampled=len(u),
+            seconds=round(time.monotonic() - self._began, 3),
+        )

@@ -1,5 +1,6 @@
 """Similarities of pairs of faces: their cosine less the mean of their densities (facepipe.curation.graph.cohort)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,15 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.u)
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Pairs]") -> "Pairs":
+        """Concatenate several lists of pairs."""
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(part.u for part in parts)]),
+            np.concatenate([np.empty(0, np.int64), *(part.v for part in parts)]),
+            np.concatenate([np.empty(0, np.float32), *(part.distance for part in parts)]),
+        )
 
     def take(self, chosen: Bool | Int64) -> "Pairs":
         """Return some of the pairs, chosen by a mask or by position."""

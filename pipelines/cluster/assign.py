@@ -13,7 +13,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Mark
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.cluster.pipeline import NAME
-from pipelines.graph import Progress
+from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
@@ -44,7 +44,7 @@ class _UnchangedError(Exception):
 
 
 @record_calls("assign")
-def run(gallery: str, one_photo: bool = True, progress: Progress = lambda line: None) -> AssignSummary:
+def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line: None) -> AssignSummary:
     """Bring the cluster tables of a gallery up to date with its faces. Suspicions and the page stay as they are.
 
     Args:

@@ -27,7 +27,7 @@ from facepipe.curation.clusters.tables import (
     number_by_size,
 )
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.describe import stricter_threshold
+from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
@@ -35,7 +35,7 @@ from facepipe.gallery.changes import Mark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64
-from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
+from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
@@ -117,7 +117,7 @@ class ClusterSummary:
 
 
 @record_calls("cluster")
-def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: None) -> ClusterSummary:
+def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line: None) -> ClusterSummary:
     """Cluster all faces of a gallery, and write the report into GALLERY/reports/cluster/.
 
     Args:
@@ -162,7 +162,7 @@ def run(config: ClusterConfig, gallery: str, progress: Progress = lambda line: N
 
 def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> ClusterReview:
     """Find what a person should look at first."""
-    pairs = graph.edges.within(_MAX_DISTANCE)
+    pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= graph.info.threshold.similarity)
     fits = compute_fits(graph, labels, clusters)
     splits = find_suspected_splits(
@@ -170,7 +170,7 @@ def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm:
         labels,
         clusters,
         pairs,
-        strict_threshold=stricter_threshold(graph),
+        strict_threshold=find_stricter_threshold(graph),
         max_suspects=_MAX_SUSPECTS,
     )
     return ClusterReview(
@@ -209,7 +209,7 @@ def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder:
             "cluster": numbers[order],
             "size": clusters.size[order],
             "medoid": graph.nodes.ids[review.medoids[order]],
-            "cohesion": clusters.cohesion()[order],
+            "cohesion": clusters.compute_cohesion()[order],
         }
     )
     merges = review.merges

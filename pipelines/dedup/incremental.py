@@ -27,7 +27,7 @@ from facepipe.types import Int64
 from pipelines.dedup import DedupConfig
 from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
 from pipelines.dedup.pipeline import NAME as WHOLE
-from pipelines.graph import Progress
+from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
@@ -53,7 +53,7 @@ class _UnchangedError(Exception):
 
 
 @record_calls("dedup_new")
-def run(config: DedupConfig, gallery: str, progress: Progress = lambda line: None) -> NewSummary:
+def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: None) -> NewSummary:
     """Find the copies of the images that came since the last run, or since the last `dedup` that left a mark.
 
     If there was no such run, all images are new. If there are no new images, the last report stays.

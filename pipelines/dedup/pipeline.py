@@ -14,7 +14,7 @@ from facepipe.curation.duplicates.images import gather_faces
 from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.describe import recall_note
+from facepipe.curation.graph.describe import describe_recall
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Mark
@@ -23,7 +23,7 @@ from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
 from facepipe.storage import describe_error
-from pipelines.graph import GraphConfig, GraphRunConfig, Progress, open_graph
+from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import report_folder, reports_of
 
@@ -85,7 +85,7 @@ class DedupSummary:
 
 @record_calls("dedup")
 def run(
-    config: DedupConfig, gallery: str, against: str | None = None, progress: Progress = lambda line: None
+    config: DedupConfig, gallery: str, against: str | None = None, progress: OnProgress = lambda line: None
 ) -> DedupSummary:
     """Find the copies in a gallery, or what it shares with another one. Nothing is deleted.
 
@@ -114,7 +114,7 @@ def run(
         phases.end("compare")
         progress("writing")
         write_tables(folder, duplicates, shared, summary)
-        recall = Figure("edge recall", f"{graph.info.recall:.4f}", recall_note(graph.info))
+        recall = Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info))
         report = build_duplicates_report(galleries, duplicates, config.dedup, recall, shared)
         write_report(report, os.path.join(folder, "report.html"))
         if against:
@@ -138,7 +138,7 @@ def _open_other(gallery: Gallery, against: str) -> Gallery:
 
 
 def _open_wide_graph(
-    config: DedupConfig, galleries: list[Gallery], folder: str, summary: DedupSummary, progress: Progress
+    config: DedupConfig, galleries: list[Gallery], folder: str, summary: DedupSummary, progress: OnProgress
 ) -> Graph:
     """Open the graph with all pairs that can be duplicates; no threshold for persons is needed for that."""
     wide = replace(config.graph, reach=max(config.graph.reach, config.dedup.radius))
@@ -157,7 +157,7 @@ def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tup
     duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup)
     if len(galleries) < 2:
         return duplicates, None
-    pairs = graph.edges.within(_MAX_DISTANCE)
+    pairs = graph.edges.read_within(_MAX_DISTANCE)
     edges = Pairs(row_of_node[pairs.u], row_of_node[pairs.v], pairs.distance)
     first = np.full(table.num_rows, -1, np.int64)
     first[row_of_node] = row_of_node[graph.representatives]

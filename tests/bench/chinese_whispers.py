@@ -7,7 +7,7 @@ linkage on faces (docs/performance.md), so that facepipe itself does not offer i
 import numpy as np
 from scipy.sparse import coo_array, csr_array
 
-from facepipe.curation.graph.components import numbered
+from facepipe.curation.graph.components import renumber_labels
 from facepipe.types import Bool, Float32, Int64
 
 SWEEPS = 20
@@ -44,7 +44,7 @@ def cluster_by_whispers(
         # The blocks are drawn again in each sweep: two neighbours that change together may swap labels forever.
         for block in np.array_split(waiting, min(BLOCKS_PER_SWEEP, waiting.size)):
             _update_block(graph, labels, is_active, np.sort(block))
-    return numbered(labels)
+    return renumber_labels(labels)
 
 
 def build_adjacency(count: int, u: Int64, v: Int64, weight: Float32) -> csr_array:

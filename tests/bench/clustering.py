@@ -26,7 +26,7 @@ from galleries import BLOCK, CONTRACT, Faces, append, rows
 
 from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.components import components
+from facepipe.curation.graph.components import find_components
 from facepipe.evaluation.clusters import compare, evaluate_clusters
 from facepipe.gallery import Gallery
 from pipelines.cluster import ClusterConfig, run
@@ -46,7 +46,7 @@ def algorithms(path: str) -> None:
     )
     print(f"{'algorithm':14} {'pairs P':>8} {'R':>7} {'F':>7} {'BCubed P':>9} {'R':>7} {'F':>7} {'clusters':>9}")
     threshold = np.float32(graph.info.threshold.similarity)
-    pairs = graph.edges.within(2.0)
+    pairs = graph.edges.read_within(2.0)
     similarity = graph.compute_similarity(pairs)
     above = similarity >= threshold
     pairs, weight = pairs.take(above), similarity[above] - threshold + np.float32(1e-6)
@@ -54,7 +54,7 @@ def algorithms(path: str) -> None:
     labelled = {
         "linkage": cluster_faces(graph)[0],
         "whispers": cluster_by_whispers(count, pairs.u, pairs.v, weight),
-        "components": components(count, pairs.u, pairs.v),
+        "components": find_components(count, pairs.u, pairs.v),
     }
     for name, labels in labelled.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ def make(gallery: Gallery | list[Gallery], folder: Path, run: GraphRunConfig = I
 
 def edges(graph: Graph) -> Pairs:
     """All of them, sorted; each once, u < v."""
-    found = graph.edges.within(2.0)
+    found = graph.edges.read_within(2.0)
     found = found.take(np.lexsort((found.v, found.u)))
     assert len(found) == graph.info.edges == len(graph.edges)
     assert (found.u < found.v).all()
@@ -82,7 +82,7 @@ def left_over(folder: Path) -> set[str]:
 def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int = 10**9) -> list[int]:
     """The numbers of the tasks that are done from here on; after `fails_at` of them the process 'dies'."""
     done: list[int] = []
-    join = pipelines.graph._join
+    join = pipelines.graph.join_cells
 
     def counted(task: Any) -> int:
         if len(done) >= fails_at:
@@ -90,7 +90,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int = 10**9) -> list[int
         done.append(task.number)
         return join(task)
 
-    monkeypatch.setattr(pipelines.graph, "_join", counted)
+    monkeypatch.setattr(pipelines.graph, "join_cells", counted)
     return done
 
 
@@ -107,15 +107,15 @@ def exact(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Graph:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells and many tasks, also for few faces."""
-    monkeypatch.setattr("facepipe.curation.graph.cells.SMALL", 500)
-    monkeypatch.setattr("pipelines.graph._TASK", 5e5)
+    monkeypatch.setattr("facepipe.curation.graph.cells.MAX_EXACT_FACES", 500)
+    monkeypatch.setattr("facepipe.curation.graph.build._PAIRS_PER_TASK", 5e5)
 
 
 @pytest.fixture(scope="module")
 def celled(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("facepipe.curation.graph.cells.SMALL", 500)
-        patch.setattr("pipelines.graph._TASK", 5e5)
+        patch.setattr("facepipe.curation.graph.cells.MAX_EXACT_FACES", 500)
+        patch.setattr("facepipe.curation.graph.build._PAIRS_PER_TASK", 5e5)
         return make(gallery, tmp_path_factory.mktemp("celled") / "graph")
 
 
@@ -141,7 +141,7 @@ def test_few_faces_are_compared_all_with_all(gallery: Gallery, exact: Graph) -> 
     assert np.allclose(exact.compute_similarity(found), similar[found.u, found.v], atol=1e-5)
     assert info.distance == pytest.approx(np.sqrt(2 - 2 * (info.threshold.similarity + density.mean())), abs=1e-5)
     assert np.array_equal(exact.nodes.find(gallery.vectors()[0]) >= 0, np.ones(COUNT, bool))
-    assert np.allclose(exact.cohort.density(exact.nodes.vectors), density, atol=1e-6)
+    assert np.allclose(exact.cohort.compute_density(exact.nodes.vectors), density, atol=1e-6)
 
 
 def test_cells_find_nearly_all_and_nothing_else(exact: Graph, celled: Graph) -> None:
@@ -150,7 +150,7 @@ def test_cells_find_nearly_all_and_nothing_else(exact: Graph, celled: Graph) -> 
     assert (info.exact, info.cells) == (False, 16)
     assert 2 <= info.each <= 16
     assert info.threshold == exact.info.threshold
-    assert len(celled.edges.paths()) > 4
+    assert len(celled.edges.list_paths()) > 4
     assert info.recall >= 0.95
     real = len(found) / len(wanted)
     assert real == pytest.approx(info.recall, abs=0.02)
@@ -331,7 +331,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_an_interrupted_graph_is_taken_up_at_its_last_task(
     after: int, gallery: Gallery, celled: Graph, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, tasks = tmp_path / "graph", len(celled.edges.paths()) - 1  # and one part of copies
+    folder, tasks = tmp_path / "graph", len(celled.edges.list_paths()) - 1  # and one part of copies
     with monkeypatch.context() as patch:
         done = counting(patch, fails_at=after)
         with pytest.raises(KeyboardInterrupt):
@@ -357,13 +357,13 @@ def test_what_was_begun_for_another_graph_is_of_no_use(
 
 
 STEPS = {
-    "collect": "pipelines.graph.collect",
-    "histogram": "facepipe.curation.graph.calibration.histogram",
-    "true edges": "facepipe.curation.graph.truth.true_edges",
-    "layout": "facepipe.curation.graph.cells.members",
-    "copies": "facepipe.curation.graph.edges.write",
-    "recall": "facepipe.curation.graph.truth.recall",
-    "info": "facepipe.curation.graph.graph.write_info",
+    "collect": "facepipe.curation.graph.build.collect_nodes",
+    "histogram": "facepipe.curation.graph.calibration.count_similarities",
+    "true edges": "facepipe.curation.graph.build.find_true_edges",
+    "layout": "facepipe.curation.graph.cells.sort_by_cell",
+    "copies": "facepipe.curation.graph.build.write_part",
+    "recall": "pipelines.graph.measure_recall",
+    "info": "pipelines.graph.write_info",
     "tidy": "os.unlink",
     "rename": "os.rename",
 }
@@ -397,9 +397,9 @@ def test_an_error_in_any_step_can_be_got_over(
 
 CHILD = """
 import sys
-import facepipe.curation.graph.cells, pipelines.graph
+import facepipe.curation.graph.build, facepipe.curation.graph.cells, pipelines.graph
 from facepipe.gallery import Gallery
-facepipe.curation.graph.cells.SMALL, pipelines.graph._TASK = 500, 5e5
+facepipe.curation.graph.cells.MAX_EXACT_FACES, facepipe.curation.graph.build._PAIRS_PER_TASK = 500, 5e5
 print("begins", flush=True)
 config, run = pipelines.graph.GraphConfig(), pipelines.graph.GraphRunConfig("inline")
 pipelines.graph.open_graph([Gallery(sys.argv[1])], config, run, sys.argv[2], lambda line: print(line, flush=True))

@@ -6,7 +6,7 @@ import numpy as np
 
 from facepipe.curation.cleaning.decide import KEEP, RELABEL, LabelVerdicts
 from facepipe.curation.cleaning.evidence import FaceVectors
-from facepipe.curation.graph.linkage import Clusters, average_linkage
+from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
@@ -44,10 +44,10 @@ def split_identities(faces: FaceVectors, labels: Int64, copies: Int64, pairs: Pa
     is_inside = (labels[pairs.u] == labels[pairs.v]) & (labels[pairs.u] >= 0)
     is_copy = (copies != np.arange(len(copies))) & (labels == labels[copies]) & (labels >= 0)
     copy = np.flatnonzero(is_copy)
-    single = Clusters.single(faces.vectors, faces.density)
+    single = Clusters.from_faces(faces.vectors, faces.density)
     u = np.concatenate([pairs.u[is_inside], copies[copy]])
     v = np.concatenate([pairs.v[is_inside], copy])
-    group, clusters = average_linkage(single, u, v, threshold)
+    group, clusters = merge_by_average_linkage(single, u, v, threshold)
     # Rank the clusters of each identity by falling size.
     owner = np.empty(len(clusters), np.int64)
     owner[group] = labels
@@ -136,7 +136,7 @@ def _find_same_persons(
     keys = np.unique(np.minimum(u, v)[is_across] * identity_count + np.maximum(u, v)[is_across])
     left = keys // max(1, identity_count)
     right = keys % max(1, identity_count)
-    similarity = means.linkage(left, right)
+    similarity = means.compute_linkage(left, right)
     similar = np.flatnonzero(similarity >= threshold)
     order = similar[np.lexsort((right[similar], left[similar], -similarity[similar]))]
     return left[order], right[order], similarity[order]
@@ -156,7 +156,7 @@ def _find_second_persons(
         np.concatenate([first.size, second.size]),
     )
     similarity = np.full(identity_count, np.nan, np.float32)
-    similarity[both] = stacked.linkage(both, both + identity_count)
+    similarity[both] = stacked.compute_linkage(both, both + identity_count)
     return size, similarity
 
 

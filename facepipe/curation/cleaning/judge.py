@@ -23,7 +23,7 @@ from facepipe.curation.duplicates import DuplicateRule, find_duplicates
 from facepipe.curation.duplicates.images import RankedImages, gather_faces, rank_images
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.describe import stricter_threshold
+from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.gallery import Gallery
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
@@ -94,7 +94,7 @@ def judge_labels(
     """
     threshold = graph.info.threshold.similarity
     faces = FaceVectors(graph.nodes.vectors, graph.density)
-    pairs = graph.edges.within(_MAX_DISTANCE)
+    pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
     copies = graph.representatives
 
@@ -111,7 +111,7 @@ def judge_labels(
     if rules.duplicates:
         verdicts = _reject_copies(verdicts, graph, gallery, labels, duplicates)
     identities = summarise_identities(
-        faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=stricter_threshold(graph)
+        faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=find_stricter_threshold(graph)
     )
     return LabelJudgement(labels, names, verdicts, posteriors, parts, identities)
 

@@ -16,7 +16,7 @@ from facepipe.curation.cleaning.decide import (
 )
 from facepipe.curation.cleaning.judge import LabelJudgement
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.describe import recall_note
+from facepipe.curation.graph.describe import describe_recall
 from facepipe.gallery import Gallery
 from facepipe.reports.faces import Shown, shown
 from facepipe.reports.histogram import linear_edges, log_edges, series
@@ -73,7 +73,7 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
         Figure("expected errors", f"{errors:,.1f}", "decisions that are wrong, by the probabilities themselves"),
         Figure("one person, two names", f"{len(identities.left):,}", "pairs of identities"),
         Figure("two persons, one name", f"{int((identities.apart_count > 0).sum()):,}", "identities"),
-        Figure("edge recall", f"{graph.info.recall:.4f}", recall_note(graph.info)),
+        Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info)),
     )
 
 
@@ -242,4 +242,4 @@ class _CleanGroups:
     def _format_distance(self, similarity: float) -> str:
         if np.isnan(similarity):
             return "nothing to compare with"
-        return f"{self._graph.info.distance_at(similarity):.3f}"
+        return f"{self._graph.info.to_distance(similarity):.3f}"

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.graph.components import numbered
-from facepipe.curation.graph.linkage import Clusters, average_linkage
+from facepipe.curation.graph.components import renumber_labels
+from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Float32, Int64
@@ -88,7 +88,7 @@ def assign_faces(
         position[unassigned] = np.arange(len(unassigned))
         pairs = position[different]
         forbidden = pairs[(pairs >= 0).all(axis=1)]
-        new[unassigned] = numbered(average_linkage(rest, u, v, threshold, forbidden)[0])
+        new[unassigned] = renumber_labels(merge_by_average_linkage(rest, u, v, threshold, forbidden)[0])
     return Placement(chosen, new)
 
 

@@ -5,9 +5,9 @@ import tempfile
 import numpy as np
 
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.cells import Layout, train
-from facepipe.curation.graph.components import components, numbered
-from facepipe.curation.graph.linkage import Clusters, average_linkage
+from facepipe.curation.graph.cells import CellLayout, train_cells
+from facepipe.curation.graph.components import find_components, renumber_labels
+from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Int64
 
@@ -30,11 +30,11 @@ def cluster_faces(graph: Graph, different: Int64 | None = None, same: Int64 | No
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
     """
     threshold = graph.info.threshold.similarity
-    pairs = graph.edges.within(_MAX_DISTANCE)
+    pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
-    single = Clusters.single(graph.nodes.vectors, graph.density)
+    single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     labels = _merge_known(graph, same)
-    clusters = single.merged(labels)
+    clusters = single.merge(labels)
     del single  # as large as all vectors
     return _link(labels, clusters, labels[pairs.u], labels[pairs.v], threshold=threshold, different=different)
 
@@ -44,14 +44,14 @@ def _merge_known(graph: Graph, same: Int64 | None) -> Int64:
     count = len(graph.nodes)
     copies = graph.representatives
     if same is None:
-        return numbered(copies)
+        return renumber_labels(copies)
     # Tie each numbered node to the first node of its number.
     labelled = np.flatnonzero(same >= 0)
     first = np.full(int(same.max(initial=-1)) + 1, count)
     np.minimum.at(first, same[labelled], labelled)
     u = np.concatenate([copies, first[same[labelled]]])
     v = np.concatenate([np.arange(count), labelled])
-    return components(count, np.minimum(u, v), np.maximum(u, v))
+    return find_components(count, np.minimum(u, v), np.maximum(u, v))
 
 
 def _link(
@@ -62,7 +62,7 @@ def _link(
     The second kind is needed because edges are capped and cells miss a few: two halves of a person may share no edge.
     """
     for n in range(_MAX_PASSES):
-        group, merged = average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
+        group, merged = merge_by_average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
         labels = group[labels]
         if n and len(merged) == len(clusters):
             break
@@ -94,17 +94,17 @@ def find_near_means(clusters: Clusters, threshold: float) -> tuple[Int64, Int64]
     several = np.flatnonzero(clusters.size > 1)
     means = clusters.means[several]
     density = clusters.density[several]
-    cells = train(means, seed=0)
+    cells = train_cells(means, seed=0)
     if len(cells.centres) == 1:
         u, v = find_candidate_pairs(means, density, threshold, _MAX_NEIGHBOURS)
         return several[u], several[v]
     left, right = [], []
     with tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
-        layout = Layout.make(means, cells, folder)
+        layout = CellLayout.build(means, cells, folder)
         for cell in range(len(cells.centres)):
-            inside = layout.inside(cell)
+            inside = layout.get_faces(cell)
             u, v = find_candidate_pairs(means[inside], density[inside], threshold, _MAX_NEIGHBOURS)
-            is_new = layout.first_met(cell, inside, u, v)
+            is_new = layout.mask_first_shared(cell, inside, u, v)
             left.append(inside[u[is_new]])
             right.append(inside[v[is_new]])
     return several[np.concatenate(left)], several[np.concatenate(right)]

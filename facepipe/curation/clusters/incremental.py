@@ -248,7 +248,7 @@ def _read_everything(
         faces, vectors = _read_usable([batch])
         at = find_sorted(ids, faces["face_id"].to_numpy())
         is_known = at >= 0
-        add_faces(clusters, numbers[at[is_known]], vectors[is_known], cohort.density(vectors[is_known]))
+        add_faces(clusters, numbers[at[is_known]], vectors[is_known], cohort.compute_density(vectors[is_known]))
         is_present[at[is_known]] = True
         if not is_known.all():
             parts.append((faces.filter(pa.array(~is_known)), vectors[~is_known]))
@@ -288,7 +288,7 @@ def _place_faces(
     one_photo: bool,
 ) -> tuple[Placement, Clusters]:
     """Place the new faces in existing or new clusters, and return them as clusters of one."""
-    faces = Clusters.single(delta.vectors, rule.cohort.density(delta.vectors))
+    faces = Clusters.from_faces(delta.vectors, rule.cohort.compute_density(delta.vectors))
     different = _NO_PAIRS
     excluded = _NO_PAIRS
     if one_photo:
@@ -347,7 +347,7 @@ def _update_cluster_table(
             "cluster": new_numbers,
             "size": clusters.size[new_numbers],
             "medoid": smallest[new_numbers],
-            "cohesion": clusters.cohesion()[new_numbers],
+            "cohesion": clusters.compute_cohesion()[new_numbers],
         }
     )
     table = pa.concat_tables([old, new.cast(previous.schema)])

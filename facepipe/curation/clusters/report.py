@@ -7,7 +7,7 @@ import numpy as np
 
 from facepipe.curation.clusters.review import SuspectedMerges, SuspectedSplits
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.describe import pair_histogram, recall_note, threshold_note
+from facepipe.curation.graph.describe import build_pair_histogram, describe_recall, describe_threshold
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
 from facepipe.reports.faces import Shown, shown
@@ -56,10 +56,10 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
         Figure("faces", f"{info.faces:,}"),
         Figure("clusters", f"{len(sizes):,}", f"{int((sizes == 1).sum()):,} of a single face"),
         Figure("largest cluster", f"{int(sizes.max(initial=0)):,}", "faces"),
-        Figure("threshold", f"{info.distance:.3f}", threshold_note(info)),
+        Figure("threshold", f"{info.distance:.3f}", describe_threshold(info)),
         Figure("suspected merges", f"{len(review.merges):,}"),
         Figure("suspected splits", f"{len(review.splits):,}"),
-        Figure("edge recall", f"{info.recall:.4f}", recall_note(info)),
+        Figure("edge recall", f"{info.recall:.4f}", describe_recall(info)),
     )
     notes = (
         "A suspected merge is two clusters that share a pair of near faces but are not near on average; a suspected "
@@ -72,7 +72,11 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
         title="Identity clusters",
         subtitle=f"{gallery.path}, table version {info.versions[0]}, by {review.algorithm}",
         figures=figures,
-        histograms=(pair_histogram(graph), _build_size_histogram(sizes), _build_fit_histogram(graph, review.fits)),
+        histograms=(
+            build_pair_histogram(graph),
+            _build_size_histogram(sizes),
+            _build_fit_histogram(graph, review.fits),
+        ),
         groups=groups,
         notes=notes,
         groups_total=groups.total,
@@ -104,7 +108,7 @@ class _ClusterGroups:
         self._starts = np.searchsorted(review.labels[self._order], np.arange(len(review.clusters) + 1))
         largest = np.argsort(review.numbers, kind="stable")[:_MAX_CLUSTERS]
         self._largest = largest[review.clusters.size[largest] > 1]
-        self._cohesion = review.clusters.cohesion()
+        self._cohesion = review.clusters.compute_cohesion()
         self.total = len(review.merges) + len(review.splits) + int((review.clusters.size > 1).sum())
 
     def __iter__(self) -> Iterator[Group]:
@@ -149,7 +153,7 @@ class _ClusterGroups:
         right_number = int(review.numbers[right])
         left_size = int(review.clusters.size[left])
         right_size = int(review.clusters.size[right])
-        distance = self._graph.info.distance_at(float(review.merges.similarity[n]))
+        distance = self._graph.info.to_distance(float(review.merges.similarity[n]))
         left_nodes, right_nodes = self._select_merge(n)
         rows = [self._build_face(node, f"cluster {left_number}", faces) for node in left_nodes]
         rows += [self._build_face(node, f"cluster {right_number}", faces) for node in right_nodes]
@@ -166,7 +170,7 @@ class _ClusterGroups:
         review = self._review
         cluster = int(review.splits.cluster[n])
         size = int(review.clusters.size[cluster])
-        distance = self._graph.info.distance_at(float(review.splits.similarity[n]))
+        distance = self._graph.info.to_distance(float(review.splits.similarity[n]))
         first_nodes, second_nodes = self._select_split(n)
         rows = [self._build_face(node, "first", faces) for node in first_nodes]
         rows += [self._build_face(node, "second", faces) for node in second_nodes]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.components import numbered
-from facepipe.curation.graph.linkage import Clusters, average_linkage
+from facepipe.curation.graph.components import renumber_labels
+from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Float32, Int64
 
@@ -94,7 +94,7 @@ def find_suspected_merges(clusters: Clusters, labels: Int64, pairs: Pairs, max_s
     keys = np.unique(np.minimum(u, v)[is_across] * len(clusters) + np.maximum(u, v)[is_across])
     left = keys // max(1, len(clusters))
     right = keys % max(1, len(clusters))
-    similarity = clusters.linkage(left, right)
+    similarity = clusters.compute_linkage(left, right)
     order = np.lexsort((right, left, -similarity))[:max_suspects]
     return SuspectedMerges(left[order], right[order], similarity[order])
 
@@ -120,11 +120,11 @@ def find_suspected_splits(
     """
     # Cluster again inside each cluster; nodes with equal vectors stay together.
     is_inside = labels[pairs.u] == labels[pairs.v]
-    single = Clusters.single(graph.nodes.vectors, graph.density)
-    copies = numbered(graph.representatives)
+    single = Clusters.from_faces(graph.nodes.vectors, graph.density)
+    copies = renumber_labels(graph.representatives)
     u = copies[pairs.u[is_inside]]
     v = copies[pairs.v[is_inside]]
-    group, parts = average_linkage(single.merged(copies), u, v, strict_threshold)
+    group, parts = merge_by_average_linkage(single.merge(copies), u, v, strict_threshold)
     group = group[copies]
     # Rank the parts of each cluster by falling size.
     owner = np.zeros(len(parts), np.int64)
@@ -139,7 +139,7 @@ def find_suspected_splits(
     second = second[parts.size[second] >= 2]
     largest = np.zeros(len(clusters), np.int64)
     largest[owner[first]] = first
-    similarity = parts.linkage(largest[owner[second]], second)
+    similarity = parts.compute_linkage(largest[owner[second]], second)
     chosen = np.lexsort((owner[second], similarity))[:max_suspects]
     return SuspectedSplits(
         cluster=owner[second][chosen],

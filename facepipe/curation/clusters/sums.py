@@ -183,7 +183,7 @@ def recompute_clusters(
     reader = _VectorReader(gallery, member_ids)
     for at in range(0, len(member_ids), _ROWS):
         vectors = reader.read(member_ids[at : at + _ROWS])
-        add_faces(copy, member_clusters[at : at + _ROWS], vectors, cohort.density(vectors))
+        add_faces(copy, member_clusters[at : at + _ROWS], vectors, cohort.compute_density(vectors))
     return copy
 
 

@@ -19,8 +19,7 @@ from facepipe.curation.duplicates.images import COLUMNS, RankedImages, add_size_
 from facepipe.curation.duplicates.pairs import ImageLinks, classify_pairs
 from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
 from facepipe.curation.duplicates.stars import build_stars
-from facepipe.curation.graph.edges import joined
-from facepipe.curation.graph.nodes import representatives
+from facepipe.curation.graph.nodes import find_representatives
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import Changes
@@ -200,12 +199,12 @@ class _NeighbourSearch:
         ids = ids[order]
         rows = rows[order]
         vectors = np.concatenate([_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(ids))])
-        pairs = _drop_pairs_of_copies(_to_positions(joined(self._pairs), ids), vectors)
+        pairs = _drop_pairs_of_copies(_to_positions(Pairs.concatenate(self._pairs), ids), vectors)
         is_full = np.isin(ids, self._full)
         if is_full.any():
             rank = rank_images(table, self._rule.keep).of_face[rows]
             stars = build_stars(vectors, rank, pairs, is_full, radius=self._rule.radius)
-            pairs = _drop_repeated(joined([pairs, stars]), len(ids))
+            pairs = _drop_repeated(Pairs.concatenate([pairs, stars]), len(ids))
         ends = np.sort(np.stack([rows[pairs.u], rows[pairs.v]]), axis=0)
         return Pairs(ends[0], ends[1], pairs.distance)
 
@@ -222,7 +221,7 @@ def _to_positions(pairs: Pairs, ids: Int64) -> Pairs:
 
 def _drop_pairs_of_copies(pairs: Pairs, vectors: Float32) -> Pairs:
     """Of faces with identical vectors compare the first with others, and the rest only with it, as in the graph."""
-    first = representatives(vectors)
+    first = find_representatives(vectors)
     is_first = first == np.arange(len(first))
     is_between_firsts = is_first[pairs.u] & is_first[pairs.v]
     is_to_own_first = (first[pairs.u] == pairs.v) | (first[pairs.v] == pairs.u)

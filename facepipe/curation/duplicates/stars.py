@@ -8,7 +8,6 @@ from scipy.sparse.csgraph import connected_components
 from facepipe.curation.duplicates.images import rank_images
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.curation.graph import Graph
-from facepipe.curation.graph.edges import joined
 from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
@@ -28,14 +27,14 @@ def find_face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: Dup
         row_of_node: row of each node in `table`, (n,).
         rule: what counts as a duplicate, and which copy is kept.
     """
-    edges = graph.edges.within(rule.radius)
+    edges = graph.edges.read_within(rule.radius)
     count = len(graph.nodes)
     degree = np.bincount(edges.u, minlength=count) + np.bincount(edges.v, minlength=count)
     is_full = degree >= graph.info.most
     if not is_full.any():
         return edges
     rank = rank_images(table, rule.keep).of_face[row_of_node]
-    pairs = joined([edges, build_stars(graph.nodes.vectors, rank, edges, is_full, radius=rule.radius)])
+    pairs = Pairs.concatenate([edges, build_stars(graph.nodes.vectors, rank, edges, is_full, radius=rule.radius)])
     return pairs.take(np.unique(pairs.u * count + pairs.v, return_index=True)[1])
 
 
@@ -59,7 +58,9 @@ def build_stars(vectors: Float32, rank: Int64, edges: Pairs, is_full: Bool, *, r
     inside = inside[np.lexsort((rank[inside], crowd[inside]))]
     lasts = np.flatnonzero(np.diff(crowd[inside], append=-1))
     stars = [_build_crowd_stars(vectors, members, radius) for members in np.split(inside, lasts[:-1] + 1)]
-    return joined([Pairs(np.minimum(star.u, star.v), np.maximum(star.u, star.v), star.distance) for star in stars])
+    return Pairs.concatenate(
+        [Pairs(np.minimum(star.u, star.v), np.maximum(star.u, star.v), star.distance) for star in stars]
+    )
 
 
 def _build_crowd_stars(vectors: Float32, members: Int64, radius: float) -> Pairs:
@@ -77,5 +78,5 @@ def _build_crowd_stars(vectors: Float32, members: Int64, radius: float) -> Pairs
         near = rest[is_near]
         parts.append(Pairs(np.full(len(near), centre), near, distance[is_near]))
         unassigned = rest[~is_near]
-    star = joined(parts)
+    star = Pairs.concatenate(parts)
     return Pairs(members[star.u], members[star.v], star.distance)

@@ -1,38 +1,54 @@
-"""What a gallery itself says about its faces: how crowded each is, and from which similarity two are one person."""
+"""What a gallery itself tells about its faces: how crowded each is, and from which similarity two are one person."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.graph import truth
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.linkage import Clusters, average_linkage
-from facepipe.curation.graph.threshold import Threshold, estimate, histogram
+from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.threshold import Threshold, count_similarities, estimate_threshold
+from facepipe.curation.graph.truth import draw_sample
 from facepipe.errors import ThresholdError
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Float32, Int64
 
-_PLAUSIBLE = (0.5, 1.3)  # an estimated threshold lies within these times the one of the model's card
-_FEWEST = 300  # faces from which a threshold is estimated
-_EACH = 3  # faces of a person in the cohort
-_FEW_IMPOSTORS = 0.05  # among the pairs by which the cohort's persons are told
+# An estimated distance is plausible between these multiples of the model's own.
+_MIN_PLAUSIBLE = 0.5
+_MAX_PLAUSIBLE = 1.3
+_MIN_FACES = 300  # to estimate a threshold
+_MAX_PER_PERSON = 3  # faces in the cohort
+_COHORT_IMPOSTORS = 0.05  # share among the pairs that tell the cohort's persons apart
 
 
 @dataclass(frozen=True)
-class Asked:
-    """threshold: a distance, if one was given; impostors: see `estimate`; card: the model's own distance, if it has
-    one; embedder: its name; seed: of the samples."""
+class CalibrationOptions:
+    """What is known before the data are looked at.
+
+    Attributes:
+        threshold: Requested distance, if there is one.
+        impostors: Share of the pairs above the threshold that may be of two persons.
+        model_threshold: The model's own distance, if it has one.
+        embedder: Name of the model.
+        seed: Random seed of the samples.
+    """
 
     threshold: float | None
     impostors: float
-    card: float | None
+    model_threshold: float | None
     embedder: str
     seed: int
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """cohort; density (n,) of all faces against it; counts: histogram of similarities of random pairs; threshold."""
+    """What the data tell.
+
+    Attributes:
+        cohort: Faces that densities are measured against.
+        density: Densities (n,) of all faces.
+        counts: Counts of the similarities of random pairs.
+        threshold: From which similarity two faces are one person.
+    """
 
     cohort: Cohort
     density: Float32
@@ -40,52 +56,66 @@ class Calibration:
     threshold: Threshold
 
 
-def calibrate(vectors: Float32, asked: Asked) -> Calibration:
-    """Densities and threshold of n faces. Where these are too few to show one, the cohort is left out and the model's
-    own is taken. Raises ThresholdError where the model has none."""
-    sample = truth.draw(len(vectors), asked.seed)
-    if len(vectors) >= _FEWEST:
-        cohort = thinned(Cohort.draw(vectors, asked.seed), asked.card)
-        density = cohort.density(vectors)
-        counts = histogram(vectors, density, sample)
-        threshold = _found(counts, len(vectors), float(density.mean()), asked)
+def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
+    """Compute the densities and the threshold of n faces.
+
+    If there are too few faces to estimate a threshold, the cohort is empty and the model's own threshold is used.
+
+    Args:
+        vectors: unit vectors (n, 128).
+        options: what is known already.
+
+    Raises:
+        ThresholdError: the model has no threshold of its own.
+    """
+    sample = draw_sample(len(vectors), options.seed)
+    if len(vectors) >= _MIN_FACES:
+        cohort = thin_cohort(Cohort.draw(vectors, options.seed), options.model_threshold)
+        density = cohort.compute_density(vectors)
+        counts = count_similarities(vectors, density, sample)
+        threshold = _choose_threshold(counts, len(vectors), float(density.mean()), options)
         if threshold:
             return Calibration(cohort, density, counts, threshold)
     density = np.zeros(len(vectors), np.float32)
-    distance = asked.threshold or asked.card
+    distance = options.threshold or options.model_threshold
     if distance is None:
         raise ThresholdError(
-            "too few faces, or too few persons, to find from which distance two faces are of one person, and the model "
-            f"{asked.embedder!r} says nothing of it: give a distance with --threshold, or --set graph.threshold=0.4"
+            "too few faces, or too few persons, to estimate from which distance two faces are of one person, and the "
+            f"model {options.embedder!r} has no default: set a distance with --threshold, or --set graph.threshold=0.4"
         )
-    return Calibration(Cohort.none(), density, histogram(vectors, density, sample), given(distance, 0.0))
+    counts = count_similarities(vectors, density, sample)
+    return Calibration(Cohort.create_empty(), density, counts, Threshold.from_distance(distance, 0.0))
 
 
-def given(distance: float, density: float) -> Threshold:
-    """A distance between faces of the mean density as a threshold."""
-    return Threshold(1 - distance**2 / 2 - density, float("nan"), float("nan"), estimated=False)
+def _choose_threshold(counts: Int64, faces: int, mean_density: float, options: CalibrationOptions) -> Threshold | None:
+    """Return the requested threshold, or the estimated one; None if that is not plausible for the model."""
+    if options.threshold:
+        return Threshold.from_distance(options.threshold, mean_density)
+    threshold = estimate_threshold(counts, faces, options.impostors)
+    if threshold is None or options.model_threshold is None:
+        return threshold
+    distance = np.sqrt(max(0.0, 2 - 2 * (threshold.similarity + mean_density)))
+    shortest = _MIN_PLAUSIBLE * options.model_threshold
+    longest = _MAX_PLAUSIBLE * options.model_threshold
+    return threshold if shortest <= distance <= longest else None
 
 
-def _found(counts: Int64, faces: int, density: float, asked: Asked) -> Threshold | None:
-    if asked.threshold:
-        return given(asked.threshold, density)
-    found = estimate(counts, faces, asked.impostors)
-    if found is None or asked.card is None:
-        return found
-    distance = np.sqrt(max(0.0, 2 - 2 * (found.similarity + density)))
-    return found if _PLAUSIBLE[0] * asked.card <= distance <= _PLAUSIBLE[1] * asked.card else None
+def thin_cohort(cohort: Cohort, model_threshold: float | None) -> Cohort:
+    """Keep at most three faces per person: a person with a large share of the gallery would count as a crowd.
 
-
-def thinned(cohort: Cohort, card: float | None) -> Cohort:
-    """At most three faces of a person: one who makes up much of a gallery would count as a crowd of strangers."""
+    Args:
+        cohort: a sample of faces.
+        model_threshold: the model's own distance, if the cohort does not show one.
+    """
     vectors = cohort.vectors
-    flat = np.zeros(len(vectors), np.float32)
-    found = estimate(histogram(vectors, flat, np.arange(len(vectors))), len(vectors), _FEW_IMPOSTORS)
-    if found is None and card is None:
+    density = np.zeros(len(vectors), np.float32)
+    counts = count_similarities(vectors, density, np.arange(len(vectors)))
+    estimated = estimate_threshold(counts, len(vectors), _COHORT_IMPOSTORS)
+    if estimated is None and model_threshold is None:
         return cohort
-    threshold = found.similarity if found else given(card or 0.0, 0.0).similarity
-    u, v = find_candidate_pairs(vectors, flat, threshold, len(vectors))
-    person, _ = average_linkage(Clusters.single(vectors, flat), u, v, threshold)
+    threshold = estimated or Threshold.from_distance(model_threshold or 0.0, 0.0)
+    u, v = find_candidate_pairs(vectors, density, threshold.similarity, len(vectors))
+    person, _ = merge_by_average_linkage(Clusters.from_faces(vectors, density), u, v, threshold.similarity)
     order = np.argsort(person, kind="stable")
     rank = np.arange(len(order)) - np.searchsorted(person[order], person[order])
-    return Cohort(np.ascontiguousarray(vectors[np.sort(order[rank < _EACH])]))
+    return Cohort(np.ascontiguousarray(vectors[np.sort(order[rank < _MAX_PER_PERSON])]))

@@ -7,145 +7,205 @@ from typing import Any
 
 import numpy as np
 
-from facepipe.curation.graph import cost
+from facepipe.curation.graph.cost import estimate_all_pairs, estimate_cells
 from facepipe.index.grid import round_to_grid
 from facepipe.nearest.faiss_engine import faiss, train_on_gpus
 from facepipe.types import Bool, Float32, Int32, Int64
 
-SMALL = 30_000  # faces that are compared all with all
-_CELL = 244  # faces for each cell: found to cost least for a given recall (docs/performance.md)
-_SAMPLED = 64  # faces of a cell that k-means looks at
+MAX_EXACT_FACES = 30_000  # faces that are compared all with all
+MAX_CELLS_PER_FACE = 24
+_FACES_PER_CELL = 244  # costs least for a given recall (docs/performance.md)
+_SAMPLED_PER_CELL = 64  # faces that k-means looks at
 _ROUNDS = 8
-_BLOCK = 65536
-MOST_CELLS_EACH = 24
+_BLOCK_ROWS = 65536
+
+# Files of a layout.
+_ASSIGNED = "assigned.npy"
+_MEMBERS = "members.npy"
+_BEGINS = "begins.npy"
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Centres (c, 128), and how many of its nearest cells a face lies in."""
+    """Cells of the space of vectors.
+
+    Attributes:
+        centres: Centres (c, 128).
+        each: Number of its nearest cells that a face lies in.
+    """
 
     centres: Float32
     each: int
 
+    def __len__(self) -> int:
+        return len(self.centres)
+
     def assign(self, vectors: Float32, each: int | None = None) -> Int32:
-        """(n, each) numbers of the nearest cells, nearest first."""
+        """Assign vectors (n, 128) to their nearest cells; returns cell numbers (n, each), nearest first."""
         index = faiss.IndexFlatL2(self.centres.shape[1])
         index.add(self.centres)
-        found = np.empty((len(vectors), min(each or self.each, len(self.centres))), np.int32)
-        for at in range(0, len(vectors), _BLOCK):
-            block = round_to_grid(_unit(vectors[at : at + _BLOCK]))
-            found[at : at + _BLOCK] = index.search(block, found.shape[1])[1]
-        return found
+        assigned = np.empty((len(vectors), min(each or self.each, len(self.centres))), np.int32)
+        for at in range(0, len(vectors), _BLOCK_ROWS):
+            block = round_to_grid(_normalise(vectors[at : at + _BLOCK_ROWS]))
+            assigned[at : at + _BLOCK_ROWS] = index.search(block, assigned.shape[1])[1]
+        return assigned
 
 
-def all_are_compared(count: int, cores: int, gpu: bool) -> bool:
-    """Whether n faces are compared all with all: where they are few, or where a GPU does that sooner than the cores
-    compare cells."""
-    return count <= SMALL or (gpu and cost.all_pairs(count, cores, gpu) < cost.cells(count, cores, _CELL))
+def should_compare_all(count: int, cores: int, gpu: bool) -> bool:
+    """Say whether to compare n faces all with all.
+
+    That is the case if they are few, or if a GPU does it sooner than the cores compare cells.
+    """
+    if count <= MAX_EXACT_FACES:
+        return True
+    return gpu and estimate_all_pairs(count, cores, gpu) < estimate_cells(count, cores, _FACES_PER_CELL)
 
 
-def one(dimension: int) -> Cells:
-    """One cell, with everything in it."""
+def create_single_cell(dimension: int) -> Cells:
+    """Create one cell that holds everything."""
     return Cells(np.zeros((1, dimension), np.float32), 1)
 
 
-def train(vectors: Float32, seed: int, say: Callable[[str], None] = lambda line: None) -> Cells:
-    """Cells for n vectors; one, with all in it, where they are few.
+def train_cells(vectors: Float32, seed: int, log: Callable[[str], None] = lambda line: None) -> Cells:
+    """Train cells for n vectors; if they are few, one cell that holds all.
 
-    Runs k-means on GPUs where faiss-gpu finds any; `say` hears why not, where it does and they cannot be used.
+    k-means runs on GPUs if faiss-gpu finds any.
+
+    Args:
+        vectors: (n, 128).
+        seed: of the sample that k-means looks at.
+        log: is called with the reason if there are GPUs and they cannot be used.
     """
     count, dimension = vectors.shape
-    if count <= SMALL:
-        return one(dimension)
-    number = 2 ** int(np.log2(count / _CELL))
+    if count <= MAX_EXACT_FACES:
+        return create_single_cell(dimension)
+    number = 2 ** int(np.log2(count / _FACES_PER_CELL))
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(count, min(count, _SAMPLED * number), replace=False))
-    means = faiss.Kmeans(dimension, number, niter=_ROUNDS, seed=1, max_points_per_centroid=_SAMPLED)
-    sample, on_cpu = _unit(vectors[chosen]), means.index
+    chosen = np.sort(rng.choice(count, min(count, _SAMPLED_PER_CELL * number), replace=False))
+    sample = _normalise(vectors[chosen])
+    kmeans = faiss.Kmeans(dimension, number, niter=_ROUNDS, seed=1, max_points_per_centroid=_SAMPLED_PER_CELL)
+    cpu_index = kmeans.index
 
-    def centroids(index: Any) -> Float32:
-        means.index = on_cpu if index is None else index
-        means.train(sample)
-        return np.asarray(means.centroids, np.float32)
+    def train(index: Any) -> Float32:
+        kmeans.index = cpu_index if index is None else index
+        kmeans.train(sample)
+        return np.asarray(kmeans.centroids, np.float32)
 
-    return Cells(round_to_grid(train_on_gpus(centroids, dimension, say)), MOST_CELLS_EACH // 2)
+    return Cells(round_to_grid(train_on_gpus(train, dimension, log)), MAX_CELLS_PER_FACE // 2)
 
 
-def shared(left: Int32, right: Int32, each: int) -> Bool:
-    """(m,) whether faces with cells (m, c) and (m, c) meet in one of their nearest `each`."""
+def choose_cells_per_face(cells: Cells, vectors: Float32, u: Int64, v: Int64, recall: float) -> Cells:
+    """Choose the smallest number of cells per face with which enough of the true edges (u (m,), v (m,)) share one."""
+    if not len(u):
+        return cells
+    left = cells.assign(vectors[u], MAX_CELLS_PER_FACE)
+    right = cells.assign(vectors[v], MAX_CELLS_PER_FACE)
+    for each in range(2, MAX_CELLS_PER_FACE + 1):
+        if mask_shared(left, right, each).mean() >= recall:
+            break
+    return Cells(cells.centres, each)
+
+
+def mask_shared(left: Int32, right: Int32, each: int) -> Bool:
+    """Mask the pairs (m,) of faces with cells (m, c) and (m, c) that share one of their nearest `each`."""
     return np.asarray((left[:, :each, None] == right[:, None, :each]).any(axis=(1, 2)))
 
 
-def members(assigned: Int32, cells: int, path: str) -> tuple[Int64, Int64]:
-    """(faces sorted by cell (n * each,) mapped from a file, where each cell begins (cells + 1,))."""
+def sort_by_cell(assigned: Int32, cells: int, path: str) -> tuple[Int64, Int64]:
+    """Sort faces by cell, into a file.
+
+    Args:
+        assigned: cell numbers (n, each).
+        cells: number of cells.
+        path: of the file.
+
+    Returns:
+        The faces sorted by cell (n * each,), mapped from the file, and where each cell begins (cells + 1,).
+    """
     counts = np.zeros(cells + 1, np.int64)
-    for at in range(0, len(assigned), _BLOCK):
-        counts[1:] += np.bincount(assigned[at : at + _BLOCK].ravel(), minlength=cells)
+    for at in range(0, len(assigned), _BLOCK_ROWS):
+        counts[1:] += np.bincount(assigned[at : at + _BLOCK_ROWS].ravel(), minlength=cells)
     begins = np.cumsum(counts)
     shape = (max(1, int(begins[-1])),)
     faces = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)
+    # A counting sort, block by block: `free` is the next free position of each cell.
     free = begins[:-1].copy()
-    for at in range(0, len(assigned), _BLOCK):
-        block = assigned[at : at + _BLOCK].ravel()
+    for at in range(0, len(assigned), _BLOCK_ROWS):
+        block = assigned[at : at + _BLOCK_ROWS].ravel()
         order = np.argsort(block, kind="stable")
-        ranked = block[order]
-        first = np.searchsorted(ranked, ranked)
-        faces[free[ranked] + np.arange(len(ranked)) - first] = at + order // assigned.shape[1]
+        sorted_cells = block[order]
+        first = np.searchsorted(sorted_cells, sorted_cells)
+        faces[free[sorted_cells] + np.arange(len(sorted_cells)) - first] = at + order // assigned.shape[1]
         free += np.bincount(block, minlength=cells)
     faces.flush()
     return np.load(path, mmap_mode="r"), begins
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Who lies where: assigned (n, each) int32, and the faces of each cell; all mapped from files of a folder."""
+class CellLayout:
+    """The faces of each cell, mapped from files of a folder.
+
+    Attributes:
+        assigned: Cell numbers (n, each) of each face.
+        faces: Faces sorted by cell.
+        begins: Where each cell begins in `faces`.
+    """
 
     assigned: Int32
     faces: Int64
     begins: Int64
 
     @classmethod
-    def make(cls, vectors: Float32, cells: Cells, folder: str) -> "Layout":
-        """Assign all faces and sort them by cell."""
-        path = os.path.join(folder, "assigned.npy")
+    def build(cls, vectors: Float32, cells: Cells, folder: str) -> "CellLayout":
+        """Assign all faces to cells and sort them by cell, into files."""
+        path = os.path.join(folder, _ASSIGNED)
         np.save(path, cells.assign(vectors))
         assigned = np.load(path, mmap_mode="r" if len(vectors) else None)
-        faces, begins = members(assigned, len(cells.centres), os.path.join(folder, "members.npy"))
-        np.save(os.path.join(folder, "begins.npy"), begins)
+        faces, begins = sort_by_cell(assigned, len(cells.centres), os.path.join(folder, _MEMBERS))
+        np.save(os.path.join(folder, _BEGINS), begins)
         return cls(assigned, faces, begins)
 
     @classmethod
-    def open(cls, folder: str) -> "Layout":
-        """What `make` left."""
-        loaded = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in ("assigned", "members")]
-        return cls(loaded[0], loaded[1], np.load(os.path.join(folder, "begins.npy")))
+    def open(cls, folder: str) -> "CellLayout":
+        """Open what `build` wrote."""
+        assigned = np.load(os.path.join(folder, _ASSIGNED), mmap_mode="r")
+        members = np.load(os.path.join(folder, _MEMBERS), mmap_mode="r")
+        return cls(assigned, members, np.load(os.path.join(folder, _BEGINS)))
 
-    def work(self, tasks_of: float) -> Iterator[tuple[int, int]]:
-        """Ranges of cells of about `tasks_of` pairs each."""
-        cost = np.cumsum(np.diff(self.begins).astype(np.float64) ** 2 / 2)
+    def split_work(self, pairs_per_task: float) -> Iterator[tuple[int, int]]:
+        """Yield ranges of cells (first, last + 1) with about `pairs_per_task` pairs each."""
+        pairs = np.cumsum(np.diff(self.begins).astype(np.float64) ** 2 / 2)
         first = 0
-        while first < len(cost):
-            done = cost[first - 1] if first else 0.0
-            last = max(first + 1, int(np.searchsorted(cost, done + tasks_of, side="right")))
-            yield first, min(last, len(cost))
+        while first < len(pairs):
+            before = pairs[first - 1] if first else 0.0
+            last = max(first + 1, int(np.searchsorted(pairs, before + pairs_per_task, side="right")))
+            yield first, min(last, len(pairs))
             first = last
 
-    def inside(self, cell: int) -> Int64:
-        """The faces of a cell."""
+    def get_faces(self, cell: int) -> Int64:
+        """Return the faces of a cell."""
         return np.asarray(self.faces[self.begins[cell] : self.begins[cell + 1]])
 
-    def first_met(self, cell: int, inside: Int64, u: Int64, v: Int64) -> Bool:
-        """(m,) whether pairs (u, v) of faces inside a cell meet in no cell of a smaller number."""
+    def mask_first_shared(self, cell: int, faces: Int64, u: Int64, v: Int64) -> Bool:
+        """Mask the pairs that share no cell of a smaller number, so that each pair counts once.
+
+        Args:
+            cell: number of a cell.
+            faces: faces of it.
+            u: one position in `faces` per pair, (m,).
+            v: the other position, (m,).
+        """
         if self.assigned.shape[1] == 1:
             return np.ones(len(u), bool)
-        assigned = np.asarray(self.assigned[inside])
-        left, right = assigned[u], assigned[v]
-        meet = (left[:, :, None] == right[:, None, :]).any(axis=2)
-        lowest = np.where(meet, left, np.iinfo(np.int32).max).min(axis=1)
+        assigned = np.asarray(self.assigned[faces])
+        left = assigned[u]
+        right = assigned[v]
+        is_shared = (left[:, :, None] == right[:, None, :]).any(axis=2)
+        lowest = np.where(is_shared, left, np.iinfo(np.int32).max).min(axis=1)
         return np.asarray(lowest == cell)
 
 
-def _unit(vectors: Float32) -> Float32:
+def _normalise(vectors: Float32) -> Float32:
     block = np.asarray(vectors, np.float32)
     norms = np.linalg.norm(block, axis=1, keepdims=True)
     return np.ascontiguousarray(block / np.maximum(norms, 1e-12))

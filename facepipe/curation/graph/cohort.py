@@ -1,9 +1,9 @@
 """How crowded the space around a face is: what makes one threshold fit all faces.
 
-Blurred, dark or young faces lie close to everyone; a distance means less there. The mean similarity to the nearest of a
-fixed cohort of faces, taken from the similarity of a pair as in the symmetric cohort normalisation of speaker
-verification (Shum et al., Odyssey 2010), here without the division by the spread, so that means over pairs of faces
-remain inner products of sums.
+Blurred, dark or young faces lie close to everyone, and a distance means less there. The density of a face is its mean
+similarity to the nearest of a fixed cohort of faces. It is subtracted from the similarity of a pair as in the symmetric
+cohort normalisation of speaker verification (Shum et al., Odyssey 2010). There is no division by the spread here, so
+that means over pairs of faces remain inner products of sums.
 """
 
 from dataclasses import dataclass
@@ -11,42 +11,54 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.nearest.faiss_engine import faiss
+from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32
 
 SIZE = 4096
-_NEAREST, _FARTHEST = 0.005, 0.025  # share of the cohort between which neighbours count
-_LEAST_NEAREST, _LEAST_FARTHEST = 20, 100  # in small cohorts the nearest are the face's own identity
-_BLOCK = 8192
+# Shares of the cohort between which neighbours count.
+_NEAREST_SHARE = 0.005
+_FARTHEST_SHARE = 0.025
+# Minimum ranks, because in a small cohort the nearest faces are of the same identity.
+_MIN_NEAREST_RANK = 20
+_MIN_FARTHEST_RANK = 100
+_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """A sample of faces (m, 128); none where a gallery is too small for one, and then nobody is crowded."""
+    """A sample of faces.
+
+    Attributes:
+        vectors: Vectors (m, 128); none if a gallery is too small for a sample. Then no face is crowded.
+    """
 
     vectors: Float32
 
     @classmethod
     def draw(cls, vectors: Float32, seed: int) -> "Cohort":
-        """A seeded sample of all faces, one of each where they are few."""
+        """Draw a seeded sample of all faces, or take all if they are few."""
         rng = np.random.default_rng(seed)
         chosen = np.sort(rng.choice(len(vectors), min(SIZE, len(vectors)), replace=False))
         return cls(np.ascontiguousarray(vectors[chosen]))
 
     @classmethod
-    def none(cls) -> "Cohort":
-        """No cohort: densities are 0 and similarities are cosines."""
-        return cls(np.empty((0, 128), np.float32))
+    def create_empty(cls) -> "Cohort":
+        """Create an empty cohort: densities are 0 and similarities are cosines."""
+        return cls(np.empty((0, EMBEDDING_DIM), np.float32))
 
-    def density(self, vectors: Float32) -> Float32:
-        """(n,) mean cosine to the cohort's faces between the ranks that count."""
-        out = np.zeros(len(vectors), np.float32)
+    def compute_density(self, vectors: Float32) -> Float32:
+        """Compute the density (n,) of faces (n, 128).
+
+        It is the mean cosine to the cohort's faces between the ranks that count.
+        """
+        density = np.zeros(len(vectors), np.float32)
         size = len(self.vectors)
-        last = min(size, max(_LEAST_FARTHEST, round(_FARTHEST * size)))
-        first = min(last // 2, max(_LEAST_NEAREST, round(_NEAREST * size)))
+        last = min(size, max(_MIN_FARTHEST_RANK, round(_FARTHEST_SHARE * size)))
+        first = min(last // 2, max(_MIN_NEAREST_RANK, round(_NEAREST_SHARE * size)))
         if not last:
-            return out
-        for at in range(0, len(vectors), _BLOCK):
-            block = np.ascontiguousarray(vectors[at : at + _BLOCK])
-            near = faiss.knn(block, self.vectors, last, metric=faiss.METRIC_INNER_PRODUCT)[0]
-            out[at : at + _BLOCK] = near[:, first:].mean(axis=1, dtype=np.float64)
-        return out
+            return density
+        for at in range(0, len(vectors), _BLOCK_ROWS):
+            block = np.ascontiguousarray(vectors[at : at + _BLOCK_ROWS])
+            cosines = faiss.knn(block, self.vectors, last, metric=faiss.METRIC_INNER_PRODUCT)[0]
+            density[at : at + _BLOCK_ROWS] = cosines[:, first:].mean(axis=1, dtype=np.float64)
+        return density

@@ -7,18 +7,24 @@ from scipy.sparse.csgraph import connected_components
 from facepipe.types import Int64
 
 
-def components(count: int, u: Int64, v: Int64) -> Int64:
-    """Labels (count,) int64: nodes that a path joins are one cluster, as in single linkage.
+def find_components(count: int, u: Int64, v: Int64) -> Int64:
+    """Find the connected components, as in single linkage.
 
-    Edges u < v int64 (m,), each once, in any order. A node without edges is a cluster of its
-    own. Labels are numbered by the smallest node of their cluster.
+    Args:
+        count: number of nodes.
+        u: one node per edge, (m,), in any order.
+        v: the other node, (m,).
+
+    Returns:
+        Labels (count,), numbered by the smallest node of each component. A node without edges is a component.
     """
-    once = coo_array((np.ones(len(u), np.int8), (u, v)), shape=(count, count)).tocsr()
-    return numbered(np.asarray(connected_components(once, directed=False)[1], np.int64))
+    edges = coo_array((np.ones(len(u), np.int8), (u, v)), shape=(count, count))
+    labels = connected_components(edges.tocsr(), directed=False)[1]
+    return renumber_labels(np.asarray(labels, np.int64))
 
 
-def numbered(labels: Int64) -> Int64:
-    """The same clusters as labels 0..k-1 in the order of their smallest nodes; labels (n,) int64 within 0..n-1."""
+def renumber_labels(labels: Int64) -> Int64:
+    """Renumber labels (n,) of 0..n-1 as 0..k-1, in the order of each cluster's smallest node."""
     n = len(labels)
     first = np.full(n, n, np.int64)
     first[labels[::-1]] = np.arange(n - 1, -1, -1)  # numpy keeps the last value written: the smallest node

@@ -1,15 +1,18 @@
-"""What a graph costs in seconds: comparing all faces, or those that share a cell. Only ratios decide.
+"""What a graph costs in seconds: comparing all faces, or those that share a cell. Only ratios matter.
 
-The constants, and where they come from, are those of facepipe.index.cost; those of a GPU are estimated, not measured.
+The constants, and their sources, are those of facepipe.index.cost; those of a GPU are estimated, not measured.
 """
 
 from facepipe.index.cost import BLOCK_ROWS, DEVICE_PRODUCT, DEVICE_START, PRODUCT, UPLOAD
 
-EACH = 6  # cells that a face lies in, as far as one can say before the recall is measured
+CELLS_PER_FACE = 6  # a guess: the number is chosen later, by the measured recall
 
 
-def all_pairs(faces: int, cores: int, gpu: bool) -> float:
-    """Every pair of faces once. To a GPU all faces behind them are sent for each 262,144, half of all on average."""
+def estimate_all_pairs(faces: int, cores: int, gpu: bool) -> float:
+    """Estimate the cost of comparing every pair of faces once.
+
+    To a GPU all later faces are sent once per 262,144 faces, half of all on average.
+    """
     pairs = faces**2 / 2
     if not gpu:
         return 1e-9 * PRODUCT * pairs / cores
@@ -17,8 +20,11 @@ def all_pairs(faces: int, cores: int, gpu: bool) -> float:
     return 1e-9 * (DEVICE_START + DEVICE_PRODUCT * pairs + UPLOAD * faces * passes)
 
 
-def cells(faces: int, cores: int, size: int) -> float:
-    """Pairs that share a cell, of cells one for each `size` faces: a face is compared with all centres to find its
-    nearest, and with half of the faces in each of these. k-means, eight rounds over 64 faces a cell, is left out."""
-    compared = faces / size + EACH * (size * EACH) / 2
+def estimate_cells(faces: int, cores: int, faces_per_cell: int) -> float:
+    """Estimate the cost of comparing the pairs that share a cell.
+
+    A face is compared with all centres to find its nearest, and with half of the faces in each of these cells. k-means
+    is not counted: eight rounds over 64 faces per cell.
+    """
+    compared = faces / faces_per_cell + CELLS_PER_FACE * (faces_per_cell * CELLS_PER_FACE) / 2
     return 1e-9 * PRODUCT * faces * compared / cores

@@ -1,52 +1,61 @@
-"""What a graph says for those who build on it: a stricter threshold, capped densities, the notes of reports."""
+"""What a graph tells those who build on it: a stricter threshold, and the notes and the histogram of reports."""
 
 import numpy as np
 
 from facepipe.curation.graph.graph import Graph, GraphInfo
-from facepipe.curation.graph.threshold import EDGES, estimate
+from facepipe.curation.graph.threshold import BIN_EDGES, estimate_threshold
 from facepipe.reports.model import Histogram, Mark, Series
 from facepipe.types import Float32
 
-_DOUBT = 0.25  # of the share of impostors above the threshold, above the stricter one
-_STRICTER = 0.02  # in similarity, if that share is not known
+_STRICTER_SHARE = 0.25  # of the share of impostors above the threshold, above the stricter one
+_STRICTER_SIMILARITY = 0.02  # added to the threshold if that share is not known
+_MAX_BARS = 120
 
 
-def threshold_note(info: GraphInfo) -> str:
-    """Where the threshold came from."""
+def describe_threshold(info: GraphInfo) -> str:
+    """Say where the threshold comes from."""
     if not info.threshold.estimated:
-        return "distance; given, or the model's own: too few faces to find it"
-    return f"distance, found from the data: {info.threshold.impostors:.0%} of the pairs below it would be two persons"
+        return "distance; requested, or the model's default: too few faces to estimate it"
+    return f"distance, estimated from the data: {info.threshold.impostors:.0%} of the pairs below it are of two persons"
 
 
-def recall_note(info: GraphInfo) -> str:
-    """How the recall was found."""
+def describe_recall(info: GraphInfo) -> str:
+    """Say how the recall was measured."""
     if info.exact:
         return "every face was compared with every other"
     return f"of {info.sampled:,} edges that comparing everything finds for a sample"
 
 
-def pair_histogram(graph: Graph) -> Histogram:
-    """Distances of random pairs, with the threshold."""
-    info, counts = graph.info, graph.histogram
+def build_pair_histogram(graph: Graph) -> Histogram:
+    """Build a histogram of the distances of random pairs, with the threshold as a mark."""
+    info = graph.info
+    counts = graph.histogram
     used = np.flatnonzero(counts)
-    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
-    step = max(1, (last - first) // 120)
-    edges = EDGES[first : last + step : step]
+    first = int(used[0]) if used.size else 0
+    last = int(used[-1]) + 1 if used.size else 1
+    step = max(1, (last - first) // _MAX_BARS)
     sums = np.add.reduceat(counts[first:last], np.arange(0, last - first, step))
-    bounds = tuple(float(x) for x in [info.distance_at(e) for e in edges[: len(sums) + 1]][::-1])
-    bars = Series("pairs", bounds, tuple(float(x) for x in sums[::-1][: len(bounds) - 1]))
-    mark = Mark(info.distance, "threshold")
-    return Histogram("Distances of random pairs of faces", "distance", (bars,), (mark,), log=True)
+    edges = BIN_EDGES[first : last + step : step][: len(sums) + 1]
+    # Distances rise as similarities fall, so that bars and bounds are reversed.
+    bounds = tuple(float(info.to_distance(edge)) for edge in edges[::-1])
+    heights = tuple(float(height) for height in sums[::-1][: len(bounds) - 1])
+    return Histogram(
+        "Distances of random pairs of faces",
+        "distance",
+        (Series("pairs", bounds, heights),),
+        (Mark(info.distance, "threshold"),),
+        log=True,
+    )
 
 
-def stricter_threshold(graph: Graph) -> float:
-    """Return a similarity above the threshold, from which two faces are one person with little doubt."""
+def find_stricter_threshold(graph: Graph) -> float:
+    """Find a similarity above the threshold, from which two faces are one person with little doubt."""
     threshold = graph.info.threshold
     if threshold.estimated:
-        estimated = estimate(graph.histogram, len(graph.nodes), _DOUBT * threshold.impostors)
-        if estimated:
-            return max(estimated.similarity, threshold.similarity)
-    return threshold.similarity + _STRICTER
+        stricter = estimate_threshold(graph.histogram, len(graph.nodes), _STRICTER_SHARE * threshold.impostors)
+        if stricter:
+            return max(stricter.similarity, threshold.similarity)
+    return threshold.similarity + _STRICTER_SIMILARITY
 
 
 def cap_density(density: Float32, threshold: float, reach: float) -> Float32:

@@ -1,4 +1,4 @@
-"""A finished graph in a folder: nodes, densities, the cohort, edges, and what was measured when it was made."""
+"""A finished graph in a folder: nodes, densities, the cohort, edges, and what was measured when it was built."""
 
 import json
 import os
@@ -18,16 +18,46 @@ from facepipe.storage import replace_file
 from facepipe.types import Float32, Int64
 
 INFO = "graph.json"
-DENSITY, COHORT, HISTOGRAM, REPRESENTATIVES = "density.npy", "cohort.npy", "histogram.npy", "representatives.npy"
+DENSITY = "density.npy"
+COHORT = "cohort.npy"
+HISTOGRAM = "histogram.npy"
+REPRESENTATIVES = "representatives.npy"
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """What a graph is built from: another source needs another graph.
+
+    Attributes:
+        galleries: Ids of the galleries.
+        versions: Versions of their tables.
+        settings: All settings that decide the graph, as JSON.
+    """
+
+    galleries: tuple[str, ...]
+    versions: tuple[int, ...]
+    settings: str
 
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What a graph is of, and how good it is.
+    """What a graph is built from, and how good it is. Stored as JSON.
 
-    galleries, versions: the tables, by id; settings: all that decided it; threshold: similarity of an edge at least;
-    recall: share of the edges that comparing all faces finds for a sample of faces; sampled: edges of that sample;
-    exact: every face was compared with every other
+    Attributes:
+        galleries: Ids of the galleries.
+        versions: Versions of their tables.
+        settings: All settings that decided the graph, as JSON.
+        faces: Nodes.
+        edges: Edges.
+        cells: Cells that faces were compared in.
+        each: Cells per face.
+        most: Neighbours per face in a crowded cell.
+        exact: Whether every face was compared with every other.
+        threshold: Similarity of an edge at least.
+        mean_density: Mean density of the faces.
+        recall: Share of the true edges of a sample of faces that the graph holds.
+        sampled: True edges of that sample.
+        seconds: Wall clock.
     """
 
     galleries: tuple[str, ...]
@@ -46,17 +76,29 @@ class GraphInfo:
     seconds: float
 
     @property
-    def distance(self) -> float:
-        """The threshold as the Euclidean distance at which it lies for two faces of mean density."""
-        return self.distance_at(self.threshold.similarity)
+    def source(self) -> GraphSource:
+        """What the graph is built from."""
+        return GraphSource(self.galleries, self.versions, self.settings)
 
-    def distance_at(self, value: float) -> float:
-        """A similarity as the Euclidean distance of two faces of mean density."""
-        return float(np.sqrt(max(0.0, 2 - 2 * (value + self.mean_density))))
+    @property
+    def distance(self) -> float:
+        """The threshold as the Euclidean distance of two faces of mean density."""
+        return self.to_distance(self.threshold.similarity)
+
+    def to_distance(self, similarity: float) -> float:
+        """Convert a similarity to the Euclidean distance of two faces of mean density."""
+        return float(np.sqrt(max(0.0, 2 - 2 * (similarity + self.mean_density))))
 
 
 class Graph:
-    """Opened read-only; positions of nodes are what everything built on it speaks of."""
+    """A graph, opened read-only. Faces are given by their positions in the nodes.
+
+    Attributes:
+        folder: Path.
+        info: What it is built from, and how good it is.
+        nodes: Faces.
+        edges: Pairs of near faces.
+    """
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -66,48 +108,54 @@ class Graph:
 
     @cached_property
     def density(self) -> Float32:
-        """(n,) how crowded the space around each face is."""
-        return np.asarray(self._array(DENSITY), np.float32)
+        """Densities (n,): how crowded the space around each face is."""
+        return np.asarray(self._load(DENSITY), np.float32)
 
     @cached_property
     def cohort(self) -> Cohort:
-        """What densities were computed with, for faces that come later."""
-        return Cohort(self._array(COHORT))
+        """The cohort that densities were computed with, for faces that are added later."""
+        return Cohort(self._load(COHORT))
 
     @cached_property
     def representatives(self) -> Int64:
-        """(n,) the first node with the same vector, bit by bit."""
-        return np.asarray(self._array(REPRESENTATIVES), np.int64)
+        """Positions (n,) of the first node with the same vector, bit by bit."""
+        return np.asarray(self._load(REPRESENTATIVES), np.int64)
 
     @cached_property
     def histogram(self) -> Int64:
-        """Counts of similarities of random pairs, in bins of facepipe.curation.graph.threshold.EDGES."""
-        return np.asarray(self._array(HISTOGRAM), np.int64)
+        """Counts of similarities of random pairs, in bins of facepipe.curation.graph.threshold.BIN_EDGES."""
+        return np.asarray(self._load(HISTOGRAM), np.int64)
 
-    def _array(self, name: str) -> Any:
+    def _load(self, name: str) -> Any:
         try:
             return np.load(os.path.join(self.folder, name))
         except (OSError, ValueError, EOFError) as error:
             raise StorageError(f"the graph in {self.folder!r} is damaged ({name}): delete the folder") from error
 
     def compute_similarity(self, pairs: Pairs) -> Float32:
-        """(m,) similarities of edges."""
+        """Compute the similarities (m,) of edges."""
         return compute_similarity(pairs.distance, self.density[pairs.u], self.density[pairs.v])
 
 
 def read_info(folder: str) -> GraphInfo:
-    """What the graph in a folder is of."""
+    """Read what the graph in a folder is built from.
+
+    Raises:
+        StorageError: there is no finished graph.
+    """
     try:
         with open(os.path.join(folder, INFO), encoding="utf-8") as file:
-            found = json.load(file)
-        found["threshold"] = Threshold(**found["threshold"])
-        return GraphInfo(**{**found, "galleries": tuple(found["galleries"]), "versions": tuple(found["versions"])})
+            values = json.load(file)
+        values["threshold"] = Threshold(**values["threshold"])
+        values["galleries"] = tuple(values["galleries"])
+        values["versions"] = tuple(values["versions"])
+        return GraphInfo(**values)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StorageError(f"no graph in {folder!r}: {error}") from error
 
 
 def write_info(folder: str, info: GraphInfo) -> None:
-    """Write what makes the folder a finished graph."""
+    """Write the file that makes the folder a finished graph."""
     path = os.path.join(folder, INFO)
     with replace_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         json.dump(asdict(info), file, indent=1)

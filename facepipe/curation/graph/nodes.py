@@ -1,4 +1,4 @@
-"""The graph's nodes: every face's id and vector in files, sorted by id: nothing depends on the table's order."""
+"""The graph's nodes: every face's id and vector in files, sorted by id, so that the table's order does not matter."""
 
 import os
 from collections.abc import Sequence
@@ -9,20 +9,27 @@ import numpy.typing as npt
 
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.rows import SkippedRows, read_face_rows
+from facepipe.index.rows import read_face_rows
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
 
-_IDS, _SIDES, _VECTORS = "ids.npy", "sides.npy", "vectors.npy"
-_HASHED = 65536  # rows hashed at a time
+_IDS = "ids.npy"
+_SIDES = "sides.npy"
+_VECTORS = "vectors.npy"
+_ROWS_PER_HASH = 65536  # hashed at a time
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """n faces: ids (n,) int64 rising, sides (n,) int8 (which gallery), vectors (n, 128) float32 of unit norm.
+    """Faces, sorted by id and side.
 
-    The same face can be in two galleries under one id; it is then two nodes, told apart by their side.
+    The same face can be in two galleries under one id. It is then two nodes, which their sides tell apart.
+
+    Attributes:
+        ids: Face ids (n,), rising.
+        sides: Number (n,) of the gallery that holds the face.
+        vectors: Unit vectors (n, 128).
     """
 
     ids: Int64
@@ -33,36 +40,39 @@ class Nodes:
         return len(self.ids)
 
     def find(self, ids: Int64, side: int = 0) -> Int64:
-        """Positions (m,) of face ids (m,) of one gallery; -1 for those that are no nodes."""
+        """Find the positions (m,) of face ids (m,) of one gallery; -1 for those that are not nodes."""
         if not len(self.ids):
             return np.full(len(ids), -1, np.int64)
         at = np.searchsorted(self.ids, ids)
-        for _ in range(2):  # an id stands at most twice, once a side
-            here = np.minimum(at, len(self.ids) - 1)
-            hit = (self.ids[here] == ids) & (self.sides[here] == side)
-            at = np.where(hit, at, at + 1)
-        back = np.minimum(at, len(self.ids) - 1)
-        return np.where((self.ids[back] == ids) & (self.sides[back] == side), back, -1)
+        for _ in range(2):  # an id is there at most twice, once per side
+            at = np.where(self._is_at(at, ids, side), at, at + 1)
+        last = np.minimum(at, len(self.ids) - 1)
+        return np.where(self._is_at(at, ids, side), last, -1)
+
+    def _is_at(self, at: Int64, ids: Int64, side: int) -> npt.NDArray[np.bool_]:
+        inside = np.minimum(at, len(self.ids) - 1)
+        return np.asarray((self.ids[inside] == ids) & (self.sides[inside] == side))
 
 
-def collect(galleries: Sequence[Gallery], folder: str) -> Nodes:
-    """Write the nodes of galleries to files; two passes over the tables, 17 bytes of memory a face."""
-    keys = [_keys(gallery) for gallery in galleries]
-    ids = np.concatenate([*keys, np.empty(0, np.int64)])
-    sides = np.repeat(np.arange(len(keys), dtype=np.int8), [len(k) for k in keys])
+def collect_nodes(galleries: Sequence[Gallery], folder: str) -> Nodes:
+    """Write the nodes of galleries to files. Takes two passes over the tables, and 17 bytes of memory per face."""
+    ids_per_side = [_read_ids(gallery) for gallery in galleries]
+    ids = np.concatenate([*ids_per_side, np.empty(0, np.int64)])
+    sides = np.repeat(np.arange(len(galleries), dtype=np.int8), [len(part) for part in ids_per_side])
     order = np.lexsort((sides, ids))
     try:
         np.save(os.path.join(folder, _IDS), ids[order])
         np.save(os.path.join(folder, _SIDES), sides[order])
-        shape = (len(ids), EMBEDDING_DIM)
-        path = os.path.join(folder, _VECTORS)
-        vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
+        vectors = np.lib.format.open_memmap(
+            os.path.join(folder, _VECTORS), mode="w+", dtype=np.float32, shape=(len(ids), EMBEDDING_DIM)
+        )
+        # The vectors go straight to their sorted positions.
+        position = np.empty(len(order), np.int64)
+        position[order] = np.arange(len(order))
         at = 0
         for gallery in galleries:
-            for rows in read_face_rows(gallery.faces_folder, _paths(gallery)):
-                vectors[rank[at : at + len(rows)]] = rows.vectors
+            for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery)):
+                vectors[position[at : at + len(rows)]] = rows.vectors
                 at += len(rows)
         vectors.flush()
     except OSError as error:
@@ -71,37 +81,45 @@ def collect(galleries: Sequence[Gallery], folder: str) -> Nodes:
 
 
 def open_nodes(folder: str) -> Nodes:
-    """Nodes written before; the vectors are mapped, not read."""
+    """Open the nodes in a folder. The vectors are mapped, not read."""
     try:
-        ids, sides = (np.load(os.path.join(folder, name)) for name in (_IDS, _SIDES))
+        ids = np.load(os.path.join(folder, _IDS))
+        sides = np.load(os.path.join(folder, _SIDES))
         vectors = np.load(os.path.join(folder, _VECTORS), mmap_mode="r" if len(ids) else None)
     except (OSError, ValueError, EOFError) as error:
         raise StorageError(f"cannot read the nodes in {folder!r}: {error}") from error
     return Nodes(ids, sides, vectors)
 
 
-def representatives(vectors: Float32) -> Int64:
-    """(n,) position of the first vector that is equal in every bit: copies would crowd out all other neighbours."""
+def find_representatives(vectors: Float32) -> Int64:
+    """Find for each vector the first one that equals it in every bit, since copies would crowd out other neighbours.
+
+    Args:
+        vectors: (n, 128).
+
+    Returns:
+        Positions (n,); its own for a vector without an earlier copy.
+    """
     weights = np.random.default_rng(0).integers(1, 1 << 63, EMBEDDING_DIM, dtype=np.uint64) | np.uint64(1)
     hashes = np.empty(len(vectors), np.uint64)
-    for at in range(0, len(vectors), _HASHED):
-        bits = np.ascontiguousarray(vectors[at : at + _HASHED]).view(np.uint32).astype(np.uint64)
-        hashes[at : at + _HASHED] = (bits * weights).sum(axis=1, dtype=np.uint64)
+    for at in range(0, len(vectors), _ROWS_PER_HASH):
+        bits = np.ascontiguousarray(vectors[at : at + _ROWS_PER_HASH]).view(np.uint32).astype(np.uint64)
+        hashes[at : at + _ROWS_PER_HASH] = (bits * weights).sum(axis=1, dtype=np.uint64)
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    found = first[inverse].astype(np.int64)
-    moved = np.flatnonzero(found != np.arange(len(found)))
-    for at in range(0, len(moved), _HASHED):  # a hash can collide: bits decide
-        part = moved[at : at + _HASHED]
-        same = (vectors[part] == vectors[found[part]]).all(axis=1)
-        found[part[~same]] = part[~same]
-    return found
+    representatives = first[inverse].astype(np.int64)
+    # A hash can collide: the bits decide.
+    copies = np.flatnonzero(representatives != np.arange(len(representatives)))
+    for at in range(0, len(copies), _ROWS_PER_HASH):
+        part = copies[at : at + _ROWS_PER_HASH]
+        is_equal = (vectors[part] == vectors[representatives[part]]).all(axis=1)
+        representatives[part[~is_equal]] = part[~is_equal]
+    return representatives
 
 
-def _keys(gallery: Gallery) -> Int64:
-    skipped = SkippedRows()
-    parts = [rows.ids for rows in read_face_rows(gallery.faces_folder, _paths(gallery), skipped=skipped)]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+def _read_ids(gallery: Gallery) -> Int64:
+    parts = [rows.ids for rows in read_face_rows(gallery.faces_folder, _list_paths(gallery))]
+    return np.concatenate([*parts, np.empty(0, np.int64)])
 
 
-def _paths(gallery: Gallery) -> list[str]:
-    return sorted(file["path"] for file in gallery.files())
+def _list_paths(gallery: Gallery) -> list[str]:
+    return sorted(entry["path"] for entry in gallery.files())

@@ -350,17 +350,17 @@ def test_a_graph_on_a_device_is_that_of_the_cpu(
     """Exact where cells would do without: `cpu:0` is torch's CPU."""
     inline = GraphRunConfig("inline", device="cpu")
     plain = open_graph([gallery], GraphConfig(), inline, str(tmp_path / "plain"))
-    monkeypatch.setattr(cells, "SMALL", 500)
+    monkeypatch.setattr(cells, "MAX_EXACT_FACES", 500)
     assert not open_graph([gallery], GraphConfig(), inline, str(tmp_path / "cells")).info.exact
     monkeypatch.setattr(pipelines.graph, "resolve_device", lambda name: device)
-    monkeypatch.setattr(cells, "all_are_compared", lambda count, cores, gpu: gpu)
+    monkeypatch.setattr(pipelines.graph, "should_compare_all", lambda count, cores, gpu: gpu)
     lines: list[str] = []
     run = GraphRunConfig("inline", device="cuda")
     exact = open_graph([gallery], GraphConfig(), run, str(tmp_path / "exact"), lines.append)
     assert exact.info.exact
     assert exact.info.recall == 1.0
     assert "edges: task 1 of 1" in " ".join(lines)
-    found, expected = exact.edges.within(2.0), plain.edges.within(2.0)
+    found, expected = exact.edges.read_within(2.0), plain.edges.read_within(2.0)
     order, other = np.lexsort((found.v, found.u)), np.lexsort((expected.v, expected.u))
     for name in ("u", "v", "distance"):
         assert np.array_equal(getattr(found, name)[order], getattr(expected, name)[other])
@@ -368,12 +368,12 @@ def test_a_graph_on_a_device_is_that_of_the_cpu(
 
 def test_a_gpu_pays_from_some_size_on() -> None:
     """Not for a handful of faces or queries, for which it would have to be started."""
-    assert not cells.all_are_compared(100_000, 2, gpu=False)
-    assert cells.all_are_compared(10_000_000, 16, gpu=True)
+    assert not cells.should_compare_all(100_000, 2, gpu=False)
+    assert cells.should_compare_all(10_000_000, 16, gpu=True)
     assert cost.is_device_cheaper(10_000_000, cost.ScanWork(20_000, 10**6, 10, 16, gpu=True))
     assert not cost.is_device_cheaper(10_000_000, cost.ScanWork(20_000, 10**6, 10, 16, gpu=False))
     assert not cost.is_device_cheaper(10_000, cost.ScanWork(100, 100, 10, 2, gpu=True))
-    seconds = [pipelines.graph.cost.all_pairs(n, 16, gpu=True) for n in (10**4, 10**6, 10**7, 10**8)]
+    seconds = [pipelines.graph.estimate_all_pairs(n, 16, gpu=True) for n in (10**4, 10**6, 10**7, 10**8)]
     assert seconds == sorted(seconds)
 
 
@@ -412,17 +412,17 @@ class Gpus:
 def test_k_means_goes_to_gpus_and_comes_back(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = drawn(3000, "clustered", 1)
     plan = make_plan(3000, 1 << 40, 0, "IVF16,Flat")
-    monkeypatch.setattr(cells, "SMALL", 500)
+    monkeypatch.setattr(cells, "MAX_EXACT_FACES", 500)
     first = template.train_template(sample, plan)
     centroids = faiss.extract_index_ivf(first).quantizer.reconstruct_n(0, 16)
-    centres = cells.train(sample, 0).centres
+    centres = cells.train_cells(sample, 0).centres
     there, said = Gpus(fails), list[str]()
     monkeypatch.setattr(engine, "faiss", there)
     again = template.train_template(sample, plan, said.append)
     ivf = faiss.extract_index_ivf(again)
     assert ivf.clustering_index is None
     assert np.array_equal(ivf.quantizer.reconstruct_n(0, 16), centroids)
-    assert np.array_equal(cells.train(sample, 0, said.append).centres, centres)
+    assert np.array_equal(cells.train_cells(sample, 0, said.append).centres, centres)
     assert there.made == 2
     expected = (
         "faiss sees 2 GPUs and cannot train on them (CUDA driver version is insufficient): k-means runs on the CPU"

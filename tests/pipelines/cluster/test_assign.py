@@ -396,9 +396,9 @@ def test_assign_is_by_the_mean_over_a_clusters_faces(known: int) -> None:
     """Against a double loop."""
     truth = np.repeat(np.arange(known), 4)
     old, new = Faces().draw(truth, 0), Faces().draw(np.arange(8), 1)
-    singles = Clusters.single(old, np.zeros(len(old), np.float32))
-    clusters = singles.merged(truth) if known else singles
-    placed = assign_faces(Clusters.single(new, np.zeros(8, np.float32)), clusters, 0.91, np.empty((0, 2), np.int64))
+    singles = Clusters.from_faces(old, np.zeros(len(old), np.float32))
+    clusters = singles.merge(truth) if known else singles
+    placed = assign_faces(Clusters.from_faces(new, np.zeros(8, np.float32)), clusters, 0.91, np.empty((0, 2), np.int64))
     mean = np.array([[(new[n] @ old[truth == k].T).mean() for k in range(known)] for n in range(8)]).reshape(8, known)
     best = mean.argmax(axis=1) if known else np.zeros(8, int)
     near = mean.max(axis=1, initial=-1) >= 0.91

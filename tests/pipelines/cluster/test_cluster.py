@@ -287,7 +287,7 @@ def test_an_interrupted_run_leaves_the_old_report(gallery: Gallery, monkeypatch:
             make(gallery, identities=True)
     assert {path.name: path.read_bytes() for path in report.iterdir()} == before
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.graph._join", stopped)  # the graph is there
+        patch.setattr("pipelines.graph.join_cells", stopped)  # the graph is there
         summary = make(gallery, identities=True)
     sound(gallery, summary)
     assert tables.read_cluster_table(gallery.path, tables.FACES).num_rows == COUNT

@@ -49,7 +49,7 @@ def night(gallery: str, new: set[str], *layers: dict[str, Any]) -> tuple[NewSumm
     config = build(DedupConfig, *layers)
     summary = run(config, gallery)
     dedup(config, gallery)
-    near = Graph(os.path.join(gallery, "reports", "graph")).edges.within(config.dedup.radius)
+    near = Graph(os.path.join(gallery, "reports", "graph")).edges.read_within(config.dedup.radius)
     assert np.bincount(np.concatenate([near.u, near.v]), minlength=1).max() < 32, "no crowd: nights list all its pairs"
     mine, whole = report(gallery, "dedup-new"), report(gallery, "dedup")
     same_pairs(mine["pairs"], [row for row in whole["pairs"] if {row["uri_a"], row["uri_b"]} & new])

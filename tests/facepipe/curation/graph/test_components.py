@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.curation.graph.components import components, numbered
+from facepipe.curation.graph.components import find_components, renumber_labels
 
 Graph = tuple[int, np.ndarray, np.ndarray]
 
@@ -18,7 +18,7 @@ def build_graph(count: int, edges: set[tuple[int, int]]) -> Graph:
 def draw_groups(seed: int) -> tuple[np.ndarray, Graph]:
     """Draw 40 groups of 400 nodes, and a graph that joins each by a path and four of five of its other pairs."""
     rng = np.random.default_rng(seed)
-    truth = numbered(rng.integers(0, 40, 400))
+    truth = renumber_labels(rng.integers(0, 40, 400))
     edges = set()
     for label in np.unique(truth):
         members = np.flatnonzero(truth == label).tolist()
@@ -38,7 +38,7 @@ def assert_canonical(labels: np.ndarray, count: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_that_do_not_touch_are_found(seed: int) -> None:
     truth, graph = draw_groups(seed)
-    assert np.array_equal(components(*graph), truth)
+    assert np.array_equal(find_components(*graph), truth)
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,28 +48,28 @@ def test_labels_do_not_depend_on_the_order_of_edges(seed: int, count: int, m: in
     ends = rng.integers(0, count, (m, 2)).tolist()
     _, u, v = build_graph(count, {(min(e), max(e)) for e in ends if e[0] != e[1]})
     before = [u.copy(), v.copy()]
-    labels = components(count, u, v)
+    labels = find_components(count, u, v)
     assert_canonical(labels, count)
     assert (labels[u] == labels[v]).all()
     order = rng.permutation(len(u))
-    assert np.array_equal(components(count, u[order], v[order]), labels)
+    assert np.array_equal(find_components(count, u[order], v[order]), labels)
     assert all(np.array_equal(a, b) for a, b in zip(before, (u, v), strict=True)), "arguments are not changed"
 
 
 def test_odd_graphs() -> None:
     for count in (0, 1, 5):
-        labels = components(*build_graph(count, set()))
+        labels = find_components(*build_graph(count, set()))
         assert labels.dtype == np.int64
         assert np.array_equal(labels, np.arange(count))
-    assert np.array_equal(components(*build_graph(2, {(0, 1)})), [0, 0])
-    assert np.array_equal(components(*build_graph(6, {(1, 3), (1, 5), (3, 5)})), [0, 1, 2, 1, 3, 1])
-    assert components(*build_graph(200, {(n, n + 1) for n in range(199)})).max() == 0
+    assert np.array_equal(find_components(*build_graph(2, {(0, 1)})), [0, 0])
+    assert np.array_equal(find_components(*build_graph(6, {(1, 3), (1, 5), (3, 5)})), [0, 1, 2, 1, 3, 1])
+    assert find_components(*build_graph(200, {(n, n + 1) for n in range(199)})).max() == 0
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=21))
 def test_numbering(labels: list[int]) -> None:
     before = np.array(labels, np.int64) % max(1, len(labels))
-    after = numbered(before)
+    after = renumber_labels(before)
     assert_canonical(after, len(labels))
     assert np.array_equal(after[:, None] == after[None], before[:, None] == before[None])

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.curation.graph import Graph, cells, edges, truth
-from facepipe.curation.graph.cells import Cells, Layout
+from facepipe.curation.graph.cells import CellLayout, Cells
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.nodes import Nodes, collect, open_nodes, representatives
-from facepipe.curation.graph.threshold import estimate, histogram
+from facepipe.curation.graph.nodes import Nodes, collect_nodes, find_representatives, open_nodes
+from facepipe.curation.graph.threshold import count_similarities, estimate_threshold
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.nearest.join import find_candidate_pairs
@@ -62,7 +62,7 @@ def fill(path: Path, tables: list[pa.Table]) -> Gallery:
 
 def collected(galleries: list[Gallery], folder: Path) -> Nodes:
     folder.mkdir()
-    return collect(galleries, str(folder))
+    return collect_nodes(galleries, str(folder))
 
 
 # --- nodes ---------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_nothing_depends_on_the_order_of_rows_and_files(tmp_path: Path) -> None:
     for found in nodes:
         assert np.array_equal(found.ids, nodes[0].ids)
         assert np.array_equal(found.vectors, expected)
-        densities.append(Cohort.draw(found.vectors, 0).density(found.vectors))
+        densities.append(Cohort.draw(found.vectors, 0).compute_density(found.vectors))
     assert np.array_equal(densities[0], densities[1])
     joined = [find_candidate_pairs(found.vectors, densities[0], 0.03, 32) for found in nodes]
     assert len(joined[0][0]) > 300
@@ -101,7 +101,7 @@ def test_two_galleries_in_one_graph(tmp_path: Path) -> None:
         assert np.array_equal(nodes.vectors[at], vectors)
     own = np.setdiff1d(sides[1].vectors()[0], sides[0].vectors()[0])
     assert (nodes.find(own, 0) == -1).all()
-    copies = representatives(nodes.vectors)
+    copies = find_representatives(nodes.vectors)
     assert (copies != np.arange(400)).sum() == 100
 
 
@@ -139,7 +139,7 @@ def test_representatives_are_the_first_copies_and_nothing_else(seed: int, count:
     vectors[near, 127] = np.nextafter(vectors[near, 127], np.float32(2))  # another bit, another vector
     first: dict[bytes, int] = {}
     expected = [first.setdefault(row.tobytes(), n) for n, row in enumerate(vectors)]
-    assert representatives(vectors).tolist() == expected
+    assert find_representatives(vectors).tolist() == expected
 
 
 def test_equal_hashes_do_not_make_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_equal_hashes_do_not_make_copies(monkeypatch: pytest.MonkeyPatch) -> Non
     vectors = sphere(40, 1)
     turned = vectors[:, ::-1]  # the same numbers in another order: the same sum
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Zeros())
-    found = representatives(np.concatenate([vectors, turned, vectors]))
+    found = find_representatives(np.concatenate([vectors, turned, vectors]))
     assert (found[:80] == np.arange(80)).all()
     assert np.array_equal(found[80:], np.arange(40))
 
@@ -229,7 +229,7 @@ def test_a_face_at_the_edge_of_a_crowd_keeps_its_nearest(order: str, monkeypatch
 @pytest.mark.parametrize("rows_", [1, 7, 100, 384, 5000])
 def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, vectors = drawn(800)
-    density = Cohort.draw(vectors, 0).density(vectors)
+    density = Cohort.draw(vectors, 0).compute_density(vectors)
     whole = refine_pairs(vectors, density, *find_candidate_pairs(vectors, density, 0.02, 100), 0.02)
     monkeypatch.setattr("facepipe.nearest.join._ROWS", rows_)
     cut = refine_pairs(vectors, density, *find_candidate_pairs(vectors, density, 0.02, 100), 0.02)
@@ -242,12 +242,12 @@ def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pyte
 def test_densities_do_not_depend_on_what_else_is_asked() -> None:
     _, vectors = drawn(1000)
     cohort = Cohort.draw(vectors, 0)
-    whole = cohort.density(vectors)
-    parts = np.concatenate([cohort.density(vectors[at : at + 77]) for at in range(0, 1000, 77)])
+    whole = cohort.compute_density(vectors)
+    parts = np.concatenate([cohort.compute_density(vectors[at : at + 77]) for at in range(0, 1000, 77)])
     assert np.abs(whole - parts).max() < 1e-6
     product = np.sort(vectors @ cohort.vectors.T, axis=1)[:, ::-1]
     assert np.allclose(whole, product[:, 20:100].mean(axis=1), atol=1e-5)
-    assert (Cohort.none().density(vectors) == 0).all()
+    assert (Cohort.create_empty().compute_density(vectors) == 0).all()
     for few in (1, 2, 30):
         small = Cohort.draw(vectors[:few], 0)
         assert np.isfinite(small.density(vectors[:few])).all()
@@ -270,24 +270,24 @@ def test_every_pair_that_shares_a_cell_is_met_once(
     folder = str(tmp_path_factory.mktemp("cells"))
     vectors = sphere(count, seed, 3.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "_BLOCK", block)
-        layout = Layout.make(vectors, Cells(sphere(number, seed + 1, 3.0), each), folder)
+        patch.setattr(cells, "_BLOCK_ROWS", block)
+        layout = CellLayout.build(vectors, Cells(sphere(number, seed + 1, 3.0), each), folder)
     each = min(each, number)
     assert layout.assigned.shape == (count, each)
     for cell in range(number):
-        assert layout.inside(cell).tolist() == np.flatnonzero((layout.assigned == cell).any(axis=1)).tolist()
+        assert layout.get_faces(cell).tolist() == np.flatnonzero((layout.assigned == cell).any(axis=1)).tolist()
     met: list[tuple[int, int]] = []
     for cell in range(number):
-        inside = layout.inside(cell)
+        inside = layout.get_faces(cell)
         u, v = np.triu_indices(len(inside), 1)
-        new = layout.first_met(cell, inside, u, v)
+        new = layout.mask_first_shared(cell, inside, u, v)
         met += zip(inside[u[new]].tolist(), inside[v[new]].tolist(), strict=True)
     left, right = np.triu_indices(count, 1)
-    meet = cells.shared(layout.assigned[left], layout.assigned[right], each)
+    meet = cells.mask_shared(layout.assigned[left], layout.assigned[right], each)
     sets = [set(row) for row in layout.assigned.tolist()]
     assert meet.tolist() == [bool(sets[a] & sets[b]) for a, b in zip(left, right, strict=True)]
     assert sorted(met) == sorted(zip(left[meet].tolist(), right[meet].tolist(), strict=True))
-    again = Layout.open(folder)
+    again = CellLayout.open(folder)
     assert all(np.array_equal(getattr(again, name), getattr(layout, name)) for name in ("assigned", "faces", "begins"))
 
 
@@ -303,8 +303,8 @@ def test_faces_lie_in_their_nearest_cells() -> None:
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=30), st.floats(0.1, 2000))
 def test_work_covers_all_cells_once(sizes: list[int], tasks_of: float) -> None:
     begins = np.concatenate([[0], np.cumsum(sizes)])
-    layout = Layout(np.empty((0, 1), np.int32), np.empty(0, np.int64), begins)
-    ranges = list(layout.work(tasks_of))
+    layout = CellLayout(np.empty((0, 1), np.int32), np.empty(0, np.int64), begins)
+    ranges = list(layout.split_work(tasks_of))
     assert [cell for first, last in ranges for cell in range(first, last)] == list(range(len(sizes)))
     cost = [sum(size**2 / 2 for size in sizes[first:last]) for first, last in ranges]
     assert all(
@@ -314,11 +314,11 @@ def test_work_covers_all_cells_once(sizes: list[int], tasks_of: float) -> None:
 
 def test_cells_follow_the_data_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     _, vectors = drawn(3000)
-    assert len(cells.train(vectors, 0).centres) == 1
-    monkeypatch.setattr(cells, "SMALL", 500)
-    made = cells.train(vectors, 0)
+    assert len(cells.train_cells(vectors, 0).centres) == 1
+    monkeypatch.setattr(cells, "MAX_EXACT_FACES", 500)
+    made = cells.train_cells(vectors, 0)
     assert len(made.centres) == 8
-    assert np.array_equal(made.centres, cells.train(vectors, 0).centres)
+    assert np.array_equal(made.centres, cells.train_cells(vectors, 0).centres)
     sizes = np.bincount(made.assign(vectors, 1).ravel(), minlength=8)
     assert sizes.min() > 30
 
@@ -332,9 +332,9 @@ def test_cells_follow_the_data_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float, impostors: float, seed: int) -> None:
     identities, vectors = drawn(count, mean, seed)
-    density = Cohort.draw(vectors, 0).density(vectors)
-    sample = truth.draw(count, 0)
-    found = estimate(histogram(vectors, density, sample), len(vectors), impostors)
+    density = Cohort.draw(vectors, 0).compute_density(vectors)
+    sample = truth.draw_sample(count, 0)
+    found = estimate_threshold(count_similarities(vectors, density, sample), len(vectors), impostors)
     assert found is not None
     assert found.estimated
     assert found.impostors <= impostors
@@ -349,8 +349,8 @@ def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float,
 
 def test_fewer_impostors_mean_a_higher_threshold() -> None:
     _, vectors = drawn(2000, mean=2)
-    counts = histogram(vectors, np.zeros(2000, np.float32), np.arange(2000))
-    found = [estimate(counts, len(vectors), share) for share in (0.5, 0.2, 0.05, 0.01)]
+    counts = count_similarities(vectors, np.zeros(2000, np.float32), np.arange(2000))
+    found = [estimate_threshold(counts, len(vectors), share) for share in (0.5, 0.2, 0.05, 0.01)]
     values = [one.similarity for one in found if one is not None]
     assert len(values) == 4
     assert values == sorted(values)
@@ -359,12 +359,12 @@ def test_fewer_impostors_mean_a_higher_threshold() -> None:
 
 def test_the_histogram_counts_every_pair_of_two_faces(monkeypatch: pytest.MonkeyPatch) -> None:
     _, vectors = drawn(700)
-    density = Cohort.draw(vectors, 0).density(vectors)
+    density = Cohort.draw(vectors, 0).compute_density(vectors)
     sample = np.arange(0, 700, 2)
-    counts = histogram(vectors, density, sample)
+    counts = count_similarities(vectors, density, sample)
     assert counts.sum() == 350 * 699
-    monkeypatch.setattr("facepipe.curation.graph.threshold._COLUMNS", 99)
-    cut = histogram(vectors, density, sample)
+    monkeypatch.setattr("facepipe.curation.graph.threshold._BLOCK_COLUMNS", 99)
+    cut = count_similarities(vectors, density, sample)
     assert np.abs(counts - cut).sum() <= 0.001 * counts.sum()  # products round differently at the bins' edges
     values = brute(vectors, density)[sample]
     assert counts[1200:].sum() == pytest.approx((values >= 0.1).sum(), abs=2)  # bins of 0.0005 from -0.5
@@ -374,16 +374,16 @@ def test_the_histogram_counts_every_pair_of_two_faces(monkeypatch: pytest.Monkey
 def test_few_persons_show_no_threshold(count: int, mean: float) -> None:
     """Their pairs are no smooth null distribution: better none than a wrong one."""
     _, vectors = drawn(count, mean)
-    density = Cohort.draw(vectors, 0).density(vectors)
-    assert estimate(histogram(vectors, density, np.arange(count)), count) is None
+    density = Cohort.draw(vectors, 0).compute_density(vectors)
+    assert estimate_threshold(count_similarities(vectors, density, np.arange(count)), count) is None
 
 
 def test_what_shows_no_threshold_gives_none() -> None:
-    assert estimate(np.zeros(3000, np.int64), 10) is None
+    assert estimate_threshold(np.zeros(3000, np.int64), 10) is None
     for vectors in (sphere(2, 1), np.repeat(sphere(1, 1), 400, axis=0), sphere(20, 1)):
-        counts = histogram(vectors, np.zeros(len(vectors), np.float32), np.arange(len(vectors)))
+        counts = count_similarities(vectors, np.zeros(len(vectors), np.float32), np.arange(len(vectors)))
         assert counts.sum() == len(vectors) * (len(vectors) - 1)
-        assert estimate(counts, 10) is None
+        assert estimate_threshold(counts, 10) is None
 
 
 @given(SEEDS, st.integers(1, 400), st.floats(0.001, 3), st.floats(0.001, 1))
@@ -392,8 +392,8 @@ def test_a_threshold_can_be_asked_of_any_faces(seed: int, count: int, spread: fl
     """One person, copies, no person twice: no crash, and what is found is a number."""
     vectors = sphere(count, seed, spread)
     vectors[: count // 3] = vectors[0]
-    density = Cohort.draw(vectors, 0).density(vectors)
-    found = estimate(histogram(vectors, density, np.arange(count)), count, impostors)
+    density = Cohort.draw(vectors, 0).compute_density(vectors)
+    found = estimate_threshold(count_similarities(vectors, density, np.arange(count)), count, impostors)
     if found is not None:
         assert -0.5 <= found.similarity <= 1
         assert 0 <= found.impostors <= 1
@@ -405,30 +405,30 @@ def test_a_threshold_can_be_asked_of_any_faces(seed: int, count: int, spread: fl
 @pytest.mark.parametrize("threshold", [0.02, 0.3, 2.0])
 def test_brute_force_has_all_true_edges(threshold: float) -> None:
     _, vectors = drawn(900)
-    density = Cohort.draw(vectors, 0).density(vectors)
+    density = Cohort.draw(vectors, 0).compute_density(vectors)
     wanted = brute(vectors, density)
     u, v = np.nonzero(np.triu(wanted >= threshold - 1e-6))
     edges_ = Pairs(u, v, np.zeros(len(u), np.float32))
-    sample = truth.draw(900, 1, budget=900 * 300)
+    sample = truth.draw_sample(900, 1, budget=900 * 300)
     assert len(sample) == 300
-    true = truth.true_edges(vectors, density, sample, threshold, 900)
+    true = truth.find_true_edges(vectors, density, sample, threshold, 900)
     assert len(true[0]) == pytest.approx((wanted[sample] >= threshold).sum(), abs=3)
-    assert truth.recall(sample, true, [edges_], 900) == 1
+    assert truth.measure_recall(sample, *true, [edges_], 900) == 1
     cut = np.array_split(np.random.default_rng(0).permutation(len(u)), 3)
-    assert truth.recall(sample, true, [edges_.take(part) for part in cut], 900) == 1
+    assert truth.measure_recall(sample, *true, [edges_.take(part) for part in cut], 900) == 1
     if len(true[0]):
-        assert truth.recall(sample, true, [], 900) == 0
+        assert truth.measure_recall(sample, *true, [], 900) == 0
         keys = [np.minimum(a, b) * 900 + np.maximum(a, b) for a, b in (true, (edges_.u, edges_.v))]
         half = edges_.take(cut[0])
         expected = np.isin(keys[0], half.u * 900 + half.v).mean()
-        assert truth.recall(sample, true, [half], 900) == pytest.approx(expected)
+        assert truth.measure_recall(sample, *true, [half], 900) == pytest.approx(expected)
 
 
 def test_true_edges_are_the_nearest_of_a_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("facepipe.curation.graph.truth._COLUMNS", 64)
+    monkeypatch.setattr("facepipe.curation.graph.truth._BLOCK_COLUMNS", 64)
     vectors = sphere(300, 1)
     wanted = brute(vectors, np.zeros(300, np.float32))
-    u, v = truth.true_edges(vectors, np.zeros(300, np.float32), np.arange(0, 300, 3), 0.0, 4)
+    u, v = truth.find_true_edges(vectors, np.zeros(300, np.float32), np.arange(0, 300, 3), 0.0, 4)
     for face in range(0, 300, 3):
         assert set(v[u == face].tolist()) == set(np.argsort(-wanted[face])[:4].tolist())
 
@@ -443,24 +443,24 @@ def test_edges_come_back_as_they_were_written(
     for n, size in enumerate(sizes):
         u = rng.integers(0, 2**32 - 1, size)
         parts.append(Pairs(u, u + 1, rng.uniform(0, 2, size).astype(np.float32)))
-        edges.write(parts[-1], edges.part(folder, n))
-    Path(edges.part(folder, 7) + ".abcd").touch()  # of a run that was killed
-    held, whole = edges.Edges(folder), edges.joined(parts)
+        edges.write_part(parts[-1], edges.get_part_path(folder, n))
+    Path(edges.get_part_path(folder, 7) + ".abcd").touch()  # of a run that was killed
+    held, whole = edges.Edges(folder), Pairs.concatenate(parts)
     assert len(held) == sum(sizes)
     assert len(held.paths()) == len(sizes)
-    for found in (edges.joined(list(held)), held.within(2.0)):
+    for found in (Pairs.concatenate(list(held)), held.read_within(2.0)):
         for name in ("u", "v", "distance"):
             assert np.array_equal(getattr(found, name), getattr(whole, name))
             assert getattr(found, name).dtype == getattr(whole, name).dtype
-    assert np.array_equal(held.within(0.7).u, whole.u[whole.distance <= 0.7])
+    assert np.array_equal(held.read_within(0.7).u, whole.u[whole.distance <= 0.7])
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no graph in"):
         Graph(str(tmp_path))
     with pytest.raises(StorageError, match="cannot write"):
-        edges.write(Pairs(*np.zeros((2, 1), np.int64), np.zeros(1, np.float32)), str(tmp_path / "no" / "x"))
-    Path(edges.part(str(tmp_path), 3)).write_bytes(b"PAR1 and nothing")
+        edges.write_part(Pairs(*np.zeros((2, 1), np.int64), np.zeros(1, np.float32)), str(tmp_path / "no" / "x"))
+    Path(edges.get_part_path(str(tmp_path), 3)).write_bytes(b"PAR1 and nothing")
     with pytest.raises(StorageError, match="edges-000003"):
-        edges.Edges(str(tmp_path)).within(1.0)
+        edges.Edges(str(tmp_path)).read_within(1.0)
     assert os.listdir(tmp_path) == ["edges-000003.parquet"]

@@ -10,8 +10,8 @@ from scipy.cluster.hierarchy import fcluster
 from scipy.cluster.hierarchy import linkage as scipy_linkage
 from scipy.spatial.distance import squareform
 
-from facepipe.curation.graph.components import numbered
-from facepipe.curation.graph.linkage import Clusters, average_linkage
+from facepipe.curation.graph.components import renumber_labels
+from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.join import find_candidate_pairs
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -48,7 +48,7 @@ def by_scipy(similarity: np.ndarray, quantile: float) -> tuple[np.ndarray, float
     gaps = np.argsort(-np.diff(heights))  # widest first
     near = min(gaps[: max(1, len(gaps) // 2)], key=lambda gap: abs(gap - at))
     cut = (heights[near] + heights[near + 1]) / 2
-    return numbered(fcluster(tree, cut, "distance").astype(np.int64) - 1), float(similarity.max() + 1 - cut)
+    return renumber_labels(fcluster(tree, cut, "distance").astype(np.int64) - 1), float(similarity.max() + 1 - cut)
 
 
 def random_case(seed: int, count: int, crowded: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +62,7 @@ def random_case(seed: int, count: int, crowded: bool) -> tuple[np.ndarray, np.nd
 def test_the_partition_is_that_of_scipy(seed: int, count: int, crowded: bool, quantile: float) -> None:
     vectors, density = random_case(seed, count, crowded)
     wanted, threshold = by_scipy(brute(vectors, density), quantile)
-    group, clusters = average_linkage(Clusters.single(vectors, density), *all_pairs(count), threshold)
+    group, clusters = merge_by_average_linkage(Clusters.from_faces(vectors, density), *all_pairs(count), threshold)
     assert np.array_equal(group, wanted)
     assert np.array_equal(clusters.size, np.bincount(wanted))
 
@@ -78,17 +78,19 @@ def test_neither_the_order_of_edges_nor_that_of_faces_counts(
     u, v = all_pairs(count)
     some = rng.random(len(u)) < 0.4
     u, v = u[some], v[some]
-    clusters = Clusters.single(vectors, density)
-    group, merged = average_linkage(clusters, u, v, threshold)
+    clusters = Clusters.from_faces(vectors, density)
+    group, merged = merge_by_average_linkage(clusters, u, v, threshold)
     order, turned = rng.permutation(len(u)), rng.random(len(u)) < 0.5
     again = np.concatenate([order, order[: len(order) // 2]])  # an edge may come twice
     left, right = np.where(turned, u, v)[again], np.where(turned, v, u)[again]
-    assert np.array_equal(average_linkage(clusters, left, right, threshold)[0], group)
+    assert np.array_equal(merge_by_average_linkage(clusters, left, right, threshold)[0], group)
     place = rng.permutation(count)
     moved = np.empty(count, np.int64)
     moved[place] = np.arange(count)
-    elsewhere, _ = average_linkage(Clusters.single(vectors[place], density[place]), moved[u], moved[v], threshold)
-    assert np.array_equal(numbered(elsewhere[moved]), group)
+    elsewhere, _ = merge_by_average_linkage(
+        Clusters.from_faces(vectors[place], density[place]), moved[u], moved[v], threshold
+    )
+    assert np.array_equal(renumber_labels(elsewhere[moved]), group)
     assert len(merged) == group.max() + 1
 
 
@@ -102,15 +104,15 @@ def test_forbidden_pairs_stay_apart(seed: int, count: int, quantile: float, most
     forbidden = forbidden[forbidden[:, 0] != forbidden[:, 1]]
     with pytest.MonkeyPatch.context() as patch:
         if hasty:  # leaves join stars from the first round
-            patch.setattr("facepipe.curation.graph.linkage._PATIENT", -1000)
+            patch.setattr("facepipe.curation.graph.linkage._STRICT_ROUNDS", -1000)
         u, v = all_pairs(count)
-        clusters = Clusters.single(vectors, density)
-        group, merged = average_linkage(clusters, u, v, threshold, forbidden)
-        free, _ = average_linkage(clusters, u, v, threshold)
+        clusters = Clusters.from_faces(vectors, density)
+        group, merged = merge_by_average_linkage(clusters, u, v, threshold, forbidden)
+        free, _ = merge_by_average_linkage(clusters, u, v, threshold)
     assert (group[forbidden[:, 0]] != group[forbidden[:, 1]]).all()
     # What is left apart must be: too far, or forbidden.
     left, right = all_pairs(len(merged))
-    near = merged.linkage(left, right) >= threshold + 1e-5
+    near = merged.compute_linkage(left, right) >= threshold + 1e-5
     barred = {frozenset(pair) for pair in group[forbidden].tolist()}
     assert all(frozenset(pair) in barred for pair in np.stack([left, right], axis=1)[near].tolist())
     if (free[forbidden[:, 0]] != free[forbidden[:, 1]]).all() and not hasty:
@@ -120,11 +122,11 @@ def test_forbidden_pairs_stay_apart(seed: int, count: int, quantile: float, most
 def test_a_pair_that_is_forbidden_does_not_hinder_others() -> None:
     """Two faces of one photo, and the person's other faces: each goes to one of them or to the rest."""
     vectors = faces(9, 1, 0.02, 0)
-    clusters = Clusters.single(vectors, np.zeros(9, np.float32))
-    group, merged = average_linkage(clusters, *all_pairs(9), 0.5, np.array([[4, 2]]))
+    clusters = Clusters.from_faces(vectors, np.zeros(9, np.float32))
+    group, merged = merge_by_average_linkage(clusters, *all_pairs(9), 0.5, np.array([[4, 2]]))
     assert len(merged) == 2
     assert group[2] != group[4]
-    none = average_linkage(clusters, *all_pairs(9), 0.5, np.empty((0, 2), np.int64))[0]
+    none = merge_by_average_linkage(clusters, *all_pairs(9), 0.5, np.empty((0, 2), np.int64))[0]
     assert (none == 0).all()
 
 
@@ -134,23 +136,23 @@ def test_sums_stand_for_all_pairs_of_faces(seed: int, count: int, groups: int) -
     """linkage, cohesion, means, density and merged against the faces themselves."""
     rng = np.random.default_rng(seed)
     vectors, density = random_case(seed, count, True)
-    single, group = Clusters.single(vectors, density), numbered(rng.integers(0, groups, count) % count)
+    single, group = Clusters.from_faces(vectors, density), renumber_labels(rng.integers(0, groups, count) % count)
     assert len(single) == count
-    assert (single.cohesion() == 1).all()
-    merged = single.merged(group)
+    assert (single.compute_cohesion() == 1).all()
+    merged = single.merge(group)
     similarity, cosine = brute(vectors, density), brute(vectors, np.zeros(count))
     held = [np.flatnonzero(group == n) for n in range(group.max() + 1)]
     assert merged.size.tolist() == [len(members) for members in held]
     assert np.allclose(merged.means, [vectors[members].mean(axis=0) for members in held], atol=1e-6)
     assert np.allclose(merged.density, [density[members].mean() for members in held], atol=1e-6)
-    for members, found in zip(held, merged.cohesion(), strict=True):
+    for members, found in zip(held, merged.compute_cohesion(), strict=True):
         inside = cosine[np.ix_(members, members)][~np.eye(len(members), dtype=bool)]
         assert found == pytest.approx(inside.mean() if inside.size else 1, abs=1e-5)
     u, v = all_pairs(len(held))
     expected = [similarity[np.ix_(held[a], held[b])].mean() for a, b in zip(u, v, strict=True)]
-    assert np.allclose(merged.linkage(u, v), expected, atol=1e-5)
-    again = numbered(rng.integers(0, groups, len(merged)) % len(merged))
-    twice, once = merged.merged(again), single.merged(again[group])
+    assert np.allclose(merged.compute_linkage(u, v), expected, atol=1e-5)
+    again = renumber_labels(rng.integers(0, groups, len(merged)) % len(merged))
+    twice, once = merged.merge(again), single.merge(again[group])
     assert np.allclose(twice.sums, once.sums, atol=1e-4)
     assert np.allclose(twice.crowd, once.crowd, atol=1e-4)
     assert np.array_equal(twice.size, once.size)
@@ -158,20 +160,20 @@ def test_sums_stand_for_all_pairs_of_faces(seed: int, count: int, groups: int) -
 
 
 def test_what_is_asked_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    clusters = Clusters.single(faces(60, 3, 0.1, 1), np.linspace(0, 0.5, 60, dtype=np.float32))
-    whole = clusters.linkage(*all_pairs(60))
+    clusters = Clusters.from_faces(faces(60, 3, 0.1, 1), np.linspace(0, 0.5, 60, dtype=np.float32))
+    whole = clusters.compute_linkage(*all_pairs(60))
     monkeypatch.setattr("facepipe.curation.graph.linkage._CHUNK", 7)
-    assert np.array_equal(clusters.linkage(*all_pairs(60)), whole)
+    assert np.array_equal(clusters.compute_linkage(*all_pairs(60)), whole)
 
 
 def test_faces_that_no_edge_joins_stay_alone() -> None:
     vectors = np.repeat(faces(1, 1, 0.1, 1), 4, axis=0)
-    clusters = Clusters.single(vectors, np.zeros(4, np.float32))
+    clusters = Clusters.from_faces(vectors, np.zeros(4, np.float32))
     for u, v in ((NONE, NONE), (np.array([1]), np.array([1]))):
-        group, merged = average_linkage(clusters, u, v, -1.0)
+        group, merged = merge_by_average_linkage(clusters, u, v, -1.0)
         assert group.tolist() == [0, 1, 2, 3]
         assert len(merged) == 4
-    group, merged = average_linkage(clusters, np.array([3]), np.array([1]), 0.9)
+    group, merged = merge_by_average_linkage(clusters, np.array([3]), np.array([1]), 0.9)
     assert group.tolist() == [0, 1, 2, 1]
     assert merged.size.tolist() == [1, 2, 1]
 
@@ -179,9 +181,9 @@ def test_faces_that_no_edge_joins_stay_alone() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_face_and_one(count: int) -> None:
     vectors = np.zeros((count, 128), np.float32)
-    group, merged = average_linkage(Clusters.single(vectors, np.zeros(count, np.float32)), NONE, NONE, 0.5)
+    group, merged = merge_by_average_linkage(Clusters.from_faces(vectors, np.zeros(count, np.float32)), NONE, NONE, 0.5)
     assert group.tolist() == list(range(count))
-    assert len(merged) == len(merged.cohesion()) == count
+    assert len(merged) == len(merged.compute_cohesion()) == count
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 64, 257])
@@ -191,12 +193,17 @@ def test_a_ring_of_equal_weights_ends(count: int, seed: int) -> None:
     vectors = np.repeat(faces(1, 1, 0.1, 1), count, axis=0)
     order = np.random.default_rng(seed).permutation(count)
     u, v = order, np.roll(order, 1)
-    group, merged = average_linkage(Clusters.single(vectors, np.zeros(count, np.float32)), u, v, 0.9)
+    group, merged = merge_by_average_linkage(Clusters.from_faces(vectors, np.zeros(count, np.float32)), u, v, 0.9)
     assert (group == 0).all()
     assert merged.size.tolist() == [count]
     if count < 100:
         assert (
-            len(average_linkage(Clusters.single(vectors, np.zeros(count, np.float32)), *all_pairs(count), 0.9)[1]) == 1
+            len(
+                merge_by_average_linkage(
+                    Clusters.from_faces(vectors, np.zeros(count, np.float32)), *all_pairs(count), 0.9
+                )[1]
+            )
+            == 1
         )
 
 
@@ -208,13 +215,13 @@ def test_a_large_identity_takes_few_rounds(kind: str, monkeypatch: pytest.Monkey
 
     from facepipe.curation.graph import linkage
 
-    one_round = linkage._round
+    one_round = linkage._find_merges
 
     def counted(state: Any, *rest: object) -> np.ndarray:
         edges_per_round.append(len(state.u))
         return one_round(state, *rest)
 
-    monkeypatch.setattr(linkage, "_round", counted)
+    monkeypatch.setattr(linkage, "_find_merges", counted)
     person, others = faces(count, 1, 0.05, 1), faces(count // 10, count // 10, 0.1, 2)[:, ::-1]
     vectors, density = np.concatenate([person, others]), np.zeros(count + len(others), np.float32)
     if kind == "star":
@@ -224,7 +231,7 @@ def test_a_large_identity_takes_few_rounds(kind: str, monkeypatch: pytest.Monkey
         u, v = np.repeat(np.arange(count), 20), centres.ravel()
         near = find_candidate_pairs(vectors[count:], density[count:], 0.5, 32)
         u, v = np.concatenate([u, near[0] + count]), np.concatenate([v, near[1] + count])
-    group, merged = average_linkage(Clusters.single(vectors, density), u, v, 0.5)
+    group, merged = merge_by_average_linkage(Clusters.from_faces(vectors, density), u, v, 0.5)
     assert (group[:count] == 0).all()
     assert merged.size[0] == count
     assert (group[count:] > 0).all()

@@ -1,0 +1,208 @@
+"""The steps that build a graph in a folder. Each leaves files, and a step whose files exist is not repeated."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from facepipe.curation.graph.calibration import CalibrationOptions, calibrate
+from facepipe.curation.graph.cells import CellLayout, Cells, choose_cells_per_face, create_single_cell, train_cells
+from facepipe.curation.graph.edges import get_part_path, write_part
+from facepipe.curation.graph.graph import COHORT, DENSITY, HISTOGRAM, REPRESENTATIVES
+from facepipe.curation.graph.nodes import Nodes, collect_nodes, find_representatives, open_nodes
+from facepipe.curation.graph.threshold import Threshold
+from facepipe.curation.graph.truth import draw_sample, find_true_edges
+from facepipe.gallery import Gallery
+from facepipe.nearest.join import find_candidate_pairs
+from facepipe.nearest.similarity import Pairs, refine_pairs
+from facepipe.storage import replace_file
+from facepipe.types import Float32, Int64
+
+_THRESHOLD = "threshold.json"
+_CELLS = "cells.npy"
+_CAPPED_DENSITY = "wide.npy"
+# Files that a finished graph does not need. The first says that the others exist, so that it is deleted first.
+_TEMPORARY = (_CELLS, "assigned.npy", "members.npy", "begins.npy", _CAPPED_DENSITY)
+_PAIRS_PER_TASK = 4e9  # some seconds of two cores
+_SAMPLE_BUDGET = 5e8  # comparisons to choose the cells by
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EdgeRule:
+    """Which pairs are edges.
+
+    Attributes:
+        threshold: Similarity of an edge at least.
+        max_neighbours: Neighbours per face in a crowded cell.
+    """
+
+    threshold: float
+    max_neighbours: int
+
+
+@dataclass(frozen=True)
+class EdgeTask:
+    """Some cells whose pairs are compared.
+
+    Attributes:
+        folder: Folder of the graph.
+        number: Of the task, and of the part that it writes.
+        first: First cell.
+        last: Cell behind the last one.
+        rule: Which pairs are edges.
+        device: Device that compares.
+    """
+
+    folder: str
+    number: int
+    first: int
+    last: int
+    rule: EdgeRule
+    device: str
+
+    @property
+    def path(self) -> str:
+        """Path of the part that the task writes."""
+        return get_part_path(self.folder, self.number)
+
+
+def prepare_nodes(galleries: Sequence[Gallery], folder: str, log: Log) -> Nodes:
+    """Collect the faces of the galleries, and find copies."""
+    path = os.path.join(folder, REPRESENTATIVES)
+    if not os.path.exists(path):
+        log("reading the faces")
+        nodes = collect_nodes(galleries, folder)
+        _save(path, find_representatives(nodes.vectors))
+    return open_nodes(folder)
+
+
+def prepare_calibration(nodes: Nodes, options: CalibrationOptions, folder: str, log: Log) -> tuple[Float32, Threshold]:
+    """Compute densities (n,) and threshold, or read them."""
+    path = os.path.join(folder, _THRESHOLD)
+    if os.path.exists(path):
+        with open(path) as file:
+            return np.load(os.path.join(folder, DENSITY)), Threshold(**json.load(file))
+    log(f"{len(nodes)} faces: estimating the threshold")
+    calibration = calibrate(nodes.vectors, options)
+    if not (calibration.threshold.estimated or options.threshold):
+        log("no clear threshold in the data: using the model's default")
+    _save(os.path.join(folder, DENSITY), calibration.density)
+    _save(os.path.join(folder, COHORT), calibration.cohort.vectors)
+    _save(os.path.join(folder, HISTOGRAM), calibration.counts)
+    # The threshold says that the other files exist, so that it comes last.
+    with replace_file(path) as unfinished, open(unfinished, "w") as file:
+        json.dump(asdict(calibration.threshold), file)
+    return calibration.density, calibration.threshold
+
+
+def prepare_cells(
+    nodes: Nodes,
+    density: Float32,
+    rule: EdgeRule,
+    *,
+    compare_all: Callable[[], bool],
+    recall: float,
+    seed: int,
+    folder: str,
+    log: Log,
+) -> Cells:
+    """Choose the cells, and the fewest of them per face that reach the recall on a sample; or read them.
+
+    Args:
+        nodes: faces.
+        density: capped densities (n,).
+        rule: which pairs are edges.
+        compare_all: says whether all faces are compared with all; is called only if cells are to be chosen.
+        recall: share of the true edges to find.
+        seed: of the samples.
+        folder: of the graph.
+        log: is called with a line per step.
+    """
+    path = os.path.join(folder, _CELLS)
+    if not os.path.exists(path):
+        cells = create_single_cell(nodes.vectors.shape[1])
+        if not compare_all():
+            cells = train_cells(nodes.vectors, seed, log)
+        if len(cells) > 1:
+            sample = draw_sample(len(nodes), seed, budget=_SAMPLE_BUDGET)
+            u, v = find_sample_edges(nodes, density, sample, rule, folder)
+            cells = choose_cells_per_face(cells, nodes.vectors, u, v, recall)
+            log(f"{len(cells)} cells, each face in {cells.each}")
+        CellLayout.build(nodes.vectors, cells, folder)
+        _save(path, cells.centres)
+    return Cells(np.load(path), CellLayout.open(folder).assigned.shape[1])
+
+
+def find_sample_edges(
+    nodes: Nodes, density: Float32, sample: Int64, rule: EdgeRule, folder: str
+) -> tuple[Int64, Int64]:
+    """Find the true edges (u (m,), v (m,)) of sampled faces.
+
+    Edges of copies are left out: a copy is joined to its representative and to no other face.
+    """
+    u, v = find_true_edges(nodes.vectors, density, sample, rule.threshold, rule.max_neighbours)
+    representatives = np.load(os.path.join(folder, REPRESENTATIVES))
+    is_first = (representatives[u] == u) & (representatives[v] == v)
+    return u[is_first], v[is_first]
+
+
+def plan_edge_tasks(density: Float32, rule: EdgeRule, folder: str, device: str) -> list[EdgeTask]:
+    """Split the cells into tasks, and save the capped densities (n,) for them."""
+    _save(os.path.join(folder, _CAPPED_DENSITY), density)
+    ranges = CellLayout.open(folder).split_work(_PAIRS_PER_TASK)
+    return [EdgeTask(folder, number, first, last, rule, device) for number, (first, last) in enumerate(ranges)]
+
+
+def join_cells(task: EdgeTask) -> int:
+    """Find the edges of a task's cells, write them as one part, and return their number."""
+    nodes = open_nodes(task.folder)
+    layout = CellLayout.open(task.folder)
+    density = np.load(os.path.join(task.folder, _CAPPED_DENSITY), mmap_mode="r")
+    representatives = np.load(os.path.join(task.folder, REPRESENTATIVES), mmap_mode="r")
+    parts = []
+    for cell in range(task.first, task.last):
+        faces = layout.get_faces(cell)
+        faces = faces[representatives[faces] == faces]
+        # If these are all faces, the vectors stay mapped instead of being copied.
+        vectors = nodes.vectors if len(faces) == len(nodes) else nodes.vectors[faces]
+        parts.append(_join_cell(layout, cell, faces, vectors, density[faces], task))
+    pairs = Pairs.concatenate(parts)
+    write_part(pairs, task.path)
+    return len(pairs)
+
+
+def _join_cell(
+    layout: CellLayout, cell: int, faces: Int64, vectors: Float32, density: Float32, task: EdgeTask
+) -> Pairs:
+    """Find the edges between the faces of a cell, without those that a cell of a smaller number finds."""
+    rule = task.rule
+    u, v = find_candidate_pairs(vectors, density, rule.threshold, rule.max_neighbours, task.device)
+    is_first = layout.mask_first_shared(cell, faces, u, v)
+    pairs = refine_pairs(vectors, density, u[is_first], v[is_first], rule.threshold)
+    return Pairs(faces[pairs.u], faces[pairs.v], pairs.distance)
+
+
+def write_copies(folder: str, number: int) -> None:
+    """Write a part with the edges between copies and their representatives."""
+    representatives = np.load(os.path.join(folder, REPRESENTATIVES))
+    copies = np.flatnonzero(representatives != np.arange(len(representatives)))
+    pairs = Pairs(representatives[copies], copies, np.zeros(len(copies), np.float32))
+    write_part(pairs, get_part_path(folder, number))
+
+
+def delete_temporary(folder: str) -> None:
+    """Delete the files that a finished graph does not need."""
+    for name in _TEMPORARY:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+
+
+def _save(path: str, array: object) -> None:
+    """Save an array under its final name once it is complete."""
+    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
+        np.save(file, np.asarray(array))
