@@ -133,11 +133,11 @@ def _choose_threshold(gallery: str, calibrate: str, recall: float | None) -> Any
     Returns:
         The operating point that `facepipe.evaluation.identification.choose_threshold` returns.
     """
-    from facepipe.evaluation.identification import choose_threshold, few
+    from facepipe.evaluation.identification import choose_threshold
     from facepipe.gallery import Gallery
 
     point = choose_threshold(Gallery(gallery), _parse_fpir(calibrate), recall)
-    print(_format_point(point, is_unstable=few(point)), file=sys.stderr)
+    print(_format_point(point, is_unstable=point.has_few_alarms), file=sys.stderr)
     return point
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from facepipe import storage
 from facepipe.errors import ConfigError
-from facepipe.evaluation.identification import choose_threshold, few
+from facepipe.evaluation.identification import choose_threshold
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
@@ -151,7 +151,7 @@ def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: 
         return config.search
     on_progress(f"threshold for FPIR={config.bulk.fpir:g}")
     point = choose_threshold(Gallery(config.gallery), config.bulk.fpir, config.search.recall)
-    summary.steps["calibrate"] = {**point.to_dict(), "few": few(point)}
+    summary.steps["calibrate"] = {**point.to_dict(), "few": point.has_few_alarms}
     return replace(config.search, threshold=point.threshold)
 
 

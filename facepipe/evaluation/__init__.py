@@ -1,1 +1,1 @@
-"""Figures of merit: verification on pairs."""
+"""Measure quality: verification, identification, indexes, clusters and cleaned labels."""

@@ -1,4 +1,4 @@
-"""How well the decisions on a gallery's labels find the wrong ones, against a file of right ones."""
+"""Measure how well the decisions on a gallery's labels find the wrong ones, against a file of right ones."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,13 +9,13 @@ import pyarrow as pa
 from facepipe import storage
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.clusters import Rates
-from facepipe.evaluation.truth import LEFT_OUT, check_made_from, encode, file_labels, read_table
+from facepipe.evaluation.truth import LEFT_OUT, check_same_gallery, encode_names, read_face_table, read_truth_file
 from facepipe.gallery import Gallery
 from facepipe.types import Bool, Float64, Int64
 
 DECISIONS = ("keep", "outlier", "relabel", "duplicate", "low_quality", "review")
 _FLAGS = ("outlier", "relabel")
-_SUSPECT = 0.5
+_SUSPECT_NOISE = 0.5
 _COLUMNS = {
     "face_id": pa.int64(),
     "identity": pa.string(),
@@ -26,10 +26,15 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """n decisions on labels: codes of the identities given, true and suggested (-1: none), places in DECISIONS, noise.
+class LabelDecisions:
+    """Decisions on n labels, with the truth.
 
-    noise: float64 (n,), the probability that the given label is wrong.
+    Attributes:
+        given: Code of the identity that the label gives, (n,).
+        true: Code of the true identity, (n,).
+        suggested: Code of the suggested identity, (n,), -1 for none.
+        decision: Index into DECISIONS, (n,).
+        noise: Probability that the label is wrong, (n,).
     """
 
     given: Int64
@@ -41,17 +46,24 @@ class Decisions:
 
 @dataclass(frozen=True)
 class CleanResult:
-    """Figures of the faces that have a label, a decision and a truth; a label is wrong where it is not the true one.
+    """Figures of the faces that have a label, a decision and a truth. A label is wrong if it is not the true one.
 
-    flagged: decided outlier or relabel, or review with a noise above 0.5
-    detection: of the wrong labels, by being flagged; average_precision: by noise, None where no label is wrong
-    repaired: share of the wrong labels that are relabelled rightly, None where no label is wrong
-    relabels_right: share of the relabels whose suggestion is right, None without relabels
-    errors: flagged right labels and unflagged wrong ones; expected_errors: as many as the noise itself predicts
-    counts: faces by decision, and by whether the label given was right or wrong
-
-    Not counted are, left_out: decided faces that are not the largest of a photo that the truth names by uri;
-    without_truth and without_label: other decided faces that lack it; without_decision: faces of the truth.
+    Attributes:
+        faces: Number of these faces.
+        wrong: Number of wrong labels.
+        flagged: Labels decided outlier or relabel, or review with a noise above 0.5.
+        detection: How well flagging finds the wrong labels.
+        average_precision: The same by noise, None if no label is wrong.
+        repaired: Share of the wrong labels that are relabelled rightly, None if no label is wrong.
+        relabels_right: Share of the relabels whose suggestion is right, None without relabels.
+        errors: Flagged right labels, and unflagged wrong ones.
+        expected_errors: Number of errors that the noise itself predicts.
+        counts: Faces by decision, and by whether the label was right or wrong.
+        left_out: Decided faces that are not the largest of a photo that the truth names by uri. Like the following,
+            they are not counted above.
+        without_truth: Other decided faces without a truth.
+        without_label: Other decided faces without a label.
+        without_decision: Faces of the truth without a decision.
     """
 
     faces: int
@@ -70,87 +82,111 @@ class CleanResult:
     without_decision: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to plain types, for JSON."""
         return asdict(self)
 
 
 def evaluate_clean(gallery: Gallery, truth: str, table: str | None = None) -> CleanResult:
-    """Judge a table of decisions (default: that of `facepipe clean`) by a truth file.
+    """Measure a table of decisions by a truth file.
 
-    truth: CSV or Parquet with the right `identity`, empty where the face belongs to nobody in the set, and `face_id` or
-    `uri`; by uri only the largest face of a photo counts. Raises EvaluationError where there is nothing to compare.
+    Args:
+        gallery: the gallery.
+        truth: path of a CSV or Parquet file with the right `identity`, empty if the face belongs to nobody in the set,
+            and `face_id` or `uri`. By uri only the largest face of a photo counts.
+        table: path of the table of decisions, by default that of `facepipe clean`.
+
+    Raises:
+        EvaluationError: if there is nothing to compare.
     """
     path = table or storage.join(gallery.path, "reports", "clean", "decisions.parquet")
-    rows = read_table(path, _COLUMNS, "table of decisions", f"`facepipe clean {gallery.path}` makes one")
+    rows = read_face_table(path, _COLUMNS, "table of decisions", f"`facepipe clean {gallery.path}` makes one")
     ids = rows["face_id"].to_numpy()
-    check_made_from(gallery, ids, path, "table of decisions")
-    labels = file_labels(gallery, truth)
+    check_same_gallery(gallery, ids, path, "table of decisions")
+    # Encode all identities with one set of codes; "" stands for no identity.
+    labels = read_truth_file(gallery, truth)
     names = dict(labels.names)
-    nobody = names.setdefault("", len(names))
-    true, given, suggested = labels.of(ids), encode(rows["identity"], names), encode(rows["suggested"], names)
-    known = (true >= 0) & (given >= 0) & (given != nobody)
-    if not known.any():
+    no_identity = names.setdefault("", len(names))
+    true = labels.look_up(ids)
+    given = encode_names(rows["identity"], names)
+    suggested = encode_names(rows["suggested"], names)
+    suggested[suggested == no_identity] = -1
+    is_known = (true >= 0) & (given >= 0) & (given != no_identity)
+    if not is_known.any():
         raise EvaluationError(
             f"the table of decisions {path!r} and the truth file {truth!r} have no labelled face in common"
         )
-    suggested[suggested == nobody] = -1
+    decision = _encode_decisions(rows["decision"], path)
     noise = np.nan_to_num(rows["noise"].fill_null(0).to_numpy().astype(np.float64))
-    columns = (given, true, suggested, _places(rows["decision"], path), noise)
+    decisions = LabelDecisions(
+        given=given[is_known],
+        true=true[is_known],
+        suggested=suggested[is_known],
+        decision=decision[is_known],
+        noise=noise[is_known],
+    )
     return replace(
-        judge(Decisions(*(column[known] for column in columns))),
+        score_decisions(decisions),
         left_out=int((true == LEFT_OUT).sum()),
         without_truth=int((true == -1).sum()),
-        without_label=int(((true >= 0) & ~known).sum()),
+        without_label=int(((true >= 0) & ~is_known).sum()),
         without_decision=int((labels.codes >= 0).sum() - (true >= 0).sum()),
     )
 
 
-def judge(found: Decisions) -> CleanResult:
-    """All figures of n decisions."""
-    wrong, relabel = found.given != found.true, found.decision == DECISIONS.index("relabel")
-    flagged = np.isin(found.decision, [DECISIONS.index(name) for name in _FLAGS])
-    flagged |= (found.decision == DECISIONS.index("review")) & (found.noise > _SUSPECT)
-    right_relabel = relabel & (found.suggested == found.true)
+def score_decisions(decisions: LabelDecisions) -> CleanResult:
+    """Compute all figures of decisions."""
+    noise = decisions.noise
+    is_wrong = decisions.given != decisions.true
+    is_relabel = decisions.decision == DECISIONS.index("relabel")
+    is_right_relabel = is_relabel & (decisions.suggested == decisions.true)
+    is_flagged = np.isin(decisions.decision, [DECISIONS.index(name) for name in _FLAGS])
+    is_flagged |= (decisions.decision == DECISIONS.index("review")) & (noise > _SUSPECT_NOISE)
     return CleanResult(
-        faces=len(wrong),
-        wrong=int(wrong.sum()),
-        flagged=int(flagged.sum()),
-        detection=Rates.of(int((wrong & flagged).sum()), int(flagged.sum()), int(wrong.sum())),
-        average_precision=average_precision(wrong, found.noise),
-        repaired=_share(wrong & right_relabel, wrong),
-        relabels_right=_share(right_relabel, relabel),
-        errors=int((wrong != flagged).sum()),
-        expected_errors=float(np.where(flagged, 1 - found.noise, found.noise).sum()),
-        counts=_counts(found.decision, wrong),
+        faces=len(is_wrong),
+        wrong=int(is_wrong.sum()),
+        flagged=int(is_flagged.sum()),
+        detection=Rates.from_counts(int((is_wrong & is_flagged).sum()), int(is_flagged.sum()), int(is_wrong.sum())),
+        average_precision=compute_average_precision(is_wrong, noise),
+        repaired=_compute_share(is_wrong & is_right_relabel, is_wrong),
+        relabels_right=_compute_share(is_right_relabel, is_relabel),
+        errors=int((is_wrong != is_flagged).sum()),
+        expected_errors=float(np.where(is_flagged, 1 - noise, noise).sum()),
+        counts=_count_by_decision(decisions.decision, is_wrong),
     )
 
 
-def average_precision(wrong: Bool, noise: Float64) -> float | None:
-    """Mean precision over the steps of recall, from the largest noise down; faces of equal noise are one step."""
-    if not wrong.any():
+def compute_average_precision(is_wrong: Bool, noise: Float64) -> float | None:
+    """Compute the mean precision over the steps of recall, from the largest noise down.
+
+    Faces of equal noise are one step. It is None if no label is wrong.
+    """
+    if not is_wrong.any():
         return None
     order = np.argsort(-noise, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(noise[order])), len(order) - 1)
-    hits = np.cumsum(wrong[order])[ends]
-    return float((np.diff(hits, prepend=0) * hits / (ends + 1)).sum() / hits[-1])
+    lasts = np.append(np.flatnonzero(np.diff(noise[order])), len(order) - 1)
+    hits = np.cumsum(is_wrong[order])[lasts]
+    return float((np.diff(hits, prepend=0) * hits / (lasts + 1)).sum() / hits[-1])
 
 
-def _share(part: Bool, whole: Bool) -> float | None:
+def _compute_share(part: Bool, whole: Bool) -> float | None:
     return float(part.sum() / whole.sum()) if whole.any() else None
 
 
-def _counts(decision: Int64, wrong: Bool) -> dict[str, dict[str, int]]:
-    cells = np.bincount(2 * decision + wrong, minlength=2 * len(DECISIONS)).reshape(-1, 2).tolist()
-    return {name: {"right": right, "wrong": false} for name, (right, false) in zip(DECISIONS, cells, strict=True)}
+def _count_by_decision(decision: Int64, is_wrong: Bool) -> dict[str, dict[str, int]]:
+    cells = np.bincount(2 * decision + is_wrong, minlength=2 * len(DECISIONS)).reshape(-1, 2).tolist()
+    return {name: {"right": right, "wrong": wrong} for name, (right, wrong) in zip(DECISIONS, cells, strict=True)}
 
 
-def _places(column: pa.ChunkedArray, path: str) -> Int64:
-    names = {name: n for n, name in enumerate(DECISIONS)}
-    places = encode(column, names)
-    unknown = [repr(name) for name in names if name not in DECISIONS] + ["null"] * int((places < 0).any())
+def _encode_decisions(column: pa.ChunkedArray, path: str) -> Int64:
+    """Encode decisions as indices into DECISIONS (n,)."""
+    codes = {name: code for code, name in enumerate(DECISIONS)}
+    decision = encode_names(column, codes)
+    unknown = [repr(name) for name in codes if name not in DECISIONS]
+    if (decision < 0).any():
+        unknown.append("null")
     if unknown:
         raise EvaluationError(
             f"the table of decisions {path!r} holds the decisions {', '.join(unknown[:3])}; "
             f"known ones are {', '.join(DECISIONS)}"
         )
-    return places
+    return decision

@@ -1,4 +1,4 @@
-"""How well a clustering agrees with identities: pairwise and BCubed figures and NMI, from sparse contingency counts."""
+"""Measure how well clusters agree with identities: pairwise and BCubed figures, and NMI, from contingency counts."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +8,13 @@ import pyarrow as pa
 
 from facepipe import storage
 from facepipe.errors import EvaluationError
-from facepipe.evaluation.truth import LEFT_OUT, check_made_from, file_labels, gallery_labels, read_table
+from facepipe.evaluation.truth import (
+    LEFT_OUT,
+    check_same_gallery,
+    read_face_table,
+    read_gallery_labels,
+    read_truth_file,
+)
 from facepipe.gallery import Gallery
 from facepipe.types import Int64
 
@@ -17,33 +23,53 @@ _COLUMNS = {"face_id": pa.int64(), "cluster": pa.int64()}
 
 @dataclass(frozen=True)
 class Rates:
-    """Precision, recall and their harmonic mean, 0 where both are 0."""
+    """Precision, recall, and their harmonic mean.
+
+    Attributes:
+        precision: Precision.
+        recall: Recall.
+        f: Harmonic mean, 0 if both are 0.
+    """
 
     precision: float
     recall: float
     f: float
 
     @classmethod
-    def of(cls, right: float, found: float, true: float) -> "Rates":
-        """From amounts: right of what was found, and of what is true. Of nothing, everything is right: 1."""
-        return cls.mean(right / found if found else 1.0, right / true if true else 1.0)
+    def from_counts(cls, correct: float, selected: float, relevant: float) -> "Rates":
+        """Compute rates from amounts. Of nothing, everything is correct: 1.
+
+        Args:
+            correct: amount that is both selected and relevant.
+            selected: amount that was selected.
+            relevant: amount that should be.
+        """
+        precision = correct / selected if selected else 1.0
+        recall = correct / relevant if relevant else 1.0
+        return cls.from_rates(precision, recall)
 
     @classmethod
-    def mean(cls, precision: float, recall: float) -> "Rates":
-        """With F from the two."""
-        both = precision + recall
-        return cls(precision, recall, 2 * precision * recall / both if both else 0.0)
+    def from_rates(cls, precision: float, recall: float) -> "Rates":
+        """Compute the harmonic mean of two rates."""
+        total = precision + recall
+        return cls(precision, recall, 2 * precision * recall / total if total else 0.0)
 
 
 @dataclass(frozen=True)
 class ClusterScores:
     """Agreement of clusters with identities.
 
-    pairwise: over pairs of faces in one cluster (precision) and of one identity (recall); 1 where there is no such pair
-    bcubed: the same share for each face, its own pair with itself included, then the mean over faces (Bagga, Baldwin
-        1998; Amigó et al. 2009); 1 without faces
-    nmi: mutual information over the arithmetic mean of both entropies; 1 where both are 0
-    singletons: clusters of one face; largest: faces of the largest cluster
+    Attributes:
+        faces: Number of faces.
+        identities: Number of identities.
+        clusters: Number of clusters.
+        singletons: Clusters of one face.
+        largest: Faces of the largest cluster.
+        pairwise: Over pairs of faces in one cluster (precision) and of one identity (recall). 1 if there is no such
+            pair.
+        bcubed: The same share for each face, its pair with itself included, then the mean over faces (Bagga, Baldwin
+            1998; Amigó et al. 2009). 1 without faces.
+        nmi: Mutual information over the arithmetic mean of both entropies. 1 if both are 0.
     """
 
     faces: int
@@ -60,8 +86,11 @@ class ClusterScores:
 class ClustersResult:
     """Scores of the faces that have both a label and a cluster.
 
-    Not scored are, left_out: clustered faces that are not the largest of a labelled photo; without_label: other
-    clustered faces without a label; without_cluster: labelled faces that the table does not put into a cluster.
+    Attributes:
+        scores: The scores.
+        left_out: Clustered faces that are not the largest of a labelled photo. They are not scored.
+        without_cluster: Labelled faces that the table does not put into a cluster.
+        without_label: Other clustered faces without a label.
     """
 
     scores: ClusterScores
@@ -70,82 +99,97 @@ class ClustersResult:
     without_label: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; the scores are not nested."""
-        found = asdict(self)
-        return {**found.pop("scores"), **found}
+        """Convert to plain types, for JSON. The scores are not nested."""
+        result = asdict(self)
+        return {**result.pop("scores"), **result}
 
 
-def compare(truth: Int64, found: Int64) -> ClusterScores:
-    """Scores of clusters (n,) int64 against identities (n,) int64; any integers. Time and memory as of sorting n."""
-    a, b = _codes(truth), _codes(found)
-    of_identity, of_cluster = np.bincount(a), np.bincount(b)
-    keys, cells = np.unique(a * len(of_cluster) + b, return_counts=True)
-    rows, columns = of_identity[keys // max(1, len(of_cluster))], of_cluster[keys % max(1, len(of_cluster))]
+def score_clusters(identities: Int64, clusters: Int64) -> ClusterScores:
+    """Score clusters (n,) against identities (n,), any integers. It takes time and memory as sorting n numbers does."""
+    identities = _number(identities)
+    clusters = _number(clusters)
+    identity_sizes = np.bincount(identities)
+    cluster_sizes = np.bincount(clusters)
+    # The non-empty cells of the contingency table, and for each the sizes of its identity and its cluster.
+    stride = max(1, len(cluster_sizes))
+    keys, cells = np.unique(identities * len(cluster_sizes) + clusters, return_counts=True)
+    rows = identity_sizes[keys // stride]
+    columns = cluster_sizes[keys % stride]
+    pairwise = Rates.from_counts(_count_pairs(cells), _count_pairs(cluster_sizes), _count_pairs(identity_sizes))
     return ClusterScores(
-        faces=len(a),
-        identities=len(of_identity),
-        clusters=len(of_cluster),
-        singletons=int((of_cluster == 1).sum()),
-        largest=int(of_cluster.max(initial=0)),
-        pairwise=Rates.of(_pairs(cells), _pairs(of_cluster), _pairs(of_identity)),
-        bcubed=Rates.of(1.0, 1.0, 1.0) if not len(a) else _bcubed(cells, rows, columns),
-        nmi=_nmi(cells, rows, columns, _entropy(of_identity), _entropy(of_cluster)),
+        faces=len(identities),
+        identities=len(identity_sizes),
+        clusters=len(cluster_sizes),
+        singletons=int((cluster_sizes == 1).sum()),
+        largest=int(cluster_sizes.max(initial=0)),
+        pairwise=pairwise,
+        bcubed=_compute_bcubed(cells, rows, columns) if len(identities) else Rates.from_counts(1.0, 1.0, 1.0),
+        nmi=_compute_nmi(cells, rows, columns, _compute_entropy(identity_sizes) + _compute_entropy(cluster_sizes)),
     )
 
 
 def evaluate_clusters(gallery: Gallery, table: str | None = None, truth: str | None = None) -> ClustersResult:
-    """Compare a table of face_id and cluster (default: that of `facepipe cluster`) with the gallery's labels.
+    """Compare a table of face_id and cluster with the gallery's labels, or with a truth file.
 
-    truth: a CSV or Parquet file with `identity` and `face_id` or `uri` instead. Of a photo with several faces only the
-    largest counts, unless the truth names faces. Raises EvaluationError where there is nothing to compare.
+    Of a photo with several faces only the largest counts, unless the truth names faces.
+
+    Args:
+        gallery: the gallery.
+        table: path of the table, by default that of `facepipe cluster`.
+        truth: path of a CSV or Parquet file with `identity` and `face_id` or `uri`.
+
+    Raises:
+        EvaluationError: if there is nothing to compare.
     """
     path = table or storage.join(gallery.path, "reports", "cluster", "faces.parquet")
-    rows = read_table(path, _COLUMNS, "cluster table", f"`facepipe cluster {gallery.path}` makes one")
+    rows = read_face_table(path, _COLUMNS, "cluster table", f"`facepipe cluster {gallery.path}` makes one")
     rows = rows.filter(rows["cluster"].is_valid())
-    ids, clusters = (rows[name].to_numpy() for name in _COLUMNS)
-    check_made_from(gallery, ids, path, "cluster table")
-    labels = file_labels(gallery, truth) if truth else gallery_labels(gallery)
+    ids = rows["face_id"].to_numpy()
+    clusters = rows["cluster"].to_numpy()
+    check_same_gallery(gallery, ids, path, "cluster table")
+    labels = read_truth_file(gallery, truth) if truth else read_gallery_labels(gallery)
     where = f"the truth file {truth!r}" if truth else f"{gallery.path!r}"
-    nobody = labels.names.get("", -1)
-    labelled = int(((labels.codes >= 0) & (labels.codes != nobody)).sum())
+    no_identity = labels.names.get("", -1)  # code of faces that belong to no identity
+    labelled = int(((labels.codes >= 0) & (labels.codes != no_identity)).sum())
     if not labelled:
         raise EvaluationError(f"no face has an identity in {where}: labels are needed to judge clusters")
-    codes = labels.of(ids)
-    known = (codes >= 0) & (codes != nobody)
-    if not known.any():
+    codes = labels.look_up(ids)
+    is_known = (codes >= 0) & (codes != no_identity)
+    if not is_known.any():
         raise EvaluationError(f"the cluster table {path!r} and the labels of {where} have no face in common")
-    left_out, together = codes == LEFT_OUT, int(known.sum())
+    is_left_out = codes == LEFT_OUT
     return ClustersResult(
-        compare(codes[known], clusters[known]),
-        left_out=int(left_out.sum()),
-        without_cluster=labelled - together,
-        without_label=int((~known & ~left_out).sum()),
+        score_clusters(codes[is_known], clusters[is_known]),
+        left_out=int(is_left_out.sum()),
+        without_cluster=labelled - int(is_known.sum()),
+        without_label=int((~is_known & ~is_left_out).sum()),
     )
 
 
-def _codes(labels: Int64) -> Int64:
+def _number(labels: Int64) -> Int64:
     return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)
 
 
-def _pairs(sizes: Int64) -> float:
+def _count_pairs(sizes: Int64) -> float:
     return float((sizes * (sizes - 1) // 2).sum())
 
 
-def _bcubed(cells: Int64, rows: Int64, columns: Int64) -> Rates:
-    """From the faces of every non-empty cell of the contingency table, of its identity and of its cluster."""
-    n, squares = cells.sum(), cells.astype(np.float64) ** 2
-    return Rates.mean(float((squares / columns).sum() / n), float((squares / rows).sum() / n))
+def _compute_bcubed(cells: Int64, rows: Int64, columns: Int64) -> Rates:
+    """Compute BCubed figures from the faces of each non-empty cell, of its identity and of its cluster."""
+    count = cells.sum()
+    squares = cells.astype(np.float64) ** 2
+    return Rates.from_rates(float((squares / columns).sum() / count), float((squares / rows).sum() / count))
 
 
-def _nmi(cells: Int64, rows: Int64, columns: Int64, *entropies: float) -> float:
-    if not sum(entropies):
+def _compute_nmi(cells: Int64, rows: Int64, columns: Int64, entropies: float) -> float:
+    if not entropies:
         return 1.0
-    n = cells.sum()
-    shared = (cells / n * (np.log(cells) + np.log(n) - np.log(rows) - np.log(columns))).sum()
-    return float(np.clip(2 * shared / sum(entropies), 0, 1))
+    count = cells.sum()
+    shared = (cells / count * (np.log(cells) + np.log(count) - np.log(rows) - np.log(columns))).sum()
+    return float(np.clip(2 * shared / entropies, 0, 1))
 
 
-def _entropy(sizes: Int64) -> float:
-    """In nats."""
+def _compute_entropy(sizes: Int64) -> float:
+    """Compute the entropy of shares, in nats."""
     shares = sizes / max(1, sizes.sum())
     return float(-(shares * np.log(shares)).sum()) + 0.0

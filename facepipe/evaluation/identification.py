@@ -1,7 +1,7 @@
-"""One-to-many identification in a gallery: rank-1, and the misses (FNIR) that a rate of false alarms (FPIR) costs.
+"""Measure one-to-many identification in a gallery: rank-1, and the misses (FNIR) at rates of false alarms (FPIR).
 
-Terms as in NIST's FRTE 1:N reports. Every probe is a labelled face of the gallery, searched with itself left out; for
-false alarms with all faces of its identity left out.
+Terms are those of NIST's FRTE 1:N reports. Every probe is a labelled face of the gallery. It is searched with itself
+left out; for false alarms all faces of its identity are left out.
 """
 
 from contextlib import closing
@@ -18,18 +18,23 @@ from facepipe.index.search import Index
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Float64, Int64, UInt64
 
-PROBES = 10_000
+MAX_PROBES = 10_000
 FPIRS = (0.1, 0.01, 0.001)
 _FIRST_K = 20
-_MOST_K = 5000
-_FEW = 10
+_MAX_K = 5000
+_FEW_ALARMS = 10
+_ROWS = 65536
 
 
 @dataclass(frozen=True)
 class Probes:
-    """n probes: distances (n,) to the nearest mate and the nearest other identity, infinite where there is none found.
+    """Distances of n probes to their nearest faces.
 
-    gallery: faces whose label can be relied on; share: of all faces, those.
+    Attributes:
+        mate: Distance to the nearest face of the same identity, (n,), infinite if none was found.
+        other: Distance to the nearest face of another identity, (n,), infinite if none was found.
+        gallery: Number of faces whose label can be relied on.
+        share: Their share of all faces.
     """
 
     mate: Float64
@@ -39,8 +44,16 @@ class Probes:
 
 
 @dataclass(frozen=True)
-class Operating:
-    """A threshold: its false alarms (FPIR) and its misses (FNIR, None without mated probes); on how many probes."""
+class OperatingPoint:
+    """A threshold and the errors that it makes.
+
+    Attributes:
+        fpir: False positive identification rate that the threshold was set for.
+        threshold: Maximum distance of a match.
+        fnir: False negative identification rate, None without mated probes.
+        false_alarms: Number of probes with a false alarm.
+        probes: Number of probes.
+    """
 
     fpir: float
     threshold: float
@@ -48,127 +61,170 @@ class Operating:
     false_alarms: int
     probes: int
 
+    @property
+    def has_few_alarms(self) -> bool:
+        """Whether there are too few false alarms for a stable estimate: another sample would move it much."""
+        return self.false_alarms < _FEW_ALARMS
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to plain types, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Identification:
-    """rank_1: share of mated probes whose nearest face is a mate; points by FPIR, those that the probes can show."""
+    """Figures of identification.
+
+    Attributes:
+        probes: Number of probes.
+        mated: Probes for which a mate was found.
+        rank_1: Share of mated probes whose nearest face is a mate.
+        points: Operating points, one per FPIR that the probes can show.
+    """
 
     probes: int
     mated: int
     rank_1: float
-    points: tuple[Operating, ...]
+    points: tuple[OperatingPoint, ...]
 
 
-def probe(gallery: Gallery, index: Index, most: int = PROBES, seed: int = 0) -> Probes:
+def search_probes(gallery: Gallery, index: Index, max_probes: int = MAX_PROBES, seed: int = 0) -> Probes:
     """Search a seeded sample of labelled faces in the gallery's own index.
 
-    Of photos with several faces the label belongs to one of them and nobody says which: they neither search nor count.
+    The label of a photo with several faces belongs to one of them, and the gallery does not say to which. Such faces
+    are neither searched nor counted.
+
+    Args:
+        gallery: the gallery.
+        index: its index.
+        max_probes: size of the sample at most.
+        seed: seed of the sample.
+
+    Raises:
+        EvaluationError: if no face has an identity.
     """
-    with closing(_crowds(gallery)) as crowds:
-        ids, names, faces, labelled = _labelled(gallery, crowds, most, seed)
-        if not len(ids):
+    with closing(_hash_crowded_photos(gallery)) as crowded:
+        sample = _sample_labelled_faces(gallery, crowded, max_probes, seed)
+        if not len(sample.ids):
             raise EvaluationError("no face in the gallery has an identity: labels are needed to tell mates from others")
-        vectors = index.get_vectors(ids)
-        held = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.1  # not yet indexed
-        mate, other = _nearest_of_each(index, crowds, ids[held], names[held], vectors[held])
-    return Probes(mate, other, labelled, labelled / max(1, faces))
+        vectors = index.get_vectors(sample.ids)
+        is_indexed = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.1  # vectors of other faces are zero
+        mate, other = _find_nearest(
+            index, crowded, sample.ids[is_indexed], sample.identities[is_indexed], vectors[is_indexed]
+        )
+    return Probes(mate, other, sample.labelled_count, sample.labelled_count / max(1, sample.face_count))
 
 
-def _nearest_of_each(
-    index: Index,
-    crowds: HashTable,
-    ids: Int64,
-    names: npt.NDArray[np.object_],
-    vectors: Float32,
+def _find_nearest(
+    index: Index, crowded: HashTable, ids: Int64, identities: npt.NDArray[np.object_], vectors: Float32
 ) -> tuple[Float64, Float64]:
-    """Distances (n,) to the nearest mate and the nearest other; those whose k nearest are all mates ask for more."""
-    mate, other = np.full(len(ids), np.inf), np.full(len(ids), np.inf)
-    open_, k = np.arange(len(ids)), min(_FIRST_K, index.live)
-    while open_.size:
-        hits = index.search(vectors[open_], k)
+    """Find the distances (n,) to the nearest mate and to the nearest other.
+
+    A probe whose k nearest faces are all mates is searched again with a larger k.
+    """
+    mate = np.full(len(ids), np.inf)
+    other = np.full(len(ids), np.inf)
+    pending = np.arange(len(ids))
+    k = min(_FIRST_K, index.live)
+    while pending.size:
+        hits = index.search(vectors[pending], k)
         labels = index.get_labels(hits.ids.ravel())
-        flat = np.array(labels["identity"].to_pylist(), object).reshape(hits.ids.shape)
-        known = (flat != None) & (hits.ids != ids[open_][:, None])  # noqa: E711  elementwise
-        known &= ~crowds.get(_hashes(labels["uri"]))[0].reshape(hits.ids.shape)
-        same = flat == names[open_][:, None]
-        mate[open_] = _nearest(hits.distances, known & same)
-        other[open_] = _nearest(hits.distances, known & ~same)
-        if k >= min(index.live, _MOST_K):
+        found = np.array(labels["identity"].to_pylist(), object).reshape(hits.ids.shape)
+        is_known = (found != None) & (hits.ids != ids[pending][:, None])  # noqa: E711  elementwise
+        is_known &= ~crowded.get(_hash_uris(labels["uri"]))[0].reshape(hits.ids.shape)
+        is_same = found == identities[pending][:, None]
+        mate[pending] = _get_smallest(hits.distances, is_known & is_same)
+        other[pending] = _get_smallest(hits.distances, is_known & ~is_same)
+        if k >= min(index.live, _MAX_K):
             break
-        open_, k = open_[~np.isfinite(other[open_])], min(4 * k, index.live)
+        pending = pending[~np.isfinite(other[pending])]
+        k = min(4 * k, index.live)
     return mate, other
 
 
-def _crowds(gallery: Gallery) -> HashTable:
-    """Hashes of the uris with more than one face."""
-    found = HashTable()
-    for batch in gallery.batches(["uri", "face_index"], "face_index = 1", rows=65536):
-        found.add(_hashes(batch["uri"]))
-    return found
+def _hash_crowded_photos(gallery: Gallery) -> HashTable:
+    """Collect the hashes of the uris with more than one face."""
+    table = HashTable()
+    for batch in gallery.batches(["uri", "face_index"], "face_index = 1", rows=_ROWS):
+        table.add(_hash_uris(batch["uri"]))
+    return table
 
 
-def _hashes(uris: Any) -> UInt64:
+def _hash_uris(uris: Any) -> UInt64:
     return np.array([hash64(uri or "") for uri in uris.to_pylist()], np.uint64)
 
 
-def _nearest(distances: Float32, mask: Bool) -> Float64:
+def _get_smallest(distances: Float32, mask: Bool) -> Float64:
     return np.asarray(np.where(mask, distances, np.inf).min(axis=1, initial=np.inf), np.float64)
 
 
-def _labelled(
-    gallery: Gallery, crowds: HashTable, most: int, seed: int
-) -> tuple[Int64, npt.NDArray[np.object_], int, int]:
-    """(ids, identities, faces, labelled faces): those with the smallest random keys, so that one pass is enough."""
+@dataclass(frozen=True)
+class _LabelledSample:
+    """A sample of labelled faces: ids (n,), identities (n,), and how many faces there are and have a label."""
+
+    ids: Int64
+    identities: npt.NDArray[np.object_]
+    face_count: int
+    labelled_count: int
+
+
+def _sample_labelled_faces(gallery: Gallery, crowded: HashTable, max_faces: int, seed: int) -> _LabelledSample:
+    """Sample the labelled faces with the smallest random keys, so that one pass is enough."""
     rng = np.random.default_rng(seed)
-    ids, names, keys = np.empty(0, np.int64), np.empty(0, object), np.empty(0)
-    faces = labelled = 0
-    for batch in gallery.batches(["face_id", "identity", "uri"], "face_id is not null", rows=65536):
-        identities = np.array(batch["identity"].to_pylist(), object)
-        chosen = identities != None  # noqa: E711  elementwise
-        chosen &= ~crowds.get(_hashes(batch["uri"]))[0]
-        faces, labelled = faces + len(chosen), labelled + int(chosen.sum())
-        ids = np.concatenate([ids, batch["face_id"].to_numpy()[chosen]])
-        names = np.concatenate([names, identities[chosen]])
-        keys = np.concatenate([keys, rng.random(int(chosen.sum()))])
-        if len(ids) > most:
-            kept = np.sort(np.argpartition(keys, most)[:most])
-            ids, names, keys = ids[kept], names[kept], keys[kept]
-    return ids, names, faces, labelled
+    ids = np.empty(0, np.int64)
+    identities = np.empty(0, object)
+    keys = np.empty(0)
+    face_count = 0
+    labelled_count = 0
+    for batch in gallery.batches(["face_id", "identity", "uri"], "face_id is not null", rows=_ROWS):
+        batch_identities = np.array(batch["identity"].to_pylist(), object)
+        is_labelled = batch_identities != None  # noqa: E711  elementwise
+        is_labelled &= ~crowded.get(_hash_uris(batch["uri"]))[0]
+        count = int(is_labelled.sum())
+        face_count += len(is_labelled)
+        labelled_count += count
+        ids = np.concatenate([ids, batch["face_id"].to_numpy()[is_labelled]])
+        identities = np.concatenate([identities, batch_identities[is_labelled]])
+        keys = np.concatenate([keys, rng.random(count)])
+        if len(ids) > max_faces:
+            kept = np.sort(np.argpartition(keys, max_faces)[:max_faces])
+            ids = ids[kept]
+            identities = identities[kept]
+            keys = keys[kept]
+    return _LabelledSample(ids, identities, face_count, labelled_count)
 
 
-def operating_point(found: Probes, fpir: float) -> Operating:
-    """The largest threshold whose false alarms stay within the FPIR, and what it misses.
+def find_operating_point(probes: Probes, fpir: float) -> OperatingPoint:
+    """Find the largest threshold whose false alarms stay within the FPIR, and what it misses.
 
-    The alarms are counted against the labelled faces; where only a share of the gallery has labels, as many times more
-    faces can raise one, and the threshold is set for them. Raises EvaluationError for fewer than 1 / FPIR probes.
+    The alarms are counted against the labelled faces. If only a share of the gallery has labels, as many times more
+    faces can raise one, and the threshold is set for them.
+
+    Raises:
+        EvaluationError: if there are fewer than 1 / FPIR probes, or if no threshold has so few false alarms.
     """
-    counted = 1 - (1 - fpir) ** found.share
-    probes = len(found.other)
-    allowed = int(np.floor(counted * probes + 1e-9))
+    counted = 1 - (1 - fpir) ** probes.share
+    count = len(probes.other)
+    allowed = int(np.floor(counted * count + 1e-9))
     if allowed < 1:
         raise EvaluationError(
-            f"FPIR={fpir:g} needs {int(np.ceil(1 / counted))} labelled probes to be seen once; there are {probes}"
+            f"FPIR={fpir:g} needs {int(np.ceil(1 / counted))} labelled probes to be seen once; there are {count}"
         )
-    ordered = np.sort(found.other)
-    # Just below the first impostor that may not be let in.
-    beyond = ordered[allowed] if allowed < probes else 2.0
+    # The threshold lies just below the first impostor that may not be let in.
+    beyond = np.sort(probes.other)[allowed] if allowed < count else 2.0
     if beyond <= 0:
         raise EvaluationError(
             f"no threshold gives FPIR={fpir:g}: too many faces are the same, to the bit, under two identities; "
             "remove duplicates and wrong labels first"
         )
     threshold = float(np.nextafter(np.float32(beyond), np.float32(0))) if np.isfinite(beyond) else 2.0
-    mated = np.isfinite(found.mate)
-    hit = (found.mate <= threshold) & (found.mate < found.other)
-    fnir = float(1 - hit[mated].mean()) if mated.any() else None
-    return Operating(fpir, threshold, fnir, int((found.other <= threshold).sum()), probes)
+    is_mated = np.isfinite(probes.mate)
+    is_hit = (probes.mate <= threshold) & (probes.mate < probes.other)
+    fnir = float(1 - is_hit[is_mated].mean()) if is_mated.any() else None
+    return OperatingPoint(fpir, threshold, fnir, int((probes.other <= threshold).sum()), count)
 
 
-def choose_threshold(gallery: Gallery, fpir: float, recall: float | None = None) -> Operating:
+def choose_threshold(gallery: Gallery, fpir: float, recall: float | None = None) -> OperatingPoint:
     """Choose the largest threshold whose false alarms stay within a rate, from searches in the gallery's own index.
 
     Args:
@@ -179,19 +235,15 @@ def choose_threshold(gallery: Gallery, fpir: float, recall: float | None = None)
     Raises:
         EvaluationError: if there are fewer labelled faces than the rate needs.
     """
-    return operating_point(probe(gallery, Index(gallery.path, recall)), fpir)
+    return find_operating_point(search_probes(gallery, Index(gallery.path, recall)), fpir)
 
 
-def identification(found: Probes) -> Identification:
-    """All figures."""
-    mated = np.isfinite(found.mate)
+def compute_identification(probes: Probes) -> Identification:
+    """Compute all figures of identification."""
+    count = len(probes.other)
+    is_mated = np.isfinite(probes.mate)
+    rank_1 = float((probes.mate[is_mated] < probes.other[is_mated]).mean()) if is_mated.any() else float("nan")
     points = tuple(
-        operating_point(found, fpir) for fpir in FPIRS if (1 - (1 - fpir) ** found.share) * len(found.other) >= 1
+        find_operating_point(probes, fpir) for fpir in FPIRS if (1 - (1 - fpir) ** probes.share) * count >= 1
     )
-    rank_1 = float((found.mate[mated] < found.other[mated]).mean()) if mated.any() else float("nan")
-    return Identification(len(found.other), int(mated.sum()), rank_1, points)
-
-
-def few(point: Operating) -> bool:
-    """Whether a threshold stands on so few false alarms that another sample would move it much."""
-    return point.false_alarms < _FEW
+    return Identification(count, int(is_mated.sum()), rank_1, points)

@@ -1,4 +1,4 @@
-"""Verification on pairs of images that a gallery holds: the LFW View 2 protocol, and the same figures for any pairs."""
+"""Measure verification on pairs of images that a gallery holds: LFW's View 2 protocol, and the same for any pairs."""
 
 import os
 from collections.abc import Iterator
@@ -10,22 +10,38 @@ import pyarrow as pa
 
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.pairs_file import read_pairs
-from facepipe.evaluation.roc import Curve, auc, best_threshold, cross_validate, equal_error_rate, roc, tar_at_far
+from facepipe.evaluation.roc import (
+    RocCurve,
+    compute_auc,
+    compute_equal_error_rate,
+    compute_roc,
+    cross_validate,
+    find_best_threshold,
+    find_tar_at_far,
+)
 from facepipe.gallery import Gallery
 from facepipe.types import Bool, Float32, Float64, Int64
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-FARTHEST = 2.0  # the largest distance of two unit vectors: an image without a face matches nothing
+MAX_DISTANCE = 2.0  # of two unit vectors: an image without a face matches nothing
 _CENTRE_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
 class PairsResult:
-    """Figures of a pairs evaluation; distances are Euclidean between unit vectors.
+    """Figures of an evaluation on pairs. Distances are Euclidean, between unit vectors.
 
-    accuracy is the mean over folds, each at the threshold chosen on the others, with the standard error of that mean.
-    tar: by FAR; None where the impostor pairs are too few for that FAR to mean anything (fewer than 1 / FAR).
-    without_face: pairs with an image in which no face was found, decided as different.
+    Attributes:
+        pairs: Number of pairs.
+        folds: Number of folds.
+        without_face: Pairs with an image in which no face was found. They count as different.
+        accuracy: Mean over folds, each at the threshold chosen on the others.
+        standard_error: Standard error of that mean.
+        threshold: Distance of the highest accuracy over all pairs.
+        auc: Area under the ROC curve.
+        eer: Equal error rate.
+        tar: True accept rate by FAR. None if there are fewer than 1 / FAR impostor pairs, too few for that FAR.
+        thresholds: Distance by FAR.
     """
 
     pairs: int
@@ -40,72 +56,108 @@ class PairsResult:
     thresholds: dict[str, float | None]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to plain types, for JSON."""
         return asdict(self)
 
 
 def evaluate_pairs(gallery: Gallery, path: str | os.PathLike[str], picture: str | None = None) -> PairsResult:
-    """Evaluate a pairs file on a gallery; `picture` is where to draw the ROC curve (.png or .svg)."""
+    """Evaluate a pairs file on a gallery.
+
+    Args:
+        gallery: a gallery with the images of the pairs.
+        path: the pairs file.
+        picture: file to draw the ROC curve to (.png or .svg).
+
+    Raises:
+        EvaluationError: if an image is missing, or if the pairs are all of one kind.
+    """
     pairs = read_pairs(path)
-    subjects = find_subjects(gallery, {name for pair in pairs for name in (pair.left, pair.right)})
-    absent = sorted({name for pair in pairs for name in (pair.left, pair.right)} - subjects.keys())
-    if absent:
+    names = {name for pair in pairs for name in (pair.left, pair.right)}
+    vectors = read_subject_vectors(gallery, names)
+    missing = sorted(names - vectors.keys())
+    if missing:
         raise EvaluationError(
-            f"{len(absent)} images of {os.fspath(path)!r} are not in the gallery, such as {', '.join(absent[:3])}; "
+            f"{len(missing)} images of {os.fspath(path)!r} are not in the gallery, such as {', '.join(missing[:3])}; "
             "embed the folder they are in first"
         )
-    distances = np.array([_distance(subjects[pair.left], subjects[pair.right]) for pair in pairs])
+    distances = np.array([_compute_distance(vectors[pair.left], vectors[pair.right]) for pair in pairs])
     same = np.array([pair.same for pair in pairs])
     if same.all() or not same.any():
         raise EvaluationError("the pairs are all of one kind: both same and different ones are needed")
-    result = figures(distances, same, np.array([pair.fold for pair in pairs]))
+    result = score_pairs(distances, same, np.array([pair.fold for pair in pairs]))
     if picture:
-        draw(roc(distances, same), result, picture)
+        draw_roc(compute_roc(distances, same), result, picture)
     return result
 
 
-def figures(distances: Float64, same: Bool, folds: Int64) -> PairsResult:
-    """All figures from distances (n,), labels (n,) and fold numbers (n,)."""
-    curve, cross = roc(distances, same), cross_validate(distances, same, folds)
-    points = {f"{far:g}": tar_at_far(curve, far) if (~same).sum() * far >= 1 else (None, None) for far in FARS}
+def score_pairs(distances: Float64, same: Bool, folds: Int64) -> PairsResult:
+    """Compute all figures of pairs.
+
+    Args:
+        distances: distance of each pair, (n,).
+        same: whether each pair shows one person, (n,).
+        folds: fold of each pair, (n,).
+    """
+    curve = compute_roc(distances, same)
+    cross = cross_validate(distances, same, folds)
+    impostors = (~same).sum()
+    tars: dict[str, float | None] = {}
+    thresholds: dict[str, float | None] = {}
+    for far in FARS:
+        name = f"{far:g}"
+        tars[name] = None
+        thresholds[name] = None
+        if impostors * far >= 1:
+            tar, threshold = find_tar_at_far(curve, far)
+            tars[name] = tar
+            thresholds[name] = threshold if np.isfinite(threshold) else None
     return PairsResult(
         pairs=len(distances),
         folds=len(cross.accuracies),
-        without_face=int((distances >= FARTHEST).sum()),
+        without_face=int((distances >= MAX_DISTANCE).sum()),
         accuracy=cross.mean,
         standard_error=cross.standard_error,
-        threshold=best_threshold(distances, same),
-        auc=auc(curve),
-        eer=equal_error_rate(curve),
-        tar={far: tar for far, (tar, _) in points.items()},
-        thresholds={far: t if t is not None and np.isfinite(t) else None for far, (_, t) in points.items()},
+        threshold=find_best_threshold(distances, same),
+        auc=compute_auc(curve),
+        eer=compute_equal_error_rate(curve),
+        tar=tars,
+        thresholds=thresholds,
     )
 
 
-def find_subjects(gallery: Gallery, names: set[str]) -> dict[str, Float32 | None]:
-    """The embedding of each named image's subject; None where it has no face. Names are path ends without extension.
+def read_subject_vectors(gallery: Gallery, names: set[str]) -> dict[str, Float32 | None]:
+    """Read the embedding of each named image's subject; None if it has no face.
 
-    The subject is the face with the largest area less twice its squared distance from the image's centre, the rule by
-    which LFW is aligned (D. Sandberg's facenet, align_dataset_mtcnn).
+    The subject is the face with the largest area less twice its squared distance from the image's centre. This is the
+    rule by which LFW is aligned (D. Sandberg's facenet, align_dataset_mtcnn).
+
+    Args:
+        gallery: the gallery.
+        names: ends of paths, without extension.
     """
-    rows = subject_rows(gallery, names, ["embedding"])
+    rows = read_subject_rows(gallery, names, ["embedding"])
     vectors = {name: row["embedding"] for name, row in rows.items()}
     return {name: None if vector is None else np.array(vector, np.float32) for name, vector in vectors.items()}
 
 
-def subject_rows(gallery: Gallery, names: set[str], columns: list[str]) -> dict[str, dict[str, Any]]:
-    """Those columns of each named image's subject, or of the row that says that the image has no face."""
+def read_subject_rows(gallery: Gallery, names: set[str], columns: list[str]) -> dict[str, dict[str, Any]]:
+    """Read columns of each named image's subject, or of the row that says that the image has no face."""
     depths = sorted({name.count("/") + 1 for name in names})
-    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    best: dict[str, dict[str, Any]] = {}
+    best_score: dict[str, float] = {}
     for batch in gallery.batches(sorted({"uri", "box", "width", "height", *columns})):
-        for name, row in _named(batch, names, depths):
-            score = _prominence(row)
-            if name not in best or score > best[name][0]:
-                best[name] = (score, {column: row[column] for column in columns})
-    return {name: row for name, (_, row) in best.items()}
+        for name, row in _iterate_named_rows(batch, names, depths):
+            score = _score_prominence(row)
+            if name not in best or score > best_score[name]:
+                best[name] = {column: row[column] for column in columns}
+                best_score[name] = score
+    return best
 
 
-def _named(batch: pa.RecordBatch, names: set[str], depths: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_named_rows(
+    batch: pa.RecordBatch, names: set[str], depths: list[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Iterate over the rows whose path ends in one of the names of so many parts, and the name."""
     for n, uri in enumerate(batch["uri"].to_pylist()):
         parts = os.path.splitext(uri.replace("#", "/"))[0].split("/")
         for depth in depths:
@@ -114,22 +166,26 @@ def _named(batch: pa.RecordBatch, names: set[str], depths: list[int]) -> Iterato
                 yield name, {column: batch[column][n].as_py() for column in batch.schema.names}
 
 
-def _prominence(row: dict[str, Any]) -> float:
+def _score_prominence(row: dict[str, Any]) -> float:
     if row["box"] is None:
         return -np.inf
     x1, y1, x2, y2 = row["box"]
-    off = ((x1 + x2) / 2 - row["width"] / 2) ** 2 + ((y1 + y2) / 2 - row["height"] / 2) ** 2
-    return float((x2 - x1) * (y2 - y1) - _CENTRE_WEIGHT * off)
+    off_centre = ((x1 + x2) / 2 - row["width"] / 2) ** 2 + ((y1 + y2) / 2 - row["height"] / 2) ** 2
+    return float((x2 - x1) * (y2 - y1) - _CENTRE_WEIGHT * off_centre)
 
 
-def _distance(left: Float32 | None, right: Float32 | None) -> float:
+def _compute_distance(left: Float32 | None, right: Float32 | None) -> float:
     if left is None or right is None:
-        return FARTHEST
+        return MAX_DISTANCE
     return float(np.linalg.norm(left.astype(np.float64) - right))
 
 
-def draw(curve: Curve, result: PairsResult, path: str) -> None:
-    """The ROC curve on a logarithmic FAR axis."""
+def draw_roc(curve: RocCurve, result: PairsResult, path: str) -> None:
+    """Draw the ROC curve on a logarithmic FAR axis to a file.
+
+    Raises:
+        EvaluationError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

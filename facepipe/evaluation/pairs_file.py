@@ -1,4 +1,4 @@
-"""Pairs files: LFW's official pairs.txt, and CSV with two file columns and `same`."""
+"""Read pairs files: LFW's official pairs.txt, and CSV with two file columns and `same`."""
 
 import csv
 import os
@@ -9,12 +9,20 @@ from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension
 
 _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
-_TRUE, _FALSE = ("1", "true", "yes", "same"), ("0", "false", "no", "different")
+_TRUE = ("1", "true", "yes", "same")
+_FALSE = ("0", "false", "no", "different")
 _CSV_FOLDS = 10
 
 
 class Pair(NamedTuple):
-    """Two images, named by the end of their path without extension, whether they show one person, and the fold."""
+    """Two images to compare.
+
+    Attributes:
+        left: End of the first image's path, without extension.
+        right: End of the second image's path, without extension.
+        same: Whether they show one person.
+        fold: Number of the fold.
+    """
 
     left: str
     right: str
@@ -23,7 +31,11 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """The pairs of a file. Raises EvaluationError with the line that cannot be read."""
+    """Read the pairs of a file.
+
+    Raises:
+        EvaluationError: if the file or a line of it cannot be read.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = file.read().splitlines()
@@ -33,12 +45,16 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         raise EvaluationError(f"the pairs file {os.fspath(path)!r} is empty")
     first = lines[0].split()
     if len(first) in (1, 2) and all(word.isdigit() for word in first):
-        return _lfw(lines, os.fspath(path))
-    return _csv(lines, os.fspath(path))
+        return _parse_lfw(lines, os.fspath(path))
+    return _parse_csv(lines, os.fspath(path))
 
 
-def _lfw(lines: list[str], path: str) -> list[Pair]:
-    """`FOLDS N`, then for each fold N lines `name i j` and N lines `name i name j` (View 2); `N`: one fold (View 1)."""
+def _parse_lfw(lines: list[str], path: str) -> list[Pair]:
+    """Parse LFW's format.
+
+    View 2 begins with `FOLDS N`; each fold has N lines `name i j` and N lines `name i name j`. View 1 begins with `N`
+    and has one fold.
+    """
     words = [int(word) for word in lines[0].split()]
     per_fold = 2 * words[-1]
     pairs: list[Pair] = []
@@ -48,9 +64,9 @@ def _lfw(lines: list[str], path: str) -> list[Pair]:
         try:
             match fields:
                 case [name, i, j]:
-                    pairs.append(Pair(_lfw_name(name, i), _lfw_name(name, j), True, fold))
+                    pairs.append(Pair(_build_lfw_name(name, i), _build_lfw_name(name, j), True, fold))
                 case [name, i, other, j]:
-                    pairs.append(Pair(_lfw_name(name, i), _lfw_name(other, j), False, fold))
+                    pairs.append(Pair(_build_lfw_name(name, i), _build_lfw_name(other, j), False, fold))
                 case []:
                     continue
                 case _:
@@ -63,11 +79,12 @@ def _lfw(lines: list[str], path: str) -> list[Pair]:
     return pairs
 
 
-def _lfw_name(name: str, number: str) -> str:
+def _build_lfw_name(name: str, number: str) -> str:
     return f"{name}/{name}_{int(number):04d}"
 
 
-def _csv(lines: list[str], path: str) -> list[Pair]:
+def _parse_csv(lines: list[str], path: str) -> list[Pair]:
+    """Parse a CSV file with a header, into ten folds of consecutive rows."""
     rows = list(csv.DictReader(lines))
     names = {(name or "").strip().lower(): name for name in (rows[0] if rows else {})}
     files = next((pair for pair in _FILE_COLUMNS if all(name in names for name in pair)), None)
@@ -77,20 +94,25 @@ def _csv(lines: list[str], path: str) -> list[Pair]:
             f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; "
             f"its first line is {lines[0][:80]!r}"
         )
-    size = -(-len(rows) // _CSV_FOLDS)
+    fold_size = -(-len(rows) // _CSV_FOLDS)
     left, right = files
     return [
-        Pair(_stem(row[names[left]]), _stem(row[names[right]]), _truth(row[names[same]], path, n), (n - 2) // size)
-        for n, row in enumerate(rows, 2)
+        Pair(
+            left=_drop_extension(row[names[left]]),
+            right=_drop_extension(row[names[right]]),
+            same=_parse_same(row[names[same]], path, line),
+            fold=(line - 2) // fold_size,
+        )
+        for line, row in enumerate(rows, 2)
     ]
 
 
-def _stem(name: str) -> str:
+def _drop_extension(name: str) -> str:
     name = (name or "").strip().replace("\\", "/").removeprefix("./")
     return os.path.splitext(name)[0] if extension(name) in IMAGE_EXTENSIONS else name
 
 
-def _truth(text: str, path: str, line: int) -> bool:
+def _parse_same(text: str, path: str, line: int) -> bool:
     word = (text or "").strip().lower()
     if word not in _TRUE + _FALSE:
         raise EvaluationError(f"{path}, line {line}: `same` is {text!r}, expected 1 or 0")

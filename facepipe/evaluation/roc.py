@@ -1,4 +1,4 @@
-"""Verification figures from distances and labels, on plain arrays."""
+"""Compute verification figures from distances and labels, on plain arrays."""
 
 from typing import NamedTuple
 
@@ -7,33 +7,47 @@ import numpy as np
 from facepipe.types import Bool, Float64, Int64
 
 
-class Curve(NamedTuple):
-    """Operating points by rising threshold: a pair is accepted as the same person where distance <= threshold."""
+class RocCurve(NamedTuple):
+    """Operating points by rising threshold. A pair is accepted as the same person if its distance <= threshold.
+
+    Attributes:
+        thresholds: Distances, (k,).
+        far: False accept rates, (k,).
+        tar: True accept rates, (k,).
+    """
 
     thresholds: Float64
     far: Float64
     tar: Float64
 
 
-def roc(distances: Float64, same: Bool) -> Curve:
-    """One operating point for each distinct distance, opened by the one that accepts nothing."""
+def compute_roc(distances: Float64, same: Bool) -> RocCurve:
+    """Compute one operating point per distinct distance, after one that accepts nothing.
+
+    Args:
+        distances: distance of each pair, (n,).
+        same: whether each pair shows one person, (n,).
+    """
     order = np.argsort(distances, kind="stable")
-    sorted_distances, sorted_same = distances[order], same[order]
-    last = np.append(np.flatnonzero(np.diff(sorted_distances)), len(order) - 1)
-    tar = np.cumsum(sorted_same)[last] / max(1, same.sum())
-    far = np.cumsum(~sorted_same)[last] / max(1, (~same).sum())
-    return Curve(
-        np.concatenate([[-np.inf], sorted_distances[last]]), np.concatenate([[0.0], far]), np.concatenate([[0.0], tar])
+    distances = distances[order]
+    same = same[order]
+    last = np.append(np.flatnonzero(np.diff(distances)), len(order) - 1)
+    tar = np.cumsum(same)[last] / max(1, same.sum())
+    far = np.cumsum(~same)[last] / max(1, (~same).sum())
+    return RocCurve(
+        np.concatenate([[-np.inf], distances[last]]),
+        np.concatenate([[0.0], far]),
+        np.concatenate([[0.0], tar]),
     )
 
 
-def auc(curve: Curve) -> float:
-    """Area under the curve; ties count half (trapezoids)."""
+def compute_auc(curve: RocCurve) -> float:
+    """Compute the area under the curve. Ties count half (trapezoids)."""
     return float(np.trapezoid(curve.tar, curve.far))
 
 
-def equal_error_rate(curve: Curve) -> float:
-    """Where false accepts and false rejects are equal, linear between operating points."""
+def compute_equal_error_rate(curve: RocCurve) -> float:
+    """Compute the rate at which false accepts and false rejects are equal, linear between operating points."""
     gap = curve.far - (1 - curve.tar)
     above = int(np.argmax(gap >= 0))
     if above == 0:
@@ -42,47 +56,66 @@ def equal_error_rate(curve: Curve) -> float:
     return float(curve.far[above - 1] + share * (curve.far[above] - curve.far[above - 1]))
 
 
-def tar_at_far(curve: Curve, far: float) -> tuple[float, float]:
-    """(TAR, threshold) of the last operating point whose FAR does not exceed the target."""
+def find_tar_at_far(curve: RocCurve, far: float) -> tuple[float, float]:
+    """Find TAR and threshold of the last operating point whose FAR does not exceed the given one."""
     at = int(np.searchsorted(curve.far, far, side="right")) - 1
     return float(curve.tar[at]), float(curve.thresholds[at])
 
 
-def best_threshold(distances: Float64, same: Bool) -> float:
-    """A threshold of the highest accuracy, midway between distances; the middle one where several tie."""
+def find_best_threshold(distances: Float64, same: Bool) -> float:
+    """Find a threshold of the highest accuracy, midway between distances; the middle one if several tie."""
     order = np.argsort(distances, kind="stable")
-    d, s = distances[order], same[order]
-    correct = np.concatenate([[0], np.cumsum(s)]) + np.concatenate([np.cumsum((~s)[::-1])[::-1], [0]])
-    cuts = np.concatenate([[np.nextafter(d[0], -np.inf)], (d[1:] + d[:-1]) / 2, [d[-1]]])
-    possible = np.concatenate([[True], d[1:] != d[:-1], [True]])
-    best = cuts[possible & (correct == correct[possible].max())]
+    distances = distances[order]
+    same = same[order]
+    # Correct decisions for each cut: same pairs below it and different pairs above it.
+    accepted = np.concatenate([[0], np.cumsum(same)])
+    rejected = np.concatenate([np.cumsum((~same)[::-1])[::-1], [0]])
+    correct = accepted + rejected
+    below_all = np.nextafter(distances[0], -np.inf)
+    cuts = np.concatenate([[below_all], (distances[1:] + distances[:-1]) / 2, [distances[-1]]])
+    # Equal distances cannot be cut apart.
+    is_possible = np.concatenate([[True], distances[1:] != distances[:-1], [True]])
+    best = cuts[is_possible & (correct == correct[is_possible].max())]
     return float(best[len(best) // 2])
 
 
-class Folds(NamedTuple):
-    """Accuracy of each fold at the threshold chosen on the others."""
+class FoldResults(NamedTuple):
+    """Accuracy of each fold at the threshold chosen on the others.
+
+    Attributes:
+        accuracies: Accuracy of each fold, (k,).
+        thresholds: Threshold of each fold, (k,).
+    """
 
     accuracies: Float64
     thresholds: Float64
 
     @property
     def mean(self) -> float:
+        """Mean accuracy."""
         return float(self.accuracies.mean())
 
     @property
     def standard_error(self) -> float:
-        """Of the mean: sample standard deviation over the root of the number of folds, as LFW prescribes."""
+        """Standard error of the mean: sample standard deviation over the root of the number of folds, as in LFW."""
         n = len(self.accuracies)
         return float(self.accuracies.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
 
-def cross_validate(distances: Float64, same: Bool, folds: Int64) -> Folds:
-    """k-fold accuracy; with a single fold the threshold is chosen on the fold itself."""
-    accuracies, thresholds = [], []
+def cross_validate(distances: Float64, same: Bool, folds: Int64) -> FoldResults:
+    """Compute k-fold accuracy. With a single fold the threshold is chosen on the fold itself.
+
+    Args:
+        distances: distance of each pair, (n,).
+        same: whether each pair shows one person, (n,).
+        folds: fold of each pair, (n,).
+    """
+    accuracies = []
+    thresholds = []
     for fold in np.unique(folds):
-        test = folds == fold
-        train = ~test if (~test).any() else test
-        threshold = best_threshold(distances[train], same[train])
+        is_test = folds == fold
+        is_train = ~is_test if (~is_test).any() else is_test
+        threshold = find_best_threshold(distances[is_train], same[is_train])
         thresholds.append(threshold)
-        accuracies.append(np.mean((distances[test] <= threshold) == same[test]))
-    return Folds(np.array(accuracies), np.array(thresholds))
+        accuracies.append(np.mean((distances[is_test] <= threshold) == same[is_test]))
+    return FoldResults(np.array(accuracies), np.array(thresholds))

@@ -1,4 +1,4 @@
-"""Who the faces of a gallery are, by its own labels or by a truth file: one row a face, as arrays."""
+"""Read who the faces of a gallery are, from its own labels or from a truth file, as arrays."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,76 +21,109 @@ from facepipe.types import Float32, Int64, UInt64
 
 Names = dict[str, int]
 _ROWS = 65536
-_NOBODY = -1
-LEFT_OUT = -2
+_NO_LABEL = -1
+LEFT_OUT = -2  # code of a face that shares its photo with the face that the label belongs to
 _TRUTH_TYPES = {"identity": pa.string(), "uri": pa.string(), "face_id": pa.int64()}
 
 
 @dataclass(frozen=True)
-class Labels:
-    """n labelled faces: ids (n,) ascending; codes (n,) into `names`, or LEFT_OUT for further faces of their photos."""
+class TruthLabels:
+    """The labels of n faces.
+
+    Attributes:
+        ids: Face ids, (n,), ascending.
+        codes: Code of each face's identity, (n,), or LEFT_OUT for further faces of a labelled photo.
+        names: Code of each name. The empty name stands for no identity.
+    """
 
     ids: Int64
     codes: Int64
     names: Names
 
-    def of(self, ids: Int64) -> Int64:
-        """Codes (m,) of faces (m,); -1 of those without a label, LEFT_OUT of those that it does not belong to."""
+    def look_up(self, ids: Int64) -> Int64:
+        """Look up the codes (m,) of faces (m,): -1 without a label, LEFT_OUT if the label is another face's."""
         return look_up_sorted(self.ids, self.codes, ids)
 
 
-def gallery_labels(gallery: Gallery) -> Labels:
-    """The gallery's own `identity`. The label of a photo with several faces belongs to the largest."""
+def read_gallery_labels(gallery: Gallery) -> TruthLabels:
+    """Read the gallery's own `identity`. The label of a photo with several faces belongs to the largest."""
     names: Names = {}
-    return _of_photos(gallery, names, lambda batch, _: encode(batch["identity"], names))
+    return _label_photos(gallery, names, lambda batch, _: encode_names(batch["identity"], names))
 
 
-def file_labels(gallery: Gallery, path: str) -> Labels:
-    """A truth file, CSV or Parquet: `identity`, which may be empty, and `face_id` or `uri`.
+def read_truth_file(gallery: Gallery, path: str) -> TruthLabels:
+    """Read a truth file. A label by uri belongs to the largest face of the photo.
 
-    A label by uri belongs to the largest face of the photo. Raises EvaluationError for a file that cannot be used.
+    Args:
+        gallery: the gallery.
+        path: path of a CSV or Parquet file with `identity`, which may be empty, and `face_id` or `uri`.
+
+    Raises:
+        EvaluationError: if the file cannot be used.
     """
     names: Names = {}
     table = _read_truth(path)
-    codes = encode(table["identity"].fill_null(""), names)
+    codes = encode_names(table["identity"].fill_null(""), names)
     if "face_id" in table.column_names:
-        return Labels(*_unique(table["face_id"].to_numpy(), codes, table["face_id"], path), names)
-    uris, codes = _unique(_hashes(table["uri"]), codes, table["uri"], path)
-    return _of_photos(gallery, names, lambda _, hashes: look_up_sorted(uris, codes, hashes))
+        ids, codes = _sort_unique(table["face_id"].to_numpy(), codes, table["face_id"], path)
+        return TruthLabels(ids, codes, names)
+    uris, codes = _sort_unique(_hash_uris(table["uri"]), codes, table["uri"], path)
+    return _label_photos(gallery, names, lambda _, hashes: look_up_sorted(uris, codes, hashes))
 
 
-def encode(column: Any, names: Names) -> Int64:
-    """Codes (n,) of a string column, -1 of null; names that are new get the next code."""
+def encode_names(column: Any, names: Names) -> Int64:
+    """Encode a string column as codes (n,), -1 for null. New names are added to `names` with the next code."""
     if isinstance(column, pa.ChunkedArray):
-        return np.concatenate([np.empty(0, np.int64), *(encode(chunk, names) for chunk in column.chunks)])
-    found = column.dictionary_encode()
-    codes = np.array([names.setdefault(name, len(names)) for name in found.dictionary.to_pylist()] + [_NOBODY])
-    return np.asarray(codes[found.indices.fill_null(len(codes) - 1).to_numpy(zero_copy_only=False)], np.int64)
+        return np.concatenate([np.empty(0, np.int64), *(encode_names(chunk, names) for chunk in column.chunks)])
+    encoded = column.dictionary_encode()
+    codes = [names.setdefault(name, len(names)) for name in encoded.dictionary.to_pylist()]
+    codes.append(_NO_LABEL)  # of null
+    indices = encoded.indices.fill_null(len(codes) - 1).to_numpy(zero_copy_only=False)
+    return np.asarray(np.array(codes)[indices], np.int64)
 
 
-def read_table(path: str, columns: dict[str, pa.DataType], what: str, remedy: str) -> pa.Table:
-    """Columns of a Parquet file in the types given, without rows that lack a face_id; no face may stand there twice."""
-    with _reading(path, what, remedy), storage.open_seekable(path) as handle, pq.ParquetFile(handle) as file:
+def read_face_table(path: str, columns: dict[str, pa.DataType], what: str, remedy: str) -> pa.Table:
+    """Read columns of a Parquet file, without the rows that lack a face_id.
+
+    Args:
+        path: path of the file.
+        columns: columns to read, with their types.
+        what: what the file is, for error messages.
+        remedy: what to do if it cannot be read, for error messages.
+
+    Raises:
+        EvaluationError: if the file cannot be read or lacks a column.
+    """
+    with _map_errors(path, what, remedy), storage.open_seekable(path) as handle, pq.ParquetFile(handle) as file:
         missing = [name for name in columns if name not in file.schema_arrow.names]
         if missing:
             raise EvaluationError(
-                f"{path!r} is no {what}: it has no column {', '.join(missing)}; "
+                f"{path!r} is not a {what}: it has no column {', '.join(missing)}; "
                 f"its columns are {', '.join(file.schema_arrow.names)}"
             )
         table = _cast(file.read(list(columns)), columns)
     return table.filter(table["face_id"].is_valid())
 
 
-def check_made_from(gallery: Gallery, ids: Int64, path: str, what: str) -> None:
-    """Raise EvaluationError for a table that names a face twice, or none that the gallery holds."""
+def check_same_gallery(gallery: Gallery, ids: Int64, path: str, what: str) -> None:
+    """Check that a table was made from a gallery.
+
+    Args:
+        gallery: the gallery.
+        ids: face ids of the table, (n,).
+        path: path of the table.
+        what: what the table is, for error messages.
+
+    Raises:
+        EvaluationError: if it names a face twice, or no face of the gallery.
+    """
     if not len(ids):
         raise EvaluationError(f"the {what} {path!r} holds no face: there is nothing to judge")
     known = np.unique(ids)
     if len(known) < len(ids):
         raise EvaluationError(f"the {what} {path!r} has {len(ids) - len(known)} rows too many: a face_id stands twice")
     for batch in gallery.batches(["face_id"], "face_id is not null", rows=_ROWS):
-        held = batch["face_id"].to_numpy()
-        if is_in_sorted(known, held).any():
+        if is_in_sorted(known, batch["face_id"].to_numpy()).any():
             return
     raise EvaluationError(
         f"the {what} {path!r} was made from other faces: none of its {len(ids)} face_ids is in {gallery.path!r}; "
@@ -99,8 +132,9 @@ def check_made_from(gallery: Gallery, ids: Int64, path: str, what: str) -> None:
 
 
 def _read_truth(path: str) -> pa.Table:
-    with _reading(path, "truth file", "give a CSV or Parquet file"), storage.open_seekable(path) as handle:
-        table = _truth_columns(handle)
+    """Read and check the columns of a truth file."""
+    with _map_errors(path, "truth file", "give a CSV or Parquet file"), storage.open_seekable(path) as handle:
+        table = _read_csv_or_parquet(handle)
         key = "face_id" if "face_id" in table.column_names else "uri"
         if not {"identity", key} <= set(table.column_names):
             raise EvaluationError(
@@ -113,7 +147,7 @@ def _read_truth(path: str) -> pa.Table:
     return table
 
 
-def _truth_columns(handle: BinaryIO) -> pa.Table:
+def _read_csv_or_parquet(handle: BinaryIO) -> pa.Table:
     magic = handle.read(4)
     handle.seek(0)
     if magic == b"PAR1":
@@ -124,7 +158,8 @@ def _truth_columns(handle: BinaryIO) -> pa.Table:
 
 
 @contextmanager
-def _reading(path: str, what: str, remedy: str) -> Iterator[None]:
+def _map_errors(path: str, what: str, remedy: str) -> Iterator[None]:
+    """Turn errors of reading a file into EvaluationError."""
     try:
         yield
     except StorageError as error:
@@ -137,47 +172,72 @@ def _cast(table: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
     return pa.table({name: table[name].cast(kind) for name, kind in columns.items()})
 
 
-def _unique(keys: npt.NDArray[Any], codes: Int64, shown: Any, path: str) -> tuple[npt.NDArray[Any], Int64]:
-    """Keys ascending and their codes; a key may stand twice with one code, but not with two."""
+def _sort_unique(keys: npt.NDArray[Any], codes: Int64, column: Any, path: str) -> tuple[npt.NDArray[Any], Int64]:
+    """Sort keys (n,) with their codes (n,), each once. A key may appear twice with one code, but not with two.
+
+    Args:
+        keys: keys.
+        codes: codes.
+        column: what the keys stand for, for the error message.
+        path: path of the truth file.
+
+    Raises:
+        EvaluationError: if a key has two codes.
+    """
     order = np.argsort(keys, kind="stable")
-    keys, codes = keys[order], codes[order]
-    again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
-    torn = again[codes[again] != codes[again - 1]]
-    if torn.size:
+    keys = keys[order]
+    codes = codes[order]
+    repeated = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+    conflicts = repeated[codes[repeated] != codes[repeated - 1]]
+    if conflicts.size:
         raise EvaluationError(
-            f"the truth file {path!r} gives {shown[int(order[torn[0]])].as_py()!r} two identities; "
-            f"{torn.size} such rows: keep one of each"
+            f"the truth file {path!r} gives {column[int(order[conflicts[0]])].as_py()!r} two identities; "
+            f"{conflicts.size} such rows: keep one of each"
         )
-    return np.delete(keys, again), np.delete(codes, again)
+    return np.delete(keys, repeated), np.delete(codes, repeated)
 
 
-def _of_photos(gallery: Gallery, names: Names, label: Callable[[pa.RecordBatch, UInt64], Int64]) -> Labels:
-    """The faces of every photo that has a label; all but the largest (of equal ones the smallest id) are LEFT_OUT."""
-    parts: list[tuple[npt.NDArray[Any], ...]] = []
+def _label_photos(gallery: Gallery, names: Names, label: Callable[[pa.RecordBatch, UInt64], Int64]) -> TruthLabels:
+    """Label the faces of every photo that has a label.
+
+    All faces but the largest of a photo (of equal ones the smallest id) are LEFT_OUT.
+
+    Args:
+        gallery: the gallery.
+        names: codes of the names.
+        label: returns the codes (n,) of a batch, given the hashes (n,) of its uris.
+    """
+    ids = [np.empty(0, np.int64)]
+    codes = [np.empty(0, np.int64)]
+    hashes = [np.empty(0, np.uint64)]
+    areas = [np.empty(0, np.float32)]
     for batch in gallery.batches(["face_id", "uri", "identity", "box"], ds.field("face_id").is_valid(), rows=_ROWS):
-        hashes = _hashes(batch["uri"])
-        codes = label(batch, hashes)
-        kept = codes != _NOBODY
-        columns = (batch["face_id"].to_numpy(), codes, hashes, _areas(batch["box"]))
-        parts.append(tuple(column[kept] for column in columns))
-    if not parts:
-        return Labels(np.empty(0, np.int64), np.empty(0, np.int64), names)
-    ids, codes, hashes, areas = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((ids, -areas, hashes))
-    first = np.ones(len(order), np.bool_)
-    first[1:] = hashes[order[1:]] != hashes[order[:-1]]
-    codes[order[~first]] = LEFT_OUT
-    order = np.argsort(ids)
-    return Labels(ids[order], codes[order], names)
+        batch_hashes = _hash_uris(batch["uri"])
+        batch_codes = label(batch, batch_hashes)
+        is_labelled = batch_codes != _NO_LABEL
+        ids.append(batch["face_id"].to_numpy()[is_labelled])
+        codes.append(batch_codes[is_labelled])
+        hashes.append(batch_hashes[is_labelled])
+        areas.append(_compute_areas(batch["box"])[is_labelled])
+    id_column = np.concatenate(ids)
+    code_column = np.concatenate(codes)
+    hash_column = np.concatenate(hashes)
+    # The first face of each photo, in this order, has the label.
+    order = np.lexsort((id_column, -np.concatenate(areas), hash_column))
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = hash_column[order[1:]] != hash_column[order[:-1]]
+    code_column[order[~is_first]] = LEFT_OUT
+    order = np.argsort(id_column)
+    return TruthLabels(id_column[order], code_column[order], names)
 
 
-def _areas(boxes: pa.ListArray) -> Float32:
-    """Areas (n,) of boxes x1, y1, x2, y2 in pixels; 0 where there is none."""
+def _compute_areas(boxes: pa.ListArray) -> Float32:
+    """Compute the areas (n,) of boxes x1, y1, x2, y2 in pixels; 0 without a box."""
     areas = np.zeros(len(boxes), np.float32)
     corners = boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     areas[boxes.is_valid().to_numpy(zero_copy_only=False)] = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
     return areas
 
 
-def _hashes(uris: Any) -> UInt64:
+def _hash_uris(uris: Any) -> UInt64:
     return np.array([hash64(uri) for uri in uris.to_pylist()], np.uint64)

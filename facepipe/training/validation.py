@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from facepipe.errors import ConfigError, EvaluationError
-from facepipe.evaluation.pairs import figures
+from facepipe.evaluation.pairs import score_pairs
 from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.chip_writer import normalise_name
@@ -262,7 +262,7 @@ def _embed_raw(embed: EmbedChips, chips: UInt8Image, flip: bool) -> Float32:
 
 
 def _compute_scores(distances: Float64, pairs: PairSet) -> dict[str, float]:
-    result = figures(distances, pairs.same, pairs.folds)
+    result = score_pairs(distances, pairs.same, pairs.folds)
     scores = {"accuracy": result.accuracy, "auc": result.auc, "eer": result.eer, "threshold": result.threshold}
     if result.folds > 1:
         scores["accuracy_std"] = result.standard_error * float(np.sqrt(result.folds))

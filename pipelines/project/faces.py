@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from facepipe.arrow import buffers
 from facepipe.errors import EvaluationError
-from facepipe.evaluation.pairs import subject_rows
+from facepipe.evaluation.pairs import read_subject_rows
 from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.evaluation.projected import PairRows
 from facepipe.gallery import Gallery
@@ -108,7 +108,7 @@ def choose_faces(gallery: Gallery, dim: int, faces: int, held: float, seed: int,
 def _choose_for_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) -> FaceSample:
     given = read_pairs(path)
     names = {name for pair in given for name in (pair.left, pair.right)}
-    rows = subject_rows(gallery, names, ["face_id"])
+    rows = read_subject_rows(gallery, names, ["face_id"])
     if absent := sorted(names - rows.keys()):
         raise EvaluationError(
             f"{len(absent)} images of {path!r} are not in the gallery, such as {', '.join(absent[:3])}"

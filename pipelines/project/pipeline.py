@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from facepipe.errors import ConfigError, GalleryError, ModelError
-from facepipe.evaluation.projected import Verification, drawn_pairs, verification
+from facepipe.evaluation.projected import VerificationScores, draw_pairs, score_vectors
 from facepipe.gallery import Gallery
 from facepipe.models.projection import Projection, SecondMoment, check_face_count, fit_projection, save_projection
 from facepipe.models.protocols import Embedder
@@ -71,8 +71,8 @@ class ProjectSummary:
     faces: int = 0
     images: dict[str, int] = field(default_factory=dict)
     energy: float = 0.0
-    full: Verification | None = None
-    reduced: Verification | None = None
+    full: VerificationScores | None = None
+    reduced: VerificationScores | None = None
     unmeasured: str = ""
     measured_on_fit: bool = False
     seconds: float = 0.0
@@ -170,13 +170,13 @@ def _fit_projection(moment: SecondMoment, summary: ProjectSummary) -> Projection
 def _measure_loss(
     summary: ProjectSummary, sample: FaceSample, raw: dict[int, Any], projection: Projection, seed: int
 ) -> None:
-    pairs = sample.build_pairs(list(raw)) or drawn_pairs(sample.get_persons(list(raw)), seed)
+    pairs = sample.build_pairs(list(raw)) or draw_pairs(sample.get_persons(list(raw)), seed)
     if pairs is None:
         summary.unmeasured = "the gallery has no labels, or too few, to draw pairs from: give --pairs"
         return
     vectors = np.stack(list(raw.values())).astype(np.float64)
-    summary.full = verification(vectors, pairs)
-    summary.reduced = verification(vectors @ projection.matrix.astype(np.float64), pairs)
+    summary.full = score_vectors(vectors, pairs)
+    summary.reduced = score_vectors(vectors @ projection.matrix.astype(np.float64), pairs)
     summary.measured_on_fit = bool(np.isin(sample.fitted, np.array(list(raw))).any())
 
 

@@ -27,7 +27,7 @@ from galleries import BLOCK, CONTRACT, Faces, append, rows
 from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import find_components
-from facepipe.evaluation.clusters import compare, evaluate_clusters
+from facepipe.evaluation.clusters import evaluate_clusters, score_clusters
 from facepipe.gallery import Gallery
 from pipelines.cluster import ClusterConfig, run
 from pipelines.dedup import DedupConfig
@@ -117,7 +117,7 @@ def one(path: str) -> None:
     figures |= {"peak": peak, "peak_dedup": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     for name, chosen in (("all", np.ones(len(found), bool)), ("real", real)):
         if chosen.any():
-            scores = compare(truth[chosen], found[chosen])
+            scores = score_clusters(truth[chosen], found[chosen])
             figures |= {f"pairs_{name}": scores.pairwise.f, f"bcubed_{name}": scores.bcubed.f}
     print(json.dumps(figures))
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from corpus import SHARED
 
 from facepipe.arrow import buffers
-from facepipe.evaluation.pairs import figures
+from facepipe.evaluation.pairs import score_pairs
 from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.models.dlib.dlib_onnx import Range, build_dlib_onnx, build_dlib_onnx_with_activations
 from facepipe.models.dlib.ranges import RANGES
@@ -89,7 +89,7 @@ def view2(vectors: Float32, names: list[str]) -> str:
     at = {name: n for n, name in enumerate(names)}
     pairs = read_pairs(SHARED / "data" / "lfw-dev" / "pairs.txt")
     apart = np.array([np.linalg.norm(vectors[at[p.left]].astype(float) - vectors[at[p.right]]) for p in pairs])
-    result = figures(apart, np.array([p.same for p in pairs]), np.array([p.fold for p in pairs]))
+    result = score_pairs(apart, np.array([p.same for p in pairs]), np.array([p.fold for p in pairs]))
     return f"View 2 {result.accuracy:.4f} ± {result.standard_error:.4f}, TAR at 1e-3 {result.tar['0.001']:.4f}"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from facepipe.config import build
-from facepipe.evaluation.roc import equal_error_rate, roc, tar_at_far
+from facepipe.evaluation.roc import compute_equal_error_rate, compute_roc, find_tar_at_far
 from facepipe.hashing import hash64
 from facepipe.models.runtime.memory import keep_freed_memory
 from facepipe.models.zoo.loading import load_net
@@ -81,9 +81,9 @@ def judged(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     u, v = np.triu_indices(len(labels), 1)
     same = labels[u] == labels[v]
     distances = np.sqrt(np.maximum(0, 2 - 2 * (vectors @ vectors.T)[u, v])).astype(np.float64)
-    curve = roc(distances, same)
-    found = {"genuine": int(same.sum()), "impostors": int((~same).sum()), "eer": equal_error_rate(curve)}
-    return found | {f"tar@{far:g}": tar_at_far(curve, far)[0] for far in FARS}
+    curve = compute_roc(distances, same)
+    found = {"genuine": int(same.sum()), "impostors": int((~same).sum()), "eer": compute_equal_error_rate(curve)}
+    return found | {f"tar@{far:g}": find_tar_at_far(curve, far)[0] for far in FARS}
 
 
 def halves(chips: ChipSet, work: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from helpers import embed
 from facepipe.arrow import float_lists
 from facepipe.config import build
 from facepipe.errors import ConfigError, ContractError, EvaluationError, GalleryError, IndexingError, SourceError
-from facepipe.evaluation.identification import Probes, identification, operating_point, probe
+from facepipe.evaluation.identification import Probes, compute_identification, find_operating_point, search_probes
 from facepipe.evaluation.index import evaluate_index
 from facepipe.gallery import Gallery
 from facepipe.gallery.export import export
@@ -211,19 +211,19 @@ def test_calibration_on_numbers_done_by_hand() -> None:
     mate = np.where(np.arange(100) < 50, 0.005, np.inf)
     mate[:10] = 0.5
     found = Probes(mate, other, 100, 1.0)
-    point = operating_point(found, 0.05)
+    point = find_operating_point(found, 0.05)
     assert (point.false_alarms, point.probes) == (5, 100)
     assert 0.05 <= point.threshold < 0.06
     assert point.fnir == pytest.approx(0.2)
-    assert identification(found).rank_1 == pytest.approx(0.8)
+    assert compute_identification(found).rank_1 == pytest.approx(0.8)
     with pytest.raises(EvaluationError, match="needs 1000 labelled probes"):
-        operating_point(found, 0.001)
-    stricter = operating_point(Probes(mate, other, 50, 0.5), 0.05)
+        find_operating_point(found, 0.001)
+    stricter = find_operating_point(Probes(mate, other, 50, 0.5), 0.05)
     assert stricter.threshold < point.threshold
 
 
 def test_probing_equals_a_table_of_all_distances(gallery: Gallery) -> None:
-    found = probe(gallery, Index(gallery.path, recall=1.0))
+    found = search_probes(gallery, Index(gallery.path, recall=1.0))
     vectors = gallery.vectors()[1]
     names = np.array(gallery.to_arrow(["identity"])["identity"].to_pylist(), object)
     distances = np.linalg.norm(vectors[:200, None] - vectors[None], axis=-1)
@@ -245,4 +245,4 @@ def test_evaluate_index(gallery: Gallery, tmp_path: Path) -> None:
 
 def test_no_threshold_where_people_share_faces() -> None:
     with pytest.raises(EvaluationError, match="the same, to the bit"):
-        operating_point(Probes(np.zeros(100), np.zeros(100), 100, 1.0), 0.1)
+        find_operating_point(Probes(np.zeros(100), np.zeros(100), 100, 1.0), 0.1)

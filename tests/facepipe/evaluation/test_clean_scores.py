@@ -12,16 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.errors import EvaluationError
-from facepipe.evaluation.cleaning import DECISIONS, Decisions, average_precision, evaluate_clean, judge
+from facepipe.evaluation.cleaning import (
+    DECISIONS,
+    LabelDecisions,
+    compute_average_precision,
+    evaluate_clean,
+    score_decisions,
+)
 from facepipe.gallery import Gallery
 
 FACE = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(-1, 3), st.integers(0, 5), st.integers(0, 8))
 FACES = st.lists(FACE, min_size=1, max_size=40)
 
 
-def decisions(faces: list[tuple[int, int, int, int, int]]) -> Decisions:
+def decisions(faces: list[tuple[int, int, int, int, int]]) -> LabelDecisions:
     given_, true, suggested, decision, noise = np.array(faces, np.int64).T
-    return Decisions(given_, true, suggested, decision, noise / 8)
+    return LabelDecisions(given_, true, suggested, decision, noise / 8)
 
 
 def share(part: list[Any], whole: list[Any]) -> float | None:
@@ -31,7 +37,7 @@ def share(part: list[Any], whole: list[Any]) -> float | None:
 @settings(max_examples=200, deadline=None)
 @given(FACES)
 def test_figures_are_what_counting_says(faces: list[tuple[int, int, int, int, int]]) -> None:
-    result = judge(decisions(faces))
+    result = score_decisions(decisions(faces))
     flagged = [f for f in faces if DECISIONS[f[3]] in ("outlier", "relabel") or (f[3] == 5 and f[4] / 8 > 0.5)]
     wrong = [f for f in faces if f[0] != f[1]]
     found = [f for f in flagged if f[0] != f[1]]
@@ -53,7 +59,7 @@ def test_figures_are_what_counting_says(faces: list[tuple[int, int, int, int, in
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=30))
 def test_average_precision_is_the_sum_over_thresholds(pairs: list[tuple[bool, int]]) -> None:
     wrong, noise = np.array([w for w, _ in pairs]), np.array([n / 6 for _, n in pairs])
-    found = average_precision(wrong, noise)
+    found = compute_average_precision(wrong, noise)
     if not wrong.any():
         assert found is None
         return
@@ -63,7 +69,7 @@ def test_average_precision_is_the_sum_over_thresholds(pairs: list[tuple[bool, in
         step = wrong[above].sum() / wrong.sum()
         total, recall = total + (step - recall) * wrong[above].mean(), step
     assert found == pytest.approx(total)
-    assert average_precision(wrong, wrong.astype(float)) == 1
+    assert compute_average_precision(wrong, wrong.astype(float)) == 1
 
 
 def test_a_calibrated_noise_predicts_the_errors() -> None:
@@ -71,7 +77,9 @@ def test_a_calibrated_noise_predicts_the_errors() -> None:
     noise = rng.random(100_000)
     wrong = rng.random(len(noise)) < noise
     zeros = np.zeros(len(noise), np.int64)
-    result = judge(Decisions(zeros, wrong.astype(np.int64), zeros - 1, np.where(noise > 0.7, 1, 0), noise))
+    result = score_decisions(
+        LabelDecisions(zeros, wrong.astype(np.int64), zeros - 1, np.where(noise > 0.7, 1, 0), noise)
+    )
     assert result.expected_errors == pytest.approx(result.errors, rel=0.02)
 
 
@@ -159,5 +167,5 @@ def test_what_cannot_be_used(gallery: Gallery, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no labelled face in common"):
         evaluate_clean(gallery, truth(tmp_path, "face_id,identity\n99,a\n"), str(table))
     pq.write_table(pq.read_table(table).drop_columns(["noise", "uri"]), table)
-    with pytest.raises(EvaluationError, match="is no table of decisions: it has no column noise"):
+    with pytest.raises(EvaluationError, match="is not a table of decisions: it has no column noise"):
         evaluate_clean(gallery, path)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.errors import EvaluationError
-from facepipe.evaluation.clusters import compare, evaluate_clusters
+from facepipe.evaluation.clusters import evaluate_clusters, score_clusters
 from facepipe.gallery import Gallery
 
 LABELS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=30).map(
@@ -58,7 +58,7 @@ def nmi(truth: np.ndarray, found: np.ndarray) -> float:
 @given(LABELS)
 def test_scores_are_what_counting_says(labels: np.ndarray) -> None:
     truth, found = labels
-    scores = compare(truth, found)
+    scores = score_clusters(truth, found)
     for rates, expected in ((scores.pairwise, pairwise(truth, found)), (scores.bcubed, bcubed(truth, found))):
         assert (rates.precision, rates.recall, rates.f) == pytest.approx((*expected, f(*expected)))
     assert scores.nmi == pytest.approx(nmi(truth, found), abs=1e-9)
@@ -72,8 +72,8 @@ def test_scores_are_what_counting_says(labels: np.ndarray) -> None:
 def test_names_and_order_do_not_matter(labels: np.ndarray, names: list[int], seed: int) -> None:
     truth, found = labels
     order = np.random.default_rng(seed).permutation(len(truth))
-    other = compare(truth[order], np.array([*names], np.int64)[found][order] * 10**15 - 7)
-    scores = compare(truth, found)
+    other = score_clusters(truth[order], np.array([*names], np.int64)[found][order] * 10**15 - 7)
+    scores = score_clusters(truth, found)
     assert other.bcubed.f == pytest.approx(scores.bcubed.f)
     assert other.nmi == pytest.approx(scores.nmi, abs=1e-9)
     assert (other.pairwise, other.clusters, other.largest) == (scores.pairwise, scores.clusters, scores.largest)
@@ -82,11 +82,11 @@ def test_names_and_order_do_not_matter(labels: np.ndarray, names: list[int], see
 @settings(max_examples=100, deadline=None)
 @given(LABELS)
 def test_the_two_sides_mirror_each_other(labels: np.ndarray) -> None:
-    scores, mirrored = compare(*labels), compare(*labels[::-1])
+    scores, mirrored = score_clusters(*labels), score_clusters(*labels[::-1])
     assert scores.nmi == pytest.approx(mirrored.nmi, abs=1e-9)
     for a, b in ((scores.pairwise, mirrored.pairwise), (scores.bcubed, mirrored.bcubed)):
         assert (a.precision, a.recall) == pytest.approx((b.recall, b.precision))
-    perfect = compare(labels[0], labels[0])
+    perfect = score_clusters(labels[0], labels[0])
     assert (perfect.pairwise.f, perfect.bcubed.f, perfect.nmi) == pytest.approx((1, 1, 1))
 
 
@@ -94,24 +94,24 @@ def test_the_two_sides_mirror_each_other(labels: np.ndarray) -> None:
 @given(LABELS, st.integers(0, 5), st.integers(0, 5))
 def test_merging_never_costs_recall_and_splitting_never_precision(labels: np.ndarray, a: int, b: int) -> None:
     truth, found = labels
-    scores, merged = compare(truth, found), compare(truth, np.where(found == a, b, found))
-    pure = compare(truth, found * 6 + truth)
+    scores, merged = score_clusters(truth, found), score_clusters(truth, np.where(found == a, b, found))
+    pure = score_clusters(truth, found * 6 + truth)
     for name in ("pairwise", "bcubed"):
         assert getattr(merged, name).recall >= getattr(scores, name).recall - 1e-12
         assert getattr(pure, name).precision == pytest.approx(1)
         assert getattr(pure, name).recall == pytest.approx(getattr(scores, name).recall)
-    assert compare(truth, np.zeros_like(truth)).pairwise.recall == 1
-    assert compare(truth, np.arange(len(truth))).bcubed.precision == pytest.approx(1)
+    assert score_clusters(truth, np.zeros_like(truth)).pairwise.recall == 1
+    assert score_clusters(truth, np.arange(len(truth))).bcubed.precision == pytest.approx(1)
 
 
 def test_nothing_to_compare() -> None:
     none = np.empty(0, np.int64)
-    scores = compare(none, none)
+    scores = score_clusters(none, none)
     assert (scores.faces, scores.clusters, scores.largest) == (0, 0, 0)
     assert (scores.pairwise.f, scores.bcubed.f, scores.nmi) == (1, 1, 1)
-    alone = compare(np.arange(5), np.arange(5)[::-1])
+    alone = score_clusters(np.arange(5), np.arange(5)[::-1])
     assert (alone.pairwise.precision, alone.pairwise.recall, alone.nmi) == (1, 1, pytest.approx(1))
-    split = compare(np.zeros(4, np.int64), np.arange(4))
+    split = score_clusters(np.zeros(4, np.int64), np.arange(4))
     assert (split.pairwise.precision, split.pairwise.recall, split.pairwise.f, split.nmi) == (1, 0, 0, 0)
 
 
@@ -119,10 +119,10 @@ def test_a_million_faces() -> None:
     rng = np.random.default_rng(0)
     truth, found = rng.integers(0, 100_000, (2, 1_000_000))
     labels = np.where(rng.random(len(truth)) < 0.9, truth, found)
-    scores, peak = measure_peak_bytes(lambda: compare(truth, labels))
+    scores, peak = measure_peak_bytes(lambda: score_clusters(truth, labels))
     assert peak < 10 * truth.nbytes, "a few arrays of a number per face, and no table of all pairs of clusters"
     assert scores.bcubed.f == pytest.approx(0.85, abs=0.05)
-    whole = compare(np.zeros(10**6, np.int64), np.zeros(10**6, np.int64))
+    whole = score_clusters(np.zeros(10**6, np.int64), np.zeros(10**6, np.int64))
     assert (whole.pairwise.f, whole.bcubed.f, whole.largest) == (1, 1, 10**6)
 
 

@@ -6,9 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.errors import EvaluationError
-from facepipe.evaluation.pairs import figures
+from facepipe.evaluation.pairs import score_pairs
 from facepipe.evaluation.pairs_file import read_pairs
-from facepipe.evaluation.roc import auc, best_threshold, cross_validate, equal_error_rate, roc, tar_at_far
+from facepipe.evaluation.roc import (
+    compute_auc,
+    compute_equal_error_rate,
+    compute_roc,
+    cross_validate,
+    find_best_threshold,
+    find_tar_at_far,
+)
 
 SCORES = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40).filter(
     lambda rows: len({same for _, same in rows}) == 2
@@ -19,16 +26,16 @@ SCORES = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_
 @given(SCORES)
 def test_curve_is_what_counting_says(rows: list[tuple[int, bool]]) -> None:
     distances, same = np.array([d for d, _ in rows], float), np.array([s for _, s in rows])
-    curve = roc(distances, same)
+    curve = compute_roc(distances, same)
     for threshold, far, tar in zip(*curve, strict=True):
         assert tar == pytest.approx((distances[same] <= threshold).mean())
         assert far == pytest.approx((distances[~same] <= threshold).mean())
     pairs = [(a < b) + (a == b) / 2 for a in distances[same] for b in distances[~same]]
-    assert auc(curve) == pytest.approx(np.mean(pairs))
+    assert compute_auc(curve) == pytest.approx(np.mean(pairs))
     assert (curve.far[-1], curve.tar[-1]) == (1, 1)
     best = max(np.mean((distances <= t) == same) for t in np.arange(-0.5, 13.5, 0.5))
-    assert np.mean((distances <= best_threshold(distances, same)) == same) <= best
-    assert 0 <= equal_error_rate(curve) <= 1
+    assert np.mean((distances <= find_best_threshold(distances, same)) == same) <= best
+    assert 0 <= compute_equal_error_rate(curve) <= 1
 
 
 def test_best_threshold_reaches_the_best_accuracy() -> None:
@@ -36,17 +43,17 @@ def test_best_threshold_reaches_the_best_accuracy() -> None:
     for _ in range(100):
         distances, same = rng.random(40).round(int(rng.integers(1, 4))), rng.random(40) < 0.5
         best = max(np.mean((distances <= t) == same) for t in [-1, *distances])
-        assert np.mean((distances <= best_threshold(distances, same)) == same) == best
+        assert np.mean((distances <= find_best_threshold(distances, same)) == same) == best
     perfect = np.array([0.1, 0.2, 0.6, 0.8])
-    assert best_threshold(perfect, perfect < 0.5) == pytest.approx(0.4)
+    assert find_best_threshold(perfect, perfect < 0.5) == pytest.approx(0.4)
 
 
 def test_tar_at_far_never_exceeds_the_far() -> None:
     distances = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     same = np.array([True, True, False, True, False, True])
-    assert tar_at_far(roc(distances, same), 0.4) == (0.5, 0.2)
-    assert tar_at_far(roc(distances, same), 0.5) == (0.75, 0.4)
-    assert tar_at_far(roc(distances, same), 0.0)[0] == 0.5
+    assert find_tar_at_far(compute_roc(distances, same), 0.4) == (0.5, 0.2)
+    assert find_tar_at_far(compute_roc(distances, same), 0.5) == (0.75, 0.4)
+    assert find_tar_at_far(compute_roc(distances, same), 0.0)[0] == 0.5
 
 
 def test_the_threshold_comes_from_the_other_folds() -> None:
@@ -61,7 +68,7 @@ def test_the_threshold_comes_from_the_other_folds() -> None:
 def test_rare_fars_need_enough_pairs() -> None:
     rng = np.random.default_rng(0)
     same = np.arange(400) % 2 == 0
-    result = figures(np.where(same, 0.3, 0.9) + rng.normal(0, 0.1, 400), same, np.arange(400) // 40)
+    result = score_pairs(np.where(same, 0.3, 0.9) + rng.normal(0, 0.1, 400), same, np.arange(400) // 40)
     assert result.tar["0.01"] is not None
     assert result.tar["0.001"] is None
     assert result.folds == 10

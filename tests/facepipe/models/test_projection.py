@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, EvaluationError, ModelError, WeightsError
-from facepipe.evaluation.projected import PairRows, drawn_pairs, verification
+from facepipe.evaluation.projected import PairRows, draw_pairs, score_vectors
 from facepipe.gallery import Gallery
 from facepipe.models.projection import (
     ProjectedEmbedder,
@@ -127,17 +127,17 @@ def test_pairs_are_measured_as_they_are() -> None:
     people = np.repeat(np.arange(30), 4)
     centres = np.random.default_rng(0).normal(size=(30, 64))
     raw = centres[people] + 0.1 * np.random.default_rng(1).normal(size=(120, 64))
-    pairs = drawn_pairs(people, 0)
+    pairs = draw_pairs(people, 0)
     assert pairs is not None
     assert int(pairs.same.sum()) == 30 * 6
-    found = verification(raw, pairs)
+    found = score_vectors(raw, pairs)
     assert (found.accuracy, found.tar, found.different) == (1.0, 1.0, 120 * 119 // 2 - 180)
-    noise = verification(np.random.default_rng(2).normal(size=(120, 64)), pairs)
+    noise = score_vectors(np.random.default_rng(2).normal(size=(120, 64)), pairs)
     assert noise.accuracy < 0.65
     lost = PairRows(np.array([0, -1]), np.array([1, 4]), np.array([True, False]), np.array([0, 1]))
-    assert verification(raw, lost).tar is None
-    assert drawn_pairs(np.arange(9), 0) is None
-    assert drawn_pairs(np.zeros(9, np.int64), 0) is None
+    assert score_vectors(raw, lost).tar is None
+    assert draw_pairs(np.arange(9), 0) is None
+    assert draw_pairs(np.zeros(9, np.int64), 0) is None
 
 
 class Tiny(nn.Module):
