@@ -63,7 +63,7 @@ def adopt(
         config = AdoptConfig(encodings, names=names, **select_set(source=source, detector=detector, embedder=embedder))
         with ProgressReporter("adopt", quiet=quiet) as progress:
             summary = run(config, gallery, lambda adopted: progress.update(_format_counts(adopted)))
-        print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print(summary, gallery))
+        print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))
         if summary.failed == summary.listed:
             fail(f"all {summary.listed} rows were refused: {summary.examples[0]}", ExitCode.FAILED)
         if summary.failed > max_failed * summary.listed:
@@ -77,7 +77,7 @@ def _format_counts(summary: Any) -> str:
     return f"{summary.listed} rows, {summary.adopted} adopted, {summary.failed} refused"
 
 
-def _print(summary: Any, gallery: str) -> None:
+def _print_summary(summary: Any, gallery: str) -> None:
     # Counts, of which the rare ones are shown only if there are any.
     rows = [("rows", summary.listed), ("adopted", summary.adopted)]
     if summary.replaced:

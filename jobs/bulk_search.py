@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error
 from jobs.job_command import finish_job, print_steps, record_job, run_old_spelling
-from jobs.options import DryRun, HelpSettings, Json, Quiet, Settings, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
 from jobs.progress import ProgressReporter, format_search_rate
 
 
@@ -19,6 +19,7 @@ def bulk_search(
     as_json: Json = False,
     settings: Settings = None,
     help_settings: HelpSettings = False,
+    init: Init = False,
 ) -> None:
     """Search a batch of queries, and identify them.
 
@@ -46,13 +47,13 @@ def bulk_search(
             finish_job(
                 summary,
                 as_json=as_json,
-                print_text=lambda: _print(summary),
+                print_text=lambda: _print_summary(summary),
                 inputs=f"{summary.queries} queries",
                 limit="bulk.max_failed",
             )
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     title = "would search" if summary.dry_run else "searched"
     print_steps(f"bulk-search {title}: {summary.gallery} -> {summary.output}", summary.steps, _format_figures)
 

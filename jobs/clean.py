@@ -43,10 +43,10 @@ def clean(
         options = {"clean": select_set(relabels=relabels or None, min_face_px=min_face_px)}
         chosen = build_config(CleanConfig, config, settings, options)
         summary = run(chosen, gallery, make_line_printer("clean", quiet=quiet))
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     share_wrong = summary.wrong / max(1, summary.labelled)
     rows = [
         ("labelled faces (without label)", f"{summary.labelled} ({summary.unlabelled})"),

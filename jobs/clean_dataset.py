@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error
 from jobs.job_command import finish_job, format_counts, print_steps, record_job, run_old_spelling
-from jobs.options import DryRun, HelpSettings, Json, Quiet, Settings, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
 from jobs.progress import ProgressReporter, format_embed_rate
 
 
@@ -20,6 +20,7 @@ def clean_dataset(
     as_json: Json = False,
     settings: Settings = None,
     help_settings: HelpSettings = False,
+    init: Init = False,
 ) -> None:
     """Clean the labels of a face dataset for training.
 
@@ -48,13 +49,13 @@ def clean_dataset(
             finish_job(
                 summary,
                 as_json=as_json,
-                print_text=lambda: _print(summary),
+                print_text=lambda: _print_summary(summary),
                 inputs=f"{summary.images} images",
                 limit="dataset.max_failed",
             )
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     title = "would embed" if summary.dry_run else "did"
     print_steps(f"clean-dataset {title}: {summary.gallery}", summary.steps, _format_figures)
     if summary.lists:

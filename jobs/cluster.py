@@ -74,10 +74,10 @@ def cluster(
             print_result(asdict(assigned), as_json=as_json, print_text=lambda: _print_assigned(assigned))
             return
         summary = run(chosen, gallery, on_progress)
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     origin = "estimated from the data" if summary.estimated else "set, or the model's own"
     rows = [
         ("faces", summary.faces),

@@ -77,10 +77,10 @@ def dedup(
             print_result(asdict(new_summary), as_json=as_json, print_text=lambda: _print_new(new_summary))
             return
         summary = run(chosen, gallery, against, on_progress)
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     rows = [("images", summary.images), *_list_pairs(summary)]
     rows += [
         ("groups", summary.groups),

@@ -89,7 +89,7 @@ def embed(
             make_line_printer("embed")(chosen.doubt)
         with ProgressReporter("embed", quiet=quiet) as progress:
             summary = run(chosen, gallery, lambda embedded: progress.update(format_embed_rate(embedded)))
-        print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print(summary, gallery))
+        print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))
         if summary.failed == summary.listed > 0:
             fail(f"all {summary.images} images failed; `facepipe info {gallery}` lists why", ExitCode.FAILED)
         if summary.failed > max_failed * max(1, summary.images):
@@ -99,7 +99,7 @@ def embed(
             )
 
 
-def _print(summary: Any, gallery: str) -> None:
+def _print_summary(summary: Any, gallery: str) -> None:
     rows = [("listed", summary.listed), ("already in the gallery", summary.skipped)]
     if summary.repeated:
         rows.append(("listed twice", summary.repeated))

@@ -68,10 +68,10 @@ def erase(
         )
         on_progress = make_line_printer("erase", quiet=quiet)
         summary = run(selection, gallery, dry_run=dry_run, may_return=may_return, progress=on_progress)
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(gallery, summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
 
 
-def _print(gallery: str, summary: Any) -> None:
+def _print_summary(gallery: str, summary: Any) -> None:
     title = "would erase from" if summary.dry_run else "erased from"
     rows = [(name, getattr(summary, name)) for name in ("images", "faces", "rows")]
     print_table(f"{title} {gallery}", ("", "count"), rows)

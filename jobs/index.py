@@ -57,10 +57,10 @@ def index(
             repair=repair,
             on_progress=make_line_printer("index", quiet=quiet),
         )
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(gallery, summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
 
 
-def _print(gallery: str, summary: Any) -> None:
+def _print_summary(gallery: str, summary: Any) -> None:
     rows = [
         ("faces", summary.vectors),
         ("added", summary.added),

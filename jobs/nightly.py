@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error, print_seconds
 from jobs.job_command import finish_job, format_counts, print_steps, record_job
-from jobs.options import DryRun, HelpSettings, Json, Quiet, Settings, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
 from jobs.progress import ProgressReporter, format_embed_rate
 
 
@@ -19,6 +19,7 @@ def nightly(
     as_json: Json = False,
     settings: Settings = None,
     help_settings: HelpSettings = False,
+    init: Init = False,
 ) -> None:
     """Bring a gallery up to date, as every night.
 
@@ -50,13 +51,13 @@ def nightly(
             finish_job(
                 summary,
                 as_json=as_json,
-                print_text=lambda: _print(summary),
+                print_text=lambda: _print_summary(summary),
                 inputs=f"{summary.images} images",
                 limit="night.max_failed",
             )
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     title = "would do" if summary.dry_run else "did"
     print_steps(f"nightly {title}: {summary.gallery} (version {summary.version})", summary.steps, format_counts)
     for problem in summary.problems:

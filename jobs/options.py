@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar
 import typer
 
 from facepipe.config import build, parse_settings, read_toml
+from jobs.examples import write_example
 from jobs.settings import print_settings
 
 Config = TypeVar("Config")
@@ -40,6 +41,10 @@ HelpSettings = Annotated[
         callback=print_settings,
         is_eager=True,
     ),
+]
+Init = Annotated[
+    bool,
+    typer.Option("--init", help="Commented example config, as a new file here.", callback=write_example, is_eager=True),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]

@@ -124,7 +124,7 @@ def search(
         chosen = build_config(SearchConfig, config, settings, options)
         with ProgressReporter("search", quiet=quiet) as progress:
             summary = run(chosen, gallery, queries, out, lambda searched: progress.update(format_search_rate(searched)))
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 
 def _choose_threshold(gallery: str, calibrate: str, recall: float | None) -> Any:
@@ -165,7 +165,7 @@ def _format_point(point: Any, *, is_unstable: bool) -> str:
     return text
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     visited = f"{summary.nprobe} lists, {summary.rescore} re-scored"
     rows = [
         ("queries", summary.queries),

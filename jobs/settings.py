@@ -100,7 +100,7 @@ def list_sections(config: type, prefix: str = "") -> Iterator[SectionHelp]:
 
     Args:
         config: dataclass of the config.
-        prefix: name of the section that it is, with a dot at its end; empty for a whole config.
+        prefix: name of the section, with a dot at its end; empty for a whole config.
     """
     hints = get_type_hints(config, include_extras=True)
     meanings = read_meanings(config)

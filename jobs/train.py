@@ -7,7 +7,7 @@ import typer
 
 from facepipe.config import parse_settings, read_toml
 from jobs.console import exit_on_error, print_result, print_table
-from jobs.options import HelpSettings, Json, Quiet, Settings
+from jobs.options import HelpSettings, Init, Json, Quiet, Settings
 from jobs.progress import ProgressReporter
 
 
@@ -22,6 +22,7 @@ def train(
     as_json: Json = False,
     settings: Settings = None,
     help_settings: HelpSettings = False,
+    init: Init = False,
 ) -> None:
     """Train an embedder or a detector.
 
@@ -49,7 +50,7 @@ def train(
                 on_progress=lambda step: _show_step(progress, step),
                 log=progress.update,
             )
-        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print(summary))
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 
 def _show_step(progress: ProgressReporter, step: Any) -> None:
@@ -90,7 +91,7 @@ def _format_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _print(summary: Any) -> None:
+def _print_summary(summary: Any) -> None:
     rows: list[tuple[str, object]] = [(name, f"{count:,}") for name, count in summary.data.items()]
     rows += [("steps", f"{summary.step:,} of {summary.steps:,}"), ("epochs", f"{summary.epochs:.2f}")]
     if summary.resumed:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from typer.testing import CliRunner
 
 from facepipe.config import build
 from facepipe.gallery import Gallery
+from jobs.cli import app
 from pipelines.embed import EmbedConfig, Summary, run
 
 Result = TypeVar("Result")
@@ -61,3 +63,18 @@ def same_faces(a: list[dict[str, Any]], b: list[dict[str, Any]], tolerance: floa
         if left["embedding"] is not None:
             assert np.abs(np.subtract(left["embedding"], right["embedding"])).max() <= tolerance
             assert np.abs(np.subtract(left["box"], right["box"])).max() <= 1e-2
+
+
+def run_facepipe(*words: str | Path) -> tuple[int, str, str]:
+    """Run a `facepipe` command in this process.
+
+    Args:
+        words: the words of the command line after `facepipe`.
+
+    Returns:
+        Its exit code, its stdout, and its stderr as one line.
+    """
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())

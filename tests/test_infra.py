@@ -31,36 +31,36 @@ EXPORTED = (*(name for name in METRICS if name not in LIVE_METRICS), *(f"ray_{na
 FOREIGN = re.compile(r"(node_filesystem|kubelet_volume_stats)_\w+")
 
 
-def commands() -> set[str]:
+def list_command_names() -> set[str]:
     named = {c.name for c in app.registered_commands if c.name}
     return named | {group.name for group in app.registered_groups if group.name}
 
 
-def starts(entrypoint: str) -> bool:
+def is_runnable(entrypoint: str) -> bool:
     """Whether `facepipe COMMAND ...` or `python -m MODULE ...` names what there is."""
     first, second, *rest = entrypoint.split()
     if first == "facepipe":
-        return second in commands()
+        return second in list_command_names()
     return (first, second) == ("python", "-m") and importlib.util.find_spec(rest[0]) is not None
 
 
 # --------------------------------------------------------------------------------------------------------------- images
 
 
-def instructions(path: Path) -> list[tuple[str, str]]:
+def read_instructions(path: Path) -> list[tuple[str, str]]:
     text = re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [(word, rest.strip()) for word, rest in (line.split(None, 1) for line in text.splitlines() if line.strip())]
 
 
-def copied(path: Path) -> list[str]:
-    sources = [rest.split()[:-1] for word, rest in instructions(path) if word == "COPY" and "--from" not in rest]
+def list_copied(path: Path) -> list[str]:
+    sources = [rest.split()[:-1] for word, rest in read_instructions(path) if word == "COPY" and "--from" not in rest]
     return [source for line in sources for source in line]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
 class TestDockerfile:
     def test_starts_from_a_pinned_slim_base_in_both_stages(self, path: Path) -> None:
-        bases = [rest.split()[0] for word, rest in instructions(path) if word == "FROM"]
+        bases = [rest.split()[0] for word, rest in read_instructions(path) if word == "FROM"]
         assert len(bases) == 2
         assert len(set(bases)) == 1, "a venv moves only between equal Pythons"
         assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", bases[0])
@@ -72,17 +72,17 @@ class TestDockerfile:
             for line in (REPOSITORY / ".dockerignore").read_text().splitlines()
             if line.startswith("!")
         }
-        for source in copied(path):
+        for source in list_copied(path):
             assert (REPOSITORY / source).exists(), source
             assert source in kept, f"{source} is in .dockerignore"
 
     def test_adds_nothing_from_the_network_but_packages(self, path: Path) -> None:
-        assert "ADD" not in {word for word, _ in instructions(path)}
-        for _, rest in instructions(path):
+        assert "ADD" not in {word for word, _ in read_instructions(path)}
+        for _, rest in read_instructions(path):
             assert not re.search(r"\b(curl|wget)\s+(-\S+\s+)*http", rest)
 
     def test_leaves_no_apt_lists_and_takes_no_recommendations(self, path: Path) -> None:
-        steps = [rest for word, rest in instructions(path) if word == "RUN" and "apt-get install" in rest]
+        steps = [rest for word, rest in read_instructions(path) if word == "RUN" and "apt-get install" in rest]
         assert steps
         for step in steps:
             assert "--no-install-recommends" in step
@@ -90,7 +90,7 @@ class TestDockerfile:
             assert "rm -rf /var/lib/apt/lists/*" in step
 
     def test_pip_installs_pinned_packages_of_known_extras(self, path: Path) -> None:
-        installs = [s for w, r in instructions(path) if w == "RUN" for s in r.split("&&") if "pip install" in s]
+        installs = [s for w, r in read_instructions(path) if w == "RUN" for s in r.split("&&") if "pip install" in s]
         for step in installs:
             assert "--constraint constraints.txt" in step or "--no-deps --requirement" in step, step
         extras = re.search(r"'\.\[([^]]+)\]'", path.read_text())
@@ -99,21 +99,21 @@ class TestDockerfile:
         assert "'ray[default]'" in path.read_text(), "KubeRay hands jobs to the dashboard's agent"
 
     def test_runs_as_the_user_of_the_manifests(self, path: Path) -> None:
-        words = [word for word, _ in instructions(path)]
-        users = [rest for word, rest in instructions(path) if word == "USER"]
+        words = [word for word, _ in read_instructions(path)]
+        users = [rest for word, rest in read_instructions(path) if word == "USER"]
         assert users == ["10001:10001"]
         assert "RUN" in words[words.index("USER") :], "what is checked, is checked as that user"
 
     def test_checks_the_models_and_ends_in_the_command(self, path: Path) -> None:
-        assert instructions(path)[-1] == ("ENTRYPOINT", f'["{next(iter(PROJECT["scripts"]))}"]')
-        checks = instructions(path)[-2][1]
+        assert read_instructions(path)[-1] == ("ENTRYPOINT", f'["{next(iter(PROJECT["scripts"]))}"]')
+        checks = read_instructions(path)[-2][1]
         assert checks.startswith("facepipe doctor")
         assert "bash -lc 'ray --version" in checks, "KubeRay starts Ray in a login shell"
         assert "install -y --no-install-recommends wget" in path.read_text(), "KubeRay's older probes"
 
     def test_labels_say_the_version(self, path: Path) -> None:
-        assert ("ARG", f"VERSION={PROJECT['version']}") in instructions(path)
-        labels = next(rest for word, rest in instructions(path) if word == "LABEL")
+        assert ("ARG", f"VERSION={PROJECT['version']}") in read_instructions(path)
+        labels = next(rest for word, rest in read_instructions(path) if word == "LABEL")
         assert set(re.findall(r"org\.opencontainers\.image\.(\w+)", labels)) >= {
             "title",
             "version",
@@ -132,7 +132,7 @@ def test_images_have_the_pinned_versions() -> None:
 # ------------------------------------------------------------------------------------------------------------ manifests
 
 
-def kubectl() -> str:
+def find_kubectl() -> str:
     beside = Path(sys.executable).parent / "kubectl"
     found = str(beside) if beside.exists() else shutil.which("kubectl")
     if not found:
@@ -141,45 +141,45 @@ def kubectl() -> str:
 
 
 @cache
-def built(folder: str) -> str:
-    command = [kubectl(), "kustomize", str(INFRA / "kubernetes" / "overlays" / folder)]
+def build_overlay(folder: str) -> str:
+    command = [find_kubectl(), "kustomize", str(INFRA / "kubernetes" / "overlays" / folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def documents(text: str) -> list[dict[str, Any]]:
+def parse_documents(text: str) -> list[dict[str, Any]]:
     return list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 @cache
-def objects(overlay: str) -> list[dict[str, Any]]:
+def list_objects(overlay: str) -> list[dict[str, Any]]:
     """Everything that an overlay brings to the cluster: what is applied, the RayJobs, and the night's template."""
-    applied, jobs = documents(built(overlay)), documents(built(f"{overlay}/jobs"))
+    applied, jobs = parse_documents(build_overlay(overlay)), parse_documents(build_overlay(f"{overlay}/jobs"))
     config = next(o for o in applied if o["metadata"]["name"] == "facepipe-nightly-template")
-    return [*applied, *jobs, *documents(config["data"]["nightly-rayjob.yaml"])]
+    return [*applied, *jobs, *parse_documents(config["data"]["nightly-rayjob.yaml"])]
 
 
-def of_kind(overlay: str, kind: str) -> list[dict[str, Any]]:
-    return [o for o in objects(overlay) if o["kind"] == kind]
+def list_kind(overlay: str, kind: str) -> list[dict[str, Any]]:
+    return [o for o in list_objects(overlay) if o["kind"] == kind]
 
 
-def pods(overlay: str) -> list[tuple[str, dict[str, Any]]]:
+def list_pods(overlay: str) -> list[tuple[str, dict[str, Any]]]:
     """(where, pod template) of every pod that comes to run."""
     found = []
-    for job in of_kind(overlay, "RayJob"):
+    for job in list_kind(overlay, "RayJob"):
         name = job["metadata"].get("name", "template")
         cluster = job["spec"]["rayClusterSpec"]
         found.append((f"{name} submitter", job["spec"]["submitterPodTemplate"]))
         found.append((f"{name} head", cluster["headGroupSpec"]["template"]))
         found += [(f"{name} {g['groupName']}", g["template"]) for g in cluster["workerGroupSpecs"]]
-    for cron in of_kind(overlay, "CronJob"):
+    for cron in list_kind(overlay, "CronJob"):
         found.append(("cron", cron["spec"]["jobTemplate"]["spec"]["template"]))
     return found
 
 
-def ray_pods(overlay: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(where, pod) for where, pod in pods(overlay) if where != "cron" and "submitter" not in where]
+def list_ray_pods(overlay: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(where, pod) for where, pod in list_pods(overlay) if where != "cron" and "submitter" not in where]
 
 
 YAML = sorted(p for p in INFRA.rglob("*") if p.suffix in (".yaml", ".yml"))
@@ -200,40 +200,40 @@ def test_yaml_parses_without_doubled_keys(path: Path) -> None:
 class TestOverlay:
     def test_core_kinds_fit_their_schemas(self, overlay: str) -> None:
         schemas = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate (the extra `dev`)")
-        core = [o for o in objects(overlay) if o["apiVersion"] != "ray.io/v1"]
+        core = [o for o in list_objects(overlay) if o["apiVersion"] != "ray.io/v1"]
         assert {"Namespace", "ServiceAccount", "Role", "RoleBinding", "NetworkPolicy", "CronJob", "ConfigMap"} <= {
             o["kind"] for o in core
         }
-        core += [{"apiVersion": "v1", "kind": "Pod", **template} for _, template in pods(overlay)]
+        core += [{"apiVersion": "v1", "kind": "Pod", **template} for _, template in list_pods(overlay)]
         for one in {json.dumps(o, sort_keys=True): o for o in core}.values():  # a schema is read anew for each: slow
             schemas.validate(one, "1.34", strict=True)
 
     def test_ray_kinds_fit_the_fields_of_kuberay(self, overlay: str) -> None:
-        jobs = of_kind(overlay, "RayJob")
+        jobs = list_kind(overlay, "RayJob")
         assert {j["metadata"].get("name") for j in jobs} == {*JOBS, None}
         for job in jobs:
             Draft202012Validator(RAY_JOB).validate(job)
 
     def test_the_template_is_what_the_overlay_builds(self, overlay: str) -> None:
-        jobs = documents(built(f"{overlay}/jobs"))
+        jobs = parse_documents(build_overlay(f"{overlay}/jobs"))
         nightly = next(job for job in jobs if job["metadata"]["name"] == "facepipe-nightly")
         nightly["metadata"]["generateName"] = nightly["metadata"].pop("name") + "-"
-        assert of_kind(overlay, "RayJob")[-1] == nightly, "run: sh infra/kubernetes/render.sh"
+        assert list_kind(overlay, "RayJob")[-1] == nightly, "run: sh infra/kubernetes/render.sh"
         assert len(nightly["metadata"]["generateName"]) + 5 <= 47, "KubeRay's longest name of a RayJob"
 
     def test_jobs_start_what_exists_with_a_configuration_that_exists(self, overlay: str) -> None:
-        config = next(o for o in of_kind(overlay, "ConfigMap") if o["metadata"]["name"] == "facepipe-config")
-        for job in of_kind(overlay, "RayJob"):
+        config = next(o for o in list_kind(overlay, "ConfigMap") if o["metadata"]["name"] == "facepipe-config")
+        for job in list_kind(overlay, "RayJob"):
             entrypoint = job["spec"]["entrypoint"]
-            assert starts(entrypoint), entrypoint
+            assert is_runnable(entrypoint), entrypoint
             file = Path(entrypoint.split()[-1])
             assert str(file.parent) == "/etc/facepipe"
             assert tomllib.loads(config["data"][file.name])["gallery"]
-        for pod in (pod for where, pod in ray_pods(overlay) if where.endswith("head")):
+        for pod in (pod for where, pod in list_ray_pods(overlay) if where.endswith("head")):
             assert {"name": "config", "configMap": {"name": "facepipe-config"}} in pod["spec"]["volumes"]
 
     def test_jobs_end_and_clean_up(self, overlay: str) -> None:
-        for job in of_kind(overlay, "RayJob"):
+        for job in list_kind(overlay, "RayJob"):
             spec = job["spec"]
             assert spec["shutdownAfterJobFinishes"] is True
             assert 0 < spec["ttlSecondsAfterFinished"] <= 3600
@@ -243,7 +243,7 @@ class TestOverlay:
                 assert spec["activeDeadlineSeconds"] < 24 * 3600
 
     def test_ray_is_the_one_of_the_images(self, overlay: str) -> None:
-        for job in of_kind(overlay, "RayJob"):
+        for job in list_kind(overlay, "RayJob"):
             cluster = job["spec"]["rayClusterSpec"]
             assert cluster["rayVersion"] == PINS["ray"]
             assert cluster["authOptions"] == {"mode": "token"}
@@ -252,7 +252,7 @@ class TestOverlay:
                 assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "facepipe plans once"
 
     def test_images_are_this_version(self, overlay: str) -> None:
-        for where, pod in pods(overlay):
+        for where, pod in list_pods(overlay):
             for container in pod["spec"]["containers"]:
                 name, tag = container["image"].rsplit(":", 1)
                 if where == "cron":
@@ -263,7 +263,7 @@ class TestOverlay:
                     assert name.endswith("facepipe")
 
     def test_pods_are_confined(self, overlay: str) -> None:
-        for where, pod in pods(overlay):
+        for where, pod in list_pods(overlay):
             security = pod["spec"]["securityContext"]
             assert security["runAsNonRoot"] is True, where
             assert security["runAsUser"] == 10001
@@ -280,11 +280,11 @@ class TestOverlay:
             assert not [v for v in pod["spec"]["volumes"] if "hostPath" in v]
 
     def test_pods_have_resources_and_shared_memory_within_them(self, overlay: str) -> None:
-        for where, pod in pods(overlay):
+        for where, pod in list_pods(overlay):
             for container in pod["spec"]["containers"]:
                 assert {"cpu", "memory"} <= set(container["resources"]["requests"]), where
                 assert "memory" in container["resources"]["limits"]
-        for where, pod in ray_pods(overlay):
+        for where, pod in list_ray_pods(overlay):
             container = pod["spec"]["containers"][0]
             assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -294,7 +294,7 @@ class TestOverlay:
             assert int(shared.removesuffix("Gi")) < int(whole.removesuffix("Gi")), where
 
     def test_the_object_store_fits_into_shared_memory(self, overlay: str) -> None:
-        for job in of_kind(overlay, "RayJob"):
+        for job in list_kind(overlay, "RayJob"):
             cluster = job["spec"]["rayClusterSpec"]
             for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
                 volumes = group["template"]["spec"]["volumes"]
@@ -304,7 +304,7 @@ class TestOverlay:
     def test_heads_keep_off_spot_and_workers_ask_for_it(self, overlay: str) -> None:
         if overlay == "local-kind":
             pytest.skip("one node")
-        for where, pod in ray_pods(overlay):
+        for where, pod in list_ray_pods(overlay):
             rule = pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
             operators = {e["operator"] for term in rule["nodeSelectorTerms"] for e in term["matchExpressions"]}
             if where.endswith("head"):
@@ -316,9 +316,9 @@ class TestOverlay:
                 assert pod["spec"]["tolerations"]
 
     def test_the_cron_job_may_only_create_and_get(self, overlay: str) -> None:
-        (role,), (binding,) = of_kind(overlay, "Role"), of_kind(overlay, "RoleBinding")
+        (role,), (binding,) = list_kind(overlay, "Role"), list_kind(overlay, "RoleBinding")
         assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}]
-        (cron,) = of_kind(overlay, "CronJob")
+        (cron,) = list_kind(overlay, "CronJob")
         assert cron["spec"]["concurrencyPolicy"] == "Forbid"
         assert cron["spec"]["timeZone"]
         spec = cron["spec"]["jobTemplate"]["spec"]
@@ -326,23 +326,23 @@ class TestOverlay:
         assert [s["name"] for s in binding["subjects"]] == [spec["template"]["spec"]["serviceAccountName"]]
 
     def test_network_policies_choose_pods_that_exist(self, overlay: str) -> None:
-        roles = {pod["metadata"]["labels"]["facepipe.io/role"] for _, pod in pods(overlay)}
-        policies = of_kind(overlay, "NetworkPolicy")
+        roles = {pod["metadata"]["labels"]["facepipe.io/role"] for _, pod in list_pods(overlay)}
+        policies = list_kind(overlay, "NetworkPolicy")
         chosen = {p["spec"]["podSelector"].get("matchLabels", {}).get("facepipe.io/role") for p in policies}
         assert chosen == {None, *roles}
         assert all(p["spec"]["policyTypes"] == ["Ingress", "Egress"] for p in policies)
 
     def test_no_secret_stands_in_a_manifest(self, overlay: str) -> None:
-        assert not of_kind(overlay, "Secret")
-        text = built(overlay) + built(f"{overlay}/jobs")
+        assert not list_kind(overlay, "Secret")
+        text = build_overlay(overlay) + build_overlay(f"{overlay}/jobs")
         assert not re.search(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret_access_key|password|auth_token)\W+\w", text)
-        for _, pod in ray_pods(overlay):
+        for _, pod in list_ray_pods(overlay):
             for variable in pod["spec"]["containers"][0]["env"]:
                 assert not re.search("KEY|TOKEN|SECRET|PASSWORD", variable["name"])
 
 
 def test_a_gpu_overlay_has_gpus() -> None:
-    groups = of_kind("gpu-spot", "RayJob")[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    groups = list_kind("gpu-spot", "RayJob")[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert [g["groupName"] for g in groups] == ["cpu-spot", "gpu-spot"]
     gpu = groups[1]["template"]["spec"]
     assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -358,7 +358,7 @@ def test_a_gpu_overlay_has_gpus() -> None:
     ],
 )
 def test_the_schema_refuses_fields_that_kuberay_does_not_have(where: tuple[str, ...], field: str) -> None:
-    (job,) = (j for j in documents(built("cpu-spot/jobs")) if j["metadata"]["name"] == "facepipe-nightly")
+    (job,) = (j for j in parse_documents(build_overlay("cpu-spot/jobs")) if j["metadata"]["name"] == "facepipe-nightly")
     inner = job["spec"]
     for key in where:
         inner = inner[key]
@@ -400,7 +400,7 @@ PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 RUNBOOK = (REPOSITORY / "docs" / "runbook.md").read_text()
 
 
-def anchors(markdown: str) -> set[str]:
+def list_anchors(markdown: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", markdown, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -422,7 +422,7 @@ def test_alerts_say_what_is_wrong_and_where_to_read_on(alert: dict[str, Any]) ->
     assert alert["labels"]["severity"] in ("page", "ticket")
     page, _, anchor = alert["annotations"]["runbook"].partition("#")
     assert page == "docs/runbook.md"
-    assert anchor in anchors(RUNBOOK)
+    assert anchor in list_anchors(RUNBOOK)
     assert alert["expr"].count("(") == alert["expr"].count(")")
 
 
@@ -464,7 +464,7 @@ def test_the_runbook_names_commands_that_exist() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
     assert blocks
     used = {name for block in blocks for name in re.findall(r"^\s*facepipe (\w+)", block, re.MULTILINE)}
-    assert {"verify", "index", "erase", "nightly", "info"} <= used <= commands()
+    assert {"verify", "index", "erase", "nightly", "info"} <= used <= list_command_names()
     shell = shutil.which("bash")
     for block in blocks if shell else []:
         checked = subprocess.run([str(shell), "-n"], input=block, text=True, capture_output=True)

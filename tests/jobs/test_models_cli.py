@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw
+from helpers import run_facepipe
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from facepipe.gallery import Gallery
 from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
-from jobs.cli import app
 
 
 class Tiny(nn.Module):
@@ -27,17 +26,10 @@ class Tiny(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 3).flatten(1))
 
 
-def call(*words: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def model(folder: Path, name: str, dim: int) -> Path:
+def write_model(folder: Path, name: str, dim: int) -> Path:
     torch.manual_seed(0)
-    told = CardFile(name, "", architecture="tiny", dim=dim, licence="MIT", input=InputConfig((32, 32)))
-    return save_model(folder / f"{name}.toml", Tiny(dim).state_dict(), told)
+    card = CardFile(name, "", architecture="tiny", dim=dim, licence="MIT", input=InputConfig((32, 32)))
+    return save_model(folder / f"{name}.toml", Tiny(dim).state_dict(), card)
 
 
 @pytest.fixture(autouse=True)
@@ -49,50 +41,50 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = call("models", "--json")
+def test_lists_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run_facepipe("models", "--json")
     names = [row["name"] for row in json.loads(out)["models"]]
     assert (code, {"dlib-resnet", "retinaface-mnet025"} <= set(names)) == (0, True)
-    code, out, _ = call("models", "--architectures", "--json")
-    found = {row["name"]: row for row in json.loads(out)["architectures"]}
-    assert (found["mobilefacenet"]["role"], found["mobilefacenet"]["input"]) == (
+    code, out, _ = run_facepipe("models", "--architectures", "--json")
+    architectures = {row["name"]: row for row in json.loads(out)["architectures"]}
+    assert (architectures["mobilefacenet"]["role"], architectures["mobilefacenet"]["input"]) == (
         "embedder",
         "RGB, mean 127.5, scale 128",
     )
-    assert found["facenet-inception"]["alignment"] == "160x160, eyes level, box letterboxed with 128"
-    model(tmp_path, "mine", 128)
+    assert architectures["facenet-inception"]["alignment"] == "160x160, eyes level, box letterboxed with 128"
+    write_model(tmp_path, "mine", 128)
     (tmp_path / "broken.toml").write_text('name = "broken"\nweights = "gone.onnx"\n')
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
-    rows = {row["name"]: row for row in json.loads(call("models", "--json")[1])["models"]}
+    rows = {row["name"]: row for row in json.loads(run_facepipe("models", "--json")[1])["models"]}
     assert (rows["mine"]["licence"], len(rows["mine"]["sha256"])) == ("MIT", 64)
     assert "an ONNX graph does not say what it takes" in rows["broken"]["summary"]
-    assert call("models")[0] == 0
-    assert call("models", "--architectures")[0] == 0
+    assert run_facepipe("models")[0] == 0
+    assert run_facepipe("models", "--architectures")[0] == 0
 
 
 def test_check(tmp_path: Path) -> None:
-    found = json.loads(call("models", "check", "dlib-resnet", "--json")[1])
-    assert (found["dim"], found["parameters"], found["licence"]) == (128, 5_614_592, "public domain")
-    found = json.loads(call("models", "check", model(tmp_path, "mine", 130), "--json")[1])
-    assert (found["raw_dim"], found["parameters"], found["architecture"]) == (130, 28 * 130, "tiny")
-    assert "models project" in found["note"]
-    assert json.loads(call("models", "check", "fake-detector", "--json")[1])["role"] == "detector"
+    summary = json.loads(run_facepipe("models", "check", "dlib-resnet", "--json")[1])
+    assert (summary["dim"], summary["parameters"], summary["licence"]) == (128, 5_614_592, "public domain")
+    summary = json.loads(run_facepipe("models", "check", write_model(tmp_path, "mine", 130), "--json")[1])
+    assert (summary["raw_dim"], summary["parameters"], summary["architecture"]) == (130, 28 * 130, "tiny")
+    assert "models project" in summary["note"]
+    assert json.loads(run_facepipe("models", "check", "fake-detector", "--json")[1])["role"] == "detector"
     (tmp_path / "mine.safetensors").write_bytes(b"nothing")
-    code, _, err = call("models", "check", tmp_path / "mine.toml")
+    code, _, err = run_facepipe("models", "check", tmp_path / "mine.toml")
     assert (code, "its TOML file says" in err) == (1, True)
-    code, _, err = call("models", "check", "nobody")
+    code, _, err = run_facepipe("models", "check", "nobody")
     assert (code, "no embedder is called 'nobody'" in err) == (1, True)
-    code, _, err = call("models", "check", tmp_path / "no.toml")
+    code, _, err = run_facepipe("models", "check", tmp_path / "no.toml")
     assert (code, "cannot read" in err) == (2, True)
 
 
 def test_export(tmp_path: Path) -> None:
-    path = model(tmp_path, "mine", 128)
-    code, out, _ = call("models", "export", path, tmp_path / "out.onnx", "--json")
-    found = json.loads(out)
-    assert (code, found["opset"], found["dim"], found["difference"] < 1e-5) == (0, 20, 128, True)
-    assert json.loads(call("models", "check", tmp_path / "out.toml", "--json")[1])["dim"] == 128
-    code, _, err = call("models", "export", path, tmp_path / "out.onnx")
+    path = write_model(tmp_path, "mine", 128)
+    code, out, _ = run_facepipe("models", "export", path, tmp_path / "out.onnx", "--json")
+    summary = json.loads(out)
+    assert (code, summary["opset"], summary["dim"], summary["difference"] < 1e-5) == (0, 20, 128, True)
+    assert json.loads(run_facepipe("models", "check", tmp_path / "out.toml", "--json")[1])["dim"] == 128
+    code, _, err = run_facepipe("models", "export", path, tmp_path / "out.onnx")
     assert (code, "choose another name" in err) == (2, True)
 
 
@@ -111,38 +103,42 @@ def corpus(tmp_path: Path) -> Path:
 def test_from_projection_to_search(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = ["--runner", "inline", "--quiet"]
     assert (
-        call("embed", corpus, tmp_path / "g", "--detector", "fake-detector", "--embedder", "fake-embedder", *fast)[0]
+        run_facepipe(
+            "embed", corpus, tmp_path / "g", "--detector", "fake-detector", "--embedder", "fake-embedder", *fast
+        )[0]
         == 0
     )
     assert len(Gallery(tmp_path / "g").vectors()[0]) == 180
-    big = model(tmp_path, "mine", 140)
-    code, _, err = call("embed", corpus, tmp_path / "h", "--detector", "fake-detector", "--embedder", big, *fast)
+    big = write_model(tmp_path, "mine", 140)
+    code, _, err = run_facepipe(
+        "embed", corpus, tmp_path / "h", "--detector", "fake-detector", "--embedder", big, *fast
+    )
     assert (code, "models project" in err) == (1, True)
-    code, _, err = call("models", "project", big, tmp_path / "g", "--faces", "20")
+    code, _, err = run_facepipe("models", "project", big, tmp_path / "g", "--faces", "20")
     assert (code, "20 faces are too few" in err) == (1, True)
-    code, out, _ = call("models", "project", big, tmp_path / "g", "--seed", "8", "--quiet", "--json")
-    found = json.loads(out)
-    assert (code, found["images"], found["full"]["same"] > 0) == (0, {"ok": 45}, True)
+    code, out, _ = run_facepipe("models", "project", big, tmp_path / "g", "--seed", "8", "--quiet", "--json")
+    summary = json.loads(out)
+    assert (code, summary["images"], summary["full"]["same"] > 0) == (0, {"ok": 45}, True)
     monkeypatch.chdir(tmp_path)
     words = ["--detector", "fake-detector", "--embedder", "mine-128.toml"]
-    assert call("embed", corpus, "own2", *words, *fast)[0] == 0
+    assert run_facepipe("embed", corpus, "own2", *words, *fast)[0] == 0
     assert Gallery("own2").contract.embedder == "mine-128"
-    assert call("index", "own2", "--quiet")[0] == 0
+    assert run_facepipe("index", "own2", "--quiet")[0] == 0
     query = ["search", "own2", corpus / "p0", "hits.parquet", "--quiet", "--set", "embed.run.runner=inline"]
-    code, _, err = call(*query)
+    code, _, err = run_facepipe(*query)
     assert (code, "mine-128" in err) == (1, True)
-    assert call(*query, "--embedder", "mine-128.toml")[0] == 0
+    assert run_facepipe(*query, "--embedder", "mine-128.toml")[0] == 0
     (tmp_path / "hits.parquet").unlink()
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
-    assert call(*query)[0] == 0
+    assert run_facepipe(*query)[0] == 0
 
 
-def test_the_library_of_that_name_takes_no_mirror_image(tmp_path: Path) -> None:
+def test_a_warning_about_flip_with_face_recognition(tmp_path: Path) -> None:
     blank = tmp_path / "photos"
     blank.mkdir()
     cv2.imwrite(str(blank / "a.png"), np.zeros((64, 64, 3), np.uint8))
     fast = ["--detector", "fake-detector", "--embedder", "face-recognition", "--runner", "inline", "--quiet"]
-    code, _, err = call("embed", blank, tmp_path / "g", *fast)
+    code, _, err = run_facepipe("embed", blank, tmp_path / "g", *fast)
     assert (code, "--set embed.flip=false" in err) == (0, True)
-    code, _, err = call("embed", blank, tmp_path / "h", *fast, "--set", "embed.flip=false")
+    code, _, err = run_facepipe("embed", blank, tmp_path / "h", *fast, "--set", "embed.flip=false")
     assert (code, err) == (0, "")

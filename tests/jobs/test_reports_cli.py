@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
-from typer.testing import CliRunner
+from helpers import run_facepipe
 
 from facepipe.gallery import Contract, Gallery
-from jobs.cli import app
 
 DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
 HOSTILE = [
@@ -31,29 +30,21 @@ HOSTILE = [
 ]
 
 
-def call(*words: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def changed(made: pa.Table, **columns: Any) -> pa.Table:
+def replace_columns(original: pa.Table, **columns: Any) -> pa.Table:
     for name, values in columns.items():
-        at = made.schema.get_field_index(name)
-        made = made.set_column(at, made.schema.field(at), pa.array(values, made.schema.field(at).type))
-    return made
+        at = original.schema.get_field_index(name)
+        original = original.set_column(at, original.schema.field(at), pa.array(values, original.schema.field(at).type))
+    return original
 
 
-def thumb(n: int) -> bytes:
+def make_thumb(n: int) -> bytes:
     noise = np.random.default_rng(n).integers(0, 255, (14, 14, 3), np.uint8)
     return bytes(cv2.imencode(".jpg", cv2.resize(noise, (112, 112)))[1])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 faces of 32 persons: every tenth has a wrong label, one image is there twice; eight names and paths are
-    hostile."""
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """320 faces of 32 people. Every tenth label is wrong, one image is a copy, and eight names and paths are hostile."""
     path = tmp_path_factory.mktemp("cli") / "g"
     truth = np.repeat(np.arange(32), 10)
     labels = truth.copy()
@@ -66,74 +57,80 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids[11], vectors = ids[12], table["embedding"].to_pylist()
     vectors[11] = vectors[12]
     uris[11] = "<b>copy</b>.jpg"
-    pictures = [thumb(n % 5) for n in range(320)]
-    table = changed(table, identity=names, uri=uris, image_id=ids, embedding=vectors, thumb=pictures)
+    pictures = [make_thumb(n % 5) for n in range(320)]
+    table = replace_columns(table, identity=names, uri=uris, image_id=ids, embedding=vectors, thumb=pictures)
     append(Gallery.create(str(path), DLIB), [table], "test")
     return path
 
 
 @pytest.fixture
-def gallery(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "g"))
+def gallery(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "g"))
 
 
 def test_dedup(gallery: Path, tmp_path: Path) -> None:
-    code, out, err = call("dedup", gallery, "--json", "--keep", "sharpest")
-    found = json.loads(out)
-    assert (code, found["images"], found["drop"], found["pairs"]) == (0, 320, 1, {"exact": 1})
+    code, out, err = run_facepipe("dedup", gallery, "--json", "--keep", "sharpest")
+    summary = json.loads(out)
+    assert (code, summary["images"], summary["drop"], summary["pairs"]) == (0, 320, 1, {"exact": 1})
     assert "dedup: comparing pictures" in err
-    assert found["out"] == str(gallery / "reports" / "dedup")
-    code, out, err = call("dedup", gallery, "--quiet", "--drop", "exact")
+    assert summary["out"] == str(gallery / "reports" / "dedup")
+    code, out, err = run_facepipe("dedup", gallery, "--quiet", "--drop", "exact")
     assert (code, err) == (0, "")
     assert "report.html" in "".join(out.split())
     assert "images without a hash" in " ".join(out.split()), "the rows have none"
     other = Path(shutil.copytree(gallery, tmp_path / "h"))
-    code, out, _ = call("dedup", gallery, "--against", other, "--json", "--quiet")
-    found = json.loads(out)
-    assert (code, found["drop"], found["shared"] >= 32) == (0, 320, True)
-    assert call("dedup", gallery, "--against", other, "--quiet")[0] == 0
+    code, out, _ = run_facepipe("dedup", gallery, "--against", other, "--json", "--quiet")
+    summary = json.loads(out)
+    assert (code, summary["drop"], summary["shared"] >= 32) == (0, 320, True)
+    assert run_facepipe("dedup", gallery, "--against", other, "--quiet")[0] == 0
 
 
 def test_cluster(gallery: Path) -> None:
-    code, out, err = call("cluster", gallery, "--json")
-    found = json.loads(out)
-    assert (code, found["faces"], found["clusters"], found["algorithm"]) == (0, 320, 32, "linkage")
+    code, out, err = run_facepipe("cluster", gallery, "--json")
+    summary = json.loads(out)
+    assert (code, summary["faces"], summary["clusters"], summary["algorithm"]) == (0, 320, 32, "linkage")
     assert "cluster: 32 clusters: writing" in err
-    code, out, _ = call("cluster", gallery, "--assign", "--json", "--quiet")
+    code, out, _ = run_facepipe("cluster", gallery, "--assign", "--json", "--quiet")
     assert (code, {key: json.loads(out)[key] for key in ("new", "placed", "clusters", "gone")}) == (
         0,
         {"new": 0, "placed": 0, "clusters": 0, "gone": 0},
     )
-    code, out, _ = call("cluster", gallery, "--assign", "--quiet")
+    code, out, _ = run_facepipe("cluster", gallery, "--assign", "--quiet")
     assert (code, "put into clusters" in out) == (0, True)
-    code, out, _ = call("cluster", gallery, "--quiet", "--threshold", "0.01", "--identities", "--algorithm", "linkage")
+    code, out, _ = run_facepipe(
+        "cluster", gallery, "--quiet", "--threshold", "0.01", "--identities", "--algorithm", "linkage"
+    )
     assert (code, "clusters by linkage" in out) == (0, True)
-    code, _, err = call("cluster", gallery, "--quiet", "--algorithm", "whispers")
+    code, _, err = run_facepipe("cluster", gallery, "--quiet", "--algorithm", "whispers")
     assert (code, "cluster.algorithm=linkage" in err) == (2, True)
 
 
 def test_clean(gallery: Path, tmp_path: Path) -> None:
-    code, out, err = call("clean", gallery, "--json")
-    found = json.loads(out)
-    assert (code, found["labelled"], found["identities"], found["decisions"]["relabel"]) == (0, 320, 32, 32)
+    code, out, err = run_facepipe("clean", gallery, "--json")
+    summary = json.loads(out)
+    assert (code, summary["labelled"], summary["identities"], summary["decisions"]["relabel"]) == (0, 320, 32, 32)
     assert "clean: 320 labels of 32 identities: judging" in err
-    kept = found["decisions"]["keep"]
-    code, out, err = call("clean", gallery, "--relabels", "--quiet", "--set", "clean.duplicates=false", "--json")
+    kept = summary["decisions"]["keep"]
+    code, out, err = run_facepipe(
+        "clean", gallery, "--relabels", "--quiet", "--set", "clean.duplicates=false", "--json"
+    )
     assert (code, err, json.loads(out)["listed"]) == (0, "", kept + 1 + 32)
     (tmp_path / "c.toml").write_text("[clean]\nduplicates = false\nmin_face_px = 30\n[graph]\nseed = 7\n")
-    code, out, _ = call("clean", gallery, "--quiet", "--config", tmp_path / "c.toml", "--min-face-px", "0", "--json")
+    code, out, _ = run_facepipe(
+        "clean", gallery, "--quiet", "--config", tmp_path / "c.toml", "--min-face-px", "0", "--json"
+    )
     assert (code, json.loads(out)["decisions"]["keep"]) == (0, kept + 1)
-    code, out, _ = call("clean", gallery, "--quiet")
+    code, out, _ = run_facepipe("clean", gallery, "--quiet")
     assert (code, "wrong labels, estimated" in out, "relabel" in out) == (0, True, True)
 
 
-def test_the_truth_agrees(gallery: Path, tmp_path: Path) -> None:
-    assert call("clean", gallery, "--quiet")[0] == 0
-    assert call("cluster", gallery, "--quiet")[0] == 0
+def test_evaluation_agrees_with_the_truth(gallery: Path, tmp_path: Path) -> None:
+    assert run_facepipe("clean", gallery, "--quiet")[0] == 0
+    assert run_facepipe("cluster", gallery, "--quiet")[0] == 0
     table = Gallery(str(gallery)).to_arrow(["face_id"])
     truth = np.repeat([HOSTILE[n] if n < len(HOSTILE) else f"person{n}" for n in range(32)], 10)
     pq.write_table(table.append_column("identity", pa.array(truth)), tmp_path / "t.parquet")
-    code, out, _ = call("evaluate", "clean", gallery, tmp_path / "t.parquet", "--json")
+    code, out, _ = run_facepipe("evaluate", "clean", gallery, tmp_path / "t.parquet", "--json")
     assert (code, json.loads(out)["detection"]["f"] > 0.95) == (0, True)
 
 
@@ -153,11 +150,11 @@ def test_the_truth_agrees(gallery: Path, tmp_path: Path) -> None:
         (["{gallery}", "--config", "/none.toml"], 2, "cannot read the config"),
     ],
 )
-def test_wrong_words(command: str, words: list[str], code: int, message: str, made: Path) -> None:
-    found, out, err = call(command, *(word.format(gallery=made) for word in words), "--json")
-    assert (found, out) == (code, "")
-    assert message in " ".join(err.split())
-    assert not (made / "reports").exists(), "nothing was begun"
+def test_errors_of_every_report(command: str, words: list[str], code: int, message: str, original: Path) -> None:
+    exit_code, out, err = run_facepipe(command, *(word.format(gallery=original) for word in words), "--json")
+    assert (exit_code, out) == (code, "")
+    assert message in err
+    assert not (original / "reports").exists(), "nothing was written"
 
 
 @pytest.mark.parametrize(
@@ -179,25 +176,25 @@ def test_wrong_words(command: str, words: list[str], code: int, message: str, ma
         (["clean", "{unlabelled}"], 1, "`facepipe cluster` finds the persons without labels"),
     ],
 )
-def test_wrong_words_of_one_command(words: list[str], code: int, message: str, made: Path, tmp_path: Path) -> None:
+def test_errors_of_one_command(words: list[str], code: int, message: str, original: Path, tmp_path: Path) -> None:
     few = rows(np.arange(5), Faces().draw(np.arange(5), 0), 0)
-    append(Gallery.create(str(tmp_path / "unlabelled"), DLIB), [changed(few, identity=[None] * 5)], "t")
+    append(Gallery.create(str(tmp_path / "unlabelled"), DLIB), [replace_columns(few, identity=[None] * 5)], "t")
     append(Gallery.create(str(tmp_path / "unknown"), CONTRACT), [few], "t")
-    places = {"gallery": made, **{name: tmp_path / name for name in ("unlabelled", "unknown")}}
-    found, _, err = call(*(word.format(**places) for word in words))
-    assert found == code
-    assert message in " ".join(err.split())
-    assert not (made / "reports").exists(), "nothing was begun"
+    places = {"gallery": original, **{name: tmp_path / name for name in ("unlabelled", "unknown")}}
+    exit_code, _, err = run_facepipe(*(word.format(**places) for word in words))
+    assert exit_code == code
+    assert message in err
+    assert not (original / "reports").exists(), "nothing was written"
 
 
 # ------------------------------------------------------------------ pages
 
 
 @pytest.fixture(scope="module")
-def reported(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = Path(shutil.copytree(made, tmp_path_factory.mktemp("pages") / "g"))
+def reports(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = Path(shutil.copytree(original, tmp_path_factory.mktemp("pages") / "g"))
     for command in ("dedup", "cluster", "clean"):
-        assert call(command, path, "--quiet")[0] == 0
+        assert run_facepipe(command, path, "--quiet")[0] == 0
     return path / "reports"
 
 
@@ -214,8 +211,8 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
     ("name", "words", "groups"),
     [("dedup", "copy", 1), ("cluster", "000000123", 1), ("clean", "onerror=window", None)],
 )
-def test_pages_in_a_browser(name: str, words: str, groups: int | None, reported: Path, tab: browser.Browser) -> None:
-    page = reported / name / "report.html"
+def test_pages_in_a_browser(name: str, words: str, groups: int | None, reports: Path, tab: browser.Browser) -> None:
+    page = reports / name / "report.html"
     tab.open(page)
     shown = tab.run("document.querySelectorAll('.group').length")
     assert shown >= 1
@@ -238,8 +235,8 @@ def test_pages_in_a_browser(name: str, words: str, groups: int | None, reported:
     assert tab.requests == [page.as_uri()]
 
 
-def test_hostile_names_are_shown_as_they_are(reported: Path, tab: browser.Browser) -> None:
-    tab.open(reported / "clean" / "report.html", "#size=96")
+def test_hostile_names_are_escaped(reports: Path, tab: browser.Browser) -> None:
+    tab.open(reports / "clean" / "report.html", "#size=96")
     titles = tab.run("[...document.querySelectorAll('.group h3')].map((title) => title.textContent)")
     for name in (*HOSTILE[:4], *HOSTILE[6:]):
         assert any(title.startswith(f"{name}: ") for title in titles), name

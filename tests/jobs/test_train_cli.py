@@ -21,7 +21,7 @@ EXAMPLE = REPOSITORY / "jobs" / "train.toml"
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
+def config_file(tmp_path: Path) -> Path:
     """A config of a small run on drawn crops."""
     for person in range(4):
         (tmp_path / "data" / f"p{person}").mkdir(parents=True)
@@ -42,8 +42,8 @@ run = {{output = "{tmp_path}/out", runner = "inline", log_every = 1, threads = 1
     return tmp_path / "train.toml"
 
 
-def test_ctrl_c_ends_a_run_cleanly_and_it_goes_on(written: Path) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "train", str(written), "--json", "--set", "schedule.steps=100000"]
+def test_ctrl_c_stops_training_and_it_resumes(config_file: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "train", str(config_file), "--json", "--set", "schedule.steps=100000"]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         seen = [run.stderr.readline()]
@@ -57,36 +57,36 @@ def test_ctrl_c_ends_a_run_cleanly_and_it_goes_on(written: Path) -> None:
     assert re.search(
         r"step \d+ of 100000, epoch \d+\.\d+, loss [\d.]+, lr [\d.e-]+, [\d.]+ images/s, .* left", seen[-1]
     )
-    assert (written.parent / "out" / "checkpoints" / "last.ckpt").exists()
-    done = CliRunner().invoke(app, ["train", str(written), "--fresh", "--json", "--quiet"])
+    assert (config_file.parent / "out" / "checkpoints" / "last.ckpt").exists()
+    done = CliRunner().invoke(app, ["train", str(config_file), "--fresh", "--json", "--quiet"])
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert (summary["end"], summary["step"], summary["resumed"]) == ("done", 3, 0)
     assert summary["data"]["images"] == 16
-    again = CliRunner().invoke(app, ["train", str(written), "--quiet"])
+    again = CliRunner().invoke(app, ["train", str(config_file), "--quiet"])
     assert again.exit_code == 0
     assert "resumed from step" in again.stdout
     assert "model.toml" in again.stdout
 
 
-def test_a_loss_that_is_not_finite_is_exit_code_1(written: Path) -> None:
-    found = CliRunner().invoke(app, ["train", str(written), "--quiet", "--set", "optim.lr=1e30"])
+def test_a_loss_that_is_not_finite_is_exit_code_1(config_file: Path) -> None:
+    found = CliRunner().invoke(app, ["train", str(config_file), "--quiet", "--set", "optim.lr=1e30"])
     assert found.exit_code == 1
     assert re.search(r"(loss is not finite at step \d+ \(epoch 1,|weights are not finite after step)", found.stderr)
-    assert not (written.parent / "out" / "model.toml").exists()
+    assert not (config_file.parent / "out" / "model.toml").exists()
 
 
-def test_a_wrong_config_is_exit_code_2(written: Path) -> None:
+def test_a_wrong_config_is_exit_code_2(config_file: Path) -> None:
     for setting, message in (
         ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr?"),
         ("model.architecture=resnet9", "no embedder is called 'resnet9'"),
         ("schedule.warmup=99", "warmup: 99 is not before the end"),
     ):
-        found = CliRunner().invoke(app, ["train", str(written), "--quiet", "--set", setting])
+        found = CliRunner().invoke(app, ["train", str(config_file), "--quiet", "--set", setting])
         assert (found.exit_code, message in found.stderr) == (2, True), found.stderr
 
 
-def test_the_example_says_the_defaults() -> None:
+def test_the_example_shows_the_defaults() -> None:
     from facepipe.config import build
     from pipelines.train import TrainConfig
 
@@ -101,7 +101,7 @@ def test_the_example_says_the_defaults() -> None:
     build(TrainConfig, tomllib.loads(commented))
 
 
-def test_a_line_of_progress() -> None:
+def test_format_step() -> None:
     from pipelines.train.pipeline import TrainingProgress
 
     progress = TrainingProgress(50, 200, 1.25, 3.14159, 0.1, 99.5, 60.0, scores={"score": 0.875})

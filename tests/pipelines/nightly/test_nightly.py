@@ -1,4 +1,4 @@
-"""Nights: whatever came, changed, went and was erased, the gallery is what one made from scratch would be."""
+"""Nights: after any change of the sources, the gallery equals one made from scratch."""
 
 import io
 import json
@@ -42,14 +42,21 @@ Tree = dict[str, Any]
 
 
 @cache
-def picture(n: int) -> bytes:
+def encode_picture(n: int) -> bytes:
     """The bytes of a PNG: another one for each n, with n % 3 faces."""
     return cv2.imencode(".png", draw(n))[1].tobytes()
 
 
 @dataclass(frozen=True)
-class Held:
-    """An image that the gallery should hold: which picture it is, when it was embedded, whether its source lists it."""
+class GalleryImage:
+    """An image that the gallery should hold.
+
+    Attributes:
+        source: name of its source.
+        picture: number of the picture, for `encode_picture`.
+        day: day on which it was embedded.
+        missing: whether its source no longer lists it.
+    """
 
     source: str
     picture: int
@@ -59,21 +66,21 @@ class Held:
 
 @dataclass
 class World:
-    """Three sources and what a gallery of them should hold. Days are counted by `Clock`.
+    """Three sources, and what a gallery of them should hold. `Clock` counts the days.
 
-    `watched`, a folder: missing images are marked. `shards`, a tar: they are erased. `inbox`, a folder: they are kept,
-    and all are erased after some days.
+    `watched` is a folder whose missing images are marked. `shards` is a tar whose missing images are erased. `inbox` is a
+    folder whose missing images are kept; all its images are erased after some days.
     """
 
     root: Path
     listed: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    held: dict[str, Held] = field(default_factory=dict)
-    barred: set[str] = field(default_factory=set)
-    barred_pictures: set[int] = field(default_factory=set)
+    images: dict[str, GalleryImage] = field(default_factory=dict)
+    erased_uris: set[str] = field(default_factory=set)
+    erased_pictures: set[int] = field(default_factory=set)
     retention: float = 3.5
     policies: dict[str, str] = field(default_factory=lambda: {"watched": "mark", "shards": "erase", "inbox": "keep"})
 
-    def uri(self, source: str, name: str) -> str:
+    def get_uri(self, source: str, name: str) -> str:
         return f"{self.root}/shards.tar#{name}" if source == "shards" else f"{self.root}/{source}/{name}"
 
     def put(self, source: str, name: str, n: int) -> None:
@@ -81,7 +88,7 @@ class World:
         if source != "shards":
             path = self.root / source / name
             path.parent.mkdir(exist_ok=True, parents=True)
-            path.write_bytes(picture(n))
+            path.write_bytes(encode_picture(n))
         else:
             self._pack()
 
@@ -96,10 +103,10 @@ class World:
         with tarfile.open(self.root / "shards.tar", "w") as shard:
             for name, n in sorted(self.listed["shards"].items()):
                 info = tarfile.TarInfo(name)
-                info.size = len(picture(n))
-                shard.addfile(info, io.BytesIO(picture(n)))
+                info.size = len(encode_picture(n))
+                shard.addfile(info, io.BytesIO(encode_picture(n)))
 
-    def sources(self) -> list[Tree]:
+    def list_sources(self) -> list[Tree]:
         return [
             {"name": "watched", "uri": str(self.root / "watched"), "missing": self.policies["watched"]},
             {"name": "shards", "uri": str(self.root / "shards.tar"), "missing": self.policies["shards"]},
@@ -111,52 +118,52 @@ class World:
             },
         ]
 
-    def night(self, day: int) -> set[str]:
-        """What a night makes of `held`; the uris that are embedded anew."""
+    def apply_night(self, day: int) -> set[str]:
+        """Apply a night to the expected images, and return the uris that the night embeds."""
         new = set()
         for source, names in self.listed.items():
             for name, n in names.items():
-                uri = self.uri(source, name)
-                old = self.held.get(uri)
-                if uri in self.barred:
+                uri = self.get_uri(source, name)
+                old = self.images.get(uri)
+                if uri in self.erased_uris:
                     continue
                 if old and old.picture == n:
-                    self.held[uri] = replace(old, missing=False)
-                elif n in self.barred_pictures:
-                    self.held.pop(uri, None)
+                    self.images[uri] = replace(old, missing=False)
+                elif n in self.erased_pictures:
+                    self.images.pop(uri, None)
                 else:
-                    self.held[uri] = Held(source, n, day)
+                    self.images[uri] = GalleryImage(source, n, day)
                     new.add(uri)
-        listed = {self.uri(source, name) for source, names in self.listed.items() for name in names}
-        for uri, image in list(self.held.items()):
+        listed = {self.get_uri(source, name) for source, names in self.listed.items() for name in names}
+        for uri, image in list(self.images.items()):
             policy = self.policies[image.source]
             if image.source == "inbox" and image.day < day - self.retention:
-                self.barred.add(uri)
-                del self.held[uri]
+                self.erased_uris.add(uri)
+                del self.images[uri]
             elif uri not in listed and policy != "keep":
-                self.held[uri] = replace(image, missing=True)
+                self.images[uri] = replace(image, missing=True)
                 if policy == "erase":
-                    del self.held[uri]
+                    del self.images[uri]
         return new
 
-    def erased(self, uri: str) -> None:
-        """By a person: with its exact copies, and never to come back."""
-        n = self.held[uri].picture
-        self.barred_pictures.add(n)
-        for copy in [copy for copy, image in self.held.items() if image.picture == n]:
-            self.barred.add(copy)
-            del self.held[copy]
+    def erase_image(self, uri: str) -> None:
+        """Apply an erasure: the image and its exact copies never come back."""
+        n = self.images[uri].picture
+        self.erased_pictures.add(n)
+        for copy in [copy for copy, image in self.images.items() if image.picture == n]:
+            self.erased_uris.add(copy)
+            del self.images[copy]
 
 
 class _AnyTime(type):
-    """Real times are times as well."""
+    """Makes real times instances of the fake class."""
 
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, datetime)
 
 
 class Clock:
-    """Days that pass when they are told to, for all that asks for the time of day."""
+    """A clock whose days pass only when a test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.day = 0
@@ -178,21 +185,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def config(fakes: Tree) -> Callable[..., NightlyConfig]:
-    def made(world: World, gallery: str | Path, **layers: Any) -> NightlyConfig:
+    def make_config(world: World, gallery: str | Path, **layers: Any) -> NightlyConfig:
         base = {
             "gallery": str(gallery),
-            "source": world.sources(),
+            "source": world.list_sources(),
             "graph": {"threshold": 0.3},
             "night": {"missing_at_most": 0.9, "clusters": "make"},
             "compact": {"fewest": 5},
         }
         return build(NightlyConfig, fakes, base, layers)
 
-    return made
+    return make_config
 
 
-def mutate(world: World, rng: np.random.Generator, count: int) -> None:
-    """Some random changes of the sources: new images, copies, changed and touched files, files that go and come back."""
+def change_sources(world: World, rng: np.random.Generator, count: int) -> None:
+    """Change the sources at random: add, copy, change, touch, remove and bring back images."""
     for _ in range(count):
         source = str(rng.choice(list(world.policies)))
         names = sorted(world.listed[source])
@@ -211,44 +218,44 @@ def mutate(world: World, rng: np.random.Generator, count: int) -> None:
         elif what == "remove" and len(names) > 3:
             world.remove(source, name)
         elif what == "return":
-            gone = [u for u, i in sorted(world.held.items()) if i.source == source and i.missing]
+            gone = [u for u, i in sorted(world.images.items()) if i.source == source and i.missing]
             if gone:
                 uri = str(rng.choice(gone))
-                world.put(source, Path(uri).name, world.held[uri].picture)
+                world.put(source, Path(uri).name, world.images[uri].picture)
 
 
-def check(world: World, gallery: str, fakes: Tree, scratch: Path, summary: NightSummary) -> None:
-    """Rows, marks, search answers, clusters and copies against the world, and against a gallery made from scratch."""
+def check_gallery(world: World, gallery: str, fakes: Tree, scratch: Path, summary: NightSummary) -> None:
+    """Compare rows, marks, answers and clusters with the expected ones, and with a gallery made from scratch."""
     images = {row["uri"]: row for row in rows(gallery) if row["face_index"] in (None, 0) and row["status"] != "erased"}
-    assert images.keys() == world.held.keys()
-    for uri, image in world.held.items():
+    assert images.keys() == world.images.keys()
+    for uri, image in world.images.items():
         assert (images[uri]["source"], images[uri]["missing_since"] is not None) == (image.source, image.missing)
     mine = [row for row in rows(gallery) if row["status"] != "erased"]
     folder = scratch / "images"
     folder.mkdir(parents=True)
-    for n, image in enumerate(world.held.values()):
-        (folder / f"{n:04d}.png").write_bytes(picture(image.picture))
+    for n, image in enumerate(world.images.values()):
+        (folder / f"{n:04d}.png").write_bytes(encode_picture(image.picture))
     embed(folder, scratch / "g", fakes)
     theirs = rows(scratch / "g")
     same_faces(mine, theirs)
     index.run(index.IndexConfig(), str(scratch / "g"))
-    same_answers(gallery, str(scratch / "g"))
+    check_same_answers(gallery, str(scratch / "g"))
     assert verify(Gallery(gallery)).problems == []
     assert verify_index(Gallery(gallery)) == []
-    clustered = report(gallery, "cluster", "faces")["face_id"].to_pylist()
+    clustered = read_report(gallery, "cluster", "faces")["face_id"].to_pylist()
     assert sorted(clustered) == sorted(row["face_id"] for row in mine if row["face_id"] is not None)
     assert summary.failures == []
 
 
-def report(gallery: str, name: str, table: str) -> Any:
-    """A table of a report, wherever the gallery is."""
+def read_report(gallery: str, name: str, table: str) -> Any:
+    """Read a table of a report, of a local or a remote gallery."""
     store = open_store(gallery, f"reports/{name}")
     store.pull()
     return pq.read_table(store.local_path(f"{table}.parquet"))
 
 
-def same_answers(gallery: str, other: str) -> None:
-    """Every face searched for in both, with all the rest as its answer."""
+def check_same_answers(gallery: str, other: str) -> None:
+    """Check that both galleries answer the same for every face."""
     found = []
     _, vectors = Gallery(other).vectors()
     for path in (gallery, other):
@@ -265,59 +272,59 @@ def same_answers(gallery: str, other: str) -> None:
 
 
 def check_copies(world: World, gallery: str, new: set[str]) -> None:
-    """Of the images that stayed: the new ones are in the report, and those of the same bytes in one group."""
-    group = {row["uri"]: row["group"] for row in report(gallery, "dedup-new", "decisions").to_pylist()}
-    assert new & world.held.keys() <= group.keys()
-    assert group.keys() <= world.held.keys()
-    for uri in new & world.held.keys():
-        copies = [u for u, image in world.held.items() if image.picture == world.held[uri].picture]
+    """Check that the report holds the new images, and groups those with the same bytes."""
+    group = {row["uri"]: row["group"] for row in read_report(gallery, "dedup-new", "decisions").to_pylist()}
+    assert new & world.images.keys() <= group.keys()
+    assert group.keys() <= world.images.keys()
+    for uri in new & world.images.keys():
+        copies = [u for u, image in world.images.items() if image.picture == world.images[uri].picture]
         assert len(copies) == 1 or {group[copy] for copy in copies} == {group[uri]} != {None}
 
 
 @pytest.mark.parametrize(("seed", "nights"), [(0, 10), (1, 4)])
-def test_ten_nights(
+def test_nights_equal_a_gallery_from_scratch(
     seed: int, nights: int, clock: Clock, config: Callable[..., NightlyConfig], fakes: Tree, tmp_path: Path
 ) -> None:
-    """Each night against a gallery made from scratch, and against what its dry run foretold."""
+    """Compare each night with a gallery made from scratch, and with its dry run."""
     rng, world, g = np.random.default_rng(seed), World(tmp_path / "in"), str(tmp_path / "g")
     for n in range(36):
         world.put(("watched", "shards", "inbox")[n % 3], f"{n:06d}.png", n)
     for day in range(nights):
         clock.day = day
-        mutate(world, rng, int(rng.integers(0, 8)))
+        change_sources(world, rng, int(rng.integers(0, 8)))
         if day % 4 == 3:
-            victim = str(rng.choice(sorted(world.held)))
-            erase.run(selection.Selection(images=(victim,)), g)
-            world.erased(victim)
+            erased_uri = str(rng.choice(sorted(world.images)))
+            erase.run(selection.Selection(images=(erased_uri,)), g)
+            world.erase_image(erased_uri)
         # Every other night all old files go at once, so that the next one cannot look at what was.
         chosen = config(world, g, compact={"keep_hours": 24.0 * (day % 2)})
-        foretold = run(chosen, dry_run=True)
+        preview = run(chosen, dry_run=True)
         summary = run(chosen)
-        new = world.night(day)
-        check(world, g, fakes, tmp_path / f"scratch{day}", summary)
+        new = world.apply_night(day)
+        check_gallery(world, g, fakes, tmp_path / f"scratch{day}", summary)
         if new:
             check_copies(world, g, new)
         if day:
             assert summary.steps["dedup"]["new"] == len(new)
-        as_foretold(foretold, summary)
-        again(chosen)
+        check_preview(preview, summary)
+        check_rerun(chosen)
 
 
-def as_foretold(foretold: NightSummary, summary: NightSummary) -> None:
-    """What was said before is what was done then."""
+def check_preview(preview: NightSummary, summary: NightSummary) -> None:
+    """Check that a night did what its dry run said."""
     for name in ("watched", "shards", "inbox"):
-        said, done = foretold.steps[f"embed {name}"], summary.steps[f"embed {name}"]
+        said, done = preview.steps[f"embed {name}"], summary.steps[f"embed {name}"]
         assert said["new"] + said["changed"] == done["images"]
         counts = ("skipped", "repeated", "erased", "ignored", "missing")
         assert [said.get(count, 0) for count in counts] == [done[count] for count in counts]
     for reason, name in (("retention", "inbox"), ("missing", "shards")):
-        said = foretold.steps.get(f"erase {reason} {name}", {"images": 0, "faces": 0})
+        said = preview.steps.get(f"erase {reason} {name}", {"images": 0, "faces": 0})
         done = summary.steps.get(f"erase {reason} {name}", {"images": 0, "faces": 0})
         assert (said["images"], said["faces"]) == (done["images"], done["faces"])
 
 
-def again(chosen: NightlyConfig) -> None:
-    """The same night once more does nothing at all."""
+def check_rerun(chosen: NightlyConfig) -> None:
+    """Check that the same night again does nothing."""
     before = Gallery(chosen.gallery).version
     summary = run(chosen)
     assert summary.version == Gallery(chosen.gallery).version == before
@@ -331,17 +338,17 @@ def again(chosen: NightlyConfig) -> None:
 # ------------------------------------------------------------------------------------------------------------ properties
 
 
-def filled(root: Path, count: int = 18) -> World:
+def make_world(root: Path, count: int = 18) -> World:
     world = World(root)
     for n in range(count):
         world.put(("watched", "shards", "inbox")[n % 3], f"{n:06d}.png", n)
     return world
 
 
-def state(gallery: str) -> tuple[list[Tree], list[list[int]]]:
-    """Rows but for their times, and which faces are in one cluster."""
+def read_state(gallery: str) -> tuple[list[Tree], list[list[int]]]:
+    """Read the rows without their times, and the faces of each cluster."""
     found = rows(gallery, ("ingested_at", "missing_since"))
-    table = report(gallery, "cluster", "faces")
+    table = read_report(gallery, "cluster", "faces")
     together = defaultdict(list)
     for face, cluster in zip(table["face_id"].to_pylist(), table["cluster"].to_pylist(), strict=True):
         together[cluster].append(face)
@@ -354,36 +361,36 @@ STEPS = [
 ]
 
 
-def test_killed_after_every_step_and_run_again(
+def test_a_night_resumes_after_a_kill_at_any_step(
     clock: Clock, config: Callable[..., NightlyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fakes: Tree
 ) -> None:
-    """And in the middle of an erasure, whose rest the next night does first."""
-    world, base = filled(tmp_path / "in"), str(tmp_path / "base")
+    """The next night first finishes an interrupted erasure."""
+    world, base = make_world(tmp_path / "in"), str(tmp_path / "base")
     run(config(world, base))
-    world.night(0)
+    world.apply_night(0)
     clock.day = 5  # everything in the inbox is past its time
     world.put("watched", "900000.png", 4)
     world.put("inbox", "900001.png", 301)
     world.put("watched", "000003.png", 302)
     world.remove("shards", "000001.png")
     world.remove("watched", "000000.png")
-    world.night(5)
+    world.apply_night(5)
     wanted = str(tmp_path / "wanted")
     shutil.copytree(base, wanted)
     summary = run(config(world, wanted))
     assert {"erase retention inbox", "erase missing shards"} <= set(summary.steps)
-    check(world, wanted, fakes, tmp_path / "scratch", summary)
+    check_gallery(world, wanted, fakes, tmp_path / "scratch", summary)
     for n, step in enumerate([*STEPS, "erase.vectors.remove", "erase.scrub"]):
         killed = str(tmp_path / f"killed{n}")
         shutil.copytree(base, killed)
         with monkeypatch.context() as patch:
-            patch.setattr(f"pipelines.nightly.pipeline.{step}", dying(STEPS, n, step))
+            patch.setattr(f"pipelines.nightly.pipeline.{step}", make_failing_step(STEPS, n, step))
             with pytest.raises(_KilledError):
                 run(config(world, killed))
-        again_ = run(config(world, killed))
-        assert again_.failures == []
-        assert state(killed) == state(wanted), step
-        same_answers(killed, wanted)
+        rerun = run(config(world, killed))
+        assert rerun.failures == []
+        assert read_state(killed) == read_state(wanted), step
+        check_same_answers(killed, wanted)
         assert verify_index(Gallery(killed)) == []
 
 
@@ -391,8 +398,14 @@ class _KilledError(BaseException):
     """No step may catch it."""
 
 
-def dying(steps: list[str], n: int, step: str) -> Callable[..., Any]:
-    """A step that does its work and then dies; where a night takes it twice, at the first or the second time."""
+def make_failing_step(steps: list[str], n: int, step: str) -> Callable[..., Any]:
+    """Return a step that does its work and then fails.
+
+    Args:
+        steps: the steps of a night in order.
+        n: which of them fails; a step that runs twice fails at its first or second call.
+        step: its name in the pipeline's module.
+    """
     module, name = step.rsplit(".", 1)
     target: Any = nightly
     for part in module.split("."):
@@ -409,10 +422,12 @@ def dying(steps: list[str], n: int, step: str) -> Callable[..., Any]:
     return run_and_die
 
 
-def test_all_at_once_is_what_three_nights_are(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    """Rows and answers, of three inline nights and of one by two local workers. Clusters may differ: later faces are
-    assigned, and never join two clusters."""
-    world, slow, fast = filled(tmp_path / "in", 6), str(tmp_path / "slow"), str(tmp_path / "fast")
+def test_one_night_equals_three_nights(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    """Rows and answers of three inline nights equal those of one night by two local workers.
+
+    Clusters may differ, because later faces are assigned and never join two clusters.
+    """
+    world, slow, fast = make_world(tmp_path / "in", 6), str(tmp_path / "slow"), str(tmp_path / "fast")
     for first, last in ((6, 6), (6, 20), (20, 30)):
         for n in range(first, last):
             world.put(("watched", "shards", "inbox")[n % 3], f"{n:06d}.png", n)
@@ -420,34 +435,34 @@ def test_all_at_once_is_what_three_nights_are(config: Callable[..., NightlyConfi
     summary = run(config(world, fast, run={"runner": "local", "workers": 2, "block_smallest": 3}))
     assert summary.images == 30
     assert rows(slow) == rows(fast)
-    same_answers(slow, fast)
+    check_same_answers(slow, fast)
 
 
-def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+def read_files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
-def test_a_dry_run_changes_no_byte(clock: Clock, config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    world, g = filled(tmp_path / "in"), tmp_path / "g"
+def test_a_dry_run_writes_nothing(clock: Clock, config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = make_world(tmp_path / "in"), tmp_path / "g"
     assert run(config(world, g), dry_run=True).steps["embed watched"]["new"] == 6
     assert not g.exists()
     run(config(world, g))
-    before = tree(g)
+    before = read_files(g)
     clock.day = 5
     world.remove("shards", "000001.png")
     summary = run(config(world, g), dry_run=True)
     assert summary.steps["erase retention inbox"]["images"] == 6
     assert summary.steps["erase missing shards"] == {"images": 1, "faces": 1}
-    assert tree(g) == before
+    assert read_files(g) == before
 
 
 def test_nights_in_an_object_store(
     bucket: Any, clock: Clock, config: Callable[..., NightlyConfig], fakes: Tree, tmp_path: Path
 ) -> None:
-    """Each night on another machine, as in a cluster: nothing is left of the cache."""
-    world, g = filled(tmp_path / "in", 12), "s3://faces/gallery"
+    """Run each night without a cache, as on another machine of a cluster."""
+    world, g = make_world(tmp_path / "in", 12), "s3://faces/gallery"
     for day in range(2):
         clock.day = 4 * day  # the inbox is past its time on the second
         if day:
@@ -455,30 +470,32 @@ def test_nights_in_an_object_store(
             world.put("watched", f"9{day}.png", 100 + day)
             world.remove("shards", f"{3 * day + 1:06d}.png")
         for n in range(day + 1, day + 6):
-            bucket.put_object(Bucket="faces", Key=f"in/{n}.png", Body=picture(200 + n))
+            bucket.put_object(Bucket="faces", Key=f"in/{n}.png", Body=encode_picture(200 + n))
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         chosen = config(world, g)
         stored = build(NightlyConfig, {"source": [{"name": "stored", "uri": "s3://faces/in/", "missing": "erase"}]})
         chosen = replace(chosen, source=(*chosen.source, *stored.source))
-        foretold = run(chosen, dry_run=True)
+        preview = run(chosen, dry_run=True)
         summary = run(chosen)
-        new = world.night(4 * day)
+        new = world.apply_night(4 * day)
         uris = {f"s3://faces/in/{n}.png": 200 + n for n in range(day + 1, day + 6)}
-        both = World(world.root, held={**world.held, **{u: Held("stored", n, 0) for u, n in uris.items()}})
-        check(both, g, fakes, tmp_path / f"scratch{day}", summary)
+        both = World(world.root, images={**world.images, **{u: GalleryImage("stored", n, 0) for u, n in uris.items()}})
+        check_gallery(both, g, fakes, tmp_path / f"scratch{day}", summary)
         check_copies(both, g, new | ({f"s3://faces/in/{day + 5}.png"} if day else uris.keys()))
-        as_foretold(foretold, summary)
+        check_preview(preview, summary)
         if day:
             assert "erase retention inbox" in summary.steps
-            again(chosen)
+            check_rerun(chosen)
 
 
 # -------------------------------------------------------------------------------------------------- policies and guards
 
 
 @pytest.mark.parametrize("policy", ["keep", "mark", "erase"])
-def test_what_a_source_lists_no_more(policy: str, config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    world, g = filled(tmp_path / "in"), str(tmp_path / "g")
+def test_images_that_a_source_no_longer_lists(
+    policy: str, config: Callable[..., NightlyConfig], tmp_path: Path
+) -> None:
+    world, g = make_world(tmp_path / "in"), str(tmp_path / "g")
     world.policies["watched"] = policy
     run(config(world, g))
     world.remove("watched", "000000.png")
@@ -504,10 +521,10 @@ def test_what_a_source_lists_no_more(policy: str, config: Callable[..., NightlyC
 
 
 @pytest.mark.parametrize("how", ["emptied", "unmounted"])
-def test_a_source_that_is_not_there_is_left_alone_and_the_night_goes_on(
+def test_a_night_continues_without_a_missing_source(
     how: str, config: Callable[..., NightlyConfig], tmp_path: Path
 ) -> None:
-    world, g = filled(tmp_path / "in"), str(tmp_path / "g")
+    world, g = make_world(tmp_path / "in"), str(tmp_path / "g")
     world.policies["watched"] = "erase"
     run(config(world, g))
     before = [row for row in rows(g) if row["source"] == "watched"]
@@ -526,8 +543,8 @@ def test_a_source_that_is_not_there_is_left_alone_and_the_night_goes_on(
     assert [row for row in rows(g) if row["source"] == "watched"] == before
 
 
-def test_an_empty_inbox_is_a_quiet_night(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    world, g = filled(tmp_path / "in"), str(tmp_path / "g")
+def test_an_empty_inbox_is_no_failure(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = make_world(tmp_path / "in"), str(tmp_path / "g")
     run(config(world, g))
     for name in list(world.listed["inbox"]):
         world.remove("inbox", name)
@@ -537,22 +554,22 @@ def test_an_empty_inbox_is_a_quiet_night(config: Callable[..., NightlyConfig], t
     assert run(config(world, g), dry_run=True).failures == []
 
 
-def test_without_any_image_there_is_no_gallery(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+def test_no_gallery_without_any_image(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
     world, g = World(tmp_path / "in"), tmp_path / "g"
     with pytest.raises(SourceError, match=r"watched: no such file or folder.*; shards: .*; inbox: "):
         run(config(world, g))
     assert not (g / "faces").exists()
 
 
-def test_two_nights_at_once(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    world, g = filled(tmp_path / "in", 3), str(tmp_path / "g")
+def test_a_second_night_is_refused(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = make_world(tmp_path / "in", 3), str(tmp_path / "g")
     run(config(world, g))
     with hold_lease(storage.join(g, "runs"), "nightly job"), pytest.raises(GalleryBusyError, match="nightly job"):
         run(config(world, g))
 
 
-def test_clusters_are_only_made_where_that_is_asked_for(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    world, g = filled(tmp_path / "in"), tmp_path / "g"
+def test_clusters_are_made_only_if_configured(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
+    world, g = make_world(tmp_path / "in"), tmp_path / "g"
     summary = run(config(world, g, night={"clusters": "assign"}))
     assert "facepipe cluster" in summary.problems[0]
     assert {record.job for record in runs.read_newest(str(g), 100) if record.exit_code} == set(), (
@@ -592,7 +609,7 @@ def test_bad_configs(layer: Tree, message: str, tmp_path: Path) -> None:
 
 
 def test_names_of_sources_stay_out_of_the_records(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
-    world, g = filled(tmp_path / "in"), tmp_path / "g"
+    world, g = make_world(tmp_path / "in"), tmp_path / "g"
     summary = run(config(world, g))
     assert set(summary.seconds) == {"embed", "index", "assign", "erase", "dedup", "compact"}
     records = runs.read_newest(str(g), 100)
