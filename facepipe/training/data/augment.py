@@ -1,6 +1,6 @@
-"""Augmentation of one chip: a pure function of the chip, the config and a random generator. The chip is not touched.
+"""Augmentation of one chip: a pure function of the chip, the config and a random generator.
 
-All random numbers are drawn up front, so that what one step does never depends on which others are switched on.
+All random numbers are drawn first, so that one step never depends on which other steps are enabled.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,23 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How chips are varied. `flip`, `crop`, `colour`, `grey`, `blur` and `jpeg` are probabilities, each for itself.
+    """Configure the augmentation of chips. The probabilities are independent of each other.
 
-    flip: mirrored left to right
-    crop: moved and zoomed about the centre by one bilinear warp, the border mirrored
-    shift: the most it is moved, as a share of the side; zoom: the most it is enlarged or shrunk, as a share
-    colour: brightness, contrast and saturation are each multiplied by up to 1 plus or minus their share
-    grey: luminance alone (ITU-R BT.601)
-    blur: Gaussian, with a standard deviation of up to `blur_sigma` pixels
-    jpeg: compressed with a quality between `jpeg_lowest` and `jpeg_highest`, and decoded again
+    Attributes:
+        flip: probability of mirroring left to right
+        crop: probability of moving and zooming about the centre, by one bilinear warp with a mirrored border
+        shift: maximum movement, as a share of the side (crop)
+        zoom: maximum enlargement or reduction, as a share (crop)
+        colour: probability of changing brightness, contrast and saturation
+        brightness: maximum change of the brightness, as a share (colour)
+        contrast: maximum change of the contrast, as a share (colour)
+        saturation: maximum change of the saturation, as a share (colour)
+        grey: probability of keeping the luminance only (ITU-R BT.601)
+        blur: probability of a Gaussian blur
+        blur_sigma: maximum standard deviation of the blur, in pixels
+        jpeg: probability of compressing as JPEG and decoding again
+        jpeg_lowest: minimum JPEG quality
+        jpeg_highest: maximum JPEG quality
     """
 
     flip: Share = 0.5
@@ -47,29 +55,39 @@ class AugmentConfig:
 
 
 def augment_chip(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generator) -> UInt8Image:
-    """A varied copy of a chip (h, w, 3) uint8 RGB, of the same shape; takes 14 numbers from the generator."""
-    happens, draw = rng.random(6), rng.random(8)
-    if happens[0] < config.crop:
-        chip = _warp(chip, config, draw[:3])
-    if happens[1] < config.flip:
+    """Augment a copy of a chip.
+
+    Args:
+        chip: (h, w, 3) uint8 RGB
+        config: what to do
+        rng: random generator; 14 numbers are drawn from it
+
+    Returns:
+        A chip of the same shape.
+    """
+    chances = rng.random(6)
+    amounts = rng.random(8)
+    if chances[0] < config.crop:
+        chip = _warp(chip, config, amounts[:3])
+    if chances[1] < config.flip:
         chip = chip[:, ::-1]
-    if happens[2] < config.colour:
-        chip = _change_colour(chip, config, draw[3:6])
-    if happens[3] < config.grey:
+    if chances[2] < config.colour:
+        chip = _change_colour(chip, config, amounts[3:6])
+    if chances[3] < config.grey:
         chip = np.repeat(np.rint(chip @ _LUMA).astype(np.uint8)[..., None], 3, axis=2)
-    if happens[4] < config.blur:
-        sigma = max(float(draw[6]) * config.blur_sigma, 1e-3)
+    if chances[4] < config.blur:
+        sigma = max(float(amounts[6]) * config.blur_sigma, 1e-3)
         chip = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(chip), (0, 0), sigma), np.uint8)
-    if happens[5] < config.jpeg:
+    if chances[5] < config.jpeg:
         low, high = sorted((config.jpeg_lowest, config.jpeg_highest))
-        chip = _recompress(chip, round(low + float(draw[7]) * (high - low)))
+        chip = _recompress(chip, round(low + float(amounts[7]) * (high - low)))
     return np.array(chip, np.uint8, order="C")
 
 
-def _warp(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
-    """Shifted and zoomed about the chip's centre."""
+def _warp(chip: UInt8Image, config: AugmentConfig, amounts: Float64) -> UInt8Image:
+    """Shift the chip, and zoom it about its centre."""
     height, width = chip.shape[:2]
-    dx, dy, zoom = (2 * draw - 1) * (config.shift * width, config.shift * height, config.zoom)
+    dx, dy, zoom = (2 * amounts - 1) * (config.shift * width, config.shift * height, config.zoom)
     scale = 1 + zoom
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
     shift = centre - scale * centre + (dx, dy)
@@ -77,9 +95,10 @@ def _warp(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
     return np.asarray(cv2.warpAffine(chip, matrix, (width, height), borderMode=cv2.BORDER_REFLECT_101), np.uint8)
 
 
-def _change_colour(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UInt8Image:
-    """Brightness, then contrast about the mean luminance, then saturation about each pixel's luminance."""
-    brightness, contrast, saturation = 1 + (2 * draw - 1) * (config.brightness, config.contrast, config.saturation)
+def _change_colour(chip: UInt8Image, config: AugmentConfig, amounts: Float64) -> UInt8Image:
+    """Change brightness, then contrast about the mean luminance, then saturation about each pixel's luminance."""
+    factors = 1 + (2 * amounts - 1) * (config.brightness, config.contrast, config.saturation)
+    brightness, contrast, saturation = factors
     values = chip.astype(np.float32) * np.float32(brightness)
     mean = np.float32((values @ _LUMA).mean())
     values = (values - mean) * np.float32(contrast) + mean
@@ -89,5 +108,5 @@ def _change_colour(chip: UInt8Image, config: AugmentConfig, draw: Float64) -> UI
 
 def _recompress(chip: UInt8Image, quality: int) -> UInt8Image:
     bgr = cv2.cvtColor(np.ascontiguousarray(chip), cv2.COLOR_RGB2BGR)
-    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), np.uint8)
+    jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB), np.uint8)

@@ -1,6 +1,6 @@
-"""Chip sets: aligned faces as JPEGs in Arrow files, any of which is one slice of a memory-mapped file.
+"""Chip sets: aligned faces as JPEGs in Arrow files. Each JPEG is one slice of a memory-mapped file.
 
-`set.json` is written last: a folder without it is no chip set. What is held in memory is what is used of the index.
+`set.json` is written last: a folder without it is not a chip set. Memory holds the used part of the index only.
 """
 
 import json
@@ -19,11 +19,13 @@ from facepipe.errors import SourceError, StorageError
 from facepipe.storage import describe_error
 from facepipe.types import Int32, Int64, UInt8Image
 
-_TEXTS = 1 << 18
-SET, INDEX, IDENTITIES = "set.json", "index.arrow", "identities.arrow"
+SET = "set.json"
+INDEX = "index.arrow"
+IDENTITIES = "identities.arrow"
+_URIS_PER_READ = 1 << 18
 CHIPS = pa.schema(
     [
-        ("face_id", pa.int64()),  # a hash of the uri, the image's content and which of its faces it is
+        ("face_id", pa.int64()),  # a hash of the uri, the image's content and the position of the face in the image
         ("image_id", pa.string()),
         ("uri", pa.string()),
         ("identity", pa.string()),
@@ -44,10 +46,17 @@ INDEX_ROWS = pa.schema(
 
 @dataclass(frozen=True)
 class ChipSetInfo:
-    """What `set.json` says.
+    """The content of `set.json`, which has these fields under these names.
 
-    fingerprint: of all that the set depends on; asked: of what the config says alone, whatever has come to the data
-    size: (width, height) of a chip; figures: what became of the images, counted; origin: where they are from
+    Attributes:
+        fingerprint: hash of everything that the set depends on
+        embedder: embedder that the layout of chips is for
+        size: (width, height) of a chip
+        chips: number of chips
+        identities: number of identities
+        figures: what became of the images, counts by name
+        asked: hash of the config's part only, which does not change with the data
+        origin: where the images come from
     """
 
     fingerprint: str
@@ -61,29 +70,28 @@ class ChipSetInfo:
 
 
 def get_shard_name(number: int) -> str:
-    """The file of a shard."""
+    """Return the file name of a shard."""
     return f"chips-{number:05d}.arrow"
 
 
 class ChipSet:
-    """Labelled chips, by rising label and face id.
+    """Labelled chips, ordered by label and face id.
 
         chips = ChipSet.open("train.chips")
         chips.labels[row], chips.identities[label], chips.uris[row]
-        chips.chip(row)                     # (h, w, 3) uint8 RGB
+        chips.load_chip(row)                # (h, w, 3) uint8 RGB
 
-    labels (n,) int64: codes from 0 without gaps; faces (n,) int64: face ids. Chips may be read by several threads, and
-    a set may be pickled: it opens its files where it arrives.
+    Several threads may read chips. A set can be pickled: it opens its files again when it is unpickled.
     """
 
     def __init__(self, folder: str, view: "_RowView | None" = None):
         self.folder = os.path.abspath(folder)
         info = read_set_info(self.folder)
         if info is None:
-            raise SourceError(f"no chip set at {self.folder!r} (no {SET} in it): training makes one of its `data`")
+            raise SourceError(f"no chip set at {self.folder!r} (no {SET} in it): training makes one from its `data`")
         self.info = info
         index = _map_table(os.path.join(self.folder, INDEX))
-        self._index = _IndexColumns(*(_get_column(index, name) for name in INDEX_ROWS.names))
+        self._index = _IndexColumns(**{name: _get_column(index, name) for name in INDEX_ROWS.names})
         self._shards = _MappedShards(self.folder)
         self._view = view
         names = _map_table(os.path.join(self.folder, IDENTITIES))["identity"].combine_chunks()
@@ -91,7 +99,11 @@ class ChipSet:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "ChipSet":
-        """Raises SourceError where there is no whole chip set."""
+        """Open the chip set in a folder.
+
+        Raises:
+            SourceError: The folder does not hold a complete chip set.
+        """
         return cls(os.fspath(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,10 +119,12 @@ class ChipSet:
 
     @property
     def labels(self) -> Int64:
+        """Label of each row, from 0 without gaps, (n,)."""
         return self._index.label if self._view is None else self._view.labels
 
     @property
     def face_ids(self) -> Int64:
+        """Face id of each row, (n,)."""
         return self._index.face_id if self._view is None else self._index.face_id[self._view.rows]
 
     @cached_property
@@ -120,49 +134,65 @@ class ChipSet:
 
     @property
     def uris(self) -> "UriSequence":
-        """Where each face's image is; read from the files as they are asked for."""
+        """Uri of each row's image. They are read from the files on access."""
         return UriSequence(self)
 
     def read_jpeg(self, row: int) -> memoryview:
-        """The JPEG of a chip, as a view of its file."""
-        at, index = self._to_set_row(row), self._index
-        data = self._shards.read_bytes(int(index.shard[at]), int(index.at[at]), int(index.length[at]))
-        if len(data) != index.length[at]:
-            raise StorageError(f"the chips in {self.folder!r} were cut short: delete the folder, and it is made again")
+        """Read the JPEG of a chip, as a view of its file.
+
+        Raises:
+            StorageError: The file is too short or cannot be read.
+        """
+        index = self._index
+        set_row = self._to_set_row(row)
+        length = int(index.length[set_row])
+        data = self._shards.read_bytes(int(index.shard[set_row]), int(index.at[set_row]), length)
+        if len(data) != length:
+            raise StorageError(f"the chips in {self.folder!r} were cut short: delete the folder, and run again")
         return data
 
     def load_chip(self, row: int) -> UInt8Image:
-        """A chip (h, w, 3) uint8 RGB. Raises StorageError where the file is damaged."""
+        """Decode a chip, (h, w, 3) uint8 RGB.
+
+        Raises:
+            StorageError: The file is damaged.
+        """
         pixels = cv2.imdecode(np.frombuffer(self.read_jpeg(row), np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is None or pixels.shape != (self.size[1], self.size[0], 3):
-            raise StorageError(f"chip {row} of {self.folder!r} is damaged: delete the folder, and it is made again")
+            raise StorageError(f"chip {row} of {self.folder!r} is damaged: delete the folder, and run again")
         return np.asarray(pixels, np.uint8)
 
     def load_chips(self, rows: Int64) -> UInt8Image:
-        """Chips (n, h, w, 3) of rows (n,)."""
+        """Decode the chips of rows, (n, h, w, 3) uint8 RGB."""
         chips = [self.load_chip(int(row)) for row in rows]
         return np.stack(chips) if chips else np.empty((0, self.size[1], self.size[0], 3), np.uint8)
 
     def select(self, rows: Int64) -> "ChipSet":
-        """A view on some rows; labels are coded anew, in the same order, without gaps. It holds 16 bytes a row."""
+        """Return a view of some rows. It takes 16 bytes per row.
+
+        Labels are numbered again without gaps, in the same order.
+        """
         rows = np.asarray(rows, np.int64)
         labels = self.labels[rows]
-        used = np.zeros(len(self._names), bool)
-        used[labels] = True
-        chosen, codes = np.flatnonzero(used), np.cumsum(used) - 1
+        is_used = np.zeros(len(self._names), bool)
+        is_used[labels] = True
+        names = np.flatnonzero(is_used)
+        codes = np.cumsum(is_used) - 1
         if self._view is not None:
-            rows, chosen = self._view.rows[rows], self._view.names[chosen]
-        return ChipSet(self.folder, _RowView(rows, codes[labels], chosen))
+            rows = self._view.rows[rows]
+            names = self._view.names[names]
+        return ChipSet(self.folder, _RowView(rows, codes[labels], names))
 
     def read_uris(self, rows: Int64) -> list[str]:
-        """Where the faces of some rows are; each shard is looked into once."""
-        at = rows if self._view is None else self._view.rows[rows]
-        shards, places = self._index.shard[at], self._index.row[at]
-        found = np.empty(len(rows), object)
+        """Read the uris of some rows' images. Each shard is read once."""
+        set_rows = rows if self._view is None else self._view.rows[rows]
+        shards = self._index.shard[set_rows]
+        shard_rows = self._index.row[set_rows]
+        uris = np.empty(len(rows), object)
         for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            found[here] = self._shards.map_uris(int(shard)).take(pa.array(places[here])).to_pylist()
-        return cast(list[str], found.tolist())
+            positions = np.flatnonzero(shards == shard)
+            uris[positions] = self._shards.map_uris(int(shard)).take(pa.array(shard_rows[positions])).to_pylist()
+        return cast(list[str], uris.tolist())
 
     def _to_set_row(self, row: int) -> int:
         return int(row if self._view is None else self._view.rows[row])
@@ -170,7 +200,13 @@ class ChipSet:
 
 @dataclass(frozen=True)
 class _RowView:
-    """Rows of the whole set, their labels, and which of its names these stand for."""
+    """A selection of rows of a set.
+
+    Attributes:
+        rows: rows of the whole set, (n,)
+        labels: label of each row, (n,)
+        names: number in the whole set of each label's name
+    """
 
     rows: Int64
     labels: Int64
@@ -179,7 +215,7 @@ class _RowView:
 
 @dataclass(frozen=True)
 class _IndexColumns:
-    """Columns of INDEX_ROWS, as views of the mapped file."""
+    """The columns of INDEX_ROWS, as views of the mapped file."""
 
     label: Int64
     face_id: Int64
@@ -190,7 +226,7 @@ class _IndexColumns:
 
 
 class UriSequence(Sequence[str]):
-    """The uris of a chip set; none is held."""
+    """The uris of a chip set. Nothing is kept in memory."""
 
     def __init__(self, chips: ChipSet):
         self._chips = chips
@@ -208,19 +244,20 @@ class UriSequence(Sequence[str]):
         return self._chips.read_uris(np.array([row]))[0]
 
     def __iter__(self) -> Iterator[str]:
-        for at in range(0, len(self), _TEXTS):
-            yield from self[at : at + _TEXTS]
+        for start in range(0, len(self), _URIS_PER_READ):
+            yield from self[start : start + _URIS_PER_READ]
 
 
 class _MappedShards:
-    """The files of a chip set, mapped when they are first used."""
+    """The shards of a chip set, mapped at their first use."""
 
     def __init__(self, folder: str):
         self._folder = folder
         self._maps: dict[int, memoryview] = {}
         self._uris: dict[int, pa.ChunkedArray] = {}
 
-    def read_bytes(self, shard: int, at: int, length: int) -> memoryview:
+    def read_bytes(self, shard: int, start: int, length: int) -> memoryview:
+        """Return a slice of a shard's file."""
         view = self._maps.get(shard)
         if view is None:
             try:
@@ -228,16 +265,17 @@ class _MappedShards:
             except (OSError, ValueError) as error:
                 raise StorageError(f"cannot read the chips in {self._folder!r}: {describe_error(error)}") from error
             self._maps[shard] = view
-        return view[at : at + length]
+        return view[start : start + length]
 
     def map_uris(self, shard: int) -> pa.ChunkedArray:
+        """Return the uris of a shard."""
         if shard not in self._uris:
             self._uris[shard] = _map_table(os.path.join(self._folder, get_shard_name(shard)))["uri"]
         return self._uris[shard]
 
 
 def read_set_info(folder: str) -> ChipSetInfo | None:
-    """What a folder's set.json says; None where there is none, or none that can be read."""
+    """Read a folder's set.json, or return None if it does not exist or cannot be read."""
     try:
         with open(os.path.join(folder, SET), encoding="utf-8") as file:
             fields = json.load(file)
@@ -247,7 +285,11 @@ def read_set_info(folder: str) -> ChipSetInfo | None:
 
 
 def iterate_batches(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
-    """(record batch, byte offsets (n + 1,) of its chips in the file) of a shard; nothing is copied."""
+    """Yield the record batches of a shard, without copying.
+
+    Yields:
+        A record batch, and the byte offsets of its chips in the file, (n + 1,).
+    """
     with pa.memory_map(path) as file:
         whole = file.read_buffer()
     with pa.ipc.open_file(whole) as reader:
@@ -255,8 +297,9 @@ def iterate_batches(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
             batch = reader.get_batch(number)
             chips = batch["chip"]
             _, offsets, data = chips.buffers()
-            ends = np.frombuffer(offsets, np.int64)[chips.offset : chips.offset + len(chips) + 1]
-            yield batch, ends + (data.address - whole.address if data is not None else 0)
+            offsets = np.frombuffer(offsets, np.int64)[chips.offset : chips.offset + len(chips) + 1]
+            # Offsets are relative to the data buffer, which lies somewhere in the file.
+            yield batch, offsets + (data.address - whole.address if data is not None else 0)
 
 
 def _map_table(path: str) -> pa.Table:

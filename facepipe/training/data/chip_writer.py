@@ -1,4 +1,4 @@
-"""Writing a chip set: shards as chips come, the index at the end. A shard's name says that it is whole."""
+"""Write a chip set: shards while chips arrive, the index at the end. A shard gets its name when it is complete."""
 
 import json
 import os
@@ -30,41 +30,53 @@ from facepipe.types import Int64, UInt64
 _SHARD_BYTES = 512 << 20
 _BATCH = 1024
 _UNFINISHED = ".partial"
-_NOBODY, _EXCLUDED = -1, -2
+# Labels of chips that do not belong to the set.
+_WITHOUT_IDENTITY = -1
+_EXCLUDED = -2
+
+Columns = dict[str, npt.NDArray[Any]]
 
 
 class ChipShardWriter:
-    """Appends chips (CHIPS) to shards of some 512 MiB; goes on behind those that are whole."""
+    """Appends chips (CHIPS) to shards of about 512 MiB, after the complete shards of an interrupted run."""
 
     def __init__(self, folder: str, shard_bytes: int = _SHARD_BYTES):
-        self._folder, self._most = folder, shard_bytes
+        self._folder = folder
+        self._max_bytes = shard_bytes
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(folder):
             if name.startswith("chips-") and name.endswith(_UNFINISHED):
                 os.unlink(os.path.join(folder, name))
-        self._number, self._held = len(list_shards(folder)), 0
+        self._number = len(list_shards(folder))
+        self._bytes = 0
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
 
     def add(self, chips: pa.Table) -> None:
-        """Write chips; a shard that is full is closed."""
+        """Write chips, and close the shard if it is full.
+
+        Raises:
+            StorageError: The shard cannot be written.
+        """
         try:
             for batch in chips.cast(CHIPS).combine_chunks().to_batches(_BATCH):
                 if self._writer is None:
                     self._writer = pa.ipc.new_file(self._path + _UNFINISHED, CHIPS)
                 self._writer.write_batch(batch)
-                self._held += batch.nbytes
-                if self._held >= self._most:
+                self._bytes += batch.nbytes
+                if self._bytes >= self._max_bytes:
                     self.close()
         except OSError as error:
             raise StorageError(f"cannot write {self._path!r}: {storage.describe_error(error)}") from error
 
     def close(self) -> None:
-        """Finish the shard in hand: on disk first, then under its name."""
+        """Finish the current shard: sync it to disk, then give it its name."""
         if self._writer is None:
             return
         self._writer.close()
         publish_file(self._path + _UNFINISHED, self._path, sync=True)
-        self._writer, self._held, self._number = None, 0, self._number + 1
+        self._writer = None
+        self._bytes = 0
+        self._number += 1
 
     @property
     def _path(self) -> str:
@@ -72,21 +84,23 @@ class ChipShardWriter:
 
 
 def list_shards(folder: str) -> list[str]:
-    """The whole shards of a folder, in order."""
-    found = list[str]()
-    while os.path.exists(path := os.path.join(folder, get_shard_name(len(found)))):
-        found.append(path)
-    return found
+    """List the complete shards of a folder, in order."""
+    paths: list[str] = []
+    while True:
+        path = os.path.join(folder, get_shard_name(len(paths)))
+        if not os.path.exists(path):
+            return paths
+        paths.append(path)
 
 
 def read_face_ids(folder: str) -> Int64:
-    """Face ids (n,) that whole shards hold, ascending."""
+    """Read the face ids in complete shards, (n,), ascending."""
     ids = [batch["face_id"].to_numpy() for path in list_shards(folder) for batch, _ in iterate_batches(path)]
     return np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int64)
 
 
 def read_uri_hashes(folder: str) -> UInt64:
-    """Hashes (n,) of the uris of which whole shards hold a chip."""
+    """Read the hashes of the uris with a chip in complete shards, (n,)."""
     texts = (batch["uri"].to_pylist() for path in list_shards(folder) for batch, _ in iterate_batches(path))
     return np.fromiter((hash64(uri) for part in texts for uri in part), np.uint64)
 
@@ -95,9 +109,12 @@ def read_uri_hashes(folder: str) -> UInt64:
 class ChipFilter:
     """Which chips of the shards belong to the set.
 
-    excluded_images: ids of contents that must not be in it
-    excluded_names: normalised names (normalise_name) of identities that must not
-    needs_identity: chips without an identity are left out; else they stand under the name ""
+    Attributes:
+        min_images: minimum number of images per identity
+        max_images: maximum number of images per identity
+        excluded_images: content hashes of images that must not be in the set
+        excluded_names: normalised names (`normalise_name`) of identities that must not be in the set
+        needs_identity: leave out chips without an identity; otherwise their identity is ""
     """
 
     min_images: int = 1
@@ -108,103 +125,127 @@ class ChipFilter:
 
 
 def normalise_name(name: str) -> str:
-    """A name as names are compared: without case, `_` for a space."""
+    """Normalise a name for comparison: lower case, with spaces for `_`."""
     return name.replace("_", " ").strip().lower()
 
 
-def write_index(folder: str, info: ChipSetInfo, keep: ChipFilter) -> ChipSetInfo:
+def write_index(folder: str, info: ChipSetInfo, chip_filter: ChipFilter) -> ChipSetInfo:
     """Choose among the chips of the shards, order them by name and face id, and make the folder a chip set.
 
-    The order does not depend on which worker was first. The info that is returned, and written, has its numbers of
-    chips and identities filled in and what was left out, by reason, among its figures. Raises SourceError where fewer
-    than 2 identities (labelled) or no chip at all would be left.
+    The order does not depend on which worker finished first.
+
+    Args:
+        folder: folder of the shards
+        info: what to write to set.json, without counts
+        chip_filter: which chips belong to the set
+
+    Returns:
+        The info that was written: with the numbers of chips and identities, and with the chips that were left out, by
+        reason, among its figures.
+
+    Raises:
+        SourceError: Fewer than 2 identities would be left, or no chip if identities are not needed.
     """
-    names: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     figures = Counter[str]()
-    columns = _collect_columns(folder, keep, names, figures)
-    ordered = sorted(names)
-    rank = np.empty(len(names), np.int64)
-    rank[[names[name] for name in ordered]] = np.arange(len(names))
+    columns = _collect_columns(folder, chip_filter, numbers, figures)
+    # Number the identities in the order of their names, and sort the chips by identity and face id.
+    names = sorted(numbers)
+    rank = np.empty(len(numbers), np.int64)
+    rank[[numbers[name] for name in names]] = np.arange(len(numbers))
     columns["label"] = rank[columns["label"]]
     _reorder(columns, np.lexsort((columns["face_id"], columns["label"])))
-    _reorder(columns, _select_rows(columns, keep, figures))
+    _reorder(columns, _select_rows(columns, chip_filter, figures))
+    # Number the identities that are left without gaps.
     used, columns["label"] = np.unique(columns["label"], return_inverse=True)
-    if len(used) < (2 if keep.needs_identity else 1):
-        raise SourceError(_describe_shortage(len(columns["label"]), len(used), {**info.figures, **figures}))
+    chips = len(columns["label"])
+    if len(used) < (2 if chip_filter.needs_identity else 1):
+        raise SourceError(_describe_shortage(chips, len(used), {**info.figures, **figures}))
+    # Write set.json last, because it makes the folder a chip set.
     _write_table(os.path.join(folder, INDEX), pa.table(columns).select(INDEX_ROWS.names).cast(INDEX_ROWS))
-    texts = pa.array(ordered, pa.string()).take(pa.array(used))
-    _write_table(os.path.join(folder, IDENTITIES), pa.table({"identity": texts}))
-    merged = {**info.figures, **{name: count for name, count in figures.items() if count}}
-    done = replace(info, chips=len(columns["label"]), identities=len(used), figures=merged)
-    _write_json(os.path.join(folder, SET), asdict(done))
-    return done
+    used_names = pa.array(names, pa.string()).take(pa.array(used))
+    _write_table(os.path.join(folder, IDENTITIES), pa.table({"identity": used_names}))
+    all_figures = {**info.figures, **{name: count for name, count in figures.items() if count}}
+    written = replace(info, chips=chips, identities=len(used), figures=all_figures)
+    _write_json(os.path.join(folder, SET), asdict(written))
+    return written
 
 
-def _collect_columns(
-    folder: str, keep: ChipFilter, names: dict[str, int], figures: Counter[str]
-) -> dict[str, npt.NDArray[Any]]:
-    """Columns of the chips that may be in the set; `names` gets the identities' numbers."""
+def _collect_columns(folder: str, chip_filter: ChipFilter, numbers: dict[str, int], figures: Counter[str]) -> Columns:
+    """Collect the index columns of the chips that may be in the set.
+
+    Args:
+        folder: folder of the shards
+        chip_filter: which chips belong to the set
+        numbers: gets the number of each identity's name
+        figures: gets the counts of chips that are left out
+    """
     parts: list[tuple[npt.NDArray[Any], ...]] = [tuple(np.empty(0, np.int64) for _ in INDEX_ROWS)]
     for number, path in enumerate(list_shards(folder)):
         start = 0
-        for batch, at in iterate_batches(path):
-            label = _number_identities(batch["identity"], keep, names)
-            out = pc.is_in(batch["image_id"], value_set=keep.excluded_images).to_numpy(zero_copy_only=False)
-            figures["left_out: without identity"] += int((label == _NOBODY).sum())
+        for batch, offsets in iterate_batches(path):
+            label = _number_identities(batch["identity"], chip_filter, numbers)
+            is_excluded = pc.is_in(batch["image_id"], value_set=chip_filter.excluded_images)
+            is_excluded = is_excluded.to_numpy(zero_copy_only=False)
+            figures["left_out: without identity"] += int((label == _WITHOUT_IDENTITY).sum())
             figures["left_out: excluded identity"] += int((label == _EXCLUDED).sum())
-            figures["left_out: image of an excluded gallery"] += int((out & (label >= 0)).sum())
-            rows = np.flatnonzero((label >= 0) & ~out)
+            figures["left_out: image of an excluded gallery"] += int((is_excluded & (label >= 0)).sum())
+            rows = np.flatnonzero((label >= 0) & ~is_excluded)
             ids = batch["face_id"].to_numpy()[rows]
-            place = np.full(len(rows), number, np.int32)
-            size = np.diff(at).astype(np.int32)[rows]
-            parts.append((label[rows], ids, at[rows], size, place, (start + rows).astype(np.int32)))
+            lengths = np.diff(offsets).astype(np.int32)[rows]
+            shard = np.full(len(rows), number, np.int32)
+            # In the order of INDEX_ROWS.
+            parts.append((label[rows], ids, offsets[rows], lengths, shard, (start + rows).astype(np.int32)))
             start += batch.num_rows
-    return dict(zip(INDEX_ROWS.names, (np.concatenate(c) for c in zip(*parts, strict=True)), strict=True))
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return dict(zip(INDEX_ROWS.names, columns, strict=True))
 
 
-def _number_identities(column: pa.Array, keep: ChipFilter, names: dict[str, int]) -> Int64:
-    """Numbers (n,) of a batch's identities; _NOBODY where there is none, _EXCLUDED where it is not to be there."""
-    if not keep.needs_identity:
+def _number_identities(column: pa.Array, chip_filter: ChipFilter, numbers: dict[str, int]) -> Int64:
+    """Number the identities of a batch, (n,); _WITHOUT_IDENTITY and _EXCLUDED for chips that are left out."""
+    if not chip_filter.needs_identity:
         column = column.fill_null("")
     coded = column.dictionary_encode()
-    numbers = [
+    codes = [
         _EXCLUDED
-        if keep.excluded_names and normalise_name(name) in keep.excluded_names
-        else names.setdefault(name, len(names))
+        if chip_filter.excluded_names and normalise_name(name) in chip_filter.excluded_names
+        else numbers.setdefault(name, len(numbers))
         for name in coded.dictionary.to_pylist()
     ]
-    codes = coded.indices.fill_null(len(numbers)).to_numpy()
-    return np.array([*numbers, _NOBODY], np.int64)[codes]
+    indices = coded.indices.fill_null(len(codes)).to_numpy()
+    return np.array([*codes, _WITHOUT_IDENTITY], np.int64)[indices]
 
 
-def _select_rows(columns: dict[str, npt.NDArray[Any]], keep: ChipFilter, figures: Counter[str]) -> Int64:
-    """Rows of ordered columns to keep: each face once, identities with enough images, and of these not too many.
+def _select_rows(columns: Columns, chip_filter: ChipFilter, figures: Counter[str]) -> Int64:
+    """Select rows of ordered columns: each face once, and the identities and images within the limits.
 
-    Face ids are hashes, so that the first of an identity are a random choice, and the same whatever else is there.
+    Face ids are hashes, so the first images of an identity are a random choice, and the same whatever else is there.
     """
-    label, ids = columns["label"], columns["face_id"]
-    rows = np.flatnonzero((np.diff(ids, prepend=ids[:1] - 1) != 0) | (np.diff(label, prepend=-1) != 0))
+    label = columns["label"]
+    ids = columns["face_id"]
+    is_new_face = (np.diff(ids, prepend=ids[:1] - 1) != 0) | (np.diff(label, prepend=-1) != 0)
+    rows = np.flatnonzero(is_new_face)
     counts = np.bincount(label[rows], minlength=1)
-    few = counts[label[rows]] < keep.min_images
-    figures["left_out: identity with too few images"] = int(few.sum())
-    rows = rows[~few]
-    if keep.max_images is not None:
-        place = np.arange(len(rows)) - np.searchsorted(label[rows], label[rows])
-        figures["left_out: more images than data.max_images"] = int((place >= keep.max_images).sum())
-        rows = rows[place < keep.max_images]
+    has_few = counts[label[rows]] < chip_filter.min_images
+    figures["left_out: identity with too few images"] = int(has_few.sum())
+    rows = rows[~has_few]
+    if chip_filter.max_images is not None:
+        position = np.arange(len(rows)) - np.searchsorted(label[rows], label[rows])
+        figures["left_out: more images than data.max_images"] = int((position >= chip_filter.max_images).sum())
+        rows = rows[position < chip_filter.max_images]
     return rows
 
 
-def _reorder(columns: dict[str, npt.NDArray[Any]], rows: Int64) -> None:
+def _reorder(columns: Columns, rows: Int64) -> None:
     for name in columns:
         columns[name] = columns[name][rows]
 
 
 def _describe_shortage(chips: int, identities: int, figures: dict[str, int]) -> str:
-    counted = ", ".join(f"{name} {count}" for name, count in figures.items() if count)
+    counts = ", ".join(f"{name} {count}" for name, count in figures.items() if count)
     return (
-        f"{chips} chips of {identities} identities are left, too few to train on ({counted}): labels come from folder "
-        "or list names (data.identity), and data.min_images and data.exclude take identities out"
+        f"{chips} chips of {identities} identities are left, too few to train on ({counts}). Labels come from folder "
+        "or list names (data.identity); data.min_images and data.exclude leave identities out"
     )
 
 

@@ -15,7 +15,10 @@ class ImageNames:
         return bool(self._names)
 
     def find_name(self, uri: str) -> str | None:
-        """The name that an image goes by; None where it is none of these."""
+        """Find the name in this set that an image's uri ends with, or return None."""
         parts = os.path.splitext(uri.replace("#", "/"))[0].split("/")
-        ends = ("/".join(parts[-depth:]) for depth in self._depths)
-        return next((name for name in ends if name in self._names), None)
+        for depth in self._depths:
+            name = "/".join(parts[-depth:])
+            if name in self._names:
+                return name
+        return None

@@ -1,4 +1,4 @@
-"""Where a chip set's images are from, for the manifests of what is trained on it."""
+"""Where a chip set's images come from, for the manifests of models that are trained on it."""
 
 import hashlib
 import os
@@ -10,16 +10,19 @@ from facepipe.training.data.config import DataConfig
 
 
 def describe_origin(data: DataConfig) -> dict[str, Any]:
-    """A gallery with its version and contract and the list, or a source; with digests of files."""
+    """Describe a gallery, with its version, contract and list, or a source; with digests of files."""
     if not data.gallery:
         return {"source": data.source, "sha256": hash_file(data.source)}
     gallery = Gallery(data.gallery)
-    found = {"gallery": data.gallery, "version": gallery.version, "contract": asdict(gallery.contract)}
-    return found | ({"list": data.list, "list_sha256": hash_file(data.list)} if data.list else {})
+    origin = {"gallery": data.gallery, "version": gallery.version, "contract": asdict(gallery.contract)}
+    if data.list:
+        origin["list"] = data.list
+        origin["list_sha256"] = hash_file(data.list)
+    return origin
 
 
 def hash_file(path: str) -> str | None:
-    """SHA-256 of a local file; None for folders and what is elsewhere."""
+    """Compute the SHA-256 of a local file, or return None for folders and remote files."""
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:

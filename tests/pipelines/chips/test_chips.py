@@ -288,7 +288,7 @@ def test_sources_that_cannot_be_trained_on(drawings: Path, tmp_path: Path) -> No
     with pytest.raises(SourceError, match="without identity 20"):
         prepare_chips(config(drawings / "person1"), FAKE, str(tmp_path / "c"), INLINE)
     gallery = gallery_of(drawings / "person1", tmp_path / "g")
-    with pytest.raises(SourceError, match="has an identity, and training needs labels"):
+    with pytest.raises(SourceError, match="has an identity, but training needs labels"):
         prepare_chips(DataConfig(gallery=gallery), FAKE, str(tmp_path / "d"), INLINE)
     with pytest.raises(SourceError, match="no such file"):
         prepare_chips(config(tmp_path / "absent"), FAKE, str(tmp_path / "e"), INLINE)
@@ -332,7 +332,7 @@ def test_views(plain: ChipSet) -> None:
     twice = part.select(np.array([1, 1]))
     assert twice.face_ids.tolist() == [part.face_ids[1]] * 2
     moved = pickle.loads(pickle.dumps(part))
-    assert np.array_equal(moved.stack(np.arange(3)), part.load_chips(np.arange(3)))
+    assert np.array_equal(moved.load_chips(np.arange(3)), part.load_chips(np.arange(3)))
     assert part.load_chips(np.empty(0, np.int64)).shape == (0, 32, 32, 3)
 
 

@@ -184,7 +184,7 @@ BASE: dict[str, Any] = {
         ({"schedule": {"warmup": 20}}, "warmup=20 is not before"),
         ({"run": {"runner": "ray", "workers": 3}}, "sample.batch = 128 does not divide by run.workers = 3"),
         ({"run": {"workers": 2}}, "needs run.runner=ray"),
-        ({"data": {"gallery": "g"}}, "both given"),
+        ({"data": {"gallery": "g"}}, "both are set"),
         ({"detection": {"annotations": "x"}}, "unknown key data"),
     ],
 )

@@ -97,13 +97,13 @@ def test_identities_with_one_image() -> None:
     assert set(labels[np.concatenate([dropped.draw_rows(step) for step in range(4)])].tolist()) == {2, 3, 4}
     with pytest.raises(ConfigError, match="2 identities have one image"):
         BatchSampler(labels, SampleConfig(identities=3, images=2, singles="refuse"))
-    with pytest.raises(ConfigError, match="cannot be drawn from 3"):
+    with pytest.raises(ConfigError, match="but only 3 identities"):
         BatchSampler(labels, SampleConfig(identities=4, images=2, singles="drop"))
     assert BatchSampler(labels, SampleConfig(identities=3, images=1, singles="refuse")).notes == ()
 
 
 def test_batches_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="cannot be drawn from 5"):
+    with pytest.raises(ConfigError, match="but there are only 5 images"):
         BatchSampler(np.zeros(5, np.int64), SampleConfig(batch=6))
     with pytest.raises(ConfigError, match="does not divide by 3 ranks"):
         BatchSampler(labels_of([2] * 9), SampleConfig(identities=4, images=3)).draw_rows(0, 0, 3)
@@ -232,8 +232,8 @@ def test_a_split_by_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({}, "neither given"),
-        ({"gallery": "g", "source": "s"}, "both given"),
+        ({}, "none is set"),
+        ({"gallery": "g", "source": "s"}, "both are set"),
         ({"source": "s", "list": "clean.csv"}, "data.list restricts a gallery"),
         ({"gallery": "g", "aligned": True}, "data.aligned"),
         ({"source": "s", "identity": "none"}, "no labels"),
