@@ -55,11 +55,12 @@ def _list_models(*, as_json: bool) -> None:
     from facepipe.models.zoo.check import list_models
 
     rows = []
-    for card, name, problem in list_models():
-        if card:
-            rows.append({column: getattr(card, column) for column in _COLUMNS})
+    for model in list_models():
+        if model.card:
+            rows.append({column: getattr(model.card, column) for column in _COLUMNS})
         else:
-            rows.append({**dict.fromkeys(_COLUMNS, ""), "name": name, "summary": f"cannot be used: {problem}"})
+            problem = f"cannot be used: {model.error}"
+            rows.append({**dict.fromkeys(_COLUMNS, ""), "name": model.name, "summary": problem})
     _print_rows(
         "models",
         rows,
@@ -127,7 +128,7 @@ def check(model: Model, as_json: Json = False) -> None:
         facepipe models check arcface.toml
     """
     with exit_on_error():
-        from facepipe.models.zoo.check import check_model as check_model
+        from facepipe.models.zoo.check import check_model
 
         description = asdict(check_model(model))
         rows = [(name, value) for name, value in description.items() if value not in ("", None)]
@@ -164,8 +165,7 @@ def export(
     with exit_on_error(_UNCHANGED_HINT):
         from pathlib import Path
 
-        from facepipe.models.zoo.export import OPSET
-        from facepipe.models.zoo.export import export_model as export_model
+        from facepipe.models.zoo.export import OPSET, export_model
 
         description = asdict(export_model(model, Path(out), opset or OPSET))
         print_result(

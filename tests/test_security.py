@@ -34,7 +34,7 @@ from facepipe.hashing import hash64
 from facepipe.imaging import header
 from facepipe.index.queries import open_queries
 from facepipe.index.search import Index
-from facepipe.models.zoo import registry
+from facepipe.models.zoo import packaged
 from facepipe.sources import SourceConfig, list_file, open_source, tar
 from facepipe.stages import Decode, Read
 from facepipe.storage import table_access
@@ -170,9 +170,9 @@ def test_weights_are_data(kind: str, trace: Path, tmp_path: Path, monkeypatch: p
         monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.syspath_prepend(tmp_path / "site")
     with pytest.raises(WeightsError):
-        registry.read_retinaface_onnx.__wrapped__()
+        packaged.read_retinaface_onnx.__wrapped__()
     with pytest.raises(WeightsError, match="not the registered file"):
-        registry.read_dlib_weights.__wrapped__()
+        packaged.read_dlib_weights.__wrapped__()
 
 
 @pytest.fixture(scope="module")

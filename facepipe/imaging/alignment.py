@@ -1,6 +1,7 @@
-"""How a face becomes a chip: where its landmarks or its box go, and the cutting itself.
+"""Cut a face out of an image, as the embedder wants it.
 
-A layout is data, so that a gallery's contract can hold it.
+A layout says where the landmarks or the box of a face go in a chip. It is data, so that the contract of a gallery can
+hold it.
 """
 
 from dataclasses import dataclass
@@ -9,15 +10,15 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from facepipe.imaging.dlib_chip import BoxToSquare, PredictPoints, cut_dlib_chip, find_dlib_square
 from facepipe.imaging.geometry import Frame, fit_similarity, measure_scale, warp_chip
 from facepipe.types import Float64, UInt8Image
 
 Template = tuple[tuple[float, float], ...]
-Square = tuple[float, float, float]
 Kind = Literal["similarity", "eyes", "box", "dlib"]
 
-# In 112x112: eyes, nose, corners of the mouth. Counted from one by SphereFace's MATLAB (Liu et al., CVPR 2017), used
-# as if from zero by everyone since; 112x96 is the same eight columns further left.
+# Eyes, nose and corners of the mouth in 112x112 chips. SphereFace's MATLAB code (Liu et al., CVPR 2017) counts pixels
+# from one; everyone since uses these numbers as if counted from zero. 112x96 is the same, eight columns further left.
 ARCFACE_112: Template = (
     (38.2946, 51.6963),
     (73.5318, 51.5014),
@@ -28,7 +29,11 @@ ARCFACE_112: Template = (
 
 
 def scale_arcface_template(size: tuple[int, int]) -> Template:
-    """ArcFace's template for chips of another (width, height): scaled by the height, centred in the width."""
+    """Scale ArcFace's template to chips of another size, by the height and centred in the width.
+
+    Args:
+        size: (width, height) of the chips.
+    """
     width, height = size
     scale = height / 112
     shift = (width / scale - 112) / 2
@@ -39,11 +44,13 @@ def scale_arcface_template(size: tuple[int, int]) -> Template:
 class ChipLayout:
     """How an embedder wants its faces.
 
-    size: (width, height) of a chip
-    kind: similarity (the five landmarks to `template`, least squares), eyes (turned so that the eyes are level, then
-        the box letterboxed), box (the box letterboxed, not turned), dlib (dlib's own five points and chip)
-    template: five landmarks (x, y) in a chip, for similarity
-    fill: grey level beside a letterboxed box
+    Attributes:
+        size: (width, height) of a chip.
+        kind: How a face is placed. "similarity" maps the five landmarks to `template` by least squares. "eyes" turns
+            the face until its eyes are level, then letterboxes the box. "box" letterboxes the box without turning it.
+            "dlib" cuts dlib's own chip from dlib's own five points.
+        template: The five landmarks (x, y) in a chip, for "similarity".
+        fill: Grey level beside a letterboxed box.
     """
 
     size: tuple[int, int]
@@ -53,57 +60,81 @@ class ChipLayout:
 
 
 def find_required_scale(layout: ChipLayout, box: Float64, landmarks: Float64) -> float:
-    """Chip pixels per pixel of the full-size image; dlib's chips are made from the image itself."""
-    return 1.0 if layout.kind == "dlib" else measure_scale(_matrix(layout, box, landmarks))
+    """Find how many chip pixels one pixel of the full-size image becomes.
+
+    An image decoded at this scale has all the pixels that the chip needs. dlib's chips need the full-size image.
+
+    Args:
+        layout: The embedder's layout.
+        box: (4,) in pixels of the full-size image.
+        landmarks: (5, 2) in pixels of the full-size image.
+    """
+    return 1.0 if layout.kind == "dlib" else measure_scale(_fit_matrix(layout, box, landmarks))
 
 
 def cut_chip(
-    layout: ChipLayout, view: tuple[UInt8Image, Frame], box: Float64, landmarks: Float64, square: Square | None = None
+    layout: ChipLayout,
+    pixels: UInt8Image,
+    frame: Frame,
+    box: Float64,
+    landmarks: Float64,
+    *,
+    square: BoxToSquare | None = None,
+    predict_points: PredictPoints | None = None,
 ) -> UInt8Image:
-    """(h, w, 3) uint8 chip of a face; box (4,) and landmarks (5, 2) in pixels of the full-size image.
+    """Cut the chip of a face.
 
-    view: pixels, and where they lie in that image; square: makes dlib's box of this one (models/card.py)
+    Args:
+        layout: The embedder's layout.
+        pixels: The decoded image.
+        frame: Position of these pixels in the full-size image.
+        box: (4,) in pixels of the full-size image.
+        landmarks: (5, 2) in pixels of the full-size image.
+        square: How dlib's square follows from the box, for dlib's chips; see `facepipe.models.card.Card`.
+        predict_points: dlib's landmark predictor; required for dlib's chips.
+
+    Returns:
+        (height, width, 3) RGB of the layout's size.
     """
-    pixels, frame = view
-    corners = frame.from_full(box.reshape(2, 2)).reshape(4)
+    box_here = frame.from_full(box.reshape(2, 2)).reshape(4)
     if layout.kind == "dlib":
-        return _dlib_chip(pixels, corners, square)
-    matrix = _matrix(layout, corners, frame.from_full(landmarks))
+        if predict_points is None:
+            raise ValueError("a layout of kind 'dlib' needs predict_points")
+        return cut_dlib_chip(pixels, predict_points(pixels, find_dlib_square(box_here, square)))
+    matrix = _fit_matrix(layout, box_here, frame.from_full(landmarks))
     chip = warp_chip(pixels, matrix, layout.size)
-    return chip if layout.kind == "similarity" else _letterboxed(chip, layout, corners)
+    return chip if layout.kind == "similarity" else _fill_letterbox(chip, layout, box_here)
 
 
-def _matrix(layout: ChipLayout, box: Float64, landmarks: Float64) -> Float64:
+def _fit_matrix(layout: ChipLayout, box: Float64, landmarks: Float64) -> Float64:
+    """Compute the (2, 3) matrix from the image to the chip."""
     if layout.kind == "similarity":
         return fit_similarity(landmarks, np.array(layout.template))
-    across = landmarks[1] - landmarks[0]
-    angle = np.arctan2(across[1], across[0]) if layout.kind == "eyes" else 0.0
-    scale = _fit(layout.size, box)
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
-    turn = np.array([[cos, sin], [-sin, cos]])
-    middle = (np.array(layout.size) - 1) / 2
-    return np.column_stack([turn, middle - turn @ ((box[:2] + box[2:]) / 2)])
+    eye_line = landmarks[1] - landmarks[0]
+    angle = np.arctan2(eye_line[1], eye_line[0]) if layout.kind == "eyes" else 0.0
+    scale = _fit_scale(layout.size, box)
+    cos = scale * np.cos(angle)
+    sin = scale * np.sin(angle)
+    rotation = np.array([[cos, sin], [-sin, cos]])
+    chip_centre = (np.array(layout.size) - 1) / 2
+    box_centre = (box[:2] + box[2:]) / 2
+    return np.column_stack([rotation, chip_centre - rotation @ box_centre])
 
 
-def _fit(size: tuple[int, int], box: Float64) -> float:
+def _fit_scale(size: tuple[int, int], box: Float64) -> float:
     width, height = np.maximum(box[2:] - box[:2], 1e-3)
     return float(min(size[0] / width, size[1] / height))
 
 
-def _letterboxed(chip: UInt8Image, layout: ChipLayout, box: Float64) -> UInt8Image:
-    """The chip with `fill` wherever the box does not reach."""
+def _fill_letterbox(chip: UInt8Image, layout: ChipLayout, box: Float64) -> UInt8Image:
+    """Overwrite the chip with `fill` beside the box."""
     width, height = layout.size
-    inner = np.clip(np.round((box[2:] - box[:2]) * _fit(layout.size, box)), 1, layout.size).astype(int)
-    left, top = max(0, (width - inner[0]) // 2), max(0, (height - inner[1]) // 2)
-    right, bottom = max(0, width - inner[0] - left), max(0, height - inner[1] - top)
-    within = chip[top : height - bottom, left : width - right]
+    box_size = (box[2:] - box[:2]) * _fit_scale(layout.size, box)
+    inner_width, inner_height = np.clip(np.round(box_size), 1, layout.size).astype(int)
+    left = max(0, (width - inner_width) // 2)
+    top = max(0, (height - inner_height) // 2)
+    right = max(0, width - inner_width - left)
+    bottom = max(0, height - inner_height - top)
+    inner = chip[top : height - bottom, left : width - right]
     grey = [layout.fill] * 3
-    return np.asarray(cv2.copyMakeBorder(within, top, bottom, left, right, cv2.BORDER_CONSTANT, value=grey), np.uint8)
-
-
-def _dlib_chip(pixels: UInt8Image, box: Float64, square: Square | None) -> UInt8Image:
-    from facepipe.imaging.dlib_chip import cut_dlib_chip as dlib_chip
-    from facepipe.imaging.dlib_chip import find_dlib_square as squared
-    from facepipe.models.dlib.predictor import load_predictor, predict
-
-    return dlib_chip(pixels, predict(load_predictor(), pixels, squared(box, square)))
+    return np.asarray(cv2.copyMakeBorder(inner, top, bottom, left, right, cv2.BORDER_CONSTANT, value=grey), np.uint8)

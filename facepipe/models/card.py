@@ -1,24 +1,34 @@
-"""What is written down about a model: where its weights come from, under which licence, what it takes."""
+"""The card of a model: what it is, where its weights come from, under which licence, and what it takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from facepipe.imaging.alignment import ChipLayout
+from facepipe.imaging.dlib_chip import BoxToSquare
 
 
 @dataclass(frozen=True)
 class Card:
     """One model.
 
-    load: (device, threads, (min_score, max_iou)) -> Detector, or (device, threads) -> Embedder
-    layout: how an embedder's chips are cut
-    sha256: of the weights; of a model from a TOML file, of everything that its vectors depend on
-    same_person: distance that tells the pairs of LFW View 2 apart best
-    square: of a detector, where dlib would put its square box about the face: the centre's (dx, dy) and the side in
-        units of the geometric mean of the box's sides; None where the boxes are dlib's
-    square_known: False where nobody has measured how the detector's boxes lie to dlib's
-    parameters: learnt numbers, batch norms' statistics left aside
+    Attributes:
+        name: What galleries call it.
+        role: "detector" or "embedder".
+        summary: One line for lists.
+        weights: Where the weights come from.
+        licence: Licence of the weights.
+        sha256: Hash of the weights. For a model with a TOML file: hash of everything that its vectors depend on.
+        input: What the model takes, in words.
+        load: Loads the model: (device, threads, limits) -> Detector, or (device, threads) -> Embedder.
+        layout: How the chips of an embedder are cut.
+        dim: Length of an embedder's vectors.
+        metric: What `same_person` is measured in.
+        same_person: Distance that separates the pairs of LFW View 2 best.
+        square: Where dlib would put its square about a detector's box: centre (dx, dy) and side, in units of the
+            geometric mean of the box's sides. None if the boxes are dlib's own.
+        square_known: Whether `square` was measured for this detector.
+        parameters: Number of trainable parameters, excluding batch-norm statistics.
     """
 
     name: str
@@ -33,6 +43,6 @@ class Card:
     dim: int | None = None
     metric: str | None = None
     same_person: float | None = None
-    square: tuple[float, float, float] | None = None
+    square: BoxToSquare | None = None
     square_known: bool = True
     parameters: int | None = None

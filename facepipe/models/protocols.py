@@ -1,5 +1,6 @@
-"""What a detector and an embedder are to the stages."""
+"""What the stages expect of a detector and of an embedder."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from facepipe.types import Float32, UInt8Image
@@ -8,8 +9,10 @@ from facepipe.types import Float32, UInt8Image
 class Faces(NamedTuple):
     """Faces of one image in its pixels, by falling score.
 
-    boxes (n, 4) x1 y1 x2 y2; landmarks (n, 5, 2): left eye, right eye, nose, left and right mouth corner as seen in
-    the image; scores (n,). All float32.
+    Attributes:
+        boxes: (n, 4) x1 y1 x2 y2.
+        landmarks: (n, 5, 2) left eye, right eye, nose, left and right corner of the mouth, as seen in the image.
+        scores: (n,).
     """
 
     boxes: Float32
@@ -17,30 +20,70 @@ class Faces(NamedTuple):
     scores: Float32
 
 
+@dataclass(frozen=True)
+class DetectionLimits:
+    """Which faces a detector keeps.
+
+    Attributes:
+        min_score: Lowest score.
+        max_iou: Highest overlap of two faces, as intersection over union.
+    """
+
+    min_score: float
+    max_iou: float
+
+
 class Detector(Protocol):
-    """Finds faces. `stride`: image sides must be multiples of it."""
+    """A model that finds faces.
+
+    Attributes:
+        stride: Image sides must be multiples of it.
+    """
 
     stride: int
 
     def detect(self, images: UInt8Image) -> list[Faces]:
-        """images (n, h, w, 3) RGB -> the faces of each."""
+        """Find the faces of each image.
+
+        Args:
+            images: (n, h, w, 3) RGB.
+        """
 
 
 @runtime_checkable
 class CanAbstain(Detector, Protocol):
-    """A detector whose low scores mean something too: that there may be a face, seen too small to tell."""
+    """A detector whose low scores are meaningful: they mark what may be a face but is too small to tell."""
 
-    def detect_confident(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
-        """The faces of each image where all are surely some; None where there is none, or where something else scores
-        `doubtful` or more and less than `sure`.
+    def detect_confident(self, images: UInt8Image, *, reject_below: float, accept_above: float) -> list[Faces | None]:
+        """Find the faces of those images whose result is beyond doubt.
+
+        Args:
+            images: (n, h, w, 3) RGB.
+            reject_below: What scores less is not a face.
+            accept_above: What scores this or more is a face.
+
+        Returns:
+            The faces of each image. None if an image has no face, or if something scores between the two bounds.
         """
 
 
 class Embedder(Protocol):
-    """Makes one vector of one aligned chip of `size` (width, height)."""
+    """A model that turns an aligned chip into a vector.
+
+    Attributes:
+        size: (width, height) of a chip.
+        dim: Length of a vector.
+    """
 
     size: tuple[int, int]
     dim: int
 
     def embed(self, chips: UInt8Image) -> Float32:
-        """chips (n, h, w, 3) RGB -> raw vectors (n, dim), not normalised."""
+        """Embed chips.
+
+        Args:
+            chips: (n, h, w, 3) RGB.
+
+        Returns:
+            Raw vectors (n, dim), not normalised.
+        """

@@ -66,7 +66,7 @@ class Tiling:
         # Per pair its product; per group its maximum, whether it is examined, and its number.
         bytes_per_row = block_rows * self.get_dtype(device).itemsize + block_rows // self.group * 16
         return self.tile_rows or plan_batch_size(
-            measure_free_memory(device), bytes_per_row, MAX_TILE_ROWS, fixed=_ROUNDING_BYTES * block_rows
+            measure_free_memory(device), bytes_per_row, MAX_TILE_ROWS, fixed_bytes=_ROUNDING_BYTES * block_rows
         )
 
 

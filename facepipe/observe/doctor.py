@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from facepipe.errors import FacepipeError
+from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.registry import CARDS
 
 _DEFAULT_MODELS = ("retinaface-mnet025", "dlib-resnet")
@@ -121,7 +122,7 @@ def _check_weights(name: str) -> Finding:
     card = CARDS[name]
     try:
         if card.role == "detector":
-            card.load("cpu", 1, (0.5, 0.4))
+            card.load("cpu", 1, DetectionLimits(min_score=0.5, max_iou=0.4))
         else:
             card.load("cpu", 1)
     except FacepipeError as error:

@@ -12,8 +12,10 @@ import pyarrow as pa
 from facepipe.arrow import buffers, float_lists, frames, images, pack, with_columns
 from facepipe.imaging.alignment import ChipLayout, cut_chip, find_required_scale
 from facepipe.imaging.decode import DecodeError, decode
+from facepipe.imaging.dlib_chip import PredictPoints
 from facepipe.imaging.geometry import Frame, estimate_pose, locate_frame, measure_sharpness
 from facepipe.imaging.header import read_header
+from facepipe.models.dlib.predictor import load_predictor
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.types import Bool, Float32, UInt8Image
 
@@ -83,6 +85,11 @@ class Align:
     def _square(self) -> tuple[float, float, float] | None:
         return find_card(self.detector, "detector").square
 
+    @property
+    def predict_points(self) -> PredictPoints | None:
+        """dlib's landmark predictor, if the chips need it. It is loaded once per process."""
+        return load_predictor().predict if self._layout.kind == "dlib" else None
+
     def setup(self) -> None:
         cv2.setNumThreads(1)
         _ = self._layout
@@ -115,7 +122,11 @@ class Align:
         wanted = min(1.0, max(find_required_scale(self._layout, *face) for face in faces))
         if data is not None and view[1].scale < wanted:
             view = larger(bytes(data), wanted, view)
-        chips = [cut_chip(self._layout, view, *face, self._square) for face in faces]
+        pixels, frame = view
+        chips = [
+            cut_chip(self._layout, pixels, frame, box, points, square=self._square, predict_points=self.predict_points)
+            for box, points in faces
+        ]
         rows = zip(boxes, landmarks, scores, chips, strict=True)
         return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
 

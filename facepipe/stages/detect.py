@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from facepipe.arrow import frames, images, ragged, with_columns
 from facepipe.imaging.geometry import Frame
-from facepipe.models.protocols import CanAbstain, Detector, Faces
+from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import NO_FACE, OK
@@ -71,7 +71,7 @@ class Detect:
     @cached_property
     def detector(self) -> Detector:
         loaded: Detector = find_card(self.model, "detector").load(
-            resolve_device(self.device), self.threads, (self.min_score, self.max_iou)
+            resolve_device(self.device), self.threads, DetectionLimits(self.min_score, self.max_iou)
         )
         return loaded
 
@@ -118,10 +118,10 @@ class Detect:
             for n, p in pixels.items()
             if min(self.size, max(p.shape[:2])) > self.quick_look
         }
-        sure = max(CERTAIN, self.min_score)
-        return self._search(
-            inputs, partial(detector.detect_confident, doubtful=min(DOUBTFUL, self.min_score), sure=sure)
-        )
+        reject_below = min(DOUBTFUL, self.min_score)
+        accept_above = max(CERTAIN, self.min_score)
+        detect = partial(detector.detect_confident, reject_below=reject_below, accept_above=accept_above)
+        return self._search(inputs, detect)
 
     def _search(self, inputs: dict[int, Letterbox], detect: Search | None = None) -> dict[int, Faces]:
         """Faces in the pixels that were letterboxed, detected in batches of one shape; without those of None."""

@@ -211,16 +211,17 @@ def _load_card(config: ModelConfig, path: Path, role: Role) -> NetworkStart:
 
 def _load_registered(start: NetworkStart, config: ModelConfig) -> NetworkStart:
     """Start from the weights of a registered model. Only dlib's can be trained."""
-    from facepipe.models.zoo import registry
+    from facepipe.models.zoo.packaged import DLIB_SHA256, load_dlib_net
+    from facepipe.models.zoo.registry import CARDS
 
     if config.start != "dlib-resnet":
         raise ConfigError(
             f"model.start: {config.start} has no trainable weights; set it as model.architecture, and set model.start "
             "to a checkpoint or a model's TOML file"
         )
-    card = replace(start.card, licence=registry.CARDS[config.start].licence)
-    state = registry.load_dlib_net().state_dict()
-    return replace(start, card=card, state=state, origin=config.start, sha256=registry.DLIB_SHA256)
+    card = replace(start.card, licence=CARDS[config.start].licence)
+    state = load_dlib_net().state_dict()
+    return replace(start, card=card, state=state, origin=config.start, sha256=DLIB_SHA256)
 
 
 def _infer_dim(state: State, architecture: Architecture, size: tuple[int, int]) -> int:

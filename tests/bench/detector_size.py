@@ -126,7 +126,7 @@ def recognition(enlarged: int) -> None:
                 continue
             best = int(prominence(found.boxes, size).argmax())
             box, points = (v[best].astype(np.float64) for v in (found.boxes, found.landmarks))
-            chips[s].append(cut_chip(layout, (pixels, Frame()), box, points))
+            chips[s].append(cut_chip(layout, pixels, Frame(), box, points))
             widths[s].append(float((box[2:] - box[:2]).min() * min(1, s / size.max())))
     for s in detects:
         both = np.stack(chips[s])

@@ -21,7 +21,7 @@ import torch
 from facepipe.models.checkpoint import load_state, read_state
 from facepipe.models.detectors.retinaface import RetinaFaceNet, fold_batch_norms
 from facepipe.models.detectors.retinaface_keys import rename_biubug6_keys
-from facepipe.models.protocols import Detector
+from facepipe.models.protocols import DetectionLimits, Detector
 from facepipe.models.zoo.registry import find_card
 from facepipe.training.detection.config import DetectionConfig, SceneAugmentConfig
 from facepipe.training.detection.task import DetectionTask
@@ -131,7 +131,7 @@ def main(seconds: float, shared: Path) -> None:
     cv2.setNumThreads(1)
     torch.manual_seed(0)
     people = sorted((shared / "data" / "lfw-dev" / "images").iterdir())
-    detector = find_card("retinaface-mnet025", "detector").load("cpu", 1, (0.3, 0.4))
+    detector = find_card("retinaface-mnet025", "detector").load("cpu", 1, DetectionLimits(0.3, 0.4))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         trained, held = faces(people[:700], detector), faces(people[-150:], detector)

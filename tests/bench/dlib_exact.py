@@ -25,7 +25,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from facepipe.imaging.dlib_chip import cut_dlib_chip, find_dlib_square
-from facepipe.models.dlib.predictor import load_predictor, predict
+from facepipe.models.dlib.predictor import load_predictor
+from facepipe.models.protocols import DetectionLimits
 from facepipe.models.weights import find_package_file
 from facepipe.models.zoo.registry import find_card
 from facepipe.types import UInt8Image
@@ -69,16 +70,16 @@ def timed(run: Callable[[], Any], times: int = 3) -> tuple[Any, float]:
 
 
 def vector_of(image: UInt8Image, rect: Rect) -> npt.NDArray[np.float32]:
-    return EMBEDDER.embed(cut_dlib_chip(image, predict(load_predictor(), image, rect))[None])[0]
+    return EMBEDDER.embed(cut_dlib_chip(image, load_predictor().predict(image, rect))[None])[0]
 
 
 def one(image: UInt8Image, rect: Rect) -> list[float]:
     """Differences (landmarks px, chip levels, vector), then ms: ours, dlib's, for landmarks + chip and for all."""
     box = dlib.rectangle(*rect)
     shape = PREDICTOR(image, box)
-    points, chip = predict(load_predictor(), image, rect), dlib.get_face_chip(image, shape, 150, 0.25)
+    points, chip = load_predictor().predict(image, rect), dlib.get_face_chip(image, shape, 150, 0.25)
     theirs = np.array([(part.x, part.y) for part in shape.parts()])
-    ours, cut_ms = timed(lambda: cut_dlib_chip(image, predict(load_predictor(), image, rect)))
+    ours, cut_ms = timed(lambda: cut_dlib_chip(image, load_predictor().predict(image, rect)))
     _, dlib_cut_ms = timed(lambda: dlib.get_face_chip(image, PREDICTOR(image, box), 150, 0.25))
     vector, ms = timed(lambda: vector_of(image, rect))
     expected, dlib_ms = timed(lambda: np.array(NETWORK.compute_face_descriptor(image, PREDICTOR(image, box))))
@@ -170,7 +171,7 @@ def pair_distances(data: Path, library: Any, theirs: Any, ours: Any) -> Iterator
 
 def squares(data: Path) -> None:
     """dlib's squares in the default detector's boxes, and how far vectors from such squares are from dlib's."""
-    detector = find_card("retinaface-mnet025", "detector").load("cpu", 1, (0.8, 0.4))
+    detector = find_card("retinaface-mnet025", "detector").load("cpu", 1, DetectionLimits(0.8, 0.4))
     files = [*(data / "photos-dev").glob("*.jpg"), *sorted((data / "lfw-dev" / "images").glob("*/*.jpg"))[::20]]
     pairs = [pair for file in sorted(files) for pair in matched(detector, load(file, 640))]
     relative = np.array([placed(box, rect) for _, box, rect in pairs])

@@ -22,8 +22,9 @@ from facepipe.evaluation.pairs import score_pairs
 from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.models.dlib.dlib_onnx import Range, build_dlib_onnx, build_dlib_onnx_with_activations
 from facepipe.models.dlib.ranges import RANGES
-from facepipe.models.engines import OnnxDlib, open_session
-from facepipe.models.zoo.registry import read_dlib_weights
+from facepipe.models.embedders.engines import OnnxDlib
+from facepipe.models.runtime.onnx_session import open_session
+from facepipe.models.zoo.packaged import read_dlib_weights
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Subject
@@ -54,7 +55,7 @@ def faces(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
 def histograms(chips: UInt8) -> list[tuple[float, float, npt.NDArray[np.int64]]]:
     """Lowest and highest value of each activation, and counts in between."""
     made, names = build_dlib_onnx_with_activations(*read_dlib_weights())
-    run = open_session(made, 1)
+    run = open_session(made, threads=1)
     parts = [chips[at : at + 8] for at in range(0, len(chips), 8)]
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for part in parts:

@@ -22,7 +22,8 @@ from facepipe.models.embedders.layers import count_parameters
 from facepipe.models.embedders.mobilefacenet import MobileFaceNet
 from facepipe.models.embedders.prelu import replace_prelus
 from facepipe.models.embedders.resnet import ResNet
-from facepipe.models.engines import open_session, to_channels_last
+from facepipe.models.runtime.onnx_session import open_session
+from facepipe.models.runtime.torch_inference import to_channels_last
 
 BATCH, SECONDS, FEWEST = 8, 4.0, 3
 # name: (constructor, (h, w))

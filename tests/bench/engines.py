@@ -11,12 +11,15 @@ import cv2
 import numpy as np
 import torch
 
+from facepipe.models.detectors.retinaface_engines import TorchRetinaFace
 from facepipe.models.dlib.resnet import DlibResNet
-from facepipe.models.engines import TorchEmbedder, TorchRetinaFace
+from facepipe.models.embedders.engines import TorchEmbedder
+from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.architectures import ARCHITECTURES
-from facepipe.models.zoo.registry import find_card, load_retinaface_net, read_dlib_weights
+from facepipe.models.zoo.packaged import load_retinaface_net, read_dlib_weights
+from facepipe.models.zoo.registry import find_card
 
-LIMITS = (0.7, 0.4)
+LIMITS = DetectionLimits(0.7, 0.4)
 
 
 def milliseconds(call: Callable[[], object], items: int, rounds: int = 15) -> float:
@@ -44,7 +47,7 @@ def main() -> None:
     net = DlibResNet().load_weights(*read_dlib_weights())
     embedders = {
         "onnxruntime": find_card("dlib-resnet", "embedder").load("cpu", 1),
-        "torch": TorchEmbedder(net, ARCHITECTURES["dlib-resnet"].input, (150, 150), "cpu"),
+        "torch": TorchEmbedder(net, ARCHITECTURES["dlib-resnet"].input, (150, 150), device="cpu"),
     }
     for n in (1, 8):
         found = {name: milliseconds(lambda e=e, n=n: e.detect(frames[:n]), n) for name, e in detectors.items()}

@@ -22,7 +22,8 @@ from facepipe.evaluation.roc import compute_equal_error_rate, compute_roc, find_
 from facepipe.hashing import hash64
 from facepipe.models.runtime.memory import keep_freed_memory
 from facepipe.models.zoo.loading import load_net
-from facepipe.models.zoo.registry import find_card, load_dlib_net
+from facepipe.models.zoo.packaged import load_dlib_net
+from facepipe.models.zoo.registry import find_card
 from facepipe.training.config import ModelConfig
 from facepipe.training.data.chip_set import ChipSet
 from facepipe.training.data.config import DataConfig

@@ -1,1 +1,1 @@
-"""Detectors: their networks, and what stands around them."""
+"""Detectors: their networks, weights, engines and decoding."""

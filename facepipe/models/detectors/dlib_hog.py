@@ -6,58 +6,75 @@ from typing import Any
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.detectors.five_points import Predict, predict_landmarks
+from facepipe.imaging.dlib_chip import PredictPoints
+from facepipe.models.detectors.five_points import predict_landmarks
 from facepipe.models.detectors.nms import apply_nms
-from facepipe.models.protocols import Faces
+from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.types import UInt8Image
 
-_UPSAMPLED = 1
-_AT_THRESHOLD = 0.7
+_UPSAMPLINGS = 1
+_SCORE_AT_DLIB_THRESHOLD = 0.7
 
 
 class DlibHog:
-    """dlib's detector in the image doubled once. `limits`: lowest score, highest overlap (IoU) kept.
+    """dlib's detector in the image enlarged to twice its size.
 
-    predict: (image, rectangle) -> dlib's five points; the detector gives boxes only. They may reach over
-    the image's edge: `face_encodings(image)` takes them so, though `face_locations` trims what it returns.
-    dlib's threshold has a score of 0.7 here: a score is the logistic function of dlib's plus ln(7 / 3), so that
-    `min_score = 0.7` finds what dlib does, and less finds more. Raises ModelError where dlib is not installed.
+    Boxes may reach past the edge of the image. `face_encodings(image)` uses them so, though `face_locations` trims what
+    it returns. A score is the logistic function of dlib's score plus ln(7 / 3): dlib's own threshold has the score 0.7,
+    so that `min_score = 0.7` finds what dlib does, and a lower one finds more.
+
+    Attributes:
+        stride: Image sides must be multiples of it.
     """
 
     stride = 1
 
-    def __init__(self, predict: Predict, limits: tuple[float, float]):
-        self._detector, self._predict, self._limits = _detector(), predict, limits
+    def __init__(self, predict_points: PredictPoints, limits: DetectionLimits):
+        """Load dlib.
+
+        Args:
+            predict_points: dlib's landmark predictor; the detector itself only gives boxes.
+            limits: Which faces are kept.
+
+        Raises:
+            ModelError: dlib is not installed.
+        """
+        self._detector = _load_dlib_detector()
+        self._predict_points = predict_points
+        self._limits = limits
 
     def detect(self, images: UInt8Image) -> list[Faces]:
-        return [self._one(image) for image in images]
+        """Find the faces of each image; see `Detector`."""
+        return [self._detect_one(image) for image in images]
 
-    def _one(self, image: UInt8Image) -> Faces:
-        min_score, max_iou = self._limits
-        found, margins, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLED, to_dlib_threshold(min_score))
-        rectangles = np.array([(r.left(), r.top(), r.right(), r.bottom()) for r in found], np.int64).reshape(-1, 4)
-        scores = _score(np.array(margins, np.float64))
-        kept = apply_nms(rectangles.astype(np.float32), scores, max_iou)
-        rectangles = rectangles[kept]
-        points = predict_landmarks(self._predict, image, [(x1, y1, x2, y2) for x1, y1, x2, y2 in rectangles.tolist()])
-        return Faces(rectangles.astype(np.float32), points, scores[kept].astype(np.float32))
+    def _detect_one(self, image: UInt8Image) -> Faces:
+        adjustment = to_dlib_threshold(self._limits.min_score)
+        dlib_boxes, dlib_scores, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLINGS, adjustment)
+        corners = [(box.left(), box.top(), box.right(), box.bottom()) for box in dlib_boxes]
+        rectangles = np.array(corners, np.int64).reshape(-1, 4)
+        scores = _to_score(np.array(dlib_scores, np.float64))
+        selected = apply_nms(rectangles.astype(np.float32), scores, self._limits.max_iou)
+        rectangles = rectangles[selected]
+        rects = [(x1, y1, x2, y2) for x1, y1, x2, y2 in rectangles.tolist()]
+        landmarks = predict_landmarks(self._predict_points, image, rects)
+        return Faces(rectangles.astype(np.float32), landmarks, scores[selected].astype(np.float32))
 
 
 def to_dlib_threshold(min_score: float) -> float:
-    """What dlib's detector adds to its threshold, from the lowest score wanted."""
-    inside = min(max(min_score, 1e-3), 1 - 1e-6)
-    return _logit(inside) - _logit(_AT_THRESHOLD)
+    """Convert the lowest score to what dlib's detector adds to its threshold."""
+    clipped = min(max(min_score, 1e-3), 1 - 1e-6)
+    return _logit(clipped) - _logit(_SCORE_AT_DLIB_THRESHOLD)
 
 
 def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _score(margin: Any) -> Any:
-    return 1 / (1 + np.exp(-margin - _logit(_AT_THRESHOLD)))
+def _to_score(dlib_score: Any) -> Any:
+    return 1 / (1 + np.exp(-dlib_score - _logit(_SCORE_AT_DLIB_THRESHOLD)))
 
 
-def _detector() -> Any:
+def _load_dlib_detector() -> Any:
     try:
         import dlib
     except ImportError as error:

@@ -1,18 +1,19 @@
 """MTCNN (Zhang et al., SPL 2016): P-Net over a pyramid, then R-Net and O-Net on what it proposes.
 
 Thresholds and rounding are those of the public PyTorch port (facenet-pytorch, models/utils/detect_face.py), so that
-weights of that lineage give its faces. Inside the cascade boxes have inclusive corners that count from 1, as in the
-original's MATLAB; what leaves it counts from 0.
+weights of that lineage find the same faces. Inside the cascade boxes have inclusive corners that count from 1, as in
+the original MATLAB code. Results count from 0.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 
 from facepipe.models.detectors.nms import apply_nms, apply_nms_by_smaller
-from facepipe.models.protocols import Faces
+from facepipe.models.protocols import DetectionLimits, Faces
+from facepipe.models.runtime.torch_inference import limit_threads, to_channels_last
 from facepipe.types import Float32, Float64, Int32, Int64, UInt8Image
 
 if TYPE_CHECKING:
@@ -20,111 +21,159 @@ if TYPE_CHECKING:
 
     from facepipe.models.detectors.mtcnn_nets import MtcnnNets
 
-_CELL, _STEP = 12, 2
+# P-Net's windows: their side, and the distance from one to the next.
+_WINDOW_SIDE = 12
+_WINDOW_STEP = 2
+# The pyramid: the smallest face, and the ratio of two levels.
 _SMALLEST_FACE = 20
-_FACTOR = 0.709
-_PNET_SCORE, _RNET_SCORE = 0.6, 0.7
-_SCALE_IOU, _PYRAMID_IOU, _RNET_IOU, _ONET_SHARE = 0.5, 0.7, 0.7, 0.7
+_LEVEL_RATIO = 0.709
+# Lowest scores. O-Net's is an option.
+_PNET_SCORE = 0.6
+_RNET_SCORE = 0.7
+# Highest overlaps: within a level, of all levels, after R-Net, and after O-Net (as a share of the smaller box).
+_LEVEL_IOU = 0.5
+_PYRAMID_IOU = 0.7
+_RNET_IOU = 0.7
+_ONET_SHARE = 0.7
+# Bounds of memory: crops per run of R-Net and O-Net, and pixels per run of P-Net.
 _CROPS_PER_RUN = 512
-_STRIPE = 1 << 15
+_PIXELS_PER_STRIPE = 1 << 15
 
-
+# Integral images: (3, h + 1, w + 1) sums of all pixels above and left.
 Sums = Int32 | Float64
 
 
-class Mtcnn:
-    """The cascade on any torch device. `limits`: lowest score of O-Net, highest overlap (IoU) kept.
+class _Windows(NamedTuple):
+    """P-Net's windows that may be faces.
 
-    Images are searched one by one, all windows of an image together. Faces of 20 pixels and more are found.
-    threads: of torch, on a CPU, during detection
+    Attributes:
+        cells: (n, 2) column and row of each.
+        scores: (n,).
+        offsets: (n, 4) of the boxes.
+    """
+
+    cells: Int64
+    scores: Float32
+    offsets: Float32
+
+
+class _Spans(NamedTuple):
+    """Where cells begin and end along one side; they may share pixels."""
+
+    starts: Int64
+    ends: Int64
+
+
+class Mtcnn:
+    """The cascade on any torch device. It finds faces of 20 pixels and more.
+
+    Images are searched one by one, all windows of an image together.
+
+    Attributes:
+        stride: Image sides must be multiples of it.
     """
 
     stride = 1
 
-    def __init__(self, nets: "MtcnnNets", limits: tuple[float, float], device: str = "cpu", threads: int = 1):
-        from facepipe.models.engines import to_channels_last
+    def __init__(self, nets: "MtcnnNets", limits: DetectionLimits, *, device: str = "cpu", threads: int = 1):
+        """Move the networks to the device.
 
+        Args:
+            nets: The three networks with their weights.
+            limits: Which faces are kept; the score is O-Net's.
+            device: A torch device.
+            threads: Threads of torch on a CPU during detection.
+        """
         to_channels_last(nets, device)
         self._nets = nets
-        self._limits, self._device, self._threads = limits, device, threads
+        self._limits = limits
+        self._device = device
+        self._threads = threads
 
     def detect(self, images: UInt8Image) -> list[Faces]:
+        """Find the faces of each image; see `Detector`."""
         import torch
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode():
-                return [self._one(image) for image in images]
-        finally:
-            torch.set_num_threads(before)
+        with limit_threads(self._threads), torch.inference_mode():
+            return [self._detect_one(image) for image in images]
 
-    def _one(self, image: UInt8Image) -> Faces:
-        h, w = image.shape[:2]
-        sums = _sums(image)
-        proposals = _squares(self._propose(sums, h, w))
-        refined = _squares(self._refine(sums, proposals, (h, w)))
-        return self._output(sums, refined, (h, w))
+    def _detect_one(self, image: UInt8Image) -> Faces:
+        height, width = image.shape[:2]
+        sums = _integrate(image)
+        proposals = _to_squares(self._propose(sums, height, width))
+        refined = _to_squares(self._refine(sums, proposals, (height, width)))
+        return self._decide(sums, refined, (height, width))
 
-    def _propose(self, sums: Sums, h: int, w: int) -> Float32:
-        """P-Net: boxes (n, 4) of 12-pixel windows that may be faces, moved by the network's offsets."""
-        boxes, scores, offsets = ([np.empty((0, *shape), np.float32)] for shape in ((4,), (), (4,)))
-        for scale in list_scales(h, w):
-            cells, score, offset = self._windows(sums, (int(h * scale + 1), int(w * scale + 1)))
-            corners = (_STEP * np.tile(cells, 2) + np.array([1, 1, _CELL, _CELL])).astype(np.float32)
-            box = np.floor(corners / np.float32(scale))
-            kept = apply_nms(box, score, _SCALE_IOU)
-            for whole, part in ((boxes, box), (scores, score), (offsets, offset)):
-                whole.append(part[kept])
-        box, score, offset = (np.concatenate(parts) for parts in (boxes, scores, offsets))
-        kept = apply_nms(box, score, _PYRAMID_IOU)
-        return box[kept] + offset[kept] * np.tile(box[kept, 2:] - box[kept, :2], 2)
+    def _propose(self, sums: Sums, height: int, width: int) -> Float32:
+        """Run P-Net and return the boxes (n, 4) that may be faces, moved by its offsets."""
+        boxes = [np.empty((0, 4), np.float32)]
+        scores = [np.empty(0, np.float32)]
+        offsets = [np.empty((0, 4), np.float32)]
+        # NMS within each level of the pyramid, then over all levels.
+        for scale in list_scales(height, width):
+            windows = self._find_windows(sums, int(height * scale + 1), int(width * scale + 1))
+            corners = _WINDOW_STEP * np.tile(windows.cells, 2) + np.array([1, 1, _WINDOW_SIDE, _WINDOW_SIDE])
+            level_boxes = np.floor(corners.astype(np.float32) / np.float32(scale))
+            selected = apply_nms(level_boxes, windows.scores, _LEVEL_IOU)
+            boxes.append(level_boxes[selected])
+            scores.append(windows.scores[selected])
+            offsets.append(windows.offsets[selected])
+        all_boxes = np.concatenate(boxes)
+        selected = apply_nms(all_boxes, np.concatenate(scores), _PYRAMID_IOU)
+        best = all_boxes[selected]
+        return best + np.concatenate(offsets)[selected] * np.tile(best[:, 2:] - best[:, :2], 2)
 
-    def _windows(self, sums: Sums, size: tuple[int, int]) -> tuple[Int64, Float32, Float32]:
-        """Cells (x, y), scores and offsets of P-Net's windows on one level of the pyramid.
+    def _find_windows(self, sums: Sums, height: int, width: int) -> _Windows:
+        """Run P-Net on one level of the pyramid.
 
-        Levels are computed in stripes: the networks' maps take many times the memory of the image.
+        The level is computed in stripes, because the networks' maps take many times the memory of the image.
         """
-        (top, bottom), columns = _edges(0, sums.shape[1] - 1, size[0]), _edges(0, sums.shape[2] - 1, size[1])
-        cells, scores, offsets = [], [], []
-        for start, stop in split_into_stripes(*size):
-            level = _level(sums, (top[start:stop], bottom[start:stop]), columns)
-            score, offset = self._run(self._nets.pnet, level)
+        rows = _divide(0, sums.shape[1] - 1, height)
+        columns = _divide(0, sums.shape[2] - 1, width)
+        cells = []
+        scores = []
+        offsets = []
+        for start, stop in split_into_stripes(height, width):
+            pixels = _average_level(sums, _Spans(rows.starts[start:stop], rows.ends[start:stop]), columns)
+            score, offset = self._run(self._nets.pnet, pixels)
             y, x = np.nonzero(score[0] >= _PNET_SCORE)
-            cells.append(np.stack([x, y + start // _STEP], 1))
+            cells.append(np.stack([x, y + start // _WINDOW_STEP], 1))
             scores.append(score[0, y, x])
             offsets.append(offset[0, :, y, x])
-        return np.concatenate(cells), np.concatenate(scores), np.concatenate(offsets)
+        return _Windows(np.concatenate(cells), np.concatenate(scores), np.concatenate(offsets))
 
     def _refine(self, sums: Sums, boxes: Float32, shape: tuple[int, int]) -> Float32:
-        """R-Net: the boxes that are still faces, moved by its offsets."""
-        boxes, windows = _inside(boxes, shape)
-        score, offset = self._score(self._nets.rnet, sums, windows, 24)
-        passed = score > _RNET_SCORE
-        boxes, score, offset = boxes[passed], score[passed], offset[passed]
-        kept = apply_nms(boxes, score, _RNET_IOU)
-        return _moved(boxes[kept], offset[kept])
+        """Run R-Net and return the boxes that are still faces, moved by its offsets."""
+        boxes, windows = _clip_to_image(boxes, shape)
+        scores, offsets = self._predict(self._nets.rnet, sums, windows, 24)
+        passed = scores > _RNET_SCORE
+        boxes = boxes[passed]
+        offsets = offsets[passed]
+        selected = apply_nms(boxes, scores[passed], _RNET_IOU)
+        return _move(boxes[selected], offsets[selected])
 
-    def _output(self, sums: Sums, boxes: Float32, shape: tuple[int, int]) -> Faces:
-        """O-Net: the faces with their landmarks."""
-        min_score, max_iou = self._limits
-        boxes, windows = _inside(boxes, shape)
-        score, offset, points = self._score(self._nets.onet, sums, windows, 48)
-        passed = score > min_score
-        boxes, score, offset = boxes[passed], score[passed], offset[passed]
+    def _decide(self, sums: Sums, boxes: Float32, shape: tuple[int, int]) -> Faces:
+        """Run O-Net and return the faces with their landmarks."""
+        boxes, windows = _clip_to_image(boxes, shape)
+        scores, offsets, points = self._predict(self._nets.onet, sums, windows, 48)
+        passed = scores > self._limits.min_score
+        boxes = boxes[passed]
+        scores = scores[passed]
         points = points[passed].reshape(-1, 2, 5).transpose(0, 2, 1)
         landmarks = boxes[:, None, :2] - 1 + points * (boxes[:, None, 2:] - boxes[:, None, :2] + 1)
-        boxes = _moved(boxes, offset)
-        kept = apply_nms_by_smaller(boxes, score, _ONET_SHARE)
-        kept = kept[apply_nms(boxes[kept], score[kept], max_iou)]
+        boxes = _move(boxes, offsets[passed])
+        selected = apply_nms_by_smaller(boxes, scores, _ONET_SHARE)
+        selected = selected[apply_nms(boxes[selected], scores[selected], self._limits.max_iou)]
         return Faces(
-            (boxes[kept] - 1).astype(np.float32), landmarks[kept].astype(np.float32), score[kept].astype(np.float32)
+            boxes=(boxes[selected] - 1).astype(np.float32),
+            landmarks=landmarks[selected].astype(np.float32),
+            scores=scores[selected].astype(np.float32),
         )
 
-    def _score(self, net: "nn.Module", sums: Sums, windows: Int64, side: int) -> tuple[Float32, ...]:
-        """What a network says of the windows, each scaled to side x side, in runs that bound memory."""
+    def _predict(self, net: "nn.Module", sums: Sums, windows: Int64, side: int) -> tuple[Float32, ...]:
+        """Run a network on windows, each scaled to side x side, in runs that bound memory."""
         parts = [
-            self._run(net, _crops(sums, windows[start : start + _CROPS_PER_RUN], side))
+            self._run(net, _average_windows(sums, windows[start : start + _CROPS_PER_RUN], side))
             for start in range(0, max(len(windows), 1), _CROPS_PER_RUN)
         ]
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
@@ -132,80 +181,86 @@ class Mtcnn:
     def _run(self, net: "nn.Module", pixels: Float32) -> tuple[Float32, ...]:
         import torch
 
-        return tuple(out.float().cpu().numpy() for out in net(torch.from_numpy(pixels).to(self._device)))
+        return tuple(output.float().cpu().numpy() for output in net(torch.from_numpy(pixels).to(self._device)))
 
 
-def list_scales(h: int, w: int) -> list[float]:
-    """Scales of the pyramid: from 20-pixel faces upward until the shorter side is below P-Net's window."""
-    scale, found = _CELL / _SMALLEST_FACE, []
-    while min(h, w) * scale >= _CELL:
-        found.append(scale)
-        scale *= _FACTOR
-    return found
+def list_scales(height: int, width: int) -> list[float]:
+    """List the scales of the pyramid, from 20-pixel faces up to when the shorter side is below P-Net's window."""
+    scales = []
+    scale = _WINDOW_SIDE / _SMALLEST_FACE
+    while min(height, width) * scale >= _WINDOW_SIDE:
+        scales.append(scale)
+        scale *= _LEVEL_RATIO
+    return scales
 
 
-def split_into_stripes(h: int, w: int) -> Iterator[tuple[int, int]]:
-    """Rows (start, stop) of a level's stripes, which together have each window once."""
-    rows = max(_STRIPE // w // _STEP, 8) * _STEP
-    last = max(h - _CELL + _STEP, 1)  # where a window can begin
+def split_into_stripes(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield the rows (start, stop) of a level's stripes, which together contain each window once."""
+    rows = max(_PIXELS_PER_STRIPE // width // _WINDOW_STEP, 8) * _WINDOW_STEP
+    last = max(height - _WINDOW_SIDE + _WINDOW_STEP, 1)  # where a window can begin
     for start in range(0, last, rows):
-        yield start, h if start + rows >= last else start + rows + _CELL - _STEP
+        yield start, height if start + rows >= last else start + rows + _WINDOW_SIDE - _WINDOW_STEP
 
 
-def _sums(image: UInt8Image) -> Sums:
-    """(3, h + 1, w + 1) sums of all pixels above and left, exact."""
-    exact = cv2.CV_32S if image.size // 3 * 255 < 2**31 else cv2.CV_64F
-    return np.stack([cv2.integral(channel, sdepth=exact) for channel in cv2.split(image)])
+def _integrate(image: UInt8Image) -> Sums:
+    """Compute the exact integral images of the channels."""
+    exact_depth = cv2.CV_32S if image.size // 3 * 255 < 2**31 else cv2.CV_64F
+    return np.stack([cv2.integral(channel, sdepth=exact_depth) for channel in cv2.split(image)])
 
 
-def _edges(low: Int64 | int, high: Int64 | int, n: int) -> tuple[Int64, Int64]:
-    """Where the n cells of the spans [low, high) begin and end, (..., n): rounded outward, so they may share pixels."""
+def _divide(low: Int64 | int, high: Int64 | int, n: int) -> _Spans:
+    """Divide the spans [low, high) into n cells each, (..., n), rounded outward."""
     k = np.arange(n)
     length: Int64 = np.asarray(high, np.int64) - low
-    return low + k * length // n, low + ((k + 1) * length + n - 1) // n
+    return _Spans(low + k * length // n, low + ((k + 1) * length + n - 1) // n)
 
 
-def _level(sums: Sums, rows: tuple[Int64, Int64], columns: tuple[Int64, Int64]) -> Float32:
-    """(1, 3, r, c) means of the image in a grid of cells with these edges, (r,) and (c,), as the networks take them."""
-    (top, bottom), (left, right) = rows, columns
-    bands = sums[:, bottom] - sums[:, top]
-    total = (bands.take(right, 2) - bands.take(left, 2))[None]
-    return _scaled(total, (bottom - top)[:, None] * (right - left))
+def _average_level(sums: Sums, rows: _Spans, columns: _Spans) -> Float32:
+    """Average the image in a grid of cells, (1, 3, r, c), scaled as the networks take it."""
+    bands = sums[:, rows.ends] - sums[:, rows.starts]
+    totals = (bands.take(columns.ends, 2) - bands.take(columns.starts, 2))[None]
+    return _scale_means(totals, (rows.ends - rows.starts)[:, None] * (columns.ends - columns.starts))
 
 
-def _crops(sums: Sums, windows: Int64, side: int) -> Float32:
-    """(n, 3, side, side) means of half-open windows (n, 4), as the networks take them."""
+def _average_windows(sums: Sums, windows: Int64, side: int) -> Float32:
+    """Average half-open windows (n, 4) in side x side cells each, (n, 3, side, side), scaled for the networks."""
     x1, y1, x2, y2 = windows[:, :, None].transpose(1, 0, 2)
-    (top, bottom), (left, right) = _edges(y1, y2, side), _edges(x1, x2, side)
-    flat, width = sums.reshape(3, -1), sums.shape[2]
-    corner = [flat.take(y[:, :, None] * width + x[:, None], 1) for y in (top, bottom) for x in (left, right)]
-    total = (corner[3] - corner[1] - corner[2] + corner[0]).swapaxes(0, 1)
-    return _scaled(total, ((bottom - top)[:, :, None] * (right - left)[:, None])[:, None])
+    rows = _divide(y1, y2, side)
+    columns = _divide(x1, x2, side)
+    flat = sums.reshape(3, -1)
+    width = sums.shape[2]
+    # The sum of a cell from the integral image at its four corners.
+    top_left, top_right, bottom_left, bottom_right = (
+        flat.take(y[:, :, None] * width + x[:, None], 1) for y in rows for x in columns
+    )
+    totals = (bottom_right - top_right - bottom_left + top_left).swapaxes(0, 1)
+    areas = (rows.ends - rows.starts)[:, :, None] * (columns.ends - columns.starts)[:, None]
+    return _scale_means(totals, areas[:, None])
 
 
-def _scaled(total: Sums, area: Int64) -> Float32:
-    means = np.asarray(total, np.float32)
-    means /= area.astype(np.float32)
+def _scale_means(totals: Sums, areas: Int64) -> Float32:
+    means = np.asarray(totals, np.float32)
+    means /= areas.astype(np.float32)
     return (means - np.float32(127.5)) * np.float32(1 / 128)
 
 
-def _inside(boxes: Float32, shape: tuple[int, int]) -> tuple[Float32, Int64]:
-    """The boxes that have pixels of the image, and these as half-open windows that count from 0."""
-    h, w = shape
+def _clip_to_image(boxes: Float32, shape: tuple[int, int]) -> tuple[Float32, Int64]:
+    """Drop the boxes without pixels of the image; also return their half-open windows, which count from 0."""
+    height, width = shape
     windows = np.trunc(boxes).astype(np.int64)
     windows[:, :2] = np.maximum(windows[:, :2], 1) - 1
-    windows[:, 2:] = np.minimum(windows[:, 2:], [w, h])
-    some = (windows[:, 2:] > windows[:, :2]).all(1)
-    return boxes[some], windows[some]
+    windows[:, 2:] = np.minimum(windows[:, 2:], [width, height])
+    has_pixels = (windows[:, 2:] > windows[:, :2]).all(1)
+    return boxes[has_pixels], windows[has_pixels]
 
 
-def _squares(boxes: Float32) -> Float32:
-    """Squares about the same centres, with the longer side."""
+def _to_squares(boxes: Float32) -> Float32:
+    """Grow boxes to squares about the same centres, with the longer side."""
     sides = boxes[:, 2:] - boxes[:, :2]
     longer = sides.max(1, keepdims=True)
     low = boxes[:, :2] + sides / 2 - longer / 2
     return np.concatenate([low, low + longer], 1)
 
 
-def _moved(boxes: Float32, offsets: Float32) -> Float32:
+def _move(boxes: Float32, offsets: Float32) -> Float32:
     return boxes + offsets * np.tile(boxes[:, 2:] - boxes[:, :2] + 1, 2)

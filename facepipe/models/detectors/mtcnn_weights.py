@@ -1,6 +1,6 @@
-"""MTCNN's weights out of the package mtcnn: LZ4 frames of pickles that joblib wrote, of Keras' arrays.
+"""MTCNN's weights from the package mtcnn: LZ4 frames of pickles of Keras arrays, written by joblib.
 
-Nothing in the files is executed: the unpickler knows four names, and none of them is a function of another package.
+Nothing in the files is executed. The unpickler knows four names, and none of them is a function of another package.
 """
 
 import io
@@ -25,20 +25,21 @@ SHA256 = {
     "rnet": "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee",
     "onet": "94f6ea2f4cf985275ee958cdd762d17b6009348a4fb9d8c6be39ba73ffd22ca3",
 }
-# Layers in the order Keras lists a model's weights: kernel and bias of each, a slope for every PReLU.
-_ORDER = {
+# Layers in the order in which Keras lists a model's weights: kernel and bias of each, a slope for every PReLU.
+_LAYERS = {
     "pnet": "conv1 prelu1 conv2 prelu2 conv3 prelu3 head.box head.face",
     "rnet": "conv1 prelu1 conv2 prelu2 conv3 prelu3 dense4 prelu4 head.box head.face",
     "onet": "conv1 prelu1 conv2 prelu2 conv3 prelu3 conv4 prelu4 dense5 prelu5 head.box head.landmarks head.face",
 }
-_MAGIC = b"\x04\x22\x4d\x18"
-_LARGEST = 1 << 24
+_LZ4_MAGIC = b"\x04\x22\x4d\x18"
+_MAX_BYTES = 1 << 24
 
 
 def load_packaged_nets() -> "MtcnnNets":
-    """The three networks with the weights of the package mtcnn, ready for inference.
+    """Load the three networks with the weights of the package mtcnn, ready for inference.
 
-    Raises WeightsError where the package is missing or its files are not the registered ones.
+    Raises:
+        WeightsError: The package is missing, or its files are not the registered ones.
     """
     from facepipe.models.detectors.mtcnn_nets import MtcnnNets
 
@@ -46,88 +47,108 @@ def load_packaged_nets() -> "MtcnnNets":
     state: dict[str, Tensor] = {}
     for name, sha256 in SHA256.items():
         file = find_package_file("mtcnn", f"assets/weights/{name}.lz4", "mtcnn")
-        state |= convert_keras_arrays(
-            name, read_arrays(decompress_lz4_frame(verify_sha256(file.read_bytes(), sha256, str(file))))
-        )
+        frame = verify_sha256(file.read_bytes(), sha256, str(file))
+        state |= convert_keras_arrays(name, read_arrays(decompress_lz4_frame(frame)))
     load_state(nets, state, "the package mtcnn")
     return nets.eval().requires_grad_(False)
 
 
 def convert_keras_arrays(net: str, arrays: list[Float32]) -> "dict[str, Tensor]":
-    """The state dict of one network (`pnet`, `rnet`, `onet`) from Keras' list of arrays: kernels are (row, column,
-    in, out), dense layers (in, out), slopes (1, 1, channel).
+    """Convert the arrays of Keras to the state dict of one network.
+
+    Args:
+        net: "pnet", "rnet" or "onet".
+        arrays: Kernels (row, column, in, out), dense layers (in, out) and slopes (1, 1, channel).
+
+    Raises:
+        WeightsError: The number of arrays is wrong.
     """
     import torch
 
-    state, left = {}, list(arrays)
-    layers = _ORDER[net].split()
-    if len(left) != sum(1 if "prelu" in layer else 2 for layer in layers):
-        raise WeightsError(f"{len(left)} arrays do not make an MTCNN {net}")
+    state = {}
+    layers = _LAYERS[net].split()
+    if len(arrays) != sum(1 if "prelu" in layer else 2 for layer in layers):
+        raise WeightsError(f"{len(arrays)} arrays do not make an MTCNN {net}")
+    remaining = iter(arrays)
     for layer in layers:
-        weight = left.pop(0)
+        weight = next(remaining)
         if "prelu" in layer:
             weight = weight.reshape(-1)
         else:
             weight = weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
-            state[f"{net}.{layer}.bias"] = torch.from_numpy(left.pop(0).copy())
+            state[f"{net}.{layer}.bias"] = torch.from_numpy(next(remaining).copy())
         state[f"{net}.{layer}.weight"] = torch.from_numpy(weight.copy())
     return state
 
 
 def decompress_lz4_frame(data: bytes) -> bytes:
-    """The content of one LZ4 frame (LZ4 frame format 1.6); checksums are passed over, callers check a SHA-256."""
-    if data[:4] != _MAGIC or len(data) < 7 or data[4] >> 6 != 1:
+    """Decompress one LZ4 frame (LZ4 frame format 1.6).
+
+    Checksums are skipped, because callers check a SHA-256.
+
+    Raises:
+        WeightsError: The bytes are not such a frame, or it is damaged or too large.
+    """
+    if data[:4] != _LZ4_MAGIC or len(data) < 7 or data[4] >> 6 != 1:
         raise WeightsError("not an LZ4 frame")
     flags = data[4]
-    at = 7 + 8 * bool(flags & 8) + 4 * bool(flags & 1)
-    out = bytearray()
+    has_content_size = bool(flags & 8)
+    has_dictionary_id = bool(flags & 1)
+    has_block_checksums = bool(flags & 16)
+    start = 7 + 8 * has_content_size + 4 * has_dictionary_id
+    content = bytearray()
     try:
-        while size := int.from_bytes(data[at : at + 4], "little"):
-            at += 4
+        while size := int.from_bytes(data[start : start + 4], "little"):
+            start += 4
             length = size & 0x7FFFFFFF
-            block = data[at : at + length]
-            at += length + 4 * bool(flags & 16)
-            if len(block) < length or len(out) > _LARGEST:
+            block = data[start : start + length]
+            start += length + 4 * has_block_checksums
+            if len(block) < length or len(content) > _MAX_BYTES:
                 raise WeightsError("the LZ4 frame is cut off or too large")
-            if size >> 31:
-                out += block
+            is_stored = bool(size >> 31)
+            if is_stored:
+                content += block
             else:
-                _lz4_block(block, out)
+                _decompress_lz4_block(block, content)
     except IndexError as error:
         raise WeightsError("the LZ4 frame is damaged") from error
-    return bytes(out)
+    return bytes(content)
 
 
-def _lz4_block(block: bytes, out: bytearray) -> None:
+def _decompress_lz4_block(block: bytes, content: bytearray) -> None:
     """Append one compressed block; matches may reach back into the blocks before it."""
-    at = 0
+    start = 0
     while True:
-        token = block[at]
-        literals, at = _length(block, at + 1, token >> 4)
-        out += block[at : at + literals]
-        at += literals
-        if at >= len(block):
+        # A sequence begins with a token: the lengths of its literals and of its match.
+        token = block[start]
+        literals, start = _read_length(block, start + 1, token >> 4)
+        content += block[start : start + literals]
+        start += literals
+        if start >= len(block):
             return
-        back = block[at] | block[at + 1] << 8
-        match, at = _length(block, at + 2, token & 15)
-        if not 0 < back <= len(out):
+        offset = block[start] | block[start + 1] << 8
+        match, start = _read_length(block, start + 2, token & 15)
+        if not 0 < offset <= len(content):
             raise WeightsError("the LZ4 frame is damaged")
-        start, match = len(out) - back, match + 4
-        piece = out[start : start + match]
-        out += (piece * (match // back + 1))[:match]  # a match may overlap what it makes
+        match_start = len(content) - offset
+        match += 4
+        piece = content[match_start : match_start + match]
+        content += (piece * (match // offset + 1))[:match]  # a match may overlap its own output
 
 
-def _length(block: bytes, at: int, nibble: int) -> tuple[int, int]:
-    """A length that began with four bits, and where what follows it begins."""
+def _read_length(block: bytes, start: int, nibble: int) -> tuple[int, int]:
+    """Read a length that begins with four bits; also return the offset of what follows it."""
+    length = nibble
     if nibble < 15:
-        return nibble, at
-    while block[at] == 255:
-        nibble, at = nibble + 255, at + 1
-    return nibble + block[at], at + 1
+        return length, start
+    while block[start] == 255:
+        length += 255
+        start += 1
+    return length + block[start], start + 1
 
 
 class _Wrapper:
-    """Stands for joblib's NumpyArrayWrapper: says what array follows in the stream."""
+    """Stand-in for joblib's NumpyArrayWrapper: describes the array that follows in the stream."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -135,17 +156,17 @@ class _Wrapper:
 
 
 class _Subclass:
-    """Stands for numpy.ndarray, which the wrapper names and which is never called."""
+    """Stand-in for numpy.ndarray, which the wrapper names and which is never called."""
 
 
-_KNOWN = {
+_KNOWN_CLASSES = {
     ("joblib.numpy_pickle", "NumpyArrayWrapper"): _Wrapper,
     ("numpy", "ndarray"): _Subclass,
     ("numpy", "dtype"): np.dtype,
 }
 
 
-# The interpreter's unpickler in Python: arrays lie between the opcodes, and it alone can be made to read them.
+# The interpreter's unpickler in Python. Arrays lie between the opcodes, and only this one can be made to read them.
 _Unpickler: Any = pickle._Unpickler
 
 
@@ -159,7 +180,7 @@ class _ArrayUnpickler(_Unpickler):
         self._stream = stream
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _KNOWN.get((module, name))
+        known = _KNOWN_CLASSES.get((module, name))
         if known is None:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of arrays")
         return known
@@ -167,27 +188,31 @@ class _ArrayUnpickler(_Unpickler):
     def load_build(self) -> None:
         super().load_build()
         if isinstance(self.stack[-1], _Wrapper):
-            self.stack[-1] = self._array(self.stack[-1])
+            self.stack[-1] = self._read_array(self.stack[-1])
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    def _array(self, wrapper: _Wrapper) -> Float32:
-        """The array whose bytes come next: a count of padding bytes, the padding, the numbers."""
+    def _read_array(self, wrapper: _Wrapper) -> Float32:
+        """Read the array whose bytes come next: a count of padding bytes, the padding, the numbers."""
         padding = self._stream.read(1)
         self._stream.read(padding[0])
         if wrapper.dtype != np.dtype("<f4") or wrapper.order != "C":
             raise pickle.UnpicklingError(f"an array of {wrapper.dtype} in order {wrapper.order}")
         size = 4 * int(np.prod(wrapper.shape, dtype=np.int64))
-        data = self._stream.read(size) if 0 <= size <= _LARGEST else b""
+        data = self._stream.read(size) if 0 <= size <= _MAX_BYTES else b""
         return np.frombuffer(data, "<f4").reshape(wrapper.shape)
 
 
 def read_arrays(data: bytes) -> list[Float32]:
-    """The list of float32 arrays in a pickle that joblib wrote. Raises WeightsError for anything else."""
+    """Read the float32 arrays of a pickle that joblib wrote.
+
+    Raises:
+        WeightsError: The pickle holds anything else than a list of arrays, or is damaged.
+    """
     try:
         loaded = _ArrayUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # whatever a hostile stream provokes
         raise WeightsError(f"refused: the pickle holds more than arrays, or is damaged ({error})") from error
     if not isinstance(loaded, list) or not all(isinstance(array, np.ndarray) for array in loaded):
-        raise WeightsError("the pickle is no list of arrays")
+        raise WeightsError("the pickle is not a list of arrays")
     return loaded

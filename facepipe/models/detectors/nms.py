@@ -8,29 +8,50 @@ import numpy.typing as npt
 
 from facepipe.types import Int64
 
+Boxes = npt.NDArray[np.floating]
+Scores = npt.NDArray[np.floating]
 
-def apply_nms(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], max_iou: float) -> Int64:
-    """Indices of the boxes (n, 4) kept, by falling score; equal scores in their order. Scores are above 0."""
+
+def apply_nms(boxes: Boxes, scores: Scores, max_iou: float) -> Int64:
+    """Select the boxes that overlap no box of a higher score too much.
+
+    Args:
+        boxes: (n, 4) x1 y1 x2 y2.
+        scores: (n,), above 0.
+        max_iou: Highest overlap, as intersection over union.
+
+    Returns:
+        Indices of the selected boxes, by falling score; equal scores keep their order.
+    """
     if not len(boxes):
         return np.empty(0, np.int64)
-    sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).astype(np.float64)
-    suppress: Any = cv2.dnn.NMSBoxes  # takes arrays, whatever its stubs say
-    kept = suppress(sides, scores.astype(np.float32), 0.0, max_iou)
-    return np.asarray(kept, np.int64).reshape(-1)
+    corners_and_sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).astype(np.float64)
+    nms: Any = cv2.dnn.NMSBoxes  # takes arrays, whatever its stubs say
+    return np.asarray(nms(corners_and_sides, scores.astype(np.float32), 0.0, max_iou), np.int64).reshape(-1)
 
 
-def apply_nms_by_smaller(boxes: npt.NDArray[np.floating], scores: npt.NDArray[np.floating], max_share: float) -> Int64:
-    """As apply_nms, but overlap counts as a share of the smaller box, so that a box inside another goes.
+def apply_nms_by_smaller(boxes: Boxes, scores: Scores, max_share: float) -> Int64:
+    """Select boxes as `apply_nms` does, with the overlap as a share of the smaller box.
 
-    Areas are those of inclusive corners, as in MTCNN's original.
+    A box inside another one is then dropped. Areas are those of inclusive corners, as in the original MTCNN.
+
+    Args:
+        boxes: (n, 4) x1 y1 x2 y2, corners inclusive.
+        scores: (n,).
+        max_share: Highest overlap.
+
+    Returns:
+        Indices of the selected boxes, by falling score; equal scores keep their order.
     """
-    left = np.argsort(-scores, kind="stable")
-    area = np.prod(boxes[:, 2:] - boxes[:, :2] + 1, 1)
-    kept = []
-    while len(left):
-        best, left = left[0], left[1:]
-        kept.append(best)
-        low, high = np.maximum(boxes[best, :2], boxes[left, :2]), np.minimum(boxes[best, 2:], boxes[left, 2:])
+    candidates = np.argsort(-scores, kind="stable")
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2] + 1, 1)
+    selected = []
+    while len(candidates):
+        best = candidates[0]
+        rest = candidates[1:]
+        selected.append(best)
+        low = np.maximum(boxes[best, :2], boxes[rest, :2])
+        high = np.minimum(boxes[best, 2:], boxes[rest, 2:])
         overlap = np.prod(np.clip(high - low + 1, 0, None), 1)
-        left = left[overlap <= max_share * np.minimum(area[best], area[left])]
-    return np.array(kept, np.int64)
+        candidates = rest[overlap <= max_share * np.minimum(areas[best], areas[rest])]
+    return np.array(selected, np.int64)

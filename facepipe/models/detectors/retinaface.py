@@ -19,6 +19,7 @@ Trunk = Literal["mobilenet025", "resnet50"]
 Channels = Literal["bgr", "rgb"]
 Predictions = tuple[Tensor, Tensor, Tensor]
 
+# The class of each trunk, and the width of the pyramid on top of it.
 _TRUNKS: dict[str, tuple[type[MobileNet025] | type[ResNet50], int]] = {
     "mobilenet025": (MobileNet025, 64),
     "resnet50": (ResNet50, 256),
@@ -38,63 +39,91 @@ class ContextModule(nn.Module):
         self.conv7_3 = Unit(quarter, quarter, Shape(3), None, norms)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the map of all three fields, (n, width, h, w)."""
         shared = self.conv5_1(x)
         return F.relu(torch.cat([self.conv3(x), self.conv5_2(shared), self.conv7_3(self.conv7_2(shared))], 1))
 
 
 class RetinaFaceNet(nn.Module):
-    """(n, 3, h, w) float from `normalise_pixels`
-    -> offsets (n, a, 4), face probability (n, a), landmark offsets (n, a, 10).
+    """RetinaFace without decoding.
 
-    While training, the logits (n, a, 2) of background and face stand in the probability's place. Anchors a: level,
-    row, column, size.
-
-    norms: True keeps the batch norms, for training and for checkpoints that have them; False is the folded form
+    Attributes:
+        depths: Names of the parts from the image to the outputs, for learning rates that fall layer by layer; parts in
+            one tuple are at the same depth.
     """
 
-    # From the image to the outputs, for rates that fall layer by layer; what stands together is at one depth.
     depths = (
-        *(("trunk.stem", "trunk.layer1"), ("trunk.stage1", "trunk.layer2"), ("trunk.stage2", "trunk.layer3")),
-        *(("trunk.stage3", "trunk.layer4"), ("lateral",), ("merge",), ("context",)),
+        ("trunk.stem", "trunk.layer1"),
+        ("trunk.stage1", "trunk.layer2"),
+        ("trunk.stage2", "trunk.layer3"),
+        ("trunk.stage3", "trunk.layer4"),
+        ("lateral",),
+        ("merge",),
+        ("context",),
         ("class_head", "box_head", "landmark_head"),
     )
 
     def __init__(self, trunk: Trunk = "mobilenet025", norms: bool = False):
+        """Build the network with random weights.
+
+        Args:
+            trunk: Which trunk.
+            norms: True keeps the batch norms, for training and for checkpoints that have them. False is the folded
+                form.
+        """
         super().__init__()
-        kind, width = _TRUNKS[trunk]
+        trunk_class, width = _TRUNKS[trunk]
         leak = 0.1 if width <= 64 else 0.0
-        self.trunk = kind(norms)
-        self.lateral = nn.ModuleList(Unit(i, width, Shape(1), leak, norms) for i in kind.channels)
+        self.trunk = trunk_class(norms)
+        self.lateral = nn.ModuleList(Unit(i, width, Shape(1), leak, norms) for i in trunk_class.channels)
         self.merge = nn.ModuleList(Unit(width, width, Shape(3), leak, norms) for _ in range(2))
         self.context = nn.ModuleList(ContextModule(width, leak, norms) for _ in STRIDES)
-        self.class_head, self.box_head, self.landmark_head = (
-            nn.ModuleList(nn.Conv2d(width, 2 * n, 1) for _ in STRIDES) for n in (2, 4, 10)
-        )
+        # Two anchors per cell, each with 2 classes, 4 offsets of the box and 10 of the landmarks.
+        self.class_head = nn.ModuleList(nn.Conv2d(width, 2 * 2, 1) for _ in STRIDES)
+        self.box_head = nn.ModuleList(nn.Conv2d(width, 2 * 4, 1) for _ in STRIDES)
+        self.landmark_head = nn.ModuleList(nn.Conv2d(width, 2 * 10, 1) for _ in STRIDES)
 
     def forward(self, x: Tensor) -> Predictions:
-        levels = [context(p) for context, p in zip(self.context, self._pyramid(x), strict=True)]
-        boxes, classes, points = (
-            torch.cat([self._flat(head(f), n) for head, f in zip(heads, levels, strict=True)], 1)
-            for heads, n in ((self.box_head, 4), (self.class_head, 2), (self.landmark_head, 10))
-        )
+        """Compute the predictions of all anchors.
+
+        Args:
+            x: (n, 3, h, w) from `normalise_pixels`.
+
+        Returns:
+            Box offsets (n, a, 4), face probabilities (n, a) and landmark offsets (n, a, 10); anchors by level, row,
+            column and size. In training the logits (n, a, 2) of background and face replace the probabilities.
+        """
+        levels = [context(p) for context, p in zip(self.context, self._build_pyramid(x), strict=True)]
+        boxes = self._apply_heads(self.box_head, levels, 4)
+        classes = self._apply_heads(self.class_head, levels, 2)
+        points = self._apply_heads(self.landmark_head, levels, 10)
         return boxes, classes if self.training else classes.softmax(-1)[..., 1], points
 
-    def _pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _build_pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p1, p2, p3 = (lateral(c) for lateral, c in zip(self.lateral, self.trunk(x), strict=True))
         p2 = self.merge[0](p2 + F.interpolate(p3, size=p2.shape[2:], mode="nearest"))
         p1 = self.merge[1](p1 + F.interpolate(p2, size=p1.shape[2:], mode="nearest"))
         return p1, p2, p3
 
     @staticmethod
-    def _flat(x: Tensor, n: int) -> Tensor:
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, n)
+    def _apply_heads(heads: nn.ModuleList, levels: list[Tensor], values: int) -> Tensor:
+        """Compute (n, a, values) from the maps of all levels."""
+        maps = [head(level) for head, level in zip(heads, levels, strict=True)]
+        return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, values) for m in maps], 1)
 
 
 def normalise_pixels(pixels: Tensor, channels: Channels) -> Tensor:
-    """(n, h, w, 3) uint8 RGB -> (n, 3, h, w) float32 in the network's channel order, in channels_last.
+    """Convert images to what the network takes.
 
-    104, 117 and 123 are taken off in the order in which the channels enter the network: off blue, green and red for
-    "bgr", off red, green and blue for "rgb". Networks trained on one order are not to be fed the other.
+    104, 117 and 123 are subtracted in the order in which the channels enter the network: from blue, green and red for
+    "bgr", from red, green and blue for "rgb". A network trained on one order must not get the other.
+
+    Args:
+        pixels: (n, h, w, 3) uint8 RGB.
+        channels: The channel order in which the network was trained.
+
+    Returns:
+        (n, 3, h, w) float32 in channels_last.
     """
     planes = pixels.permute(0, 3, 1, 2)
     ordered = planes.flip(1) if channels == "bgr" else planes
@@ -103,7 +132,7 @@ def normalise_pixels(pixels: Tensor, channels: Channels) -> Tensor:
 
 
 def fold_batch_norms(net: RetinaFaceNet) -> RetinaFaceNet:
-    """A copy in inference mode whose batch norms are folded into the convolutions; `net` stays as it was."""
+    """Copy a network in inference mode, with its batch norms folded into the convolutions."""
     folded = copy.deepcopy(net).eval()
     for module in folded.modules():
         if isinstance(module, Unit):
@@ -111,24 +140,27 @@ def fold_batch_norms(net: RetinaFaceNet) -> RetinaFaceNet:
     return folded
 
 
-def convert_onnx_constants(initialisers: "OrderedDict[str, Float32]", net: RetinaFaceNet) -> dict[str, Tensor]:
-    """The folded network's state dict from the constants of the exported ONNX graph.
+def convert_onnx_constants(constants: "OrderedDict[str, Float32]", net: RetinaFaceNet) -> dict[str, Tensor]:
+    """Convert the constants of the exported ONNX graph to the state dict of the folded network.
 
-    The graph names the heads and numbers the folded convolutions in the order they ran, which is this module's order
-    of definition; shapes are checked one by one.
+    The graph names the heads. It numbers the folded convolutions in the order they ran, which is this module's order of
+    definition; shapes are checked one by one.
+
+    Raises:
+        ValueError: A shape differs, or constants are left over.
     """
     heads = {
         "class_head": "class_head.class_head",
         "box_head": "bbox_head.bbox_head",
         "landmark_head": "landmark_head.landmark_head",
     }
-    rest = [array for name, array in initialisers.items() if not name.split(".")[0].endswith("_head")]
+    rest = [array for name, array in constants.items() if not name.split(".")[0].endswith("_head")]
     state: dict[str, Tensor] = {}
-    for name, wanted in net.state_dict().items():
+    for name, expected in net.state_dict().items():
         module, _, leaf = name.partition(".")
-        array = initialisers[f"{heads[module]}.{leaf}"] if module in heads else rest.pop(0)
-        if array.shape != tuple(wanted.shape):
-            raise ValueError(f"{name}: the graph has shape {array.shape}, the network wants {tuple(wanted.shape)}")
+        array = constants[f"{heads[module]}.{leaf}"] if module in heads else rest.pop(0)
+        if array.shape != tuple(expected.shape):
+            raise ValueError(f"{name}: the graph has shape {array.shape}, the network {tuple(expected.shape)}")
         state[name] = torch.from_numpy(array.copy())
     if rest:
         raise ValueError(f"{len(rest)} constants of the graph are left over")

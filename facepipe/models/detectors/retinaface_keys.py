@@ -1,4 +1,4 @@
-"""Names of biubug6's RetinaFace checkpoints (models/net.py, retinaface.py), put into ours, pattern by pattern."""
+"""Tensor names of biubug6's RetinaFace checkpoints (models/net.py, retinaface.py), renamed pattern by pattern."""
 
 import re
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _CONTEXT = {
     "conv7x7_3": "conv7_3",  # the lower-case x is the checkpoints' own
 }
 _HEADS = {"ClassHead": "class_head", "BboxHead": "box_head", "LandmarkHead": "landmark_head"}
-_MERGES = {"2": "0", "1": "1"}  # ours stand in the order they run: the coarser level first
+_MERGES = {"2": "0", "1": "1"}  # ours are in the order they run: the coarser level first
 
 _PATTERNS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"body\.stage1\.0\.([01])\.(\w+)", lambda m: f"trunk.stage1.0.{_UNIT[m[1]]}.{m[2]}"),
@@ -52,16 +52,16 @@ _PATTERNS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 
 
 def rename_biubug6_keys(state: State) -> State:
-    """Both trunks' checkpoints, DataParallel's `module.` already taken off.
+    """Rename the tensors of a checkpoint of either trunk, whose DataParallel prefix `module.` is already removed.
 
-    A name that no pattern knows stays as it is, so that `checkpoint.fit` names it as left over.
+    A name that no pattern matches stays, so that `load_state` lists it as left over.
     """
-    return {_ours(name): tensor for name, tensor in state.items()}
+    return {_rename_key(name): tensor for name, tensor in state.items()}
 
 
-def _ours(name: str) -> str:
+def _rename_key(name: str) -> str:
     for pattern, rename in _PATTERNS:
-        found = re.fullmatch(pattern, name)
-        if found:
-            return rename(found)
+        match = re.fullmatch(pattern, name)
+        if match:
+            return rename(match)
     return name

@@ -1,9 +1,11 @@
-"""dlib's network as an ONNX graph, for ONNX Runtime on CPUs; takes uint8 chips, so that nothing is copied before it.
+"""dlib's network as an ONNX graph for ONNX Runtime on CPUs. It takes uint8 chips, so that nothing is copied before it.
 
-In eight bits as well: weights of each output channel scaled to +-127, activations to 0..255 over given ranges.
+It can also be written in eight bits: the weights of each output channel are scaled to +-127, activations to 0..255 over
+given ranges.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,138 +15,178 @@ from facepipe.models.dlib.layout import BLOCKS, MEAN_RGB, SCALE, SIDE, Convoluti
 from facepipe.models.onnx_graph import OnnxGraphBuilder, describe_tensor
 from facepipe.types import Float32
 
-# Side of the feature map after each strided block: what padding the shortcut needs is known when the graph is built.
+# Side of the map after the stem's pooling. The padding of a shortcut must be known when the graph is built.
 _SIDE_AFTER_POOL = 35
-
 
 Range = tuple[float, float]
 
 
 def build_dlib_onnx(convolutions: list[Convolution], fc: Float32, ranges: Sequence[Range] | None = None) -> bytes:
-    """A serialised model: `chips` (n, 150, 150, 3) uint8 RGB -> `vectors` (n, 128) float32.
+    """Serialise the network as an ONNX model from `chips` (n, 150, 150, 3) uint8 RGB to `vectors` (n, 128) float32.
 
-    ranges: lowest and highest value of each activation in the order of `build_dlib_onnx_with_activations`;
-        the graph is in eight bits then
+    Args:
+        convolutions: From `fold_layers`.
+        fc: (256, 128) from `fold_layers`.
+        ranges: Lowest and highest value of each activation, in the order of `build_dlib_onnx_with_activations`. If
+            given, the graph is in eight bits.
     """
-    g = _Floats() if ranges is None else _EightBits(ranges)
-    _build(g, convolutions, fc)
-    return g.finished()
+    builder = _FloatBuilder() if ranges is None else _EightBitBuilder(ranges)
+    _add_network(builder, convolutions, fc)
+    return builder.finish()
 
 
 def build_dlib_onnx_with_activations(convolutions: list[Convolution], fc: Float32) -> tuple[bytes, list[str]]:
-    """(the graph in floating point with its activations as further outputs, their names), to measure ranges with."""
-    g = _Floats()
-    _build(g, convolutions, fc)
-    return g.finished(g.settled), g.settled
+    """Serialise the network in floating point with its activations as further outputs, to measure ranges.
+
+    Returns:
+        The model, and the names of the activations.
+    """
+    builder = _FloatBuilder()
+    _add_network(builder, convolutions, fc)
+    return builder.finish(builder.activations), builder.activations
 
 
-def _build(g: "_Floats", convolutions: list[Convolution], fc: Float32) -> None:
-    x = g.add_node("Relu", [g.layer(g.pixels(), _with_input_scaling(convolutions[0]))])
-    x = g.same("MaxPool", g.settle(x), kernel_shape=[3, 3], strides=[2, 2])
+def _add_network(builder: "_FloatBuilder", convolutions: list[Convolution], fc: Float32) -> None:
+    # The stem.
+    x = builder.add_layer(builder.add_pixels(), _fold_input_scaling(convolutions[0]))
+    x = builder.round_activation(builder.add_node("Relu", [x]))
+    x = builder.add_same_range_node("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2])
     side = _SIDE_AFTER_POOL
+    # The blocks.
     for n, (i, o, stride) in enumerate(BLOCKS):
         first, second = convolutions[1 + 2 * n : 3 + 2 * n]
-        y = g.settle(g.layer(g.settle(g.add_node("Relu", [g.layer(x, first)])), second))
+        y = builder.round_activation(builder.add_node("Relu", [builder.add_layer(x, first)]))
+        y = builder.round_activation(builder.add_layer(y, second))
         if stride == 2:
-            pooled, strided = side // 2, (side - 3) // 2 + 1
-            side = max(pooled, strided)
-            x = g.same("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
-            x, y = g.pad(x, o - i, side - pooled), g.pad(y, 0, side - strided)
-        x = g.settle(g.add_node("Relu", [g.add_node("Add", [x, y])]))
-    x = g.add_node("Flatten", [g.add_node("GlobalAveragePool", [x])])
-    g.add_node("MatMul", [x, g.add_constant(fc)])
+            pooled_side = side // 2
+            strided_side = (side - 3) // 2 + 1
+            side = max(pooled_side, strided_side)
+            x = builder.add_same_range_node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
+            x = builder.add_padding(x, o - i, side - pooled_side)
+            y = builder.add_padding(y, 0, side - strided_side)
+        x = builder.round_activation(builder.add_node("Relu", [builder.add_node("Add", [x, y])]))
+    # The vector.
+    x = builder.add_node("Flatten", [builder.add_node("GlobalAveragePool", [x])])
+    builder.add_node("MatMul", [x, builder.add_constant(fc)])
 
 
-def _with_input_scaling(conv: Convolution) -> Convolution:
-    """The stem on raw 0-255 input: exact, since it pads nothing."""
+def _fold_input_scaling(stem: Convolution) -> Convolution:
+    """Change the stem to take levels from 0 to 255. This is exact, because the stem does not pad."""
     mean = np.array(MEAN_RGB, np.float32)[None, :, None, None]
-    weight = conv.weight / SCALE
-    return conv._replace(
-        weight=weight.astype(np.float32), bias=(conv.bias - (weight * mean).sum((1, 2, 3))).astype(np.float32)
-    )
+    weight = stem.weight / SCALE
+    bias = stem.bias - (weight * mean).sum((1, 2, 3))
+    return stem._replace(weight=weight.astype(np.float32), bias=bias.astype(np.float32))
 
 
-class _Floats(OnnxGraphBuilder):
-    """The network's parts in floating point."""
+class _FloatBuilder(OnnxGraphBuilder):
+    """Adds the network's parts in floating point.
+
+    Attributes:
+        activations: Names of the activations so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.settled: list[str] = []
+        self.activations: list[str] = []
 
-    def pixels(self) -> str:
-        """The chips' levels in planes, as numbers."""
-        return self.add_node("Cast", [self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2])], to=TensorProto.FLOAT)
+    def add_pixels(self) -> str:
+        """Add the conversion of the chips to planes of numbers."""
+        planes = self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2])
+        return self.add_node("Cast", [planes], to=TensorProto.FLOAT)
 
-    def settle(self, x: str) -> str:
-        """An activation that other layers read: the place where it would be rounded."""
-        self.settled.append(x)
+    def round_activation(self, x: str) -> str:
+        """Mark an activation that other layers read. In eight bits it is rounded here."""
+        self.activations.append(x)
         return x
 
-    def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
-        """A node whose output has the range of its input."""
+    def add_same_range_node(self, kind: str, x: str, *more: str, **attributes: object) -> str:
+        """Add a node whose output has the range of its input."""
         return self.add_node(kind, [x, *more], **attributes)
 
-    def layer(self, x: str, conv: Convolution) -> str:
-        """A convolution of the network."""
-        weight, bias = self.add_constant(conv.weight), self.add_constant(conv.bias)
-        return self.add_conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
+    def add_layer(self, x: str, conv: Convolution) -> str:
+        """Add a convolution of the network."""
+        weight = self.add_constant(conv.weight)
+        bias = self.add_constant(conv.bias)
+        return self._add_convolution(x, weight, bias, conv)
 
-    def pad(self, x: str, channels: int, pixels: int) -> str:
-        """Zeros behind the channels, and below and right of the pixels."""
+    def add_padding(self, x: str, channels: int, pixels: int) -> str:
+        """Add zeros behind the channels, and below and right of the pixels."""
         if not channels and not pixels:
             return x
-        return self.same("Pad", x, self.add_constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels])))
+        padding = self.add_constant(np.array([0, 0, 0, 0, 0, channels, pixels, pixels]))
+        return self.add_same_range_node("Pad", x, padding)
 
-    def finished(self, more: Sequence[str] = ()) -> bytes:
-        """The model whose output is the last node's, and the named tensors."""
+    def finish(self, extra_outputs: Sequence[str] = ()) -> bytes:
+        """Serialise the model, whose outputs are the last node's and the extra ones."""
         self.rename_output(self.nodes[-1].output[0], "vectors")
-        outputs = [describe_tensor("vectors", ["n", 128]), *(describe_tensor(name, None) for name in more)]
-        return self.serialise("dlib_resnet", [describe_tensor("chips", ["n", SIDE, SIDE, 3], raw=True)], outputs)
+        outputs = [describe_tensor("vectors", ["n", 128])]
+        outputs += [describe_tensor(name, None) for name in extra_outputs]
+        chips = describe_tensor("chips", ["n", SIDE, SIDE, 3], is_uint8=True)
+        return self.serialise("dlib_resnet", [chips], outputs)
+
+    def _add_convolution(self, x: str, weight: str, bias: str, conv: Convolution) -> str:
+        kernel = conv.weight.shape[2]
+        return self.add_conv([x, weight, bias], kernel=kernel, stride=conv.stride, padding=conv.padding)
 
 
-class _EightBits(_Floats):
-    """The same with integers in between, as ONNX writes them: each activation quantised and read back.
+class _Step(NamedTuple):
+    """How an activation is rounded: the constants of the graph, and the width of a step."""
 
-    ONNX Runtime computes what stands between reading and rounding in integers.
+    step_name: str
+    zero_name: str
+    width: float
+
+
+class _EightBitBuilder(_FloatBuilder):
+    """Adds the network's parts with integers in between, as ONNX writes them: quantised and read back.
+
+    ONNX Runtime computes in integers what is between reading and rounding.
     """
 
     def __init__(self, ranges: Sequence[Range]) -> None:
         super().__init__()
         self._ranges = iter(ranges)
-        self._steps: dict[str, tuple[str, str, float]] = {}
+        self._steps: dict[str, _Step] = {}
 
-    def pixels(self) -> str:
-        return self._read(self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2]), self._step(0.0, 255.0))
+    def add_pixels(self) -> str:
+        planes = self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2])
+        return self._dequantise(planes, self._add_step(0.0, 255.0))
 
-    def settle(self, x: str) -> str:
-        return self._rounded(x, self._step(*next(self._ranges)))
+    def round_activation(self, x: str) -> str:
+        return self._round(x, self._add_step(*next(self._ranges)))
 
-    def same(self, kind: str, x: str, *more: str, **attributes: object) -> str:
-        return self._rounded(self.add_node(kind, [x, *more], **attributes), self._steps[x])
+    def add_same_range_node(self, kind: str, x: str, *more: str, **attributes: object) -> str:
+        return self._round(self.add_node(kind, [x, *more], **attributes), self._steps[x])
 
-    def layer(self, x: str, conv: Convolution) -> str:
-        """Weights of eight bits with a scale for each output channel; the bias in units of their product."""
+    def add_layer(self, x: str, conv: Convolution) -> str:
+        """Add a convolution: weights of eight bits with a scale per output channel, the bias in their products."""
         steps = np.maximum(np.abs(conv.weight).max((1, 2, 3)), 1e-12) / 127
-        rounded = np.round(conv.weight / steps[:, None, None, None]).astype(np.int8)
-        units = (steps * self._steps[x][2]).astype(np.float32)
-        weight = self._constant_in_steps(rounded, steps.astype(np.float32))
-        bias = self._constant_in_steps(np.round(conv.bias / units).astype(np.int32), units)
-        return self.add_conv([x, weight, bias], conv.weight.shape[2], conv.stride, conv.padding)
+        rounded_weight = np.round(conv.weight / steps[:, None, None, None]).astype(np.int8)
+        bias_steps = (steps * self._steps[x].width).astype(np.float32)
+        rounded_bias = np.round(conv.bias / bias_steps).astype(np.int32)
+        weight = self._add_quantised_constant(rounded_weight, steps.astype(np.float32))
+        bias = self._add_quantised_constant(rounded_bias, bias_steps)
+        return self._add_convolution(x, weight, bias, conv)
 
-    def _constant_in_steps(self, values: npt.NDArray[np.integer], steps: Float32) -> str:
-        names = [self.add_constant(a) for a in (values, steps, np.zeros(len(steps), values.dtype))]
+    def _add_quantised_constant(self, values: npt.NDArray[np.integer], steps: Float32) -> str:
+        names = [self.add_constant(array) for array in (values, steps, np.zeros(len(steps), values.dtype))]
         return self.add_node("DequantizeLinear", names, axis=0)
 
-    def _step(self, low: float, high: float) -> tuple[str, str, float]:
-        low, high = min(low, 0.0), max(high, 1e-6)
-        step = np.float32((high - low) / 255)
-        zero = np.uint8(np.clip(round(-low / float(step)), 0, 255))
-        return self.add_constant(np.array(step)), self.add_constant(np.array(zero)), float(step)
+    def _add_step(self, low: float, high: float) -> _Step:
+        """Add the constants that divide a range into 255 steps; 0 is always one of the values."""
+        low = min(low, 0.0)
+        high = max(high, 1e-6)
+        width = np.float32((high - low) / 255)
+        zero = np.uint8(np.clip(round(-low / float(width)), 0, 255))
+        step_name = self.add_constant(np.array(width))
+        zero_name = self.add_constant(np.array(zero))
+        return _Step(step_name, zero_name, float(width))
 
-    def _rounded(self, x: str, step: tuple[str, str, float]) -> str:
-        return self._read(self.add_node("QuantizeLinear", [x, *step[:2]]), step)
+    def _round(self, x: str, step: _Step) -> str:
+        quantised = self.add_node("QuantizeLinear", [x, step.step_name, step.zero_name])
+        return self._dequantise(quantised, step)
 
-    def _read(self, x: str, step: tuple[str, str, float]) -> str:
-        name = self.add_node("DequantizeLinear", [x, *step[:2]])
+    def _dequantise(self, x: str, step: _Step) -> str:
+        name = self.add_node("DequantizeLinear", [x, step.step_name, step.zero_name])
         self._steps[name] = step
         return name

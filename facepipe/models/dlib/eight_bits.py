@@ -1,4 +1,4 @@
-"""dlib's network in eight bits on CPUs, once it is known that this CPU computes it right."""
+"""dlib's network in eight bits on CPUs, after a check that this CPU computes it right."""
 
 import numpy as np
 
@@ -6,30 +6,38 @@ from facepipe.errors import ModelError
 from facepipe.models.dlib.dlib_onnx import build_dlib_onnx
 from facepipe.models.dlib.layout import SIDE, Convolution
 from facepipe.models.dlib.ranges import RANGES
-from facepipe.models.engines import OnnxDlib, open_session
+from facepipe.models.embedders.engines import OnnxDlib
 from facepipe.models.parity import make_scene_chips
 from facepipe.models.projection import to_unit_vectors
+from facepipe.models.runtime.onnx_session import open_session
 from facepipe.types import Float32
 
-_FARTHEST = 0.05  # roundings in another order move a unit vector by 0.01 to 0.02
+_MAX_DISTANCE = 0.05  # rounding in another order moves a unit vector by 0.01 to 0.02
 
 
 def load_int8_dlib(convolutions: list[Convolution], fc: Float32, threads: int) -> OnnxDlib:
-    """The network. Raises ModelError on a CPU whose eight-bit products saturate (x86 without VNNI): vectors would be
-    wrong there, and nothing would say so.
+    """Load the network in eight bits.
+
+    Args:
+        convolutions: From `fold_layers`.
+        fc: (256, 128) from `fold_layers`.
+        threads: Threads of ONNX Runtime.
+
+    Raises:
+        ModelError: The eight-bit products of this CPU saturate (x86 without VNNI). Vectors would silently be wrong.
     """
-    written = build_dlib_onnx(convolutions, fc, RANGES)
-    made = OnnxDlib(written, threads)
+    graph = build_dlib_onnx(convolutions, fc, RANGES)
+    embedder = OnnxDlib(graph, threads)
     chips = make_scene_chips((SIDE, SIDE), 4)
-    reference = open_session(written, threads, as_written=True).run(None, {"chips": chips})[0]
-    if _apart(made.embed(chips), reference) > _FARTHEST:
+    reference = open_session(graph, threads=threads, optimise=False).run(None, {"chips": chips})[0]
+    if _measure_distance(embedder.embed(chips), reference) > _MAX_DISTANCE:
         raise ModelError(
             "this CPU computes products of eight bits with saturation (it has no VNNI), and the vectors would be "
             "wrong: use the embedder dlib-resnet"
         )
-    return made
+    return embedder
 
 
-def _apart(a: Float32, b: Float32) -> float:
-    """Largest distance of vectors (n, 128) and (n, 128) brought to unit length."""
+def _measure_distance(a: Float32, b: Float32) -> float:
+    """Measure the largest distance between unit vectors, row by row."""
     return float(np.linalg.norm(to_unit_vectors(a) - to_unit_vectors(b), axis=1).max())

@@ -1,10 +1,11 @@
-"""What values the activations of dlib's network take, for its form in eight bits.
+"""The ranges of the activations of dlib's network, for its form in eight bits.
 
-Measured on 318 aligned faces of LFW by `tests/bench/eight_bits.py`: on either side 3 in 100,000 values lie beyond.
-Wider ranges round more coarsely, narrower ones clip: of the shares 1e-3, 3e-4, 1e-4, 3e-5 and 1e-5 this is the best.
+They were measured on 318 aligned faces of LFW by `tests/bench/eight_bits.py`. On either side 3 in 100,000 values lie
+outside. Wider ranges round more coarsely, narrower ones clip: of the shares 1e-3, 3e-4, 1e-4, 3e-5 and 1e-5 this is the
+best.
 """
 
-# (lowest, highest) of each activation, in the order of facepipe.models.dlib.dlib_onnx.build_dlib_onnx_with_activations
+# (lowest, highest) of each activation, in the order of `dlib_onnx.build_dlib_onnx_with_activations`.
 RANGES: tuple[tuple[float, float], ...] = (
     (0.0, 6.33),
     (0.0, 5.791),

@@ -1,1 +1,1 @@
-"""Embedding networks, by the names and shapes of their papers."""
+"""Embedding networks, with the names and shapes of their papers, and the engines that run them."""

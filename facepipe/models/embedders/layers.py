@@ -1,4 +1,4 @@
-"""What the embedding networks share: convolution with batch norm, the batch norm of fixed scale, initial values."""
+"""Layers that the embedding networks share."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class ConvBN(nn.Module):
-    """Convolution (without bias), batch norm, activation (none for a linear layer)."""
+    """Convolution without bias, batch norm, and an activation or none."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module | None = None, eps: float = 1e-5):
         super().__init__()
@@ -15,22 +15,23 @@ class ConvBN(nn.Module):
         self.act = act if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the three layers."""
         out: Tensor = self.act(self.bn(self.conv(x)))
         return out
 
 
 def make_conv(i: int, o: int, kernel: int = 1, stride: int = 1) -> nn.Conv2d:
-    """Dense convolution with "same" padding, no bias."""
+    """Make a dense convolution with "same" padding and no bias."""
     return nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
 
 
 def make_depthwise_conv(width: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution of every channel by itself, no bias."""
+    """Make a 3x3 convolution of every channel by itself, without bias."""
     return nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)
 
 
 class FixedScaleBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm whose scale stays 1 (`fix_gamma` in MXNet): a buffer, so that no optimiser can move it."""
+    """Batch norm whose scale stays 1 (`fix_gamma` in MXNet): a buffer, so that no optimiser can change it."""
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
@@ -38,14 +39,26 @@ class FixedScaleBatchNorm1d(nn.BatchNorm1d):
         self.register_buffer("weight", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise vectors (n, width)."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        mean, var = self.running_mean, self.running_var
-        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum or 0.1, self.eps)
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum or 0.1,
+            self.eps,
+        )
 
 
 def initialise(net: nn.Module) -> None:
-    """Convolutions normal with variance 2 / fan-out (He et al., ICCV 2015); the rest keeps torch's initial values."""
+    """Initialise convolutions with normal weights of variance 2 / fan-out (He et al., ICCV 2015).
+
+    All other layers keep torch's initial values.
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -54,5 +67,5 @@ def initialise(net: nn.Module) -> None:
 
 
 def count_parameters(net: nn.Module) -> int:
-    """How many numbers training learns; running statistics and fixed scales are not among them."""
+    """Count the trainable parameters, without running statistics and fixed scales."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)

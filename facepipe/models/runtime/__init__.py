@@ -1,1 +1,1 @@
-"""What runs the models: devices, batches, CUDA graphs, transfers and precision."""
+"""What runs the models: devices, sessions, batches, CUDA graphs, transfers, precision and preprocessing."""

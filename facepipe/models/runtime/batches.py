@@ -1,15 +1,19 @@
-"""How many items a device takes at a time: planned from its free memory, halved where that runs out all the same."""
+"""Batch sizes: planned from a device's free memory, and halved if it runs out all the same."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
 
-_SHARE = 0.8  # of the free memory; the allocator rounds up, and others may want some
+_SHARE = 0.8  # of the free memory; the allocator rounds up, and other processes may want some
 
 
 def measure_free_memory(device: str) -> int | None:
-    """Free bytes of a CUDA device, with what torch holds of it unused; None for a CPU."""
+    """Measure the free bytes of a CUDA device, including what torch has reserved and does not use.
+
+    Returns:
+        None for a CPU.
+    """
     if not device.startswith("cuda"):
         return None
     import torch
@@ -18,52 +22,71 @@ def measure_free_memory(device: str) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def plan_batch_size(free: int | None, each: int, most: int, fixed: int = 0) -> int:
-    """The largest power of two, at most `most`, of items of `each` bytes beside `fixed` bytes; at least 1.
+def plan_batch_size(free: int | None, bytes_per_item: int, max_size: int, fixed_bytes: int = 0) -> int:
+    """Find the largest power of two of items that fits the memory.
 
-    free: bytes; None where memory is not what decides
+    Args:
+        free: Free bytes; None if memory is not the limit.
+        bytes_per_item: Bytes that one item takes.
+        max_size: Upper bound of the result.
+        fixed_bytes: Bytes needed besides the items.
+
+    Returns:
+        At least 1.
     """
-    fits = most if free is None else min(most, int((free * _SHARE - fixed) // max(1, each)))
+    fits = max_size if free is None else min(max_size, int((free * _SHARE - fixed_bytes) // max(1, bytes_per_item)))
     return 1 << max(0, fits.bit_length() - 1) if fits > 0 else 1
 
 
 class Batches(Generic[Result]):
-    """Work on items in batches of at most `size`, which is halved for good when the device's memory runs out.
+    """Work on items in batches, whose size is halved for good when the device's memory runs out.
 
-    Raises what the work raises, an out-of-memory error where one item alone is too much.
+    Attributes:
+        size: Items per batch, at most.
     """
 
     def __init__(self, size: int):
         self.size = size
 
     def __call__(self, work: Callable[[slice], Result], count: int) -> Iterator[tuple[slice, Result]]:
-        """(slice of the `count` items, work(slice)), in order."""
-        at = 0
-        while at < count:
-            part = slice(at, min(at + self.size, count))
+        """Call a function on each batch, in order.
+
+        Args:
+            work: The function; it gets the slice of the items.
+            count: Number of items.
+
+        Yields:
+            The slice and the result of each batch.
+
+        Raises:
+            Exception: Whatever `work` raises; an out-of-memory error if one item alone is too much.
+        """
+        start = 0
+        while start < count:
+            part = slice(start, min(start + self.size, count))
             try:
                 result = work(part)
             except Exception as error:
-                if part.stop - at == 1 or not is_out_of_memory(error):
+                if part.stop - start == 1 or not is_out_of_memory(error):
                     raise
             else:
                 yield part, result
-                at = part.stop
+                start = part.stop
                 continue
-            # Outside of the handler, whose traceback would keep the failed batch's tensors.
-            self.size = max(1, (part.stop - at) // 2)
-            _give_back()
+            # Outside of the handler: its traceback would keep the tensors of the failed batch.
+            self.size = max(1, (part.stop - start) // 2)
+            _empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device's memory is used up: torch's own, ONNX Runtime's, or a library's."""
+    """Return whether an exception says that a device is out of memory: torch's, ONNX Runtime's, or a library's."""
     if type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error).lower()
-    return any(words in said for words in ("out of memory", "failed to allocate memory", "alloc_failed"))
+    message = str(error).lower()
+    return any(words in message for words in ("out of memory", "failed to allocate memory", "alloc_failed"))
 
 
-def _give_back() -> None:
+def _empty_cache() -> None:
     import torch
 
     if torch.cuda.is_available():

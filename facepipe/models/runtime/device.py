@@ -1,4 +1,4 @@
-"""Where models run."""
+"""Devices that models run on."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from facepipe.errors import ModelError
 
 
 def count_gpus() -> int:
-    """CUDA devices that torch sees; torch is loaded only where there is an NVIDIA driver."""
+    """Count the CUDA devices that torch sees; torch is only imported if there is an NVIDIA driver."""
     if not os.path.exists("/dev/nvidiactl"):
         return 0
     import torch
@@ -16,20 +16,24 @@ def count_gpus() -> int:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` as cuda or cpu, other names as they are: cpu, cuda, cuda:N.
+    """Resolve `auto` to cuda or cpu, and check any other name.
 
-    Raises ModelError for another name, and for a CUDA device that is asked for and absent.
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ModelError: The name is unknown, or that CUDA device is not available.
     """
     if device == "auto":
         return "cuda" if count_gpus() else "cpu"
-    named = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", device)
-    if named is None:
+    match = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", device)
+    if match is None:
         raise ModelError(f"no device is called {device!r}; there are auto, cpu, cuda and cuda:N (cuda:0 is the first)")
     if device == "cpu":
         return device
-    there = count_gpus()
-    if not there:
-        raise ModelError(f"device {device} was asked for, and there is no CUDA device; `facepipe doctor` says why")
-    if int(named[1] or 0) >= there:
-        raise ModelError(f"device {device} was asked for, and the last one here is cuda:{there - 1}")
+    gpus = count_gpus()
+    if not gpus:
+        raise ModelError(f"device {device} requested, but no CUDA device is available; `facepipe doctor` says why")
+    if int(match[1] or 0) >= gpus:
+        raise ModelError(f"device {device} requested, but the last one here is cuda:{gpus - 1}")
     return device

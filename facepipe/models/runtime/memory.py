@@ -1,18 +1,20 @@
-"""How much memory this process holds, and whether it gives back what it frees."""
+"""Process memory: the resident size, and keeping freed pages (glibc)."""
 
 import ctypes
 import os
 from contextlib import suppress
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep freed memory for its next allocations, where the C library is glibc.
+    """Make this process keep freed memory for its next allocations, if the C library is glibc.
 
-    A network's large tensors are otherwise mapped afresh and zeroed by the kernel, layer by layer, step by step: a
-    third to half of the time on a CPU.
+    Otherwise the large tensors of a network are mapped again and zeroed by the kernel, layer by layer, step by step:
+    a third to half of the time on a CPU.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
@@ -21,6 +23,6 @@ def keep_freed_memory() -> None:
 
 
 def measure_resident_memory() -> int:
-    """Resident bytes of this process."""
+    """Measure the resident bytes of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The precision that a network computes in: all of it, or all but the layers that its numbers come out of."""
+"""The precision of a network: of all its layers, or of all but the last."""
 
 from typing import Literal
 
@@ -14,22 +14,27 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def cast_network(net: nn.Module, precision: str, exact: tuple[str, ...] = ()) -> nn.Module:
-    """The network in a precision, in place; submodules named in `exact` take and give float32.
+def cast_network(net: nn.Module, precision: str, float32_modules: tuple[str, ...] = ()) -> nn.Module:
+    """Cast a network to a precision, in place.
 
-    Sums inside a layer are float32 on GPUs anyway: what half precision rounds is what passes between layers. The last
-    layers cost next to nothing, and rounding what they give would make equal scores of different ones.
+    Sums inside a layer are float32 on GPUs anyway. What half precision rounds is what passes between layers. The last
+    layers cost next to nothing, and rounding their output would make equal scores of different ones.
+
+    Args:
+        net: The network.
+        precision: A key of `DTYPES`.
+        float32_modules: Names of submodules that take and give float32.
     """
     dtype = DTYPES[precision]
     net.to(dtype)
     if dtype is not torch.float32:
-        for name in exact:
+        for name in float32_modules:
             net.get_submodule(name).float()
             for module in net.get_submodule(name).modules():
                 if not list(module.children()):
-                    module.register_forward_pre_hook(_in_float32)
+                    module.register_forward_pre_hook(_cast_inputs)
     return net
 
 
-def _in_float32(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _cast_inputs(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(arg.float() for arg in args)

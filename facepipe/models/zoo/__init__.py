@@ -1,1 +1,1 @@
-"""The model zoo: which models there are, how each is loaded, checked and exported."""
+"""The model zoo: which models there are, and how each is loaded, checked and exported."""

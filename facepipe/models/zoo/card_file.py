@@ -1,4 +1,4 @@
-"""The TOML file of a model: what it is called, where its weights are, what it takes, and under which licence."""
+"""The TOML file of a model: its name, its weights, what it takes, and its licence."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError
-from facepipe.imaging.alignment import ChipLayout, Kind, scale_arcface_template
+from facepipe.imaging.alignment import ChipLayout, Kind, Template, scale_arcface_template
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE
 
@@ -18,19 +18,25 @@ if TYPE_CHECKING:
 
 Numbers = float | tuple[float, float, float]
 Metric = Literal["euclidean on unit vectors", "cosine"]
-Points = tuple[tuple[float, float], ...]
+
+# What the TOML file of an ONNX embedder must say, because its graph does not.
+_REQUIRED_FOR_ONNX = ("size", "channels", "mean", "scale")
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What the model is fed; what is not given is the architecture's.
+    """What the model takes. The architecture's values stand in for missing ones.
 
-    size: [width, height] of a chip in pixels
-    channels: rgb or bgr
-    mean, scale: the model sees (x - mean) / scale of 0-255 levels; one number, or one a channel in that order
-    alignment: similarity (five landmarks to the template), eyes (level eyes, letterboxed box), box (letterboxed), dlib
-    template: arcface (scaled to the size), dlib, or five [x, y] in a chip: eyes, nose, corners of the mouth
-    fill: grey level beside a letterboxed box
+    Attributes:
+        size: [width, height] of a chip in pixels.
+        channels: Channel order, rgb or bgr.
+        mean: Level subtracted first: one number, or one per channel in that order.
+        scale: Divisor of the difference: one number, or one per channel.
+        alignment: How a face is placed: similarity (five landmarks to the template), eyes (level eyes, letterboxed
+            box), box (letterboxed) or dlib.
+        template: Positions in a chip: arcface (scaled to the size), dlib, or five [x, y] of eyes, nose and corners of
+            the mouth.
+        fill: Grey level beside a letterboxed box.
     """
 
     size: tuple[int, int] | None = None
@@ -38,7 +44,7 @@ class InputConfig:
     mean: Numbers | None = None
     scale: Numbers | None = None
     alignment: Kind | None = None
-    template: Literal["arcface", "dlib"] | Points | None = None
+    template: Literal["arcface", "dlib"] | Template | None = None
     fill: int | None = None
 
 
@@ -46,14 +52,21 @@ class InputConfig:
 class CardFile:
     """A model's TOML file.
 
-    name: what galleries call it; role: embedder or detector
-    architecture: one of `facepipe models --architectures`; may be left out for an embedder's ONNX graph
-    weights: .safetensors, .pth, .pt, .ckpt (a state dict) or .onnx, beside this file; sha256: checked where given
-    keys: whose names a checkpoint's tensors have; found by itself where not given
-    dim: length of the model's vectors; projection: file that brings another length to 128 (`facepipe models project`)
-    metric: what same_person is in; vectors of a gallery are compared by the Euclidean distance of unit vectors
-    same_person: distance (or, in `cosine`, similarity) that tells two persons apart best
-    licence, source: of the weights; figures: what was measured with it
+    Attributes:
+        name: What galleries call the model.
+        weights: File beside this one: .onnx, or a state dict as .safetensors, .pth, .pt or .ckpt.
+        role: embedder or detector.
+        architecture: One of `facepipe models --architectures`; optional for an embedder's ONNX graph.
+        sha256: Hash of the weights, checked if set.
+        keys: Lineage of a checkpoint's tensor names; detected if empty.
+        dim: Length of the model's vectors.
+        projection: File that brings another length to 128 (`facepipe models project`).
+        metric: What `same_person` is measured in. A gallery compares vectors by the Euclidean distance of unit vectors.
+        same_person: Distance (or, for `cosine`, similarity) that separates two persons best.
+        licence: Licence of the weights.
+        source: Where the weights come from.
+        figures: What was measured with the model.
+        input: What the model takes.
     """
 
     name: str
@@ -73,34 +86,40 @@ class CardFile:
 
 
 def read_card(path: str | Path) -> CardFile:
-    """The TOML file of a model. Raises ConfigError for unknown keys and for what cannot be."""
-    found = build(CardFile, read_toml(path))
-    if found.architecture and found.architecture not in ARCHITECTURES:
-        raise ConfigError(f"{path}: no architecture is called {found.architecture!r}; there are {_names(found.role)}")
-    if not found.architecture and not is_onnx(found):
-        raise ConfigError(f"{path}: weights that are no .onnx graph need an architecture: {_names(found.role)}")
-    if found.architecture and ARCHITECTURES[found.architecture].role != found.role:
-        raise ConfigError(f"{path}: {found.architecture} is no {found.role}")
-    _check_input(found, str(path))
-    return found
+    """Read the TOML file of a model.
+
+    Raises:
+        ConfigError: A key is unknown, or values contradict each other.
+    """
+    card = build(CardFile, read_toml(path))
+    architectures = _format_architectures(card.role)
+    if card.architecture and card.architecture not in ARCHITECTURES:
+        raise ConfigError(f"{path}: no architecture is called {card.architecture!r}; there are {architectures}")
+    if not card.architecture and not is_onnx(card):
+        raise ConfigError(f"{path}: weights that are not an .onnx graph need an architecture: {architectures}")
+    if card.architecture and ARCHITECTURES[card.architecture].role != card.role:
+        raise ConfigError(f"{path}: {card.architecture} is not an architecture of a {card.role}: {architectures}")
+    _check_input(card, str(path))
+    return card
 
 
 def _check_input(card: CardFile, path: str) -> None:
-    given = card.input
-    if not all(math.isfinite(v) and v for v in _three(given.scale) or ()):
-        raise ConfigError(f"{path}: input.scale is {given.scale}, and levels are divided by it")
-    if given.size is not None and min(given.size) < 1:
-        raise ConfigError(f"{path}: input.size is {list(given.size)}: width and height in pixels")
+    values = card.input
+    if not all(math.isfinite(v) and v for v in _expand(values.scale) or ()):
+        raise ConfigError(f"{path}: input.scale is {values.scale}, and levels are divided by it")
+    if values.size is not None and min(values.size) < 1:
+        raise ConfigError(f"{path}: input.size is {list(values.size)}: width and height in pixels")
     if card.role == "embedder" and not card.architecture:
-        missing = [name for name in ("size", "channels", "mean", "scale") if getattr(given, name) is None]
+        missing = [name for name in _REQUIRED_FOR_ONNX if getattr(values, name) is None]
         if missing:
             raise ConfigError(
                 f"{path}: an ONNX graph does not say what it takes: input.{', input.'.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} missing"
             )
     if card.role == "detector":
-        honoured = ("channels",) if card.architecture.startswith("retinaface") else ()
-        ignored = [name for name, value in asdict(given).items() if value is not None and name not in honoured]
+        # Only RetinaFace can take either channel order.
+        allowed = ("channels",) if card.architecture.startswith("retinaface") else ()
+        ignored = [name for name, value in asdict(values).items() if value is not None and name not in allowed]
         if ignored:
             raise ConfigError(
                 f"{path}: input.{', input.'.join(ignored)} cannot be set for {card.architecture or 'a detector'}: it "
@@ -109,7 +128,11 @@ def _check_input(card: CardFile, path: str) -> None:
 
 
 def to_euclidean_threshold(card: CardFile) -> float | None:
-    """The card's threshold as a Euclidean distance of unit vectors."""
+    """Convert the card's threshold to a Euclidean distance of unit vectors.
+
+    Raises:
+        ConfigError: A cosine is not between -1 and 1.
+    """
     if card.same_person is None or card.metric != "cosine":
         return card.same_person
     if not -1 <= card.same_person <= 1:
@@ -117,78 +140,102 @@ def to_euclidean_threshold(card: CardFile) -> float | None:
     return math.sqrt(2 - 2 * card.same_person)
 
 
-def _names(role: str) -> str:
-    return ", ".join(a.name for a in ARCHITECTURES.values() if a.role == role)
+def _format_architectures(role: str) -> str:
+    return ", ".join(architecture.name for architecture in ARCHITECTURES.values() if architecture.role == role)
 
 
 def is_onnx(card: CardFile) -> bool:
-    """Whether the weights are an ONNX graph, which is run as it is."""
+    """Return whether the weights are an ONNX graph, which runs unchanged."""
     return card.weights.endswith(".onnx")
 
 
 def save_model(path: Path, state: "State", card: CardFile) -> Path:
-    """Write NAME.safetensors and NAME.toml beside it, the weights first; returns the TOML's path."""
+    """Write NAME.safetensors and NAME.toml, the weights first.
+
+    Args:
+        path: NAME, with any suffix.
+        state: Tensors by name.
+        card: What the TOML file says; `weights` and `sha256` are filled in.
+
+    Returns:
+        The path of the TOML file.
+    """
     from safetensors.torch import save
 
     from facepipe.storage import write
 
-    weights = path.with_suffix(".safetensors")
+    weights_path = path.with_suffix(".safetensors")
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    write(str(weights), data)
-    written = replace(card, weights=weights.name, sha256=hashlib.sha256(data).hexdigest())
-    write(str(path.with_suffix(".toml")), to_toml(written).encode())
+    write(str(weights_path), data)
+    complete_card = replace(card, weights=weights_path.name, sha256=hashlib.sha256(data).hexdigest())
+    write(str(path.with_suffix(".toml")), to_toml(complete_card).encode())
     return path.with_suffix(".toml")
 
 
 def to_toml(card: CardFile) -> str:
-    """The file's text; what is the default is left out."""
-    tree = {k: v for k, v in asdict(card).items() if v not in ("", None, {}) and k not in ("input", "figures")}
-    lines = [f"{key} = {_toml(value)}" for key, value in tree.items()]
-    for section, values in (("input", asdict(card.input)), ("figures", card.figures)):
-        given = {k: v for k, v in values.items() if v is not None}
-        if given:
-            lines += ["", f"[{section}]", *(f"{json.dumps(k)} = {_toml(v)}" for k, v in given.items())]
+    """Format a card as TOML, without the defaults."""
+    fields = asdict(card)
+    sections = {"input": fields.pop("input"), "figures": fields.pop("figures")}
+    lines = [f"{key} = {_format_value(value)}" for key, value in fields.items() if value not in ("", None, {})]
+    for section, values in sections.items():
+        set_values = {key: value for key, value in values.items() if value is not None}
+        if set_values:
+            lines += ["", f"[{section}]"]
+            lines += [f"{json.dumps(key)} = {_format_value(value)}" for key, value in set_values.items()]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and lists of them are written alike in both
+def _format_value(value: Any) -> str:
+    # TOML writes strings, numbers and lists of them as JSON does.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def resolve_chip_layout(card: CardFile) -> ChipLayout:
-    """How the embedder's chips are cut. Raises ConfigError where neither file nor architecture says."""
-    given, made = card.input, ARCHITECTURES.get(card.architecture)
-    known = made.layout if made else None
-    size = given.size or (known.size if known else None)
+    """Resolve how the embedder's chips are cut, from the file and its architecture.
+
+    Raises:
+        ConfigError: Neither of them says it.
+    """
+    values = card.input
+    architecture = ARCHITECTURES.get(card.architecture)
+    default = architecture.layout if architecture else None
+    size = values.size or (default.size if default else None)
     if size is None:
         raise ConfigError(f"{card.name}: input.size = [width, height] is missing")
-    kind = given.alignment or (known.kind if known else "similarity")
-    fill = given.fill if given.fill is not None else (known.fill if known else 0)
-    return ChipLayout(size, kind, _template(card, size, known) if kind == "similarity" else (), fill)
+    kind = values.alignment or (default.kind if default else "similarity")
+    fill = values.fill
+    if fill is None:
+        fill = default.fill if default else 0
+    template = _resolve_template(card, size, default) if kind == "similarity" else ()
+    return ChipLayout(size, kind, template, fill)
 
 
-def _template(card: CardFile, size: tuple[int, int], known: ChipLayout | None) -> Points:
-    given = card.input.template
-    if given == "arcface":
+def _resolve_template(card: CardFile, size: tuple[int, int], default: ChipLayout | None) -> Template:
+    template = card.input.template
+    if template == "arcface":
         return scale_arcface_template(size)
-    if given == "dlib":
+    if template == "dlib":
         return tuple((x * size[0] / 150, y * size[1] / 150) for x, y in DLIB_TEMPLATE)
-    if given:
-        if len(given) != 5:
-            raise ConfigError(f"{card.name}: a template has five points, input.template has {len(given)}")
-        return given
-    if known is None or not known.template:
+    if template:
+        if len(template) != 5:
+            raise ConfigError(f"{card.name}: a template has five points, input.template has {len(template)}")
+        return template
+    if default is None or not default.template:
         raise ConfigError(f"{card.name}: input.template is missing: arcface, dlib, or five [x, y]")
-    return known.template if size == known.size else scale_arcface_template(size)
+    return default.template if size == default.size else scale_arcface_template(size)
 
 
 def resolve_input(card: CardFile) -> Input:
-    """Channel order, mean and scale."""
-    given, made = card.input, ARCHITECTURES.get(card.architecture)
-    known = made.input if made else Input()
-    mean, scale = (_three(v) for v in (given.mean, given.scale))
-    return Input(given.channels or known.channels, mean or known.mean, scale or known.scale)
+    """Resolve the channel order, mean and scale, from the file and its architecture."""
+    values = card.input
+    architecture = ARCHITECTURES.get(card.architecture)
+    default = architecture.input if architecture else Input()
+    return Input(
+        channels=values.channels or default.channels,
+        mean=_expand(values.mean) or default.mean,
+        scale=_expand(values.scale) or default.scale,
+    )
 
 
-def _three(value: Numbers | None) -> tuple[float, float, float] | None:
+def _expand(value: Numbers | None) -> tuple[float, float, float] | None:
     return (value, value, value) if isinstance(value, int | float) else value

@@ -1,11 +1,10 @@
-"""Trying a model out: it is loaded as a worker would load it, and run on one picture."""
+"""Try a model: load it as a worker would, and run it on one image."""
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,19 +12,33 @@ from facepipe.errors import FacepipeError, ModelError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
 from facepipe.models.parity import make_scene_chips
+from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.card_file import is_onnx, read_card
+from facepipe.models.zoo.loading import load_card, load_embedder, load_net
 from facepipe.models.zoo.registry import CARDS, MODELS_FOLDER, find_card, find_card_file
 from facepipe.schema import EMBEDDING_DIM
 
-_LIMITS = (0.5, 0.4)
+_LIMITS = DetectionLimits(min_score=0.5, max_iou=0.4)
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was found. dim: of the vectors that a gallery gets; raw_dim: of the model's own; None for detectors.
+    """A model that was tried.
 
-    parameters: learnt numbers, batch norms' statistics left aside; of an ONNX graph all its constants
-    milliseconds: of one chip, or one 640x480 picture, on one CPU thread, after a first one
+    Attributes:
+        name: What galleries call it.
+        role: "detector" or "embedder".
+        architecture: The architecture in its TOML file; empty for registered models.
+        licence: Licence of the weights.
+        sha256: Fingerprint in a gallery's contract.
+        weights: Where the weights come from.
+        input: What the model takes, in words.
+        layout: How chips are cut, in words; empty for detectors.
+        dim: Length of the vectors in a gallery; None for detectors.
+        raw_dim: Length of the model's own vectors; None for detectors.
+        parameters: Number of trainable parameters, excluding batch-norm statistics; of an ONNX graph all constants.
+        milliseconds: Time per chip, or per 640x480 image, on one CPU thread, after a warm-up.
+        note: What has to be done before the model can be used.
     """
 
     name: str
@@ -44,92 +57,124 @@ class ModelCheck:
 
 
 def check_model(model: str) -> ModelCheck:
-    """Load and run a registered model or that of a TOML file. Raises ModelError, with why, where that fails."""
+    """Load and run a model.
+
+    Args:
+        model: A registered name, or a TOML file.
+
+    Raises:
+        ModelError: The model cannot be loaded or run; the message says why.
+    """
     path = None if model in CARDS else find_card_file(model)
-    role = read_card(path).role if path else CARDS[model].role if model in CARDS else "embedder"
-    found = find_card(model, role)
-    raw_dim, spent, note = (None, _detect(found), "") if role == "detector" else _embed(found, path)
+    role = _find_role(model, path)
+    card = find_card(model, role)
+    trial = _try_detector(card) if role == "detector" else _try_embedder(card, path)
     return ModelCheck(
-        name=found.name,
+        name=card.name,
         role=role,
         architecture=read_card(path).architecture if path else "",
-        licence=found.licence,
-        sha256=found.sha256,
-        weights=found.weights,
-        input=found.input,
-        layout=describe_layout(found.layout) if found.layout else "",
-        dim=None if role == "detector" else found.dim,
-        raw_dim=raw_dim,
-        parameters=_parameters(found, path),
-        milliseconds=round(spent, 2),
-        note=note,
+        licence=card.licence,
+        sha256=card.sha256,
+        weights=card.weights,
+        input=card.input,
+        layout=describe_layout(card.layout) if card.layout else "",
+        dim=None if role == "detector" else card.dim,
+        raw_dim=trial.raw_dim,
+        parameters=_count_parameters(card, path),
+        milliseconds=round(trial.milliseconds, 2),
+        note=trial.note,
     )
 
 
-def _embed(found: Card, path: Path | None) -> tuple[int, float, str]:
-    from facepipe.models.zoo.loading import load_embedder
+def _find_role(model: str, path: Path | None) -> str:
+    if path is not None:
+        return read_card(path).role
+    return CARDS[model].role if model in CARDS else "embedder"
 
-    raw = load_embedder(path, "cpu", 1, raw=True) if path else found.load("cpu", 1)
-    usable = found.dim == EMBEDDING_DIM
-    made = found.load("cpu", 1) if usable else raw
-    chip = make_scene_chips(made.size, 1)
-    vectors = made.embed(chip)
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a trial measured; see `ModelCheck`."""
+
+    milliseconds: float
+    raw_dim: int | None = None
+    note: str = ""
+
+
+def _try_embedder(card: Card, path: Path | None) -> _Trial:
+    raw = load_embedder(path, "cpu", 1, raw=True) if path else card.load("cpu", 1)
+    is_usable = card.dim == EMBEDDING_DIM
+    embedder = card.load("cpu", 1) if is_usable else raw
+    chip = make_scene_chips(embedder.size, 1)
+    vectors = embedder.embed(chip)
     if not np.isfinite(vectors).all() or not vectors.any():
-        raise ModelError(f"{found.name} gives no usable vector: all of it is 0, or some of it is not finite")
-    note = (
-        "" if usable else f"a gallery holds {EMBEDDING_DIM}-D vectors: fit a projection with `facepipe models project`"
-    )
-    return raw.dim, _milliseconds(lambda: made.embed(chip)), note
+        raise ModelError(f"{card.name} gives no usable vector: all of it is 0, or some of it is not finite")
+    note = ""
+    if not is_usable:
+        note = f"a gallery holds {EMBEDDING_DIM}-D vectors: fit a projection with `facepipe models project`"
+    return _Trial(_measure_milliseconds(lambda: embedder.embed(chip)), raw.dim, note)
 
 
-def _detect(found: Card) -> float:
-    made = found.load("cpu", 1, _LIMITS)
-    picture = make_scene_chips((640, 480), 1)
-    made.detect(picture)
-    return _milliseconds(lambda: made.detect(picture))
+def _try_detector(card: Card) -> _Trial:
+    detector = card.load("cpu", 1, _LIMITS)
+    image = make_scene_chips((640, 480), 1)
+    detector.detect(image)
+    return _Trial(_measure_milliseconds(lambda: detector.detect(image)))
 
 
-def _milliseconds(call: Any) -> float:
-    began = time.perf_counter()
+def _measure_milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
     call()
-    return (time.perf_counter() - began) * 1e3
+    return (time.perf_counter() - start) * 1e3
 
 
-def _parameters(found: Card, path: Path | None) -> int | None:
+def _count_parameters(card: Card, path: Path | None) -> int | None:
     if path is None:
-        return found.parameters
+        return card.parameters
     file = read_card(path)
     if is_onnx(file):
         import onnx
 
         graph = onnx.load(str(path.parent / file.weights)).graph
         return sum(int(np.prod(constant.dims)) for constant in graph.initializer)
-    from facepipe.models.zoo.loading import load_net
-
     return sum(p.numel() for p in load_net(path)[0].parameters())
 
 
 def describe_layout(layout: ChipLayout) -> str:
-    """A layout in words."""
+    """Describe a layout in words."""
     width, height = layout.size
-    how = {
+    alignments = {
         "similarity": "five landmarks to " + ", ".join(f"({x:g}, {y:g})" for x, y in layout.template),
         "eyes": f"eyes level, box letterboxed with {layout.fill}",
         "box": f"box letterboxed with {layout.fill}",
         "dlib": "dlib's own landmarks and chip",
     }
-    return f"{width}x{height}, {how[layout.kind]}"
+    return f"{width}x{height}, {alignments[layout.kind]}"
 
 
-def list_models() -> Iterator[tuple[Card | None, str, str]]:
-    """(card, name, why there is none) of what is registered and of the TOML files in the models' folder."""
-    for found in CARDS.values():
-        yield found, found.name, ""
+@dataclass(frozen=True)
+class ListedModel:
+    """A model that is registered, or has a TOML file in the models' folder.
+
+    Attributes:
+        name: Its name, or that of its file.
+        card: Its card; None if the file cannot be used.
+        error: Why it cannot be used.
+    """
+
+    name: str
+    card: Card | None
+    error: str = ""
+
+
+def list_models() -> list[ListedModel]:
+    """List the registered models and those with TOML files in the folder FACEPIPE_MODELS."""
+    models = [ListedModel(card.name, card) for card in CARDS.values()]
     folder = os.environ.get(MODELS_FOLDER)
-    for path in sorted(Path(folder).glob("*.toml")) if folder else []:
-        from facepipe.models.zoo.loading import load_card
-
+    paths = sorted(Path(folder).glob("*.toml")) if folder else []
+    for path in paths:
         try:
-            yield load_card(path), path.stem, ""
+            models.append(ListedModel(path.stem, load_card(path)))
         except FacepipeError as error:
-            yield None, path.stem, str(error)
+            models.append(ListedModel(path.stem, None, str(error)))
+    return models

@@ -1,6 +1,7 @@
-"""A model as one ONNX graph that takes uint8 chips as they are cut: what it is fed, and its projection, are inside.
+"""Export a model as one ONNX graph that takes uint8 chips as they are cut.
 
-A graph is written only when ONNX Runtime makes the same vectors of it as torch does of the model.
+Its preprocessing and its projection are inside the graph. A graph is only written if ONNX Runtime computes the same
+vectors from it as torch does from the model.
 """
 
 import hashlib
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 from facepipe.errors import ConfigError, ModelError, StorageError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
+from facepipe.models.embedders.engines import OnnxEmbedder, TorchEmbedder
 from facepipe.models.parity import TOLERANCE, measure_difference
+from facepipe.models.projection import ProjectedEmbedder, read_projection
 from facepipe.models.protocols import Embedder
-from facepipe.models.runtime.preprocess import Input
+from facepipe.models.runtime.preprocess import Input, preprocess_with
 from facepipe.models.zoo.architectures import ARCHITECTURES
 from facepipe.models.zoo.card_file import CardFile, InputConfig, resolve_chip_layout, resolve_input, to_toml
-from facepipe.models.zoo.registry import CARDS, find_card, load_dlib_net
+from facepipe.models.zoo.loading import fingerprint_without_projection, load_card, load_net
+from facepipe.models.zoo.packaged import load_dlib_net
+from facepipe.models.zoo.registry import CARDS, find_card, find_card_file
 from facepipe.storage import write
 from facepipe.types import Float32
 
@@ -32,26 +37,39 @@ OPSET = 20
 
 @dataclass(frozen=True)
 class TorchModel:
-    """An embedder as torch has it: the net, what it is fed, how its chips are cut, and what its TOML file will say."""
+    """An embedder as a torch module.
+
+    Attributes:
+        net: The network with its weights.
+        input: Channel order, mean and scale.
+        layout: How its chips are cut.
+        card: What the TOML file of the export will say.
+        projection: (d, 128), if it has one.
+    """
 
     net: "nn.Module"
-    fed: Input
+    input: Input
     layout: ChipLayout
     card: CardFile
     projection: Float32 | None = None
 
-    def embedder(self) -> Embedder:
-        """It, run by torch on the CPU."""
-        from facepipe.models.engines import TorchEmbedder
-        from facepipe.models.projection import ProjectedEmbedder
-
-        made: Embedder = TorchEmbedder(self.net, self.fed, self.layout.size, "cpu")
-        return made if self.projection is None else ProjectedEmbedder(made, self.projection)
+    def to_embedder(self) -> Embedder:
+        """Run it with torch on the CPU."""
+        embedder = TorchEmbedder(self.net, self.input, self.layout.size, device="cpu")
+        return embedder if self.projection is None else ProjectedEmbedder(embedder, self.projection)
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What was written. difference: between components of unit vectors, torch's and ONNX Runtime's, at most."""
+    """What an export wrote.
+
+    Attributes:
+        weights: Path of the ONNX graph.
+        card: Path of the TOML file.
+        opset: ONNX opset version.
+        dim: Length of the vectors.
+        difference: Largest difference between components of unit vectors, torch's and ONNX Runtime's.
+    """
 
     weights: str
     card: str
@@ -61,105 +79,128 @@ class ExportedModel:
 
 
 def export_model(model: str, out: Path, opset: int = OPSET) -> ExportedModel:
-    """Write OUT.onnx (`chips` (n, h, w, 3) uint8 RGB -> `vectors` (n, dim) float32) and OUT.toml beside it.
+    """Write OUT.onnx, from `chips` (n, h, w, 3) uint8 RGB to `vectors` (n, dim) float32, and OUT.toml.
 
-    model: a TOML file, or the name of an embedder
-    Raises ConfigError where one of the two exists, ModelError where the graph's vectors are not torch's.
+    Args:
+        model: A TOML file, or the name of an embedder.
+        out: OUT, with any suffix.
+        opset: ONNX opset version.
+
+    Raises:
+        ConfigError: One of the two files exists.
+        ModelError: The graph's vectors differ from torch's.
     """
-    from facepipe.models.engines import OnnxEmbedder
-
-    weights, toml = out.with_suffix(".onnx"), out.with_suffix(".toml")
-    for path in (weights, toml):
+    weights_path = out.with_suffix(".onnx")
+    card_path = out.with_suffix(".toml")
+    for path in (weights_path, card_path):
         if path.exists():
             raise ConfigError(f"{str(path)!r} exists: choose another name")
-    found = load_torch_model(model)
-    torch_embedder = found.embedder()
-    graph = build_onnx_graph(found, opset)
-    worst = measure_difference(torch_embedder, OnnxEmbedder(graph, found.fed, found.layout.size))
-    if worst > TOLERANCE:
+    # Export the graph and compare it.
+    torch_model = load_torch_model(model)
+    torch_embedder = torch_model.to_embedder()
+    graph = build_onnx_graph(torch_model, opset)
+    onnx_embedder = OnnxEmbedder(graph, torch_model.input, torch_model.layout.size)
+    difference = measure_difference(torch_embedder, onnx_embedder)
+    if difference > TOLERANCE:
         raise ModelError(
-            f"ONNX Runtime's vectors of {found.card.name} differ from torch's by {worst:.2g}, more than {TOLERANCE:g}: "
-            "nothing was written; try another --opset"
+            f"ONNX Runtime's vectors of {torch_model.card.name} differ from torch's by {difference:.2g}, more than "
+            f"{TOLERANCE:g}: nothing was written; try another --opset"
         )
-    written = replace(
-        found.card, weights=weights.name, sha256=hashlib.sha256(graph).hexdigest(), dim=torch_embedder.dim
+    # Write both files, or none.
+    card = replace(
+        torch_model.card, weights=weights_path.name, sha256=hashlib.sha256(graph).hexdigest(), dim=torch_embedder.dim
     )
     try:
-        write(str(weights), graph)
-        write(str(toml), to_toml(written).encode())
+        write(str(weights_path), graph)
+        write(str(card_path), to_toml(card).encode())
     except StorageError:
-        weights.unlink(missing_ok=True)
+        weights_path.unlink(missing_ok=True)
         raise
-    return ExportedModel(str(weights), str(toml), opset, torch_embedder.dim, worst)
+    return ExportedModel(str(weights_path), str(card_path), opset, torch_embedder.dim, difference)
 
 
 def load_torch_model(model: str) -> TorchModel:
-    """Raises ModelError for what there is no torch module of: an ONNX graph, a test's fake."""
-    from facepipe.models.zoo.registry import find_card_file
+    """Load an embedder as a torch module.
 
+    Args:
+        model: A TOML file, or the name of an embedder.
+
+    Raises:
+        ModelError: It has no torch module: an ONNX graph, or a fake for tests.
+    """
     if model in CARDS:
-        return _registered(find_card(model, "embedder"))
+        return _load_registered(find_card(model, "embedder"))
     path = find_card_file(model)
     if path is None:
-        find_card(model, "embedder")  # says what there is
+        find_card(model, "embedder")  # its error lists what there is
         raise ModelError(f"{model} has no TOML file")
-    return _from_file(path)
+    return _load_from_file(path)
 
 
-def _registered(found: Card) -> TorchModel:
-    layout, fed = found.layout, ARCHITECTURES["dlib-resnet"].input
-    if found.name != "dlib-resnet" or layout is None:
-        raise ModelError(f"{found.name} is no torch module: there is nothing to export")
-    written = CardFile(
-        name=found.name,
+def _load_registered(card: Card) -> TorchModel:
+    layout = card.layout
+    model_input = ARCHITECTURES["dlib-resnet"].input
+    if card.name != "dlib-resnet" or layout is None:
+        raise ModelError(f"{card.name} is not a torch module: there is nothing to export")
+    file = CardFile(
+        name=card.name,
         weights="",
-        architecture=found.name,
-        same_person=found.same_person,
-        licence=found.licence,
-        source=found.weights,
+        architecture=card.name,
+        same_person=card.same_person,
+        licence=card.licence,
+        source=card.weights,
+        input=_make_explicit(layout, model_input),
     )
-    return TorchModel(load_dlib_net(), fed, layout, replace(written, input=_spelt_out(layout, fed)))
+    return TorchModel(load_dlib_net(), model_input, layout, file)
 
 
-def _from_file(path: Path) -> TorchModel:
-    from facepipe.models.projection import read_projection
-    from facepipe.models.zoo.loading import fingerprint_without_projection, load_card, load_net
-
-    load_card(path)  # checks the weights' SHA-256
+def _load_from_file(path: Path) -> TorchModel:
+    load_card(path)  # checks the SHA-256 of the weights
     net, file = load_net(path)
     if file.role != "embedder":
-        raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are exported")
-    matrix = (
-        read_projection(path.parent / file.projection, file.dim, fingerprint_without_projection(path, file))
-        if file.projection
-        else None
+        raise ModelError(f"{path}: {file.name} is a {file.role}; only embedders can be exported")
+    projection = None
+    if file.projection:
+        sha256 = fingerprint_without_projection(path, file)
+        projection = read_projection(path.parent / file.projection, file.dim, sha256)
+    layout = resolve_chip_layout(file)
+    model_input = resolve_input(file)
+    card = replace(file, projection="", keys="", input=_make_explicit(layout, model_input))
+    return TorchModel(net, model_input, layout, card, projection)
+
+
+def _make_explicit(layout: ChipLayout, model_input: Input) -> InputConfig:
+    """Spell out what the model takes, because an ONNX graph does not say it."""
+    channels: Any = model_input.channels
+    return InputConfig(
+        size=layout.size,
+        channels=channels,
+        mean=model_input.mean,
+        scale=model_input.scale,
+        alignment=layout.kind,
+        template=layout.template or None,
+        fill=None if layout.kind in ("similarity", "dlib") else layout.fill,
     )
-    layout, fed = resolve_chip_layout(file), resolve_input(file)
-    written = replace(file, projection="", keys="", input=_spelt_out(layout, fed))
-    return TorchModel(net, fed, layout, written, matrix)
 
 
-def _spelt_out(layout: ChipLayout, fed: Input) -> InputConfig:
-    channels: Any = fed.channels
-    template = layout.template or None
-    fill = None if layout.kind in ("similarity", "dlib") else layout.fill
-    return InputConfig(layout.size, channels, fed.mean, fed.scale, layout.kind, template, fill)
+def build_onnx_graph(model: TorchModel, opset: int = OPSET) -> bytes:
+    """Build the ONNX graph of a model.
 
-
-def build_onnx_graph(found: TorchModel, opset: int = OPSET) -> bytes:
-    """The ONNX graph. Raises ModelError without onnxscript, and where torch cannot write the net."""
+    Raises:
+        ModelError: onnxscript is not installed, or torch cannot write the network.
+    """
     import torch
 
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ModelError("writing ONNX graphs needs onnxscript: pip install 'facepipe[export]'") from error
-    width, height = found.layout.size
+    width, height = model.layout.size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
-    with _quiet(), torch.inference_mode():
+    with _silence_exporter(), torch.inference_mode():
         try:
-            made: Any = torch.onnx.export(
-                _whole(found),
+            program: Any = torch.onnx.export(
+                _wrap_network(model),
                 (example,),
                 dynamo=True,
                 input_names=["chips"],
@@ -170,49 +211,49 @@ def build_onnx_graph(found: TorchModel, opset: int = OPSET) -> bytes:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            first = str(error).strip().splitlines()[0]
-            raise ModelError(f"torch cannot write {found.card.name} as an ONNX graph: {first}") from error
-    data: bytes = made.model_proto.SerializeToString()
-    return data
+            first_line = str(error).strip().splitlines()[0]
+            raise ModelError(f"torch cannot write {model.card.name} as an ONNX graph: {first_line}") from error
+    graph: bytes = program.model_proto.SerializeToString()
+    return graph
 
 
-def _whole(found: TorchModel) -> "nn.Module":
-    """From uint8 chips to vectors, as one module."""
+def _wrap_network(model: TorchModel) -> "nn.Module":
+    """Wrap the network in a module from uint8 chips to vectors."""
     import torch
     from torch import Tensor, nn
 
     from facepipe.models.embedders.prelu import replace_prelus
 
-    class Whole(nn.Module):
+    class ChipsToVectors(nn.Module):
         mean: Tensor
         scale: Tensor
         projection: Tensor | None
 
         def __init__(self) -> None:
             super().__init__()
-            self.net = replace_prelus(found.net).eval()
-            for name, values in (("mean", found.fed.mean), ("scale", found.fed.scale)):
-                self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
-            self.register_buffer("projection", None if found.projection is None else torch.tensor(found.projection))
+            self.net = replace_prelus(model.net).eval()
+            self.register_buffer("mean", torch.tensor(model.input.mean).view(1, 3, 1, 1))
+            self.register_buffer("scale", torch.tensor(model.input.scale).view(1, 3, 1, 1))
+            projection = None if model.projection is None else torch.tensor(model.projection)
+            self.register_buffer("projection", projection)
 
         def forward(self, chips: Tensor) -> Tensor:
-            x = chips.permute(0, 3, 1, 2).float()
-            x = x.flip(1) if found.fed.channels == "bgr" else x
-            vectors: Tensor = self.net((x - self.mean) / self.scale)
+            planes = preprocess_with(chips, self.mean, self.scale, is_bgr=model.input.channels == "bgr")
+            vectors: Tensor = self.net(planes)
             return vectors if self.projection is None else vectors @ self.projection
 
-    return Whole().eval()
+    return ChipsToVectors().eval()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter warns of its own deprecated calls, and of packages that it could do more with."""
-    log = logging.getLogger("torch.onnx")
-    before = log.level
-    log.setLevel(logging.ERROR)
+def _silence_exporter() -> Iterator[None]:
+    """Silence torch's exporter: it warns about its own deprecated calls and about optional packages."""
+    logger = logging.getLogger("torch.onnx")
+    previous = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(before)
+        logger.setLevel(previous)

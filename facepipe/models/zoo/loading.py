@@ -1,6 +1,6 @@
-"""Models from their TOML files: weights of ours, a public checkpoint, or any ONNX graph.
+"""Load models from their TOML files: weights of ours, a public checkpoint, or any ONNX graph.
 
-The SHA-256 that a gallery's contract holds covers the weights, the input and the projection: whatever moves a vector.
+The SHA-256 in a gallery's contract covers the weights, the input and the projection: whatever changes a vector.
 """
 
 import hashlib
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
+from facepipe.imaging.dlib_chip import BoxToSquare
 from facepipe.models.card import Card
 from facepipe.models.checkpoint import State, load_state, read_state
+from facepipe.models.projection import ProjectedEmbedder
+from facepipe.models.protocols import DetectionLimits, Detector, Embedder
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture, Lineage
 from facepipe.models.zoo.card_file import (
     CardFile,
@@ -26,102 +29,115 @@ if TYPE_CHECKING:
     from torch import nn
 
     from facepipe.models.detectors.retinaface import Channels
-    from facepipe.models.protocols import Detector, Embedder
 
 
 def load_card(path: Path) -> Card:
-    """The card that the registry would have had; weights are read and checked here, loaded by `load`."""
+    """Load the card of a model with a TOML file, after reading and checking its weights."""
     file = read_card(path)
-    weights = path.parent / file.weights
-    sha256 = _fingerprint(path, file, verify_weights(weights, file.sha256))
+    weights_path = path.parent / file.weights
+    square = _find_square(file)
     return Card(
         name=file.name,
         role=file.role,
-        summary=_summary(file),
-        weights=file.source or str(weights),
+        summary=_describe_architecture(file),
+        weights=file.source or str(weights_path),
         licence=file.licence,
-        sha256=sha256,
-        input=_described(file),
-        load=_LoadDetector(str(path)) if file.role == "detector" else _LoadEmbedder(str(path)),
+        sha256=_fingerprint(path, file, verify_weights(weights_path, file.sha256)),
+        input=_describe_input(file),
+        load=_DetectorLoader(str(path)) if file.role == "detector" else _EmbedderLoader(str(path)),
         layout=resolve_chip_layout(file) if file.role == "embedder" else None,
         dim=128 if file.projection else file.dim,
         metric="euclidean on unit vectors",
         same_person=to_euclidean_threshold(file),
-        square=_square(file),
-        square_known=_square(file) is not None,
+        square=square,
+        square_known=square is not None,
     )
 
 
-def _square(card: CardFile) -> tuple[float, float, float] | None:
-    made = ARCHITECTURES.get(card.architecture)
-    return made.square if made else None
+def _find_square(file: CardFile) -> BoxToSquare | None:
+    architecture = ARCHITECTURES.get(file.architecture)
+    return architecture.square if architecture else None
 
 
 @dataclass(frozen=True)
-class _LoadEmbedder:
+class _EmbedderLoader:
+    """A card's `load`; it can be pickled."""
+
     path: str
 
-    def __call__(self, device: str, threads: int) -> "Embedder":
+    def __call__(self, device: str, threads: int) -> Embedder:
         return load_embedder(Path(self.path), device, threads)
 
 
 @dataclass(frozen=True)
-class _LoadDetector:
+class _DetectorLoader:
+    """A card's `load`; it can be pickled."""
+
     path: str
 
-    def __call__(self, device: str, threads: int, limits: tuple[float, float]) -> "Detector":
+    def __call__(self, device: str, threads: int, limits: DetectionLimits) -> Detector:
         return load_detector(Path(self.path), device, threads, limits)
 
 
-def load_embedder(path: Path, device: str, threads: int, raw: bool = False) -> "Embedder":
-    """The embedder of a TOML file. raw: without its projection. Raises ModelError where it gives no 128-D vectors."""
-    from facepipe.models.engines import OnnxEmbedder, TorchEmbedder
+def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -> Embedder:
+    """Load the embedder of a TOML file.
+
+    Args:
+        path: The TOML file.
+        device: A torch device.
+        threads: Threads on a CPU.
+        raw: Whether to leave its projection out.
+
+    Raises:
+        ModelError: Its vectors have another length than the file says, or are not 128-D and not projected.
+    """
+    from facepipe.models.embedders.engines import OnnxEmbedder, TorchEmbedder
 
     file = read_card(path)
     size = resolve_chip_layout(file).size
+    model_input = resolve_input(file)
+    embedder: Embedder
     if is_onnx(file):
         graph = (path.parent / file.weights).read_bytes()
-        made: Embedder = OnnxEmbedder(graph, resolve_input(file), size, device, threads)
+        embedder = OnnxEmbedder(graph, model_input, size, device=device, threads=threads)
     else:
-        made = TorchEmbedder(load_net(path)[0], resolve_input(file), size, device, threads)
-    if made.dim != file.dim:
-        raise ModelError(f"{path}: the model gives {made.dim} numbers a face, and the file says dim = {file.dim}")
+        embedder = TorchEmbedder(load_net(path)[0], model_input, size, device=device, threads=threads)
+    if embedder.dim != file.dim:
+        raise ModelError(f"{path}: the model gives {embedder.dim} numbers per face, but the file says dim = {file.dim}")
     if raw:
-        return made
+        return embedder
     if file.projection:
-        from facepipe.models.projection import ProjectedEmbedder
-
-        return ProjectedEmbedder.from_file(
-            made, path.parent / file.projection, fingerprint_without_projection(path, file)
-        )
+        sha256 = fingerprint_without_projection(path, file)
+        return ProjectedEmbedder.from_file(embedder, path.parent / file.projection, sha256)
     if file.dim != 128:
         raise ModelError(
             f"{file.name} gives {file.dim}-D vectors, and a gallery holds 128-D ones: fit a projection with "
             f"`facepipe models project {path} GALLERY`"
         )
-    return made
+    return embedder
 
 
-def load_detector(path: Path, device: str, threads: int, limits: tuple[float, float]) -> "Detector":
-    """The detector of a TOML file: a RetinaFace checkpoint, or a YuNet or SCRFD graph."""
+def load_detector(path: Path, device: str, threads: int, limits: DetectionLimits) -> Detector:
+    """Load the detector of a TOML file: a RetinaFace checkpoint, or a YuNet or SCRFD graph.
+
+    Raises:
+        ModelError: It is another model.
+    """
     file = read_card(path)
     if is_onnx(file):
-        return _graph(file, path.parent / file.weights, threads, limits)
+        return _load_onnx_detector(file, path.parent / file.weights, threads, limits)
+    from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace, TorchRetinaFace
     from facepipe.models.detectors.retinaface_onnx import build_retinaface_onnx
-    from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 
     net: Any = load_net(path)[0]
-    fed = resolve_input(file)
-    if fed.channels not in ("rgb", "bgr"):
-        raise ModelError(f"{path}: channels are rgb or bgr")
-    channels: Channels = "rgb" if fed.channels == "rgb" else "bgr"
+    channels: Channels = "rgb" if resolve_input(file).channels == "rgb" else "bgr"
     if device == "cpu":
-        return OnnxRetinaFace(build_retinaface_onnx(net), limits, threads, channels)
+        return OnnxRetinaFace(build_retinaface_onnx(net), limits, threads=threads, channels=channels)
     return TorchRetinaFace(net, limits, device, channels)
 
 
-def _graph(file: CardFile, weights: Path, threads: int, limits: tuple[float, float]) -> "Detector":
-    graph = weights.read_bytes()
+def _load_onnx_detector(file: CardFile, weights_path: Path, threads: int, limits: DetectionLimits) -> Detector:
+    graph = weights_path.read_bytes()
     if file.architecture == "yunet":
         from facepipe.models.detectors.yunet import YuNet
 
@@ -134,75 +150,111 @@ def _graph(file: CardFile, weights: Path, threads: int, limits: tuple[float, flo
 
 
 def load_net(path: Path) -> "tuple[nn.Module, CardFile]":
-    """The torch module of a TOML file with its weights, in evaluation mode."""
+    """Load the torch module of a TOML file with its weights, in evaluation mode.
+
+    Raises:
+        ModelError: The weights are an ONNX graph.
+        WeightsError: The weights do not fit the architecture.
+    """
     file = read_card(path)
     if not file.architecture or is_onnx(file):
-        raise ModelError(f"{path}: an ONNX graph is run as it is; as a torch module it needs a checkpoint")
-    made = ARCHITECTURES[file.architecture]
-    weights = path.parent / file.weights
-    net = made.build(file.dim, resolve_chip_layout(file).size)
-    state = read_state(weights)
-    _check_fed(path, file, made.lineage(file.keys or made.lineage_of(state)))
-    load_state(net, rename_keys(state, made, file.keys), str(weights))
+        raise ModelError(f"{path}: an ONNX graph runs unchanged; a torch module needs a checkpoint")
+    architecture = ARCHITECTURES[file.architecture]
+    weights_path = path.parent / file.weights
+    net = architecture.build(file.dim, resolve_chip_layout(file).size)
+    state = read_state(weights_path)
+    lineage = architecture.find_lineage(file.keys) if file.keys else architecture.detect_lineage(state)
+    _check_input_is_set(path, file, lineage)
+    load_state(net, rename_keys(state, architecture, file.keys), str(weights_path))
     return net.eval(), file
 
 
-def _check_fed(path: Path, file: CardFile, lineage: Lineage | None) -> None:
-    """A lineage that was trained on another input than the architecture's has to have it spelt out."""
-    given = file.input
-    if lineage is None or lineage.input is None or None not in (given.channels, given.mean, given.scale):
+def _check_input_is_set(path: Path, file: CardFile, lineage: Lineage | None) -> None:
+    """Check that the input is set if the lineage was trained on another one than the architecture's."""
+    values = file.input
+    if lineage is None or lineage.input is None or None not in (values.channels, values.mean, values.scale):
         return
-    usual = lineage.input
+    trained_on = lineage.input
     raise ConfigError(
-        f"{path}: checkpoints of {lineage.name} are not fed as {file.architecture} is here: give input.channels, mean "
-        f'and scale; theirs are channels = "{usual.channels}", mean = {usual.mean[0]:g}, scale = {usual.scale[0]:g}'
+        f"{path}: checkpoints of {lineage.name} do not take the default input of {file.architecture}: set "
+        f'input.channels, mean and scale; theirs are channels = "{trained_on.channels}", '
+        f"mean = {trained_on.mean[0]:g}, scale = {trained_on.scale[0]:g}"
     )
 
 
 def rename_keys(state: State, architecture: Architecture, keys: str = "") -> State:
-    """A checkpoint's tensors under our names: by the key map that is named, else by the one that fits."""
-    maps = architecture.key_maps()
+    """Rename the tensors of a checkpoint to our names.
+
+    Args:
+        state: Tensors by name.
+        architecture: The network.
+        keys: Name of the key map; detected if empty.
+
+    Raises:
+        ConfigError: The architecture has no such key map.
+    """
+    key_maps = architecture.load_key_maps()
     if keys:
-        if keys not in maps:
-            raise ConfigError(f"{architecture.name} has no key map {keys!r}; there are {', '.join(maps) or 'none'}")
-        return maps[keys](state)
-    found = architecture.lineage_of(state)
-    return maps[found](state) if found else state
+        if keys not in key_maps:
+            known = ", ".join(key_maps) or "none"
+            raise ConfigError(f"{architecture.name} has no key map {keys!r}; there are {known}")
+        return key_maps[keys](state)
+    lineage = architecture.detect_lineage(state)
+    return key_maps[lineage.name](state) if lineage else state
 
 
-def verify_weights(weights: Path, sha256: str) -> str:
-    """SHA-256 of a file of weights. Raises WeightsError where it is missing, or not the one that is given."""
-    if not weights.is_file():
-        raise WeightsError(f"the weights {str(weights)!r} are missing")
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 and found != sha256:
-        raise WeightsError(f"{str(weights)!r} has SHA-256 {found}, and its TOML file says {sha256}: not this file")
-    return found
+def verify_weights(path: Path, sha256: str) -> str:
+    """Hash a file of weights and compare it with the hash in the TOML file.
+
+    Args:
+        path: The file.
+        sha256: The expected hash; empty if the TOML file has none.
+
+    Returns:
+        The SHA-256.
+
+    Raises:
+        WeightsError: The file is missing, or has another hash.
+    """
+    if not path.is_file():
+        raise WeightsError(f"the weights {str(path)!r} are missing")
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 and actual != sha256:
+        raise WeightsError(f"{str(path)!r} has SHA-256 {actual}, and its TOML file says {sha256}: not this file")
+    return actual
 
 
 def fingerprint_without_projection(path: Path, card: CardFile) -> str:
-    """The fingerprint that the model has without its projection."""
-    return _fingerprint(path, replace(card, projection=""), verify_weights(path.parent / card.weights, card.sha256))
+    """Compute the fingerprint that the model has without its projection."""
+    weights_sha256 = verify_weights(path.parent / card.weights, card.sha256)
+    return _fingerprint(path, replace(card, projection=""), weights_sha256)
 
 
-def _fingerprint(path: Path, card: CardFile, weights: str) -> str:
-    what: dict[str, Any] = {"weights": weights, "input": asdict(resolve_input(card)), "architecture": card.architecture}
+def _fingerprint(path: Path, card: CardFile, weights_sha256: str) -> str:
+    """Hash everything that a vector depends on."""
+    parts: dict[str, Any] = {
+        "weights": weights_sha256,
+        "input": asdict(resolve_input(card)),
+        "architecture": card.architecture,
+    }
     if card.projection:
-        what["projection"] = verify_weights(path.parent / card.projection, "")
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        parts["projection"] = verify_weights(path.parent / card.projection, "")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _summary(card: CardFile) -> str:
-    made = ARCHITECTURES.get(card.architecture)
-    return made.summary if made else "ONNX graph"
+def _describe_architecture(file: CardFile) -> str:
+    architecture = ARCHITECTURES.get(file.architecture)
+    return architecture.summary if architecture else "ONNX graph"
 
 
-def _described(card: CardFile) -> str:
-    fed = resolve_input(card)
-    size = "x".join(map(str, resolve_chip_layout(card).size)) if card.role == "embedder" else "any size"
-    return f"{fed.channels.upper()} {size}, (x - {_short(fed.mean)}) / {_short(fed.scale)}"
+def _describe_input(file: CardFile) -> str:
+    model_input = resolve_input(file)
+    size = "x".join(map(str, resolve_chip_layout(file).size)) if file.role == "embedder" else "any size"
+    mean = _format_values(model_input.mean)
+    scale = _format_values(model_input.scale)
+    return f"{model_input.channels.upper()} {size}, (x - {mean}) / {scale}"
 
 
-def _short(values: tuple[float, float, float]) -> str:
+def _format_values(values: tuple[float, float, float]) -> str:
     return f"{values[0]:g}" if len(set(values)) == 1 else "(" + ", ".join(f"{v:g}" for v in values) + ")"

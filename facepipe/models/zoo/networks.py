@@ -1,15 +1,21 @@
-"""Which models are torch modules that the device-resident path can run, and their modules with weights."""
+"""Models as torch modules, for the stages that keep everything on one GPU."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from facepipe.errors import ModelError
+from facepipe.models.projection import read_projection
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES
+from facepipe.models.zoo.card_file import CardFile, is_onnx, read_card, resolve_chip_layout, resolve_input
+from facepipe.models.zoo.loading import fingerprint_without_projection, load_net
+from facepipe.models.zoo.packaged import load_dlib_net, load_retinaface_net
+from facepipe.models.zoo.registry import find_card_file
 from facepipe.types import Float32
 
 if TYPE_CHECKING:
     from facepipe.models.detectors.retinaface import Channels
-    from facepipe.models.zoo.card_file import CardFile
 
 _DETECTOR = "retinaface-mnet025"
 _DLIB = ("dlib-resnet", "face-recognition")
@@ -17,69 +23,78 @@ _DLIB = ("dlib-resnet", "face-recognition")
 
 @dataclass(frozen=True)
 class EmbedderNet:
-    """A network (n, 3, h, w) -> (n, d), what it is fed, its chips' (width, height), and the projection (d, 128)."""
+    """An embedder as a torch module.
+
+    Attributes:
+        net: The network (n, 3, h, w) -> (n, d).
+        input: Channel order, mean and scale.
+        size: (width, height) of its chips.
+        projection: (d, 128), if it has one.
+    """
 
     net: Any
-    fed: Input
+    input: Input
     size: tuple[int, int]
     projection: Float32 | None = None
 
 
 def can_run_resident(detector: str, embedder: str) -> bool:
-    """Whether both run as torch modules: RetinaFace, and an embedder that is no ONNX graph. Reads no weights."""
-    return _is_module(detector, (_DETECTOR,), "retinaface-") and _is_module(embedder, _DLIB, "")
+    """Return whether both models run as torch modules.
+
+    That is RetinaFace, and any embedder that is not an ONNX graph. No weights are read.
+    """
+    return _is_torch_detector(detector) and _is_torch_embedder(embedder)
 
 
-def _is_module(name: str, known: tuple[str, ...], architecture: str) -> bool:
-    if name in known:
+def _is_torch_detector(name: str) -> bool:
+    if name == _DETECTOR:
         return True
-    from facepipe.models.zoo.card_file import is_onnx
+    file = _read_card(name)
+    return file is not None and not is_onnx(file) and file.architecture.startswith("retinaface-")
 
-    file = _file(name)
-    return file is not None and not is_onnx(file) and file.architecture.startswith(architecture or file.architecture)
+
+def _is_torch_embedder(name: str) -> bool:
+    if name in _DLIB:
+        return True
+    file = _read_card(name)
+    return file is not None and not is_onnx(file)
 
 
 def load_detector_net(name: str) -> "tuple[Any, Channels]":
-    """RetinaFace with the weights of a model for which `resident` holds, and the order of its channels: bgr or rgb."""
+    """Load RetinaFace with its weights.
+
+    Args:
+        name: A detector for which `can_run_resident` holds.
+
+    Returns:
+        The network, and the channel order in which it was trained.
+    """
     if name == _DETECTOR:
-        from facepipe.models.zoo.registry import load_retinaface_net
-
         return load_retinaface_net(), "bgr"
-    from facepipe.models.zoo.card_file import resolve_input
-    from facepipe.models.zoo.loading import load_net
-
-    net, file = load_net(_path(name))
+    net, file = load_net(_find_path(name))
     return net, "rgb" if resolve_input(file).channels == "rgb" else "bgr"
 
 
 def load_embedder_net(name: str) -> EmbedderNet:
-    """The network of a model for which `resident` holds."""
+    """Load the network of an embedder for which `can_run_resident` holds."""
     if name in _DLIB:
-        from facepipe.models.zoo.registry import load_dlib_net
-
         return EmbedderNet(load_dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150))
-    from facepipe.models import projection
-    from facepipe.models.zoo.card_file import resolve_chip_layout, resolve_input
-    from facepipe.models.zoo.loading import fingerprint_without_projection, load_net
-
-    path = _path(name)
+    path = _find_path(name)
     net, file = load_net(path)
-    matrix = None
+    projection = None
     if file.projection:
-        matrix = projection.read_projection(
-            path.parent / file.projection, file.dim, fingerprint_without_projection(path, file)
-        )
-    return EmbedderNet(net, resolve_input(file), resolve_chip_layout(file).size, matrix)
+        sha256 = fingerprint_without_projection(path, file)
+        projection = read_projection(path.parent / file.projection, file.dim, sha256)
+    return EmbedderNet(net, resolve_input(file), resolve_chip_layout(file).size, projection)
 
 
-def _path(name: str) -> Any:
-    from facepipe.models.zoo.registry import find_card_file
+def _find_path(name: str) -> Path:
+    path = find_card_file(name)
+    if path is None:
+        raise ModelError(f"{name} has no TOML file")
+    return path
 
-    return find_card_file(name)
 
-
-def _file(name: str) -> "CardFile | None":
-    from facepipe.models.zoo.card_file import read_card
-
-    path = _path(name)
+def _read_card(name: str) -> CardFile | None:
+    path = find_card_file(name)
     return read_card(path) if path else None

@@ -80,7 +80,7 @@ class Detection:
     def _by_host(self, images: list[int], letterbox: Callable[[int], Any]) -> list[Part]:
         """Inputs that the host makes, by shape."""
         groups: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
-        for n, box in zip(images, self._uploads.each(letterbox, images), strict=True):
+        for n, box in zip(images, self._uploads.map_function(letterbox, images), strict=True):
             groups[box.pixels.shape[:2]].append((n, box))
         parts: list[Part] = []
         for (height, width), rows in groups.items():

@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facepipe.models.engines import to_channels_last
 from facepipe.models.runtime.batches import Batches, measure_free_memory, plan_batch_size
 from facepipe.models.runtime.cuda_graphs import CudaGraphCache
 from facepipe.models.runtime.precision import DTYPES, cast_network
+from facepipe.models.runtime.preprocess import preprocess_with
+from facepipe.models.runtime.torch_inference import to_channels_last
 from facepipe.models.zoo.networks import EmbedderNet
 from facepipe.types import Float32
 
@@ -30,9 +31,9 @@ class ChipEmbedder:
         self._device, self._dtype = torch.device(device), DTYPES[precision]
         self._net = to_channels_last(cast_network(network.net, precision, _exact(network.net)), device)
         mean, scale = (
-            torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (network.fed.mean, network.fed.scale)
+            torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (network.input.mean, network.input.scale)
         )
-        self._mean, self._scale, self._swapped = mean, scale, network.fed.channels == "bgr"
+        self._mean, self._scale, self._swapped = mean, scale, network.input.channels == "bgr"
         self._buckets = CudaGraphCache(self.embed, self._device)
         self.batches: Batches[Tensor] = Batches(plan_batch_size(measure_free_memory(device), self.bytes_each(), most))
 
@@ -53,8 +54,7 @@ class ChipEmbedder:
     @torch.inference_mode()
     def embed(self, chips: Tensor) -> Tensor:
         """One batch, as it is."""
-        planes = chips.permute(0, 3, 1, 2).float()
-        x = (planes.flip(1) if self._swapped else planes).sub(self._mean).div(self._scale).to(self._dtype)
+        x = preprocess_with(chips, self._mean, self._scale, is_bgr=self._swapped).to(self._dtype)
         both = torch.cat([x, x.flip(3)]) if self._flip else x
         vectors: Tensor = self._net(both.contiguous(memory_format=torch.channels_last)).float()
         return (vectors[: len(chips)] + vectors[len(chips) :]) / 2 if self._flip else vectors

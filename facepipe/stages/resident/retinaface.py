@@ -12,9 +12,9 @@ from torch import Tensor
 
 from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFaceNet, fold_batch_norms
-from facepipe.models.engines import to_channels_last
-from facepipe.models.protocols import Faces
+from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.models.runtime.precision import DTYPES, cast_network
+from facepipe.models.runtime.torch_inference import to_channels_last
 from facepipe.stages.resident.nms import suppress
 from facepipe.types import Bool, Float32, Int64
 
@@ -83,11 +83,12 @@ class FaceFinder:
         return offsets, scores, points
 
     def exactly(self, frames: Tensor, limits: Limits) -> list[Faces]:
-        """All faces of frames, however many, by `retinaface_decode.postprocess`; waits for the device."""
+        """All faces of frames, however many, by `retinaface_decode.decode_faces`; waits for the device."""
         offsets, scores, points = (out.cpu().numpy() for out in self.predictions(frames))
         height, width = frames.shape[1:3]
         rows = zip(offsets, scores, points, strict=True)
-        return [decoding.decode_faces(o, s, p, (height, width), limits[:2]) for o, s, p in rows]
+        kept = DetectionLimits(limits.min_score, limits.max_iou)
+        return [decoding.decode_faces(decoding.RetinaFaceOutputs(*row), (height, width), kept) for row in rows]
 
     def _prior(self, frames: Tensor) -> Tensor:
         size = tuple(frames.shape[1:3])

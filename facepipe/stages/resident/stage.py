@@ -152,7 +152,11 @@ class FacesOnDevice:
                 view = larger(bytes(data), float(wanted[image]), view)
             mine = chosen[faces.image[chosen] == image]
             pairs = zip(faces.boxes[mine].astype(np.float64), faces.landmarks[mine].astype(np.float64), strict=True)
-            return [cut_chip(self._layout, view, *face, self._square) for face in pairs]
+            predict_points = self.align.predict_points
+            return [
+                cut_chip(self._layout, *view, *face, square=self._square, predict_points=predict_points)
+                for face in pairs
+            ]
 
         return [chip for chips in self._each(cut, np.unique(faces.image[chosen]).tolist()) for chip in chips]
 

@@ -5,12 +5,12 @@ import numpy as np
 import torch
 
 from facepipe.models.detectors.retinaface import Channels, normalise_pixels
-from facepipe.models.detectors.retinaface_decode import STRIDES, decode_faces
-from facepipe.models.protocols import Faces
+from facepipe.models.detectors.retinaface_decode import STRIDES, RetinaFaceOutputs, decode_faces
+from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.types import UInt8Image
 
 
-def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: tuple[float, float]) -> Faces:
+def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: DetectionLimits) -> Faces:
     """(h, w, 3) uint8 RGB -> its faces; `net` a RetinaFaceNet in inference mode, `limits` as in `decode_faces`."""
     h, w = image.shape[:2]
     stride = STRIDES[-1]
@@ -19,4 +19,5 @@ def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: 
     with torch.inference_mode():
         x = normalise_pixels(torch.from_numpy(np.asarray(padded, np.uint8)).to(device)[None], channels)
         offsets, scores, points = (out[0].float().cpu().numpy() for out in net(x))
-    return decode_faces(offsets, scores, points, (padded.shape[0], padded.shape[1]), limits)
+    outputs = RetinaFaceOutputs(offsets, scores, points)
+    return decode_faces(outputs, (padded.shape[0], padded.shape[1]), limits)

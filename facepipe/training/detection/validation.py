@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from facepipe.models.detectors.retinaface import Channels
-from facepipe.models.protocols import Faces
+from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.training.detection.annotations import AnnotatedFaces
 from facepipe.training.detection.average_precision import compute_average_precision, mark_correct
 from facepipe.training.detection.config import DetectionConfig
@@ -49,6 +49,6 @@ def _detect_shrunk(net: nn.Module, image: UInt8Image, config: DetectionConfig, c
     scale = min(1.0, config.held_size / max(image.shape[:2]))
     h, w = (max(1, round(side * scale)) for side in image.shape[:2])
     shrunk = np.asarray(cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA), np.uint8) if scale < 1 else image
-    faces = detect(net, shrunk, channels, (config.held_score, config.held_overlap))
+    faces = detect(net, shrunk, channels, DetectionLimits(config.held_score, config.held_overlap))
     back = np.array([image.shape[1] / w, image.shape[0] / h], np.float32)
     return Faces((faces.boxes.reshape(-1, 2, 2) * back).reshape(-1, 4), faces.landmarks * back, faces.scores)

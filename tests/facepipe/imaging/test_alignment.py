@@ -45,7 +45,7 @@ def eyes_in(chip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @settings(max_examples=25, deadline=None)
 def test_eyes_are_level(angle: float) -> None:
     image, box, landmarks = marked(angle)
-    left, right = eyes_in(cut_chip(EYES, (image, Frame()), box, landmarks))
+    left, right = eyes_in(cut_chip(EYES, image, Frame(), box, landmarks))
     assert abs(left[1] - right[1]) < 2.5
     assert right[0] - left[0] > 20
 
@@ -54,15 +54,15 @@ def test_eyes_are_level(angle: float) -> None:
 @settings(max_examples=25, deadline=None)
 def test_landmarks_go_to_the_template(angle: float) -> None:
     image, box, landmarks = marked(angle)
-    left, right = eyes_in(cut_chip(SIMILARITY, (image, Frame()), box, landmarks))
+    left, right = eyes_in(cut_chip(SIMILARITY, image, Frame(), box, landmarks))
     upright = marked(0)
-    expected = eyes_in(cut_chip(SIMILARITY, (upright[0], Frame()), *upright[1:]))
+    expected = eyes_in(cut_chip(SIMILARITY, upright[0], Frame(), *upright[1:]))
     assert np.abs(np.array([left, right]) - expected).max() < 1.5
 
 
 def test_a_box_is_not_turned() -> None:
     image, box, landmarks = marked(30)
-    left, right = eyes_in(cut_chip(BOX, (image, Frame()), box, landmarks))
+    left, right = eyes_in(cut_chip(BOX, image, Frame(), box, landmarks))
     across = right - left
     assert np.degrees(np.arctan2(across[1], across[0])) == pytest.approx(30, abs=4)
 
@@ -73,7 +73,7 @@ def test_what_is_beside_the_box_is_filled(width: int, height: int, turned: bool)
     layout = EYES if turned else BOX
     image = np.zeros((260, 260, 3), np.uint8)
     box = np.array([20, 30, 20 + width, 30 + height], float)
-    chip = cut_chip(layout, (image, Frame()), box, 50 + 10 * FACE)
+    chip = cut_chip(layout, image, Frame(), box, 50 + 10 * FACE)
     assert chip.shape == (layout.size[1], layout.size[0], 3)
     scale = min(layout.size[0] / width, layout.size[1] / height)
     filled = (chip == layout.fill).all(2)
@@ -88,7 +88,7 @@ def test_what_is_beside_the_box_is_filled(width: int, height: int, turned: bool)
 def test_a_face_half_outside_the_image(layout: ChipLayout) -> None:
     image = np.full((80, 80, 3), 255, np.uint8)
     box, landmarks = np.array([-40, -10, 40, 70], float), np.array([-40, -10]) + 80 * FACE
-    chip = cut_chip(layout, (image, Frame()), box, landmarks)
+    chip = cut_chip(layout, image, Frame(), box, landmarks)
     middle = chip[chip.shape[0] // 2]
     assert (middle[2] == 0).all(), "outside the image it is black"
     assert (middle[chip.shape[1] - 25 :] == 255).all()
@@ -101,7 +101,7 @@ def test_degenerate_boxes_do_not_raise(layout: ChipLayout, box: tuple[float, ...
     for landmarks in (np.zeros((5, 2)), np.full((5, 2), 33.0), 40 + 20 * FACE):
         corners = np.array(box, float)
         assert find_required_scale(layout, corners, landmarks) > 0
-        chip = cut_chip(layout, (image, Frame()), corners, landmarks)
+        chip = cut_chip(layout, image, Frame(), corners, landmarks)
         assert chip.shape == (layout.size[1], layout.size[0], 3)
 
 
@@ -129,7 +129,7 @@ def test_scale_and_orientation_do_not_show(layout: ChipLayout, photos: Path) -> 
         for reduce in (1, 2):
             assert find_required_scale(layout, box, landmarks) <= 1 / reduce
             view = decode(data, header, reduce), locate_frame(header, reduce)
-            chips.append(cut_chip(layout, view, box, landmarks).astype(int))
+            chips.append(cut_chip(layout, *view, box, landmarks).astype(int))
     for chip in chips[1:]:
         assert np.abs(chip - chips[0]).mean() < 2.5
 

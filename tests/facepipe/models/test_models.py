@@ -12,25 +12,26 @@ from facepipe.imaging.decode import decode
 from facepipe.imaging.header import read_header
 from facepipe.models.detectors import retinaface_decode
 from facepipe.models.detectors.retinaface_decode import apply_sorted_nms
+from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace, TorchRetinaFace
 from facepipe.models.dlib.format import FormatError, read_metric_network
 from facepipe.models.dlib.layout import fold_layers
 from facepipe.models.dlib.resnet import DlibResNet
-from facepipe.models.engines import OnnxRetinaFace, TorchEmbedder, TorchRetinaFace
+from facepipe.models.embedders.engines import TorchEmbedder
+from facepipe.models.protocols import DetectionLimits
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.weights import find_package_file, read_bytes_literal, verify_sha256
 from facepipe.models.zoo.architectures import ARCHITECTURES
-from facepipe.models.zoo.registry import (
-    CARDS,
+from facepipe.models.zoo.packaged import (
     DLIB_SHA256,
-    find_card,
     load_dlib_net,
     load_retinaface_net,
     read_dlib_weights,
     read_retinaface_onnx,
 )
+from facepipe.models.zoo.registry import CARDS, find_card
 
-LIMITS = (0.5, 0.4)
+LIMITS = DetectionLimits(0.5, 0.4)
 DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -59,7 +60,7 @@ def test_dlib_on_cpu(reference: np.ndarray) -> None:
 
 
 def test_dlib_as_torch_module(reference: np.ndarray) -> None:
-    net = TorchEmbedder(load_dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), "cpu")
+    net = TorchEmbedder(load_dlib_net(), ARCHITECTURES["dlib-resnet"].input, (150, 150), device="cpu")
     assert np.abs(net.embed(chips()) - reference).max() < 1e-5
 
 
@@ -179,9 +180,9 @@ def test_unknown_models_are_named() -> None:
 
 def test_a_size_that_a_network_does_not_take_is_named() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9), torch.nn.Flatten())
-    assert TorchEmbedder(net, Input(), (9, 9), "cpu").dim == 4
+    assert TorchEmbedder(net, Input(), (9, 9), device="cpu").dim == 4
     with pytest.raises(ModelError, match=r"does not take chips of \(9, 8\): .*Kernel size"):
-        TorchEmbedder(net, Input(), (9, 8), "cpu")
+        TorchEmbedder(net, Input(), (9, 8), device="cpu")
 
 
 def test_devices_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,14 +87,14 @@ def test_an_error_that_no_stage_foresaw_costs_one_image(
 ) -> None:
     from facepipe.models.fakes import FakeDetector
 
-    original = FakeDetector._one
+    original = FakeDetector._detect_one
 
     def fussy(self: FakeDetector, image: np.ndarray) -> Any:
         if image.shape[1] == 96:  # the others are padded to 104
             raise cv2.error("no sevens")
         return original(self, image)
 
-    monkeypatch.setattr(FakeDetector, "_one", fussy)
+    monkeypatch.setattr(FakeDetector, "_detect_one", fussy)
     settings = {
         "detect": {"model": "fake-detector", "border_below": 0, "second_look": False},
         "embed": {"model": "fake-embedder"},
@@ -107,7 +107,7 @@ def test_an_error_that_no_stage_foresaw_costs_one_image(
     def broken(self: FakeDetector, image: np.ndarray) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(FakeDetector, "_one", broken)
+    monkeypatch.setattr(FakeDetector, "_detect_one", broken)
     with pytest.raises(RuntimeError, match="the device is gone"):
         embed(drawings, tmp_path / "h", settings, runner="inline")
 
@@ -271,7 +271,7 @@ def test_a_worker_that_cannot_start_says_why(
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "fakes"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    from facepipe.models.zoo.registry import read_dlib_weights
+    from facepipe.models.zoo.packaged import read_dlib_weights
 
     read_dlib_weights.cache_clear()
     with pytest.raises(Exception, match="pip install face-recognition-models"):

@@ -13,7 +13,7 @@ from facepipe.models.detectors.retinaface_decode import (
     decode_confident_faces,
     decode_faces,
 )
-from facepipe.models.protocols import Faces
+from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.stages import Decode, Detect
 from facepipe.stages.detect import shrunk
 from facepipe.types import UInt8Image
@@ -30,9 +30,9 @@ class Eye:
     def detect(self, images: UInt8Image) -> list[Faces]:
         return [self._faces(images, 0.7)] * len(images)
 
-    def detect_confident(self, images: UInt8Image, doubtful: float, sure: float) -> list[Faces | None]:
-        found = self._faces(images, doubtful)
-        return [found if len(found.scores) and (found.scores >= sure).all() else None] * len(images)
+    def detect_confident(self, images: UInt8Image, *, reject_below: float, accept_above: float) -> list[Faces | None]:
+        faces = self._faces(images, reject_below)
+        return [faces if len(faces.scores) and (faces.scores >= accept_above).all() else None] * len(images)
 
     def _faces(self, images: UInt8Image, min_score: float) -> Faces:
         side = max(images.shape[1:3])
@@ -102,9 +102,9 @@ def test_doubt_is_what_suppression_would_leave_between_the_scores(
     outputs = RetinaFaceOutputs(
         rng.normal(size=(count, 4)).astype(np.float32), scores, rng.normal(size=(count, 10)).astype(np.float32)
     )
-    everything = decode_faces(*outputs, shape, (doubtful, max_iou))
+    everything = decode_faces(outputs, shape, DetectionLimits(doubtful, max_iou))
     expected = len(everything.scores) > 0 and bool((everything.scores >= sure).all())
-    found = decode_confident_faces(outputs, shape, (doubtful, sure, max_iou))
+    found = decode_confident_faces(outputs, shape, reject_below=doubtful, accept_above=sure, max_iou=max_iou)
     assert (found is not None) == expected
     if found is not None:
         assert all(np.array_equal(a, b) for a, b in zip(found, everything, strict=True))

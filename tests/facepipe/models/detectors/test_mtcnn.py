@@ -23,9 +23,10 @@ from facepipe.models.detectors.mtcnn_weights import (
     load_packaged_nets,
     read_arrays,
 )
-from facepipe.models.engines import OnnxRetinaFace
+from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace
+from facepipe.models.protocols import DetectionLimits
 from facepipe.models.weights import find_package_file
-from facepipe.models.zoo.registry import read_retinaface_onnx
+from facepipe.models.zoo.packaged import read_retinaface_onnx
 
 # What facenet-pytorch 2.6.0 finds with its defaults in photos shrunk to 640 by area: box and landmarks.
 FOUND = {
@@ -47,7 +48,7 @@ def nets() -> MtcnnNets:
 
 @pytest.fixture(scope="module")
 def detector(nets: MtcnnNets) -> Mtcnn:
-    return Mtcnn(nets, (0.7, 1.0))
+    return Mtcnn(nets, DetectionLimits(0.7, 1.0))
 
 
 def photo(folder: Path, name: str) -> np.ndarray:
@@ -72,7 +73,7 @@ def test_finds_what_the_public_port_finds(detector: Mtcnn, photos: Path, name: s
 
 
 def test_agrees_with_retinaface(detector: Mtcnn, photos: Path) -> None:
-    other = OnnxRetinaFace(read_retinaface_onnx(), (0.9, 0.4))
+    other = OnnxRetinaFace(read_retinaface_onnx(), DetectionLimits(0.9, 0.4))
     for name in ("couple.jpg", "img27.jpg"):
         image = photo(photos, name)
         h, w = (side // 32 * 32 for side in image.shape[:2])
@@ -96,9 +97,9 @@ def test_faces_come_by_score_and_each_has_its_left_eye_first(detector: Mtcnn, ph
 
 def test_limits(nets: MtcnnNets, photos: Path) -> None:
     image = photo(photos, "couple.jpg")
-    scores = Mtcnn(nets, (0.7, 1.0)).detect(image[None])[0].scores
+    scores = Mtcnn(nets, DetectionLimits(0.7, 1.0)).detect(image[None])[0].scores
     between = float(scores[0] + scores[1]) / 2
-    assert len(Mtcnn(nets, (between, 1.0)).detect(image[None])[0].scores) == 1
+    assert len(Mtcnn(nets, DetectionLimits(between, 1.0)).detect(image[None])[0].scores) == 1
 
 
 def test_an_image_does_not_depend_on_its_batch(detector: Mtcnn, photos: Path) -> None:
@@ -121,7 +122,7 @@ def test_hostile_images(detector: Mtcnn, shape: tuple[int, int], fill: str) -> N
 
 
 def test_windows_outside_the_image_are_left_out() -> None:
-    boxes, windows = mtcnn._inside(
+    boxes, windows = mtcnn._clip_to_image(
         np.array([[-9.0, 3, -2, 9], [-5, -5, 4, 4], [90, 1, 120, 9], [5, 5, 5, 5]]), (50, 80)
     )
     assert boxes.tolist() == [[-5, -5, 4, 4], [5, 5, 5, 5]]
@@ -132,8 +133,8 @@ def test_windows_outside_the_image_are_left_out() -> None:
 def test_levels_are_area_means(size: tuple[int, int]) -> None:
     image = np.random.default_rng(1).integers(0, 256, (61, 83, 3), np.uint8)
     whole = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    sums = mtcnn._sums(image)
-    level = mtcnn._level(sums, mtcnn._edges(0, 61, size[0]), mtcnn._edges(0, 83, size[1]))
+    sums = mtcnn._integrate(image)
+    level = mtcnn._average_level(sums, mtcnn._divide(0, 61, size[0]), mtcnn._divide(0, 83, size[1]))
     wanted = (F.adaptive_avg_pool2d(whole, size) - 127.5) / 128
     assert np.abs(level - wanted.numpy()).max() < 1e-6
 
@@ -142,7 +143,7 @@ def test_crops_are_area_means() -> None:
     image = np.random.default_rng(2).integers(0, 256, (61, 83, 3), np.uint8)
     whole = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     windows = np.array([[0, 0, 83, 61], [10, 20, 11, 21], [3, 4, 33, 60], [70, 0, 83, 5]])
-    crops = mtcnn._crops(mtcnn._sums(image), windows, 24)
+    crops = mtcnn._average_windows(mtcnn._integrate(image), windows, 24)
     for crop, (x1, y1, x2, y2) in zip(crops, windows, strict=True):
         wanted = (F.adaptive_avg_pool2d(whole[:, :, y1:y2, x1:x2], 24)[0] - 127.5) / 128
         assert np.abs(crop - wanted.numpy()).max() < 1e-6
@@ -150,7 +151,7 @@ def test_crops_are_area_means() -> None:
 
 def test_sums_of_large_images_do_not_overflow() -> None:
     image = np.full((2910, 2910, 3), 255, np.uint8)
-    sums = mtcnn._sums(image)
+    sums = mtcnn._integrate(image)
     assert sums[:, -1, -1].tolist() == [255 * 2910**2] * 3
 
 
@@ -159,7 +160,7 @@ def test_stripes_hold_every_window_once(shape: tuple[int, int], monkeypatch: pyt
     pnet = random_nets().pnet
     x = torch.randn(1, 3, *shape)
     whole, _ = pnet(x)
-    monkeypatch.setattr(mtcnn, "_STRIPE", 2000)
+    monkeypatch.setattr(mtcnn, "_PIXELS_PER_STRIPE", 2000)
     parts = [pnet(x[:, :, start:stop])[0] for start, stop in mtcnn.split_into_stripes(*shape)]
     assert len(parts) > 1 or shape[0] < 50
     together = torch.cat(parts, 1)

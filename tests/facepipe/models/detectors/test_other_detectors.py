@@ -1,7 +1,6 @@
-"""YuNet and SCRFD graphs, Haar cascade, dlib's HOG, and the landmarks of detectors that give boxes only."""
+"""YuNet and SCRFD graphs, dlib's HOG, and the landmarks of detectors that give boxes only."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,28 @@ from onnx import TensorProto, helper, numpy_helper
 
 from facepipe.errors import ConfigError, ModelError
 from facepipe.gallery import Contract
-from facepipe.imaging.dlib_chip import find_dlib_square
-from facepipe.models.detectors import dlib_hog, haar
+from facepipe.imaging.dlib_chip import PredictPoints, find_dlib_square
+from facepipe.models.detectors import dlib_hog
 from facepipe.models.detectors.dlib_hog import DlibHog
-from facepipe.models.detectors.five_points import Predict, predict_landmarks, to_five_points
-from facepipe.models.detectors.haar import Haar, smallest_group
+from facepipe.models.detectors.five_points import predict_landmarks, to_five_points
 from facepipe.models.detectors.nms import apply_nms, apply_nms_by_smaller
 from facepipe.models.detectors.onnx_input import DetectorGraph
 from facepipe.models.detectors.retinaface_decode import apply_sorted_nms
+from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace
 from facepipe.models.detectors.scrfd import Scrfd
 from facepipe.models.detectors.yunet import YuNet
-from facepipe.models.dlib.predictor import load_predictor, predict
-from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.zoo.registry import find_card, read_retinaface_onnx
+from facepipe.models.dlib.predictor import load_predictor
+from facepipe.models.protocols import DetectionLimits
+from facepipe.models.zoo.packaged import read_retinaface_onnx
+from facepipe.models.zoo.registry import find_card
 
 HOSTILE = [(1, 1), (11, 11), (4, 3000), (3000, 4)]
 LEVELS = {8: 1, 16: 2, 32: 4}
-HAS_HAAR = hasattr(cv2, "CascadeClassifier")
 
 
 @pytest.fixture(scope="module")
-def predictor() -> Predict:
-    return partial(predict, load_predictor())
+def predictor() -> PredictPoints:
+    return load_predictor().predict
 
 
 def photo(folder: Path, name: str, side: int = 480) -> np.ndarray:
@@ -115,7 +114,7 @@ def test_yunet_decodes_as_opencv_does(fixed: bool, size: tuple[int, int], tmp_pa
     (tmp_path / "yunet.onnx").write_bytes(graph)
     theirs = cv2.FaceDetectorYN.create(str(tmp_path / "yunet.onnx"), "", size[::-1], 0.8, 0.3, 5000)
     rows = theirs.detect(np.zeros((*size, 3), np.uint8))[1]
-    faces = YuNet(graph, (0.8, 0.3)).detect(np.zeros((1, *size, 3), np.uint8))[0]
+    faces = YuNet(graph, DetectionLimits(0.8, 0.3)).detect(np.zeros((1, *size, 3), np.uint8))[0]
     assert len(rows) == len(faces.scores) > 5
     rows = rows[np.argsort(-rows[:, 14], kind="stable")]
     assert np.abs(rows[:, :2] - faces.boxes[:, :2]).max() < 1e-3
@@ -125,7 +124,7 @@ def test_yunet_decodes_as_opencv_does(fixed: bool, size: tuple[int, int], tmp_pa
 
 
 def test_yunet_takes_bgr_up_to_255() -> None:
-    detector = YuNet(random_yunet(96, 128, fixed=False, scale=0.5), (0.8, 1.0))
+    detector = YuNet(random_yunet(96, 128, fixed=False, scale=0.5), DetectionLimits(0.8, 1.0))
     blue, red = np.zeros((2, 1, 96, 128, 3), np.uint8)
     blue[..., 2], red[..., 0] = 255, 255
     assert len(detector.detect(blue)[0].scores) > 100  # scores rise by 127, from -100 on
@@ -133,7 +132,7 @@ def test_yunet_takes_bgr_up_to_255() -> None:
 
 
 def test_a_fixed_size_shrinks_larger_images() -> None:
-    detector = YuNet(random_yunet(96, 128, fixed=True), (0.8, 0.3))
+    detector = YuNet(random_yunet(96, 128, fixed=True), DetectionLimits(0.8, 0.3))
     small = detector.detect(np.zeros((1, 96, 128, 3), np.uint8))[0]
     large = detector.detect(np.zeros((1, 384, 512, 3), np.uint8))[0]
     assert np.abs((small.boxes + 0.5) * 4 - 0.5 - large.boxes).max() < 1e-3
@@ -208,43 +207,47 @@ def test_scrfd_decodes_what_was_encoded(shape: list[Any], batch: bool) -> None:
     for x, y in pixels:
         image[0, y, x] = (255, 0, 0)
     image[0, 80, 80] = (0, 255, 255)  # no red
-    faces = Scrfd(scrfd(shape, batch), (0.4, 1.0)).detect(image)[0]
+    faces = Scrfd(scrfd(shape, batch), DetectionLimits(0.4, 1.0)).detect(image)[0]
     wanted = expected(pixels)
     assert len(wanted) == 2 * (1 + 1 + 3 + 2 + 1)
     assert np.abs(np.array(found(faces)) - np.array(wanted)).max() < 1e-4
     assert (np.diff(faces.scores) <= 0).all()
-    assert len(Scrfd(scrfd(shape, batch), (0.4, 0.4)).detect(image)[0].scores) < len(wanted) / 2 + 1
-    assert len(Scrfd(scrfd(shape, batch), (0.6, 1.0)).detect(image)[0].scores) == len(wanted) / 2
+    assert len(Scrfd(scrfd(shape, batch), DetectionLimits(0.4, 0.4)).detect(image)[0].scores) < len(wanted) / 2 + 1
+    assert len(Scrfd(scrfd(shape, batch), DetectionLimits(0.6, 1.0)).detect(image)[0].scores) == len(wanted) / 2
 
 
 def test_scrfd_without_landmarks_is_refused() -> None:
     with pytest.raises(ModelError, match="no landmarks"):
-        Scrfd(scrfd([1, 3, "h", "w"], kinds=(1, 4)), (0.5, 0.4))
+        Scrfd(scrfd([1, 3, "h", "w"], kinds=(1, 4)), DetectionLimits(0.5, 0.4))
 
 
 @pytest.mark.parametrize("kind", [YuNet, Scrfd])
 def test_other_graphs_are_refused(kind: Any) -> None:
     identity = [helper.make_node("Identity", ["input"], ["out"])]
     with pytest.raises(ModelError, match=r"is not .*(cls_8|1 outputs)"):
-        kind(model(identity, {"out": None}, {}, [1, 3, "h", "w"]), (0.5, 0.4))
+        kind(model(identity, {"out": None}, {}, [1, 3, "h", "w"]), DetectionLimits(0.5, 0.4))
     with pytest.raises(ModelError, match="no single float image"):
-        kind(model(identity, {"out": None}, {}, [1, 80]), (0.5, 0.4))
+        kind(model(identity, {"out": None}, {}, [1, 80]), DetectionLimits(0.5, 0.4))
     with pytest.raises(ModelError, match="cannot load"):
-        kind(b"no graph", (0.5, 0.4))
+        kind(b"no graph", DetectionLimits(0.5, 0.4))
     nine = [helper.make_node("Identity", ["input"], [f"o{n}"]) for n in range(9)]
     if kind is Scrfd:
         with pytest.raises(ModelError, match=r"outputs of the shapes .* missing"):
-            Scrfd(model(nine, dict.fromkeys(f"o{n}" for n in range(9)), {}, [1, 3, "h", "w"]), (0.5, 0.4))
+            Scrfd(
+                model(nine, dict.fromkeys(f"o{n}" for n in range(9)), {}, [1, 3, "h", "w"]), DetectionLimits(0.5, 0.4)
+            )
     else:
         with pytest.raises(ModelError, match="has shape"):
-            YuNet(random_yunet(96, 128, fixed=False), (0.5, 0.4)).detect(np.zeros((1, 300, 300, 3), np.uint8))
+            YuNet(random_yunet(96, 128, fixed=False), DetectionLimits(0.5, 0.4)).detect(
+                np.zeros((1, 300, 300, 3), np.uint8)
+            )
 
 
 @pytest.mark.parametrize("shape", HOSTILE)
 def test_graphs_take_images_of_any_shape(shape: tuple[int, int]) -> None:
     image = np.zeros((2, *shape, 3), np.uint8)
     for size in ([1, 3, "h", "w"], [1, 3, 160, 224]):
-        faces = Scrfd(scrfd(size), (0.5, 0.4)).detect(image)
+        faces = Scrfd(scrfd(size), DetectionLimits(0.5, 0.4)).detect(image)
         assert [f.boxes.shape for f in faces] == [(0, 4)] * 2
         assert [f.landmarks.shape for f in faces] == [(0, 5, 2)] * 2
 
@@ -259,7 +262,7 @@ def test_graphs_of_files(name: str, fed: str, tmp_path: Path) -> None:
     path.write_text(f'name = "d"\nrole = "detector"\narchitecture = "{name}"\nweights = "d.onnx"\n')
     found = find_card(str(path), "detector")
     assert (found.input, found.square, found.square_known) == (fed, None, False)
-    assert len(found.load("cpu", 1, (0.5, 0.4)).detect(np.zeros((1, 96, 128, 3), np.uint8))) == 1
+    assert len(found.load("cpu", 1, DetectionLimits(0.5, 0.4)).detect(np.zeros((1, 96, 128, 3), np.uint8))) == 1
     assert Contract.of(str(path), "dlib-resnet", True).detector == "d"
     with pytest.raises(ModelError, match="how the boxes of d lie to dlib's was never measured"):
         Contract.of(str(path), "face-recognition", False)
@@ -291,8 +294,8 @@ def test_five_points_turn_and_grow_with_the_face() -> None:
     assert np.isfinite(to_five_points(np.zeros((1, 5, 2)))).all()
 
 
-def test_five_points_are_near_those_of_a_detector(shared: Path, predictor: Predict) -> None:
-    detector = OnnxRetinaFace(read_retinaface_onnx(), (0.7, 0.4))
+def test_five_points_are_near_those_of_a_detector(shared: Path, predictor: PredictPoints) -> None:
+    detector = OnnxRetinaFace(read_retinaface_onnx(), DetectionLimits(0.7, 0.4))
     errors = []
     for file in sorted((shared / "data" / "lfw-dev" / "images").glob("*/*.jpg"))[7::190]:
         image = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
@@ -307,9 +310,9 @@ def test_five_points_are_near_those_of_a_detector(shared: Path, predictor: Predi
 
 
 @pytest.fixture(scope="module")
-def hog(predictor: Predict) -> DlibHog:
+def hog(predictor: PredictPoints) -> DlibHog:
     pytest.importorskip("dlib", reason="the package dlib is not installed")
-    return DlibHog(predictor, (0.7, 1.0))
+    return DlibHog(predictor, DetectionLimits(0.7, 1.0))
 
 
 def test_hog_gives_dlibs_boxes(hog: DlibHog, photos: Path) -> None:
@@ -334,7 +337,7 @@ def test_hog_gives_dlibs_boxes(hog: DlibHog, photos: Path) -> None:
 def test_hog_scores() -> None:
     assert dlib_hog.to_dlib_threshold(0.7) == 0
     margins = np.array([-0.5, 0.0, 0.3, 4.0])
-    assert [dlib_hog.to_dlib_threshold(p) for p in dlib_hog._score(margins)] == pytest.approx(margins.tolist())
+    assert [dlib_hog.to_dlib_threshold(p) for p in dlib_hog._to_score(margins)] == pytest.approx(margins.tolist())
     assert np.isfinite([dlib_hog.to_dlib_threshold(0.0), dlib_hog.to_dlib_threshold(1.0)]).all()
 
 
@@ -345,47 +348,15 @@ def test_hog_takes_images_of_any_shape(hog: DlibHog, shape: tuple[int, int]) -> 
         assert (faces.boxes.shape, faces.landmarks.shape, faces.scores.shape) == ((0, 4), (0, 5, 2), (0,))
 
 
-def test_hog_without_dlib_says_so(predictor: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hog_without_dlib_says_so(predictor: PredictPoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dlib", None)
     with pytest.raises(ModelError, match="pip install dlib-bin"):
-        DlibHog(predictor, (0.7, 0.4))
+        DlibHog(predictor, DetectionLimits(0.7, 0.4))
 
 
-@pytest.mark.skipif(HAS_HAAR, reason="this OpenCV has Haar cascades")
-def test_haar_under_opencv_5_says_what_to_do(predictor: Predict) -> None:
-    with pytest.raises(ModelError, match="opencv-python<5"):
-        Haar(predictor, (0.7, 0.4))
-
-
-@pytest.fixture
-def cascade(predictor: Predict) -> Haar:
-    if not HAS_HAAR:
-        pytest.skip("OpenCV 5 has no Haar cascades")
-    return Haar(predictor, (0.7, 0.4))
-
-
-def test_haar(cascade: Haar, photos: Path) -> None:
-    image = photo(photos, "couple.jpg", 640)
-    faces = cascade.detect(image[None])[0]
-    assert len(faces.scores) == 2
-    opencv: Any = cv2  # whose stubs are those of version 5
-    wanted = opencv.CascadeClassifier(opencv.data.haarcascades + haar._FILE).detectMultiScale(
-        cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), 1.1, 5, minSize=(20, 20)
-    )
-    assert sorted(faces.boxes[:, :2].tolist()) == sorted(wanted[:, :2].tolist())
-    assert ((faces.scores >= 0.7) & (faces.scores < 1)).all()
-    assert (faces.landmarks[:, 0, 0] < faces.landmarks[:, 1, 0]).all()
-    for shape in HOSTILE:
-        assert len(cascade.detect(np.zeros((1, *shape, 3), np.uint8))[0].scores) == 0
-
-
-def test_haar_scores() -> None:
-    assert smallest_group(0.7) == 6  # minNeighbors=5 keeps groups of more than 5
-    assert smallest_group(0.0) == 2
-    groups = [smallest_group(p) for p in np.linspace(0, 1, 50)]
-    assert groups == sorted(groups)
-    for n in (3, 6, 40):
-        assert smallest_group(n / (n + haar._HALF)) == n
+def test_a_config_that_names_haar_is_told_the_other_detectors() -> None:
+    with pytest.raises(ModelError, match=r"'haar' was removed.*registered are: retinaface-mnet025, mtcnn, dlib-hog"):
+        find_card("haar", "detector")
 
 
 def test_graphs_of_these_tests_are_valid() -> None:

@@ -12,16 +12,17 @@ from facepipe.gallery import Contract
 from facepipe.models.checkpoint import load_state, read_state
 from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk, fold_batch_norms, normalise_pixels
 from facepipe.models.detectors.retinaface_decode import to_bgr_planes
+from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace
 from facepipe.models.detectors.retinaface_keys import rename_biubug6_keys
-from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.protocols import Faces
+from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
-from facepipe.models.zoo.registry import find_card, read_retinaface_onnx
+from facepipe.models.zoo.packaged import read_retinaface_onnx
+from facepipe.models.zoo.registry import find_card
 from facepipe.training.detection.detector import detect
 from facepipe.training.detection.overlap import compute_iou
 from facepipe.types import UInt8Image
 
-LIMITS = (0.7, 0.4)
+LIMITS = DetectionLimits(0.7, 0.4)
 ALIGNMENT = Contract.of("retinaface-mnet025", "face-recognition", False).alignment
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from facepipe.models.detectors.retinaface import Channels, RetinaFaceNet, Trunk, normalise_pixels
+from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace, TorchRetinaFace
 from facepipe.models.detectors.retinaface_onnx import build_retinaface_onnx
-from facepipe.models.engines import OnnxRetinaFace, TorchRetinaFace
 from facepipe.models.parity import make_scene_chips
-from facepipe.models.zoo.registry import load_retinaface_net, read_retinaface_onnx
+from facepipe.models.protocols import DetectionLimits
+from facepipe.models.zoo.packaged import load_retinaface_net, read_retinaface_onnx
 
 
 def trained_like(trunk: Trunk, norms: bool) -> RetinaFaceNet:
@@ -35,7 +36,7 @@ def test_the_graph_gives_the_modules_outputs(trunk: Trunk, norms: bool, channels
     images = make_scene_chips((160, 96), 2)
     with torch.inference_mode():
         expected = [out.numpy() for out in net(normalise_pixels(torch.from_numpy(images), channels))]
-    engine = OnnxRetinaFace(build_retinaface_onnx(net), (0.5, 0.4), 1, channels)
+    engine = OnnxRetinaFace(build_retinaface_onnx(net), DetectionLimits(0.5, 0.4), channels=channels)
     for n, image in enumerate(images):
         for found, wanted in zip(engine._run(image), expected, strict=True):
             assert np.abs(found - wanted[n]).max() < 1e-3 * max(1.0, float(np.abs(wanted[n]).max()))
@@ -43,9 +44,9 @@ def test_the_graph_gives_the_modules_outputs(trunk: Trunk, norms: bool, channels
 
 
 def test_the_default_detectors_weights_give_its_own_graphs_faces() -> None:
-    ours = OnnxRetinaFace(build_retinaface_onnx(load_retinaface_net()), (0.02, 0.4))
-    theirs = OnnxRetinaFace(read_retinaface_onnx(), (0.02, 0.4))
-    module = TorchRetinaFace(load_retinaface_net(), (0.02, 0.4), "cpu")
+    ours = OnnxRetinaFace(build_retinaface_onnx(load_retinaface_net()), DetectionLimits(0.02, 0.4))
+    theirs = OnnxRetinaFace(read_retinaface_onnx(), DetectionLimits(0.02, 0.4))
+    module = TorchRetinaFace(load_retinaface_net(), DetectionLimits(0.02, 0.4), "cpu")
     for size in ((640, 480), (224, 224), (96, 160)):
         image = make_scene_chips(size, 1, seed=2)
         for a, b, c in zip(ours.detect(image)[0], theirs.detect(image)[0], module.detect(image)[0], strict=True):

@@ -11,7 +11,7 @@ import pytest
 from facepipe.errors import WeightsError
 from facepipe.imaging.dlib_chip import TEMPLATE, cut_dlib_chip, find_dlib_square, halve_image
 from facepipe.models.dlib.format import FormatError
-from facepipe.models.dlib.predictor import PREDICTOR_SHA256, load_predictor, predict
+from facepipe.models.dlib.predictor import PREDICTOR_SHA256, load_predictor
 from facepipe.models.dlib.predictor_format import read_cascade, read_integers
 from facepipe.models.weights import find_package_file, verify_sha256
 from facepipe.models.zoo.registry import find_card
@@ -106,7 +106,7 @@ def test_landmarks_and_chips_are_those_of_dlib(faces: list[Face], reference: Dli
     predictor = load_predictor()
     for face in faces:
         shape = reference.shape(face)
-        points = predict(predictor, face.image, face.rect)
+        points = predictor.predict(face.image, face.rect)
         np.testing.assert_array_equal(points, coordinates(shape), face.name)
         chip = dlib.get_face_chip(face.image, shape, 150, 0.25)
         np.testing.assert_array_equal(cut_dlib_chip(face.image, points), chip, face.name)
@@ -117,7 +117,7 @@ def test_vectors_are_those_of_dlib(faces: list[Face], reference: Dlib) -> None:
     assert len(some) > 20
     predictor, embedder = load_predictor(), find_card("dlib-resnet", "embedder").load("cpu", 1)
     for face in some:
-        ours = embedder.embed(cut_dlib_chip(face.image, predict(predictor, face.image, face.rect))[None])[0]
+        ours = embedder.embed(cut_dlib_chip(face.image, predictor.predict(face.image, face.rect))[None])[0]
         theirs = np.array(reference.network.compute_face_descriptor(face.image, reference.shape(face)))
         assert np.abs(ours - theirs).max() <= 1e-6, face.name
 
@@ -173,7 +173,7 @@ def test_landmarks_of_any_box_are_those_of_dlib(reference: Dlib) -> None:
         image = drawn(rng, *(int(v) for v in rng.integers(2, 500, 2)))
         left, top, width, height = (int(v) for v in rng.integers((-300, -300, 1, 1), (700, 700, 900, 900)))
         face = Face("drawn", image, (left, top, left + width, top + height))
-        np.testing.assert_array_equal(predict(predictor, image, face.rect), coordinates(reference.shape(face)))
+        np.testing.assert_array_equal(predictor.predict(image, face.rect), coordinates(reference.shape(face)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 2), (9, 9), (300, 8)])
@@ -181,7 +181,7 @@ def test_no_face_is_too_odd(size: tuple[int, int]) -> None:
     image = np.full((*size, 3), 200, np.uint8)
     predictor = load_predictor()
     for rect in ((0, 0, 0, 0), (5, 5, 5, 5), (-900, -900, -700, -700), (10**6, 10**6, 10**6 + 50, 10**6 + 50)):
-        points = predict(predictor, image, rect)
+        points = predictor.predict(image, rect)
         assert points.shape == (5, 2)
         assert points.dtype == np.int64
         assert cut_dlib_chip(image, points).shape == (150, 150, 3)

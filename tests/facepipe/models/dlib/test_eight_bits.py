@@ -12,9 +12,11 @@ from facepipe.imaging.header import read_header
 from facepipe.models.dlib import eight_bits
 from facepipe.models.dlib.dlib_onnx import build_dlib_onnx, build_dlib_onnx_with_activations
 from facepipe.models.dlib.ranges import RANGES
-from facepipe.models.engines import OnnxDlib, open_session
+from facepipe.models.embedders.engines import OnnxDlib
 from facepipe.models.parity import make_noise_chips, make_scene_chips
-from facepipe.models.zoo.registry import find_card, read_dlib_weights
+from facepipe.models.runtime.onnx_session import open_session
+from facepipe.models.zoo.packaged import read_dlib_weights
+from facepipe.models.zoo.registry import find_card
 from facepipe.stages import Embed
 from facepipe.types import Float32, UInt8
 
@@ -66,7 +68,7 @@ def test_a_cpu_whose_products_saturate_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_ranges_are_those_of_the_activations_in_their_order() -> None:
     made, names = build_dlib_onnx_with_activations(*read_dlib_weights())
     assert len(names) == len(RANGES)
-    values = open_session(made, 1).run(names, {"chips": make_scene_chips((150, 150), 2)})
+    values = open_session(made, threads=1).run(names, {"chips": make_scene_chips((150, 150), 2)})
     for (low, high), found in zip(RANGES, values, strict=True):
         assert (low == 0) == (found.min() >= 0)
         assert 0.2 * high < found.max() < 5 * high

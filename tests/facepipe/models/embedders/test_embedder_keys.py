@@ -190,23 +190,23 @@ def _bubbliiiing_head(width: int) -> Shapes:
 
 
 LINEAGES: dict[str, tuple[Callable[[], Shapes], Callable[[State], State], Callable[[], nn.Module]]] = {
-    "xiaoccer": (xiaoccer, keys.mobilefacenet_xiaoccer, lambda: MobileFaceNet(size=(96, 112))),
-    "treb1en": (treb1en, keys.mobilefacenet_treb1en, lambda: MobileFaceNet(512)),
-    "arcface_torch": (arcface_torch, keys.iresnet_arcface_torch, lambda: IResNet(512, eps=1e-5)),
+    "xiaoccer": (xiaoccer, keys.rename_xiaoccer_mobilefacenet, lambda: MobileFaceNet(size=(96, 112))),
+    "treb1en": (treb1en, keys.rename_treb1en_mobilefacenet, lambda: MobileFaceNet(512)),
+    "arcface_torch": (arcface_torch, keys.rename_arcface_torch_iresnet, lambda: IResNet(512, eps=1e-5)),
     "arcface_torch-18": (
         lambda: arcface_torch((2, 2, 2, 2)),
-        keys.iresnet_arcface_torch,
+        keys.rename_arcface_torch_iresnet,
         lambda: IResNet(512, depth=18),
     ),
     "arcface_torch-100": (
         lambda: arcface_torch((3, 13, 30, 3)),
-        keys.iresnet_arcface_torch,
+        keys.rename_arcface_torch_iresnet,
         lambda: IResNet(512, depth=100),
     ),
-    "mxnet": (mxnet, keys.iresnet_mxnet, lambda: IResNet(512)),
-    "facenet-pytorch": (facenet_pytorch, keys.inception_resnet_facenet_pytorch, lambda: InceptionResNetV1(512)),
-    "bubbliiiing-inception": (bubbliiiing_inception, keys.inception_resnet_bubbliiiing, InceptionResNetV1),
-    "bubbliiiing-mobilenet": (bubbliiiing_mobilenet, keys.facenet_mobilenet_bubbliiiing, FaceNetMobileNet),
+    "mxnet": (mxnet, keys.rename_mxnet_iresnet, lambda: IResNet(512)),
+    "facenet-pytorch": (facenet_pytorch, keys.rename_facenet_pytorch_inception, lambda: InceptionResNetV1(512)),
+    "bubbliiiing-inception": (bubbliiiing_inception, keys.rename_bubbliiiing_inception, InceptionResNetV1),
+    "bubbliiiing-mobilenet": (bubbliiiing_mobilenet, keys.rename_bubbliiiing_mobilenet, FaceNetMobileNet),
 }
 
 
@@ -251,7 +251,7 @@ def torchvision(bottlenecks: bool, units: tuple[int, ...]) -> Shapes:
 def test_torchvisions_trunk_fits_but_for_the_embedding_layer(depth: int, units: tuple[int, ...]) -> None:
     theirs = {name: torch.empty(shape, device="meta") for name, shape in torchvision(depth == 50, units)}
     net = on_meta(lambda: ResNet(depth=depth))
-    trunk = keys.resnet_torchvision(theirs)
+    trunk = keys.rename_torchvision_resnet(theirs)
     ours = {k: v.shape for k, v in net.state_dict().items() if not k.startswith("embedding.")}
     assert {k: v.shape for k, v in trunk.items()} == ours
     with pytest.raises(WeightsError, match=r"2 missing: embedding\.weight, embedding\.bias"):
@@ -260,7 +260,7 @@ def test_torchvisions_trunk_fits_but_for_the_embedding_layer(depth: int, units: 
 
 def test_mxnets_fixed_scale_is_one_whatever_the_file_holds() -> None:
     state = {"fc1_gamma": torch.full((3,), 7.0), "fc1_moving_var": torch.full((3,), 2.0), "unknown": torch.zeros(1)}
-    mapped = keys.iresnet_mxnet(state)
+    mapped = keys.rename_mxnet_iresnet(state)
     assert mapped.keys() == {"last_bn.weight", "last_bn.running_var", "unknown"}
     assert torch.equal(mapped["last_bn.weight"], torch.ones(3))
 
@@ -271,7 +271,7 @@ def test_the_public_checkpoint_fits_bit_by_bit(shared: Path) -> None:
     state = read_state(shared / CHECKPOINT)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(xiaoccer())
     net = MobileFaceNet(size=(96, 112))
-    load_state(net, keys.mobilefacenet_xiaoccer(state), CHECKPOINT)
+    load_state(net, keys.rename_xiaoccer_mobilefacenet(state), CHECKPOINT)
     learnt = [t for k, t in state.items() if not k.endswith(("running_mean", "running_var", "tracked"))]
     assert count_parameters(net) == sum(t.numel() for t in learnt)
     for theirs, ours in zip(state.values(), net.state_dict().values(), strict=True):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ContractError, ModelError
 from facepipe.gallery import Gallery
-from facepipe.models.engines import OnnxEmbedder, TorchEmbedder, open_session
+from facepipe.models.embedders.engines import OnnxEmbedder, TorchEmbedder
 from facepipe.models.parity import make_scene_chips, measure_difference
 from facepipe.models.projection import Projection, save_projection, to_unit_vectors
+from facepipe.models.runtime.onnx_session import open_session
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
@@ -87,7 +88,7 @@ def foreign(channels_last: bool, batch: int | str) -> bytes:
 def test_foreign_graphs_in_any_layout(channels_last: bool, batch: int | str) -> None:
     made = OnnxEmbedder(foreign(channels_last, batch), FED, SIZE)
     assert (made.dim, made.size) == (512, SIZE)
-    assert measure_difference(TorchEmbedder(tiny(), FED, SIZE, "cpu"), made) < 1e-5
+    assert measure_difference(TorchEmbedder(tiny(), FED, SIZE, device="cpu"), made) < 1e-5
     chips = make_scene_chips(SIZE, 11)
     alone = np.concatenate([made.embed(chip[None]) for chip in chips])
     assert np.abs(made.embed(chips) - alone).max() < 1e-5, "the batch does not show in the vectors"
@@ -110,7 +111,7 @@ def test_a_gpu_that_cannot_be_started_is_no_cpu(monkeypatch: pytest.MonkeyPatch)
         warnings.simplefilter("ignore")
         for device in ("cuda", "cuda:1"):
             with pytest.raises(ModelError, match="could not start CUDAExecutionProvider"):
-                open_session(foreign(False, "n"), 1, device)
+                open_session(foreign(False, "n"), threads=1, device=device)
 
 
 def test_a_gpu_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +126,8 @@ def test_a_gpu_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
-    assert open_session(b"", 1, "cuda:1").providers == [("CUDAExecutionProvider", {"device_id": "1"})]
-    assert open_session(b"", 1, "cuda").providers == [("CUDAExecutionProvider", {})]
+    assert open_session(b"", threads=1, device="cuda:1").providers == [("CUDAExecutionProvider", {"device_id": "1"})]
+    assert open_session(b"", threads=1, device="cuda").providers == [("CUDAExecutionProvider", {})]
 
 
 def of_levels(name: str) -> bytes:
@@ -202,11 +203,11 @@ def test_an_export_holds_all_that_comes_before_and_after(saved: Path, tmp_path: 
     assert [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == ["n", 32, 24, 3]
     one, other = (find_card(str(path), "embedder").load("cpu", 1) for path in (saved, tmp_path / "out.toml"))
     assert measure_difference(one, other) < 1e-5
-    whole = TorchEmbedder(tiny(), FED, SIZE, "cpu").embed(make_scene_chips(SIZE))
+    whole = TorchEmbedder(tiny(), FED, SIZE, device="cpu").embed(make_scene_chips(SIZE))
     assert np.abs(to_unit_vectors(other.embed(make_scene_chips(SIZE))) - to_unit_vectors(whole @ MATRIX)).max() < 1e-5
     with pytest.raises(ConfigError, match="exists: choose another name"):
         export_model(str(saved), saved.with_suffix(".onnx"))
-    with pytest.raises(ModelError, match="run as it is"):
+    with pytest.raises(ModelError, match="runs unchanged"):
         export_model(str(tmp_path / "out.toml"), tmp_path / "again.onnx")
     with pytest.raises(ModelError, match="nothing to export"):
         export_model("fake-embedder", tmp_path / "again.onnx")
@@ -217,7 +218,7 @@ def test_an_export_that_is_not_the_same_is_not_written(
 ) -> None:
     import facepipe.models.zoo.export as exporting
 
-    shifted = replace(exporting.load_torch_model(str(saved)), fed=Input())
+    shifted = replace(exporting.load_torch_model(str(saved)), input=Input())
     right = exporting.build_onnx_graph(shifted)
     monkeypatch.setattr(exporting, "build_onnx_graph", lambda found, opset: right)
     with pytest.raises(ModelError, match="nothing was written; try another --opset"):

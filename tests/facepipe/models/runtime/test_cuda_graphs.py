@@ -31,7 +31,7 @@ def test_a_bucket_computes_its_full_size_whatever_it_is_given(device: str) -> No
         seen.append(tuple(items.shape))
         return items.float().flatten(1).sum(1, keepdim=True)
 
-    buckets = CudaGraphCache(function, torch.device(device), most=2)
+    buckets = CudaGraphCache(function, torch.device(device), max_shapes=2)
     for count in (4, 1, 3, 2, 4, 1, 3):  # so often that a GPU's is captured
         items = torch.randint(0, 255, (count, 5, 3), dtype=torch.uint8, device=device)
         assert torch.equal(buckets(items, 4), items.float().flatten(1).sum(1, keepdim=True))
@@ -41,12 +41,12 @@ def test_a_bucket_computes_its_full_size_whatever_it_is_given(device: str) -> No
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_shapes_used_last_are_kept(device: str) -> None:
-    buckets = CudaGraphCache(lambda items: items + 1, torch.device(device), most=2)
+    buckets = CudaGraphCache(lambda items: items + 1, torch.device(device), max_shapes=2)
     for side in (1, 1, 1, 1, 2, 2, 2, 2, 1, 3, 3, 3, 3, 1, 2):  # 3 takes the place of 2, then 2 that of 3
         ones = torch.ones(1, side, dtype=torch.uint8, device=device)
         assert torch.equal(buckets(ones, 2), ones + 1)
         assert len(buckets) <= 2
-    assert [shape[1] for shape in buckets._held] == [1, 2]
+    assert [shape[1] for shape in buckets._captured] == [1, 2]
     buckets.clear()
     assert len(buckets) == 0
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
     tried: list[int] = []
     monkeypatch.setattr(CapturedShape, "_capture", fails)
     bucket = CapturedShape(lambda items: items + 1, (2, 3), CPU, None)
-    bucket.capturable = True
+    bucket.is_capturable = True
     for _ in range(9):
         assert torch.equal(bucket(torch.zeros(1, 3, dtype=torch.uint8)), torch.ones(1, 3, dtype=torch.uint8))
     assert len(tried) == 1
@@ -84,7 +84,7 @@ def test_buffers_are_filled_to_the_brim_in_order(sizes: list[int], size: int) ->
 def test_images_arrive_as_they_were(device: str) -> None:
     """Also those that are views, are cut by the buffer's end, or come while the one before is still on its way."""
     rng = np.random.default_rng(0)
-    uploads = Uploads(torch.device(device), size=1000)
+    uploads = Uploads(torch.device(device), buffer_size=1000)
     for _ in range(5):
         images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((9, 11), (30, 31), (1, 1), (5, 8))]
         images.append(images[0][::2, ::-1])

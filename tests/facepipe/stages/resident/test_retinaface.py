@@ -10,8 +10,9 @@ import torch
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import read_header
 from facepipe.models.detectors import retinaface_decode as decoding
-from facepipe.models.engines import OnnxRetinaFace
-from facepipe.models.zoo.registry import load_retinaface_net, read_retinaface_onnx
+from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace
+from facepipe.models.protocols import DetectionLimits
+from facepipe.models.zoo.packaged import load_retinaface_net, read_retinaface_onnx
 from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed, packed
 
 SIDE = 160
@@ -39,7 +40,9 @@ def test_packed_faces_are_those_of_the_host(share: float, max_iou: float) -> Non
     rows = Packed.of(packed(found, PRIOR, limits).numpy())
     assert rows.flagged.tolist() == [False] * 3
     for n, (offsets, scores, points) in enumerate(zip(*(part.numpy() for part in found), strict=True)):
-        host = decoding.decode_faces(offsets, scores, points, (SIDE, SIDE), (0.7, max_iou))
+        host = decoding.decode_faces(
+            decoding.RetinaFaceOutputs(offsets, scores, points), (SIDE, SIDE), DetectionLimits(0.7, max_iou)
+        )
         device = rows.image(n)
         assert len(host.scores) == len(device.scores)
         assert np.array_equal(host.scores, device.scores)
@@ -81,7 +84,7 @@ def scenes(photos: Path) -> dict[str, np.ndarray]:
 
 def apart(scenes: dict[str, np.ndarray], precision: str, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """How far the landmarks of every face move (pixels, as seen by the detector), and the scores; the same faces."""
-    host = OnnxRetinaFace(read_retinaface_onnx(), (0.7, 0.4))
+    host = OnnxRetinaFace(read_retinaface_onnx(), DetectionLimits(0.7, 0.4))
     finder = FaceFinder(load_retinaface_net(), "bgr", device, precision)
     moved, scores = [], []
     for image in scenes.values():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from facepipe.models.detectors.retinaface_decode import build_anchors, decode_faces
+from facepipe.models.detectors.retinaface_decode import RetinaFaceOutputs, build_anchors, decode_faces
+from facepipe.models.protocols import DetectionLimits
 from facepipe.training.detection.config import MultiTaskConfig
 from facepipe.training.detection.loss import MultiTaskLoss
 from facepipe.training.detection.matching import encode_boxes, encode_points, match_anchors
@@ -71,7 +72,7 @@ def test_encoding_is_what_decoding_undoes() -> None:
     points[rows] = encode_points(torch.from_numpy(faces[:, 4:14]), at).numpy()
     scores = np.zeros(len(priors), np.float32)
     scores[rows] = np.linspace(0.9, 0.6, 6)
-    found = decode_faces(offsets, scores, points, (96, 160), (0.5, 1.0))
+    found = decode_faces(RetinaFaceOutputs(offsets, scores, points), (96, 160), DetectionLimits(0.5, 1.0))
     assert np.allclose(found.boxes, faces[:, :4], atol=1e-3)
     assert np.allclose(found.landmarks.reshape(-1, 10), faces[:, 4:14], atol=1e-3)
 

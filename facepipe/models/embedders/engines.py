@@ -1,0 +1,189 @@
+"""Embedders run by ONNX Runtime, and by torch on any device.
+
+ONNX Runtime gets 8 chips per call. The vector of a chip is then the same bit by bit whatever else is in the call
+(measured with dlib's network and MobileFaceNet). On a CPU torch gets one chip per call for the same reason.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from facepipe.errors import ModelError
+from facepipe.models.runtime.onnx_session import open_session
+from facepipe.models.runtime.preprocess import Input, preprocess_array, preprocess_with
+from facepipe.models.runtime.torch_inference import limit_threads, to_channels_last
+from facepipe.types import Float32, UInt8Image
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_CHIPS_PER_RUN = 8
+# Names of the input and the output of the graphs that `facepipe models export` writes.
+_EXPORTED_NAMES = ("chips", "vectors")
+_UNCHANGED = Input("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class OnnxDlib:
+    """dlib's network on a CPU, as the graph that `facepipe.models.dlib.dlib_onnx` writes.
+
+    Attributes:
+        dim: Length of a vector.
+        size: (width, height) of a chip.
+    """
+
+    dim = 128
+    size = (150, 150)
+
+    def __init__(self, graph: bytes, threads: int = 1):
+        """Open the graph with a number of threads."""
+        self._session = open_session(graph, threads=threads)
+
+    def embed(self, chips: UInt8Image) -> Float32:
+        """Embed chips; see `Embedder`."""
+        return _embed_in_runs(self._run, chips, self.dim, _CHIPS_PER_RUN)
+
+    def _run(self, chips: UInt8Image) -> Float32:
+        return np.asarray(self._session.run(None, {"chips": chips})[0], np.float32)
+
+
+class TorchEmbedder:
+    """An embedding network on any torch device, in channels_last.
+
+    Attributes:
+        size: (width, height) of a chip.
+        dim: Length of a vector.
+    """
+
+    def __init__(self, net: "nn.Module", model_input: Input, size: tuple[int, int], *, device: str, threads: int = 1):
+        """Move the network to the device and try it on one chip.
+
+        Args:
+            net: The network with its weights.
+            model_input: Channel order, mean and scale.
+            size: (width, height) of a chip.
+            device: A torch device.
+            threads: Threads of torch on a CPU.
+
+        Raises:
+            ModelError: The network does not take chips of this size.
+        """
+        import torch
+
+        self._net = to_channels_last(net, device)
+        self._threads = threads
+        self._device = torch.device(device)
+        self._mean = torch.tensor(model_input.mean, device=device).view(1, 3, 1, 1)
+        self._scale = torch.tensor(model_input.scale, device=device).view(1, 3, 1, 1)
+        self._is_bgr = model_input.channels == "bgr"
+        self.size = size
+        self.dim = self._measure_dim()
+
+    def embed(self, chips: UInt8Image) -> Float32:
+        """Embed chips; see `Embedder`."""
+        if self._device.type != "cpu":
+            return self._run(chips)
+        with limit_threads(self._threads):
+            return _embed_in_runs(self._run, chips, self.dim, 1)
+
+    def _measure_dim(self) -> int:
+        import torch
+
+        width, height = self.size
+        try:
+            with torch.inference_mode():
+                return int(self._net(torch.zeros(1, 3, height, width, device=self._device)).shape[1])
+        except RuntimeError as error:
+            raise ModelError(f"the network does not take chips of {self.size}: {str(error)[:300]}") from error
+
+    def _run(self, chips: UInt8Image) -> Float32:
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.ascontiguousarray(chips)).to(self._device, non_blocking=True)
+            planes = preprocess_with(pixels, self._mean, self._scale, is_bgr=self._is_bgr)
+            vectors = self._net(planes.contiguous(memory_format=torch.channels_last))
+            return np.asarray(vectors.float().cpu().numpy())
+
+
+class OnnxEmbedder:
+    """The ONNX graph of any embedder: one image input, one output of vectors.
+
+    A float input gets preprocessed chips, as (n, 3, h, w) or (n, h, w, 3), whichever its dimensions say. A uint8 input
+    gets the chips (n, h, w, 3) unchanged: the graph preprocesses them itself.
+
+    Attributes:
+        size: (width, height) of a chip.
+        dim: Length of a vector.
+    """
+
+    def __init__(
+        self, graph: bytes, model_input: Input, size: tuple[int, int], *, device: str = "cpu", threads: int = 1
+    ):
+        """Open the graph and try it on empty chips.
+
+        Args:
+            graph: The serialised ONNX model.
+            model_input: What the network inside the graph takes. For a uint8 input that is not one of our own exports
+                it must be RGB, mean 0, scale 1, because nothing else can be done to whole levels.
+            size: (width, height) of a chip.
+            device: "cpu", "cuda" or "cuda:N".
+            threads: Threads of ONNX Runtime.
+
+        Raises:
+            ModelError: The graph is not one of an embedder, or does not take chips of this size.
+        """
+        self._session = open_session(graph, threads=threads, device=device)
+        self._model_input = model_input
+        self.size = size
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1 or len(inputs[0].shape) != 4:
+            raise ModelError(f"an embedder's graph has one input of four dimensions, this one {_format_inputs(inputs)}")
+        self._input_name = inputs[0].name
+        self._output_name = self._session.get_outputs()[0].name
+        self._takes_uint8 = inputs[0].type == "tensor(uint8)"
+        self._has_channels_last = inputs[0].shape[3] == 3
+        self._has_fixed_batch = isinstance(inputs[0].shape[0], int)
+        self._batch_size = inputs[0].shape[0] if self._has_fixed_batch else _CHIPS_PER_RUN
+        is_exported = (self._input_name, self._output_name) == _EXPORTED_NAMES
+        if self._takes_uint8 and not is_exported and model_input != _UNCHANGED:
+            raise ModelError(
+                f"the graph takes uint8 chips unchanged, but its TOML file asks for {model_input}: set channels = "
+                '"rgb", mean = 0, scale = 1 there, or use a graph with a float input'
+            )
+        width, height = size
+        self.dim = int(self._run(np.zeros((self._batch_size, height, width, 3), np.uint8)).shape[1])
+
+    def embed(self, chips: UInt8Image) -> Float32:
+        """Embed chips; see `Embedder`."""
+        return _embed_in_runs(self._run_padded, chips, self.dim, self._batch_size)
+
+    def _run_padded(self, chips: UInt8Image) -> Float32:
+        """Embed at most one batch; a graph of a fixed batch size gets a full one, padded with the last chip."""
+        missing = self._batch_size - len(chips) if self._has_fixed_batch else 0
+        padded = np.concatenate([chips, np.repeat(chips[-1:], missing, 0)]) if missing else chips
+        return self._run(padded)[: len(chips)]
+
+    def _run(self, chips: UInt8Image) -> Float32:
+        pixels = np.ascontiguousarray(chips) if self._takes_uint8 else self._preprocess(chips)
+        try:
+            outputs = self._session.run([self._output_name], {self._input_name: pixels})
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
+            raise ModelError(f"the graph does not take chips of {self.size}: {str(error)[:300]}") from error
+        vectors = np.asarray(outputs[0], np.float32)
+        if vectors.size % len(chips):
+            raise ModelError(f"the graph's first output has shape {vectors.shape} for {len(chips)} chips")
+        return vectors.reshape(len(chips), -1)
+
+    def _preprocess(self, chips: UInt8Image) -> Float32:
+        pixels = preprocess_array(chips, self._model_input)
+        return np.ascontiguousarray(pixels if self._has_channels_last else pixels.transpose(0, 3, 1, 2), np.float32)
+
+
+def _embed_in_runs(run: Callable[[UInt8Image], Float32], chips: UInt8Image, dim: int, chips_per_run: int) -> Float32:
+    vectors = [run(chips[start : start + chips_per_run]) for start in range(0, len(chips), chips_per_run)]
+    return np.concatenate(vectors) if vectors else np.empty((0, dim), np.float32)
+
+
+def _format_inputs(inputs: Any) -> str:
+    return ", ".join(f"{i.name} {i.shape}" for i in inputs) or "none"
