@@ -128,7 +128,7 @@ def test_a_night_writes_a_record_and_metrics(night: Callable[..., Any], tmp_path
     assert (code, summary["images"], summary["steps"]["index"]["action"]) == (0, 12, "built")
     assert ("done", 0) in list_ends(tmp_path / "g", "nightly")
     figures = (tmp_path / "facepipe.prom").read_text()
-    assert re.search(r'facepipe_run_exit_code\{job="nightly",[^}]*\} 0', figures)
+    assert re.search(r'facepipe_run_exit_code\{[^}]*job="nightly"[^}]*\} 0', figures)
     code, out, _ = night()
     assert (code, "nightly did" in out, "note: no clusters" in out) == (0, True, True)
     code, out, _ = night("--dry-run")
