@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +20,9 @@ from facepipe.gallery.maintenance.vacuum import unreferenced
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
+from facepipe.reports.html import iterate_groups
 from facepipe.storage.store import open_store
 
-_GROUP = '{"title":'
 _AT_ONCE = 65536
 
 
@@ -162,12 +161,7 @@ def _texts(path: str, lines: Iterable[str]) -> Iterator[str]:
     if path.endswith(".csv"):
         yield from (cell for _, row in csv_rows(lines) for cell in row)
     elif path.endswith(".html"):
-        yield from (uri for line in lines for uri in _uris_of(line))
+        yield from (face["uri"] for group in iterate_groups(path) for face in group["faces"])
     else:
         told = line_tests(path)
         yield from (text for line in lines for text in told(line))
-
-
-def _uris_of(line: str) -> list[Any]:
-    body = line.removeprefix(",")
-    return [face["uri"] for face in json.loads(body)["faces"]] if body.startswith(_GROUP) else []

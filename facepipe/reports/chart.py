@@ -1,20 +1,27 @@
-"""Histograms laid out for SVG: paths and labels in pixels, without colours, which the page's style has."""
+"""Histograms laid out for SVG: paths and labels in pixels. Colours are in the page's style."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from facepipe.reports.histogram import log_ticks, number, ticks
+from facepipe.reports.histogram import choose_log_ticks, choose_ticks, format_number
 from facepipe.reports.model import Histogram, Mark, Series
 
-WIDTH, HEIGHT = 560, 250
-_LEFT, _RIGHT, _BOTTOM, _TOP = 48, 20, 42, 12
-_LANE = 15
-_CHARACTER = 6.2  # width of one at the labels' size, a little more than the mean
-_LONGEST = 40
-_GAP = 6
-_NOTHING = 1e-12  # densities below count as none
+WIDTH = 560
+HEIGHT = 250
+# Margins around the plot, in pixels.
+_LEFT = 48
+_RIGHT = 20
+_BOTTOM = 42
+_TOP = 12
+_LANE_HEIGHT = 15
+_CHARACTER_WIDTH = 6.2  # at the labels' size, a little more than the mean
+_MAX_LABEL = 40
+_LABEL_GAP = 6
+_MIN_DENSITY = 1e-12  # densities below count as none
+
+Scale = Callable[[float], float]  # from a value to pixels
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """A mark's line at x, from y downward, and its label, which ends at the line where `left`."""
+    """The line of a mark at x, from y downward, and its label, which ends at the line if `left`."""
 
     x: float
     y: float
@@ -46,7 +53,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Chart:
-    """A histogram in pixels of a WIDTH x HEIGHT box; `top` and `bottom` bound the plot."""
+    """A histogram in pixels of a WIDTH x HEIGHT box; left, right, top and bottom bound the plot."""
 
     histogram: Histogram
     summary: str
@@ -62,100 +69,123 @@ class Chart:
     bottom: float
 
 
-Scale = Callable[[float], float]
+def draw_chart(histogram: Histogram) -> Chart:
+    """Lay a histogram out.
 
+    Marks widen the axis to where they are. Marks without a finite position are left out.
+    """
+    marks = [mark for mark in histogram.marks if math.isfinite(mark.x) and (mark.x > 0 or not histogram.log_x)]
 
-def chart(histogram: Histogram) -> Chart:
-    """Lay a histogram out. Marks widen the axis to where they are; those that are no finite number are left out."""
-    marks = [m for m in histogram.marks if math.isfinite(m.x) and (m.x > 0 or not histogram.log_x)]
-    places = [e for s in histogram.series for e in s.edges] + [m.x for m in marks] or [1.0, 10.0]
-    low, high = min(places), max(places)
-    x = _scale(low, high, _LEFT, WIDTH - _RIGHT, histogram.log_x)
-    lanes = _lanes([x(m.x) for m in marks], [_short(m.label) for m in marks])
-    top, bottom = _TOP + _LANE * max((lane + 1 for lane in lanes), default=0), HEIGHT - _BOTTOM
-    floor, ceiling = _bounds(histogram)
-    y = _scale(floor, ceiling, bottom, top, histogram.log)
-    steps = [_steps(s, x, lambda count: y(max(count, floor))) for s in histogram.series]
-    x_ticks = (log_ticks if histogram.log_x else ticks)(low, high)
-    y_ticks = (log_ticks if histogram.log else ticks)(floor, ceiling, 5)
+    # The horizontal axis, and above the plot one lane for each row of labels.
+    positions = [edge for series in histogram.series for edge in series.edges] + [mark.x for mark in marks]
+    low = min(positions, default=1.0)
+    high = max(positions, default=10.0)
+    to_x = _create_scale(low, high, _LEFT, WIDTH - _RIGHT, log=histogram.log_x)
+    lanes = _choose_lanes([to_x(mark.x) for mark in marks], [_shorten(mark.label) for mark in marks])
+    top = _TOP + _LANE_HEIGHT * max((lane + 1 for lane in lanes), default=0)
+    bottom = HEIGHT - _BOTTOM
+
+    # The vertical axis.
+    floor, ceiling = _find_bounds(histogram)
+    to_y = _create_scale(floor, ceiling, bottom, top, log=histogram.log)
+    areas = []
+    outlines = []
+    for series in histogram.series:
+        steps = _draw_steps(series, to_x, lambda count: to_y(max(count, floor)))
+        outline = f"M{to_x(series.edges[0]):.1f},{bottom}{steps}V{bottom}"
+        outlines.append(outline)
+        areas.append(outline + "Z")
+    x_ticks = (choose_log_ticks if histogram.log_x else choose_ticks)(low, high)
+    y_ticks = (choose_log_ticks if histogram.log else choose_ticks)(floor, ceiling, 5)
+
     return Chart(
-        histogram,
-        _summary(histogram),
-        tuple(f"M{x(s.edges[0]):.1f},{bottom}{p}V{bottom}Z" for s, p in zip(histogram.series, steps, strict=True)),
-        tuple(f"M{x(s.edges[0]):.1f},{bottom}{p}V{bottom}" for s, p in zip(histogram.series, steps, strict=True)),
-        tuple(Tick(round(x(t), 1), number(t)) for t in x_ticks),
-        tuple(Tick(round(y(t), 1), number(t)) for t in y_ticks),
-        tuple(_line(m, x(m.x), lane) for m, lane in zip(marks, lanes, strict=True)),
-        _bins(histogram.series, x),
-        _LEFT,
-        WIDTH - _RIGHT,
-        top,
-        bottom,
+        histogram=histogram,
+        summary=_summarise(histogram),
+        areas=tuple(areas),
+        outlines=tuple(outlines),
+        x_ticks=tuple(Tick(round(to_x(tick), 1), format_number(tick)) for tick in x_ticks),
+        y_ticks=tuple(Tick(round(to_y(tick), 1), format_number(tick)) for tick in y_ticks),
+        lines=tuple(_draw_line(mark, to_x(mark.x), lane) for mark, lane in zip(marks, lanes, strict=True)),
+        bins=_describe_bins(histogram.series, to_x),
+        left=_LEFT,
+        right=WIDTH - _RIGHT,
+        top=top,
+        bottom=bottom,
     )
 
 
-def _scale(low: float, high: float, first: float, last: float, log: bool) -> Scale:
-    change: Scale = math.log10 if log else float
+def _create_scale(low: float, high: float, first: float, last: float, *, log: bool) -> Scale:
+    """Create a scale that maps low to `first` and high to `last`."""
+    transform: Scale = math.log10 if log else float
     if not high > low:
         return lambda value: (first + last) / 2
-    start, span = change(low), change(high) - change(low)
-    return lambda value: first + (change(value) - start) / span * (last - first)
+    start = transform(low)
+    span = transform(high) - start
+    return lambda value: first + (transform(value) - start) / span * (last - first)
 
 
-def _bounds(histogram: Histogram) -> tuple[float, float]:
-    """The counts at the bottom and the top of the plot; below a logarithmic axis there is room for the least count."""
-    counts = [c for s in histogram.series for c in s.counts if c > _NOTHING] or [1.0]
+def _find_bounds(histogram: Histogram) -> tuple[float, float]:
+    """Find the counts at the bottom and the top of the plot; a logarithmic axis has room below the least count."""
+    counts = [count for series in histogram.series for count in series.counts if count > _MIN_DENSITY] or [1.0]
     if not histogram.log:
         return 0.0, max(counts) * 1.04
     floor = 10.0 ** math.floor(math.log10(min(counts))) / 2
     return floor, max(max(counts) * 1.3, floor * 20)
 
 
-def _steps(series: Series, x: Scale, y: Scale) -> str:
-    return "".join(f"V{y(c):.1f}H{x(e):.1f}" for c, e in zip(series.counts, series.edges[1:], strict=True))
+def _draw_steps(series: Series, to_x: Scale, to_y: Scale) -> str:
+    steps = zip(series.counts, series.edges[1:], strict=True)
+    return "".join(f"V{to_y(count):.1f}H{to_x(edge):.1f}" for count, edge in steps)
 
 
-def _lanes(places: Sequence[float], labels: Sequence[str]) -> list[int]:
-    """The row of each label above the plot, such that no two overlap."""
-    rows: list[list[tuple[float, float]]] = []
+def _choose_lanes(positions: Sequence[float], labels: Sequence[str]) -> list[int]:
+    """Choose the row of each label above the plot, so that no two overlap."""
+    occupied: list[list[tuple[float, float]]] = []
     lanes = []
-    for place, label in zip(places, labels, strict=True):
-        width = len(label) * _CHARACTER + _GAP
-        span = (place - width, place) if _leans_left(place, label) else (place, place + width)
-        lane = next((n for n, row in enumerate(rows) if all(span[1] < a or b < span[0] for a, b in row)), len(rows))
-        if lane == len(rows):
-            rows.append([])
-        rows[lane].append(span)
+    for position, label in zip(positions, labels, strict=True):
+        width = len(label) * _CHARACTER_WIDTH + _LABEL_GAP
+        begin = position - width if _leans_left(position, label) else position
+        end = begin + width
+        free = (n for n, spans in enumerate(occupied) if all(end < low or high < begin for low, high in spans))
+        lane = next(free, len(occupied))
+        if lane == len(occupied):
+            occupied.append([])
+        occupied[lane].append((begin, end))
         lanes.append(lane)
     return lanes
 
 
-def _leans_left(place: float, label: str) -> bool:
-    return place + len(label) * _CHARACTER + _GAP > WIDTH and place > WIDTH / 2
+def _leans_left(position: float, label: str) -> bool:
+    """Tell whether a label must end at its line, because it would not fit to the right of it."""
+    return position + len(label) * _CHARACTER_WIDTH + _LABEL_GAP > WIDTH and position > WIDTH / 2
 
 
-def _line(mark: Mark, place: float, lane: int) -> Line:
-    label = _short(mark.label)
-    return Line(round(place, 1), _TOP + _LANE * lane, label, _leans_left(place, label))
+def _draw_line(mark: Mark, position: float, lane: int) -> Line:
+    label = _shorten(mark.label)
+    y = _TOP + _LANE_HEIGHT * lane
+    return Line(x=round(position, 1), y=y, text=label, left=_leans_left(position, label))
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
+def _shorten(label: str) -> str:
+    return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "…"
 
 
-def _bins(series: Sequence[Series], x: Scale) -> tuple[Bin, ...]:
-    """Columns with every series' count, where the series share their edges."""
-    if not series or any(s.edges != series[0].edges for s in series):
+def _describe_bins(all_series: Sequence[Series], to_x: Scale) -> tuple[Bin, ...]:
+    """Describe columns with the counts of all series, if the series share their edges."""
+    if not all_series or any(series.edges != all_series[0].edges for series in all_series):
         return ()
-    found = []
-    for n, (a, b) in enumerate(pairwise(series[0].edges)):
-        counts = ", ".join(f"{_short(s.name)} {number(s.counts[n])}" for s in series)
-        found.append(Bin(round(x(a), 1), round(x(b) - x(a), 1), f"{number(a)} to {number(b)}: {counts}"))
-    return tuple(found)
+    bins = []
+    for n, (low, high) in enumerate(pairwise(all_series[0].edges)):
+        counts = ", ".join(f"{_shorten(series.name)} {format_number(series.counts[n])}" for series in all_series)
+        text = f"{format_number(low)} to {format_number(high)}: {counts}"
+        bins.append(Bin(x=round(to_x(low), 1), width=round(to_x(high) - to_x(low), 1), text=text))
+    return tuple(bins)
 
 
-def _summary(histogram: Histogram) -> str:
-    """The chart in one sentence, for those who hear the page."""
-    names = ", ".join(f"{_short(s.name)} ({number(sum(s.counts))})" for s in histogram.series) or "no data"
-    marks = "".join(f"; {_short(m.label)} at {number(m.x)}" for m in histogram.marks if math.isfinite(m.x))
-    return f"Histogram over {histogram.x_label}: {names}{marks}"
+def _summarise(histogram: Histogram) -> str:
+    """Describe the chart in one sentence, for screen readers."""
+    names = [f"{_shorten(series.name)} ({format_number(sum(series.counts))})" for series in histogram.series]
+    marks = [
+        f"; {_shorten(mark.label)} at {format_number(mark.x)}" for mark in histogram.marks if math.isfinite(mark.x)
+    ]
+    return f"Histogram over {histogram.x_label}: {', '.join(names) or 'no data'}{''.join(marks)}"

@@ -1,4 +1,4 @@
-"""What a report shows of some faces: where they are, what they are called, and their pictures."""
+"""What a report shows of some faces: their images, labels and pictures."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,36 @@ _COLUMNS = ("face_id", "uri", "identity", "thumb")
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One face: its image's uri, its label, its stored JPEG."""
+class FaceDetails:
+    """One face, as a report shows it.
+
+    Attributes:
+        uri: uri of its image.
+        identity: its label, if any.
+        thumb: its JPEG as stored in the gallery, if any.
+    """
 
     uri: str
     identity: str | None
     thumb: bytes | None
 
 
-def shown(gallery: Gallery, face_ids: Int64) -> dict[int, Shown]:
-    """Some faces (n,) by face id, in one streamed pass; memory grows with n (about 4 kB a face)."""
+def read_face_details(gallery: Gallery, face_ids: Int64) -> dict[int, FaceDetails]:
+    """Read some faces in one pass over the gallery; memory grows with their number, about 4 kB per face.
+
+    Args:
+        gallery: the gallery.
+        face_ids: ids, (n,).
+
+    Returns:
+        Details by face id; ids that the gallery does not hold are missing.
+    """
     if not len(face_ids):
         return {}
-    wanted = ds.field("face_id").isin(pa.array(np.unique(face_ids), pa.int64()))
-    found: dict[int, Shown] = {}
-    for batch in gallery.batches(_COLUMNS, wanted):
-        ids, *columns = (batch[name].to_pylist() for name in _COLUMNS)
-        found.update(zip(ids, (Shown(*row) for row in zip(*columns, strict=True)), strict=True))
-    return found
+    is_requested = ds.field("face_id").isin(pa.array(np.unique(face_ids), pa.int64()))
+    details: dict[int, FaceDetails] = {}
+    for batch in gallery.batches(_COLUMNS, is_requested):
+        rows = zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True)
+        for face_id, uri, identity, thumb in rows:
+            details[face_id] = FaceDetails(uri, identity, thumb)
+    return details

@@ -12,56 +12,62 @@ from facepipe.types import Float64
 Numbers = npt.NDArray[np.floating] | npt.NDArray[np.integer]
 
 
-def series(name: str, values: Numbers, edges: Numbers) -> Series:
-    """Counts of values (any shape) between rising edges (n + 1,).
+def count_values(name: str, values: Numbers, edges: Numbers) -> Series:
+    """Count values between edges.
 
-    Values beyond the edges count in the outermost bins, so that none is lost; NaN count nowhere.
+    Values beyond the edges count in the outermost bins, so that none is lost. NaN is not counted.
+
+    Args:
+        name: name of the series.
+        values: numbers, of any shape.
+        edges: rising edges, (n + 1,).
     """
-    known = values[~np.isnan(values)]
-    counts, _ = np.histogram(np.clip(known, edges[0], edges[-1]), edges)
+    numbers = values[~np.isnan(values)]
+    counts, _ = np.histogram(np.clip(numbers, edges[0], edges[-1]), edges)
     return Series(name, tuple(edges.tolist()), tuple(counts.tolist()))
 
 
 def linear_edges(low: float, high: float, bins: int) -> Float64:
-    """Edges (bins + 1,) of equal bins; a range of nothing is widened to one that can be drawn."""
+    """Compute the edges (bins + 1,) of equal bins; an empty range is widened to one that can be drawn."""
     if high <= low:
         low, high = low - 0.5, low + 0.5
     return np.linspace(low, high, bins + 1)
 
 
-def log_edges(least: float, most: float, per_decade: int = 5) -> Float64:
-    """Edges that rise by equal factors, from `least` (above 0) to at least `most`."""
-    if least <= 0:
-        raise ValueError(f"a logarithmic axis cannot begin at {least}")
-    bins = max(1, math.ceil(math.log10(max(most / least, 1)) * per_decade - 1e-9))
-    return least * 10 ** (np.arange(bins + 1) / per_decade)
+def log_edges(low: float, high: float, per_decade: int = 5) -> Float64:
+    """Compute edges that rise by equal factors, from `low` (above 0) to at least `high`."""
+    if low <= 0:
+        raise ValueError(f"a logarithmic axis cannot begin at {low}")
+    bins = max(1, math.ceil(math.log10(max(high / low, 1)) * per_decade - 1e-9))
+    return low * 10 ** (np.arange(bins + 1) / per_decade)
 
 
-def ticks(low: float, high: float, most: int = 8) -> tuple[float, ...]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], at most `most` of them."""
-    rough = (high - low) / max(1, most - 1)
-    if rough < sys.float_info.min:
+def choose_ticks(low: float, high: float, max_ticks: int = 8) -> tuple[float, ...]:
+    """Choose round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    rough_step = (high - low) / max(1, max_ticks - 1)
+    if rough_step < sys.float_info.min:
         return (low,)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    power = 10.0 ** math.floor(math.log10(rough_step))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough_step * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return tuple(k * step for k in range(first, last + 1))
 
 
-def log_ticks(low: float, high: float, most: int = 8) -> tuple[float, ...]:
-    """Powers of ten within [low, high] (above 0), thinned out to at most `most`; round numbers where there are few."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+def choose_log_ticks(low: float, high: float, max_ticks: int = 8) -> tuple[float, ...]:
+    """Choose powers of ten within [low, high] (above 0), or round numbers if there are fewer than two powers."""
+    first = math.ceil(math.log10(low) - 1e-9)
+    last = math.floor(math.log10(high) + 1e-9)
     if last - first < 1:
-        return tuple(t for t in ticks(low, high, most) if t > 0)
-    every = math.ceil((last - first + 1) / most)
-    return tuple(10.0**k for k in range(first, last + 1, every))
+        return tuple(tick for tick in choose_ticks(low, high, max_ticks) if tick > 0)
+    step = math.ceil((last - first + 1) / max_ticks)
+    return tuple(10.0**k for k in range(first, last + 1, step))
 
 
-def number(value: float) -> str:
-    """A number as an axis shows it: `0.25`, `1,500`, `20k`, `3M`."""
+def format_number(value: float) -> str:
+    """Format a number as an axis shows it: `0.25`, `1,500`, `20k`, `3M`."""
     size = abs(value)
-    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            scale = 1e3 if suffix == "k" else unit
-            return f"{value / scale:.4g}{suffix}"
+    for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if size >= limit:
+            return f"{value / divisor:.4g}{suffix}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"

@@ -1,4 +1,8 @@
-"""A report as one HTML file that needs no network, no server and no trust in the names it shows."""
+"""A report as one HTML file that needs no network and no server, and does not trust the names it shows.
+
+The page holds its own content as JSON: one object of what its head shows, and one line per group. `edit_report` reads
+it, takes parts out, and renders the page again.
+"""
 
 import base64
 import hashlib
@@ -6,137 +10,316 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TextIO
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from facepipe.errors import StorageError
-from facepipe.reports import chart
-from facepipe.reports.model import Face, Group, Report
+from facepipe.reports.chart import HEIGHT, WIDTH, draw_chart
+from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Series, Table
 from facepipe.reports.thumbs import shrink
-from facepipe.storage import replace_file
+from facepipe.storage import replace_file, write_beside
 
-# What JSON leaves as it is and HTML may take for markup; JSON itself escapes all that is not ASCII.
+__all__ = ["JsonGroup", "PageFormatError", "edit_report", "iterate_groups", "write_report"]
+
+JsonGroup = dict[str, Any]  # a group as a page holds it: title, kind, figures, suspicion, more, faces
+
+# What JSON leaves as it is and HTML may take for markup. JSON itself escapes everything that is not ASCII.
 _MARKUP = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
-# Controls (but for line breaks and tabs), and the characters that make text run the other way or hide.
+# Controls (except line breaks and tabs), and characters that hide or reverse the direction of text.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 _NUMBER = re.compile(r"[-+−]?[\d.,]*\d\s?(%|[a-zA-Z]{1,3})?")
 
+# Lines of report.html.j2 between which the page's own content stands.
+_HEAD_START = '<script type="application/json" id="report">'
+_GROUPS_START = '<script type="application/json" id="data">['
+_GROUPS_END = "]</script>"
+_SUMMARY_START = '<script type="application/json" id="summary">'
+_SCRIPT_END = "</script>"
 
-def write_report(report: Report, path: str | os.PathLike[str], budget: int = 24 << 20) -> None:
+
+class PageFormatError(ValueError):
+    """A page that does not hold its content as `edit_report` expects, such as one of facepipe 0.1.0."""
+
+
+def write_report(report: Report, path: str | os.PathLike[str], max_picture_bytes: int = 24 << 20) -> None:
     """Write a report as one HTML file, whole or not at all.
 
-    budget: bytes that pictures of faces may take in the file; groups beyond it are shown without pictures.
-    Raises StorageError where the file cannot be written.
+    Args:
+        report: what to write.
+        path: the file.
+        max_picture_bytes: bytes that pictures of faces may take in the file. Groups beyond it have no pictures.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     target = os.fspath(path)
+    groups = _GroupLines(report, max_picture_bytes)
     with (
         replace_file(target, unique=True, what="report") as unfinished,
         open(unfinished, "w", encoding="utf-8", newline="\n") as file,
     ):
-        file.writelines(_pieces(report, budget))
+        file.writelines(_render_page(report, groups.iterate(), groups.summarise))
 
 
-def _pieces(report: Report, budget: int) -> Iterator[str]:
-    style, script = _asset("report.css"), _asset("report.js")
-    groups = _Groups(report, budget)
-    policy = f"style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    template = _environment().get_template("report.html.j2")
+def edit_report(
+    path: str,
+    edit_head: Callable[[Report], Report],
+    edit_group: Callable[[JsonGroup], JsonGroup | None],
+) -> bool:
+    """Take parts out of a page and render it again, whole or not at all.
+
+    Groups are read one at a time. Pictures stay as they are.
+
+    Args:
+        path: a page that `write_report` wrote.
+        edit_head: returns the report, without groups, as its head should be.
+        edit_group: returns a group as it should be, or None to drop it.
+
+    Returns:
+        Whether anything changed. If not, the file stays as it was.
+
+    Raises:
+        PageFormatError: the page does not hold its content.
+        OSError: the page cannot be read or written.
+    """
+    with open(path, encoding="utf-8", newline="\n") as page, write_beside(path) as unfinished:
+        old_head = _read_head(page)
+        new_head = edit_head(old_head)
+        groups = _EditedGroups(page, edit_group)
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(_render_page(new_head, groups.iterate(), groups.summarise))
+        is_changed = groups.is_changed or new_head != old_head
+        if not is_changed:
+            os.unlink(unfinished)
+    return is_changed
+
+
+def iterate_groups(path: str) -> Iterator[JsonGroup]:
+    """Read the groups of a page one at a time; a page without groups gives none."""
+    with open(path, encoding="utf-8", newline="\n") as page:
+        for line in page:
+            if line.startswith(_GROUPS_START):
+                break
+        for line in page:
+            if line.startswith(_GROUPS_END):
+                return
+            text = line.removeprefix(",").strip()
+            if text:
+                yield json.loads(text)
+
+
+def _render_page(report: Report, group_lines: Iterable[Markup], summarise: Callable[[], Markup]) -> Iterator[str]:
+    """Render a page piece by piece.
+
+    Args:
+        report: the content of the head.
+        group_lines: lines of JSON.
+        summarise: called after the last line.
+    """
+    style = _read_asset("report.css")
+    script = _read_asset("report.js")
+    policy = f"style-src {_hash_source(style)}; script-src {_hash_source(script)}; base-uri 'none'; form-action 'none'"
+    template = _create_environment().get_template("report.html.j2")
     return template.generate(
         report=report,
-        charts=[chart.chart(histogram) for histogram in report.histograms],
-        width=chart.WIDTH,
-        height=chart.HEIGHT,
+        charts=[draw_chart(histogram) for histogram in report.histograms],
+        width=WIDTH,
+        height=HEIGHT,
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; {policy}",
-        groups=groups.lines(),
-        summary=groups.summary,
+        head=Markup(_dump_head(report)),
+        groups=group_lines,
+        summary=summarise,
     )
 
 
-class _Groups:
-    """The groups as lines of JSON, made one at a time, and what they came to."""
+def _dump_head(report: Report) -> str:
+    """Write what the head of a page shows: the report without its groups."""
+    return _dump_json(
+        {
+            "title": report.title,
+            "subtitle": report.subtitle,
+            "figures": [asdict(figure) for figure in report.figures],
+            "histograms": [asdict(histogram) for histogram in report.histograms],
+            "tables": [asdict(table) for table in report.tables],
+            "notes": report.notes,
+        }
+    )
 
-    def __init__(self, report: Report, budget: int):
-        self._report, self._left = report, budget
-        self._shown, self._bare = 0, 0
 
-    def lines(self) -> Iterator[Markup]:
+def _read_head(page: TextIO) -> Report:
+    """Read what the head of a page shows; the page's groups are not read yet."""
+    for line in page:
+        if line.startswith(_HEAD_START):
+            head = json.loads(line.removeprefix(_HEAD_START).rstrip("\n").removesuffix(_SCRIPT_END))
+            return Report(
+                title=head["title"],
+                subtitle=head["subtitle"],
+                figures=tuple(Figure(**figure) for figure in head["figures"]),
+                histograms=tuple(_read_histogram(histogram) for histogram in head["histograms"]),
+                tables=tuple(_read_table(table) for table in head["tables"]),
+                notes=tuple(head["notes"]),
+            )
+        if line.startswith(_GROUPS_START):
+            break
+    raise PageFormatError("the page does not hold its content: an older facepipe wrote it")
+
+
+def _read_histogram(values: dict[str, Any]) -> Histogram:
+    series = [
+        Series(name=item["name"], edges=tuple(item["edges"]), counts=tuple(item["counts"])) for item in values["series"]
+    ]
+    marks = [Mark(**item) for item in values["marks"]]
+    return Histogram(**(values | {"series": tuple(series), "marks": tuple(marks)}))
+
+
+def _read_table(values: dict[str, Any]) -> Table:
+    rows = tuple(tuple(row) for row in values["rows"])
+    return Table(title=values["title"], columns=tuple(values["columns"]), rows=rows)
+
+
+class _GroupLines:
+    """The groups of a report as lines of JSON, made one at a time, and their counts."""
+
+    def __init__(self, report: Report, max_picture_bytes: int) -> None:
+        self._report = report
+        self._free_bytes = max_picture_bytes
+        self._shown = 0
+        self._without_picture = 0
+
+    def iterate(self) -> Iterator[Markup]:
+        """Make the lines."""
         try:
             for group in self._report.groups:
-                yield Markup(("," if self._shown else "") + _json(self._record(group)) + "\n")
+                yield _to_line(self._to_json(group), is_first=not self._shown)
                 self._shown += 1
-        except OSError as error:  # of reading; it must not pass for a failure to write the report
-            raise StorageError(f"cannot read what the report is to show: {error}") from error
+        except OSError as error:  # raised while reading; it must not look like a failure to write the report
+            raise StorageError(f"cannot read what the report shows: {error}") from error
 
-    def summary(self) -> Markup:
-        """To be asked for after the last line: counts of groups there are, and of faces whose picture had no room."""
+    def summarise(self) -> Markup:
+        """Count all groups, and faces whose picture had no room; call it after the last line."""
         total = self._report.groups_total
-        return Markup(_json({"total": self._shown if total is None else total, "bare": self._bare}))
+        if total is None:
+            total = self._shown
+        return Markup(_dump_json({"total": total, "bare": self._without_picture}))
 
-    def _record(self, group: Group) -> dict[str, Any]:
+    def _to_json(self, group: Group) -> JsonGroup:
         return {
             "title": group.title,
             "kind": group.kind,
             "figures": group.figures,
-            "suspicion": _finite(group.suspicion),
+            "suspicion": _to_finite(group.suspicion),
             "more": int(group.more),
-            "faces": [self._face(face) for face in group.faces],
+            "faces": [self._face_to_json(face) for face in group.faces],
         }
 
-    def _face(self, face: Face) -> dict[str, Any]:
-        rest = {"figures": face.figures, "badge": face.badge, "jpeg": self._picture(face.thumb)}
-        return {"uri": face.uri, **{key: value for key, value in rest.items() if value}}
+    def _face_to_json(self, face: Face) -> dict[str, Any]:
+        optional = {"figures": face.figures, "badge": face.badge, "jpeg": self._encode_picture(face.thumb)}
+        return {"uri": face.uri} | {key: value for key, value in optional.items() if value}
 
-    def _picture(self, thumb: bytes | None) -> str:
-        small = shrink(thumb) if thumb and self._left > 0 else None
-        text = base64.b64encode(small).decode() if small else ""
-        if len(text) > self._left:
-            self._left, text = 0, ""  # spent: a later, smaller picture must not jump the queue
-        self._left -= len(text)
-        self._bare += bool(thumb) and self._left <= 0 and not text
+    def _encode_picture(self, thumb: bytes | None) -> str:
+        """Return a picture in base64, or nothing if there is no picture or no room for it."""
+        picture = shrink(thumb) if thumb and self._free_bytes > 0 else None
+        text = base64.b64encode(picture).decode() if picture else ""
+        if len(text) > self._free_bytes:
+            # No room is left for smaller pictures of later groups either: the most suspicious come first.
+            self._free_bytes = 0
+            text = ""
+        self._free_bytes -= len(text)
+        if thumb and self._free_bytes <= 0 and not text:
+            self._without_picture += 1
         return text
 
 
-def _json(value: Any) -> str:
-    """JSON that means nothing to an HTML parser."""
+class _EditedGroups:
+    """The groups of a page as lines of JSON, edited one at a time, and their counts."""
+
+    def __init__(self, page: TextIO, edit_group: Callable[[JsonGroup], JsonGroup | None]) -> None:
+        self._page = page
+        self._edit_group = edit_group
+        self._dropped = 0
+        self._is_first = True
+        self.is_changed = False
+
+    def iterate(self) -> Iterator[Markup]:
+        """Edit the groups and make their lines."""
+        for line in self._page:
+            if line.startswith(_GROUPS_START):
+                break
+        for line in self._page:
+            if line.startswith(_GROUPS_END):
+                return
+            text = line.removeprefix(",").strip()
+            if not text:
+                continue
+            group = json.loads(text)
+            edited = self._edit_group(group)
+            self.is_changed |= edited != group
+            if edited is None:
+                self._dropped += 1
+                continue
+            yield _to_line(edited, is_first=self._is_first)
+            self._is_first = False
+
+    def summarise(self) -> Markup:
+        """Count the groups that are left."""
+        for line in self._page:
+            if line.startswith(_SUMMARY_START):
+                text = line.removeprefix(_SUMMARY_START).rstrip("\n").removesuffix(_SCRIPT_END)
+                summary = json.loads(text)
+                return Markup(_dump_json(summary | {"total": summary["total"] - self._dropped}))
+        raise PageFormatError("the page ends before its summary")
+
+
+def _to_line(group: JsonGroup, *, is_first: bool) -> Markup:
+    comma = "" if is_first else ","
+    return Markup(comma + _dump_json(group) + "\n")
+
+
+def _dump_json(value: Any) -> str:
+    """Write JSON that means nothing to an HTML parser."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).translate(_MARKUP)
 
 
-def _finite(value: float) -> float:
-    """A number that JSON has; whatever is unknown is not suspicious."""
-    return 0.0 if math.isnan(value) else max(-1e300, min(1e300, float(value)))
+def _to_finite(value: float) -> float:
+    """Return a number that JSON can hold: NaN becomes 0, infinities become large."""
+    if math.isnan(value):
+        return 0.0
+    return max(-1e300, min(1e300, float(value)))
 
 
-def _visible(value: Any) -> Any:
-    """Text in which nothing hides: controls and lone surrogates are spelt out."""
+def _show_hidden(value: Any) -> Any:
+    """Spell out controls and lone surrogates, so that nothing hides in a text."""
     if isinstance(value, Markup):
         return value
-    return _HIDDEN.sub(lambda found: f"\\u{{{ord(found[0]):x}}}", str(value))
+    return _HIDDEN.sub(lambda match: f"\\u{{{ord(match[0]):x}}}", str(value))
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("facepipe.reports").joinpath(name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def _hash_source(text: str) -> str:
+    """Return the source expression of a content security policy that allows exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def _create_environment() -> Environment:
     environment = Environment(
-        loader=FunctionLoader(_asset),
+        loader=FunctionLoader(_read_asset),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_visible,
+        finalize=_show_hidden,
         trim_blocks=True,
         lstrip_blocks=True,
     )

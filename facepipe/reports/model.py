@@ -1,4 +1,7 @@
-"""What a report says, apart from how it looks. Any text may be a stranger's file name: `html` makes it harmless."""
+"""What a report says, apart from how it looks.
+
+Any text may be a stranger's file name: `facepipe.reports.html` makes it harmless.
+"""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """A headline figure: what it is, its value as shown, and a remark below it."""
+    """A headline figure.
+
+    Attributes:
+        label: what the figure is.
+        value: its value, as shown.
+        note: a remark below it.
+    """
 
     label: str
     value: str
@@ -31,7 +40,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line in a histogram, such as a threshold; x in the units of the edges."""
+    """A vertical line in a histogram, such as a threshold; x is in the units of the edges."""
 
     x: float
     label: str
@@ -39,7 +48,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Series over one axis. log: counts on a logarithmic axis; log_x: positive edges on one."""
+    """Series over one axis.
+
+    Attributes:
+        title: heading of the chart.
+        x_label: what the axis shows.
+        series: the counts; each series has a colour.
+        marks: vertical lines.
+        log: show counts on a logarithmic axis.
+        log_x: show edges on a logarithmic axis; they must be positive.
+    """
 
     title: str
     x_label: str
@@ -49,15 +67,19 @@ class Histogram:
     log_x: bool = False
 
     def __post_init__(self) -> None:
-        if self.log_x and any(s.edges[0] <= 0 for s in self.series):
+        if self.log_x and any(series.edges[0] <= 0 for series in self.series):
             raise ValueError(f"{self.title!r}: a logarithmic axis cannot begin at 0 or below")
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face: its image's uri, figures as (name, value), its JPEG as stored in the gallery, and a word on it.
+    """A face on a page.
 
-    The badges "keep", "drop" and "relabel" have colours of their own; any other word is shown in grey.
+    Attributes:
+        uri: uri of its image.
+        figures: (name, value) pairs shown below it.
+        thumb: its JPEG, as stored in the gallery.
+        badge: a word on it. "keep", "drop" and "relabel" have colours of their own; any other word is grey.
     """
 
     uri: str
@@ -68,9 +90,15 @@ class Face:
 
 @dataclass(frozen=True)
 class Group:
-    """Faces to be looked at together.
+    """Faces to look at together.
 
-    kind: what the page's filter offers, such as "exact" or "merge"; more: how many faces of the group are not shown.
+    Attributes:
+        title: heading of the group.
+        kind: an entry of the page's filter, such as "exact" or "merge".
+        figures: (name, value) pairs shown beside the heading.
+        faces: the faces shown.
+        suspicion: the page sorts groups by it, largest first.
+        more: number of faces of the group that are not shown.
     """
 
     title: str
@@ -92,9 +120,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """A report. groups: the most suspicious first, taken once and never held all together.
+    """A report.
 
-    groups_total: how many groups there are, where `groups` leaves some out.
+    Attributes:
+        title: heading of the page.
+        subtitle: line below it.
+        figures: headline figures.
+        histograms: charts.
+        tables: small tables.
+        groups: groups of faces, the most suspicious first. They are read once, one at a time.
+        notes: remarks below the figures.
+        groups_total: number of groups, if `groups` leaves some out.
     """
 
     title: str

@@ -10,7 +10,11 @@ from facepipe.storage import describe_error
 
 
 def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
-    """Stream tables into a Parquet file; how many rows."""
+    """Stream tables into a Parquet file, and return the number of rows.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     rows = 0
     try:
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -23,5 +27,5 @@ def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """A table that is in memory."""
+    """Write a table that is in memory."""
     write_rows(path, table.schema, iter([table]))

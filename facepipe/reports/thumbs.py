@@ -1,4 +1,4 @@
-"""Pictures of faces, shrunk to what a page can carry."""
+"""Pictures of faces, reduced to a size that a page can hold."""
 
 import cv2
 import numpy as np
@@ -7,13 +7,16 @@ from facepipe.imaging.header import HeaderError, read_header
 
 WIDTH = 72
 _QUALITY = 70
-_MOST_PIXELS = 1 << 20
+_MAX_PIXELS = 1 << 20
 
 
 def shrink(jpeg: bytes) -> bytes | None:
-    """The picture as a new JPEG, WIDTH pixels wide at most; None for bytes that are no small JPEG.
+    """Encode a picture again as a JPEG of at most WIDTH pixels.
 
-    It is always encoded anew, so that nothing but pixels gets from a gallery into a page.
+    Every picture is encoded again, so that only pixels get from a gallery into a page.
+
+    Returns:
+        The JPEG, or None if the bytes are not a small JPEG.
     """
     if not _is_small_jpeg(jpeg):
         return None
@@ -25,7 +28,8 @@ def shrink(jpeg: bytes) -> bytes | None:
         return None
     height, width = image.shape[:2]
     if width > WIDTH:
-        image = cv2.resize(image, (WIDTH, max(1, round(WIDTH * height / width))), interpolation=cv2.INTER_AREA)
+        size = (WIDTH, max(1, round(WIDTH * height / width)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1])
 
 
@@ -36,4 +40,4 @@ def _is_small_jpeg(data: bytes) -> bool:
         header = read_header(data)
     except HeaderError:
         return False
-    return 0 < header.width * header.height <= _MOST_PIXELS
+    return 0 < header.width * header.height <= _MAX_PIXELS

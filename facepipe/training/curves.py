@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from facepipe.reports.chart import Tick
-from facepipe.reports.histogram import log_ticks, number, ticks
+from facepipe.reports.histogram import choose_log_ticks, choose_ticks, format_number
 from facepipe.reports.model import Mark
 
 WIDTH = 560
@@ -90,17 +90,18 @@ def build_curve_chart(
 
     # Convert curves, ticks and the mark to pixels.
     pixels = [[(to_x(x), to_y(y)) for x, y in points] for points in thinned.values()]
-    y_tick_values = (log_ticks if log_scale else ticks)(low, high, 6)
+    y_tick_values = (choose_log_ticks if log_scale else choose_ticks)(low, high, 6)
     summaries = [
-        f"{name}: {number(points[0][1])} at first, {number(points[-1][1])} at last" for name, points in thinned.items()
+        f"{name}: {format_number(points[0][1])} at first, {format_number(points[-1][1])} at last"
+        for name, points in thinned.items()
     ]
     return CurveChart(
         title=title,
         names=tuple(thinned),
         paths=tuple("M" + "L".join(f"{x} {y}" for x, y in line) for line in pixels),
         dots=tuple(Dot(n, x, y) for n, line in enumerate(pixels) if len(line) <= _MAX_DOTS for x, y in line),
-        x_ticks=tuple(Tick(to_x(t), number(t)) for t in ticks(0.0, right, 6)),
-        y_ticks=tuple(Tick(to_y(t), number(t)) for t in y_tick_values),
+        x_ticks=tuple(Tick(to_x(t), format_number(t)) for t in choose_ticks(0.0, right, 6)),
+        y_ticks=tuple(Tick(to_y(t), format_number(t)) for t in y_tick_values),
         mark=Mark(to_x(mark.x), mark.label) if mark and mark.x <= right else None,
         summary="; ".join(summaries),
     )

@@ -18,15 +18,15 @@ from facepipe.curation.cleaning.judge import LabelJudgement
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
 from facepipe.gallery import Gallery
-from facepipe.reports.faces import Shown, shown
-from facepipe.reports.histogram import linear_edges, log_edges, series
+from facepipe.reports.faces import FaceDetails, read_face_details
+from facepipe.reports.histogram import count_values, linear_edges, log_edges
 from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table
 from facepipe.types import Float32, Int64
 
 _EXAMPLES = 4  # faces of an identity beside a suspicious one
 _MAX_LABEL_GROUPS = 6000
 _MAX_IDENTITY_GROUPS = 1500  # of merges, and of splits
-_UNKNOWN_FACE = Shown("", None, None)
+_UNKNOWN_FACE = FaceDetails("", None, None)
 
 
 def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement) -> Report:
@@ -84,15 +84,15 @@ def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:
     known = np.concatenate([own[~np.isnan(own)], other[~np.isnan(other)]])
     edges = linear_edges(float(known.min(initial=1)), float(known.max(initial=-1)) + 1e-3, 80)
     rows = (
-        series("own identity, kept", own[is_kept], edges),
-        series("own identity, not kept", own[~is_kept], edges),
-        series("best other identity", other, edges),
+        count_values("own identity, kept", own[is_kept], edges),
+        count_values("own identity, not kept", own[~is_kept], edges),
+        count_values("best other identity", other, edges),
     )
     return Histogram("Similarity to identities", "mean similarity to the rest of the identity", rows, log=True)
 
 
 def _build_noise_histogram(noise: Float32) -> Histogram:
-    rows = (series("faces", noise, np.linspace(0, 1, 51)),)
+    rows = (count_values("faces", noise, np.linspace(0, 1, 51)),)
     return Histogram("How sure it is", "probability that the label is wrong", rows, log=True)
 
 
@@ -100,7 +100,7 @@ def _build_size_histogram(judgement: LabelJudgement) -> Histogram:
     sizes = judgement.identities.face_count
     edges = log_edges(1, max(2.0, float(sizes.max(initial=1)) + 1))
     kept = np.maximum(judgement.identities.kept_count, 1)
-    rows = (series("before", sizes, edges), series("kept", kept, edges))
+    rows = (count_values("before", sizes, edges), count_values("kept", kept, edges))
     return Histogram("Faces of an identity", "faces", rows, log=True, log_x=True)
 
 
@@ -158,7 +158,7 @@ class _CleanGroups:
         nodes += [self._select_around(face) for face in suspects]
         nodes += [self._select_merge(pair) for pair in merges]
         nodes += [self._select_parts(identity) for identity in split]
-        faces = shown(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
+        faces = read_face_details(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
         yield from (self._build_label_group(face, faces) for face in suspects)
         yield from (self._build_merge_group(pair, faces) for pair in merges)
         yield from (self._build_split_group(identity, faces) for identity in split)
@@ -187,7 +187,7 @@ class _CleanGroups:
         part = self._judgement.parts.part[members]
         return np.concatenate([members[part == 0][:_EXAMPLES], members[part == 1][:_EXAMPLES]])
 
-    def _build_label_group(self, face: int, faces: dict[int, Shown]) -> Group:
+    def _build_label_group(self, face: int, faces: dict[int, FaceDetails]) -> Group:
         """Show a suspicious face beside the best faces of its label and of the most likely other identity."""
         verdicts = self._judgement.verdicts
         label = int(self._judgement.labels[face])
@@ -205,7 +205,7 @@ class _CleanGroups:
         title = f"{self._name(label)}: {REASONS[verdicts.reason[face]]}"
         return Group(title, decision, tuple(figures), tuple(rows), suspicion=float(verdicts.noise[face]))
 
-    def _build_merge_group(self, pair: int, faces: dict[int, Shown]) -> Group:
+    def _build_merge_group(self, pair: int, faces: dict[int, FaceDetails]) -> Group:
         """Show the best faces of two identities that may be one person."""
         identities = self._judgement.identities
         left = int(identities.left[pair])
@@ -219,7 +219,7 @@ class _CleanGroups:
         title = f"{self._name(left)} and {self._name(right)}: one person?"
         return Group(title, "merge", figures, tuple(rows), 0.5)
 
-    def _build_split_group(self, identity: int, faces: dict[int, Shown]) -> Group:
+    def _build_split_group(self, identity: int, faces: dict[int, FaceDetails]) -> Group:
         """Show the two largest parts of an identity that may be two persons."""
         identities = self._judgement.identities
         part = self._judgement.parts.part
@@ -231,7 +231,7 @@ class _CleanGroups:
         )
         return Group(f"{self._name(identity)}: two persons?", "split", figures, tuple(rows), 0.5)
 
-    def _build_face(self, node: int, badge: str, faces: dict[int, Shown]) -> Face:
+    def _build_face(self, node: int, badge: str, faces: dict[int, FaceDetails]) -> Face:
         face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
         figures = (("label", face.identity),) if face.identity else ()
         return Face(face.uri, figures, face.thumb, badge)

@@ -10,8 +10,8 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import build_pair_histogram, describe_recall, describe_threshold
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
-from facepipe.reports.faces import Shown, shown
-from facepipe.reports.histogram import log_edges, series
+from facepipe.reports.faces import FaceDetails, read_face_details
+from facepipe.reports.histogram import count_values, log_edges
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report
 from facepipe.types import Float32, Int64
 
@@ -19,7 +19,7 @@ _FACES_PER_CLUSTER = 6
 _FACES_PER_PART = 3
 _MAX_SUSPECTS = 3000  # of each kind
 _MAX_CLUSTERS = 1500
-_UNKNOWN_FACE = Shown("", None, None)
+_UNKNOWN_FACE = FaceDetails("", None, None)
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
 
 def _build_size_histogram(sizes: Int64) -> Histogram:
     edges = log_edges(1, max(2, float(sizes.max(initial=1)) + 1), 5)
-    return Histogram("Sizes of clusters", "faces", (series("clusters", sizes, edges),), log=True, log_x=True)
+    return Histogram("Sizes of clusters", "faces", (count_values("clusters", sizes, edges),), log=True, log_x=True)
 
 
 def _build_fit_histogram(graph: Graph, fits: Float32) -> Histogram:
     known = fits[~np.isnan(fits)]
     edges = np.linspace(float(known.min(initial=0)), float(known.max(initial=0.1)) + 1e-3, 60)
-    rows = (series("faces", known, edges),)
+    rows = (count_values("faces", known, edges),)
     marks = (Mark(graph.info.threshold.similarity, "threshold"),)
     return Histogram("How well faces fit their cluster", "mean similarity to the rest", rows, marks)
 
@@ -122,7 +122,7 @@ class _ClusterGroups:
         for n in splits:
             nodes += self._select_split(n)
         nodes += [self._select_best(cluster) for cluster in largest]
-        faces = shown(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
+        faces = read_face_details(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
         suspects = [self._build_merge_group(n, faces) for n in merges]
         suspects += [self._build_split_group(n, faces) for n in splits]
         yield from sorted(suspects, key=lambda group: -group.suspicion)
@@ -145,7 +145,7 @@ class _ClusterGroups:
         part = self._review.splits.part[members]
         return [members[part == number][:_FACES_PER_PART] for number in (0, 1)]
 
-    def _build_merge_group(self, n: int, faces: dict[int, Shown]) -> Group:
+    def _build_merge_group(self, n: int, faces: dict[int, FaceDetails]) -> Group:
         review = self._review
         left = int(review.merges.left[n])
         right = int(review.merges.right[n])
@@ -166,7 +166,7 @@ class _ClusterGroups:
             more=left_size + right_size - len(rows),
         )
 
-    def _build_split_group(self, n: int, faces: dict[int, Shown]) -> Group:
+    def _build_split_group(self, n: int, faces: dict[int, FaceDetails]) -> Group:
         review = self._review
         cluster = int(review.splits.cluster[n])
         size = int(review.clusters.size[cluster])
@@ -186,7 +186,7 @@ class _ClusterGroups:
             more=size - len(rows),
         )
 
-    def _build_cluster_group(self, cluster: int, faces: dict[int, Shown]) -> Group:
+    def _build_cluster_group(self, cluster: int, faces: dict[int, FaceDetails]) -> Group:
         review = self._review
         nodes = self._select_best(cluster)
         size = int(review.clusters.size[cluster])
@@ -201,7 +201,7 @@ class _ClusterGroups:
             more=size - len(rows),
         )
 
-    def _build_face(self, node: int, badge: str, faces: dict[int, Shown]) -> Face:
+    def _build_face(self, node: int, badge: str, faces: dict[int, FaceDetails]) -> Face:
         face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
         figures = [("label", face.identity)] if face.identity else []
         if not np.isnan(self._review.fits[node]):

@@ -12,7 +12,7 @@ from facepipe.curation.duplicates import Duplicates
 from facepipe.curation.duplicates.keep import DROP, KEEP
 from facepipe.curation.duplicates.rule import KINDS, DuplicateRule
 from facepipe.gallery import Gallery
-from facepipe.reports.histogram import log_edges, series
+from facepipe.reports.histogram import count_values, log_edges
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Table
 
 _IMAGES_PER_GROUP = 8
@@ -71,7 +71,7 @@ def _build_distance_histogram(found: Duplicates, rule: DuplicateRule) -> Histogr
     rows = []
     for kind in KINDS[1:]:
         distance = found.pairs.filter(pc.equal(found.pairs["kind"], kind))["distance"]
-        rows.append(series(kind.replace("_", " "), distance.to_numpy().astype(np.float64), edges))
+        rows.append(count_values(kind.replace("_", " "), distance.to_numpy().astype(np.float64), edges))
     marks = (Mark(rule.near, "near"), Mark(rule.same_shot, "same shot"))
     return Histogram("Distances of faces in pairs", "distance", tuple(rows), marks, log=True)
 
@@ -79,7 +79,7 @@ def _build_distance_histogram(found: Duplicates, rule: DuplicateRule) -> Histogr
 def _build_size_histogram(found: Duplicates) -> Histogram:
     sizes = found.groups["images"].to_numpy()
     edges = log_edges(1, max(2.0, float(sizes.max(initial=1)) + 1))
-    return Histogram("Images of a group", "images", (series("groups", sizes, edges),), log=True, log_x=True)
+    return Histogram("Images of a group", "images", (count_values("groups", sizes, edges),), log=True, log_x=True)
 
 
 def _build_shared_table(shared: pa.Table) -> Table:

@@ -20,9 +20,17 @@ from hypothesis.extra import numpy as hnp
 import facepipe
 from facepipe.errors import StorageError
 from facepipe.reports import Face, Figure, Group, Histogram, Mark, Report, Series, Table, write_report
-from facepipe.reports.chart import HEIGHT, WIDTH, chart
-from facepipe.reports.faces import Shown, shown
-from facepipe.reports.histogram import linear_edges, log_edges, log_ticks, number, series, ticks
+from facepipe.reports.chart import HEIGHT, WIDTH, draw_chart
+from facepipe.reports.faces import FaceDetails, read_face_details
+from facepipe.reports.histogram import (
+    choose_log_ticks,
+    choose_ticks,
+    count_values,
+    format_number,
+    linear_edges,
+    log_edges,
+)
+from facepipe.reports.html import PageFormatError, edit_report
 from facepipe.reports.thumbs import shrink
 
 HOSTILE = [
@@ -106,7 +114,7 @@ def page(report: Report, path: Path, budget: int = 1 << 20) -> Page:
 def test_no_text_gets_out_of_its_place(text: str, tmp_path: Path) -> None:
     plain, found = page(everywhere("x"), tmp_path / "a.html"), page(everywhere(text), tmp_path / "b.html")
     assert found.elements == plain.elements
-    assert list(found.scripts) == ["data", "summary", None]
+    assert list(found.scripts) == ["report", "data", "summary", None]
     assert found.scripts[None] == plain.scripts[None]
     group = found.groups[0]
     assert [group["title"], group["kind"], group["figures"]] == [text, text, [[text, text]]]
@@ -180,7 +188,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target.write_text("before")
     with pytest.raises(ZeroDivisionError):
         write_report(Report("r", groups=failing()), str(target))
-    with pytest.raises(StorageError, match="cannot read what the report is to show: part-7 is gone"):
+    with pytest.raises(StorageError, match="cannot read what the report shows: part-7 is gone"):
         write_report(Report("r", groups=unreadable()), str(target))
     assert target.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
@@ -194,7 +202,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @given(hnp.arrays(np.float64, st.integers(0, 50)), st.integers(1, 20))
 def test_a_histogram_loses_nothing_but_nan(values: np.ndarray, bins: int) -> None:
-    found = series("s", values, linear_edges(-1, 1, bins))
+    found = count_values("s", values, linear_edges(-1, 1, bins))
     assert sum(found.counts) == np.count_nonzero(~np.isnan(values))
     assert len(found.edges) == bins + 1
 
@@ -202,12 +210,12 @@ def test_a_histogram_loses_nothing_but_nan(values: np.ndarray, bins: int) -> Non
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(2, 12))
 def test_ticks_are_few_and_inside(low: float, span: float, most: int) -> None:
     high = low + span
-    found = ticks(low, high, most)
+    found = choose_ticks(low, high, most)
     assert len(found) <= most
     slack = 1e-6 * max(abs(low), abs(high), span)
     assert all(low - slack <= tick <= high + slack for tick in found)
     if low > 0:
-        assert len(log_ticks(low, high, most)) <= most
+        assert len(choose_log_ticks(low, high, most)) <= most
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1, 1e6), st.integers(1, 10))
@@ -219,7 +227,7 @@ def test_log_edges_reach_both_ends(least: float, ratio: float, per_decade: int) 
 
 
 def test_numbers_of_an_axis() -> None:
-    shown = [number(x) for x in (0, 0.30000000000000004, 1500, 20_000, 123_456, 3e6, 2.5e9, -0.5)]
+    shown = [format_number(x) for x in (0, 0.30000000000000004, 1500, 20_000, 123_456, 3e6, 2.5e9, -0.5)]
     assert shown == ["0", "0.3", "1,500", "20k", "123.5k", "3M", "2.5G", "-0.5"]
     with pytest.raises(ValueError, match="2 counts between 2 edges"):
         Series("s", (0, 1), (1, 2))
@@ -238,7 +246,7 @@ marks = st.lists(st.builds(Mark, st.floats(), st.text(max_size=60)), max_size=6)
 @given(st.lists(counts, max_size=3), marks, st.booleans(), st.booleans())
 def test_a_chart_stays_in_its_frame(rows: list[Any], lines: Any, log: bool, log_x: bool) -> None:
     lines = tuple(m for m in lines if not math.isfinite(m.x) or abs(m.x) < 1e12)
-    drawn = chart(Histogram("t", "x", tuple(Series("s", (1, 2, 5, 9), row) for row in rows), lines, log, log_x))
+    drawn = draw_chart(Histogram("t", "x", tuple(Series("s", (1, 2, 5, 9), row) for row in rows), lines, log, log_x))
     places = [line.x for line in drawn.lines] + [tick.at for tick in drawn.x_ticks]
     assert all(0 <= place <= WIDTH for place in places)
     assert all(0 <= tick.at <= HEIGHT for tick in drawn.y_ticks)
@@ -250,11 +258,11 @@ def test_what_is_shown_of_faces(drawings: Path, fakes: dict[str, Any], tmp_path:
     gallery = facepipe.Gallery(str(tmp_path / "g"))
     table = gallery.to_arrow(["face_id", "uri", "identity", "thumb"], "face_id is not null").to_pylist()
     ids = [row["face_id"] for row in table]
-    found = shown(gallery, np.array([*ids[::2], ids[0], 7], np.int64))
-    assert found == {row["face_id"]: Shown(row["uri"], row["identity"], row["thumb"]) for row in table[::2]}
+    found = read_face_details(gallery, np.array([*ids[::2], ids[0], 7], np.int64))
+    assert found == {row["face_id"]: FaceDetails(row["uri"], row["identity"], row["thumb"]) for row in table[::2]}
     assert all(shrink(face.thumb) for face in found.values() if face.thumb)
     assert any(face.thumb for face in found.values())
-    assert shown(gallery, np.array([], np.int64)) == {}
+    assert read_face_details(gallery, np.array([], np.int64)) == {}
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +359,7 @@ def test_hostile_names_in_a_browser(tab: browser.Browser, tmp_path: Path) -> Non
         tab.open(tmp_path / "r.html")
         assert tab.run("typeof window.pwned") == "undefined"
         assert tab.run("document.querySelectorAll('.group').length") == 1
-        assert tab.run("document.querySelectorAll('script, img, b, svg').length") == 4
+        assert tab.run("document.querySelectorAll('script, img, b, svg').length") == 5
         assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "nothing widens the page"
         quiet(tab, tmp_path / "r.html")
     tab.open(tmp_path / "r.html", "#q=</script>&kind=99&page=-3&size=x&sort=__proto__")
@@ -380,3 +388,30 @@ def test_ten_thousand_groups_open_as_fast_as_a_hundred(tab: browser.Browser, hun
     assert "faces are shown without their pictures" in tab.run("document.getElementById('scope').textContent")
     tab.screenshot(tmp_path / "r.png", 800, 600)
     assert cv2.imread(str(tmp_path / "r.png")).std() > 10
+
+
+def test_an_edited_page_equals_one_that_was_written_without_the_parts(tmp_path: Path) -> None:
+    report = everywhere("x")
+    kept = Group("kept", "k", (), (Face("a", (), jpeg()),))
+    dropped = Group("dropped", "k", (), (Face("b", (), jpeg()),))
+    write_report(replace(report, groups=[dropped, kept, dropped]), tmp_path / "edited.html")
+    write_report(replace(report, groups=[kept], notes=()), tmp_path / "expected.html")
+
+    def edit_group(group: dict[str, Any]) -> dict[str, Any] | None:
+        return group if group["title"] == "kept" else None
+
+    path = str(tmp_path / "edited.html")
+    assert edit_report(path, lambda head: replace(head, notes=()), edit_group)
+    assert Path(path).read_bytes() == (tmp_path / "expected.html").read_bytes()
+    assert not edit_report(path, lambda head: head, edit_group), "nothing is left to edit"
+    assert Path(path).read_bytes() == (tmp_path / "expected.html").read_bytes()
+
+
+def test_a_page_of_an_older_version_cannot_be_edited(tmp_path: Path) -> None:
+    path = tmp_path / "old.html"
+    write_report(everywhere("x"), path)
+    lines = [line for line in path.read_text().splitlines(keepends=True) if 'id="report"' not in line]
+    path.write_text("".join(lines))
+    with pytest.raises(PageFormatError, match="older facepipe"):
+        edit_report(str(path), lambda head: head, lambda group: group)
+    assert path.read_text() == "".join(lines)
