@@ -79,6 +79,24 @@ def portrait() -> Path:
     return Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
 
 
+@pytest.fixture(scope="session")
+def portraits(portrait: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of five JPEGs made from the portrait, with five faces: a bare clone's stand-in for `photos`."""
+    folder = tmp_path_factory.mktemp("portraits")
+    image = np.asarray(cv2.imread(str(portrait)))
+    small = cv2.resize(image, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
+    images = {
+        "one": image,
+        "dark": image // 2,
+        "small": small,
+        "two": np.hstack([small, small[:, ::-1]]),
+        "none": np.full((300, 400, 3), 120, np.uint8),
+    }
+    for name, pixels in images.items():
+        cv2.imwrite(str(folder / f"{name}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
+    return folder
+
+
 def draw(n: int, side: int = 96) -> np.ndarray:
     """Draw an image (BGR) with `n % 3` red rectangles, which the fake detector takes for faces.
 

@@ -77,12 +77,13 @@ def test_dlib_parameters() -> None:
     assert sum(p.numel() for p in net.parameters()) + 2 * filters == 5_614_592
 
 
-@pytest.fixture(scope="module")
-def scenes(photos: Path) -> list[np.ndarray]:
+@pytest.fixture(scope="module", params=["portraits", pytest.param("photos", marks=pytest.mark.shared)])
+def scenes(request: pytest.FixtureRequest) -> list[np.ndarray]:
     """Real photos, padded to multiples of 32."""
+    names = {"portraits": ("one", "two"), "photos": ("couple", "img54", "img27")}[request.param]
     found = []
-    for name in ("couple.jpg", "img54.jpg", "img27.jpg"):
-        data = (photos / name).read_bytes()
+    for name in names:
+        data = (request.getfixturevalue(request.param) / f"{name}.jpg").read_bytes()
         pixels = decode(data, read_header(data), 2)
         h, w = (side // 32 * 32 for side in pixels.shape[:2])
         found.append(np.ascontiguousarray(pixels[:h, :w]))

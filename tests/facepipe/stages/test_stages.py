@@ -39,8 +39,8 @@ def test_every_stage_is_a_frozen_config_that_names_its_columns() -> None:
             stage.anything = 1  # type: ignore[attr-defined]
 
 
-def test_stages_keep_their_word(photos: Path) -> None:
-    found = table([photos / "img27.jpg", photos / "img5.jpg"])
+def test_stages_keep_their_word(portrait: Path) -> None:
+    found = table([portrait])
     for stage in chain().stages:
         before = set(found.column_names)
         stage.setup()
@@ -142,8 +142,8 @@ def test_mirror_images_have_mirrored_figures(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_turned_photos_give_the_same_face(photos: Path, orientation: int, tmp_path: Path) -> None:
-    image = Image.open(photos / "img5.jpg").convert("RGB")
+def test_turned_photos_give_the_same_face(portrait: Path, orientation: int, tmp_path: Path) -> None:
+    image = Image.open(portrait).convert("RGB")
     turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
     exif = Image.Exif()
     exif[274] = orientation
@@ -153,13 +153,11 @@ def test_turned_photos_give_the_same_face(photos: Path, orientation: int, tmp_pa
     assert np.abs(plain.faces[0].embedding - turned.faces[0].embedding).max() < 1e-5
 
 
-def test_encode_takes_paths_and_arrays_in_one_list(photos: Path, tmp_path: Path) -> None:
+def test_encode_takes_paths_and_arrays_in_one_list(portrait: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    data = (photos / "img5.jpg").read_bytes()
+    data = portrait.read_bytes()
     array = decode(data, read_header(data))
-    found = facepipe.encode(
-        [photos / "img5.jpg", array, tmp_path / "broken.jpg", str(tmp_path / "none.jpg"), array * 0]
-    )
+    found = facepipe.encode([portrait, array, tmp_path / "broken.jpg", str(tmp_path / "none.jpg"), array * 0])
     assert [r.status for r in found] == ["ok", "ok", "decode_error", "read_error", "no_face"]
     assert [len(r.faces) for r in found] == [1, 1, 0, 0, 0]
     assert found[3].error == "no such file or directory"
@@ -173,8 +171,8 @@ def test_encode_takes_paths_and_arrays_in_one_list(photos: Path, tmp_path: Path)
             facepipe.encode([wrong])
 
 
-def test_faces_of_a_mirrored_border_are_not_reported(photos: Path) -> None:
-    data = (photos / "img5.jpg").read_bytes()
+def test_faces_of_a_mirrored_border_are_not_reported(portrait: Path) -> None:
+    data = portrait.read_bytes()
     image = decode(data, read_header(data))
     (whole,) = facepipe.encode([image])
     x1, y1, x2, y2 = whole.faces[0].box.astype(int)

@@ -106,6 +106,27 @@ def test_exactly_the_copies_go(copies: Path) -> None:
     assert (summary.unlisted, summary.without_hash, summary.shared) == (0, 0, None)
 
 
+def test_copies_of_a_portrait_go(portraits: Path, tmp_path: Path) -> None:
+    """What the test above says of five photos, of one that every clone has."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("one.jpg", "none.jpg"):
+        shutil.copyfile(portraits / name, folder / name)
+    shutil.copyfile(portraits / "one.jpg", folder / "z-exact.jpg")
+    image = cv2.imread(str(portraits / "one.jpg"))
+    small = cv2.resize(image, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(folder / "z-small.jpg"), small, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    cv2.imwrite(str(folder / "z-q30.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 30])
+    cv2.imwrite(str(folder / "z-mirror.png"), image[:, ::-1, :])
+    embed(folder, tmp_path / "g", runner="inline")
+    summary, decisions = dedup(tmp_path / "g")
+    copies = dropped(decisions)
+    assert (summary.keep, summary.drop, summary.groups) == (2, 4, 1)
+    assert "none.jpg" not in copies
+    exact, _ = dedup(tmp_path / "g", None, {"dedup": {"drop": "exact"}})
+    assert (exact.keep, exact.drop, exact.groups) == (5, 1, 1)
+
+
 def test_only_the_same_bytes_if_asked(copies: Path) -> None:
     _, found = dedup(copies, None, {"dedup": {"drop": "exact"}})
     assert dropped(found) == dict.fromkeys(("z-exact.jpg", "z-again.jpg"), ("exact", NAMES[0]))

@@ -148,9 +148,16 @@ def containers(photos: list[Path], root: Path) -> dict[str, Path]:
     }
 
 
-def test_the_same_faces_whatever_the_container_batch_worker_and_runner(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "images", "faces"), [("portraits", 5, 5), pytest.param("photos", 15, 18, marks=pytest.mark.shared)]
+)
+def test_the_same_faces_whatever_the_container_batch_worker_and_runner(
+    folder: str, images: int, faces: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Show 6, on real photos with the real models."""
-    chosen = [*sorted(photos.glob("*.jpg"), key=lambda p: p.stat().st_size)[:14], photos / "img54.jpg"]
+    photos = request.getfixturevalue(folder)
+    chosen = sorted(photos.glob("*.jpg"), key=lambda p: p.stat().st_size)[: images - (folder == "photos")]
+    chosen += [photos / "img54.jpg"] if folder == "photos" else []
     places = containers(chosen, tmp_path)
     ways: list[tuple[str, Settings]] = [
         ("folder", {"runner": "inline", "batch": 1, "workers": 1}),
@@ -164,8 +171,8 @@ def test_the_same_faces_whatever_the_container_batch_worker_and_runner(photos: P
     galleries = []
     for n, (place, settings) in enumerate(ways):
         summary = embed(places[place], tmp_path / f"g{n}", **settings)
-        assert (summary.images, summary.failed) == (15, 0)
-        assert summary.faces >= 18
+        assert (summary.images, summary.failed) == (images, 0)
+        assert summary.faces >= faces
         galleries.append(rows(tmp_path / f"g{n}"))
     for other in galleries[1:]:
         same_faces(galleries[0], other)

@@ -61,14 +61,28 @@ def test_cpu_workers_are_what_they_were() -> None:
     assert (group.batch, config.ahead(group, stages)) == (16, 0)
 
 
+PHOTOS = ("img5", "img27", "img4", "img54", "couple", "img2", "img31")
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("portraits", ("one", "dark", "small", "two", "none")),
+        pytest.param("photos", PHOTOS, marks=pytest.mark.shared),
+    ],
+)
 def test_a_gallery_made_on_a_device_is_the_one_that_the_stages_make(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str,
+    names: tuple[str, ...],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The whole run, its device a CPU: reading and decoding ahead, blocks, parts, commit, summary."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for name in ("img5", "img27", "img4", "img54", "couple", "img2", "img31"):
-        (corpus / f"{name}.jpg").symlink_to(photos / f"{name}.jpg")
+    for name in names:
+        (corpus / f"{name}.jpg").symlink_to(request.getfixturevalue(folder) / f"{name}.jpg")
     (corpus / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     embed(corpus, tmp_path / "stages", runner="inline")
 

@@ -72,10 +72,12 @@ def test_finds_what_the_public_port_finds(detector: Mtcnn, photos: Path, name: s
         assert np.abs(faces.landmarks[n].reshape(-1) - points).max() < 0.5
 
 
-def test_agrees_with_retinaface(detector: Mtcnn, photos: Path) -> None:
+@pytest.mark.parametrize("names", [("one.jpg",), pytest.param(("couple.jpg", "img27.jpg"), marks=pytest.mark.shared)])
+def test_agrees_with_retinaface(detector: Mtcnn, names: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     other = OnnxRetinaFace(read_retinaface_onnx(), DetectionLimits(0.9, 0.4))
-    for name in ("couple.jpg", "img27.jpg"):
-        image = photo(photos, name)
+    folder = request.getfixturevalue("portraits" if names == ("one.jpg",) else "photos")
+    for name in names:
+        image = photo(folder, name)
         h, w = (side // 32 * 32 for side in image.shape[:2])
         image = np.ascontiguousarray(image[:h, :w])
         ours, theirs = detector.detect(image[None])[0], other.detect(image[None])[0]

@@ -315,10 +315,13 @@ def hog(predictor: PredictPoints) -> DlibHog:
     return DlibHog(predictor, DetectionLimits(0.7, 1.0))
 
 
-def test_hog_gives_dlibs_boxes(hog: DlibHog, photos: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "name"), [("portraits", "two.jpg"), pytest.param("photos", "couple.jpg", marks=pytest.mark.shared)]
+)
+def test_hog_gives_dlibs_boxes(hog: DlibHog, folder: str, name: str, request: pytest.FixtureRequest) -> None:
     import dlib
 
-    image = photo(photos, "couple.jpg")
+    image = photo(request.getfixturevalue(folder), name)
     faces = hog.detect(image[None])[0]
     h, w = image.shape[:2]
     wanted = [
