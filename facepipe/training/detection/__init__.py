@@ -1,1 +1,1 @@
-"""Training of detectors on WIDER FACE's kind of annotations (torch only)."""
+"""The training of detectors: annotations, augmentation, anchors, the loss and average precision."""

@@ -10,20 +10,35 @@ from facepipe.training.detection.config import SceneAugmentConfig
 from facepipe.types import Float32, UInt8, UInt8Image
 
 _KERNELS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
-_MIRRORED = [1, 0, 2, 4, 3]
+_MIRRORED = [1, 0, 2, 4, 3]  # landmarks after mirroring
 Colour = tuple[float, float, float]
 Random = np.random.Generator
 
 
 class Scene(NamedTuple):
-    """An image (h, w, 3) uint8 RGB and its faces; coordinates run from 0 to w and h over the outer pixels' edges."""
+    """An image and its faces.
+
+    Coordinates run from 0 to width and height over the outer edges of the pixels.
+
+    Attributes:
+        pixels: (h, w, 3) uint8 RGB
+        faces: annotated faces
+    """
 
     pixels: UInt8Image
     faces: AnnotatedFaces
 
 
 def augment_scene(scene: Scene, size: int, fill: Colour, config: SceneAugmentConfig, rng: Random) -> Scene:
-    """A square of side `size` with at least one of the scene's faces; `fill`: colour that pads to a square."""
+    """Cut a square with at least one face from a scene, and change its colours, side and orientation at random.
+
+    Args:
+        scene: image with faces
+        size: side of the result, in pixels
+        fill: colour that pads to a square
+        config: what to do
+        rng: random generator
+    """
     scene = crop_scene(scene, config, rng)
     if config.distort:
         scene = scene._replace(pixels=distort_colours(scene.pixels, rng))
@@ -34,32 +49,33 @@ def augment_scene(scene: Scene, size: int, fill: Colour, config: SceneAugmentCon
 
 
 def crop_scene(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
-    """A square with a whole face in it, and all faces whose centre it holds, cut off at its border.
+    """Crop a square that holds a whole face. Faces whose centre is inside are kept, cut off at the border.
 
-    The scene itself where no such square is found.
+    If no such square is found, the scene is returned as it is.
     """
     h, w = scene.pixels.shape[:2]
     for _ in range(config.tries):
         side = max(1, int(rng.choice(config.scales) * min(h, w)))
         corner = np.array([rng.integers(w - side + 1), rng.integers(h - side + 1)])
-        low, high = corner.astype(np.float32), (corner + side).astype(np.float32)
+        low = corner.astype(np.float32)
+        high = (corner + side).astype(np.float32)
         boxes = scene.faces.boxes
-        whole = ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(1)
-        if whole.any():
+        is_whole = ((boxes[:, :2] >= low) & (boxes[:, 2:] <= high)).all(1)
+        if is_whole.any():
             x, y = corner
             return Scene(scene.pixels[y : y + side, x : x + side], _select_inside(scene.faces, low, high))
     return scene
 
 
-def _select_inside(truth: AnnotatedFaces, low: Float32, high: Float32) -> AnnotatedFaces:
-    centre = (truth.boxes[:, :2] + truth.boxes[:, 2:]) / 2
+def _select_inside(faces: AnnotatedFaces, low: Float32, high: Float32) -> AnnotatedFaces:
+    centre = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
     keep = ((centre > low) & (centre < high)).all(1)
-    boxes = (truth.boxes[keep].reshape(-1, 2, 2).clip(low, high) - low).reshape(-1, 4)
-    return AnnotatedFaces(boxes, truth.landmarks[keep].clip(low, high) - low)  # NaN stays NaN
+    boxes = (faces.boxes[keep].reshape(-1, 2, 2).clip(low, high) - low).reshape(-1, 4)
+    return AnnotatedFaces(boxes, faces.landmarks[keep].clip(low, high) - low)  # NaN stays NaN
 
 
 def pad_to_square(scene: Scene, fill: Colour) -> Scene:
-    """Padded at the right or the bottom."""
+    """Pad a scene to a square, at the right or at the bottom."""
     h, w = scene.pixels.shape[:2]
     if h == w:
         return scene
@@ -69,34 +85,44 @@ def pad_to_square(scene: Scene, fill: Colour) -> Scene:
 
 
 def mirror_scene(scene: Scene) -> Scene:
-    """Left and right swapped, in the image, the boxes and the order of the landmarks."""
+    """Mirror a scene left to right: the image, the boxes, and the order of the landmarks."""
     width = np.float32(scene.pixels.shape[1])
-    boxes, landmarks = scene.faces.boxes.copy(), scene.faces.landmarks[:, _MIRRORED].copy()
+    boxes = scene.faces.boxes.copy()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    landmarks = scene.faces.landmarks[:, _MIRRORED].copy()
     landmarks[..., 0] = width - landmarks[..., 0]
     return Scene(np.ascontiguousarray(scene.pixels[:, ::-1]), AnnotatedFaces(boxes, landmarks))
 
 
 def resize_scene(scene: Scene, size: int, kernel: int) -> Scene:
-    """A square scene at another side."""
+    """Resize a square scene.
+
+    Args:
+        scene: square scene
+        size: new side in pixels
+        kernel: interpolation of OpenCV
+    """
     factor = np.float32(size / scene.pixels.shape[0])
     pixels = np.asarray(cv2.resize(scene.pixels, (size, size), interpolation=kernel), np.uint8)
     return Scene(pixels, AnnotatedFaces(scene.faces.boxes * factor, scene.faces.landmarks * factor))
 
 
 def distort_colours(pixels: UInt8Image, rng: Random) -> UInt8Image:
-    """Brightness by up to 32 levels, contrast and saturation by up to a half, hue by up to 36 degrees; each or not."""
-    early = rng.random() < 0.5
+    """Change brightness by up to 32 levels, contrast and saturation by up to a half, and hue by up to 36 degrees.
+
+    Each change happens with a probability of one half. The contrast changes before or after the tint.
+    """
+    contrast_first = rng.random() < 0.5
     if rng.random() < 0.5:
         pixels = _scale_levels(pixels, 1.0, rng.uniform(-32, 32))
-    if early:
+    if contrast_first:
         pixels = _change_contrast(pixels, rng)
     pixels = _change_tint(pixels, rng)
-    return pixels if early else _change_contrast(pixels, rng)
+    return pixels if contrast_first else _change_contrast(pixels, rng)
 
 
 def _scale_levels(values: UInt8, factor: float, shift: float) -> UInt8Image:
-    """Truncated to whole levels between 0 and 255."""
+    """Scale and shift levels, truncated to whole levels between 0 and 255."""
     return np.asarray((values.astype(np.float32) * factor + shift).clip(0, 255), np.uint8)
 
 

@@ -1,6 +1,6 @@
-"""Average precision of a detector, as in PASCAL VOC since 2010: the area below the precision-recall curve's envelope.
+"""Average precision of a detector as in PASCAL VOC since 2010: the area below the precision-recall curve's envelope.
 
-WIDER FACE's own protocol differs: it has easy, medium and hard subsets, whose other faces are neither right nor wrong,
+WIDER FACE's own protocol differs. It has easy, medium and hard subsets, and ignores the faces of the others. It
 stretches scores over the whole set, and samples the curve at 1000 thresholds. Here every annotated face counts.
 """
 
@@ -11,28 +11,39 @@ from facepipe.training.detection.overlap import compute_iou
 from facepipe.types import Bool, Float32
 
 
-def mark_correct(found: Float32, truth: Float32, min_iou: float = 0.5) -> Bool:
-    """Which of the boxes found (n, 4), by falling score, are right, given the true ones (m, 4).
+def mark_correct(detected: Float32, annotated: Float32, min_iou: float = 0.5) -> Bool:
+    """Mark the detected boxes that are correct, (n,).
 
-    One is right where it overlaps its best true box by `min_iou` or more, and no earlier one was right with that.
+    A box is correct if it overlaps its best annotated box enough, and no box with a higher score did so before.
+
+    Args:
+        detected: boxes x1 y1 x2 y2 by falling score, (n, 4)
+        annotated: annotated boxes, (m, 4)
+        min_iou: minimum overlap
     """
-    right = np.zeros(len(found), bool)
-    if not len(truth):
-        return right
-    best, which = compute_iou(torch.from_numpy(found), torch.from_numpy(truth)).max(1)
-    taken: set[int] = set()
-    for n, (overlap, face) in enumerate(zip(best.tolist(), which.tolist(), strict=True)):
-        if overlap >= min_iou and face not in taken:
-            taken.add(face)
-            right[n] = True
-    return right
+    is_correct = np.zeros(len(detected), bool)
+    if not len(annotated):
+        return is_correct
+    overlaps, faces = compute_iou(torch.from_numpy(detected), torch.from_numpy(annotated)).max(1)
+    matched: set[int] = set()
+    for n, (overlap, face) in enumerate(zip(overlaps.tolist(), faces.tolist(), strict=True)):
+        if overlap >= min_iou and face not in matched:
+            matched.add(face)
+            is_correct[n] = True
+    return is_correct
 
 
-def compute_average_precision(scores: Float32, right: Bool, truths: int) -> float:
-    """Of all boxes found (n,) in any order, and the number of true boxes; 0 where there are none."""
-    if not truths or not len(scores):
+def compute_average_precision(scores: Float32, is_correct: Bool, annotated: int) -> float:
+    """Compute the average precision; 0 if there are no boxes.
+
+    Args:
+        scores: score of each detected box, (n,), in any order
+        is_correct: whether each box is correct, (n,)
+        annotated: number of annotated boxes
+    """
+    if not annotated or not len(scores):
         return 0.0
-    hits = np.cumsum(right[np.argsort(-scores, kind="stable")])
+    hits = np.cumsum(is_correct[np.argsort(-scores, kind="stable")])
     precision = hits / np.arange(1, len(hits) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.diff(hits, prepend=0) @ envelope / truths)
+    return float(np.diff(hits, prepend=0) @ envelope / annotated)

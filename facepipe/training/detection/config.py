@@ -1,4 +1,4 @@
-"""What the training of a detector can be told; the defaults are those of biubug6's RetinaFace."""
+"""The settings of the training of a detector. Defaults are those of biubug6's RetinaFace."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,12 +12,13 @@ Weight = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class SceneAugmentConfig:
-    """What is done to an image before a step.
+    """Configure the augmentation of images.
 
-    scales: sides of the square that is cut out, as shares of the image's shorter side; each is as likely
-    tries: squares drawn until one holds a whole face; then the whole image is taken, padded to a square
-    distort: brightness, contrast, saturation and hue are changed at random
-    mirror: probability of mirroring, which swaps left and right landmarks
+    Attributes:
+        scales: sides of the square that is cut out, as shares of the image's shorter side; all are equally likely
+        tries: squares to draw until one holds a whole face; otherwise the whole image is used, padded to a square
+        distort: change brightness, contrast, saturation and hue at random
+        mirror: probability of mirroring, which swaps left and right landmarks
     """
 
     scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.3, 0.45, 0.6, 0.8, 1.0)
@@ -28,12 +29,15 @@ class SceneAugmentConfig:
 
 @dataclass(frozen=True)
 class MultiTaskConfig:
-    """Which anchors are faces, and what errors weigh.
+    """Configure the loss: which anchors are faces, and the weights of errors.
 
-    positive: overlap (IoU) from which an anchor is a face
-    ignore: faces whose best anchor overlaps by less are left out; the others get their best anchor in any case
-    negatives: hardest background anchors that count, for each anchor that is a face
-    box, score, landmarks: weights of the three losses
+    Attributes:
+        positive: minimum overlap (IoU) at which an anchor is a face
+        ignore: minimum overlap of a face's best anchor. Faces below it are left out; all others get their best anchor
+        negatives: hardest background anchors to use per anchor that is a face
+        box: weight of the loss of boxes
+        score: weight of the loss of scores
+        landmarks: weight of the loss of landmarks
     """
 
     positive: Share = 0.35
@@ -46,17 +50,23 @@ class MultiTaskConfig:
 
 @dataclass(frozen=True)
 class DetectionConfig:
-    """Images and annotations, and what is made of them.
+    """Configure the images and annotations of a detector's training.
 
-    annotations: WIDER FACE's label.txt (`# path`, then a line a face: box, landmarks) or wider_face_train_bbx_gt.txt
-    images: folder that the paths in it start from; by default `images` beside it
-    held, held_images: the same for validation; none: nothing is validated
-    held_size: longest side of a validated image in pixels; larger ones are shrunk
-    held_count: so many images from the beginning are validated; 0: all
-    held_score: lowest confidence that counts in validation; held_overlap: highest overlap of two faces found
-    size: side of the squares that are trained on, in pixels; a multiple of 32
-    batch: images of a step, over all workers
-    threads: that decode and augment a batch
+    Attributes:
+        annotations: WIDER FACE's label.txt (`# path`, then per face a line with box and landmarks), or
+            wider_face_train_bbx_gt.txt
+        images: folder that the paths in it are relative to; default: `images` beside it
+        held: annotations for validation; default: no validation
+        held_images: folder of the images for validation; default: `images` beside `held`
+        held_size: longest side of an image in validation, in pixels; larger images are shrunk
+        held_count: number of images to validate on, from the beginning of the file; 0: all
+        held_score: minimum score of a face in validation
+        held_overlap: maximum overlap of two detected faces in validation
+        size: side of the squares to train on, in pixels; a multiple of 32
+        batch: images per step, over all workers
+        threads: threads that decode and augment a batch
+        augment: augmentation
+        loss: loss
     """
 
     annotations: str = ""

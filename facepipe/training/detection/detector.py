@@ -1,4 +1,4 @@
-"""A network under training as a detector of single images of any size; boxes come back in the image's own pixels."""
+"""Run a network in training as a detector, on single images of any size."""
 
 import cv2
 import numpy as np
@@ -11,7 +11,14 @@ from facepipe.types import UInt8Image
 
 
 def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: DetectionLimits) -> Faces:
-    """(h, w, 3) uint8 RGB -> its faces; `net` a RetinaFaceNet in inference mode, `limits` as in `decode_faces`."""
+    """Detect the faces of an image, in its own pixels.
+
+    Args:
+        net: RetinaFaceNet in inference mode
+        image: (h, w, 3) uint8 RGB
+        channels: colour order of the network
+        limits: minimum score and maximum overlap, as in `decode_faces`
+    """
     h, w = image.shape[:2]
     stride = STRIDES[-1]
     padded = cv2.copyMakeBorder(image, 0, -h % stride, 0, -w % stride, cv2.BORDER_CONSTANT)

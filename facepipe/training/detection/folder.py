@@ -1,4 +1,4 @@
-"""Annotated images below a folder. What is missing or damaged is named and passed over, never fatal."""
+"""Annotated images below a folder. Missing or damaged images are logged and skipped."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,13 @@ _log = logging.getLogger(__name__)
 
 
 class AnnotatedFolder(NamedTuple):
-    """Annotated images below a folder; rows (n,): images that are there."""
+    """Annotated images below a folder.
+
+    Attributes:
+        root: the folder
+        annotations: annotations of all images
+        rows: numbers of the images that exist, (n,)
+    """
 
     root: Path
     annotations: Annotations
@@ -25,32 +31,39 @@ class AnnotatedFolder(NamedTuple):
 
     @property
     def missing(self) -> int:
-        """Annotated images that are not there."""
+        """Number of annotated images that do not exist."""
         return len(self.annotations.paths) - len(self.rows)
 
     def load_pixels(self, row: int) -> UInt8Image | None:
-        """An image, None where it cannot be read."""
+        """Decode an image, or log a warning and return None if it cannot be read."""
         return _load_pixels(self.root / self.annotations.paths[row])
 
 
 def open_folder(annotations: str, images: str) -> AnnotatedFolder:
-    """Annotations and where their images lie; each image that is missing is named in a warning."""
-    read = read_annotations(annotations)
+    """Open annotated images. Each missing image is logged as a warning.
+
+    Args:
+        annotations: file of the annotations
+        images: folder of the images; empty: `images` beside the file
+
+    Raises:
+        SourceError: The annotations cannot be read, or none of the images exists.
+    """
+    contents = read_annotations(annotations)
     root = Path(images) if images else Path(annotations).parent / "images"
-    there = np.array([(root / path).is_file() for path in read.paths])
-    for row in np.flatnonzero(~there):
-        _log.warning("%s is missing", root / read.paths[row])
-    if not there.any():
-        raise SourceError(f"none of the {len(there)} images annotated in {annotations!r} is below {str(root)!r}")
-    return AnnotatedFolder(root, read, np.flatnonzero(there))
+    exists = np.array([(root / path).is_file() for path in contents.paths])
+    for row in np.flatnonzero(~exists):
+        _log.warning("%s is missing", root / contents.paths[row])
+    if not exists.any():
+        raise SourceError(f"none of the {len(exists)} images annotated in {annotations!r} is below {str(root)!r}")
+    return AnnotatedFolder(root, contents, np.flatnonzero(exists))
 
 
 def _load_pixels(path: Path) -> UInt8Image | None:
-    """(h, w, 3) uint8 RGB of an image file, or None, with a warning that names it."""
     try:
         data = path.read_bytes()
         return decode(data, read_header(data))
     except (OSError, HeaderError, DecodeError) as error:
-        reason = describe_error(error)
-        _log.warning("%s is passed over: %s", path, reason)
+        reason = describe_error(error) if isinstance(error, OSError) else str(error)
+        _log.warning("%s is skipped: %s", path, reason)
         return None

@@ -1,4 +1,4 @@
-"""RetinaFace's multi-task loss without the dense branch (Deng et al., CVPR 2020, eq. 1), hard negatives as in SSD."""
+"""RetinaFace's multi-task loss without the dense branch (Deng et al., CVPR 2020, eq. 1); hard negatives as in SSD."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,14 @@ from facepipe.models.detectors.retinaface import Predictions
 from facepipe.training.detection.config import MultiTaskConfig
 from facepipe.training.detection.matching import encode_boxes, encode_points, match_anchors
 
-MARK_COLUMN = 14  # column of a target: 1 for a face with landmarks, -1 for one without
+MARK_COLUMN = 14  # of a target: 1 for a face with landmarks, -1 for one without
 
 
 class MultiTaskLoss(nn.Module):
-    """Of face and background, boxes and landmarks; it learns nothing itself.
+    """The weighted sum of the losses of scores, boxes and landmarks. It has no parameters.
 
-    figures: the three losses before their weights, and the anchors that were faces, of the last batch
+    Attributes:
+        figures: of the last batch: the three losses before their weights, and the number of anchors that are faces
     """
 
     def __init__(self, config: MultiTaskConfig):
@@ -23,40 +24,50 @@ class MultiTaskLoss(nn.Module):
         self.figures: dict[str, Tensor] = {}
 
     def forward(self, predictions: Predictions, targets: Tensor, valid: Tensor, priors: Tensor) -> Tensor:
-        """A scalar.
+        """Compute the loss, a scalar.
 
-        predictions: offsets (n, a, 4), logits (n, a, 2), landmark offsets (n, a, 10) of a network in training
-        targets: (n, f, 15) float: x1 y1 x2 y2, five landmarks x y, mark; valid (n, f) bool: False fills up
-        priors: anchors (a, 4) centre and size in pixels
+        Args:
+            predictions: offsets (n, a, 4), logits (n, a, 2) and landmark offsets (n, a, 10) of a network in training
+            targets: x1 y1 x2 y2, five landmarks x y, mark, (n, f, 15) float
+            valid: False for rows that fill up, (n, f) bool
+            priors: centre and size of the anchors in pixels, (a, 4)
         """
+        config = self.config
         boxes, logits, points = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions)
-        limits = (self.config.positive, self.config.ignore)
+        # Assign the anchors of each image to its faces.
         faces = [t[v] for t, v in zip(targets, valid, strict=True)]
-        assigned = torch.stack([match_anchors(f[:, :4], priors, *limits) for f in faces])
+        assigned = torch.stack([match_anchors(f[:, :4], priors, config.positive, config.ignore) for f in faces])
         image, anchor = (assigned >= 0).nonzero(as_tuple=True)
         target = torch.cat([f[a[a >= 0]] for f, a in zip(faces, assigned, strict=True)])
-        at, marked = priors[anchor], target[:, MARK_COLUMN] > 0
-        box = _compute_smooth_l1(boxes[image, anchor], encode_boxes(target[:, :4], at))
-        landmarks = _compute_smooth_l1(
-            points[image, anchor][marked], encode_points(target[marked, 4:MARK_COLUMN], at[marked])
-        )
+        matched_priors = priors[anchor]
+        marked = target[:, MARK_COLUMN] > 0
+        # Compare the predictions of anchors that are faces. Landmarks count if they are known.
+        box_targets = encode_boxes(target[:, :4], matched_priors)
+        point_targets = encode_points(target[marked, 4:MARK_COLUMN], matched_priors[marked])
+        box = _compute_smooth_l1(boxes[image, anchor], box_targets)
+        landmarks = _compute_smooth_l1(points[image, anchor][marked], point_targets)
         score = self._compute_score_loss(logits, (assigned >= 0).long())
-        figures = {"box": box, "score": score, "landmarks": landmarks, "positives": boxes.new_tensor(len(at))}
+        positives = boxes.new_tensor(len(matched_priors))
+        figures = {"box": box, "score": score, "landmarks": landmarks, "positives": positives}
         self.figures = {name: figure.detach() for name, figure in figures.items()}
-        c = self.config
-        return c.box * box + c.score * score + c.landmarks * landmarks
+        return config.box * box + config.score * score + config.landmarks * landmarks
 
     def _compute_score_loss(self, logits: Tensor, face: Tensor) -> Tensor:
-        """Cross-entropy of all faces and of each image's hardest background, by the number of faces."""
+        """Compute the cross-entropy of all faces and of each image's hardest background, per face.
+
+        Args:
+            logits: logits of background and face, (n, a, 2)
+            face: 1 for anchors that are faces, else 0, (n, a) int64
+        """
         losses = F.cross_entropy(logits.flatten(0, 1), face.flatten(), reduction="none").view_as(face)
         count = face.sum(1, keepdim=True)
-        wanted = (count * self.config.negatives).long().clamp(max=face.shape[1] - 1)
+        negatives = (count * self.config.negatives).long().clamp(max=face.shape[1] - 1)
         order = losses.detach().masked_fill(face > 0, 0).argsort(dim=1, descending=True, stable=True)
-        ranked = torch.arange(face.shape[1], device=face.device) < wanted
-        hard = torch.zeros_like(ranked).scatter(1, order, ranked)
-        return losses[hard | (face > 0)].sum() / count.sum().clamp(min=1)
+        is_ranked = torch.arange(face.shape[1], device=face.device) < negatives
+        is_hard = torch.zeros_like(is_ranked).scatter(1, order, is_ranked)
+        return losses[is_hard | (face > 0)].sum() / count.sum().clamp(min=1)
 
 
-def _compute_smooth_l1(found: Tensor, wanted: Tensor) -> Tensor:
-    """Smooth L1 summed over coordinates, averaged over anchors; 0 for none."""
-    return F.smooth_l1_loss(found, wanted, reduction="sum") / max(len(found), 1)
+def _compute_smooth_l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """Compute the smooth L1 loss, summed over coordinates and averaged over anchors; 0 for no anchors."""
+    return F.smooth_l1_loss(predicted, target, reduction="sum") / max(len(predicted), 1)

@@ -1,4 +1,4 @@
-"""Which anchor is which face, and what the network has to say there (biubug6's RetinaFace, utils/box_utils.py)."""
+"""Assign anchors to faces, and encode the targets of their predictions (biubug6's RetinaFace, utils/box_utils.py)."""
 
 import torch
 from torch import Tensor
@@ -8,31 +8,42 @@ from facepipe.training.detection.overlap import compute_iou, to_corners
 
 
 def match_anchors(boxes: Tensor, priors: Tensor, positive: float, ignore: float) -> Tensor:
-    """Faces (f, 4) x1 y1 x2 y2 and anchors (a, 4) centre and size -> (a,) int64: the anchor's face, -1 for background.
+    """Assign anchors to the faces of an image.
 
-    An anchor is its best face's where they overlap by `positive` or more. Every face whose best anchor overlaps by
-    `ignore` or more has that anchor in any case; of two faces that want the same the later has it. Unlike in the
-    reference, a face below `ignore` takes no anchor away from another.
+    An anchor belongs to its best face if they overlap by `positive` or more. Every face whose best anchor overlaps by
+    `ignore` or more gets that anchor in any case. If two faces want the same anchor, the later one gets it. Unlike in
+    the reference, a face below `ignore` takes no anchor away from another.
+
+    Args:
+        boxes: x1 y1 x2 y2 of the faces, (f, 4)
+        priors: centre and size of the anchors, (a, 4)
+        positive: minimum overlap at which an anchor is a face
+        ignore: minimum overlap of a face's best anchor
+
+    Returns:
+        The face of each anchor, (a,) int64; -1 for background.
     """
     if not len(boxes):
         return torch.full((len(priors),), -1, dtype=torch.int64, device=priors.device)
     overlaps = compute_iou(boxes, to_corners(priors))
-    best, face = overlaps.max(0)
-    assigned = torch.where(best >= positive, face, -1)
-    reached, prior = overlaps.max(1)
-    kept = (reached >= ignore).nonzero().squeeze(1)
-    forced = torch.full_like(assigned, -1).scatter_reduce_(0, prior[kept], kept, "amax")
+    best_overlap, best_face = overlaps.max(0)
+    assigned = torch.where(best_overlap >= positive, best_face, -1)
+    # Give each face its best anchor.
+    face_overlap, face_prior = overlaps.max(1)
+    faces = (face_overlap >= ignore).nonzero().squeeze(1)
+    forced = torch.full_like(assigned, -1).scatter_reduce_(0, face_prior[faces], faces, "amax")
     return torch.where(forced >= 0, forced, assigned)
 
 
 def encode_boxes(boxes: Tensor, priors: Tensor) -> Tensor:
-    """(k, 4) x1 y1 x2 y2 and their anchors -> offsets (k, 4), which `postprocess` turns back."""
+    """Encode boxes x1 y1 x2 y2, (k, 4), as offsets from their anchors, (k, 4), which `decode_faces` decodes."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 - priors[:, :2]
     sides = (boxes[:, 2:] - boxes[:, :2]) / priors[:, 2:]
     return torch.cat([centre / (CENTRE_VARIANCE * priors[:, 2:]), sides.log() / SIZE_VARIANCE], 1)
 
 
 def encode_points(points: Tensor, priors: Tensor) -> Tensor:
-    """Landmarks (k, 10) x y x y ... and their anchors -> offsets (k, 10)."""
-    centre, side = priors[:, None, :2], priors[:, None, 2:]
+    """Encode landmarks x y x y ..., (k, 10), as offsets from their anchors, (k, 10)."""
+    centre = priors[:, None, :2]
+    side = priors[:, None, 2:]
     return ((points.view(-1, 5, 2) - centre) / (CENTRE_VARIANCE * side)).flatten(1)

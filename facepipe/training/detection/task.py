@@ -1,7 +1,7 @@
-"""What the loop trains to have a detector: images and annotations, the multi-task loss, average precision."""
+"""The training of a detector: images and annotations, the multi-task loss, and average precision."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,21 +18,27 @@ from facepipe.training.detection.folder import open_folder
 from facepipe.training.detection.loss import MultiTaskLoss
 from facepipe.training.detection.validation import measure_average_precision
 
-_AUGMENT = 1001  # keeps its stream of random numbers apart from the sampler's
+_AUGMENT_STREAM = 1001  # keeps these random numbers apart from the sampler's
 
 
 class DetectionTask:
-    """Trains a RetinaFaceNet with batch norms (`Task` of facepipe/training/trainer/task.py).
+    """The training of a RetinaFaceNet with batch norms, a `TrainingTask`.
 
-    A batch is (pixels (n, size, size, 3) uint8 RGB, targets (n, f, 15), valid (n, f), passed over (n,) int64). Images
-    without faces are not trained on; one that cannot be decoded gives its turn to the next that can.
+    A batch is pixels (n, size, size, 3) uint8 RGB, targets (n, f, 15), valid (n, f), and skipped images (n,) int64.
+    Images without faces are not trained on. If an image cannot be decoded, the next one that can takes its turn.
 
-    channels: the order in which the network takes colours, as its card has it
-    notes: what a user should know of the data, with counts
+    Args:
+        net: the network
+        config: images, annotations, augmentation and loss
+        seed: random seed of batches and augmentation
+        channels: colour order of the network, as in its card
     """
 
     def __init__(self, net: nn.Module, config: DetectionConfig, seed: int = 0, channels: Channels = "bgr"):
-        self.net, self.config, self.seed, self.channels = net, config, seed, channels
+        self.net = net
+        self.config = config
+        self.seed = seed
+        self.channels = channels
         self.objective: nn.Module = MultiTaskLoss(config.loss)
         self._data = open_folder(config.annotations, config.images)
         self._held = open_folder(config.held, config.held_images) if config.held else None
@@ -40,70 +46,102 @@ class DetectionTask:
         self._rows = self._data.rows[counts > 0]
         if len(self._rows) < config.batch:
             raise ConfigError(
-                f"detection.batch is {config.batch}, and {config.annotations!r} has {len(self._rows)} images with faces"
+                f"detection.batch={config.batch}, but {config.annotations!r} has only {len(self._rows)} images with "
+                "faces: lower detection.batch"
             )
-        self._sampler = BatchSampler(np.zeros(len(self._rows), np.int64), SampleConfig(batch=config.batch), seed)
+        labels = np.zeros(len(self._rows), np.int64)
+        self._sampler = BatchSampler(labels, SampleConfig(batch=config.batch), seed)
         self.steps_per_epoch = self._sampler.steps_per_epoch
         colour = MEAN_BGR[::-1] if channels == "bgr" else MEAN_BGR
         self._fill = (colour[0], colour[1], colour[2])
 
     @property
     def notes(self) -> tuple[str, ...]:
-        a, missing = self._data.annotations, self._data.missing
+        """Remarks on the data, with counts."""
+        annotations = self._data.annotations
+        missing = self._data.missing
         empty = len(self._data.rows) - len(self._rows)
-        said = (
-            (missing, f"{missing} of {len(a.paths)} annotated images are missing"),
-            (empty, f"{empty} images have no faces and are not trained on"),
-            (a.dropped, f"{a.dropped} faces are left out: they are marked as invalid, or their box is empty"),
-        )
-        return tuple(text for count, text in said if count)
+        notes: list[str] = []
+        if missing:
+            notes.append(f"{missing} of {len(annotations.paths)} annotated images are missing")
+        if empty:
+            notes.append(f"{empty} images have no faces and are not trained on")
+        if annotations.dropped:
+            notes.append(f"{annotations.dropped} faces are left out: they are marked as invalid, or their box is empty")
+        return tuple(notes)
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
-        """Rank's share of a step, a pure function of (seed, step) and the files."""
+        """Load and augment the rank's share of a step, a pure function of (seed, step) and the files."""
         rows = self._sampler.draw_rows(step, rank, world)
         first = rank * len(rows)
         with ThreadPoolExecutor(self.config.threads) as pool:
-            made = list(pool.map(lambda n: self._make_example(int(rows[n]), step, first + n), range(len(rows))))
-        faces = [_build_targets(scene.faces) for scene, _ in made]
-        targets, valid = _pad_targets(faces)
-        images = torch.from_numpy(np.stack([scene.pixels for scene, _ in made]))
-        return images, targets, valid, torch.tensor([passed for _, passed in made])
+            positions = range(len(rows))
+            examples = list(pool.map(lambda n: self._make_example(int(rows[n]), step, first + n), positions))
+        targets, valid = _pad_targets([_build_targets(example.scene.faces) for example in examples])
+        images = torch.from_numpy(np.stack([example.scene.pixels for example in examples]))
+        return images, targets, valid, torch.tensor([example.skipped for example in examples])
 
-    def _make_example(self, at: int, step: int, place: int) -> tuple[Scene, int]:
-        """An augmented scene, and how many images were passed over for it."""
-        for passed in range(len(self._rows)):
-            row = int(self._rows[(at + passed) % len(self._rows)])
-            image = self._data.load_pixels(row)
-            if image is not None:
-                rng = np.random.default_rng((self.seed, _AUGMENT, step, place))
-                scene = Scene(image, self._data.annotations.get_faces(row))
-                return augment_scene(scene, self.config.size, self._fill, self.config.augment, rng), passed
+    def _make_example(self, index: int, step: int, position: int) -> "_Example":
+        """Load and augment one image, or the next that can be decoded.
+
+        Args:
+            index: number of the image among those with faces
+            step: number of the step
+            position: position in the whole batch
+        """
+        for skipped in range(len(self._rows)):
+            row = int(self._rows[(index + skipped) % len(self._rows)])
+            pixels = self._data.load_pixels(row)
+            if pixels is not None:
+                rng = np.random.default_rng((self.seed, _AUGMENT_STREAM, step, position))
+                scene = Scene(pixels, self._data.annotations.get_faces(row))
+                return _Example(augment_scene(scene, self.config.size, self._fill, self.config.augment, rng), skipped)
         raise SourceError(f"none of the images below {str(self._data.root)!r} can be decoded")
 
     def compute_loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The multi-task loss of a batch; figures: its parts, anchors that are faces, images passed over."""
-        images, targets, valid, passed = inputs
+        """Compute the multi-task loss of a batch.
+
+        Returns:
+            The loss; and as figures its parts, the anchors that are faces, and the images skipped.
+        """
+        images, targets, valid, skipped = inputs
         priors = torch.from_numpy(build_anchors(*images.shape[1:3])).to(images.device)
         predictions = cast(Predictions, self.net(normalise_pixels(images, self.channels)))
-        total: Tensor = self.objective(predictions, targets, valid, priors)
+        loss: Tensor = self.objective(predictions, targets, valid, priors)
         figures: dict[str, Tensor] = getattr(self.objective, "figures", {})
-        return total, {**figures, "passed_over": passed.sum().float()}
+        return loss, {**figures, "passed_over": skipped.sum().float()}
 
     def validate(self, net: nn.Module) -> dict[str, float]:
-        """Average precision at an overlap of one half on the held images; {} where there are none."""
+        """Measure the average precision on the held-out images, at an overlap of one half; empty without them."""
         return measure_average_precision(net, self._held, self.config, self.channels) if self._held else {}
 
 
-def _build_targets(truth: AnnotatedFaces) -> Tensor:
-    """(f, 15): x1 y1 x2 y2, landmarks, 1 where they are known and -1 (and zeros for them) where not."""
-    points = truth.landmarks.reshape(-1, 10)
-    known = np.isfinite(points).all(1, keepdims=True)
-    points = np.where(known, points, 0)
-    mark = np.where(known, 1, -1)
-    return torch.from_numpy(np.concatenate([truth.boxes, points, mark], 1).astype(np.float32))
+class _Example(NamedTuple):
+    """One image of a batch.
+
+    Attributes:
+        scene: augmented image with faces
+        skipped: number of images that could not be decoded before it
+    """
+
+    scene: Scene
+    skipped: int
+
+
+def _build_targets(faces: AnnotatedFaces) -> Tensor:
+    """Build the targets of an image, (f, 15): x1 y1 x2 y2, landmarks, mark.
+
+    The mark is 1 if the landmarks are known. Otherwise it is -1, and the landmarks are zeros.
+    """
+    points = faces.landmarks.reshape(-1, 10)
+    is_known = np.isfinite(points).all(1, keepdims=True)
+    points = np.where(is_known, points, 0)
+    mark = np.where(is_known, 1, -1)
+    return torch.from_numpy(np.concatenate([faces.boxes, points, mark], 1).astype(np.float32))
 
 
 def _pad_targets(faces: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad the targets of images to one length; and mark the rows that are faces."""
     targets = nn.utils.rnn.pad_sequence(faces, batch_first=True)
     lengths = torch.tensor([len(f) for f in faces])
     return targets, torch.arange(targets.shape[1]) < lengths[:, None]

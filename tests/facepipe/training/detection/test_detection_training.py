@@ -104,7 +104,7 @@ def test_missing_and_broken_images_are_counted(corpus: Path, caplog: pytest.LogC
     assert "missing.png is missing" in caplog.text
     passed = sum(int(task.make_batch(step)[3].sum()) for step in range(3))
     assert passed >= 1
-    assert "broken.png is passed over: no known image format" in caplog.text
+    assert "broken.png is skipped: no known image format" in caplog.text
 
 
 def test_no_image_at_all(corpus: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_no_image_at_all(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_too_few_images_for_a_batch(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match=r"detection\.batch is 12, and .* has 11 images with faces"):
+    with pytest.raises(ConfigError, match=r"detection\.batch=12, but .* has only 11 images with faces"):
         DetectionTask(torch.nn.Identity(), config(corpus, batch=12))
 
 
