@@ -85,8 +85,8 @@ def embed(
             **build_model_sections(detector, embedder),
         }
         chosen = build_config(EmbedConfig, config, settings, options)
-        if chosen.doubt:
-            make_line_printer("embed")(chosen.doubt)
+        if chosen.warning:
+            make_line_printer("embed")(chosen.warning)
         with ProgressReporter("embed", quiet=quiet) as progress:
             summary = run(chosen, gallery, lambda embedded: progress.update(format_embed_rate(embedded)))
         print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))

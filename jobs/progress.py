@@ -84,7 +84,7 @@ def format_embed_rate(summary: Any) -> str:
     """Format the figures of a running or finished `embed` as one line.
 
     Args:
-        summary: a `pipelines.embed.Summary`.
+        summary: a `pipelines.embed.EmbedSummary`.
     """
     rate = summary.images / summary.seconds if summary.seconds else 0.0
     parts = [f"{summary.images} images", f"{summary.faces} faces", f"{rate:.1f} images/s"]

@@ -30,7 +30,7 @@ from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
-from pipelines.runtime.workspace import report_folder, reports_of
+from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "clean"
 
@@ -108,12 +108,12 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
         GalleryError: if there is no label at all.
     """
     table = Gallery(gallery)
-    summary = CleanSummary(out=os.path.join(reports_of(table), NAME))
+    summary = CleanSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     # Duplicates are looked up in the same graph, so that it must reach as far as they do.
     graph_config = replace(config.graph, reach=max(config.graph.reach, config.duplicates.radius))
-    with report_folder(table, NAME) as folder:
-        graph = open_graph([table], graph_config, config.run, os.path.join(reports_of(table), "graph"), progress)
+    with open_report_folder(table, NAME) as folder:
+        graph = open_graph([table], graph_config, config.run, os.path.join(locate_reports(table), "graph"), progress)
         phases.end("graph")
         labels, names = read_labels(table, graph.nodes)
         if not len(names):

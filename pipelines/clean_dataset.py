@@ -12,7 +12,7 @@ from pipelines.clean import CleanConfig
 from pipelines.dedup import DedupConfig
 from pipelines.graph import GraphConfig
 from pipelines.job import EmbedSections, JobSummary, OnEmbed, OnLine, Share, check_job, load_known, open_gallery
-from pipelines.runtime.listing import listed
+from pipelines.runtime.listing import count_listed
 from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.runtime.workspace import REPORTS
 
@@ -134,5 +134,5 @@ def _preview(config: CleanDatasetConfig, names: list[str]) -> DatasetSummary:
     gallery = open_gallery(config.gallery)
     for name, source in zip(names, config.source, strict=True):
         with closing(load_known(gallery, name)) as known:
-            summary.steps[f"embed {name}"] = listed(open_source(source), known)
+            summary.steps[f"embed {name}"] = count_listed(open_source(source), known)
     return summary

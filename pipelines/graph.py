@@ -224,7 +224,7 @@ class _GraphBuilder:
     @cached_property
     def _device(self) -> str:
         """The requested device, or the one that `auto` finds."""
-        return ray.device(self._run.device, ray.start()) if self._on_ray else resolve_device(self._run.device)
+        return ray.choose_device(self._run.device, ray.start()) if self._on_ray else resolve_device(self._run.device)
 
     def _choose_device(self, faces: int, exact: bool) -> str:
         """Choose the device that compares pairs. Cells are compared on CPUs, many at a time."""
@@ -241,7 +241,7 @@ class _GraphBuilder:
         if self._on_ray and pending:
             ray.start()
             uses_gpu = pending[0].device != "cpu"
-            results = ray.tasks(join_cells, pending, self._run.cpus, gpus=int(uses_gpu))
+            results = ray.run_tasks(join_cells, pending, self._run.cpus, gpus=int(uses_gpu))
         finished = len(tasks) - len(pending)
         for _, count in results:
             finished += 1

@@ -13,11 +13,11 @@ from facepipe.index import manifest as manifests
 from facepipe.sources import SourceConfig
 from facepipe.stages import Align, Decode, Detect, Embed, Read
 from pipelines.embed.config import EmbedConfig, MissingConfig, RunConfig
-from pipelines.embed.summary import Summary
+from pipelines.embed.summary import EmbedSummary
 
 Share = Annotated[float, Field(ge=0, le=1)]
 OnLine = Callable[[str], None]
-OnEmbed = Callable[[Summary], None]
+OnEmbed = Callable[[EmbedSummary], None]
 AnySource = TypeVar("AnySource", bound="HasUri")
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from facepipe.config import build
 from facepipe.gallery import Gallery
 from jobs.cli import app
-from pipelines.embed import EmbedConfig, Summary, run
+from pipelines.embed import EmbedConfig, EmbedSummary, run
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ def trials(full: int) -> range:
     return range(full if os.environ.get("FACEPIPE_ALL_TRIALS") else max(3, full // 3))
 
 
-def embed(source: str | Path, gallery: str | Path, *layers: dict[str, Any], **run_settings: Any) -> Summary:
+def embed(source: str | Path, gallery: str | Path, *layers: dict[str, Any], **run_settings: Any) -> EmbedSummary:
     """Embed with settings."""
     config = build(EmbedConfig, *layers, {"source": {"uri": str(source)}, "run": run_settings})
     return run(config, str(gallery))

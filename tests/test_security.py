@@ -381,7 +381,7 @@ def test_a_worker_that_fails_tells_no_secret(drawings: Path, tmp_path: Path) -> 
         "    from facepipe.stages.decode import Decode\n"
         "    def one(self, data):\n"
         "        raise RuntimeError('boom ' + os.environ['AWS_SESSION_TOKEN'] + ' http://me:hunter4passw0rd@host')\n"
-        "    Decode.one = one\n"
+        "    Decode.decode_image = one\n"
     )
     words = ["--set", "detect.model=fake-detector", "--set", "embed.model=fake-embedder", "--runner", "local"]
     more = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}

@@ -1,6 +1,6 @@
-"""Read -> Decode -> Detect -> Align -> Embed: Arrow table in, Arrow table out. One small module each.
+"""Stages from an image to its faces: Read, Decode, Detect, Align, Embed. Each turns an Arrow table into the next.
 
-FacesOnDevice stands for the last three on a GPU.
+`facepipe.stages.resident` runs the last three on one GPU.
 """
 
 from facepipe.stages.align import Align
@@ -9,6 +9,5 @@ from facepipe.stages.decode import Decode
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 from facepipe.stages.read import Read
-from facepipe.stages.resident.stage import FacesOnDevice
 
-__all__ = ["Align", "Chain", "Decode", "Detect", "Embed", "FacesOnDevice", "Read", "Stage", "check_chain"]
+__all__ = ["Align", "Chain", "Decode", "Detect", "Embed", "Read", "Stage", "check_chain"]

@@ -19,10 +19,10 @@ from facepipe.models.dlib.predictor import load_predictor
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.types import Bool, Float32, UInt8Image
 
-Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-class Aligned(NamedTuple):
+class AlignedFace(NamedTuple):
     """One face."""
 
     row: int
@@ -95,15 +95,15 @@ class Align:
         _ = self._layout
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        faces: list[Aligned | int] = []
+        faces: list[AlignedFace | int] = []
         columns = [table[name].to_pylist() for name in ("boxes", "points", "scores")]
         rows = zip(images(table), frames(table), buffers(table["bytes"]), *columns, strict=True)
         for n, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
             found = self._image(n, (pixels, frame), data, (boxes, points, scores)) if scores else []
             faces += found or [n]
-        return self.rows(table, faces)
+        return self.build_rows(table, faces)
 
-    def rows(self, table: pa.Table, faces: Sequence[Aligned | int], each: Each = map) -> pa.Table:
+    def build_rows(self, table: pa.Table, faces: Sequence[AlignedFace | int], each: MapFunction = map) -> pa.Table:
         """The table with one row a face, and one for each image without: of such images `faces` holds the row number.
 
         each: map, or a pool's, under which chips are measured and thumbnails made
@@ -112,7 +112,7 @@ class Align:
         per_image = with_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
         return with_columns(per_image, self._columns(faces, each))
 
-    def _image(self, n: int, view: Any, data: memoryview | None, found: Any) -> list[Aligned]:
+    def _image(self, n: int, view: Any, data: memoryview | None, found: Any) -> list[AlignedFace]:
         """The faces of one image, cut from enough pixels."""
         boxes, points, scores = (np.array(values, np.float32) for values in found)
         landmarks = points.reshape(-1, 5, 2)
@@ -121,18 +121,18 @@ class Align:
         # Chip pixels per image pixel: more than the working image has means decoding again, at the scale that has them.
         wanted = min(1.0, max(find_required_scale(self._layout, *face) for face in faces))
         if data is not None and view[1].scale < wanted:
-            view = larger(bytes(data), wanted, view)
+            view = decode_larger(bytes(data), wanted, view)
         pixels, frame = view
         chips = [
             cut_chip(self._layout, pixels, frame, box, points, square=self._square, predict_points=self.predict_points)
             for box, points in faces
         ]
         rows = zip(boxes, landmarks, scores, chips, strict=True)
-        return [Aligned(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
+        return [AlignedFace(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
 
-    def _columns(self, faces: Sequence[Aligned | int], each: Each) -> dict[str, Any]:
-        real = [face for face in faces if isinstance(face, Aligned)]
-        valid = np.array([isinstance(face, Aligned) for face in faces], bool)
+    def _columns(self, faces: Sequence[AlignedFace | int], each: MapFunction) -> dict[str, Any]:
+        real = [face for face in faces if isinstance(face, AlignedFace)]
+        valid = np.array([isinstance(face, AlignedFace) for face in faces], bool)
         boxes = np.array([face.box for face in real], np.float32).reshape(-1, 4)
         landmarks = np.array([face.landmarks for face in real], np.float32).reshape(-1, 5, 2)
         yaw, roll = estimate_pose(landmarks.astype(np.float64)) if real else (np.empty(0), np.empty(0))
@@ -161,7 +161,7 @@ class Align:
         return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1])
 
 
-def larger(data: bytes, wanted: float, view: tuple[UInt8Image, Frame]) -> tuple[UInt8Image, Frame]:
+def decode_larger(data: bytes, wanted: float, view: tuple[UInt8Image, Frame]) -> tuple[UInt8Image, Frame]:
     """The image decoded at the smallest scale of at least `wanted`; the pixels at hand if that fails."""
     reduce = next((r for r in (4, 2) if 1 / r >= wanted), 1)
     try:

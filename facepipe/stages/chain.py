@@ -66,7 +66,7 @@ class Chain:
         before = 0.0
         for table in results:
             spent = results.seconds - given.seconds
-            self.seconds[type(stage).__name__.lower()] += spent - before
+            self.seconds[get_stage_name(stage)] += spent - before
             before = spent
             yield table
 
@@ -132,6 +132,11 @@ class _Ahead:
                 self._queue.put((item, error), timeout=_POLL_SECONDS)
                 return True
         return False
+
+
+def get_stage_name(stage: Any) -> str:
+    """Return the name under which a stage's time is recorded: its `stage_name`, or its class name in lower case."""
+    return str(getattr(stage, "stage_name", type(stage).__name__.lower()))
 
 
 def check_chain(stages: Iterable[Any], columns: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, READ_ERROR
 from facepipe.types import Float32, UInt8Image
 
-GIVEN = pa.schema(
+GIVEN_COLUMNS = pa.schema(
     [
         ("given_image", pa.string()),
         ("given_faces", pa.list_(pa.int64())),
@@ -28,7 +28,7 @@ _CENTRE_WEIGHT = 2.0
 _PIXELS = ("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top")
 
 
-def prominence(boxes: Float32, size: Float32) -> Float32:
+def compute_prominence(boxes: Float32, size: Float32) -> Float32:
     """(n,) for boxes (n, 4) in images of (width, height) (n, 2) or (2,): the subject of an image has the largest.
 
     The face's area less twice its squared distance from the image's centre, the rule by which LFW is aligned
@@ -61,16 +61,17 @@ class Subject:
         if not scores or len(scores) < 2:
             return boxes, points, scores, 0
         sizes = np.array([width, height], np.float32)
-        best = int(np.argmax(prominence(np.array(boxes, np.float32).reshape(-1, 4), sizes)))
+        best = int(np.argmax(compute_prominence(np.array(boxes, np.float32).reshape(-1, 4), sizes)))
         each = len(points) // len(scores)
         return boxes[4 * best : 4 * best + 4], points[each * best : each * (best + 1)], [scores[best]], best
 
 
 @dataclass(frozen=True)
-class Given:
+class KnownFaces:
     """Stands where Detect would: faces that a gallery holds, as long as the image is the one it holds."""
 
-    needs: ClassVar = ("pixels", "image_id", "status", "error", *GIVEN.names)
+    stage_name: ClassVar = "given"
+    needs: ClassVar = ("pixels", "image_id", "status", "error", *GIVEN_COLUMNS.names)
     adds: ClassVar = ("boxes", "points", "scores")
 
     def setup(self) -> None:
@@ -94,7 +95,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeImage:
     """Stands where Detect and Align would: the picture is a face crop, scaled to the embedder's chip.
 
     Of a picture of another shape the middle is taken.
@@ -102,6 +103,7 @@ class Whole:
 
     embedder: str = "dlib-resnet"
 
+    stage_name: ClassVar = "whole"
     needs: ClassVar = ("bytes", *_PIXELS)
     adds: ClassVar = ("face_index", "chip")
     drops: ClassVar = ("bytes", *_PIXELS)
@@ -115,12 +117,12 @@ class Whole:
         _ = self._size
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        chips = [None if pixels is None else fitted(pixels, self._size) for pixels in images(table)]
+        chips = [None if pixels is None else crop_to_size(pixels, self._size) for pixels in images(table)]
         indices = pa.array([None if chip is None else 0 for chip in chips], pa.int16())
         return with_columns(table, {"face_index": indices, "chip": pack(chips)}, drop=self.drops)
 
 
-def fitted(pixels: UInt8Image, size: tuple[int, int]) -> UInt8Image:
+def crop_to_size(pixels: UInt8Image, size: tuple[int, int]) -> UInt8Image:
     """The middle of a picture that has the shape of `size` (width, height), scaled to it."""
     height, width = pixels.shape[:2]
     scale = max(size[0] / width, size[1] / height)

@@ -19,7 +19,7 @@ _LARGEST = (1 << 31) - 1
 _KEPT_WHOLE = 1 << 24  # pixels
 
 
-class Decoded(NamedTuple):
+class DecodedImage(NamedTuple):
     """Pixels (h, w, 3), full size as seen and perceptual hash; or what went wrong."""
 
     pixels: UInt8 | None
@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
     image_hash: int | None = None
 
 
-def _frames(results: list[Decoded], part: str) -> pa.Array:
+def _frames(results: list[DecodedImage], part: str) -> pa.Array:
     name = part.removeprefix("pixels_")
     return pa.array([None if r.frame is None else getattr(r.frame, name) for r in results], pa.float64())
 
@@ -85,32 +85,34 @@ class Decode:
         }
         return with_columns(table, columns)
 
-    def _row(self, row: tuple[memoryview | None, str, str | None]) -> Decoded:
+    def _row(self, row: tuple[memoryview | None, str, str | None]) -> DecodedImage:
         data, status, error = row
-        return Decoded(None, None, None, None, status, error) if data is None else self.one(bytes(data))
+        return DecodedImage(None, None, None, None, status, error) if data is None else self.decode_image(bytes(data))
 
-    def one(self, data: bytes) -> Decoded:
+    def decode_image(self, data: bytes) -> DecodedImage:
         """Decode one image."""
         try:
             header = read_header(data)
         except HeaderError as error:
-            return Decoded(None, None, None, None, DECODE_ERROR, str(error))
+            return DecodedImage(None, None, None, None, DECODE_ERROR, str(error))
         width, height = header.oriented_size
         if width * height > self.max_pixels:
             reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
             fits = max(width, height) <= _LARGEST  # what a header claims need not fit the column
-            return Decoded(None, None, width if fits else None, height if fits else None, TOO_LARGE, reason)
+            return DecodedImage(None, None, width if fits else None, height if fits else None, TOO_LARGE, reason)
         if header.scans > self.max_scans:
             reason = f"{header.scans} scans, the limit is {self.max_scans}"
-            return Decoded(None, None, width, height, TOO_LARGE, reason)
+            return DecodedImage(None, None, width, height, TOO_LARGE, reason)
         try:
-            reduce = self.reduction(header)
+            reduce = self.choose_reduction(header)
             pixels = decode(data, header, reduce)
         except DecodeError as error:
-            return Decoded(None, None, width, height, DECODE_ERROR, str(error))
-        return Decoded(pixels, locate_frame(header, reduce), width, height, OK, None, compute_perceptual_hash(pixels))
+            return DecodedImage(None, None, width, height, DECODE_ERROR, str(error))
+        return DecodedImage(
+            pixels, locate_frame(header, reduce), width, height, OK, None, compute_perceptual_hash(pixels)
+        )
 
-    def reduction(self, header: Header) -> int:
+    def choose_reduction(self, header: Header) -> int:
         """The largest divisor that keeps the longer side.
 
         Only JPEG decodes faster when reduced; other formats are where a batch of them would fill the memory.

@@ -80,7 +80,7 @@ class Detect:
         _ = self.detector
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        faces = self.found({n: pixels for n, pixels in enumerate(images(table)) if pixels is not None})
+        faces = self.detect_faces({n: pixels for n, pixels in enumerate(images(table)) if pixels is not None})
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         results = [
             self._full_size(faces[n], frame, size) if n in faces else _NONE
@@ -98,7 +98,7 @@ class Detect:
         }
         return with_columns(table, columns)
 
-    def found(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
+    def detect_faces(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
         """The faces of images (h, w, 3) RGB by number, in those images' pixels."""
         faces = self._quick(pixels)
         faces |= self._search({n: self.letterbox(p, self.size) for n, p in pixels.items() if n not in faces})
@@ -140,7 +140,7 @@ class Detect:
 
     def letterbox(self, pixels: UInt8Image, size: int) -> Letterbox:
         """Shrunk to `size` and padded to the detector's stride."""
-        pixels, (sx, sy) = shrunk(pixels, size)
+        pixels, (sx, sy) = shrink_image(pixels, size)
         small_h, small_w = pixels.shape[:2]
         if max(small_h, small_w) <= self.border_below:
             top, bottom = self._mirror(small_h)
@@ -169,7 +169,7 @@ class Detect:
         return Faces(boxes[keep], frame.to_full(faces.landmarks)[keep], faces.scores[keep])
 
 
-def shrunk(pixels: UInt8Image, size: int) -> tuple[UInt8Image, tuple[float, float]]:
+def shrink_image(pixels: UInt8Image, size: int) -> tuple[UInt8Image, tuple[float, float]]:
     """(pixels whose longer side is at most `size`, scales of x and y).
 
     Halved by averages, then bilinear, which down to a half skips no pixel; averaging to any size takes five times as

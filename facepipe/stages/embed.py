@@ -47,10 +47,10 @@ class Embed:
         views = list(buffers(table["chip"]))
         valid = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
-        raw = self.raw(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
-        return self.rows(table, valid, raw)
+        raw = self.embed_chips(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
+        return self.build_rows(table, valid, raw)
 
-    def rows(self, table: pa.Table, valid: Bool, raw: Float32) -> pa.Table:
+    def build_rows(self, table: pa.Table, valid: Bool, raw: Float32) -> pa.Table:
         """The table with the raw vectors (n, dim) of its faces, which are its `valid` rows, normalised; less its chips.
 
         Raises ModelError for a vector without a direction.
@@ -78,7 +78,7 @@ class Embed:
             )
         return norm
 
-    def raw(self, chips: UInt8) -> Float32:
+    def embed_chips(self, chips: UInt8) -> Float32:
         """(n, h, w, 3) RGB -> (n, dim), not normalised."""
         return np.concatenate([self._batch(chips[at : at + self.batch]) for at in range(0, len(chips), self.batch)])
 

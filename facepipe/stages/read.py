@@ -21,7 +21,7 @@ Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
 _BATCH_ROWS = 16
 
 
-class ParquetRows:
+class ParquetCursor:
     """A cursor over the bytes column of one Parquet file: ascending rows are read on, not from the start again."""
 
     def __init__(self, path: bytes):
@@ -88,7 +88,7 @@ class Read:
         return ThreadPoolExecutor(self.threads, "read")
 
     @cached_property
-    def _open(self) -> dict[bytes, ParquetRows]:
+    def _open(self) -> dict[bytes, ParquetCursor]:
         return {}
 
     def setup(self) -> None:
@@ -136,12 +136,12 @@ class Read:
                 outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, one_line(error)))
         return outcomes
 
-    def _cursor(self, path: bytes) -> ParquetRows:
+    def _cursor(self, path: bytes) -> ParquetCursor:
         """The open cursor of a file; one is kept open at a time."""
         if path not in self._open:
             while self._open:
                 self._open.popitem()[1].close()
-            self._open[path] = ParquetRows(path)
+            self._open[path] = ParquetCursor(path)
         return self._open[path]
 
     def _limited(self, data: bytes | None) -> Outcome:
@@ -152,7 +152,7 @@ class Read:
         return data, OK, None
 
 
-def content_mark(image: str | None) -> int:
+def hash_content(image: str | None) -> int:
     """What a work item's `previous` is compared with: the content hash, or that nothing could be read."""
     return hash64(image or "")
 
@@ -164,5 +164,5 @@ def _unless_known(outcome: Outcome, previous: int | None) -> Outcome:
     data, status, _ = outcome
     if previous is None or status not in (OK, READ_ERROR):
         return outcome
-    same = data is not None and content_mark(image_id(data)) == previous
+    same = data is not None and hash_content(image_id(data)) == previous
     return (None, TOUCHED if same else UNCHANGED, None) if same or status == READ_ERROR else outcome

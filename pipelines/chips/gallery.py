@@ -13,7 +13,7 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.blocks import Block, BlockSize
 from facepipe.sources.relocate import Places
-from facepipe.stages.chips import GIVEN
+from facepipe.stages.chips import GIVEN_COLUMNS
 from facepipe.training.data.selection import (
     FACES_FILE,
     LABELS_FILE,
@@ -104,7 +104,7 @@ def _build_block(number: int, rows: pa.Table, starts: Int64, places: Places) -> 
         "given_scores": _build_lists(rows["det_score"], starts, 1),
     }
     item_columns = {name: table[name] for name in WORK_ITEM.names}
-    face_columns = {name: known_faces[name] for name in GIVEN.names}
+    face_columns = {name: known_faces[name] for name in GIVEN_COLUMNS.names}
     return Block(number, table, pa.table({**item_columns, **face_columns}))
 
 

@@ -21,7 +21,7 @@ from facepipe.sources import Source, SourceConfig, WorkItem, open_source
 from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize
 from facepipe.sources.blocks import blocks as cut_blocks
 from facepipe.stages import Align, Decode, Detect, Read
-from facepipe.stages.chips import Encode, Given, Subject, Whole
+from facepipe.stages.chips import Encode, KnownFaces, Subject, WholeImage
 from facepipe.storage.hashtable import HashTable
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import ImageNames
@@ -29,9 +29,9 @@ from facepipe.types import UInt64
 from pipelines.chips.exclude import read_excluded_names
 from pipelines.chips.gallery import GalleryListing
 from pipelines.runtime import crash_marks
-from pipelines.runtime.plan import Plan, Resources, local_resources, make_plan
+from pipelines.runtime.plan import Resources, WorkerPlan, detect_local_resources, make_plan
 from pipelines.runtime.runners import inline, local, ray
-from pipelines.runtime.worker import Job
+from pipelines.runtime.worker import WorkerJob
 
 PARTS = "parts"
 MARKS = "marks"
@@ -184,23 +184,25 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
     """
     marks = os.path.join(folder, MARKS)
     run_id = new_run_id()
-    crash_marks.bequeath(marks, run_id)  # the caller's lease says that no other run is alive
+    crash_marks.inherit_crash_marks(marks, run_id)  # the caller's lease says that no other run is alive
     needs_detector = not order.data.gallery and not order.data.aligned
     runner = _choose_runner(order, folder, run)
     try:
-        resources = ray.start() if runner == "ray" else local_resources()
+        resources = ray.start() if runner == "ray" else detect_local_resources()
         plan = make_plan(resources if needs_detector else Resources(resources.cpus), run.workers)
         blocks = _build_listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
         stages = _build_stages(order, plan)
         parts = os.path.join(folder, PARTS)
-        job = Job(stages, run.batch, True, run_id, order.embedder, parts, os.path.join(marks, run_id))
+        job = WorkerJob(stages, run.batch, True, run_id, order.embedder, parts, os.path.join(marks, run_id))
         yield from _run_blocks(runner, blocks, job, plan)
     finally:
         if runner == "ray":
             ray.stop()
 
 
-def _run_blocks(runner: str, blocks: Callable[[], Iterator[Block]], job: Job, plan: Plan) -> Iterator[Record]:
+def _run_blocks(
+    runner: str, blocks: Callable[[], Iterator[Block]], job: WorkerJob, plan: WorkerPlan
+) -> Iterator[Record]:
     if runner == "ray":
         return ray.run(blocks, [job], plan)
     if runner == "inline":
@@ -230,7 +232,7 @@ def _build_listing(order: ChipOrder, folder: str, size: BlockSize) -> Callable[[
     return SourceListing(source, known, order.image_names, size)
 
 
-def _build_stages(order: ChipOrder, plan: Plan) -> tuple[Any, ...]:
+def _build_stages(order: ChipOrder, plan: WorkerPlan) -> tuple[Any, ...]:
     """Build the stages from reading to encoding; which ones depends on where the faces are known from."""
     data = order.data
     group = plan.groups[0]
@@ -238,10 +240,10 @@ def _build_stages(order: ChipOrder, plan: Plan) -> tuple[Any, ...]:
     decode = Decode(threads=group.threads)
     encode = Encode(order.embedder)
     if data.aligned:
-        return read, decode, Whole(order.embedder), encode
+        return read, decode, WholeImage(order.embedder), encode
     if data.gallery:
         detector = Gallery(data.gallery).contract.detector
-        return read, decode, Given(), Align(embedder=order.embedder, detector=detector, thumbs=False), encode
+        return read, decode, KnownFaces(), Align(embedder=order.embedder, detector=detector, thumbs=False), encode
     device = "cuda" if group.gpus else "cpu"
     detect = Detect(model=data.detector, device=device, threads=group.threads)
     align = Align(embedder=order.embedder, detector=data.detector, thumbs=False)

@@ -15,7 +15,7 @@ from facepipe.reports.parquet import write_rows, write_table
 from pipelines.cluster.pipeline import NAME
 from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import record_calls
-from pipelines.runtime.workspace import report_folder, reports_of
+from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 
 @dataclass
@@ -58,11 +58,11 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
     began = time.monotonic()
     table = Gallery(gallery)
     summary = AssignSummary()
-    report = os.path.join(reports_of(table), NAME)
-    # Name what is missing before a folder is made for what is new. `report_folder` renames an old report back.
+    report = os.path.join(locate_reports(table), NAME)
+    # Name what is missing before a folder is made for what is new. `open_report_folder` renames an old report back.
     if not os.path.isdir(f"{report}.old"):
         read_cluster_table(table.path, CLUSTERS)
-    with suppress(_UnchangedError), report_folder(table, NAME) as folder:
+    with suppress(_UnchangedError), open_report_folder(table, NAME) as folder:
         update = update_clusters(table, report, one_photo=one_photo, progress=progress)
         if update is None:
             _keep_report(table, report, folder)

@@ -37,7 +37,7 @@ from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
-from pipelines.runtime.workspace import report_folder, reports_of
+from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "cluster"
 _MAX_SUSPECTS = 100_000  # of each kind
@@ -131,8 +131,8 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
     table = Gallery(gallery)
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
     phases = PhaseTimer(summary.seconds)
-    with report_folder(table, NAME) as folder:
-        graph = open_graph([table], config.graph, config.run, os.path.join(reports_of(table), "graph"), progress)
+    with open_report_folder(table, NAME) as folder:
+        graph = open_graph([table], config.graph, config.run, os.path.join(locate_reports(table), "graph"), progress)
         phases.end("graph")
         progress(f"{graph.info.edges} edges: merging")
         different = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
@@ -156,7 +156,7 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
     summary.estimated = info.threshold.estimated
     summary.edges = info.edges
     summary.recall = info.recall
-    summary.out = os.path.join(reports_of(table), NAME)
+    summary.out = os.path.join(locate_reports(table), NAME)
     return summary
 
 

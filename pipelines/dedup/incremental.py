@@ -29,7 +29,7 @@ from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
 from pipelines.dedup.pipeline import NAME as WHOLE
 from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import PhaseTimer, record_calls
-from pipelines.runtime.workspace import report_folder, reports_of
+from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "dedup-new"
 _MAX_THUMB_BYTES = 2 << 30  # of the table's files that are read for the pictures in the page
@@ -67,9 +67,9 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
         IndexingError: if the index is missing, of another model, or lacks faces of the new images.
     """
     table = Gallery(gallery)
-    summary = NewSummary(out=os.path.join(reports_of(table), NAME))
+    summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
-    with suppress(_UnchangedError), report_folder(table, NAME) as folder:
+    with suppress(_UnchangedError), open_report_folder(table, NAME) as folder:
         since = changes(table, _load_last_mark(table))
         images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
         phases.end("gather")
@@ -96,7 +96,7 @@ def _load_last_mark(table: Gallery) -> Mark | None:
     """Load the later of the marks that this command and a whole `dedup` left, if possible one of this table."""
     marks = []
     for name in (NAME, WHOLE):
-        mark = Mark.load(os.path.join(reports_of(table), name, MARK))
+        mark = Mark.load(os.path.join(locate_reports(table), name, MARK))
         if mark is not None:
             marks.append(mark)
     of_this_table = [mark for mark in marks if mark.gallery == table.id]

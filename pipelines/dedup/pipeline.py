@@ -25,7 +25,7 @@ from facepipe.reports.parquet import write_table
 from facepipe.storage import describe_error
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
-from pipelines.runtime.workspace import report_folder, reports_of
+from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "dedup"
 OVERLAP = "overlap"
@@ -105,8 +105,8 @@ def run(
     name = OVERLAP if against else NAME
     summary = DedupSummary()
     phases = PhaseTimer(summary.seconds)
-    with report_folder(galleries[0], name) as folder:
-        graph_folder = os.path.join(folder if against else reports_of(galleries[0]), "graph")
+    with open_report_folder(galleries[0], name) as folder:
+        graph_folder = os.path.join(folder if against else locate_reports(galleries[0]), "graph")
         graph = _open_wide_graph(config, galleries, graph_folder, summary, progress)
         phases.end("graph")
         progress("comparing pictures")
@@ -124,7 +124,7 @@ def run(
         phases.end("write")
     summary.recall = graph.info.recall
     summary.without_hash = _count_without_hash(galleries)
-    summary.out = os.path.join(reports_of(galleries[0]), name)
+    summary.out = os.path.join(locate_reports(galleries[0]), name)
     return summary
 
 

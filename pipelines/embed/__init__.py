@@ -2,6 +2,6 @@
 
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.pipeline import run
-from pipelines.embed.summary import Summary
+from pipelines.embed.summary import EmbedSummary
 
-__all__ = ["EmbedConfig", "RunConfig", "Summary", "run"]
+__all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]

@@ -9,10 +9,11 @@ from facepipe.gallery import Contract
 from facepipe.models.zoo.networks import can_run_resident
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
-from facepipe.stages import Align, Decode, Detect, Embed, FacesOnDevice, Read
-from pipelines.runtime.plan import Group, Layout, Plan
+from facepipe.stages import Align, Decode, Detect, Embed, Read
+from facepipe.stages.resident.stage import FacesOnDevice
+from pipelines.runtime.plan import Layout, WorkerGroup, WorkerPlan
 
-MODELS = ("detect", "align", "embed")
+MODEL_STAGES = ("detect", "align", "embed")
 Count = Annotated[int, Field(ge=1)]
 
 Runner = Literal["auto", "inline", "local", "ray"]
@@ -48,9 +49,9 @@ class RunConfig:
     block_largest: Count | None = None
     commit_seconds: float = 10.0
 
-    def block_size(self, plan: Plan) -> BlockSize:
+    def choose_block_size(self, plan: WorkerPlan) -> BlockSize:
         """How to cut the work for a plan."""
-        return BlockSize(self.block_smallest, self.block_largest or plan.block, plan.workers)
+        return BlockSize(self.block_smallest, self.block_largest or plan.largest_block, plan.workers)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class EmbedConfig:
         return Contract.of(self.detect.model, self.embed.model, self.embed.flip)
 
     @property
-    def doubt(self) -> str:
+    def warning(self) -> str:
         """What is likely not meant, though it runs; empty where there is nothing."""
         if self.embed.model != "face-recognition" or not self.embed.flip:
             return ""
@@ -94,7 +95,7 @@ class EmbedConfig:
             "vectors come with --config face_recognition.toml, or with --set embed.flip=false"
         )
 
-    def stages(self, group: Group) -> tuple[Any, ...]:
+    def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
         """The stages of a group, set to the group's device and threads."""
         given = "cuda" if group.gpus else "cpu"
         device = {part: given if part.device == "auto" else part.device for part in (self.detect, self.embed)}
@@ -106,8 +107,13 @@ class EmbedConfig:
             "embed": replace(self.embed, device=device[self.embed], threads=group.threads),
         }
         names = group.stages
-        if group.gpus and self.run.resident and names[-3:] == MODELS and self._runs_resident(set(device.values())):
-            parts: dict[str, Any] = {name: chain[name] for name in MODELS}
+        if (
+            group.gpus
+            and self.run.resident
+            and names[-3:] == MODEL_STAGES
+            and self._runs_resident(set(device.values()))
+        ):
+            parts: dict[str, Any] = {name: chain[name] for name in MODEL_STAGES}
             made = FacesOnDevice(**parts, device=device[self.detect], threads=group.threads)
             chain["faces"] = replace(made, precision=self.run.precision)
             names = (*names[:-3], "faces")
@@ -118,6 +124,6 @@ class EmbedConfig:
         same = len(devices) == 1 and next(iter(devices)).startswith("cuda")
         return same and can_run_resident(self.detect.model, self.embed.model)
 
-    def ahead(self, group: Group, stages: tuple[Any, ...]) -> int:
+    def count_stages_ahead(self, group: WorkerGroup, stages: tuple[Any, ...]) -> int:
         """How many of a group's stages work a batch ahead of its GPU: those in front of the first that is on one."""
         return next((n for n, stage in enumerate(stages) if hasattr(stage, "device")), 0) if group.gpus else 0

@@ -29,23 +29,23 @@ from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease
 from pipelines.embed.config import EmbedConfig, RunConfig
-from pipelines.embed.summary import Summary
+from pipelines.embed.summary import EmbedSummary
 from pipelines.runtime import crash_marks
-from pipelines.runtime.plan import Group, Plan, local_resources, make_plan
+from pipelines.runtime.plan import WorkerGroup, WorkerPlan, detect_local_resources, make_plan
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
 from pipelines.runtime.runners import inline, local, ray
-from pipelines.runtime.worker import Job
+from pipelines.runtime.worker import WorkerJob
 
-__all__ = ["EmbedConfig", "RunConfig", "Summary", "run"]
+__all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]
 
 _BETWEEN_COMMITS = 20  # times a commit's own duration
 
-Progress = Callable[[Summary], None]
+Progress = Callable[[EmbedSummary], None]
 Blocks = Callable[[], Iterator[Block]]
 
 
 @dataclass(frozen=True)
-class Listing:
+class EmbedListing:
     """The blocks of a source that a gallery version does not hold; made afresh wherever it is called.
 
     missing: where to write which images of the source were not listed; empty where nobody wants to know.
@@ -73,7 +73,7 @@ class Listing:
 
 
 @record_calls("embed")
-def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: None) -> Summary:
+def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: None) -> EmbedSummary:
     """Embed a source into a gallery, which is made if there is none.
 
     Raises SourceError for a source that is missing or holds no image, ContractError where the gallery was made with
@@ -81,7 +81,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     leaves no gallery behind where there was none. Bad images raise nothing: they are rows with a status.
     """
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
-    config = absolute(config)
+    config = make_paths_absolute(config)
     contract = config.contract
     source = open_source(config.source)
     if next(iter(source), None) is None:
@@ -102,30 +102,37 @@ def _try_files(config: EmbedConfig, gallery: str) -> None:
         _ = replace(config.embed, device="cpu").embedder
 
 
-def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease, progress: Progress) -> Summary:
+def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease, progress: Progress) -> EmbedSummary:
     record = get_current_run()
     identity = record.id if record else new_run_id()
     if record:
         record.set_versions(before=gallery.version)
         record.save()  # there may have been no gallery when the run began
     runs = storage.join(gallery.path, RUNS)
-    crash_marks.bequeath(runs, identity)  # the lease says that no other run is alive
-    plan = make_plan(local_resources(), config.run.workers)
+    crash_marks.inherit_crash_marks(runs, identity)  # the lease says that no other run is alive
+    plan = make_plan(detect_local_resources(), config.run.workers)
     missing = storage.join(runs, identity, "missing") if config.missing.policy == "mark" else ""
-    listing = Listing(
-        *(config.source, gallery.path, gallery.version, config.run.block_size(plan), missing, config.missing.at_most)
+    listing = EmbedListing(
+        *(
+            config.source,
+            gallery.path,
+            gallery.version,
+            config.run.choose_block_size(plan),
+            missing,
+            config.missing.at_most,
+        )
     )
     runner, blocks = _choose(config.run, listing)
     finished = False
     try:
         if runner == "ray":
             plan = make_plan(ray.start(), config.run.workers, config.run.layout)
-            blocks = replace(listing, size=config.run.block_size(plan))
+            blocks = replace(listing, size=config.run.choose_block_size(plan))
         jobs = [
             _job(config, group, n == len(plan.groups) - 1, identity, source, gallery)
             for n, group in enumerate(plan.groups)
         ]
-        summary = Summary(identity, runner, plan.workers)
+        summary = EmbedSummary(identity, runner, plan.workers)
         attach_summary(summary)
         commit = Committer(gallery, identity, lease)
         with _sampled(summary, plan):
@@ -139,11 +146,11 @@ def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease
         if runner == "ray":
             ray.stop()
         with suppress(StorageError):  # left-over marks cost little, and must not hide why the run ended
-            crash_marks.clear(runs, inherited="" if finished else identity)
+            crash_marks.delete_crash_marks(runs, inherited="" if finished else identity)
 
 
 @contextmanager
-def _sampled(summary: Summary, plan: Plan) -> Iterator[None]:
+def _sampled(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
     """Writes into the summary how busy the GPUs were meanwhile, where the plan has any."""
     if not any(group.gpus for group in plan.groups):
         yield
@@ -154,7 +161,7 @@ def _sampled(summary: Summary, plan: Plan) -> Iterator[None]:
 
 
 def _collect(
-    records: Iterator[Record], commit: Committer, summary: Summary, config: EmbedConfig, progress: Progress
+    records: Iterator[Record], commit: Committer, summary: EmbedSummary, config: EmbedConfig, progress: Progress
 ) -> None:
     """Count and commit records as they come; what is finished is committed even when the run is broken off."""
     began = committed = time.monotonic()
@@ -188,7 +195,7 @@ def _collect(
     summary.version = Gallery(commit.gallery.path).version
 
 
-def _figures(summary: Summary) -> dict[str, Any]:
+def _figures(summary: EmbedSummary) -> dict[str, Any]:
     """What goes into the log beside a commit: counts and times, no names."""
     return {
         "job": "embed",
@@ -207,13 +214,13 @@ def _figures(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _records(runner: str, blocks: Blocks, jobs: list[Job], plan: Plan) -> Iterator[Record]:
+def _records(runner: str, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[Record]:
     if runner == "ray":
         return ray.run(blocks, jobs, plan)
     return inline.run(blocks, jobs[0]) if runner == "inline" else local.run(blocks, jobs[0], plan.groups[0])
 
 
-def _choose(config: RunConfig, listing: Listing) -> tuple[str, Blocks]:
+def _choose(config: RunConfig, listing: EmbedListing) -> tuple[str, Blocks]:
     """(runner, blocks): Ray's start costs some ten seconds, and on one machine it is no faster than processes are."""
     if config.runner != "auto":
         return config.runner, listing
@@ -228,16 +235,18 @@ def _choose(config: RunConfig, listing: Listing) -> tuple[str, Blocks]:
     return "local", lambda: iter(ahead)  # listed to its end: that need not be done twice
 
 
-def _job(config: EmbedConfig, group: Group, writes: bool, identity: str, source: str, gallery: Gallery) -> Job:
-    stages = list(config.stages(group))
+def _job(
+    config: EmbedConfig, group: WorkerGroup, writes: bool, identity: str, source: str, gallery: Gallery
+) -> WorkerJob:
+    stages = list(config.build_stages(group))
     if "read" in group.stages and suppressed.contents(gallery.path).size:
         stages.insert(1, Suppress(gallery.path))
     marks = storage.join(gallery.path, RUNS, identity)
-    ahead, batch = config.ahead(group, tuple(stages)), config.run.batch or group.batch
-    return Job(tuple(stages), batch, writes, identity, source, gallery.faces_folder, marks, ahead)
+    ahead, batch = config.count_stages_ahead(group, tuple(stages)), config.run.batch or group.batch
+    return WorkerJob(tuple(stages), batch, writes, identity, source, gallery.faces_folder, marks, ahead)
 
 
-def absolute(config: EmbedConfig) -> EmbedConfig:
+def make_paths_absolute(config: EmbedConfig) -> EmbedConfig:
     """Paths made absolute: workers may run in another folder than the user."""
     uri = config.source.uri
     stays = not uri or is_web(uri)

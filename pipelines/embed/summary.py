@@ -9,7 +9,7 @@ from facepipe.schema import FAILED
 
 
 @dataclass
-class Summary:
+class EmbedSummary:
     """What a run did. images = the sum of statuses; listed = images + skipped + repeated + erased.
 
     erased: listed, but erased before and not to come back (those told by their bytes are among the statuses);

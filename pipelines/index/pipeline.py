@@ -249,7 +249,7 @@ class _IndexBuilder:
         ]
         ray.start()
         try:
-            for number, (_, result) in enumerate(ray.tasks(_build_shard, tasks, self._config.run.cpus), 1):
+            for number, (_, result) in enumerate(ray.run_tasks(_build_shard, tasks, self._config.run.cpus), 1):
                 self._on_progress(f"shard {number} of {len(groups)} is built")
                 self._skipped.unusable += result.unusable
                 if result.entry is not None:

@@ -19,13 +19,13 @@ from pipelines import cluster, compact, embed, erase, index
 from pipelines.cluster import assign as cluster_assign
 from pipelines.dedup import DedupConfig
 from pipelines.dedup import incremental as dedup_new
-from pipelines.embed.summary import Summary
+from pipelines.embed.summary import EmbedSummary
 from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
 from pipelines.nightly.config import NightlyConfig, NightSource
 from pipelines.nightly.preview import preview_night
 from pipelines.runtime.run_record import attach_summary, record_calls
-from pipelines.runtime.workspace import reports_of
+from pipelines.runtime.workspace import locate_reports
 
 
 @dataclass
@@ -153,7 +153,7 @@ class _Night:
         self.summary.add_step(f"embed {name}", embedded)
         self._add_counts(name, embedded)
 
-    def _add_counts(self, name: str, embedded: Summary) -> None:
+    def _add_counts(self, name: str, embedded: EmbedSummary) -> None:
         """Add up images and failures over the sources, and note why missing images were left alone."""
         summary = self.summary
         if embedded.missing_ignored:
@@ -236,7 +236,7 @@ def _explain_no_clusters(gallery: str) -> str:
     The night asks this first, so that no run of `assign` is recorded as failed.
     """
     table = Gallery(gallery)
-    if os.path.isdir(os.path.join(reports_of(table), f"{cluster.NAME}.old")):  # a run stopped between two renames
+    if os.path.isdir(os.path.join(locate_reports(table), f"{cluster.NAME}.old")):  # a run stopped between two renames
         return ""
     try:
         tables.read_cluster_table(table.path, tables.CLUSTERS, ["cluster"])

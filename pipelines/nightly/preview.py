@@ -21,7 +21,7 @@ from facepipe.sources.item import Watched
 from facepipe.types import Bool, UInt64
 from pipelines.job import count_indexed, load_known, open_gallery
 from pipelines.nightly.config import NightlyConfig, NightSource
-from pipelines.runtime.listing import LISTED, listed
+from pipelines.runtime.listing import VERDICTS, count_listed
 
 _BATCH_ROWS = 65536
 _COLUMNS = ("uri", "face_index", "face_id", "ingested_at", "missing_since")
@@ -93,12 +93,12 @@ def _list_source(
         preview.failures.append(f"{name}: {error}")
         return _Unlisted()
     with closing(load_known(gallery, name)) as known:
-        counts = listed(listing, known)
+        counts = count_listed(listing, known)
         missing, uris = known.missing(known.of_source)
     preview.steps[f"embed {name}"] = counts
 
     # An empty listing of a watched source is a fault of the source, not the deletion of all its images.
-    if not any(counts[verdict] for verdict in LISTED):
+    if not any(counts[verdict] for verdict in VERDICTS):
         if is_watched:
             preview.failures.append(f"{name}: no image in {source.uri!r}")
         return _Unlisted()

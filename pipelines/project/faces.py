@@ -23,7 +23,7 @@ from facepipe.schema import OK, WORK_ITEM
 from facepipe.sources.relocate import Places
 from facepipe.stages import Align, Decode, Read
 from facepipe.stages.chain import Chain
-from facepipe.stages.chips import GIVEN, Given
+from facepipe.stages.chips import GIVEN_COLUMNS, KnownFaces
 from facepipe.types import Int64, UInt8, UInt64
 
 _MEASURED = 2_000  # faces: two million pairs
@@ -145,7 +145,7 @@ class FaceCutter:
     def __init__(self, gallery: Gallery, embedder: str, read: Read, decode: Decode):
         self._gallery, self._size = gallery, find_chip_layout(embedder).size
         align = Align(embedder=embedder, detector=gallery.contract.detector, thumbs=False)
-        self._chain = Chain((read, decode, Given(), align))
+        self._chain = Chain((read, decode, KnownFaces(), align))
         self._chain.setup()
 
     def cut_chips(self, faces: Int64, images: Counter[str]) -> Iterator[tuple[Int64, UInt8]]:
@@ -185,5 +185,5 @@ def _build_table(images: list[list[dict[str, Any]]], places: Places) -> pa.Table
         "given_points": [[x for face in faces for x in face["landmarks"]] for faces in images],
         "given_scores": [[face["det_score"] for face in faces] for faces in images],
     }
-    columns = {name: pa.array(given[name], GIVEN.field(name).type) for name in GIVEN.names}
+    columns = {name: pa.array(given[name], GIVEN_COLUMNS.field(name).type) for name in GIVEN_COLUMNS.names}
     return pa.table({**{name: work[name] for name in WORK_ITEM.names}, **columns})

@@ -26,7 +26,7 @@ from facepipe.stages import Decode, Read
 from facepipe.storage import write
 from facepipe.types import Float32, UInt8
 from pipelines.project.faces import FaceCutter, FaceSample, choose_faces
-from pipelines.runtime.plan import local_resources
+from pipelines.runtime.plan import detect_local_resources
 from pipelines.runtime.run_record import attach_summary, record_calls
 
 Progress = Callable[[str], None]
@@ -117,7 +117,7 @@ def _load_model(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
     if file.role != "embedder":
         raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are projected")
     load_card(path)  # checks the weights' SHA-256
-    made = load_embedder(path, resolve_device(config.device), config.threads or local_resources().cpus, raw=True)
+    made = load_embedder(path, resolve_device(config.device), config.threads or detect_local_resources().cpus, raw=True)
     if made.dim <= EMBEDDING_DIM:
         fit_projection(SecondMoment(made.dim))  # says why not
     return made

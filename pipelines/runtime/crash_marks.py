@@ -20,7 +20,7 @@ _NAME = re.compile("[0-9a-f]{16}")
 _ALONE = 2  # runs that an image may take down while it is alone in hand
 
 
-class Attempts:
+class CrashMarks:
     """A folder of marks: a mark is there while its work is in hand, so one that is found tells of a crash.
 
     suspects: names of images that were in hand when an earlier run died, and how often they were alone then.
@@ -35,7 +35,7 @@ class Attempts:
         return _suspects(_read(storage.join(os.path.dirname(self._folder), _SUSPECTS)))
 
     @contextmanager
-    def block(self, number: int, uris: Sequence[str]) -> Iterator[bool]:
+    def mark_block(self, number: int, uris: Sequence[str]) -> Iterator[bool]:
         """Mark a block as in hand; yields whether a worker died on it, or a run on one of its images."""
         mark, names = storage.join(self._folder, f"{_BLOCK}{number}"), [_name(uri) for uri in uris]
         crashed = storage.file_exists(mark) or any(name in self.suspects for name in names)
@@ -47,7 +47,7 @@ class Attempts:
         storage.delete(mark)
 
     @contextmanager
-    def image(self, uri: str) -> Iterator[bool]:
+    def mark_image(self, uri: str) -> Iterator[bool]:
         """Mark one image as in hand; yields whether a worker died on it. The mark of one that crashed stays."""
         name = _name(uri)
         mark = storage.join(self._folder, _IMAGE + name)
@@ -60,7 +60,7 @@ class Attempts:
             storage.delete(mark)
 
 
-def bequeath(runs: str, run: str) -> int:
+def inherit_crash_marks(runs: str, run: str) -> int:
     """Hand what earlier runs left in hand to a new one, and delete their marks; how many images are suspect.
 
     runs: the gallery's folder of runs; no other run may be alive.
@@ -82,11 +82,11 @@ def bequeath(runs: str, run: str) -> int:
     for path in marks:
         if _part_of(runs, path)[0] != run:
             storage.delete(path)
-    clear(runs, keep=run)
+    delete_crash_marks(runs, keep=run)
     return len(suspects)
 
 
-def clear(runs: str, keep: str = "", inherited: str = "") -> None:
+def delete_crash_marks(runs: str, keep: str = "", inherited: str = "") -> None:
     """Delete all marks but those of one run; records of runs, which are files of the folder itself, stay.
 
     inherited: a run that did not come to its end, whose suspects the next one is to know.

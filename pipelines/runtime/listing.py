@@ -5,12 +5,12 @@ from facepipe.sources import Source
 from facepipe.sources.blocks import BlockSize, blocks
 
 Counts = dict[str, int]
-LISTED = ("new", "changed", "skipped", "repeated", "erased")
+VERDICTS = ("new", "changed", "skipped", "repeated", "erased")
 
 
-def listed(source: Source, known: KnownImages) -> Counts:
+def count_listed(source: Source, known: KnownImages) -> Counts:
     """What `embed` would find in a source: images by what would be done with them."""
-    counts = dict.fromkeys((*LISTED, "ignored"), 0)
+    counts = dict.fromkeys((*VERDICTS, "ignored"), 0)
     for block in blocks(source, known, BlockSize()):
         changed = block.items.num_rows - block.items["previous"].null_count
         counts["changed"] += changed

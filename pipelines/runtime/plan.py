@@ -8,23 +8,23 @@ from facepipe.errors import ConfigError
 from facepipe.models.runtime.device import count_gpus
 
 Layout = Literal["fused", "split"]
-ALL = ("read", "decode", "detect", "align", "embed")
+STAGES = ("read", "decode", "detect", "align", "embed")
 
 
 @dataclass(frozen=True)
 class Resources:
     """CPUs and GPUs to be used, over all machines.
 
-    beside: CPUs to each GPU on the machine where they are fewest; None: all are on one machine
+    cpus_per_gpu: CPUs to each GPU on the machine where they are fewest; None: all are on one machine
     """
 
     cpus: int
     gpus: int = 0
-    beside: int | None = None
+    cpus_per_gpu: int | None = None
 
 
 @dataclass(frozen=True)
-class Group:
+class WorkerGroup:
     """Stages that share a worker, how many such workers there are, and what each occupies."""
 
     stages: tuple[str, ...]
@@ -44,10 +44,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerPlan:
     """Groups in the order of the chain; work items enter the first, the last writes."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[WorkerGroup, ...]
 
     @property
     def workers(self) -> int:
@@ -55,12 +55,12 @@ class Plan:
         return max(group.workers for group in self.groups)
 
     @property
-    def block(self) -> int:
+    def largest_block(self) -> int:
         """Images of one unit of work at most."""
         return 4096 if any(group.gpus for group in self.groups) else 512
 
 
-def make_plan(resources: Resources, workers: int | None = None, layout: Layout = "fused") -> Plan:
+def make_plan(resources: Resources, workers: int | None = None, layout: Layout = "fused") -> WorkerPlan:
     """Without a GPU one single-threaded worker a CPU runs the whole chain: work items travel, pixels never do.
 
     With GPUs one worker a GPU does, with an equal share of the CPUs for decoding. `split` instead gives reading and
@@ -70,19 +70,25 @@ def make_plan(resources: Resources, workers: int | None = None, layout: Layout =
     if devices == 0:
         if layout == "split":
             raise ConfigError("run.layout=split puts the models on GPUs, and there is none")
-        return Plan((Group(ALL, workers or max(1, cpus), 1),))
+        return WorkerPlan((WorkerGroup(STAGES, workers or max(1, cpus), 1),))
     if layout == "fused":
         count = min(workers or devices, devices)
         each = max(1, cpus // count)
         # A worker that asks for more CPUs than its GPU's machine has would be waited for in vain.
-        return Plan((Group(ALL, count, each if resources.beside is None else min(each, resources.beside), 1),))
+        return WorkerPlan(
+            (
+                WorkerGroup(
+                    STAGES, count, each if resources.cpus_per_gpu is None else min(each, resources.cpus_per_gpu), 1
+                ),
+            )
+        )
     decoders = max(1, workers or cpus - devices)
     # The same, where decoders have taken the CPUs of a GPU's machine: on several machines GPU workers ask for none.
-    left = max(0, (cpus - decoders) // devices) if resources.beside is None else 0
-    return Plan((Group(ALL[:2], decoders, 1), Group(ALL[2:], devices, left, 1)))
+    left = max(0, (cpus - decoders) // devices) if resources.cpus_per_gpu is None else 0
+    return WorkerPlan((WorkerGroup(STAGES[:2], decoders, 1), WorkerGroup(STAGES[2:], devices, left, 1)))
 
 
-def local_resources() -> Resources:
+def detect_local_resources() -> Resources:
     """CPUs this process may use, and GPUs that torch sees."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Resources(cpus, count_gpus())

@@ -14,16 +14,15 @@ from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
 from facepipe.storage.redact import redact
-from pipelines.runtime.crash_marks import Attempts
+from pipelines.runtime.crash_marks import CrashMarks
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """Everything a worker needs to know; small, and picklable.
 
     stages: the ones this worker runs; writes: whether they are the chain's last, so that rows become a part in
-    `faces_folder`; attempts: folder of the crash marks; source: name of the corpus; ahead: stages in front of a device,
-    as in `Chain`.
+    `faces_folder`; marks_folder: folder of the crash marks; source: name of the corpus; ahead: as in `Chain`.
     """
 
     stages: tuple[Any, ...]
@@ -32,17 +31,17 @@ class Job:
     run: str
     source: str
     faces_folder: str
-    attempts: str
+    marks_folder: str
     ahead: int = 0
 
 
 class BlockWorker:
     """Runs a job's stages on blocks. One bad image never costs the others: after a crash images go one by one."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: WorkerJob):
         self.job = job
         self._chain = Chain(job.stages, job.batch, job.ahead)
-        self._attempts = Attempts(f"{job.attempts}/{'-'.join(type(s).__name__ for s in job.stages)}")
+        self._attempts = CrashMarks(f"{job.marks_folder}/{'-'.join(type(s).__name__ for s in job.stages)}")
 
     def setup(self) -> None:
         """Load the models."""
@@ -54,7 +53,7 @@ class BlockWorker:
         if block.items.num_rows == 0:
             rows = None
         else:
-            with self._attempts.block(block.number, block.items["uri"].to_pylist()) as crashed:
+            with self._attempts.mark_block(block.number, block.items["uri"].to_pylist()) as crashed:
                 rows = self._one_by_one(block) if crashed else self._whole(block)
         if not self.job.writes:
             return replace(block, rows=rows)
@@ -93,7 +92,7 @@ class BlockWorker:
         failures: list[Exception] = []
         for n, uri in enumerate(block.items["uri"].to_pylist()):
             items = block.items.slice(n, 1)
-            with self._attempts.image(uri) as crashed:
+            with self._attempts.mark_image(uri) as crashed:
                 if crashed:
                     parts.append(status_rows(items, CRASHED, "the worker died twice on this image"))
                     continue

@@ -14,13 +14,15 @@ from facepipe.storage.store import open_store
 REPORTS = "reports"
 
 
-def reports_of(gallery: Gallery) -> str:
+def locate_reports(gallery: Gallery) -> str:
     """The folder of a gallery's reports on this machine."""
     return open_store(gallery.path, REPORTS).folder
 
 
 @contextmanager
-def report_folder(gallery: Gallery, name: str, progress: Callable[[str], None] = lambda line: None) -> Iterator[str]:
+def open_report_folder(
+    gallery: Gallery, name: str, progress: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
     """A folder to write a report into; it becomes GALLERY/reports/NAME when the block ends without an error.
 
     One run at a time makes reports. What an interrupted run left is there to go on from. Of a gallery in an object

@@ -103,7 +103,7 @@ def _search_blocks(
     on_ray = runner == "ray" or (runner == "auto" and "RAY_ADDRESS" in os.environ)
     try:
         resources = ray.start() if on_ray else None
-        device = ray.device(config.run.device, resources) if resources else resolve_device(config.run.device)
+        device = ray.choose_device(config.run.device, resources) if resources else resolve_device(config.run.device)
         threads = config.run.cpus if on_ray else None
         total = source.count()
         work_size = ScanWork(
@@ -125,7 +125,7 @@ def _search_blocks(
         tasks = (SearchTask(job, block, work, threads, device) for block in blocks)
         results: Iterable[tuple[SearchTask, SearchCounts]] = ((task, search_block(task)) for task in tasks)
         if on_ray:
-            results = ray.tasks(search_block, tasks, config.run.cpus, gpus=int(device != "cpu"))
+            results = ray.run_tasks(search_block, tasks, config.run.cpus, gpus=int(device != "cpu"))
         for _, counts in results:
             summary.add_counts(counts)
             summary.seconds = time.monotonic() - began

@@ -24,7 +24,7 @@ from facepipe.models.protocols import Faces
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.stages import Decode, Detect
 from facepipe.stages import detect as stage
-from facepipe.stages.chips import prominence
+from facepipe.stages.chips import compute_prominence
 from facepipe.types import UInt8Image
 
 _CANVAS = 1280
@@ -32,7 +32,9 @@ _CANVAS = 1280
 
 def photos() -> list[UInt8Image]:
     decode = Decode()
-    decoded = [decode.one(path.read_bytes()).pixels for path in sorted((SHARED / "data" / "photos-dev").glob("*.jpg"))]
+    decoded = [
+        decode.decode_image(path.read_bytes()).pixels for path in sorted((SHARED / "data" / "photos-dev").glob("*.jpg"))
+    ]
     return [pixels for pixels in decoded if pixels is not None]
 
 
@@ -96,8 +98,8 @@ def recall(size: int, doubtful: float) -> None:
     for name, images in sets():
         pixels = dict(enumerate(images))
         enough = quick._quick(pixels)
-        a, fast = timed(lambda p=pixels: quick.found(p))  # type: ignore[misc]
-        b, slow = timed(lambda p=pixels: full.found(p))  # type: ignore[misc]
+        a, fast = timed(lambda p=pixels: quick.detect_faces(p))  # type: ignore[misc]
+        b, slow = timed(lambda p=pixels: full.detect_faces(p))  # type: ignore[misc]
         faces = sum(len(found.scores) for found in b.values())
         gone = sorted(side for n, found in b.items() for side in lost(found, a[n], pixels[n].shape))
         print(
@@ -120,11 +122,11 @@ def recognition(enlarged: int) -> None:
         pixels = np.asarray(cv2.resize(pixels, None, fx=enlarged, fy=enlarged, interpolation=cv2.INTER_CUBIC), np.uint8)
         size = np.array(pixels.shape[1::-1], np.float32)
         for s, detect in detects.items():
-            found = detect.found({0: pixels})[0]
+            found = detect.detect_faces({0: pixels})[0]
             if not len(found.scores):
                 chips[s].append(np.zeros((150, 150, 3), np.uint8))
                 continue
-            best = int(prominence(found.boxes, size).argmax())
+            best = int(compute_prominence(found.boxes, size).argmax())
             box, points = (v[best].astype(np.float64) for v in (found.boxes, found.landmarks))
             chips[s].append(cut_chip(layout, pixels, Frame(), box, points))
             widths[s].append(float((box[2:] - box[:2]).min() * min(1, s / size.max())))

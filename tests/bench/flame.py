@@ -20,7 +20,7 @@ import cv2
 from corpus import SHARED, repeated_photos
 
 from facepipe.config import build, parse_settings
-from pipelines.embed import EmbedConfig, Summary, run
+from pipelines.embed import EmbedConfig, EmbedSummary, run
 
 _EVERY = 0.004  # seconds
 _WIDTH, _ROW = 1000, 17
@@ -112,7 +112,7 @@ def inside(stacks: Counter[Stack], function: str) -> Counter[Stack]:
     return found
 
 
-def profiled(source: str, settings: list[str]) -> tuple[Summary, Counter[Stack]]:
+def profiled(source: str, settings: list[str]) -> tuple[EmbedSummary, Counter[Stack]]:
     """The second of two runs, when everything is loaded and warm."""
     layers = {"source": {"uri": source}, "run": {"runner": "inline", "workers": 1}}
     config = build(EmbedConfig, parse_settings(settings), layers)

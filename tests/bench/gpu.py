@@ -23,9 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from facepipe.arrow import pack
 from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
 from facepipe.observe.gpu_usage import GpuSampler
-from facepipe.stages import Align, Detect, FacesOnDevice
+from facepipe.stages import Align, Detect
 from facepipe.stages.resident.embedding import ChipEmbedder
-from facepipe.stages.resident.retinaface import FaceFinder
+from facepipe.stages.resident.retinaface import ResidentRetinaFace
+from facepipe.stages.resident.stage import FacesOnDevice
 
 WIDTH, HEIGHT = 640, 480
 IMAGES_GOAL, CHIPS_GOAL = 10_000, 40_000
@@ -143,9 +144,9 @@ def main() -> None:
     print(f"transfer roofline {up / (WIDTH * HEIGHT * 3):,.0f} images/s of 640x480")
     sizes = {"frames": 4, "chips": 8} if small else {}
     for precision in given.precision.split(","):
-        finder = FaceFinder(*load_detector_net("retinaface-mnet025"), device, precision)
+        finder = ResidentRetinaFace(*load_detector_net("retinaface-mnet025"), device, precision)
         one = torch.zeros(1, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=device)
-        moved = traffic(finder.net, lambda f=finder, x=one: f.predictions(x))
+        moved = traffic(finder.net, lambda f=finder, x=one: f.predict(x))
         print(f"\n{precision}: RetinaFace moves {moved / 1e6:.0f} MB an image, roofline {memory / moved:,.0f} images/s")
         for quick, thumbs in ((0, False), (0, True), (384, True)):
             stage = FacesOnDevice(Detect(quick_look=quick), Align(thumbs=thumbs), device=device, precision=precision)
@@ -160,7 +161,7 @@ def main() -> None:
 
 
 def chips(device: str, precision: str, count: int, seconds: float) -> None:
-    embedder = ChipEmbedder(load_embedder_net("dlib-resnet"), device, precision, flip=False, most=count)
+    embedder = ChipEmbedder(load_embedder_net("dlib-resnet"), device, precision, flip=False, max_batch=count)
     batch = torch.randint(0, 256, (count, 150, 150, 3), dtype=torch.uint8, device=device)
     with GpuSampler() as sampler:
         found = rate(lambda: embedder(batch), count, seconds, device)

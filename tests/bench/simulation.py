@@ -38,8 +38,8 @@ from facepipe.gallery.table import open_table
 from facepipe.hashing import face_id, image_id
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.sources import SourceConfig
-from pipelines.embed import EmbedConfig, RunConfig, Summary
-from pipelines.runtime.plan import Group
+from pipelines.embed import EmbedConfig, EmbedSummary, RunConfig
+from pipelines.runtime.plan import WorkerGroup
 
 PER_FILE, FACELESS = 100_000, 50  # rows of a source file; one image in so many shows no face
 MIB = 1 << 20
@@ -92,7 +92,7 @@ class Drawn:
 class Simulated(EmbedConfig):
     """A run whose chain is that stage."""
 
-    def stages(self, group: Group) -> tuple[Any, ...]:
+    def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
         return (Drawn(),)
 
 
@@ -145,7 +145,7 @@ class Watch:
         own, living = self._me.cpu_times(), [child.cpu_times() for child in self._me.children()]
         return sum(own[:4]) + sum(t.user + t.system for t in living)  # own: with what ended children had used
 
-    def __call__(self, summary: Summary) -> None:
+    def __call__(self, summary: EmbedSummary) -> None:
         if time.perf_counter() - self._sampled > 0.25:
             self._sampled = time.perf_counter()
             workers = max((rss(child)[0] for child in self._me.children()), default=0)
@@ -153,7 +153,7 @@ class Watch:
         if summary.listed - self._from >= self.step:
             self.close(summary)
 
-    def close(self, summary: Summary) -> None:
+    def close(self, summary: EmbedSummary) -> None:
         images = summary.listed - self._from
         if not images:
             return

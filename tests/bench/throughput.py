@@ -21,17 +21,17 @@ from corpus import SHARED, repeated_photos
 from PIL import Image
 
 from facepipe.config import build, parse_settings
-from pipelines.embed import EmbedConfig, Summary, run
+from pipelines.embed import EmbedConfig, EmbedSummary, run
 
 WORKERS = 2
 
 
-def facepipe_rate(photos: Path, variant: str) -> tuple[float, float, Summary]:
+def facepipe_rate(photos: Path, variant: str) -> tuple[float, float, EmbedSummary]:
     """(images/s in the steady state, seconds from the call to the first record, summary)."""
     seen: list[tuple[float, int]] = []
     began = time.perf_counter()
 
-    def note(summary: Summary) -> None:
+    def note(summary: EmbedSummary) -> None:
         seen.append((time.perf_counter(), summary.images))
 
     runner, *settings = variant.split()

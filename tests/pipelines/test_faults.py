@@ -40,7 +40,7 @@ from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from jobs.cli import app
 from pipelines.runtime import crash_marks as attempts
-from pipelines.runtime.crash_marks import Attempts
+from pipelines.runtime.crash_marks import CrashMarks
 
 TRIALS = trials(10)
 IMAGES = 40
@@ -303,12 +303,12 @@ def workers_left() -> list[psutil.Process]:
 
 def die(folder: Path, run: int, uris: list[str], alone: str | None) -> None:
     """A run that dies while it has these in hand, in a block; `alone`: while it tries that one."""
-    attempts.bequeath(str(folder), f"run{run}")
-    found = Attempts(str(folder / f"run{run}" / "Read-Embed"))
-    block = found.block(0, uris)
+    attempts.inherit_crash_marks(str(folder), f"run{run}")
+    found = CrashMarks(str(folder / f"run{run}" / "Read-Embed"))
+    block = found.mark_block(0, uris)
     block.__enter__()
     if alone is not None:
-        found.image(alone).__enter__()
+        found.mark_image(alone).__enter__()
     _UNFINISHED.append((block, found))
 
 
@@ -320,14 +320,14 @@ def test_an_image_that_takes_whole_runs_down_is_set_aside_by_the_fourth(tmp_path
     die(tmp_path, 0, uris, None)
     die(tmp_path, 1, uris, "u3")
     die(tmp_path, 2, uris, "u3")
-    attempts.bequeath(str(tmp_path), "run3")
-    last = Attempts(str(tmp_path / "run3" / "Read-Embed"))
-    with last.block(0, uris) as one_by_one:
+    attempts.inherit_crash_marks(str(tmp_path), "run3")
+    last = CrashMarks(str(tmp_path / "run3" / "Read-Embed"))
+    with last.mark_block(0, uris) as one_by_one:
         assert one_by_one
         for uri in uris:
-            with last.image(uri) as crashed:
+            with last.mark_image(uri) as crashed:
                 assert crashed == (uri == "u3")
-    attempts.clear(str(tmp_path))
+    attempts.delete_crash_marks(str(tmp_path))
     assert not any(tmp_path.iterdir())
 
 
@@ -341,11 +341,11 @@ def test_nobody_is_set_aside_who_was_not_alone_twice(
     for run, (n, in_block) in enumerate(deaths):
         die(folder, run, uris, None if in_block else f"u{n}")
         alone[n] += not in_block
-    attempts.bequeath(str(folder), "last")
-    last = Attempts(str(folder / "last" / "Read-Embed"))
-    with last.block(0, uris):
+    attempts.inherit_crash_marks(str(folder), "last")
+    last = CrashMarks(str(folder / "last" / "Read-Embed"))
+    with last.mark_block(0, uris):
         for n, uri in enumerate(uris):
-            with last.image(uri) as crashed:
+            with last.mark_image(uri) as crashed:
                 assert crashed == (alone[n] >= 2)
 
 
@@ -354,10 +354,10 @@ def test_marks_that_are_cut_short_stop_nobody(text: str, tmp_path: Path) -> None
     for name in ("run0/suspects", "run0/Read/image-0123456789abcdef", "run0/Read/block-3"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    attempts.bequeath(str(tmp_path), "run1")
-    with Attempts(str(tmp_path / "run1" / "Read")).block(0, ["u"]):
+    attempts.inherit_crash_marks(str(tmp_path), "run1")
+    with CrashMarks(str(tmp_path / "run1" / "Read")).mark_block(0, ["u"]):
         pass
-    attempts.clear(str(tmp_path))
+    attempts.delete_crash_marks(str(tmp_path))
     assert not any(tmp_path.iterdir())
 
 

@@ -29,7 +29,7 @@ from facepipe.sources.blocks import Block
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index
 from pipelines.runtime.plan import Resources, make_plan
-from pipelines.runtime.runners.ray import Unchanging
+from pipelines.runtime.runners.ray import RepeatableListing
 from pipelines.search import SearchConfig
 from pipelines.search import run as search
 
@@ -144,26 +144,26 @@ def listed(*uris: str) -> list[Block]:
 
 
 def test_listing_anew_goes_on_where_the_source_is_the_same(tmp_path: Path) -> None:
-    first = iter(Unchanging(lambda: listed("a", "b", "c"), str(tmp_path / "journal"))())
+    first = iter(RepeatableListing(lambda: listed("a", "b", "c"), str(tmp_path / "journal"))())
     assert [next(first).number for _ in range(2)] == [0, 1]
     with (tmp_path / "journal").open("ab") as file:
         file.write(b"half")  # the process died while it wrote
-    again = Unchanging(lambda: listed("a", "b", "c", "d"), str(tmp_path / "journal"))
+    again = RepeatableListing(lambda: listed("a", "b", "c", "d"), str(tmp_path / "journal"))
     assert [block.number for block in again()] == [0, 1, 2, 3]
     assert [block.number for block in again()] == [0, 1, 2, 3]
 
 
 def test_listing_anew_is_refused_where_blocks_would_be_others(tmp_path: Path) -> None:
     """Else one image would come twice, or never: Ray leaves out as many blocks as it has already."""
-    assert len(list(Unchanging(lambda: listed("a", "b", "c"), str(tmp_path / "journal"))())) == 3
+    assert len(list(RepeatableListing(lambda: listed("a", "b", "c"), str(tmp_path / "journal"))())) == 3
     for changed in (listed("a", "aa", "b", "c"), listed("b", "c")):
         with pytest.raises(SourceError, match="run the same command again"):
-            list(Unchanging(lambda: changed, str(tmp_path / "journal"))())  # noqa: B023
+            list(RepeatableListing(lambda: changed, str(tmp_path / "journal"))())  # noqa: B023
 
 
 def test_no_worker_asks_for_more_cpus_than_the_machine_of_its_gpu_has() -> None:
     """Ray would wait for ever. One machine of 32 CPUs, two of 8 with two GPUs each."""
-    cluster_ = Resources(48, 4, beside=4)
+    cluster_ = Resources(48, 4, cpus_per_gpu=4)
     assert [(g.workers, g.cpus) for g in make_plan(cluster_).groups] == [(4, 4)]
     assert [(g.workers, g.cpus) for g in make_plan(cluster_, workers=1).groups] == [(1, 4)]
     assert [(g.workers, g.cpus) for g in make_plan(cluster_, layout="split").groups] == [(44, 1), (4, 0)]

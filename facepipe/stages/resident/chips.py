@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from facepipe.models.runtime.transfers import send_array
-from facepipe.stages.resident.sampling import Resident, bilinear
+from facepipe.stages.resident.sampling import ResidentImages, bilinear
 from facepipe.types import Bool, Float64, Int64
 
 Size = tuple[int, int]
@@ -15,7 +15,7 @@ Size = tuple[int, int]
 _AT_ONCE = 1 << 23  # positions that are gathered at a time: 22,500 a chip, times the pixels of a block
 
 
-def similarities(points: Float64, template: Float64) -> Float64:
+def fit_similarities(points: Float64, template: Float64) -> Float64:
     """(n, 2, 3) matrices that map points (n, p, 2) to the template (p, 2): `geometry.similarity` of many at once."""
     p, t = points[..., 0] + 1j * points[..., 1], template[:, 0] + 1j * template[:, 1]
     pc, tc = p - p.mean(1, keepdims=True), t - t.mean()
@@ -27,40 +27,40 @@ def similarities(points: Float64, template: Float64) -> Float64:
     return np.moveaxis(np.array(rows), 2, 0)
 
 
-def scales(matrices: Float64) -> Float64:
+def measure_scales(matrices: Float64) -> Float64:
     """(n,) how many output pixels one input pixel becomes."""
     return np.hypot(matrices[:, 0, 0], matrices[:, 1, 0])
 
 
-class Cuts(NamedTuple):
+class ChipCuts(NamedTuple):
     """Chips to be cut: image (n,) each is of, (n, 2, 3) from chip to blocks of the image, step (n,) pixels a block."""
 
     image: Int64
     matrix: Float64
     step: Int64
 
-    def ordered(self) -> tuple["Cuts", Int64]:
+    def sort_by_step(self) -> tuple["ChipCuts", Int64]:
         """By rising step, and the places (n,) they had."""
         order = np.argsort(self.step, kind="stable")
-        return Cuts(self.image[order], self.matrix[order], self.step[order]), order
+        return ChipCuts(self.image[order], self.matrix[order], self.step[order]), order
 
 
-def cuts_of(image: Int64, matrices: Float64, shapes: Int64, size: Size) -> Cuts:
+def plan_cuts(image: Int64, matrices: Float64, shapes: Int64, size: Size) -> ChipCuts:
     """The cuts that take matrices (n, 2, 3), image to chip, of images whose (height, width) are shapes (n, 2).
 
     As `geometry.cut`: where a chip shrinks its image by 2 or more, blocks of so many whole pixels are averaged first.
     """
-    step = (1 / np.maximum(scales(matrices), 1e-6)).astype(np.int64)
+    step = (1 / np.maximum(measure_scales(matrices), 1e-6)).astype(np.int64)
     inverse = _inverted(matrices)
     step = np.where((step >= 2) & _reaches(inverse, shapes, size, step), step, 1)
     # x = (x' + 0.5) * step - 0.5 of blocks x', about centres
     to_blocks = inverse / step[:, None, None]
     to_blocks[:, :, 2] += 0.5 / step[:, None] - 0.5
-    return Cuts(image, to_blocks, step)
+    return ChipCuts(image, to_blocks, step)
 
 
 @torch.inference_mode()
-def cut(resident: Resident, cuts: Cuts, size: Size) -> Tensor:
+def cut_chips(resident: ResidentImages, cuts: ChipCuts, size: Size) -> Tensor:
     """(n, height, width, 3) uint8 chips of `size` (width, height), by rising step: `cuts` are to be ordered."""
     width, height = size
     device = resident.pixels.device
@@ -70,7 +70,7 @@ def cut(resident: Resident, cuts: Cuts, size: Size) -> Tensor:
     for part in _parts(cuts.step, height * width):
         m = matrix[part, :, :, None, None]
         x, y = (m[:, row, 0] * u + m[:, row, 1] * v + m[:, row, 2] for row in (0, 1))
-        parts.append(bilinear(resident.sources(cuts.image[part]), y, x, int(cuts.step[part.start])))
+        parts.append(bilinear(resident.select(cuts.image[part]), y, x, int(cuts.step[part.start])))
     return torch.cat(parts)
 
 

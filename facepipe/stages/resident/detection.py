@@ -16,9 +16,9 @@ from facepipe.models.runtime.batches import Batches, measure_free_memory, plan_b
 from facepipe.models.runtime.cuda_graphs import CudaGraphCache
 from facepipe.models.runtime.transfers import Download, Uploads
 from facepipe.stages.resident.coordinates import Found, restored
-from facepipe.stages.resident.letterbox import Placement, Rule, letterboxed
-from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed
-from facepipe.stages.resident.sampling import Resident
+from facepipe.stages.resident.letterbox import LetterboxPlacement, PlacementRule, letterbox_images
+from facepipe.stages.resident.retinaface import PackedFaces, ResidentLimits, ResidentRetinaFace
+from facepipe.stages.resident.sampling import ResidentImages
 from facepipe.types import Int64
 
 # Bytes of a pixel of a frame that are live at once, beside its 3. While frames are placed: whole-number levels and sums
@@ -36,31 +36,33 @@ class Part(NamedTuple):
     """Images of one shape that are searched together: their numbers, where and how they lie, and what is found."""
 
     images: Int64
-    resident: Resident
+    resident: ResidentImages
     chosen: Int64
-    places: list[Placement]
+    places: list[LetterboxPlacement]
     ways: list[Any]
     rows: Download
 
 
-class Detection:
+class BatchDetector:
     """Searches images on a device.
 
     rule: where images lie in the detector's input; most: images of a batch, where the device has the memory
     """
 
-    def __init__(self, finder: FaceFinder, limits: Limits, rule: Rule, uploads: Uploads, most: int):
+    def __init__(
+        self, finder: ResidentRetinaFace, limits: ResidentLimits, rule: PlacementRule, uploads: Uploads, most: int
+    ):
         self._finder, self._limits, self._rule, self._uploads = finder, limits, rule, uploads
         self._most = most
-        self._buckets = CudaGraphCache(partial(finder.find, limits=limits), finder.device)
+        self._buckets = CudaGraphCache(partial(finder.detect, limits=limits), finder.device)
         self._batches: dict[tuple[int, int], Batches[Part]] = {}
 
-    def begin(self, resident: Resident, chosen: Int64, size: int, letterbox: Callable[[int], Any]) -> list[Part]:
+    def begin(self, resident: ResidentImages, chosen: Int64, size: int, letterbox: Callable[[int], Any]) -> list[Part]:
         """Queue the search of chosen images (m,), shrunk to `size`.
 
         letterbox: by an image's number what `Detect.letterbox` makes of it, for those that the rule leaves to the host
         """
-        groups: dict[tuple[int, int, int], list[tuple[int, Placement]]] = defaultdict(list)
+        groups: dict[tuple[int, int, int], list[tuple[int, LetterboxPlacement]]] = defaultdict(list)
         others: list[int] = []
         for n in chosen.tolist():
             height, width = resident.shapes[n].tolist()
@@ -84,15 +86,15 @@ class Detection:
             groups[box.pixels.shape[:2]].append((n, box))
         parts: list[Part] = []
         for (height, width), rows in groups.items():
-            resident = Resident.of([box.pixels for _, box in rows], self._uploads)
-            places = [Placement(height, width, 0, 0, False, height, width)] * len(rows)
+            resident = ResidentImages.upload([box.pixels for _, box in rows], self._uploads)
+            places = [LetterboxPlacement(height, width, 0, 0, False, height, width)] * len(rows)
             ways = [(box.sx, box.sy, box.left, box.top) for _, box in rows]
             numbers = np.array([n for n, _ in rows], np.int64)
             parts += self._queued(numbers, resident, np.arange(len(rows)), places, ways)
         return parts
 
     def _queued(
-        self, images: Int64, resident: Resident, chosen: Int64, places: list[Placement], ways: list[Any]
+        self, images: Int64, resident: ResidentImages, chosen: Int64, places: list[LetterboxPlacement], ways: list[Any]
     ) -> list[Part]:
         """The parts of images of one shape."""
         batches = self._of_shape(places[0].out_height, places[0].out_width)
@@ -108,12 +110,12 @@ class Detection:
         shape = height, width
         if shape not in self._batches:
             size = plan_batch_size(
-                measure_free_memory(str(self._finder.device)), self.bytes_each(height, width), self._most
+                measure_free_memory(str(self._finder.device)), self.estimate_frame_bytes(height, width), self._most
             )
             self._batches[shape] = Batches(size)
         return self._batches[shape]
 
-    def bytes_each(self, height: int, width: int) -> int:
+    def estimate_frame_bytes(self, height: int, width: int) -> int:
         """Device memory that a frame of a batch takes."""
         net = self._finder.net
         network = _NETWORK[type(net.trunk).__name__] * self._finder.dtype.itemsize
@@ -124,9 +126,9 @@ class Detection:
         return Found.joined([self._found(part) for part in parts])
 
     def _found(self, part: Part) -> Found:
-        rows = Packed.of(part.rows.wait())
+        rows = PackedFaces.from_rows(part.rows.wait())
         exact = {n: self._exactly(part, n) for n in np.flatnonzero(rows.flagged).tolist()}
-        faces = [exact.get(n) or rows.image(n) for n in range(len(part.images))]
+        faces = [exact.get(n) or rows.unpack_image(n) for n in range(len(part.images))]
         slot = np.repeat(np.arange(len(faces)), [len(f.scores) for f in faces])
         boxes, landmarks, scores = (np.concatenate(columns) for columns in zip(*faces, strict=True))
         ways = np.array(part.ways, np.float64)[slot]
@@ -136,10 +138,10 @@ class Detection:
     def _exactly(self, part: Part, n: int) -> Faces:
         """An image with more faces, or candidates, than fixed sizes hold: searched again, finished on the host."""
         alone = _frames(part.resident, part.chosen[n : n + 1], part.places[n : n + 1])
-        return self._finder.exactly(alone, self._limits)[0]
+        return self._finder.detect_on_host(alone, self._limits)[0]
 
 
-def _frames(resident: Resident, chosen: Int64, places: list[Placement]) -> Tensor:
-    if all(place.whole for place in places) and (frames := resident.stacked(chosen)) is not None:
+def _frames(resident: ResidentImages, chosen: Int64, places: list[LetterboxPlacement]) -> Tensor:
+    if all(place.whole for place in places) and (frames := resident.view_stack(chosen)) is not None:
         return frames
-    return letterboxed(resident.sources(chosen), places)
+    return letterbox_images(resident.select(chosen), places)

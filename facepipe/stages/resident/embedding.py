@@ -26,7 +26,7 @@ class ChipEmbedder:
     most: chips of a batch, where the device has the memory
     """
 
-    def __init__(self, network: EmbedderNet, device: str, precision: str, flip: bool, most: int):
+    def __init__(self, network: EmbedderNet, device: str, precision: str, flip: bool, max_batch: int):
         self.size, self._matrix, self._flip = network.size, network.projection, flip
         self._device, self._dtype = torch.device(device), DTYPES[precision]
         self._net = to_channels_last(cast_network(network.net, precision, _exact(network.net)), device)
@@ -35,9 +35,11 @@ class ChipEmbedder:
         )
         self._mean, self._scale, self._swapped = mean, scale, network.input.channels == "bgr"
         self._buckets = CudaGraphCache(self.embed, self._device)
-        self.batches: Batches[Tensor] = Batches(plan_batch_size(measure_free_memory(device), self.bytes_each(), most))
+        self.batches: Batches[Tensor] = Batches(
+            plan_batch_size(measure_free_memory(device), self.estimate_chip_bytes(), max_batch)
+        )
 
-    def bytes_each(self) -> int:
+    def estimate_chip_bytes(self) -> int:
         """Device memory that a chip of a batch takes, with its mirror image."""
         width, height = self.size
         planes = _PER_PIXEL["dlib"] if type(self._net).__name__ == "DlibResNet" else _WIDEST
@@ -59,7 +61,7 @@ class ChipEmbedder:
         vectors: Tensor = self._net(both.contiguous(memory_format=torch.channels_last)).float()
         return (vectors[: len(chips)] + vectors[len(chips) :]) / 2 if self._flip else vectors
 
-    def projected(self, raw: Float32) -> Float32:
+    def project(self, raw: Float32) -> Float32:
         """Vectors (n, d) as they came from the device, brought to 128 dimensions where the model has a projection."""
         if self._matrix is None:
             return raw

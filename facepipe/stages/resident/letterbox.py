@@ -14,7 +14,7 @@ from facepipe.stages.resident.sampling import Sources, blocks_at, pixels_at
 _WEIGHT = 2048  # OpenCV's unit of weights
 
 
-class Placement(NamedTuple):
+class LetterboxPlacement(NamedTuple):
     """Where an image lies in an input (out_height, out_width): `height` x `width` pixels from (top, left) on.
 
     step: 2 where the image is halved by averages before it is interpolated; sx, sy: scales in all
@@ -35,17 +35,17 @@ class Placement(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether the image is the input as it is."""
-        return self == Placement(*self[:2], 0, 0, False, *self[:2])
+        return self == LetterboxPlacement(*self[:2], 0, 0, False, *self[:2])
 
 
 @dataclass(frozen=True)
-class Rule:
+class PlacementRule:
     """Detect's options that decide where an image lies; stride: of the detector."""
 
     border_below: int
     stride: int
 
-    def place(self, height: int, width: int, size: int) -> Placement | None:
+    def place(self, height: int, width: int, size: int) -> LetterboxPlacement | None:
         """The placement of an image at `size`, as `Detect.letterbox` finds it; None where it is halved twice or more,
         which is left to the host.
         """
@@ -61,14 +61,16 @@ class Rule:
         more = [self._border(side) if mirrored else -side % self.stride for side in small]
         top, left = (extra // 2 if mirrored else 0 for extra in more)
         out = small[0] + more[0], small[1] + more[1]
-        return Placement(*small, top, left, mirrored, *out, step, small[1] / width / step, small[0] / height / step)
+        return LetterboxPlacement(
+            *small, top, left, mirrored, *out, step, small[1] / width / step, small[0] / height / step
+        )
 
     def _border(self, side: int) -> int:
         return max(self.stride * round(1.5 * side / self.stride), side + (-side % self.stride)) - side
 
 
 @torch.inference_mode()
-def letterboxed(sources: Sources, places: Sequence[Placement]) -> Tensor:
+def letterbox_images(sources: Sources, places: Sequence[LetterboxPlacement]) -> Tensor:
     """(n, out_height, out_width, 3) uint8 of the sources' images, whose placements share that size and the step.
 
     Pixel by pixel what `Detect.letterbox` gives (tests/facepipe/stages/resident/test_letterbox.py).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def suppress(boxes: Tensor, valid: Tensor, max_iou: float, rounds: int | None = None) -> tuple[Tensor, Tensor]:
+def apply_nms(boxes: Tensor, valid: Tensor, max_iou: float, rounds: int | None = None) -> tuple[Tensor, Tensor]:
     """(kept (n, k), settled (n,)), both bool: what greedy suppression keeps of each image's boxes.
 
     boxes: (n, k, 4) float32 x1 y1 x2 y2, by falling score; valid: (n, k) bool, False for places that hold no box

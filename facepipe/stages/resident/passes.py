@@ -9,10 +9,10 @@ import numpy as np
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
 from facepipe.stages.resident.coordinates import Found
-from facepipe.stages.resident.detection import Detection, Part
-from facepipe.stages.resident.letterbox import Rule
-from facepipe.stages.resident.retinaface import FaceFinder, Limits
-from facepipe.stages.resident.sampling import Resident
+from facepipe.stages.resident.detection import BatchDetector, Part
+from facepipe.stages.resident.letterbox import PlacementRule
+from facepipe.stages.resident.retinaface import ResidentLimits, ResidentRetinaFace
+from facepipe.stages.resident.sampling import ResidentImages
 from facepipe.types import Int64, UInt8Image
 
 WAITS = 2  # times that `Looks.search` yields
@@ -29,20 +29,20 @@ class Capacity(NamedTuple):
 class Looks:
     """What `Detect.__call__` does with images, by its options, on a device."""
 
-    def __init__(self, detect: Detect, finder: FaceFinder, uploads: Uploads, capacity: Capacity):
+    def __init__(self, detect: Detect, finder: ResidentRetinaFace, uploads: Uploads, capacity: Capacity):
         self._detect = detect
         self._by_host = replace(detect)  # it letterboxes what the device does not, and asks its detector for the stride
         self._by_host.__dict__["detector"] = finder  # where a cached_property looks before it loads anything
-        rule = Rule(detect.border_below, finder.stride)
+        rule = PlacementRule(detect.border_below, finder.stride)
 
-        def detection(min_score: float) -> Detection:
-            limits = Limits(min_score, detect.max_iou, capacity.candidates, capacity.faces)
-            return Detection(finder, limits, rule, uploads, capacity.frames)
+        def detection(min_score: float) -> BatchDetector:
+            limits = ResidentLimits(min_score, detect.max_iou, capacity.candidates, capacity.faces)
+            return BatchDetector(finder, limits, rule, uploads, capacity.frames)
 
         self._full = detection(detect.min_score)
         self._quick = detection(min(DOUBTFUL, detect.min_score))
 
-    def search(self, resident: Resident, pixels: Sequence[UInt8Image]) -> Generator[None, None, Found]:
+    def search(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, Found]:
         """The faces of images that are on the device, and as pixels here, in their pixels.
 
         Yields when something is queued whose end is not to be waited for yet.
@@ -51,7 +51,7 @@ class Looks:
         sides = resident.shapes.max(1)
         quick = (np.minimum(detect.size, sides) > detect.quick_look) & (detect.quick_look > 0)
 
-        def begin(detection: Detection, chosen: Int64, size: int) -> list[Part]:
+        def begin(detection: BatchDetector, chosen: Int64, size: int) -> list[Part]:
             return detection.begin(resident, chosen, size, lambda n: self._by_host.letterbox(pixels[n], size))
 
         looks = begin(self._quick, every[quick], detect.quick_look)

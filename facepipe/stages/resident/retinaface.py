@@ -1,7 +1,7 @@
 """RetinaFace from frames to faces on one device: the network, its best candidates, decoding, suppression.
 
 All shapes are fixed, so that nothing waits for the host. Images that the fixed sizes do not hold are flagged, and
-`FaceFinder.exactly` then gives their faces by the host's own post-processing.
+`ResidentRetinaFace.detect_on_host` then gives their faces by the host's own post-processing.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from facepipe.models.detectors.retinaface import Channels, Predictions, RetinaFa
 from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.models.runtime.precision import DTYPES, cast_network
 from facepipe.models.runtime.torch_inference import to_channels_last
-from facepipe.stages.resident.nms import suppress
+from facepipe.stages.resident.nms import apply_nms
 from facepipe.types import Bool, Float32, Int64
 
 _ROUNDS = 12  # of suppression; what needs more is flagged
@@ -23,7 +23,7 @@ _HEAD, _FACE = 2, 15  # numbers that lead an image's row, and those of a face: b
 _HEADS = ("class_head", "box_head", "landmark_head")
 
 
-class Limits(NamedTuple):
+class ResidentLimits(NamedTuple):
     """What is kept of an image: lowest score, highest overlap (IoU); candidates looked at, and faces at most."""
 
     min_score: float = 0.7
@@ -32,7 +32,7 @@ class Limits(NamedTuple):
     faces: int = 128
 
 
-class Packed(NamedTuple):
+class PackedFaces(NamedTuple):
     """Faces of n images as they come from the device: number (n,), flagged (n,) bool, faces (n, m, 15) float32."""
 
     number: Int64
@@ -40,18 +40,18 @@ class Packed(NamedTuple):
     faces: Float32
 
     @classmethod
-    def of(cls, rows: Float32) -> "Packed":
+    def from_rows(cls, rows: Float32) -> "PackedFaces":
         """Of the rows (n, 2 + 15 m) that `packed` makes."""
         faces = rows[:, _HEAD:].reshape(len(rows), -1, _FACE)
         return cls(rows[:, 0].astype(np.int64), rows[:, 1] > 0, faces)
 
-    def image(self, n: int) -> Faces:
+    def unpack_image(self, n: int) -> Faces:
         """The faces of an image that is not flagged."""
         found = self.faces[n, : self.number[n]]
         return Faces(found[:, :4], found[:, 4:14].reshape(-1, 5, 2), found[:, 14])
 
 
-class FaceFinder:
+class ResidentRetinaFace:
     """RetinaFace on a device.
 
     channels: the order in which the network was trained to get them
@@ -68,12 +68,12 @@ class FaceFinder:
         self._anchors: dict[tuple[int, ...], Tensor] = {}
 
     @torch.inference_mode()
-    def find(self, frames: Tensor, limits: Limits) -> Tensor:
-        """(n, h, w, 3) uint8 RGB -> (n, 2 + 15 m) float32, which `Packed.of` reads once they are on the host."""
-        return packed(self.predictions(frames), self._prior(frames), limits)
+    def detect(self, frames: Tensor, limits: ResidentLimits) -> Tensor:
+        """(n, h, w, 3) uint8 RGB -> (n, 2 + 15 m) float32, for `PackedFaces.from_rows` on the host."""
+        return pack_faces(self.predict(frames), self._prior(frames), limits)
 
     @torch.inference_mode()
-    def predictions(self, frames: Tensor) -> Predictions:
+    def predict(self, frames: Tensor) -> Predictions:
         """(n, h, w, 3) uint8 RGB -> offsets (n, a, 4), scores (n, a), landmark offsets (n, a, 10), float32."""
         planes = frames.permute(0, 3, 1, 2)
         ordered = planes.flip(1) if self._flipped else planes
@@ -82,9 +82,9 @@ class FaceFinder:
         offsets, scores, points = self.net(x)
         return offsets, scores, points
 
-    def exactly(self, frames: Tensor, limits: Limits) -> list[Faces]:
+    def detect_on_host(self, frames: Tensor, limits: ResidentLimits) -> list[Faces]:
         """All faces of frames, however many, by `retinaface_decode.decode_faces`; waits for the device."""
-        offsets, scores, points = (out.cpu().numpy() for out in self.predictions(frames))
+        offsets, scores, points = (out.cpu().numpy() for out in self.predict(frames))
         height, width = frames.shape[1:3]
         rows = zip(offsets, scores, points, strict=True)
         kept = DetectionLimits(limits.min_score, limits.max_iou)
@@ -97,7 +97,7 @@ class FaceFinder:
         return self._anchors[size]
 
 
-def packed(predictions: Predictions, prior: Tensor, limits: Limits) -> Tensor:
+def pack_faces(predictions: Predictions, prior: Tensor, limits: ResidentLimits) -> Tensor:
     """(n, 2 + 15 m) float32 of the network's outputs and the anchors (a, 4): count, flag, and m faces by falling score.
 
     The flag is 1 where an image has more candidates or faces than `limits` lets through, or where suppression has not
@@ -107,7 +107,7 @@ def packed(predictions: Predictions, prior: Tensor, limits: Limits) -> Tensor:
     best, count = _candidates(scores, limits)
     valid = torch.arange(best.shape[1], device=scores.device) < count[:, None]
     boxes, landmarks = decoded(_rows(offsets, best), _rows(points, best), prior[best])
-    kept, settled = suppress(boxes, valid, limits.max_iou, _ROUNDS)
+    kept, settled = apply_nms(boxes, valid, limits.max_iou, _ROUNDS)
     faces = kept.sum(1)
     most = min(limits.faces, best.shape[1])
     order = torch.sort(kept.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :most]
@@ -130,7 +130,7 @@ def decoded(offsets: Tensor, points: Tensor, prior: Tensor) -> tuple[Tensor, Ten
     return boxes, middle[..., None, :] + spots
 
 
-def _candidates(scores: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+def _candidates(scores: Tensor, limits: ResidentLimits) -> tuple[Tensor, Tensor]:
     """Anchors (n, k) by falling score, of equal ones the first first, and how many (n,) reach the lowest score kept.
 
     Scores and anchors make one integer each, since the order in which `topk` gives equal values is nowhere promised.

@@ -23,7 +23,7 @@ class Sources(NamedTuple):
     width: Tensor
 
 
-class Resident(NamedTuple):
+class ResidentImages(NamedTuple):
     """Images that were sent to a device: pixels (p, 3) uint8 there; here each one's first pixel, height and width."""
 
     pixels: Tensor
@@ -31,18 +31,18 @@ class Resident(NamedTuple):
     shapes: Int64
 
     @classmethod
-    def of(cls, images: Sequence[UInt8], uploads: Uploads) -> "Resident":
+    def upload(cls, images: Sequence[UInt8], uploads: Uploads) -> "ResidentImages":
         """Of images (h, w, 3), at least one."""
         shapes = np.array([image.shape[:2] for image in images], np.int64)
         return cls(uploads(images), np.cumsum([0, *shapes.prod(1)])[:-1], shapes)
 
-    def sources(self, chosen: Int64) -> Sources:
+    def select(self, chosen: Int64) -> Sources:
         """Of chosen images (m,), any of them any number of times."""
         kind = np.int32 if len(self.pixels) < 1 << 31 else np.int64
         columns = np.stack([self.first[chosen], *self.shapes[chosen].T]).astype(kind)
         return Sources(self.pixels, *send_array(columns, self.pixels.device).unbind(0))
 
-    def stacked(self, chosen: Int64) -> Tensor | None:
+    def view_stack(self, chosen: Int64) -> Tensor | None:
         """(m, h, w, 3) of chosen images, where they are of one shape and one behind the other: a view, else None."""
         height, width = self.shapes[chosen[0]].tolist()
         first, size = int(self.first[chosen[0]]), height * width

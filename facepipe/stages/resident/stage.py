@@ -17,7 +17,7 @@ from facepipe.imaging.alignment import ChipLayout, cut_chip
 from facepipe.imaging.geometry import Frame
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
-from facepipe.stages.align import Align, Aligned, Each, larger
+from facepipe.stages.align import Align, AlignedFace, MapFunction, decode_larger
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 from facepipe.stages.resident.coordinates import Found, Frames, full_size
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from facepipe.models.runtime.transfers import Download, Uploads
     from facepipe.stages.resident.embedding import ChipEmbedder
     from facepipe.stages.resident.passes import Looks
-    from facepipe.stages.resident.sampling import Resident
+    from facepipe.stages.resident.sampling import ResidentImages
 
 
 _IN_FLIGHT = 4  # tables: one at its quick look, one at the full one, one being embedded, one whose rows are made
@@ -103,14 +103,14 @@ class FacesOnDevice:
 
     def _steps(self, table: pa.Table) -> Iterator[pa.Table | None]:
         """None whenever something is queued whose end is not to be waited for yet; at last the table."""
-        from facepipe.stages.resident.sampling import Resident
+        from facepipe.stages.resident.sampling import ResidentImages
 
         inputs = _Images.of(table)
         if not inputs.rows:
             yield from [None] * (_IN_FLIGHT - 1)
             yield self._rows(table, Found.joined([]), None)
             return
-        resident = Resident.of(inputs.pixels, self._uploads)
+        resident = ResidentImages.upload(inputs.pixels, self._uploads)
         found = yield from self._looks.search(resident, inputs.pixels)
         sizes = np.array([table[name].to_pylist() for name in ("width", "height")], np.float64).T
         faces = full_size(found, Frames.of(inputs.frames), sizes[inputs.rows], self.detect.min_face)
@@ -119,7 +119,7 @@ class FacesOnDevice:
         yield None
         yield self._rows(table, faces._replace(image=np.array(inputs.rows)[faces.image]), queued)
 
-    def _embedded(self, faces: Found, inputs: _Images, resident: "Resident") -> _Queued:
+    def _embedded(self, faces: Found, inputs: _Images, resident: "ResidentImages") -> _Queued:
         """Chips and vectors of the faces, queued."""
         import torch
 
@@ -149,7 +149,7 @@ class FacesOnDevice:
         def cut(image: int) -> list[UInt8Image]:
             view, data = (inputs.pixels[image], inputs.frames[image]), inputs.data[image]
             if wanted[image] and data is not None:
-                view = larger(bytes(data), float(wanted[image]), view)
+                view = decode_larger(bytes(data), float(wanted[image]), view)
             mine = chosen[faces.image[chosen] == image]
             pairs = zip(faces.boxes[mine].astype(np.float64), faces.landmarks[mine].astype(np.float64), strict=True)
             predict_points = self.align.predict_points
@@ -166,20 +166,20 @@ class FacesOnDevice:
         raw = np.empty((0, EMBEDDING_DIM), np.float32)
         if queued is not None:
             chips = dict(zip(queued.face.tolist(), queued.chips.wait(), strict=True))
-            raw = self._embedder.projected(queued.vectors.wait()[np.argsort(queued.face)])
-        by_row: dict[int, list[Aligned | int]] = {n: [] for n in range(table.num_rows)}
+            raw = self._embedder.project(queued.vectors.wait()[np.argsort(queued.face)])
+        by_row: dict[int, list[AlignedFace | int]] = {n: [] for n in range(table.num_rows)}
         values = zip(faces.image.tolist(), faces.ordinals().tolist(), *faces[1:], strict=True)
         for f, (n, ordinal, box, points, score) in enumerate(values):
-            by_row[n].append(Aligned(n, ordinal, box, points, float(score), chips[f]))
+            by_row[n].append(AlignedFace(n, ordinal, box, points, float(score), chips[f]))
         before = table["status"].to_pylist()
         status = [(OK if by_row[n] else NO_FACE) if was == OK else was for n, was in enumerate(before)]
         aligned = [face for n, found in by_row.items() for face in found or [n]]
         table = with_columns(table, {"status": pa.array(status, pa.string())})
-        valid = np.array([isinstance(face, Aligned) for face in aligned], bool)
-        return self.embed.rows(self.align.rows(table, aligned, self._each), valid, raw)
+        valid = np.array([isinstance(face, AlignedFace) for face in aligned], bool)
+        return self.embed.build_rows(self.align.build_rows(table, aligned, self._each), valid, raw)
 
     @property
-    def _each(self) -> Each:
+    def _each(self) -> MapFunction:
         return self._pool.map if self.threads > 1 else map
 
     @cached_property
@@ -206,9 +206,9 @@ class FacesOnDevice:
     def _looks(self) -> "Looks":
         from facepipe.models.zoo.networks import load_detector_net
         from facepipe.stages.resident.passes import Capacity, Looks
-        from facepipe.stages.resident.retinaface import FaceFinder
+        from facepipe.stages.resident.retinaface import ResidentRetinaFace
 
-        finder = FaceFinder(*load_detector_net(self.detect.model), self.device, self.precision)
+        finder = ResidentRetinaFace(*load_detector_net(self.detect.model), self.device, self.precision)
         return Looks(self.detect, finder, self._uploads, Capacity(self.frames, self.candidates, self.faces))
 
     @cached_property

@@ -14,7 +14,7 @@ from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.sorted_lookup import look_up_sorted
-from facepipe.stages.chips import prominence
+from facepipe.stages.chips import compute_prominence
 from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import ImageNames
@@ -171,7 +171,7 @@ def find_subjects(table: pa.Table) -> Int64:
     starts = find_image_starts(table["uri"])
     image = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, table.num_rows)))
     sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], 1).astype(np.float32)
-    order = np.lexsort((-prominence(vectors(table["box"], 4), sizes), image))
+    order = np.lexsort((-compute_prominence(vectors(table["box"], 4), sizes), image))
     return np.sort(order[starts])
 
 

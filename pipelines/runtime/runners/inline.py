@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from facepipe.gallery.commits.parts import Record
 from facepipe.sources.blocks import Block
-from pipelines.runtime.worker import BlockWorker, Job
+from pipelines.runtime.worker import BlockWorker, WorkerJob
 
 
-def run(blocks: Callable[[], Iterable[Block]], job: Job) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob) -> Iterator[Record]:
     """Records of the blocks, in order."""
     worker = BlockWorker(job)
     worker.setup()

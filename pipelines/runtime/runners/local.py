@@ -14,8 +14,8 @@ from queue import Empty, Queue
 from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.commits.parts import Record
 from facepipe.sources.blocks import Block, encode
-from pipelines.runtime.plan import Group
-from pipelines.runtime.worker import Job
+from pipelines.runtime.plan import WorkerGroup
+from pipelines.runtime.worker import WorkerJob
 
 _BLOCKS_AHEAD = 2
 _MAX_STILLBIRTHS = 4  # deaths before a worker is ready; later ones set a mark each, and so come to an end
@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.05
 class _Child:
     """One worker process and the block it has in hand."""
 
-    def __init__(self, job: bytes, group: Group, number: int):
+    def __init__(self, job: bytes, group: WorkerGroup, number: int):
         self.number = number
         self.connection, theirs = Pipe()
         command = [sys.executable, "-m", "pipelines.runtime.runners.child", str(theirs.fileno())]
@@ -58,7 +58,7 @@ class _Child:
         self.process.wait()
 
 
-def run(blocks: Callable[[], Iterable[Block]], job: Job, group: Group) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob, group: WorkerGroup) -> Iterator[Record]:
     """Records of the blocks as they are finished. Raises what a worker raised; WorkerError when workers only die."""
     pool = _Pool(pickle.dumps(job), group)
     listing = _Ahead(blocks())
@@ -70,7 +70,7 @@ def run(blocks: Callable[[], Iterable[Block]], job: Job, group: Group) -> Iterat
 
 
 class _Pool:
-    def __init__(self, job: bytes, group: Group):
+    def __init__(self, job: bytes, group: WorkerGroup):
         self._job, self._group = job, group
         self._children: list[_Child] = []
         self._again: deque[Block] = deque()

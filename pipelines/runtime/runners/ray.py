@@ -24,8 +24,8 @@ from facepipe.gallery.commits.parts import Record
 from facepipe.hashing import hash64
 from facepipe.sources.blocks import Block, decode, encode
 from pipelines.runtime import ray_metrics
-from pipelines.runtime.plan import Plan, Resources
-from pipelines.runtime.worker import BlockWorker, Job
+from pipelines.runtime.plan import Resources, WorkerPlan
+from pipelines.runtime.worker import BlockWorker, WorkerJob
 
 _ROW = pa.schema(
     [
@@ -73,7 +73,7 @@ def stop() -> None:
     ray.shutdown()
 
 
-def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[Record]:
     """Records of the blocks as they are finished; job n runs on the plan's group n."""
     import ray.data
     from ray.exceptions import RayError
@@ -104,7 +104,7 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[Job], plan: Plan) -> I
             raise cause or WorkerError(f"Ray gave up: {_last_line(error)}") from error
 
 
-def device(asked: str, resources: Resources) -> str:
+def choose_device(asked: str, resources: Resources) -> str:
     """Where a task runs that asks for a GPU if Ray has one; it sees that one alone. Raises ConfigError where a GPU is
     asked for and Ray has none."""
     if asked not in ("auto", "cpu") and not resources.gpus:
@@ -112,7 +112,7 @@ def device(asked: str, resources: Resources) -> str:
     return "cuda" if asked != "cpu" and resources.gpus else "cpu"
 
 
-def tasks(
+def run_tasks(
     function: Callable[[Any], Any], items: Iterable[Any], cpus: float, gpus: float = 0
 ) -> Iterator[tuple[Any, Any]]:
     """(item, function(item)) as they are finished, each a task of its own; a few more are submitted than can run.
@@ -158,7 +158,7 @@ def _configure() -> None:
     context.print_on_execution_start = False
 
 
-class Unchanging:
+class RepeatableListing:
     """Blocks that are what they were when they are listed again; SourceError where the source has changed since.
 
     Where the listing's process dies, Ray lists from the start and leaves out as many blocks as it has: were these cut
@@ -194,7 +194,7 @@ def _listing(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
     from ray.data.datasource import Datasource, ReadTask
 
     def rows() -> Iterator[pa.Table]:
-        for block in Unchanging(blocks, journal)():
+        for block in RepeatableListing(blocks, journal)():
             yield pa.Table.from_pylist([encode(block)], schema=_ROW)
 
     class Listing(Datasource):
@@ -211,7 +211,7 @@ def _listing(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
 class _Mapper:
     """A BlockWorker in a Ray actor."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: WorkerJob):
         self._worker = BlockWorker(job)
         self._worker.setup()
 

@@ -105,14 +105,14 @@ def test_reduction_keeps_the_working_side() -> None:
     sides = {639: 1, 1279: 1, 1280: 2, 2560: 4, 9000: 8}
     for side, reduce in sides.items():
         data = save(picture(side, 40), "JPEG")
-        assert stage.reduction(read_header(data)) == reduce
+        assert stage.choose_reduction(read_header(data)) == reduce
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_truncated_files_are_errors_not_half_images(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
     data = save(Image.fromarray(noise), kind)
-    result = Decode().one(data[: len(data) // 2])
+    result = Decode().decode_image(data[: len(data) // 2])
     assert result.status == "decode_error"
     assert result.pixels is None
 
@@ -121,7 +121,7 @@ def test_truncated_files_are_errors_not_half_images(kind: str) -> None:
     ("data", "reason"), [(b"", "empty file"), (b"<html>", "no known image format"), (b"\xff\xd8\xff\xe0", "jpeg")]
 )
 def test_no_images(data: bytes, reason: str) -> None:
-    result = Decode().one(data)
+    result = Decode().decode_image(data)
     assert result.status == "decode_error"
     assert reason in (result.error or "")
 
@@ -129,11 +129,11 @@ def test_no_images(data: bytes, reason: str) -> None:
 def test_a_bomb_is_too_large_before_memory_is_spent() -> None:
     png = bytearray(save(picture(), "PNG"))
     png[16:24] = struct.pack(">II", 100_000, 100_000)
-    result = Decode().one(bytes(png))
+    result = Decode().decode_image(bytes(png))
     assert (result.status, result.width) == ("too_large", 100_000)
     gif = bytearray(save(picture().convert("P"), "GIF"))
     gif[6:10] = struct.pack("<HH", 65535, 65535)
-    assert Decode().one(bytes(gif)).status == "too_large"
+    assert Decode().decode_image(bytes(gif)).status == "too_large"
 
 
 SEEDS = [save(picture().convert(mode), kind, **options) for kind, mode, options in FORMATS.values()]
@@ -173,8 +173,8 @@ def test_sizes_beyond_the_column_are_too_large() -> None:
 @pytest.mark.parametrize("bomb", [poison.progressive_bomb, poison.sequential_bomb])
 def test_a_jpeg_of_many_scans_is_too_large(bomb: Callable[[int, int], bytes]) -> None:
     assert read_header(bomb(64, 40)).scans == 40
-    assert Decode().one(bomb(64, 40)).status == "ok"
-    assert Decode().one(bomb(64, 101)).error == "101 scans, the limit is 100"
+    assert Decode().decode_image(bomb(64, 40)).status == "ok"
+    assert Decode().decode_image(bomb(64, 101)).error == "101 scans, the limit is 100"
     assert read_header(save(picture(), "JPEG")).scans == 1
     assert 2 <= read_header(save(picture(), "JPEG", progressive=True)).scans <= 12
 
@@ -191,7 +191,7 @@ def test_scans_are_not_hidden_and_not_imagined() -> None:
 def test_a_png_chunk_that_claims_gigabytes(value: int) -> None:
     data = save(picture(), "PNG")
     at = data.index(b"IDAT") - 4
-    result = Decode().one(data[:at] + struct.pack(">I", value) + data[at + 4 :])
+    result = Decode().decode_image(data[:at] + struct.pack(">I", value) + data[at + 4 :])
     assert (result.status, result.error) == ("decode_error", "png is truncated: a chunk reaches past its end")
 
 
@@ -200,11 +200,11 @@ def test_the_still_picture_of_an_animated_png() -> None:
     assert np.array_equal(decode(data, read_header(data)), np.asarray(picture()))
     damaged = bytearray(data)
     damaged[data.index(b"IDAT") + 20] ^= 0xFF
-    assert Decode().one(bytes(damaged)).status == "decode_error", "and not memory that nothing was written to"
+    assert Decode().decode_image(bytes(damaged)).status == "decode_error", "and not memory that nothing was written to"
 
 
 def test_a_jpeg_2000_goes_by_its_code_stream() -> None:
-    assert Decode().one(poison.bombs()["lying.jp2"]).status == "too_large"
+    assert Decode().decode_image(poison.bombs()["lying.jp2"]).status == "too_large"
     with pytest.raises(HeaderError):
         read_header(b"\0\0\0\1jP  " + b"\xdc" * 80)  # a box length that no file has (found by tests/bench/fuzz.py)
 
@@ -215,9 +215,9 @@ def test_a_comment_hides_no_size() -> None:
 
 def test_large_pngs_are_kept_small() -> None:
     stage = Decode()
-    assert stage.reduction(Header("png", 4000, 4000)) == 1
-    assert stage.reduction(Header("png", 9000, 9000)) == 8
-    result = stage.one(poison.png(4200, 4200, bytes(4200 * 526), bits=1))
+    assert stage.choose_reduction(Header("png", 4000, 4000)) == 1
+    assert stage.choose_reduction(Header("png", 9000, 9000)) == 8
+    result = stage.decode_image(poison.png(4200, 4200, bytes(4200 * 526), bits=1))
     assert result.pixels is not None
     assert (result.pixels.shape, result.width) == ((1050, 1050, 3), 4200)
     assert result.frame is not None

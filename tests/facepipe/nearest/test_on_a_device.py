@@ -379,11 +379,11 @@ def test_a_gpu_pays_from_some_size_on() -> None:
 
 def test_ray_tasks_ask_for_a_gpu_where_there_is_one() -> None:
     with_gpu, without = Resources(8, 2), Resources(8, 0)
-    assert [ray.device("auto", found) for found in (with_gpu, without)] == ["cuda", "cpu"]
-    assert [ray.device("cpu", found) for found in (with_gpu, without)] == ["cpu", "cpu"]
-    assert ray.device("cuda:1", with_gpu) == "cuda"  # a task sees one GPU, and that is the first
+    assert [ray.choose_device("auto", found) for found in (with_gpu, without)] == ["cuda", "cpu"]
+    assert [ray.choose_device("cpu", found) for found in (with_gpu, without)] == ["cpu", "cpu"]
+    assert ray.choose_device("cuda:1", with_gpu) == "cuda"  # a task sees one GPU, and that is the first
     with pytest.raises(ConfigError, match="Ray has no GPU"):
-        ray.device("cuda", without)
+        ray.choose_device("cuda", without)
 
 
 # --- k-means on GPUs -----------------------------------------------------------------------------------------------------

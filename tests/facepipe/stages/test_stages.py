@@ -18,7 +18,7 @@ from facepipe.imaging.header import read_header
 from facepipe.models.fakes import FakeEmbedder
 from facepipe.schema import FACES, WORK_ITEM, conform
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, Stage, check_chain
-from facepipe.stages.read import ParquetRows
+from facepipe.stages.read import ParquetCursor
 
 
 def chain(working_side: int = 640, batch: int = 16) -> Chain:
@@ -98,7 +98,7 @@ def test_a_small_face_in_a_large_photo_is_cut_from_the_full_image(
     monkeypatch.setattr("facepipe.storage.read", lambda *_: out.getvalue())
     found = chain()(item)
     (sharp,) = found["sharpness"].to_pylist()
-    monkeypatch.setattr("facepipe.stages.align.larger", lambda data, wanted, view: view)
+    monkeypatch.setattr("facepipe.stages.align.decode_larger", lambda data, wanted, view: view)
     blurred = chain()(item)["sharpness"].to_pylist()[0]
     assert sharp > 1.2 * blurred
     assert found["width"].to_pylist() == [4200]
@@ -192,9 +192,9 @@ def test_parquet_rows_are_read_on_and_not_from_the_start_again(
     data = [None if n == 50 else bytes([n]) * 3 for n in range(200)]
     pq.write_table(pa.table({"bytes": pa.array(data, pa.binary())}), tmp_path / "t.parquet", row_group_size=group)
     seeks: list[int] = []
-    original = ParquetRows._seek
-    monkeypatch.setattr(ParquetRows, "_seek", lambda self, row: (seeks.append(row), original(self, row))[1])
-    cursor = ParquetRows(str(tmp_path / "t.parquet").encode())
+    original = ParquetCursor._seek
+    monkeypatch.setattr(ParquetCursor, "_seek", lambda self, row: (seeks.append(row), original(self, row))[1])
+    cursor = ParquetCursor(str(tmp_path / "t.parquet").encode())
     for at in range(5, 190, 11):  # neither the block nor its parts begin where the file's batches do
         rows = list(range(at, at + 11))
         assert cursor.read(rows) == {n: data[n] for n in rows if data[n] is not None}

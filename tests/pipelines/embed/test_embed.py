@@ -351,10 +351,10 @@ def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes:
     """The split plan on Ray, with the second group on a CPU, since pixels travel the same way to a GPU."""
     from facepipe.config import build
     from pipelines.embed import pipeline as module
-    from pipelines.runtime.plan import ALL, Group, Plan
+    from pipelines.runtime.plan import STAGES, WorkerGroup, WorkerPlan
 
     embed(drawings, tmp_path / "one", fakes)
-    plan = Plan((Group(ALL[:2], 1, 1), Group(ALL[2:], 1, 1)))
+    plan = WorkerPlan((WorkerGroup(STAGES[:2], 1, 1), WorkerGroup(STAGES[2:], 1, 1)))
     original = module.make_plan
     module.make_plan = lambda *_: plan  # type: ignore[assignment]
     try:

@@ -11,7 +11,7 @@ import pytest
 from facepipe.hashing import hash64
 from facepipe.schema import WORK_ITEM
 from facepipe.sources.blocks import Block
-from pipelines.runtime.worker import BlockWorker, Job
+from pipelines.runtime.worker import BlockWorker, WorkerJob
 
 
 class Ended(BaseException):
@@ -39,7 +39,7 @@ class OutOfMemoryError(RuntimeError):
 
 
 def worker(error: type[Exception], folder: Path) -> BlockWorker:
-    return BlockWorker(Job((Faulty(error),), 4, False, "run", "source", str(folder), str(folder / "marks")))
+    return BlockWorker(WorkerJob((Faulty(error),), 4, False, "run", "source", str(folder), str(folder / "marks")))
 
 
 def block(n: int) -> Block:

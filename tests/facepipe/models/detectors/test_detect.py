@@ -15,7 +15,7 @@ from facepipe.models.detectors.retinaface_decode import (
 )
 from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.stages import Decode, Detect
-from facepipe.stages.detect import shrunk
+from facepipe.stages.detect import shrink_image
 from facepipe.types import UInt8Image
 
 
@@ -51,7 +51,7 @@ class Blunt(Eye):
 def looked(eye: Eye, **settings: float) -> dict[int, Faces]:
     stage = Detect(device="cpu", **settings)  # type: ignore[arg-type]
     stage.__dict__["detector"] = eye
-    return stage.found({0: np.zeros((640, 480, 3), np.uint8)})
+    return stage.detect_faces({0: np.zeros((640, 480, 3), np.uint8)})
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_shrinking_keeps_places(width: int, height: int, size: int, x: float, y:
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[low[1] : high[1], low[0] : high[0]] = 255
     centre = (low + np.minimum(high, (width, height)) - 1) / 2
-    small, (sx, sy) = shrunk(pixels, size)
+    small, (sx, sy) = shrink_image(pixels, size)
     assert max(small.shape[:2]) <= size or small is pixels
     rows, columns = small[..., 0].astype(float).sum(1), small[..., 0].astype(float).sum(0)
     if rows.sum() == 0:
@@ -135,9 +135,9 @@ def test_shrinking_keeps_places(width: int, height: int, size: int, x: float, y:
 
 def test_no_face_of_the_photos_is_lost_by_a_quick_look(photos: Path) -> None:
     decode, quick, full = Decode(), Detect(device="cpu"), Detect(device="cpu", quick_look=0)
-    images = [decode.one(path.read_bytes()).pixels for path in sorted(photos.glob("*.jpg"))]
+    images = [decode.decode_image(path.read_bytes()).pixels for path in sorted(photos.glob("*.jpg"))]
     pixels = {n: image for n, image in enumerate(images) if image is not None}
-    a, b = quick.found(pixels), full.found(pixels)
+    a, b = quick.detect_faces(pixels), full.detect_faces(pixels)
     assert {n: len(faces.scores) for n, faces in a.items()} == {n: len(faces.scores) for n, faces in b.items()}
     moved = []
     for n, faces in a.items():
@@ -152,11 +152,11 @@ def test_no_face_of_the_photos_is_lost_by_a_quick_look(photos: Path) -> None:
 def test_a_quick_look_does_not_depend_on_the_batch(photos: Path) -> None:
     decode, detect = Decode(), Detect(device="cpu")
     pixels = {
-        n: decode.one((photos / name).read_bytes()).pixels
+        n: decode.decode_image((photos / name).read_bytes()).pixels
         for n, name in enumerate(("img56.jpg", "couple.jpg", "img4.jpg"))
     }
-    together = detect.found(pixels)  # type: ignore[arg-type]
+    together = detect.detect_faces(pixels)  # type: ignore[arg-type]
     for n, image in pixels.items():
-        alone = detect.found({n: image})[n]  # type: ignore[dict-item]
+        alone = detect.detect_faces({n: image})[n]  # type: ignore[dict-item]
         assert np.array_equal(alone.boxes, together[n].boxes)
         assert np.array_equal(alone.landmarks, together[n].landmarks)

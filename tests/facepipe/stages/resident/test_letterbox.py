@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages import Detect
-from facepipe.stages.resident.letterbox import Placement, Rule, letterboxed
-from facepipe.stages.resident.sampling import Resident
+from facepipe.stages.resident.letterbox import LetterboxPlacement, PlacementRule, letterbox_images
+from facepipe.stages.resident.sampling import ResidentImages
 
 CPU = torch.device("cpu")
 
@@ -33,41 +33,41 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def test_every_shape_lies_as_detect_lays_it(height: int, width: int, size: int, border_below: int) -> None:
     image = noise(height, width)
     host = detect(border_below).letterbox(image, size)
-    place = Rule(border_below, 32).place(height, width, size)
+    place = PlacementRule(border_below, 32).place(height, width, size)
     if place is None:
         assert max(height, width) > 4 * size or max(height // 2, width // 2) > 2 * size
         return
     assert (place.out_height, place.out_width) == host.pixels.shape[:2]
     assert (place.left, place.top) == (host.left, host.top)
     assert (place.sx, place.sy) == pytest.approx((host.sx, host.sy), rel=1e-12)
-    resident = Resident.of([noise(5, 7), image], Uploads(CPU))
-    device = letterboxed(resident.sources(np.array([1])), [place])
+    resident = ResidentImages.upload([noise(5, 7), image], Uploads(CPU))
+    device = letterbox_images(resident.select(np.array([1])), [place])
     assert np.array_equal(device[0].numpy(), host.pixels)
 
 
 def test_images_of_one_shape_are_made_together() -> None:
     """Scaled, mirrored and as they are: each as it is alone."""
     sides = [(300, 200), (290, 190), (310, 210)]
-    rule = Rule(320, 32)
-    by_shape: dict[tuple[int, int], list[tuple[np.ndarray, Placement]]] = {}
+    rule = PlacementRule(320, 32)
+    by_shape: dict[tuple[int, int], list[tuple[np.ndarray, LetterboxPlacement]]] = {}
     for n, (height, width) in enumerate(sides * 2):
         place = rule.place(height, width, 640)
         assert place is not None
         by_shape.setdefault((place.out_height, place.out_width), []).append((noise(height, width, n), place))
     assert max(map(len, by_shape.values())) > 2
     for rows in by_shape.values():
-        resident = Resident.of([image for image, _ in rows], Uploads(CPU))
-        together = letterboxed(resident.sources(np.arange(len(rows))), [place for _, place in rows])
+        resident = ResidentImages.upload([image for image, _ in rows], Uploads(CPU))
+        together = letterbox_images(resident.select(np.arange(len(rows))), [place for _, place in rows])
         for (image, _), made in zip(rows, together.numpy(), strict=True):
             assert np.array_equal(made, detect().letterbox(image, 640).pixels)
 
 
 def test_images_one_behind_the_other_are_not_copied() -> None:
     images = [noise(64, 96, n) for n in range(3)]
-    resident = Resident.of([noise(3, 3), *images, noise(64, 96, 9)], Uploads(CPU))
-    stacked = resident.stacked(np.array([1, 2, 3]))
+    resident = ResidentImages.upload([noise(3, 3), *images, noise(64, 96, 9)], Uploads(CPU))
+    stacked = resident.view_stack(np.array([1, 2, 3]))
     assert stacked is not None
     assert np.array_equal(stacked.numpy(), np.stack(images))
     assert stacked.data_ptr() == resident.pixels[9:].data_ptr()
-    assert resident.stacked(np.array([1, 3])) is None
-    assert resident.stacked(np.array([0, 1])) is None
+    assert resident.view_stack(np.array([1, 3])) is None
+    assert resident.view_stack(np.array([0, 1])) is None

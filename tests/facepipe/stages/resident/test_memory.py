@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
-from facepipe.stages.resident.detection import Detection
+from facepipe.stages.resident.detection import BatchDetector
 from facepipe.stages.resident.embedding import ChipEmbedder
-from facepipe.stages.resident.letterbox import Rule, letterboxed
-from facepipe.stages.resident.retinaface import FaceFinder, Limits
-from facepipe.stages.resident.sampling import Resident
+from facepipe.stages.resident.letterbox import PlacementRule, letterbox_images
+from facepipe.stages.resident.retinaface import ResidentLimits, ResidentRetinaFace
+from facepipe.stages.resident.sampling import ResidentImages
 
 CPU = torch.device("cpu")
-RULE = Rule(320, 32)
+RULE = PlacementRule(320, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +45,16 @@ def each(call: Callable[[int], object]) -> float:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_frame_takes_what_is_planned_for_it(precision: str) -> None:
-    finder = FaceFinder(*load_detector_net("retinaface-mnet025"), "cpu", precision)
+    finder = ResidentRetinaFace(*load_detector_net("retinaface-mnet025"), "cpu", precision)
     frames = torch.zeros(3, 320, 384, 3, dtype=torch.uint8)
-    resident = Resident.of([np.zeros((800, 960, 3), np.uint8)] * 3, Uploads(CPU))
+    resident = ResidentImages.upload([np.zeros((800, 960, 3), np.uint8)] * 3, Uploads(CPU))
     place = RULE.place(800, 960, 384)
     assert place is not None
     assert place.step == 2
-    limits = Limits(candidates=128)
-    planned = Detection(finder, limits, RULE, Uploads(CPU), 32).bytes_each(320, 384)
-    searching = each(lambda n: finder.find(frames[:n], limits))
-    placing = each(lambda n: letterboxed(resident.sources(np.arange(n)), [place] * n))
+    limits = ResidentLimits(candidates=128)
+    planned = BatchDetector(finder, limits, RULE, Uploads(CPU), 32).estimate_frame_bytes(320, 384)
+    searching = each(lambda n: finder.detect(frames[:n], limits))
+    placing = each(lambda n: letterbox_images(resident.select(np.arange(n)), [place] * n))
     assert max(searching, placing) < planned < 4 * max(searching, placing)
 
 
@@ -63,4 +63,4 @@ def test_a_chip_takes_what_is_planned_for_it(flip: bool) -> None:
     embedder = ChipEmbedder(load_embedder_net("dlib-resnet"), "cpu", "float32", flip, 8)
     chips = torch.zeros(3, 150, 150, 3, dtype=torch.uint8)
     taken = each(lambda n: embedder.embed(chips[:n]))
-    assert taken < embedder.bytes_each() < 4 * taken
+    assert taken < embedder.estimate_chip_bytes() < 4 * taken

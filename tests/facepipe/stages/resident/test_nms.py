@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.models.detectors.retinaface_decode import apply_sorted_nms as greedy
-from facepipe.stages.resident.nms import suppress
+from facepipe.stages.resident.nms import apply_nms
 
 
 @st.composite
@@ -29,7 +29,7 @@ def batches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
 def test_it_keeps_what_the_greedy_rule_keeps(batch: tuple[np.ndarray, np.ndarray, float], rounds: int | None) -> None:
     boxes, counts, max_iou = batch
     valid = torch.arange(boxes.shape[1]) < torch.from_numpy(counts)[:, None]
-    kept, settled = suppress(torch.from_numpy(boxes), valid, max_iou, rounds)
+    kept, settled = apply_nms(torch.from_numpy(boxes), valid, max_iou, rounds)
     assert settled.all() or rounds is not None
     for n, count in enumerate(counts):
         if settled[n]:
@@ -42,15 +42,15 @@ def test_a_chain_as_long_as_the_list_settles_at_last_and_is_told_before() -> Non
     x = np.arange(k, dtype=np.float32)[:, None] * 4
     boxes = np.concatenate([x, x * 0, x + 10, x * 0 + 10], 1)
     valid = torch.ones(1, k, dtype=torch.bool)
-    kept, settled = suppress(torch.from_numpy(boxes)[None], valid, 0.4)
+    kept, settled = apply_nms(torch.from_numpy(boxes)[None], valid, 0.4)
     assert settled.all()
     assert np.flatnonzero(kept[0].numpy()).tolist() == list(range(0, k, 2)) == greedy(boxes, 0.4).tolist()
-    assert not suppress(torch.from_numpy(boxes)[None], valid, 0.4, 8)[1].any()
+    assert not apply_nms(torch.from_numpy(boxes)[None], valid, 0.4, 8)[1].any()
 
 
 @pytest.mark.parametrize("k", [0, 1])
 def test_none_and_one(k: int) -> None:
-    kept, settled = suppress(torch.zeros(2, k, 4), torch.ones(2, k, dtype=torch.bool), 0.4, 3)
+    kept, settled = apply_nms(torch.zeros(2, k, 4), torch.ones(2, k, dtype=torch.bool), 0.4, 3)
     assert kept.shape == (2, k)
     assert kept.all()
     assert settled.all()

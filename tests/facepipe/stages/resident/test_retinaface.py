@@ -13,7 +13,7 @@ from facepipe.models.detectors import retinaface_decode as decoding
 from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace
 from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.packaged import load_retinaface_net, read_retinaface_onnx
-from facepipe.stages.resident.retinaface import FaceFinder, Limits, Packed, packed
+from facepipe.stages.resident.retinaface import PackedFaces, ResidentLimits, ResidentRetinaFace, pack_faces
 
 SIDE = 160
 PRIOR = torch.from_numpy(decoding.build_anchors(SIDE, SIDE))
@@ -36,14 +36,14 @@ def predictions(share: float, seed: int, n: int = 3) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("max_iou", [0.1, 0.4])
 def test_packed_faces_are_those_of_the_host(share: float, max_iou: float) -> None:
     found = predictions(share, int(1000 * share))
-    limits = Limits(0.7, max_iou, candidates=256, faces=200)
-    rows = Packed.of(packed(found, PRIOR, limits).numpy())
+    limits = ResidentLimits(0.7, max_iou, candidates=256, faces=200)
+    rows = PackedFaces.from_rows(pack_faces(found, PRIOR, limits).numpy())
     assert rows.flagged.tolist() == [False] * 3
     for n, (offsets, scores, points) in enumerate(zip(*(part.numpy() for part in found), strict=True)):
         host = decoding.decode_faces(
             decoding.RetinaFaceOutputs(offsets, scores, points), (SIDE, SIDE), DetectionLimits(0.7, max_iou)
         )
-        device = rows.image(n)
+        device = rows.unpack_image(n)
         assert len(host.scores) == len(device.scores)
         assert np.array_equal(host.scores, device.scores)
         assert np.allclose(host.boxes, device.boxes, rtol=1e-6, atol=1e-4)
@@ -54,15 +54,23 @@ def test_images_with_more_than_fits_are_flagged() -> None:
     offsets, scores, points = predictions(0.05, 1)
     scores[1] = 0  # an image with nothing is none of them
     count = [int(n) for n in (scores >= 0.7).sum(1)]
-    fits = Packed.of(packed((offsets, scores, points), PRIOR, Limits(candidates=max(count), faces=max(count))).numpy())
+    fits = PackedFaces.from_rows(
+        pack_faces((offsets, scores, points), PRIOR, ResidentLimits(candidates=max(count), faces=max(count))).numpy()
+    )
     assert not fits.flagged.any()
-    few = Packed.of(packed((offsets, scores, points), PRIOR, Limits(candidates=min(c for c in count if c) - 1)).numpy())
+    few = PackedFaces.from_rows(
+        pack_faces((offsets, scores, points), PRIOR, ResidentLimits(candidates=min(c for c in count if c) - 1)).numpy()
+    )
     assert few.flagged.tolist() == [True, False, True]
     faces = min(n for n in fits.number.tolist() if n) - 1
-    crowd = Packed.of(packed((offsets, scores, points), PRIOR, Limits(candidates=max(count), faces=faces)).numpy())
+    crowd = PackedFaces.from_rows(
+        pack_faces((offsets, scores, points), PRIOR, ResidentLimits(candidates=max(count), faces=faces)).numpy()
+    )
     assert crowd.flagged.tolist() == [True, False, True]
-    exactly = Packed.of(
-        packed((offsets, scores, points), PRIOR, Limits(candidates=max(count), faces=max(fits.number))).numpy()
+    exactly = PackedFaces.from_rows(
+        pack_faces(
+            (offsets, scores, points), PRIOR, ResidentLimits(candidates=max(count), faces=max(fits.number))
+        ).numpy()
     )
     assert not exactly.flagged.any()
 
@@ -85,12 +93,14 @@ def scenes(photos: Path) -> dict[str, np.ndarray]:
 def apart(scenes: dict[str, np.ndarray], precision: str, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """How far the landmarks of every face move (pixels, as seen by the detector), and the scores; the same faces."""
     host = OnnxRetinaFace(read_retinaface_onnx(), DetectionLimits(0.7, 0.4))
-    finder = FaceFinder(load_retinaface_net(), "bgr", device, precision)
+    finder = ResidentRetinaFace(load_retinaface_net(), "bgr", device, precision)
     moved, scores = [], []
     for image in scenes.values():
         (want,) = host.detect(image[None])
-        rows = Packed.of(finder.find(torch.from_numpy(image[None]).to(device), Limits()).cpu().numpy())
-        found = rows.image(0)
+        rows = PackedFaces.from_rows(
+            finder.detect(torch.from_numpy(image[None]).to(device), ResidentLimits()).cpu().numpy()
+        )
+        found = rows.unpack_image(0)
         assert not rows.flagged.any()
         assert len(found.scores) == len(want.scores) > 0
         distances = np.linalg.norm(want.landmarks[:, None] - found.landmarks[None], axis=3).mean(2)
@@ -129,11 +139,11 @@ def test_a_gpu_finds_the_same_faces(precision: str, most: float, scenes: dict[st
 def test_what_is_found_does_not_depend_on_the_batch(scenes: dict[str, np.ndarray]) -> None:
     shape = scenes["couple"].shape
     images = [cv2.resize(image, shape[1::-1]) for image in scenes.values()][:4]
-    finder = FaceFinder(load_retinaface_net(), "bgr", "cpu")
-    together = finder.find(torch.from_numpy(np.stack(images)), Limits())
+    finder = ResidentRetinaFace(load_retinaface_net(), "bgr", "cpu")
+    together = finder.detect(torch.from_numpy(np.stack(images)), ResidentLimits())
     for n, image in enumerate(images):
-        alone = finder.find(torch.from_numpy(image[None]), Limits())[0]
+        alone = finder.detect(torch.from_numpy(image[None]), ResidentLimits())[0]
         assert torch.equal(alone[:2], together[n, :2])
         assert torch.allclose(alone, together[n], atol=0.02)
-    backwards = finder.find(torch.from_numpy(np.stack(images[::-1])), Limits())
+    backwards = finder.detect(torch.from_numpy(np.stack(images[::-1])), ResidentLimits())
     assert torch.equal(backwards.flip(0), together)

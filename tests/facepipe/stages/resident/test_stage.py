@@ -19,7 +19,8 @@ from facepipe.models.zoo.architectures import ARCHITECTURES
 from facepipe.models.zoo.card_file import CardFile, InputConfig, save_model
 from facepipe.models.zoo.networks import can_run_resident
 from facepipe.schema import FACES, WORK_ITEM, conform
-from facepipe.stages import Align, Chain, Decode, Detect, Embed, FacesOnDevice, Read, check_chain
+from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read, check_chain
+from facepipe.stages.resident.stage import FacesOnDevice
 
 NAMES = ("couple", "img54", "img27", "img5", "img2", "img4", "img31", "img67", "img1", "img11_reflection")
 SMALL = FacesOnDevice(device="cpu", frames=2, chips=4)
