@@ -14,11 +14,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Test files run side by side, one per core: threads that wait for each other would take the cores from other tests.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy and torch are imported
+
 import cv2
+import hypothesis
 import numpy as np
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray would write a token into the home folder
+
+# By default Hypothesis fails an example that takes longer than 200 ms, which on a busy machine any may.
+hypothesis.settings.register_profile(
+    "facepipe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("facepipe")
 
 # A background job of a shell ignores Ctrl-C, and its children inherit that. The tests send Ctrl-C to children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
