@@ -117,9 +117,9 @@ def _answer_part(
     hits = _find_hits(index, queries.vectors[usable], queries.own[usable], options, device)
     query_rows = np.flatnonzero(usable)[hits.queries]
     labels = index.get_labels(hits.ids)
-    ranks = _rank(query_rows)
+    ranks = _number_ranks(query_rows)
     decisions = _decide(len(usable), query_rows, ranks, labels["identity"], hits.distances, options)
-    _count(counts, queries, len(query_rows), decisions)
+    _add_counts(counts, queries, len(query_rows), decisions)
 
     # Rows of hits, then one row per query without a hit; sorted by query.
     without_hit = np.setdiff1d(np.arange(len(usable)), query_rows)
@@ -150,7 +150,7 @@ def _answer_part(
     )
 
 
-def _count(counts: SearchCounts, queries: Queries, rows: int, decisions: npt.NDArray[np.object_] | None) -> None:
+def _add_counts(counts: SearchCounts, queries: Queries, rows: int, decisions: npt.NDArray[np.object_] | None) -> None:
     usable = queries.status == OK
     counts.queries += len(usable)
     counts.rows += rows
@@ -181,8 +181,8 @@ def _find_hits(index: Index, vectors: Float32, own: Int64, options: SearchOption
     return _FlatHits(queries, hits.ids[queries, columns], hits.distances[queries, columns])
 
 
-def _rank(queries: Int64) -> Int64:
-    """Number the rows of each run of equal queries 1, 2, ..."""
+def _number_ranks(queries: Int64) -> Int64:
+    """Assign the ranks 1, 2, ... to the rows of each run of equal queries."""
     starts = np.flatnonzero(np.diff(queries, prepend=-1))
     lengths = np.diff(np.append(starts, len(queries)))
     return np.arange(len(queries)) - np.repeat(starts, lengths) + 1

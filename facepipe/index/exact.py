@@ -17,7 +17,7 @@ _SPARE = 22  # neighbours beyond k that are re-scored, because matrix products r
 def read_live_blocks(index: Index, rows: int = _BLOCK_ROWS) -> Iterator[VectorBlock]:
     """Read all vectors that a search can return, from the side files; memory is that of one block."""
     for shard in index.shards:
-        live = shard.mask_live()
+        live = shard.find_live_rows()
         ids = shard.read_ids_by_row()
         for at in range(0, len(ids), rows):
             part = slice(at, at + rows)

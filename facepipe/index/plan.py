@@ -105,7 +105,7 @@ def make_plan(
     factory = factory or (FLAT if vectors < MIN_INVERTED_VECTORS else _name_factory(_choose_lists(vectors)))
     points = _POINTS_PER_LIST
     while True:
-        plan = _plan(vectors, memory, base, factory=factory, points=points, shard_vectors=shard_vectors)
+        plan = _compute_plan(vectors, memory, base, factory=factory, points=points, shard_vectors=shard_vectors)
         if trained:
             plan = replace(plan, train=0, train_memory=0)
         if base + plan.train_memory <= memory:
@@ -133,7 +133,9 @@ def is_outgrown(lists: int, vectors: int) -> bool:
     return wanted >= (_OUTGROWN * lists or _MIN_LISTS_TO_REPLAN)
 
 
-def _plan(vectors: int, memory: int, base: int, *, factory: str, points: int, shard_vectors: int | None) -> IndexPlan:
+def _compute_plan(
+    vectors: int, memory: int, base: int, *, factory: str, points: int, shard_vectors: int | None
+) -> IndexPlan:
     """Compute the sizes of an index with a given factory and given training vectors (`points`) per list."""
     lists = parse_lists(factory)
     code = compute_code_bytes(factory)

@@ -246,7 +246,7 @@ class Shard:
             try:
                 self.tombstones = np.load(path)
             except (OSError, ValueError) as error:
-                raise _report_damage(path, error) from error
+                raise _make_damage_error(path, error) from error
         self._labels: Any = None
 
     @cached_property
@@ -264,7 +264,7 @@ class Shard:
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise _report_damage(path, error) from error
+            raise _make_damage_error(path, error) from error
         if scattered and isinstance(array, np.memmap):
             # Candidates lie anywhere: reading ahead would fetch 128 KiB from the disk for 512 bytes.
             array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
@@ -302,7 +302,7 @@ class Shard:
         np.minimum(at, last, out=at)
         rows = self.rows[at].astype(np.int64)
         if rows.size and rows.max() >= self.entry.vectors:  # faiss reads the vector of a row without checking it
-            raise _report_damage(os.path.join(self._folder, ROWS), ValueError("a row beyond the last"))
+            raise _make_damage_error(os.path.join(self._folder, ROWS), ValueError("a row beyond the last"))
         return self.ids[at] == ids, rows
 
     def read_labels(self, rows: Int64) -> pa.Table:
@@ -314,7 +314,7 @@ class Shard:
             try:
                 self._labels = pa.ipc.open_file(pa.memory_map(path))
             except (OSError, pa.ArrowException) as error:
-                raise _report_damage(path, error) from error
+                raise _make_damage_error(path, error) from error
         # Take the rows batch by batch, then restore their order.
         order = np.argsort(rows, kind="stable")
         ordered_rows = rows[order]
@@ -326,13 +326,13 @@ class Shard:
                 table = pa.Table.from_batches([self._labels.get_batch(int(batch))])
                 parts.append(table.take(pa.array(ordered_rows[start:stop] - batch * _LABEL_BATCH_ROWS)))
         except (OSError, IndexError, pa.ArrowException) as error:
-            raise _report_damage(os.path.join(self._folder, LABELS), error) from error
+            raise _make_damage_error(os.path.join(self._folder, LABELS), error) from error
         back = np.empty(len(rows), np.int64)
         back[order] = np.arange(len(rows))
         return pa.concat_tables(parts).take(pa.array(back))
 
-    def mask_live(self) -> Bool | None:
-        """Mask (n,) the rows that a search can return; None if it can return all."""
+    def find_live_rows(self) -> Bool | None:
+        """Find the rows that a search can return, as a mask (n,); None if it can return all."""
         if not self.tombstones.size:
             return None
         in_shard, rows = self.find_rows(self.tombstones)
@@ -348,7 +348,7 @@ class Shard:
 
     def read_live_rows(self) -> Iterator[FaceRows]:
         """Read what a search can return, in the order of the vectors."""
-        live = self.mask_live()
+        live = self.find_live_rows()
         ids = self.read_ids_by_row()
         for at in range(0, len(ids), _COPY_ROWS):
             rows = np.arange(at, min(at + _COPY_ROWS, len(ids)))
@@ -362,8 +362,8 @@ class Shard:
                 yield FaceRows(ids[rows], vectors, uris, labels["identity"].combine_chunks())
 
 
-def _report_damage(path: str, error: Exception) -> IndexingError:
-    """Return the error to raise for a damaged file."""
+def _make_damage_error(path: str, error: Exception) -> IndexingError:
+    """Make the error to raise for a damaged file."""
     return IndexingError(f"{path!r} of the index is damaged ({str(error).splitlines()[0][:100]}): {_REPAIR_HINT}")
 
 

@@ -128,10 +128,10 @@ def _measure_point(index: Index, sample: RecallSample, setting: SearchSetting) -
     ids = index.search(sample.queries, K + 1, setting).exclude_own(sample.own, K).ids
     at_1 = compute_recall(ids[:, :1], sample.truth[:, :1])
     at_10 = compute_recall(ids, sample.truth)
-    return RecallPoint(setting.nprobe, setting.rescore, _bound_mean(at_1), _bound_mean(at_10))
+    return RecallPoint(setting.nprobe, setting.rescore, _compute_lower_bound(at_1), _compute_lower_bound(at_10))
 
 
-def _bound_mean(values: Float64) -> float:
+def _compute_lower_bound(values: Float64) -> float:
     """Return what the mean is not below, with 95 % certainty."""
     if len(values) < 2:
         return float(values.mean()) if len(values) else 1.0

@@ -114,7 +114,7 @@ def group_files(files: Sequence[TableFile], limit: int) -> Iterator[list[TableFi
         yield group
 
 
-def tombstone_shards(store: Store, shards: Sequence[ShardEntry], tombstones: dict[str, Int64]) -> list[ShardEntry]:
+def add_tombstones(store: Store, shards: Sequence[ShardEntry], tombstones: dict[str, Int64]) -> list[ShardEntry]:
     """Write the tombstones of the shards that they name, and return the entries of all shards."""
     return [
         write_tombstones(store, entry, tombstones[entry.name]) if entry.name in tombstones else entry

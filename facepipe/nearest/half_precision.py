@@ -119,18 +119,18 @@ def append_ones(vectors: torch.Tensor) -> torch.Tensor:
     return torch.cat([vectors, extra], dim=1)
 
 
-def bound_input_error(rows: HalfVectors, columns: HalfVectors) -> torch.Tensor:
-    """Bound the distance (n,) float64 of each row's sums of products of halves from the exact products."""
+def compute_max_error(rows: HalfVectors, columns: HalfVectors) -> torch.Tensor:
+    """Compute how far each row's sums of products of halves are at most from the exact products, (n,) float64."""
     summing_error = (rows.values.shape[1] + 1) * _SUM_ERROR * rows.half_norms * columns.half_norms.max()
     return rows.half_norms * columns.error_norms.max() + rows.error_norms * columns.norms.max() + summing_error
 
 
-def lower_limit(limit: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what a product in half precision reaches at least if the exact one reaches the limit.
+def relax_limit(limit: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Lower a limit to what a product in half precision reaches at least if the exact one reaches the limit.
 
     Args:
         limit: float64 (n,).
-        error: of `bound_input_error`, (n,).
+        error: maximum error, (n,).
         dtype: format of the products.
 
     Returns:
@@ -142,8 +142,8 @@ def lower_limit(limit: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) ->
     return (before_rounding - before_rounding.abs() * (info.eps / 2 + 2.0**-20) - info.tiny - 2.0**-30).float()
 
 
-def bound_exact_product(product: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what the exact product reaches at least, (n,) float64, if `product` (n,) is the one in half precision."""
+def compute_min_product(product: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Compute what the exact product reaches at least, (n,) float64, if `product` (n,) is the one in half precision."""
     wide = product.double()
     info = torch.finfo(dtype)
     return wide - wide.abs() * info.eps - info.tiny - error
@@ -161,24 +161,24 @@ class Tile:
         self.groups = -(-count // group)
         padding = self.groups * group - count
         padded = torch.nn.functional.pad(columns.values, (0, 0, 0, padding)) if padding else columns.values
-        with _sum_in_single_precision():
+        with _force_single_precision_sums():
             product = rows.values @ padded.T
         if padding:
             product[:, count:] = -torch.inf
         self._dtype = product.dtype
-        self._error = bound_input_error(rows, columns)
+        self._error = compute_max_error(rows, columns)
         self._product = product.view(len(product), group, self.groups)
         self._maxima = self._product.amax(dim=1)
 
-    def bound_kth(self, k: int) -> torch.Tensor:
-        """Return what the k-th largest exact product per row reaches at least, (n,) float64.
+    def compute_min_kth(self, k: int) -> torch.Tensor:
+        """Compute what the k-th largest exact product per row reaches at least, (n,) float64.
 
         The k largest maxima belong to k different columns. With fewer groups than k the answer is -inf.
         """
         if self.groups < k:
             return torch.full((len(self._maxima),), -torch.inf, dtype=torch.float64, device=self._maxima.device)
         kth = self._maxima.topk(k, dim=1, sorted=True).values[:, -1]
-        return bound_exact_product(kth, self._error, self._dtype)
+        return compute_min_product(kth, self._error, self._dtype)
 
     def find_reaching(self, limit: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Find all products whose exact value reaches the limit, and a few that nearly do.
@@ -190,7 +190,7 @@ class Tile:
             Positions (rows (m,), columns (m,)) in parts of bounded size, with rising rows.
         """
         # Columns that fill up the last groups are -inf, and reach no limit that is finite.
-        lowered = lower_limit(limit, self._error, self._dtype).clamp(min=torch.finfo(torch.float32).min)
+        lowered = relax_limit(limit, self._error, self._dtype).clamp(min=torch.finfo(torch.float32).min)
         reaching_groups = (self._maxima >= lowered[:, None]).view(-1).nonzero().squeeze(1)
         size = self._product.shape[1]
         for at in range(0, len(reaching_groups), _GROUPS_PER_CHUNK):
@@ -203,8 +203,8 @@ class Tile:
 
 
 @contextmanager
-def _sum_in_single_precision() -> Iterator[None]:
-    """Have cuBLAS sum products in single precision, which the bound rests on: it may otherwise add some in half."""
+def _force_single_precision_sums() -> Iterator[None]:
+    """Make cuBLAS sum products in single precision, which the bound rests on: it may otherwise add some in half."""
     matmul = torch.backends.cuda.matmul
     before = {name: getattr(matmul, name) for name in _REDUCED_PRECISION_FLAGS}
     try:

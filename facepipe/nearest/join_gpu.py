@@ -238,7 +238,7 @@ class _JoinScan:
             yield _FoundPairs(u, v)
 
     def _close_blocks(self, crowded: Bool) -> None:
-        """Have the rows of crowded blocks (b,) reach no limit any more."""
+        """Set the limits of the rows of crowded blocks (b,) to infinity, so that no product reaches them."""
         for block in np.flatnonzero(crowded):
             first = int(self._block_starts[block]) - self._part.start
             self._limit[first : first + self._rule.block_rows] = torch.inf

@@ -98,8 +98,8 @@ def find_neighbours(
         return top_k.hits
 
 
-def bound_rounding(dimension: int) -> float:
-    """Bound the relative error of a squared distance in single precision, in whatever order it is summed.
+def compute_max_rounding(dimension: int) -> float:
+    """Compute the largest relative error of a squared distance in single precision, in any order of summing.
 
     Each of d squared differences rounds twice, sums of d non-negative numbers round d times, and once more for the
     penalty (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
@@ -139,11 +139,11 @@ def _compute_limit(
     """Compute the product (n,) float64 that a vector has at least with a query if it is among the k nearest.
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 xy, for the smallest |y|. If a query has no k neighbours yet: this block has k vectors
-    of at least the product `bound_kth`, and with the largest |y| they are no farther than that product says.
+    of at least the product `compute_min_kth`, and with the largest |y| they are no farther than that product says.
     """
-    slack = bound_rounding(columns.block.vectors.shape[1])
+    slack = compute_max_rounding(columns.block.vectors.shape[1])
     if torch.isinf(farthest).any():
-        within = squares + columns.max_square - 2 * tile.bound_kth(k)
+        within = squares + columns.max_square - 2 * tile.compute_min_kth(k)
         farthest = torch.minimum(farthest, within.clamp(min=0) * (1 + slack))
     return (squares + columns.min_square - farthest * (1 + 2 * slack)) / 2
 

@@ -18,7 +18,7 @@ from facepipe.index.rows import SkippedRows, read_face_rows, sample_vectors
 from facepipe.index.shard import build_shard, merge_shards
 from facepipe.index.template import save_template, train_template
 from facepipe.index.tune import is_unbalanced, tune_manifest
-from facepipe.index.update import IndexChanges, TableFile, add_all, find_changes, group_files, tombstone_shards
+from facepipe.index.update import IndexChanges, TableFile, add_all, add_tombstones, find_changes, group_files
 from facepipe.index.verify import find_damage
 from facepipe.models.runtime.memory import measure_resident_memory
 from facepipe.storage.lease import Lease, hold_lease
@@ -142,7 +142,7 @@ class _IndexBuilder:
             if self._factory is None and is_outgrown(template.lists, vectors):
                 return self.build(f"outgrown: {template.factory} was planned for {template.vectors} faces")
             plan = self._plan(max(1, manifest.live + changes.added), template.factory)
-            shards = tombstone_shards(self._store, manifest.shards, changes.tombstones)
+            shards = add_tombstones(self._store, manifest.shards, changes.tombstones)
             shards += self._add_shards(changes, template, plan.shard_limit)
         if compact_all or shards != list(manifest.shards):
             shards = self._merge(shards, plan.shard_limit, compact_all)
@@ -175,7 +175,7 @@ class _IndexBuilder:
         with closing(find_changes(self._gallery, intact_manifest, self._store, compare_all=True)) as changes:
             self.summary.add_time("compare", began)
             plan = self._plan(max(1, changes.added), manifest.template.factory)
-            shards = tombstone_shards(self._store, intact, changes.tombstones)
+            shards = add_tombstones(self._store, intact, changes.tombstones)
             shards += self._add_shards(changes, manifest.template, plan.shard_limit)
         self.summary.action = "repaired"
         self.summary.reason = f"{len(damage)} of {len(manifest.shards)} shards were damaged"

@@ -30,8 +30,8 @@ from facepipe.nearest.half_precision import (
     Tile,
     append_ones,
     append_term,
-    bound_input_error,
-    lower_limit,
+    compute_max_error,
+    relax_limit,
     round_to_half,
 )
 from facepipe.nearest.join import find_candidate_pairs
@@ -105,13 +105,13 @@ def test_rounding_stays_within_the_bound(kind: torch.dtype, seed: int, shape: st
     exact = left.double() @ right.double().T + (term.double() if termed else 0)
     rows = round_to_half(append_ones(left) if termed else left, kind)
     columns = round_to_half(append_term(right, term if termed else None, kind), kind)
-    product, error = rows.values @ columns.values.T, bound_input_error(rows, columns)
-    assert (product.float() >= lower_limit(exact.T, error, kind).T).all()
+    product, error = rows.values @ columns.values.T, compute_max_error(rows, columns)
+    assert (product.float() >= relax_limit(exact.T, error, kind).T).all()
     assert ((product.double() - exact) <= error[:, None] + exact.abs() * 2 * torch.finfo(kind).eps + 1e-4).all()
     tile = Tile(rows, columns, 7)
     for k in (1, 5, 9):
-        assert (tile.bound_kth(k) <= exact.sort(dim=1, descending=True).values[:, k - 1]).all()
-    assert torch.isinf(tile.bound_kth(10)).all()  # nine groups
+        assert (tile.compute_min_kth(k) <= exact.sort(dim=1, descending=True).values[:, k - 1]).all()
+    assert torch.isinf(tile.compute_min_kth(10)).all()  # nine groups
 
 
 def test_the_bound_is_of_use() -> None:
@@ -120,7 +120,7 @@ def test_the_bound_is_of_use() -> None:
     for kind, most in ((torch.float16, 9.5e-4), (torch.bfloat16, 6.5e-3), (torch.float32, 4e-5)):
         half = round_to_half(vectors, kind)
         limit = torch.full((500,), 0.5, dtype=torch.float64)
-        assert (limit - lower_limit(limit, bound_input_error(half, half), kind)).max() < most
+        assert (limit - relax_limit(limit, compute_max_error(half, half), kind)).max() < most
 
 
 @pytest.mark.parametrize("group", [1, 7, 64, 500])
