@@ -12,13 +12,13 @@ from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Bool, Float32, UInt8Image
 
 
-def with_columns(table: pa.Table, columns: Mapping[str, Any], drop: Sequence[str] = ()) -> pa.Table:
+def set_columns(table: pa.Table, columns: Mapping[str, Any], drop: Sequence[str] = ()) -> pa.Table:
     """The table with columns set or replaced, and others dropped."""
     kept = {name: table[name] for name in table.column_names if name not in drop and name not in columns}
     return pa.table({**kept, **columns})
 
 
-def pack(arrays: Sequence[UInt8Image | bytes | None]) -> pa.ChunkedArray:
+def pack_arrays(arrays: Sequence[UInt8Image | bytes | None]) -> pa.ChunkedArray:
     """A large_binary column with one chunk a row; each chunk is a view of its array, nothing is copied."""
     chunks = [_view(array) for array in arrays]
     return pa.chunked_array(chunks, pa.large_binary())
@@ -32,7 +32,7 @@ def _view(array: UInt8Image | bytes | None) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
-def buffers(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
+def view_buffers(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
     """The rows of a large_binary column as views of its buffers."""
     for chunk in column.chunks:
         if not len(chunk):
@@ -44,21 +44,21 @@ def buffers(column: pa.ChunkedArray) -> Iterator[memoryview | None]:
             yield view[ends[n] : ends[n + 1]] if valid and ends is not None else None
 
 
-def images(table: pa.Table) -> Iterator[UInt8Image | None]:
+def view_images(table: pa.Table) -> Iterator[UInt8Image | None]:
     """The `pixels` column as (h, w, 3) views; None where there is none."""
     sizes = zip(table["pixels_height"].to_pylist(), table["pixels_width"].to_pylist(), strict=True)
-    for view, (h, w) in zip(buffers(table["pixels"]), sizes, strict=True):
+    for view, (h, w) in zip(view_buffers(table["pixels"]), sizes, strict=True):
         yield None if view is None else np.frombuffer(view, np.uint8).reshape(h, w, 3)
 
 
-def frames(table: pa.Table) -> Iterator[Frame]:
+def read_frames(table: pa.Table) -> Iterator[Frame]:
     """Where the rows' pixels lie in the full images."""
     parts = (table[name].to_pylist() for name in ("pixels_scale", "pixels_left", "pixels_top"))
     for scale, left, top in zip(*parts, strict=True):
         yield Frame() if scale is None else Frame(scale, left, top)
 
 
-def vectors(column: pa.ChunkedArray, width: int) -> Float32:
+def to_vectors(column: pa.ChunkedArray, width: int) -> Float32:
     """(n, width) float32 of a list<float32> column without nulls; a view where the column is one chunk."""
     parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
     if len(parts) == 1:
@@ -66,7 +66,7 @@ def vectors(column: pa.ChunkedArray, width: int) -> Float32:
     return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.empty((0, width), np.float32)
 
 
-def float_lists(rows: Float32, valid: Bool | None = None) -> pa.ListArray:
+def to_float_lists(rows: Float32, valid: Bool | None = None) -> pa.ListArray:
     """A list<float32> column of rows (n, width); null where not valid (such rows are left out of `rows`)."""
     n = len(rows) if valid is None else len(valid)
     lengths = np.full(n, rows.shape[1]) if valid is None else np.where(valid, rows.shape[1], 0)
@@ -75,7 +75,7 @@ def float_lists(rows: Float32, valid: Bool | None = None) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ravel(rows), pa.float32()), mask=mask)
 
 
-def ragged(rows: Sequence[Float32]) -> pa.ListArray:
+def to_ragged_lists(rows: Sequence[Float32]) -> pa.ListArray:
     """A list<float32> column of rows of any length."""
     offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int32)
     flat = np.concatenate([np.ravel(row) for row in rows]) if rows else np.empty(0, np.float32)

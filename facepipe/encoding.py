@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import pack
+from facepipe.arrow import pack_arrays
 from facepipe.errors import ConfigError
-from facepipe.hashing import image_id
+from facepipe.hashing import compute_image_id
 from facepipe.schema import OK, WORK_ITEM
-from facepipe.sources.item import file_uri
+from facepipe.sources.item import make_file_uri
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read
 from facepipe.types import Float32, UInt8
 
@@ -70,7 +70,7 @@ def encode(
 
 
 def _paths(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
-    rows = [{"uri": f"{n}:{file_uri(os.fspath(path))}", "path": os.fsencode(path)} for n, path in enumerate(paths)]
+    rows = [{"uri": f"{n}:{make_file_uri(os.fspath(path))}", "path": os.fsencode(path)} for n, path in enumerate(paths)]
     return pa.Table.from_pylist(rows, schema=WORK_ITEM)
 
 
@@ -83,11 +83,11 @@ def _pixels(arrays: Sequence[UInt8]) -> pa.Table:
     widths = pa.array([array.shape[1] for array in arrays], pa.int32())
     columns = {
         "uri": pa.array([f"{k}:array" for k in range(n)]),
-        "image_id": pa.array([image_id(np.ascontiguousarray(array).tobytes()) for array in arrays]),
+        "image_id": pa.array([compute_image_id(np.ascontiguousarray(array).tobytes()) for array in arrays]),
         "status": pa.array([OK] * n),
         "error": pa.nulls(n, pa.string()),
-        "bytes": pack([None] * n),
-        "pixels": pack(list(arrays)),
+        "bytes": pack_arrays([None] * n),
+        "pixels": pack_arrays(list(arrays)),
         "pixels_height": heights,
         "pixels_width": widths,
         "pixels_scale": pa.array([1.0] * n),

@@ -12,7 +12,7 @@ from facepipe.types import UInt64
 MASK_63 = (1 << 63) - 1
 
 
-def image_id(data: bytes | memoryview) -> str:
+def compute_image_id(data: bytes | memoryview) -> str:
     """First 32 hex digits of the SHA-256 of a file's bytes."""
     return hashlib.sha256(data).hexdigest()[:32]
 
@@ -42,7 +42,7 @@ def hash64_each(texts: Iterable[str | bytes]) -> UInt64:
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def marks_each(texts: Sequence[str]) -> UInt64:
+def hash_each_in_process(texts: Sequence[str]) -> UInt64:
     """(n,) 64-bit hash of each text, 0 of an empty one, at a tenth of the cost: the same in this process only."""
     return np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64)
 
@@ -53,6 +53,6 @@ def hash64_column(column: pa.Array | pa.ChunkedArray) -> UInt64:
     return hash64_each(texts.to_numpy(zero_copy_only=False))
 
 
-def face_id(uri: str, image: str, ordinal: int) -> int:
+def compute_face_id(uri: str, image: str, ordinal: int) -> int:
     """63-bit id of one face (also its FAISS id): a hash of where the image is, its content and the face's ordinal."""
     return hash64(uri, image, str(ordinal)) & MASK_63

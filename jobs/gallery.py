@@ -78,7 +78,7 @@ def verify(
 
 def _verify_gallery(path: str, *, as_json: bool) -> None:
     from facepipe.gallery import Gallery
-    from facepipe.gallery.maintenance.verify import verify as verify_table
+    from facepipe.gallery.maintenance.verify import verify_gallery as verify_table
     from facepipe.index.manifest import exists
     from facepipe.index.verify import verify_index
 
@@ -137,7 +137,7 @@ def export(
     """
     with exit_on_error():
         from facepipe.gallery import Gallery
-        from facepipe.gallery.export import export as export_rows
+        from facepipe.gallery.export import export_parquet as export_rows
 
         names = [name.strip() for name in columns.split(",")] if columns else None
         rows = export_rows(Gallery(gallery, version), out, names, where)

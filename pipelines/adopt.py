@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import facepipe
-from facepipe.adoption.adopt import Adoption, Tally
-from facepipe.adoption.rows import whole_images
+from facepipe.adoption.adopt import Adoption, AdoptionTally
+from facepipe.adoption.rows import regroup_by_image
 from facepipe.adoption.tables import EncodingSource, Names, open_encodings
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record, stamp, write_part
+from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, write_part
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage.lease import Lease, hold_lease
@@ -40,7 +40,7 @@ class AdoptConfig:
     @property
     def contract(self) -> Contract:
         """face_recognition averages no mirrored chip in."""
-        return Contract.of(self.detector, self.embedder, flip=False)
+        return Contract.from_models(self.detector, self.embedder, flip=False)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class AdoptSummary:
         """Rows that were refused."""
         return sum(self.refused.values())
 
-    def take(self, tally: Tally) -> None:
+    def take(self, tally: AdoptionTally) -> None:
         """Take the figures so far."""
         for name in ("listed", "adopted", "replaced", "skipped", "repeated", "erased", "refused", "examples"):
             setattr(self, name, getattr(tally, name))
@@ -122,14 +122,14 @@ def _run_locked(
     began = time.monotonic()
     commit = Committer(gallery, summary.run, lease)
     name = config.source or os.path.basename(source.path.rstrip("/"))
-    adoption = Adoption(gallery, name, (suppressed.uris(gallery.path), suppressed.contents(gallery.path)))
+    adoption = Adoption(gallery, name, (suppressed.read_uris(gallery.path), suppressed.read_contents(gallery.path)))
     try:
-        for number, table in enumerate(whole_images(source.batches())):
+        for number, table in enumerate(regroup_by_image(source.batches())):
             rows, items = adoption(table)
-            part = Record(number)
+            part = PartRecord(number)
             if rows.num_rows:
-                adoption.tally.measured(rows["embedding_norm"].to_numpy())
-                write_part(stamp(rows, name), items, gallery.faces_folder, summary.run, part)
+                adoption.tally.add_norms(rows["embedding_norm"].to_numpy())
+                write_part(add_shared_columns(rows, name), items, gallery.faces_folder, summary.run, part)
             summary.take(adoption.tally)
             summary.seconds = round(time.monotonic() - began, 3)
             commit([part], _figures(summary))

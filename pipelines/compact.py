@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.maintenance.compact import CompactConfig, compact, due
-from facepipe.gallery.maintenance.vacuum import unreferenced, vacuum
+from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, plan_compaction
+from facepipe.gallery.maintenance.vacuum import delete_unreferenced, find_unreferenced
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
 from pipelines.runtime.run_record import get_current_run, record_calls
@@ -48,13 +48,13 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
     table = Gallery(gallery)
     with hold_lease(table.path) as lease:
         table = Gallery(gallery)
-        groups = due(table, config, everything)
+        groups = plan_compaction(table, config, everything)
         recorded = get_current_run()
         commit = Committer(table, recorded.id if recorded else new_run_id(), lease)
-        fewer = compact(table, groups, commit)
+        fewer = compact_files(table, groups, commit)
         lease.check()
         now = Gallery(gallery)
-        gone = vacuum(now, config.keep_hours * _HOUR)
+        gone = delete_unreferenced(now, config.keep_hours * _HOUR)
         joined = fewer + len(groups)
         return CompactSummary(
             *(joined, len(groups), len(gone), sum(file.size for file in gone), len(now.files()), now.version)
@@ -62,7 +62,7 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
 
 
 def _planned(config: CompactConfig, table: Gallery, everything: bool) -> CompactSummary:
-    groups, gone = due(table, config, everything), unreferenced(table, config.keep_hours * _HOUR)
+    groups, gone = plan_compaction(table, config, everything), find_unreferenced(table, config.keep_hours * _HOUR)
     joined = sum(map(len, groups))
     size = sum(file.size for file in gone)
     return CompactSummary(joined, len(groups), len(gone), size, len(table.files()), table.version, dry_run=True)

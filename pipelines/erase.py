@@ -21,8 +21,8 @@ from facepipe.erasure.selection import Chosen, Selection, choose
 from facepipe.errors import FacepipeError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.rewrite import Action, Trace, of_uris, rewritten
-from facepipe.gallery.maintenance.vacuum import forget_history, unreferenced, vacuum
+from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_of_uris, rewrite_files
+from facepipe.gallery.maintenance.vacuum import delete_history, delete_unreferenced, find_unreferenced
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease
@@ -141,7 +141,7 @@ class _Steps:
     def _go_on(self, made: Receipt, chosen: Chosen) -> None:
         phases = PhaseTimer(self.summary.seconds)
         if made.suppressed:
-            suppressed.suppress(self.gallery, made.id, chosen.uris.to_pylist(), chosen.contents.to_pylist())
+            suppressed.suppress_images(self.gallery, made.id, chosen.uris.to_pylist(), chosen.contents.to_pylist())
         removed = self._hide(made, chosen)
         phases.end("hide")
         self.progress(f"{len(chosen.uris)} images, {len(chosen.faces)} faces: no search returns them any more")
@@ -169,9 +169,9 @@ class _Steps:
         """Rows out of the table. What the receipt says of it is kept before the commit: after it nobody could tell."""
 
         def actions() -> list[Action]:
-            trace, table = Trace(), Gallery(self.gallery)
-            what = of_uris(chosen.uris.to_pylist(), lambda rows, mask: rows.filter(pc.invert(mask)))
-            found = list(rewritten(table, what, trace))
+            trace, table = RewriteTrace(), Gallery(self.gallery)
+            what = plan_rewrite_of_uris(chosen.uris.to_pylist(), lambda rows, mask: rows.filter(pc.invert(mask)))
+            found = list(rewrite_files(table, what, trace))
             if found:
                 made.version_before, made.version_after = table.version, table.version + 1
                 made.files_before |= {name: digest or "" for name, digest in trace.before}
@@ -180,7 +180,7 @@ class _Steps:
             return found
 
         commit = Committer(Gallery(self.gallery), new_run_id(), self.lease)
-        commit.commit(actions, {"job": "erase", "images": made.images, "faces": made.faces})
+        commit.commit_actions(actions, {"job": "erase", "images": made.images, "faces": made.faces})
 
     def _vectors(self, made: Receipt, removed: vectors.Removed) -> None:
         if not manifests.exists(self.gallery):
@@ -255,10 +255,10 @@ class _Steps:
         if manifests.exists(self.gallery):
             kept = {entry.name for entry in manifests.load(self.gallery).shards}
             made.index_after = {name: d for name, d in made.index_after.items() if name.split("/")[0] in kept}
-        made.files_deleted = max(made.files_deleted, len(unreferenced(table)))
+        made.files_deleted = max(made.files_deleted, len(find_unreferenced(table)))
         pending.keep(self.gallery, made)
-        vacuum(table)
-        made.log_files_deleted += forget_history(table)
+        delete_unreferenced(table)
+        made.log_files_deleted += delete_history(table)
         delete_copies(self.gallery)
 
 

@@ -125,7 +125,7 @@ def load_known(gallery: Gallery | None, name: str) -> KnownImages:
         gallery: the gallery, or None if there is none yet.
         name: name of the source in the table's column `source`.
     """
-    return KnownImages(gallery, name, suppressed.uris(gallery.path) if gallery else None)
+    return KnownImages(gallery, name, suppressed.read_uris(gallery.path) if gallery else None)
 
 
 def count_indexed(gallery: Gallery) -> dict[str, int]:

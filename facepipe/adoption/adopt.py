@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.adoption.rows import SCHEME, Image, images, measured, reasons
-from facepipe.arrow import float_lists, vectors
+from facepipe.adoption.rows import SCHEME, EncodedImage, find_refusals, group_images, measure_vectors
+from facepipe.arrow import to_float_lists, to_vectors
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import face_id, hash64
+from facepipe.hashing import compute_face_id, hash64
 from facepipe.schema import OK
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Float64, UInt64
@@ -20,7 +20,7 @@ _EXAMPLES = 5
 
 
 @dataclass
-class Tally:
+class AdoptionTally:
     """What became of the rows. adopted: new; replaced: of these, rows of images that were held with other encodings;
     skipped: held already, be it by an earlier adoption or by their photo; repeated: twice in the file; refused: by
     reason, the first five as `FILE row N: why`; norms: least, greatest and sum of the adopted vectors' norms.
@@ -42,7 +42,7 @@ class Tally:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{table['file'][n]} row {table['row'][n]}: {why}")
 
-    def measured(self, norms: Float64) -> None:
+    def add_norms(self, norms: Float64) -> None:
         """Take the norms of vectors that were adopted."""
         if len(norms):
             low, high, total = self.norms
@@ -57,7 +57,7 @@ class Adoption:
     """
 
     def __init__(self, gallery: Gallery, source: str, erased: tuple[UInt64, UInt64]):
-        self.tally = Tally()
+        self.tally = AdoptionTally()
         self._source = source
         self._erased = erased
         self._held = HashTable(width=2)
@@ -82,20 +82,20 @@ class Adoption:
     def __call__(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
         """(rows for the gallery, their images as work items) of a table of ENCODINGS that holds whole images."""
         self.tally.listed += table.num_rows
-        raw, norms = measured(table)
+        raw, norms = measure_vectors(table)
         sound = self._sound(table, raw, norms)
-        chosen, previous = self._screened(list(images(table, raw, sound, self._source)), table)
-        return rows(table, raw, norms, chosen), pa.table({"uri": uris_of(chosen), "previous": previous})
+        chosen, previous = self._screened(list(group_images(table, raw, sound, self._source)), table)
+        return make_rows(table, raw, norms, chosen), pa.table({"uri": uris_of(chosen), "previous": previous})
 
     def _sound(self, table: pa.Table, raw: Float32, norms: Float64) -> Bool:
-        whys = reasons(table, raw, norms)
+        whys = find_refusals(table, raw, norms)
         for n, (reason, why) in whys.items():
             self.tally.refuse(table, n, reason, why)
         sound = np.ones(table.num_rows, bool)
         sound[list(whys)] = False
         return sound
 
-    def _screened(self, found: list[Image], table: pa.Table) -> tuple[list[Image], pa.Array]:
+    def _screened(self, found: list[EncodedImage], table: pa.Table) -> tuple[list[EncodedImage], pa.Array]:
         """The images that become rows, and the marks of those that they replace (null where they are new)."""
         keys = np.array([hash64(image.uri) for image in found], np.uint64)
         marks = np.array([hash64(image.fingerprint) for image in found], np.uint64)
@@ -121,7 +121,7 @@ class Adoption:
         self._held.add(np.array(list(seen), np.uint64), listed)
         return kept, pa.array(previous, pa.uint64())
 
-    def _again(self, image: Image, same: bool, table: pa.Table) -> None:
+    def _again(self, image: EncodedImage, same: bool, table: pa.Table) -> None:
         """Count an image whose name came before in the same file."""
         if same:
             self.tally.repeated += len(image.at)
@@ -130,19 +130,19 @@ class Adoption:
         for n in image.at:
             self.tally.refuse(table, int(n), "scattered", why)
 
-    def _gone(self, keys: UInt64, found: list[Image]) -> Bool:
+    def _gone(self, keys: UInt64, found: list[EncodedImage]) -> Bool:
         uris, contents = self._erased
         digests = np.array([hash64(image.content) for image in found], np.uint64)
         return np.asarray(np.isin(keys, uris) | np.isin(digests, contents))
 
 
-def rows(table: pa.Table, raw: Float32, norms: Float64, chosen: list[Image]) -> pa.Table:
+def make_rows(table: pa.Table, raw: Float32, norms: Float64, chosen: list[EncodedImage]) -> pa.Table:
     """The gallery's rows of the chosen images, all columns but those that a block shares."""
     at = np.concatenate([np.empty(0, np.int64), *(image.at for image in chosen)])
     each = [(image, n) for image in chosen for n in range(len(image.at))]
     taken = table.select(["identity", "box"]).take(pa.array(at))
     columns = {
-        "face_id": pa.array([face_id(image.uri, image.content, n) for image, n in each], pa.int64()),
+        "face_id": pa.array([compute_face_id(image.uri, image.content, n) for image, n in each], pa.int64()),
         "image_id": pa.array([image.content for image, _ in each], pa.string()),
         "uri": pa.array([image.uri for image, _ in each], pa.string()),
         "fingerprint": pa.array([image.fingerprint for image, _ in each], pa.string()),
@@ -150,22 +150,22 @@ def rows(table: pa.Table, raw: Float32, norms: Float64, chosen: list[Image]) -> 
         "face_index": pa.array([n for _, n in each], pa.int16()),
         "identity": taken["identity"],
         "box": taken["box"],
-        "face_px": shorter_side(taken["box"]),
-        "embedding": float_lists((raw[at] / norms[at, None]).astype(np.float32)),
+        "face_px": compute_face_px(taken["box"]),
+        "embedding": to_float_lists((raw[at] / norms[at, None]).astype(np.float32)),
         "embedding_norm": pa.array(norms[at], pa.float32()),
     }
     return pa.table(columns)
 
 
-def shorter_side(boxes: pa.ChunkedArray) -> pa.Array:
+def compute_face_px(boxes: pa.ChunkedArray) -> pa.Array:
     """Of each box, in pixels; null where there is none."""
     given = boxes.is_valid().to_numpy()
     sides = np.zeros(len(given), np.float32)
-    corners = vectors(boxes.drop_null(), 4)
+    corners = to_vectors(boxes.drop_null(), 4)
     sides[given] = (corners[:, 2:] - corners[:, :2]).min(axis=1, initial=np.inf)
     return pa.array(sides, pa.float32(), mask=~given)
 
 
-def uris_of(chosen: list[Image]) -> pa.Array:
+def uris_of(chosen: list[EncodedImage]) -> pa.Array:
     """What the images are called."""
     return pa.array([image.uri for image in chosen], pa.string())

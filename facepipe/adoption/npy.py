@@ -25,7 +25,7 @@ class NpyHeader:
     columns_first: bool = False
 
 
-def headers(path: str) -> dict[str, NpyHeader]:
+def read_headers(path: str) -> dict[str, NpyHeader]:
     """The arrays of an .npz by name; the one array of an .npy has the name "".
 
     Raises SourceError for a file that is damaged. `rows` reads only arrays that pass `check`.
@@ -34,7 +34,7 @@ def headers(path: str) -> dict[str, NpyHeader]:
         return {name: _header(stream, f"{path}: {name}" if name else path) for name, stream in _streams(path, stack)}
 
 
-def check(header: NpyHeader, where: str) -> None:
+def check_array(header: NpyHeader, where: str) -> None:
     """Raise ConfigError for an array that holds Python objects, or that cannot be streamed."""
     if header.dtype.hasobject:
         raise ConfigError(
@@ -47,13 +47,13 @@ def check(header: NpyHeader, where: str) -> None:
         raise ConfigError(f"{where} has rows of more than {_LONGEST} bytes: these are neither encodings nor names")
 
 
-def rows(path: str, names: tuple[str, ...], count: int) -> Iterator[tuple[npt.NDArray[np.generic], ...]]:
+def read_rows(path: str, names: tuple[str, ...], count: int) -> Iterator[tuple[npt.NDArray[np.generic], ...]]:
     """Up to `count` rows of the named arrays at a time, all from the same place."""
     with ExitStack() as stack:
         streams = {name: stream for name, stream in _streams(path, stack) if name in names}
         found = {name: _header(stream, path) for name, stream in streams.items()}
         for name in names:
-            check(found[name], f"{path}: {name}" if name else path)
+            check_array(found[name], f"{path}: {name}" if name else path)
         total = min(found[name].shape[0] for name in names)
         for first in range(0, total, count):
             n = min(count, total - first)

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.adoption import npy
-from facepipe.arrow import float_lists, read_embeddings
+from facepipe.arrow import read_embeddings, to_float_lists
 from facepipe.errors import ConfigError, SourceError
-from facepipe.gallery.contract import PROPERTY
+from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, list_parquet_files
 from facepipe.types import Float32
@@ -51,7 +51,7 @@ ENCODINGS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Roles:
+class ColumnRoles:
     """Which column is what; None where there is none."""
 
     vector: str
@@ -71,7 +71,7 @@ class EncodingSource:
 
     path: str
     files: tuple[str, ...]
-    roles: Roles
+    roles: ColumnRoles
     contract: str | None = None
 
     def batches(self) -> Iterator[pa.Table]:
@@ -101,13 +101,13 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
     if _is_parquet(files[0]):
         with storage.open_seekable(files[0]) as file:
             schema = _opened(file, files[0]).schema_arrow
-        said = (schema.metadata or {}).get(PROPERTY.encode())
+        said = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
         return EncodingSource(path, tuple(files), _of_schema(schema, files[0], names), said.decode() if said else None)
     with storage.open_seekable(path) as file:
         magic = file.read(6)
     if not magic.startswith((b"PK\x03\x04", b"\x93NUMPY")):
         raise ConfigError(_PICKLE.format(path=path))
-    return EncodingSource(path, (path,), _of_arrays(npy.headers(path), path, names))
+    return EncodingSource(path, (path,), _of_arrays(npy.read_headers(path), path, names))
 
 
 def _is_parquet(path: str) -> bool:
@@ -118,7 +118,7 @@ def _label(path: str, root: str) -> str:
     return os.path.basename(path) if path == root else path.removeprefix(root).lstrip("/")
 
 
-def _roles(columns: Sequence[str], names: Names, where: str) -> Roles:
+def _roles(columns: Sequence[str], names: Names, where: str) -> ColumnRoles:
     def first(candidates: Sequence[str]) -> str | None:
         return next((name for name in candidates if name in columns), None)
 
@@ -129,10 +129,10 @@ def _roles(columns: Sequence[str], names: Names, where: str) -> Roles:
         uri = uri or name
     else:
         identity = identity or name
-    return Roles(vector, uri, identity, first((*_BOXES, *_LOCATIONS)))
+    return ColumnRoles(vector, uri, identity, first((*_BOXES, *_LOCATIONS)))
 
 
-def _of_schema(schema: pa.Schema, where: str, names: Names) -> Roles:
+def _of_schema(schema: pa.Schema, where: str, names: Names) -> ColumnRoles:
     def fits(field: pa.Field) -> bool:
         kind = field.type
         if field.name in (*_VECTORS, *_BOXES, *_LOCATIONS):
@@ -153,13 +153,13 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
 
 
-def _of_arrays(found: dict[str, npy.NpyHeader], where: str, names: Names) -> Roles:
-    roles = Roles("", None, None, None) if list(found) == [""] else _roles(list(found), names, where)
+def _of_arrays(found: dict[str, npy.NpyHeader], where: str, names: Names) -> ColumnRoles:
+    roles = ColumnRoles("", None, None, None) if list(found) == [""] else _roles(list(found), names, where)
     shape, kind = found[roles.vector].shape, found[roles.vector].dtype.kind
     if len(shape) != 2 or shape[1] != EMBEDDING_DIM or kind not in "fiu":
         raise ConfigError(f"{where}: {roles.vector or 'the array'} is {shape}, not (n, {EMBEDDING_DIM}) numbers")
     for name in roles.columns or ("",):
-        npy.check(found[name], f"{where}: {name}" if name else where)
+        npy.check_array(found[name], f"{where}: {name}" if name else where)
         wanted = (shape[0], 4) if name == roles.box else shape[:1]
         if name != roles.vector and found[name].shape != wanted:
             raise ConfigError(f"{where}: {name} is {found[name].shape}, and {roles.vector} needs {wanted}")
@@ -177,7 +177,7 @@ def _opened(file: Any, path: str) -> pq.ParquetFile:
         raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _parquet(path: str, roles: Roles) -> Iterator[dict[str, Any]]:
+def _parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
     with storage.open_seekable(path) as handle:
         file = _opened(handle, path)
         held = file.schema_arrow
@@ -190,7 +190,7 @@ def _parquet(path: str, roles: Roles) -> Iterator[dict[str, Any]]:
             raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _of_batch(batch: pa.RecordBatch, roles: Roles) -> dict[str, Any]:
+def _of_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
     nothing = pa.nulls(batch.num_rows, pa.string())
     column = batch[roles.vector]
     vectors, good = read_embeddings(column)
@@ -198,7 +198,7 @@ def _of_batch(batch: pa.RecordBatch, roles: Roles) -> dict[str, Any]:
     return {
         "name": batch[roles.uri].cast(pa.string()) if roles.uri else nothing,
         "identity": batch[roles.identity].cast(pa.string()) if roles.identity else nothing,
-        "vector": float_lists(vectors[good], good),
+        "vector": to_float_lists(vectors[good], good),
         "length": lengths.cast(pa.int64()),
         "box": _boxes(batch[roles.box], roles.box) if roles.box else pa.nulls(batch.num_rows, pa.list_(pa.float32())),
     }
@@ -213,19 +213,19 @@ def _boxes(column: pa.Array, name: str) -> pa.Array:
     return pa.array(turned, lists.type)
 
 
-def _numpy(path: str, roles: Roles) -> Iterator[dict[str, Any]]:
+def _numpy(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
     names = roles.columns or ("",)
-    for arrays in npy.rows(path, names, _ROWS):
+    for arrays in npy.read_rows(path, names, _ROWS):
         held = dict(zip(names, arrays, strict=True))
         vectors = _floats(held[roles.vector])
         count = len(vectors)
         boxes = pa.nulls(count, pa.list_(pa.float32()))
         if roles.box:
-            boxes = _boxes(float_lists(_floats(held[roles.box])), roles.box)
+            boxes = _boxes(to_float_lists(_floats(held[roles.box])), roles.box)
         yield {
             "name": _texts(held[roles.uri]) if roles.uri else pa.nulls(count, pa.string()),
             "identity": _texts(held[roles.identity]) if roles.identity else pa.nulls(count, pa.string()),
-            "vector": float_lists(vectors),
+            "vector": to_float_lists(vectors),
             "length": pa.array(np.full(count, EMBEDDING_DIM, np.int64)),
             "box": boxes,
         }

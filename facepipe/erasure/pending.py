@@ -16,7 +16,7 @@ from facepipe import storage
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import Chosen
 from facepipe.errors import GalleryError
-from facepipe.gallery.suppressed import folder_of, put
+from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
 from facepipe.storage.atomic import UNFINISHED
 
 _ENDING, _STATE = ".pending", ".state"
@@ -35,18 +35,18 @@ def begin(gallery: str, receipt: Receipt, chosen: Chosen) -> None:
     head = {"receipt": receipt.to_dict(), "version": chosen.version, "rows": chosen.rows}
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables(parts).replace_schema_metadata({"erasure": json.dumps(head)}), sink)
-    put(gallery, receipt.id + _ENDING, sink.getvalue())
+    write_erased_file(gallery, receipt.id + _ENDING, sink.getvalue())
 
 
 def keep(gallery: str, receipt: Receipt) -> None:
     """What the receipt says by now: a crash must not lose which files held what went."""
     known = replace(receipt, hashes={})  # as `begin` wrote them
-    put(gallery, receipt.id + _STATE, json.dumps(known.to_dict()).encode())
+    write_erased_file(gallery, receipt.id + _STATE, json.dumps(known.to_dict()).encode())
 
 
 def unfinished(gallery: str) -> list[tuple[Receipt, Chosen]]:
     """Erasures that began and did not end, oldest first."""
-    paths = sorted(f.url for f in storage.list_files(folder_of(gallery)) if f.url.endswith(_ENDING))
+    paths = sorted(f.url for f in storage.list_files(get_erased_folder(gallery)) if f.url.endswith(_ENDING))
     return [_read(path) for path in paths]
 
 
@@ -79,10 +79,10 @@ def _known(path: str, begun: Receipt) -> Receipt:
 
 def end(gallery: str, receipt: Receipt) -> None:
     """Everything is gone: forget what it was called."""
-    base = storage.join(folder_of(gallery), receipt.id)
+    base = storage.join(get_erased_folder(gallery), receipt.id)
     # First the names: without them the rest says nothing, and no crash leaves an erasure that seems to have ended.
     for name in (base + _ENDING, base + _STATE):
         storage.delete(name)
-    for found in list(storage.list_files(folder_of(gallery))):
+    for found in list(storage.list_files(get_erased_folder(gallery))):
         if found.url.endswith(UNFINISHED):
             storage.delete(found.url)

@@ -16,7 +16,7 @@ from facepipe.erasure.lists import csv_rows, line_tests
 from facepipe.erasure.receipt import Receipt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.vacuum import unreferenced
+from facepipe.gallery.maintenance.vacuum import find_unreferenced
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
@@ -76,7 +76,7 @@ def _rows(gallery: Gallery, asked: _Asked) -> Iterator[str]:
 
 def _files(gallery: Gallery, receipt: Receipt, asked: _Asked) -> Iterator[str]:
     """Older files of the table hold what left it; those that never came into it may."""
-    for left in unreferenced(gallery):
+    for left in find_unreferenced(gallery):
         name = os.path.basename(left.url)
         if name in receipt.files_before or _mentions(left.url, asked):
             yield f"faces/{name}: no part of the table, and holds erased rows"

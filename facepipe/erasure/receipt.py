@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from facepipe import storage
 from facepipe.errors import ConfigError, StorageError
-from facepipe.gallery.suppressed import folder_of, put
+from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
 from facepipe.hashing import hash64
 
 FORMAT = 1
@@ -60,12 +60,12 @@ class Receipt:
 
 def path_of(gallery: str, name: str) -> str:
     """Where a receipt lies."""
-    return storage.join(folder_of(gallery), f"{name}.json")
+    return storage.join(get_erased_folder(gallery), f"{name}.json")
 
 
 def save(gallery: str, receipt: Receipt) -> str:
     """Write a receipt into the gallery; its path."""
-    return put(gallery, f"{receipt.id}.json", json.dumps(receipt.to_dict(), indent=1).encode())
+    return write_erased_file(gallery, f"{receipt.id}.json", json.dumps(receipt.to_dict(), indent=1).encode())
 
 
 def load(path: str) -> Receipt:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from facepipe.arrow import vectors
+from facepipe.arrow import to_vectors
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM
@@ -178,7 +178,7 @@ def _choose(gallery: Gallery, where: ds.Expression, personal: bool) -> Chosen:
         rows += batch.num_rows
         faces.append(batch["face_id"].drop_null())
         names.update(name for name in batch["identity"].to_pylist() if name)
-        marks.append(mark_of(vectors(pa.chunked_array([batch["embedding"].drop_null()]), EMBEDDING_DIM)))
+        marks.append(mark_of(to_vectors(pa.chunked_array([batch["embedding"].drop_null()]), EMBEDDING_DIM)))
     labels = pa.array(sorted(names), pa.string())
     return Chosen(
         gallery.version, uris, contents, pa.concat_arrays(faces), labels, pa.array(np.concatenate(marks)), rows

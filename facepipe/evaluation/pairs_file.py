@@ -5,7 +5,7 @@ import os
 from typing import NamedTuple
 
 from facepipe.errors import EvaluationError
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
 
 _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
@@ -109,7 +109,7 @@ def _parse_csv(lines: list[str], path: str) -> list[Pair]:
 
 def _drop_extension(name: str) -> str:
     name = (name or "").strip().replace("\\", "/").removeprefix("./")
-    return os.path.splitext(name)[0] if extension(name) in IMAGE_EXTENSIONS else name
+    return os.path.splitext(name)[0] if get_extension(name) in IMAGE_EXTENSIONS else name
 
 
 def _parse_same(text: str, path: str, line: int) -> bool:

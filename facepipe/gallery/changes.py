@@ -31,7 +31,7 @@ _LAG = timedelta(days=1)  # at most, between the stamp on a row and the commit t
 
 
 @dataclass(frozen=True)
-class Mark:
+class ReadMark:
     """How far somebody has read a gallery. newest: ISO time of the last ingestion seen; None where rows bear none."""
 
     gallery: str
@@ -39,9 +39,9 @@ class Mark:
     newest: str | None = None
 
     @classmethod
-    def of(cls, gallery: Gallery) -> "Mark":
+    def from_gallery(cls, gallery: Gallery) -> "ReadMark":
         """All of a gallery, as it is open."""
-        times = [time for time in Files(gallery).newest().values() if time is not None]
+        times = [time for time in PartialGallery(gallery).read_newest_times().values() if time is not None]
         return cls(gallery.id, gallery.version, max(times).isoformat() if times else None)
 
     def save(self, path: str) -> None:
@@ -49,7 +49,7 @@ class Mark:
         storage.write(path, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def load(cls, path: str) -> "Mark | None":
+    def load(cls, path: str) -> "ReadMark | None":
         """One that was saved; None where none is, or none that can be read: all rows are new then."""
         try:
             data = storage.read(os.fsencode(path))
@@ -65,7 +65,7 @@ class Mark:
     def _time(self) -> datetime | None:
         return datetime.fromisoformat(self.newest) if self.newest else None
 
-    def since(self, lag: timedelta = timedelta(0)) -> ds.Expression:
+    def filter_newer(self, lag: timedelta = timedelta(0)) -> ds.Expression:
         """Rows that were ingested later, and those that do not say when."""
         time, column = self._time(), ds.field("ingested_at")
         if time is None:
@@ -73,7 +73,7 @@ class Mark:
         return column.is_null() | (column > pa.scalar(time.astimezone(UTC) - lag, pa.timestamp("us", "UTC")))
 
 
-class Files(Gallery):
+class PartialGallery(Gallery):
     """A gallery of which only some files are read; all of them by default."""
 
     def __init__(self, gallery: Gallery, files: Sequence[str] | None = None):
@@ -88,7 +88,7 @@ class Files(Gallery):
         chosen = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
         return ds.FileSystemDataset(chosen, whole.schema, whole.format, whole.filesystem)
 
-    def newest(self) -> dict[str, datetime | None]:
+    def read_newest_times(self) -> dict[str, datetime | None]:
         """The last ingestion in each of the table's files, by path, from the log."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
         paths = actions["path"].to_pylist()
@@ -98,54 +98,58 @@ class Files(Gallery):
 
 
 @dataclass(frozen=True)
-class Changes:
+class TableChanges:
     """Between a mark and a gallery, by the names of files.
 
-    whole: all rows are new; mixed: some may be; gone: were in the table at the mark and are no more, None where that is
-    not known. `then` is the gallery at the mark.
+    new_files: all rows are new; mixed_files: some may be; removed_files: were in the table at the mark and are no more, None where that is
+    not known. `old_gallery` is the gallery at the mark.
     """
 
     gallery: Gallery
-    mark: Mark | None
-    whole: tuple[str, ...]
-    mixed: tuple[str, ...]
-    gone: tuple[str, ...] | None
-    then: Gallery | None = None
+    mark: ReadMark | None
+    new_files: tuple[str, ...]
+    mixed_files: tuple[str, ...]
+    removed_files: tuple[str, ...] | None
+    old_gallery: Gallery | None = None
 
     @property
-    def none(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether the table's files are the same ones."""
-        return not self.whole and not self.mixed and not self.gone and self.gone is not None
+        return not self.new_files and not self.mixed_files and not self.removed_files and self.removed_files is not None
 
-    def fresh(self, columns: Sequence[str], rows: int = _ROWS) -> Iterator[pa.RecordBatch]:
+    def read_new_rows(self, columns: Sequence[str], rows: int = _ROWS) -> Iterator[pa.RecordBatch]:
         """Rows that are new, in batches with these columns. An image that was embedded again because its file changed
         is new. Where neither the files of then are there nor times of ingestion, rows may come that are not new."""
-        yield from Files(self.gallery, self.whole).batches(columns, rows=rows) if self.whole else ()
-        if not self.mixed:
+        yield from PartialGallery(self.gallery, self.new_files).batches(columns, rows=rows) if self.new_files else ()
+        if not self.mixed_files:
             return
         assert self.mark is not None
         moved = self._moved()
-        where = self.mark.since() if moved is None else self.mark.since(_LAG)
+        where = self.mark.filter_newer() if moved is None else self.mark.filter_newer(_LAG)
         names = list(dict.fromkeys([*columns, *(_KEY if moved is not None else ())]))
-        for batch in Files(self.gallery, self.mixed).batches(names, where, rows=rows):
+        for batch in PartialGallery(self.gallery, self.mixed_files).batches(names, where, rows=rows):
             new = batch if moved is None else batch.filter(pa.array(~is_in_sorted(moved, _keys(batch))))
             if new.num_rows:
                 yield new.select(list(columns))
 
-    def gone_ids(self) -> Int64 | None:
+    def find_deleted_ids(self) -> Int64 | None:
         """(n,) sorted ids of the faces that are in the table no more; None where only comparing all ids can tell.
 
         16 bytes of memory a face of the files that went.
         """
-        if self.gone is None or self.then is None:
+        if self.removed_files is None or self.old_gallery is None:
             return None
         try:
-            left = np.sort(_ids(Files(self.then, self.gone))) if self.gone else np.empty(0, np.int64)
+            left = (
+                np.sort(_ids(PartialGallery(self.old_gallery, self.removed_files)))
+                if self.removed_files
+                else np.empty(0, np.int64)
+            )
         except (OSError, StorageError, pa.ArrowException):  # vacuumed
             return None
         stays = np.zeros(len(left), bool)
-        came = (*self.whole, *self.mixed)
-        for batch in Files(self.gallery, came).batches(["face_id"], rows=_ROWS) if len(left) and came else ():
+        came = (*self.new_files, *self.mixed_files)
+        for batch in PartialGallery(self.gallery, came).batches(["face_id"], rows=_ROWS) if len(left) and came else ():
             ids = batch["face_id"].drop_null().to_numpy()
             at = find_sorted(left, ids)
             stays[at[at >= 0]] = True
@@ -153,36 +157,41 @@ class Changes:
 
     def _moved(self) -> UInt64 | None:
         """Sorted keys of the rows of then that may stand in another file now; None where they cannot be read."""
-        if self.gone is None or self.then is None or self.mark is None:
+        if self.removed_files is None or self.old_gallery is None or self.mark is None:
             return None
-        recent, parts = self.mark.since(_LAG), [np.empty(0, np.uint64)]
-        candidates = Files(self.gallery, self.mixed).dataset(["ingested_at"]).get_fragments(filter=recent)
+        recent, parts = self.mark.filter_newer(_LAG), [np.empty(0, np.uint64)]
+        candidates = (
+            PartialGallery(self.gallery, self.mixed_files).dataset(["ingested_at"]).get_fragments(filter=recent)
+        )
         if next(iter(candidates), None) is None:
             return parts[0]
         try:
-            parts += [_keys(batch) for batch in Files(self.then, self.gone).batches(_KEY, recent, rows=_ROWS)]
+            parts += [
+                _keys(batch)
+                for batch in PartialGallery(self.old_gallery, self.removed_files).batches(_KEY, recent, rows=_ROWS)
+            ]
         except (OSError, StorageError, pa.ArrowException):  # vacuumed
             return None
         return np.sort(np.concatenate(parts))
 
 
-def changes(gallery: Gallery, mark: Mark | None) -> Changes:
+def find_changes(gallery: Gallery, mark: ReadMark | None) -> TableChanges:
     """What became of the table's files since a mark. Without one everything is new; where the table of then cannot be
     opened (a cleaned log), or was another, rows are told by their time of ingestion alone."""
     now = tuple(file["path"] for file in gallery.files())
     if mark is None:
-        return Changes(gallery, None, now, (), None)
+        return TableChanges(gallery, None, now, (), None)
     then = _then(gallery, mark)
     if then is None:
-        return Changes(gallery, mark, (), now, None)
+        return TableChanges(gallery, mark, (), now, None)
     before = {file["path"] for file in then.files()}
     gone = tuple(sorted(before.difference(now)))
     came = [path for path in now if path not in before]
     whole = tuple(path for path in came if not gone or _NEW_ROWS_ONLY.search(path))
-    return Changes(gallery, mark, whole, tuple(p for p in came if p not in set(whole)), gone, then)
+    return TableChanges(gallery, mark, whole, tuple(p for p in came if p not in set(whole)), gone, then)
 
 
-def _then(gallery: Gallery, mark: Mark) -> Gallery | None:
+def _then(gallery: Gallery, mark: ReadMark) -> Gallery | None:
     if mark.gallery != gallery.id or mark.version > gallery.version:
         return None
     if mark.version == gallery.version:

@@ -10,7 +10,7 @@ from facepipe.models.card import Card
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import EMBEDDING_DIM
 
-PROPERTY = "facepipe.contract"
+CONTRACT_PROPERTY = "facepipe.contract"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Contract:
     metric: str = "euclidean on unit vectors"
 
     @classmethod
-    def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
+    def from_models(cls, detector: str, embedder: str, flip: bool) -> "Contract":
         """The contract of two models. Raises ModelError for two that do not go together."""
         found, made = find_card(detector, "detector"), find_card(embedder, "embedder")
         dim = made.dim or EMBEDDING_DIM

@@ -7,18 +7,18 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from facepipe.errors import GalleryError
-from facepipe.gallery.contract import PROPERTY
-from facepipe.gallery.table import Gallery, _columns
+from facepipe.gallery.contract import CONTRACT_PROPERTY
+from facepipe.gallery.table import Gallery, check_columns
 from facepipe.schema import FACES
 
 _ROWS_PER_FILE = 1_000_000
 
 
-def export(gallery: Gallery, out: str, columns: Sequence[str] | None = None, where: str | None = None) -> int:
+def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = None, where: str | None = None) -> int:
     """Write the chosen rows and columns as `part-N.parquet` files into a new or empty folder; the rows written."""
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise GalleryError(f"{out!r} exists and is not an empty folder")
-    names = _columns(columns)
+    names = check_columns(columns)
     written = 0
 
     def counted() -> "pa.RecordBatch":
@@ -30,7 +30,7 @@ def export(gallery: Gallery, out: str, columns: Sequence[str] | None = None, whe
     ds.write_dataset(
         counted(),
         out,
-        schema=pa.schema([FACES.field(name) for name in names], {PROPERTY: gallery.contract.to_json()}),
+        schema=pa.schema([FACES.field(name) for name in names], {CONTRACT_PROPERTY: gallery.contract.to_json()}),
         format="parquet",
         basename_template="part-{i}.parquet",
         max_rows_per_file=_ROWS_PER_FILE,

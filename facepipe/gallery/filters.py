@@ -23,7 +23,7 @@ _COMPARE: dict[type, Any] = {
 }
 
 
-def parse(text: str) -> ds.Expression:
+def parse_filter(text: str) -> ds.Expression:
     """`status = 'ok' and (det_score > 0.9 or identity is null)` as a pyarrow expression."""
     # Words are rewritten outside of quotes only.
     parts = re.split(r"('[^']*'|\"[^\"]*\")", text)

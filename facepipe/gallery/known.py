@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import hash64_column, marks_each
+from facepipe.hashing import hash64_column, hash_each_in_process
 from facepipe.schema import READ_ERROR
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
@@ -30,7 +30,7 @@ class KnownImages:
     def __init__(self, gallery: Gallery | None, source: str | None = None, erased: UInt64 | None = None):
         self._table = HashTable(width=3)
         self._erased = np.empty(0, np.uint64) if erased is None else erased
-        self.of_source = 0
+        self.source_count = 0
         try:
             for table in _gathered(gallery.batches(_COLUMNS, rows=_ROWS)) if gallery is not None else ():
                 self._add(table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True)), source)
@@ -45,18 +45,18 @@ class KnownImages:
         unread = pc.fill_null(pc.equal(images["status"], READ_ERROR), False)
         again = pc.or_(unread, pc.is_valid(images["missing_since"])).to_numpy(zero_copy_only=False)
         mine = pc.fill_null(pc.equal(images["source"], source or ""), False).to_numpy(zero_copy_only=False)
-        marks = marks_each(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
+        marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
         marks[again] = 0
         states = np.where(mine, _OF_SOURCE, _HELD)
         self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
-        self.of_source += int(mine.sum())
+        self.source_count += int(mine.sum())
 
     def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
         """(verdict, content hash held) for each listed image.
 
         REPEATED: listed before in this run. SKIP: held with the same fingerprint. CHANGED: held, but the file may have
         changed or was never read. NEW: not held. ERASED: not to come back. An image without fingerprint is CHANGED
-        when held: only its content can tell. fingerprints: `marks_each`, 0 where there is none.
+        when held: only its content can tell. fingerprints: `hash_each_in_process`, 0 where there is none.
         """
         found, held = self._table.get(uris)
         repeated = found & (held[:, 2] == _LISTED)
@@ -70,7 +70,7 @@ class KnownImages:
         self._table.add(uris, listed)
         return verdict, held[:, 1]
 
-    def missing(self, most: int) -> tuple[int, UInt64]:
+    def find_missing(self, most: int) -> tuple[int, UInt64]:
         """(how many, hashes of the uris) of the source's images that were not listed; no hashes where more than `most`.
 
         For after the last item of a listing.

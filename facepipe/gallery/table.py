@@ -17,7 +17,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from facepipe import storage
 from facepipe.errors import ContractError, GalleryError, StorageError
-from facepipe.gallery.contract import PROPERTY, Contract
+from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.table_access import get_delta_options, open_arrow_filesystem
@@ -75,7 +75,7 @@ class Gallery:
             return cls.create(path, contract)
         gallery = cls(path)
         gallery.contract.require(contract, f"the gallery {path!r}")
-        gallery.widen()
+        gallery.add_missing_columns()
         return gallery
 
     @classmethod
@@ -83,7 +83,7 @@ class Gallery:
         """A new, empty gallery pinned to a contract. A folder that holds something else is refused."""
         if _holds_something(path):
             raise GalleryError(f"{path!r} exists and is no gallery: choose a new folder")
-        configuration = {**_KEEP_LOG, PROPERTY: contract.to_json()}
+        configuration = {**_KEEP_LOG, CONTRACT_PROPERTY: contract.to_json()}
         try:
             DeltaTable.create(
                 storage.join(path, "faces"),
@@ -99,7 +99,7 @@ class Gallery:
                 raise GalleryError(f"cannot make a gallery at {path!r}: {storage.describe_error(error)}") from error
         return cls(path)
 
-    def widen(self) -> None:
+    def add_missing_columns(self) -> None:
         """Add the columns that the facepipe which made the table did not know; its rows hold nulls there."""
         held = {field.name for field in self._table.schema().fields}
         missing = pa.schema([field for field in FACES if field.name not in held])
@@ -119,7 +119,7 @@ class Gallery:
     @property
     def contract(self) -> Contract:
         """The models and settings that all embeddings here were made with."""
-        text = self._table.metadata().configuration.get(PROPERTY)
+        text = self._table.metadata().configuration.get(CONTRACT_PROPERTY)
         if text is None:
             raise ContractError(f"the table in {self.path!r} has no facepipe contract: it was not made by facepipe")
         return Contract.from_json(text)
@@ -150,7 +150,7 @@ class Gallery:
         self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None, rows: int = 8192
     ) -> Iterator[pa.RecordBatch]:
         """Rows as a stream of record batches; memory does not grow with the gallery."""
-        names, chosen = _columns(columns), expression(where)
+        names, chosen = check_columns(columns), to_filter(where)
         for some in _in_groups(self.dataset(_named_in(chosen)), chosen):
             scanner = some.scanner(
                 columns=names, filter=chosen, batch_size=rows, batch_readahead=2, fragment_readahead=1
@@ -174,7 +174,7 @@ class Gallery:
 
     def to_arrow(self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None) -> pa.Table:
         """Rows as one Arrow table."""
-        names = _columns(columns)
+        names = check_columns(columns)
         return pa.Table.from_batches(self.batches(names, where), pa.schema([FACES.field(n) for n in names]))
 
     def to_pandas(
@@ -186,7 +186,7 @@ class Gallery:
     def vectors(self, where: "str | ds.Expression | None" = None) -> tuple[Int64, Float32]:
         """(face ids (n,), unit vectors (n, 128)) of all faces, or of those that match."""
         has_face = ds.field("face_id").is_valid()
-        chosen = expression(where)
+        chosen = to_filter(where)
         # Where all are wanted the log knows how many; each vector is then copied once, and held once.
         room = sum(file["faces"] for file in self.files()) if chosen is None else _VECTORS
         ids, vectors, n = np.empty(room, np.int64), np.empty((room, EMBEDDING_DIM), np.float32), 0
@@ -247,13 +247,13 @@ def _foreign(name: str) -> bool:
     return not begun and name.split("/")[0] not in _OURS
 
 
-def expression(where: "str | ds.Expression | None") -> "ds.Expression | None":
+def to_filter(where: "str | ds.Expression | None") -> "ds.Expression | None":
     """A filter from text such as `status = 'ok' and det_score > 0.9`; expressions pass through."""
     if where is None or isinstance(where, ds.Expression):
         return where
-    from facepipe.gallery.filters import parse
+    from facepipe.gallery.filters import parse_filter
 
-    return parse(where)
+    return parse_filter(where)
 
 
 def _in_groups(dataset: ds.Dataset, where: "ds.Expression | None") -> Iterator[ds.Dataset]:
@@ -280,7 +280,7 @@ def _longer(array: npt.NDArray[Any], filled: int, length: int) -> npt.NDArray[An
     return longer
 
 
-def _columns(columns: Sequence[str] | None) -> list[str]:
+def check_columns(columns: Sequence[str] | None) -> list[str]:
     names = list(FACES.names if columns is None else columns)
     unknown = [name for name in names if name not in FACES.names]
     if unknown:

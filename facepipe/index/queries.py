@@ -15,7 +15,7 @@ from facepipe import storage
 from facepipe.arrow import read_embeddings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.contract import PROPERTY
+from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.hashing import hash64
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.sources.parquet import list_parquet_files
@@ -176,7 +176,7 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
 
 def _check_schema(schema: pa.Schema, contract: Contract, path: str) -> None:
     """Check the contract that a file carries, if any, and the type of its embeddings."""
-    encoded = (schema.metadata or {}).get(PROPERTY.encode())
+    encoded = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
     if encoded is not None:
         try:
             contract.require(Contract.from_json(encoded.decode()), "the gallery that is searched")

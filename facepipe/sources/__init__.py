@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from facepipe.errors import SourceError
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension, is_web
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_web_url
 from facepipe.sources.folder import FolderSource
-from facepipe.sources.glob import glob_source
+from facepipe.sources.glob import open_glob
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import Source, WorkItem
 from facepipe.sources.list_file import ListSource
@@ -15,7 +15,7 @@ from facepipe.sources.object_store import ObjectStoreSource
 from facepipe.sources.parquet import ParquetSource
 from facepipe.storage import is_remote, may_exist
 
-Kind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
+SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
 
 __all__ = ["Source", "SourceConfig", "WorkItem", "open_source"]
@@ -35,7 +35,7 @@ class SourceConfig:
     """
 
     uri: str = ""
-    kind: Kind = "auto"
+    kind: SourceKind = "auto"
     identity: IdentityRule = "auto"
     name: str | None = None
     root: str | None = None
@@ -44,7 +44,7 @@ class SourceConfig:
 def open_source(config: SourceConfig) -> Source:
     """The source a config describes. Raises SourceError where there is nothing at its uri."""
     uri = config.uri
-    if is_web(uri):
+    if is_web_url(uri):
         raise SourceError(
             "facepipe reads no http(s) URLs: fetch the images first, or name a bucket (s3://, gs://, az://)"
         )
@@ -59,15 +59,15 @@ def open_source(config: SourceConfig) -> Source:
         case "object_store":
             return ObjectStoreSource(uri, config.identity, config.name)
         case "glob":
-            return glob_source(uri, config.identity, config.name)
+            return open_glob(uri, config.identity, config.name)
         case _:
             return FolderSource(uri, config.identity, config.name)
 
 
-def _kind_of(uri: str) -> Kind:
+def _kind_of(uri: str) -> SourceKind:
     if not uri:
         raise SourceError("no source given")
-    kind = extension(uri.rstrip("/"))
+    kind = get_extension(uri.rstrip("/"))
     if kind in ("parquet", "pq"):
         return "parquet"
     if is_remote(uri):
@@ -87,12 +87,14 @@ def _holds_parquet(folder: str) -> bool:
     """A Parquet folder holds Parquet files at its top and nothing else that could be a source."""
     with os.scandir(folder) as entries:
         kinds = {
-            extension(e.name) for e, _ in zip(entries, range(1000), strict=False) if not e.name.startswith((".", "_"))
+            get_extension(e.name)
+            for e, _ in zip(entries, range(1000), strict=False)
+            if not e.name.startswith((".", "_"))
         }
     return bool(kinds) and kinds <= {"parquet", "pq"}
 
 
-def _refuse(uri: str) -> Kind:
+def _refuse(uri: str) -> SourceKind:
     raise SourceError(
         f"{uri!r} is no folder, and its extension is neither an image's nor that of a list "
         f"({', '.join(LIST_EXTENSIONS)}), a .parquet or a .tar file"

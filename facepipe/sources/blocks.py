@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.hashing import hash64_each, marks_each
+from facepipe.hashing import hash64_each, hash_each_in_process
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import Source, WorkItem
 from facepipe.types import UInt64
@@ -61,7 +61,7 @@ class Known(Protocol):
 
     def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
         """(verdict, previous) per item, as gallery.known.KnownImages gives them, for `hash64_each` of the uris and
-        `marks_each` of the fingerprints (0 where there is none)."""
+        `hash_each_in_process` of the fingerprints (0 where there is none)."""
 
 
 NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
@@ -69,7 +69,7 @@ _SCREEN = 8192
 _REPORT = 50_000
 
 
-def blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
+def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
     """Blocks of what is to be read, closed by one marked `last`.
 
     Where long stretches of the listing hold nothing to read, empty blocks report how far it is.
@@ -122,7 +122,7 @@ class _Cutter:
 
 def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], UInt64]:
     uris, marks = [item.uri for item in items], [item.fingerprint or "" for item in items]
-    return known.screen(hash64_each(uris), marks_each(marks))
+    return known.screen(hash64_each(uris), hash_each_in_process(marks))
 
 
 def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:
@@ -135,13 +135,13 @@ def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:
 _COUNTS = ("number", "skipped", "repeated", "ignored", "erased", "last")
 
 
-def encode(block: Block) -> dict[str, object]:
+def encode_block(block: Block) -> dict[str, object]:
     """A block as one row of plain values, for transport between processes."""
     counts = {name: getattr(block, name) for name in _COUNTS}
     return {"items": _to_bytes(block.items), "rows": None if block.rows is None else _to_bytes(block.rows), **counts}
 
 
-def decode(row: dict[str, object]) -> Block:
+def decode_block(row: dict[str, object]) -> Block:
     """The block of a row made by `encode`."""
     tables = {
         name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in ("items", "rows")

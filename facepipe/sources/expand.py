@@ -3,16 +3,16 @@
 import os
 from collections.abc import Callable, Iterable
 
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension, is_hidden
-from facepipe.sources.identity import IdentityRule, rule
-from facepipe.sources.item import WorkItem, broken, file_uri
-from facepipe.sources.tar import tar_items
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
+from facepipe.sources.identity import IdentityRule, make_identity_rule
+from facepipe.sources.item import WorkItem, make_broken_item, make_file_uri
+from facepipe.sources.tar import list_tar_items
 
 Plain = Callable[[str, bytes, str], WorkItem | None]
 
 
 def _is_its_uri(path: bytes) -> bool:
-    return file_uri(path).encode("utf-8", "replace") == path
+    return make_file_uri(path).encode("utf-8", "replace") == path
 
 
 class Expander:
@@ -23,7 +23,7 @@ class Expander:
 
     def __init__(self, identity: IdentityRule):
         self.ignored = 0
-        self._identify = rule(identity)
+        self._identify = make_identity_rule(identity)
         self._same = identity != "filename"  # for all files of a folder
 
     def __call__(
@@ -33,16 +33,16 @@ class Expander:
 
         special: it is a device, FIFO or socket, and must not be opened
         """
-        kind = extension(relative)
+        kind = get_extension(relative)
         if is_hidden(relative) or not (kind in IMAGE_EXTENSIONS or kind == "tar"):
             self.ignored += 1
             return ()
         if special:
-            return (broken(path, "not a regular file"),)
+            return (make_broken_item(path, "not a regular file"),)
         if kind == "tar":
-            return tar_items(os.fsdecode(path), self._identify)
+            return list_tar_items(os.fsdecode(path), self._identify)
         where = path if isinstance(path, bytes) else os.fsencode(path)
-        return (WorkItem(file_uri(path), where, None, None, fingerprint, self._identify(relative, None)),)
+        return (WorkItem(make_file_uri(path), where, None, None, fingerprint, self._identify(relative, None)),)
 
     def folder(self, folder: bytes, relative: str) -> Plain:
         """The same for the files of one folder: makes the item of (name, path, fingerprint) where it is an image like
@@ -54,7 +54,7 @@ class Expander:
         probe = os.path.join(folder, b"x.jpg")
         if not _is_its_uri(probe):
             return lambda name, path, fingerprint: None
-        prefix = file_uri(probe)[: -len("x.jpg")]
+        prefix = make_file_uri(probe)[: -len("x.jpg")]
         identify, under = self._identify, f"{relative}/" if relative else ""
         shared, same = identify(f"{under}x.jpg", None), self._same
 

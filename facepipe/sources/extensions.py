@@ -6,14 +6,14 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 
-def extension(name: str) -> str:
+def get_extension(name: str) -> str:
     """Lower-case extension without its dot."""
     last = name.rpartition("/")[2]
     stem, dot, kind = last.rpartition(".")
     return kind.lower() if dot and stem.strip(".") else ""  # names of dots, or that begin with one, have none
 
 
-def is_web(name: str) -> bool:
+def is_web_url(name: str) -> bool:
     """Whether a name is an http(s) URL, which facepipe does not read."""
     return name.lower().startswith(("http://", "https://"))
 

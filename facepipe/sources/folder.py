@@ -7,7 +7,7 @@ from stat import S_ISREG
 
 from facepipe.sources.expand import Expander, Plain
 from facepipe.sources.identity import IdentityRule
-from facepipe.sources.item import WorkItem, broken
+from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
 _SORT_RUN = 100_000
@@ -68,7 +68,7 @@ class FolderSource:
                 return
             if links > 1:
                 if here in self._nested:
-                    yield broken(folder, "a link to a folder that was listed before")
+                    yield make_broken_item(folder, "a link to a folder that was listed before")
                     return
                 self._nested.add(here)
             plain = self._expand.folder(folder, relative)
@@ -84,7 +84,7 @@ class FolderSource:
                             more = links + 1 if entry.is_symlink() else links
                             yield self._folder(entry.path, path, (*parents, here), more)
         except OSError as error:
-            yield broken(folder, f"folder cannot be read: {describe_error(error)}")
+            yield make_broken_item(folder, f"folder cannot be read: {describe_error(error)}")
 
     def _file(self, entry: "os.DirEntry[bytes]", name: str, relative: str, plain: Plain) -> Iterable[WorkItem]:
         if not self._wanted(relative):

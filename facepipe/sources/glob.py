@@ -9,20 +9,20 @@ from facepipe.sources.identity import IdentityRule
 _MAGIC = re.compile(r"[*?\[]")
 
 
-def glob_source(pattern: str, identity: IdentityRule = "auto", name: str | None = None) -> FolderSource:
+def open_glob(pattern: str, identity: IdentityRule = "auto", name: str | None = None) -> FolderSource:
     """Every image (and tar shard) whose path matches; `**` stands for any number of folders."""
     pattern = os.path.abspath(pattern)
     magic = None if os.path.exists(pattern) else _MAGIC.search(pattern)
     root = os.path.dirname(pattern if magic is None else pattern[: magic.start()])
     rest = pattern[len(root) :].lstrip("/")
-    regex = re.compile(re.escape(rest) if magic is None else translate(rest))
+    regex = re.compile(re.escape(rest) if magic is None else translate_glob(rest))
     source = FolderSource(root, identity, name)
     return source.only(
         lambda relative: regex.fullmatch(relative) is not None, None if "**" in rest else rest.count("/")
     )
 
 
-def translate(pattern: str) -> str:
+def translate_glob(pattern: str) -> str:
     """A regular expression for a glob: `*` and `?` stay inside one folder, `**/` spans any number of them."""
     tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
     special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}

@@ -10,24 +10,24 @@ Identify = Callable[[str, str | None], str | None]
 """From (path relative to the source's root, label given by the source) to the identity."""
 
 
-def from_folder(path: str) -> str | None:
+def take_folder_name(path: str) -> str | None:
     """`lfw/Aaron_Eckhart/0001.jpg` -> `Aaron_Eckhart`."""
     return path.rpartition("/")[0].rstrip("/").rpartition("/")[2] or None
 
 
-def from_filename(path: str) -> str | None:
+def take_filename_prefix(path: str) -> str | None:
     """`faces/obama_1.jpg` -> `obama`: the name's part left of its last underscore; None where there is none."""
     stem = posixpath.splitext(posixpath.basename(path))[0]
     left, underscore, _ = stem.rpartition("_")
     return left if underscore and left else None
 
 
-def from_only_folder(path: str) -> str | None:
+def take_only_folder_name(path: str) -> str | None:
     """The folder's name where the image lies exactly one folder below the root, as in LFW and CASIA trees."""
-    return from_folder(path) if path.count("/") == 1 else None
+    return take_folder_name(path) if path.count("/") == 1 else None
 
 
-def rule(name: IdentityRule) -> Identify:
+def make_identity_rule(name: IdentityRule) -> Identify:
     """How to find the identity; labels that are not UTF-8 get `?` for the bytes that cannot be read."""
     chosen = _rule(name)
 
@@ -48,12 +48,12 @@ def _plain(path: str) -> bool:
 def _rule(name: IdentityRule) -> Identify:
     match name:
         case "folder":
-            return lambda path, label: from_folder(path)
+            return lambda path, label: take_folder_name(path)
         case "filename":
-            return lambda path, label: from_filename(path)
+            return lambda path, label: take_filename_prefix(path)
         case "label":
             return lambda path, label: label
         case "none":
             return lambda path, label: None
         case _:
-            return lambda path, label: label if label is not None else from_only_folder(path)
+            return lambda path, label: label if label is not None else take_only_folder_name(path)

@@ -36,14 +36,14 @@ class Source(Protocol):
 _LIKE_A_MEMBER = re.compile(rb"\.(?:tar|parquet|pq)#", re.IGNORECASE)
 
 
-def file_uri(path: str | bytes) -> str:
+def make_file_uri(path: str | bytes) -> str:
     """The uri of a file: its absolute path or URL; a `file://` URL with %-escapes where the path is not UTF-8, or where
     it would read like the uri of a container's member.
     """
     if isinstance(path, bytes) and _absolute(path):
         absolute = path  # as folders are listed: said of a million paths, the rest costs seconds
     elif is_remote(path):
-        return readable(os.fsdecode(path))
+        return escape_name(os.fsdecode(path))
     else:
         absolute = os.path.abspath(os.fsencode(path))
     if b"#" in absolute and _LIKE_A_MEMBER.search(absolute):
@@ -59,12 +59,12 @@ def _absolute(path: bytes) -> bool:
     return path.startswith(b"/") and not (path.endswith(b"/") or b"//" in path or b"/." in path)
 
 
-def member_uri(container: str, member: str) -> str:
+def make_member_uri(container: str, member: str) -> str:
     """The uri of an image inside a container file. The member's name stays a name: `..` in it leads nowhere."""
-    return f"{container}#{readable(member)}"
+    return f"{container}#{escape_name(member)}"
 
 
-def readable(name: str) -> str:
+def escape_name(name: str) -> str:
     """The name, with %-escapes where it is not UTF-8."""
     try:
         name.encode("utf-8")
@@ -73,28 +73,28 @@ def readable(name: str) -> str:
     return name
 
 
-class Watched:
+class WatchedSource:
     """A source that counts, while it is listed, the places that could not be listed."""
 
     def __init__(self, source: Source):
         self._source, self.name = source, source.name
-        self.broken = 0
+        self.broken_count = 0
 
     @property
     def ignored(self) -> int:
         return self._source.ignored
 
     def __iter__(self) -> Iterator[WorkItem]:
-        self.broken = 0
+        self.broken_count = 0
         for item in self._source:
-            self.broken += item.listing_error is not None
+            self.broken_count += item.listing_error is not None
             yield item
 
 
-def broken(path: str | bytes, reason: str, part: str = "") -> WorkItem:
+def make_broken_item(path: str | bytes, reason: str, part: str = "") -> WorkItem:
     """An item that stands for something that could not be listed, so that it becomes a row and is not lost.
 
     part: the line or row of the file at `path` that it is about
     """
-    uri = f"{file_uri(path)}#{part}" if part else file_uri(path)
+    uri = f"{make_file_uri(path)}#{part}" if part else make_file_uri(path)
     return WorkItem(uri, os.fsencode(path), listing_error=reason)

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import IO, Literal
 
 from facepipe.errors import SourceError
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension
-from facepipe.sources.identity import IdentityRule, rule
-from facepipe.sources.item import WorkItem, broken
-from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, named_image
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
+from facepipe.sources.identity import IdentityRule, make_identity_rule
+from facepipe.sources.item import WorkItem, make_broken_item
+from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, make_named_item
 from facepipe.storage import describe_error
 
 HEADER_URIS = (*URI_COLUMNS, "filename", "image", "image_id", "img")
@@ -20,7 +20,7 @@ _MAX_LINE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Layout:
+class ListLayout:
     """How a list file's lines are to be read.
 
     delimiter: a character; " " any white space; None: white space before the last word; a newline: no fields at all
@@ -46,7 +46,7 @@ class ListSource:
         self.root = root if root is not None else os.path.dirname(os.path.abspath(path))
         self.name = name or os.path.splitext(os.path.basename(path))[0]
         self.ignored = 0
-        self._identify = rule(identity)
+        self._identify = make_identity_rule(identity)
 
     def __iter__(self) -> Iterator[WorkItem]:
         self.ignored = 0
@@ -57,7 +57,7 @@ class ListSource:
                 for number, fields in _records(file, layout):
                     yield self._item(number, fields, layout)
             except csv.Error as error:
-                yield broken(self.path, f"list cannot be read to its end: {error}")
+                yield make_broken_item(self.path, f"list cannot be read to its end: {error}")
 
     def _open(self) -> IO[str]:
         try:
@@ -65,16 +65,16 @@ class ListSource:
         except OSError as error:
             raise SourceError(f"cannot read the list {self.path!r}: {describe_error(error)}") from error
 
-    def _item(self, number: int, fields: list[str], layout: Layout) -> WorkItem:
+    def _item(self, number: int, fields: list[str], layout: ListLayout) -> WorkItem:
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
-            return broken(self.path, "the line names no image", f"line{number}")
+            return make_broken_item(self.path, "the line names no image", f"line{number}")
         name = fields[layout.image].replace("\\", "/")
         label = None if layout.label is None else fields[layout.label]
         identity = self._identify(name, label)
-        return named_image(name, self.root, identity, self._confined)
+        return make_named_item(name, self.root, identity, self._confined)
 
 
-def detect_layout(lines: list[str], path: str) -> Layout:
+def detect_layout(lines: list[str], path: str) -> ListLayout:
     """The layout of a list from its first lines."""
     lines = [line.rstrip("\r\n") for line in lines if line.strip()]
     if not lines:
@@ -87,16 +87,16 @@ def detect_layout(lines: list[str], path: str) -> Layout:
         image = next((header.index(c) for c in HEADER_URIS if c in header), None)
         if image is not None and not any(_is_image(field) for field in header):
             label = next((header.index(c) for c in IDENTITY_COLUMNS if c in header), None)
-            return Layout(delimiter, image, label, count + 1)
+            return ListLayout(delimiter, image, label, count + 1)
     if _paths_alone(lines):
-        return Layout("\n", 0, None, count)
+        return ListLayout("\n", 0, None, count)
     if count and not any(_is_image(field) for field in _split(lines[0], " ")) and len(lines) > 1:
         count, lines = count + 1, lines[1:]
     for delimiter in ("\t", ","):
         rows = [_split(line, delimiter) for line in lines]
         if {len(row) for row in rows} == {2} and sum(_is_image(row[0]) for row in rows) * 2 > len(rows):
-            return Layout(delimiter, 0, 1, count)
-    return Layout(None, 0, 1, count)
+            return ListLayout(delimiter, 0, 1, count)
+    return ListLayout(None, 0, 1, count)
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -115,12 +115,12 @@ def _quoting(delimiter: str) -> Literal[0, 3]:
 
 
 def _is_image(field: str) -> bool:
-    return extension(field.strip()) in IMAGE_EXTENSIONS
+    return get_extension(field.strip()) in IMAGE_EXTENSIONS
 
 
 def _paths_alone(lines: list[str]) -> bool:
     """Whether most lines end in an image's extension, that is, carry a path alone (which may hold spaces)."""
-    return sum(extension(line.strip()) in IMAGE_EXTENSIONS for line in lines) * 2 > len(lines)
+    return sum(get_extension(line.strip()) in IMAGE_EXTENSIONS for line in lines) * 2 > len(lines)
 
 
 def _lines(file: IO[str]) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _lines(file: IO[str]) -> Iterator[str]:
             line = file.readline(_MAX_LINE)
 
 
-def _records(stream: IO[str], layout: Layout) -> Iterator[tuple[int, list[str]]]:
+def _records(stream: IO[str], layout: ListLayout) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of the lines that hold anything, behind the ones to skip."""
     file = _lines(stream)
     rows: Iterator[list[str]]

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
-from facepipe.sources.extensions import is_web
-from facepipe.sources.identity import IdentityRule, rule
-from facepipe.sources.item import WorkItem, broken, file_uri, member_uri, readable
+from facepipe.sources.extensions import is_web_url
+from facepipe.sources.identity import IdentityRule, make_identity_rule
+from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
 from facepipe.storage import (
     get_entry,
     get_local_fingerprint,
@@ -42,11 +42,11 @@ class ParquetSource:
         self.path = path
         self.name = name or os.path.basename(path.rstrip("/"))
         self.ignored = 0
-        self._identify = rule(identity)
+        self._identify = make_identity_rule(identity)
 
     def __iter__(self) -> Iterator[WorkItem]:
         self.ignored = 0
-        for path in parquet_files(self.path):
+        for path in walk_parquet_files(self.path):
             try:
                 if is_special_file(path):
                     raise StorageError("not a regular file")
@@ -54,11 +54,11 @@ class ParquetSource:
                     yield from self._rows(path, pq.ParquetFile(file))
             except (StorageError, OSError, ValueError) as error:
                 # pyarrow's errors are ValueErrors and OSErrors; SourceError passes, since it concerns every file.
-                yield broken(path, f"parquet cannot be read to its end: {one_line(error)}")
+                yield make_broken_item(path, f"parquet cannot be read to its end: {get_first_line(error)}")
 
     def _rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
         names = file.schema_arrow.names
-        content = bytes_column(file.schema_arrow)
+        content = find_bytes_column(file.schema_arrow)
         by_name, by_label = (_pick(names, columns) for columns in (URI_COLUMNS, IDENTITY_COLUMNS))
         if by_name is None and content is None:
             raise SourceError(
@@ -66,7 +66,11 @@ class ParquetSource:
                 f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(names)}"
             )
         mark = get_entry(path).fingerprint
-        container, place, folder = file_uri(path), os.fsencode(path), os.path.dirname(path)  # once, not a million times
+        container, place, folder = (
+            make_file_uri(path),
+            os.fsencode(path),
+            os.path.dirname(path),
+        )  # once, not a million times
         row = 0
         columns = [name for name in (by_name, by_label) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
@@ -77,16 +81,16 @@ class ParquetSource:
                 identity = self._identify(text or "", None if label is None else str(label))
                 if content:
                     # The row number keeps rows apart that carry one name, such as 1.jpg of two people.
-                    uri = member_uri(container, str(row) if text is None else f"{row}/{text}")
+                    uri = make_member_uri(container, str(row) if text is None else f"{row}/{text}")
                     yield WorkItem(uri, place, row, None, f"{mark}@{row}", identity)
                 elif not text:
-                    yield broken(path, "the row names no image", str(row))._replace(identity=identity)
+                    yield make_broken_item(path, "the row names no image", str(row))._replace(identity=identity)
                 else:
-                    yield named_image(text, folder, identity)
+                    yield make_named_item(text, folder, identity)
                 row += 1
 
 
-def named_image(name: str, root: str, identity: str | None, confined: bool = False) -> WorkItem:
+def make_named_item(name: str, root: str, identity: str | None, confined: bool = False) -> WorkItem:
     """An item for an image that a list names; an absent one becomes a row with status read_error later.
 
     A relative name that leads out of the root is a row that says so. Where the root is `confined`, because the user
@@ -94,12 +98,12 @@ def named_image(name: str, root: str, identity: str | None, confined: bool = Fal
     """
     if name.startswith("file://"):
         name = os.fsdecode(unquote_to_bytes(os.fsencode(name.removeprefix("file://"))))
-    if is_web(name) or (is_remote(name) and has_credentials(name)):
+    if is_web_url(name) or (is_remote(name) and has_credentials(name)):
         scheme, _, rest = name.partition("?")[0].partition("://")  # what is behind the ? may be a signature
         host, slash, key = rest.partition("/")
         bare = f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"
-        why = "not read: http(s) URLs" if is_web(name) else "the URL holds credentials"
-        return broken(bare, why)._replace(identity=identity)
+        why = "not read: http(s) URLs" if is_web_url(name) else "the URL holds credentials"
+        return make_broken_item(bare, why)._replace(identity=identity)
     if is_remote(name) or os.path.isabs(name):
         path, relative = name, False
     else:
@@ -107,7 +111,7 @@ def named_image(name: str, root: str, identity: str | None, confined: bool = Fal
     if not is_remote(path):
         path = os.path.abspath(path)  # without `..`, so that what is opened is what the uri says
     if (relative or confined) and not _inside(path, root or ".", confined):
-        return broken(path, f"outside of the root {readable(root or '.')}")._replace(identity=identity)
+        return make_broken_item(path, f"outside of the root {escape_name(root or '.')}")._replace(identity=identity)
     fingerprint: str | None = None
     if not is_remote(path):
         try:
@@ -116,9 +120,9 @@ def named_image(name: str, root: str, identity: str | None, confined: bool = Fal
             pass
         else:
             if is_special_mode(info.st_mode):
-                return broken(path, "not a regular file")._replace(identity=identity)
+                return make_broken_item(path, "not a regular file")._replace(identity=identity)
             fingerprint = get_local_fingerprint(info)
-    return WorkItem(file_uri(path), os.fsencode(path), fingerprint=fingerprint, identity=identity)
+    return WorkItem(make_file_uri(path), os.fsencode(path), fingerprint=fingerprint, identity=identity)
 
 
 def _inside(path: str, root: str, real: bool) -> bool:
@@ -133,13 +137,13 @@ def _inside(path: str, root: str, real: bool) -> bool:
     return all(f"{place}/".startswith(f"{base.rstrip('/')}/") for place, base in pairs)
 
 
-def one_line(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     """The first line of an error's message, fit for a column."""
     lines = redact(str(error)).splitlines() or [type(error).__name__]
     return lines[0][:200].encode("utf-8", "replace").decode("utf-8")
 
 
-def parquet_files(path: str) -> Iterator[str]:
+def walk_parquet_files(path: str) -> Iterator[str]:
     """The Parquet files at a path: the file itself, or those of a folder or prefix."""
     if is_remote(path):
         yield from (e.url for e in list_prefix(path) if e.url.endswith(".parquet"))
@@ -151,7 +155,7 @@ def parquet_files(path: str) -> Iterator[str]:
         yield path
 
 
-def bytes_column(schema: pa.Schema) -> str | None:
+def find_bytes_column(schema: pa.Schema) -> str | None:
     """The column that holds encoded images: binary, or a struct with a binary field `bytes` (Hugging Face)."""
 
     def holds_bytes(kind: pa.DataType) -> bool:

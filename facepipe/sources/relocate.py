@@ -7,12 +7,12 @@ from urllib.parse import unquote_to_bytes
 
 from facepipe.sources.item import WorkItem
 from facepipe.sources.parquet import ParquetSource
-from facepipe.sources.tar import tar_items
+from facepipe.sources.tar import list_tar_items
 
 _MEMBER = re.compile(r"(.*?\.(tar|parquet|pq))#.*", re.IGNORECASE | re.DOTALL)
 
 
-class Places:
+class ImageLocator:
     """Finds images again; of tar and Parquet files the listing of the last one is held.
 
     An image that its container no longer holds gets an item that says so, and with it a status when it is read.
@@ -21,7 +21,7 @@ class Places:
     def __init__(self) -> None:
         self._container, self._members = "", dict[str, WorkItem]()
 
-    def item(self, uri: str, fingerprint: str | None = None) -> WorkItem:
+    def locate_image(self, uri: str, fingerprint: str | None = None) -> WorkItem:
         """Where the image is; its label is left out. fingerprint: of a file, what it was when it was listed."""
         found = _MEMBER.fullmatch(uri) if not uri.startswith("file://") or "#" in uri else None
         if found is None:
@@ -35,7 +35,7 @@ class Places:
 
 
 def _tar(container: str) -> Iterator[WorkItem]:
-    return tar_items(os.fsdecode(_path(container)), lambda path, label: None)
+    return list_tar_items(os.fsdecode(_path(container)), lambda path, label: None)
 
 
 def _path(uri: str) -> bytes:

@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, extension, is_hidden
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.identity import Identify
-from facepipe.sources.item import WorkItem, broken, file_uri, member_uri, readable
+from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
 from facepipe.storage import get_entry, is_special_file, open_seekable
 
 _LABEL_EXTENSIONS = ("cls", "json")
@@ -28,7 +28,7 @@ _UNREADABLE = (
 )
 
 
-def tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
+def list_tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
     """Items of one tar; a header that cannot be read ends the shard with an item that says so.
 
     Labels come from `KEY.cls` or from `identity`, `label` or `class` in `KEY.json` beside `KEY.jpg` (WebDataset).
@@ -40,11 +40,11 @@ def tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
         if is_special_file(path):
             raise StorageError("not a regular file")
         with open_seekable(path) as file, _open(file) as tar:
-            yield from _members(tar, file, file_uri(path), os.fsencode(path), shard.fingerprint, identify)
+            yield from _members(tar, file, make_file_uri(path), os.fsencode(path), shard.fingerprint, identify)
     except StorageError as error:
-        yield broken(path, str(error))
+        yield make_broken_item(path, str(error))
     except _UNREADABLE as error:
-        yield broken(path, f"tar cannot be read to its end: {_reason(error)}")
+        yield make_broken_item(path, f"tar cannot be read to its end: {_reason(error)}")
 
 
 class _Headers:
@@ -99,11 +99,13 @@ def _members(
             _check_end(tar, file)
             return
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
-        if member.islnk() and extension(member.name) in IMAGE_EXTENSIONS:
-            yield _fault(container, path, member, f"a hard link to the member {readable(member.linkname[:_MAX_NAME])}")
+        if member.islnk() and get_extension(member.name) in IMAGE_EXTENSIONS:
+            yield _fault(
+                container, path, member, f"a hard link to the member {escape_name(member.linkname[:_MAX_NAME])}"
+            )
         if not member.isfile():
             continue
-        kind = extension(member.name)
+        kind = get_extension(member.name)
         if kind in IMAGE_EXTENSIONS and (member.issparse() or len(member.name) > _MAX_NAME):
             long = f"a name of more than {_MAX_NAME} characters"
             yield _fault(container, path, member, "a sparse member" if member.issparse() else long)
@@ -115,10 +117,10 @@ def _members(
         if kind in _LABEL_EXTENSIONS:
             label = _read_label(file, member, kind) or label
         elif kind in IMAGE_EXTENSIONS and not is_hidden(member.name):
-            name = readable(member.name)  # before it is looked up: one name may read like the escapes of another
+            name = escape_name(member.name)  # before it is looked up: one name may read like the escapes of another
             name = name if _first(seen, name) else f"{name}@{member.offset_data}"
             mark = f"{fingerprint}@{member.offset_data}"
-            item = WorkItem(member_uri(container, name), path, member.offset_data, member.size, mark)
+            item = WorkItem(make_member_uri(container, name), path, member.offset_data, member.size, mark)
             waiting.append((member.name, item))
 
 
@@ -131,7 +133,7 @@ def _checked(tar: tarfile.TarFile, member: tarfile.TarInfo, end: int) -> int:
 
 def _fault(container: str, path: bytes, member: tarfile.TarInfo, reason: str) -> WorkItem:
     """An item for a member that holds no bytes of its own to read."""
-    place = member_uri(container, f"{member.name[:_MAX_NAME]}@{member.offset}")
+    place = make_member_uri(container, f"{member.name[:_MAX_NAME]}@{member.offset}")
     return WorkItem(place, path, listing_error=reason)
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import buffers, float_lists, frames, images, pack, with_columns
+from facepipe.arrow import pack_arrays, read_frames, set_columns, to_float_lists, view_buffers, view_images
 from facepipe.imaging.alignment import ChipLayout, cut_chip, find_required_scale
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.dlib_chip import PredictPoints
@@ -97,7 +97,7 @@ class Align:
     def __call__(self, table: pa.Table) -> pa.Table:
         faces: list[AlignedFace | int] = []
         columns = [table[name].to_pylist() for name in ("boxes", "points", "scores")]
-        rows = zip(images(table), frames(table), buffers(table["bytes"]), *columns, strict=True)
+        rows = zip(view_images(table), read_frames(table), view_buffers(table["bytes"]), *columns, strict=True)
         for n, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
             found = self._image(n, (pixels, frame), data, (boxes, points, scores)) if scores else []
             faces += found or [n]
@@ -109,8 +109,8 @@ class Align:
         each: map, or a pool's, under which chips are measured and thumbnails made
         """
         origin = [face if isinstance(face, int) else face.row for face in faces]
-        per_image = with_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
-        return with_columns(per_image, self._columns(faces, each))
+        per_image = set_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
+        return set_columns(per_image, self._columns(faces, each))
 
     def _image(self, n: int, view: Any, data: memoryview | None, found: Any) -> list[AlignedFace]:
         """The faces of one image, cut from enough pixels."""
@@ -140,14 +140,14 @@ class Align:
         looks = list(each(self._look, [face.chip for face in real]))
         return {
             "face_index": _spread([face.face_index for face in real], valid, pa.int16()),
-            "box": float_lists(boxes, valid),
-            "landmarks": float_lists(landmarks.reshape(-1, 10), valid),
+            "box": to_float_lists(boxes, valid),
+            "landmarks": to_float_lists(landmarks.reshape(-1, 10), valid),
             "det_score": _spread([face.score for face in real], valid, pa.float32()),
             "face_px": _spread((boxes[:, 2:] - boxes[:, :2]).min(1).tolist() if real else [], valid, pa.float32()),
             "sharpness": _spread([sharp for sharp, _ in looks], valid, pa.float32()),
             "yaw": _spread(yaw.tolist(), valid, pa.float32()),
             "roll": _spread(roll.tolist(), valid, pa.float32()),
-            "chip": pack([next(chips).chip if is_face else None for is_face in valid]),
+            "chip": pack_arrays([next(chips).chip if is_face else None for is_face in valid]),
             "thumb": _spread([thumb for _, thumb in looks], valid, pa.binary()),
         }
 

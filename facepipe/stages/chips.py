@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import buffers, images, pack, with_columns
-from facepipe.hashing import face_id
+from facepipe.arrow import pack_arrays, set_columns, view_buffers
+from facepipe.hashing import compute_face_id
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, READ_ERROR
 from facepipe.types import Float32, UInt8Image
@@ -55,7 +55,7 @@ class Subject:
         columns = zip(*chosen, strict=True) if chosen else ((), (), (), ())
         kinds = (*(table.schema.field(name).type for name in names), pa.int16())
         kept = zip((*names, "subject"), columns, kinds, strict=True)
-        return with_columns(table, {name: pa.array(values, kind) for name, values, kind in kept})
+        return set_columns(table, {name: pa.array(values, kind) for name, values, kind in kept})
 
     def _one(self, boxes: Any, points: Any, scores: Any, width: int, height: int) -> tuple[Any, Any, Any, int]:
         if not scores or len(scores) < 2:
@@ -91,7 +91,7 @@ class KnownFaces:
             for name in self.adds
         }
         columns |= {"status": pa.array(status, pa.string()), "error": pa.array(error, pa.string())}
-        return with_columns(table, columns)
+        return set_columns(table, columns)
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class WholeImage:
         _ = self._size
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        chips = [None if pixels is None else crop_to_size(pixels, self._size) for pixels in images(table)]
+        chips = [None if pixels is None else crop_to_size(pixels, self._size) for pixels in view_images(table)]
         indices = pa.array([None if chip is None else 0 for chip in chips], pa.int16())
-        return with_columns(table, {"face_index": indices, "chip": pack(chips)}, drop=self.drops)
+        return set_columns(table, {"face_index": indices, "chip": pack_arrays(chips)}, drop=self.drops)
 
 
 def crop_to_size(pixels: UInt8Image, size: tuple[int, int]) -> UInt8Image:
@@ -155,16 +155,16 @@ class Encode:
         _ = self._size
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        pictures = [None if view is None else self._jpeg(view) for view in buffers(table["chip"])]
+        pictures = [None if view is None else self._jpeg(view) for view in view_buffers(table["chip"])]
         index = table["face_index"].to_pylist()
         which = table["subject"].to_pylist() if "subject" in table.column_names else index
         named = zip(*(table[name].to_pylist() for name in ("uri", "image_id")), index, which, strict=True)
-        ids = [None if n is None else face_id(uri, image or "", face) for uri, image, n, face in named]
+        ids = [None if n is None else compute_face_id(uri, image or "", face) for uri, image, n, face in named]
         columns: dict[str, Any] = {"thumb": pa.array(pictures, pa.binary()), "face_id": pa.array(ids, pa.int64())}
         if "given_faces" in table.column_names:
             columns["face_id"] = pa.array(_picked(table["given_faces"], index), pa.int64())
             columns["identity"] = pa.array(_picked(table["given_identities"], index), pa.string())
-        return with_columns(table, columns, drop=("chip",))
+        return set_columns(table, columns, drop=("chip",))
 
     def _jpeg(self, view: memoryview) -> bytes:
         chip = np.frombuffer(view, np.uint8).reshape(self._size[1], self._size[0], 3)

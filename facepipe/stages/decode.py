@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import pyarrow as pa
 
-from facepipe.arrow import buffers, pack, with_columns
+from facepipe.arrow import pack_arrays, set_columns, view_buffers
 from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.geometry import Frame, locate_frame
 from facepipe.imaging.header import Header, HeaderError, read_header
@@ -69,13 +69,13 @@ class Decode:
         cv2.setNumThreads(1)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = zip(buffers(table["bytes"]), table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
+        rows = zip(view_buffers(table["bytes"]), table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
         results = list((self._pool.map if self.threads > 1 else map)(self._row, rows))
         shapes = [(None, None) if r.pixels is None else r.pixels.shape[:2] for r in results]
         columns = {
             "status": pa.array([r.status for r in results], pa.string()),
             "error": pa.array([r.error for r in results], pa.string()),
-            "pixels": pack([r.pixels for r in results]),
+            "pixels": pack_arrays([r.pixels for r in results]),
             "pixels_height": pa.array([h for h, _ in shapes], pa.int32()),
             "pixels_width": pa.array([w for _, w in shapes], pa.int32()),
             **{name: _frames(results, name) for name in ("pixels_scale", "pixels_left", "pixels_top")},
@@ -83,7 +83,7 @@ class Decode:
             "height": pa.array([r.height for r in results], pa.int32()),
             "image_hash": pa.array([r.image_hash for r in results], pa.int64()),
         }
-        return with_columns(table, columns)
+        return set_columns(table, columns)
 
     def _row(self, row: tuple[memoryview | None, str, str | None]) -> DecodedImage:
         data, status, error = row

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import frames, images, ragged, with_columns
+from facepipe.arrow import read_frames, set_columns, to_ragged_lists
 from facepipe.imaging.geometry import Frame
 from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces
 from facepipe.models.runtime.device import resolve_device
@@ -80,11 +80,11 @@ class Detect:
         _ = self.detector
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        faces = self.detect_faces({n: pixels for n, pixels in enumerate(images(table)) if pixels is not None})
+        faces = self.detect_faces({n: pixels for n, pixels in enumerate(view_images(table)) if pixels is not None})
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         results = [
             self._full_size(faces[n], frame, size) if n in faces else _NONE
-            for n, (frame, size) in enumerate(zip(frames(table), sizes, strict=True))
+            for n, (frame, size) in enumerate(zip(read_frames(table), sizes, strict=True))
         ]
         status = [
             (OK if len(found.scores) else NO_FACE) if before == OK else before
@@ -92,11 +92,11 @@ class Detect:
         ]
         columns = {
             "status": pa.array(status, pa.string()),
-            "boxes": ragged([found.boxes for found in results]),
-            "points": ragged([found.landmarks for found in results]),
-            "scores": ragged([found.scores for found in results]),
+            "boxes": to_ragged_lists([found.boxes for found in results]),
+            "points": to_ragged_lists([found.landmarks for found in results]),
+            "scores": to_ragged_lists([found.scores for found in results]),
         }
-        return with_columns(table, columns)
+        return set_columns(table, columns)
 
     def detect_faces(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
         """The faces of images (h, w, 3) RGB by number, in those images' pixels."""

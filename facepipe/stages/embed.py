@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import buffers, float_lists, with_columns
+from facepipe.arrow import set_columns, to_float_lists, view_buffers
 from facepipe.errors import ModelError
-from facepipe.hashing import face_id
+from facepipe.hashing import compute_face_id
 from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_card
@@ -44,7 +44,7 @@ class Embed:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         width, height = self.embedder.size
-        views = list(buffers(table["chip"]))
+        views = list(view_buffers(table["chip"]))
         valid = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
         raw = self.embed_chips(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
@@ -58,15 +58,15 @@ class Embed:
         norm = self._norm(raw)
         unit = raw / norm[:, None]
         names = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)
-        ids = [None if index is None else face_id(uri, image or "", index) for uri, image, index in names]
+        ids = [None if index is None else compute_face_id(uri, image or "", index) for uri, image, index in names]
         norms = np.full(len(valid), np.nan, np.float32)
         norms[valid] = norm
         columns = {
-            "embedding": float_lists(unit.astype(np.float32), valid),
+            "embedding": to_float_lists(unit.astype(np.float32), valid),
             "embedding_norm": pa.array(norms, pa.float32(), mask=~valid),
             "face_id": pa.array(ids, pa.int64()),
         }
-        return with_columns(table, columns, drop=("chip",))
+        return set_columns(table, columns, drop=("chip",))
 
     def _norm(self, raw: Float32) -> Float32:
         """(n, dim) -> (n,). Raises ModelError for a vector without a direction, which no row may hold."""

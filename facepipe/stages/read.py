@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe import storage
-from facepipe.arrow import pack, with_columns
+from facepipe.arrow import pack_arrays, set_columns
 from facepipe.errors import ConfigError, StorageError
-from facepipe.hashing import hash64, image_id
+from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
-from facepipe.sources.parquet import bytes_column, one_line
+from facepipe.sources.parquet import find_bytes_column, get_first_line
 
 Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
 _BATCH_ROWS = 16
@@ -29,7 +29,7 @@ class ParquetCursor:
         self._handle = storage.open_seekable(path)
         weakref.finalize(self, self._handle.close)  # also where the file turns out to be damaged
         self._file = pq.ParquetFile(self._handle)
-        self._column = bytes_column(self._file.schema_arrow)
+        self._column = find_bytes_column(self._file.schema_arrow)
         self._seek(0)
 
     def _seek(self, row: int) -> None:
@@ -103,12 +103,14 @@ class Read:
         results = [rows[n] if n in rows else next(outcomes) for n in range(len(items))]
         results = [_unless_known(r, item["previous"]) for r, item in zip(results, items, strict=True)]
         columns = {
-            "bytes": pack([data if status == OK else None for data, status, _ in results]),
-            "image_id": pa.array([None if data is None else image_id(data) for data, _, _ in results], pa.string()),
+            "bytes": pack_arrays([data if status == OK else None for data, status, _ in results]),
+            "image_id": pa.array(
+                [None if data is None else compute_image_id(data) for data, _, _ in results], pa.string()
+            ),
             "status": pa.array([status for _, status, _ in results], pa.string()),
             "error": pa.array([error for _, _, error in results], pa.string()),
         }
-        return with_columns(table, columns, drop=self.needs)
+        return set_columns(table, columns, drop=self.needs)
 
     def _one(self, item: dict[str, Any]) -> Outcome:
         if item["listing_error"]:
@@ -133,7 +135,7 @@ class Read:
                 found = self._cursor(path).read(sorted(rows))
                 outcomes |= {n: self._limited(found.get(row)) for row, n in rows.items()}
             except (StorageError, OSError, ValueError) as error:
-                outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, one_line(error)))
+                outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, get_first_line(error)))
         return outcomes
 
     def _cursor(self, path: bytes) -> ParquetCursor:
@@ -164,5 +166,5 @@ def _unless_known(outcome: Outcome, previous: int | None) -> Outcome:
     data, status, _ = outcome
     if previous is None or status not in (OK, READ_ERROR):
         return outcome
-    same = data is not None and hash_content(image_id(data)) == previous
+    same = data is not None and hash_content(compute_image_id(data)) == previous
     return (None, TOUCHED if same else UNCHANGED, None) if same or status == READ_ERROR else outcome

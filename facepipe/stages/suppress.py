@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import pack, with_columns
+from facepipe.arrow import pack_arrays, set_columns
 from facepipe.gallery import suppressed
 from facepipe.hashing import hash64
 from facepipe.schema import ERASED, OK
@@ -24,7 +24,7 @@ class Suppress:
 
     @cached_property
     def _erased(self) -> Any:
-        return suppressed.contents(self.gallery)
+        return suppressed.read_contents(self.gallery)
 
     def setup(self) -> None:
         """Read the hashes."""
@@ -38,8 +38,8 @@ class Suppress:
             return table
         chunks = [chunk for chunk in table["bytes"].chunks if len(chunk)]
         kept = pa.chunked_array(
-            [pack([None]).chunk(0) if hide else chunk for hide, chunk in zip(gone, chunks, strict=True)],
+            [pack_arrays([None]).chunk(0) if hide else chunk for hide, chunk in zip(gone, chunks, strict=True)],
             pa.large_binary(),
         )
         statuses = [ERASED if hide and status == OK else status for hide, status in zip(gone, statuses, strict=True)]
-        return with_columns(table, {"bytes": kept, "status": pa.array(statuses, pa.string())})
+        return set_columns(table, {"bytes": kept, "status": pa.array(statuses, pa.string())})

@@ -12,7 +12,7 @@ from facepipe.gallery import Gallery
 from facepipe.schema import WORK_ITEM
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.blocks import Block, BlockSize
-from facepipe.sources.relocate import Places
+from facepipe.sources.relocate import ImageLocator
 from facepipe.stages.chips import GIVEN_COLUMNS
 from facepipe.training.data.selection import (
     FACES_FILE,
@@ -53,7 +53,7 @@ class GalleryListing:
             names = pa.ipc.open_file(file).read_all()["name"].combine_chunks()
         known = np.load(self.known, mmap_mode="r")
         number = 0
-        places = Places()
+        places = ImageLocator()
         remaining = len(selected) - len(known)
         batches = Gallery(self.gallery, self.version).batches(_COLUMNS, "landmarks is not null", ROWS)
         for faces in iterate_whole_images(batches):
@@ -76,7 +76,7 @@ class GalleryListing:
         yield Block(number, WORK_ITEM.empty_table(), last=True)
 
 
-def _build_block(number: int, rows: pa.Table, starts: Int64, places: Places) -> Block:
+def _build_block(number: int, rows: pa.Table, starts: Int64, places: ImageLocator) -> Block:
     """Build a block of images with their known faces.
 
     Args:
@@ -90,7 +90,7 @@ def _build_block(number: int, rows: pa.Table, starts: Int64, places: Places) -> 
     first = pa.array(starts[:-1])
     uris = rows["uri"].take(first).to_pylist()
     fingerprints = rows["fingerprint"].take(first).to_pylist()
-    items = [places.item(uri, fingerprint) for uri, fingerprint in zip(uris, fingerprints, strict=True)]
+    items = [places.locate_image(uri, fingerprint) for uri, fingerprint in zip(uris, fingerprints, strict=True)]
     columns = [*zip(*items, strict=True), [None] * len(items)]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, WORK_ITEM, strict=True)]
     table = pa.table(arrays, schema=WORK_ITEM)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK
 from facepipe.sources import open_source
@@ -303,7 +303,7 @@ class _ChipMover:
         self.chips = 0
         storage.write(self._failures, b"uri,status,error\n")
 
-    def move(self, record: Record) -> None:
+    def move(self, record: PartRecord) -> None:
         """Count a finished block, move its chips, and delete its part."""
         self._figures["images"] += record.images
         self._figures["listed twice"] += record.repeated

@@ -13,13 +13,13 @@ from pydantic import Field
 
 from facepipe import storage
 from facepipe.gallery import Gallery
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
 from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize
-from facepipe.sources.blocks import blocks as cut_blocks
+from facepipe.sources.blocks import cut_blocks as cut_blocks
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Encode, KnownFaces, Subject, WholeImage
 from facepipe.storage.hashtable import HashTable
@@ -177,7 +177,7 @@ class _NamedItems:
         return (item for item in self._source if not self._names or self._names.find_name(item.uri))
 
 
-def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Iterator[Record]:
+def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Iterator[PartRecord]:
     """Yield the records of blocks as workers finish them.
 
     If Ray was started, it is stopped when the iterator is exhausted or closed.
@@ -202,7 +202,7 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
 
 def _run_blocks(
     runner: str, blocks: Callable[[], Iterator[Block]], job: WorkerJob, plan: WorkerPlan
-) -> Iterator[Record]:
+) -> Iterator[PartRecord]:
     if runner == "ray":
         return ray.run(blocks, [job], plan)
     if runner == "inline":

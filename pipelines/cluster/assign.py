@@ -10,7 +10,7 @@ from facepipe.curation.clusters.incremental import ClusterUpdate, update_cluster
 from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums
 from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Mark
+from facepipe.gallery.changes import ReadMark
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.cluster.pipeline import NAME
 from pipelines.graph import OnProgress
@@ -69,7 +69,7 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
             raise _UnchangedError
         _copy_unchanged(report, folder)
         _write_tables(update, folder)
-        ClusterSums(update.clusters, Mark.of(table)).save(folder)
+        ClusterSums(update.clusters, ReadMark.from_gallery(table)).save(folder)
         _summarise(summary, update)
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
@@ -77,9 +77,9 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
 
 def _keep_report(table: Gallery, report: str, folder: str) -> None:
     """Keep the report with a newer mark: the files of the table may have changed without its faces."""
-    mark = Mark.of(table)
+    mark = ReadMark.from_gallery(table)
     path = os.path.join(report, MARK)
-    if Mark.load(path) != mark:
+    if ReadMark.load(path) != mark:
         mark.save(path)
     shutil.rmtree(folder)
 

@@ -31,7 +31,7 @@ from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Mark
+from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64
@@ -226,4 +226,4 @@ def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder:
     # The rule and the sums by which new faces are placed.
     PlacementRule(graph.cohort, graph.info.threshold.similarity).save(folder)
     ordered = Clusters(clusters.sums[order], clusters.crowd[order], clusters.size[order])
-    ClusterSums(ordered, Mark.of(gallery)).save(folder)
+    ClusterSums(ordered, ReadMark.from_gallery(gallery)).save(folder)

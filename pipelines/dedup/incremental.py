@@ -18,7 +18,7 @@ from facepipe.curation.duplicates.incremental import NewImages, gather_new_image
 from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Changes, Files, Mark, changes
+from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.reports.html import write_report
@@ -70,7 +70,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
     summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     with suppress(_UnchangedError), open_report_folder(table, NAME) as folder:
-        since = changes(table, _load_last_mark(table))
+        since = find_changes(table, _load_last_mark(table))
         images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
         phases.end("gather")
         if images is None:
@@ -84,7 +84,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
         write_tables(folder, duplicates, None, summary)
         report = _build_report(table, since, images, duplicates, config.dedup)
         write_report(report, os.path.join(folder, "report.html"))
-        Mark.of(table).save(os.path.join(folder, MARK))
+        ReadMark.from_gallery(table).save(os.path.join(folder, MARK))
         summary.new = len(uris)
         summary.compared = pc.count_distinct(images.table["uri"]).as_py() - len(uris)
         summary.without_hash = _count_without_hash(images)
@@ -92,11 +92,11 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
     return summary
 
 
-def _load_last_mark(table: Gallery) -> Mark | None:
+def _load_last_mark(table: Gallery) -> ReadMark | None:
     """Load the later of the marks that this command and a whole `dedup` left, if possible one of this table."""
     marks = []
     for name in (NAME, WHOLE):
-        mark = Mark.load(os.path.join(locate_reports(table), name, MARK))
+        mark = ReadMark.load(os.path.join(locate_reports(table), name, MARK))
         if mark is not None:
             marks.append(mark)
     of_this_table = [mark for mark in marks if mark.gallery == table.id]
@@ -115,9 +115,9 @@ def _open_index(table: Gallery) -> Index:
 def _keep_report(table: Gallery, report: str, folder: str) -> None:
     """Keep the report with a newer mark: the files of the table may have changed without new rows."""
     if os.path.isdir(report):
-        mark = Mark.of(table)
+        mark = ReadMark.from_gallery(table)
         path = os.path.join(report, MARK)
-        if Mark.load(path) != mark:
+        if ReadMark.load(path) != mark:
             mark.save(path)
     shutil.rmtree(folder)
 
@@ -148,16 +148,16 @@ def _count_without_hash(images: NewImages) -> int:
 
 
 def _build_report(
-    table: Gallery, since: Changes, images: NewImages, duplicates: Duplicates, rule: DuplicateRule
+    table: Gallery, since: TableChanges, images: NewImages, duplicates: Duplicates, rule: DuplicateRule
 ) -> Report:
     count = pc.count_distinct(images.table["uri"].filter(pa.array(images.is_new))).as_py()
     new = Figure("new images", f"{count:,}", f"{images.query_count:,} faces were looked up in the index")
-    files = Files(table, _select_files(table, since, images, duplicates))
+    files = PartialGallery(table, _select_files(table, since, images, duplicates))
     report = build_duplicates_report([files], duplicates, rule, new)
     return replace(report, title="Copies among the new images, and of them")
 
 
-def _select_files(table: Gallery, since: Changes, images: NewImages, duplicates: Duplicates) -> list[str]:
+def _select_files(table: Gallery, since: TableChanges, images: NewImages, duplicates: Duplicates) -> list[str]:
     """Select the table's files that pictures are read from, up to a limit of bytes.
 
     The files of the new images come first, then those that hold most of the rest. The limit is needed because pictures
@@ -171,7 +171,7 @@ def _select_files(table: Gallery, since: Changes, images: NewImages, duplicates:
         return []
     old = images.table.filter(pc.and_(pc.is_in(images.table["uri"], uris), images.table["file"].is_valid()))
     counts = sorted(old["file"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"]))
-    order = dict.fromkeys([*since.whole, *since.mixed, *(row["values"] for row in counts)])
+    order = dict.fromkeys([*since.new_files, *since.mixed_files, *(row["values"] for row in counts)])
     paths = [path for path in order if path in size]
     totals = np.cumsum([size[path] for path in paths])
     return [path for path, total in zip(paths, totals, strict=True) if total <= _MAX_THUMB_BYTES]

@@ -17,7 +17,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Mark
+from facepipe.gallery.changes import ReadMark
 from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
@@ -120,7 +120,7 @@ def run(
         if against:
             shutil.rmtree(graph_folder)  # it holds the vectors of the other gallery
         else:
-            Mark.of(galleries[0]).save(os.path.join(folder, MARK))  # where `dedup --new` starts
+            ReadMark.from_gallery(galleries[0]).save(os.path.join(folder, MARK))  # where `dedup --new` starts
         phases.end("write")
     summary.recall = graph.info.recall
     summary.without_hash = _count_without_hash(galleries)

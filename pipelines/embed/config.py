@@ -83,7 +83,7 @@ class EmbedConfig:
     @property
     def contract(self) -> Contract:
         """What the embeddings depend on."""
-        return Contract.of(self.detect.model, self.embed.model, self.embed.flip)
+        return Contract.from_models(self.detect.model, self.embed.model, self.embed.flip)
 
     @property
     def warning(self) -> str:

@@ -13,7 +13,7 @@ from facepipe.errors import AccountingError, SourceError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.missing import MissingUris, mark_missing, write_missing
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.table import RUNS
 from facepipe.models.zoo.registry import find_card_file
@@ -22,9 +22,9 @@ from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize
-from facepipe.sources.blocks import blocks as cut_blocks
-from facepipe.sources.extensions import is_web
-from facepipe.sources.item import Watched
+from facepipe.sources.blocks import cut_blocks as cut_blocks
+from facepipe.sources.extensions import is_web_url
+from facepipe.sources.item import WatchedSource
 from facepipe.stages import check_chain
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease
@@ -60,14 +60,14 @@ class EmbedListing:
 
     def __call__(self) -> Iterator[Block]:
         source = open_source(self.source)
-        known = KnownImages(Gallery(self.gallery, self.version), source.name, suppressed.uris(self.gallery))
-        watched = Watched(source)
+        known = KnownImages(Gallery(self.gallery, self.version), source.name, suppressed.read_uris(self.gallery))
+        watched = WatchedSource(source)
         try:
             yield from cut_blocks(watched, known, self.size)
             if self.missing:
-                most = int(self.at_most * known.of_source)
-                count, uris = (0, None) if watched.broken else known.missing(most)
-                write_missing(self.missing, MissingUris(count, known.of_source, watched.broken, uris))
+                most = int(self.at_most * known.source_count)
+                count, uris = (0, None) if watched.broken_count else known.find_missing(most)
+                write_missing(self.missing, MissingUris(count, known.source_count, watched.broken_count, uris))
         finally:
             known.close()
 
@@ -161,12 +161,12 @@ def _sampled(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
 
 
 def _collect(
-    records: Iterator[Record], commit: Committer, summary: EmbedSummary, config: EmbedConfig, progress: Progress
+    records: Iterator[PartRecord], commit: Committer, summary: EmbedSummary, config: EmbedConfig, progress: Progress
 ) -> None:
     """Count and commit records as they come; what is finished is committed even when the run is broken off."""
     began = committed = time.monotonic()
     interval = config.run.commit_seconds
-    pending: list[Record] = []
+    pending: list[PartRecord] = []
     numbers = blocks = last = 0
     try:
         for record in records:
@@ -214,7 +214,7 @@ def _figures(summary: EmbedSummary) -> dict[str, Any]:
     }
 
 
-def _records(runner: str, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[Record]:
+def _records(runner: str, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
     if runner == "ray":
         return ray.run(blocks, jobs, plan)
     return inline.run(blocks, jobs[0]) if runner == "inline" else local.run(blocks, jobs[0], plan.groups[0])
@@ -239,7 +239,7 @@ def _job(
     config: EmbedConfig, group: WorkerGroup, writes: bool, identity: str, source: str, gallery: Gallery
 ) -> WorkerJob:
     stages = list(config.build_stages(group))
-    if "read" in group.stages and suppressed.contents(gallery.path).size:
+    if "read" in group.stages and suppressed.read_contents(gallery.path).size:
         stages.insert(1, Suppress(gallery.path))
     marks = storage.join(gallery.path, RUNS, identity)
     ahead, batch = config.count_stages_ahead(group, tuple(stages)), config.run.batch or group.batch
@@ -249,7 +249,7 @@ def _job(
 def make_paths_absolute(config: EmbedConfig) -> EmbedConfig:
     """Paths made absolute: workers may run in another folder than the user."""
     uri = config.source.uri
-    stays = not uri or is_web(uri)
+    stays = not uri or is_web_url(uri)
     return replace(
         config,
         source=config.source if stays else replace(config.source, uri=storage.to_absolute(uri)),

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.schema import FAILED
 
 
@@ -47,7 +47,7 @@ class EmbedSummary:
         """Images that gave neither faces nor the certainty that there are none."""
         return sum(self.statuses[status] for status in FAILED)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: PartRecord) -> None:
         """Count a finished block."""
         self.images += record.images
         self.faces += record.faces

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.gallery.maintenance.compact import CompactConfig
-from facepipe.sources import Kind, SourceConfig, open_source
+from facepipe.sources import SourceConfig, SourceKind, open_source
 from facepipe.sources.identity import IdentityRule
 from pipelines.cluster.pipeline import ClusterRules
 from pipelines.embed.config import EmbedConfig, MissingConfig
@@ -31,7 +31,7 @@ class NightSource:
     """
 
     uri: str = ""
-    kind: Kind = "auto"
+    kind: SourceKind = "auto"
     identity: IdentityRule = "auto"
     name: str | None = None
     root: str | None = None

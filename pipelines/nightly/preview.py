@@ -14,10 +14,10 @@ import pyarrow.dataset as ds
 from facepipe.erasure import pending
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.compact import due
+from facepipe.gallery.maintenance.compact import plan_compaction
 from facepipe.hashing import hash64
 from facepipe.sources import open_source
-from facepipe.sources.item import Watched
+from facepipe.sources.item import WatchedSource
 from facepipe.types import Bool, UInt64
 from pipelines.job import count_indexed, load_known, open_gallery
 from pipelines.nightly.config import NightlyConfig, NightSource
@@ -76,7 +76,7 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
             _count_missing_and_erased(gallery, source, unlisted, preview)
     if gallery:
         preview.steps["index"] = count_indexed(gallery)
-        groups = due(gallery, config.compact)
+        groups = plan_compaction(gallery, config.compact)
         preview.steps["compact"] = {"joined": sum(map(len, groups)), "into": len(groups)}
     return preview
 
@@ -88,13 +88,13 @@ def _list_source(
     name = source.title
     is_watched = source.missing != "keep"
     try:
-        listing = Watched(open_source(source.to_source()))
+        listing = WatchedSource(open_source(source.to_source()))
     except SourceError as error:
         preview.failures.append(f"{name}: {error}")
         return _Unlisted()
     with closing(load_known(gallery, name)) as known:
         counts = count_listed(listing, known)
-        missing, uris = known.missing(known.of_source)
+        missing, uris = known.find_missing(known.source_count)
     preview.steps[f"embed {name}"] = counts
 
     # An empty listing of a watched source is a fault of the source, not the deletion of all its images.
@@ -103,12 +103,12 @@ def _list_source(
             preview.failures.append(f"{name}: no image in {source.uri!r}")
         return _Unlisted()
 
-    has_too_many = missing > int(config.night.missing_at_most * known.of_source)
-    if is_watched and has_too_many and not listing.broken:
+    has_too_many = missing > int(config.night.missing_at_most * known.source_count)
+    if is_watched and has_too_many and not listing.broken_count:
         preview.failures.append(
-            f"{name}: {missing} of {known.of_source} images are missing at once: they would be left alone"
+            f"{name}: {missing} of {known.source_count} images are missing at once: they would be left alone"
         )
-    return _Unlisted(np.sort(uris), is_marked=is_watched and not has_too_many and not listing.broken)
+    return _Unlisted(np.sort(uris), is_marked=is_watched and not has_too_many and not listing.broken_count)
 
 
 def _count_missing_and_erased(

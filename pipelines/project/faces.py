@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import buffers
+from facepipe.arrow import view_buffers
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.pairs import read_subject_rows
 from facepipe.evaluation.pairs_file import Pair, read_pairs
@@ -20,7 +20,7 @@ from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, WORK_ITEM
-from facepipe.sources.relocate import Places
+from facepipe.sources.relocate import ImageLocator
 from facepipe.stages import Align, Decode, Read
 from facepipe.stages.chain import Chain
 from facepipe.stages.chips import GIVEN_COLUMNS, KnownFaces
@@ -150,7 +150,7 @@ class FaceCutter:
 
     def cut_chips(self, faces: Int64, images: Counter[str]) -> Iterator[tuple[Int64, UInt8]]:
         """(ids (n,), chips (n, h, w, 3)) block by block; `images` counts what became of the images, by status."""
-        places = Places()
+        places = ImageLocator()
         for batch in self._gallery.batches(_COLUMNS, "landmarks is not null"):
             mine = batch.filter(pa.array(np.isin(batch["face_id"].to_numpy(), faces))).to_pylist()
             found = dict[str, list[dict[str, Any]]]()
@@ -164,7 +164,7 @@ class FaceCutter:
         made = self._chain(table)
         status, index = made["status"].to_pylist(), made["face_index"].to_pylist()
         images.update(s for s, n in zip(status, index, strict=True) if s != OK or n == 0)
-        rows = zip(made["given_faces"].to_pylist(), index, buffers(made["chip"]), strict=True)
+        rows = zip(made["given_faces"].to_pylist(), index, view_buffers(made["chip"]), strict=True)
         cut = [(ids[n], view) for ids, n, view in rows if view is not None]
         width, height = self._size
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for _, view in cut]
@@ -173,9 +173,9 @@ class FaceCutter:
         )
 
 
-def _build_table(images: list[list[dict[str, Any]]], places: Places) -> pa.Table:
+def _build_table(images: list[list[dict[str, Any]]], places: ImageLocator) -> pa.Table:
     """One row an image, with its faces as the stage Given wants them."""
-    items = [(*places.item(faces[0]["uri"]), None) for faces in images]
+    items = [(*places.locate_image(faces[0]["uri"]), None) for faces in images]
     work = pa.table([pa.array(c, f.type) for c, f in zip(zip(*items, strict=True), WORK_ITEM, strict=True)], WORK_ITEM)
     given = {
         "given_image": [faces[0]["image_id"] for faces in images],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.observe.metrics import LIVE_METRICS, METRICS
 
 
@@ -18,7 +18,7 @@ class _Counters:
     stage_seconds: Any
 
 
-def count_block(record: Record) -> None:
+def count_block(record: PartRecord) -> None:
     """Count a finished block: images by status, faces, and seconds by stage. Without Ray nothing happens."""
     if not _is_on_ray():
         return

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.errors import AccountingError, FacepipeError
-from facepipe.gallery.commits.parts import Record, stamp, status_rows, write_part
+from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, make_status_rows, write_part
 from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
@@ -47,7 +47,7 @@ class BlockWorker:
         """Load the models."""
         self._chain.setup()
 
-    def __call__(self, block: Block) -> Block | Record:
+    def __call__(self, block: Block) -> Block | PartRecord:
         """A record where this worker writes, else the block with the rows that its stages made."""
         self._chain.seconds.clear()
         if block.items.num_rows == 0:
@@ -58,9 +58,9 @@ class BlockWorker:
         if not self.job.writes:
             return replace(block, rows=rows)
         counts = {name: getattr(block, name) for name in ("skipped", "repeated", "ignored", "erased", "last")}
-        record = Record(block.number, **counts, seconds=dict(self._chain.seconds))
+        record = PartRecord(block.number, **counts, seconds=dict(self._chain.seconds))
         if rows is not None:
-            table = stamp(rows, self.job.source)
+            table = add_shared_columns(rows, self.job.source)
             write_part(table, block.items, self.job.faces_folder, self.job.run, record)
             if record.images != block.items.num_rows:
                 raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
@@ -94,7 +94,7 @@ class BlockWorker:
             items = block.items.slice(n, 1)
             with self._attempts.mark_image(uri) as crashed:
                 if crashed:
-                    parts.append(status_rows(items, CRASHED, "the worker died twice on this image"))
+                    parts.append(make_status_rows(items, CRASHED, "the worker died twice on this image"))
                     continue
                 try:
                     mine = table.slice(n, 1) if block.rows is None else table.filter(pc.equal(table["uri"], uri))
@@ -105,7 +105,7 @@ class BlockWorker:
                     self._distrust(error)
                     failures.append(error)
                     reason = f"{type(error).__name__}: {redact(str(error))[:160]}"
-                    parts.append(status_rows(items, CRASHED, reason))
+                    parts.append(make_status_rows(items, CRASHED, reason))
         if len(failures) == len(parts) > 1:
             raise failures[0]  # not the images' fault
         return pa.concat_tables(parts, promote_options="default")

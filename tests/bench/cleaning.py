@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from galleries import append
 
-from facepipe.arrow import vectors
+from facepipe.arrow import to_vectors
 from facepipe.evaluation.cleaning import evaluate_clean
 from facepipe.gallery import Gallery
 from pipelines.clean import CleanConfig, run
@@ -46,7 +46,7 @@ print(json.dumps(out))
 def chosen(gallery: Gallery, least: int) -> pa.Table:
     """The largest face of each image of identities that have enough images."""
     table = gallery.to_arrow(where="status = 'ok' and identity is not null")
-    box = vectors(table["box"], 4)
+    box = to_vectors(table["box"], 4)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
     order = np.lexsort((-area, pc.dictionary_encode(table["uri"].combine_chunks()).indices.to_numpy()))
     codes = pc.dictionary_encode(table["uri"].combine_chunks()).indices.to_numpy()[order]
@@ -97,7 +97,7 @@ def _rivals(python: str | None, folder: str, table: pa.Table, given: np.ndarray)
     if python is None:
         return {}
     kept = np.unique(given, return_inverse=True)[1]
-    np.savez(f"{folder}/data.npz", x=vectors(table["embedding"], 128), y=kept)
+    np.savez(f"{folder}/data.npz", x=to_vectors(table["embedding"], 128), y=kept)
     done = subprocess.run(
         [python, "-W", "ignore", "-c", _CLEANLAB, f"{folder}/data.npz"], check=True, capture_output=True, text=True
     )

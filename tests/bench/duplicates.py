@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe import Gallery
-from facepipe.arrow import vectors
+from facepipe.arrow import to_vectors
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.nearest.similarity import Pairs
 from facepipe.schema import EMBEDDING_DIM
@@ -118,7 +118,7 @@ def edges(x: np.ndarray[Any, np.dtype[np.float32]], radius: float) -> tuple[Any,
 def faces_of(gallery: Gallery) -> tuple[pa.Table, Any]:
     """(faces in node order, then images without any; vectors of the faces)."""
     table = gallery.to_arrow(COLUMNS, "image_id is not null").sort_by([("face_id", "ascending")])
-    x = vectors(table["embedding"].drop_null(), EMBEDDING_DIM)
+    x = to_vectors(table["embedding"].drop_null(), EMBEDDING_DIM)
     size = pc.list_element(pc.split_pattern(table["fingerprint"], "-", max_splits=1), 0).cast(pa.int64())
     faces = table.drop_columns(["embedding", "fingerprint"]).append_column("file_size", size)
     return faces.append_column("side", pa.array(np.zeros(table.num_rows, np.int8))), x

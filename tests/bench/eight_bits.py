@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from corpus import SHARED
 
-from facepipe.arrow import buffers
+from facepipe.arrow import view_buffers
 from facepipe.evaluation.pairs import score_pairs
 from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.models.dlib.dlib_onnx import Range, build_dlib_onnx, build_dlib_onnx_with_activations
@@ -44,7 +44,7 @@ def faces(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
         table = pa.Table.from_pylist(items, schema=WORK_ITEM)
         for stage in stages:
             table = stage(table)
-        for view in buffers(table["chip"]):
+        for view in view_buffers(table["chip"]):
             yield (
                 np.zeros((150, 150, 3), np.uint8)
                 if view is None

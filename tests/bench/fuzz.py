@@ -24,14 +24,14 @@ with atheris.instrument_imports(include=["facepipe.imaging", "facepipe.sources",
 
     from facepipe.errors import SourceError
     from facepipe.imaging.header import HeaderError, read_header
-    from facepipe.sources.identity import rule
+    from facepipe.sources.identity import make_identity_rule
     from facepipe.sources.item import WorkItem
     from facepipe.sources.list_file import ListSource
-    from facepipe.sources.tar import tar_items
+    from facepipe.sources.tar import list_tar_items
 
 _FOLDER = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp") / f"facepipe-fuzz-{os.getpid()}"
 _MOST_ITEMS = 100_000
-_IDENTIFY = rule("auto")
+_IDENTIFY = make_identity_rule("auto")
 
 
 def header(data: bytes) -> None:
@@ -47,7 +47,7 @@ def tar(data: bytes) -> None:
     path = _FOLDER / "x.tar"
     path.write_bytes(data)
     uris = set()
-    for n, item in enumerate(tar_items(str(path), _IDENTIFY)):
+    for n, item in enumerate(list_tar_items(str(path), _IDENTIFY)):
         assert n < _MOST_ITEMS
         _check(item)
         assert item.uri not in uris, "two images of one uri: the second would be taken for the first"

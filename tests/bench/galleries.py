@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe import storage
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record, encode, statistics
-from facepipe.hashing import image_id
+from facepipe.gallery.commits.parts import PartRecord, compute_statistics, encode_parquet
+from facepipe.hashing import compute_image_id
 from facepipe.schema import EMBEDDING_DIM, OK, conform
 
 CONTRACT = Contract("synthetic", "0" * 64, "synthetic", "0" * 64, "none", False)
@@ -107,7 +107,7 @@ def rows(identities: np.ndarray, faces: np.ndarray, first: int) -> pa.Table:
         "status": pa.array([OK] * len(faces)),
         "face_index": pa.array(np.zeros(len(faces), np.int16)),
         "identity": pa.array([f"person{n}" for n in identities]),
-        "embedding": float_lists(faces),
+        "embedding": to_float_lists(faces),
     }
     return conform(pa.table(columns))
 
@@ -116,10 +116,10 @@ def append(gallery: Gallery, tables: Iterable[pa.Table], run: str) -> None:
     """Commit each table of rows as a part."""
     commit = Committer(Gallery(gallery.path), run)  # opened again: others may have written since
     for n, table in enumerate(tables):
-        data = encode(table)
-        name = f"part-{run}-{n:06d}-{image_id(data)}.parquet"
+        data = encode_parquet(table)
+        name = f"part-{run}-{n:06d}-{compute_image_id(data)}.parquet"
         storage.write(storage.join(gallery.faces_folder, name), data)
-        commit([Record(n, rows=table.num_rows, path=name, size=len(data), stats=statistics(table))], {})
+        commit([PartRecord(n, rows=table.num_rows, path=name, size=len(data), stats=compute_statistics(table))], {})
 
 
 def make_gallery(path: Path, count: int, faces: Faces | None = None) -> Gallery:

@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from galleries import CONTRACT, Faces, rows
 
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record, write_part
+from facepipe.gallery.commits.parts import PartRecord, write_part
 from facepipe.index.rows import read_face_rows
 from facepipe.schema import FACES
 
@@ -41,8 +41,8 @@ def full(table: pa.Table, rng: np.random.Generator) -> pa.Table:
     """Rows as a worker makes them: every column has values, but those of thumbnails and of missing images."""
     n = table.num_rows
     drawn = {
-        "box": float_lists(rng.uniform(0, 1000, (n, 4)).astype(np.float32)),
-        "landmarks": float_lists(rng.uniform(0, 1000, (n, 10)).astype(np.float32)),
+        "box": to_float_lists(rng.uniform(0, 1000, (n, 4)).astype(np.float32)),
+        "landmarks": to_float_lists(rng.uniform(0, 1000, (n, 10)).astype(np.float32)),
         "source": pa.array(["bench"] * n),
         "fingerprint": pa.array([f"{size}-{time}" for size, time in rng.integers(1 << 40, 1 << 60, (n, 2))]),
         "width": pa.array(np.full(n, 1024, np.int32)),
@@ -84,10 +84,10 @@ def write_raw(parts: list[pa.Table], folder: Path, sync: bool) -> None:
 
 def write_gallery(parts: list[pa.Table], gallery: Gallery) -> None:
     commit = Committer(gallery, "bench")
-    records: list[Record] = []
+    records: list[PartRecord] = []
     for n, part in enumerate(parts):
         items = pa.table([part["uri"], pa.nulls(part.num_rows, pa.uint64())], ["uri", "previous"])
-        records.append(write_part(part, items, gallery.faces_folder, "bench", Record(n)))
+        records.append(write_part(part, items, gallery.faces_folder, "bench", PartRecord(n)))
         if len(records) == COMMIT_EVERY:
             commit(records, {})
             records = []

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from facepipe.arrow import pack
+from facepipe.arrow import pack_arrays
 from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
 from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.stages import Align, Detect
@@ -55,7 +55,7 @@ def table(images: list[np.ndarray]) -> pa.Table:
     """What Decode gives of images of the full size; no files, so that nothing is decoded again."""
     n = len(images)
     columns = {"uri": [f"{k}" for k in range(n)], "image_id": [f"{k:032x}" for k in range(n)], "status": ["ok"] * n}
-    columns |= {"error": pa.nulls(n, pa.string()), "bytes": pack([None] * n), "pixels": pack(images)}
+    columns |= {"error": pa.nulls(n, pa.string()), "bytes": pack_arrays([None] * n), "pixels": pack_arrays(images)}
     columns |= {
         "pixels_width": [WIDTH] * n,
         "pixels_height": [HEIGHT] * n,

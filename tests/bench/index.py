@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from galleries import Faces, make_gallery
 
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.config import build
 from facepipe.gallery import Gallery
 from facepipe.index.manifest import load
@@ -122,7 +122,7 @@ def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, 
     queries = faces.draw(np.random.default_rng(3).integers(0, people, count), 10**9 + 1)
     names = pa.array([f"q{n}" for n in range(count)])
     pq.write_table(
-        pa.table({"query_id": names, "embedding": float_lists(queries)}), folder / "q.parquet", row_group_size=20_000
+        pa.table({"query_id": names, "embedding": to_float_lists(queries)}), folder / "q.parquet", row_group_size=20_000
     )
     index = Index(gallery.path, recall=0.99)
     for nprobe in (index.setting.nprobe, 512, 640):

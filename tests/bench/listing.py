@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record, stamp, status_rows, write_part
+from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, make_status_rows, write_part
 from facepipe.gallery.known import KnownImages
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.blocks import Block, BlockSize, blocks
+from facepipe.sources.blocks import Block, BlockSize, cut_blocks
 
 
 def touch(folder: Path, count: int) -> None:
@@ -35,7 +35,7 @@ def touch(folder: Path, count: int) -> None:
 
 def listed(folder: Path, gallery: Gallery | None) -> Iterator[Block]:
     known = KnownImages(gallery)
-    yield from blocks(open_source(SourceConfig(str(folder))), known, BlockSize(workers=2))
+    yield from cut_blocks(open_source(SourceConfig(str(folder))), known, BlockSize(workers=2))
     known.close()
 
 
@@ -47,13 +47,13 @@ def remember(folder: Path, gallery: Gallery) -> None:
         batch.append(block.items)
         if len(batch) == 256 or block.last:
             items = pa.concat_tables(batch)
-            rows = stamp(status_rows(items, "decode_error", "bench"), "bench")
+            rows = add_shared_columns(make_status_rows(items, "decode_error", "bench"), "bench")
             rows = (
                 rows.append_column("image_id", pa.array(["0" * 32] * rows.num_rows))
                 if "image_id" not in rows.column_names
                 else rows
             )
-            records.append(write_part(rows, items, gallery.faces_folder, "bench", Record(block.number)))
+            records.append(write_part(rows, items, gallery.faces_folder, "bench", PartRecord(block.number)))
             batch = []
     commit(records, {})
 
@@ -86,7 +86,7 @@ def main() -> None:
             found, _, seconds, cpu = timed(files, None)
             print(f"{found} new images listed in {seconds:.1f} s, {cpu:.1f} s of CPU ({found / seconds:,.0f}/s)")
             print(f"  {memory()}", flush=True)
-        gallery = Gallery.create(f"{folder}/g", Contract.of("fake-detector", "fake-embedder", True))
+        gallery = Gallery.create(f"{folder}/g", Contract.from_models("fake-detector", "fake-embedder", True))
         remember(files, gallery)
         rounds = [timed(files, Gallery(f"{folder}/g")) for _ in range(args.rounds)]
         assert all(new == 0 and skipped == args.images for new, skipped, _, _ in rounds)

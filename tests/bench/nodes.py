@@ -29,7 +29,7 @@ from helpers import rows
 from ray_nodes import Cluster, Node, cluster
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 
 LIMIT = 150  # seconds after which a run is said to hang
 SETTINGS = [
@@ -121,7 +121,7 @@ def run(
     outcome.seconds = time.monotonic() - began
     outcome.equal = rows(gallery) == expected
     found = Gallery(str(gallery))
-    outcome.problems = verify(found).problems
+    outcome.problems = verify_gallery(found).problems
     named = {Path(file["path"]).name for file in found.files()}
     outcome.orphans = len({path.name for path in Path(found.faces_folder).glob("*.parquet")} - named)
     return outcome

@@ -29,13 +29,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import pipelines.embed.pipeline
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.table import open_table
-from facepipe.hashing import face_id, image_id
+from facepipe.hashing import compute_face_id, compute_image_id
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
 from facepipe.sources import SourceConfig
 from pipelines.embed import EmbedConfig, EmbedSummary, RunConfig
@@ -61,8 +61,10 @@ class Drawn:
         rng = np.random.default_rng(abs(hash(uris[0])))
         faces = rng.standard_normal((int(has.sum()), EMBEDDING_DIM), np.float32)
         faces /= np.linalg.norm(faces, axis=1, keepdims=True)
-        images = [image_id(uri.encode()) for uri in uris]
-        ids = [face_id(uri, image, 0) if face else None for uri, image, face in zip(uris, images, has, strict=True)]
+        images = [compute_image_id(uri.encode()) for uri in uris]
+        ids = [
+            compute_face_id(uri, image, 0) if face else None for uri, image, face in zip(uris, images, has, strict=True)
+        ]
 
         def some(values: np.ndarray) -> pa.Array:
             return pa.array(values, mask=~has)
@@ -79,10 +81,10 @@ class Drawn:
                 **{name: pa.array(np.full(n, 640, np.int32)) for name in ("width", "height")},
                 "image_hash": pa.array(rng.integers(-(1 << 63), 1 << 63, n)),
                 "face_index": some(np.zeros(n, np.int16)),
-                "box": float_lists(rng.random((len(faces), 4), np.float32), has),
-                "landmarks": float_lists(rng.random((len(faces), 10), np.float32), has),
+                "box": to_float_lists(rng.random((len(faces), 4), np.float32), has),
+                "landmarks": to_float_lists(rng.random((len(faces), 10), np.float32), has),
                 **floats,
-                "embedding": float_lists(faces, has),
+                "embedding": to_float_lists(faces, has),
                 "embedding_norm": some(np.ones(n, np.float32)),
             }
         )
@@ -101,7 +103,7 @@ class TimedCommitter(Committer):
 
     seconds: ClassVar[list[float]] = []
 
-    def __call__(self, records: list[Record], metadata: dict[str, Any]) -> None:
+    def __call__(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
         began = time.perf_counter()
         super().__call__(records, metadata)
         self.seconds.append(time.perf_counter() - began)

@@ -9,18 +9,23 @@ from hypothesis import strategies as st
 
 from facepipe.config import build, parse_settings, read_toml
 from facepipe.errors import ConfigError
-from facepipe.gallery.filters import parse
-from facepipe.hashing import MASK_63, face_id, hash64, image_id
+from facepipe.gallery.filters import parse_filter
+from facepipe.hashing import MASK_63, compute_face_id, compute_image_id, hash64
 from facepipe.storage.hashtable import HashTable
 from pipelines.embed import EmbedConfig
 
 
 def test_ids_are_stable() -> None:
-    assert image_id(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
-    assert face_id("a.jpg", "00", 0) == face_id("a.jpg", "00", 0) <= MASK_63
+    assert compute_image_id(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
+    assert compute_face_id("a.jpg", "00", 0) == compute_face_id("a.jpg", "00", 0) <= MASK_63
     assert (
         len(
-            {face_id("a.jpg", "00", 0), face_id("a.jpg", "00", 1), face_id("b.jpg", "00", 0), face_id("a.jpg", "01", 0)}
+            {
+                compute_face_id("a.jpg", "00", 0),
+                compute_face_id("a.jpg", "00", 1),
+                compute_face_id("b.jpg", "00", 0),
+                compute_face_id("a.jpg", "01", 0),
+            }
         )
         == 4
     )
@@ -107,4 +112,4 @@ def test_every_key_of_the_embed_config_can_be_set() -> None:
 @pytest.mark.parametrize("text", ["status = 'ok' and", "1 + 1", "nothing > 3", "__import__('os')", "status.upper()"])
 def test_wrong_filters_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
-        parse(text)
+        parse_filter(text)

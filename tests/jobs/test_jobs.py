@@ -17,7 +17,7 @@ import pytest
 from conftest import REPOSITORY, draw
 from helpers import run_facepipe
 
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.gallery import Gallery
@@ -305,7 +305,9 @@ def test_exit_codes_of_a_search(batch: Path, corpus: Path, tmp_path: Path) -> No
     both = ("--set", "bulk.fpir=0.1", "--set", "search.threshold=0.1")
     assert run_facepipe("bulk-search", batch, *both)[0] == 2
     vectors = np.array([[1.0] + [0.0] * 127, [np.nan] * 128], np.float32)
-    pq.write_table(pa.table({"query_id": ["a", "b"], "embedding": float_lists(vectors)}), tmp_path / "queries.parquet")
+    pq.write_table(
+        pa.table({"query_id": ["a", "b"], "embedding": to_float_lists(vectors)}), tmp_path / "queries.parquet"
+    )
     code, _, err = run_facepipe("bulk-search", batch, "--quiet", "--set", f'queries="{tmp_path}/queries.parquet"')
     assert (code, "1 of 2 queries failed" in err) == (3, True)
     (corpus / "person0" / "bad.jpg").write_bytes(b"no image")

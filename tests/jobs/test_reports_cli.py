@@ -17,7 +17,7 @@ from helpers import run_facepipe
 
 from facepipe.gallery import Contract, Gallery
 
-DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
+DLIB = Contract.from_models("retinaface-mnet025", "dlib-resnet", True)
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
     "<img src=x onerror=window.pwned=1>",

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from typer.testing import CliRunner
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index.verify import verify_index
 from jobs.cli import app
 
@@ -70,7 +70,7 @@ def break_table(folder: Path, values: dict[str, str]) -> None:
 
 
 def break_table_again(folder: Path, values: dict[str, str]) -> None:
-    if verify(Gallery(str(folder / "g"))).problems == []:
+    if verify_gallery(Gallery(str(folder / "g"))).problems == []:
         break_table(folder, values)
 
 
@@ -115,7 +115,7 @@ def test_the_commands_of_a_section_work(section: str, original: Path, tmp_path: 
             assert code == 0 or (number == 0 and before), f"{line}: {code}"
             assert not last or code == 0, line
     gallery = Gallery(values["G"])
-    assert verify(gallery).problems == []
+    assert verify_gallery(gallery).problems == []
     assert verify_index(gallery) == []
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from facepipe.adoption.tables import open_encodings
 from facepipe.errors import ConfigError, ContractError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.models.weights import find_package_file
 from jobs.cli import app
 from pipelines import adopt as pipeline
@@ -50,7 +50,7 @@ def adopt(path: Path, gallery: Path, **settings: Any) -> AdoptSummary:
 
 
 def sound(gallery: Path) -> bool:
-    return verify(Gallery(str(gallery))).problems == []
+    return verify_gallery(Gallery(str(gallery))).problems == []
 
 
 def test_rows_of_an_npz(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from facepipe.storage.lease import hold_lease
 from pipelines import clean as pipeline
 from pipelines.clean import CleanConfig, CleanSummary, run
 
-DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)  # says from which distance two faces are one person
+DLIB = Contract.from_models(
+    "retinaface-mnet025", "dlib-resnet", True
+)  # says from which distance two faces are one person
 
 
 def table(truth: np.ndarray, first: int = 0, **columns: Any) -> pa.Table:

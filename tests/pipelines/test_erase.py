@@ -39,11 +39,11 @@ from facepipe.erasure.selection import Selection, choose
 from facepipe.errors import GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record, encode, statistics
+from facepipe.gallery.commits.parts import PartRecord, compute_statistics, encode_parquet
 from facepipe.gallery.maintenance import compact as steps
 from facepipe.gallery.maintenance.compact import CompactConfig
-from facepipe.gallery.maintenance.verify import verify
-from facepipe.hashing import face_id, image_id
+from facepipe.gallery.maintenance.verify import verify_gallery
+from facepipe.hashing import compute_face_id, compute_image_id
 from facepipe.index import manifest
 from facepipe.index.search import Index
 from facepipe.index.shard import write_tombstones
@@ -58,7 +58,7 @@ from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import incremental as dedup_new
 from pipelines.dedup import pipeline as dedup
 
-DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
+DLIB = Contract.from_models("retinaface-mnet025", "dlib-resnet", True)
 PERSONS, EACH = 30, 6
 JANE = 'Jane "J" <b>Doe</b>, and\nSon: a & b'
 PLANTED = {0: JANE, 1: "keep", 2: "A and B: one person?", 3: "12"}
@@ -105,7 +105,7 @@ def people(persons: np.ndarray, first: int = 0, **columns: list[Any]) -> pa.Tabl
 def identified(rows: list[dict[str, Any]]) -> pa.Table:
     """With the face ids that these images' faces have."""
     return pa.Table.from_pylist(
-        [{**r, "face_id": face_id(r["uri"], r["image_id"], r["face_index"])} for r in rows], FACES
+        [{**r, "face_id": compute_face_id(r["uri"], r["image_id"], r["face_index"])} for r in rows], FACES
     )
 
 
@@ -241,7 +241,7 @@ def sound(gallery: Gallery, traces: Traces, stay: list[dict[str, Any]], paths: l
     assert table_rows(gallery) == stay
     left = {n: d for n, d in tree(gallery.path).items() if not n.startswith("runs/")}
     assert traces.anywhere(left) == {}
-    assert verify(Gallery(gallery.path)).problems == []
+    assert verify_gallery(Gallery(gallery.path)).problems == []
     assert not [n for n in os.listdir(Path(gallery.path, "erased")) if n.endswith((".pending", ".state", ".new"))]
     for path in paths:
         assert check_erased(Gallery(gallery.path), receipt.load(path)) == []
@@ -465,11 +465,14 @@ def test_an_index_that_is_behind_the_table(gallery: Gallery) -> None:
     was = [row for row in table_rows(gallery) if row["identity"] == name_of(9)]
     first = was[0]
     changed = people(np.array([9]), 500, uri=[first["uri"]], identity=[name_of(9)])
-    data = encode(changed)
-    name = f"part-x-000000-{image_id(data)}.parquet"
+    data = encode_parquet(changed)
+    name = f"part-x-000000-{compute_image_id(data)}.parquet"
     storage.write(storage.join(gallery.faces_folder, name), data)
     commit = Committer(gallery, "20261102T000000-000000")
-    commit([Record(0, rows=1, path=name, size=len(data), stats=statistics(changed), replaced=[first["uri"]])], {})
+    commit(
+        [PartRecord(0, rows=1, path=name, size=len(data), stats=compute_statistics(changed), replaced=[first["uri"]])],
+        {},
+    )
     now = Gallery(gallery.path)
     traces, stay = traces_of(now, Selection(identities=(name_of(9),)))
     old = Traces(was, {name_of(9)})
@@ -505,18 +508,18 @@ def test_vectors_that_were_dead_already_go_as_well(gallery: Gallery) -> None:
 
 STEPS = (
     "pipelines.erase.pending.begin",
-    "pipelines.erase.suppressed.suppress",
+    "pipelines.erase.suppressed.suppress_images",
     "facepipe.erasure.vectors.bury",
     "pipelines.erase.vectors.hide",
-    "pipelines.erase.rewritten",
-    "pipelines.erase.Committer.commit",
+    "pipelines.erase.rewrite_files",
+    "pipelines.erase.Committer.commit_actions",
     "facepipe.erasure.vectors.merge_shards",
     "pipelines.erase.vectors.remove",
     "pipelines.erase.cluster_assign.run",
     "pipelines.erase._Steps._gone",
     "pipelines.erase._Steps._reports",
-    "pipelines.erase.vacuum",
-    "pipelines.erase.forget_history",
+    "pipelines.erase.delete_unreferenced",
+    "pipelines.erase.delete_history",
     "pipelines.erase.receipt.save",
     "pipelines.erase.pending.end",
 )
@@ -692,14 +695,14 @@ def test_a_damaged_table_is_said_and_the_erasure_goes_on_after_repair(
     code, _, err = call("erase", gallery.path, "--identity", name_of(9), "--quiet")
     assert (code, "cannot read the table" in " ".join(err.split())) == (1, True)
     victim.write_bytes(whole)
-    real = erase.rewritten
+    real = erase.rewrite_files
 
     def broken(*args: Any) -> Iterator[Any]:
         victim.write_bytes(whole[: len(whole) // 2])
         yield from real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(erase, "rewritten", broken)
+        patch.setattr(erase, "rewrite_files", broken)
         code, _, err = call("erase", gallery.path, "--identity", name_of(9), "--quiet")
     assert (code, "cannot read" in " ".join(err.split())) == (1, True)
     assert pending.unfinished(gallery.path)
@@ -723,7 +726,7 @@ def test_damaged_reports_do_not_stop_it(gallery: Gallery, data: bytes) -> None:
 
 
 def test_a_damaged_pending_file_is_said(gallery: Gallery) -> None:
-    suppressed.put(gallery.path, "20261101T000000-000000.pending", b"PAR1")
+    suppressed.write_erased_file(gallery.path, "20261101T000000-000000.pending", b"PAR1")
     with pytest.raises(GalleryError, match="is damaged"):
         erase.run(Selection(identities=("x",)), gallery.path)
 
@@ -969,7 +972,7 @@ def test_in_an_object_store(bucket: Any, tmp_path: Path, made: Path, fakes: dict
     assert check_erased(Gallery(path), receipt.load(summary.receipts[0])) == []
     erase.delete_copies(path)
     assert traces.anywhere(tree(tmp_path / "cache")) == {}
-    assert verify(Gallery(path)).problems == []
+    assert verify_gallery(Gallery(path)).problems == []
     assert verify_index(Gallery(path)) == []
     never_found(Gallery(path), traces)
     assert index.run(index.IndexConfig(), path).action == "unchanged"
@@ -999,7 +1002,7 @@ def test_compaction_changes_nothing_but_files(gallery: Gallery) -> None:
     summary = compact.run(CompactConfig(fewest=3, target_bytes=1 << 20), gallery.path)
     assert (summary.joined, summary.files) == (9, len(Gallery(gallery.path).files()))
     assert table_rows(gallery) == before
-    assert verify(Gallery(gallery.path)).problems == []
+    assert verify_gallery(Gallery(gallery.path)).problems == []
     assert index.run(index.IndexConfig(), gallery.path).action == "unchanged"
     assert manifest.load(gallery.path).shards == shards
     assert verify_index(Gallery(gallery.path)) == []
@@ -1026,7 +1029,7 @@ def test_files_that_left_are_kept_for_their_readers(gallery: Gallery) -> None:
 def test_killed_between_groups(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     before = table_rows(gallery)
     append(Gallery(gallery.path), [people(np.array([n]), 3000 + n) for n in range(3)], "20261102T000000-000000")
-    groups = steps.due(Gallery(gallery.path), CompactConfig(target_bytes=1 << 30), everything=True)
+    groups = steps.plan_compaction(Gallery(gallery.path), CompactConfig(target_bytes=1 << 30), everything=True)
     (group,) = groups
     real, done = steps._joined, []
 
@@ -1038,10 +1041,10 @@ def test_killed_between_groups(gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(steps, "_joined", one)
-        patch.setattr(compact, "due", lambda *_: [group[:3], group[3:]])
+        patch.setattr(compact, "plan_compaction", lambda *_: [group[:3], group[3:]])
         with pytest.raises(PowerCutError):
             compact.run(CompactConfig(), gallery.path)
     assert len(table_rows(gallery)) == len(before) + 3
-    assert verify(Gallery(gallery.path)).problems == []
+    assert verify_gallery(Gallery(gallery.path)).problems == []
     assert compact.run(CompactConfig(keep_hours=0), gallery.path, everything=True).files == 1
     assert len(table_rows(gallery)) == len(before) + 3

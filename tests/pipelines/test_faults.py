@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 from facepipe import storage
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.gallery.table import RUNS
 from facepipe.index import manifest
 from facepipe.index.search import Index
@@ -75,7 +75,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str
 def sound(gallery: str | Path, expected: Rows, indexed: bool = False) -> None:
     """A gallery is what an undisturbed one is, and nothing is left of what happened to it."""
     assert rows(gallery) == expected
-    assert verify(Gallery(str(gallery))).problems == []
+    assert verify_gallery(Gallery(str(gallery))).problems == []
     if indexed:
         assert verify_index(Gallery(str(gallery))) == []
         assert manifest.load(str(gallery)).live == sum(row["face_id"] is not None for row in expected)
@@ -471,7 +471,7 @@ def test_a_clock_that_jumps(trial: int, corpus: Path, expected: Rows, tmp_path: 
     found = rows(gallery)
     assert {Path(row["uri"]).name for row in found if row["missing_since"]} == {"03.png"}
     assert innocent([{**row, "missing_since": None} for row in found]) == innocent(expected)
-    assert verify(Gallery(str(gallery))).problems == []
+    assert verify_gallery(Gallery(str(gallery))).problems == []
     assert verify_index(Gallery(str(gallery))) == []
     assert leftovers(gallery) == []
 
@@ -520,7 +520,7 @@ runner = "inline"
     # A second that came when the first had ended found nothing to do.
     assert len([row for row in rows(copy) if row["source"] == "more" and row["face_index"] in (0, None)]) == 4
     assert [row for row in rows(copy) if row["source"] != "more"] == expected
-    assert verify(Gallery(str(copy))).problems == []
+    assert verify_gallery(Gallery(str(copy))).problems == []
     assert verify_index(Gallery(str(copy))) == []
     assert leftovers(copy) == []
 
@@ -557,7 +557,7 @@ def test_a_damaged_table_file(trial: int, corpus: Path, expected: Rows, copy: Pa
     gallery = Gallery(str(copy))
     victim = rng.choice(sorted(file["path"] for file in gallery.files()))
     harm(copy / "faces" / victim, how, rng)
-    assert any(victim in problem for problem in verify(gallery).problems)
+    assert any(victim in problem for problem in verify_gallery(gallery).problems)
     code, said = call("verify", copy)
     assert (code, victim in said.replace("\n", "")) == (1, True)
     for words in (

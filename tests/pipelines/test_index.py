@@ -22,7 +22,7 @@ from helpers import trials
 from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryBusyError, IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commits.parts import encode, statistics
+from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
 from facepipe.index import manifest
 from facepipe.index.search import Index, SearchSetting
 from facepipe.index.verify import verify_index
@@ -72,10 +72,10 @@ def replace(gallery: Gallery, change: Any, files: int | None = None, data_change
         kept = change(pq.read_table(f"{gallery.faces_folder}/{file['path']}").cast(FACES))
         actions.append(RemoveAction(file["path"], data_change, now))
         if kept.num_rows:
-            data = encode(kept)
+            data = encode_parquet(kept)
             name = f"rewritten-{time.time_ns()}-{n}.parquet"
             Path(gallery.faces_folder, name).write_bytes(data)
-            actions.append(AddAction(name, len(data), {}, now, data_change, statistics(kept)))
+            actions.append(AddAction(name, len(data), {}, now, data_change, compute_statistics(kept)))
     table.create_write_transaction(actions, "append", table.schema())
 
 

@@ -17,11 +17,11 @@ from bench.nodes import committed, listing, make_corpus, start, working
 from helpers import embed, rows
 from ray_nodes import Cluster, Node, cluster
 
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.config import build
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index import manifest
 from facepipe.index.verify import verify_index
 from facepipe.schema import WORK_ITEM
@@ -89,7 +89,7 @@ def test_embed(nodes: Cluster, fakes: dict[str, dict[str, object]], tmp_path: Pa
     assert committed(gallery) < IMAGES
     assert driver.wait(LIMIT) == 0
     assert rows(gallery) == rows(tmp_path / "inline")
-    assert verify(Gallery(str(gallery))).problems == []
+    assert verify_gallery(Gallery(str(gallery))).problems == []
     assert not list((gallery / "runs").glob("*/*")), "no marks of crashes are left"
 
 
@@ -108,7 +108,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("queries") / "q.parquet"
     vectors = Faces().draw(np.arange(300), 10**9)
     pq.write_table(
-        pa.table({"query_id": [f"q{n}" for n in range(len(vectors))], "embedding": float_lists(vectors)}), path
+        pa.table({"query_id": [f"q{n}" for n in range(len(vectors))], "embedding": to_float_lists(vectors)}), path
     )
     return path
 

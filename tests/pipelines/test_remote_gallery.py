@@ -14,7 +14,7 @@ from facepipe.config import build
 from facepipe.errors import GalleryBusyError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.storage import conditional
@@ -40,7 +40,7 @@ def test_embed_index_and_search_as_on_a_disk(
     _, vectors = Gallery(local).vectors()
     near, same = (Index(gallery).search(vectors, k=5) for gallery in (G, local))
     np.testing.assert_array_equal(near.ids, same.ids)
-    assert verify(Gallery(G)).problems == []
+    assert verify_gallery(Gallery(G)).problems == []
     assert verify_index(Gallery(G)) == []
 
 
@@ -88,18 +88,18 @@ def test_of_two_writers_one_wins(bucket: Any, drawings: Path, fakes: dict[str, A
     first, second = (Committer(Gallery(G), name) for name in ("one", "two"))
     import pyarrow as pa
 
-    from facepipe.gallery.commits.rewrite import Rewrite, rewritten
+    from facepipe.gallery.commits.rewrite import Rewrite, rewrite_files
 
     def actions() -> list[Any]:
         everything = Rewrite(("uri",), lambda t: pa.array([True] * t.num_rows), lambda rows, mask: rows)
-        return list(rewritten(Gallery(G), everything))
+        return list(rewrite_files(Gallery(G), everything))
 
     before = rows(G)
-    first.commit(actions, {})
+    first.commit_actions(actions, {})
     with pytest.raises(GalleryBusyError, match="since this one began"):
-        second.commit(actions, {})
+        second.commit_actions(actions, {})
     assert rows(G) == before
-    assert verify(Gallery(G)).problems == []
+    assert verify_gallery(Gallery(G)).problems == []
 
 
 def test_no_credentials_in_what_is_left(bucket: Any, drawings: Path, fakes: dict[str, Any]) -> None:

@@ -11,13 +11,13 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from helpers import embed
 
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.config import build
 from facepipe.errors import ConfigError, ContractError, EvaluationError, GalleryError, IndexingError, SourceError
 from facepipe.evaluation.identification import Probes, compute_identification, find_operating_point, search_probes
 from facepipe.evaluation.index import evaluate_index
 from facepipe.gallery import Gallery
-from facepipe.gallery.export import export
+from facepipe.gallery.export import export_parquet
 from facepipe.index.decide import decide_identities
 from facepipe.index.search import Index
 from pipelines.index import IndexConfig
@@ -49,7 +49,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,000 queries in row groups of 130."""
     path = tmp_path_factory.mktemp("queries") / "q.parquet"
     vectors = Faces().draw(np.arange(1000) % 350, 10**9)
-    table = pa.table({"query_id": [f"q{n}" for n in range(1000)], "embedding": float_lists(vectors)})
+    table = pa.table({"query_id": [f"q{n}" for n in range(1000)], "embedding": to_float_lists(vectors)})
     pq.write_table(table, path, row_group_size=130)
     return path
 
@@ -166,7 +166,7 @@ def test_queries_that_do_not_fit(gallery: Gallery, tmp_path: Path) -> None:
         search(gallery, other, out)
     identities, vectors = next(iter(Faces().blocks(20)))
     append(Gallery(str(other)), [rows(identities, vectors, 0)], "y")
-    export(Gallery(str(other)), str(tmp_path / "exported"))
+    export_parquet(Gallery(str(other)), str(tmp_path / "exported"))
     with pytest.raises(ContractError, match="flip"):
         search(gallery, tmp_path / "exported", out)
     with pytest.raises(IndexingError, match="facepipe index"):

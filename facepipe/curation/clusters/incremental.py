@@ -30,7 +30,7 @@ from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import changes
+from facepipe.gallery.changes import find_changes
 from facepipe.index.rows import read_unit_vectors
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sorted_lookup import find_sorted, is_in_sorted
@@ -216,10 +216,10 @@ def update_clusters(
 
 def _read_changes(gallery: Gallery, sums: ClusterSums, assignments: AssignmentTable) -> GalleryChanges:
     """Read what changed since the mark of the sums."""
-    since = changes(gallery, sums.mark)
-    faces, vectors = _read_usable(since.fresh(["face_id", "uri", "identity", "embedding"]))
+    since = find_changes(gallery, sums.mark)
+    faces, vectors = _read_usable(since.read_new_rows(["face_id", "uri", "identity", "embedding"]))
     is_new = assignments.find_clusters(np.asarray(faces["face_id"].to_numpy())) < 0
-    removed = since.gone_ids()
+    removed = since.find_deleted_ids()
     if removed is None:
         removed = _find_absent(gallery, assignments.read_all()[0])
     elif len(removed):

@@ -9,7 +9,7 @@ from facepipe.curation.clusters.assign import NearClusters
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Mark
+from facepipe.gallery.changes import ReadMark
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.types import Float32
@@ -20,7 +20,7 @@ _MIN_IN_CLUSTERS = 8
 _CHEAP_PRODUCTS = 1_000_000_000  # they take some seconds: up to there everything is compared
 
 
-def open_usable_index(gallery: Gallery, mark: Mark, products: int) -> Index | None:
+def open_usable_index(gallery: Gallery, mark: ReadMark, products: int) -> Index | None:
     """Open the gallery's index if it pays, and if it holds all faces that had a cluster at the mark.
 
     Args:

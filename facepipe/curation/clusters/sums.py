@@ -15,7 +15,7 @@ from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Mark
+from facepipe.gallery.changes import ReadMark
 from facepipe.index import manifest as manifests
 from facepipe.index.rows import read_unit_vectors
 from facepipe.index.search import Index
@@ -42,7 +42,7 @@ class ClusterSums:
     """
 
     clusters: Clusters
-    mark: Mark
+    mark: ReadMark
     stale: Int64 = field(default_factory=lambda: _NO_IDS)
 
     def save(self, folder: str) -> None:
@@ -61,7 +61,7 @@ class ClusterSums:
         Returns:
             None if there are none, or if they do not belong to the tables.
         """
-        mark = Mark.load(os.path.join(folder, MARK))
+        mark = ReadMark.load(os.path.join(folder, MARK))
         clusters = _read_sums(folder)
         if mark is None or clusters is None or len(face_counts) > len(clusters):
             return None

@@ -22,7 +22,7 @@ from facepipe.curation.duplicates.stars import build_stars
 from facepipe.curation.graph.nodes import find_representatives
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import Changes
+from facepipe.gallery.changes import TableChanges
 from facepipe.index.rows import read_unit_vectors
 from facepipe.index.search import Index
 from facepipe.nearest.similarity import Pairs
@@ -57,7 +57,7 @@ class NewImages:
 
 
 def gather_new_images(
-    changes: Changes, open_index: Callable[[], Index], rule: DuplicateRule, progress: Callable[[str], None]
+    changes: TableChanges, open_index: Callable[[], Index], rule: DuplicateRule, progress: Callable[[str], None]
 ) -> NewImages | None:
     """Gather the new images of a gallery and all images that they have to be compared with.
 
@@ -90,11 +90,11 @@ def gather_new_images(
     return NewImages(table.combine_chunks(), _is_one_of(table, uris), search.build_edges(table), search.query_count)
 
 
-def _read_new_rows(changes: Changes) -> tuple[pa.Table, Int64]:
+def _read_new_rows(changes: TableChanges) -> tuple[pa.Table, Int64]:
     """Read the rows of new images, and the sorted ids of their faces that can be searched for."""
     parts = [_make_empty_table()]
     ids = [_NO_IDS]
-    for batch in changes.fresh([*COLUMNS, "embedding"]):
+    for batch in changes.read_new_rows([*COLUMNS, "embedding"]):
         faces = batch.filter(batch["face_id"].is_valid())
         ids.append(faces["face_id"].to_numpy()[read_unit_vectors(faces["embedding"])[1]])
         part = pa.Table.from_batches([batch]).drop_columns("embedding")

@@ -16,8 +16,8 @@ from deltalake.transaction import Transaction
 
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
-from facepipe.gallery.commits.parts import Record
-from facepipe.gallery.commits.rewrite import Action, Rewrite, add, of_uris, rewritten
+from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.rewrite import Action, Rewrite, make_add_action, plan_rewrite_of_uris, rewrite_files
 from facepipe.gallery.table import Gallery, open_table
 from facepipe.schema import FACES
 from facepipe.storage.lease import Lease
@@ -42,7 +42,7 @@ class Committer:
         with _reported(gallery.path):
             self._table = open_table(gallery.faces_folder)
 
-    def __call__(self, records: list[Record], metadata: dict[str, Any]) -> None:
+    def __call__(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
         """Make the records' parts visible, with the run's figures so far in the log."""
         parts = [record for record in records if record.path]
         touched = {uri: mark for record in records for uri, mark in record.touched.items() if mark}
@@ -51,16 +51,16 @@ class Committer:
             return
 
         def actions() -> list[Action]:
-            found: list[Action] = [add(r.path, r.size, r.stats) for r in parts if r.path]
+            found: list[Action] = [make_add_action(r.path, r.size, r.stats) for r in parts if r.path]
             if replaced:
-                found += rewritten(Gallery(self.gallery.path), _without(replaced, touched))
+                found += rewrite_files(Gallery(self.gallery.path), _without(replaced, touched))
             elif touched:
-                found += rewritten(Gallery(self.gallery.path), _marked(touched))
+                found += rewrite_files(Gallery(self.gallery.path), _marked(touched))
             return found
 
-        self.commit(actions, metadata)
+        self.commit_actions(actions, metadata)
 
-    def commit(self, make: Callable[[], list[Action]], metadata: dict[str, Any]) -> None:
+    def commit_actions(self, make: Callable[[], list[Action]], metadata: dict[str, Any]) -> None:
         """Commit what `make` gives for the table as it is now; nothing where it gives nothing.
 
         SIGTERM and Ctrl-C wait until it is done: what is finished is committed, not done again by the next run.
@@ -125,11 +125,11 @@ def _without(replaced: set[str], touched: dict[str, str]) -> Rewrite:
         return _with_fingerprints(rows.filter(pc.invert(pc.is_in(rows["uri"], gone))), touched)
 
     # A file that holds only touched rows is said to change data as well: readers lose nothing by it.
-    return of_uris(replaced | touched.keys(), change)
+    return plan_rewrite_of_uris(replaced | touched.keys(), change)
 
 
 def _marked(touched: dict[str, str]) -> Rewrite:
-    return of_uris(touched.keys(), lambda rows, mask: _with_fingerprints(rows, touched), data_change=False)
+    return plan_rewrite_of_uris(touched.keys(), lambda rows, mask: _with_fingerprints(rows, touched), data_change=False)
 
 
 def _with_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:

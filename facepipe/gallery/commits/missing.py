@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.rewrite import Rewrite, rewritten
+from facepipe.gallery.commits.rewrite import Rewrite, rewrite_files
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
 from facepipe.schema import FACES
@@ -79,7 +79,7 @@ def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) ->
         nonlocal images
         images = 0
         what = Rewrite(("uri", "source", "missing_since", "face_index"), matches, change, may_match, data_change=False)
-        return list(rewritten(Gallery(gallery.path), what))
+        return list(rewrite_files(Gallery(gallery.path), what))
 
-    commit.commit(actions, {"job": "missing"})
+    commit.commit_actions(actions, {"job": "missing"})
     return images, ""

@@ -20,7 +20,7 @@ _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 
 
 @dataclass
-class Record:
+class PartRecord:
     """What a worker says of one finished block; everything the driver needs to commit and to account for it.
 
     statuses: images by status, those that are never stored (`touched` …) included; faces: rows with an embedding;
@@ -50,11 +50,11 @@ class Record:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Record":
+    def from_json(cls, text: str) -> "PartRecord":
         return cls(**json.loads(text))
 
 
-def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, record: Record) -> Record:
+def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, record: PartRecord) -> PartRecord:
     """Write the rows of a chain's output as a part below `folder` and fill in the record.
 
     `items` are the block's work items (they say which images replace older rows). The file's name ends in the first
@@ -74,15 +74,15 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     record.replaced = sorted(set(known) & set(table["uri"].to_pylist())) if known else []
     if table.num_rows:
         rows = conform(table)
-        data = encode(rows)
+        data = encode_parquet(rows)
         digest = hashlib.sha256(data).hexdigest()[:32]
         record.path, record.size = f"part-{prefix}-{record.block:06d}-{digest}.parquet", len(data)
-        record.stats = statistics(rows)
+        record.stats = compute_statistics(rows)
         storage.write(storage.join(folder, record.path), data)
     return record
 
 
-def encode(table: pa.Table) -> bytes:
+def encode_parquet(table: pa.Table) -> bytes:
     """A conforming table as Parquet: zstd, vectors byte-stream-split, no dictionaries where every value differs."""
     sink = io.BytesIO()  # its bytes need no copy, unlike those of Arrow's own
     floats = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
@@ -97,7 +97,7 @@ def encode(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def statistics(table: pa.Table) -> str:
+def compute_statistics(table: pa.Table) -> str:
     """Delta's per-file statistics: row count, and for every column its nulls and its range where it has one.
 
     Complete on purpose: readers take a column that is left out for one without nulls, and then filter wrongly.
@@ -120,13 +120,13 @@ def _plain(value: Any) -> Any:
     return value.isoformat(timespec="microseconds").replace("+00:00", "Z") if isinstance(value, datetime) else value
 
 
-def digest_in(path: str) -> str | None:
+def parse_digest(path: str) -> str | None:
     """The digest that a part's name carries; None for files that something else wrote (a compaction)."""
     found = _NAME.search(path)
     return found[1] if found else None
 
 
-def stamp(table: pa.Table, source: str) -> pa.Table:
+def add_shared_columns(table: pa.Table, source: str) -> pa.Table:
     """Add the columns that every row of a block shares."""
     n = table.num_rows
     now = pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC"))
@@ -134,7 +134,7 @@ def stamp(table: pa.Table, source: str) -> pa.Table:
     return table.append_column("ingested_at", pa.repeat(now, n))
 
 
-def status_rows(items: pa.Table, status: str, error: str) -> pa.Table:
+def make_status_rows(items: pa.Table, status: str, error: str) -> pa.Table:
     """Rows for images that went through no stage, such as one that crashed its worker."""
     n = items.num_rows
     assert status != OK

@@ -13,9 +13,9 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from facepipe import storage
 from facepipe.errors import StorageError
-from facepipe.gallery.commits.parts import digest_in, encode, statistics
+from facepipe.gallery.commits.parts import compute_statistics, encode_parquet, parse_digest
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import image_id
+from facepipe.hashing import compute_image_id
 from facepipe.schema import FACES, conform
 
 Action: TypeAlias = AddAction | RemoveAction
@@ -41,7 +41,7 @@ class Rewrite:
 
 
 @dataclass
-class Trace:
+class RewriteTrace:
     """What a rewrite did: (name, digest or None) of files before and after."""
 
     before: list[tuple[str, str | None]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Trace:
     rows: int = 0
 
 
-def rewritten(gallery: Gallery, what: Rewrite, trace: Trace | None = None) -> Iterator[Action]:
+def rewrite_files(gallery: Gallery, what: Rewrite, trace: RewriteTrace | None = None) -> Iterator[Action]:
     """The actions of a rewrite, file by file; new files are written on the way."""
     for file in gallery.files():
         if not what.may_match(file):
@@ -58,18 +58,18 @@ def rewritten(gallery: Gallery, what: Rewrite, trace: Trace | None = None) -> It
         if rows is None:
             continue
         kept = what.change(rows, mask)
-        yield remove(file["path"], what.data_change)
+        yield make_remove_action(file["path"], what.data_change)
         if trace is not None:
-            trace.before.append((file["path"], digest_in(file["path"])))
+            trace.before.append((file["path"], parse_digest(file["path"])))
             trace.rows += rows.num_rows - kept.num_rows
         if kept.num_rows:
-            action, name = write(gallery, kept, REWRITE, what.data_change)
+            action, name = write_rows(gallery, kept, REWRITE, what.data_change)
             yield action
             if trace is not None:
-                trace.after.append((name, digest_in(name)))
+                trace.after.append((name, parse_digest(name)))
 
 
-def of_uris(uris: Iterable[str], change: Change, data_change: bool = True) -> Rewrite:
+def plan_rewrite_of_uris(uris: Iterable[str], change: Change, data_change: bool = True) -> Rewrite:
     """A change of the files that hold these uris."""
     ordered = sorted(uris)
     wanted = pa.array(ordered, pa.string())
@@ -94,19 +94,19 @@ def _matching(gallery: Gallery, path: str, what: Rewrite) -> tuple[pa.Table | No
         raise StorageError(f"cannot read {place!r}: {str(error).splitlines()[0]}") from error
 
 
-def write(gallery: Gallery, rows: pa.Table, kind: str, data_change: bool) -> tuple[AddAction, str]:
+def write_rows(gallery: Gallery, rows: pa.Table, kind: str, data_change: bool) -> tuple[AddAction, str]:
     """(action, name) of a new file of rows."""
-    data = encode(rows)
-    name = f"part-{kind}-{rows.num_rows:06d}-{image_id(data)}.parquet"
+    data = encode_parquet(rows)
+    name = f"part-{kind}-{rows.num_rows:06d}-{compute_image_id(data)}.parquet"
     storage.write(storage.join(gallery.faces_folder, name), data)
-    return add(name, len(data), statistics(rows), data_change), name
+    return make_add_action(name, len(data), compute_statistics(rows), data_change), name
 
 
-def add(path: str, size: int, stats: str, data_change: bool = True) -> AddAction:
+def make_add_action(path: str, size: int, stats: str, data_change: bool = True) -> AddAction:
     """A file joins the table."""
     return AddAction(path, size, {}, int(time.time() * 1000), data_change, stats)
 
 
-def remove(path: str, data_change: bool = True) -> RemoveAction:
+def make_remove_action(path: str, data_change: bool = True) -> RemoveAction:
     """A file leaves the table."""
     return RemoveAction(path, data_change, int(time.time() * 1000))

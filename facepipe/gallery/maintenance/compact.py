@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.rewrite import COMPACT, Action, remove, write
+from facepipe.gallery.commits.rewrite import COMPACT, Action, make_remove_action, write_rows
 from facepipe.gallery.table import Gallery
 from facepipe.schema import conform
 
@@ -29,7 +29,7 @@ class CompactConfig:
     keep_hours: float = 24.0
 
 
-def due(gallery: Gallery, config: CompactConfig, everything: bool = False) -> list[list[dict[str, Any]]]:
+def plan_compaction(gallery: Gallery, config: CompactConfig, everything: bool = False) -> list[list[dict[str, Any]]]:
     """Groups of files to be joined, each of about the target size; none where there are too few small files."""
     small = [file for file in gallery.files() if file["size_bytes"] < config.target_bytes / 2]
     if len(small) < (2 if everything else config.fewest):
@@ -50,10 +50,10 @@ def _groups(files: list[dict[str, Any]], target: int) -> Iterator[list[dict[str,
         yield group
 
 
-def compact(gallery: Gallery, groups: list[list[dict[str, Any]]], commit: Committer) -> int:
+def compact_files(gallery: Gallery, groups: list[list[dict[str, Any]]], commit: Committer) -> int:
     """Join the groups, a transaction each, so that a crash loses one at most; how many files there are less."""
     for group in groups:
-        commit.commit(lambda group=group: _joined(gallery, group), {"job": "compact"})  # type: ignore[misc]
+        commit.commit_actions(lambda group=group: _joined(gallery, group), {"job": "compact"})  # type: ignore[misc]
     return sum(len(group) - 1 for group in groups)
 
 
@@ -62,8 +62,8 @@ def _joined(gallery: Gallery, group: list[dict[str, Any]]) -> list[Action]:
     if not all(file["path"] in now for file in group):
         return []  # another commit took one of them: the next run sees what there is
     rows = pa.concat_tables([_rows(gallery, file["path"]) for file in group]).sort_by("uri")
-    action, _ = write(gallery, rows, COMPACT, data_change=False)
-    return [*(remove(file["path"], data_change=False) for file in group), action]
+    action, _ = write_rows(gallery, rows, COMPACT, data_change=False)
+    return [*(make_remove_action(file["path"], data_change=False) for file in group), action]
 
 
 def _rows(gallery: Gallery, path: str) -> pa.Table:

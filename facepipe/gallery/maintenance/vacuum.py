@@ -14,7 +14,7 @@ _VERSION = re.compile(r"^(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|cr
 _TORN = re.compile(r"#\d+$|\.tmp$")  # what a writer that was killed in a commit leaves in the log
 
 
-def unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
+def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
     """Parquet files below faces/ that the table does not name, and has not named for `older_than` seconds, nor are they
     younger than that.
 
@@ -45,15 +45,15 @@ def _left_since(gallery: Gallery, when: float) -> Iterator[str]:
                     yield unquote(left["path"])
 
 
-def vacuum(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
-    """Delete what `unreferenced` finds; what was deleted."""
-    found = unreferenced(gallery, older_than)
+def delete_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
+    """Delete what `find_unreferenced` finds; what was deleted."""
+    found = find_unreferenced(gallery, older_than)
     for file in found:
         storage.delete(file.url)
     return found
 
 
-def forget_history(gallery: Gallery) -> int:
+def delete_history(gallery: Gallery) -> int:
     """Delete the log of all versions before the newest, which is kept as a checkpoint; how many files went.
 
     The log holds the smallest and largest uri and identity of files that are long gone.

@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
-from facepipe.arrow import vectors
+from facepipe.arrow import to_vectors
 from facepipe.errors import StorageError
-from facepipe.gallery.commits.parts import digest_in
+from facepipe.gallery.commits.parts import parse_digest
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import face_id, hash64_column
+from facepipe.hashing import compute_face_id, hash64_column
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
 from facepipe.storage.hashtable import HashTable
 
@@ -42,7 +42,7 @@ class Verification:
             self.problems.append("… more problems are not listed")
 
 
-def verify(gallery: Gallery) -> Verification:
+def verify_gallery(gallery: Gallery) -> Verification:
     """Check every file of the gallery's version. Memory does not grow with the gallery."""
     result = Verification(gallery.version)
     ids, uris = HashTable(), HashTable()
@@ -61,7 +61,7 @@ def verify(gallery: Gallery) -> Verification:
 
 def _read(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Table:
     data = storage.read(storage.join(gallery.faces_folder, file["path"]).encode())
-    digest = digest_in(file["path"])
+    digest = parse_digest(file["path"])
     if digest is not None:
         result.checksummed += 1
         if hashlib.sha256(data).hexdigest()[:32] != digest:
@@ -102,13 +102,15 @@ def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verificatio
     if repeated:
         result.add(f"{path}: {repeated} face ids that occur twice")
     columns = (faces[name].to_pylist() for name in ("face_id", "uri", "image_id", "face_index"))
-    foreign = sum(found != face_id(uri, image or "", index) for found, uri, image, index in zip(*columns, strict=True))
+    foreign = sum(
+        found != compute_face_id(uri, image or "", index) for found, uri, image, index in zip(*columns, strict=True)
+    )
     if foreign:
         result.add(f"{path}: {foreign} face ids that do not belong to their image")
     if set(pc.list_value_length(faces["embedding"]).to_pylist()) - {EMBEDDING_DIM}:
         result.add(f"{path}: embeddings that are not {EMBEDDING_DIM}-D")
         return
-    norms = np.linalg.norm(vectors(faces["embedding"], EMBEDDING_DIM), axis=1)
+    norms = np.linalg.norm(to_vectors(faces["embedding"], EMBEDDING_DIM), axis=1)
     wrong = int((~(np.abs(norms - 1) < _NORM_TOLERANCE)).sum())
     if wrong:
         result.add(f"{path}: {wrong} embeddings whose norm is not 1")

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import buffers, frames, images, with_columns
+from facepipe.arrow import read_frames, set_columns, view_buffers, view_images
 from facepipe.imaging.alignment import ChipLayout, cut_chip
 from facepipe.imaging.geometry import Frame
 from facepipe.models.zoo.registry import find_card, find_chip_layout
@@ -43,7 +43,7 @@ class _Images(NamedTuple):
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Images":
-        columns = zip(images(table), frames(table), buffers(table["bytes"]), strict=True)
+        columns = zip(view_images(table), read_frames(table), view_buffers(table["bytes"]), strict=True)
         there = [(n, *row) for n, row in enumerate(columns) if row[0] is not None]
         return cls(*(list(column) for column in zip(*there, strict=True))) if there else cls([], [], [], [])
 
@@ -174,7 +174,7 @@ class FacesOnDevice:
         before = table["status"].to_pylist()
         status = [(OK if by_row[n] else NO_FACE) if was == OK else was for n, was in enumerate(before)]
         aligned = [face for n, found in by_row.items() for face in found or [n]]
-        table = with_columns(table, {"status": pa.array(status, pa.string())})
+        table = set_columns(table, {"status": pa.array(status, pa.string())})
         valid = np.array([isinstance(face, AlignedFace) for face in aligned], bool)
         return self.embed.build_rows(self.align.build_rows(table, aligned, self._each), valid, raw)
 

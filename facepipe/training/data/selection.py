@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.arrow import vectors
+from facepipe.arrow import to_vectors
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
@@ -171,7 +171,7 @@ def find_subjects(table: pa.Table) -> Int64:
     starts = find_image_starts(table["uri"])
     image = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, table.num_rows)))
     sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], 1).astype(np.float32)
-    order = np.lexsort((-compute_prominence(vectors(table["box"], 4), sizes), image))
+    order = np.lexsort((-compute_prominence(to_vectors(table["box"], 4), sizes), image))
     return np.sort(order[starts])
 
 

@@ -5,9 +5,9 @@ import sys
 from multiprocessing.connection import Connection
 
 from facepipe.errors import FacepipeError
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.observe import logs
-from facepipe.sources.blocks import decode
+from facepipe.sources.blocks import decode_block
 from facepipe.storage.redact import redact
 from pipelines.runtime.worker import BlockWorker
 
@@ -32,8 +32,8 @@ def _serve(connection: Connection) -> None:
     worker.setup()
     connection.send_bytes(pickle.dumps(("ready", None)))
     while True:
-        record = worker(decode(pickle.loads(connection.recv_bytes())))
-        assert isinstance(record, Record)
+        record = worker(decode_block(pickle.loads(connection.recv_bytes())))
+        assert isinstance(record, PartRecord)
         connection.send_bytes(pickle.dumps(("record", record.to_json())))
 
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.sources.blocks import Block
 from pipelines.runtime.worker import BlockWorker, WorkerJob
 
 
-def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob) -> Iterator[PartRecord]:
     """Records of the blocks, in order."""
     worker = BlockWorker(job)
     worker.setup()
     for block in blocks():
         record = worker(block)
-        assert isinstance(record, Record)
+        assert isinstance(record, PartRecord)
         yield record

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from queue import Empty, Queue
 
 from facepipe.errors import FacepipeError, WorkerError
-from facepipe.gallery.commits.parts import Record
-from facepipe.sources.blocks import Block, encode
+from facepipe.gallery.commits.parts import PartRecord
+from facepipe.sources.blocks import Block, encode_block
 from pipelines.runtime.plan import WorkerGroup
 from pipelines.runtime.worker import WorkerJob
 
@@ -45,7 +45,7 @@ class _Child:
 
     def give(self, block: Block) -> None:
         self.block = block
-        self._send(pickle.dumps(encode(block)))
+        self._send(pickle.dumps(encode_block(block)))
 
     def _send(self, data: bytes) -> None:
         with suppress(OSError):  # where it died, the pool finds out when it reads
@@ -58,7 +58,7 @@ class _Child:
         self.process.wait()
 
 
-def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob, group: WorkerGroup) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob, group: WorkerGroup) -> Iterator[PartRecord]:
     """Records of the blocks as they are finished. Raises what a worker raised; WorkerError when workers only die."""
     pool = _Pool(pickle.dumps(job), group)
     listing = _Ahead(blocks())
@@ -76,7 +76,7 @@ class _Pool:
         self._again: deque[Block] = deque()
         self._stillbirths = 0
 
-    def records(self, listing: "_Ahead") -> Iterator[Record]:
+    def records(self, listing: "_Ahead") -> Iterator[PartRecord]:
         self._children = [_Child(self._job, self._group, n) for n in range(self._group.workers)]
         while True:
             for child in self._children:
@@ -95,7 +95,7 @@ class _Pool:
     def _next(self, listing: "_Ahead") -> Block | None:
         return self._again.popleft() if self._again else listing.next()
 
-    def _receive(self, child: _Child) -> Record | None:
+    def _receive(self, child: _Child) -> PartRecord | None:
         try:
             kind, value = pickle.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
@@ -109,7 +109,7 @@ class _Pool:
         if kind != "record":
             return None
         child.block = None
-        return Record.from_json(value)
+        return PartRecord.from_json(value)
 
     def _replace(self, child: _Child) -> None:
         child.stop()

@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 
 from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
-from facepipe.sources.blocks import Block, decode, encode
+from facepipe.sources.blocks import Block, decode_block, encode_block
 from pipelines.runtime import ray_metrics
 from pipelines.runtime.plan import Resources, WorkerPlan
 from pipelines.runtime.worker import BlockWorker, WorkerJob
@@ -73,7 +73,7 @@ def stop() -> None:
     ray.shutdown()
 
 
-def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[Record]:
+def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
     """Records of the blocks as they are finished; job n runs on the plan's group n."""
     import ray.data
     from ray.exceptions import RayError
@@ -96,7 +96,7 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: Work
             )
         try:
             for row in data.iter_rows():
-                yield Record.from_json(row["record"])
+                yield PartRecord.from_json(row["record"])
         except RayError as error:
             cause = getattr(error, "cause", None)
             while cause is not None and not isinstance(cause, FacepipeError):
@@ -195,7 +195,7 @@ def _listing(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
 
     def rows() -> Iterator[pa.Table]:
         for block in RepeatableListing(blocks, journal)():
-            yield pa.Table.from_pylist([encode(block)], schema=_ROW)
+            yield pa.Table.from_pylist([encode_block(block)], schema=_ROW)
 
     class Listing(Datasource):
         def estimate_inmemory_data_size(self) -> int | None:
@@ -217,11 +217,11 @@ class _Mapper:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
-        result = self._worker(decode(row))
-        if isinstance(result, Record):
+        result = self._worker(decode_block(row))
+        if isinstance(result, PartRecord):
             ray_metrics.count_block(result)
             return pa.table({"record": [result.to_json()]})
-        return pa.Table.from_pylist([encode(result)], schema=_ROW)
+        return pa.Table.from_pylist([encode_block(result)], schema=_ROW)
 
 
 def _last_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from pyarrow import compute as pc
 
-from facepipe.arrow import pack
+from facepipe.arrow import pack_arrays
 from facepipe.erasure import pending, receipt
 from facepipe.erasure.gone import Gone, role_of
 from facepipe.erasure.receipt import Receipt
@@ -205,26 +205,26 @@ def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
 
 
 def test_a_damaged_pending_file_stops_and_is_said(tmp_path: Path) -> None:
-    suppressed.put(str(tmp_path), "x.pending", b"PAR1")
+    suppressed.write_erased_file(str(tmp_path), "x.pending", b"PAR1")
     with pytest.raises(GalleryError, match="damaged"):
         pending.unfinished(str(tmp_path))
 
 
 def test_suppressed(tmp_path: Path) -> None:
     path = str(tmp_path)
-    assert not suppressed.uris(path).size
-    suppressed.suppress(path, "one", ["b", "a", "a"], [])
-    suppressed.suppress(path, "two", ["c"], ["0" * 32])
-    assert suppressed.uris(path).tolist() == sorted(map(hash64, "abc"))
-    assert suppressed.contents(path).tolist() == [hash64("0" * 32)]
+    assert not suppressed.read_uris(path).size
+    suppressed.suppress_images(path, "one", ["b", "a", "a"], [])
+    suppressed.suppress_images(path, "two", ["c"], ["0" * 32])
+    assert suppressed.read_uris(path).tolist() == sorted(map(hash64, "abc"))
+    assert suppressed.read_contents(path).tolist() == [hash64("0" * 32)]
     assert b"0" * 32 not in b"".join(p.read_bytes() for p in (tmp_path / "erased").iterdir())
 
 
 def test_suppress_hides_bytes_and_nothing_else(tmp_path: Path) -> None:
-    suppressed.suppress(str(tmp_path), "one", [], ["a", "c"])
+    suppressed.suppress_images(str(tmp_path), "one", [], ["a", "c"])
     table = pa.table(
         {
-            "bytes": pack([b"1", b"2", None, None]),
+            "bytes": pack_arrays([b"1", b"2", None, None]),
             "image_id": pa.array(["a", "b", "c", None]),
             "status": pa.array([OK, OK, "too_large", "read_error"]),
             "other": pa.array([1, 2, 3, 4]),

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery import changes as module
-from facepipe.gallery.changes import Mark, changes
-from facepipe.gallery.commits.parts import encode, statistics
-from facepipe.hashing import image_id
+from facepipe.gallery.changes import ReadMark, find_changes
+from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
+from facepipe.hashing import compute_image_id
 from facepipe.schema import conform
 
 Key = tuple[str, Any]
@@ -63,10 +63,10 @@ class Table:
         now = int(time.time() * 1000)
         actions: list[Any] = [RemoveAction(path, True, now) for path in gone]
         for name, rows in came.items():
-            data = encode(rows)
-            name = name.format(image_id(data))
+            data = encode_parquet(rows)
+            name = name.format(compute_image_id(data))
             Path(self.path, "faces", name).write_bytes(data)
-            actions.append(AddAction(name, len(data), {}, now, True, statistics(rows)))
+            actions.append(AddAction(name, len(data), {}, now, True, compute_statistics(rows)))
         if actions:
             table = DeltaTable(self.gallery.faces_folder)
             table.create_write_transaction(actions, "append", table.schema())
@@ -96,7 +96,7 @@ class Table:
             self.commit({name: pa.concat_tables(parts)}, self.files())
 
     def read(self, path: str) -> pa.Table:
-        return module.Files(self.gallery, [path]).to_arrow()
+        return module.PartialGallery(self.gallery, [path]).to_arrow()
 
     def files(self) -> list[str]:
         return sorted(file["path"] for file in self.gallery.files())
@@ -122,9 +122,9 @@ def keys(table: pa.Table | pa.RecordBatch) -> Counter[Key]:
     return Counter((row["uri"], row["ingested_at"]) for row in table.select(["uri", "ingested_at"]).to_pylist())
 
 
-def fresh(table: Table, mark: Mark | None) -> Counter[Key]:
+def fresh(table: Table, mark: ReadMark | None) -> Counter[Key]:
     found: Counter[Key] = Counter()
-    for batch in changes(table.gallery, mark).fresh(["uri", "ingested_at"]):
+    for batch in find_changes(table.gallery, mark).read_new_rows(["uri", "ingested_at"]):
         found += keys(batch)
     return found
 
@@ -167,12 +167,12 @@ def test_every_row_is_new_exactly_once(
         else:  # an image's newer rows look like its older ones: they are told apart by their files only
             assert set(fresh(table, mark)) <= set(table.held())
         if mark:
-            gone = changes(table.gallery, mark).gone_ids()
+            gone = find_changes(table.gallery, mark).find_deleted_ids()
             assert gone is not None
             now = set(table.gallery.to_arrow(["face_id"])["face_id"].drop_null().to_pylist())
             assert gone.tolist() == sorted(faces - now)
         seen += fresh(table, mark)
-        mark = Mark.of(table.gallery)
+        mark = ReadMark.from_gallery(table.gallery)
     if stamped:
         assert all(seen[key] == 1 for key in table.held())
         assert max(seen.values(), default=1) == 1
@@ -183,32 +183,32 @@ def test_without_the_files_or_the_log_of_then_time_decides(tmp_path: Path, loss:
     table = Table(tmp_path / "g")
     table.embed(["/a", "/b"])
     table.embed(["/c", "/d"])
-    mark = Mark.of(table.gallery)
+    mark = ReadMark.from_gallery(table.gallery)
     table.embed(["/b", "/e"])
     table.erase({"/c"})
     new = fresh(table, mark)
     assert sorted(uri for uri, _ in new) == ["/b", "/e"]
     table.compact()
     assert fresh(table, mark) == new
-    assert changes(table.gallery, mark).gone_ids() is not None
+    assert find_changes(table.gallery, mark).find_deleted_ids() is not None
     table.vacuum()
     if loss == "log":
         table.forget()
-        assert changes(table.gallery, mark).gone is None
+        assert find_changes(table.gallery, mark).removed_files is None
     assert fresh(table, mark) == new
-    assert changes(table.gallery, mark).gone_ids() is None
+    assert find_changes(table.gallery, mark).find_deleted_ids() is None
 
 
 def test_an_append_reads_no_old_file(tmp_path: Path) -> None:
     table = Table(tmp_path / "g")
     table.embed(["/a", "/b"])
     old = table.files()
-    mark = Mark.of(table.gallery)
+    mark = ReadMark.from_gallery(table.gallery)
     table.embed(["/c"])
     for path in old:
         os.unlink(os.path.join(table.gallery.faces_folder, path))
     assert [uri for uri, _ in fresh(table, mark)] == ["/c"]
-    gone = changes(table.gallery, mark).gone_ids()
+    gone = find_changes(table.gallery, mark).find_deleted_ids()
     assert gone is not None
     assert not len(gone)
 
@@ -218,7 +218,7 @@ def test_a_compaction_of_old_rows_is_not_read(tmp_path: Path) -> None:
     table.embed(["/a", "/b"])
     table.clock += 3 * 24 * 60
     table.embed(["/c"])
-    mark = Mark.of(table.gallery)
+    mark = ReadMark.from_gallery(table.gallery)
     table.commit({"part-compact-000000-{}.parquet": table.read(table.files()[0])}, [table.files()[0]])
     (path,) = (file for file in table.files() if "compact" in file)
     os.unlink(os.path.join(table.gallery.faces_folder, path))
@@ -228,17 +228,17 @@ def test_a_compaction_of_old_rows_is_not_read(tmp_path: Path) -> None:
 def test_marks_are_kept_in_files(tmp_path: Path) -> None:
     table = Table(tmp_path / "g")
     path = str(tmp_path / "mark.json")
-    assert Mark.load(path) is None
-    assert Mark.of(table.gallery).newest is None
+    assert ReadMark.load(path) is None
+    assert ReadMark.from_gallery(table.gallery).newest is None
     table.embed(["/a"])
-    mark = Mark.of(table.gallery)
+    mark = ReadMark.from_gallery(table.gallery)
     mark.save(path)
-    assert Mark.load(path) == mark
-    assert changes(table.gallery, mark).none
+    assert ReadMark.load(path) == mark
+    assert find_changes(table.gallery, mark).is_empty
     assert mark.newest == (BEGIN + timedelta(minutes=1)).isoformat()
     for damaged in (b"", b"[]", b'{"gallery": 1}', b'{"gallery": "x", "version": 1, "newest": "yesterday"}'):
         Path(path).write_bytes(damaged)
-        assert Mark.load(path) is None
+        assert ReadMark.load(path) is None
 
 
 def test_of_another_gallery_time_decides(tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_of_another_gallery_time_decides(tmp_path: Path) -> None:
     table.embed(["/a"])
     other.clock = 1
     other.embed(["/b"])
-    assert [uri for uri, _ in fresh(other, Mark.of(table.gallery))] == ["/b"]
-    assert not fresh(table, Mark.of(other.gallery))
+    assert [uri for uri, _ in fresh(other, ReadMark.from_gallery(table.gallery))] == ["/b"]
+    assert not fresh(table, ReadMark.from_gallery(other.gallery))
     assert [uri for uri, _ in fresh(table, None)] == ["/a"]
 
 

@@ -20,8 +20,8 @@ import facepipe
 from facepipe.config import build
 from facepipe.errors import ConfigError, GalleryError
 from facepipe.gallery import Gallery
-from facepipe.gallery.export import export
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.export import export_parquet
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.observe.info import describe_gallery
 from facepipe.schema import FACES, LATER, conform
 from pipelines.embed import EmbedConfig
@@ -153,22 +153,22 @@ def damage(path: str, how: str) -> None:
     ],
 )
 def test_verify_finds_damage(path: str, how: str, said: str) -> None:
-    assert verify(facepipe.Gallery(path)).problems == []
+    assert verify_gallery(facepipe.Gallery(path)).problems == []
     damage(path, how)
-    assert re.search(said, "\n".join(verify(facepipe.Gallery(path)).problems))
+    assert re.search(said, "\n".join(verify_gallery(facepipe.Gallery(path)).problems))
 
 
 def test_export(path: str, tmp_path: Path) -> None:
     gallery = facepipe.Gallery(path)
     out = str(tmp_path / "out")
     assert (
-        export(gallery, out, ["uri", "embedding"], "status = 'ok'")
+        export_parquet(gallery, out, ["uri", "embedding"], "status = 'ok'")
         == pq.read_table(out).num_rows
         == len(gallery.vectors()[0])
     )
     assert pq.read_table(out).column_names == ["uri", "embedding"]
     with pytest.raises(GalleryError, match="not an empty folder"):
-        export(gallery, out)
+        export_parquet(gallery, out)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def old(monkeypatch: pytest.MonkeyPatch, drawings: Path, fakes: dict[str, Any], 
     with monkeypatch.context() as patch:
         patch.setattr("facepipe.gallery.commits.parts.FACES", before)
         patch.setattr("facepipe.gallery.commits.parts.conform", lambda table, schema=before: conform(table, schema))
-        patch.setattr(Gallery, "widen", lambda self: None)
+        patch.setattr(Gallery, "add_missing_columns", lambda self: None)
         embed(tmp_path / "drawings", tmp_path / "old", fakes)
     return str(tmp_path / "old")
 
@@ -195,8 +195,8 @@ def test_galleries_made_before_a_column_can_be_read(old: str, tmp_path: Path) ->
     assert set(gallery.to_pandas()["image_hash"].isna()) == {True}
     assert gallery.to_arrow(["uri"], "image_hash is null").num_rows == len(rows(old))
     assert gallery.to_arrow(["uri"], "image_hash is not null").num_rows == 0
-    assert verify(gallery).problems == []
-    assert export(gallery, str(tmp_path / "out")) == len(rows(old))
+    assert verify_gallery(gallery).problems == []
+    assert export_parquet(gallery, str(tmp_path / "out")) == len(rows(old))
     assert pq.read_table(tmp_path / "out").schema.names == FACES.names
 
 
@@ -217,8 +217,8 @@ def test_galleries_made_before_a_column_get_it_when_written(
     for where, expected in (("is null", len(rows(old)) - len(written)), ("is not null", len(written))):
         assert gallery.to_arrow(["uri"], f"image_hash {where}").num_rows == expected
     assert gallery.to_arrow(["uri"], f"image_hash = {written[0]['image_hash']}").num_rows >= 1
-    assert verify(gallery).problems == []
-    assert export(gallery, str(tmp_path / "out")) == len(rows(old))
+    assert verify_gallery(gallery).problems == []
+    assert export_parquet(gallery, str(tmp_path / "out")) == len(rows(old))
 
 
 def test_what_is_no_gallery_is_said(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pyarrow.dataset as ds
 import pytest
 from helpers import embed
 
-from facepipe.arrow import float_lists
+from facepipe.arrow import to_float_lists
 from facepipe.gallery import Gallery
 from facepipe.gallery import table as module
-from facepipe.gallery.changes import Files
-from facepipe.gallery.commits.parts import Record, write_part
+from facepipe.gallery.changes import PartialGallery
+from facepipe.gallery.commits.parts import PartRecord, write_part
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, UNCHANGED, conform
 
 FILTERS = {
@@ -41,7 +41,7 @@ def test_only_the_ranges_of_named_columns_are_opened(
     monkeypatch.setattr(Gallery, "dataset", lambda self, ranges=None: asked.append(ranges) or opened(self, ranges))
     found = gallery.to_arrow(["uri", "face_index"], text)
     assert set(asked[0] or ()) == set(FILTERS.get(text or "", ()))
-    everything = opened(gallery).to_table(["uri", "face_index"], filter=module.expression(text))
+    everything = opened(gallery).to_table(["uri", "face_index"], filter=module.to_filter(text))
     assert found.sort_by("uri").num_rows == everything.num_rows
 
 
@@ -49,7 +49,7 @@ def test_files_are_passed_over_by_the_ranges_that_were_asked_for(gallery: Galler
     uri = sorted(gallery.to_arrow(["uri"])["uri"].to_pylist())[0]
     wanted = ds.field("uri") == uri
     assert len(gallery.files()) > 4
-    for opened in (gallery, Files(gallery)):
+    for opened in (gallery, PartialGallery(gallery)):
         fewer = len(list(opened.dataset(["uri"]).get_fragments(filter=wanted)))
         assert fewer == len(list(opened.dataset().get_fragments(filter=wanted))) < len(gallery.files())
         assert len(list(opened.dataset([]).get_fragments(filter=wanted))) == len(gallery.files())
@@ -73,7 +73,7 @@ def test_vectors_are_those_of_the_rows(
 
 def test_vectors_of_some_files(gallery: Gallery) -> None:
     some = [file["path"] for file in gallery.files()][::2]
-    ids, vectors = Files(gallery, some).vectors()
+    ids, vectors = PartialGallery(gallery, some).vectors()
     assert len(ids) == len(vectors) == sum(file["faces"] for file in gallery.files() if file["path"] in some)
 
 
@@ -85,10 +85,10 @@ def test_a_part_leaves_out_what_is_never_stored(statuses: list[str], tmp_path: P
         "fingerprint": pa.array([f"f{k}" for k in range(n)]),
         "status": pa.array(statuses),
         "face_id": pa.array(range(n), mask=np.array([status != OK for status in statuses])),
-        "embedding": float_lists(np.full((n, 128), 128**-0.5, np.float32)),
+        "embedding": to_float_lists(np.full((n, 128), 128**-0.5, np.float32)),
     }
     items = pa.table([columns["uri"], pa.nulls(n, pa.uint64())], ["uri", "previous"])
-    record = write_part(conform(pa.table(columns), FACES), items, str(tmp_path), "run", Record(0))
+    record = write_part(conform(pa.table(columns), FACES), items, str(tmp_path), "run", PartRecord(0))
     kept = sum(status not in NEVER_STORED for status in statuses)
     assert (record.images, record.rows, bool(record.path)) == (n, kept, kept > 0)
     assert record.touched == {f"u{k}": f"f{k}" for k, status in enumerate(statuses) if status == TOUCHED}
@@ -99,11 +99,11 @@ def test_a_part_leaves_out_what_is_never_stored(statuses: list[str], tmp_path: P
 def test_files_are_read_a_few_at_a_time(where: str | None, gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once keeps the metadata of all: 1.6 GB in a table of 20,000 files."""
     groups: list[int] = []
-    whole = gallery.dataset().to_table(["uri", "face_index"], filter=module.expression(where))
+    whole = gallery.dataset().to_table(["uri", "face_index"], filter=module.to_filter(where))
     monkeypatch.setattr(module, "_FILES_AT_ONCE", 2)
     made = ds.FileSystemDataset
     monkeypatch.setattr(ds, "FileSystemDataset", lambda files, *rest: groups.append(len(files)) or made(files, *rest))
     assert gallery.to_arrow(["uri", "face_index"], where).equals(whole.select(["uri", "face_index"]))
     ours = [n for n in groups if n <= 2]
-    assert len(ours) == -(-len(list(gallery.dataset().get_fragments(filter=module.expression(where)))) // 2)
+    assert len(ours) == -(-len(list(gallery.dataset().get_fragments(filter=module.to_filter(where)))) // 2)
     assert len(ours) > 2

@@ -100,8 +100,8 @@ def erase(gallery: Gallery, dead: np.ndarray) -> None:
     from deltalake import DeltaTable
     from deltalake.transaction import AddAction, RemoveAction
 
-    from facepipe.gallery.commits.parts import encode, statistics
-    from facepipe.hashing import image_id
+    from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
+    from facepipe.hashing import compute_image_id
 
     table, actions = DeltaTable(gallery.faces_folder), []
     for n, file in enumerate(Gallery(gallery.path).files()):
@@ -111,10 +111,10 @@ def erase(gallery: Gallery, dead: np.ndarray) -> None:
             continue
         actions.append(RemoveAction(file["path"], True, int(time.time() * 1000)))
         if kept.num_rows:
-            bytes_ = encode(kept)
-            name = f"part-erased-{n:06d}-{image_id(bytes_)}.parquet"
+            bytes_ = encode_parquet(kept)
+            name = f"part-erased-{n:06d}-{compute_image_id(bytes_)}.parquet"
             Path(gallery.faces_folder, name).write_bytes(bytes_)
-            actions.append(AddAction(name, len(bytes_), {}, int(time.time() * 1000), True, statistics(kept)))
+            actions.append(AddAction(name, len(bytes_), {}, int(time.time() * 1000), True, compute_statistics(kept)))
     table.create_write_transaction(actions, "append", table.schema())
 
 

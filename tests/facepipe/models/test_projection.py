@@ -33,7 +33,7 @@ from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.relocate import Places
+from facepipe.sources.relocate import ImageLocator
 from facepipe.stages import Read
 from facepipe.types import Float32, UInt8Image
 from pipelines.project import ProjectConfig, ProjectSummary, run
@@ -261,13 +261,13 @@ def test_images_are_found_again(corpus: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"bytes": [b"", data], "uri": ["p", "q"]}), tmp_path / "b.parquet")
     (tmp_path / "odd").mkdir()
     shutil.copy(corpus / "person0" / "0.png", os.fsencode(tmp_path / "odd") + b"/\xff.png")
-    places, read_one = Places(), Read()
+    places, read_one = ImageLocator(), Read()
     for source in ("a.tar", "b.parquet", "odd"):
         for item in open_source(SourceConfig(str(tmp_path / source))):
-            again = places.item(item.uri)
+            again = places.locate_image(item.uri)
             assert (again.path, again.offset, again.length) == (item.path, item.offset, item.length)
             rows = [{**again._asdict(), "previous": None}]
             table = read_one(pa.Table.from_pylist(rows, WORK_ITEM))
             assert table["status"][0].as_py() == "ok"
-    assert places.item(f"{tmp_path}/a.tar#gone.png").listing_error == "no longer in its container"
-    assert places.item("s3://faces/x.jpg").path == b"s3://faces/x.jpg"
+    assert places.locate_image(f"{tmp_path}/a.tar#gone.png").listing_error == "no longer in its container"
+    assert places.locate_image("s3://faces/x.jpg").path == b"s3://faces/x.jpg"

@@ -25,7 +25,7 @@ from moto.server import ThreadedMotoServer
 from facepipe import storage
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from facepipe.observe import logs, metrics, runs
 from facepipe.observe.runs import RunRecord
 from facepipe.storage.redact import HIDDEN, redact
@@ -707,4 +707,4 @@ def test_no_counter_outside_ray() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert out.stdout.strip() == "False"
-    ray_metrics.count_block(Record(0, statuses={"ok": 1}))
+    ray_metrics.count_block(PartRecord(0, statuses={"ok": 1}))

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from facepipe.hashing import hash64, hash64_column, hash64_each, marks_each
+from facepipe.hashing import hash64, hash64_column, hash64_each, hash_each_in_process
 from facepipe.sources import SourceConfig, WorkItem, open_source
 from facepipe.sources.expand import Expander
-from facepipe.sources.extensions import extension, is_hidden
-from facepipe.sources.identity import IdentityRule, from_filename, rule
-from facepipe.sources.item import file_uri
+from facepipe.sources.extensions import get_extension, is_hidden
+from facepipe.sources.identity import IdentityRule, make_identity_rule, take_filename_prefix
+from facepipe.sources.item import make_file_uri
 
 NAMES = st.text("./aB_#jpé\udcff \x00", max_size=12)
 
@@ -40,17 +40,17 @@ def test_hashes_of_a_column() -> None:
 
 def test_marks_tell_texts_apart() -> None:
     texts = [f"{n}-{n * 7}" for n in range(1000)]
-    marks = marks_each(["", *texts, ""])
+    marks = hash_each_in_process(["", *texts, ""])
     assert marks[0] == marks[-1] == 0
     assert len(set(marks.tolist())) == 1001
-    assert (marks_each([text + "" for text in texts]) == marks[1:-1]).all()
+    assert (hash_each_in_process([text + "" for text in texts]) == marks[1:-1]).all()
 
 
 @given(NAMES)
 @example("..jpg")
 @example("jpg")
 def test_extensions_and_hidden_names(name: str) -> None:
-    assert extension(name) == os.path.splitext(name)[1][1:].lower()
+    assert get_extension(name) == os.path.splitext(name)[1][1:].lower()
     assert is_hidden(name) == os.path.basename(name).startswith(".")
 
 
@@ -58,16 +58,20 @@ def test_extensions_and_hidden_names(name: str) -> None:
 def test_identities_are_those_of_the_normal_path(path: str) -> None:
     normal = posixpath.normpath(path) if path else path
     folder = posixpath.basename(posixpath.dirname(normal)) or None
-    expected = {"folder": folder, "auto": folder if normal.count("/") == 1 else None, "filename": from_filename(normal)}
+    expected = {
+        "folder": folder,
+        "auto": folder if normal.count("/") == 1 else None,
+        "filename": take_filename_prefix(normal),
+    }
     for name, label in expected.items():
         readable = label.encode("utf-8", "replace").decode() if label else None
-        assert rule(name)(path, None) == readable  # type: ignore[arg-type]
+        assert make_identity_rule(name)(path, None) == readable  # type: ignore[arg-type]
 
 
 @given(NAMES)
 def test_uris_are_those_of_the_absolute_path(name: str) -> None:
     path = os.fsencode("/" + name.replace("\x00", ""))
-    assert file_uri(path) == file_uri(os.path.abspath(path)) == file_uri(os.fsdecode(path))
+    assert make_file_uri(path) == make_file_uri(os.path.abspath(path)) == make_file_uri(os.fsdecode(path))
 
 
 @settings(max_examples=300)
@@ -107,5 +111,5 @@ def test_odd_names_are_listed_all_the_same(name: str, tmp_path: Path) -> None:
     (tmp_path / "Ann" / name).write_bytes(b"x")
     (item,) = list(open_source(SourceConfig(str(tmp_path))))
     assert item.identity == "Ann"
-    assert item.uri == file_uri(str(tmp_path / "Ann" / name))
+    assert item.uri == make_file_uri(str(tmp_path / "Ann" / name))
     assert item.path == os.fsencode(tmp_path / "Ann" / name)

@@ -14,8 +14,8 @@ import pytest
 
 from facepipe.errors import SourceError
 from facepipe.sources import SourceConfig, WorkItem, open_source
-from facepipe.sources.glob import translate
-from facepipe.sources.identity import from_filename, from_folder
+from facepipe.sources.glob import translate_glob
+from facepipe.sources.identity import take_filename_prefix, take_folder_name
 
 
 def items(uri: str | Path, **config: object) -> list[WorkItem]:
@@ -63,9 +63,9 @@ def test_identity_rules(tree: Path) -> None:
         "flat_1.webp": None,
     }
     assert set(labels(items(tree, identity="none")).values()) == {None}
-    assert from_filename("x/obama_1.jpg") == "obama"
-    assert from_filename("x/obama.jpg") is None
-    assert from_folder("a/b/c.jpg") == "b"
+    assert take_filename_prefix("x/obama_1.jpg") == "obama"
+    assert take_filename_prefix("x/obama.jpg") is None
+    assert take_folder_name("a/b/c.jpg") == "b"
 
 
 def test_glob(tree: Path) -> None:
@@ -88,8 +88,8 @@ def test_glob(tree: Path) -> None:
 def test_glob_patterns(pattern: str, matches: str, does_not: str) -> None:
     import re
 
-    assert re.fullmatch(translate(pattern), matches)
-    assert not re.fullmatch(translate(pattern), does_not)
+    assert re.fullmatch(translate_glob(pattern), matches)
+    assert not re.fullmatch(translate_glob(pattern), does_not)
 
 
 def test_odd_names_and_loops(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import facepipe
-from facepipe.arrow import buffers, float_lists, images, pack, ragged, vectors
+from facepipe.arrow import pack_arrays, to_float_lists, to_ragged_lists, to_vectors, view_buffers, view_images
 from facepipe.errors import ConfigError, ModelError
 from facepipe.imaging.decode import decode
 from facepipe.imaging.geometry import locate_frame
@@ -57,7 +57,7 @@ def test_stages_keep_their_word(portrait: Path) -> None:
 def test_vectors_without_a_direction_are_no_rows(broken: float, flip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is fed the wrong way is an error, and not a gallery of nonsense."""
     chips = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
-    rows = {"uri": list("abc"), "image_id": list("abc"), "face_index": [0] * 3, "chip": pack([*chips])}
+    rows = {"uri": list("abc"), "image_id": list("abc"), "face_index": [0] * 3, "chip": pack_arrays([*chips])}
     embed = Embed("fake-embedder", flip)
     assert embed(pa.table(rows))["embedding"].null_count == 0
     right = FakeEmbedder.embed
@@ -76,7 +76,7 @@ def test_reduced_decoding_moves_embeddings_little(photos: Path) -> None:
     paths = [photos / f"{name}.jpg" for name in ("img4", "img54", "couple", "img67", "img2", "img31")]
     reduced, full = chain(640)(table(paths)), chain(1 << 20)(table(paths))
     assert reduced["uri"].equals(full["uri"])
-    apart = np.linalg.norm(vectors(reduced["embedding"], 128) - vectors(full["embedding"], 128), axis=1)
+    apart = np.linalg.norm(to_vectors(reduced["embedding"], 128) - to_vectors(full["embedding"], 128), axis=1)
     sharp = np.array(full["sharpness"].to_pylist()) > 50
     assert sharp.sum() >= 7
     assert np.median(apart[sharp]) < 0.06
@@ -205,15 +205,15 @@ def test_parquet_rows_are_read_on_and_not_from_the_start_again(
 
 def test_columns_round_trip() -> None:
     arrays = [np.arange(n * 3 * 3, dtype=np.uint8).reshape(n, 3, 3) for n in (1, 2, 4)]
-    column = pack([arrays[0], None, arrays[1], b"abc", arrays[2]])
-    views = list(buffers(column))
+    column = pack_arrays([arrays[0], None, arrays[1], b"abc", arrays[2]])
+    views = list(view_buffers(column))
     assert views[1] is None
     assert bytes(views[3] or b"") == b"abc"
     assert np.shares_memory(np.frombuffer(views[0] or b"", np.uint8), arrays[0]), "nothing is copied"
-    t = pa.table({"pixels": pack([arrays[2], None]), "pixels_height": [4, None], "pixels_width": [3, None]})
-    first, second = images(t)
+    t = pa.table({"pixels": pack_arrays([arrays[2], None]), "pixels_height": [4, None], "pixels_width": [3, None]})
+    first, second = view_images(t)
     assert np.array_equal(first, arrays[2])  # type: ignore[arg-type]
     assert second is None
-    lists = float_lists(np.eye(2, 3, dtype=np.float32), np.array([True, False, True]))
+    lists = to_float_lists(np.eye(2, 3, dtype=np.float32), np.array([True, False, True]))
     assert lists.to_pylist() == [[1, 0, 0], None, [0, 1, 0]]
-    assert ragged([np.ones(2, np.float32), np.empty((0, 4), np.float32)]).to_pylist() == [[1, 1], []]
+    assert to_ragged_lists([np.ones(2, np.float32), np.empty((0, 4), np.float32)]).to_pylist() == [[1, 1], []]

@@ -24,8 +24,8 @@ from facepipe import storage
 from facepipe.errors import ConfigError, FacepipeError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.parts import Record
-from facepipe.gallery.commits.rewrite import add, write
+from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.rewrite import make_add_action, write_rows
 from facepipe.gallery.table import open_table
 from facepipe.storage import conditional
 from facepipe.storage import lease as leases
@@ -290,11 +290,11 @@ def test_a_stopped_holder_is_taken_over_and_knows_it_when_it_wakes(place: str) -
             assert not held(place).released, "the loser left the winner's lease alone"  # type: ignore[union-attr]
 
 
-def part(gallery: Gallery, name: str, count: int = 5) -> Record:
+def part(gallery: Gallery, name: str, count: int = 5) -> PartRecord:
     """A part with faces of its own, on the disk and not yet in the table."""
     ids, vectors = next(Faces(seed=hash(name) % 1000).blocks(count))
-    action, path = write(gallery, face_rows(ids, vectors, abs(hash(name)) % 10**9), name, True)
-    return Record(0, path=path, size=action.size, stats=action.stats)
+    action, path = write_rows(gallery, face_rows(ids, vectors, abs(hash(name)) % 10**9), name, True)
+    return PartRecord(0, path=path, size=action.size, stats=action.stats)
 
 
 @pytest.mark.parametrize(("trial", "place"), TRIALS, indirect=["place"])
@@ -309,7 +309,7 @@ def test_who_lost_the_lease_cannot_commit(trial: int, place: str) -> None:
     for n in range(1 + trial % 3):
         winner([part(gallery, f"quick{n}")], {})
     if trial % 2:
-        assert not loser._landed([add(late.path, late.size, late.stats)], 1, {})
+        assert not loser._landed([make_add_action(late.path, late.size, late.stats)], 1, {})
     with pytest.raises(GalleryBusyError, match="another run has written"):
         loser([late], {})
     table = Gallery(place)
@@ -329,7 +329,7 @@ def test_a_commit_that_was_interrupted_after_it_landed_is_counted(tmp_path: Path
     gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
     commit = Committer(gallery, "run")
     first, second = part(gallery, "a"), part(gallery, "b")
-    assert commit._landed([add(first.path, first.size, first.stats)], 1, {})  # and here it was interrupted
+    assert commit._landed([make_add_action(first.path, first.size, first.stats)], 1, {})  # and here it was interrupted
     commit([second], {})
     assert {file["path"] for file in Gallery(gallery.path).files()} == {first.path, second.path}
     assert open_table(gallery.faces_folder).transaction_version("run") == 2

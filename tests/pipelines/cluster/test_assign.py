@@ -23,7 +23,7 @@ from facepipe.curation.clusters.sums import MARK, SUMS, clear_stale_sums
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
-from facepipe.gallery.commits.parts import encode, statistics
+from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
 from facepipe.schema import conform
 from facepipe.storage.lease import hold_lease
 from pipelines.cluster import ClusterConfig
@@ -33,7 +33,7 @@ from pipelines.cluster.assign import AssignSummary, run
 from pipelines.index import IndexConfig
 from pipelines.index import run as index
 
-DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
+DLIB = Contract.from_models("retinaface-mnet025", "dlib-resnet", True)
 PERSONS, EACH = 60, 10
 
 
@@ -53,10 +53,10 @@ def remove(gallery: Gallery, uris: set[str]) -> None:
     actions: list[Any] = [RemoveAction(file["path"], True, now) for file in Gallery(gallery.path).files()]
     rows_ = conform(Gallery(gallery.path).to_arrow())
     kept = rows_.filter(pc.invert(pc.is_in(rows_["uri"], pa.array(sorted(uris), pa.string()))))
-    data = encode(kept)
+    data = encode_parquet(kept)
     name = f"rewritten-{time.time_ns()}.parquet"
     Path(gallery.faces_folder, name).write_bytes(data)
-    actions.append(AddAction(name, len(data), {}, now, True, statistics(kept)))
+    actions.append(AddAction(name, len(data), {}, now, True, compute_statistics(kept)))
     table.create_write_transaction(actions, "append", table.schema())
 
 

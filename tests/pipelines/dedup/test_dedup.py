@@ -20,7 +20,7 @@ from facepipe.gallery import Contract, Gallery
 from pipelines.dedup import DedupConfig, pipeline, run
 from pipelines.dedup.pipeline import DedupSummary
 
-DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
+DLIB = Contract.from_models("retinaface-mnet025", "dlib-resnet", True)
 NAMES = ("img5.jpg", "img11.jpg", "img21.jpg", "img25.jpg", "img51.jpg")  # small files with a face each
 
 

@@ -26,7 +26,7 @@ from pipelines.dedup.incremental import NewSummary, run
 from pipelines.index import IndexConfig
 from pipelines.index import run as index
 
-DLIB = Contract.of("retinaface-mnet025", "dlib-resnet", True)
+DLIB = Contract.from_models("retinaface-mnet025", "dlib-resnet", True)
 NAMES = ("img5.jpg", "img11.jpg", "img21.jpg", "img25.jpg", "img51.jpg")  # small files with a face each
 PAIR = ("uri_a", "uri_b", "kind", "hash_bits", "mirrored", "face_id_a", "face_id_b")
 Row = dict[str, Any]
@@ -263,7 +263,7 @@ def test_a_mark_of_a_whole_dedup_counts(tmp_path: Path) -> None:
     index(IndexConfig(), gallery.path)
     folder = Path(gallery.path, "reports", "dedup")
     folder.mkdir(parents=True)
-    pipeline.Mark.of(Gallery(gallery.path)).save(str(folder / "mark.json"))
+    pipeline.ReadMark.from_gallery(Gallery(gallery.path)).save(str(folder / "mark.json"))
     assert run(DedupConfig(), gallery.path).new == 0
     append(gallery, [some(rng, 1000, 5, Gallery(gallery.path).to_arrow())], "two")
     index(IndexConfig(), gallery.path)

@@ -16,7 +16,7 @@ from conftest import draw
 from helpers import embed, rows, trials
 
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 
 TRIALS = trials(20)
 _SETTINGS = [
@@ -80,7 +80,7 @@ def test_kill_local(
         assert not {(r["uri"], r["face_index"]) for r in before} - {(r["uri"], r["face_index"]) for r in expected}
     embed(corpus, gallery, _FAKES, runner="inline")
     assert rows(gallery) == expected
-    assert verify(Gallery(str(gallery))).problems == []
+    assert verify_gallery(Gallery(str(gallery))).problems == []
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
@@ -103,7 +103,7 @@ def test_kill_ray(
         assert driver.wait(120) == 0
     assert start(corpus, gallery, "local").wait(60) == 0
     assert rows(gallery) == undisturbed[0]
-    assert verify(Gallery(str(gallery))).problems == []
+    assert verify_gallery(Gallery(str(gallery))).problems == []
 
 
 @pytest.mark.parametrize("runner", ["local", "ray"])

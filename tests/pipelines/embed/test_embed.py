@@ -18,9 +18,9 @@ from helpers import embed, rows, same_faces
 
 from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, ModelError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.blocks import Block, BlockSize, blocks, decode, encode
+from facepipe.sources.blocks import Block, BlockSize, cut_blocks, decode_block, encode_block
 from facepipe.stages import Decode, Detect, check_chain
 from facepipe.storage.lease import hold_lease
 from pipelines.embed import RunConfig
@@ -44,7 +44,7 @@ def test_rows_of_a_run(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     assert [row["face_index"] for row in two] == [0, 1]
     assert two[0]["det_score"] >= two[1]["det_score"]
     assert all(row["width"] == 96 + n % 7 for row in two for n in [2])
-    assert verify(Gallery(str(tmp_path / "g"))).problems == []
+    assert verify_gallery(Gallery(str(tmp_path / "g"))).problems == []
 
 
 def test_a_second_run_reads_nothing(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_only_what_is_new_or_changed_is_read(drawings: Path, fakes: Settings, tm
     assert again.statuses["touched"] == 1
     embed(corpus, tmp_path / "fresh", fakes)
     assert rows(tmp_path / "g") == rows(tmp_path / "fresh")
-    assert verify(Gallery(str(tmp_path / "g"))).problems == []
+    assert verify_gallery(Gallery(str(tmp_path / "g"))).problems == []
     assert embed(corpus, tmp_path / "g", fakes).images == 0, "what was touched is known by its new fingerprint"
 
 
@@ -227,7 +227,7 @@ def test_hostile_files_are_rows_with_a_status(runner: str, hostile: Path, fakes:
     assert statuses == EXPECTED
     assert summary.images == len(EXPECTED) + 1 == len({row["uri"] for row in found})
     assert all((row["error"] is None) == (row["status"] in ("ok", "no_face")) for row in found)
-    assert verify(Gallery(str(tmp_path / "g"))).problems == []
+    assert verify_gallery(Gallery(str(tmp_path / "g"))).problems == []
     again = embed(hostile, tmp_path / "g", fakes, runner=runner)
     assert again.rows == 0
 
@@ -293,7 +293,7 @@ def test_blocks_shrink_towards_the_end(tmp_path: Path) -> None:
             return np.zeros(len(uris), np.int8), np.zeros(len(uris), np.uint64)
 
     source = open_source(SourceConfig(str(tmp_path / "list.csv")))
-    cut = list(blocks(source, Nothing(), BlockSize(16, 256, 2)))
+    cut = list(cut_blocks(source, Nothing(), BlockSize(16, 256, 2)))
     sizes = [block.items.num_rows for block in cut]
     assert sum(sizes) == 5000
     assert sizes[0] == 256
@@ -301,7 +301,7 @@ def test_blocks_shrink_towards_the_end(tmp_path: Path) -> None:
     assert cut[-1].last
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-3] <= 16
-    copy = decode(encode(cut[3]))
+    copy = decode_block(encode_block(cut[3]))
     assert copy.items.equals(cut[3].items)
     assert copy.number == 3
 

@@ -19,7 +19,7 @@ from helpers import embed, rows
 
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.imaging.decode import decode
 from facepipe.imaging.header import Header
 from facepipe.sources import SourceConfig, WorkItem, open_source
@@ -98,7 +98,7 @@ def test_a_poisoned_corpus(corpus: tuple[Path, int], tmp_path: Path) -> None:
     local = embed(root, tmp_path / "local", _SETTINGS, runner="local", workers=2)
     assert (local.images, local.statuses) == (images, summary["statuses"])
     assert _undated(tmp_path / "local") == inline
-    assert verify(Gallery(str(tmp_path / "local"))).problems == []
+    assert verify_gallery(Gallery(str(tmp_path / "local"))).problems == []
 
 
 def test_no_file_is_much_work(corpus: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:

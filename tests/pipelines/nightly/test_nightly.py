@@ -25,7 +25,7 @@ from facepipe.erasure import selection
 from facepipe.errors import ConfigError, GalleryBusyError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits import missing, parts
-from facepipe.gallery.maintenance.verify import verify
+from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
 from facepipe.observe import runs
@@ -240,7 +240,7 @@ def check_gallery(world: World, gallery: str, fakes: Tree, scratch: Path, summar
     same_faces(mine, theirs)
     index.run(index.IndexConfig(), str(scratch / "g"))
     check_same_answers(gallery, str(scratch / "g"))
-    assert verify(Gallery(gallery)).problems == []
+    assert verify_gallery(Gallery(gallery)).problems == []
     assert verify_index(Gallery(gallery)) == []
     clustered = read_report(gallery, "cluster", "faces")["face_id"].to_pylist()
     assert sorted(clustered) == sorted(row["face_id"] for row in mine if row["face_id"] is not None)

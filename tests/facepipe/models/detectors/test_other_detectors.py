@@ -263,9 +263,9 @@ def test_graphs_of_files(name: str, fed: str, tmp_path: Path) -> None:
     found = find_card(str(path), "detector")
     assert (found.input, found.square, found.square_known) == (fed, None, False)
     assert len(found.load("cpu", 1, DetectionLimits(0.5, 0.4)).detect(np.zeros((1, 96, 128, 3), np.uint8))) == 1
-    assert Contract.of(str(path), "dlib-resnet", True).detector == "d"
+    assert Contract.from_models(str(path), "dlib-resnet", True).detector == "d"
     with pytest.raises(ModelError, match="how the boxes of d lie to dlib's was never measured"):
-        Contract.of(str(path), "face-recognition", False)
+        Contract.from_models(str(path), "face-recognition", False)
     path.write_text(path.read_text() + '[input]\nchannels = "rgb"\nscale = 2\n')
     with pytest.raises(ConfigError, match=f"input.channels, input.scale cannot be set for {name}"):
         find_card(str(path), "detector")

@@ -23,7 +23,7 @@ from facepipe.training.detection.overlap import compute_iou
 from facepipe.types import UInt8Image
 
 LIMITS = DetectionLimits(0.7, 0.4)
-ALIGNMENT = Contract.of("retinaface-mnet025", "face-recognition", False).alignment
+ALIGNMENT = Contract.from_models("retinaface-mnet025", "face-recognition", False).alignment
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -193,7 +193,7 @@ def test_a_trained_state_loads_as_a_registered_detector(
     load_state(net, rename_biubug6_keys(read_state(shared / "weights" / "retinaface-mobilenet025-rgb.pth")), "the file")
     file = CardFile("mine", "", "detector", "retinaface-mnet025", input=InputConfig(channels="rgb"))
     toml = save_model(tmp_path / "mine", net.state_dict(), file)
-    assert Contract.of(str(toml), "face-recognition", False).alignment == ALIGNMENT
+    assert Contract.from_models(str(toml), "face-recognition", False).alignment == ALIGNMENT
     image = shrunk(photos / "img1.jpg", 320)
     (found,) = find_card(str(toml), "detector").load("cpu", 1, LIMITS).detect(image[None])
     expected = detect(rgb_net, image, "rgb", LIMITS)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from facepipe.arrow import vectors
+from facepipe.arrow import to_vectors
 from facepipe.models.checkpoint import load_state, read_state
 from facepipe.models.detectors.retinaface import RetinaFaceNet
 from facepipe.models.detectors.retinaface_keys import rename_biubug6_keys
@@ -77,7 +77,7 @@ def same(one: pa.Table, other: pa.Table, pixels: float = 0.01, distance: float =
     for name, most in (("box", pixels), ("landmarks", pixels), ("det_score", 1e-4), ("yaw", 0.1), ("roll", 0.1)):
         a, b = (np.array([v for v in t[name].to_pylist() if v is not None], np.float64) for t in (one, other))
         assert np.abs(a - b).max(initial=0) <= most, name
-    a, b = (vectors(t["embedding"].drop_null(), 128) for t in (one, other))
+    a, b = (to_vectors(t["embedding"].drop_null(), 128) for t in (one, other))
     assert np.linalg.norm(a - b, axis=1).max(initial=0) <= distance
     a, b = (np.array(t["sharpness"].drop_null()) for t in (one, other))
     assert np.allclose(a, b, rtol=0.01)
@@ -208,7 +208,7 @@ def test_half_precision_moves_embeddings_little(precision: str, median: float, m
     some = decoded.slice(3, 6)
     found, expected = run((replace(SMALL, precision=precision),), some), by_stages(some, SMALL)
     assert found["uri"].equals(expected["uri"])
-    a, b = (vectors(t["embedding"].drop_null(), 128) for t in (found, expected))
+    a, b = (to_vectors(t["embedding"].drop_null(), 128) for t in (found, expected))
     apart = np.linalg.norm(a - b, axis=1)
     print(f"\n{precision}: embeddings move by {np.median(apart):.4f}, at most {apart.max():.4f}")
     assert np.median(apart) < median
@@ -222,7 +222,7 @@ def test_a_gpu_finds_the_same_faces(precision: str, decoded: pa.Table) -> None:
     stage = FacesOnDevice(device="cuda", precision=precision, threads=4)
     found, expected = run((stage,), decoded), by_stages(decoded, SMALL)
     assert found["uri"].equals(expected["uri"])
-    a, b = (vectors(t["embedding"].drop_null(), 128) for t in (found, expected))
+    a, b = (to_vectors(t["embedding"].drop_null(), 128) for t in (found, expected))
     assert np.median(np.linalg.norm(a - b, axis=1)) < {"float32": 0.005, "float16": 0.01, "bfloat16": 0.03}[precision]
     again = run((replace(stage, frames=8, chips=16),), decoded)
     assert again["uri"].equals(found["uri"])
