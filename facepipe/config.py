@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses, filled from TOML files and `section.key=value` settings.
 
-Defaults live in the dataclasses and nowhere else; an unknown key is an error that names the nearest valid one.
+Defaults are in the dataclasses and nowhere else. An unknown key is an error that names the nearest valid one.
 """
 
 import difflib
@@ -19,12 +19,21 @@ from facepipe.storage.redact import HIDDEN, redact
 
 T = TypeVar("T")
 Tree = dict[str, Any]
+"""Nested mappings, as TOML gives them."""
 
 _SECRET_KEY = re.compile(r"(?i)secret|token|passw|signature|credential|(?:api|access|account)_?key")
 
 
 def build(kind: type[T], *layers: Tree) -> T:
-    """A config of the given dataclass from nested mappings, later ones winning; every key and value is checked."""
+    """Build a config from nested mappings.
+
+    Args:
+        kind: the dataclass of the config.
+        layers: nested mappings; later ones win.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+    """
     merged: Tree = {}
     for layer in layers:
         _merge(merged, layer)
@@ -32,12 +41,16 @@ def build(kind: type[T], *layers: Tree) -> T:
     try:
         return TypeAdapter(kind).validate_python(merged)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {_shown(e['input'])}" for e in error.errors())
-        raise ConfigError("; ".join(problems)) from None  # pydantic's own message repeats the values
+        problems = (
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {_format_value(problem['input'])}"
+            for problem in error.errors()
+        )
+        # pydantic's own message would repeat the values, credentials among them.
+        raise ConfigError("; ".join(problems)) from None
 
 
 def read_toml(path: str | os.PathLike[str]) -> Tree:
-    """The contents of a TOML file."""
+    """Read a TOML file."""
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
@@ -48,35 +61,38 @@ def read_toml(path: str | os.PathLike[str]) -> Tree:
 
 
 def parse_settings(settings: Iterable[str]) -> Tree:
-    """`["detect.size=320", "embed.flip=false"]` as a nested mapping; values are TOML, or text where they are not."""
+    """Parse settings such as `["detect.size=320", "embed.flip=false"]` to a nested mapping.
+
+    Values are TOML. What is not TOML is text.
+    """
     tree: Tree = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"--set takes section.key=value, got {redact(repr(setting))}")
-        leaf: Any = _value(value.strip())
+        leaf: Any = _parse_value(value.strip())
         for part in reversed(name.strip().split(".")):
             leaf = {part: leaf}
         _merge(tree, leaf)
     return tree
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def _shown(value: Any) -> str:
-    """A value as a message may repeat it: a credential that somebody put into a config is none of its business."""
-    return redact(repr(_without_secrets(value)))
+def _format_value(value: Any) -> str:
+    """Format a value for an error message, with credentials redacted."""
+    return redact(repr(_hide_secrets(value)))
 
 
-def _without_secrets(value: Any) -> Any:
+def _hide_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: HIDDEN if _SECRET_KEY.search(str(k)) else _without_secrets(v) for k, v in value.items()}
-    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
+        return {key: HIDDEN if _SECRET_KEY.search(str(key)) else _hide_secrets(item) for key, item in value.items()}
+    return [_hide_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(target: Tree, layer: Tree) -> None:
@@ -88,15 +104,17 @@ def _merge(target: Tree, layer: Tree) -> None:
 
 
 def _check_keys(kind: Any, tree: Tree, prefix: str) -> None:
+    """Raise ConfigError for a key that the dataclass does not have, or a value where it has a section."""
     known = {field.name for field in fields(kind) if field.init}
     hints = get_type_hints(kind)
     for key, value in tree.items():
         if key not in known:
-            raise ConfigError(f"unknown key {prefix}{key}{_nearest(key, known, prefix)}")
-        for n, item in enumerate(value if _is_list_of_sections(hints[key]) and isinstance(value, list) else ()):
-            if not isinstance(item, dict):
-                raise ConfigError(f"{prefix}{key} is a list of sections: write [[{prefix}{key}]]")
-            _check_keys(get_args(hints[key])[0], item, f"{prefix}{key}[{n}].")
+            raise ConfigError(f"unknown key {prefix}{key}{_suggest_key(key, known, prefix)}")
+        if _is_list_of_sections(hints[key]) and isinstance(value, list):
+            for n, item in enumerate(value):
+                if not isinstance(item, dict):
+                    raise ConfigError(f"{prefix}{key} is a list of sections: write [[{prefix}{key}]]")
+                _check_keys(get_args(hints[key])[0], item, f"{prefix}{key}[{n}].")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{key} is a section, not a value")
@@ -107,6 +125,6 @@ def _is_list_of_sections(hint: Any) -> bool:
     return get_origin(hint) is tuple and is_dataclass(get_args(hint)[0])
 
 
-def _nearest(key: str, known: set[str], prefix: str) -> str:
+def _suggest_key(key: str, known: set[str], prefix: str) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f": did you mean {prefix}{close[0]}?" if close else f"; valid are {', '.join(sorted(known))}"

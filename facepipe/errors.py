@@ -8,10 +8,10 @@ FacepipeError
 │   └── WeightsError     weights are missing, or their SHA-256 is not the registered one
 ├── GalleryError         the folder is not a usable gallery
 │   ├── ContractError    the gallery was made with other models or settings
-│   ├── ThresholdError   it does not show from which distance two faces are two persons
+│   ├── ThresholdError   no match threshold can be estimated
 │   └── GalleryBusyError another run is writing to the gallery
 ├── AccountingError      images listed and images accounted for differ
-├── WorkerError          workers die before they can do any work
+├── WorkerError          workers end before they can do any work
 ├── IndexingError        the search index is missing, damaged, or does not fit the gallery
 ├── TrainingError        a training run cannot go on: its loss is not finite, or its checkpoints are of another run
 │   └── AgreedError      the same, on all workers at the same step
@@ -24,7 +24,7 @@ class FacepipeError(Exception):
 
 
 class ConfigError(FacepipeError):
-    """A key, value or argument that cannot be used."""
+    """A key, value or argument cannot be used."""
 
 
 class SourceError(FacepipeError):
@@ -48,11 +48,11 @@ class GalleryError(FacepipeError):
 
 
 class ContractError(GalleryError):
-    """The gallery's model contract differs from the one asked for."""
+    """The gallery's model contract differs from the requested one."""
 
 
 class ThresholdError(GalleryError):
-    """The gallery does not show from which distance two faces are two persons, and its model does not say."""
+    """No match threshold can be estimated from the gallery, and its model has none of its own."""
 
 
 class GalleryBusyError(GalleryError):
@@ -64,7 +64,7 @@ class AccountingError(FacepipeError):
 
 
 class WorkerError(FacepipeError):
-    """Workers die before they can do any work."""
+    """Workers end before they can do any work."""
 
 
 class IndexingError(FacepipeError):
@@ -76,7 +76,7 @@ class TrainingError(FacepipeError):
 
 
 class AgreedError(TrainingError):
-    """All workers raise it at the same step: starting them again would not mend it."""
+    """All workers raise it at the same step: a restart would not help."""
 
 
 class EvaluationError(FacepipeError):

@@ -1,4 +1,4 @@
-"""The columns that parts of facepipe owe each other: work items in, gallery rows out."""
+"""The columns that parts of facepipe exchange: work items in, rows of the gallery out."""
 
 import pyarrow as pa
 
@@ -10,8 +10,9 @@ TOO_LARGE = "too_large"
 CRASHED = "crashed"
 STATUSES = (OK, NO_FACE, READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
 FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
-# Never stored: what the gallery holds of the image stays as it is.
-UNCHANGED = "unchanged"  # it could not be read this time
+
+# These three are never stored: the rows that the gallery has of the image stay as they are.
+UNCHANGED = "unchanged"  # the image could not be read this time
 TOUCHED = "touched"  # the same bytes under a new fingerprint
 ERASED = "erased"  # the same bytes as an image that was erased, and must not come back
 NEVER_STORED = (UNCHANGED, TOUCHED, ERASED)
@@ -20,14 +21,14 @@ EMBEDDING_DIM = 128
 
 WORK_ITEM = pa.schema(
     [
-        ("uri", pa.string()),  # what the gallery calls the image
+        ("uri", pa.string()),  # name of the image in the gallery
         ("path", pa.binary()),  # where its bytes are: a local path as bytes (names need not be UTF-8) or a URL
         ("offset", pa.int64()),  # first byte, or first row in a Parquet file; null: the whole file
         ("length", pa.int64()),  # bytes; null with an offset: one Parquet row
         ("fingerprint", pa.string()),  # size and mtime, or etag: changes when the file may have changed
         ("identity", pa.string()),
         ("listing_error", pa.string()),  # why the lister already knows that this cannot be read
-        ("previous", pa.uint64()),  # hash of the content the gallery holds for this uri; null: it holds none
+        ("previous", pa.uint64()),  # hash of the content that the gallery has for this uri; null: it has none
     ]
 )
 
@@ -60,12 +61,12 @@ FACES = pa.schema(
     ]
 )
 
-# Joined after the first galleries were made: files written before have neither values nor statistics of them.
+# Added after the first galleries were made. Files written before have neither values nor statistics of these columns.
 LATER = ("image_hash", "missing_since")
 
 
 def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:
-    """The table with exactly the schema's columns, in its order; absent columns become nulls."""
+    """Return the table with exactly the schema's columns, in its order; absent columns become nulls."""
     columns = [
         table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
         for field in schema

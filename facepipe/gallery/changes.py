@@ -1,7 +1,8 @@
-"""What came into a gallery's table since a mark, and which faces left it, at a cost in proportion to what changed.
+"""Find what came into a gallery's table since a mark, and which faces left it, without reading the whole table.
 
-Two versions of the table are compared by their files. Nobody rewrites a row and calls it new: what a rewrite, an
-erasure or a compaction moves to another file is told from what is new by its key and the time of its ingestion.
+Two versions of the table are compared by their files, so the cost is in proportion to what changed. A rewrite, an
+erasure or a compaction moves rows to other files. Such rows are told from new ones by their key and by the time of
+their ingestion.
 """
 
 import json
@@ -27,12 +28,18 @@ from facepipe.types import Int64, UInt64
 _ROWS = 65536
 _NEW_ROWS_ONLY = re.compile(r"part-(?!rewrite-|compact-).*-[0-9a-f]{32}\.parquet$")
 _KEY = ("uri", "face_index", "ingested_at")
-_LAG = timedelta(days=1)  # at most, between the stamp on a row and the commit that shows it
+_MAX_LAG = timedelta(days=1)  # between the time on a row and the commit that shows the row
 
 
 @dataclass(frozen=True)
 class ReadMark:
-    """How far somebody has read a gallery. newest: ISO time of the last ingestion seen; None where rows bear none."""
+    """How far a reader has read a gallery.
+
+    Attributes:
+        gallery: Id of the table.
+        version: Version of the table.
+        newest: ISO time of the last ingestion that was read; None if no row has one.
+    """
 
     gallery: str
     version: int
@@ -40,34 +47,35 @@ class ReadMark:
 
     @classmethod
     def from_gallery(cls, gallery: Gallery) -> "ReadMark":
-        """All of a gallery, as it is open."""
+        """Make the mark of a reader who has read all of a gallery in the version that is open."""
         times = [time for time in PartialGallery(gallery).read_newest_times().values() if time is not None]
         return cls(gallery.id, gallery.version, max(times).isoformat() if times else None)
 
     def save(self, path: str) -> None:
-        """Write it to a file, or an object."""
+        """Write the mark to a file or an object."""
         storage.write(path, json.dumps(asdict(self)).encode())
 
     @classmethod
     def load(cls, path: str) -> "ReadMark | None":
-        """One that was saved; None where none is, or none that can be read: all rows are new then."""
+        """Read a saved mark; None if there is none, or it cannot be read. All rows are new then."""
         try:
             data = storage.read(os.fsencode(path))
         except StorageError:
             return None
         try:
-            found = cls(**json.loads(data))
-            found._time()
+            mark = cls(**json.loads(data))
+            mark._parse_time()
         except (ValueError, TypeError):
             return None
-        return found
+        return mark
 
-    def _time(self) -> datetime | None:
+    def _parse_time(self) -> datetime | None:
         return datetime.fromisoformat(self.newest) if self.newest else None
 
     def filter_newer(self, lag: timedelta = timedelta(0)) -> ds.Expression:
-        """Rows that were ingested later, and those that do not say when."""
-        time, column = self._time(), ds.field("ingested_at")
+        """Make a filter for rows that were ingested later than the mark less a lag, or do not say when."""
+        time = self._parse_time()
+        column = ds.field("ingested_at")
         if time is None:
             return pc.scalar(True)
         return column.is_null() | (column > pa.scalar(time.astimezone(UTC) - lag, pa.timestamp("us", "UTC")))
@@ -81,15 +89,15 @@ class PartialGallery(Gallery):
         self._chosen = None if files is None else frozenset(files)
 
     def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
-        """The chosen files as a pyarrow dataset."""
+        """Open the chosen files as a pyarrow dataset."""
         whole = super().dataset(ranges)
         if self._chosen is None:
             return whole
-        chosen = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
-        return ds.FileSystemDataset(chosen, whole.schema, whole.format, whole.filesystem)
+        fragments = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
+        return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
 
     def read_newest_times(self) -> dict[str, datetime | None]:
-        """The last ingestion in each of the table's files, by path, from the log."""
+        """Read from the log the time of the last ingestion in each of the table's files, by path."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
         paths = actions["path"].to_pylist()
         name = "max.ingested_at"
@@ -99,10 +107,15 @@ class PartialGallery(Gallery):
 
 @dataclass(frozen=True)
 class TableChanges:
-    """Between a mark and a gallery, by the names of files.
+    """What happened to the table's files between a mark and a version of a gallery.
 
-    new_files: all rows are new; mixed_files: some may be; removed_files: were in the table at the mark and are no more, None where that is
-    not known. `old_gallery` is the gallery at the mark.
+    Attributes:
+        gallery: The gallery now.
+        mark: Up to where it was read; None if it never was.
+        new_files: Names of files whose rows are all new.
+        mixed_files: Names of files in which some rows may be new.
+        removed_files: Names of files that have left the table since the mark; None if that is not known.
+        old_gallery: The gallery at the mark; None if it cannot be opened.
     """
 
     gallery: Gallery
@@ -118,80 +131,92 @@ class TableChanges:
         return not self.new_files and not self.mixed_files and not self.removed_files and self.removed_files is not None
 
     def read_new_rows(self, columns: Sequence[str], rows: int = _ROWS) -> Iterator[pa.RecordBatch]:
-        """Rows that are new, in batches with these columns. An image that was embedded again because its file changed
-        is new. Where neither the files of then are there nor times of ingestion, rows may come that are not new."""
-        yield from PartialGallery(self.gallery, self.new_files).batches(columns, rows=rows) if self.new_files else ()
+        """Yield the new rows in batches with these columns.
+
+        An image that was embedded again because its file changed is new. If neither the old files nor times of
+        ingestion are there, rows may come that are not new.
+        """
+        if self.new_files:
+            yield from PartialGallery(self.gallery, self.new_files).batches(columns, rows=rows)
         if not self.mixed_files:
             return
         assert self.mark is not None
-        moved = self._moved()
-        where = self.mark.filter_newer() if moved is None else self.mark.filter_newer(_LAG)
-        names = list(dict.fromkeys([*columns, *(_KEY if moved is not None else ())]))
-        for batch in PartialGallery(self.gallery, self.mixed_files).batches(names, where, rows=rows):
-            new = batch if moved is None else batch.filter(pa.array(~is_in_sorted(moved, _keys(batch))))
-            if new.num_rows:
-                yield new.select(list(columns))
+        # Rows of mixed files are new unless they stood in another file before, or were ingested earlier.
+        moved_keys = self._read_moved_keys()
+        mixed = PartialGallery(self.gallery, self.mixed_files)
+        if moved_keys is None:
+            for batch in mixed.batches(list(columns), self.mark.filter_newer(), rows=rows):
+                yield batch.select(list(columns))
+            return
+        names = list(dict.fromkeys([*columns, *_KEY]))
+        for batch in mixed.batches(names, self.mark.filter_newer(_MAX_LAG), rows=rows):
+            new_rows = batch.filter(pa.array(~is_in_sorted(moved_keys, _hash_keys(batch))))
+            if new_rows.num_rows:
+                yield new_rows.select(list(columns))
 
     def find_deleted_ids(self) -> Int64 | None:
-        """(n,) sorted ids of the faces that are in the table no more; None where only comparing all ids can tell.
+        """Find the faces that are no longer in the table.
 
-        16 bytes of memory a face of the files that went.
+        It takes 16 bytes of memory per face of the removed files.
+
+        Returns:
+            Sorted ids (n,); None if only a comparison of all ids can tell.
         """
         if self.removed_files is None or self.old_gallery is None:
             return None
         try:
-            left = (
-                np.sort(_ids(PartialGallery(self.old_gallery, self.removed_files)))
-                if self.removed_files
-                else np.empty(0, np.int64)
-            )
-        except (OSError, StorageError, pa.ArrowException):  # vacuumed
+            removed = np.empty(0, np.int64)
+            if self.removed_files:
+                removed = np.sort(_read_ids(PartialGallery(self.old_gallery, self.removed_files)))
+        except (OSError, StorageError, pa.ArrowException):  # the files were vacuumed
             return None
-        stays = np.zeros(len(left), bool)
-        came = (*self.new_files, *self.mixed_files)
-        for batch in PartialGallery(self.gallery, came).batches(["face_id"], rows=_ROWS) if len(left) and came else ():
-            ids = batch["face_id"].drop_null().to_numpy()
-            at = find_sorted(left, ids)
-            stays[at[at >= 0]] = True
-        return left[~stays]
+        is_still_there = np.zeros(len(removed), bool)
+        added_files = (*self.new_files, *self.mixed_files)
+        if len(removed) and added_files:
+            for batch in PartialGallery(self.gallery, added_files).batches(["face_id"], rows=_ROWS):
+                at = find_sorted(removed, batch["face_id"].drop_null().to_numpy())
+                is_still_there[at[at >= 0]] = True
+        return removed[~is_still_there]
 
-    def _moved(self) -> UInt64 | None:
-        """Sorted keys of the rows of then that may stand in another file now; None where they cannot be read."""
+    def _read_moved_keys(self) -> UInt64 | None:
+        """Read the sorted keys of old rows that may stand in another file now; None if they cannot be read."""
         if self.removed_files is None or self.old_gallery is None or self.mark is None:
             return None
-        recent, parts = self.mark.filter_newer(_LAG), [np.empty(0, np.uint64)]
-        candidates = (
-            PartialGallery(self.gallery, self.mixed_files).dataset(["ingested_at"]).get_fragments(filter=recent)
-        )
-        if next(iter(candidates), None) is None:
+        recent = self.mark.filter_newer(_MAX_LAG)
+        parts = [np.empty(0, np.uint64)]
+        candidates = PartialGallery(self.gallery, self.mixed_files).dataset(["ingested_at"])
+        if next(iter(candidates.get_fragments(filter=recent)), None) is None:
             return parts[0]
         try:
-            parts += [
-                _keys(batch)
-                for batch in PartialGallery(self.old_gallery, self.removed_files).batches(_KEY, recent, rows=_ROWS)
-            ]
-        except (OSError, StorageError, pa.ArrowException):  # vacuumed
+            old_files = PartialGallery(self.old_gallery, self.removed_files)
+            parts += [_hash_keys(batch) for batch in old_files.batches(_KEY, recent, rows=_ROWS)]
+        except (OSError, StorageError, pa.ArrowException):  # the files were vacuumed
             return None
         return np.sort(np.concatenate(parts))
 
 
 def find_changes(gallery: Gallery, mark: ReadMark | None) -> TableChanges:
-    """What became of the table's files since a mark. Without one everything is new; where the table of then cannot be
-    opened (a cleaned log), or was another, rows are told by their time of ingestion alone."""
-    now = tuple(file["path"] for file in gallery.files())
+    """Find what happened to the table's files since a mark.
+
+    Without a mark everything is new. If the old version cannot be opened because its log was cleaned, or the mark is of
+    another table, new rows are recognised by their time of ingestion alone.
+    """
+    files = tuple(file["path"] for file in gallery.files())
     if mark is None:
-        return TableChanges(gallery, None, now, (), None)
-    then = _then(gallery, mark)
-    if then is None:
-        return TableChanges(gallery, mark, (), now, None)
-    before = {file["path"] for file in then.files()}
-    gone = tuple(sorted(before.difference(now)))
-    came = [path for path in now if path not in before]
-    whole = tuple(path for path in came if not gone or _NEW_ROWS_ONLY.search(path))
-    return TableChanges(gallery, mark, whole, tuple(p for p in came if p not in set(whole)), gone, then)
+        return TableChanges(gallery, None, new_files=files, mixed_files=(), removed_files=None)
+    old_gallery = _open_old_gallery(gallery, mark)
+    if old_gallery is None:
+        return TableChanges(gallery, mark, new_files=(), mixed_files=files, removed_files=None)
+    old_files = {file["path"] for file in old_gallery.files()}
+    removed = tuple(sorted(old_files.difference(files)))
+    added = [path for path in files if path not in old_files]
+    # If no file was removed, no row can have moved. Else the name tells whether a file holds rewritten rows.
+    new = tuple(path for path in added if not removed or _NEW_ROWS_ONLY.search(path))
+    mixed = tuple(path for path in added if path not in set(new))
+    return TableChanges(gallery, mark, new, mixed, removed, old_gallery)
 
 
-def _then(gallery: Gallery, mark: ReadMark) -> Gallery | None:
+def _open_old_gallery(gallery: Gallery, mark: ReadMark) -> Gallery | None:
     if mark.gallery != gallery.id or mark.version > gallery.version:
         return None
     if mark.version == gallery.version:
@@ -202,13 +227,13 @@ def _then(gallery: Gallery, mark: ReadMark) -> Gallery | None:
         return None
 
 
-def _ids(gallery: Gallery) -> Int64:
+def _read_ids(gallery: Gallery) -> Int64:
     parts = [batch["face_id"].drop_null().to_numpy() for batch in gallery.batches(["face_id"], rows=_ROWS)]
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def _keys(batch: pa.RecordBatch) -> UInt64:
-    """(n,) a hash of what makes a row that row, wherever it stands: image, face and the time it was embedded."""
+def _hash_keys(batch: pa.RecordBatch) -> UInt64:
+    """Hash what identifies each row wherever it stands: image, face and the time it was embedded; (n,)."""
     keys = pd.util.hash_array(np.asarray(batch["uri"].to_numpy(zero_copy_only=False), object))
     for name, absent in (("face_index", -1), ("ingested_at", 0)):
         numbers: Any = pc.fill_null(batch[name].cast(pa.int64()), absent).to_numpy()

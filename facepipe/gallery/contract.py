@@ -11,11 +11,25 @@ from facepipe.models.zoo.registry import find_card
 from facepipe.schema import EMBEDDING_DIM
 
 CONTRACT_PROPERTY = "facepipe.contract"
+"""Name of the table property that holds the contract; also of Parquet metadata."""
+
+_MAX_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Detector, embedder, the SHA-256 of their weights, alignment, flip, dimension and metric."""
+    """What the embeddings of a gallery were made with.
+
+    Attributes:
+        detector: Name of the detector.
+        detector_sha256: SHA-256 of its weights.
+        embedder: Name of the embedder.
+        embedder_sha256: SHA-256 of its weights.
+        alignment: How chips are cut.
+        flip: Whether the vector of the mirrored chip is averaged in.
+        dim: Numbers per embedding.
+        metric: How embeddings are compared.
+    """
 
     detector: str
     detector_sha256: str
@@ -28,31 +42,45 @@ class Contract:
 
     @classmethod
     def from_models(cls, detector: str, embedder: str, flip: bool) -> "Contract":
-        """The contract of two models. Raises ModelError for two that do not go together."""
-        found, made = find_card(detector, "detector"), find_card(embedder, "embedder")
-        dim = made.dim or EMBEDDING_DIM
-        return cls(found.name, found.sha256, made.name, made.sha256, _alignment(made, found), flip, dim)
+        """Make the contract of two models. Raises ModelError for two that do not go together."""
+        detector_card = find_card(detector, "detector")
+        embedder_card = find_card(embedder, "embedder")
+        return cls(
+            detector=detector_card.name,
+            detector_sha256=detector_card.sha256,
+            embedder=embedder_card.name,
+            embedder_sha256=embedder_card.sha256,
+            alignment=_describe_alignment(embedder_card, detector_card),
+            flip=flip,
+            dim=embedder_card.dim or EMBEDDING_DIM,
+        )
 
     def to_json(self) -> str:
-        """The form kept in the table's properties."""
+        """Encode the contract for the table's properties."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Contract":
-        """Raises ContractError for a contract of another version of facepipe."""
+        """Decode a contract. Raises ContractError for one of another version of facepipe."""
         try:
             return cls(**json.loads(text))
         except (TypeError, ValueError) as error:
             raise ContractError(f"the gallery's contract cannot be read: {text[:300]}") from error
 
     def require(self, other: "Contract", where: str) -> None:
-        """Raise ContractError, with what differs, unless the other contract is this one."""
-        mine, theirs = asdict(self), asdict(other)
-        differ = [name for name in mine if mine[name] != theirs[name]]
-        if differ:
+        """Raise ContractError, with what differs, unless the other contract equals this one.
+
+        Args:
+            other: the requested contract.
+            where: what this contract belongs to, for the message.
+        """
+        own_values = asdict(self)
+        other_values = asdict(other)
+        different = [name for name in own_values if own_values[name] != other_values[name]]
+        if different:
             lines = [
-                f"  {name}: the gallery has {_short(mine[name])}, asked for is {_short(theirs[name])}"
-                for name in differ
+                f"  {name}: the gallery has {_shorten(own_values[name])}, asked for is {_shorten(other_values[name])}"
+                for name in different
             ]
             raise ContractError(
                 f"{where} was made with another model contract:\n" + "\n".join(lines) + "\n"
@@ -60,7 +88,8 @@ class Contract:
             )
 
 
-def _alignment(embedder: Card, detector: Card) -> str:
+def _describe_alignment(embedder: Card, detector: Card) -> str:
+    """Describe how chips are cut: the kind of layout, and a hash of everything that decides its pixels."""
     layout = embedder.layout
     if layout is None:
         raise ContractError(f"{embedder.name} does not say how its chips are cut")
@@ -69,13 +98,16 @@ def _alignment(embedder: Card, detector: Card) -> str:
             f"{embedder.name} takes chips cut by dlib's points, and how the boxes of {detector.name} lie to dlib's was "
             "never measured: take another detector, such as retinaface-mnet025 or dlib-hog"
         )
-    what = {
-        "similarity": [layout.size, layout.template],
-        "dlib": [layout.size, detector.square],
-    }.get(layout.kind, [layout.size, layout.fill])
-    return f"{layout.kind}:{hash64(json.dumps(what)):016x}"
+    parameters: list[Any]
+    if layout.kind == "similarity":
+        parameters = [layout.size, layout.template]
+    elif layout.kind == "dlib":
+        parameters = [layout.size, detector.square]
+    else:
+        parameters = [layout.size, layout.fill]
+    return f"{layout.kind}:{hash64(json.dumps(parameters)):016x}"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 32 else text[:16] + "…"
+    return text if len(text) <= _MAX_CHARACTERS else text[:16] + "…"

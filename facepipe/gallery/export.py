@@ -1,7 +1,7 @@
 """A plain Parquet folder for everything that does not read Delta tables."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -12,30 +12,41 @@ from facepipe.gallery.table import Gallery, check_columns
 from facepipe.schema import FACES
 
 _ROWS_PER_FILE = 1_000_000
+_ROWS_PER_GROUP = 65536
 
 
 def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = None, where: str | None = None) -> int:
-    """Write the chosen rows and columns as `part-N.parquet` files into a new or empty folder; the rows written."""
+    """Export rows of a gallery as `part-N.parquet` files.
+
+    Args:
+        gallery: the gallery to read.
+        out: a new or empty folder.
+        columns: names of columns; all by default.
+        where: a filter as text; all rows by default.
+
+    Returns:
+        The number of rows written.
+    """
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise GalleryError(f"{out!r} exists and is not an empty folder")
     names = check_columns(columns)
-    written = 0
+    row_count = 0
 
-    def counted() -> "pa.RecordBatch":
-        nonlocal written
+    def count_rows() -> Iterator[pa.RecordBatch]:
+        nonlocal row_count
         for batch in gallery.batches(names, where):
-            written += batch.num_rows
+            row_count += batch.num_rows
             yield batch
 
     ds.write_dataset(
-        counted(),
+        count_rows(),
         out,
         schema=pa.schema([FACES.field(name) for name in names], {CONTRACT_PROPERTY: gallery.contract.to_json()}),
         format="parquet",
         basename_template="part-{i}.parquet",
         max_rows_per_file=_ROWS_PER_FILE,
-        max_rows_per_group=65536,
+        max_rows_per_group=_ROWS_PER_GROUP,
         file_options=ds.ParquetFileFormat().make_write_options(compression="zstd"),
         existing_data_behavior="overwrite_or_ignore",
     )
-    return written
+    return row_count

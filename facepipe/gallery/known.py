@@ -1,4 +1,4 @@
-"""What the gallery already holds, asked at listing time, before any byte of an image is read."""
+"""What a gallery already holds, looked up at listing time, before any byte of an image is read."""
 
 from collections.abc import Iterable, Iterator
 
@@ -15,24 +15,39 @@ from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import UInt64
 
-_HELD, _LISTED, _OF_SOURCE = (np.uint64(n) for n in range(3))
+# States of an image in the table.
+_IN_GALLERY = np.uint64(0)
+_LISTED = np.uint64(1)
+_OF_SOURCE = np.uint64(2)
+
 _COLUMNS = ("uri", "fingerprint", "image_id", "status", "source", "missing_since", "face_index")
 _ROWS = 65536
 
 
 class KnownImages:
-    """uri -> (fingerprint, content, state) of every image in a gallery, as hashes in a file-backed table.
+    """A map from the uri of every image in a gallery to its fingerprint, content and state, as hashes in a file.
 
-    Also remembers what was listed in this run, so that an image listed twice is embedded once, and what was not.
-    source: name of the corpus that is listed; erased: sorted hashes of uris that must not come back.
+    It also remembers what was listed in this run. An image that is listed twice is embedded once, and afterwards the
+    images that were not listed are known.
+
+    Attributes:
+        source_count: Number of images that the gallery holds of the listed source.
     """
 
     def __init__(self, gallery: Gallery | None, source: str | None = None, erased: UInt64 | None = None):
+        """Read what a gallery holds.
+
+        Args:
+            gallery: the gallery; None for one that does not exist yet.
+            source: name of the corpus that is listed.
+            erased: sorted hashes of uris that must not come back.
+        """
         self._table = HashTable(width=3)
         self._erased = np.empty(0, np.uint64) if erased is None else erased
         self.source_count = 0
+        batches = gallery.batches(_COLUMNS, rows=_ROWS) if gallery is not None else ()
         try:
-            for table in _gathered(gallery.batches(_COLUMNS, rows=_ROWS)) if gallery is not None else ():
+            for table in _join_batches(batches):
                 self._add(table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True)), source)
         except BaseException:
             self.close()
@@ -41,61 +56,72 @@ class KnownImages:
     def _add(self, images: pa.Table, source: str | None) -> None:
         if not images.num_rows:
             return
-        # What could not be read is tried again, and so is what was missing: their fingerprints never match.
-        unread = pc.fill_null(pc.equal(images["status"], READ_ERROR), False)
-        again = pc.or_(unread, pc.is_valid(images["missing_since"])).to_numpy(zero_copy_only=False)
-        mine = pc.fill_null(pc.equal(images["source"], source or ""), False).to_numpy(zero_copy_only=False)
+        is_of_source = pc.fill_null(pc.equal(images["source"], source or ""), False).to_numpy(zero_copy_only=False)
+        # Images that could not be read, or were missing, are read again: their fingerprints never match.
+        is_unread = pc.fill_null(pc.equal(images["status"], READ_ERROR), False)
+        is_retried = pc.or_(is_unread, pc.is_valid(images["missing_since"])).to_numpy(zero_copy_only=False)
         marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
-        marks[again] = 0
-        states = np.where(mine, _OF_SOURCE, _HELD)
+        marks[is_retried] = 0
+        states = np.where(is_of_source, _OF_SOURCE, _IN_GALLERY)
         self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
-        self.source_count += int(mine.sum())
+        self.source_count += int(is_of_source.sum())
 
     def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
-        """(verdict, content hash held) for each listed image.
+        """Decide for listed images whether they have to be read.
 
-        REPEATED: listed before in this run. SKIP: held with the same fingerprint. CHANGED: held, but the file may have
-        changed or was never read. NEW: not held. ERASED: not to come back. An image without fingerprint is CHANGED
-        when held: only its content can tell. fingerprints: `hash_each_in_process`, 0 where there is none.
+        Args:
+            uris: `hash64_each` of the uris, (n,).
+            fingerprints: `hash_each_in_process` of the fingerprints, (n,), 0 for an image without one.
+
+        Returns:
+            One verdict per image (n,), and the hash of the content that the gallery holds (n,).
+
+            REPEATED: listed before in this run. SKIP: in the gallery with the same fingerprint. CHANGED: in the
+            gallery, but the file may have changed, was never read, or has no fingerprint: only its content can tell.
+            NEW: not in the gallery. ERASED: must not come back.
         """
-        found, held = self._table.get(uris)
-        repeated = found & (held[:, 2] == _LISTED)
-        same = found & (held[:, 0] == fingerprints) & (fingerprints != 0)
-        verdict = np.where(repeated, REPEATED, np.where(same, SKIP, np.where(found, CHANGED, NEW)))
-        verdict = np.where(~repeated & is_in_sorted(self._erased, uris), ERASED, verdict)
-        first = np.zeros(len(uris), bool)
-        first[np.unique(uris, return_index=True)[1]] = True
-        verdict = np.where(first, verdict, REPEATED).astype(np.int8)
-        listed = np.stack([fingerprints, held[:, 1], np.full(len(uris), _LISTED)], 1)
-        self._table.add(uris, listed)
-        return verdict, held[:, 1]
+        is_known, known = self._table.get(uris)
+        is_repeated = is_known & (known[:, 2] == _LISTED)
+        is_same = is_known & (known[:, 0] == fingerprints) & (fingerprints != 0)
+        verdict = np.where(is_repeated, REPEATED, np.where(is_same, SKIP, np.where(is_known, CHANGED, NEW)))
+        verdict = np.where(~is_repeated & is_in_sorted(self._erased, uris), ERASED, verdict)
+        # Of images that occur several times in this batch, all but the first are repeated.
+        is_first = np.zeros(len(uris), bool)
+        is_first[np.unique(uris, return_index=True)[1]] = True
+        verdict = np.where(is_first, verdict, REPEATED).astype(np.int8)
+        self._table.add(uris, np.stack([fingerprints, known[:, 1], np.full(len(uris), _LISTED)], 1))
+        return verdict, known[:, 1]
 
     def find_missing(self, most: int) -> tuple[int, UInt64]:
-        """(how many, hashes of the uris) of the source's images that were not listed; no hashes where more than `most`.
+        """Find the source's images that were not listed; call it after the last item of a listing.
 
-        For after the last item of a listing.
+        Returns:
+            How many are missing, and the hashes of their uris; no hashes if they are more than `most`.
         """
-        count, parts = 0, [np.empty(0, np.uint64)]
-        for keys, values in self._table.rows():
-            gone = keys[values[:, 2] == _OF_SOURCE]
-            count += len(gone)
+        count = 0
+        parts = [np.empty(0, np.uint64)]
+        for keys, values in self._table.read_rows():
+            missing = keys[values[:, 2] == _OF_SOURCE]
+            count += len(missing)
             if count <= most:
-                parts.append(gone)
+                parts.append(missing)
         return count, np.concatenate(parts if count <= most else parts[:1])
 
     def close(self) -> None:
-        """Give the temporary file back."""
+        """Delete the temporary file."""
         self._table.close()
 
 
-def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Batches as tables of some length: a file that a worker wrote gives one of a few hundred rows."""
-    held, rows = list[pa.RecordBatch](), 0
+def _join_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Join batches to tables of some length: a file that a worker wrote gives batches of a few hundred rows."""
+    pending: list[pa.RecordBatch] = []
+    rows = 0
     for batch in batches:
-        held.append(batch)
+        pending.append(batch)
         rows += batch.num_rows
         if rows >= _ROWS:
-            yield pa.Table.from_batches(held)
-            held, rows = [], 0
-    if held:
-        yield pa.Table.from_batches(held)
+            yield pa.Table.from_batches(pending)
+            pending = []
+            rows = 0
+    if pending:
+        yield pa.Table.from_batches(pending)

@@ -1,6 +1,6 @@
-"""What was erased and must not come back: hashes of uris and of contents, kept in the gallery.
+"""Hashes of erased images, by uri and by content, so that they do not come back. They are kept in the gallery.
 
-The source may go on listing an erased image. Hashes tell it again without saying what it was called.
+The source may go on listing an erased image. Hashes recognise it without saying what it was called.
 """
 
 from collections.abc import Iterable
@@ -12,39 +12,51 @@ from facepipe.hashing import hash64
 from facepipe.types import UInt64
 
 FOLDER = "erased"
-_URIS, _CONTENTS = ".uris", ".contents"
+_URIS = ".uris"
+_CONTENTS = ".contents"
 
 
 def get_erased_folder(gallery: str) -> str:
-    """Where receipts, and these hashes, lie."""
+    """Return the folder of a gallery that holds receipts and these hashes."""
     return storage.join(gallery, FOLDER)
 
 
 def write_erased_file(gallery: str, name: str, data: bytes) -> str:
-    """Write a file of this folder, whole or not at all: a torn one would stop every later run. Its path."""
+    """Write a file of this folder, whole or not at all, because half a file would stop every later run.
+
+    Returns:
+        The path of the file.
+    """
     path = storage.join(get_erased_folder(gallery), name)
     storage.replace(path, data)
     return path
 
 
 def suppress_images(gallery: str, name: str, uris: Iterable[str], contents: Iterable[str]) -> None:
-    """Keep images from coming back: under their uris, and under any other as long as their bytes are the same."""
+    """Keep images from coming back.
+
+    Args:
+        gallery: path or URL of the gallery.
+        name: name of the erasure, from which the files get theirs.
+        uris: uris that must not come back.
+        contents: image ids that must not come back, under whatever uri.
+    """
     for ending, values in ((_URIS, uris), (_CONTENTS, contents)):
         hashes = np.unique(np.array([hash64(value) for value in values], np.uint64))
         write_erased_file(gallery, name + ending, hashes.astype("<u8").tobytes())
 
 
 def read_uris(gallery: str) -> UInt64:
-    """Sorted hashes of uris that must not come back."""
-    return _all(gallery, _URIS)
+    """Read the sorted hashes of uris that must not come back."""
+    return _read_hashes(gallery, _URIS)
 
 
 def read_contents(gallery: str) -> UInt64:
-    """Sorted hashes of image ids that must not come back."""
-    return _all(gallery, _CONTENTS)
+    """Read the sorted hashes of image ids that must not come back."""
+    return _read_hashes(gallery, _CONTENTS)
 
 
-def _all(gallery: str, ending: str) -> UInt64:
-    found = [f.url for f in storage.list_files(get_erased_folder(gallery)) if f.url.endswith(ending)]
-    parts = [np.frombuffer(storage.read(path.encode()), "<u8") for path in found]
+def _read_hashes(gallery: str, ending: str) -> UInt64:
+    paths = [entry.url for entry in storage.list_files(get_erased_folder(gallery)) if entry.url.endswith(ending)]
+    parts = [np.frombuffer(storage.read(path.encode()), "<u8") for path in paths]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))

@@ -13,16 +13,23 @@ from facepipe.types import Bool, UInt64
 
 _FIRST_SLOTS = 1 << 16
 _MAX_LOAD = 0.6
-_REHASH_ROWS = 1 << 17  # 4 MiB at three values a key: what a rehash holds beside the tables
+_REHASH_ROWS = 1 << 17  # 4 MiB at three values per key: what a rehash needs beside the tables
 
 
 class HashTable:
-    """Maps uint64 keys to rows of `width` uint64 values; open addressing, linear probing, vectorised over batches.
+    """Maps uint64 keys to rows of `width` uint64 values.
 
-    Keys must be well mixed hashes. Key 0 marks a free slot and is stored as 1.
+    Open addressing with linear probing, vectorised over batches. Keys must be well mixed hashes. Key 0 marks a free
+    slot and is stored as 1. Call `close` when done.
     """
 
     def __init__(self, width: int = 0, folder: str | None = None):
+        """Make an empty table.
+
+        Args:
+            width: values per key.
+            folder: where the temporary file is made; the system's folder by default.
+        """
         self.width = width
         self.count = 0
         self._folder = folder
@@ -35,74 +42,91 @@ class HashTable:
             file.truncate(size)
             mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise StorageError(
-                f"cannot keep a table of ids in {self._folder or tempfile.gettempdir()!r} (TMPDIR): "
-                f"{describe_error(error)}"
-            ) from error
+            folder = self._folder or tempfile.gettempdir()
+            raise StorageError(f"cannot keep a table of ids in {folder!r} (TMPDIR): {describe_error(error)}") from error
         return np.frombuffer(mapped, np.uint64).reshape(slots, 1 + self.width), file
 
     def add(self, keys: UInt64, values: UInt64 | None = None) -> Bool:
-        """Insert or overwrite; True where the key was new. A key repeated in the batch is new at its first place."""
+        """Insert keys, or overwrite the values of known ones.
+
+        Args:
+            keys: (n,).
+            values: (n, width), if the table has values.
+
+        Returns:
+            Whether each key was new, (n,). A key that is repeated in the batch is new at its first place.
+        """
         keys = np.where(keys == 0, np.uint64(1), keys).astype(np.uint64)
         unique, first = np.unique(keys, return_index=True)
         while self.count + len(unique) > _MAX_LOAD * len(self._slots):
             self._grow()
-        new = np.zeros(len(keys), bool)
-        new[first] = self._insert(unique, None if values is None else values[first])
-        return new
+        is_new = np.zeros(len(keys), bool)
+        is_new[first] = self._insert(unique, None if values is None else values[first])
+        return is_new
 
     def get(self, keys: UInt64) -> tuple[Bool, UInt64]:
-        """(found, values): values are (n, width), zero where the key is absent."""
+        """Look keys up.
+
+        Returns:
+            Whether the table holds each key (n,), and the values (n, width), zero for absent keys.
+        """
         keys = np.where(keys == 0, np.uint64(1), keys).astype(np.uint64)
-        found = np.zeros(len(keys), bool)
+        is_present = np.zeros(len(keys), bool)
         values = np.zeros((len(keys), self.width), np.uint64)
         mask = np.uint64(len(self._slots) - 1)
-        slot, pending = keys & mask, np.arange(len(keys))
+        slot = keys & mask
+        pending = np.arange(len(keys))
+        # Each round looks at one slot of every pending key; keys that meet another key go on to the next slot.
         while pending.size:
-            held = self._slots[slot[pending], 0]
-            hit = held == keys[pending]
-            found[pending[hit]] = True
+            slot_keys = self._slots[slot[pending], 0]
+            hit = slot_keys == keys[pending]
+            is_present[pending[hit]] = True
             values[pending[hit]] = self._slots[slot[pending[hit]], 1:]
-            pending = pending[~hit & (held != 0)]
+            pending = pending[~hit & (slot_keys != 0)]
             slot[pending] = (slot[pending] + np.uint64(1)) & mask
-        return found, values
+        return is_present, values
 
     def _insert(self, keys: UInt64, values: UInt64 | None) -> Bool:
-        new = np.zeros(len(keys), bool)
+        """Insert different keys into slots that are there; tell which were new."""
+        is_new = np.zeros(len(keys), bool)
         mask = np.uint64(len(self._slots) - 1)
-        slot, pending = keys & mask, np.arange(len(keys))
+        slot = keys & mask
+        pending = np.arange(len(keys))
         while pending.size:
             free = pending[self._slots[slot[pending], 0] == 0]
-            self._slots[slot[free], 0] = keys[free]  # of several keys that want one slot the last writer wins
+            # If several keys want one free slot, the last writer gets it and the others go on.
+            self._slots[slot[free], 0] = keys[free]
             won = free[self._slots[slot[free], 0] == keys[free]]
-            new[won] = True
-            here = self._slots[slot[pending], 0] == keys[pending]
+            is_new[won] = True
+            settled = self._slots[slot[pending], 0] == keys[pending]
             if values is not None:
-                self._slots[slot[pending[here]], 1:] = values[pending[here]]
-            pending = pending[~here]
+                self._slots[slot[pending[settled]], 1:] = values[pending[settled]]
+            pending = pending[~settled]
             slot[pending] = (slot[pending] + np.uint64(1)) & mask
-        self.count += int(new.sum())
-        return new
+        self.count += int(is_new.sum())
+        return is_new
 
     def _grow(self) -> None:
-        old, old_file = self._slots, self._file
-        self._slots, self._file = self._allocate(2 * len(old))
+        """Move everything to a table of twice as many slots."""
+        old_slots = self._slots
+        old_file = self._file
+        self._slots, self._file = self._allocate(2 * len(old_slots))
         self.count = 0
-        for keys, values in _filled(old):
+        for keys, values in _read_filled(old_slots):
             self._insert(keys, values)
         old_file.close()
 
-    def rows(self) -> Iterator[tuple[UInt64, UInt64]]:
-        """(keys (n,), values (n, width)) of everything held, a piece at a time, in no order."""
-        yield from _filled(self._slots)
+    def read_rows(self) -> Iterator[tuple[UInt64, UInt64]]:
+        """Yield (keys (n,), values (n, width)) of the whole table in pieces, in no order."""
+        yield from _read_filled(self._slots)
 
     def close(self) -> None:
-        """Give the temporary file back."""
+        """Delete the temporary file."""
         self._slots = np.zeros((1, 1 + self.width), np.uint64)
         self._file.close()
 
 
-def _filled(slots: UInt64) -> Iterator[tuple[UInt64, UInt64]]:
+def _read_filled(slots: UInt64) -> Iterator[tuple[UInt64, UInt64]]:
     for start in range(0, len(slots), _REHASH_ROWS):
         rows = slots[start : start + _REHASH_ROWS]
         rows = rows[rows[:, 0] != 0]

@@ -1,4 +1,4 @@
-"""Credentials out of text, before it is logged or becomes a label."""
+"""Remove credentials from text before it is logged or becomes a label."""
 
 import os
 import re
@@ -8,8 +8,8 @@ HIDDEN = "***"
 
 _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY")
 _PATH_VARIABLE = re.compile(r"_(FILE|PATH|DIR|URI|URL|MODE)$")
-_MOST_PASSES = 16
-_SHORTEST = 8  # a shorter value of a variable is a word, not a secret
+_MAX_PASSES = 16
+_MIN_SECRET_CHARACTERS = 8  # a shorter value of a variable is a word, not a secret
 
 _VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|["']?[^\s&,;"']+)"""
 # Repetitions that something must follow are bounded, so that time grows with the text and not with its square.
@@ -35,27 +35,30 @@ _RULES = (
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a credential, and without the values of variables that hold one.
+    """Replace what looks like a credential, and the values of environment variables that hold one, by ***.
 
-    AWS keys, `user:password@` in URLs, `secret=`, `token=`, `X-Amz-Signature=` and their like become ***. Too much goes
-    rather than too little. Applying it twice changes nothing more.
+    AWS keys, `user:password@` in URLs, `secret=`, `token=`, `X-Amz-Signature=` and similar are replaced. In doubt too
+    much is replaced. A second application changes nothing.
     """
-    for secret in _known():
+    for secret in _read_secrets():
         text = text.replace(secret, HIDDEN)
-    for _ in range(_MOST_PASSES):  # what one rule leaves may be what another looks for
+    # What one rule leaves may be what another looks for.
+    for _ in range(_MAX_PASSES):
         before = text
-        for pattern, instead in _RULES:
-            text = pattern.sub(instead, text)
+        for pattern, replacement in _RULES:
+            text = pattern.sub(replacement, text)
         if text == before:
             break
     return text
 
 
-def _known() -> list[str]:
-    """Secrets of this process's environment, longest first, also as they stand in a URL."""
+def _read_secrets() -> list[str]:
+    """Read the secrets of this process's environment, longest first, also as they are quoted in a URL."""
     values = {
         value
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and _SECRET_VARIABLE.search(name.upper()) and not _PATH_VARIABLE.search(name.upper())
+        if len(value) >= _MIN_SECRET_CHARACTERS
+        and _SECRET_VARIABLE.search(name.upper())
+        and not _PATH_VARIABLE.search(name.upper())
     }
     return sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Commits: parts become visible, all at once and exactly once; older rows of changed images go in the same step."""
+"""Commits: parts become visible all at once and exactly once, and older rows of changed images go in the same step."""
 
 import json
 import signal
@@ -22,158 +22,180 @@ from facepipe.gallery.table import Gallery, open_table
 from facepipe.schema import FACES
 from facepipe.storage.lease import Lease
 
-_NOTE = "facepipe"
-_TRIES = 5
+_METADATA_KEY = "facepipe"
+_MAX_ATTEMPTS = 5
 
 
 class Committer:
     """Commits a run's work to a gallery, transaction after transaction.
 
-    A commit takes exactly the next version of the table or fails: of two writers one wins. Where a transaction of
-    another run has come in between, the run has lost its lease without knowing it, and ends with GalleryBusyError.
+    A commit takes exactly the next version of the table or fails: of two writers one wins. If a transaction of another
+    run has come in between, this run has lost its lease without knowing, and ends with GalleryBusyError.
+
+    Attributes:
+        gallery: The gallery that is written to.
+        run: Id of the run.
+        commits: Number of commits so far.
     """
 
     def __init__(self, gallery: Gallery, run: str, lease: Lease | None = None):
-        self.gallery, self.run = gallery, run
+        self.gallery = gallery
+        self.run = run
         self.commits = 0
         self._lease = lease
-        # What the caller read: a commit of another run since then, however late it came in, must not be overlooked.
-        self._seen = gallery.version
-        with _reported(gallery.path):
+        # The version that the caller read. A commit of another run since then must not be overlooked.
+        self._seen_version = gallery.version
+        with _map_errors(gallery.path):
             self._table = open_table(gallery.faces_folder)
 
     def __call__(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
-        """Make the records' parts visible, with the run's figures so far in the log."""
+        """Make the parts of records visible.
+
+        Args:
+            records: finished blocks; those without a part may bring new fingerprints.
+            metadata: the run's figures so far, for the log.
+        """
         parts = [record for record in records if record.path]
         touched = {uri: mark for record in records for uri, mark in record.touched.items() if mark}
         replaced = {uri for record in parts for uri in record.replaced}
         if not parts and not touched:
             return
 
-        def actions() -> list[Action]:
-            found: list[Action] = [make_add_action(r.path, r.size, r.stats) for r in parts if r.path]
+        def make_actions() -> list[Action]:
+            actions: list[Action] = [
+                make_add_action(part.path, part.size, part.stats) for part in parts if part.path is not None
+            ]
             if replaced:
-                found += rewrite_files(Gallery(self.gallery.path), _without(replaced, touched))
+                actions += rewrite_files(Gallery(self.gallery.path), _plan_replacement(replaced, touched))
             elif touched:
-                found += rewrite_files(Gallery(self.gallery.path), _marked(touched))
-            return found
+                actions += rewrite_files(Gallery(self.gallery.path), _plan_new_fingerprints(touched))
+            return actions
 
-        self.commit_actions(actions, metadata)
+        self.commit_actions(make_actions, metadata)
 
-    def commit_actions(self, make: Callable[[], list[Action]], metadata: dict[str, Any]) -> None:
-        """Commit what `make` gives for the table as it is now; nothing where it gives nothing.
+    def commit_actions(self, make_actions: Callable[[], list[Action]], metadata: dict[str, Any]) -> None:
+        """Commit actions on the table; nothing if there are none.
 
-        SIGTERM and Ctrl-C wait until it is done: what is finished is committed, not done again by the next run.
+        SIGTERM and Ctrl-C wait until it is done, so that the next run does not repeat what is finished.
+
+        Args:
+            make_actions: makes the actions for the table as it is now. It is called again if another commit is faster.
+            metadata: the run's figures so far, for the log.
         """
-        with _undisturbed():
-            for _ in range(_TRIES):
-                self._catch_up()
-                actions = make()
+        with _delay_signals():
+            for _ in range(_MAX_ATTEMPTS):
+                self._read_new_commits()
+                actions = make_actions()
                 if not actions:
                     return
                 if self._lease:
                     self._lease.check()
-                if self._landed(actions, self._number() + 1, metadata):
+                if self._try_commit(actions, self._read_own_number() + 1, metadata):
                     self.commits += 1
                     return
-        raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_TRIES} commits were overtaken")
+        raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
 
-    def _landed(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
-        """Commit as the next version; False where another commit took it."""
+    def _try_commit(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
+        """Commit as the next version; False if another commit took it."""
         properties = CommitProperties(
-            custom_metadata={_NOTE: json.dumps({"run": self.run, "commit": number, **metadata})},
+            custom_metadata={_METADATA_KEY: json.dumps({"run": self.run, "commit": number, **metadata})},
             app_transactions=[Transaction(self.run, number)],
             max_commit_retries=0,
         )
         try:
             self._table.create_write_transaction(actions, "append", self._table.schema(), commit_properties=properties)
         except (CommitFailedError, DeltaError, OSError) as error:
-            with _reported(self.gallery.path):
+            with _map_errors(self.gallery.path):
                 self._table.update_incremental()
-            # A commit whose answer was lost is tried again by the client, and then refused.
-            if self._number() >= number:
+            # If the answer to a successful commit is lost, the client retries it, and the store refuses the retry.
+            if self._read_own_number() >= number:
                 return True
             if isinstance(error, CommitFailedError):
                 return False
             raise StorageError(f"cannot commit to {self.gallery.path!r}: {storage.describe_error(error)}") from error
         return True
 
-    def _number(self) -> int:
-        """Of this run's last commit in the table; the table knows it also where an interruption kept it from us."""
-        with _reported(self.gallery.path):
+    def _read_own_number(self) -> int:
+        """Read the number of this run's last commit from the table, which knows it even after an interruption."""
+        with _map_errors(self.gallery.path):
             return self._table.transaction_version(self.run) or 0
 
-    def _catch_up(self) -> None:
-        with _reported(self.gallery.path):
+    def _read_new_commits(self) -> None:
+        """Bring the table up to date. Raises GalleryBusyError if another run has committed to it."""
+        with _map_errors(self.gallery.path):
             self._table.update_incremental()
-            passed = self._table.version() - self._seen
-            entries = self._table.history(passed) if passed > 0 else []
+            new_versions = self._table.version() - self._seen_version
+            entries = self._table.history(new_versions) if new_versions > 0 else []
         for entry in entries:
-            if _NOTE in entry and json.loads(entry[_NOTE])["run"] != self.run:
+            if _METADATA_KEY in entry and json.loads(entry[_METADATA_KEY])["run"] != self.run:
                 raise GalleryBusyError(
                     f"another run has written to {self.gallery.path!r} since this one began, and this one's lease is "
                     "lost; what it committed is kept: run the same command again"
                 )
-        self._seen = self._table.version()
+        self._seen_version = self._table.version()
 
 
-def _without(replaced: set[str], touched: dict[str, str]) -> Rewrite:
-    """The replaced uris' rows go; the touched ones' get their new fingerprints on the way."""
-    gone = pa.array(sorted(replaced), pa.string())
+def _plan_replacement(replaced: set[str], touched: dict[str, str]) -> Rewrite:
+    """Plan to delete the rows of replaced uris, and to give those of touched ones their new fingerprints."""
+    replaced_uris = pa.array(sorted(replaced), pa.string())
 
     def change(rows: pa.Table, mask: pa.BooleanArray) -> pa.Table:
-        return _with_fingerprints(rows.filter(pc.invert(pc.is_in(rows["uri"], gone))), touched)
+        return _set_fingerprints(rows.filter(pc.invert(pc.is_in(rows["uri"], replaced_uris))), touched)
 
-    # A file that holds only touched rows is said to change data as well: readers lose nothing by it.
+    # Files with touched rows alone are declared to change data as well. Readers lose nothing by it.
     return plan_rewrite_of_uris(replaced | touched.keys(), change)
 
 
-def _marked(touched: dict[str, str]) -> Rewrite:
-    return plan_rewrite_of_uris(touched.keys(), lambda rows, mask: _with_fingerprints(rows, touched), data_change=False)
+def _plan_new_fingerprints(touched: dict[str, str]) -> Rewrite:
+    return plan_rewrite_of_uris(touched.keys(), lambda rows, mask: _set_fingerprints(rows, touched), data_change=False)
 
 
-def _with_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:
-    """Rows with new fingerprints; what was touched is there, and so is no longer missing."""
+def _set_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:
+    """Set the new fingerprints of touched uris. Such a file is there, so it is no longer missing."""
     if not touched:
         return rows
     uris = rows["uri"].to_pylist()
-    marks = [touched.get(uri, mark) for uri, mark in zip(uris, rows["fingerprint"].to_pylist(), strict=True)]
-    since = [None if uri in touched else at for uri, at in zip(uris, rows["missing_since"].to_pylist(), strict=True)]
-    for name, values in (("fingerprint", marks), ("missing_since", since)):
+    fingerprints = [touched.get(uri, old) for uri, old in zip(uris, rows["fingerprint"].to_pylist(), strict=True)]
+    missing_since = [
+        None if uri in touched else time for uri, time in zip(uris, rows["missing_since"].to_pylist(), strict=True)
+    ]
+    for name, values in (("fingerprint", fingerprints), ("missing_since", missing_since)):
         n = FACES.get_field_index(name)
         rows = rows.set_column(n, FACES.field(n), pa.array(values, FACES.field(n).type))
     return rows
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Put the first SIGTERM or Ctrl-C off to the end of what is done inside; a second one is not put off."""
+def _delay_signals() -> Iterator[None]:
+    """Delay the first SIGTERM or Ctrl-C to the end of the block; a second one takes effect at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught: list[int] = []
+    received: list[int] = []
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-        handler = before[signum]
-        if len(caught) > 1 and callable(handler):
+    def note_signal(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        handler = handlers[signum]
+        if len(received) > 1 and callable(handler):
             handler(signum, frame)
 
-    found: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in found.items() if handler is not None}  # None: not Python's
-    for number in before:
-        signal.signal(number, note)
+    current: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A handler that was not set from Python is None; it cannot be put back, so it stays.
+    handlers = {number: handler for number, handler in current.items() if handler is not None}
+    for number in handlers:
+        signal.signal(number, note_signal)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        if len(caught) == 1:
-            signal.raise_signal(caught[0])
+        if len(received) == 1:
+            signal.raise_signal(received[0])
 
 
 @contextmanager
-def _reported(path: str) -> Iterator[None]:
+def _map_errors(path: str) -> Iterator[None]:
+    """Map errors of deltalake and of the file system to StorageError."""
     try:
         yield
     except (DeltaError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Images that the gallery holds and their source lists no more: found by the listing, marked by the driver."""
+"""Images that the gallery holds and their source no longer lists: the listing finds them, the driver marks them."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,12 +18,19 @@ from facepipe.schema import FACES
 from facepipe.types import UInt64
 
 TOO_MANY_MISSING = "more than missing.at_most allows"
+_HEADER_NUMBERS = 3
 
 
 @dataclass(frozen=True)
 class MissingUris:
-    """What a listing found: how many images are missing, of how many; how many places it could not list; and the
-    hashes of the missing uris, or None where there are too many or the listing is incomplete."""
+    """What a listing found out about missing images.
+
+    Attributes:
+        count: Missing images.
+        of: Images that the gallery holds of the source.
+        broken: Places that could not be listed.
+        uris: Hashes of the missing uris; None if they are too many or the listing is incomplete.
+    """
 
     count: int
     of: int
@@ -31,55 +38,73 @@ class MissingUris:
     uris: UInt64 | None
 
 
-def write_missing(path: str, found: MissingUris) -> None:
-    """Leave it for the driver, which may be on another machine."""
-    uris = np.empty(0, np.uint64) if found.uris is None else found.uris
-    head = np.array([found.count, found.of, found.broken], np.uint64)
+def write_missing(path: str, missing: MissingUris) -> None:
+    """Write the result of a listing for the driver, which may be on another machine."""
+    uris = np.empty(0, np.uint64) if missing.uris is None else missing.uris
+    header = np.array([missing.count, missing.of, missing.broken], np.uint64)
     storage.make_parent_folder(path)
-    storage.write(path, np.concatenate([head, uris]).astype("<u8").tobytes())
+    storage.write(path, np.concatenate([header, uris]).astype("<u8").tobytes())
 
 
 def read_missing(path: str) -> MissingUris:
-    """What a listing left."""
+    """Read the result of a listing."""
     values = np.frombuffer(storage.read(path.encode()), "<u8")
-    if len(values) < 3:
+    if len(values) < _HEADER_NUMBERS:
         raise StorageError(f"{path!r} is cut short")
-    count, of, broken = (int(value) for value in values[:3])
-    return MissingUris(count, of, broken, values[3:] if len(values) - 3 == count else None)
+    count, total, broken = (int(value) for value in values[:_HEADER_NUMBERS])
+    uris = values[_HEADER_NUMBERS:]
+    return MissingUris(count, total, broken, uris if len(uris) == count else None)
 
 
 def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) -> tuple[int, str]:
-    """Give the missing images' rows the time in `missing_since`: (how many images, why none was marked)."""
-    found = read_missing(path)
-    if found.broken:
-        return 0, f"{found.broken} places of the source could not be listed"
-    if found.uris is None:
-        return 0, f"{found.count} of {found.of} images are missing at once, {TOO_MANY_MISSING}"
-    if not found.count:
+    """Set `missing_since` in the rows of missing images.
+
+    Args:
+        gallery: the gallery.
+        source: name of the source that was listed.
+        path: where the listing wrote its result.
+        commit: commits the change.
+
+    Returns:
+        How many images were marked, and why none was; the reason is empty if nothing went wrong.
+    """
+    missing = read_missing(path)
+    if missing.broken:
+        return 0, f"{missing.broken} places of the source could not be listed"
+    if missing.uris is None:
+        return 0, f"{missing.count} of {missing.of} images are missing at once, {TOO_MANY_MISSING}"
+    if not missing.count:
         return 0, ""
-    images = 0
+    image_count = 0
     now = pa.scalar(datetime.now(UTC), FACES.field("missing_since").type)
-    wanted = np.sort(found.uris)
+    wanted = np.sort(missing.uris)
 
-    def matches(rows: pa.Table) -> Any:
-        new = pc.and_(pc.equal(rows["source"], source), pc.is_null(rows["missing_since"]))
-        return pc.and_(new, pa.array(np.isin(hash64_column(rows["uri"]), wanted)))
+    def find_rows(rows: pa.Table) -> Any:
+        is_unmarked = pc.and_(pc.equal(rows["source"], source), pc.is_null(rows["missing_since"]))
+        return pc.and_(is_unmarked, pa.array(np.isin(hash64_column(rows["uri"]), wanted)))
 
-    def change(rows: pa.Table, mask: Any) -> pa.Table:
-        nonlocal images
-        first = pc.and_(mask, pc.fill_null(pc.equal(rows["face_index"], 0), True))
-        images += pc.sum(first).as_py() or 0
+    def set_time(rows: pa.Table, mask: Any) -> pa.Table:
+        nonlocal image_count
+        first_rows = pc.and_(mask, pc.fill_null(pc.equal(rows["face_index"], 0), True))
+        image_count += pc.sum(first_rows).as_py() or 0
         n = FACES.get_field_index("missing_since")
         return rows.set_column(n, FACES.field(n), pc.if_else(mask, now, rows["missing_since"]))
 
-    def may_match(file: dict[str, Any]) -> bool:
+    def may_hold_source(file: dict[str, Any]) -> bool:
         return (file.get("min.source") or "") <= source <= (file.get("max.source") or source)
 
-    def actions() -> list[Any]:
-        nonlocal images
-        images = 0
-        what = Rewrite(("uri", "source", "missing_since", "face_index"), matches, change, may_match, data_change=False)
-        return list(rewrite_files(Gallery(gallery.path), what))
+    def make_actions() -> list[Any]:
+        # The count begins anew because a commit that was overtaken is made again.
+        nonlocal image_count
+        image_count = 0
+        rewrite = Rewrite(
+            columns=("uri", "source", "missing_since", "face_index"),
+            matches=find_rows,
+            change=set_time,
+            may_match=may_hold_source,
+            data_change=False,
+        )
+        return list(rewrite_files(Gallery(gallery.path), rewrite))
 
-    commit.commit_actions(actions, {"job": "missing"})
-    return images, ""
+    commit.commit_actions(make_actions, {"job": "missing"})
+    return image_count, ""

@@ -21,10 +21,26 @@ _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 
 @dataclass
 class PartRecord:
-    """What a worker says of one finished block; everything the driver needs to commit and to account for it.
+    """What a worker reports of one finished block: everything the driver needs to commit it and to account for it.
 
-    statuses: images by status, those that are never stored (`touched` …) included; faces: rows with an embedding;
-    replaced: uris whose older rows must go; touched: new fingerprints by uri; path is None where the block left no row.
+    Attributes:
+        block: Number of the block.
+        images: Images in it.
+        faces: Rows with an embedding.
+        rows: Rows of the part.
+        statuses: Images by status, those that are never stored (`touched` ...) included.
+        path: Name of the part's file; None if the block left no row.
+        size: Bytes of the file.
+        stats: Statistics of the file for the log, as JSON.
+        replaced: Uris whose older rows have to go.
+        touched: New fingerprints by uri.
+        seconds: Seconds per stage.
+        skipped: Images that were in the gallery already.
+        repeated: Images that were listed before in this run.
+        ignored: Files that are not images.
+        erased: Images that must not come back.
+        last: Whether this is the last block.
+        error: Why the block failed.
     """
 
     block: int
@@ -46,98 +62,122 @@ class PartRecord:
     error: str | None = None
 
     def to_json(self) -> str:
-        """For transport between processes."""
+        """Encode the record for transport between processes."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "PartRecord":
+        """Decode a record."""
         return cls(**json.loads(text))
 
 
 def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, record: PartRecord) -> PartRecord:
-    """Write the rows of a chain's output as a part below `folder` and fill in the record.
+    """Write the rows of a finished block as a part, and fill in its record.
 
-    `items` are the block's work items (they say which images replace older rows). The file's name ends in the first
-    32 hex digits of its SHA-256, so that `verify` can tell whether it is still what was written.
+    The file's name ends in the first 32 hex digits of its SHA-256, so that `verify` can tell whether it is still what
+    was written.
+
+    Args:
+        table: the output of the stages.
+        items: the block's work items, which say which images replace older rows.
+        folder: folder of the table.
+        prefix: first part of the file's name, such as the run's id.
+        record: the record to fill in.
+
+    Returns:
+        The record.
     """
-    first = table.select(["uri", "fingerprint", "status"]).filter(
-        pc.fill_null(pc.equal(table["face_index"], 0), True)  # of all columns that would copy every vector
+    # The columns first: a filter of all columns would copy every vector.
+    first_rows = table.select(["uri", "fingerprint", "status"]).filter(
+        pc.fill_null(pc.equal(table["face_index"], 0), True)
     )
-    record.images = first.num_rows
-    record.statuses = dict(Counter(first["status"].to_pylist()))
-    again = first.filter(pc.equal(first["status"], TOUCHED))
-    record.touched = dict(zip(again["uri"].to_pylist(), again["fingerprint"].to_pylist(), strict=True))
+    record.images = first_rows.num_rows
+    record.statuses = dict(Counter(first_rows["status"].to_pylist()))
+    touched = first_rows.filter(pc.equal(first_rows["status"], TOUCHED))
+    record.touched = dict(zip(touched["uri"].to_pylist(), touched["fingerprint"].to_pylist(), strict=True))
     if not set(NEVER_STORED).isdisjoint(record.statuses):
         table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(NEVER_STORED))))
-    record.rows, record.faces = table.num_rows, table.num_rows - table["face_id"].null_count
-    known = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
-    record.replaced = sorted(set(known) & set(table["uri"].to_pylist())) if known else []
+    record.rows = table.num_rows
+    record.faces = table.num_rows - table["face_id"].null_count
+    known_uris = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
+    record.replaced = sorted(set(known_uris) & set(table["uri"].to_pylist())) if known_uris else []
     if table.num_rows:
         rows = conform(table)
         data = encode_parquet(rows)
         digest = hashlib.sha256(data).hexdigest()[:32]
-        record.path, record.size = f"part-{prefix}-{record.block:06d}-{digest}.parquet", len(data)
+        record.path = f"part-{prefix}-{record.block:06d}-{digest}.parquet"
+        record.size = len(data)
         record.stats = compute_statistics(rows)
         storage.write(storage.join(folder, record.path), data)
     return record
 
 
 def encode_parquet(table: pa.Table) -> bytes:
-    """A conforming table as Parquet: zstd, vectors byte-stream-split, no dictionaries where every value differs."""
-    sink = io.BytesIO()  # its bytes need no copy, unlike those of Arrow's own
-    floats = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
-    repeated = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri"]
+    """Encode a conforming table as Parquet.
+
+    It is compressed with zstd, vectors are byte-stream-split, and columns in which every value differs get no
+    dictionary.
+    """
+    sink = io.BytesIO()  # unlike Arrow's own buffer its bytes need no copy
+    float_columns = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
+    dictionary_columns = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri"]
     pq.write_table(
         table,
         sink,
         compression="zstd",
-        use_dictionary=repeated,
-        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        use_dictionary=dictionary_columns,
+        column_encoding=dict.fromkeys(float_columns, "BYTE_STREAM_SPLIT"),
     )
     return sink.getvalue()
 
 
 def compute_statistics(table: pa.Table) -> str:
-    """Delta's per-file statistics: row count, and for every column its nulls and its range where it has one.
+    """Compute Delta's statistics of a file as JSON: row count, and per column its nulls and, if it has one, its range.
 
-    Complete on purpose: readers take a column that is left out for one without nulls, and then filter wrongly.
+    Every column has an entry, because readers take a column without one for a column without nulls, and then filter
+    wrongly.
     """
-    low, high, nulls = {}, {}, {}
+    minima = {}
+    maxima = {}
+    null_counts = {}
     for name in FACES.names:
         column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
-        nulls[name] = column.null_count
-        if (
-            not pa.types.is_nested(column.type)
-            and not pa.types.is_binary(column.type)
-            and column.null_count < len(column)
-        ):
-            ends = pc.min_max(column).as_py()
-            low[name], high[name] = _plain(ends["min"]), _plain(ends["max"])
-    return json.dumps({"numRecords": table.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls})
+        null_counts[name] = column.null_count
+        has_range = not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type)
+        if has_range and column.null_count < len(column):
+            limits = pc.min_max(column).as_py()
+            minima[name] = _to_json_value(limits["min"])
+            maxima[name] = _to_json_value(limits["max"])
+    statistics = {"numRecords": table.num_rows, "minValues": minima, "maxValues": maxima, "nullCount": null_counts}
+    return json.dumps(statistics)
 
 
-def _plain(value: Any) -> Any:
-    return value.isoformat(timespec="microseconds").replace("+00:00", "Z") if isinstance(value, datetime) else value
+def _to_json_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return value
 
 
 def parse_digest(path: str) -> str | None:
-    """The digest that a part's name carries; None for files that something else wrote (a compaction)."""
-    found = _NAME.search(path)
-    return found[1] if found else None
+    """Parse the digest in the name of a part; None for a file that something else wrote."""
+    match = _NAME.search(path)
+    return match[1] if match else None
 
 
 def add_shared_columns(table: pa.Table, source: str) -> pa.Table:
-    """Add the columns that every row of a block shares."""
-    n = table.num_rows
+    """Add the columns that all rows of a block share: the name of the source, and the time of ingestion."""
+    count = table.num_rows
     now = pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC"))
-    table = table.append_column("source", pa.array([source] * n, pa.string()))
-    return table.append_column("ingested_at", pa.repeat(now, n))
+    table = table.append_column("source", pa.array([source] * count, pa.string()))
+    return table.append_column("ingested_at", pa.repeat(now, count))
 
 
 def make_status_rows(items: pa.Table, status: str, error: str) -> pa.Table:
-    """Rows for images that went through no stage, such as one that crashed its worker."""
-    n = items.num_rows
+    """Make rows for images that went through no stage, such as one that crashed its worker."""
+    count = items.num_rows
     assert status != OK
     columns: dict[str, Any] = {name: items[name] for name in ("uri", "fingerprint", "identity")}
-    columns |= {"status": pa.array([status] * n), "error": pa.array([error] * n)}
-    return conform(pa.table(columns), pa.schema([f for f in FACES if f.name not in ("source", "ingested_at")]))
+    columns["status"] = pa.array([status] * count)
+    columns["error"] = pa.array([error] * count)
+    own_columns = pa.schema([field for field in FACES if field.name not in ("source", "ingested_at")])
+    return conform(pa.table(columns), own_columns)

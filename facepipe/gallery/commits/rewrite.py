@@ -1,4 +1,4 @@
-"""Rows leave or change by their files being written anew: what goes out and what comes in is one transaction."""
+"""Delete or change rows by writing their files anew: removed and added files are one transaction."""
 
 import time
 from bisect import bisect_left
@@ -18,19 +18,24 @@ from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_image_id
 from facepipe.schema import FACES, conform
 
+# In the names of files that hold rows which were in the table before.
+REWRITE = "rewrite"
+COMPACT = "compact"
+
 Action: TypeAlias = AddAction | RemoveAction
-REWRITE, COMPACT = "rewrite", "compact"  # in the names of files that hold rows which were there before
-
-
 Change: TypeAlias = Callable[[pa.Table, pa.BooleanArray], pa.Table]
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What is changed. columns: those `matches` looks at; matches: (n,) mask of the rows concerned; change: the rows
-    that take the place of all of a file's, given them and the mask; may_match: whether a file can hold such rows.
+    """A change of rows.
 
-    data_change: whether readers lose or gain rows by it.
+    Attributes:
+        columns: Names of the columns that `matches` reads.
+        matches: Returns which rows are concerned, (n,).
+        change: Returns the new rows of a file, from all its rows and the mask of those concerned.
+        may_match: Whether a file, as `Gallery.files` describes it, can hold such rows.
+        data_change: Whether readers lose or gain rows by it.
     """
 
     columns: Sequence[str]
@@ -42,60 +47,86 @@ class Rewrite:
 
 @dataclass
 class RewriteTrace:
-    """What a rewrite did: (name, digest or None) of files before and after."""
+    """What a rewrite did.
+
+    Attributes:
+        before: (name, digest or None) of the files that were removed.
+        after: (name, digest or None) of the files that were added.
+        rows: Number of rows deleted.
+    """
 
     before: list[tuple[str, str | None]] = field(default_factory=list)
     after: list[tuple[str, str | None]] = field(default_factory=list)
     rows: int = 0
 
 
-def rewrite_files(gallery: Gallery, what: Rewrite, trace: RewriteTrace | None = None) -> Iterator[Action]:
-    """The actions of a rewrite, file by file; new files are written on the way."""
+def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None = None) -> Iterator[Action]:
+    """Write the new files of a rewrite, and yield the actions that put them into the table.
+
+    Args:
+        gallery: the gallery in the version that is changed.
+        rewrite: the change.
+        trace: filled in, if it is given.
+    """
     for file in gallery.files():
-        if not what.may_match(file):
+        if not rewrite.may_match(file):
             continue
-        rows, mask = _matching(gallery, file["path"], what)
+        rows, mask = _read_matching(gallery, file["path"], rewrite)
         if rows is None:
             continue
-        kept = what.change(rows, mask)
-        yield make_remove_action(file["path"], what.data_change)
+        new_rows = rewrite.change(rows, mask)
+        yield make_remove_action(file["path"], rewrite.data_change)
         if trace is not None:
             trace.before.append((file["path"], parse_digest(file["path"])))
-            trace.rows += rows.num_rows - kept.num_rows
-        if kept.num_rows:
-            action, name = write_rows(gallery, kept, REWRITE, what.data_change)
+            trace.rows += rows.num_rows - new_rows.num_rows
+        if new_rows.num_rows:
+            action, name = write_rows(gallery, new_rows, REWRITE, rewrite.data_change)
             yield action
             if trace is not None:
                 trace.after.append((name, parse_digest(name)))
 
 
 def plan_rewrite_of_uris(uris: Iterable[str], change: Change, data_change: bool = True) -> Rewrite:
-    """A change of the files that hold these uris."""
+    """Plan a change of the files that hold these uris."""
     ordered = sorted(uris)
     wanted = pa.array(ordered, pa.string())
 
     def may_match(file: dict[str, Any]) -> bool:
-        at = bisect_left(ordered, file["min.uri"] or "")
-        return at < len(ordered) and ordered[at] <= (file["max.uri"] or ordered[at])
+        n = bisect_left(ordered, file["min.uri"] or "")
+        return n < len(ordered) and ordered[n] <= (file["max.uri"] or ordered[n])
 
-    return Rewrite(("uri",), lambda rows: pc.is_in(rows["uri"], wanted), change, may_match, data_change)
+    return Rewrite(
+        columns=("uri",),
+        matches=lambda rows: pc.is_in(rows["uri"], wanted),
+        change=change,
+        may_match=may_match,
+        data_change=data_change,
+    )
 
 
-def _matching(gallery: Gallery, path: str, what: Rewrite) -> tuple[pa.Table | None, Any]:
-    place = storage.join(gallery.faces_folder, path)
+def _read_matching(gallery: Gallery, path: str, rewrite: Rewrite) -> tuple[pa.Table | None, Any]:
+    """Read (all rows of a file, the mask of those concerned); (None, None) if no row is concerned."""
+    full_path = storage.join(gallery.faces_folder, path)
     try:
-        with storage.open_seekable(place) as handle:
+        with storage.open_seekable(full_path) as handle:
             parquet = pq.ParquetFile(handle)
-            held = [name for name in what.columns if name in parquet.schema_arrow.names]
-            looked_at = conform(parquet.read(held), pa.schema([FACES.field(name) for name in what.columns]))
-            mask = what.matches(looked_at)
+            names = [name for name in rewrite.columns if name in parquet.schema_arrow.names]
+            schema = pa.schema([FACES.field(name) for name in rewrite.columns])
+            mask = rewrite.matches(conform(parquet.read(names), schema))
             return (conform(parquet.read()), mask) if pc.any(mask).as_py() else (None, None)
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {place!r}: {str(error).splitlines()[0]}") from error
+        raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
 
 
 def write_rows(gallery: Gallery, rows: pa.Table, kind: str, data_change: bool) -> tuple[AddAction, str]:
-    """(action, name) of a new file of rows."""
+    """Write rows as a new file; return the action that adds it to the table, and its name.
+
+    Args:
+        gallery: the gallery to write to.
+        rows: rows that were in the table before.
+        kind: REWRITE or COMPACT.
+        data_change: whether readers lose or gain rows by it.
+    """
     data = encode_parquet(rows)
     name = f"part-{kind}-{rows.num_rows:06d}-{compute_image_id(data)}.parquet"
     storage.write(storage.join(gallery.faces_folder, name), data)
@@ -103,10 +134,10 @@ def write_rows(gallery: Gallery, rows: pa.Table, kind: str, data_change: bool) -
 
 
 def make_add_action(path: str, size: int, stats: str, data_change: bool = True) -> AddAction:
-    """A file joins the table."""
+    """Make the action that adds a file to the table."""
     return AddAction(path, size, {}, int(time.time() * 1000), data_change, stats)
 
 
 def make_remove_action(path: str, data_change: bool = True) -> RemoveAction:
-    """A file leaves the table."""
+    """Make the action that removes a file from the table."""
     return RemoveAction(path, data_change, int(time.time() * 1000))

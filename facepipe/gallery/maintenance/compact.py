@@ -1,4 +1,4 @@
-"""Compaction: many small files of the table become few large ones; no row changes, and the index is not touched."""
+"""Compaction: join many small files of the table to few large ones. No row changes, and the index is not touched."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +14,18 @@ from facepipe.gallery.commits.rewrite import COMPACT, Action, make_remove_action
 from facepipe.gallery.table import Gallery
 from facepipe.schema import conform
 
+FileGroup = list[dict[str, Any]]
+"""Files, as `Gallery.files` describes them, that are joined to one."""
+
 
 @dataclass(frozen=True)
 class CompactConfig:
-    """When files are joined, and what they become.
+    """When files are joined, and to what.
 
-    target_bytes: of a file; files of less than half of it are joined
-    fewest: small files from which it is worth a run
-    keep_hours: files that left the table are deleted after this time, for those who still read an older version
+    Attributes:
+        target_bytes: Size of a joined file; files of less than half of it are joined.
+        fewest: Small files from which a run is worth its cost.
+        keep_hours: Hours after which files that left the table are deleted; readers of an older version have so long.
     """
 
     target_bytes: int = 128 << 20
@@ -29,47 +33,63 @@ class CompactConfig:
     keep_hours: float = 24.0
 
 
-def plan_compaction(gallery: Gallery, config: CompactConfig, everything: bool = False) -> list[list[dict[str, Any]]]:
-    """Groups of files to be joined, each of about the target size; none where there are too few small files."""
+def plan_compaction(gallery: Gallery, config: CompactConfig, everything: bool = False) -> list[FileGroup]:
+    """Group the files to be joined, each group of about the target size.
+
+    Args:
+        gallery: the gallery.
+        config: sizes and counts.
+        everything: join from two small files on.
+
+    Returns:
+        The groups; none if there are too few small files.
+    """
     small = [file for file in gallery.files() if file["size_bytes"] < config.target_bytes / 2]
     if len(small) < (2 if everything else config.fewest):
         return []
-    return list(_groups(sorted(small, key=lambda file: (file["min.uri"] or "", file["path"])), config.target_bytes))
+    by_uri = sorted(small, key=lambda file: (file["min.uri"] or "", file["path"]))
+    return list(_group_files(by_uri, config.target_bytes))
 
 
-def _groups(files: list[dict[str, Any]], target: int) -> Iterator[list[dict[str, Any]]]:
-    group: list[dict[str, Any]] = []
+def _group_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
+    group: FileGroup = []
     size = 0
     for file in files:
-        if group and size + file["size_bytes"] > target:
+        if group and size + file["size_bytes"] > target_bytes:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
         group.append(file)
         size += file["size_bytes"]
     if len(group) > 1:
         yield group
 
 
-def compact_files(gallery: Gallery, groups: list[list[dict[str, Any]]], commit: Committer) -> int:
-    """Join the groups, a transaction each, so that a crash loses one at most; how many files there are less."""
+def compact_files(gallery: Gallery, groups: list[FileGroup], commit: Committer) -> int:
+    """Join groups of files, one transaction each, so that a crash loses one at most.
+
+    Returns:
+        By how many files the table shrinks.
+    """
     for group in groups:
-        commit.commit_actions(lambda group=group: _joined(gallery, group), {"job": "compact"})  # type: ignore[misc]
+        commit.commit_actions(lambda group=group: _join_group(gallery, group), {"job": "compact"})  # type: ignore[misc]
     return sum(len(group) - 1 for group in groups)
 
 
-def _joined(gallery: Gallery, group: list[dict[str, Any]]) -> list[Action]:
-    now = {file["path"] for file in Gallery(gallery.path).files()}
-    if not all(file["path"] in now for file in group):
-        return []  # another commit took one of them: the next run sees what there is
-    rows = pa.concat_tables([_rows(gallery, file["path"]) for file in group]).sort_by("uri")
+def _join_group(gallery: Gallery, group: FileGroup) -> list[Action]:
+    """Write one file with the rows of a group; return the actions that replace the group by it."""
+    paths = {file["path"] for file in Gallery(gallery.path).files()}
+    if not all(file["path"] in paths for file in group):
+        return []  # another commit removed one of them: the next run starts from what is there
+    rows = pa.concat_tables([_read_rows(gallery, file["path"]) for file in group]).sort_by("uri")
     action, _ = write_rows(gallery, rows, COMPACT, data_change=False)
     return [*(make_remove_action(file["path"], data_change=False) for file in group), action]
 
 
-def _rows(gallery: Gallery, path: str) -> pa.Table:
-    place = storage.join(gallery.faces_folder, path)
+def _read_rows(gallery: Gallery, path: str) -> pa.Table:
+    full_path = storage.join(gallery.faces_folder, path)
     try:
-        with storage.open_seekable(place) as handle:
+        with storage.open_seekable(full_path) as handle:
             return conform(pq.ParquetFile(handle).read())
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {place!r}: {str(error).splitlines()[0]}") from error
+        raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Files that no reader needs any more: parts that left the table or never came into it, and the older log."""
+"""Delete files that no reader needs any more: parts outside the table, and the older log."""
 
 import json
 import re
@@ -11,60 +11,67 @@ from facepipe.gallery.table import Gallery, open_table
 
 _LOG = "_delta_log"
 _VERSION = re.compile(r"^(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)$")
-_TORN = re.compile(r"#\d+$|\.tmp$")  # what a writer that was killed in a commit leaves in the log
+_UNFINISHED = re.compile(r"#\d+$|\.tmp$")  # what a writer leaves in the log if it is killed in a commit
 
 
 def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
-    """Parquet files below faces/ that the table does not name, and has not named for `older_than` seconds, nor are they
-    younger than that.
+    """Find Parquet files below faces/ that the table does not name.
 
-    The caller holds the gallery's lease: what a run in flight has written and not yet committed is among them.
+    The caller holds the gallery's lease, because parts that a run has written and not yet committed are among them.
+
+    Args:
+        gallery: the gallery.
+        older_than: seconds since which the table must not have named a file, and for which the file must have existed.
     """
     base = gallery.faces_folder.rstrip("/") + "/"
     named = {file["path"] for file in gallery.files()}
     now = time.time()
     if older_than:
-        named |= set(_left_since(gallery, now - older_than))
-    return [
-        found
-        for found in storage.list_files(gallery.faces_folder)
-        if (name := found.url.removeprefix(base)).endswith(".parquet")
-        and not name.startswith(_LOG)
-        and name not in named
-        and (not older_than or now - found.modified > older_than)
-    ]
+        named |= set(_read_removed_since(gallery, now - older_than))
+    unreferenced = []
+    for entry in storage.list_files(gallery.faces_folder):
+        name = entry.url.removeprefix(base)
+        is_part = name.endswith(".parquet") and not name.startswith(_LOG)
+        is_old = not older_than or now - entry.modified > older_than
+        if is_part and is_old and name not in named:
+            unreferenced.append(entry)
+    return unreferenced
 
 
-def _left_since(gallery: Gallery, when: float) -> Iterator[str]:
-    """Files that were in the table at a time and are no more; a version's own file is as old as the version."""
-    for found in storage.list_files(storage.join(gallery.faces_folder, _LOG)):
-        if found.url.endswith(".json") and found.modified > when:
-            for line in storage.read(found.url.encode()).splitlines():
-                left = json.loads(line).get("remove")
-                if left:
-                    yield unquote(left["path"])
+def _read_removed_since(gallery: Gallery, time_s: float) -> Iterator[str]:
+    """Yield the files that left the table after a time; the log's file of a version is as old as the version."""
+    for entry in storage.list_files(storage.join(gallery.faces_folder, _LOG)):
+        if entry.url.endswith(".json") and entry.modified > time_s:
+            for line in storage.read(entry.url.encode()).splitlines():
+                action = json.loads(line).get("remove")
+                if action:
+                    yield unquote(action["path"])
 
 
 def delete_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
-    """Delete what `find_unreferenced` finds; what was deleted."""
-    found = find_unreferenced(gallery, older_than)
-    for file in found:
-        storage.delete(file.url)
-    return found
+    """Delete the files that `find_unreferenced` finds; return them."""
+    entries = find_unreferenced(gallery, older_than)
+    for entry in entries:
+        storage.delete(entry.url)
+    return entries
 
 
 def delete_history(gallery: Gallery) -> int:
-    """Delete the log of all versions before the newest, which is kept as a checkpoint; how many files went.
+    """Delete the log of all versions before the newest, which is kept as a checkpoint.
 
-    The log holds the smallest and largest uri and identity of files that are long gone.
+    The log holds the smallest and largest uri and identity of files that were deleted long ago.
+
+    Returns:
+        The number of files deleted.
     """
     table = open_table(gallery.faces_folder)
     table.create_checkpoint()
-    base, deleted = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/", 0
-    for found in list(storage.list_files(base)):
-        name = found.url.removeprefix(base)
+    base = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/"
+    count = 0
+    for entry in list(storage.list_files(base)):
+        name = entry.url.removeprefix(base)
         version = _VERSION.match(name)
-        if _TORN.search(name) or (version and int(version[1]) < table.version()):
-            storage.delete(found.url)
-            deleted += 1
-    return deleted
+        if _UNFINISHED.search(name) or (version and int(version[1]) < table.version()):
+            storage.delete(entry.url)
+            count += 1
+    return count

@@ -1,4 +1,4 @@
-"""Re-reads a gallery and says whether it is what was written: checksums, counts, ids, norms."""
+"""Read a gallery again and check that it is what was written: checksums, counts, ids, norms."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -24,7 +24,17 @@ _MAX_PROBLEMS = 100
 
 @dataclass
 class Verification:
-    """What was looked at and what was found; `problems` is empty for a sound gallery."""
+    """What was checked, and what is wrong.
+
+    Attributes:
+        version: Version of the table.
+        files: Files read.
+        checksummed: Files whose name carries a checksum.
+        rows: Rows read.
+        images: Images among them.
+        faces: Faces among them.
+        problems: One line each; empty for a sound gallery.
+    """
 
     version: int
     files: int = 0
@@ -35,7 +45,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
     def add(self, problem: str) -> None:
-        """Note a problem; past a hundred they are only counted."""
+        """Add a problem; the list ends after a hundred."""
         if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(problem)
         elif len(self.problems) == _MAX_PROBLEMS:
@@ -45,11 +55,12 @@ class Verification:
 def verify_gallery(gallery: Gallery) -> Verification:
     """Check every file of the gallery's version. Memory does not grow with the gallery."""
     result = Verification(gallery.version)
-    ids, uris = HashTable(), HashTable()
+    ids = HashTable()
+    uris = HashTable()
     for file in gallery.files():
         result.files += 1
         try:
-            table = _read(gallery, file, result)
+            table = _read_file(gallery, file, result)
         except (StorageError, OSError, ValueError) as error:
             result.add(f"{file['path']}: cannot be read: {str(error).splitlines()[0]}")
             continue
@@ -59,7 +70,8 @@ def verify_gallery(gallery: Gallery) -> Verification:
     return result
 
 
-def _read(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Table:
+def _read_file(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Table:
+    """Read a file of the table, and check its checksum and its number of rows."""
     data = storage.read(storage.join(gallery.faces_folder, file["path"]).encode())
     digest = parse_digest(file["path"])
     if digest is not None:
@@ -73,10 +85,11 @@ def _read(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Ta
 
 
 def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, result: Verification) -> None:
-    first = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
+    """Check the rows of one file; ids and uris of earlier files are in the hash tables."""
+    first_rows = table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
     faces = table.filter(pc.is_valid(table["face_id"]))
     result.rows += table.num_rows
-    result.images += first.num_rows
+    result.images += first_rows.num_rows
     result.faces += faces.num_rows
     checks = {
         "rows with an unknown status": pc.invert(pc.is_in(table["status"], pa.array(STATUSES))),
@@ -87,23 +100,25 @@ def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, res
             pc.is_valid(table["embedding"]), pc.is_valid(table["face_id"])
         ),
     }
-    for what, wrong in checks.items():
-        count = pc.sum(wrong).as_py() or 0
+    for problem, is_wrong in checks.items():
+        count = pc.sum(is_wrong).as_py() or 0
         if count:
-            result.add(f"{path}: {count} {what}")
+            result.add(f"{path}: {count} {problem}")
     _check_faces(path, faces, ids, result)
-    _check_images(path, table, first, uris, result)
+    _check_images(path, table, first_rows, uris, result)
 
 
 def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verification) -> None:
+    """Check that face ids are unique and belong to their image, and that embeddings have 128 numbers and norm 1."""
     if not faces.num_rows:
         return
-    repeated = int((~ids.add(_mixed(faces["face_id"].to_numpy()))).sum())
+    repeated = int((~ids.add(faces["face_id"].to_numpy().astype(np.uint64))).sum())
     if repeated:
         result.add(f"{path}: {repeated} face ids that occur twice")
     columns = (faces[name].to_pylist() for name in ("face_id", "uri", "image_id", "face_index"))
     foreign = sum(
-        found != compute_face_id(uri, image or "", index) for found, uri, image, index in zip(*columns, strict=True)
+        face_id != compute_face_id(uri, image_id or "", index)
+        for face_id, uri, image_id, index in zip(*columns, strict=True)
     )
     if foreign:
         result.add(f"{path}: {foreign} face ids that do not belong to their image")
@@ -116,9 +131,10 @@ def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verificatio
         result.add(f"{path}: {wrong} embeddings whose norm is not 1")
 
 
-def _check_images(path: str, table: pa.Table, first: pa.Table, uris: HashTable, result: Verification) -> None:
-    if first.num_rows:
-        repeated = int((~uris.add(hash64_column(first["uri"]))).sum())
+def _check_images(path: str, table: pa.Table, first_rows: pa.Table, uris: HashTable, result: Verification) -> None:
+    """Check that images are unique, and that the faces of each are numbered from 0 without a gap."""
+    if first_rows.num_rows:
+        repeated = int((~uris.add(hash64_column(first_rows["uri"]))).sum())
         if repeated:
             result.add(f"{path}: {repeated} images that occur twice")
     faces = table.filter(pc.is_valid(table["face_index"])).select(["uri", "face_index"])
@@ -127,8 +143,3 @@ def _check_images(path: str, table: pa.Table, first: pa.Table, uris: HashTable, 
         gaps = pc.sum(pc.not_equal(pc.add(groups["face_index_max"], 1), groups["face_index_count_distinct"])).as_py()
         if gaps:
             result.add(f"{path}: {gaps} images with missing or repeated face ordinals")
-
-
-def _mixed(values: Any) -> Any:
-    """Ids as well-mixed keys."""
-    return np.asarray(values).astype(np.uint64)

@@ -61,7 +61,7 @@ def test_files_are_passed_over_by_the_ranges_that_were_asked_for(gallery: Galler
 def test_vectors_are_those_of_the_rows(
     where: str | None, rows: int, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_VECTORS", rows)
+    monkeypatch.setattr(module, "_VECTOR_ROWS", rows)
     table = gallery.to_arrow(["face_id", "embedding"], where)
     table = table.filter(pc.is_valid(table["face_id"]))
     ids, vectors = gallery.vectors(where)

@@ -653,7 +653,7 @@ RAY = """
 import os, sys, time, urllib.request
 os.environ |= {"RAY_METRICS_EXPORT_INTERVAL_MS": "500", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 import ray
-from facepipe.gallery.commits.parts import Record
+from facepipe.gallery.commits.parts import PartRecord
 from pipelines.runtime import ray_metrics
 ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, logging_level="error", log_to_driver=False)
 
@@ -661,7 +661,7 @@ ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log
 class Worker:
     def work(self):
         for n in range(2):
-            ray_metrics.count_block(Record(n, statuses={"ok": 3, "no_face": 1}, faces=5, seconds={"detect": 0.5}))
+            ray_metrics.count_block(PartRecord(n, statuses={"ok": 3, "no_face": 1}, faces=5, seconds={"detect": 0.5}))
         return ray_metrics._create_counters.cache_info().currsize
 
 worker = Worker.remote()
@@ -702,8 +702,8 @@ def test_live_metrics_on_ray() -> None:
 
 def test_no_counter_outside_ray() -> None:
     code = (
-        "import sys; from facepipe.gallery.commits.parts import Record; from pipelines.runtime import ray_metrics\n"
-        "ray_metrics.count_block(Record(0, statuses={'ok': 1})); print('ray' in sys.modules)"
+        "import sys; from facepipe.gallery.commits.parts import PartRecord; from pipelines.runtime import ray_metrics\n"
+        "ray_metrics.count_block(PartRecord(0, statuses={'ok': 1})); print('ray' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert out.stdout.strip() == "False"

@@ -258,7 +258,7 @@ def test_another_contract_is_refused(drawings: Path, fakes: Settings, tmp_path: 
 def test_a_folder_that_is_no_gallery_is_left_alone(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(GalleryError, match="is no gallery"):
+    with pytest.raises(GalleryError, match="is not a gallery"):
         embed(drawings, tmp_path / "mine", fakes)
     with pytest.raises(ConfigError, match="is a file"):
         embed(drawings, tmp_path / "mine" / "thesis.txt", fakes)
