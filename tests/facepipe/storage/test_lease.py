@@ -353,7 +353,7 @@ def test_a_commit_is_finished_before_a_signal_counts(
         os.kill(os.getpid(), number)
         catch_up()
 
-    monkeypatch.setattr(commit, "_catch_up", interrupted)
+    monkeypatch.setattr(commit, "_read_new_commits", interrupted)
     before = signal.signal(number, end)
     try:
         with pytest.raises(Ended):
