@@ -347,7 +347,7 @@ def test_a_commit_is_finished_before_a_signal_counts(
 
     gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
     commit, found = Committer(gallery, "run"), part(gallery, "a")
-    catch_up = commit._catch_up
+    catch_up = commit._read_new_commits
 
     def interrupted() -> None:
         os.kill(os.getpid(), number)
