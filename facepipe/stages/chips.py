@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import pack_arrays, set_columns, view_buffers
+from facepipe.arrow import pack_arrays, set_columns, view_buffers, view_images
 from facepipe.hashing import compute_face_id
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, READ_ERROR

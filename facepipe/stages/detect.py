@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import read_frames, set_columns, to_ragged_lists
+from facepipe.arrow import read_frames, set_columns, to_ragged_lists, view_images
 from facepipe.imaging.geometry import Frame
 from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces
 from facepipe.models.runtime.device import resolve_device

@@ -18,7 +18,7 @@ from facepipe.curation.duplicates.incremental import NewImages, gather_new_image
 from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
-from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges
+from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges, find_changes
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
 from facepipe.reports.html import write_report
