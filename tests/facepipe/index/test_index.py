@@ -220,7 +220,7 @@ def test_radius_is_complete(gallery: Gallery) -> None:
             inside = distances[n] <= radius
             assert set(near) == set(ids[n][inside])
             assert (np.diff(far) >= 0).all()
-    assert len(Index(gallery.path).search_within(asked, 2.0, most=5, setting=SearchSetting(64, 100))[0][0]) == 5
+    assert len(Index(gallery.path).search_within(asked, 2.0, max_faces=5, setting=SearchSetting(64, 100))[0][0]) == 5
 
 
 def test_labels_and_vectors(gallery: Gallery) -> None:
