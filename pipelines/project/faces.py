@@ -1,6 +1,6 @@
-"""Which faces of a gallery a projection is fitted and measured on, and their chips, cut anew from the images.
+"""Choose the faces of a gallery that a projection is fitted and measured on, and cut their chips from the images.
 
-Which faces are taken depends on the seed, ids and labels alone, not on the order of the table.
+The choice depends on the seed, ids and labels only, not on the order of the table.
 """
 
 from collections import Counter
@@ -26,113 +26,153 @@ from facepipe.stages.chain import Chain
 from facepipe.stages.chips import GIVEN_COLUMNS, KnownFaces
 from facepipe.types import Int64, UInt8, UInt64
 
-_MEASURED = 2_000  # faces: two million pairs
-_ENOUGH = 10  # faces a dimension
-_IMAGES = 64  # of a block
+_MAX_MEASURED = 2_000  # faces: two million pairs
+_FACES_PER_DIMENSION = 10  # enough to fit without the faces of the pairs
+_BLOCK_IMAGES = 64
+_WITH_FACE = "landmarks is not null"
 _COLUMNS = ("face_id", "image_id", "uri", "box", "landmarks", "det_score")
 
 
 class _LowestKeys:
-    """The ids of the n lowest keys that have come by."""
+    """The ids with the n lowest keys so far."""
 
     def __init__(self, n: int):
         self._n = n
-        self._keys, self._ids = np.empty(0, np.uint64), np.empty(0, np.int64)
+        self._keys = np.empty(0, np.uint64)
+        self._ids = np.empty(0, np.int64)
 
     def add(self, keys: UInt64, ids: Int64) -> None:
-        self._keys, self._ids = np.concatenate([self._keys, keys]), np.concatenate([self._ids, ids])
+        """Add ids (m,) with their keys (m,)."""
+        self._keys = np.concatenate([self._keys, keys])
+        self._ids = np.concatenate([self._ids, ids])
         if len(self._keys) > 2 * self._n:
-            self._cut()
+            self._trim()
 
-    def _cut(self) -> None:
+    def _trim(self) -> None:
         order = np.lexsort((self._ids, self._keys))[: self._n]
-        self._keys, self._ids = self._keys[order], self._ids[order]
+        self._keys = self._keys[order]
+        self._ids = self._ids[order]
 
     def get_ids(self) -> Int64:
-        """Ascending."""
+        """Return the ids, ascending."""
         return np.sort(self.get_sorted()[1])
 
     def get_sorted(self) -> tuple[UInt64, Int64]:
-        """Keys, ascending, and their ids."""
-        self._cut()
+        """Return the keys, ascending, and their ids."""
+        self._trim()
         return self._keys, self._ids
 
 
 @dataclass(frozen=True)
 class FaceSample:
-    """Face ids (n,), ascending, to fit on; to measure on, with the person's number; and a pairs file's pairs."""
+    """The faces to fit and to measure on.
+
+    Attributes:
+        fitted: face ids to fit on, ascending, (n,)
+        measured: number of the person of each face to measure on, by face id
+        pairs: pairs of a pairs file; empty without a file
+        faces_by_name: face id of each image of the pairs file, by its name
+    """
 
     fitted: Int64
     measured: dict[int, int]
-    given: list[Pair] = field(default_factory=list)
-    named: dict[str, int] = field(default_factory=dict)
+    pairs: list[Pair] = field(default_factory=list)
+    faces_by_name: dict[str, int] = field(default_factory=dict)
 
     @property
     def all(self) -> Int64:
-        """Every face that must be embedded, ascending."""
+        """Ids of all faces to embed, ascending."""
         return np.union1d(self.fitted, np.array(list(self.measured), np.int64))
 
     def get_persons(self, faces: list[int]) -> Int64:
-        """(n,) number of the person of each face."""
+        """Return the number of the person of each face, (n,)."""
         return np.array([self.measured[face] for face in faces], np.int64)
 
     def build_pairs(self, faces: list[int]) -> PairRows | None:
-        """The pairs file's pairs as rows of `faces`; None where no file was given."""
-        if not self.given:
+        """Convert the pairs file's pairs to rows of `faces`, or return None without a file."""
+        if not self.pairs:
             return None
-        rows = {face: n for n, face in enumerate(faces)}
-        sides = [[rows.get(self.named.get(name, 0), -1) for name in (p.left, p.right)] for p in self.given]
-        left, right = np.array(sides, np.int64).T
-        return PairRows(left, right, np.array([p.same for p in self.given]), np.array([p.fold for p in self.given]))
+        rows = {face: row for row, face in enumerate(faces)}
+
+        def find_row(name: str) -> int:
+            return rows.get(self.faces_by_name.get(name, 0), -1)
+
+        return PairRows(
+            left=np.array([find_row(pair.left) for pair in self.pairs], np.int64),
+            right=np.array([find_row(pair.right) for pair in self.pairs], np.int64),
+            same=np.array([pair.same for pair in self.pairs]),
+            folds=np.array([pair.fold for pair in self.pairs]),
+        )
 
 
-def choose_faces(gallery: Gallery, dim: int, faces: int, held: float, seed: int, pairs: str | None) -> FaceSample:
-    """What to fit on, at most `faces`, and what to measure on: a pairs file's faces, else those of held out people.
+def choose_faces(
+    gallery: Gallery, *, dim: int, count: int, held: float, seed: int, pairs_file: str | None
+) -> FaceSample:
+    """Choose the faces to fit and to measure on.
 
-    Faces of a pairs file are fitted on only where too few others are left. Raises EvaluationError where the gallery
-    does not hold the file's images.
+    Faces of a pairs file are fitted on only if too few others are left.
+
+    Args:
+        gallery: gallery of the faces
+        dim: dimensions of the model
+        count: maximum number of faces to fit on
+        held: share of the persons to hold out for measuring, without a pairs file
+        seed: random seed
+        pairs_file: file of the pairs to measure on
+
+    Raises:
+        EvaluationError: The gallery does not hold the file's images.
     """
-    if pairs is not None:
-        return _choose_for_pairs(gallery, dim, faces, seed, pairs)
-    fitted, measured = _LowestKeys(faces), _LowestKeys(_MEASURED)
+    if pairs_file is not None:
+        return _choose_for_pairs(gallery, dim, count, seed, pairs_file)
+    fitted = _LowestKeys(count)
+    measured = _LowestKeys(_MAX_MEASURED)
     for ids, labels in _iterate_labels(gallery):
-        keys = np.array([0 if name is None else hash64(f"{seed}:{name}") for name in labels], np.uint64)
-        out = np.array([name is not None for name in labels], bool) & (keys < np.uint64(int(held * 2**64)))
-        fitted.add(_hash_ids(ids[~out], seed), ids[~out])
-        measured.add(keys[out], ids[out])
-    people, ids = measured.get_sorted()
-    numbers = np.unique(people, return_inverse=True)[1]
-    return FaceSample(fitted.get_ids(), dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+        # The key of a face is its person's hash, so that persons are held out as a whole.
+        person_keys = np.array([0 if name is None else hash64(f"{seed}:{name}") for name in labels], np.uint64)
+        has_label = np.array([name is not None for name in labels], bool)
+        is_held = has_label & (person_keys < np.uint64(int(held * 2**64)))
+        fitted.add(_hash_ids(ids[~is_held], seed), ids[~is_held])
+        measured.add(person_keys[is_held], ids[is_held])
+    person_keys, ids = measured.get_sorted()
+    persons = np.unique(person_keys, return_inverse=True)[1]
+    return FaceSample(fitted.get_ids(), dict(zip(ids.tolist(), persons.tolist(), strict=True)))
 
 
-def _choose_for_pairs(gallery: Gallery, dim: int, faces: int, seed: int, path: str) -> FaceSample:
-    given = read_pairs(path)
-    names = {name for pair in given for name in (pair.left, pair.right)}
+def _choose_for_pairs(gallery: Gallery, dim: int, count: int, seed: int, path: str) -> FaceSample:
+    """Choose the faces of a pairs file to measure on, and others to fit on."""
+    pairs = read_pairs(path)
+    names = {name for pair in pairs for name in (pair.left, pair.right)}
     rows = read_subject_rows(gallery, names, ["face_id"])
-    if absent := sorted(names - rows.keys()):
+    absent = sorted(names - rows.keys())
+    if absent:
         raise EvaluationError(
             f"{len(absent)} images of {path!r} are not in the gallery, such as {', '.join(absent[:3])}"
         )
-    if all(p.same for p in given) or not any(p.same for p in given):
-        raise EvaluationError(f"the pairs of {path!r} are all of one kind: both same and different ones are needed")
-    named = {name: int(row["face_id"]) for name, row in rows.items() if row["face_id"] is not None}
-    measured = dict.fromkeys(named.values(), 0)
-    others, every = _LowestKeys(faces), _LowestKeys(faces)
+    kinds = {bool(pair.same) for pair in pairs}
+    if kinds != {False, True}:
+        raise EvaluationError(f"the pairs of {path!r} are all of one kind: list pairs of one person and of two")
+    faces_by_name = {name: int(row["face_id"]) for name, row in rows.items() if row["face_id"] is not None}
+    measured = dict.fromkeys(faces_by_name.values(), 0)
+    others = _LowestKeys(count)
+    everything = _LowestKeys(count)
     for ids, _ in _iterate_labels(gallery):
-        free = ~np.isin(ids, list(measured))
-        others.add(_hash_ids(ids[free], seed), ids[free])
-        every.add(_hash_ids(ids, seed), ids)
+        is_other = ~np.isin(ids, list(measured))
+        others.add(_hash_ids(ids[is_other], seed), ids[is_other])
+        everything.add(_hash_ids(ids, seed), ids)
     fitted = others.get_ids()
-    return FaceSample(fitted if len(fitted) >= _ENOUGH * dim else every.get_ids(), measured, given, named)
+    if len(fitted) < _FACES_PER_DIMENSION * dim:
+        fitted = everything.get_ids()
+    return FaceSample(fitted, measured, pairs, faces_by_name)
 
 
 def _iterate_labels(gallery: Gallery) -> Iterator[tuple[Int64, list[str | None]]]:
-    for batch in gallery.batches(["face_id", "identity"], "landmarks is not null"):
+    for batch in gallery.batches(["face_id", "identity"], _WITH_FACE):
         yield batch["face_id"].to_numpy(), batch["identity"].to_pylist()
 
 
 def _hash_ids(ids: Int64, seed: int) -> UInt64:
-    """A hash of each id and the seed (the finaliser of splitmix64; Steele et al., OOPSLA 2014)."""
+    """Hash each id with the seed, by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
     x = ids.view(np.uint64) + np.uint64(hash64(str(seed)))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -140,44 +180,65 @@ def _hash_ids(ids: Int64, seed: int) -> UInt64:
 
 
 class FaceCutter:
-    """Faces that a gallery holds, cut anew for another embedder: its boxes and landmarks, no detector."""
+    """Cuts a gallery's faces for another embedder, with the gallery's boxes and landmarks and without a detector."""
 
     def __init__(self, gallery: Gallery, embedder: str, read: Read, decode: Decode):
-        self._gallery, self._size = gallery, find_chip_layout(embedder).size
+        self._gallery = gallery
+        self._size = find_chip_layout(embedder).size
         align = Align(embedder=embedder, detector=gallery.contract.detector, thumbs=False)
         self._chain = Chain((read, decode, KnownFaces(), align))
         self._chain.setup()
 
     def cut_chips(self, faces: Int64, images: Counter[str]) -> Iterator[tuple[Int64, UInt8]]:
-        """(ids (n,), chips (n, h, w, 3)) block by block; `images` counts what became of the images, by status."""
-        places = ImageLocator()
-        for batch in self._gallery.batches(_COLUMNS, "landmarks is not null"):
-            mine = batch.filter(pa.array(np.isin(batch["face_id"].to_numpy(), faces))).to_pylist()
-            found = dict[str, list[dict[str, Any]]]()
-            for row in mine:
-                found.setdefault(row["uri"], []).append(row)
-            groups = list(found.values())
-            for at in range(0, len(groups), _IMAGES):
-                yield self._cut_block(_build_table(groups[at : at + _IMAGES], places), images)
+        """Cut chips block by block.
+
+        Args:
+            faces: ids of the faces, (m,)
+            images: gets the counts of images by status
+
+        Yields:
+            Face ids (n,), and their chips (n, h, w, 3).
+        """
+        locator = ImageLocator()
+        for batch in self._gallery.batches(_COLUMNS, _WITH_FACE):
+            is_wanted = np.isin(batch["face_id"].to_numpy(), faces)
+            rows_by_image: dict[str, list[dict[str, Any]]] = {}
+            for row in batch.filter(pa.array(is_wanted)).to_pylist():
+                rows_by_image.setdefault(row["uri"], []).append(row)
+            groups = list(rows_by_image.values())
+            for start in range(0, len(groups), _BLOCK_IMAGES):
+                yield self._cut_block(_build_table(groups[start : start + _BLOCK_IMAGES], locator), images)
 
     def _cut_block(self, table: pa.Table, images: Counter[str]) -> tuple[Int64, UInt8]:
-        made = self._chain(table)
-        status, index = made["status"].to_pylist(), made["face_index"].to_pylist()
-        images.update(s for s, n in zip(status, index, strict=True) if s != OK or n == 0)
-        rows = zip(made["given_faces"].to_pylist(), index, view_buffers(made["chip"]), strict=True)
-        cut = [(ids[n], view) for ids, n, view in rows if view is not None]
+        """Cut the chips of a block of images, and count the images."""
+        result = self._chain(table)
+        statuses = result["status"].to_pylist()
+        indices = result["face_index"].to_pylist()
+        # An image has one row per face; its first row counts it.
+        images.update(status for status, n in zip(statuses, indices, strict=True) if status != OK or n == 0)
         width, height = self._size
-        chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for _, view in cut]
-        return np.array([n for n, _ in cut], np.int64), np.stack(chips) if chips else np.empty(
-            (0, height, width, 3), np.uint8
-        )
+        ids = []
+        chips = []
+        rows = zip(result["given_faces"].to_pylist(), indices, view_buffers(result["chip"]), strict=True)
+        for face_ids, index, view in rows:
+            if view is not None:
+                ids.append(face_ids[index])
+                chips.append(np.frombuffer(view, np.uint8).reshape(height, width, 3))
+        stack = np.stack(chips) if chips else np.empty((0, height, width, 3), np.uint8)
+        return np.array(ids, np.int64), stack
 
 
-def _build_table(images: list[list[dict[str, Any]]], places: ImageLocator) -> pa.Table:
-    """One row an image, with its faces as the stage Given wants them."""
-    items = [(*places.locate_image(faces[0]["uri"]), None) for faces in images]
-    work = pa.table([pa.array(c, f.type) for c, f in zip(zip(*items, strict=True), WORK_ITEM, strict=True)], WORK_ITEM)
-    given = {
+def _build_table(images: list[list[dict[str, Any]]], locator: ImageLocator) -> pa.Table:
+    """Build the table that the stage `KnownFaces` takes: one row per image, with its faces.
+
+    Args:
+        images: the gallery's rows of each image
+        locator: finds the images' files
+    """
+    items = [(*locator.locate_image(faces[0]["uri"]), None) for faces in images]
+    arrays = [pa.array(column, f.type) for column, f in zip(zip(*items, strict=True), WORK_ITEM, strict=True)]
+    work = pa.table(arrays, WORK_ITEM)
+    known_faces = {
         "given_image": [faces[0]["image_id"] for faces in images],
         "given_faces": [[face["face_id"] for face in faces] for faces in images],
         "given_identities": [[""] * len(faces) for faces in images],
@@ -185,5 +246,6 @@ def _build_table(images: list[list[dict[str, Any]]], places: ImageLocator) -> pa
         "given_points": [[x for face in faces for x in face["landmarks"]] for faces in images],
         "given_scores": [[face["det_score"] for face in faces] for faces in images],
     }
-    columns = {name: pa.array(given[name], GIVEN_COLUMNS.field(name).type) for name in GIVEN_COLUMNS.names}
-    return pa.table({**{name: work[name] for name in WORK_ITEM.names}, **columns})
+    item_columns = {name: work[name] for name in WORK_ITEM.names}
+    face_columns = {name: pa.array(known_faces[name], GIVEN_COLUMNS.field(name).type) for name in GIVEN_COLUMNS.names}
+    return pa.table({**item_columns, **face_columns})

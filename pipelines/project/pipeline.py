@@ -1,6 +1,6 @@
-"""fit_projection: a gallery's faces, cut and embedded anew, in; the matrix that brings a model's vectors to 128-D out.
+"""project: fit the matrix that reduces a model's vectors to 128 dimensions, on the faces of a gallery.
 
-One pass in this process; what is held in memory are second moments and the faces that the loss is measured on.
+One pass in this process. Memory holds second moments and the faces that the loss is measured on.
 """
 
 import time
@@ -29,19 +29,23 @@ from pipelines.project.faces import FaceCutter, FaceSample, choose_faces
 from pipelines.runtime.plan import detect_local_resources
 from pipelines.runtime.run_record import attach_summary, record_calls
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class ProjectConfig:
-    """How a projection is fitted.
+    """Configure the fit of a projection.
 
-    faces: of the gallery, chosen by seed; the more the better, ten times the model's dimensions at least
-    pairs: LFW's pairs.txt or a CSV with file_x, file_y, same, to measure the loss on; without it pairs are drawn from
-        people that are left out of the fit
-    held: share of the people that is left out for that; flip: average the mirrored chip in, as galleries do
-    device: cpu, cuda or auto; threads: of ONNX Runtime on a CPU, by default all
-    batch: chips given to the model at once
+    Attributes:
+        faces: maximum number of faces to fit on; at least ten times the model's dimensions, and the more the better
+        seed: random seed of the choice of faces and pairs
+        pairs: file of the pairs to measure the loss on: LFW's pairs.txt, or a CSV with file_x, file_y, same. Default:
+            pairs are drawn from persons who are left out of the fit
+        held: share of the persons to leave out of the fit for that
+        flip: average the vectors of a chip and of its mirror image, as galleries do
+        device: cpu, cuda or auto
+        threads: threads of ONNX Runtime on a CPU; default: all
+        batch: chips per call of the model
+        read: stage that reads images
+        decode: stage that decodes images
     """
 
     faces: Annotated[int, Field(ge=1)] = 20_000
@@ -58,11 +62,20 @@ class ProjectConfig:
 
 @dataclass
 class ProjectSummary:
-    """What was fitted, and what it loses.
+    """What was fitted, and what it loses. `facepipe models project --json` prints these fields under these names.
 
-    faces: fitted on; images: read, by status; energy: share of the vectors' squared length that 128 dimensions keep
-    full, reduced: verification with all dimensions and with 128; None where no pairs could be made, and why
-    measured_on_fit: whether pairs are of faces that were fitted on, so that the real loss is a little larger
+    Attributes:
+        card: TOML file of the projected model
+        projection: file of the matrix
+        dim: dimensions of the model
+        faces: faces fitted on
+        images: counts of images, by status
+        energy: share of the vectors' squared length that 128 dimensions keep
+        full: verification with all dimensions; None if it was not measured
+        reduced: verification with 128 dimensions; None if it was not measured
+        unmeasured: why it was not measured
+        measured_on_fit: whether pairs show faces that were fitted on, so that the real loss is slightly larger
+        seconds: duration
     """
 
     card: str = ""
@@ -79,115 +92,161 @@ class ProjectSummary:
 
 
 @record_calls("project")
-def run(config: ProjectConfig, card: str, gallery: str, progress: Progress = lambda line: None) -> ProjectSummary:
-    """Write NAME.projection.safetensors and NAME-128.toml beside a model's NAME.toml, which stays as it is.
+def run(
+    config: ProjectConfig, card: str, gallery: str, log: Callable[[str], None] = lambda line: None
+) -> ProjectSummary:
+    """Write NAME.projection.safetensors and NAME-128.toml beside a model's NAME.toml, which does not change.
 
-    No detector is run: boxes and landmarks are the gallery's, whichever model that was made with. Raises ConfigError
-    where one of the files exists, ModelError for a model of 128 dimensions or fewer and for too few faces.
+    No detector runs: boxes and landmarks are the gallery's, whichever models it was made with.
+
+    Args:
+        config: how to fit
+        card: TOML file of the model
+        gallery: gallery whose images are embedded
+        log: called with lines about the progress
+
+    Raises:
+        ConfigError: One of the files exists.
+        GalleryError: The faces are not enough to fit on.
+        ModelError: The model has 128 dimensions or fewer, or the gallery has too few faces.
     """
     began = time.monotonic()
     path = Path(card)
-    toml, weights = path.with_name(f"{path.stem}-128.toml"), path.with_name(f"{path.stem}.projection.safetensors")
-    for there in (toml, weights):
-        if there.exists():
-            raise ConfigError(f"{str(there)!r} exists: move it away, or copy {path.name} to another name")
-    file, table = read_card(path), Gallery(gallery)
-    embedder = _load_model(path, file, config)
+    toml = path.with_name(f"{path.stem}-128.toml")
+    weights = path.with_name(f"{path.stem}.projection.safetensors")
+    for output in (toml, weights):
+        if output.exists():
+            raise ConfigError(f"{str(output)!r} exists: move it away, or copy {path.name} to another name")
+    card_file = read_card(path)
+    table = Gallery(gallery)
+    # Choose the faces, and find out whether they are enough before any image is read.
+    embedder = _load_model(path, card_file, config)
     summary = ProjectSummary(str(toml), str(weights), embedder.dim)
     attach_summary(summary)
-    sample = choose_faces(table, embedder.dim, config.faces, config.held, config.seed, config.pairs)
-    check_face_count(len(sample.fitted), embedder.dim)  # before any image is read
-    moment, raw = _embed_faces(config, path, embedder, table, sample, summary, progress)
+    sample = choose_faces(
+        table, dim=embedder.dim, count=config.faces, held=config.held, seed=config.seed, pairs_file=config.pairs
+    )
+    check_face_count(len(sample.fitted), embedder.dim)
+    # Embed them, fit the projection, and measure what it loses.
+    cutter = FaceCutter(table, str(path), config.read, config.decode)
+    moment, raw_vectors = _embed_faces(config, embedder, cutter, sample, summary, log)
     projection = _fit_projection(moment, summary)
-    _measure_loss(summary, sample, raw, projection, config.seed)
-    told = {"gallery": table.path, "version": str(table.version), "contract": table.contract.to_json()}
-    told |= {
+    _measure_loss(summary, sample, raw_vectors, projection, config.seed)
+    # Write the matrix and the card.
+    facts = {
+        "gallery": table.path,
+        "version": str(table.version),
+        "contract": table.contract.to_json(),
         "faces": str(summary.faces),
         "seed": str(config.seed),
-        "model_sha256": fingerprint_without_projection(path, file),
+        "model_sha256": fingerprint_without_projection(path, card_file),
     }
-    save_projection(weights, projection, told)
-    write(str(toml), to_toml(_build_card(file, weights.name, summary)).encode())
-    load_card(toml)  # what was written can be read
+    save_projection(weights, projection, facts)
+    write(str(toml), to_toml(_build_card(card_file, weights.name, summary)).encode())
+    load_card(toml)  # fails if what was written cannot be read
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
 
 
-def _load_model(path: Path, file: CardFile, config: ProjectConfig) -> Embedder:
-    if file.role != "embedder":
-        raise ModelError(f"{path}: {file.name} is a {file.role}; embedders are projected")
+def _load_model(path: Path, card_file: CardFile, config: ProjectConfig) -> Embedder:
+    """Load the embedder without a projection. Raises ModelError if it cannot or need not be projected."""
+    if card_file.role != "embedder":
+        raise ModelError(f"{path}: {card_file.name} is a {card_file.role}; expected an embedder")
     load_card(path)  # checks the weights' SHA-256
-    made = load_embedder(path, resolve_device(config.device), config.threads or detect_local_resources().cpus, raw=True)
-    if made.dim <= EMBEDDING_DIM:
-        fit_projection(SecondMoment(made.dim))  # says why not
-    return made
+    threads = config.threads or detect_local_resources().cpus
+    embedder = load_embedder(path, resolve_device(config.device), threads, raw=True)
+    if embedder.dim <= EMBEDDING_DIM:
+        fit_projection(SecondMoment(embedder.dim))  # raises and says why
+    return embedder
 
 
 def _embed_faces(
     config: ProjectConfig,
-    path: Path,
     embedder: Embedder,
-    gallery: Gallery,
+    cutter: FaceCutter,
     sample: FaceSample,
     summary: ProjectSummary,
-    progress: Progress,
+    log: Callable[[str], None],
 ) -> tuple[SecondMoment, dict[int, Float32]]:
-    """Second moments of the faces to fit on, and raw vectors by id of those to measure on."""
-    moment, raw, images = SecondMoment(embedder.dim), dict[int, Float32](), Counter[str]()
-    faces = FaceCutter(gallery, str(path), config.read, config.decode)
+    """Cut and embed the faces of the sample.
+
+    Returns:
+        The second moments of the faces to fit on; and the raw vectors of those to measure on, by face id.
+    """
+    moment = SecondMoment(embedder.dim)
+    raw_vectors: dict[int, Float32] = {}
+    images = Counter[str]()
     done = 0
-    for ids, chips in faces.cut_chips(sample.all, images):
+    for ids, chips in cutter.cut_chips(sample.all, images):
         vectors = _embed_chips(embedder, chips, config)
         moment.add(vectors[np.isin(ids, sample.fitted)])
-        raw |= {int(n): v for n, v in zip(ids, vectors, strict=True) if n in sample.measured}
+        raw_vectors |= {int(n): v for n, v in zip(ids, vectors, strict=True) if n in sample.measured}
         done += len(ids)
-        summary.images, summary.faces = dict(images), moment.count
-        progress(f"{done} of {len(sample.all)} faces")
-    summary.images, summary.faces = dict(images), moment.count
-    return moment, raw
+        summary.images = dict(images)
+        summary.faces = moment.count
+        log(f"{done} of {len(sample.all)} faces")
+    summary.images = dict(images)
+    summary.faces = moment.count
+    return moment, raw_vectors
 
 
 def _embed_chips(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Float32:
     parts = []
-    for at in range(0, len(chips), config.batch):
-        part = chips[at : at + config.batch]
+    for start in range(0, len(chips), config.batch):
+        part = chips[start : start + config.batch]
         vectors = embedder.embed(part)
         parts.append((vectors + embedder.embed(part[:, :, ::-1])) / 2 if config.flip else vectors)
     return np.concatenate(parts) if parts else np.empty((0, embedder.dim), np.float32)
 
 
 def _fit_projection(moment: SecondMoment, summary: ProjectSummary) -> Projection:
+    """Fit the projection. If that fails, the error counts the images that could not be used."""
     failed = sum(count for status, count in summary.images.items() if status != OK)
     try:
-        found = fit_projection(moment)
+        projection = fit_projection(moment)
     except ModelError as error:
-        told = f"; {failed} images could not be read again or have changed" if failed else ""
-        raise GalleryError(f"{error}{told}") from error
-    summary.energy = found.energy
-    return found
+        hint = f"; {failed} images could not be read again or have changed" if failed else ""
+        raise GalleryError(f"{error}{hint}") from error
+    summary.energy = projection.energy
+    return projection
 
 
 def _measure_loss(
-    summary: ProjectSummary, sample: FaceSample, raw: dict[int, Any], projection: Projection, seed: int
+    summary: ProjectSummary, sample: FaceSample, raw_vectors: dict[int, Any], projection: Projection, seed: int
 ) -> None:
-    pairs = sample.build_pairs(list(raw)) or draw_pairs(sample.get_persons(list(raw)), seed)
+    """Compare the verification of pairs with all dimensions and with 128, and note the result in the summary."""
+    faces = list(raw_vectors)
+    pairs = sample.build_pairs(faces) or draw_pairs(sample.get_persons(faces), seed)
     if pairs is None:
         summary.unmeasured = "the gallery has no labels, or too few, to draw pairs from: give --pairs"
         return
-    vectors = np.stack(list(raw.values())).astype(np.float64)
+    vectors = np.stack(list(raw_vectors.values())).astype(np.float64)
     summary.full = score_vectors(vectors, pairs)
     summary.reduced = score_vectors(vectors @ projection.matrix.astype(np.float64), pairs)
-    summary.measured_on_fit = bool(np.isin(sample.fitted, np.array(list(raw))).any())
+    summary.measured_on_fit = bool(np.isin(sample.fitted, np.array(faces)).any())
 
 
-def _build_card(file: CardFile, projection: str, summary: ProjectSummary) -> CardFile:
-    """What the model says of itself, with the projection, what it keeps, and the threshold of the reduced vectors."""
-    figures = {**file.figures, "energy_of_128": round(summary.energy, 6)}
+def _build_card(card_file: CardFile, projection: str, summary: ProjectSummary) -> CardFile:
+    """Build the card of the projected model, with its scores and the threshold of the reduced vectors.
+
+    Args:
+        card_file: card of the model
+        projection: file name of the matrix
+        summary: what the projection keeps and loses
+    """
+    figures = {**card_file.figures, "energy_of_128": round(summary.energy, 6)}
     threshold = None
     if summary.full and summary.reduced:
-        for name, found in (("all_dimensions", summary.full), ("128", summary.reduced)):
-            figures |= {f"accuracy_{name}": round(found.accuracy, 5)}
-            figures |= {f"tar_at_far_1e-3_{name}": round(found.tar, 5)} if found.tar is not None else {}
+        for name, scores in (("all_dimensions", summary.full), ("128", summary.reduced)):
+            figures[f"accuracy_{name}"] = round(scores.accuracy, 5)
+            if scores.tar is not None:
+                figures[f"tar_at_far_1e-3_{name}"] = round(scores.tar, 5)
         threshold = round(summary.reduced.threshold, 4)
-    told = {"name": f"{file.name}-128", "projection": projection, "metric": "euclidean on unit vectors"}
-    return replace(file, **told, figures=figures, same_person=threshold)  # type: ignore[arg-type]
+    return replace(
+        card_file,
+        name=f"{card_file.name}-128",
+        projection=projection,
+        metric="euclidean on unit vectors",
+        figures=figures,
+        same_person=threshold,
+    )

@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(config_file: Path) -> None:
 def test_a_wrong_config_is_exit_code_2(config_file: Path) -> None:
     for setting, message in (
         ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr?"),
-        ("model.architecture=resnet9", "no embedder is called 'resnet9'"),
+        ("model.architecture=resnet9", "no embedder is named 'resnet9'"),
         ("schedule.warmup=99", "warmup: 99 is not before the end"),
     ):
         found = CliRunner().invoke(app, ["train", str(config_file), "--quiet", "--set", setting])
