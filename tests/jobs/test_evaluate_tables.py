@@ -64,7 +64,7 @@ def test_clean(gallery: Path) -> None:
     assert (summary["detection"]["recall"], summary["repaired"], summary["relabels_right"]) == (0.5, 0.5, 1.0)
     table = gallery / "reports" / "clean" / "decisions.parquet"
     code, out, _ = run_facepipe("evaluate", "clean", gallery, gallery.parent / "truth.csv", "--table", table)
-    assert (code, "labels by decision" in out, "relabels that are right" in out) == (0, True, True)
+    assert (code, "labels by decision" in out, "relabels that are correct" in out) == (0, True, True)
 
 
 @pytest.mark.parametrize(
