@@ -106,8 +106,8 @@ class ClustersResult:
 
 def score_clusters(identities: Int64, clusters: Int64) -> ClusterScores:
     """Score clusters (n,) against identities (n,), any integers. It takes time and memory as sorting n numbers does."""
-    identities = _number(identities)
-    clusters = _number(clusters)
+    identities = _renumber(identities)
+    clusters = _renumber(clusters)
     identity_sizes = np.bincount(identities)
     cluster_sizes = np.bincount(clusters)
     # The non-empty cells of the contingency table, and for each the sizes of its identity and its cluster.
@@ -166,7 +166,7 @@ def evaluate_clusters(gallery: Gallery, table: str | None = None, truth: str | N
     )
 
 
-def _number(labels: Int64) -> Int64:
+def _renumber(labels: Int64) -> Int64:
     return np.asarray(np.unique(labels, return_inverse=True)[1], np.int64)
 
 

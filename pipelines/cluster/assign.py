@@ -39,7 +39,7 @@ class AssignSummary:
     seconds: float = 0.0
 
 
-class _UnchangedError(Exception):
+class _NothingChangedError(Exception):
     """No face came and none left: the report stays as it is."""
 
 
@@ -62,11 +62,11 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
     # Name what is missing before a folder is made for what is new. `open_report_folder` renames an old report back.
     if not os.path.isdir(f"{report}.old"):
         read_cluster_table(table.path, CLUSTERS)
-    with suppress(_UnchangedError), open_report_folder(table, NAME) as folder:
+    with suppress(_NothingChangedError), open_report_folder(table, NAME) as folder:
         update = update_clusters(table, report, one_photo=one_photo, progress=progress)
         if update is None:
             _keep_report(table, report, folder)
-            raise _UnchangedError
+            raise _NothingChangedError
         _copy_unchanged(report, folder)
         _write_tables(update, folder)
         ClusterSums(update.clusters, ReadMark.from_gallery(table)).save(folder)

@@ -48,7 +48,7 @@ class NewSummary(DedupSummary):
     compared: int = 0
 
 
-class _UnchangedError(Exception):
+class _NoNewImagesError(Exception):
     """There are no new images: the report stays as it is."""
 
 
@@ -69,13 +69,13 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
     table = Gallery(gallery)
     summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
-    with suppress(_UnchangedError), open_report_folder(table, NAME) as folder:
+    with suppress(_NoNewImagesError), open_report_folder(table, NAME) as folder:
         since = find_changes(table, _load_last_mark(table))
         images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
         phases.end("gather")
         if images is None:
             _keep_report(table, summary.out, folder)
-            raise _UnchangedError
+            raise _NoNewImagesError
         progress("comparing pictures")
         everything = find_duplicates(images.table, images.edges, config.dedup)
         uris = pc.unique(images.table["uri"].filter(pa.array(images.is_new)))

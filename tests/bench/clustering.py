@@ -1,10 +1,10 @@
-"""Clusters: algorithms on the same edges of real faces, and F, time and memory as distractors grow.
+"""Compare clustering algorithms on the same edges of real faces, and measure F, time and memory as distractors grow.
 
     python tests/bench/clustering.py algorithms GALLERY
     python tests/bench/clustering.py growth [--real GALLERY] [--faces 10000 30000 100000 300000 1000000] [--mean 10]
 
-GALLERY holds labelled real faces (`facepipe embed lfw-dev/images GALLERY --identity folder`). growth adds synthetic faces
-(galleries.py) to the real ones, so that the same labelled faces are clustered among more and more strangers; F is that of
+GALLERY holds labelled real faces (`facepipe embed lfw-dev/images GALLERY --identity folder`). growth adds synthetic
+faces (galleries.py) to the real ones, so that the same labelled faces are clustered among more and more strangers; F is that of
 the real faces alone and of all. Every size runs in a process of its own: its peak memory is what the system counted.
 """
 
@@ -36,8 +36,8 @@ from pipelines.dedup import run as dedup
 REAL = "/real/"
 
 
-def algorithms(path: str) -> None:
-    """The table of algorithms, each with the default threshold, on one graph."""
+def compare_algorithms(path: str) -> None:
+    """Print the table of algorithms, each with the default threshold, on one graph."""
     run(ClusterConfig(), path)
     gallery = Gallery(path)
     graph = Graph(f"{gallery.path}/reports/graph")
@@ -66,27 +66,27 @@ def algorithms(path: str) -> None:
         print(f"{name:14} " + " ".join(f"{x:8.4f}" for x in figures) + f" {found['clusters']:9}")
 
 
-def mixed(path: Path, real: Gallery | None, count: int, mean: float) -> Gallery:
-    """A gallery of all real faces and so many synthetic ones."""
-    made = Gallery.create(str(path), real.contract if real else CONTRACT)
+def mix_gallery(path: Path, real: Gallery | None, count: int, mean: float) -> Gallery:
+    """Make a gallery of all real faces and `count` synthetic ones, `mean` per person."""
+    gallery = Gallery.create(str(path), real.contract if real else CONTRACT)
 
-    def tables() -> Iterator[pa.Table]:
+    def iterate_tables() -> Iterator[pa.Table]:
         if real:
             table = real.to_arrow(where="status = 'ok'")
             table = table.filter(pa.compute.equal(table["face_index"], 0))
             uris = pa.array([REAL + str(n) for n in range(table.num_rows)])
             yield table.set_column(table.column_names.index("uri"), "uri", uris)
         done = 0
-        for identities, vectors in whole_persons(count, mean):
+        for identities, vectors in draw_persons(count, mean):
             yield rows(identities, vectors, done)
             done += len(vectors)
 
-    append(made, tables(), "mixed")
+    append(gallery, iterate_tables(), "mixed")
     return Gallery(str(path))
 
 
-def whole_persons(count: int, mean: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(identities, faces) in blocks; of less than a block the first persons with all their faces."""
+def draw_persons(count: int, mean: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draw identities and faces in blocks; of less than a block the first persons with all their faces."""
     for identities, vectors in Faces(mean_size=mean).blocks(max(count, BLOCK)):
         if count < BLOCK:
             first = np.argsort(identities, kind="stable")[:count]
@@ -95,8 +95,8 @@ def whole_persons(count: int, mean: float) -> Iterator[tuple[np.ndarray, np.ndar
         yield identities, vectors
 
 
-def one(path: str) -> None:
-    """Cluster and dedup a gallery; one line of JSON."""
+def measure_one(path: str) -> None:
+    """Cluster and dedup a gallery, and print one line of JSON."""
     began = time.perf_counter()
     summary = run(ClusterConfig(), path)
     clustered = time.perf_counter()
@@ -122,11 +122,11 @@ def one(path: str) -> None:
     print(json.dumps(figures))
 
 
-def growth(real: str | None, sizes: list[int], mean: float) -> None:
-    """A line for every size."""
+def measure_growth(real: str | None, sizes: list[int], mean: float) -> None:
+    """Print a line per size. Each runs in a process of its own, so that its peak memory is its own."""
     for count in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            gallery = mixed(Path(folder) / "G", Gallery(real) if real else None, count, mean)
+            gallery = mix_gallery(Path(folder) / "G", Gallery(real) if real else None, count, mean)
             command = [sys.executable, __file__, "one", gallery.path]
             out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         s = out["seconds"]
@@ -150,9 +150,9 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=10)
     args = parser.parse_args()
     if args.what == "growth":
-        growth(args.real, args.faces, args.mean)
+        measure_growth(args.real, args.faces, args.mean)
     else:
-        {"algorithms": algorithms, "one": one}[args.what](args.gallery)
+        {"algorithms": compare_algorithms, "one": measure_one}[args.what](args.gallery)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Planted duplicates among look-alikes: precision and recall of every kind, and imagededup's PHash on the same files.
+"""Measure precision and recall on planted duplicates among look-alikes, and imagededup's PHash on the same files.
 
     python tests/bench/duplicates.py LFW_FOLDER [PHOTOS_FOLDER] [--originals 300] [--seed 1] [--work FOLDER]
         [--phash-python PYTHON_WITH_IMAGEDEDUP] [--sheet FOUND.jpg]
@@ -46,15 +46,15 @@ NATURAL = {
 }
 
 
-def cropped(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Up to 5 % off every side."""
+def crop(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Cut up to 5 % off every side."""
     h, w = image.shape[:2]
     top, bottom, left, right = (rng.uniform(0, 0.05, 4) * (h, h, w, w)).round().astype(int)
     return image[top : h - bottom, left : w - right]
 
 
-def recoloured(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Other hue, gamma, contrast and brightness."""
+def recolour(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Change hue, gamma, contrast and brightness."""
     hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV).astype(np.int32)
     hsv[..., 0] = (hsv[..., 0] + rng.integers(-10, 11)) % 180
     turned = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR).astype(np.float32) / 255
@@ -62,24 +62,24 @@ def recoloured(image: Pixels, rng: np.random.Generator) -> Pixels:
     return np.asarray(np.clip(shifted * 255, 0, 255), np.uint8)
 
 
-def resized(factor: float) -> Callable[[Pixels, np.random.Generator], Pixels]:
+def make_resize(factor: float) -> Callable[[Pixels, np.random.Generator], Pixels]:
     return lambda image, rng: cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
 
 
 # kind of copy -> (what happens to the pixels, quality of the new JPEG); None: the bytes are copied
 KINDS: dict[str, tuple[Callable[[Pixels, np.random.Generator], Pixels], int] | None] = {
     "exact": None,
-    "resized 0.6": (resized(0.6), 90),
-    "resized 0.4": (resized(0.4), 90),
+    "resized 0.6": (make_resize(0.6), 90),
+    "resized 0.4": (make_resize(0.4), 90),
     "recompressed q30": (lambda image, rng: image, 30),
-    "cropped 5 %": (cropped, 90),
+    "cropped 5 %": (crop, 90),
     "mirrored": (lambda image, rng: image[:, ::-1], 90),
-    "colour-shifted": (recoloured, 90),
+    "colour-shifted": (recolour, 90),
 }
 
 
-def corpus(sources: list[Path], out: Path, originals: int, seed: int) -> dict[str, tuple[str, str]]:
-    """Link all images and plant copies; name of each copy -> (name of its original, kind)."""
+def plant_copies(sources: list[Path], out: Path, originals: int, seed: int) -> dict[str, tuple[str, str]]:
+    """Copy all images and plant copies of some; returns original and kind by the path of each copy."""
     rng = np.random.default_rng(seed)
     files = [p for source in sources for p in sorted(source.rglob("*")) if p.suffix.lower() in (".jpg", ".png")]
     planted = {}
@@ -102,8 +102,8 @@ def corpus(sources: list[Path], out: Path, originals: int, seed: int) -> dict[st
     return planted
 
 
-def edges(x: np.ndarray[Any, np.dtype[np.float32]], radius: float) -> tuple[Any, Any, Any]:
-    """(u, v, distance) of all pairs u < v within the radius, by brute force."""
+def find_edges(x: np.ndarray[Any, np.dtype[np.float32]], radius: float) -> tuple[Any, Any, Any]:
+    """Find u, v and distance of all pairs u < v within the radius, by brute force."""
     us, vs, ds = [], [], []
     for at in range(0, len(x), 1024):
         square = 2 - 2 * (x[at : at + 1024] @ x.T)
@@ -115,8 +115,8 @@ def edges(x: np.ndarray[Any, np.dtype[np.float32]], radius: float) -> tuple[Any,
     return np.concatenate(us), np.concatenate(vs), np.concatenate(ds)
 
 
-def faces_of(gallery: Gallery) -> tuple[pa.Table, Any]:
-    """(faces in node order, then images without any; vectors of the faces)."""
+def read_faces(gallery: Gallery) -> tuple[pa.Table, Any]:
+    """Read the faces in node order, then the images without any, and the vectors of the faces."""
     table = gallery.to_arrow(COLUMNS, "image_id is not null").sort_by([("face_id", "ascending")])
     x = to_vectors(table["embedding"].drop_null(), EMBEDDING_DIM)
     size = pc.list_element(pc.split_pattern(table["fingerprint"], "-", max_splits=1), 0).cast(pa.int64())
@@ -124,53 +124,53 @@ def faces_of(gallery: Gallery) -> tuple[pa.Table, Any]:
     return faces.append_column("side", pa.array(np.zeros(table.num_rows, np.int8))), x
 
 
-class Truth:
+class PlantedTruth:
     """Which files show the same picture: planted copies, and the duplicates that the corpora hold themselves."""
 
     def __init__(self, planted: dict[str, tuple[str, str]]):
         self.planted = planted
 
-    def picture(self, uri: str) -> str:
+    def get_picture(self, uri: str) -> str:
         stem = Path(self.planted.get(uri, (uri, ""))[0]).stem
         return NATURAL.get(stem, stem)
 
-    def same(self, a: str, b: str) -> bool:
-        return self.picture(a) == self.picture(b)
+    def is_same(self, a: str, b: str) -> bool:
+        return self.get_picture(a) == self.get_picture(b)
 
-    def copies(self, kind: str) -> list[tuple[str, str]]:
-        """(copy, original) of a kind."""
+    def list_copies(self, kind: str) -> list[tuple[str, str]]:
+        """List copy and original of a kind."""
         return [(copy, original) for copy, (original, k) in self.planted.items() if k == kind]
 
-    def precision(self, what: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Print it; the pairs that do not show the same picture."""
-        wrong = [pair for pair in pairs if not self.same(*pair)]
+    def print_precision(self, what: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Print the precision, and return the pairs that do not show the same picture."""
+        wrong = [pair for pair in pairs if not self.is_same(*pair)]
         share = 1 - len(wrong) / max(len(pairs), 1)
         print(f"{what:24} {len(pairs):6} pairs, {len(wrong):5} of different pictures, precision {share:.4f}")
         return wrong
 
 
-def report(found: Duplicates, truth: Truth) -> list[tuple[str, str]]:
-    """Print recall by kind of copy and precision by kind of pair; the pairs that are wrong, or of the same shot."""
+def print_report(found: Duplicates, truth: PlantedTruth) -> list[tuple[str, str]]:
+    """Print recall by kind of copy and precision by kind of pair, and return the pairs of different pictures."""
     pairs = {frozenset((p["uri_a"], p["uri_b"])): p["kind"] for p in found.pairs.to_pylist()}
     kept = {row["uri"]: row["kept_uri"] or row["uri"] for row in found.decisions.to_pylist()}
     print(f"{'recall':24} {'copies':>6} {'paired with the original':>25} {'in one group with it':>23}")
     for kind in KINDS:
-        mine = truth.copies(kind)
+        mine = truth.list_copies(kind)
         paired = sum(pairs.get(frozenset(pair)) in ("exact", "near") for pair in mine)
         together = sum(kept[c] == kept[o] for c, o in mine)
         print(f"{kind:24} {len(mine):6} {paired / len(mine):25.3f} {together / len(mine):23.3f}")
     beyond = []
     for kind in ("exact", "near", "same_shot"):
-        beyond += truth.precision(kind, [(min(p), max(p)) for p, k in pairs.items() if k == kind])
+        beyond += truth.print_precision(kind, [(min(p), max(p)) for p, k in pairs.items() if k == kind])
     dropped = [(uri, stays) for uri, stays in kept.items() if uri != stays]
-    truth.precision("dropped for the kept", dropped)
+    truth.print_precision("dropped for the kept", dropped)
     return beyond
 
 
-def sheet(pairs: list[tuple[str, str]], out: str, most: int = 48) -> None:
-    """Pairs side by side, for the eye."""
+def draw_sheet(pairs: list[tuple[str, str]], out: str, max_pairs: int = 48) -> None:
+    """Draw pairs side by side, to look at."""
     tiles = []
-    for a, b in pairs[:most]:
+    for a, b in pairs[:max_pairs]:
         both = [cv2.resize(np.asarray(cv2.imread(uri)), (150, 150)) for uri in (a, b)]
         tile = cv2.copyMakeBorder(np.hstack(both), 0, 18, 0, 8, cv2.BORDER_CONSTANT)
         text = f"{Path(a).stem[:22]} | {Path(b).stem[:22]}"
@@ -190,16 +190,18 @@ json.dump(found, sys.stdout)
 """
 
 
-def beside(python: str, truth: Truth, files: list[str]) -> None:
-    """imagededup's PHash at its default threshold: the same figures."""
+def print_phash_figures(python: str, truth: PlantedTruth, files: list[str]) -> None:
+    """Print the same figures for imagededup's PHash at its default threshold."""
     began = time.perf_counter()
     done = subprocess.run([python, "-c", PHASH], input=json.dumps(files), capture_output=True, text=True, check=True)
     found = json.loads(done.stdout[done.stdout.index("{") :])
     print(f"imagededup PHash, max_distance_threshold 10, {time.perf_counter() - began:.0f} s")
     for kind in KINDS:
-        mine = truth.copies(kind)
+        mine = truth.list_copies(kind)
         print(f"{kind:24} {len(mine):6} {sum(c in found.get(o, ()) for c, o in mine) / len(mine):25.3f}")
-    truth.precision("PHash", sorted({(min(a, b), max(a, b)) for a, others in found.items() for b in others if a != b}))
+    truth.print_precision(
+        "PHash", sorted({(min(a, b), max(a, b)) for a, others in found.items() for b in others if a != b})
+    )
 
 
 def main() -> None:
@@ -212,24 +214,24 @@ def main() -> None:
     parser.add_argument("--sheet")
     args = parser.parse_args()
     work = Path(args.work or tempfile.mkdtemp())
-    planted = corpus(args.sources, work / "corpus", args.originals, args.seed)
+    planted = plant_copies(args.sources, work / "corpus", args.originals, args.seed)
     source = SourceConfig(str(work / "corpus"), identity="folder")
     run(EmbedConfig(source=source, run=RunConfig(runner="local")), str(work / "gallery"))
-    faces, x = faces_of(Gallery(str(work / "gallery")))
+    faces, x = read_faces(Gallery(str(work / "gallery")))
     rule = DuplicateRule()
-    linked = edges(x, rule.radius)
+    linked = find_edges(x, rule.radius)
     began = time.perf_counter()
     found = find_duplicates(faces, Pairs(*linked), rule)
     seconds = time.perf_counter() - began
     images = found.decisions.num_rows
     print(f"{images} images, {faces.num_rows} faces, {len(linked[0])} pairs of faces within {rule.radius}", end="")
     print(f", {len(planted)} copies of {len(planted) // len(KINDS)} originals; classified in {seconds:.2f} s")
-    truth = Truth(planted)
-    beyond = report(found, truth)
+    truth = PlantedTruth(planted)
+    beyond = print_report(found, truth)
     if args.sheet and beyond:
-        sheet(beyond, args.sheet)
+        draw_sheet(beyond, args.sheet)
     if args.phash_python:
-        beside(args.phash_python, truth, found.decisions["uri"].to_pylist())
+        print_phash_figures(args.phash_python, truth, found.decisions["uri"].to_pylist())
     if not args.work:
         shutil.rmtree(work)
 

@@ -182,15 +182,15 @@ def _write_row(
     label = numbers.setdefault(name, len(numbers))
     files.clean.writerow((uri, name, label, row["face_id"]))
     summary.kept += 1
-    if not _fits_on_line(uri):
+    if not _is_listable(uri):
         summary.unlisted += 1
         return
     short = uri.removeprefix(summary.root)
     files.text.write(f"{uri} {label}\n")
-    files.msceleb.write(f"{short if _fits_on_line(short) else uri} {label}\n")
+    files.msceleb.write(f"{short if _is_listable(short) else uri} {label}\n")
 
 
-def _fits_on_line(path: str) -> bool:
+def _is_listable(path: str) -> bool:
     """Tell whether a line `path label` can hold the path: readers strip white space and a byte order mark."""
     return bool(path) and path == path.strip().lstrip("\ufeff") and not any(c in path for c in _LINE_BREAKS)
 

@@ -198,11 +198,11 @@ class _CleanGroups:
             ("its identity", self._format_distance(verdicts.own_similarity[face])),
         ]
         if other >= 0:
-            figures.append((self._name(other), self._format_distance(verdicts.other_similarity[face])))
+            figures.append((self._get_name(other), self._format_distance(verdicts.other_similarity[face])))
         rows = [self._build_face(face, decision, faces)]
         rows += [self._build_face(n, "label", faces) for n in self._select_best(label).tolist() if n != face]
         rows += [self._build_face(n, "other", faces) for n in self._select_best(other).tolist() if n != face]
-        title = f"{self._name(label)}: {REASONS[verdicts.reason[face]]}"
+        title = f"{self._get_name(label)}: {REASONS[verdicts.reason[face]]}"
         return Group(title, decision, tuple(figures), tuple(rows), suspicion=float(verdicts.noise[face]))
 
     def _build_merge_group(self, pair: int, faces: dict[int, FaceDetails]) -> Group:
@@ -216,7 +216,7 @@ class _CleanGroups:
             ("mean distance", self._format_distance(float(identities.similarity[pair]))),
             ("faces", f"{identities.face_count[left]} + {identities.face_count[right]}"),
         )
-        title = f"{self._name(left)} and {self._name(right)}: one person?"
+        title = f"{self._get_name(left)} and {self._get_name(right)}: one person?"
         return Group(title, "merge", figures, tuple(rows), 0.5)
 
     def _build_split_group(self, identity: int, faces: dict[int, FaceDetails]) -> Group:
@@ -229,14 +229,14 @@ class _CleanGroups:
             ("distance between the parts", self._format_distance(identities.apart_similarity[identity])),
             ("faces", f"{identities.face_count[identity]}, {identities.apart_count[identity]} apart"),
         )
-        return Group(f"{self._name(identity)}: two persons?", "split", figures, tuple(rows), 0.5)
+        return Group(f"{self._get_name(identity)}: two persons?", "split", figures, tuple(rows), 0.5)
 
     def _build_face(self, node: int, badge: str, faces: dict[int, FaceDetails]) -> Face:
         face = faces.get(int(self._graph.nodes.ids[node]), _UNKNOWN_FACE)
         figures = (("label", face.identity),) if face.identity else ()
         return Face(face.uri, figures, face.thumb, badge)
 
-    def _name(self, identity: int) -> str:
+    def _get_name(self, identity: int) -> str:
         return str(self._judgement.names[identity].as_py())
 
     def _format_distance(self, similarity: float) -> str:

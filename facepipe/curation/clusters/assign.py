@@ -15,7 +15,7 @@ _MAX_NEIGHBOURS = 32
 
 
 @dataclass(frozen=True)
-class Placement:
+class FacePlacement:
     """Where n new faces belong.
 
     Attributes:
@@ -55,7 +55,7 @@ def assign_faces(
     *,
     excluded: Int64 | None = None,
     near: NearClusters | None = None,
-) -> Placement:
+) -> FacePlacement:
     """Assign new faces to clusters.
 
     First each face joins the existing cluster that it is most similar to, on average over that cluster's faces. The
@@ -89,7 +89,7 @@ def assign_faces(
         pairs = position[different]
         forbidden = pairs[(pairs >= 0).all(axis=1)]
         new[unassigned] = renumber_labels(merge_by_average_linkage(rest, u, v, threshold, forbidden)[0])
-    return Placement(chosen, new)
+    return FacePlacement(chosen, new)
 
 
 def _take(clusters: Clusters, chosen: Int64 | slice) -> Clusters:

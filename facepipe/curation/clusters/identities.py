@@ -98,7 +98,8 @@ def find_near_means(clusters: Clusters, threshold: float) -> tuple[Int64, Int64]
     if len(cells.centres) == 1:
         u, v = find_candidate_pairs(means, density, threshold, _MAX_NEIGHBOURS)
         return several[u], several[v]
-    left, right = [], []
+    left = []
+    right = []
     with tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         layout = CellLayout.build(means, cells, folder)
         for cell in range(len(cells.centres)):

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.curation.clusters.assign import Placement, assign_faces
+from facepipe.curation.clusters.assign import FacePlacement, assign_faces
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.constraints import pair_equal_keys
 from facepipe.curation.clusters.nearby import find_near_clusters, open_usable_index
@@ -252,7 +252,7 @@ def _read_everything(
         is_present[at[is_known]] = True
         if not is_known.all():
             parts.append((faces.filter(pa.array(~is_known)), vectors[~is_known]))
-    new_faces, new_vectors = _concat_by_id(parts)
+    new_faces, new_vectors = _merge_by_id(parts)
     return GalleryChanges(new_faces, new_vectors, ids[~is_present]), clusters
 
 
@@ -264,11 +264,11 @@ def _read_usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
         vectors, is_unit = read_unit_vectors(faces["embedding"])
         table = pa.Table.from_batches([faces]).select(list(_NEW_COLUMNS))
         parts.append((table.filter(pa.array(is_unit)), vectors[is_unit]))
-    return _concat_by_id(parts)
+    return _merge_by_id(parts)
 
 
-def _concat_by_id(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float32]:
-    """Concatenate faces and their vectors, each id once, by rising id."""
+def _merge_by_id(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float32]:
+    """Merge faces and their vectors, each id once, by rising id."""
     empty = pa.schema([FACE_SCHEMA.field(name) for name in _NEW_COLUMNS]).empty_table()
     faces = pa.concat_tables([empty, *(table.cast(empty.schema) for table, _ in parts)])
     vectors = np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *(vectors for _, vectors in parts)])
@@ -286,7 +286,7 @@ def _place_faces(
     sums: ClusterSums | None,
     count: int,
     one_photo: bool,
-) -> tuple[Placement, Clusters]:
+) -> tuple[FacePlacement, Clusters]:
     """Place the new faces in existing or new clusters, and return them as clusters of one."""
     faces = Clusters.from_faces(delta.vectors, rule.cohort.compute_density(delta.vectors))
     different = _NO_PAIRS

@@ -220,7 +220,10 @@ def _to_positions(pairs: Pairs, ids: Int64) -> Pairs:
 
 
 def _drop_pairs_of_copies(pairs: Pairs, vectors: Float32) -> Pairs:
-    """Of faces with identical vectors compare the first with others, and the rest only with it, as in the graph."""
+    """Drop the pairs of copies that a graph does not have either.
+
+    Of faces with identical vectors the first is compared with others, and the rest only with the first.
+    """
     first = find_representatives(vectors)
     is_first = first == np.arange(len(first))
     is_between_firsts = is_first[pairs.u] & is_first[pairs.v]

@@ -1,4 +1,7 @@
-"""Find identities that two galleries share, by near faces or by name. (Shared images are pairs and drops.)"""
+"""Find identities that two galleries share, by near faces or by name.
+
+Shared images are pairs and drops.
+"""
 
 import numpy as np
 import numpy.typing as npt

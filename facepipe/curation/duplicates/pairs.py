@@ -74,7 +74,7 @@ def classify_pairs(images: RankedImages, faces: pa.Table, edges: Pairs, rule: Du
     first = codes[links.u]
     second = codes[links.v]
     may_be_same_person = (first == second) | (first < 0) | (second < 0)
-    is_same_shot = (links.distance <= rule.same_shot) & may_be_same_person & _pairs_most_faces(images, links)
+    is_same_shot = (links.distance <= rule.same_shot) & may_be_same_person & _find_mostly_paired(images, links)
     kind = np.where(is_near, KINDS.index(NEAR), KINDS.index(SAME_SHOT)).astype(np.int8)
     return replace(links, kind=kind).take(is_near | is_same_shot)
 
@@ -82,27 +82,33 @@ def classify_pairs(images: RankedImages, faces: pa.Table, edges: Pairs, rule: Du
 def _build_links(images: RankedImages, edges: Pairs, radius: float) -> ImageLinks:
     """Build links from the edges of two images within the radius, with the differing bits of the hashes."""
     edges = edges.take(np.flatnonzero(np.asarray(edges.distance) <= radius))
-    u = np.asarray(edges.u)
-    v = np.asarray(edges.v)
     # The image that is kept first comes first.
-    a = images.of_face[u]
-    b = images.of_face[v]
-    is_swapped = a > b
-    u, v = np.where(is_swapped, v, u), np.where(is_swapped, u, v)
-    a, b = np.minimum(a, b), np.maximum(a, b)
+    image_u = images.of_face[edges.u]
+    image_v = images.of_face[edges.v]
+    is_swapped = image_u > image_v
+    a = np.minimum(image_u, image_v)
+    b = np.maximum(image_u, image_v)
     # The hash agrees as it is, or mirrored.
     hashes = images.get_numbers("image_hash")
     straight = count_differing_bits(hashes[a], hashes[b])
     flipped = count_differing_bits(hashes[a], mirror_hashes(hashes[b]))
     has_hashes = images.has_hash[a] & images.has_hash[b]
     bits = np.where(has_hashes, np.minimum(straight, flipped), _NO_HASH).astype(np.uint8)
-    is_mirrored = (flipped < straight) & (bits < _NO_HASH)
-    distance = np.asarray(edges.distance, np.float32)
-    return ImageLinks(u, v, a, b, distance, bits, is_mirrored, np.zeros(len(a), np.int8)).take(a < b)
+    links = ImageLinks(
+        u=np.where(is_swapped, edges.v, edges.u),
+        v=np.where(is_swapped, edges.u, edges.v),
+        a=a,
+        b=b,
+        distance=np.asarray(edges.distance, np.float32),
+        bits=bits,
+        is_mirrored=(flipped < straight) & (bits < _NO_HASH),
+        kind=np.zeros(len(a), np.int8),
+    )
+    return links.take(a < b)
 
 
-def _pairs_most_faces(images: RankedImages, links: ImageLinks) -> Bool:
-    """Tell whether more than half of the faces of the image with fewer faces have a partner, per link (m,).
+def _find_mostly_paired(images: RankedImages, links: ImageLinks) -> Bool:
+    """Find the links (m,) for which more than half of the faces of the image with fewer faces have a partner.
 
     A face that the border cuts off may resemble a stranger's. Two of them hardly do.
     """

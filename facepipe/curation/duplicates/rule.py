@@ -1,7 +1,7 @@
 """The rule for what counts as a duplicate, and which copy is kept."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from facepipe.errors import ConfigError
 
@@ -51,9 +51,9 @@ class DuplicateRule:
 
     def __post_init__(self) -> None:
         if self.drop not in KINDS:
-            raise ConfigError(f"no kind of duplicates {self.drop!r}; kinds are {', '.join(KINDS)}")
-        if self.keep not in ("largest", "sharpest", "oldest"):
-            raise ConfigError(f"keep is largest, sharpest or oldest, not {self.keep!r}")
+            raise ConfigError(f"drop={self.drop!r} is not a kind of duplicate: use {', '.join(KINDS)}")
+        if self.keep not in get_args(Keep):
+            raise ConfigError(f"keep={self.keep!r} is not a choice: use {', '.join(get_args(Keep))}")
 
     @property
     def radius(self) -> float:
