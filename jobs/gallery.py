@@ -102,7 +102,7 @@ def _verify_erased(path: str, receipt_path: str, *, as_json: bool) -> None:
     from facepipe.erasure.proof import check_erased
     from facepipe.gallery import Gallery
 
-    erasure = receipt.load(receipt_path)
+    erasure = receipt.load_receipt(receipt_path)
     problems = check_erased(Gallery(path), erasure)
 
     def print_text() -> None:

@@ -14,10 +14,10 @@ import pyarrow.dataset as ds
 import facepipe
 from facepipe import storage
 from facepipe.erasure import pending, receipt, vectors
-from facepipe.erasure.gone import Gone
+from facepipe.erasure.erased_data import ErasedData
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.reports import doomed, scrub
-from facepipe.erasure.selection import Chosen, Selection, choose
+from facepipe.erasure.reports import is_disposable, scrub_reports
+from facepipe.erasure.selection import SelectedImages, Selection, select_images
 from facepipe.errors import FacepipeError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
@@ -63,9 +63,9 @@ def run(
     reports.
     """
     table = Gallery(gallery)
-    selection.expression(datetime.now(UTC))  # a selection that says nothing is refused before anything is done
+    selection.build_filter(datetime.now(UTC))  # a selection that says nothing is refused before anything is done
     if dry_run:
-        chosen = choose(table, selection)
+        chosen = select_images(table, selection)
         return EraseSummary(chosen.images, len(chosen.faces), chosen.rows, dry_run=True)
     return _erase(selection, table.path, may_return, progress)
 
@@ -74,27 +74,27 @@ def run(
 def _erase(selection: Selection, gallery: str, may_return: bool, progress: Progress) -> EraseSummary:
     summary = EraseSummary()
     attach_summary(summary)
-    with _leases(gallery, progress) as leases:
-        steps = _Steps(gallery, leases, summary, progress)
+    with _acquire_leases(gallery, progress) as leases:
+        steps = _Erasure(gallery, leases, summary, progress)
         steps.resume()
-        chosen = choose(Gallery(gallery), selection)
+        chosen = select_images(Gallery(gallery), selection)
         summary.images, summary.faces, summary.rows = chosen.images, len(chosen.faces), chosen.rows
         if chosen.images:
-            steps.erase(_opened(gallery, selection, chosen, not may_return), chosen)
+            steps.erase(_create_receipt(gallery, selection, chosen, not may_return), chosen)
     return summary
 
 
 def resume(gallery: str, progress: Progress = lambda line: None) -> EraseSummary:
     """Finish what a crash broke off, if anything."""
     summary, table = EraseSummary(), Gallery(gallery)
-    if pending.unfinished(table.path):
-        with _leases(table.path, progress) as leases:
-            _Steps(table.path, leases, summary, progress).resume()
+    if pending.read_unfinished(table.path):
+        with _acquire_leases(table.path, progress) as leases:
+            _Erasure(table.path, leases, summary, progress).resume()
     return summary
 
 
 @contextmanager
-def _leases(gallery: str, progress: Progress) -> Iterator[tuple[Lease, Lease]]:
+def _acquire_leases(gallery: str, progress: Progress) -> Iterator[tuple[Lease, Lease]]:
     """Those of the gallery and of its index. The reports' is taken when their turn comes: others take it in between."""
     reports = storage.join(gallery, REPORTS)
     with (
@@ -107,20 +107,20 @@ def _leases(gallery: str, progress: Progress) -> Iterator[tuple[Lease, Lease]]:
         yield lease, index_lease
 
 
-def _opened(gallery: str, selection: Selection, chosen: Chosen, suppress_: bool) -> Receipt:
+def _create_receipt(gallery: str, selection: Selection, chosen: SelectedImages, suppress_: bool) -> Receipt:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    made = Receipt(new_run_id(), Gallery(gallery).id, now, selection.kinds(), facepipe.__version__)
+    made = Receipt(new_run_id(), Gallery(gallery).id, now, selection.list_conditions(), facepipe.__version__)
     made.images, made.faces, made.rows, made.suppressed = chosen.images, len(chosen.faces), chosen.rows, suppress_
     made.version_before = chosen.version
     made.hashes = {
-        "uris": made.hashed(chosen.uris.to_pylist()),
-        "images": made.hashed(chosen.contents.to_pylist()),
-        "faces": made.hashed(map(str, chosen.faces.to_pylist())),
+        "uris": made.hash_values(chosen.uris.to_pylist()),
+        "images": made.hash_values(chosen.contents.to_pylist()),
+        "faces": made.hash_values(map(str, chosen.faces.to_pylist())),
     }
     return made
 
 
-class _Steps:
+class _Erasure:
     """The steps of erasures; each can be done again, and then does what is left of it."""
 
     def __init__(self, gallery: str, leases: tuple[Lease, Lease], summary: EraseSummary, progress: Progress):
@@ -129,43 +129,43 @@ class _Steps:
 
     def resume(self) -> None:
         """Finish what was broken off."""
-        for found, chosen in pending.unfinished(self.gallery):
+        for found, chosen in pending.read_unfinished(self.gallery):
             self.progress(f"finishing the erasure {found.id}, which was broken off")
-            self._go_on(found, chosen)
+            self._run_steps(found, chosen)
 
-    def erase(self, made: Receipt, chosen: Chosen) -> None:
+    def erase(self, made: Receipt, chosen: SelectedImages) -> None:
         """All steps of a new erasure."""
-        pending.begin(self.gallery, made, chosen)
-        self._go_on(made, chosen)
+        pending.write_pending(self.gallery, made, chosen)
+        self._run_steps(made, chosen)
 
-    def _go_on(self, made: Receipt, chosen: Chosen) -> None:
+    def _run_steps(self, made: Receipt, chosen: SelectedImages) -> None:
         phases = PhaseTimer(self.summary.seconds)
         if made.suppressed:
             suppressed.suppress_images(self.gallery, made.id, chosen.uris.to_pylist(), chosen.contents.to_pylist())
-        removed = self._hide(made, chosen)
+        removed = self._hide_vectors(made, chosen)
         phases.end("hide")
         self.progress(f"{len(chosen.uris)} images, {len(chosen.faces)} faces: no search returns them any more")
-        self._rows(made, chosen)
+        self._remove_rows(made, chosen)
         phases.end("rows")
-        self._vectors(made, removed)
+        self._remove_vectors(made, removed)
         phases.end("index")
-        self._reports(made, self._gone(chosen))
+        self._scrub_reports(made, self._describe_erased(chosen))
         phases.end("reports")
-        self._files(made)
+        self._delete_files(made)
         phases.end("vacuum")
-        path = receipt.save(self.gallery, made)
-        pending.end(self.gallery, made)
+        path = receipt.save_receipt(self.gallery, made)
+        pending.delete_pending(self.gallery, made)
         self.summary.receipts.append(path)
         _count_erased(made.images)
 
-    def _hide(self, made: Receipt, chosen: Chosen) -> vectors.Removed:
+    def _hide_vectors(self, made: Receipt, chosen: SelectedImages) -> vectors.VectorRemoval:
         if not manifests.exists(self.gallery):
-            return vectors.Removed()
-        removed = vectors.hide(self.gallery, chosen, self.index_lease.check)
+            return vectors.VectorRemoval()
+        removed = vectors.hide_vectors(self.gallery, chosen, self.index_lease.check)
         made.vectors, made.index_before = max(made.vectors, removed.vectors), made.index_before | removed.before
         return removed
 
-    def _rows(self, made: Receipt, chosen: Chosen) -> None:
+    def _remove_rows(self, made: Receipt, chosen: SelectedImages) -> None:
         """Rows out of the table. What the receipt says of it is kept before the commit: after it nobody could tell."""
 
         def actions() -> list[Action]:
@@ -176,29 +176,29 @@ class _Steps:
                 made.version_before, made.version_after = table.version, table.version + 1
                 made.files_before |= {name: digest or "" for name, digest in trace.before}
                 made.files_after |= {name: digest or "" for name, digest in trace.after}
-            pending.keep(self.gallery, made)
+            pending.save_progress(self.gallery, made)
             return found
 
         commit = Committer(Gallery(self.gallery), new_run_id(), self.lease)
         commit.commit_actions(actions, {"job": "erase", "images": made.images, "faces": made.faces})
 
-    def _vectors(self, made: Receipt, removed: vectors.Removed) -> None:
+    def _remove_vectors(self, made: Receipt, removed: vectors.VectorRemoval) -> None:
         if not manifests.exists(self.gallery):
             manifests.sweep(self.gallery, None)  # pieces of an index that was never finished
             return
 
         def before_publishing() -> None:
             made.index_after |= removed.after
-            pending.keep(self.gallery, made)
+            pending.save_progress(self.gallery, made)
             self.index_lease.check()
 
-        vectors.remove(self.gallery, removed, (made.version_before, made.version_after), before_publishing)
+        vectors.remove_vectors(self.gallery, removed, (made.version_before, made.version_after), before_publishing)
 
-    def _gone(self, chosen: Chosen) -> Gone:
+    def _describe_erased(self, chosen: SelectedImages) -> ErasedData:
         left = set[str]()
         for batch in Gallery(self.gallery).batches(["identity"], ds.field("identity").isin(chosen.names), rows=_ROWS):
             left.update(pc.unique(batch["identity"]).to_pylist())
-        return Gone(
+        return ErasedData(
             frozenset(chosen.uris.to_pylist()),
             frozenset(chosen.names.to_pylist()) - left,
             frozenset(chosen.contents.to_pylist()),
@@ -206,24 +206,24 @@ class _Steps:
             np.unique(chosen.marks.to_numpy()),
         )
 
-    def _reports(self, made: Receipt, gone: Gone) -> None:
+    def _scrub_reports(self, made: Receipt, gone: ErasedData) -> None:
         place = storage.join(self.gallery, REPORTS)
         names = sorted({found.url.removeprefix(place + "/").split("/")[0] for found in storage.list_files(place)})
         if not names:
             return
         if "cluster" in names:
-            self._assign()
+            self._update_clusters()
         with hold_lease(place, "reports", self.progress) as lease:
             if open_store(self.gallery, REPORTS).is_complete:
-                changes = scrub(place, gone)
+                changes = scrub_reports(place, gone)
             else:
-                changes = chain.from_iterable(self._remote(name, gone) for name in names)
+                changes = chain.from_iterable(self._scrub_remote_report(name, gone) for name in names)
             for changed in changes:
                 made.reports = sorted({*made.reports, changed})
-                pending.keep(self.gallery, made)
+                pending.save_progress(self.gallery, made)
                 lease.check()
 
-    def _assign(self) -> None:
+    def _update_clusters(self) -> None:
         """Clusters without the erased, where that can be done: `scrub` only takes out what is theirs alone."""
         try:
             cluster_assign.run(self.gallery, progress=self.progress)
@@ -232,22 +232,22 @@ class _Steps:
         except (FacepipeError, OSError, ValueError, KeyError, BadZipFile) as error:
             self.progress(f"the clusters could not be brought up to date ({type(error).__name__})")
 
-    def _remote(self, name: str, gone: Gone) -> list[str]:
+    def _scrub_remote_report(self, name: str, gone: ErasedData) -> list[str]:
         """One report of a gallery in an object store: fetched, scrubbed, and uploaded where it has changed."""
         if name.startswith(LEASE_FILE):
             return []
         store = open_store(self.gallery, f"{REPORTS}/{name}")
-        if doomed(name):
+        if is_disposable(name):
             for file in list(storage.list_files(store.url)):
                 storage.delete(file.url)
             return [f"{name}/"]
         store.pull()
-        found = list(scrub(store.folder, gone))
+        found = list(scrub_reports(store.folder, gone))
         if found:
             store.push(last="report.html")
         return [f"{name}/{inner}" for inner in found]
 
-    def _files(self, made: Receipt) -> None:
+    def _delete_files(self, made: Receipt) -> None:
         self.lease.check()
         table = Gallery(self.gallery)
         now = {file["path"] for file in table.files()}
@@ -256,7 +256,7 @@ class _Steps:
             kept = {entry.name for entry in manifests.load(self.gallery).shards}
             made.index_after = {name: d for name, d in made.index_after.items() if name.split("/")[0] in kept}
         made.files_deleted = max(made.files_deleted, len(find_unreferenced(table)))
-        pending.keep(self.gallery, made)
+        pending.save_progress(self.gallery, made)
         delete_unreferenced(table)
         made.log_files_deleted += delete_history(table)
         delete_copies(self.gallery)

@@ -4,18 +4,18 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Iterator
 
-from facepipe.erasure.gone import ANY, Gone, role_of
+from facepipe.erasure.erased_data import ANY, ErasedData, find_role
 from facepipe.storage.atomic import publish_file
 
 
-def scrub_list(path: str, gone: Gone) -> bool:
-    told = line_tests(path)
-    return _filtered(path, lambda line: not gone.uris.isdisjoint(told(line)))
+def scrub_list(path: str, gone: ErasedData) -> bool:
+    told = create_line_reader(path)
+    return _filter_lines(path, lambda line: not gone.uris.isdisjoint(told(line)))
 
 
-def line_tests(path: str) -> Callable[[str], Iterable[str]]:
+def create_line_reader(path: str) -> Callable[[str], Iterable[str]]:
     """What a line of a list may say of an image: its uri, with or without a number behind it."""
-    root = _root(os.path.dirname(path)) if os.path.basename(path) == "msceleb.txt" else ""
+    root = _find_root(os.path.dirname(path)) if os.path.basename(path) == "msceleb.txt" else ""
 
     def told(line: str) -> Iterator[str]:
         text = line.rstrip("\r\n")
@@ -26,7 +26,7 @@ def line_tests(path: str) -> Callable[[str], Iterable[str]]:
     return told
 
 
-def _root(folder: str) -> str:
+def _find_root(folder: str) -> str:
     """What the paths of msceleb.txt are relative to: clean.txt has the same lines in full."""
     try:
         with (
@@ -41,7 +41,7 @@ def _root(folder: str) -> str:
     return ""
 
 
-def _filtered(path: str, drop: Callable[[str], bool]) -> bool:
+def _filter_lines(path: str, drop: Callable[[str], bool]) -> bool:
     """Whether lines were dropped."""
     with (
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -53,10 +53,10 @@ def _filtered(path: str, drop: Callable[[str], bool]) -> bool:
             if not drop(line):
                 out.write(line)
                 written += 1
-    return put_in_place(path, written < count)
+    return finish_file(path, written < count)
 
 
-def put_in_place(path: str, changed: bool) -> bool:
+def finish_file(path: str, changed: bool) -> bool:
     if changed:
         publish_file(path + ".new", path, sync=False)
     else:
@@ -64,28 +64,28 @@ def put_in_place(path: str, changed: bool) -> bool:
     return changed
 
 
-def scrub_csv(path: str, gone: Gone) -> bool:
+def scrub_csv(path: str, gone: ErasedData) -> bool:
     """Rows as CSV has them: a label may go over several lines."""
     with (
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
         open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
-        rows, writer, changed = csv_rows(file), csv.writer(out), False
+        rows, writer, changed = iterate_csv_rows(file), csv.writer(out), False
         for roles, row in rows:
             if any(role and cell in gone.by_role[role] for role, cell in zip(roles, row, strict=False)):
                 changed = True
             else:
                 writer.writerow(row)
-    return put_in_place(path, changed)
+    return finish_file(path, changed)
 
 
-def csv_rows(file: Iterable[str]) -> Iterator[tuple[list[str | None], list[str]]]:
+def iterate_csv_rows(file: Iterable[str]) -> Iterator[tuple[list[str | None], list[str]]]:
     """(what each cell holds, the cells) of each row; the row of column names holds nothing."""
     reader = csv.reader(file)
     head = next(reader, None)
     if head is None:
         return
-    named = [role_of(name) for name in head]
+    named = [find_role(name) for name in head]
     ours = ANY not in named
     yield ([None] * len(head), head) if ours else ([ANY] * len(head), head)
     for row in reader:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from facepipe.erasure.gone import Gone
+from facepipe.erasure.erased_data import ErasedData
 from facepipe.reports.html import JsonGroup, edit_report
 from facepipe.reports.model import Report, Table
 
@@ -18,7 +18,7 @@ _PAGES_WITHOUT_NAMES = ("Identity clusters", "Duplicate images", "What two galle
 _SHARED_IDENTITIES = "Shared identities"  # the title of the table whose first two columns hold labels
 
 
-def scrub_page(path: str, gone: Gone) -> bool:
+def scrub_page(path: str, gone: ErasedData) -> bool:
     """Remove erased data from a page.
 
     A page that mentions erased data in an unknown place is deleted. So the page must be made again.
@@ -40,7 +40,7 @@ def scrub_page(path: str, gone: Gone) -> bool:
 class _PageEditor:
     """The edits of one page."""
 
-    def __init__(self, gone: Gone) -> None:
+    def __init__(self, gone: ErasedData) -> None:
         self._gone = gone
         self._names = gone.names
         self.mentions_erased = False

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from facepipe import storage
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.selection import Chosen
+from facepipe.erasure.selection import SelectedImages
 from facepipe.errors import GalleryError
 from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
 from facepipe.storage.atomic import UNFINISHED
@@ -28,7 +28,7 @@ _KINDS = {
 _ROWS = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
 
-def begin(gallery: str, receipt: Receipt, chosen: Chosen) -> None:
+def write_pending(gallery: str, receipt: Receipt, chosen: SelectedImages) -> None:
     """Write down what is to go. The file holds names: it is deleted when the erasure is done."""
     kinds = {name: getattr(chosen, name).cast(pa.string()) for name in _KINDS}
     parts = [pa.table([pa.repeat(kind, len(values)), values], schema=_ROWS) for kind, values in kinds.items()]
@@ -38,19 +38,19 @@ def begin(gallery: str, receipt: Receipt, chosen: Chosen) -> None:
     write_erased_file(gallery, receipt.id + _ENDING, sink.getvalue())
 
 
-def keep(gallery: str, receipt: Receipt) -> None:
+def save_progress(gallery: str, receipt: Receipt) -> None:
     """What the receipt says by now: a crash must not lose which files held what went."""
     known = replace(receipt, hashes={})  # as `begin` wrote them
     write_erased_file(gallery, receipt.id + _STATE, json.dumps(known.to_dict()).encode())
 
 
-def unfinished(gallery: str) -> list[tuple[Receipt, Chosen]]:
+def read_unfinished(gallery: str) -> list[tuple[Receipt, SelectedImages]]:
     """Erasures that began and did not end, oldest first."""
     paths = sorted(f.url for f in storage.list_files(get_erased_folder(gallery)) if f.url.endswith(_ENDING))
-    return [_read(path) for path in paths]
+    return [_read_pending(path) for path in paths]
 
 
-def _read(path: str) -> tuple[Receipt, Chosen]:
+def _read_pending(path: str) -> tuple[Receipt, SelectedImages]:
     try:
         table = pq.read_table(pa.BufferReader(storage.read(path.encode())))
         head = json.loads(table.schema.metadata[b"erasure"])
@@ -58,16 +58,16 @@ def _read(path: str) -> tuple[Receipt, Chosen]:
             name: table.filter(pc.equal(table["kind"], name))["value"].combine_chunks().cast(kind)
             for name, kind in _KINDS.items()
         }
-        chosen = Chosen(version=head["version"], rows=head["rows"], **values)
+        chosen = SelectedImages(version=head["version"], rows=head["rows"], **values)
         found = TypeAdapter(Receipt).validate_python(head["receipt"])
-        return _known(path.removesuffix(_ENDING) + _STATE, found), chosen
+        return _read_progress(path.removesuffix(_ENDING) + _STATE, found), chosen
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise GalleryError(
             f"{path!r}, which says what an unfinished erasure is to take out, is damaged: delete it, and erase again"
         ) from error
 
 
-def _known(path: str, begun: Receipt) -> Receipt:
+def _read_progress(path: str, begun: Receipt) -> Receipt:
     if not any(found.url == path for found in storage.list_files(path.rpartition("/")[0])):
         return begun
     try:
@@ -77,7 +77,7 @@ def _known(path: str, begun: Receipt) -> Receipt:
     return replace(found, hashes=begun.hashes)
 
 
-def end(gallery: str, receipt: Receipt) -> None:
+def delete_pending(gallery: str, receipt: Receipt) -> None:
     """Everything is gone: forget what it was called."""
     base = storage.join(get_erased_folder(gallery), receipt.id)
     # First the names: without them the rest says nothing, and no crash leaves an erasure that seems to have ended.

@@ -49,7 +49,7 @@ class Receipt:
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     hashes: dict[str, list[str]] = field(default_factory=dict)
 
-    def hashed(self, values: Iterable[str]) -> list[str]:
+    def hash_values(self, values: Iterable[str]) -> list[str]:
         """Hashes of texts under the receipt's salt, sorted."""
         return sorted(f"{hash64(self.salt, value):016x}" for value in values)
 
@@ -58,17 +58,17 @@ class Receipt:
         return asdict(self)
 
 
-def path_of(gallery: str, name: str) -> str:
+def get_receipt_path(gallery: str, name: str) -> str:
     """Where a receipt lies."""
     return storage.join(get_erased_folder(gallery), f"{name}.json")
 
 
-def save(gallery: str, receipt: Receipt) -> str:
+def save_receipt(gallery: str, receipt: Receipt) -> str:
     """Write a receipt into the gallery; its path."""
     return write_erased_file(gallery, f"{receipt.id}.json", json.dumps(receipt.to_dict(), indent=1).encode())
 
 
-def load(path: str) -> Receipt:
+def load_receipt(path: str) -> Receipt:
     """Read a receipt. Raises ConfigError where it is none."""
     try:
         return TypeAdapter(Receipt).validate_json(storage.read(path.encode()))

@@ -7,49 +7,49 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from facepipe.erasure.gone import ANY, IDS, URIS, Gone, role_of
-from facepipe.erasure.selection import mark_of
+from facepipe.erasure.erased_data import ANY, IDS, URIS, ErasedData, find_role
+from facepipe.erasure.selection import compute_marks
 from facepipe.storage import write_beside
 from facepipe.types import Bool
 
-_ASIDE = "nearest_identity"  # only compared with: the row is another's, and stays without it
+_COMPARED = "nearest_identity"  # only compared with: the row is another's, and stays without it
 
 
-def orphans(path: str, gone: Gone) -> Iterator[list[str]]:
+def find_copies_of_erased(path: str, gone: ErasedData) -> Iterator[list[str]]:
     with pq.ParquetFile(path) as file:
         if {"uri", "kept_uri"} <= set(file.schema_arrow.names):
             for batch in file.iter_batches(columns=["uri", "kept_uri"]):
                 yield batch.filter(pc.is_in(batch["kept_uri"], gone.arrays[URIS]))["uri"].to_pylist()
 
 
-def scrub_table(path: str, gone: Gone) -> bool:
+def scrub_table(path: str, gone: ErasedData) -> bool:
     """Batch by batch: a table may have as many rows as the gallery has faces."""
     with pq.ParquetFile(path) as file:
-        columns = [field.name for field in file.schema_arrow if _told_by(field) or field.name == "size"]
-        if not columns or not any(_touched(batch, gone) for batch in file.iter_batches(columns=columns)):
+        columns = [field.name for field in file.schema_arrow if _find_column_role(field) or field.name == "size"]
+        if not columns or not any(_holds_erased(batch, gone) for batch in file.iter_batches(columns=columns)):
             return False
         with (
             write_beside(path) as unfinished,
             pq.ParquetWriter(unfinished, file.schema_arrow, compression="zstd") as writer,
         ):
             for batch in file.iter_batches():
-                writer.write_batch(_without(batch, gone))
+                writer.write_batch(_remove_erased(batch, gone))
     return True
 
 
-def _told_by(field: pa.Field) -> str | None:
+def _find_column_role(field: pa.Field) -> str | None:
     """What a column of a table is looked at for."""
-    role = role_of(field.name)
+    role = find_role(field.name)
     if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
         return role if role != IDS else ANY
     return role if role == IDS and pa.types.is_int64(field.type) else None
 
 
-def _found(batch: pa.RecordBatch, gone: Gone, aside: bool) -> Bool:
+def _mark_erased(batch: pa.RecordBatch, gone: ErasedData, aside: bool) -> Bool:
     mask = np.zeros(batch.num_rows, bool)
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        role = _told_by(field)
-        if role is not None and (field.name == _ASIDE) == aside:
+        role = _find_column_role(field)
+        if role is not None and (field.name == _COMPARED) == aside:
             values = gone.arrays[role]
             mask |= pc.is_in(column, values.cast(field.type)).to_numpy(zero_copy_only=False)
     if not aside and {"medoid", "size"} <= set(batch.schema.names):  # a cluster that lost all is named by who is gone
@@ -57,27 +57,27 @@ def _found(batch: pa.RecordBatch, gone: Gone, aside: bool) -> Bool:
     return mask
 
 
-def _touched(batch: pa.RecordBatch, gone: Gone) -> bool:
-    return bool(_found(batch, gone, False).any() or _found(batch, gone, True).any())
+def _holds_erased(batch: pa.RecordBatch, gone: ErasedData) -> bool:
+    return bool(_mark_erased(batch, gone, False).any() or _mark_erased(batch, gone, True).any())
 
 
-def _without(batch: pa.RecordBatch, gone: Gone) -> pa.RecordBatch:
-    kept = batch.filter(pa.array(~_found(batch, gone, False)))
-    compared = _found(kept, gone, True)
+def _remove_erased(batch: pa.RecordBatch, gone: ErasedData) -> pa.RecordBatch:
+    kept = batch.filter(pa.array(~_mark_erased(batch, gone, False)))
+    compared = _mark_erased(kept, gone, True)
     if compared.any():
-        at = kept.schema.get_field_index(_ASIDE)
+        at = kept.schema.get_field_index(_COMPARED)
         kept = kept.set_column(at, kept.schema.field(at), pc.if_else(pa.array(compared), None, kept.column(at)))
     return kept
 
 
-def scrub_arrays(path: str, gone: Gone) -> bool:
+def scrub_arrays(path: str, gone: ErasedData) -> bool:
     """Named arrays: rows of two-dimensional ones that are vectors of the erased leave."""
     with open(path, "rb") as file, np.load(file) as held:
         arrays = {name: held[name] for name in held.files}
     kept = {}
     for name, array in arrays.items():
         vectors = array.ndim == 2 and array.dtype == np.float32 and array.shape[1] >= 2
-        kept[name] = array[~np.isin(mark_of(array), gone.marks)] if vectors else array
+        kept[name] = array[~np.isin(compute_marks(array), gone.marks)] if vectors else array
     if all(len(kept[name]) == len(array) for name, array in arrays.items() if array.ndim):
         return False
     with write_beside(path) as unfinished, open(unfinished, "wb") as out:

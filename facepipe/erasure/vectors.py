@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow.compute as pc
 
-from facepipe.erasure.selection import Chosen
+from facepipe.erasure.selection import SelectedImages
 from facepipe.index import manifest as manifests
 from facepipe.index.manifest import Manifest
 from facepipe.index.shard import Shard, merge_shards, write_tombstones
@@ -16,7 +16,7 @@ _ROWS = 65536  # as many as lie together in a shard's labels
 
 
 @dataclass
-class Removed:
+class VectorRemoval:
     """What was done: vectors that went, and the digests of the shards' files before and after."""
 
     vectors: int = 0
@@ -24,17 +24,17 @@ class Removed:
     after: dict[str, str] = field(default_factory=dict)
 
 
-def hide(gallery: str, chosen: Chosen, check: Callable[[], None]) -> Removed:
+def hide_vectors(gallery: str, chosen: SelectedImages, check: Callable[[], None]) -> VectorRemoval:
     """Bury all that shards hold of the images, so that no search returns it. Needs the index's lease: `check`.
 
     Shards may hold more than the table: faces of earlier contents of an image, dead already or, where the index is
     behind the table, not yet. They are told by the image's uri.
     """
     found, tag = manifests.load_tagged(gallery)
-    store, removed, shards = manifests.open_index_store(gallery), Removed(), []
+    store, removed, shards = manifests.open_index_store(gallery), VectorRemoval(), []
     for entry in found.shards:
         shard = Shard(store, entry)
-        here, remains = _held(shard, chosen, whole=found.table_version != chosen.version)
+        here, remains = _find_ids(shard, chosen, whole=found.table_version != chosen.version)
         if len(here) or remains:
             removed.vectors += len(here)
             removed.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
@@ -46,7 +46,7 @@ def hide(gallery: str, chosen: Chosen, check: Callable[[], None]) -> Removed:
     return removed
 
 
-def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Int64, bool]:
+def _find_ids(shard: Shard, chosen: SelectedImages, whole: bool) -> tuple[Int64, bool]:
     """(sorted ids in a shard that are the images', whether others of its dead bear their labels).
 
     whole: look at the labels of all rows and not of the dead only.
@@ -66,7 +66,7 @@ def _held(shard: Shard, chosen: Chosen, whole: bool) -> tuple[Int64, bool]:
     return np.unique(np.concatenate(parts)), remains
 
 
-def remove(gallery: str, removed: Removed, versions: tuple[int, int], check: Callable[[], None]) -> None:
+def remove_vectors(gallery: str, removed: VectorRemoval, versions: tuple[int, int], check: Callable[[], None]) -> None:
     """Write the shards that hold what was hidden anew, without their dead, and delete the old ones.
 
     versions: of the table, before and after its rows went; an index that answered for the first answers for the second.
@@ -83,11 +83,11 @@ def remove(gallery: str, removed: Removed, versions: tuple[int, int], check: Cal
             shards.append(made)
             removed.after |= {f"{made.name}/{name}": file.sha256[:32] for name, file in made.files.items()}
     check()
-    draft = replace(found, shards=tuple(shards), table_version=_version(found, versions))
+    draft = replace(found, shards=tuple(shards), table_version=_choose_version(found, versions))
     if draft != found:
         manifests.publish(gallery, draft, tag)
     manifests.sweep(gallery, draft)
 
 
-def _version(found: Manifest, versions: tuple[int, int]) -> int:
+def _choose_version(found: Manifest, versions: tuple[int, int]) -> int:
     return versions[1] if found.table_version == versions[0] else found.table_version

@@ -68,7 +68,7 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
     gallery = open_gallery(config.gallery)
     if gallery:
         preview.version = gallery.version
-        preview.steps["erase unfinished"] = {"erasures": len(pending.unfinished(gallery.path))}
+        preview.steps["erase unfinished"] = {"erasures": len(pending.read_unfinished(gallery.path))}
     for source in config.source:
         on_progress(f"listing {source.title}")
         unlisted = _list_source(config, source, gallery, preview)

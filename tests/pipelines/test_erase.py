@@ -35,7 +35,7 @@ from facepipe.config import build
 from facepipe.erasure import pending, receipt
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.selection import Selection, choose
+from facepipe.erasure.selection import Selection, select_images
 from facepipe.errors import GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
@@ -223,7 +223,7 @@ class Traces:
 
 def traces_of(gallery: Gallery, selection: Selection) -> tuple[Traces, list[dict[str, Any]]]:
     """(of what the selection means, the rows that are to stay)."""
-    chosen = set(choose(gallery, selection).uris.to_pylist())
+    chosen = set(select_images(gallery, selection).uris.to_pylist())
     before = table_rows(gallery)
     gone, stay = ([r for r in before if (r["uri"] in chosen) is x] for x in (True, False))
     assert gone
@@ -244,7 +244,7 @@ def sound(gallery: Gallery, traces: Traces, stay: list[dict[str, Any]], paths: l
     assert verify_gallery(Gallery(gallery.path)).problems == []
     assert not [n for n in os.listdir(Path(gallery.path, "erased")) if n.endswith((".pending", ".state", ".new"))]
     for path in paths:
-        assert check_erased(Gallery(gallery.path), receipt.load(path)) == []
+        assert check_erased(Gallery(gallery.path), receipt.load_receipt(path)) == []
     if manifest.exists(gallery.path):
         assert verify_index(Gallery(gallery.path)) == []
         never_found(gallery, traces)
@@ -311,7 +311,7 @@ def test_nothing_is_left_and_others_are_whole(gallery: Gallery, selection: Selec
     summary = erase.run(selection, gallery.path)
     assert manifest.load(gallery.path).table_version == Gallery(gallery.path).version
     sound(gallery, traces, stay, summary.receipts)
-    made = receipt.load(summary.receipts[0])
+    made = receipt.load_receipt(summary.receipts[0])
     assert (made.images, made.faces, made.vectors) == (summary.images, summary.faces, summary.faces)
     assert (made.version_before, made.version_after) == (version, version + 1)
     assert made.files_before
@@ -477,7 +477,7 @@ def test_an_index_that_is_behind_the_table(gallery: Gallery) -> None:
     traces, stay = traces_of(now, Selection(identities=(name_of(9),)))
     old = Traces(was, {name_of(9)})
     summary = erase.run(Selection(identities=(name_of(9),)), gallery.path)
-    assert receipt.load(summary.receipts[0]).vectors == len(was)
+    assert receipt.load_receipt(summary.receipts[0]).vectors == len(was)
     left = {n: d for n, d in tree(gallery.path).items() if not n.startswith("runs/")}
     assert old.anywhere(left) == {}
     never_found(gallery, old)
@@ -507,21 +507,21 @@ def test_vectors_that_were_dead_already_go_as_well(gallery: Gallery) -> None:
 # ------------------------------------------------------------------ crashes
 
 STEPS = (
-    "pipelines.erase.pending.begin",
+    "pipelines.erase.pending.write_pending",
     "pipelines.erase.suppressed.suppress_images",
-    "facepipe.erasure.vectors.bury",
-    "pipelines.erase.vectors.hide",
+    "facepipe.erasure.vectors.write_tombstones",
+    "pipelines.erase.vectors.hide_vectors",
     "pipelines.erase.rewrite_files",
     "pipelines.erase.Committer.commit_actions",
     "facepipe.erasure.vectors.merge_shards",
-    "pipelines.erase.vectors.remove",
+    "pipelines.erase.vectors.remove_vectors",
     "pipelines.erase.cluster_assign.run",
-    "pipelines.erase._Steps._gone",
-    "pipelines.erase._Steps._reports",
+    "pipelines.erase._Erasure._describe_erased",
+    "pipelines.erase._Erasure._scrub_reports",
     "pipelines.erase.delete_unreferenced",
     "pipelines.erase.delete_history",
-    "pipelines.erase.receipt.save",
-    "pipelines.erase.pending.end",
+    "pipelines.erase.receipt.save_receipt",
+    "pipelines.erase.pending.delete_pending",
 )
 
 
@@ -552,7 +552,7 @@ def test_a_crash_around_any_step(
         patch.setattr(holder, name, fails)
         with pytest.raises(PowerCutError):
             erase.run(selection, gallery.path)
-    begun = bool(pending.unfinished(gallery.path))
+    begun = bool(pending.read_unfinished(gallery.path))
     started = (step, after) not in {(STEPS[0], False)}
     ended = (step, after) == (STEPS[-1], True)
     assert begun == (started and not ended)
@@ -566,8 +566,8 @@ def test_a_crash_around_any_step(
         (receipts,) = erase.run(selection, gallery.path).receipts
     assert manifest.load(gallery.path).table_version == Gallery(gallery.path).version
     sound(gallery, traces, stay, [receipts])
-    complete(receipt.load(receipts), whole)
-    assert pending.unfinished(gallery.path) == []
+    complete(receipt.load_receipt(receipts), whole)
+    assert pending.read_unfinished(gallery.path) == []
     assert erase.run(selection, gallery.path).images == 0
 
 
@@ -589,7 +589,7 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Receipt:
     """The receipt of an erasure that nothing happened to."""
     path = tmp_path_factory.mktemp("undisturbed") / "g"
     shutil.copytree(made, path)
-    return receipt.load(erase.run(Selection(identities=(name_of(9),)), str(path)).receipts[0])
+    return receipt.load_receipt(erase.run(Selection(identities=(name_of(9),)), str(path)).receipts[0])
 
 
 def complete(made: Receipt, whole: Receipt) -> None:
@@ -656,7 +656,7 @@ def test_killed_in_any_place_it_is_finished_by_the_next(gallery: Gallery, tmp_pa
         assert len(receipts) == 1
         assert not summary.images or summary.receipts == receipts
         sound(Gallery(str(copy)), traces, stay, receipts)
-        made = receipt.load(receipts[0])
+        made = receipt.load_receipt(receipts[0])
         assert (made.vectors, len(made.files_before), len(made.hashes["faces"])) == (EACH, len(made.files_before), EACH)
         assert made.files_before
         assert made.index_before
@@ -674,7 +674,7 @@ def test_faces_that_came_between_crash_and_resumption_are_indexed(
         raise PowerCutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(erase.vectors, "remove", fails)
+        patch.setattr(erase.vectors, "remove_vectors", fails)
         with pytest.raises(PowerCutError):
             erase.run(selection, gallery.path)
     append(Gallery(gallery.path), [people(np.array([11, 12]), 2000)], "20261102T000000-000000")
@@ -705,7 +705,7 @@ def test_a_damaged_table_is_said_and_the_erasure_goes_on_after_repair(
         patch.setattr(erase, "rewrite_files", broken)
         code, _, err = call("erase", gallery.path, "--identity", name_of(9), "--quiet")
     assert (code, "cannot read" in " ".join(err.split())) == (1, True)
-    assert pending.unfinished(gallery.path)
+    assert pending.read_unfinished(gallery.path)
     never_found(gallery, traces)
     victim.write_bytes(whole)
     code, out, _ = call("erase", gallery.path, "--identity", name_of(9), "--quiet", "--json")
@@ -744,7 +744,7 @@ def test_of_two_one_is_refused(gallery: Gallery) -> None:
         with hold_lease(place, what), pytest.raises(GalleryBusyError, match=f"writing to the {what}"):
             erase.run(Selection(identities=(name_of(9),)), gallery.path)
     assert tree(Path(gallery.path, "faces")) == before
-    assert pending.unfinished(gallery.path) == []
+    assert pending.read_unfinished(gallery.path) == []
     with hold_lease(gallery.path), pytest.raises(GalleryBusyError):
         compact.run(CompactConfig(), gallery.path, everything=True)
 
@@ -822,7 +822,7 @@ def test_those_that_may_return_do(embedded: tuple[Path, str], fakes: dict[str, A
     source, path = embedded
     before = [{k: v for k, v in row.items() if k != "ingested_at"} for row in table_rows(Gallery(path))]
     summary = erase.run(Selection(identities=("person1",)), path, may_return=True)
-    assert not receipt.load(summary.receipts[0]).suppressed
+    assert not receipt.load_receipt(summary.receipts[0]).suppressed
     assert embed(source, path, fakes, {"source": {"identity": "folder"}}).images == 21
     assert [{k: v for k, v in row.items() if k != "ingested_at"} for row in table_rows(Gallery(path))] == before
 
@@ -832,7 +832,7 @@ def test_copies_stay_where_a_place_or_an_age_was_meant(embedded: tuple[Path, str
     summary = erase.run(Selection(uri=f"{source}/person1/*"), path)
     assert summary.images == 20
     assert str(source / "person2" / "copy.png") in {row["uri"] for row in table_rows(Gallery(path))}
-    assert receipt.load(summary.receipts[0]).hashes["images"] == []
+    assert receipt.load_receipt(summary.receipts[0]).hashes["images"] == []
 
 
 # ------------------------------------------------------------------ the command
@@ -899,7 +899,7 @@ def test_wrong_words(gallery: Gallery, tmp_path: Path) -> None:
 def test_proof_finds_what_is_left(gallery: Gallery, made: Path) -> None:
     was = [row for row in table_rows(gallery) if row["identity"] == name_of(9)]
     (path,) = erase.run(Selection(identities=(name_of(9),)), gallery.path).receipts
-    asked = receipt.load(path)
+    asked = receipt.load_receipt(path)
     for name in ("reports/clean/clean.csv", "reports/clean/msceleb.txt", "reports/cluster/report.html"):
         shutil.copy(made / name, Path(gallery.path, name))
     for name in ("reports/cluster/faces.parquet", "reports/dedup/keep.txt"):
@@ -969,7 +969,7 @@ def test_in_an_object_store(bucket: Any, tmp_path: Path, made: Path, fakes: dict
     left = {n: d for n, d in objects(bucket).items() if "/runs/" not in n}
     assert traces.anywhere(left) == {}
     assert not [n for n in left if "/graph/" in n or n.endswith((".pending", ".state", ".new", ".tags", ".origin"))]
-    assert check_erased(Gallery(path), receipt.load(summary.receipts[0])) == []
+    assert check_erased(Gallery(path), receipt.load_receipt(summary.receipts[0])) == []
     erase.delete_copies(path)
     assert traces.anywhere(tree(tmp_path / "cache")) == {}
     assert verify_gallery(Gallery(path)).problems == []

@@ -18,10 +18,10 @@ from pyarrow import compute as pc
 
 from facepipe.arrow import pack_arrays
 from facepipe.erasure import pending, receipt
-from facepipe.erasure.gone import Gone, role_of
+from facepipe.erasure.erased_data import ErasedData, find_role
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.reports import scrub
-from facepipe.erasure.selection import Selection, choose, mark_of, translate
+from facepipe.erasure.reports import scrub_reports
+from facepipe.erasure.selection import Selection, compute_marks, select_images, translate_glob
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.hashing import hash64
@@ -55,7 +55,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 
 
 def chosen(gallery: Gallery, **conditions: Any) -> list[str]:
-    found = choose(gallery, Selection(**conditions), NOW)
+    found = select_images(gallery, Selection(**conditions), NOW)
     assert found.images == len(set(found.uris.to_pylist()))
     held = gallery.to_arrow(["uri", "face_id", "identity"]).to_pylist()
     mine = [row for row in held if row["uri"] in set(found.uris.to_pylist())]
@@ -143,7 +143,7 @@ def test_patterns_are_those_of_the_shell(gallery: Gallery, pattern: str) -> None
     wanted = sorted(uri for uri in held if fnmatch.fnmatchcase(uri, pattern))
     assert chosen(gallery, uri=pattern) == wanted
     hostile = [*URIS, "[", "[]", "]", "^a", "\\", "/a/\\x", "-", "(?i)", "a|b", "", "$"]
-    found = pc.match_substring_regex(pa.array(hostile), f"(?s)^{translate(pattern)}$").to_pylist()
+    found = pc.match_substring_regex(pa.array(hostile), f"(?s)^{translate_glob(pattern)}$").to_pylist()
     assert found == [fnmatch.fnmatchcase(text, pattern) for text in hostile]
 
 
@@ -157,7 +157,7 @@ def test_what_says_nothing_is_refused(gallery: Gallery) -> None:
     for text in ({"images": ("\udcff",)}, {"identities": ("\udcff",)}, {"source": "\udcff"}, {"uri": "\udcff"}):
         with pytest.raises(ConfigError, match="no UTF-8"):
             chosen(gallery, **text)
-    assert Selection(older_than_days=0.0, images=("x",)).kinds() == ["images", "older_than_days"]
+    assert Selection(older_than_days=0.0, images=("x",)).list_conditions() == ["images", "older_than_days"]
 
 
 def test_a_table_that_cannot_be_read_is_said(gallery: Gallery, tmp_path: Path) -> None:
@@ -167,47 +167,47 @@ def test_a_table_that_cannot_be_read_is_said(gallery: Gallery, tmp_path: Path) -
     for file in (tmp_path / "g" / "faces").glob("*.parquet"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(StorageError, match="cannot read the table"):
-        choose(Gallery(str(tmp_path / "g")), Selection(source="a"))
+        select_images(Gallery(str(tmp_path / "g")), Selection(source="a"))
 
 
 # ------------------------------------------------------------------ what is kept
 
 
 def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
-    what = choose(gallery, Selection(identities=("p8",)))
+    what = select_images(gallery, Selection(identities=("p8",)))
     first = Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0", hashes={"uris": ["0" * 16]})
     second = Receipt("20261101T000001-bbbbbb", "id", "2026", ["identities"], "0")
     for made in (second, first):
-        pending.begin(str(tmp_path), made, what)
-    (one, held), (two, _) = pending.unfinished(str(tmp_path))
+        pending.write_pending(str(tmp_path), made, what)
+    (one, held), (two, _) = pending.read_unfinished(str(tmp_path))
     assert (one, two) == (first, second)
     for name in ("uris", "contents", "faces", "names", "marks"):
         assert getattr(held, name).equals(getattr(what, name))
     first.files_before["x"], first.vectors = "y", 3
-    pending.keep(str(tmp_path), first)
-    (one, _), _ = pending.unfinished(str(tmp_path))
+    pending.save_progress(str(tmp_path), first)
+    (one, _), _ = pending.read_unfinished(str(tmp_path))
     assert one == first, "with the hashes as they were"
     Path(tmp_path, "erased", first.id + ".state").write_bytes(b"{")
-    assert pending.unfinished(str(tmp_path))[0][0].hashes == first.hashes
+    assert pending.read_unfinished(str(tmp_path))[0][0].hashes == first.hashes
     Path(tmp_path, "erased", "x.pending.new").write_bytes(b"torn")
     for made in (first, second):
-        pending.end(str(tmp_path), made)
+        pending.delete_pending(str(tmp_path), made)
     assert os.listdir(tmp_path / "erased") == []
-    path = receipt.save(str(tmp_path), first)
-    assert receipt.load(path) == first
-    assert receipt.path_of(str(tmp_path), first.id) == path
+    path = receipt.save_receipt(str(tmp_path), first)
+    assert receipt.load_receipt(path) == first
+    assert receipt.get_receipt_path(str(tmp_path), first.id) == path
     for wrong in (b"", b"{}", b"[1]", b"\xff"):
         Path(path).write_bytes(wrong)
         with pytest.raises(ConfigError, match="no receipt"):
-            receipt.load(path)
+            receipt.load_receipt(path)
     with pytest.raises(ConfigError, match="cannot read"):
-        receipt.load(str(tmp_path / "none"))
+        receipt.load_receipt(str(tmp_path / "none"))
 
 
 def test_a_damaged_pending_file_stops_and_is_said(tmp_path: Path) -> None:
     suppressed.write_erased_file(str(tmp_path), "x.pending", b"PAR1")
     with pytest.raises(GalleryError, match="damaged"):
-        pending.unfinished(str(tmp_path))
+        pending.read_unfinished(str(tmp_path))
 
 
 def test_suppressed(tmp_path: Path) -> None:
@@ -248,16 +248,18 @@ JANE, MINE, OTHER = 'J, "x"\n<b>', "/a/jane 1\n.jpg", "/a/bob.jpg"
 VECTORS = Faces().draw(np.arange(4), 0)
 
 
-def gone(names: set[str] = frozenset({JANE}), uris: set[str] = frozenset({MINE})) -> Gone:  # type: ignore[assignment]
-    return Gone(
-        frozenset(uris), frozenset(names), frozenset({"f" * 32}), np.array([5, 9]), np.sort(mark_of(VECTORS[:1]))
+def gone(names: set[str] = frozenset({JANE}), uris: set[str] = frozenset({MINE})) -> ErasedData:  # type: ignore[assignment]
+    return ErasedData(
+        frozenset(uris), frozenset(names), frozenset({"f" * 32}), np.array([5, 9]), np.sort(compute_marks(VECTORS[:1]))
     )
 
 
 def test_roles() -> None:
-    roles = {name: role_of(name) for name in ("uri_a", "path", "identity_0", "left", "face_id_b", "medoid", "decision")}
+    roles = {
+        name: find_role(name) for name in ("uri_a", "path", "identity_0", "left", "face_id_b", "medoid", "decision")
+    }
     assert list(roles.values()) == ["uris", "uris", "names", "names", "ids", "ids", None]
-    assert role_of("anything else") == "any"
+    assert find_role("anything else") == "any"
 
 
 def table_in(folder: Path, name: str, **columns: Any) -> Path:
@@ -277,12 +279,12 @@ def test_tables(tmp_path: Path) -> None:
     same = table_in(tmp_path, "same.parquet", face_id=[1, 2], size=[5, 9], note=["a", "b"])
     other = table_in(tmp_path, "other.parquet", note=["a", JANE], image_id=[None, "f" * 32])
     before = same.read_bytes()
-    assert set(scrub(str(tmp_path), gone())) == {"decisions.parquet", "other.parquet"}
+    assert set(scrub_reports(str(tmp_path), gone())) == {"decisions.parquet", "other.parquet"}
     (row,) = pq.read_table(path).to_pylist()
     assert row == {"face_id": 1, "uri": OTHER, "identity": "bob", "decision": JANE, "nearest_identity": None}
     assert pq.read_table(other).to_pylist() == [{"note": "a", "image_id": None}]
     assert same.read_bytes() == before
-    assert list(scrub(str(tmp_path), gone())) == []
+    assert list(scrub_reports(str(tmp_path), gone())) == []
 
 
 def test_lists(tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ def test_lists(tmp_path: Path) -> None:
     }
     for name, texts in lines.items():
         (tmp_path / name).write_text("\n".join(texts) + "\n")
-    assert len(list(scrub(str(tmp_path), gone({JANE, "identity", "5"}, {MINE, "/r/a/1.jpg"})))) == 5
+    assert len(list(scrub_reports(str(tmp_path), gone({JANE, "identity", "5"}, {MINE, "/r/a/1.jpg"})))) == 5
     with open(tmp_path / "clean.csv", newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["path", OTHER, "x\ny"]
     assert (tmp_path / "labels.csv").read_bytes() == b"label,identity\r\n2,b\r\n"
@@ -335,7 +337,7 @@ def test_pages(tmp_path: Path) -> None:
         Group("bob: \u00e9 </script>", "x", (("a", "b"),), faces(OTHER)),
     ]
     path = page(tmp_path, "Noisy identities", made)
-    assert list(scrub(str(tmp_path), gone())) == ["report.html"]
+    assert list(scrub_reports(str(tmp_path), gone())) == ["report.html"]
     first, second = shown(path)
     assert (first["title"], first["figures"], [f["uri"] for f in first["faces"]]) == (
         made[2].title,
@@ -343,7 +345,7 @@ def test_pages(tmp_path: Path) -> None:
         [OTHER],
     )
     assert second["title"] == made[4].title
-    assert list(scrub(str(tmp_path), gone())) == []
+    assert list(scrub_reports(str(tmp_path), gone())) == []
 
 
 def test_tables_on_pages(tmp_path: Path) -> None:
@@ -352,7 +354,7 @@ def test_tables_on_pages(tmp_path: Path) -> None:
     )
     counts = Table("Decisions", ("decision", "faces"), (("keep", "12"),))
     path = page(tmp_path, "What two galleries share", [], tables=(table, counts))
-    assert list(scrub(str(tmp_path), gone({JANE, "12", "keep"}))) == ["report.html"]
+    assert list(scrub_reports(str(tmp_path), gone({JANE, "12", "keep"}))) == ["report.html"]
     text = path.read_text()
     assert ("<td>b</td>" in text, "J, &#34;x" in text, "d</td>" in text, "<td>keep</td>" in text) == (
         True,
@@ -361,7 +363,7 @@ def test_tables_on_pages(tmp_path: Path) -> None:
         True,
     )
     page(tmp_path, "x", [], figures=(Figure("a", "b", MINE),))
-    assert list(scrub(str(tmp_path), gone())) == ["report.html"]
+    assert list(scrub_reports(str(tmp_path), gone())) == ["report.html"]
     assert not path.exists(), "it says so in a place that is not known"
 
 
@@ -376,7 +378,7 @@ def test_vectors_and_other_files(tmp_path: Path) -> None:
     (tmp_path / "other.md").write_text("about nobody")
     (tmp_path / "old.parquet.new").write_bytes(b"x")
     (tmp_path / ".lock").write_text(MINE)
-    found = set(scrub(str(tmp_path), gone()))
+    found = set(scrub_reports(str(tmp_path), gone()))
     assert found == {"state.npz", "graph/", "cluster.partial/", "clean.old/", "yes.json", "notes.md"}
     assert set(os.listdir(tmp_path)) == {"state.npz", "no.json", "other.md", ".lock"}
     with np.load(tmp_path / "state.npz") as held:
@@ -388,7 +390,7 @@ def test_vectors_and_other_files(tmp_path: Path) -> None:
 def test_damaged_files_go_and_nothing_is_raised(tmp_path: Path, data: bytes) -> None:
     for name in ("a.parquet", "sums.npz", "b.npz", "c.html", "d.json", "e.csv", "f.txt", "g.bin"):
         (tmp_path / name).write_bytes(data)
-    found = set(scrub(str(tmp_path), gone()))
+    found = set(scrub_reports(str(tmp_path), gone()))
     assert {"a.parquet", "sums.npz", "b.npz"} <= found
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".new")]
 
@@ -401,7 +403,7 @@ def test_a_full_disk_deletes_no_report(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match="no space left"):
-        list(scrub(str(tmp_path), gone()))
+        list(scrub_reports(str(tmp_path), gone()))
     assert path.exists()
 
 
@@ -409,5 +411,5 @@ def test_nothing_of_many_is_slow(tmp_path: Path) -> None:
     uris = [f"/some/where/{n}.jpg" for n in range(20_000)]
     table_in(tmp_path, "faces.parquet", uri=uris * 5, face_id=np.arange(100_000))
     (tmp_path / "keep.txt").write_text("\n".join(uris) + "\n")
-    assert set(scrub(str(tmp_path), gone(uris=set(uris[::2])))) == {"faces.parquet", "keep.txt"}
+    assert set(scrub_reports(str(tmp_path), gone(uris=set(uris[::2])))) == {"faces.parquet", "keep.txt"}
     assert pq.read_metadata(tmp_path / "faces.parquet").num_rows == 50_000 - 2

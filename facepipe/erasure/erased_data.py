@@ -23,8 +23,8 @@ _ROLES = (
 
 
 @dataclass(frozen=True)
-class Gone:
-    """What must not be left. names: labels that no image bears any more; faces: sorted ids; marks: sorted `mark_of` of
+class ErasedData:
+    """What must not be left. names: labels that no image bears any more; faces: sorted ids; marks: sorted `compute_marks` of
     the vectors."""
 
     uris: frozenset[str]
@@ -47,6 +47,6 @@ class Gone:
         return {**texts, IDS: pa.array(self.faces)}
 
 
-def role_of(column: str) -> str | None:
+def find_role(column: str) -> str | None:
     """What a column, or a field of a list, holds; None where nobody can be told by it."""
     return next((role for pattern, role in _ROLES if pattern.fullmatch(column)), ANY)
