@@ -1,4 +1,4 @@
-"""`encode`: images to faces in one call, for notebooks and other programs; the same stages as the pipeline."""
+"""`encode`: from images to faces in one call, for notebooks and other programs, with the stages of the pipeline."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,19 @@ Image = str | os.PathLike[str] | UInt8
 
 @dataclass(frozen=True)
 class Face:
-    """One face. box: x1 y1 x2 y2; landmarks (5, 2); embedding (128,) of unit norm; embedding_norm: norm before."""
+    """One face.
+
+    Attributes:
+        box: (4,) x1 y1 x2 y2 in pixels of the image.
+        landmarks: (5, 2) eyes, nose and corners of the mouth.
+        det_score: Score of the detector.
+        embedding: (128,) of unit length.
+        embedding_norm: Length of the embedding before it was normalised.
+        face_px: Shorter side of the box in pixels.
+        sharpness: Variance of the Laplacian of the chip.
+        yaw: Degrees, positive if the face turns to the image's right.
+        roll: Degrees, positive clockwise as seen.
+    """
 
     box: Float32
     landmarks: Float32
@@ -37,7 +49,13 @@ class Face:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of one image: its status as in the gallery (ok, no_face, decode_error, ...), and its faces."""
+    """The result of one image.
+
+    Attributes:
+        status: The same as in a gallery: ok, no_face, decode_error and so on.
+        error: Why the image failed, if it did.
+        faces: The faces, by falling score.
+    """
 
     status: str
     error: str | None
@@ -47,34 +65,52 @@ class Encoded:
 def encode(
     images: Iterable[Image], detect: Detect | None = None, embed: Embed | None = None, batch: int = 16
 ) -> list[Encoded]:
-    """Detect and embed the faces of images: paths, or (h, w, 3) uint8 RGB arrays. One result an image, in order.
+    """Detect and embed the faces of images.
 
         for result in facepipe.encode(["a.jpg", "b.jpg"]):
             for face in result.faces:
                 print(face.box, face.embedding)
 
     Distances between embeddings are Euclidean: `np.linalg.norm(a.embedding - b.embedding)`.
+
+    Args:
+        images: Paths, or (h, w, 3) RGB arrays.
+        detect: Options of the detector.
+        embed: Options of the embedder.
+        batch: Images per batch.
+
+    Returns:
+        One result per image, in order.
+
+    Raises:
+        ConfigError: An array is not an RGB image.
     """
-    detect, embed = detect or Detect(), embed or Embed()
-    models = (detect, Align(embedder=embed.model, detector=detect.model, thumbs=False), embed)
-    from_paths, from_pixels = Chain((Read(), Decode(), *models), batch), Chain(models, batch)
-    for stage in from_paths.stages:
+    detect = detect or Detect()
+    embed = embed or Embed()
+    align = Align(embedder=embed.model, detector=detect.model, thumbs=False)
+    # Arrays enter the chain where paths are decoded.
+    encode_pixels = Chain((detect, align, embed), batch)
+    encode_paths = Chain((Read(), Decode(), detect, align, embed), batch)
+    for stage in encode_paths.stages:
         stage.setup()
     results: list[Encoded] = []
     for is_array, group in groupby(images, lambda image: isinstance(image, np.ndarray)):
-        rows = list(group)
-        for at in range(0, len(rows), batch):
-            part: Any = rows[at : at + batch]
-            results += _results(from_pixels(_pixels(part)) if is_array else from_paths(_paths(part)))
+        inputs = list(group)
+        for start in range(0, len(inputs), batch):
+            part: Any = inputs[start : start + batch]
+            table = encode_pixels(_tabulate_pixels(part)) if is_array else encode_paths(_tabulate_paths(part))
+            results += _to_results(table)
     return results
 
 
-def _paths(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
+def _tabulate_paths(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
+    # The number keeps two rows of the same path apart.
     rows = [{"uri": f"{n}:{make_file_uri(os.fspath(path))}", "path": os.fsencode(path)} for n, path in enumerate(paths)]
     return pa.Table.from_pylist(rows, schema=WORK_ITEM)
 
 
-def _pixels(arrays: Sequence[UInt8]) -> pa.Table:
+def _tabulate_pixels(arrays: Sequence[UInt8]) -> pa.Table:
+    """Put images into the columns that Decode adds."""
     for array in arrays:
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise ConfigError(f"images are (h, w, 3) uint8 RGB arrays, got shape {array.shape} of {array.dtype}")
@@ -99,20 +135,25 @@ def _pixels(arrays: Sequence[UInt8]) -> pa.Table:
     return pa.table(columns)
 
 
-def _results(table: pa.Table) -> list[Encoded]:
-    found = []
-    for _, rows in groupby(table.to_pylist(), lambda row: row["uri"]):
-        faces = list(rows)
-        found.append(
-            Encoded(faces[0]["status"], faces[0]["error"], [_face(r) for r in faces if r["face_id"] is not None])
-        )
-    return found
+def _to_results(table: pa.Table) -> list[Encoded]:
+    """Group the rows of faces by image."""
+    results = []
+    for _, group in groupby(table.to_pylist(), lambda row: row["uri"]):
+        rows = list(group)
+        faces = [_to_face(row) for row in rows if row["face_id"] is not None]
+        results.append(Encoded(rows[0]["status"], rows[0]["error"], faces))
+    return results
 
 
-def _face(row: dict[str, Any]) -> Face:
+def _to_face(row: dict[str, Any]) -> Face:
     return Face(
         box=np.array(row["box"], np.float32),
         landmarks=np.array(row["landmarks"], np.float32).reshape(5, 2),
+        det_score=row["det_score"],
         embedding=np.array(row["embedding"], np.float32),
-        **{name: row[name] for name in ("det_score", "embedding_norm", "face_px", "sharpness", "yaw", "roll")},
+        embedding_norm=row["embedding_norm"],
+        face_px=row["face_px"],
+        sharpness=row["sharpness"],
+        yaw=row["yaw"],
+        roll=row["roll"],
     )

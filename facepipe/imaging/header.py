@@ -69,7 +69,7 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 _MAX_SEGMENTS = 1 << 16
 
 
-def _list_segments(data: bytes, start: int = 2) -> Iterator[tuple[int, int]]:
+def _find_segments(data: bytes, start: int = 2) -> Iterator[tuple[int, int]]:
     """Yield (marker, offset) of each segment of a JPEG, up to the end of the image."""
     for _ in range(_MAX_SEGMENTS):
         match = _MARKER.search(data, start)
@@ -83,7 +83,7 @@ def _list_segments(data: bytes, start: int = 2) -> Iterator[tuple[int, int]]:
 
 def _parse_jpeg(data: bytes) -> Header:
     orientation = None
-    for marker, offset in _list_segments(data):
+    for marker, offset in _find_segments(data):
         if marker in _SOF:
             height, width = struct.unpack_from(">HH", data, offset + 5)
             return Header("jpeg", width, height, orientation or 1, _count_scans(data, offset))
@@ -102,7 +102,7 @@ def _count_scans(data: bytes, frame_offset: int) -> int:
     first scan holds all components.
     """
     scans = 0
-    for marker, offset in _list_segments(data, frame_offset):
+    for marker, offset in _find_segments(data, frame_offset):
         if marker == 0xDA:
             scans += 1
             is_progressive = data[frame_offset + 1] in _PROGRESSIVE
@@ -117,13 +117,13 @@ def _count_scans(data: bytes, frame_offset: int) -> int:
 def _parse_png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
     orientation = None
-    for kind, start, end in _list_chunks(data):
+    for kind, start, end in _find_chunks(data):
         if kind == b"eXIf" and orientation is None:
             orientation = _read_exif_orientation(data[start + 8 : end - 4])
     return Header("png", width, height, orientation or 1)
 
 
-def _list_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _find_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield (kind, start, end) of each chunk of a PNG, up to its last."""
     start = 8
     for _ in range(_MAX_SEGMENTS):
@@ -144,7 +144,7 @@ def strip_animation(data: bytes) -> bytes:
 
     If the animation is damaged, OpenCV may return memory that it never wrote to.
     """
-    chunks = [data[start:end] for kind, start, end in _list_chunks(data) if kind not in (b"acTL", b"fcTL", b"fdAT")]
+    chunks = [data[start:end] for kind, start, end in _find_chunks(data) if kind not in (b"acTL", b"fcTL", b"fdAT")]
     return data[:8] + b"".join(chunks)
 
 

@@ -61,10 +61,10 @@ def _read_torch(file: Path) -> Any:
             "run code of whoever wrote it. Save its state_dict alone, or as safetensors"
         ) from error
     except Exception as error:  # torch's reader raises whatever damaged bytes lead it to
-        raise WeightsError(f"{str(file)!r} cannot be read as a checkpoint: {_first_line(error)}") from error
+        raise WeightsError(f"{str(file)!r} cannot be read as a checkpoint: {_format_error(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 

@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from facepipe.models.runtime.transfers import PinnedBuffers
 from facepipe.types import Float32
 
 Label = TypeVar("Label")
@@ -71,28 +72,15 @@ def _copy_on_host(vectors: Float32) -> _Copy:
 
 
 class _PinnedSender:
-    """Two page-locked buffers that blocks pass through in turn."""
+    """Copies of blocks to a GPU through pinned buffers."""
 
     def __init__(self, device: str):
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._buffers: list[torch.Tensor | None] = [None, None]
-        self._done: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self._buffers = PinnedBuffers(self._device)
 
     def __call__(self, vectors: Float32) -> _Copy:
-        self._turn = 1 - self._turn
-        previous = self._done[self._turn]
-        if previous is not None:
-            previous.synchronize()  # the buffer is free once its last copy has left
-        buffer = self._buffers[self._turn]
-        if buffer is None or len(buffer) < len(vectors) or buffer.shape[1] != vectors.shape[1]:
-            buffer = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
-            self._buffers[self._turn] = buffer
-        np.copyto(buffer.numpy()[: len(vectors)], vectors)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            copy = buffer[: len(vectors)].to(self._device, non_blocking=True)
-            done.record(self._stream)
-        self._done[self._turn] = done
-        return _Copy(copy, done)
+        buffer = self._buffers.acquire(vectors.nbytes).view(torch.float32).view(vectors.shape)
+        np.copyto(buffer.numpy(), vectors)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._buffers.stream):
+            copy = buffer.to(self._device, non_blocking=True)
+            return _Copy(copy, self._buffers.release())

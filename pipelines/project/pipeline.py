@@ -20,7 +20,7 @@ from facepipe.models.projection import Projection, SecondMoment, check_face_coun
 from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.card_file import CardFile, read_card, to_toml
-from facepipe.models.zoo.loading import fingerprint_without_projection, load_card, load_embedder
+from facepipe.models.zoo.loading import hash_without_projection, load_card, load_embedder
 from facepipe.schema import EMBEDDING_DIM, OK
 from facepipe.stages import Decode, Read
 from facepipe.storage import write
@@ -139,7 +139,7 @@ def run(
         "contract": table.contract.to_json(),
         "faces": str(summary.faces),
         "seed": str(config.seed),
-        "model_sha256": fingerprint_without_projection(path, card_file),
+        "model_sha256": hash_without_projection(path, card_file),
     }
     save_projection(weights, projection, facts)
     write(str(toml), to_toml(_build_card(card_file, weights.name, summary)).encode())

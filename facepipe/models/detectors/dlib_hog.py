@@ -63,15 +63,15 @@ class DlibHog:
 def to_dlib_threshold(min_score: float) -> float:
     """Convert the lowest score to what dlib's detector adds to its threshold."""
     clipped = min(max(min_score, 1e-3), 1 - 1e-6)
-    return _logit(clipped) - _logit(_SCORE_AT_DLIB_THRESHOLD)
+    return _compute_logit(clipped) - _compute_logit(_SCORE_AT_DLIB_THRESHOLD)
 
 
-def _logit(p: float) -> float:
+def _compute_logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
 def _to_score(dlib_score: Any) -> Any:
-    return 1 / (1 + np.exp(-dlib_score - _logit(_SCORE_AT_DLIB_THRESHOLD)))
+    return 1 / (1 + np.exp(-dlib_score - _compute_logit(_SCORE_AT_DLIB_THRESHOLD)))
 
 
 def _load_dlib_detector() -> Any:

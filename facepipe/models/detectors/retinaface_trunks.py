@@ -153,5 +153,6 @@ class ResNet50(nn.Module):
 
 
 def _make_layer(i: int, width: int, *, blocks: int, stride: int, norms: bool) -> nn.Sequential:
+    first = Bottleneck(i, width, stride, norms)
     rest = [Bottleneck(width * Bottleneck.expansion, width, 1, norms) for _ in range(blocks - 1)]
-    return nn.Sequential(Bottleneck(i, width, stride, norms), *rest)
+    return nn.Sequential(first, *rest)

@@ -150,13 +150,13 @@ class _EightBitBuilder(_FloatBuilder):
 
     def add_pixels(self) -> str:
         planes = self.add_node("Transpose", ["chips"], perm=[0, 3, 1, 2])
-        return self._dequantise(planes, self._add_step(0.0, 255.0))
+        return self._add_dequantisation(planes, self._add_step(0.0, 255.0))
 
     def round_activation(self, x: str) -> str:
-        return self._round(x, self._add_step(*next(self._ranges)))
+        return self._add_rounding(x, self._add_step(*next(self._ranges)))
 
     def add_same_range_node(self, kind: str, x: str, *more: str, **attributes: object) -> str:
-        return self._round(self.add_node(kind, [x, *more], **attributes), self._steps[x])
+        return self._add_rounding(self.add_node(kind, [x, *more], **attributes), self._steps[x])
 
     def add_layer(self, x: str, conv: Convolution) -> str:
         """Add a convolution: weights of eight bits with a scale per output channel, the bias in their products."""
@@ -182,11 +182,11 @@ class _EightBitBuilder(_FloatBuilder):
         zero_name = self.add_constant(np.array(zero))
         return _Step(step_name, zero_name, float(width))
 
-    def _round(self, x: str, step: _Step) -> str:
+    def _add_rounding(self, x: str, step: _Step) -> str:
         quantised = self.add_node("QuantizeLinear", [x, step.step_name, step.zero_name])
-        return self._dequantise(quantised, step)
+        return self._add_dequantisation(quantised, step)
 
-    def _dequantise(self, x: str, step: _Step) -> str:
+    def _add_dequantisation(self, x: str, step: _Step) -> str:
         name = self.add_node("DequantizeLinear", [x, step.step_name, step.zero_name])
         self._steps[name] = step
         return name

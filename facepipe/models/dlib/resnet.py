@@ -12,7 +12,7 @@ from facepipe.models.dlib.layout import BLOCKS, Convolution
 from facepipe.types import Float32
 
 
-class Block(nn.Module):
+class DlibBlock(nn.Module):
     """relu(shortcut + conv(relu(conv(x)))).
 
     The shortcut of a strided block is average pooling, zero-padded to fit.
@@ -47,7 +47,7 @@ class DlibResNet(nn.Module):
     def __init__(self, dim: int = 128) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 7, 2)
-        self.blocks = nn.ModuleList(Block(*shape) for shape in BLOCKS)
+        self.blocks = nn.ModuleList(DlibBlock(*shape) for shape in BLOCKS)
         self.fc = nn.Linear(256, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ def read_card(path: str | Path) -> CardFile:
     if not card.architecture and not is_onnx(card):
         raise ConfigError(f"{path}: weights that are not an .onnx graph need an architecture: {architectures}")
     if card.architecture and ARCHITECTURES[card.architecture].role != card.role:
-        raise ConfigError(f"{path}: {card.architecture} is not an architecture of a {card.role}: {architectures}")
+        owner = "a detector" if card.role == "detector" else "an embedder"
+        raise ConfigError(f"{path}: {card.architecture} is not an architecture of {owner}: {architectures}")
     _check_input(card, str(path))
     return card
 

@@ -23,7 +23,7 @@ from facepipe.models.protocols import Embedder
 from facepipe.models.runtime.preprocess import Input, preprocess_with
 from facepipe.models.zoo.architectures import ARCHITECTURES
 from facepipe.models.zoo.card_file import CardFile, InputConfig, resolve_chip_layout, resolve_input, to_toml
-from facepipe.models.zoo.loading import fingerprint_without_projection, load_card, load_net
+from facepipe.models.zoo.loading import hash_without_projection, load_card, load_net
 from facepipe.models.zoo.packaged import load_dlib_net
 from facepipe.models.zoo.registry import CARDS, find_card, find_card_file
 from facepipe.storage import write
@@ -158,10 +158,10 @@ def _load_from_file(path: Path) -> TorchModel:
     load_card(path)  # checks the SHA-256 of the weights
     net, file = load_net(path)
     if file.role != "embedder":
-        raise ModelError(f"{path}: {file.name} is a {file.role}; only embedders can be exported")
+        raise ModelError(f"{path}: {file.name} is a detector; only embedders can be exported")
     projection = None
     if file.projection:
-        sha256 = fingerprint_without_projection(path, file)
+        sha256 = hash_without_projection(path, file)
         projection = read_projection(path.parent / file.projection, file.dim, sha256)
     layout = resolve_chip_layout(file)
     model_input = resolve_input(file)
@@ -197,7 +197,7 @@ def build_onnx_graph(model: TorchModel, opset: int = OPSET) -> bytes:
         raise ModelError("writing ONNX graphs needs onnxscript: pip install 'facepipe[export]'") from error
     width, height = model.layout.size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
-    with _silence_exporter(), torch.inference_mode():
+    with _suppress_warnings(), torch.inference_mode():
         try:
             program: Any = torch.onnx.export(
                 _wrap_network(model),
@@ -246,8 +246,8 @@ def _wrap_network(model: TorchModel) -> "nn.Module":
 
 
 @contextmanager
-def _silence_exporter() -> Iterator[None]:
-    """Silence torch's exporter: it warns about its own deprecated calls and about optional packages."""
+def _suppress_warnings() -> Iterator[None]:
+    """Suppress the warnings of torch's exporter about its own deprecated calls and about optional packages."""
     logger = logging.getLogger("torch.onnx")
     previous = logger.level
     logger.setLevel(logging.ERROR)

@@ -42,7 +42,7 @@ def load_card(path: Path) -> Card:
         summary=_describe_architecture(file),
         weights=file.source or str(weights_path),
         licence=file.licence,
-        sha256=_fingerprint(path, file, verify_weights(weights_path, file.sha256)),
+        sha256=_hash_card(path, file, verify_weights(weights_path, file.sha256)),
         input=_describe_input(file),
         load=_DetectorLoader(str(path)) if file.role == "detector" else _EmbedderLoader(str(path)),
         layout=resolve_chip_layout(file) if file.role == "embedder" else None,
@@ -107,7 +107,7 @@ def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -
     if raw:
         return embedder
     if file.projection:
-        sha256 = fingerprint_without_projection(path, file)
+        sha256 = hash_without_projection(path, file)
         return ProjectedEmbedder.from_file(embedder, path.parent / file.projection, sha256)
     if file.dim != 128:
         raise ModelError(
@@ -225,13 +225,13 @@ def verify_weights(path: Path, sha256: str) -> str:
     return actual
 
 
-def fingerprint_without_projection(path: Path, card: CardFile) -> str:
+def hash_without_projection(path: Path, card: CardFile) -> str:
     """Compute the fingerprint that the model has without its projection."""
     weights_sha256 = verify_weights(path.parent / card.weights, card.sha256)
-    return _fingerprint(path, replace(card, projection=""), weights_sha256)
+    return _hash_card(path, replace(card, projection=""), weights_sha256)
 
 
-def _fingerprint(path: Path, card: CardFile, weights_sha256: str) -> str:
+def _hash_card(path: Path, card: CardFile, weights_sha256: str) -> str:
     """Hash everything that a vector depends on."""
     parts: dict[str, Any] = {
         "weights": weights_sha256,

@@ -9,7 +9,7 @@ from facepipe.models.projection import read_projection
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES
 from facepipe.models.zoo.card_file import CardFile, is_onnx, read_card, resolve_chip_layout, resolve_input
-from facepipe.models.zoo.loading import fingerprint_without_projection, load_net
+from facepipe.models.zoo.loading import hash_without_projection, load_net
 from facepipe.models.zoo.packaged import load_dlib_net, load_retinaface_net
 from facepipe.models.zoo.registry import find_card_file
 from facepipe.types import Float32
@@ -83,7 +83,7 @@ def load_embedder_net(name: str) -> EmbedderNet:
     net, file = load_net(path)
     projection = None
     if file.projection:
-        sha256 = fingerprint_without_projection(path, file)
+        sha256 = hash_without_projection(path, file)
         projection = read_projection(path.parent / file.projection, file.dim, sha256)
     return EmbedderNet(net, resolve_input(file), resolve_chip_layout(file).size, projection)
 

@@ -164,9 +164,12 @@ def find_card(name: str, role: str) -> Card:
     return card
 
 
+_WITH_ARTICLE = {"detector": "a detector", "embedder": "an embedder"}
+
+
 def _describe_missing(name: str, role: str, card: Card | None) -> str:
     if card is not None:
-        problem = f"{name!r} is a {card.role}, expected a {role}"
+        problem = f"{name!r} is {_WITH_ARTICLE[card.role]}, expected {_WITH_ARTICLE[role]}"
     elif name in _REMOVED:
         problem = f"the {role} {name!r} {_REMOVED[name]}"
     else:

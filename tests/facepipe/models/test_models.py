@@ -196,5 +196,5 @@ def test_devices_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) 
         resolve_device("cuda:2")
     monkeypatch.setattr("facepipe.models.runtime.device.count_gpus", lambda: 0)
     assert resolve_device("auto") == "cpu"
-    with pytest.raises(ModelError, match="there is no CUDA device"):
+    with pytest.raises(ModelError, match="no CUDA device is available"):
         resolve_device("cuda:0")

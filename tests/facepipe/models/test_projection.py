@@ -83,7 +83,7 @@ def test_it_commutes_with_mirroring_and_normalising() -> None:
 
 
 def test_too_few_vectors_or_dimensions() -> None:
-    with pytest.raises(ModelError, match=r"159 faces are too few .* 160 dimensions: it needs 160 at least"):
+    with pytest.raises(ModelError, match=r"159 faces are too few .* 160 dimensions: it needs at least 160"):
         fitted(vectors(159))
     with pytest.raises(ModelError, match="128 dimensions needs no projection"):
         fitted(vectors(300, 128))

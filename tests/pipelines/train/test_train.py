@@ -199,7 +199,7 @@ def test_a_gpu_that_is_absent_is_an_error_before_anything_starts(tmp_path: Path)
     if count_gpus():
         pytest.skip("there is a GPU")
     output = tmp_path / "out"
-    with pytest.raises(ModelError, match="there is no CUDA device"):
+    with pytest.raises(ModelError, match="no CUDA device is available"):
         run(read_config(BASE, {"run": {"device": "cuda", "output": str(output)}}))
     assert not output.exists()
 

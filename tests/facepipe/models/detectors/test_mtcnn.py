@@ -284,7 +284,7 @@ def test_arrays_between_opcodes() -> None:
     for damaged in (stream("O8"), stream("f8"), stream(order="F"), stream()[:-9], stream(padding=200)[:120]):
         with pytest.raises(WeightsError):
             read_arrays(damaged)
-    with pytest.raises(WeightsError, match="no list"):
+    with pytest.raises(WeightsError, match="not a list"):
         read_arrays(pickle.dumps([1, 2]))
 
 

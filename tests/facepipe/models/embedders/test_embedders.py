@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_named() -> None:
     message = str(raised.value)
     assert message.startswith("x.pth does not fit MobileFaceNet: 1 missing: stem.conv.weight; ")
     assert "1 left over: classifier.weight" in message
-    assert "linear.conv.weight (512, 512, 1, 1) where (128, 512, 1, 1) is wanted" in message
+    assert "linear.conv.weight (512, 512, 1, 1), expected (128, 512, 1, 1)" in message
     assert "num_batches_tracked" not in message
 
 

@@ -23,7 +23,7 @@ from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
 from facepipe.models.zoo.export import export_model
-from facepipe.models.zoo.loading import fingerprint_without_projection
+from facepipe.models.zoo.loading import hash_without_projection
 from facepipe.models.zoo.registry import find_card
 
 FED = Input("bgr", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
@@ -151,7 +151,7 @@ def test_whole_levels_are_fed_as_they_are_or_not_at_all() -> None:
     plain = Input("rgb", (0, 0, 0), (1, 1, 1))
     assert np.abs(OnnxEmbedder(of_levels("data"), plain, SIZE).embed(chips) - chips.mean((1, 2))).max() < 1e-3
     for fed in (FED, Input(), replace(plain, channels="bgr")):
-        with pytest.raises(ModelError, match=r'takes uint8 chips as they are.* channels = "rgb", mean = 0, scale = 1'):
+        with pytest.raises(ModelError, match=r'takes uint8 chips unchanged.* channels = "rgb", mean = 0, scale = 1'):
             OnnxEmbedder(of_levels("data"), fed, SIZE)
         assert OnnxEmbedder(of_levels("chips"), fed, SIZE).dim == 3, "ours: what it is fed is inside"
 
@@ -184,7 +184,7 @@ MATRIX = np.linalg.qr(np.random.default_rng(0).normal(size=(512, 128)))[0].astyp
 def _projected(model: Path, matrix: np.ndarray) -> None:
     """Write the projection that a model's file names."""
     file = read_card(model)
-    told = {"model_sha256": fingerprint_without_projection(model, file)}
+    told = {"model_sha256": hash_without_projection(model, file)}
     save_projection(model.parent / file.projection, Projection(matrix, 1.0), told)
 
 

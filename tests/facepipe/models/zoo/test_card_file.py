@@ -62,8 +62,14 @@ def saved(folder: Path, dim: int = 128, **settings: Any) -> Path:
         ('name = "m"\nweights = "m.onnx"\n[input]\nmeans = 0', "input.means: did you mean input.mean"),
         ('name = "m"\nweights = "m.pth"\narchitecture = "resnet19"', "'resnet19'; there are .*resnet18"),
         ('name = "m"\nweights = "m.pth"', "need an architecture: .*mobilefacenet"),
-        ('name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "resnet18"', "resnet18 is no detector"),
-        ('name = "m"\nweights = "m.pth"\narchitecture = "retinaface-mnet025"', "retinaface-mnet025 is no embedder"),
+        (
+            'name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "resnet18"',
+            "resnet18 is not an architecture of a detector",
+        ),
+        (
+            'name = "m"\nweights = "m.pth"\narchitecture = "retinaface-mnet025"',
+            "retinaface-mnet025 is not an architecture of an embedder",
+        ),
         ('name = "m"\nweights = "m.onnx"\nrole = "tracker"', "role"),
         ('name = "m"\nweights = "m.onnx"\n[input]\nsize = [9, 9]\nmean = 0', "input.channels, input.scale are missing"),
         ('name = "m"\nweights = "m.pth"\narchitecture = "resnet18"\n[input]\nscale = [1, 0, 1]', "divided by it"),
@@ -163,7 +169,7 @@ def test_dimensions_must_be_what_the_file_says(tmp_path: Path) -> None:
         load_embedder(path, "cpu", 1)
     assert load_embedder(path, "cpu", 1, raw=True).dim == 200
     write(path, path.read_text().replace("dim = 200", "dim = 100"))
-    with pytest.raises(WeightsError, match=r"fc.weight \(200, 4\) where \(100, 4\)"):
+    with pytest.raises(WeightsError, match=r"fc.weight \(200, 4\), expected \(100, 4\)"):
         load_embedder(path, "cpu", 1)
 
 
@@ -176,7 +182,7 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
     assert find_card("m", "embedder").sha256 == find_card(str(path), "embedder").sha256
     assert find_card("dlib-resnet", "embedder").licence == "public domain", "what is registered comes first"
-    with pytest.raises(ModelError, match="'m' is a embedder, and a detector is wanted"):
+    with pytest.raises(ModelError, match="'m' is an embedder, expected a detector"):
         find_card("m", "detector")
     with pytest.raises(ConfigError, match="cannot read"):
         find_card(str(tmp_path / "other.toml"), "embedder")
@@ -208,7 +214,9 @@ def test_lineages_that_are_fed_otherwise_have_to_say_so(tmp_path: Path) -> None:
         assert made is not None
         torch.save({made.mark: torch.zeros(1)}, tmp_path / "m.pth")
         text = f'name = "m"\nweights = "m.pth"\narchitecture = "{name}"\ndim = 512\n'
-        with pytest.raises(ConfigError, match=f"checkpoints of {lineage} are not fed as .* channels = "):
+        with pytest.raises(
+            ConfigError, match=f"checkpoints of {lineage} do not take the default input of .* channels = "
+        ):
             load_net(write(tmp_path / "m.toml", text))
         text += '[input]\nchannels = "rgb"\nmean = 127.5\nscale = 128\n'
         with pytest.raises(WeightsError, match="missing"):
