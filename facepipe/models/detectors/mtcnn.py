@@ -223,7 +223,7 @@ def _average_level(sums: Sums, rows: _Spans, columns: _Spans) -> Float32:
 
 
 def _average_windows(sums: Sums, windows: Int64, side: int) -> Float32:
-    """Compute the means of half-open windows (n, 4) in side x side cells, (n, 3, side, side), scaled for the networks."""
+    """Compute the means of windows (n, 4) in side x side cells, (n, 3, side, side), scaled for the networks."""
     x1, y1, x2, y2 = windows[:, :, None].transpose(1, 0, 2)
     rows = _divide(y1, y2, side)
     columns = _divide(x1, x2, side)
