@@ -237,6 +237,7 @@ def test_a_block_that_cannot_be_read_raises() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(1, 5))
+@settings(deadline=None)
 def test_what_is_kept_does_not_depend_on_the_order(pairs_: list[tuple[int, int, int]], k: int) -> None:
     first = {(row, face): distance for row, face, distance in reversed(pairs_)}  # a face has one distance
     best = Hits(np.full((4, k), -1, np.int64), np.full((4, k), np.inf, np.float32))

@@ -106,6 +106,7 @@ def test_two_galleries_in_one_graph(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.tuples(st.integers(-5, 5), st.integers(0, 1)), max_size=22), st.lists(st.integers(-7, 7)))
+@settings(deadline=None)
 def test_faces_are_found_by_id_and_side(held: set[tuple[int, int]], asked: list[int]) -> None:
     known = {key: position for position, key in enumerate(sorted(held))}
     ids, sides = np.array(sorted(held), np.int64).reshape(-1, 2).T
@@ -250,7 +251,7 @@ def test_densities_do_not_depend_on_what_else_is_asked() -> None:
     assert (Cohort.create_empty().compute_density(vectors) == 0).all()
     for few in (1, 2, 30):
         small = Cohort.draw(vectors[:few], 0)
-        assert np.isfinite(small.density(vectors[:few])).all()
+        assert np.isfinite(small.compute_density(vectors[:few])).all()
 
 
 # --- cells ---------------------------------------------------------------------------------------------------------------
@@ -301,6 +302,7 @@ def test_faces_lie_in_their_nearest_cells() -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=30), st.floats(0.1, 2000))
+@settings(deadline=None)
 def test_work_covers_all_cells_once(sizes: list[int], tasks_of: float) -> None:
     begins = np.concatenate([[0], np.cumsum(sizes)])
     layout = CellLayout(np.empty((0, 1), np.int32), np.empty(0, np.int64), begins)
@@ -447,7 +449,7 @@ def test_edges_come_back_as_they_were_written(
     Path(edges.get_part_path(folder, 7) + ".abcd").touch()  # of a run that was killed
     held, whole = edges.Edges(folder), Pairs.concatenate(parts)
     assert len(held) == sum(sizes)
-    assert len(held.paths()) == len(sizes)
+    assert len(held.list_paths()) == len(sizes)
     for found in (Pairs.concatenate(list(held)), held.read_within(2.0)):
         for name in ("u", "v", "distance"):
             assert np.array_equal(getattr(found, name), getattr(whole, name))
