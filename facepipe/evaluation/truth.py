@@ -120,8 +120,9 @@ def check_same_gallery(gallery: Gallery, ids: Int64, path: str, what: str) -> No
     if not len(ids):
         raise EvaluationError(f"the {what} {path!r} holds no face: there is nothing to judge")
     known = np.unique(ids)
-    if len(known) < len(ids):
-        raise EvaluationError(f"the {what} {path!r} has {len(ids) - len(known)} rows too many: a face_id stands twice")
+    repeated = len(ids) - len(known)
+    if repeated:
+        raise EvaluationError(f"the {what} {path!r} repeats face_ids in {repeated} rows: keep one row per face")
     for batch in gallery.batches(["face_id"], "face_id is not null", rows=_ROWS):
         if is_in_sorted(known, batch["face_id"].to_numpy()).any():
             return

@@ -107,7 +107,7 @@ def _open_index(table: Gallery) -> Index:
     index = Index(table.path)
     if index.manifest.contract != manifests.dump_contract(table):
         raise IndexingError(
-            f"the index of {table.path!r} is of another model contract: `facepipe index {table.path}` builds it anew"
+            f"the index of {table.path!r} is of another model contract: run `facepipe index {table.path}` to rebuild it"
         )
     return index
 

@@ -38,7 +38,7 @@ def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement
         "rest of their identity and to others, and how often labels are swapped. No threshold is set by hand.",
         "Expected errors were somewhat above the real ones on LFW with 10 and 20 % of the labels swapped, and a "
         "quarter of them with 40 %.",
-        "The lists and all decisions lie beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, "
+        "The lists and all decisions are beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, "
         "decisions.parquet, identities.parquet.",
     )
     return Report(
@@ -120,10 +120,10 @@ def _build_round_table(judgement: LabelJudgement) -> Table:
         (str(n), f"{entry.swapped:.4f}", f"{entry.unknown:.4f}", f"{entry.change:.4f}")
         for n, entry in enumerate(judgement.posteriors.rounds, 1)
     )
-    title = "Rounds of cleaning and centring anew"
+    title = "Rounds of the estimation"
     if not judgement.posteriors.has_settled:
         title += ", stopped before they settled"
-    return Table(title, ("round", "labels swapped", "faces of nobody", "largest change"), rows)
+    return Table(title, ("round", "labels swapped", "faces of no identity", "largest change"), rows)
 
 
 class _CleanGroups:

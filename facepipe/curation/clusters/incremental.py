@@ -70,7 +70,9 @@ class PlacementRule:
             with np.load(os.path.join(folder, STATE)) as state:
                 return cls(Cohort(state["cohort"]), float(state["threshold"]))
         except (OSError, ValueError, KeyError) as error:
-            raise StorageError(f"the clusters in {folder!r} cannot be added to: {error}") from error
+            raise StorageError(
+                f"cannot add to the clusters in {folder!r}: {error}; run `facepipe cluster` again"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,11 @@ def build_cluster_report(graph: Graph, gallery: Gallery, review: ClusterReview) 
         Figure("edge recall", f"{info.recall:.4f}", describe_recall(info)),
     )
     notes = (
-        "A suspected merge is two clusters that share a pair of near faces but are not near on average; a suspected "
-        "split is a cluster that falls apart at a stricter threshold. Everything is in the Parquet files beside this "
-        "page.",
-        "Distances are Euclidean between unit vectors, as they would be for faces of average surroundings: a crowd of "
-        "similar faces, such as blurred ones, needs a smaller distance.",
+        "A suspected merge is two clusters that share a pair of near faces but are not near on average. A suspected "
+        "split is a cluster that falls apart at a stricter threshold. The Parquet files beside this page hold all of "
+        "them.",
+        "Distances are Euclidean, between unit vectors, for faces of mean density. A crowd of similar faces, such as "
+        "blurred ones, needs a smaller distance.",
     )
     return Report(
         title="Identity clusters",

@@ -90,6 +90,6 @@ def read_cluster_table(gallery: str, name: str, columns: list[str] | None = None
     try:
         return pq.read_table(path, columns=columns)
     except FileNotFoundError as error:
-        raise EvaluationError(f"no clusters at {path!r}: `facepipe cluster {gallery}` makes them") from error
+        raise EvaluationError(f"no clusters at {path!r}: run `facepipe cluster {gallery}` first") from error
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error

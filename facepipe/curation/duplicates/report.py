@@ -41,7 +41,7 @@ def build_duplicates_report(
     figures = [
         Figure("images", f"{found.decisions.num_rows:,}"),
         Figure("groups", f"{found.groups.num_rows:,}", "of copies"),
-        Figure("to drop", f"{dropped:,}", f"of each group the {rule.keep} stays"),
+        Figure("to drop", f"{dropped:,}", f"the {rule.keep} of each group is kept"),
     ]
     figures += [Figure(kind.replace("_", " "), f"{count:,}", "pairs of images") for kind, count in counts.items()]
     figures.append(recall)
@@ -58,8 +58,9 @@ def build_duplicates_report(
         groups=groups,
         notes=(
             "exact: the same bytes. near: the same picture, resized, compressed, cropped, mirrored or recoloured: "
-            "the hash of the picture and the distance of the faces agree. same shot: faces so near that the photos are "
-            "of one moment, pictures that differ; these are listed, and go only where it was asked for.",
+            "the hash of the picture and the distance of the faces agree. same shot: the pictures "
+            "differ, but the faces are so near that the photos are of one moment. These are listed, and dropped only "
+            "with drop = same_shot.",
             "keep.txt and drop.txt name the images; pairs, groups and reasons are in the Parquet files beside it.",
         ),
         groups_total=groups.total,

@@ -219,7 +219,7 @@ def test_new_faces_alone_in_a_gallery_whose_clusters_are_empty(gallery: Gallery)
 
 def test_without_clusters_it_says_how_to_make_them(tmp_path: Path) -> None:
     made = add(Gallery.create(str(tmp_path / "g"), DLIB), np.zeros(3, int), 0)
-    with pytest.raises(EvaluationError, match=r"`facepipe cluster .*` makes them"):
+    with pytest.raises(EvaluationError, match=r"run `facepipe cluster .*` first"):
         run(made.path)
     assert not (tmp_path / "g" / "reports").exists()
     with pytest.raises(GalleryError, match="no gallery at"):
@@ -229,7 +229,7 @@ def test_without_clusters_it_says_how_to_make_them(tmp_path: Path) -> None:
 def test_what_is_damaged_is_named(gallery: Gallery) -> None:
     state = Path(gallery.path, "reports", "cluster", "state.npz")
     state.write_bytes(b"x")
-    with pytest.raises(StorageError, match="cannot be added to"):
+    with pytest.raises(StorageError, match="cannot add to the clusters"):
         run(gallery.path)
     Path(gallery.path, "reports", "cluster", "clusters.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match="cannot read"):
