@@ -24,8 +24,8 @@ _ROLES = (
 
 @dataclass(frozen=True)
 class ErasedData:
-    """What must not be left. names: labels that no image bears any more; faces: sorted ids; marks: sorted `compute_marks` of
-    the vectors."""
+    """What must not be left. names: labels that no image bears any more; faces: sorted ids; marks: sorted `compute_marks`
+    of the vectors."""
 
     uris: frozenset[str]
     names: frozenset[str]
