@@ -25,9 +25,9 @@ class Dot:
     """A point of a curve that is shown by itself.
 
     Attributes:
-        curve: number of the curve
-        x: position in pixels
-        y: position in pixels
+        curve: number of the curve.
+        x: position in pixels.
+        y: position in pixels.
     """
 
     curve: int
@@ -40,14 +40,14 @@ class CurveChart:
     """Curves that share their axes, in pixels of a WIDTH x HEIGHT box.
 
     Attributes:
-        title: title of the chart
-        names: name of each curve
-        paths: SVG path of each curve
-        dots: points of curves that have few
-        x_ticks: labels of the horizontal axis
-        y_ticks: labels of the vertical axis
-        mark: vertical line with a label, if any
-        summary: description for screen readers
+        title: title of the chart.
+        names: name of each curve.
+        paths: SVG path of each curve.
+        dots: points of curves that have few.
+        x_ticks: labels of the horizontal axis.
+        y_ticks: labels of the vertical axis.
+        mark: vertical line with a label, if any.
+        summary: description for screen readers.
     """
 
     title: str
@@ -68,10 +68,10 @@ def build_curve_chart(
     Points that are not finite are left out, and on a logarithmic axis also those that are not positive.
 
     Args:
-        title: title of the chart
-        curves: points (x, y) of each curve, by name
-        mark: vertical line with a label, in the units of x
-        log_scale: use a logarithmic vertical axis
+        title: title of the chart.
+        curves: points (x, y) of each curve, by name.
+        mark: vertical line with a label, in the units of x.
+        log_scale: use a logarithmic vertical axis.
     """
     drawable = {name: [p for p in points if _is_drawable(p[1], log_scale)] for name, points in curves.items()}
     thinned = {name: _thin_points(points) for name, points in drawable.items() if points}

@@ -53,10 +53,10 @@ class Examples(Generic[S]):
     """What an embedder is trained and scored on.
 
     Attributes:
-        chips: training set, with labels from 0 without gaps
-        sampler: the choice of each batch's rows
-        augment: augmentation of the chips
-        verify: function that scores an embedding function, with "score" among the scores
+        chips: training set, with labels from 0 without gaps.
+        sampler: the choice of each batch's rows.
+        augment: augmentation of the chips.
+        verify: function that scores an embedding function, with "score" among the scores.
     """
 
     chips: LabelledChips
@@ -69,11 +69,11 @@ class EmbeddingTask:
     """A `TrainingTask` whose batches are chips (n, h, w, 3) uint8 RGB and labels (n,) int64.
 
     Args:
-        net: the network
-        objective: the loss, a module (embeddings, labels) -> scalar
-        examples: the data
-        model_input: channel order, mean and scale of the network
-        seed: random seed of the augmentation
+        net: the network.
+        objective: the loss, a module (embeddings, labels) -> scalar.
+        examples: the data.
+        model_input: channel order, mean and scale of the network.
+        seed: random seed of the augmentation.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ def embed_chips(net: nn.Module, chips: UInt8Image, model_input: Input, device: t
     """Embed chips with a network in torch.
 
     Args:
-        net: network in evaluation mode
-        chips: (n, h, w, 3) uint8 RGB
-        model_input: channel order, mean and scale of the network
-        device: device of the network
+        net: network in evaluation mode.
+        chips: (n, h, w, 3) uint8 RGB.
+        model_input: channel order, mean and scale of the network.
+        device: device of the network.
 
     Returns:
         Raw embeddings, (n, dim) float32, not normalised.

@@ -22,10 +22,10 @@ def imprint_centres(objective: nn.Module, embed: EmbedChips, chips: LabelledChip
     A loss without class centres is not changed. A rank with a sharded head embeds its own classes only.
 
     Args:
-        objective: the loss
-        embed: embedding function
-        chips: training set, with labels from 0 without gaps
-        images: images per class to embed, at most
+        objective: the loss.
+        embed: embedding function.
+        chips: training set, with labels from 0 without gaps.
+        images: images per class to embed, at most.
     """
     head = next((module for module in objective.modules() if isinstance(module, ClassHead)), None)
     if head is None:

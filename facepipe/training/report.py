@@ -27,12 +27,12 @@ class ReportTexts:
     """What a report says besides metrics and outcome.
 
     Attributes:
-        title: title of the page
-        subtitle: line below the title
-        data: counts of the data, by name
-        config: all settings, nested by section
-        notes: remarks on the data and the scores
-        scores: scores of the resulting model, by name
+        title: title of the page.
+        subtitle: line below the title.
+        data: counts of the data, by name.
+        config: all settings, nested by section.
+        notes: remarks on the data and the scores.
+        scores: scores of the resulting model, by name.
     """
 
     title: str
@@ -47,10 +47,10 @@ def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcom
     """Write the report of a run.
 
     Args:
-        path: HTML file to write
-        entries: metrics of the run
-        outcome: how the run ended
-        texts: everything else on the page
+        path: HTML file to write.
+        entries: metrics of the run.
+        outcome: how the run ended.
+        texts: everything else on the page.
 
     Raises:
         StorageError: The file cannot be written.

@@ -28,13 +28,13 @@ class NetworkStart:
     """What a network is built from. Small, except for `state`.
 
     Attributes:
-        architecture: the network
-        dim: length of an embedding
-        chips: name that finds the layout of its chips (`facepipe.models.zoo.registry.find_chip_layout`)
-        card: the model's card
-        state: initial weights, under our names; None: random weights
-        origin: where the weights come from, for reports
-        sha256: digest of the file of the weights
+        architecture: the network.
+        dim: length of an embedding.
+        chips: name that finds the layout of its chips (`facepipe.models.zoo.registry.find_chip_layout`).
+        card: the model's card.
+        state: initial weights, under our names; None: random weights.
+        origin: where the weights come from, for reports.
+        sha256: digest of the file of the weights.
     """
 
     architecture: Architecture
@@ -64,8 +64,8 @@ class NetworkStart:
         """Build the network, in training mode.
 
         Args:
-            seed: random seed of the layers that the initial weights do not cover
-            dropout: probability of the network's dropout layers; default: that of the architecture
+            seed: random seed of the layers that the initial weights do not cover.
+            dropout: probability of the network's dropout layers; default: that of the architecture.
 
         Raises:
             WeightsError: The weights do not fit the network. The message names the tensors.
@@ -144,8 +144,8 @@ def resolve_start(config: ModelConfig, role: Role = "embedder") -> NetworkStart:
     """Find the architecture and the initial weights that `[model]` names.
 
     Args:
-        config: the settings of the network
-        role: embedder or detector
+        config: the settings of the network.
+        role: embedder or detector.
 
     Raises:
         ConfigError: The config names nothing that can be trained.
@@ -244,9 +244,9 @@ def build_card(start: NetworkStart, name: str, figures: dict[str, float]) -> Car
     An embedder's card spells out its input, so that a later change of the architecture's defaults does not affect it.
 
     Args:
-        start: what the training started from
-        name: name of the model
-        figures: its scores; "threshold" becomes the threshold for one person
+        start: what the training started from.
+        name: name of the model.
+        figures: its scores; "threshold" becomes the threshold for one person.
     """
     card_input = start.card.input
     size = card_input.size or start.architecture.layout.size

@@ -28,10 +28,10 @@ class TripletSampler:
     without one fill the rest. Memory is 24 bytes per triplet.
 
     Args:
-        labels: label of each image, (n,) int64
-        loss: the triplet loss
-        batch: images of a whole batch, three per triplet
-        seed: random seed of the mining and the order
+        labels: label of each image, (n,) int64.
+        loss: the triplet loss.
+        batch: images of a whole batch, three per triplet.
+        seed: random seed of the mining and the order.
 
     Raises:
         ConfigError: A batch has more triplets than there are images with another image of their identity.
@@ -56,8 +56,8 @@ class TripletSampler:
         """Mine the triplets of an epoch.
 
         Args:
-            vectors: raw vectors of all images, (n, dim)
-            epoch: number of the epoch
+            vectors: raw vectors of all images, (n, dim).
+            epoch: number of the epoch.
         """
         seed = hash64("triplets", str(self._seed), str(epoch))
         rng = np.random.default_rng(seed)
@@ -75,8 +75,8 @@ class TripletSampler:
         """Use triplets that were mined elsewhere.
 
         Args:
-            epoch: number of the epoch
-            triplets: rows of anchor, positive and negative, (t, 3), in the order of the epoch
+            epoch: number of the epoch.
+            triplets: rows of anchor, positive and negative, (t, 3), in the order of the epoch.
         """
         self.epoch = epoch
         self.triplets = triplets

@@ -35,17 +35,17 @@ class ValidateConfig:
     Pairs come from a file, or without one from the part of the data that is held out (split).
 
     Attributes:
-        pairs: file of pairs: LFW's pairs.txt, or a CSV with file_x, file_y, same; needs `source` or `gallery`
-        source: images of the pairs: anything that `facepipe embed` reads
-        gallery: gallery that holds the images of the pairs
-        root: as in `[data]`, for `source`
-        aligned: as in `[data]`, for `source`
-        detector: as in `[data]`, for `source`
-        held_only: of a file's pairs, use only those of which neither person is trained on
-        genuine: maximum number of genuine pairs to draw; there may be fewer
-        impostors: maximum number of impostor pairs to draw
-        flip: average the raw vectors of a chip and of its mirror image, as `facepipe embed` does
-        batch: chips per call of the network
+        pairs: file of pairs: LFW's pairs.txt, or a CSV with file_x, file_y, same; needs `source` or `gallery`.
+        source: images of the pairs: anything that `facepipe embed` reads.
+        gallery: gallery that holds the images of the pairs.
+        root: as in `[data]`, for `source`.
+        aligned: as in `[data]`, for `source`.
+        detector: as in `[data]`, for `source`.
+        held_only: of a file's pairs, use only those of which neither person is trained on.
+        genuine: maximum number of genuine pairs to draw; there may be fewer.
+        impostors: maximum number of impostor pairs to draw.
+        flip: average the raw vectors of a chip and of its mirror image, as `facepipe embed` does.
+        batch: chips per call of the network.
     """
 
     pairs: str = ""
@@ -87,13 +87,13 @@ class PairSet:
     """Pairs of chips.
 
     Attributes:
-        chips: chip set that `left` and `right` refer to
-        left: row of each pair's first chip, (p,) int64; -1 if no face was found
-        right: row of each pair's second chip, (p,) int64; -1 if no face was found
-        same: whether both show one person, (p,)
-        folds: fold of each pair, (p,)
-        description: where the pairs come from, for reports
-        is_drawn: whether pairs were drawn at random, not read from a file
+        chips: chip set that `left` and `right` refer to.
+        left: row of each pair's first chip, (p,) int64; -1 if no face was found.
+        right: row of each pair's second chip, (p,) int64; -1 if no face was found.
+        same: whether both show one person, (p,).
+        folds: fold of each pair, (p,).
+        description: where the pairs come from, for reports.
+        is_drawn: whether pairs were drawn at random, not read from a file.
     """
 
     chips: ChipSet
@@ -135,9 +135,9 @@ class PairSet:
         """Draw pairs at random, in random folds.
 
         Args:
-            chips: chips that are held out, or with `held` all chips
-            config: how many pairs to draw
-            seed: random seed
+            chips: chips that are held out, or with `held` all chips.
+            config: how many pairs to draw.
+            seed: random seed.
             held: rows of `chips` that are held out, while the others are trained on. Each is paired with at most one
                 image of its own identity, from either part, and with images of others.
 
@@ -219,10 +219,10 @@ def verify_pairs(embed: EmbedChips, pairs: PairSet, flip: bool = True, batch: in
     """Score a network on pairs.
 
     Args:
-        embed: embedding function of the network
-        pairs: pairs to score it on
-        flip: average the raw vectors of a chip and of its mirror image
-        batch: chips per call of the network
+        embed: embedding function of the network.
+        pairs: pairs to score it on.
+        flip: average the raw vectors of a chip and of its mirror image.
+        batch: chips per call of the network.
 
     Returns:
         Scores by name. accuracy and accuracy_std: mean and standard deviation over the folds, each at the threshold

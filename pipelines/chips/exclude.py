@@ -27,8 +27,8 @@ def collect_exclusions(data: DataConfig, log: Callable[[str], None] = lambda lin
     To train on a gallery, this also runs `dedup --against` for each excluded gallery and reads its report.
 
     Args:
-        data: what to train on
-        log: called with lines about the progress
+        data: what to train on.
+        log: called with lines about the progress.
 
     Raises:
         ContractError: A gallery to exclude was made with other models than the gallery to train on.

@@ -32,11 +32,11 @@ class GalleryListing:
     """Blocks of the selected faces without a chip yet. Each worker machine may call it and lists again.
 
     Attributes:
-        gallery: path of the gallery
-        version: version to read
-        folder: folder that `select_faces` wrote the selection to
-        known: file of the ids of faces that have a chip, ascending (.npy)
-        size: number of images per block
+        gallery: path of the gallery.
+        version: version to read.
+        folder: folder that `select_faces` wrote the selection to.
+        known: file of the ids of faces that have a chip, ascending (.npy).
+        size: number of images per block.
     """
 
     gallery: str
@@ -80,10 +80,10 @@ def _build_block(number: int, rows: pa.Table, starts: Int64, places: ImageLocato
     """Build a block of images with their known faces.
 
     Args:
-        number: number of the block
-        rows: faces, ordered by image
-        starts: row of each image's first face, and the number of rows, (images + 1,)
-        places: finds the images' files
+        number: number of the block.
+        rows: faces, ordered by image.
+        starts: row of each image's first face, and the number of rows, (images + 1,).
+        places: finds the images' files.
     """
     # One work item per image.
     rows = rows.combine_chunks()

@@ -61,13 +61,13 @@ def prepare_chips(
     raise nothing. They are counted in `info.figures`, and `failed.csv` lists them with reasons.
 
     Args:
-        data: what to train on
-        embedder: name of a model or TOML file, which decides the layout of chips
-        folder: folder of the chip set
-        run: how to run the workers
-        log: called with lines about the progress
+        data: what to train on.
+        embedder: name of a model or TOML file, which decides the layout of chips.
+        folder: folder of the chip set.
+        run: how to run the workers.
+        log: called with lines about the progress.
         keep_outdated: make the set again only if the config or the embedder's chips have changed, so that a training
-            that resumes keeps its chips
+            that resumes keeps its chips.
 
     Raises:
         ConfigError: The folder holds something else, or another training uses the outdated set in it.
@@ -92,13 +92,13 @@ def prepare_images(
     An image in which no face is found has no chip.
 
     Args:
-        data: where the images are
-        image_names: ends of paths without extension, as in pairs files
-        embedder: name of a model or TOML file, which decides the layout of chips
-        folder: folder of the chip set
-        run: how to run the workers
-        log: called with lines about the progress
-        keep_outdated: make the set again only if the config or the embedder's chips have changed
+        data: where the images are.
+        image_names: ends of paths without extension, as in pairs files.
+        embedder: name of a model or TOML file, which decides the layout of chips.
+        folder: folder of the chip set.
+        run: how to run the workers.
+        log: called with lines about the progress.
+        keep_outdated: make the set again only if the config or the embedder's chips have changed.
 
     Raises:
         EvaluationError: The data does not hold all of the images.
@@ -138,12 +138,12 @@ def prepare_pairs(
     """Open the pairs of a file as chips, and make the chips first unless they exist.
 
     Args:
-        config: the pairs and their images
-        embedder: name of a model or TOML file, which decides the layout of chips
-        folder: folder of the chip set
-        run: how to run the workers
-        log: called with lines about the progress
-        trained: names of persons that are trained on; `config.held_only` leaves out their pairs
+        config: the pairs and their images.
+        embedder: name of a model or TOML file, which decides the layout of chips.
+        folder: folder of the chip set.
+        run: how to run the workers.
+        log: called with lines about the progress.
+        trained: names of persons that are trained on; `config.held_only` leaves out their pairs.
     """
     image_names = collect_names(read_validation_pairs(replace(config, held_only=False)))
     chips = prepare_images(config.data, image_names, embedder, folder, run, log)

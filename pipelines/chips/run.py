@@ -50,11 +50,11 @@ class ChipRunConfig:
 
     Attributes:
         runner: local (processes on this machine), ray, inline (this process), or auto: inline for few images,
-            otherwise local
-        workers: number of workers; default: one per CPU, or one per GPU if there are GPUs and faces must be detected
-        batch: images that a worker holds decoded at a time
-        block_smallest: minimum number of images per unit of work
-        block_largest: maximum number of images per unit of work
+            otherwise local.
+        workers: number of workers; default: one per CPU, or one per GPU if there are GPUs and faces must be detected.
+        batch: images that a worker holds decoded at a time.
+        block_smallest: minimum number of images per unit of work.
+        block_largest: maximum number of images per unit of work.
     """
 
     runner: Literal["auto", "inline", "local", "ray"] = "auto"
@@ -69,10 +69,10 @@ class ChipOrder:
     """What a chip set is made from.
 
     Attributes:
-        data: the images
-        embedder: name of a model or TOML file, which decides the layout of chips
-        image_names: names of the images to use; empty: all images
-        needs_identity: use only faces with an identity
+        data: the images.
+        embedder: name of a model or TOML file, which decides the layout of chips.
+        image_names: names of the images to use; empty: all images.
+        needs_identity: use only faces with an identity.
     """
 
     data: DataConfig
@@ -114,10 +114,10 @@ class SourceListing:
     """Blocks of a source's images without a chip yet. Each worker machine may call it and lists again.
 
     Attributes:
-        source: the source
-        known: file of the hashes of uris that have a chip (.npy)
-        image_names: names of the images to list; empty: all images
-        size: number of images per block
+        source: the source.
+        known: file of the hashes of uris that have a chip (.npy).
+        image_names: names of the images to list; empty: all images.
+        size: number of images per block.
     """
 
     source: SourceConfig

@@ -68,10 +68,10 @@ class FaceSample:
     """The faces to fit and to measure on.
 
     Attributes:
-        fitted: face ids to fit on, ascending, (n,)
-        measured: number of the person of each face to measure on, by face id
-        pairs: pairs of a pairs file; empty without a file
-        faces_by_name: face id of each image of the pairs file, by its name
+        fitted: face ids to fit on, ascending, (n,).
+        measured: number of the person of each face to measure on, by face id.
+        pairs: pairs of a pairs file; empty without a file.
+        faces_by_name: face id of each image of the pairs file, by its name.
     """
 
     fitted: Int64
@@ -113,12 +113,12 @@ def choose_faces(
     Faces of a pairs file are fitted on only if too few others are left.
 
     Args:
-        gallery: gallery of the faces
-        dim: dimensions of the model
-        count: maximum number of faces to fit on
-        held: share of the persons to hold out for measuring, without a pairs file
-        seed: random seed
-        pairs_file: file of the pairs to measure on
+        gallery: gallery of the faces.
+        dim: dimensions of the model.
+        count: maximum number of faces to fit on.
+        held: share of the persons to hold out for measuring, without a pairs file.
+        seed: random seed.
+        pairs_file: file of the pairs to measure on.
 
     Raises:
         EvaluationError: The gallery does not hold the file's images.
@@ -193,8 +193,8 @@ class FaceCutter:
         """Cut chips block by block.
 
         Args:
-            faces: ids of the faces, (m,)
-            images: gets the counts of images by status
+            faces: ids of the faces, (m,).
+            images: gets the counts of images by status.
 
         Yields:
             Face ids (n,), and their chips (n, h, w, 3).
@@ -232,8 +232,8 @@ def _build_table(images: list[list[dict[str, Any]]], locator: ImageLocator) -> p
     """Build the table that the stage `KnownFaces` takes: one row per image, with its faces.
 
     Args:
-        images: the gallery's rows of each image
-        locator: finds the images' files
+        images: the gallery's rows of each image.
+        locator: finds the images' files.
     """
     items = [(*locator.locate_image(faces[0]["uri"]), None) for faces in images]
     arrays = [pa.array(column, f.type) for column, f in zip(zip(*items, strict=True), WORK_ITEM, strict=True)]

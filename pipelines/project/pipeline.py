@@ -35,17 +35,17 @@ class ProjectConfig:
     """Configure the fit of a projection.
 
     Attributes:
-        faces: maximum number of faces to fit on; at least ten times the model's dimensions, and the more the better
-        seed: random seed of the choice of faces and pairs
+        faces: maximum number of faces to fit on; at least ten times the model's dimensions, and the more the better.
+        seed: random seed of the choice of faces and pairs.
         pairs: file of the pairs to measure the loss on: LFW's pairs.txt, or a CSV with file_x, file_y, same. Default:
-            pairs are drawn from persons who are left out of the fit
-        held: share of the persons to leave out of the fit for that
-        flip: average the vectors of a chip and of its mirror image, as galleries do
-        device: cpu, cuda or auto
-        threads: threads of ONNX Runtime on a CPU; default: all
-        batch: chips per call of the model
-        read: stage that reads images
-        decode: stage that decodes images
+            pairs are drawn from persons who are left out of the fit.
+        held: share of the persons to leave out of the fit for that.
+        flip: average the vectors of a chip and of its mirror image, as galleries do.
+        device: cpu, cuda or auto.
+        threads: threads of ONNX Runtime on a CPU; default: all.
+        batch: chips per call of the model.
+        read: stage that reads images.
+        decode: stage that decodes images.
     """
 
     faces: Annotated[int, Field(ge=1)] = 20_000
@@ -65,17 +65,17 @@ class ProjectSummary:
     """What was fitted, and what it loses. `facepipe models project --json` prints these fields under these names.
 
     Attributes:
-        card: TOML file of the projected model
-        projection: file of the matrix
-        dim: dimensions of the model
-        faces: faces fitted on
-        images: counts of images, by status
-        energy: share of the vectors' squared length that 128 dimensions keep
-        full: verification with all dimensions; None if it was not measured
-        reduced: verification with 128 dimensions; None if it was not measured
-        unmeasured: why it was not measured
-        measured_on_fit: whether pairs show faces that were fitted on, so that the real loss is slightly larger
-        seconds: duration
+        card: TOML file of the projected model.
+        projection: file of the matrix.
+        dim: dimensions of the model.
+        faces: faces fitted on.
+        images: counts of images, by status.
+        energy: share of the vectors' squared length that 128 dimensions keep.
+        full: verification with all dimensions; None if it was not measured.
+        reduced: verification with 128 dimensions; None if it was not measured.
+        unmeasured: why it was not measured.
+        measured_on_fit: whether pairs show faces that were fitted on, so that the real loss is slightly larger.
+        seconds: duration.
     """
 
     card: str = ""
@@ -100,10 +100,10 @@ def run(
     No detector runs: boxes and landmarks are the gallery's, whichever models it was made with.
 
     Args:
-        config: how to fit
-        card: TOML file of the model
-        gallery: gallery whose images are embedded
-        log: called with lines about the progress
+        config: how to fit.
+        card: TOML file of the model.
+        gallery: gallery whose images are embedded.
+        log: called with lines about the progress.
 
     Raises:
         ConfigError: One of the files exists.
@@ -230,9 +230,9 @@ def _build_card(card_file: CardFile, projection: str, summary: ProjectSummary) -
     """Build the card of the projected model, with its scores and the threshold of the reduced vectors.
 
     Args:
-        card_file: card of the model
-        projection: file name of the matrix
-        summary: what the projection keeps and loses
+        card_file: card of the model.
+        projection: file name of the matrix.
+        summary: what the projection keeps and loses.
     """
     figures = {**card_file.figures, "energy_of_128": round(summary.energy, 6)}
     threshold = None

@@ -24,8 +24,8 @@ class BatchSize:
     """The size of a batch in the units that workers share.
 
     Attributes:
-        name: what it counts, for error messages
-        value: number per batch
+        name: what it counts, for error messages.
+        value: number per batch.
     """
 
     name: str
@@ -37,16 +37,16 @@ class TrainConfig:
     """Configure the training of an embedder.
 
     Attributes:
-        data: training data
-        model: network and initial weights
-        loss: loss
-        sample: choice of the faces of a batch
-        augment: augmentation of chips
-        split: part of the data that is held out
-        validate: pairs that score the network
-        optim: optimiser
-        schedule: length and learning rate
-        run: where the training runs and what it writes
+        data: training data.
+        model: network and initial weights.
+        loss: loss.
+        sample: choice of the faces of a batch.
+        augment: augmentation of chips.
+        split: part of the data that is held out.
+        validate: pairs that score the network.
+        optim: optimiser.
+        schedule: length and learning rate.
+        run: where the training runs and what it writes.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -114,11 +114,11 @@ class DetectorConfig:
     """Configure the training of a detector.
 
     Attributes:
-        detection: images, annotations, augmentation and loss
-        model: network and initial weights
-        optim: optimiser
-        schedule: length and learning rate
-        run: where the training runs and what it writes
+        detection: images, annotations, augmentation and loss.
+        model: network and initial weights.
+        optim: optimiser.
+        schedule: length and learning rate.
+        run: where the training runs and what it writes.
     """
 
     detection: DetectionConfig = field(default_factory=DetectionConfig)
@@ -182,7 +182,7 @@ def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
     """Build the config from nested mappings, and check it as far as possible without data.
 
     Args:
-        layers: nested mappings; later ones win
+        layers: nested mappings; later ones win.
 
     Raises:
         ConfigError: A setting is unknown, has a wrong value or contradicts another.

@@ -28,10 +28,10 @@ def describe_embedder(data: DataConfig, whole: ChipSet, trained: ChipSet, held: 
     """Describe the data of an embedder for the manifest.
 
     Args:
-        data: settings of the data
-        whole: all chips
-        trained: chips that were trained on
-        held: chips that were held out
+        data: settings of the data.
+        whole: all chips.
+        trained: chips that were trained on.
+        held: chips that were held out.
     """
     return {
         "data": whole.info.origin,
@@ -56,10 +56,10 @@ def write_manifest(output: str, facts: dict[str, Any], outcome: Outcome, config:
     """Write manifest.json.
 
     Args:
-        output: folder of the run
-        facts: data, initial weights and scores
-        outcome: how the run ended
-        config: all settings; credentials are redacted
+        output: folder of the run.
+        facts: data, initial weights and scores.
+        outcome: how the run ended.
+        config: all settings; credentials are redacted.
 
     Raises:
         StorageError: The file cannot be written.

@@ -37,20 +37,20 @@ class TrainSummary:
     """What a training run did. `facepipe train --json` prints these fields under these names.
 
     Attributes:
-        output: folder of the run
-        model: TOML file of the model
-        end: done, or stopped (early)
-        step: steps done
-        steps: steps of the whole training
-        epochs: epochs done
-        seconds: time of all attempts together
-        resumed: step that this attempt resumed from
-        loss: mean loss of the last line of the metrics
-        images_per_second: median throughput
-        best: step that the model's weights are from
-        scores: scores of the model, by name
-        data: counts of the data, by name
-        notes: remarks on the data and the scores
+        output: folder of the run.
+        model: TOML file of the model.
+        end: done, or stopped (early).
+        step: steps done.
+        steps: steps of the whole training.
+        epochs: epochs done.
+        seconds: time of all attempts together.
+        resumed: step that this attempt resumed from.
+        loss: mean loss of the last line of the metrics.
+        images_per_second: median throughput.
+        best: step that the model's weights are from.
+        scores: scores of the model, by name.
+        data: counts of the data, by name.
+        notes: remarks on the data and the scores.
     """
 
     output: str
@@ -81,10 +81,10 @@ def run(
     Ctrl-C and SIGTERM end the current step, write a checkpoint and are raised then.
 
     Args:
-        config: all settings
-        fresh: start from the beginning, and delete the outputs of an earlier run except its chips
-        on_progress: called with every line of the metrics
-        log: called with lines about the preparation of the data
+        config: all settings.
+        fresh: start from the beginning, and delete the outputs of an earlier run except its chips.
+        on_progress: called with every line of the metrics.
+        log: called with lines about the preparation of the data.
 
     Raises:
         ConfigError: The settings are wrong.
@@ -162,10 +162,10 @@ class EmbedderJob:
     """The training of an embedder and its data.
 
     Args:
-        config: all settings
-        start: what the network starts from
-        log: called with lines about the preparation of the chips
-        resumes: whether the run resumes from a checkpoint, and therefore keeps its chips if the data has changed
+        config: all settings.
+        start: what the network starts from.
+        log: called with lines about the preparation of the chips.
+        resumes: whether the run resumes from a checkpoint, and therefore keeps its chips if the data has changed.
     """
 
     def __init__(self, config: TrainConfig, start: NetworkStart, log: Callable[[str], None], *, resumes: bool):
@@ -291,9 +291,9 @@ class ModelWeights:
     """The weights that become the model.
 
     Attributes:
-        state: state of the network
-        step: step they are from
-        scores: their scores, by name; empty if they were not validated
+        state: state of the network.
+        step: step they are from.
+        scores: their scores, by name; empty if they were not validated.
     """
 
     state: dict[str, Any]

@@ -40,9 +40,9 @@ class EmbedderPlan:
     """The training of an embedder on a chip set.
 
     Attributes:
-        config: all settings
-        chips: folder of the chip set
-        pairs: folder of the chip set with the images of `validate.pairs`; empty without a pairs file
+        config: all settings.
+        chips: folder of the chip set.
+        pairs: folder of the chip set with the images of `validate.pairs`; empty without a pairs file.
     """
 
     config: TrainConfig
@@ -153,7 +153,7 @@ class DetectorPlan:
     """The training of a detector.
 
     Attributes:
-        config: all settings
+        config: all settings.
     """
 
     config: DetectorConfig
@@ -189,10 +189,10 @@ def build_loop_settings(
     """Build the settings of the loop.
 
     Args:
-        config: all settings
-        task: what is trained
-        start: what its network starts from
-        identity: values that a checkpoint must have too
+        config: all settings.
+        task: what is trained.
+        start: what its network starts from.
+        identity: values that a checkpoint must have too.
 
     Raises:
         ConfigError: `model.freeze` freezes all parameters.

@@ -44,8 +44,8 @@ class WorkerDevice:
     """What each worker computes on.
 
     Attributes:
-        name: cpu or cuda
-        threads: CPU threads per worker
+        name: cpu or cuda.
+        threads: CPU threads per worker.
     """
 
     name: str
@@ -69,9 +69,9 @@ def train_inline(plan: TrainingPlan, on_progress: OnProgress, should_stop: Calla
     """Train in this process.
 
     Args:
-        plan: what to train
-        on_progress: called with every line of the metrics
-        should_stop: called after every step; True ends the run cleanly
+        plan: what to train.
+        on_progress: called with every line of the metrics.
+        should_stop: called after every step; True ends the run cleanly.
     """
     import torch
 
@@ -114,8 +114,8 @@ class RayTraining:
         """Train, and return the outcome of the first worker.
 
         Args:
-            on_progress: called with new lines of the metrics
-            should_stop: polled while workers run; True asks them to end cleanly
+            on_progress: called with new lines of the metrics.
+            should_stop: polled while workers run; True asks them to end cleanly.
 
         Raises:
             WorkerError: Workers were lost more often than `run.failures` allows.

@@ -22,20 +22,20 @@ class AugmentConfig:
     """Configure the augmentation of chips. The probabilities are independent of each other.
 
     Attributes:
-        flip: probability of mirroring left to right
-        crop: probability of moving and zooming about the centre, by one bilinear warp with a mirrored border
-        shift: maximum movement, as a share of the side (crop)
-        zoom: maximum enlargement or reduction, as a share (crop)
-        colour: probability of changing brightness, contrast and saturation
-        brightness: maximum change of the brightness, as a share (colour)
-        contrast: maximum change of the contrast, as a share (colour)
-        saturation: maximum change of the saturation, as a share (colour)
-        grey: probability of keeping the luminance only (ITU-R BT.601)
-        blur: probability of a Gaussian blur
-        blur_sigma: maximum standard deviation of the blur, in pixels
-        jpeg: probability of compressing as JPEG and decoding again
-        jpeg_lowest: minimum JPEG quality
-        jpeg_highest: maximum JPEG quality
+        flip: probability of mirroring left to right.
+        crop: probability of moving and zooming about the centre, by one bilinear warp with a mirrored border.
+        shift: maximum movement, as a share of the side (crop).
+        zoom: maximum enlargement or reduction, as a share (crop).
+        colour: probability of changing brightness, contrast and saturation.
+        brightness: maximum change of the brightness, as a share (colour).
+        contrast: maximum change of the contrast, as a share (colour).
+        saturation: maximum change of the saturation, as a share (colour).
+        grey: probability of keeping the luminance only (ITU-R BT.601).
+        blur: probability of a Gaussian blur.
+        blur_sigma: maximum standard deviation of the blur, in pixels.
+        jpeg: probability of compressing as JPEG and decoding again.
+        jpeg_lowest: minimum JPEG quality.
+        jpeg_highest: maximum JPEG quality.
     """
 
     flip: Share = 0.5
@@ -58,9 +58,9 @@ def augment_chip(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generat
     """Augment a copy of a chip.
 
     Args:
-        chip: (h, w, 3) uint8 RGB
-        config: what to do
-        rng: random generator; 14 numbers are drawn from it
+        chip: (h, w, 3) uint8 RGB.
+        config: what to do.
+        rng: random generator; 14 numbers are drawn from it.
 
     Returns:
         A chip of the same shape.

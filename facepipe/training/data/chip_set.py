@@ -49,14 +49,14 @@ class ChipSetInfo:
     """The content of `set.json`, which has these fields under these names.
 
     Attributes:
-        fingerprint: hash of everything that the set depends on
-        embedder: embedder that the layout of chips is for
-        size: (width, height) of a chip
-        chips: number of chips
-        identities: number of identities
-        figures: what became of the images, counts by name
-        asked: hash of the config's part only, which does not change with the data
-        origin: where the images come from
+        fingerprint: hash of everything that the set depends on.
+        embedder: embedder that the layout of chips is for.
+        size: (width, height) of a chip.
+        chips: number of chips.
+        identities: number of identities.
+        figures: what became of the images, counts by name.
+        asked: hash of the config's part only, which does not change with the data.
+        origin: where the images come from.
     """
 
     fingerprint: str
@@ -203,9 +203,9 @@ class _RowView:
     """A selection of rows of a set.
 
     Attributes:
-        rows: rows of the whole set, (n,)
-        labels: label of each row, (n,)
-        names: number in the whole set of each label's name
+        rows: rows of the whole set, (n,).
+        labels: label of each row, (n,).
+        names: number in the whole set of each label's name.
     """
 
     rows: Int64

@@ -110,11 +110,11 @@ class ChipFilter:
     """Which chips of the shards belong to the set.
 
     Attributes:
-        min_images: minimum number of images per identity
-        max_images: maximum number of images per identity
-        excluded_images: content hashes of images that must not be in the set
-        excluded_names: normalised names (`normalise_name`) of identities that must not be in the set
-        needs_identity: leave out chips without an identity; otherwise their identity is ""
+        min_images: minimum number of images per identity.
+        max_images: maximum number of images per identity.
+        excluded_images: content hashes of images that must not be in the set.
+        excluded_names: normalised names (`normalise_name`) of identities that must not be in the set.
+        needs_identity: leave out chips without an identity; otherwise their identity is "".
     """
 
     min_images: int = 1
@@ -135,9 +135,9 @@ def write_index(folder: str, info: ChipSetInfo, chip_filter: ChipFilter) -> Chip
     The order does not depend on which worker finished first.
 
     Args:
-        folder: folder of the shards
-        info: what to write to set.json, without counts
-        chip_filter: which chips belong to the set
+        folder: folder of the shards.
+        info: what to write to set.json, without counts.
+        chip_filter: which chips belong to the set.
 
     Returns:
         The info that was written: with the numbers of chips and identities, and with the chips that were left out, by
@@ -175,10 +175,10 @@ def _collect_columns(folder: str, chip_filter: ChipFilter, numbers: dict[str, in
     """Collect the index columns of the chips that may be in the set.
 
     Args:
-        folder: folder of the shards
-        chip_filter: which chips belong to the set
-        numbers: gets the number of each identity's name
-        figures: gets the counts of chips that are left out
+        folder: folder of the shards.
+        chip_filter: which chips belong to the set.
+        numbers: gets the number of each identity's name.
+        figures: gets the counts of chips that are left out.
     """
     parts: list[tuple[npt.NDArray[Any], ...]] = [tuple(np.empty(0, np.int64) for _ in INDEX_ROWS)]
     for number, path in enumerate(list_shards(folder)):

@@ -15,25 +15,25 @@ class DataConfig:
     """Configure the training data: a gallery, or a source that was never embedded. Set one of the two.
 
     Attributes:
-        gallery: gallery whose images to train on, with its boxes and landmarks; no detector runs
+        gallery: gallery whose images to train on, with its boxes and landmarks; no detector runs.
         list: list that restricts and labels a gallery, as `facepipe clean` writes it: clean.csv (faces and names),
-            clean.txt or msceleb.txt (images and numbers)
+            clean.txt or msceleb.txt (images and numbers).
         source: anything that `facepipe embed` reads: a folder of folders, a list (CASIA-WebFace, identity_CelebA.txt,
-            MS-Celeb-1M), LFW, tar shards, Parquet
-        identity: where a source's labels come from, as in `[source]`: auto, folder, filename, label
-        root: folder that a list's paths are relative to
-        aligned: the source's images are face crops already: scale them to the chip and run no detector
+            MS-Celeb-1M), LFW, tar shards, Parquet.
+        identity: where a source's labels come from, as in `[source]`: auto, folder, filename, label.
+        root: folder that a list's paths are relative to.
+        aligned: the source's images are face crops already: scale them to the chip and run no detector.
         detector: detector for a source. If an image has several faces, the large and central one is used, as LFW is
-            aligned
-        min_images: minimum number of images per identity; identities with fewer are left out
-        max_images: maximum number of images per identity; the choice is always the same
+            aligned.
+        min_images: minimum number of images per identity; identities with fewer are left out.
+        max_images: maximum number of images per identity; the choice is always the same.
         exclude: galleries to test on, which are left out of the training data: images by their bytes, and identities
             by their names (if these contain a letter). From a gallery, near copies of images and identities with other
             names whose faces are near are left out too, as `facepipe dedup --against` finds them. That needs galleries
-            made with one embedder
+            made with one embedder.
         exclude_share: share of the pairs of faces of two identities that must be near for the identities to count as
-            one person
-        exclude_identities: names to leave out, or a file with one per line
+            one person.
+        exclude_identities: names to leave out, or a file with one per line.
     """
 
     gallery: str = ""

@@ -25,10 +25,10 @@ class ListLabels:
     """The labels of a list.
 
     Attributes:
-        keys: face ids, or hashes of uris, ascending, (n,)
-        codes: position of each label in `names`, (n,)
-        names: names of the labels
-        by_face: whether keys are face ids
+        keys: face ids, or hashes of uris, ascending, (n,).
+        codes: position of each label in `names`, (n,).
+        names: names of the labels.
+        by_face: whether keys are face ids.
     """
 
     keys: npt.NDArray[Any]
@@ -41,8 +41,8 @@ def read_label_list(path: str, root: str | None) -> ListLabels:
     """Read a list: clean.csv by its face ids; any other list by its paths, with the names of a labels.csv beside it.
 
     Args:
-        path: file of the list
-        root: folder that its paths are relative to
+        path: file of the list.
+        root: folder that its paths are relative to.
 
     Raises:
         SourceError: The list cannot be read or has no labels.

@@ -25,11 +25,11 @@ class SampleConfig:
 
     Attributes:
         identities: identities per batch (P of P x K), as triplet-like losses need them; 0: images in random order,
-            whoever they show
-        images: images per identity and batch (K of P x K)
-        batch: images per batch if `identities` is 0
+            whoever they show.
+        images: images per identity and batch (K of P x K).
+        batch: images per batch if `identities` is 0.
         singles: what to do with identities that have one image under P x K: repeat (the image is K times in the batch,
-            and differs by its augmentation only), drop, or refuse
+            and differs by its augmentation only), drop, or refuse.
     """
 
     identities: Annotated[int, Field(ge=0)] = 0
@@ -51,9 +51,9 @@ class BatchSampler:
     before; an identity with fewer than K images repeats them evenly. Memory is 8 bytes per image and 16 per identity.
 
     Args:
-        labels: label of each row, (n,) int64, from 0
-        config: how to draw batches
-        seed: random seed
+        labels: label of each row, (n,) int64, from 0.
+        config: how to draw batches.
+        seed: random seed.
 
     Raises:
         ConfigError: There are too few identities or images for a batch.

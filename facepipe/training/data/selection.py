@@ -34,9 +34,9 @@ class Exclusions:
     """What must not be trained on.
 
     Attributes:
-        images: content hashes of images
-        uris: uris of copies of such images
-        names: normalised names of identities
+        images: content hashes of images.
+        uris: uris of copies of such images.
+        names: normalised names of identities.
     """
 
     images: pa.Array
@@ -54,11 +54,11 @@ def select_faces(
     """Select faces with their names, and write the selection into a folder.
 
     Args:
-        data: what to train on
-        gallery: gallery that holds the faces
-        exclusions: what must not be trained on
-        folder: folder for the files of the selection
-        image_names: names of images whose subjects to select, labelled or not; default: all faces with a label
+        data: what to train on.
+        gallery: gallery that holds the faces.
+        exclusions: what must not be trained on.
+        folder: folder for the files of the selection.
+        image_names: names of images whose subjects to select, labelled or not; default: all faces with a label.
 
     Returns:
         Counts of faces by name: those left out, by reason, and those selected.
@@ -179,9 +179,9 @@ def _code_identities(table: pa.Table, labels: ListLabels | None, numbers: dict[s
     """Number the identity of each face, (n,); -1 if it has none or is not in the list.
 
     Args:
-        table: faces
-        labels: labels of a list, or None to use the gallery's own
-        numbers: number of each name; the gallery's names are added
+        table: faces.
+        labels: labels of a list, or None to use the gallery's own.
+        numbers: number of each name; the gallery's names are added.
     """
     if labels is None:
         coded = table["identity"].combine_chunks().dictionary_encode()

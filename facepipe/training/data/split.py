@@ -24,9 +24,9 @@ class SplitConfig:
 
     Attributes:
         by: what to hold out: identities (no person is on both sides), images (of all identities; an identity whose
-            images are all held out is not trained on), or none
-        held: share of the identities, at least two of them, or of the images
-        names: file with one identity per line; these are held out, whatever `by` and `held` are
+            images are all held out is not trained on), or none.
+        held: share of the identities, at least two of them, or of the images.
+        names: file with one identity per line; these are held out, whatever `by` and `held` are.
     """
 
     by: Literal["identities", "images", "none"] = "identities"
@@ -44,12 +44,12 @@ def split_rows(
     """Split rows into those to train on and those held out.
 
     Args:
-        labels: label of each row, (n,) int64
-        config: what to hold out
-        seed: random seed
+        labels: label of each row, (n,) int64.
+        config: what to hold out.
+        seed: random seed.
         identities: names of the labels (ChipSet.identities). Without them the numbers of labels are used, and the
-            split depends on the order of the data
-        faces: ids that are hashes (ChipSet.face_ids), (n,). Without them the numbers of rows are used
+            split depends on the order of the data.
+        faces: ids that are hashes (ChipSet.face_ids), (n,). Without them the numbers of rows are used.
 
     Returns:
         The rows to train on and the rows held out, both ascending.

@@ -25,8 +25,8 @@ class AnnotatedFaces(NamedTuple):
     """The annotated faces of one image.
 
     Attributes:
-        boxes: x1 y1 x2 y2, (n, 4)
-        landmarks: x y of five points in image order, (n, 5, 2); NaN if unknown
+        boxes: x1 y1 x2 y2, (n, 4).
+        landmarks: x y of five points in image order, (n, 5, 2); NaN if unknown.
     """
 
     boxes: Float32
@@ -37,11 +37,11 @@ class Annotations(NamedTuple):
     """Images and their faces. Those of image n are rows offsets[n] to offsets[n + 1].
 
     Attributes:
-        paths: relative path of each image, with slashes
-        offsets: first face of each image, and the number of faces, (n + 1,) int64
-        boxes: boxes of all faces, (m, 4), as in AnnotatedFaces
-        landmarks: landmarks of all faces, (m, 5, 2), as in AnnotatedFaces
-        dropped: faces left out because the file marks them as invalid or their box is empty
+        paths: relative path of each image, with slashes.
+        offsets: first face of each image, and the number of faces, (n + 1,) int64.
+        boxes: boxes of all faces, (m, 4), as in AnnotatedFaces.
+        landmarks: landmarks of all faces, (m, 5, 2), as in AnnotatedFaces.
+        dropped: faces left out because the file marks them as invalid or their box is empty.
     """
 
     paths: list[str]

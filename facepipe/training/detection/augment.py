@@ -21,8 +21,8 @@ class Scene(NamedTuple):
     Coordinates run from 0 to width and height over the outer edges of the pixels.
 
     Attributes:
-        pixels: (h, w, 3) uint8 RGB
-        faces: annotated faces
+        pixels: (h, w, 3) uint8 RGB.
+        faces: annotated faces.
     """
 
     pixels: UInt8Image
@@ -33,11 +33,11 @@ def augment_scene(scene: Scene, size: int, fill: Colour, config: SceneAugmentCon
     """Cut a square with at least one face from a scene, and change its colours, side and orientation at random.
 
     Args:
-        scene: image with faces
-        size: side of the result, in pixels
-        fill: colour that pads to a square
-        config: what to do
-        rng: random generator
+        scene: image with faces.
+        size: side of the result, in pixels.
+        fill: colour that pads to a square.
+        config: what to do.
+        rng: random generator.
     """
     scene = crop_scene(scene, config, rng)
     if config.distort:
@@ -98,9 +98,9 @@ def resize_scene(scene: Scene, size: int, kernel: int) -> Scene:
     """Resize a square scene.
 
     Args:
-        scene: square scene
-        size: new side in pixels
-        kernel: interpolation of OpenCV
+        scene: square scene.
+        size: new side in pixels.
+        kernel: interpolation of OpenCV.
     """
     factor = np.float32(size / scene.pixels.shape[0])
     pixels = np.asarray(cv2.resize(scene.pixels, (size, size), interpolation=kernel), np.uint8)

@@ -17,9 +17,9 @@ def mark_correct(detected: Float32, annotated: Float32, min_iou: float = 0.5) ->
     A box is correct if it overlaps its best annotated box enough, and no box with a higher score did so before.
 
     Args:
-        detected: boxes x1 y1 x2 y2 by falling score, (n, 4)
-        annotated: annotated boxes, (m, 4)
-        min_iou: minimum overlap
+        detected: boxes x1 y1 x2 y2 by falling score, (n, 4).
+        annotated: annotated boxes, (m, 4).
+        min_iou: minimum overlap.
     """
     is_correct = np.zeros(len(detected), bool)
     if not len(annotated):
@@ -37,9 +37,9 @@ def compute_average_precision(scores: Float32, is_correct: Bool, annotated: int)
     """Compute the average precision; 0 if there are no boxes.
 
     Args:
-        scores: score of each detected box, (n,), in any order
-        is_correct: whether each box is correct, (n,)
-        annotated: number of annotated boxes
+        scores: score of each detected box, (n,), in any order.
+        is_correct: whether each box is correct, (n,).
+        annotated: number of annotated boxes.
     """
     if not annotated or not len(scores):
         return 0.0

@@ -14,10 +14,10 @@ def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: 
     """Detect the faces of an image, in its own pixels.
 
     Args:
-        net: RetinaFaceNet in inference mode
-        image: (h, w, 3) uint8 RGB
-        channels: colour order of the network
-        limits: minimum score and maximum overlap, as in `decode_faces`
+        net: RetinaFaceNet in inference mode.
+        image: (h, w, 3) uint8 RGB.
+        channels: colour order of the network.
+        limits: minimum score and maximum overlap, as in `decode_faces`.
     """
     h, w = image.shape[:2]
     stride = STRIDES[-1]

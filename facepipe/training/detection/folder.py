@@ -20,9 +20,9 @@ class AnnotatedFolder(NamedTuple):
     """Annotated images below a folder.
 
     Attributes:
-        root: the folder
-        annotations: annotations of all images
-        rows: numbers of the images that exist, (n,)
+        root: the folder.
+        annotations: annotations of all images.
+        rows: numbers of the images that exist, (n,).
     """
 
     root: Path
@@ -43,8 +43,8 @@ def open_folder(annotations: str, images: str) -> AnnotatedFolder:
     """Open annotated images. Each missing image is logged as a warning.
 
     Args:
-        annotations: file of the annotations
-        images: folder of the images; empty: `images` beside the file
+        annotations: file of the annotations.
+        images: folder of the images; empty: `images` beside the file.
 
     Raises:
         SourceError: The annotations cannot be read, or none of the images exists.

@@ -15,7 +15,7 @@ class MultiTaskLoss(nn.Module):
     """The weighted sum of the losses of scores, boxes and landmarks. It has no parameters.
 
     Attributes:
-        figures: of the last batch: the three losses before their weights, and the number of anchors that are faces
+        figures: of the last batch: the three losses before their weights, and the number of anchors that are faces.
     """
 
     def __init__(self, config: MultiTaskConfig):
@@ -27,10 +27,10 @@ class MultiTaskLoss(nn.Module):
         """Compute the loss, a scalar.
 
         Args:
-            predictions: offsets (n, a, 4), logits (n, a, 2) and landmark offsets (n, a, 10) of a network in training
-            targets: x1 y1 x2 y2, five landmarks x y, mark, (n, f, 15) float
-            valid: False for rows that fill up, (n, f) bool
-            priors: centre and size of the anchors in pixels, (a, 4)
+            predictions: offsets (n, a, 4), logits (n, a, 2) and landmark offsets (n, a, 10) of a network in training.
+            targets: x1 y1 x2 y2, five landmarks x y, mark, (n, f, 15) float.
+            valid: False for rows that fill up, (n, f) bool.
+            priors: centre and size of the anchors in pixels, (a, 4).
         """
         config = self.config
         boxes, logits, points = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions)
@@ -56,8 +56,8 @@ class MultiTaskLoss(nn.Module):
         """Compute the cross-entropy of all faces and of each image's hardest background, per face.
 
         Args:
-            logits: logits of background and face, (n, a, 2)
-            face: 1 for anchors that are faces, else 0, (n, a) int64
+            logits: logits of background and face, (n, a, 2).
+            face: 1 for anchors that are faces, else 0, (n, a) int64.
         """
         losses = F.cross_entropy(logits.flatten(0, 1), face.flatten(), reduction="none").view_as(face)
         count = face.sum(1, keepdim=True)

@@ -15,10 +15,10 @@ def match_anchors(boxes: Tensor, priors: Tensor, positive: float, ignore: float)
     the reference, a face below `ignore` takes no anchor away from another.
 
     Args:
-        boxes: x1 y1 x2 y2 of the faces, (f, 4)
-        priors: centre and size of the anchors, (a, 4)
-        positive: minimum overlap at which an anchor is a face
-        ignore: minimum overlap of a face's best anchor
+        boxes: x1 y1 x2 y2 of the faces, (f, 4).
+        priors: centre and size of the anchors, (a, 4).
+        positive: minimum overlap at which an anchor is a face.
+        ignore: minimum overlap of a face's best anchor.
 
     Returns:
         The face of each anchor, (a,) int64; -1 for background.

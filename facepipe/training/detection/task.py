@@ -28,10 +28,10 @@ class DetectionTask:
     Images without faces are not trained on. If an image cannot be decoded, the next one that can takes its turn.
 
     Args:
-        net: the network
-        config: images, annotations, augmentation and loss
-        seed: random seed of batches and augmentation
-        channels: colour order of the network, as in its card
+        net: the network.
+        config: images, annotations, augmentation and loss.
+        seed: random seed of batches and augmentation.
+        channels: colour order of the network, as in its card.
     """
 
     def __init__(self, net: nn.Module, config: DetectionConfig, seed: int = 0, channels: Channels = "bgr"):
@@ -85,9 +85,9 @@ class DetectionTask:
         """Load and augment one image, or the next that can be decoded.
 
         Args:
-            index: number of the image among those with faces
-            step: number of the step
-            position: position in the whole batch
+            index: number of the image among those with faces.
+            step: number of the step.
+            position: position in the whole batch.
         """
         for skipped in range(len(self._rows)):
             row = int(self._rows[(index + skipped) % len(self._rows)])
@@ -120,8 +120,8 @@ class _Example(NamedTuple):
     """One image of a batch.
 
     Attributes:
-        scene: augmented image with faces
-        skipped: number of images that could not be decoded before it
+        scene: augmented image with faces.
+        skipped: number of images that could not be decoded before it.
     """
 
     scene: Scene

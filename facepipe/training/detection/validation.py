@@ -22,10 +22,10 @@ def measure_average_precision(
     """Measure the average precision of a network in evaluation mode.
 
     Args:
-        net: RetinaFaceNet
-        held: held-out images
-        config: how to validate
-        channels: colour order of the network
+        net: RetinaFaceNet.
+        held: held-out images.
+        config: how to validate.
+        channels: colour order of the network.
 
     Returns:
         score (average precision at an IoU of 0.5), recall, and counts.

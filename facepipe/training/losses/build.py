@@ -15,8 +15,8 @@ class Objective(Protocol):
     """A module that computes a loss from embeddings and labels.
 
     Attributes:
-        needs_pairs: whether a batch must hold several faces per person
-        figures: scalars of the last forward pass by name, detached; may be empty
+        needs_pairs: whether a batch must hold several faces per person.
+        figures: scalars of the last forward pass by name, detached; may be empty.
     """
 
     needs_pairs: bool
@@ -42,10 +42,10 @@ def build_objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn
     """Build the loss, an `Objective`.
 
     Args:
-        config: settings of the loss
-        dim: length of an embedding
-        classes: number of classes; labels are below it
-        seed: random seed of the initial class centres
+        config: settings of the loss.
+        dim: length of an embedding.
+        classes: number of classes; labels are below it.
+        seed: random seed of the initial class centres.
 
     Raises:
         ConfigError: The settings are wrong, or there are fewer than 2 classes.

@@ -17,28 +17,28 @@ class LossConfig:
     Attributes:
         name: loss. Against class centres: softmax, normface, l-softmax, a-softmax (sphereface), am-softmax (cosface),
             arcface, subcenter-arcface, circle. Among the faces of a batch: circle-pair, triplet, cosine. Both:
-            triplet-softmax
+            triplet-softmax.
         scale: factor on cosines. Default: 30 for normface and am-softmax; 64 for cosface, arcface and
-            subcenter-arcface; 256 for circle and 80 for circle-pair (their gamma)
+            subcenter-arcface; 256 for circle and 80 for circle-pair (their gamma).
         margin: margin. Default: 0.5 for arcface and subcenter-arcface (radians); 0.35 for am-softmax (cosine); 4 for
             l-softmax and a-softmax (factor on the angle, a whole number); 0.25 for circle; 0.4 for circle-pair; 0.2
             for triplet and triplet-softmax (squared distance of unit vectors); 0 for cosine (cosine below which two
-            persons cost nothing)
-        easy_margin: apply the margin only to angles below 90 degrees (arcface and subcenter-arcface). Default: false
-        sub_centers: centres per class (subcenter-arcface). Default: 3
+            persons cost nothing).
+        easy_margin: apply the margin only to angles below 90 degrees (arcface and subcenter-arcface). Default: false.
+        sub_centers: centres per class (subcenter-arcface). Default: 3.
         lambda_base: initial weight of the plain logit (l-softmax and a-softmax). In step t the weight is
-            lambda = max(min, base * (1 + gamma * t) ** -power). Default: 1000
-        lambda_gamma: growth per step in that formula. Default: 2.5e-5 for l-softmax, 0.12 for a-softmax
-        lambda_power: exponent in that formula. Default: 35 for l-softmax, 1 for a-softmax
-        lambda_min: minimum in that formula. Default: 0 for l-softmax, 5 for a-softmax
+            lambda = max(min, base * (1 + gamma * t) ** -power). Default: 1000.
+        lambda_gamma: growth per step in that formula. Default: 2.5e-5 for l-softmax, 0.12 for a-softmax.
+        lambda_power: exponent in that formula. Default: 35 for l-softmax, 1 for a-softmax.
+        lambda_min: minimum in that formula. Default: 0 for l-softmax, 5 for a-softmax.
         mining: how triplets are chosen: batch-all, batch-hard or semi-hard (triplet and triplet-softmax). Default:
-            semi-hard
+            semi-hard.
         offline: mine triplets over the whole training set at the start of each epoch, batch-hard or semi-hard, instead
-            of within batches (triplet and triplet-softmax). This compares all pairs of images. Default: false
-        softmax_weight: factor on the classifier's cross-entropy (triplet-softmax). Default: 1
+            of within batches (triplet and triplet-softmax). This compares all pairs of images. Default: false.
+        softmax_weight: factor on the classifier's cross-entropy (triplet-softmax). Default: 1.
         sample_rate: share of the class centres that a step compares with, in (0, 1] (partial FC). It saves logits, not
-            the optimiser's memory: the other centres still follow their momentum and weight decay. Default: 1
-        sharded: keep a slice of the class centres on each rank, and compare with all of them. Default: false
+            the optimiser's memory: the other centres still follow their momentum and weight decay. Default: 1.
+        sharded: keep a slice of the class centres on each rank, and compare with all of them. Default: false.
     """
 
     name: str = "arcface"

@@ -27,9 +27,9 @@ def measure_dominant_angles(
     With a sharded objective all ranks must call it.
 
     Args:
-        objective: loss with class centres
-        vectors: raw vectors of the whole training set, (n, dim); a part of a class would distort its votes
-        labels: labels as in training, (n,)
+        objective: loss with class centres.
+        vectors: raw vectors of the whole training set, (n, dim); a part of a class would distort its votes.
+        labels: labels as in training, (n,).
 
     Returns:
         Angles in degrees, (n,).

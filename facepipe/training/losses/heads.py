@@ -27,10 +27,10 @@ class ClassHead(nn.Module):
 
     Attributes:
         weight: class centres, (classes, dim), or (classes, sub_centers, dim) if there are several per class. A sharded
-            head has the classes of this rank only
-        bias: one number per class, or None
+            head has the classes of this rank only.
+        bias: one number per class, or None.
         figures: after a forward pass: accuracy, the share of faces whose own class has the largest logit before any
-            margin
+            margin.
     """
 
     needs_pairs = False
@@ -55,8 +55,8 @@ class ClassHead(nn.Module):
         """Compute the loss.
 
         Args:
-            embeddings: raw embeddings, (n, dim) float
-            labels: labels, (n,) int64
+            embeddings: raw embeddings, (n, dim) float.
+            labels: labels, (n,) int64.
 
         Returns:
             A scalar. With a sharded head it is the mean over the faces of all ranks.
@@ -167,7 +167,7 @@ class AngularHead(ClassHead):
     increments it first, so that the first step is step 1.
 
     Attributes:
-        iteration: number of forward passes in training mode
+        iteration: number of forward passes in training mode.
     """
 
     iteration: Tensor

@@ -16,9 +16,9 @@ def add_angle(cosine: Tensor, margin: float, easy: bool) -> Tensor:
     sin(margin) replaces it there and keeps falling.
 
     Args:
-        cosine: cosines to the own class, (n,)
-        margin: margin in radians
-        easy: apply the margin only below 90 degrees, and keep the plain cosine elsewhere
+        cosine: cosines to the own class, (n,).
+        margin: margin in radians.
+        easy: apply the margin only below 90 degrees, and keep the plain cosine elsewhere.
     """
     # At |cosine| = 1 the sine's slope is infinite. Below this floor, 0.1 degrees in float32, it counts as constant.
     sine = ((1 - cosine) * (1 + cosine)).clamp(min=16 * torch.finfo(cosine.dtype).eps).sqrt()

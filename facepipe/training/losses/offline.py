@@ -21,8 +21,8 @@ class MinedTriplets(NamedTuple):
     """Triplets of a set.
 
     Attributes:
-        rows: rows of anchor, positive and negative, (t, 3) int64
-        active: whether a triplet has a loss above 0, (t,) bool
+        rows: rows of anchor, positive and negative, (t, 3) int64.
+        active: whether a triplet has a loss above 0, (t,) bool.
     """
 
     rows: Int64
@@ -38,10 +38,10 @@ def mine_triplets(
     negative that is farther. Distances are squared distances of unit vectors, as in the loss.
 
     Args:
-        vectors: raw vectors, (n, dim)
-        labels: labels, (n,)
-        config: a triplet loss
-        seed: random seed of the positives
+        vectors: raw vectors, (n, dim).
+        labels: labels, (n,).
+        config: a triplet loss.
+        seed: random seed of the positives.
 
     Returns:
         The triplets, in the order of the anchors.
@@ -77,9 +77,9 @@ class _EmbeddedSet(NamedTuple):
     """The set to mine.
 
     Attributes:
-        x: unit vectors, (n, dim)
-        codes: class of each vector, (n,)
-        margin: margin in cosine, half of that in squared distance
+        x: unit vectors, (n, dim).
+        codes: class of each vector, (n,).
+        margin: margin in cosine, half of that in squared distance.
     """
 
     x: Float32
@@ -91,9 +91,9 @@ def _mine_block(embedded: _EmbeddedSet, rows: Int64, partners: Int64 | None) -> 
     """Mine the triplets of some anchors.
 
     Args:
-        embedded: the set
-        rows: rows of the anchors
-        partners: row of each anchor's positive, -1 for none; None: the farthest positive
+        embedded: the set.
+        rows: rows of the anchors.
+        partners: row of each anchor's positive, -1 for none; None: the farthest positive.
     """
     unbounded = np.full(len(rows), np.inf, np.float32)
     if partners is None:
@@ -113,10 +113,10 @@ def _find_extremes(embedded: _EmbeddedSet, rows: Int64, below: Float32, *, same_
     """Find per anchor the least similar row of its own class, or the most similar row of another class.
 
     Args:
-        embedded: the set
-        rows: rows of the anchors
-        below: only rows with a smaller cosine count, (n,)
-        same_class: search the own class
+        embedded: the set.
+        rows: rows of the anchors.
+        below: only rows with a smaller cosine count, (n,).
+        same_class: search the own class.
 
     Returns:
         The rows found, -1 for none; and their cosines.

@@ -22,8 +22,8 @@ class PairLoss(nn.Module):
         """Compute the loss, a scalar; 0 if no pair can be used.
 
         Args:
-            embeddings: raw embeddings, (n, dim) float
-            labels: labels, (n,) int64
+            embeddings: raw embeddings, (n, dim) float.
+            labels: labels, (n,) int64.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             x = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float())
@@ -60,9 +60,11 @@ class CirclePairLoss(PairLoss):
         s = cosines[usable]
         toward = -self.scale * (1 + self.margin - s).detach().clamp(min=0) * (s - 1 + self.margin)
         away = self.scale * (s + self.margin).detach().clamp(min=0) * (s - self.margin)
-        exponents = _masked_logsumexp(toward, positive[usable]) + _masked_logsumexp(away, negative[usable])
+        exponents = _compute_masked_logsumexp(toward, positive[usable]) + _compute_masked_logsumexp(
+            away, negative[usable]
+        )
         return F.softplus(exponents).sum() / max(len(s), 1)
 
 
-def _masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
+def _compute_masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, -torch.inf).logsumexp(1)

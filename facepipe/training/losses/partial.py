@@ -12,9 +12,9 @@ def sample_classes(wanted: Tensor, count: int, rate: float) -> Tensor:
     """Sample classes: all wanted ones, and others up to k = round(rate * count).
 
     Args:
-        wanted: rows of classes that must be included, (n,) int64; may repeat; -1 is ignored
-        count: number of classes
-        rate: share of the classes to sample
+        wanted: rows of classes that must be included, (n,) int64; may repeat; -1 is ignored.
+        count: number of classes.
+        rate: share of the classes to sample.
 
     Returns:
         Ascending rows, (k,) int64. k is the number of wanted classes if that is larger.

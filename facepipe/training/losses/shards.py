@@ -19,9 +19,9 @@ class ClassShard(NamedTuple):
     """The classes that a rank holds.
 
     Attributes:
-        classes: number of all classes
-        rank: number of the rank
-        world: number of ranks
+        classes: number of all classes.
+        rank: number of the rank.
+        world: number of ranks.
     """
 
     classes: int
@@ -108,8 +108,8 @@ def compute_sharded_cross_entropy(logits: Tensor, positions: Tensor) -> Tensor:
     """Compute the mean cross-entropy over the classes of all ranks.
 
     Args:
-        logits: logits of this rank's classes, (n, own classes)
-        positions: column of each face's own class, (n,); -1 if another rank holds it
+        logits: logits of this rank's classes, (n, own classes).
+        positions: column of each face's own class, (n,); -1 if another rank holds it.
     """
     out: Tensor = _CrossEntropy.apply(logits, positions)  # type: ignore[no-untyped-call]
     return out

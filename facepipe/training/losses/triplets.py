@@ -15,10 +15,10 @@ def compute_triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, mar
     """Compute the mean of [|a - p|^2 - |a - n|^2 + margin]+ over triplets.
 
     Args:
-        anchor: raw vectors, (t, dim)
-        positive: raw vectors of the same persons, (t, dim)
-        negative: raw vectors of other persons, (t, dim)
-        margin: margin, a squared distance of unit vectors
+        anchor: raw vectors, (t, dim).
+        positive: raw vectors of the same persons, (t, dim).
+        negative: raw vectors of other persons, (t, dim).
+        margin: margin, a squared distance of unit vectors.
     """
     return _compute_costs(anchor, positive, negative, margin).mean()
 
@@ -34,7 +34,7 @@ class OfflineTripletLoss(nn.Module):
     """[|a - p|^2 - |a - n|^2 + margin]+ over a batch whose thirds are anchors, positives and negatives.
 
     Attributes:
-        figures: after a forward pass: active, the share of triplets with a loss above 0
+        figures: after a forward pass: active, the share of triplets with a loss above 0.
     """
 
     needs_pairs = False
@@ -62,7 +62,7 @@ class TripletLoss(nn.Module):
     A batch without a positive or without a negative costs 0.
 
     Attributes:
-        figures: after a forward pass: active, the share of triplets with a loss above 0
+        figures: after a forward pass: active, the share of triplets with a loss above 0.
     """
 
     needs_pairs = True
@@ -90,8 +90,8 @@ class TripletLoss(nn.Module):
         """Mine triplets and compute their losses.
 
         Args:
-            distances: squared distances, (n, n)
-            same: whether two faces show one person, (n, n)
+            distances: squared distances, (n, n).
+            same: whether two faces show one person, (n, n).
         """
         positive = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         if self.mining == "batch-hard":

@@ -40,8 +40,8 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically.
 
     Args:
-        path: file to write
-        content: tensors, numbers and texts, nested in dicts and lists
+        path: file to write.
+        content: tensors, numbers and texts, nested in dicts and lists.
 
     Raises:
         StorageError: The file cannot be written.

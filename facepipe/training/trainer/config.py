@@ -20,18 +20,18 @@ class OptimConfig:
     The head is what the loss learns beside the network: class centres and parameters of margins.
 
     Attributes:
-        optimizer: algorithm: sgd, adam or adamw
-        lr: peak learning rate of the network, for the whole batch of all workers
-        head_lr: factor on the learning rate of the head
-        momentum: momentum of sgd
-        nesterov: use Nesterov's momentum (sgd)
-        beta1: decay of the first moment (adam and adamw)
-        beta2: decay of the second moment (adam and adamw)
-        eps: term that keeps divisions stable (adam and adamw)
-        weight_decay: weight decay of the network's weights
-        head_weight_decay: weight decay of the head's weights; default: `weight_decay`
-        norm_weight_decay: weight decay of biases and of the weights of normalisation layers
-        clip: maximum norm of all gradients together; larger gradients are scaled down to it. 0: no limit
+        optimizer: algorithm: sgd, adam or adamw.
+        lr: peak learning rate of the network, for the whole batch of all workers.
+        head_lr: factor on the learning rate of the head.
+        momentum: momentum of sgd.
+        nesterov: use Nesterov's momentum (sgd).
+        beta1: decay of the first moment (adam and adamw).
+        beta2: decay of the second moment (adam and adamw).
+        eps: term that keeps divisions stable (adam and adamw).
+        weight_decay: weight decay of the network's weights.
+        head_weight_decay: weight decay of the head's weights; default: `weight_decay`.
+        norm_weight_decay: weight decay of biases and of the weights of normalisation layers.
+        clip: maximum norm of all gradients together; larger gradients are scaled down to it. 0: no limit.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -55,19 +55,19 @@ class ScheduleConfig:
     Lengths are in epochs, or in steps if `steps` is set.
 
     Attributes:
-        epochs: length of the training in epochs
-        steps: length of the training in steps, instead of `epochs`
+        epochs: length of the training in epochs.
+        steps: length of the training in steps, instead of `epochs`.
         policy: how the learning rate falls. constant: not at all. step: times `gamma` at each milestone. cosine: along
             half a cosine. poly: along a polynomial of degree `power`. plateau: times `gamma` after more than
-            `plateau_patience` validations without a better score
-        milestones: where policy step lowers the learning rate
-        gamma: factor on the learning rate at each reduction (step and plateau)
-        power: degree of the polynomial (poly)
-        plateau_patience: validations without a better score before a reduction (plateau)
-        warmup: length of the linear rise from zero at the beginning
-        final: share of the peak learning rate at which cosine, poly and plateau end
+            `plateau_patience` validations without a better score.
+        milestones: where policy step lowers the learning rate.
+        gamma: factor on the learning rate at each reduction (step and plateau).
+        power: degree of the polynomial (poly).
+        plateau_patience: validations without a better score before a reduction (plateau).
+        warmup: length of the linear rise from zero at the beginning.
+        final: share of the peak learning rate at which cosine, poly and plateau end.
         validate: length between two validations; default: one epoch. The last step is validated as well, and the
-            network with the best score becomes the model. 0: no validation, and the last network becomes the model
+            network with the best score becomes the model. 0: no validation, and the last network becomes the model.
     """
 
     epochs: Positive = 20.0
@@ -91,23 +91,23 @@ class TrainingRunConfig:
     last digits only.
 
     Attributes:
-        output: folder of the model, the checkpoints, the metrics and the report
-        chips: folder of the aligned faces, which several runs can share; default: OUTPUT/chips
-        runner: where training runs: ray (workers of Ray Train) or inline (this process)
-        workers: processes that share each batch, one per GPU; inline has one
-        device: auto, cpu or cuda
-        precision: fp32, bf16, fp16 (with loss scaling), or auto: bf16 on a GPU that supports it, otherwise fp32
-        seed: random seed of weights, batches, augmentation and dropout
-        threads: CPU threads per worker; default: an equal share of the machine
-        loaders: processes per worker that prepare batches ahead; 0: the worker prepares its batches itself
-        checkpoint_steps: write a checkpoint every so many steps, and at every validation and at the end
-        checkpoint_seconds: write a checkpoint at least every so many seconds
-        keep: checkpoints to keep; if the last one is damaged, training resumes from the one before
-        log_every: steps between two lines of metrics.jsonl
-        patience: validations without a better score after which training stops early; 0: never
-        failures: how often Ray restarts lost workers, which resume from the last checkpoint
-        deterministic: on GPUs, use only algorithms that give the same bits every time
-        tensorboard: also write curves for TensorBoard
+        output: folder of the model, the checkpoints, the metrics and the report.
+        chips: folder of the aligned faces, which several runs can share; default: OUTPUT/chips.
+        runner: where training runs: ray (workers of Ray Train) or inline (this process).
+        workers: processes that share each batch, one per GPU; inline has one.
+        device: auto, cpu or cuda.
+        precision: fp32, bf16, fp16 (with loss scaling), or auto: bf16 on a GPU that supports it, otherwise fp32.
+        seed: random seed of weights, batches, augmentation and dropout.
+        threads: CPU threads per worker; default: an equal share of the machine.
+        loaders: processes per worker that prepare batches ahead; 0: the worker prepares its batches itself.
+        checkpoint_steps: write a checkpoint every so many steps, and at every validation and at the end.
+        checkpoint_seconds: write a checkpoint at least every so many seconds.
+        keep: checkpoints to keep; if the last one is damaged, training resumes from the one before.
+        log_every: steps between two lines of metrics.jsonl.
+        patience: validations without a better score after which training stops early; 0: never.
+        failures: how often Ray restarts lost workers, which resume from the last checkpoint.
+        deterministic: on GPUs, use only algorithms that give the same bits every time.
+        tensorboard: also write curves for TensorBoard.
     """
 
     output: str = ""

@@ -35,14 +35,14 @@ class LoopSettings:
     """What the loop needs besides its task.
 
     Attributes:
-        optim: the optimiser
-        schedule: the schedule
-        run: the run
-        frozen: names of the network's frozen parameters
-        unfreeze_step: step from which on no parameter is frozen; 0: never
-        layer_decay: factor on the learning rate per layer away from the output
-        validate_steps: steps between validations; the last step is validated as well. 0: no validation
-        identity: values by name that a checkpoint must have too; otherwise it belongs to another run
+        optim: the optimiser.
+        schedule: the schedule.
+        run: the run.
+        frozen: names of the network's frozen parameters.
+        unfreeze_step: step from which on no parameter is frozen; 0: never.
+        layer_decay: factor on the learning rate per layer away from the output.
+        validate_steps: steps between validations; the last step is validated as well. 0: no validation.
+        identity: values by name that a checkpoint must have too; otherwise it belongs to another run.
     """
 
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -60,12 +60,12 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        end: done; stopped (early, because scores no longer rose or nothing was left to learn); or interrupted
-        step: steps done
-        steps: steps of the whole training
-        seconds: time of all attempts together
-        resumed: step that this attempt resumed from; 0: it started from the beginning
-        history: the best validation
+        end: done; stopped (early, because scores no longer rose or nothing was left to learn); or interrupted.
+        step: steps done.
+        steps: steps of the whole training.
+        seconds: time of all attempts together.
+        resumed: step that this attempt resumed from; 0: it started from the beginning.
+        history: the best validation.
     """
 
     end: EndReason
@@ -80,10 +80,11 @@ class TrainingLoop:
     """The training of a task on one rank.
 
     Args:
-        task: what to train
-        settings: the loop's settings
-        ranks: this process among all processes of the training
-        should_stop: called after every step, with several ranks at every line of the metrics; True ends the run cleanly
+        task: what to train.
+        settings: the loop's settings.
+        ranks: this process among all processes of the training.
+        should_stop: called after every step, or with several ranks at every line of the metrics. True ends the run
+            cleanly.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class TrainingLoop:
         """Train to the end, from the last checkpoint if there is one.
 
         Args:
-            on_progress: called with every line of the metrics, on the first rank
+            on_progress: called with every line of the metrics, on the first rank.
 
         Raises:
             TrainingError: A loss is not finite, or the checkpoints are damaged or belong to a run with other settings.
@@ -230,8 +231,8 @@ class TrainingLoop:
         """Do what is due after a step: validate, report, save.
 
         Args:
-            done: steps done
-            report: called with the line of the metrics
+            done: steps done.
+            report: called with the line of the metrics.
 
         Returns:
             Why the run ends here, or None if it continues.

@@ -22,15 +22,15 @@ class TrainingProgress:
     """The progress of a run after a step. metrics.jsonl holds these fields under these names.
 
     Attributes:
-        step: steps done
-        steps: steps of the whole training
-        epoch: epochs done
-        loss: mean loss over the steps since the last line
-        lr: learning rate of the step
-        speed: images per second of all workers, without validation
-        seconds: time of all attempts together
-        figures: means of the loss's figures, by name
-        scores: scores of the validation at this step, by name; empty without one
+        step: steps done.
+        steps: steps of the whole training.
+        epoch: epochs done.
+        loss: mean loss over the steps since the last line.
+        lr: learning rate of the step.
+        speed: images per second of all workers, without validation.
+        seconds: time of all attempts together.
+        figures: means of the loss's figures, by name.
+        scores: scores of the validation at this step, by name; empty without one.
     """
 
     step: int
@@ -81,9 +81,9 @@ class MetricsLog:
     """Writer of a run's metrics.
 
     Args:
-        output: folder of the run
-        step: step that the run resumes from; later lines of an earlier attempt are dropped
-        tensorboard: also write curves for TensorBoard
+        output: folder of the run.
+        step: step that the run resumes from; later lines of an earlier attempt are dropped.
+        tensorboard: also write curves for TensorBoard.
     """
 
     def __init__(self, output: str, step: int, tensorboard: bool = False):

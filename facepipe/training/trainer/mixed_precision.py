@@ -69,9 +69,9 @@ class Gradients:
     """All parameters with gradients.
 
     Attributes:
-        shared: parameters that all ranks hold
-        own: parameters of which each rank holds its own rows
-        ranks: the processes of the training
+        shared: parameters that all ranks hold.
+        own: parameters of which each rank holds its own rows.
+        ranks: the processes of the training.
     """
 
     shared: list[nn.Parameter]

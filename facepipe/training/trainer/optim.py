@@ -20,8 +20,8 @@ class ParameterGroup:
     """What some parameters have in common.
 
     Attributes:
-        scale: factor on the learning rate
-        decay: weight decay
+        scale: factor on the learning rate.
+        decay: weight decay.
     """
 
     scale: float
@@ -40,10 +40,10 @@ def group_parameters(
     """Group the parameters by learning rate and weight decay.
 
     Args:
-        net: the network
-        objective: the head
-        config: the optimiser's settings
-        layer_decay: factor on the learning rate per layer away from the output
+        net: the network.
+        objective: the head.
+        config: the optimiser's settings.
+        layer_decay: factor on the learning rate per layer away from the output.
     """
     undecayed = _find_undecayed(net)
     depths = _find_depths(net)

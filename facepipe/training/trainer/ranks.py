@@ -20,9 +20,9 @@ class Ranks:
     """This process among all processes of the training.
 
     Attributes:
-        rank: number of this process, from 0
-        world: number of processes
-        device: device this process computes on
+        rank: number of this process, from 0.
+        world: number of processes.
+        device: device this process computes on.
     """
 
     rank: int = 0

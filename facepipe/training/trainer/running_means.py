@@ -17,9 +17,9 @@ class WindowMeans:
     """Means over the steps of one window.
 
     Attributes:
-        loss: mean loss
-        figures: mean of each of the loss's figures, by name
-        images_per_second: throughput of all ranks, without pauses
+        loss: mean loss.
+        figures: mean of each of the loss's figures, by name.
+        images_per_second: throughput of all ranks, without pauses.
     """
 
     loss: float
@@ -46,10 +46,10 @@ class RunningMeans:
         """Add one step.
 
         Args:
-            step: number of the step
-            loss: scalar
-            images: images of the step over all ranks
-            figures: the loss's figures by name, scalars
+            step: number of the step.
+            loss: scalar.
+            images: images of the step over all ranks.
+            figures: the loss's figures by name, scalars.
         """
         bad = self._first_bad_step
         self._first_bad_step = torch.where(torch.isfinite(loss), bad, bad.clamp(max=step))

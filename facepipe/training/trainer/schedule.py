@@ -13,10 +13,10 @@ class Schedule:
     """A schedule in steps.
 
     Attributes:
-        config: the schedule's settings
-        total: steps of the whole training
-        warmup: steps of the linear rise at the beginning
-        milestones: steps at which policy step lowers the learning rate
+        config: the schedule's settings.
+        total: steps of the whole training.
+        warmup: steps of the linear rise at the beginning.
+        milestones: steps at which policy step lowers the learning rate.
     """
 
     config: ScheduleConfig
@@ -28,8 +28,8 @@ class Schedule:
         """Compute the factor on the peak learning rate.
 
         Args:
-            step: number of the step, from 0
-            reductions: how often the learning rate was reduced on a plateau so far
+            step: number of the step, from 0.
+            reductions: how often the learning rate was reduced on a plateau so far.
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
@@ -88,12 +88,12 @@ class ValidationHistory:
     Checkpoints hold these fields under these names.
 
     Attributes:
-        best: best score
-        step: step of the best score
-        stale: validations since the best score
-        since: validations since the best score or the last reduction of the learning rate
-        reductions: reductions of the learning rate so far
-        scores: all scores of the best validation, by name
+        best: best score.
+        step: step of the best score.
+        stale: validations since the best score.
+        since: validations since the best score or the last reduction of the learning rate.
+        reductions: reductions of the learning rate so far.
+        scores: all scores of the best validation, by name.
     """
 
     best: float = -math.inf
@@ -107,9 +107,9 @@ class ValidationHistory:
         """Return the history with one more validation.
 
         Args:
-            scores: scores by name; "score" decides
-            step: step of the validation
-            config: the schedule, which says after how many stale validations the learning rate falls
+            scores: scores by name; "score" decides.
+            step: step of the validation.
+            config: the schedule, which says after how many stale validations the learning rate falls.
         """
         if scores["score"] > self.best:
             return ValidationHistory(best=scores["score"], step=step, reductions=self.reductions, scores=scores)

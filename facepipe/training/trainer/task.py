@@ -16,9 +16,9 @@ class TrainingTask(Protocol):
     """A network with its data and its loss.
 
     Attributes:
-        net: the module that is exported
-        objective: what the loss learns beside the network, such as class centres; may have no parameters
-        steps_per_epoch: batches per epoch
+        net: the module that is exported.
+        objective: what the loss learns beside the network, such as class centres; may have no parameters.
+        steps_per_epoch: batches per epoch.
     """
 
     net: nn.Module
