@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Test files run side by side, one per core: threads that wait for each other would take the cores from other tests.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy and torch are imported
+# Test files run side by side, one per core. OpenMP's threads wait for each other in a loop that keeps a core busy, so more
+# than one per process would take the cores from other tests. The variable is read when FAISS and torch are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
 import hypothesis

@@ -1,5 +1,6 @@
 """The index: answers that do not depend on the split, the batch or the order; erasing; damage; hostile vectors."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,19 @@ def data() -> list[pa.Table]:
 
 
 @pytest.fixture(scope="module")
-def gallery(data: list[pa.Table], tmp_path_factory: pytest.TempPathFactory) -> Gallery:
-    found = fill(tmp_path_factory.mktemp("index") / "g", data)
+def filled(data: list[pa.Table], tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    """A gallery without an index, for tests to copy: its 48 commits take longer than most of them."""
+    return fill(tmp_path_factory.mktemp("filled") / "g", data)
+
+
+def copy(gallery: Gallery, path: Path) -> Gallery:
+    shutil.copytree(gallery.path, path)
+    return Gallery(str(path))
+
+
+@pytest.fixture(scope="module")
+def gallery(filled: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    found = copy(filled, tmp_path_factory.mktemp("index") / "g")
     make(found)
     return found
 
@@ -146,11 +158,11 @@ def test_answers_do_not_depend_on_batch_or_threads(gallery: Gallery) -> None:
     same(whole, Index(gallery.path, threads=1).search(asked, 10, NARROW))
 
 
-def test_answers_do_not_depend_on_the_split(data: list[pa.Table], tmp_path: Path) -> None:
+def test_answers_do_not_depend_on_the_split(filled: Gallery, tmp_path: Path) -> None:
     """1, 4 and 16 shards; before and after compaction; after a tenth was erased; merged in memory."""
     asked, answers, erased = queries(), [], []
     for shards in (1, 4, 16):
-        found = fill(tmp_path / str(shards), data)
+        found = copy(filled, tmp_path / str(shards))
         assert make(found, shard_vectors=COUNT // shards).shards == shards
         index = Index(found.path)
         answers.append(index.search(asked, 10, NARROW))
@@ -174,8 +186,8 @@ def test_answers_do_not_depend_on_the_split(data: list[pa.Table], tmp_path: Path
 
 
 @pytest.mark.parametrize("factory", ["Flat", FACTORY, "IVF64,SQ8", "PCAR96,IVF64,PQ48x4fs", "IVF64_HNSW32,PQ64x4fs"])
-def test_everything_visited_is_exact(factory: str, data: list[pa.Table], tmp_path: Path) -> None:
-    found = fill(tmp_path / "g", data)
+def test_everything_visited_is_exact(factory: str, filled: Gallery, tmp_path: Path) -> None:
+    found = copy(filled, tmp_path / "g")
     make(found, factory=factory, shard_vectors=2000)
     hits = Index(found.path).search(queries(50), 10, ALL)
     ids, distances = brute(found, queries(50))
