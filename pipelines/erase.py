@@ -1,10 +1,9 @@
-"""erase: images leave a gallery for good, in steps that a crash cannot leave half done; a receipt says what went."""
+"""erase: delete images from a gallery, in steps that a crash cannot leave half done, and write a receipt."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import chain
 from zipfile import BadZipFile
 
 import numpy as np
@@ -13,9 +12,9 @@ import pyarrow.dataset as ds
 
 import facepipe
 from facepipe import storage
-from facepipe.erasure import pending, receipt, vectors
+from facepipe.erasure import pending, vectors
 from facepipe.erasure.erased_data import ErasedData
-from facepipe.erasure.receipt import Receipt
+from facepipe.erasure.receipt import Receipt, save_receipt
 from facepipe.erasure.reports import is_disposable, scrub_reports
 from facepipe.erasure.selection import SelectedImages, Selection, select_images
 from facepipe.errors import FacepipeError, GalleryBusyError
@@ -32,12 +31,21 @@ from pipelines.runtime.run_record import PhaseTimer, attach_summary, get_current
 from pipelines.runtime.workspace import REPORTS
 
 Progress = Callable[[str], None]
-_ROWS = 65536
+_BATCH_ROWS = 65536
 
 
 @dataclass
 class EraseSummary:
-    """What was erased, or (dry_run) would be. receipts: paths, those of erasures that were taken up again first."""
+    """What was erased, or would be (dry run).
+
+    Attributes:
+        images: images that were deleted.
+        faces: faces that were deleted.
+        rows: rows that were deleted.
+        dry_run: nothing was deleted; the counts say what would be.
+        receipts: paths of receipts, those of interrupted erasures that were completed first.
+        seconds: wall clock by step.
+    """
 
     images: int = 0
     faces: int = 0
@@ -45,6 +53,14 @@ class EraseSummary:
     dry_run: bool = False
     receipts: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Leases:
+    """The leases that an erasure holds from its beginning to its end."""
+
+    gallery: Lease
+    index: Lease
 
 
 def run(
@@ -55,18 +71,27 @@ def run(
     may_return: bool = False,
     progress: Progress = lambda line: None,
 ) -> EraseSummary:
-    """Erase the images that a selection means: rows, vectors, thumbnails, report entries, old files, the older log.
+    """Erase images: rows, vectors, thumbnails, report entries, old files, and the table's older log.
 
-    Searches stop returning them in the first step. may_return: do not keep them from being embedded again. dry_run:
-    only count, and write nothing, no record of the run either. An erasure that a crash broke off is finished first,
-    whatever is asked for now. Raises GalleryBusyError where another run writes to the gallery, its index or its
-    reports.
+    Searches stop returning them in the first step. An erasure that a crash interrupted is completed first, whatever the
+    selection is.
+
+    Args:
+        selection: the images.
+        gallery: folder or URL of the gallery.
+        dry_run: count only, and write nothing, not even a record of the run.
+        may_return: let a later `embed` take the images in again.
+        progress: called with a line per step.
+
+    Raises:
+        ConfigError: the selection is empty or invalid.
+        GalleryBusyError: another run writes to the gallery, its index or its reports.
     """
     table = Gallery(gallery)
-    selection.build_filter(datetime.now(UTC))  # a selection that says nothing is refused before anything is done
+    selection.build_filter(datetime.now(UTC))  # refuse an empty selection before anything is done
     if dry_run:
-        chosen = select_images(table, selection)
-        return EraseSummary(chosen.images, len(chosen.faces), chosen.rows, dry_run=True)
+        selected = select_images(table, selection)
+        return EraseSummary(selected.images, len(selected.faces), selected.rows, dry_run=True)
     return _erase(selection, table.path, may_return, progress)
 
 
@@ -75,18 +100,22 @@ def _erase(selection: Selection, gallery: str, may_return: bool, progress: Progr
     summary = EraseSummary()
     attach_summary(summary)
     with _acquire_leases(gallery, progress) as leases:
-        steps = _Erasure(gallery, leases, summary, progress)
-        steps.resume()
-        chosen = select_images(Gallery(gallery), selection)
-        summary.images, summary.faces, summary.rows = chosen.images, len(chosen.faces), chosen.rows
-        if chosen.images:
-            steps.erase(_create_receipt(gallery, selection, chosen, not may_return), chosen)
+        erasure = _Erasure(gallery, leases, summary, progress)
+        erasure.resume()
+        selected = select_images(Gallery(gallery), selection)
+        summary.images = selected.images
+        summary.faces = len(selected.faces)
+        summary.rows = selected.rows
+        if selected.images:
+            receipt = _create_receipt(gallery, selection, selected, is_suppressed=not may_return)
+            erasure.erase(receipt, selected)
     return summary
 
 
 def resume(gallery: str, progress: Progress = lambda line: None) -> EraseSummary:
-    """Finish what a crash broke off, if anything."""
-    summary, table = EraseSummary(), Gallery(gallery)
+    """Complete an erasure that a crash interrupted, if there is one."""
+    summary = EraseSummary()
+    table = Gallery(gallery)
     if pending.read_unfinished(table.path):
         with _acquire_leases(table.path, progress) as leases:
             _Erasure(table.path, leases, summary, progress).resume()
@@ -94,146 +123,175 @@ def resume(gallery: str, progress: Progress = lambda line: None) -> EraseSummary
 
 
 @contextmanager
-def _acquire_leases(gallery: str, progress: Progress) -> Iterator[tuple[Lease, Lease]]:
-    """Those of the gallery and of its index. The reports' is taken when their turn comes: others take it in between."""
+def _acquire_leases(gallery: str, progress: Progress) -> Iterator[_Leases]:
+    """Acquire the leases of the gallery and its index.
+
+    The lease of the reports is acquired later, because other steps acquire it in between.
+    """
     reports = storage.join(gallery, REPORTS)
+    index = storage.join(gallery, manifests.FOLDER)
     with (
-        hold_lease(gallery, "gallery", progress) as lease,
-        hold_lease(storage.join(gallery, manifests.FOLDER), "index", progress) as index_lease,
+        hold_lease(gallery, "gallery", progress) as gallery_lease,
+        hold_lease(index, "index", progress) as index_lease,
     ):
         if next(storage.list_files(reports), None) is not None:
             with hold_lease(reports, "reports", progress):
-                pass  # refused before anything is done, and not half-way
-        yield lease, index_lease
+                pass  # so that the erasure is refused now, and not half-way
+        yield _Leases(gallery_lease, index_lease)
 
 
-def _create_receipt(gallery: str, selection: Selection, chosen: SelectedImages, suppress_: bool) -> Receipt:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    made = Receipt(new_run_id(), Gallery(gallery).id, now, selection.list_conditions(), facepipe.__version__)
-    made.images, made.faces, made.rows, made.suppressed = chosen.images, len(chosen.faces), chosen.rows, suppress_
-    made.version_before = chosen.version
-    made.hashes = {
-        "uris": made.hash_values(chosen.uris.to_pylist()),
-        "images": made.hash_values(chosen.contents.to_pylist()),
-        "faces": made.hash_values(map(str, chosen.faces.to_pylist())),
-    }
-    return made
+def _create_receipt(gallery: str, selection: Selection, selected: SelectedImages, *, is_suppressed: bool) -> Receipt:
+    return Receipt(
+        id=new_run_id(),
+        gallery=Gallery(gallery).id,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        chosen_by=selection.list_conditions(),
+        facepipe=facepipe.__version__,
+        images=selected.images,
+        faces=len(selected.faces),
+        rows=selected.rows,
+        version_before=selected.version,
+        suppressed=is_suppressed,
+    )
 
 
 class _Erasure:
-    """The steps of erasures; each can be done again, and then does what is left of it."""
+    """The steps of erasures. Each step can be repeated, and then does what is left of it."""
 
-    def __init__(self, gallery: str, leases: tuple[Lease, Lease], summary: EraseSummary, progress: Progress):
-        self.gallery, self.summary, self.progress = gallery, summary, progress
-        self.lease, self.index_lease = leases
+    def __init__(self, gallery: str, leases: _Leases, summary: EraseSummary, progress: Progress) -> None:
+        self.gallery = gallery
+        self.leases = leases
+        self.summary = summary
+        self.progress = progress
 
     def resume(self) -> None:
-        """Finish what was broken off."""
-        for found, chosen in pending.read_unfinished(self.gallery):
-            self.progress(f"finishing the erasure {found.id}, which was broken off")
-            self._run_steps(found, chosen)
+        """Complete interrupted erasures."""
+        for receipt, selected in pending.read_unfinished(self.gallery):
+            self.progress(f"completing the interrupted erasure {receipt.id}")
+            self._run_steps(receipt, selected)
 
-    def erase(self, made: Receipt, chosen: SelectedImages) -> None:
-        """All steps of a new erasure."""
-        pending.write_pending(self.gallery, made, chosen)
-        self._run_steps(made, chosen)
+    def erase(self, receipt: Receipt, selected: SelectedImages) -> None:
+        """Run all steps of a new erasure."""
+        receipt.hashes = {
+            "uris": receipt.hash_values(selected.uris.to_pylist()),
+            "images": receipt.hash_values(selected.contents.to_pylist()),
+            "faces": receipt.hash_values(map(str, selected.faces.to_pylist())),
+        }
+        pending.write_pending(self.gallery, receipt, selected)
+        self._run_steps(receipt, selected)
 
-    def _run_steps(self, made: Receipt, chosen: SelectedImages) -> None:
+    def _run_steps(self, receipt: Receipt, selected: SelectedImages) -> None:
         phases = PhaseTimer(self.summary.seconds)
-        if made.suppressed:
-            suppressed.suppress_images(self.gallery, made.id, chosen.uris.to_pylist(), chosen.contents.to_pylist())
-        removed = self._hide_vectors(made, chosen)
+        # 1. From here on no search returns the faces, and no run embeds the images again.
+        if receipt.suppressed:
+            uris = selected.uris.to_pylist()
+            suppressed.suppress_images(self.gallery, receipt.id, uris, selected.contents.to_pylist())
+        removal = self._hide_vectors(receipt, selected)
         phases.end("hide")
-        self.progress(f"{len(chosen.uris)} images, {len(chosen.faces)} faces: no search returns them any more")
-        self._remove_rows(made, chosen)
+        self.progress(f"{len(selected.uris)} images, {len(selected.faces)} faces: no search returns them any more")
+        # 2. The rows leave the table.
+        self._remove_rows(receipt, selected)
         phases.end("rows")
-        self._remove_vectors(made, removed)
+        # 3. The vectors leave the index.
+        self._remove_vectors(receipt, removal)
         phases.end("index")
-        self._scrub_reports(made, self._describe_erased(chosen))
+        # 4. The reports lose what they hold.
+        self._scrub_reports(receipt, self._describe_erased(selected))
         phases.end("reports")
-        self._delete_files(made)
+        # 5. Old files are deleted.
+        self._delete_files(receipt)
         phases.end("vacuum")
-        path = receipt.save_receipt(self.gallery, made)
-        pending.delete_pending(self.gallery, made)
+        # 6. The receipt is complete.
+        path = save_receipt(self.gallery, receipt)
+        pending.delete_pending(self.gallery, receipt)
         self.summary.receipts.append(path)
-        _count_erased(made.images)
+        _count_erased(receipt.images)
 
-    def _hide_vectors(self, made: Receipt, chosen: SelectedImages) -> vectors.VectorRemoval:
+    def _hide_vectors(self, receipt: Receipt, selected: SelectedImages) -> vectors.VectorRemoval:
         if not manifests.exists(self.gallery):
             return vectors.VectorRemoval()
-        removed = vectors.hide_vectors(self.gallery, chosen, self.index_lease.check)
-        made.vectors, made.index_before = max(made.vectors, removed.vectors), made.index_before | removed.before
-        return removed
+        removal = vectors.hide_vectors(self.gallery, selected, self.leases.index.check)
+        receipt.vectors = max(receipt.vectors, removal.vectors)
+        receipt.index_before = receipt.index_before | removal.before
+        return removal
 
-    def _remove_rows(self, made: Receipt, chosen: SelectedImages) -> None:
-        """Rows out of the table. What the receipt says of it is kept before the commit: after it nobody could tell."""
+    def _remove_rows(self, receipt: Receipt, selected: SelectedImages) -> None:
+        """Remove rows from the table.
 
-        def actions() -> list[Action]:
-            trace, table = RewriteTrace(), Gallery(self.gallery)
-            what = plan_rewrite_of_uris(chosen.uris.to_pylist(), lambda rows, mask: rows.filter(pc.invert(mask)))
-            found = list(rewrite_files(table, what, trace))
-            if found:
-                made.version_before, made.version_after = table.version, table.version + 1
-                made.files_before |= {name: digest or "" for name, digest in trace.before}
-                made.files_after |= {name: digest or "" for name, digest in trace.after}
-            pending.save_progress(self.gallery, made)
-            return found
+        What the receipt says of it is saved before the commit, because nobody could tell afterwards.
+        """
 
-        commit = Committer(Gallery(self.gallery), new_run_id(), self.lease)
-        commit.commit_actions(actions, {"job": "erase", "images": made.images, "faces": made.faces})
+        def rewrite() -> list[Action]:
+            table = Gallery(self.gallery)
+            trace = RewriteTrace()
+            plan = plan_rewrite_of_uris(selected.uris.to_pylist(), lambda rows, mask: rows.filter(pc.invert(mask)))
+            actions = list(rewrite_files(table, plan, trace))
+            if actions:
+                receipt.version_before = table.version
+                receipt.version_after = table.version + 1
+                receipt.files_before |= {name: digest or "" for name, digest in trace.before}
+                receipt.files_after |= {name: digest or "" for name, digest in trace.after}
+            pending.save_progress(self.gallery, receipt)
+            return actions
 
-    def _remove_vectors(self, made: Receipt, removed: vectors.VectorRemoval) -> None:
+        committer = Committer(Gallery(self.gallery), new_run_id(), self.leases.gallery)
+        committer.commit_actions(rewrite, {"job": "erase", "images": receipt.images, "faces": receipt.faces})
+
+    def _remove_vectors(self, receipt: Receipt, removal: vectors.VectorRemoval) -> None:
         if not manifests.exists(self.gallery):
-            manifests.sweep(self.gallery, None)  # pieces of an index that was never finished
+            manifests.sweep(self.gallery, None)  # parts of an index that was never finished
             return
 
-        def before_publishing() -> None:
-            made.index_after |= removed.after
-            pending.save_progress(self.gallery, made)
-            self.index_lease.check()
+        def prepare_publishing() -> None:
+            receipt.index_after |= removal.after
+            pending.save_progress(self.gallery, receipt)
+            self.leases.index.check()
 
-        vectors.remove_vectors(self.gallery, removed, (made.version_before, made.version_after), before_publishing)
-
-    def _describe_erased(self, chosen: SelectedImages) -> ErasedData:
-        left = set[str]()
-        for batch in Gallery(self.gallery).batches(["identity"], ds.field("identity").isin(chosen.names), rows=_ROWS):
-            left.update(pc.unique(batch["identity"]).to_pylist())
-        return ErasedData(
-            frozenset(chosen.uris.to_pylist()),
-            frozenset(chosen.names.to_pylist()) - left,
-            frozenset(chosen.contents.to_pylist()),
-            np.sort(chosen.faces.to_numpy()),
-            np.unique(chosen.marks.to_numpy()),
+        vectors.remove_vectors(
+            self.gallery,
+            removal,
+            version_before=receipt.version_before,
+            version_after=receipt.version_after,
+            check_lease=prepare_publishing,
         )
 
-    def _scrub_reports(self, made: Receipt, gone: ErasedData) -> None:
-        place = storage.join(self.gallery, REPORTS)
-        names = sorted({found.url.removeprefix(place + "/").split("/")[0] for found in storage.list_files(place)})
+    def _describe_erased(self, selected: SelectedImages) -> ErasedData:
+        """Describe what reports must not hold; a label that other images still have may stay."""
+        names_in_use: set[str] = set()
+        has_name = ds.field("identity").isin(selected.names)
+        for batch in Gallery(self.gallery).batches(["identity"], has_name, rows=_BATCH_ROWS):
+            names_in_use.update(pc.unique(batch["identity"]).to_pylist())
+        return ErasedData(
+            uris=frozenset(selected.uris.to_pylist()),
+            names=frozenset(selected.names.to_pylist()) - names_in_use,
+            contents=frozenset(selected.contents.to_pylist()),
+            faces=np.sort(selected.faces.to_numpy()),
+            marks=np.unique(selected.marks.to_numpy()),
+        )
+
+    def _scrub_reports(self, receipt: Receipt, erased: ErasedData) -> None:
+        folder = storage.join(self.gallery, REPORTS)
+        names = sorted({file.url.removeprefix(folder + "/").split("/")[0] for file in storage.list_files(folder)})
         if not names:
             return
         if "cluster" in names:
             self._update_clusters()
-        with hold_lease(place, "reports", self.progress) as lease:
-            if open_store(self.gallery, REPORTS).is_complete:
-                changes = scrub_reports(place, gone)
-            else:
-                changes = chain.from_iterable(self._scrub_remote_report(name, gone) for name in names)
-            for changed in changes:
-                made.reports = sorted({*made.reports, changed})
-                pending.save_progress(self.gallery, made)
+        with hold_lease(folder, "reports", self.progress) as lease:
+            for changed in self._iterate_scrubbed(folder, names, erased):
+                receipt.reports = sorted({*receipt.reports, changed})
+                pending.save_progress(self.gallery, receipt)
                 lease.check()
 
-    def _update_clusters(self) -> None:
-        """Clusters without the erased, where that can be done: `scrub` only takes out what is theirs alone."""
-        try:
-            cluster_assign.run(self.gallery, progress=self.progress)
-        except GalleryBusyError:
-            raise
-        except (FacepipeError, OSError, ValueError, KeyError, BadZipFile) as error:
-            self.progress(f"the clusters could not be brought up to date ({type(error).__name__})")
+    def _iterate_scrubbed(self, folder: str, names: list[str], erased: ErasedData) -> Iterator[str]:
+        """Remove erased data from all reports, and yield the name of each file that changed."""
+        if open_store(self.gallery, REPORTS).is_complete:
+            yield from scrub_reports(folder, erased)
+            return
+        for name in names:
+            yield from self._scrub_remote_report(name, erased)
 
-    def _scrub_remote_report(self, name: str, gone: ErasedData) -> list[str]:
-        """One report of a gallery in an object store: fetched, scrubbed, and uploaded where it has changed."""
+    def _scrub_remote_report(self, name: str, erased: ErasedData) -> list[str]:
+        """Fetch one report of a gallery in an object store, clean it, and upload it if it has changed."""
         if name.startswith(LEASE_FILE):
             return []
         store = open_store(self.gallery, f"{REPORTS}/{name}")
@@ -242,23 +300,36 @@ class _Erasure:
                 storage.delete(file.url)
             return [f"{name}/"]
         store.pull()
-        found = list(scrub_reports(store.folder, gone))
-        if found:
+        changed = list(scrub_reports(store.folder, erased))
+        if changed:
             store.push(last="report.html")
-        return [f"{name}/{inner}" for inner in found]
+        return [f"{name}/{inner}" for inner in changed]
 
-    def _delete_files(self, made: Receipt) -> None:
-        self.lease.check()
+    def _update_clusters(self) -> None:
+        """Update the clusters, if that can be done; `scrub_reports` only removes what belongs to the erased alone."""
+        try:
+            cluster_assign.run(self.gallery, progress=self.progress)
+        except GalleryBusyError:
+            raise
+        except (FacepipeError, OSError, ValueError, KeyError, BadZipFile) as error:
+            self.progress(f"the clusters could not be updated ({type(error).__name__})")
+
+    def _delete_files(self, receipt: Receipt) -> None:
+        """Delete files that no longer belong to the table, its older log, and this machine's copies."""
+        self.leases.gallery.check()
         table = Gallery(self.gallery)
-        now = {file["path"] for file in table.files()}
-        made.files_after = {name: digest for name, digest in made.files_after.items() if name in now}
+        # Files of both lists may have been replaced once more since.
+        current_files = {file["path"] for file in table.files()}
+        receipt.files_after = {name: digest for name, digest in receipt.files_after.items() if name in current_files}
         if manifests.exists(self.gallery):
-            kept = {entry.name for entry in manifests.load(self.gallery).shards}
-            made.index_after = {name: d for name, d in made.index_after.items() if name.split("/")[0] in kept}
-        made.files_deleted = max(made.files_deleted, len(find_unreferenced(table)))
-        pending.save_progress(self.gallery, made)
+            shards = {entry.name for entry in manifests.load(self.gallery).shards}
+            receipt.index_after = {
+                name: digest for name, digest in receipt.index_after.items() if name.split("/")[0] in shards
+            }
+        receipt.files_deleted = max(receipt.files_deleted, len(find_unreferenced(table)))
+        pending.save_progress(self.gallery, receipt)
         delete_unreferenced(table)
-        made.log_files_deleted += delete_history(table)
+        receipt.log_files_deleted += delete_history(table)
         delete_copies(self.gallery)
 
 

@@ -1,1 +1,1 @@
-"""Taking people out of a gallery for good: rows, vectors, thumbnails, pages; with a receipt, and proof."""
+"""Deleting a person's data: rows, vectors, thumbnails and report entries; with a receipt, and a check of it."""

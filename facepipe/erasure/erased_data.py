@@ -1,7 +1,7 @@
-"""Who is gone, and what a column or a field would betray of them.
+"""What an erasure removes, and which columns or fields would reveal it.
 
-What it holds is told by its name, so that a label that is also a word of ours ("keep", "12") takes nothing of others
-along.
+The name of a column tells what it holds. So a label that is also one of facepipe's words ("keep", "12") removes nothing
+of others.
 """
 
 import re
@@ -12,20 +12,32 @@ import pyarrow as pa
 
 from facepipe.types import Int64, UInt64
 
-URIS, NAMES, CONTENTS, IDS, ANY = "uris", "names", "contents", "ids", "any"
+# Roles of columns: what their values are.
+URIS = "uris"
+NAMES = "names"
+CONTENTS = "contents"
+IDS = "ids"
+ANY = "any"
 _ROLES = (
     (re.compile(r"uri.*|kept_uri|path"), URIS),
     (re.compile(r"(nearest_)?identity.*|suggested|left|right"), NAMES),
     (re.compile(r"image_id.*"), CONTENTS),
     (re.compile(r"face_id.*|medoid"), IDS),
-    (re.compile(r"decision|reason|kind|label|probability"), None),  # words and numbers of ours
+    (re.compile(r"decision|reason|kind|label|probability"), None),  # words and numbers that facepipe defines
 )
 
 
 @dataclass(frozen=True)
 class ErasedData:
-    """What must not be left. names: labels that no image bears any more; faces: sorted ids; marks: sorted `compute_marks`
-    of the vectors."""
+    """What must not be left.
+
+    Attributes:
+        uris: uris of the erased images.
+        names: labels that no other image has.
+        contents: image ids.
+        faces: sorted face ids.
+        marks: sorted marks of the vectors (`facepipe.erasure.selection.compute_marks`).
+    """
 
     uris: frozenset[str]
     names: frozenset[str]
@@ -35,18 +47,27 @@ class ErasedData:
 
     @cached_property
     def by_role(self) -> dict[str, frozenset[str]]:
-        """What betrays somebody in a column of texts, by what the column holds."""
+        """Texts that reveal erased data, by the role of the column."""
         ids = frozenset(map(str, self.faces.tolist()))
-        kinds = {URIS: self.uris, NAMES: self.names, CONTENTS: self.contents, IDS: ids}
-        return {**kinds, ANY: self.uris | self.names | self.contents}
+        return {
+            URIS: self.uris,
+            NAMES: self.names,
+            CONTENTS: self.contents,
+            IDS: ids,
+            ANY: self.uris | self.names | self.contents,
+        }
 
     @cached_property
     def arrays(self) -> dict[str, pa.Array]:
-        """The same for Arrow."""
-        texts = {role: pa.array(sorted(values), pa.string()) for role, values in self.by_role.items() if role != IDS}
-        return {**texts, IDS: pa.array(self.faces)}
+        """The same as Arrow arrays; ids are numbers."""
+        arrays = {role: pa.array(sorted(values), pa.string()) for role, values in self.by_role.items() if role != IDS}
+        arrays[IDS] = pa.array(self.faces)
+        return arrays
 
 
 def find_role(column: str) -> str | None:
-    """What a column, or a field of a list, holds; None where nobody can be told by it."""
-    return next((role for pattern, role in _ROLES if pattern.fullmatch(column)), ANY)
+    """Find what a column or a field of a list holds; None if it cannot reveal anybody."""
+    for pattern, role in _ROLES:
+        if pattern.fullmatch(column):
+            return role
+    return ANY

@@ -1,4 +1,4 @@
-"""Lists of reports without the erased: lines of text, rows of CSV."""
+"""Lists of reports without erased data: lines of text, rows of CSV."""
 
 import csv
 import os
@@ -8,85 +8,103 @@ from facepipe.erasure.erased_data import ANY, ErasedData, find_role
 from facepipe.storage.atomic import publish_file
 
 
-def scrub_list(path: str, gone: ErasedData) -> bool:
-    told = create_line_reader(path)
-    return _filter_lines(path, lambda line: not gone.uris.isdisjoint(told(line)))
+def scrub_list(path: str, erased: ErasedData) -> bool:
+    """Remove lines that name an erased image; return whether there were any."""
+    read_line = create_line_reader(path)
+    return _filter_lines(path, lambda line: not erased.uris.isdisjoint(read_line(line)))
 
 
 def create_line_reader(path: str) -> Callable[[str], Iterable[str]]:
-    """What a line of a list may say of an image: its uri, with or without a number behind it."""
+    """Create a function that returns what a line of a list may say of an image.
+
+    That is its uri, with or without a number behind it. Uris in msceleb.txt lack a common root.
+    """
     root = _find_root(os.path.dirname(path)) if os.path.basename(path) == "msceleb.txt" else ""
 
-    def told(line: str) -> Iterator[str]:
+    def read_line(line: str) -> Iterator[str]:
         text = line.rstrip("\r\n")
         for uri in (text, text.rpartition(" ")[0]):
             yield uri
             yield root + uri
 
-    return told
+    return read_line
 
 
 def _find_root(folder: str) -> str:
-    """What the paths of msceleb.txt are relative to: clean.txt has the same lines in full."""
+    """Find what the paths of msceleb.txt are relative to: clean.txt has the same lines in full."""
     try:
         with (
-            open(os.path.join(folder, "clean.txt"), encoding="utf-8", errors="surrogateescape") as whole,
-            open(os.path.join(folder, "msceleb.txt"), encoding="utf-8", errors="surrogateescape") as short,
+            open(os.path.join(folder, "clean.txt"), encoding="utf-8", errors="surrogateescape") as full_lines,
+            open(os.path.join(folder, "msceleb.txt"), encoding="utf-8", errors="surrogateescape") as short_lines,
         ):
-            for full, part in zip(whole, short, strict=False):
-                if full != part and full.endswith(part):
-                    return full.removesuffix(part)
+            for full, short in zip(full_lines, short_lines, strict=False):
+                if full != short and full.endswith(short):
+                    return full.removesuffix(short)
     except OSError:
         pass
     return ""
 
 
-def _filter_lines(path: str, drop: Callable[[str], bool]) -> bool:
-    """Whether lines were dropped."""
+def _filter_lines(path: str, is_dropped: Callable[[str], bool]) -> bool:
+    """Rewrite a file without some lines; return whether lines were dropped."""
+    dropped = 0
     with (
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
         open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
-        count = written = 0
         for line in file:
-            count += 1
-            if not drop(line):
+            if is_dropped(line):
+                dropped += 1
+            else:
                 out.write(line)
-                written += 1
-    return finish_file(path, written < count)
+    return finish_file(path, is_changed=dropped > 0)
 
 
-def finish_file(path: str, changed: bool) -> bool:
-    if changed:
+def finish_file(path: str, *, is_changed: bool) -> bool:
+    """Put the file that was written beside `path` in its place, or delete it if nothing changed."""
+    if is_changed:
         publish_file(path + ".new", path, sync=False)
     else:
         os.unlink(path + ".new")
-    return changed
+    return is_changed
 
 
-def scrub_csv(path: str, gone: ErasedData) -> bool:
-    """Rows as CSV has them: a label may go over several lines."""
+def scrub_csv(path: str, erased: ErasedData) -> bool:
+    """Remove rows that name erased data; return whether there were any.
+
+    The file is read as CSV, because a label may span several lines.
+    """
+    is_changed = False
     with (
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
         open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
-        rows, writer, changed = iterate_csv_rows(file), csv.writer(out), False
-        for roles, row in rows:
-            if any(role and cell in gone.by_role[role] for role, cell in zip(roles, row, strict=False)):
-                changed = True
+        writer = csv.writer(out)
+        for roles, row in iterate_csv_rows(file):
+            if any(role and cell in erased.by_role[role] for role, cell in zip(roles, row, strict=False)):
+                is_changed = True
             else:
                 writer.writerow(row)
-    return finish_file(path, changed)
+    return finish_file(path, is_changed=is_changed)
 
 
 def iterate_csv_rows(file: Iterable[str]) -> Iterator[tuple[list[str | None], list[str]]]:
-    """(what each cell holds, the cells) of each row; the row of column names holds nothing."""
+    """Read a CSV file row by row.
+
+    If a column is unknown, facepipe did not write the file, and any cell may reveal somebody.
+
+    Returns:
+        Pairs of the roles of the cells and the cells. The header of one of facepipe's files reveals nobody.
+    """
     reader = csv.reader(file)
-    head = next(reader, None)
-    if head is None:
+    header = next(reader, None)
+    if header is None:
         return
-    named = [find_role(name) for name in head]
-    ours = ANY not in named
-    yield ([None] * len(head), head) if ours else ([ANY] * len(head), head)
+    roles = [find_role(name) for name in header]
+    is_ours = ANY not in roles
+    if is_ours:
+        yield [None] * len(header), header
+    else:
+        yield [ANY] * len(header), header
     for row in reader:
-        yield (named if ours else [ANY] * len(row)), row
+        yield (roles if is_ours else [ANY] * len(row)), row

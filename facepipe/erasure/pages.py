@@ -18,10 +18,10 @@ _PAGES_WITHOUT_NAMES = ("Identity clusters", "Duplicate images", "What two galle
 _SHARED_IDENTITIES = "Shared identities"  # the title of the table whose first two columns hold labels
 
 
-def scrub_page(path: str, gone: ErasedData) -> bool:
+def scrub_page(path: str, erased: ErasedData) -> bool:
     """Remove erased data from a page.
 
-    A page that mentions erased data in an unknown place is deleted. So the page must be made again.
+    If the head of a page mentions an erased image elsewhere, the page is deleted. The next report makes it again.
 
     Returns:
         Whether the page was changed or deleted.
@@ -29,7 +29,7 @@ def scrub_page(path: str, gone: ErasedData) -> bool:
     Raises:
         PageFormatError: an older facepipe wrote the page, so its content cannot be read.
     """
-    editor = _PageEditor(gone)
+    editor = _PageEditor(erased)
     is_changed = edit_report(path, editor.edit_head, editor.edit_group)
     if editor.mentions_erased:
         os.unlink(path)
@@ -40,9 +40,9 @@ def scrub_page(path: str, gone: ErasedData) -> bool:
 class _PageEditor:
     """The edits of one page."""
 
-    def __init__(self, gone: ErasedData) -> None:
-        self._gone = gone
-        self._names = gone.names
+    def __init__(self, erased: ErasedData) -> None:
+        self._erased = erased
+        self._names = erased.names
         self.mentions_erased = False
 
     def edit_head(self, head: Report) -> Report:
@@ -50,14 +50,14 @@ class _PageEditor:
         if head.title in _PAGES_WITHOUT_NAMES:
             self._names = frozenset()
         edited = replace(head, tables=tuple(self._edit_table(table) for table in head.tables))
-        self.mentions_erased = not self._gone.uris.isdisjoint(_iterate_texts(edited))
+        self.mentions_erased = not self._erased.uris.isdisjoint(_iterate_texts(edited))
         return edited
 
     def _edit_table(self, table: Table) -> Table:
         if not table.title.startswith(_SHARED_IDENTITIES):
             return table
-        erased = self._gone.names | self._gone.uris
-        return replace(table, rows=tuple(row for row in table.rows if erased.isdisjoint(row[:2])))
+        revealing = self._erased.names | self._erased.uris
+        return replace(table, rows=tuple(row for row in table.rows if revealing.isdisjoint(row[:2])))
 
     def edit_group(self, group: JsonGroup) -> JsonGroup | None:
         """Remove erased faces and labels; drop a group that loses all faces, or whose title names an erased label."""
@@ -71,7 +71,7 @@ class _PageEditor:
 
     def _is_erased(self, face: dict[str, Any]) -> bool:
         labels = {value for name, value in face.get("figures", ()) if name == "label"}
-        return face["uri"] in self._gone.uris or not self._gone.names.isdisjoint(labels)
+        return face["uri"] in self._erased.uris or not self._erased.names.isdisjoint(labels)
 
 
 def _iterate_texts(head: Report) -> Iterator[str]:

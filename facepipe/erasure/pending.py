@@ -1,6 +1,6 @@
-"""An erasure that has begun: what it is to take out, kept until all of it is gone, so that a crash cannot stop it.
+"""An erasure that has begun, kept until it is complete, so that a crash cannot stop it.
 
-Two files: what is to go, written once, and the receipt as far as it is known, written anew after every step.
+Two files: what is to be erased, written once, and the receipt so far, rewritten after every step.
 """
 
 import io
@@ -19,34 +19,45 @@ from facepipe.errors import GalleryError
 from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
 from facepipe.storage.atomic import UNFINISHED
 
-_ENDING, _STATE = ".pending", ".state"
-_KINDS = {
-    **dict.fromkeys(("uris", "contents", "names"), pa.string()),
+_PENDING = ".pending"
+_PROGRESS = ".state"
+# The arrays of SelectedImages, by the type they have there.
+_TYPES = {
+    "uris": pa.string(),
+    "contents": pa.string(),
+    "names": pa.string(),
     "faces": pa.int64(),
     "marks": pa.uint64(),
 }
 _ROWS = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
 
-def write_pending(gallery: str, receipt: Receipt, chosen: SelectedImages) -> None:
-    """Write down what is to go. The file holds names: it is deleted when the erasure is done."""
-    kinds = {name: getattr(chosen, name).cast(pa.string()) for name in _KINDS}
-    parts = [pa.table([pa.repeat(kind, len(values)), values], schema=_ROWS) for kind, values in kinds.items()]
-    head = {"receipt": receipt.to_dict(), "version": chosen.version, "rows": chosen.rows}
+def write_pending(gallery: str, receipt: Receipt, selected: SelectedImages) -> None:
+    """Write down what is to be erased. The file holds names, so it is deleted when the erasure is complete."""
+    parts = []
+    for name in _TYPES:
+        values = getattr(selected, name).cast(pa.string())
+        parts.append(pa.table([pa.repeat(name, len(values)), values], schema=_ROWS))
+    head = {"receipt": receipt.to_dict(), "version": selected.version, "rows": selected.rows}
     sink = io.BytesIO()
     pq.write_table(pa.concat_tables(parts).replace_schema_metadata({"erasure": json.dumps(head)}), sink)
-    write_erased_file(gallery, receipt.id + _ENDING, sink.getvalue())
+    write_erased_file(gallery, receipt.id + _PENDING, sink.getvalue())
 
 
 def save_progress(gallery: str, receipt: Receipt) -> None:
-    """What the receipt says by now: a crash must not lose which files held what went."""
-    known = replace(receipt, hashes={})  # as `begin` wrote them
-    write_erased_file(gallery, receipt.id + _STATE, json.dumps(known.to_dict()).encode())
+    """Save the receipt so far: a crash must not lose which files held erased data."""
+    progress = replace(receipt, hashes={})  # `write_pending` has written them
+    write_erased_file(gallery, receipt.id + _PROGRESS, json.dumps(progress.to_dict()).encode())
 
 
 def read_unfinished(gallery: str) -> list[tuple[Receipt, SelectedImages]]:
-    """Erasures that began and did not end, oldest first."""
-    paths = sorted(f.url for f in storage.list_files(get_erased_folder(gallery)) if f.url.endswith(_ENDING))
+    """Read the erasures that began and are not complete, oldest first.
+
+    Raises:
+        GalleryError: a file is damaged.
+    """
+    files = storage.list_files(get_erased_folder(gallery))
+    paths = sorted(file.url for file in files if file.url.endswith(_PENDING))
     return [_read_pending(path) for path in paths]
 
 
@@ -56,33 +67,34 @@ def _read_pending(path: str) -> tuple[Receipt, SelectedImages]:
         head = json.loads(table.schema.metadata[b"erasure"])
         values = {
             name: table.filter(pc.equal(table["kind"], name))["value"].combine_chunks().cast(kind)
-            for name, kind in _KINDS.items()
+            for name, kind in _TYPES.items()
         }
-        chosen = SelectedImages(version=head["version"], rows=head["rows"], **values)
-        found = TypeAdapter(Receipt).validate_python(head["receipt"])
-        return _read_progress(path.removesuffix(_ENDING) + _STATE, found), chosen
+        selected = SelectedImages(version=head["version"], rows=head["rows"], **values)
+        receipt = TypeAdapter(Receipt).validate_python(head["receipt"])
+        return _read_progress(path.removesuffix(_PENDING) + _PROGRESS, receipt), selected
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise GalleryError(
-            f"{path!r}, which says what an unfinished erasure is to take out, is damaged: delete it, and erase again"
+            f"{path!r}, which lists what an unfinished erasure deletes, is damaged: delete it, and erase again"
         ) from error
 
 
-def _read_progress(path: str, begun: Receipt) -> Receipt:
-    if not any(found.url == path for found in storage.list_files(path.rpartition("/")[0])):
-        return begun
+def _read_progress(path: str, first_receipt: Receipt) -> Receipt:
+    """Read the receipt so far; the first one if no step was completed or the file is damaged."""
+    if not any(file.url == path for file in storage.list_files(path.rpartition("/")[0])):
+        return first_receipt
     try:
-        found = TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
-    except ValidationError:  # of what is done again anyway
-        return begun
-    return replace(found, hashes=begun.hashes)
+        receipt = TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
+    except ValidationError:  # the steps it tells of are simply repeated
+        return first_receipt
+    return replace(receipt, hashes=first_receipt.hashes)
 
 
 def delete_pending(gallery: str, receipt: Receipt) -> None:
-    """Everything is gone: forget what it was called."""
+    """Delete the files of an erasure that is complete."""
     base = storage.join(get_erased_folder(gallery), receipt.id)
-    # First the names: without them the rest says nothing, and no crash leaves an erasure that seems to have ended.
-    for name in (base + _ENDING, base + _STATE):
-        storage.delete(name)
-    for found in list(storage.list_files(get_erased_folder(gallery))):
-        if found.url.endswith(UNFINISHED):
-            storage.delete(found.url)
+    # The names go first. Without them the rest says nothing, and after a crash no erasure seems complete that is not.
+    for path in (base + _PENDING, base + _PROGRESS):
+        storage.delete(path)
+    for file in list(storage.list_files(get_erased_folder(gallery))):
+        if file.url.endswith(UNFINISHED):
+            storage.delete(file.url)

@@ -1,4 +1,4 @@
-"""Whether anything of an erasure is left: rows, files beside the table, vectors, and whatever reports hold."""
+"""Checking an erasure: whether rows, files beside the table, vectors or reports still hold anything."""
 
 import json
 import os
@@ -23,28 +23,30 @@ from facepipe.index.shard import Shard
 from facepipe.reports.html import iterate_groups
 from facepipe.storage.store import open_store
 
-_AT_ONCE = 65536
+_BATCH_VALUES = 65536
 
 
 class _ReceiptHashes:
-    """The hashes of a receipt, and whether a value is among them."""
+    """The hashes of a receipt."""
 
-    def __init__(self, receipt: Receipt):
+    def __init__(self, receipt: Receipt) -> None:
         self._salt = receipt.salt
         self._hashes = {
-            kind: np.array(sorted(int(h, 16) for h in hs), np.uint64) for kind, hs in receipt.hashes.items()
+            kind: np.array(sorted(int(text, 16) for text in texts), np.uint64) for kind, texts in receipt.hashes.items()
         }
 
     def count_matches(self, values: Iterable[str], *kinds: str) -> int:
-        """How many of the values are hashed in the receipt under one of the kinds."""
-        rest, count = iter(values), 0
-        while some := list(islice(rest, _AT_ONCE)):
-            hashes = np.array([hash64(self._salt, value) for value in some], np.uint64)
-            count += sum(int(np.isin(hashes, self._hashes.get(kind, hashes[:0])).sum()) for kind in kinds)
+        """Count the values whose hash is in the receipt under one of the kinds."""
+        remaining = iter(values)
+        count = 0
+        while batch := list(islice(remaining, _BATCH_VALUES)):
+            hashes = np.array([hash64(self._salt, value) for value in batch], np.uint64)
+            for kind in kinds:
+                count += int(np.isin(hashes, self._hashes.get(kind, hashes[:0])).sum())
         return count
 
     def count_in_column(self, field: pa.Field, column: pa.Array) -> int:
-        """How many different values of a column are; columns of other types hold none."""
+        """Count the distinct texts or ids of a column whose hash is in the receipt."""
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             return self.count_matches(pc.unique(column).drop_null().to_pylist(), "uris", "images")
         if pa.types.is_int64(field.type):
@@ -53,115 +55,144 @@ class _ReceiptHashes:
 
 
 def check_erased(gallery: Gallery, receipt: Receipt) -> list[str]:
-    """Problems: what is left of what the receipt says is gone. Reads the whole gallery, a batch at a time."""
-    asked = _ReceiptHashes(receipt)
-    problems = [*_check_rows(gallery, asked), *_check_files(gallery, receipt, asked), *_check_log(gallery, asked)]
-    problems += [*_check_vectors(gallery, asked), *_check_reports(gallery, asked)]
-    if any(left.id == receipt.id for left, _ in pending.read_unfinished(gallery.path)):
-        problems.append("the erasure is not finished: `facepipe erase` goes on with it")
+    """Look for anything that is left of what a receipt lists as deleted.
+
+    This reads the whole gallery, one batch at a time.
+
+    Returns:
+        Problems; empty if nothing is left.
+
+    Raises:
+        StorageError: something cannot be read.
+    """
+    hashes = _ReceiptHashes(receipt)
+    problems = [
+        *_check_rows(gallery, hashes),
+        *_check_files(gallery, receipt, hashes),
+        *_check_log(gallery, hashes),
+        *_check_vectors(gallery, hashes),
+        *_check_reports(gallery, hashes),
+    ]
+    if any(unfinished.id == receipt.id for unfinished, _ in pending.read_unfinished(gallery.path)):
+        problems.append("the erasure is not complete: run `facepipe erase` to resume it")
     return problems
 
 
-def _check_rows(gallery: Gallery, asked: _ReceiptHashes) -> Iterator[str]:
-    found = {"uri": 0, "image_id": 0, "face_id": 0}
+def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
+    counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
-        for batch in gallery.batches(list(found)):
-            found["uri"] += asked.count_matches(batch["uri"].to_pylist(), "uris")
-            found["image_id"] += asked.count_matches(batch["image_id"].drop_null().to_pylist(), "images")
-            found["face_id"] += asked.count_matches(map(str, batch["face_id"].drop_null().to_pylist()), "faces")
+        for batch in gallery.batches(list(counts)):
+            counts["uri"] += hashes.count_matches(batch["uri"].to_pylist(), "uris")
+            counts["image_id"] += hashes.count_matches(batch["image_id"].drop_null().to_pylist(), "images")
+            counts["face_id"] += hashes.count_matches(map(str, batch["face_id"].drop_null().to_pylist()), "faces")
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read the table of {gallery.path!r}: {str(error).splitlines()[0]}") from error
-    yield from (f"the table: {count} rows by {column}" for column, count in found.items() if count)
+    for column, count in counts.items():
+        if count:
+            yield f"the table: {count} rows by {column}"
 
 
-def _check_files(gallery: Gallery, receipt: Receipt, asked: _ReceiptHashes) -> Iterator[str]:
-    """Older files of the table hold what left it; those that never came into it may."""
-    for left in find_unreferenced(gallery):
-        name = os.path.basename(left.url)
-        if name in receipt.files_before or _count_mentions(left.url, asked):
-            yield f"faces/{name}: no part of the table, and holds erased rows"
-    yield from (f"faces/{file['path']}: was to go" for file in gallery.files() if file["path"] in receipt.files_before)
+def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> Iterator[str]:
+    """Check files beside the table: older ones hold what left it, and uncommitted ones may."""
+    for file in find_unreferenced(gallery):
+        name = os.path.basename(file.url)
+        if name in receipt.files_before or _count_mentions(file.url, hashes):
+            yield f"faces/{name}: not part of the table, and holds erased rows"
+    for part in gallery.files():
+        if part["path"] in receipt.files_before:
+            yield f"faces/{part['path']}: should be deleted"
 
 
-def _check_log(gallery: Gallery, asked: _ReceiptHashes) -> Iterator[str]:
-    """The log quotes the smallest and the largest uri and identity of every file."""
-    for found in storage.list_files(storage.join(gallery.faces_folder, "_delta_log")):
-        quoted = (
-            json.loads(stats or "{}").get(end, {}).get(column)
-            for stats in _read_statistics(found.url)
-            for end in ("minValues", "maxValues")
-            for column in ("uri", "image_id")
-        )
-        if asked.count_matches((value for value in quoted if value), "uris", "images"):
-            yield f"{os.path.basename(found.url)} of the log quotes it"
+def _check_log(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
+    """Check the table's log, which quotes the smallest and the largest uri and image id of every file."""
+    for file in storage.list_files(storage.join(gallery.faces_folder, "_delta_log")):
+        quotes: list[str | None] = []
+        for text in _read_statistics(file.url):
+            statistics = json.loads(text or "{}")
+            for bound in ("minValues", "maxValues"):
+                quotes.extend(statistics.get(bound, {}).get(column) for column in ("uri", "image_id"))
+        if hashes.count_matches((quote for quote in quotes if quote), "uris", "images"):
+            yield f"{os.path.basename(file.url)} of the log quotes it"
 
 
 def _read_statistics(path: str) -> Iterator[str | None]:
+    """Read the statistics of all files that a log entry or a checkpoint adds."""
     if path.endswith(".json"):
         for line in storage.read(path.encode()).splitlines():
             yield (json.loads(line).get("add") or {}).get("stats")
     elif path.endswith(".parquet"):
         with storage.open_seekable(path) as file:
             added = pq.read_table(file, columns=["add"])["add"].to_pylist()
-        yield from (add.get("stats") for add in added if add)
+        for add in added:
+            if add:
+                yield add.get("stats")
 
 
-def _check_vectors(gallery: Gallery, asked: _ReceiptHashes) -> Iterator[str]:
+def _check_vectors(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     base = storage.join(gallery.path, manifests.FOLDER).rstrip("/") + "/"
-    named: set[str] = set()
+    listed: set[str] = set()
+    # Shards of the index.
     if manifests.exists(gallery.path):
         store = manifests.open_index_store(gallery.path)
-        found = manifests.load(gallery.path)
-        for entry in found.shards:
+        manifest = manifests.load(gallery.path)
+        for entry in manifest.shards:
             shard = Shard(store, entry)
-            count = asked.count_matches(map(str, shard.ids.tolist()), "faces")
-            # Vectors of what an image was before it changed have other ids.
-            count = count or sum(
-                asked.count_matches(pc.unique(rows.uris).to_pylist(), "uris") for rows in shard.read_live_rows()
-            )
+            count = hashes.count_matches(map(str, shard.ids.tolist()), "faces")
+            if not count:
+                # Vectors of an image's earlier contents have other ids, but the same uri.
+                for rows in shard.read_live_rows():
+                    count += hashes.count_matches(pc.unique(rows.uris).to_pylist(), "uris")
             if count:
                 yield f"index/{entry.name}: {count} vectors"
-        named = {name.split("/")[0] for name, _ in manifests.list_files(found)}
-    others = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)} - named
-    yield from (
-        f"index/{name}: no part of the index" for name in sorted(others) if name.startswith(("shard-", "dead-"))
-    )
+        listed = {name.split("/")[0] for name, _ in manifests.list_files(manifest)}
+    # Files that the manifest does not list.
+    unlisted = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)} - listed
+    for name in sorted(unlisted):
+        if name.startswith(("shard-", "dead-")):
+            yield f"index/{name}: not part of the index"
 
 
-def _check_reports(gallery: Gallery, asked: _ReceiptHashes) -> Iterator[str]:
+def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     base = storage.join(gallery.path, "reports").rstrip("/") + "/"
-    names = {found.url.removeprefix(base).split("/")[0] for found in storage.list_files(base)}
+    names = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)}
     for name in sorted(names):
         store = open_store(gallery.path, f"reports/{name}")
         store.pull()
-        folder = store.folder
-        for found in storage.list_files(folder) if os.path.isdir(folder) else ():
-            count = _count_mentions(found.url, asked)
+        if not os.path.isdir(store.folder):
+            continue
+        for file in storage.list_files(store.folder):
+            count = _count_mentions(file.url, hashes)
             if count:
-                yield f"reports/{name}/{os.path.relpath(found.url, folder)}: {count} mentions"
+                yield f"reports/{name}/{os.path.relpath(file.url, store.folder)}: {count} mentions"
 
 
-def _count_mentions(path: str, asked: _ReceiptHashes) -> int:
+def _count_mentions(path: str, hashes: _ReceiptHashes) -> int:
+    """Count erased uris and ids in a file; files of unknown kinds count as none."""
     if path.endswith(".parquet"):
+        count = 0
         with storage.open_seekable(path) as handle, pq.ParquetFile(handle) as file:
-            return sum(
-                asked.count_in_column(field, column)
-                for batch in file.iter_batches()
-                for field, column in zip(batch.schema, batch.columns, strict=True)
-            )
+            for batch in file.iter_batches():
+                for field, column in zip(batch.schema, batch.columns, strict=True):
+                    count += hashes.count_in_column(field, column)
+        return count
     if path.endswith((".txt", ".csv", ".html")):
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as text:
-            return asked.count_matches(_iterate_texts(path, text), "uris", "images", "faces")
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+            return hashes.count_matches(_iterate_texts(path, lines), "uris", "images", "faces")
     if os.path.basename(path) == "ids.npy":
-        return asked.count_matches(map(str, np.load(path).tolist()), "faces")
+        return hashes.count_matches(map(str, np.load(path).tolist()), "faces")
     return 0
 
 
 def _iterate_texts(path: str, lines: Iterable[str]) -> Iterator[str]:
+    """Iterate over the texts of a list or a page that may be a uri or an id."""
     if path.endswith(".csv"):
-        yield from (cell for _, row in iterate_csv_rows(lines) for cell in row)
+        for _, row in iterate_csv_rows(lines):
+            yield from row
     elif path.endswith(".html"):
-        yield from (face["uri"] for group in iterate_groups(path) for face in group["faces"])
+        for group in iterate_groups(path):
+            for face in group["faces"]:
+                yield face["uri"]
     else:
-        told = create_line_reader(path)
-        yield from (text for line in lines for text in told(line))
+        read_line = create_line_reader(path)
+        for line in lines:
+            yield from read_line(line)

@@ -1,4 +1,7 @@
-"""The receipt of an erasure: what went, when, from which files; names nobody, and serves whoever knows a name."""
+"""The receipt of an erasure: what was deleted, when, and from which files.
+
+It names nobody, but whoever knows a name can check it.
+"""
 
 import json
 import secrets
@@ -20,10 +23,29 @@ FORMAT = 1
 class Receipt:
     """What an erasure did.
 
-    chosen_by: kinds of the conditions, without their values; files: name -> SHA-256 (32 digits), before and after, of
-    the table's and the index's files that held something of it; reports: files changed or deleted; salt and hashes:
-    keyed BLAKE2b-64, in hex, of the uris, image ids and face ids that went; suppressed: whether they are kept from
-    coming back.
+    Attributes:
+        id: id of the erasure.
+        gallery: id of the table.
+        at: when it began, UTC, ISO 8601.
+        chosen_by: names of the conditions, without their values.
+        facepipe: version of facepipe.
+        format: format of the receipt.
+        images: images that were deleted.
+        faces: faces that were deleted.
+        rows: rows that were deleted.
+        version_before: version of the table before its rows were deleted.
+        version_after: version of the table after that.
+        files_before: table files that held deleted rows, with the first 32 digits of their SHA-256.
+        files_after: table files that replaced them, likewise.
+        files_deleted: files that no longer belonged to the table.
+        vectors: vectors that were removed from the index.
+        index_before: index files that held deleted vectors, likewise.
+        index_after: index files that replaced them, likewise.
+        reports: report files that were changed or deleted.
+        log_files_deleted: files of the table's log that were deleted.
+        suppressed: whether the images are kept from being embedded again.
+        salt: salt of the hashes.
+        hashes: keyed BLAKE2b-64, in hex, of the uris, image ids and face ids that were deleted.
     """
 
     id: str
@@ -50,29 +72,33 @@ class Receipt:
     hashes: dict[str, list[str]] = field(default_factory=dict)
 
     def hash_values(self, values: Iterable[str]) -> list[str]:
-        """Hashes of texts under the receipt's salt, sorted."""
+        """Hash texts under the receipt's salt; the hashes are sorted."""
         return sorted(f"{hash64(self.salt, value):016x}" for value in values)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the receipt for JSON."""
         return asdict(self)
 
 
 def get_receipt_path(gallery: str, name: str) -> str:
-    """Where a receipt lies."""
+    """Return the path of a receipt."""
     return storage.join(get_erased_folder(gallery), f"{name}.json")
 
 
 def save_receipt(gallery: str, receipt: Receipt) -> str:
-    """Write a receipt into the gallery; its path."""
+    """Write a receipt into the gallery and return its path."""
     return write_erased_file(gallery, f"{receipt.id}.json", json.dumps(receipt.to_dict(), indent=1).encode())
 
 
 def load_receipt(path: str) -> Receipt:
-    """Read a receipt. Raises ConfigError where it is none."""
+    """Read a receipt.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a receipt.
+    """
     try:
         return TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
     except StorageError as error:
         raise ConfigError(f"cannot read the receipt {path!r}: {error}") from error
     except ValidationError as error:
-        raise ConfigError(f"{path!r} is no receipt of an erasure") from error
+        raise ConfigError(f"{path!r} is not the receipt of an erasure") from error

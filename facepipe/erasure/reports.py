@@ -1,4 +1,4 @@
-"""Reports without the erased, file by file; what cannot be mended is deleted."""
+"""Reports without erased data, file by file. A file that cannot be cleaned is deleted."""
 
 import csv
 import json
@@ -26,39 +26,52 @@ from facepipe.storage.lease import LEASE_FILE
 from facepipe.storage.store import PRIVATE_NAMES
 
 _WORDS = re.compile(rb"[^\s\"'<>,;\x00]+")
+# What reading a damaged file, or one of another format, may raise.
 _DAMAGED = (pa.ArrowException, ValueError, KeyError, TypeError, EOFError, BadZipFile, csv.Error)
+
+Scrubber = Callable[[str, ErasedData], bool]  # cleans one file; returns whether it was changed or deleted
 
 
 def is_disposable(name: str) -> bool:
-    """Whether a folder is nothing but vectors, or pieces of reports: it is deleted, and made anew when it is needed."""
+    """Tell whether a folder holds only vectors or parts of reports, which the next report makes again."""
     return name == "graph" or name.endswith((".partial", ".old"))
 
 
-def scrub_reports(folder: str, gone: ErasedData) -> Iterator[str]:
-    """Take the erased out of all reports below a folder; names of files, each after it was changed or deleted."""
-    here = _ReportFolder(folder, gone)
-    for name in sorted(os.listdir(folder), key=_sort_key) if os.path.isdir(folder) else ():
+def scrub_reports(folder: str, erased: ErasedData) -> Iterator[str]:
+    """Remove erased data from all reports below a folder.
+
+    Returns:
+        Names of files and folders, each after it was changed or deleted.
+
+    Raises:
+        StorageError: a file cannot be read, written or deleted.
+    """
+    report = _ReportFolder(folder, erased)
+    names = sorted(os.listdir(folder), key=_sort_key) if os.path.isdir(folder) else []
+    for name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path) and is_disposable(name):
             shutil.rmtree(path)
             yield f"{name}/"
         elif os.path.isdir(path):
-            yield from (f"{name}/{inner}" for inner in scrub_reports(path, gone))
-        elif name.endswith(".new") and not name.startswith(LEASE_FILE):
-            _delete_file(path)  # of a run that died
-        elif not name.startswith(LEASE_FILE) and name not in PRIVATE_NAMES and here.scrub_file(name):
+            yield from (f"{name}/{inner}" for inner in scrub_reports(path, erased))
+        elif name.startswith(LEASE_FILE):
+            continue
+        elif name.endswith(".new"):
+            _delete_file(path)  # left by a run that was killed
+        elif name not in PRIVATE_NAMES and report.scrub_file(name):
             yield name
     if _update_sums(folder):
         yield SUMS
 
 
 def _sort_key(name: str) -> tuple[bool, bool, str]:
-    """Lists are read with the help of others: paths without their root need clean.txt, and all need the tables."""
+    """Sort the files that help to read others last: tables help with all lists, clean.txt with short paths."""
     return name.endswith(".parquet"), name == "clean.txt", name
 
 
 def _update_sums(folder: str) -> bool:
-    """Whether sums of clusters were others' than of the faces that are left: the difference is who was erased."""
+    """Clear sums of clusters that still count erased faces, and return whether there were any."""
     if not os.path.exists(os.path.join(folder, SUMS)):
         return False
     try:
@@ -86,73 +99,77 @@ def _delete_file(path: str) -> None:
 class _ReportFolder:
     """The files of one report."""
 
-    def __init__(self, folder: str, gone: ErasedData):
-        self._folder, self._gone = folder, gone
+    def __init__(self, folder: str, erased: ErasedData) -> None:
+        self._folder = folder
+        self._erased = erased
 
     @cached_property
     def _unlisted(self) -> ErasedData:
-        """What must not be in lists and pages: images that were to go for a copy that is erased are wanted again."""
+        """What lists and pages must not show.
+
+        That includes images that were to be dropped as copies of an erased one: they are kept now.
+        """
         path = os.path.join(self._folder, "decisions.parquet")
         try:
-            wanted = list(find_copies_of_erased(path, self._gone))
-        except (OSError, *_DAMAGED):  # it is no table of copies, or is deleted below
-            wanted = []
-        return replace(self._gone, uris=self._gone.uris.union(*wanted))
+            copies = list(find_copies_of_erased(path, self._erased))
+        except (OSError, *_DAMAGED):  # another kind of table, or damaged; `scrub_file` deletes a damaged one
+            copies = []
+        return replace(self._erased, uris=self._erased.uris.union(*copies))
 
     def scrub_file(self, name: str) -> bool:
-        """Whether the file was changed or deleted. One that is damaged goes: whatever is in it, it is not left."""
-        path, kind = os.path.join(self._folder, name), os.path.splitext(name)[1]
+        """Remove erased data from a file, and return whether it was changed or deleted.
+
+        A damaged file is deleted, whatever it holds.
+        """
         if name == SUMS:
-            return False  # with the tables
-        tables: dict[str, Callable[[str, ErasedData], bool]] = {
-            ".parquet": scrub_table,
-            ".npz": scrub_arrays,
-            ".json": _scrub_json,
-        }
-        lists: dict[str, Callable[[str, ErasedData], bool]] = {
-            ".txt": scrub_list,
-            ".csv": scrub_csv,
-            ".html": scrub_page,
-        }
+            return False  # cleaned together with the tables
+        path = os.path.join(self._folder, name)
+        extension = os.path.splitext(name)[1]
+        table_scrubbers: dict[str, Scrubber] = {".parquet": scrub_table, ".npz": scrub_arrays, ".json": _scrub_json}
+        list_scrubbers: dict[str, Scrubber] = {".txt": scrub_list, ".csv": scrub_csv, ".html": scrub_page}
         try:
-            if kind in lists:
-                return lists[kind](path, self._unlisted)
-            return tables.get(kind, _scrub_unknown)(path, self._gone)
+            if extension in list_scrubbers:
+                return list_scrubbers[extension](path, self._unlisted)
+            return table_scrubbers.get(extension, _scrub_unknown)(path, self._erased)
         except OSError as error:
-            if error.errno is not None:  # Arrow's own have none
+            if error.errno is not None:  # Arrow raises errors without a number for damaged files
                 raise StorageError(f"cannot clean the report {path!r}: {describe_error(error)}") from error
         except _DAMAGED:
             pass
-        for left in (path, path + ".new"):
-            _delete_file(left)
+        for left_over in (path, path + ".new"):
+            _delete_file(left_over)
         return True
 
 
-def _scrub_json(path: str, gone: ErasedData) -> bool:
-    """A file that says one of the names goes."""
+def _scrub_json(path: str, erased: ErasedData) -> bool:
+    """Delete a JSON file that holds one of the names."""
     with open(path, encoding="utf-8") as file:
-        if gone.by_role[ANY].isdisjoint(_iterate_strings(json.load(file))):
+        if erased.by_role[ANY].isdisjoint(_iterate_strings(json.load(file))):
             return False
     os.unlink(path)
     return True
 
 
 def _iterate_strings(value: Any) -> Iterator[str]:
+    """Iterate over all strings in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _iterate_strings(item)
     elif isinstance(value, dict):
         yield from value
-        value = list(value.values())
-    for inner in value if isinstance(value, list) else ():
-        yield from _iterate_strings(inner)
+        for item in value.values():
+            yield from _iterate_strings(item)
 
 
-def _scrub_unknown(path: str, gone: ErasedData) -> bool:
-    """A file of no known kind, which is none of ours, goes where a uri or a name stands in it as a word or as words."""
-    texts = {text.encode("utf-8", "surrogateescape") for text in gone.uris | gone.names}
+def _scrub_unknown(path: str, erased: ErasedData) -> bool:
+    """Delete a file of an unknown kind that contains a uri or a name as a word or words."""
+    texts = {text.encode("utf-8", "surrogateescape") for text in erased.uris | erased.names}
+    phrases = [text for text in texts if not _WORDS.fullmatch(text)]
     with open(path, "rb") as file:
         data = file.read()
-    if texts.isdisjoint(_WORDS.findall(data)) and not any(text in data for text in texts if not _WORDS.fullmatch(text)):
+    if texts.isdisjoint(_WORDS.findall(data)) and not any(phrase in data for phrase in phrases):
         return False
     os.unlink(path)
     return True

@@ -1,4 +1,4 @@
-"""What is to be erased: whole images, chosen by one or several conditions that must all hold."""
+"""Selecting what to erase: whole images that meet one or several conditions."""
 
 import re
 from collections.abc import Iterator
@@ -17,19 +17,25 @@ from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, UInt64
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_ROWS = 65536
-_OLDEST = 36500.0  # days
+_BATCH_ROWS = 65536
+_MAX_AGE_DAYS = 36500.0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Conditions on images; those that are given must all hold, and one at least must be given.
+    """Conditions on images. All that are set must hold, and at least one must be set.
 
-    images: uris, or image ids (32 hex digits); identities: labels; source: name of a corpus; uri: a glob pattern (* ?
-    [abc] [!abc]), in which * stands for slashes as well; older_than_days: since the image was embedded; ids: face ids
-    or image ids; missing: only images that their source lists no more.
-    An image goes with all its faces: it could not come back with some of them only. One chosen by what it is or whom it
-    shows (images, identities, ids) goes with its exact copies under other names.
+    An image is erased with all its faces, because it could not be embedded again with some of them only. An image that
+    is selected for what it shows (`images`, `identities`, `ids`) is erased with its exact copies under other names.
+
+    Attributes:
+        images: uris, or image ids (32 hex digits).
+        identities: labels.
+        source: name of a corpus.
+        uri: a glob pattern (* ? [abc] [!abc]), in which * also matches slashes.
+        older_than_days: minimum age in days since the image was embedded.
+        ids: face ids or image ids.
+        missing: only images that their source no longer lists.
     """
 
     images: tuple[str, ...] = ()
@@ -41,28 +47,35 @@ class Selection:
     missing: bool = False
 
     def list_conditions(self) -> list[str]:
-        """Names of the conditions that are given; their values may be personal data."""
+        """List the names of the conditions that are set. Their values may be personal data."""
         return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     @property
     def is_personal(self) -> bool:
-        """Whether images are meant for what they show, and not for where they lie or how old they are."""
+        """Whether images are selected for what they show, rather than for their place or age."""
         return bool(self.images or self.identities or self.ids)
 
     def build_filter(self, now: datetime) -> ds.Expression:
-        """As a filter on the table, `now` being the time that ages are counted from."""
+        """Build a filter on the table.
+
+        Args:
+            now: the time from which ages are counted.
+
+        Raises:
+            ConfigError: no condition is set, or one has an invalid value.
+        """
         try:
-            found = list(self._build_conditions(now))
+            conditions = list(self._build_conditions(now))
         except UnicodeEncodeError as error:
-            raise ConfigError(f"{error.object!r} is no UTF-8 text, and so no label or uri of a gallery") from error
-        if not found:
+            raise ConfigError(f"{error.object!r} is not UTF-8 text, so no label or uri can match it") from error
+        if not conditions:
             raise ConfigError(
                 "say what to erase: --image, --identity, --source, --uri, --older-than, --ids or --missing"
             )
-        whole = found[0]
-        for part in found[1:]:
-            whole = whole & part
-        return whole
+        combined = conditions[0]
+        for condition in conditions[1:]:
+            combined = combined & condition
+        return combined
 
     def _build_conditions(self, now: datetime) -> Iterator[ds.Expression]:
         if self.images:
@@ -72,60 +85,77 @@ class Selection:
         if self.source is not None:
             yield ds.field("source") == pa.scalar(self.source, pa.string())
         if self.older_than_days is not None:
-            if not 0 <= self.older_than_days <= _OLDEST:
-                raise ConfigError(f"an age of {self.older_than_days:g} days: give 0 to {_OLDEST:g}")
-            before = pa.scalar(now - timedelta(days=self.older_than_days), pa.timestamp("us", "UTC"))
-            yield ds.field("ingested_at") < before
+            if not 0 <= self.older_than_days <= _MAX_AGE_DAYS:
+                raise ConfigError(f"invalid age {self.older_than_days:g}: give 0 to {_MAX_AGE_DAYS:g} days")
+            latest = pa.scalar(now - timedelta(days=self.older_than_days), pa.timestamp("us", "UTC"))
+            yield ds.field("ingested_at") < latest
         if self.ids:
             yield _match_ids(self.ids)
         if self.missing:
             yield ds.field("missing_since").is_valid()
         if self.uri is not None:
-            self.uri.encode()
+            self.uri.encode()  # raises if it is not UTF-8
             yield pc.match_substring_regex(ds.field("uri"), f"(?s)^{translate_glob(self.uri)}$")
 
 
 def translate_glob(pattern: str) -> str:
-    """A glob pattern in RE2's syntax; `fnmatch.translate` writes groups that RE2 does not know."""
-    out, at = [], 0
-    while at < len(pattern):
-        sign, at = pattern[at], at + 1
-        ends = pattern.find("]", at + 1 + (pattern[at : at + 1] == "!")) if sign == "[" else -1
-        if ends >= 0:
-            out.append(_translate_brackets(pattern[at:ends]))
-            at = ends + 1
+    """Translate a glob pattern to RE2's syntax; `fnmatch.translate` writes groups that RE2 does not know."""
+    parts = []
+    position = 0
+    while position < len(pattern):
+        character = pattern[position]
+        position += 1
+        # A bracket closes at the next ], unless that is its first character.
+        end = -1
+        if character == "[":
+            is_negated = pattern[position : position + 1] == "!"
+            end = pattern.find("]", position + 1 + is_negated)
+        if end >= 0:
+            parts.append(_translate_brackets(pattern[position:end]))
+            position = end + 1
         else:
-            out.append({"*": ".*", "?": "."}.get(sign) or _escape_character(sign))
-    return "".join(out)
+            parts.append({"*": ".*", "?": "."}.get(character) or _escape_character(character))
+    return "".join(parts)
 
 
 def _translate_brackets(inside: str) -> str:
-    """What stands between brackets: characters and ranges; a ! before them for all others."""
-    others, inside = inside[0] == "!", inside.removeprefix("!")
-    parts, at = [], 0
-    while at < len(inside):
-        low, high = inside[at], inside[at + 2] if inside[at + 1 : at + 2] == "-" and at + 2 < len(inside) else ""
-        at += 3 if high else 1
-        if not high or low <= high:
-            parts.append(f"{_escape_character(low)}-{_escape_character(high)}" if high else _escape_character(low))
-    if not parts:  # of empty ranges only
-        return "." if others else r"[^\x{0}-\x{10ffff}]"
-    return f"[{'^' if others else ''}{''.join(parts)}]"
+    """Translate what stands between brackets: characters and ranges; a ! in front negates them."""
+    is_negated = inside[0] == "!"
+    inside = inside.removeprefix("!")
+    parts = []
+    position = 0
+    while position < len(inside):
+        low = inside[position]
+        is_range = inside[position + 1 : position + 2] == "-" and position + 2 < len(inside)
+        if not is_range:
+            parts.append(_escape_character(low))
+            position += 1
+            continue
+        high = inside[position + 2]
+        if low <= high:
+            parts.append(f"{_escape_character(low)}-{_escape_character(high)}")
+        position += 3
+    if not parts:  # only empty ranges
+        return "." if is_negated else r"[^\x{0}-\x{10ffff}]"
+    return f"[{'^' if is_negated else ''}{''.join(parts)}]"
 
 
-def _escape_character(sign: str) -> str:
-    return rf"\x{{{ord(sign):x}}}" if not sign.isalnum() else sign
+def _escape_character(character: str) -> str:
+    return character if character.isalnum() else rf"\x{{{ord(character):x}}}"
 
 
-def _match_any(digests: str, names: str, values: tuple[str, ...]) -> ds.Expression:
-    hexes = [value for value in values if _DIGEST.fullmatch(value)]
-    return ds.field(digests).isin(pa.array(hexes, pa.string())) | ds.field(names).isin(pa.array(values, pa.string()))
+def _match_any(digest_column: str, name_column: str, values: tuple[str, ...]) -> ds.Expression:
+    """Build a filter on values that are names, or digests if they look like one."""
+    digests = [value for value in values if _DIGEST.fullmatch(value)]
+    by_digest = ds.field(digest_column).isin(pa.array(digests, pa.string()))
+    return by_digest | ds.field(name_column).isin(pa.array(values, pa.string()))
 
 
 def _match_ids(values: tuple[str, ...]) -> ds.Expression:
-    wrong = [value for value in values if not (value.isdecimal() or _DIGEST.fullmatch(value))]
-    if wrong:
-        raise ConfigError(f"{wrong[0]!r} is neither a face id nor an image id (32 hex digits)")
+    """Build a filter on face ids and image ids."""
+    invalid = [value for value in values if not (value.isdecimal() or _DIGEST.fullmatch(value))]
+    if invalid:
+        raise ConfigError(f"{invalid[0]!r} is neither a face id nor an image id (32 hex digits)")
     images = [value for value in values if _DIGEST.fullmatch(value)]
     faces = [int(value) for value in values if value.isdecimal() and int(value) < 1 << 63]
     by_face = ds.field("face_id").isin(pa.array(faces, pa.int64()))
@@ -136,8 +166,14 @@ def _match_ids(values: tuple[str, ...]) -> ds.Expression:
 class SelectedImages:
     """The images that a selection means in a version of the table.
 
-    contents: image ids that must not come back under any name; faces: ids of all their faces; names: their labels;
-    marks: uint64 `compute_marks` their vectors.
+    Attributes:
+        version: the version of the table.
+        uris: uris of the images.
+        contents: image ids that must stay out under any name.
+        faces: ids of all their faces.
+        names: their labels.
+        marks: marks of the vectors, uint64 (`compute_marks`).
+        rows: number of rows.
     """
 
     version: int
@@ -150,52 +186,83 @@ class SelectedImages:
 
     @property
     def images(self) -> int:
-        """How many."""
+        """Number of images."""
         return len(self.uris)
 
 
 def select_images(gallery: Gallery, selection: Selection, now: datetime | None = None) -> SelectedImages:
-    """Find the images, and then all rows of them. Memory grows with what is erased, not with the gallery."""
+    """Find the images that a selection means, and all their rows.
+
+    Memory grows with what is selected, not with the gallery.
+
+    Args:
+        gallery: the gallery.
+        selection: the conditions.
+        now: the time from which ages are counted; the current time by default.
+
+    Raises:
+        ConfigError: the selection is empty or invalid.
+        StorageError: the table cannot be read.
+    """
     try:
         return _select_images(gallery, selection.build_filter(now or datetime.now(UTC)), selection.is_personal)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read the table of {gallery.path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _select_images(gallery: Gallery, where: ds.Expression, personal: bool) -> SelectedImages:
-    uris = _collect_unique(gallery.batches(["uri"], where, rows=_ROWS), "uri", pa.string())
-    if not len(uris):
-        nothing = pa.array([], pa.string())
-        return SelectedImages(
-            gallery.version, uris, nothing, pa.array([], pa.int64()), nothing, pa.array([], pa.uint64()), 0
-        )
+def _select_images(gallery: Gallery, condition: ds.Expression, is_personal: bool) -> SelectedImages:
+    uris = _collect_unique(gallery.batches(["uri"], condition, rows=_BATCH_ROWS), "uri", pa.string())
     contents = pa.array([], pa.string())
-    if personal:
-        of_these = gallery.batches(["image_id"], ds.field("uri").isin(uris), rows=_ROWS)
-        contents = _collect_unique(of_these, "image_id", pa.string()).drop_null()
-        copies = _collect_unique(
-            gallery.batches(["uri"], ds.field("image_id").isin(contents), rows=_ROWS), "uri", pa.string()
-        )
+    # Add exact copies under other names.
+    if is_personal and len(uris):
+        has_uri = ds.field("uri").isin(uris)
+        batches = gallery.batches(["image_id"], has_uri, rows=_BATCH_ROWS)
+        contents = _collect_unique(batches, "image_id", pa.string()).drop_null()
+        has_content = ds.field("image_id").isin(contents)
+        copies = _collect_unique(gallery.batches(["uri"], has_content, rows=_BATCH_ROWS), "uri", pa.string())
         uris = pc.unique(pa.concat_arrays([uris, copies]))
-    faces, marks, names, rows = [pa.array([], pa.int64())], [np.empty(0, np.uint64)], set[str](), 0
-    for batch in gallery.batches(["face_id", "identity", "embedding"], ds.field("uri").isin(uris), rows=_ROWS):
-        rows += batch.num_rows
-        faces.append(batch["face_id"].drop_null())
-        names.update(name for name in batch["identity"].to_pylist() if name)
-        marks.append(compute_marks(to_vectors(pa.chunked_array([batch["embedding"].drop_null()]), EMBEDDING_DIM)))
-    labels = pa.array(sorted(names), pa.string())
+    # Collect what all rows of the images hold.
+    faces = [pa.array([], pa.int64())]
+    marks = [np.empty(0, np.uint64)]
+    names: set[str] = set()
+    rows = 0
+    if len(uris):
+        columns = ["face_id", "identity", "embedding"]
+        for batch in gallery.batches(columns, ds.field("uri").isin(uris), rows=_BATCH_ROWS):
+            rows += batch.num_rows
+            faces.append(batch["face_id"].drop_null())
+            names.update(name for name in batch["identity"].to_pylist() if name)
+            embeddings = pa.chunked_array([batch["embedding"].drop_null()])
+            marks.append(compute_marks(to_vectors(embeddings, EMBEDDING_DIM)))
     return SelectedImages(
-        gallery.version, uris, contents, pa.concat_arrays(faces), labels, pa.array(np.concatenate(marks)), rows
+        version=gallery.version,
+        uris=uris,
+        contents=contents,
+        faces=pa.concat_arrays(faces),
+        names=pa.array(sorted(names), pa.string()),
+        marks=pa.array(np.concatenate(marks)),
+        rows=rows,
     )
 
 
-def compute_marks(values: Float32) -> UInt64:
-    """(n,) the first two numbers of vectors (n, d) as 64 bits: equal for equal vectors, and hardly ever for others."""
-    return np.ascontiguousarray(values[:, :2], "<f4").view("<u8")[:, 0]
+def compute_marks(vectors: Float32) -> UInt64:
+    """Compute marks of vectors: their first two numbers as 64 bits.
+
+    Equal vectors have equal marks; others hardly ever do.
+
+    Args:
+        vectors: (n, d), d >= 2.
+
+    Returns:
+        (n,) uint64.
+    """
+    return np.ascontiguousarray(vectors[:, :2], "<f4").view("<u8")[:, 0]
 
 
 def _collect_unique(batches: Iterator[pa.RecordBatch], name: str, kind: pa.DataType) -> pa.Array:
-    return pc.unique(pa.concat_arrays([pa.array([], kind), *(pc.unique(batch[name]).cast(kind) for batch in batches)]))
+    """Collect the distinct values of a column."""
+    parts = [pc.unique(batch[name]).cast(kind) for batch in batches]
+    return pc.unique(pa.concat_arrays([pa.array([], kind), *parts]))
 
 
 def read_ids(path: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Tables and named arrays of reports without the erased."""
+"""Tables and named arrays of reports without erased data."""
 
 from collections.abc import Iterator
 
@@ -12,72 +12,97 @@ from facepipe.erasure.selection import compute_marks
 from facepipe.storage import write_beside
 from facepipe.types import Bool
 
-_COMPARED = "nearest_identity"  # only compared with: the row is another's, and stays without it
+# A column of another person's row that only compares with the erased: the row stays, without the value.
+_COMPARED = "nearest_identity"
 
 
-def find_copies_of_erased(path: str, gone: ErasedData) -> Iterator[list[str]]:
+def find_copies_of_erased(path: str, erased: ErasedData) -> Iterator[list[str]]:
+    """Find images that were to be dropped as copies of an erased one; none if the table is of another kind.
+
+    Args:
+        path: a table of decisions on duplicates.
+        erased: what is erased.
+
+    Returns:
+        Lists of uris, one per batch of the table.
+    """
     with pq.ParquetFile(path) as file:
-        if {"uri", "kept_uri"} <= set(file.schema_arrow.names):
-            for batch in file.iter_batches(columns=["uri", "kept_uri"]):
-                yield batch.filter(pc.is_in(batch["kept_uri"], gone.arrays[URIS]))["uri"].to_pylist()
+        if not {"uri", "kept_uri"} <= set(file.schema_arrow.names):
+            return
+        for batch in file.iter_batches(columns=["uri", "kept_uri"]):
+            is_copy = pc.is_in(batch["kept_uri"], erased.arrays[URIS])
+            yield batch.filter(is_copy)["uri"].to_pylist()
 
 
-def scrub_table(path: str, gone: ErasedData) -> bool:
-    """Batch by batch: a table may have as many rows as the gallery has faces."""
+def scrub_table(path: str, erased: ErasedData) -> bool:
+    """Remove rows of a Parquet file that hold erased data; return whether there were any.
+
+    The file is read batch by batch, because it may have as many rows as the gallery has faces.
+    """
     with pq.ParquetFile(path) as file:
+        # Look at the columns that may reveal somebody first, and rewrite the file only if they do.
         columns = [field.name for field in file.schema_arrow if _find_column_role(field) or field.name == "size"]
-        if not columns or not any(_holds_erased(batch, gone) for batch in file.iter_batches(columns=columns)):
+        if not columns or not any(_holds_erased(batch, erased) for batch in file.iter_batches(columns=columns)):
             return False
         with (
             write_beside(path) as unfinished,
             pq.ParquetWriter(unfinished, file.schema_arrow, compression="zstd") as writer,
         ):
             for batch in file.iter_batches():
-                writer.write_batch(_remove_erased(batch, gone))
+                writer.write_batch(_remove_erased(batch, erased))
     return True
 
 
 def _find_column_role(field: pa.Field) -> str | None:
-    """What a column of a table is looked at for."""
+    """Find what a column of a table holds; None if it cannot reveal anybody."""
     role = find_role(field.name)
     if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
         return role if role != IDS else ANY
     return role if role == IDS and pa.types.is_int64(field.type) else None
 
 
-def _mark_erased(batch: pa.RecordBatch, gone: ErasedData, aside: bool) -> Bool:
+def _mark_erased(batch: pa.RecordBatch, erased: ErasedData, *, compared: bool) -> Bool:
+    """Mark rows (n,) that hold erased data: in the column of comparisons, or in any other."""
     mask = np.zeros(batch.num_rows, bool)
     for field, column in zip(batch.schema, batch.columns, strict=True):
         role = _find_column_role(field)
-        if role is not None and (field.name == _COMPARED) == aside:
-            values = gone.arrays[role]
+        if role is not None and (field.name == _COMPARED) == compared:
+            values = erased.arrays[role]
             mask |= pc.is_in(column, values.cast(field.type)).to_numpy(zero_copy_only=False)
-    if not aside and {"medoid", "size"} <= set(batch.schema.names):  # a cluster that lost all is named by who is gone
+    # A cluster that lost all its faces still names an erased one.
+    if not compared and {"medoid", "size"} <= set(batch.schema.names):
         mask |= pc.equal(batch["size"], 0).to_numpy(zero_copy_only=False)
     return mask
 
 
-def _holds_erased(batch: pa.RecordBatch, gone: ErasedData) -> bool:
-    return bool(_mark_erased(batch, gone, False).any() or _mark_erased(batch, gone, True).any())
+def _holds_erased(batch: pa.RecordBatch, erased: ErasedData) -> bool:
+    in_row = _mark_erased(batch, erased, compared=False)
+    in_comparison = _mark_erased(batch, erased, compared=True)
+    return bool(in_row.any() or in_comparison.any())
 
 
-def _remove_erased(batch: pa.RecordBatch, gone: ErasedData) -> pa.RecordBatch:
-    kept = batch.filter(pa.array(~_mark_erased(batch, gone, False)))
-    compared = _mark_erased(kept, gone, True)
-    if compared.any():
-        at = kept.schema.get_field_index(_COMPARED)
-        kept = kept.set_column(at, kept.schema.field(at), pc.if_else(pa.array(compared), None, kept.column(at)))
+def _remove_erased(batch: pa.RecordBatch, erased: ErasedData) -> pa.RecordBatch:
+    """Remove rows with erased data, and comparisons with it."""
+    kept = batch.filter(pa.array(~_mark_erased(batch, erased, compared=False)))
+    in_comparison = _mark_erased(kept, erased, compared=True)
+    if in_comparison.any():
+        column = kept.schema.get_field_index(_COMPARED)
+        values = pc.if_else(pa.array(in_comparison), None, kept.column(column))
+        kept = kept.set_column(column, kept.schema.field(column), values)
     return kept
 
 
-def scrub_arrays(path: str, gone: ErasedData) -> bool:
-    """Named arrays: rows of two-dimensional ones that are vectors of the erased leave."""
-    with open(path, "rb") as file, np.load(file) as held:
-        arrays = {name: held[name] for name in held.files}
+def scrub_arrays(path: str, erased: ErasedData) -> bool:
+    """Remove erased vectors from named arrays (.npz); return whether there were any.
+
+    Every two-dimensional float32 array is taken for vectors, one per row.
+    """
+    with open(path, "rb") as file, np.load(file) as archive:
+        arrays = {name: archive[name] for name in archive.files}
     kept = {}
     for name, array in arrays.items():
-        vectors = array.ndim == 2 and array.dtype == np.float32 and array.shape[1] >= 2
-        kept[name] = array[~np.isin(compute_marks(array), gone.marks)] if vectors else array
+        is_vectors = array.ndim == 2 and array.dtype == np.float32 and array.shape[1] >= 2
+        kept[name] = array[~np.isin(compute_marks(array), erased.marks)] if is_vectors else array
     if all(len(kept[name]) == len(array) for name, array in arrays.items() if array.ndim):
         return False
     with write_beside(path) as unfinished, open(unfinished, "wb") as out:

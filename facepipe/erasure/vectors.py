@@ -1,4 +1,4 @@
-"""Vectors out of the index: no search returns them from the first step on, no file holds them after the last."""
+"""Removing vectors from the index: first no search returns them, in the end no file holds them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,86 +8,118 @@ import pyarrow.compute as pc
 
 from facepipe.erasure.selection import SelectedImages
 from facepipe.index import manifest as manifests
-from facepipe.index.manifest import Manifest
 from facepipe.index.shard import Shard, merge_shards, write_tombstones
 from facepipe.types import Int64
 
-_ROWS = 65536  # as many as lie together in a shard's labels
+_LABEL_ROWS = 65536  # rows that are stored together in a shard's labels
 
 
 @dataclass
 class VectorRemoval:
-    """What was done: vectors that went, and the digests of the shards' files before and after."""
+    """What was removed from the index.
+
+    Attributes:
+        vectors: number of vectors.
+        before: files of the shards that held them, with the first 32 digits of their SHA-256.
+        after: files of the shards that replaced them, likewise.
+    """
 
     vectors: int = 0
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
 
 
-def hide_vectors(gallery: str, chosen: SelectedImages, check: Callable[[], None]) -> VectorRemoval:
-    """Bury all that shards hold of the images, so that no search returns it. Needs the index's lease: `check`.
+def hide_vectors(gallery: str, selected: SelectedImages, check_lease: Callable[[], None]) -> VectorRemoval:
+    """Tombstone everything that shards hold of the images, so that no search returns it.
 
-    Shards may hold more than the table: faces of earlier contents of an image, dead already or, where the index is
-    behind the table, not yet. They are told by the image's uri.
+    Shards may hold more than the table does: faces of earlier contents of an image. These have tombstones already, or
+    none yet if the index is behind the table. The image's uri identifies them.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        selected: the images to erase.
+        check_lease: raises if this run no longer holds the lease of the index.
     """
-    found, tag = manifests.load_tagged(gallery)
-    store, removed, shards = manifests.open_index_store(gallery), VectorRemoval(), []
-    for entry in found.shards:
-        shard = Shard(store, entry)
-        here, remains = _find_ids(shard, chosen, whole=found.table_version != chosen.version)
-        if len(here) or remains:
-            removed.vectors += len(here)
-            removed.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
-        dead = np.union1d(shard.tombstones, here)
-        shards.append(write_tombstones(store, entry, dead) if len(dead) != len(shard.tombstones) else entry)
-    if tuple(shards) != found.shards:
-        check()
-        manifests.publish(gallery, replace(found, shards=tuple(shards)), tag)
-    return removed
-
-
-def _find_ids(shard: Shard, chosen: SelectedImages, whole: bool) -> tuple[Int64, bool]:
-    """(sorted ids in a shard that are the images', whether others of its dead bear their labels).
-
-    whole: look at the labels of all rows and not of the dead only.
-    """
-    ids = chosen.faces.to_numpy()
-    parts = [ids[shard.find_rows(ids)[0]]] if len(ids) else [ids]
-    rows = np.arange(len(shard.ids)) if whole else np.sort(shard.find_rows(shard.tombstones)[1])
-    by_row = shard.read_ids_by_row() if len(rows) else ids
-    remains = False
-    for at in range(0, len(rows), _ROWS):
-        some = rows[at : at + _ROWS]
-        labels = shard.read_labels(some)
-        mine = pc.is_in(labels["uri"], chosen.uris).to_numpy()
-        parts.append(by_row[some[mine]])
-        named = pc.is_in(labels["identity"], chosen.names).to_numpy() if len(chosen.names) else mine
-        remains |= bool(np.isin(by_row[some[named & ~mine]], shard.tombstones).any())
-    return np.unique(np.concatenate(parts)), remains
-
-
-def remove_vectors(gallery: str, removed: VectorRemoval, versions: tuple[int, int], check: Callable[[], None]) -> None:
-    """Write the shards that hold what was hidden anew, without their dead, and delete the old ones.
-
-    versions: of the table, before and after its rows went; an index that answered for the first answers for the second.
-    """
-    found, tag = manifests.load_tagged(gallery)
+    manifest, tag = manifests.load_tagged(gallery)
     store = manifests.open_index_store(gallery)
-    concerned, shards = {name.split("/")[0] for name in removed.before}, []
-    for entry in found.shards:
-        if entry.name not in concerned:
+    is_behind = manifest.table_version != selected.version
+    removal = VectorRemoval()
+    shards = []
+    for entry in manifest.shards:
+        shard = Shard(store, entry)
+        ids, has_other_traces = _find_ids(shard, selected, all_rows=is_behind)
+        if len(ids) or has_other_traces:
+            removal.vectors += len(ids)
+            removal.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
+        tombstones = np.union1d(shard.tombstones, ids)
+        is_changed = len(tombstones) != len(shard.tombstones)
+        shards.append(write_tombstones(store, entry, tombstones) if is_changed else entry)
+    if tuple(shards) != manifest.shards:
+        check_lease()
+        manifests.publish(gallery, replace(manifest, shards=tuple(shards)), tag)
+    return removal
+
+
+def _find_ids(shard: Shard, selected: SelectedImages, *, all_rows: bool) -> tuple[Int64, bool]:
+    """Find the face ids that a shard holds of some images.
+
+    Args:
+        shard: the shard.
+        selected: the images.
+        all_rows: look at the labels of all rows, and not only of the tombstoned ones.
+
+    Returns:
+        The sorted ids, and whether other tombstoned faces of the shard have the labels of the images.
+    """
+    ids = selected.faces.to_numpy()
+    parts = [ids[shard.find_rows(ids)[0]]] if len(ids) else [ids]
+    rows = np.arange(len(shard.ids)) if all_rows else np.sort(shard.find_rows(shard.tombstones)[1])
+    ids_by_row = shard.read_ids_by_row() if len(rows) else ids
+    has_other_traces = False
+    for start in range(0, len(rows), _LABEL_ROWS):
+        batch = rows[start : start + _LABEL_ROWS]
+        labels = shard.read_labels(batch)
+        is_selected = pc.is_in(labels["uri"], selected.uris).to_numpy()
+        parts.append(ids_by_row[batch[is_selected]])
+        has_name = pc.is_in(labels["identity"], selected.names).to_numpy() if len(selected.names) else is_selected
+        others = ids_by_row[batch[has_name & ~is_selected]]
+        has_other_traces |= bool(np.isin(others, shard.tombstones).any())
+    return np.unique(np.concatenate(parts)), has_other_traces
+
+
+def remove_vectors(
+    gallery: str,
+    removal: VectorRemoval,
+    *,
+    version_before: int,
+    version_after: int,
+    check_lease: Callable[[], None],
+) -> None:
+    """Rewrite the shards that hold hidden vectors, without their tombstoned faces, and delete the old ones.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        removal: what `hide_vectors` returned; the new files are added to it.
+        version_before: version of the table before its rows were deleted. An index that answered for it answers for
+            `version_after` now.
+        version_after: version of the table after that.
+        check_lease: called before the index is published; raises if this run no longer holds its lease.
+    """
+    manifest, tag = manifests.load_tagged(gallery)
+    store = manifests.open_index_store(gallery)
+    names = {name.split("/")[0] for name in removal.before}
+    shards = []
+    for entry in manifest.shards:
+        if entry.name not in names:
             shards.append(entry)
             continue
-        made = merge_shards(store, [entry])
-        if made is not None:
-            shards.append(made)
-            removed.after |= {f"{made.name}/{name}": file.sha256[:32] for name, file in made.files.items()}
-    check()
-    draft = replace(found, shards=tuple(shards), table_version=_choose_version(found, versions))
-    if draft != found:
+        rewritten = merge_shards(store, [entry])
+        if rewritten is not None:
+            shards.append(rewritten)
+            removal.after |= {f"{rewritten.name}/{name}": file.sha256[:32] for name, file in rewritten.files.items()}
+    check_lease()
+    table_version = version_after if manifest.table_version == version_before else manifest.table_version
+    draft = replace(manifest, shards=tuple(shards), table_version=table_version)
+    if draft != manifest:
         manifests.publish(gallery, draft, tag)
     manifests.sweep(gallery, draft)
-
-
-def _choose_version(found: Manifest, versions: tuple[int, int]) -> int:
-    return versions[1] if found.table_version == versions[0] else found.table_version

@@ -520,7 +520,7 @@ STEPS = (
     "pipelines.erase._Erasure._scrub_reports",
     "pipelines.erase.delete_unreferenced",
     "pipelines.erase.delete_history",
-    "pipelines.erase.receipt.save_receipt",
+    "pipelines.erase.save_receipt",
     "pipelines.erase.pending.delete_pending",
 )
 
