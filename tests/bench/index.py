@@ -2,8 +2,9 @@
 
     python tests/bench/index.py [--faces 1000000] [--queries 10000] [--rounds 3] [--gallery FOLDER]
 
-A synthetic gallery (galleries.py), and queries that are new faces of its people. Every round times exact `faiss.knn`, a stock
-index (same factory, nprobe and candidates, IndexRefineFlat) and facepipe one after the other; medians of the rounds' ratios.
+The gallery is synthetic (galleries.py), and the queries are new faces of its people. Every round times exact `faiss.knn`, a
+stock index (same factory, nprobe and candidates, IndexRefineFlat) and facepipe, one after the other. The ratios are medians
+over the rounds.
 """
 
 import argparse
@@ -35,7 +36,8 @@ GRID = [
 ]
 
 
-def seconds(call: object) -> float:
+def measure_seconds(call: object) -> float:
+    """Measure the seconds that a call takes."""
     began = time.perf_counter()
     call()  # type: ignore[operator]
     return time.perf_counter() - began
@@ -46,8 +48,8 @@ class Stock:
 
     def __init__(self, factory: str, trained_on: np.ndarray, vectors: np.ndarray):
         self.index = faiss.index_factory(128, factory)
-        self.train = seconds(lambda: self.index.train(trained_on))
-        self.add = seconds(lambda: self.index.add(vectors))
+        self.train = measure_seconds(lambda: self.index.train(trained_on))
+        self.add = measure_seconds(lambda: self.index.add(vectors))
         self.refined = faiss.IndexRefineFlat(self.index, faiss.swig_ptr(vectors))
 
     def search(self, queries: np.ndarray, setting: SearchSetting) -> np.ndarray:
@@ -56,8 +58,8 @@ class Stock:
         return self.refined.search(queries, 10)[1]
 
 
-def cheapest(index: Index, queries: np.ndarray, truth: np.ndarray, goal: float) -> SearchSetting:
-    """Of a grid of settings, in the order of what they cost, the first that reaches the recall."""
+def find_cheapest_setting(index: Index, queries: np.ndarray, truth: np.ndarray, goal: float) -> SearchSetting:
+    """Find the cheapest setting of a grid that reaches the recall."""
     for nprobe, count in sorted(GRID, key=lambda pair: 0.7 * pair[0] + 0.15 * pair[1]):
         setting = SearchSetting(nprobe, count)
         if compute_recall(index.search(queries, 10, setting).ids, truth).mean() >= goal:
@@ -65,15 +67,17 @@ def cheapest(index: Index, queries: np.ndarray, truth: np.ndarray, goal: float) 
     return SearchSetting(*GRID[-1])
 
 
-def stock_of(gallery: Gallery, vectors: np.ndarray) -> Stock:
+def build_stock(gallery: Gallery, vectors: np.ndarray) -> Stock:
+    """Build a stock index with the factory of the gallery's index."""
     factory = load(gallery.path).template.factory
     return Stock(factory, sample_vectors(gallery, min(len(vectors), 128 * parse_lists(factory)), 0), vectors)
 
 
-def build_ratio(gallery: Gallery, vectors: np.ndarray, rounds: int) -> Stock:
+def print_build_ratio(gallery: Gallery, vectors: np.ndarray, rounds: int) -> Stock:
+    """Build both indexes in every round, print the ratios, and return the last stock index."""
     for _ in range(rounds):
         done = build_index(IndexConfig(), gallery.path, retrain=True)
-        stock = stock_of(gallery, vectors)
+        stock = build_stock(gallery, vectors)
         ours = done.seconds["sample"] + done.seconds["train"] + done.seconds["shards"]
         theirs = stock.train + stock.add
         print(
@@ -85,17 +89,18 @@ def build_ratio(gallery: Gallery, vectors: np.ndarray, rounds: int) -> Stock:
     return stock
 
 
-def search_ratios(
+def print_search_ratios(
     index: Index, stock: Stock, vectors: np.ndarray, ids: np.ndarray, queries: np.ndarray, rounds: int
 ) -> None:
+    """Print rates and recalls of exact search, the stock index and facepipe at two goals, and times of single queries."""
     truth = ids[faiss.knn(queries, vectors, 10)[1]]
     for goal in (0.95, 0.99):
-        setting = cheapest(index, queries, truth, goal)
+        setting = find_cheapest_setting(index, queries, truth, goal)
         rates, recalls = [], []
         for _ in range(rounds):
-            exact = seconds(lambda: faiss.knn(queries, vectors, 10))
-            theirs = seconds(lambda s=setting: stock.search(queries, s))
-            ours = seconds(lambda s=setting: index.search(queries, 10, s))
+            exact = measure_seconds(lambda: faiss.knn(queries, vectors, 10))
+            theirs = measure_seconds(lambda s=setting: stock.search(queries, s))
+            ours = measure_seconds(lambda s=setting: index.search(queries, 10, s))
             rates.append([len(queries) / t for t in (exact, theirs, ours)])
             recalls = [
                 compute_recall(ids[stock.search(queries, setting)], truth).mean(),
@@ -110,15 +115,16 @@ def search_ratios(
             flush=True,
         )
     index.search(queries[:1])
-    lone = [seconds(lambda n=n: index.search(queries[n : n + 1], 10, setting)) for n in range(200)]
-    lone_stock = [seconds(lambda n=n: stock.search(queries[n : n + 1], setting)) for n in range(200)]
+    lone = [measure_seconds(lambda n=n: index.search(queries[n : n + 1], 10, setting)) for n in range(200)]
+    lone_stock = [measure_seconds(lambda n=n: stock.search(queries[n : n + 1], setting)) for n in range(200)]
     print(
         f"one query at the latter: facepipe {1e3 * np.median(lone):.2f} ms, stock {1e3 * np.median(lone_stock):.2f} ms",
         flush=True,
     )
 
 
-def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, folder: Path) -> None:
+def print_bulk_ratios(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, folder: Path) -> None:
+    """Print the times of many queries at once, in blocks and by the whole of `search`."""
     queries = faces.draw(np.random.default_rng(3).integers(0, people, count), 10**9 + 1)
     names = pa.array([f"q{n}" for n in range(count)])
     pq.write_table(
@@ -128,12 +134,14 @@ def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, 
     for nprobe in (index.setting.nprobe, 512, 640):
         setting = SearchSetting(nprobe, 200)
         few = slice(0, 5000)
-        truth = index_truth(gallery, queries[few])
+        truth = find_truth(gallery, queries[few])
         if compute_recall(index.search(queries[few], 10, setting).ids, truth).mean() >= 0.99:
             break
     for block in (1000, 10_000):
-        theirs = seconds(lambda b=block: [stock.search(queries[at : at + b], setting) for at in range(0, count, b)])
-        ours = seconds(lambda: index.search(queries, 10, setting))
+        theirs = measure_seconds(
+            lambda b=block: [stock.search(queries[at : at + b], setting) for at in range(0, count, b)]
+        )
+        ours = measure_seconds(lambda: index.search(queries, 10, setting))
         reached = compute_recall(index.search(queries[few], 10, setting).ids, truth).mean()
         print(
             f"bulk, {count} queries, {setting}, recall {reached:.4f}: stock in blocks of {block} {theirs:.1f} s, Index.search {ours:.1f} s, ratio {theirs / ours:.2f}",
@@ -149,7 +157,8 @@ def bulk(gallery: Gallery, stock: Stock, faces: Faces, people: int, count: int, 
     )
 
 
-def index_truth(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
+def find_truth(gallery: Gallery, queries: np.ndarray) -> np.ndarray:
+    """Find the ids of the ten true neighbours per query."""
     ids, vectors = gallery.vectors()
     return ids[faiss.knn(queries, vectors, 10)[1]]
 
@@ -160,7 +169,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--bulk", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gallery", type=Path, help="made before, with its index where the build is skipped")
+    parser.add_argument("--gallery", type=Path, help="Gallery made before; with an index if the build is skipped.")
     parser.add_argument("--skip-build", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -173,11 +182,11 @@ def main() -> None:
         ]
         ids, vectors = np.concatenate([i for i, _ in parts]), np.concatenate([v for _, v in parts])
         del parts
-        stock = stock_of(gallery, vectors) if args.skip_build else build_ratio(gallery, vectors, 2)
+        stock = build_stock(gallery, vectors) if args.skip_build else print_build_ratio(gallery, vectors, 2)
         people = int(args.faces / faces.mean_size * 0.95)
         queries = faces.draw(np.random.default_rng(7).integers(0, people, args.queries), 10**9)
-        search_ratios(Index(gallery.path), stock, vectors, ids, queries, args.rounds)
-        bulk(gallery, stock, faces, people, args.bulk, Path(temporary))
+        print_search_ratios(Index(gallery.path), stock, vectors, ids, queries, args.rounds)
+        print_bulk_ratios(gallery, stock, faces, people, args.bulk, Path(temporary))
 
 
 if __name__ == "__main__":

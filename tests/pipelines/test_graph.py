@@ -33,35 +33,35 @@ def fill(path: Path, identities: np.ndarray, vectors: np.ndarray) -> Gallery:
     return Gallery(str(path))
 
 
-def drawn(count: int, seed: int = 0, mean: float = 2) -> tuple[np.ndarray, np.ndarray]:
-    """(identities (n,), faces (n, 128)) of persons with so many faces on average."""
+def draw_faces(count: int, seed: int = 0, mean: float = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Draw (identities (n,), faces (n, 128)) of persons with `mean` faces on average."""
     rng = np.random.default_rng([seed, 3])
     identities = rng.permutation(np.repeat(np.arange(count), rng.geometric(1 / mean, count))[:count])
     return identities, Faces(seed=seed).draw(identities, count)
 
 
-def make(gallery: Gallery | list[Gallery], folder: Path, run: GraphRunConfig = INLINE, **config: Any) -> Graph:
+def build_graph(gallery: Gallery | list[Gallery], folder: Path, run: GraphRunConfig = INLINE, **config: Any) -> Graph:
     galleries = gallery if isinstance(gallery, list) else [gallery]
     return open_graph(galleries, GraphConfig(**config), run, str(folder))
 
 
-def edges(graph: Graph) -> Pairs:
-    """All of them, sorted; each once, u < v."""
+def read_edges(graph: Graph) -> Pairs:
+    """Read all edges, sorted; checks that each comes once, u < v."""
     found = graph.edges.read_within(2.0)
     found = found.take(np.lexsort((found.v, found.u)))
     assert len(found) == graph.info.edges == len(graph.edges)
     assert (found.u < found.v).all()
-    assert len(np.unique(keys(found))) == len(found)
+    assert len(np.unique(to_keys(found))) == len(found)
     return found
 
 
-def keys(pairs: Pairs) -> np.ndarray:
+def to_keys(pairs: Pairs) -> np.ndarray:
     return pairs.u * 10**9 + pairs.v
 
 
-def same(a: Graph, b: Graph) -> None:
-    left, right = edges(a), edges(b)
-    assert np.array_equal(keys(left), keys(right))
+def assert_same_graph(a: Graph, b: Graph) -> None:
+    left, right = read_edges(a), read_edges(b)
+    assert np.array_equal(to_keys(left), to_keys(right))
     assert np.array_equal(left.distance, right.distance)
     assert a.info.threshold == b.info.threshold
     assert a.info.recall == b.info.recall
@@ -70,8 +70,8 @@ def same(a: Graph, b: Graph) -> None:
     assert np.array_equal(a.nodes.vectors, b.nodes.vectors)
 
 
-def left_over(folder: Path) -> set[str]:
-    """What stands beside a finished graph, and what in it is of no more use."""
+def list_leftovers(folder: Path) -> set[str]:
+    """List what is beside a finished graph, and temporary files inside it."""
     beside = {path.name for path in folder.parent.iterdir()} - {folder.name}
     inside = {path.name for path in folder.iterdir()}
     return beside | {
@@ -79,8 +79,8 @@ def left_over(folder: Path) -> set[str]:
     }
 
 
-def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int = 10**9) -> list[int]:
-    """The numbers of the tasks that are done from here on; after `fails_at` of them the process 'dies'."""
+def count_tasks(monkeypatch: pytest.MonkeyPatch, fails_at: int = 10**9) -> list[int]:
+    """Collect the numbers of the tasks that run from here on; after `fails_at` of them an interrupt is raised."""
     done: list[int] = []
     join = pipelines.graph.join_cells
 
@@ -96,12 +96,12 @@ def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int = 10**9) -> list[int
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
-    return fill(tmp_path_factory.mktemp("graph") / "g", *drawn(COUNT, mean=5))
+    return fill(tmp_path_factory.mktemp("graph") / "g", *draw_faces(COUNT, mean=5))
 
 
 @pytest.fixture(scope="module")
 def exact(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Graph:
-    return make(gallery, tmp_path_factory.mktemp("exact") / "graph")
+    return build_graph(gallery, tmp_path_factory.mktemp("exact") / "graph")
 
 
 @pytest.fixture
@@ -116,14 +116,14 @@ def celled(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("facepipe.curation.graph.cells.MAX_EXACT_FACES", 500)
         patch.setattr("facepipe.curation.graph.build._PAIRS_PER_TASK", 5e5)
-        return make(gallery, tmp_path_factory.mktemp("celled") / "graph")
+        return build_graph(gallery, tmp_path_factory.mktemp("celled") / "graph")
 
 
 # --- what is found -------------------------------------------------------------------------------------------------------
 
 
 def test_few_faces_are_compared_all_with_all(gallery: Gallery, exact: Graph) -> None:
-    info, found = exact.info, edges(exact)
+    info, found = exact.info, read_edges(exact)
     assert (info.faces, info.exact, info.cells, info.each) == (COUNT, True, 1, 1)
     assert info.recall == 1.0
     assert info.sampled > 1000
@@ -135,8 +135,8 @@ def test_few_faces_are_compared_all_with_all(gallery: Gallery, exact: Graph) -> 
     for slack, contains in ((1e-5, True), (-1e-5, False)):
         near = (similar >= info.threshold.similarity + slack) | (distance <= 0.25 - slack)
         u, v = np.nonzero(np.triu(near, 1))
-        wanted = keys(Pairs(u, v, np.zeros(len(u), np.float32)))
-        assert np.isin(*((wanted, keys(found)) if contains else (keys(found), wanted))).all()
+        wanted = to_keys(Pairs(u, v, np.zeros(len(u), np.float32)))
+        assert np.isin(*((wanted, to_keys(found)) if contains else (to_keys(found), wanted))).all()
     assert np.allclose(found.distance, distance[found.u, found.v], atol=1e-5)
     assert np.allclose(exact.compute_similarity(found), similar[found.u, found.v], atol=1e-5)
     assert info.distance == pytest.approx(np.sqrt(2 - 2 * (info.threshold.similarity + density.mean())), abs=1e-5)
@@ -145,7 +145,7 @@ def test_few_faces_are_compared_all_with_all(gallery: Gallery, exact: Graph) -> 
 
 
 def test_cells_find_nearly_all_and_nothing_else(exact: Graph, celled: Graph) -> None:
-    found, wanted = edges(celled), edges(exact)
+    found, wanted = read_edges(celled), read_edges(exact)
     info = celled.info
     assert (info.exact, info.cells) == (False, 16)
     assert 2 <= info.each <= 16
@@ -154,23 +154,23 @@ def test_cells_find_nearly_all_and_nothing_else(exact: Graph, celled: Graph) -> 
     assert info.recall >= 0.95
     real = len(found) / len(wanted)
     assert real == pytest.approx(info.recall, abs=0.02)
-    at = np.searchsorted(keys(wanted), keys(found))
-    assert np.array_equal(keys(wanted)[at], keys(found))
+    at = np.searchsorted(to_keys(wanted), to_keys(found))
+    assert np.array_equal(to_keys(wanted)[at], to_keys(found))
     assert np.array_equal(wanted.distance[at], found.distance)
 
 
 def test_more_recall_costs_more_cells(gallery: Gallery, celled: Graph, small: None, tmp_path: Path) -> None:
-    less = make(gallery, tmp_path / "graph", recall=0.5)
+    less = build_graph(gallery, tmp_path / "graph", recall=0.5)
     assert less.info.each < celled.info.each
     assert less.info.recall < celled.info.recall
-    assert np.isin(keys(edges(less)), keys(edges(celled))).all()
+    assert np.isin(to_keys(read_edges(less)), to_keys(read_edges(celled))).all()
 
 
 def test_copies_of_faces_are_joined_to_the_first(tmp_path: Path) -> None:
-    identities, vectors = drawn(600)
+    identities, vectors = draw_faces(600)
     copied = fill(tmp_path / "g", np.tile(identities, 2), np.tile(vectors, (2, 1)))
-    graph = make(copied, tmp_path / "graph")
-    found, first = edges(graph), graph.representatives
+    graph = build_graph(copied, tmp_path / "graph")
+    found, first = read_edges(graph), graph.representatives
     zero = found.take(found.distance == 0)
     assert len(zero) == 600
     assert (first[zero.v] == zero.u).all()
@@ -181,40 +181,43 @@ def test_copies_of_faces_are_joined_to_the_first(tmp_path: Path) -> None:
 
 
 def test_the_threshold_of_the_user_holds(gallery: Gallery, tmp_path: Path) -> None:
-    graph = make(gallery, tmp_path / "graph", threshold=0.4)
+    graph = build_graph(gallery, tmp_path / "graph", threshold=0.4)
     assert not graph.info.threshold.estimated
     assert graph.info.distance == pytest.approx(0.4, abs=1e-5)
     assert graph.info.recall == 1.0
     assert read_info(graph.folder).threshold.similarity == graph.info.threshold.similarity
-    wider = make(gallery, tmp_path / "wider", threshold=0.4, reach=0.4)
-    found = edges(wider)
-    assert np.isin(keys(edges(graph)), keys(found)).all()
+    wider = build_graph(gallery, tmp_path / "wider", threshold=0.4, reach=0.4)
+    found = read_edges(wider)
+    assert np.isin(to_keys(read_edges(graph)), to_keys(found)).all()
     vectors = wider.nodes.vectors[:300].astype(np.float64)
     u, v = np.nonzero(np.triu(2 - 2 * vectors @ vectors.T <= 0.3999**2, 1))
     assert len(u) > 10
-    assert np.isin(keys(Pairs(u, v, np.zeros(len(u), np.float32))), keys(found)).all()
+    assert np.isin(to_keys(Pairs(u, v, np.zeros(len(u), np.float32))), to_keys(found)).all()
 
 
 def test_two_galleries_are_one_graph(tmp_path: Path) -> None:
-    identities, vectors = drawn(1500)
+    identities, vectors = draw_faces(1500)
     table = rows(identities, vectors, 0)
     sides = []
     for n, part in enumerate((table.slice(0, 900), table.slice(700))):
         append(Gallery.create(str(tmp_path / f"g{n}"), CONTRACT), [part], "first")
         sides.append(Gallery(str(tmp_path / f"g{n}")))
-    graph, whole = make(sides, tmp_path / "graph"), make(fill(tmp_path / "w", identities, vectors), tmp_path / "whole")
+    graph, whole = (
+        build_graph(sides, tmp_path / "graph"),
+        build_graph(fill(tmp_path / "w", identities, vectors), tmp_path / "whole"),
+    )
     assert graph.info.galleries == tuple(side.id for side in sides)
     assert len(graph.nodes) == 1700
     ids = table["face_id"].to_numpy()
     twice = [graph.nodes.find(ids[700:900], side) for side in (0, 1)]
     assert (graph.representatives[twice[0]] == graph.representatives[twice[1]]).all()
-    found = edges(graph)
+    found = read_edges(graph)
     across = found.take((graph.nodes.sides[found.u] != graph.nodes.sides[found.v]) & (found.distance > 0))
     same_person = identities[np.argsort(ids)][np.searchsorted(np.sort(ids), graph.nodes.ids)]
     assert len(across) > 100
     assert (same_person[across.u] == same_person[across.v]).mean() > 0.5
     assert whole.info.faces == 1500
-    swapped = make(sides[::-1], tmp_path / "graph")  # another graph: the sides are swapped
+    swapped = build_graph(sides[::-1], tmp_path / "graph")  # another graph: the sides are swapped
     assert swapped.info.galleries == tuple(side.id for side in sides[::-1])
 
 
@@ -223,20 +226,20 @@ def test_two_galleries_are_one_graph(tmp_path: Path) -> None:
 
 def test_no_face_is_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(GalleryError, match="no face"):
-        make(fill(tmp_path / "g", *(part[:0] for part in drawn(1))), tmp_path / "graph")
+        build_graph(fill(tmp_path / "g", *(part[:0] for part in draw_faces(1))), tmp_path / "graph")
 
 
 @pytest.mark.parametrize("count", [1, 2, 299])
 def test_too_few_faces_for_an_unknown_model_ask_for_a_threshold(count: int, tmp_path: Path) -> None:
-    few = fill(tmp_path / "g", *drawn(count))
+    few = fill(tmp_path / "g", *draw_faces(count))
     with pytest.raises(GalleryError, match="--threshold") as error:
-        make(few, tmp_path / "graph")
+        build_graph(few, tmp_path / "graph")
     assert "'synthetic'" in str(error.value)
     assert not (tmp_path / "graph").exists()
-    graph = make(few, tmp_path / "graph", threshold=0.4)
+    graph = build_graph(few, tmp_path / "graph", threshold=0.4)
     vectors = graph.nodes.vectors.astype(np.float64)
     wanted = np.triu(2 - 2 * vectors @ vectors.T <= 0.16, 1).sum()
-    assert len(edges(graph)) == wanted
+    assert len(read_edges(graph)) == wanted
     assert (graph.info.recall, graph.info.faces, graph.info.mean_density) == (1.0, count, 0.0)
     assert graph.info.distance == pytest.approx(0.4, abs=1e-6)
 
@@ -246,10 +249,10 @@ def test_one_face_again_and_again(cells: bool, tmp_path: Path, request: pytest.F
     count = 1500 if cells else COUNT
     if cells:
         request.getfixturevalue("small")
-    copies = fill(tmp_path / "g", np.zeros(count, np.int64), np.repeat(drawn(1)[1], count, axis=0))
+    copies = fill(tmp_path / "g", np.zeros(count, np.int64), np.repeat(draw_faces(1)[1], count, axis=0))
     with pytest.raises(GalleryError, match="--threshold"):
-        make(copies, tmp_path / "graph")
-    found = edges(make(copies, tmp_path / "graph", threshold=0.5))
+        build_graph(copies, tmp_path / "graph")
+    found = read_edges(build_graph(copies, tmp_path / "graph", threshold=0.5))
     assert np.array_equal(found.u, np.zeros(count - 1))
     assert np.array_equal(found.v, np.arange(1, count))
     assert (found.distance == 0).all()
@@ -257,11 +260,11 @@ def test_one_face_again_and_again(cells: bool, tmp_path: Path, request: pytest.F
 
 def test_a_known_model_lends_its_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.graph.find_match_threshold", lambda name: 0.55)
-    few = make(fill(tmp_path / "g", *drawn(200)), tmp_path / "graph")
+    few = build_graph(fill(tmp_path / "g", *draw_faces(200)), tmp_path / "graph")
     assert few.info.distance == pytest.approx(0.55, abs=1e-6)
     assert not few.info.threshold.estimated
-    many = fill(tmp_path / "many", *drawn(1000))
-    assert make(many, tmp_path / "found").info.threshold.estimated
+    many = fill(tmp_path / "many", *draw_faces(1000))
+    assert build_graph(many, tmp_path / "found").info.threshold.estimated
     monkeypatch.setattr(
         "pipelines.graph.find_match_threshold", lambda name: 1.9
     )  # the data say something else entirely
@@ -275,53 +278,53 @@ def test_a_known_model_lends_its_threshold(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nothing_is_done_twice(gallery: Gallery, celled: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = counting(monkeypatch)
+    done = count_tasks(monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in Path(celled.folder).iterdir()}
-    again = make(gallery, Path(celled.folder), GraphRunConfig("auto", 1))
+    again = build_graph(gallery, Path(celled.folder), GraphRunConfig("auto", 1))
     assert done == []
     assert {path: path.stat().st_mtime_ns for path in Path(celled.folder).iterdir()} == before
-    same(again, celled)
-    assert left_over(Path(celled.folder)) == set()
+    assert_same_graph(again, celled)
+    assert list_leftovers(Path(celled.folder)) == set()
 
 
 @pytest.mark.parametrize(
     "change", [{"threshold": 0.6}, {"impostors": 0.1}, {"reach": 0.3}, {"most": 8}, {"recall": 0.9}, {"seed": 1}]
 )
 def test_another_setting_makes_another_graph(change: dict[str, Any], tmp_path: Path) -> None:
-    few = fill(tmp_path / "g", *drawn(400))
-    first, second = make(few, tmp_path / "graph"), make(few, tmp_path / "graph", **change)
+    few = fill(tmp_path / "g", *draw_faces(400))
+    first, second = build_graph(few, tmp_path / "graph"), build_graph(few, tmp_path / "graph", **change)
     assert first.info.settings != second.info.settings
     assert json.loads(second.info.settings)[next(iter(change))] == next(iter(change.values()))
-    assert left_over(tmp_path / "graph") == {"g"}
-    same(second, make(few, tmp_path / "fresh", **change))
+    assert list_leftovers(tmp_path / "graph") == {"g"}
+    assert_same_graph(second, build_graph(few, tmp_path / "fresh", **change))
 
 
 def test_new_faces_make_another_graph(tmp_path: Path) -> None:
-    few = fill(tmp_path / "g", *drawn(400))
-    assert make(few, tmp_path / "graph").info.faces == 400
-    later = rows(*drawn(100, seed=5), 10**6)
+    few = fill(tmp_path / "g", *draw_faces(400))
+    assert build_graph(few, tmp_path / "graph").info.faces == 400
+    later = rows(*draw_faces(100, seed=5), 10**6)
     append(few, [later], "second")
     fresh = Gallery(few.path)
-    graph = make(fresh, tmp_path / "graph")
+    graph = build_graph(fresh, tmp_path / "graph")
     assert (graph.info.faces, graph.info.versions) == (500, (fresh.version,))
-    same(graph, make(fresh, tmp_path / "fresh"))
+    assert_same_graph(graph, build_graph(fresh, tmp_path / "fresh"))
 
 
 @pytest.mark.parametrize("damage", ["{", "", "[]", None])
 def test_a_damaged_graph_is_made_anew(damage: str | None, tmp_path: Path) -> None:
-    few = fill(tmp_path / "g", *drawn(400))
-    first = edges(make(few, tmp_path / "graph"))
+    few = fill(tmp_path / "g", *draw_faces(400))
+    first = read_edges(build_graph(few, tmp_path / "graph"))
     if damage is None:
         (tmp_path / "graph" / "graph.json").unlink()
     else:
         (tmp_path / "graph" / "graph.json").write_text(damage)
-    assert np.array_equal(keys(edges(make(few, tmp_path / "graph"))), keys(first))
+    assert np.array_equal(to_keys(read_edges(build_graph(few, tmp_path / "graph"))), to_keys(first))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
-        make(fill(tmp_path / "g", *drawn(50)), tmp_path / "file" / "graph", threshold=0.5)
+        build_graph(fill(tmp_path / "g", *draw_faces(50)), tmp_path / "file" / "graph", threshold=0.5)
 
 
 # --- taken up again ------------------------------------------------------------------------------------------------------
@@ -333,27 +336,27 @@ def test_an_interrupted_graph_is_taken_up_at_its_last_task(
 ) -> None:
     folder, tasks = tmp_path / "graph", len(celled.edges.list_paths()) - 1  # and one part of copies
     with monkeypatch.context() as patch:
-        done = counting(patch, fails_at=after)
+        done = count_tasks(patch, fails_at=after)
         with pytest.raises(KeyboardInterrupt):
-            make(gallery, folder)
+            build_graph(gallery, folder)
         assert len(done) == after
     assert not folder.exists()
     with monkeypatch.context() as patch:
-        again = counting(patch)
-        graph = make(gallery, folder)
+        again = count_tasks(patch)
+        graph = build_graph(gallery, folder)
     assert sorted(done + again) == list(range(tasks))
-    same(graph, celled)
-    assert left_over(folder) == set()
+    assert_same_graph(graph, celled)
+    assert list_leftovers(folder) == set()
 
 
 def test_what_was_begun_for_another_graph_is_of_no_use(
     gallery: Gallery, celled: Graph, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        counting(patch, fails_at=2)
+        count_tasks(patch, fails_at=2)
         with pytest.raises(KeyboardInterrupt):
-            make(gallery, tmp_path / "graph", seed=3)
-    same(make(gallery, tmp_path / "graph"), celled)
+            build_graph(gallery, tmp_path / "graph", seed=3)
+    assert_same_graph(build_graph(gallery, tmp_path / "graph"), celled)
 
 
 STEPS = {
@@ -374,7 +377,7 @@ TWICE = [(name, 1) for name in ("true edges", "copies", "tidy")]
 def test_an_error_in_any_step_can_be_got_over(
     step: str, calls: int, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few, whole = fill(tmp_path / "g", *drawn(1200)), STEPS[step]
+    few, whole = fill(tmp_path / "g", *draw_faces(1200)), STEPS[step]
     module, name = whole.rsplit(".", 1)
     real: Callable[..., Any] = getattr(sys.modules[module], name)
     seen = 0
@@ -390,9 +393,9 @@ def test_an_error_in_any_step_can_be_got_over(
     with monkeypatch.context() as patch:
         patch.setattr(whole, fails)
         with pytest.raises(KeyboardInterrupt):
-            make(few, tmp_path / "graph")
+            build_graph(few, tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
-    same(make(few, tmp_path / "graph"), make(few, tmp_path / "fresh"))
+    assert_same_graph(build_graph(few, tmp_path / "graph"), build_graph(few, tmp_path / "fresh"))
 
 
 CHILD = """
@@ -417,26 +420,26 @@ def test_kill(trial: int, gallery: Gallery, celled: Graph, small: None, tmp_path
         time.sleep(random.Random(trial).uniform(0, 1.2))
         child.send_signal(signal.SIGKILL)
     assert not folder.exists() or read_info(str(folder)).faces == COUNT
-    same(make(gallery, folder), celled)
-    assert left_over(folder) == set()
+    assert_same_graph(build_graph(gallery, folder), celled)
+    assert list_leftovers(folder) == set()
 
 
 def test_on_ray(gallery: Gallery, celled: Graph, small: None, tmp_path: Path) -> None:
     """The same edges, and tasks that fail tell why."""
-    graph = make(gallery, tmp_path / "graph", GraphRunConfig("ray", 1))
-    same(graph, celled)
+    graph = build_graph(gallery, tmp_path / "graph", GraphRunConfig("ray", 1))
+    assert_same_graph(graph, celled)
     assert "RAY_ADDRESS" not in os.environ
 
 
 def test_a_gallery_of_strangers_has_few_edges(tmp_path: Path) -> None:
     """Nobody is there twice: no share of impostors can be reached, and the model's own threshold would join thousands."""
-    graph = make(fill(tmp_path / "g", np.arange(6000), Faces().draw(np.arange(6000), 0)), tmp_path / "graph")
+    graph = build_graph(fill(tmp_path / "g", np.arange(6000), Faces().draw(np.arange(6000), 0)), tmp_path / "graph")
     assert graph.info.threshold.estimated
     assert len(graph.edges) < 0.2 * 6000
 
 
 def test_a_graph_with_truncated_vectors_is_made_anew(tmp_path: Path) -> None:
-    few = fill(tmp_path / "g", *drawn(400))
-    first = edges(make(few, tmp_path / "graph"))
+    few = fill(tmp_path / "g", *draw_faces(400))
+    first = read_edges(build_graph(few, tmp_path / "graph"))
     os.truncate(tmp_path / "graph" / "vectors.npy", 100)
-    assert np.array_equal(keys(edges(make(few, tmp_path / "graph"))), keys(first))
+    assert np.array_equal(to_keys(read_edges(build_graph(few, tmp_path / "graph"))), to_keys(first))

@@ -50,12 +50,12 @@ SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = ["random", "clustered", "copies", "constant", "not quite unit"]
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def normalise(vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
-def drawn(count: int, shape: str, seed: int) -> np.ndarray:
-    """Vectors (n, 128) as a gallery may hold them."""
+def draw_vectors(count: int, shape: str, seed: int) -> np.ndarray:
+    """Draw vectors (n, 128) as a gallery may hold them."""
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((count, 128))
     if shape == "clustered":  # persons in a narrow cone, as dlib's vectors lie
@@ -66,11 +66,13 @@ def drawn(count: int, shape: str, seed: int) -> np.ndarray:
     elif shape == "constant":
         vectors = np.repeat(vectors[:1], count, axis=0)
     scale = rng.uniform(0.9, 1.1, (count, 1)) if shape == "not quite unit" else 1
-    return np.ascontiguousarray(unit(vectors) * scale if count else vectors, np.float32)
+    return np.ascontiguousarray(normalise(vectors) * scale if count else vectors, np.float32)
 
 
-def brute(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int, added: np.ndarray | None = None) -> Hits:
-    """Every distance in single precision; nearest first, ties by id."""
+def search_by_brute_force(
+    queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int, added: np.ndarray | None = None
+) -> Hits:
+    """Compute every distance in single precision; nearest first, ties by id."""
     shape = (len(queries), len(vectors))
     asked, found = (part.ravel() for part in np.indices(shape))
     distances = compute_pair_distances(queries, asked, vectors, found).reshape(shape)
@@ -82,13 +84,15 @@ def brute(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int, add
     return best
 
 
-def cut(vectors: np.ndarray, ids: np.ndarray, size: int, added: np.ndarray | None = None) -> Iterator[VectorBlock]:
+def cut_blocks(
+    vectors: np.ndarray, ids: np.ndarray, size: int, added: np.ndarray | None = None
+) -> Iterator[VectorBlock]:
     for at in range(0, len(ids), size):
         part = slice(at, at + size)
         yield VectorBlock(ids[part], vectors[part], None if added is None else added[part])
 
 
-def equal(a: Hits, b: Hits) -> None:
+def assert_equal_hits(a: Hits, b: Hits) -> None:
     assert np.array_equal(a.ids, b.ids)
     assert np.array_equal(a.distances, b.distances)
 
@@ -100,7 +104,7 @@ def equal(a: Hits, b: Hits) -> None:
 @given(seed=SEEDS, shape=st.sampled_from(SHAPES), scale=st.sampled_from([1e-6, 1.0, 50.0]), termed=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_rounding_stays_within_the_bound(kind: torch.dtype, seed: int, shape: str, scale: float, termed: bool) -> None:
-    left, right = (torch.from_numpy(drawn(60, shape, seed + n) * np.float32(scale)) for n in (0, 1))
+    left, right = (torch.from_numpy(draw_vectors(60, shape, seed + n) * np.float32(scale)) for n in (0, 1))
     term = torch.from_numpy(np.random.default_rng(seed).uniform(-0.5, 0.5, 60).astype(np.float32))
     exact = left.double() @ right.double().T + (term.double() if termed else 0)
     rows = round_to_half(append_ones(left) if termed else left, kind)
@@ -116,7 +120,7 @@ def test_rounding_stays_within_the_bound(kind: torch.dtype, seed: int, shape: st
 
 def test_the_bound_is_of_use() -> None:
     """As tight as the documentation says: a loose one would pass on every pair."""
-    vectors = torch.from_numpy(drawn(500, "random", 1))
+    vectors = torch.from_numpy(draw_vectors(500, "random", 1))
     for kind, most in ((torch.float16, 9.5e-4), (torch.bfloat16, 6.5e-3), (torch.float32, 4e-5)):
         half = round_to_half(vectors, kind)
         limit = torch.full((500,), 0.5, dtype=torch.float64)
@@ -125,7 +129,7 @@ def test_the_bound_is_of_use() -> None:
 
 @pytest.mark.parametrize("group", [1, 7, 64, 500])
 def test_a_tile_passes_on_what_reaches_the_limit(group: int) -> None:
-    left, right = (round_to_half(torch.from_numpy(drawn(200, "random", n)), torch.bfloat16) for n in (1, 2))
+    left, right = (round_to_half(torch.from_numpy(draw_vectors(200, "random", n)), torch.bfloat16) for n in (1, 2))
     exact = left.values.double() @ right.values.double().T
     limit = torch.linspace(-0.5, 0.3, 200, dtype=torch.float64)
     found = torch.zeros((200, 200), dtype=torch.bool)
@@ -160,24 +164,30 @@ def test_the_nearest_are_those_of_comparing_all_pairs(
     weighted: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
-    queries, vectors = (drawn(n, shape, seed + m) for m, (n, shape) in enumerate(zip(counts, shapes, strict=True)))
+    queries, vectors = (
+        draw_vectors(n, shape, seed + m) for m, (n, shape) in enumerate(zip(counts, shapes, strict=True))
+    )
     both = min(counts) // 2
     queries[:both] = vectors[:both]  # some are there themselves
     ids = rng.permutation(2**40 + np.arange(counts[1]))
     added = rng.uniform(0, 1, counts[1]).astype(np.float32) if weighted else None
     tile, block, group = sizes
-    found = find_neighbours(queries, cut(vectors, ids, block, added), k, "cpu", Tiling(kind, tile, group, threads=2))
-    equal(found, brute(queries, vectors, ids, k, added))
+    found = find_neighbours(
+        queries, cut_blocks(vectors, ids, block, added), k, "cpu", Tiling(kind, tile, group, threads=2)
+    )
+    assert_equal_hits(found, search_by_brute_force(queries, vectors, ids, k, added))
 
 
 def test_they_are_those_of_faiss() -> None:
     queries, vectors = Faces().draw(np.arange(300) % 90, 10**9), Faces().draw(np.arange(6000) % 900, 0)
     distances, places = faiss.knn(queries, vectors, 10)
-    found = find_neighbours(queries, cut(vectors, np.arange(6000), 1000), 10, "cpu", Tiling(torch.float16, 128))
+    found = find_neighbours(queries, cut_blocks(vectors, np.arange(6000), 1000), 10, "cpu", Tiling(torch.float16, 128))
     assert (found.ids == places).mean() > 0.999  # its products round: near ties turn
     assert np.allclose(found.distances, distances, atol=1e-5)
     order = np.random.default_rng(0).permutation(6000)
-    equal(found, find_neighbours(queries, cut(vectors[order], order, 777), 10, "cpu", Tiling(torch.bfloat16, 50)))
+    assert_equal_hits(
+        found, find_neighbours(queries, cut_blocks(vectors[order], order, 777), 10, "cpu", Tiling(torch.bfloat16, 50))
+    )
 
 
 def test_few_pairs_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,16 +199,16 @@ def test_few_pairs_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         insert_hits(best, asked, *rest)
 
     monkeypatch.setattr(top_k, "insert_hits", count_and_insert)
-    queries, vectors = drawn(200, "random", 1), drawn(20_000, "random", 2)
-    find_neighbours(queries, cut(vectors, np.arange(20_000), 2000), 10, "cpu", Tiling(torch.float16))
+    queries, vectors = draw_vectors(200, "random", 1), draw_vectors(20_000, "random", 2)
+    find_neighbours(queries, cut_blocks(vectors, np.arange(20_000), 2000), 10, "cpu", Tiling(torch.float16))
     assert sum(passed_on) < 200 * 10 * (1 + np.log(10)) * 1.5
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_device_without_much_memory_halves_its_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it runs out after part of a tile was passed on: nothing is lost, and nothing counts twice."""
-    queries, vectors = drawn(100, "copies", 1), drawn(900, "copies", 1)
-    expected = find_neighbours(queries, cut(vectors, np.arange(900), 300), 12, device)
+    queries, vectors = draw_vectors(100, "copies", 1), draw_vectors(900, "copies", 1)
+    expected = find_neighbours(queries, cut_blocks(vectors, np.arange(900), 300), 12, device)
     sizes, find_reaching = [], Tile.find_reaching
 
     def limited(tile: Tile, limit: torch.Tensor) -> Iterator[Any]:
@@ -208,7 +218,7 @@ def test_a_device_without_much_memory_halves_its_tiles(device: str, monkeypatch:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Tile, "find_reaching", limited)
-    equal(expected, find_neighbours(queries, cut(vectors, np.arange(900), 300), 12, device))
+    assert_equal_hits(expected, find_neighbours(queries, cut_blocks(vectors, np.arange(900), 300), 12, device))
     assert sizes[0] == 100
     assert max(sizes[-5:]) <= 20
     rule = JoinRule(0.5, 900, 64)
@@ -224,16 +234,18 @@ def test_one_query_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Tile, "__init__", full)
     with pytest.raises(torch.OutOfMemoryError):
-        find_neighbours(drawn(9, "random", 1), cut(drawn(9, "random", 1), np.arange(9), 9), 1, "cpu")
+        find_neighbours(
+            draw_vectors(9, "random", 1), cut_blocks(draw_vectors(9, "random", 1), np.arange(9), 9), 1, "cpu"
+        )
 
 
 def test_a_block_that_cannot_be_read_raises() -> None:
     def broken() -> Iterator[Any]:
-        yield from cut(drawn(9, "random", 1), np.arange(9), 9)
+        yield from cut_blocks(draw_vectors(9, "random", 1), np.arange(9), 9)
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        find_neighbours(drawn(9, "random", 1), broken(), 1, "cpu")
+        find_neighbours(draw_vectors(9, "random", 1), broken(), 1, "cpu")
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(1, 5))
@@ -267,10 +279,10 @@ def test_blocks_arrive_in_order(device: str) -> None:
 # --- joins ---------------------------------------------------------------------------------------------------------------
 
 
-def joined(
+def join_sorted(
     vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int, tiling: Tiling | None, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(keys of the pairs, sorted; their distances): of the CPU's own way without `tiling`."""
+    """Join by the device's code, or by the CPU's without `tiling`; returns sorted keys of the pairs, and distances."""
     if tiling is None:
         u, v = find_candidate_pairs(vectors, densities, threshold, most)
     else:
@@ -298,7 +310,7 @@ def joined(
 def test_joined_pairs_are_those_of_the_cpu(
     kind: torch.dtype, seed: int, shape: str, count: int, share: float, most: int, sizes: tuple[int, int, int, int]
 ) -> None:
-    vectors = drawn(count, shape, seed)
+    vectors = draw_vectors(count, shape, seed)
     if most < 1000:  # of copies in a crowd any may stay
         vectors = np.unique(vectors, axis=0) if count else vectors
     densities = np.random.default_rng(seed).uniform(-0.1, 0.5, len(vectors)).astype(np.float32)
@@ -308,8 +320,8 @@ def test_joined_pairs_are_those_of_the_cpu(
     tiling = Tiling(kind, tile, group, block, held, threads=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "_ROWS", 48)
-        expected = joined(vectors, densities, threshold, most, None)
-        found = joined(vectors, densities, threshold, most, tiling)
+        expected = join_sorted(vectors, densities, threshold, most, None)
+        found = join_sorted(vectors, densities, threshold, most, tiling)
     assert np.array_equal(found[0], expected[0])
     assert np.array_equal(found[1], expected[1])
 
@@ -318,16 +330,19 @@ def test_joined_pairs_are_those_of_the_cpu(
 def test_a_crowd_among_strangers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind the first crowd look at it as well, wherever it begins in what is held."""
     monkeypatch.setattr(pairs, "_ROWS", 64)
-    alone, crowd = drawn(400, "clustered", 1), unit(drawn(1, "random", 2) + 0.01 * drawn(300, "random", 3))
+    alone, crowd = (
+        draw_vectors(400, "clustered", 1),
+        normalise(draw_vectors(1, "random", 2) + 0.01 * draw_vectors(300, "random", 3)),
+    )
     vectors = np.concatenate([alone[:250], crowd, alone[250:]])
     densities = np.random.default_rng(0).uniform(0, 0.1, 700).astype(np.float32)
-    expected = joined(vectors, densities, 0.6, 8, None)
+    expected = join_sorted(vectors, densities, 0.6, 8, None)
     for tiling in (
         Tiling(torch.float16, 64, 8, 128, 128),
         Tiling(torch.bfloat16, 200),
         Tiling(torch.float32, 33, 5, 77, 320),
     ):
-        found = joined(vectors, densities, 0.6, 8, tiling, device)
+        found = join_sorted(vectors, densities, 0.6, 8, tiling, device)
         assert np.array_equal(found[0], expected[0])
         assert np.array_equal(found[1], expected[1])
 
@@ -411,7 +426,7 @@ class Gpus:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_k_means_goes_to_gpus_and_comes_back(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = drawn(3000, "clustered", 1)
+    sample = draw_vectors(3000, "clustered", 1)
     plan = make_plan(3000, 1 << 40, 0, "IVF16,Flat")
     monkeypatch.setattr(cells, "MAX_EXACT_FACES", 500)
     first = template.train_template(sample, plan)

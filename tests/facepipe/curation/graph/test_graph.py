@@ -23,7 +23,7 @@ from facepipe.nearest.similarity import Pairs, compute_similarity, refine_pairs
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def drawn(count: int, mean: float = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_faces(count: int, mean: float = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(identities (n,), faces (n, 128)) of a synthetic gallery of whole identities."""
     rng = np.random.default_rng([seed, 3])
     identities = rng.permutation(np.repeat(np.arange(count), rng.geometric(1 / mean, count))[:count])
@@ -40,7 +40,7 @@ def sphere(count: int, seed: int, spread: float = 1.0) -> np.ndarray:
     return unit(spread * noise + np.eye(128)[0] * 8)
 
 
-def brute(vectors: np.ndarray, densities: np.ndarray) -> np.ndarray:
+def compare_all(vectors: np.ndarray, densities: np.ndarray) -> np.ndarray:
     """Similarities (n, n) in double precision; of a face with itself -inf."""
     wide, crowd = vectors.astype(np.float64), densities.astype(np.float64)
     found = wide @ wide.T - (crowd[:, None] + crowd) / 2
@@ -69,7 +69,7 @@ def collected(galleries: list[Gallery], folder: Path) -> Nodes:
 
 
 def test_nothing_depends_on_the_order_of_rows_and_files(tmp_path: Path) -> None:
-    table = rows(*drawn(700), 0)
+    table = rows(*draw_faces(700), 0)
     shuffled = table.take(pa.array(np.random.default_rng(1).permutation(700)))
     one = fill(tmp_path / "a", [table.slice(at, 100) for at in range(0, 700, 100)])
     two = fill(tmp_path / "b", [shuffled.slice(0, 333), shuffled.slice(333, 1), shuffled.slice(334)])
@@ -89,7 +89,7 @@ def test_nothing_depends_on_the_order_of_rows_and_files(tmp_path: Path) -> None:
 
 
 def test_two_galleries_in_one_graph(tmp_path: Path) -> None:
-    table = rows(*drawn(300), 0)
+    table = rows(*draw_faces(300), 0)
     sides = [fill(tmp_path / "a", [table.slice(0, 200)]), fill(tmp_path / "b", [table.slice(100)])]
     nodes = collected(sides, tmp_path / "nodes")
     assert len(nodes) == 400
@@ -124,7 +124,7 @@ def test_a_gallery_of_no_faces_has_no_nodes(tmp_path: Path) -> None:
 
 
 def test_lost_nodes_are_named(tmp_path: Path) -> None:
-    fill(tmp_path / "g", [rows(*drawn(20), 0)])
+    fill(tmp_path / "g", [rows(*draw_faces(20), 0)])
     collected([Gallery(str(tmp_path / "g"))], tmp_path / "nodes")
     (tmp_path / "nodes" / "vectors.npy").write_bytes(b"")
     with pytest.raises(StorageError, match="nodes"):
@@ -167,7 +167,7 @@ def test_pairs_are_those_of_brute_force(seed: int, count: int, crowded: bool, sh
     rng = np.random.default_rng(seed)
     vectors = sphere(count, seed)
     densities = rng.uniform(0, 0.5, count).astype(np.float32) if crowded else np.zeros(count, np.float32)
-    wanted = brute(vectors, densities)
+    wanted = compare_all(vectors, densities)
     off = wanted[np.triu_indices(count, 1)]
     threshold = float(np.quantile(off, share)) if off.size else 0.5
     u, v = find_candidate_pairs(vectors, densities, threshold, max(1, count))
@@ -191,9 +191,9 @@ def test_copies_lie_at_distance_zero() -> None:
     assert (found.distance == 0).all()
 
 
-def kept_by_all(vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int) -> None:
+def check_neighbours_of_all(vectors: np.ndarray, densities: np.ndarray, threshold: float, most: int) -> None:
     """Every face keeps its `most` nearest of those above the threshold, the nearest above all."""
-    wanted = brute(vectors, densities)
+    wanted = compare_all(vectors, densities)
     found = pairs_of(*find_candidate_pairs(vectors, densities, threshold, most))
     near = np.argsort(-wanted, axis=1)[:, :most]
     last = np.sort(wanted, axis=1)[:, -min(most, len(vectors))]
@@ -210,7 +210,7 @@ def test_in_a_crowd_every_face_keeps_its_nearest(seed: int, most: int, monkeypat
     monkeypatch.setattr("facepipe.nearest.join._ROWS", 64)
     rng = np.random.default_rng(seed)
     vectors, densities = sphere(300, seed, 0.3), rng.uniform(0, 0.05, 300).astype(np.float32)
-    kept_by_all(vectors, densities, 0.1, most)
+    check_neighbours_of_all(vectors, densities, 0.1, most)
     u, _ = find_candidate_pairs(vectors, densities, 0.1, most)
     assert 300 / 2 <= len(u) <= 300 * most
 
@@ -224,12 +224,12 @@ def test_a_face_at_the_edge_of_a_crowd_keeps_its_nearest(order: str, monkeypatch
     vectors = np.concatenate([crowd, alone] if order == "crowd first" else [alone, crowd])
     if order == "mixed":
         vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
-    kept_by_all(vectors, np.zeros(len(vectors), np.float32), 0.6, 8)
+    check_neighbours_of_all(vectors, np.zeros(len(vectors), np.float32), 0.6, 8)
 
 
 @pytest.mark.parametrize("rows_", [1, 7, 100, 384, 5000])
 def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, vectors = drawn(800)
+    _, vectors = draw_faces(800)
     density = Cohort.draw(vectors, 0).compute_density(vectors)
     whole = refine_pairs(vectors, density, *find_candidate_pairs(vectors, density, 0.02, 100), 0.02)
     monkeypatch.setattr("facepipe.nearest.join._ROWS", rows_)
@@ -241,7 +241,7 @@ def test_pairs_do_not_depend_on_the_size_of_blocks(rows_: int, monkeypatch: pyte
 
 
 def test_densities_do_not_depend_on_what_else_is_asked() -> None:
-    _, vectors = drawn(1000)
+    _, vectors = draw_faces(1000)
     cohort = Cohort.draw(vectors, 0)
     whole = cohort.compute_density(vectors)
     parts = np.concatenate([cohort.compute_density(vectors[at : at + 77]) for at in range(0, 1000, 77)])
@@ -315,7 +315,7 @@ def test_work_covers_all_cells_once(sizes: list[int], tasks_of: float) -> None:
 
 
 def test_cells_follow_the_data_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, vectors = drawn(3000)
+    _, vectors = draw_faces(3000)
     assert len(cells.train_cells(vectors, 0).centres) == 1
     monkeypatch.setattr(cells, "MAX_EXACT_FACES", 500)
     made = cells.train_cells(vectors, 0)
@@ -333,14 +333,14 @@ def test_cells_follow_the_data_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> 
 )
 @pytest.mark.parametrize("seed", [3, 4])
 def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float, impostors: float, seed: int) -> None:
-    identities, vectors = drawn(count, mean, seed)
+    identities, vectors = draw_faces(count, mean, seed)
     density = Cohort.draw(vectors, 0).compute_density(vectors)
     sample = truth.draw_sample(count, 0)
     found = estimate_threshold(count_similarities(vectors, density, sample), len(vectors), impostors)
     assert found is not None
     assert found.estimated
     assert found.impostors <= impostors
-    above = brute(vectors, density) >= found.similarity
+    above = compare_all(vectors, density) >= found.similarity
     same = identities[:, None] == identities
     real = (above & ~same).sum() / above.sum()
     assert impostors / 2.5 <= real <= impostors * 2.5
@@ -350,7 +350,7 @@ def test_the_threshold_holds_as_many_impostors_as_asked(count: int, mean: float,
 
 
 def test_fewer_impostors_mean_a_higher_threshold() -> None:
-    _, vectors = drawn(2000, mean=2)
+    _, vectors = draw_faces(2000, mean=2)
     counts = count_similarities(vectors, np.zeros(2000, np.float32), np.arange(2000))
     found = [estimate_threshold(counts, len(vectors), share) for share in (0.5, 0.2, 0.05, 0.01)]
     values = [one.similarity for one in found if one is not None]
@@ -360,7 +360,7 @@ def test_fewer_impostors_mean_a_higher_threshold() -> None:
 
 
 def test_the_histogram_counts_every_pair_of_two_faces(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, vectors = drawn(700)
+    _, vectors = draw_faces(700)
     density = Cohort.draw(vectors, 0).compute_density(vectors)
     sample = np.arange(0, 700, 2)
     counts = count_similarities(vectors, density, sample)
@@ -368,14 +368,14 @@ def test_the_histogram_counts_every_pair_of_two_faces(monkeypatch: pytest.Monkey
     monkeypatch.setattr("facepipe.curation.graph.threshold._BLOCK_COLUMNS", 99)
     cut = count_similarities(vectors, density, sample)
     assert np.abs(counts - cut).sum() <= 0.001 * counts.sum()  # products round differently at the bins' edges
-    values = brute(vectors, density)[sample]
+    values = compare_all(vectors, density)[sample]
     assert counts[1200:].sum() == pytest.approx((values >= 0.1).sum(), abs=2)  # bins of 0.0005 from -0.5
 
 
 @pytest.mark.parametrize(("count", "mean"), [(400, 10), (600, 10), (1000, 30), (1500, 30)])
 def test_few_persons_show_no_threshold(count: int, mean: float) -> None:
     """Their pairs are no smooth null distribution: better none than a wrong one."""
-    _, vectors = drawn(count, mean)
+    _, vectors = draw_faces(count, mean)
     density = Cohort.draw(vectors, 0).compute_density(vectors)
     assert estimate_threshold(count_similarities(vectors, density, np.arange(count)), count) is None
 
@@ -406,9 +406,9 @@ def test_a_threshold_can_be_asked_of_any_faces(seed: int, count: int, spread: fl
 
 @pytest.mark.parametrize("threshold", [0.02, 0.3, 2.0])
 def test_brute_force_has_all_true_edges(threshold: float) -> None:
-    _, vectors = drawn(900)
+    _, vectors = draw_faces(900)
     density = Cohort.draw(vectors, 0).compute_density(vectors)
-    wanted = brute(vectors, density)
+    wanted = compare_all(vectors, density)
     u, v = np.nonzero(np.triu(wanted >= threshold - 1e-6))
     edges_ = Pairs(u, v, np.zeros(len(u), np.float32))
     sample = truth.draw_sample(900, 1, budget=900 * 300)
@@ -429,7 +429,7 @@ def test_brute_force_has_all_true_edges(threshold: float) -> None:
 def test_true_edges_are_the_nearest_of_a_face(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("facepipe.curation.graph.truth._BLOCK_COLUMNS", 64)
     vectors = sphere(300, 1)
-    wanted = brute(vectors, np.zeros(300, np.float32))
+    wanted = compare_all(vectors, np.zeros(300, np.float32))
     u, v = truth.find_true_edges(vectors, np.zeros(300, np.float32), np.arange(0, 300, 3), 0.0, 4)
     for face in range(0, 300, 3):
         assert set(v[u == face].tolist()) == set(np.argsort(-wanted[face])[:4].tolist())
