@@ -1,7 +1,8 @@
-"""Where images come from: one small module each, and `open_source`, which picks one from what the user wrote."""
+"""Where images come from: one small module per kind of source, and `open_source`, which picks one from the uri."""
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from facepipe.errors import SourceError
@@ -17,6 +18,8 @@ from facepipe.storage import is_remote, may_exist
 
 SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
+_PARQUET_EXTENSIONS = ("parquet", "pq")
+_SAMPLED_FILES = 1000  # of a folder, to see whether it holds Parquet files
 
 __all__ = ["Source", "SourceConfig", "WorkItem", "open_source"]
 
@@ -25,13 +28,14 @@ __all__ = ["Source", "SourceConfig", "WorkItem", "open_source"]
 class SourceConfig:
     """Where the images are.
 
-    uri: a folder, a glob, an s3:// prefix, a .parquet file or folder, a .tar, or a list file
-    kind: how to read it; auto decides from the uri
-    identity: auto (a label of the list, else the folder's name where images lie exactly one folder deep),
-        folder, filename (left of the last `_`), label, none
-    name: name of the corpus in the gallery's `source` column; by default the last part of the uri
-    root: folder that a list's paths are relative to, by default the list's own, which they do not lead out of; where it
-        is set, absolute paths, URLs and the targets of links must lie inside it too
+    Attributes:
+        uri: A folder, a glob, an s3:// prefix, a .parquet file or folder, a .tar, or a list file.
+        kind: How to read it; auto decides from the uri.
+        identity: Where labels come from: folder, filename (left of the last `_`), label (of the list), none, or auto:
+            the list's label, else the folder's name if images lie exactly one folder deep.
+        name: Name of the corpus in the gallery's `source` column; by default the last part of the uri.
+        root: Folder that a list's paths are relative to; by default the list's own, which they must not lead out of. If
+            it is set, absolute paths, URLs and the targets of links must lie inside it too.
     """
 
     uri: str = ""
@@ -42,13 +46,13 @@ class SourceConfig:
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The source a config describes. Raises SourceError where there is nothing at its uri."""
+    """Open the source that a config describes. Raises SourceError if there is nothing at its uri."""
     uri = config.uri
     if is_web_url(uri):
         raise SourceError(
             "facepipe reads no http(s) URLs: fetch the images first, or name a bucket (s3://, gs://, az://)"
         )
-    kind = _kind_of(uri) if config.kind == "auto" else config.kind
+    kind = _detect_kind(uri) if config.kind == "auto" else config.kind
     if kind not in ("glob", "object_store") and not may_exist(uri):
         raise SourceError(f"no such file or folder: {uri!r}")
     match kind:
@@ -64,38 +68,34 @@ def open_source(config: SourceConfig) -> Source:
             return FolderSource(uri, config.identity, config.name)
 
 
-def _kind_of(uri: str) -> SourceKind:
+def _detect_kind(uri: str) -> SourceKind:
+    """Detect the kind of a source from its uri and from what is there. Raises SourceError if there is nothing."""
     if not uri:
         raise SourceError("no source given")
-    kind = get_extension(uri.rstrip("/"))
-    if kind in ("parquet", "pq"):
+    extension = get_extension(uri.rstrip("/"))
+    if extension in _PARQUET_EXTENSIONS:
         return "parquet"
     if is_remote(uri):
         return "object_store"
     if os.path.isdir(uri):
         return "parquet" if _holds_parquet(uri) else "folder"
-    if kind in LIST_EXTENSIONS and os.path.exists(uri):
-        return "list"
     if os.path.exists(uri):
-        return "glob" if kind in ("tar", *IMAGE_EXTENSIONS) else _refuse(uri)
-    if any(c in uri for c in "*?["):
+        if extension in LIST_EXTENSIONS:
+            return "list"
+        if extension == "tar" or extension in IMAGE_EXTENSIONS:
+            return "glob"
+        raise SourceError(
+            f"unsupported source {uri!r}: expected a folder, an image, a list ({', '.join(LIST_EXTENSIONS)}), "
+            "a .parquet or a .tar file"
+        )
+    if any(character in uri for character in "*?["):
         return "glob"
     raise SourceError(f"no such file or folder: {uri!r}")
 
 
 def _holds_parquet(folder: str) -> bool:
-    """A Parquet folder holds Parquet files at its top and nothing else that could be a source."""
+    """Tell whether a folder holds Parquet files at its top, and nothing else that could be a source."""
     with os.scandir(folder) as entries:
-        kinds = {
-            get_extension(e.name)
-            for e, _ in zip(entries, range(1000), strict=False)
-            if not e.name.startswith((".", "_"))
-        }
-    return bool(kinds) and kinds <= {"parquet", "pq"}
-
-
-def _refuse(uri: str) -> SourceKind:
-    raise SourceError(
-        f"{uri!r} is no folder, and its extension is neither an image's nor that of a list "
-        f"({', '.join(LIST_EXTENSIONS)}), a .parquet or a .tar file"
-    )
+        names = [entry.name for entry in islice(entries, _SAMPLED_FILES)]
+    extensions = {get_extension(name) for name in names if not name.startswith((".", "_"))}
+    return bool(extensions) and extensions <= set(_PARQUET_EXTENSIONS)

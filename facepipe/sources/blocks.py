@@ -1,5 +1,6 @@
-"""From a source to blocks of work: known images are left out, and blocks shrink towards the end so that all workers
-finish together. The one place that decides what a run reads.
+"""From a source to blocks of work. This is the one place that decides what a run reads.
+
+Known images are left out. Blocks shrink towards the end so that all workers finish together.
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,25 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources import Source, WorkItem
 from facepipe.types import UInt64
 
+NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
+_SCREENED_ITEMS = 8192  # looked up in the gallery at a time
+_REPORT_ITEMS = 50_000  # passed over until an empty block reports it
+_BLOCKS_PER_WORKER = 4
+
+PendingItem = tuple[WorkItem, int | None]
+"""An item to be read, and the hash of the content that the gallery has for it, if any."""
+
 
 @dataclass(frozen=True)
 class BlockSize:
     """How many images travel together: one block is one Parquet file and one unit of retry.
 
     A block holds 1/(4 * workers) of what the lister sees ahead, between smallest and largest images.
+
+    Attributes:
+        smallest: Fewest images per block.
+        largest: Most images per block.
+        workers: Number of workers.
     """
 
     smallest: int = 16
@@ -29,21 +43,29 @@ class BlockSize:
     workers: int = 1
 
     def __call__(self, ahead: int) -> int:
-        return max(1, self.smallest, min(self.largest, ahead // (4 * max(1, self.workers))))
+        """Choose the number of images of the next block, from the number of those that wait."""
+        fair_share = ahead // (_BLOCKS_PER_WORKER * max(1, self.workers))
+        return max(1, self.smallest, min(self.largest, fair_share))
 
     @property
     def lookahead(self) -> int:
-        """Items to hold ahead so that the largest block is reached."""
-        return self.largest * 4 * max(1, self.workers)
+        """Number of items to look ahead so that the largest block is reached."""
+        return self.largest * _BLOCKS_PER_WORKER * max(1, self.workers)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Work items (schema.WORK_ITEM) and what the lister passed over since the block before.
+    """Work items, and what the lister has passed over since the last block.
 
-    skipped: already in the gallery; repeated: listed before in this run; ignored: no image files; erased: not to come
-    back. All are counts.
-    rows: what the stages so far made of the items, where a plan splits them over several workers.
+    Attributes:
+        number: Number of the block.
+        items: Work items, of the schema WORK_ITEM.
+        rows: What the stages so far made of the items, if a plan splits them over several workers.
+        skipped: Images that are in the gallery already.
+        repeated: Images that were listed before in this run.
+        ignored: Files that are not images.
+        erased: Images that must not come back.
+        last: Whether this is the last block.
     """
 
     number: int
@@ -57,99 +79,113 @@ class Block:
 
 
 class Known(Protocol):
-    """What the gallery holds (gallery.known.KnownImages, or nothing)."""
+    """What a gallery holds, such as `gallery.known.KnownImages`."""
 
     def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
-        """(verdict, previous) per item, as gallery.known.KnownImages gives them, for `hash64_each` of the uris and
-        `hash_each_in_process` of the fingerprints (0 where there is none)."""
+        """Return one verdict per item, and the hash of the content that the gallery has for it, both (n,).
 
-
-NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
-_SCREEN = 8192
-_REPORT = 50_000
+        Args:
+            uris: `hash64_each` of the uris, (n,).
+            fingerprints: `hash_each_in_process` of the fingerprints, (n,), 0 for an item without one.
+        """
 
 
 def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
-    """Blocks of what is to be read, closed by one marked `last`.
+    """Yield blocks of what has to be read. The last one is marked as `last`.
 
-    Where long stretches of the listing hold nothing to read, empty blocks report how far it is.
+    If long stretches of the listing hold nothing to read, empty blocks report how far it is.
     """
-    cutter = _Cutter(source)
-    held: list[tuple[WorkItem, int | None]] = []
+    cutter = _BlockCutter(source)
+    pending: list[PendingItem] = []
     listing = iter(source)
-    exhausted = False
-    while held or not exhausted:
-        while not exhausted and len(held) < size.lookahead:
-            items = list(islice(listing, min(_SCREEN, size.lookahead)))
-            exhausted = not items
-            verdicts, previous = _screen(items, known)
+    is_exhausted = False
+    while pending or not is_exhausted:
+        # Look ahead, so that the size of the next block can follow from what is left.
+        while not is_exhausted and len(pending) < size.lookahead:
+            items = list(islice(listing, min(_SCREENED_ITEMS, size.lookahead)))
+            is_exhausted = not items
+            verdicts, previous = _screen_items(items, known)
             cutter.count(verdicts)
             wanted = np.flatnonzero((verdicts == NEW) | (verdicts == CHANGED)).tolist()
-            held += [(items[n], int(previous[n]) if verdicts[n] == CHANGED else None) for n in wanted]
-            if cutter.passed >= _REPORT:
-                yield cutter.block([])
-        if held:
-            n = size(len(held))
-            part, held = held[:n], held[n:]
-            yield cutter.block(part)
-    yield cutter.block([], last=True)
+            pending += [(items[n], int(previous[n]) if verdicts[n] == CHANGED else None) for n in wanted]
+            if cutter.passed_count >= _REPORT_ITEMS:
+                yield cutter.make_block([])
+        if pending:
+            n = size(len(pending))
+            part = pending[:n]
+            pending = pending[n:]
+            yield cutter.make_block(part)
+    yield cutter.make_block([], last=True)
 
 
-class _Cutter:
-    """Numbers the blocks and hands each the counts since the one before."""
+class _BlockCutter:
+    """Numbers the blocks, and gives each the counts since the last one."""
 
     def __init__(self, source: Source):
         self._source = source
-        self._number, self._ignored = 0, 0
+        self._number = 0
+        self._ignored = 0
         self._counts = np.zeros(5, np.int64)
 
     @property
-    def passed(self) -> int:
-        """Images passed over since the last block."""
+    def passed_count(self) -> int:
+        """Number of images passed over since the last block."""
         return int(self._counts[[SKIP, REPEATED, ERASED]].sum())
 
     def count(self, verdicts: npt.NDArray[np.int8]) -> None:
+        """Add verdicts to the counts."""
         self._counts += np.bincount(verdicts, minlength=5)
 
-    def block(self, part: list[tuple[WorkItem, int | None]], last: bool = False) -> Block:
-        ignored = self._source.ignored - self._ignored
-        skipped, repeated, erased = (int(self._counts[n]) for n in (SKIP, REPEATED, ERASED))
-        made = Block(self._number, _table(part), None, skipped, repeated, ignored, erased, last)
-        self._number, self._ignored = self._number + 1, self._source.ignored
+    def make_block(self, part: list[PendingItem], last: bool = False) -> Block:
+        """Make a block of items, and begin the counts anew."""
+        block = Block(
+            number=self._number,
+            items=_to_table(part),
+            skipped=int(self._counts[SKIP]),
+            repeated=int(self._counts[REPEATED]),
+            ignored=self._source.ignored - self._ignored,
+            erased=int(self._counts[ERASED]),
+            last=last,
+        )
+        self._number += 1
+        self._ignored = self._source.ignored
         self._counts[:] = 0
-        return made
+        return block
 
 
-def _screen(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], UInt64]:
-    uris, marks = [item.uri for item in items], [item.fingerprint or "" for item in items]
-    return known.screen(hash64_each(uris), hash_each_in_process(marks))
+def _screen_items(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], UInt64]:
+    uris = [item.uri for item in items]
+    fingerprints = [item.fingerprint or "" for item in items]
+    return known.screen(hash64_each(uris), hash_each_in_process(fingerprints))
 
 
-def _table(items: list[tuple[WorkItem, int | None]]) -> pa.Table:
+def _to_table(items: list[PendingItem]) -> pa.Table:
     if not items:
         return WORK_ITEM.empty_table()
     columns = [*zip(*(item for item, _ in items), strict=True), [previous for _, previous in items]]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, WORK_ITEM, strict=True)], schema=WORK_ITEM)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, WORK_ITEM, strict=True)]
+    return pa.table(arrays, schema=WORK_ITEM)
 
 
 _COUNTS = ("number", "skipped", "repeated", "ignored", "erased", "last")
 
 
 def encode_block(block: Block) -> dict[str, object]:
-    """A block as one row of plain values, for transport between processes."""
+    """Encode a block as one row of plain values, for transport between processes."""
     counts = {name: getattr(block, name) for name in _COUNTS}
-    return {"items": _to_bytes(block.items), "rows": None if block.rows is None else _to_bytes(block.rows), **counts}
+    rows = None if block.rows is None else _encode_table(block.rows)
+    return {"items": _encode_table(block.items), "rows": rows, **counts}
 
 
 def decode_block(row: dict[str, object]) -> Block:
-    """The block of a row made by `encode`."""
+    """Decode a row that `encode_block` made."""
     tables = {
         name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in ("items", "rows")
     }
     return Block(**tables, **{name: row[name] for name in _COUNTS})  # type: ignore[arg-type]
 
 
-def _to_bytes(table: pa.Table) -> bytes:
+def _encode_table(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

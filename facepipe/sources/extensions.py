@@ -7,17 +7,20 @@ IMAGE_EXTENSIONS = frozenset(
 
 
 def get_extension(name: str) -> str:
-    """Lower-case extension without its dot."""
+    """Return the extension of a name in lower case, without its dot.
+
+    Names of dots, and names that begin with their only dot, have none.
+    """
     last = name.rpartition("/")[2]
-    stem, dot, kind = last.rpartition(".")
-    return kind.lower() if dot and stem.strip(".") else ""  # names of dots, or that begin with one, have none
+    stem, dot, extension = last.rpartition(".")
+    return extension.lower() if dot and stem.strip(".") else ""
 
 
 def is_web_url(name: str) -> bool:
-    """Whether a name is an http(s) URL, which facepipe does not read."""
+    """Tell whether a name is an http(s) URL, which facepipe does not read."""
     return name.lower().startswith(("http://", "https://"))
 
 
 def is_hidden(name: str) -> bool:
-    """Dot files: `.DS_Store`, `._photo.jpg` and the like are never images."""
+    """Tell whether a path names a dot file: `.DS_Store`, `._photo.jpg` and the like are never images."""
     return name.startswith(".", name.rfind("/") + 1)

@@ -5,100 +5,120 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from stat import S_ISREG
 
-from facepipe.sources.expand import Expander, Plain
+from facepipe.sources.expand import Expander, FolderExpander
 from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
 _SORT_RUN = 100_000
 
-_Parents = tuple[tuple[int, int], ...]
+_FolderIds = tuple[tuple[int, int], ...]
+"""(device, inode) of folders."""
 _Listing = Iterator["WorkItem | _Listing"]
 
 
 class FolderSource:
     """Every image (and tar shard) below a folder.
 
-    Symbolic links are followed, out of the root too, since datasets are often farms of links; an image is known by the
-    link's path. A link back to a parent folder is passed over. A folder that is linked to from within a linked folder
-    is listed once, and a row says where it was left out: folders that link to each other would multiply without end.
-    A link that leads nowhere is a row. Devices, FIFOs and sockets are rows, and are never opened.
+    Symbolic links are followed, out of the root too, because datasets are often farms of links. An image is known by
+    the link's path. A link back to a parent folder is passed over. A folder that is linked to from within a linked
+    folder is listed once, and a row says where it was left out: folders that link to each other would multiply without
+    end. A link that leads nowhere is a row. Devices, FIFOs and sockets are rows, and are never opened.
+
+    Attributes:
+        root: Absolute path of the folder.
+        name: Name of the source.
     """
 
     def __init__(self, root: str, identity: IdentityRule = "auto", name: str | None = None):
         self.root = os.path.abspath(root)
         self.name = name or os.path.basename(self.root) or "root"
-        self._expand = Expander(identity)
-        self._wanted: Callable[[str], bool] = lambda relative: True
-        self._depth: int | None = None
-        self._nested: set[tuple[int, int]] = set()
+        self._expander = Expander(identity)
+        self._is_wanted: Callable[[str], bool] = lambda relative: True
+        self._max_depth: int | None = None
+        self._nested_folders: set[tuple[int, int]] = set()
 
     @property
     def ignored(self) -> int:
-        return self._expand.ignored
+        """Number of files passed over so far because they are not images."""
+        return self._expander.ignored
 
-    def only(self, wanted: Callable[[str], bool], depth: int | None) -> "FolderSource":
-        """Keep the files whose path below the root is wanted, at most `depth` folders down (None: any)."""
-        self._wanted, self._depth = wanted, depth
+    def select(self, is_wanted: Callable[[str], bool], max_depth: int | None) -> "FolderSource":
+        """Keep only some files.
+
+        Args:
+            is_wanted: tells from its path below the root whether a file is kept.
+            max_depth: folders below the root to go down; None for any.
+
+        Returns:
+            This source.
+        """
+        self._is_wanted = is_wanted
+        self._max_depth = max_depth
         return self
 
     def __iter__(self) -> Iterator[WorkItem]:
-        self._expand.ignored = 0
-        self._nested.clear()
+        self._expander.ignored = 0
+        self._nested_folders.clear()
         return self._walk()
 
     def _walk(self) -> Iterator[WorkItem]:
-        """Depth first, with a stack of its own: folders may lie deeper than Python's calls may."""
-        open_folders = [self._folder(os.fsencode(self.root), "", (), 0)]
+        """Walk depth first, with a stack of its own: folders may lie deeper than Python's calls may."""
+        open_folders = [self._list_folder(os.fsencode(self.root), "", (), 0)]
         while open_folders:
-            found = next(open_folders[-1], None)
-            if found is None:
+            entry = next(open_folders[-1], None)
+            if entry is None:
                 open_folders.pop()
-            elif isinstance(found, WorkItem):
-                yield found
+            elif isinstance(entry, WorkItem):
+                yield entry
             else:
-                open_folders.append(found)
+                open_folders.append(entry)
 
-    def _folder(self, folder: bytes, relative: str, parents: "_Parents", links: int) -> "_Listing":
-        """The items of a folder, and listings of the folders in it; `links` is how many links lead to it."""
+    def _list_folder(self, folder: bytes, relative: str, parents: _FolderIds, links: int) -> _Listing:
+        """Yield the items of a folder, and listings of the folders in it; `links` is how many links lead to it."""
         try:
             info = os.stat(folder)
-            here = (info.st_dev, info.st_ino)
-            if here in parents:
+            folder_id = (info.st_dev, info.st_ino)
+            if folder_id in parents:
                 return
             if links > 1:
-                if here in self._nested:
+                if folder_id in self._nested_folders:
                     yield make_broken_item(folder, "a link to a folder that was listed before")
                     return
-                self._nested.add(here)
-            plain = self._expand.folder(folder, relative)
+                self._nested_folders.add(folder_id)
+            expand_image = self._expander.make_folder_expander(folder, relative)
             with os.scandir(folder) as entries:
                 # Sorted runs: a readable order, and bounded memory in a folder of millions.
                 while run := sorted(islice(entries, _SORT_RUN), key=lambda entry: entry.name):
                     for entry in run:
                         name = os.fsdecode(entry.name)
                         path = f"{relative}/{name}" if relative else name
-                        if not _is_dir(entry):
-                            yield from self._file(entry, name, path, plain)
-                        elif self._depth is None or len(parents) < self._depth:
-                            more = links + 1 if entry.is_symlink() else links
-                            yield self._folder(entry.path, path, (*parents, here), more)
+                        if not _is_folder(entry):
+                            yield from self._list_file(entry, name, path, expand_image)
+                        elif self._max_depth is None or len(parents) < self._max_depth:
+                            entry_links = links + 1 if entry.is_symlink() else links
+                            yield self._list_folder(entry.path, path, (*parents, folder_id), entry_links)
         except OSError as error:
             yield make_broken_item(folder, f"folder cannot be read: {describe_error(error)}")
 
-    def _file(self, entry: "os.DirEntry[bytes]", name: str, relative: str, plain: Plain) -> Iterable[WorkItem]:
-        if not self._wanted(relative):
+    def _list_file(
+        self, entry: "os.DirEntry[bytes]", name: str, relative: str, expand_image: FolderExpander
+    ) -> Iterable[WorkItem]:
+        if not self._is_wanted(relative):
             return ()
         try:
             info = entry.stat()
         except OSError:
-            return self._expand(entry.path, relative, None)  # a dangling or looping link: reading it will say why
-        mark = get_local_fingerprint(info)
-        item = plain(name, entry.path, mark) if S_ISREG(info.st_mode) else None
-        return (item,) if item else self._expand(entry.path, relative, mark, is_special_mode(info.st_mode))
+            # A link that leads nowhere or in a circle: reading it will say why.
+            return self._expander.expand_file(entry.path, relative, None)
+        fingerprint = get_local_fingerprint(info)
+        item = expand_image(name, entry.path, fingerprint) if S_ISREG(info.st_mode) else None
+        if item is not None:
+            return (item,)
+        return self._expander.expand_file(entry.path, relative, fingerprint, is_special_mode(info.st_mode))
 
 
-def _is_dir(entry: "os.DirEntry[bytes]") -> bool:
+def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
     try:
         return entry.is_dir()
     except OSError:

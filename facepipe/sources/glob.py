@@ -6,30 +6,34 @@ import re
 from facepipe.sources.folder import FolderSource
 from facepipe.sources.identity import IdentityRule
 
-_MAGIC = re.compile(r"[*?\[]")
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 def open_glob(pattern: str, identity: IdentityRule = "auto", name: str | None = None) -> FolderSource:
-    """Every image (and tar shard) whose path matches; `**` stands for any number of folders."""
+    """Open the source of every image (and tar shard) whose path matches; `**` stands for any number of folders."""
     pattern = os.path.abspath(pattern)
-    magic = None if os.path.exists(pattern) else _MAGIC.search(pattern)
-    root = os.path.dirname(pattern if magic is None else pattern[: magic.start()])
-    rest = pattern[len(root) :].lstrip("/")
-    regex = re.compile(re.escape(rest) if magic is None else translate_glob(rest))
+    wildcard = None if os.path.exists(pattern) else _WILDCARD.search(pattern)
+    # The root is the deepest folder above the first wildcard.
+    root = os.path.dirname(pattern if wildcard is None else pattern[: wildcard.start()])
+    relative = pattern[len(root) :].lstrip("/")
+    regex = re.compile(re.escape(relative) if wildcard is None else translate_glob(relative))
+    max_depth = None if "**" in relative else relative.count("/")
     source = FolderSource(root, identity, name)
-    return source.only(
-        lambda relative: regex.fullmatch(relative) is not None, None if "**" in rest else rest.count("/")
-    )
+    return source.select(lambda path: regex.fullmatch(path) is not None, max_depth)
 
 
 def translate_glob(pattern: str) -> str:
-    """A regular expression for a glob: `*` and `?` stay inside one folder, `**/` spans any number of them."""
+    """Translate a glob to a regular expression.
+
+    `*` and `?` stay inside one folder, `**/` spans any number of them.
+    """
     tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
-    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(special.get(token) or _literal_or_set(token) for token in tokens)
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(wildcards.get(token) or _translate_token(token) for token in tokens)
 
 
-def _literal_or_set(token: str) -> str:
+def _translate_token(token: str) -> str:
+    """Translate a single character, or a set of characters in brackets."""
     if len(token) < 3:
         return re.escape(token)
     inside = token[1:-1].replace("\\", "\\\\")

@@ -1,4 +1,4 @@
-"""How a label is read off an image's place: from its folder, its file name, its list, or not at all."""
+"""Rules that read a label from where an image is: from its folder, its file name, its list, or not at all."""
 
 import posixpath
 from collections.abc import Callable
@@ -11,28 +11,28 @@ Identify = Callable[[str, str | None], str | None]
 
 
 def take_folder_name(path: str) -> str | None:
-    """`lfw/Aaron_Eckhart/0001.jpg` -> `Aaron_Eckhart`."""
+    """Take the name of an image's folder: `lfw/Aaron_Eckhart/0001.jpg` -> `Aaron_Eckhart`."""
     return path.rpartition("/")[0].rstrip("/").rpartition("/")[2] or None
 
 
 def take_filename_prefix(path: str) -> str | None:
-    """`faces/obama_1.jpg` -> `obama`: the name's part left of its last underscore; None where there is none."""
+    """Take the part of a file name before its last underscore: `faces/obama_1.jpg` -> `obama`; None without one."""
     stem = posixpath.splitext(posixpath.basename(path))[0]
-    left, underscore, _ = stem.rpartition("_")
-    return left if underscore and left else None
+    prefix, underscore, _ = stem.rpartition("_")
+    return prefix if underscore and prefix else None
 
 
 def take_only_folder_name(path: str) -> str | None:
-    """The folder's name where the image lies exactly one folder below the root, as in LFW and CASIA trees."""
+    """Take the folder's name if the image lies exactly one folder below the root, as in LFW and CASIA trees."""
     return take_folder_name(path) if path.count("/") == 1 else None
 
 
 def make_identity_rule(name: IdentityRule) -> Identify:
-    """How to find the identity; labels that are not UTF-8 get `?` for the bytes that cannot be read."""
-    chosen = _rule(name)
+    """Make the function that finds identities. Labels that are not UTF-8 get `?` for the bytes that cannot be read."""
+    take_label = _pick_rule(name)
 
     def identify(path: str, label: str | None) -> str | None:
-        identity = chosen(path if _plain(path) else posixpath.normpath(path), label)
+        identity = take_label(path if _is_normal(path) else posixpath.normpath(path), label)
         if not identity or identity.isascii():
             return identity or None
         return identity.encode("utf-8", "replace").decode("utf-8")
@@ -40,12 +40,12 @@ def make_identity_rule(name: IdentityRule) -> Identify:
     return identify
 
 
-def _plain(path: str) -> bool:
-    """Whether nothing about a path is to be normalised; told in a fraction of the time that takes, image by image."""
+def _is_normal(path: str) -> bool:
+    """Tell whether a path is certainly in normal form. It takes a fraction of the time of normalising every path."""
     return not (path.startswith((".", "/")) or path.endswith("/") or "//" in path or "/." in path)
 
 
-def _rule(name: IdentityRule) -> Identify:
+def _pick_rule(name: IdentityRule) -> Identify:
     match name:
         case "folder":
             return lambda path, label: take_folder_name(path)

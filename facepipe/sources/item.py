@@ -1,4 +1,4 @@
-"""The work item: where one image is and what is known of it before a byte is read."""
+"""The work item: where one image is, and what is known of it before a byte is read."""
 
 import os
 import re
@@ -8,9 +8,21 @@ from urllib.parse import quote
 
 from facepipe.storage import is_remote
 
+_MEMBER_LIKE = re.compile(rb"\.(?:tar|parquet|pq)#", re.IGNORECASE)
+
 
 class WorkItem(NamedTuple):
-    """One image to be embedded; field for field the columns of `schema.WORK_ITEM` but `previous`."""
+    """One image to be embedded. The fields are the columns of `schema.WORK_ITEM` except `previous`.
+
+    Attributes:
+        uri: Name of the image in the gallery.
+        path: Where its bytes are: a local path or a URL.
+        offset: First byte, or first row in a Parquet file; None for the whole file.
+        length: Bytes; None with an offset for one Parquet row.
+        fingerprint: Changes if the file may have changed.
+        identity: Label of the image.
+        listing_error: Why the lister already knows that this cannot be read.
+    """
 
     uri: str
     path: bytes
@@ -28,60 +40,27 @@ class Source(Protocol):
 
     @property
     def ignored(self) -> int:
-        """Files passed over so far because they are no images."""
+        """Number of files passed over so far because they are not images."""
 
     def __iter__(self) -> Iterator[WorkItem]: ...
 
 
-_LIKE_A_MEMBER = re.compile(rb"\.(?:tar|parquet|pq)#", re.IGNORECASE)
-
-
-def make_file_uri(path: str | bytes) -> str:
-    """The uri of a file: its absolute path or URL; a `file://` URL with %-escapes where the path is not UTF-8, or where
-    it would read like the uri of a container's member.
-    """
-    if isinstance(path, bytes) and _absolute(path):
-        absolute = path  # as folders are listed: said of a million paths, the rest costs seconds
-    elif is_remote(path):
-        return escape_name(os.fsdecode(path))
-    else:
-        absolute = os.path.abspath(os.fsencode(path))
-    if b"#" in absolute and _LIKE_A_MEMBER.search(absolute):
-        return "file://" + quote(absolute)
-    try:
-        return absolute.decode("utf-8")
-    except UnicodeDecodeError:
-        return "file://" + quote(absolute)
-
-
-def _absolute(path: bytes) -> bool:
-    """Whether it is an absolute path already, with nothing in it to be normalised."""
-    return path.startswith(b"/") and not (path.endswith(b"/") or b"//" in path or b"/." in path)
-
-
-def make_member_uri(container: str, member: str) -> str:
-    """The uri of an image inside a container file. The member's name stays a name: `..` in it leads nowhere."""
-    return f"{container}#{escape_name(member)}"
-
-
-def escape_name(name: str) -> str:
-    """The name, with %-escapes where it is not UTF-8."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return quote(os.fsencode(name))
-    return name
-
-
 class WatchedSource:
-    """A source that counts, while it is listed, the places that could not be listed."""
+    """A source that counts, while it is listed, the places that could not be listed.
+
+    Attributes:
+        name: Name of the source.
+        broken_count: Number of such places so far.
+    """
 
     def __init__(self, source: Source):
-        self._source, self.name = source, source.name
+        self._source = source
+        self.name = source.name
         self.broken_count = 0
 
     @property
     def ignored(self) -> int:
+        """Number of files passed over so far because they are not images."""
         return self._source.ignored
 
     def __iter__(self) -> Iterator[WorkItem]:
@@ -91,10 +70,52 @@ class WatchedSource:
             yield item
 
 
-def make_broken_item(path: str | bytes, reason: str, part: str = "") -> WorkItem:
-    """An item that stands for something that could not be listed, so that it becomes a row and is not lost.
+def make_file_uri(path: str | bytes) -> str:
+    """Make the uri of a file: its absolute path, or its URL.
 
-    part: the line or row of the file at `path` that it is about
+    It is a `file://` URL with %-escapes if the path is not UTF-8, or would read like the uri of a container's member.
+    """
+    if isinstance(path, bytes) and _is_absolute(path):
+        # The common case when folders are listed: for a million paths the rest would take seconds.
+        absolute = path
+    elif is_remote(path):
+        return escape_name(os.fsdecode(path))
+    else:
+        absolute = os.path.abspath(os.fsencode(path))
+    if b"#" in absolute and _MEMBER_LIKE.search(absolute):
+        return "file://" + quote(absolute)
+    try:
+        return absolute.decode("utf-8")
+    except UnicodeDecodeError:
+        return "file://" + quote(absolute)
+
+
+def _is_absolute(path: bytes) -> bool:
+    """Tell whether a path is absolute and certainly in normal form."""
+    return path.startswith(b"/") and not (path.endswith(b"/") or b"//" in path or b"/." in path)
+
+
+def make_member_uri(container: str, member: str) -> str:
+    """Make the uri of an image inside a container file. The member's name stays a name: `..` in it leads nowhere."""
+    return f"{container}#{escape_name(member)}"
+
+
+def escape_name(name: str) -> str:
+    """Return a name, with %-escapes if it is not UTF-8."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return quote(os.fsencode(name))
+    return name
+
+
+def make_broken_item(path: str | bytes, reason: str, part: str = "") -> WorkItem:
+    """Make an item for something that could not be listed, so that it becomes a row and is not lost.
+
+    Args:
+        path: the file or folder.
+        reason: why it cannot be read.
+        part: the line or row of the file that the item is about.
     """
     uri = f"{make_file_uri(path)}#{part}" if part else make_file_uri(path)
     return WorkItem(uri, os.fsencode(path), listing_error=reason)

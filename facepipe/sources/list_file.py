@@ -1,4 +1,4 @@
-"""List files: an image and its label a line, in the layouts that face corpora are handed around in."""
+"""List files: an image and its label per line, in the layouts that face corpora are handed around in."""
 
 import csv
 import os
@@ -21,10 +21,14 @@ _MAX_LINE = 1 << 16
 
 @dataclass(frozen=True)
 class ListLayout:
-    """How a list file's lines are to be read.
+    """How the lines of a list file are read.
 
-    delimiter: a character; " " any white space; None: white space before the last word; a newline: no fields at all
-    image, label: columns; skip: lines before the first image, blank ones not counted
+    Attributes:
+        delimiter: A character. " " means any white space, None the white space before the last word, and a newline that
+            a line is one field.
+        image: Column of the image.
+        label: Column of the label; None if there is none.
+        skip: Lines before the first image, blank ones not counted.
     """
 
     delimiter: str | None
@@ -34,28 +38,36 @@ class ListLayout:
 
 
 class ListSource:
-    """Images named by a list file: `path label` (CASIA-WebFace), `identity_CelebA.txt`, an MS-Celeb-1M clean list
-    (`m.0107_f/5-FaceId-0.jpg 0`), plain paths, or CSV/TSV with a header. Paths are relative to `root`,
-    by default the list's own folder, and must not lead out of it. Where `root` is given, absolute paths, URLs and the
-    targets of symbolic links must lie inside it as well.
+    """Images named by a list file.
+
+    It reads `path label` (CASIA-WebFace), `identity_CelebA.txt`, an MS-Celeb-1M clean list
+    (`m.0107_f/5-FaceId-0.jpg 0`), plain paths, and CSV or TSV with a header. Paths are relative to `root`, by default
+    the list's own folder, and must not lead out of it. If `root` is given, absolute paths, URLs and the targets of
+    symbolic links must lie inside it as well.
+
+    Attributes:
+        path: Path of the list.
+        root: Folder that paths are relative to.
+        name: Name of the source.
+        ignored: Always 0: every line is an item.
     """
 
     def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None, root: str | None = None):
         self.path = path
-        self._confined = root is not None
         self.root = root if root is not None else os.path.dirname(os.path.abspath(path))
         self.name = name or os.path.splitext(os.path.basename(path))[0]
         self.ignored = 0
+        self._is_confined = root is not None
         self._identify = make_identity_rule(identity)
 
     def __iter__(self) -> Iterator[WorkItem]:
         self.ignored = 0
         with self._open() as file:
-            layout = detect_layout(list(islice(_lines(file), _SNIFF_LINES)), self.path)
+            layout = detect_layout(list(islice(_read_lines(file), _SNIFF_LINES)), self.path)
         with self._open() as file:
             try:
-                for number, fields in _records(file, layout):
-                    yield self._item(number, fields, layout)
+                for number, fields in _read_records(file, layout):
+                    yield self._make_item(number, fields, layout)
             except csv.Error as error:
                 yield make_broken_item(self.path, f"list cannot be read to its end: {error}")
 
@@ -65,52 +77,54 @@ class ListSource:
         except OSError as error:
             raise SourceError(f"cannot read the list {self.path!r}: {describe_error(error)}") from error
 
-    def _item(self, number: int, fields: list[str], layout: ListLayout) -> WorkItem:
+    def _make_item(self, number: int, fields: list[str], layout: ListLayout) -> WorkItem:
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
             return make_broken_item(self.path, "the line names no image", f"line{number}")
         name = fields[layout.image].replace("\\", "/")
         label = None if layout.label is None else fields[layout.label]
         identity = self._identify(name, label)
-        return make_named_item(name, self.root, identity, self._confined)
+        return make_named_item(name, self.root, identity, self._is_confined)
 
 
 def detect_layout(lines: list[str], path: str) -> ListLayout:
-    """The layout of a list from its first lines."""
+    """Detect the layout of a list from its first lines. Raises SourceError for an empty list."""
     lines = [line.rstrip("\r\n") for line in lines if line.strip()]
     if not lines:
         raise SourceError(f"the list {path!r} is empty")
-    # CelebA's lists open with the number of images, and some with a header behind it.
-    count = 1 if lines[0].strip().isdigit() and len(lines) > 1 else 0
-    lines = lines[count:]
+    # CelebA's lists begin with the number of images, and some have a header after it.
+    skip = 1 if lines[0].strip().isdigit() and len(lines) > 1 else 0
+    lines = lines[skip:]
+    # A header names its columns.
     for delimiter in ("\t", ",", ";", " "):
-        header = [field.strip().lower() for field in _split(lines[0], delimiter)]
-        image = next((header.index(c) for c in HEADER_URIS if c in header), None)
+        header = [field.strip().lower() for field in _split_line(lines[0], delimiter)]
+        image = next((header.index(column) for column in HEADER_URIS if column in header), None)
         if image is not None and not any(_is_image(field) for field in header):
-            label = next((header.index(c) for c in IDENTITY_COLUMNS if c in header), None)
-            return ListLayout(delimiter, image, label, count + 1)
-    if _paths_alone(lines):
-        return ListLayout("\n", 0, None, count)
-    if count and not any(_is_image(field) for field in _split(lines[0], " ")) and len(lines) > 1:
-        count, lines = count + 1, lines[1:]
+            label = next((header.index(column) for column in IDENTITY_COLUMNS if column in header), None)
+            return ListLayout(delimiter, image, label, skip + 1)
+    # If most lines end in an image's extension, they are paths alone, which may hold spaces.
+    if sum(_is_image(line) for line in lines) * 2 > len(lines):
+        return ListLayout("\n", 0, None, skip)
+    if skip and not any(_is_image(field) for field in _split_line(lines[0], " ")) and len(lines) > 1:
+        skip += 1
+        lines = lines[1:]
     for delimiter in ("\t", ","):
-        rows = [_split(line, delimiter) for line in lines]
+        rows = [_split_line(line, delimiter) for line in lines]
         if {len(row) for row in rows} == {2} and sum(_is_image(row[0]) for row in rows) * 2 > len(rows):
-            return ListLayout(delimiter, 0, 1, count)
-    return ListLayout(None, 0, 1, count)
+            return ListLayout(delimiter, 0, 1, skip)
+    return ListLayout(None, 0, 1, skip)
 
 
-def _split(line: str, delimiter: str) -> list[str]:
-    """The fields of one line."""
+def _split_line(line: str, delimiter: str) -> list[str]:
     if delimiter == " ":
         return line.split()
     try:
-        return next(csv.reader([line], delimiter=delimiter, quoting=_quoting(delimiter)), [])
+        return next(csv.reader([line], delimiter=delimiter, quoting=_get_quoting(delimiter)), [])
     except csv.Error:
         return []
 
 
-def _quoting(delimiter: str) -> Literal[0, 3]:
-    """Tab-separated lists quote nothing: a quotation mark there is part of a name."""
+def _get_quoting(delimiter: str) -> Literal[0, 3]:
+    """Return csv's mode of quoting. Tab-separated lists quote nothing: a quotation mark there is part of a name."""
     return csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
 
 
@@ -118,31 +132,26 @@ def _is_image(field: str) -> bool:
     return get_extension(field.strip()) in IMAGE_EXTENSIONS
 
 
-def _paths_alone(lines: list[str]) -> bool:
-    """Whether most lines end in an image's extension, that is, carry a path alone (which may hold spaces)."""
-    return sum(get_extension(line.strip()) in IMAGE_EXTENSIONS for line in lines) * 2 > len(lines)
-
-
-def _lines(file: IO[str]) -> Iterator[str]:
-    """The file's lines. One that is too long to name an image is cut, so that it cannot fill the memory."""
+def _read_lines(file: IO[str]) -> Iterator[str]:
+    """Yield the file's lines. One that is too long to name an image is cut, so that it cannot fill the memory."""
     while line := file.readline(_MAX_LINE):
         yield line
         while line and len(line) == _MAX_LINE and not line.endswith(("\n", "\r")):
             line = file.readline(_MAX_LINE)
 
 
-def _records(stream: IO[str], layout: ListLayout) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of the lines that hold anything, behind the ones to skip."""
-    file = _lines(stream)
+def _read_records(file: IO[str], layout: ListLayout) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields) of the lines that are not empty, after the ones to skip."""
+    lines = _read_lines(file)
     rows: Iterator[list[str]]
     match layout.delimiter:
-        case None:  # the label is the last word; what stands before it is the path, spaces and all
-            rows = (line.strip().rsplit(None, 1) for line in file)
+        case None:  # the label is the last word; everything before it is the path, spaces included
+            rows = (line.strip().rsplit(None, 1) for line in lines)
         case "\n":
-            rows = ([line.strip()] for line in file)
+            rows = ([line.strip()] for line in lines)
         case " ":
-            rows = (line.split() for line in file)
+            rows = (line.split() for line in lines)
         case delimiter:
-            rows = csv.reader(file, delimiter=delimiter, quoting=_quoting(delimiter))
-    numbered = ((n, [field.strip() for field in row]) for n, row in enumerate(rows, 1))
-    yield from islice(((n, row) for n, row in numbered if any(row)), layout.skip, None)
+            rows = csv.reader(lines, delimiter=delimiter, quoting=_get_quoting(delimiter))
+    numbered = ((number, [field.strip() for field in row]) for number, row in enumerate(rows, 1))
+    yield from islice(((number, row) for number, row in numbered if any(row)), layout.skip, None)

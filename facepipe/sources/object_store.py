@@ -9,20 +9,27 @@ from facepipe.storage import list_prefix, split_url
 
 
 class ObjectStoreSource:
-    """Every image (and tar shard) under a prefix."""
+    """Every image (and tar shard) under a prefix.
+
+    Attributes:
+        url: URL of the prefix.
+        name: Name of the source.
+    """
 
     def __init__(self, url: str, identity: IdentityRule = "auto", name: str | None = None):
         self.url = url
         bucket, key = split_url(url)
         self._base = f"{bucket}/{key}".rstrip("/") + "/"
         self.name = name or url
-        self._expand = Expander(identity)
+        self._expander = Expander(identity)
 
     @property
     def ignored(self) -> int:
-        return self._expand.ignored
+        """Number of objects passed over so far because they are not images."""
+        return self._expander.ignored
 
     def __iter__(self) -> Iterator[WorkItem]:
-        self._expand.ignored = 0
-        for found in list_prefix(self.url):
-            yield from self._expand(found.url, found.url.removeprefix(self._base), found.fingerprint)
+        self._expander.ignored = 0
+        for entry in list_prefix(self.url):
+            relative = entry.url.removeprefix(self._base)
+            yield from self._expander.expand_file(entry.url, relative, entry.fingerprint)
