@@ -85,8 +85,8 @@ def test_items_of_a_folder_are_those_of_its_files(name: str, folder: str) -> Non
     relative = f"{folder}/{name}" if folder else name
     kinds: tuple[IdentityRule, ...] = ("auto", "folder", "filename", "label", "none")
     for kind in kinds:
-        short = Expander(kind).folder(os.path.dirname(path), folder)(name, path, "mark")
-        assert short is None or [short] == list(Expander(kind)(path, relative, "mark"))
+        short = Expander(kind).make_folder_expander(os.path.dirname(path), folder)(name, path, "mark")
+        assert short is None or [short] == list(Expander(kind).expand_file(path, relative, "mark"))
 
 
 @pytest.mark.parametrize("content", [True, False])
@@ -101,7 +101,7 @@ def test_parquet_beyond_the_first_batch(content: bool, tmp_path: Path) -> None:
 
 
 def test_most_items_are_made_the_short_way(tmp_path: Path) -> None:
-    made = Expander("auto").folder(os.fsencode(tmp_path / "Ann"), "Ann")("1.jpg", b"/p", "mark")
+    made = Expander("auto").make_folder_expander(os.fsencode(tmp_path / "Ann"), "Ann")("1.jpg", b"/p", "mark")
     assert made == WorkItem(str(tmp_path / "Ann" / "1.jpg"), b"/p", fingerprint="mark", identity="Ann")
 
 
