@@ -1,4 +1,4 @@
-"""adopt: encodings in that another program computed, committed rows of a gallery out. No photo is read."""
+"""Adopt encodings that another program computed as rows of a gallery. No photo is read."""
 
 import os
 import time
@@ -23,12 +23,14 @@ from pipelines.runtime.run_record import attach_summary, get_current_run, record
 
 @dataclass(frozen=True)
 class AdoptConfig:
-    """What `adopt` can be told.
+    """Everything that `adopt` can be configured with.
 
-    encodings: a Parquet file or folder, an .npz or an .npy file
-    source: name of the corpus in the gallery's `source` column; by default the last part of the path
-    names: whom a column `name` names: people, images, or auto: images where another column says who it is, else people
-    detector, embedder: models that compute the same encodings from photos; the gallery's contract names them
+    Attributes:
+        encodings: A Parquet file or folder, an .npz or an .npy file.
+        source: Name of the corpus in the gallery's `source` column; by default the last part of the path.
+        names: Whom a column `name` names: people, images, or auto: images if another column says who it is, else people.
+        detector: Detector for the gallery's contract.
+        embedder: Model that computes the same encodings from photos, for the gallery's contract.
     """
 
     encodings: str = ""
@@ -39,7 +41,7 @@ class AdoptConfig:
 
     @property
     def contract(self) -> Contract:
-        """face_recognition averages no mirrored chip in."""
+        """The gallery's contract. face_recognition does not average the mirrored chip in."""
         return Contract.from_models(self.detector, self.embedder, flip=False)
 
 
@@ -47,9 +49,22 @@ class AdoptConfig:
 class AdoptSummary:
     """What a run did, in rows: listed = adopted + skipped + repeated + erased + refused.
 
-    replaced: of the adopted, those of images that were held with other encodings or labels; skipped: held already;
-    repeated: twice in the file; refused: by reason, the first five in `examples`; norm_*: of the adopted vectors as
-    they were given; columns: which column was taken for what.
+    Attributes:
+        run: Id of the run.
+        version: Version of the table afterwards.
+        listed: Rows read.
+        adopted: New rows.
+        replaced: Those among the adopted of images that had other encodings or labels before.
+        skipped: Rows that the gallery has already.
+        repeated: Rows that are twice in the file.
+        erased: Rows of erased images.
+        refused: Refused rows by reason.
+        examples: The first five refused rows.
+        norm_least: Least norm of the adopted vectors, as the file has them.
+        norm_mean: Mean of these norms.
+        norm_most: Greatest of these norms.
+        columns: Which column was used as what.
+        seconds: Duration of the run.
     """
 
     run: str
@@ -70,19 +85,20 @@ class AdoptSummary:
 
     @property
     def failed(self) -> int:
-        """Rows that were refused."""
+        """Number of rows that were refused."""
         return sum(self.refused.values())
 
-    def take(self, tally: AdoptionTally) -> None:
-        """Take the figures so far."""
+    def update(self, tally: AdoptionTally) -> None:
+        """Set the figures to those so far."""
         for name in ("listed", "adopted", "replaced", "skipped", "repeated", "erased", "refused", "examples"):
             setattr(self, name, getattr(tally, name))
         if tally.adopted:
-            low, high, total = tally.norms
-            self.norm_least, self.norm_mean, self.norm_most = low, total / tally.adopted, high
+            self.norm_least = tally.norm_least
+            self.norm_mean = tally.norm_sum / tally.adopted
+            self.norm_most = tally.norm_most
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the summary as plain values, for JSON."""
         return {**asdict(self), "refused": dict(self.refused), "failed": self.failed}
 
 
@@ -93,10 +109,18 @@ Progress = Callable[[AdoptSummary], None]
 def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: None) -> AdoptSummary:
     """Adopt encodings into a gallery, which is made if there is none.
 
-    What is held already is not adopted again, and a photo that was embedded keeps its rows. Every batch is one commit:
-    a run that was killed goes on from there. Raises SourceError where there is nothing to adopt or a file is damaged,
-    ConfigError for a file of another kind, ContractError where the gallery was made with other models. Bad rows raise
-    nothing: they are counted by reason.
+    Encodings that the gallery has already are not adopted again, and a photo that was embedded keeps its rows. Every
+    batch is one commit: a run that was killed resumes from there. Bad rows raise nothing; they are counted by reason.
+
+    Args:
+        config: the encodings and their models.
+        gallery: path or URL of the gallery.
+        progress: called after every commit.
+
+    Raises:
+        SourceError: there is nothing to adopt, or a file is damaged.
+        ConfigError: the file is of another kind.
+        ContractError: the gallery was made with other models.
     """
     contract = config.contract
     if contract.dim != EMBEDDING_DIM:
@@ -113,26 +137,32 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
 def _run_locked(
     config: AdoptConfig, source: EncodingSource, gallery: Gallery, lease: Lease, progress: Progress
 ) -> AdoptSummary:
-    record = get_current_run()
-    if record:
-        record.set_versions(before=gallery.version)
-        record.save()  # there may have been no gallery when the run began
-    summary = AdoptSummary(record.id if record else new_run_id(), columns=_columns(source))
+    """Adopt all batches of a source, while the caller holds the gallery's lease."""
+    current_run = get_current_run()
+    if current_run:
+        current_run.set_versions(before=gallery.version)
+        current_run.save()  # there may have been no gallery when the run began
+    summary = AdoptSummary(current_run.id if current_run else new_run_id(), columns=_describe_roles(source))
     attach_summary(summary)
     began = time.monotonic()
     commit = Committer(gallery, summary.run, lease)
     name = config.source or os.path.basename(source.path.rstrip("/"))
-    adoption = Adoption(gallery, name, (suppressed.read_uris(gallery.path), suppressed.read_contents(gallery.path)))
+    adoption = Adoption(
+        gallery,
+        name,
+        erased_uris=suppressed.read_uris(gallery.path),
+        erased_contents=suppressed.read_contents(gallery.path),
+    )
     try:
         for number, table in enumerate(regroup_by_image(source.batches())):
-            rows, items = adoption(table)
-            part = PartRecord(number)
+            rows, items = adoption.adopt_table(table)
+            record = PartRecord(number)
             if rows.num_rows:
                 adoption.tally.add_norms(rows["embedding_norm"].to_numpy())
-                write_part(add_shared_columns(rows, name), items, gallery.faces_folder, summary.run, part)
-            summary.take(adoption.tally)
+                write_part(add_shared_columns(rows, name), items, gallery.faces_folder, summary.run, record)
+            summary.update(adoption.tally)
             summary.seconds = round(time.monotonic() - began, 3)
-            commit([part], _figures(summary))
+            commit([record], _collect_figures(summary))
             progress(summary)
     finally:
         adoption.close()
@@ -140,14 +170,14 @@ def _run_locked(
     return summary
 
 
-def _columns(source: EncodingSource) -> list[str]:
-    """Which column was taken for what."""
-    given = cast(dict[str, str | None], asdict(source.roles))
-    return [f"{role}: {column or 'the array'}" for role, column in given.items() if column is not None]
+def _describe_roles(source: EncodingSource) -> list[str]:
+    """Describe which column was used as what."""
+    roles = cast(dict[str, str | None], asdict(source.roles))
+    return [f"{role}: {column or 'the array'}" for role, column in roles.items() if column is not None]
 
 
-def _figures(summary: AdoptSummary) -> dict[str, Any]:
-    """What goes into the log beside a commit: counts and times, no names."""
+def _collect_figures(summary: AdoptSummary) -> dict[str, Any]:
+    """Collect the metadata of a commit: counts and times, no names."""
     counts = {name: getattr(summary, name) for name in ("listed", "adopted", "replaced", "skipped", "repeated")}
     return {
         "job": "adopt",

@@ -1,4 +1,4 @@
-"""compact: a gallery's small files into large ones, and files that no reader needs any more off the disk."""
+"""Compact a gallery: join small files to large ones, and delete files that no reader needs any more."""
 
 from dataclasses import dataclass, field
 
@@ -10,19 +10,33 @@ from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
 from pipelines.runtime.run_record import get_current_run, record_calls
 
-_HOUR = 3600.0
+_SECONDS_PER_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
 class CompactRunConfig:
-    """Everything `compact` can be told."""
+    """Everything that `compact` can be configured with.
+
+    Attributes:
+        compact: When files are joined, and to what.
+    """
 
     compact: CompactConfig = field(default_factory=CompactConfig)
 
 
 @dataclass
 class CompactSummary:
-    """What was done: files joined into fewer, files and bytes deleted, files of the table now."""
+    """What was done.
+
+    Attributes:
+        joined: Files that were joined.
+        into: Files that they became.
+        deleted: Files that were deleted.
+        bytes: Their size.
+        files: Files of the table now.
+        version: Version of the table now.
+        dry_run: Whether nothing was done, but only counted.
+    """
 
     joined: int = 0
     into: int = 0
@@ -34,35 +48,56 @@ class CompactSummary:
 
 
 def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: bool = False) -> CompactSummary:
-    """Join small files where there are enough of them (`everything`: two), and delete what left the table long ago.
+    """Join small files if there are enough of them, and delete what left the table long ago.
 
-    No row changes, and the index stays as it is. dry_run: only count, and write nothing, no record of the run either.
-    Raises GalleryBusyError while another run writes.
+    No row changes, and the index stays as it is.
+
+    Args:
+        config: sizes, counts and times.
+        gallery: path or URL of the gallery.
+        everything: join from two small files on.
+        dry_run: only count, and write nothing, not even a record of the run.
+
+    Raises:
+        GalleryBusyError: another run is writing to the gallery.
     """
     table = Gallery(gallery)
-    return _planned(config, table, everything) if dry_run else _compact(config, table.path, everything)
+    if dry_run:
+        return _preview(config, table, everything)
+    return _compact(config, table.path, everything)
 
 
 @record_calls("compact")
 def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSummary:
-    table = Gallery(gallery)
-    with hold_lease(table.path) as lease:
+    with hold_lease(gallery) as lease:
         table = Gallery(gallery)
         groups = plan_compaction(table, config, everything)
-        recorded = get_current_run()
-        commit = Committer(table, recorded.id if recorded else new_run_id(), lease)
+        current_run = get_current_run()
+        commit = Committer(table, current_run.id if current_run else new_run_id(), lease)
         fewer = compact_files(table, groups, commit)
         lease.check()
-        now = Gallery(gallery)
-        gone = delete_unreferenced(now, config.keep_hours * _HOUR)
-        joined = fewer + len(groups)
+        compacted = Gallery(gallery)
+        deleted = delete_unreferenced(compacted, config.keep_hours * _SECONDS_PER_HOUR)
         return CompactSummary(
-            *(joined, len(groups), len(gone), sum(file.size for file in gone), len(now.files()), now.version)
+            joined=fewer + len(groups),
+            into=len(groups),
+            deleted=len(deleted),
+            bytes=sum(entry.size for entry in deleted),
+            files=len(compacted.files()),
+            version=compacted.version,
         )
 
 
-def _planned(config: CompactConfig, table: Gallery, everything: bool) -> CompactSummary:
-    groups, gone = plan_compaction(table, config, everything), find_unreferenced(table, config.keep_hours * _HOUR)
-    joined = sum(map(len, groups))
-    size = sum(file.size for file in gone)
-    return CompactSummary(joined, len(groups), len(gone), size, len(table.files()), table.version, dry_run=True)
+def _preview(config: CompactConfig, table: Gallery, everything: bool) -> CompactSummary:
+    """Count what a run would do."""
+    groups = plan_compaction(table, config, everything)
+    unreferenced = find_unreferenced(table, config.keep_hours * _SECONDS_PER_HOUR)
+    return CompactSummary(
+        joined=sum(map(len, groups)),
+        into=len(groups),
+        deleted=len(unreferenced),
+        bytes=sum(entry.size for entry in unreferenced),
+        files=len(table.files()),
+        version=table.version,
+        dry_run=True,
+    )

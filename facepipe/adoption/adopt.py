@@ -1,4 +1,4 @@
-"""Encodings as rows of a gallery: what is held already, or was erased, is left out; photos keep their rows."""
+"""Turn encodings into rows of a gallery, unless the gallery holds the image already or it was erased."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,15 +15,31 @@ from facepipe.schema import OK
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Float64, UInt64
 
-_ADOPTED, _EMBEDDED, _LISTED = (np.uint64(n) for n in range(3))
-_EXAMPLES = 5
+# States of an image in the table.
+_ADOPTED = np.uint64(0)
+_EMBEDDED = np.uint64(1)
+_LISTED = np.uint64(2)
+
+_MAX_EXAMPLES = 5
+_ROWS = 65536
 
 
 @dataclass
 class AdoptionTally:
-    """What became of the rows. adopted: new; replaced: of these, rows of images that were held with other encodings;
-    skipped: held already, be it by an earlier adoption or by their photo; repeated: twice in the file; refused: by
-    reason, the first five as `FILE row N: why`; norms: least, greatest and sum of the adopted vectors' norms.
+    """What became of the rows.
+
+    Attributes:
+        listed: Rows read.
+        adopted: New rows.
+        replaced: Those among the adopted of images that had other encodings before.
+        skipped: Rows that the gallery has already, from an earlier adoption or from the photo.
+        repeated: Rows that are twice in the file.
+        erased: Rows of erased images.
+        refused: Refused rows by reason.
+        examples: The first five refused rows, as `FILE row N: why`.
+        norm_least: Least norm of the adopted vectors.
+        norm_most: Greatest norm of the adopted vectors.
+        norm_sum: Sum of the norms of the adopted vectors.
     """
 
     listed: int = 0
@@ -34,123 +50,156 @@ class AdoptionTally:
     erased: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
-    norms: tuple[float, float, float] = (float("inf"), 0.0, 0.0)
+    norm_least: float = float("inf")
+    norm_most: float = 0.0
+    norm_sum: float = 0.0
 
-    def refuse(self, table: pa.Table, n: int, reason: str, why: str) -> None:
+    def refuse(self, table: pa.Table, n: int, reason: str, explanation: str) -> None:
         """Count row n of a table as refused for a reason."""
         self.refused[reason] += 1
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{table['file'][n]} row {table['row'][n]}: {why}")
+        if len(self.examples) < _MAX_EXAMPLES:
+            self.examples.append(f"{table['file'][n]} row {table['row'][n]}: {explanation}")
 
     def add_norms(self, norms: Float64) -> None:
-        """Take the norms of vectors that were adopted."""
+        """Add the norms of vectors that were adopted."""
         if len(norms):
-            low, high, total = self.norms
-            self.norms = min(low, float(norms.min())), max(high, float(norms.max())), total + float(norms.sum())
+            self.norm_least = min(self.norm_least, float(norms.min()))
+            self.norm_most = max(self.norm_most, float(norms.max()))
+            self.norm_sum += float(norms.sum())
 
 
 class Adoption:
-    """Turns tables of encodings into rows, given what a gallery holds and what was erased from it.
+    """Turns tables of encodings into rows. Call `close` when done.
 
-    Encodings never take the place of a photo that was embedded; those of an earlier adoption they replace where they
-    differ. `close` when done.
+    Encodings never replace the rows of a photo that was embedded. They replace those of an earlier adoption if they
+    differ.
+
+    Attributes:
+        tally: What became of the rows so far.
     """
 
-    def __init__(self, gallery: Gallery, source: str, erased: tuple[UInt64, UInt64]):
+    def __init__(self, gallery: Gallery, source: str, *, erased_uris: UInt64, erased_contents: UInt64):
+        """Read what a gallery holds.
+
+        Args:
+            gallery: the gallery to adopt into.
+            source: name of the corpus.
+            erased_uris: hashes of uris that must not come back.
+            erased_contents: hashes of image ids that must not come back.
+        """
         self.tally = AdoptionTally()
         self._source = source
-        self._erased = erased
-        self._held = HashTable(width=2)
+        self._erased_uris = erased_uris
+        self._erased_contents = erased_contents
+        self._known = HashTable(width=2)
         try:
-            for batch in gallery.batches(["uri", "fingerprint", "face_index"], rows=65536):
-                self._hold(batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True)))
+            for batch in gallery.batches(["uri", "fingerprint", "face_index"], rows=_ROWS):
+                self._add_known(batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True)))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Give the temporary file back."""
-        self._held.close()
+        """Delete the temporary file."""
+        self._known.close()
 
-    def _hold(self, images: pa.RecordBatch) -> None:
+    def _add_known(self, images: pa.RecordBatch) -> None:
         marks = [mark or "" for mark in images["fingerprint"].to_pylist()]
-        kinds = [_ADOPTED if mark.startswith(SCHEME) else _EMBEDDED for mark in marks]
-        values = np.array([[hash64(mark), kind] for mark, kind in zip(marks, kinds, strict=True)], np.uint64)
+        states = [_ADOPTED if mark.startswith(SCHEME) else _EMBEDDED for mark in marks]
+        values = np.array([[hash64(mark), state] for mark, state in zip(marks, states, strict=True)], np.uint64)
         if len(values):
-            self._held.add(np.array([hash64(uri) for uri in images["uri"].to_pylist()], np.uint64), values)
+            self._known.add(np.array([hash64(uri) for uri in images["uri"].to_pylist()], np.uint64), values)
 
-    def __call__(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """(rows for the gallery, their images as work items) of a table of ENCODINGS that holds whole images."""
+    def adopt_table(self, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Turn encodings into rows.
+
+        Args:
+            table: of the schema ENCODINGS; all rows of an image are in it.
+
+        Returns:
+            Rows for the gallery, and their images as work items.
+        """
         self.tally.listed += table.num_rows
         raw, norms = measure_vectors(table)
-        sound = self._sound(table, raw, norms)
-        chosen, previous = self._screened(list(group_images(table, raw, sound, self._source)), table)
-        return make_rows(table, raw, norms, chosen), pa.table({"uri": uris_of(chosen), "previous": previous})
+        is_sound = self._refuse_rows(table, raw, norms)
+        images, previous = self._screen_images(list(group_images(table, raw, is_sound, self._source)), table)
+        uris = pa.array([image.uri for image in images], pa.string())
+        return make_rows(table, raw, norms, images), pa.table({"uri": uris, "previous": previous})
 
-    def _sound(self, table: pa.Table, raw: Float32, norms: Float64) -> Bool:
-        whys = find_refusals(table, raw, norms)
-        for n, (reason, why) in whys.items():
-            self.tally.refuse(table, n, reason, why)
-        sound = np.ones(table.num_rows, bool)
-        sound[list(whys)] = False
-        return sound
+    def _refuse_rows(self, table: pa.Table, raw: Float32, norms: Float64) -> Bool:
+        """Count the rows that cannot be adopted; tell which can, (n,)."""
+        refusals = find_refusals(table, raw, norms)
+        for n, (reason, explanation) in refusals.items():
+            self.tally.refuse(table, n, reason, explanation)
+        is_sound = np.ones(table.num_rows, bool)
+        is_sound[list(refusals)] = False
+        return is_sound
 
-    def _screened(self, found: list[EncodedImage], table: pa.Table) -> tuple[list[EncodedImage], pa.Array]:
-        """The images that become rows, and the marks of those that they replace (null where they are new)."""
-        keys = np.array([hash64(image.uri) for image in found], np.uint64)
-        marks = np.array([hash64(image.fingerprint) for image in found], np.uint64)
-        present, held = self._held.get(keys)
-        gone = self._gone(keys, found)
-        kept, previous = [], []
-        seen = {int(keys[n]): int(held[n, 0]) for n in np.flatnonzero(present & (held[:, 1] == _LISTED))}
-        for n, image in enumerate(found):
-            key, mark = int(keys[n]), int(marks[n])
-            if gone[n]:
+    def _screen_images(self, images: list[EncodedImage], table: pa.Table) -> tuple[list[EncodedImage], pa.Array]:
+        """Return the images that become rows, and the marks of those that they replace (null if they are new)."""
+        keys = np.array([hash64(image.uri) for image in images], np.uint64)
+        marks = np.array([hash64(image.fingerprint) for image in images], np.uint64)
+        is_known, known = self._known.get(keys)
+        is_erased = self._find_erased(keys, images)
+        adopted = []
+        previous = []
+        # Marks of the images that came before in the same file, by key.
+        seen = {int(keys[n]): int(known[n, 0]) for n in np.flatnonzero(is_known & (known[:, 1] == _LISTED))}
+        for n, image in enumerate(images):
+            key = int(keys[n])
+            mark = int(marks[n])
+            if is_erased[n]:
                 self.tally.erased += len(image.at)
             elif key in seen:
-                self._again(image, seen[key] == mark, table)
-            elif present[n] and (held[n, 1] == _EMBEDDED or held[n, 0] == marks[n]):
+                self._count_repeated(image, table, is_same=seen[key] == mark)
+            elif is_known[n] and (known[n, 1] == _EMBEDDED or known[n, 0] == marks[n]):
                 self.tally.skipped += len(image.at)
             else:
                 self.tally.adopted += len(image.at)
-                self.tally.replaced += len(image.at) if present[n] else 0
-                kept.append(image)
-                previous.append(int(held[n, 0]) if present[n] else None)
+                self.tally.replaced += len(image.at) if is_known[n] else 0
+                adopted.append(image)
+                previous.append(int(known[n, 0]) if is_known[n] else None)
             seen.setdefault(key, mark)
         listed = np.array([[mark, _LISTED] for mark in seen.values()], np.uint64).reshape(-1, 2)
-        self._held.add(np.array(list(seen), np.uint64), listed)
-        return kept, pa.array(previous, pa.uint64())
+        self._known.add(np.array(list(seen), np.uint64), listed)
+        return adopted, pa.array(previous, pa.uint64())
 
-    def _again(self, image: EncodedImage, same: bool, table: pa.Table) -> None:
+    def _count_repeated(self, image: EncodedImage, table: pa.Table, *, is_same: bool) -> None:
         """Count an image whose name came before in the same file."""
-        if same:
+        if is_same:
             self.tally.repeated += len(image.at)
             return
-        why = f"{image.uri} came before with other encodings: put the rows of one image next to each other"
+        explanation = f"{image.uri} came before with other encodings: put the rows of one image next to each other"
         for n in image.at:
-            self.tally.refuse(table, int(n), "scattered", why)
+            self.tally.refuse(table, int(n), "scattered", explanation)
 
-    def _gone(self, keys: UInt64, found: list[EncodedImage]) -> Bool:
-        uris, contents = self._erased
-        digests = np.array([hash64(image.content) for image in found], np.uint64)
-        return np.asarray(np.isin(keys, uris) | np.isin(digests, contents))
+    def _find_erased(self, keys: UInt64, images: list[EncodedImage]) -> Bool:
+        content_hashes = np.array([hash64(image.content) for image in images], np.uint64)
+        return np.asarray(np.isin(keys, self._erased_uris) | np.isin(content_hashes, self._erased_contents))
 
 
-def make_rows(table: pa.Table, raw: Float32, norms: Float64, chosen: list[EncodedImage]) -> pa.Table:
-    """The gallery's rows of the chosen images, all columns but those that a block shares."""
-    at = np.concatenate([np.empty(0, np.int64), *(image.at for image in chosen)])
-    each = [(image, n) for image in chosen for n in range(len(image.at))]
-    taken = table.select(["identity", "box"]).take(pa.array(at))
+def make_rows(table: pa.Table, raw: Float32, norms: Float64, images: list[EncodedImage]) -> pa.Table:
+    """Make the gallery's rows of images: all columns except those that a block shares.
+
+    Args:
+        table: encodings.
+        raw: their vectors, (n, 128).
+        norms: the norms of these, (n,).
+        images: the images that become rows.
+    """
+    at = np.concatenate([np.empty(0, np.int64), *(image.at for image in images)])
+    faces = [(image, n) for image in images for n in range(len(image.at))]
+    labels = table.select(["identity", "box"]).take(pa.array(at))
     columns = {
-        "face_id": pa.array([compute_face_id(image.uri, image.content, n) for image, n in each], pa.int64()),
-        "image_id": pa.array([image.content for image, _ in each], pa.string()),
-        "uri": pa.array([image.uri for image, _ in each], pa.string()),
-        "fingerprint": pa.array([image.fingerprint for image, _ in each], pa.string()),
-        "status": pa.array([OK] * len(each), pa.string()),
-        "face_index": pa.array([n for _, n in each], pa.int16()),
-        "identity": taken["identity"],
-        "box": taken["box"],
-        "face_px": compute_face_px(taken["box"]),
+        "face_id": pa.array([compute_face_id(image.uri, image.content, n) for image, n in faces], pa.int64()),
+        "image_id": pa.array([image.content for image, _ in faces], pa.string()),
+        "uri": pa.array([image.uri for image, _ in faces], pa.string()),
+        "fingerprint": pa.array([image.fingerprint for image, _ in faces], pa.string()),
+        "status": pa.array([OK] * len(faces), pa.string()),
+        "face_index": pa.array([n for _, n in faces], pa.int16()),
+        "identity": labels["identity"],
+        "box": labels["box"],
+        "face_px": compute_face_px(labels["box"]),
         "embedding": to_float_lists((raw[at] / norms[at, None]).astype(np.float32)),
         "embedding_norm": pa.array(norms[at], pa.float32()),
     }
@@ -158,14 +207,9 @@ def make_rows(table: pa.Table, raw: Float32, norms: Float64, chosen: list[Encode
 
 
 def compute_face_px(boxes: pa.ChunkedArray) -> pa.Array:
-    """Of each box, in pixels; null where there is none."""
-    given = boxes.is_valid().to_numpy()
-    sides = np.zeros(len(given), np.float32)
+    """Compute the shorter side of each box in pixels; null for a row without a box."""
+    has_box = boxes.is_valid().to_numpy()
+    sides = np.zeros(len(has_box), np.float32)
     corners = to_vectors(boxes.drop_null(), 4)
-    sides[given] = (corners[:, 2:] - corners[:, :2]).min(axis=1, initial=np.inf)
-    return pa.array(sides, pa.float32(), mask=~given)
-
-
-def uris_of(chosen: list[EncodedImage]) -> pa.Array:
-    """What the images are called."""
-    return pa.array([image.uri for image in chosen], pa.string())
+    sides[has_box] = (corners[:, 2:] - corners[:, :2]).min(axis=1, initial=np.inf)
+    return pa.array(sides, pa.float32(), mask=~has_box)

@@ -12,13 +12,19 @@ import numpy.typing as npt
 from facepipe.errors import ConfigError, SourceError
 from facepipe.storage import open_seekable
 
-_LONGEST = 4 << 10  # bytes of a row: 512 numbers of double precision, a name of a thousand letters
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_MAX_ROW_BYTES = 4 << 10  # 512 numbers of double precision, or a name of a thousand letters
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """What an array is: its shape, the type of its elements, and whether it is stored column by column."""
+    """What an array is.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Type of its elements.
+        columns_first: Whether it is stored column by column.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
@@ -26,12 +32,18 @@ class NpyHeader:
 
 
 def read_headers(path: str) -> dict[str, NpyHeader]:
-    """The arrays of an .npz by name; the one array of an .npy has the name "".
+    """Read the headers of the arrays of an .npz by name; the one array of an .npy has the name "".
 
-    Raises SourceError for a file that is damaged. `rows` reads only arrays that pass `check`.
+    `read_rows` reads only arrays that pass `check_array`.
+
+    Raises:
+        SourceError: the file is damaged.
     """
     with ExitStack() as stack:
-        return {name: _header(stream, f"{path}: {name}" if name else path) for name, stream in _streams(path, stack)}
+        return {
+            name: _read_header(stream, f"{path}: {name}" if name else path)
+            for name, stream in _open_streams(path, stack)
+        }
 
 
 def check_array(header: NpyHeader, where: str) -> None:
@@ -43,24 +55,27 @@ def check_array(header: NpyHeader, where: str) -> None:
         )
     if header.columns_first:
         raise ConfigError(f"{where} is stored column by column: save np.ascontiguousarray of it")
-    if _row_bytes(header) > _LONGEST:
-        raise ConfigError(f"{where} has rows of more than {_LONGEST} bytes: these are neither encodings nor names")
+    if _count_row_bytes(header) > _MAX_ROW_BYTES:
+        raise ConfigError(
+            f"{where} has rows of more than {_MAX_ROW_BYTES} bytes: these are neither encodings nor names"
+        )
 
 
 def read_rows(path: str, names: tuple[str, ...], count: int) -> Iterator[tuple[npt.NDArray[np.generic], ...]]:
-    """Up to `count` rows of the named arrays at a time, all from the same place."""
+    """Yield up to `count` rows of each of the named arrays at a time, all from the same place."""
     with ExitStack() as stack:
-        streams = {name: stream for name, stream in _streams(path, stack) if name in names}
-        found = {name: _header(stream, path) for name, stream in streams.items()}
+        streams = {name: stream for name, stream in _open_streams(path, stack) if name in names}
+        headers = {name: _read_header(stream, path) for name, stream in streams.items()}
         for name in names:
-            check_array(found[name], f"{path}: {name}" if name else path)
-        total = min(found[name].shape[0] for name in names)
+            check_array(headers[name], f"{path}: {name}" if name else path)
+        total = min(headers[name].shape[0] for name in names)
         for first in range(0, total, count):
             n = min(count, total - first)
-            yield tuple(_take(streams[name], found[name], n, f"{path}: {name}") for name in names)
+            yield tuple(_read_array(streams[name], headers[name], n, f"{path}: {name}") for name in names)
 
 
-def _streams(path: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
+def _open_streams(path: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield (name, stream) of each array of a file."""
     file = stack.enter_context(open_seekable(path))
     if file.read(4) != b"PK\x03\x04":
         file.seek(0)
@@ -75,29 +90,30 @@ def _streams(path: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
         raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _header(stream: BinaryIO, where: str) -> NpyHeader:
+def _read_header(stream: BinaryIO, where: str) -> NpyHeader:
     try:
-        shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+        shape, is_fortran, dtype = _READ_HEADER[np.lib.format.read_magic(stream)](stream)
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise SourceError(f"cannot read {where}: no array of numpy's format") from error
-    return NpyHeader(shape, dtype, fortran and len(shape) > 1)
+        raise SourceError(f"cannot read {where}: not an array of numpy's format") from error
+    return NpyHeader(shape, dtype, is_fortran and len(shape) > 1)
 
 
-def _row_bytes(header: NpyHeader) -> int:
+def _count_row_bytes(header: NpyHeader) -> int:
     return int(np.prod(header.shape[1:], dtype=object)) * header.dtype.itemsize
 
 
-def _take(stream: BinaryIO, header: NpyHeader, count: int, where: str) -> npt.NDArray[np.generic]:
-    wanted = count * _row_bytes(header)
+def _read_array(stream: BinaryIO, header: NpyHeader, count: int, where: str) -> npt.NDArray[np.generic]:
+    """Read the next `count` rows of an array."""
+    size = count * _count_row_bytes(header)
     try:
-        data = stream.read(wanted)
+        data = stream.read(size)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise SourceError(f"cannot read {where}: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if type(error).__module__ != "zlib":
             raise
         raise SourceError(f"cannot read {where}: {error}") from error
-    if len(data) < wanted:
+    if len(data) < size:
         raise SourceError(f"{where} is cut short")
     shape = (count, *header.shape[1:])
-    return np.frombuffer(data, header.dtype).reshape(shape) if wanted else np.zeros(shape, header.dtype)
+    return np.frombuffer(data, header.dtype).reshape(shape) if size else np.zeros(shape, header.dtype)

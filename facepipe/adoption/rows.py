@@ -1,4 +1,4 @@
-"""Encodings as images: one for every run of rows with one name; the same uris and contents whenever it is done."""
+"""Encodings as images: one image per run of rows with the same name, with the same uri and content every time."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,16 +15,24 @@ from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import make_file_uri
+from facepipe.sources.parquet import strip_url_secrets
 from facepipe.types import Bool, Float32, Float64, Int64
 
 SCHEME = "adopted:"  # of the uris of rows that name no file, and of the fingerprints of all adopted rows
-_LARGEST = 4096  # faces of one image; keeps memory bounded where a file gives all rows one name
-_ZERO = 1e-12
+_MAX_FACES = 4096  # of one image; keeps memory bounded if a file gives all rows the same name
+_MIN_NORM = 1e-12
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """Rows of one name, those that are sound. at: their places in the table that is adopted."""
+    """The sound rows of one name.
+
+    Attributes:
+        uri: Name of the image in the gallery.
+        at: Positions of its rows in the table that is adopted.
+        content: Image id: a hash of the vectors.
+        fingerprint: Changes with the vectors or the labels.
+    """
 
     uri: str
     at: Int64
@@ -33,22 +41,25 @@ class EncodedImage:
 
 
 def regroup_by_image(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables of ENCODINGS cut anew so that no image's rows are in two of them (unless it has thousands)."""
-    held: pa.Table | None = None
+    """Cut tables of ENCODINGS anew so that no image has rows in two of them (unless it has thousands)."""
+    pending: pa.Table | None = None
     for table in tables:
-        if held is not None:
-            start = _last_image(held["name"].to_pylist(), table["name"][0].as_py()) if table.num_rows else 0
-            start = start if held.num_rows - start <= _LARGEST else held.num_rows
-            table = pa.concat_tables([held.slice(start), table]).combine_chunks()
+        if pending is not None:
+            start = 0
+            if table.num_rows:
+                start = _find_last_image(pending["name"].to_pylist(), table["name"][0].as_py())
+            if pending.num_rows - start > _MAX_FACES:
+                start = pending.num_rows
+            table = pa.concat_tables([pending.slice(start), table]).combine_chunks()
             if start:
-                yield held.slice(0, start)
-        held = table
-    if held is not None:
-        yield held
+                yield pending.slice(0, start)
+        pending = table
+    if pending is not None:
+        yield pending
 
 
-def _last_image(names: list[str | None], following: str | None) -> int:
-    """The row at which the image begins that goes on under the following name; the end where none does."""
+def _find_last_image(names: list[str | None], following: str | None) -> int:
+    """Find the row at which the image begins that goes on under the following name; the end if none does."""
     start = len(names)
     while start and following and names[start - 1] == following:
         start -= 1
@@ -56,49 +67,66 @@ def _last_image(names: list[str | None], following: str | None) -> int:
 
 
 def measure_vectors(table: pa.Table) -> tuple[Float32, Float64]:
-    """((n, 128) raw vectors, zero where there is none; (n,) their norms, NaN where a number is not finite)."""
-    held = table["vector"].is_valid().to_numpy()
+    """Read the vectors of encodings, and measure them.
+
+    Returns:
+        Raw vectors (n, 128), zero for a row without one, and their norms (n,), NaN if a number is not finite.
+    """
+    has_vector = table["vector"].is_valid().to_numpy()
     raw = np.zeros((table.num_rows, EMBEDDING_DIM), np.float32)
-    raw[held] = to_vectors(table["vector"].drop_null(), EMBEDDING_DIM)
-    finite = np.asarray(np.isfinite(raw).all(axis=1))
-    norms = np.linalg.norm(np.where(finite[:, None], raw, 0).astype(np.float64), axis=1)
-    return raw, np.where(finite, norms, np.nan)
+    raw[has_vector] = to_vectors(table["vector"].drop_null(), EMBEDDING_DIM)
+    is_finite = np.asarray(np.isfinite(raw).all(axis=1))
+    norms = np.linalg.norm(np.where(is_finite[:, None], raw, 0).astype(np.float64), axis=1)
+    return raw, np.where(is_finite, norms, np.nan)
 
 
 def find_refusals(table: pa.Table, raw: Float32, norms: Float64) -> dict[int, tuple[str, str]]:
-    """(reason, why) of every row that cannot be adopted."""
-    found: dict[int, tuple[str, str]] = {}
+    """Find the rows that cannot be adopted: (reason, explanation) by position.
+
+    If several reasons apply, the one that is found last stands.
+    """
+    refusals: dict[int, tuple[str, str]] = {}
     for n in np.flatnonzero(~check_boxes(table["box"])):
-        why = (
+        explanation = (
             "the box is not x1, y1, x2, y2 (face_recognition's top, right, bottom, left goes into a column `location`)"
         )
-        found[int(n)] = ("bad_box", why)
-    for n in np.flatnonzero(~(norms >= _ZERO)):
-        found[int(n)] = ("not_finite", "not finite") if np.isnan(norms[n]) else ("zero_vector", "zero vector")
+        refusals[int(n)] = ("bad_box", explanation)
+    for n in np.flatnonzero(~(norms >= _MIN_NORM)):
+        refusals[int(n)] = ("not_finite", "not finite") if np.isnan(norms[n]) else ("zero_vector", "zero vector")
     lengths = table["length"].to_pylist()
     for n in np.flatnonzero(table["vector"].is_null().to_numpy()):
         length = lengths[int(n)]
-        why = "no encoding" if length is None else f"{length} dimensions, not {EMBEDDING_DIM}"
-        found[int(n)] = ("no_encoding" if length is None else "other_dimension", why)
-    return dict(sorted(found.items()))
+        if length is None:
+            refusals[int(n)] = ("no_encoding", "no encoding")
+        else:
+            refusals[int(n)] = ("other_dimension", f"{length} dimensions, not {EMBEDDING_DIM}")
+    return dict(sorted(refusals.items()))
 
 
 def check_boxes(column: pa.ChunkedArray) -> Bool:
-    """(n,) whether a row has no box, or one with x1 < x2 and y1 < y2."""
-    fits = column.is_null().to_numpy() | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 4)
-    given = fits & column.is_valid().to_numpy()
-    boxes = to_vectors(column.filter(pa.array(given)), 4)
-    fits[given] = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3]) & np.isfinite(boxes).all(axis=1)
-    return fits
+    """Tell for each row (n,) whether it has no box, or one with x1 < x2 and y1 < y2."""
+    is_good = column.is_null().to_numpy() | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 4)
+    has_box = is_good & column.is_valid().to_numpy()
+    boxes = to_vectors(column.filter(pa.array(has_box)), 4)
+    is_ordered = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
+    is_good[has_box] = is_ordered & np.isfinite(boxes).all(axis=1)
+    return is_good
 
 
-def group_images(table: pa.Table, raw: Float32, sound: Bool, source: str) -> Iterator[EncodedImage]:
-    """The images of a table: sound rows next to each other with one name; a row without a name is its own."""
-    at = np.flatnonzero(sound)
+def group_images(table: pa.Table, raw: Float32, is_sound: Bool, source: str) -> Iterator[EncodedImage]:
+    """Yield the images of a table: sound rows next to each other with one name. A row without a name is its own.
+
+    Args:
+        table: encodings.
+        raw: their vectors, (n, 128).
+        is_sound: which rows can be adopted, (n,).
+        source: name of the corpus.
+    """
+    at = np.flatnonzero(is_sound)
     if not len(at):
         return
-    chosen = table.select(["file", "row", "name", "identity"]).take(pa.array(at))
-    files, numbers, names, labels = (column.to_pylist() for column in chosen.columns)
+    rows = table.select(["file", "row", "name", "identity"]).take(pa.array(at))
+    files, numbers, names, labels = (column.to_pylist() for column in rows.columns)
     uris = [make_uri(source, *row) for row in zip(files, numbers, names, strict=True)]
     starts = [n for n in range(len(uris)) if n == 0 or uris[n] != uris[n - 1]]
     for first, end in zip(starts, [*starts[1:], len(uris)], strict=True):
@@ -108,9 +136,10 @@ def group_images(table: pa.Table, raw: Float32, sound: Bool, source: str) -> Ite
 
 
 def make_uri(source: str, file: str, row: int, name: str | None) -> str:
-    """What the gallery calls an image: absolute paths and URLs as everywhere, other names and rows within their source.
+    """Make the uri of an image.
 
-    `adopted:SOURCE/NAME`, or `adopted:SOURCE#ROW`, with the file's name before # where it is not the source's.
+    Absolute paths and URLs are as everywhere. Other names and rows are within their source: `adopted:SOURCE/NAME`, or
+    `adopted:SOURCE#ROW`, with the file's name before # if it is not the source's.
     """
     if not name:
         return f"{SCHEME}{source}#{row}" if file == source else f"{SCHEME}{source}/{file}#{row}"
@@ -119,7 +148,5 @@ def make_uri(source: str, file: str, row: int, name: str | None) -> str:
     if os.path.isabs(name):
         return make_file_uri(os.path.abspath(name))
     if is_web_url(name) or (storage.is_remote(name) and storage.has_credentials(name)):
-        scheme, _, rest = name.partition("?")[0].partition("://")  # what is behind the ? may be a signature
-        host, slash, key = rest.partition("/")
-        return f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"
+        return strip_url_secrets(name)
     return name if storage.is_remote(name) else f"{SCHEME}{source}/{name}"

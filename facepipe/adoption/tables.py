@@ -21,6 +21,7 @@ from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, list_parquet
 from facepipe.types import Float32
 
 Names = Literal["auto", "people", "images"]
+"""Whom a column `name` names."""
 
 _VECTORS = ("embedding", "encoding", "vector", "embeddings", "encodings", "vectors")
 _URIS = (*URI_COLUMNS, "uris", "paths", "files")
@@ -28,9 +29,9 @@ _IDENTITIES = (*IDENTITY_COLUMNS, "identities", "labels", "people")
 _NAMES = ("name", "names")
 _BOXES = ("box", "boxes")  # x1, y1, x2, y2
 _LOCATIONS = ("location", "locations", "face_location", "face_locations")  # face_recognition's top, right, bottom, left
-_TO_BOX = (3, 0, 1, 2)
+_LOCATION_TO_BOX = (3, 0, 1, 2)
 _ROWS = 16384
-_PICKLE = """{path} is no Parquet, .npz or .npy file. If it is a pickle: opening one runs whatever is in it, so that
+_PICKLE = """{path} is not a Parquet, .npz or .npy file. If it is a pickle: opening one runs whatever is in it, so
 facepipe opens none. Convert a file of your own yourself, here one that holds a dictionary with encodings and names:
     import pickle, numpy as np
     data = pickle.load(open({path!r}, "rb"))
@@ -41,9 +42,9 @@ ENCODINGS = pa.schema(
     [
         ("file", pa.string()),  # as the user knows it: the file's name, or its path below the folder
         ("row", pa.int64()),
-        ("name", pa.string()),  # of the image, as given
+        ("name", pa.string()),  # of the image, as the file has it
         ("identity", pa.string()),
-        ("vector", pa.list_(pa.float32())),  # 128 numbers; null where it is no vector of that many
+        ("vector", pa.list_(pa.float32())),  # 128 numbers; null for a list of another length
         ("length", pa.int64()),
         ("box", pa.list_(pa.float32())),  # x1, y1, x2, y2
     ]
@@ -52,7 +53,14 @@ ENCODINGS = pa.schema(
 
 @dataclass(frozen=True)
 class ColumnRoles:
-    """Which column is what; None where there is none."""
+    """Which column is what.
+
+    Attributes:
+        vector: Column of the encodings; empty for the one array of an .npy.
+        uri: Column that names the image; None if there is none.
+        identity: Column that says who it is; None if there is none.
+        box: Column of the face's box; None if there is none.
+    """
 
     vector: str
     uri: str | None
@@ -61,13 +69,20 @@ class ColumnRoles:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All that are read, each once."""
+        """All columns that are read, each once."""
         return tuple(dict.fromkeys(name for name in (self.vector, self.uri, self.identity, self.box) if name))
 
 
 @dataclass(frozen=True)
 class EncodingSource:
-    """Files of encodings with the same columns. contract: what a Parquet file of facepipe says its models were."""
+    """Files of encodings with the same columns.
+
+    Attributes:
+        path: Path or URL of the file or folder.
+        files: Paths of the files.
+        roles: Which column is what.
+        contract: The contract in a Parquet file that facepipe wrote, as JSON; None if there is none.
+    """
 
     path: str
     files: tuple[str, ...]
@@ -75,10 +90,12 @@ class EncodingSource:
     contract: str | None = None
 
     def batches(self) -> Iterator[pa.Table]:
-        """Tables of the schema ENCODINGS, in the files' order. Raises SourceError where a file cannot be read."""
+        """Yield tables of the schema ENCODINGS, in the files' order. Raises SourceError if a file cannot be read."""
         for path in self.files:
-            label, first = _label(path, self.path), 0
-            for columns in _parquet(path, self.roles) if _is_parquet(path) else _numpy(path, self.roles):
+            label = _make_label(path, self.path)
+            first = 0
+            read_file = _read_parquet if _is_parquet(path) else _read_numpy
+            for columns in read_file(path, self.roles):
                 count = len(columns["length"])
                 numbers = {"file": pa.array([label] * count), "row": pa.array(range(first, first + count), pa.int64())}
                 yield pa.table({**numbers, **columns}).select(ENCODINGS.names).cast(ENCODINGS)
@@ -86,11 +103,16 @@ class EncodingSource:
 
 
 def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
-    """The encodings at a path: a Parquet file or folder, an .npz or an .npy file.
+    """Open the encodings at a path.
 
-    names: whom a column `name` names: people (as face_recognition's examples do), images, or, with auto, images where
-    another column says who it is, else people. Raises SourceError where there is nothing, ConfigError for a file of
-    another kind (pickles among them), or without 128-D vectors.
+    Args:
+        path: a Parquet file or folder, an .npz or an .npy file.
+        names: whom a column `name` names: people (as in face_recognition's examples) or images. With auto it is images
+            if another column says who it is, else people.
+
+    Raises:
+        SourceError: there is nothing.
+        ConfigError: the file is of another kind (such as a pickle), or has no 128-D vectors.
     """
     path = storage.to_absolute(path)
     if not storage.may_exist(path):
@@ -100,142 +122,169 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")
     if _is_parquet(files[0]):
         with storage.open_seekable(files[0]) as file:
-            schema = _opened(file, files[0]).schema_arrow
-        said = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
-        return EncodingSource(path, tuple(files), _of_schema(schema, files[0], names), said.decode() if said else None)
+            schema = _open_parquet(file, files[0]).schema_arrow
+        contract = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
+        roles = _find_roles_in_schema(schema, files[0], names)
+        return EncodingSource(path, tuple(files), roles, contract.decode() if contract else None)
     with storage.open_seekable(path) as file:
         magic = file.read(6)
     if not magic.startswith((b"PK\x03\x04", b"\x93NUMPY")):
         raise ConfigError(_PICKLE.format(path=path))
-    return EncodingSource(path, (path,), _of_arrays(npy.read_headers(path), path, names))
+    return EncodingSource(path, (path,), _find_roles_in_arrays(npy.read_headers(path), path, names))
 
 
 def _is_parquet(path: str) -> bool:
     return path.endswith((".parquet", ".pq"))
 
 
-def _label(path: str, root: str) -> str:
+def _make_label(path: str, root: str) -> str:
     return os.path.basename(path) if path == root else path.removeprefix(root).lstrip("/")
 
 
-def _roles(columns: Sequence[str], names: Names, where: str) -> ColumnRoles:
-    def first(candidates: Sequence[str]) -> str | None:
+# ---- which column is what
+
+
+def _find_roles(columns: Sequence[str], names: Names, where: str) -> ColumnRoles:
+    """Find out from the names of columns which is what. Raises ConfigError if there are no encodings."""
+
+    def pick(candidates: Sequence[str]) -> str | None:
         return next((name for name in candidates if name in columns), None)
 
-    vector, uri, identity, name = first(_VECTORS), first(_URIS), first(_IDENTITIES), first(_NAMES)
+    vector = pick(_VECTORS)
+    uri = pick(_URIS)
+    identity = pick(_IDENTITIES)
+    name = pick(_NAMES)
     if vector is None:
         raise ConfigError(f"{where}: no column of encodings ({', '.join(_VECTORS)}) among {', '.join(columns)}")
     if names == "images" or (names == "auto" and identity is not None):
         uri = uri or name
     else:
         identity = identity or name
-    return ColumnRoles(vector, uri, identity, first((*_BOXES, *_LOCATIONS)))
+    return ColumnRoles(vector, uri, identity, pick((*_BOXES, *_LOCATIONS)))
 
 
-def _of_schema(schema: pa.Schema, where: str, names: Names) -> ColumnRoles:
+def _find_roles_in_schema(schema: pa.Schema, where: str, names: Names) -> ColumnRoles:
+    """Find out which column of a Parquet file is what, among those of a fitting type."""
+
     def fits(field: pa.Field) -> bool:
         kind = field.type
         if field.name in (*_VECTORS, *_BOXES, *_LOCATIONS):
-            return _is_list(kind)
+            return _is_number_list(kind)
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
 
-    roles = _roles([field.name for field in schema if fits(field)], names, where)
+    roles = _find_roles([field.name for field in schema if fits(field)], names, where)
     kind = schema.field(roles.vector).type
     if pa.types.is_fixed_size_list(kind) and kind.list_size != EMBEDDING_DIM:
         raise ConfigError(f"{where}: {roles.vector} has {kind.list_size} dimensions, not {EMBEDDING_DIM}")
     return roles
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def _is_number_list(kind: pa.DataType) -> bool:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         return False
     return bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
 
 
-def _of_arrays(found: dict[str, npy.NpyHeader], where: str, names: Names) -> ColumnRoles:
-    roles = ColumnRoles("", None, None, None) if list(found) == [""] else _roles(list(found), names, where)
-    shape, kind = found[roles.vector].shape, found[roles.vector].dtype.kind
-    if len(shape) != 2 or shape[1] != EMBEDDING_DIM or kind not in "fiu":
+def _find_roles_in_arrays(headers: dict[str, npy.NpyHeader], where: str, names: Names) -> ColumnRoles:
+    """Find out which array is what. Raises ConfigError for arrays of a wrong shape or type."""
+    if list(headers) == [""]:
+        roles = ColumnRoles("", None, None, None)
+    else:
+        roles = _find_roles(list(headers), names, where)
+    shape = headers[roles.vector].shape
+    if len(shape) != 2 or shape[1] != EMBEDDING_DIM or headers[roles.vector].dtype.kind not in "fiu":
         raise ConfigError(f"{where}: {roles.vector or 'the array'} is {shape}, not (n, {EMBEDDING_DIM}) numbers")
     for name in roles.columns or ("",):
-        npy.check_array(found[name], f"{where}: {name}" if name else where)
-        wanted = (shape[0], 4) if name == roles.box else shape[:1]
-        if name != roles.vector and found[name].shape != wanted:
-            raise ConfigError(f"{where}: {name} is {found[name].shape}, and {roles.vector} needs {wanted}")
-        if name in (roles.uri, roles.identity) and found[name].dtype.kind not in "USiu":
-            raise ConfigError(f"{where}: {name} holds {found[name].dtype}, not texts")
-        if name == roles.box and found[name].dtype.kind not in "fiu":
-            raise ConfigError(f"{where}: {name} holds {found[name].dtype}, not numbers")
+        header = headers[name]
+        npy.check_array(header, f"{where}: {name}" if name else where)
+        needed = (shape[0], 4) if name == roles.box else shape[:1]
+        if name != roles.vector and header.shape != needed:
+            raise ConfigError(f"{where}: {name} is {header.shape}, and {roles.vector} needs {needed}")
+        if name in (roles.uri, roles.identity) and header.dtype.kind not in "USiu":
+            raise ConfigError(f"{where}: {name} holds {header.dtype}, not texts")
+        if name == roles.box and header.dtype.kind not in "fiu":
+            raise ConfigError(f"{where}: {name} holds {header.dtype}, not numbers")
     return roles
 
 
-def _opened(file: Any, path: str) -> pq.ParquetFile:
+# ---- reading
+
+
+def _open_parquet(file: Any, path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
+    """Yield the columns `name` to `box` of ENCODINGS from a Parquet file."""
     with storage.open_seekable(path) as handle:
-        file = _opened(handle, path)
-        held = file.schema_arrow
-        if _of_schema(held, path, "auto").vector != roles.vector or set(roles.columns) - set(held.names):
-            raise ConfigError(f"{path} has other columns than the first file: {', '.join(held.names)}")
+        file = _open_parquet(handle, path)
+        schema = file.schema_arrow
+        has_vector = _find_roles_in_schema(schema, path, "auto").vector == roles.vector
+        if not has_vector or set(roles.columns) - set(schema.names):
+            raise ConfigError(f"{path} has other columns than the first file: {', '.join(schema.names)}")
         try:
             for batch in file.iter_batches(_ROWS, columns=list(roles.columns)):
-                yield _of_batch(batch, roles)
+                yield _convert_batch(batch, roles)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _of_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
-    nothing = pa.nulls(batch.num_rows, pa.string())
+def _convert_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
+    absent = pa.nulls(batch.num_rows, pa.string())
     column = batch[roles.vector]
-    vectors, good = read_embeddings(column)
-    lengths = pc.list_value_length(column)
+    vectors, is_complete = read_embeddings(column)
+    boxes = pa.nulls(batch.num_rows, pa.list_(pa.float32()))
+    if roles.box:
+        boxes = _convert_boxes(batch[roles.box], roles.box)
     return {
-        "name": batch[roles.uri].cast(pa.string()) if roles.uri else nothing,
-        "identity": batch[roles.identity].cast(pa.string()) if roles.identity else nothing,
-        "vector": to_float_lists(vectors[good], good),
-        "length": lengths.cast(pa.int64()),
-        "box": _boxes(batch[roles.box], roles.box) if roles.box else pa.nulls(batch.num_rows, pa.list_(pa.float32())),
+        "name": batch[roles.uri].cast(pa.string()) if roles.uri else absent,
+        "identity": batch[roles.identity].cast(pa.string()) if roles.identity else absent,
+        "vector": to_float_lists(vectors[is_complete], is_complete),
+        "length": pc.list_value_length(column).cast(pa.int64()),
+        "box": boxes,
     }
 
 
-def _boxes(column: pa.Array, name: str) -> pa.Array:
-    """Boxes as x1, y1, x2, y2; lists of another length come through, to be refused later."""
+def _convert_boxes(column: pa.Array, name: str) -> pa.Array:
+    """Convert boxes to x1, y1, x2, y2; lists of another length pass, to be refused later."""
     lists = column.cast(pa.list_(pa.float32()))
     if name not in _LOCATIONS:
         return lists
-    turned = [row and [row[at] for at in _TO_BOX] if row and len(row) == 4 else row for row in lists.to_pylist()]
-    return pa.array(turned, lists.type)
+    boxes = [
+        [row[n] for n in _LOCATION_TO_BOX] if row is not None and len(row) == 4 else row for row in lists.to_pylist()
+    ]
+    return pa.array(boxes, lists.type)
 
 
-def _numpy(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
+def _read_numpy(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
+    """Yield the columns `name` to `box` of ENCODINGS from an .npz or .npy file."""
     names = roles.columns or ("",)
-    for arrays in npy.read_rows(path, names, _ROWS):
-        held = dict(zip(names, arrays, strict=True))
-        vectors = _floats(held[roles.vector])
+    for row_arrays in npy.read_rows(path, names, _ROWS):
+        arrays = dict(zip(names, row_arrays, strict=True))
+        vectors = _to_float32(arrays[roles.vector])
         count = len(vectors)
         boxes = pa.nulls(count, pa.list_(pa.float32()))
         if roles.box:
-            boxes = _boxes(to_float_lists(_floats(held[roles.box])), roles.box)
+            boxes = _convert_boxes(to_float_lists(_to_float32(arrays[roles.box])), roles.box)
         yield {
-            "name": _texts(held[roles.uri]) if roles.uri else pa.nulls(count, pa.string()),
-            "identity": _texts(held[roles.identity]) if roles.identity else pa.nulls(count, pa.string()),
+            "name": _to_texts(arrays[roles.uri]) if roles.uri else pa.nulls(count, pa.string()),
+            "identity": _to_texts(arrays[roles.identity]) if roles.identity else pa.nulls(count, pa.string()),
             "vector": to_float_lists(vectors),
             "length": pa.array(np.full(count, EMBEDDING_DIM, np.int64)),
             "box": boxes,
         }
 
 
-def _floats(array: npt.NDArray[np.generic]) -> Float32:
-    with np.errstate(over="ignore", invalid="ignore"):  # too large for single precision: infinite, and refused later
+def _to_float32(array: npt.NDArray[np.generic]) -> Float32:
+    # A number that is too large for single precision becomes infinite, and is refused later.
+    with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(np.float32)
 
 
-def _texts(array: npt.NDArray[np.generic]) -> pa.Array:
+def _to_texts(array: npt.NDArray[np.generic]) -> pa.Array:
     values = (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in array.tolist())
     return pa.array([value.encode("utf-8", "replace").decode("utf-8") for value in values], pa.string())
