@@ -28,7 +28,8 @@ class AdoptConfig:
     Attributes:
         encodings: A Parquet file or folder, an .npz or an .npy file.
         source: Name of the corpus in the gallery's `source` column; by default the last part of the path.
-        names: Whom a column `name` names: people, images, or auto: images if another column says who it is, else people.
+        names: Whom a column `name` names: people, images, or auto (images if another column says who it is, else
+            people).
         detector: Detector for the gallery's contract.
         embedder: Model that computes the same encodings from photos, for the gallery's contract.
     """

@@ -188,10 +188,8 @@ def _is_number_list(kind: pa.DataType) -> bool:
 
 def _find_roles_in_arrays(headers: dict[str, npy.NpyHeader], where: str, names: Names) -> ColumnRoles:
     """Find out which array is what. Raises ConfigError for arrays of a wrong shape or type."""
-    if list(headers) == [""]:
-        roles = ColumnRoles("", None, None, None)
-    else:
-        roles = _find_roles(list(headers), names, where)
+    is_single = list(headers) == [""]  # the one array of an .npy
+    roles = ColumnRoles("", None, None, None) if is_single else _find_roles(list(headers), names, where)
     shape = headers[roles.vector].shape
     if len(shape) != 2 or shape[1] != EMBEDDING_DIM or headers[roles.vector].dtype.kind not in "fiu":
         raise ConfigError(f"{where}: {roles.vector or 'the array'} is {shape}, not (n, {EMBEDDING_DIM}) numbers")
