@@ -1,11 +1,11 @@
-"""At which size a detector has to see an image: faces lost by a quick look, and how well faces are told apart after it.
+"""Find the size at which a detector has to see an image: faces lost by a quick look, and recognition after it.
 
     python tests/bench/detector_size.py recall [--size 384] [--doubtful 0.02]
     python tests/bench/detector_size.py recognition [--enlarged 4]
 
-Needs ../shared. `recall`: the development photos as they are and at half their size; mosaics of 4, 9 and 16 of them; and
-each with a small photo put somewhere into it, the worst case: a large face that is certain beside one too small to be
-seen. `recognition`: LFW-dev enlarged, so that faces fill the frame as in portraits, detected at several sizes; the
+It needs ../shared. `recall` uses the development photos as they are and at half their size, mosaics of 4, 9 and 16 of
+them, and each with a small photo put into it. That is the worst case: a large, certain face beside one too small to be
+seen. `recognition` uses LFW-dev enlarged, so that faces fill the frame as in portraits, detected at several sizes. The
 embedder is dlib-resnet-int8 for speed.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 from corpus import SHARED
-from eight_bits import IMAGES, all_pairs, view2
+from eight_bits import IMAGES, describe_all_pairs, describe_view2
 
 from facepipe.imaging.alignment import cut_chip
 from facepipe.imaging.geometry import Frame
@@ -30,7 +30,7 @@ from facepipe.types import UInt8Image
 _CANVAS = 1280
 
 
-def photos() -> list[UInt8Image]:
+def read_photos() -> list[UInt8Image]:
     decode = Decode()
     decoded = [
         decode.decode_image(path.read_bytes()).pixels for path in sorted((SHARED / "data" / "photos-dev").glob("*.jpg"))
@@ -38,43 +38,44 @@ def photos() -> list[UInt8Image]:
     return [pixels for pixels in decoded if pixels is not None]
 
 
-def scaled(pixels: UInt8Image, scale: float) -> UInt8Image:
+def scale_image(pixels: UInt8Image, scale: float) -> UInt8Image:
     return np.asarray(cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def fitted(pixels: UInt8Image, width: int, height: int) -> UInt8Image:
-    small = scaled(pixels, min(width / pixels.shape[1], height / pixels.shape[0], 1))[:height, :width]
+def fit_image(pixels: UInt8Image, width: int, height: int) -> UInt8Image:
+    small = scale_image(pixels, min(width / pixels.shape[1], height / pixels.shape[0], 1))[:height, :width]
     canvas = np.zeros((height, width, 3), np.uint8)
     canvas[: small.shape[0], : small.shape[1]] = small
     return canvas
 
 
-def sets() -> Iterator[tuple[str, list[UInt8Image]]]:
-    """Named corpora, seeded."""
-    originals, rng = photos(), np.random.default_rng(0)
+def make_corpora() -> Iterator[tuple[str, list[UInt8Image]]]:
+    """Make corpora with their names, from a fixed seed."""
+    originals = read_photos()
+    rng = np.random.default_rng(0)
     yield "photos", originals
-    yield "photos at half size", [scaled(pixels, 0.5) for pixels in originals]
+    yield "photos at half size", [scale_image(pixels, 0.5) for pixels in originals]
     for k in (2, 3, 4):
         mosaics = []
         for _ in range(24):
-            tiles = [fitted(originals[n], _CANVAS // k, _CANVAS // k) for n in rng.choice(len(originals), k * k)]
+            tiles = [fit_image(originals[n], _CANVAS // k, _CANVAS // k) for n in rng.choice(len(originals), k * k)]
             mosaics.append(np.concatenate([np.concatenate(tiles[r * k : r * k + k], 1) for r in range(k)]))
         yield f"mosaics of {k * k}", mosaics
     for share in (4, 6, 8, 10):
-        yield f"photos with one of 1/{share} in it", [inset(originals, share, rng) for _ in range(60)]
+        yield f"photos with one of 1/{share} in it", [put_into(originals, share, rng) for _ in range(60)]
 
 
-def inset(originals: list[UInt8Image], share: int, rng: np.random.Generator) -> UInt8Image:
+def put_into(originals: list[UInt8Image], share: int, rng: np.random.Generator) -> UInt8Image:
     large, small = (originals[n] for n in rng.choice(len(originals), 2))
-    canvas = fitted(large, _CANVAS, _CANVAS * 3 // 4)
-    small = scaled(small, _CANVAS / share / max(small.shape[:2]))
+    canvas = fit_image(large, _CANVAS, _CANVAS * 3 // 4)
+    small = scale_image(small, _CANVAS / share / max(small.shape[:2]))
     y, x = (int(rng.integers(0, room - side)) for room, side in zip(canvas.shape, small.shape[:2], strict=False))
     canvas[y : y + small.shape[0], x : x + small.shape[1]] = small
     return canvas
 
 
-def lost(full: Faces, quick: Faces, shape: tuple[int, ...]) -> list[float]:
-    """Sides, in pixels of the full look's input, of its faces that the quick look has no box of."""
+def find_lost_faces(full: Faces, quick: Faces, shape: tuple[int, ...]) -> list[float]:
+    """Find the faces of the full look that the quick look lost; their sides in pixels of the full look's input."""
     sides = []
     for box in full.boxes:
         low, high = np.maximum(box[:2], quick.boxes[:, :2]), np.minimum(box[2:], quick.boxes[:, 2:])
@@ -85,32 +86,32 @@ def lost(full: Faces, quick: Faces, shape: tuple[int, ...]) -> list[float]:
     return sides
 
 
-def timed(call: Callable[[], dict[int, Faces]]) -> tuple[dict[int, Faces], float]:
+def time_call(call: Callable[[], dict[int, Faces]]) -> tuple[dict[int, Faces], float]:
     began = time.process_time()
     return call(), time.process_time() - began
 
 
-def recall(size: int, doubtful: float) -> None:
+def measure_recall(size: int, doubtful: float) -> None:
     stage.DOUBTFUL = doubtful
     quick, full = Detect(device="cpu", quick_look=size), Detect(device="cpu", quick_look=0)
     for detect in (quick, full):
         detect.setup()
-    for name, images in sets():
+    for name, images in make_corpora():
         pixels = dict(enumerate(images))
         enough = quick._quick(pixels)
-        a, fast = timed(lambda p=pixels: quick.detect_faces(p))  # type: ignore[misc]
-        b, slow = timed(lambda p=pixels: full.detect_faces(p))  # type: ignore[misc]
+        a, fast = time_call(lambda p=pixels: quick.detect_faces(p))  # type: ignore[misc]
+        b, slow = time_call(lambda p=pixels: full.detect_faces(p))  # type: ignore[misc]
         faces = sum(len(found.scores) for found in b.values())
-        gone = sorted(side for n, found in b.items() for side in lost(found, a[n], pixels[n].shape))
+        lost_sides = sorted(side for n, found in b.items() for side in find_lost_faces(found, a[n], pixels[n].shape))
         print(
             f"{name}: enough for {len(enough)} of {len(images)}, {fast / len(images) * 1e3:.1f} ms against "
-            f"{slow / len(images) * 1e3:.1f} ({slow / fast:.2f} times); lost {len(gone)} of {faces} faces"
-            + (f", of {', '.join(f'{side:.0f}' for side in gone)} px at 640" if gone else ""),
+            f"{slow / len(images) * 1e3:.1f} ({slow / fast:.2f} times); lost {len(lost_sides)} of {faces} faces"
+            + (f", of {', '.join(f'{side:.0f}' for side in lost_sides)} px at 640" if lost_sides else ""),
             flush=True,
         )
 
 
-def recognition(enlarged: int) -> None:
+def measure_recognition(enlarged: int) -> None:
     detects = {s: Detect(device="cpu", size=s, quick_look=0, border_below=160) for s in (640, 480, 384, 320, 256)}
     layout, embedder = find_chip_layout("dlib-resnet"), find_card("dlib-resnet-int8", "embedder").load("cpu", 1)
     paths = sorted(IMAGES.glob("*/*.jpg"))
@@ -135,7 +136,7 @@ def recognition(enlarged: int) -> None:
         raw = embedder.embed(both) + embedder.embed(np.ascontiguousarray(both[:, :, ::-1]))
         vectors = np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), np.float32)
         print(f"at {s}: faces of {np.median(widths[s]):.0f} px, none in {len(paths) - len(widths[s])} images;")
-        print(f"  {view2(vectors, names)}; {all_pairs(vectors, names)}", flush=True)
+        print(f"  {describe_view2(vectors, names)}; {describe_all_pairs(vectors, names)}", flush=True)
 
 
 def main() -> None:
@@ -147,9 +148,9 @@ def main() -> None:
     args = parser.parse_args()
     cv2.setNumThreads(1)
     if args.what == "recall":
-        recall(args.size, args.doubtful)
+        measure_recall(args.size, args.doubtful)
     else:
-        recognition(args.enlarged)
+        measure_recognition(args.enlarged)
 
 
 if __name__ == "__main__":

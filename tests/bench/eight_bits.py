@@ -1,10 +1,10 @@
-"""dlib's network in eight bits against floating point: the ranges of its activations, accuracy on LFW, and speed.
+"""Compare dlib's network in eight bits with floating point: ranges of its activations, accuracy on LFW, and speed.
 
     python tests/bench/eight_bits.py [--shares 3e-5,0] [--print-ranges]
 
-Needs ../shared. Of every image of LFW-dev the largest face near the middle; ranges come from every twelfth of them. A
-share of the values on either side is left out of a range. View 2 are the folds 1 to 5; all pairs are those of the 3,811
-faces (4,414 of one person and 7.3 million of two).
+It needs ../shared, and takes the largest face near the middle of every image of LFW-dev. Ranges come from every twelfth
+face. A share of the values on either side is left out of a range. View 2 is the folds 1 to 5. All pairs are those of the
+3,811 faces: 4,414 of one person and 7.3 million of two.
 """
 
 import argparse
@@ -34,8 +34,8 @@ IMAGES = SHARED / "data" / "lfw-dev" / "images"
 _BINS = 1 << 15
 
 
-def faces(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
-    """The aligned chip of each image's subject."""
+def cut_subjects(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Cut the aligned chip of each image's subject."""
     stages = (Read(), Decode(), Detect(device="cpu"), Subject(), Align(thumbs=False))
     for stage in stages:
         stage.setup()
@@ -52,15 +52,17 @@ def faces(paths: list[Path]) -> Iterator[npt.NDArray[np.uint8]]:
             )
 
 
-def histograms(chips: UInt8) -> list[tuple[float, float, npt.NDArray[np.int64]]]:
-    """Lowest and highest value of each activation, and counts in between."""
-    made, names = build_dlib_onnx_with_activations(*read_dlib_weights())
-    run = open_session(made, threads=1)
+def count_values(chips: UInt8) -> list[tuple[float, float, npt.NDArray[np.int64]]]:
+    """Find the lowest and highest value of each activation, and count the values in bins between them."""
+    graph, names = build_dlib_onnx_with_activations(*read_dlib_weights())
+    run = open_session(graph, threads=1)
     parts = [chips[at : at + 8] for at in range(0, len(chips), 8)]
-    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    low = np.full(len(names), np.inf)
+    high = np.full(len(names), -np.inf)
     for part in parts:
         for n, values in enumerate(run.run(names, {"chips": part})):
-            low[n], high[n] = min(low[n], values.min()), max(high[n], values.max())
+            low[n] = min(low[n], values.min())
+            high[n] = max(high[n], values.max())
     counts = np.zeros((len(names), _BINS), np.int64)
     for part in parts:
         for n, values in enumerate(run.run(names, {"chips": part})):
@@ -68,25 +70,26 @@ def histograms(chips: UInt8) -> list[tuple[float, float, npt.NDArray[np.int64]]]
     return list(zip(low.tolist(), high.tolist(), counts, strict=True))
 
 
-def ranges(found: list[tuple[float, float, npt.NDArray[np.int64]]], share: float) -> list[Range]:
-    """What is left when a share of the values is cut off on either side, to four digits."""
+def find_ranges(histograms: list[tuple[float, float, npt.NDArray[np.int64]]], share: float) -> list[Range]:
+    """Find the ranges that leave a share of the values out on either side, to four digits."""
     cut = []
-    for low, high, counts in found:
-        below, edges = np.cumsum(counts) / counts.sum(), np.linspace(low, high, _BINS + 1)
+    for low, high, counts in histograms:
+        below = np.cumsum(counts) / counts.sum()
+        edges = np.linspace(low, high, _BINS + 1)
         top = edges[min(_BINS, int(np.searchsorted(below, 1 - share)) + 1)]
         bottom = 0.0 if low >= 0 else edges[np.searchsorted(below, share)]
         cut.append((float(f"{bottom:.4g}"), float(f"{top:.4g}")))
     return cut
 
 
-def flipped(engine: OnnxDlib, chips: UInt8) -> Float32:
-    """Unit vectors, mirror images averaged in."""
+def embed_with_mirror(engine: OnnxDlib, chips: UInt8) -> Float32:
+    """Embed chips as unit vectors, with mirror images averaged in."""
     raw = engine.embed(chips) + engine.embed(np.ascontiguousarray(chips[:, :, ::-1]))
     return np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), np.float32)
 
 
-def view2(vectors: Float32, names: list[str]) -> str:
-    """Accuracy and TAR by the protocol."""
+def describe_view2(vectors: Float32, names: list[str]) -> str:
+    """Describe accuracy and TAR by the protocol of View 2."""
     at = {name: n for n, name in enumerate(names)}
     pairs = read_pairs(SHARED / "data" / "lfw-dev" / "pairs.txt")
     apart = np.array([np.linalg.norm(vectors[at[p.left]].astype(float) - vectors[at[p.right]]) for p in pairs])
@@ -94,13 +97,16 @@ def view2(vectors: Float32, names: list[str]) -> str:
     return f"View 2 {result.accuracy:.4f} ± {result.standard_error:.4f}, TAR at 1e-3 {result.tar['0.001']:.4f}"
 
 
-def all_pairs(vectors: Float32, names: list[str]) -> str:
-    """EER, and TAR at three FARs, over all pairs of images."""
+def describe_all_pairs(vectors: Float32, names: list[str]) -> str:
+    """Describe the EER, and the TAR at three FARs, over all pairs of images."""
     persons = np.unique([name.split("/")[0] for name in names], return_inverse=True)[1]
     left, right = np.triu_indices(len(vectors), 1)
-    same, cosine = persons[left] == persons[right], (vectors @ vectors.T)[left, right]
-    genuine, impostor = np.sort(cosine[same]), np.sort(cosine[~same])
-    rejected, accepted = np.arange(len(genuine)) / len(genuine), 1 - np.searchsorted(impostor, genuine) / len(impostor)
+    same = persons[left] == persons[right]
+    cosine = (vectors @ vectors.T)[left, right]
+    genuine = np.sort(cosine[same])
+    impostor = np.sort(cosine[~same])
+    rejected = np.arange(len(genuine)) / len(genuine)
+    accepted = 1 - np.searchsorted(impostor, genuine) / len(impostor)
     at = int(np.abs(rejected - accepted).argmin())
     tars = [(genuine > impostor[-max(1, int(far * len(impostor)))]).mean() for far in (1e-2, 1e-3, 1e-4)]
     return f"all pairs: EER {(rejected[at] + accepted[at]) / 2:.5f}, TAR at 1e-2, 1e-3, 1e-4 " + " ".join(
@@ -108,13 +114,13 @@ def all_pairs(vectors: Float32, names: list[str]) -> str:
     )
 
 
-def milliseconds(call: Callable[[], object], items: int) -> float:
-    """Least CPU time of one of twenty calls, an item."""
+def measure_milliseconds(call: Callable[[], object], items: int) -> float:
+    """Measure the least CPU time per item, of twenty calls."""
     times = []
     for _ in range(20):
-        began = time.process_time()
+        start = time.process_time()
         call()
-        times.append(time.process_time() - began)
+        times.append(time.process_time() - start)
     return min(times) / items * 1e3
 
 
@@ -125,26 +131,27 @@ def main() -> None:
     args = parser.parse_args()
     paths = sorted(IMAGES.glob("*/*.jpg"))
     names = [str(path.relative_to(IMAGES).with_suffix("")) for path in paths]
-    chips = np.stack(list(faces(paths)))
+    chips = np.stack(list(cut_subjects(paths)))
     weights = read_dlib_weights()
     graphs = {"float32": build_dlib_onnx(*weights), "eight bits": build_dlib_onnx(*weights, RANGES)}
     if args.shares:
-        found = histograms(chips[::12])
+        counted = count_values(chips[::12])
         for share in map(float, args.shares.split(",")):
-            cut = ranges(found, share)
+            cut = find_ranges(counted, share)
             graphs[f"eight bits, {share:g} cut off"] = build_dlib_onnx(*weights, cut)
             if args.print_ranges:
                 print(share, cut)
-    before: Float32 | None = None
+    reference: Float32 | None = None
     base = 0.0
-    for name, written in graphs.items():
-        engine = OnnxDlib(written)
-        spent = milliseconds(lambda e=engine: e.embed(chips[:8]), 8)  # type: ignore[misc]
-        vectors = flipped(engine, chips)
-        base, before = base or spent, vectors if before is None else before
-        moved = np.median(np.linalg.norm(vectors - before, axis=1))
-        print(f"{name}: {spent:.2f} ms a chip ({base / spent:.2f} times), moved by {moved:.3f} in the median")
-        print(f"  {view2(vectors, names)}; {all_pairs(vectors, names)}", flush=True)
+    for name, graph in graphs.items():
+        engine = OnnxDlib(graph)
+        spent = measure_milliseconds(lambda e=engine: e.embed(chips[:8]), 8)  # type: ignore[misc]
+        vectors = embed_with_mirror(engine, chips)
+        base = base or spent
+        reference = vectors if reference is None else reference
+        moved = np.median(np.linalg.norm(vectors - reference, axis=1))
+        print(f"{name}: {spent:.2f} ms per chip ({base / spent:.2f} times), moved by {moved:.3f} in the median")
+        print(f"  {describe_view2(vectors, names)}; {describe_all_pairs(vectors, names)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every embedding network: size, cost, and faces per second of one CPU thread in torch and in ONNX Runtime.
+"""Measure every embedding network: size, cost, and faces per second of one CPU thread in torch and ONNX Runtime.
 
 python tests/bench/embedders.py [NAME ...]     weights are random: speed does not depend on them
 """
@@ -25,8 +25,10 @@ from facepipe.models.embedders.resnet import ResNet
 from facepipe.models.runtime.onnx_session import open_session
 from facepipe.models.runtime.torch_inference import to_channels_last
 
-BATCH, SECONDS, FEWEST = 8, 4.0, 3
-# name: (constructor, (h, w))
+BATCH = 8
+SECONDS = 4.0
+MIN_CALLS = 3
+# Constructor and (height, width) of the chips, by name.
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "dlib-resnet": (DlibResNet, (150, 150)),
     "mobilefacenet": (lambda: MobileFaceNet(size=(96, 112)), (112, 96)),
@@ -41,14 +43,14 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
 }
 
 
-def multiply_adds(net: nn.Module, images: Tensor) -> int:
-    """Of the convolutions and linear layers, for one image."""
-    counted = []
+def count_multiply_adds(net: nn.Module, images: Tensor) -> int:
+    """Count the multiply-adds of the convolutions and linear layers for one image."""
+    counts = []
 
     def count(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        counted.append(out[0].numel() * weight[0].numel())
+        counts.append(out[0].numel() * weight[0].numel())
 
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
@@ -56,11 +58,11 @@ def multiply_adds(net: nn.Module, images: Tensor) -> int:
         net(images[:1])
     for hook in hooks:
         hook.remove()
-    return sum(counted)
+    return sum(counts)
 
 
-def graph(net: nn.Module, images: Tensor) -> bytes:
-    """The network as ONNX, for batches of any length."""
+def export_onnx(net: nn.Module, images: Tensor) -> bytes:
+    """Export a network as ONNX, for batches of any length."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -76,39 +78,44 @@ def graph(net: nn.Module, images: Tensor) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def per_second(call: Callable[[], object]) -> float:
-    """Faces, from the median of the calls of some seconds; one call before is not counted."""
+def measure_faces_per_second(call: Callable[[], object]) -> float:
+    """Measure faces per second, from the median of calls over some seconds, after a warm-up call."""
     call()
     times: list[float] = []
-    while sum(times) < SECONDS or len(times) < FEWEST:
-        began = time.perf_counter()
+    while sum(times) < SECONDS or len(times) < MIN_CALLS:
+        start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return BATCH / statistics.median(times)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    chosen = sys.argv[1:] or list(NETS)
+    names = sys.argv[1:] or list(NETS)
     print(
         f"{'model':18s} {'h x w':>9s} {'parameters':>11s} {'G mult-adds':>11s} {'torch/s':>8s} {'ONNX/s':>8s}  difference"
     )
-    for name in chosen:
+    for name in names:
         make, size = NETS[name]
         torch.manual_seed(0)
-        net, images = make().eval(), torch.randn(BATCH, 3, *size)
-        learnt, cost = count_parameters(net), multiply_adds(net, images)
-        onnx = open_session(graph(net, images), threads=1)
+        net = make().eval()
+        images = torch.randn(BATCH, 3, *size)
+        parameters = count_parameters(net)
+        cost = count_multiply_adds(net, images)
+        onnx = open_session(export_onnx(net, images), threads=1)
         array = images.numpy()
-        (found,) = onnx.run(None, {"input": array})
-        net, images = to_channels_last(net, "cpu"), images.contiguous(memory_format=torch.channels_last)
+        (vectors,) = onnx.run(None, {"input": array})
+        net = to_channels_last(net, "cpu")
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
-            difference = np.abs(found - net(images).numpy()).max() / np.abs(found).max()
-            eager = per_second(lambda net=net, images=images: net(images))  # type: ignore[misc]
-        runtime = per_second(lambda onnx=onnx, array=array: onnx.run(None, {"input": array}))  # type: ignore[misc]
+            difference = np.abs(vectors - net(images).numpy()).max() / np.abs(vectors).max()
+            eager = measure_faces_per_second(lambda net=net, images=images: net(images))  # type: ignore[misc]
+        runtime = measure_faces_per_second(lambda onnx=onnx, array=array: onnx.run(None, {"input": array}))  # type: ignore[misc]
         shape = f"{size[0]}x{size[1]}"
-        print(f"{name:18s} {shape:>9s} {learnt:11,d} {cost / 1e9:11.3f} {eager:8.1f} {runtime:8.1f}  {difference:.1e}")
+        print(
+            f"{name:18s} {shape:>9s} {parameters:11,d} {cost / 1e9:11.3f} {eager:8.1f} {runtime:8.1f}  {difference:.1e}"
+        )
 
 
 if __name__ == "__main__":

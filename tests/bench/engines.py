@@ -1,4 +1,4 @@
-"""ONNX Runtime against torch for the default models on one core, and torch on a GPU where there is one.
+"""Compare ONNX Runtime with torch for the default models on one core, and on a GPU if there is one.
 
 python tests/bench/engines.py
 """
@@ -22,16 +22,16 @@ from facepipe.models.zoo.registry import find_card
 LIMITS = DetectionLimits(0.7, 0.4)
 
 
-def milliseconds(call: Callable[[], object], items: int, rounds: int = 15) -> float:
-    """Median of the time an item, after two calls that are not counted."""
+def measure_milliseconds(call: Callable[[], object], items: int, rounds: int = 15) -> float:
+    """Measure the median time per item, after two warm-up calls."""
     for _ in range(2):
         call()
-    times = []
+    durations = []
     for _ in range(rounds):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        times.append((time.perf_counter() - began) / items)
-    return statistics.median(times) * 1e3
+        durations.append((time.perf_counter() - start) / items)
+    return statistics.median(durations) * 1e3
 
 
 def main() -> None:
@@ -50,20 +50,20 @@ def main() -> None:
         "torch": TorchEmbedder(net, ARCHITECTURES["dlib-resnet"].input, (150, 150), device="cpu"),
     }
     for n in (1, 8):
-        found = {name: milliseconds(lambda e=e, n=n: e.detect(frames[:n]), n) for name, e in detectors.items()}
-        shown = ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.items())
-        print(f"RetinaFace 640x480, batch {n}: {shown}; torch/onnxruntime {found['torch'] / found['onnxruntime']:.2f}")
+        times = {name: measure_milliseconds(lambda e=e, n=n: e.detect(frames[:n]), n) for name, e in detectors.items()}
+        text = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
+        print(f"RetinaFace 640x480, batch {n}: {text}; torch/onnxruntime {times['torch'] / times['onnxruntime']:.2f}")
     for n in (2, 8, 32):
-        found = {name: milliseconds(lambda e=e, n=n: e.embed(chips[:n]), n) for name, e in embedders.items()}
-        shown = ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.items())
-        print(f"dlib ResNet, batch {n}: {shown}; torch/onnxruntime {found['torch'] / found['onnxruntime']:.2f}")
+        times = {name: measure_milliseconds(lambda e=e, n=n: e.embed(chips[:n]), n) for name, e in embedders.items()}
+        text = ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items())
+        print(f"dlib ResNet, batch {n}: {text}; torch/onnxruntime {times['torch'] / times['onnxruntime']:.2f}")
     if torch.cuda.is_available():
         gpu_detector = find_card("retinaface-mnet025", "detector").load("cuda", 1, LIMITS)
         gpu_embedder = find_card("dlib-resnet", "embedder").load("cuda", 1)
         many = np.repeat(chips, 16, 0)
         print(
-            f"{torch.cuda.get_device_name()}: RetinaFace {milliseconds(lambda: gpu_detector.detect(frames), 8):.2f} ms, "
-            f"dlib ResNet {milliseconds(lambda: gpu_embedder.embed(many), len(many)):.3f} ms"
+            f"{torch.cuda.get_device_name()}: RetinaFace {measure_milliseconds(lambda: gpu_detector.detect(frames), 8):.2f} ms, "
+            f"dlib ResNet {measure_milliseconds(lambda: gpu_embedder.embed(many), len(many)):.3f} ms"
         )
 
 
