@@ -210,7 +210,7 @@ def test_lineages_that_are_fed_otherwise_have_to_say_so(tmp_path: Path) -> None:
     from facepipe.models.zoo.architectures import ARCHITECTURES
 
     for name, lineage in (("facenet-inception", "facenet-pytorch"), ("mobilefacenet", "treb1en")):
-        made = ARCHITECTURES[name].lineage(lineage)
+        made = ARCHITECTURES[name].find_lineage(lineage)
         assert made is not None
         torch.save({made.mark: torch.zeros(1)}, tmp_path / "m.pth")
         text = f'name = "m"\nweights = "m.pth"\narchitecture = "{name}"\ndim = 512\n'
