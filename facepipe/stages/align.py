@@ -1,4 +1,4 @@
-"""Align: one row per image to one row per face, with a chip cut to the embedder's template and quality figures."""
+"""Align: from one row per image to one row per face, with a chip in the embedder's layout and quality figures."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,25 @@ from facepipe.imaging.dlib_chip import PredictPoints
 from facepipe.imaging.geometry import Frame, estimate_pose, locate_frame, measure_sharpness
 from facepipe.imaging.header import read_header
 from facepipe.models.dlib.predictor import load_predictor
+from facepipe.models.protocols import Faces
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.types import Bool, Float32, UInt8Image
 
+# `map`, or the `map` of a thread pool.
 MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 class AlignedFace(NamedTuple):
-    """One face."""
+    """A face of an image with its chip.
+
+    Attributes:
+        row: row of the image in its table
+        face_index: ordinal of the face in its image
+        box: x1 y1 x2 y2 in pixels of the full-size image, (4,)
+        landmarks: five points in pixels of the full-size image, (5, 2)
+        score: confidence of the detector
+        chip: RGB pixels
+    """
 
     row: int
     face_index: int
@@ -34,12 +45,28 @@ class AlignedFace(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Align:
-    """Cuts chips as the embedder wants them: by default with the similarity that maps five landmarks to its template.
+class DecodedView:
+    """Pixels of an image that chips are cut from.
 
-    embedder: whose chips: a registered name, a model's TOML file, or the name of an architecture
-    detector: whose boxes these are, for chips that are cut by dlib's own landmarks
-    thumbs: keep a small JPEG of every face for the reports; thumb_side in pixels, thumb_quality 1-100
+    Attributes:
+        pixels: RGB, (h, w, 3)
+        frame: where the pixels lie in the full-size image
+    """
+
+    pixels: UInt8Image
+    frame: Frame
+
+
+@dataclass(frozen=True)
+class Align:
+    """Cut a chip of each face, by default with the similarity that maps its five landmarks to the embedder's template.
+
+    Attributes:
+        embedder: model whose layout the chips get: a registered name, a model's TOML file, or an architecture
+        detector: model that found the boxes, for chips that are cut by dlib's own landmarks
+        thumbs: keep a small JPEG of every face for the reports
+        thumb_side: width of this JPEG in pixels
+        thumb_quality: JPEG quality, 1 to 100
     """
 
     embedder: str = "dlib-resnet"
@@ -72,10 +99,7 @@ class Align:
         "chip",
         "thumb",
     )
-    drops: ClassVar = (
-        *("bytes", "pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top"),
-        *("boxes", "points", "scores"),
-    )
+    drops: ClassVar = needs
 
     @cached_property
     def _layout(self) -> ChipLayout:
@@ -87,91 +111,129 @@ class Align:
 
     @property
     def predict_points(self) -> PredictPoints | None:
-        """dlib's landmark predictor, if the chips need it. It is loaded once per process."""
+        """The landmark predictor of dlib, if the chips need it. It is loaded once per process."""
         return load_predictor().predict if self._layout.kind == "dlib" else None
 
     def setup(self) -> None:
+        """Look the layout of the chips up."""
         cv2.setNumThreads(1)
         _ = self._layout
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace each image by its faces; an image without faces stays one row."""
         faces: list[AlignedFace | int] = []
-        columns = [table[name].to_pylist() for name in ("boxes", "points", "scores")]
-        rows = zip(view_images(table), read_frames(table), view_buffers(table["bytes"]), *columns, strict=True)
-        for n, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
-            found = self._image(n, (pixels, frame), data, (boxes, points, scores)) if scores else []
-            faces += found or [n]
+        detections = [table[name].to_pylist() for name in ("boxes", "points", "scores")]
+        rows = zip(view_images(table), read_frames(table), view_buffers(table["bytes"]), *detections, strict=True)
+        for row, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
+            if not scores or pixels is None:
+                faces.append(row)
+                continue
+            detected = Faces(
+                np.array(boxes, np.float32).reshape(-1, 4),
+                np.array(points, np.float32).reshape(-1, 5, 2),
+                np.array(scores, np.float32),
+            )
+            faces += self._cut_faces(row, DecodedView(pixels, frame), data, detected)
         return self.build_rows(table, faces)
 
-    def build_rows(self, table: pa.Table, faces: Sequence[AlignedFace | int], each: MapFunction = map) -> pa.Table:
-        """The table with one row a face, and one for each image without: of such images `faces` holds the row number.
+    def build_rows(
+        self, table: pa.Table, faces: Sequence[AlignedFace | int], map_function: MapFunction = map
+    ) -> pa.Table:
+        """Build the table of faces from the table of images.
 
-        each: map, or a pool's, under which chips are measured and thumbnails made
+        Args:
+            table: one row per image.
+            faces: the faces in order of their rows. An image without faces is an integer, the number of its row.
+            map_function: runs the measuring of chips and the encoding of thumbnails.
+
+        Returns:
+            One row per face, and one per image without faces.
         """
-        origin = [face if isinstance(face, int) else face.row for face in faces]
-        per_image = set_columns(table, {}, drop=self.drops).take(pa.array(origin, pa.int64()))
-        return set_columns(per_image, self._columns(faces, each))
+        rows = [face if isinstance(face, int) else face.row for face in faces]
+        repeated = set_columns(table, {}, drop=self.drops).take(pa.array(rows, pa.int64()))
+        return set_columns(repeated, self._build_columns(faces, map_function))
 
-    def _image(self, n: int, view: Any, data: memoryview | None, found: Any) -> list[AlignedFace]:
-        """The faces of one image, cut from enough pixels."""
-        boxes, points, scores = (np.array(values, np.float32) for values in found)
-        landmarks = points.reshape(-1, 5, 2)
-        boxes = boxes.reshape(-1, 4)
-        faces = list(zip(boxes.astype(np.float64), landmarks.astype(np.float64), strict=True))
-        # Chip pixels per image pixel: more than the working image has means decoding again, at the scale that has them.
-        wanted = min(1.0, max(find_required_scale(self._layout, *face) for face in faces))
-        if data is not None and view[1].scale < wanted:
-            view = decode_larger(bytes(data), wanted, view)
-        pixels, frame = view
-        chips = [
-            cut_chip(self._layout, pixels, frame, box, points, square=self._square, predict_points=self.predict_points)
-            for box, points in faces
-        ]
-        rows = zip(boxes, landmarks, scores, chips, strict=True)
-        return [AlignedFace(n, k, box, p, float(score), chip) for k, (box, p, score, chip) in enumerate(rows)]
+    def _cut_faces(self, row: int, view: DecodedView, data: memoryview | None, detected: Faces) -> list[AlignedFace]:
+        """Cut the chips of one image, from a larger decoding if the pixels at hand are too few."""
+        boxes = detected.boxes.astype(np.float64)
+        landmarks = detected.landmarks.astype(np.float64)
+        pairs = list(zip(boxes, landmarks, strict=True))
+        # Chip pixels per image pixel. If the view has fewer, the image is decoded again at a scale that has enough.
+        scale = min(1.0, max(find_required_scale(self._layout, box, points) for box, points in pairs))
+        if data is not None and view.frame.scale < scale:
+            view = decode_larger(bytes(data), scale, view)
+        faces = []
+        for index, (box, points) in enumerate(pairs):
+            chip = cut_chip(
+                self._layout,
+                view.pixels,
+                view.frame,
+                box,
+                points,
+                square=self._square,
+                predict_points=self.predict_points,
+            )
+            face = AlignedFace(
+                row, index, detected.boxes[index], detected.landmarks[index], float(detected.scores[index]), chip
+            )
+            faces.append(face)
+        return faces
 
-    def _columns(self, faces: Sequence[AlignedFace | int], each: MapFunction) -> dict[str, Any]:
-        real = [face for face in faces if isinstance(face, AlignedFace)]
-        valid = np.array([isinstance(face, AlignedFace) for face in faces], bool)
-        boxes = np.array([face.box for face in real], np.float32).reshape(-1, 4)
-        landmarks = np.array([face.landmarks for face in real], np.float32).reshape(-1, 5, 2)
-        yaw, roll = estimate_pose(landmarks.astype(np.float64)) if real else (np.empty(0), np.empty(0))
-        chips = iter(real)
-        looks = list(each(self._look, [face.chip for face in real]))
+    def _build_columns(self, faces: Sequence[AlignedFace | int], map_function: MapFunction) -> dict[str, Any]:
+        """Build the columns that this stage adds, with nulls for images without faces."""
+        aligned = [face for face in faces if isinstance(face, AlignedFace)]
+        is_face = np.array([isinstance(face, AlignedFace) for face in faces], bool)
+        boxes = np.array([face.box for face in aligned], np.float32).reshape(-1, 4)
+        landmarks = np.array([face.landmarks for face in aligned], np.float32).reshape(-1, 5, 2)
+        sides: list[float] = []
+        yaw = np.empty(0)
+        roll = np.empty(0)
+        if aligned:
+            sides = (boxes[:, 2:] - boxes[:, :2]).min(1).tolist()
+            yaw, roll = estimate_pose(landmarks.astype(np.float64))
+        chips = [face.chip if isinstance(face, AlignedFace) else None for face in faces]
+        measured = list(map_function(self._measure_chip, [face.chip for face in aligned]))
         return {
-            "face_index": _spread([face.face_index for face in real], valid, pa.int16()),
-            "box": to_float_lists(boxes, valid),
-            "landmarks": to_float_lists(landmarks.reshape(-1, 10), valid),
-            "det_score": _spread([face.score for face in real], valid, pa.float32()),
-            "face_px": _spread((boxes[:, 2:] - boxes[:, :2]).min(1).tolist() if real else [], valid, pa.float32()),
-            "sharpness": _spread([sharp for sharp, _ in looks], valid, pa.float32()),
-            "yaw": _spread(yaw.tolist(), valid, pa.float32()),
-            "roll": _spread(roll.tolist(), valid, pa.float32()),
-            "chip": pack_arrays([next(chips).chip if is_face else None for is_face in valid]),
-            "thumb": _spread([thumb for _, thumb in looks], valid, pa.binary()),
+            "face_index": _spread([face.face_index for face in aligned], is_face, pa.int16()),
+            "box": to_float_lists(boxes, is_face),
+            "landmarks": to_float_lists(landmarks.reshape(-1, 10), is_face),
+            "det_score": _spread([face.score for face in aligned], is_face, pa.float32()),
+            "face_px": _spread(sides, is_face, pa.float32()),
+            "sharpness": _spread([sharpness for sharpness, _ in measured], is_face, pa.float32()),
+            "yaw": _spread(yaw.tolist(), is_face, pa.float32()),
+            "roll": _spread(roll.tolist(), is_face, pa.float32()),
+            "chip": pack_arrays(chips),
+            "thumb": _spread([thumb for _, thumb in measured], is_face, pa.binary()),
         }
 
-    def _look(self, chip: UInt8Image) -> tuple[float, bytes | None]:
-        return measure_sharpness(chip), self._thumb(chip) if self.thumbs else None
+    def _measure_chip(self, chip: UInt8Image) -> tuple[float, bytes | None]:
+        """Measure a chip's sharpness, and encode its thumbnail if there are to be any."""
+        return measure_sharpness(chip), self._encode_thumb(chip) if self.thumbs else None
 
-    def _thumb(self, chip: UInt8Image) -> bytes:
+    def _encode_thumb(self, chip: UInt8Image) -> bytes:
         height = round(self.thumb_side * chip.shape[0] / chip.shape[1])
         small = cv2.resize(chip, (self.thumb_side, height), interpolation=cv2.INTER_AREA)
         options = [cv2.IMWRITE_JPEG_QUALITY, self.thumb_quality]
         return bytes(cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), options)[1])
 
 
-def decode_larger(data: bytes, wanted: float, view: tuple[UInt8Image, Frame]) -> tuple[UInt8Image, Frame]:
-    """The image decoded at the smallest scale of at least `wanted`; the pixels at hand if that fails."""
-    reduce = next((r for r in (4, 2) if 1 / r >= wanted), 1)
+def decode_larger(data: bytes, scale: float, view: DecodedView) -> DecodedView:
+    """Decode an image at the smallest scale that is large enough.
+
+    Args:
+        data: the image file.
+        scale: required pixels per pixel of the full-size image, at most 1.
+        view: the pixels at hand, returned if decoding fails.
+    """
+    reduce = next((divisor for divisor in (4, 2) if 1 / divisor >= scale), 1)
     try:
         header = read_header(data)
-        return decode(data, header, reduce), locate_frame(header, reduce)
+        return DecodedView(decode(data, header, reduce), locate_frame(header, reduce))
     except (DecodeError, ValueError):
         return view
 
 
-def _spread(values: list[Any], valid: Bool, kind: pa.DataType) -> pa.Array:
-    """Values at the rows that are faces, nulls elsewhere."""
-    given = iter(values)
-    return pa.array([next(given) if is_face else None for is_face in valid], kind)
+def _spread(values: list[Any], is_face: Bool, kind: pa.DataType) -> pa.Array:
+    """Spread values over the rows that are faces, with nulls elsewhere."""
+    remaining = iter(values)
+    return pa.array([next(remaining) if has_value else None for has_value in is_face], kind)

@@ -1,4 +1,4 @@
-"""A chain of stages: checked before any worker starts, run in batches, timed."""
+"""A chain of stages: checked before a worker starts, run in batches, timed by stage."""
 
 import time
 from collections import defaultdict
@@ -16,7 +16,12 @@ _POLL_SECONDS = 0.1
 
 
 class Stage(Protocol):
-    """A frozen dataclass that is its own config; it names the columns it needs and adds."""
+    """A step of the chain: a frozen dataclass that is its own config.
+
+    Attributes:
+        needs: columns that its input must have
+        adds: columns that it adds
+    """
 
     needs: ClassVar[tuple[str, ...]]
     adds: ClassVar[tuple[str, ...]]
@@ -24,19 +29,29 @@ class Stage(Protocol):
     def setup(self) -> None:
         """Load what the stage works with, once per worker."""
 
-    def __call__(self, table: pa.Table) -> pa.Table: ...
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Turn a table into the table that the next stage takes."""
 
 
 class Chain:
-    """Stages one after the other, `batch` rows at a time, so that memory does not grow with the table.
+    """Stages that run one after the other on batches of rows, so that memory does not grow with the table.
 
-    ahead: so many of the first stages work in a thread, one batch ahead of the others, where these wait for a device. A
-    stage with `stream` (tables -> tables, in order) is given the batches through it, and may have several in hand
+    A stage may have a method `stream`, which turns an iterator of tables into the tables of the same order. It gets the
+    batches through this method, and may work on several at a time.
     """
 
     def __init__(self, stages: Sequence[Any], batch: int = 16, ahead: int = 0):
+        """Make a chain.
+
+        Args:
+            stages: the stages, in order.
+            batch: rows per batch.
+            ahead: number of first stages that work in a thread, one batch ahead of the others. This pays if the others
+                wait for a device.
+        """
         self.stages: tuple[Any, ...] = tuple(stages)
-        self.batch, self.ahead = batch, ahead
+        self.batch = batch
+        self.ahead = ahead
         self.seconds: dict[str, float] = defaultdict(float)
 
     def setup(self) -> None:
@@ -45,51 +60,58 @@ class Chain:
             stage.setup()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        tables = [table.slice(at, self.batch) for at in range(0, table.num_rows, self.batch)] or [table]
-        begun = self._through(self.stages[: self.ahead], tables)
-        if not self.ahead or len(tables) == 1:
-            return pa.concat_tables(self._through(self.stages[self.ahead :], begun))
-        with _Ahead(begun) as made:
-            return pa.concat_tables(self._through(self.stages[self.ahead :], made))
+        """Run all stages on a table."""
+        batches = [table.slice(start, self.batch) for start in range(0, table.num_rows, self.batch)] or [table]
+        early_stages = self.stages[: self.ahead]
+        late_stages = self.stages[self.ahead :]
+        prepared = self._run_stages(early_stages, batches)
+        if not self.ahead or len(batches) == 1:
+            return pa.concat_tables(self._run_stages(late_stages, prepared))
+        with _Prefetcher(prepared) as prefetched:
+            return pa.concat_tables(self._run_stages(late_stages, prefetched))
 
-    def _through(self, stages: Sequence[Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The tables after the stages, each made when it is asked for."""
-        found = iter(tables)
+    def _run_stages(self, stages: Sequence[Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Run stages on tables lazily: a table is computed when the caller asks for it."""
+        results = iter(tables)
         for stage in stages:
-            found = self._timed(stage, found)
-        return found
+            results = self._run_stage(stage, results)
+        return results
 
-    def _timed(self, stage: Any, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """The tables after one stage, whose time is what passes here and not in making the tables it is given."""
-        given = _Timed(tables)
-        results = _Timed(stage.stream(given) if hasattr(stage, "stream") else map(stage, given))
-        before = 0.0
+    def _run_stage(self, stage: Any, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Run one stage on tables. Its time is the time spent here, less the wait for its input."""
+        inputs = _TimedIterator(tables)
+        results = _TimedIterator(stage.stream(inputs) if hasattr(stage, "stream") else map(stage, inputs))
+        recorded = 0.0
         for table in results:
-            spent = results.seconds - given.seconds
-            self.seconds[get_stage_name(stage)] += spent - before
-            before = spent
+            spent = results.seconds - inputs.seconds
+            self.seconds[get_stage_name(stage)] += spent - recorded
+            recorded = spent
             yield table
 
 
-class _Timed:
-    """An iterator that counts the seconds it is waited for."""
+class _TimedIterator:
+    """An iterator that counts the seconds its caller waits for items."""
 
     def __init__(self, items: Iterator[pa.Table]):
-        self._items, self.seconds = items, 0.0
+        self._items = items
+        self.seconds = 0.0
 
     def __iter__(self) -> Iterator[pa.Table]:
         return self
 
     def __next__(self) -> pa.Table:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             return next(self._items)
         finally:
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - start
 
 
-class _Ahead:
-    """Items that a thread makes: one is made while one waits. What is raised there is raised where it is asked for."""
+class _Prefetcher:
+    """Tables that a thread computes: it works on one while another waits.
+
+    An error in the thread is raised again where the table is asked for.
+    """
 
     def __init__(self, items: Iterator[pa.Table]):
         self._queue: Queue[tuple[pa.Table | None, BaseException | None]] = Queue(1)
@@ -98,38 +120,39 @@ class _Ahead:
 
     def __enter__(self) -> Iterator[pa.Table]:
         self._thread.start()
-        return self._taken()
+        return self._iterate()
 
     def __exit__(self, *_: object) -> None:
-        """The stages are not left while they work: the next call may use them."""
+        """Wait for the thread: the next call reuses the stages."""
         self._stopped.set()
         with suppress(Empty):
             self._queue.get_nowait()
         self._thread.join()
 
-    def _taken(self) -> Iterator[pa.Table]:
+    def _iterate(self) -> Iterator[pa.Table]:
         while True:
-            item, error = self._queue.get()
+            table, error = self._queue.get()
             if error is not None:
                 raise error
-            if item is None:
+            if table is None:
                 return
-            yield item
+            yield table
 
     def _fill(self, items: Iterator[pa.Table]) -> None:
+        """Queue all tables, then None; or the error that ended them."""
         try:
-            for item in items:
-                if not self._put(item, None):
+            for table in items:
+                if not self._put(table, None):
                     return
             self._put(None, None)
         except BaseException as error:
             self._put(None, error)
 
-    def _put(self, item: pa.Table | None, error: BaseException | None) -> bool:
-        """Whether there was still somebody to take it."""
+    def _put(self, table: pa.Table | None, error: BaseException | None) -> bool:
+        """Queue a table or an error; return False if the prefetcher was stopped instead."""
         while not self._stopped.is_set():
             with suppress(Full):
-                self._queue.put((item, error), timeout=_POLL_SECONDS)
+                self._queue.put((table, error), timeout=_POLL_SECONDS)
                 return True
         return False
 
@@ -140,12 +163,20 @@ def get_stage_name(stage: Any) -> str:
 
 
 def check_chain(stages: Iterable[Any], columns: Iterable[str]) -> None:
-    """Raise ConfigError where a stage needs a column that neither the input nor a stage before it has."""
-    have = set(columns)
+    """Check that every stage finds its columns.
+
+    Args:
+        stages: the stages, in order.
+        columns: columns of the first stage's input.
+
+    Raises:
+        ConfigError: A stage needs a column that neither the input nor an earlier stage has.
+    """
+    known = set(columns)
     for stage in stages:
-        missing = [name for name in stage.needs if name not in have]
+        missing = [name for name in stage.needs if name not in known]
         if missing:
             raise ConfigError(
                 f"the stage {type(stage).__name__} needs {', '.join(missing)}, which no stage before it adds"
             )
-        have |= set(stage.adds)
+        known |= set(stage.adds)

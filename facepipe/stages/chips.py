@@ -1,8 +1,8 @@
-"""Stages that make training chips: which face of a picture is meant, faces that are known already, and the JPEG."""
+"""Stages that make training chips: choose the subject of a picture, use faces that are known, encode chips as JPEG."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK, READ_ERROR
 from facepipe.types import Float32, UInt8Image
 
+# Columns of work items that tell the faces of an image: its hash, then one value (or 4, or 10) per face.
 GIVEN_COLUMNS = pa.schema(
     [
         ("given_image", pa.string()),
@@ -25,119 +26,161 @@ GIVEN_COLUMNS = pa.schema(
     ]
 )
 _CENTRE_WEIGHT = 2.0
-_PIXELS = ("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top")
+_PIXEL_COLUMNS = ("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top")
+_FULL_CHROMA = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 def compute_prominence(boxes: Float32, size: Float32) -> Float32:
-    """(n,) for boxes (n, 4) in images of (width, height) (n, 2) or (2,): the subject of an image has the largest.
+    """Compute how prominent faces are. The subject of an image is the face with the highest value.
 
-    The face's area less twice its squared distance from the image's centre, the rule by which LFW is aligned
+    This is the face's area less twice its squared distance from the image's centre, the rule by which LFW is aligned
     (D. Sandberg's facenet, align_dataset_mtcnn).
+
+    Args:
+        boxes: x1 y1 x2 y2, (n, 4).
+        size: width and height of each face's image, (n, 2), or of the one image, (2,).
+
+    Returns:
+        Square pixels, (n,).
     """
-    off = ((boxes[:, :2] + boxes[:, 2:]) / 2 - size / 2) ** 2
-    return np.asarray((boxes[:, 2:] - boxes[:, :2]).prod(1) - _CENTRE_WEIGHT * off.sum(1), np.float32)
+    squared_offset = ((boxes[:, :2] + boxes[:, 2:]) / 2 - size / 2) ** 2
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return np.asarray(area - _CENTRE_WEIGHT * squared_offset.sum(1), np.float32)
+
+
+class _ChosenFace(NamedTuple):
+    """The face that is left of an image: its values as lists, as in the columns of Detect, and which face it was."""
+
+    boxes: Any
+    points: Any
+    scores: Any
+    subject: int
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Stands behind Detect: of several faces in an image the subject stays; `subject` is which one that was."""
+    """Keep the subject of each image, and drop its other faces. It follows Detect.
+
+    The column `subject` is the ordinal of the face among those that were detected.
+    """
 
     needs: ClassVar = ("boxes", "points", "scores", "width", "height")
     adds: ClassVar = ("subject",)
 
     def setup(self) -> None:
-        """Nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        names = ("boxes", "points", "scores")
-        rows = zip(*(table[name].to_pylist() for name in (*names, "width", "height")), strict=True)
-        chosen = [self._one(*row) for row in rows]
-        columns = zip(*chosen, strict=True) if chosen else ((), (), (), ())
-        kinds = (*(table.schema.field(name).type for name in names), pa.int16())
-        kept = zip((*names, "subject"), columns, kinds, strict=True)
-        return set_columns(table, {name: pa.array(values, kind) for name, values, kind in kept})
+        """Keep one face per image."""
+        rows = zip(*(table[name].to_pylist() for name in self.needs), strict=True)
+        chosen = [self._choose_face(*row) for row in rows]
+        columns: dict[str, Any] = {
+            name: pa.array([getattr(face, name) for face in chosen], table.schema.field(name).type)
+            for name in ("boxes", "points", "scores")
+        }
+        columns["subject"] = pa.array([face.subject for face in chosen], pa.int16())
+        return set_columns(table, columns)
 
-    def _one(self, boxes: Any, points: Any, scores: Any, width: int, height: int) -> tuple[Any, Any, Any, int]:
+    def _choose_face(self, boxes: Any, points: Any, scores: Any, width: int, height: int) -> _ChosenFace:
+        """Choose the most prominent face of an image."""
         if not scores or len(scores) < 2:
-            return boxes, points, scores, 0
-        sizes = np.array([width, height], np.float32)
-        best = int(np.argmax(compute_prominence(np.array(boxes, np.float32).reshape(-1, 4), sizes)))
-        each = len(points) // len(scores)
-        return boxes[4 * best : 4 * best + 4], points[each * best : each * (best + 1)], [scores[best]], best
+            return _ChosenFace(boxes, points, scores, 0)
+        size = np.array([width, height], np.float32)
+        best = int(np.argmax(compute_prominence(np.array(boxes, np.float32).reshape(-1, 4), size)))
+        numbers = len(points) // len(scores)
+        return _ChosenFace(
+            boxes[4 * best : 4 * best + 4],
+            points[numbers * best : numbers * (best + 1)],
+            [scores[best]],
+            best,
+        )
 
 
 @dataclass(frozen=True)
 class KnownFaces:
-    """Stands where Detect would: faces that a gallery holds, as long as the image is the one it holds."""
+    """Use the gallery's faces instead of running Detect, if the image is unchanged."""
 
     stage_name: ClassVar = "given"
     needs: ClassVar = ("pixels", "image_id", "status", "error", *GIVEN_COLUMNS.names)
     adds: ClassVar = ("boxes", "points", "scores")
 
     def setup(self) -> None:
-        """Nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        seen, held = (np.array(table[name].to_pylist(), object) for name in ("image_id", "given_image"))
-        status, error = (table[name].to_pylist() for name in ("status", "error"))
-        usable = [ok == OK and same for ok, same in zip(status, seen == held, strict=True)]
-        for n in (n for n, good in enumerate(usable) if not good and status[n] == OK):
-            status[n], error[n] = READ_ERROR, "the file has changed since it was embedded"
-        columns: dict[str, Any] = {
-            name: pa.array(
-                [x if good else [] for x, good in zip(table[f"given_{name}"].to_pylist(), usable, strict=True)],
-                pa.list_(pa.float32()),
-            )
-            for name in self.adds
-        }
-        columns |= {"status": pa.array(status, pa.string()), "error": pa.array(error, pa.string())}
+        """Copy the known faces of unchanged images; set the status of changed ones to `read_error`."""
+        statuses = table["status"].to_pylist()
+        errors = table["error"].to_pylist()
+        known_ids = table["given_image"].to_pylist()
+        is_usable = []
+        for row, (image_id, known_id) in enumerate(zip(table["image_id"].to_pylist(), known_ids, strict=True)):
+            is_unchanged = image_id == known_id
+            is_usable.append(statuses[row] == OK and is_unchanged)
+            if statuses[row] == OK and not is_unchanged:
+                statuses[row] = READ_ERROR
+                errors[row] = "the file has changed since it was embedded"
+        columns: dict[str, Any] = {}
+        for name in self.adds:
+            values = zip(table[f"given_{name}"].to_pylist(), is_usable, strict=True)
+            columns[name] = pa.array([value if usable else [] for value, usable in values], pa.list_(pa.float32()))
+        columns["status"] = pa.array(statuses, pa.string())
+        columns["error"] = pa.array(errors, pa.string())
         return set_columns(table, columns)
 
 
 @dataclass(frozen=True)
 class WholeImage:
-    """Stands where Detect and Align would: the picture is a face crop, scaled to the embedder's chip.
+    """Make the whole picture, which is a face crop, the chip. It replaces Detect and Align.
 
-    Of a picture of another shape the middle is taken.
+    Of a picture of another shape the centre is used.
+
+    Attributes:
+        embedder: model whose chip size the picture is scaled to
     """
 
     embedder: str = "dlib-resnet"
 
     stage_name: ClassVar = "whole"
-    needs: ClassVar = ("bytes", *_PIXELS)
+    needs: ClassVar = ("bytes", *_PIXEL_COLUMNS)
     adds: ClassVar = ("face_index", "chip")
-    drops: ClassVar = ("bytes", *_PIXELS)
+    drops: ClassVar = ("bytes", *_PIXEL_COLUMNS)
 
     @cached_property
     def _size(self) -> tuple[int, int]:
         return find_chip_layout(self.embedder).size
 
     def setup(self) -> None:
+        """Look the size of chips up."""
         cv2.setNumThreads(1)
         _ = self._size
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace the pixels by a chip."""
         chips = [None if pixels is None else crop_to_size(pixels, self._size) for pixels in view_images(table)]
         indices = pa.array([None if chip is None else 0 for chip in chips], pa.int16())
         return set_columns(table, {"face_index": indices, "chip": pack_arrays(chips)}, drop=self.drops)
 
 
 def crop_to_size(pixels: UInt8Image, size: tuple[int, int]) -> UInt8Image:
-    """The middle of a picture that has the shape of `size` (width, height), scaled to it."""
+    """Crop the centre of a picture to the shape of `size` (width, height), and scale it to that size."""
     height, width = pixels.shape[:2]
     scale = max(size[0] / width, size[1] / height)
-    w, h = min(width, round(size[0] / scale)), min(height, round(size[1] / scale))
-    left, top = (width - w) // 2, (height - h) // 2
+    crop_width = min(width, round(size[0] / scale))
+    crop_height = min(height, round(size[1] / scale))
+    left = (width - crop_width) // 2
+    top = (height - crop_height) // 2
     kernel = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    middle = pixels[top : top + h, left : left + w]
-    return np.asarray(cv2.resize(middle, size, interpolation=kernel), np.uint8)
+    centre = pixels[top : top + crop_height, left : left + crop_width]
+    return np.asarray(cv2.resize(centre, size, interpolation=kernel), np.uint8)
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Chips to JPEGs without chroma subsampling, in the column `thumb` of the rows, with the face's id and identity.
+    """Encode chips as JPEGs in the column `thumb`, without chroma subsampling, and add each face's id and identity.
 
-    embedder: whose chips these are; quality: 1-100
+    Attributes:
+        embedder: model whose layout the chips have
+        quality: JPEG quality, 1 to 100
     """
 
     embedder: str = "dlib-resnet"
@@ -151,30 +194,40 @@ class Encode:
         return find_chip_layout(self.embedder).size
 
     def setup(self) -> None:
+        """Look the size of chips up."""
         cv2.setNumThreads(1)
         _ = self._size
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        pictures = [None if view is None else self._jpeg(view) for view in view_buffers(table["chip"])]
-        index = table["face_index"].to_pylist()
-        which = table["subject"].to_pylist() if "subject" in table.column_names else index
-        named = zip(*(table[name].to_pylist() for name in ("uri", "image_id")), index, which, strict=True)
-        ids = [None if n is None else compute_face_id(uri, image or "", face) for uri, image, n, face in named]
-        columns: dict[str, Any] = {"thumb": pa.array(pictures, pa.binary()), "face_id": pa.array(ids, pa.int64())}
+        """Replace the chips by JPEGs."""
+        pictures = [None if view is None else self._encode_jpeg(view) for view in view_buffers(table["chip"])]
+        columns: dict[str, Any] = {"thumb": pa.array(pictures, pa.binary())}
+        indices = table["face_index"].to_pylist()
         if "given_faces" in table.column_names:
-            columns["face_id"] = pa.array(_picked(table["given_faces"], index), pa.int64())
-            columns["identity"] = pa.array(_picked(table["given_identities"], index), pa.string())
+            # Faces of a gallery keep their ids and identities.
+            columns["face_id"] = pa.array(_pick_elements(table["given_faces"], indices), pa.int64())
+            columns["identity"] = pa.array(_pick_elements(table["given_identities"], indices), pa.string())
+        else:
+            columns["face_id"] = pa.array(self._compute_face_ids(table, indices), pa.int64())
         return set_columns(table, columns, drop=("chip",))
 
-    def _jpeg(self, view: memoryview) -> bytes:
-        chip = np.frombuffer(view, np.uint8).reshape(self._size[1], self._size[0], 3)
+    def _compute_face_ids(self, table: pa.Table, indices: list[int | None]) -> list[int | None]:
+        """Compute the ids that the gallery would give to the faces; None for rows without a face."""
+        # Subject leaves one face per image, whose ordinal among all faces is in its own column.
+        ordinals = table["subject"].to_pylist() if "subject" in table.column_names else indices
+        rows = zip(table["uri"].to_pylist(), table["image_id"].to_pylist(), indices, ordinals, strict=True)
+        return [
+            None if index is None else compute_face_id(uri, image_id or "", ordinal)
+            for uri, image_id, index, ordinal in rows
+        ]
+
+    def _encode_jpeg(self, view: memoryview) -> bytes:
+        width, height = self._size
+        chip = np.frombuffer(view, np.uint8).reshape(height, width, 3)
         options = [cv2.IMWRITE_JPEG_QUALITY, self.quality, *_FULL_CHROMA]
         return bytes(cv2.imencode(".jpg", cv2.cvtColor(chip, cv2.COLOR_RGB2BGR), options)[1])
 
 
-_FULL_CHROMA = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
-
-
-def _picked(column: pa.ChunkedArray, index: list[int | None]) -> list[Any]:
-    """Of each row's list the element of its face."""
-    return [None if n is None else values[n] for values, n in zip(column.to_pylist(), index, strict=True)]
+def _pick_elements(column: pa.ChunkedArray, indices: list[int | None]) -> list[Any]:
+    """Pick one element of each row's list; None for rows without an index."""
+    return [None if index is None else values[index] for values, index in zip(column.to_pylist(), indices, strict=True)]

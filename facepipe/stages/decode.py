@@ -1,10 +1,11 @@
-"""Decode: bytes to pixels, at the smallest scale that still serves the detector."""
+"""Decode: from bytes to pixels, at the smallest scale that is enough for the detector."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
+import cv2
 import pyarrow as pa
 
 from facepipe.arrow import pack_arrays, set_columns, view_buffers
@@ -15,37 +16,43 @@ from facepipe.imaging.perceptual import compute_perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
 from facepipe.types import UInt8
 
-_LARGEST = (1 << 31) - 1
-_KEPT_WHOLE = 1 << 24  # pixels
+_MAX_SIDE = (1 << 31) - 1  # what the columns `width` and `height` hold
+_MAX_WHOLE_PIXELS = 1 << 24  # larger images are reduced whatever their format
 
 
 class DecodedImage(NamedTuple):
-    """Pixels (h, w, 3), full size as seen and perceptual hash; or what went wrong."""
+    """What decoding an image gives: pixels, or the reason why there are none.
 
-    pixels: UInt8 | None
-    frame: Frame | None
-    width: int | None
-    height: int | None
+    Attributes:
+        status: as in the gallery
+        error: reason, or None
+        width: width of the full-size image as it is seen, if it is known
+        height: height of the full-size image as it is seen, if it is known
+        pixels: RGB, (h, w, 3)
+        frame: where the pixels lie in the full-size image
+        image_hash: perceptual hash
+    """
+
     status: str
-    error: str | None
+    error: str | None = None
+    width: int | None = None
+    height: int | None = None
+    pixels: UInt8 | None = None
+    frame: Frame | None = None
     image_hash: int | None = None
-
-
-def _frames(results: list[DecodedImage], part: str) -> pa.Array:
-    name = part.removeprefix("pixels_")
-    return pa.array([None if r.frame is None else getattr(r.frame, name) for r in results], pa.float64())
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Decodes; the type is told by content.
+    """Decode images. The format is detected from the content.
 
-    max_pixels: images with more become `too_large`, from their header alone
-    working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 as long as their longer side stays at least this many pixels;
-        Align decodes again at a larger scale where a face needs it
-    max_scans: JPEGs with more passes over the picture become `too_large`: a pass may be a dozen bytes of the file and
-        take the time of a whole image; encoders write about ten
-    threads: images decoded side by side; 1 where every core has a worker of its own
+    Attributes:
+        max_pixels: maximum number of pixels; larger images become `too_large`, from their header alone
+        working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 if their longer side keeps at least this many pixels; Align
+            decodes again at a larger scale if a face needs it
+        max_scans: maximum number of passes of a JPEG over the picture; others become `too_large`, because a pass of a
+            dozen bytes may take the time of a whole image. Encoders write about ten
+        threads: images decoded in parallel; 1 if every core has its own worker
     """
 
     max_pixels: int = 100_000_000
@@ -55,8 +62,15 @@ class Decode:
 
     needs: ClassVar = ("bytes", "status", "error")
     adds: ClassVar = (
-        *("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top"),
-        *("width", "height", "image_hash"),
+        "pixels",
+        "pixels_width",
+        "pixels_height",
+        "pixels_scale",
+        "pixels_left",
+        "pixels_top",
+        "width",
+        "height",
+        "image_hash",
     )
 
     @cached_property
@@ -64,60 +78,71 @@ class Decode:
         return ThreadPoolExecutor(self.threads, "decode")
 
     def setup(self) -> None:
-        import cv2
-
+        """Keep OpenCV to one thread per call."""
         cv2.setNumThreads(1)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Add pixels, sizes and hashes; set the status of images that cannot be decoded."""
         rows = zip(view_buffers(table["bytes"]), table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
-        results = list((self._pool.map if self.threads > 1 else map)(self._row, rows))
-        shapes = [(None, None) if r.pixels is None else r.pixels.shape[:2] for r in results]
+        run_map = self._pool.map if self.threads > 1 else map
+        results = list(run_map(self._decode_row, rows))
+        shapes = [(None, None) if result.pixels is None else result.pixels.shape[:2] for result in results]
+        frames = [result.frame for result in results]
         columns = {
-            "status": pa.array([r.status for r in results], pa.string()),
-            "error": pa.array([r.error for r in results], pa.string()),
-            "pixels": pack_arrays([r.pixels for r in results]),
-            "pixels_height": pa.array([h for h, _ in shapes], pa.int32()),
-            "pixels_width": pa.array([w for _, w in shapes], pa.int32()),
-            **{name: _frames(results, name) for name in ("pixels_scale", "pixels_left", "pixels_top")},
-            "width": pa.array([r.width for r in results], pa.int32()),
-            "height": pa.array([r.height for r in results], pa.int32()),
-            "image_hash": pa.array([r.image_hash for r in results], pa.int64()),
+            "status": pa.array([result.status for result in results], pa.string()),
+            "error": pa.array([result.error for result in results], pa.string()),
+            "pixels": pack_arrays([result.pixels for result in results]),
+            "pixels_height": pa.array([height for height, _ in shapes], pa.int32()),
+            "pixels_width": pa.array([width for _, width in shapes], pa.int32()),
+            "pixels_scale": pa.array([frame and frame.scale for frame in frames], pa.float64()),
+            "pixels_left": pa.array([frame and frame.left for frame in frames], pa.float64()),
+            "pixels_top": pa.array([frame and frame.top for frame in frames], pa.float64()),
+            "width": pa.array([result.width for result in results], pa.int32()),
+            "height": pa.array([result.height for result in results], pa.int32()),
+            "image_hash": pa.array([result.image_hash for result in results], pa.int64()),
         }
         return set_columns(table, columns)
 
-    def _row(self, row: tuple[memoryview | None, str, str | None]) -> DecodedImage:
+    def _decode_row(self, row: tuple[memoryview | None, str, str | None]) -> DecodedImage:
+        """Decode the bytes of a row; a row without bytes keeps its status and error."""
         data, status, error = row
-        return DecodedImage(None, None, None, None, status, error) if data is None else self.decode_image(bytes(data))
+        return DecodedImage(status, error) if data is None else self.decode_image(bytes(data))
 
     def decode_image(self, data: bytes) -> DecodedImage:
-        """Decode one image."""
+        """Decode one image file.
+
+        Returns:
+            The pixels, or the status and the reason of an image that cannot be decoded.
+        """
         try:
             header = read_header(data)
         except HeaderError as error:
-            return DecodedImage(None, None, None, None, DECODE_ERROR, str(error))
+            return DecodedImage(DECODE_ERROR, str(error))
         width, height = header.oriented_size
         if width * height > self.max_pixels:
             reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
-            fits = max(width, height) <= _LARGEST  # what a header claims need not fit the column
-            return DecodedImage(None, None, width if fits else None, height if fits else None, TOO_LARGE, reason)
+            # What a header claims may be too large for the columns.
+            if max(width, height) > _MAX_SIDE:
+                return DecodedImage(TOO_LARGE, reason)
+            return DecodedImage(TOO_LARGE, reason, width, height)
         if header.scans > self.max_scans:
-            reason = f"{header.scans} scans, the limit is {self.max_scans}"
-            return DecodedImage(None, None, width, height, TOO_LARGE, reason)
+            return DecodedImage(TOO_LARGE, f"{header.scans} scans, the limit is {self.max_scans}", width, height)
+        reduce = self.choose_reduction(header)
         try:
-            reduce = self.choose_reduction(header)
             pixels = decode(data, header, reduce)
         except DecodeError as error:
-            return DecodedImage(None, None, width, height, DECODE_ERROR, str(error))
-        return DecodedImage(
-            pixels, locate_frame(header, reduce), width, height, OK, None, compute_perceptual_hash(pixels)
-        )
+            return DecodedImage(DECODE_ERROR, str(error), width, height)
+        frame = locate_frame(header, reduce)
+        return DecodedImage(OK, None, width, height, pixels, frame, compute_perceptual_hash(pixels))
 
     def choose_reduction(self, header: Header) -> int:
-        """The largest divisor that keeps the longer side.
+        """Choose the largest divisor (8, 4, 2 or 1) that leaves `working_side` pixels of the longer side.
 
-        Only JPEG decodes faster when reduced; other formats are where a batch of them would fill the memory.
+        Only JPEG decodes faster when it is reduced. Images of other formats are reduced if they are so large that a
+        batch of them would fill the memory.
         """
+        is_large = header.width * header.height > _MAX_WHOLE_PIXELS
+        if header.format != "jpeg" and not is_large:
+            return 1
         side = max(header.width, header.height)
-        usable = [r for r in (8, 4, 2) if side / r >= self.working_side]
-        wanted = header.format == "jpeg" or header.width * header.height > _KEPT_WHOLE
-        return usable[0] if usable and wanted else 1
+        return next((divisor for divisor in (8, 4, 2) if side / divisor >= self.working_side), 1)

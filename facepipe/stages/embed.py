@@ -1,4 +1,4 @@
-"""Embed: chips to unit vectors, with the mirrored chip averaged in, and the ids of the faces."""
+"""Embed: from chips to unit vectors, averaged with those of the mirrored chips, and the ids of the faces."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +18,14 @@ from facepipe.types import Bool, Float32, UInt8
 
 @dataclass(frozen=True)
 class Embed:
-    """Embeds chips with a registered embedder.
+    """Embed chips with a registered embedder.
 
-    flip: the raw vectors of a chip and of its mirror image are averaged before normalisation
-    batch: chips given to the model at a time
-    device: cpu, cuda, or auto (what the plan gives, else a GPU if there is one); threads: on a CPU
+    Attributes:
+        model: name of an embedder, or a model's TOML file
+        flip: average the raw vectors of a chip and of its mirror image before normalisation
+        batch: chips per call of the model
+        device: cpu, cuda, or auto (what the plan of workers says, otherwise a GPU if there is one)
+        threads: threads of a CPU
     """
 
     model: str = "dlib-resnet"
@@ -36,54 +39,71 @@ class Embed:
 
     @cached_property
     def embedder(self) -> Embedder:
-        loaded: Embedder = find_card(self.model, "embedder").load(resolve_device(self.device), self.threads)
-        return loaded
+        """The embedder, loaded at first use."""
+        embedder: Embedder = find_card(self.model, "embedder").load(resolve_device(self.device), self.threads)
+        return embedder
 
     def setup(self) -> None:
+        """Load the embedder."""
         _ = self.embedder
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace the chips by embeddings."""
         width, height = self.embedder.size
         views = list(view_buffers(table["chip"]))
-        valid = np.array([view is not None for view in views], bool)
+        is_face = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
         raw = self.embed_chips(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
-        return self.build_rows(table, valid, raw)
+        return self.build_rows(table, is_face, raw)
 
-    def build_rows(self, table: pa.Table, valid: Bool, raw: Float32) -> pa.Table:
-        """The table with the raw vectors (n, dim) of its faces, which are its `valid` rows, normalised; less its chips.
+    def build_rows(self, table: pa.Table, is_face: Bool, raw: Float32) -> pa.Table:
+        """Replace the column of chips by those of embeddings.
 
-        Raises ModelError for a vector without a direction.
+        Args:
+            table: n rows.
+            is_face: whether each row is a face, (n,).
+            raw: raw vectors of the faces, in order, (faces, dim).
+
+        Raises:
+            ModelError: A vector has no direction.
         """
-        norm = self._norm(raw)
-        unit = raw / norm[:, None]
-        names = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)
-        ids = [None if index is None else compute_face_id(uri, image or "", index) for uri, image, index in names]
-        norms = np.full(len(valid), np.nan, np.float32)
-        norms[valid] = norm
+        norms = self._measure_norms(raw)
+        unit = (raw / norms[:, None]).astype(np.float32)
+        all_norms = np.full(len(is_face), np.nan, np.float32)
+        all_norms[is_face] = norms
+        rows = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)
+        ids = [None if index is None else compute_face_id(uri, image_id or "", index) for uri, image_id, index in rows]
         columns = {
-            "embedding": to_float_lists(unit.astype(np.float32), valid),
-            "embedding_norm": pa.array(norms, pa.float32(), mask=~valid),
+            "embedding": to_float_lists(unit, is_face),
+            "embedding_norm": pa.array(all_norms, pa.float32(), mask=~is_face),
             "face_id": pa.array(ids, pa.int64()),
         }
         return set_columns(table, columns, drop=("chip",))
 
-    def _norm(self, raw: Float32) -> Float32:
-        """(n, dim) -> (n,). Raises ModelError for a vector without a direction, which no row may hold."""
-        norm = np.linalg.norm(raw, axis=1)
-        if not (np.isfinite(norm) & (norm > 0)).all():
+    def _measure_norms(self, raw: Float32) -> Float32:
+        """Measure the norms of raw vectors. Raise ModelError for a zero or infinite one, which no row may hold."""
+        norms = np.linalg.norm(raw, axis=1)
+        if not (np.isfinite(norms) & (norms > 0)).all():
             raise ModelError(
-                f"{self.model} gives vectors that are not finite, or zero: is its input (mean, scale) what it was "
-                "trained on? `facepipe models check` tells"
+                f"{self.model} gives vectors that are zero or not finite. Its input (mean, scale) may differ from what "
+                "it was trained on: run `facepipe models check`"
             )
-        return norm
+        return norms
 
     def embed_chips(self, chips: UInt8) -> Float32:
-        """(n, h, w, 3) RGB -> (n, dim), not normalised."""
-        return np.concatenate([self._batch(chips[at : at + self.batch]) for at in range(0, len(chips), self.batch)])
+        """Embed chips in batches.
 
-    def _batch(self, chips: UInt8) -> Float32:
+        Args:
+            chips: RGB, (n, h, w, 3), n >= 1.
+
+        Returns:
+            Raw vectors, (n, dim), not normalised.
+        """
+        batches = [chips[start : start + self.batch] for start in range(0, len(chips), self.batch)]
+        return np.concatenate([self._embed_batch(batch) for batch in batches])
+
+    def _embed_batch(self, chips: UInt8) -> Float32:
         if not self.flip:
             return self.embedder.embed(chips)
-        both = self.embedder.embed(np.concatenate([chips, chips[:, :, ::-1]]))
-        return np.asarray((both[: len(chips)] + both[len(chips) :]) / 2, np.float32)
+        vectors = self.embedder.embed(np.concatenate([chips, chips[:, :, ::-1]]))
+        return np.asarray((vectors[: len(chips)] + vectors[len(chips) :]) / 2, np.float32)

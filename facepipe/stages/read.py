@@ -1,11 +1,11 @@
-"""Read: work items to bytes and content hashes."""
+"""Read: from work items to bytes and content hashes."""
 
 import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,64 +17,92 @@ from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.sources.parquet import find_bytes_column, get_first_line
 
-Outcome = tuple[bytes | None, str, str | None]  # bytes, status, error
 _BATCH_ROWS = 16
 
 
+class ReadResult(NamedTuple):
+    """What reading a work item gives.
+
+    Attributes:
+        data: bytes of the image, or None
+        status: as in the gallery
+        error: reason, if the item could not be read
+    """
+
+    data: bytes | None
+    status: str
+    error: str | None = None
+
+
 class ParquetCursor:
-    """A cursor over the bytes column of one Parquet file: ascending rows are read on, not from the start again."""
+    """A cursor over the bytes column of a Parquet file. It reads ascending rows without starting again."""
 
     def __init__(self, path: bytes):
         self.path = path
         self._handle = storage.open_seekable(path)
-        weakref.finalize(self, self._handle.close)  # also where the file turns out to be damaged
+        # The file is closed too if it turns out to be damaged.
+        weakref.finalize(self, self._handle.close)
         self._file = pq.ParquetFile(self._handle)
         self._column = find_bytes_column(self._file.schema_arrow)
         self._seek(0)
 
     def _seek(self, row: int) -> None:
-        """Go to the start of the row group that holds the row; the batch in hand is empty then."""
-        group = min(self._group(row), max(0, self._file.num_row_groups - 1))
-        self._start = sum(self._file.metadata.row_group(g).num_rows for g in range(group))
+        """Go to the start of the row group that holds a row. The batch in memory is empty then."""
+        group = min(self._find_group(row), max(0, self._file.num_row_groups - 1))
+        self._start = sum(self._file.metadata.row_group(earlier).num_rows for earlier in range(group))
         groups = list(range(group, self._file.num_row_groups))
         self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[self._column])
         self._values: pa.Array = pa.array([], pa.binary())
 
     def read(self, rows: list[int]) -> dict[int, bytes]:
-        """The bytes of the rows (sorted) that hold some."""
-        if rows[0] < self._start or self._group(rows[0]) > self._group(self._start + len(self._values)):
+        """Read rows of the file.
+
+        Args:
+            rows: ascending row numbers.
+
+        Returns:
+            Bytes by row number. Rows without bytes, or beyond the end of the file, are left out.
+        """
+        if rows[0] < self._start or self._find_group(rows[0]) > self._find_group(self._start + len(self._values)):
             self._seek(rows[0])
-        found: dict[int, bytes] = {}
-        wanted = set(rows)
+        data: dict[int, bytes] = {}
+        requested = set(rows)
         while True:
             end = self._start + len(self._values)
-            for row in wanted.intersection(range(self._start, end)):
+            for row in requested.intersection(range(self._start, end)):
                 if self._values[row - self._start].is_valid:
-                    found[row] = self._values[row - self._start].as_py()
-            # The batch stays in hand: the next rows asked for may begin inside it.
-            if rows[-1] < end or (batch := next(self._batches, None)) is None:
-                return found
-            self._start, column = end, batch.column(0)
+                    data[row] = self._values[row - self._start].as_py()
+            # The batch is kept: the next requested rows may begin inside it.
+            if rows[-1] < end:
+                return data
+            batch = next(self._batches, None)
+            if batch is None:
+                return data
+            column = batch.column(0)
+            self._start = end
             self._values = column.field("bytes") if pa.types.is_struct(column.type) else column
 
-    def _group(self, row: int) -> int:
-        start = 0
+    def _find_group(self, row: int) -> int:
+        """Find the row group of a row; for rows beyond the end, return the number of groups."""
+        end = 0
         for group in range(self._file.num_row_groups):
-            start += self._file.metadata.row_group(group).num_rows
-            if row < start:
+            end += self._file.metadata.row_group(group).num_rows
+            if row < end:
                 return group
         return self._file.num_row_groups
 
     def close(self) -> None:
+        """Close the file."""
         self._handle.close()
 
 
 @dataclass(frozen=True)
 class Read:
-    """Reads files, byte ranges (tar members), Parquet rows and objects.
+    """Read files, byte ranges (members of tar files), rows of Parquet files, and objects.
 
-    max_bytes: longer files become `too_large` without being read
-    threads: parallel reads from an object store; local files are read one after the other
+    Attributes:
+        max_bytes: maximum size of an image; larger ones become `too_large` without being read
+        threads: parallel reads from an object store; local files are read one after the other
     """
 
     max_bytes: int = 256 << 20
@@ -88,83 +116,96 @@ class Read:
         return ThreadPoolExecutor(self.threads, "read")
 
     @cached_property
-    def _open(self) -> dict[bytes, ParquetCursor]:
+    def _cursors(self) -> dict[bytes, ParquetCursor]:
         return {}
 
     def setup(self) -> None:
-        """Nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace the columns of work items by bytes, content hashes and statuses."""
         items = table.select(list(self.needs)).to_pylist()
-        rows = self._parquet_rows(items)
-        todo = [item for n, item in enumerate(items) if n not in rows]
-        remote = len(todo) > 1 and any(storage.is_remote(item["path"]) for item in todo)
-        outcomes = iter(list((self._pool.map if remote else map)(self._one, todo)))
-        results = [rows[n] if n in rows else next(outcomes) for n in range(len(items))]
-        results = [_unless_known(r, item["previous"]) for r, item in zip(results, items, strict=True)]
+        # Rows of Parquet files are read file by file, everything else item by item.
+        results_by_row = self._read_parquet_rows(items)
+        pending = [row for row in range(len(items)) if row not in results_by_row]
+        is_parallel = len(pending) > 1 and any(storage.is_remote(items[row]["path"]) for row in pending)
+        run_map = self._pool.map if is_parallel else map
+        read_items = list(run_map(self._read_item, [items[row] for row in pending]))
+        results_by_row |= dict(zip(pending, read_items, strict=True))
+        results = [_skip_unchanged(results_by_row[row], item["previous"]) for row, item in enumerate(items)]
+        image_ids = [None if result.data is None else compute_image_id(result.data) for result in results]
         columns = {
-            "bytes": pack_arrays([data if status == OK else None for data, status, _ in results]),
-            "image_id": pa.array(
-                [None if data is None else compute_image_id(data) for data, _, _ in results], pa.string()
-            ),
-            "status": pa.array([status for _, status, _ in results], pa.string()),
-            "error": pa.array([error for _, _, error in results], pa.string()),
+            "bytes": pack_arrays([result.data if result.status == OK else None for result in results]),
+            "image_id": pa.array(image_ids, pa.string()),
+            "status": pa.array([result.status for result in results], pa.string()),
+            "error": pa.array([result.error for result in results], pa.string()),
         }
         return set_columns(table, columns, drop=self.needs)
 
-    def _one(self, item: dict[str, Any]) -> Outcome:
+    def _read_item(self, item: dict[str, Any]) -> ReadResult:
+        """Read a file, a range of it, or an object."""
         if item["listing_error"]:
-            return None, READ_ERROR, item["listing_error"]
+            return ReadResult(None, READ_ERROR, item["listing_error"])
         try:
-            return storage.read(item["path"], item["offset"], item["length"], self.max_bytes), OK, None
+            return ReadResult(storage.read(item["path"], item["offset"], item["length"], self.max_bytes), OK)
         except storage.TooLargeError as error:
-            return None, TOO_LARGE, str(error)
+            return ReadResult(None, TOO_LARGE, str(error))
         except (StorageError, ConfigError) as error:
-            # ConfigError: a URL without a bucket, or of a store whose client is not installed, in a list of files.
-            return None, READ_ERROR, str(error)
+            # ConfigError: a list of files holds a URL without a bucket, or of a store whose client is not installed.
+            return ReadResult(None, READ_ERROR, str(error))
 
-    def _parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, Outcome]:
-        """Items that are rows of Parquet files, read file by file."""
-        wanted: dict[bytes, dict[int, int]] = defaultdict(dict)
-        for n, item in enumerate(items):
+    def _read_parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:
+        """Read the items that are rows of Parquet files, file by file.
+
+        Returns:
+            Results by the item's position in `items`.
+        """
+        positions_by_path: dict[bytes, dict[int, int]] = defaultdict(dict)
+        for position, item in enumerate(items):
             if item["offset"] is not None and item["length"] is None and not item["listing_error"]:
-                wanted[item["path"]][item["offset"]] = n
-        outcomes: dict[int, Outcome] = {}
-        for path, rows in wanted.items():
+                positions_by_path[item["path"]][item["offset"]] = position
+        results: dict[int, ReadResult] = {}
+        for path, positions in positions_by_path.items():
             try:
-                found = self._cursor(path).read(sorted(rows))
-                outcomes |= {n: self._limited(found.get(row)) for row, n in rows.items()}
+                data = self._open_cursor(path).read(sorted(positions))
+                for row, position in positions.items():
+                    results[position] = self._check_size(data.get(row))
             except (StorageError, OSError, ValueError) as error:
-                outcomes |= dict.fromkeys(rows.values(), (None, READ_ERROR, get_first_line(error)))
-        return outcomes
+                results |= dict.fromkeys(positions.values(), ReadResult(None, READ_ERROR, get_first_line(error)))
+        return results
 
-    def _cursor(self, path: bytes) -> ParquetCursor:
-        """The open cursor of a file; one is kept open at a time."""
-        if path not in self._open:
-            while self._open:
-                self._open.popitem()[1].close()
-            self._open[path] = ParquetCursor(path)
-        return self._open[path]
+    def _open_cursor(self, path: bytes) -> ParquetCursor:
+        """Return the cursor of a file. One cursor at a time is kept open."""
+        if path not in self._cursors:
+            while self._cursors:
+                _, cursor = self._cursors.popitem()
+                cursor.close()
+            self._cursors[path] = ParquetCursor(path)
+        return self._cursors[path]
 
-    def _limited(self, data: bytes | None) -> Outcome:
+    def _check_size(self, data: bytes | None) -> ReadResult:
         if data is None:
-            return None, READ_ERROR, "the row holds no bytes"
+            return ReadResult(None, READ_ERROR, "the row holds no bytes")
         if len(data) > self.max_bytes:
-            return None, TOO_LARGE, f"{len(data)} bytes, the limit is {self.max_bytes}"
-        return data, OK, None
+            return ReadResult(None, TOO_LARGE, f"{len(data)} bytes, the limit is {self.max_bytes}")
+        return ReadResult(data, OK)
 
 
 def hash_content(image: str | None) -> int:
-    """What a work item's `previous` is compared with: the content hash, or that nothing could be read."""
+    """Hash an image id for comparison with a work item's `previous`; None: the image could not be read."""
     return hash64(image or "")
 
 
-def _unless_known(outcome: Outcome, previous: int | None) -> Outcome:
-    """No new row for a file that was touched but holds the same bytes, nor for one that cannot be read just now: what
-    the gallery holds of it stays, and the next run tries again.
+def _skip_unchanged(result: ReadResult, previous: int | None) -> ReadResult:
+    """Skip unchanged files, and keep existing rows of files that are temporarily unreadable.
+
+    A file that was touched but holds the same bytes needs no new row. If a known file cannot be read, the gallery keeps
+    its rows, and the next run tries again.
     """
-    data, status, _ = outcome
-    if previous is None or status not in (OK, READ_ERROR):
-        return outcome
-    same = data is not None and hash_content(compute_image_id(data)) == previous
-    return (None, TOUCHED if same else UNCHANGED, None) if same or status == READ_ERROR else outcome
+    if previous is None:
+        return result
+    if result.status == READ_ERROR:
+        return ReadResult(None, UNCHANGED)
+    if result.status == OK and result.data is not None and hash_content(compute_image_id(result.data)) == previous:
+        return ReadResult(None, TOUCHED)
+    return result

@@ -1,4 +1,4 @@
-"""Suppress: images whose bytes were erased from the gallery go no further, whatever they are called now."""
+"""Suppress: keep images out whose bytes were erased from the gallery, under any name."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,11 @@ from facepipe.schema import ERASED, OK
 
 @dataclass(frozen=True)
 class Suppress:
-    """Stands behind Read where something has been erased; `gallery` holds the hashes of what must not come back."""
+    """Drop the bytes of erased images, and set their status. It follows Read if a gallery has erased images.
+
+    Attributes:
+        gallery: folder or URL of the gallery, which holds the hashes of erased images
+    """
 
     gallery: str
 
@@ -23,23 +27,29 @@ class Suppress:
     adds: ClassVar = ()
 
     @cached_property
-    def _erased(self) -> Any:
+    def _erased_hashes(self) -> Any:
         return suppressed.read_contents(self.gallery)
 
     def setup(self) -> None:
         """Read the hashes."""
-        _ = self._erased
+        _ = self._erased_hashes
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        ids, statuses = table["image_id"].to_pylist(), table["status"].to_pylist()
-        hashes = np.array([hash64(image or "") for image in ids], np.uint64)
-        gone = np.isin(hashes, self._erased)
-        if not gone.any():
+        """Hide the bytes of erased images."""
+        hashes = np.array([hash64(image_id or "") for image_id in table["image_id"].to_pylist()], np.uint64)
+        is_erased = np.isin(hashes, self._erased_hashes)
+        if not is_erased.any():
             return table
+        # One chunk per row, as `pack` makes them.
         chunks = [chunk for chunk in table["bytes"].chunks if len(chunk)]
-        kept = pa.chunked_array(
-            [pack_arrays([None]).chunk(0) if hide else chunk for hide, chunk in zip(gone, chunks, strict=True)],
-            pa.large_binary(),
-        )
-        statuses = [ERASED if hide and status == OK else status for hide, status in zip(gone, statuses, strict=True)]
-        return set_columns(table, {"bytes": kept, "status": pa.array(statuses, pa.string())})
+        empty = pack_arrays([None]).chunk(0)
+        visible = [empty if is_hidden else chunk for is_hidden, chunk in zip(is_erased, chunks, strict=True)]
+        statuses = [
+            ERASED if is_hidden and status == OK else status
+            for is_hidden, status in zip(is_erased, table["status"].to_pylist(), strict=True)
+        ]
+        columns = {
+            "bytes": pa.chunked_array(visible, pa.large_binary()),
+            "status": pa.array(statuses, pa.string()),
+        }
+        return set_columns(table, columns)

@@ -1,1 +1,1 @@
-"""What a GPU computes beside the models: every function takes CPU tensors as well, on which it is tested."""
+"""The stages from detection to embedding on one GPU. Every function takes CPU tensors too, on which it is tested."""

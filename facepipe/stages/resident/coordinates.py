@@ -1,5 +1,6 @@
-"""Faces of many images at once, from the pixels that were searched to the full-size images: as Detect and Frame do it
-face by face, operation by operation. NumPy only.
+"""Faces of many images at once, mapped from the searched pixels to the full-size images. NumPy only.
+
+The arithmetic is that of Detect and Frame, operation by operation, so that the results are the same.
 """
 
 from collections.abc import Iterable
@@ -8,13 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 from facepipe.imaging.geometry import Frame
-from facepipe.types import Float32, Float64, Int64
+from facepipe.types import Bool, Float32, Float64, Int64
 
 
-class Found(NamedTuple):
-    """Faces of many images, flat: image (f,) rising, boxes (f, 4), landmarks (f, 5, 2), scores (f,) float32.
+class FaceArrays(NamedTuple):
+    """Faces of many images in flat arrays, by ascending image and descending score.
 
-    By falling score within an image.
+    Attributes:
+        image: image of each face, (f,)
+        boxes: x1 y1 x2 y2, (f, 4)
+        landmarks: five points, (f, 5, 2)
+        scores: confidences, (f,)
     """
 
     image: Int64
@@ -23,67 +28,94 @@ class Found(NamedTuple):
     scores: Float32
 
     @classmethod
-    def joined(cls, parts: "Iterable[Found]") -> "Found":
-        """The faces of several searches, no image of which is in two."""
-        image, *rest = (np.concatenate(columns) for columns in zip(_NONE, *parts, strict=True))
-        order = np.argsort(image, kind="stable")
-        return cls(image[order], *(values[order] for values in rest))
+    def concatenate(cls, parts: "Iterable[FaceArrays]") -> "FaceArrays":
+        """Concatenate the faces of several searches. No image may be in two of them."""
+        columns = [np.concatenate(arrays) for arrays in zip(_NO_FACES, *parts, strict=True)]
+        image = columns[0]
+        return cls(*columns)._take(np.argsort(image, kind="stable"))
 
-    def whose_least(self, score: float) -> "Found":
-        """The faces of those images that have no face of a lower score."""
-        low = np.unique(self.image[self.scores < score])
-        keep = ~np.isin(self.image, low)
-        return Found(self.image[keep], self.boxes[keep], self.landmarks[keep], self.scores[keep])
+    def keep_confident_images(self, min_score: float) -> "FaceArrays":
+        """Keep the faces of those images that have no face below a score."""
+        doubtful = np.unique(self.image[self.scores < min_score])
+        return self._take(~np.isin(self.image, doubtful))
 
-    def ordinals(self) -> Int64:
-        """(f,) ordinal of each face in its image."""
+    def number_faces(self) -> Int64:
+        """Number the faces of each image from 0 on, (f,)."""
         if not len(self.image):
             return self.image
         starts = np.flatnonzero(np.diff(self.image, prepend=-1))
-        return np.arange(len(self.image)) - np.repeat(starts, np.diff(starts, append=len(self.image)))
+        counts = np.diff(starts, append=len(self.image))
+        return np.arange(len(self.image)) - np.repeat(starts, counts)
+
+    def _take(self, index: Int64 | Bool) -> "FaceArrays":
+        return FaceArrays(self.image[index], self.boxes[index], self.landmarks[index], self.scores[index])
 
 
-_NONE = Found(
-    *(np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))
+_NO_FACES = FaceArrays(
+    image=np.empty(0, np.int64),
+    boxes=np.empty((0, 4), np.float32),
+    landmarks=np.empty((0, 5, 2), np.float32),
+    scores=np.empty(0, np.float32),
 )
 
 
-class Frames(NamedTuple):
-    """Where images' decoded pixels lie in the full-size ones: scale (n,), left and top (n, 2)."""
+class FrameArrays(NamedTuple):
+    """Where the decoded pixels of images lie in the full-size images.
+
+    Attributes:
+        scale: decoded pixels per pixel of the full-size image, (n,)
+        corner: left and top, (n, 2)
+    """
 
     scale: Float64
     corner: Float64
 
     @classmethod
-    def of(cls, frames: Iterable[Frame]) -> "Frames":
+    def from_frames(cls, frames: Iterable[Frame]) -> "FrameArrays":
+        """Collect the frames of images."""
         rows = np.array([*frames], np.float64).reshape(-1, 3)
         return cls(rows[:, 0], rows[:, 1:])
 
     def to_full(self, points: Float32, image: Int64) -> Float32:
-        """Points (f, p, 2) of the decoded pixels of images (f,) in the full ones."""
+        """Map points (f, p, 2) from the decoded pixels of images (f,) to the full-size images."""
         half = np.float32(0.5)
         scale = self.scale[image].astype(np.float32)[:, None, None]
         return ((points + half) / scale - half + self.corner[image][:, None]).astype(np.float32)
 
     def from_full(self, points: Float64, image: Int64) -> Float64:
-        """Points (f, p, 2) of full images in their decoded pixels."""
+        """Map points (f, p, 2) from full-size images (f,) to their decoded pixels."""
         return (points - self.corner[image][:, None] + 0.5) * self.scale[image][:, None, None] - 0.5
 
 
-def full_size(found: Found, frames: Frames, sizes: Float64, min_face: float) -> Found:
-    """In pixels of the full-size images, whose (width, height) are sizes (n, 2); without faces that are too small, and
-    without those whose middle is outside: a mirrored border mirrors faces as well.
+def to_full_size(faces: FaceArrays, frames: FrameArrays, sizes: Float64, min_face: float) -> FaceArrays:
+    """Map faces to the full-size images, and drop small faces and those of a mirrored border.
+
+    Args:
+        faces: faces in decoded pixels.
+        frames: frames of the images.
+        sizes: width and height of the full-size images, (n, 2).
+        min_face: minimum shorter side of a box, in pixels of the full-size image.
     """
-    boxes = frames.to_full(found.boxes.reshape(-1, 2, 2), found.image).reshape(-1, 4)
+    boxes = frames.to_full(faces.boxes.reshape(-1, 2, 2), faces.image).reshape(-1, 4)
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    inside = ((centre >= 0) & (centre <= sizes[found.image] - 1)).all(1)
-    keep = np.flatnonzero(inside & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= min_face))
-    landmarks = frames.to_full(found.landmarks, found.image)
-    return Found(found.image[keep], boxes[keep], landmarks[keep], found.scores[keep])
+    # A mirrored border mirrors faces too; their centres are outside the image.
+    is_inside = ((centre >= 0) & (centre <= sizes[faces.image] - 1)).all(1)
+    is_large = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= min_face
+    keep = np.flatnonzero(is_inside & is_large)
+    landmarks = frames.to_full(faces.landmarks, faces.image)
+    return FaceArrays(faces.image[keep], boxes[keep], landmarks[keep], faces.scores[keep])
 
 
-def restored(points: Float32, ways: Float64) -> Float32:
-    """Points (f, p, 2) of a detector's input in the images' pixels; ways (f, 4): sx, sy, left, top of its letterbox."""
+def undo_letterbox(points: Float32, letterboxes: Float64) -> Float32:
+    """Map points from a detector's input to the images that were letterboxed.
+
+    Args:
+        points: (f, p, 2).
+        letterboxes: sx, sy, left, top of each face's letterbox, (f, 4).
+
+    Returns:
+        Points in pixels of the images, (f, p, 2).
+    """
     half = np.float32(0.5)
-    scale = (1 / ways[:, None, :2]).astype(np.float32)
-    return ((points - ways[:, None, 2:].astype(np.float32) + half) * scale - half).astype(np.float32)
+    scale = (1 / letterboxes[:, None, :2]).astype(np.float32)
+    return ((points - letterboxes[:, None, 2:].astype(np.float32) + half) * scale - half).astype(np.float32)

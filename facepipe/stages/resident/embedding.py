@@ -1,4 +1,4 @@
-"""Chips on the device to raw vectors, in batches of one size; the mirrored chips are made there as well."""
+"""Embed chips on the device, in batches of one size; mirrored chips are made there too."""
 
 import numpy as np
 import torch
@@ -12,63 +12,87 @@ from facepipe.models.runtime.torch_inference import to_channels_last
 from facepipe.models.zoo.networks import EmbedderNet
 from facepipe.types import Float32
 
-# Bytes of a pixel of a chip, for each byte of a number: what is live at once in the widest place of the networks here.
-# dlib's holds its input, the stem's output before and after the activation, and cuDNN's workspace, which is taken to be
-# as much again: 2 * (3 + 2 * 32 / 4). IResNet's first block is the widest of all: 64 planes at full size, in and out.
-_PER_PIXEL = {"dlib": 40}
-_WIDEST = 400
+# Bytes per pixel of a chip, for each byte of a number: what is in use at once in the widest place of a network.
+# dlib's holds its input, the stem's output before and after the activation, and cuDNN's workspace, which is assumed to
+# be as large again: 2 * (3 + 2 * 32 / 4).
+_DLIB_NUMBERS = 40
+# IResNet's first block is the widest of all: 64 planes at full size, in and out.
+_WIDEST_NUMBERS = 400
 
 
 class ChipEmbedder:
-    """An embedder's network on a device.
-
-    flip: the raw vectors of a chip and of its mirror image are averaged
-    most: chips of a batch, where the device has the memory
-    """
+    """An embedder's network on a device."""
 
     def __init__(self, network: EmbedderNet, device: str, precision: str, flip: bool, max_batch: int):
-        self.size, self._matrix, self._flip = network.size, network.projection, flip
-        self._device, self._dtype = torch.device(device), DTYPES[precision]
-        self._net = to_channels_last(cast_network(network.net, precision, _exact(network.net)), device)
-        mean, scale = (
-            torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (network.input.mean, network.input.scale)
-        )
-        self._mean, self._scale, self._swapped = mean, scale, network.input.channels == "bgr"
-        self._buckets = CudaGraphCache(self.embed, self._device)
-        self.batches: Batches[Tensor] = Batches(
-            plan_batch_size(measure_free_memory(device), self.estimate_chip_bytes(), max_batch)
-        )
+        """Put a network on a device.
+
+        Args:
+            network: the network with its weights.
+            device: cuda, cuda:N or cpu.
+            precision: float32, bfloat16 or float16. A last linear layer stays in float32.
+            flip: average the raw vectors of a chip and of its mirror image.
+            max_batch: maximum number of chips per batch; fewer if memory is short.
+        """
+        self.size = network.size
+        self._projection = network.projection
+        self._flip = flip
+        self._device = torch.device(device)
+        self._dtype = DTYPES[precision]
+        cast = cast_network(network.net, precision, _find_last_linear(network.net))
+        self._net = to_channels_last(cast, device)
+        self._mean = torch.tensor(network.input.mean, device=self._device).view(1, 3, 1, 1)
+        self._scale = torch.tensor(network.input.scale, device=self._device).view(1, 3, 1, 1)
+        self._is_bgr = network.input.channels == "bgr"
+        self._graphs = CudaGraphCache(self.embed, self._device)
+        batch_size = plan_batch_size(measure_free_memory(device), self.estimate_chip_bytes(), max_batch)
+        self.batches: Batches[Tensor] = Batches(batch_size)
 
     def estimate_chip_bytes(self) -> int:
-        """Device memory that a chip of a batch takes, with its mirror image."""
+        """Estimate the device memory that a chip of a batch takes, with its mirror image."""
         width, height = self.size
-        planes = _PER_PIXEL["dlib"] if type(self._net).__name__ == "DlibResNet" else _WIDEST
-        return (2 if self._flip else 1) * width * height * planes * self._dtype.itemsize
+        numbers = _DLIB_NUMBERS if type(self._net).__name__ == "DlibResNet" else _WIDEST_NUMBERS
+        chips = 2 if self._flip else 1
+        return chips * width * height * numbers * self._dtype.itemsize
 
     def __call__(self, chips: Tensor) -> Tensor:
-        """(n, h, w, 3) uint8 RGB on the device -> raw vectors (n, d) float32 on the device; n is 1 or more."""
-        parts = [vectors for _, vectors in self.batches(lambda part: self._batch(chips[part]), len(chips))]
-        return torch.cat(parts)
+        """Embed chips in batches.
 
-    def _batch(self, chips: Tensor) -> Tensor:
-        return self._buckets.run_batch(chips, self.batches).clone()  # the next batch overwrites the bucket's output
+        Args:
+            chips: RGB on the device, (n, h, w, 3) uint8, n >= 1.
+
+        Returns:
+            Raw vectors on the device, (n, d) float32.
+        """
+        return torch.cat(
+            [vectors for _, vectors in self.batches(lambda part: self._embed_part(chips[part]), len(chips))]
+        )
+
+    def _embed_part(self, chips: Tensor) -> Tensor:
+        # The next batch overwrites the output of the CUDA graph.
+        return self._graphs.run_batch(chips, self.batches).clone()
 
     @torch.inference_mode()
     def embed(self, chips: Tensor) -> Tensor:
-        """One batch, as it is."""
-        x = preprocess_with(chips, self._mean, self._scale, is_bgr=self._swapped).to(self._dtype)
-        both = torch.cat([x, x.flip(3)]) if self._flip else x
-        vectors: Tensor = self._net(both.contiguous(memory_format=torch.channels_last)).float()
-        return (vectors[: len(chips)] + vectors[len(chips) :]) / 2 if self._flip else vectors
+        """Embed one batch of chips (n, h, w, 3) as it is."""
+        x = preprocess_with(chips, self._mean, self._scale, is_bgr=self._is_bgr).to(self._dtype)
+        if not self._flip:
+            return self._run_network(x)
+        vectors = self._run_network(torch.cat([x, x.flip(3)]))
+        return (vectors[: len(chips)] + vectors[len(chips) :]) / 2
+
+    def _run_network(self, x: Tensor) -> Tensor:
+        vectors: Tensor = self._net(x.contiguous(memory_format=torch.channels_last)).float()
+        return vectors
 
     def project(self, raw: Float32) -> Float32:
-        """Vectors (n, d) as they came from the device, brought to 128 dimensions where the model has a projection."""
-        if self._matrix is None:
+        """Project raw vectors (n, d) to 128 dimensions, if the model has a projection."""
+        if self._projection is None:
             return raw
-        return np.stack([row @ self._matrix for row in raw])  # as models.projection: row by row
+        # Row by row, as models.projection does it, so that the results are the same.
+        return np.stack([row @ self._projection for row in raw])
 
 
-def _exact(net: torch.nn.Module) -> tuple[str, ...]:
-    """The last linear layer, where it is the network's last word."""
-    last = list(net.named_modules())[-1]
-    return (last[0],) if isinstance(last[1], torch.nn.Linear) else ()
+def _find_last_linear(net: torch.nn.Module) -> tuple[str, ...]:
+    """Find the name of the network's last layer if it is linear."""
+    name, layer = list(net.named_modules())[-1]
+    return (name,) if isinstance(layer, torch.nn.Linear) else ()

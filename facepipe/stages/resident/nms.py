@@ -1,9 +1,9 @@
-"""Greedy non-maximum suppression of whole batches without a word to the host, equal to `retinaface_decode.suppress`.
+"""Batched NMS without host synchronisation, equal to `retinaface_decode.apply_sorted_nms`.
 
-Greedy suppression is the one fixed point of "kept is who is valid and overlapped by nobody kept before him". Applied
-again and again from "all are kept", that rule settles in as many rounds as the longest chain of suppressions has links
-(up to 5 on photos), each round being one pass over an (n, k, k) matrix. The loop over k that does the same has k small
-steps, one after the other: some hundred launches where this has a dozen.
+Greedy NMS has one fixed point: a box is kept if it is valid and no kept box with a higher score overlaps it. Applied
+repeatedly from "all boxes are kept", this rule settles in as many rounds as the longest chain of suppressions has links
+(up to 5 on photos). Each round is one pass over an (n, k, k) matrix. The equivalent loop over k has k small steps one
+after the other: some hundred kernel launches where this has a dozen.
 """
 
 import torch
@@ -11,40 +11,53 @@ from torch import Tensor
 
 
 def apply_nms(boxes: Tensor, valid: Tensor, max_iou: float, rounds: int | None = None) -> tuple[Tensor, Tensor]:
-    """(kept (n, k), settled (n,)), both bool: what greedy suppression keeps of each image's boxes.
+    """Apply greedy NMS to the boxes of each image.
 
-    boxes: (n, k, 4) float32 x1 y1 x2 y2, by falling score; valid: (n, k) bool, False for places that hold no box
-    rounds: how often the rule is applied; None: k times, after which it has settled whatever the boxes are. With fewer
-        an image that is not `settled` may keep others than the greedy rule would
+    Args:
+        boxes: x1 y1 x2 y2 by descending score, (n, k, 4) float32.
+        valid: whether each place holds a box, (n, k) bool.
+        max_iou: maximum overlap of two kept boxes.
+        rounds: how often the rule is applied; None: k times, after which it has settled for all boxes.
+
+    Returns:
+        Whether each box is kept, (n, k) bool; and whether each image has settled, (n,) bool. With few rounds, an image
+        that has not settled may keep other boxes than greedy NMS would.
     """
     k = boxes.shape[1]
     if k == 0:
         return valid, valid.new_ones(len(valid))
-    covered = overlapping(boxes, max_iou) & valid[:, None, :]
-    kept, settled = valid, valid.new_zeros(len(valid))
+    overlaps = find_overlaps(boxes, max_iou) & valid[:, None, :]
+    kept = valid
+    settled = valid.new_zeros(len(valid))
     for _ in range(k if rounds is None else rounds):
-        after = valid & ~(covered & kept[:, None, :]).any(2)
-        settled, kept = (after == kept).all(1), after
+        next_kept = valid & ~(overlaps & kept[:, None, :]).any(2)
+        settled = (next_kept == kept).all(1)
+        kept = next_kept
+    # The only box of an image cannot change.
     return kept, settled | (k == 1)
 
 
-def overlapping(boxes: Tensor, max_iou: float) -> Tensor:
-    """(n, k, k) bool: whether box [., i] overlaps an earlier box [., j], j < i, by more than max_iou.
+def find_overlaps(boxes: Tensor, max_iou: float) -> Tensor:
+    """Find the boxes that overlap a box before them.
 
-    The arithmetic is that of `retinaface_decode.suppress`, operation by operation, so that it rounds alike.
+    The arithmetic is that of `retinaface_decode.apply_sorted_nms`, operation by operation, so that it rounds alike.
+
+    Args:
+        boxes: x1 y1 x2 y2, (n, k, 4) float32.
+        max_iou: maximum overlap.
+
+    Returns:
+        Whether box i overlaps an earlier box j < i by more than `max_iou`, (n, i, j) bool.
     """
     x1, y1, x2, y2 = boxes.unbind(2)
     area = (x2 - x1) * (y2 - y1)
 
-    def side(low: Tensor, high: Tensor) -> Tensor:
-        high = torch.minimum(high[:, :, None], high[:, None, :])
-        return high.sub_(torch.maximum(low[:, :, None], low[:, None, :])).clamp_(min=0)
+    def intersect(low: Tensor, high: Tensor) -> Tensor:
+        end = torch.minimum(high[:, :, None], high[:, None, :])
+        return end.sub_(torch.maximum(low[:, :, None], low[:, None, :])).clamp_(min=0)
 
-    shared = side(x1, x2).mul_(side(y1, y2))
+    shared = intersect(x1, x2).mul_(intersect(y1, y2))
     union = (area[:, :, None] + area[:, None, :]).sub_(shared)
-    return ~(shared <= union.mul_(max_iou)) & _earlier(boxes.shape[1], boxes.device)
-
-
-def _earlier(k: int, device: torch.device) -> Tensor:
-    at = torch.arange(k, device=device)
-    return at[None, :, None] > at[None, None, :]
+    number = torch.arange(boxes.shape[1], device=boxes.device)
+    is_earlier = number[None, :, None] > number[None, None, :]
+    return ~(shared <= union.mul_(max_iou)) & is_earlier

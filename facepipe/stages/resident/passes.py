@@ -1,67 +1,91 @@
-"""Detect's looks at images on the device: the quick one, the one at full size, and the second one at close-ups."""
+"""Detect's passes over images on the device: the quick one, the one at full size, and one for close-ups."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
-from facepipe.stages.resident.coordinates import Found
-from facepipe.stages.resident.detection import BatchDetector, Part
+from facepipe.stages.resident.coordinates import FaceArrays
+from facepipe.stages.resident.detection import BatchDetector, QueuedSearch
 from facepipe.stages.resident.letterbox import PlacementRule
 from facepipe.stages.resident.retinaface import ResidentLimits, ResidentRetinaFace
 from facepipe.stages.resident.sampling import ResidentImages
 from facepipe.types import Int64, UInt8Image
 
-WAITS = 2  # times that `Looks.search` yields
 
+class BatchCapacity(NamedTuple):
+    """What is searched at a time.
 
-class Capacity(NamedTuple):
-    """Images of one shape that are searched at a time, and candidates and faces of each that the device holds."""
+    Attributes:
+        frames: images of one shape
+        candidates: candidates of each image that the device holds
+        faces: faces of each image that the device holds
+    """
 
     frames: int = 32
     candidates: int = 512
     faces: int = 128
 
 
-class Looks:
-    """What `Detect.__call__` does with images, by its options, on a device."""
+class DetectionPasses:
+    """What `Detect.detect_faces` does with images, by its options, on a device."""
 
-    def __init__(self, detect: Detect, finder: ResidentRetinaFace, uploads: Uploads, capacity: Capacity):
-        self._detect = detect
-        self._by_host = replace(detect)  # it letterboxes what the device does not, and asks its detector for the stride
-        self._by_host.__dict__["detector"] = finder  # where a cached_property looks before it loads anything
-        rule = PlacementRule(detect.border_below, finder.stride)
+    def __init__(self, detect: Detect, detector: ResidentRetinaFace, uploads: Uploads, capacity: BatchCapacity):
+        """Prepare the passes.
 
-        def detection(min_score: float) -> BatchDetector:
-            limits = ResidentLimits(min_score, detect.max_iou, capacity.candidates, capacity.faces)
-            return BatchDetector(finder, limits, rule, uploads, capacity.frames)
-
-        self._full = detection(detect.min_score)
-        self._quick = detection(min(DOUBTFUL, detect.min_score))
-
-    def search(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, Found]:
-        """The faces of images that are on the device, and as pixels here, in their pixels.
-
-        Yields when something is queued whose end is not to be waited for yet.
+        Args:
+            detect: options.
+            detector: the network on the device.
+            uploads: sends the inputs that the host makes.
+            capacity: what is searched at a time.
         """
-        detect, every = self._detect, np.arange(len(pixels))
+        self._detect = detect
+        # This copy letterboxes images that the device does not, and asks its detector for the stride. The detector is
+        # put where a cached_property looks before it loads anything.
+        self._host_stage: Any = replace(detect)
+        self._host_stage.__dict__["detector"] = detector
+        rule = PlacementRule(detect.border_below, detector.stride)
+
+        def make_detector(min_score: float) -> BatchDetector:
+            limits = ResidentLimits(min_score, detect.max_iou, capacity.candidates, capacity.faces)
+            return BatchDetector(detector, limits, rule, uploads, capacity.frames)
+
+        self._full_detector = make_detector(detect.min_score)
+        self._quick_detector = make_detector(min(DOUBTFUL, detect.min_score))
+
+    def search(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, FaceArrays]:
+        """Search images for faces. Yield twice, each time after work was queued that need not be waited for yet.
+
+        Args:
+            resident: the images on the device.
+            pixels: the same images on the host.
+
+        Returns:
+            Faces in pixels of the images.
+        """
+        detect = self._detect
+        numbers = np.arange(len(pixels))
         sides = resident.shapes.max(1)
-        quick = (np.minimum(detect.size, sides) > detect.quick_look) & (detect.quick_look > 0)
 
-        def begin(detection: BatchDetector, chosen: Int64, size: int) -> list[Part]:
-            return detection.begin(resident, chosen, size, lambda n: self._by_host.letterbox(pixels[n], size))
+        def begin(detector: BatchDetector, chosen: Int64, size: int) -> list[QueuedSearch]:
+            return detector.begin(resident, chosen, size, lambda n: self._host_stage.letterbox(pixels[n], size))
 
-        looks = begin(self._quick, every[quick], detect.quick_look)
-        parts = begin(self._full, every[~quick], detect.size)
+        # The quick pass, and the full pass of images that are small anyway.
+        is_quick = (np.minimum(detect.size, sides) > detect.quick_look) & (detect.quick_look > 0)
+        quick_searches = begin(self._quick_detector, numbers[is_quick], detect.quick_look)
+        full_searches = begin(self._full_detector, numbers[~is_quick], detect.size)
         yield
-        sure = self._quick.finish(looks).whose_least(max(CERTAIN, detect.min_score))
-        parts += begin(self._full, np.setdiff1d(every[quick], sure.image), detect.size)
+        # The full pass of images about which the quick pass was not certain.
+        certain = self._quick_detector.finish(quick_searches).keep_confident_images(max(CERTAIN, detect.min_score))
+        uncertain = np.setdiff1d(numbers[is_quick], certain.image)
+        full_searches += begin(self._full_detector, uncertain, detect.size)
         yield
-        found = Found.joined([sure, self._full.finish(parts)])
-        missed = np.setdiff1d(every, found.image)
-        missed = missed[(sides[missed] > detect.border_below) & detect.second_look]
-        again = begin(self._full, missed, min(detect.size // 2, detect.border_below))
-        return Found.joined([found, self._full.finish(again)])
+        # The pass for close-ups, of images without a face.
+        faces = FaceArrays.concatenate([certain, self._full_detector.finish(full_searches)])
+        empty = np.setdiff1d(numbers, faces.image)
+        empty = empty[(sides[empty] > detect.border_below) & detect.second_look]
+        closeups = begin(self._full_detector, empty, min(detect.size // 2, detect.border_below))
+        return FaceArrays.concatenate([faces, self._full_detector.finish(closeups)])

@@ -1,4 +1,4 @@
-"""Bilinear sampling of images of any sizes that lie one behind the other in one buffer of pixels."""
+"""Sample images of any sizes that lie one after the other in one buffer of pixels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,10 +11,16 @@ from facepipe.models.runtime.transfers import Uploads, send_array
 from facepipe.types import Int64, UInt8
 
 
-class Sources(NamedTuple):
-    """Images in one buffer: pixels (p, 3) uint8; first pixel, height and width of each image, (n,) integers.
+class SelectedImages(NamedTuple):
+    """Images in one buffer on a device.
 
-    The integers are int32 where the buffer has fewer than 2^31 pixels: an index is most of what a gather reads.
+    The integers are int32 if the buffer has fewer than 2^31 pixels: an index is most of what a gather reads.
+
+    Attributes:
+        pixels: RGB, (p, 3) uint8
+        first: first pixel of each image, (n,) integers
+        height: height of each image, (n,) integers
+        width: width of each image, (n,) integers
     """
 
     pixels: Tensor
@@ -24,7 +30,13 @@ class Sources(NamedTuple):
 
 
 class ResidentImages(NamedTuple):
-    """Images that were sent to a device: pixels (p, 3) uint8 there; here each one's first pixel, height and width."""
+    """Images that were sent to a device. Their sizes are on the host.
+
+    Attributes:
+        pixels: RGB on the device, (p, 3) uint8
+        first: first pixel of each image, (n,)
+        shapes: height and width of each image, (n, 2)
+    """
 
     pixels: Tensor
     first: Int64
@@ -32,76 +44,119 @@ class ResidentImages(NamedTuple):
 
     @classmethod
     def upload(cls, images: Sequence[UInt8], uploads: Uploads) -> "ResidentImages":
-        """Of images (h, w, 3), at least one."""
+        """Send images (h, w, 3) to the device; there must be at least one."""
         shapes = np.array([image.shape[:2] for image in images], np.int64)
-        return cls(uploads(images), np.cumsum([0, *shapes.prod(1)])[:-1], shapes)
+        first = np.cumsum([0, *shapes.prod(1)])[:-1]
+        return cls(uploads(images), first, shapes)
 
-    def select(self, chosen: Int64) -> Sources:
-        """Of chosen images (m,), any of them any number of times."""
+    def select(self, indices: Int64) -> SelectedImages:
+        """Select images by index, (m,). An image may be selected several times."""
         kind = np.int32 if len(self.pixels) < 1 << 31 else np.int64
-        columns = np.stack([self.first[chosen], *self.shapes[chosen].T]).astype(kind)
-        return Sources(self.pixels, *send_array(columns, self.pixels.device).unbind(0))
+        columns = np.stack([self.first[indices], *self.shapes[indices].T]).astype(kind)
+        first, height, width = send_array(columns, self.pixels.device).unbind(0)
+        return SelectedImages(self.pixels, first, height, width)
 
-    def view_stack(self, chosen: Int64) -> Tensor | None:
-        """(m, h, w, 3) of chosen images, where they are of one shape and one behind the other: a view, else None."""
-        height, width = self.shapes[chosen[0]].tolist()
-        first, size = int(self.first[chosen[0]]), height * width
-        alike = (self.shapes[chosen] == (height, width)).all()
-        if not alike or (self.first[chosen] != first + size * np.arange(len(chosen))).any():
+    def view_stack(self, indices: Int64) -> Tensor | None:
+        """View images as one tensor (m, h, w, 3) without a copy.
+
+        Returns:
+            None if the images differ in shape, or do not lie directly one after the other.
+        """
+        height, width = self.shapes[indices[0]].tolist()
+        start = int(self.first[indices[0]])
+        size = height * width
+        is_one_shape = (self.shapes[indices] == (height, width)).all()
+        expected = start + size * np.arange(len(indices))
+        if not is_one_shape or (self.first[indices] != expected).any():
             return None
-        return self.pixels[first : first + size * len(chosen)].view(len(chosen), height, width, 3)
+        return self.pixels[start : start + size * len(indices)].view(len(indices), height, width, 3)
 
 
-def bilinear(sources: Sources, y: Tensor, x: Tensor, step: int = 1) -> Tensor:
-    """(n, h, w, 3) uint8 levels at (y, x), which broadcast to (n, h, w) float32; black outside.
+def sample_bilinear(images: SelectedImages, y: Tensor, x: Tensor, step: int = 1) -> Tensor:
+    """Sample images bilinearly, with black outside.
 
-    step: the images are first averaged over blocks of step x step pixels, rounded to levels; y and x count blocks
+    Args:
+        images: n images.
+        y: row positions, float32; broadcasts with `x` to (n, h, w).
+        x: column positions, float32.
+        step: the images are first averaged over blocks of step x step pixels, rounded to levels. y and x count blocks.
+
+    Returns:
+        Levels, (n, h, w, 3) uint8.
     """
-    height, width = (side[:, None, None] // step for side in (sources.height, sources.width))
-    top, left = y.floor(), x.floor()
-    down, right = y - top, x - left
+    height = images.height[:, None, None] // step
+    width = images.width[:, None, None] // step
+    top = y.floor()
+    left = x.floor()
+    down = y - top
+    right = x - left
+    # Sum the four neighbours, each with its weight. A neighbour outside of the image has weight 0.
     total: Tensor | None = None
     for row, row_weight in ((top, 1 - down), (top + 1, down)):
         for column, column_weight in ((left, 1 - right), (left + 1, right)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            weight = (row_weight * column_weight * inside)[..., None]
-            levels = _levels(sources, _clipped(row, height), _clipped(column, width), step)
+            is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            weight = (row_weight * column_weight * is_inside)[..., None]
+            levels = _gather_levels(images, _clip_index(row, height), _clip_index(column, width), step)
             total = levels * weight if total is None else total.addcmul_(levels, weight)
     assert total is not None
     return total.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def pixels_at(sources: Sources, y: Tensor, x: Tensor) -> Tensor:
-    """(n, h, w, 3) uint8 pixels at whole (y, x), integers that broadcast to (n, h, w) and lie inside the images."""
-    index = sources.first[:, None, None] + y * sources.width[:, None, None] + x
-    return sources.pixels.index_select(0, index.reshape(-1)).view(*index.shape, 3)
+def gather_pixels(images: SelectedImages, y: Tensor, x: Tensor) -> Tensor:
+    """Gather pixels at whole positions inside the images.
 
+    Args:
+        images: n images.
+        y: rows, integers; broadcasts with `x` to (n, h, w).
+        x: columns, integers.
 
-def _levels(sources: Sources, row: Tensor, column: Tensor, step: int) -> Tensor:
-    """(n, h, w, 3) float32 levels of blocks; row and column of blocks, inside."""
-    kind = sources.first.dtype
-    row, column = row.to(kind), column.to(kind)
-    if step == 1:
-        return pixels_at(sources, row, column).float()
-    return blocks_at(sources, row, column, step).float()
-
-
-def blocks_at(sources: Sources, row: Tensor, column: Tensor, step: int) -> Tensor:
-    """(n, h, w, 3) int32 means of blocks of step x step pixels; row and column count blocks, as in `pixels_at`."""
-    first, width = (value[:, None, None] for value in (sources.first, sources.width))
-    corner = first + row * step * width + column * step
-    along = torch.arange(step, device=corner.device, dtype=corner.dtype)
-    index = corner[..., None, None] + along[:, None] * width[..., None, None] + along
-    block = sources.pixels.index_select(0, index.reshape(-1)).view(*corner.shape, step * step, 3)
-    return averaged(block.sum(3, dtype=torch.int32), step)
-
-
-def averaged(sums: Tensor, step: int) -> Tensor:
-    """int32 sums over blocks of step x step levels as OpenCV's INTER_AREA rounds them: halves up for a step of 2, else
-    to even.
+    Returns:
+        Levels, (n, h, w, 3) uint8.
     """
-    return (sums + 2) >> 2 if step == 2 else (sums.float() / (step * step)).round_().int()
+    index = images.first[:, None, None] + y * images.width[:, None, None] + x
+    return images.pixels.index_select(0, index.reshape(-1)).view(*index.shape, 3)
 
 
-def _clipped(at: Tensor, count: Tensor) -> Tensor:
-    return torch.minimum(at.clamp(min=0), count - 1)
+def _gather_levels(images: SelectedImages, row: Tensor, column: Tensor, step: int) -> Tensor:
+    """Gather levels of blocks inside the images, (n, h, w, 3) float32; row and column count blocks."""
+    kind = images.first.dtype
+    row = row.to(kind)
+    column = column.to(kind)
+    if step == 1:
+        return gather_pixels(images, row, column).float()
+    return average_blocks(images, row, column, step).float()
+
+
+def average_blocks(images: SelectedImages, row: Tensor, column: Tensor, step: int) -> Tensor:
+    """Average blocks of step x step pixels.
+
+    Args:
+        images: n images.
+        row: rows of blocks, as the rows of pixels in `gather_pixels`.
+        column: columns of blocks.
+        step: side of a block in pixels.
+
+    Returns:
+        Means, (n, h, w, 3) int32.
+    """
+    first = images.first[:, None, None]
+    width = images.width[:, None, None]
+    corner = first + row * step * width + column * step
+    offsets = torch.arange(step, device=corner.device, dtype=corner.dtype)
+    index = corner[..., None, None] + offsets[:, None] * width[..., None, None] + offsets
+    blocks = images.pixels.index_select(0, index.reshape(-1)).view(*corner.shape, step * step, 3)
+    return _round_means(blocks.sum(3, dtype=torch.int32), step)
+
+
+def _round_means(sums: Tensor, step: int) -> Tensor:
+    """Divide int32 sums over blocks of step x step levels, and round as OpenCV's INTER_AREA does.
+
+    It rounds halves up for a step of 2, and to even for other steps.
+    """
+    if step == 2:
+        return (sums + 2) >> 2
+    return (sums.float() / (step * step)).round_().int()
+
+
+def _clip_index(index: Tensor, count: Tensor) -> Tensor:
+    return torch.minimum(index.clamp(min=0), count - 1)

@@ -1,4 +1,4 @@
-"""FacesOnDevice: decoded images to embedded faces, pixels sent to a GPU once; where Detect, Align, Embed would be."""
+"""FacesOnDevice: Detect, Align and Embed on one GPU, to which pixels are sent once."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,24 +17,33 @@ from facepipe.imaging.alignment import ChipLayout, cut_chip
 from facepipe.imaging.geometry import Frame
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
-from facepipe.stages.align import Align, AlignedFace, MapFunction, decode_larger
+from facepipe.stages.align import Align, AlignedFace, DecodedView, MapFunction, decode_larger
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
-from facepipe.stages.resident.coordinates import Found, Frames, full_size
-from facepipe.types import Float64, Int64, UInt8Image
+from facepipe.stages.resident.coordinates import FaceArrays, FrameArrays, to_full_size
+from facepipe.types import Bool, Float64, Int64, UInt8Image
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from facepipe.models.runtime.transfers import Download, Uploads
     from facepipe.stages.resident.embedding import ChipEmbedder
-    from facepipe.stages.resident.passes import Looks
+    from facepipe.stages.resident.passes import DetectionPasses
     from facepipe.stages.resident.sampling import ResidentImages
 
+# Tables: one in the quick pass, one in the full pass, one being embedded, one whose rows are built.
+_IN_FLIGHT = 4
 
-_IN_FLIGHT = 4  # tables: one at its quick look, one at the full one, one being embedded, one whose rows are made
 
+class _ImageInputs(NamedTuple):
+    """The images of a table that have pixels.
 
-class _Images(NamedTuple):
-    """A table's images that have pixels: their rows, pixels, frames, and the files they came from."""
+    Attributes:
+        rows: their rows in the table
+        pixels: RGB pixels, (h, w, 3)
+        frames: where the pixels lie in the full-size images
+        data: the image files, if they are at hand
+    """
 
     rows: list[int]
     pixels: list[UInt8Image]
@@ -42,29 +51,47 @@ class _Images(NamedTuple):
     data: list[memoryview | None]
 
     @classmethod
-    def of(cls, table: pa.Table) -> "_Images":
+    def from_table(cls, table: pa.Table) -> "_ImageInputs":
+        inputs = cls([], [], [], [])
         columns = zip(view_images(table), read_frames(table), view_buffers(table["bytes"]), strict=True)
-        there = [(n, *row) for n, row in enumerate(columns) if row[0] is not None]
-        return cls(*(list(column) for column in zip(*there, strict=True))) if there else cls([], [], [], [])
+        for row, (pixels, frame, data) in enumerate(columns):
+            if pixels is not None:
+                inputs.rows.append(row)
+                inputs.pixels.append(pixels)
+                inputs.frames.append(frame)
+                inputs.data.append(data)
+        return inputs
 
 
-class _Queued(NamedTuple):
-    """Chips and vectors on their way to the host, and which face each is of."""
+class _QueuedFaces(NamedTuple):
+    """Chips and vectors on their way to the host, in an order of their own.
 
-    face: Int64
+    Attributes:
+        faces: index of the face that each chip is of, (f,)
+        chips: RGB, (f, h, w, 3) uint8
+        vectors: raw vectors, (f, d)
+    """
+
+    faces: Int64
     chips: "Download"
     vectors: "Download"
 
 
 @dataclass(frozen=True)
 class FacesOnDevice:
-    """Finds, aligns and embeds on one device, with RetinaFace and a torch embedder.
+    """Detect, align and embed faces on one device, with RetinaFace and a torch embedder.
 
-    detect, align, embed: the stages in whose place this one stands; all their options but device and batch are kept
-    device: cuda, cuda:N or cpu; precision: float32, bfloat16 or float16, of what passes between the networks' layers
-    frames, chips: images of one shape, and faces, computed at a time; fewer where memory is short
-    candidates, faces: of an image on the device; images with more are finished on the host
-    threads: for copies, thumbnails, and chips that the host cuts
+    Attributes:
+        detect: options of the detection; `batch` and `device` are ignored
+        align: options of the alignment
+        embed: options of the embedding; `batch` and `device` are ignored
+        device: cuda, cuda:N or cpu
+        precision: float32, bfloat16 or float16, of what passes between the layers of the networks
+        frames: images of one shape per batch; fewer if memory is short
+        chips: faces per batch; fewer if memory is short
+        candidates: candidates per image on the device; images with more are finished on the host
+        faces: faces per image on the device; images with more are finished on the host
+        threads: threads for copies, thumbnails, and chips that the host cuts
     """
 
     detect: Detect = field(default_factory=Detect)
@@ -83,103 +110,152 @@ class FacesOnDevice:
     drops: ClassVar = tuple(name for name in Align.drops if name not in Detect.adds)
 
     def setup(self) -> None:
+        """Load the networks."""
         cv2.setNumThreads(1)
-        _ = self._looks, self._embedder
+        _ = self._passes
+        _ = self._embedder
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace each image of a table by its faces."""
         return next(self.stream([table]))
 
     def stream(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The tables' results in order. While the host has one in hand, the device has the next ones."""
+        """Replace the images of tables by their faces, in order.
+
+        While the host works on one table, the device works on the next ones.
+        """
         works: deque[Iterator[pa.Table | None]] = deque()
         for table in chain(tables, [None] * (_IN_FLIGHT - 1)):
-            works.append(iter((None,) * _IN_FLIGHT) if table is None else self._steps(table))
-            # The newest first: its search is queued before what comes of the searches before.
-            done = [next(work) for work in reversed(works)][-1]
+            works.append(iter((None,) * _IN_FLIGHT) if table is None else self._run_steps(table))
+            # The newest table first: its search is queued before the work that follows earlier searches.
+            results = [next(work) for work in reversed(works)]
             if len(works) == _IN_FLIGHT:
                 works.popleft()
-                if done is not None:
-                    yield done
+                oldest = results[-1]
+                if oldest is not None:
+                    yield oldest
 
-    def _steps(self, table: pa.Table) -> Iterator[pa.Table | None]:
-        """None whenever something is queued whose end is not to be waited for yet; at last the table."""
+    def _run_steps(self, table: pa.Table) -> Iterator[pa.Table | None]:
+        """Yield None each time work was queued that need not be waited for yet, and the resulting table at the end."""
         from facepipe.stages.resident.sampling import ResidentImages
 
-        inputs = _Images.of(table)
+        inputs = _ImageInputs.from_table(table)
         if not inputs.rows:
             yield from [None] * (_IN_FLIGHT - 1)
-            yield self._rows(table, Found.joined([]), None)
+            yield self._build_rows(table, FaceArrays.concatenate([]), None)
             return
         resident = ResidentImages.upload(inputs.pixels, self._uploads)
-        found = yield from self._looks.search(resident, inputs.pixels)
+        detected = yield from self._passes.search(resident, inputs.pixels)
         sizes = np.array([table[name].to_pylist() for name in ("width", "height")], np.float64).T
-        faces = full_size(found, Frames.of(inputs.frames), sizes[inputs.rows], self.detect.min_face)
-        queued = self._embedded(faces, inputs, resident) if len(faces.image) else None
-        del resident  # the images on the device go as soon as they have been read
+        view = FrameArrays.from_frames(inputs.frames)
+        faces = to_full_size(detected, view, sizes[inputs.rows], self.detect.min_face)
+        queued = self._queue_embedding(faces, inputs, resident) if len(faces.image) else None
+        del resident  # frees the images on the device as soon as they have been read
         yield None
-        yield self._rows(table, faces._replace(image=np.array(inputs.rows)[faces.image]), queued)
+        rows = np.array(inputs.rows)[faces.image]
+        yield self._build_rows(table, faces._replace(image=rows), queued)
 
-    def _embedded(self, faces: Found, inputs: _Images, resident: "ResidentImages") -> _Queued:
-        """Chips and vectors of the faces, queued."""
+    def _queue_embedding(self, faces: FaceArrays, inputs: _ImageInputs, resident: "ResidentImages") -> _QueuedFaces:
+        """Queue the cutting and embedding of faces."""
         import torch
 
         from facepipe.models.runtime.transfers import Download
-        from facepipe.stages.resident import cutting
+        from facepipe.stages.resident import chips as resident_chips
 
-        view = Frames.of(inputs.frames)
-        wanted = np.zeros(len(inputs.rows))
-        np.maximum.at(wanted, faces.image, np.minimum(1.0, cutting.wanted(self._layout, faces)))
-        again = np.array([data is not None for data in inputs.data], bool) & (view.scale < wanted)
-        there = ~again[faces.image] & cutting.on_device(self._layout)
-        mine, others = np.flatnonzero(there), np.flatnonzero(~there)
-        chips, order = [], [others]
-        if len(mine):
-            landmarks = view.from_full(faces.landmarks[mine].astype(np.float64), faces.image[mine])
-            cut, places = cutting.chips_of(self._layout, resident, faces.image[mine], landmarks)
-            chips, order = [cut], [mine[places], others]
-        if len(others):
-            made = self._by_host(faces, others, inputs, np.where(again, wanted, 0))
-            chips.append(cutting.uploaded(self._uploads, made))
-        joined = torch.cat(chips)
-        return _Queued(np.concatenate(order), Download(joined), Download(self._embedder(joined)))
+        view = FrameArrays.from_frames(inputs.frames)
+        # Images with too few pixels for one of their faces are decoded again, on the host.
+        required = np.zeros(len(inputs.rows))
+        scales = np.minimum(1.0, resident_chips.find_required_scales(self._layout, faces))
+        np.maximum.at(required, faces.image, scales)
+        has_data: Bool = np.array([data is not None for data in inputs.data], bool)
+        is_decoded_again = has_data & (view.scale < required)
+        is_on_device = ~is_decoded_again[faces.image] & resident_chips.can_cut_on_device(self._layout)
+        device_faces = np.flatnonzero(is_on_device)
+        host_faces = np.flatnonzero(~is_on_device)
+        chips: list[Tensor] = []
+        order = []
+        if len(device_faces):
+            image = faces.image[device_faces]
+            landmarks = view.from_full(faces.landmarks[device_faces].astype(np.float64), image)
+            cut = resident_chips.cut_aligned_chips(self._layout, resident, image, landmarks)
+            chips.append(cut.chips)
+            order.append(device_faces[cut.faces])
+        if len(host_faces):
+            host_chips = self._cut_on_host(faces, host_faces, inputs, np.where(is_decoded_again, required, 0))
+            chips.append(resident_chips.upload_chips(self._uploads, host_chips))
+            order.append(host_faces)
+        all_chips = torch.cat(chips)
+        return _QueuedFaces(np.concatenate(order), Download(all_chips), Download(self._embedder(all_chips)))
 
-    def _by_host(self, faces: Found, chosen: Int64, inputs: _Images, wanted: Float64) -> list[UInt8Image]:
-        """The chips of chosen faces as Align cuts them; wanted: by image the scale to decode again at, 0 for none."""
+    def _cut_on_host(self, faces: FaceArrays, chosen: Int64, inputs: _ImageInputs, scales: Float64) -> list[UInt8Image]:
+        """Cut chips as Align does.
 
-        def cut(image: int) -> list[UInt8Image]:
-            view, data = (inputs.pixels[image], inputs.frames[image]), inputs.data[image]
-            if wanted[image] and data is not None:
-                view = decode_larger(bytes(data), float(wanted[image]), view)
-            mine = chosen[faces.image[chosen] == image]
-            pairs = zip(faces.boxes[mine].astype(np.float64), faces.landmarks[mine].astype(np.float64), strict=True)
-            predict_points = self.align.predict_points
+        Args:
+            faces: all faces.
+            chosen: indices of the faces to cut, ascending.
+            inputs: the images.
+            scales: scale at which each image is decoded again; 0: use the pixels at hand.
+
+        Returns:
+            Chips of the chosen faces, in order.
+        """
+
+        def cut_image(image: int) -> list[UInt8Image]:
+            view = DecodedView(inputs.pixels[image], inputs.frames[image])
+            data = inputs.data[image]
+            if scales[image] and data is not None:
+                view = decode_larger(bytes(data), float(scales[image]), view)
+            of_image = chosen[faces.image[chosen] == image]
+            boxes = faces.boxes[of_image].astype(np.float64)
+            landmarks = faces.landmarks[of_image].astype(np.float64)
             return [
-                cut_chip(self._layout, *view, *face, square=self._square, predict_points=predict_points)
-                for face in pairs
+                cut_chip(
+                    self._layout,
+                    view.pixels,
+                    view.frame,
+                    box,
+                    points,
+                    square=self._square,
+                    predict_points=self.align.predict_points,
+                )
+                for box, points in zip(boxes, landmarks, strict=True)
             ]
 
-        return [chip for chips in self._each(cut, np.unique(faces.image[chosen]).tolist()) for chip in chips]
+        image_numbers = np.unique(faces.image[chosen]).tolist()
+        return [chip for chips in self._map(cut_image, image_numbers) for chip in chips]
 
-    def _rows(self, table: pa.Table, faces: Found, queued: _Queued | None) -> pa.Table:
-        """One row a face, or for an image without."""
+    def _build_rows(self, table: pa.Table, faces: FaceArrays, queued: _QueuedFaces | None) -> pa.Table:
+        """Wait for chips and vectors, and build one row per face, and one per image without faces.
+
+        Args:
+            table: one row per image.
+            faces: the faces, whose `image` is the row of the table.
+            queued: chips and vectors of the faces; None if there are no faces.
+        """
         chips: dict[int, UInt8Image] = {}
         raw = np.empty((0, EMBEDDING_DIM), np.float32)
         if queued is not None:
-            chips = dict(zip(queued.face.tolist(), queued.chips.wait(), strict=True))
-            raw = self._embedder.project(queued.vectors.wait()[np.argsort(queued.face)])
-        by_row: dict[int, list[AlignedFace | int]] = {n: [] for n in range(table.num_rows)}
-        values = zip(faces.image.tolist(), faces.ordinals().tolist(), *faces[1:], strict=True)
-        for f, (n, ordinal, box, points, score) in enumerate(values):
-            by_row[n].append(AlignedFace(n, ordinal, box, points, float(score), chips[f]))
-        before = table["status"].to_pylist()
-        status = [(OK if by_row[n] else NO_FACE) if was == OK else was for n, was in enumerate(before)]
-        aligned = [face for n, found in by_row.items() for face in found or [n]]
-        table = set_columns(table, {"status": pa.array(status, pa.string())})
-        valid = np.array([isinstance(face, AlignedFace) for face in aligned], bool)
-        return self.embed.build_rows(self.align.build_rows(table, aligned, self._each), valid, raw)
+            chips = dict(zip(queued.faces.tolist(), queued.chips.wait(), strict=True))
+            raw = self._embedder.project(queued.vectors.wait()[np.argsort(queued.faces)])
+        faces_by_row: dict[int, list[AlignedFace]] = {row: [] for row in range(table.num_rows)}
+        index_in_image = faces.number_faces().tolist()
+        for n, row in enumerate(faces.image.tolist()):
+            face = AlignedFace(
+                row, index_in_image[n], faces.boxes[n], faces.landmarks[n], float(faces.scores[n]), chips[n]
+            )
+            faces_by_row[row].append(face)
+        rows: list[AlignedFace | int] = []
+        statuses = []
+        for row, status in enumerate(table["status"].to_pylist()):
+            of_image = faces_by_row[row]
+            rows += of_image or [row]
+            statuses.append(NO_FACE if status == OK and not of_image else status)
+        table = set_columns(table, {"status": pa.array(statuses, pa.string())})
+        is_face = np.array([isinstance(face, AlignedFace) for face in rows], bool)
+        return self.embed.build_rows(self.align.build_rows(table, rows, self._map), is_face, raw)
 
     @property
-    def _each(self) -> MapFunction:
+    def _map(self) -> MapFunction:
         return self._pool.map if self.threads > 1 else map
 
     @cached_property
@@ -200,22 +276,23 @@ class FacesOnDevice:
 
         from facepipe.models.runtime.transfers import Uploads
 
-        return Uploads(torch.device(self.device), self._each)
+        return Uploads(torch.device(self.device), self._map)
 
     @cached_property
-    def _looks(self) -> "Looks":
+    def _passes(self) -> "DetectionPasses":
         from facepipe.models.zoo.networks import load_detector_net
-        from facepipe.stages.resident.passes import Capacity, Looks
+        from facepipe.stages.resident.passes import BatchCapacity, DetectionPasses
         from facepipe.stages.resident.retinaface import ResidentRetinaFace
 
-        finder = ResidentRetinaFace(*load_detector_net(self.detect.model), self.device, self.precision)
-        return Looks(self.detect, finder, self._uploads, Capacity(self.frames, self.candidates, self.faces))
+        net, channels = load_detector_net(self.detect.model)
+        detector = ResidentRetinaFace(net, channels, self.device, self.precision)
+        capacity = BatchCapacity(self.frames, self.candidates, self.faces)
+        return DetectionPasses(self.detect, detector, self._uploads, capacity)
 
     @cached_property
     def _embedder(self) -> "ChipEmbedder":
         from facepipe.models.zoo.networks import load_embedder_net
         from facepipe.stages.resident.embedding import ChipEmbedder
 
-        return ChipEmbedder(
-            load_embedder_net(self.embed.model), self.device, self.precision, self.embed.flip, self.chips
-        )
+        network = load_embedder_net(self.embed.model)
+        return ChipEmbedder(network, self.device, self.precision, self.embed.flip, self.chips)

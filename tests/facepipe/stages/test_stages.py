@@ -67,7 +67,7 @@ def test_vectors_without_a_direction_are_no_rows(broken: float, flip: bool, monk
         return np.where(wrong[:, None], np.float32(broken), right(self, given))
 
     monkeypatch.setattr(FakeEmbedder, "embed", last_broken)
-    with pytest.raises(ModelError, match="fake-embedder gives vectors that are not finite, or zero"):
+    with pytest.raises(ModelError, match="fake-embedder gives vectors that are zero or not finite"):
         embed(pa.table(rows))
 
 

@@ -121,7 +121,7 @@ def test_shrinking_keeps_places(width: int, height: int, size: int, x: float, y:
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[low[1] : high[1], low[0] : high[0]] = 255
     centre = (low + np.minimum(high, (width, height)) - 1) / 2
-    small, (sx, sy) = shrink_image(pixels, size)
+    small, sx, sy = shrink_image(pixels, size)
     assert max(small.shape[:2]) <= size or small is pixels
     rows, columns = small[..., 0].astype(float).sum(1), small[..., 0].astype(float).sum(0)
     if rows.sum() == 0:
