@@ -1,8 +1,8 @@
-"""Which images were in hand when a worker, or a whole run, died: small marks in the gallery that every runner can read.
+"""Crash marks: small files in the gallery that tell which images were in work when a worker, or a whole run, ended.
 
-An image that kills its worker twice, once in a block and once alone, is set aside: nothing is retried for ever. Marks
-outlive the run, since an image may take worker and driver down together, as where a pod runs out of memory. Then it is
-tried alone twice: a whole run has many reasons to die.
+Every runner can read them. An image that ends its worker twice, once in a block and once alone, is set aside: nothing
+is retried forever. Marks outlive the run, because an image may end worker and driver together, as when a pod runs out
+of memory. Such an image is tried alone twice: a whole run may end for many other reasons.
 """
 
 import os
@@ -15,114 +15,144 @@ from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
 
-_BLOCK, _IMAGE, _SUSPECTS = "block-", "image-", "suspects"
+_BLOCK = "block-"
+_IMAGE = "image-"
+_SUSPECTS = "suspects"
 _NAME = re.compile("[0-9a-f]{16}")
-_ALONE = 2  # runs that an image may take down while it is alone in hand
+_MAX_CRASHES = 2  # runs that an image may end while it is in work alone
 
 
 class CrashMarks:
-    """A folder of marks: a mark is there while its work is in hand, so one that is found tells of a crash.
-
-    suspects: names of images that were in hand when an earlier run died, and how often they were alone then.
-    """
+    """A folder of marks. A mark exists while its work is going on, so a mark that is found tells of a crash."""
 
     def __init__(self, folder: str):
         self._folder = folder
 
     @cached_property
     def suspects(self) -> dict[str, int]:
-        """From the runs before this one."""
-        return _suspects(_read(storage.join(os.path.dirname(self._folder), _SUSPECTS)))
+        """Images that were in work when an earlier run ended, by name; and how many runs each ended while alone."""
+        return _parse_suspects(_read_mark(storage.join(os.path.dirname(self._folder), _SUSPECTS)))
 
     @contextmanager
     def mark_block(self, number: int, uris: Sequence[str]) -> Iterator[bool]:
-        """Mark a block as in hand; yields whether a worker died on it, or a run on one of its images."""
-        mark, names = storage.join(self._folder, f"{_BLOCK}{number}"), [_name(uri) for uri in uris]
-        crashed = storage.file_exists(mark) or any(name in self.suspects for name in names)
-        _write(mark, "\n".join(names))
-        yield crashed
-        if crashed:
+        """Mark a block as in work.
+
+        Args:
+            number: number of the block.
+            uris: its images.
+
+        Yields:
+            Whether a worker crashed on the block, or a run on one of its images.
+        """
+        mark = storage.join(self._folder, f"{_BLOCK}{number}")
+        names = [_name_image(uri) for uri in uris]
+        has_crashed = storage.file_exists(mark) or any(name in self.suspects for name in names)
+        _write_mark(mark, "\n".join(names))
+        yield has_crashed
+        if has_crashed:
             for name in names:
                 storage.delete(storage.join(self._folder, _IMAGE + name))
         storage.delete(mark)
 
     @contextmanager
     def mark_image(self, uri: str) -> Iterator[bool]:
-        """Mark one image as in hand; yields whether a worker died on it. The mark of one that crashed stays."""
-        name = _name(uri)
+        """Mark an image as in work alone. The mark of an image that crashed stays.
+
+        Yields:
+            Whether a worker crashed on the image.
+        """
+        name = _name_image(uri)
         mark = storage.join(self._folder, _IMAGE + name)
-        deaths = self.suspects.get(name, 0)
-        crashed = storage.file_exists(mark) or deaths >= _ALONE
-        if not crashed:
-            _write(mark, str(deaths))
-        yield crashed
-        if not crashed:
+        crashes = self.suspects.get(name, 0)
+        has_crashed = storage.file_exists(mark) or crashes >= _MAX_CRASHES
+        if not has_crashed:
+            _write_mark(mark, str(crashes))
+        yield has_crashed
+        if not has_crashed:
             storage.delete(mark)
 
 
 def inherit_crash_marks(runs: str, run: str) -> int:
-    """Hand what earlier runs left in hand to a new one, and delete their marks; how many images are suspect.
+    """Carry over images that were in work when earlier runs ended, and delete the marks of these runs.
 
-    runs: the gallery's folder of runs; no other run may be alive.
+    Args:
+        runs: the gallery's folder of runs. No other run may be going on.
+        run: id of the new run.
+
+    Returns:
+        Number of suspect images.
     """
-    marks = [found.url for found in storage.list_files(runs) if _part_of(runs, found.url)[1:]]
+    marks = [entry.url for entry in storage.list_files(runs) if _split_relative(runs, entry.url)[1:]]
     suspects: dict[str, int] = {}
     for path in marks:
-        name, text = path.rsplit("/", 1)[1], _read(path)
-        if name.startswith(_BLOCK):
-            found = dict.fromkeys(filter(_NAME.fullmatch, text.splitlines()), 0)
-        elif name.startswith(_IMAGE):
-            found = {name.removeprefix(_IMAGE): 1 + _count(text)}
-        else:
-            found = _suspects(text)
-        suspects |= {name: max(deaths, suspects.get(name, 0)) for name, deaths in found.items()}
+        for name, crashes in _read_suspects(path).items():
+            suspects[name] = max(crashes, suspects.get(name, 0))
+    # Write the new list before the marks that it is made from are deleted.
     if suspects:
-        lines = (f"{name} {deaths}" for name, deaths in sorted(suspects.items()))
-        _write(storage.join(runs, run, _SUSPECTS), "\n".join(lines))
+        lines = (f"{name} {crashes}" for name, crashes in sorted(suspects.items()))
+        _write_mark(storage.join(runs, run, _SUSPECTS), "\n".join(lines))
     for path in marks:
-        if _part_of(runs, path)[0] != run:
+        if _split_relative(runs, path)[0] != run:
             storage.delete(path)
     delete_crash_marks(runs, keep=run)
     return len(suspects)
 
 
-def delete_crash_marks(runs: str, keep: str = "", inherited: str = "") -> None:
-    """Delete all marks but those of one run; records of runs, which are files of the folder itself, stay.
+def _read_suspects(path: str) -> dict[str, int]:
+    """Read the suspects that a mark tells of, and their crashes while they were alone."""
+    file_name = path.rsplit("/", 1)[1]
+    text = _read_mark(path)
+    if file_name.startswith(_BLOCK):
+        return {line: 0 for line in text.splitlines() if _NAME.fullmatch(line)}
+    if file_name.startswith(_IMAGE):
+        return {file_name.removeprefix(_IMAGE): 1 + _parse_count(text)}
+    return _parse_suspects(text)
 
-    inherited: a run that did not come to its end, whose suspects the next one is to know.
+
+def delete_crash_marks(runs: str, keep: str = "", inherited: str = "") -> None:
+    """Delete all marks but those of one run. Records of runs, which are files of the folder itself, stay.
+
+    Args:
+        runs: the gallery's folder of runs.
+        keep: id of the run whose marks stay.
+        inherited: id of a run that did not finish. Its list of suspects stays for the next run.
     """
-    for found in list(storage.list_files(runs)):
-        parts = _part_of(runs, found.url)
+    for entry in list(storage.list_files(runs)):
+        parts = _split_relative(runs, entry.url)
         if len(parts) > 1 and parts[0] != keep and parts != [inherited, _SUSPECTS]:
-            storage.delete(found.url)
+            storage.delete(entry.url)
     storage.delete_empty_folders(runs, keep=keep)
 
 
-def _suspects(text: str) -> dict[str, int]:
-    """Of a file that may be cut short: a full disk, a crash."""
-    lines = (line.split(" ") for line in text.splitlines())
-    return {words[0]: _count(words[1]) for words in lines if len(words) == 2 and _NAME.fullmatch(words[0])}
+def _parse_suspects(text: str) -> dict[str, int]:
+    """Parse a list of suspects. It may be cut short by a full disk or a crash."""
+    suspects = {}
+    for line in text.splitlines():
+        words = line.split(" ")
+        if len(words) == 2 and _NAME.fullmatch(words[0]):
+            suspects[words[0]] = _parse_count(words[1])
+    return suspects
 
 
-def _count(text: str) -> int:
+def _parse_count(text: str) -> int:
     return int(text) if text.isdecimal() and len(text) < 9 else 0
 
 
-def _part_of(base: str, path: str) -> list[str]:
+def _split_relative(base: str, path: str) -> list[str]:
     return path.removeprefix(base.rstrip("/") + "/").split("/")
 
 
-def _name(uri: str) -> str:
+def _name_image(uri: str) -> str:
     return f"{hash64(uri):016x}"
 
 
-def _write(path: str, text: str) -> None:
-    """Not synced to disk as other files are: a mark need not outlive the machine, only the process."""
+def _write_mark(path: str, text: str) -> None:
+    """Write a mark. It is not synced to disk like other files: it must outlive the process, not the machine."""
     storage.make_parent_folder(path)
     storage.write(path, text.encode("ascii"), sync=False)
 
 
-def _read(path: str) -> str:
+def _read_mark(path: str) -> str:
     try:
         return storage.read(path.encode()).decode("ascii", "replace")
     except StorageError:

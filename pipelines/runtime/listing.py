@@ -1,4 +1,4 @@
-"""What a listing would bring, counted and not read: for dry runs."""
+"""What a run would find in a source, counted without reading an image: for dry runs."""
 
 from facepipe.gallery.known import KnownImages
 from facepipe.sources import Source
@@ -9,12 +9,22 @@ VERDICTS = ("new", "changed", "skipped", "repeated", "erased")
 
 
 def count_listed(source: Source, known: KnownImages) -> Counts:
-    """What `embed` would find in a source: images by what would be done with them."""
+    """Count the images of a source by what `embed` would do with them.
+
+    Args:
+        source: the source.
+        known: images of the gallery.
+
+    Returns:
+        Images by verdict, and files that are not images as `ignored`.
+    """
     counts = dict.fromkeys((*VERDICTS, "ignored"), 0)
     for block in cut_blocks(source, known, BlockSize()):
         changed = block.items.num_rows - block.items["previous"].null_count
         counts["changed"] += changed
         counts["new"] += block.items.num_rows - changed
-        for name in ("skipped", "repeated", "erased", "ignored"):
-            counts[name] += getattr(block, name)
+        counts["skipped"] += block.skipped
+        counts["repeated"] += block.repeated
+        counts["erased"] += block.erased
+        counts["ignored"] += block.ignored
     return counts

@@ -1,4 +1,4 @@
-"""How a chain of stages is laid out over workers: data that a runner reads, computed from what the machines have."""
+"""How a chain of stages is spread over workers: data that a runner reads, computed from what the machines have."""
 
 import os
 from dataclasses import dataclass
@@ -9,13 +9,18 @@ from facepipe.models.runtime.device import count_gpus
 
 Layout = Literal["fused", "split"]
 STAGES = ("read", "decode", "detect", "align", "embed")
+_DECODING_STAGES = STAGES[:2]
+_MODEL_STAGES = STAGES[2:]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs to be used, over all machines.
+    """CPUs and GPUs to use, over all machines.
 
-    cpus_per_gpu: CPUs to each GPU on the machine where they are fewest; None: all are on one machine
+    Attributes:
+        cpus: number of CPUs
+        gpus: number of GPUs
+        cpus_per_gpu: CPUs per GPU on the machine that has the fewest; None if all are on one machine
     """
 
     cpus: int
@@ -25,7 +30,14 @@ class Resources:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """Stages that share a worker, how many such workers there are, and what each occupies."""
+    """Stages that share a worker, and the workers that run them.
+
+    Attributes:
+        stages: names of the stages, in order
+        workers: number of workers
+        cpus: CPUs per worker
+        gpus: GPUs per worker
+    """
 
     stages: tuple[str, ...]
     workers: int
@@ -34,61 +46,80 @@ class WorkerGroup:
 
     @property
     def threads(self) -> int:
-        """Threads a worker may use."""
+        """Threads that a worker may use."""
         return max(1, int(self.cpus))
 
     @property
     def batch(self) -> int:
-        """Images a worker holds decoded at a time: on a GPU enough of each common shape to fill a batch there."""
+        """Images that a worker holds decoded at a time. On a GPU they fill a batch of each common shape."""
         return 256 if self.gpus else 16
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """Groups in the order of the chain; work items enter the first, the last writes."""
+    """Groups of workers in the order of the chain. Work items enter the first group, and the last group writes.
+
+    Attributes:
+        groups: the groups
+    """
 
     groups: tuple[WorkerGroup, ...]
 
     @property
     def workers(self) -> int:
-        """Workers of the widest group."""
+        """Number of workers of the largest group."""
         return max(group.workers for group in self.groups)
 
     @property
     def largest_block(self) -> int:
-        """Images of one unit of work at most."""
+        """Maximum number of images per unit of work."""
         return 4096 if any(group.gpus for group in self.groups) else 512
 
 
 def make_plan(resources: Resources, workers: int | None = None, layout: Layout = "fused") -> WorkerPlan:
-    """Without a GPU one single-threaded worker a CPU runs the whole chain: work items travel, pixels never do.
+    """Spread the stages over workers.
 
-    With GPUs one worker a GPU does, with an equal share of the CPUs for decoding. `split` instead gives reading and
-    decoding to CPU workers and the models to GPU workers, for machines whose CPUs are elsewhere than their GPUs.
+    Without GPUs, one single-threaded worker per CPU runs the whole chain: work items travel, pixels never do. With
+    GPUs, one worker per GPU does, with an equal share of the CPUs for decoding.
+
+    Args:
+        resources: what the machines have.
+        workers: number of workers; default: one per CPU, or one per GPU.
+        layout: `split` gives reading and decoding to CPU workers and the models to GPU workers, for clusters whose CPUs
+            are not on the machines with GPUs.
+
+    Raises:
+        ConfigError: The layout needs GPUs, and there are none.
     """
-    cpus, devices = resources.cpus, resources.gpus
-    if devices == 0:
+    if resources.gpus == 0:
         if layout == "split":
-            raise ConfigError("run.layout=split puts the models on GPUs, and there is none")
-        return WorkerPlan((WorkerGroup(STAGES, workers or max(1, cpus), 1),))
+            raise ConfigError("run.layout=split needs GPUs, and there are none: set run.layout=fused")
+        return WorkerPlan((WorkerGroup(STAGES, workers or max(1, resources.cpus), 1),))
     if layout == "fused":
-        count = min(workers or devices, devices)
-        each = max(1, cpus // count)
-        # A worker that asks for more CPUs than its GPU's machine has would be waited for in vain.
-        return WorkerPlan(
-            (
-                WorkerGroup(
-                    STAGES, count, each if resources.cpus_per_gpu is None else min(each, resources.cpus_per_gpu), 1
-                ),
-            )
-        )
-    decoders = max(1, workers or cpus - devices)
-    # The same, where decoders have taken the CPUs of a GPU's machine: on several machines GPU workers ask for none.
-    left = max(0, (cpus - decoders) // devices) if resources.cpus_per_gpu is None else 0
-    return WorkerPlan((WorkerGroup(STAGES[:2], decoders, 1), WorkerGroup(STAGES[2:], devices, left, 1)))
+        return WorkerPlan((_make_gpu_group(resources, workers),))
+    return _make_split_plan(resources, workers)
+
+
+def _make_gpu_group(resources: Resources, workers: int | None) -> WorkerGroup:
+    """Make the group of workers that run all stages, each with a GPU."""
+    count = min(workers or resources.gpus, resources.gpus)
+    cpus = max(1, resources.cpus // count)
+    if resources.cpus_per_gpu is not None:
+        # Ray would wait forever for a machine that has more CPUs per GPU than any.
+        cpus = min(cpus, resources.cpus_per_gpu)
+    return WorkerGroup(STAGES, count, cpus, 1)
+
+
+def _make_split_plan(resources: Resources, workers: int | None) -> WorkerPlan:
+    """Make a group of workers that decode, and one of workers that run the models, each with a GPU."""
+    decoders = max(1, workers or resources.cpus - resources.gpus)
+    # On several machines GPU workers request no CPUs: decoders may have taken all CPUs of a GPU's machine.
+    is_one_machine = resources.cpus_per_gpu is None
+    cpus = max(0, (resources.cpus - decoders) // resources.gpus) if is_one_machine else 0
+    return WorkerPlan((WorkerGroup(_DECODING_STAGES, decoders, 1), WorkerGroup(_MODEL_STAGES, resources.gpus, cpus, 1)))
 
 
 def detect_local_resources() -> Resources:
-    """CPUs this process may use, and GPUs that torch sees."""
+    """Count the CPUs that this process may use, and the GPUs that torch sees."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Resources(cpus, count_gpus())

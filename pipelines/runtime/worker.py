@@ -1,4 +1,4 @@
-"""What runs on a worker: a chain of stages over one block, and the part that it leaves in the gallery."""
+"""What runs on a worker: a chain of stages over one block of images, and the part that it writes to the gallery."""
 
 import os
 import sys
@@ -16,13 +16,22 @@ from facepipe.stages import Chain
 from facepipe.storage.redact import redact
 from pipelines.runtime.crash_marks import CrashMarks
 
+_DEVICE_FAULT = 70  # exit code of a worker that ends itself
+
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """Everything a worker needs to know; small, and picklable.
+    """Everything that a worker needs to know. It is small, and can be pickled.
 
-    stages: the ones this worker runs; writes: whether they are the chain's last, so that rows become a part in
-    `faces_folder`; marks_folder: folder of the crash marks; source: name of the corpus; ahead: as in `Chain`.
+    Attributes:
+        stages: stages that the worker runs
+        batch: images per batch of the chain
+        writes: whether these are the last stages, so that their rows become a part in `faces_folder`
+        run: id of the run
+        source: name of the source
+        faces_folder: folder of the gallery's table
+        marks_folder: folder of the run's crash marks
+        ahead: number of stages that work ahead of a device, as in `Chain`
     """
 
     stages: tuple[Any, ...]
@@ -36,29 +45,47 @@ class WorkerJob:
 
 
 class BlockWorker:
-    """Runs a job's stages on blocks. One bad image never costs the others: after a crash images go one by one."""
+    """Run a job's stages on blocks.
+
+    One bad image does not cost the others: after a crash, the images of a block run one by one.
+    """
 
     def __init__(self, job: WorkerJob):
         self.job = job
         self._chain = Chain(job.stages, job.batch, job.ahead)
-        self._attempts = CrashMarks(f"{job.marks_folder}/{'-'.join(type(s).__name__ for s in job.stages)}")
+        stage_names = "-".join(type(stage).__name__ for stage in job.stages)
+        self._crash_marks = CrashMarks(f"{job.marks_folder}/{stage_names}")
 
     def setup(self) -> None:
         """Load the models."""
         self._chain.setup()
 
     def __call__(self, block: Block) -> Block | PartRecord:
-        """A record where this worker writes, else the block with the rows that its stages made."""
+        """Run the stages on a block.
+
+        Returns:
+            The record of a written part; or, if this worker does not write, the block with the rows of its stages.
+
+        Raises:
+            AccountingError: The stages lost or added an image.
+        """
         self._chain.seconds.clear()
-        if block.items.num_rows == 0:
-            rows = None
-        else:
-            with self._attempts.mark_block(block.number, block.items["uri"].to_pylist()) as crashed:
-                rows = self._one_by_one(block) if crashed else self._whole(block)
+        rows = None
+        if block.items.num_rows > 0:
+            uris = block.items["uri"].to_pylist()
+            with self._crash_marks.mark_block(block.number, uris) as has_crashed:
+                rows = self._run_one_by_one(block) if has_crashed else self._run_block(block)
         if not self.job.writes:
             return replace(block, rows=rows)
-        counts = {name: getattr(block, name) for name in ("skipped", "repeated", "ignored", "erased", "last")}
-        record = PartRecord(block.number, **counts, seconds=dict(self._chain.seconds))
+        record = PartRecord(
+            block.number,
+            skipped=block.skipped,
+            repeated=block.repeated,
+            ignored=block.ignored,
+            erased=block.erased,
+            last=block.last,
+            seconds=dict(self._chain.seconds),
+        )
         if rows is not None:
             table = add_shared_columns(rows, self.job.source)
             write_part(table, block.items, self.job.faces_folder, self.job.run, record)
@@ -66,46 +93,56 @@ class BlockWorker:
                 raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
         return record
 
-    def _whole(self, block: Block) -> pa.Table:
+    def _run_block(self, block: Block) -> pa.Table:
+        """Run the stages on a whole block; if one fails, on its images one by one."""
         try:
             return self._chain(block.items if block.rows is None else block.rows)
         except FacepipeError:
             raise
         except Exception as error:
-            self._distrust(error)
-            return self._one_by_one(block)
+            self._exit_after_device_fault(error)
+            return self._run_one_by_one(block)
 
-    def _distrust(self, error: Exception) -> None:
-        """After a device fault every later call fails as well: end the process, so that a fresh one tries again.
+    def _exit_after_device_fault(self, error: Exception) -> None:
+        """End the process if a device failed, so that a new one tries again: every later call would fail too.
 
-        The marks that stay behind tell it what was in hand.
+        The crash marks stay, and tell the new process what was being worked on.
         """
-        on_gpu = any(str(getattr(stage, "device", "cpu")).startswith("cuda") for stage in self.job.stages)
-        if on_gpu and type(error).__name__ != "OutOfMemoryError":
+        uses_gpu = any(str(getattr(stage, "device", "cpu")).startswith("cuda") for stage in self.job.stages)
+        if uses_gpu and type(error).__name__ != "OutOfMemoryError":
             print(f"facepipe worker: {type(error).__name__}: {redact(str(error))[:300]}", file=sys.stderr, flush=True)
-            os._exit(70)
+            os._exit(_DEVICE_FAULT)
 
-    def _one_by_one(self, block: Block) -> pa.Table:
-        """Every image alone; one that kills the worker, or fails in a way no stage foresaw, becomes a row `crashed`."""
-        table = block.items if block.rows is None else block.rows
+    def _run_one_by_one(self, block: Block) -> pa.Table:
+        """Run the stages on each image alone.
+
+        An image that kills the worker, or fails in a way that no stage expects, becomes a row with status `crashed`.
+        """
         parts: list[pa.Table] = []
         failures: list[Exception] = []
         for n, uri in enumerate(block.items["uri"].to_pylist()):
-            items = block.items.slice(n, 1)
-            with self._attempts.mark_image(uri) as crashed:
-                if crashed:
-                    parts.append(make_status_rows(items, CRASHED, "the worker died twice on this image"))
+            item = block.items.slice(n, 1)
+            with self._crash_marks.mark_image(uri) as has_crashed:
+                if has_crashed:
+                    parts.append(make_status_rows(item, CRASHED, "the worker died twice on this image"))
                     continue
                 try:
-                    mine = table.slice(n, 1) if block.rows is None else table.filter(pc.equal(table["uri"], uri))
-                    parts.append(self._chain(mine))
+                    parts.append(self._chain(_select_image(block, n, uri)))
                 except FacepipeError:
                     raise
                 except Exception as error:
-                    self._distrust(error)
+                    self._exit_after_device_fault(error)
                     failures.append(error)
                     reason = f"{type(error).__name__}: {redact(str(error))[:160]}"
-                    parts.append(make_status_rows(items, CRASHED, reason))
+                    parts.append(make_status_rows(item, CRASHED, reason))
         if len(failures) == len(parts) > 1:
-            raise failures[0]  # not the images' fault
+            # If every image fails, the images are not the cause.
+            raise failures[0]
         return pa.concat_tables(parts, promote_options="default")
+
+
+def _select_image(block: Block, n: int, uri: str) -> pa.Table:
+    """Select the rows of the n-th image. Earlier stages may have made several rows of it."""
+    if block.rows is None:
+        return block.items.slice(n, 1)
+    return block.rows.filter(pc.equal(block.rows["uri"], uri))

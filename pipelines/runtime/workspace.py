@@ -1,4 +1,4 @@
-"""Where a report is made: a folder beside the final one, which takes its place when everything is in it."""
+"""The folder that a report is made in: it lies beside the final folder, and replaces it when it is complete."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ REPORTS = "reports"
 
 
 def locate_reports(gallery: Gallery) -> str:
-    """The folder of a gallery's reports on this machine."""
+    """Return the folder of a gallery's reports on this machine."""
     return open_store(gallery.path, REPORTS).folder
 
 
@@ -23,27 +23,38 @@ def locate_reports(gallery: Gallery) -> str:
 def open_report_folder(
     gallery: Gallery, name: str, progress: Callable[[str], None] = lambda line: None
 ) -> Iterator[str]:
-    """A folder to write a report into; it becomes GALLERY/reports/NAME when the block ends without an error.
+    """Open a folder for writing a report. It becomes GALLERY/reports/NAME if the `with` block ends without an error.
 
-    One run at a time makes reports. What an interrupted run left is there to go on from. Of a gallery in an object
-    store the report before is fetched first, and the new one is uploaded; readers may see some files of either then.
+    One run at a time makes reports. Files of an interrupted run are still in the folder, so that you can resume from
+    them. If the gallery is in an object store, the previous report is fetched first, and the new one is uploaded.
+    Readers may see some files of either meanwhile.
+
+    Args:
+        gallery: the gallery.
+        name: name of the report.
+        progress: called with a line of text while another run is waited for.
+
+    Raises:
+        StorageError: The folder cannot be written.
     """
     with hold_lease(join(gallery.path, REPORTS), "reports", progress) as lease:
         store = open_store(gallery.path, f"{REPORTS}/{name}")
         final = store.folder
-        partial, old = final + ".partial", final + ".old"
+        partial = final + ".partial"
+        previous = final + ".old"
         try:
-            if os.path.isdir(old) and not os.path.isdir(final):
-                os.rename(old, final)  # a run ended between the two renames below
+            if os.path.isdir(previous) and not os.path.isdir(final):
+                os.rename(previous, final)  # a run ended between the two renames below
             store.pull()
             os.makedirs(partial, exist_ok=True)
             yield partial
             lease.check()
-            shutil.rmtree(old, ignore_errors=True)
+            # Move the previous report away, and the new one into its place.
+            shutil.rmtree(previous, ignore_errors=True)
             if os.path.isdir(final):
-                os.rename(final, old)
+                os.rename(final, previous)
             os.rename(partial, final)
             store.push(last="report.html")
         except OSError as error:
             raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Who calls the workers: this process, a pool of processes on this machine, or Ray."""
+"""Runners, which call the workers: in this process, in a pool of processes on this machine, or on Ray."""

@@ -13,11 +13,15 @@ from pipelines.runtime.worker import BlockWorker
 
 
 def main(fd: int) -> None:
-    """Serve blocks from the driver until it closes the connection, or is gone."""
-    logs.install_excepthook()  # what is raised below is shown without credentials
+    """Process blocks from the driver until it closes the connection or ends.
+
+    Args:
+        fd: file descriptor of the connection.
+    """
+    logs.install_excepthook()  # an error that is raised below is shown without credentials
     connection = Connection(fd)
     try:
-        _serve(connection)
+        _serve_blocks(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except FacepipeError as error:
@@ -27,7 +31,8 @@ def main(fd: int) -> None:
         raise
 
 
-def _serve(connection: Connection) -> None:
+def _serve_blocks(connection: Connection) -> None:
+    """Receive the job, then blocks, and send a record for each block."""
     worker = BlockWorker(pickle.loads(connection.recv_bytes()))
     worker.setup()
     connection.send_bytes(pickle.dumps(("ready", None)))

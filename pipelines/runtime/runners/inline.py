@@ -1,4 +1,4 @@
-"""Everything in this process: for tests, notebooks and debugging."""
+"""Run everything in this process: for tests, notebooks and debugging."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -8,7 +8,7 @@ from pipelines.runtime.worker import BlockWorker, WorkerJob
 
 
 def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob) -> Iterator[PartRecord]:
-    """Records of the blocks, in order."""
+    """Yield the records of the blocks, in order."""
     worker = BlockWorker(job)
     worker.setup()
     for block in blocks():

@@ -1,4 +1,4 @@
-"""A pool of processes on this machine. A process that dies is replaced, and its block is given to the next one."""
+"""Run a pool of processes on this machine. If a process crashes, a new one replaces it, and its block is retried."""
 
 import os
 import pickle
@@ -18,84 +18,116 @@ from pipelines.runtime.plan import WorkerGroup
 from pipelines.runtime.worker import WorkerJob
 
 _BLOCKS_AHEAD = 2
-_MAX_STILLBIRTHS = 4  # deaths before a worker is ready; later ones set a mark each, and so come to an end
+# Crashes in a row before a worker is ready. Later crashes leave a mark each, so that they come to an end.
+_MAX_FAILED_STARTS = 4
 _POLL_SECONDS = 0.05
 
 
-class _Child:
-    """One worker process and the block it has in hand."""
+class _ChildProcess:
+    """A worker process, and the block that it works on."""
 
     def __init__(self, job: bytes, group: WorkerGroup, number: int):
         self.number = number
-        self.connection, theirs = Pipe()
-        command = [sys.executable, "-m", "pipelines.runtime.runners.child", str(theirs.fileno())]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        environment["OMP_NUM_THREADS"] = str(group.threads)
-        if group.gpus:
-            given = os.environ.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = given.split(",")[number].strip() if given else str(number)
-        # A session of its own: Ctrl-C goes to the driver, which decides what becomes of the blocks in hand.
+        self.connection, child_end = Pipe()
+        command = [sys.executable, "-m", "pipelines.runtime.runners.child", str(child_end.fileno())]
+        # Ctrl-C goes to the driver, which decides what happens to the blocks: the process has a session of its own.
         self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[child_end.fileno()],
+            env=_build_environment(group, number),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        theirs.close()
+        child_end.close()
         self.block: Block | None = None
-        self.ready = False
+        self.is_ready = False
         self._send(job)
 
-    def give(self, block: Block) -> None:
+    def send_block(self, block: Block) -> None:
+        """Send the next block."""
         self.block = block
         self._send(pickle.dumps(encode_block(block)))
 
     def _send(self, data: bytes) -> None:
-        with suppress(OSError):  # where it died, the pool finds out when it reads
+        # If the process has crashed, the pool notices when it reads.
+        with suppress(OSError):
             self.connection.send_bytes(data)
 
     def stop(self) -> None:
+        """End the process, and wait for its end."""
         self.connection.close()
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait()
 
 
+def _build_environment(group: WorkerGroup, number: int) -> dict[str, str]:
+    """Build the environment of a worker process: this one's imports, its threads, and one GPU."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["OMP_NUM_THREADS"] = str(group.threads)
+    if group.gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number].strip() if visible else str(number)
+    return environment
+
+
 def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob, group: WorkerGroup) -> Iterator[PartRecord]:
-    """Records of the blocks as they are finished. Raises what a worker raised; WorkerError when workers only die."""
-    pool = _Pool(pickle.dumps(job), group)
-    listing = _Ahead(blocks())
+    """Yield the records of blocks as workers finish them.
+
+    Args:
+        blocks: lists the blocks.
+        job: what each worker runs.
+        group: number of workers, and what each uses.
+
+    Raises:
+        FacepipeError: A worker raised it.
+        WorkerError: A worker failed in another way, or workers crash before they are ready.
+    """
+    pool = _ProcessPool(pickle.dumps(job), group)
+    listing = _ListingThread(blocks())
     try:
-        yield from pool.records(listing)
+        yield from pool.run_blocks(listing)
     finally:
         pool.stop()
         listing.stop()
 
 
-class _Pool:
-    def __init__(self, job: bytes, group: WorkerGroup):
-        self._job, self._group = job, group
-        self._children: list[_Child] = []
-        self._again: deque[Block] = deque()
-        self._stillbirths = 0
+class _ProcessPool:
+    """The worker processes, and the blocks to retry."""
 
-    def records(self, listing: "_Ahead") -> Iterator[PartRecord]:
-        self._children = [_Child(self._job, self._group, n) for n in range(self._group.workers)]
+    def __init__(self, job: bytes, group: WorkerGroup):
+        self._job = job
+        self._group = group
+        self._children: list[_ChildProcess] = []
+        self._retries: deque[Block] = deque()
+        self._failed_starts = 0
+
+    def run_blocks(self, listing: "_ListingThread") -> Iterator[PartRecord]:
+        """Send blocks to idle workers, and yield records as they come, until all blocks are finished."""
+        self._children = [_ChildProcess(self._job, self._group, n) for n in range(self._group.workers)]
         while True:
             for child in self._children:
-                if child.ready and child.block is None and (block := self._next(listing)) is not None:
-                    child.give(block)
-            busy = any(child.block is not None for child in self._children)
-            if listing.exhausted and not self._again and not busy:
+                if child.is_ready and child.block is None:
+                    block = self._get_next_block(listing)
+                    if block is not None:
+                        child.send_block(block)
+            is_busy = any(child.block is not None for child in self._children)
+            if listing.exhausted and not self._retries and not is_busy:
                 return
-            by_connection = {child.connection: child for child in self._children}
-            for connection in wait(list(by_connection), None if listing.exhausted else _POLL_SECONDS):
+            # While the source is being listed, look for new blocks again soon.
+            timeout = None if listing.exhausted else _POLL_SECONDS
+            child_by_connection = {child.connection: child for child in self._children}
+            for connection in wait(list(child_by_connection), timeout):
                 assert isinstance(connection, Connection)
-                record = self._receive(by_connection[connection])
+                record = self._receive(child_by_connection[connection])
                 if record is not None:
                     yield record
 
-    def _next(self, listing: "_Ahead") -> Block | None:
-        return self._again.popleft() if self._again else listing.next()
+    def _get_next_block(self, listing: "_ListingThread") -> Block | None:
+        return self._retries.popleft() if self._retries else listing.get_next()
 
-    def _receive(self, child: _Child) -> PartRecord | None:
+    def _receive(self, child: _ChildProcess) -> PartRecord | None:
+        """Receive a message of a worker; return the record if it is one."""
         try:
             kind, value = pickle.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
@@ -105,31 +137,33 @@ class _Pool:
             if isinstance(value, FacepipeError):
                 raise value
             raise WorkerError(f"a worker failed: {value}")
-        child.ready = True
+        child.is_ready = True
         if kind != "record":
             return None
         child.block = None
         return PartRecord.from_json(value)
 
-    def _replace(self, child: _Child) -> None:
+    def _replace(self, child: _ChildProcess) -> None:
+        """Replace a crashed worker, and retry its block."""
         child.stop()
-        self._stillbirths = 0 if child.ready else self._stillbirths + 1
-        if self._stillbirths >= _MAX_STILLBIRTHS:
+        self._failed_starts = 0 if child.is_ready else self._failed_starts + 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
             raise WorkerError(
-                f"workers die before they are ready (the last with exit code {child.process.returncode}); "
-                "is there enough memory? run.workers sets how many there are"
+                f"workers crash before they are ready (the last with exit code {child.process.returncode}). If memory "
+                "is short, set a smaller run.workers"
             )
         if child.block is not None:
-            self._again.append(child.block)
-        self._children[self._children.index(child)] = _Child(self._job, self._group, child.number)
+            self._retries.append(child.block)
+        self._children[self._children.index(child)] = _ChildProcess(self._job, self._group, child.number)
 
     def stop(self) -> None:
+        """End all workers."""
         for child in self._children:
             child.stop()
 
 
-class _Ahead:
-    """Lists in a thread, a few blocks ahead of the workers."""
+class _ListingThread:
+    """A thread that lists blocks, a few ahead of the workers."""
 
     def __init__(self, blocks: Iterable[Block]):
         self.exhausted = False
@@ -139,6 +173,7 @@ class _Ahead:
         self._thread.start()
 
     def _fill(self, blocks: Iterable[Block]) -> None:
+        """Queue all blocks, then None; or the error that ended the listing."""
         try:
             for block in blocks:
                 if self._stopped:
@@ -148,19 +183,19 @@ class _Ahead:
         except BaseException as error:
             self._queue.put(error)
 
-    def next(self) -> Block | None:
-        """The next block, or None where none is ready (yet, or any more: `exhausted`)."""
+    def get_next(self) -> Block | None:
+        """Return the next block. None: there is none yet, or no more (`exhausted`)."""
         try:
-            found = self._queue.get_nowait()
+            block = self._queue.get_nowait()
         except Empty:
             return None
-        if isinstance(found, BaseException):
-            raise found
-        self.exhausted = found is None
-        return found
+        if isinstance(block, BaseException):
+            raise block
+        self.exhausted = block is None
+        return block
 
     def stop(self) -> None:
-        """End the thread, or leave it behind (it is a daemon) where the listing itself hangs."""
+        """End the thread. If the listing itself hangs, leave the thread behind: it is a daemon."""
         self._stopped = True
         with suppress(Empty):
             while True:

@@ -1,10 +1,10 @@
-"""Ray Data: the listing streams out of one task that needs no CPU, blocks pass pools of actors, records come back.
+"""Run on Ray Data: blocks stream out of one listing task, pass through pools of actors, and records come back.
 
-Only blocks of work items travel (and, in a split plan, what the first group made of them). Ray retries a lost actor's
-block for ever; the crash marks in the gallery see to it that one image cannot make use of that.
+Only blocks of work items travel, and in a split plan the rows that the first group made of them. Ray retries the block
+of a lost actor forever; the crash marks in the gallery keep one image from causing that again and again.
 
-A node may die. Its actors' blocks wait until the others have emptied the queue and made room, or a new node has come,
-and are done then. The listing runs on the driver's node, which the run does not outlive anyway.
+A node may fail. The blocks of its actors wait until the others have emptied the queue and made room, or until a new
+node has come, and are processed then. The listing runs on the driver's node: if that fails, the run ends anyway.
 """
 
 import logging
@@ -27,6 +27,7 @@ from pipelines.runtime import ray_metrics
 from pipelines.runtime.plan import Resources, WorkerPlan
 from pipelines.runtime.worker import BlockWorker, WorkerJob
 
+# A block as a row of a Ray dataset.
 _ROW = pa.schema(
     [
         ("items", pa.binary()),
@@ -39,54 +40,77 @@ _ROW = pa.schema(
         ("last", pa.bool_()),
     ]
 )
-_LOCAL_OBJECT_STORE = 512 << 20
-_MARK = 8  # bytes that stand for a block
+_LOCAL_OBJECT_STORE = 512 << 20  # bytes
+_FINGERPRINT_BYTES = 8  # per block
 
 
 def start() -> Resources:
-    """Connect to the cluster RAY_ADDRESS names, or start Ray on this machine; what it has."""
+    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine.
+
+    Returns:
+        CPUs and GPUs of the cluster.
+    """
     import ray
 
-    for name in ("ray.data._internal", "ray.data.exceptions"):  # what they report as errors is raised here as well
+    # What these loggers report as errors is raised here too.
+    for name in ("ray.data._internal", "ray.data.exceptions"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-        if "RAY_ADDRESS" not in os.environ:
-            options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
-        before = signal.getsignal(signal.SIGTERM)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(**options)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
-    found = ray.cluster_resources()
-    with_gpus = [node for node in _nodes() if node.get("GPU", 0) >= 1]
-    beside = min((int(node.get("CPU", 0) // node["GPU"]) for node in with_gpus), default=None)
-    return Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)), beside)
+        _initialise()
+    cluster = ray.cluster_resources()
+    gpu_nodes = [node for node in _list_nodes() if node.get("GPU", 0) >= 1]
+    cpus_per_gpu = min((int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes), default=None)
+    return Resources(int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0)), cpus_per_gpu)
+
+
+def _initialise() -> None:
+    """Initialise Ray without its output, and keep this process's handler of SIGTERM."""
+    import ray
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if "RAY_ADDRESS" not in os.environ:
+        options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
+    handler = signal.getsignal(signal.SIGTERM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends the process at once.
+        signal.signal(signal.SIGTERM, handler)
 
 
 def stop() -> None:
-    """Leave the cluster; ends it where `start` started it."""
+    """Disconnect from the cluster. If `start` started Ray, this ends it."""
     import ray
 
     ray.shutdown()
 
 
 def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
-    """Records of the blocks as they are finished; job n runs on the plan's group n."""
+    """Yield the records of blocks as they are finished.
+
+    Args:
+        blocks: lists the blocks; it is called on this node.
+        jobs: what the workers of each group run.
+        plan: groups of workers.
+
+    Raises:
+        FacepipeError: A worker raised it.
+        WorkerError: Ray failed in another way.
+    """
     import ray.data
     from ray.exceptions import RayError
 
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    driver_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         warnings.simplefilter("ignore", DeprecationWarning)
-        _configure()
-        listing = _listing(blocks, os.path.join(folder, "listed"))
-        data = ray.data.read_datasource(listing, override_num_blocks=1, num_cpus=0, label_selector=here)
+        _configure_ray_data()
+        listing = _create_datasource(blocks, os.path.join(folder, "listed"))
+        data = ray.data.read_datasource(listing, override_num_blocks=1, num_cpus=0, label_selector=driver_node)
         for job, group in zip(jobs, plan.groups, strict=True):
             data = data.map_batches(
-                _Mapper,
+                _BlockActor,
                 fn_constructor_args=(job,),
                 batch_size=1,
                 batch_format="pyarrow",
@@ -98,57 +122,82 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: Work
             for row in data.iter_rows():
                 yield PartRecord.from_json(row["record"])
         except RayError as error:
-            cause = getattr(error, "cause", None)
-            while cause is not None and not isinstance(cause, FacepipeError):
-                cause = getattr(cause, "cause", None) or cause.__cause__
-            raise cause or WorkerError(f"Ray gave up: {_last_line(error)}") from error
+            raise _find_cause(error) or WorkerError(f"Ray failed: {_get_last_line(error)}") from error
 
 
-def choose_device(asked: str, resources: Resources) -> str:
-    """Where a task runs that asks for a GPU if Ray has one; it sees that one alone. Raises ConfigError where a GPU is
-    asked for and Ray has none."""
-    if asked not in ("auto", "cpu") and not resources.gpus:
-        raise ConfigError(f"run.device is {asked}, and Ray has no GPU: leave it out, or set run.device=cpu")
-    return "cuda" if asked != "cpu" and resources.gpus else "cpu"
+def _find_cause(error: BaseException) -> FacepipeError | None:
+    """Find the error of facepipe that Ray wrapped in its own."""
+    cause: Any = getattr(error, "cause", None)
+    while cause is not None and not isinstance(cause, FacepipeError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return cause
+
+
+def choose_device(requested: str, resources: Resources) -> str:
+    """Choose the device of a task. A task on a GPU sees that GPU alone, as `cuda`.
+
+    Args:
+        requested: auto, cpu, cuda or cuda:N.
+        resources: what Ray has.
+
+    Raises:
+        ConfigError: A GPU is requested, and Ray has none.
+    """
+    if requested not in ("auto", "cpu") and not resources.gpus:
+        raise ConfigError(f"run.device={requested}, but Ray has no GPU: remove it, or set run.device=cpu")
+    return "cuda" if requested != "cpu" and resources.gpus else "cpu"
 
 
 def run_tasks(
     function: Callable[[Any], Any], items: Iterable[Any], cpus: float, gpus: float = 0
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item)) as they are finished, each a task of its own; a few more are submitted than can run.
+    """Run a function on items, each in a Ray task. A few more tasks are submitted than can run at a time.
 
-    cpus, gpus: of a task; no more CPUs than a node has, since Ray would wait for ever for one that has them.
+    Args:
+        function: function of an item.
+        items: the items.
+        cpus: CPUs per task. It is limited to what a node has, because Ray would wait forever for a larger node.
+        gpus: GPUs per task.
+
+    Yields:
+        Item and result, in the order in which tasks finish.
+
+    Raises:
+        FacepipeError: The function raised it.
+        WorkerError: Ray failed in another way.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    fitting = (node.get("CPU", 0) for node in _nodes() if node.get("GPU", 0) >= gpus)
-    cpus = min(cpus, max(fitting, default=0) or cpus)
+    node_cpus = (node.get("CPU", 0) for node in _list_nodes() if node.get("GPU", 0) >= gpus)
+    cpus = min(cpus, max(node_cpus, default=0) or cpus)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(function)
-    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
-    waiting, running = iter(items), dict[Any, Any]()
+    max_submitted = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
+    waiting = iter(items)
+    submitted: dict[Any, Any] = {}
     while True:
-        for item in islice(waiting, ahead - len(running)):
-            running[remote.remote(item)] = item
-        if not running:
+        for item in islice(waiting, max_submitted - len(submitted)):
+            submitted[remote.remote(item)] = item
+        if not submitted:
             return
-        for done in ray.wait(list(running))[0]:
+        for reference in ray.wait(list(submitted))[0]:
             try:
-                yield running.pop(done), ray.get(done)
+                yield submitted.pop(reference), ray.get(reference)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, FacepipeError) else error from None
-            except RayError as error:  # its worker or node died, and so did those that tried again
-                raise WorkerError(f"Ray gave up: {_last_line(error)}") from error
+            except RayError as error:
+                # Its worker or node failed, and so did those of the retries.
+                raise WorkerError(f"Ray failed: {_get_last_line(error)}") from error
 
 
-def _nodes() -> list[dict[str, float]]:
-    """What each node that is alive has."""
+def _list_nodes() -> list[dict[str, float]]:
+    """List the resources of each node that is up."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _configure() -> None:
+def _configure_ray_data() -> None:
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -159,41 +208,58 @@ def _configure() -> None:
 
 
 class RepeatableListing:
-    """Blocks that are what they were when they are listed again; SourceError where the source has changed since.
+    """Blocks that must be the same if they are listed again.
 
-    Where the listing's process dies, Ray lists from the start and leaves out as many blocks as it has: were these cut
-    elsewhere by now, images would come twice or never.
-
-    journal: file that a fingerprint of every block goes to
+    If the listing's process fails, Ray lists from the start, and leaves out as many blocks as it has. If these were cut
+    differently now, images would come twice or never.
     """
 
     def __init__(self, blocks: Callable[[], Iterable[Block]], journal: str):
-        self._blocks, self._journal = blocks, journal
+        """Make a listing.
+
+        Args:
+            blocks: lists the blocks.
+            journal: file for the fingerprint of every block.
+        """
+        self._blocks = blocks
+        self._journal = journal
 
     def __call__(self) -> Iterator[Block]:
+        """Yield the blocks.
+
+        Raises:
+            SourceError: A block differs from what was listed before.
+        """
         with open(self._journal, "ab+", buffering=0) as file:
             file.seek(0)
-            before = file.read()
-            before = before[: len(before) // _MARK * _MARK]
-            file.truncate(len(before))
+            known = file.read()
+            # The last fingerprint may be cut short.
+            known = known[: len(known) // _FINGERPRINT_BYTES * _FINGERPRINT_BYTES]
+            file.truncate(len(known))
             for n, block in enumerate(self._blocks()):
-                mark = hash64(str(block.last), *block.items["uri"].to_pylist()).to_bytes(_MARK, "little")
-                if n * _MARK >= len(before):
-                    file.write(mark)
-                elif before[n * _MARK : (n + 1) * _MARK] != mark:
+                fingerprint = _compute_fingerprint(block)
+                start = n * _FINGERPRINT_BYTES
+                if start >= len(known):
+                    file.write(fingerprint)
+                elif known[start : start + _FINGERPRINT_BYTES] != fingerprint:
                     raise SourceError(
-                        "the source changed after the process that listed it had died, and the listing cannot be gone "
-                        "on with; what was committed is kept: run the same command again"
+                        "the source changed after the process that listed it had failed, so the listing cannot be "
+                        "resumed. Committed work is kept: run the same command again"
                     )
                 yield block
 
 
-def _listing(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
-    """A datasource with one read task, which streams the listing and is held back when workers are behind."""
+def _compute_fingerprint(block: Block) -> bytes:
+    """Compute a hash of a block's images, and of whether it is the last."""
+    return hash64(str(block.last), *block.items["uri"].to_pylist()).to_bytes(_FINGERPRINT_BYTES, "little")
+
+
+def _create_datasource(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
+    """Create a datasource with one read task, which streams the listing and pauses if workers are behind."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
-    def rows() -> Iterator[pa.Table]:
+    def read_rows() -> Iterator[pa.Table]:
         for block in RepeatableListing(blocks, journal)():
             yield pa.Table.from_pylist([encode_block(block)], schema=_ROW)
 
@@ -203,12 +269,12 @@ def _listing(blocks: Callable[[], Iterable[Block]], journal: str) -> Any:
 
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
             metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(rows, metadata)]
+            return [ReadTask(read_rows, metadata)]
 
     return Listing()
 
 
-class _Mapper:
+class _BlockActor:
     """A BlockWorker in a Ray actor."""
 
     def __init__(self, job: WorkerJob):
@@ -224,6 +290,7 @@ class _Mapper:
         return pa.Table.from_pylist([encode_block(result)], schema=_ROW)
 
 
-def _last_line(error: BaseException) -> str:
+def _get_last_line(error: BaseException) -> str:
+    """Return the last line of an error's text, or its type if it has no text."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else type(error).__name__
