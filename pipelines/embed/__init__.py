@@ -1,4 +1,4 @@
-"""embed: images in, a committed table of faces out."""
+"""The command `embed`: from images to a committed table of faces."""
 
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.pipeline import run

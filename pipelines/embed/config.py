@@ -1,4 +1,4 @@
-"""What `embed` can be told: one section a stage, one for the source, one for the run."""
+"""The settings of `embed`: one section per stage, one for the source, one for missing images, one for the run."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -22,20 +22,23 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the work is run; none of it but `precision` changes what comes out.
+    """Configure how the work is run. Only `precision` changes the results.
 
-    runner: local (processes on this machine), ray, inline (this process), or auto: local, but ray for more than
-        auto_images images where RAY_ADDRESS names a cluster (or layout is split, which only Ray runs)
-    workers: how many; by default one a CPU, or one a GPU where there are GPUs
-    layout: fused (one worker runs all stages) or split (CPU workers decode, GPU workers run the models)
-    batch: images a worker holds decoded at a time; by default 16, and 256 where it has a GPU
-    resident: on a GPU pixels stay there from detection to embedding, with RetinaFace and torch embedders; false: the
-        stages one by one, as on a CPU. The faces are the same
-    precision: of the networks in a `resident` chain: float32, bfloat16 or float16. Half precision moves vectors by some
-        0.002 (float16) or 0.01 (bfloat16) as a median, where two people are 0.4 apart
-    block_smallest, block_largest: images of one unit of work, which is one Parquet file; by default at most 512,
-        and 4096 where there are GPUs, whose pipeline runs empty at the end of each
-    commit_seconds: finished work becomes visible this often, or when twenty times of what a commit took have passed
+    Attributes:
+        runner: local (processes on this machine), ray, inline (this process), or auto: local, but ray for more than
+            auto_images images if RAY_ADDRESS names a cluster or layout is split
+        auto_images: number of images above which auto uses a cluster
+        workers: number of workers; default: one per CPU, or one per GPU if there are GPUs
+        layout: fused (each worker runs all stages) or split (CPU workers decode, GPU workers run the models; needs Ray)
+        batch: images that a worker holds decoded at a time; default: 16, with a GPU 256
+        resident: keep pixels on the GPU from detection to embedding, with RetinaFace and torch embedders. false: run
+            the stages one by one, as on a CPU. The faces are the same
+        precision: precision of the networks of a `resident` chain. Half precision moves vectors by a median of about
+            0.002 (float16) or 0.01 (bfloat16); two people are 0.4 apart
+        block_smallest: minimum number of images per unit of work, which is one Parquet file
+        block_largest: maximum number of images per unit of work; default: 512, with GPUs 4096, because their pipeline
+            runs empty at the end of each
+        commit_seconds: seconds between commits of finished work, but at least twenty times the duration of a commit
     """
 
     runner: Runner = "auto"
@@ -50,17 +53,18 @@ class RunConfig:
     commit_seconds: float = 10.0
 
     def choose_block_size(self, plan: WorkerPlan) -> BlockSize:
-        """How to cut the work for a plan."""
+        """Choose how the work is cut for a plan."""
         return BlockSize(self.block_smallest, self.block_largest or plan.largest_block, plan.workers)
 
 
 @dataclass(frozen=True)
 class MissingConfig:
-    """What becomes of images that the gallery holds of this source, and the source lists no more.
+    """Configure what happens to images that the gallery holds but the source no longer lists.
 
-    policy: keep (nothing) or mark (their rows get the time in `missing_since`; a later listing takes it off again)
-    at_most: share of the source's images; where more are gone at once none is marked, since the source itself is
-        then likelier to be at fault (not mounted, another folder of the same name)
+    Attributes:
+        policy: keep (do nothing) or mark (set `missing_since` of their rows; a later listing clears it)
+        at_most: maximum share of the source's images to mark. If more are missing, none is marked, because the source
+            itself is likely at fault (not mounted, another folder of the same name)
     """
 
     policy: Literal["keep", "mark"] = "keep"
@@ -69,7 +73,18 @@ class MissingConfig:
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Everything `embed` can be told: one section a stage, one for the source, for what is missing and for the run."""
+    """Configure `embed`.
+
+    Attributes:
+        source: where images come from
+        read: reading of files
+        decode: decoding of images
+        detect: detection of faces
+        align: cutting of chips
+        embed: embedding of chips
+        missing: images that the source no longer lists
+        run: how the work is run
+    """
 
     source: SourceConfig = field(default_factory=SourceConfig)
     read: Read = field(default_factory=Read)
@@ -87,43 +102,46 @@ class EmbedConfig:
 
     @property
     def warning(self) -> str:
-        """What is likely not meant, though it runs; empty where there is nothing."""
+        """A warning about a valid but probably unintended setting, or an empty string."""
         if self.embed.model != "face-recognition" or not self.embed.flip:
             return ""
         return (
-            "with embed.flip the mirror image is averaged in, which the library face_recognition does not do: its own "
-            "vectors come with --config face_recognition.toml, or with --set embed.flip=false"
+            "embed.flip averages the mirror image in, which the library face_recognition does not do. For its own "
+            "vectors use --config face_recognition.toml, or --set embed.flip=false"
         )
 
     def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
-        """The stages of a group, set to the group's device and threads."""
-        given = "cuda" if group.gpus else "cpu"
-        device = {part: given if part.device == "auto" else part.device for part in (self.detect, self.embed)}
-        chain: dict[str, Any] = {
-            "read": self.read,
-            "decode": replace(self.decode, threads=max(self.decode.threads, group.threads)),
-            "detect": replace(self.detect, device=device[self.detect], threads=group.threads),
-            "align": replace(self.align, embedder=self.embed.model, detector=self.detect.model),
-            "embed": replace(self.embed, device=device[self.embed], threads=group.threads),
-        }
+        """Build the stages of a group, set to the group's device and threads."""
+        default_device = "cuda" if group.gpus else "cpu"
+        detect_device = default_device if self.detect.device == "auto" else self.detect.device
+        embed_device = default_device if self.embed.device == "auto" else self.embed.device
+        read = self.read
+        decode = replace(self.decode, threads=max(self.decode.threads, group.threads))
+        detect = replace(self.detect, device=detect_device, threads=group.threads)
+        align = replace(self.align, embedder=self.embed.model, detector=self.detect.model)
+        embed = replace(self.embed, device=embed_device, threads=group.threads)
+        stages: dict[str, Any] = {"read": read, "decode": decode, "detect": detect, "align": align, "embed": embed}
         names = group.stages
-        if (
-            group.gpus
-            and self.run.resident
-            and names[-3:] == MODEL_STAGES
-            and self._runs_resident(set(device.values()))
-        ):
-            parts: dict[str, Any] = {name: chain[name] for name in MODEL_STAGES}
-            made = FacesOnDevice(**parts, device=device[self.detect], threads=group.threads)
-            chain["faces"] = replace(made, precision=self.run.precision)
+        if group.gpus and names[-3:] == MODEL_STAGES and self._can_run_resident(detect_device, embed_device):
+            # One stage replaces the last three.
+            stages["faces"] = FacesOnDevice(
+                detect=detect,
+                align=align,
+                embed=embed,
+                device=detect_device,
+                threads=group.threads,
+                precision=self.run.precision,
+            )
             names = (*names[:-3], "faces")
-        return tuple(chain[name] for name in names)
+        return tuple(stages[name] for name in names)
 
-    def _runs_resident(self, devices: set[str]) -> bool:
-        """Whether both models are torch modules on the same GPU."""
-        same = len(devices) == 1 and next(iter(devices)).startswith("cuda")
-        return same and can_run_resident(self.detect.model, self.embed.model)
+    def _can_run_resident(self, detect_device: str, embed_device: str) -> bool:
+        """Tell whether `run.resident` is on, and both models are torch modules on the same GPU."""
+        is_one_gpu = detect_device == embed_device and detect_device.startswith("cuda")
+        return self.run.resident and is_one_gpu and can_run_resident(self.detect.model, self.embed.model)
 
     def count_stages_ahead(self, group: WorkerGroup, stages: tuple[Any, ...]) -> int:
-        """How many of a group's stages work a batch ahead of its GPU: those in front of the first that is on one."""
-        return next((n for n, stage in enumerate(stages) if hasattr(stage, "device")), 0) if group.gpus else 0
+        """Count the stages that work a batch ahead of a group's GPU: those before the first stage with a device."""
+        if not group.gpus:
+            return 0
+        return next((n for n, stage in enumerate(stages) if hasattr(stage, "device")), 0)

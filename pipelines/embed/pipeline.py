@@ -1,4 +1,4 @@
-"""embed: images in, a committed table of faces out. Runs inline, on a local pool of processes, or on Ray."""
+"""Embed a source into a gallery, in this process, in a local pool of processes, or on Ray."""
 
 import os
 import time
@@ -21,8 +21,7 @@ from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.blocks import Block, BlockSize
-from facepipe.sources.blocks import cut_blocks as cut_blocks
+from facepipe.sources.blocks import Block, BlockSize, cut_blocks
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import WatchedSource
 from facepipe.stages import check_chain
@@ -38,7 +37,7 @@ from pipelines.runtime.worker import WorkerJob
 
 __all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]
 
-_BETWEEN_COMMITS = 20  # times a commit's own duration
+_COMMIT_PAUSE = 20  # minimum time between commits, in durations of a commit
 
 Progress = Callable[[EmbedSummary], None]
 Blocks = Callable[[], Iterator[Block]]
@@ -46,9 +45,15 @@ Blocks = Callable[[], Iterator[Block]]
 
 @dataclass(frozen=True)
 class EmbedListing:
-    """The blocks of a source that a gallery version does not hold; made afresh wherever it is called.
+    """Blocks of a source that a gallery version does not hold. Each call lists again, on any machine.
 
-    missing: where to write which images of the source were not listed; empty where nobody wants to know.
+    Attributes:
+        source: the source
+        gallery: folder or URL of the gallery
+        version: version of the gallery's table
+        size: number of images per block
+        missing: folder for the images of the source that were not listed; empty: do not look for them
+        at_most: maximum share of missing images that are written
     """
 
     source: SourceConfig
@@ -59,99 +64,152 @@ class EmbedListing:
     at_most: float = 1.0
 
     def __call__(self) -> Iterator[Block]:
+        """List the images in blocks."""
         source = open_source(self.source)
         known = KnownImages(Gallery(self.gallery, self.version), source.name, suppressed.read_uris(self.gallery))
         watched = WatchedSource(source)
         try:
             yield from cut_blocks(watched, known, self.size)
             if self.missing:
-                most = int(self.at_most * known.source_count)
-                count, uris = (0, None) if watched.broken_count else known.find_missing(most)
-                write_missing(self.missing, MissingUris(count, known.source_count, watched.broken_count, uris))
+                write_missing(self.missing, self._find_missing(known, watched.broken_count))
         finally:
             known.close()
+
+    def _find_missing(self, known: KnownImages, broken: int) -> MissingUris:
+        """Find images that were not listed. If a part of the source could not be listed, none counts as missing."""
+        if broken:
+            return MissingUris(0, known.source_count, broken, None)
+        count, uris = known.find_missing(int(self.at_most * known.source_count))
+        return MissingUris(count, known.source_count, broken, uris)
 
 
 @record_calls("embed")
 def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: None) -> EmbedSummary:
-    """Embed a source into a gallery, which is made if there is none.
+    """Embed a source into a gallery. The gallery is created if there is none.
 
-    Raises SourceError for a source that is missing or holds no image, ContractError where the gallery was made with
-    other models, AccountingError if an image got lost; ModelError or ConfigError for a model that cannot be used, which
-    leaves no gallery behind where there was none. Bad images raise nothing: they are rows with a status.
+    A failed image is recorded with a status and a reason; it does not stop the run.
+
+    Args:
+        config: settings.
+        gallery: folder or URL of the gallery.
+        progress: called with the summary after each finished block.
+
+    Raises:
+        SourceError: The source is missing or holds no image.
+        ContractError: The gallery was made with other models.
+        ModelError: A model cannot be used. No gallery is created then.
+        ConfigError: The settings are wrong. No gallery is created then.
+        AccountingError: An image was lost.
     """
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config = make_paths_absolute(config)
     contract = config.contract
     source = open_source(config.source)
     if next(iter(source), None) is None:
-        raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were passed over)")
-    _try_files(config, gallery)
+        raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were ignored)")
+    _try_model_files(config, gallery)
     with hold_lease(gallery) as lease:
-        return _run_locked(config, Gallery.open_or_create(gallery, contract), source.name, lease, progress)
+        embed_run = _EmbedRun(config, Gallery.open_or_create(gallery, contract), source.name, lease)
+        return embed_run.run(progress)
 
 
-def _try_files(config: EmbedConfig, gallery: str) -> None:
-    """Load models of TOML files before a gallery is made: the corrected file would have another contract."""
-    detector, embedder = (find_card_file(stage.model) for stage in (config.detect, config.embed))
-    if not (detector or embedder) or Gallery.exists(gallery):
+def _try_model_files(config: EmbedConfig, gallery: str) -> None:
+    """Load models of TOML files before a gallery is created: the corrected file would have another contract."""
+    detector_file = find_card_file(config.detect.model)
+    embedder_file = find_card_file(config.embed.model)
+    if not (detector_file or embedder_file) or Gallery.exists(gallery):
         return
-    if detector:
+    if detector_file:
         _ = replace(config.detect, device="cpu").detector
-    if embedder:
+    if embedder_file:
         _ = replace(config.embed, device="cpu").embedder
 
 
-def _run_locked(config: EmbedConfig, gallery: Gallery, source: str, lease: Lease, progress: Progress) -> EmbedSummary:
-    record = get_current_run()
-    identity = record.id if record else new_run_id()
-    if record:
-        record.set_versions(before=gallery.version)
-        record.save()  # there may have been no gallery when the run began
-    runs = storage.join(gallery.path, RUNS)
-    crash_marks.inherit_crash_marks(runs, identity)  # the lease says that no other run is alive
-    plan = make_plan(detect_local_resources(), config.run.workers)
-    missing = storage.join(runs, identity, "missing") if config.missing.policy == "mark" else ""
-    listing = EmbedListing(
-        *(
-            config.source,
-            gallery.path,
-            gallery.version,
-            config.run.choose_block_size(plan),
-            missing,
-            config.missing.at_most,
+class _EmbedRun:
+    """A run on a gallery whose lease it holds."""
+
+    def __init__(self, config: EmbedConfig, gallery: Gallery, source: str, lease: Lease):
+        self._config = config
+        self._gallery = gallery
+        self._source = source
+        self._lease = lease
+        record = get_current_run()
+        self._id = record.id if record else new_run_id()
+        self._runs_folder = storage.join(gallery.path, RUNS)
+        self._marks_folder = storage.join(gallery.path, RUNS, self._id)
+        self._missing_folder = ""
+        if config.missing.policy == "mark":
+            self._missing_folder = storage.join(self._runs_folder, self._id, "missing")
+
+    def run(self, progress: Progress) -> EmbedSummary:
+        """Embed the source, and return the summary."""
+        record = get_current_run()
+        if record:
+            record.set_versions(before=self._gallery.version)
+            record.save()  # there may have been no gallery when the run began
+        # The lease guarantees that no other run is going on.
+        crash_marks.inherit_crash_marks(self._runs_folder, self._id)
+        plan = make_plan(detect_local_resources(), self._config.run.workers)
+        listing = EmbedListing(
+            self._config.source,
+            self._gallery.path,
+            self._gallery.version,
+            self._config.run.choose_block_size(plan),
+            self._missing_folder,
+            self._config.missing.at_most,
         )
-    )
-    runner, blocks = _choose(config.run, listing)
-    finished = False
-    try:
-        if runner == "ray":
-            plan = make_plan(ray.start(), config.run.workers, config.run.layout)
-            blocks = replace(listing, size=config.run.choose_block_size(plan))
-        jobs = [
-            _job(config, group, n == len(plan.groups) - 1, identity, source, gallery)
-            for n, group in enumerate(plan.groups)
-        ]
-        summary = EmbedSummary(identity, runner, plan.workers)
+        runner, blocks = _choose_runner(self._config.run, listing)
+        is_finished = False
+        try:
+            if runner == "ray":
+                plan = make_plan(ray.start(), self._config.run.workers, self._config.run.layout)
+                blocks = replace(listing, size=self._config.run.choose_block_size(plan))
+            summary = self._process(runner, blocks, plan, progress)
+            is_finished = True
+            return summary
+        finally:
+            if runner == "ray":
+                ray.stop()
+            # Marks that stay cost little, and must not hide why the run ended.
+            with suppress(StorageError):
+                crash_marks.delete_crash_marks(self._runs_folder, inherited="" if is_finished else self._id)
+
+    def _process(self, runner: str, blocks: Blocks, plan: WorkerPlan, progress: Progress) -> EmbedSummary:
+        """Run the workers, commit what they write, and mark missing images."""
+        jobs = [self._make_job(group, writes=group is plan.groups[-1]) for group in plan.groups]
+        summary = EmbedSummary(self._id, runner, plan.workers)
         attach_summary(summary)
-        commit = Committer(gallery, identity, lease)
-        with _sampled(summary, plan):
-            _collect(_records(runner, blocks, jobs, plan), commit, summary, config, progress)
-        if missing:
-            summary.missing, summary.missing_ignored = mark_missing(gallery, source, missing, commit)
-            summary.version = Gallery(gallery.path).version
-        finished = True
+        commit = Committer(self._gallery, self._id, self._lease)
+        with _measure_gpus(summary, plan):
+            records = _run_workers(runner, blocks, jobs, plan)
+            _commit_records(records, commit, summary, self._config.run.commit_seconds, progress)
+        if self._missing_folder:
+            summary.missing, summary.missing_ignored = mark_missing(
+                self._gallery, self._source, self._missing_folder, commit
+            )
+            summary.version = Gallery(self._gallery.path).version
         return summary
-    finally:
-        if runner == "ray":
-            ray.stop()
-        with suppress(StorageError):  # left-over marks cost little, and must not hide why the run ended
-            crash_marks.delete_crash_marks(runs, inherited="" if finished else identity)
+
+    def _make_job(self, group: WorkerGroup, *, writes: bool) -> WorkerJob:
+        """Make the job of a group's workers."""
+        stages = list(self._config.build_stages(group))
+        if "read" in group.stages and suppressed.read_contents(self._gallery.path).size:
+            stages.insert(1, Suppress(self._gallery.path))
+        return WorkerJob(
+            stages=tuple(stages),
+            batch=self._config.run.batch or group.batch,
+            writes=writes,
+            run=self._id,
+            source=self._source,
+            faces_folder=self._gallery.faces_folder,
+            marks_folder=self._marks_folder,
+            ahead=self._config.count_stages_ahead(group, tuple(stages)),
+        )
 
 
 @contextmanager
-def _sampled(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
-    """Writes into the summary how busy the GPUs were meanwhile, where the plan has any."""
+def _measure_gpus(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
+    """Measure how busy the GPUs are inside the `with` block, if the plan has any, and add it to the summary."""
     if not any(group.gpus for group in plan.groups):
         yield
         return
@@ -160,43 +218,65 @@ def _sampled(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
     summary.gpu = sampler.summarise().to_dict()
 
 
-def _collect(
-    records: Iterator[PartRecord], commit: Committer, summary: EmbedSummary, config: EmbedConfig, progress: Progress
+def _commit_records(
+    records: Iterator[PartRecord],
+    commit: Committer,
+    summary: EmbedSummary,
+    commit_seconds: float,
+    progress: Progress,
 ) -> None:
-    """Count and commit records as they come; what is finished is committed even when the run is broken off."""
-    began = committed = time.monotonic()
-    interval = config.run.commit_seconds
+    """Count and commit records as they come. Finished work is committed even if the run is interrupted.
+
+    Args:
+        records: records of finished blocks, in any order.
+        commit: commits records.
+        summary: counts the records.
+        commit_seconds: minimum time between commits.
+        progress: called with the summary after each record.
+
+    Raises:
+        AccountingError: A block is missing, or came twice.
+    """
+    start = time.monotonic()
+    last_commit = start
+    interval = commit_seconds
     pending: list[PartRecord] = []
-    numbers = blocks = last = 0
+    count = 0
+    number_sum = 0
+    last_number = 0
     try:
         for record in records:
             pending.append(record)
             summary.add(record)
-            summary.seconds = time.monotonic() - began
+            summary.seconds = time.monotonic() - start
             summary.first_record_seconds = summary.first_record_seconds or summary.seconds
-            numbers, blocks = numbers + record.block, blocks + 1
-            last = record.block if record.last else last
+            count += 1
+            number_sum += record.block
+            if record.last:
+                last_number = record.block
             progress(summary)
-            if time.monotonic() - committed >= interval:
-                # Emptied first: an interruption between commit and emptying must not commit them twice.
-                batch, pending, committed = pending, [], time.monotonic()
-                commit(batch, _figures(summary))
-                # A commit costs what the table has files: of 10M images a fifth of a second, of a billion many.
-                interval = max(interval, _BETWEEN_COMMITS * (time.monotonic() - committed))
+            if time.monotonic() - last_commit >= interval:
+                # Empty the list first: if the run is interrupted in between, the records must not be committed twice.
+                batch = pending
+                pending = []
+                last_commit = time.monotonic()
+                commit(batch, _describe_commit(summary))
+                # A commit takes longer the more files the table has: of 10M images 0.2 seconds, of a billion many.
+                interval = max(interval, _COMMIT_PAUSE * (time.monotonic() - last_commit))
     finally:
         try:
-            commit(pending, _figures(summary))
+            commit(pending, _describe_commit(summary))
         finally:
             getattr(records, "close", lambda: None)()
-    # Blocks are numbered 0..last: their count and sum tell whether each came exactly once.
-    if not summary.listed_all or blocks != last + 1 or numbers != last * (last + 1) // 2:
-        raise AccountingError(f"{blocks} of {last + 1} blocks came back; run the same command again to go on")
-    summary.seconds = time.monotonic() - began
+    # Blocks are numbered from 0 to the last: their count and sum tell whether each came exactly once.
+    if not summary.listed_all or count != last_number + 1 or number_sum != last_number * (last_number + 1) // 2:
+        raise AccountingError(f"{count} of {last_number + 1} blocks came back: run the same command again to resume")
+    summary.seconds = time.monotonic() - start
     summary.version = Gallery(commit.gallery.path).version
 
 
-def _figures(summary: EmbedSummary) -> dict[str, Any]:
-    """What goes into the log beside a commit: counts and times, no names."""
+def _describe_commit(summary: EmbedSummary) -> dict[str, Any]:
+    """Describe a commit for the table's log: counts and times, no names."""
     return {
         "job": "embed",
         "facepipe": facepipe.__version__,
@@ -214,50 +294,50 @@ def _figures(summary: EmbedSummary) -> dict[str, Any]:
     }
 
 
-def _records(runner: str, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
+def _run_workers(runner: str, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
     if runner == "ray":
         return ray.run(blocks, jobs, plan)
-    return inline.run(blocks, jobs[0]) if runner == "inline" else local.run(blocks, jobs[0], plan.groups[0])
+    if runner == "inline":
+        return inline.run(blocks, jobs[0])
+    return local.run(blocks, jobs[0], plan.groups[0])
 
 
-def _choose(config: RunConfig, listing: EmbedListing) -> tuple[str, Blocks]:
-    """(runner, blocks): Ray's start costs some ten seconds, and on one machine it is no faster than processes are."""
+def _choose_runner(config: RunConfig, listing: EmbedListing) -> tuple[str, Blocks]:
+    """Resolve the runner `auto`.
+
+    Ray takes some ten seconds to start, and is no faster than processes on one machine.
+
+    Returns:
+        The runner, and what lists its blocks.
+    """
     if config.runner != "auto":
         return config.runner, listing
     if "RAY_ADDRESS" not in os.environ and config.layout == "fused":
         return "local", listing
-    images, ahead = 0, list[Block]()
+    images = 0
+    listed: list[Block] = []
     for block in listing():
         images += block.items.num_rows
-        ahead.append(block)
+        listed.append(block)
         if images > config.auto_images:
             return "ray", listing
-    return "local", lambda: iter(ahead)  # listed to its end: that need not be done twice
-
-
-def _job(
-    config: EmbedConfig, group: WorkerGroup, writes: bool, identity: str, source: str, gallery: Gallery
-) -> WorkerJob:
-    stages = list(config.build_stages(group))
-    if "read" in group.stages and suppressed.read_contents(gallery.path).size:
-        stages.insert(1, Suppress(gallery.path))
-    marks = storage.join(gallery.path, RUNS, identity)
-    ahead, batch = config.count_stages_ahead(group, tuple(stages)), config.run.batch or group.batch
-    return WorkerJob(tuple(stages), batch, writes, identity, source, gallery.faces_folder, marks, ahead)
+    # The source is listed to its end, which need not be done twice.
+    return "local", lambda: iter(listed)
 
 
 def make_paths_absolute(config: EmbedConfig) -> EmbedConfig:
-    """Paths made absolute: workers may run in another folder than the user."""
-    uri = config.source.uri
-    stays = not uri or is_web_url(uri)
+    """Make the paths of a config absolute: workers may run in another folder than the user."""
+    source = config.source
+    if source.uri and not is_web_url(source.uri):
+        source = replace(source, uri=storage.to_absolute(source.uri))
     return replace(
         config,
-        source=config.source if stays else replace(config.source, uri=storage.to_absolute(uri)),
-        detect=replace(config.detect, model=_model(config.detect.model)),
-        embed=replace(config.embed, model=_model(config.embed.model)),
+        source=source,
+        detect=replace(config.detect, model=_make_model_path_absolute(config.detect.model)),
+        embed=replace(config.embed, model=_make_model_path_absolute(config.embed.model)),
     )
 
 
-def _model(name: str) -> str:
-    """A model's TOML file; registered names stay."""
-    return os.path.abspath(name) if name.endswith((".toml", ".safetensors")) else name
+def _make_model_path_absolute(model: str) -> str:
+    """Make the path of a model's file absolute; a registered name stays."""
+    return os.path.abspath(model) if model.endswith((".toml", ".safetensors")) else model

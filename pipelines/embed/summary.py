@@ -1,4 +1,4 @@
-"""The figures of a run, added up from the records of its blocks."""
+"""The figures of a run of `embed`, summed over the records of its blocks."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -10,11 +10,30 @@ from facepipe.schema import FAILED
 
 @dataclass
 class EmbedSummary:
-    """What a run did. images = the sum of statuses; listed = images + skipped + repeated + erased.
+    """What a run did.
 
-    erased: listed, but erased before and not to come back (those told by their bytes are among the statuses);
-    missing: images of this source that it no longer lists, now marked; missing_ignored: why they were left alone.
-    gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None where none is used.
+    `images` is the sum of `statuses`, and `listed` is images + skipped + repeated + erased.
+
+    Attributes:
+        run: id of the run
+        runner: inline, local or ray
+        workers: number of workers
+        version: version of the gallery's table afterwards
+        images: images that were processed
+        faces: rows with an embedding
+        rows: rows written
+        statuses: images by status
+        skipped: images that were in the gallery already
+        repeated: images that were listed before in this run
+        ignored: files that are not images
+        erased: images that were erased and must not come back; those recognised by their bytes are among the statuses
+        missing: images of this source that it no longer lists, now marked
+        missing_ignored: why missing images were not marked
+        seconds: duration of the run
+        first_record_seconds: time until the first block was finished
+        stage_seconds: time of the workers by stage
+        listed_all: whether the source was listed to its end
+        gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None if none is used
     """
 
     run: str
@@ -39,12 +58,12 @@ class EmbedSummary:
 
     @property
     def listed(self) -> int:
-        """Images the source named."""
+        """Images that the source listed."""
         return self.images + self.skipped + self.repeated + self.erased
 
     @property
     def failed(self) -> int:
-        """Images that gave neither faces nor the certainty that there are none."""
+        """Images of which it is not known whether they hold a face."""
         return sum(self.statuses[status] for status in FAILED)
 
     def add(self, record: PartRecord) -> None:
@@ -61,7 +80,7 @@ class EmbedSummary:
         self.listed_all = self.listed_all or record.last
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert the summary to values for JSON."""
         return {
             **asdict(self),
             "statuses": dict(self.statuses),

@@ -24,7 +24,7 @@ from facepipe.sources.blocks import Block, BlockSize, cut_blocks, decode_block, 
 from facepipe.stages import Decode, Detect, check_chain
 from facepipe.storage.lease import hold_lease
 from pipelines.embed import RunConfig
-from pipelines.embed.pipeline import _choose
+from pipelines.embed.pipeline import _choose_runner
 from pipelines.runtime.plan import Resources, make_plan
 
 Settings = dict[str, Any]
@@ -337,7 +337,7 @@ def test_ray_is_for_much_work_on_a_cluster(
         listed.append(1)
         yield from (Block(n, pa.table({"uri": ["x"] * min(100, images)})) for n in range(-(-images // 100)))
 
-    runner, found = _choose(RunConfig(layout=layout), listing)  # type: ignore[arg-type]
+    runner, found = _choose_runner(RunConfig(layout=layout), listing)  # type: ignore[arg-type]
     assert (runner, len(listed)) == (expected, listings)
     assert len(list(found())) == -(-images // 100)
 
