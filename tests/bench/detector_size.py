@@ -99,8 +99,8 @@ def measure_recall(size: int, doubtful: float) -> None:
     for name, images in make_corpora():
         pixels = dict(enumerate(images))
         enough = quick._detect_quickly(pixels)
-        a, fast = timed(lambda p=pixels: quick.detect_faces(p))  # type: ignore[misc]
-        b, slow = timed(lambda p=pixels: full.detect_faces(p))  # type: ignore[misc]
+        a, fast = time_call(lambda p=pixels: quick.detect_faces(p))  # type: ignore[misc]
+        b, slow = time_call(lambda p=pixels: full.detect_faces(p))  # type: ignore[misc]
         faces = sum(len(found.scores) for found in b.values())
         lost_sides = sorted(side for n, found in b.items() for side in find_lost_faces(found, a[n], pixels[n].shape))
         print(
