@@ -271,7 +271,7 @@ def test_a_known_model_lends_its_threshold(tmp_path: Path, monkeypatch: pytest.M
     lines: list[str] = []
     graph = open_graph([many], GraphConfig(), INLINE, str(tmp_path / "card"), lines.append)
     assert graph.info.distance == pytest.approx(1.9, abs=1e-6)
-    assert any("the model's own" in line for line in lines)
+    assert any("the model's default" in line for line in lines)
 
 
 # --- made once -----------------------------------------------------------------------------------------------------------
