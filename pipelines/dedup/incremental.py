@@ -135,7 +135,7 @@ def select_new(duplicates: Duplicates, uris: pa.Array) -> Duplicates:
 
 
 def _renumber_groups(table: pa.Table, numbers: Int64) -> pa.Table:
-    """Number these groups 0, 1, ... in their order."""
+    """Assign these groups the numbers 0, 1, ... in their order."""
     at = table.column_names.index("group")
     group = pc.index_in(table["group"], pa.array(numbers, pa.int64())).cast(pa.int64())
     return table.set_column(at, "group", group)

@@ -171,7 +171,7 @@ def _start_probabilities(candidates: LabelCandidates, is_largest: Bool, prior: F
 
 
 def _number_photos(gallery: Gallery, graph: Graph, labels: Int64) -> tuple[Int64, Float32]:
-    """Number the photos, and say how likely a label is meant for the face.
+    """Assign numbers to the photos, and say how likely a label is meant for the face.
 
     Returns:
         The number of each face's photo (n,), and the probability (n,): 1 over the faces that share photo and label.

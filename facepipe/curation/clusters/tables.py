@@ -35,7 +35,7 @@ _ROWS = 65536
 
 
 def number_by_size(clusters: Clusters) -> Int64:
-    """Number clusters (k,) by falling size, from 0. Of equal ones the one with the first face comes first."""
+    """Assign numbers to clusters (k,) by falling size, from 0. Equal ones are ordered by their first face."""
     order = np.lexsort((np.arange(len(clusters)), -clusters.size))
     numbers = np.empty(len(clusters), np.int64)
     numbers[order] = np.arange(len(order))

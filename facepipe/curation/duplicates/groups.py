@@ -86,7 +86,7 @@ def _find_leaders(count: int, p: Int64, q: Int64) -> Int64:
 
 
 def _number_groups(images: RankedImages, kept: Int64) -> Int64:
-    """Number the groups by the uri of what is kept: the group of each image (n,), -1 for an image without copies."""
+    """Assign numbers to groups by the uri of what is kept: (n,), -1 for images without copies."""
     is_dropped = kept != np.arange(len(kept))
     leaders = np.unique(kept[is_dropped])
     names = images.table.select(["uri", "side"]).take(pa.array(leaders))

@@ -40,7 +40,7 @@ class FaceArrays(NamedTuple):
         return self._take(~np.isin(self.image, doubtful))
 
     def number_faces(self) -> Int64:
-        """Number the faces of each image from 0 on, (f,)."""
+        """Assign numbers to the faces of each image from 0 on, (f,)."""
         if not len(self.image):
             return self.image
         starts = np.flatnonzero(np.diff(self.image, prepend=-1))

@@ -202,7 +202,7 @@ def _collect_columns(folder: str, chip_filter: ChipFilter, numbers: dict[str, in
 
 
 def _number_identities(column: pa.Array, chip_filter: ChipFilter, numbers: dict[str, int]) -> Int64:
-    """Number the identities of a batch, (n,); _WITHOUT_IDENTITY and _EXCLUDED for chips that are left out."""
+    """Assign numbers to the identities of a batch, (n,); _WITHOUT_IDENTITY and _EXCLUDED for chips left out."""
     if not chip_filter.needs_identity:
         column = column.fill_null("")
     coded = column.dictionary_encode()

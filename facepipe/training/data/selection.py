@@ -176,7 +176,7 @@ def find_subjects(table: pa.Table) -> Int64:
 
 
 def _code_identities(table: pa.Table, labels: ListLabels | None, numbers: dict[str, int]) -> Int64:
-    """Number the identity of each face, (n,); -1 if it has none or is not in the list.
+    """Assign a number to the identity of each face, (n,); -1 if it has none or is not in the list.
 
     Args:
         table: faces.
