@@ -80,7 +80,7 @@ def test_a_wrong_config_is_exit_code_2(config_file: Path) -> None:
     for setting, message in (
         ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr?"),
         ("model.architecture=resnet9", "no embedder is named 'resnet9'"),
-        ("schedule.warmup=99", "warmup: 99 is not before the end"),
+        ("schedule.warmup=99", "warmup=99 is not before the end"),
     ):
         found = CliRunner().invoke(app, ["train", str(config_file), "--quiet", "--set", setting])
         assert (found.exit_code, message in found.stderr) == (2, True), found.stderr
