@@ -219,13 +219,13 @@ def test_a_huge_identity_among_others(tmp_path: Path, monkeypatch: pytest.Monkey
     labels[:20], labels[2000:2020] = np.arange(20) + 25, 0
     made = table(truth, identity=named(labels))
     pairs: list[int] = []
-    original = Clusters.linkage
+    original = Clusters.compute_linkage
 
     def counted(self: Clusters, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         pairs.append(len(u))
         return original(self, u, v)
 
-    monkeypatch.setattr(Clusters, "linkage", counted)
+    monkeypatch.setattr(Clusters, "compute_linkage", counted)
     held = gallery(tmp_path / "g", made)
     summary, found = clean(held)
     assert sum(pairs) < len(made) ** 2, "to join clusters, each pair of faces is compared twice at most"
