@@ -919,7 +919,7 @@ def test_proof_finds_what_is_left(gallery: Gallery, made: Path) -> None:
         "keep.txt",
         "graph/ids.npy",
         file,
-        "no part of the index",
+        "not part of the index",
     ):
         assert said in told, said
     append(Gallery(gallery.path), [pa.Table.from_pylist(was, FACES)], "20261102T000000-000000")
@@ -1031,7 +1031,7 @@ def test_killed_between_groups(gallery: Gallery, monkeypatch: pytest.MonkeyPatch
     append(Gallery(gallery.path), [people(np.array([n]), 3000 + n) for n in range(3)], "20261102T000000-000000")
     groups = steps.plan_compaction(Gallery(gallery.path), CompactConfig(target_bytes=1 << 30), everything=True)
     (group,) = groups
-    real, done = steps._joined, []
+    real, done = steps._join_group, []
 
     def one(*args: Any) -> Any:
         if done:
@@ -1040,7 +1040,7 @@ def test_killed_between_groups(gallery: Gallery, monkeypatch: pytest.MonkeyPatch
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "_joined", one)
+        patch.setattr(steps, "_join_group", one)
         patch.setattr(compact, "plan_compaction", lambda *_: [group[:3], group[3:]])
         with pytest.raises(PowerCutError):
             compact.run(CompactConfig(), gallery.path)
