@@ -171,8 +171,8 @@ def test_errors_of_every_report(command: str, words: list[str], code: int, messa
         (["cluster", "{gallery}", "--set", "cluster.one_foto=false"], 2, "did you mean cluster.one_photo"),
         (["clean", "{gallery}", "--min-face-px", "-1"], 2, "--min-face-px"),
         (["clean", "{gallery}", "--set", "clean.relabel=true"], 2, "did you mean clean.relabels"),
-        (["cluster", "{unknown}"], 1, "'synthetic' says nothing of it: give a distance with --threshold"),
-        (["clean", "{unknown}"], 1, "'synthetic' says nothing of it: give a distance with --threshold"),
+        (["cluster", "{unknown}"], 1, "'synthetic' has no default: set a distance with --threshold"),
+        (["clean", "{unknown}"], 1, "'synthetic' has no default: set a distance with --threshold"),
         (["clean", "{unlabelled}"], 1, "`facepipe cluster` finds the persons without labels"),
     ],
 )

@@ -375,7 +375,7 @@ def test_small_galleries_rely_on_the_model(tmp_path: Path) -> None:
     wrong = set(made.filter(pa.array(truth != labels))["face_id"].to_pylist())
     assert flagged == wrong
     other = gallery(tmp_path / "unknown", made, contract=CONTRACT)
-    with pytest.raises(GalleryError, match=r"'synthetic' says nothing of it: give a distance with --threshold"):
+    with pytest.raises(GalleryError, match=r"'synthetic' has no default: set a distance with --threshold"):
         run(build(CleanConfig), other.path)
     assert {row["face_id"] for row in clean(other, {"graph": {"threshold": 0.416}})[1] if row["suggested"]} <= wrong
 
