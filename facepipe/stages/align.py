@@ -109,11 +109,6 @@ class Align:
     def _square(self) -> tuple[float, float, float] | None:
         return find_card(self.detector, "detector").square
 
-    @property
-    def predict_points(self) -> PredictPoints | None:
-        """The landmark predictor of dlib, if the chips need it. It is loaded once per process."""
-        return load_predictor().predict if self._layout.kind == "dlib" else None
-
     def setup(self) -> None:
         """Look the layout of the chips up."""
         cv2.setNumThreads(1)
@@ -171,7 +166,7 @@ class Align:
                 box,
                 points,
                 square=self._square,
-                predict_points=self.predict_points,
+                predict_points=find_point_predictor(self._layout),
             )
             face = AlignedFace(
                 row, index, detected.boxes[index], detected.landmarks[index], float(detected.scores[index]), chip
@@ -237,3 +232,8 @@ def _spread(values: list[Any], is_face: Bool, kind: pa.DataType) -> pa.Array:
     """Spread values over the rows that are faces, with nulls elsewhere."""
     remaining = iter(values)
     return pa.array([next(remaining) if has_value else None for has_value in is_face], kind)
+
+
+def find_point_predictor(layout: ChipLayout) -> PredictPoints | None:
+    """Find dlib's landmark predictor, if the chips of a layout need it. It is loaded once per process."""
+    return load_predictor().predict if layout.kind == "dlib" else None

@@ -17,7 +17,7 @@ from facepipe.imaging.alignment import ChipLayout, cut_chip
 from facepipe.imaging.geometry import Frame
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
-from facepipe.stages.align import Align, AlignedFace, DecodedView, MapFunction, decode_larger
+from facepipe.stages.align import Align, AlignedFace, DecodedView, MapFunction, decode_larger, find_point_predictor
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 from facepipe.stages.resident.coordinates import FaceArrays, FrameArrays, to_full_size
@@ -216,7 +216,7 @@ class FacesOnDevice:
                     box,
                     points,
                     square=self._square,
-                    predict_points=self.align.predict_points,
+                    predict_points=find_point_predictor(self._layout),
                 )
                 for box, points in zip(boxes, landmarks, strict=True)
             ]
