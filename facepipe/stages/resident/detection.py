@@ -18,7 +18,7 @@ from facepipe.models.runtime.cuda_graphs import CudaGraphCache
 from facepipe.models.runtime.transfers import Download, Uploads
 from facepipe.stages.detect import Letterbox
 from facepipe.stages.resident.coordinates import FaceArrays, undo_letterbox
-from facepipe.stages.resident.letterbox import LetterboxPlacement, PlacementRule, letterbox_images
+from facepipe.stages.resident.letterbox import LetterboxPlacement, LetterboxRule, letterbox_images
 from facepipe.stages.resident.retinaface import PackedFaces, ResidentLimits, ResidentRetinaFace
 from facepipe.stages.resident.sampling import ResidentImages
 from facepipe.types import Int64
@@ -53,7 +53,7 @@ class _Inputs:
     placements: list[LetterboxPlacement]
     letterboxes: list[tuple[float, float, int, int]]
 
-    def slice(self, part: slice) -> "_Inputs":
+    def select(self, part: slice) -> "_Inputs":
         """Return a part of the images."""
         return _Inputs(
             self.numbers[part],
@@ -91,7 +91,7 @@ class BatchDetector:
         self,
         detector: ResidentRetinaFace,
         limits: ResidentLimits,
-        rule: PlacementRule,
+        rule: LetterboxRule,
         uploads: Uploads,
         max_batch: int,
     ):
@@ -163,7 +163,7 @@ class BatchDetector:
         batches = self._get_batches(placement.out_height, placement.out_width)
 
         def queue_batch(part: slice) -> QueuedSearch:
-            batch = inputs.slice(part)
+            batch = inputs.select(part)
             return QueuedSearch(batch, Download(self._graphs.run_batch(batch.letterbox(), batches)))
 
         return [search for _, search in batches(queue_batch, len(inputs.numbers))]
@@ -208,5 +208,5 @@ class BatchDetector:
 
     def _detect_on_host(self, inputs: _Inputs, n: int) -> Faces:
         """Search an image again that has more faces, or candidates, than the fixed sizes hold."""
-        frame = inputs.slice(slice(n, n + 1)).letterbox()
+        frame = inputs.select(slice(n, n + 1)).letterbox()
         return self._detector.detect_on_host(frame, self._limits)[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from facepipe.models.runtime.transfers import send_array
-from facepipe.stages.resident.sampling import SelectedImages, average_blocks, gather_pixels
+from facepipe.stages.resident.sampling import BufferedImages, average_blocks, gather_pixels
 
 _WEIGHT_UNIT = 2048  # of OpenCV's integer weights
 
@@ -48,7 +48,7 @@ class LetterboxPlacement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PlacementRule:
+class LetterboxRule:
     """Place images as Detect does.
 
     Attributes:
@@ -104,7 +104,7 @@ class PlacementRule:
 
 
 @torch.inference_mode()
-def letterbox_images(images: SelectedImages, placements: Sequence[LetterboxPlacement]) -> Tensor:
+def letterbox_images(images: BufferedImages, placements: Sequence[LetterboxPlacement]) -> Tensor:
     """Letterbox images, pixel by pixel as `Detect.letterbox` (tests/facepipe/stages/resident/test_letterbox.py).
 
     Args:
@@ -162,7 +162,7 @@ class _Taps(NamedTuple):
         return cls(near, far, near_weight, far_weight)
 
 
-def _shrink_images(images: SelectedImages, down: _Taps, across: _Taps, step: int) -> Tensor:
+def _shrink_images(images: BufferedImages, down: _Taps, across: _Taps, step: int) -> Tensor:
     """Shrink images by the whole-number arithmetic of OpenCV's INTER_LINEAR, (n, h, w, 3) uint8."""
 
     def gather_levels(row: Tensor, column: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
 from facepipe.stages.resident.coordinates import FaceArrays
 from facepipe.stages.resident.detection import BatchDetector, QueuedSearch
-from facepipe.stages.resident.letterbox import PlacementRule
+from facepipe.stages.resident.letterbox import LetterboxRule
 from facepipe.stages.resident.retinaface import ResidentLimits, ResidentRetinaFace
 from facepipe.stages.resident.sampling import ResidentImages
 from facepipe.types import Int64, UInt8Image
@@ -47,7 +47,7 @@ class DetectionPasses:
         # put where a cached_property looks before it loads anything.
         self._host_stage: Any = replace(detect)
         self._host_stage.__dict__["detector"] = detector
-        rule = PlacementRule(detect.border_below, detector.stride)
+        rule = LetterboxRule(detect.border_below, detector.stride)
 
         def make_detector(min_score: float) -> BatchDetector:
             limits = ResidentLimits(min_score, detect.max_iou, capacity.candidates, capacity.faces)

@@ -11,7 +11,7 @@ from facepipe.models.runtime.transfers import Uploads, send_array
 from facepipe.types import Int64, UInt8
 
 
-class SelectedImages(NamedTuple):
+class BufferedImages(NamedTuple):
     """Images in one buffer on a device.
 
     The integers are int32 if the buffer has fewer than 2^31 pixels: an index is most of what a gather reads.
@@ -49,12 +49,12 @@ class ResidentImages(NamedTuple):
         first = np.cumsum([0, *shapes.prod(1)])[:-1]
         return cls(uploads(images), first, shapes)
 
-    def select(self, indices: Int64) -> SelectedImages:
+    def select(self, indices: Int64) -> BufferedImages:
         """Select images by index, (m,). An image may be selected several times."""
         kind = np.int32 if len(self.pixels) < 1 << 31 else np.int64
         columns = np.stack([self.first[indices], *self.shapes[indices].T]).astype(kind)
         first, height, width = send_array(columns, self.pixels.device).unbind(0)
-        return SelectedImages(self.pixels, first, height, width)
+        return BufferedImages(self.pixels, first, height, width)
 
     def view_stack(self, indices: Int64) -> Tensor | None:
         """View images as one tensor (m, h, w, 3) without a copy.
@@ -72,7 +72,7 @@ class ResidentImages(NamedTuple):
         return self.pixels[start : start + size * len(indices)].view(len(indices), height, width, 3)
 
 
-def sample_bilinear(images: SelectedImages, y: Tensor, x: Tensor, step: int = 1) -> Tensor:
+def sample_bilinear(images: BufferedImages, y: Tensor, x: Tensor, step: int = 1) -> Tensor:
     """Sample images bilinearly, with black outside.
 
     Args:
@@ -102,7 +102,7 @@ def sample_bilinear(images: SelectedImages, y: Tensor, x: Tensor, step: int = 1)
     return total.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def gather_pixels(images: SelectedImages, y: Tensor, x: Tensor) -> Tensor:
+def gather_pixels(images: BufferedImages, y: Tensor, x: Tensor) -> Tensor:
     """Gather pixels at whole positions inside the images.
 
     Args:
@@ -117,7 +117,7 @@ def gather_pixels(images: SelectedImages, y: Tensor, x: Tensor) -> Tensor:
     return images.pixels.index_select(0, index.reshape(-1)).view(*index.shape, 3)
 
 
-def _gather_levels(images: SelectedImages, row: Tensor, column: Tensor, step: int) -> Tensor:
+def _gather_levels(images: BufferedImages, row: Tensor, column: Tensor, step: int) -> Tensor:
     """Gather levels of blocks inside the images, (n, h, w, 3) float32; row and column count blocks."""
     kind = images.first.dtype
     row = row.to(kind)
@@ -127,7 +127,7 @@ def _gather_levels(images: SelectedImages, row: Tensor, column: Tensor, step: in
     return average_blocks(images, row, column, step).float()
 
 
-def average_blocks(images: SelectedImages, row: Tensor, column: Tensor, step: int) -> Tensor:
+def average_blocks(images: BufferedImages, row: Tensor, column: Tensor, step: int) -> Tensor:
     """Average blocks of step x step pixels.
 
     Args:

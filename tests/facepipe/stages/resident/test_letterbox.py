@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages import Detect
-from facepipe.stages.resident.letterbox import LetterboxPlacement, PlacementRule, letterbox_images
+from facepipe.stages.resident.letterbox import LetterboxPlacement, LetterboxRule, letterbox_images
 from facepipe.stages.resident.sampling import ResidentImages
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 def test_every_shape_lies_as_detect_lays_it(height: int, width: int, size: int, border_below: int) -> None:
     image = noise(height, width)
     host = detect(border_below).letterbox(image, size)
-    place = PlacementRule(border_below, 32).place(height, width, size)
+    place = LetterboxRule(border_below, 32).place(height, width, size)
     if place is None:
         assert max(height, width) > 4 * size or max(height // 2, width // 2) > 2 * size
         return
@@ -48,7 +48,7 @@ def test_every_shape_lies_as_detect_lays_it(height: int, width: int, size: int, 
 def test_images_of_one_shape_are_made_together() -> None:
     """Scaled, mirrored and as they are: each as it is alone."""
     sides = [(300, 200), (290, 190), (310, 210)]
-    rule = PlacementRule(320, 32)
+    rule = LetterboxRule(320, 32)
     by_shape: dict[tuple[int, int], list[tuple[np.ndarray, LetterboxPlacement]]] = {}
     for n, (height, width) in enumerate(sides * 2):
         place = rule.place(height, width, 640)

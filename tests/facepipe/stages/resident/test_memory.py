@@ -12,12 +12,12 @@ from facepipe.models.runtime.transfers import Uploads
 from facepipe.models.zoo.networks import load_detector_net, load_embedder_net
 from facepipe.stages.resident.detection import BatchDetector
 from facepipe.stages.resident.embedding import ChipEmbedder
-from facepipe.stages.resident.letterbox import PlacementRule, letterbox_images
+from facepipe.stages.resident.letterbox import LetterboxRule, letterbox_images
 from facepipe.stages.resident.retinaface import ResidentLimits, ResidentRetinaFace
 from facepipe.stages.resident.sampling import ResidentImages
 
 CPU = torch.device("cpu")
-RULE = PlacementRule(320, 32)
+RULE = LetterboxRule(320, 32)
 
 
 @pytest.fixture(autouse=True)
