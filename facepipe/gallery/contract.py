@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from facepipe.deprecation import warn_renamed
 from facepipe.errors import ContractError, ModelError
 from facepipe.hashing import hash64
 from facepipe.models.card import Card
@@ -54,6 +55,12 @@ class Contract:
             flip=flip,
             dim=embedder_card.dim or EMBEDDING_DIM,
         )
+
+    @classmethod
+    def of(cls, detector: str, embedder: str, flip: bool) -> "Contract":
+        """Call `from_models`. This name is deprecated."""
+        warn_renamed("Contract.of", "Contract.from_models")
+        return cls.from_models(detector, embedder, flip)
 
     def to_json(self) -> str:
         """Encode the contract for the table's properties."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from facepipe.deprecation import warn_renamed
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NO_ID, Scanner
@@ -181,6 +182,28 @@ class Index:
         for shard, (positions, rows) in zip(self.shards, self._locate(ids), strict=True):
             vectors[positions] = shard.vectors[rows]
         return vectors
+
+    def within(
+        self, queries: Float32, radius: float, most: int = 100_000, setting: SearchSetting | None = None
+    ) -> list[Answer]:
+        """Call `search_within`. This name is deprecated."""
+        warn_renamed("Index.within", "Index.search_within")
+        return self.search_within(queries, radius, most, setting)
+
+    def labels(self, ids: Int64) -> pa.Table:
+        """Call `get_labels`. This name is deprecated."""
+        warn_renamed("Index.labels", "Index.get_labels")
+        return self.get_labels(ids)
+
+    def vectors(self, ids: Int64) -> Float32:
+        """Call `get_vectors`. This name is deprecated."""
+        warn_renamed("Index.vectors", "Index.get_vectors")
+        return self.get_vectors(ids)
+
+    def list_lengths(self) -> Int64:
+        """Call `count_per_list`. This name is deprecated."""
+        warn_renamed("Index.list_lengths", "Index.count_per_list")
+        return self.count_per_list()
 
     def _map_chunks(self, queries: Float32, search: Callable[[Float32], Result], width: int) -> list[Result]:
         """Search chunks of the queries in threads; `width` is the number of candidates per query and shard."""

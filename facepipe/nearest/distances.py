@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from facepipe.deprecation import warn_renamed
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, Int64
@@ -30,6 +31,11 @@ class Hits:
         """Return the first k hits of each query that are not the query's own face (n,)."""
         order = np.argsort(self.ids == own[:, None], axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(self.ids, order, axis=1), np.take_along_axis(self.distances, order, axis=1))
+
+    def without(self, own: Int64, k: int) -> "Hits":
+        """Call `exclude_own`. This name is deprecated."""
+        warn_renamed("Hits.without", "Hits.exclude_own")
+        return self.exclude_own(own, k)
 
 
 @dataclass(frozen=True)
