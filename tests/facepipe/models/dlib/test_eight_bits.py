@@ -22,7 +22,13 @@ from facepipe.types import Float32, UInt8
 
 
 @pytest.fixture(scope="module")
-def engine() -> OnnxDlib:
+def vnni() -> None:
+    if not eight_bits.has_exact_products():
+        pytest.skip("this CPU has no VNNI, so the network in eight bits is refused")
+
+
+@pytest.fixture(scope="module")
+def engine(vnni: None) -> OnnxDlib:
     loaded = find_card("dlib-resnet-int8", "embedder").load("cpu", 1)
     assert isinstance(loaded, OnnxDlib)
     return loaded
@@ -40,7 +46,7 @@ def test_a_vector_does_not_depend_on_its_batch(engine: OnnxDlib) -> None:
     assert np.array_equal(np.concatenate([engine.embed(chip[None]) for chip in chips]), together)
 
 
-def test_faces_are_where_the_network_in_floating_point_has_them(photos: Path) -> None:
+def test_faces_are_where_the_network_in_floating_point_has_them(vnni: None, photos: Path) -> None:
     images = [decode(data, read_header(data)) for data in map(Path.read_bytes, sorted(photos.glob("img*.jpg"))[:12])]
     whole, rounded = (facepipe.encode(images, embed=Embed(name)) for name in ("dlib-resnet", "dlib-resnet-int8"))
     pairs = [
@@ -60,7 +66,27 @@ def test_a_cpu_whose_products_saturate_is_refused(monkeypatch: pytest.MonkeyPatc
         return np.clip(right, -np.abs(right).max() / 4, np.abs(right).max() / 4)
 
     embed = OnnxDlib.embed
+    monkeypatch.setattr(eight_bits, "has_exact_products", lambda: True)
     monkeypatch.setattr(OnnxDlib, "embed", cut_off)
+    with pytest.raises(ModelError, match=r"saturation.*dlib-resnet"):
+        eight_bits.load_int8_dlib(*read_dlib_weights(), 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [("fpu avx avx2", False), ("fpu avx2 avx512f", False), ("avx2 avx_vnni", True), ("avx512f avx512_vnni", True)],
+)
+def test_an_x86_cpu_without_vnni_is_refused(
+    flags: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert eight_bits.has_exact_products(cpuinfo) == exact
+    assert eight_bits.has_exact_products(tmp_path / "none"), "unknown: the check with pictures decides"
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert eight_bits.has_exact_products(cpuinfo)
+    monkeypatch.setattr(eight_bits, "has_exact_products", lambda: False)
     with pytest.raises(ModelError, match=r"saturation.*dlib-resnet"):
         eight_bits.load_int8_dlib(*read_dlib_weights(), 1)
 
