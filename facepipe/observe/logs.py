@@ -239,7 +239,9 @@ def _select_fields(record: logging.LogRecord, show_names: bool) -> dict[str, Any
 
     Free messages and messages of exceptions are left out, unless names may be shown.
     """
-    fields = {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS | {"run", "job"}}
+    hidden = _STANDARD_FIELDS | {"run", "job"}
+    # Libraries such as Ray add attributes of their own, which begin with an underscore.
+    fields = {name: value for name, value in vars(record).items() if name not in hidden and not name.startswith("_")}
     fields |= getattr(record, "fields", {})
     # Places in our own code are shown as they are.
     places: dict[str, Any] = {}

@@ -618,7 +618,7 @@ def test_metrics_of_an_index_and_of_nothing(tmp_path: Path, monkeypatch: pytest.
     assert metrics.render_metrics(str(tmp_path)) == ""
 
     class Found:
-        live, dead = 12, 3
+        live, deleted = 12, 3
 
     monkeypatch.setattr(manifest, "exists", lambda path: True)
     monkeypatch.setattr(manifest, "load", lambda path: Found)

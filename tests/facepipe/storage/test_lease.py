@@ -304,12 +304,12 @@ def test_who_lost_the_lease_cannot_commit(trial: int, place: str) -> None:
     loser = Committer(gallery, "slow")
     late = part(gallery, "slow")
     if trial % 2:
-        loser._catch_up()  # it had looked already: between this and its commit nothing asks again
+        loser._read_new_commits()  # it had looked already: between this and its commit nothing asks again
     winner = Committer(Gallery(place), "quick")
     for n in range(1 + trial % 3):
         winner([part(gallery, f"quick{n}")], {})
     if trial % 2:
-        assert not loser._landed([make_add_action(late.path, late.size, late.stats)], 1, {})
+        assert not loser._try_commit([make_add_action(late.path, late.size, late.stats)], 1, {})
     with pytest.raises(GalleryBusyError, match="another run has written"):
         loser([late], {})
     table = Gallery(place)
@@ -329,7 +329,9 @@ def test_a_commit_that_was_interrupted_after_it_landed_is_counted(tmp_path: Path
     gallery = Gallery.create(str(tmp_path / "g"), CONTRACT)
     commit = Committer(gallery, "run")
     first, second = part(gallery, "a"), part(gallery, "b")
-    assert commit._landed([make_add_action(first.path, first.size, first.stats)], 1, {})  # and here it was interrupted
+    assert commit._try_commit(
+        [make_add_action(first.path, first.size, first.stats)], 1, {}
+    )  # and here it was interrupted
     commit([second], {})
     assert {file["path"] for file in Gallery(gallery.path).files()} == {first.path, second.path}
     assert open_table(gallery.faces_folder).transaction_version("run") == 2
