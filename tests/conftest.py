@@ -41,11 +41,23 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
 
 # The port is chosen by the system and printed, so that two servers never want the same one.
+# Moto compares a tag and writes in two steps: a lock makes conditional writes what they are in a real store.
 _S3_SERVER = """
+import threading
 from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 application = DomainDispatcherApplication(create_backend_app)
-server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler)
+lock = threading.Lock()
+
+
+def write_one_by_one(environ, start_response):
+    if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+        return application(environ, start_response)
+    with lock:
+        return [b"".join(application(environ, start_response))]
+
+
+server = make_server("127.0.0.1", 0, write_one_by_one, threaded=True, request_handler=MotoRequestHandler)
 print(server.server_port, flush=True)
 server.serve_forever()
 """
