@@ -163,3 +163,10 @@ def test_every_error_stands_in_the_tree() -> None:
         if isinstance(kind, type) and issubclass(kind, Exception):
             assert name in drawn
             assert kind.__doc__
+
+
+def test_the_architecture_page_names_every_folder() -> None:
+    page = (REPOSITORY / "ARCHITECTURE.md").read_text()
+    for floor in FLOORS:
+        for init in (REPOSITORY / floor).glob("*/**/__init__.py"):
+            assert f"{init.parent.name}/`" in page, init.parent
