@@ -87,6 +87,7 @@ def encode(
     """
     detect = detect or Detect()
     embed = embed or Embed()
+    # Thumbnails are for galleries on disk only.
     align = Align(embedder=embed.model, detector=detect.model, thumbs=False)
     # Arrays enter the chain where paths are decoded.
     encode_pixels = Chain((detect, align, embed), batch)
@@ -94,6 +95,7 @@ def encode(
     for stage in encode_paths.stages:
         stage.setup()
     results: list[Encoded] = []
+    # Take runs of the same kind of image, so that results keep the order of the inputs.
     for is_array, group in groupby(images, lambda image: isinstance(image, np.ndarray)):
         inputs = list(group)
         for start in range(0, len(inputs), batch):
@@ -111,10 +113,12 @@ def _tabulate_paths(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:
 
 def _tabulate_pixels(arrays: Sequence[UInt8]) -> pa.Table:
     """Put images into the columns that Decode adds."""
+    # A wrong array is a mistake of the caller, not the status of one image.
     for array in arrays:
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise ConfigError(f"images are (h, w, 3) uint8 RGB arrays, got shape {array.shape} of {array.dtype}")
     n = len(arrays)
+    # Arrays are at full size already: scale 1, no offset, and no bytes left to decode again.
     heights = pa.array([array.shape[0] for array in arrays], pa.int32())
     widths = pa.array([array.shape[1] for array in arrays], pa.int32())
     columns = {
@@ -138,6 +142,7 @@ def _tabulate_pixels(arrays: Sequence[UInt8]) -> pa.Table:
 def _to_results(table: pa.Table) -> list[Encoded]:
     """Group the rows of faces by image."""
     results = []
+    # An image without faces has one row, without a face_id; the rows of an image are consecutive.
     for _, group in groupby(table.to_pylist(), lambda row: row["uri"]):
         rows = list(group)
         faces = [_to_face(row) for row in rows if row["face_id"] is not None]

@@ -35,7 +35,9 @@ def scale_arcface_template(size: tuple[int, int]) -> Template:
         size: (width, height) of the chips.
     """
     width, height = size
+    # The template is 112 high, so the height alone sets the scale.
     scale = height / 112
+    # Half the columns that the chip has more (or fewer) than a square one, in pixels of the template.
     shift = (width / scale - 112) / 2
     return tuple((round((x + shift) * scale, 4), round(y * scale, 4)) for x, y in ARCFACE_112)
 
@@ -96,12 +98,14 @@ def cut_chip(
     Returns:
         (height, width, 3) RGB of the layout's size.
     """
+    # The frame maps the face into the pixels at hand; the matrix below then goes from those to the chip.
     box_here = frame.from_full(box.reshape(2, 2)).reshape(4)
     if layout.kind == "dlib":
         if predict_points is None:
             raise ValueError("a layout of kind 'dlib' needs predict_points")
         return cut_dlib_chip(pixels, predict_points(pixels, find_dlib_square(box_here, square)))
     matrix = _fit_matrix(layout, box_here, frame.from_full(landmarks))
+    # Only letterboxes have parts beside the box: similarity chips keep whatever surrounds the face.
     chip = warp_chip(pixels, matrix, layout.size)
     return chip if layout.kind == "similarity" else _fill_letterbox(chip, layout, box_here)
 
@@ -110,18 +114,22 @@ def _fit_matrix(layout: ChipLayout, box: Float64, landmarks: Float64) -> Float64
     """Compute the (2, 3) matrix from the image to the chip."""
     if layout.kind == "similarity":
         return fit_similarity(landmarks, np.array(layout.template))
+    # Landmarks 0 and 1 are the eyes at the image's left and right.
     eye_line = landmarks[1] - landmarks[0]
     angle = np.arctan2(eye_line[1], eye_line[0]) if layout.kind == "eyes" else 0.0
     scale = _fit_scale(layout.size, box)
+    # Turn by minus the angle and scale; image y points down, so a positive angle is clockwise.
     cos = scale * np.cos(angle)
     sin = scale * np.sin(angle)
     rotation = np.array([[cos, sin], [-sin, cos]])
+    # Move the centre of the box to the centre of the chip. Pixel centres are at whole coordinates, hence the minus one.
     chip_centre = (np.array(layout.size) - 1) / 2
     box_centre = (box[:2] + box[2:]) / 2
     return np.column_stack([rotation, chip_centre - rotation @ box_centre])
 
 
 def _fit_scale(size: tuple[int, int], box: Float64) -> float:
+    # A box without area must not divide by zero.
     width, height = np.maximum(box[2:] - box[:2], 1e-3)
     return float(min(size[0] / width, size[1] / height))
 
@@ -129,12 +137,14 @@ def _fit_scale(size: tuple[int, int], box: Float64) -> float:
 def _fill_letterbox(chip: UInt8Image, layout: ChipLayout, box: Float64) -> UInt8Image:
     """Overwrite the chip with `fill` beside the box."""
     width, height = layout.size
+    # Size of the box in the chip, at least one pixel; the rest is border.
     box_size = (box[2:] - box[:2]) * _fit_scale(layout.size, box)
     inner_width, inner_height = np.clip(np.round(box_size), 1, layout.size).astype(int)
     left = max(0, (width - inner_width) // 2)
     top = max(0, (height - inner_height) // 2)
     right = max(0, width - inner_width - left)
     bottom = max(0, height - inner_height - top)
+    # Keep the part inside the box and pad it back to the size of the chip.
     inner = chip[top : height - bottom, left : width - right]
     grey = [layout.fill] * 3
     return np.asarray(cv2.copyMakeBorder(inner, top, bottom, left, right, cv2.BORDER_CONSTANT, value=grey), np.uint8)

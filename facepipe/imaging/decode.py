@@ -22,6 +22,7 @@ _FLAGS = {
     8: 64 | cv2.IMREAD_COLOR_RGB,
 }
 
+# EXIF orientations that are pure rotations; `orient` flips for the others.
 _ROTATIONS: dict[int, Any] = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -49,11 +50,13 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> UInt8Image:
     pixels = _decode_stored(data, header, reduce)
     # OpenCV's TIFF reader turns the image whatever the flags say.
     is_oriented = header.format == "tiff"
+    # JPEG alone is reduced while it is decoded; its size is then not the header's.
     is_reduced_by_decoder = reduce > 1 and header.format == "jpeg"
     expected_size = header.oriented_size if is_oriented else (header.width, header.height)
     if not is_reduced_by_decoder and pixels.shape[1::-1] != expected_size:
         raise DecodeError(f"{header.format}: the header says {expected_size}, the image is {pixels.shape[1::-1]}")
     if reduce > 1 and not is_reduced_by_decoder:
+        # Round both sides up, as libjpeg does.
         size = (-(-pixels.shape[1] // reduce), -(-pixels.shape[0] // reduce))
         pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
     return pixels if is_oriented else orient(pixels, header.orientation)
@@ -62,6 +65,7 @@ def decode(data: bytes, header: Header, reduce: int = 1) -> UInt8Image:
 def _decode_stored(data: bytes, header: Header, reduce: int) -> UInt8Image:
     """Decode the pixels as they are stored; only JPEG is reduced here."""
     try:
+        # `acTL` before the pixels marks an animation; only its still image is decoded.
         if header.format == "png" and data.find(b"acTL", 0, data.find(b"IDAT")) > 0:
             data = strip_animation(data)
         flags = _FLAGS[reduce if header.format == "jpeg" else 1] | cv2.IMREAD_IGNORE_ORIENTATION

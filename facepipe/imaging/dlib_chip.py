@@ -22,6 +22,7 @@ PredictPoints = Callable[[UInt8Image, Rect], Int64]
 # Centre (dx, dy) and side of dlib's square, about the centre of another detector's box: see `find_dlib_square`.
 BoxToSquare = tuple[float, float, float]
 
+# Pixels per side of a chip, and the border around the face as a share of the face's side.
 SIDE = 150
 PADDING = 0.25
 # Mean positions of the five points in an unpadded face of side 1 (dlib/image_transforms/interpolation.h).
@@ -34,6 +35,7 @@ MEAN_SHAPE = np.array(
         [0.4901123135679, 0.6277975316475],
     ]
 )
+# The five points in pixels of the padded chip.
 TEMPLATE = (PADDING + MEAN_SHAPE) / (2 * PADDING + 1) * SIDE
 _SMALLEST_SIDE = 8  # images of this side have no smaller level in the pyramid
 
@@ -57,6 +59,7 @@ class ChipSquare(NamedTuple):
 
     def halve(self) -> "ChipSquare":
         """Map the square to the next smaller level of the pyramid."""
+        # The filter of the pyramid drops its border, so positions shift a little; the numbers are dlib's own.
         return ChipSquare(
             self.left / 2 - 1.25,
             self.top / 2 - 0.75,
@@ -85,6 +88,7 @@ class ChipSquare(NamedTuple):
         centre = np.array([(self.left + self.right) / 2, (self.top + self.bottom) / 2])
         cos = math.cos(self.angle)
         sin = math.sin(self.angle)
+        # Offsets of the four corners from the centre, before the turn.
         x = np.array([self.left, self.right, self.left, self.right]) - centre[0]
         y = np.array([self.top, self.top, self.bottom, self.bottom]) - centre[1]
         return np.stack([cos * x - sin * y, sin * x + cos * y], -1) + centre
@@ -104,9 +108,11 @@ def find_dlib_square(box: npt.ArrayLike, offsets: BoxToSquare | None) -> Rect:
     left, top, right, bottom = (float(value) for value in np.asarray(box, np.float64))
     if offsets is None:
         return round(left), round(top), round(right), round(bottom)
+    # The unit grows with the size of the face, so that the same offsets fit faces of all sizes.
     unit = math.sqrt(max(right - left, 0.0) * max(bottom - top, 0.0))
     dx, dy, side = (unit * value for value in offsets)
     whole_side = max(1, round(side))
+    # Place a square of a whole side about its centre, rounding half up; right and bottom are inside, hence minus one.
     x = math.floor((left + right) / 2 + dx - whole_side / 2 + 0.5)
     y = math.floor((top + bottom) / 2 + dy - whole_side / 2 + 0.5)
     return x, y, x + whole_side - 1, y + whole_side - 1
@@ -124,6 +130,7 @@ def cut_dlib_chip(image: UInt8Image, points: Int64) -> UInt8Image:
     Returns:
         (150, 150, 3), black outside the image.
     """
+    # Cut out the part that matters, then halve it until one chip pixel covers at most about two of its pixels.
     square = find_chip_square(points)
     region, square = _cut_region(image, square)
     while square.is_too_large():
@@ -133,6 +140,7 @@ def cut_dlib_chip(image: UInt8Image, points: Int64) -> UInt8Image:
     # Steps from one pixel of the chip to the next, in pixels of the region.
     across = (top_right - top_left) / (SIDE - 1)
     down = (bottom_left - top_left) / (SIDE - 1)
+    # Sampling positions x and y, (150, 150) each: a turned grid over the square.
     steps = np.arange(SIDE)
     x = across[0] * steps + down[0] * steps[:, None] + top_left[0]
     y = across[1] * steps + down[1] * steps[:, None] + top_left[1]
@@ -142,6 +150,7 @@ def cut_dlib_chip(image: UInt8Image, points: Int64) -> UInt8Image:
 def find_chip_square(points: Int64) -> ChipSquare:
     """Find the square of a chip from the similarity between the template and the points (5, 2)."""
     matrix = fit_similarity(TEMPLATE, points.astype(np.float64))
+    # The matrix maps the chip to the image, so its scale is image pixels per chip pixel.
     scale = math.hypot(matrix[0, 0], matrix[1, 0])
     angle = math.atan2(matrix[1, 0], matrix[0, 0])
     x, y = matrix[:, :2] @ (SIDE / 2, SIDE / 2) + matrix[:, 2]
@@ -155,11 +164,13 @@ def _cut_region(image: UInt8Image, square: ChipSquare) -> tuple[UInt8Image, Chip
     Returns:
         The region, with the border that the pyramid's filter consumes, and the square in the region's pixels.
     """
+    # Find the border that the halvings consume: every level needs two pixels, twice as many one level up.
     border = 2
     level = square
     while level.is_too_large():
         border = 2 * border + 2
         level = level.halve()
+    # Clip the bounding box of the turned square, with the border, to the image; round half up as dlib does.
     corners = square.find_corners()
     height, width = image.shape[:2]
     left, top = np.floor(np.maximum(corners.min(0) - border, 0) + 0.5).astype(int)
@@ -191,6 +202,7 @@ def _sample_bilinear(image: UInt8Image, x: Float64, y: Float64) -> UInt8Image:
     chip = np.zeros((*x.shape, 3), np.uint8)
     if min(height, width) < 2:
         return chip
+    # The four neighbours of a sample are at left, left + 1, top and top + 1; weights are their shares.
     left = np.floor(x)
     top = np.floor(y)
     is_inside = (left >= 0) & (top >= 0) & (left + 1 < width) & (top + 1 < height)
@@ -198,6 +210,7 @@ def _sample_bilinear(image: UInt8Image, x: Float64, y: Float64) -> UInt8Image:
     bottom_share = y - top
     left_share = 1 - right_share
     top_share = 1 - bottom_share
+    # Flat index of the top-left neighbour; samples outside read index 0 and are blacked out at the end.
     corner = np.where(is_inside, top * width + left, 0).astype(np.int64)
     neighbours = [corner + step for step in (0, 1, width, width + 1)]
     for channel in range(3):  # plane by plane: several times as fast as all three at once in NumPy

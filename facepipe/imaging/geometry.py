@@ -22,11 +22,13 @@ def fit_similarity(points: Float64, template: Float64) -> Float64:
     Returns:
         The (2, 3) matrix.
     """
+    # Points as complex numbers x + iy, (n,).
     p = points[:, 0] + 1j * points[:, 1]
     t = template[:, 0] + 1j * template[:, 1]
     p_centred = p - p.mean()
     t_centred = t - t.mean()
     power = float(np.vdot(p_centred, p_centred).real)
+    # Least squares gives factor = <p, t> / <p, p>. Points that coincide have no scale: keep it 1.
     factor = np.vdot(p_centred, t_centred) / power if power > 1e-12 else complex(1.0)
     shift = t.mean() - factor * p.mean()
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
@@ -67,8 +69,10 @@ def locate_frame(header: Header, reduce: int) -> Frame:
     """
     if reduce == 1:
         return Frame()
+    # Pixels that the last column and row reach past the stored edge.
     excess_width = -header.width % reduce
     excess_height = -header.height % reduce
+    # Orientations that bring the stored right or bottom edge to the left, and to the top.
     left = {2: excess_width, 3: excess_width, 6: excess_height, 7: excess_height}.get(header.orientation, 0)
     top = {3: excess_height, 4: excess_height, 7: excess_width, 8: excess_width}.get(header.orientation, 0)
     return Frame(1 / reduce, -float(left), -float(top))
@@ -85,6 +89,7 @@ def warp_chip(pixels: UInt8Image, matrix: Float64, size: tuple[int, int]) -> UIn
         matrix: (2, 3) from the image to the chip.
         size: (width, height) of the chip.
     """
+    # Whole number of image pixels per chip pixel, at least 1 even if the matrix is degenerate.
     step = int(1 / max(measure_scale(matrix), 1e-6))
     if step >= 2:
         pixels, matrix = _shrink_region(pixels, matrix, size, step)

@@ -47,6 +47,7 @@ def read_header(data: bytes) -> Header:
     """
     if not data:
         raise HeaderError("empty file")
+    # Formats are tried in order; the first that recognises the first bytes decides.
     for matches, parse in _FORMATS:
         if matches(data):
             try:
@@ -61,6 +62,7 @@ def read_header(data: bytes) -> Header:
 
 # JPEG
 
+# Start-of-frame markers, which hold the size: C0 to CF without C4, C8 and CC, which mean something else.
 _SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 # Skips garbage, fill bytes, coded data (where 00 follows FF) and markers without a segment.
@@ -77,6 +79,7 @@ def _find_segments(data: bytes, start: int = 2) -> Iterator[tuple[int, int]]:
             return
         offset = match.start()
         yield data[offset + 1], offset
+        # The size follows the marker and counts its own two bytes, so it is at least 2.
         start = offset + 2 + max(int.from_bytes(data[offset + 2 : offset + 4], "big"), 2)
     raise HeaderError(f"jpeg of more than {_MAX_SEGMENTS} segments")
 
@@ -85,10 +88,13 @@ def _parse_jpeg(data: bytes) -> Header:
     orientation = None
     for marker, offset in _find_segments(data):
         if marker in _SOF:
+            # Frame header: marker (2), size (2), precision (1), then height and width.
             height, width = struct.unpack_from(">HH", data, offset + 5)
             return Header("jpeg", width, height, orientation or 1, _count_scans(data, offset))
+        # Pixels begin at DA; a frame header after them would be too late.
         if marker == 0xDA:
             break
+        # Take the first EXIF segment: decoders ignore later ones.
         if orientation is None and marker == 0xE1 and data[offset + 4 : offset + 10] == b"Exif\0\0":
             size = int.from_bytes(data[offset + 2 : offset + 4], "big")
             orientation = _read_exif_orientation(data[offset + 10 : offset + 2 + size])
@@ -103,9 +109,11 @@ def _count_scans(data: bytes, frame_offset: int) -> int:
     """
     scans = 0
     for marker, offset in _find_segments(data, frame_offset):
+        # A scan starts at DA.
         if marker == 0xDA:
             scans += 1
             is_progressive = data[frame_offset + 1] in _PROGRESSIVE
+            # Compare the components of the scan with those of the frame: all in one scan means one pass.
             if scans == 1 and not is_progressive and data[offset + 4] >= data[frame_offset + 9]:
                 return 1
     return max(scans, 1)
@@ -116,6 +124,7 @@ def _count_scans(data: bytes, frame_offset: int) -> int:
 
 def _parse_png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
+    # EXIF may come after the pixels, so read all chunks; the walk also finds truncated files.
     orientation = None
     for kind, start, end in _find_chunks(data):
         if kind == b"eXIf" and orientation is None:
@@ -128,6 +137,7 @@ def _find_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     start = 8
     for _ in range(_MAX_SEGMENTS):
         size, kind = struct.unpack_from(">I4s", data, start)
+        # A chunk is size (4), kind (4), content and checksum (4).
         end = start + 12 + size
         if end > len(data):
             # OpenCV fills as many gigabytes as a chunk claims before it finds the file too short.
@@ -156,8 +166,10 @@ def _parse_gif(data: bytes) -> Header:
 
 
 def _parse_bmp(data: bytes) -> Header:
+    # The old OS/2 header of 12 bytes has unsigned shorts.
     if struct.unpack_from("<I", data, 14)[0] == 12:
         return Header("bmp", *struct.unpack_from("<HH", data, 18))
+    # A negative height says that rows run from the top down.
     width, height = struct.unpack_from("<ii", data, 18)
     return Header("bmp", width, abs(height))
 
@@ -167,19 +179,23 @@ def _parse_bmp(data: bytes) -> Header:
 
 def _parse_webp(data: bytes) -> Header:
     kind = data[12:16]
+    # Lossy: 14 bits per side, the other two are a scaling hint.
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
         return Header("webp", width & 0x3FFF, height & 0x3FFF)
+    # Lossless: 14 bits per side, minus one, in one word.
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
         return Header("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if kind != b"VP8X":
         raise HeaderError("webp without a known frame")
+    # Extended: 3 bytes per side, minus one.
     width, height = (int.from_bytes(data[start : start + 3], "little") + 1 for start in (24, 27))
     return Header("webp", width, height, _read_webp_orientation(data))
 
 
 def _read_webp_orientation(data: bytes) -> int:
+    # Chunks follow the 12 bytes of the RIFF header.
     start = 12
     for _ in range(_MAX_SEGMENTS):
         if start + 8 > len(data):
@@ -207,10 +223,12 @@ def _parse_tiff(data: bytes) -> Header:
 
 def _read_tags(data: bytes) -> dict[int, int]:
     """Read the short and long values of a TIFF structure's first directory, by tag."""
+    # II is little-endian, MM is big-endian. The first directory starts at the offset in bytes 4 to 7.
     byte_order = "<" if data[:2] == b"II" else ">"
     start = struct.unpack_from(byte_order + "I", data, 4)[0]
     count = struct.unpack_from(byte_order + "H", data, start)[0]
     tags: dict[int, int] = {}
+    # An entry is 12 bytes: tag (2), kind (2), count (4), value (4). A short value (kind 3) fills the first two.
     for offset in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
         tag, kind, _ = struct.unpack_from(byte_order + "HHI", data, offset)
         value = struct.unpack_from(byte_order + ("H" if kind == 3 else "I"), data, offset + 8)[0]
@@ -233,11 +251,13 @@ def _clamp_orientation(orientation: int) -> int:
 
 # AVIF
 
+# `ispe` is always a box of 20 bytes, version and flags zero, so a plain search finds it.
 _ISPE = re.compile(re.escape(b"\0\0\0\x14ispe\0\0\0\0"))
 _AVIF_BRANDS = (b"avif", b"avis")
 
 
 def _is_avif(data: bytes) -> bool:
+    # The brands are in the first box. Its claimed size may be huge, so only the first bytes count.
     brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
     has_brand = any(brands[start : start + 4] in _AVIF_BRANDS for start in range(0, len(brands), 4))
     return data[4:8] == b"ftyp" and has_brand
@@ -258,6 +278,7 @@ def _parse_avif(data: bytes) -> Header:
 def _parse_jp2(data: bytes) -> Header:
     """Read the size in the code stream, which decoders use; the one in the box `ihdr` before it may differ."""
     start = 0
+    # Walk the boxes up to the code stream. A size below 8 is damaged, or says "to the end of the file".
     for _ in range(_MAX_SEGMENTS):
         size, kind = struct.unpack_from(">I4s", data, start)
         content = start + 8
@@ -269,6 +290,7 @@ def _parse_jp2(data: bytes) -> Header:
         start += size
     if kind != b"jp2c" or data[content : content + 4] != b"\xff\x4f\xff\x51":
         raise HeaderError("jpeg 2000 without a code stream")
+    # The image is the area from the offset (left, top) to the far corner of the reference grid.
     right, bottom, left, top = struct.unpack_from(">IIII", data, content + 8)
     return Header("jp2", right - left, bottom - top)
 

@@ -30,9 +30,11 @@ def compute_perceptual_hash(pixels: UInt8) -> int:
         A signed 64-bit integer.
     """
     height, width = pixels.shape[:2]
+    # Sample at most 256 pixels per side, then average: averaging a large image in full takes far longer.
     sampled = cv2.resize(pixels, (min(width, _SAMPLES), min(height, _SAMPLES)), interpolation=cv2.INTER_LINEAR)
     grey = cv2.cvtColor(sampled, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
+    # Pick the 64 coefficients out of the (32, 32) spectrum and keep their signs.
     is_positive = cv2.dct(small.astype(np.float32))[_DOWN, _ACROSS] > 0
     return int.from_bytes(np.packbits(is_positive).tobytes(), "big", signed=True)
 

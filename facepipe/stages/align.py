@@ -117,9 +117,11 @@ class Align:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace each image by its faces; an image without faces stays one row."""
         faces: list[AlignedFace | int] = []
+        # Walk the images with what Detect found in them; boxes and points are flat lists of 4 and 10 numbers per face.
         detections = [table[name].to_pylist() for name in ("boxes", "points", "scores")]
         rows = zip(view_images(table), read_frames(table), view_buffers(table["bytes"]), *detections, strict=True)
         for row, (pixels, frame, data, boxes, points, scores) in enumerate(rows):
+            # A row number stands for an image without faces, so that it keeps its row.
             if not scores or pixels is None:
                 faces.append(row)
                 continue
@@ -144,6 +146,7 @@ class Align:
         Returns:
             One row per face, and one per image without faces.
         """
+        # Drop the columns of images first, then repeat each row once per face.
         rows = [face if isinstance(face, int) else face.row for face in faces]
         repeated = set_columns(table, {}, drop=self.drops).take(pa.array(rows, pa.int64()))
         return set_columns(repeated, self._build_columns(faces, map_function))
@@ -152,6 +155,7 @@ class Align:
         """Cut the chips of one image, from a larger decoding if the pixels at hand are too few."""
         boxes = detected.boxes.astype(np.float64)
         landmarks = detected.landmarks.astype(np.float64)
+        # (4,) and (5, 2) of each face.
         pairs = list(zip(boxes, landmarks, strict=True))
         # Chip pixels per image pixel. If the view has fewer, the image is decoded again at a scale that has enough.
         scale = min(1.0, max(find_required_scale(self._layout, box, points) for box, points in pairs))
@@ -176,10 +180,12 @@ class Align:
 
     def _build_columns(self, faces: Sequence[AlignedFace | int], map_function: MapFunction) -> dict[str, Any]:
         """Build the columns that this stage adds, with nulls for images without faces."""
+        # The figures of faces only; `_spread` and `to_float_lists` put nulls between them.
         aligned = [face for face in faces if isinstance(face, AlignedFace)]
         is_face = np.array([isinstance(face, AlignedFace) for face in faces], bool)
         boxes = np.array([face.box for face in aligned], np.float32).reshape(-1, 4)
         landmarks = np.array([face.landmarks for face in aligned], np.float32).reshape(-1, 5, 2)
+        # Reductions over no faces at all would fail, so they are left out.
         sides: list[float] = []
         yaw = np.empty(0)
         roll = np.empty(0)
@@ -206,6 +212,7 @@ class Align:
         return measure_sharpness(chip), self._encode_thumb(chip) if self.thumbs else None
 
     def _encode_thumb(self, chip: UInt8Image) -> bytes:
+        # Keep the shape of the chip.
         height = round(self.thumb_side * chip.shape[0] / chip.shape[1])
         small = cv2.resize(chip, (self.thumb_side, height), interpolation=cv2.INTER_AREA)
         options = [cv2.IMWRITE_JPEG_QUALITY, self.thumb_quality]
@@ -220,6 +227,7 @@ def decode_larger(data: bytes, scale: float, view: DecodedView) -> DecodedView:
         scale: required pixels per pixel of the full-size image, at most 1.
         view: the pixels at hand, returned if decoding fails.
     """
+    # The smallest scale that is enough decodes fastest; 1/8 is left out.
     reduce = next((divisor for divisor in (4, 2) if 1 / divisor >= scale), 1)
     try:
         header = read_header(data)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from facepipe.errors import ConfigError
 
+# How often a thread that waits for room in the queue looks whether it is to stop.
 _POLL_SECONDS = 0.1
 
 
@@ -61,9 +62,11 @@ class Chain:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Run all stages on a table."""
+        # An empty table is one batch, so that its result has the columns too.
         batches = [table.slice(start, self.batch) for start in range(0, table.num_rows, self.batch)] or [table]
         early_stages = self.stages[: self.ahead]
         late_stages = self.stages[self.ahead :]
+        # Generators: nothing is computed before the last stage asks for a table.
         prepared = self._run_stages(early_stages, batches)
         if not self.ahead or len(batches) == 1:
             return pa.concat_tables(self._run_stages(late_stages, prepared))
@@ -80,8 +83,10 @@ class Chain:
     def _run_stage(self, stage: Any, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         """Run one stage on tables. Its time is the time spent here, less the wait for its input."""
         inputs = _TimedIterator(tables)
+        # A stage with `stream` gets the iterator itself, any other stage one table at a time.
         results = _TimedIterator(stage.stream(inputs) if hasattr(stage, "stream") else map(stage, inputs))
         recorded = 0.0
+        # The two clocks run for the whole stream, so record only what came since the last table.
         for table in results:
             spent = results.seconds - inputs.seconds
             self.seconds[get_stage_name(stage)] += spent - recorded
@@ -125,6 +130,7 @@ class _Prefetcher:
     def __exit__(self, *_: object) -> None:
         """Wait for the thread: the next call reuses the stages."""
         self._stopped.set()
+        # Make room in the queue, so that a waiting thread sees at once that it is to stop.
         with suppress(Empty):
             self._queue.get_nowait()
         self._thread.join()
@@ -172,6 +178,7 @@ def check_chain(stages: Iterable[Any], columns: Iterable[str]) -> None:
     Raises:
         ConfigError: A stage needs a column that neither the input nor an earlier stage has.
     """
+    # Columns that are known before each stage: those of the input and of all stages before.
     known = set(columns)
     for stage in stages:
         missing = [name for name in stage.needs if name not in known]

@@ -25,8 +25,10 @@ GIVEN_COLUMNS = pa.schema(
         ("given_scores", pa.list_(pa.float32())),
     ]
 )
+# How much the distance from the centre counts against the area, squared pixels both.
 _CENTRE_WEIGHT = 2.0
 _PIXEL_COLUMNS = ("pixels", "pixels_width", "pixels_height", "pixels_scale", "pixels_left", "pixels_top")
+# JPEG without chroma subsampling: training chips keep their colours at full resolution.
 _FULL_CHROMA = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
@@ -73,6 +75,7 @@ class Subject:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Keep one face per image."""
         rows = zip(*(table[name].to_pylist() for name in self.needs), strict=True)
+        # Rows without faces and with one face pass through unchanged.
         chosen = [self._choose_face(*row) for row in rows]
         columns: dict[str, Any] = {
             name: pa.array([getattr(face, name) for face in chosen], table.schema.field(name).type)
@@ -87,6 +90,7 @@ class Subject:
             return _ChosenFace(boxes, points, scores, 0)
         size = np.array([width, height], np.float32)
         best = int(np.argmax(compute_prominence(np.array(boxes, np.float32).reshape(-1, 4), size)))
+        # Numbers of landmarks per face: the lists are flat.
         numbers = len(points) // len(scores)
         return _ChosenFace(
             boxes[4 * best : 4 * best + 4],
@@ -109,6 +113,7 @@ class KnownFaces:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Copy the known faces of unchanged images; set the status of changed ones to `read_error`."""
+        # Known faces count only for images that were read and still have the hash they were embedded with.
         statuses = table["status"].to_pylist()
         errors = table["error"].to_pylist()
         known_ids = table["given_image"].to_pylist()
@@ -119,6 +124,7 @@ class KnownFaces:
             if statuses[row] == OK and not is_unchanged:
                 statuses[row] = READ_ERROR
                 errors[row] = "the file has changed since it was embedded"
+        # Unusable rows get empty lists, as if no face had been detected.
         columns: dict[str, Any] = {}
         for name in self.adds:
             values = zip(table[f"given_{name}"].to_pylist(), is_usable, strict=True)
@@ -164,11 +170,13 @@ class WholeImage:
 def crop_to_size(pixels: UInt8Image, size: tuple[int, int]) -> UInt8Image:
     """Crop the centre of a picture to the shape of `size` (width, height), and scale it to that size."""
     height, width = pixels.shape[:2]
+    # Scale at which the picture covers the size; what reaches past it is cut off, half on each side.
     scale = max(size[0] / width, size[1] / height)
     crop_width = min(width, round(size[0] / scale))
     crop_height = min(height, round(size[1] / scale))
     left = (width - crop_width) // 2
     top = (height - crop_height) // 2
+    # Averaging avoids aliasing if the picture shrinks.
     kernel = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     centre = pixels[top : top + crop_height, left : left + crop_width]
     return np.asarray(cv2.resize(centre, size, interpolation=kernel), np.uint8)

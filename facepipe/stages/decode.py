@@ -86,6 +86,7 @@ class Decode:
         rows = zip(view_buffers(table["bytes"]), table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
         run_map = self._pool.map if self.threads > 1 else map
         results = list(run_map(self._decode_row, rows))
+        # Height and width of the decoded pixels, which may be smaller than the full-size image.
         shapes = [(None, None) if result.pixels is None else result.pixels.shape[:2] for result in results]
         frames = [result.frame for result in results]
         columns = {
@@ -114,6 +115,7 @@ class Decode:
         Returns:
             The pixels, or the status and the reason of an image that cannot be decoded.
         """
+        # Reject by the header alone first: it costs no memory for pixels.
         try:
             header = read_header(data)
         except HeaderError as error:
@@ -127,6 +129,7 @@ class Decode:
             return DecodedImage(TOO_LARGE, reason, width, height)
         if header.scans > self.max_scans:
             return DecodedImage(TOO_LARGE, f"{header.scans} scans, the limit is {self.max_scans}", width, height)
+        # Decode, at a reduced scale if the detector needs no more.
         reduce = self.choose_reduction(header)
         try:
             pixels = decode(data, header, reduce)

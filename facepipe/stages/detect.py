@@ -103,11 +103,13 @@ class Detect:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the faces of each image, in pixels of the full-size image."""
+        # Only rows with pixels are searched; the others have no faces and keep their status.
         detected = self.detect_faces({n: pixels for n, pixels in enumerate(view_images(table)) if pixels is not None})
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         results = []
         for row, (frame, size) in enumerate(zip(read_frames(table), sizes, strict=True)):
             results.append(self._to_full_size(detected[row], frame, size) if row in detected else _NO_FACES)
+        # Images that were read but show no face get a status of their own.
         statuses = []
         for faces, status in zip(results, table["status"].to_pylist(), strict=True):
             is_empty = status == OK and not len(faces.scores)
@@ -129,11 +131,13 @@ class Detect:
         Returns:
             Faces of each image by its number, in pixels of that image.
         """
+        # Search small inputs first; images with a certain result are done.
         detected = self._detect_quickly(pixels)
         detected |= self._search(
             {n: self.letterbox(image, self.size) for n, image in pixels.items() if n not in detected}
         )
         if self.second_look:
+            # Images up to `border_below` had a mirrored border already, so only larger ones get the second look.
             empty = [n for n, faces in detected.items() if not len(faces.scores)]
             size = min(self.size // 2, self.border_below)
             closeups = {
@@ -147,11 +151,13 @@ class Detect:
         detector = self.detector
         if not self.quick_look or not isinstance(detector, CanAbstain):
             return {}
+        # Images that are no larger than the quick look gain nothing from it.
         inputs = {
             n: self.letterbox(image, self.quick_look)
             for n, image in pixels.items()
             if min(self.size, max(image.shape[:2])) > self.quick_look
         }
+        # The options may ask for stricter scores than the quick pass uses.
         reject_below = min(DOUBTFUL, self.min_score)
         accept_above = max(CERTAIN, self.min_score)
         detect = partial(detector.detect_confident, reject_below=reject_below, accept_above=accept_above)
@@ -168,6 +174,7 @@ class Detect:
             Faces by number, in pixels of the image that was letterboxed.
         """
         detect = detect or self.detector.detect
+        # Group images by shape: a batch is one array.
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for n, letterbox in inputs.items():
             by_shape[letterbox.pixels.shape].append(n)
@@ -190,6 +197,7 @@ class Detect:
 
         A small image gets a mirrored border instead of black padding (`border_below`).
         """
+        # Shrink, then choose between a mirrored border and black padding.
         small = shrink_image(pixels, size)
         height, width = small.pixels.shape[:2]
         if max(height, width) <= self.border_below:
@@ -197,6 +205,7 @@ class Detect:
             left, right = self._measure_border(width)
             bordered = cv2.copyMakeBorder(small.pixels, top, bottom, left, right, cv2.BORDER_REFLECT_101)
             return Letterbox(bordered, small.sx, small.sy, left, top)
+        # Pad below and to the right only, so that points need no shift.
         padded = small.pixels
         bottom = -height % self.detector.stride
         right = -width % self.detector.stride
@@ -207,6 +216,7 @@ class Detect:
     def _measure_border(self, side: int) -> tuple[int, int]:
         """Return the border before and after: half the side in all, to the nearest multiple of the stride."""
         stride = self.detector.stride
+        # The nearest multiple of the stride to 1.5 sides, but never less than the image itself.
         total = max(stride * round(1.5 * side / stride), side + (-side % stride)) - side
         return total // 2, total - total // 2
 
@@ -244,6 +254,7 @@ def shrink_image(pixels: UInt8Image, size: int) -> ShrunkImage:
     sx = 1.0
     sy = 1.0
     height, width = pixels.shape[:2]
+    # Halve by averages as long as more than a factor of two is left; odd last rows and columns are cut off.
     while max(height, width) > 2 * size and min(height, width) > 1:
         half = (width // 2, height // 2)
         even = pixels[: 2 * half[1], : 2 * half[0]]
@@ -251,6 +262,7 @@ def shrink_image(pixels: UInt8Image, size: int) -> ShrunkImage:
         height, width = pixels.shape[:2]
         sx /= 2
         sy /= 2
+    # Resize the rest, and measure the scales of both sides, which rounding makes unequal.
     scale = size / max(height, width)
     if scale < 1:
         new_size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -50,6 +50,7 @@ class Embed:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the chips by embeddings."""
         width, height = self.embedder.size
+        # Rows without a face have no chip; the others are flat buffers in the embedder's size.
         views = list(view_buffers(table["chip"]))
         is_face = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
@@ -68,6 +69,7 @@ class Embed:
             ModelError: A vector has no direction.
         """
         norms = self._measure_norms(raw)
+        # Norms of all rows: nan, masked to null, for rows without a face.
         unit = (raw / norms[:, None]).astype(np.float32)
         all_norms = np.full(len(is_face), np.nan, np.float32)
         all_norms[is_face] = norms
@@ -105,5 +107,6 @@ class Embed:
     def _embed_batch(self, chips: UInt8) -> Float32:
         if not self.flip:
             return self.embedder.embed(chips)
+        # Embed the chips and their mirror images in one call, then average the two halves.
         vectors = self.embedder.embed(np.concatenate([chips, chips[:, :, ::-1]]))
         return np.asarray((vectors[: len(chips)] + vectors[len(chips) :]) / 2, np.float32)

@@ -17,6 +17,7 @@ from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.sources.parquet import find_bytes_column, get_first_line
 
+# Rows of a Parquet file in memory at a time.
 _BATCH_ROWS = 16
 
 
@@ -49,6 +50,7 @@ class ParquetCursor:
     def _seek(self, row: int) -> None:
         """Go to the start of the row group that holds a row. The batch in memory is empty then."""
         group = min(self._find_group(row), max(0, self._file.num_row_groups - 1))
+        # Number of the first row of the group; `_start` and `_values` always describe the batch in memory.
         self._start = sum(self._file.metadata.row_group(earlier).num_rows for earlier in range(group))
         groups = list(range(group, self._file.num_row_groups))
         self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[self._column])
@@ -63,6 +65,7 @@ class ParquetCursor:
         Returns:
             Bytes by row number. Rows without bytes, or beyond the end of the file, are left out.
         """
+        # Start again if the rows lie behind, or if whole row groups can be skipped.
         if rows[0] < self._start or self._find_group(rows[0]) > self._find_group(self._start + len(self._values)):
             self._seek(rows[0])
         data: dict[int, bytes] = {}
@@ -78,6 +81,7 @@ class ParquetCursor:
             batch = next(self._batches, None)
             if batch is None:
                 return data
+            # Images may be a struct of bytes and path, or plain bytes.
             column = batch.column(0)
             self._start = end
             self._values = column.field("bytes") if pa.types.is_struct(column.type) else column
@@ -133,6 +137,7 @@ class Read:
         read_items = list(run_map(self._read_item, [items[row] for row in pending]))
         results_by_row |= dict(zip(pending, read_items, strict=True))
         results = [_skip_unchanged(results_by_row[row], item["previous"]) for row, item in enumerate(items)]
+        # Hash whatever was read, then keep only the bytes of images that go on.
         image_ids = [None if result.data is None else compute_image_id(result.data) for result in results]
         columns = {
             "bytes": pack_arrays([result.data if result.status == OK else None for result in results]),
@@ -160,11 +165,13 @@ class Read:
         Returns:
             Results by the item's position in `items`.
         """
+        # A row of a Parquet file has its number in `offset` and no `length`.
         positions_by_path: dict[bytes, dict[int, int]] = defaultdict(dict)
         for position, item in enumerate(items):
             if item["offset"] is not None and item["length"] is None and not item["listing_error"]:
                 positions_by_path[item["path"]][item["offset"]] = position
         results: dict[int, ReadResult] = {}
+        # Read each file's rows in ascending order; a damaged file fails its own rows only.
         for path, positions in positions_by_path.items():
             try:
                 data = self._open_cursor(path).read(sorted(positions))

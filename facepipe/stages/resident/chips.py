@@ -77,16 +77,19 @@ def fit_similarities(points: Float64, template: Float64) -> Float64:
     Returns:
         Matrices, (n, 2, 3).
     """
+    # Points as complex numbers x + iy: (n, p) and (p,).
     p = points[..., 0] + 1j * points[..., 1]
     t = template[:, 0] + 1j * template[:, 1]
     centred_p = p - p.mean(1, keepdims=True)
     centred_t = t - t.mean()
+    # Least squares, one complex factor per face: <p, t> / <p, p>.
     power = (centred_p * centred_p.conj()).real.sum(1)
     # Points that all lie in one place have no direction.
     is_degenerate = power <= 1e-12
     safe_power = np.where(is_degenerate, 1.0, power)
     factor = np.where(is_degenerate, 1.0, (centred_p.conj() * centred_t).sum(1) / safe_power)
     shift = t.mean() - factor * p.mean(1)
+    # Rows of the matrices, (2, 3, n).
     rows = [[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]]
     return np.moveaxis(np.array(rows), 2, 0)
 
@@ -130,6 +133,7 @@ def plan_cuts(image: Int64, matrices: Float64, shapes: Int64, size: Size) -> Chi
         shapes: height and width of the images, (n, 2).
         size: width and height of a chip.
     """
+    # Whole pixels per chip pixel; blocks only pay if the image below the chip holds one.
     step = (1 / np.maximum(measure_scales(matrices), 1e-6)).astype(np.int64)
     inverse = _invert(matrices)
     step = np.where((step >= 2) & _spans_block(inverse, shapes, size, step), step, 1)
@@ -151,10 +155,12 @@ def cut_chips(images: ResidentImages, cuts: ChipCuts, size: Size) -> Tensor:
     Returns:
         Chips, (n, height, width, 3) uint8.
     """
+    # Positions of chip pixels, u across and v down; each matrix maps them to blocks of its image.
     width, height = size
     device = images.pixels.device
     parts = [torch.empty((0, height, width, 3), dtype=torch.uint8, device=device)]
     matrix = send_array(cuts.matrix.astype(np.float32), device)
+    # Broadcast (k, 1, 1) coefficients over (height, width) positions.
     v = torch.arange(height, device=device)[:, None]
     u = torch.arange(width, device=device)
     for part in _split_by_step(cuts.step, height * width):
@@ -168,6 +174,7 @@ def cut_chips(images: ResidentImages, cuts: ChipCuts, size: Size) -> Tensor:
 def _split_by_step(steps: Int64, positions: int) -> list[slice]:
     """Split ascending steps into runs of one step, none of which gathers too much at a time."""
     parts = []
+    # Each run holds one step, and at most `_MAX_POSITIONS` pixels to gather.
     for step in np.unique(steps).tolist():
         start, end = np.searchsorted(steps, [step, step + 1]).tolist()
         max_chips = max(1, _MAX_POSITIONS // (positions * step * step))
@@ -177,6 +184,7 @@ def _split_by_step(steps: Int64, positions: int) -> list[slice]:
 
 def _invert(matrices: Float64) -> Float64:
     """Invert matrices (n, 2, 3). A matrix without an inverse gives zeros, as in OpenCV."""
+    # Inverse of the 2x2 part; the shift follows from it.
     a, b, c, d = (matrices[:, i, j] for i in (0, 1) for j in (0, 1))
     determinant = a * d - b * c
     factor = np.where(determinant != 0, 1 / np.where(determinant != 0, determinant, 1), 0)
@@ -186,6 +194,7 @@ def _invert(matrices: Float64) -> Float64:
 
 def _spans_block(inverse: Float64, shapes: Int64, size: Size, step: Int64) -> Bool:
     """Tell whether the part of the image below each chip is at least one block wide and high, (n,)."""
+    # Corners of each chip in its image, (n, 4, 2), aligned outwards to blocks with one block to spare.
     corners = np.array([[0, 0], [size[0], 0], [0, size[1]], size], float)
     in_image = corners @ np.swapaxes(inverse[:, :, :2], 1, 2) + inverse[:, None, :, 2]
     blocks = np.maximum(step, 1)[:, None]

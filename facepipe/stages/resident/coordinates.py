@@ -30,6 +30,7 @@ class FaceArrays(NamedTuple):
     @classmethod
     def concatenate(cls, parts: "Iterable[FaceArrays]") -> "FaceArrays":
         """Concatenate the faces of several searches. No image may be in two of them."""
+        # An empty part comes first, so that no parts at all work too. The stable sort keeps the order of scores.
         columns = [np.concatenate(arrays) for arrays in zip(_NO_FACES, *parts, strict=True)]
         image = columns[0]
         return cls(*columns)._take(np.argsort(image, kind="stable"))
@@ -43,6 +44,7 @@ class FaceArrays(NamedTuple):
         """Assign numbers to the faces of each image from 0 on, (f,)."""
         if not len(self.image):
             return self.image
+        # Faces of an image are consecutive: count from the start of each run.
         starts = np.flatnonzero(np.diff(self.image, prepend=-1))
         counts = np.diff(starts, append=len(self.image))
         return np.arange(len(self.image)) - np.repeat(starts, counts)
@@ -78,6 +80,7 @@ class FrameArrays(NamedTuple):
 
     def to_full(self, points: Float32, image: Int64) -> Float32:
         """Map points (f, p, 2) from the decoded pixels of images (f,) to the full-size images."""
+        # float32 and float64 as in Frame, so that the results round alike.
         half = np.float32(0.5)
         scale = self.scale[image].astype(np.float32)[:, None, None]
         return ((points + half) / scale - half + self.corner[image][:, None]).astype(np.float32)

@@ -123,10 +123,12 @@ class BatchDetector:
             size: longest side of the detector's input; images are shrunk to it.
             letterbox: letterboxes the image of a number on the host, for images that the rule leaves to it.
         """
+        # Group the images by what a batch must share: the size of the input, and the averaging step.
         by_shape: dict[tuple[int, int, int], list[tuple[int, LetterboxPlacement]]] = defaultdict(list)
         for_host: list[int] = []
         for n in chosen.tolist():
             height, width = resident.shapes[n].tolist()
+            # Images that must be halved repeatedly are left to the host.
             placement = self._rule.place(height, width, size)
             if placement is None:
                 for_host.append(n)
@@ -146,8 +148,10 @@ class BatchDetector:
         for n, box in zip(numbers, self._uploads.map_function(letterbox, numbers), strict=True):
             by_shape[box.pixels.shape[:2]].append((n, box))
         searches: list[QueuedSearch] = []
+        # Images that need no change are viewed, not copied, if they lie side by side.
         for (height, width), group in by_shape.items():
             inputs = _Inputs(
+                # Inputs of the host are the images themselves, so their placements change nothing.
                 numbers=np.array([n for n, _ in group], np.int64),
                 resident=ResidentImages.upload([box.pixels for _, box in group], self._uploads),
                 indices=np.arange(len(group)),
@@ -159,6 +163,7 @@ class BatchDetector:
 
     def _queue_batches(self, inputs: _Inputs) -> list[QueuedSearch]:
         """Queue the search of images of one shape."""
+        # All images of a batch have one input size, which also picks the planned batches.
         placement = inputs.placements[0]
         batches = self._get_batches(placement.out_height, placement.out_width)
 
@@ -195,11 +200,13 @@ class BatchDetector:
     def _collect_faces(self, search: QueuedSearch) -> FaceArrays:
         """Collect the faces of a batch, and map them from the inputs to the images."""
         inputs = search.inputs
+        # Images with more faces than fit are searched again without limits.
         packed = PackedFaces.from_rows(search.rows.wait())
         faces = [
             self._detect_on_host(inputs, n) if packed.flagged[n] else packed.unpack_image(n)
             for n in range(len(inputs.numbers))
         ]
+        # Flatten the faces of the batch, and remember the image that each came from.
         slot = np.repeat(np.arange(len(faces)), [len(of_image.scores) for of_image in faces])
         boxes, landmarks, scores = (np.concatenate(columns) for columns in zip(*faces, strict=True))
         letterboxes = np.array(inputs.letterboxes, np.float64)[slot]

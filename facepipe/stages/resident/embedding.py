@@ -38,12 +38,14 @@ class ChipEmbedder:
         self._flip = flip
         self._device = torch.device(device)
         self._dtype = DTYPES[precision]
+        # The last linear layer stays in float32; find it by its name in the network.
         cast = cast_network(network.net, precision, _find_last_linear(network.net))
         self._net = to_channels_last(cast, device)
         self._mean = torch.tensor(network.input.mean, device=self._device).view(1, 3, 1, 1)
         self._scale = torch.tensor(network.input.scale, device=self._device).view(1, 3, 1, 1)
         self._is_bgr = network.input.channels == "bgr"
         self._graphs = CudaGraphCache(self.embed, self._device)
+        # Plan the batch from the memory that the network leaves free.
         batch_size = plan_batch_size(measure_free_memory(device), self.estimate_chip_bytes(), max_batch)
         self.batches: Batches[Tensor] = Batches(batch_size)
 
@@ -74,9 +76,11 @@ class ChipEmbedder:
     @torch.inference_mode()
     def embed(self, chips: Tensor) -> Tensor:
         """Embed one batch of chips (n, h, w, 3) as it is."""
+        # Preprocess in float32, then go to the precision of the network.
         x = preprocess_with(chips, self._mean, self._scale, is_bgr=self._is_bgr).to(self._dtype)
         if not self._flip:
             return self._run_network(x)
+        # Both views in one batch: the mirror image is the second half.
         vectors = self._run_network(torch.cat([x, x.flip(3)]))
         return (vectors[: len(chips)] + vectors[len(chips) :]) / 2
 

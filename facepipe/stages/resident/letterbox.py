@@ -65,6 +65,7 @@ class LetterboxRule:
         Returns:
             None if the image must be halved twice or more, which is left to the host.
         """
+        # Halve once by averages if more than a factor of two is left, as the host does.
         step = 1
         if max(height, width) > 2 * size and min(height, width) > 1:
             step = 2
@@ -72,12 +73,14 @@ class LetterboxRule:
             width //= 2
             if max(height, width) > 2 * size and min(height, width) > 1:
                 return None
+        # Then shrink to `size`; images are never enlarged.
         scale = size / max(height, width)
         small_height = height
         small_width = width
         if scale < 1:
             small_height = max(1, round(height * scale))
             small_width = max(1, round(width * scale))
+        # Border: mirrored on all sides, or black padding below and to the right.
         is_mirrored = max(small_height, small_width) <= self.border_below
         if is_mirrored:
             extra_height = self._measure_border(small_height)
@@ -94,6 +97,7 @@ class LetterboxRule:
             out_height=small_height + extra_height,
             out_width=small_width + extra_width,
             step=step,
+            # Scales from the decoded image to the input: the resize, then the halving.
             sx=small_width / width / step,
             sy=small_height / height / step,
         )
@@ -114,12 +118,14 @@ def letterbox_images(images: BufferedImages, placements: Sequence[LetterboxPlace
     Returns:
         Inputs, (n, out_height, out_width, 3) uint8.
     """
+    # Size and step are common, the other numbers differ by image: (n, 1) each.
     first = placements[0]
     numbers = np.array([placement[:5] for placement in placements], np.int64)
     height, width, top, left, mirrored = send_array(numbers, images.pixels.device)[:, :, None].unbind(1)
     # Which pixel of the shrunk image lies at each row and column of the input?
     y, row_is_inside = _map_side(first.out_height, height, top, mirrored.bool())
     x, column_is_inside = _map_side(first.out_width, width, left, mirrored.bool())
+    # Interpolate if any image is shrunk; otherwise gather pixels as they are.
     if any(placement.sx != 1 or placement.sy != 1 for placement in placements):
         down = _Taps.locate(y, height, images.height // first.step)
         across = _Taps.locate(x, width, images.width // first.step)
@@ -151,12 +157,14 @@ class _Taps(NamedTuple):
             small: sides of the shrunk images, (n, 1).
             full: sides of the full images, (n,).
         """
+        # Position about pixel centres; before the first and after the last pixel the edge repeats.
         side = full[:, None].double()
         position = ((index + 0.5) * (side / small) - 0.5).float().clamp(min=0)
         near = position.floor()
         rest = (position - near) * (near < side - 1)
         near = near.minimum(side - 1).to(full.dtype)
         far = (near + 1).minimum(full[:, None] - 1)
+        # Integer weights, as the host's resize has them.
         near_weight = ((1 - rest) * _WEIGHT_UNIT).round().to(torch.int32)
         far_weight = (rest * _WEIGHT_UNIT).round().to(torch.int32)
         return cls(near, far, near_weight, far_weight)
@@ -170,6 +178,7 @@ def _shrink_images(images: BufferedImages, down: _Taps, across: _Taps, step: int
             return gather_pixels(images, row[:, :, None], column[:, None, :]).int()
         return average_blocks(images, row[:, :, None], column[:, None, :], step)
 
+    # Interpolate across within each row, then down; products are shifted as in the host's arithmetic.
     near_weight = across.near_weight[:, None, :, None]
     far_weight = across.far_weight[:, None, :, None]
     total: Tensor | None = None
@@ -194,6 +203,7 @@ def _map_side(count: int, small: Tensor, before: Tensor, mirrored: Tensor) -> tu
     Returns:
         The pixel at each position, and whether there is one, both (n, count).
     """
+    # Mirrored: positions repeat with twice the side less the two edges.
     index = torch.arange(count, device=small.device) - before
     period = (2 * small - 2).clamp(min=1)
     phase = index.remainder(period)

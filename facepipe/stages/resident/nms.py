@@ -26,10 +26,12 @@ def apply_nms(boxes: Tensor, valid: Tensor, max_iou: float, rounds: int | None =
     k = boxes.shape[1]
     if k == 0:
         return valid, valid.new_ones(len(valid))
+    # Pairs (n, i, j): an earlier valid box j that overlaps box i.
     overlaps = find_overlaps(boxes, max_iou) & valid[:, None, :]
     kept = valid
     settled = valid.new_zeros(len(valid))
     for _ in range(k if rounds is None else rounds):
+        # A box stays if none of the boxes kept so far suppresses it; a round without change is the fixed point.
         next_kept = valid & ~(overlaps & kept[:, None, :]).any(2)
         settled = (next_kept == kept).all(1)
         kept = next_kept
@@ -53,11 +55,13 @@ def find_overlaps(boxes: Tensor, max_iou: float) -> Tensor:
     area = (x2 - x1) * (y2 - y1)
 
     def intersect(low: Tensor, high: Tensor) -> Tensor:
+        # Pairs (n, k, k); in place to hold few matrices at once.
         end = torch.minimum(high[:, :, None], high[:, None, :])
         return end.sub_(torch.maximum(low[:, :, None], low[:, None, :])).clamp_(min=0)
 
     shared = intersect(x1, x2).mul_(intersect(y1, y2))
     union = (area[:, :, None] + area[:, None, :]).sub_(shared)
     number = torch.arange(boxes.shape[1], device=boxes.device)
+    # Boxes are sorted by score, so a lower number has a higher score.
     is_earlier = number[None, :, None] > number[None, None, :]
     return ~(shared <= union.mul_(max_iou)) & is_earlier

@@ -49,6 +49,7 @@ class DetectionPasses:
         self._host_stage.__dict__["detector"] = detector
         rule = LetterboxRule(detect.border_below, detector.stride)
 
+        # Two detectors that differ in their minimum score alone: the quick pass must also see what is doubtful.
         def make_detector(min_score: float) -> BatchDetector:
             limits = ResidentLimits(min_score, detect.max_iou, capacity.candidates, capacity.faces)
             return BatchDetector(detector, limits, rule, uploads, capacity.frames)
@@ -67,6 +68,7 @@ class DetectionPasses:
             Faces in pixels of the images.
         """
         detect = self._detect
+        # The longest side decides which pass an image gets.
         numbers = np.arange(len(pixels))
         sides = resident.shapes.max(1)
 

@@ -83,6 +83,7 @@ class ResidentRetinaFace:
         self.dtype = DTYPES[precision]
         self.net = to_channels_last(cast_network(fold_batch_norms(net), precision, _FLOAT32_LAYERS), device)
         self._is_bgr = channels == "bgr"
+        # The mean is whole, so it is exact in every precision.
         mean = torch.tensor(decoding.MEAN_BGR, dtype=self.dtype, device=self.device)
         self._mean = mean.view(1, 3, 1, 1)
         self._anchors: dict[tuple[int, ...], Tensor] = {}
@@ -111,6 +112,7 @@ class ResidentRetinaFace:
             Offsets of boxes (n, a, 4), scores (n, a) and offsets of landmarks (n, a, 10), float32.
         """
         planes = frames.permute(0, 3, 1, 2)
+        # Levels are RGB; reverse the channels if the network was trained on BGR.
         ordered = planes.flip(1) if self._is_bgr else planes
         # Levels less the mean are whole numbers below 256: each of the three precisions holds them exactly.
         x = (ordered.to(self.dtype) - self._mean).contiguous(memory_format=torch.channels_last)
@@ -148,6 +150,7 @@ def pack_faces(predictions: Predictions, anchors: Tensor, limits: ResidentLimits
     """
     offsets, scores, points = predictions
     # Decode the best candidates only.
+    # The best anchors (n, k) and how many pass the score; surplus places are not candidates.
     best, count = _select_candidates(scores, limits)
     is_candidate = torch.arange(best.shape[1], device=scores.device) < count[:, None]
     boxes, landmarks = decode_candidates(_gather_rows(offsets, best), _gather_rows(points, best), anchors[best])
@@ -157,6 +160,7 @@ def pack_faces(predictions: Predictions, anchors: Tensor, limits: ResidentLimits
     max_faces = min(limits.faces, best.shape[1])
     order = torch.sort(kept.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :max_faces]
     values = torch.cat([boxes, landmarks.flatten(2), scores.gather(1, best)[..., None]], 2)
+    # Flag what the fixed sizes cannot hold.
     flagged = (count > best.shape[1]) | (faces > max_faces) | ~settled
     head = torch.stack([faces.float(), flagged.float()], 1)
     return torch.cat([head, _gather_rows(values, order).flatten(1)], 1)
@@ -173,6 +177,7 @@ def decode_candidates(offsets: Tensor, points: Tensor, anchors: Tensor) -> tuple
     Returns:
         Boxes (n, k, 4) and landmarks (n, k, 5, 2) in pixels.
     """
+    # Anchors are centre and side; boxes become corners.
     anchor_centre = anchors[..., :2]
     anchor_side = anchors[..., 2:]
     centre = anchor_centre + offsets[..., :2] * decoding.CENTRE_VARIANCE * anchor_side
@@ -195,6 +200,7 @@ def _select_candidates(scores: Tensor, limits: ResidentLimits) -> tuple[Tensor, 
     anchors = scores.shape[1]
     # The bits of floats >= 0, read as integers, have the order of the floats.
     bits = scores.masked_fill(~is_above, 0).view(torch.int32).to(torch.int64)
+    # Scores in the high bits; the reversed anchor number in the low ones, so that the first anchor wins a tie.
     key = (bits << 32) | torch.arange(anchors - 1, -1, -1, device=scores.device)
     best = torch.topk(key, min(limits.candidates, anchors), 1).values
     return anchors - 1 - (best & 0xFFFFFFFF), is_above.sum(1)

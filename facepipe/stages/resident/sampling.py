@@ -46,6 +46,7 @@ class ResidentImages(NamedTuple):
     def upload(cls, images: Sequence[UInt8], uploads: Uploads) -> "ResidentImages":
         """Send images (h, w, 3) to the device; there must be at least one."""
         shapes = np.array([image.shape[:2] for image in images], np.int64)
+        # Images lie one after the other: the first pixel of each is the sum of the areas before it.
         first = np.cumsum([0, *shapes.prod(1)])[:-1]
         return cls(uploads(images), first, shapes)
 
@@ -62,6 +63,7 @@ class ResidentImages(NamedTuple):
         Returns:
             None if the images differ in shape, or do not lie directly one after the other.
         """
+        # The images must all have the shape of the first and follow it without a gap.
         height, width = self.shapes[indices[0]].tolist()
         start = int(self.first[indices[0]])
         size = height * width
@@ -84,6 +86,7 @@ def sample_bilinear(images: BufferedImages, y: Tensor, x: Tensor, step: int = 1)
     Returns:
         Levels, (n, h, w, 3) uint8.
     """
+    # Sizes in blocks.
     height = images.height[:, None, None] // step
     width = images.width[:, None, None] // step
     top = y.floor()
@@ -113,6 +116,7 @@ def gather_pixels(images: BufferedImages, y: Tensor, x: Tensor) -> Tensor:
     Returns:
         Levels, (n, h, w, 3) uint8.
     """
+    # Flat index of each pixel, (n, h, w).
     index = images.first[:, None, None] + y * images.width[:, None, None] + x
     return images.pixels.index_select(0, index.reshape(-1)).view(*index.shape, 3)
 
@@ -141,6 +145,7 @@ def average_blocks(images: BufferedImages, row: Tensor, column: Tensor, step: in
     """
     first = images.first[:, None, None]
     width = images.width[:, None, None]
+    # Flat index of the top-left pixel of each block, then of all its pixels, (n, h, w, step, step).
     corner = first + row * step * width + column * step
     offsets = torch.arange(step, device=corner.device, dtype=corner.dtype)
     index = corner[..., None, None] + offsets[:, None] * width[..., None, None] + offsets

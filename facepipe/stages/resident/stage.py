@@ -124,6 +124,7 @@ class FacesOnDevice:
 
         While the host works on one table, the device works on the next ones.
         """
+        # The works in flight, the oldest first. Each table takes one step per turn, and none adds up to a wait.
         works: deque[Iterator[pa.Table | None]] = deque()
         for table in chain(tables, [None] * (_IN_FLIGHT - 1)):
             works.append(iter((None,) * _IN_FLIGHT) if table is None else self._run_steps(table))
@@ -139,11 +140,13 @@ class FacesOnDevice:
         """Yield None each time work was queued that need not be waited for yet, and the resulting table at the end."""
         from facepipe.stages.resident.sampling import ResidentImages
 
+        # A table without pixels still takes as many steps as any other.
         inputs = _ImageInputs.from_table(table)
         if not inputs.rows:
             yield from [None] * (_IN_FLIGHT - 1)
             yield self._build_rows(table, FaceArrays.concatenate([]), None)
             return
+        # Search the images, and map the faces to the full-size images.
         resident = ResidentImages.upload(inputs.pixels, self._uploads)
         detected = yield from self._passes.search(resident, inputs.pixels)
         sizes = np.array([table[name].to_pylist() for name in ("width", "height")], np.float64).T
@@ -152,6 +155,7 @@ class FacesOnDevice:
         queued = self._queue_embedding(faces, inputs, resident) if len(faces.image) else None
         del resident  # frees the images on the device as soon as they have been read
         yield None
+        # From here on a face's image is the row of its table.
         rows = np.array(inputs.rows)[faces.image]
         yield self._build_rows(table, faces._replace(image=rows), queued)
 
@@ -174,12 +178,14 @@ class FacesOnDevice:
         host_faces = np.flatnonzero(~is_on_device)
         chips: list[Tensor] = []
         order = []
+        # Landmarks in decoded pixels place the chips; the device returns them in an order of its own.
         if len(device_faces):
             image = faces.image[device_faces]
             landmarks = view.from_full(faces.landmarks[device_faces].astype(np.float64), image)
             cut = resident_chips.cut_aligned_chips(self._layout, resident, image, landmarks)
             chips.append(cut.chips)
             order.append(device_faces[cut.faces])
+        # The host cuts the others, from a larger decoding if there is one.
         if len(host_faces):
             host_chips = self._cut_on_host(faces, host_faces, inputs, np.where(is_decoded_again, required, 0))
             chips.append(resident_chips.upload_chips(self._uploads, host_chips))
@@ -205,6 +211,7 @@ class FacesOnDevice:
             data = inputs.data[image]
             if scales[image] and data is not None:
                 view = decode_larger(bytes(data), float(scales[image]), view)
+            # Faces of this image among the chosen ones.
             of_image = chosen[faces.image[chosen] == image]
             boxes = faces.boxes[of_image].astype(np.float64)
             landmarks = faces.landmarks[of_image].astype(np.float64)
@@ -232,11 +239,13 @@ class FacesOnDevice:
             faces: the faces, whose `image` is the row of the table.
             queued: chips and vectors of the faces; None if there are no faces.
         """
+        # Wait for the results and put them in the order of the faces.
         chips: dict[int, UInt8Image] = {}
         raw = np.empty((0, EMBEDDING_DIM), np.float32)
         if queued is not None:
             chips = dict(zip(queued.faces.tolist(), queued.chips.wait(), strict=True))
             raw = self._embedder.project(queued.vectors.wait()[np.argsort(queued.faces)])
+        # Collect the faces of each row; a row without any keeps its number.
         faces_by_row: dict[int, list[AlignedFace]] = {row: [] for row in range(table.num_rows)}
         index_in_image = faces.number_faces().tolist()
         for n, row in enumerate(faces.image.tolist()):
