@@ -29,6 +29,7 @@ class Hits:
 
     def exclude_own(self, own: Int64, k: int) -> "Hits":
         """Return the first k hits of each query that are not the query's own face (n,)."""
+        # Sort each query's own face to the end; a stable sort keeps the order of the others.
         order = np.argsort(self.ids == own[:, None], axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(self.ids, order, axis=1), np.take_along_axis(self.distances, order, axis=1))
 
@@ -95,8 +96,10 @@ def find_smallest(values: Float32, k: int) -> Int64:
     Returns:
         Columns (n, min(k, w)).
     """
+    # One key per value: its bits in the upper half, its column in the lower.
     keys = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(values.shape[1], dtype=np.uint64)
+    # Partition first, so that only k keys per row are sorted.
     if k < values.shape[1]:
         keys = np.partition(keys, k, axis=1)[:, :k]
     return (np.sort(keys, axis=1) & np.uint64(0xFFFFFFFF)).astype(np.int64)

@@ -21,8 +21,10 @@ import torch
 # Columns per group. Reading the maxima is 1/64 of reading the products, and a group's columns are examined together.
 GROUP = 64
 _GROUPS_PER_CHUNK = 1 << 18  # groups whose columns are examined in one go
+# Error per term of a sum, relative to the product of both norms (see above).
 _SUM_ERROR = 2.0**-22
 _EXTRA_COLUMNS = 8  # tensor cores want multiples of eight
+# Settings that would sum or multiply more coarsely than the bound assumes.
 _REDUCED_PRECISION_FLAGS = (
     "allow_fp16_reduced_precision_reduction",
     "allow_bf16_reduced_precision_reduction",
@@ -157,6 +159,7 @@ class Tile:
     """
 
     def __init__(self, rows: HalfVectors, columns: HalfVectors, group: int = GROUP):
+        # Pad the columns to full groups. The padding becomes -inf, so that no maximum comes from it.
         count = len(columns.values)
         self.groups = -(-count // group)
         padding = self.groups * group - count
@@ -167,6 +170,7 @@ class Tile:
             product[:, count:] = -torch.inf
         self._dtype = product.dtype
         self._error = compute_max_error(rows, columns)
+        # (rows, columns of a group, groups): column c is at [c // groups, c % groups].
         self._product = product.view(len(product), group, self.groups)
         self._maxima = self._product.amax(dim=1)
 
@@ -193,11 +197,13 @@ class Tile:
         lowered = relax_limit(limit, self._error, self._dtype).clamp(min=torch.finfo(torch.float32).min)
         reaching_groups = (self._maxima >= lowered[:, None]).view(-1).nonzero().squeeze(1)
         size = self._product.shape[1]
+        # Examine the single columns of these groups, a bounded number of groups at a time.
         for at in range(0, len(reaching_groups), _GROUPS_PER_CHUNK):
             chunk = reaching_groups[at : at + _GROUPS_PER_CHUNK]
             row = chunk // self.groups
             group = chunk % self.groups
             inside = (self._product[row, :, group] >= lowered[row, None]).view(-1).nonzero().squeeze(1)
+            # Turn flat positions in (groups of the chunk, columns of a group) back into rows and columns.
             which = inside // size
             yield row[which], group[which] + self.groups * (inside % size)
 

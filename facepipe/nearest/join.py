@@ -57,6 +57,7 @@ def find_candidate_pairs(
             if first_crowd is None:
                 first_crowd = start
         blocks.append(pairs)
+    # The empty arrays keep the type if there is no block.
     u = np.concatenate([np.empty(0, np.int64), *(block[0] for block in blocks)])
     v = np.concatenate([np.empty(0, np.int64), *(block[1] for block in blocks)])
     return (u, v) if first_crowd is None else sort_pairs(u, v, len(left))
@@ -67,6 +68,7 @@ def _augment(vectors: Float32, densities: Float32) -> tuple[Float32, Float32]:
 
     Four columns instead of two: with 132 in all, every row begins at a full register.
     """
+    # Rows of left end in (-density / 2, 1), of right in (1, -density / 2): a product subtracts the mean density.
     left = np.zeros((len(vectors), vectors.shape[1] + 4), np.float32)
     left[:, : vectors.shape[1]] = vectors
     right = left.copy()
@@ -86,6 +88,7 @@ def _join_block(
     hits = np.flatnonzero(product >= threshold)
     if len(hits) > max_pairs_per_row * len(rows):
         return None
+    # Turn flat positions in the product back into positions of faces.
     i, j = np.divmod(hits, len(right) - begin)
     i = i + start
     j = j + begin

@@ -89,6 +89,7 @@ def find_pairs_on_device(
     tiling = tiling or Tiling()
     # A copy: densities may be mapped read-only, and torch has no tensors that are.
     faces = _Faces(vectors, np.array(densities, np.float32))
+    # Whole blocks of rows, because a block is crowded or not as one.
     resident_rows = max(1, tiling.resident_rows // rule.block_rows) * rule.block_rows
     parts: list[_FoundPairs] = []
     crowded_rows = [np.empty(0, np.int64)]
@@ -215,6 +216,7 @@ class _JoinScan:
         tile = Tile(self._half[part], columns.half, self._tiling.group)
         for i, j in tile.find_reaching(self._limit[part]):
             for pairs in self._refine(i + part.start, j, columns):
+                # Without a crowd a block counts its pairs with rows from its own start on, as the join on CPUs does.
                 block = self._find_block(pairs.u)
                 counted = block if self._first_crowd is not None else block[pairs.v >= self._block_starts[block]]
                 counts += np.bincount(counted, minlength=len(counts))
@@ -227,6 +229,7 @@ class _JoinScan:
         for at in range(0, len(i), _PAIRS_PER_CHUNK):
             a = i[at : at + _PAIRS_PER_CHUNK]
             b = j[at : at + _PAIRS_PER_CHUNK]
+            # Leave out rows of blocks that were closed since the tile was examined.
             is_open = torch.isfinite(self._limit[a])
             a = a[is_open]
             b = b[is_open]

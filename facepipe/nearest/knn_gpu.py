@@ -123,6 +123,7 @@ def _search(
 
         def compare(part: slice, columns: _Columns = columns, resident: _Queries = resident) -> None:
             rows, squares = resident[part]
+            # Earlier blocks have brought the k-th nearest closer, so that fewer pairs reach the limit.
             farthest = torch.from_numpy(top_k.get_farthest(part)).to(device).double()
             tile = Tile(rows, columns.half, tiling.group)
             for i, j in tile.find_reaching(_compute_limit(tile, squares, farthest, columns, k)):
@@ -177,6 +178,7 @@ class _Queries:
         self._dtype = dtype
         self._with_ones = with_ones
         self._resident: tuple[HalfVectors, torch.Tensor] | None = None
+        # Keep all queries on the device if they leave most of its memory free.
         free = measure_free_memory(device)
         if free is None or 4 * queries.nbytes < _RESIDENT_SHARE * free:
             parts = [self._send(slice(at, at + MAX_TILE_ROWS)) for at in range(0, len(queries), MAX_TILE_ROWS)]

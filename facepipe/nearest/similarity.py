@@ -83,6 +83,7 @@ def select_similar(
     Returns:
         The pairs as (row (m,), neighbour (m,)).
     """
+    # Similarities (r, c): cosine less the mean of both densities.
     similarities = 1 - squared_distances / 2 - (densities[rows][:, None] + densities[neighbours]) / 2
     selected = (similarities >= threshold) & (neighbours != rows[:, None])
     return np.repeat(rows, selected.sum(axis=1)), neighbours[selected]
@@ -90,5 +91,6 @@ def select_similar(
 
 def sort_pairs(u: Int64, v: Int64, count: int) -> tuple[Int64, Int64]:
     """Sort pairs of positions below `count` and keep each once, the smaller position first."""
+    # One integer per pair sorts pairs and removes repeated ones in a single step.
     keys = np.unique(np.minimum(u, v) * count + np.maximum(u, v))
     return keys // count, keys % count

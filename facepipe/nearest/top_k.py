@@ -10,6 +10,7 @@ from facepipe.nearest.distances import Hits, VectorBlock, compute_pair_distances
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Float32, Int64
 
+# Comparisons that may wait per thread. Each keeps its block of vectors in memory.
 _PENDING_PER_THREAD = 4
 
 
@@ -52,6 +53,7 @@ class TopK:
         """Wait until all pairs of a part are compared, and until few enough others are pending."""
         overdue = len(self._pending) - _PENDING_PER_THREAD * self._threads
         still_pending = []
+        # Wait for the oldest comparisons beyond the limit, and for all that overlap the part.
         for number, (other, comparison) in enumerate(self._pending):
             if number < overdue or (other.start < part.stop and part.start < other.stop):
                 comparison.result()

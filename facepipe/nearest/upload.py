@@ -55,6 +55,7 @@ def upload_blocks(blocks: Iterable[tuple[Label, Float32]], device: str) -> Itera
         upcoming = reader.submit(send_next)
         while (block := upcoming.result()) is not None:
             label, on_host, (on_device, done) = block
+            # Let the reader fetch the next block while the caller works on this one.
             upcoming = reader.submit(send_next)
             if done is not None:
                 current = torch.cuda.current_stream(on_device.device)
