@@ -25,8 +25,11 @@ from facepipe.gallery.table import Gallery
 from facepipe.sorted_lookup import find_sorted, is_in_sorted
 from facepipe.types import Int64, UInt64
 
+# Rows per batch while keys and ids are read.
 _ROWS = 65536
+# Names of files whose rows are all new: files of a rewrite or a compaction hold older rows.
 _NEW_ROWS_ONLY = re.compile(r"part-(?!rewrite-|compact-).*-[0-9a-f]{32}\.parquet$")
+# These columns identify a row wherever it stands.
 _KEY = ("uri", "face_index", "ingested_at")
 _MAX_LAG = timedelta(days=1)  # between the time on a row and the commit that shows the row
 
@@ -85,6 +88,7 @@ class PartialGallery(Gallery):
     """A gallery of which only some files are read; all of them by default."""
 
     def __init__(self, gallery: Gallery, files: Sequence[str] | None = None):
+        # Take over the open table, so that nothing is read from the log again.
         self.__dict__.update(gallery.__dict__)
         self._chosen = None if files is None else frozenset(files)
 
@@ -96,6 +100,7 @@ class PartialGallery(Gallery):
         fragments = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
         return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
 
+    # A file without statistics of this column has no time.
     def read_newest_times(self) -> dict[str, datetime | None]:
         """Read from the log the time of the last ingestion in each of the table's files, by path."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
@@ -136,6 +141,7 @@ class TableChanges:
         An image that was embedded again because its file changed is new. If neither the old files nor times of
         ingestion are there, rows may come that are not new.
         """
+        # Files of a run hold new rows only.
         if self.new_files:
             yield from PartialGallery(self.gallery, self.new_files).batches(columns, rows=rows)
         if not self.mixed_files:
@@ -148,6 +154,7 @@ class TableChanges:
             for batch in mixed.batches(list(columns), self.mark.filter_newer(), rows=rows):
                 yield batch.select(list(columns))
             return
+        # The key columns are read for the comparison, and dropped before a batch is yielded.
         names = list(dict.fromkeys([*columns, *_KEY]))
         for batch in mixed.batches(names, self.mark.filter_newer(_MAX_LAG), rows=rows):
             new_rows = batch.filter(pa.array(~is_in_sorted(moved_keys, _hash_keys(batch))))
@@ -164,12 +171,14 @@ class TableChanges:
         """
         if self.removed_files is None or self.old_gallery is None:
             return None
+        # Faces of removed files are candidates.
         try:
             removed = np.empty(0, np.int64)
             if self.removed_files:
                 removed = np.sort(_read_ids(PartialGallery(self.old_gallery, self.removed_files)))
         except (OSError, StorageError, pa.ArrowException):  # the files were vacuumed
             return None
+        # Those that an added file holds were moved, not deleted.
         is_still_there = np.zeros(len(removed), bool)
         added_files = (*self.new_files, *self.mixed_files)
         if len(removed) and added_files:
@@ -182,8 +191,10 @@ class TableChanges:
         """Read the sorted keys of old rows that may stand in another file now; None if they cannot be read."""
         if self.removed_files is None or self.old_gallery is None or self.mark is None:
             return None
+        # Only rows near the mark can be taken for new ones, so older rows need no key.
         recent = self.mark.filter_newer(_MAX_LAG)
         parts = [np.empty(0, np.uint64)]
+        # If no mixed file has such rows, the old files need not be read.
         candidates = PartialGallery(self.gallery, self.mixed_files).dataset(["ingested_at"])
         if next(iter(candidates.get_fragments(filter=recent)), None) is None:
             return parts[0]
@@ -201,12 +212,14 @@ def find_changes(gallery: Gallery, mark: ReadMark | None) -> TableChanges:
     Without a mark everything is new. If the old version cannot be opened because its log was cleaned, or the mark is of
     another table, new rows are recognised by their time of ingestion alone.
     """
+    # Without an old version every file has to be compared by its rows, or is new.
     files = tuple(file["path"] for file in gallery.files())
     if mark is None:
         return TableChanges(gallery, None, new_files=files, mixed_files=(), removed_files=None)
     old_gallery = _open_old_gallery(gallery, mark)
     if old_gallery is None:
         return TableChanges(gallery, mark, new_files=(), mixed_files=files, removed_files=None)
+    # Compare the two versions by the names of their files.
     old_files = {file["path"] for file in old_gallery.files()}
     removed = tuple(sorted(old_files.difference(files)))
     added = [path for path in files if path not in old_files]
@@ -235,6 +248,7 @@ def _read_ids(gallery: Gallery) -> Int64:
 def _hash_keys(batch: pa.RecordBatch) -> UInt64:
     """Hash what identifies each row wherever it stands: image, face and the time it was embedded; (n,)."""
     keys = pd.util.hash_array(np.asarray(batch["uri"].to_numpy(zero_copy_only=False), object))
+    # Nulls need a number outside the column's range, because the hash takes no nulls.
     for name, absent in (("face_index", -1), ("ingested_at", 0)):
         numbers: Any = pc.fill_null(batch[name].cast(pa.int64()), absent).to_numpy()
         keys = pd.util.hash_array(keys ^ pd.util.hash_array(numbers))

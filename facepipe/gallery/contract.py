@@ -14,6 +14,7 @@ from facepipe.schema import EMBEDDING_DIM
 CONTRACT_PROPERTY = "facepipe.contract"
 """Name of the table property that holds the contract; also of Parquet metadata."""
 
+# Longest value that an error shows in full.
 _MAX_CHARACTERS = 32
 
 
@@ -83,6 +84,7 @@ class Contract:
         """
         own_values = asdict(self)
         other_values = asdict(other)
+        # List what differs, so that the user sees which setting to change.
         different = [name for name in own_values if own_values[name] != other_values[name]]
         if different:
             lines = [
@@ -105,6 +107,7 @@ def _describe_alignment(embedder: Card, detector: Card) -> str:
             f"{embedder.name} takes chips cut by dlib's points, and how the boxes of {detector.name} lie to dlib's was "
             "never measured: take another detector, such as retinaface-mnet025 or dlib-hog"
         )
+    # Only what decides the pixels of this kind of layout goes into the hash.
     parameters: list[Any]
     if layout.kind == "similarity":
         parameters = [layout.size, layout.template]

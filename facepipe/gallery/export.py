@@ -27,11 +27,13 @@ def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = N
     Returns:
         The number of rows written.
     """
+    # Files of an earlier export would be read together with the new ones.
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise GalleryError(f"{out!r} exists and is not an empty folder")
     names = check_columns(columns)
     row_count = 0
 
+    # Count rows while they are streamed to the writer.
     def count_rows() -> Iterator[pa.RecordBatch]:
         nonlocal row_count
         for batch in gallery.batches(names, where):

@@ -60,6 +60,7 @@ def _to_python(text: str) -> str:
 
 def _to_constant(value: Any, column: str) -> Any:
     """Convert a constant, or several, to the column's type; text becomes a time if the column holds times."""
+    # Comparisons want both sides of the same type, so the constant takes the column's.
     kind = FACES.field(column).type
     if isinstance(value, list | tuple | set):
         return pa.array([_to_constant(item, column).as_py() for item in value], kind)
@@ -80,6 +81,7 @@ def _to_expression(node: ast.AST) -> Any:
             return result
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return ~_to_expression(operand)
+        # A comparison with null becomes a test for null: null equals nothing, not even itself.
         case ast.Compare(left=left, ops=[op], comparators=[ast.Constant(value=None)]):
             column = _to_expression(left)
             return column.is_null() if isinstance(op, ast.Eq) else column.is_valid()

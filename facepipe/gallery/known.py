@@ -15,6 +15,7 @@ from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import UInt64
 
+# They are the last of the three values per image: fingerprint, content, state.
 # States of an image in the table.
 _IN_GALLERY = np.uint64(0)
 _LISTED = np.uint64(1)
@@ -45,6 +46,7 @@ class KnownImages:
         self._table = HashTable(width=3)
         self._erased = np.empty(0, np.uint64) if erased is None else erased
         self.source_count = 0
+        # Only the first row of each image is kept: its other rows repeat the same values.
         batches = gallery.batches(_COLUMNS, rows=_ROWS) if gallery is not None else ()
         try:
             for table in _join_batches(batches):
@@ -80,6 +82,7 @@ class KnownImages:
             gallery, but the file may have changed, was never read, or has no fingerprint: only its content can tell.
             NEW: not in the gallery. ERASED: must not come back.
         """
+        # `known` has one row per image: fingerprint, content, state.
         is_known, known = self._table.get(uris)
         is_repeated = is_known & (known[:, 2] == _LISTED)
         is_same = is_known & (known[:, 0] == fingerprints) & (fingerprints != 0)
@@ -89,6 +92,7 @@ class KnownImages:
         is_first = np.zeros(len(uris), bool)
         is_first[np.unique(uris, return_index=True)[1]] = True
         verdict = np.where(is_first, verdict, REPEATED).astype(np.int8)
+        # Mark the whole batch as listed; the content stays what the gallery holds.
         self._table.add(uris, np.stack([fingerprints, known[:, 1], np.full(len(uris), _LISTED)], 1))
         return verdict, known[:, 1]
 
@@ -100,9 +104,11 @@ class KnownImages:
         """
         count = 0
         parts = [np.empty(0, np.uint64)]
+        # An image that was listed in this run has another state by now.
         for keys, values in self._table.read_rows():
             missing = keys[values[:, 2] == _OF_SOURCE]
             count += len(missing)
+            # Past the limit only the count goes on, and memory stays bounded.
             if count <= most:
                 parts.append(missing)
         return count, np.concatenate(parts if count <= most else parts[:1])

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNS = "runs"
+# Names that a first run may leave in a folder before the table is there.
 _OWN_NAMES = {LEASE_FILE, LEASE_GUARD, RUNS}
 _VECTOR_ROWS = 65536  # rows read at a time
+# Files whose metadata is held at a time.
 _FILES_AT_ONCE = 64
+# What `Gallery.files` reads of the log, which holds more statistics than any caller wants.
 _FILE_COLUMNS = (
     "path",
     "size_bytes",
@@ -167,6 +170,7 @@ class Gallery:
             ranges: columns by which a filter may tell, from the log, that a file holds nothing for it; all by default.
                 In a table of many files they are the cost of opening it, some 40 microseconds per column and file.
         """
+        # The schema with which files are listed holds only columns whose ranges a filter can use.
         schema = pa.schema(self._table.schema().to_arrow(as_large_types=False))
         # Later columns are left out while the files are listed: deltalake takes a column without statistics for one
         # without nulls.
@@ -232,6 +236,7 @@ class Gallery:
         count = 0
         face_filter = has_face if row_filter is None else has_face & row_filter
         for batch in self.batches(["face_id", "embedding"], face_filter, rows=_VECTOR_ROWS):
+            # Copy batch after batch into the arrays, which grow to twice the need if a filter hides their length.
             end = count + batch.num_rows
             if end > len(ids):
                 ids = _enlarge(ids, count, 2 * end)
@@ -249,13 +254,16 @@ class Gallery:
             first_rows = batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True))
             images.update(first_rows["status"].to_pylist())
             faces += batch.num_rows - batch["face_index"].null_count
+        # The status ok comes first, then the others in order.
         ordered = {OK: images.pop(OK, 0), **dict(sorted(images.items()))}
         return {"images": sum(ordered.values()), "faces": faces, **ordered}
 
     def runs(self, last: int = 5) -> list[dict[str, Any]]:
         """Read the metadata of the newest runs' last commits: run id, counts, seconds per stage."""
+        # A run makes several commits; twenty per run are enough in most cases.
         history = self._table.history(20 * last)
         commits = [json.loads(entry["facepipe"]) for entry in history if "facepipe" in entry]
+        # Oldest first, so that the last commit of a run replaces its earlier ones.
         by_run: dict[str, dict[str, Any]] = {}
         for commit in reversed(commits):
             by_run[commit["run"]] = commit
@@ -306,6 +314,7 @@ def _split_dataset(dataset: ds.Dataset, where: "ds.Expression | None") -> Iterat
     file_format = dataset.format
     filesystem = dataset.filesystem
     schema = dataset.schema
+    # Last file first, because the list is emptied from its end.
     fragments = list(dataset.get_fragments(filter=where))[::-1]
     del dataset
     while fragments:

@@ -55,12 +55,14 @@ class Committer:
             records: finished blocks; those without a part may bring new fingerprints.
             metadata: the run's figures so far, for the log.
         """
+        # Collect new files, new fingerprints, and images whose older rows have to go.
         parts = [record for record in records if record.path]
         touched = {uri: mark for record in records for uri, mark in record.touched.items() if mark}
         replaced = {uri for record in parts for uri in record.replaced}
         if not parts and not touched:
             return
 
+        # Rows to be replaced are looked up in the newest version, which an overtaken commit has changed.
         def make_actions() -> list[Action]:
             actions: list[Action] = [
                 make_add_action(part.path, part.size, part.stats) for part in parts if part.path is not None
@@ -83,6 +85,7 @@ class Committer:
             metadata: the run's figures so far, for the log.
         """
         with _delay_signals():
+            # Each attempt plans against the newest version, because the last one may have been overtaken.
             for _ in range(_MAX_ATTEMPTS):
                 self._read_new_commits()
                 actions = make_actions()
@@ -97,6 +100,7 @@ class Committer:
 
     def _try_commit(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
         """Commit as the next version; False if another commit took it."""
+        # The transaction's number tells after a lost answer whether the commit is in the table.
         properties = CommitProperties(
             custom_metadata={_METADATA_KEY: json.dumps({"run": self.run, "commit": number, **metadata})},
             app_transactions=[Transaction(self.run, number)],
@@ -126,6 +130,7 @@ class Committer:
             self._table.update_incremental()
             new_versions = self._table.version() - self._seen_version
             entries = self._table.history(new_versions) if new_versions > 0 else []
+        # Only this run and commits without a run may have written since.
         for entry in entries:
             if _METADATA_KEY in entry and json.loads(entry[_METADATA_KEY])["run"] != self.run:
                 raise GalleryBusyError(
@@ -159,6 +164,7 @@ def _set_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:
     missing_since = [
         None if uri in touched else time for uri, time in zip(uris, rows["missing_since"].to_pylist(), strict=True)
     ]
+    # Put the columns back in their places, so that the schema stays the same.
     for name, values in (("fingerprint", fingerprints), ("missing_since", missing_since)):
         n = FACES.get_field_index(name)
         rows = rows.set_column(n, FACES.field(n), pa.array(values, FACES.field(n).type))
@@ -168,6 +174,7 @@ def _set_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:
 @contextmanager
 def _delay_signals() -> Iterator[None]:
     """Delay the first SIGTERM or Ctrl-C to the end of the block; a second one takes effect at once."""
+    # Signals reach only the main thread.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -186,6 +193,7 @@ def _delay_signals() -> Iterator[None]:
         signal.signal(number, note_signal)
     try:
         yield
+    # Restore the handlers, and deliver the one signal that was delayed.
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ from facepipe.schema import FACES
 from facepipe.types import UInt64
 
 TOO_MANY_MISSING = "more than missing.at_most allows"
+# A file begins with these numbers: missing images, images of the source, places that could not be listed.
 _HEADER_NUMBERS = 3
 
 
@@ -53,6 +54,7 @@ def read_missing(path: str) -> MissingUris:
         raise StorageError(f"{path!r} is cut short")
     count, total, broken = (int(value) for value in values[:_HEADER_NUMBERS])
     uris = values[_HEADER_NUMBERS:]
+    # The writer leaves the hashes out if they are too many; then their number differs from the count.
     return MissingUris(count, total, broken, uris if len(uris) == count else None)
 
 
@@ -69,6 +71,7 @@ def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) ->
         How many images were marked, and why none was; the reason is empty if nothing went wrong.
     """
     missing = read_missing(path)
+    # An incomplete listing, or one that lacks too much, marks nothing.
     if missing.broken:
         return 0, f"{missing.broken} places of the source could not be listed"
     if missing.uris is None:
@@ -85,12 +88,14 @@ def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) ->
 
     def set_time(rows: pa.Table, mask: Any) -> pa.Table:
         nonlocal image_count
+        # An image has several rows: its first face, or its only row, counts.
         first_rows = pc.and_(mask, pc.fill_null(pc.equal(rows["face_index"], 0), True))
         image_count += pc.sum(first_rows).as_py() or 0
         n = FACES.get_field_index("missing_since")
         return rows.set_column(n, FACES.field(n), pc.if_else(mask, now, rows["missing_since"]))
 
     def may_hold_source(file: dict[str, Any]) -> bool:
+        # A file without statistics of the source may hold it.
         return (file.get("min.source") or "") <= source <= (file.get("max.source") or source)
 
     def make_actions() -> list[Any]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, conform
 
+# The second half of the SHA-256 is left out: 128 bits are enough for a checksum in a name.
 _NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
 
 
@@ -91,6 +92,7 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     first_rows = table.select(["uri", "fingerprint", "status"]).filter(
         pc.fill_null(pc.equal(table["face_index"], 0), True)
     )
+    # Count images by status, before rows that are never stored are dropped.
     record.images = first_rows.num_rows
     record.statuses = dict(Counter(first_rows["status"].to_pylist()))
     touched = first_rows.filter(pc.equal(first_rows["status"], TOUCHED))
@@ -99,8 +101,10 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
         table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(NEVER_STORED))))
     record.rows = table.num_rows
     record.faces = table.num_rows - table["face_id"].null_count
+    # Of the images that were known, those that still have rows replace their older ones.
     known_uris = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
     record.replaced = sorted(set(known_uris) & set(table["uri"].to_pylist())) if known_uris else []
+    # The name holds the content's hash, so it is encoded before it is named.
     if table.num_rows:
         rows = conform(table)
         data = encode_parquet(rows)
@@ -120,6 +124,7 @@ def encode_parquet(table: pa.Table) -> bytes:
     """
     sink = io.BytesIO()  # unlike Arrow's own buffer its bytes need no copy
     float_columns = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
+    # Columns in which values repeat: every face of an image has its uri and its id.
     dictionary_columns = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri"]
     pq.write_table(
         table,
@@ -143,6 +148,7 @@ def compute_statistics(table: pa.Table) -> str:
     for name in FACES.names:
         column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
         null_counts[name] = column.null_count
+        # Vectors and bytes get no range: no filter compares them.
         has_range = not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type)
         if has_range and column.null_count < len(column):
             limits = pc.min_max(column).as_py()
@@ -179,5 +185,6 @@ def make_status_rows(items: pa.Table, status: str, error: str) -> pa.Table:
     columns: dict[str, Any] = {name: items[name] for name in ("uri", "fingerprint", "identity")}
     columns["status"] = pa.array([status] * count)
     columns["error"] = pa.array([error] * count)
+    # Columns that all rows of a block share are added later.
     own_columns = pa.schema([field for field in FACES if field.name not in ("source", "ingested_at")])
     return conform(pa.table(columns), own_columns)

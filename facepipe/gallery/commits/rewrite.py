@@ -75,6 +75,7 @@ def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None
         if rows is None:
             continue
         new_rows = rewrite.change(rows, mask)
+        # The old file leaves the table, and what is left of its rows comes back as a new one.
         yield make_remove_action(file["path"], rewrite.data_change)
         if trace is not None:
             trace.before.append((file["path"], parse_digest(file["path"])))
@@ -91,6 +92,7 @@ def plan_rewrite_of_uris(uris: Iterable[str], change: Change, data_change: bool 
     ordered = sorted(uris)
     wanted = pa.array(ordered, pa.string())
 
+    # Bisect for the first wanted uri that is not below the file's range.
     def may_match(file: dict[str, Any]) -> bool:
         n = bisect_left(ordered, file["min.uri"] or "")
         return n < len(ordered) and ordered[n] <= (file["max.uri"] or ordered[n])
@@ -110,6 +112,7 @@ def _read_matching(gallery: Gallery, path: str, rewrite: Rewrite) -> tuple[pa.Ta
     try:
         with storage.open_seekable(full_path) as handle:
             parquet = pq.ParquetFile(handle)
+            # Read the few columns of the test first; the whole file is read only if a row matches.
             names = [name for name in rewrite.columns if name in parquet.schema_arrow.names]
             schema = pa.schema([FACES.field(name) for name in rewrite.columns])
             mask = rewrite.matches(conform(parquet.read(names), schema))

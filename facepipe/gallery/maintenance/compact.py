@@ -44,9 +44,11 @@ def plan_compaction(gallery: Gallery, config: CompactConfig, everything: bool = 
     Returns:
         The groups; none if there are too few small files.
     """
+    # Files of half the target or more are left: joining them would write much for little.
     small = [file for file in gallery.files() if file["size_bytes"] < config.target_bytes / 2]
     if len(small) < (2 if everything else config.fewest):
         return []
+    # Neighbours by uri make a joined file with a narrow range of uris, which filters can skip.
     by_uri = sorted(small, key=lambda file: (file["min.uri"] or "", file["path"]))
     return list(_group_files(by_uri, config.target_bytes))
 
@@ -61,6 +63,7 @@ def _group_files(files: FileGroup, target_bytes: int) -> Iterator[FileGroup]:
             size = 0
         group.append(file)
         size += file["size_bytes"]
+    # A last group of one file would be written anew for nothing.
     if len(group) > 1:
         yield group
 

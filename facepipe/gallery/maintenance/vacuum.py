@@ -26,6 +26,7 @@ def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage
     base = gallery.faces_folder.rstrip("/") + "/"
     named = {file["path"] for file in gallery.files()}
     now = time.time()
+    # Files that left the table a short time ago may still be read by someone with an older version.
     if older_than:
         named |= set(_read_removed_since(gallery, now - older_than))
     unreferenced = []
@@ -34,6 +35,7 @@ def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage
         is_part = name.endswith(".parquet") and not name.startswith(_LOG)
         is_old = not older_than or now - entry.modified > older_than
         if is_part and is_old and name not in named:
+            # An unfinished part of a run that goes on is not old enough.
             unreferenced.append(entry)
     return unreferenced
 
@@ -65,6 +67,7 @@ def delete_history(gallery: Gallery) -> int:
         The number of files deleted.
     """
     table = open_table(gallery.faces_folder)
+    # The checkpoint holds the whole state, so that the entries before it are not needed.
     table.create_checkpoint()
     base = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/"
     count = 0

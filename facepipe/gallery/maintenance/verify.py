@@ -18,6 +18,7 @@ from facepipe.hashing import compute_face_id, hash64_column
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
 from facepipe.storage.hashtable import HashTable
 
+# Largest distance of a norm from 1 that float32 explains.
 _NORM_TOLERANCE = 1e-4
 _MAX_PROBLEMS = 100
 
@@ -55,6 +56,7 @@ class Verification:
 def verify_gallery(gallery: Gallery) -> Verification:
     """Check every file of the gallery's version. Memory does not grow with the gallery."""
     result = Verification(gallery.version)
+    # Both tables cover all files, so that repetitions across files are found.
     ids = HashTable()
     uris = HashTable()
     for file in gallery.files():
@@ -91,6 +93,7 @@ def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, res
     result.rows += table.num_rows
     result.images += first_rows.num_rows
     result.faces += faces.num_rows
+    # Each check is a mask of wrong rows (n,).
     checks = {
         "rows with an unknown status": pc.invert(pc.is_in(table["status"], pa.array(STATUSES))),
         "faces without status ok, or rows with it and no face": pc.xor(
@@ -115,6 +118,7 @@ def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verificatio
     repeated = int((~ids.add(faces["face_id"].to_numpy().astype(np.uint64))).sum())
     if repeated:
         result.add(f"{path}: {repeated} face ids that occur twice")
+    # Face ids are hashes of image and ordinal, so they can be computed again.
     columns = (faces[name].to_pylist() for name in ("face_id", "uri", "image_id", "face_index"))
     foreign = sum(
         face_id != compute_face_id(uri, image_id or "", index)
@@ -139,6 +143,7 @@ def _check_images(path: str, table: pa.Table, first_rows: pa.Table, uris: HashTa
             result.add(f"{path}: {repeated} images that occur twice")
     faces = table.filter(pc.is_valid(table["face_index"])).select(["uri", "face_index"])
     if faces.num_rows:
+        # Ordinals from 0 without a gap: as many different ones as the largest plus 1.
         groups = faces.group_by("uri").aggregate([("face_index", "max"), ("face_index", "count_distinct")])
         gaps = pc.sum(pc.not_equal(pc.add(groups["face_index_max"], 1), groups["face_index_count_distinct"])).as_py()
         if gaps:
