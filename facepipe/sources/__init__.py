@@ -52,6 +52,7 @@ def open_source(config: SourceConfig) -> Source:
         raise SourceError(
             "facepipe reads no http(s) URLs: fetch the images first, or name a bucket (s3://, gs://, az://)"
         )
+    # Only sources on a disk are looked up: a glob matches later, and a store is asked by its listing.
     kind = _detect_kind(uri) if config.kind == "auto" else config.kind
     if kind not in ("glob", "object_store") and not may_exist(uri):
         raise SourceError(f"no such file or folder: {uri!r}")
@@ -72,6 +73,7 @@ def _detect_kind(uri: str) -> SourceKind:
     """Detect the kind of a source from its uri and from what is there. Raises SourceError if there is nothing."""
     if not uri:
         raise SourceError("no source given")
+    # The extension decides before the disk does, because a Parquet file may lie in a store.
     extension = get_extension(uri.rstrip("/"))
     if extension in _PARQUET_EXTENSIONS:
         return "parquet"
@@ -97,5 +99,6 @@ def _holds_parquet(folder: str) -> bool:
     """Tell whether a folder holds Parquet files at its top, and nothing else that could be a source."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in islice(entries, _SAMPLED_FILES)]
+    # Hidden files and marks of writers, such as _SUCCESS, say nothing of the kind.
     extensions = {get_extension(name) for name in names if not name.startswith((".", "_"))}
     return bool(extensions) and extensions <= set(_PARQUET_EXTENSIONS)

@@ -17,9 +17,11 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources import Source, WorkItem
 from facepipe.types import UInt64
 
+# Verdicts of a listed image; they are indices of the counts per verdict.
 NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
 _SCREENED_ITEMS = 8192  # looked up in the gallery at a time
 _REPORT_ITEMS = 50_000  # passed over until an empty block reports it
+# Blocks that each worker still gets from what is ahead; more make the end more even, fewer make larger files.
 _BLOCKS_PER_WORKER = 4
 
 PendingItem = tuple[WorkItem, int | None]
@@ -101,6 +103,7 @@ def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]
     is_exhausted = False
     while pending or not is_exhausted:
         # Look ahead, so that the size of the next block can follow from what is left.
+        # Screen a batch of the listing; its new and changed images wait, the others are counted.
         while not is_exhausted and len(pending) < size.lookahead:
             items = list(islice(listing, min(_SCREENED_ITEMS, size.lookahead)))
             is_exhausted = not items
@@ -115,6 +118,7 @@ def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]
             part = pending[:n]
             pending = pending[n:]
             yield cutter.make_block(part)
+    # The last block is always empty, so that its counts cover the whole listing.
     yield cutter.make_block([], last=True)
 
 
@@ -125,6 +129,7 @@ class _BlockCutter:
         self._source = source
         self._number = 0
         self._ignored = 0
+        # Images per verdict since the last block, (5,).
         self._counts = np.zeros(5, np.int64)
 
     @property
@@ -162,6 +167,7 @@ def _screen_items(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.i
 def _to_table(items: list[PendingItem]) -> pa.Table:
     if not items:
         return WORK_ITEM.empty_table()
+    # Turn rows into columns in the order of the schema; the last one is the content's hash.
     columns = [*zip(*(item for item, _ in items), strict=True), [previous for _, previous in items]]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, WORK_ITEM, strict=True)]
     return pa.table(arrays, schema=WORK_ITEM)

@@ -37,6 +37,7 @@ class Expander:
             fingerprint: changes if the file may have changed.
             is_special: the file is a device, FIFO or socket, and must not be opened.
         """
+        # Files that are neither image nor tar are counted and left.
         extension = get_extension(relative)
         if is_hidden(relative) or not (extension in IMAGE_EXTENSIONS or extension == "tar"):
             self.ignored += 1
@@ -59,6 +60,7 @@ class Expander:
             folder: path of the folder.
             relative: its path below the source's root.
         """
+        # Try an image's name: if its path needs no escape, plain names beside it need none either.
         probe = os.path.join(folder, b"x.jpg")
         if make_file_uri(probe).encode("utf-8", "replace") != probe:
             return lambda name, path, fingerprint: None  # the uris of this folder need escapes
@@ -69,6 +71,7 @@ class Expander:
         is_shared_label = self._is_shared_label
 
         def expand_image(name: str, path: bytes, fingerprint: str) -> WorkItem | None:
+            # Names that may need an escape, or are no plain image, are left to the slower function.
             stem, _, extension = name.rpartition(".")
             if not stem or extension not in IMAGE_EXTENSIONS or stem[0] == "." or "#" in stem or not stem.isascii():
                 return None

@@ -10,6 +10,7 @@ from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
+# Entries that are sorted at a time.
 _SORT_RUN = 100_000
 
 _FolderIds = tuple[tuple[int, int], ...]
@@ -64,6 +65,7 @@ class FolderSource:
 
     def _walk(self) -> Iterator[WorkItem]:
         """Walk depth first, with a stack of its own: folders may lie deeper than Python's calls may."""
+        # Each entry is the listing of an open folder; the last one is the deepest.
         open_folders = [self._list_folder(os.fsencode(self.root), "", (), 0)]
         while open_folders:
             entry = next(open_folders[-1], None)
@@ -78,9 +80,11 @@ class FolderSource:
         """Yield the items of a folder, and listings of the folders in it; `links` is how many links lead to it."""
         try:
             info = os.stat(folder)
+            # A folder that is its own parent came through a link back: it is passed over.
             folder_id = (info.st_dev, info.st_ino)
             if folder_id in parents:
                 return
+            # Below two links the same folder may come up again and again, so it is listed once.
             if links > 1:
                 if folder_id in self._nested_folders:
                     yield make_broken_item(folder, "a link to a folder that was listed before")

@@ -27,6 +27,7 @@ def translate_glob(pattern: str) -> str:
 
     `*` and `?` stay inside one folder, `**/` spans any number of them.
     """
+    # Split the pattern into wildcards, sets in brackets, and single characters.
     tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
     wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(wildcards.get(token) or _translate_token(token) for token in tokens)

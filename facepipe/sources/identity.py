@@ -32,6 +32,7 @@ def make_identity_rule(name: IdentityRule) -> Identify:
     take_label = _pick_rule(name)
 
     def identify(path: str, label: str | None) -> str | None:
+        # The rules expect a path in normal form.
         identity = take_label(path if _is_normal(path) else posixpath.normpath(path), label)
         if not identity or identity.isascii():
             return identity or None
@@ -42,6 +43,7 @@ def make_identity_rule(name: IdentityRule) -> Identify:
 
 def _is_normal(path: str) -> bool:
     """Tell whether a path is certainly in normal form. It takes a fraction of the time of normalising every path."""
+    # A part that begins with a dot may be `..`, or only a hidden name: both are normalised.
     return not (path.startswith((".", "/")) or path.endswith("/") or "//" in path or "/." in path)
 
 

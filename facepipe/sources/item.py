@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from facepipe.storage import is_remote
 
+# A path that looks like a container's member: archive.tar#name.
 _MEMBER_LIKE = re.compile(rb"\.(?:tar|parquet|pq)#", re.IGNORECASE)
 
 
@@ -75,6 +76,7 @@ def make_file_uri(path: str | bytes) -> str:
 
     It is a `file://` URL with %-escapes if the path is not UTF-8, or would read like the uri of a container's member.
     """
+    # Find the absolute path; URLs of object stores stay as they are.
     if isinstance(path, bytes) and _is_absolute(path):
         # The common case when folders are listed: for a million paths the rest would take seconds.
         absolute = path

@@ -15,7 +15,9 @@ from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, make_named_i
 from facepipe.storage import describe_error
 
 HEADER_URIS = (*URI_COLUMNS, "filename", "image", "image_id", "img")
+# Lines at the beginning of a list that decide its layout.
 _SNIFF_LINES = 50
+# Characters after which a line is cut.
 _MAX_LINE = 1 << 16
 
 
@@ -61,6 +63,7 @@ class ListSource:
         self._identify = make_identity_rule(identity)
 
     def __iter__(self) -> Iterator[WorkItem]:
+        # The first pass finds the layout, the second one reads the items.
         self.ignored = 0
         with self._open() as file:
             layout = detect_layout(list(islice(_read_lines(file), _SNIFF_LINES)), self.path)
@@ -78,6 +81,7 @@ class ListSource:
             raise SourceError(f"cannot read the list {self.path!r}: {describe_error(error)}") from error
 
     def _make_item(self, number: int, fields: list[str], layout: ListLayout) -> WorkItem:
+        # A line with too few fields becomes a row that says so.
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
             return make_broken_item(self.path, "the line names no image", f"line{number}")
         name = fields[layout.image].replace("\\", "/")
@@ -104,9 +108,11 @@ def detect_layout(lines: list[str], path: str) -> ListLayout:
     # If most lines end in an image's extension, they are paths alone, which may hold spaces.
     if sum(_is_image(line) for line in lines) * 2 > len(lines):
         return ListLayout("\n", 0, None, skip)
+    # After a count the next line is a header if none of its fields is an image.
     if skip and not any(_is_image(field) for field in _split_line(lines[0], " ")) and len(lines) > 1:
         skip += 1
         lines = lines[1:]
+    # Two columns without a header: the image first, and its label second.
     for delimiter in ("\t", ","):
         rows = [_split_line(line, delimiter) for line in lines]
         if {len(row) for row in rows} == {2} and sum(_is_image(row[0]) for row in rows) * 2 > len(rows):
@@ -153,5 +159,6 @@ def _read_records(file: IO[str], layout: ListLayout) -> Iterator[tuple[int, list
             rows = (line.split() for line in lines)
         case delimiter:
             rows = csv.reader(lines, delimiter=delimiter, quoting=_get_quoting(delimiter))
+    # Lines are numbered before blank ones are dropped, so that messages name the line of the file.
     numbered = ((number, [field.strip() for field in row]) for number, row in enumerate(rows, 1))
     yield from islice(((number, row) for number, row in numbered if any(row)), layout.skip, None)

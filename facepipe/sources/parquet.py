@@ -64,6 +64,7 @@ class ParquetSource:
 
     def _list_rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
         """Yield one item per row of a file."""
+        # Pick the columns by their names.
         names = file.schema_arrow.names
         bytes_column = find_bytes_column(file.schema_arrow)
         uri_column = _pick_column(names, URI_COLUMNS)
@@ -78,6 +79,7 @@ class ParquetSource:
         container = make_file_uri(path)
         encoded_path = os.fsencode(path)
         folder = os.path.dirname(path)
+        # Rows are counted over all batches, because workers find an image by its row.
         row = 0
         columns = [name for name in (uri_column, identity_column) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
@@ -109,17 +111,20 @@ def make_named_item(name: str, root: str, identity: str | None, confined: bool =
         confined: absolute paths, URLs and symbolic links must not lead out of the root either, because the user named
             it.
     """
+    # Bring the name into a local path or a URL, and refuse what must not be read.
     if name.startswith("file://"):
         name = os.fsdecode(unquote_to_bytes(os.fsencode(name.removeprefix("file://"))))
     if is_web_url(name) or (is_remote(name) and has_credentials(name)):
         reason = "not read: http(s) URLs" if is_web_url(name) else "the URL holds credentials"
         return make_broken_item(strip_url_secrets(name), reason)._replace(identity=identity)
+    # Make the path absolute, and require that it lies inside the root.
     is_relative = not is_remote(name) and not os.path.isabs(name)
     path = f"{root or '.'}/{name}" if is_relative else name
     if not is_remote(path):
         path = os.path.abspath(path)  # without `..`, so that the file that is opened is the one the uri names
     if (is_relative or confined) and not _is_inside(path, root or ".", follow_links=confined):
         return make_broken_item(path, f"outside of the root {escape_name(root or '.')}")._replace(identity=identity)
+    # A missing file gets no fingerprint: reading it later gives its row an error.
     fingerprint: str | None = None
     if not is_remote(path):
         try:
@@ -145,6 +150,7 @@ def _is_inside(path: str, root: str, *, follow_links: bool) -> bool:
     if is_remote(root) or is_remote(path):
         scheme, _, rest = path.partition("://")
         return f"{scheme}://{posixpath.normpath(rest)}".startswith(root.rstrip("/") + "/")
+    # Compare paths as they are written, and with links followed if the root confines them.
     pairs = [(path, os.path.abspath(root))]
     if follow_links:
         with suppress(OSError, ValueError):  # no file can have such a name: reading it will say so

@@ -9,6 +9,7 @@ from facepipe.sources.item import WorkItem
 from facepipe.sources.parquet import ParquetSource
 from facepipe.sources.tar import list_tar_items
 
+# The uri of a member: the container, its extension, and # before the name.
 _MEMBER = re.compile(r"(.*?\.(tar|parquet|pq))#.*", re.IGNORECASE | re.DOTALL)
 
 
@@ -29,10 +30,12 @@ class ImageLocator:
             uri: the uri of the image.
             fingerprint: the fingerprint of its file when it was listed.
         """
+        # A file:// URL without # names a file whose path only looks like a member.
         match = _MEMBER.fullmatch(uri) if not uri.startswith("file://") or "#" in uri else None
         if match is None:
             return WorkItem(uri, _to_path(uri), fingerprint=fingerprint)
         container = match[1]
+        # Neighbouring uris are mostly of the same container, so the last listing is kept.
         if container != self._container:
             items = _list_container(container, match[2].lower())
             self._members = {item.uri: item for item in items}

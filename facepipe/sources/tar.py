@@ -17,6 +17,7 @@ from facepipe.storage import get_entry, is_special_file, open_seekable
 
 _LABEL_EXTENSIONS = ("cls", "json")
 _LABEL_KEYS = ("identity", "label", "class")
+# Labels and headers above these sizes are damaged, or not meant for us.
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_NAME = 4096
@@ -101,6 +102,7 @@ def _list_members(
     tar: tarfile.TarFile, file: BinaryIO, container: _Container, identify: Identify
 ) -> Iterator[WorkItem]:
     """Yield the items of all members. Images wait for the label of their key, which may come after them."""
+    # Hashes of names take less memory than the names of a shard of millions.
     seen_names: set[int] = set()
     key = ""
     label: str | None = None
@@ -160,6 +162,7 @@ def _check_member(tar: tarfile.TarFile, member: tarfile.TarInfo, end: int) -> in
 
     A negative size, for one, would lead in circles.
     """
+    # Members must come one after another, so each begins at the end of the last one or later.
     if not 0 <= member.size < _MAX_SIZE or tar.offset <= member.offset or member.offset < end:
         raise tarfile.ReadError(f"the member at byte {member.offset} cannot be {member.size} bytes long")
     return tar.offset
@@ -202,6 +205,7 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, extension: str) -> str 
     """Read the label in a .cls or .json member; None if there is none."""
     if member.size > _MAX_LABEL_BYTES:
         return None
+    # Labels lie between headers: go back to the place from which the next header is read.
     position = file.tell()
     file.seek(member.offset_data)
     text = bytes(file.read(member.size)).decode("utf-8", "replace").strip()
