@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from facepipe.errors import StorageError
 from facepipe.storage.error_text import describe_error
 
+# Ending of files that are not finished; whoever lists a folder can leave them out.
 UNFINISHED = ".new"
 
 
@@ -40,9 +41,11 @@ def write_beside(path: str, *, sync: bool = False, unique: bool = False) -> Iter
     """Do as `replace_file`, but let an OSError pass. If the block deletes what it wrote, the file stays as it was."""
     unfinished = f"{path}.{secrets.token_hex(4)}{UNFINISHED}" if unique else path + UNFINISHED
     try:
+        # The block may have deleted its file, and then nothing is published.
         yield unfinished
         if os.path.exists(unfinished):
             publish_file(unfinished, path, sync=sync)
+    # On any error, also an interruption, the unfinished file goes.
     except BaseException:
         with suppress(OSError):
             os.unlink(unfinished)

@@ -35,6 +35,7 @@ def open_bucket(bucket: str) -> Any:
 
 def get_retry_seconds() -> float:
     """Read from FACEPIPE_RETRY_SECONDS how long a request to an object store is retried; 120 by default."""
+    # A value that is no number fails the check of the range below.
     text = os.environ.get("FACEPIPE_RETRY_SECONDS", "")
     try:
         seconds = float(text) if text else _RETRY_SECONDS

@@ -73,6 +73,7 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 
     bucket, key = split_url(path)
     mode: Any = "create" if tag is None else {"e_tag": tag}
+    # The store itself compares the tag, so no other writer can come in between.
     try:
         return str(obstore.put(open_bucket(bucket), key, data, mode=mode)["e_tag"])
     except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
@@ -86,6 +87,7 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 
 
 def _write_if_local(path: str, data: bytes, tag: str | None) -> str:
+    # The lock makes comparing and writing one step; a crash of the holder frees it.
     try:
         with open(path + ".guard", "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)

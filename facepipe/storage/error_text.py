@@ -4,6 +4,7 @@ import re
 
 from facepipe.storage.redact import redact
 
+# Longest text that an error adds to a line.
 _MAX_CHARACTERS = 300
 # deltalake puts the cause on the last of several lines that begin with an arrow, in colour.
 _ARROW = "↳"
@@ -14,6 +15,7 @@ def describe_error(error: BaseException) -> str:
     """Describe an error in one short line, without the path (messages name it themselves) and without credentials."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    # Lines without decoration; the first says what failed, and after an arrow the last says why.
     lines = [_DECORATION.sub("", line).strip() for line in redact(str(error)).strip().splitlines()]
     if not lines:
         return type(error).__name__

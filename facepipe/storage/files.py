@@ -17,7 +17,9 @@ from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.urls import is_remote, join, split_url
 
+# Bytes per request when a container in a store is read piece by piece.
 _REMOTE_BUFFER = 1 << 18
+# Objects per page of a listing.
 _LIST_CHUNK = 1000
 
 
@@ -49,6 +51,7 @@ def list_files(folder: str) -> Iterator[Entry]:
     if is_remote(folder):
         yield from list_prefix(folder.rstrip("/") + "/")
         return
+    # A sorted walk, so that each listing of the same folder has the same order.
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
@@ -71,6 +74,7 @@ def list_prefix(url: str) -> Iterator[Entry]:
                 yield _to_entry(bucket, meta)
     except obstore.exceptions.BaseError as error:
         raise StorageError(f"cannot list {url}: {describe_error(error)}") from error
+    # The prefix may be the full name of one object, which some stores do not list.
     if is_empty and prefix and not url.endswith("/"):
         with suppress(StorageError):
             yield get_entry(url)
@@ -178,6 +182,7 @@ def _read_local(path: bytes, offset: int | None, length: int | None, limit: int 
     try:
         # O_NONBLOCK: opening a FIFO without a writer would block for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # Unbuffered: the file is read in one call, and a buffer would copy it.
         with open(descriptor, "rb", buffering=0) as file:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
@@ -195,6 +200,7 @@ def _read_remote(path: bytes, offset: int | None, length: int | None, limit: int
 
     bucket, key = split_url(path.decode())
     try:
+        # A range is checked before it is requested, a whole object as soon as its size is known.
         if length is not None:
             _check_limit(length, limit)
             data = obstore.get_range(open_bucket(bucket), key, start=offset or 0, length=length) if length else b""
@@ -227,6 +233,7 @@ def open_seekable(path: str | bytes) -> BinaryIO:
         raise StorageError(f"cannot open {os.fsdecode(path)!r}: {describe_error(error)}") from error
 
 
+# The size is read once at opening; the buffer above this class joins small reads.
 class _RemoteFile(io.RawIOBase):
     """An object of a store that is read by ranges."""
 
@@ -245,6 +252,7 @@ class _RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        # Positions are kept here: no request is made until bytes are read.
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, offset + origin)
         return self._position

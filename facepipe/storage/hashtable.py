@@ -11,7 +11,9 @@ from facepipe.errors import StorageError
 from facepipe.storage.error_text import describe_error
 from facepipe.types import Bool, UInt64
 
+# Slots are a power of two, so that a mask replaces the division.
 _FIRST_SLOTS = 1 << 16
+# Beyond this share of filled slots the chains of collisions grow long.
 _MAX_LOAD = 0.6
 _REHASH_ROWS = 1 << 17  # 4 MiB at three values per key: what a rehash needs beside the tables
 
@@ -33,9 +35,11 @@ class HashTable:
         self.width = width
         self.count = 0
         self._folder = folder
+        # One row per slot: the key, then its values; (slots, 1 + width).
         self._slots, self._file = self._allocate(_FIRST_SLOTS)
 
     def _allocate(self, slots: int) -> tuple[UInt64, IO[bytes]]:
+        # The file is sparse and has no name: it takes pages as they are used, and goes with the process.
         size = slots * (1 + self.width) * 8
         try:
             file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")  # noqa: SIM115  closed by close()
@@ -56,6 +60,7 @@ class HashTable:
         Returns:
             Whether each key was new, (n,). A key that is repeated in the batch is new at its first place.
         """
+        # Prepare the batch: 0 stands for a free slot, and repeated keys are inserted once.
         keys = np.where(keys == 0, np.uint64(1), keys).astype(np.uint64)
         unique, first = np.unique(keys, return_index=True)
         while self.count + len(unique) > _MAX_LOAD * len(self._slots):
@@ -92,6 +97,7 @@ class HashTable:
         mask = np.uint64(len(self._slots) - 1)
         slot = keys & mask
         pending = np.arange(len(keys))
+        # Each round tries one slot per pending key, as in `get`.
         while pending.size:
             free = pending[self._slots[slot[pending], 0] == 0]
             # If several keys want one free slot, the last writer gets it and the others go on.
@@ -112,6 +118,7 @@ class HashTable:
         old_file = self._file
         self._slots, self._file = self._allocate(2 * len(old_slots))
         self.count = 0
+        # Insert in pieces, so that a rehash needs little memory beside both tables.
         for keys, values in _read_filled(old_slots):
             self._insert(keys, values)
         old_file.close()

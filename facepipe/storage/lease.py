@@ -53,6 +53,7 @@ class Holder:
 
     holder: str
     host: str
+    # Without it a process id of another boot or container would be taken for one of this machine.
     machine: str
     pid: int
     began: str
@@ -83,14 +84,17 @@ class Holder:
         Returns:
             None if only the heartbeat can tell: the process is on another machine, or stopped.
         """
+        # Only a process of this machine can be looked up.
         if not self.machine or self.machine != _read_machine_id():
             return None
         if self.pid == os.getpid() and self.began == _read_process_start(self.pid):
             # This process may have failed to take the lease, or to release it.
             return self.holder not in _own_leases
+        # A process id is used again; the time of its beginning tells two processes apart.
         began, state = _read_process(self.pid)
         if began != self.began:
             return True
+        # A stopped process may go on later, so its heartbeat decides.
         return None if state in "Tt" else False
 
 
@@ -121,6 +125,7 @@ class Lease:
         self._stop.set()
         self._thread.join()
         try:
+            # The heartbeat has ended, so nobody else writes with this tag.
             if not self._is_lost:
                 with suppress(StorageError):  # it expires by itself
                     self._write(replace(self._holder, released=True))
@@ -129,6 +134,7 @@ class Lease:
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(self._holder.seconds / _HEARTBEATS):
+            # Count from before the request: the store may have taken it at any moment after.
             began = _read_clock()
             try:
                 self._write(replace(self._holder, beat=self._holder.beat + 1))
@@ -203,6 +209,7 @@ def _acquire(path: str, kind: str, on_wait: OnWait) -> Lease:
     folder = os.path.dirname(path)
     while True:
         try:
+            # Read the lease, wait if somebody holds it, and take it on the condition that it is still the same.
             content = conditional.read_tagged(path)
             current = _decode(content[0]) if content else None
             if current is not None and not current.released:
@@ -239,6 +246,7 @@ def _wait_for_end(path: str, kind: str, holder: Holder, on_wait: OnWait) -> None
 
 def _watch(path: str, holder: Holder) -> bool:
     """Watch a lease file for the lease's time; tell whether no heartbeat arrived, or the lease was released."""
+    # Wait for the whole time of the lease; any change of the file is a heartbeat.
     deadline = _read_clock() + holder.seconds
     while _read_clock() < deadline:
         time.sleep(min(_MAX_POLL_SECONDS, holder.seconds / 20))
@@ -279,6 +287,7 @@ def _read_process_start(pid: int) -> str:
 def _read_process(pid: int) -> tuple[str, str]:
     """Read (when a process began, the letter of its state)."""
     with suppress(OSError, IndexError):
+        # The name before the last bracket may hold blanks and brackets; state and start come after it.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
         return ("" if fields[0] in "ZX" else fields[19]), fields[0]
     return "", ""

@@ -6,11 +6,14 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 
+# Names of variables that hold a secret.
 _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY")
 _PATH_VARIABLE = re.compile(r"_(FILE|PATH|DIR|URI|URL|MODE)$")
+# Limit of passes if the rules should ever go on replacing.
 _MAX_PASSES = 16
 _MIN_SECRET_CHARACTERS = 8  # a shorter value of a variable is a word, not a secret
 
+# A value in quotes, or up to the next blank or separator.
 _VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|["']?[^\s&,;"']+)"""
 # Repetitions that something must follow are bounded, so that time grows with the text and not with its square.
 _RULES = (
@@ -54,6 +57,7 @@ def redact(text: str) -> str:
 
 def _read_secrets() -> list[str]:
     """Read the secrets of this process's environment, longest first, also as they are quoted in a URL."""
+    # The longest goes first, because a shorter secret may be part of it.
     values = {
         value
         for name, value in os.environ.items()

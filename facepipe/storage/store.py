@@ -22,8 +22,10 @@ from facepipe.storage.files import delete, get_entry, list_files, list_prefix, r
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.urls import is_remote, join
 
+# Files beside the copies: the URL that they belong to, and their fingerprints in the store.
 _ORIGIN = ".origin"
 _TAGS = ".tags"
+# Bytes per request of a long file.
 _CHUNK_BYTES = 64 << 20
 PRIVATE_NAMES = frozenset({_ORIGIN, _TAGS, LEASE_FILE, LEASE_GUARD})
 """Files of a folder that are neither uploaded nor part of what it holds."""
@@ -48,6 +50,7 @@ class Store(ABC):
         Names may come from a manifest or a bucket, which anyone may have written.
         """
         path = os.path.join(self.folder, name)
+        # Compare absolute paths, so that `..` and absolute names are refused.
         if not os.path.abspath(path).startswith(os.path.abspath(self.folder) + os.sep):
             raise StorageError(f"{name!r} names no file of {self.url!r}")
         return path
@@ -141,6 +144,7 @@ class ObjectStore(Store):
 
     def _make_folder(self) -> None:
         try:
+            # The cache holds face vectors: only this user may read it.
             os.makedirs(get_cache_folder(), mode=0o700, exist_ok=True)
             _make_private(get_cache_folder(self._gallery))
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
@@ -166,6 +170,7 @@ class ObjectStore(Store):
         if os.path.exists(path):
             return
         digest = hashlib.sha256()
+        # The copy gets its name only if its checksum is right.
         with replace_file(path, unique=True) as unfinished:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(unfinished, "wb") as file:
@@ -191,6 +196,7 @@ class ObjectStore(Store):
 
     def pull(self) -> None:
         """Fetch new and changed files, and delete the copies of the others."""
+        # Fetch what is new or has another fingerprint than at the last pull.
         known_tags = self._read_tags()
         tags = {}
         for entry in list_prefix(self._prefix):
@@ -202,6 +208,7 @@ class ObjectStore(Store):
             if known_tags.get(name) != entry.fingerprint or not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 Path(path).write_bytes(read(entry.url.encode()))
+        # Copies of files that have left the store go.
         for name in known_tags.keys() - tags.keys():
             with suppress(OSError):
                 os.unlink(self.local_path(name))
@@ -211,9 +218,11 @@ class ObjectStore(Store):
         """Upload all files, the file `last` at the end, and delete what else the store holds."""
         # A new report takes the place of the folder, which then has no mark of where it belongs.
         self._make_folder()
+        # Upload what is here, with the last file at the end.
         paths = (os.path.relpath(entry.url, self.folder) for entry in list_files(self.folder))
         names = sorted((path for path in paths if path not in PRIVATE_NAMES), key=lambda name: (name == last, name))
         self.upload(names)
+        # Delete what the store holds beyond that, and note the fingerprints of the rest.
         local_names = set(names)
         tags = {}
         for entry in list(list_prefix(self._prefix)):
@@ -264,6 +273,7 @@ def get_cache_folder(gallery: str = "") -> str:
     FACEPIPE_CACHE names it; the default is ~/.cache/facepipe.
     """
     folder = os.environ.get("FACEPIPE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "facepipe")
+    # A hash of the URL keeps the copies of different galleries apart.
     return os.path.join(folder, f"{hash64(gallery.rstrip('/')):016x}") if gallery else folder
 
 
@@ -275,6 +285,7 @@ def delete_copies(gallery: str) -> None:
 
 def _make_private(folder: str) -> None:
     """Make a folder that no other user can look into; refuse one that another user made first."""
+    # The folder may be there already: whose it is decides.
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     info = os.lstat(folder)

@@ -42,6 +42,7 @@ def open_arrow_filesystem(folder: str) -> Any:
     if not is_remote(folder):
         return fs.SubTreeFileSystem(folder, fs.LocalFileSystem())
     bucket, key = split_url(folder)
+    # The root is the folder, so that paths in the log can be used as they are.
     scheme, name = bucket.split("://")
     if scheme == "s3":
         retries = fs.AwsStandardS3RetryStrategy(max_attempts=_MAX_ATTEMPTS)
@@ -59,6 +60,7 @@ def _get_s3_options() -> dict[str, Any]:
     if region:
         options["region"] = region
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    # The client wants scheme and host apart.
     if endpoint:
         options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
     return options

@@ -33,6 +33,7 @@ def split_url(url: str) -> tuple[str, str]:
         ConfigError: the URL has no bucket, or holds credentials.
         StorageError: no client can request this key.
     """
+    # Take the URL apart, and refuse what no client could request.
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     if not bucket:
@@ -48,5 +49,6 @@ def split_url(url: str) -> tuple[str, str]:
 def has_credentials(url: str) -> bool:
     """Tell whether a URL names a user before its host. In abfs://CONTAINER@ACCOUNT nothing is a user."""
     scheme, _, rest = url.partition("://")
+    # The user ends at the last @ before the first slash.
     user, at, _ = rest.partition("/")[0].rpartition("@")
     return bool(at) and (":" in user or not scheme.startswith(("az", "abfs")))
