@@ -113,6 +113,7 @@ def _answer_part(
     index: Index, queries: Queries, options: SearchOptions, device: str | None, counts: SearchCounts
 ) -> pa.Table:
     """Search for some queries and add to the counts."""
+    # Search with the usable queries; query_rows (m,) are the positions of the hits' queries among all.
     usable = queries.status == OK
     hits = _find_hits(index, queries.vectors[usable], queries.own[usable], options, device)
     query_rows = np.flatnonzero(usable)[hits.queries]
@@ -126,6 +127,7 @@ def _answer_part(
     row_queries = np.concatenate([query_rows, without_hit])
     order = np.argsort(row_queries, kind="stable")
     row_queries = row_queries[order]
+    # The columns of a face are null in the row of a query without a hit.
     padding = pa.nulls(len(without_hit))
     columns = {
         "rank": pa.concat_arrays([pa.array(ranks, pa.int32()), padding.cast(pa.int32())]),
@@ -137,6 +139,7 @@ def _answer_part(
     if decisions is None:
         decision = pa.nulls(len(row_queries), pa.string())
     else:
+        # A query that could not be searched has no decision, rather than an unknown identity.
         decision = pa.array(decisions[row_queries], pa.string(), mask=~usable[row_queries])
     return pa.table(
         {
@@ -163,8 +166,10 @@ def _add_counts(counts: SearchCounts, queries: Queries, rows: int, decisions: np
 
 def _find_hits(index: Index, vectors: Float32, own: Int64, options: SearchOptions, device: str | None) -> _FlatHits:
     """Search by radius, by scanning on a device, or by visiting lists."""
+    # One face more, so that enough remain if a query finds itself.
     extra = 1 if options.leave_self_out else 0
     if options.radius is not None:
+        # Answers differ in length: put them one below the other, with the query of each.
         answers = index.search_within(vectors, options.radius, options.most + extra)
         queries = np.repeat(np.arange(len(answers)), [len(ids) for ids, _ in answers])
         ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in answers)])
@@ -199,6 +204,7 @@ def _decide(
     """Decide the identity of each of `count` queries; None without a threshold."""
     if options.threshold is None:
         return None
+    # Spread the hits over (queries, ranks); entries without a hit stay null and infinitely far.
     width = int(ranks.max(initial=1))
     by_rank = np.full((count, width), None, object)
     distances_by_rank = np.full((count, width), np.inf, np.float32)

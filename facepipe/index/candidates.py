@@ -10,6 +10,7 @@ from facepipe.nearest.faiss_engine import faiss
 from facepipe.types import Bool, Float32, Int64
 
 _TIE = 1e-6  # two computations of one distance may differ by this if codes are not integers
+# Sorts behind every face id.
 NO_ID = np.iinfo(np.int64).max
 
 
@@ -55,6 +56,7 @@ class Scanner:
         first = indexes[0]
         self._chain = first if isinstance(first, faiss.IndexPreTransform) else None
         self.lists = 0 if self._inverted[0] is None else int(self._inverted[0].nlist)
+        # Some codes are compared in integers, so that equal distances are exactly equal.
         self._tie = 0.0 if "FastScan" in type(self._inverted[0]).__name__ else _TIE
 
     def find_candidates(self, queries: Float32, count: int, nprobe: int) -> SearchCandidates:
@@ -71,7 +73,9 @@ class Scanner:
         """
         distances, ids = self._scan(np.ascontiguousarray(queries), count, nprobe)
         is_candidate = ids >= 0
+        # Fewer than `count` results: the lists hold no more, so that none has to be left out.
         complete = is_candidate.sum(axis=1) < count
+        # Find the count-th best distance (n,) over all shards.
         if ids.shape[1] > count:
             last = np.partition(np.where(is_candidate, distances, np.inf), count - 1, axis=1)[:, count - 1]
         else:
@@ -103,6 +107,7 @@ class Scanner:
 
     def _scan_lists(self, queries: Float32, nprobe: int, results: list[_ShardResult]) -> None:
         """Choose the lists once and scan them in every shard; fills the results."""
+        # Round to the grid, so that the lists of a query do not depend on the batch.
         points = round_to_grid(self._transform(queries))
         distances, lists = self._inverted[0].quantizer.search(points, nprobe)
         for ivf, selector, result in zip(self._inverted, self._selectors, results, strict=True):

@@ -22,6 +22,7 @@ def plan_merges(shards: Sequence[ShardEntry], limit: int, max_deleted: float) ->
     groups = []
     if len(newest) > 1:
         groups.append(newest)
+    # Shards full of deleted vectors are rewritten alone, unless the merge above cleans them anyway.
     groups += [[shard] for shard in shards if shard.dead > max_deleted * shard.vectors and shard not in newest]
     if len(newest) == 1 and newest[0].dead > max_deleted * newest[0].vectors:
         groups.append(newest)
@@ -55,6 +56,7 @@ def _group_newest(shards: Sequence[ShardEntry], limit: int) -> list[ShardEntry]:
         return []
     group = [shards[-1]]
     total = shards[-1].live
+    # Go back in time until a shard is much larger than the group, or the group would exceed the limit.
     for shard in reversed(shards[:-1]):
         if shard.live > _TIER * total or shard.live + total > limit:
             break

@@ -33,6 +33,7 @@ def decide_identities(
         if rule == "nearest":
             decisions[n] = candidates[0]
         else:
+            # `first` is the position of each name's nearest face; it decides between equal votes.
             names, first, votes = np.unique(candidates.astype(str), return_index=True, return_counts=True)
             decisions[n] = names[np.lexsort((first, -votes))[0]]
     return decisions

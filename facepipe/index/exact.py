@@ -60,6 +60,7 @@ def _scan_on_cpu(queries: Float32, blocks: Iterable[VectorBlock], k: int) -> Hit
         if not len(block.ids):
             continue
         vectors = np.ascontiguousarray(block.vectors)
+        # Rounded products find a few more than k; their distances are then computed exactly.
         count = min(k + _SPARE, len(block.ids))
         rows = faiss.knn(queries, vectors, count)[1]
         query_rows = np.repeat(np.arange(len(queries)), count)

@@ -9,6 +9,7 @@ import numpy as np
 
 from facepipe.types import Float32
 
+# Grid steps per unit: 2^11.
 _STEPS = np.float32(2048)
 
 

@@ -162,6 +162,7 @@ class Manifest:
         """
         if recall is None or not self.curve:
             return self.nprobe, self.rescore
+        # The curve rises in cost and recall: the first point that reaches the recall is the cheapest.
         points = [point for point in self.curve if point.recall_at_10 >= recall]
         point = points[0] if points else self.curve[-1]
         return point.nprobe, point.rescore
@@ -215,6 +216,7 @@ def load_tagged(gallery: str) -> tuple[Manifest, str]:
     data, tag = tagged
     try:
         manifest = TypeAdapter(Manifest).validate_json(data)
+        # Names become paths: a damaged or forged manifest must not reach other folders.
         if any(part in ("", ".", "..") for name, _ in list_files(manifest) for part in name.split("/")[:2]):
             raise ValueError("a name that leaves the index's folder")
         return manifest, tag
@@ -245,6 +247,7 @@ def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
         GalleryBusyError: the manifest that it was made from is no longer the current one.
     """
     store = open_index_store(gallery)
+    # Upload the files before the manifest names them.
     store.upload_missing({name: file.bytes for name, file in list_files(manifest)})
     data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
     try:

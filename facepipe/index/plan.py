@@ -9,6 +9,7 @@ from facepipe.errors import ConfigError
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 
+# From this many vectors on an index has inverted lists; below, it compares with all vectors.
 MIN_INVERTED_VECTORS = 50_000
 FLAT = "IDMap2,Flat"
 MAX_SHARD_VECTORS = 8_000_000
@@ -23,6 +24,7 @@ _MIN_HNSW_LISTS = 65_536  # from here on a graph finds the nearest centroids
 _BATCH_BYTES = 64 << 20  # a batch of rows on its way from Parquet into the index, and the GEMM's blocks
 _OUTGROWN = 4  # a plan for today's size would have this many times the lists
 _MIN_LISTS_TO_REPLAN = 2048  # lists that justify replacing an exact index: about 200,000 faces
+# A number, a prefix of the unit, and an `i` that changes nothing.
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
@@ -129,6 +131,7 @@ def make_plan(
 
 def is_outgrown(lists: int, vectors: int) -> bool:
     """Say whether the plan for a number of vectors would have several times the lists of an index that has `lists`."""
+    # Plan without a limit of memory. An exact index has 0 lists, so that the second limit applies to it.
     wanted = make_plan(max(1, vectors), 1 << 62, 0).lists
     return wanted >= (_OUTGROWN * lists or _MIN_LISTS_TO_REPLAN)
 
@@ -139,10 +142,12 @@ def _compute_plan(
     """Compute the sizes of an index with a given factory and given training vectors (`points`) per list."""
     lists = parse_lists(factory)
     code = compute_code_bytes(factory)
+    # Training holds the sample, three sets of centroids and one batch.
     train = min(vectors, max(points * lists, _MIN_TRAINING_VECTORS)) if lists else 0
     train_memory = train * _VECTOR_BYTES + 3 * lists * _VECTOR_BYTES + (_BATCH_BYTES if lists else 0)
     # Growing lists double their capacity, and ids are sorted once: 24 bytes beside them.
     bytes_per_vector = 2 * code + 24
+    # Each list is padded to a block of 32 codes.
     fixed = _BATCH_BYTES + lists * (_VECTOR_BYTES + 32 * code)
     fitting = max(0, memory - base - fixed) // bytes_per_vector
     by_memory = min(MAX_SHARD_VECTORS, max(fitting, min(vectors, _MIN_BUDGET_SHARD_VECTORS)))
@@ -168,6 +173,7 @@ def _name_factory(lists: int) -> str:
 
 
 def _choose_lists(vectors: int) -> int:
+    # A power of two near 4 sqrt(n), from 2^8 to 2^18.
     return 1 << min(18, max(8, round(math.log2(4 * vectors**0.5))))
 
 

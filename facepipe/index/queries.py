@@ -23,6 +23,7 @@ from facepipe.types import Float32, Int64
 
 _NAME_COLUMNS = ("query_id", "face_id", "id", "uri")  # columns that may name a query; the first one present wins
 _BATCH_ROWS = 8192
+# A shorter vector counts as zero. A norm within the tolerance of 1 is left as it is.
 _ZERO_NORM = 1e-12
 _UNIT_TOLERANCE = 1e-5
 
@@ -124,11 +125,13 @@ class QuerySource:
     def _list_pieces(self) -> Iterator[tuple[QueryPiece, int]]:
         """Yield each piece with its number of rows."""
         if self.gallery:
+            # A file of a gallery is one piece. They are sorted, so that blocks are the same on every call.
             gallery = Gallery(self.path, self.version)
             for entry in sorted(gallery.files(), key=lambda entry: entry["path"]):
                 if entry["faces"]:
                     yield QueryPiece(storage.join(gallery.faces_folder, entry["path"]), None), entry["faces"]
             return
+        # Other files are cut by row group.
         for path in list_parquet_files(self.path):
             with _open_parquet(path) as file:
                 metadata = file.metadata
@@ -155,6 +158,7 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
         SourceError: nothing is there.
     """
     path = storage.to_absolute(path)
+    # A path with wildcards can only be checked by expanding it.
     if not storage.may_exist(path) and not set("*?[") & set(path):
         raise SourceError(f"no such file or folder: {path!r}")
     if Gallery.exists(path):
@@ -164,6 +168,7 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
     files = list_parquet_files(path)
     if not files:
         return None
+    # The first file stands for all: whether there are embeddings, and from which models.
     with _open_parquet(files[0]) as file:
         schema = file.schema_arrow
     if "embedding" not in schema.names:
@@ -217,6 +222,7 @@ def _to_queries(batch: pa.RecordBatch, first: int) -> Queries:
     """Convert a batch; `first` is the number of its first row, which names queries without a name."""
     columns = batch.schema.names
     rows = batch.num_rows
+    # A query has the name in its row or else its number in the file.
     name_column = next((name for name in _NAME_COLUMNS if name in columns), None)
     numbers = pa.array([str(first + n) for n in range(rows)])
     has_face_ids = "face_id" in columns and pa.types.is_integer(batch.schema.field("face_id").type)
@@ -239,9 +245,11 @@ def read_query_vectors(column: Any) -> "QueryVectors":
     A gallery's own vectors stay the same, bit by bit.
     """
     values, complete = read_embeddings(column)
+    # A copy, because the vectors are scaled in place.
     vectors = np.array(values, np.float32)
     status = np.full(len(vectors), OK, object)
     lengths = column.value_lengths() if hasattr(column, "value_lengths") else pc.list_value_length(column)
+    # Note why a query cannot be searched: a wrong length, values that are not finite, or a zero norm.
     for n in np.flatnonzero(~complete):
         length = lengths[int(n)].as_py()
         status[n] = "no embedding" if length is None else f"{length} dimensions, not {EMBEDDING_DIM}"
@@ -250,6 +258,7 @@ def read_query_vectors(column: Any) -> "QueryVectors":
     status[complete & ~finite] = "not finite"
     status[complete & finite & (norms < _ZERO_NORM)] = "zero vector"
     usable = np.asarray(status == OK, bool)
+    # Scale the usable vectors to unit norm, and clear the others.
     scaled = usable & (np.abs(norms - 1) > _UNIT_TOLERANCE)
     vectors[scaled] = vectors[scaled] / norms[scaled, None]
     vectors[~usable] = 0

@@ -17,6 +17,7 @@ from facepipe.storage.hashtable import HashTable
 from facepipe.types import Bool, Float32, Int64
 
 _BATCH_ROWS = 16384
+# Largest difference of a usable vector's norm from 1.
 _NORM_TOLERANCE = 1e-2
 _MAX_SAMPLED_FILES = 4096
 
@@ -129,6 +130,7 @@ def sample_vectors(gallery: Gallery, count: int, seed: int) -> Float32:
     paths = [file["path"] for file in files]
     weights = np.array([file["num_records"] for file in files], np.float64)
     rng = np.random.default_rng(seed)
+    # Draw files first, so that a table of many small files is not opened in full.
     if len(paths) > _MAX_SAMPLED_FILES:
         chosen = np.sort(rng.choice(len(paths), _MAX_SAMPLED_FILES, replace=False, p=weights / weights.sum()))
         paths = [paths[n] for n in chosen]

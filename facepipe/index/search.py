@@ -23,6 +23,7 @@ from facepipe.types import Float32, Int64
 _QUERIES_PER_CHUNK = 1024  # per thread: enough to share the reading of a list, small enough for the cache
 _MAX_CANDIDATES_IN_MEMORY = 1 << 24  # per thread
 _GROWTH = 4  # of lists and candidates, for queries that need more
+# Shards are merged in memory only if their index files have at most this size.
 _MAX_MERGED_BYTES = 2 << 30
 _MIN_RADIUS_CANDIDATES = 64
 _MIN_QUERIES_FOR_THREADS = 16  # fewer are spread over threads by faiss itself
@@ -167,6 +168,7 @@ class Index:
 
     def get_labels(self, ids: Int64) -> pa.Table:
         """Return uri and identity of face ids (n,), in their order; null for -1."""
+        # Stack the labels of all shards below a null row, then take them in the order of ids.
         tables = [pa.table({"uri": pa.nulls(1, pa.string()), "identity": pa.nulls(1, pa.string())})]
         table_rows = np.zeros(len(ids), np.int64)  # row 0 is the null row
         count = 1
@@ -214,12 +216,14 @@ class Index:
         if len(queries) < _MIN_QUERIES_FOR_THREADS:
             faiss.omp_set_num_threads(self.threads)
             return [search(queries)]
+        # A chunk shares the reading of lists, leaves work for every thread, and fits the memory.
         size = min(
             _QUERIES_PER_CHUNK,
             -(-len(queries) // self.threads),
             _MAX_CANDIDATES_IN_MEMORY // (width * len(self.shards)),
         )
         size = max(1, size)
+        # Each thread searches with a single thread of its own: more would compete for the cores.
         chunks = (queries[at : at + size] for at in range(0, len(queries), size))
         with ThreadPoolExecutor(self.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(search, chunks))
@@ -234,11 +238,13 @@ class Index:
             # Those tied with the last are left out: a few more are requested, so that the rest are as many as meant.
             requested = min(count + max(2, count // 50), self.live + 1)
             candidates = self._scanner.find_candidates(queries[pending], requested, nprobe)
+            # Compute the exact distances (p, w) and keep the k nearest.
             squared = self._compute_distances(queries[pending], candidates.ids)
             order = find_smallest(squared, k)  # candidates are sorted by id: ties come by id
             width = order.shape[1]
             hits.ids[pending, :width] = np.take_along_axis(candidates.ids, order, axis=1)
             hits.distances[pending, :width] = np.take_along_axis(squared, order, axis=1)
+            # Search again for queries with fewer than k candidates, unless all lists were visited and hold no more.
             has_enough = (candidates.ids != NO_ID).sum(axis=1) >= k
             is_exhausted = candidates.complete & (nprobe >= self._scanner.lists)
             pending = pending[~(has_enough | is_exhausted)]
@@ -256,9 +262,11 @@ class Index:
             candidates = self._scanner.find_candidates(queries[pending], min(count, self.live + 1), setting.nprobe)
             distances = np.sqrt(self._compute_distances(queries[pending], candidates.ids))
             inside = distances <= radius
+            # Each round answers again, from all candidates of its own.
             for n, query in enumerate(pending):
                 order = np.argsort(distances[n, inside[n]], kind="stable")[:max_faces]
                 answers[query] = (candidates.ids[n, inside[n]][order], distances[n, inside[n]][order])
+            # Stop once candidates are several times the faces inside: those not seen then lie outside.
             reaches_beyond = inside.sum(axis=1) * _GROWTH <= (candidates.ids != NO_ID).sum(axis=1)
             has_enough = inside.sum(axis=1) >= max_faces
             pending = pending[~(reaches_beyond | candidates.complete | has_enough)]
@@ -268,6 +276,7 @@ class Index:
     def _compute_distances(self, queries: Float32, ids: Int64) -> Float32:
         """Compute squared distances (n, w) of queries to candidates (n, w); infinite for `NO_ID`."""
         distances = np.full(ids.shape, np.inf, np.float32)
+        # Compute only the pairs (m,) that exist, shard by shard, and put them back into (n, w).
         query_rows, columns = np.nonzero(ids != NO_ID)
         flat_ids = ids[query_rows, columns]
         for shard, (positions, rows) in zip(self.shards, self._locate(flat_ids), strict=True):

@@ -39,7 +39,9 @@ from facepipe.types import Bool, Float32, Int64
 
 _LABEL_BATCH_ROWS = 65536  # rows per batch of labels.arrow: the batch of a row is a division
 _LABELS = pa.schema([("uri", pa.string()), ("identity", pa.string())])
+# A header of fixed length can be written last, when the number of rows is known.
 _NPY_HEADER_BYTES = 128
+# Rows at a time when shards are copied, and when vectors are added to an index.
 _COPY_ROWS = 65536
 _ADD_ROWS = 16384
 _MAX_BUCKET_BITS = 22  # 16 MiB of offsets into the sorted ids, at most
@@ -60,6 +62,7 @@ class ShardWriter:
         try:
             os.mkdir(self._partial)
             self._vectors: BinaryIO = open(os.path.join(self._partial, VECTORS), "wb")
+            # Leave room for the header, which `finish` writes.
             self._vectors.write(bytes(_NPY_HEADER_BYTES))
             self._labels = _LabelWriter(os.path.join(self._partial, LABELS))
         except OSError as error:
@@ -92,6 +95,7 @@ class ShardWriter:
         if not self._count:
             return None
         try:
+            # Complete the files of the folder.
             self._labels.close()
             self._vectors.seek(0)
             self._vectors.write(_build_npy_header(self._count))
@@ -112,6 +116,7 @@ class ShardWriter:
         return ShardEntry(os.path.basename(final), self._count, files)
 
     def _write_ids(self) -> None:
+        # Ids are stored sorted, each with its row, so that lookups work on mapped files.
         ids = np.concatenate(self._ids)
         self._ids = []
         order = np.argsort(ids, kind="stable")
@@ -150,6 +155,7 @@ class _LabelWriter:
 def _build_npy_header(rows: int) -> bytes:
     """Build the header of a (rows, 128) float32 .npy file, always 128 bytes long."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {EMBEDDING_DIM}), }}"
+    # Magic, version 1.0 and the header's length in two bytes; then the text, padded with spaces.
     start = b"\x93NUMPY\x01\x00" + (_NPY_HEADER_BYTES - 10).to_bytes(2, "little")
     return start + text.encode().ljust(_NPY_HEADER_BYTES - 11) + b"\n"
 
@@ -198,6 +204,7 @@ def merge_indexes(shards: "Sequence[Shard]") -> Any:
     """Merge the faiss indexes of shards in memory, without their deleted vectors."""
     merged: Any = None
     for shard in shards:
+        # Deleted vectors are removed before the merge; a mapped index must not be changed.
         index = shard.open_index(mapped=False)
         if shard.tombstones.size:
             index.remove_ids(faiss.IDSelectorBatch(shard.tombstones))
@@ -231,6 +238,7 @@ class Shard:
         self.entry = entry
         self._store = store
         self._folder = store.local_path(entry.name)
+        # Check the sizes now if all files are here. A mirror fetches files on first use.
         if store.is_complete:
             for name in entry.files:
                 self._require(name)
@@ -272,6 +280,7 @@ class Shard:
 
     def read_vectors(self, start: int, stop: int) -> Float32:
         """Read the vectors of rows from `start` up to `stop` in sequence; mapping all of them would fill the memory."""
+        # Numbers to read, and the bytes before them.
         count = max(0, min(stop, len(self.vectors)) - start) * EMBEDDING_DIM
         offset = _NPY_HEADER_BYTES + 4 * EMBEDDING_DIM * start
         path = self._require(VECTORS)  # it may have been deleted since the index was opened
@@ -291,6 +300,7 @@ class Shard:
         Returns:
             Whether the shard holds each id (n,), and its row (n,).
         """
+        # Begin at the first id of the bucket and step forward to the id itself.
         at = self._starts[ids >> self._shift].astype(np.int64)
         last = len(self.ids) - 1
         # Ids are hashes: a bucket holds one on average, and its neighbours are in the same cache line.
@@ -392,6 +402,7 @@ def write_tombstones(store: Store, entry: ShardEntry, ids: Int64) -> ShardEntry:
     if not len(ids):
         return replace(entry, dead=0, tombstones=None, tombstones_file=None)
     unique_ids = np.unique(ids)
+    # A new name for every version: readers of the old manifest still need the old file.
     name = f"dead-{secrets.token_hex(6)}.npy"
     path = store.local_path(name)
     try:

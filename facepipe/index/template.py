@@ -31,6 +31,7 @@ def train_template(sample: Float32, plan: IndexPlan, log: Callable[[str], None] 
     """
     index = open_factory(plan.factory)
     ivf = faiss.try_extract_index_ivf(index)
+    # An exact index needs no training.
     if ivf is None:
         return index
     if len(sample) < ivf.nlist:
@@ -55,6 +56,7 @@ def _train(sample: Float32, plan: IndexPlan, clustering_index: Any) -> Any:
         if clustering_index is not None:
             # The assignment took over ownership. Without this the memory on the GPUs is never freed.
             clustering_index.thisown = True
+    # Move the centroids to the grid, on which distances are exact.
     centroids = round_to_grid(ivf.quantizer.reconstruct_n(0, ivf.nlist))
     ivf.quantizer.reset()
     ivf.quantizer.add(centroids)

@@ -13,8 +13,10 @@ from facepipe.types import Float32, Float64, Int64
 
 K = 10
 _MAX_DISTANCES = 500_000_000  # computed for the truth
+# Bounds of the sample's size if none is requested.
 _MIN_QUERIES = 200
 _MAX_QUERIES = 1000
+# Candidates re-scored per query, of which the curve tries the first and later both.
 _RESCORED = (100, 200)
 _FINE_RECALL = 0.85  # recall from which steps are small
 _CONFIDENCE = 1.64  # standard errors: the requested recall is reached with 95 % certainty
@@ -37,10 +39,12 @@ class RecallSample:
 
 def draw_sample(index: Index, seed: int, queries: int | None = None) -> RecallSample:
     """Draw a seeded sample over all shards, with its truth. Every query leaves itself out."""
+    # A larger gallery gets fewer queries, because each is compared with every vector.
     by_work = int(np.clip(_MAX_DISTANCES / max(1, index.live), _MIN_QUERIES, _MAX_QUERIES))
     count = min(index.live, queries or by_work)
     rng = np.random.default_rng(seed)
     parts = [np.empty(0, np.int64)]
+    # Each shard contributes in proportion to its live faces.
     for shard in index.shards:
         ids = np.setdiff1d(shard.ids, shard.tombstones) if shard.tombstones.size else shard.ids
         share = round(count * len(ids) / index.live)
@@ -58,6 +62,7 @@ def compute_recall(results: Int64, truth: Int64) -> Float64:
     If there are fewer than k true neighbours, of those.
     """
     exists = truth >= 0
+    # Compare each true neighbour with every result, (n, k, k).
     hits = ((truth[:, :, None] == results[:, None, :]) & exists[:, :, None]).any(axis=2).sum(axis=1)
     return np.asarray(hits / np.maximum(1, exists.sum(axis=1)), np.float64)
 
@@ -74,6 +79,7 @@ def measure_curve(index: Index, sample: RecallSample, recall: float) -> tuple[Re
     nprobe = min(8, index.lists)
     goal = max(0.99, recall)
     while True:
+        # Near the goal more re-scoring may be cheaper than more lists: measure both.
         is_near = bool(points) and points[-1].recall_at_10 > _FINE_RECALL
         rescored = _RESCORED if is_near else _RESCORED[:1]
         points += [_measure_point(index, sample, SearchSetting(nprobe, count)) for count in rescored]
@@ -146,6 +152,7 @@ def _select_pareto(points: list[RecallPoint], index: Index) -> tuple[RecallPoint
             index.live, lists=index.lists, shards=len(index.shards), nprobe=point.nprobe, rescore=point.rescore
         )
 
+    # By rising cost, keep the points that reach more than all cheaper ones.
     selected: list[RecallPoint] = []
     for point in sorted(points, key=estimate):
         if not selected or point.recall_at_10 > selected[-1].recall_at_10:

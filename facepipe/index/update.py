@@ -84,6 +84,7 @@ def find_changes(gallery: Gallery, manifest: Manifest, store: Store, compare_all
     shards = [Shard(store, entry) for entry in manifest.shards]
     old_paths = None if compare_all else _list_paths(gallery, manifest.table_version)
     files = [TableFile(entry["path"], entry["faces"]) for entry in _sort_files(gallery)]
+    # Compare only the files that differ between the two versions, if both can be read.
     if old_paths is not None:
         added_files = [file for file in files if file.path not in old_paths]
         removed_paths = sorted(old_paths - {file.path for file in files})
@@ -148,11 +149,13 @@ def _compare(
     try:
         # indexed: ids that the index returned and that may be deleted. moved: ids that are still in the table.
         with closing(HashTable()) as indexed, closing(HashTable()) as moved:
+            # Note the ids that may be deleted, then find which of them the added files hold.
             for ids in _read_removed_ids(gallery, shards, removed_paths):
                 indexed.add(_to_keys(ids))
             restored = [
                 ids for file in added_files for ids in _sort_out(gallery, shards, file, indexed, moved, changes)
             ]
+            # Deleted ids are in a removed file and in no added one. A second pass costs less memory than keeping them.
             deleted = [ids[~moved.get(_to_keys(ids))[0]] for ids in _read_removed_ids(gallery, shards, removed_paths)]
     except BaseException:
         changes.close()
@@ -181,6 +184,7 @@ def _sort_out(
     for batch in read_face_ids(gallery.faces_folder, file.path):
         ids = batch["face_id"].to_numpy()
         faces += len(ids)
+        # Known are ids that the index returns or holds under a tombstone; a new identity makes them new.
         tombstoned = _mask_tombstoned(shards, ids)
         known = indexed.get(_to_keys(ids))[0] | tombstoned
         unchanged = np.zeros(len(ids), bool)
@@ -188,6 +192,7 @@ def _sort_out(
         moved.add(_to_keys(ids[unchanged]))
         changes.fresh.add(_to_keys(ids[~unchanged]))
         yield ids[unchanged & tombstoned]
+    # A file with nothing but new faces is later read without looking up each id.
     new = changes.fresh.count - count_before
     if new:
         changes.files.append(TableFile(file.path, file.faces, whole=new == faces))
@@ -225,6 +230,7 @@ def _mask_same_identity(shards: list[Shard], ids: Int64, identities: pa.Array) -
     same = np.zeros(len(ids), bool)
     expected = np.array(identities.cast(pa.string()).to_pylist(), object)
     pending = np.arange(len(ids))
+    # From the newest shard back: the label of an id in a newer one counts.
     for shard in reversed(shards):
         in_shard, rows = shard.find_rows(ids[pending])
         indexed = np.array(shard.read_labels(rows[in_shard])["identity"].to_pylist(), object)
@@ -240,6 +246,7 @@ def _update_tombstones(shards: list[Shard], deleted: Int64, restored: Iterable[I
     # An id that a newer shard returns must stay under its tombstone in the older one.
     returned_by_newer = np.empty(0, np.int64)
     for shard in reversed(shards):
+        # Lift the tombstones of restored ids, and add those of deleted ids.
         lifted = np.setdiff1d(restored_ids, returned_by_newer)
         remaining = shard.tombstones[~np.isin(shard.tombstones, lifted)]
         in_shard, _ = shard.find_rows(deleted)

@@ -24,6 +24,7 @@ def find_damage(store: Store, manifest: Manifest) -> dict[str, list[str]]:
         Descriptions of the problems, by name of the shard or template.
     """
     problems: dict[str, list[str]] = {}
+    # Tombstones lie beside the shards' folders, and their problems count as the shard's.
     tombstone_owners = {shard.tombstones: shard.name for shard in manifest.shards}
     for path, file in list_files(manifest):
         owner = tombstone_owners.get(path, path.split("/")[0])
@@ -61,6 +62,7 @@ def verify_index(gallery: Gallery) -> list[str]:
     problems = [line for lines in find_damage(store, manifest).values() for line in lines]
     if problems:
         return [*problems, "`facepipe index GALLERY --repair` rebuilds the damaged shards and only those"]
+    # The files are sound: compare the ids with the table.
     try:
         table = Gallery(gallery.path, manifest.table_version)
         return _compare_ids(table, [Shard(store, entry) for entry in manifest.shards])
@@ -71,12 +73,14 @@ def verify_index(gallery: Gallery) -> list[str]:
 def _compare_ids(table: Gallery, shards: list[Shard]) -> list[str]:
     """Compare the ids that the shards return with those of the table."""
     with closing(HashTable()) as indexed:
+        # Adding an id a second time shows that it is returned twice.
         repeated = sum(int((~indexed.add(ids.astype(np.uint64))).sum()) for ids in read_live_ids(shards))
         faces = 0
         missing = 0
         for ids in _read_table_ids(table):
             faces += len(ids)
             missing += int((~indexed.get(ids.astype(np.uint64))[0]).sum())
+        # Of the indexed ids, `faces - missing` are in the table; the others are foreign.
         foreign = indexed.count - (faces - missing)
     counts = {
         "faces that the index returns twice": repeated,
