@@ -14,6 +14,7 @@ from facepipe.gallery import Gallery
 from facepipe.types import Bool, Float64, Int64
 
 DECISIONS = ("keep", "outlier", "relabel", "duplicate", "low_quality", "review")
+# Labels with these decisions are flagged; so is a review with more noise than _SUSPECT_NOISE.
 _FLAGS = ("outlier", "relabel")
 _SUSPECT_NOISE = 0.5
 _COLUMNS = {
@@ -98,6 +99,7 @@ def evaluate_clean(gallery: Gallery, truth: str, table: str | None = None) -> Cl
     Raises:
         EvaluationError: if there is nothing to compare.
     """
+    # Read the decisions, and check that they are on faces of this gallery.
     path = table or storage.join(gallery.path, "reports", "clean", "decisions.parquet")
     rows = read_face_table(path, _COLUMNS, "table of decisions", f"`facepipe clean {gallery.path}` makes one")
     ids = rows["face_id"].to_numpy()
@@ -110,6 +112,7 @@ def evaluate_clean(gallery: Gallery, truth: str, table: str | None = None) -> Cl
     given = encode_names(rows["identity"], names)
     suggested = encode_names(rows["suggested"], names)
     suggested[suggested == no_identity] = -1
+    # Score faces with a true and a given identity; a suggestion may be missing.
     is_known = (true >= 0) & (given >= 0) & (given != no_identity)
     if not is_known.any():
         raise EvaluationError(
@@ -124,6 +127,7 @@ def evaluate_clean(gallery: Gallery, truth: str, table: str | None = None) -> Cl
         decision=decision[is_known],
         noise=noise[is_known],
     )
+    # Count the faces that are not scored, by reason.
     return replace(
         score_decisions(decisions),
         left_out=int((true == LEFT_OUT).sum()),
@@ -139,6 +143,7 @@ def score_decisions(decisions: LabelDecisions) -> CleanResult:
     is_wrong = decisions.given != decisions.true
     is_relabel = decisions.decision == DECISIONS.index("relabel")
     is_right_relabel = is_relabel & (decisions.suggested == decisions.true)
+    # Flagged are two decisions, and reviews of labels that are probably wrong.
     is_flagged = np.isin(decisions.decision, [DECISIONS.index(name) for name in _FLAGS])
     is_flagged |= (decisions.decision == DECISIONS.index("review")) & (noise > _SUSPECT_NOISE)
     return CleanResult(
@@ -150,6 +155,7 @@ def score_decisions(decisions: LabelDecisions) -> CleanResult:
         repaired=_compute_share(is_wrong & is_right_relabel, is_wrong),
         relabels_right=_compute_share(is_right_relabel, is_relabel),
         errors=int((is_wrong != is_flagged).sum()),
+        # A flagged label is an error with probability 1 - noise, another one with probability noise.
         expected_errors=float(np.where(is_flagged, 1 - noise, noise).sum()),
         counts=_count_by_decision(decisions.decision, is_wrong),
     )
@@ -162,9 +168,11 @@ def compute_average_precision(is_wrong: Bool, noise: Float64) -> float | None:
     """
     if not is_wrong.any():
         return None
+    # Sort by falling noise; `lasts` (s,) is the position of the last face of each step.
     order = np.argsort(-noise, kind="stable")
     lasts = np.append(np.flatnonzero(np.diff(noise[order])), len(order) - 1)
     hits = np.cumsum(is_wrong[order])[lasts]
+    # The precision of each step, weighted by the wrong labels that the step adds.
     return float((np.diff(hits, prepend=0) * hits / (lasts + 1)).sum() / hits[-1])
 
 
@@ -173,6 +181,7 @@ def _compute_share(part: Bool, whole: Bool) -> float | None:
 
 
 def _count_by_decision(decision: Int64, is_wrong: Bool) -> dict[str, dict[str, int]]:
+    # Two cells per decision: the even one counts right labels, the odd one wrong ones.
     cells = np.bincount(2 * decision + is_wrong, minlength=2 * len(DECISIONS)).reshape(-1, 2).tolist()
     return {name: {"right": right, "wrong": wrong} for name, (right, wrong) in zip(DECISIONS, cells, strict=True)}
 
@@ -180,6 +189,7 @@ def _count_by_decision(decision: Int64, is_wrong: Bool) -> dict[str, dict[str, i
 def _encode_decisions(column: pa.ChunkedArray, path: str) -> Int64:
     """Encode decisions as indices into DECISIONS (n,)."""
     codes = {name: code for code, name in enumerate(DECISIONS)}
+    # Encoding adds unknown decisions to the codes, so that they can be named.
     decision = encode_names(column, codes)
     unknown = [repr(name) for name in codes if name not in DECISIONS]
     if (decision < 0).any():

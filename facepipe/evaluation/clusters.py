@@ -141,6 +141,7 @@ def evaluate_clusters(gallery: Gallery, table: str | None = None, truth: str | N
     Raises:
         EvaluationError: if there is nothing to compare.
     """
+    # Read the clusters, and who the faces are.
     path = table or storage.join(gallery.path, "reports", "cluster", "faces.parquet")
     rows = read_face_table(path, _COLUMNS, "cluster table", f"`facepipe cluster {gallery.path}` makes one")
     rows = rows.filter(rows["cluster"].is_valid())
@@ -153,6 +154,7 @@ def evaluate_clusters(gallery: Gallery, table: str | None = None, truth: str | N
     labelled = int(((labels.codes >= 0) & (labels.codes != no_identity)).sum())
     if not labelled:
         raise EvaluationError(f"no face has an identity in {where}: labels are needed to judge clusters")
+    # Score the faces that are in both, and count the others by reason.
     codes = labels.look_up(ids)
     is_known = (codes >= 0) & (codes != no_identity)
     if not is_known.any():
@@ -177,6 +179,7 @@ def _count_pairs(sizes: Int64) -> float:
 def _compute_bcubed(cells: Int64, rows: Int64, columns: Int64) -> Rates:
     """Compute BCubed figures from the faces of each non-empty cell, of its identity and of its cluster."""
     count = cells.sum()
+    # Each face of a cell agrees with all faces of the cell: their sum is the cell squared.
     squares = cells.astype(np.float64) ** 2
     return Rates.from_rates(float((squares / columns).sum() / count), float((squares / rows).sum() / count))
 
@@ -184,6 +187,7 @@ def _compute_bcubed(cells: Int64, rows: Int64, columns: Int64) -> Rates:
 def _compute_nmi(cells: Int64, rows: Int64, columns: Int64, entropies: float) -> float:
     if not entropies:
         return 1.0
+    # Mutual information in nats, summed over the cells.
     count = cells.sum()
     shared = (cells / count * (np.log(cells) + np.log(count) - np.log(rows) - np.log(columns))).sum()
     return float(np.clip(2 * shared / entropies, 0, 1))
@@ -192,4 +196,5 @@ def _compute_nmi(cells: Int64, rows: Int64, columns: Int64, entropies: float) ->
 def _compute_entropy(sizes: Int64) -> float:
     """Compute the entropy of shares, in nats."""
     shares = sizes / max(1, sizes.sum())
+    # Adding zero turns -0.0 into 0.0.
     return float(-(shares * np.log(shares)).sum()) + 0.0

@@ -20,8 +20,10 @@ from facepipe.types import Bool, Float32, Float64, Int64, UInt64
 
 MAX_PROBES = 10_000
 FPIRS = (0.1, 0.01, 0.001)
+# Neighbours per search: at first, and at most if all of them are mates.
 _FIRST_K = 20
 _MAX_K = 5000
+# With fewer false alarms than this a threshold is called unstable.
 _FEW_ALARMS = 10
 _ROWS = 65536
 
@@ -104,6 +106,7 @@ def search_probes(gallery: Gallery, index: Index, max_probes: int = MAX_PROBES, 
         EvaluationError: if no face has an identity.
     """
     with closing(_hash_crowded_photos(gallery)) as crowded:
+        # Take a sample, and the vectors of those that the index holds.
         sample = _sample_labelled_faces(gallery, crowded, max_probes, seed)
         if not len(sample.ids):
             raise EvaluationError("no face in the gallery has an identity: labels are needed to tell mates from others")
@@ -126,9 +129,11 @@ def _find_nearest(
     other = np.full(len(ids), np.inf)
     pending = np.arange(len(ids))
     k = min(_FIRST_K, index.live)
+    # Search with more and more neighbours until each probe has met a face of another identity.
     while pending.size:
         hits = index.search(vectors[pending], k)
         labels = index.get_labels(hits.ids.ravel())
+        # Arrays (p, k). A neighbour counts if its label can be relied on and it is not the probe itself.
         found = np.array(labels["identity"].to_pylist(), object).reshape(hits.ids.shape)
         is_known = (found != None) & (hits.ids != ids[pending][:, None])  # noqa: E711  elementwise
         is_known &= ~crowded.get(_hash_uris(labels["uri"]))[0].reshape(hits.ids.shape)
@@ -145,6 +150,7 @@ def _find_nearest(
 def _hash_crowded_photos(gallery: Gallery) -> HashTable:
     """Collect the hashes of the uris with more than one face."""
     table = HashTable()
+    # A photo has several faces if it has a second one.
     for batch in gallery.batches(["uri", "face_index"], "face_index = 1", rows=_ROWS):
         table.add(_hash_uris(batch["uri"]))
     return table
@@ -186,6 +192,7 @@ def _sample_labelled_faces(gallery: Gallery, crowded: HashTable, max_faces: int,
         ids = np.concatenate([ids, batch["face_id"].to_numpy()[is_labelled]])
         identities = np.concatenate([identities, batch_identities[is_labelled]])
         keys = np.concatenate([keys, rng.random(count)])
+        # Keep the smallest keys so far: a uniform sample in bounded memory.
         if len(ids) > max_faces:
             kept = np.sort(np.argpartition(keys, max_faces)[:max_faces])
             ids = ids[kept]
@@ -203,8 +210,10 @@ def find_operating_point(probes: Probes, fpir: float) -> OperatingPoint:
     Raises:
         EvaluationError: if there are fewer than 1 / FPIR probes, or if no threshold has so few false alarms.
     """
+    # The rate among labelled faces at which the whole gallery raises alarms at the rate `fpir`.
     counted = 1 - (1 - fpir) ** probes.share
     count = len(probes.other)
+    # The small term keeps a whole number from being rounded down.
     allowed = int(np.floor(counted * count + 1e-9))
     if allowed < 1:
         raise EvaluationError(
@@ -219,6 +228,7 @@ def find_operating_point(probes: Probes, fpir: float) -> OperatingPoint:
         )
     threshold = float(np.nextafter(np.float32(beyond), np.float32(0))) if np.isfinite(beyond) else 2.0
     is_mated = np.isfinite(probes.mate)
+    # A hit is a mate within the threshold that is nearer than any other identity.
     is_hit = (probes.mate <= threshold) & (probes.mate < probes.other)
     fnir = float(1 - is_hit[is_mated].mean()) if is_mated.any() else None
     return OperatingPoint(fpir, threshold, fnir, int((probes.other <= threshold).sum()), count)
@@ -244,6 +254,7 @@ def compute_identification(probes: Probes) -> Identification:
     is_mated = np.isfinite(probes.mate)
     rank_1 = float((probes.mate[is_mated] < probes.other[is_mated]).mean()) if is_mated.any() else float("nan")
     points = tuple(
+        # Only rates that the probes can show at least once.
         find_operating_point(probes, fpir) for fpir in FPIRS if (1 - (1 - fpir) ** probes.share) * count >= 1
     )
     return Identification(count, int(is_mated.sum()), rank_1, points)

@@ -93,6 +93,7 @@ def evaluate_index(
     # Recall and speed.
     sample = tune.draw_sample(index, seed, queries)
     began = time.perf_counter()
+    # One neighbour more than scored, because a query finds itself.
     hits = index.search(sample.queries, tune.K + 1)
     elapsed = time.perf_counter() - began
     ids = hits.exclude_own(sample.own, tune.K).ids
@@ -165,6 +166,7 @@ def draw_recall_curve(curve: tuple[RecallPoint, ...], index: Index, path: str) -
         raise EvaluationError("a picture needs matplotlib: pip install 'facepipe[report]'") from error
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
+    # The curve is sorted by recall, and a line needs it by lists visited.
     points = sorted(curve, key=lambda point: point.nprobe)
     lists = [point.nprobe for point in points]
     axes.plot(lists, [point.recall_at_1 for point in points], marker=".", label="recall@1")

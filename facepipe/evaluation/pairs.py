@@ -24,6 +24,7 @@ from facepipe.types import Bool, Float32, Float64, Int64
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 MAX_DISTANCE = 2.0  # of two unit vectors: an image without a face matches nothing
+# Weight of the squared distance from the centre against the area, both in square pixels.
 _CENTRE_WEIGHT = 2.0
 
 
@@ -80,6 +81,7 @@ def evaluate_pairs(gallery: Gallery, path: str | os.PathLike[str], picture: str 
             f"{len(missing)} images of {os.fspath(path)!r} are not in the gallery, such as {', '.join(missing[:3])}; "
             "embed the folder they are in first"
         )
+    # Score the pairs. An image without a face is as far as possible from any other.
     distances = np.array([_compute_distance(vectors[pair.left], vectors[pair.right]) for pair in pairs])
     same = np.array([pair.same for pair in pairs])
     if same.all() or not same.any():
@@ -107,6 +109,7 @@ def score_pairs(distances: Float64, same: Bool, folds: Int64) -> PairsResult:
         name = f"{far:g}"
         tars[name] = None
         thresholds[name] = None
+        # Fewer impostors than 1 / FAR cannot show a single false accept.
         if impostors * far >= 1:
             tar, threshold = find_tar_at_far(curve, far)
             tars[name] = tar
@@ -142,6 +145,7 @@ def read_subject_vectors(gallery: Gallery, names: set[str]) -> dict[str, Float32
 
 def read_subject_rows(gallery: Gallery, names: set[str], columns: list[str]) -> dict[str, dict[str, Any]]:
     """Read columns of each named image's subject, or of the row that says that the image has no face."""
+    # The numbers of path parts that names have: as many last parts of a uri are looked up.
     depths = sorted({name.count("/") + 1 for name in names})
     best: dict[str, dict[str, Any]] = {}
     best_score: dict[str, float] = {}
@@ -159,6 +163,7 @@ def _iterate_named_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Iterate over the rows whose path ends in one of the names of so many parts, and the name."""
     for n, uri in enumerate(batch["uri"].to_pylist()):
+        # A `#` parts an archive from its member, which is named as if it lay in a folder.
         parts = os.path.splitext(uri.replace("#", "/"))[0].split("/")
         for depth in depths:
             name = "/".join(parts[-depth:])
@@ -192,8 +197,10 @@ def draw_roc(curve: RocCurve, result: PairsResult, path: str) -> None:
         raise EvaluationError("a picture needs matplotlib: pip install 'facepipe[report]'") from error
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
+    # A logarithmic axis has no zero.
     axes.plot(np.maximum(curve.far, 1e-5), curve.tar, drawstyle="steps-post")
     axes.set_xscale("log")
+    # The first point accepts nothing, and would pull the axis down to zero.
     axes.set(xlim=(1e-4, 1), ylim=(min(0.9, max(0.0, float(np.min(curve.tar[1:])))), 1.0))
     axes.set(xlabel="false accept rate", ylabel="true accept rate")
     axes.set_title(

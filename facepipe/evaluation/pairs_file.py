@@ -7,6 +7,7 @@ from typing import NamedTuple
 from facepipe.errors import EvaluationError
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
 
+# Names of the columns that are understood; the first ones that a file has count.
 _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
 _TRUE = ("1", "true", "yes", "same")
@@ -43,6 +44,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         raise EvaluationError(f"cannot read the pairs file {os.fspath(path)!r}: {error}") from error
     if not lines:
         raise EvaluationError(f"the pairs file {os.fspath(path)!r} is empty")
+    # The first line of LFW's file is one or two numbers, and that of a CSV a header.
     first = lines[0].split()
     if len(first) in (1, 2) and all(word.isdigit() for word in first):
         return _parse_lfw(lines, os.fspath(path))
@@ -56,9 +58,11 @@ def _parse_lfw(lines: list[str], path: str) -> list[Pair]:
     and has one fold.
     """
     words = [int(word) for word in lines[0].split()]
+    # Each fold has N pairs of one person and N of two.
     per_fold = 2 * words[-1]
     pairs: list[Pair] = []
     for number, line in enumerate(lines[1:], 2):
+        # A name may hold spaces if tabs part the fields.
         fields = line.split("\t") if "\t" in line else line.split()
         fold = len(pairs) // per_fold
         try:
@@ -86,6 +90,7 @@ def _build_lfw_name(name: str, number: str) -> str:
 def _parse_csv(lines: list[str], path: str) -> list[Pair]:
     """Parse a CSV file with a header, into ten folds of consecutive rows."""
     rows = list(csv.DictReader(lines))
+    # The file's own column names, by their lower-case form.
     names = {(name or "").strip().lower(): name for name in (rows[0] if rows else {})}
     files = next((pair for pair in _FILE_COLUMNS if all(name in names for name in pair)), None)
     same = next((name for name in _SAME_COLUMNS if name in names), None)
@@ -94,6 +99,7 @@ def _parse_csv(lines: list[str], path: str) -> list[Pair]:
             f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; "
             f"its first line is {lines[0][:80]!r}"
         )
+    # Ten folds, the last one perhaps smaller. Line numbers begin at 2, behind the header.
     fold_size = -(-len(rows) // _CSV_FOLDS)
     left, right = files
     return [

@@ -89,8 +89,10 @@ def draw_pairs(persons: Int64, seed: int) -> PairRows | None:
         None if the faces make no pairs of both kinds.
     """
     rng = np.random.default_rng(seed)
+    # All pairs of faces, by the positions above the diagonal of a matrix.
     left, right = np.triu_indices(len(persons), 1)
     same = persons[left] == persons[right]
+    # Keep at most so many pairs of each kind: there are far more of different persons.
     chosen = []
     for is_wanted, max_pairs in ((same, _MAX_SAME), (~same, _MAX_DIFFERENT)):
         rows = np.flatnonzero(is_wanted)

@@ -31,6 +31,7 @@ def compute_roc(distances: Float64, same: Bool) -> RocCurve:
     order = np.argsort(distances, kind="stable")
     distances = distances[order]
     same = same[order]
+    # `last` (k,) ends each run of equal distances, which are accepted together.
     last = np.append(np.flatnonzero(np.diff(distances)), len(order) - 1)
     tar = np.cumsum(same)[last] / max(1, same.sum())
     far = np.cumsum(~same)[last] / max(1, (~same).sum())
@@ -48,6 +49,7 @@ def compute_auc(curve: RocCurve) -> float:
 
 def compute_equal_error_rate(curve: RocCurve) -> float:
     """Compute the rate at which false accepts and false rejects are equal, linear between operating points."""
+    # FAR less FRR rises along the curve, from -1 to 1; the rates are equal at its zero.
     gap = curve.far - (1 - curve.tar)
     above = int(np.argmax(gap >= 0))
     if above == 0:

@@ -64,6 +64,7 @@ def read_truth_file(gallery: Gallery, path: str) -> TruthLabels:
     names: Names = {}
     table = _read_truth(path)
     codes = encode_names(table["identity"].fill_null(""), names)
+    # An id names one face. A uri names a photo, and its label is that of the largest face.
     if "face_id" in table.column_names:
         ids, codes = _sort_unique(table["face_id"].to_numpy(), codes, table["face_id"], path)
         return TruthLabels(ids, codes, names)
@@ -123,6 +124,7 @@ def check_same_gallery(gallery: Gallery, ids: Int64, path: str, what: str) -> No
     repeated = len(ids) - len(known)
     if repeated:
         raise EvaluationError(f"the {what} {path!r} repeats face_ids in {repeated} rows: keep one row per face")
+    # One face in common is enough, because the gallery may have changed since.
     for batch in gallery.batches(["face_id"], "face_id is not null", rows=_ROWS):
         if is_in_sorted(known, batch["face_id"].to_numpy()).any():
             return
@@ -149,6 +151,7 @@ def _read_truth(path: str) -> pa.Table:
 
 
 def _read_csv_or_parquet(handle: BinaryIO) -> pa.Table:
+    # The first bytes tell the format, whatever the file's name.
     magic = handle.read(4)
     handle.seek(0)
     if magic == b"PAR1":
@@ -185,6 +188,7 @@ def _sort_unique(keys: npt.NDArray[Any], codes: Int64, column: Any, path: str) -
     Raises:
         EvaluationError: if a key has two codes.
     """
+    # A repeated key follows its first row after sorting; their codes must be equal.
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     codes = codes[order]
@@ -212,6 +216,7 @@ def _label_photos(gallery: Gallery, names: Names, label: Callable[[pa.RecordBatc
     codes = [np.empty(0, np.int64)]
     hashes = [np.empty(0, np.uint64)]
     areas = [np.empty(0, np.float32)]
+    # Collect id, code, photo and area of every labelled face.
     for batch in gallery.batches(["face_id", "uri", "identity", "box"], ds.field("face_id").is_valid(), rows=_ROWS):
         batch_hashes = _hash_uris(batch["uri"])
         batch_codes = label(batch, batch_hashes)
@@ -235,6 +240,7 @@ def _label_photos(gallery: Gallery, names: Names, label: Callable[[pa.RecordBatc
 def _compute_areas(boxes: pa.ListArray) -> Float32:
     """Compute the areas (n,) of boxes x1, y1, x2, y2 in pixels; 0 without a box."""
     areas = np.zeros(len(boxes), np.float32)
+    # Corners (m, 4) of the rows that have a box: the others take no room.
     corners = boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     areas[boxes.is_valid().to_numpy(zero_copy_only=False)] = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
     return areas
