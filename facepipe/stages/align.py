@@ -185,7 +185,7 @@ class Align:
         is_face = np.array([isinstance(face, AlignedFace) for face in faces], bool)
         boxes = np.array([face.box for face in aligned], np.float32).reshape(-1, 4)
         landmarks = np.array([face.landmarks for face in aligned], np.float32).reshape(-1, 5, 2)
-        # Reductions over no faces at all would fail, so they are left out.
+        # Shorter sides and angles; they stay empty if there are no faces.
         sides: list[float] = []
         yaw = np.empty(0)
         roll = np.empty(0)
@@ -227,7 +227,7 @@ def decode_larger(data: bytes, scale: float, view: DecodedView) -> DecodedView:
         scale: required pixels per pixel of the full-size image, at most 1.
         view: the pixels at hand, returned if decoding fails.
     """
-    # The smallest scale that is enough decodes fastest; 1/8 is left out.
+    # The smallest scale that is enough decodes fastest.
     reduce = next((divisor for divisor in (4, 2) if 1 / divisor >= scale), 1)
     try:
         header = read_header(data)

@@ -130,7 +130,7 @@ class _Prefetcher:
     def __exit__(self, *_: object) -> None:
         """Wait for the thread: the next call reuses the stages."""
         self._stopped.set()
-        # Make room in the queue, so that a waiting thread sees at once that it is to stop.
+        # Make room in the queue: a thread that waits to put a table goes on at once.
         with suppress(Empty):
             self._queue.get_nowait()
         self._thread.join()

@@ -69,8 +69,8 @@ class Embed:
             ModelError: A vector has no direction.
         """
         norms = self._measure_norms(raw)
-        # Norms of all rows: nan, masked to null, for rows without a face.
         unit = (raw / norms[:, None]).astype(np.float32)
+        # Norms of all rows; nan, masked to null, for rows without a face.
         all_norms = np.full(len(is_face), np.nan, np.float32)
         all_norms[is_face] = norms
         rows = zip(*(table[name].to_pylist() for name in ("uri", "image_id", "face_index")), strict=True)

@@ -137,7 +137,7 @@ class Read:
         read_items = list(run_map(self._read_item, [items[row] for row in pending]))
         results_by_row |= dict(zip(pending, read_items, strict=True))
         results = [_skip_unchanged(results_by_row[row], item["previous"]) for row, item in enumerate(items)]
-        # Hash whatever was read, then keep only the bytes of images that go on.
+        # Images that are skipped or failed have neither a hash nor bytes.
         image_ids = [None if result.data is None else compute_image_id(result.data) for result in results]
         columns = {
             "bytes": pack_arrays([result.data if result.status == OK else None for result in results]),

@@ -12,6 +12,7 @@ from facepipe.models.detectors.nms import apply_nms
 from facepipe.models.protocols import DetectionLimits, Faces
 from facepipe.types import UInt8Image
 
+# Doublings of the image before the search, as face_recognition does it by default.
 _UPSAMPLINGS = 1
 _SCORE_AT_DLIB_THRESHOLD = 0.7
 
@@ -50,6 +51,7 @@ class DlibHog:
     def _detect_one(self, image: UInt8Image) -> Faces:
         adjustment = to_dlib_threshold(self._limits.min_score)
         dlib_boxes, dlib_scores, _ = self._detector.run(np.ascontiguousarray(image), _UPSAMPLINGS, adjustment)
+        # Corners are inclusive pixels; NMS takes them as they are.
         corners = [(box.left(), box.top(), box.right(), box.bottom()) for box in dlib_boxes]
         rectangles = np.array(corners, np.int64).reshape(-1, 4)
         scores = _to_score(np.array(dlib_scores, np.float64))

@@ -38,6 +38,7 @@ def to_five_points(dlib_points: npt.NDArray[np.generic]) -> Float32:
     # The coordinate system of each face.
     origin = (left_eye + right_eye) / 2
     x_axis = right_eye - left_eye
+    # The x axis turned by a quarter, so that y points down the face.
     y_axis = np.stack([-x_axis[:, 1], x_axis[:, 0]], 1)
     squared_length = np.maximum((x_axis**2).sum(1), 1e-9)
     # The base of the nose in it, the landmarks in it, and these in the image.

@@ -99,6 +99,7 @@ class Mtcnn:
 
     def _detect_one(self, image: UInt8Image) -> Faces:
         height, width = image.shape[:2]
+        # Each network moves the boxes of the one before, which are then grown to squares for the next.
         sums = _integrate(image)
         proposals = _to_squares(self._propose(sums, height, width))
         refined = _to_squares(self._refine(sums, proposals, (height, width)))
@@ -112,6 +113,7 @@ class Mtcnn:
         # NMS within each level of the pyramid, then over all levels.
         for scale in list_scales(height, width):
             windows = self._find_windows(sums, int(height * scale + 1), int(width * scale + 1))
+            # Corners of the windows in the level, inclusive and from 1, then in the image.
             corners = _WINDOW_STEP * np.tile(windows.cells, 2) + np.array([1, 1, _WINDOW_SIDE, _WINDOW_SIDE])
             level_boxes = np.floor(corners.astype(np.float32) / np.float32(scale))
             selected = apply_nms(level_boxes, windows.scores, _LEVEL_IOU)
@@ -121,6 +123,7 @@ class Mtcnn:
         all_boxes = np.concatenate(boxes)
         selected = apply_nms(all_boxes, np.concatenate(scores), _PYRAMID_IOU)
         best = all_boxes[selected]
+        # Offsets are shares of the sides of a box.
         return best + np.concatenate(offsets)[selected] * np.tile(best[:, 2:] - best[:, :2], 2)
 
     def _find_windows(self, sums: Sums, height: int, width: int) -> _Windows:
@@ -159,9 +162,11 @@ class Mtcnn:
         passed = scores > self._limits.min_score
         boxes = boxes[passed]
         scores = scores[passed]
+        # O-Net gives five x, then five y; as (n, 5, 2) shares of the box they become positions that count from 0.
         points = points[passed].reshape(-1, 2, 5).transpose(0, 2, 1)
         landmarks = boxes[:, None, :2] - 1 + points * (boxes[:, None, 2:] - boxes[:, None, :2] + 1)
         boxes = _move(boxes, offsets[passed])
+        # Drop boxes inside others first, as the original does, then apply the option.
         selected = apply_nms_by_smaller(boxes, scores, _ONET_SHARE)
         selected = selected[apply_nms(boxes[selected], scores[selected], self._limits.max_iou)]
         return Faces(
@@ -205,6 +210,7 @@ def split_into_stripes(height: int, width: int) -> Iterator[tuple[int, int]]:
 def _integrate(image: UInt8Image) -> Sums:
     """Compute the exact integral images of the channels."""
     exact_depth = cv2.CV_32S if image.size // 3 * 255 < 2**31 else cv2.CV_64F
+    # Sums fit into int32 for images up to about 8 million pixels.
     return np.stack([cv2.integral(channel, sdepth=exact_depth) for channel in cv2.split(image)])
 
 
@@ -230,6 +236,7 @@ def _average_windows(sums: Sums, windows: Int64, side: int) -> Float32:
     flat = sums.reshape(3, -1)
     width = sums.shape[2]
     # The sum of a cell from the integral image at its four corners.
+    # The sides of all cells are starts and ends of both spans: (n, side) each.
     top_left, top_right, bottom_left, bottom_right = (
         flat.take(y[:, :, None] * width + x[:, None], 1) for y in rows for x in columns
     )
@@ -258,6 +265,7 @@ def _to_squares(boxes: Float32) -> Float32:
     """Grow boxes to squares about the same centres, with the longer side."""
     sides = boxes[:, 2:] - boxes[:, :2]
     longer = sides.max(1, keepdims=True)
+    # The centre stays in place.
     low = boxes[:, :2] + sides / 2 - longer / 2
     return np.concatenate([low, low + longer], 1)
 

@@ -31,6 +31,7 @@ _LAYERS = {
     "rnet": "conv1 prelu1 conv2 prelu2 conv3 prelu3 dense4 prelu4 head.box head.face",
     "onet": "conv1 prelu1 conv2 prelu2 conv3 prelu3 conv4 prelu4 dense5 prelu5 head.box head.landmarks head.face",
 }
+# First bytes of an LZ4 frame; the largest content and array that are accepted.
 _LZ4_MAGIC = b"\x04\x22\x4d\x18"
 _MAX_BYTES = 1 << 24
 
@@ -67,6 +68,7 @@ def convert_keras_arrays(net: str, arrays: list[Float32]) -> "dict[str, Tensor]"
 
     state = {}
     layers = _LAYERS[net].split()
+    # A layer has two arrays, a PReLU one.
     if len(arrays) != sum(1 if "prelu" in layer else 2 for layer in layers):
         raise WeightsError(f"{len(arrays)} arrays do not make an MTCNN {net}")
     remaining = iter(arrays)
@@ -74,6 +76,7 @@ def convert_keras_arrays(net: str, arrays: list[Float32]) -> "dict[str, Tensor]"
         weight = next(remaining)
         if "prelu" in layer:
             weight = weight.reshape(-1)
+        # Kernels (row, column, in, out) become (out, in, row, column); dense layers are transposed.
         else:
             weight = weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
             state[f"{net}.{layer}.bias"] = torch.from_numpy(next(remaining).copy())
@@ -95,6 +98,7 @@ def decompress_lz4_frame(data: bytes) -> bytes:
     has_content_size = bool(flags & 8)
     has_dictionary_id = bool(flags & 1)
     has_block_checksums = bool(flags & 16)
+    # The header is 7 bytes and what its flags add; the blocks follow, up to one of size 0.
     start = 7 + 8 * has_content_size + 4 * has_dictionary_id
     content = bytearray()
     try:
@@ -105,6 +109,7 @@ def decompress_lz4_frame(data: bytes) -> bytes:
             start += length + 4 * has_block_checksums
             if len(block) < length or len(content) > _MAX_BYTES:
                 raise WeightsError("the LZ4 frame is cut off or too large")
+            # The highest bit of the size marks a block that is not compressed.
             is_stored = bool(size >> 31)
             if is_stored:
                 content += block
@@ -124,6 +129,7 @@ def _decompress_lz4_block(block: bytes, content: bytearray) -> None:
         literals, start = _read_length(block, start + 1, token >> 4)
         content += block[start : start + literals]
         start += literals
+        # The last sequence has no match.
         if start >= len(block):
             return
         offset = block[start] | block[start + 1] << 8
@@ -131,6 +137,7 @@ def _decompress_lz4_block(block: bytes, content: bytearray) -> None:
         if not 0 < offset <= len(content):
             raise WeightsError("the LZ4 frame is damaged")
         match_start = len(content) - offset
+        # A match is at least 4 bytes long; its token holds what is longer.
         match += 4
         piece = content[match_start : match_start + match]
         content += (piece * (match // offset + 1))[:match]  # a match may overlap its own output
@@ -186,6 +193,7 @@ class _ArrayUnpickler(_Unpickler):
         return known
 
     def load_build(self) -> None:
+        # The wrapper is complete at this opcode, and the bytes of its array come next in the stream.
         super().load_build()
         if isinstance(self.stack[-1], _Wrapper):
             self.stack[-1] = self._read_array(self.stack[-1])

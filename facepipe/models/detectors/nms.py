@@ -43,6 +43,7 @@ def apply_nms_by_smaller(boxes: Boxes, scores: Scores, max_share: float) -> Int6
     Returns:
         Indices of the selected boxes, by falling score; equal scores keep their order.
     """
+    # Take the best of the rest, and drop what overlaps it, until nothing is left.
     candidates = np.argsort(-scores, kind="stable")
     areas = np.prod(boxes[:, 2:] - boxes[:, :2] + 1, 1)
     selected = []

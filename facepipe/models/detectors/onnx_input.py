@@ -58,6 +58,7 @@ class DetectorGraph:
         if len(inputs) != 1 or len(shape) != 4 or shape[1] not in (3, "3") or "float" not in inputs[0].type:
             raise ModelError(f"{name}: the graph takes no single float image (1, 3, height, width)")
         self._input = inputs[0].name
+        # Height and width of the input; None if they are free.
         self._fixed_sides = tuple(side if isinstance(side, int) and side > 0 else None for side in shape[2:])
         self.outputs = [output.name for output in self._session.get_outputs()]
 
@@ -66,6 +67,7 @@ class DetectorGraph:
         height, width = image.shape[:2]
         fixed_height, fixed_width = self._fixed_sides
         shrink = 1.0
+        # Shrink by the tighter of the fixed sides, both sides alike.
         if fixed_height is not None:
             shrink = min(shrink, fixed_height / height)
         if fixed_width is not None:
@@ -75,6 +77,7 @@ class DetectorGraph:
             interpolation = cv2.INTER_LINEAR if shrink >= 0.5 else cv2.INTER_AREA
             image = np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
         small_height, small_width = image.shape[:2]
+        # Free sides are padded to what the strides of detectors divide.
         padded_height = fixed_height or small_height + -small_height % SIDE_MULTIPLE
         padded_width = fixed_width or small_width + -small_width % SIDE_MULTIPLE
         padded = np.zeros((padded_height, padded_width, 3), np.uint8)

@@ -73,6 +73,7 @@ class RetinaFaceNet(nn.Module):
         """
         super().__init__()
         trunk_class, width = _TRUNKS[trunk]
+        # As in the public implementation, narrow pyramids have leaky ReLUs and wide ones plain ones.
         leak = 0.1 if width <= 64 else 0.0
         self.trunk = trunk_class(norms)
         self.lateral = nn.ModuleList(Unit(i, width, Shape(1), leak, norms) for i in trunk_class.channels)
@@ -101,6 +102,7 @@ class RetinaFaceNet(nn.Module):
 
     def _build_pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p1, p2, p3 = (lateral(c) for lateral, c in zip(self.lateral, self.trunk(x), strict=True))
+        # Add each level to the finer one, top down.
         p2 = self.merge[0](p2 + F.interpolate(p3, size=p2.shape[2:], mode="nearest"))
         p1 = self.merge[1](p1 + F.interpolate(p2, size=p1.shape[2:], mode="nearest"))
         return p1, p2, p3
@@ -158,6 +160,7 @@ def convert_onnx_constants(constants: "OrderedDict[str, Float32]", net: RetinaFa
     state: dict[str, Tensor] = {}
     for name, expected in net.state_dict().items():
         module, _, leaf = name.partition(".")
+        # Tensors of heads are found by name, the others in order.
         array = constants[f"{heads[module]}.{leaf}"] if module in heads else rest.pop(0)
         if array.shape != tuple(expected.shape):
             raise ValueError(f"{name}: the graph has shape {array.shape}, the network {tuple(expected.shape)}")

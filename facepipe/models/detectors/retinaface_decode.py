@@ -17,6 +17,7 @@ ANCHOR_SIDES = ((16, 32), (64, 128), (256, 512))
 MEAN_BGR = (104.0, 117.0, 123.0)
 CENTRE_VARIANCE = 0.1
 SIZE_VARIANCE = 0.2
+# Candidates per image that NMS looks at, by falling score.
 _MAX_CANDIDATES = 5000
 
 
@@ -80,6 +81,7 @@ def decode_faces(outputs: RetinaFaceOutputs, shape: tuple[int, int], limits: Det
     selected = apply_sorted_nms(boxes, limits.max_iou)
     anchors_used = candidates[selected]
     anchors = build_anchors(*shape)[anchors_used]
+    # Landmarks are decoded for the kept faces only, (n, 5, 2).
     offsets = outputs.points[anchors_used].reshape(-1, 5, 2)
     landmarks = anchors[:, None, :2] + offsets * CENTRE_VARIANCE * anchors[:, None, 2:]
     return Faces(boxes[selected], landmarks, outputs.scores[anchors_used])

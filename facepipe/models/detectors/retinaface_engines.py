@@ -111,6 +111,7 @@ class TorchRetinaFace:
         ]
 
     def _run(self, images: UInt8Image) -> Iterator[RetinaFaceOutputs]:
+        # A GPU gets all images of one shape at once.
         batch_size = 1 if self._device.type == "cpu" else max(1, len(images))
         for start in range(0, len(images), batch_size):
             yield from self._run_batch(images[start : start + batch_size])

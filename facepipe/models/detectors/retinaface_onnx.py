@@ -24,6 +24,7 @@ def build_retinaface_onnx(net: RetinaFaceNet) -> bytes:
     maps = _add_trunk(builder, net.trunk)
     pyramid = _add_pyramid(builder, net, maps)
     levels = [_add_context(builder, context, x) for context, x in zip(net.context, pyramid, strict=True)]
+    # Collect each head's values from all levels, (n, a, width), by level as in the module.
     for name, heads, width in _HEADS:
         rows = []
         for head, level in zip(getattr(net, heads), levels, strict=True):
@@ -76,6 +77,7 @@ def _add_trunk(builder: OnnxGraphBuilder, trunk: MobileNet025 | ResNet50) -> lis
             x = _add_units(builder, stage, x)
             maps.append(x)
         return maps
+    # The map of the first layer, at stride 4, is not used.
     stem = _add_unit(builder, trunk.stem, "input")
     x = builder.add_node("MaxPool", [stem], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     for layer in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4):

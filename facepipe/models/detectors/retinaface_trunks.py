@@ -147,6 +147,7 @@ class ResNet50(nn.Module):
 
     def forward(self, x: Tensor) -> Maps:
         """Compute the three maps of images (n, 3, h, w)."""
+        # The maps start at stride 8, after the second layer.
         c1 = self.layer2(self.layer1(self.pool(self.stem(x))))
         c2 = self.layer3(c1)
         return c1, c2, self.layer4(c2)

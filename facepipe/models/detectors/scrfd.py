@@ -16,6 +16,7 @@ from facepipe.types import Float32, UInt8Image
 
 _STRIDES = (8, 16, 32)
 _ANCHORS_PER_CELL = 2
+# Side of the empty image on which a graph is tried.
 _PROBE_SIDE = 64
 _MAX_CANDIDATES = 5000
 
@@ -50,6 +51,7 @@ class Scrfd:
         """
         self._graph = DetectorGraph(graph, "SCRFD", threads)
         self._limits = limits
+        # Six outputs are SCRFD's without landmarks.
         if len(self._graph.outputs) == 6:
             raise ModelError(
                 "SCRFD: the graph has 6 outputs, so it gives no landmarks, which alignment needs; "
@@ -66,6 +68,7 @@ class Scrfd:
     def _detect_one(self, image: UInt8Image) -> Faces:
         fitted = self._graph.fit(image)
         height, width = fitted.pixels.shape[:2]
+        # Decode the candidates of all strides, then apply NMS to all of them together.
         decoded = [
             _decode_level(level, height, width, stride=stride, min_score=self._limits.min_score)
             for level, stride in zip(self._run(fitted.pixels), _STRIDES, strict=True)
@@ -101,6 +104,7 @@ class Scrfd:
 def _decode_level(level: _Level, height: int, width: int, *, stride: int, min_score: float) -> Faces:
     """Decode the candidates of one stride whose score is at least `min_score`, in pixels of the input."""
     selected = np.flatnonzero((level.scores >= min_score) & (level.scores > 0))
+    # An anchor's point is the corner of its cell; boxes are distances from it to the four sides.
     points = np.repeat(list_cells(height, width, stride), _ANCHORS_PER_CELL, 0)[selected] * stride
     distances = level.box_distances[selected]
     boxes = np.concatenate([points - distances[:, :2] * stride, points + distances[:, 2:] * stride], 1)

@@ -51,6 +51,7 @@ class YuNet:
     def _detect_one(self, image: UInt8Image) -> Faces:
         fitted = self._graph.fit(image)
         height, width = fitted.pixels.shape[:2]
+        # Levels from 0 to 255 in BGR, without mean and scale.
         bgr = np.ascontiguousarray(fitted.pixels[None, ..., ::-1].transpose(0, 3, 1, 2), np.float32)
         outputs = self._graph.run(bgr)
         decoded = [self._decode_level(outputs, height, width, stride) for stride in _STRIDES]
@@ -71,10 +72,12 @@ class YuNet:
             if values.size != len(cells) * columns:
                 raise ModelError(f"YuNet: {kind}_{stride} has shape {values.shape}, not {(len(cells), columns)}")
             level[kind] = values.reshape(-1, columns)
+        # A score is the geometric mean of class and objectness.
         scores = np.sqrt(np.clip(level["cls"], 0, 1) * np.clip(level["obj"], 0, 1))[:, 0]
         selected = np.flatnonzero((scores >= self._limits.min_score) & (scores > 0))
         cells = cells[selected]
         box = level["bbox"][selected]
+        # Offsets are in cells from the cell's corner, sides are logarithms of their length in cells.
         centre = (cells + box[:, :2]) * stride
         half_sides = np.exp(np.clip(box[:, 2:], -10, 10)) * stride / 2
         landmarks = (cells[:, None] + level["kps"][selected].reshape(-1, 5, 2)) * stride

@@ -133,7 +133,7 @@ def plan_cuts(image: Int64, matrices: Float64, shapes: Int64, size: Size) -> Chi
         shapes: height and width of the images, (n, 2).
         size: width and height of a chip.
     """
-    # Whole pixels per chip pixel; blocks only pay if the image below the chip holds one.
+    # Whole pixels per chip pixel; 1 if the image below the chip does not hold a block of them.
     step = (1 / np.maximum(measure_scales(matrices), 1e-6)).astype(np.int64)
     inverse = _invert(matrices)
     step = np.where((step >= 2) & _spans_block(inverse, shapes, size, step), step, 1)

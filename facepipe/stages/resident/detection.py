@@ -151,7 +151,7 @@ class BatchDetector:
         # Images that need no change are viewed, not copied, if they lie side by side.
         for (height, width), group in by_shape.items():
             inputs = _Inputs(
-                # Inputs of the host are the images themselves, so their placements change nothing.
+                # The host's letterboxes are sent as images of their own, so their placements change nothing.
                 numbers=np.array([n for n, _ in group], np.int64),
                 resident=ResidentImages.upload([box.pixels for _, box in group], self._uploads),
                 indices=np.arange(len(group)),

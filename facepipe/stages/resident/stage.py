@@ -124,7 +124,7 @@ class FacesOnDevice:
 
         While the host works on one table, the device works on the next ones.
         """
-        # The works in flight, the oldest first. Each table takes one step per turn, and none adds up to a wait.
+        # The tables in work, the oldest first; each takes one step per turn.
         works: deque[Iterator[pa.Table | None]] = deque()
         for table in chain(tables, [None] * (_IN_FLIGHT - 1)):
             works.append(iter((None,) * _IN_FLIGHT) if table is None else self._run_steps(table))
