@@ -20,7 +20,9 @@ _ADOPTED = np.uint64(0)
 _EMBEDDED = np.uint64(1)
 _LISTED = np.uint64(2)
 
+# Refused rows that are shown in full.
 _MAX_EXAMPLES = 5
+# Rows per batch while the gallery is read.
 _ROWS = 65536
 
 
@@ -91,9 +93,11 @@ class Adoption:
         self._source = source
         self._erased_uris = erased_uris
         self._erased_contents = erased_contents
+        # Per image: the hash of its fingerprint, and its state.
         self._known = HashTable(width=2)
         try:
             for batch in gallery.batches(["uri", "fingerprint", "face_index"], rows=_ROWS):
+                # One row per image is enough: all its rows have the same fingerprint.
                 self._add_known(batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True)))
         except BaseException:
             self.close()
@@ -105,6 +109,7 @@ class Adoption:
 
     def _add_known(self, images: pa.RecordBatch) -> None:
         marks = [mark or "" for mark in images["fingerprint"].to_pylist()]
+        # The fingerprint says whether the image's vectors were adopted or come from its photo.
         states = [_ADOPTED if mark.startswith(SCHEME) else _EMBEDDED for mark in marks]
         values = np.array([[hash64(mark), state] for mark, state in zip(marks, states, strict=True)], np.uint64)
         if len(values):
@@ -120,6 +125,7 @@ class Adoption:
             Rows for the gallery, and their images as work items.
         """
         self.tally.listed += table.num_rows
+        # Refuse single rows first; what is left of an image is adopted as a whole.
         raw, norms = measure_vectors(table)
         is_sound = self._refuse_rows(table, raw, norms)
         images, previous = self._screen_images(list(group_images(table, raw, is_sound, self._source)), table)
@@ -145,6 +151,7 @@ class Adoption:
         previous = []
         # Marks of the images that came before in the same file, by key.
         seen = {int(keys[n]): int(known[n, 0]) for n in np.flatnonzero(is_known & (known[:, 1] == _LISTED))}
+        # Sort each image into erased, repeated, skipped or adopted; the tally counts rows.
         for n, image in enumerate(images):
             key = int(keys[n])
             mark = int(marks[n])
@@ -159,7 +166,9 @@ class Adoption:
                 self.tally.replaced += len(image.at) if is_known[n] else 0
                 adopted.append(image)
                 previous.append(int(known[n, 0]) if is_known[n] else None)
+            # The first occurrence decides, so later ones are compared with its mark.
             seen.setdefault(key, mark)
+        # The table keeps the marks for the following batches of the same file.
         listed = np.array([[mark, _LISTED] for mark in seen.values()], np.uint64).reshape(-1, 2)
         self._known.add(np.array(list(seen), np.uint64), listed)
         return adopted, pa.array(previous, pa.uint64())
@@ -187,6 +196,7 @@ def make_rows(table: pa.Table, raw: Float32, norms: Float64, images: list[Encode
         norms: the norms of these, (n,).
         images: the images that become rows.
     """
+    # Positions of the rows in the table, image after image; `faces` runs beside them.
     at = np.concatenate([np.empty(0, np.int64), *(image.at for image in images)])
     faces = [(image, n) for image in images for n in range(len(image.at))]
     labels = table.select(["identity", "box"]).take(pa.array(at))
@@ -200,6 +210,7 @@ def make_rows(table: pa.Table, raw: Float32, norms: Float64, images: list[Encode
         "identity": labels["identity"],
         "box": labels["box"],
         "face_px": compute_face_px(labels["box"]),
+        # The gallery holds unit vectors; the length of the raw one goes into a column of its own.
         "embedding": to_float_lists((raw[at] / norms[at, None]).astype(np.float32)),
         "embedding_norm": pa.array(norms[at], pa.float32()),
     }
@@ -211,5 +222,6 @@ def compute_face_px(boxes: pa.ChunkedArray) -> pa.Array:
     has_box = boxes.is_valid().to_numpy()
     sides = np.zeros(len(has_box), np.float32)
     corners = to_vectors(boxes.drop_null(), 4)
+    # `initial` gives the minimum a value if there are no boxes at all.
     sides[has_box] = (corners[:, 2:] - corners[:, :2]).min(axis=1, initial=np.inf)
     return pa.array(sides, pa.float32(), mask=~has_box)

@@ -64,10 +64,12 @@ def check_array(header: NpyHeader, where: str) -> None:
 def read_rows(path: str, names: tuple[str, ...], count: int) -> Iterator[tuple[npt.NDArray[np.generic], ...]]:
     """Yield up to `count` rows of each of the named arrays at a time, all from the same place."""
     with ExitStack() as stack:
+        # Each array has its own stream over the file, so that all can be read side by side.
         streams = {name: stream for name, stream in _open_streams(path, stack) if name in names}
         headers = {name: _read_header(stream, path) for name, stream in streams.items()}
         for name in names:
             check_array(headers[name], f"{path}: {name}" if name else path)
+        # The arrays may differ in length; rows beyond the shortest belong to no face.
         total = min(headers[name].shape[0] for name in names)
         for first in range(0, total, count):
             n = min(count, total - first)
@@ -77,6 +79,7 @@ def read_rows(path: str, names: tuple[str, ...], count: int) -> Iterator[tuple[n
 def _open_streams(path: str, stack: ExitStack) -> Iterator[tuple[str, BinaryIO]]:
     """Yield (name, stream) of each array of a file."""
     file = stack.enter_context(open_seekable(path))
+    # Without the signature of a zip archive the file is one array.
     if file.read(4) != b"PK\x03\x04":
         file.seek(0)
         yield "", file
@@ -95,10 +98,12 @@ def _read_header(stream: BinaryIO, where: str) -> NpyHeader:
         shape, is_fortran, dtype = _READ_HEADER[np.lib.format.read_magic(stream)](stream)
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise SourceError(f"cannot read {where}: not an array of numpy's format") from error
+    # A one-dimensional array is the same in both orders.
     return NpyHeader(shape, dtype, is_fortran and len(shape) > 1)
 
 
 def _count_row_bytes(header: NpyHeader) -> int:
+    # Numbers without a bound, because a damaged header may hold sizes that overflow.
     return int(np.prod(header.shape[1:], dtype=object)) * header.dtype.itemsize
 
 
@@ -109,6 +114,7 @@ def _read_array(stream: BinaryIO, header: NpyHeader, count: int, where: str) -> 
         data = stream.read(size)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise SourceError(f"cannot read {where}: {str(error).splitlines()[0]}") from error
+    # The decompressor's error class can be told by its module only.
     except Exception as error:
         if type(error).__module__ != "zlib":
             raise

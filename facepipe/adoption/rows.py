@@ -20,6 +20,7 @@ from facepipe.types import Bool, Float32, Float64, Int64
 
 SCHEME = "adopted:"  # of the uris of rows that name no file, and of the fingerprints of all adopted rows
 _MAX_FACES = 4096  # of one image; keeps memory bounded if a file gives all rows the same name
+# Vectors below this length have no direction.
 _MIN_NORM = 1e-12
 
 
@@ -44,10 +45,12 @@ def regroup_by_image(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Cut tables of ENCODINGS anew so that no image has rows in two of them (unless it has thousands)."""
     pending: pa.Table | None = None
     for table in tables:
+        # Hold the last image back: the next table may go on with it.
         if pending is not None:
             start = 0
             if table.num_rows:
                 start = _find_last_image(pending["name"].to_pylist(), table["name"][0].as_py())
+            # An image of too many rows is cut, so that memory stays bounded.
             if pending.num_rows - start > _MAX_FACES:
                 start = pending.num_rows
             table = pa.concat_tables([pending.slice(start), table]).combine_chunks()
@@ -76,6 +79,7 @@ def measure_vectors(table: pa.Table) -> tuple[Float32, Float64]:
     raw = np.zeros((table.num_rows, EMBEDDING_DIM), np.float32)
     raw[has_vector] = to_vectors(table["vector"].drop_null(), EMBEDDING_DIM)
     is_finite = np.asarray(np.isfinite(raw).all(axis=1))
+    # In double precision the squares of large numbers do not overflow.
     norms = np.linalg.norm(np.where(is_finite[:, None], raw, 0).astype(np.float64), axis=1)
     return raw, np.where(is_finite, norms, np.nan)
 
@@ -86,6 +90,7 @@ def find_refusals(table: pa.Table, raw: Float32, norms: Float64) -> dict[int, tu
     If several reasons apply, the one that is found last stands.
     """
     refusals: dict[int, tuple[str, str]] = {}
+    # The weakest reason comes first, since later ones replace it.
     for n in np.flatnonzero(~check_boxes(table["box"])):
         explanation = (
             "the box is not x1, y1, x2, y2 (face_recognition's top, right, bottom, left goes into a column `location`)"
@@ -93,6 +98,7 @@ def find_refusals(table: pa.Table, raw: Float32, norms: Float64) -> dict[int, tu
         refusals[int(n)] = ("bad_box", explanation)
     for n in np.flatnonzero(~(norms >= _MIN_NORM)):
         refusals[int(n)] = ("not_finite", "not finite") if np.isnan(norms[n]) else ("zero_vector", "zero vector")
+    # A row without a vector has no norm to judge: its missing or wrong length is the reason.
     lengths = table["length"].to_pylist()
     for n in np.flatnonzero(table["vector"].is_null().to_numpy()):
         length = lengths[int(n)]
@@ -105,6 +111,7 @@ def find_refusals(table: pa.Table, raw: Float32, norms: Float64) -> dict[int, tu
 
 def check_boxes(column: pa.ChunkedArray) -> Bool:
     """Tell for each row (n,) whether it has no box, or one with x1 < x2 and y1 < y2."""
+    # Boxes are judged in two steps: their length first, then the order of their corners.
     is_good = column.is_null().to_numpy() | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 4)
     has_box = is_good & column.is_valid().to_numpy()
     boxes = to_vectors(column.filter(pa.array(has_box)), 4)
@@ -122,14 +129,17 @@ def group_images(table: pa.Table, raw: Float32, is_sound: Bool, source: str) -> 
         is_sound: which rows can be adopted, (n,).
         source: name of the corpus.
     """
+    # Only sound rows count as neighbours: a refused row between two faces does not split their image.
     at = np.flatnonzero(is_sound)
     if not len(at):
         return
     rows = table.select(["file", "row", "name", "identity"]).take(pa.array(at))
     files, numbers, names, labels = (column.to_pylist() for column in rows.columns)
     uris = [make_uri(source, *row) for row in zip(files, numbers, names, strict=True)]
+    # A new image begins at each change of the uri.
     starts = [n for n in range(len(uris)) if n == 0 or uris[n] != uris[n - 1]]
     for first, end in zip(starts, [*starts[1:], len(uris)], strict=True):
+        # The id is a hash of the vectors, since there is no photo to hash.
         content = compute_image_id(np.ascontiguousarray(raw[at[first:end]], "<f4").tobytes())
         mark = hash64(content, *(label or "" for label in labels[first:end]))
         yield EncodedImage(uris[first], at[first:end], content, f"{SCHEME}{mark:016x}")
@@ -141,6 +151,7 @@ def make_uri(source: str, file: str, row: int, name: str | None) -> str:
     Absolute paths and URLs are as everywhere. Other names and rows are within their source: `adopted:SOURCE/NAME`, or
     `adopted:SOURCE#ROW`, with the file's name before # if it is not the source's.
     """
+    # A row without a name is known by its number.
     if not name:
         return f"{SCHEME}{source}#{row}" if file == source else f"{SCHEME}{source}/{file}#{row}"
     if name.startswith("file://"):

@@ -23,13 +23,16 @@ from facepipe.types import Float32
 Names = Literal["auto", "people", "images"]
 """Whom a column `name` names."""
 
+# Names of columns by role; of several that are there the first one counts.
 _VECTORS = ("embedding", "encoding", "vector", "embeddings", "encodings", "vectors")
 _URIS = (*URI_COLUMNS, "uris", "paths", "files")
 _IDENTITIES = (*IDENTITY_COLUMNS, "identities", "labels", "people")
 _NAMES = ("name", "names")
 _BOXES = ("box", "boxes")  # x1, y1, x2, y2
 _LOCATIONS = ("location", "locations", "face_location", "face_locations")  # face_recognition's top, right, bottom, left
+# Positions of x1, y1, x2, y2 in a location.
 _LOCATION_TO_BOX = (3, 0, 1, 2)
+# Rows per batch.
 _ROWS = 16384
 _PICKLE = """{path} is not a Parquet, .npz or .npy file. If it is a pickle: opening one runs whatever is in it, so
 facepipe opens none. Convert a file of your own yourself, here one that holds a dictionary with encodings and names:
@@ -93,6 +96,7 @@ class EncodingSource:
         """Yield tables of the schema ENCODINGS, in the files' order. Raises SourceError if a file cannot be read."""
         for path in self.files:
             label = _make_label(path, self.path)
+            # Rows are counted over the batches of a file: their numbers name rows without a name.
             first = 0
             read_file = _read_parquet if _is_parquet(path) else _read_numpy
             for columns in read_file(path, self.roles):
@@ -117,15 +121,18 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
     path = storage.to_absolute(path)
     if not storage.may_exist(path):
         raise SourceError(f"no such file or folder: {path!r}")
+    # The content decides: a folder is read if it holds Parquet files only.
     files = list_parquet_files(path) or ([] if os.path.isdir(path) else [path])
     if not files:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")
+    # Columns and contract are those of the first file; later files are checked when they are read.
     if _is_parquet(files[0]):
         with storage.open_seekable(files[0]) as file:
             schema = _open_parquet(file, files[0]).schema_arrow
         contract = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
         roles = _find_roles_in_schema(schema, files[0], names)
         return EncodingSource(path, tuple(files), roles, contract.decode() if contract else None)
+    # Of other files the first bytes tell arrays from what must not be opened.
     with storage.open_seekable(path) as file:
         magic = file.read(6)
     if not magic.startswith((b"PK\x03\x04", b"\x93NUMPY")):
@@ -156,6 +163,7 @@ def _find_roles(columns: Sequence[str], names: Names, where: str) -> ColumnRoles
     name = pick(_NAMES)
     if vector is None:
         raise ConfigError(f"{where}: no column of encodings ({', '.join(_VECTORS)}) among {', '.join(columns)}")
+    # A column of names says what the image is, or who it is, depending on the other columns.
     if names == "images" or (names == "auto" and identity is not None):
         uri = uri or name
     else:
@@ -166,6 +174,7 @@ def _find_roles(columns: Sequence[str], names: Names, where: str) -> ColumnRoles
 def _find_roles_in_schema(schema: pa.Schema, where: str, names: Names) -> ColumnRoles:
     """Find out which column of a Parquet file is what, among those of a fitting type."""
 
+    # A column of a wrong type is no candidate, so that another one of its role may be found.
     def fits(field: pa.Field) -> bool:
         kind = field.type
         if field.name in (*_VECTORS, *_BOXES, *_LOCATIONS):
@@ -190,6 +199,7 @@ def _find_roles_in_arrays(headers: dict[str, npy.NpyHeader], where: str, names: 
     """Find out which array is what. Raises ConfigError for arrays of a wrong shape or type."""
     is_single = list(headers) == [""]  # the one array of an .npy
     roles = ColumnRoles("", None, None, None) if is_single else _find_roles(list(headers), names, where)
+    # The vectors decide how many rows the other arrays must have.
     shape = headers[roles.vector].shape
     if len(shape) != 2 or shape[1] != EMBEDDING_DIM or headers[roles.vector].dtype.kind not in "fiu":
         raise ConfigError(f"{where}: {roles.vector or 'the array'} is {shape}, not (n, {EMBEDDING_DIM}) numbers")
@@ -221,6 +231,7 @@ def _read_parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
     with storage.open_seekable(path) as handle:
         file = _open_parquet(handle, path)
         schema = file.schema_arrow
+        # A file in which another column would be taken for the vectors must not be mixed with the first.
         has_vector = _find_roles_in_schema(schema, path, "auto").vector == roles.vector
         if not has_vector or set(roles.columns) - set(schema.names):
             raise ConfigError(f"{path} has other columns than the first file: {', '.join(schema.names)}")
@@ -234,6 +245,7 @@ def _read_parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
 def _convert_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
     absent = pa.nulls(batch.num_rows, pa.string())
     column = batch[roles.vector]
+    # Vectors (m, 128) of the rows that have all numbers, and the mask (n,) of these rows.
     vectors, is_complete = read_embeddings(column)
     boxes = pa.nulls(batch.num_rows, pa.list_(pa.float32()))
     if roles.box:
@@ -252,6 +264,7 @@ def _convert_boxes(column: pa.Array, name: str) -> pa.Array:
     lists = column.cast(pa.list_(pa.float32()))
     if name not in _LOCATIONS:
         return lists
+    # Put the numbers into the order of a box; odd lengths stay for `check_boxes`.
     boxes = [
         [row[n] for n in _LOCATION_TO_BOX] if row is not None and len(row) == 4 else row for row in lists.to_pylist()
     ]
@@ -261,6 +274,7 @@ def _convert_boxes(column: pa.Array, name: str) -> pa.Array:
 def _read_numpy(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
     """Yield the columns `name` to `box` of ENCODINGS from an .npz or .npy file."""
     names = roles.columns or ("",)
+    # All arrays give the same rows at a time.
     for row_arrays in npy.read_rows(path, names, _ROWS):
         arrays = dict(zip(names, row_arrays, strict=True))
         vectors = _to_float32(arrays[roles.vector])
