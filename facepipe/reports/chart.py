@@ -8,6 +8,7 @@ from itertools import pairwise
 from facepipe.reports.histogram import choose_log_ticks, choose_ticks, format_number
 from facepipe.reports.model import Histogram, Mark, Series
 
+# Size of a chart, in pixels.
 WIDTH = 560
 HEIGHT = 250
 # Margins around the plot, in pixels.
@@ -17,7 +18,9 @@ _BOTTOM = 42
 _TOP = 12
 _LANE_HEIGHT = 15
 _CHARACTER_WIDTH = 6.2  # at the labels' size, a little more than the mean
+# Longest label, in characters.
 _MAX_LABEL = 40
+# Room between two labels of a lane, in pixels.
 _LABEL_GAP = 6
 _MIN_DENSITY = 1e-12  # densities below count as none
 
@@ -88,9 +91,11 @@ def draw_chart(histogram: Histogram) -> Chart:
     # The vertical axis.
     floor, ceiling = _find_bounds(histogram)
     to_y = _create_scale(floor, ceiling, bottom, top, log=histogram.log)
+    # One outline per series: up from the axis, in steps over the bins, and down again; closed it is the area.
     areas = []
     outlines = []
     for series in histogram.series:
+        # A logarithmic axis has no place for 0, so counts stop at its bottom.
         steps = _draw_steps(series, to_x, lambda count: to_y(max(count, floor)))
         outline = f"M{to_x(series.edges[0]):.1f},{bottom}{steps}V{bottom}"
         outlines.append(outline)
@@ -117,6 +122,7 @@ def draw_chart(histogram: Histogram) -> Chart:
 def _create_scale(low: float, high: float, first: float, last: float, *, log: bool) -> Scale:
     """Create a scale that maps low to `first` and high to `last`."""
     transform: Scale = math.log10 if log else float
+    # An empty range has one place, in the middle.
     if not high > low:
         return lambda value: (first + last) / 2
     start = transform(low)
@@ -128,7 +134,9 @@ def _find_bounds(histogram: Histogram) -> tuple[float, float]:
     """Find the counts at the bottom and the top of the plot; a logarithmic axis has room below the least count."""
     counts = [count for series in histogram.series for count in series.counts if count > _MIN_DENSITY] or [1.0]
     if not histogram.log:
+        # A little room above the highest column.
         return 0.0, max(counts) * 1.04
+    # Half a decade below the least count, so that its column can be seen.
     floor = 10.0 ** math.floor(math.log10(min(counts))) / 2
     return floor, max(max(counts) * 1.3, floor * 20)
 
@@ -139,6 +147,7 @@ def _draw_steps(series: Series, to_x: Scale, to_y: Scale) -> str:
 
 
 def _choose_lanes(positions: Sequence[float], labels: Sequence[str]) -> list[int]:
+    # Each lane keeps the spans (begin, end) that its labels take.
     """Choose the row of each label above the plot, so that no two overlap."""
     occupied: list[list[tuple[float, float]]] = []
     lanes = []
@@ -146,6 +155,7 @@ def _choose_lanes(positions: Sequence[float], labels: Sequence[str]) -> list[int
         width = len(label) * _CHARACTER_WIDTH + _LABEL_GAP
         begin = position - width if _leans_left(position, label) else position
         end = begin + width
+        # Take the first lane in which the label fits, or open a new one.
         free = (n for n, spans in enumerate(occupied) if all(end < low or high < begin for low, high in spans))
         lane = next(free, len(occupied))
         if lane == len(occupied):
@@ -172,6 +182,7 @@ def _shorten(label: str) -> str:
 
 def _describe_bins(all_series: Sequence[Series], to_x: Scale) -> tuple[Bin, ...]:
     """Describe columns with the counts of all series, if the series share their edges."""
+    # Columns of different edges cannot share their words.
     if not all_series or any(series.edges != all_series[0].edges for series in all_series):
         return ()
     bins = []

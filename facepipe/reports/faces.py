@@ -9,6 +9,7 @@ import pyarrow.dataset as ds
 from facepipe.gallery import Gallery
 from facepipe.types import Int64
 
+# Columns of a face that a page shows.
 _COLUMNS = ("face_id", "uri", "identity", "thumb")
 
 
@@ -39,6 +40,7 @@ def read_face_details(gallery: Gallery, face_ids: Int64) -> dict[int, FaceDetail
     """
     if not len(face_ids):
         return {}
+    # The filter is applied while the table is read, so that other faces are never held.
     is_requested = ds.field("face_id").isin(pa.array(np.unique(face_ids), pa.int64()))
     details: dict[int, FaceDetails] = {}
     for batch in gallery.batches(_COLUMNS, is_requested):

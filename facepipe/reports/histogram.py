@@ -23,6 +23,7 @@ def count_values(name: str, values: Numbers, edges: Numbers) -> Series:
         edges: rising edges, (n + 1,).
     """
     numbers = values[~np.isnan(values)]
+    # Clipping moves values beyond the edges into the outermost bins.
     counts, _ = np.histogram(np.clip(numbers, edges[0], edges[-1]), edges)
     return Series(name, tuple(edges.tolist()), tuple(counts.tolist()))
 
@@ -38,6 +39,7 @@ def log_edges(low: float, high: float, per_decade: int = 5) -> Float64:
     """Compute edges that rise by equal factors, from `low` (above 0) to at least `high`."""
     if low <= 0:
         raise ValueError(f"a logarithmic axis cannot begin at {low}")
+    # The small number keeps rounding from adding a bin to an exact power.
     bins = max(1, math.ceil(math.log10(max(high / low, 1)) * per_decade - 1e-9))
     return low * 10 ** (np.arange(bins + 1) / per_decade)
 
@@ -45,8 +47,10 @@ def log_edges(low: float, high: float, per_decade: int = 5) -> Float64:
 def choose_ticks(low: float, high: float, max_ticks: int = 8) -> tuple[float, ...]:
     """Choose round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
     rough_step = (high - low) / max(1, max_ticks - 1)
+    # An empty or tiny range has one tick: a step would vanish in rounding.
     if rough_step < sys.float_info.min:
         return (low,)
+    # The first round step that gives no more ticks than allowed.
     power = 10.0 ** math.floor(math.log10(rough_step))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough_step * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
@@ -58,6 +62,7 @@ def choose_log_ticks(low: float, high: float, max_ticks: int = 8) -> tuple[float
     """Choose powers of ten within [low, high] (above 0), or round numbers if there are fewer than two powers."""
     first = math.ceil(math.log10(low) - 1e-9)
     last = math.floor(math.log10(high) + 1e-9)
+    # Within one decade, powers of ten are too few to read the axis by.
     if last - first < 1:
         return tuple(tick for tick in choose_ticks(low, high, max_ticks) if tick > 0)
     step = math.ceil((last - first + 1) / max_ticks)
@@ -67,6 +72,7 @@ def choose_log_ticks(low: float, high: float, max_ticks: int = 8) -> tuple[float
 def format_number(value: float) -> str:
     """Format a number as an axis shows it: `0.25`, `1,500`, `20k`, `3M`."""
     size = abs(value)
+    # From ten thousand on, a suffix replaces the zeros.
     for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= limit:
             return f"{value / divisor:.4g}{suffix}"

@@ -35,6 +35,7 @@ _MARKUP = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+# Cells that are aligned as numbers: a sign, digits, and a unit of up to three letters.
 _NUMBER = re.compile(r"[-+−]?[\d.,]*\d\s?(%|[a-zA-Z]{1,3})?")
 
 # Lines of report.html.j2 between which the page's own content stands.
@@ -62,6 +63,7 @@ def write_report(report: Report, path: str | os.PathLike[str], max_picture_bytes
     """
     target = os.fspath(path)
     groups = _GroupLines(report, max_picture_bytes)
+    # The page is rendered in pieces into a file beside the target, which then takes its place.
     with (
         replace_file(target, unique=True, what="report") as unfinished,
         open(unfinished, "w", encoding="utf-8", newline="\n") as file,
@@ -91,11 +93,13 @@ def edit_report(
         OSError: the page cannot be read or written.
     """
     with open(path, encoding="utf-8", newline="\n") as page, write_beside(path) as unfinished:
+        # The three parts are read in the order of the page, so that one pass is enough.
         old_head = _read_head(page)
         new_head = edit_head(old_head)
         groups = _EditedGroups(page, edit_group)
         with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(_render_page(new_head, groups.iterate(), groups.summarise))
+        # An unchanged page is dropped, and the old file stays.
         is_changed = groups.is_changed or new_head != old_head
         if not is_changed:
             os.unlink(unfinished)
@@ -105,6 +109,7 @@ def edit_report(
 def iterate_groups(path: str) -> Iterator[JsonGroup]:
     """Read the groups of a page one at a time; a page without groups gives none."""
     with open(path, encoding="utf-8", newline="\n") as page:
+        # Skip to the groups; each has a line of its own up to the end mark.
         for line in page:
             if line.startswith(_GROUPS_START):
                 break
@@ -124,6 +129,7 @@ def _render_page(report: Report, group_lines: Iterable[Markup], summarise: Calla
         group_lines: lines of JSON.
         summarise: called after the last line.
     """
+    # The policy allows exactly this style and this script by their hashes, and nothing from a network.
     style = _read_asset("report.css")
     script = _read_asset("report.js")
     policy = f"style-src {_hash_source(style)}; script-src {_hash_source(script)}; base-uri 'none'; form-action 'none'"
@@ -144,6 +150,7 @@ def _render_page(report: Report, group_lines: Iterable[Markup], summarise: Calla
 
 def _dump_head(report: Report) -> str:
     """Write what the head of a page shows: the report without its groups."""
+    # These keys are what `_read_head` reads.
     return _dump_json(
         {
             "title": report.title,
@@ -169,6 +176,7 @@ def _read_head(page: TextIO) -> Report:
                 tables=tuple(_read_table(table) for table in head["tables"]),
                 notes=tuple(head["notes"]),
             )
+        # The head stands before the groups: a page of an older version has none.
         if line.startswith(_GROUPS_START):
             break
     raise PageFormatError("the page does not hold its content: an older facepipe wrote it")
@@ -198,6 +206,7 @@ class _GroupLines:
 
     def iterate(self) -> Iterator[Markup]:
         """Make the lines."""
+        # Lines are made while the page is rendered, so that one group is in memory at a time.
         try:
             for group in self._report.groups:
                 yield _to_line(self._to_json(group), is_first=not self._shown)
@@ -207,6 +216,7 @@ class _GroupLines:
 
     def summarise(self) -> Markup:
         """Count all groups, and faces whose picture had no room; call it after the last line."""
+        # The summary comes after the groups, because only then the counts are known.
         total = self._report.groups_total
         if total is None:
             total = self._shown
@@ -224,10 +234,12 @@ class _GroupLines:
 
     def _face_to_json(self, face: Face) -> dict[str, Any]:
         optional = {"figures": face.figures, "badge": face.badge, "jpeg": self._encode_picture(face.thumb)}
+        # Empty values are left out, to keep the page small.
         return {"uri": face.uri} | {key: value for key, value in optional.items() if value}
 
     def _encode_picture(self, thumb: bytes | None) -> str:
         """Return a picture in base64, or nothing if there is no picture or no room for it."""
+        # Encode a picture while there is room, counted in characters of base64.
         picture = shrink(thumb) if thumb and self._free_bytes > 0 else None
         text = base64.b64encode(picture).decode() if picture else ""
         if len(text) > self._free_bytes:
@@ -252,6 +264,7 @@ class _EditedGroups:
 
     def iterate(self) -> Iterator[Markup]:
         """Edit the groups and make their lines."""
+        # Skip to the groups; the head has been read by now.
         for line in self._page:
             if line.startswith(_GROUPS_START):
                 break
@@ -261,6 +274,7 @@ class _EditedGroups:
             text = line.removeprefix(",").strip()
             if not text:
                 continue
+            # A changed group is noted, a dropped one is counted, and the rest goes on.
             group = json.loads(text)
             edited = self._edit_group(group)
             self.is_changed |= edited != group
@@ -272,6 +286,7 @@ class _EditedGroups:
 
     def summarise(self) -> Markup:
         """Count the groups that are left."""
+        # The old summary follows the groups: only its total changes.
         for line in self._page:
             if line.startswith(_SUMMARY_START):
                 text = line.removeprefix(_SUMMARY_START).rstrip("\n").removesuffix(_SCRIPT_END)
@@ -315,6 +330,7 @@ def _hash_source(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _create_environment() -> Environment:
+    # Everything is escaped by default, and hidden characters are spelled out.
     environment = Environment(
         loader=FunctionLoader(_read_asset),
         autoescape=True,

@@ -32,6 +32,7 @@ class Series:
     counts: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        # A chart of numbers that do not fit each other would be drawn wrongly without an error.
         if len(self.edges) != len(self.counts) + 1 or len(self.counts) < 1:
             raise ValueError(f"{self.name!r}: {len(self.counts)} counts between {len(self.edges)} edges")
         if not all(math.isfinite(x) for x in (*self.edges, *self.counts)) or min(self.counts) < 0:

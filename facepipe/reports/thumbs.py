@@ -6,6 +6,7 @@ import numpy as np
 from facepipe.imaging.header import HeaderError, read_header
 
 WIDTH = 72
+# Quality of the encoding, and the most pixels that are decoded.
 _QUALITY = 70
 _MAX_PIXELS = 1 << 20
 
@@ -18,6 +19,7 @@ def shrink(jpeg: bytes) -> bytes | None:
     Returns:
         The JPEG, or None if the bytes are not a small JPEG.
     """
+    # Refuse large pictures by their header, before memory is taken for their pixels.
     if not _is_small_jpeg(jpeg):
         return None
     try:
@@ -27,6 +29,7 @@ def shrink(jpeg: bytes) -> bytes | None:
     if image is None:
         return None
     height, width = image.shape[:2]
+    # Larger pictures are reduced; smaller ones keep their size.
     if width > WIDTH:
         size = (WIDTH, max(1, round(WIDTH * height / width)))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
