@@ -18,6 +18,7 @@ NAMES = "names"
 CONTENTS = "contents"
 IDS = "ids"
 ANY = "any"
+# Patterns of column names, and their roles; the first one that matches counts.
 _ROLES = (
     (re.compile(r"uri.*|kept_uri|path"), URIS),
     (re.compile(r"(nearest_)?identity.*|suggested|left|right"), NAMES),
@@ -48,12 +49,14 @@ class ErasedData:
     @cached_property
     def by_role(self) -> dict[str, frozenset[str]]:
         """Texts that reveal erased data, by the role of the column."""
+        # Lists and pages hold ids as text.
         ids = frozenset(map(str, self.faces.tolist()))
         return {
             URIS: self.uris,
             NAMES: self.names,
             CONTENTS: self.contents,
             IDS: ids,
+            # In an unknown column any text counts, but no id: a number may be anything.
             ANY: self.uris | self.names | self.contents,
         }
 

@@ -19,10 +19,12 @@ def create_line_reader(path: str) -> Callable[[str], Iterable[str]]:
 
     That is its uri, with or without a number behind it. Uris in msceleb.txt lack a common root.
     """
+    # Only this list has short paths, so that only here a root is put before them.
     root = _find_root(os.path.dirname(path)) if os.path.basename(path) == "msceleb.txt" else ""
 
     def read_line(line: str) -> Iterator[str]:
         text = line.rstrip("\r\n")
+        # The line may be a uri, or a uri and a number.
         for uri in (text, text.rpartition(" ")[0]):
             yield uri
             yield root + uri
@@ -37,6 +39,7 @@ def _find_root(folder: str) -> str:
             open(os.path.join(folder, "clean.txt"), encoding="utf-8", errors="surrogateescape") as full_lines,
             open(os.path.join(folder, "msceleb.txt"), encoding="utf-8", errors="surrogateescape") as short_lines,
         ):
+            # The first line that ends alike tells the root, which is the same for all lines.
             for full, short in zip(full_lines, short_lines, strict=False):
                 if full != short and full.endswith(short):
                     return full.removesuffix(short)
@@ -48,6 +51,7 @@ def _find_root(folder: str) -> str:
 def _filter_lines(path: str, is_dropped: Callable[[str], bool]) -> bool:
     """Rewrite a file without some lines; return whether lines were dropped."""
     dropped = 0
+    # The file is copied line by line beside the old one, because it may be as long as the gallery.
     with (
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
         open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
@@ -80,6 +84,7 @@ def scrub_csv(path: str, erased: ErasedData) -> bool:
         open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
         writer = csv.writer(out)
+        # A row goes if one of its cells holds erased data of that cell's role.
         for roles, row in iterate_csv_rows(file):
             if any(role and cell in erased.by_role[role] for role, cell in zip(roles, row, strict=False)):
                 is_changed = True
@@ -100,6 +105,7 @@ def iterate_csv_rows(file: Iterable[str]) -> Iterator[tuple[list[str | None], li
     header = next(reader, None)
     if header is None:
         return
+    # One unknown column makes the whole file a stranger's.
     roles = [find_role(name) for name in header]
     is_ours = ANY not in roles
     if is_ours:

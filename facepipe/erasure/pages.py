@@ -29,6 +29,7 @@ def scrub_page(path: str, erased: ErasedData) -> bool:
     Raises:
         PageFormatError: an older facepipe wrote the page, so its content cannot be read.
     """
+    # The page is edited first; what its head still mentions decides whether it stays.
     editor = _PageEditor(erased)
     is_changed = edit_report(path, editor.edit_head, editor.edit_group)
     if editor.mentions_erased:
@@ -47,6 +48,7 @@ class _PageEditor:
 
     def edit_head(self, head: Report) -> Report:
         """Remove rows that name erased people, and note whether anything else mentions an erased image."""
+        # Titles of such pages hold no labels, and a label may be a word in them.
         if head.title in _PAGES_WITHOUT_NAMES:
             self._names = frozenset()
         edited = replace(head, tables=tuple(self._edit_table(table) for table in head.tables))
@@ -56,16 +58,19 @@ class _PageEditor:
     def _edit_table(self, table: Table) -> Table:
         if not table.title.startswith(_SHARED_IDENTITIES):
             return table
+        # In this table a label in one of the first two columns gives its row away.
         revealing = self._erased.names | self._erased.uris
         return replace(table, rows=tuple(row for row in table.rows if revealing.isdisjoint(row[:2])))
 
     def edit_group(self, group: JsonGroup) -> JsonGroup | None:
         """Remove erased faces and labels; drop a group that loses all faces, or whose title names an erased label."""
+        # A title with the label gives the whole group away; else single faces go.
         if not self._names.isdisjoint(_find_labels(group["title"])):
             return None
         faces = [face for face in group["faces"] if not self._is_erased(face)]
         if not faces:
             return None
+        # Names of figures may be labels too.
         figures = [figure for figure in group["figures"] if figure[0] not in self._names]
         return {**group, "figures": figures, "faces": faces}
 
@@ -94,6 +99,7 @@ def _iterate_texts(head: Report) -> Iterator[str]:
 
 def _find_labels(title: str) -> Iterator[str]:
     """Find what may be a label in a title such as `A: two persons?` or `A and B: one person?`."""
+    # Each colon may end the label, since labels may hold colons, and each "and" may join two labels.
     for colon in re.finditer(":|$", title):
         subject = title[: colon.start()]
         yield subject

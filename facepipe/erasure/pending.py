@@ -34,12 +34,14 @@ _ROWS = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
 def write_pending(gallery: str, receipt: Receipt, selected: SelectedImages) -> None:
     """Write down what is to be erased. The file holds names, so it is deleted when the erasure is complete."""
+    # All values go into one table as texts; the kind tells the arrays apart.
     parts = []
     for name in _TYPES:
         values = getattr(selected, name).cast(pa.string())
         parts.append(pa.table([pa.repeat(name, len(values)), values], schema=_ROWS))
     head = {"receipt": receipt.to_dict(), "version": selected.version, "rows": selected.rows}
     sink = io.BytesIO()
+    # The receipt so far, and the version of the table, go into the file's metadata.
     pq.write_table(pa.concat_tables(parts).replace_schema_metadata({"erasure": json.dumps(head)}), sink)
     write_erased_file(gallery, receipt.id + _PENDING, sink.getvalue())
 
@@ -64,6 +66,7 @@ def read_unfinished(gallery: str) -> list[tuple[Receipt, SelectedImages]]:
 def _read_pending(path: str) -> tuple[Receipt, SelectedImages]:
     try:
         table = pq.read_table(pa.BufferReader(storage.read(path.encode())))
+        # Give each array its type again.
         head = json.loads(table.schema.metadata[b"erasure"])
         values = {
             name: table.filter(pc.equal(table["kind"], name))["value"].combine_chunks().cast(kind)
@@ -86,6 +89,7 @@ def _read_progress(path: str, first_receipt: Receipt) -> Receipt:
         receipt = TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
     except ValidationError:  # the steps it tells of are simply repeated
         return first_receipt
+    # The progress was saved without the hashes, which the first receipt has.
     return replace(receipt, hashes=first_receipt.hashes)
 
 

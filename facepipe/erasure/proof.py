@@ -23,6 +23,7 @@ from facepipe.index.shard import Shard
 from facepipe.reports.html import iterate_groups
 from facepipe.storage.store import open_store
 
+# Values that are hashed at a time.
 _BATCH_VALUES = 65536
 
 
@@ -39,14 +40,17 @@ class _ReceiptHashes:
         """Count the values whose hash is in the receipt under one of the kinds."""
         remaining = iter(values)
         count = 0
+        # Hash a batch under the receipt's salt, and look the hashes up in the sorted arrays.
         while batch := list(islice(remaining, _BATCH_VALUES)):
             hashes = np.array([hash64(self._salt, value) for value in batch], np.uint64)
+            # A kind that the receipt lacks matches nothing.
             for kind in kinds:
                 count += int(np.isin(hashes, self._hashes.get(kind, hashes[:0])).sum())
         return count
 
     def count_in_column(self, field: pa.Field, column: pa.Array) -> int:
         """Count the distinct texts or ids of a column whose hash is in the receipt."""
+        # Texts may be uris or image ids, and whole numbers face ids.
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             return self.count_matches(pc.unique(column).drop_null().to_pylist(), "uris", "images")
         if pa.types.is_int64(field.type):
@@ -65,6 +69,7 @@ def check_erased(gallery: Gallery, receipt: Receipt) -> list[str]:
     Raises:
         StorageError: something cannot be read.
     """
+    # Each check reads another place that held the data.
     hashes = _ReceiptHashes(receipt)
     problems = [
         *_check_rows(gallery, hashes),
@@ -73,6 +78,7 @@ def check_erased(gallery: Gallery, receipt: Receipt) -> list[str]:
         *_check_vectors(gallery, hashes),
         *_check_reports(gallery, hashes),
     ]
+    # Places may be clean by now although steps are left.
     if any(unfinished.id == receipt.id for unfinished, _ in pending.read_unfinished(gallery.path)):
         problems.append("the erasure is not complete: run `facepipe erase` to resume it")
     return problems
@@ -81,6 +87,7 @@ def check_erased(gallery: Gallery, receipt: Receipt) -> list[str]:
 def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
+        # Count matches per column: a row may be found by one of them only.
         for batch in gallery.batches(list(counts)):
             counts["uri"] += hashes.count_matches(batch["uri"].to_pylist(), "uris")
             counts["image_id"] += hashes.count_matches(batch["image_id"].drop_null().to_pylist(), "images")
@@ -95,6 +102,7 @@ def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
 def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> Iterator[str]:
     """Check files beside the table: older ones hold what left it, and uncommitted ones may."""
     for file in find_unreferenced(gallery):
+        # A file that the receipt names held erased rows; others are searched.
         name = os.path.basename(file.url)
         if name in receipt.files_before or _count_mentions(file.url, hashes):
             yield f"faces/{name}: not part of the table, and holds erased rows"
@@ -106,6 +114,7 @@ def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> 
 def _check_log(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     """Check the table's log, which quotes the smallest and the largest uri and image id of every file."""
     for file in storage.list_files(storage.join(gallery.faces_folder, "_delta_log")):
+        # Collect both bounds of both columns from every file that the entry adds.
         quotes: list[str | None] = []
         for text in _read_statistics(file.url):
             statistics = json.loads(text or "{}")
@@ -117,6 +126,7 @@ def _check_log(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
 
 def _read_statistics(path: str) -> Iterator[str | None]:
     """Read the statistics of all files that a log entry or a checkpoint adds."""
+    # An entry has one action per line; a checkpoint has them in a column.
     if path.endswith(".json"):
         for line in storage.read(path.encode()).splitlines():
             yield (json.loads(line).get("add") or {}).get("stats")
@@ -154,6 +164,7 @@ def _check_vectors(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
 
 def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     base = storage.join(gallery.path, "reports").rstrip("/") + "/"
+    # Each folder is one report; those in an object store are copied here first.
     names = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)}
     for name in sorted(names):
         store = open_store(gallery.path, f"reports/{name}")
@@ -168,6 +179,7 @@ def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
 
 def _count_mentions(path: str, hashes: _ReceiptHashes) -> int:
     """Count erased uris and ids in a file; files of unknown kinds count as none."""
+    # The ending tells how a file is read.
     if path.endswith(".parquet"):
         count = 0
         with storage.open_seekable(path) as handle, pq.ParquetFile(handle) as file:

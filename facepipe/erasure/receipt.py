@@ -68,6 +68,7 @@ class Receipt:
     reports: list[str] = field(default_factory=list)
     log_files_deleted: int = 0
     suppressed: bool = True
+    # A salt of its own keeps receipts of two erasures from being compared.
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     hashes: dict[str, list[str]] = field(default_factory=dict)
 

@@ -46,6 +46,7 @@ def scrub_reports(folder: str, erased: ErasedData) -> Iterator[str]:
     Raises:
         StorageError: a file cannot be read, written or deleted.
     """
+    # Files in order, so that those which help to read others are cleaned last.
     report = _ReportFolder(folder, erased)
     names = sorted(os.listdir(folder), key=_sort_key) if os.path.isdir(folder) else []
     for name in names:
@@ -58,9 +59,11 @@ def scrub_reports(folder: str, erased: ErasedData) -> Iterator[str]:
         elif name.startswith(LEASE_FILE):
             continue
         elif name.endswith(".new"):
+            # Unfinished files may hold erased data, and nobody reads them.
             _delete_file(path)  # left by a run that was killed
         elif name not in PRIVATE_NAMES and report.scrub_file(name):
             yield name
+    # The sums come after the tables, because they are checked against them.
     if _update_sums(folder):
         yield SUMS
 
@@ -75,6 +78,7 @@ def _update_sums(folder: str) -> bool:
     if not os.path.exists(os.path.join(folder, SUMS)):
         return False
     try:
+        # Sums are stale if a cluster has fewer faces than they were made of.
         counts = AssignmentTable(os.path.join(folder, FACES)).count_faces()
         sums = ClusterSums.load(folder, counts)
     except (StorageError, *_DAMAGED):
@@ -108,6 +112,7 @@ class _ReportFolder:
         """What lists and pages must not show.
 
         That includes images that were to be dropped as copies of an erased one: they are kept now.
+        # Copies of an erased image are not duplicates any more, so lists must not drop them.
         """
         path = os.path.join(self._folder, "decisions.parquet")
         try:
@@ -125,6 +130,7 @@ class _ReportFolder:
             return False  # cleaned together with the tables
         path = os.path.join(self._folder, name)
         extension = os.path.splitext(name)[1]
+        # Lists and pages also lose the copies; tables and arrays only the erased data.
         table_scrubbers: dict[str, Scrubber] = {".parquet": scrub_table, ".npz": scrub_arrays, ".json": _scrub_json}
         list_scrubbers: dict[str, Scrubber] = {".txt": scrub_list, ".csv": scrub_csv, ".html": scrub_page}
         try:
@@ -136,6 +142,7 @@ class _ReportFolder:
                 raise StorageError(f"cannot clean the report {path!r}: {describe_error(error)}") from error
         except _DAMAGED:
             pass
+        # A damaged file cannot be searched, so it goes.
         for left_over in (path, path + ".new"):
             _delete_file(left_over)
         return True
@@ -165,6 +172,7 @@ def _iterate_strings(value: Any) -> Iterator[str]:
 
 def _scrub_unknown(path: str, erased: ErasedData) -> bool:
     """Delete a file of an unknown kind that contains a uri or a name as a word or words."""
+    # Single words are looked up in a set; only texts of several words need a search each.
     texts = {text.encode("utf-8", "surrogateescape") for text in erased.uris | erased.names}
     phrases = [text for text in texts if not _WORDS.fullmatch(text)]
     with open(path, "rb") as file:

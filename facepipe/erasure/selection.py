@@ -16,8 +16,10 @@ from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, UInt64
 
+# An image id: the first 32 hex digits of a hash.
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _BATCH_ROWS = 65536
+# A hundred years; larger ages overflow dates.
 _MAX_AGE_DAYS = 36500.0
 
 
@@ -64,6 +66,7 @@ class Selection:
         Raises:
             ConfigError: no condition is set, or one has an invalid value.
         """
+        # A text that cannot be encoded shows when its condition is built.
         try:
             conditions = list(self._build_conditions(now))
         except UnicodeEncodeError as error:
@@ -72,6 +75,7 @@ class Selection:
             raise ConfigError(
                 "say what to erase: --image, --identity, --source, --uri, --older-than, --ids or --missing"
             )
+        # All conditions must hold.
         combined = conditions[0]
         for condition in conditions[1:]:
             combined = combined & condition
@@ -79,6 +83,7 @@ class Selection:
 
     def _build_conditions(self, now: datetime) -> Iterator[ds.Expression]:
         if self.images:
+            # Each condition that is set becomes one expression.
             yield _match_any("image_id", "uri", self.images)
         if self.identities:
             yield ds.field("identity").isin(pa.array(self.identities, pa.string()))
@@ -100,6 +105,7 @@ class Selection:
 
 def translate_glob(pattern: str) -> str:
     """Translate a glob pattern to RE2's syntax; `fnmatch.translate` writes groups that RE2 does not know."""
+    # Translate wildcard by wildcard, and sets in brackets as a whole.
     parts = []
     position = 0
     while position < len(pattern):
@@ -124,6 +130,7 @@ def _translate_brackets(inside: str) -> str:
     inside = inside.removeprefix("!")
     parts = []
     position = 0
+    # Take a range of three characters, or one character, at a time.
     while position < len(inside):
         low = inside[position]
         is_range = inside[position + 1 : position + 2] == "-" and position + 2 < len(inside)
@@ -132,6 +139,7 @@ def _translate_brackets(inside: str) -> str:
             position += 1
             continue
         high = inside[position + 2]
+        # A range that runs backwards is empty and matches nothing.
         if low <= high:
             parts.append(f"{_escape_character(low)}-{_escape_character(high)}")
         position += 3
@@ -141,11 +149,13 @@ def _translate_brackets(inside: str) -> str:
 
 
 def _escape_character(character: str) -> str:
+    # Every character that might have a meaning is written as its code.
     return character if character.isalnum() else rf"\x{{{ord(character):x}}}"
 
 
 def _match_any(digest_column: str, name_column: str, values: tuple[str, ...]) -> ds.Expression:
     """Build a filter on values that are names, or digests if they look like one."""
+    # A value that looks like a digest may be the name of a file as well.
     digests = [value for value in values if _DIGEST.fullmatch(value)]
     by_digest = ds.field(digest_column).isin(pa.array(digests, pa.string()))
     return by_digest | ds.field(name_column).isin(pa.array(values, pa.string()))
@@ -153,10 +163,12 @@ def _match_any(digest_column: str, name_column: str, values: tuple[str, ...]) ->
 
 def _match_ids(values: tuple[str, ...]) -> ds.Expression:
     """Build a filter on face ids and image ids."""
+    # Refuse what cannot be an id: it would select nothing without a word.
     invalid = [value for value in values if not (value.isdecimal() or _DIGEST.fullmatch(value))]
     if invalid:
         raise ConfigError(f"{invalid[0]!r} is neither a face id nor an image id (32 hex digits)")
     images = [value for value in values if _DIGEST.fullmatch(value)]
+    # Larger numbers fit no column, so no face can have them.
     faces = [int(value) for value in values if value.isdecimal() and int(value) < 1 << 63]
     by_face = ds.field("face_id").isin(pa.array(faces, pa.int64()))
     return by_face | ds.field("image_id").isin(pa.array(images, pa.string()))

@@ -27,6 +27,7 @@ def find_copies_of_erased(path: str, erased: ErasedData) -> Iterator[list[str]]:
         Lists of uris, one per batch of the table.
     """
     with pq.ParquetFile(path) as file:
+        # Read which images were dropped in favour of an erased one.
         if not {"uri", "kept_uri"} <= set(file.schema_arrow.names):
             return
         for batch in file.iter_batches(columns=["uri", "kept_uri"]):
@@ -56,6 +57,7 @@ def scrub_table(path: str, erased: ErasedData) -> bool:
 def _find_column_role(field: pa.Field) -> str | None:
     """Find what a column of a table holds; None if it cannot reveal anybody."""
     role = find_role(field.name)
+    # A text column with the name of ids is not ours, so any text in it counts.
     if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
         return role if role != IDS else ANY
     return role if role == IDS and pa.types.is_int64(field.type) else None
@@ -63,6 +65,7 @@ def _find_column_role(field: pa.Field) -> str | None:
 
 def _mark_erased(batch: pa.RecordBatch, erased: ErasedData, *, compared: bool) -> Bool:
     """Mark rows (n,) that hold erased data: in the column of comparisons, or in any other."""
+    # The comparing column is marked apart, because its match does not remove the row.
     mask = np.zeros(batch.num_rows, bool)
     for field, column in zip(batch.schema, batch.columns, strict=True):
         role = _find_column_role(field)
@@ -83,6 +86,7 @@ def _holds_erased(batch: pa.RecordBatch, erased: ErasedData) -> bool:
 
 def _remove_erased(batch: pa.RecordBatch, erased: ErasedData) -> pa.RecordBatch:
     """Remove rows with erased data, and comparisons with it."""
+    # Rows of the erased go; in rows of others only the comparison is emptied.
     kept = batch.filter(pa.array(~_mark_erased(batch, erased, compared=False)))
     in_comparison = _mark_erased(kept, erased, compared=True)
     if in_comparison.any():
@@ -99,10 +103,12 @@ def scrub_arrays(path: str, erased: ErasedData) -> bool:
     """
     with open(path, "rb") as file, np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}
+    # Rows of vectors are found by their marks; other arrays stay as they are.
     kept = {}
     for name, array in arrays.items():
         is_vectors = array.ndim == 2 and array.dtype == np.float32 and array.shape[1] >= 2
         kept[name] = array[~np.isin(compute_marks(array), erased.marks)] if is_vectors else array
+    # Scalars have no length and cannot have lost anything.
     if all(len(kept[name]) == len(array) for name, array in arrays.items() if array.ndim):
         return False
     with write_beside(path) as unfinished, open(unfinished, "wb") as out:

@@ -40,8 +40,10 @@ def hide_vectors(gallery: str, selected: SelectedImages, check_lease: Callable[[
         selected: the images to erase.
         check_lease: raises if this run no longer holds the lease of the index.
     """
+    # The tag makes publishing fail if the index has changed since.
     manifest, tag = manifests.load_tagged(gallery)
     store = manifests.open_index_store(gallery)
+    # An index that is behind the table may hold faces that the table no longer knows.
     is_behind = manifest.table_version != selected.version
     removal = VectorRemoval()
     shards = []
@@ -49,12 +51,14 @@ def hide_vectors(gallery: str, selected: SelectedImages, check_lease: Callable[[
         shard = Shard(store, entry)
         ids, has_other_traces = _find_ids(shard, selected, all_rows=is_behind)
         if len(ids) or has_other_traces:
+            # A shard with any trace has to be rewritten later, so its files go into the receipt.
             removal.vectors += len(ids)
             removal.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
         tombstones = np.union1d(shard.tombstones, ids)
         is_changed = len(tombstones) != len(shard.tombstones)
         shards.append(write_tombstones(store, entry, tombstones) if is_changed else entry)
     if tuple(shards) != manifest.shards:
+        # Publish once for all shards: a reader sees all tombstones or none.
         check_lease()
         manifests.publish(gallery, replace(manifest, shards=tuple(shards)), tag)
     return removal
@@ -72,7 +76,9 @@ def _find_ids(shard: Shard, selected: SelectedImages, *, all_rows: bool) -> tupl
         The sorted ids, and whether other tombstoned faces of the shard have the labels of the images.
     """
     ids = selected.faces.to_numpy()
+    # Faces that the table knows are found by their ids.
     parts = [ids[shard.find_rows(ids)[0]]] if len(ids) else [ids]
+    # Older contents of the images are found by their labels, which are read for rows that may be such.
     rows = np.arange(len(shard.ids)) if all_rows else np.sort(shard.find_rows(shard.tombstones)[1])
     ids_by_row = shard.read_ids_by_row() if len(rows) else ids
     has_other_traces = False
@@ -81,6 +87,7 @@ def _find_ids(shard: Shard, selected: SelectedImages, *, all_rows: bool) -> tupl
         labels = shard.read_labels(batch)
         is_selected = pc.is_in(labels["uri"], selected.uris).to_numpy()
         parts.append(ids_by_row[batch[is_selected]])
+        # Tombstoned faces of other images may have the labels too.
         has_name = pc.is_in(labels["identity"], selected.names).to_numpy() if len(selected.names) else is_selected
         others = ids_by_row[batch[has_name & ~is_selected]]
         has_other_traces |= bool(np.isin(others, shard.tombstones).any())
@@ -107,16 +114,19 @@ def remove_vectors(
     """
     manifest, tag = manifests.load_tagged(gallery)
     store = manifests.open_index_store(gallery)
+    # Shards that held erased vectors, by their names.
     names = {name.split("/")[0] for name in removal.before}
     shards = []
     for entry in manifest.shards:
         if entry.name not in names:
             shards.append(entry)
             continue
+        # Merging a single shard rewrites it without its tombstones; nothing comes back if no vector is left.
         rewritten = merge_shards(store, [entry])
         if rewritten is not None:
             shards.append(rewritten)
             removal.after |= {f"{rewritten.name}/{name}": file.sha256[:32] for name, file in rewritten.files.items()}
+    # Publish the new shards, and only then delete the files of the old ones.
     check_lease()
     table_version = version_after if manifest.table_version == version_before else manifest.table_version
     draft = replace(manifest, shards=tuple(shards), table_version=table_version)
