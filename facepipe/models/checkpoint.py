@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 
+# Keys under which training scripts keep the state dict.
 _WRAPPERS = ("state_dict", "net_state_dict", "model_state_dict", "model", "net")
 _MAX_DEPTH = 8
 _MAX_NAMES_SHOWN = 5
@@ -83,6 +84,7 @@ def _unwrap(loaded: Any) -> Any:
 def _select_tensors(loaded: Any, path: str) -> State:
     import torch
 
+    # Only tensors count: checkpoints also hold epochs and optimisers.
     items = loaded.items() if isinstance(loaded, Mapping) else ()
     state = {name: value for name, value in items if isinstance(value, torch.Tensor)}
     if not state:
@@ -106,6 +108,7 @@ def load_state(net: "nn.Module", state: State, source: str, ignored: Iterable[st
     Raises:
         WeightsError: Names are missing or unexpected, or tensors have another shape; the message lists them.
     """
+    # Collect all that does not fit, so that one error lists it.
     expected = net.state_dict()
     prefixes = tuple(ignored)
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]

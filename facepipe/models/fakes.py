@@ -28,6 +28,7 @@ class FakeDetector:
 
     def _detect_one(self, image: UInt8Image) -> Faces:
         is_red = (image[..., 0] > 180) & (image[..., 1] < 80) & (image[..., 2] < 80)
+        # Left, top, width, height and area of each region; the first one is the background.
         regions = cv2.connectedComponentsWithStats(is_red.astype(np.uint8))[2][1:]
         regions = regions[regions[:, cv2.CC_STAT_AREA] >= _MIN_AREA]
         regions = regions[np.argsort(-regions[:, cv2.CC_STAT_AREA], kind="stable")]

@@ -44,6 +44,7 @@ def make_scene_chips(size: tuple[int, int], n: int = _CHIPS, seed: int = 0) -> U
 
 
 def _make_scene(rng: np.random.Generator, size: tuple[int, int], sides: list[int]) -> UInt8Image:
+    # Noise on grids of growing fineness, with falling amplitude.
     layers = [
         cv2.resize(rng.normal(size=(side, side, 3)).astype(np.float32), size, interpolation=cv2.INTER_CUBIC) / k
         for k, side in enumerate(sides, 1)
@@ -61,6 +62,7 @@ def measure_difference(one: Embedder, other: Embedder) -> float:
     Raises:
         ModelError: The shapes of the vectors differ, or vectors are not finite.
     """
+    # Two batches and a single chip.
     worst = 0.0
     for chips in (make_noise_chips(one.size), make_scene_chips(one.size), make_scene_chips(one.size, 1, 1)):
         a = one.embed(chips)

@@ -65,6 +65,7 @@ def fit_projection(moment: SecondMoment) -> Projection:
         reason = "needs no projection" if dim == EMBEDDING_DIM else f"cannot be brought to {EMBEDDING_DIM} without loss"
         raise ModelError(f"a model of {dim} dimensions {reason}: only longer vectors are projected")
     check_face_count(moment.count, dim)
+    # Eigenvalues ascend, so the directions that hold most come last.
     values, vectors = np.linalg.eigh(moment.total)
     top = vectors[:, ::-1][:, :EMBEDDING_DIM]
     # Eigenvectors have no sign of their own: the largest component of each is made positive.
@@ -123,6 +124,7 @@ def read_projection(path: Path, dim: int, sha256: str) -> Float32:
             fitted_on = (file.metadata() or {}).get(_MODEL)
     except (OSError, SafetensorError, ValueError) as error:
         raise WeightsError(f"the projection {str(path)!r} cannot be read: {error}") from error
+    # A missing matrix is treated as one of the wrong shape.
     matrix = tensors.get(_TENSOR, np.empty((0, 0), np.float32))
     if matrix.shape != (dim, EMBEDDING_DIM):
         raise WeightsError(

@@ -20,6 +20,7 @@ def find_package_file(package: str, name: str, install: str) -> Path:
     Raises:
         WeightsError: The package is not installed, or has no such file.
     """
+    # Finding the spec of a top-level package does not run its code.
     spec = importlib.util.find_spec(package)
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / name).exists():

@@ -54,10 +54,12 @@ def _add_network(builder: "_FloatBuilder", convolutions: list[Convolution], fc: 
     side = _SIDE_AFTER_POOL
     # The blocks.
     for n, (i, o, stride) in enumerate(BLOCKS):
+        # The stem's convolution comes first in the list, then two of each block.
         first, second = convolutions[1 + 2 * n : 3 + 2 * n]
         y = builder.round_activation(builder.add_node("Relu", [builder.add_layer(x, first)]))
         y = builder.round_activation(builder.add_layer(y, second))
         if stride == 2:
+            # The pooled shortcut and the convolution without padding may differ in size; the smaller map is padded.
             pooled_side = side // 2
             strided_side = (side - 3) // 2 + 1
             side = max(pooled_side, strided_side)
@@ -73,6 +75,7 @@ def _add_network(builder: "_FloatBuilder", convolutions: list[Convolution], fc: 
 def _fold_input_scaling(stem: Convolution) -> Convolution:
     """Change the stem to take levels from 0 to 255. This is exact, because the stem does not pad."""
     mean = np.array(MEAN_RGB, np.float32)[None, :, None, None]
+    # (x - mean) / scale is linear, so it moves into the weights and the bias.
     weight = stem.weight / SCALE
     bias = stem.bias - (weight * mean).sum((1, 2, 3))
     return stem._replace(weight=weight.astype(np.float32), bias=bias.astype(np.float32))
@@ -160,6 +163,7 @@ class _EightBitBuilder(_FloatBuilder):
 
     def add_layer(self, x: str, conv: Convolution) -> str:
         """Add a convolution: weights of eight bits with a scale per output channel, the bias in their products."""
+        # One step per output channel; a product has the step of its weight times that of its input.
         steps = np.maximum(np.abs(conv.weight).max((1, 2, 3)), 1e-12) / 127
         rounded_weight = np.round(conv.weight / steps[:, None, None, None]).astype(np.int8)
         bias_steps = (steps * self._steps[x].width).astype(np.float32)
@@ -174,6 +178,7 @@ class _EightBitBuilder(_FloatBuilder):
 
     def _add_step(self, low: float, high: float) -> _Step:
         """Add the constants that divide a range into 255 steps; 0 is always one of the values."""
+        # Paddings and activations below zero give 0, so it must be exact.
         low = min(low, 0.0)
         high = max(high, 1e-6)
         width = np.float32((high - low) / 255)

@@ -60,6 +60,7 @@ def load_int8_dlib(convolutions: list[Convolution], fc: Float32, threads: int) -
         raise ModelError(_SATURATES)
     graph = build_dlib_onnx(convolutions, fc, RANGES)
     embedder = OnnxDlib(graph, threads)
+    # Without fusion every node is computed as written, in floating point, which cannot saturate.
     chips = make_scene_chips((SIDE, SIDE), 4)
     reference = open_session(graph, threads=threads, optimise=False).run(None, {"chips": chips})[0]
     if _measure_distance(embedder.embed(chips), reference) > _MAX_DISTANCE:

@@ -101,6 +101,7 @@ def read_metric_network(data: bytes) -> list[Layer]:
     """
     reader = Reader(data)
     _expect(reader.read_integer() == 1 and reader.read_string() == "loss_metric_2", "loss_metric at the start")
+    # The margin and the distance threshold of the loss.
     reader.read_float()
     reader.read_float()
     # The versions of all layers come first, down to the innermost one.
@@ -109,9 +110,11 @@ def read_metric_network(data: bytes) -> list[Layer]:
         versions.append(reader.read_integer())
         _expect(versions[-1] in (1, 2, _INNERMOST), f"layer version {versions[-1]}")
     _expect(reader.read_string() == "input_rgb_image_sized", "input layer")
+    # The mean of each channel, then the height and width of an image.
     for _ in range(3):
         reader.read_float()
     reader.read_integers(2)
+    # The input layer comes last in the file. Tags and skips, of version 1, hold nothing.
     layers = [_read_layer(reader, version) for version in reversed(versions) if version != 1]
     _expect(reader.offset == len(data), f"end of file, {len(data) - reader.offset} bytes are left over")
     return [layer for layer in layers if layer is not None]
@@ -132,6 +135,7 @@ def _read_details(reader: Reader) -> Layer | None:
     """Read what is specific to a kind of layer; None if it has no parameters."""
     match reader.read_string():
         case "con_4":
+            # Filters and biases in one tensor, then their number, kernel, strides and padding; the aliases are views.
             layer = Layer("con", reader.read_tensor(), reader.read_integers(7))
             reader.skip_alias()
             reader.skip_alias()

@@ -6,6 +6,7 @@ from facepipe.imaging.dlib_chip import SIDE as SIDE
 from facepipe.models.dlib.format import FormatError, Layer
 from facepipe.types import Float32
 
+# Levels enter the network as (level - MEAN_RGB) / SCALE.
 MEAN_RGB = (122.782, 117.001, 104.298)
 SCALE = 256.0
 # (channels in, channels out, stride) of each block, from the input to the output.
@@ -60,6 +61,7 @@ def fold_layers(layers: list[Layer]) -> tuple[list[Convolution], Float32]:
     Raises:
         FormatError: The layers are not those of dlib's face network.
     """
+    # The stem, then two 3x3 convolutions per block; a strided one has no padding.
     shapes = [_ConvolutionShape(3, 32, 7, 2, 0)]
     for i, o, stride in BLOCKS:
         shapes.append(_ConvolutionShape(i, o, 3, stride, 0 if stride == 2 else 1))
@@ -74,6 +76,7 @@ def _fold(shape: _ConvolutionShape, con: Layer, affine: Layer) -> Convolution:
     i, o, k, stride, padding = shape
     if con.sizes != (o, k, k, stride, stride, padding, padding):
         raise FormatError(f"convolution of sizes {con.sizes}, expected {o} filters {k}x{k} stride {stride}")
+    # Filters come first in the tensor, biases last; likewise factors and offsets of the affine layer.
     weight = con.params[:-o].reshape(o, i, k, k)
     bias = con.params[-o:]
     gamma = affine.params[:o]

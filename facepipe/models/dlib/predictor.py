@@ -92,6 +92,7 @@ def load_predictor() -> Predictor:
 
 def arrange_cascade(cascade: Cascade) -> Predictor:
     """Arrange the cascade for `Predictor.predict`; its arrays become read-only."""
+    # The first and the second pixel of every split, (levels, 2, trees * splits).
     pixels = np.stack([cascade.first, cascade.second], 1).reshape(LEVELS, 2, -1).astype(np.int16)
     thresholds = cascade.thresholds.reshape(LEVELS, -1)
     leaves = cascade.leaves.reshape(LEVELS, -1, 2 * POINTS)
@@ -106,6 +107,7 @@ def arrange_cascade(cascade: Cascade) -> Predictor:
 
 def _read_intensities(level: Level, image: UInt8Image, rect: Rect, initial: Float32, shape: Float32) -> Float32:
     """Read the intensities (800,) of the level's pixels, which turn and grow with the shape."""
+    # Turn and scale from the mean shape to the current one, then place each pixel beside its point, (800,).
     rotation = fit_similarity(initial.astype(np.float64), shape.astype(np.float64))[:, :2].astype(np.float32)
     dx, dy = level.deltas
     x_in_box = dx * rotation[0, 0] + dy * rotation[0, 1] + shape[:, 0].take(level.anchors)
@@ -114,6 +116,7 @@ def _read_intensities(level: Level, image: UInt8Image, rect: Rect, initial: Floa
     y = _to_pixels(y_in_box, rect[1], rect[3])
     height, width = image.shape[:2]
     is_inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    # Pixels outside are read at (0, 0) and set to black below.
     if not is_inside.all():
         x = np.where(is_inside, x, 0)
         y = np.where(is_inside, y, 0)
@@ -124,6 +127,7 @@ def _read_intensities(level: Level, image: UInt8Image, rect: Rect, initial: Floa
 
 def _find_leaves(level: Level, intensities: Float32) -> Int64:
     """Find the leaf (500,) that each tree ends in."""
+    # The children of node n are 2 n + 1 and 2 n + 2; after four steps all nodes are leaves.
     node = np.zeros(TREES, np.int64)
     for _ in range(_TREE_DEPTH):
         split = _FIRST_SPLIT + node

@@ -64,6 +64,7 @@ def read_cascade(data: bytes) -> Cascade:
     has_all_splits = (trees[..., 0] == SPLITS).all()
     has_all_leaves = (trees[..., 4 * SPLITS + 1] == _LEAVES).all()
     _expect(bool(has_all_splits and has_all_leaves), "full trees")
+    # A split is two pixels and its threshold's mantissa and exponent, (15, 500, 15, 4).
     splits = trees[..., 1 : 1 + 4 * SPLITS].reshape(LEVELS, TREES, SPLITS, 4)
     leaves = trees[..., 2 + 4 * SPLITS :].reshape(LEVELS, TREES, _LEAVES, _MATRIX)
     cascade = Cascade(
@@ -99,6 +100,7 @@ def read_integers(data: bytes) -> Int64:
         append(offset)
         offset += steps[data[offset]]
     _expect(offset == end, f"an integer at byte {starts[-1] if starts else 0}")
+    # Eight more bytes keep reads behind the last integer inside the array.
     return _unpack(np.frombuffer(data + bytes(8), np.uint8), np.array(starts, np.int64))
 
 
@@ -106,6 +108,7 @@ def _unpack(octets: UInt8, starts: Int64) -> Int64:
     control = octets[starts]
     sizes = control & 0x0F
     values = np.zeros(len(starts), np.int64)
+    # Add byte k of all integers that are long enough at once.
     for k in range(int(sizes.max(initial=0))):
         values |= np.where(sizes > k, octets[starts + (1 + k)], 0).astype(np.int64) << (8 * k)
     return np.where(control & 0x80, -values, values)

@@ -28,6 +28,7 @@ class DlibBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block's map."""
         y = self.conv2(F.relu(self.conv1(x)))
+        # Both maps are padded to the larger of their sizes, the shortcut also to the new channels.
         if self.stride == 2:
             x = F.pad(F.avg_pool2d(x, 2, 2), (0, 0, 0, 0, 0, self.added_channels))
             height = max(x.shape[2], y.shape[2])

@@ -81,6 +81,7 @@ class TorchEmbedder:
 
     def embed(self, chips: UInt8Image) -> Float32:
         """Embed chips; see `Embedder`."""
+        # A CPU gets one chip per call, so that a vector does not depend on the batch; other devices get all at once.
         if self._device.type != "cpu":
             return self._run(chips)
         with limit_threads(self._threads):
@@ -141,6 +142,7 @@ class OnnxEmbedder:
             raise ModelError(f"an embedder's graph has one input of four dimensions, this one {_format_inputs(inputs)}")
         self._input_name = inputs[0].name
         self._output_name = self._session.get_outputs()[0].name
+        # Type and dimensions of the input tell what the graph takes; a free batch size is a string there.
         self._takes_uint8 = inputs[0].type == "tensor(uint8)"
         self._has_channels_last = inputs[0].shape[3] == 3
         self._has_fixed_batch = isinstance(inputs[0].shape[0], int)
@@ -151,6 +153,7 @@ class OnnxEmbedder:
                 f"the graph takes uint8 chips unchanged, but its TOML file asks for {model_input}: set channels = "
                 '"rgb", mean = 0, scale = 1 there, or use a graph with a float input'
             )
+        # Empty chips give the length of the vectors, and show that the graph takes chips of this size.
         width, height = size
         self.dim = int(self._run(np.zeros((self._batch_size, height, width, 3), np.uint8)).shape[1])
 

@@ -62,6 +62,7 @@ class Residual(Branches):
 
 
 def _count_channels(branch: nn.Module) -> int:
+    # The last convolution of a branch gives its channels.
     return [m for m in branch.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
 
 

@@ -74,6 +74,7 @@ def _make_stages(units: tuple[int, ...], eps: float) -> list[nn.Sequential]:
     stages = []
     i = WIDTHS[0]
     for o, count in zip(WIDTHS, units, strict=True):
+        # The first unit of every stage halves the sides of the map.
         first = ImprovedUnit(i, o, 2, eps)
         rest = [ImprovedUnit(o, o, 1, eps) for _ in range(count - 1)]
         stages.append(nn.Sequential(first, *rest))

@@ -26,6 +26,7 @@ def rename_xiaoccer_mobilefacenet(state: State) -> State:
 
     Its chips are 112x96 (h x w), (x - 127.5) / 128, RGB.
     """
+    # The layers of a block in the checkpoint's order, which numbers them from 0 on.
     layers = [f"{part}.{leaf}" for part in ("expand", "depthwise", "project") for leaf in ("conv", "bn", "act")]
     names = _add_parts("prelu", {"conv1": "stem", "dw_conv1": "stem_depthwise", "conv2": "expand"})
     names |= _add_parts("prelu", {"linear7": "global_depthwise", "linear1": "linear"})
@@ -56,6 +57,7 @@ def rename_treb1en_mobilefacenet(state: State) -> State:
     renamed = _rename_modules(state, names | {"linear": "linear.conv", "bn": "linear.bn"})
     weight = renamed.get("linear.conv.weight")
     if weight is not None:
+        # A linear weight (o, i) becomes a kernel (o, i, 1, 1).
         renamed["linear.conv.weight"] = weight.reshape(*weight.shape[:2], 1, 1)
     return renamed
 
@@ -148,6 +150,7 @@ def rename_bubbliiiing_mobilenet(state: State) -> State:
         "backbone.model.stage1.0.1": "stem.bn",
         "Bottleneck": "linear",
     }
+    # Positions in the checkpoint's blocks; 2 and 5 are activations without tensors.
     layers = {0: "depthwise.conv", 1: "depthwise.bn", 3: "pointwise.conv", 4: "pointwise.bn"}
     their_blocks = [f"stage1.{n}" for n in range(1, 6)] + [f"stage2.{n}" for n in range(6)] + ["stage3.0", "stage3.1"]
     our_blocks = range(len(facenet_mobilenet.BLOCKS))

@@ -40,6 +40,7 @@ class FixedScaleBatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise vectors (n, width)."""
+        # Count batches as torch's own batch norm does.
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(

@@ -63,6 +63,7 @@ def _make_bottlenecks() -> list[InvertedResidual]:
     blocks = []
     i = 64
     for expansion, o, units, stride in BOTTLENECKS:
+        # Only the first unit of a row has the stride.
         for unit in range(units):
             blocks.append(InvertedResidual(i, o, expansion, stride if unit == 0 else 1))
             i = o

@@ -99,6 +99,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         i = 64
         for n, (width, blocks) in enumerate(zip(WIDTHS, blocks_per_layer, strict=True), 1):
+            # The first layer keeps the size of the map, each further one halves it.
             stride = 1 if n == 1 else 2
             self.add_module(f"layer{n}", _make_layer(block, i, width, blocks=blocks, stride=stride))
             i = width * block.expansion

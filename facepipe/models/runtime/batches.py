@@ -61,6 +61,7 @@ class Batches(Generic[Result]):
         Raises:
             Exception: Whatever `work` raises; an out-of-memory error if one item alone is too much.
         """
+        # The start only moves when a batch has succeeded; after a failure a smaller one starts at the same item.
         start = 0
         while start < count:
             part = slice(start, min(start + self.size, count))

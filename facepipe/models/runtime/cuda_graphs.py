@@ -117,6 +117,7 @@ class CudaGraphCache:
     def __call__(self, items: Tensor, size: int) -> Tensor:
         """Compute the outputs of items (n, ...) in a batch of `size`, which is at least n."""
         shape = (size, *items.shape[1:])
+        # Taking the shape out and putting it back makes it the most recently used one.
         captured = self._captured.pop(shape, None)
         if captured is None:
             self._drop_oldest(self._max_shapes - 1)

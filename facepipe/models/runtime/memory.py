@@ -17,6 +17,7 @@ def keep_freed_memory() -> None:
     a third to half of the time on a CPU.
     """
     with suppress(OSError, AttributeError):
+        # Take blocks of up to 1 GiB from the heap, and never return the heap's end to the system.
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(_MMAP_THRESHOLD, 1 << 30)
         library.mallopt(_TRIM_THRESHOLD, _NEVER)

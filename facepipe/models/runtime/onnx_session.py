@@ -27,6 +27,7 @@ def open_session(graph: bytes, *, threads: int, device: str = "cpu", optimise: b
             "this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place, or run the model with device=cpu"
         )
 
+    # Parallel within operators only, one operator at a time; errors are logged, warnings are not.
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -39,6 +40,7 @@ def open_session(graph: bytes, *, threads: int, device: str = "cpu", optimise: b
         session = ort.InferenceSession(graph, options, providers=[(provider, provider_options)])
     except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
         raise ModelError(f"ONNX Runtime cannot load the graph: {str(error)[:300]}") from error
+    # A session may start on the CPU without an error if the GPU's libraries do not load.
     if provider not in session.get_providers():
         raise ModelError(
             f"ONNX Runtime could not start {provider} and would run on the CPU: check that its CUDA and cuDNN are the "

@@ -27,6 +27,7 @@ def cast_network(net: nn.Module, precision: str, float32_modules: tuple[str, ...
     """
     dtype = DTYPES[precision]
     net.to(dtype)
+    # Bring the exceptions back to float32; their innermost layers convert what they are given.
     if dtype is not torch.float32:
         for name in float32_modules:
             net.get_submodule(name).float()

@@ -69,6 +69,7 @@ class PinnedBuffers:
 
         Copy from it on `stream`, then call `release`.
         """
+        # Take the other buffer, and wait for the last copy from it.
         self._turn = 1 - self._turn
         last_copy = self._copies[self._turn]
         if last_copy is not None:
@@ -122,6 +123,7 @@ class Uploads:
         if self._buffers is None:
             return torch.from_numpy(np.concatenate(flat)).view(-1, 3)
         stream = torch.cuda.current_stream(self._device)
+        # Fill and copy buffer by buffer on the copy stream, while kernels run on the current one.
         with torch.cuda.stream(self._buffers.stream):
             on_device = torch.empty(sum(map(len, flat)), dtype=torch.uint8, device=self._device)
             start = 0
@@ -131,6 +133,7 @@ class Uploads:
                 on_device[start : start + count].copy_(buffer[:count], non_blocking=True)
                 self._buffers.release()
                 start += count
+        # What is queued on the current stream from here on waits for the copies.
         stream.wait_stream(self._buffers.stream)
         on_device.record_stream(stream)  # its memory belongs to the copy stream, but this one reads it
         return on_device.view(-1, 3)

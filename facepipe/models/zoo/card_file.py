@@ -92,6 +92,7 @@ def read_card(path: str | Path) -> CardFile:
         ConfigError: A key is unknown, or values contradict each other.
     """
     card = build(CardFile, read_toml(path))
+    # The architecture must exist, be there unless the weights are a graph, and have the file's role.
     architectures = _format_architectures(card.role)
     if card.architecture and card.architecture not in ARCHITECTURES:
         raise ConfigError(f"{path}: no architecture is called {card.architecture!r}; there are {architectures}")
@@ -138,6 +139,7 @@ def to_euclidean_threshold(card: CardFile) -> float | None:
         return card.same_person
     if not -1 <= card.same_person <= 1:
         raise ConfigError(f"{card.name}: same_person is {card.same_person}, and a cosine is between -1 and 1")
+    # Unit vectors: |a - b|^2 = 2 - 2 cos.
     return math.sqrt(2 - 2 * card.same_person)
 
 
@@ -197,6 +199,7 @@ def resolve_chip_layout(card: CardFile) -> ChipLayout:
     Raises:
         ConfigError: Neither of them says it.
     """
+    # The file's values come first, then the architecture's, then plain defaults.
     values = card.input
     architecture = ARCHITECTURES.get(card.architecture)
     default = architecture.layout if architecture else None
@@ -223,6 +226,7 @@ def _resolve_template(card: CardFile, size: tuple[int, int], default: ChipLayout
         return template
     if default is None or not default.template:
         raise ConfigError(f"{card.name}: input.template is missing: arcface, dlib, or five [x, y]")
+    # A default template of another size says nothing; ArcFace's can be scaled to any.
     return default.template if size == default.size else scale_arcface_template(size)
 
 

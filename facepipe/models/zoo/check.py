@@ -102,6 +102,7 @@ class _Trial:
 
 
 def _try_embedder(card: Card, path: Path | None) -> _Trial:
+    # Load it raw for the length of its own vectors, and run it as a gallery would if those fit.
     raw = load_embedder(path, "cpu", 1, raw=True) if path else card.load("cpu", 1)
     is_usable = card.dim == EMBEDDING_DIM
     embedder = card.load("cpu", 1) if is_usable else raw
@@ -118,6 +119,7 @@ def _try_embedder(card: Card, path: Path | None) -> _Trial:
 def _try_detector(card: Card) -> _Trial:
     detector = card.load("cpu", 1, _LIMITS)
     image = make_scene_chips((640, 480), 1)
+    # The first call is slower, so it is not timed.
     detector.detect(image)
     return _Trial(_measure_milliseconds(lambda: detector.detect(image)))
 

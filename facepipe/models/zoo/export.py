@@ -165,6 +165,7 @@ def _load_from_file(path: Path) -> TorchModel:
         projection = read_projection(path.parent / file.projection, file.dim, sha256)
     layout = resolve_chip_layout(file)
     model_input = resolve_input(file)
+    # The projection and our tensor names are inside the graph, so the new file names neither.
     card = replace(file, projection="", keys="", input=_make_explicit(layout, model_input))
     return TorchModel(net, model_input, layout, card, projection)
 
@@ -196,6 +197,7 @@ def build_onnx_graph(model: TorchModel, opset: int = OPSET) -> bytes:
     except ImportError as error:
         raise ModelError("writing ONNX graphs needs onnxscript: pip install 'facepipe[export]'") from error
     width, height = model.layout.size
+    # Two chips, because the exporter takes a batch of one for a constant.
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     with _suppress_warnings(), torch.inference_mode():
         try:
@@ -231,6 +233,7 @@ def _wrap_network(model: TorchModel) -> "nn.Module":
 
         def __init__(self) -> None:
             super().__init__()
+            # Slower activations are replaced for the graph; constants are buffers, so that they are exported.
             self.net = replace_prelus(model.net).eval()
             self.register_buffer("mean", torch.tensor(model.input.mean).view(1, 3, 1, 1))
             self.register_buffer("scale", torch.tensor(model.input.scale).view(1, 3, 1, 1))

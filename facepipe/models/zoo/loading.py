@@ -97,6 +97,7 @@ def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -
     size = resolve_chip_layout(file).size
     model_input = resolve_input(file)
     embedder: Embedder
+    # Run a graph as it is, and a checkpoint in our module.
     if is_onnx(file):
         graph = (path.parent / file.weights).read_bytes()
         embedder = OnnxEmbedder(graph, model_input, size, device=device, threads=threads)
@@ -106,6 +107,7 @@ def load_embedder(path: Path, device: str, threads: int, *, raw: bool = False) -
         raise ModelError(f"{path}: the model gives {embedder.dim} numbers per face, but the file says dim = {file.dim}")
     if raw:
         return embedder
+    # A gallery holds 128 numbers per face: projected, or the model's own.
     if file.projection:
         sha256 = hash_without_projection(path, file)
         return ProjectedEmbedder.from_file(embedder, path.parent / file.projection, sha256)
@@ -162,6 +164,7 @@ def load_net(path: Path) -> "tuple[nn.Module, CardFile]":
     architecture = ARCHITECTURES[file.architecture]
     weights_path = path.parent / file.weights
     net = architecture.build(file.dim, resolve_chip_layout(file).size)
+    # Check the input by the checkpoint's lineage before its tensors are renamed.
     state = read_state(weights_path)
     lineage = architecture.find_lineage(file.keys) if file.keys else architecture.detect_lineage(state)
     _check_input_is_set(path, file, lineage)

@@ -55,10 +55,12 @@ def _read_conv_constants(graph: Any) -> "OrderedDict[str, Float32]":
     """
     from onnx import numpy_helper
 
+    # Constants by name, and the name of the original behind each Identity.
     arrays = {constant.name: numpy_helper.to_array(constant) for constant in graph.initializer}
     originals = {
         node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity" and node.input[0] in arrays
     }
+    # Weights and biases in order of use; one that is used again keeps its first place.
     names = [name for node in graph.node if node.op_type == "Conv" for name in node.input[1:]]
     used = (originals.get(name, name) for name in names)
     return OrderedDict((name, arrays[name]) for name in used)

@@ -154,6 +154,7 @@ def find_card(name: str, role: str) -> Card:
     Raises:
         ModelError: There is no such model, or it has another role.
     """
+    # Registered names come first; a file is only read if none fits.
     card = CARDS.get(name)
     if card is None and (path := find_card_file(name)):
         from facepipe.models.zoo.loading import load_card
@@ -222,6 +223,7 @@ def find_match_threshold(embedder: str) -> float | None:
 
 def find_card_file(name: str) -> Path | None:
     """Find the TOML file of a model that is not registered."""
+    # A path, of the file or of the weights beside it, is taken as it is; other names are looked up in the folder.
     if Path(name).suffix in (".toml", ".safetensors"):
         return Path(name).with_suffix(".toml")
     folder = os.environ.get(MODELS_FOLDER)
