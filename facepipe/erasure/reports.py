@@ -112,8 +112,8 @@ class _ReportFolder:
         """What lists and pages must not show.
 
         That includes images that were to be dropped as copies of an erased one: they are kept now.
-        # Copies of an erased image are not duplicates any more, so lists must not drop them.
         """
+        # Copies of an erased image are not duplicates any more, so lists must not drop them.
         path = os.path.join(self._folder, "decisions.parquet")
         try:
             copies = list(find_copies_of_erased(path, self._erased))
