@@ -8,6 +8,7 @@ from facepipe.reports.chart import Tick
 from facepipe.reports.histogram import choose_log_ticks, choose_ticks, format_number
 from facepipe.reports.model import Mark
 
+# Size of a chart and edges of its plot, in pixels.
 WIDTH = 560
 HEIGHT = 250
 LEFT = 56
@@ -73,6 +74,7 @@ def build_curve_chart(
         mark: vertical line with a label, in the units of x.
         log_scale: use a logarithmic vertical axis.
     """
+    # Leave out what cannot be drawn, and thin long curves.
     drawable = {name: [p for p in points if _is_drawable(p[1], log_scale)] for name, points in curves.items()}
     thinned = {name: _thin_points(points) for name, points in drawable.items() if points}
     # Find the ranges of the axes.
@@ -81,6 +83,7 @@ def build_curve_chart(
     right = max(xs)
     low, high = _widen_bounds(min(ys), max(ys), log_scale)
 
+    # The horizontal axis begins at 0, the vertical one at the low bound.
     def to_x(value: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * value / (right or 1.0), 1)
 
@@ -114,12 +117,14 @@ def _is_drawable(value: float, log_scale: bool) -> bool:
 def _widen_bounds(low: float, high: float, log_scale: bool) -> tuple[float, float]:
     if log_scale:
         return low / 1.1, high * 1.1
+    # A flat curve needs a margin too, so that it does not lie on the axis.
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 0.5
     return low - margin, high + margin
 
 
 def _thin_points(points: Points) -> list[tuple[float, float]]:
     """Replace neighbouring points by their mean if there are more than a reader can distinguish."""
+    # Size of a group, so that no more than the maximum number of groups are left.
     size = -(-len(points) // _MAX_POINTS)
     groups = [points[n : n + size] for n in range(0, len(points), max(1, size))]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

@@ -104,6 +104,7 @@ class EmbeddingTask:
         """Compute the loss of a batch, in float32 even if the network computes in 16 bits."""
         chips, labels = inputs
         embeddings = self.net(preprocess(chips, self._input))
+        # Losses need the full precision of their exponentials.
         with torch.autocast(chips.device.type, enabled=False):
             loss = self.objective(embeddings.float(), labels)
         figures: Any = getattr(self.objective, "figures", {})

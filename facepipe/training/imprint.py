@@ -12,6 +12,7 @@ from facepipe.training.embedding_task import EmbedChips, LabelledChips
 from facepipe.training.losses import ClassHead
 from facepipe.types import Int64
 
+# Chips per call of the network.
 _BATCH = 64
 _SPREAD = 0.1  # of the sub-centres of a class, about their mean
 
@@ -30,6 +31,7 @@ def imprint_centres(objective: nn.Module, embed: EmbedChips, chips: LabelledChip
     head = next((module for module in objective.modules() if isinstance(module, ClassHead)), None)
     if head is None:
         return
+    # The classes of this rank.
     start = head.shard.start
     size = head.shard.size
     rows = _select_first_rows(np.asarray(chips.labels), images, start, start + size)
@@ -50,8 +52,10 @@ def imprint_centres(objective: nn.Module, embed: EmbedChips, chips: LabelledChip
 
 def _select_first_rows(labels: Int64, count: int, start: int, end: int) -> Int64:
     """Select the first rows of each class in [start, end), up to `count` per class, ordered by class."""
+    # Rows of own classes only, as a slice of the rows sorted by class.
     order = np.argsort(labels, kind="stable")
     low, high = np.searchsorted(labels[order], (start, end))
     order = order[low:high]
+    # Position of each row in its class: its place less that of the class's first row.
     class_starts = np.searchsorted(labels[order], labels[order])
     return order[np.arange(len(order)) - class_starts < count]

@@ -18,6 +18,7 @@ from facepipe.training.curves import CurveChart, build_curve_chart
 from facepipe.training.trainer.loop import Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
 
+# Names of the ends of a run, and scores that get a chart.
 _END_TEXTS = {"done": "all steps done", "stopped": "stopped early", "interrupted": "interrupted"}
 _CHARTED_SCORES = ("score", "accuracy", "auc")
 
@@ -55,6 +56,7 @@ def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcom
     Raises:
         StorageError: The file cannot be written.
     """
+    # The page holds its style, and its policy allows exactly that style.
     style = files("facepipe.reports").joinpath("report.css").read_text(encoding="utf-8")
     template = files("facepipe.training").joinpath("report.html.j2").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -132,6 +134,7 @@ def _build_tables(texts: ReportTexts) -> list[Table]:
         scores = tuple((name, f"{value:.5f}") for name, value in texts.scores.items())
         tables.append(Table("Validation of the result", ("figure", "value"), scores))
     for section, values in texts.config.items():
+        # Settings may hold URLs with credentials, so they are redacted.
         settings = tuple((key, redact(str(value))) for key, value in _flatten(values))
         tables.append(Table(f"[{section}]", ("key", "value"), settings))
     return tables

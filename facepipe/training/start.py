@@ -70,9 +70,11 @@ class NetworkStart:
         Raises:
             WeightsError: The weights do not fit the network. The message names the tensors.
         """
+        # The seed covers the layers that no weights fill.
         torch.manual_seed(seed)
         net = self.architecture.build(self.dim, self.size)
         if self.state is not None:
+            # Tensors whose size depends on the length of the embedding keep their random start.
             random_state = net.state_dict()
             resized = {name: random_state[name] for name in self.list_resized()}
             load_state(net, {**self.state, **resized}, self.origin)
@@ -87,6 +89,7 @@ class NetworkStart:
         if self.state is None:
             return []
         axes = find_output_axes(self.architecture, self.dim, self.size)
+        # Nothing is resized if the weights have the same length already.
         if _infer_dim(self.state, self.architecture, self.size) == self.dim:
             return []
         shapes = {name: tensor.shape for name, tensor in self._build_blank().state_dict().items()}
@@ -116,6 +119,7 @@ def find_output_axes(architecture: Architecture, dim: int, size: tuple[int, int]
     Returns:
         The axis that depends on the length, by tensor name.
     """
+    # Build the network for two lengths, and see which shapes differ.
     state = _build_blank(architecture, dim, size).state_dict()
     longer_state = _build_blank(architecture, dim + 1, size).state_dict()
     axes: dict[str, int] = {}
@@ -151,6 +155,7 @@ def resolve_start(config: ModelConfig, role: Role = "embedder") -> NetworkStart:
         ConfigError: The config names nothing that can be trained.
         WeightsError: The weights cannot be read.
     """
+    # The start is a model's card, random weights, a registered model, or a file of weights, in this order.
     if config.start.endswith(".toml"):
         return _load_card(config, Path(config.start), role)
     name = config.architecture or (config.start if config.start in ARCHITECTURES else "")
@@ -162,6 +167,7 @@ def resolve_start(config: ModelConfig, role: Role = "embedder") -> NetworkStart:
     if config.start in ARCHITECTURES:
         return _load_registered(start, config)
     path = Path(config.start)
+    # A file is a checkpoint of our own, or weights with names of another project.
     state = _read_own_checkpoint(path) or rename_keys(read_state(path), architecture)
     dim = config.dim or _infer_dim(state, architecture, start.size)
     card = replace(card, dim=dim)
@@ -203,6 +209,7 @@ def _load_card(config: ModelConfig, path: Path, role: Role) -> NetworkStart:
         )
     architecture = ARCHITECTURES[card.architecture]
     weights = path.parent / card.weights
+    # Check the digest before anything is read from the file.
     sha256 = verify_weights(weights, card.sha256)
     state = rename_keys(read_state(weights), architecture, card.keys)
     dim = config.dim or card.dim

@@ -14,6 +14,7 @@ from facepipe.training.losses import LossConfig, mine_triplets
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.types import Float32, Int64
 
+# Chips per call of the network.
 _CHIPS_PER_RUN = 64
 _MAX_REPEATS = 3  # of a triplet per epoch: the hardest triplets often have wrong labels
 _EPOCH = "epoch"
@@ -41,6 +42,7 @@ class TripletSampler:
         self._labels = labels
         self._loss = loss
         self._seed = seed
+        # Triplets per batch; an image can be an anchor if its identity has another one.
         self._width = batch // 3
         anchors = int((np.bincount(labels)[labels] > 1).sum())
         if not self._width or self._width > anchors:
@@ -61,6 +63,7 @@ class TripletSampler:
         """
         seed = hash64("triplets", str(self._seed), str(epoch))
         rng = np.random.default_rng(seed)
+        # Split what was mined into triplets with a loss and those without.
         mined = mine_triplets(vectors, self._labels, self._loss, seed)
         active = rng.permutation(mined.rows[mined.active])
         inactive = rng.permutation(mined.rows[~mined.active])
@@ -95,6 +98,7 @@ class TripletSampler:
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             raise ValueError(f"step {step} is in epoch {epoch}, but the triplets are of epoch {self.epoch}")
+        # The rank's triplets as all anchors, then positives, then negatives.
         share = self._width // world
         places = batch * self._width + rank * share + np.arange(share)
         return self.triplets[places % len(self.triplets)].T.reshape(-1)
@@ -116,6 +120,7 @@ class TripletTask(EmbeddingTask):
 
     def prepare_epoch(self, epoch: int, ranks: Ranks) -> bool:
         """Mine the epoch's triplets on the first rank and send them to all."""
+        # A resumed run has the epoch's triplets already.
         if self._sampler.epoch != epoch:
             if ranks.is_first:
                 self._sampler.mine_epoch(self._embed_all(ranks.device), epoch)

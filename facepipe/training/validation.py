@@ -23,6 +23,7 @@ from facepipe.types import Bool, Float32, Float64, Int64, UInt8Image
 
 Count = Annotated[int, Field(ge=1)]
 _MAX_DISTANCE = 2.0  # of unit vectors: an image without a face matches no other
+# A file names its own folds; drawn pairs get so many.
 _DRAWN_FOLDS = 10
 _STREAM = 1_000_003  # keeps these random numbers apart from others of the same seed
 _MAX_DRAWS = 20
@@ -115,6 +116,7 @@ class PairSet:
             EvaluationError: No pair has two chips, or all such pairs are of one kind.
         """
         names = ImageNames(name for pair in pairs for name in (pair.left, pair.right))
+        # Find the row of each name in one pass over the chips.
         rows: dict[str, int] = {}
         for row, uri in enumerate(chips.uris):
             name = names.find_name(uri)
@@ -150,6 +152,7 @@ class PairSet:
         rng = np.random.default_rng((seed, _STREAM))
         labels = np.asarray(chips.labels)
         if held is None:
+            # Genuine pairs come from held-out identities, or join held-out images with others of theirs.
             genuine = _draw_genuine(labels, config.genuine, rng)
             parts = f"{labels.max(initial=-1) + 1} held-out identities"
         else:
@@ -198,6 +201,7 @@ def select_held_pairs(pairs: list[Pair], trained: Iterable[str]) -> list[Pair]:
     Raises:
         EvaluationError: A name has no folder.
     """
+    # Names must tell the person, else nothing could be left out.
     for pair in pairs:
         for name in (pair.left, pair.right):
             if "/" not in name:
@@ -277,6 +281,7 @@ def _compute_scores(distances: Float64, pairs: PairSet) -> dict[str, float]:
 
 def _draw_genuine(labels: Int64, count: int, rng: np.random.Generator) -> Int64:
     """Draw pairs of rows of one identity, (p, 2): all pairs if there are at most `count`, else a random choice."""
+    # Rows of an identity are a slice of `order`.
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels)
     starts = np.cumsum(sizes) - sizes
@@ -294,6 +299,7 @@ def _draw_genuine(labels: Int64, count: int, rng: np.random.Generator) -> Int64:
 
 def _draw_partners(labels: Int64, held: Int64, count: int, rng: np.random.Generator) -> Int64:
     """Draw pairs of a held-out row and another of its identity, (p, 2): at most one per held-out row, none twice."""
+    # Rows of an identity are a slice of `order`; `positions` is a row's place in it.
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels, minlength=1)
     starts = np.cumsum(sizes) - sizes
@@ -304,11 +310,13 @@ def _draw_partners(labels: Int64, held: Int64, count: int, rng: np.random.Genera
     label = labels[chosen]
     step = 1 + np.floor(rng.random(len(chosen)) * (sizes[label] - 1)).astype(np.int64)
     partners = order[starts[label] + (positions[chosen] - starts[label] + step) % sizes[label]]
+    # Sorted pairs are equal if they hold the same rows.
     return np.unique(np.sort(np.stack([chosen, partners], 1), axis=1), axis=0)
 
 
 def _decode_pairs(numbers: Int64) -> tuple[Int64, Int64]:
     """Decode pair numbers to pairs i < j, numbered (0, 1), (0, 2), (1, 2), (0, 3) and so on."""
+    # Solve j (j - 1) / 2 <= number; rounding may give one too many.
     j = ((1 + np.sqrt(8.0 * numbers + 1)) / 2).astype(np.int64)
     j -= j * (j - 1) // 2 > numbers
     return numbers - j * (j - 1) // 2, j
@@ -322,6 +330,7 @@ def _draw_impostors(labels: Int64, count: int, rng: np.random.Generator, held: I
     size = len(labels)
     first_rows = np.arange(size) if held is None else held
     keys = np.empty(0, np.int64)
+    # Draw more than needed, since some show one person or repeat; try again while pairs lack.
     for _ in range(_MAX_DRAWS):
         if len(first_rows):
             a, b = rng.integers(0, [[len(first_rows)], [size]], (2, 2 * count))

@@ -65,6 +65,7 @@ def augment_chip(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generat
     Returns:
         A chip of the same shape.
     """
+    # The numbers are always drawn, whichever steps are enabled.
     chances = rng.random(6)
     amounts = rng.random(8)
     if chances[0] < config.crop:
@@ -73,9 +74,11 @@ def augment_chip(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generat
         chip = chip[:, ::-1]
     if chances[2] < config.colour:
         chip = _change_colour(chip, config, amounts[3:6])
+    # Luminance (h, w) becomes all three channels.
     if chances[3] < config.grey:
         chip = np.repeat(np.rint(chip @ _LUMA).astype(np.uint8)[..., None], 3, axis=2)
     if chances[4] < config.blur:
+        # A deviation of 0 would make the filter choose one from its size.
         sigma = max(float(amounts[6]) * config.blur_sigma, 1e-3)
         chip = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(chip), (0, 0), sigma), np.uint8)
     if chances[5] < config.jpeg:
@@ -86,6 +89,7 @@ def augment_chip(chip: UInt8Image, config: AugmentConfig, rng: np.random.Generat
 
 def _warp(chip: UInt8Image, config: AugmentConfig, amounts: Float64) -> UInt8Image:
     """Shift the chip, and zoom it about its centre."""
+    # Draw movement and zoom from symmetric ranges, and keep the centre fixed under the zoom.
     height, width = chip.shape[:2]
     dx, dy, zoom = (2 * amounts - 1) * (config.shift * width, config.shift * height, config.zoom)
     scale = 1 + zoom
@@ -99,6 +103,7 @@ def _change_colour(chip: UInt8Image, config: AugmentConfig, amounts: Float64) ->
     """Change brightness, then contrast about the mean luminance, then saturation about each pixel's luminance."""
     factors = 1 + (2 * amounts - 1) * (config.brightness, config.contrast, config.saturation)
     brightness, contrast, saturation = factors
+    # Compute in float32 throughout, and round once at the end.
     values = chip.astype(np.float32) * np.float32(brightness)
     mean = np.float32((values @ _LUMA).mean())
     values = (values - mean) * np.float32(contrast) + mean

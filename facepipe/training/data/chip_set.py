@@ -22,6 +22,7 @@ from facepipe.types import Int32, Int64, UInt8Image
 SET = "set.json"
 INDEX = "index.arrow"
 IDENTITIES = "identities.arrow"
+# Rows per read of uris, which bounds the memory of an iteration.
 _URIS_PER_READ = 1 << 18
 CHIPS = pa.schema(
     [
@@ -89,6 +90,7 @@ class ChipSet:
         info = read_set_info(self.folder)
         if info is None:
             raise SourceError(f"no chip set at {self.folder!r} (no {SET} in it): training makes one from its `data`")
+        # The index is a view of the mapped file; a selection of rows is kept beside it.
         self.info = info
         index = _map_table(os.path.join(self.folder, INDEX))
         self._index = _IndexColumns(**{name: _get_column(index, name) for name in INDEX_ROWS.names})
@@ -144,6 +146,7 @@ class ChipSet:
             StorageError: The file is too short or cannot be read.
         """
         index = self._index
+        # The row of a view is converted to one of the whole set, which knows shard and byte range.
         set_row = self._to_set_row(row)
         length = int(index.length[set_row])
         data = self._shards.read_bytes(int(index.shard[set_row]), int(index.at[set_row]), length)
@@ -174,10 +177,12 @@ class ChipSet:
         """
         rows = np.asarray(rows, np.int64)
         labels = self.labels[rows]
+        # Mark the labels that are left, and give them new numbers in the old order.
         is_used = np.zeros(len(self._names), bool)
         is_used[labels] = True
         names = np.flatnonzero(is_used)
         codes = np.cumsum(is_used) - 1
+        # A view of a view refers to the rows of the whole set.
         if self._view is not None:
             rows = self._view.rows[rows]
             names = self._view.names[names]
@@ -185,6 +190,7 @@ class ChipSet:
 
     def read_uris(self, rows: Int64) -> list[str]:
         """Read the uris of some rows' images. Each shard is read once."""
+        # Read shard by shard, and put the uris back in the order of the rows.
         set_rows = rows if self._view is None else self._view.rows[rows]
         shards = self._index.shard[set_rows]
         shard_rows = self._index.row[set_rows]
@@ -290,12 +296,14 @@ def iterate_batches(path: str) -> Iterator[tuple[pa.RecordBatch, Int64]]:
     Yields:
         A record batch, and the byte offsets of its chips in the file, (n + 1,).
     """
+    # Map the file as one buffer, so that addresses inside it become byte offsets.
     with pa.memory_map(path) as file:
         whole = file.read_buffer()
     with pa.ipc.open_file(whole) as reader:
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             chips = batch["chip"]
+            # The offsets of a slice begin at its first row; n chips have n + 1 offsets.
             _, offsets, data = chips.buffers()
             offsets = np.frombuffer(offsets, np.int64)[chips.offset : chips.offset + len(chips) + 1]
             # Offsets are relative to the data buffer, which lies somewhere in the file.
@@ -312,6 +320,7 @@ def _map_table(path: str) -> pa.Table:
 
 def _get_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
     column = table[name]
+    # One chunk becomes a view; several have to be copied.
     if column.num_chunks == 1:
         return cast(npt.NDArray[Any], column.chunk(0).to_numpy())
     return cast(npt.NDArray[Any], column.to_numpy())

@@ -27,6 +27,7 @@ from facepipe.training.data.chip_set import (
 )
 from facepipe.types import Int64, UInt64
 
+# Size at which a shard is closed, and chips per batch of the file.
 _SHARD_BYTES = 512 << 20
 _BATCH = 1024
 _UNFINISHED = ".partial"
@@ -44,6 +45,7 @@ class ChipShardWriter:
         self._folder = folder
         self._max_bytes = shard_bytes
         os.makedirs(folder, exist_ok=True)
+        # Delete what an interrupted run left unfinished, and go on after its last complete shard.
         for name in os.listdir(folder):
             if name.startswith("chips-") and name.endswith(_UNFINISHED):
                 os.unlink(os.path.join(folder, name))
@@ -181,10 +183,12 @@ def _collect_columns(folder: str, chip_filter: ChipFilter, numbers: dict[str, in
         figures: gets the counts of chips that are left out.
     """
     parts: list[tuple[npt.NDArray[Any], ...]] = [tuple(np.empty(0, np.int64) for _ in INDEX_ROWS)]
+    # Read shard by shard; `start` is the row in the shard at which a batch begins.
     for number, path in enumerate(list_shards(folder)):
         start = 0
         for batch, offsets in iterate_batches(path):
             label = _number_identities(batch["identity"], chip_filter, numbers)
+            # Count chips by why they are left out; an image of an excluded gallery counts if it has a label.
             is_excluded = pc.is_in(batch["image_id"], value_set=chip_filter.excluded_images)
             is_excluded = is_excluded.to_numpy(zero_copy_only=False)
             figures["left_out: without identity"] += int((label == _WITHOUT_IDENTITY).sum())
@@ -205,6 +209,7 @@ def _number_identities(column: pa.Array, chip_filter: ChipFilter, numbers: dict[
     """Assign numbers to the identities of a batch, (n,); _WITHOUT_IDENTITY and _EXCLUDED for chips left out."""
     if not chip_filter.needs_identity:
         column = column.fill_null("")
+    # Normalise and number each distinct name once, and not once per chip.
     coded = column.dictionary_encode()
     codes = [
         _EXCLUDED
@@ -212,6 +217,7 @@ def _number_identities(column: pa.Array, chip_filter: ChipFilter, numbers: dict[
         else numbers.setdefault(name, len(numbers))
         for name in coded.dictionary.to_pylist()
     ]
+    # The place behind the last code stands for chips without a name.
     indices = coded.indices.fill_null(len(codes)).to_numpy()
     return np.array([*codes, _WITHOUT_IDENTITY], np.int64)[indices]
 
@@ -223,13 +229,16 @@ def _select_rows(columns: Columns, chip_filter: ChipFilter, figures: Counter[str
     """
     label = columns["label"]
     ids = columns["face_id"]
+    # A face that is in several shards comes once: equal ids are neighbours after sorting.
     is_new_face = (np.diff(ids, prepend=ids[:1] - 1) != 0) | (np.diff(label, prepend=-1) != 0)
     rows = np.flatnonzero(is_new_face)
+    # Leave out identities with too few images.
     counts = np.bincount(label[rows], minlength=1)
     has_few = counts[label[rows]] < chip_filter.min_images
     figures["left_out: identity with too few images"] = int(has_few.sum())
     rows = rows[~has_few]
     if chip_filter.max_images is not None:
+        # Position of each row among those of its label, which are consecutive.
         position = np.arange(len(rows)) - np.searchsorted(label[rows], label[rows])
         figures["left_out: more images than data.max_images"] = int((position >= chip_filter.max_images).sum())
         rows = rows[position < chip_filter.max_images]

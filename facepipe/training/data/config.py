@@ -55,6 +55,7 @@ class DataConfig:
         Raises:
             ConfigError: Settings contradict each other.
         """
+        # Exactly one origin, and no setting that the origin ignores.
         if bool(self.gallery) == bool(self.source):
             count = "both are set" if self.gallery else "none is set"
             raise ConfigError(f"data.gallery and data.source: {count}; set exactly one of them")

@@ -16,6 +16,7 @@ class ImageNames:
 
     def find_name(self, uri: str) -> str | None:
         """Find the name in this set that an image's uri ends with, or return None."""
+        # Try the end of the path at each depth that a name of the set has.
         parts = os.path.splitext(uri.replace("#", "/"))[0].split("/")
         for depth in self._depths:
             name = "/".join(parts[-depth:])

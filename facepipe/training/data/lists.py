@@ -47,6 +47,7 @@ def read_label_list(path: str, root: str | None) -> ListLabels:
     Raises:
         SourceError: The list cannot be read or has no labels.
     """
+    # The header tells a list of faces from a list of images.
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             header = file.readline().strip().lower().split(",")
@@ -54,6 +55,7 @@ def read_label_list(path: str, root: str | None) -> ListLabels:
         raise SourceError(f"cannot read the list {path!r}: {storage.describe_error(error)}") from error
     if {"face_id", "identity"} <= set(header):
         return _read_clean_csv(path)
+    # Number the labels in the order of their first line.
     numbers: dict[str, int] = {}
     keys: list[int] = []
     codes: list[int] = []
@@ -65,6 +67,7 @@ def read_label_list(path: str, root: str | None) -> ListLabels:
                 codes.append(numbers.setdefault(item.identity, len(numbers)))
     if not keys:
         raise SourceError(f"the list {path!r} has no line `path label`")
+    # If a key occurs twice, its first line counts.
     unique_keys, first = np.unique(np.array(keys, np.uint64), return_index=True)
     names = _read_label_names(os.path.join(os.path.dirname(path), "labels.csv"))
     return ListLabels(
@@ -80,10 +83,12 @@ def _read_clean_csv(path: str) -> ListLabels:
         types = csv.ConvertOptions(
             include_columns=["face_id", "identity"], column_types={"face_id": pa.int64(), "identity": pa.string()}
         )
+        # Quoted names may hold line breaks.
         quoted = csv.ParseOptions(newlines_in_values=True)
         table = csv.read_csv(path, convert_options=types, parse_options=quoted)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"cannot read the list {path!r}: {storage.describe_error(error)}") from error
+    # Labels become codes; of a face that is listed twice the first line counts.
     coded = table["identity"].combine_chunks().dictionary_encode()
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
     keys, first = np.unique(table["face_id"].to_numpy(), return_index=True)

@@ -63,6 +63,7 @@ class BatchSampler:
         self.config = config or SampleConfig()
         self.seed = seed
         self.singles = 0  # identities with one image, counted if that matters: in P x K with K > 1
+        # Identities or images per batch are the width; both are drawn from an order per epoch.
         self._is_balanced = self.config.identities > 0
         self._width = self.config.identities or self.config.batch
         self._count = len(labels)
@@ -77,6 +78,7 @@ class BatchSampler:
 
     def _group_by_identity(self, labels: Int64) -> None:
         """Index the images of each identity, and choose the identities to visit."""
+        # Sort rows by label, unless they are sorted; each identity is then a slice of the order.
         order = np.argsort(labels, kind="stable")
         self._by_identity = None if np.array_equal(order, np.arange(len(order))) else order
         counts = np.bincount(labels)
@@ -89,6 +91,7 @@ class BatchSampler:
                 f"{self.singles} identities have one image, which makes no pair: set data.min_images=2, or "
                 "sample.singles to repeat or drop"
             )
+        # Identities with a single image stay out if they make no pair.
         min_images = 2 if self.config.singles == "drop" and self.config.images > 1 else 1
         self._usable = np.flatnonzero(counts >= min_images)
         self._count = len(self._usable)
@@ -101,6 +104,7 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch."""
+        # Round up: the last batch is filled from the beginning of the epoch.
         return -(-self._count // self._width)
 
     @property
@@ -122,6 +126,7 @@ class BatchSampler:
         if self._width % world:
             key = "sample.identities" if self._is_balanced else "sample.batch"
             raise ConfigError(f"{key}={self._width} does not divide by {world} ranks: set a multiple")
+        # Places of this rank's identities or images in the epoch; the last batch may go past its end.
         epoch, batch = divmod(step, self.steps_per_epoch)
         share = self._width // world
         places = batch * self._width + rank * share + np.arange(share)
@@ -144,6 +149,7 @@ class BatchSampler:
         """Draw K images of an identity, different ones if it has as many, as positions in the order by identity."""
         count = int(self._counts[identity])
         k = self.config.images
+        # An identity's images are cut into parts of K; each visit uses the next part of a shuffled turn.
         if is_second:
             stream = _SECOND_VISIT
             turn = epoch
@@ -156,4 +162,5 @@ class BatchSampler:
         return np.asarray(self._starts[identity] + chosen, np.int64)
 
     def _make_rng(self, *stream: int) -> np.random.Generator:
+        # The seed and the purpose of the numbers make a stream that no other draw shares.
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, *stream))))

@@ -68,6 +68,7 @@ def select_faces(
     """
     labels = read_label_list(data.list, data.root) if data.list else None
     names_to_find = ImageNames(image_names) if image_names is not None else None
+    # Numbers of names: those of the list, or names of the gallery as they appear.
     numbers = {name: n for n, name in enumerate(labels.names)} if labels else {}
     figures = Counter[str]()
     face_parts = [np.empty(0, np.int64)]
@@ -99,6 +100,7 @@ def select_faces(
     if not names or (not len(faces) and not figures.total()):
         raise SourceError(_describe_missing_labels(data))
     is_excluded_name = np.array([normalise_name(name) in exclusions.names for name in names], bool)
+    # Limits are applied to all faces, because an identity may be spread over the table.
     faces, face_labels = _apply_limits(data, faces, face_labels, is_excluded_name, figures)
     # Write the selection by ascending face id, so that ids can be looked up.
     order = np.argsort(faces, kind="stable")
@@ -125,6 +127,7 @@ def _apply_limits(
 
     The faces with the lowest ids are kept.
     """
+    # Leave out excluded identities first, so that they do not count towards the limits.
     is_excluded = is_excluded_name[labels]
     figures["left_out: excluded identity"] += int(is_excluded.sum())
     faces = faces[~is_excluded]
@@ -135,6 +138,7 @@ def _apply_limits(
     labels = labels[~has_few]
     if data.max_images is None:
         return faces, labels
+    # Order by label and face id, so that the first faces of each label are kept.
     order = np.lexsort((faces, labels))
     faces = faces[order]
     labels = labels[order]
@@ -168,6 +172,7 @@ def find_image_starts(uris: pa.ChunkedArray) -> Int64:
 
 def find_subjects(table: pa.Table) -> Int64:
     """Find the row of each image's subject, the face with the greatest prominence."""
+    # Number the image of each row, and sort rows by image with the most prominent face first.
     starts = find_image_starts(table["uri"])
     image = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, table.num_rows)))
     sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], 1).astype(np.float32)
@@ -184,10 +189,12 @@ def _code_identities(table: pa.Table, labels: ListLabels | None, numbers: dict[s
         numbers: number of each name; the gallery's names are added.
     """
     if labels is None:
+        # Encode each distinct name once; a face without a name gets the place behind the last code.
         coded = table["identity"].combine_chunks().dictionary_encode()
         coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
         codes = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
         return np.array([*codes, -1], np.int64)[coded.indices.fill_null(len(codes)).to_numpy()]
+    # Keys of the faces in the list's own kind: face ids, or hashes of uris.
     if labels.by_face:
         keys = table["face_id"].to_numpy()
     else:

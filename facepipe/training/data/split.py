@@ -13,6 +13,7 @@ from facepipe.storage import read
 from facepipe.types import Bool, Int64, UInt64
 
 _MIN_HELD = 2  # identities: pairs of two persons need two
+# An odd constant of the hash: the golden ratio in 64 bits.
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -58,6 +59,7 @@ def split_rows(
         ConfigError: Nothing would be left to train on.
     """
     labels = np.asarray(labels, np.int64)
+    # The mark of an identity becomes that of its rows.
     if config.names:
         held = _mark_named(config.names, identities)[labels]
     elif config.by == "none" or not config.held:
@@ -81,6 +83,7 @@ def _mark_named(path: str, identities: Sequence[str] | None) -> Bool:
     """Mark the identities that a file names."""
     if identities is None:
         raise ConfigError("split.names needs data whose identities have names: remove it")
+    # Some names may be absent, but if all are the file belongs to other data.
     names = set(read_names(path))
     absent = names.difference(identities)
     if len(absent) == len(names):
@@ -91,8 +94,10 @@ def _mark_named(path: str, identities: Sequence[str] | None) -> Bool:
 def _draw_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> Bool:
     """Mark the identities to hold out: about a share of them, at least two."""
     names = (str(n) for n in range(count)) if identities is None else identities
+    # A hash of seed and name draws each identity by itself, whatever other data is there.
     draws = np.array([hash64(str(seed), name) for name in names], np.uint64)
     held = draws < np.uint64(share * 2.0**64)
+    # If the share is too small, the identities with the lowest hashes are held out.
     if held.sum() < _MIN_HELD and count > 2 * _MIN_HELD:
         held[np.argsort(draws, kind="stable")[:_MIN_HELD]] = True
     return held
@@ -100,6 +105,7 @@ def _draw_identities(count: int, share: float, seed: int, identities: Sequence[s
 
 def _draw_images(count: int, share: float, seed: int, faces: Int64 | None) -> Bool:
     """Mark the rows to hold out: about a share of them."""
+    # Face ids are hashes themselves, but of the data alone: mixing brings the seed in.
     keys = np.arange(count) if faces is None else np.asarray(faces)
     return _mix_keys(keys.astype(np.uint64), seed) < np.uint64(share * 2.0**64)
 

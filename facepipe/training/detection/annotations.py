@@ -15,9 +15,11 @@ from facepipe.storage import describe_error
 from facepipe.types import Float32, Int64
 
 _LENGTHS = (4, 19, 20)  # a box; with five points of three numbers; with the blur
+# Numbers per line of the official file: a box alone, or with six attributes.
 _OFFICIAL_LENGTHS = (4, 10)
 _INVALID = 7  # column of the official file that says not to use a face
 _NO_POINTS = [float("nan")] * 10
+# A face has four numbers of its box and ten of its landmarks.
 _NUMBERS_PER_FACE = 14
 
 
@@ -61,6 +63,7 @@ class _AnnotationParser:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
+        # Compact arrays: images of a large set have hundreds of thousands of faces.
         self.offsets = array("q")
         self.numbers = array("f")
         self.dropped = 0
@@ -89,6 +92,7 @@ class _AnnotationParser:
         """Build the annotations. Raises ValueError if there are no images."""
         if not self.paths:
             raise ValueError("no image is annotated")
+        # One row per face: box, then landmarks; the last offset ends the last image.
         numbers = np.array(self.numbers, np.float32).reshape(-1, _NUMBERS_PER_FACE)
         return Annotations(
             paths=self.paths,
@@ -107,6 +111,7 @@ class _LandmarkParser(_AnnotationParser):
             self.add_image(line[1:].strip())
             return
         numbers = _parse_numbers(line, _LENGTHS)
+        # Unknown landmarks are marked by -1; else every third number is a flag to skip.
         has_points = len(numbers) > 4 and numbers[4] >= 0
         points = [n for start in range(4, 19, 3) for n in numbers[start : start + 2]]
         self.add_face(numbers[:4], points if has_points else _NO_POINTS)
@@ -124,6 +129,7 @@ class _BoxParser(_AnnotationParser):
         self._is_empty = False
 
     def parse_line(self, line: str) -> None:
+        # A line is a number of faces, a face, the zeros of an empty image, or a path, depending on the last ones.
         if self._expected is None:
             self._parse_count(line)
         elif self._expected:
@@ -137,6 +143,7 @@ class _BoxParser(_AnnotationParser):
             self._parse_path(line)
 
     def _parse_path(self, line: str) -> None:
+        # A line of numbers alone in the place of a path is one face too many.
         if len(line.split()) >= 4 and not line.strip(" -.0123456789"):
             raise ValueError("the image has more faces than announced")
         self.add_image(line)
@@ -178,6 +185,7 @@ def read_annotations(path: str | Path) -> Annotations:
                 text = line.strip()
                 if not text:
                     continue
+                # The first line that is not blank tells the form.
                 if parser is None:
                     parser = _LandmarkParser() if text.startswith("#") else _BoxParser()
                 parser.parse_line(text)

@@ -9,6 +9,7 @@ from facepipe.training.detection.annotations import AnnotatedFaces
 from facepipe.training.detection.config import SceneAugmentConfig
 from facepipe.types import Float32, UInt8, UInt8Image
 
+# Kernels of resizing, drawn at random so that the network learns from the artefacts of each.
 _KERNELS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 _MIRRORED = [1, 0, 2, 4, 3]  # landmarks after mirroring
 Colour = tuple[float, float, float]
@@ -53,6 +54,7 @@ def crop_scene(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
 
     If no such square is found, the scene is returned as it is.
     """
+    # Draw squares until one holds a whole face.
     h, w = scene.pixels.shape[:2]
     for _ in range(config.tries):
         side = max(1, int(rng.choice(config.scales) * min(h, w)))
@@ -68,6 +70,7 @@ def crop_scene(scene: Scene, config: SceneAugmentConfig, rng: Random) -> Scene:
 
 
 def _select_inside(faces: AnnotatedFaces, low: Float32, high: Float32) -> AnnotatedFaces:
+    # Faces by their centre; boxes and landmarks move to the square's corner and end at its border.
     centre = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
     keep = ((centre > low) & (centre < high)).all(1)
     boxes = (faces.boxes[keep].reshape(-1, 2, 2).clip(low, high) - low).reshape(-1, 4)
@@ -88,6 +91,7 @@ def mirror_scene(scene: Scene) -> Scene:
     """Mirror a scene left to right: the image, the boxes, and the order of the landmarks."""
     width = np.float32(scene.pixels.shape[1])
     boxes = scene.faces.boxes.copy()
+    # Left and right edges swap, so that x1 stays below x2.
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     landmarks = scene.faces.landmarks[:, _MIRRORED].copy()
     landmarks[..., 0] = width - landmarks[..., 0]
@@ -132,6 +136,7 @@ def _change_contrast(pixels: UInt8Image, rng: Random) -> UInt8Image:
 
 def _change_tint(pixels: UInt8Image, rng: Random) -> UInt8Image:
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+    # Saturation is scaled; hue turns round its circle of 180 steps.
     if rng.random() < 0.5:
         hsv[..., 1] = _scale_levels(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)
     if rng.random() < 0.5:

@@ -24,6 +24,7 @@ def mark_correct(detected: Float32, annotated: Float32, min_iou: float = 0.5) ->
     is_correct = np.zeros(len(detected), bool)
     if not len(annotated):
         return is_correct
+    # The best annotated box of each detected one, and its overlap, both (n,).
     overlaps, faces = compute_iou(torch.from_numpy(detected), torch.from_numpy(annotated)).max(1)
     matched: set[int] = set()
     for n, (overlap, face) in enumerate(zip(overlaps.tolist(), faces.tolist(), strict=True)):
@@ -43,7 +44,9 @@ def compute_average_precision(scores: Float32, is_correct: Bool, annotated: int)
     """
     if not annotated or not len(scores):
         return 0.0
+    # Precision after each box by falling score; the envelope makes it fall from left to right.
     hits = np.cumsum(is_correct[np.argsort(-scores, kind="stable")])
     precision = hits / np.arange(1, len(hits) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    # Recall rises by one face at each hit, so the area is the sum of the envelope at hits.
     return float(np.diff(hits, prepend=0) @ envelope / annotated)

@@ -21,8 +21,10 @@ def detect(net: torch.nn.Module, image: UInt8Image, channels: Channels, limits: 
     """
     h, w = image.shape[:2]
     stride = STRIDES[-1]
+    # Pad to a multiple of the coarsest stride, at the right and bottom, so that coordinates stay.
     padded = cv2.copyMakeBorder(image, 0, -h % stride, 0, -w % stride, cv2.BORDER_CONSTANT)
     device = next(net.parameters()).device
+    # One image as a batch of one; its outputs leave the batch again.
     with torch.inference_mode():
         x = normalise_pixels(torch.from_numpy(np.asarray(padded, np.uint8)).to(device)[None], channels)
         offsets, scores, points = (out[0].float().cpu().numpy() for out in net(x))

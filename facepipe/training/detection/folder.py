@@ -50,6 +50,7 @@ def open_folder(annotations: str, images: str) -> AnnotatedFolder:
         SourceError: The annotations cannot be read, or none of the images exists.
     """
     contents = read_annotations(annotations)
+    # Look for all images once, so that a missing one does not stop a step later.
     root = Path(images) if images else Path(annotations).parent / "images"
     exists = np.array([(root / path).is_file() for path in contents.paths])
     for row in np.flatnonzero(~exists):

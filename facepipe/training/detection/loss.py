@@ -46,6 +46,7 @@ class MultiTaskLoss(nn.Module):
         point_targets = encode_points(target[marked, 4:MARK_COLUMN], matched_priors[marked])
         box = _compute_smooth_l1(boxes[image, anchor], box_targets)
         landmarks = _compute_smooth_l1(points[image, anchor][marked], point_targets)
+        # Scores are compared at all anchors, boxes and landmarks at those that are faces only.
         score = self._compute_score_loss(logits, (assigned >= 0).long())
         positives = boxes.new_tensor(len(matched_priors))
         figures = {"box": box, "score": score, "landmarks": landmarks, "positives": positives}
@@ -59,9 +60,11 @@ class MultiTaskLoss(nn.Module):
             logits: logits of background and face, (n, a, 2).
             face: 1 for anchors that are faces, else 0, (n, a) int64.
         """
+        # One cross-entropy per anchor, (n, a).
         losses = F.cross_entropy(logits.flatten(0, 1), face.flatten(), reduction="none").view_as(face)
         count = face.sum(1, keepdim=True)
         negatives = (count * self.config.negatives).long().clamp(max=face.shape[1] - 1)
+        # Rank background anchors by their loss, and use the hardest few per face of the image.
         order = losses.detach().masked_fill(face > 0, 0).argsort(dim=1, descending=True, stable=True)
         is_ranked = torch.arange(face.shape[1], device=face.device) < negatives
         is_hard = torch.zeros_like(is_ranked).scatter(1, order, is_ranked)

@@ -23,8 +23,10 @@ def match_anchors(boxes: Tensor, priors: Tensor, positive: float, ignore: float)
     Returns:
         The face of each anchor, (a,) int64; -1 for background.
     """
+    # Without faces every anchor is background.
     if not len(boxes):
         return torch.full((len(priors),), -1, dtype=torch.int64, device=priors.device)
+    # Overlaps (f, a): first each anchor takes its best face.
     overlaps = compute_iou(boxes, to_corners(priors))
     best_overlap, best_face = overlaps.max(0)
     assigned = torch.where(best_overlap >= positive, best_face, -1)

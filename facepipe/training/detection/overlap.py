@@ -6,6 +6,7 @@ from torch import Tensor
 
 def compute_iou(a: Tensor, b: Tensor) -> Tensor:
     """Compute the intersection over union of boxes (n, 4) and (m, 4) as (n, m); 0 if both boxes are empty."""
+    # Corners of the intersection of each pair, (n, m, 2).
     low = torch.maximum(a[:, None, :2], b[:, :2])
     high = torch.minimum(a[:, None, 2:], b[:, 2:])
     shared = (high - low).clamp(min=0).prod(-1)

@@ -42,6 +42,7 @@ class DetectionTask:
         self.objective: nn.Module = MultiTaskLoss(config.loss)
         self._data = open_folder(config.annotations, config.images)
         self._held = open_folder(config.held, config.held_images) if config.held else None
+        # Images without faces are left out of the batches.
         counts = np.diff(self._data.annotations.offsets)[self._data.rows]
         self._rows = self._data.rows[counts > 0]
         if len(self._rows) < config.batch:
@@ -49,9 +50,11 @@ class DetectionTask:
                 f"detection.batch={config.batch}, but {config.annotations!r} has only {len(self._rows)} images with "
                 "faces: lower detection.batch"
             )
+        # Batches need no identities, so all images get one label.
         labels = np.zeros(len(self._rows), np.int64)
         self._sampler = BatchSampler(labels, SampleConfig(batch=config.batch), seed)
         self.steps_per_epoch = self._sampler.steps_per_epoch
+        # Padding has the mean colour, which is zero after normalisation.
         colour = MEAN_BGR[::-1] if channels == "bgr" else MEAN_BGR
         self._fill = (colour[0], colour[1], colour[2])
 
@@ -73,10 +76,12 @@ class DetectionTask:
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
         """Load and augment the rank's share of a step, a pure function of (seed, step) and the files."""
         rows = self._sampler.draw_rows(step, rank, world)
+        # Random numbers depend on the position in the whole batch, and so not on the ranks.
         first = rank * len(rows)
         with ThreadPoolExecutor(self.config.threads) as pool:
             positions = range(len(rows))
             examples = list(pool.map(lambda n: self._make_example(int(rows[n]), step, first + n), positions))
+        # Pad targets to the image with most faces.
         targets, valid = _pad_targets([_build_targets(example.scene.faces) for example in examples])
         images = torch.from_numpy(np.stack([example.scene.pixels for example in examples]))
         return images, targets, valid, torch.tensor([example.skipped for example in examples])
@@ -89,6 +94,7 @@ class DetectionTask:
             step: number of the step.
             position: position in the whole batch.
         """
+        # Try the following images in turn if one cannot be decoded.
         for skipped in range(len(self._rows)):
             row = int(self._rows[(index + skipped) % len(self._rows)])
             pixels = self._data.load_pixels(row)
@@ -105,6 +111,7 @@ class DetectionTask:
             The loss; and as figures its parts, the anchors that are faces, and the images skipped.
         """
         images, targets, valid, skipped = inputs
+        # Anchors depend on the size of the images only.
         priors = torch.from_numpy(build_anchors(*images.shape[1:3])).to(images.device)
         predictions = cast(Predictions, self.net(normalise_pixels(images, self.channels)))
         loss: Tensor = self.objective(predictions, targets, valid, priors)
@@ -133,6 +140,7 @@ def _build_targets(faces: AnnotatedFaces) -> Tensor:
 
     The mark is 1 if the landmarks are known. Otherwise it is -1, and the landmarks are zeros.
     """
+    # Landmarks of a face are known as a whole, or not at all.
     points = faces.landmarks.reshape(-1, 10)
     is_known = np.isfinite(points).all(1, keepdims=True)
     points = np.where(is_known, points, 0)

@@ -30,6 +30,7 @@ def measure_average_precision(
     Returns:
         score (average precision at an IoU of 0.5), recall, and counts.
     """
+    # Collect scores and correctness over all images; they are ranked together at the end.
     scores = [np.empty(0, np.float32)]
     correct = [np.empty(0, bool)]
     annotated = 0
@@ -61,10 +62,12 @@ def _iterate_images(held: AnnotatedFolder, config: DetectionConfig) -> Iterator[
 
 def _detect_shrunk(net: nn.Module, image: UInt8Image, config: DetectionConfig, channels: Channels) -> Faces:
     """Shrink an image to `held_size`, and return its faces in the original image's pixels."""
+    # Shrink only, since enlarging adds nothing to detect.
     scale = min(1.0, config.held_size / max(image.shape[:2]))
     h, w = (max(1, round(side * scale)) for side in image.shape[:2])
     shrunk = np.asarray(cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA), np.uint8) if scale < 1 else image
     faces = detect(net, shrunk, channels, DetectionLimits(config.held_score, config.held_overlap))
+    # Width and height are rounded separately, so each axis has its own factor.
     factors = np.array([image.shape[1] / w, image.shape[0] / h], np.float32)
     boxes = (faces.boxes.reshape(-1, 2, 2) * factors).reshape(-1, 4)
     return Faces(boxes, faces.landmarks * factors, faces.scores)

@@ -26,6 +26,7 @@ class Objective(Protocol):
         """Compute the loss, a scalar, from raw embeddings (n, dim) and labels (n,) int64."""
 
 
+# Losses against class centres, by name.
 _HEADS: dict[str, type[ClassHead]] = {
     "softmax": ClassHead,
     "normface": CosineHead,
@@ -59,5 +60,6 @@ def build_objective(config: LossConfig, dim: int, classes: int, seed: int) -> nn
         return TripletSoftmax(config, dim, classes, seed)
     if config.name == "triplet":
         return OfflineTripletLoss(config) if config.offline else TripletLoss(config)
+    # Losses over the pairs of a batch.
     pair_losses: dict[str, type[nn.Module]] = {"cosine": CosineEmbeddingLoss, "circle-pair": CirclePairLoss}
     return pair_losses[config.name](config)

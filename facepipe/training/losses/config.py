@@ -57,6 +57,7 @@ class LossConfig:
     sharded: bool | None = None
 
 
+# Settings that losses share; a loss has exactly the settings for which it has defaults.
 _CENTRES: dict[str, Any] = {"sample_rate": 1.0, "sharded": False}
 _ARC = {"scale": 64.0, "margin": 0.5, "easy_margin": False, **_CENTRES}
 _TRIPLET = {"margin": 0.2, "mining": "semi-hard", "offline": False}
@@ -79,6 +80,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _ALIASES = {"cosface": "am-softmax", "sphereface": "a-softmax"}
 _ALIAS_DEFAULTS: dict[str, dict[str, Any]] = {"cosface": {"scale": 64.0}}  # where the alias's paper differs
+# The margin is added to a cosine or a squared distance, and must be below this.
 _MARGIN_LIMITS = {
     "am-softmax": 1.0,
     "circle": 1.0,
@@ -125,6 +127,7 @@ def resolve_loss_config(config: LossConfig) -> LossConfig:
         ConfigError: The loss does not have a setting, or a value is out of range.
     """
     name = resolve_loss_name(config.name)
+    # What is set must be a setting of this loss; the rest is filled in.
     defaults = _DEFAULTS[name] | _ALIAS_DEFAULTS.get(config.name, {})
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     own = {key: value for key, value in values.items() if value is not None}
@@ -144,6 +147,7 @@ def _check_values(config: LossConfig) -> None:
             raise ConfigError(f"loss.{key}={value}: set a finite number")
     if config.scale is not None and config.scale <= 0:
         raise ConfigError(f"loss.scale={config.scale}: set a number above 0, the factor on cosines")
+    # Ranges of the single settings; None means that the loss does not have one.
     if config.margin is not None:
         _check_margin(config, config.margin)
     if config.sub_centers is not None and config.sub_centers < 1:
@@ -167,6 +171,7 @@ def _check_margin(config: LossConfig, margin: float) -> None:
         raise ConfigError(f"loss.margin={margin}: set 1, 2, 3, ..., the factor of {config.name} on the angle")
     if margin < 0:
         raise ConfigError(f"loss.margin={margin}: set 0 or more; a negative margin rewards errors")
+    # Margins on a cosine or a distance are bounded; margins on an angle by a right angle.
     limit = _MARGIN_LIMITS.get(config.name)
     if limit is not None and margin >= limit:
         quantity = "squared distance of unit vectors" if limit > 1 else "cosine"

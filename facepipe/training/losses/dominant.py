@@ -15,6 +15,7 @@ from facepipe.training.losses.heads import ClassHead
 from facepipe.training.losses.shards import gather_state
 from facepipe.types import Float32
 
+# Faces per block of cosines.
 _BLOCK = 8192
 
 
@@ -39,6 +40,7 @@ def measure_dominant_angles(
     """
     if not isinstance(objective, ClassHead):
         raise ConfigError(f"{type(objective).__name__} has no class centres: train with subcenter-arcface")
+    # All centres as (classes, sub_centers, dim), whichever ranks hold them.
     centres = gather_state(objective)["weight"].detach().float().cpu()
     centres = F.normalize(centres.reshape(objective.shard.classes, objective.sub_centers, -1), dim=2)
     codes = torch.from_numpy(np.asarray(labels, np.int64))

@@ -61,13 +61,16 @@ class ClassHead(nn.Module):
         Returns:
             A scalar. With a sharded head it is the mean over the faces of all ranks.
         """
+        # The whole loss runs in float32 or more: sums over many classes lose too much in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
             x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+            # A sharded head sees the faces of all ranks, and compares them with its own classes.
             if self.is_sharded:
                 x = gather_ranks_with_gradient(x)
                 labels = gather_ranks(labels)
             centres, bias, positions = self._select_centres(self._to_local_rows(labels))
             logits = self._compute_logits(x, centres, bias)
+            # Accuracy is measured before the margin lowers the own logit.
             self.figures = {"accuracy": self._measure_accuracy(logits.detach(), positions)}
             logits = self._apply_margin(logits, positions, x, centres)
             if self.is_sharded:
@@ -100,6 +103,7 @@ class ClassHead(nn.Module):
     def _measure_accuracy(self, logits: Tensor, positions: Tensor) -> Tensor:
         own = get_own_entries(logits, positions)
         best = logits.amax(1)
+        # Only one rank holds a face's own class, so the sum over ranks is its logit.
         if self.is_sharded:
             dist.all_reduce(own)
             dist.all_reduce(best, dist.ReduceOp.MAX)
@@ -108,6 +112,7 @@ class ClassHead(nn.Module):
 
 def _write_entries(logits: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """Write values (n,) to the entries at the positions, except where a position is -1."""
+    # A position of -1 is read at column 0, and written back unchanged.
     columns = positions.clamp(min=0)
     current = logits[torch.arange(len(columns), device=columns.device), columns]
     kept = torch.where(positions >= 0, values, current)
@@ -124,6 +129,7 @@ class CosineHead(ClassHead):
     """
 
     def _compute_logits(self, x: Tensor, centres: Tensor, bias: Tensor | None) -> Tensor:
+        # Scale the faces, which are fewer than the centres.
         scaled = (self.config.scale or 1) * F.normalize(x)
         logits = F.linear(scaled, F.normalize(centres.reshape(-1, centres.shape[-1])))
         if self.sub_centers == 1:
@@ -155,6 +161,7 @@ class CircleHead(CosineHead):
         scale = self.config.scale or 1
         margin = self.config.margin or 0
         cosine = get_own_entries(logits, positions) / scale
+        # The weights in front are detached: they scale the gradient, and have none themselves.
         own = scale * (1 + margin - cosine).detach().clamp(min=0) * (cosine - (1 - margin))
         others = (logits.detach() / scale + margin).clamp(min=0) * (logits - scale * margin)
         return _write_entries(others, positions, own)
@@ -198,10 +205,12 @@ class AngularHead(ClassHead):
         return F.linear(x, F.normalize(centres) if self.config.name == "a-softmax" else centres)
 
     def _apply_margin(self, logits: Tensor, positions: Tensor, x: Tensor, centres: Tensor) -> Tensor:
+        # The logit divided by the lengths is the cosine that the margin changes.
         length = x.norm(dim=1)
         if self.config.name == "l-softmax":
             length = length * centres[positions.clamp(min=0)].norm(dim=1)
         cosine = get_own_entries(logits, positions) / length.clamp(min=torch.finfo(x.dtype).tiny)
+        # Blend the plain cosine in; its weight falls from step to step.
         weight = self._compute_lambda().to(x.dtype)
         psi = multiply_angle(cosine, int(self.config.margin or 1))
         blend = (weight * cosine + psi) / (1 + weight)

@@ -36,10 +36,12 @@ def multiply_angle(cosine: Tensor, times: int) -> Tensor:
     L-Softmax (Liu et al., ICML 2016, arXiv 1612.02295) and A-Softmax (Liu et al., CVPR 2017, arXiv 1704.08063).
     cos(times * theta) is Chebyshev's polynomial of the cosine.
     """
+    # Raise the polynomial degree by degree.
     previous = torch.ones_like(cosine)
     current = cosine
     for _ in range(times - 1):
         previous, current = current, 2 * cosine * current - previous
+    # Count the multiples of pi that the angle has passed.
     k = torch.zeros_like(cosine)
     for j in range(1, times):
         k = k + (cosine < math.cos(j * math.pi / times))

@@ -55,6 +55,7 @@ def mine_triplets(
             f"{config.name} with loss.mining={config.mining} has no offline triplets: use triplet with semi-hard or "
             "batch-hard"
         )
+    # Labels become codes from 0, and vectors unit vectors.
     codes = np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1).astype(np.int64)
     x = np.asarray(vectors, np.float32)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
@@ -95,6 +96,7 @@ def _mine_block(embedded: _EmbeddedSet, rows: Int64, partners: Int64 | None) -> 
         rows: rows of the anchors.
         partners: row of each anchor's positive, -1 for none; None: the farthest positive.
     """
+    # Batch-hard takes extremes of both kinds; semi-hard bounds the negative by its positive's cosine.
     unbounded = np.full(len(rows), np.inf, np.float32)
     if partners is None:
         positive, positive_cosine = _find_extremes(embedded, rows, unbounded, same_class=True)
@@ -103,6 +105,7 @@ def _mine_block(embedded: _EmbeddedSet, rows: Int64, partners: Int64 | None) -> 
         positive = partners
         positive_cosine = np.einsum("nd,nd->n", embedded.x[rows], embedded.x[partners]).astype(np.float32)
         negative, negative_cosine = _find_extremes(embedded, rows, positive_cosine, same_class=False)
+    # An anchor without a positive or a negative makes no triplet.
     is_whole = (positive >= 0) & (negative >= 0)
     triplets = np.stack([rows, positive, negative], axis=1)
     is_active = positive_cosine - negative_cosine < embedded.margin
@@ -121,17 +124,20 @@ def _find_extremes(embedded: _EmbeddedSet, rows: Int64, below: Float32, *, same_
     Returns:
         The rows found, -1 for none; and their cosines.
     """
+    # One search serves both: with a negative sign the least similar row is the best.
     sign = -1 if same_class else 1
     extremes = np.full(len(rows), -1, np.int64)
     values = np.full(len(rows), -np.inf, np.float32)
     for start in range(0, len(embedded.x), _OTHERS):
         others = np.arange(start, min(start + _OTHERS, len(embedded.x)))
+        # Cosines (anchors, others) of a block; a row is not its own positive.
         cosines = embedded.x[rows] @ embedded.x[others].T
         usable = (embedded.codes[rows][:, None] == embedded.codes[others]) == same_class
         usable &= (cosines < below[:, None]) & (rows[:, None] != others)
         scores = np.where(usable, sign * cosines, -np.inf)
         best = scores.argmax(1)
         best_scores = scores[np.arange(len(rows)), best]
+        # Keep the best over the blocks so far.
         is_better = best_scores > values
         extremes[is_better] = others[best[is_better]]
         values[is_better] = best_scores[is_better]

@@ -27,6 +27,7 @@ class PairLoss(nn.Module):
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             x = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float())
+            # Masks (n, n) of pairs; a face and itself are no pair.
             same = labels[:, None] == labels
             diagonal = torch.eye(len(same), dtype=torch.bool, device=same.device)
             return self._compute_loss(x @ x.T, same & ~diagonal, ~same)
@@ -56,6 +57,7 @@ class CirclePairLoss(PairLoss):
     """
 
     def _compute_loss(self, cosines: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        # Only anchors with both kinds of pairs count.
         usable = positive.any(1) & negative.any(1)
         s = cosines[usable]
         toward = -self.scale * (1 + self.margin - s).detach().clamp(min=0) * (s - 1 + self.margin)

@@ -19,6 +19,7 @@ def sample_classes(wanted: Tensor, count: int, rate: float) -> Tensor:
     Returns:
         Ascending rows, (k,) int64. k is the number of wanted classes if that is larger.
     """
+    # Random numbers below 1 rank the others; wanted classes get 2 and come first.
     order = torch.rand(count, device=wanted.device)
     present: Tensor = torch.unique(wanted)
     present = present[present >= 0]

@@ -64,6 +64,7 @@ class _Gather(torch.autograd.Function):
         # by the number of ranks, as if each rank had its own loss. This loss is one for all, so multiply by it here.
         total = grads[0].contiguous()
         dist.all_reduce(total)
+        # The sum has the faces of all ranks; each rank takes the rows of its own.
         return total.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
 
 
@@ -86,11 +87,13 @@ def gather_ranks_with_gradient(own: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, positions: Tensor) -> Tensor:
+        # The largest logit over all ranks keeps the exponentials finite.
         top = logits.amax(1)
         dist.all_reduce(top, dist.ReduceOp.MAX)
         exponentials = (logits - top[:, None]).exp_()
         total = exponentials.sum(1)
         dist.all_reduce(total)
+        # One rank has the own logit of each face, the others add 0.
         own = get_own_entries(logits, positions)
         dist.all_reduce(own)
         ctx.save_for_backward(exponentials.div_(total[:, None]), positions)
@@ -99,6 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         probabilities, positions = ctx.saved_tensors
+        # The gradient of cross-entropy: probabilities, less 1 at the own class.
         share = grads[0] / len(positions)
         hits = (positions >= 0).to(probabilities.dtype) * -share
         return (probabilities * share).scatter_add_(1, positions.clamp(min=0)[:, None], hits[:, None]), None
@@ -129,6 +133,7 @@ def gather_rows(shard: ClassShard, own: Tensor) -> Tensor:
     """
     if shard.world == 1:
         return own
+    # Shards differ by one row at most; gathering needs equal sizes, so short ones are padded.
     padded = own.new_zeros((-(-shard.classes // shard.world), *own.shape[1:]))
     padded[: len(own)] = own
     parts = gather_ranks(padded).chunk(shard.world)
@@ -166,6 +171,7 @@ def load_gathered_state(head: nn.Module, state: State) -> None:
 
 def _find_sharded_names(head: nn.Module) -> dict[str, ClassShard]:
     """Find the names in the state that have a row per class."""
+    # A module with a shard holds a row per class in each of its own parameters.
     shards: dict[str, ClassShard] = {}
     for name, module in head.named_modules():
         shard = getattr(module, "shard", None)

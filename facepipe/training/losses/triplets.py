@@ -76,12 +76,14 @@ class TripletLoss(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss, a scalar, from raw embeddings (n, dim) and labels (n,) int64."""
         with torch.autocast(embeddings.device.type, enabled=False):
+            # Squared distances of unit vectors, (n, n).
             x = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float())
             distances = 2 - 2 * x @ x.T
             same = labels[:, None] == labels
             costs = self._mine_costs(distances, same)
             active = costs > 0
             self.figures = {"active": active.float().sum() / max(costs.numel(), 1)}
+            # The mean over active triplets: the many inactive ones would make it vanish.
             if self.mining == "batch-all":
                 return costs.sum() / active.sum().clamp(min=1)
             return costs.sum() / max(costs.numel(), 1)
@@ -94,6 +96,7 @@ class TripletLoss(nn.Module):
             same: whether two faces show one person, (n, n).
         """
         positive = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        # One triplet per anchor that has both kinds.
         if self.mining == "batch-hard":
             farthest = distances.masked_fill(~positive, -torch.inf).amax(1)
             nearest = distances.masked_fill(same, torch.inf).amin(1)
@@ -104,6 +107,7 @@ class TripletLoss(nn.Module):
         pair_distances = distances[anchor, other]
         anchor_distances = distances[anchor]
         is_negative = ~same[anchor]
+        # Each pair against each negative of its anchor.
         if self.mining == "batch-all":
             return F.relu(pair_distances[:, None] - anchor_distances + self.margin)[is_negative]
         negative_distances = _choose_semi_hard(pair_distances, anchor_distances, is_negative)
@@ -112,6 +116,7 @@ class TripletLoss(nn.Module):
 
 def _choose_semi_hard(pair_distances: Tensor, anchor_distances: Tensor, is_negative: Tensor) -> Tensor:
     """Choose the distance of each pair's negative: the nearest that is farther than the positive, else the farthest."""
+    # Without a negative beyond the positive, the farthest one is the easiest that is left.
     is_farther = is_negative & (anchor_distances > pair_distances[:, None])
     nearest = anchor_distances.masked_fill(~is_farther, torch.inf).amin(1)
     farthest = anchor_distances.masked_fill(~is_negative, -torch.inf).amax(1)

@@ -24,6 +24,7 @@ FOLDER = "checkpoints"
 BEST = "best.ckpt"
 _FORMAT = b"facepipe-checkpoint 1 "
 _HEADER_BYTES = len(_FORMAT) + 64 + 1
+# Seconds to wait for another run's lock, and between two tries.
 _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.2
 _MAX_AGES = 10  # checkpoints before the last one to look for
@@ -46,6 +47,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises:
         StorageError: The file cannot be written.
     """
+    # The digest stands before the content, so it is made in memory first.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     body = buffer.getbuffer()
@@ -77,6 +79,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read the checkpoint {str(path)!r}: {describe_error(error)}") from error
+    # Check the digest before the content is parsed.
     body = memoryview(data)[_HEADER_BYTES:]
     if not data.startswith(_FORMAT):
         raise DamagedCheckpointError("it is not a checkpoint of this format")
@@ -116,6 +119,7 @@ class CheckpointFolder:
 
     def save(self, content: dict[str, Any]) -> None:
         """Write the last checkpoint. At every moment the folder holds at least one complete checkpoint."""
+        # Rotate older checkpoints from the oldest on, then write the new one.
         for age in range(self._keep - 1, 0, -1):
             with suppress(FileNotFoundError):
                 os.replace(self._get_path(age - 1), self._get_path(age))
@@ -133,6 +137,7 @@ class CheckpointFolder:
         """
         paths = [self._get_path(age) for age in range(_MAX_AGES)]
         existing = [path for path in paths if path.exists()]
+        # Take the newest that is complete.
         for path in existing:
             try:
                 content = read_checkpoint(path)

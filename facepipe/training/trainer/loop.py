@@ -123,6 +123,7 @@ class TrainingLoop:
             TrainingError: A loss is not finite, or the checkpoints are damaged or belong to a run with other settings.
                 The last good checkpoint is kept.
         """
+        # Only the first rank writes metrics and holds the lock; the others follow.
         if not self.ranks.is_first:
             self._restore()
             return self._train(lambda progress: None)
@@ -138,6 +139,7 @@ class TrainingLoop:
 
     def _train(self, report: OnProgress) -> Outcome:
         """Run the steps, epoch by epoch."""
+        # Set up clock, means and mode for the step to resume from.
         self._began = time.monotonic()
         self._saved = self._began
         self._means = RunningMeans(self.ranks.device)
@@ -146,6 +148,7 @@ class TrainingLoop:
         end: EndReason | None = None
         if self._is_out_of_patience() and done < self._schedule.total:
             end = "stopped"
+        # Each epoch is prepared, and then its steps run until one ends the training.
         for steps in [] if end else self._iterate_epochs():
             end = self._prepare_epoch(done)
             for step, inputs in [] if end else self._iterate_batches(steps):
@@ -171,6 +174,7 @@ class TrainingLoop:
         total = self._schedule.total
         length = self.task.steps_per_epoch if isinstance(self.task, EpochTask) else total
         while step < total:
+            # A resumed run enters its epoch in the middle and leaves at the epoch's end.
             steps = range(step, min(total, step - step % length + length))
             yield steps
             step = steps.stop
@@ -179,6 +183,7 @@ class TrainingLoop:
         """Let the task prepare its epoch's batches. The run ends if nothing is left to learn."""
         if not isinstance(self.task, EpochTask):
             return None
+        # Preparing runs the network without training it, and does not count as throughput.
         with self._means.pause(), torch.no_grad():
             self.task.net.eval()
             can_learn = self.task.prepare_epoch(done // self.task.steps_per_epoch, self.ranks)
@@ -194,6 +199,7 @@ class TrainingLoop:
     def _iterate_batches(self, steps: range) -> Iterator[tuple[int, Batch]]:
         """Yield steps and their batches, which loader processes prepare ahead if there are any."""
         loaders = self._run_config.loaders
+        # Pinned memory lets the copy to the device go on during the computation.
         on_gpu = self.ranks.device.type == "cuda"
         batches = DataLoader(
             _RankBatches(self.task, self.ranks.rank, self.ranks.world),
@@ -215,11 +221,13 @@ class TrainingLoop:
         """Train on one batch."""
         if step == self.settings.unfreeze_step:
             self._set_mode(step)
+        # Seed each step and rank, so that dropout is the same after a resume.
         torch.manual_seed(hash64("step", str(self._run_config.seed), str(step), str(self.ranks.rank)))
         optim.set_learning_rate(self._optimizer, self._get_learning_rate(step))
         with self._precision.autocast():
             loss, figures = self.task.compute_loss(inputs)
         self._precision.backward(loss)
+        # Average the shared gradients before they are clipped; sharded ones are complete.
         self.ranks.average(p.grad for p in self._shared if p.grad is not None)
         self._precision.step(self._optimizer, self.settings.optim.clip, self._gradients)
         self._means.add(step, loss.detach(), len(inputs[0]) * self.ranks.world, figures)
@@ -237,6 +245,7 @@ class TrainingLoop:
         Returns:
             Why the run ends here, or None if it continues.
         """
+        # Find out what is due after this step.
         is_last = done == self._schedule.total
         log_due = is_last or done % self._run_config.log_every == 0
         interval = self.settings.validate_steps
@@ -245,9 +254,11 @@ class TrainingLoop:
         checkpoint_due = bool(checkpoint_steps and done % checkpoint_steps == 0)
         if self.ranks.world > 1 and not (log_due or validation_due or checkpoint_due):
             return None  # ranks agree on anything else only at steps that all of them can compute
+        # Ranks agree on a stop or an overdue checkpoint, because only some may see it.
         stop, overdue = self.ranks.reduce_max([self._should_stop(), self._is_checkpoint_overdue()])
         if not (log_due or validation_due or checkpoint_due or stop or overdue):
             return None
+        # A bad loss must not get into a checkpoint, so it is looked for first.
         self._check_losses(done)
         scores = self._validate(done) if validation_due else {}
         if log_due or scores:
@@ -268,6 +279,7 @@ class TrainingLoop:
 
     def _check_losses(self, done: int) -> None:
         """Raise AgreedError for the first step whose loss was not finite, on any rank."""
+        # The first bad step over all ranks: the maximum of negated steps is their minimum.
         (negated_step,) = self.ranks.reduce_max([-self._means.find_first_bad_step()])
         if negated_step > -math.inf:
             step = int(-negated_step)
@@ -286,6 +298,7 @@ class TrainingLoop:
 
     def _validate(self, done: int) -> dict[str, float]:
         """Score the network on the first rank, and keep the network if it is the best so far."""
+        # The first rank scores, and all ranks get the scores.
         with self._means.pause(), torch.no_grad():
             self.task.net.eval()
             scores = self.ranks.broadcast(self._compute_scores() if self.ranks.is_first else {})
@@ -294,6 +307,7 @@ class TrainingLoop:
             raise AgreedError(f"the validation at step {done} failed: {scores[_ERROR]}. {self._describe_checkpoint()}")
         if scores:
             self._history = self._history.record(scores, done, self.settings.schedule)
+            # Weights that are not finite must not become the best model.
             if self._history.step == done:
                 self._check_weights(done)
             if self.ranks.is_first and self._history.step == done:
@@ -361,6 +375,7 @@ class TrainingLoop:
 
     def _check_identity(self, identity: dict[str, str]) -> None:
         """Raise AgreedError if the checkpoint belongs to a run with other settings."""
+        # A resumed run with other settings would end with weights that no single config explains.
         changed = [name for name, value in self.settings.identity.items() if identity.get(name) != value]
         if changed:
             raise AgreedError(

@@ -67,6 +67,7 @@ def read_last_metrics(output: str) -> TrainingProgress | None:
     """Read the newest complete line without reading the others, or None if there is none."""
     try:
         with open(os.path.join(output, METRICS), "rb") as file:
+            # Read the end only; its first line may be cut, and is then skipped as unreadable.
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = file.read().splitlines()
     except FileNotFoundError:
@@ -87,6 +88,7 @@ class MetricsLog:
     """
 
     def __init__(self, output: str, step: int, tensorboard: bool = False):
+        # Drop lines after the step to resume from, since that part of the run is repeated.
         kept = [entry for entry in read_metrics(output) if entry.step <= step] if step else []
         path = Path(output) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,7 @@ class MixedPrecision:
         if self.scaler.is_enabled():
             # Before unscaling, which is when the scaler looks for overflows.
             gradients.spread_overflow()
+        # The limit is for the real size of the gradients, so they are unscaled before they are clipped.
         if clip:
             self.scaler.unscale_(optimizer)
             gradients.clip(clip)
@@ -80,6 +81,7 @@ class Gradients:
 
     def clip(self, limit: float) -> None:
         """Scale all gradients down together, so that their norm over all ranks is at most the limit."""
+        # Norms of shared gradients are the same on all ranks; squares of own ones are added up.
         shared_norm = _measure_norm(self.shared)
         own_norm = _measure_norm(self.own)
         if self.ranks.world > 1 and self.own:

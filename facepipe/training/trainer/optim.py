@@ -45,6 +45,7 @@ def group_parameters(
         config: the optimiser's settings.
         layer_decay: factor on the learning rate per layer away from the output.
     """
+    # Names without decay, and each parameter's layer counted from the input.
     undecayed = _find_undecayed(net)
     depths = _find_depths(net)
     deepest = max(depths.values(), default=0)
@@ -76,6 +77,7 @@ def _find_depths(net: nn.Module) -> dict[str, int]:
     The network's own attribute `depths` (prefixes of names per layer) decides, if it has one. Otherwise layers are the
     network's children, and the children of its sequences.
     """
+    # Prefixes of the network's own order of layers come first.
     own_depths: Any = getattr(net, "depths", None)
     if own_depths:
         names = [name for name, _ in net.named_parameters()]
@@ -84,6 +86,7 @@ def _find_depths(net: nn.Module) -> dict[str, int]:
             for prefixes in own_depths
         ]
         return {name: depth for depth, layer in enumerate(filter(None, layers)) for name in layer}
+    # Else the children are numbered in their order, and those of sequences one by one.
     numbers: dict[str, int] = {}
     depths: dict[str, int] = {}
     for name, _ in net.named_parameters():
@@ -99,6 +102,7 @@ def _find_depths(net: nn.Module) -> dict[str, int]:
 
 def build_optimizer(groups: dict[ParameterGroup, NamedParameters], config: OptimConfig) -> optim.Optimizer:
     """Build the optimiser. Each of its groups keeps its `scale`; learning rates are set before every step."""
+    # Each group keeps its names and its scale for later steps and checkpoints.
     options: list[dict[str, Any]] = [
         {"params": list(members.values()), "names": list(members), "scale": group.scale, "weight_decay": group.decay}
         for group, members in groups.items()
@@ -123,6 +127,7 @@ def get_state_by_name(optimizer: optim.Optimizer) -> dict[str, dict[str, Any]]:
 
 def load_state_by_name(optimizer: optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
     """Load the state that `get_state_by_name` returned, even if the groups have changed since."""
+    # Number the parameters in the present order of the groups; their names find their state.
     numbers = {name: n for n, (name, _) in enumerate(_iterate_parameters(optimizer))}
     groups = optimizer.state_dict()["param_groups"]
     numbered = {numbers[name]: values for name, values in state.items() if name in numbers}
@@ -158,6 +163,7 @@ def freeze_parameters(net: nn.Module, names: frozenset[str]) -> None:
 
     A module that has only frozen parameters is put into evaluation mode: it keeps its statistics and uses no dropout.
     """
+    # Set the whole network to training, then stop the gradients and statistics of frozen parts.
     net.train()
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name not in names)

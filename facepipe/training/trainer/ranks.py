@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Numbers per bucket of gradients.
 _BUCKET_NUMBERS = 32 << 20
 
 
@@ -38,6 +39,7 @@ class Ranks:
         """Replace each tensor by its mean over all processes, in place."""
         if self.world == 1:
             return
+        # One message per bucket: join it, sum it over the ranks, and copy the means back.
         for bucket in _split_into_buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             dist.all_reduce(flat)

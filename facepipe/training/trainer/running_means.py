@@ -51,6 +51,7 @@ class RunningMeans:
             images: images of the step over all ranks.
             figures: the loss's figures by name, scalars.
         """
+        # Only the first bad step counts, so later ones do not replace it.
         bad = self._first_bad_step
         self._first_bad_step = torch.where(torch.isfinite(loss), bad, bad.clamp(max=step))
         loss = loss.detach().double()
@@ -74,6 +75,7 @@ class RunningMeans:
 
     def finish_window(self, ranks: Ranks) -> WindowMeans:
         """Return the means of this window over all ranks, and begin the next one."""
+        # The loss is averaged under the empty name, which no figure has.
         sums = {} if self._loss_sum is None else {"": self._loss_sum}
         sums |= self._sums
         ranks.average(sums.values())

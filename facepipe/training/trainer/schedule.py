@@ -31,6 +31,7 @@ class Schedule:
             step: number of the step, from 0.
             reductions: how often the learning rate was reduced on a plateau so far.
         """
+        # The warm-up rises to the peak in its last step.
         if step < self.warmup:
             return (step + 1) / self.warmup
         return self._compute_decay(step, reductions)
@@ -38,6 +39,7 @@ class Schedule:
     def _compute_decay(self, step: int, reductions: int) -> float:
         """Compute the factor after the warm-up."""
         config = self.config
+        # Policies step and plateau reduce in jumps; the others follow the share that is done.
         if config.policy == "step":
             return config.gamma ** sum(step >= m for m in self.milestones)
         if config.policy == "plateau":
@@ -71,6 +73,7 @@ def build_schedule(config: ScheduleConfig, steps_per_epoch: int) -> Schedule:
     Raises:
         ConfigError: The warm-up is longer than the training, or policy step has no milestones.
     """
+    # Convert all lengths to steps, and check that they fit each other.
     total = config.steps or max(1, round(config.epochs * steps_per_epoch))
     warmup = to_steps(config, config.warmup, steps_per_epoch)
     milestones = tuple(to_steps(config, m, steps_per_epoch) for m in config.milestones)

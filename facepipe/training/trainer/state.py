@@ -32,6 +32,7 @@ def build_state_dict(task: TrainingTask, optimizer: Optimizer, scaler: torch.amp
     Every rank calls it. All get the same state, with sharded tensors gathered.
     """
     state = optim.get_state_by_name(optimizer)
+    # Rows of sharded tensors are gathered, so that any number of ranks can resume.
     for name, shard in find_sharded_parameters(task.objective).items():
         values = state.get(name, {})
         state[name] = {key: gather_rows(shard, v) if _has_rows(v) else v for key, v in values.items()}
@@ -55,6 +56,7 @@ def load_state_dict(content: Content, task: TrainingTask, optimizer: Optimizer, 
         load_gathered_state(task.objective, content["head"])
     except RuntimeError as error:
         raise TrainingError(f"the checkpoint does not fit the network: {str(error).splitlines()[0]}") from error
+    # Each rank keeps its own rows of the gathered tensors.
     state = content["optimizer"]
     for name, shard in find_sharded_parameters(task.objective).items():
         values = state.get(name, {})
@@ -76,6 +78,7 @@ def load_validation_history(content: Content) -> ValidationHistory:
 
 def has_finite_state(*modules: nn.Module) -> bool:
     """Check that all parameters and buffers of the modules are finite."""
+    # Collect the checks first, so that the device is waited for once.
     tensors = [t for module in modules for t in module.state_dict().values() if t.is_floating_point()]
     checks: list[Tensor] = [torch.isfinite(t).all() for t in tensors]
     return not checks or bool(torch.stack(checks).all())
