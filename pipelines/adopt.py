@@ -126,9 +126,11 @@ def run(config: AdoptConfig, gallery: str, progress: Progress = lambda summary: 
     contract = config.contract
     if contract.dim != EMBEDDING_DIM:
         raise ConfigError(f"{contract.embedder} has {contract.dim} dimensions; encodings have {EMBEDDING_DIM}")
+    # Encodings that name their models must name those of the gallery.
     source = open_encodings(config.encodings, config.names)
     if source.contract is not None:
         Contract.from_json(source.contract).require(contract, repr(source.path))
+    # An empty file must not create a gallery.
     if next((table for table in source.batches() if table.num_rows), None) is None:
         raise SourceError(f"no encoding in {config.encodings!r}")
     with hold_lease(gallery) as lease:
@@ -148,6 +150,7 @@ def _run_locked(
     began = time.monotonic()
     commit = Committer(gallery, summary.run, lease)
     name = config.source or os.path.basename(source.path.rstrip("/"))
+    # Images that were erased stay out, by their uri and by their content.
     adoption = Adoption(
         gallery,
         name,
@@ -156,6 +159,7 @@ def _run_locked(
     )
     try:
         for number, table in enumerate(regroup_by_image(source.batches())):
+            # A batch holds whole images, and is written as one part and committed at once.
             rows, items = adoption.adopt_table(table)
             record = PartRecord(number)
             if rows.num_rows:

@@ -130,6 +130,7 @@ def _run_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_
     _upload(local_output, config.output)
 
     summary.steps["search"] = {**asdict(searched), "out": config.output}
+    # Queries made of images are faces. Images without a face are inputs too, so the larger count is taken.
     summary.queries = max(searched.queries, sum(searched.images.values()))
     failed_images = sum(searched.images.get(status, 0) for status in FAILED)
     summary.failed = sum(searched.bad.values()) + failed_images
@@ -159,6 +160,7 @@ def _get_local_path(output: str) -> str:
     """Return where to write the answers first: the output itself, or a path in the cache if the output is remote."""
     if not storage.is_remote(output):
         return output
+    # The name depends on the output only, so that an interrupted run finds its finished blocks again.
     name = f"{hash64(output):016x}" + (".parquet" if output.endswith(".parquet") else "")
     return os.path.join(get_cache_folder(), "searches", name)
 
@@ -167,6 +169,7 @@ def _upload(local: str, output: str) -> None:
     """Upload complete answers to an object store and delete the local copy; do nothing for a local output."""
     if local == output:
         return
+    # Delete the local copy last: if an upload fails, a later run uploads again without searching.
     if os.path.isdir(local):
         for name in sorted(os.listdir(local)):
             storage.write_file(storage.join(output, name), os.path.join(local, name))
@@ -195,6 +198,7 @@ def _preview(config: BulkSearchConfig) -> BulkSummary:
     update = _is_index_outdated(gallery.path) and config.bulk.update_index
     summary.steps["index"] = {**count_indexed(gallery), "update": update}
 
+    # Queries that have vectors are counted in blocks; images are only listed.
     queries = open_queries(config.queries, gallery.contract)
     if queries is not None:
         summary.steps["search"] = {"blocks": sum(1 for _ in queries.cut_blocks(config.run.block))}

@@ -115,6 +115,7 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
     with open_report_folder(table, NAME) as folder:
         graph = open_graph([table], graph_config, config.run, os.path.join(locate_reports(table), "graph"), progress)
         phases.end("graph")
+        # Labels are (n,), the number of each node's identity in `names`, or -1.
         labels, names = read_labels(table, graph.nodes)
         if not len(names):
             raise GalleryError(
@@ -153,6 +154,7 @@ def _write_tables(
 def _summarise(summary: CleanSummary, graph: Graph, judgement: LabelJudgement, lists: ListSummary) -> None:
     verdicts = judgement.verdicts
     posteriors = judgement.posteriors
+    # A decision below 0 means that the face has no label.
     decided = verdicts.decision[verdicts.decision >= 0]
     counts = np.bincount(decided, minlength=len(DECISIONS))
     summary.labelled = len(decided)

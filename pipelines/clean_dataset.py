@@ -133,6 +133,7 @@ def _preview(config: CleanDatasetConfig, names: list[str]) -> DatasetSummary:
     summary = DatasetSummary(config.gallery, dry_run=True)
     gallery = open_gallery(config.gallery)
     for name, source in zip(names, config.source, strict=True):
+        # Each source is compared with what the gallery knows of it alone.
         with closing(load_known(gallery, name)) as known:
             summary.steps[f"embed {name}"] = count_listed(open_source(source), known)
     return summary

@@ -74,6 +74,7 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
         groups = plan_compaction(table, config, everything)
         current_run = get_current_run()
         commit = Committer(table, current_run.id if current_run else new_run_id(), lease)
+        # Join first and delete after the commit: files that were joined just now are kept for their readers.
         fewer = compact_files(table, groups, commit)
         lease.check()
         compacted = Gallery(gallery)

@@ -101,6 +101,7 @@ def _erase(selection: Selection, gallery: str, may_return: bool, progress: Progr
     attach_summary(summary)
     with _acquire_leases(gallery, progress) as leases:
         erasure = _Erasure(gallery, leases, summary, progress)
+        # Complete older erasures first, and select only then, in the table that they leave.
         erasure.resume()
         selected = select_images(Gallery(gallery), selection)
         summary.images = selected.images
@@ -172,6 +173,7 @@ class _Erasure:
 
     def erase(self, receipt: Receipt, selected: SelectedImages) -> None:
         """Run all steps of a new erasure."""
+        # The receipt names what is erased by hashes only. The pending file holds the plain lists until the end.
         receipt.hashes = {
             "uris": receipt.hash_values(selected.uris.to_pylist()),
             "images": receipt.hash_values(selected.contents.to_pylist()),
@@ -211,6 +213,7 @@ class _Erasure:
         if not manifests.exists(self.gallery):
             return vectors.VectorRemoval()
         removal = vectors.hide_vectors(self.gallery, selected, self.leases.index.check)
+        # A repeated step may find less than the first attempt did, so the larger count stays.
         receipt.vectors = max(receipt.vectors, removal.vectors)
         receipt.index_before = receipt.index_before | removal.before
         return removal
@@ -221,6 +224,7 @@ class _Erasure:
         What the receipt says of it is saved before the commit, because nobody could tell afterwards.
         """
 
+        # The commit may call this again if another one came first, so it plans from the newest table each time.
         def rewrite() -> list[Action]:
             table = Gallery(self.gallery)
             trace = RewriteTrace()
@@ -257,6 +261,7 @@ class _Erasure:
 
     def _describe_erased(self, selected: SelectedImages) -> ErasedData:
         """Describe what reports must not hold; a label that other images still have may stay."""
+        # The rows are gone by now: a name that still has rows belongs to images that stay.
         names_in_use: set[str] = set()
         has_name = ds.field("identity").isin(selected.names)
         for batch in Gallery(self.gallery).batches(["identity"], has_name, rows=_BATCH_ROWS):
@@ -274,10 +279,12 @@ class _Erasure:
         names = sorted({file.url.removeprefix(folder + "/").split("/")[0] for file in storage.list_files(folder)})
         if not names:
             return
+        # Update the clusters before the lease is held, because the update holds it itself.
         if "cluster" in names:
             self._update_clusters()
         with hold_lease(folder, "reports", self.progress) as lease:
             for changed in self._iterate_scrubbed(folder, names, erased):
+                # Save the receipt after each file, so that a crash loses no name of a changed file.
                 receipt.reports = sorted({*receipt.reports, changed})
                 pending.save_progress(self.gallery, receipt)
                 lease.check()
@@ -292,6 +299,7 @@ class _Erasure:
 
     def _scrub_remote_report(self, name: str, erased: ErasedData) -> list[str]:
         """Fetch one report of a gallery in an object store, clean it, and upload it if it has changed."""
+        # A lease is no report, and a disposable report is deleted as a whole, without fetching it.
         if name.startswith(LEASE_FILE):
             return []
         store = open_store(self.gallery, f"{REPORTS}/{name}")
@@ -326,6 +334,7 @@ class _Erasure:
             receipt.index_after = {
                 name: digest for name, digest in receipt.index_after.items() if name.split("/")[0] in shards
             }
+        # Count and save before deleting, because a repeated step finds nothing to count.
         receipt.files_deleted = max(receipt.files_deleted, len(find_unreferenced(table)))
         pending.save_progress(self.gallery, receipt)
         delete_unreferenced(table)

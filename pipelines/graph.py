@@ -102,6 +102,7 @@ def open_graph(
     if run.runner == "ray" and any(is_remote(gallery.path) for gallery in galleries):
         raise ConfigError("run.runner=ray cannot build the graph of a gallery in an object store: omit run.runner")
     source = _get_source(galleries, config)
+    # Use the graph in the folder if it is of these tables and settings.
     if _has_graph_of(folder, source):
         with suppress(StorageError):
             graph = Graph(folder)
@@ -135,6 +136,7 @@ def _has_graph_of(folder: str, source: GraphSource) -> bool:
 
 def _prepare_folder(partial: str, source: GraphSource) -> None:
     """Create the folder to work in, and delete what it holds for another graph."""
+    # The state says which graph the finished tasks belong to. Tasks of another graph are deleted.
     path = os.path.join(partial, "state.json")
     state = json.dumps([source.galleries, source.versions, source.settings])
     try:
@@ -187,13 +189,16 @@ class _GraphBuilder:
 
     def _build(self) -> None:
         config = self._config
+        # 1. Collect the faces: one node per face.
         nodes = build.prepare_nodes(self._galleries, self._folder, self._on_progress)
         if not len(nodes):
             raise GalleryError(f"no face in {self._galleries[0].path!r}: there is nothing to compare")
+        # 2. Estimate the density around each face (n,), and the threshold.
         options = self._get_calibration_options()
         density, threshold = build.prepare_calibration(nodes, options, self._folder, self._on_progress)
         capped = cap_density(density, threshold.similarity, config.reach)
         rule = EdgeRule(threshold.similarity, config.most)
+        # 3. Choose the cells within which faces are compared; a single cell compares all with all.
         cells = build.prepare_cells(
             nodes,
             capped,
@@ -204,6 +209,7 @@ class _GraphBuilder:
             folder=self._folder,
             log=self._on_progress,
         )
+        # 4. Compare, and measure what share of the edges was found.
         self._join(build.plan_edge_tasks(capped, rule, self._folder, self._choose_device(len(nodes), len(cells) == 1)))
         write_info(self._folder, self._measure(nodes, density, capped, cells, threshold))
         build.delete_temporary(self._folder)
@@ -230,12 +236,14 @@ class _GraphBuilder:
         """Choose the device that compares pairs. Cells are compared on CPUs, many at a time."""
         if not exact or self._device == "cpu":
             return "cpu"
+        # A GPU that `auto` found is used only if it is estimated to be faster than the CPUs.
         cores = self._count_cores()
         pays = estimate_all_pairs(faces, cores, gpu=True) < estimate_all_pairs(faces, cores, gpu=False)
         return self._device if pays or self._run.device != "auto" else "cpu"
 
     def _join(self, tasks: list[EdgeTask]) -> None:
         """Run the tasks that have no part yet, and write the edges of copies behind theirs."""
+        # Tasks leave a file each, so that a resumed build runs only those without one.
         pending = [task for task in tasks if not os.path.exists(task.path)]
         results: Iterable[tuple[EdgeTask, int]] = ((task, join_cells(task)) for task in pending)
         if self._on_ray and pending:
@@ -252,6 +260,7 @@ class _GraphBuilder:
         self, nodes: Nodes, density: Float32, capped: Float32, cells: Cells, threshold: Threshold
     ) -> GraphInfo:
         """Measure the recall of the edges on another sample than the one that the cells were chosen by."""
+        # Find all edges of a few faces by comparing them with every face, and count how many the graph has.
         rule = EdgeRule(threshold.similarity, self._config.most)
         sample = draw_sample(len(nodes), self._config.seed + 1)
         u, v = build.find_sample_edges(nodes, capped, sample, rule, self._folder)

@@ -56,6 +56,7 @@ class EmbedSections:
             source: where the images are.
             missing: what to do with images that the source no longer lists; nothing by default.
         """
+        # Sections of a subclass, such as its gallery, are no sections of `embed`.
         sections = {section.name: getattr(self, section.name) for section in fields(EmbedSections)}
         return EmbedConfig(source, missing=missing or MissingConfig(), **sections)
 
@@ -106,6 +107,7 @@ def check_job(gallery: str, sources: Sequence[AnySource], get_name: Callable[[An
         raise ConfigError('the config names no gallery: add gallery = "FOLDER"')
     if not sources or not all(source.uri for source in sources):
         raise ConfigError('the config names no source: add [[source]] with uri = "..."')
+    # Two sources of one name would each take the other's images for missing.
     names = [get_name(source) for source in sources]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -17,6 +17,7 @@ from facepipe.training.data.split import read_names
 from pipelines import dedup
 from pipelines.graph import GraphConfig
 
+# Faces of both galleries together below which no threshold can be estimated from the data.
 _MIN_CALIBRATION_FACES = 2000
 _BATCH_ROWS = 65536
 
@@ -34,12 +35,15 @@ def collect_exclusions(data: DataConfig, log: Callable[[str], None] = lambda lin
         ContractError: A gallery to exclude was made with other models than the gallery to train on.
     """
     names = {normalise_name(name) for name in read_excluded_names(data)}
+    # Start with empty arrays, so that the concatenation below also works if no gallery is excluded.
     images = [pa.array([], pa.string())]
     copies = [pa.array([], pa.string())]
     for path in data.exclude:
         gallery_images, gallery_names = _read_contents(Gallery(path))
         images.append(gallery_images)
+        # A name without a letter is likely a number, which says nothing about the person.
         names |= {normalise_name(name) for name in gallery_names if any(c.isalpha() for c in name)}
+        # Persons and copies under other names can only be found between two galleries.
         if data.gallery:
             log(f"comparing with {path}")
             uris, persons = _find_overlap(data, path, log)
@@ -92,8 +96,10 @@ def _find_overlap(data: DataConfig, against: str, log: Callable[[str], None]) ->
             "stay in the training data. Set same_person in the embedder's TOML file"
         )
     decisions = pq.read_table(join(summary.out, "decisions.parquet"), columns=["uri", "side", "decision"])
+    # Side 0 is the gallery to train on. Its images to drop are those that the other gallery holds as well.
     is_copy = pc.and_(pc.equal(decisions["side"], 0), pc.equal(decisions["decision"], "drop"))
     copies = decisions.filter(is_copy)
+    # A person is excluded if the share of near pairs with a person of the other gallery is large enough.
     persons: Any = pq.read_table(join(summary.out, "identities.parquet"))
     near = persons.filter(pc.greater_equal(persons["share"], data.exclude_share))
     return copies["uri"].combine_chunks(), near["identity_0"].unique().to_pylist()

@@ -47,6 +47,7 @@ class GalleryListing:
 
     def __call__(self) -> Iterator[Block]:
         """List the faces in blocks of images."""
+        # The selection: face ids (n,), ascending; the code of each face's name (n,); and the names by code.
         selected = np.load(os.path.join(self.folder, FACES_FILE), mmap_mode="r")
         codes = np.load(os.path.join(self.folder, LABELS_FILE), mmap_mode="r")
         with pa.memory_map(os.path.join(self.folder, NAMES_FILE)) as file:
@@ -54,6 +55,7 @@ class GalleryListing:
         known = np.load(self.known, mmap_mode="r")
         number = 0
         places = ImageLocator()
+        # An upper bound of the images to come, which decides how large blocks are.
         remaining = len(selected) - len(known)
         batches = Gallery(self.gallery, self.version).batches(_COLUMNS, "landmarks is not null", ROWS)
         for faces in iterate_whole_images(batches):
@@ -73,6 +75,7 @@ class GalleryListing:
                 number += 1
                 starts = starts[images:]
                 remaining -= images
+        # An empty block tells that the listing is complete.
         yield Block(number, WORK_ITEM.empty_table(), last=True)
 
 
@@ -114,6 +117,7 @@ def _flatten(column: pa.ChunkedArray) -> pa.Array:
 
 def _build_lists(values: Any, starts: Int64, width: int) -> pa.ListArray:
     """Build one list per image from flat values, `width` per face."""
+    # A column of a table may come in chunks; a list array needs one flat array.
     flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     flat = flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
     return pa.ListArray.from_arrays(pa.array((starts * width).astype(np.int32)), flat)

@@ -39,6 +39,7 @@ from pipelines.chips.run import HELD, MARKS, PARTS, ChipOrder, ChipRunConfig, ru
 
 PLAN = "plan.json"
 FAILURES = "failed.csv"
+# Locked as shared by each training that reads the chips, and exclusively by a run that replaces them.
 _USE_LOCK = ".lock-use"
 _LOCK_PREFIX = ".lock"
 _PART_COLUMNS = ["face_id", "image_id", "uri", "identity", "thumb", "status", "error"]
@@ -106,6 +107,7 @@ def prepare_images(
     order = ChipOrder(data.check(), embedder, tuple(sorted(image_names)), needs_identity=False)
     chips = _prepare_order(order, folder, run or ChipRunConfig(), log, keep_outdated=keep_outdated)
     names = ImageNames(image_names)
+    # An image is present if it has a chip, or if it is known to have none.
     known = {names.find_name(uri) for uri in chips.uris}
     known |= {names.find_name(uri) for uri in _iterate_chipless_uris(data, chips)}
     absent = sorted(image_names - known)
@@ -145,6 +147,7 @@ def prepare_pairs(
         log: called with lines about the progress.
         trained: names of persons that are trained on; `config.held_only` leaves out their pairs.
     """
+    # Make the chips of all pairs, whoever is trained on: the set then serves other trainings as well.
     image_names = collect_names(read_validation_pairs(replace(config, held_only=False)))
     chips = prepare_images(config.data, image_names, embedder, folder, run, log)
     return PairSet.from_names(chips, read_validation_pairs(config, trained), os.path.basename(config.pairs))
@@ -159,6 +162,7 @@ def _prepare_order(
     folder = os.path.abspath(folder)
     fingerprint = order.fingerprint
     info = read_set_info(folder)
+    # A training that resumes keeps its chips, even if the data has changed since.
     if keep_outdated and info and info.asked == order.config_fingerprint:
         if info.fingerprint != fingerprint:
             log(f"the data has changed, but training resumes with the chips in {folder!r}; --fresh makes new ones")
@@ -206,6 +210,7 @@ def _begin_folder(folder: str, fingerprint: str) -> None:
     Raises:
         ConfigError: The folder holds other files and is not a chip set.
     """
+    # The plan names the set that the folder's shards are for. A folder without a plan must hold nothing but locks.
     plan = os.path.join(folder, PLAN)
     try:
         with open(plan, encoding="utf-8") as file:
@@ -227,7 +232,9 @@ def _begin_folder(folder: str, fingerprint: str) -> None:
                     shutil.rmtree(path)
                 else:
                     os.unlink(path)
+        # Write the plan last: an interruption before leaves the old plan, and the deletion is repeated.
         storage.write(plan, fingerprint.encode())
+    # Parts of an interrupted run are not in its shards yet: their images are cut again.
     shutil.rmtree(os.path.join(folder, PARTS), ignore_errors=True)
 
 
@@ -313,6 +320,7 @@ class _ChipMover:
                 self._figures[f"failed: {status}"] += count
         if record.path is None:
             return
+        # Rows with a chip go into the shard; the others are listed as failures with their reason.
         path = os.path.join(self._folder, PARTS, record.path)
         rows = pq.read_table(path, columns=_PART_COLUMNS)
         has_chip = pc.is_valid(rows["thumb"])

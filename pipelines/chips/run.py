@@ -83,6 +83,7 @@ class ChipOrder:
     @property
     def fingerprint(self) -> str:
         """Hash of all that the set depends on, as far as it can be known without reading the images."""
+        # Galleries count with their version, and files with size and time, so that nothing large is read.
         paths = [path for path in (self.data.gallery, *self.data.exclude) if path]
         galleries = [Gallery(path) for path in paths]
         versions = [(gallery.id, gallery.version) for gallery in galleries]
@@ -127,6 +128,7 @@ class SourceListing:
 
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
+        # The table of known chips is a temporary file, which is deleted however the listing ends.
         known = _KnownChips(np.load(self.known))
         try:
             yield from cut_blocks(_NamedItems(open_source(self.source), self.image_names), known, self.size)
@@ -147,6 +149,7 @@ class _KnownChips:
         Returns:
             SKIP, REPEATED or NEW for each image; and zeros, because older fingerprints do not matter here.
         """
+        # Values are (n, 1). A uri that comes again, in this call or an earlier one of this run, is repeated.
         is_known, values = self._table.get(uris)
         is_first = np.zeros(len(uris), bool)
         is_first[np.unique(uris, return_index=True)[1]] = True
@@ -185,6 +188,7 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
     marks = os.path.join(folder, MARKS)
     run_id = new_run_id()
     crash_marks.inherit_crash_marks(marks, run_id)  # the caller's lease says that no other run is alive
+    # Only detection pays on a GPU. With known faces or aligned images CPUs do all the work.
     needs_detector = not order.data.gallery and not order.data.aligned
     runner = _choose_runner(order, folder, run)
     try:
@@ -214,6 +218,7 @@ def _choose_runner(order: ChipOrder, folder: str, run: ChipRunConfig) -> str:
     """Resolve `auto` by listing images until there are too many to run inline."""
     if run.runner != "auto":
         return run.runner
+    # The listing stops as soon as there are too many, so that a large source costs little here.
     images = 0
     for block in _build_listing(order, folder, BlockSize(1, _MAX_INLINE))():
         images += block.items.num_rows
@@ -239,11 +244,13 @@ def _build_stages(order: ChipOrder, plan: WorkerPlan) -> tuple[Any, ...]:
     read = Read()
     decode = Decode(threads=group.threads)
     encode = Encode(order.embedder)
+    # Aligned images are chips already, and the faces of a gallery have boxes and landmarks: neither is detected.
     if data.aligned:
         return read, decode, WholeImage(order.embedder), encode
     if data.gallery:
         detector = Gallery(data.gallery).contract.detector
         return read, decode, KnownFaces(), Align(embedder=order.embedder, detector=detector, thumbs=False), encode
+    # Otherwise detect the faces, and keep the one that is the subject of the image.
     device = "cuda" if group.gpus else "cpu"
     detect = Detect(model=data.detector, device=device, threads=group.threads)
     align = Align(embedder=order.embedder, detector=data.detector, thumbs=False)

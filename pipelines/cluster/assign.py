@@ -67,6 +67,7 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
         if update is None:
             _keep_report(table, report, folder)
             raise _NothingChangedError
+        # Files that do not change are copied, because the new folder replaces the report as a whole.
         _copy_unchanged(report, folder)
         _write_tables(update, folder)
         ClusterSums(update.clusters, ReadMark.from_gallery(table)).save(folder)
@@ -77,6 +78,7 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
 
 def _keep_report(table: Gallery, report: str, folder: str) -> None:
     """Keep the report with a newer mark: the files of the table may have changed without its faces."""
+    # The mark is compared first, so that an unchanged report is not written to.
     mark = ReadMark.from_gallery(table)
     path = os.path.join(report, MARK)
     if ReadMark.load(path) != mark:

@@ -135,6 +135,7 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
         graph = open_graph([table], config.graph, config.run, os.path.join(locate_reports(table), "graph"), progress)
         phases.end("graph")
         progress(f"{graph.info.edges} edges: merging")
+        # Constraints are optional: pairs of nodes that must differ, and the label (n,) of nodes that must agree.
         different = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
         same = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
         labels, clusters = cluster_faces(graph, different, same)
@@ -162,6 +163,7 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
 
 def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> ClusterReview:
     """Find what a person should look at first."""
+    # Keep the edges that are similar enough after correction for density.
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= graph.info.threshold.similarity)
     fits = compute_fits(graph, labels, clusters)

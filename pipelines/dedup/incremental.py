@@ -70,6 +70,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
     summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     with suppress(_NoNewImagesError), open_report_folder(table, NAME) as folder:
+        # Gather the new images, and the old ones that are near them by the index.
         since = find_changes(table, _load_last_mark(table))
         images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
         phases.end("gather")
@@ -77,6 +78,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
             _keep_report(table, summary.out, folder)
             raise _NoNewImagesError
         progress("comparing pictures")
+        # Compare all gathered images, and keep the pairs and groups with a new one.
         everything = find_duplicates(images.table, images.edges, config.dedup)
         uris = pc.unique(images.table["uri"].filter(pa.array(images.is_new)))
         duplicates = select_new(everything, uris)
@@ -84,6 +86,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
         write_tables(folder, duplicates, None, summary)
         report = _build_report(table, since, images, duplicates, config.dedup)
         write_report(report, os.path.join(folder, "report.html"))
+        # The mark says from which version of the table the next run starts.
         ReadMark.from_gallery(table).save(os.path.join(folder, MARK))
         summary.new = len(uris)
         summary.compared = pc.count_distinct(images.table["uri"]).as_py() - len(uris)
@@ -99,6 +102,7 @@ def _load_last_mark(table: Gallery) -> ReadMark | None:
         mark = ReadMark.load(os.path.join(locate_reports(table), name, MARK))
         if mark is not None:
             marks.append(mark)
+    # A mark of another table is better than none: new rows are then recognised by their time of ingestion.
     of_this_table = [mark for mark in marks if mark.gallery == table.id]
     return max(of_this_table or marks, key=lambda mark: mark.version, default=None)
 
@@ -125,6 +129,7 @@ def _keep_report(table: Gallery, report: str, folder: str) -> None:
 def select_new(duplicates: Duplicates, uris: pa.Array) -> Duplicates:
     """Select the pairs with one of these images, the groups with one, and the decisions on all images of both."""
     pairs = duplicates.pairs
+    # A pair counts if either image is new. A group counts as a whole if one of its images is new.
     pairs = pairs.filter(pc.or_(pc.is_in(pairs["uri_a"], uris), pc.is_in(pairs["uri_b"], uris)))
     is_new = pc.is_in(duplicates.decisions["uri"], uris)
     numbers = np.unique(duplicates.decisions.filter(is_new)["group"].drop_null().to_numpy())
@@ -143,6 +148,7 @@ def _renumber_groups(table: pa.Table, numbers: Int64) -> pa.Table:
 
 def _count_without_hash(images: NewImages) -> int:
     table = images.table.filter(pa.array(images.is_new))
+    # The row with face index 0 stands for the image.
     without_hash = pc.and_(pc.equal(table["face_index"], 0), table["image_hash"].is_null())
     return int(pc.sum(without_hash).as_py() or 0)
 
@@ -164,6 +170,7 @@ def _select_files(table: Gallery, since: TableChanges, images: NewImages, duplic
     of old images lie all over the table.
     """
     size = {file["path"]: file["size_bytes"] for file in table.files()}
+    # Collect the images that the page shows: those in a group, and those in a pair.
     grouped = duplicates.decisions.filter(duplicates.decisions["group"].is_valid())
     columns = [grouped["uri"], duplicates.pairs["uri_a"], duplicates.pairs["uri_b"]]
     uris = pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
@@ -171,6 +178,7 @@ def _select_files(table: Gallery, since: TableChanges, images: NewImages, duplic
         return []
     old = images.table.filter(pc.and_(pc.is_in(images.table["uri"], uris), images.table["file"].is_valid()))
     counts = sorted(old["file"].value_counts().to_pylist(), key=lambda row: (-row["counts"], row["values"]))
+    # A dict without values keeps the order and drops repeated files.
     order = dict.fromkeys([*since.new_files, *since.mixed_files, *(row["values"] for row in counts)])
     paths = [path for path in order if path in size]
     totals = np.cumsum([size[path] for path in paths])

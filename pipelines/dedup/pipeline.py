@@ -106,6 +106,7 @@ def run(
     summary = DedupSummary()
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(galleries[0], name) as folder:
+        # The graph of one gallery is shared with other reports. That of two galleries serves this one only.
         graph_folder = os.path.join(folder if against else locate_reports(galleries[0]), "graph")
         graph = _open_wide_graph(config, galleries, graph_folder, summary, progress)
         phases.end("graph")
@@ -133,6 +134,7 @@ def _open_other(gallery: Gallery, against: str) -> Gallery:
     other = Gallery(against)
     if os.path.realpath(gallery.faces_folder) == os.path.realpath(other.faces_folder):
         raise ConfigError("--against names the same gallery: leave it out to look for copies inside it")
+    # Vectors of different models cannot be compared.
     gallery.contract.require(other.contract, f"the gallery {other.path!r}")
     return other
 
@@ -151,12 +153,14 @@ def _open_wide_graph(
 
 def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, pa.Table | None]:
     """Find the duplicates and, of two galleries, the shared identities."""
+    # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.
     table, row_of_node = gather_faces(galleries, graph.nodes)
     near = find_face_pairs(graph, table, row_of_node, config.dedup)
     ends = np.sort(np.stack([row_of_node[near.u], row_of_node[near.v]]), axis=0)
     duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup)
     if len(galleries) < 2:
         return duplicates, None
+    # Shared identities need all edges, and for each face the row of its representative; -1 if it has none.
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     edges = Pairs(row_of_node[pairs.u], row_of_node[pairs.v], pairs.distance)
     first = np.full(table.num_rows, -1, np.int64)
@@ -185,6 +189,7 @@ def write_tables(folder: str, duplicates: Duplicates, shared: pa.Table | None, s
         tables["identities"] = shared
     for name, table in tables.items():
         write_table(os.path.join(folder, f"{name}.parquet"), table)
+    # Lists and figures are of the first gallery only, which is side 0.
     decided = duplicates.decisions.filter(pc.equal(duplicates.decisions["side"], 0))
     keep = decided.filter(pc.equal(decided["decision"], "keep"))["uri"]
     drop = decided.filter(pc.equal(decided["decision"], "drop"))["uri"]
@@ -204,6 +209,7 @@ def _write_list(path: str, uris: pa.ChunkedArray) -> int:
     left_out = 0
     try:
         with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            # A path with a line break would read as two paths.
             for uri in _iterate_strings(uris):
                 if "\n" in uri or "\r" in uri:
                     left_out += 1

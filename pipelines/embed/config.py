@@ -112,6 +112,7 @@ class EmbedConfig:
 
     def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
         """Build the stages of a group, set to the group's device and threads."""
+        # Fill in what depends on the group: devices, threads, and the chips that the embedder takes.
         default_device = "cuda" if group.gpus else "cpu"
         detect_device = default_device if self.detect.device == "auto" else self.detect.device
         embed_device = default_device if self.embed.device == "auto" else self.embed.device

@@ -66,6 +66,7 @@ class EmbedListing:
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
         source = open_source(self.source)
+        # Erased images count as known, so that they are not embedded again.
         known = KnownImages(Gallery(self.gallery, self.version), source.name, suppressed.read_uris(self.gallery))
         watched = WatchedSource(source)
         try:
@@ -101,6 +102,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         ConfigError: The settings are wrong. No gallery is created then.
         AccountingError: An image was lost.
     """
+    # Find what is wrong with settings, source and models before a gallery is created.
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config = make_paths_absolute(config)
     contract = config.contract
@@ -115,6 +117,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
 
 def _try_model_files(config: EmbedConfig, gallery: str) -> None:
     """Load models of TOML files before a gallery is created: the corrected file would have another contract."""
+    # Loading on the CPU is enough to find an error in a file.
     detector_file = find_card_file(config.detect.model)
     embedder_file = find_card_file(config.embed.model)
     if not (detector_file or embedder_file) or Gallery.exists(gallery):
@@ -158,6 +161,7 @@ class _EmbedRun:
             self._missing_folder,
             self._config.missing.at_most,
         )
+        # The plan is made for this machine first. On a cluster it is made again for the cluster's resources.
         runner, blocks = _choose_runner(self._config.run, listing)
         is_finished = False
         try:
@@ -176,6 +180,7 @@ class _EmbedRun:
 
     def _process(self, runner: str, blocks: Blocks, plan: WorkerPlan, progress: Progress) -> EmbedSummary:
         """Run the workers, commit what they write, and mark missing images."""
+        # Only the last group of the chain writes parts.
         jobs = [self._make_job(group, writes=group is plan.groups[-1]) for group in plan.groups]
         summary = EmbedSummary(self._id, runner, plan.workers)
         attach_summary(summary)
@@ -192,6 +197,7 @@ class _EmbedRun:
 
     def _make_job(self, group: WorkerGroup, *, writes: bool) -> WorkerJob:
         """Make the job of a group's workers."""
+        # If images were erased by content, a stage after reading recognises copies under other names.
         stages = list(self._config.build_stages(group))
         if "read" in group.stages and suppressed.read_contents(self._gallery.path).size:
             stages.insert(1, Suppress(self._gallery.path))
@@ -241,6 +247,7 @@ def _commit_records(
     last_commit = start
     interval = commit_seconds
     pending: list[PartRecord] = []
+    # Blocks come back in any order, so they are counted and their numbers are added up.
     count = 0
     number_sum = 0
     last_number = 0
@@ -314,6 +321,7 @@ def _choose_runner(config: RunConfig, listing: EmbedListing) -> tuple[str, Block
         return config.runner, listing
     if "RAY_ADDRESS" not in os.environ and config.layout == "fused":
         return "local", listing
+    # Keep the listed blocks, so that a small source is listed once only.
     images = 0
     listed: list[Block] = []
     for block in listing():

@@ -77,6 +77,7 @@ class EmbedSummary:
         self.erased += record.erased
         self.statuses.update(record.statuses)
         self.stage_seconds.update(record.seconds)
+        # The last block may be finished before others, so the flag stays set.
         self.listed_all = self.listed_all or record.last
 
     def to_dict(self) -> dict[str, Any]:

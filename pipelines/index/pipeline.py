@@ -115,6 +115,7 @@ class _IndexBuilder:
 
     def build(self, reason: str) -> IndexSummary:
         """Train a template and build all shards from the table."""
+        # Train on a sample of the table, then build shards of whole files.
         changes = add_all(self._gallery)
         plan = self._plan(changes.added)
         self._on_progress(plan.describe())
@@ -141,6 +142,7 @@ class _IndexBuilder:
             vectors = manifest.live + changes.added - changes.removed
             if self._factory is None and is_outgrown(template.lists, vectors):
                 return self.build(f"outgrown: {template.factory} was planned for {template.vectors} faces")
+            # Add what is new beside the old shards. Deleted faces only get tombstones until their shard is merged.
             plan = self._plan(max(1, manifest.live + changes.added), template.factory)
             shards = add_tombstones(self._store, manifest.shards, changes.tombstones)
             shards += self._add_shards(changes, template, plan.shard_limit)
@@ -156,6 +158,7 @@ class _IndexBuilder:
             return self.build(
                 f"the lists' imbalance grew beyond {self._config.index.max_imbalance:g} times that of training"
             )
+        # Measure again only if the index has grown much or another recall is requested: a measurement is expensive.
         recall_changed = self._recall != manifest.recall
         if draft == manifest and not recall_changed:
             return self._finish(manifest)
@@ -169,6 +172,7 @@ class _IndexBuilder:
             return self.build("the template was damaged")
         if not damage:
             return self._finish(manifest)
+        # Drop the damaged shards from the manifest; the comparison with the table then finds their faces missing.
         intact = tuple(shard for shard in manifest.shards if shard.name not in damage)
         began = time.monotonic()
         intact_manifest = replace(manifest, shards=intact)
@@ -218,6 +222,7 @@ class _IndexBuilder:
                 continue
             faces = sum(file.faces for file in group)
             self._on_progress(f"shard {len(shards) + 1} of {len(groups)}: {faces} faces")
+            # Of a file that other shards hold in part, only the fresh faces are taken.
             only = None if all(file.whole for file in group) else changes.fresh
             paths = [file.path for file in group]
             rows = read_face_rows(self._gallery.faces_folder, paths, only, self._skipped)
@@ -228,6 +233,7 @@ class _IndexBuilder:
         return shards
 
     def _check_disk(self, faces: int) -> None:
+        # Fail early: a full disk in the middle of a build would waste hours.
         needed = faces * _BYTES_PER_FACE
         free = shutil.disk_usage(self._store.folder).free
         if needed > free:
@@ -242,6 +248,7 @@ class _IndexBuilder:
 
     def _build_on_ray(self, groups: list[list[TableFile]], template: Template) -> Iterator[ShardEntry]:
         """Build one shard per group in tasks of Ray."""
+        # Tasks on other machines read the template from the store.
         self._store.upload([template.name])
         tasks = [
             _ShardTask(self._gallery.path, template, self._gallery.faces_folder, [file.path for file in group])
@@ -260,6 +267,7 @@ class _IndexBuilder:
     def _merge(self, shards: list[ShardEntry], limit: int, merge_all: bool) -> list[ShardEntry]:
         """Merge the shards that are due, or all."""
         began = time.monotonic()
+        # Each merge replaces a group of shards by one without the deleted vectors.
         if merge_all:
             groups = plan_full_merge(shards, limit)
         else:
@@ -287,6 +295,7 @@ class _IndexBuilder:
         # The time identifies the index to a search that was interrupted: it resumes only if nothing changed.
         if measure or self.summary.action != "unchanged":
             draft = replace(draft, created=time.time())
+        # Publish only if the lease is still held and the manifest is the one that was read; `_tag` tells.
         self._lease.check()
         self._tag = manifests.publish(self._gallery.path, draft, self._tag)
         manifests.sweep(self._gallery.path, draft)

@@ -87,9 +87,11 @@ def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embe
     with hold_lease(storage.join(gallery, RUNS), "nightly job", on_progress):
         night = _Night(config, NightSummary(gallery), on_progress)
         attach_summary(night.summary)
+        # Each step reads the table anew, and so sees what the steps before it committed.
         night.finish_erasures()
         for source in config.source:
             night.embed_source(source, on_embed)
+        # Without a gallery no source had an image, and nothing else can be done.
         if not Gallery.exists(gallery):
             raise SourceError("; ".join([*night.summary.failures, *night.summary.problems]))
         night.update_index()
@@ -118,6 +120,7 @@ class _Night:
         try:
             yield
         finally:
+            # Steps such as embed run once per source, and their times are added up.
             spent = self.summary.seconds.get(step, 0.0) + time.monotonic() - began
             self.summary.seconds[step] = round(spent, 3)
 
@@ -138,6 +141,7 @@ class _Night:
         name = source.title
         with self._measure("embed", name):
             try:
+                # A source that cannot be opened is a failure in any case; one without images may not be.
                 open_source(source.to_source())
             except SourceError as error:
                 self.summary.failures.append(f"{name}: {error}")
@@ -156,12 +160,14 @@ class _Night:
     def _add_counts(self, name: str, embedded: EmbedSummary) -> None:
         """Add up images and failures over the sources, and note why missing images were left alone."""
         summary = self.summary
+        # Too many missing images at once count as a failure, other reasons as a note.
         if embedded.missing_ignored:
             is_guarded = embedded.missing_ignored.endswith(TOO_MANY_MISSING)
             notes = summary.failures if is_guarded else summary.problems
             notes.append(f"{name}: missing images were left alone: {embedded.missing_ignored}")
         summary.images += embedded.images
         summary.failed += embedded.failed
+        # The budget counts the images of all sources together.
         allowed = max(self.config.night.few_failed, self.config.night.max_failed * summary.images)
         summary.over_budget = summary.failed > allowed
 
@@ -196,6 +202,7 @@ class _Night:
     def erase_images(self) -> None:
         """Erase images past their retention, and those missing from a source whose policy is erase."""
         with self._measure("erase"):
+            # Only images that are missing from their source may be embedded again when it lists them.
             for name, selection in list_erasures(self.config):
                 erased = erase.run(selection, self.gallery, may_return=selection.missing, progress=self._on_progress)
                 if erased.images or erased.receipts:

@@ -88,6 +88,7 @@ def _list_source(
     name = source.title
     is_watched = source.missing != "keep"
     try:
+        # Count the listing by what `embed` would do, and collect the images of the source that it does not name.
         listing = WatchedSource(open_source(source.to_source()))
     except SourceError as error:
         preview.failures.append(f"{name}: {error}")
@@ -103,6 +104,7 @@ def _list_source(
             preview.failures.append(f"{name}: no image in {source.uri!r}")
         return _Unlisted()
 
+    # No image is marked if too many are missing, or if a part of the source could not be listed.
     has_too_many = missing > int(config.night.missing_at_most * known.source_count)
     if is_watched and has_too_many and not listing.broken_count:
         preview.failures.append(
@@ -117,6 +119,7 @@ def _count_missing_and_erased(
     """Count the images that would be marked as missing, and those that would be erased for either reason."""
     marked = 0
     erased = {reason: {"images": 0, "faces": 0} for reason in _list_reasons(source)}
+    # Without a retention the cutoff is now, but the reason `retention` is absent, so that it has no effect.
     cutoff = pa.scalar(datetime.now(UTC) - timedelta(days=source.retention_days or 0), pa.timestamp("us", "UTC"))
     for batch in gallery.batches(list(_COLUMNS), ds.field("source") == source.title, rows=_BATCH_ROWS):
         # One row per image, and one row per face.

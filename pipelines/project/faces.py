@@ -45,10 +45,12 @@ class _LowestKeys:
         """Add ids (m,) with their keys (m,)."""
         self._keys = np.concatenate([self._keys, keys])
         self._ids = np.concatenate([self._ids, ids])
+        # Sort only if twice as many have gathered, so that memory is bounded and sorting is rare.
         if len(self._keys) > 2 * self._n:
             self._trim()
 
     def _trim(self) -> None:
+        # Ties of keys are broken by id, so that the order of the table does not matter.
         order = np.lexsort((self._ids, self._keys))[: self._n]
         self._keys = self._keys[order]
         self._ids = self._ids[order]
@@ -125,6 +127,7 @@ def choose_faces(
     """
     if pairs_file is not None:
         return _choose_for_pairs(gallery, dim, count, seed, pairs_file)
+    # Lowest hashes are a random sample that needs one pass and no order.
     fitted = _LowestKeys(count)
     measured = _LowestKeys(_MAX_MEASURED)
     for ids, labels in _iterate_labels(gallery):
@@ -134,6 +137,7 @@ def choose_faces(
         is_held = has_label & (person_keys < np.uint64(int(held * 2**64)))
         fitted.add(_hash_ids(ids[~is_held], seed), ids[~is_held])
         measured.add(person_keys[is_held], ids[is_held])
+    # Number the persons 0, 1, ... by their keys.
     person_keys, ids = measured.get_sorted()
     persons = np.unique(person_keys, return_inverse=True)[1]
     return FaceSample(fitted.get_ids(), dict(zip(ids.tolist(), persons.tolist(), strict=True)))
@@ -141,6 +145,7 @@ def choose_faces(
 
 def _choose_for_pairs(gallery: Gallery, dim: int, count: int, seed: int, path: str) -> FaceSample:
     """Choose the faces of a pairs file to measure on, and others to fit on."""
+    # Every image of the file must be in the gallery, but not every image needs a face.
     pairs = read_pairs(path)
     names = {name for pair in pairs for name in (pair.left, pair.right)}
     rows = read_subject_rows(gallery, names, ["face_id"])
@@ -153,7 +158,9 @@ def _choose_for_pairs(gallery: Gallery, dim: int, count: int, seed: int, path: s
     if kinds != {False, True}:
         raise EvaluationError(f"the pairs of {path!r} are all of one kind: list pairs of one person and of two")
     faces_by_name = {name: int(row["face_id"]) for name, row in rows.items() if row["face_id"] is not None}
+    # The pairs say who is the same person, so persons need no numbers here.
     measured = dict.fromkeys(faces_by_name.values(), 0)
+    # Sample from the faces outside the pairs, and from all faces in case those are too few.
     others = _LowestKeys(count)
     everything = _LowestKeys(count)
     for ids, _ in _iterate_labels(gallery):
@@ -173,6 +180,7 @@ def _iterate_labels(gallery: Gallery) -> Iterator[tuple[Int64, list[str | None]]
 
 def _hash_ids(ids: Int64, seed: int) -> UInt64:
     """Hash each id with the seed, by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    # Arithmetic is modulo 2**64; overflow is intended.
     x = ids.view(np.uint64) + np.uint64(hash64(str(seed)))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -202,6 +210,7 @@ class FaceCutter:
         locator = ImageLocator()
         for batch in self._gallery.batches(_COLUMNS, _WITH_FACE):
             is_wanted = np.isin(batch["face_id"].to_numpy(), faces)
+            # Group the wanted faces by image, so that each image is read once.
             rows_by_image: dict[str, list[dict[str, Any]]] = {}
             for row in batch.filter(pa.array(is_wanted)).to_pylist():
                 rows_by_image.setdefault(row["uri"], []).append(row)
@@ -216,6 +225,7 @@ class FaceCutter:
         indices = result["face_index"].to_pylist()
         # An image has one row per face; its first row counts it.
         images.update(status for status, n in zip(statuses, indices, strict=True) if status != OK or n == 0)
+        # A chip is a flat buffer of its pixels. Faces that could not be cut have none.
         width, height = self._size
         ids = []
         chips = []
@@ -238,6 +248,7 @@ def _build_table(images: list[list[dict[str, Any]]], locator: ImageLocator) -> p
     items = [(*locator.locate_image(faces[0]["uri"]), None) for faces in images]
     arrays = [pa.array(column, f.type) for column, f in zip(zip(*items, strict=True), WORK_ITEM, strict=True)]
     work = pa.table(arrays, WORK_ITEM)
+    # Lists are flat: 4 numbers per box and 10 per face for landmarks. Names are not needed.
     known_faces = {
         "given_image": [faces[0]["image_id"] for faces in images],
         "given_faces": [[face["face_id"] for face in faces] for faces in images],

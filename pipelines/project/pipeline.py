@@ -155,6 +155,7 @@ def _load_model(path: Path, card_file: CardFile, config: ProjectConfig) -> Embed
     load_card(path)  # checks the weights' SHA-256
     threads = config.threads or detect_local_resources().cpus
     embedder = load_embedder(path, resolve_device(config.device), threads, raw=True)
+    # A model of 128 dimensions or fewer needs no projection.
     if embedder.dim <= EMBEDDING_DIM:
         fit_projection(SecondMoment(embedder.dim))  # raises and says why
     return embedder
@@ -178,6 +179,7 @@ def _embed_faces(
     images = Counter[str]()
     done = 0
     for ids, chips in cutter.cut_chips(sample.all, images):
+        # Vectors are (n, dim). Those to fit on only add to the moments, so that memory does not grow with them.
         vectors = _embed_chips(embedder, chips, config)
         moment.add(vectors[np.isin(ids, sample.fitted)])
         raw_vectors |= {int(n): v for n, v in zip(ids, vectors, strict=True) if n in sample.measured}
@@ -195,6 +197,7 @@ def _embed_chips(embedder: Embedder, chips: UInt8, config: ProjectConfig) -> Flo
     for start in range(0, len(chips), config.batch):
         part = chips[start : start + config.batch]
         vectors = embedder.embed(part)
+        # The mirror image reverses the axis of width of (n, h, w, 3).
         parts.append((vectors + embedder.embed(part[:, :, ::-1])) / 2 if config.flip else vectors)
     return np.concatenate(parts) if parts else np.empty((0, embedder.dim), np.float32)
 
@@ -215,6 +218,7 @@ def _measure_loss(
     summary: ProjectSummary, sample: FaceSample, raw_vectors: dict[int, Any], projection: Projection, seed: int
 ) -> None:
     """Compare the verification of pairs with all dimensions and with 128, and note the result in the summary."""
+    # Pairs come from the file, or are drawn from the labels of held-out persons.
     faces = list(raw_vectors)
     pairs = sample.build_pairs(faces) or draw_pairs(sample.get_persons(faces), seed)
     if pairs is None:
@@ -234,6 +238,7 @@ def _build_card(card_file: CardFile, projection: str, summary: ProjectSummary) -
         projection: file name of the matrix.
         summary: what the projection keeps and loses.
     """
+    # The threshold of the full vectors does not hold for the reduced ones, so it is set anew or left empty.
     figures = {**card_file.figures, "energy_of_128": round(summary.energy, 6)}
     threshold = None
     if summary.full and summary.reduced:

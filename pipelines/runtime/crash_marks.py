@@ -44,9 +44,11 @@ class CrashMarks:
         Yields:
             Whether a worker crashed on the block, or a run on one of its images.
         """
+        # A mark that exists already is from a worker that ended on this block, and whose block is tried again.
         mark = storage.join(self._folder, f"{_BLOCK}{number}")
         names = [_name_image(uri) for uri in uris]
         has_crashed = storage.file_exists(mark) or any(name in self.suspects for name in names)
+        # No `finally` below: if the work ends with an error or with the process, the marks must stay.
         _write_mark(mark, "\n".join(names))
         yield has_crashed
         if has_crashed:
@@ -63,6 +65,7 @@ class CrashMarks:
         """
         name = _name_image(uri)
         mark = storage.join(self._folder, _IMAGE + name)
+        # A mark tells of a worker of this run that ended on the image. Suspects are counted over earlier runs.
         crashes = self.suspects.get(name, 0)
         has_crashed = storage.file_exists(mark) or crashes >= _MAX_CRASHES
         if not has_crashed:
@@ -82,6 +85,7 @@ def inherit_crash_marks(runs: str, run: str) -> int:
     Returns:
         Number of suspect images.
     """
+    # Marks lie in folders of runs; files directly in the folder are records of runs.
     marks = [entry.url for entry in storage.list_files(runs) if _split_relative(runs, entry.url)[1:]]
     suspects: dict[str, int] = {}
     for path in marks:
@@ -100,6 +104,7 @@ def inherit_crash_marks(runs: str, run: str) -> int:
 
 def _read_suspects(path: str) -> dict[str, int]:
     """Read the suspects that a mark tells of, and their crashes while they were alone."""
+    # Images of a block are suspects without a crash of their own; an image in work alone has one more crash.
     file_name = path.rsplit("/", 1)[1]
     text = _read_mark(path)
     if file_name.startswith(_BLOCK):

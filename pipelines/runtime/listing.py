@@ -20,6 +20,7 @@ def count_listed(source: Source, known: KnownImages) -> Counts:
     """
     counts = dict.fromkeys((*VERDICTS, "ignored"), 0)
     for block in cut_blocks(source, known, BlockSize()):
+        # An image with a previous fingerprint is in the gallery with other content.
         changed = block.items.num_rows - block.items["previous"].null_count
         counts["changed"] += changed
         counts["new"] += block.items.num_rows - changed

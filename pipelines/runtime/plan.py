@@ -112,6 +112,7 @@ def _make_gpu_group(resources: Resources, workers: int | None) -> WorkerGroup:
 
 def _make_split_plan(resources: Resources, workers: int | None) -> WorkerPlan:
     """Make a group of workers that decode, and one of workers that run the models, each with a GPU."""
+    # One CPU per GPU stays free for the process that runs the models.
     decoders = max(1, workers or resources.cpus - resources.gpus)
     # On several machines GPU workers request no CPUs: decoders may have taken all CPUs of a GPU's machine.
     is_one_machine = resources.cpus_per_gpu is None
@@ -121,5 +122,6 @@ def _make_split_plan(resources: Resources, workers: int | None) -> WorkerPlan:
 
 def detect_local_resources() -> Resources:
     """Count the CPUs that this process may use, and the GPUs that torch sees."""
+    # The affinity respects limits that the system sets for this process, which the number of CPUs does not.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Resources(cpus, count_gpus())

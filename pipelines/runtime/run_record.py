@@ -28,9 +28,11 @@ TERMINATED = 143
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Words that may be labels of counters: anything else may hold a path or a name.
 _LABEL = re.compile(r"[A-Za-z0-9_+-]{1,64}")
 # Whole numbers of a summary that are settings, not counts.
 _SETTINGS = frozenset(("version", "table_version", "workers", "nprobe", "rescore"))
+# Names of counters that are made from mappings of a summary.
 _SINGULAR = {"statuses": "status", "pairs": "pair", "decisions": "decision"}
 
 
@@ -131,6 +133,7 @@ class ActiveRun:
 
     def _log_end(self, state: State) -> None:
         """Log how the run ended, with its figures."""
+        # Other states, such as interrupted, are logged as warnings.
         levels = {"done": logging.INFO, "failed": logging.ERROR}
         logs.log_event(
             "run.ended",
@@ -207,6 +210,7 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
         job: name of the job.
         parent: id of the run that started this one; by default the run around this one.
     """
+    # A run of the same job on the same gallery is the outer run, which ends the record itself.
     outer = _current_run.get()
     path = _normalise_path(gallery)
     if outer and outer.record.job == job and _normalise_path(outer.gallery) == path:
@@ -214,6 +218,7 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
         return
     if parent is None and outer:
         parent = outer.id
+    # The record is also written at the start, so that a run that is killed leaves one too.
     record = RunRecord(runs.new_run_id(), job, parent, runs.format_now())
     run = ActiveRun(path, record)
     with logs.bind_run(record.run, job):
@@ -231,6 +236,7 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
             run.end("done", DONE)
         finally:
             _current_run.reset(token)
+            # Only the outermost run writes metrics, after its record is complete.
             metrics_file = _metrics_file.get()
             if metrics_file and outer is None:
                 _write_metrics(metrics_file, path)
@@ -253,6 +259,7 @@ def record_calls(job: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        # The signature finds the gallery among the arguments, whether it is passed by position or by name.
         parameters = signature(function)
 
         @wraps(function)
@@ -277,6 +284,7 @@ def attach_summary(summary: Any) -> None:
 
 def classify_end(error: BaseException) -> tuple[State, int]:
     """Return the state and the exit code of a run that an exception ended."""
+    # Signals first, then errors by the exit codes that they mean.
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if type(error).__name__ == "Terminated":

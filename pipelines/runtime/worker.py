@@ -69,6 +69,7 @@ class BlockWorker:
         Raises:
             AccountingError: The stages lost or added an image.
         """
+        # A block that crashed a worker before is run image by image. An empty block only carries its counts.
         self._chain.seconds.clear()
         rows = None
         if block.items.num_rows > 0:
@@ -77,6 +78,7 @@ class BlockWorker:
                 rows = self._run_one_by_one(block) if has_crashed else self._run_block(block)
         if not self.job.writes:
             return replace(block, rows=rows)
+        # The record counts the block. `write_part` completes it with what the rows say.
         record = PartRecord(
             block.number,
             skipped=block.skipped,
@@ -108,6 +110,7 @@ class BlockWorker:
 
         The crash marks stay, and tell the new process what was being worked on.
         """
+        # Running out of memory is no fault of the device: the images are tried one by one instead.
         uses_gpu = any(str(getattr(stage, "device", "cpu")).startswith("cuda") for stage in self.job.stages)
         if uses_gpu and type(error).__name__ != "OutOfMemoryError":
             print(f"facepipe worker: {type(error).__name__}: {redact(str(error))[:300]}", file=sys.stderr, flush=True)
@@ -120,6 +123,7 @@ class BlockWorker:
         """
         parts: list[pa.Table] = []
         failures: list[Exception] = []
+        # Each image has a mark of its own, so that one that ends the process is known to its successor.
         for n, uri in enumerate(block.items["uri"].to_pylist()):
             item = block.items.slice(n, 1)
             with self._crash_marks.mark_image(uri) as has_crashed:

@@ -38,6 +38,7 @@ def open_report_folder(
         StorageError: The folder cannot be written.
     """
     with hold_lease(join(gallery.path, REPORTS), "reports", progress) as lease:
+        # The report is made in `partial`; `previous` holds the old one while the two change places.
         store = open_store(gallery.path, f"{REPORTS}/{name}")
         final = store.folder
         partial = final + ".partial"
@@ -54,6 +55,7 @@ def open_report_folder(
             if os.path.isdir(final):
                 os.rename(final, previous)
             os.rename(partial, final)
+            # The page comes last, so that it never points at a file that is not uploaded yet.
             store.push(last="report.html")
         except OSError as error:
             raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error

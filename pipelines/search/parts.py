@@ -16,6 +16,7 @@ from facepipe.index.search import Index
 from facepipe.storage import describe_error, replace_file
 from pipelines.search.config import SearchSummary
 
+# Key of the counts in a part's Parquet metadata, from which a resumed search adds them up.
 _COUNTS = b"facepipe.counts"
 
 
@@ -63,6 +64,7 @@ class SearchTask:
 
 def prepare_folder(work: str, job: SearchJob) -> None:
     """Note the job in the folder of the parts, and delete the parts of another job."""
+    # Parts of another job would give wrong answers, so the job is compared as text with the stored one.
     path = os.path.join(work, "job.json")
     state = json.dumps(asdict(job), sort_keys=True)
     try:
@@ -93,8 +95,10 @@ def find_unfinished(source: QuerySource, rows: int, work: str, summary: SearchSu
 def search_block(task: SearchTask) -> SearchCounts:
     """Search a block of queries and write its part, which appears when it is complete."""
     index = _open_index(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
+    # A search of lists needs no device.
     device = task.device if task.job.path == "scan" else None
     table, counts = answer_queries(index, read_block(task.block), task.job.find, device)
+    # The part and its counts become visible together, by one rename.
     table = table.replace_schema_metadata({_COUNTS: json.dumps(asdict(counts))})
     path = _get_part_path(task.work, task.block.number)
     with replace_file(path, unique=True) as unfinished:
@@ -110,6 +114,7 @@ def deliver(work: str, out: str, blocks: int) -> None:
         out: path of the file, if it ends with .parquet, or of the folder.
         blocks: number of parts.
     """
+    # The output appears by a rename. Parts are joined one at a time, to need the memory of one.
     parts = [_get_part_path(work, number) for number in range(blocks)]
     try:
         if out.endswith(".parquet"):

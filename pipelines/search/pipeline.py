@@ -45,6 +45,7 @@ def run(
     """
     began = time.monotonic()
     table = Gallery(gallery)
+    # Refuse what cannot be replaced, and a missing index, before any query is read.
     if os.path.exists(out) and not (os.path.isfile(out) and out.endswith(".parquet")):
         raise ConfigError(f"{out!r} exists: choose another name")
     manifests.load(table.path)  # raises before any image is read
@@ -67,6 +68,7 @@ def _embed_queries(
     config: SearchConfig, contract: Contract, images: str, work: str, summary: SearchSummary
 ) -> QuerySource:
     """Embed images with the gallery's models, into a gallery beside the output."""
+    # Use the gallery's models; a file in the config is loaded if it is of the same model. No thumbnails are needed.
     base = config.embed
     embed_config = replace(
         base,
@@ -78,6 +80,7 @@ def _embed_queries(
         align=replace(base.align, thumbs=False),
     )
     contract.require(embed_config.contract, "the gallery that is searched")
+    # The queries are kept in the work folder, so that an interrupted search does not embed them again.
     path = os.path.join(work, "queries")
     embedded = embed.run(embed_config, path)
     gallery = Gallery(path)
@@ -102,10 +105,12 @@ def _search_blocks(
     runner = config.run.runner
     on_ray = runner == "ray" or (runner == "auto" and "RAY_ADDRESS" in os.environ)
     try:
+        # Choose the device and the threads of a task.
         resources = ray.start() if on_ray else None
         device = ray.choose_device(config.run.device, resources) if resources else resolve_device(config.run.device)
         threads = config.run.cpus if on_ray else None
         total = source.count()
+        # Choose between lists and a scan by their estimated costs on this hardware.
         work_size = ScanWork(
             queries=min(total, config.run.block),
             total=total,
@@ -123,6 +128,7 @@ def _search_blocks(
         prepare_folder(work, job)
         blocks = find_unfinished(source, config.run.block, work, summary)
         tasks = (SearchTask(job, block, work, threads, device) for block in blocks)
+        # Tasks are generated lazily: blocks are cut while earlier ones are searched.
         results: Iterable[tuple[SearchTask, SearchCounts]] = ((task, search_block(task)) for task in tasks)
         if on_ray:
             results = ray.run_tasks(search_block, tasks, config.run.cpus, gpus=int(device != "cpu"))
@@ -141,6 +147,7 @@ def _plan_job(
     """Decide what `auto` means: whether to scan, and whether a face finds itself."""
     options = config.search
     if options.leave_self_out is None:
+        # A gallery that searches itself would find each face as its own nearest neighbour.
         searches_itself = source.gallery and os.path.realpath(source.path) == os.path.realpath(gallery.path)
         options = replace(options, leave_self_out=searches_itself)
     path: str = options.path
@@ -166,6 +173,7 @@ def _describe_job(summary: SearchSummary, job: SearchJob, manifest: Manifest) ->
     summary.path = job.path
     summary.vectors = manifest.live
     summary.nprobe, summary.rescore = manifest.choose_setting(job.find.recall)
+    # A scan, or an index without lists, compares every vector, so that its recall is 1.
     is_exact = job.path == "scan" or not manifest.template.lists
     if is_exact:
         summary.recall_at_10 = 1.0

@@ -63,6 +63,7 @@ class TrainConfig:
     @property
     def batch_size(self) -> BatchSize:
         """The number that must divide by the number of workers."""
+        # The unit is what must not be split between workers: an identity, a triplet or a face.
         if self.sample.identities:
             return BatchSize("sample.identities", self.sample.identities)
         if self.loss.offline:
@@ -152,6 +153,7 @@ def check_lengths(model: ModelConfig, schedule: ScheduleConfig, run: TrainingRun
     Raises:
         ConfigError: A setting would have no effect, such as a milestone after the end.
     """
+    # Milestones, warm-up and unfreezing are in the unit of the length: steps if they are set, else epochs.
     length = schedule.steps or schedule.epochs
     if schedule.milestones and schedule.policy != "step":
         raise ConfigError(f"schedule.milestones need policy step, but schedule.policy={schedule.policy}: remove one")
@@ -187,6 +189,7 @@ def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
     Raises:
         ConfigError: A setting is unknown, has a wrong value or contradicts another.
     """
+    # A section `detection` in any layer decides for a detector.
     kind: type[TrainConfig | DetectorConfig] = TrainConfig
     if any("detection" in layer for layer in layers):
         kind = DetectorConfig

@@ -66,6 +66,7 @@ def write_manifest(output: str, facts: dict[str, Any], outcome: Outcome, config:
     """
     import torch
 
+    # Settings may hold addresses with credentials, so the whole text is redacted.
     content = {
         "facepipe": facepipe.__version__,
         "torch": torch.__version__,

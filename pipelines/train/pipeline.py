@@ -133,6 +133,7 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
         A function that tells whether a signal was caught.
     """
     caught: list[int] = []
+    # Only the main thread may set handlers of signals.
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -173,8 +174,10 @@ class EmbedderJob:
 
         self.config = config
         self.start = start
+        # Make the chips to train on.
         folder = config.run.chips or os.path.join(config.run.output, "chips")
         self._chips = prepare_chips(config.data, start.chips, folder, log=log, keep_outdated=resumes)
+        # Make the chips of the pairs file, which include the images of persons that are trained on.
         pairs_folder = ""
         if config.validate.pairs and config.schedule.validate != 0:
             pairs_folder = f"{folder}-of-pairs"
@@ -187,6 +190,7 @@ class EmbedderJob:
         pairs = self.plan.build_pair_set()
         scoring = f"scored on {pairs.description}" if pairs else "not validated: the last network is the result"
         self.notes = [scoring, *self.plan.collect_notes(self._train)]
+        # Tell which layers did not fit the weights.
         resized = start.list_resized()
         if resized:
             self.notes.append(f"these start at random, because the weights have another dim: {', '.join(resized)}")
@@ -266,6 +270,7 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         "model_step": weights.step,
     }
     write_manifest(run.output, facts, outcome, config)
+    # Figures come from the metrics, which reach over all attempts. There are none if a run is too short for a line.
     last = entries[-1] if entries else None
     speeds = sorted(entry.speed for entry in entries)
     return TrainSummary(
@@ -310,6 +315,7 @@ def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> ModelWeights:
             best = checkpointing.read_checkpoint(path)
         except checkpointing.DamagedCheckpointError as error:
             raise TrainingError(f"{str(path)!r} is damaged: {error}. Delete it to use the last weights") from error
+        # A best checkpoint of another step belongs to an earlier history, and its scores would be wrong.
         if best["step"] == outcome.history.step:
             return ModelWeights(dict(best["net"]), best["step"], outcome.history.scores)
     last = checkpoints.load()
@@ -320,6 +326,7 @@ def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> ModelWeights:
 
 def _delete_outputs(output: str) -> None:
     """Delete the outputs of an earlier run, except its chips."""
+    # Checkpoints go first: without them no later run resumes from what is half deleted.
     checkpointing.CheckpointFolder(output).clear()
     for name in (metrics_log.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
         Path(output, name).unlink(missing_ok=True)
@@ -330,6 +337,7 @@ def _resolve_paths(config: TrainConfig | DetectorConfig) -> TrainConfig | Detect
     """Make all paths absolute, because workers may run in another folder than the user."""
     run = replace(config.run, output=_to_absolute(config.run.output), chips=_to_absolute(config.run.chips))
     start = config.model.start
+    # The start may be a registered name, which is no path.
     is_file = os.sep in start or os.path.isfile(start)
     model = replace(config.model, start=_to_absolute(start) if is_file else start)
     if isinstance(config, DetectorConfig):

@@ -30,6 +30,7 @@ from facepipe.training.validation import PairSet, read_validation_pairs, verify_
 from facepipe.types import Int64
 from pipelines.train.config import DetectorConfig, TrainConfig
 
+# Sections that the weights depend on: a checkpoint is resumed only if they are the same.
 _EMBEDDER_SECTIONS = ("data", "loss", "sample", "augment", "split", "validate")
 _DETECTOR_SECTIONS = ("detection",)
 _COMMON_SECTIONS = ("model", "optim", "schedule")
@@ -62,9 +63,11 @@ class EmbedderPlan:
         train, _ = self.split_chips()
         net = start.build(seed, config.model.dropout)
         head = build_objective(config.loss, start.dim, len(train.identities), seed)
+        # Centres are taken from faces only at the start: a checkpoint holds trained ones.
         if config.model.imprint and not CheckpointFolder(self.run.output).has_checkpoint:
             self._imprint_centres(net, head, start.input, train)
         task = self._build_task(net, head, train, start.input)
+        # The identity ties checkpoints to the settings, the initial weights and the chips.
         identity = _hash_sections(config, _EMBEDDER_SECTIONS)
         identity["weights"] = start.sha256
         identity["images"] = train.info.fingerprint
@@ -73,6 +76,7 @@ class EmbedderPlan:
     def _build_task(self, net: nn.Module, head: nn.Module, train: ChipSet, model_input: Input) -> TrainingTask:
         config = self.config
         seed = self.run.seed
+        # Offline mining has batches of its own; other losses draw them from the labels.
         verify = PairVerifier(self)
         if config.loss.offline:
             triplets = TripletSampler(train.labels, config.loss, config.sample.batch, seed)
@@ -81,6 +85,7 @@ class EmbedderPlan:
         return EmbeddingTask(net, head, Examples(train, sampler, config.augment, verify), model_input, seed)
 
     def _imprint_centres(self, net: nn.Module, head: nn.Module, model_input: Input, train: ChipSet) -> None:
+        # Embed in evaluation mode, so that centres do not depend on dropout or on the other faces of a batch.
         device = torch.device(resolve_device(self.run.device))
         net.to(device).eval()
         images = self.config.model.imprint
@@ -93,6 +98,7 @@ class EmbedderPlan:
         notes: list[str] = []
         if not config.loss.offline:
             notes += BatchSampler(train.labels, config.sample, self.run.seed).notes
+        # Warn if persons of the pairs file may be among those that are trained on.
         excludes = config.data.exclude or config.data.exclude_identities or config.validate.held_only
         if self.pairs and not excludes:
             notes.append(
@@ -119,6 +125,7 @@ class EmbedderPlan:
         config = self.config.validate
         if self.config.schedule.validate == 0:
             return None
+        # Pairs of a file come first, then pairs drawn from held-out images or persons.
         train, held = self.split_chips()
         if self.pairs:
             pairs = read_validation_pairs(config, train.identities)
@@ -126,6 +133,7 @@ class EmbedderPlan:
         if not len(held):
             return None
         if self.config.split.by == "images" and not self.config.split.names:
+            # If images are held out, their persons are also trained on, so pairs are drawn from rows of the whole set.
             whole = ChipSet.open(self.chips)
             _, held_rows = self._split_rows(whole)
             return PairSet.draw(whole, config, self.run.seed, held_rows)

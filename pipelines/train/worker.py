@@ -76,6 +76,7 @@ def train_inline(plan: TrainingPlan, on_progress: OnProgress, should_stop: Calla
     import torch
 
     ranks = Ranks(0, 1, torch.device(resolve_device(plan.run.device)))
+    # The number of threads is a setting of the whole process, which is restored for the caller.
     threads_before = torch.get_num_threads()
     try:
         return _run_loop(plan, ranks, plan.run.threads or _count_cpus(), on_progress, should_stop)
@@ -95,6 +96,7 @@ def _run_loop(
 
     torch.set_num_threads(threads)
     keep_freed_memory()
+    # The deterministic mode needs this variable before the first use of a GPU's matrix library.
     if plan.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(plan.run.deterministic)
@@ -122,6 +124,7 @@ class RayTraining:
         """
         device = self._choose_device(ray_runner.start())
         try:
+            # A stop file that an earlier run left would end this one at once.
             self._stop_file.unlink(missing_ok=True)
             box: dict[str, Any] = {}
             # Ray would handle Ctrl-C itself in the main thread, and end workers in the middle of a step.
@@ -142,6 +145,7 @@ class RayTraining:
         """
         run = self._run_config
         device = run.device
+        # Use GPUs if there is one per worker, CPUs if there is none. With some GPUs the user must decide.
         if device == "auto":
             if 0 < resources.gpus < run.workers:
                 raise ConfigError(
@@ -159,6 +163,7 @@ class RayTraining:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        # The results folder is only for the cluster's own state: checkpoints are written by the loop.
         on_gpu = device.name == "cuda"
         results = str(Path(self._run_config.output) / ".ray")
         with warnings.catch_warnings():
@@ -182,6 +187,7 @@ class RayTraining:
 
     def _watch(self, thread: threading.Thread, on_progress: OnProgress, should_stop: Callable[[], bool]) -> None:
         """Report new lines of the metrics until the thread ends, and pass a request to stop on to the workers."""
+        # Metrics are read from the file that the first worker appends to.
         reported = metrics_log.read_last_metrics(self._run_config.output)
         while thread.is_alive():
             thread.join(_POLL_S)
@@ -195,6 +201,7 @@ class RayTraining:
 
 def _get_outcome(box: dict[str, Any]) -> Outcome:
     """Return the outcome of the first worker, or raise the error that ended the training."""
+    # Look for an error of facepipe among those of the workers; otherwise take the last line of the text.
     error = box.get("error")
     if error is not None:
         for failure in getattr(error, "worker_failures", {}).values():
@@ -204,6 +211,7 @@ def _get_outcome(box: dict[str, Any]) -> Outcome:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1].strip()[:_MAX_ERROR_CHARACTERS] if lines else type(error).__name__
         raise WorkerError(f"Ray Train gave up: {reason}") from error
+    # A worker returns an error as its name and message if a retry cannot fix it.
     result = box["result"]
     if isinstance(result, Outcome):
         return result
@@ -223,6 +231,7 @@ def _run_worker(config: dict[str, Any]) -> Any:
     import ray.train.torch
     import torch
 
+    # Each worker computes on one device, and knows its rank among all.
     context = ray.train.get_context()
     plan: TrainingPlan = config["plan"]
     worker_device: WorkerDevice = config["device"]

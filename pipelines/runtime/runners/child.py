@@ -20,6 +20,7 @@ def main(fd: int) -> None:
     """
     logs.install_excepthook()  # an error that is raised below is shown without credentials
     connection = Connection(fd)
+    # A closed connection is the end of the work. An error of facepipe travels as it is, any other as text.
     try:
         _serve_blocks(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -37,6 +38,7 @@ def _serve_blocks(connection: Connection) -> None:
     worker.setup()
     connection.send_bytes(pickle.dumps(("ready", None)))
     while True:
+        # The driver sends the next block only after this record, so that one block is in work at a time.
         record = worker(decode_block(pickle.loads(connection.recv_bytes())))
         assert isinstance(record, PartRecord)
         connection.send_bytes(pickle.dumps(("record", record.to_json())))

@@ -9,6 +9,7 @@ from pipelines.runtime.worker import BlockWorker, WorkerJob
 
 def run(blocks: Callable[[], Iterable[Block]], job: WorkerJob) -> Iterator[PartRecord]:
     """Yield the records of the blocks, in order."""
+    # Load the models before the listing starts, so that a model that cannot be used is reported first.
     worker = BlockWorker(job)
     worker.setup()
     for block in blocks():

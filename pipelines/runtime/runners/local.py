@@ -17,9 +17,11 @@ from facepipe.sources.blocks import Block, encode_block
 from pipelines.runtime.plan import WorkerGroup
 from pipelines.runtime.worker import WorkerJob
 
+# Listed blocks that wait for a worker: enough that no worker waits for the listing, and few in memory.
 _BLOCKS_AHEAD = 2
 # Crashes in a row before a worker is ready. Later crashes leave a mark each, so that they come to an end.
 _MAX_FAILED_STARTS = 4
+# Time between two looks at the listing, as long as it goes on.
 _POLL_SECONDS = 0.05
 
 
@@ -63,9 +65,11 @@ class _ChildProcess:
 
 def _build_environment(group: WorkerGroup, number: int) -> dict[str, str]:
     """Build the environment of a worker process: this one's imports, its threads, and one GPU."""
+    # Threads are limited by variables because libraries read them when they are loaded.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment["OMP_NUM_THREADS"] = str(group.threads)
     if group.gpus:
+        # The number of a worker is its position among the GPUs that this process may use.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number].strip() if visible else str(number)
     return environment
@@ -104,6 +108,7 @@ class _ProcessPool:
 
     def run_blocks(self, listing: "_ListingThread") -> Iterator[PartRecord]:
         """Send blocks to idle workers, and yield records as they come, until all blocks are finished."""
+        # Give each idle worker a block: one to retry first, then the next of the listing.
         self._children = [_ChildProcess(self._job, self._group, n) for n in range(self._group.workers)]
         while True:
             for child in self._children:
@@ -111,6 +116,7 @@ class _ProcessPool:
                     block = self._get_next_block(listing)
                     if block is not None:
                         child.send_block(block)
+            # The work is finished if nothing is listed, to be retried or in work any more.
             is_busy = any(child.block is not None for child in self._children)
             if listing.exhausted and not self._retries and not is_busy:
                 return
@@ -129,6 +135,7 @@ class _ProcessPool:
     def _receive(self, child: _ChildProcess) -> PartRecord | None:
         """Receive a message of a worker; return the record if it is one."""
         try:
+            # A connection that ends without a message means that the process has crashed.
             kind, value = pickle.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
             self._replace(child)
@@ -196,6 +203,7 @@ class _ListingThread:
 
     def stop(self) -> None:
         """End the thread. If the listing itself hangs, leave the thread behind: it is a daemon."""
+        # Empty the queue, so that a thread that waits for room in it can see the flag.
         self._stopped = True
         with suppress(Empty):
             while True:

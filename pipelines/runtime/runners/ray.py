@@ -57,6 +57,7 @@ def start() -> Resources:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not ray.is_initialized():
         _initialise()
+    # A worker fits on every node with a GPU if it requests no more CPUs per GPU than the node with the fewest has.
     cluster = ray.cluster_resources()
     gpu_nodes = [node for node in _list_nodes() if node.get("GPU", 0) >= 1]
     cpus_per_gpu = min((int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes), default=None)
@@ -68,6 +69,7 @@ def _initialise() -> None:
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # A local start gets a small object store: only blocks of work items travel through it.
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE}
@@ -102,12 +104,14 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: Work
     import ray.data
     from ray.exceptions import RayError
 
+    # The listing runs in one task on this node, without a CPU of its own, so that it can start at once.
     driver_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         warnings.simplefilter("ignore", DeprecationWarning)
         _configure_ray_data()
         listing = _create_datasource(blocks, os.path.join(folder, "listed"))
         data = ray.data.read_datasource(listing, override_num_blocks=1, num_cpus=0, label_selector=driver_node)
+        # Each group of workers is a pool of actors, and a row of its input is one block.
         for job, group in zip(jobs, plan.groups, strict=True):
             data = data.map_batches(
                 _BlockActor,
@@ -169,6 +173,7 @@ def run_tasks(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
+    # Limit the request to the largest node, and keep twice as many tasks submitted as can run.
     node_cpus = (node.get("CPU", 0) for node in _list_nodes() if node.get("GPU", 0) >= gpus)
     cpus = min(cpus, max(node_cpus, default=0) or cpus)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(function)
@@ -176,6 +181,7 @@ def run_tasks(
     waiting = iter(items)
     submitted: dict[Any, Any] = {}
     while True:
+        # Submit tasks up to the limit, then wait for one of them to finish.
         for item in islice(waiting, max_submitted - len(submitted)):
             submitted[remote.remote(item)] = item
         if not submitted:
@@ -236,6 +242,7 @@ class RepeatableListing:
             # The last fingerprint may be cut short.
             known = known[: len(known) // _FINGERPRINT_BYTES * _FINGERPRINT_BYTES]
             file.truncate(len(known))
+            # Compare each block with the journal as far as that reaches, and append the fingerprints of the others.
             for n, block in enumerate(self._blocks()):
                 fingerprint = _compute_fingerprint(block)
                 start = n * _FINGERPRINT_BYTES
@@ -259,6 +266,7 @@ def _create_datasource(blocks: Callable[[], Iterable[Block]], journal: str) -> A
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
+    # The task pauses at each yield until there is room, so that the listing stays only a few blocks ahead.
     def read_rows() -> Iterator[pa.Table]:
         for block in RepeatableListing(blocks, journal)():
             yield pa.Table.from_pylist([encode_block(block)], schema=_ROW)
@@ -292,5 +300,6 @@ class _BlockActor:
 
 def _get_last_line(error: BaseException) -> str:
     """Return the last line of an error's text, or its type if it has no text."""
+    # The text of these errors is a traceback; its last line says what happened.
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else type(error).__name__
