@@ -253,8 +253,8 @@ def compute_identification(probes: Probes) -> Identification:
     count = len(probes.other)
     is_mated = np.isfinite(probes.mate)
     rank_1 = float((probes.mate[is_mated] < probes.other[is_mated]).mean()) if is_mated.any() else float("nan")
+    # Only rates that the probes can show at least once.
     points = tuple(
-        # Only rates that the probes can show at least once.
         find_operating_point(probes, fpir) for fpir in FPIRS if (1 - (1 - fpir) ** probes.share) * count >= 1
     )
     return Identification(count, int(is_mated.sum()), rank_1, points)

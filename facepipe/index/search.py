@@ -262,7 +262,7 @@ class Index:
             candidates = self._scanner.find_candidates(queries[pending], min(count, self.live + 1), setting.nprobe)
             distances = np.sqrt(self._compute_distances(queries[pending], candidates.ids))
             inside = distances <= radius
-            # Each round answers again, from all candidates of its own.
+            # Each round has more candidates, so that its answers replace the earlier ones.
             for n, query in enumerate(pending):
                 order = np.argsort(distances[n, inside[n]], kind="stable")[:max_faces]
                 answers[query] = (candidates.ids[n, inside[n]][order], distances[n, inside[n]][order])

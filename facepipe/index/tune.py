@@ -16,7 +16,7 @@ _MAX_DISTANCES = 500_000_000  # computed for the truth
 # Bounds of the sample's size if none is requested.
 _MIN_QUERIES = 200
 _MAX_QUERIES = 1000
-# Candidates re-scored per query, of which the curve tries the first and later both.
+# Candidates re-scored per query: the first number alone while recall is low, then both.
 _RESCORED = (100, 200)
 _FINE_RECALL = 0.85  # recall from which steps are small
 _CONFIDENCE = 1.64  # standard errors: the requested recall is reached with 95 % certainty
