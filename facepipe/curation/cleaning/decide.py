@@ -18,6 +18,7 @@ REVIEW = "review"
 DECISIONS = (KEEP, OUTLIER, RELABEL, DUPLICATE, LOW_QUALITY, REVIEW)
 _WRONG = 0.5  # noise above which a label is flagged: it is more likely wrong than right
 _SURE = 0.8  # a less likely decision goes to a person for review
+# The least noise of a label that fits another face of the photo better.
 _BYSTANDER_NOISE = 1 - 1e-3
 
 REASONS = (
@@ -162,6 +163,7 @@ def _find_best_other(
     probability = np.zeros(face_count, np.float32)
     similarity = np.full(face_count, np.nan, np.float32)
     others = np.flatnonzero(~candidates.is_own)
+    # Sort by face, then by falling probability and similarity: the first of each face is the best.
     keys = (-posteriors.similarity[others], -posteriors.probability[others], candidates.face[others])
     order = others[np.lexsort(keys)]
     best = order[np.diff(candidates.face[order], prepend=-1) > 0]
@@ -177,6 +179,7 @@ def _find_bystanders(candidates: LabelCandidates, noise: Float32, photo: Int64) 
     own = np.flatnonzero(candidates.is_own)
     face = candidates.face[own]
     identity = candidates.identity[own]
+    # Of one photo and label the face with the least noise comes first; the others are bystanders.
     order = np.lexsort((face, noise[face], identity, photo[face]))
     face = face[order]
     identity = identity[order]

@@ -43,11 +43,13 @@ def find_candidates(labels: Int64, pairs: Pairs) -> LabelCandidates:
     """
     identity_count = int(labels.max(initial=-1)) + 1
     stride = max(1, identity_count)
+    # Every face with its own label, and with the labels of its neighbours.
     faces = np.concatenate([np.arange(len(labels)), pairs.u, pairs.v])
     identities = np.concatenate([labels, labels[pairs.v], labels[pairs.u]])
     keys = np.unique((faces * stride + identities)[identities >= 0])
     face = keys // stride
     identity = keys % stride
+    # Faces without a label have no candidates.
     is_labelled = labels[face] >= 0
     face = face[is_labelled]
     identity = identity[is_labelled]
@@ -126,6 +128,7 @@ class IdentityCentres:
             block = slice(at, at + _BLOCK)
             rows = face[block]
             centres = identity[block]
+            # Take the face's own share out of the sums, and compare it with the mean of the rest.
             own = share[block]
             product = np.einsum("nd,nd->n", faces.vectors[rows], self.sums[centres]) - own
             weight = np.maximum(self.weight[centres] - own, 0)

@@ -41,6 +41,7 @@ def split_identities(faces: FaceVectors, labels: Int64, copies: Int64, pairs: Pa
         pairs: neighbouring faces.
         threshold: mean similarity from which two parts are one.
     """
+    # Edges inside an identity, and from each copy to the first face with its vector.
     is_inside = (labels[pairs.u] == labels[pairs.v]) & (labels[pairs.u] >= 0)
     is_copy = (copies != np.arange(len(copies))) & (labels == labels[copies]) & (labels >= 0)
     copy = np.flatnonzero(is_copy)
@@ -105,10 +106,12 @@ def summarise_identities(
     """
     labelled = np.flatnonzero(labels >= 0)
     identity = labels[labelled]
+    # One person under two names is judged by kept faces alone.
     is_kept = verdicts.is_decided(KEEP)
     left, right, similarity = _find_same_persons(
         faces, np.where(is_kept, labels, -1), pairs, identity_count=identity_count, threshold=threshold
     )
+    # Two persons under one name are judged without faces that belong to another identity.
     is_unclaimed = (labels >= 0) & ~verdicts.is_decided(RELABEL)
     apart_count, apart_similarity = _find_second_persons(
         faces, np.where(is_unclaimed, labels, -1), parts, identity_count
@@ -130,6 +133,7 @@ def _find_same_persons(
 ) -> tuple[Int64, Int64, Float32]:
     """Find pairs of identities whose kept faces are as similar as those of one person, the most similar first."""
     means = _sum_by_label(faces, kept_labels, identity_count)
+    # Pairs of identities that an edge between kept faces joins.
     u = kept_labels[pairs.u]
     v = kept_labels[pairs.v]
     is_across = (u >= 0) & (v >= 0) & (u != v)
@@ -146,6 +150,7 @@ def _find_second_persons(
     faces: FaceVectors, labels: Int64, parts: IdentityParts, identity_count: int
 ) -> tuple[Int64, Float32]:
     """Find identities with a second part of several faces: its size (k,), its mean similarity to the first (k,)."""
+    # The two largest parts of each identity, one list below the other as 2 k clusters.
     first = _sum_by_label(faces, np.where(parts.part == 0, labels, -1), identity_count)
     second = _sum_by_label(faces, np.where((parts.part == 1) & (parts.size > 1), labels, -1), identity_count)
     size = np.where(second.size >= 2, second.size, 0)
@@ -163,6 +168,7 @@ def _find_second_persons(
 def _sum_by_label(faces: FaceVectors, labels: Int64, identity_count: int) -> Clusters:
     """Sum the faces of each identity. A label of -1 (n,) does not count, and an empty identity has size 0."""
     used = np.flatnonzero(labels >= 0)
+    # Sort by identity, so that each identity is one run of rows in a block.
     order = used[np.argsort(labels[used], kind="stable")]
     sums = np.zeros((identity_count, faces.vectors.shape[1]), np.float32)
     crowd = np.zeros(identity_count, np.float32)

@@ -94,6 +94,7 @@ def judge_labels(
     """
     threshold = graph.info.threshold.similarity
     faces = FaceVectors(graph.nodes.vectors, graph.density)
+    # Neighbours are the edges that are as similar as one person's.
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
     copies = graph.representatives
@@ -179,6 +180,7 @@ def _number_photos(gallery: Gallery, graph: Graph, labels: Int64) -> tuple[Int64
     count = len(labels)
     photo = np.arange(count)
     pairs = find_same_photo_pairs(gallery, graph.nodes)
+    # The number of a photo is its first face.
     np.minimum.at(photo, pairs[:, 1], pairs[:, 0])
     same_label = pairs[labels[pairs[:, 0]] == labels[pairs[:, 1]]]
     sharers = 1 + np.bincount(same_label.ravel(), minlength=count)
@@ -207,6 +209,7 @@ def _reject_copies(
     """Overrule the decision to keep for faces whose picture is kept in a better copy under the same label."""
     table, row_of_node = gather_faces([gallery], graph.nodes)
     near = find_face_pairs(graph, table, row_of_node, rule)
+    # Turn pairs of nodes into pairs of rows.
     u = row_of_node[near.u]
     v = row_of_node[near.v]
     edges = Pairs(np.minimum(u, v), np.maximum(u, v), near.distance)

@@ -79,6 +79,7 @@ def build_decision_rows(
     for batch in gallery.batches(list(_GALLERY_COLUMNS), rows=_ROWS):
         faces = pa.Table.from_batches([batch.filter(batch["face_id"].is_valid())])
         at = nodes.find(faces["face_id"].to_numpy())
+        # Leave out faces without a label or a node.
         is_judged = (at >= 0) & (verdicts.decision[at] >= 0)
         yield _build_rows(faces.filter(pa.array(is_judged)), at[is_judged], verdicts, names, info)
 
@@ -87,6 +88,7 @@ def _build_rows(faces: pa.Table, at: Int64, verdicts: LabelVerdicts, names: pa.A
     distance = _to_distance(info, verdicts.own_similarity[at])
     nearest_distance = _to_distance(info, verdicts.other_similarity[at])
     other = verdicts.other[at]
+    # A relabelled face gets a suggestion; the nearest identity is named for every face.
     is_moved = verdicts.is_decided(RELABEL)[at]
     columns: dict[str, Any] = {name: faces[name] for name in _GALLERY_COLUMNS}
     columns |= {
@@ -104,6 +106,7 @@ def _build_rows(faces: pa.Table, at: Int64, verdicts: LabelVerdicts, names: pa.A
 
 
 def _to_distance(info: GraphInfo, similarity: Float32) -> Float32:
+    # For two faces of mean density: similarity = 1 - distance^2 / 2 - mean density.
     return np.sqrt(np.maximum(0, 2 - 2 * (similarity + np.float32(info.mean_density))))
 
 
@@ -126,6 +129,7 @@ def write_lists(folder: str, *, relabels: bool) -> ListSummary:
     """
     source = pq.ParquetFile(os.path.join(folder, DECISIONS_FILE))
     summary = ListSummary(root=_find_common_folder(source))
+    # Stream the decisions into the lists; identities are numbered as they appear.
     numbers = dict[str, int]()
     try:
         with _ListFiles(folder) as files:
@@ -176,12 +180,14 @@ def _write_row(
     if is_moved:
         files.relabel.writerow((uri, row["identity"], row["suggested"], f"{row['noise']:.4f}", row["face_id"]))
         summary.relabelled += 1
+    # The clean lists hold kept faces and, on request, relabelled ones under their new name.
     if row["decision"] != KEEP and not (is_moved and relabels):
         return
     name = row["suggested"] if is_moved else row["identity"]
     label = numbers.setdefault(name, len(numbers))
     files.clean.writerow((uri, name, label, row["face_id"]))
     summary.kept += 1
+    # Text lists have no quoting, so that some paths do not fit on a line.
     if not _is_listable(uri):
         summary.unlisted += 1
         return
@@ -201,6 +207,7 @@ def _find_common_folder(source: pq.ParquetFile) -> str:
     for batch in source.iter_batches(_ROWS, columns=["uri"]):
         uris = batch["uri"]
         if len(uris):
+            # What the lowest and the highest uri begin with, all between them begin with.
             lowest, highest = (value.as_py() for value in pa.compute.min_max(uris).values())
             root = _find_common_prefix(_find_common_prefix(lowest, highest), lowest if root is None else root)
     if not root or root.startswith("file://"):

@@ -15,12 +15,14 @@ from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, La
 from facepipe.types import Float32, Int64
 
 MIN_WEIGHT = 0.3  # faces that an identity must rest on before it counts
+# Bounds of the weights, to see how the variance falls with them.
 _WEIGHT_BINS = np.array([0.3, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf])
 _MIN_MASS = 8.0  # faces below which a distribution is not estimated
 _MAX_STRANGERS = 200_000  # sampled pairs of a face and another identity, for the distribution of impostors
 # Bounds of the log likelihood ratio: about 1 in 400 genuine faces is an outlier as far off as you like (pose, blur).
 _MAX_FOR = 20.0
 _MAX_AGAINST = 6.0
+# Rounds at most, rounds before damping begins, and the change of a probability that ends them.
 _MAX_ROUNDS = 40
 _UNDAMPED_ROUNDS = 8
 _SETTLED_CHANGE = 0.005
@@ -117,6 +119,7 @@ def estimate_label_posteriors(
             or too uniform to show what strangers look like.
         seed: seed of the sample of strangers.
     """
+    # Pairs of strangers show how similar faces are to identities that are not theirs.
     stranger_faces, stranger_identities = _sample_strangers(candidates, len(faces.density), seed)
     no_share = np.zeros(len(stranger_faces), np.float32)
     own = candidates.is_own
@@ -180,6 +183,7 @@ def _compute_posteriors(
     candidates: LabelCandidates, ratio: Float32, prior: Float32, *, swapped: float, unknown: float
 ) -> tuple[Float32, Float32]:
     """Compute the probability of each candidate (m,), and of belonging to none of them (n,)."""
+    # Prior times likelihood for each candidate, and for no identity; then divide by the sum per face.
     own = (1 - swapped - unknown) * prior[candidates.face]
     other = np.full(len(candidates), swapped / max(1, candidates.identity_count - 1))
     likelihood = np.where(candidates.is_own, own, other) * np.exp(ratio.astype(np.float64))
@@ -237,6 +241,7 @@ def _fit_normal(similarity: Float32, weight: Float32, share: Float32) -> Normal 
     variance = np.bincount(bins, share * (x - mean) ** 2, bin_count)[is_solid] / mass[is_solid]
     if is_solid.sum() < 2:
         return Normal(mean, max(overall, 1e-6), 0.0)
+    # The variance is a line in 1 / weight, whose two parts must not be negative.
     slope, _ = np.polyfit(inverse, variance, 1, w=np.sqrt(mass[is_solid]))
     per_face = float(np.clip(slope, 0, None))
     fixed = float(np.average(variance - per_face * inverse, weights=mass[is_solid]))

@@ -81,6 +81,7 @@ def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:
     own = verdicts.own_similarity
     other = verdicts.other_similarity
     is_kept = verdicts.is_decided(KEEP)
+    # The bins cover similarities to the own identity and to others.
     known = np.concatenate([own[~np.isnan(own)], other[~np.isnan(other)]])
     edges = linear_edges(float(known.min(initial=1)), float(known.max(initial=-1)) + 1e-3, 80)
     rows = (
@@ -106,6 +107,7 @@ def _build_size_histogram(judgement: LabelJudgement) -> Histogram:
 
 def _build_decision_table(verdicts: LabelVerdicts) -> Table:
     is_decided = verdicts.decision >= 0
+    # Count each combination of a decision and a reason.
     pairs = list(zip(verdicts.decision[is_decided], verdicts.reason[is_decided], strict=True))
     keys, counts = np.unique(np.array(pairs, np.int64).reshape(-1, 2), axis=0, return_counts=True)
     rows = tuple(
@@ -199,6 +201,7 @@ class _CleanGroups:
         ]
         if other >= 0:
             figures.append((self._get_name(other), self._format_distance(verdicts.other_similarity[face])))
+        # The face itself, then the best faces of both identities.
         rows = [self._build_face(face, decision, faces)]
         rows += [self._build_face(n, "label", faces) for n in self._select_best(label).tolist() if n != face]
         rows += [self._build_face(n, "other", faces) for n in self._select_best(other).tolist() if n != face]

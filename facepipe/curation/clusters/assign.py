@@ -125,10 +125,12 @@ def _find_best_near(faces: Clusters, known: Clusters, near: NearClusters) -> tup
     similarity = np.full(len(faces), -np.inf, np.float32)
     best = np.full(len(faces), -1, np.int64)
     pair_similarity = _compute_similarity(faces, known, near)
+    # The most similar cluster of each face comes first, of equal ones the smallest number.
     order = np.lexsort((near.cluster, -pair_similarity, near.face))
     first = order[np.flatnonzero(np.diff(near.face[order], prepend=-1))]
     best[near.face[first]] = near.cluster[first]
     similarity[near.face[first]] = pair_similarity[first]
+    # Faces with too few near clusters are compared with all.
     rest = np.flatnonzero(near.is_compared_with_all)
     if len(rest):
         best[rest], similarity[rest] = _find_best(_take(faces, rest), known)

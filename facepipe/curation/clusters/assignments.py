@@ -43,6 +43,7 @@ class AssignmentTable:
         """Count the faces of each cluster (k,)."""
         counts = np.zeros(0, np.int64)
         for batch in self._iterate_batches("cluster"):
+            # A later batch may hold higher numbers: the counts grow with it.
             batch_counts = np.bincount(batch["cluster"].to_numpy(), minlength=len(counts))
             batch_counts[: len(counts)] += counts
             counts = batch_counts
@@ -54,6 +55,7 @@ class AssignmentTable:
         if not len(ids):
             return clusters
         for batch in self._iterate_batches("face_id", "cluster"):
+            # The position of each row's id in `ids`, -1 if it is not among them.
             at = find_sorted(ids, batch["face_id"].to_numpy())
             clusters[at[at >= 0]] = batch["cluster"].to_numpy()[at >= 0]
         return clusters

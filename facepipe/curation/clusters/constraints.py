@@ -22,6 +22,7 @@ def find_same_photo_pairs(gallery: Gallery, nodes: Nodes) -> Int64:
     photos = [np.empty(0, np.uint64)]
     faces = [np.empty(0, np.int64)]
     for at, batch in _iterate_nodes(gallery, nodes, "uri", side=0):
+        # Hashes take less memory than the uris.
         photos.append(pd.util.hash_array(batch["uri"].to_numpy(zero_copy_only=False)))
         faces.append(at)
     return pair_equal_keys(np.concatenate(photos), np.concatenate(faces))
@@ -41,6 +42,7 @@ def pair_equal_keys(keys: npt.NDArray[Any], numbers: Int64) -> Int64:
     keys = keys[order]
     numbers = numbers[order]
     pairs = [np.empty((0, 2), np.int64)]
+    # Compare each number with the one that follows at a growing gap.
     for gap in range(1, _MAX_GAP):
         first = np.flatnonzero(keys[gap:] == keys[:-gap])
         if not first.size:
@@ -65,6 +67,7 @@ def read_labels(gallery: Gallery, nodes: Nodes, *, side: int = 0) -> tuple[Int64
     names: dict[str, int] = {}
     for at, batch in _iterate_nodes(gallery, nodes, "identity", side=side):
         identities = batch["identity"].cast(pa.string())
+        # An empty label counts as none.
         coded = pc.if_else(pc.equal(identities, ""), None, identities).dictionary_encode()
         codes = [names.setdefault(name, len(names)) for name in coded.dictionary.to_pylist()]
         codes.append(-1)  # of null

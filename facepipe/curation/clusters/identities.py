@@ -33,6 +33,7 @@ def cluster_faces(graph: Graph, different: Int64 | None = None, same: Int64 | No
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
+    # Merge what is one person from the start, then link clusters along the edges.
     labels = _merge_known(graph, same)
     clusters = single.merge(labels)
     del single  # as large as all vectors
@@ -64,6 +65,7 @@ def _link(
     for n in range(_MAX_PASSES):
         group, merged = merge_by_average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
         labels = group[labels]
+        # Stop once a pass merges nothing. The first one has not compared means yet.
         if n and len(merged) == len(clusters):
             break
         clusters = merged
@@ -95,6 +97,7 @@ def find_near_means(clusters: Clusters, threshold: float) -> tuple[Int64, Int64]
     means = clusters.means[several]
     density = clusters.density[several]
     cells = train_cells(means, seed=0)
+    # Few clusters are compared all with all, many within cells only.
     if len(cells.centres) == 1:
         u, v = find_candidate_pairs(means, density, threshold, _MAX_NEIGHBOURS)
         return several[u], several[v]

@@ -40,6 +40,7 @@ STATE = "state.npz"
 _ROWS = 65536
 _NO_IDS = np.empty(0, np.int64)
 _NO_PAIRS = np.empty((0, 2), np.int64)
+# Columns that the row of a new face takes from the gallery.
 _NEW_COLUMNS = ("face_id", "uri", "identity")
 
 
@@ -163,10 +164,12 @@ def update_clusters(
     rule = PlacementRule.load(report)
     assignments = AssignmentTable(os.path.join(report, FACES))
     sizes = assignments.count_faces()
+    # Count the numbers in use by either table, so that none is given twice.
     count = max(int(previous["cluster"].to_numpy().max(initial=-1)) + 1, len(sizes))
 
     # Read what changed; without usable sums that takes all faces.
     sums = ClusterSums.load(report, sizes)
+    # Sums that lack a cluster of the table cannot be used.
     if sums and count > len(sums.clusters):
         sums = None
     if sums:
@@ -220,8 +223,10 @@ def _read_changes(gallery: Gallery, sums: ClusterSums, assignments: AssignmentTa
     """Read what changed since the mark of the sums."""
     since = find_changes(gallery, sums.mark)
     faces, vectors = _read_usable(since.read_new_rows(["face_id", "uri", "identity", "embedding"]))
+    # A face that has a cluster already is not new.
     is_new = assignments.find_clusters(np.asarray(faces["face_id"].to_numpy())) < 0
     removed = since.find_deleted_ids()
+    # If the log does not tell who left, compare all ids with the gallery.
     if removed is None:
         removed = _find_absent(gallery, assignments.read_all()[0])
     elif len(removed):
@@ -248,6 +253,7 @@ def _read_everything(
     parts: list[tuple[pa.Table, Float32]] = []
     for batch in gallery.batches(["face_id", "uri", "identity", "embedding"], rows=_ROWS):
         faces, vectors = _read_usable([batch])
+        # Add known faces to their clusters, and set the others aside.
         at = find_sorted(ids, faces["face_id"].to_numpy())
         is_known = at >= 0
         add_faces(clusters, numbers[at[is_known]], vectors[is_known], cohort.compute_density(vectors[is_known]))
@@ -274,6 +280,7 @@ def _merge_by_id(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float
     empty = pa.schema([FACE_SCHEMA.field(name) for name in _NEW_COLUMNS]).empty_table()
     faces = pa.concat_tables([empty, *(table.cast(empty.schema) for table, _ in parts)])
     vectors = np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *(vectors for _, vectors in parts)])
+    # The first row of each id, by rising id.
     order = np.unique(faces["face_id"].to_numpy(), return_index=True)[1]
     return faces.take(pa.array(order)), vectors[order]
 
@@ -293,10 +300,12 @@ def _place_faces(
     faces = Clusters.from_faces(delta.vectors, rule.cohort.compute_density(delta.vectors))
     different = _NO_PAIRS
     excluded = _NO_PAIRS
+    # Keep new faces of one photo apart, and away from clusters that hold a face of the photo.
     if one_photo:
         photo = delta.faces["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
         different = pair_equal_keys(photo, np.arange(len(photo)))
         excluded = _find_excluded(delta, assignments)
+    # Compare through the index if that pays, and otherwise with all clusters.
     index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
     near = find_near_clusters(index, delta.vectors, assignments) if index else None
     placement = assign_faces(faces, mask_empty(known), rule.threshold, different, excluded=excluded, near=near)
@@ -311,6 +320,7 @@ def _find_excluded(delta: GalleryChanges, assignments: AssignmentTable) -> Int64
     taken = assignments.find_photo_clusters(pc.unique(uris), delta.removed)
     if not taken.num_rows:
         return _NO_PAIRS
+    # Join by uri: one row per new face and cluster of its photo.
     faces = pa.table({"uri": uris, "at": np.arange(len(uris))})
     pairs = faces.join(taken, "uri", join_type="inner")
     return np.unique(np.stack([pairs["at"].to_numpy(), pairs["cluster"].to_numpy()], axis=1), axis=0)
@@ -333,6 +343,7 @@ def _update_cluster_table(
     Returns:
         The rows, and the sorted ids of the faces that are medoids from now on.
     """
+    # The smallest of these ids in each cluster, (k,).
     smallest = np.full(len(clusters), np.iinfo(np.int64).max)
     np.minimum.at(smallest, numbers, ids)
     # Old clusters: new sizes, and another medoid if theirs was removed.

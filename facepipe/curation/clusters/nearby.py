@@ -34,6 +34,7 @@ def open_usable_index(gallery: Gallery, mark: ReadMark, products: int) -> Index 
         index = Index(gallery.path)
     except IndexingError:
         return None
+    # The index must be of this gallery's model, and at least as new as the clustering.
     if index.manifest.contract != manifests.dump_contract(gallery) or mark.gallery != gallery.id:
         return None
     return index if mark.version <= index.manifest.table_version <= gallery.version else None
@@ -48,6 +49,7 @@ def find_near_clusters(index: Index, vectors: Float32, assignments: AssignmentTa
         assignments: clusters of the old faces.
     """
     hits = index.search(vectors, _NEIGHBOURS).ids
+    # Look up each neighbour once, then put the clusters back into the shape of the hits, (n, k).
     ids, at = np.unique(hits, return_inverse=True)
     clusters = assignments.find_clusters(ids)[at.reshape(hits.shape)]
     is_clustered = clusters >= 0

@@ -15,6 +15,7 @@ from facepipe.reports.histogram import count_values, log_edges
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report
 from facepipe.types import Float32, Int64
 
+# Faces that are shown of a cluster, and of each part of a suspect.
 _FACES_PER_CLUSTER = 6
 _FACES_PER_PART = 3
 _MAX_SUSPECTS = 3000  # of each kind
@@ -89,6 +90,7 @@ def _build_size_histogram(sizes: Int64) -> Histogram:
 
 
 def _build_fit_histogram(graph: Graph, fits: Float32) -> Histogram:
+    # A face that is alone has no fit.
     known = fits[~np.isnan(fits)]
     edges = np.linspace(float(known.min(initial=0)), float(known.max(initial=0.1)) + 1e-3, 60)
     rows = (count_values("faces", known, edges),)
@@ -106,6 +108,7 @@ class _ClusterGroups:
         # Nodes by cluster, the best fit first.
         self._order = np.lexsort((-np.nan_to_num(review.fits), review.labels))
         self._starts = np.searchsorted(review.labels[self._order], np.arange(len(review.clusters) + 1))
+        # Clusters are numbered by falling size, so that the first numbers are the largest.
         largest = np.argsort(review.numbers, kind="stable")[:_MAX_CLUSTERS]
         self._largest = largest[review.clusters.size[largest] > 1]
         self._cohesion = review.clusters.compute_cohesion()
@@ -123,6 +126,7 @@ class _ClusterGroups:
             nodes += self._select_split(n)
         nodes += [self._select_best(cluster) for cluster in largest]
         faces = read_face_details(self._gallery, self._graph.nodes.ids[np.unique(np.concatenate(nodes))])
+        # Suspects of both kinds come in one order, by their suspicion.
         suspects = [self._build_merge_group(n, faces) for n in merges]
         suspects += [self._build_split_group(n, faces) for n in splits]
         yield from sorted(suspects, key=lambda group: -group.suspicion)

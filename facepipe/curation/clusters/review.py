@@ -65,8 +65,10 @@ def compute_fits(graph: Graph, labels: Int64, clusters: Clusters) -> Float32:
         cluster = labels[block]
         density = graph.density[block]
         vectors = np.asarray(graph.nodes.vectors[block])
+        # Take the face itself out of the sums of its cluster.
         others = clusters.size[cluster] - 1
         product = np.einsum("nd,nd->n", vectors, clusters.sums[cluster]) - np.einsum("nd,nd->n", vectors, vectors)
+        # For a face that is alone this divides by zero.
         with np.errstate(divide="ignore", invalid="ignore"):
             fit = product / others - (density + (clusters.crowd[cluster] - density) / others) / 2
         fits[block] = np.where(others > 0, fit, np.nan)
@@ -88,6 +90,7 @@ def find_suspected_merges(clusters: Clusters, labels: Int64, pairs: Pairs, max_s
         pairs: edges.
         max_suspects: number of pairs to return at most.
     """
+    # Pairs of clusters that an edge joins.
     u = labels[pairs.u]
     v = labels[pairs.v]
     is_across = u != v

@@ -65,6 +65,7 @@ class ClusterSums:
         clusters = _read_sums(folder)
         if mark is None or clusters is None or len(face_counts) > len(clusters):
             return None
+        # Clusters behind the last one of the tables have lost all faces.
         counts = np.pad(face_counts, (0, len(clusters) - len(face_counts)))
         aligned = _align_sums(clusters, counts)
         if aligned is None:
@@ -110,6 +111,7 @@ def _read_sums(folder: str) -> Clusters | None:
             clusters = Clusters(file["sums"], file["crowd"], file["size"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
+    # A damaged file may still load: check the shapes.
     is_sound = clusters.sums.shape[1:] == (EMBEDDING_DIM,) and clusters.crowd.shape == clusters.size.shape
     return clusters if is_sound else None
 
@@ -122,6 +124,7 @@ def _align_sums(clusters: Clusters, counts: Int64) -> Clusters | None:
     """
     if len(clusters.sums) == len(clusters):
         return clusters
+    # A row is gone if its cluster had a single face and has none in the tables.
     has_row = ~((clusters.size == 1) & (counts == 0))
     if int(has_row.sum()) != len(clusters.sums):
         return None
@@ -145,6 +148,7 @@ def add_faces(clusters: Clusters, at: Int64, vectors: Float32, density: Float32)
         vectors: vectors of the faces, (n, 128).
         density: densities of the faces, (n,).
     """
+    # This form adds up repeated positions; indexed addition would keep one of them.
     np.add.at(clusters.sums, at, vectors)
     np.add.at(clusters.crowd, at, density)
     clusters.size[:] += np.bincount(at, minlength=len(clusters))
@@ -179,6 +183,7 @@ def recompute_clusters(
         cohort: cohort that densities are computed with.
     """
     copy = Clusters(clusters.sums.copy(), clusters.crowd.copy(), clusters.size.copy())
+    # Begin at zero, and add the members a block at a time.
     _clear(copy, numbers)
     reader = _VectorReader(gallery, member_ids)
     for at in range(0, len(member_ids), _ROWS):
@@ -192,6 +197,7 @@ class _VectorReader:
 
     def __init__(self, gallery: Gallery, ids: Int64):
         self._index = _open_index(gallery)
+        # Vectors that the index lacks are read in one pass over the table.
         missing = ids if self._index is None else _find_missing(self._index, ids)
         self._ids = np.sort(missing)
         self._vectors = np.zeros((len(missing), EMBEDDING_DIM), np.float32)

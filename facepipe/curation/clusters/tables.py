@@ -58,6 +58,7 @@ def build_face_rows(
     for batch in gallery.batches(["face_id", "uri", "identity"], rows=_ROWS):
         faces = pa.Table.from_batches([batch.filter(batch["face_id"].is_valid())])
         at = nodes.find(faces["face_id"].to_numpy())
+        # Faces that are not in the graph have no cluster.
         faces = faces.filter(pa.array(at >= 0))
         at = at[at >= 0]
         columns = {
@@ -84,6 +85,7 @@ def read_cluster_table(gallery: str, name: str, columns: list[str] | None = None
         EvaluationError: if there is no such table.
         StorageError: if it cannot be read.
     """
+    # Fetch the report if it is kept in an object store.
     store = open_store(gallery, "reports/cluster")
     store.pull()
     path = store.local_path(name)

@@ -53,11 +53,14 @@ def find_duplicates(faces: pa.Table, edges: Pairs, rule: DuplicateRule) -> Dupli
             connect them.
         rule: what counts as a duplicate, and which copy is kept.
     """
+    # Link the images, and find which show the same picture.
     images = rank_images(faces, rule.keep)
     links = classify_pairs(images, faces, edges, rule)
     picture = find_pictures(images, links)
+    # One link per two pictures is enough to make groups.
     strongest = select_strongest(images, faces, links, picture)
     groups = group_images(images, picture, strongest, rule)
+    # The table of pairs also ties every copy to one image of its picture.
     pairs = build_pair_table(images, faces, link_copies(images, picture).concat(strongest))
     order = [("uri_a", "ascending"), ("side_a", "ascending"), ("uri_b", "ascending"), ("side_b", "ascending")]
     return Duplicates(

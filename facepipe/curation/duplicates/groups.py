@@ -41,11 +41,13 @@ def group_images(images: RankedImages, picture: Int64, links: ImageLinks, rule: 
         rule: what makes groups, and which copy is kept.
     """
     own = np.arange(len(images))
+    # Only links of the kinds that make groups.
     links = links.take(links.kind <= KINDS.index(rule.drop))
     first = images.first_with_bytes if rule.drop == EXACT else picture
     p = picture[links.a]
     q = picture[links.b]
     kept = _find_leaders(len(images), p, q)[first]
+    # Of two galleries only side 0 loses images, and only to side 1.
     if images.has_two_sides:
         kept = np.where((images.side == 0) & (images.side[kept] == 1), kept, own)
 
@@ -55,6 +57,7 @@ def group_images(images: RankedImages, picture: Int64, links: ImageLinks, rule: 
     is_mirrored = np.zeros(len(images), bool)
     kind[is_dropped & (picture == picture[kept])] = KINDS.index(NEAR)
     kind[is_dropped & (images.first_with_bytes == images.first_with_bytes[kept])] = KINDS.index(EXACT)
+    # The others have a link between two pictures: look it up.
     rest = np.flatnonzero(is_dropped & (kind < 0))
     if len(rest):
         keys = np.minimum(p, q) * len(images) + np.maximum(p, q)
@@ -75,6 +78,7 @@ def _find_leaders(count: int, p: Int64, q: Int64) -> Int64:
     rows = np.concatenate([p, q])
     columns = np.concatenate([q, p])
     graph = coo_array((np.ones(len(rows), bool), (rows, columns)), (count, count)).tocsr()
+    # Images are numbered by rank, so that the best copy becomes the leader.
     for node in np.unique(rows).tolist():
         if is_free[node]:
             neighbours = graph.indices[graph.indptr[node] : graph.indptr[node + 1]]

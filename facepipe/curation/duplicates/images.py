@@ -56,6 +56,7 @@ def gather_faces(galleries: Sequence[Gallery], nodes: Nodes) -> tuple[pa.Table, 
     row_count = 0
     for side, gallery in enumerate(galleries):
         table = gallery.to_arrow(COLUMNS)
+        # Note the row of each node in the table of all galleries.
         faces = np.flatnonzero(table["face_id"].is_valid())
         at = nodes.find(table["face_id"].drop_null().to_numpy(), side)
         row_of_node[at[at >= 0]] = row_count + faces[at >= 0]
@@ -66,6 +67,7 @@ def gather_faces(galleries: Sequence[Gallery], nodes: Nodes) -> tuple[pa.Table, 
 
 def add_size_and_side(table: pa.Table, side: int) -> pa.Table:
     """Replace the column `fingerprint` of a gallery's rows by `file_size` (null if unknown) and `side`."""
+    # The size in bytes is a part of the fingerprint.
     size = pc.struct_field(pc.extract_regex(table["fingerprint"], _FILE_SIZE), "size").cast(pa.int64())
     table = table.drop_columns("fingerprint").append_column("file_size", size)
     return table.append_column("side", pa.array(np.full(table.num_rows, side, np.int8)))
@@ -148,6 +150,7 @@ def rank_images(faces: pa.Table, keep: Keep) -> RankedImages:
 
 def encode_strings(column: pa.ChunkedArray) -> Int64:
     """Encode strings as numbers (n,): equal ones for equal strings, -1 for null."""
+    # One dictionary for all chunks, so that equal strings have one code.
     chunks = pa.chunked_array(pc.dictionary_encode(column)).unify_dictionaries().chunks
     codes = [np.empty(0, np.int64)]
     codes += [pc.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in chunks]

@@ -80,8 +80,10 @@ def gather_new_images(
     index = open_index()
     _require_faces(index, ids, gallery.path)
     uris = pc.unique(rows["uri"])
+    # Begin with the new rows, and with old images of the same bytes, which may have no face.
     table = pa.concat_tables([rows, _read_images(gallery, _find_same_bytes(gallery, rows, uris))])
     search = _NeighbourSearch(index, rule)
+    # Go outward until the neighbours of all affected images are known.
     while len(ids):
         progress(f"{len(ids)} faces: looking for near ones")
         near_uris = search.look_up(ids, table)
@@ -96,6 +98,7 @@ def _read_new_rows(changes: TableChanges) -> tuple[pa.Table, Int64]:
     ids = [_NO_IDS]
     for batch in changes.read_new_rows([*COLUMNS, "embedding"]):
         faces = batch.filter(batch["face_id"].is_valid())
+        # Only faces with a usable vector are in the index.
         ids.append(faces["face_id"].to_numpy()[read_unit_vectors(faces["embedding"])[1]])
         part = pa.Table.from_batches([batch]).drop_columns("embedding")
         part = part.append_column(_FILE, pa.nulls(part.num_rows, pa.string()))
@@ -175,6 +178,7 @@ class _NeighbourSearch:
             distance = np.concatenate([distance for _, distance in answers])
             pairs = Pairs(np.repeat(part, counts), near, distance)
             self._pairs.append(pairs.take(pairs.u != pairs.v))
+            # A full answer may lack further neighbours.
             self._full = np.union1d(self._full, part[counts >= _MAX_NEIGHBOURS])
             unknown.append(np.setdiff1d(near, known))
         self._queried = np.union1d(self._queried, ids)
@@ -182,17 +186,20 @@ class _NeighbourSearch:
 
     def find_next(self, table: pa.Table, is_new: Bool) -> Int64:
         """Find the faces to look up next: those of images that could be in a group with a new one, or in a pair."""
+        # Classify what is known so far, to see which images new ones affect.
         images = rank_images(table, self._rule.keep)
         links = classify_pairs(images, table, self.build_edges(table), self._rule)
         is_affected = _find_affected_images(images, links, is_new, self._rule)[images.of_face]
         ids = table["face_id"].filter(pa.array(is_affected)).drop_null().to_numpy()
         candidates = np.setdiff1d(ids, self._queried)
+        # Faces without a vector in the index cannot be looked up.
         vectors = [_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(candidates))]
         is_indexed = np.concatenate([part.any(axis=1) for part in vectors])
         return candidates[is_indexed]
 
     def build_edges(self, table: pa.Table) -> Pairs:
         """Build the pairs as rows of the table, each once. Faces that are no longer in it are left out."""
+        # Rows with a face, by rising id.
         rows = np.flatnonzero(table["face_id"].is_valid())
         ids = table["face_id"].drop_null().to_numpy()
         order = np.argsort(ids)
@@ -200,6 +207,7 @@ class _NeighbourSearch:
         rows = rows[order]
         vectors = np.concatenate([_NO_VECTORS, *(self._index.get_vectors(part) for part in _split(ids))])
         pairs = _drop_pairs_of_copies(_to_positions(Pairs.concatenate(self._pairs), ids), vectors)
+        # If an answer was cut off, compare the copy that is kept with all of its copies.
         is_full = np.isin(ids, self._full)
         if is_full.any():
             rank = rank_images(table, self._rule.keep).of_face[rows]
@@ -241,6 +249,7 @@ def _find_affected_images(images: RankedImages, links: ImageLinks, is_new: Bool,
     These are the images in a group with a new one, the images that are linked to one of those, and the copies of the
     latter. The copies matter because the number of pairs that two groups of copies make depends on all of them.
     """
+    # Components of images that equal bytes, or links of a kind that makes groups, connect.
     count = len(images)
     groups_images = links.kind <= max(KINDS.index(NEAR), KINDS.index(rule.drop))
     rows = np.concatenate([links.a[groups_images], np.arange(count)])
@@ -248,6 +257,7 @@ def _find_affected_images(images: RankedImages, links: ImageLinks, is_new: Bool,
     graph = coo_array((np.ones(len(rows), bool), (rows, columns)), (count, count))
     group = connected_components(graph, directed=False)[1]
     is_touched = np.isin(group, group[images.of_face[is_new]])
+    # Images that are linked to a touched group, with all that is connected to them.
     is_linked = is_touched[links.a] | is_touched[links.b]
     is_beside = np.isin(group, group[np.concatenate([links.a[is_linked], links.b[is_linked]])])
     return np.asarray(is_touched | is_beside)

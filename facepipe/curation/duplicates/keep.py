@@ -22,6 +22,7 @@ def build_image_decisions(images: RankedImages, groups: ImageGroups, keep: Keep)
     Of one gallery every image that has a better copy is dropped. Of two galleries the images of side 0 (say, a training
     set) that side 1 (its test set) holds as well are dropped, and nothing else.
     """
+    # An image is dropped if another one is kept for it.
     is_dropped = groups.kept != np.arange(len(images))
     kept = images.table.select(["uri", "side"]).take(pa.array(groups.kept, mask=~is_dropped))
     columns = {name: images.table[name] for name in ("uri", "side", "image_id")}
@@ -39,9 +40,11 @@ def build_image_decisions(images: RankedImages, groups: ImageGroups, keep: Keep)
 def _build_reasons(images: RankedImages, groups: ImageGroups, dropped: Int64, keep: Keep) -> pa.ChunkedArray:
     """Say which copy is kept and what it has over each image; null for kept images."""
     parts = []
+    # In blocks, because rows as dictionaries take much memory.
     for at in range(0, len(dropped), _ROWS):
         reasons = list(_iterate_reasons(images, groups, dropped[at : at + _ROWS], keep))
         parts.append(pa.array(reasons, pa.string()))
+    # Spread the reasons of dropped images over the rows of all.
     row = np.zeros(len(images), np.int64)
     row[dropped] = np.arange(len(dropped))
     is_kept = np.ones(len(images), bool)

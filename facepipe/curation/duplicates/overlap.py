@@ -47,6 +47,7 @@ def find_shared_identities(
     is_link = (edges.distance <= threshold) & (first[edges.u] != first[edges.v])  # copies meet in the row they share
     owners_0, owners_1 = _count_owners(side, codes, first, max_neighbours)
     links = _link_identities(owners_0, owners_1, edges.take(is_link))
+    # Merge links and equal names into one row per pair of identities.
     table = pa.concat_tables([links, _match_names(faces)]).group_by(["code_0", "code_1"])
     table = table.aggregate([("links", "sum"), ("best", "min"), ("mean", "max"), ("same_name", "max")])
     table = table.rename_columns(["code_0", "code_1", "links", "best", "mean", "same_name"])
@@ -77,6 +78,7 @@ def _link_identities(owners_0: pa.Table, owners_1: pa.Table, edges: Pairs) -> pa
     owners_1 = owners_1.rename_columns(["first_1", "code_1", "count_1"])
     # A row that stands for faces of both sides links them at distance 0.
     shared = np.intersect1d(owners_0["first_0"].to_numpy(), owners_1["first_1"].to_numpy())
+    # Either end of an edge may be of side 0.
     ends = pa.table(
         {
             "first_0": np.concatenate([edges.u, edges.v, shared]),
@@ -84,6 +86,7 @@ def _link_identities(owners_0: pa.Table, owners_1: pa.Table, edges: Pairs) -> pa
             "distance": np.concatenate([edges.distance, edges.distance, np.zeros(len(shared), np.float32)]),
         }
     )
+    # An edge counts for all faces that its ends stand for.
     met = ends.join(owners_0, "first_0", join_type="inner").join(owners_1, "first_1", join_type="inner")
     links = pc.multiply(met["count_0"], met["count_1"])
     weighted = pc.multiply(met["distance"].cast(pa.float64()), links.cast(pa.float64()))
@@ -103,6 +106,7 @@ def _link_identities(owners_0: pa.Table, owners_1: pa.Table, edges: Pairs) -> pa
 
 def _match_names(faces: pa.Table) -> pa.Table:
     """Pair the identities of both sides that have one name."""
+    # The names of each side, in the form in which they are compared.
     names = pa.table({"side": faces["side"], "code": encode_strings(faces["identity"]), "identity": faces["identity"]})
     names = names.filter(pc.is_valid(names["identity"])).group_by(["side", "code", "identity"]).aggregate([])
     name = pc.utf8_lower(pc.replace_substring(names["identity"], "_", " "))
@@ -135,6 +139,7 @@ def _describe(
     faces_1 = np.bincount(codes[is_known & (side == 1)], minlength=size)[code_1]
     row = np.zeros(size, np.int64)  # any row of each identity, for its name
     row[codes[is_known]] = np.flatnonzero(is_known)
+    # Edges per face are limited, so that more links than this are not possible.
     possible = np.minimum(faces_0 * faces_1, max_neighbours * np.minimum(faces_0, faces_1))
     shared = pa.table(
         {

@@ -68,8 +68,10 @@ def classify_pairs(images: RankedImages, faces: pa.Table, edges: Pairs, rule: Du
         rule: limits.
     """
     links = _build_links(images, edges, rule.radius)
+    # Some copies move the hash and others the face, so that each pair of limits is strict in one of them.
     is_near = (links.bits <= rule.hash_bits) & (links.distance <= rule.near)
     is_near |= (links.bits <= rule.close_bits) & (links.distance <= rule.close_near)
+    # Two known names that differ rule out one shot.
     codes = encode_strings(faces["identity"])
     first = codes[links.u]
     second = codes[links.v]
@@ -114,6 +116,7 @@ def _find_mostly_paired(images: RankedImages, links: ImageLinks) -> Bool:
     """
     if not len(links):
         return np.zeros(0, bool)
+    # `number` (m,) tells which two images each link joins.
     pair = links.a * len(images) + links.b
     _, number = np.unique(pair, return_inverse=True)
     counts = []
@@ -135,6 +138,7 @@ def find_pictures(images: RankedImages, links: ImageLinks) -> Int64:
     """
     count = len(images)
     is_identical = (links.distance <= _IDENTICAL) & (links.bits == 0) & ~links.is_mirrored
+    # Components of images with equal bytes, or with equal hash and embedding.
     rows = np.concatenate([links.a[is_identical], np.arange(count)])
     columns = np.concatenate([links.b[is_identical], images.first_with_bytes])
     graph = coo_array((np.ones(len(rows), bool), (rows, columns)), (count, count))
@@ -173,6 +177,7 @@ def select_strongest(images: RankedImages, faces: pa.Table, links: ImageLinks, p
 
     If galleries are compared, a picture that both hold counts as the other one's (side 1).
     """
+    # The pictures at both ends of each link, (m,).
     p = picture[links.a]
     q = picture[links.b]
     is_wanted = images.side[p] != images.side[q] if images.has_two_sides else p != q
@@ -195,6 +200,7 @@ def build_pair_table(images: RankedImages, faces: pa.Table, links: ImageLinks) -
     for end, numbers, rows in (("a", links.a, links.u), ("b", links.b, links.v)):
         chosen = images.table.select(["uri", "side", "identity", "face_id"]).take(pa.array(numbers))
         columns |= {f"{name}_{end}": chosen[name] for name in ("uri", "side", "identity")}
+        # A link without a face of its own names the face that stands for the image.
         own = faces["face_id"].take(pa.array(rows, mask=rows < 0))
         columns[f"face_id_{end}"] = pc.coalesce(own, chosen["face_id"])
     columns["kind"] = pa.array(np.array(KINDS, object)[links.kind], pa.string())

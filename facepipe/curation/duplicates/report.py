@@ -15,6 +15,7 @@ from facepipe.gallery import Gallery
 from facepipe.reports.histogram import count_values, log_edges
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Table
 
+# What the page shows at most: images per group, groups, pairs of one shot, shared identities.
 _IMAGES_PER_GROUP = 8
 _MAX_GROUPS = 7000
 _MAX_SAME_SHOTS = 3000
@@ -70,6 +71,7 @@ def build_duplicates_report(
 def _build_distance_histogram(found: Duplicates, rule: DuplicateRule) -> Histogram:
     edges = np.linspace(0, rule.radius, 51)
     rows = []
+    # Exact copies are found by their bytes: distances say nothing about them.
     for kind in KINDS[1:]:
         distance = found.pairs.filter(pc.equal(found.pairs["kind"], kind))["distance"]
         rows.append(count_values(kind.replace("_", " "), distance.to_numpy().astype(np.float64), edges))
@@ -99,6 +101,7 @@ class _DuplicateGroups:
     def __init__(self, galleries: Sequence[Gallery], found: Duplicates):
         self._galleries = galleries
         self._found = found
+        # Pairs of one shot, the nearest first.
         shots = found.pairs.filter(pc.equal(found.pairs["kind"], KINDS[-1]))
         self._shots = shots.sort_by([("distance", "ascending"), ("uri_a", "ascending")])
         self.total = found.groups.num_rows + self._shots.num_rows
@@ -106,6 +109,7 @@ class _DuplicateGroups:
     def __iter__(self) -> Iterator[Group]:
         groups = self._list_groups()
         shots = self._shots.slice(0, _MAX_SAME_SHOTS).to_pylist()
+        # Read the pictures of all groups in one pass.
         wanted = [(member["uri"], member["side"]) for group in groups for member in group["members"]]
         wanted += [(row[f"uri_{end}"], row[f"side_{end}"]) for row in shots for end in "ab"]
         thumbs = self._read_thumbs(wanted)
@@ -119,6 +123,7 @@ class _DuplicateGroups:
         groups = table.take(pa.array(order))
         decisions = self._found.decisions.filter(self._found.decisions["group"].is_valid())
         decisions = decisions.filter(pc.is_in(decisions["group"], groups["group"].combine_chunks()))
+        # Members by group, the kept image first.
         members: dict[int, list[dict[str, Any]]] = {}
         for row in decisions.to_pylist():
             members.setdefault(row["group"], []).append(row)
@@ -136,6 +141,7 @@ class _DuplicateGroups:
             uris = sorted({uri for uri, image_side in wanted if image_side == side})
             if not uris:
                 continue
+            # The row of the first face has the picture.
             where = ds.field("uri").isin(pa.array(uris, pa.string())) & (ds.field("face_index") == 0)
             for batch in gallery.batches(["uri", "thumb"], where):
                 for uri, thumb in zip(batch["uri"].to_pylist(), batch["thumb"].to_pylist(), strict=True):

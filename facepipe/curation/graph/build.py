@@ -128,12 +128,14 @@ def prepare_cells(
         cells = create_single_cell(nodes.vectors.shape[1])
         if not compare_all():
             cells = train_cells(nodes.vectors, seed, log)
+        # Choose the number of cells per face by the true edges of a sample.
         if len(cells) > 1:
             sample = draw_sample(len(nodes), seed, budget=_SAMPLE_BUDGET)
             u, v = find_sample_edges(nodes, density, sample, rule, folder)
             cells = choose_cells_per_face(cells, nodes.vectors, u, v, recall)
             log(f"{len(cells)} cells, each face in {cells.each}")
         CellLayout.build(nodes.vectors, cells, folder)
+        # The file of centres comes last, because it says that the layout is complete.
         _save(path, cells.centres)
     return Cells(np.load(path), CellLayout.open(folder).assigned.shape[1])
 
@@ -167,6 +169,7 @@ def join_cells(task: EdgeTask) -> int:
     parts = []
     for cell in range(task.first, task.last):
         faces = layout.get_faces(cell)
+        # Leave out copies: `write_copies` joins them to their representatives.
         faces = faces[representatives[faces] == faces]
         # If these are all faces, the vectors stay mapped instead of being copied.
         vectors = nodes.vectors if len(faces) == len(nodes) else nodes.vectors[faces]
@@ -182,6 +185,7 @@ def _join_cell(
     """Find the edges between the faces of a cell, without those that a cell of a smaller number finds."""
     rule = task.rule
     u, v = find_candidate_pairs(vectors, density, rule.threshold, rule.max_neighbours, task.device)
+    # Drop the pairs of earlier cells before distances are computed one by one.
     is_first = layout.mask_first_shared(cell, faces, u, v)
     pairs = refine_pairs(vectors, density, u[is_first], v[is_first], rule.threshold)
     return Pairs(faces[pairs.u], faces[pairs.v], pairs.distance)

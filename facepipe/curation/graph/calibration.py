@@ -69,6 +69,7 @@ def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
         ThresholdError: the model has no threshold of its own.
     """
     sample = draw_sample(len(vectors), options.seed)
+    # Estimate from the data if there are enough faces.
     if len(vectors) >= _MIN_FACES:
         cohort = thin_cohort(Cohort.draw(vectors, options.seed), options.model_threshold)
         density = cohort.compute_density(vectors)
@@ -76,6 +77,7 @@ def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
         threshold = _choose_threshold(counts, len(vectors), float(density.mean()), options)
         if threshold:
             return Calibration(cohort, density, counts, threshold)
+    # Otherwise use a given distance, with densities of zero.
     density = np.zeros(len(vectors), np.float32)
     distance = options.threshold or options.model_threshold
     if distance is None:
@@ -108,6 +110,7 @@ def thin_cohort(cohort: Cohort, model_threshold: float | None) -> Cohort:
         model_threshold: the model's own distance, if the cohort does not show one.
     """
     vectors = cohort.vectors
+    # Cluster the cohort by its own threshold, without densities.
     density = np.zeros(len(vectors), np.float32)
     counts = count_similarities(vectors, density, np.arange(len(vectors)))
     estimated = estimate_threshold(counts, len(vectors), _COHORT_IMPOSTORS)
@@ -116,6 +119,7 @@ def thin_cohort(cohort: Cohort, model_threshold: float | None) -> Cohort:
     threshold = estimated or Threshold.from_distance(model_threshold or 0.0, 0.0)
     u, v = find_candidate_pairs(vectors, density, threshold.similarity, len(vectors))
     person, _ = merge_by_average_linkage(Clusters.from_faces(vectors, density), u, v, threshold.similarity)
+    # Keep the first faces of each person.
     order = np.argsort(person, kind="stable")
     rank = np.arange(len(order)) - np.searchsorted(person[order], person[order])
     return Cohort(np.ascontiguousarray(vectors[np.sort(order[rank < _MAX_PER_PERSON])]))

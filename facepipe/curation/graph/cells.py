@@ -16,6 +16,7 @@ MAX_EXACT_FACES = 30_000  # faces that are compared all with all
 MAX_CELLS_PER_FACE = 24
 _FACES_PER_CELL = 244  # costs least for a given recall (docs/performance.md)
 _SAMPLED_PER_CELL = 64  # faces that k-means looks at
+# Rounds of k-means, and rows that are assigned at a time.
 _ROUNDS = 8
 _BLOCK_ROWS = 65536
 
@@ -46,6 +47,7 @@ class Cells:
         index.add(self.centres)
         assigned = np.empty((len(vectors), min(each or self.each, len(self.centres))), np.int32)
         for at in range(0, len(vectors), _BLOCK_ROWS):
+            # Round to the grid, so that cells do not depend on the block.
             block = round_to_grid(_normalise(vectors[at : at + _BLOCK_ROWS]))
             assigned[at : at + _BLOCK_ROWS] = index.search(block, assigned.shape[1])[1]
         return assigned
@@ -79,6 +81,7 @@ def train_cells(vectors: Float32, seed: int, log: Callable[[str], None] = lambda
     count, dimension = vectors.shape
     if count <= MAX_EXACT_FACES:
         return create_single_cell(dimension)
+    # A power of two, which makes cells of the intended size to twice as large.
     number = 2 ** int(np.log2(count / _FACES_PER_CELL))
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(count, min(count, _SAMPLED_PER_CELL * number), replace=False))
@@ -91,6 +94,7 @@ def train_cells(vectors: Float32, seed: int, log: Callable[[str], None] = lambda
         kmeans.train(sample)
         return np.asarray(kmeans.centroids, np.float32)
 
+    # Half of the most cells per face, until a sample tells how many are needed.
     return Cells(round_to_grid(train_on_gpus(train, dimension, log)), MAX_CELLS_PER_FACE // 2)
 
 
@@ -98,6 +102,7 @@ def choose_cells_per_face(cells: Cells, vectors: Float32, u: Int64, v: Int64, re
     """Choose the smallest number of cells per face with which enough of the true edges (u (m,), v (m,)) share one."""
     if not len(u):
         return cells
+    # Try more and more cells per face on the pairs of true edges.
     left = cells.assign(vectors[u], MAX_CELLS_PER_FACE)
     right = cells.assign(vectors[v], MAX_CELLS_PER_FACE)
     for each in range(2, MAX_CELLS_PER_FACE + 1):
@@ -122,6 +127,7 @@ def sort_by_cell(assigned: Int32, cells: int, path: str) -> tuple[Int64, Int64]:
     Returns:
         The faces sorted by cell (n * each,), mapped from the file, and where each cell begins (cells + 1,).
     """
+    # Count the faces of each cell first, to know where it begins.
     counts = np.zeros(cells + 1, np.int64)
     for at in range(0, len(assigned), _BLOCK_ROWS):
         counts[1:] += np.bincount(assigned[at : at + _BLOCK_ROWS].ravel(), minlength=cells)
@@ -174,6 +180,7 @@ class CellLayout:
 
     def split_work(self, pairs_per_task: float) -> Iterator[tuple[int, int]]:
         """Yield ranges of cells (first, last + 1) with about `pairs_per_task` pairs each."""
+        # Pairs up to the end of each cell, which holds half the square of its faces.
         pairs = np.cumsum(np.diff(self.begins).astype(np.float64) ** 2 / 2)
         first = 0
         while first < len(pairs):
@@ -197,6 +204,7 @@ class CellLayout:
         """
         if self.assigned.shape[1] == 1:
             return np.ones(len(u), bool)
+        # A pair belongs to the smallest cell that both of its faces lie in.
         assigned = np.asarray(self.assigned[faces])
         left = assigned[u]
         right = assigned[v]

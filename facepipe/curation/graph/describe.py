@@ -30,6 +30,7 @@ def build_pair_histogram(graph: Graph) -> Histogram:
     """Build a histogram of the distances of random pairs, with the threshold as a mark."""
     info = graph.info
     counts = graph.histogram
+    # Cut the used bins into about 120 bars.
     used = np.flatnonzero(counts)
     first = int(used[0]) if used.size else 0
     last = int(used[-1]) + 1 if used.size else 1

@@ -12,6 +12,7 @@ from facepipe.errors import StorageError
 from facepipe.nearest.similarity import Pairs
 from facepipe.storage import replace_file
 
+# Positions take four bytes on disk and eight in memory.
 SCHEMA = pa.schema([("u", pa.uint32()), ("v", pa.uint32()), ("distance", pa.float32())])
 _PART = re.compile(r"edges-\d{6}\.parquet$")
 _BATCH_ROWS = 1 << 20

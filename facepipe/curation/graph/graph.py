@@ -87,6 +87,7 @@ class GraphInfo:
 
     def to_distance(self, similarity: float) -> float:
         """Convert a similarity to the Euclidean distance of two faces of mean density."""
+        # similarity = 1 - distance^2 / 2 - mean density, solved for the distance.
         return float(np.sqrt(max(0.0, 2 - 2 * (similarity + self.mean_density))))
 
 
@@ -146,6 +147,7 @@ def read_info(folder: str) -> GraphInfo:
     try:
         with open(os.path.join(folder, INFO), encoding="utf-8") as file:
             values = json.load(file)
+        # JSON knows neither the class of the threshold nor tuples.
         values["threshold"] = Threshold(**values["threshold"])
         values["galleries"] = tuple(values["galleries"])
         values["versions"] = tuple(values["versions"])
@@ -156,6 +158,7 @@ def read_info(folder: str) -> GraphInfo:
 
 def write_info(folder: str, info: GraphInfo) -> None:
     """Write the file that makes the folder a finished graph."""
+    # Replace the file in one step, because it makes the graph count as finished.
     path = os.path.join(folder, INFO)
     with replace_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         json.dump(asdict(info), file, indent=1)

@@ -55,12 +55,14 @@ class Clusters:
         linkage = np.empty(len(u), np.float32)
         for at in range(0, len(u), _CHUNK):
             part = slice(at, at + _CHUNK)
+            # The product of two sums is the sum of the products of all pairs.
             product = np.einsum("nd,nd->n", self.sums[u[part]], self.sums[v[part]])
             linkage[part] = product / (self.size[u[part]] * self.size[v[part]])
         return np.asarray(linkage - (self.density[u] + self.density[v]) / 2, np.float32)
 
     def compute_cohesion(self) -> Float32:
         """Compute the mean cosine (k,) between two different faces of a cluster; 1 for single faces."""
+        # The square of a sum holds every face with itself, 1 per face; the rest are pairs of different faces.
         squared = np.einsum("nd,nd->n", self.sums, self.sums)
         pairs = np.maximum(1, self.size * (self.size - 1))
         return np.where(self.size > 1, (squared - self.size) / pairs, 1).astype(np.float32)
@@ -98,6 +100,7 @@ def merge_by_average_linkage(
     """
     u, v = _tidy_edges(u, v, len(clusters))
     state = _LinkageState(clusters, np.arange(len(clusters)), u, v, clusters.compute_linkage(u, v))
+    # Only edges that reach the threshold are kept, now and after each merge.
     state = state.keep_above(threshold)
     apart = np.empty((0, 2), np.int64) if forbidden is None else forbidden
     round_ = 0
@@ -105,6 +108,7 @@ def merge_by_average_linkage(
         state = state.drop_forbidden(apart)
         if not len(state.u):
             return state.group, state.clusters
+        # Slack cuts short long series of rounds that merge one face each.
         slack = _SLACK_PER_ROUND * max(0, round_ - _STRICT_ROUNDS)
         merged = _find_merges(state, apart, slack)
         apart = merged[apart]
@@ -148,6 +152,7 @@ class _LinkageState:
         has_grown = np.bincount(merged, minlength=len(clusters)) > 1
         u = merged[self.u]
         v = merged[self.v]
+        # Edges between unchanged clusters keep their weight; the others are made unique and computed again.
         unchanged = ~(has_grown[u] | has_grown[v])
         fresh_u, fresh_v = _tidy_edges(u[~unchanged], v[~unchanged], len(clusters))
         group = merged[self.group]
@@ -167,6 +172,7 @@ class _LinkageState:
 def _tidy_edges(u: Int64, v: Int64, count: int) -> tuple[Int64, Int64]:
     """Keep every edge between two different clusters once, the smaller one first."""
     different = u != v
+    # One integer per edge, sorted so that repeated ones follow each other.
     keys = np.sort(np.minimum(u, v)[different] * count + np.maximum(u, v)[different])
     keys = keys[np.diff(keys, prepend=-1) > 0]  # numpy's own `unique` hashes, at five times the cost
     return keys // max(1, count), keys % max(1, count)
@@ -202,6 +208,7 @@ def _find_merges(state: _LinkageState, apart: Int64, slack: np.float32) -> Int64
         first = int(np.argmax(state.weight))
         return find_components(count, state.u[first : first + 1], state.v[first : first + 1])
 
+    # Leaves point at one of a mutual pair, and are nearly as near to it as the pair is.
     is_leaf = np.zeros(len(active), bool)
     if slack:
         is_leaf = ~is_mutual[active] & is_mutual[targets] & (best[active] >= best[targets] - slack)

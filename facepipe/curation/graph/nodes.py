@@ -56,6 +56,7 @@ class Nodes:
 
 def collect_nodes(galleries: Sequence[Gallery], folder: str) -> Nodes:
     """Write the nodes of galleries to files. Takes two passes over the tables, and 17 bytes of memory per face."""
+    # The first pass reads the ids, which tell the position of every vector.
     ids_per_side = [_read_ids(gallery) for gallery in galleries]
     ids = np.concatenate([*ids_per_side, np.empty(0, np.int64)])
     sides = np.repeat(np.arange(len(galleries), dtype=np.int8), [len(part) for part in ids_per_side])
@@ -100,6 +101,7 @@ def find_representatives(vectors: Float32) -> Int64:
     Returns:
         Positions (n,); its own for a vector without an earlier copy.
     """
+    # Hash the bits of a vector: a sum with random odd weights, modulo 2^64.
     weights = np.random.default_rng(0).integers(1, 1 << 63, EMBEDDING_DIM, dtype=np.uint64) | np.uint64(1)
     hashes = np.empty(len(vectors), np.uint64)
     for at in range(0, len(vectors), _ROWS_PER_HASH):

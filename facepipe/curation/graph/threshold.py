@@ -13,6 +13,7 @@ import numpy as np
 from facepipe.types import Float32, Float64, Int64
 
 DEFAULT_IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/reports.md)
+# Range and width of the bins of similarities.
 _LOWEST = -0.5
 _HIGHEST = 1.0
 _STEP = 0.0005
@@ -116,6 +117,7 @@ def estimate_threshold(counts: Int64, faces: int, impostors: float = DEFAULT_IMP
         at = int(bins[0])
         genuine = max(0.0, float((above[at] - expected[at]) / total))
         threshold = Threshold(float(BIN_EDGES[at]), genuine, min(1.0, float(share[at])))
+        # Fit again, with an end at which few pairs of one person are in the bulk.
         wanted = min(max(_BULK_PURITY * genuine, 100 / total, 1e-5), _BEGIN_SHARE / 3)
         if abs(np.log(wanted / end_share)) < 0.1:
             break
@@ -132,12 +134,14 @@ def _fit_null_tail(counts: Int64, end_share: float) -> Float64 | None:
     """Fit the bulk's right flank, and return the impostor pairs expected at or above the beginning of each bin."""
     total = counts.sum()
     above = _accumulate(counts)
+    # The flank begins at the median and ends at the given share; empty bins have no logarithm.
     first = int(np.argmax(above <= _BEGIN_SHARE * total))
     last = int(np.argmax(above <= end_share * total))
     bins = np.arange(first, last)
     bins = bins[counts[bins] > 0]
     if len(bins) < _MIN_BINS:
         return None
+    # Fit a cubic to the logarithms, weighted by how precise each count is.
     scale = (bins - first) / max(1, last - first)
     curve = np.polynomial.Polynomial.fit(scale, np.log(counts[bins]), _DEGREE, w=np.sqrt(counts[bins]))
     beyond = np.arange(first, len(counts))

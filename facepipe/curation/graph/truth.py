@@ -9,6 +9,7 @@ from facepipe.types import Float32, Int64
 
 _BLOCK_COLUMNS = 65536
 _BLOCK_ROWS = 256
+# Bounds of the size of a sample.
 _MIN_SAMPLE = 200
 _MAX_SAMPLE = 4096
 
@@ -67,6 +68,7 @@ def _select_similar(similarities: Float32, threshold: float, max_neighbours: int
     i, j = np.nonzero(similarities >= threshold)
     if len(i) <= max_neighbours * len(similarities):
         return i, j
+    # Too many edges: keep the most similar ones of each row.
     kth = min(max_neighbours, similarities.shape[1])
     largest = np.argpartition(similarities, -kth, axis=1)[:, -max_neighbours:]
     selected = np.take_along_axis(similarities, largest, axis=1) >= threshold
@@ -83,6 +85,7 @@ def measure_recall(sample: Int64, u: Int64, v: Int64, edges: Iterable[Pairs], co
         edges: all edges of the graph.
         count: number of faces.
     """
+    # Only edges of sampled faces matter.
     is_sampled = np.zeros(count, bool)
     is_sampled[sample] = True
     edge_keys = [np.empty(0, np.int64)]
