@@ -69,7 +69,7 @@ def read_rows(path: str, names: tuple[str, ...], count: int) -> Iterator[tuple[n
         headers = {name: _read_header(stream, path) for name, stream in streams.items()}
         for name in names:
             check_array(headers[name], f"{path}: {name}" if name else path)
-        # The arrays may differ in length; rows beyond the shortest belong to no face.
+        # Read up to the end of the shortest array, so that all give the same rows.
         total = min(headers[name].shape[0] for name in names)
         for first in range(0, total, count):
             n = min(count, total - first)

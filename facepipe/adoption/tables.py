@@ -121,7 +121,7 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
     path = storage.to_absolute(path)
     if not storage.may_exist(path):
         raise SourceError(f"no such file or folder: {path!r}")
-    # The content decides: a folder is read if it holds Parquet files only.
+    # A folder of images gives no files here: the kind of its first file decides.
     files = list_parquet_files(path) or ([] if os.path.isdir(path) else [path])
     if not files:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")
@@ -245,7 +245,7 @@ def _read_parquet(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
 def _convert_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
     absent = pa.nulls(batch.num_rows, pa.string())
     column = batch[roles.vector]
-    # Vectors (m, 128) of the rows that have all numbers, and the mask (n,) of these rows.
+    # Vectors (n, 128), and the mask (n,) of rows that have all numbers.
     vectors, is_complete = read_embeddings(column)
     boxes = pa.nulls(batch.num_rows, pa.list_(pa.float32()))
     if roles.box:

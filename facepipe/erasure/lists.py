@@ -105,7 +105,7 @@ def iterate_csv_rows(file: Iterable[str]) -> Iterator[tuple[list[str | None], li
     header = next(reader, None)
     if header is None:
         return
-    # One unknown column makes the whole file a stranger's.
+    # One unknown column means that another program wrote the file.
     roles = [find_role(name) for name in header]
     is_ours = ANY not in roles
     if is_ours:

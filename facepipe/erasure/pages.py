@@ -58,13 +58,13 @@ class _PageEditor:
     def _edit_table(self, table: Table) -> Table:
         if not table.title.startswith(_SHARED_IDENTITIES):
             return table
-        # In this table a label in one of the first two columns gives its row away.
+        # In this table a label in one of the first two columns removes the row.
         revealing = self._erased.names | self._erased.uris
         return replace(table, rows=tuple(row for row in table.rows if revealing.isdisjoint(row[:2])))
 
     def edit_group(self, group: JsonGroup) -> JsonGroup | None:
         """Remove erased faces and labels; drop a group that loses all faces, or whose title names an erased label."""
-        # A title with the label gives the whole group away; else single faces go.
+        # A title with the label removes the whole group; else single faces go.
         if not self._names.isdisjoint(_find_labels(group["title"])):
             return None
         faces = [face for face in group["faces"] if not self._is_erased(face)]

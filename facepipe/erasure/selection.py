@@ -19,7 +19,7 @@ from facepipe.types import Float32, UInt64
 # An image id: the first 32 hex digits of a hash.
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _BATCH_ROWS = 65536
-# A hundred years; larger ages overflow dates.
+# A hundred years; much larger ages overflow dates.
 _MAX_AGE_DAYS = 36500.0
 
 

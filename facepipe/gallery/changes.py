@@ -100,11 +100,11 @@ class PartialGallery(Gallery):
         fragments = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
         return ds.FileSystemDataset(fragments, whole.schema, whole.format, whole.filesystem)
 
-    # A file without statistics of this column has no time.
     def read_newest_times(self) -> dict[str, datetime | None]:
         """Read from the log the time of the last ingestion in each of the table's files, by path."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
         paths = actions["path"].to_pylist()
+        # A file without statistics of this column has no time.
         name = "max.ingested_at"
         times = actions[name].to_pylist() if name in actions.column_names else [None] * len(paths)
         return dict(zip(paths, times, strict=True))
@@ -212,7 +212,7 @@ def find_changes(gallery: Gallery, mark: ReadMark | None) -> TableChanges:
     Without a mark everything is new. If the old version cannot be opened because its log was cleaned, or the mark is of
     another table, new rows are recognised by their time of ingestion alone.
     """
-    # Without an old version every file has to be compared by its rows, or is new.
+    # Without a mark every file is new; without the old version the rows have to tell.
     files = tuple(file["path"] for file in gallery.files())
     if mark is None:
         return TableChanges(gallery, None, new_files=files, mixed_files=(), removed_files=None)

@@ -15,8 +15,8 @@ from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import UInt64
 
-# They are the last of the three values per image: fingerprint, content, state.
 # States of an image in the table.
+# They are the last of the three values per image: fingerprint, content, state.
 _IN_GALLERY = np.uint64(0)
 _LISTED = np.uint64(1)
 _OF_SOURCE = np.uint64(2)

@@ -147,8 +147,8 @@ def _draw_steps(series: Series, to_x: Scale, to_y: Scale) -> str:
 
 
 def _choose_lanes(positions: Sequence[float], labels: Sequence[str]) -> list[int]:
-    # Each lane keeps the spans (begin, end) that its labels take.
     """Choose the row of each label above the plot, so that no two overlap."""
+    # Each lane keeps the spans (begin, end) that its labels take.
     occupied: list[list[tuple[float, float]]] = []
     lanes = []
     for position, label in zip(positions, labels, strict=True):

@@ -52,8 +52,8 @@ def open_source(config: SourceConfig) -> Source:
         raise SourceError(
             "facepipe reads no http(s) URLs: fetch the images first, or name a bucket (s3://, gs://, az://)"
         )
-    # Only sources on a disk are looked up: a glob matches later, and a store is asked by its listing.
     kind = _detect_kind(uri) if config.kind == "auto" else config.kind
+    # Only sources on a disk are looked up: a glob matches later, and a store is asked by its listing.
     if kind not in ("glob", "object_store") and not may_exist(uri):
         raise SourceError(f"no such file or folder: {uri!r}")
     match kind:

@@ -103,8 +103,8 @@ def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]
     is_exhausted = False
     while pending or not is_exhausted:
         # Look ahead, so that the size of the next block can follow from what is left.
-        # Screen a batch of the listing; its new and changed images wait, the others are counted.
         while not is_exhausted and len(pending) < size.lookahead:
+            # Screen a batch of the listing; its new and changed images wait, the others are counted.
             items = list(islice(listing, min(_SCREENED_ITEMS, size.lookahead)))
             is_exhausted = not items
             verdicts, previous = _screen_items(items, known)

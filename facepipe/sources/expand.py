@@ -37,7 +37,7 @@ class Expander:
             fingerprint: changes if the file may have changed.
             is_special: the file is a device, FIFO or socket, and must not be opened.
         """
-        # Files that are neither image nor tar are counted and left.
+        # Files that are neither image nor tar are counted and left out.
         extension = get_extension(relative)
         if is_hidden(relative) or not (extension in IMAGE_EXTENSIONS or extension == "tar"):
             self.ignored += 1

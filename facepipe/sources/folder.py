@@ -80,7 +80,7 @@ class FolderSource:
         """Yield the items of a folder, and listings of the folders in it; `links` is how many links lead to it."""
         try:
             info = os.stat(folder)
-            # A folder that is its own parent came through a link back: it is passed over.
+            # A folder that is among its own parents was reached by a link back: it is passed over.
             folder_id = (info.st_dev, info.st_ino)
             if folder_id in parents:
                 return

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 
-# Names of variables that hold a secret.
+# Names of variables that hold a secret, and endings of those that only say where it is.
 _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY")
 _PATH_VARIABLE = re.compile(r"_(FILE|PATH|DIR|URI|URL|MODE)$")
 # Limit of passes if the rules should ever go on replacing.

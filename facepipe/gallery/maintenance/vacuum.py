@@ -35,7 +35,6 @@ def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage
         is_part = name.endswith(".parquet") and not name.startswith(_LOG)
         is_old = not older_than or now - entry.modified > older_than
         if is_part and is_old and name not in named:
-            # An unfinished part of a run that goes on is not old enough.
             unreferenced.append(entry)
     return unreferenced
 
