@@ -8,6 +8,7 @@ from jobs.console import ExitCode, exit_on_error, fail, print_result, print_tabl
 from jobs.options import GalleryPath, Json, NameRole, Quiet, select_set
 from jobs.progress import ProgressReporter
 
+# How far the norms of normalised encodings may be from 1.
 _UNIT_TOLERANCE = 1e-3
 
 
@@ -64,6 +65,7 @@ def adopt(
         with ProgressReporter("adopt", quiet=quiet) as progress:
             summary = run(config, gallery, lambda adopted: progress.update(_format_counts(adopted)))
         print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))
+        # If every row is refused, the file is likely of another kind, so the first reason is shown.
         if summary.failed == summary.listed:
             fail(f"all {summary.listed} rows were refused: {summary.examples[0]}", ExitCode.FAILED)
         if summary.failed > max_failed * summary.listed:

@@ -61,6 +61,7 @@ def _print_summary(summary: Any) -> None:
 def _format_figures(figures: dict[str, Any]) -> str:
     """Format the figures of a step that are not zero; of a flag only the name."""
     parts = []
+    # Times and texts are left out, and so is what is zero.
     for name, value in figures.items():
         if not isinstance(value, int | float) or not value or name == "seconds":
             continue

@@ -47,12 +47,14 @@ def clean(
 
 
 def _print_summary(summary: Any) -> None:
+    # The number of wrong labels is estimated, so it need not be whole.
     share_wrong = summary.wrong / max(1, summary.labelled)
     rows = [
         ("labelled faces (without label)", f"{summary.labelled} ({summary.unlabelled})"),
         ("identities", summary.identities),
         ("wrong labels, estimated", f"{summary.wrong:.1f} ({share_wrong:.2%})"),
     ]
+    # One row per decision, then the expected errors among all of them.
     rows += summary.decisions.items()
     rows += [
         ("expected errors among these", f"{summary.errors:.1f}"),

@@ -37,6 +37,7 @@ def clean_dataset(
     with exit_on_error():
         from pipelines.clean_dataset import CleanDatasetConfig, run
 
+        # Record the job around its steps, so that their runs name it as their parent.
         chosen = build_config(CleanDatasetConfig, config, settings)
         with record_job(chosen.gallery, "clean_dataset", dry_run=dry_run):
             with ProgressReporter("clean-dataset", quiet=quiet) as progress:

@@ -32,6 +32,7 @@ from jobs.train import train
 class _RedactedGroup(TyperGroup):
     """A group whose usage errors, which repeat words of the command line, contain no credentials."""
 
+    # Errors arise while the arguments are parsed and while the command runs, so both calls are wrapped.
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _redact_errors():
             return super().make_context(*args, **kwargs)
@@ -46,6 +47,7 @@ def _redact_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # Usage errors have this method; any other error passes unchanged.
         if hasattr(error, "format_message"):
             error.message = redact(str(getattr(error, "message", "")))  # type: ignore[attr-defined]
         raise
@@ -60,6 +62,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # wraps paragraphs as they are written, and keeps the examples apart
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Commands in the order in which `--help` lists them.
 COMMANDS: dict[str, Callable[..., None]] = {
     "embed": embed,
     "adopt": adopt,
@@ -79,6 +82,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "doctor": doctor,
 }
+# Commands with subcommands come last.
 for name, command in COMMANDS.items():
     app.command(name=name)(command)
 app.add_typer(evaluate.app, name="evaluate")

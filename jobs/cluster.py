@@ -64,11 +64,13 @@ def cluster(
         from pipelines.cluster.assign import run as assign_new
 
         options = {
+            # A flag that is not given must not override the file, so False becomes None.
             "cluster": select_set(algorithm=algorithm, identities=identities or None),
             "graph": select_set(threshold=threshold),
         }
         chosen = build_config(ClusterConfig, config, settings, options)
         on_progress = make_line_printer("cluster", quiet=quiet)
+        # The assignment takes its threshold from the report, and only the rule for photos from the config.
         if assign:
             assigned = assign_new(gallery, chosen.cluster.one_photo, on_progress)
             print_result(asdict(assigned), as_json=as_json, print_text=lambda: _print_assigned(assigned))
@@ -78,6 +80,7 @@ def cluster(
 
 
 def _print_summary(summary: Any) -> None:
+    # Tell how the threshold was found, because the whole result depends on it.
     origin = "estimated from the data" if summary.estimated else "set, or the model's own"
     rows = [
         ("faces", summary.faces),

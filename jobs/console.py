@@ -17,6 +17,7 @@ from rich.table import Table
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs
 
+# What an interruption leaves behind, as messages say it.
 RESUME_HINT = "finished work is kept; run the same command again to resume"
 REPORT_HINT = "the report is unchanged; run the same command again to resume from the last finished step"
 
@@ -45,6 +46,7 @@ def exit_on_error(hint: str = RESUME_HINT) -> Iterator[None]:
     Args:
         hint: what an interruption leaves behind, and what to do next.
     """
+    # Raise SIGTERM as an exception, so that `finally` blocks run, and restore the handler for callers.
     previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         yield
@@ -108,6 +110,7 @@ def print_result(result: dict[str, Any], *, as_json: bool, print_text: Callable[
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table on stdout."""
     table = Table(title=title, title_justify="left")
+    # Long words such as paths are folded, not cut.
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

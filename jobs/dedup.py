@@ -70,6 +70,7 @@ def dedup(
 
         chosen = build_config(DedupConfig, config, settings, {"dedup": select_set(keep=keep, drop=drop)})
         on_progress = make_line_printer("dedup", quiet=quiet)
+        # The search for new images uses the index, which holds one gallery only.
         if new and against:
             raise ConfigError("--new and --against exclude each other: leave out one of them")
         if new:
@@ -89,6 +90,7 @@ def _print_summary(summary: Any) -> None:
         ("edge recall", f"{summary.recall:.4f}"),
         ("report", f"{summary.out}/report.html"),
     ]
+    # Only a comparison of two galleries has shared identities.
     if summary.shared is not None:
         rows.append(("identities in both", summary.shared))
     rows += _list_left_out(summary)

@@ -78,6 +78,7 @@ def embed(
     with exit_on_error():
         from pipelines.embed import EmbedConfig, run
 
+        # Options override the config file only if they are given.
         options = {
             "source": select_set(uri=source, identity=identity),
             "run": select_set(runner=runner, workers=workers),
@@ -90,6 +91,7 @@ def embed(
         with ProgressReporter("embed", quiet=quiet) as progress:
             summary = run(chosen, gallery, lambda embedded: progress.update(format_embed_rate(embedded)))
         print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))
+        # If every image failed, the cause is likely not the images, so the run counts as failed whatever is allowed.
         if summary.failed == summary.listed > 0:
             fail(f"all {summary.images} images failed; `facepipe info {gallery}` lists why", ExitCode.FAILED)
         if summary.failed > max_failed * max(1, summary.images):
@@ -100,6 +102,7 @@ def embed(
 
 
 def _print_summary(summary: Any, gallery: str) -> None:
+    # Rows of rare cases are shown only if there are any.
     rows = [("listed", summary.listed), ("already in the gallery", summary.skipped)]
     if summary.repeated:
         rows.append(("listed twice", summary.repeated))

@@ -57,6 +57,7 @@ def erase(
         from facepipe.erasure.selection import Selection, read_ids
         from pipelines.erase import run
 
+        # All conditions that are given must hold; an empty selection is refused before anything is done.
         selection = Selection(
             images=tuple(image or ()),
             identities=tuple(identity or ()),
@@ -73,6 +74,7 @@ def erase(
 
 def _print_summary(gallery: str, summary: Any) -> None:
     title = "would erase from" if summary.dry_run else "erased from"
+    # Print the counts, then the receipts, also those of interrupted erasures that were completed first.
     rows = [(name, getattr(summary, name)) for name in ("images", "faces", "rows")]
     print_table(f"{title} {gallery}", ("", "count"), rows)
     for path in summary.receipts:

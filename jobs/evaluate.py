@@ -51,6 +51,7 @@ def _print_pairs(file: str, result: Any) -> None:
         ("AUC", f"{result.auc:.5f}"),
         ("EER", f"{result.eer:.4f}"),
     ]
+    # A rate of false matches needs enough pairs of different persons to be measured.
     for far, tar in result.tar.items():
         if tar is None:
             shown = "too few impostor pairs"
@@ -231,6 +232,7 @@ def _print_clean(gallery: str, result: Any) -> None:
         ("left out: in the truth, but not decided", result.without_decision),
     ]
     print_table(f"labels of {gallery}", ("", ""), rows)
+    # A second table shows which decisions were taken on correct and on wrong labels.
     counts = [(decision, count["right"], count["wrong"]) for decision, count in result.counts.items()]
     print_table("labels by decision", ("decision", "right", "wrong"), counts)
 

@@ -16,6 +16,7 @@ def write_example(context: typer.Context, value: bool) -> None:
     name = f"{(context.info_name or '').replace('-', '_')}.toml"
     with exit_on_error():
         try:
+            # Mode x refuses to overwrite a file that the user may have edited.
             with Path(name).open("x", encoding="utf-8") as file:
                 file.write((files("jobs") / name).read_text(encoding="utf-8"))
         except FileExistsError as error:

@@ -8,6 +8,7 @@ import typer
 from jobs.console import ExitCode, exit_on_error, fail, print_result, print_table
 from jobs.options import GalleryPath, Json, Where
 
+# Figures of a run's record that are shown for each of the last runs.
 _RUN_COLUMNS = ("run", "job", "state", "images", "faces", "failed", "seconds")
 
 
@@ -34,6 +35,7 @@ def _print_info(description: dict[str, Any]) -> None:
     counts = [*description["counts"].items(), ("files", description["files"]), ("bytes", description["bytes"])]
     print_table(f"{description['path']} (version {description['version']})", ("", "count"), counts)
     print_table("contract", ("", ""), description["contract"].items())
+    # Tables without rows are left out.
     if description["errors"]:
         rows = [(error["status"], error["error"], error["images"]) for error in description["errors"]]
         print_table("why images failed", ("status", "error", "images"), rows)
@@ -83,6 +85,7 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     from facepipe.index.verify import verify_index
 
     gallery = Gallery(path)
+    # Problems are listed apart from the figures, those of the table first.
     figures = asdict(verify_table(gallery))
     problems = figures.pop("problems")
     if exists(gallery.path):
@@ -92,6 +95,7 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
         print_table(f"verify {path}", ("", "count"), figures.items())
         print("\n".join(problems) or "sound")
 
+    # Print the result before the command fails, so that programs get the JSON in any case.
     print_result({**figures, "problems": problems}, as_json=as_json, print_text=print_text)
     if problems:
         fail(f"{len(problems)} problems", ExitCode.FAILED)
@@ -103,6 +107,7 @@ def _verify_erased(path: str, receipt_path: str, *, as_json: bool) -> None:
     from facepipe.gallery import Gallery
 
     erasure = receipt.load_receipt(receipt_path)
+    # The receipt holds hashes, which are compared with hashes of what the gallery still holds.
     problems = check_erased(Gallery(path), erasure)
 
     def print_text() -> None:
@@ -139,6 +144,7 @@ def export(
         from facepipe.gallery import Gallery
         from facepipe.gallery.export import export_parquet as export_rows
 
+        # Spaces after the commas are allowed.
         names = [name.strip() for name in columns.split(",")] if columns else None
         rows = export_rows(Gallery(gallery, version), out, names, where)
         print_result({"rows": rows, "out": out}, as_json=as_json, print_text=lambda: print(f"{rows} rows -> {out}"))

@@ -48,6 +48,7 @@ def index(
     with exit_on_error("the index is unchanged; run the same command again to start over"):
         from pipelines.index import IndexConfig, run
 
+        # Options override the config; flags say what to do in this run only.
         options = {"index": select_set(memory=memory, recall=recall, factory=factory)}
         summary = run(
             build_config(IndexConfig, config, settings, options),
@@ -73,6 +74,7 @@ def _print_summary(gallery: str, summary: Any) -> None:
         ("recall@10", _format_recall(summary)),
         ("bytes on disk", summary.bytes),
     ]
+    # Only a build or a repair has a reason.
     reason = f": {summary.reason}" if summary.reason else ""
     title = f"index of {gallery} (table version {summary.table_version}), {summary.action}{reason}"
     print_table(title, ("", ""), rows)
@@ -80,6 +82,7 @@ def _print_summary(gallery: str, summary: Any) -> None:
 
 
 def _format_recall(summary: Any) -> str:
+    # This factory compares every vector, so that there is nothing to measure.
     if summary.factory == "IDMap2,Flat":
         return "exact"
     if summary.recall_at_10 is None:

@@ -40,6 +40,7 @@ def finish_job(summary: Any, *, as_json: bool, print_text: Callable[[], None], i
         limit: the setting that says how many may fail.
     """
     print_result(asdict(summary), as_json=as_json, print_text=print_text)
+    # Failures of steps weigh more than a share of failed inputs, so their exit code comes first.
     failures = getattr(summary, "failures", [])
     if failures:
         fail("; ".join(failures), ExitCode.FAILED)
@@ -60,6 +61,7 @@ def print_steps(title: str, steps: dict[str, dict[str, Any]], format_figures: Ca
 
 def format_counts(figures: dict[str, Any]) -> str:
     """Format the counts of a step that are not zero; the version of the table is not a count."""
+    # The exact type leaves out booleans, which are integers too.
     counts = {name: value for name, value in figures.items() if type(value) is int and value != 0 and name != "version"}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
 
@@ -73,6 +75,7 @@ def run_old_spelling(command: Callable[..., None], old: str, new: str) -> NoRetu
         new: the command that replaces it, such as `facepipe bulk-search`.
     """
     print(f"warning: `{old}` is deprecated: use `{new}`", file=sys.stderr)
+    # Parse the arguments as the new command does, under its name.
     app = typer.Typer(
         pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
     )

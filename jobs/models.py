@@ -42,6 +42,7 @@ def models(
 
         facepipe models --architectures
     """
+    # This also runs before each subcommand, which then does the work alone.
     if context.invoked_subcommand is not None:
         return
     with exit_on_error():
@@ -56,6 +57,7 @@ def _list_models(*, as_json: bool) -> None:
 
     rows = []
     for model in list_models():
+        # A broken file is listed with its error, so that one file does not hide the others.
         if model.card:
             rows.append({column: getattr(model.card, column) for column in _COLUMNS})
         else:
@@ -130,6 +132,7 @@ def check(model: Model, as_json: Json = False) -> None:
     with exit_on_error():
         from facepipe.models.zoo.check import check_model
 
+        # The table leaves out empty values; the JSON has all.
         description = asdict(check_model(model))
         rows = [(name, value) for name, value in description.items() if value not in ("", None)]
         print_result(description, as_json=as_json, print_text=lambda: print_table(f"model {model}", ("", ""), rows))
@@ -214,6 +217,7 @@ def project(
         from facepipe.config import build
         from pipelines.project import ProjectConfig, run
 
+        # There is no config file here: the options are the whole config.
         config = build(ProjectConfig, select_set(pairs=pairs, faces=faces, seed=seed))
         with ProgressReporter("project", quiet=quiet) as progress:
             summary = run(config, card, gallery, progress.update)

@@ -36,6 +36,7 @@ def nightly(
         facepipe nightly nightly.toml --json
     """
     with exit_on_error("finished work is kept; the next night resumes"):
+        # Imports are inside the command, so that other commands do not wait for them.
         from pipelines.nightly import run
         from pipelines.nightly.config import NightlyConfig
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from facepipe.observe import logs
 from jobs.console import make_line_printer
 
+# Least time between two printed lines; a bar is not limited by it.
 _INTERVAL_S = 5.0
 
 
@@ -37,9 +38,11 @@ class ProgressReporter:
         self._clock = clock
         self._print_line = make_line_printer(job, quiet=quiet)
         self._bar: Progress | None = None
+        # To print the first update at once, pretend that the last line is old enough.
         self._last_line = clock() - (_INTERVAL_S if show_first else 0.0)
 
     def __enter__(self) -> Self:
+        # The bar goes to stderr and vanishes at its end, so that stdout holds the result alone.
         console = Console(stderr=True)
         if console.is_terminal and not self._quiet:
             description = TextColumn("{task.description}")
@@ -88,6 +91,7 @@ def format_embed_rate(summary: Any) -> str:
     """
     rate = summary.images / summary.seconds if summary.seconds else 0.0
     parts = [f"{summary.images} images", f"{summary.faces} faces", f"{rate:.1f} images/s"]
+    # Counts that are zero in most runs are shown only if there are any.
     if summary.failed:
         parts.append(f"{summary.failed} failed")
     if summary.skipped:

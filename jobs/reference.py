@@ -31,6 +31,7 @@ def list_commands() -> Iterator[tuple[str, Any]]:
     """Yield the name and the click command of every command, those of groups included."""
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
+        # A group is listed itself only if it does something without a subcommand.
         inner = getattr(command, "commands", {})
         if not inner or command.invoke_without_command:
             yield name, command
@@ -45,9 +46,11 @@ def format_command(name: str, command: Any) -> str:
         name: name of the command, with that of its group.
         command: the click command.
     """
+    # Write the heading, the usage and the help.
     arguments = [parameter for parameter in command.params if _is_argument(parameter)]
     usage = " ".join(["facepipe", name, *map(_format_metavar, arguments), "[OPTIONS]"])
     lines = [f"\n## facepipe {name}\n", f"    {usage}\n", inspect.cleandoc(command.help) + "\n"]
+    # Write one row per argument or option; hidden ones and `--help` are left out.
     lines += ["| argument or option | meaning |", "|---|---|"]
     for parameter in command.params:
         if parameter.name == "help" or getattr(parameter, "hidden", False):
@@ -73,6 +76,7 @@ def _format_choices(command: Any, parameter: Any) -> str:
 
     They are read from the annotation, because typer has no public name for them.
     """
+    # An optional choice is a union, so look at the parts of the annotation as well.
     hint = get_type_hints(inspect.unwrap(command.callback))[parameter.name]
     for kind in (hint, *get_args(hint)):
         if get_origin(kind) is Literal:

@@ -98,6 +98,7 @@ def search(
     with exit_on_error():
         from pipelines.search import SearchConfig, run
 
+        # Check the combination of arguments before anything is read.
         if calibrate is not None and threshold is not None:
             raise ConfigError("--threshold and --calibrate both set the threshold: leave out one of them")
         if (queries is None or out is None) and (calibrate is None or queries is not None):
@@ -110,6 +111,7 @@ def search(
                 print_result(point.to_dict(), as_json=True, print_text=lambda: None)
             return
 
+        # Options that are not given stay out of the config, so that the file or the defaults hold.
         options = {
             "search": select_set(
                 k=k,
@@ -143,6 +145,7 @@ def _choose_threshold(gallery: str, calibrate: str, recall: float | None) -> Any
 
 def _parse_fpir(text: str) -> float:
     """Parse `FPIR=RATE`, or the rate alone."""
+    # A text that is no number becomes a rate of 0, which the check below refuses.
     name, _, value = text.rpartition("=")
     try:
         fpir = float(value)
@@ -156,6 +159,7 @@ def _parse_fpir(text: str) -> float:
 def _format_point(point: Any, *, is_unstable: bool) -> str:
     text = f"threshold {point.threshold:.4f}: {point.false_alarms} false alarms in {point.probes} searches"
     text += f" (FPIR {point.fpir:g}); "
+    # Misses are counted on faces whose person has another face in the gallery.
     if point.fnir is None:
         text += "the share of misses is unknown, because no identity has two faces"
     else:
@@ -166,6 +170,7 @@ def _format_point(point: Any, *, is_unstable: bool) -> str:
 
 
 def _print_summary(summary: Any) -> None:
+    # Print figures of the search, then inputs that could not be searched, then identifications.
     visited = f"{summary.nprobe} lists, {summary.rescore} re-scored"
     rows = [
         ("queries", summary.queries),

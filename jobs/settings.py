@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+# Characters per line of the help.
 _WIDTH = 100
 
 # The config classes of each command, imported only when they are needed.
@@ -30,7 +31,9 @@ CONFIG_CLASSES = {
 # Settings with one value left, which old config files may still hold.
 HIDDEN_SETTINGS = frozenset({"cluster.algorithm"})
 _TITLES = {"DetectorConfig": "To train a detector:"}
+# Names that annotations give to limits of numbers, and their signs.
 _LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+# A line of an `Attributes:` block: name, type in brackets if any, meaning.
 _ATTRIBUTE = re.compile(r"    (\w+)(?: \([^)]*\))?: (.+)")
 
 
@@ -70,6 +73,7 @@ class SectionHelp:
 
 def print_settings(context: typer.Context, value: bool) -> None:
     """Print the settings of the command that `--help-settings` was given to, and exit."""
+    # Parsing is resilient if a shell asks for completions: then nothing may be printed.
     if not value or context.resilient_parsing:
         return
     name = context.info_name or ""
@@ -102,6 +106,7 @@ def list_sections(config: type, prefix: str = "") -> Iterator[SectionHelp]:
         config: dataclass of the config.
         prefix: name of the section, with a dot at its end; empty for a whole config.
     """
+    # First the plain settings of this level, as one section.
     hints = get_type_hints(config, include_extras=True)
     meanings = read_meanings(config)
     settings = []
@@ -113,6 +118,7 @@ def list_sections(config: type, prefix: str = "") -> Iterator[SectionHelp]:
             )
     if settings:
         yield SectionHelp(prefix.rstrip("."), False, _read_summary(config) if prefix else "", settings)
+    # Then the sections in it; everything inside a list of sections counts as a list too.
     for key in fields(config):
         section_class = _get_section_class(hints[key.name])
         if section_class is not None:
@@ -134,11 +140,13 @@ def _get_section_class(hint: Any) -> Any:
 def read_meanings(config: type) -> dict[str, str]:
     """Read what each field means from the `Attributes:` block of a dataclass, and of its base classes."""
     meanings: dict[str, str] = {}
+    # Base classes come first, so that a class can describe an inherited field anew.
     for base in reversed(config.__mro__):
         if not is_dataclass(base):
             continue
         _, _, block = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
         name = ""
+        # A deeper indented line continues the meaning above it; any other line ends it.
         for line in block.splitlines():
             if match := _ATTRIBUTE.fullmatch(line):
                 name = match[1]
@@ -157,11 +165,13 @@ def _read_summary(config: type) -> str:
 
 def _format_default(field: Field[Any]) -> str:
     """Format a default as TOML writes it."""
+    # A field has a default, a factory of one, or neither.
     default = field.default
     if default is MISSING:
         default = field.default_factory() if field.default_factory is not MISSING else None
     if default is None:
         return "not set"
+    # Booleans are integers too, so they are handled first.
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, int) and abs(default) >= 10_000:
@@ -181,6 +191,7 @@ def describe_type(hint: Any) -> str:
     Args:
         hint: type annotation of the field, with `Annotated`.
     """
+    # Unwrap limits, choices, unions and lists in turn; what is left is a plain type.
     origin = get_origin(hint)
     if origin is Annotated:
         kind, *notes = get_args(hint)
@@ -200,6 +211,7 @@ def _describe_limits(notes: list[Any]) -> str:
     """Describe the limits of a number, such as `>= 0 and <= 1`."""
     limits = []
     for note in notes:
+        # A limit is a note itself, or one of several in the metadata of a field.
         for part in getattr(note, "metadata", [note]):
             for name, sign in _LIMIT_SIGNS.items():
                 limit = getattr(part, name, None)

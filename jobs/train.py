@@ -61,6 +61,7 @@ def _show_step(progress: ProgressReporter, step: Any) -> None:
         step: a `TrainingProgress` of the training.
     """
     line = format_step(step)
+    # A bar is redrawn and would lose the scores, so they are printed as a line of their own.
     if step.scores:
         progress.log(line)
     progress.update(line, completed=step.step, total=step.steps)
@@ -92,6 +93,7 @@ def _format_time(seconds: float) -> str:
 
 
 def _print_summary(summary: Any) -> None:
+    # Counts of the data first, then the training, then the scores of the model.
     rows: list[tuple[str, object]] = [(name, f"{count:,}") for name, count in summary.data.items()]
     rows += [("steps", f"{summary.step:,} of {summary.steps:,}"), ("epochs", f"{summary.epochs:.2f}")]
     if summary.resumed:

@@ -31,6 +31,7 @@ def main(out: Path) -> None:
     """
     photos = out / "photos"
     gallery = out / "gallery"
+    # Start with empty folders; downloads of earlier runs are kept.
     shutil.rmtree(photos, ignore_errors=True)
     shutil.rmtree(gallery, ignore_errors=True)
     photos.mkdir(parents=True)
@@ -69,6 +70,7 @@ def print_identified(answers: Path) -> None:
         answers: Parquet file of a search for one neighbour; file names begin with the person's name.
     """
     frame = pd.read_parquet(answers)
+    # The name of the person is the file name up to its last underscore.
     person = frame["query_uri"].map(lambda uri: Path(uri).stem.rsplit("_", 1)[0])
     is_identified = frame["decision"] != "Unknown"
     correct = int((frame["decision"] == person)[is_identified].sum())
@@ -80,6 +82,7 @@ def print_distances(gallery: Gallery) -> None:
     """Print the distances within and between the people of a gallery, by their labels."""
     frame = gallery.to_pandas(["identity", "face_index", "embedding"], "face_index = 0")
     people = sorted(frame["identity"].unique())
+    # Vectors of a person are (n, 128); distances of two persons are (n, m).
     vectors = {name: np.stack(frame.loc[frame["identity"] == name, "embedding"].to_list()) for name in people}
     rows = []
     for name in people:

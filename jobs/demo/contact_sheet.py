@@ -8,6 +8,7 @@ import numpy as np
 
 from facepipe.gallery import Gallery
 
+# Faces per row.
 _COLUMNS = 9
 
 

