@@ -163,7 +163,7 @@ def _iterate_named_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Iterate over the rows whose path ends in one of the names of so many parts, and the name."""
     for n, uri in enumerate(batch["uri"].to_pylist()):
-        # A `#` parts an archive from its member, which is named as if it lay in a folder.
+        # A `#` separates an archive from its member, which is named as if it lay in a folder.
         parts = os.path.splitext(uri.replace("#", "/"))[0].split("/")
         for depth in depths:
             name = "/".join(parts[-depth:])
@@ -200,7 +200,7 @@ def draw_roc(curve: RocCurve, result: PairsResult, path: str) -> None:
     # A logarithmic axis has no zero.
     axes.plot(np.maximum(curve.far, 1e-5), curve.tar, drawstyle="steps-post")
     axes.set_xscale("log")
-    # The first point accepts nothing, and would pull the axis down to zero.
+    # The first point accepts nothing, and would extend the axis to zero.
     axes.set(xlim=(1e-4, 1), ylim=(min(0.9, max(0.0, float(np.min(curve.tar[1:])))), 1.0))
     axes.set(xlabel="false accept rate", ylabel="true accept rate")
     axes.set_title(

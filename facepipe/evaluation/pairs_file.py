@@ -62,7 +62,7 @@ def _parse_lfw(lines: list[str], path: str) -> list[Pair]:
     per_fold = 2 * words[-1]
     pairs: list[Pair] = []
     for number, line in enumerate(lines[1:], 2):
-        # A name may hold spaces if tabs part the fields.
+        # A name may hold spaces if tabs separate the fields.
         fields = line.split("\t") if "\t" in line else line.split()
         fold = len(pairs) // per_fold
         try:

@@ -56,7 +56,7 @@ def _group_newest(shards: Sequence[ShardEntry], limit: int) -> list[ShardEntry]:
         return []
     group = [shards[-1]]
     total = shards[-1].live
-    # Go back in time until a shard is much larger than the group, or the group would exceed the limit.
+    # Take older shards until one is much larger than the group, or the group would exceed the limit.
     for shard in reversed(shards[:-1]):
         if shard.live > _TIER * total or shard.live + total > limit:
             break

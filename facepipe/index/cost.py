@@ -53,8 +53,8 @@ def estimate_scan(live: int, work: ScanWork) -> float:
     """
     if not work.gpu:
         return PRODUCT * live
-    # Sending the vectors is shared by the queries of one scan, starting the device by all queries.
     passed_on = _PASSED_ON * work.k * (1 + log(1 + live / BLOCK_ROWS))
+    # Sending the vectors is shared by the queries of one scan, starting the device by all queries.
     fixed = DEVICE_START / max(1, work.total) + UPLOAD * live / max(1, work.queries)
     return work.cores * (DEVICE_PRODUCT * live + fixed) + passed_on
 

@@ -142,8 +142,8 @@ def _compute_plan(
     """Compute the sizes of an index with a given factory and given training vectors (`points`) per list."""
     lists = parse_lists(factory)
     code = compute_code_bytes(factory)
-    # Training holds the sample, three sets of centroids and one batch.
     train = min(vectors, max(points * lists, _MIN_TRAINING_VECTORS)) if lists else 0
+    # Training holds the sample, three sets of centroids and one batch.
     train_memory = train * _VECTOR_BYTES + 3 * lists * _VECTOR_BYTES + (_BATCH_BYTES if lists else 0)
     # Growing lists double their capacity, and ids are sorted once: 24 bytes beside them.
     bytes_per_vector = 2 * code + 24

@@ -216,7 +216,7 @@ class Index:
         if len(queries) < _MIN_QUERIES_FOR_THREADS:
             faiss.omp_set_num_threads(self.threads)
             return [search(queries)]
-        # A chunk shares the reading of lists, leaves work for every thread, and fits the memory.
+        # Chunks are small enough that every thread has one, and that their candidates fit the memory.
         size = min(
             _QUERIES_PER_CHUNK,
             -(-len(queries) // self.threads),

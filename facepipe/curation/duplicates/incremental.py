@@ -83,7 +83,7 @@ def gather_new_images(
     # Begin with the new rows, and with old images of the same bytes, which may have no face.
     table = pa.concat_tables([rows, _read_images(gallery, _find_same_bytes(gallery, rows, uris))])
     search = _NeighbourSearch(index, rule)
-    # Go outward until the neighbours of all affected images are known.
+    # Repeat until the neighbours of all affected images are known.
     while len(ids):
         progress(f"{len(ids)} faces: looking for near ones")
         near_uris = search.look_up(ids, table)

@@ -141,7 +141,7 @@ class _DuplicateGroups:
             uris = sorted({uri for uri, image_side in wanted if image_side == side})
             if not uris:
                 continue
-            # The row of the first face has the picture.
+            # The row of its first face has the picture of an image.
             where = ds.field("uri").isin(pa.array(uris, pa.string())) & (ds.field("face_index") == 0)
             for batch in gallery.batches(["uri", "thumb"], where):
                 for uri, thumb in zip(batch["uri"].to_pylist(), batch["thumb"].to_pylist(), strict=True):

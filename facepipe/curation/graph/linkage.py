@@ -108,7 +108,7 @@ def merge_by_average_linkage(
         state = state.drop_forbidden(apart)
         if not len(state.u):
             return state.group, state.clusters
-        # Slack cuts short long series of rounds that merge one face each.
+        # Slack shortens long series of rounds that merge one face each.
         slack = _SLACK_PER_ROUND * max(0, round_ - _STRICT_ROUNDS)
         merged = _find_merges(state, apart, slack)
         apart = merged[apart]
