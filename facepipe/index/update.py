@@ -155,7 +155,7 @@ def _compare(
             restored = [
                 ids for file in added_files for ids in _sort_out(gallery, shards, file, indexed, moved, changes)
             ]
-            # Deleted are ids of removed files that did not move. Reading them twice takes less memory than keeping them.
+            # Deleted are ids of removed files that did not move. A second pass takes less memory than keeping them.
             deleted = [ids[~moved.get(_to_keys(ids))[0]] for ids in _read_removed_ids(gallery, shards, removed_paths)]
     except BaseException:
         changes.close()
