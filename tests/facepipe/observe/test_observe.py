@@ -670,14 +670,14 @@ class Worker:
 worker = Worker.remote()
 print("counters", ray.get(worker.work.remote()))
 node, text = ray.nodes()[0], ""
-for _ in range(30 if sys.argv[1] == "agent" else 0):
+for _ in range(150 if sys.argv[1] == "agent" else 0):
     time.sleep(1)
     address = "http://{}:{}/metrics".format(node["NodeManagerAddress"], node["MetricsExportPort"])
     try:
         text = urllib.request.urlopen(address, timeout=5).read().decode()
     except OSError:
         continue
-    if "ray_facepipe_stage_seconds_total{" in text:
+    if all(f"ray_facepipe_{name}_total{{" in text for name in ("stage_seconds", "images", "faces")):
         break
 print("\\n".join(line for line in text.splitlines() if line.startswith("ray_facepipe")))
 ray.shutdown()
@@ -688,7 +688,7 @@ def test_live_metrics_on_ray() -> None:
     """The endpoint needs the packages of ray[default]; counting needs none of them."""
     agent = all(find_spec(name) for name in ("prometheus_client", "opencensus", "aiohttp", "opentelemetry"))
     command = [sys.executable, "-c", RAY, "agent" if agent else "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=REPOSITORY)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "counters 1" in done.stdout
     if not agent:
