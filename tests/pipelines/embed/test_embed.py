@@ -168,6 +168,13 @@ def test_the_same_faces_whatever_the_container_batch_worker_and_runner(
         ("list", {"runner": "ray", "batch": 32, "workers": 2, "block_smallest": 4}),
         ("tar", {"runner": "ray", "batch": 1, "workers": 1}),
     ]
+    # Each process loads the models: a bare clone reads every container, but starts few workers.
+    if folder == "portraits":
+        ways[3:] = [
+            ("bytes", {"runner": "inline"}),
+            ("uris", {"runner": "inline", "batch": 4}),
+            ("list", {"runner": "ray", "workers": 1}),
+        ]
     galleries = []
     for n, (place, settings) in enumerate(ways):
         summary = embed(places[place], tmp_path / f"g{n}", **settings)
