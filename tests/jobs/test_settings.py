@@ -93,6 +93,7 @@ def test_every_command_with_settings_lists_them() -> None:
             for section in list_sections(config):
                 for setting in section.settings:
                     assert f"  {setting.name} = " in result.stdout
+                    assert setting.meaning, f"{config.__name__} does not say what {setting.name} means"
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def assert_same_graph(a: Graph, b: Graph) -> None:
     left, right = read_edges(a), read_edges(b)
     assert np.array_equal(to_keys(left), to_keys(right))
     assert np.array_equal(left.distance, right.distance)
-    assert a.info.threshold == b.info.threshold
+    # Another process may multiply matrices in another order. Then a similarity at the border of two bins changes bins.
+    for name in ("similarity", "genuine", "impostors"):
+        assert getattr(a.info.threshold, name) == pytest.approx(getattr(b.info.threshold, name), rel=1e-3, nan_ok=True)
     assert a.info.recall == b.info.recall
     for name in ("density", "representatives", "histogram"):
         assert np.array_equal(getattr(a, name), getattr(b, name))

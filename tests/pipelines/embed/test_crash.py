@@ -83,25 +83,42 @@ def test_kill_local(
     assert verify_gallery(Gallery(str(gallery))).problems == []
 
 
-@pytest.mark.parametrize("victim", ["driver", "worker"])
-def test_kill_ray(
-    victim: str, corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path
-) -> None:
+def wait_for_first_part(driver: subprocess.Popen[bytes], gallery: Path) -> None:
+    """Wait until a worker has written a part, or the run has ended."""
+    while driver.poll() is None and not list((gallery / "faces").glob("*.parquet")):
+        time.sleep(0.02)
+
+
+def kill_ray_worker(corpus: Path, gallery: Path) -> bool:
+    """Kill one of Ray's workers in the middle of a run, which has to end well; return False if it ended before."""
+    with start(corpus, gallery, "ray") as driver:
+        wait_for_first_part(driver, gallery)
+        found = workers(driver.pid, "MapWorker")
+        if found:
+            os.kill(found[0].pid, signal.SIGKILL)
+        assert driver.wait(200) == 0
+    return bool(found)
+
+
+def test_kill_ray_driver(corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path) -> None:
     gallery = tmp_path / "g"
-    driver = start(corpus, gallery, "ray")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list((gallery / "faces").glob("*.parquet")):
-        time.sleep(0.05)
-    family = psutil.Process(driver.pid).children(recursive=True)
-    if victim == "driver":
+    with start(corpus, gallery, "ray") as driver:
+        wait_for_first_part(driver, gallery)
+        family = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
-        driver.wait(10)
-        for process in psutil.wait_procs(family, timeout=20)[1]:
-            process.kill()
-    else:
-        os.kill(workers(driver.pid, "MapWorker")[0].pid, signal.SIGKILL)
-        assert driver.wait(120) == 0
-    assert start(corpus, gallery, "local").wait(60) == 0
+    for process in psutil.wait_procs(family, timeout=20)[1]:
+        process.kill()
+    with start(corpus, gallery, "local") as second:
+        assert second.wait(200) == 0
+    assert rows(gallery) == undisturbed[0]
+    assert verify_gallery(Gallery(str(gallery))).problems == []
+
+
+def test_kill_ray_worker(corpus: Path, undisturbed: tuple[list[dict[str, object]], float], tmp_path: Path) -> None:
+    # On a busy machine a run may end before its worker is found. Then the next one is tried.
+    tries = (tmp_path / str(number) for number in range(5))
+    gallery = next((gallery for gallery in tries if kill_ray_worker(corpus, gallery)), None)
+    assert gallery is not None
     assert rows(gallery) == undisturbed[0]
     assert verify_gallery(Gallery(str(gallery))).problems == []
 
