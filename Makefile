@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Files of tests run side by side, as many as there are cores, but no more than memory allows.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 10
+# Files of tests run side by side, as many as there are cores, but no more than memory allows. tests/conftest.py puts
+# the slow ones first, so that no core waits for the last of them.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
 SHARED ?= ../shared
 EXTRAS := cpu s3 report dev
 comma := ,

@@ -31,11 +31,11 @@ def measure_peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
 
 
 def trials(full: int) -> range:
-    """Trials of a test with an element of chance: all of them where FACEPIPE_ALL_TRIALS is set, else a third.
+    """Trials of a test with an element of chance: all of them where FACEPIPE_ALL_TRIALS is set, else a quarter.
 
     Every trial is seeded by its number, so a run of all covers what a short one does.
     """
-    return range(full if os.environ.get("FACEPIPE_ALL_TRIALS") else max(3, full // 3))
+    return range(full if os.environ.get("FACEPIPE_ALL_TRIALS") else max(3, full // 4))
 
 
 def embed(source: str | Path, gallery: str | Path, *layers: dict[str, Any], **run_settings: Any) -> EmbedSummary:

@@ -349,7 +349,8 @@ def test_no_field_names_a_face(fields: dict[str, Any]) -> None:
             stream = io.StringIO()
             logs.configure_logs(format_, "info", shown, stream)
             logs.log_event("x.y", **fields)
-            text = stream.getvalue()
+            # Without the time of the event, whose digits may be those of the vector.
+            text = re.sub(r'"ts": "[^"]*"', "", stream.getvalue())
             secret = re.compile(r"Lovelace|Ada|0\.25|123456789")
             assert bool(secret.search(text)) == shown
 
