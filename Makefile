@@ -12,7 +12,7 @@ EXTRAS := cpu s3 report dev
 comma := ,
 space := $(subst ,, )
 
-.PHONY: install demo test test-shared lint types unit browser bench lock clean
+.PHONY: install demo test test-slow test-shared lint types unit browser bench lock clean
 
 install: $(STAMP)
 
@@ -29,11 +29,15 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP) browser
-	$(PYTEST) -m "not shared"
+	$(PYTEST) -m "not shared and not slow"
+
+# The tests that start Ray, take nodes from it, or kill many runs at random moments.
+test-slow: $(STAMP)
+	$(PYTEST) --timeout 900 -m "slow and not shared"
 
 # These need photos and weights that we may not ship. They skip if SHARED is not a folder of them.
 test-shared: $(STAMP)
-	$(PYTEST) -m shared --shared=$(SHARED)
+	$(PYTEST) --timeout 900 -m shared --shared=$(SHARED)
 
 # The tests of the HTML report need Chromium. They skip if it cannot be installed.
 browser:

@@ -603,6 +603,7 @@ def complete(made: Receipt, whole: Receipt) -> None:
     assert set(whole.reports) - set(made.reports) <= {"graph/"} | {f"cluster/{n}" for n in ("clusters.parquet",)}
 
 
+@pytest.mark.slow
 def test_killed_in_any_place_it_is_finished_by_the_next(gallery: Gallery, tmp_path: Path) -> None:
     """SIGKILL at the n-th write, for 10 places spread over the whole erasure."""
     script = tmp_path / "kill.py"

@@ -42,6 +42,8 @@ from jobs.cli import app
 from pipelines.runtime import crash_marks as attempts
 from pipelines.runtime.crash_marks import CrashMarks
 
+pytestmark = pytest.mark.slow
+
 TRIALS = trials(10)
 IMAGES = 40
 FAKES = [*("--set", "detect.model=fake-detector"), *("--set", "embed.model=fake-embedder")]

@@ -412,6 +412,7 @@ pipelines.graph.open_graph([Gallery(sys.argv[1])], config, run, sys.argv[2], lam
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_kill(trial: int, gallery: Gallery, celled: Graph, small: None, tmp_path: Path) -> None:
     """Killed at a random moment, it is finished by the next run, and is what it would have been."""
@@ -427,6 +428,7 @@ def test_kill(trial: int, gallery: Gallery, celled: Graph, small: None, tmp_path
     assert list_leftovers(folder) == set()
 
 
+@pytest.mark.slow
 def test_on_ray(gallery: Gallery, celled: Graph, small: None, tmp_path: Path) -> None:
     """The same edges, and tasks that fail tell why."""
     graph = build_graph(gallery, tmp_path / "graph", GraphRunConfig("ray", 1))

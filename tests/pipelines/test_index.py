@@ -245,6 +245,7 @@ def test_another_contract_builds_anew(gallery: Gallery) -> None:
     sound(gallery)
 
 
+@pytest.mark.slow
 def test_on_ray(gallery: Gallery) -> None:
     append(gallery, cut(faces(500, 10**6, seed=5)), "night")
     done = make(gallery, {"index": {"shard_vectors": 1500}, "run": {"runner": "ray", "cpus": 1}}, retrain=True)
@@ -322,6 +323,7 @@ def command(gallery: Gallery, *words: str) -> list[str]:
     return [sys.executable, "-m", "jobs.cli", "index", gallery.path, *settings, *words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", TRIALS)
 def test_kill(trial: int, gallery: Gallery) -> None:
     """A build, an incremental build and a compaction in turn: the index answers as before or as after, never between."""

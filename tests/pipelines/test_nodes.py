@@ -33,6 +33,8 @@ from pipelines.runtime.runners.ray import RepeatableListing
 from pipelines.search import SearchConfig
 from pipelines.search import run as search
 
+pytestmark = pytest.mark.slow
+
 IMAGES, FACES, FILE = 240, 24_000, 2000
 LIMIT = 120
 

@@ -70,6 +70,7 @@ def test_parquet_queries(gallery: Gallery, asked: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_same_answers(gallery: Gallery, asked: Path, tmp_path: Path) -> None:
     scan, summary = search(gallery, asked, tmp_path / "scan.parquet", path="scan")
     assert summary.path == "scan"

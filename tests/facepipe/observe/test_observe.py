@@ -685,6 +685,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_live_metrics_on_ray() -> None:
     """The endpoint needs the packages of ray[default]; counting needs none of them."""
     agent = all(find_spec(name) for name in ("prometheus_client", "opencensus", "aiohttp", "opentelemetry"))

@@ -217,6 +217,7 @@ prepare_chips(data, "fake-embedder", sys.argv[2], ChipRunConfig("inline", None, 
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_gone_on_with(drawings: Path, plain: ChipSet, tmp_path: Path) -> None:
     folder = tmp_path / "chips"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(drawings), str(folder)], cwd=REPOSITORY)

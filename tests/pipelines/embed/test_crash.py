@@ -18,6 +18,8 @@ from helpers import embed, rows, trials
 from facepipe.gallery import Gallery
 from facepipe.gallery.maintenance.verify import verify_gallery
 
+pytestmark = pytest.mark.slow
+
 TRIALS = trials(12)
 _SETTINGS = [
     *("--set", "detect.model=fake-detector", "--set", "embed.model=fake-embedder", "--set", "run.block_smallest=4"),

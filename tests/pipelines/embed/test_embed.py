@@ -148,6 +148,7 @@ def containers(photos: list[Path], root: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "images", "faces"), [("portraits", 5, 5), pytest.param("photos", 15, 18, marks=pytest.mark.shared)]
 )
@@ -276,6 +277,7 @@ def test_one_writer_at_a_time(drawings: Path, fakes: Settings, tmp_path: Path) -
         embed(drawings, tmp_path / "g", fakes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["inline", "local", "ray"])
 def test_a_worker_that_cannot_start_says_why(
     runner: str, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -354,6 +356,7 @@ def test_a_chain_in_the_wrong_order_is_refused_before_it_runs() -> None:
         check_chain([Detect(), Decode()], ["bytes", "status", "error"])
 
 
+@pytest.mark.slow
 def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     """The split plan on Ray, with the second group on a CPU, since pixels travel the same way to a GPU."""
     from facepipe.config import build

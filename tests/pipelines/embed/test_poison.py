@@ -66,6 +66,7 @@ def test_the_corpus_is_the_same_every_time() -> None:
     assert list(poison.mutants(3, 200)) != list(poison.mutants(4, 200))
 
 
+@pytest.mark.slow
 def test_a_poisoned_corpus(corpus: tuple[Path, int], tmp_path: Path) -> None:
     root, images = corpus
     assert images > COUNT

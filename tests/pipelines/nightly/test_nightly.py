@@ -281,6 +281,7 @@ def check_copies(world: World, gallery: str, new: set[str]) -> None:
         assert len(copies) == 1 or {group[copy] for copy in copies} == {group[uri]} != {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "nights"), [(0, 10), (1, 4)])
 def test_nights_equal_a_gallery_from_scratch(
     seed: int, nights: int, clock: Clock, config: Callable[..., NightlyConfig], fakes: Tree, tmp_path: Path
@@ -361,6 +362,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_night_resumes_after_a_kill_at_any_step(
     clock: Clock, config: Callable[..., NightlyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fakes: Tree
 ) -> None:
@@ -422,6 +424,7 @@ def make_failing_step(steps: list[str], n: int, step: str) -> Callable[..., Any]
     return run_and_die
 
 
+@pytest.mark.slow
 def test_one_night_equals_three_nights(config: Callable[..., NightlyConfig], tmp_path: Path) -> None:
     """Rows and answers of three inline nights equal those of one night by two local workers.
 
@@ -458,6 +461,7 @@ def test_a_dry_run_writes_nothing(clock: Clock, config: Callable[..., NightlyCon
     assert read_files(g) == before
 
 
+@pytest.mark.slow
 def test_nights_in_an_object_store(
     bucket: Any, clock: Clock, config: Callable[..., NightlyConfig], fakes: Tree, tmp_path: Path
 ) -> None:

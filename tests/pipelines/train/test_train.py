@@ -78,6 +78,7 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
+@pytest.mark.slow
 def test_through_ray_a_killed_worker_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -19,6 +19,7 @@ def outcomes() -> dict[str, Outcome]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_arcface_narrows_classes_and_moves_them_apart(outcomes: dict[str, Outcome]) -> None:
     """Of eight seeds the worst has 0.95 times the mean angle within a class, 0.86 times the median, 1.3 degrees more to the
     nearest class, 33.7 in all; this one 0.67, 0.69, 3.6 and 34.2.
