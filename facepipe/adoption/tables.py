@@ -17,7 +17,8 @@ from facepipe.arrow import read_embeddings, to_float_lists
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.schema import EMBEDDING_DIM
-from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, list_parquet_files
+from facepipe.sources.labels import LABEL_COLUMNS, format_label, format_labels
+from facepipe.sources.parquet import URI_COLUMNS, list_parquet_files
 from facepipe.types import Float32
 
 Names = Literal["auto", "people", "images"]
@@ -26,7 +27,7 @@ Names = Literal["auto", "people", "images"]
 # Names of columns by role; of several that are there the first one counts.
 _VECTORS = ("embedding", "encoding", "vector", "embeddings", "encodings", "vectors")
 _URIS = (*URI_COLUMNS, "uris", "paths", "files")
-_IDENTITIES = (*IDENTITY_COLUMNS, "identities", "labels", "people")
+_IDENTITIES = (*LABEL_COLUMNS, "identities", "labels", "people")
 _NAMES = ("name", "names")
 _BOXES = ("box", "boxes")  # x1, y1, x2, y2
 _LOCATIONS = ("location", "locations", "face_location", "face_locations")  # face_recognition's top, right, bottom, left
@@ -180,7 +181,10 @@ def _find_roles_in_schema(schema: pa.Schema, where: str, names: Names) -> Column
         if field.name in (*_VECTORS, *_BOXES, *_LOCATIONS):
             return _is_number_list(kind)
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        # A column of whole numbers with gaps comes as floats.
+        is_label = pa.types.is_floating(kind) and field.name in _IDENTITIES
+        return bool(is_text or pa.types.is_integer(kind) or is_label)
 
     roles = _find_roles([field.name for field in schema if fits(field)], names, where)
     kind = schema.field(roles.vector).type
@@ -209,7 +213,8 @@ def _find_roles_in_arrays(headers: dict[str, npy.NpyHeader], where: str, names: 
         needed = (shape[0], 4) if name == roles.box else shape[:1]
         if name != roles.vector and header.shape != needed:
             raise ConfigError(f"{where}: {name} is {header.shape}, and {roles.vector} needs {needed}")
-        if name in (roles.uri, roles.identity) and header.dtype.kind not in "USiu":
+        allowed = {roles.uri: "USiu", roles.identity: "USiuf"}.get(name)
+        if allowed and header.dtype.kind not in allowed:
             raise ConfigError(f"{where}: {name} holds {header.dtype}, not texts")
         if name == roles.box and header.dtype.kind not in "fiu":
             raise ConfigError(f"{where}: {name} holds {header.dtype}, not numbers")
@@ -252,7 +257,7 @@ def _convert_batch(batch: pa.RecordBatch, roles: ColumnRoles) -> dict[str, Any]:
         boxes = _convert_boxes(batch[roles.box], roles.box)
     return {
         "name": batch[roles.uri].cast(pa.string()) if roles.uri else absent,
-        "identity": batch[roles.identity].cast(pa.string()) if roles.identity else absent,
+        "identity": pa.array(format_labels(batch[roles.identity]), pa.string()) if roles.identity else absent,
         "vector": to_float_lists(vectors[is_complete], is_complete),
         "length": pc.list_value_length(column).cast(pa.int64()),
         "box": boxes,
@@ -284,7 +289,7 @@ def _read_numpy(path: str, roles: ColumnRoles) -> Iterator[dict[str, Any]]:
             boxes = _convert_boxes(to_float_lists(_to_float32(arrays[roles.box])), roles.box)
         yield {
             "name": _to_texts(arrays[roles.uri]) if roles.uri else pa.nulls(count, pa.string()),
-            "identity": _to_texts(arrays[roles.identity]) if roles.identity else pa.nulls(count, pa.string()),
+            "identity": _to_labels(arrays[roles.identity]) if roles.identity else pa.nulls(count, pa.string()),
             "vector": to_float_lists(vectors),
             "length": pa.array(np.full(count, EMBEDDING_DIM, np.int64)),
             "box": boxes,
@@ -300,3 +305,7 @@ def _to_float32(array: npt.NDArray[np.generic]) -> Float32:
 def _to_texts(array: npt.NDArray[np.generic]) -> pa.Array:
     values = (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in array.tolist())
     return pa.array([value.encode("utf-8", "replace").decode("utf-8") for value in values], pa.string())
+
+
+def _to_labels(array: npt.NDArray[np.generic]) -> pa.Array:
+    return pa.array([format_label(value) for value in array], pa.string())

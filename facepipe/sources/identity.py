@@ -4,6 +4,8 @@ import posixpath
 from collections.abc import Callable
 from typing import Literal
 
+from facepipe.sources.labels import format_label
+
 IdentityRule = Literal["auto", "folder", "filename", "label", "none"]
 
 Identify = Callable[[str, str | None], str | None]
@@ -28,15 +30,12 @@ def take_only_folder_name(path: str) -> str | None:
 
 
 def make_identity_rule(name: IdentityRule) -> Identify:
-    """Make the function that finds identities. Labels that are not UTF-8 get `?` for the bytes that cannot be read."""
+    """Make the function that finds identities, and writes them as `format_label` does."""
     take_label = _pick_rule(name)
 
     def identify(path: str, label: str | None) -> str | None:
         # The rules expect a path in normal form.
-        identity = take_label(path if _is_normal(path) else posixpath.normpath(path), label)
-        if not identity or identity.isascii():
-            return identity or None
-        return identity.encode("utf-8", "replace").decode("utf-8")
+        return format_label(take_label(path if _is_normal(path) else posixpath.normpath(path), label))
 
     return identify
 

@@ -11,7 +11,8 @@ from facepipe.errors import SourceError
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
 from facepipe.sources.identity import IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, make_broken_item
-from facepipe.sources.parquet import IDENTITY_COLUMNS, URI_COLUMNS, make_named_item
+from facepipe.sources.labels import LABEL_COLUMNS
+from facepipe.sources.parquet import URI_COLUMNS, make_named_item
 from facepipe.storage import describe_error
 
 HEADER_URIS = (*URI_COLUMNS, "filename", "image", "image_id", "img")
@@ -103,7 +104,7 @@ def detect_layout(lines: list[str], path: str) -> ListLayout:
         header = [field.strip().lower() for field in _split_line(lines[0], delimiter)]
         image = next((header.index(column) for column in HEADER_URIS if column in header), None)
         if image is not None and not any(_is_image(field) for field in header):
-            label = next((header.index(column) for column in IDENTITY_COLUMNS if column in header), None)
+            label = next((header.index(column) for column in LABEL_COLUMNS if column in header), None)
             return ListLayout(delimiter, image, label, skip + 1)
     # If most lines end in an image's extension, they are paths alone, which may hold spaces.
     if sum(_is_image(line) for line in lines) * 2 > len(lines):

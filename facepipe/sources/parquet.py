@@ -13,6 +13,7 @@ from facepipe.errors import SourceError, StorageError
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.identity import IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
+from facepipe.sources.labels import LABEL_COLUMNS, format_labels
 from facepipe.storage import (
     get_entry,
     get_local_fingerprint,
@@ -27,7 +28,6 @@ from facepipe.storage.redact import redact
 
 URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
 BYTES_COLUMNS = ("bytes", "image", "jpg", "content")
-IDENTITY_COLUMNS = ("identity", "label", "identity_id", "person")
 _BATCH_ROWS = 8192
 _MAX_REASON = 200  # characters
 
@@ -68,7 +68,7 @@ class ParquetSource:
         names = file.schema_arrow.names
         bytes_column = find_bytes_column(file.schema_arrow)
         uri_column = _pick_column(names, URI_COLUMNS)
-        identity_column = _pick_column(names, IDENTITY_COLUMNS)
+        identity_column = _pick_column(names, LABEL_COLUMNS)
         if uri_column is None and bytes_column is None:
             raise SourceError(
                 f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
@@ -84,10 +84,10 @@ class ParquetSource:
         columns = [name for name in (uri_column, identity_column) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
             uris = batch.column(uri_column).to_pylist() if uri_column else [None] * batch.num_rows
-            labels = batch.column(identity_column).to_pylist() if identity_column else [None] * batch.num_rows
+            labels = format_labels(batch.column(identity_column)) if identity_column else [None] * batch.num_rows
             for name, label in zip(uris, labels, strict=True):
                 text = None if name is None else str(name)
-                identity = self._identify(text or "", None if label is None else str(label))
+                identity = self._identify(text or "", label)
                 if bytes_column:
                     # The row number tells apart rows with the same name, such as 1.jpg of two people.
                     uri = make_member_uri(container, str(row) if text is None else f"{row}/{text}")

@@ -17,6 +17,7 @@ from facepipe.sources.expand import Expander
 from facepipe.sources.extensions import get_extension, is_hidden
 from facepipe.sources.identity import IdentityRule, make_identity_rule, take_filename_prefix
 from facepipe.sources.item import make_file_uri
+from facepipe.sources.labels import format_label
 
 NAMES = st.text("./aB_#jpé\udcff \x00", max_size=12)
 
@@ -64,8 +65,7 @@ def test_identities_are_those_of_the_normal_path(path: str) -> None:
         "filename": take_filename_prefix(normal),
     }
     for name, label in expected.items():
-        readable = label.encode("utf-8", "replace").decode() if label else None
-        assert make_identity_rule(name)(path, None) == readable  # type: ignore[arg-type]
+        assert make_identity_rule(name)(path, None) == format_label(label)  # type: ignore[arg-type]
 
 
 @given(NAMES)

@@ -1,0 +1,133 @@
+"""How a label is written: one person is one text, whatever brought the label.
+
+A label may come from a folder's name, a line of a list, a column of numbers, a JSON member or the command line. All of
+them go through `format_label`, so that `1` in a list, the integer 1 and the float 1.0 in a table name the same person.
+"""
+
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+LABEL_COLUMNS = ("identity", "label", "identity_id", "person")
+"""Names of columns that hold labels; of several that are there the first one counts."""
+
+# Words that programs write for a value that is not there. Their case matters, because a person may be called Nan.
+_ABSENT = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
+# White space, and what fixed-length strings and marks of byte order leave at the ends of a text.
+_MARGIN = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "\ufeff\x00"
+# Whole numbers as floats are printed: 7.0, 7.000000, 7. and 7.000e+00. An exponent without a sign may be hexadecimal.
+_WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")
+_EXPONENT = re.compile(r"-?[0-9](?:\.[0-9]*)?[eE][+-][0-9]{1,3}")
+# Larger floats are not whole numbers of a column of labels.
+_MAX_WHOLE = 2.0**64
+
+
+def format_label(value: object) -> str | None:
+    r"""Write a label in the one way that the gallery has for it.
+
+    Text is stripped, brought to Unicode's normal form C, and bytes that are not UTF-8 are written as `\xe9`. A whole
+    number is written without a fraction, also if it is a float or the text of one. The result is a fixed point.
+
+    Args:
+        value: a text, bytes, a number, a date, a list of one label, or nothing.
+
+    Returns:
+        The label; None for null, NaN, an empty text, and a list that holds no or several labels.
+    """
+    # Unpack what holds one value: scalars of Arrow and NumPy, and lists of one label.
+    if isinstance(value, pa.Scalar):
+        value = value.as_py()
+    if isinstance(value, np.floating):
+        # A float32 keeps its own shortest text: 0.1, and not 0.10000000149.
+        value = float(value) if float(value).is_integer() else float(str(value))
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return format_label(value[0]) if len(value) == 1 else None
+    if value is None or isinstance(value, dict):
+        return None
+    if isinstance(value, float):
+        return _format_float(value)
+    if isinstance(value, Decimal):
+        return _format_text(format(value, "f"))
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return _format_text(value.decode("utf-8", "surrogateescape"))
+    return _format_text(str(value))
+
+
+def format_labels(column: "pa.Array | pa.ChunkedArray", names: Sequence[str] | None = None) -> list[str | None]:
+    """Write the labels of a column, as `format_label` does.
+
+    Args:
+        column: labels of any type.
+        names: names of classes, if the column holds their numbers. A negative number is then no label.
+
+    Returns:
+        One label or None per row.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    values: Sequence[Any]
+    if pa.types.is_floating(column.type) and column.type != pa.float64():
+        values = list(column.to_numpy(zero_copy_only=False))
+    else:
+        values = column.to_pylist()
+    labels = [format_label(value) for value in values]
+    return labels if names is None else [_name_class(label, names) for label in labels]
+
+
+def _name_class(label: str | None, names: Sequence[str]) -> str | None:
+    """Return the name of a class from its number. A number beyond the names stays a number."""
+    try:
+        number = int(label or "-1")
+    except ValueError:
+        return label
+    if number < 0:
+        return None
+    return format_label(names[number]) if number < len(names) else label
+
+
+def _format_float(value: float) -> str | None:
+    if math.isnan(value):
+        return None
+    is_whole = value.is_integer() and abs(value) < _MAX_WHOLE
+    return str(int(value)) if is_whole else repr(value)
+
+
+def _format_text(text: str) -> str | None:
+    # Most labels are short and plain.
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _repair(text))
+    text = text.strip(_MARGIN)
+    if not text or text in _ABSENT:
+        return None
+    if match := _WHOLE_NUMBER.fullmatch(text):
+        return "0" if match[1] == "-0" else match[1]
+    if _EXPONENT.fullmatch(text):
+        return _format_float(float(text))
+    return text
+
+
+def _repair(text: str) -> str:
+    """Write bytes that are not UTF-8 as escapes. Names that differ in them stay different."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
