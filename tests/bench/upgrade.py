@@ -196,16 +196,18 @@ class Upgrade:
         return len(receipts) == 1
 
     def resume_training(self) -> bool:
-        """Go back to the checkpoint of step 2, resume with the new code, and compare the weights."""
+        """Go back two checkpoints, resume with the new code, and compare the weights."""
         run = self.work / "run"
         whole = (run / "model.safetensors").read_bytes()
-        checkpoints = sorted((run / "checkpoints").iterdir())
-        for checkpoint in checkpoints[2:]:
-            checkpoint.unlink()
+        # The newest is `last.ckpt`, the one before it `last-2.ckpt`, and so on.
+        for name in ("last.ckpt", "last-2.ckpt"):
+            (run / "checkpoints" / name).unlink()
+        if not (run / "checkpoints" / "last-3.ckpt").exists():
+            return False
         for model in run.glob("model.*"):
             model.unlink()
         self.train(self.new)
-        return len(checkpoints) == STEPS and (run / "model.safetensors").read_bytes() == whole
+        return (run / "model.safetensors").read_bytes() == whole
 
     def train(self, command: Callable[..., str]) -> None:
         """Train a small network on the images, or resume its training."""
