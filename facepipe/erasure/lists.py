@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from facepipe.erasure.erased_data import ANY, ErasedData, find_role
-from facepipe.storage.atomic import publish_file
+from facepipe.storage.atomic import write_beside
 
 
 def scrub_list(path: str, erased: ErasedData) -> bool:
@@ -53,24 +53,19 @@ def _filter_lines(path: str, is_dropped: Callable[[str], bool]) -> bool:
     dropped = 0
     # The file is copied line by line beside the old one, because it may be as long as the gallery.
     with (
+        write_beside(path) as unfinished,
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
-        open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
-        for line in file:
-            if is_dropped(line):
-                dropped += 1
-            else:
-                out.write(line)
-    return finish_file(path, is_changed=dropped > 0)
-
-
-def finish_file(path: str, *, is_changed: bool) -> bool:
-    """Put the file that was written beside `path` in its place, or delete it if nothing changed."""
-    if is_changed:
-        publish_file(path + ".new", path, sync=False)
-    else:
-        os.unlink(path + ".new")
-    return is_changed
+        with open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+            for line in file:
+                if is_dropped(line):
+                    dropped += 1
+                else:
+                    out.write(line)
+        # A list without such lines stays as it was.
+        if not dropped:
+            os.unlink(unfinished)
+    return dropped > 0
 
 
 def scrub_csv(path: str, erased: ErasedData) -> bool:
@@ -80,17 +75,20 @@ def scrub_csv(path: str, erased: ErasedData) -> bool:
     """
     is_changed = False
     with (
+        write_beside(path) as unfinished,
         open(path, encoding="utf-8", errors="surrogateescape", newline="") as file,
-        open(path + ".new", "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
     ):
-        writer = csv.writer(out)
-        # A row goes if one of its cells holds erased data of that cell's role.
-        for roles, row in iterate_csv_rows(file):
-            if any(role and cell in erased.by_role[role] for role, cell in zip(roles, row, strict=False)):
-                is_changed = True
-            else:
-                writer.writerow(row)
-    return finish_file(path, is_changed=is_changed)
+        with open(unfinished, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+            writer = csv.writer(out)
+            # A row goes if one of its cells holds erased data of that cell's role.
+            for roles, row in iterate_csv_rows(file):
+                if any(role and cell in erased.by_role[role] for role, cell in zip(roles, row, strict=False)):
+                    is_changed = True
+                else:
+                    writer.writerow(row)
+        if not is_changed:
+            os.unlink(unfinished)
+    return is_changed
 
 
 def iterate_csv_rows(file: Iterable[str]) -> Iterator[tuple[list[str | None], list[str]]]:

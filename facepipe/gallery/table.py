@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from facepipe.errors import ContractError, GalleryError, StorageError
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
+from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.table_access import get_delta_options, open_arrow_filesystem
 from facepipe.types import Float32, Int64
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUNS = "runs"
+LOG = "_delta_log"
+# The folders of a gallery. Each may be a link to a folder on another disk.
+FOLDERS = ("faces", "index", "reports", "erased", RUNS)
 # Names that a first run may leave in a folder before the table is there.
 _OWN_NAMES = {LEASE_FILE, LEASE_GUARD, RUNS}
 _VECTOR_ROWS = 65536  # rows read at a time
@@ -77,12 +82,16 @@ class Gallery:
         """
         self.path = storage.to_absolute(os.fspath(path))
         self.faces_folder = storage.join(self.path, "faces")
+        self._has_checked_names = False
+        _refuse_links_to_others(self.path)
         try:
             self._table = open_table(self.faces_folder, version)
         except TableNotFoundError as error:
             raise GalleryError(
                 f"no gallery at {self.path!r} (no faces/ table in it): `facepipe embed SOURCE {self.path}` makes one"
             ) from error
+        except StorageError as error:
+            raise GalleryError(f"the gallery at {self.path!r} leads out of itself: {error}") from error
         except Exception as error:  # deltalake raises many kinds for a log that cannot be read
             reason = storage.describe_error(error)
             raise GalleryError(f"the gallery at {self.path!r} cannot be read: {reason}") from error
@@ -157,11 +166,39 @@ class Gallery:
     def files(self) -> list[dict[str, Any]]:
         """Return path, size, row count, ranges of some columns and number of faces of each file of the table."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
+        self._check_names(actions["path"])
         names = [name for name in _FILE_COLUMNS if name in actions.column_names]
         rows: list[dict[str, Any]] = actions.select(names).to_pylist()
         for row in rows:
             row["faces"] = row["num_records"] - (row.pop("null_count.face_id", 0) or 0)
         return rows
+
+    def _check_names(self, paths: pa.ChunkedArray | None = None) -> None:
+        """Refuse a table whose log names files outside its folder, or files that are links.
+
+        Args:
+            paths: names of the table's files as the log has them; read from the log by default.
+
+        Raises:
+            GalleryError: there is such a name.
+        """
+        if self._has_checked_names:
+            return
+        if paths is None:
+            paths = pa.table(self._table.get_add_actions(flatten=False))["path"]
+        names = paths.to_pylist()
+        try:
+            for name in names:
+                require_inside(name, f"the log of {self.path!r}")
+            # Links are listed once: looking at each file would take a call per file.
+            links = set(iterate_links(self.faces_folder))
+            for name in names if links else ():
+                parts = name.split("/")
+                if not links.isdisjoint("/".join(parts[: n + 1]) for n in range(len(parts))):
+                    raise make_link_error(storage.join(self.faces_folder, name))
+        except StorageError as error:
+            raise GalleryError(f"the gallery at {self.path!r} leads out of itself: {error}") from error
+        self._has_checked_names = True
 
     def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
         """Open the table as a pyarrow dataset, for whatever this class does not offer.
@@ -170,6 +207,7 @@ class Gallery:
             ranges: columns by which a filter may tell, from the log, that a file holds nothing for it; all by default.
                 In a table of many files they are the cost of opening it, some 40 microseconds per column and file.
         """
+        self._check_names()
         # The schema with which files are listed holds only columns whose ranges a filter can use.
         schema = pa.schema(self._table.schema().to_arrow(as_large_types=False))
         # Later columns are left out while the files are listed: deltalake takes a column without statistics for one
@@ -271,8 +309,43 @@ class Gallery:
 
 
 def open_table(folder: str, version: int | None = None) -> DeltaTable:
-    """Open a Delta table in a folder or an object store."""
+    """Open a Delta table in a folder or an object store.
+
+    Raises:
+        StorageError: its log, or a file of the log, is a link.
+    """
+    log = storage.join(folder, LOG)
+    if is_link(log):
+        raise make_link_error(log)
+    for name in iterate_links(log):
+        raise make_link_error(storage.join(log, name))
     return DeltaTable(folder, version=version, storage_options=get_delta_options(folder))
+
+
+def _refuse_links_to_others(path: str) -> None:
+    """Refuse a gallery one of whose folders is a link into another gallery.
+
+    A folder may lie on another disk, and then is a link. But a link into another gallery would have two names for its
+    files, with a lease each, and whoever deletes by one name deletes from the other.
+
+    Raises:
+        GalleryError: there is such a link.
+    """
+    own_table = os.path.realpath(os.path.join(path, "faces"))
+    for name in FOLDERS:
+        folder = storage.join(path, name)
+        if not is_link(folder):
+            continue
+        target = os.path.realpath(folder)
+        for parent in Path(target).parents:
+            is_gallery = os.path.isdir(parent / "faces" / LOG)
+            # The table of this gallery may lie elsewhere, beside its index. Nobody else writes to it there.
+            is_other = os.path.realpath(parent / "faces") != own_table or os.path.exists(parent / LEASE_FILE)
+            if is_gallery and is_other and str(parent) != os.path.realpath(path):
+                raise GalleryError(
+                    f"{folder!r} is a link into the gallery {str(parent)!r}: give each gallery folders of its own, or "
+                    f"name {str(parent)!r} itself"
+                )
 
 
 def check_columns(columns: Sequence[str] | None) -> list[str]:

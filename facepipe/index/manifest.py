@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from facepipe import storage
 from facepipe.errors import GalleryBusyError, IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.storage import conditional
+from facepipe.storage.inside import is_inside, require_no_link
 from facepipe.storage.store import Store, open_store
 
 FORMAT = 1
@@ -208,6 +210,7 @@ def load_tagged(gallery: str) -> tuple[Manifest, str]:
     """
     path = get_path(gallery)
     try:
+        require_no_link(os.path.dirname(path), NAME)
         tagged = conditional.read_tagged(path)
     except StorageError as error:
         raise IndexingError(str(error)) from error
@@ -217,7 +220,7 @@ def load_tagged(gallery: str) -> tuple[Manifest, str]:
     try:
         manifest = TypeAdapter(Manifest).validate_json(data)
         # Names become paths: a damaged or forged manifest must not reach other folders.
-        if any(part in ("", ".", "..") for name, _ in list_files(manifest) for part in name.split("/")[:2]):
+        if not all(is_inside(name) and "/" not in name for name in _list_names(manifest)):
             raise ValueError("a name that leaves the index's folder")
         return manifest, tag
     except ValueError as error:  # pydantic's errors are among them
@@ -256,6 +259,16 @@ def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
         raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
     store.sync()
     return tag
+
+
+def _list_names(manifest: Manifest) -> Iterator[str]:
+    """List every name that becomes a part of a path, one by one."""
+    yield manifest.template.name
+    for shard in manifest.shards:
+        yield shard.name
+        yield from shard.files
+        if shard.tombstones is not None:
+            yield shard.tombstones
 
 
 def list_files(manifest: Manifest) -> list[tuple[str, FileDigest]]:

@@ -34,6 +34,7 @@ from facepipe.index.rows import FaceRows
 from facepipe.nearest.faiss_engine import faiss, write_index
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error, sync_file, sync_folder
+from facepipe.storage.inside import require_no_link
 from facepipe.storage.store import Store
 from facepipe.types import Bool, Float32, Int64
 
@@ -381,6 +382,7 @@ def _require_file(store: Store, name: str, file: FileDigest) -> str:
     """Return the path of a file that exists and is as long as it was written, fetched into a mirror if needed."""
     path = os.path.join(store.folder, name)
     try:
+        require_no_link(store.folder, name)
         store.fetch(name, file.bytes, file.sha256)
         size = os.path.getsize(path)
     except (OSError, StorageError) as error:

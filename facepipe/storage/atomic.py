@@ -40,6 +40,7 @@ def replace_file(path: str, *, sync: bool = False, unique: bool = False, what: s
 def write_beside(path: str, *, sync: bool = False, unique: bool = False) -> Iterator[str]:
     """Do as `replace_file`, but let an OSError pass. If the block deletes what it wrote, the file stays as it was."""
     unfinished = f"{path}.{secrets.token_hex(4)}{UNFINISHED}" if unique else path + UNFINISHED
+    _refuse_link(unfinished)
     try:
         # The block may have deleted its file, and then nothing is published.
         yield unfinished
@@ -57,6 +58,30 @@ def publish_file(unfinished: str, path: str, *, sync: bool) -> None:
     if sync:
         sync_file(unfinished)
     os.replace(unfinished, path)
+
+
+def open_for_writing(path: str, flags: int = 0) -> int:
+    """Open a file to write to, and create it if there is none. What a link leads to is not opened.
+
+    Args:
+        path: the file.
+        flags: more flags of `os.open`, such as O_TRUNC. Without that flag the content stays, as in a lock file.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        StorageError: the path is a link.
+        OSError: the file cannot be opened.
+    """
+    _refuse_link(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+
+
+def _refuse_link(path: str) -> None:
+    """Raise StorageError for a link: whoever planted it would choose which file is overwritten."""
+    if os.path.islink(path):
+        raise StorageError(f"{path!r} is a link, and facepipe writes nothing through links: delete the link")
 
 
 def sync_file(path: str) -> None:

@@ -9,6 +9,7 @@ import hashlib
 from typing import Any
 
 from facepipe.errors import StorageError
+from facepipe.storage.atomic import open_for_writing
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import replace
@@ -89,7 +90,7 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 def _write_if_local(path: str, data: bytes, tag: str | None) -> str:
     # The lock makes comparing and writing one step; a crash of the holder frees it.
     try:
-        with open(path + ".guard", "w") as guard:
+        with open(open_for_writing(path + ".guard"), "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             current = read_tagged(path)
             if (current[1] if current else None) != tag:

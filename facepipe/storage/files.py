@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from facepipe.errors import StorageError
-from facepipe.storage.atomic import replace_file
+from facepipe.storage.atomic import open_for_writing, replace_file
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.urls import is_remote, join, split_url
@@ -296,8 +296,10 @@ def _write_remote(path: str, data: bytes | Path) -> None:
 
 
 def _write_local(path: str, data: bytes, sync: bool) -> None:
+    # Through a link the bytes would replace a file somewhere else.
+    descriptor = open_for_writing(path, os.O_TRUNC)
     try:
-        with open(path, "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(data)
             if sync:
                 file.flush()

@@ -19,6 +19,7 @@ from facepipe.hashing import hash64
 from facepipe.storage.atomic import replace_file, sync_folder
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import delete, get_entry, list_files, list_prefix, read, write_file
+from facepipe.storage.inside import require_no_link
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.urls import is_remote, join
 
@@ -45,14 +46,18 @@ class Store(ABC):
     is_complete: bool
 
     def local_path(self, name: str) -> str:
-        """Return the path of a file on this machine. Raises StorageError for a name that leads out of the folder.
+        """Return the path of a file on this machine.
 
         Names may come from a manifest or a bucket, which anyone may have written.
+
+        Raises:
+            StorageError: the name leads out of the folder, or a part of it is a link.
         """
         path = os.path.join(self.folder, name)
         # Compare absolute paths, so that `..` and absolute names are refused.
         if not os.path.abspath(path).startswith(os.path.abspath(self.folder) + os.sep):
             raise StorageError(f"{name!r} names no file of {self.url!r}")
+        require_no_link(self.folder, name)
         return path
 
     @abstractmethod
@@ -261,9 +266,15 @@ def open_store(gallery: str, name: str) -> Store:
     Args:
         gallery: path or URL of the gallery.
         name: path of the folder in the gallery, such as `reports/dedup`.
+
+    Raises:
+        StorageError: a folder below the first one is a link. The first one may lie on another disk.
     """
     if is_remote(gallery):
         return ObjectStore(gallery, name)
+    first, _, rest = name.partition("/")
+    if rest:
+        require_no_link(join(gallery, first), rest)
     return LocalStore(join(gallery, name))
 
 

@@ -1,6 +1,7 @@
 """Read a gallery again and check that it is what was written: checksums, counts, ids, norms."""
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,18 +58,15 @@ def verify_gallery(gallery: Gallery) -> Verification:
     """Check every file of the gallery's version. Memory does not grow with the gallery."""
     result = Verification(gallery.version)
     # Both tables cover all files, so that repetitions across files are found.
-    ids = HashTable()
-    uris = HashTable()
-    for file in gallery.files():
-        result.files += 1
-        try:
-            table = _read_file(gallery, file, result)
-        except (StorageError, OSError, ValueError) as error:
-            result.add(f"{file['path']}: cannot be read: {str(error).splitlines()[0]}")
-            continue
-        _check_rows(file["path"], table, ids, uris, result)
-    ids.close()
-    uris.close()
+    with closing(HashTable()) as ids, closing(HashTable()) as uris:
+        for file in gallery.files():
+            result.files += 1
+            try:
+                table = _read_file(gallery, file, result)
+            except (StorageError, OSError, ValueError) as error:
+                result.add(f"{file['path']}: cannot be read: {str(error).splitlines()[0]}")
+                continue
+            _check_rows(file["path"], table, ids, uris, result)
     return result
 
 

@@ -19,6 +19,7 @@ import torch
 from facepipe.errors import StorageError, TrainingError
 from facepipe.observe import logs
 from facepipe.storage import describe_error, replace_file, sync_folder
+from facepipe.storage.atomic import open_for_writing
 
 FOLDER = "checkpoints"
 BEST = "best.ckpt"
@@ -163,7 +164,7 @@ class CheckpointFolder:
             TrainingError: Another run still holds the lock after the timeout.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as file:
+        with open(open_for_writing(str(self.folder / "lock")), "w") as file:
             deadline = time.monotonic() + _LOCK_TIMEOUT_S
             while not _try_lock(file):
                 if time.monotonic() > deadline:
