@@ -5,7 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from jobs.console import exit_on_error, make_line_printer, print_result, print_table
+from jobs.console import ExitCode, exit_on_error, fail, make_line_printer, print_result, print_table
 from jobs.options import DryRun, GalleryPath, Json, Quiet
 
 Texts = Optional[list[str]]  # noqa: UP045
@@ -54,6 +54,7 @@ def erase(
         facepipe erase gallery/ --source cctv --older-than 30
     """
     with exit_on_error("the next erase, or the nightly job, finishes what this one began"):
+        from facepipe.erasure.foreign import describe_foreign
         from facepipe.erasure.selection import Selection, read_ids
         from pipelines.erase import run
 
@@ -70,6 +71,8 @@ def erase(
         on_progress = make_line_printer("erase", quiet=quiet)
         summary = run(selection, gallery, dry_run=dry_run, may_return=may_return, progress=on_progress)
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
+        if summary.foreign:
+            fail(describe_foreign(summary.foreign), ExitCode.FAILED)
 
 
 def _print_summary(gallery: str, summary: Any) -> None:

@@ -1,5 +1,8 @@
 """erase: delete images from a gallery, in steps that a crash cannot leave half done, and write a receipt."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +15,12 @@ import pyarrow.dataset as ds
 
 import facepipe
 from facepipe import storage
+from facepipe.curation.report_folders import get_report_name, is_disposable, is_our_listing, owns_file
 from facepipe.erasure import pending, vectors
 from facepipe.erasure.erased_data import ErasedData
+from facepipe.erasure.foreign import mentions_erased
 from facepipe.erasure.receipt import Receipt, save_receipt
-from facepipe.erasure.reports import is_disposable, scrub_reports
+from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import SelectedImages, Selection, select_images
 from facepipe.errors import FacepipeError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
@@ -25,6 +30,7 @@ from facepipe.gallery.maintenance.vacuum import delete_history, delete_unreferen
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease
+from facepipe.storage.owned import delete_owned
 from facepipe.storage.store import delete_copies, open_store
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import PhaseTimer, attach_summary, get_current_run, record_calls
@@ -44,6 +50,7 @@ class EraseSummary:
         rows: rows that were deleted.
         dry_run: nothing was deleted; the counts say what would be.
         receipts: paths of receipts, those of interrupted erasures that were completed first.
+        foreign: files below reports/ that facepipe did not write and that hold erased data. They are left as they are.
         seconds: wall clock by step.
     """
 
@@ -52,6 +59,7 @@ class EraseSummary:
     rows: int = 0
     dry_run: bool = False
     receipts: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -276,11 +284,11 @@ class _Erasure:
 
     def _scrub_reports(self, receipt: Receipt, erased: ErasedData) -> None:
         folder = storage.join(self.gallery, REPORTS)
-        names = sorted({file.url.removeprefix(folder + "/").split("/")[0] for file in storage.list_files(folder)})
+        names = list(storage.list_names(folder))
         if not names:
             return
         # Update the clusters before the lease is held, because the update holds it itself.
-        if "cluster" in names:
+        if any(name.split("/")[0] == "cluster" for name in names):
             self._update_clusters()
         with hold_lease(folder, "reports", self.progress) as lease:
             for changed in self._iterate_scrubbed(folder, names, erased):
@@ -292,23 +300,40 @@ class _Erasure:
     def _iterate_scrubbed(self, folder: str, names: list[str], erased: ErasedData) -> Iterator[str]:
         """Remove erased data from all reports, and yield the name of each file that changed."""
         if open_store(self.gallery, REPORTS).is_complete:
-            yield from scrub_reports(folder, erased)
+            yield from scrub_reports(folder, erased, self._note_foreign)
             return
-        for name in names:
+        for name in sorted({name.split("/")[0] for name in names if "/" in name}):
             yield from self._scrub_remote_report(name, erased)
+        # Objects beside the reports are none of ours, except the lease.
+        for name in names:
+            if "/" not in name and not name.startswith(LEASE_FILE):
+                self._search_remote_object(storage.join(folder, name), erased)
+
+    def _search_remote_object(self, url: str, erased: ErasedData) -> None:
+        """Fetch an object that facepipe did not write, and note it if it holds erased data."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, os.path.basename(url))
+            with open(path, "wb") as file, storage.open_seekable(url) as source:
+                shutil.copyfileobj(source, file)
+            if mentions_erased(path, erased):
+                self.summary.foreign.append(url)
+
+    def _note_foreign(self, name: str) -> None:
+        path = storage.join(self.gallery, REPORTS, name)
+        if path not in self.summary.foreign:
+            self.summary.foreign.append(path)
 
     def _scrub_remote_report(self, name: str, erased: ErasedData) -> list[str]:
         """Fetch one report of a gallery in an object store, clean it, and upload it if it has changed."""
-        # A lease is no report, and a disposable report is deleted as a whole, without fetching it.
-        if name.startswith(LEASE_FILE):
-            return []
         store = open_store(self.gallery, f"{REPORTS}/{name}")
-        if is_disposable(name):
-            for file in list(storage.list_files(store.url)):
-                storage.delete(file.url)
-            return [f"{name}/"]
+        report = get_report_name(name)
+        # A disposable report is deleted as a whole, without fetching it.
+        if is_disposable(name) and report is not None and is_our_listing(report, list(storage.list_names(store.url))):
+            others = delete_owned(store.url, lambda inner: owns_file(report, inner))
+            if not others:
+                return [f"{name}/"]
         store.pull()
-        changed = list(scrub_reports(store.folder, erased))
+        changed = list(scrub_report(store.folder, erased, lambda inner: self._note_foreign(f"{name}/{inner}")))
         if changed:
             store.push(last="report.html")
         return [f"{name}/{inner}" for inner in changed]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -23,6 +22,14 @@ from facepipe.curation.graph.graph import Graph, GraphInfo, GraphSource, read_in
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.curation.graph.truth import draw_sample, measure_recall
+from facepipe.curation.report_folders import (
+    GRAPH,
+    PARTIAL,
+    delete_report,
+    prepare_folder,
+    replace_report,
+    require_ours,
+)
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve_device
@@ -109,12 +116,17 @@ def open_graph(
             on_progress(f"the graph of {graph.info.faces} faces is up to date")
             return graph
         on_progress("the graph is damaged: rebuilding it")
-    partial = folder.rstrip("/") + ".partial"
+    require_ours(folder, GRAPH)
+    partial = folder.rstrip("/") + PARTIAL
     if not _has_graph_of(partial, source):  # it may be complete, but for its name
         _prepare_folder(partial, source)
         _GraphBuilder(galleries, config, run, source, partial, on_progress).run()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    # The new graph takes the place of the one before it. Files of somebody else stay in the folder.
+    try:
+        replace_report(folder, partial, GRAPH)
+        os.rename(partial, folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
     return Graph(folder)
 
 
@@ -140,9 +152,10 @@ def _prepare_folder(partial: str, source: GraphSource) -> None:
     path = os.path.join(partial, "state.json")
     state = json.dumps([source.galleries, source.versions, source.settings])
     try:
+        require_ours(partial, GRAPH)
         if os.path.isdir(partial) and _read_text(path) != state:
-            shutil.rmtree(partial)
-        os.makedirs(partial, exist_ok=True)
+            delete_report(partial, GRAPH)
+        prepare_folder(partial, GRAPH)
         with open(path, "w") as file:
             file.write(state)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Checking an erasure: whether rows, files beside the table, vectors or reports still hold anything."""
 
+import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.erasure import pending
+from facepipe.erasure.foreign import iterate_words
 from facepipe.erasure.lists import create_line_reader, iterate_csv_rows
 from facepipe.erasure.receipt import Receipt
 from facepipe.errors import StorageError
@@ -21,6 +23,8 @@ from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
 from facepipe.reports.html import iterate_groups
+from facepipe.storage.inside import is_link
+from facepipe.storage.lease import LEASE_FILE
 from facepipe.storage.store import open_store
 
 # Values that are hashed at a time.
@@ -167,14 +171,45 @@ def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     # Each folder is one report; those in an object store are copied here first.
     names = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)}
     for name in sorted(names):
+        if is_link(storage.join(base, name)):
+            continue  # what it leads to is not in the gallery
+        # Files beside the reports are of somebody else.
+        path = storage.join(base, name)
+        if not storage.is_remote(path) and os.path.isfile(path):
+            count = 0 if name.startswith(LEASE_FILE) else _count_anywhere(path, hashes)
+            if count:
+                yield f"reports/{name}: {count} mentions"
+            continue
         store = open_store(gallery.path, f"reports/{name}")
         store.pull()
         if not os.path.isdir(store.folder):
             continue
         for file in storage.list_files(store.folder):
-            count = _count_mentions(file.url, hashes)
+            count = 0 if is_link(file.url) else _count_anywhere(file.url, hashes)
             if count:
                 yield f"reports/{name}/{os.path.relpath(file.url, store.folder)}: {count} mentions"
+
+
+def _count_anywhere(path: str, hashes: _ReceiptHashes) -> int:
+    """Count erased uris and ids in a file that may be of somebody else, and of another kind than its name says."""
+    count = 0
+    try:
+        count = _count_mentions(path, hashes)
+    except OSError as error:
+        # Arrow raises errors without a number for damaged files.
+        if error.errno is not None:
+            raise StorageError(f"cannot read {path!r}: {storage.describe_error(error)}") from error
+    except (pa.ArrowException, ValueError, KeyError, TypeError, EOFError, csv.Error):
+        pass
+    # A text of somebody else may name an image anywhere in it.
+    return count or _count_words(path, hashes)
+
+
+def _count_words(path: str, hashes: _ReceiptHashes) -> int:
+    """Count erased uris and ids among the words of a file of any kind."""
+    with open(path, "rb") as file:
+        words = (word for chunk in iterate_words(file) for word in chunk)
+        return hashes.count_matches(words, "uris", "images", "faces")
 
 
 def _count_mentions(path: str, hashes: _ReceiptHashes) -> int:

@@ -1,14 +1,14 @@
-"""Reports without erased data, file by file. A file that cannot be cleaned is deleted."""
+"""Reports without erased data, file by file. A file of ours that cannot be cleaned is deleted.
+
+Files of others below the reports are searched and named. They are never changed, whatever they hold.
+"""
 
 import csv
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 from zipfile import BadZipFile
 
 import pyarrow as pa
@@ -16,29 +16,34 @@ import pyarrow as pa
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums, clear_stale_sums
 from facepipe.curation.clusters.tables import FACES
+from facepipe.curation.report_folders import MARKER, delete_report, inspect_folder, is_disposable
 from facepipe.erasure.erased_data import ANY, ErasedData
+from facepipe.erasure.foreign import OnForeign, find_foreign, iterate_strings
 from facepipe.erasure.lists import scrub_csv, scrub_list
 from facepipe.erasure.pages import scrub_page
 from facepipe.erasure.tables import find_copies_of_erased, scrub_arrays, scrub_table
 from facepipe.errors import StorageError
-from facepipe.storage import describe_error
+from facepipe.storage import describe_error, list_names
+from facepipe.storage.atomic import UNFINISHED
 from facepipe.storage.lease import LEASE_FILE
+from facepipe.storage.owned import walk_files
 from facepipe.storage.store import PRIVATE_NAMES
 
-_WORDS = re.compile(rb"[^\s\"'<>,;\x00]+")
 # What reading a damaged file, or one of another format, may raise.
 _DAMAGED = (pa.ArrowException, ValueError, KeyError, TypeError, EOFError, BadZipFile, csv.Error)
 
 Scrubber = Callable[[str, ErasedData], bool]  # cleans one file; returns whether it was changed or deleted
 
 
-def is_disposable(name: str) -> bool:
-    """Tell whether a folder holds only vectors or parts of reports, which the next report makes again."""
-    return name == "graph" or name.endswith((".partial", ".old"))
+def scrub_reports(folder: str, erased: ErasedData, on_foreign: OnForeign) -> Iterator[str]:
+    """Remove erased data from all reports below a local folder.
 
+    Only reports of facepipe are touched. Links are not followed.
 
-def scrub_reports(folder: str, erased: ErasedData) -> Iterator[str]:
-    """Remove erased data from all reports below a folder.
+    Args:
+        folder: the folder of the reports.
+        erased: what must not be left.
+        on_foreign: called with the name of each file that facepipe did not write and that holds erased data.
 
     Returns:
         Names of files and folders, each after it was changed or deleted.
@@ -46,26 +51,38 @@ def scrub_reports(folder: str, erased: ErasedData) -> Iterator[str]:
     Raises:
         StorageError: a file cannot be read, written or deleted.
     """
-    # Files in order, so that those which help to read others are cleaned last.
-    report = _ReportFolder(folder, erased)
-    names = sorted(os.listdir(folder), key=_sort_key) if os.path.isdir(folder) else []
-    for name in names:
+    for name in sorted(list_names(folder)):
         path = os.path.join(folder, name)
-        if os.path.isdir(path) and is_disposable(name):
-            shutil.rmtree(path)
-            yield f"{name}/"
-        elif os.path.isdir(path):
-            yield from (f"{name}/{inner}" for inner in scrub_reports(path, erased))
-        elif name.startswith(LEASE_FILE):
-            continue
-        elif name.endswith(".new"):
-            # Unfinished files may hold erased data, and nobody reads them.
-            _delete_file(path)  # left by a run that was killed
-        elif name not in PRIVATE_NAMES and report.scrub_file(name):
-            yield name
-    # The sums come after the tables, because they are checked against them.
-    if _update_sums(folder):
-        yield SUMS
+        if os.path.isdir(path) and not os.path.islink(path):
+            changed = scrub_report(path, erased, lambda inner, name=name: on_foreign(f"{name}/{inner}"))  # type: ignore[misc]
+            yield from (f"{name}/{inner}" for inner in changed)
+        elif not name.startswith(LEASE_FILE) and name not in PRIVATE_NAMES:
+            find_foreign(folder, [name], erased, on_foreign)
+
+
+def scrub_report(folder: str, erased: ErasedData, on_foreign: OnForeign) -> Iterator[str]:
+    """Remove erased data from one folder below the reports, as `scrub_reports` does."""
+    content = inspect_folder(folder)
+    if content is None:
+        # The folder of somebody else: its files are read, and never changed.
+        find_foreign(folder, (name for name, is_folder in walk_files(folder) if not is_folder), erased, on_foreign)
+        return
+    if is_disposable(os.path.basename(folder)):
+        delete_report(folder, content.report)
+        yield ""
+    else:
+        # Files come in an order in which those that help to read others are cleaned last.
+        report = _ReportFolder(folder, erased)
+        for name in sorted(content.files, key=_sort_key):
+            if name.endswith(UNFINISHED):
+                # Unfinished files may hold erased data, and nobody reads them.
+                _delete_file(os.path.join(folder, name))
+            elif name not in PRIVATE_NAMES and name != MARKER and report.scrub_file(name):
+                yield name
+        # The sums come after the tables, because they are checked against them.
+        if SUMS in content.files and _update_sums(folder):
+            yield SUMS
+    find_foreign(folder, content.others, erased, on_foreign)
 
 
 def _sort_key(name: str) -> tuple[bool, bool, str]:
@@ -124,7 +141,7 @@ class _ReportFolder:
     def scrub_file(self, name: str) -> bool:
         """Remove erased data from a file, and return whether it was changed or deleted.
 
-        A damaged file is deleted, whatever it holds.
+        A damaged file is deleted, whatever it holds: it is ours, and the next report makes it again.
         """
         if name == SUMS:
             return False  # cleaned together with the tables
@@ -136,7 +153,7 @@ class _ReportFolder:
         try:
             if extension in list_scrubbers:
                 return list_scrubbers[extension](path, self._unlisted)
-            return table_scrubbers.get(extension, _scrub_unknown)(path, self._erased)
+            return table_scrubbers[extension](path, self._erased)
         except OSError as error:
             if error.errno is not None:  # Arrow raises errors without a number for damaged files
                 raise StorageError(f"cannot clean the report {path!r}: {describe_error(error)}") from error
@@ -151,33 +168,7 @@ class _ReportFolder:
 def _scrub_json(path: str, erased: ErasedData) -> bool:
     """Delete a JSON file that holds one of the names."""
     with open(path, encoding="utf-8") as file:
-        if erased.by_role[ANY].isdisjoint(_iterate_strings(json.load(file))):
+        if erased.by_role[ANY].isdisjoint(iterate_strings(json.load(file))):
             return False
-    os.unlink(path)
-    return True
-
-
-def _iterate_strings(value: Any) -> Iterator[str]:
-    """Iterate over all strings in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _iterate_strings(item)
-    elif isinstance(value, dict):
-        yield from value
-        for item in value.values():
-            yield from _iterate_strings(item)
-
-
-def _scrub_unknown(path: str, erased: ErasedData) -> bool:
-    """Delete a file of an unknown kind that contains a uri or a name as a word or words."""
-    # Single words are looked up in a set; only texts of several words need a search each.
-    texts = {text.encode("utf-8", "surrogateescape") for text in erased.uris | erased.names}
-    phrases = [text for text in texts if not _WORDS.fullmatch(text)]
-    with open(path, "rb") as file:
-        data = file.read()
-    if texts.isdisjoint(_WORDS.findall(data)) and not any(phrase in data for phrase in phrases):
-        return False
     os.unlink(path)
     return True

@@ -43,7 +43,7 @@ def scrub_table(path: str, erased: ErasedData) -> bool:
     with pq.ParquetFile(path) as file:
         # Look at the columns that may reveal somebody first, and rewrite the file only if they do.
         columns = [field.name for field in file.schema_arrow if _find_column_role(field) or field.name == "size"]
-        if not columns or not any(_holds_erased(batch, erased) for batch in file.iter_batches(columns=columns)):
+        if not columns or not any(holds_erased(batch, erased) for batch in file.iter_batches(columns=columns)):
             return False
         with (
             write_beside(path) as unfinished,
@@ -78,7 +78,8 @@ def _mark_erased(batch: pa.RecordBatch, erased: ErasedData, *, compared: bool) -
     return mask
 
 
-def _holds_erased(batch: pa.RecordBatch, erased: ErasedData) -> bool:
+def holds_erased(batch: pa.RecordBatch, erased: ErasedData) -> bool:
+    """Tell whether rows of a table hold erased data, or compare with it."""
     in_row = _mark_erased(batch, erased, compared=False)
     in_comparison = _mark_erased(batch, erased, compared=True)
     return bool(in_row.any() or in_comparison.any())

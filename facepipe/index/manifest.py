@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,13 @@ VECTORS = "vectors.npy"
 IDS = "ids.npy"
 ROWS = "rows.npy"
 LABELS = "labels.arrow"
+
+# Names that an index's files have: of a shard's folder, of the files in it, and of the files beside the shards. What is
+# being written or fetched has one ending more.
+_UNFINISHED = r"(?:(?:\.[0-9a-f]{8})?\.new)?"
+_SHARD_FOLDER = re.compile(r"shard-[0-9a-f]+(?:\.partial)?")
+_SHARD_FILE = re.compile("|".join(map(re.escape, (INDEX, VECTORS, IDS, ROWS, LABELS))).join(("(?:", ")")) + _UNFINISHED)
+_SINGLE_FILE = re.compile(r"(?:template-[0-9a-f]+\.faiss|dead-[0-9a-f]+\.npy)" + _UNFINISHED)
 
 
 @dataclass(frozen=True)
@@ -282,13 +290,29 @@ def list_files(manifest: Manifest) -> list[tuple[str, FileDigest]]:
 
 
 def sweep(gallery: str, manifest: Manifest | None) -> None:
-    """Delete what the manifest does not name: leftovers of a crash, and what was replaced. Needs the index lock."""
-    in_use = {NAME, f"{NAME}.guard"}
+    """Delete what the manifest does not name: leftovers of a crash, and what was replaced. Needs the index lock.
+
+    Only files that an index can have are deleted. The folder may lie on another disk, beside other files.
+    """
+    in_use: set[str] = set()
     if manifest:
         in_use.add(manifest.template.name)
         in_use.update(shard.name for shard in manifest.shards)
         in_use.update(shard.tombstones for shard in manifest.shards if shard.tombstones)
-    open_index_store(gallery).delete_except(in_use)
+    open_index_store(gallery).delete_owned(lambda name: is_index_file(name) and name.split("/")[0] not in in_use)
+
+
+def is_index_file(name: str) -> bool:
+    """Tell whether a file or a folder in the index's folder is of an index, by its name there.
+
+    The manifest and the files that guard it are none: they are replaced, and never swept.
+    """
+    first, slash, inner = name.partition("/")
+    if slash and not inner:
+        return bool(_SHARD_FOLDER.fullmatch(first))
+    if inner:
+        return bool(_SHARD_FOLDER.fullmatch(first)) and bool(_SHARD_FILE.fullmatch(inner))
+    return bool(_SINGLE_FILE.fullmatch(first))
 
 
 def compute_digest(path: str) -> FileDigest:

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import delete, get_entry, list_files, list_prefix, read, write_file
 from facepipe.storage.inside import require_no_link
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.owned import Owns, delete_owned
 from facepipe.storage.urls import is_remote, join
 
 # Files beside the copies: the URL that they belong to, and their fingerprints in the store.
@@ -88,16 +89,13 @@ class Store(ABC):
     def sync(self) -> None:
         """Have new and renamed files of the folder survive a power cut."""
 
-    def delete_except(self, names: Collection[str]) -> None:
-        """Delete every file and folder directly in the folder whose name is not among these."""
-        for name in os.listdir(self.folder):
-            path = os.path.join(self.folder, name)
-            if name in names or name in PRIVATE_NAMES:
-                continue
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.unlink(path)
+    def delete_owned(self, owns: Owns) -> None:
+        """Delete the files that are ours. Other files, and links, stay where they are.
+
+        Args:
+            owns: tells which files are ours, by their name in the folder.
+        """
+        delete_owned(self.folder, owns)
 
 
 class LocalStore(Store):
@@ -145,6 +143,7 @@ class ObjectStore(Store):
         self._gallery = gallery
         self._prefix = self.url.rstrip("/") + "/"
         self.folder = os.path.join(get_cache_folder(gallery), name)
+        self._tags: dict[str, str] | None = None
         self._make_folder()
 
     def _make_folder(self) -> None:
@@ -220,43 +219,48 @@ class ObjectStore(Store):
         self._write_tags(tags)
 
     def push(self, last: str = "") -> None:
-        """Upload all files, the file `last` at the end, and delete what else the store holds."""
+        """Upload all files, the file `last` at the end, and delete what was pulled and is no longer here.
+
+        Objects that others have put there since then stay.
+        """
         # A new report takes the place of the folder, which then has no mark of where it belongs.
         self._make_folder()
         # Upload what is here, with the last file at the end.
         paths = (os.path.relpath(entry.url, self.folder) for entry in list_files(self.folder))
         names = sorted((path for path in paths if path not in PRIVATE_NAMES), key=lambda name: (name == last, name))
         self.upload(names)
-        # Delete what the store holds beyond that, and note the fingerprints of the rest.
+        # Delete what has gone here since it was pulled, and note the fingerprints of the rest.
         local_names = set(names)
+        pulled_names = self._read_tags().keys()
         tags = {}
         for entry in list(list_prefix(self._prefix)):
             name = entry.url.removeprefix(self._prefix)
             if name in local_names:
                 tags[name] = entry.fingerprint
-            elif name.split("/")[0] not in PRIVATE_NAMES:
+            elif name in pulled_names:
                 delete(entry.url)
         self._write_tags(tags)
 
     def sync(self) -> None:
         """Do nothing: the store keeps what it has accepted."""
 
-    def delete_except(self, names: Collection[str]) -> None:
-        """Delete, on this machine and in the store, what is directly in the folder and not among these names."""
-        super().delete_except(names)
-        for entry in list(list_prefix(self._prefix)):
-            name = entry.url.removeprefix(self._prefix).split("/")[0]
-            if name not in names and name not in PRIVATE_NAMES:
-                delete(entry.url)
+    def delete_owned(self, owns: Owns) -> None:
+        """Delete the files that are ours on this machine and in the store."""
+        super().delete_owned(owns)
+        delete_owned(self.url, owns)
 
     def _read_tags(self) -> dict[str, str]:
         """Read the fingerprints that the copied files had in the store."""
+        if self._tags is not None:
+            return self._tags
         with suppress(OSError, ValueError):
             tags: dict[str, str] = json.loads(Path(self.folder, _TAGS).read_text())
             return tags
         return {}
 
     def _write_tags(self, tags: dict[str, str]) -> None:
+        # A new report takes the place of the folder with the file, so they are kept here too.
+        self._tags = tags
         Path(self.folder, _TAGS).write_text(json.dumps(tags))
 
 
@@ -289,9 +293,20 @@ def get_cache_folder(gallery: str = "") -> str:
 
 
 def delete_copies(gallery: str) -> None:
-    """Delete this machine's copies of a gallery in an object store."""
-    if is_remote(gallery):
-        shutil.rmtree(get_cache_folder(gallery), ignore_errors=True)
+    """Delete this machine's copies of a gallery in an object store.
+
+    Raises:
+        StorageError: a copy cannot be deleted.
+    """
+    if not is_remote(gallery):
+        return
+    folder = get_cache_folder(gallery)
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass  # there are none
+    except OSError as error:
+        raise StorageError(f"cannot delete the copies of {gallery!r} in {folder!r}: {describe_error(error)}") from error
 
 
 def _make_private(folder: str) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from facepipe.curation.clusters.incremental import ClusterUpdate, update_clusters
 from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums
 from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
+from facepipe.curation.report_folders import MARKER, delete_report, inspect_folder
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
 from facepipe.reports.parquet import write_rows, write_table
+from facepipe.storage.store import PRIVATE_NAMES
 from pipelines.cluster.pipeline import NAME
 from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import record_calls
@@ -83,13 +85,14 @@ def _keep_report(table: Gallery, report: str, folder: str) -> None:
     path = os.path.join(report, MARK)
     if ReadMark.load(path) != mark:
         mark.save(path)
-    shutil.rmtree(folder)
+    delete_report(folder, NAME)
 
 
 def _copy_unchanged(report: str, folder: str) -> None:
-    """Copy the files of the report that stay as they are."""
-    for name in os.listdir(report):
-        if name not in (FACES, CLUSTERS, SUMS, MARK):
+    """Copy the files of the report that stay as they are. Files of somebody else are moved when the folder changes."""
+    current = inspect_folder(report, NAME)
+    for name in current.files if current is not None else ():
+        if name not in (FACES, CLUSTERS, SUMS, MARK, MARKER, *PRIVATE_NAMES):
             shutil.copy2(os.path.join(report, name), folder)
 
 

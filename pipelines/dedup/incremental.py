@@ -5,7 +5,6 @@ needed.
 """
 
 import os
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.curation.duplicates.incremental import NewImages, gather_new_images
 from facepipe.curation.duplicates.report import build_duplicates_report
+from facepipe.curation.report_folders import delete_report
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges, find_changes
@@ -123,7 +123,7 @@ def _keep_report(table: Gallery, report: str, folder: str) -> None:
         path = os.path.join(report, MARK)
         if ReadMark.load(path) != mark:
             mark.save(path)
-    shutil.rmtree(folder)
+    delete_report(folder, NAME)
 
 
 def select_new(duplicates: Duplicates, uris: pa.Array) -> Duplicates:

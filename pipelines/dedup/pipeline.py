@@ -1,7 +1,6 @@
 """Find groups of copies in a gallery and the copy to keep, or what two galleries share."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +14,7 @@ from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
+from facepipe.curation.report_folders import GRAPH, delete_report
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -119,7 +119,7 @@ def run(
         report = build_duplicates_report(galleries, duplicates, config.dedup, recall, shared)
         write_report(report, os.path.join(folder, "report.html"))
         if against:
-            shutil.rmtree(graph_folder)  # it holds the vectors of the other gallery
+            delete_report(graph_folder, GRAPH)  # it holds the vectors of the other gallery
         else:
             ReadMark.from_gallery(galleries[0]).save(os.path.join(folder, MARK))  # where `dedup --new` starts
         phases.end("write")

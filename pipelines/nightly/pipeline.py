@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from facepipe import storage
 from facepipe.curation.clusters import tables
+from facepipe.erasure.foreign import describe_foreign
 from facepipe.erasure.selection import Selection
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, SourceError, StorageError
 from facepipe.gallery import Gallery
@@ -20,6 +21,7 @@ from pipelines.cluster import assign as cluster_assign
 from pipelines.dedup import DedupConfig
 from pipelines.dedup import incremental as dedup_new
 from pipelines.embed.summary import EmbedSummary
+from pipelines.erase import EraseSummary
 from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
 from pipelines.nightly.config import NightlyConfig, NightSource
@@ -132,6 +134,12 @@ class _Night:
             finished = erase.resume(self.gallery, self._on_progress)
         if finished.receipts:
             self.summary.add_step("erase unfinished", finished)
+        self._note_foreign(finished)
+
+    def _note_foreign(self, erased: EraseSummary) -> None:
+        """Note files that hold erased data and are not ours to delete."""
+        if erased.foreign:
+            self.summary.failures.append(describe_foreign(erased.foreign))
 
     def embed_source(self, source: NightSource, on_embed: OnEmbed) -> None:
         """Embed new and changed images of a source, and mark those it no longer lists.
@@ -207,6 +215,7 @@ class _Night:
                 erased = erase.run(selection, self.gallery, may_return=selection.missing, progress=self._on_progress)
                 if erased.images or erased.receipts:
                     self.summary.add_step(f"erase {name}", erased)
+                self._note_foreign(erased)
 
     def find_copies(self) -> None:
         """Compare new images with all images."""

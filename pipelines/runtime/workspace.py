@@ -1,10 +1,10 @@
 """The folder that a report is made in: it lies beside the final folder, and replaces it when it is complete."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from facepipe.curation.report_folders import PARTIAL, PREVIOUS, prepare_folder, replace_report, require_ours
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.storage import describe_error, join
@@ -26,8 +26,9 @@ def open_report_folder(
     """Open a folder for writing a report. It becomes GALLERY/reports/NAME if the `with` block ends without an error.
 
     One run at a time makes reports. Files of an interrupted run are still in the folder, so that you can resume from
-    them. If the gallery is in an object store, the previous report is fetched first, and the new one is uploaded.
-    Readers may see some files of either meanwhile.
+    them. Files that somebody put beside the previous report are moved to the new one. If the gallery is in an object
+    store, the previous report is fetched first, and the new one is uploaded. Readers may see some files of either
+    meanwhile.
 
     Args:
         gallery: the gallery.
@@ -35,28 +36,30 @@ def open_report_folder(
         progress: called with a line of text while another run is waited for.
 
     Raises:
-        StorageError: The folder cannot be written.
+        StorageError: The folder cannot be written, or holds files of somebody else.
     """
     with hold_lease(join(gallery.path, REPORTS), "reports", progress) as lease:
         # The report is made in `partial`; `previous` holds the old one while the two change places.
         store = open_store(gallery.path, f"{REPORTS}/{name}")
         final = store.folder
-        partial = final + ".partial"
-        previous = final + ".old"
+        partial = final + PARTIAL
+        previous = final + PREVIOUS
         try:
+            require_ours(previous, name)
             if os.path.isdir(previous) and not os.path.isdir(final):
                 os.rename(previous, final)  # a run ended between the two renames below
             store.pull()
-            os.makedirs(partial, exist_ok=True)
+            require_ours(final, name)
+            prepare_folder(partial, name)
             yield partial
             lease.check()
             # Move the previous report away, and the new one into its place.
-            shutil.rmtree(previous, ignore_errors=True)
+            replace_report(previous, final, name)
             if os.path.isdir(final):
                 os.rename(final, previous)
             os.rename(partial, final)
+            replace_report(previous, final, name)
             # The page comes last, so that it never points at a file that is not uploaded yet.
             store.push(last="report.html")
         except OSError as error:
             raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error
-        shutil.rmtree(previous, ignore_errors=True)

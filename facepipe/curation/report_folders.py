@@ -1,0 +1,258 @@
+"""Which folders below GALLERY/reports/ are reports, and which files in them are theirs.
+
+People keep their own files there too: notes beside a report, folders of their own, links. facepipe deletes and replaces
+its own files only. A folder is ours if its name is that of a report and it holds our marker. A file is ours if the
+report has a file of that name.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import facepipe
+from facepipe import storage
+from facepipe.errors import StorageError
+from facepipe.storage.atomic import UNFINISHED
+from facepipe.storage.inside import make_link_error
+from facepipe.storage.owned import delete_owned_folder, walk_files
+from facepipe.storage.store import PRIVATE_NAMES
+
+MARKER = "facepipe.json"
+"""The file that marks a folder as ours. It says which report the folder is for."""
+GRAPH = "graph"
+
+# Endings of the folders that a report is made in, and that hold the report before it while the two change places.
+PARTIAL = ".partial"
+PREVIOUS = ".old"
+
+_FORMAT = 1
+_DUPLICATES = (
+    "pairs.parquet",
+    "groups.parquet",
+    "decisions.parquet",
+    "keep.txt",
+    "drop.txt",
+    "report.html",
+    "mark.json",
+)
+# Files of the reports, by the reports' names. Tests compare them with what each command writes.
+_REPORT_FILES: dict[str, tuple[str, ...]] = {
+    "dedup": _DUPLICATES,
+    "dedup-new": _DUPLICATES,
+    "overlap": (*_DUPLICATES, "identities.parquet"),
+    "cluster": (
+        *("faces.parquet", "clusters.parquet", "merges.parquet", "splits.parquet", "report.html"),
+        *("sums.npz", "state.npz", "mark.json"),
+        "centres.parquet",  # of older versions
+    ),
+    "clean": (
+        *("decisions.parquet", "identities.parquet", "merges.parquet", "report.html"),
+        *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv"),
+    ),
+}
+_GRAPH_FILES = re.compile(
+    r"(?:graph|state|threshold)\.json|edges-\d+\.parquet|"
+    r"(?:ids|sides|vectors|density|wide|cohort|histogram|representatives|cells|assigned|members|begins)\.npy"
+)
+# What an unfinished file has behind its name: of one writer, of one of several, and of older versions.
+_UNFINISHED = re.compile(rf"(?:\.[0-9a-f]{{8}}|\.\d+)?{re.escape(UNFINISHED)}")
+# Columns of which every table of a report has one.
+_COLUMNS = frozenset({"face_id", "uri", "uri_a", "group", "cluster", "identity", "identity_a", "left"})
+_HTML_BYTES = 4096  # in which the head of a page begins
+
+
+def get_report_name(folder: str) -> str | None:
+    """Return which report a folder is for, by its name alone; None if none has such a folder.
+
+    Args:
+        folder: name of the folder, such as `dedup.partial`.
+    """
+    name = folder.removesuffix(PARTIAL).removesuffix(PREVIOUS)
+    return name if name in _REPORT_FILES or name == GRAPH else None
+
+
+def is_disposable(folder: str) -> bool:
+    """Tell whether a folder holds only vectors or parts of reports, which the next report makes again."""
+    name = get_report_name(folder)
+    return name == GRAPH or (name is not None and name != folder)
+
+
+def owns_file(report: str, name: str) -> bool:
+    """Tell whether a file is one of a report, or an unfinished one.
+
+    Args:
+        report: the report's name, as `get_report_name` returns it.
+        name: the file's name in the report's folder, with slashes. The name of a folder ends with one.
+    """
+    folder, slash, inner = name.partition("/")
+    # A report on two galleries has a graph of its own, in its folder.
+    if slash:
+        is_graph = report == "overlap" and folder in (GRAPH, GRAPH + PARTIAL)
+        return is_graph and (not inner or owns_file(GRAPH, inner))
+    whole = _UNFINISHED.sub("", name) if name.endswith(UNFINISHED) else name
+    if whole == MARKER or name in PRIVATE_NAMES:
+        return True
+    if report == GRAPH:
+        return bool(_GRAPH_FILES.fullmatch(whole))
+    return whole in _REPORT_FILES[report]
+
+
+@dataclass
+class ReportFolder:
+    """A folder below reports/ that is ours, and what lies in it.
+
+    Attributes:
+        path: Path of the folder.
+        report: Name of the report.
+        files: Names of our files, in order.
+        others: Names of other files and of links, in order.
+    """
+
+    path: str
+    report: str
+    files: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def owns(self, name: str) -> bool:
+        """Tell whether a file of the folder is ours."""
+        return owns_file(self.report, name)
+
+
+def inspect_folder(path: str, report: str | None = None) -> ReportFolder | None:
+    """Look at a local folder; None if it is not ours, is a link, or does not exist.
+
+    Args:
+        path: the folder.
+        report: which report it is for; by default the folder's name says so.
+
+    Raises:
+        StorageError: the folder cannot be listed.
+    """
+    report = report or get_report_name(os.path.basename(path))
+    if report is None or os.path.islink(path) or not os.path.isdir(path):
+        return None
+    folder = ReportFolder(path, report)
+    for name, is_folder in walk_files(path):
+        if not is_folder:
+            is_own = owns_file(report, name) and not os.path.islink(os.path.join(path, name))
+            (folder.files if is_own else folder.others).append(name)
+    return folder if _is_ours(folder) else None
+
+
+def is_our_listing(report: str, names: Collection[str]) -> bool:
+    """Tell whether a listing of a folder in an object store is one of a report of this name.
+
+    Args:
+        report: the report's name, as `get_report_name` returns it.
+        names: names of the objects in the folder.
+    """
+    return MARKER in names or all(owns_file(report, name) for name in names)
+
+
+def _is_ours(folder: ReportFolder) -> bool:
+    if MARKER in folder.files:
+        return True
+    # Older versions wrote no marker. Their reports are known by their files.
+    if not folder.others:
+        return bool(folder.files)
+    return any(_is_readable_as_ours(os.path.join(folder.path, name)) for name in folder.files)
+
+
+def _is_readable_as_ours(path: str) -> bool:
+    """Tell whether a file with the name of one of ours has its form as well."""
+    try:
+        if path.endswith(".html"):
+            with open(path, "rb") as page:
+                head = page.read(_HTML_BYTES)
+            return head.startswith(b"<!doctype html>") and b"Content-Security-Policy" in head
+        if path.endswith(".parquet"):
+            return not _COLUMNS.isdisjoint(pq.read_schema(path).names)
+        if os.path.basename(path) == "graph.json":
+            with open(path, encoding="utf-8") as file:
+                return {"galleries", "versions", "settings"} <= set(json.load(file))
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        pass
+    return False
+
+
+def prepare_folder(folder: str, report: str) -> None:
+    """Make a folder to write a report into, and mark it as ours. What an interrupted run left in it stays.
+
+    Args:
+        folder: the folder.
+        report: the report's name.
+
+    Raises:
+        StorageError: the folder holds files and is not ours, or is a link, or one of our names in it is a link.
+    """
+    assert report == GRAPH or report in _REPORT_FILES, f"name the files of {report} in _REPORT_FILES"
+    require_ours(folder, report)
+    content = {"format": _FORMAT, "report": report, "facepipe": facepipe.__version__}
+    storage.replace(os.path.join(folder, MARKER), json.dumps(content).encode())
+
+
+def require_ours(folder: str, report: str) -> None:
+    """Raise StorageError for a folder that is not one of this report, or that leads elsewhere.
+
+    An empty folder, or one that does not exist, is fine. A link with the name of one of our files is not, because what
+    is read from it or written to it is not ours.
+    """
+    if os.path.islink(folder):
+        raise make_link_error(folder)
+    if not os.path.isdir(folder):
+        return
+    for name, is_folder in walk_files(folder):
+        if not is_folder and owns_file(report, name) and os.path.islink(os.path.join(folder, name)):
+            raise make_link_error(os.path.join(folder, name))
+    if os.listdir(folder) and inspect_folder(folder, report) is None:
+        raise StorageError(f"{folder!r} holds files that facepipe did not write: move the folder elsewhere")
+
+
+def delete_report(folder: str, report: str) -> None:
+    """Delete the files of a report's folder that are ours, and the folder if nothing else is in it."""
+    delete_owned_folder(folder, lambda name: owns_file(report, name))
+
+
+def replace_report(folder: str, successor: str, report: str) -> None:
+    """Delete the files of a report's folder, and move what else is in it to its successor.
+
+    Args:
+        folder: the folder to delete. There may be none.
+        successor: folder that stays.
+        report: the report's name.
+
+    Raises:
+        OSError: something cannot be moved.
+        StorageError: something cannot be deleted.
+    """
+    if os.path.isdir(folder):
+        _move_others(report, folder, successor, "")
+        delete_report(folder, report)
+
+
+def _move_others(report: str, source: str, target: str, inner: str) -> None:
+    with os.scandir(os.path.join(source, inner)) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    for entry in entries:
+        name = f"{inner}/{entry.name}" if inner else entry.name
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if is_folder and owns_file(report, name + "/"):
+            _move_others(report, source, target, name)
+        elif entry.is_symlink() or is_folder or not owns_file(report, name):
+            destination = _find_free_name(os.path.join(target, name))
+            os.makedirs(os.path.dirname(destination), exist_ok=True)
+            os.rename(entry.path, destination)
+
+
+def _find_free_name(path: str) -> str:
+    number = 1
+    candidate = path
+    while os.path.lexists(candidate):
+        candidate = f"{path}.{number}"
+        number += 1
+    return candidate
