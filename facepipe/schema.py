@@ -9,13 +9,16 @@ DECODE_ERROR = "decode_error"
 TOO_LARGE = "too_large"
 CRASHED = "crashed"
 STATUSES = (OK, NO_FACE, READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
-FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
 
-# These three are never stored: the rows that the gallery has of the image stay as they are.
+# These four are never stored: the rows that the gallery has of the image stay as they are.
 UNCHANGED = "unchanged"  # the image could not be read this time
 TOUCHED = "touched"  # the same bytes under a new fingerprint
 ERASED = "erased"  # the same bytes as an image that was erased, and must not come back
-NEVER_STORED = (UNCHANGED, TOUCHED, ERASED)
+REPLACED = "replaced"  # its tar or Parquet file was replaced after it was listed, so nothing is known of the image
+NEVER_STORED = (UNCHANGED, TOUCHED, ERASED, REPLACED)
+
+# Of these images it is not known whether they hold a face.
+FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED, REPLACED)
 
 EMBEDDING_DIM = 128
 

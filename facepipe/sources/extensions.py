@@ -1,9 +1,15 @@
-"""Which file names can be images."""
+"""Which file names can be images, and which names are URLs that nothing here reads."""
+
+import re
+
+from facepipe.storage import is_remote
 
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "gif"}
     | {"avif", "jp2", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "jxl"}
 )
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def get_extension(name: str) -> str:
@@ -19,6 +25,11 @@ def get_extension(name: str) -> str:
 def is_web_url(name: str) -> bool:
     """Tell whether a name is an http(s) URL, which facepipe does not read."""
     return name.lower().startswith(("http://", "https://"))
+
+
+def is_foreign_url(name: str) -> bool:
+    """Tell whether a name is a URL that facepipe does not read, of whatever scheme: a name of no local file."""
+    return _URL.match(name) is not None and not is_remote(name) and not name.startswith("file://")
 
 
 def is_hidden(name: str) -> bool:

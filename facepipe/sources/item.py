@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
+from facepipe.sources.extensions import is_foreign_url
 from facepipe.storage import is_remote
 
 # A path that looks like a container's member: archive.tar#name.
@@ -72,7 +73,7 @@ class WatchedSource:
 
 
 def make_file_uri(path: str | bytes) -> str:
-    """Make the uri of a file: its absolute path, or its URL.
+    """Make the uri of a file: its absolute path, or its URL; it is the same in every working directory.
 
     It is a `file://` URL with %-escapes if the path is not UTF-8, or would read like the uri of a container's member.
     """
@@ -80,7 +81,7 @@ def make_file_uri(path: str | bytes) -> str:
     if isinstance(path, bytes) and _is_absolute(path):
         # The common case when folders are listed: for a million paths the rest would take seconds.
         absolute = path
-    elif is_remote(path):
+    elif is_remote(path) or is_foreign_url(os.fsdecode(path)):
         return escape_name(os.fsdecode(path))
     else:
         absolute = os.path.abspath(os.fsencode(path))

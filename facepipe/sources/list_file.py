@@ -12,8 +12,8 @@ from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
 from facepipe.sources.identity import IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.sources.labels import LABEL_COLUMNS
-from facepipe.sources.parquet import URI_COLUMNS, make_named_item
-from facepipe.storage import describe_error
+from facepipe.sources.parquet import HOLDS_IMAGE, URI_COLUMNS, holds_image, make_named_item
+from facepipe.storage import describe_error, to_absolute
 
 HEADER_URIS = (*URI_COLUMNS, "filename", "image", "image_id", "img")
 # Lines at the beginning of a list that decide its layout.
@@ -57,7 +57,7 @@ class ListSource:
 
     def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None, root: str | None = None):
         self.path = path
-        self.root = root if root is not None else os.path.dirname(os.path.abspath(path))
+        self.root = to_absolute(root) if root is not None else os.path.dirname(os.path.abspath(path))
         self.name = name or os.path.splitext(os.path.basename(path))[0]
         self.ignored = 0
         self._is_confined = root is not None
@@ -68,7 +68,8 @@ class ListSource:
         self.ignored = 0
         with self._open() as file:
             layout = detect_layout(list(islice(_read_lines(file), _SNIFF_LINES)), self.path)
-        with self._open() as file:
+            # The same open file: a list that is replaced in between may have another layout.
+            file.seek(0)
             try:
                 for number, fields in _read_records(file, layout):
                     yield self._make_item(number, fields, layout)
@@ -86,6 +87,8 @@ class ListSource:
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
             return make_broken_item(self.path, "the line names no image", f"line{number}")
         name = fields[layout.image].replace("\\", "/")
+        if holds_image(name):
+            return make_broken_item(self.path, HOLDS_IMAGE, f"line{number}")
         label = None if layout.label is None else fields[layout.label]
         identity = self._identify(name, label)
         return make_named_item(name, self.root, identity, self._is_confined)

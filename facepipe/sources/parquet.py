@@ -1,42 +1,55 @@
 """Parquet in: rows that name images (`uri`) or hold them (`bytes`), with an optional `identity`."""
 
+import json
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
-from facepipe.sources.extensions import is_web_url
+from facepipe.hashing import hash64
+from facepipe.sources.extensions import is_foreign_url, is_web_url
 from facepipe.sources.identity import IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
 from facepipe.sources.labels import LABEL_COLUMNS, format_labels
 from facepipe.storage import (
-    get_entry,
     get_local_fingerprint,
+    get_open_fingerprint,
     has_credentials,
     is_remote,
     is_special_file,
     is_special_mode,
     list_prefix,
     open_seekable,
+    to_absolute,
 )
 from facepipe.storage.redact import redact
 
 URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
 BYTES_COLUMNS = ("bytes", "image", "jpg", "content")
+HOLDS_IMAGE = "it holds an image as text where the image's name should be: store images as binary"
 _BATCH_ROWS = 8192
 _MAX_REASON = 200  # characters
+_MAX_NAME = 4096  # characters of a path
+_MAX_SHORT_NAME = 1024  # characters of the name of a row
+_KEPT_OF_NAME = 128
+# What JPEG, PNG, GIF, WebP and BMP begin with, in base64.
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}=*\s*")
 
 
 class ParquetSource:
     """Rows of a Parquet file, or of every `.parquet` file in a folder or under a prefix.
 
-    With a bytes column the item is (file, row number): workers read the bytes, the lister never does. A uri column
-    then only names the row. Relative uris are relative to the Parquet file's folder, and do not lead out of it.
+    With a bytes column the item is (file, row number): workers read the bytes, the lister never does. A uri column, or
+    the path beside the bytes (Hugging Face), then only names the row. Relative uris are relative to the Parquet file's
+    folder, and do not lead out of it. Nothing that holds an image names one: a name is text, and short.
 
     Attributes:
         path: Path or URL of the file or folder.
@@ -45,7 +58,7 @@ class ParquetSource:
     """
 
     def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None):
-        self.path = path
+        self.path = to_absolute(path)
         self.name = name or os.path.basename(path.rstrip("/"))
         self.ignored = 0
         self._identify = make_identity_rule(identity)
@@ -57,17 +70,20 @@ class ParquetSource:
                 if is_special_file(path):
                     raise StorageError("not a regular file")
                 with open_seekable(path) as file:
-                    yield from self._list_rows(path, pq.ParquetFile(file))
+                    # The fingerprint of the file that is open: another one may have its name before it is read.
+                    fingerprint = get_open_fingerprint(file)
+                    yield from self._list_rows(path, pq.ParquetFile(file), fingerprint)
             except (StorageError, OSError, ValueError) as error:
                 # pyarrow's errors are ValueErrors and OSErrors. A SourceError passes, because it concerns every file.
                 yield make_broken_item(path, f"parquet cannot be read to its end: {get_first_line(error)}")
 
-    def _list_rows(self, path: str, file: pq.ParquetFile) -> Iterator[WorkItem]:
+    def _list_rows(self, path: str, file: pq.ParquetFile, fingerprint: str) -> Iterator[WorkItem]:
         """Yield one item per row of a file."""
         # Pick the columns by their names.
-        names = file.schema_arrow.names
-        bytes_column = find_bytes_column(file.schema_arrow)
-        uri_column = _pick_column(names, URI_COLUMNS)
+        schema = file.schema_arrow
+        names = schema.names
+        bytes_column = find_bytes_column(schema)
+        uri_column = find_name_column(schema, bytes_column)
         identity_column = _pick_column(names, LABEL_COLUMNS)
         if uri_column is None and bytes_column is None:
             raise SourceError(
@@ -75,7 +91,6 @@ class ParquetSource:
                 f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(names)}"
             )
         # Once per file, and not once per row.
-        fingerprint = get_entry(path).fingerprint
         container = make_file_uri(path)
         encoded_path = os.fsencode(path)
         folder = os.path.dirname(path)
@@ -83,17 +98,21 @@ class ParquetSource:
         row = 0
         columns = [name for name in (uri_column, identity_column) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            uris = batch.column(uri_column).to_pylist() if uri_column else [None] * batch.num_rows
+            uris = _read_names(batch, uri_column) if uri_column else [None] * batch.num_rows
             labels = format_labels(batch.column(identity_column)) if identity_column else [None] * batch.num_rows
             for name, label in zip(uris, labels, strict=True):
                 text = None if name is None else str(name)
-                identity = self._identify(text or "", label)
+                is_name = text is not None and not holds_image(text)
+                identity = self._identify(text if text and is_name else "", label)
                 if bytes_column:
                     # The row number tells apart rows with the same name, such as 1.jpg of two people.
-                    uri = make_member_uri(container, str(row) if text is None else f"{row}/{text}")
+                    uri = make_member_uri(
+                        container, str(row) if text is None or not is_name else f"{row}/{shorten_name(text)}"
+                    )
                     yield WorkItem(uri, encoded_path, row, None, f"{fingerprint}@{row}", identity)
-                elif not text:
-                    yield make_broken_item(path, "the row names no image", str(row))._replace(identity=identity)
+                elif not text or not is_name:
+                    reason = HOLDS_IMAGE if text else "the row names no image"
+                    yield make_broken_item(path, reason, str(row))._replace(identity=identity)
                 else:
                     yield make_named_item(text, folder, identity)
                 row += 1
@@ -114,8 +133,9 @@ def make_named_item(name: str, root: str, identity: str | None, confined: bool =
     # Bring the name into a local path or a URL, and refuse what must not be read.
     if name.startswith("file://"):
         name = os.fsdecode(unquote_to_bytes(os.fsencode(name.removeprefix("file://"))))
-    if is_web_url(name) or (is_remote(name) and has_credentials(name)):
-        reason = "not read: http(s) URLs" if is_web_url(name) else "the URL holds credentials"
+    if is_foreign_url(name) or (is_remote(name) and has_credentials(name)):
+        scheme = "http(s)" if is_web_url(name) else name.partition("://")[0]
+        reason = f"not read: {scheme} URLs" if is_foreign_url(name) else "the URL holds credentials"
         return make_broken_item(strip_url_secrets(name), reason)._replace(identity=identity)
     # Make the path absolute, and require that it lies inside the root.
     is_relative = not is_remote(name) and not os.path.isabs(name)
@@ -136,6 +156,21 @@ def make_named_item(name: str, root: str, identity: str | None, confined: bool =
                 return make_broken_item(path, "not a regular file")._replace(identity=identity)
             fingerprint = get_local_fingerprint(info)
     return WorkItem(make_file_uri(path), os.fsencode(path), fingerprint=fingerprint, identity=identity)
+
+
+def holds_image(text: str) -> bool:
+    """Tell whether a text is an image itself, as a `data:` URL or in base64, or too long to name one."""
+    if text.startswith("data:") or len(text) > _MAX_NAME:
+        return True
+    # No file name looks like this: base64 of an image's first bytes, and no dot in hundreds of characters.
+    return text.startswith(_BASE64_STARTS) and _BASE64.fullmatch(text) is not None
+
+
+def shorten_name(name: str) -> str:
+    """Return a name that is no longer than the names of files may be; what is cut off becomes a hash."""
+    if len(name) <= _MAX_SHORT_NAME:
+        return name
+    return f"{name[:_KEPT_OF_NAME]}~{hash64(name):016x}"
 
 
 def strip_url_secrets(url: str) -> str:
@@ -200,14 +235,72 @@ def _walk_files(path: str) -> Iterator[str]:
 
 
 def find_bytes_column(schema: pa.Schema) -> str | None:
-    """Find the column with encoded images: binary, or a struct with a binary field `bytes` (Hugging Face)."""
+    """Find the column with encoded images: binary, or a struct with a binary field `bytes` (Hugging Face).
 
-    def holds_bytes(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    A column of another name than usual is taken if Hugging Face's own schema says that it holds images, or if it is the
+    only struct of `bytes` and `path`.
+    """
+    usual = [name for name in BYTES_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)]
+    declared = [name for name in _read_image_features(schema) if _holds_bytes(schema.field(name).type)]
+    structs = [
+        field.name
+        for field in schema
+        if _holds_bytes(field.type) and pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0
+    ]
+    return next(iter([*usual, *declared, *(structs if len(structs) == 1 else [])]), None)
 
-    return next((name for name in BYTES_COLUMNS if name in schema.names and holds_bytes(schema.field(name).type)), None)
+
+def find_name_column(schema: pa.Schema, bytes_column: str | None) -> str | None:
+    """Find the column that names images; `column.path` for the path in a struct of bytes and path.
+
+    Columns that hold bytes, lists or other structs name nothing.
+
+    Args:
+        schema: schema of the file.
+        bytes_column: column with encoded images, if there is one.
+    """
+    for name in URI_COLUMNS:
+        if name in schema.names and _is_scalar(schema.field(name).type):
+            return name
+    if bytes_column is not None:
+        kind = schema.field(bytes_column).type
+        if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and _is_scalar(kind.field("path").type):
+            return f"{bytes_column}.path"
+    return None
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_variable = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(is_variable or pa.types.is_fixed_size_binary(kind))
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or _is_binary(kind))
+
+
+def _read_image_features(schema: pa.Schema) -> list[str]:
+    """Read from Hugging Face's metadata which columns hold images."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [name for name in schema.names if features[name]["_type"] == "Image"]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _read_names(batch: pa.RecordBatch, column: str) -> list[Any]:
+    if column in batch.schema.names:
+        return list(batch.column(column).to_pylist())
+    # A null struct has no path either.
+    parent, _, child = column.rpartition(".")
+    return [None if value is None else value[child] for value in batch.column(parent).to_pylist()]
 
 
 def _pick_column(names: list[str], candidates: tuple[str, ...]) -> str | None:

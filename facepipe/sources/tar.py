@@ -13,7 +13,7 @@ from facepipe.hashing import hash64
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
-from facepipe.storage import get_entry, is_special_file, open_seekable
+from facepipe.storage import get_open_fingerprint, is_special_file, open_seekable
 
 _LABEL_EXTENSIONS = ("cls", "json")
 _LABEL_KEYS = ("identity", "label", "class")
@@ -59,11 +59,11 @@ def list_tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
         identify: makes an identity from a member's name and its label.
     """
     try:
-        fingerprint = get_entry(path).fingerprint
         if is_special_file(path):
             raise StorageError("not a regular file")
-        container = _Container(make_file_uri(path), os.fsencode(path), fingerprint)
         with open_seekable(path) as file, _open_tar(file) as tar:
+            # The fingerprint of the file that is open: another one may have its name before it is read.
+            container = _Container(make_file_uri(path), os.fsencode(path), get_open_fingerprint(file))
             yield from _list_members(tar, file, container, identify)
     except StorageError as error:
         yield make_broken_item(path, str(error))

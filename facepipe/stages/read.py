@@ -14,7 +14,7 @@ from facepipe import storage
 from facepipe.arrow import pack_arrays, set_columns
 from facepipe.errors import ConfigError, StorageError
 from facepipe.hashing import compute_image_id, hash64
-from facepipe.schema import OK, READ_ERROR, TOO_LARGE, TOUCHED, UNCHANGED
+from facepipe.schema import OK, READ_ERROR, REPLACED, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.sources.parquet import find_bytes_column, get_first_line
 
 # Rows of a Parquet file in memory at a time.
@@ -36,11 +36,17 @@ class ReadResult(NamedTuple):
 
 
 class ParquetCursor:
-    """A cursor over the bytes column of a Parquet file. It reads ascending rows without starting again."""
+    """A cursor over the bytes column of a Parquet file. It reads ascending rows without starting again.
+
+    Attributes:
+        path: path or URL of the file.
+        fingerprint: fingerprint of the file that was opened; another one may have its name by now.
+    """
 
     def __init__(self, path: bytes):
         self.path = path
         self._handle = storage.open_seekable(path)
+        self.fingerprint = storage.get_open_fingerprint(self._handle)
         # The file is closed too if it turns out to be damaged.
         weakref.finalize(self, self._handle.close)
         self._file = pq.ParquetFile(self._handle)
@@ -95,6 +101,11 @@ class ParquetCursor:
                 return group
         return self._file.num_row_groups
 
+    def require_unchanged(self) -> None:
+        """Raise ReplacedError if the open file was written in its place."""
+        if storage.get_open_fingerprint(self._handle) != self.fingerprint:
+            raise storage.ReplacedError("the file was written while it was read")
+
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
@@ -112,7 +123,7 @@ class Read:
     max_bytes: int = 256 << 20
     threads: int = 16
 
-    needs: ClassVar = ("path", "offset", "length", "listing_error", "previous")
+    needs: ClassVar = ("path", "offset", "length", "fingerprint", "listing_error", "previous")
     adds: ClassVar = ("bytes", "image_id", "status", "error")
 
     @cached_property
@@ -145,16 +156,21 @@ class Read:
             "status": pa.array([result.status for result in results], pa.string()),
             "error": pa.array([result.error for result in results], pa.string()),
         }
-        return set_columns(table, columns, drop=self.needs)
+        # The fingerprint goes on into the gallery.
+        return set_columns(table, columns, drop=[name for name in self.needs if name != "fingerprint"])
 
     def _read_item(self, item: dict[str, Any]) -> ReadResult:
         """Read a file, a range of it, or an object."""
         if item["listing_error"]:
             return ReadResult(None, READ_ERROR, item["listing_error"])
+        # A member's place is known in the tar that was listed only. A file of its own may be newer than its listing.
+        expected = None if item["offset"] is None else get_container_fingerprint(item["fingerprint"])
         try:
-            return ReadResult(storage.read(item["path"], item["offset"], item["length"], self.max_bytes), OK)
+            return ReadResult(storage.read(item["path"], item["offset"], item["length"], self.max_bytes, expected), OK)
         except storage.TooLargeError as error:
             return ReadResult(None, TOO_LARGE, str(error))
+        except storage.ReplacedError as error:
+            return ReadResult(None, REPLACED, str(error))
         except (StorageError, ConfigError) as error:
             # ConfigError: a list of files holds a URL without a bucket, or of a store whose client is not installed.
             return ReadResult(None, READ_ERROR, str(error))
@@ -166,29 +182,47 @@ class Read:
             Results by the item's position in `items`.
         """
         # A row of a Parquet file has its number in `offset` and no `length`.
-        positions_by_path: dict[bytes, dict[int, int]] = defaultdict(dict)
+        positions_by_file: dict[tuple[bytes, str | None], dict[int, int]] = defaultdict(dict)
         for position, item in enumerate(items):
             if item["offset"] is not None and item["length"] is None and not item["listing_error"]:
-                positions_by_path[item["path"]][item["offset"]] = position
+                file = (item["path"], get_container_fingerprint(item["fingerprint"]))
+                positions_by_file[file][item["offset"]] = position
         results: dict[int, ReadResult] = {}
         # Read each file's rows in ascending order; a damaged file fails its own rows only.
-        for path, positions in positions_by_path.items():
+        for (path, fingerprint), positions in positions_by_file.items():
             try:
-                data = self._open_cursor(path).read(sorted(positions))
+                cursor = self._open_cursor(path, fingerprint)
+                data = cursor.read(sorted(positions))
+                cursor.require_unchanged()
                 for row, position in positions.items():
                     results[position] = self._check_size(data.get(row))
+            except storage.ReplacedError as error:
+                results |= dict.fromkeys(positions.values(), ReadResult(None, REPLACED, str(error)))
             except (StorageError, OSError, ValueError) as error:
                 results |= dict.fromkeys(positions.values(), ReadResult(None, READ_ERROR, get_first_line(error)))
         return results
 
-    def _open_cursor(self, path: bytes) -> ParquetCursor:
-        """Return the cursor of a file. One cursor at a time is kept open."""
-        if path not in self._cursors:
+    def _open_cursor(self, path: bytes, fingerprint: str | None) -> ParquetCursor:
+        """Return the cursor of the file that was listed. One cursor at a time is kept open.
+
+        Args:
+            path: path or URL of the file.
+            fingerprint: its fingerprint when it was listed; None for any.
+
+        Raises:
+            ReplacedError: the file has another fingerprint, so that its rows may be other images.
+        """
+        # A file that was replaced and listed again needs a new cursor.
+        cursor = self._cursors.get(path)
+        if cursor is None or fingerprint not in (None, cursor.fingerprint):
             while self._cursors:
-                _, cursor = self._cursors.popitem()
-                cursor.close()
-            self._cursors[path] = ParquetCursor(path)
-        return self._cursors[path]
+                _, open_cursor = self._cursors.popitem()
+                open_cursor.close()
+            cursor = ParquetCursor(path)
+            self._cursors[path] = cursor
+        if fingerprint not in (None, cursor.fingerprint):
+            raise storage.ReplacedError("the file was replaced after it was listed")
+        return cursor
 
     def _check_size(self, data: bytes | None) -> ReadResult:
         if data is None:
@@ -196,6 +230,11 @@ class Read:
         if len(data) > self.max_bytes:
             return ReadResult(None, TOO_LARGE, f"{len(data)} bytes, the limit is {self.max_bytes}")
         return ReadResult(data, OK)
+
+
+def get_container_fingerprint(fingerprint: str | None) -> str | None:
+    """Get the fingerprint of the tar or Parquet file from that of an image in it; None if it is not known."""
+    return fingerprint.rpartition("@")[0] or None if fingerprint else None
 
 
 def hash_content(image: str | None) -> int:
@@ -207,7 +246,7 @@ def _skip_unchanged(result: ReadResult, previous: int | None) -> ReadResult:
     """Skip unchanged files, and keep existing rows of files that are temporarily unreadable.
 
     A file that was touched but holds the same bytes needs no new row. If a known file cannot be read, the gallery keeps
-    its rows, and the next run tries again.
+    its rows, and the next run tries again. So it does with an image whose container was replaced, known or not.
     """
     if previous is None:
         return result

@@ -18,6 +18,7 @@ from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import (
     Entry,
+    ReplacedError,
     TooLargeError,
     delete,
     delete_empty_folders,
@@ -25,6 +26,7 @@ from facepipe.storage.files import (
     folder_exists,
     get_entry,
     get_local_fingerprint,
+    get_open_fingerprint,
     is_special_file,
     is_special_mode,
     list_files,
@@ -43,6 +45,7 @@ from facepipe.storage.urls import has_credentials, is_remote, join, split_url, t
 
 __all__ = [
     "Entry",
+    "ReplacedError",
     "TooLargeError",
     "delete",
     "delete_empty_folders",
@@ -51,6 +54,7 @@ __all__ = [
     "folder_exists",
     "get_entry",
     "get_local_fingerprint",
+    "get_open_fingerprint",
     "has_credentials",
     "is_remote",
     "is_special_file",

@@ -43,6 +43,10 @@ class TooLargeError(StorageError):
     """There are more bytes than the limit allows."""
 
 
+class ReplacedError(StorageError):
+    """The file is not the one that was listed: it was written since."""
+
+
 # ---- listing and looking
 
 
@@ -148,8 +152,17 @@ def may_exist(path: str) -> bool:
 
 
 def is_special_file(path: str) -> bool:
-    """Tell whether a path leads to a device, FIFO or socket. Opening one may block, or set something off."""
-    return not is_remote(path) and is_special_mode(os.stat(path).st_mode)
+    """Tell whether a path leads to a device, FIFO or socket. Opening one may block, or set something off.
+
+    Raises:
+        StorageError: there is no such file.
+    """
+    if is_remote(path):
+        return False
+    try:
+        return is_special_mode(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        raise StorageError(describe_error(error)) from error
 
 
 def is_special_mode(mode: int) -> bool:
@@ -160,7 +173,13 @@ def is_special_mode(mode: int) -> bool:
 # ---- reading
 
 
-def read(path: bytes, offset: int | None = None, length: int | None = None, limit: int | None = None) -> bytes:
+def read(
+    path: bytes,
+    offset: int | None = None,
+    length: int | None = None,
+    limit: int | None = None,
+    fingerprint: str | None = None,
+) -> bytes:
     """Read a file or object, or a part of it.
 
     Args:
@@ -168,17 +187,21 @@ def read(path: bytes, offset: int | None = None, length: int | None = None, limi
         offset: first byte; 0 by default.
         length: bytes to read; all by default.
         limit: most bytes to read. More are refused before anything is read.
+        fingerprint: fingerprint that the file must have; any by default. An offset means nothing in another file.
 
     Raises:
         TooLargeError: there are more bytes than `limit`.
+        ReplacedError: the file has another fingerprint.
         StorageError: the file cannot be read, or ends before `length` bytes.
     """
     if is_remote(path):
-        return _read_remote(path, offset, length, limit)
-    return _read_local(path, offset, length, limit)
+        return _read_remote(path, offset, length, limit, fingerprint)
+    return _read_local(path, offset, length, limit, fingerprint)
 
 
-def _read_local(path: bytes, offset: int | None, length: int | None, limit: int | None) -> bytes:
+def _read_local(
+    path: bytes, offset: int | None, length: int | None, limit: int | None, fingerprint: str | None
+) -> bytes:
     try:
         # O_NONBLOCK: opening a FIFO without a writer would block for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -187,25 +210,37 @@ def _read_local(path: bytes, offset: int | None, length: int | None, limit: int 
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
                 raise StorageError("is a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file")
+            _require_fingerprint(get_local_fingerprint(info), fingerprint)
             expected = info.st_size if length is None else length
             _check_limit(expected, limit)
             file.seek(offset or 0)
-            return _require_length(file.read(expected) if expected else b"", expected)
+            data = _require_length(file.read(expected) if expected else b"", expected)
+            # The file may be written in its place while it is read, so look again.
+            _require_fingerprint(get_local_fingerprint(os.fstat(descriptor)), fingerprint)
+            return data
     except (OSError, ValueError) as error:
         raise StorageError(describe_error(error)) from error
 
 
-def _read_remote(path: bytes, offset: int | None, length: int | None, limit: int | None) -> bytes:
+def _read_remote(
+    path: bytes, offset: int | None, length: int | None, limit: int | None, fingerprint: str | None
+) -> bytes:
     import obstore
 
     bucket, key = split_url(path.decode())
+    start = offset or 0
     try:
         # A range is checked before it is requested, a whole object as soon as its size is known.
         if length is not None:
             _check_limit(length, limit)
-            data = obstore.get_range(open_bucket(bucket), key, start=offset or 0, length=length) if length else b""
-            return _require_length(bytes(data), length)
+            if not length:
+                return b""
+            # The answer to one request is of one version of the object, and says of which.
+            result = obstore.get(open_bucket(bucket), key, options={"range": (start, start + length)})
+            _require_fingerprint(_to_entry(bucket, result.meta).fingerprint, fingerprint)
+            return _require_length(bytes(result.bytes()), length)
         result = obstore.get(open_bucket(bucket), key)
+        _require_fingerprint(_to_entry(bucket, result.meta).fingerprint, fingerprint)
         _check_limit(result.meta["size"], limit)
         return bytes(result.bytes())
     except (obstore.exceptions.BaseError, OSError) as error:
@@ -215,6 +250,11 @@ def _read_remote(path: bytes, offset: int | None, length: int | None, limit: int
 def _check_limit(size: int, limit: int | None) -> None:
     if limit is not None and size > limit:
         raise TooLargeError(f"{size} bytes, the limit is {limit}")
+
+
+def _require_fingerprint(actual: str, expected: str | None) -> None:
+    if expected is not None and actual != expected:
+        raise ReplacedError("the file was replaced after it was listed")
 
 
 def _require_length(data: bytes, expected: int) -> bytes:
@@ -233,13 +273,27 @@ def open_seekable(path: str | bytes) -> BinaryIO:
         raise StorageError(f"cannot open {os.fsdecode(path)!r}: {describe_error(error)}") from error
 
 
+def get_open_fingerprint(file: BinaryIO) -> str:
+    """Get the fingerprint of a file that `open_seekable` opened, whatever its name leads to by now."""
+    remote = getattr(file, "raw", None)
+    if isinstance(remote, _RemoteFile):
+        return remote.fingerprint
+    return get_local_fingerprint(os.fstat(file.fileno()))
+
+
 # The size is read once at opening; the buffer above this class joins small reads.
 class _RemoteFile(io.RawIOBase):
-    """An object of a store that is read by ranges."""
+    """An object of a store that is read by ranges, all of them of the version that was opened.
+
+    Attributes:
+        fingerprint: fingerprint of that version.
+    """
 
     def __init__(self, url: str):
+        entry = get_entry(url)
+        self.fingerprint = entry.fingerprint
         self._path = url.encode()
-        self._size = get_entry(url).size
+        self._size = entry.size
         self._position = 0
 
     def readable(self) -> bool:
@@ -260,7 +314,7 @@ class _RemoteFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), max(0, self._size - self._position))
         if length:
-            buffer[:length] = _read_remote(self._path, self._position, length, None)
+            buffer[:length] = _read_remote(self._path, self._position, length, None, self.fingerprint)
             self._position += length
         return length
 
