@@ -1,7 +1,6 @@
 """bulk_search: search a batch of queries in a gallery, and identify them; update the index first if configured."""
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
@@ -18,6 +17,7 @@ from facepipe.index.answers import SearchOptions
 from facepipe.index.queries import open_queries
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
+from facepipe.storage.owned import delete_owned_folder
 from facepipe.storage.store import get_cache_folder
 from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
@@ -25,6 +25,7 @@ from pipelines.index import BuildConfig, IndexConfig
 from pipelines.job import JobSummary, OnLine, Share, count_indexed
 from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.search import SearchConfig, SearchRunConfig, SearchSummary
+from pipelines.search.parts import check_output, owns_part
 
 OnSearch = Callable[[SearchSummary], None]
 
@@ -120,6 +121,7 @@ def _run_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_
     if config.bulk.update_index and _is_index_outdated(gallery):
         on_progress("index")
         summary.add_step("index", index.run(IndexConfig(config.index), gallery, on_progress=on_progress))
+    check_output(config.output)  # before anything is searched
     find = _set_threshold(config, summary, on_progress)
 
     # Search into a local folder, where finished blocks stay until all are done.
@@ -173,7 +175,7 @@ def _upload(local: str, output: str) -> None:
     if os.path.isdir(local):
         for name in sorted(os.listdir(local)):
             storage.write_file(storage.join(output, name), os.path.join(local, name))
-        shutil.rmtree(local)
+        delete_owned_folder(local, owns_part)
     else:
         storage.write_file(output, local)
         os.unlink(local)

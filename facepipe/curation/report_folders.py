@@ -29,6 +29,8 @@ GRAPH = "graph"
 # Endings of the folders that a report is made in, and that hold the report before it while the two change places.
 PARTIAL = ".partial"
 PREVIOUS = ".old"
+# Either ending; the id of a run may stand before it.
+_FOLDER_ENDING = re.compile(rf"(?:\.[0-9a-f]+)?(?:{re.escape(PARTIAL)}|{re.escape(PREVIOUS)})")
 
 _FORMAT = 1
 _DUPLICATES = (
@@ -72,7 +74,7 @@ def get_report_name(folder: str) -> str | None:
     Args:
         folder: name of the folder, such as `dedup.partial`.
     """
-    name = folder.removesuffix(PARTIAL).removesuffix(PREVIOUS)
+    name = _FOLDER_ENDING.sub("", folder)
     return name if name in _REPORT_FILES or name == GRAPH else None
 
 

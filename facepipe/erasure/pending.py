@@ -5,6 +5,7 @@ Two files: what is to be erased, written once, and the receipt so far, rewritten
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pyarrow as pa
@@ -19,6 +20,9 @@ from facepipe.errors import GalleryError
 from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
 from facepipe.storage.atomic import UNFINISHED
 
+# Ids of erasures. They become names of files, and may come from a file that anybody wrote.
+_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+_UNFINISHED_FILE = re.compile(rf"{_ID.pattern}\.[a-z]+{re.escape(UNFINISHED)}")
 _PENDING = ".pending"
 _PROGRESS = ".state"
 # The arrays of SelectedImages, by the type they have there.
@@ -99,6 +103,7 @@ def delete_pending(gallery: str, receipt: Receipt) -> None:
     # The names go first. Without them the rest says nothing, and after a crash no erasure seems complete that is not.
     for path in (base + _PENDING, base + _PROGRESS):
         storage.delete(path)
-    for file in list(storage.list_files(get_erased_folder(gallery))):
-        if file.url.endswith(UNFINISHED):
-            storage.delete(file.url)
+    # Files that a run was writing when it was killed may hold names too.
+    for name in list(storage.list_names(get_erased_folder(gallery))):
+        if _UNFINISHED_FILE.fullmatch(name):
+            storage.delete(storage.join(get_erased_folder(gallery), name))

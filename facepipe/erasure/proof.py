@@ -18,7 +18,7 @@ from facepipe.erasure.lists import create_line_reader, iterate_csv_rows
 from facepipe.erasure.receipt import Receipt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.maintenance.vacuum import find_unreferenced
+from facepipe.gallery.maintenance.vacuum import find_foreign, find_unreferenced, list_log
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
@@ -108,8 +108,11 @@ def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> 
     for file in find_unreferenced(gallery):
         # A file that the receipt names held erased rows; others are searched.
         name = os.path.basename(file.url)
-        if name in receipt.files_before or _count_mentions(file.url, hashes):
+        if name in receipt.files_before or _count_anywhere(file.url, hashes):
             yield f"faces/{name}: not part of the table, and holds erased rows"
+    for file in find_foreign(gallery):
+        if _count_anywhere(file.url, hashes):
+            yield f"faces/{os.path.basename(file.url)}: facepipe did not write it, and it holds erased rows"
     for part in gallery.files():
         if part["path"] in receipt.files_before:
             yield f"faces/{part['path']}: should be deleted"
@@ -117,7 +120,7 @@ def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> 
 
 def _check_log(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     """Check the table's log, which quotes the smallest and the largest uri and image id of every file."""
-    for file in storage.list_files(storage.join(gallery.faces_folder, "_delta_log")):
+    for file in list_log(gallery):
         # Collect both bounds of both columns from every file that the entry adds.
         quotes: list[str | None] = []
         for text in _read_statistics(file.url):
@@ -207,7 +210,7 @@ def _count_anywhere(path: str, hashes: _ReceiptHashes) -> int:
 
 def _count_words(path: str, hashes: _ReceiptHashes) -> int:
     """Count erased uris and ids among the words of a file of any kind."""
-    with open(path, "rb") as file:
+    with storage.open_seekable(path) as file:
         words = (word for chunk in iterate_words(file) for word in chunk)
         return hashes.count_matches(words, "uris", "images", "faces")
 

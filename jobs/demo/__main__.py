@@ -1,13 +1,17 @@
 """The demo: fetch photos, embed them twice, search, and write three reports. Run `python -m jobs.demo OUT`."""
 
-import shutil
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
+from facepipe.gallery.table import FOLDERS
+from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.owned import delete_owned_folder
 from jobs.clean import clean
 from jobs.cluster import cluster
 from jobs.console import exit_on_error, print_table
@@ -20,6 +24,9 @@ from jobs.gallery import info
 from jobs.index import index
 from jobs.search import search
 
+PHOTOS = "photos"
+GALLERY = "gallery"
+_MARKER = ".facepipe-demo"
 _SAME_PERSON = 0.41  # best threshold on LFW (docs/performance.md); good enough for a gallery as small as this one
 
 
@@ -29,13 +36,15 @@ def main(out: Path) -> None:
     Args:
         out: folder for the photos, the gallery and the downloads.
     """
-    photos = out / "photos"
-    gallery = out / "gallery"
+    photos = out / PHOTOS
+    gallery = out / GALLERY
     # Start with empty folders; downloads of earlier runs are kept.
-    shutil.rmtree(photos, ignore_errors=True)
-    shutil.rmtree(gallery, ignore_errors=True)
-    photos.mkdir(parents=True)
+    clear_folders(out)
+    photos.mkdir(parents=True, exist_ok=True)
+    others = {path.name for path in photos.iterdir()}
+    mark_folder(out, others)
     make_corpus(photos, out / "downloads")
+    mark_folder(out, others)
 
     count = len(list(photos.iterdir()))
     print(f"\n{count} files in {photos}; embedding them twice: the second run has nothing to do\n")
@@ -61,6 +70,40 @@ def main(out: Path) -> None:
     pages = "\n".join(str(gallery / "reports" / name / "report.html") for name in ("dedup", "cluster", "clean"))
     print(f"\nthe faces as a picture: {picture}\nthe reports, to open in a browser:\n{pages}\ntry next:")
     print("facepipe embed YOUR_PHOTOS build/mine && facepipe cluster build/mine")
+
+
+def clear_folders(out: Path) -> None:
+    """Delete what an earlier demo made. Photos that somebody added to it stay.
+
+    Args:
+        out: the demo's folder.
+
+    Raises:
+        ConfigError: a folder that the demo makes exists, and no demo made it.
+    """
+    photos = out / PHOTOS
+    gallery = out / GALLERY
+    marker = out / _MARKER
+    for folder in (photos, gallery):
+        if os.path.lexists(folder) and (folder.is_symlink() or not marker.is_file()):
+            raise ConfigError(f"{str(folder)!r} exists and is not of a demo: choose another folder")
+    if not marker.is_file():
+        return
+    # The marker lists the photos that the demo made. Of the gallery it made all.
+    made = set(marker.read_text(encoding="utf-8").splitlines())
+    delete_owned_folder(str(photos), made.__contains__)
+    delete_owned_folder(str(gallery), lambda name: name.split("/")[0] in (*FOLDERS, LEASE_FILE, LEASE_GUARD))
+
+
+def mark_folder(out: Path, others: set[str]) -> None:
+    """Note which photos the demo made, so that the next one deletes these and nothing else.
+
+    Args:
+        out: the demo's folder.
+        others: names of photos that were there before.
+    """
+    names = sorted({path.name for path in (out / PHOTOS).iterdir()} - others)
+    (out / _MARKER).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def print_identified(answers: Path) -> None:

@@ -7,7 +7,7 @@ resumes after the last complete shard.
 import csv
 import fcntl
 import os
-import shutil
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,13 +22,30 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.parts import PartRecord, is_part
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.schema import OK
 from facepipe.sources import open_source
+from facepipe.storage.atomic import open_for_writing
 from facepipe.storage.lease import hold_lease
-from facepipe.training.data.chip_set import SET, ChipSet, ChipSetInfo, read_set_info
-from facepipe.training.data.chip_writer import ChipFilter, ChipShardWriter, read_face_ids, read_uri_hashes, write_index
+from facepipe.storage.owned import delete_owned
+from facepipe.training.data.chip_set import (
+    IDENTITIES,
+    INDEX,
+    SET,
+    SHARD_NAME,
+    ChipSet,
+    ChipSetInfo,
+    read_set_info,
+)
+from facepipe.training.data.chip_writer import (
+    UNFINISHED_SHARD,
+    ChipFilter,
+    ChipShardWriter,
+    read_face_ids,
+    read_uri_hashes,
+    write_index,
+)
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import ImageNames
 from facepipe.training.data.origin import describe_origin
@@ -36,12 +53,21 @@ from facepipe.training.data.selection import SELECTION_FILES, select_faces
 from facepipe.training.validation import PairSet, ValidateConfig, collect_names, read_validation_pairs
 from pipelines.chips.exclude import collect_exclusions
 from pipelines.chips.run import HELD, MARKS, PARTS, ChipOrder, ChipRunConfig, run_chip_workers
+from pipelines.runtime import crash_marks
 
 PLAN = "plan.json"
 FAILURES = "failed.csv"
 # Locked as shared by each training that reads the chips, and exclusively by a run that replaces them.
 _USE_LOCK = ".lock-use"
 _LOCK_PREFIX = ".lock"
+# A plan is the hash of what the set is made of.
+_FINGERPRINT = re.compile(r"[0-9a-f]{16,64}")
+_MAX_PLAN = 64
+# Files in the folder of a chip set, and unfinished ones.
+_OWN_FILE = re.compile(
+    rf"{SHARD_NAME}(?:{re.escape(UNFINISHED_SHARD)})?|"
+    rf"(?:{'|'.join(map(re.escape, (SET, INDEX, IDENTITIES, PLAN, FAILURES, HELD, *SELECTION_FILES)))})(?:\.new)?"
+)
 _PART_COLUMNS = ["face_id", "image_id", "uri", "identity", "thumb", "status", "error"]
 _CHIP_COLUMNS = ["face_id", "image_id", "uri", "identity", "thumb"]
 
@@ -181,7 +207,7 @@ def _prepare_order(
 @contextmanager
 def mark_in_use(folder: str) -> Iterator[None]:
     """Keep others from replacing the chip set in a folder. The end of the process releases it too."""
-    with open(os.path.join(folder, _USE_LOCK), "a") as file:
+    with open(open_for_writing(os.path.join(folder, _USE_LOCK)), "a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -189,7 +215,7 @@ def mark_in_use(folder: str) -> Iterator[None]:
 @contextmanager
 def _require_unused(folder: str) -> Iterator[None]:
     """Raise ConfigError if another training uses the chip set; keep it unused inside."""
-    with open(os.path.join(folder, _USE_LOCK), "a") as file:
+    with open(open_for_writing(os.path.join(folder, _USE_LOCK)), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -212,30 +238,42 @@ def _begin_folder(folder: str, fingerprint: str) -> None:
     """
     # The plan names the set that the folder's shards are for. A folder without a plan must hold nothing but locks.
     plan = os.path.join(folder, PLAN)
-    try:
-        with open(plan, encoding="utf-8") as file:
-            is_same = file.read() == fingerprint
-    except OSError:
-        is_same = False
-        foreign = [name for name in os.listdir(folder) if not name.startswith(_LOCK_PREFIX)]
-        if foreign:
-            raise ConfigError(
-                f"{folder!r} holds {foreign[0]!r} and is not a chip set: choose an empty or new folder"
-            ) from None
-    if not is_same or read_set_info(folder) is not None:
-        # Delete set.json first: without it the folder is not a chip set.
+    current = _read_plan(plan)
+    foreign = [name for name in sorted(os.listdir(folder)) if not name.startswith(_LOCK_PREFIX)]
+    if current is None and foreign:
+        raise ConfigError(f"{folder!r} holds {foreign[0]!r} and is not a chip set: choose an empty or new folder")
+    if current != fingerprint or read_set_info(folder) is not None:
+        # Delete set.json first: without it the folder is not a chip set. Files of somebody else stay.
         storage.delete(os.path.join(folder, SET))
-        for name in os.listdir(folder):
-            if name != PLAN and not name.startswith(_LOCK_PREFIX):
-                path = os.path.join(folder, name)
-                if os.path.isdir(path):
-                    shutil.rmtree(path)
-                else:
-                    os.unlink(path)
+        delete_owned(folder, lambda name: owns_chip_file(name) and name != PLAN)
         # Write the plan last: an interruption before leaves the old plan, and the deletion is repeated.
         storage.write(plan, fingerprint.encode())
     # Parts of an interrupted run are not in its shards yet: their images are cut again.
-    shutil.rmtree(os.path.join(folder, PARTS), ignore_errors=True)
+    _delete_temporary(folder, PARTS)
+
+
+def _read_plan(path: str) -> str | None:
+    """Read which set a folder is for; None if there is no plan, or a file of somebody else has its name."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_PLAN + 1)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if _FINGERPRINT.fullmatch(text) else None
+
+
+def owns_chip_file(name: str) -> bool:
+    """Tell whether a file in the folder of a chip set is of the set, by its name there."""
+    folder, slash, inner = name.partition("/")
+    if slash:
+        is_own = {PARTS: is_part, MARKS: crash_marks.is_mark}.get(folder)
+        return is_own is not None and (not inner or is_own(inner))
+    return bool(_OWN_FILE.fullmatch(name))
+
+
+def _delete_temporary(folder: str, name: str) -> None:
+    """Delete the files that are ours in a folder in which only the making of a set works."""
+    delete_owned(folder, lambda inner: inner.split("/")[0] == name and owns_chip_file(inner))
 
 
 def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, log: Callable[[str], None]) -> None:
@@ -278,7 +316,7 @@ def _make_chips(order: ChipOrder, folder: str, run: ChipRunConfig, log: Callable
     write_index(folder, info, chip_filter)
     # Delete what only the making needed.
     for name in (PARTS, MARKS):
-        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+        _delete_temporary(folder, name)
     for name in (HELD, *SELECTION_FILES):
         storage.delete(os.path.join(folder, name))
 

@@ -8,17 +8,24 @@ of memory. Such an image is tried alone twice: a whole run may end for many othe
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 
 from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
+from facepipe.storage.inside import is_link
 
 _BLOCK = "block-"
 _IMAGE = "image-"
 _SUSPECTS = "suspects"
+_MISSING = "missing"
 _NAME = re.compile("[0-9a-f]{16}")
+# Marks lie in the folder of their run, those of workers in a folder named after the worker's stages. The list of
+# missing images is no mark, but lies there and goes with them.
+_RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+_MARK_FOLDER = re.compile(rf"{_RUN.pattern}/(?:[A-Za-z-]+/)?")
+_MARK = re.compile(rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|[A-Za-z-]+/(?:{_BLOCK}\d+|{_IMAGE}{_NAME.pattern}))")
 _MAX_CRASHES = 2  # runs that an image may end while it is in work alone
 
 
@@ -85,8 +92,7 @@ def inherit_crash_marks(runs: str, run: str) -> int:
     Returns:
         Number of suspect images.
     """
-    # Marks lie in folders of runs; files directly in the folder are records of runs.
-    marks = [entry.url for entry in storage.list_files(runs) if _split_relative(runs, entry.url)[1:]]
+    marks = list(_iterate_marks(runs))
     suspects: dict[str, int] = {}
     for path in marks:
         for name, crashes in _read_suspects(path).items():
@@ -122,11 +128,31 @@ def delete_crash_marks(runs: str, keep: str = "", inherited: str = "") -> None:
         keep: id of the run whose marks stay.
         inherited: id of a run that did not finish. Its list of suspects stays for the next run.
     """
-    for entry in list(storage.list_files(runs)):
-        parts = _split_relative(runs, entry.url)
-        if len(parts) > 1 and parts[0] != keep and parts != [inherited, _SUSPECTS]:
-            storage.delete(entry.url)
-    storage.delete_empty_folders(runs, keep=keep)
+    for path in list(_iterate_marks(runs)):
+        parts = _split_relative(runs, path)
+        if parts[0] != keep and parts != [inherited, _SUSPECTS]:
+            storage.delete(path)
+    # Folders of runs that are empty now go as well.
+    if not storage.is_remote(runs):
+        for name in storage.list_names(runs):
+            if _RUN.fullmatch(name) and name != keep and not is_link(storage.join(runs, name)):
+                storage.delete_empty_folders(storage.join(runs, name))
+                with suppress(OSError):  # it is not empty, or no folder
+                    os.rmdir(storage.join(runs, name))
+
+
+def is_mark(name: str) -> bool:
+    """Tell whether a file or folder below the folder of runs is a mark or holds marks, by its name there."""
+    if name.endswith("/"):
+        return bool(_MARK_FOLDER.fullmatch(name))
+    return bool(_MARK.fullmatch(name))
+
+
+def _iterate_marks(runs: str) -> Iterator[str]:
+    """Iterate over the marks of all runs. Other files below the folder are of somebody else, and so are links."""
+    for entry in storage.list_files(runs):
+        if is_mark("/".join(_split_relative(runs, entry.url))) and not is_link(entry.url):
+            yield entry.url
 
 
 def _parse_suspects(text: str) -> dict[str, int]:

@@ -2,22 +2,43 @@
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.errors import StorageError
+from facepipe.errors import ConfigError, StorageError
+from facepipe.gallery.table import FOLDERS
 from facepipe.index.answers import ANSWERS, SearchCounts, SearchOptions, answer_queries
 from facepipe.index.queries import QueryBlock, QuerySource, read_block
 from facepipe.index.search import Index
-from facepipe.storage import describe_error, replace_file
+from facepipe.storage import (
+    describe_error,
+    file_exists,
+    is_remote,
+    join,
+    list_names,
+    open_seekable,
+    replace_file,
+    write,
+)
+from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.owned import delete_owned, delete_owned_folder
 from pipelines.search.config import SearchSummary
 
 # Key of the counts in a part's Parquet metadata, from which a resumed search adds them up.
 _COUNTS = b"facepipe.counts"
+
+# What lies in the folder of the parts.
+_MARKER = ".facepipe-search"
+_JOB = "job.json"
+_JOINED = "joined"
+_PARTS = "parts"
+_QUERIES = "queries"
+_PART = re.compile(r"part-\d{6,}\.parquet(?:\.[0-9a-f]{8}\.new)?")
 
 
 @dataclass(frozen=True)
@@ -62,10 +83,80 @@ class SearchTask:
     device: str
 
 
+def check_output(out: str) -> None:
+    """Refuse an output that would replace what no search wrote.
+
+    Args:
+        out: path or URL of the file, if it ends with .parquet, or of the folder.
+
+    Raises:
+        ConfigError: there is such a file, or a folder.
+    """
+    if is_remote(out):
+        paths = [out] if out.endswith(".parquet") else [join(out, name) for name in list_names(out)]
+        replaced = [path for path in paths if file_exists(path) and path.endswith(".parquet")]
+    elif os.path.lexists(out):
+        if not os.path.isfile(out) or not out.endswith(".parquet"):
+            raise ConfigError(f"{out!r} exists: choose another name")
+        replaced = [out]
+    else:
+        replaced = []
+    for path in replaced:
+        if not _is_output(path):
+            raise ConfigError(f"{path!r} exists and is not the output of a search: choose another name")
+
+
+def _is_output(path: str) -> bool:
+    """Tell whether a file or object holds answers of a search."""
+    try:
+        with open_seekable(path) as file:
+            return pq.read_schema(file).names == ANSWERS.names
+    except (OSError, StorageError, pa.ArrowException):
+        return False
+
+
+def make_folder(work: str) -> None:
+    """Make the folder of the parts and mark it as ours, or go on with one of an interrupted search.
+
+    Raises:
+        ConfigError: the folder holds files and is not of a search.
+        StorageError: it cannot be written.
+    """
+    marker = os.path.join(work, _MARKER)
+    if os.path.islink(work):
+        raise ConfigError(f"{work!r} is a link: delete it, or choose another output")
+    try:
+        os.makedirs(work, exist_ok=True)
+        names = sorted(os.listdir(work))
+        # Older versions wrote no marker. They made nothing but these.
+        is_old = _JOB in names or names == [_QUERIES]
+        if names and _MARKER not in names and not is_old:
+            raise ConfigError(f"{work!r} holds {names[0]!r} and is not of a search: move it, or choose another output")
+        write(marker, b"Parts of a search of facepipe. The same command resumes it; delete the folder to begin anew.\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {work!r}: {describe_error(error)}") from error
+
+
+def owns_file(name: str) -> bool:
+    """Tell whether a file in the folder of the parts is of the search, by its name there."""
+    folder, slash, inner = name.partition("/")
+    if not slash:
+        return name in (_MARKER, _JOB, _JOINED) or bool(_PART.fullmatch(name))
+    if folder == _PARTS:
+        return not inner or bool(_PART.fullmatch(inner))
+    # The queries are a gallery of its own, which is made and deleted with the parts.
+    return folder == _QUERIES and (not inner or inner.split("/")[0] in (*FOLDERS, LEASE_FILE, LEASE_GUARD))
+
+
+def owns_part(name: str) -> bool:
+    """Tell whether a file in the folder of an output is a part of it, by its name there."""
+    return bool(_PART.fullmatch(name))
+
+
 def prepare_folder(work: str, job: SearchJob) -> None:
     """Note the job in the folder of the parts, and delete the parts of another job."""
     # Parts of another job would give wrong answers, so the job is compared as text with the stored one.
-    path = os.path.join(work, "job.json")
+    path = os.path.join(work, _JOB)
     state = json.dumps(asdict(job), sort_keys=True)
     try:
         with open(path) as file:
@@ -73,11 +164,8 @@ def prepare_folder(work: str, job: SearchJob) -> None:
     except OSError:
         is_same = False
     if not is_same:
-        for name in os.listdir(work):
-            if name.startswith("part-"):
-                os.unlink(os.path.join(work, name))
-        with open(path, "w") as file:
-            file.write(state)
+        delete_owned(work, lambda name: bool(_PART.fullmatch(name)))
+        write(path, state.encode())
 
 
 def find_unfinished(source: QuerySource, rows: int, work: str, summary: SearchSummary) -> Iterator[QueryBlock]:
@@ -90,6 +178,11 @@ def find_unfinished(source: QuerySource, rows: int, work: str, summary: SearchSu
             summary.add_counts(SearchCounts(**json.loads(pq.read_schema(path).metadata[_COUNTS])))
         else:
             yield block
+
+
+def get_queries_folder(work: str) -> str:
+    """Return the gallery into which queries that are images are embedded."""
+    return os.path.join(work, _QUERIES)
 
 
 def search_block(task: SearchTask) -> SearchCounts:
@@ -115,23 +208,24 @@ def deliver(work: str, out: str, blocks: int) -> None:
         blocks: number of parts.
     """
     # The output appears by a rename. Parts are joined one at a time, to need the memory of one.
+    check_output(out)  # it may have come meanwhile
     parts = [_get_part_path(work, number) for number in range(blocks)]
     try:
         if out.endswith(".parquet"):
-            temporary = os.path.join(work, "joined")
+            temporary = os.path.join(work, _JOINED)
             with pq.ParquetWriter(temporary, ANSWERS, compression="zstd") as writer:
                 for part in parts:
                     writer.write_table(pq.read_table(part).replace_schema_metadata(None))
             os.replace(temporary, out)
         else:
-            folder = work + "/parts"
+            folder = os.path.join(work, _PARTS)
             os.makedirs(folder)
             for part in parts:
                 os.rename(part, os.path.join(folder, os.path.basename(part)))
             os.rename(folder, out)
     except OSError as error:
         raise StorageError(f"cannot write {out!r}: {describe_error(error)}") from error
-    shutil.rmtree(work, ignore_errors=True)
+    delete_owned_folder(work, owns_file)
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from facepipe.errors import ConfigError, SourceError, StorageError
+from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import SearchCounts
@@ -14,12 +14,21 @@ from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import resolve_model_name
-from facepipe.storage import describe_error
 from pipelines import embed
 from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.runners import ray
 from pipelines.search.config import SearchConfig, SearchSummary
-from pipelines.search.parts import SearchJob, SearchTask, deliver, find_unfinished, prepare_folder, search_block
+from pipelines.search.parts import (
+    SearchJob,
+    SearchTask,
+    check_output,
+    deliver,
+    find_unfinished,
+    get_queries_folder,
+    make_folder,
+    prepare_folder,
+    search_block,
+)
 
 OnProgress = Callable[[SearchSummary], None]
 
@@ -46,15 +55,11 @@ def run(
     began = time.monotonic()
     table = Gallery(gallery)
     # Refuse what cannot be replaced, and a missing index, before any query is read.
-    if os.path.exists(out) and not (os.path.isfile(out) and out.endswith(".parquet")):
-        raise ConfigError(f"{out!r} exists: choose another name")
+    check_output(out)
     manifests.load(table.path)  # raises before any image is read
     work = out.rstrip("/") + ".partial"
     summary = SearchSummary(out=out, threshold=config.search.threshold)
-    try:
-        os.makedirs(work, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {work!r}: {describe_error(error)}") from error
+    make_folder(work)
     source = open_queries(queries, table.contract)
     if source is None:
         source = _embed_queries(config, table.contract, queries, work, summary)
@@ -81,7 +86,7 @@ def _embed_queries(
     )
     contract.require(embed_config.contract, "the gallery that is searched")
     # The queries are kept in the work folder, so that an interrupted search does not embed them again.
-    path = os.path.join(work, "queries")
+    path = get_queries_folder(work)
     embedded = embed.run(embed_config, path)
     gallery = Gallery(path)
     summary.images = {name: count for name, count in gallery.counts().items() if name not in ("images", "faces")}

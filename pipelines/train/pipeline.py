@@ -1,7 +1,6 @@
 """train: train a model and write checkpoints, metrics, a report and a manifest. It resumes where it stopped."""
 
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,14 +21,12 @@ from facepipe.training.trainer.loop import OnProgress, Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
 from facepipe.training.validation import collect_names, read_validation_pairs
 from pipelines.train.config import DetectorConfig, TrainConfig, read_config
-from pipelines.train.manifest import FACES, MANIFEST, describe_detector, describe_embedder, write_faces, write_manifest
+from pipelines.train.manifest import describe_detector, describe_embedder, write_faces, write_manifest
+from pipelines.train.outputs import MODEL, REPORT, delete_outputs, prepare_output
 from pipelines.train.plan import DetectorPlan, EmbedderPlan
 from pipelines.train.worker import RayTraining, TrainingPlan, check_device, train_inline
 
 __all__ = ["DetectorConfig", "TrainConfig", "TrainSummary", "TrainingProgress", "read_config", "run"]
-
-MODEL = "model"
-REPORT = "report.html"
 
 
 @dataclass
@@ -99,16 +96,16 @@ def run(
     if isinstance(config, TrainConfig):
         start = resolve_start(config.model)
         start.build(config.run.seed)  # fails if the weights do not fit
-        os.makedirs(config.run.output, exist_ok=True)
+        prepare_output(config.run.output)
         resumes = not fresh and checkpoints.has_checkpoint
         job = EmbedderJob(config, start, log, resumes=resumes)
     else:
-        os.makedirs(config.run.output, exist_ok=True)
+        prepare_output(config.run.output)
         job = DetectorJob(config)
     if fresh:
         # Delete only now that this run is known to be possible, and not while another run writes.
         with checkpoints.lock():
-            _delete_outputs(config.run.output)
+            delete_outputs(config.run.output)
     with job.protect_data():
         outcome = train_plan(job.plan, on_progress)
         return _write_outputs(job, outcome)
@@ -322,15 +319,6 @@ def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> ModelWeights:
     if last is None:
         raise TrainingError(f"no checkpoint in {run.output!r}: run again to train")
     return ModelWeights(dict(last["net"]), last["step"], {})
-
-
-def _delete_outputs(output: str) -> None:
-    """Delete the outputs of an earlier run, except its chips."""
-    # Checkpoints go first: without them no later run resumes from what is half deleted.
-    checkpointing.CheckpointFolder(output).clear()
-    for name in (metrics_log.METRICS, REPORT, MANIFEST, FACES, "model.toml", "model.safetensors"):
-        Path(output, name).unlink(missing_ok=True)
-    shutil.rmtree(Path(output, metrics_log.TENSORBOARD), ignore_errors=True)
 
 
 def _resolve_paths(config: TrainConfig | DetectorConfig) -> TrainConfig | DetectorConfig:

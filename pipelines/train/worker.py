@@ -1,6 +1,8 @@
 """Training in one process, or in workers of Ray Train. Both run the same loop, which resumes from its checkpoints."""
 
 import os
+import re
+import secrets
 import shutil
 import threading
 import warnings
@@ -22,6 +24,7 @@ from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.trainer.task import TrainingTask
 from pipelines.runtime.runners import ray as ray_runner
 
+_RAY_FOLDER = re.compile(r"\.ray-[0-9a-f]{8}")
 _STOP = "stop"  # a file beside the checkpoints that asks workers to end
 _COLLECTIVE_TIMEOUT_S = 4 * 3600.0  # the others wait while the first rank validates
 _POLL_S = 0.5
@@ -165,7 +168,11 @@ class RayTraining:
 
         # The results folder is only for the cluster's own state: checkpoints are written by the loop.
         on_gpu = device.name == "cuda"
-        results = str(Path(self._run_config.output) / ".ray")
+        # The name is drawn at random, so that what is deleted is ours: at the end, and what a killed run left.
+        for leftover in Path(self._run_config.output).glob(".ray-*"):
+            if _RAY_FOLDER.fullmatch(leftover.name) and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+        results = str(Path(self._run_config.output) / f".ray-{secrets.token_hex(4)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = TorchTrainer(

@@ -303,10 +303,15 @@ def workers_left() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "pipelines.runtime.runners.child" in p.cmdline()]
 
 
+def name_run(number: int) -> str:
+    """The id of a run; ids sort by time."""
+    return f"20261101T000000-{number:06x}"
+
+
 def die(folder: Path, run: int, uris: list[str], alone: str | None) -> None:
     """A run that dies while it has these in hand, in a block; `alone`: while it tries that one."""
-    attempts.inherit_crash_marks(str(folder), f"run{run}")
-    found = CrashMarks(str(folder / f"run{run}" / "Read-Embed"))
+    attempts.inherit_crash_marks(str(folder), name_run(run))
+    found = CrashMarks(str(folder / name_run(run) / "Read-Embed"))
     block = found.mark_block(0, uris)
     block.__enter__()
     if alone is not None:
@@ -322,8 +327,8 @@ def test_an_image_that_takes_whole_runs_down_is_set_aside_by_the_fourth(tmp_path
     die(tmp_path, 0, uris, None)
     die(tmp_path, 1, uris, "u3")
     die(tmp_path, 2, uris, "u3")
-    attempts.inherit_crash_marks(str(tmp_path), "run3")
-    last = CrashMarks(str(tmp_path / "run3" / "Read-Embed"))
+    attempts.inherit_crash_marks(str(tmp_path), name_run(3))
+    last = CrashMarks(str(tmp_path / name_run(3) / "Read-Embed"))
     with last.mark_block(0, uris) as one_by_one:
         assert one_by_one
         for uri in uris:
@@ -343,8 +348,8 @@ def test_nobody_is_set_aside_who_was_not_alone_twice(
     for run, (n, in_block) in enumerate(deaths):
         die(folder, run, uris, None if in_block else f"u{n}")
         alone[n] += not in_block
-    attempts.inherit_crash_marks(str(folder), "last")
-    last = CrashMarks(str(folder / "last" / "Read-Embed"))
+    attempts.inherit_crash_marks(str(folder), name_run(99))
+    last = CrashMarks(str(folder / name_run(99) / "Read-Embed"))
     with last.mark_block(0, uris):
         for n, uri in enumerate(uris):
             with last.mark_image(uri) as crashed:
@@ -353,11 +358,11 @@ def test_nobody_is_set_aside_who_was_not_alone_twice(
 
 @pytest.mark.parametrize("text", ["", "0123456789abcdef", "0123456789abcdef x", "a b c\n\n\0\0", "\xff" * 50])
 def test_marks_that_are_cut_short_stop_nobody(text: str, tmp_path: Path) -> None:
-    for name in ("run0/suspects", "run0/Read/image-0123456789abcdef", "run0/Read/block-3"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    attempts.inherit_crash_marks(str(tmp_path), "run1")
-    with CrashMarks(str(tmp_path / "run1" / "Read")).mark_block(0, ["u"]):
+    for name in ("suspects", "Read/image-0123456789abcdef", "Read/block-3"):
+        (tmp_path / name_run(0) / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name_run(0) / name).write_text(text, encoding="utf-8")
+    attempts.inherit_crash_marks(str(tmp_path), name_run(1))
+    with CrashMarks(str(tmp_path / name_run(1) / "Read")).mark_block(0, ["u"]):
         pass
     attempts.delete_crash_marks(str(tmp_path))
     assert not any(tmp_path.iterdir())

@@ -21,16 +21,23 @@ from facepipe.curation import report_folders
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import load_receipt
 from facepipe.erasure.selection import Selection
-from facepipe.errors import StorageError
+from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.index import manifest as manifests
+from facepipe.training.data.config import DataConfig
+from facepipe.training.trainer.checkpointing import CheckpointFolder
+from jobs.demo import __main__ as demo
 from pipelines import clean, erase, index
+from pipelines.chips.prepare import owns_chip_file, prepare_chips
+from pipelines.chips.run import ChipRunConfig
 from pipelines.cluster import assign
 from pipelines.cluster import pipeline as cluster
 from pipelines.dedup import incremental
 from pipelines.dedup import pipeline as dedup
 from pipelines.nightly import run as run_night
 from pipelines.nightly.config import NightlyConfig
+from pipelines.runtime import crash_marks
+from pipelines.train.outputs import delete_outputs, prepare_output
 
 PERSONS, EACH = 8, 4
 GRAPH = {"graph": {"threshold": 0.41}}
@@ -421,6 +428,245 @@ def test_erase_without_an_index_leaves_its_folder_alone(place: Path) -> None:
     before = read_tree(fast)
     assert run_facepipe("erase", place / "g", "--identity", "person1")[0] == 0
     assert read_tree(fast).items() >= before.items()
+
+
+# ------------------------------------------------------------------ the table
+
+
+def test_files_beside_the_parts_stay(place: Path) -> None:
+    """Before, `erase` and `compact` deleted every Parquet file below faces/ that the table did not name."""
+    faces = place / "g" / "faces"
+    fill_with_foreign_files(faces)
+    fill_with_foreign_files(faces / "_delta_log" / "mine")
+    (faces / "_delta_log" / "mine" / "x.tmp").write_text("mine")
+    (faces / "_delta_log" / "notes.tmp").write_text("mine")
+    (faces / "_delta_log" / "draft#1").write_text("mine")
+    for name in ("mine/part-1.parquet", "backup.parquet", "part-of-my-thesis.parquet"):
+        (faces / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"x": [1]}), faces / name)
+    (faces / f"part-x-000000-{'0' * 32}.parquet").symlink_to(place / "other" / "faces")
+    leftovers = [
+        *(f"part-x-000001-{'0' * 32}.parquet", "part-00001-0a1b2c3d-0000-1111-2222-0123456789ab-c000.zstd.parquet"),
+        *("_delta_log/00000000000000000009.json#1", "_delta_log/_last_checkpoint#2"),
+    ]
+    foreign = {name for name in list_tree(faces) if name not in {f["path"] for f in Gallery(str(place / "g")).files()}}
+    foreign = {name for name in foreign if not name.startswith("_delta_log/0")}
+    before = {name: (faces / name).read_bytes() for name in foreign if (faces / name).is_file()}
+    for name in leftovers:
+        (faces / name).write_bytes(b"of a run that was killed")
+    assert run_facepipe("compact", place / "g", "--all", "--set", "compact.keep_hours=0")[0] == 0
+    code, out, err = run_facepipe("erase", place / "g", "--identity", "person1", "--json")
+    assert code == 0, err
+    assert foreign <= list_tree(faces)
+    assert {name: (faces / name).read_bytes() for name in before} == before
+    assert not set(leftovers) & list_tree(faces)
+    receipt = load_receipt(json.loads(out)["receipts"][0])
+    assert check_erased(Gallery(str(place / "g")), receipt) == []
+
+
+def test_a_part_that_another_program_named_is_deleted_once_it_left_the_table(place: Path) -> None:
+    gallery = Gallery(str(place / "g"))
+    log = place / "g" / "faces" / "_delta_log" / "00000000000000000001.json"
+    name = gallery.files()[0]["path"]
+    (place / "g" / "faces" / name).rename(place / "g" / "faces" / "data.parquet")
+    log.write_text(log.read_text().replace(name, "data.parquet"))
+    assert run_facepipe("erase", place / "g", "--identity", "person1")[0] == 0
+    assert not (place / "g" / "faces" / "data.parquet").exists()
+
+
+def test_the_proof_tells_of_a_parquet_file_beside_the_parts(place: Path) -> None:
+    faces = place / "g" / "faces"
+    shutil.copy(faces / Gallery(str(place / "g")).files()[0]["path"], faces / "backup.parquet")
+    summary = erase.run(Selection(identities=("person1",)), str(place / "g"))
+    problems = check_erased(Gallery(str(place / "g")), load_receipt(summary.receipts[0]))
+    assert problems == ["faces/backup.parquet: facepipe did not write it, and it holds erased rows"]
+    assert (faces / "backup.parquet").exists()
+
+
+# ------------------------------------------------------------------ runs and erasures
+
+
+def test_crash_marks_are_told_from_other_files(tmp_path: Path) -> None:
+    """Before, every file in a folder below runs/ was deleted by each `embed`, also through a link to another disk."""
+    disk = tmp_path / "disk"
+    fill_with_foreign_files(disk / "project")
+    run = "20261101T000000-0a1b2c"
+    foreign = {
+        *("project/suspects", "project/missing", "project/Read/block-1", f"{run}/notes.txt", f"{run}/Read/notes"),
+        *(f"{run}/block-1", f"{run}/a/b/block-1", "suspects", f"{run}/Read/block-1.bak"),
+    }
+    marks = {f"{run}/suspects", f"{run}/missing", f"{run}/Read-Decode/block-1", f"{run}/Read/image-0123456789abcdef"}
+    for name in foreign | marks:
+        (disk / name).parent.mkdir(parents=True, exist_ok=True)
+        (disk / name).write_text("0123456789abcdef 1\n")
+    (disk / run / "Read" / "block-7").symlink_to(disk / "project" / "draft.new")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "runs").symlink_to(disk)
+    before = read_tree(disk)
+    runs = str(tmp_path / "g" / "runs")
+    assert crash_marks.inherit_crash_marks(runs, "20261102T000000-000000") == 1
+    crash_marks.delete_crash_marks(runs)
+    assert read_tree(disk) == {name: data for name, data in before.items() if name not in marks}
+    assert (disk / "project" / "empty").is_dir()
+
+
+def test_the_folder_of_receipts_keeps_what_is_not_of_an_erasure(place: Path) -> None:
+    erased = place / "g" / "erased"
+    fill_with_foreign_files(erased)
+    unfinished = erased / "20261101T000000-0a1b2c.state.new"
+    unfinished.write_text("of a run that was killed")
+    before = read_tree(erased)
+    assert run_facepipe("erase", place / "g", "--identity", "person1")[0] == 0
+    after = read_tree(erased)
+    assert {name: after.get(name) for name in before if name != unfinished.name} == {
+        name: data for name, data in before.items() if name != unfinished.name
+    }
+    assert not unfinished.exists()
+
+
+# ------------------------------------------------------------------ outputs of other commands
+
+
+def make_queries(path: Path) -> str:
+    pq.write_table(pa.table({"embedding": pa.array(Faces().draw(np.arange(4), 9000).tolist())}), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("out", ["out.parquet", "out"])
+def test_a_search_keeps_what_is_not_its_own(place: Path, out: str) -> None:
+    queries = make_queries(place / "queries.parquet")
+    work = place / f"{out}.partial"
+    work.mkdir()
+    (work / "part-of-my-thesis.parquet").write_text("months of work")
+    code, _, err = run_facepipe("search", place / "g", queries, place / out)
+    assert (code, "is not of a search" in err) == (2, True)
+    assert os.listdir(work) == ["part-of-my-thesis.parquet"]
+    # In the folder of an interrupted search the parts of another search go, and nothing else.
+    shutil.rmtree(work)
+    fill_with_foreign_files(work)
+    (work / "part-of-my-thesis.parquet").write_text("months of work")
+    before = read_tree(work)
+    (work / "job.json").write_text("another search")
+    (work / "part-000000.parquet").write_text("of another search")
+    (work / "linked").symlink_to(place / "other")
+    assert run_facepipe("search", place / "g", queries, place / out)[0] == 0
+    assert read_tree(work) == before
+    assert (work / "linked").is_symlink()
+    assert pq.read_table(place / out).num_rows > 0
+
+
+def test_a_search_replaces_its_own_output_only(place: Path) -> None:
+    """Before, any file of that name was replaced, also the queries themselves."""
+    queries = make_queries(place / "queries.parquet")
+    data = Path(queries).read_bytes()
+    code, _, err = run_facepipe("search", place / "g", queries, queries)
+    assert (code, "is not the output of a search" in err) == (2, True)
+    assert Path(queries).read_bytes() == data
+    out = place / "out.parquet"
+    for _ in range(2):
+        assert run_facepipe("search", place / "g", queries, out)[0] == 0
+    out.unlink()
+    out.symlink_to(place / "nowhere")
+    assert run_facepipe("search", place / "g", queries, out)[0] == 2
+
+
+def test_a_bulk_search_replaces_its_own_objects_only(bucket: Any, place: Path) -> None:
+    queries = make_queries(place / "queries.parquet")
+    config = place / "bulk.toml"
+    for output in ("s3://faces/out.parquet", "s3://faces/out"):
+        config.write_text(f'gallery = "{place}/g"\nqueries = "{queries}"\noutput = "{output}"\n')
+        name = output if output.endswith(".parquet") else f"{output}/part-000000.parquet"
+        storage.write(name, Path(queries).read_bytes())
+        code, _, err = run_facepipe("bulk-search", config)
+        assert (code, "is not the output of a search" in err) == (2, True)
+        assert storage.read(name.encode()) == Path(queries).read_bytes()
+        storage.delete(name)
+        for _ in range(2):
+            assert run_facepipe("bulk-search", config)[0] == 0
+        assert storage.file_exists(name)
+
+
+def test_chips_of_other_data_keep_what_is_not_theirs(drawings: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "chips"
+    fill_with_foreign_files(folder)
+    (folder / "plan.json").write_text('{"of": "somebody else"}')
+    before = read_tree(folder)
+    with pytest.raises(ConfigError, match="is not a chip set"):
+        make_chips(drawings, folder)
+    assert {name: data for name, data in read_tree(folder).items() if not name.startswith(".lock")} == before
+    shutil.rmtree(folder)
+    make_chips(drawings, folder)
+    fill_with_foreign_files(folder)
+    for name in ("parts", "marks"):
+        (folder / name).mkdir()
+        (folder / name / "thesis.tex").write_text("months of work")
+    (folder / "chips-of-the-old-block.partial").write_text("mine")
+    (folder / "chips-00007.arrow").symlink_to(drawings)
+    own = {name for name in list_tree(folder) if owns_chip_file(name) and not (folder / name).is_symlink()}
+    before = {name: data for name, data in read_tree(folder).items() if name not in own and not name.startswith(".")}
+    assert len(make_chips(drawings, folder, min_images=2)) == 40
+    assert read_tree(folder).items() >= before.items()
+    assert (folder / "chips-00007.arrow").is_symlink()
+    assert (folder / "empty").is_dir()
+
+
+def make_chips(source: Path, folder: Path, **settings: Any) -> Any:
+    data = build(DataConfig, {"source": str(source), "detector": "fake-detector", **settings})
+    return prepare_chips(data, "fake-embedder", str(folder), ChipRunConfig(runner="inline"))
+
+
+def test_a_training_begins_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    for name in ("model.toml", "manifest.json", "report.html", "checkpoints/best.ckpt"):
+        shutil.rmtree(output, ignore_errors=True)
+        (output / name).parent.mkdir(parents=True)
+        (output / name).write_text('{"mine": 1}')
+        with pytest.raises(ConfigError, match="which no training wrote"):
+            prepare_output(str(output))
+        assert list_tree(output) == {name}
+    # What has no name of ours is no hindrance, and `--fresh` leaves it alone.
+    shutil.rmtree(output)
+    fill_with_foreign_files(output)
+    prepare_output(str(output))
+    for name in ("checkpoints", "tensorboard"):
+        fill_with_foreign_files(output / name)
+    (output / "checkpoints" / "resnet50.ckpt").write_text("somebody's weights")
+    (output / "checkpoints" / "resnet50.damaged").write_text("somebody's weights")
+    (output / "checkpoints" / "best.ckpt.new").symlink_to(output / "old.parquet")
+    before = read_tree(output)
+    own = ("model.toml", "checkpoints/last.ckpt", "checkpoints/last-1.damaged", "checkpoints/best.ckpt.0a1b2c3d.new")
+    for name in (*own, "tensorboard/events.out.tfevents.1700000000.host.1.0"):
+        (output / name).write_text("ours")
+    with CheckpointFolder(str(output)).lock():
+        assert not (output / "checkpoints" / "best.ckpt.0a1b2c3d.new").exists()
+        delete_outputs(str(output))
+    after = read_tree(output)
+    assert {name: data for name, data in after.items() if name != "checkpoints/lock"} == before
+
+
+def test_outputs_of_an_older_training_are_known(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"facepipe": "0.1.0", "torch": "2", "steps": 3}))
+    (tmp_path / "model.toml").write_text("")
+    prepare_output(str(tmp_path))
+    delete_outputs(str(tmp_path))
+    assert list_tree(tmp_path) == {".facepipe-training"}
+
+
+def test_the_demo_deletes_what_a_demo_made(tmp_path: Path) -> None:
+    """Before, `python -m jobs.demo ~` deleted ~/photos."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "mine.jpg").write_bytes(b"my photo")
+    with pytest.raises(ConfigError, match="is not of a demo"):
+        demo.clear_folders(tmp_path)
+    assert (photos / "mine.jpg").exists()
+    others = {path.name for path in photos.iterdir()}
+    (photos / "obama_1.jpg").write_bytes(b"of the demo")
+    demo.mark_folder(tmp_path, others)
+    make_gallery(tmp_path / "gallery")
+    (tmp_path / "gallery" / "notes.txt").write_text("mine")
+    demo.clear_folders(tmp_path)
+    assert list_tree(tmp_path) == {".facepipe-demo", "photos/mine.jpg", "gallery/notes.txt"}
 
 
 # ------------------------------------------------------------------ an object store

@@ -17,7 +17,9 @@ from facepipe import storage
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, conform
 
 # The second half of the SHA-256 is left out: 128 bits are enough for a checksum in a name.
-_NAME = re.compile(r"part-.*-([0-9a-f]{32})\.parquet$")
+_NAME = re.compile(r"part-[^/]*-([0-9a-f]{32})\.parquet")
+_UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_NAME_OF_OTHERS = re.compile(rf"part-\d+-{_UUID}(?:[-.][\w.]+)?\.parquet")
 
 
 @dataclass
@@ -164,9 +166,17 @@ def _to_json_value(value: Any) -> Any:
     return value
 
 
+def is_part(name: str) -> bool:
+    """Tell whether a file in the table's folder is one that a writer of the table gives such a name.
+
+    Parts of facepipe carry a digest, those of other Delta writers a UUID. Any other Parquet file is of somebody else.
+    """
+    return bool(_NAME.fullmatch(name) or _NAME_OF_OTHERS.fullmatch(name))
+
+
 def parse_digest(path: str) -> str | None:
     """Parse the digest in the name of a part; None for a file that something else wrote."""
-    match = _NAME.search(path)
+    match = _NAME.fullmatch(path)
     return match[1] if match else None
 
 

@@ -7,15 +7,20 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 from facepipe import storage
+from facepipe.gallery.commits.parts import is_part
 from facepipe.gallery.table import Gallery, open_table
+from facepipe.storage.inside import is_link
 
 _LOG = "_delta_log"
-_VERSION = re.compile(r"^(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)$")
-_UNFINISHED = re.compile(r"#\d+$|\.tmp$")  # what a writer leaves in the log if it is killed in a commit
+_VERSION = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)")
+# What a writer leaves in the log if it is killed in a commit.
+_UNFINISHED = re.compile(
+    r"(?:\d{20}\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)|_last_checkpoint)#\d+|_commit_[0-9a-f-]+\.json\.tmp"
+)
 
 
 def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
-    """Find Parquet files below faces/ that the table does not name.
+    """Find parts in faces/ that the table does not name. Other Parquet files there are of somebody else.
 
     The caller holds the gallery's lease, because parts that a run has written and not yet committed are among them.
 
@@ -23,25 +28,55 @@ def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage
         gallery: the gallery.
         older_than: seconds since which the table must not have named a file, and for which the file must have existed.
     """
-    base = gallery.faces_folder.rstrip("/") + "/"
-    named = {file["path"] for file in gallery.files()}
     now = time.time()
+    entries, others = _list_unnamed(gallery)
+    # A table that other programs wrote to may have had files of any name. Its log says which.
+    if others:
+        removed = set(_read_removed_since(gallery, 0.0))
+        entries += [entry for entry in others if _get_name(gallery, entry) in removed]
     # Files that left the table a short time ago may still be read by someone with an older version.
     if older_than:
-        named |= set(_read_removed_since(gallery, now - older_than))
-    unreferenced = []
+        recent = set(_read_removed_since(gallery, now - older_than))
+        entries = [entry for entry in entries if _get_name(gallery, entry) not in recent]
+        entries = [entry for entry in entries if now - entry.modified > older_than]
+    return entries
+
+
+def find_foreign(gallery: Gallery) -> list[storage.Entry]:
+    """Find Parquet files in faces/ that were never part of the table, as far as its log tells. Nothing deletes them."""
+    others = _list_unnamed(gallery)[1]
+    removed = set(_read_removed_since(gallery, 0.0)) if others else set()
+    return [entry for entry in others if _get_name(gallery, entry) not in removed]
+
+
+def _list_unnamed(gallery: Gallery) -> tuple[list[storage.Entry], list[storage.Entry]]:
+    """List the Parquet files that the table does not name: parts, and others. Links are in neither list."""
+    named = {file["path"] for file in gallery.files()}
+    parts: list[storage.Entry] = []
+    others: list[storage.Entry] = []
     for entry in storage.list_files(gallery.faces_folder):
-        name = entry.url.removeprefix(base)
-        is_part = name.endswith(".parquet") and not name.startswith(_LOG)
-        is_old = not older_than or now - entry.modified > older_than
-        if is_part and is_old and name not in named:
-            unreferenced.append(entry)
-    return unreferenced
+        name = _get_name(gallery, entry)
+        is_candidate = name.endswith(".parquet") and not name.startswith(_LOG) and name not in named
+        if is_candidate and not is_link(entry.url):
+            (parts if is_part(name) else others).append(entry)
+    return parts, others
+
+
+def _get_name(gallery: Gallery, entry: storage.Entry) -> str:
+    return entry.url.removeprefix(gallery.faces_folder.rstrip("/") + "/")
+
+
+def list_log(gallery: Gallery) -> Iterator[storage.Entry]:
+    """List the files of the table's log: entries and checkpoints. Other files may lie beside them."""
+    base = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/"
+    for entry in storage.list_files(base):
+        if _VERSION.fullmatch(entry.url.removeprefix(base)):
+            yield entry
 
 
 def _read_removed_since(gallery: Gallery, time_s: float) -> Iterator[str]:
     """Yield the files that left the table after a time; the log's file of a version is as old as the version."""
-    for entry in storage.list_files(storage.join(gallery.faces_folder, _LOG)):
+    for entry in list_log(gallery):
         if entry.url.endswith(".json") and entry.modified > time_s:
             for line in storage.read(entry.url.encode()).splitlines():
                 action = json.loads(line).get("remove")
@@ -72,8 +107,8 @@ def delete_history(gallery: Gallery) -> int:
     count = 0
     for entry in list(storage.list_files(base)):
         name = entry.url.removeprefix(base)
-        version = _VERSION.match(name)
-        if _UNFINISHED.search(name) or (version and int(version[1]) < table.version()):
+        version = _VERSION.fullmatch(name)
+        if _UNFINISHED.fullmatch(name) or (version and int(version[1]) < table.version()):
             storage.delete(entry.url)
             count += 1
     return count

@@ -6,6 +6,7 @@ vectors from it as torch does from the model.
 
 import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ def export_model(model: str, out: Path, opset: int = OPSET) -> ExportedModel:
     weights_path = out.with_suffix(".onnx")
     card_path = out.with_suffix(".toml")
     for path in (weights_path, card_path):
-        if path.exists():
+        if os.path.lexists(path):
             raise ConfigError(f"{str(path)!r} exists: choose another name")
     # Export the graph and compare it.
     torch_model = load_torch_model(model)

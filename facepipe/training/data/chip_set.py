@@ -70,6 +70,10 @@ class ChipSetInfo:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
+# Pattern of the shards' names.
+SHARD_NAME = r"chips-\d{5,}\.arrow"
+
+
 def get_shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"chips-{number:05d}.arrow"

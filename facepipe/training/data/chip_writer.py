@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from facepipe.training.data.chip_set import (
     INDEX,
     INDEX_ROWS,
     SET,
+    SHARD_NAME,
     ChipSetInfo,
     get_shard_name,
     iterate_batches,
@@ -30,7 +32,9 @@ from facepipe.types import Int64, UInt64
 # Size at which a shard is closed, and chips per batch of the file.
 _SHARD_BYTES = 512 << 20
 _BATCH = 1024
-_UNFINISHED = ".partial"
+UNFINISHED_SHARD = ".partial"
+"""Ending of a shard that is not complete."""
+_UNFINISHED_NAME = re.compile(SHARD_NAME + re.escape(UNFINISHED_SHARD))
 # Labels of chips that do not belong to the set.
 _WITHOUT_IDENTITY = -1
 _EXCLUDED = -2
@@ -47,7 +51,7 @@ class ChipShardWriter:
         os.makedirs(folder, exist_ok=True)
         # Delete what an interrupted run left unfinished, and go on after its last complete shard.
         for name in os.listdir(folder):
-            if name.startswith("chips-") and name.endswith(_UNFINISHED):
+            if _UNFINISHED_NAME.fullmatch(name):
                 os.unlink(os.path.join(folder, name))
         self._number = len(list_shards(folder))
         self._bytes = 0
@@ -62,7 +66,7 @@ class ChipShardWriter:
         try:
             for batch in chips.cast(CHIPS).combine_chunks().to_batches(_BATCH):
                 if self._writer is None:
-                    self._writer = pa.ipc.new_file(self._path + _UNFINISHED, CHIPS)
+                    self._writer = pa.ipc.new_file(self._path + UNFINISHED_SHARD, CHIPS)
                 self._writer.write_batch(batch)
                 self._bytes += batch.nbytes
                 if self._bytes >= self._max_bytes:
@@ -75,7 +79,7 @@ class ChipShardWriter:
         if self._writer is None:
             return
         self._writer.close()
-        publish_file(self._path + _UNFINISHED, self._path, sync=True)
+        publish_file(self._path + UNFINISHED_SHARD, self._path, sync=True)
         self._writer = None
         self._bytes = 0
         self._number += 1

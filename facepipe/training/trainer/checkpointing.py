@@ -8,8 +8,9 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +20,8 @@ import torch
 from facepipe.errors import StorageError, TrainingError
 from facepipe.observe import logs
 from facepipe.storage import describe_error, replace_file, sync_folder
-from facepipe.storage.atomic import open_for_writing
+from facepipe.storage.atomic import UNFINISHED, open_for_writing
+from facepipe.storage.owned import delete_owned
 
 FOLDER = "checkpoints"
 BEST = "best.ckpt"
@@ -29,6 +31,17 @@ _HEADER_BYTES = len(_FORMAT) + 64 + 1
 _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.2
 _MAX_AGES = 10  # checkpoints before the last one to look for
+
+
+# Names of checkpoints, of damaged ones, and of unfinished ones.
+_OWN_NAME = re.compile(
+    rf"(?:last(?:-\d+)?|best)\.(?:ckpt|damaged)(?:(?:\.[0-9a-f]{{8}}|\.\d+)?{re.escape(UNFINISHED)})?"
+)
+
+
+def is_own_name(name: str) -> bool:
+    """Tell whether a file in the folder of checkpoints is one that training writes, by its name."""
+    return bool(_OWN_NAME.fullmatch(name))
 
 
 class DamagedCheckpointError(Exception):
@@ -173,15 +186,21 @@ class CheckpointFolder:
                     )
                 time.sleep(_LOCK_POLL_S)
             # Files of a run that was killed while it wrote a checkpoint.
-            for unfinished in self.folder.glob("*.new"):
-                unfinished.unlink(missing_ok=True)
+            self._delete(lambda name: is_own_name(name) and name.endswith(UNFINISHED))
             yield
 
     def clear(self) -> None:
-        """Delete all checkpoints."""
-        for pattern in ("*.ckpt*", "*.damaged"):
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Delete all checkpoints of training. Other files, and links, stay."""
+        self._delete(is_own_name)
+
+    def _delete(self, owns: Callable[[str], bool]) -> None:
+        delete_owned(str(self.folder), owns)
+
+    def list_paths(self) -> list[Path]:
+        """List the checkpoints, complete or not, in no order."""
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if is_own_name(path.name)]
 
 
 def _try_lock(file: IO[str]) -> bool:
