@@ -38,6 +38,20 @@ def embed(
         Optional[IdentityRule],  # noqa: UP045
         typer.Option(help="Origin of identity labels.", show_default="auto"),
     ] = None,
+    label_column: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="NAME",
+            help="Column of a list or table that holds the label; in a list without a header its number from 1.",
+            show_default="the first known one",
+        ),
+    ] = None,
+    label_prefix: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="TEXT", help="Text before each label, if other sources number other people.", show_default="none"
+        ),
+    ] = None,
     runner: Annotated[
         Optional[Runner],  # noqa: UP045
         typer.Option(
@@ -74,22 +88,29 @@ def embed(
         facepipe embed photos/ gallery/ --embedder models/mobilefacenet.toml
 
         facepipe embed casia.txt gallery/ --set source.root=/data/casia --set detect.min_score=0.5
+
+        facepipe embed vggface2.csv gallery/ --label-column class_id --label-prefix vgg-
+
+        facepipe embed photos/ gallery/ --set source.exclude='["*_thumb.jpg", "drafts"]'
     """
     with exit_on_error():
         from pipelines.embed import EmbedConfig, run
 
         # Options override the config file only if they are given.
         options = {
-            "source": select_set(uri=source, identity=identity),
+            "source": select_set(uri=source, identity=identity, label_column=label_column, label_prefix=label_prefix),
             "run": select_set(runner=runner, workers=workers),
             "align": {"thumbs": False} if no_thumbs else {},
             **build_model_sections(detector, embedder),
         }
         chosen = build_config(EmbedConfig, config, settings, options)
+        print_line = make_line_printer("embed")
         if chosen.warning:
-            make_line_printer("embed")(chosen.warning)
+            print_line(chosen.warning)
         with ProgressReporter("embed", quiet=quiet) as progress:
             summary = run(chosen, gallery, lambda embedded: progress.update(format_embed_rate(embedded)))
+        for note in summary.notes:
+            print_line(note)
         print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))
         # If every image failed, the cause is likely not the images, so the run counts as failed whatever is allowed.
         if summary.failed == summary.listed > 0:
@@ -109,6 +130,8 @@ def _print_summary(summary: Any, gallery: str) -> None:
     if summary.erased:
         rows.append(("erased earlier, skipped", summary.erased))
     rows += [(f"images: {status}", count) for status, count in sorted(summary.statuses.items())]
+    if summary.relabelled:
+        rows.append(("relabelled by the source", summary.relabelled))
     if summary.missing:
         rows.append(("missing from the source, marked", summary.missing))
     rows += [("faces", summary.faces), ("other files, skipped", summary.ignored)]

@@ -107,6 +107,8 @@ def _clean_dataset(
     for name, source in zip(names, config.source, strict=True):
         on_progress(f"embed {name}")
         embedded = embed.run(config.build_embed_config(source), gallery, on_embed)
+        for note in embedded.notes:
+            on_progress(f"embed {name}: {note}")
         summary.add_step(f"embed {name}", embedded)
         summary.images += embedded.images
         summary.failed += embedded.failed

@@ -17,6 +17,7 @@ from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.sorted_lookup import is_in_sorted, look_up_sorted
+from facepipe.sources.labels import format_labels
 from facepipe.types import Float32, Int64, UInt64
 
 Names = dict[str, int]
@@ -144,7 +145,9 @@ def _read_truth(path: str) -> pa.Table:
                 f"the truth file {path!r} needs the columns identity and face_id or uri; "
                 f"its columns are {', '.join(table.column_names)}"
             )
-        table = _cast(table, {name: _TRUTH_TYPES[name] for name in (key, "identity")})
+        # Names are written as in the gallery, so that they are the same texts.
+        identities = pa.array(format_labels(table["identity"]), pa.string())
+        table = _cast(table, {key: _TRUTH_TYPES[key]}).append_column("identity", identities)
     if table[key].null_count:
         raise EvaluationError(f"the truth file {path!r} has {table[key].null_count} rows without a {key}: fill them in")
     return table

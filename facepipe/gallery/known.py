@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -11,22 +10,24 @@ from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column, hash_each_in_process
 from facepipe.schema import READ_ERROR
 from facepipe.sorted_lookup import is_in_sorted
-from facepipe.sources.blocks import CHANGED, ERASED, NEW, REPEATED, SKIP
+from facepipe.sources.number_ranges import NumberRanges
+from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening, hash_labels
 from facepipe.storage.hashtable import HashTable
 from facepipe.types import UInt64
 
 # States of an image in the table.
-# They are the last of the three values per image: fingerprint, content, state.
+# They are the lowest bits of the last of the three values per image: fingerprint, content, label and state.
 _IN_GALLERY = np.uint64(0)
 _LISTED = np.uint64(1)
 _OF_SOURCE = np.uint64(2)
+_STATE = np.uint64(3)
 
-_COLUMNS = ("uri", "fingerprint", "image_id", "status", "source", "missing_since", "face_index")
+_COLUMNS = ("uri", "fingerprint", "image_id", "status", "source", "missing_since", "face_index", "identity")
 _ROWS = 65536
 
 
 class KnownImages:
-    """A map from the uri of every image in a gallery to its fingerprint, content and state, as hashes in a file.
+    """A map from the uri of every image in a gallery to its fingerprint, content, label and state, as hashes in a file.
 
     It also remembers what was listed in this run. An image that is listed twice is embedded once, and afterwards the
     images that were not listed are known.
@@ -46,6 +47,7 @@ class KnownImages:
         self._table = HashTable(width=3)
         self._erased = np.empty(0, np.uint64) if erased is None else erased
         self.source_count = 0
+        self._other_numbers = NumberRanges()
         # Only the first row of each image is kept: its other rows repeat the same values.
         batches = gallery.batches(_COLUMNS, rows=_ROWS) if gallery is not None else ()
         try:
@@ -64,11 +66,15 @@ class KnownImages:
         is_retried = pc.or_(is_unread, pc.is_valid(images["missing_since"])).to_numpy(zero_copy_only=False)
         marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
         marks[is_retried] = 0
-        states = np.where(is_of_source, _OF_SOURCE, _IN_GALLERY)
+        labels = hash_labels(images["identity"].to_pylist())
+        states = np.where(is_of_source, _OF_SOURCE, _IN_GALLERY) | labels
         self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
         self.source_count += int(is_of_source.sum())
+        other_labels = images["identity"].filter(pa.array(~is_of_source))
+        if len(other_labels):
+            self._other_numbers.add(pc.unique(other_labels).to_pylist())
 
-    def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
+    def screen(self, uris: UInt64, fingerprints: UInt64) -> Screening:
         """Decide for listed images whether they have to be read.
 
         Args:
@@ -76,15 +82,16 @@ class KnownImages:
             fingerprints: `hash_each_in_process` of the fingerprints, (n,), 0 for an image without one.
 
         Returns:
-            One verdict per image (n,), and the hash of the content that the gallery holds (n,).
+            What the gallery knows of the images. Verdicts are:
 
             REPEATED: listed before in this run. SKIP: in the gallery with the same fingerprint. CHANGED: in the
             gallery, but the file may have changed, was never read, or has no fingerprint: only its content can tell.
             NEW: not in the gallery. ERASED: must not come back.
         """
-        # `known` has one row per image: fingerprint, content, state.
+        # `known` has one row per image: fingerprint, content, label and state.
         is_known, known = self._table.get(uris)
-        is_repeated = is_known & (known[:, 2] == _LISTED)
+        states = known[:, 2] & _STATE
+        is_repeated = is_known & (states == _LISTED)
         is_same = is_known & (known[:, 0] == fingerprints) & (fingerprints != 0)
         verdict = np.where(is_repeated, REPEATED, np.where(is_same, SKIP, np.where(is_known, CHANGED, NEW)))
         verdict = np.where(~is_repeated & is_in_sorted(self._erased, uris), ERASED, verdict)
@@ -94,7 +101,13 @@ class KnownImages:
         verdict = np.where(is_first, verdict, REPEATED).astype(np.int8)
         # Mark the whole batch as listed; the content stays what the gallery holds.
         self._table.add(uris, np.stack([fingerprints, known[:, 1], np.full(len(uris), _LISTED)], 1))
-        return verdict, known[:, 1]
+        return Screening(
+            verdicts=verdict,
+            contents=known[:, 1],
+            labels=known[:, 2] & ~_STATE,
+            is_own=states == _OF_SOURCE,
+            other_numbers=self._other_numbers,
+        )
 
     def find_missing(self, most: int) -> tuple[int, UInt64]:
         """Find the source's images that were not listed; call it after the last item of a listing.
@@ -106,7 +119,7 @@ class KnownImages:
         parts = [np.empty(0, np.uint64)]
         # An image that was listed in this run has another state by now.
         for keys, values in self._table.read_rows():
-            missing = keys[values[:, 2] == _OF_SOURCE]
+            missing = keys[values[:, 2] & _STATE == _OF_SOURCE]
             count += len(missing)
             # Past the limit only the count goes on, and memory stays bounded.
             if count <= most:

@@ -6,20 +6,25 @@ from itertools import islice
 from typing import Literal
 
 from facepipe.errors import SourceError
+from facepipe.sources.expand import Expander
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_web_url
 from facepipe.sources.folder import FolderSource
 from facepipe.sources.glob import open_glob
 from facepipe.sources.identity import IdentityRule
-from facepipe.sources.item import Source, WorkItem
+from facepipe.sources.item import Listing, Source, WorkItem
+from facepipe.sources.labelled import LabelledSource
+from facepipe.sources.labels import format_label
 from facepipe.sources.list_file import ListSource
 from facepipe.sources.object_store import ObjectStoreSource
 from facepipe.sources.parquet import ParquetSource
+from facepipe.sources.selection import Selection
 from facepipe.storage import is_remote, may_exist
 
 SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
 _PARQUET_EXTENSIONS = ("parquet", "pq")
 _SAMPLED_FILES = 1000  # of a folder, to see whether it holds Parquet files
+_MAX_PARTITIONS = 8  # levels of folders such as year=2024 above the files
 
 __all__ = ["Source", "SourceConfig", "WorkItem", "open_source"]
 
@@ -32,7 +37,15 @@ class SourceConfig:
         uri: A folder, a glob, an s3:// prefix, a .parquet file or folder, a .tar, or a list file.
         kind: How to read it; auto decides from the uri.
         identity: Where labels come from: folder, filename (left of the last `_`), label (of the list), none, or auto:
-            the list's label, else the folder's name if images lie exactly one folder deep.
+            the label in a list, a table or beside the image, else the folder's name if images lie exactly one folder
+            deep and the folders are people (not train and test, dates, shards, or a single one).
+        label_column: Column of a list or a table that holds the label, by its name; in a list without a header by its
+            number from 1. By default the first known one, such as identity, label or person.
+        label_prefix: Put before each label, so that number 7 of this source is not number 7 of another; "" if both
+            number the same people.
+        include: Patterns of what is listed; everything by default. A pattern without `/` is compared with the name of
+            each folder and file, one with `/` with the path below the source: `*.jpg`, `2019`, `scans/**/front.png`.
+        exclude: Patterns of what is not listed.
         name: Name of the corpus in the gallery's `source` column; by default the last part of the uri.
         root: Folder that a list's paths are relative to; by default the list's own, which they must not lead out of. If
             it is set, absolute paths, URLs and the targets of links must lie inside it too.
@@ -41,12 +54,24 @@ class SourceConfig:
     uri: str = ""
     kind: SourceKind = "auto"
     identity: IdentityRule = "auto"
+    label_column: str | int | None = None
+    label_prefix: str | None = None
+    include: str | tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
     name: str | None = None
     root: str | None = None
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig) -> LabelledSource:
     """Open the source that a config describes. Raises SourceError if there is nothing at its uri."""
+    # `--set source.label_column=2` is a number, and a single pattern may stand without a list.
+    label_column = None if config.label_column is None else str(config.label_column)
+    prefix = None if config.label_prefix is None else format_label(config.label_prefix) or ""
+    return LabelledSource(_open_listing(config, label_column), config.identity, prefix)
+
+
+def _open_listing(config: SourceConfig, label_column: str | None) -> Listing:
+    """Open what lists the images of a source."""
     uri = config.uri
     if is_web_url(uri):
         raise SourceError(
@@ -56,17 +81,37 @@ def open_source(config: SourceConfig) -> Source:
     # Only sources on a disk are looked up: a glob matches later, and a store is asked by its listing.
     if kind not in ("glob", "object_store") and not may_exist(uri):
         raise SourceError(f"no such file or folder: {uri!r}")
+
+    def make_selection(named: tuple[str, ...] = ()) -> Selection:
+        return Selection(_to_patterns(config.include), _to_patterns(config.exclude), named)
+
+    def make_expander(named: tuple[str, ...] = ()) -> Expander:
+        return Expander(config.identity, label_column, make_selection(named))
+
     match kind:
         case "list":
-            return ListSource(uri, config.identity, config.name, config.root)
+            return ListSource(
+                uri,
+                config.identity,
+                config.name,
+                config.root,
+                label_column=label_column,
+                selection=make_selection(),
+            )
         case "parquet":
-            return ParquetSource(uri, config.identity, config.name)
+            return ParquetSource(
+                uri, config.identity, config.name, label_column=label_column, selection=make_selection()
+            )
         case "object_store":
-            return ObjectStoreSource(uri, config.identity, config.name)
+            return ObjectStoreSource(uri, make_expander(), config.name)
         case "glob":
-            return open_glob(uri, config.identity, config.name)
+            return open_glob(uri, make_expander, config.name)
         case _:
-            return FolderSource(uri, config.identity, config.name)
+            return FolderSource(uri, make_expander(), config.name)
+
+
+def _to_patterns(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else patterns
 
 
 def _detect_kind(uri: str) -> SourceKind:
@@ -95,10 +140,17 @@ def _detect_kind(uri: str) -> SourceKind:
     raise SourceError(f"no such file or folder: {uri!r}")
 
 
-def _holds_parquet(folder: str) -> bool:
-    """Tell whether a folder holds Parquet files at its top, and nothing else that could be a source."""
+def _holds_parquet(folder: str, level: int = 0) -> bool:
+    """Tell whether a folder holds Parquet files, and nothing else that could be a source.
+
+    They may lie below folders such as `identity=ann`, which are columns.
+    """
     with os.scandir(folder) as entries:
         names = [entry.name for entry in islice(entries, _SAMPLED_FILES)]
     # Hidden files and marks of writers, such as _SUCCESS, say nothing of the kind.
-    extensions = {get_extension(name) for name in names if not name.startswith((".", "_"))}
+    names = [name for name in names if not name.startswith((".", "_"))]
+    if names and level < _MAX_PARTITIONS and all("=" in name for name in names):
+        folders = [path for path in (os.path.join(folder, name) for name in names) if os.path.isdir(path)]
+        return bool(folders) and _holds_parquet(folders[0], level + 1)
+    extensions = {get_extension(name) for name in names}
     return bool(extensions) and extensions <= set(_PARQUET_EXTENSIONS)

@@ -9,23 +9,38 @@ from itertools import islice
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from facepipe.hashing import hash64_each, hash_each_in_process
 from facepipe.schema import WORK_ITEM
-from facepipe.sources import Source, WorkItem
+from facepipe.sources.item import Source, WorkItem
+from facepipe.sources.label_changes import LabelChanges
+from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening
 from facepipe.types import UInt64
 
-# Verdicts of a listed image; they are indices of the counts per verdict.
-NEW, CHANGED, SKIP, REPEATED, ERASED = range(5)
 _SCREENED_ITEMS = 8192  # looked up in the gallery at a time
 _REPORT_ITEMS = 50_000  # passed over until an empty block reports it
+_MAX_RELABELLED = 20_000  # new labels of known images in one block
 # Blocks that each worker still gets from what is ahead; more make the end more even, fewer make larger files.
 _BLOCKS_PER_WORKER = 4
 
-PendingItem = tuple[WorkItem, int | None]
-"""An item to be read, and the hash of the content that the gallery has for it, if any."""
+RELABELLED = pa.schema([("uri", pa.string()), ("identity", pa.string())])
+"""Known images, and the labels that the source gives them now; null for none."""
+
+
+@dataclass(frozen=True)
+class PendingItem:
+    """An item to be read.
+
+    Attributes:
+        item: The item.
+        previous: Hash of the content that the gallery has for it; None if it has none.
+        is_relabelled: Whether the item's label goes to the gallery's rows if the content is the same.
+    """
+
+    item: WorkItem
+    previous: int | None
+    is_relabelled: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,9 @@ class Block:
         ignored: Files that are not images.
         erased: Images that must not come back.
         last: Whether this is the last block.
+        relabelled: New labels of known images, of the schema RELABELLED. Those of images among the items hold only if
+            the image is unchanged.
+        notes: Sentences on the listing for the user, in the last block.
     """
 
     number: int
@@ -78,13 +96,15 @@ class Block:
     ignored: int = 0
     erased: int = 0
     last: bool = False
+    relabelled: pa.Table | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Known(Protocol):
     """What a gallery holds, such as `gallery.known.KnownImages`."""
 
-    def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
-        """Return one verdict per item, and the hash of the content that the gallery has for it, both (n,).
+    def screen(self, uris: UInt64, fingerprints: UInt64) -> Screening:
+        """Decide for listed images whether they have to be read.
 
         Args:
             uris: `hash64_each` of the uris, (n,).
@@ -95,7 +115,7 @@ class Known(Protocol):
 def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
     """Yield blocks of what has to be read. The last one is marked as `last`.
 
-    If long stretches of the listing hold nothing to read, empty blocks report how far it is.
+    If long stretches of the listing hold nothing to read, empty blocks report how far it is, and bring new labels.
     """
     cutter = _BlockCutter(source)
     pending: list[PendingItem] = []
@@ -107,11 +127,8 @@ def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]
             # Screen a batch of the listing; its new and changed images wait, the others are counted.
             items = list(islice(listing, min(_SCREENED_ITEMS, size.lookahead)))
             is_exhausted = not items
-            verdicts, previous = _screen_items(items, known)
-            cutter.count(verdicts)
-            wanted = np.flatnonzero((verdicts == NEW) | (verdicts == CHANGED)).tolist()
-            pending += [(items[n], int(previous[n]) if verdicts[n] == CHANGED else None) for n in wanted]
-            if cutter.passed_count >= _REPORT_ITEMS:
+            pending += cutter.screen(items, known)
+            while cutter.passed_count >= _REPORT_ITEMS or cutter.changes.count >= _MAX_RELABELLED:
                 yield cutter.make_block([])
         if pending:
             n = size(len(pending))
@@ -119,13 +136,20 @@ def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]
             pending = pending[n:]
             yield cutter.make_block(part)
     # The last block is always empty, so that its counts cover the whole listing.
+    while cutter.changes.count > _MAX_RELABELLED:
+        yield cutter.make_block([])
     yield cutter.make_block([], last=True)
 
 
 class _BlockCutter:
-    """Numbers the blocks, and gives each the counts since the last one."""
+    """Numbers the blocks, and gives each the counts and the new labels since the last one.
+
+    Attributes:
+        changes: New labels of known images.
+    """
 
     def __init__(self, source: Source):
+        self.changes = LabelChanges(source)
         self._source = source
         self._number = 0
         self._ignored = 0
@@ -137,12 +161,26 @@ class _BlockCutter:
         """Number of images passed over since the last block."""
         return int(self._counts[[SKIP, REPEATED, ERASED]].sum())
 
-    def count(self, verdicts: npt.NDArray[np.int8]) -> None:
-        """Add verdicts to the counts."""
+    def screen(self, items: list[WorkItem], known: Known) -> list[PendingItem]:
+        """Count listed images by verdict, and return those that have to be read."""
+        uris = hash64_each([item.uri for item in items])
+        fingerprints = hash_each_in_process([item.fingerprint or "" for item in items])
+        screening = known.screen(uris, fingerprints)
+        verdicts = screening.verdicts
         self._counts += np.bincount(verdicts, minlength=5)
+        # The label of a changed image waits with it: it is the gallery's business only if the content is the same.
+        is_changed = verdicts == CHANGED
+        is_relabelled = self.changes.find(items, screening, verdicts == SKIP, is_changed)
+        wanted = np.flatnonzero((verdicts == NEW) | is_changed).tolist()
+        return [
+            PendingItem(items[n], int(screening.contents[n]) if is_changed[n] else None, bool(is_relabelled[n]))
+            for n in wanted
+        ]
 
     def make_block(self, part: list[PendingItem], last: bool = False) -> Block:
         """Make a block of items, and begin the counts anew."""
+        relabelled = [(pending.item.uri, pending.item.identity) for pending in part if pending.is_relabelled]
+        relabelled += self.changes.take(_MAX_RELABELLED)
         block = Block(
             number=self._number,
             items=_to_table(part),
@@ -151,6 +189,8 @@ class _BlockCutter:
             ignored=self._source.ignored - self._ignored,
             erased=int(self._counts[ERASED]),
             last=last,
+            relabelled=_to_label_table(relabelled) if relabelled else None,
+            notes=(*self._source.notes, *self.changes.notes) if last else (),
         )
         self._number += 1
         self._ignored = self._source.ignored
@@ -158,37 +198,37 @@ class _BlockCutter:
         return block
 
 
-def _screen_items(items: list[WorkItem], known: Known) -> tuple[npt.NDArray[np.int8], UInt64]:
-    uris = [item.uri for item in items]
-    fingerprints = [item.fingerprint or "" for item in items]
-    return known.screen(hash64_each(uris), hash_each_in_process(fingerprints))
-
-
-def _to_table(items: list[PendingItem]) -> pa.Table:
-    if not items:
+def _to_table(part: list[PendingItem]) -> pa.Table:
+    if not part:
         return WORK_ITEM.empty_table()
     # Turn rows into columns in the order of the schema; the last one is the content's hash.
-    columns = [*zip(*(item for item, _ in items), strict=True), [previous for _, previous in items]]
+    columns = [*zip(*(pending.item for pending in part), strict=True), [pending.previous for pending in part]]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, WORK_ITEM, strict=True)]
     return pa.table(arrays, schema=WORK_ITEM)
 
 
-_COUNTS = ("number", "skipped", "repeated", "ignored", "erased", "last")
+def _to_label_table(labels: list[tuple[str, str | None]]) -> pa.Table:
+    uris = pa.array([uri for uri, _ in labels], pa.string())
+    identities = pa.array([identity for _, identity in labels], pa.string())
+    return pa.table([uris, identities], schema=RELABELLED)
+
+
+_VALUES = ("number", "skipped", "repeated", "ignored", "erased", "last", "notes")
+_TABLES = ("items", "rows", "relabelled")
 
 
 def encode_block(block: Block) -> dict[str, object]:
     """Encode a block as one row of plain values, for transport between processes."""
-    counts = {name: getattr(block, name) for name in _COUNTS}
-    rows = None if block.rows is None else _encode_table(block.rows)
-    return {"items": _encode_table(block.items), "rows": rows, **counts}
+    values = {name: getattr(block, name) for name in _VALUES}
+    tables = {name: getattr(block, name) for name in _TABLES}
+    return {name: None if table is None else _encode_table(table) for name, table in tables.items()} | values
 
 
 def decode_block(row: dict[str, object]) -> Block:
     """Decode a row that `encode_block` made."""
-    tables = {
-        name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in ("items", "rows")
-    }
-    return Block(**tables, **{name: row[name] for name in _COUNTS})  # type: ignore[arg-type]
+    tables = {name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in _TABLES}
+    values = {name: row[name] for name in _VALUES} | {"notes": tuple(row["notes"])}  # type: ignore[arg-type]
+    return Block(**tables, **values)  # type: ignore[arg-type]
 
 
 def _encode_table(table: pa.Table) -> bytes:

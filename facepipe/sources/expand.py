@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.identity import IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, make_broken_item, make_file_uri
-from facepipe.sources.tar import list_tar_items
+from facepipe.sources.selection import ARCHIVE, OTHER, PassedOver, Selection, is_closed_archive
+from facepipe.sources.tar import TarReader
 
 FolderExpander = Callable[[str, bytes, str], WorkItem | None]
 """From (name, path, fingerprint) of a file to its item; None if `Expander.expand_file` has to decide."""
@@ -18,12 +19,24 @@ class Expander:
     The content decides later what a file holds. The extension only keeps text and metadata files out.
 
     Attributes:
-        ignored: Number of files that are neither image nor tar.
+        selection: Which files are listed.
+        passed_over: What was not listed so far.
     """
 
-    def __init__(self, identity: IdentityRule):
-        self.ignored = 0
+    def __init__(
+        self, identity: IdentityRule = "auto", label_column: str | None = None, selection: Selection | None = None
+    ):
+        """Make an expander.
+
+        Args:
+            identity: where labels come from.
+            label_column: key of the label in a member `KEY.json`; by default the first known one.
+            selection: which files are listed; by default all but those of systems.
+        """
+        self.selection = selection or Selection()
+        self.passed_over = PassedOver()
         self._identify = make_identity_rule(identity)
+        self._tar_reader = TarReader(self._identify, label_column, self.selection, self.passed_over)
         self._is_shared_label = identity != "filename"  # by all files of a folder
 
     def expand_file(
@@ -40,15 +53,22 @@ class Expander:
         # Files that are neither image nor tar are counted and left out.
         extension = get_extension(relative)
         if is_hidden(relative) or not (extension in IMAGE_EXTENSIONS or extension == "tar"):
-            self.ignored += 1
+            is_archive = is_closed_archive(relative)
+            self.passed_over.add(ARCHIVE if is_archive else OTHER, relative if is_archive else "")
             return ()
         if is_special:
             return (make_broken_item(path, "not a regular file"),)
         if extension == "tar":
-            return list_tar_items(os.fsdecode(path), self._identify)
+            return self._tar_reader.list_items(os.fsdecode(path), relative)
         encoded = path if isinstance(path, bytes) else os.fsencode(path)
         identity = self._identify(relative, None)
         return (WorkItem(make_file_uri(path), encoded, fingerprint=fingerprint, identity=identity),)
+
+    def reject_file(self, relative: str) -> str | None:
+        """Return why patterns leave a file out; None if they do not. What is in a tar is asked for by its own name."""
+        if get_extension(relative) == "tar":
+            return self.selection.reject_container(relative)
+        return self.selection.reject_file(relative)
 
     def make_folder_expander(self, folder: bytes, relative: str) -> FolderExpander:
         """Make a faster `expand_file` for the plain images of one folder.

@@ -1,12 +1,11 @@
 """A folder tree on a disk. Folders are read one at a time; the walk holds one open folder per level."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from stat import S_ISREG
 
 from facepipe.sources.expand import Expander, FolderExpander
-from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
@@ -31,18 +30,33 @@ class FolderSource:
         name: Name of the source.
     """
 
-    def __init__(self, root: str, identity: IdentityRule = "auto", name: str | None = None):
+    has_labels = None  # labels come from folders' names, or stand beside the images
+
+    def __init__(self, root: str, expander: Expander | None = None, name: str | None = None):
         self.root = os.path.abspath(root)
         self.name = name or os.path.basename(self.root) or "root"
-        self._expander = Expander(identity)
+        self._expander = expander or Expander()
+        self._selection = self._expander.selection
+        self._passed_over = self._expander.passed_over
         self._is_wanted: Callable[[str], bool] = lambda relative: True
         self._max_depth: int | None = None
         self._nested_folders: set[tuple[int, int]] = set()
+        self._takes_all_files = self._selection.takes_all_files
 
     @property
     def ignored(self) -> int:
-        """Number of files passed over so far because they are not images."""
-        return self._expander.ignored
+        """Number of files and folders passed over so far."""
+        return self._passed_over.total
+
+    @property
+    def other_folders(self) -> Collection[str]:
+        """Folders right below the root, with images that patterns leave out; two at most."""
+        return self._passed_over.folders
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what was passed over."""
+        return self._passed_over.describe()
 
     def select(self, is_wanted: Callable[[str], bool], max_depth: int | None) -> "FolderSource":
         """Keep only some files.
@@ -59,7 +73,7 @@ class FolderSource:
         return self
 
     def __iter__(self) -> Iterator[WorkItem]:
-        self._expander.ignored = 0
+        self._passed_over.clear()
         self._nested_folders.clear()
         return self._walk()
 
@@ -99,7 +113,11 @@ class FolderSource:
                         path = f"{relative}/{name}" if relative else name
                         if not _is_folder(entry):
                             yield from self._list_file(entry, name, path, expand_image)
-                        elif self._max_depth is None or len(parents) < self._max_depth:
+                        elif self._max_depth is not None and len(parents) >= self._max_depth:
+                            continue
+                        elif reason := self._selection.reject_folder(name, path):
+                            self._passed_over.add(reason, name)
+                        else:
                             entry_links = links + 1 if entry.is_symlink() else links
                             yield self._list_folder(entry.path, path, (*parents, folder_id), entry_links)
         except OSError as error:
@@ -109,6 +127,11 @@ class FolderSource:
         self, entry: "os.DirEntry[bytes]", name: str, relative: str, expand_image: FolderExpander
     ) -> Iterable[WorkItem]:
         if not self._is_wanted(relative):
+            self._passed_over.note_folder(relative)
+            return ()
+        if not self._takes_all_files and (reason := self._expander.reject_file(relative)):
+            self._passed_over.add(reason)
+            self._passed_over.note_folder(relative)
             return ()
         try:
             info = entry.stat()

@@ -3,13 +3,18 @@
 import posixpath
 from collections.abc import Callable
 from typing import Literal
+from urllib.parse import unquote
 
-from facepipe.sources.labels import format_label
+from facepipe.sources.item import FolderLabel
+from facepipe.sources.labels import LABEL_COLUMNS, format_label
 
 IdentityRule = Literal["auto", "folder", "filename", "label", "none"]
 
-Identify = Callable[[str, str | None], str | None]
+Identify = Callable[[str, object], str | None]
 """From (path relative to the source's root, label given by the source) to the identity."""
+
+# What Hive writes into a path for a column without a value.
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def take_folder_name(path: str) -> str | None:
@@ -29,13 +34,26 @@ def take_only_folder_name(path: str) -> str | None:
     return take_folder_name(path) if path.count("/") == 1 else None
 
 
+def read_partitions(path: str) -> dict[str, str | None]:
+    """Read the columns that Hive's layout writes into the folders of a path: `identity=ann/part-0.parquet`."""
+    columns: dict[str, str | None] = {}
+    for part in path.split("/")[:-1]:
+        name, equals, value = part.partition("=")
+        if equals and name:
+            columns[unquote(name)] = None if value == _HIVE_NULL else unquote(value)
+    return columns
+
+
 def make_identity_rule(name: IdentityRule) -> Identify:
-    """Make the function that finds identities, and writes them as `format_label` does."""
+    """Make the function that finds identities, and writes them as `format_label` does.
+
+    With `auto` the name of a folder comes as it is, as a `FolderLabel`.
+    """
     take_label = _pick_rule(name)
 
-    def identify(path: str, label: str | None) -> str | None:
+    def identify(path: str, label: object) -> str | None:
         # The rules expect a path in normal form.
-        return format_label(take_label(path if _is_normal(path) else posixpath.normpath(path), label))
+        return take_label(path if _is_normal(path) else posixpath.normpath(path), label)
 
     return identify
 
@@ -49,12 +67,35 @@ def _is_normal(path: str) -> bool:
 def _pick_rule(name: IdentityRule) -> Identify:
     match name:
         case "folder":
-            return lambda path, label: take_folder_name(path)
+            return _identify_by_folder
         case "filename":
-            return lambda path, label: take_filename_prefix(path)
+            return lambda path, label: format_label(take_filename_prefix(path))
         case "label":
-            return lambda path, label: label
+            return lambda path, label: format_label(label)
         case "none":
             return lambda path, label: None
         case _:
-            return lambda path, label: label if label is not None else take_only_folder_name(path)
+            return _identify
+
+
+def _identify_by_folder(path: str, label: object) -> str | None:
+    folder = take_folder_name(path)
+    name, equals, value = (folder or "").partition("=")
+    if equals and name.lower() in LABEL_COLUMNS:
+        return format_label(None if value == _HIVE_NULL else unquote(value))
+    return format_label(folder)
+
+
+def _identify(path: str, label: object) -> str | None:
+    """Find a label by the rule `auto`: one beside the image, a partition of labels, or the folder's name."""
+    if label is not None:
+        return format_label(label)
+    if "=" in path:
+        partitions = read_partitions(path)
+        column = next((name for name in partitions if name.lower() in LABEL_COLUMNS), None)
+        if column is not None:
+            return format_label(partitions[column])
+        if partitions:
+            return None
+    folder = take_only_folder_name(path)
+    return None if folder is None else FolderLabel(folder)

@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 from facepipe.sources.extensions import is_foreign_url
+from facepipe.sources.number_ranges import NumberRanges
 from facepipe.storage import is_remote
 
 # A path that looks like a container's member: archive.tar#name.
@@ -35,8 +36,18 @@ class WorkItem(NamedTuple):
     listing_error: str | None = None
 
 
-class Source(Protocol):
-    """Anything that lists images. Iteration streams: memory does not grow with the number of items."""
+class FolderLabel(str):
+    """The name of an image's folder, in place of a label. `LabelledSource` decides whether that is a person."""
+
+    __slots__ = ()
+
+
+class Listing(Protocol):
+    """What lists images. Iteration streams: memory does not grow with the number of items.
+
+    Attributes:
+        name: Name of the source.
+    """
 
     name: str
 
@@ -44,26 +55,94 @@ class Source(Protocol):
     def ignored(self) -> int:
         """Number of files passed over so far because they are not images."""
 
+    @property
+    def has_labels(self) -> bool | None:
+        """Whether there is a column of labels; None if labels come from elsewhere, or it is not known yet."""
+
+    @property
+    def other_folders(self) -> Collection[str]:
+        """Folders right below the root, with images that patterns leave out; two at most."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the listing for the user; complete at its end."""
+
     def __iter__(self) -> Iterator[WorkItem]: ...
 
 
-class WatchedSource:
-    """A source that counts, while it is listed, the places that could not be listed.
+class Source(Protocol):
+    """A listing of which it is decided what a label is.
 
     Attributes:
         name: Name of the source.
-        broken_count: Number of such places so far.
+    """
+
+    name: str
+
+    @property
+    def ignored(self) -> int:
+        """Number of files passed over so far because they are not images."""
+
+    @property
+    def gives_labels(self) -> bool:
+        """Whether an image without a label has none by the source's word, as far as the listing has come."""
+
+    @property
+    def label_numbers(self) -> NumberRanges | None:
+        """The labels so far that are numbers; None if the user has said how to tell them from others."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the listing for the user; complete at its end."""
+
+    def __iter__(self) -> Iterator[WorkItem]: ...
+
+
+class WrappedSource:
+    """A source that is another one, but for what a subclass changes.
+
+    Attributes:
+        name: Name of the source.
     """
 
     def __init__(self, source: Source):
         self._source = source
         self.name = source.name
-        self.broken_count = 0
 
     @property
     def ignored(self) -> int:
         """Number of files passed over so far because they are not images."""
         return self._source.ignored
+
+    @property
+    def gives_labels(self) -> bool:
+        """Whether an image without a label has none by the source's word, as far as the listing has come."""
+        return self._source.gives_labels
+
+    @property
+    def label_numbers(self) -> NumberRanges | None:
+        """The labels so far that are numbers."""
+        return self._source.label_numbers
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the listing for the user; complete at its end."""
+        return self._source.notes
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        return iter(self._source)
+
+
+class WatchedSource(WrappedSource):
+    """A source that counts, while it is listed, the places that could not be listed.
+
+    Attributes:
+        broken_count: Number of such places so far.
+    """
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.broken_count = 0
 
     def __iter__(self) -> Iterator[WorkItem]:
         self.broken_count = 0

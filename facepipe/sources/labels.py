@@ -16,11 +16,26 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-LABEL_COLUMNS = ("identity", "label", "identity_id", "person")
-"""Names of columns that hold labels; of several that are there the first one counts."""
+LABEL_COLUMNS = (
+    "identity",
+    "label",
+    "identity_id",
+    "person",
+    "person_id",
+    "person_name",
+    "subject",
+    "subject_id",
+    "class",
+    "class_id",
+    "class_name",
+    "target",
+    "celebrity",
+)
+"""Names of columns that hold labels, in lower case; of several that are there the first one counts."""
 
-# Words that programs write for a value that is not there. Their case matters, because a person may be called Nan.
-_ABSENT = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
+# Words that programs write for a value that is not there. Their case matters, because a person may be called Nan. Null
+# and NA are names.
+_ABSENT = frozenset({"nan", "NaN", "<NA>", "NaT", "None"})
 # White space, and what fixed-length strings and marks of byte order leave at the ends of a text.
 _MARGIN = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "\ufeff\x00"
 # Whole numbers as floats are printed: 7.0, 7.000000, 7. and 7.000e+00. An exponent without a sign may be hexadecimal.
@@ -63,6 +78,12 @@ def format_label(value: object) -> str | None:
     if isinstance(value, bytes):
         return _format_text(value.decode("utf-8", "surrogateescape"))
     return _format_text(str(value))
+
+
+def find_label_column(names: Sequence[str]) -> str | None:
+    """Find the column that holds labels by its name, in upper or lower case; None if none is known."""
+    by_name = {name.lower(): name for name in reversed(names)}
+    return next((by_name[column] for column in LABEL_COLUMNS if column in by_name), None)
 
 
 def format_labels(column: "pa.Array | pa.ChunkedArray", names: Sequence[str] | None = None) -> list[str | None]:

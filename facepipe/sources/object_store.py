@@ -1,10 +1,10 @@
 """A prefix of an object store: s3://bucket/prefix. The listing streams, and brings sizes and etags with it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from facepipe.sources.expand import Expander
-from facepipe.sources.identity import IdentityRule
 from facepipe.sources.item import WorkItem
+from facepipe.sources.selection import SYSTEM_FOLDER
 from facepipe.storage import list_prefix, split_url
 
 
@@ -16,20 +16,42 @@ class ObjectStoreSource:
         name: Name of the source.
     """
 
-    def __init__(self, url: str, identity: IdentityRule = "auto", name: str | None = None):
+    has_labels = None  # labels come from folders' names, or stand beside the images
+
+    def __init__(self, url: str, expander: Expander | None = None, name: str | None = None):
         self.url = url
         bucket, key = split_url(url)
         self._base = f"{bucket}/{key}".rstrip("/") + "/"
         self.name = name or url
-        self._expander = Expander(identity)
+        self._expander = expander or Expander()
+        self._passed_over = self._expander.passed_over
 
     @property
     def ignored(self) -> int:
-        """Number of objects passed over so far because they are not images."""
-        return self._expander.ignored
+        """Number of objects passed over so far."""
+        return self._passed_over.total
+
+    @property
+    def other_folders(self) -> Collection[str]:
+        """Folders right below the prefix, with images that patterns leave out; two at most."""
+        return self._passed_over.folders
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what was passed over."""
+        return self._passed_over.describe()
 
     def __iter__(self) -> Iterator[WorkItem]:
-        self._expander.ignored = 0
+        self._passed_over.clear()
         for entry in list_prefix(self.url):
             relative = entry.url.removeprefix(self._base)
+            selection = self._expander.selection
+            reason = selection.reject_folders(relative)
+            if reason is None and not selection.takes_all_files:
+                reason = self._expander.reject_file(relative)
+            if reason is not None:
+                self._passed_over.add(reason)
+                if reason != SYSTEM_FOLDER:
+                    self._passed_over.note_folder(relative)
+                continue
             yield from self._expander.expand_file(entry.url, relative, entry.fingerprint)

@@ -4,8 +4,9 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -14,10 +15,12 @@ import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
+from facepipe.sources.class_names import read_class_names
 from facepipe.sources.extensions import is_foreign_url, is_web_url
-from facepipe.sources.identity import IdentityRule, make_identity_rule
+from facepipe.sources.identity import Identify, IdentityRule, make_identity_rule, read_partitions
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
-from facepipe.sources.labels import LABEL_COLUMNS, format_labels
+from facepipe.sources.labels import find_label_column, format_label, format_labels
+from facepipe.sources.selection import PassedOver, Selection
 from facepipe.storage import (
     get_local_fingerprint,
     get_open_fingerprint,
@@ -51,71 +54,154 @@ class ParquetSource:
     the path beside the bytes (Hugging Face), then only names the row. Relative uris are relative to the Parquet file's
     folder, and do not lead out of it. Nothing that holds an image names one: a name is text, and short.
 
+    Folders such as `identity=ann` are columns, as in Hive's layout. A column of classes gives their names.
+
     Attributes:
         path: Path or URL of the file or folder.
         name: Name of the source.
-        ignored: Always 0: every row is an item.
+        has_labels: Whether there is a column of labels; None if no file was opened yet.
     """
 
-    def __init__(self, path: str, identity: IdentityRule = "auto", name: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        identity: IdentityRule = "auto",
+        name: str | None = None,
+        *,
+        label_column: str | None = None,
+        selection: Selection | None = None,
+    ):
         self.path = to_absolute(path)
         self.name = name or os.path.basename(path.rstrip("/"))
-        self.ignored = 0
-        self._identify = make_identity_rule(identity)
+        self.has_labels: bool | None = None
+        self._rule = identity
+        self._label_column = label_column
+        self._selection = selection or Selection()
+        self._passed_over = PassedOver()
+        self._label_note = ""
+
+    @property
+    def ignored(self) -> int:
+        """Number of rows that source.include and source.exclude leave out. Every other row is an item."""
+        return self._passed_over.total
+
+    @property
+    def other_folders(self) -> Collection[str]:
+        """Folders beside the listed ones; none, because a list need not name all images of a folder."""
+        return ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the columns, and on what was left out."""
+        return (*filter(None, [self._label_note]), *self._passed_over.describe())
 
     def __iter__(self) -> Iterator[WorkItem]:
-        self.ignored = 0
+        self._passed_over.clear()
+        self._label_note = ""
         for path in walk_parquet_files(self.path):
+            relative = path.removeprefix(self.path.rstrip("/") + "/")
+            if reason := self._selection.reject_container(relative):
+                self._passed_over.add(reason)
+                continue
             try:
                 if is_special_file(path):
                     raise StorageError("not a regular file")
                 with open_seekable(path) as file:
                     # The fingerprint of the file that is open: another one may have its name before it is read.
                     fingerprint = get_open_fingerprint(file)
-                    yield from self._list_rows(path, pq.ParquetFile(file), fingerprint)
+                    yield from self._list_rows(path, pq.ParquetFile(file), fingerprint, relative)
             except (StorageError, OSError, ValueError) as error:
                 # pyarrow's errors are ValueErrors and OSErrors. A SourceError passes, because it concerns every file.
                 yield make_broken_item(path, f"parquet cannot be read to its end: {get_first_line(error)}")
 
-    def _list_rows(self, path: str, file: pq.ParquetFile, fingerprint: str) -> Iterator[WorkItem]:
-        """Yield one item per row of a file."""
+    def _list_rows(self, path: str, file: pq.ParquetFile, fingerprint: str, relative: str) -> Iterator[WorkItem]:
+        """Yield one item per row of a file, whose path below the source's root is given for patterns."""
         # Pick the columns by their names.
         schema = file.schema_arrow
-        names = schema.names
         bytes_column = find_bytes_column(schema)
         uri_column = find_name_column(schema, bytes_column)
-        identity_column = _pick_column(names, LABEL_COLUMNS)
         if uri_column is None and bytes_column is None:
             raise SourceError(
                 f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
-                f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(names)}"
+                f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(schema.names)}"
             )
+        labels = self._find_labels(path, schema)
         # Once per file, and not once per row.
         container = make_file_uri(path)
         encoded_path = os.fsencode(path)
         folder = os.path.dirname(path)
         # Rows are counted over all batches, because workers find an image by its row.
         row = 0
-        columns = [name for name in (uri_column, identity_column) if name]
+        columns = [name for name in (uri_column, labels.column) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
             uris = _read_names(batch, uri_column) if uri_column else [None] * batch.num_rows
-            labels = format_labels(batch.column(identity_column)) if identity_column else [None] * batch.num_rows
-            for name, label in zip(uris, labels, strict=True):
+            for name, label in zip(uris, labels.read(batch), strict=True):
+                # What holds an image is no name.
                 text = None if name is None else str(name)
                 is_name = text is not None and not holds_image(text)
-                identity = self._identify(text if text and is_name else "", label)
-                if bytes_column:
+                short_name = text if text is not None and is_name else ""
+                identity = labels.identify(short_name, label)
+                reason = None
+                if not self._selection.takes_all_files:
+                    reason = self._selection.reject_file(short_name, relative)
+                if reason is not None:
+                    self._passed_over.add(reason)
+                elif bytes_column:
                     # The row number tells apart rows with the same name, such as 1.jpg of two people.
-                    uri = make_member_uri(
-                        container, str(row) if text is None or not is_name else f"{row}/{shorten_name(text)}"
-                    )
+                    uri = make_member_uri(container, f"{row}/{shorten_name(short_name)}" if is_name else str(row))
                     yield WorkItem(uri, encoded_path, row, None, f"{fingerprint}@{row}", identity)
                 elif not text or not is_name:
-                    reason = HOLDS_IMAGE if text else "the row names no image"
-                    yield make_broken_item(path, reason, str(row))._replace(identity=identity)
+                    problem = HOLDS_IMAGE if text else "the row names no image"
+                    yield make_broken_item(path, problem, str(row))._replace(identity=identity)
                 else:
                     yield make_named_item(text, folder, identity)
                 row += 1
+
+    def _find_labels(self, path: str, schema: pa.Schema) -> "_Labels":
+        """Find where a file's labels are, and say so if there is no column of labels."""
+        partitions = read_partitions(path)
+        # A column in the file counts before a folder of the same name.
+        columns = [*schema.names, *partitions]
+        column = find_label_column(columns)
+        if self._label_column is not None:
+            by_name = {name.lower(): name for name in reversed(columns)}
+            column = by_name.get(self._label_column.lower())
+            if column is None:
+                raise SourceError(f"{path} has no column {self._label_column!r}: its columns are {', '.join(columns)}")
+        self.has_labels = column is not None
+        rule: IdentityRule = "label" if self._rule == "auto" else self._rule
+        if column is None and rule == "label":
+            problem = f"none of its columns {', '.join(columns)} is known to hold labels"
+            if self._rule == "label":
+                raise SourceError(f"{path} has no label: {problem}. Add --label-column NAME")
+            self._label_note = f"no image got a label: {problem} ({path}). Add --label-column NAME"
+        if column is None or column in schema.names:
+            names = None if column is None else read_class_names(schema, column)
+            return _Labels(make_identity_rule(rule), column, names)
+        return _Labels(make_identity_rule(rule), None, None, format_label(partitions[column]))
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Where the labels of a Parquet file are.
+
+    Attributes:
+        identify: Makes an identity from the name of an image and its label.
+        column: The column of labels; None if there is none.
+        class_names: Names of the classes whose numbers the column holds, if it does.
+        constant: The label of every row, if there is no column.
+    """
+
+    identify: Identify
+    column: str | None
+    class_names: Sequence[str] | None = None
+    constant: str | None = None
+
+    def read(self, batch: pa.RecordBatch) -> Sequence[str | None]:
+        """Read the labels of a batch."""
+        if self.column is None:
+            return [self.constant] * batch.num_rows
+        return format_labels(batch.column(self.column), self.class_names)
 
 
 def make_named_item(name: str, root: str, identity: str | None, confined: bool = False) -> WorkItem:
@@ -301,7 +387,3 @@ def _read_names(batch: pa.RecordBatch, column: str) -> list[Any]:
     # A null struct has no path either.
     parent, _, child = column.rpartition(".")
     return [None if value is None else value[child] for value in batch.column(parent).to_pylist()]
-
-
-def _pick_column(names: list[str], candidates: tuple[str, ...]) -> str | None:
-    return next((name for name in candidates if name in names), None)

@@ -7,7 +7,8 @@ from urllib.parse import unquote_to_bytes
 
 from facepipe.sources.item import WorkItem
 from facepipe.sources.parquet import ParquetSource
-from facepipe.sources.tar import list_tar_items
+from facepipe.sources.selection import Selection
+from facepipe.sources.tar import TarReader
 
 # The uri of a member: the container, its extension, and # before the name.
 _MEMBER = re.compile(r"(.*?\.(tar|parquet|pq))#.*", re.IGNORECASE | re.DOTALL)
@@ -47,7 +48,7 @@ class ImageLocator:
 def _list_container(container: str, extension: str) -> Iterator[WorkItem]:
     path = os.fsdecode(_to_path(container))
     if extension == "tar":
-        return list_tar_items(path, lambda path, label: None)
+        return TarReader(lambda path, label: None, selection=Selection(system_folders=True)).list_items(path)
     return iter(ParquetSource(path, "none"))
 
 

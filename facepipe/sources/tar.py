@@ -5,7 +5,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from facepipe.errors import StorageError
@@ -13,10 +13,12 @@ from facepipe.hashing import hash64
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
+from facepipe.sources.labels import LABEL_COLUMNS, format_label
+from facepipe.sources.selection import NESTED_ARCHIVE, OTHER, PassedOver, Selection, is_closed_archive
 from facepipe.storage import get_open_fingerprint, is_special_file, open_seekable
 
+# In the order in which they count.
 _LABEL_EXTENSIONS = ("cls", "json")
-_LABEL_KEYS = ("identity", "label", "class")
 # Labels and headers above these sizes are damaged, or not meant for us.
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
@@ -40,35 +42,174 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class _Container:
-    """The tar file that is listed: its uri, its path, and its fingerprint."""
+    """The tar file that is listed: its uri, its path, its fingerprint, and its path below the source's root."""
 
     uri: str
     path: bytes
     fingerprint: str
+    relative: str
 
 
-def list_tar_items(path: str, identify: Identify) -> Iterator[WorkItem]:
-    """Yield the items of one tar; a header that cannot be read ends the shard with an item that says so.
+class TarReader:
+    """Lists the items of tar files.
 
-    Labels come from `KEY.cls`, or from `identity`, `label` or `class` in `KEY.json`, beside `KEY.jpg` (WebDataset).
-    A member's name that occurs twice gets `@offset` after it: both are images, and neither hides the other. Names are
-    only names: nothing is written, and no link is followed, so that `../x.jpg` is an image like any other.
-
-    Args:
-        path: local path or URL of the tar.
-        identify: makes an identity from a member's name and its label.
+    Labels come from `KEY.cls`, or from a field of `KEY.json`, beside `KEY.jpg`. As in WebDataset, the key of a member
+    is its path up to the first dot of the base name, so that `a.seg.png` and `a.jpg` share the label `a.cls`. A `.cls`
+    counts before a `.json`. A member's name that occurs twice gets `@offset` after it: both are images, and neither
+    hides the other. Names are only names: nothing is written, and no link is followed, so that `../x.jpg` is an image
+    like any other. Members that are neither are counted, tars in tars among them.
     """
-    try:
-        if is_special_file(path):
-            raise StorageError("not a regular file")
-        with open_seekable(path) as file, _open_tar(file) as tar:
-            # The fingerprint of the file that is open: another one may have its name before it is read.
-            container = _Container(make_file_uri(path), os.fsencode(path), get_open_fingerprint(file))
-            yield from _list_members(tar, file, container, identify)
-    except StorageError as error:
-        yield make_broken_item(path, str(error))
-    except _UNREADABLE as error:
-        yield make_broken_item(path, f"tar cannot be read to its end: {_get_reason(error)}")
+
+    def __init__(
+        self,
+        identify: Identify,
+        label_column: str | None = None,
+        selection: Selection | None = None,
+        passed_over: PassedOver | None = None,
+    ):
+        """Make a reader.
+
+        Args:
+            identify: makes an identity from a member's name and its label.
+            label_column: field of a `.json` that holds the label; by default the first known one.
+            selection: which members are listed; by default all but those in folders of systems.
+            passed_over: counts the members that are not listed.
+        """
+        self._identify = identify
+        self._fields = LABEL_COLUMNS if label_column is None else (label_column,)
+        self._selection = selection or Selection()
+        self._passed_over = passed_over or PassedOver()
+
+    def list_items(self, path: str, relative: str = "") -> Iterator[WorkItem]:
+        """Yield the items of one tar; a header that cannot be read ends the shard with an item that says so.
+
+        Args:
+            path: local path or URL of the tar.
+            relative: its path below the source's root, for patterns.
+        """
+        try:
+            if is_special_file(path):
+                raise StorageError("not a regular file")
+            with open_seekable(path) as file, _open_tar(file) as tar:
+                # The fingerprint of the file that is open: another one may have its name before it is read.
+                fingerprint = get_open_fingerprint(file)
+                container = _Container(make_file_uri(path), os.fsencode(path), fingerprint, relative)
+                yield from self._list_members(tar, file, container)
+        except StorageError as error:
+            yield make_broken_item(path, str(error))
+        except _UNREADABLE as error:
+            yield make_broken_item(path, f"tar cannot be read to its end: {_get_reason(error)}")
+
+    def _list_members(self, tar: tarfile.TarFile, file: BinaryIO, container: _Container) -> Iterator[WorkItem]:
+        """Yield the items of all members. Images wait for the label of their key, which may come after them."""
+        # Hashes of names take less memory than the names of a shard of millions.
+        seen_names: set[int] = set()
+        sample = _Sample("")
+        end = 0
+        while True:
+            # Read the next header. What waits is listed before the shard ends, also if it is damaged here.
+            try:
+                member = tar.next()
+                if member is not None:
+                    end = _check_member(tar, member, end)
+            except _UNREADABLE:
+                yield from self._label_images(sample)
+                raise
+            if member is None:
+                yield from self._label_images(sample)
+                _check_end(tar, file)
+                return
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
+            # Members without bytes of their own become rows that say so.
+            extension = get_extension(member.name)
+            if member.islnk() and extension in IMAGE_EXTENSIONS:
+                target = escape_name(member.linkname[:_MAX_NAME])
+                yield _make_broken_member(container, member, f"a hard link to the member {target}")
+            if not member.isfile():
+                continue
+            if extension in IMAGE_EXTENSIONS and (member.issparse() or len(member.name) > _MAX_NAME):
+                reason = "a sparse member" if member.issparse() else f"a name of more than {_MAX_NAME} characters"
+                yield _make_broken_member(container, member, reason)
+                continue
+            # A new key: the images of the last one have all the label they will get.
+            key = split_key(member.name)
+            if key != sample.key:
+                yield from self._label_images(sample)
+                sample = _Sample(key)
+            if extension in _LABEL_EXTENSIONS:
+                sample.labels[extension] = self._read_label(file, member, extension)
+            elif extension not in IMAGE_EXTENSIONS or is_hidden(member.name):
+                is_archive = extension == "tar" or is_closed_archive(member.name)
+                self._passed_over.add(NESTED_ARCHIVE if is_archive else OTHER, member.name if is_archive else "")
+            elif rejection := self._reject_member(member.name, container):
+                self._passed_over.add(rejection)
+            else:
+                sample.images.append((member.name, _make_item(container, member, seen_names)))
+
+    def _reject_member(self, name: str, container: _Container) -> str | None:
+        rejection = self._selection.reject_folders(name)
+        if rejection is not None or self._selection.takes_all_files:
+            return rejection
+        return self._selection.reject_file(name, container.relative)
+
+    def _label_images(self, sample: "_Sample") -> Iterator[WorkItem]:
+        # An empty label says that there is none, so that the folder's name is not taken instead.
+        label: str | None = None
+        for extension in _LABEL_EXTENSIONS:
+            other = sample.labels.get(extension)
+            if not label and other is not None:
+                label = other
+        for name, item in sample.images:
+            yield item._replace(identity=self._identify(name, label))
+
+    def _read_label(self, file: BinaryIO, member: tarfile.TarInfo, extension: str) -> str | None:
+        """Read the label in a .cls or .json member; empty if it says that there is none, None if it has no label."""
+        if member.size > _MAX_LABEL_BYTES:
+            return None
+        # Labels lie between headers: go back to the place from which the next header is read.
+        position = file.tell()
+        file.seek(member.offset_data)
+        text = bytes(file.read(member.size)).decode("utf-8-sig", "surrogateescape")
+        file.seek(position)
+        if extension == "cls":
+            return format_label(text) or ""
+        try:
+            content: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(content, dict):
+            return None
+        labels = [format_label(content[name]) or "" for name in self._fields if name in content]
+        return next(filter(None, labels), "") if labels else None
+
+
+@dataclass
+class _Sample:
+    """The members of one key: images that wait for a label, and the labels by extension."""
+
+    key: str
+    images: list[tuple[str, WorkItem]] = field(default_factory=list)
+    labels: dict[str, str | None] = field(default_factory=dict)
+
+
+def split_key(name: str) -> str:
+    """Return the key of a member, its path up to the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _make_item(container: _Container, member: tarfile.TarInfo, seen_names: set[int]) -> WorkItem:
+    # Escaped before it is looked up: one name may read like the escapes of another.
+    name = escape_name(member.name)
+    if not _add_name(seen_names, name):
+        name = f"{name}@{member.offset_data}"
+    return WorkItem(
+        uri=make_member_uri(container.uri, name),
+        path=container.path,
+        offset=member.offset_data,
+        length=member.size,
+        fingerprint=f"{container.fingerprint}@{member.offset_data}",
+    )
 
 
 class _HeaderFile:
@@ -96,65 +237,6 @@ def _open_tar(file: BinaryIO) -> tarfile.TarFile:
 
 def _get_reason(error: BaseException) -> str:
     return f"{str(error)[:200] or type(error).__name__}".encode("utf-8", "replace").decode("utf-8")
-
-
-def _list_members(
-    tar: tarfile.TarFile, file: BinaryIO, container: _Container, identify: Identify
-) -> Iterator[WorkItem]:
-    """Yield the items of all members. Images wait for the label of their key, which may come after them."""
-    # Hashes of names take less memory than the names of a shard of millions.
-    seen_names: set[int] = set()
-    key = ""
-    label: str | None = None
-    waiting: list[tuple[str, WorkItem]] = []
-    end = 0
-    while True:
-        # Read the next header. What waits is listed before the shard ends, also if it is damaged here.
-        try:
-            member = tar.next()
-            if member is not None:
-                end = _check_member(tar, member, end)
-        except _UNREADABLE:
-            yield from _label_items(waiting, label, identify)
-            raise
-        if member is None:
-            yield from _label_items(waiting, label, identify)
-            _check_end(tar, file)
-            return
-        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
-        # Members without bytes of their own become rows that say so.
-        extension = get_extension(member.name)
-        if member.islnk() and extension in IMAGE_EXTENSIONS:
-            target = escape_name(member.linkname[:_MAX_NAME])
-            yield _make_broken_member(container, member, f"a hard link to the member {target}")
-        if not member.isfile():
-            continue
-        if extension in IMAGE_EXTENSIONS and (member.issparse() or len(member.name) > _MAX_NAME):
-            reason = "a sparse member" if member.issparse() else f"a name of more than {_MAX_NAME} characters"
-            yield _make_broken_member(container, member, reason)
-            continue
-        # A new key: the images of the last one have all the label they will get.
-        stem = member.name[: len(member.name) - len(extension) - 1]
-        if stem != key:
-            yield from _label_items(waiting, label, identify)
-            key = stem
-            label = None
-            waiting = []
-        if extension in _LABEL_EXTENSIONS:
-            label = _read_label(file, member, extension) or label
-        elif extension in IMAGE_EXTENSIONS and not is_hidden(member.name):
-            # Escaped before it is looked up: one name may read like the escapes of another.
-            name = escape_name(member.name)
-            if not _add_name(seen_names, name):
-                name = f"{name}@{member.offset_data}"
-            item = WorkItem(
-                uri=make_member_uri(container.uri, name),
-                path=container.path,
-                offset=member.offset_data,
-                length=member.size,
-                fingerprint=f"{container.fingerprint}@{member.offset_data}",
-            )
-            waiting.append((member.name, item))
 
 
 def _check_member(tar: tarfile.TarFile, member: tarfile.TarInfo, end: int) -> int:
@@ -194,28 +276,3 @@ def _add_name(seen_names: set[int], name: str) -> bool:
     is_new = name_hash not in seen_names
     seen_names.add(name_hash)
     return is_new
-
-
-def _label_items(items: list[tuple[str, WorkItem]], label: str | None, identify: Identify) -> Iterator[WorkItem]:
-    for name, item in items:
-        yield item._replace(identity=identify(name, label))
-
-
-def _read_label(file: BinaryIO, member: tarfile.TarInfo, extension: str) -> str | None:
-    """Read the label in a .cls or .json member; None if there is none."""
-    if member.size > _MAX_LABEL_BYTES:
-        return None
-    # Labels lie between headers: go back to the place from which the next header is read.
-    position = file.tell()
-    file.seek(member.offset_data)
-    text = bytes(file.read(member.size)).decode("utf-8", "replace").strip()
-    file.seek(position)
-    if extension == "cls":
-        return text or None
-    try:
-        fields: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(fields, dict):
-        return None
-    return next((str(fields[key]) for key in _LABEL_KEYS if fields.get(key) is not None), None)

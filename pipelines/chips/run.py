@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from facepipe import storage
@@ -18,8 +17,10 @@ from facepipe.hashing import hash64
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
-from facepipe.sources.blocks import NEW, REPEATED, SKIP, Block, BlockSize
+from facepipe.sources.blocks import Block, BlockSize
 from facepipe.sources.blocks import cut_blocks as cut_blocks
+from facepipe.sources.item import WrappedSource
+from facepipe.sources.screening import NEW, REPEATED, SKIP, Screening
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.chips import Encode, KnownFaces, Subject, WholeImage
 from facepipe.storage.hashtable import HashTable
@@ -143,11 +144,11 @@ class _KnownChips:
         self._table = HashTable(width=1)
         self._table.add(in_shards, np.full((len(in_shards), 1), _IN_SHARDS, np.uint64))
 
-    def screen(self, uris: UInt64, fingerprints: UInt64) -> tuple[npt.NDArray[np.int8], UInt64]:
+    def screen(self, uris: UInt64, fingerprints: UInt64) -> Screening:
         """Decide about listed images.
 
         Returns:
-            SKIP, REPEATED or NEW for each image; and zeros, because older fingerprints do not matter here.
+            SKIP, REPEATED or NEW for each image; and zeros, because older contents do not matter here.
         """
         # Values are (n, 1). A uri that comes again, in this call or an earlier one of this run, is repeated.
         is_known, values = self._table.get(uris)
@@ -156,25 +157,19 @@ class _KnownChips:
         verdicts = np.where(is_known & (values[:, 0] == _IN_SHARDS), SKIP, NEW)
         verdicts = np.where(is_first & (values[:, 0] != _LISTED), verdicts, REPEATED)
         self._table.add(uris, np.full((len(uris), 1), _LISTED, np.uint64))
-        return verdicts.astype(np.int8), np.zeros(len(uris), np.uint64)
+        return Screening(verdicts.astype(np.int8), np.zeros(len(uris), np.uint64))
 
     def close(self) -> None:
         """Delete the table."""
         self._table.close()
 
 
-class _NamedItems:
+class _NamedItems(WrappedSource):
     """The items of a source that have one of the names, or all items if there are no names."""
 
     def __init__(self, source: Source, image_names: tuple[str, ...]):
-        self.name = source.name
-        self._source = source
+        super().__init__(source)
         self._names = ImageNames(image_names)
-
-    @property
-    def ignored(self) -> int:
-        """Files that are not images."""
-        return self._source.ignored
 
     def __iter__(self) -> Iterator[WorkItem]:
         return (item for item in self._source if not self._names or self._names.find_name(item.uri))

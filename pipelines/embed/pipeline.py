@@ -20,7 +20,7 @@ from facepipe.models.zoo.registry import find_card_file
 from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
-from facepipe.sources import SourceConfig, open_source
+from facepipe.sources import Source, SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, cut_blocks
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import WatchedSource
@@ -38,6 +38,8 @@ from pipelines.runtime.worker import WorkerJob
 __all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]
 
 _COMMIT_PAUSE = 20  # minimum time between commits, in durations of a commit
+# New labels and fingerprints that wait for a commit at most: they lie in memory.
+_MAX_PENDING_CHANGES = 500_000
 
 Progress = Callable[[EmbedSummary], None]
 Blocks = Callable[[], Iterator[Block]]
@@ -108,11 +110,19 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     contract = config.contract
     source = open_source(config.source)
     if next(iter(source), None) is None:
-        raise SourceError(f"no image in {config.source.uri!r} ({source.ignored} other files were ignored)")
+        raise SourceError(_describe_empty_source(config.source.uri, source))
     _try_model_files(config, gallery)
     with hold_lease(gallery) as lease:
         embed_run = _EmbedRun(config, Gallery.open_or_create(gallery, contract), source.name, lease)
         return embed_run.run(progress)
+
+
+def _describe_empty_source(uri: str, source: Source) -> str:
+    """Describe that a source holds no image, and what it holds instead."""
+    parts = [f"no image in {uri!r} ({source.ignored} other files were ignored)", *source.notes]
+    if storage.is_remote(uri):
+        parts.append("if it holds Parquet files, add --set source.kind=parquet")
+    return "; ".join(parts)
 
 
 def _try_model_files(config: EmbedConfig, gallery: str) -> None:
@@ -248,6 +258,7 @@ def _commit_records(
     interval = commit_seconds
     pending: list[PartRecord] = []
     # Blocks come back in any order, so they are counted and their numbers are added up.
+    pending_changes = 0
     count = 0
     number_sum = 0
     last_number = 0
@@ -262,10 +273,12 @@ def _commit_records(
             if record.last:
                 last_number = record.block
             progress(summary)
-            if time.monotonic() - last_commit >= interval:
+            pending_changes += len(record.relabelled) + len(record.touched)
+            if time.monotonic() - last_commit >= interval or pending_changes >= _MAX_PENDING_CHANGES:
                 # Empty the list first: if the run is interrupted in between, the records must not be committed twice.
                 batch = pending
                 pending = []
+                pending_changes = 0
                 last_commit = time.monotonic()
                 commit(batch, _describe_commit(summary))
                 # A commit takes longer the more files the table has: of 10M images 0.2 seconds, of a billion many.
@@ -295,6 +308,7 @@ def _describe_commit(summary: EmbedSummary) -> dict[str, Any]:
         "skipped": summary.skipped,
         "repeated": summary.repeated,
         "erased": summary.erased,
+        "relabelled": summary.relabelled,
         "statuses": dict(summary.statuses),
         "seconds": round(summary.seconds, 3),
         "stage_seconds": {name: round(value, 3) for name, value in summary.stage_seconds.items()},

@@ -27,12 +27,14 @@ class EmbedSummary:
         repeated: images that were listed before in this run
         ignored: files that are not images
         erased: images that were erased and must not come back; those recognised by their bytes are among the statuses
+        relabelled: images that are in the gallery, and got another label from the source
         missing: images of this source that it no longer lists, now marked
         missing_ignored: why missing images were not marked
         seconds: duration of the run
         first_record_seconds: time until the first block was finished
         stage_seconds: time of the workers by stage
         listed_all: whether the source was listed to its end
+        notes: sentences on the listing for the user, such as why images got no label
         gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None if none is used
     """
 
@@ -48,12 +50,14 @@ class EmbedSummary:
     repeated: int = 0
     ignored: int = 0
     erased: int = 0
+    relabelled: int = 0
     missing: int = 0
     missing_ignored: str = ""
     seconds: float = 0.0
     first_record_seconds: float = 0.0
     stage_seconds: Counter[str] = field(default_factory=Counter)
     listed_all: bool = False
+    notes: list[str] = field(default_factory=list)
     gpu: dict[str, Any] | None = None
 
     @property
@@ -75,6 +79,8 @@ class EmbedSummary:
         self.repeated += record.repeated
         self.ignored += record.ignored
         self.erased += record.erased
+        self.relabelled += len(record.relabelled)
+        self.notes += record.notes
         self.statuses.update(record.statuses)
         self.stage_seconds.update(record.seconds)
         # The last block may be finished before others, so the flag stays set.

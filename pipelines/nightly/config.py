@@ -1,6 +1,6 @@
 """Settings of the nightly job: one TOML file, with the sections of the commands that the job runs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,7 +23,12 @@ class NightSource:
     Attributes:
         uri: Where the images are: a folder, a glob, an s3:// prefix, a .parquet file or folder, a .tar, or a list file.
         kind: How to read it; auto decides from the uri.
-        identity: Where labels come from; auto takes a list's label, else the folder if images lie one folder deep.
+        identity: Where labels come from, as in `embed`.
+        label_column: Column of a list or a table that holds the label, by its name; in a list without a header by its
+            number from 1.
+        label_prefix: Put before each label, so that number 7 of this source is not number 7 of another.
+        include: Patterns of what is listed; everything by default.
+        exclude: Patterns of what is not listed.
         name: Name of the corpus in the table's column `source`; by default the last part of the uri.
         root: Folder that a list's paths are relative to; by default the list's own.
         retention_days: Age after which images are erased, counted from when they were embedded. They do not come back.
@@ -33,6 +38,10 @@ class NightSource:
     uri: str = ""
     kind: SourceKind = "auto"
     identity: IdentityRule = "auto"
+    label_column: str | int | None = None
+    label_prefix: str | None = None
+    include: str | tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
     name: str | None = None
     root: str | None = None
     retention_days: Annotated[float, Field(gt=0)] | None = None
@@ -45,7 +54,7 @@ class NightSource:
 
     def to_source(self) -> SourceConfig:
         """Return the keys that `embed` takes."""
-        return SourceConfig(self.uri, self.kind, self.identity, self.name, self.root)
+        return SourceConfig(**{key.name: getattr(self, key.name) for key in fields(SourceConfig)})
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ class _Night:
                 notes = self.summary.problems if may_be_empty else self.summary.failures
                 notes.append(f"{name}: {error}")
                 return
+        for note in embedded.notes:
+            self._on_progress(f"embed {name}: {note}")
         self.summary.add_step(f"embed {name}", embedded)
         self._add_counts(name, embedded)
 

@@ -13,6 +13,7 @@ from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, make_
 from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
+from facepipe.stages.read import hash_content
 from facepipe.storage.redact import redact
 from pipelines.runtime.crash_marks import CrashMarks
 
@@ -86,6 +87,7 @@ class BlockWorker:
             ignored=block.ignored,
             erased=block.erased,
             last=block.last,
+            notes=list(block.notes),
             seconds=dict(self._chain.seconds),
         )
         if rows is not None:
@@ -93,6 +95,8 @@ class BlockWorker:
             write_part(table, block.items, self.job.faces_folder, self.job.run, record)
             if record.images != block.items.num_rows:
                 raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
+        if block.relabelled is not None:
+            record.relabelled = _select_labels(block.relabelled, block.items, record)
         return record
 
     def _run_block(self, block: Block) -> pa.Table:
@@ -143,6 +147,21 @@ class BlockWorker:
             # If every image fails, the images are not the cause.
             raise failures[0]
         return pa.concat_tables(parts, promote_options="default")
+
+
+def _select_labels(relabelled: pa.Table, items: pa.Table, record: PartRecord) -> dict[str, str | None]:
+    """Select the new labels that hold for rows of the gallery, by uri.
+
+    An image that was read brings its label with its new rows. Otherwise a label holds if the content is the same. If an
+    image could not be read, its content may be another one, unless the gallery has none of it either.
+    """
+    labels = dict(zip(*(column.to_pylist() for column in relabelled.columns), strict=True))
+    for uri, previous in zip(items["uri"].to_pylist(), items["previous"].to_pylist(), strict=True):
+        if labels.get(uri) is not None and uri not in record.touched and previous != hash_content(None):
+            del labels[uri]
+    for uri in record.replaced:
+        labels.pop(uri, None)
+    return labels
 
 
 def _select_image(block: Block, n: int, uri: str) -> pa.Table:

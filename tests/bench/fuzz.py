@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["facepipe.imaging", "facepipe.sources",
     from facepipe.sources.identity import make_identity_rule
     from facepipe.sources.item import WorkItem
     from facepipe.sources.list_file import ListSource
-    from facepipe.sources.tar import list_tar_items
+    from facepipe.sources.tar import TarReader
 
 _FOLDER = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp") / f"facepipe-fuzz-{os.getpid()}"
 _MOST_ITEMS = 100_000
@@ -47,7 +47,7 @@ def tar(data: bytes) -> None:
     path = _FOLDER / "x.tar"
     path.write_bytes(data)
     uris = set()
-    for n, item in enumerate(list_tar_items(str(path), _IDENTIFY)):
+    for n, item in enumerate(TarReader(_IDENTIFY).list_items(str(path))):
         assert n < _MOST_ITEMS
         _check(item)
         assert item.uri not in uris, "two images of one uri: the second would be taken for the first"

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import Transaction
@@ -17,9 +15,9 @@ from deltalake.transaction import Transaction
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery.commits.parts import PartRecord
-from facepipe.gallery.commits.rewrite import Action, Rewrite, make_add_action, plan_rewrite_of_uris, rewrite_files
+from facepipe.gallery.commits.rewrite import Action, make_add_action, rewrite_files
+from facepipe.gallery.commits.row_changes import RowChanges
 from facepipe.gallery.table import Gallery, open_table
-from facepipe.schema import FACES
 from facepipe.storage.lease import Lease
 
 _METADATA_KEY = "facepipe"
@@ -55,11 +53,14 @@ class Committer:
             records: finished blocks; those without a part may bring new fingerprints.
             metadata: the run's figures so far, for the log.
         """
-        # Collect new files, new fingerprints, and images whose older rows have to go.
+        # Collect new files, new fingerprints, new labels, and images whose older rows have to go.
         parts = [record for record in records if record.path]
-        touched = {uri: mark for record in records for uri, mark in record.touched.items() if mark}
-        replaced = {uri for record in parts for uri in record.replaced}
-        if not parts and not touched:
+        changes = RowChanges(
+            replaced={uri for record in parts for uri in record.replaced},
+            touched={uri: mark for record in records for uri, mark in record.touched.items() if mark},
+            relabelled={uri: label for record in records for uri, label in record.relabelled.items()},
+        )
+        if not parts and changes.is_empty:
             return
 
         # Rows to be replaced are looked up in the newest version, which an overtaken commit has changed.
@@ -67,10 +68,8 @@ class Committer:
             actions: list[Action] = [
                 make_add_action(part.path, part.size, part.stats) for part in parts if part.path is not None
             ]
-            if replaced:
-                actions += rewrite_files(Gallery(self.gallery.path), _plan_replacement(replaced, touched))
-            elif touched:
-                actions += rewrite_files(Gallery(self.gallery.path), _plan_new_fingerprints(touched))
+            if not changes.is_empty:
+                actions += rewrite_files(Gallery(self.gallery.path), changes.plan_rewrite())
             return actions
 
         self.commit_actions(make_actions, metadata)
@@ -138,37 +137,6 @@ class Committer:
                     "lost; what it committed is kept: run the same command again"
                 )
         self._seen_version = self._table.version()
-
-
-def _plan_replacement(replaced: set[str], touched: dict[str, str]) -> Rewrite:
-    """Plan to delete the rows of replaced uris, and to give those of touched ones their new fingerprints."""
-    replaced_uris = pa.array(sorted(replaced), pa.string())
-
-    def change(rows: pa.Table, mask: pa.BooleanArray) -> pa.Table:
-        return _set_fingerprints(rows.filter(pc.invert(pc.is_in(rows["uri"], replaced_uris))), touched)
-
-    # Files with touched rows alone are declared to change data as well. Readers lose nothing by it.
-    return plan_rewrite_of_uris(replaced | touched.keys(), change)
-
-
-def _plan_new_fingerprints(touched: dict[str, str]) -> Rewrite:
-    return plan_rewrite_of_uris(touched.keys(), lambda rows, mask: _set_fingerprints(rows, touched), data_change=False)
-
-
-def _set_fingerprints(rows: pa.Table, touched: dict[str, str]) -> pa.Table:
-    """Set the new fingerprints of touched uris. Such a file is there, so it is no longer missing."""
-    if not touched:
-        return rows
-    uris = rows["uri"].to_pylist()
-    fingerprints = [touched.get(uri, old) for uri, old in zip(uris, rows["fingerprint"].to_pylist(), strict=True)]
-    missing_since = [
-        None if uri in touched else time for uri, time in zip(uris, rows["missing_since"].to_pylist(), strict=True)
-    ]
-    # Put the columns back in their places, so that the schema stays the same.
-    for name, values in (("fingerprint", fingerprints), ("missing_since", missing_since)):
-        n = FACES.get_field_index(name)
-        rows = rows.set_column(n, FACES.field(n), pa.array(values, FACES.field(n).type))
-    return rows
 
 
 @contextmanager

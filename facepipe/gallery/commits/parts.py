@@ -37,12 +37,14 @@ class PartRecord:
         stats: Statistics of the file for the log, as JSON.
         replaced: Uris whose older rows have to go.
         touched: New fingerprints by uri.
+        relabelled: New labels by uri; null for none.
         seconds: Seconds per stage.
         skipped: Images that were in the gallery already.
         repeated: Images that were listed before in this run.
         ignored: Files that are not images.
         erased: Images that must not come back.
         last: Whether this is the last block.
+        notes: Sentences on the listing for the user.
         error: Why the block failed.
     """
 
@@ -56,12 +58,14 @@ class PartRecord:
     stats: str = ""
     replaced: list[str] = field(default_factory=list)
     touched: dict[str, str | None] = field(default_factory=dict)
+    relabelled: dict[str, str | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     repeated: int = 0
     ignored: int = 0
     erased: int = 0
     last: bool = False
+    notes: list[str] = field(default_factory=list)
     error: str | None = None
 
     def to_json(self) -> str:

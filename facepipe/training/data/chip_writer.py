@@ -257,8 +257,9 @@ def _reorder(columns: Columns, rows: Int64) -> None:
 def _describe_shortage(chips: int, identities: int, figures: dict[str, int]) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in figures.items() if count)
     return (
-        f"{chips} chips of {identities} identities are left, too few to train on ({counts}). Labels come from folder "
-        "or list names (data.identity); data.min_images and data.exclude leave identities out"
+        f"{chips} chips of {identities} identities are left, too few to train on ({counts}). Labels come from lists, "
+        "or from folders that are people: data.identity=folder takes every folder. data.min_images and data.exclude "
+        "leave identities out"
     )
 
 

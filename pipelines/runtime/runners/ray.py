@@ -38,6 +38,8 @@ _ROW = pa.schema(
         ("ignored", pa.int64()),
         ("erased", pa.int64()),
         ("last", pa.bool_()),
+        ("relabelled", pa.binary()),
+        ("notes", pa.list_(pa.string())),
     ]
 )
 _LOCAL_OBJECT_STORE = 512 << 20  # bytes

@@ -79,6 +79,8 @@ def test_a_text_is_written_once_and_for_all(text: str) -> None:
         (date(2024, 5, 1), "2024-05-01"),
         ("Nan", "Nan"),
         ("Null", "Null"),
+        ("null", "null"),
+        ("NA", "NA"),
         ("n.1.0", "n.1.0"),
     ],
 )
@@ -96,7 +98,7 @@ def test_values_that_are_no_label(value: object) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["nan", "NaN", "<NA>", "None", "null", "", " \n", b""],
+    ["nan", "NaN", "<NA>", "None", "", " \n", b""],
 )
 def test_texts_that_are_no_label(value: object) -> None:
     assert format_label(value) is None

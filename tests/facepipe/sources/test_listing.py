@@ -65,7 +65,7 @@ def test_identities_are_those_of_the_normal_path(path: str) -> None:
         "filename": take_filename_prefix(normal),
     }
     for name, label in expected.items():
-        assert make_identity_rule(name)(path, None) == format_label(label)  # type: ignore[arg-type]
+        assert format_label(make_identity_rule(name)(path, None)) == format_label(label)  # type: ignore[arg-type]
 
 
 @given(NAMES)
@@ -109,7 +109,7 @@ def test_most_items_are_made_the_short_way(tmp_path: Path) -> None:
 def test_odd_names_are_listed_all_the_same(name: str, tmp_path: Path) -> None:
     (tmp_path / "Ann").mkdir()
     (tmp_path / "Ann" / name).write_bytes(b"x")
-    (item,) = list(open_source(SourceConfig(str(tmp_path))))
+    (item,) = list(open_source(SourceConfig(str(tmp_path), identity="folder")))
     assert item.identity == "Ann"
     assert item.uri == make_file_uri(str(tmp_path / "Ann" / name))
     assert item.path == os.fsencode(tmp_path / "Ann" / name)

@@ -284,8 +284,10 @@ def test_sources_that_cannot_be_trained_on(drawings: Path, tmp_path: Path) -> No
         prepare_chips(config(tmp_path / "empty"), FAKE, str(tmp_path / "a"), INLINE)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "person1").symlink_to(drawings / "person1")
-    with pytest.raises(SourceError, match="20 chips of 1 identities are left"):
+    with pytest.raises(SourceError, match="without identity 20"):
         prepare_chips(config(tmp_path / "one"), FAKE, str(tmp_path / "b"), INLINE)
+    with pytest.raises(SourceError, match="20 chips of 1 identities are left"):
+        prepare_chips(config(tmp_path / "one", identity="folder"), FAKE, str(tmp_path / "b"), INLINE)
     with pytest.raises(SourceError, match="without identity 20"):
         prepare_chips(config(drawings / "person1"), FAKE, str(tmp_path / "c"), INLINE)
     gallery = gallery_of(drawings / "person1", tmp_path / "g")

@@ -21,6 +21,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, cut_blocks, decode_block, encode_block
+from facepipe.sources.screening import Screening
 from facepipe.stages import Decode, Detect, check_chain
 from facepipe.storage.lease import hold_lease
 from pipelines.embed import RunConfig
@@ -298,8 +299,8 @@ def test_blocks_shrink_towards_the_end(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\n" + "".join(f"{n}.jpg\n" for n in range(5000)))
 
     class Nothing:
-        def screen(self, uris: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return np.zeros(len(uris), np.int8), np.zeros(len(uris), np.uint64)
+        def screen(self, uris: np.ndarray, marks: np.ndarray) -> Screening:
+            return Screening(np.zeros(len(uris), np.int8), np.zeros(len(uris), np.uint64))
 
     source = open_source(SourceConfig(str(tmp_path / "list.csv")))
     cut = list(cut_blocks(source, Nothing(), BlockSize(16, 256, 2)))

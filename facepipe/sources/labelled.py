@@ -1,0 +1,152 @@
+"""The labels of a listing: which folders are people, the prefix, and what the user should know of it."""
+
+from collections.abc import Iterable, Iterator
+
+from facepipe.sources.folder_names import PEOPLE, FolderJudge, FolderKind, FolderVerdict
+from facepipe.sources.identity import IdentityRule
+from facepipe.sources.item import FolderLabel, Listing, WorkItem
+from facepipe.sources.labels import format_label
+from facepipe.sources.number_ranges import NumberRanges
+
+# Items that wait at most until the folders beside theirs are known.
+_MAX_HELD = 100_000
+# Folders that a note names.
+_EXAMPLES = 3
+
+
+class LabelledSource:
+    """A source of which it is decided what a label is.
+
+    With the rule `auto` the name of a folder is a label only if the folder is a person: not a part of a dataset, a
+    date, a shard, a collection, or the only one. The first items wait until enough folders are known.
+
+    Attributes:
+        name: Name of the source.
+        label_numbers: The labels so far that are numbers; None if the user has said how to tell them from others.
+    """
+
+    def __init__(self, source: Listing, rule: IdentityRule = "auto", prefix: str | None = None):
+        """Wrap a source.
+
+        Args:
+            source: lists the images, with labels from folders as `FolderLabel`.
+            rule: where labels come from.
+            prefix: put before each label; None if the user has not said.
+        """
+        self.name = source.name
+        self.label_numbers: NumberRanges | None = None
+        self._source = source
+        self._rule = rule
+        self._prefix = prefix
+        self._reset()
+
+    def _reset(self) -> None:
+        self.label_numbers = NumberRanges() if self._prefix is None else None
+        self._judge = FolderJudge()
+        self._verdict: FolderVerdict | None = None
+        self._labelled = 0
+        self._listed = 0
+        self._examples: dict[FolderKind, list[str]] = {}
+        self._folder = ""
+        self._label: str | None = None
+
+    @property
+    def ignored(self) -> int:
+        """Number of files passed over so far because they are not images."""
+        return self._source.ignored
+
+    @property
+    def gives_labels(self) -> bool:
+        """Whether an image without a label has none by the source's word, as far as the listing has come."""
+        return self._rule != "auto" or self._labelled > 0 or self._source.has_labels is True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the listing for the user; complete at its end."""
+        notes = list(self._source.notes)
+        if self._rule != "none" and self._listed and self._source.has_labels is None:
+            notes += filter(None, [self._describe_labels()])
+        return tuple(notes)
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        self._reset()
+        prefix = self._prefix or ""
+        items = self._judge_folders() if self._rule == "auto" else iter(self._source)
+        for item in items:
+            self._listed += 1
+            label = item.identity
+            if label is not None:
+                self._labelled += 1
+                if self.label_numbers is not None:
+                    self.label_numbers.add((label,))
+                if prefix:
+                    item = item._replace(identity=prefix + label)
+            yield item
+
+    def _judge_folders(self) -> Iterator[WorkItem]:
+        """Yield the items without labels that are names of folders which are nobody."""
+        held: list[WorkItem] = []
+        for item in self._source:
+            if self._verdict is not None:
+                yield self._drop_folder(item)
+                continue
+            # Items wait from the first folder on, so that they keep their order.
+            if isinstance(item.identity, FolderLabel):
+                self._judge.add(item.identity)
+            elif not held:
+                yield item
+                continue
+            held.append(item)
+            if self._judge.is_certain or len(held) >= _MAX_HELD:
+                self._verdict = self._judge.judge(self._source.other_folders)
+                yield from map(self._drop_folder, held)
+                held = []
+        if held:
+            self._verdict = self._judge.judge(self._source.other_folders)
+            yield from map(self._drop_folder, held)
+
+    def _drop_folder(self, item: WorkItem) -> WorkItem:
+        """Return an item without its label if that is the name of a folder which is nobody."""
+        label = item.identity
+        if not isinstance(label, FolderLabel):
+            return item
+        assert self._verdict is not None
+        # Images come folder by folder, so that each folder is looked up once.
+        if label != self._folder:
+            self._folder = label
+            kind = self._verdict.find_kind(label)
+            is_person = not self._verdict.is_only_one and kind in PEOPLE
+            self._label = format_label(label) if is_person else None
+            examples = self._examples.setdefault(kind, [])
+            if len(examples) < _EXAMPLES and label not in examples:
+                examples.append(label)
+        return item if label == self._label else item._replace(identity=self._label)
+
+    def _describe_labels(self) -> str:
+        """Describe what was taken for a label and what to type if that is wrong; empty if there is no doubt."""
+        if self._rule != "auto":
+            return "" if self._labelled else f"no image got a label: --identity {self._rule} finds none here"
+        others = {kind: names for kind, names in self._examples.items() if kind not in PEOPLE}
+        described = "; ".join(f"{_quote(names)} are {kind.value}" for kind, names in others.items())
+        everyone = "To take the name of every folder add --identity folder"
+        if self._verdict is not None and self._verdict.is_only_one:
+            (names,) = self._examples.values()
+            return f"no image got a label from its folder, because there is only {_quote(names)}. {everyone}"
+        if not self._labelled and described:
+            return f"no image got a label, because {described}, and nobody. {everyone}"
+        if not self._labelled:
+            return (
+                "no image got a label: none has one beside it, and none lies exactly one folder deep. If the folder of "
+                "an image is the person, add --identity folder; if the file's name up to its last _ is, add --identity "
+                "filename"
+            )
+        if described:
+            return f"folders are taken for people, but not all: {described}. {everyone}"
+        doubtful = self._examples.get(FolderKind.NUMBER) or self._examples.get(FolderKind.LETTER)
+        if doubtful and FolderKind.PERSON not in self._examples:
+            return f"folders such as {_quote(doubtful)} are taken for people. If they are not, add --identity none"
+        return ""
+
+
+def _quote(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
