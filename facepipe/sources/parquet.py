@@ -1,6 +1,5 @@
 """Parquet in: rows that name images (`uri`) or hold them (`bytes`), with an optional `identity`."""
 
-import json
 import os
 import posixpath
 import re
@@ -15,8 +14,8 @@ import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
-from facepipe.sources.class_names import read_class_names
 from facepipe.sources.extensions import is_foreign_url, is_web_url
+from facepipe.sources.hugging_face import list_image_columns, read_class_names
 from facepipe.sources.identity import Identify, IdentityRule, make_identity_rule, read_partitions
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
 from facepipe.sources.labels import find_label_column, format_label, format_labels
@@ -327,7 +326,7 @@ def find_bytes_column(schema: pa.Schema) -> str | None:
     only struct of `bytes` and `path`.
     """
     usual = [name for name in BYTES_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)]
-    declared = [name for name in _read_image_features(schema) if _holds_bytes(schema.field(name).type)]
+    declared = [name for name in list_image_columns(schema) if _holds_bytes(schema.field(name).type)]
     structs = [
         field.name
         for field in schema
@@ -370,15 +369,6 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _is_scalar(kind: pa.DataType) -> bool:
     return not (pa.types.is_nested(kind) or _is_binary(kind))
-
-
-def _read_image_features(schema: pa.Schema) -> list[str]:
-    """Read from Hugging Face's metadata which columns hold images."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [name for name in schema.names if features[name]["_type"] == "Image"]
-    except (KeyError, TypeError, ValueError):
-        return []
 
 
 def _read_names(batch: pa.RecordBatch, column: str) -> list[Any]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from facepipe.errors import SourceError
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.class_names import read_class_names
+from facepipe.sources.hugging_face import list_image_columns, read_class_names
 from facepipe.sources.identity import read_partitions
 from facepipe.sources.labels import format_label
 from facepipe.sources.tar import split_key
@@ -112,6 +112,7 @@ def test_names_of_classes(column: str, tmp_path: Path) -> None:
 def test_schemas_that_name_no_classes(metadata: bytes, tmp_path: Path) -> None:
     schema = pa.schema([("label", pa.int64())], {b"huggingface": metadata})
     assert read_class_names(schema, "label") is None
+    assert list_image_columns(schema) == []
     for names in (None, "ann", {"0": "ann"}):
         feature = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}})
         assert read_class_names(pa.schema([], {"huggingface": feature}), "label") is None
