@@ -31,7 +31,7 @@ from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease
 from facepipe.storage.owned import delete_owned
-from facepipe.storage.store import delete_copies, open_store
+from facepipe.storage.store import delete_copies, get_cache_folder, open_store
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import PhaseTimer, attach_summary, get_current_run, record_calls
 from pipelines.runtime.workspace import REPORTS
@@ -210,6 +210,8 @@ class _Erasure:
         phases.end("reports")
         # 5. Old files are deleted.
         self._delete_files(receipt)
+        # After a power cut nothing of it comes back: the receipt would say what is not so.
+        self._sync_disks()
         phases.end("vacuum")
         # 6. The receipt is complete.
         path = save_receipt(self.gallery, receipt)
@@ -365,6 +367,11 @@ class _Erasure:
         delete_unreferenced(table)
         receipt.log_files_deleted += delete_history(table)
         delete_copies(self.gallery)
+
+    def _sync_disks(self) -> None:
+        """Have what was changed and deleted stay so, on every disk that holds a part of the gallery or a copy."""
+        folders = [self.gallery, *(storage.join(self.gallery, name) for name in ("faces", manifests.FOLDER, REPORTS))]
+        storage.sync_disks(*([get_cache_folder()] if storage.is_remote(self.gallery) else folders))
 
 
 def _count_erased(images: int) -> None:

@@ -27,6 +27,12 @@ from pathlib import Path
 from typing import Any
 
 _CONTROL = "/-/faults"
+# Conditions that a store accepts and ignores, by fault.
+_DROPPED = {
+    "no-if-match": ("if-match",),
+    "no-if-none-match": ("if-none-match",),
+    "unconditional": ("if-match", "if-none-match"),
+}
 _MEMORY = Path("/sys/fs/cgroup/memory")
 
 
@@ -62,7 +68,8 @@ class _Faults:
 
 class _Proxy(BaseHTTPRequestHandler):
     """Hands requests on. 500, 503, 429: refused; reset: hung up on; slow: answered late; lost: done, and then answered
-    with 500; truncated: the body breaks off; short: so does a range's, but the length says that this is all."""
+    with 500; truncated: the body breaks off; short: so does a range's, but the length says that this is all;
+    unconditional: without its conditions; no-if-match, no-if-none-match: without one of them."""
 
     protocol_version = "HTTP/1.1"
     upstream: str
@@ -100,7 +107,8 @@ class _Proxy(BaseHTTPRequestHandler):
         host, port = self.upstream.split("//")[1].split(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=30)
         try:
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "connection")}
+            dropped = ("transfer-encoding", "connection", *_DROPPED.get(fault, ()))
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
             headers["Content-Length"] = str(len(data))
             connection.request(self.command, self.path, data, headers)
             response = connection.getresponse()
@@ -153,6 +161,7 @@ class Proxy:
         """What goes wrong from now on: `status_503=0.1`, `lost=0.1`; nothing without rates."""
         self.given.update(self.counts())
         names = {name.removeprefix("status_"): rate for name, rate in rates.items()}
+        names = {name.replace("_", "-"): rate for name, rate in names.items()}
         self._ask("PUT", json.dumps({"seed": seed, "only": only, "after": after, "rates": names}).encode())
 
     def counts(self) -> dict[str, int]:

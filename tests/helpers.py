@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from facepipe.config import build
@@ -78,3 +79,16 @@ def run_facepipe(*words: str | Path) -> tuple[int, str, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def fail_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
+    """Have every listing of one folder fail, as it does on a share that does not answer."""
+    for name in ("scandir", "listdir"):
+        real: Callable[..., Any] = getattr(os, name)
+
+        def fail(path: Any = ".", real: Callable[..., Any] = real) -> Any:
+            if not isinstance(path, int) and os.fsdecode(path).rstrip("/") == str(folder):
+                raise OSError(number, os.strerror(number), str(folder))
+            return real(path)
+
+        monkeypatch.setattr(os, name, fail)

@@ -107,3 +107,5 @@ def delete_pending(gallery: str, receipt: Receipt) -> None:
     for name in list(storage.list_names(get_erased_folder(gallery))):
         if _UNFINISHED_FILE.fullmatch(name):
             storage.delete(storage.join(get_erased_folder(gallery), name))
+    if not storage.is_remote(gallery):
+        storage.sync_folder(get_erased_folder(gallery))

@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import TableNotFoundError
 
 from facepipe import storage
-from facepipe.errors import ContractError, GalleryError, StorageError
+from facepipe.errors import ContractError, GalleryBusyError, GalleryError, StorageError
+from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
+from facepipe.storage.capabilities import require_safe_writes
+from facepipe.storage.conditional import ConflictError
 from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.table_access import get_delta_options, open_arrow_filesystem
@@ -54,7 +58,6 @@ _FILE_COLUMNS = (
     "null_count.missing_since",
     "null_count.face_id",
 )
-_KEEP_LOG = {"delta.logRetentionDuration": "interval 30 days", "delta.checkpointInterval": "100"}
 
 
 class Gallery:
@@ -93,15 +96,15 @@ class Gallery:
         except StorageError as error:
             raise GalleryError(f"the gallery at {self.path!r} leads out of itself: {error}") from error
         except Exception as error:  # deltalake raises many kinds for a log that cannot be read
-            reason = storage.describe_error(error)
+            reason = storage.describe_error(error) + _describe_empty_entries(self.faces_folder)
             raise GalleryError(f"the gallery at {self.path!r} cannot be read: {reason}") from error
 
     @classmethod
     def exists(cls, path: str) -> bool:
         """Tell whether there is a gallery."""
-        log = storage.join(path, "faces", "_delta_log")
+        folder = storage.join(path, "faces", log.LOG)
         # deltalake's own test holds the interpreter, and with it the lease's heartbeat, while a store is slow.
-        return any(entry.url.endswith((".json", ".parquet")) for entry in storage.list_files(log))
+        return any(entry.url.endswith((".json", ".parquet")) for entry in storage.list_files(folder))
 
     @classmethod
     def open_or_create(cls, path: str, contract: Contract) -> "Gallery":
@@ -122,28 +125,32 @@ class Gallery:
         """Create an empty gallery with a contract. Raises GalleryError for a folder that holds something else."""
         if _is_taken(path):
             raise GalleryError(f"{path!r} exists and is not a gallery: choose a new folder")
-        configuration = {**_KEEP_LOG, CONTRACT_PROPERTY: contract.to_json()}
         try:
-            DeltaTable.create(
+            require_safe_writes(storage.join(path, LEASE_FILE))
+            log.create_log(
                 storage.join(path, "faces"),
                 Schema.from_arrow(FACES),
                 name="faces",
-                configuration=configuration,
-                raise_if_key_not_exists=False,  # our own property stands beside Delta's
-                storage_options=get_delta_options(path),
+                configuration={CONTRACT_PROPERTY: contract.to_json()},
             )
-        except (OSError, DeltaError) as error:
+        except StorageError as error:
             # If a store's answer was lost, the table is there all the same. The caller's lease says that it is ours.
-            if not cls.exists(path):
-                raise GalleryError(f"cannot make a gallery at {path!r}: {storage.describe_error(error)}") from error
+            if not (storage.is_remote(path) and cls.exists(path)):
+                raise GalleryError(f"cannot make a gallery at {path!r}: {error}") from error
         return cls(path)
 
     def add_missing_columns(self) -> None:
         """Add the columns that an older facepipe did not know when it made the table; they are null in its rows."""
         present = {field.name for field in self._table.schema().fields}
         missing = pa.schema([field for field in FACES if field.name not in present])
-        if len(missing):
-            self._table.alter.add_columns(Schema.from_arrow(missing).fields)
+        if not len(missing):
+            return
+        schema = Schema([*self._table.schema().fields, *Schema.from_arrow(missing).fields])
+        try:
+            log.add_columns(self.faces_folder, self._table, schema)
+        except ConflictError as error:
+            raise GalleryBusyError(f"another run has written to {self.path!r} since this one began") from error
+        self._table.update_incremental()
 
     @property
     def version(self) -> int:
@@ -348,6 +355,18 @@ def _refuse_links_to_others(path: str) -> None:
                 )
 
 
+def _describe_empty_entries(folder: str) -> str:
+    """Describe the damage that a power cut did to the log of an older facepipe; empty if there is none."""
+    with suppress(StorageError):
+        names = log.list_empty_entries(folder)
+        if names:
+            return (
+                f"; {len(names)} files of its log are empty, such as {names[0]}. A power cut leaves them so if an "
+                "older facepipe wrote them (docs/runbook.md)"
+            )
+    return ""
+
+
 def check_columns(columns: Sequence[str] | None) -> list[str]:
     """Return the names of columns, all by default. Raises GalleryError for an unknown one."""
     names = list(FACES.names if columns is None else columns)
@@ -364,7 +383,7 @@ def _is_taken(path: str) -> bool:
     """
     if not storage.is_remote(path):
         if not os.path.exists(path):
-            os.makedirs(path, exist_ok=True)
+            storage.make_folder(path)
             return False
         if not os.path.isdir(path) or set(os.listdir(path)) - _OWN_NAMES - {"faces"}:
             return True

@@ -260,6 +260,8 @@ def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
     store = open_index_store(gallery)
     # Upload the files before the manifest names them.
     store.upload_missing({name: file.bytes for name, file in list_files(manifest)})
+    # On a disk their names are durable before the manifest names them.
+    store.sync()
     data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
     try:
         tag = conditional.write_if(get_path(gallery), data, replaces)

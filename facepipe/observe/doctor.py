@@ -3,13 +3,17 @@
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
 from facepipe.errors import FacepipeError
 from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.registry import CARDS
+from facepipe.storage import is_remote
+from facepipe.storage.capabilities import check_place
 
 _DEFAULT_MODELS = ("retinaface-mnet025", "dlib-resnet")
 
@@ -28,8 +32,12 @@ class Finding(NamedTuple):
     detail: str
 
 
-def examine_machine() -> list[Finding]:
-    """Run all checks, in the order in which a newcomer would ask."""
+def examine_machine(place: str = "") -> list[Finding]:
+    """Run all checks, in the order in which a newcomer would ask.
+
+    Args:
+        place: path or URL of a gallery, or of where one will be, which is checked too if it is given.
+    """
     checks: list[Callable[[], Finding]] = [
         _check_python,
         _check_cpu,
@@ -38,9 +46,12 @@ def examine_machine() -> list[Finding]:
         _check_ray,
         _check_faiss,
         _check_object_store,
+        _check_temporary_folder,
         _check_pictures,
     ]
     findings = [check() for check in checks]
+    if place:
+        findings.append(_check_place(place))
     findings.extend(_check_weights(name) for name, card in CARDS.items() if card.sha256)
     return findings
 
@@ -108,6 +119,27 @@ def _check_object_store() -> Finding:
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "the provider's default")
     # Leave out credentials that the address may hold.
     return Finding("object store", "ok", f"obstore {version}, endpoint: {endpoint.rpartition('@')[2]}")
+
+
+def _check_temporary_folder() -> Finding:
+    """Look for room where tables of ids are kept: 32 bytes per image, in steps of two."""
+    try:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding("temporary files", "broken", f"{error}: set TMPDIR to a folder with room")
+    return Finding("temporary files", "ok", f"{free / 2**30:.1f} GiB free in {folder} (TMPDIR)")
+
+
+def _check_place(place: str) -> Finding:
+    """Check that a gallery's place keeps two runs from overwriting each other's work."""
+    what = "object store" if is_remote(place) else "disk"
+    try:
+        check_place(place)
+    except FacepipeError as error:
+        return Finding(f"{what} of {place}", "broken", str(error))
+    how = "compares tags before it writes" if is_remote(place) else "has locks and hard links"
+    return Finding(f"{what} of {place}", "ok", how)
 
 
 def _check_pictures() -> Finding:

@@ -6,6 +6,7 @@ from itertools import islice
 from stat import S_ISREG
 
 from facepipe.sources.expand import Expander, FolderExpander
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
@@ -111,9 +112,14 @@ class FolderSource:
                     for entry in run:
                         name = os.fsdecode(entry.name)
                         path = f"{relative}/{name}" if relative else name
-                        if not _is_folder(entry):
+                        goes_down = self._max_depth is None or len(parents) < self._max_depth
+                        if _is_plain_file(entry):
                             yield from self._list_file(entry, name, path, expand_image)
-                        elif self._max_depth is not None and len(parents) >= self._max_depth:
+                        elif goes_down and (problem := _find_problem(entry, name)):
+                            yield make_broken_item(entry.path, problem)
+                        elif not _is_folder(entry):
+                            yield from self._list_file(entry, name, path, expand_image)
+                        elif not goes_down:
                             continue
                         elif reason := self._selection.reject_folder(name, path):
                             self._passed_over.add(reason, name)
@@ -143,6 +149,33 @@ class FolderSource:
         if item is not None:
             return (item,)
         return self._expander.expand_file(entry.path, relative, fingerprint, is_special_mode(info.st_mode))
+
+
+def _is_plain_file(entry: "os.DirEntry[bytes]") -> bool:
+    """Tell whether an entry is a file and no link; most file systems say so in the listing."""
+    try:
+        return entry.is_file(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def _find_problem(entry: "os.DirEntry[bytes]", name: str) -> str:
+    """Say why an entry that may be a folder cannot be looked up; empty if it can, or if it is no folder.
+
+    Such is a link to a folder of a disk that is not mounted. Its images must not count as gone.
+    """
+    extension = get_extension(name)
+    if is_hidden(name) or extension in IMAGE_EXTENSIONS or extension == "tar":
+        return ""  # listed as a file: reading it will say why
+    # A link that leads nowhere counts as no folder, so it is looked up.
+    try:
+        if not entry.is_dir() and entry.is_symlink():
+            entry.stat()
+    except FileNotFoundError:
+        return "" if extension else "a link that leads nowhere"
+    except OSError as error:
+        return f"cannot be looked up: {describe_error(error)}"
+    return ""
 
 
 def _is_folder(entry: "os.DirEntry[bytes]") -> bool:

@@ -3,7 +3,7 @@
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_
 from facepipe.sources.labels import find_label_column, format_label, format_labels
 from facepipe.sources.selection import PassedOver, Selection
 from facepipe.storage import (
+    describe_error,
     get_local_fingerprint,
     get_open_fingerprint,
     has_credentials,
@@ -29,6 +30,7 @@ from facepipe.storage import (
     is_special_mode,
     list_prefix,
     open_seekable,
+    raise_listing_error,
     to_absolute,
 )
 from facepipe.storage.redact import redact
@@ -97,7 +99,8 @@ class ParquetSource:
     def __iter__(self) -> Iterator[WorkItem]:
         self._passed_over.clear()
         self._label_note = ""
-        for path in walk_parquet_files(self.path):
+        unlisted: list[OSError] = []
+        for path in walk_parquet_files(self.path, unlisted.append):
             relative = path.removeprefix(self.path.rstrip("/") + "/")
             if reason := self._selection.reject_container(relative):
                 self._passed_over.add(reason)
@@ -112,6 +115,9 @@ class ParquetSource:
             except (StorageError, OSError, ValueError) as error:
                 # pyarrow's errors are ValueErrors and OSErrors. A SourceError passes, because it concerns every file.
                 yield make_broken_item(path, f"parquet cannot be read to its end: {get_first_line(error)}")
+        # A folder that cannot be listed is a row: images in it must not count as gone.
+        for problem in unlisted:
+            yield make_broken_item(problem.filename, f"folder cannot be read: {describe_error(problem)}")
 
     def _list_rows(self, path: str, file: pq.ParquetFile, fingerprint: str, relative: str) -> Iterator[WorkItem]:
         """Yield one item per row of a file, whose path below the source's root is given for patterns."""
@@ -284,12 +290,17 @@ def get_first_line(error: BaseException) -> str:
     return lines[0][:_MAX_REASON].encode("utf-8", "replace").decode("utf-8")
 
 
-def walk_parquet_files(path: str) -> Iterator[str]:
-    """Yield the Parquet files at a path: the file itself, or those of a folder or prefix."""
+def walk_parquet_files(path: str, on_error: Callable[[OSError], object] = raise_listing_error) -> Iterator[str]:
+    """Yield the Parquet files at a path: the file itself, or those of a folder or prefix.
+
+    Args:
+        path: local path or URL.
+        on_error: called with the error of each local folder that cannot be listed; raises StorageError by default.
+    """
     if is_remote(path):
         yield from (entry.url for entry in list_prefix(path) if entry.url.endswith(".parquet"))
     elif os.path.isdir(path):
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, onerror=on_error):
             folders[:] = sorted(name for name in folders if not name.startswith(("_", ".")))
             yield from (os.path.join(folder, name) for name in sorted(names) if name.endswith((".parquet", ".pq")))
     else:
@@ -315,7 +326,7 @@ def _walk_files(path: str) -> Iterator[str]:
     elif os.path.isfile(path):
         yield path
     else:
-        for folder, _, names in os.walk(path):
+        for folder, _, names in os.walk(path, onerror=raise_listing_error):
             yield from (os.path.join(folder, name) for name in names if not name.startswith((".", "_")))
 
 

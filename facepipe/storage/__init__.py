@@ -7,17 +7,28 @@ libraries want as files of this machine. The modules:
     files         read, write, list, delete
     atomic        write a local file whole or not at all
     conditional   replace a small file unless another writer was faster
+    capabilities  whether a disk or store can do that safely
     store         a folder of a gallery, and its copy on this machine
     lease         one writer at a time
+    mapped        files that are written through memory
     hashtable     64-bit keys in a temporary file
     redact        credentials out of text
 """
 
-from facepipe.storage.atomic import replace_file, sync_file, sync_folder, write_beside
+from facepipe.storage.atomic import (
+    create_file,
+    make_folders,
+    replace_file,
+    sync_disks,
+    sync_file,
+    sync_folder,
+    write_beside,
+)
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import (
     Entry,
+    NoSuchFileError,
     ReplacedError,
     TooLargeError,
     delete,
@@ -36,6 +47,7 @@ from facepipe.storage.files import (
     make_parent_folder,
     may_exist,
     open_seekable,
+    raise_listing_error,
     read,
     replace,
     write,
@@ -45,8 +57,10 @@ from facepipe.storage.urls import has_credentials, is_remote, join, split_url, t
 
 __all__ = [
     "Entry",
+    "NoSuchFileError",
     "ReplacedError",
     "TooLargeError",
+    "create_file",
     "delete",
     "delete_empty_folders",
     "describe_error",
@@ -64,14 +78,17 @@ __all__ = [
     "list_names",
     "list_prefix",
     "make_folder",
+    "make_folders",
     "make_parent_folder",
     "may_exist",
     "open_bucket",
     "open_seekable",
+    "raise_listing_error",
     "read",
     "replace",
     "replace_file",
     "split_url",
+    "sync_disks",
     "sync_file",
     "sync_folder",
     "to_absolute",

@@ -3,6 +3,8 @@
 A reader sees the old file or the new one. A process that is killed leaves at most a file with the ending `.new`.
 """
 
+import ctypes
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from facepipe.storage.error_text import describe_error
 
 # Ending of files that are not finished; whoever lists a folder can leave them out.
 UNFINISHED = ".new"
+# Ending of files that get their name by a link; a killed process may leave them.
+_TEMPORARY = ".tmp"
 
 
 @contextmanager
@@ -21,7 +25,7 @@ def replace_file(path: str, *, sync: bool = False, unique: bool = False, what: s
 
     Args:
         path: the file that is created or replaced.
-        sync: have the content on disk before the file gets its name.
+        sync: have the content on disk before the file gets its name, and the name before the block returns.
         unique: give each writer a name of its own, if several may write the same file at once.
         what: what the file is, for the error message, such as "report".
 
@@ -54,10 +58,66 @@ def write_beside(path: str, *, sync: bool = False, unique: bool = False) -> Iter
 
 
 def publish_file(unfinished: str, path: str, *, sync: bool) -> None:
-    """Give a file that was written under another name its own."""
+    """Give a file that was written under another name its own; with `sync` both are on disk afterwards."""
     if sync:
         sync_file(unfinished)
     os.replace(unfinished, path)
+    if sync:
+        _sync_entries(os.path.dirname(path))
+
+
+def create_file(path: str, data: bytes) -> bool:
+    """Create a file that is on disk before anyone can see it.
+
+    Of several processes that create the same file at once, one succeeds. No locks are needed for that, so it works on
+    network file systems too.
+
+    Args:
+        path: the file; its folder must be there.
+        data: the content.
+
+    Returns:
+        Whether the file was created; False if there is one.
+
+    Raises:
+        OSError: the file system refuses, for example because it has no hard links.
+    """
+    unfinished = f"{path}.{secrets.token_hex(4)}{_TEMPORARY}"
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # Unlike a rename, a link never replaces what is there.
+        try:
+            os.link(unfinished, path)
+        except FileExistsError:
+            # A network file system may have made the link and lost the answer. Then the content has two names.
+            if os.stat(unfinished).st_nlink != 2:
+                return False
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)
+    _sync_entries(os.path.dirname(path))
+    return True
+
+
+def make_folders(path: str) -> None:
+    """Make a folder and its parents if there are none; new ones survive a power cut.
+
+    Raises:
+        OSError: a folder cannot be made.
+    """
+    # Find out which folders are new. A parent's entry for a new folder has to be synced, too.
+    missing: list[str] = []
+    folder = os.path.abspath(path)
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    os.makedirs(path, exist_ok=True)
+    for folder in reversed(missing):
+        with suppress(PermissionError):  # a parent that may be written to and not read
+            _sync_entries(os.path.dirname(folder))
 
 
 def open_for_writing(path: str, flags: int = 0) -> int:
@@ -91,12 +151,53 @@ def sync_file(path: str) -> None:
 
 
 def sync_folder(path: str) -> None:
-    """Have the entries of a folder on disk, so that new and renamed files survive a power cut."""
+    """Have the entries of a folder on disk, so that new, renamed and deleted files stay so after a power cut."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_entries(path)
     except OSError as error:
         raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
+
+
+def _sync_entries(folder: str) -> None:
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder; they write its entries at once.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_disks(*folders: str) -> None:
+    """Have everything that was written to the disks of some folders survive a power cut, deletions included.
+
+    Args:
+        folders: local folders; those that do not exist are left out.
+
+    Raises:
+        StorageError: something that was written cannot be brought to disk.
+    """
+    sync_all = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    synced: set[int] = set()
+    for folder in folders:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
+        try:
+            device = os.fstat(descriptor).st_dev
+            # One call does a whole disk, so each disk is synced once.
+            if device in synced:
+                continue
+            synced.add(device)
+            if sync_all is None:
+                os.sync()
+            elif sync_all(descriptor):
+                reason = os.strerror(ctypes.get_errno()).lower()
+                raise StorageError(f"cannot write to the disk of {folder!r}: {reason}")
+        finally:
+            os.close(descriptor)

@@ -5,7 +5,8 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-from facepipe.errors import ConfigError
+from facepipe.errors import ConfigError, StorageError
+from facepipe.storage.error_text import describe_error
 
 # The client tries ten times at most. If answers come at once, that takes about a minute.
 _RETRY_SECONDS = 120.0
@@ -22,15 +23,20 @@ def open_bucket(bucket: str) -> Any:
 
     Raises:
         ConfigError: obstore is not installed.
+        StorageError: a setting in the environment means nothing to the client.
     """
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
         raise ConfigError(f"{bucket} needs the object-store extra: pip install 'facepipe[s3]'") from error
     options: dict[str, Any] = {"retry_config": {"retry_timeout": timedelta(seconds=get_retry_seconds())}}
     if uses_plain_http():
         options["client_options"] = {"allow_http": True}
-    return from_url(bucket, **options)
+    try:
+        return from_url(bucket, **options)
+    except BaseError as error:
+        raise StorageError(f"cannot open {bucket}: {describe_error(error)}") from error
 
 
 def get_retry_seconds() -> float:

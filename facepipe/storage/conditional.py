@@ -4,16 +4,22 @@ Object stores do this by conditional requests (If-Match, If-None-Match). On loca
 file beside the file.
 """
 
+import errno
 import fcntl
 import hashlib
 from typing import Any
 
 from facepipe.errors import StorageError
-from facepipe.storage.atomic import open_for_writing
+from facepipe.storage.atomic import create_file, open_for_writing
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import replace
 from facepipe.storage.urls import is_remote, split_url
+
+# What a file system without hard links answers to a request for one.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+GUARD = ".guard"
+"""Ending of the file beside a local file that its writers lock."""
 
 
 class ConflictError(StorageError):
@@ -69,6 +75,28 @@ def write_if(path: str, data: bytes, tag: str | None) -> str:
     return _write_if_local(path, data, tag)
 
 
+def create(path: str, data: bytes) -> None:
+    """Create a small file or object. It is on disk before anyone can see it, and no lock is needed.
+
+    Args:
+        path: local path, whose folder must be there, or URL.
+        data: the content. It must differ from everything that any other writer writes there.
+
+    Raises:
+        ConflictError: there is one. Of several writers at once one succeeds.
+    """
+    if is_remote(path):
+        _write_if_remote(path, data, None)
+        return
+    try:
+        is_new = create_file(path, data)
+    except OSError as error:
+        hint = " (does this file system have hard links?)" if error.errno in _NO_LINKS else ""
+        raise StorageError(f"cannot write {path!r}: {describe_error(error)}{hint}") from error
+    if not is_new:
+        raise ConflictError(f"{path!r} was written by another writer")
+
+
 def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
     import obstore
 
@@ -90,7 +118,7 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 def _write_if_local(path: str, data: bytes, tag: str | None) -> str:
     # The lock makes comparing and writing one step; a crash of the holder frees it.
     try:
-        with open(open_for_writing(path + ".guard"), "w") as guard:
+        with open(open_for_writing(path + GUARD), "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             current = read_tagged(path)
             if (current[1] if current else None) != tag:

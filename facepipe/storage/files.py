@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from facepipe.errors import StorageError
-from facepipe.storage.atomic import open_for_writing, replace_file
+from facepipe.storage.atomic import make_folders, open_for_writing, replace_file
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.urls import is_remote, join, split_url
@@ -47,22 +47,49 @@ class ReplacedError(StorageError):
     """The file is not the one that was listed: it was written since."""
 
 
+class NoSuchFileError(StorageError):
+    """There is no file or object of this name."""
+
+
 # ---- listing and looking
 
 
 def list_files(folder: str) -> Iterator[Entry]:
-    """List every file below a folder or prefix; nothing if there is no such folder."""
+    """List every file below a folder or prefix; nothing if there is no such folder.
+
+    Raises:
+        StorageError: the folder, or one in it, cannot be listed. It is never taken for an empty one.
+    """
     if is_remote(folder):
         yield from list_prefix(folder.rstrip("/") + "/")
         return
     # A sorted walk, so that each listing of the same folder has the same order.
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=raise_listing_error):
         folders.sort()
         for name in sorted(names):
             path = os.path.join(parent, name)
-            with suppress(FileNotFoundError):  # deleted since it was listed
+            try:
                 info = os.lstat(path)
-                yield Entry(path, info.st_size, get_local_fingerprint(info), info.st_mtime)
+            except FileNotFoundError:  # deleted since it was listed
+                continue
+            except OSError as error:
+                raise StorageError(f"cannot list {path!r}: {describe_error(error)}") from error
+            yield Entry(path, info.st_size, get_local_fingerprint(info), info.st_mtime)
+
+
+def raise_listing_error(error: OSError) -> None:
+    """Raise StorageError for a folder that cannot be listed, unless there is none.
+
+    A link that leads nowhere is no empty folder: the disk that it leads to may not be mounted.
+    """
+    path = os.fsdecode(error.filename).rstrip("/") or "/"
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError:
+        pass  # the first error says more
+    raise StorageError(f"cannot list {path!r}: {describe_error(error)}") from error
 
 
 def list_prefix(url: str) -> Iterator[Entry]:
@@ -80,7 +107,7 @@ def list_prefix(url: str) -> Iterator[Entry]:
         raise StorageError(f"cannot list {url}: {describe_error(error)}") from error
     # The prefix may be the full name of one object, which some stores do not list.
     if is_empty and prefix and not url.endswith("/"):
-        with suppress(StorageError):
+        with suppress(NoSuchFileError):
             yield get_entry(url)
 
 
@@ -94,25 +121,33 @@ def list_names(folder: str) -> Iterable[str]:
         return [entry.url[start:] for entry in list_prefix(folder.rstrip("/") + "/")]
     try:
         return os.listdir(folder)
-    except FileNotFoundError:
-        return []
     except OSError as error:
-        raise StorageError(f"cannot list {folder!r}: {describe_error(error)}") from error
+        raise_listing_error(error)
+        return []
 
 
 def get_entry(path: str | bytes) -> Entry:
-    """Get size and fingerprint of one file or object. Raises StorageError if there is none."""
+    """Get size and fingerprint of one file or object.
+
+    Raises:
+        NoSuchFileError: there is none.
+        StorageError: it cannot be looked up.
+    """
     if is_remote(path):
         import obstore
 
         bucket, key = split_url(os.fsdecode(path))
         try:
             meta = obstore.head(open_bucket(bucket), key)
-        except (obstore.exceptions.BaseError, FileNotFoundError) as error:
+        except (obstore.exceptions.NotFoundError, FileNotFoundError) as error:
+            raise NoSuchFileError(describe_error(error)) from error
+        except (obstore.exceptions.BaseError, OSError) as error:
             raise StorageError(describe_error(error)) from error
         return _to_entry(bucket, meta)
     try:
         info = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NoSuchFileError(describe_error(error)) from error
     except (OSError, ValueError) as error:
         raise StorageError(describe_error(error)) from error
     return Entry(os.fsdecode(path), info.st_size, get_local_fingerprint(info), info.st_mtime)
@@ -129,21 +164,30 @@ def get_local_fingerprint(info: os.stat_result) -> str:
 
 
 def file_exists(path: str) -> bool:
-    """Tell whether there is a file or an object of this name."""
-    if not is_remote(path):
-        return os.path.exists(path)
+    """Tell whether there is a file or an object of this name. Raises StorageError if that cannot be looked up."""
     try:
         get_entry(path)
-    except StorageError:
+    except NoSuchFileError:
         return False
+    except StorageError as error:
+        raise StorageError(f"cannot look up {path!r}: {error}") from error
     return True
 
 
 def folder_exists(path: str) -> bool:
-    """Tell whether there is a folder, or a prefix with at least one object."""
-    if not is_remote(path):
-        return os.path.isdir(path)
-    return next(iter(list_prefix(path.rstrip("/") + "/")), None) is not None
+    """Tell whether there is a folder, or a prefix with at least one object.
+
+    Raises:
+        StorageError: that cannot be looked up.
+    """
+    if is_remote(path):
+        return next(iter(list_prefix(path.rstrip("/") + "/")), None) is not None
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot look up {path!r}: {describe_error(error)}") from error
 
 
 def may_exist(path: str) -> bool:
@@ -366,7 +410,7 @@ def _write_local(path: str, data: bytes, sync: bool) -> None:
 
 
 def replace(path: str, data: bytes, *, unique: bool = False) -> None:
-    """Write a file or object so that readers see the old content or the new; a local one is on disk afterwards.
+    """Write a file or object so that readers see the old content or the new; afterwards it survives a power cut.
 
     Args:
         path: local path or URL; the folder of a local file is made.
@@ -377,8 +421,8 @@ def replace(path: str, data: bytes, *, unique: bool = False) -> None:
         write(path, data)
         return
     make_parent_folder(path)
-    with replace_file(path, unique=unique) as unfinished:
-        _write_local(unfinished, data, sync=True)
+    with replace_file(path, sync=True, unique=unique) as unfinished:
+        _write_local(unfinished, data, sync=False)
 
 
 def write_file(path: str, local: str) -> None:
@@ -391,23 +435,19 @@ def write_file(path: str, local: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make a local folder and its parents. Object stores have no folders."""
+    """Make a local folder and its parents; new ones survive a power cut. Object stores have no folders."""
     if is_remote(path):
         return
     try:
-        os.makedirs(path, exist_ok=True)
+        make_folders(path)
     except OSError as error:
         raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
 
 
 def make_parent_folder(path: str) -> None:
     """Make the folder of a local file. Object stores have no folders."""
-    if is_remote(path):
-        return
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
+    if not is_remote(path):
+        make_folder(os.path.dirname(path) or ".")
 
 
 def delete(path: str) -> None:

@@ -1,14 +1,11 @@
 """A hash table of 64-bit keys in a memory-mapped temporary file: a hundred million keys cost page cache, not heap."""
 
-import mmap
-import tempfile
 from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
 
-from facepipe.errors import StorageError
-from facepipe.storage.error_text import describe_error
+from facepipe.storage.mapped import map_temporary_file
 from facepipe.types import Bool, UInt64
 
 # Slots are a power of two, so that a mask replaces the division.
@@ -39,15 +36,7 @@ class HashTable:
         self._slots, self._file = self._allocate(_FIRST_SLOTS)
 
     def _allocate(self, slots: int) -> tuple[UInt64, IO[bytes]]:
-        # The file is sparse and has no name: it takes pages as they are used, and goes with the process.
-        size = slots * (1 + self.width) * 8
-        try:
-            file = tempfile.TemporaryFile(dir=self._folder, prefix="facepipe-")  # noqa: SIM115  closed by close()
-            file.truncate(size)
-            mapped = mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            folder = self._folder or tempfile.gettempdir()
-            raise StorageError(f"cannot keep a table of ids in {folder!r} (TMPDIR): {describe_error(error)}") from error
+        mapped, file = map_temporary_file(slots * (1 + self.width) * 8, self._folder)
         return np.frombuffer(mapped, np.uint64).reshape(slots, 1 + self.width), file
 
     def add(self, keys: UInt64, values: UInt64 | None = None) -> Bool:

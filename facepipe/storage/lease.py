@@ -20,6 +20,8 @@ from pydantic import TypeAdapter
 
 from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
 from facepipe.storage import conditional
+from facepipe.storage.atomic import make_folders
+from facepipe.storage.capabilities import require_safe_writes
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.urls import is_remote, join
 
@@ -82,7 +84,7 @@ class Holder:
         """Tell whether the holder's process has ended.
 
         Returns:
-            None if only the heartbeat can tell: the process is on another machine, or stopped.
+            None if only the heartbeat can tell: the process is on another machine, stopped, or hidden from this one.
         """
         # Only a process of this machine can be looked up.
         if not self.machine or self.machine != _read_machine_id():
@@ -90,8 +92,11 @@ class Holder:
         if self.pid == os.getpid() and self.began == _read_process_start(self.pid):
             # This process may have failed to take the lease, or to release it.
             return self.holder not in _own_leases
-        # A process id is used again; the time of its beginning tells two processes apart.
         began, state = _read_process(self.pid)
+        # /proc may hide the processes of others. Of such a one only the heartbeat tells whether it is the holder.
+        if not state:
+            return None if _process_exists(self.pid) else True
+        # A process id is used again; the time of its beginning tells two processes apart.
         if began != self.began:
             return True
         # A stopped process may go on later, so its heartbeat decides.
@@ -198,7 +203,7 @@ def _make_folder(folder: str, kind: str) -> None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"the {kind} {folder!r} is a file; name a folder")
     try:
-        os.makedirs(folder, exist_ok=True)
+        make_folders(folder)
     except OSError as error:
         raise GalleryError(f"cannot write to the {kind} {folder!r}: {describe_error(error)}") from error
 
@@ -210,6 +215,7 @@ def _acquire(path: str, kind: str, on_wait: OnWait) -> Lease:
     while True:
         try:
             # Read the lease, wait if somebody holds it, and take it on the condition that it is still the same.
+            require_safe_writes(path)
             content = conditional.read_tagged(path)
             current = _decode(content[0]) if content else None
             if current is not None and not current.released:
@@ -277,6 +283,17 @@ def _read_machine_id() -> str:
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
+
+
+def _process_exists(pid: int) -> bool:
+    """Tell whether there is a process, hidden or not. Only the kernel's word counts that there is none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _read_process_start(pid: int) -> str:

@@ -7,9 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from facepipe.errors import StorageError
-from facepipe.storage.error_text import describe_error
-from facepipe.storage.files import delete, list_prefix
+from facepipe.storage.files import delete, list_prefix, raise_listing_error
 from facepipe.storage.urls import is_remote, join
 
 Owns = Callable[[str], bool]
@@ -96,10 +94,9 @@ def _walk(folder: str, inner: str) -> Iterator[tuple[str, bool]]:
     try:
         with os.scandir(path) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return
     except OSError as error:
-        raise StorageError(f"cannot list {path!r}: {describe_error(error)}") from error
+        raise_listing_error(error)
+        return
     for entry in entries:
         name = f"{inner}/{entry.name}" if inner else entry.name
         is_folder = entry.is_dir(follow_symlinks=False)

@@ -74,6 +74,12 @@ def break_table_again(folder: Path, values: dict[str, str]) -> None:
         break_table(folder, values)
 
 
+def empty_log_entry(folder: Path, values: dict[str, str]) -> None:
+    """Do as a power cut did to the newest entry of the log, which an older facepipe did not sync."""
+    newest = max(Path(Gallery(str(folder / "g")).faces_folder, "_delta_log").glob("*.json"))
+    newest.write_bytes(b"")
+
+
 def set_receipt(folder: Path, values: dict[str, str]) -> None:
     found = sorted((folder / "g" / "erased").glob("*.json"))
     values["RECEIPT"] = str(found[-1]) if found else ""
@@ -85,6 +91,7 @@ def erase_person(folder: Path, values: dict[str, str]) -> None:
 
 
 DAMAGE: dict[str, dict[int, Callable[[Path, dict[str, str]], None]]] = {
+    "The power was cut": {0: empty_log_entry},
     "A shard is corrupt": {0: break_shard},
     "A table file is corrupt": {0: break_table, 2: break_table_again},
     "A subject must be erased": {2: set_receipt},
@@ -121,7 +128,7 @@ def test_the_commands_of_a_section_work(section: str, original: Path, tmp_path: 
 
 def test_verify_notices_the_damage(original: Path, tmp_path: Path) -> None:
     """Without this, the tests above would prove nothing."""
-    for break_ in (break_shard, break_table):
+    for break_ in (break_shard, break_table, empty_log_entry):
         folder = tmp_path / break_.__name__
         shutil.copytree(original, folder)
         break_(folder, {})

@@ -10,6 +10,7 @@ import numpy as np
 from facepipe.curation.graph.cost import estimate_all_pairs, estimate_cells
 from facepipe.index.grid import round_to_grid
 from facepipe.nearest.faiss_engine import faiss, train_on_gpus
+from facepipe.storage.mapped import create_array
 from facepipe.types import Bool, Float32, Int32, Int64
 
 MAX_EXACT_FACES = 30_000  # faces that are compared all with all
@@ -133,7 +134,7 @@ def sort_by_cell(assigned: Int32, cells: int, path: str) -> tuple[Int64, Int64]:
         counts[1:] += np.bincount(assigned[at : at + _BLOCK_ROWS].ravel(), minlength=cells)
     begins = np.cumsum(counts)
     shape = (max(1, int(begins[-1])),)
-    faces = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)
+    faces = create_array(path, np.int64, shape)
     # A counting sort, block by block: `free` is the next free position of each cell.
     free = begins[:-1].copy()
     for at in range(0, len(assigned), _BLOCK_ROWS):

@@ -12,6 +12,7 @@ from facepipe.gallery import Gallery
 from facepipe.index.rows import read_face_rows
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error
+from facepipe.storage.mapped import create_array
 from facepipe.types import Float32, Int64
 
 _IDS = "ids.npy"
@@ -64,9 +65,7 @@ def collect_nodes(galleries: Sequence[Gallery], folder: str) -> Nodes:
     try:
         np.save(os.path.join(folder, _IDS), ids[order])
         np.save(os.path.join(folder, _SIDES), sides[order])
-        vectors = np.lib.format.open_memmap(
-            os.path.join(folder, _VECTORS), mode="w+", dtype=np.float32, shape=(len(ids), EMBEDDING_DIM)
-        )
+        vectors = create_array(os.path.join(folder, _VECTORS), np.float32, (len(ids), EMBEDDING_DIM))
         # The vectors go straight to their sorted positions.
         position = np.empty(len(order), np.int64)
         position[order] = np.arange(len(order))

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from deltalake import CommitProperties
-from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import Transaction
+from deltalake.exceptions import DeltaError
 
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
+from facepipe.gallery.commits import log
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.rewrite import Action, make_add_action, rewrite_files
 from facepipe.gallery.commits.row_changes import RowChanges
 from facepipe.gallery.table import Gallery, open_table
+from facepipe.storage.conditional import ConflictError
 from facepipe.storage.lease import Lease
 
 _METADATA_KEY = "facepipe"
@@ -45,6 +45,9 @@ class Committer:
         self._seen_version = gallery.version
         with _map_errors(gallery.path):
             self._table = open_table(gallery.faces_folder)
+        log.require_known_protocol(gallery.faces_folder, self._table)
+        # What this run takes for committed must not be lost, even if a run that was killed has written it.
+        log.sync_log(gallery.faces_folder)
 
     def __call__(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
         """Make the parts of records visible.
@@ -99,24 +102,29 @@ class Committer:
 
     def _try_commit(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
         """Commit as the next version; False if another commit took it."""
+        folder = self.gallery.faces_folder
+        version = self._table.version() + 1
         # The transaction's number tells after a lost answer whether the commit is in the table.
-        properties = CommitProperties(
-            custom_metadata={_METADATA_KEY: json.dumps({"run": self.run, "commit": number, **metadata})},
-            app_transactions=[Transaction(self.run, number)],
-            max_commit_retries=0,
-        )
+        entry = [*map(log.encode_action, actions), log.encode_transaction(self.run, number)]
+        note = json.dumps({"run": self.run, "commit": number, **metadata})
         try:
-            self._table.create_write_transaction(actions, "append", self._table.schema(), commit_properties=properties)
-        except (CommitFailedError, DeltaError, OSError) as error:
+            log.write_entry(folder, version, "WRITE", entry, **{_METADATA_KEY: note})
+        except ConflictError:
+            return False
+        except StorageError as error:
+            # A store may have taken the entry, and its answer is lost.
+            if not (storage.is_remote(folder) and self._is_committed(number)):
+                raise StorageError(f"cannot commit to {self.gallery.path!r}: {error}") from error
+        if log.is_checkpoint_due(version):
+            log.write_checkpoint(folder)
             with _map_errors(self.gallery.path):
-                self._table.update_incremental()
-            # If the answer to a successful commit is lost, the client retries it, and the store refuses the retry.
-            if self._read_own_number() >= number:
-                return True
-            if isinstance(error, CommitFailedError):
-                return False
-            raise StorageError(f"cannot commit to {self.gallery.path!r}: {storage.describe_error(error)}") from error
+                open_table(folder).cleanup_metadata()
         return True
+
+    def _is_committed(self, number: int) -> bool:
+        with _map_errors(self.gallery.path):
+            self._table.update_incremental()
+        return self._read_own_number() >= number
 
     def _read_own_number(self) -> int:
         """Read the number of this run's last commit from the table, which knows it even after an interruption."""

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 from facepipe import storage
+from facepipe.gallery.commits.log import LOG, SCRATCH, write_checkpoint
 from facepipe.gallery.commits.parts import is_part
-from facepipe.gallery.table import Gallery, open_table
+from facepipe.gallery.table import Gallery
 from facepipe.storage.inside import is_link
 
-_LOG = "_delta_log"
 _VERSION = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)")
 # What a writer leaves in the log if it is killed in a commit.
 _UNFINISHED = re.compile(
     r"(?:\d{20}\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)|_last_checkpoint)#\d+|_commit_[0-9a-f-]+\.json\.tmp"
+    r"|\d{20}\.json\.[0-9a-f]{8}\.tmp|_last_checkpoint\.new"
 )
 
 
@@ -56,7 +57,7 @@ def _list_unnamed(gallery: Gallery) -> tuple[list[storage.Entry], list[storage.E
     others: list[storage.Entry] = []
     for entry in storage.list_files(gallery.faces_folder):
         name = _get_name(gallery, entry)
-        is_candidate = name.endswith(".parquet") and not name.startswith(_LOG) and name not in named
+        is_candidate = name.endswith(".parquet") and not name.startswith((LOG, SCRATCH)) and name not in named
         if is_candidate and not is_link(entry.url):
             (parts if is_part(name) else others).append(entry)
     return parts, others
@@ -68,7 +69,7 @@ def _get_name(gallery: Gallery, entry: storage.Entry) -> str:
 
 def list_log(gallery: Gallery) -> Iterator[storage.Entry]:
     """List the files of the table's log: entries and checkpoints. Other files may lie beside them."""
-    base = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/"
+    base = storage.join(gallery.faces_folder, LOG).rstrip("/") + "/"
     for entry in storage.list_files(base):
         if _VERSION.fullmatch(entry.url.removeprefix(base)):
             yield entry
@@ -100,15 +101,14 @@ def delete_history(gallery: Gallery) -> int:
     Returns:
         The number of files deleted.
     """
-    table = open_table(gallery.faces_folder)
-    # The checkpoint holds the whole state, so that the entries before it are not needed.
-    table.create_checkpoint()
-    base = storage.join(gallery.faces_folder, _LOG).rstrip("/") + "/"
+    # The checkpoint holds the whole state, so that the entries before it are not needed. It is on disk before they go.
+    newest = write_checkpoint(gallery.faces_folder)
+    base = storage.join(gallery.faces_folder, LOG).rstrip("/") + "/"
     count = 0
     for entry in list(storage.list_files(base)):
         name = entry.url.removeprefix(base)
         version = _VERSION.fullmatch(name)
-        if _UNFINISHED.fullmatch(name) or (version and int(version[1]) < table.version()):
+        if _UNFINISHED.fullmatch(name) or (version and int(version[1]) < newest):
             storage.delete(entry.url)
             count += 1
     return count

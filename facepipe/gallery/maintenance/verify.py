@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.arrow import to_vectors
 from facepipe.errors import StorageError
+from facepipe.gallery.commits.log import list_empty_entries
 from facepipe.gallery.commits.parts import parse_digest
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64_column
@@ -57,6 +58,10 @@ class Verification:
 def verify_gallery(gallery: Gallery) -> Verification:
     """Check every file of the gallery's version. Memory does not grow with the gallery."""
     result = Verification(gallery.version)
+    for name in list_empty_entries(gallery.faces_folder):
+        result.add(
+            f"{name} of the log is empty: a power cut took a commit of an older facepipe. Embed its sources again"
+        )
     # Both tables cover all files, so that repetitions across files are found.
     with closing(HashTable()) as ids, closing(HashTable()) as uris:
         for file in gallery.files():

@@ -1,6 +1,7 @@
 """Every source lists the same images; nothing is lost, whatever the names and files are like."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -11,11 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import fail_to_list
 
-from facepipe.errors import SourceError
+from facepipe.errors import SourceError, StorageError
 from facepipe.sources import SourceConfig, WorkItem, open_source
 from facepipe.sources.glob import translate_glob
 from facepipe.sources.identity import take_filename_prefix, take_folder_name
+from facepipe.sources.parquet import list_parquet_files
 
 
 def items(uri: str | Path, **config: object) -> list[WorkItem]:
@@ -373,3 +376,36 @@ def test_a_sparse_member_is_not_read_as_bytes(tmp_path: Path) -> None:
     (tmp_path / "s.tar").write_bytes(bytes(header) + b"x" * 512 + bytes(1024))
     (found,) = items(tmp_path / "s.tar")
     assert found.listing_error == "a sparse member"
+
+
+def test_what_may_be_a_folder_and_cannot_be_looked_up_is_an_item(tmp_path: Path) -> None:
+    """A link into a disk that is not mounted: its images must not count as gone."""
+    root = tmp_path / "root"
+    (root / "in").mkdir(parents=True)
+    (root / "a.jpg").write_bytes(b"x")
+    (root / "archive").symlink_to(tmp_path / "not-mounted" / "archive")
+    (root / "in" / "circle").symlink_to(root / "in" / "circle")
+    for name in (".hidden", "notes.txt"):
+        (root / name).symlink_to(tmp_path / "nowhere")
+    found = {Path(item.uri).name: item.listing_error for item in items(root)}
+    assert found == {
+        "a.jpg": None,
+        "archive": "a link that leads nowhere",
+        "circle": "cannot be looked up: too many levels of symbolic links",
+    }
+    assert {Path(item.uri).name for item in items(root / "*.jpg")} == {"a.jpg"}, "no folder is wanted there"
+    assert {Path(item.uri).name for item in items(root / "**" / "*.jpg")} == set(found)
+
+
+def test_a_folder_of_parquet_files_that_cannot_be_listed_is_an_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "in/b"):
+        pq.write_table(pa.table({"uri": [f"/photos/{name}.jpg"]}), tmp_path / f"{name}.parquet")
+    assert len(list(open_source(SourceConfig(str(tmp_path), kind="parquet")))) == 2
+    fail_to_list(monkeypatch, tmp_path / "in", errno.EIO)
+    found = list(open_source(SourceConfig(str(tmp_path), kind="parquet")))
+    assert [item.listing_error for item in found] == [None, "folder cannot be read: input/output error"]
+    with pytest.raises(StorageError, match="cannot list"):
+        list_parquet_files(str(tmp_path))

@@ -266,6 +266,58 @@ def test_a_machine_that_was_started_again_is_another_machine(monkeypatch: pytest
     assert replace(mine, pid=1, began=leases._read_process_start(1)).has_ended() in (False, None)
 
 
+_HIDDEN = """
+import os, subprocess, sys
+from dataclasses import replace
+from facepipe.storage.lease import Holder
+
+subprocess.run(["mount", "-t", "proc", "-o", f"hidepid={sys.argv[1]}", "proc", "/proc"], check=True)
+
+
+def become(user):
+    os.setgid(user)
+    os.setuid(user)
+
+
+# A holder of one user, who ends when the pipe is closed, and another user who looks at it.
+beginning, end = os.pipe()
+holder = os.fork()
+if not holder:
+    os.close(end)
+    become(4001)
+    os.read(beginning, 1)
+    os._exit(0)
+started = replace(Holder.of_this_process(60), pid=holder, began=open(f"/proc/{holder}/stat").read().rsplit(")", 1)[1].split()[19])
+questions, answers = os.pipe(), os.pipe()
+looker = os.fork()
+if not looker:
+    os.close(end)
+    become(4002)
+    while os.read(questions[0], 1) == b"?":
+        os.write(answers[1], str(started.has_ended()).ljust(5).encode())
+    os._exit(0)
+os.write(questions[1], b"?")
+print(os.read(answers[0], 5).decode().strip())
+os.close(end)
+os.waitpid(holder, 0)
+os.write(questions[1], b"?")
+print(os.read(answers[0], 5).decode().strip())
+os.write(questions[1], b".")
+os.waitpid(looker, 0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide processes")
+@pytest.mark.parametrize(("hidepid", "while_it_runs"), [(0, "False"), (1, "None"), (2, "None")])
+def test_a_holder_that_proc_hides_is_watched_and_not_replaced(hidepid: int, while_it_runs: str) -> None:
+    """On shared machines /proc shows nobody the processes of others; a real mount of it in a namespace of its own."""
+    command = ["unshare", "--mount", sys.executable, "-c", _HIDDEN, str(hidepid)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "unshare failed" in done.stderr or "mount" in done.stderr:
+        pytest.skip("no namespaces here")
+    assert done.stdout.split() == [while_it_runs, "True"], done.stderr
+
+
 # --- stopped, and awake again ------------------------------------------------------------------------------------------
 
 

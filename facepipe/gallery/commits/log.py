@@ -1,0 +1,270 @@
+"""The log of the table: its entries are on disk before anyone can see them.
+
+deltalake reads the log, and is what reads a gallery elsewhere. It never syncs what it writes to a local disk: after a
+power cut an entry or a checkpoint may be empty, and the table is then unreadable or lacks rows. So entries are written
+here, each as a new file that no other writer can replace. deltalake makes checkpoints only, in a folder of its own, and
+they get their place in the log when they are on disk.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction, RemoveAction
+
+from facepipe import storage
+from facepipe.errors import GalleryError, StorageError
+from facepipe.storage import conditional
+from facepipe.storage.table_access import get_delta_options
+
+LOG = "_delta_log"
+"""Folder of the log in the table's folder."""
+
+JsonAction = dict[str, Any]
+"""One line of an entry: the name of an action, and its fields."""
+
+_CHECKPOINT_INTERVAL = 100
+_KEEP_LOG = {
+    "delta.logRetentionDuration": "interval 30 days",
+    "delta.checkpointInterval": str(_CHECKPOINT_INTERVAL),
+}
+# Readers and writers of these versions of the protocol know all that facepipe's tables use.
+_READER_VERSION = 1
+_WRITER_VERSION = 2
+# Features that every writer of this version has, by the names that later versions give them.
+_KNOWN_FEATURES = {"appendOnly", "invariants"}
+
+# What deltalake looks at first: the version of the newest checkpoint.
+_HINT = "_last_checkpoint"
+SCRATCH = ".checkpoint"
+"""Where a checkpoint is made, in the table's folder. Readers pass over names that begin with a dot."""
+_VERSIONED = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet)")
+
+
+# ---- entries
+
+
+def write_entry(folder: str, version: int, operation: str, actions: Iterable[JsonAction], **info: Any) -> None:
+    """Write an entry of the log. On a disk it survives a power cut from the moment at which readers can see it.
+
+    Args:
+        folder: path or URL of the table.
+        version: version of the table that the entry makes.
+        operation: what was done, in Delta's words.
+        actions: what changes.
+        info: what else the entry says of itself.
+
+    Raises:
+        ConflictError: another writer made this version.
+        StorageError: the entry cannot be written.
+    """
+    commit_info = {
+        "timestamp": _read_milliseconds(),
+        "operation": operation,
+        "operationParameters": {},
+        "engineInfo": "facepipe",
+        **info,
+    }
+    lines = [json.dumps(action, separators=(",", ":")) for action in ({"commitInfo": commit_info}, *actions)]
+    log = storage.join(folder, LOG)
+    # The files that the entry names are on disk, and so must be their names.
+    if not storage.is_remote(folder):
+        storage.sync_folder(folder)
+    conditional.create(storage.join(log, f"{version:020d}.json"), "\n".join(lines).encode())
+
+
+def create_log(folder: str, schema: Schema, name: str, configuration: Mapping[str, str]) -> None:
+    """Write the first entry of a new table.
+
+    Args:
+        folder: path or URL of the table.
+        schema: its columns.
+        name: its name.
+        configuration: its properties.
+
+    Raises:
+        ConflictError: there is a table.
+        StorageError: the entry cannot be written.
+        ConfigError: settings of the environment would leave the table unencrypted.
+    """
+    get_delta_options(folder)  # it checks them, and no table has been opened yet
+    storage.make_folder(storage.join(folder, LOG))
+    protocol = {"protocol": {"minReaderVersion": _READER_VERSION, "minWriterVersion": _WRITER_VERSION}}
+    metadata = _make_metadata(
+        str(uuid.uuid4()), schema, name=name, created=_read_milliseconds(), configuration={**_KEEP_LOG, **configuration}
+    )
+    write_entry(folder, 0, "CREATE TABLE", [protocol, metadata])
+
+
+def add_columns(folder: str, table: DeltaTable, schema: Schema) -> None:
+    """Write an entry that gives a table a wider schema.
+
+    Args:
+        folder: path or URL of the table.
+        table: the table in its newest version.
+        schema: its columns and the new ones, which may be null.
+
+    Raises:
+        ConflictError: another writer made the next version.
+        GalleryError: another program has changed the table in a way that facepipe does not know.
+    """
+    require_known_protocol(folder, table)
+    old = table.metadata()
+    metadata = _make_metadata(
+        str(old.id), schema, name=old.name, created=old.created_time, configuration=dict(old.configuration)
+    )
+    write_entry(folder, table.version() + 1, "ADD COLUMN", [metadata])
+
+
+def require_known_protocol(folder: str, table: DeltaTable) -> None:
+    """Require that a table uses nothing that this module cannot write. Raises GalleryError otherwise."""
+    protocol = table.protocol()
+    features = set(protocol.writer_features or ()) - _KNOWN_FEATURES
+    is_known = protocol.min_reader_version <= _READER_VERSION and protocol.min_writer_version <= _WRITER_VERSION
+    if features or not (is_known or protocol.writer_features):
+        raise GalleryError(
+            f"another program has changed the table {folder!r} to Delta protocol {protocol.min_reader_version}, "
+            f"{protocol.min_writer_version} ({', '.join(sorted(features)) or 'no features named'}): facepipe writes "
+            f"{_READER_VERSION}, {_WRITER_VERSION} only. Export its rows and adopt them into a new gallery"
+        )
+
+
+def encode_action(action: AddAction | RemoveAction) -> JsonAction:
+    """Encode an action for an entry. Its path is as the log has it; no name of ours needs an escape there."""
+    if isinstance(action, RemoveAction):
+        return {
+            "remove": {
+                "path": action.path,
+                "dataChange": action.data_change,
+                "deletionTimestamp": action.deletion_timestamp,
+                "extendedFileMetadata": False,
+            }
+        }
+    return {
+        "add": {
+            "path": action.path,
+            "partitionValues": {},
+            "size": action.size,
+            "modificationTime": action.modification_time,
+            "dataChange": action.data_change,
+            "stats": action.stats,
+        }
+    }
+
+
+def encode_transaction(run: str, number: int) -> JsonAction:
+    """Encode the number of a run's commit, by which the table knows whether it took the commit."""
+    return {"txn": {"appId": run, "version": number, "lastUpdated": _read_milliseconds()}}
+
+
+def _make_metadata(
+    table: str, schema: Schema, *, name: str | None, created: int | None, configuration: Mapping[str, str]
+) -> JsonAction:
+    return {
+        "metaData": {
+            "id": table,
+            "name": name,
+            "description": None,
+            "format": {"provider": "parquet", "options": {}},
+            "schemaString": schema.to_json(),
+            "partitionColumns": [],
+            "createdTime": created,
+            "configuration": dict(configuration),
+        }
+    }
+
+
+def _read_milliseconds() -> int:
+    return int(time.time() * 1000)
+
+
+def sync_log(folder: str) -> None:
+    """Have what is seen of a log survive a power cut: a run that was killed may have left its last entry unsynced."""
+    if not storage.is_remote(folder):
+        storage.sync_folder(storage.join(folder, LOG))
+
+
+def list_empty_entries(folder: str) -> list[str]:
+    """List the entries and checkpoints that hold nothing, as a power cut leaves them where they were not synced."""
+    base = storage.join(folder, LOG).rstrip("/") + "/"
+    entries = ((entry.url.removeprefix(base), entry.size) for entry in storage.list_files(base))
+    return [name for name, size in entries if not size and _VERSIONED.fullmatch(name)]
+
+
+# ---- checkpoints
+
+
+def is_checkpoint_due(version: int) -> bool:
+    """Tell whether the table gets a checkpoint after this version, so that readers need not read every entry."""
+    return (version + 1) % _CHECKPOINT_INTERVAL == 0
+
+
+def write_checkpoint(folder: str) -> int:
+    """Write the state of a table's newest version as a checkpoint.
+
+    After this returns, a disk holds checkpoint and hint also after a power cut, and older entries may go.
+
+    Args:
+        folder: path or URL of the table.
+
+    Returns:
+        The version.
+
+    Raises:
+        StorageError: the checkpoint cannot be written.
+    """
+    try:
+        if not storage.is_remote(folder):
+            return _write_local_checkpoint(folder)
+        table = DeltaTable(folder, storage_options=get_delta_options(folder))
+        table.create_checkpoint()
+        return int(table.version())
+    except (DeltaError, OSError) as error:
+        raise StorageError(f"cannot write a checkpoint of {folder!r}: {storage.describe_error(error)}") from error
+
+
+def _write_local_checkpoint(folder: str) -> int:
+    """Make a checkpoint in a scratch folder, sync it, and put it into the log."""
+    log = os.path.join(folder, LOG)
+    scratch = os.path.join(folder, SCRATCH)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    try:
+        # A table of links to the log's files: what is made there does not appear in the log.
+        made = os.path.join(scratch, LOG)
+        os.makedirs(made)
+        _link_needed_files(log, made)
+        table = DeltaTable(scratch)
+        version = int(table.version())
+        table.create_checkpoint()
+        # Put it into the log first, and let the hint name it then: a hint that leads nowhere stops every reader.
+        name = f"{version:020d}.checkpoint.parquet"
+        storage.sync_file(os.path.join(made, name))
+        os.replace(os.path.join(made, name), os.path.join(log, name))
+        storage.sync_folder(log)
+        with open(os.path.join(made, _HINT), "rb") as file:
+            hint = file.read()
+        storage.replace(os.path.join(log, _HINT), hint)
+        return version
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _link_needed_files(log: str, folder: str) -> None:
+    """Link the newest checkpoint and the entries after it; all files if no hint names a checkpoint."""
+    first = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with open(os.path.join(log, _HINT), encoding="utf-8") as file:
+            first = int(json.load(file)["version"])
+        os.link(os.path.join(log, _HINT), os.path.join(folder, _HINT))
+    for name in os.listdir(log):
+        match = _VERSIONED.fullmatch(name)
+        if match and int(match[1]) >= first:
+            os.link(os.path.join(log, name), os.path.join(folder, name))

@@ -1,0 +1,207 @@
+"""The table's log: other readers read what we write, no entry is replaced, and a checkpoint is whole before it is named."""
+
+import json
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from bench.galleries import CONTRACT, Faces
+from bench.galleries import rows as face_rows
+from deltalake import DeltaTable
+from deltalake.transaction import AddAction
+from powercut import SyncedState
+
+from facepipe import storage
+from facepipe.errors import GalleryError, StorageError
+from facepipe.gallery import Gallery
+from facepipe.gallery.commits import log
+from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.rewrite import make_remove_action, write_rows
+from facepipe.gallery.maintenance.vacuum import delete_history
+from facepipe.gallery.maintenance.verify import verify_gallery
+from facepipe.storage.conditional import ConflictError
+
+
+def add_rows(gallery: Gallery, commit: Committer, seed: int, count: int = 3) -> str:
+    """Commit a file of rows; return its name."""
+    ids, vectors = next(Faces(seed=seed).blocks(count))
+    action, name = write_rows(gallery, face_rows(ids, vectors, seed * 100), "test", True)
+    commit([PartRecord(0, path=name, size=action.size, stats=action.stats)], {"seed": seed})
+    return name
+
+
+@pytest.fixture(params=["disk", "s3"])
+def gallery(request: pytest.FixtureRequest, tmp_path: Path) -> Gallery:
+    if request.param == "disk":
+        return Gallery.create(str(tmp_path / "g"), CONTRACT)
+    request.getfixturevalue("bucket")
+    return Gallery.create("s3://faces/g", CONTRACT)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Gallery:
+    return Gallery.create(str(tmp_path / "g"), CONTRACT)
+
+
+def log_of(gallery: Gallery) -> Path:
+    return Path(gallery.faces_folder, log.LOG)
+
+
+def list_files(gallery: Gallery) -> set[str]:
+    return {file["path"] for file in Gallery(gallery.path).files()}
+
+
+# --- what others read --------------------------------------------------------------------------------------------------
+
+
+def test_a_stock_reader_reads_what_random_commits_wrote(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files come and go; versions, files, columns, notes and run numbers are what was written, checkpoints or not."""
+    monkeypatch.setattr(log, "_CHECKPOINT_INTERVAL", 5)
+    rng = random.Random(7)
+    commit = Committer(gallery, "run")
+    expected: list[set[str]] = [set()]
+    for n in range(12):
+        files = set(expected[-1])
+        if files and rng.random() < 0.5:
+            name = rng.choice(sorted(files))
+            commit.commit_actions(lambda name=name: [make_remove_action(name)], {"n": n})  # type: ignore[misc]
+            files.remove(name)
+        else:
+            files.add(add_rows(gallery, commit, seed=n))
+        expected.append(files)
+    for version in range(5, len(expected)):
+        table = DeltaTable(gallery.faces_folder, version=version, storage_options={"allow_http": "true"})
+        assert set(pa.table(table.get_add_actions())["path"].to_pylist()) == expected[version]
+    table = DeltaTable(gallery.faces_folder, storage_options={"allow_http": "true"})
+    assert (table.version(), table.transaction_version("run")) == (12, 12)
+    assert table.metadata().configuration["delta.checkpointInterval"] == "100"
+    assert [json.loads(entry["facepipe"])["commit"] for entry in table.history(3)] == [12, 11, 10]
+    assert (
+        table.to_pyarrow_table(columns=["uri"]).num_rows == 3 * len(expected[-1]) if "://" not in gallery.path else True
+    )
+    names = [entry.url.rpartition("/")[2] for entry in storage.list_files(storage.join(gallery.faces_folder, log.LOG))]
+    assert sum(name.endswith(".checkpoint.parquet") for name in names) == 2
+    assert "_last_checkpoint" in names
+    # A reader with a checkpoint needs no older entry.
+    delete_history(Gallery(gallery.path))
+    assert list_files(gallery) == expected[-1]
+
+
+def test_of_writers_of_one_version_one_wins(gallery: Gallery) -> None:
+    won: list[int] = []
+    lost: list[int] = []
+    start = threading.Barrier(6)
+
+    def write(n: int) -> None:
+        action = log.encode_action(AddAction(f"{n}.parquet", n, {}, 0, True, '{"numRecords":1}'))
+        start.wait()
+        try:
+            log.write_entry(gallery.faces_folder, 1, "WRITE", [action])
+            won.append(n)
+        except ConflictError:
+            lost.append(n)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 5)
+    assert list_files(gallery) == {f"{won[0]}.parquet"}
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["deletionVectors"]}
+        | {"writerFeatures": ["deletionVectors"]},
+        {"minReaderVersion": 1, "minWriterVersion": 4},
+    ],
+)
+def test_a_table_that_another_program_upgraded_is_not_written_to(local: Gallery, protocol: dict[str, Any]) -> None:
+    log.write_entry(local.faces_folder, 1, "UPGRADE", [{"protocol": protocol}])
+    with pytest.raises(GalleryError, match=r"another program has changed the table .* facepipe writes 1, 2 only"):
+        Committer(Gallery(local.path), "run")
+    assert Gallery(local.path).version == 1
+
+
+def test_a_table_of_the_same_features_by_name_is_written_to(local: Gallery) -> None:
+    protocol = {"minReaderVersion": 1, "minWriterVersion": 7, "writerFeatures": ["appendOnly", "invariants"]}
+    log.write_entry(local.faces_folder, 1, "UPGRADE", [{"protocol": protocol}])
+    name = add_rows(local, Committer(Gallery(local.path), "run"), seed=1)
+    assert list_files(local) == {name}
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_in_a_checkpoint_leaves_a_table_that_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a disk keeps of old and new names, checkpoint and hint, and of the entries that go."""
+    disk = tmp_path / "disk"
+    gallery = Gallery.create(str(disk / "g"), CONTRACT)
+    commit = Committer(gallery, "run")
+    names = {add_rows(gallery, commit, seed=n) for n in range(4)}
+    log.write_checkpoint(gallery.faces_folder)
+    names.add(add_rows(gallery, commit, seed=5))
+    state = SyncedState(disk)
+    cuts = 0
+
+    def cut() -> None:
+        nonlocal cuts
+        for kind in ("synced", "named", *["mixed"] * 4):
+            place = tmp_path / f"cut-{cuts}"
+            state.cut(place, kind, seed=cuts)
+            assert list_files(Gallery(str(place / "g"))) == names
+            cuts += 1
+
+    with state.watch(monkeypatch):
+        state.on_sync = cut
+        delete_history(gallery)
+        cut()
+    assert sorted(os.listdir(log_of(gallery))) == [
+        "00000000000000000005.checkpoint.parquet",
+        "00000000000000000005.json",
+        "_last_checkpoint",
+    ]
+    assert not Path(gallery.faces_folder, ".checkpoint").exists()
+
+
+def test_a_checkpoint_that_was_stopped_is_made_again(local: Gallery) -> None:
+    commit = Committer(local, "run")
+    names = {add_rows(local, commit, seed=n) for n in range(2)}
+    left = Path(local.faces_folder, ".checkpoint", log.LOG)
+    left.mkdir(parents=True)
+    (left / "00000000000000000000.json").write_text("half")
+    assert log.write_checkpoint(local.faces_folder) == 2
+    assert not left.exists()
+    assert list_files(local) == names
+
+
+# --- what an older facepipe left ---------------------------------------------------------------------------------------
+
+
+def test_an_empty_entry_is_named(local: Gallery) -> None:
+    """A power cut left entries of an older facepipe empty: readers take them for commits of nothing."""
+    commit = Committer(local, "run")
+    for n in range(2):
+        add_rows(local, commit, seed=n)
+    (log_of(local) / "00000000000000000002.json").write_bytes(b"")
+    assert "00000000000000000002.json of the log is empty" in verify_gallery(Gallery(local.path)).problems[0]
+    for path in log_of(local).iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(GalleryError, match=r"3 files of its log are empty, such as .*docs/runbook\.md"):
+        Gallery(local.path)
+    with pytest.raises(GalleryError):
+        Gallery.open_or_create(local.path, CONTRACT)
+
+
+def test_a_log_that_cannot_be_written_is_a_message(local: Gallery) -> None:
+    shutil.rmtree(log_of(local))
+    with pytest.raises(StorageError, match="cannot write"):
+        log.write_entry(local.faces_folder, 1, "WRITE", [])
