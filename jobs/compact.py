@@ -11,7 +11,9 @@ from jobs.options import ConfigFile, DryRun, GalleryPath, HelpSettings, Json, Se
 
 def compact(
     gallery: GalleryPath,
-    everything: Annotated[bool, typer.Option("--all", help="Join of small files even if there are few.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Join of small files even if there are few, and repair of any gallery's text.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     config: ConfigFile = None,
@@ -20,7 +22,8 @@ def compact(
 ) -> None:
     """Join a gallery's small files into large ones.
 
-    Files that left the table a day ago are deleted. No row changes, and the index stays as it is.
+    Files that left the table a day ago are deleted. No row changes, and the index stays as it is. A gallery of an older
+    version is repaired: its labels get Unicode's normal form C, and its log right ranges of texts.
 
     For example:
 

@@ -17,8 +17,8 @@ from facepipe.index.answers import SearchOptions
 from facepipe.index.queries import open_queries
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
+from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.owned import delete_owned_folder
-from facepipe.storage.store import get_cache_folder
 from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, plan_compaction
+from facepipe.gallery.maintenance.text_repair import count_files_to_repair, repair_text
 from facepipe.gallery.maintenance.vacuum import delete_unreferenced, find_unreferenced
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
@@ -29,6 +30,7 @@ class CompactSummary:
     """What was done.
 
     Attributes:
+        repaired: Files of an older version whose labels or ranges in the log were mended.
         joined: Files that were joined.
         into: Files that they became.
         deleted: Files that were deleted.
@@ -38,6 +40,7 @@ class CompactSummary:
         dry_run: Whether nothing was done, but only counted.
     """
 
+    repaired: int = 0
     joined: int = 0
     into: int = 0
     deleted: int = 0
@@ -50,12 +53,13 @@ class CompactSummary:
 def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: bool = False) -> CompactSummary:
     """Join small files if there are enough of them, and delete what left the table long ago.
 
-    No row changes, and the index stays as it is.
+    No row changes, and the index stays as it is. A table of an older version is repaired first: its labels get their
+    normal form, and its log right ranges of texts.
 
     Args:
         config: sizes, counts and times.
         gallery: path or URL of the gallery.
-        everything: join from two small files on.
+        everything: join from two small files on, and look for text to repair in any table.
         dry_run: only count, and write nothing, not even a record of the run.
 
     Raises:
@@ -71,15 +75,18 @@ def run(config: CompactConfig, gallery: str, everything: bool = False, dry_run: 
 def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSummary:
     with hold_lease(gallery) as lease:
         table = Gallery(gallery)
-        groups = plan_compaction(table, config, everything)
         current_run = get_current_run()
         commit = Committer(table, current_run.id if current_run else new_run_id(), lease)
+        repaired = repair_text(table, commit, everything=everything)
+        table = Gallery(gallery)
+        groups = plan_compaction(table, config, everything)
         # Join first and delete after the commit: files that were joined just now are kept for their readers.
         fewer = compact_files(table, groups, commit)
         lease.check()
         compacted = Gallery(gallery)
         deleted = delete_unreferenced(compacted, config.keep_hours * _SECONDS_PER_HOUR)
         return CompactSummary(
+            repaired=repaired,
             joined=fewer + len(groups),
             into=len(groups),
             deleted=len(deleted),
@@ -94,6 +101,7 @@ def _preview(config: CompactConfig, table: Gallery, everything: bool) -> Compact
     groups = plan_compaction(table, config, everything)
     unreferenced = find_unreferenced(table, config.keep_hours * _SECONDS_PER_HOUR)
     return CompactSummary(
+        repaired=count_files_to_repair(table, everything=everything),
         joined=sum(map(len, groups)),
         into=len(groups),
         deleted=len(unreferenced),

@@ -29,9 +29,10 @@ from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_
 from facepipe.gallery.maintenance.vacuum import delete_history, delete_unreferenced, find_unreferenced
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
+from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.lease import LEASE_FILE, Lease, hold_lease
 from facepipe.storage.owned import delete_owned
-from facepipe.storage.store import delete_copies, get_cache_folder, open_store
+from facepipe.storage.store import delete_copies, open_store
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import PhaseTimer, attach_summary, get_current_run, record_calls
 from pipelines.runtime.workspace import REPORTS

@@ -19,6 +19,7 @@ from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.sources.labels import LABEL_COLUMNS, format_label, format_labels
 from facepipe.sources.parquet import URI_COLUMNS, list_parquet_files
+from facepipe.text import escape_undecodable
 from facepipe.types import Float32
 
 Names = Literal["auto", "people", "images"]
@@ -303,8 +304,8 @@ def _to_float32(array: npt.NDArray[np.generic]) -> Float32:
 
 
 def _to_texts(array: npt.NDArray[np.generic]) -> pa.Array:
-    values = (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in array.tolist())
-    return pa.array([value.encode("utf-8", "replace").decode("utf-8") for value in values], pa.string())
+    values = (os.fsdecode(value) if isinstance(value, bytes) else str(value) for value in array.tolist())
+    return pa.array([escape_undecodable(value) for value in values], pa.string())
 
 
 def _to_labels(array: npt.NDArray[np.generic]) -> pa.Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from facepipe.erasure.erased_data import ANY, ErasedData, find_role
 from facepipe.storage.atomic import write_beside
+from facepipe.text import restore_cell
 
 
 def scrub_list(path: str, erased: ErasedData) -> bool:
@@ -82,7 +83,8 @@ def scrub_csv(path: str, erased: ErasedData) -> bool:
             writer = csv.writer(out)
             # A row goes if one of its cells holds erased data of that cell's role.
             for roles, row in iterate_csv_rows(file):
-                if any(role and cell in erased.by_role[role] for role, cell in zip(roles, row, strict=False)):
+                cells = map(restore_cell, row)
+                if any(role and cell in erased.by_role[role] for role, cell in zip(roles, cells, strict=False)):
                     is_changed = True
                 else:
                     writer.writerow(row)

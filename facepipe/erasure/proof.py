@@ -26,6 +26,7 @@ from facepipe.reports.html import iterate_groups
 from facepipe.storage.inside import is_link
 from facepipe.storage.lease import LEASE_FILE
 from facepipe.storage.store import open_store
+from facepipe.text import restore_cell
 
 # Values that are hashed at a time.
 _BATCH_VALUES = 65536
@@ -237,7 +238,7 @@ def _iterate_texts(path: str, lines: Iterable[str]) -> Iterator[str]:
     """Iterate over the texts of a list or a page that may be a uri or an id."""
     if path.endswith(".csv"):
         for _, row in iterate_csv_rows(lines):
-            yield from row
+            yield from map(restore_cell, row)
     elif path.endswith(".html"):
         for group in iterate_groups(path):
             for face in group["faces"]:

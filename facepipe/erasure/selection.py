@@ -1,9 +1,11 @@
 """Selecting what to erase: whole images that meet one or several conditions."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,9 @@ from facepipe.arrow import to_vectors
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.sources.item import escape_name, make_file_uri
+from facepipe.sources.labels import list_label_forms
+from facepipe.text import escape_undecodable
 from facepipe.types import Float32, UInt64
 
 # An image id: the first 32 hex digits of a hash.
@@ -57,20 +62,18 @@ class Selection:
         """Whether images are selected for what they show, rather than for their place or age."""
         return bool(self.images or self.identities or self.ids)
 
-    def build_filter(self, now: datetime) -> ds.Expression:
+    def build_filter(self, now: datetime, *, has_exact_text: bool = True) -> ds.Expression:
         """Build a filter on the table.
 
         Args:
             now: the time from which ages are counted.
+            has_exact_text: whether all labels of the table are in normal form. If not, every label is normalised and
+                compared, which reads the whole column.
 
         Raises:
             ConfigError: no condition is set, or one has an invalid value.
         """
-        # A text that cannot be encoded shows when its condition is built.
-        try:
-            conditions = list(self._build_conditions(now))
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"{error.object!r} is not UTF-8 text, so no label or uri can match it") from error
+        conditions = list(self._build_conditions(now, has_exact_text=has_exact_text))
         if not conditions:
             raise ConfigError(
                 "say what to erase: --image, --identity, --source, --uri, --older-than, --ids or --missing"
@@ -81,14 +84,14 @@ class Selection:
             combined = combined & condition
         return combined
 
-    def _build_conditions(self, now: datetime) -> Iterator[ds.Expression]:
+    def _build_conditions(self, now: datetime, *, has_exact_text: bool) -> Iterator[ds.Expression]:
         if self.images:
             # Each condition that is set becomes one expression.
-            yield _match_any("image_id", "uri", self.images)
+            yield _match_images(self.images)
         if self.identities:
-            yield ds.field("identity").isin(pa.array(self.identities, pa.string()))
+            yield _match_labels(self.identities, has_exact_text=has_exact_text)
         if self.source is not None:
-            yield ds.field("source") == pa.scalar(self.source, pa.string())
+            yield ds.field("source") == pa.scalar(escape_undecodable(self.source), pa.string())
         if self.older_than_days is not None:
             if not 0 <= self.older_than_days <= _MAX_AGE_DAYS:
                 raise ConfigError(f"invalid age {self.older_than_days:g}: give 0 to {_MAX_AGE_DAYS:g} days")
@@ -99,8 +102,7 @@ class Selection:
         if self.missing:
             yield ds.field("missing_since").is_valid()
         if self.uri is not None:
-            self.uri.encode()  # raises if it is not UTF-8
-            yield pc.match_substring_regex(ds.field("uri"), f"(?s)^{translate_glob(self.uri)}$")
+            yield pc.match_substring_regex(ds.field("uri"), f"(?s)^{translate_glob(_escape_glob(self.uri))}$")
 
 
 def translate_glob(pattern: str) -> str:
@@ -153,12 +155,40 @@ def _escape_character(character: str) -> str:
     return character if character.isalnum() else rf"\x{{{ord(character):x}}}"
 
 
-def _match_any(digest_column: str, name_column: str, values: tuple[str, ...]) -> ds.Expression:
-    """Build a filter on values that are names, or digests if they look like one."""
+def _escape_glob(pattern: str) -> str:
+    """Return a pattern for the uris of files whose paths are not UTF-8; any other pattern stays as it is."""
+    if pattern == escape_undecodable(pattern):
+        return pattern
+    return "file://" + quote(os.fsencode(pattern), safe="/*?[]!-")
+
+
+def _match_images(values: tuple[str, ...]) -> ds.Expression:
+    """Build a filter on values that are uris, or image ids if they look like one."""
     # A value that looks like a digest may be the name of a file as well.
     digests = [value for value in values if _DIGEST.fullmatch(value)]
-    by_digest = ds.field(digest_column).isin(pa.array(digests, pa.string()))
-    return by_digest | ds.field(name_column).isin(pa.array(values, pa.string()))
+    uris = [uri for value in values for uri in _list_uris(value)]
+    by_digest = ds.field("image_id").isin(pa.array(digests, pa.string()))
+    return by_digest | ds.field("uri").isin(pa.array(uris, pa.string()))
+
+
+def _list_uris(text: str) -> Iterator[str]:
+    """Yield the uris that a text may mean: itself, or those of a file or a member whose name is not UTF-8."""
+    if text == escape_undecodable(text):
+        yield text
+        return
+    yield make_file_uri(text)
+    for mark in re.finditer("#", text):
+        yield f"{make_file_uri(text[: mark.start()])}#{escape_name(text[mark.end() :])}"
+
+
+def _match_labels(labels: tuple[str, ...], *, has_exact_text: bool) -> ds.Expression:
+    """Build a filter on labels, in whatever form they are written."""
+    forms = [form for label in labels for form in list_label_forms(label)]
+    is_any_form = ds.field("identity").isin(pa.array(forms, pa.string()))
+    if has_exact_text:
+        return is_any_form
+    normal = pa.array([list_label_forms(label)[0] for label in labels], pa.string())
+    return is_any_form | pc.utf8_normalize(ds.field("identity"), "NFC").isin(normal)
 
 
 def _match_ids(values: tuple[str, ...]) -> ds.Expression:
@@ -217,7 +247,8 @@ def select_images(gallery: Gallery, selection: Selection, now: datetime | None =
         StorageError: the table cannot be read.
     """
     try:
-        return _select_images(gallery, selection.build_filter(now or datetime.now(UTC)), selection.is_personal)
+        condition = selection.build_filter(now or datetime.now(UTC), has_exact_text=gallery.has_exact_text)
+        return _select_images(gallery, condition, selection.is_personal)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read the table of {gallery.path!r}: {str(error).splitlines()[0]}") from error
 

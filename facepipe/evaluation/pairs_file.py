@@ -1,7 +1,9 @@
 """Read pairs files: LFW's official pairs.txt, and CSV with two file columns and `same`."""
 
 import csv
+import io
 import os
+import re
 from typing import NamedTuple
 
 from facepipe.errors import EvaluationError
@@ -39,16 +41,18 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = file.read().splitlines()
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read the pairs file {os.fspath(path)!r}: {error}") from error
-    if not lines:
+    # Other separators that `splitlines` knows may be part of a name.
+    lines = re.split(r"\r\n|\r|\n", text.rstrip("\r\n"))
+    if not text.strip():
         raise EvaluationError(f"the pairs file {os.fspath(path)!r} is empty")
     # The first line of LFW's file is one or two numbers, and that of a CSV a header.
     first = lines[0].split()
     if len(first) in (1, 2) and all(word.isdigit() for word in first):
         return _parse_lfw(lines, os.fspath(path))
-    return _parse_csv(lines, os.fspath(path))
+    return _parse_csv(text, os.fspath(path))
 
 
 def _parse_lfw(lines: list[str], path: str) -> list[Pair]:
@@ -87,9 +91,10 @@ def _build_lfw_name(name: str, number: str) -> str:
     return f"{name}/{name}_{int(number):04d}"
 
 
-def _parse_csv(lines: list[str], path: str) -> list[Pair]:
+def _parse_csv(text: str, path: str) -> list[Pair]:
     """Parse a CSV file with a header, into ten folds of consecutive rows."""
-    rows = list(csv.DictReader(lines))
+    # Read as one text, because a quoted name may hold a line break.
+    rows = list(csv.DictReader(io.StringIO(text, newline=None)))
     # The file's own column names, by their lower-case form.
     names = {(name or "").strip().lower(): name for name in (rows[0] if rows else {})}
     files = next((pair for pair in _FILE_COLUMNS if all(name in names for name in pair)), None)
@@ -97,7 +102,7 @@ def _parse_csv(lines: list[str], path: str) -> list[Pair]:
     if files is None or same is None:
         raise EvaluationError(
             f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; "
-            f"its first line is {lines[0][:80]!r}"
+            f"its first line is {text.splitlines()[0][:80]!r}"
         )
     # Ten folds, the last one perhaps smaller. Line numbers begin at 2, behind the header.
     fold_size = -(-len(rows) // _CSV_FOLDS)

@@ -13,11 +13,13 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.arrow import set_columns
 from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.sorted_lookup import is_in_sorted, look_up_sorted
 from facepipe.sources.labels import format_labels
+from facepipe.text import restore_cell
 from facepipe.types import Float32, Int64, UInt64
 
 Names = dict[str, int]
@@ -161,7 +163,12 @@ def _read_csv_or_parquet(handle: BinaryIO) -> pa.Table:
         return pq.read_table(handle)
     # Names such as NA or null are names.
     options = csv.ConvertOptions(column_types=_TRUTH_TYPES, strings_can_be_null=False)
-    return csv.read_csv(handle, convert_options=options)
+    table = csv.read_csv(handle, convert_options=options)
+    # Lists that facepipe wrote for spreadsheets have a mark before what looks like a formula.
+    texts = [name for name in ("identity", "uri") if name in table.column_names]
+    return set_columns(
+        table, {name: pa.array(map(restore_cell, table[name].to_pylist()), pa.string()) for name in texts}
+    )
 
 
 @contextmanager

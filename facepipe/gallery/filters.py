@@ -10,6 +10,7 @@ import pyarrow.dataset as ds
 
 from facepipe.errors import ConfigError
 from facepipe.schema import FACES
+from facepipe.sources.labels import list_label_forms
 
 _COMPARE: dict[type, Any] = {
     ast.Eq: lambda column, value: column == value,
@@ -21,6 +22,11 @@ _COMPARE: dict[type, Any] = {
     ast.In: lambda column, value: column.isin(value),
     ast.NotIn: lambda column, value: ~column.isin(value),
 }
+# A text in quotation marks. A mark in it is doubled or has a backslash before it.
+_QUOTED = re.compile(r"""('(?:[^'\\]|''|\\.)*'|"(?:[^"\\]|""|\\.)*")""", re.DOTALL)
+_ESCAPED = r"""\\[\\'"]"""
+_LONE_BACKSLASH = re.compile(rf"(?:[^\\]|{_ESCAPED})*\\(?!{_ESCAPED[2:]})", re.DOTALL)
+_PREFIX = re.compile(r"\b[bfru]{1,2}$", re.IGNORECASE)
 
 
 def to_filter(where: str | ds.Expression | None) -> ds.Expression | None:
@@ -37,8 +43,9 @@ def parse_filter(text: str) -> ds.Expression:
         ConfigError: the text is not a filter, or names an unknown column.
     """
     # SQL's words become Python's, outside of quotes only. Every second part is a quoted text.
-    parts = re.split(r"('[^']*'|\"[^\"]*\")", text)
-    python = "".join(part if n % 2 else _to_python(part) for n, part in enumerate(parts))
+    parts = _QUOTED.split(text)
+    _check_quotes(parts, text)
+    python = "".join(repr(_unquote(part)) if n % 2 else _to_python(part) for n, part in enumerate(parts))
     try:
         body = ast.parse(python.strip(), mode="eval").body
         if isinstance(body, ast.Name):
@@ -50,12 +57,52 @@ def parse_filter(text: str) -> ds.Expression:
         ) from error
 
 
+def _check_quotes(parts: list[str], text: str) -> None:
+    """Refuse what SQL and Python would read as different texts, so that no filter selects nothing without a word."""
+    outside = parts[::2]
+    if any("'" in part or '"' in part for part in outside):
+        raise ConfigError(f"the filter {text!r} has a quotation mark without its partner")
+    # Python would join two texts in a row, and give a letter before a text a meaning.
+    has_neighbours = any(not part.strip() for part in outside[1:-1])
+    if has_neighbours or any(_PREFIX.search(part) for part in outside[:-1]):
+        raise ConfigError(
+            f"the filter {text!r} has something other than an operator before a text: write name = 'text'"
+        )
+    for part in parts[1::2]:
+        if _LONE_BACKSLASH.match(part):
+            raise ConfigError(f"the filter {text!r} has a single backslash in the text {part}: write \\\\ for it")
+
+
+def _unquote(part: str) -> str:
+    """Return the text that a quoted part stands for: a doubled quotation mark is one, as in SQL."""
+    mark = part[0]
+    return re.sub(rf"{_ESCAPED}|{mark}{mark}", lambda match: match[0][-1], part[1:-1])
+
+
 def _to_python(text: str) -> str:
     """Rewrite the operators of SQL as those of Python."""
     text = re.sub(r"\bis\s+not\s+null\b", "!= None", text, flags=re.IGNORECASE)
     text = re.sub(r"\bis\s+null\b", "== None", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<![<>=!])=(?!=)", "==", text).replace("<>", "!=")
     return re.sub(r"\b(AND|OR|NOT|IN)\b", lambda word: word[0].lower(), text)
+
+
+def _compare_label(op: ast.cmpop, column: Any, value: Any) -> Any:
+    """Compare labels in the form in which they are stored; an older table may hold other forms of the same label."""
+    labels = [value] if isinstance(value, str) else value
+    if not all(isinstance(label, str) for label in labels):
+        raise TypeError("a label is a text")
+    if isinstance(op, ast.In | ast.NotIn):
+        forms = [form for label in labels for form in list_label_forms(label)]
+        return _COMPARE[type(op)](column, _to_constant(forms, "identity"))
+    forms = list_label_forms(value)
+    if isinstance(op, ast.Eq) and len(forms) > 1:
+        return column.isin(_to_constant(forms, "identity"))
+    # No row has two forms, so all of them differ.
+    result = _COMPARE[type(op)](column, _to_constant(forms[0], "identity"))
+    for form in forms[1:] if isinstance(op, ast.NotEq) else []:
+        result = result & (column != _to_constant(form, "identity"))
+    return result
 
 
 def _to_constant(value: Any, column: str) -> Any:
@@ -89,6 +136,8 @@ def _to_expression(node: ast.AST) -> Any:
             constant = ast.literal_eval(right)
             if isinstance(op, ast.In | ast.NotIn) and isinstance(constant, str):
                 constant = [constant]  # `in ('a')` is a text in brackets for Python
+            if name == "identity":
+                return _compare_label(op, _to_expression(left), constant)
             return _COMPARE[type(op)](_to_expression(left), _to_constant(constant, name))
         case ast.Name(id=name):
             if name not in FACES.names:

@@ -23,10 +23,12 @@ from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
+from facepipe.storage.aliases import find_table_path
 from facepipe.storage.capabilities import require_safe_writes
 from facepipe.storage.conditional import ConflictError
 from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.new_folders import make_new_folders, remove_new_folders
 from facepipe.storage.table_access import get_delta_options, open_arrow_filesystem
 from facepipe.types import Float32, Int64
 
@@ -37,6 +39,7 @@ RUNS = "runs"
 LOG = "_delta_log"
 # The folders of a gallery. Each may be a link to a folder on another disk.
 FOLDERS = ("faces", "index", "reports", "erased", RUNS)
+_FIRST_VERSION = f"{0:020}.json"
 # Names that a first run may leave in a folder before the table is there.
 _OWN_NAMES = {LEASE_FILE, LEASE_GUARD, RUNS}
 _VECTOR_ROWS = 65536  # rows read at a time
@@ -58,6 +61,15 @@ _FILE_COLUMNS = (
     "null_count.missing_since",
     "null_count.face_id",
 )
+# Columns of text whose ranges the log holds.
+_TEXT_COLUMNS = ("image_id", "uri", "source", "fingerprint", "status", "error", "identity")
+# An older facepipe wrote ranges with escapes, which Arrow's reader of the log joins to characters of these planes. They
+# may also be what was written, and only the file can tell.
+_DOUBTFUL = re.compile("[" + "".join(f"{chr(n << 16)}-{chr((n << 16) + 0xFFFF)}" for n in range(1, 16, 2)) + "]")
+TEXT_PROPERTY = "facepipe.text"
+"""Name of the table property that tells how texts and their ranges are stored; absent in tables of older versions."""
+EXACT_TEXT = "nfc"
+"""Its value if all labels are in normal form C, and all ranges of texts in the log can be trusted."""
 
 
 class Gallery:
@@ -125,19 +137,22 @@ class Gallery:
         """Create an empty gallery with a contract. Raises GalleryError for a folder that holds something else."""
         if _is_taken(path):
             raise GalleryError(f"{path!r} exists and is not a gallery: choose a new folder")
+        faces_folder = storage.join(path, "faces")
+        log_folder = storage.join(faces_folder, log.LOG)
         try:
-            require_safe_writes(storage.join(path, LEASE_FILE))
-            log.create_log(
-                storage.join(path, "faces"),
-                Schema.from_arrow(FACES),
-                name="faces",
-                configuration={CONTRACT_PROPERTY: contract.to_json()},
-            )
-        except StorageError as error:
-            # If a store's answer was lost, the table is there all the same. The caller's lease says that it is ours.
-            if not (storage.is_remote(path) and cls.exists(path)):
-                raise GalleryError(f"cannot make a gallery at {path!r}: {error}") from error
-        return cls(path)
+            new_folders = [] if storage.is_remote(path) else make_new_folders(log_folder)
+        except OSError as error:
+            raise GalleryError(f"cannot make a gallery at {path!r}: {storage.describe_error(error)}") from error
+        is_created = False
+        try:
+            is_created = _create_table(path, faces_folder, contract)
+            return cls(path)
+        except BaseException:
+            if not storage.is_remote(path):
+                _remove_unfinished(log_folder, is_created=is_created)
+                _remove_guard(path)
+                remove_new_folders(new_folders)
+            raise
 
     def add_missing_columns(self) -> None:
         """Add the columns that an older facepipe did not know when it made the table; they are null in its rows."""
@@ -170,14 +185,25 @@ class Gallery:
             raise ContractError(f"the table in {self.path!r} has no facepipe contract: it was not made by facepipe")
         return Contract.from_json(text)
 
+    @property
+    def has_exact_text(self) -> bool:
+        """Whether labels are in normal form and ranges of texts can be trusted. `compact` mends an older table."""
+        return bool(self._table.metadata().configuration.get(TEXT_PROPERTY) == EXACT_TEXT)
+
     def files(self) -> list[dict[str, Any]]:
-        """Return path, size, row count, ranges of some columns and number of faces of each file of the table."""
+        """Return path, size, row count, ranges of some columns and number of faces of each file of the table.
+
+        A range is None if the log has none, or if it cannot be trusted.
+        """
         actions = pa.table(self._table.get_add_actions(flatten=True))
         self._check_names(actions["path"])
         names = [name for name in _FILE_COLUMNS if name in actions.column_names]
         rows: list[dict[str, Any]] = actions.select(names).to_pylist()
+        doubtful = self._find_untrusted_files()
         for row in rows:
             row["faces"] = row["num_records"] - (row.pop("null_count.face_id", 0) or 0)
+            if row["path"] in doubtful:
+                row.update({name: None for name in names if name.endswith((".uri", ".source", ".identity"))})
         return rows
 
     def _check_names(self, paths: pa.ChunkedArray | None = None) -> None:
@@ -207,6 +233,41 @@ class Gallery:
             raise GalleryError(f"the gallery at {self.path!r} leads out of itself: {error}") from error
         self._has_checked_names = True
 
+    def read_text_ranges(self) -> dict[str, dict[str, tuple[str, str]]]:
+        """Read from the log the smallest and the largest text per file and column, as other readers see them."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        ranges: dict[str, dict[str, tuple[str, str]]] = {path: {} for path in actions["path"].to_pylist()}
+        for column in _TEXT_COLUMNS:
+            if f"min.{column}" not in actions.column_names:
+                continue
+            limits = zip(actions[f"min.{column}"].to_pylist(), actions[f"max.{column}"].to_pylist(), strict=True)
+            for file_ranges, (low, high) in zip(ranges.values(), limits, strict=True):
+                if low is not None and high is not None:
+                    file_ranges[column] = (low, high)
+        return ranges
+
+    def read_null_counts(self, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Read from the log path and size of each file, and the number of nulls in columns."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        nulls = {name: actions[f"null_count.{name}"] for name in columns}
+        return pa.table({"path": actions["path"], "size_bytes": actions["size_bytes"], **nulls}).to_pylist()
+
+    def find_files_with_doubtful_ranges(self) -> frozenset[str]:
+        """Find the files whose ranges of texts may be wrong in the log, if an older version wrote them."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        paths = actions["path"].to_pylist()
+        names = [f"{limit}.{column}" for column in _TEXT_COLUMNS for limit in ("min", "max")]
+        return frozenset(
+            path
+            for name in names
+            if name in actions.column_names
+            for path, text in zip(paths, actions[name].to_pylist(), strict=True)
+            if text and not text.isascii() and _DOUBTFUL.search(text)
+        )
+
+    def _find_untrusted_files(self) -> frozenset[str]:
+        return frozenset() if self.has_exact_text else self.find_files_with_doubtful_ranges()
+
     def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
         """Open the table as a pyarrow dataset, for whatever this class does not offer.
 
@@ -223,6 +284,8 @@ class Gallery:
         listed_schema = pa.schema([field for field in schema if field.name in with_ranges])
         filesystem = open_arrow_filesystem(self.faces_folder)
         dataset = self._table.to_pyarrow_dataset(filesystem=filesystem, schema=listed_schema)
+        if with_ranges.intersection(_TEXT_COLUMNS):
+            dataset = _drop_ranges(dataset, self._find_untrusted_files())
         return dataset.replace_schema(pa.unify_schemas([schema, FACES]))
 
     def batches(
@@ -326,7 +389,18 @@ def open_table(folder: str, version: int | None = None) -> DeltaTable:
         raise make_link_error(log)
     for name in iterate_links(log):
         raise make_link_error(storage.join(log, name))
-    return DeltaTable(folder, version=version, storage_options=get_delta_options(folder))
+    return DeltaTable(find_table_path(folder), version=version, storage_options=get_delta_options(folder))
+
+
+def _drop_ranges(dataset: ds.Dataset, paths: Collection[str]) -> ds.Dataset:
+    """Return a dataset in which a filter cannot tell from the log that these files hold nothing for it."""
+    if not paths:
+        return dataset
+    fragments = [
+        dataset.format.make_fragment(fragment.path, dataset.filesystem) if fragment.path in paths else fragment
+        for fragment in dataset.get_fragments()
+    ]
+    return ds.FileSystemDataset(fragments, dataset.schema, dataset.format, dataset.filesystem)
 
 
 def _refuse_links_to_others(path: str) -> None:
@@ -376,14 +450,44 @@ def check_columns(columns: Sequence[str] | None) -> list[str]:
     return names
 
 
+def _create_table(path: str, folder: str, contract: Contract) -> bool:
+    """Create the table of a gallery in its folder; return whether this call did it."""
+    configuration = {CONTRACT_PROPERTY: contract.to_json(), TEXT_PROPERTY: EXACT_TEXT}
+    try:
+        require_safe_writes(storage.join(path, LEASE_FILE))
+        log.create_log(folder, Schema.from_arrow(FACES), name="faces", configuration=configuration)
+    except StorageError as error:
+        # If a store's answer was lost, the table is there all the same. The caller's lease says that it is ours.
+        if not (storage.is_remote(path) and Gallery.exists(path)):
+            raise GalleryError(f"cannot make a gallery at {path!r}: {error}") from error
+        return False
+    return True
+
+
+def _remove_unfinished(folder: str, *, is_created: bool) -> None:
+    """Remove what is left in the log of a table that could not be created, or not be opened after that."""
+    with suppress(OSError):
+        names = os.listdir(folder)
+        if not any(name.endswith(".json") and name != _FIRST_VERSION for name in names):
+            for name in names:
+                if log.UNFINISHED.fullmatch(name) or (is_created and name == _FIRST_VERSION):
+                    os.unlink(os.path.join(folder, name))
+
+
+def _remove_guard(path: str) -> None:
+    """Remove the file that a look at the file system's locks has left, unless there is a lease."""
+    with suppress(OSError):
+        if not os.path.exists(os.path.join(path, LEASE_FILE)):
+            os.unlink(os.path.join(path, LEASE_GUARD))
+
+
 def _is_taken(path: str) -> bool:
     """Tell whether a folder for a new gallery holds something.
 
-    What a first run leaves before it makes the table does not count. A local folder is made if there is none.
+    What a first run leaves before it makes the table does not count.
     """
     if not storage.is_remote(path):
         if not os.path.exists(path):
-            storage.make_folder(path)
             return False
         if not os.path.isdir(path) or set(os.listdir(path)) - _OWN_NAMES - {"faces"}:
             return True

@@ -19,6 +19,7 @@ from facepipe.sources.object_store import ObjectStoreSource
 from facepipe.sources.parquet import ParquetSource
 from facepipe.sources.selection import Selection
 from facepipe.storage import is_remote, may_exist
+from facepipe.text import escape_undecodable
 
 SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
@@ -67,7 +68,9 @@ def open_source(config: SourceConfig) -> LabelledSource:
     # `--set source.label_column=2` is a number, and a single pattern may stand without a list.
     label_column = None if config.label_column is None else str(config.label_column)
     prefix = None if config.label_prefix is None else format_label(config.label_prefix) or ""
-    return LabelledSource(_open_listing(config, label_column), config.identity, prefix)
+    listing = _open_listing(config, label_column)
+    listing.name = escape_undecodable(listing.name)
+    return LabelledSource(listing, config.identity, prefix)
 
 
 def _open_listing(config: SourceConfig, label_column: str | None) -> Listing:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 LABEL_COLUMNS = (
     "identity",
@@ -152,3 +153,30 @@ def _repair(text: str) -> str:
         return os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # surrogates that stand for no byte
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def list_label_forms(label: str) -> list[str]:
+    """List the ways in which a table may hold a label that somebody typed; the gallery's own way comes first.
+
+    A table of an older facepipe holds labels as their source had them: in another normal form, or as 1.0 for 1. Text in
+    a mixture of normal forms is among them only if it was typed so.
+    """
+    typed = _repair(label)
+    own = format_label(label) or unicodedata.normalize("NFC", typed)
+    return list(dict.fromkeys([own, unicodedata.normalize("NFD", own), typed]))
+
+
+def find_unnormalised(column: "pa.Array | pa.ChunkedArray") -> list[str]:
+    """List the distinct labels of a string column that are not in Unicode's normal form C."""
+    distinct = pc.unique(column).drop_null()
+    others = distinct.filter(pc.invert(pc.string_is_ascii(distinct)))
+    return [label for label in others.to_pylist() if not unicodedata.is_normalized("NFC", label)]
+
+
+def normalise_labels(column: "pa.Array | pa.ChunkedArray") -> "pa.Array | pa.ChunkedArray":
+    """Bring each label of a string column into normal form C; nulls stay, and so does a column that needs nothing."""
+    if not find_unnormalised(column):
+        return column
+    labels = [None if label is None else unicodedata.normalize("NFC", label) for label in column.to_pylist()]
+    array = pa.array(labels, pa.string())
+    return pa.chunked_array([array]) if isinstance(column, pa.ChunkedArray) else array

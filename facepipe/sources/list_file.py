@@ -13,6 +13,7 @@ from facepipe.sources.list_layout import ListLayout, detect_layout, get_quoting,
 from facepipe.sources.parquet import HOLDS_IMAGE, holds_image, make_named_item
 from facepipe.sources.selection import PassedOver, Selection
 from facepipe.storage import describe_error, is_remote, to_absolute
+from facepipe.text import restore_cell
 
 # Lines at the beginning of a list that decide its layout.
 _SNIFF_LINES = 50
@@ -125,7 +126,10 @@ class ListSource:
         # A line with too few fields becomes a row that says so.
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
             return make_broken_item(self.path, "the line names no image", f"line{number}")
-        name = fields[layout.image].replace("\\", "/")
+        # Only facepipe's own lists for spreadsheets have this column.
+        if "face_id" in layout.columns:
+            fields = [restore_cell(field) for field in fields]
+        name = _replace_separators(fields[layout.image])
         if holds_image(name):
             return make_broken_item(self.path, HOLDS_IMAGE, f"line{number}")
         if not self._selection.takes_all_files and (reason := self._selection.reject_file(name)):
@@ -134,6 +138,11 @@ class ListSource:
         label = None if layout.label is None else fields[layout.label]
         identity = identify(name, label)
         return make_named_item(name, self.root, identity, self._is_confined)
+
+
+def _replace_separators(name: str) -> str:
+    """Return a name with slashes for the backslashes of a list from Windows. Beside slashes they are part of a name."""
+    return name if "/" in name else name.replace("\\", "/")
 
 
 def _read_lines(file: IO[str]) -> Iterator[str]:

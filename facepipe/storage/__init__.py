@@ -11,6 +11,8 @@ libraries want as files of this machine. The modules:
     store         a folder of a gallery, and its copy on this machine
     lease         one writer at a time
     mapped        files that are written through memory
+    aliases       plain paths for folders that libraries would misread
+    cache         the folder of this machine's copies
     hashtable     64-bit keys in a temporary file
     redact        credentials out of text
 """

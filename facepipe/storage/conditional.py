@@ -7,6 +7,9 @@ file beside the file.
 import errno
 import fcntl
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from facepipe.errors import StorageError
@@ -116,17 +119,59 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 
 
 def _write_if_local(path: str, data: bytes, tag: str | None) -> str:
-    # The lock makes comparing and writing one step; a crash of the holder frees it.
     try:
-        with open(open_for_writing(path + GUARD), "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            current = read_tagged(path)
-            if (current[1] if current else None) != tag:
-                raise ConflictError(f"{path!r} was changed by another writer")
+        with _lock(path):
+            _require_tag(path, tag)
             replace(path, data)
     except OSError as error:
         raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
     return _hash_content(data)
+
+
+def delete_if(path: str, tag: str) -> None:
+    """Delete a local file whose content has a tag, and the file on which its writers hold a lock.
+
+    Args:
+        path: local path.
+        tag: tag of the content.
+
+    Raises:
+        ConflictError: the content has another tag.
+    """
+    try:
+        with _lock(path):
+            _require_tag(path, tag)
+            os.unlink(path)
+            os.unlink(path + GUARD)
+    except OSError as error:
+        raise StorageError(f"cannot delete {path!r}: {describe_error(error)}") from error
+
+
+@contextmanager
+def _lock(path: str) -> Iterator[None]:
+    """Hold the lock on a file beside a file, so that comparing and writing are one step; a crash frees it."""
+    while True:
+        with open(open_for_writing(path + GUARD), "w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            # Somebody may have deleted the file meanwhile, and then a lock on it excludes nobody.
+            if not _is_at(guard.fileno(), path + GUARD):
+                continue
+            yield
+            return
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    """Tell whether a path leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _require_tag(path: str, tag: str | None) -> None:
+    current = read_tagged(path)
+    if (current[1] if current else None) != tag:
+        raise ConflictError(f"{path!r} was changed by another writer")
 
 
 def _hash_content(data: bytes) -> str:

@@ -20,9 +20,9 @@ from pydantic import TypeAdapter
 
 from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
 from facepipe.storage import conditional
-from facepipe.storage.atomic import make_folders
 from facepipe.storage.capabilities import require_safe_writes
 from facepipe.storage.error_text import describe_error
+from facepipe.storage.new_folders import make_new_folders, remove_new_folders
 from facepipe.storage.urls import is_remote, join
 
 LEASE_FILE = ".lock"
@@ -179,6 +179,8 @@ def get_lease_seconds() -> float:
 def hold_lease(folder: str, kind: str = "gallery", on_wait: OnWait = lambda line: None) -> Iterator[Lease]:
     """Hold the lease of a folder for writing.
 
+    If the folder was empty or absent, and the block fails before it puts anything into it, it is left as it was.
+
     A lease of a process of this machine that has ended is taken over at once. One of another machine is taken over if
     no heartbeat arrives for its time.
 
@@ -190,22 +192,43 @@ def hold_lease(folder: str, kind: str = "gallery", on_wait: OnWait = lambda line
     Raises:
         GalleryBusyError: another run holds the lease.
     """
-    if not is_remote(folder):
-        _make_folder(folder, kind)
-    lease = _acquire(join(folder, LEASE_FILE), kind, on_wait)
+    new_folders = None if is_remote(folder) else _make_folder(folder, kind)
     try:
-        yield lease
-    finally:
-        lease.release()
+        lease = _acquire(join(folder, LEASE_FILE), kind, on_wait)
+        try:
+            yield lease
+        finally:
+            lease.release()
+    except BaseException:
+        if new_folders is not None:
+            _remove_unused(folder, new_folders)
+        raise
 
 
-def _make_folder(folder: str, kind: str) -> None:
+def _make_folder(folder: str, kind: str) -> list[str] | None:
+    """Make a folder; return what was made for it, the deepest folder first, or None if the folder holds something."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"the {kind} {folder!r} is a file; name a folder")
     try:
-        make_folders(folder)
+        folders = make_new_folders(folder)
+        return None if os.listdir(folder) else folders
     except OSError as error:
         raise GalleryError(f"cannot write to the {kind} {folder!r}: {describe_error(error)}") from error
+
+
+def _remove_unused(folder: str, new_folders: list[str]) -> None:
+    """Remove the lease from a folder that was empty and holds nothing else, and the folders that were made for it."""
+    with suppress(OSError, StorageError):
+        if set(os.listdir(folder)) - {LEASE_FILE, LEASE_GUARD}:
+            return
+        content = conditional.read_tagged(join(folder, LEASE_FILE))
+        if content:
+            # Another run may have taken the lease since, and then the folder is its own.
+            current = _decode(content[0])
+            if current is None or not current.released:
+                return
+            conditional.delete_if(join(folder, LEASE_FILE), content[1])
+        remove_new_folders(new_folders)
 
 
 def _acquire(path: str, kind: str, on_wait: OnWait) -> Lease:

@@ -8,15 +8,15 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from facepipe.errors import StorageError
-from facepipe.hashing import hash64
+from facepipe.storage.aliases import find_utf8_path
 from facepipe.storage.atomic import replace_file, sync_folder
+from facepipe.storage.cache import get_cache_folder, make_private
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import delete, get_entry, list_files, list_prefix, read, write_file
 from facepipe.storage.inside import require_no_link
@@ -150,7 +150,7 @@ class ObjectStore(Store):
         try:
             # The cache holds face vectors: only this user may read it.
             os.makedirs(get_cache_folder(), mode=0o700, exist_ok=True)
-            _make_private(get_cache_folder(self._gallery))
+            make_private(get_cache_folder(self._gallery))
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             Path(self.folder, _ORIGIN).write_text(self.url)
         except OSError as error:
@@ -279,17 +279,8 @@ def open_store(gallery: str, name: str) -> Store:
     first, _, rest = name.partition("/")
     if rest:
         require_no_link(join(gallery, first), rest)
-    return LocalStore(join(gallery, name))
-
-
-def get_cache_folder(gallery: str = "") -> str:
-    """Return the folder with this machine's copies, of all galleries or of one.
-
-    FACEPIPE_CACHE names it; the default is ~/.cache/facepipe.
-    """
-    folder = os.environ.get("FACEPIPE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "facepipe")
-    # A hash of the URL keeps the copies of different galleries apart.
-    return os.path.join(folder, f"{hash64(gallery.rstrip('/')):016x}") if gallery else folder
+    # Libraries that open files of the folder by their path take no other.
+    return LocalStore(join(find_utf8_path(gallery), name))
 
 
 def delete_copies(gallery: str) -> None:
@@ -307,18 +298,6 @@ def delete_copies(gallery: str) -> None:
         pass  # there are none
     except OSError as error:
         raise StorageError(f"cannot delete the copies of {gallery!r} in {folder!r}: {describe_error(error)}") from error
-
-
-def _make_private(folder: str) -> None:
-    """Make a folder that no other user can look into; refuse one that another user made first."""
-    # The folder may be there already: whose it is decides.
-    with suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-    info = os.lstat(folder)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
-        raise StorageError(f"{folder!r} is not a folder of yours: have FACEPIPE_CACHE name a place that is")
-    if info.st_mode & 0o077:
-        os.chmod(folder, 0o700)
 
 
 def _read_chunks(url: str, size: int) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow.fs as fs
 
 from facepipe.errors import ConfigError
+from facepipe.storage.aliases import find_utf8_path
 from facepipe.storage.client import uses_plain_http
 from facepipe.storage.urls import is_remote, split_url
 
@@ -40,7 +41,7 @@ def open_arrow_filesystem(folder: str) -> Any:
     ends. That aborts the process after all its work is done (4 runs of 10 with deltalake 1.6.6).
     """
     if not is_remote(folder):
-        return fs.SubTreeFileSystem(folder, fs.LocalFileSystem())
+        return fs.SubTreeFileSystem(find_utf8_path(folder), fs.LocalFileSystem())
     bucket, key = split_url(folder)
     # The root is the folder, so that paths in the log can be used as they are.
     scheme, name = bucket.split("://")

@@ -29,6 +29,7 @@ from facepipe.sources import open_source
 from facepipe.storage.atomic import open_for_writing
 from facepipe.storage.lease import hold_lease
 from facepipe.storage.owned import delete_owned
+from facepipe.text import protect_cell, restore_cell
 from facepipe.training.data.chip_set import (
     IDENTITIES,
     INDEX,
@@ -149,7 +150,7 @@ def _iterate_chipless_uris(data: DataConfig, chips: ChipSet) -> Iterator[str]:
     """Yield the uris of images that exist but have no chip."""
     with open(os.path.join(chips.folder, FAILURES), newline="", encoding="utf-8", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
-            yield row["uri"]
+            yield restore_cell(row["uri"])
     if data.gallery:
         for batch in Gallery(data.gallery).batches(["uri"], "face_id is null"):
             yield from batch["uri"].to_pylist()
@@ -372,7 +373,7 @@ class _ChipMover:
         with open(self._failures, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             for row in failed.select(["uri", "status", "error"]).to_pylist():
-                writer.writerow((row["uri"], row["status"], row["error"] or ""))
+                writer.writerow((protect_cell(row["uri"]), row["status"], protect_cell(row["error"] or "")))
 
     def close(self) -> None:
         """Finish the last shard."""

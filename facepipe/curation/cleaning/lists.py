@@ -19,6 +19,7 @@ from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.storage import describe_error
+from facepipe.text import protect_cell
 from facepipe.types import Float32, Int64
 
 DECISIONS_FILE = "decisions.parquet"
@@ -118,7 +119,7 @@ def write_lists(folder: str, *, relabels: bool) -> ListSummary:
     """Write the lists that follow from decisions.parquet into its folder.
 
     The lists are clean.csv, clean.txt and msceleb.txt (path and number of the label per line), labels.csv (number and
-    name) and relabel.csv.
+    name) and relabel.csv. In the CSV files a cell that a spreadsheet would take for a formula has a `'` before it.
 
     Args:
         folder: folder of decisions.parquet.
@@ -139,7 +140,7 @@ def write_lists(folder: str, *, relabels: bool) -> ListSummary:
         with open(os.path.join(folder, "labels.csv"), "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("label", "identity"))
-            writer.writerows((number, name) for name, number in numbers.items())
+            writer.writerows((number, protect_cell(name)) for name, number in numbers.items())
     except OSError as error:
         raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
     return summary
@@ -178,14 +179,15 @@ def _write_row(
     uri = row["uri"]
     is_moved = row["decision"] == RELABEL
     if is_moved:
-        files.relabel.writerow((uri, row["identity"], row["suggested"], f"{row['noise']:.4f}", row["face_id"]))
+        names = (protect_cell(row["identity"]), protect_cell(row["suggested"]))
+        files.relabel.writerow((protect_cell(uri), *names, f"{row['noise']:.4f}", row["face_id"]))
         summary.relabelled += 1
     # The clean lists hold kept faces and, on request, relabelled ones under their new name.
     if row["decision"] != KEEP and not (is_moved and relabels):
         return
     name = row["suggested"] if is_moved else row["identity"]
     label = numbers.setdefault(name, len(numbers))
-    files.clean.writerow((uri, name, label, row["face_id"]))
+    files.clean.writerow((protect_cell(uri), protect_cell(name), label, row["face_id"]))
     summary.kept += 1
     # Text lists have no quoting, so that some paths do not fit on a line.
     if not _is_listable(uri):
@@ -198,7 +200,10 @@ def _write_row(
 
 def _is_listable(path: str) -> bool:
     """Tell whether a line `path label` can hold the path: readers strip white space and a byte order mark."""
-    return bool(path) and path == path.strip().lstrip("\ufeff") and not any(c in path for c in _LINE_BREAKS)
+    # Without a slash, readers take backslashes for slashes.
+    is_plain = "/" in path or "\\" not in path
+    is_stripped = path == path.strip().lstrip("\ufeff")
+    return bool(path) and is_plain and is_stripped and not any(c in path for c in _LINE_BREAKS)
 
 
 def _find_common_folder(source: pq.ParquetFile) -> str:

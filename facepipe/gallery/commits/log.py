@@ -23,6 +23,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from facepipe import storage
 from facepipe.errors import GalleryError, StorageError
 from facepipe.storage import conditional
+from facepipe.storage.aliases import find_table_path
 from facepipe.storage.table_access import get_delta_options
 
 LOG = "_delta_log"
@@ -46,6 +47,11 @@ _KNOWN_FEATURES = {"appendOnly", "invariants"}
 _HINT = "_last_checkpoint"
 SCRATCH = ".checkpoint"
 """Where a checkpoint is made, in the table's folder. Readers pass over names that begin with a dot."""
+UNFINISHED = re.compile(
+    r"(?:\d{20}\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)|_last_checkpoint)#\d+|_commit_[0-9a-f-]+\.json\.tmp"
+    r"|\d{20}\.json\.[0-9a-f]{8}\.tmp|_last_checkpoint\.new"
+)
+"""The names of what a writer leaves in the log if it is killed in a commit."""
 _VERSIONED = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet)")
 
 
@@ -73,7 +79,11 @@ def write_entry(folder: str, version: int, operation: str, actions: Iterable[Jso
         "engineInfo": "facepipe",
         **info,
     }
-    lines = [json.dumps(action, separators=(",", ":")) for action in ({"commitInfo": commit_info}, *actions)]
+    # Characters are written as they are: Arrow's reader of the log joins the two halves of an escaped one wrongly.
+    lines = [
+        json.dumps(action, separators=(",", ":"), ensure_ascii=False)
+        for action in ({"commitInfo": commit_info}, *actions)
+    ]
     log = storage.join(folder, LOG)
     # The files that the entry names are on disk, and so must be their names.
     if not storage.is_remote(folder):
@@ -117,11 +127,39 @@ def add_columns(folder: str, table: DeltaTable, schema: Schema) -> None:
         GalleryError: another program has changed the table in a way that facepipe does not know.
     """
     require_known_protocol(folder, table)
+    write_entry(folder, table.version() + 1, "ADD COLUMN", [_change_metadata(table, schema=schema)])
+
+
+def set_property(folder: str, table: DeltaTable, name: str, value: str) -> None:
+    """Write an entry that sets a property of a table.
+
+    Args:
+        folder: path or URL of the table.
+        table: the table in its newest version.
+        name: name of the property.
+        value: its new value.
+
+    Raises:
+        ConflictError: another writer made the next version.
+        GalleryError: another program has changed the table in a way that facepipe does not know.
+    """
+    require_known_protocol(folder, table)
+    metadata = _change_metadata(table, configuration={name: value})
+    write_entry(folder, table.version() + 1, "SET TBLPROPERTIES", [metadata])
+
+
+def _change_metadata(
+    table: DeltaTable, *, schema: Schema | None = None, configuration: Mapping[str, str] | None = None
+) -> JsonAction:
+    """Make a table's metadata with another schema, or with properties that replace or join its own."""
     old = table.metadata()
-    metadata = _make_metadata(
-        str(old.id), schema, name=old.name, created=old.created_time, configuration=dict(old.configuration)
+    return _make_metadata(
+        str(old.id),
+        schema or table.schema(),
+        name=old.name,
+        created=old.created_time,
+        configuration={**old.configuration, **(configuration or {})},
     )
-    write_entry(folder, table.version() + 1, "ADD COLUMN", [metadata])
 
 
 def require_known_protocol(folder: str, table: DeltaTable) -> None:
@@ -241,7 +279,7 @@ def _write_local_checkpoint(folder: str) -> int:
         made = os.path.join(scratch, LOG)
         os.makedirs(made)
         _link_needed_files(log, made)
-        table = DeltaTable(scratch)
+        table = DeltaTable(find_table_path(scratch))
         version = int(table.version())
         table.create_checkpoint()
         # Put it into the log first, and let the hint name it then: a hint that leads nowhere stops every reader.

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, conform
 
+# Line separators that JSON allows in a text.
+_SEPARATORS = "\x85\u2028\u2029"
 # The second half of the SHA-256 is left out: 128 bits are enough for a checksum in a name.
 _NAME = re.compile(r"part-[^/]*-([0-9a-f]{32})\.parquet")
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -142,26 +145,39 @@ def encode_parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def compute_statistics(table: pa.Table) -> str:
+def compute_statistics(table: pa.Table, known_nulls: Mapping[str, int] | None = None) -> str:
     """Compute Delta's statistics of a file as JSON: row count, and per column its nulls and, if it has one, its range.
 
     Every column has an entry, because readers take a column without one for a column without nulls, and then filter
     wrongly.
+
+    Args:
+        table: the rows; a column that it lacks counts as nulls.
+        known_nulls: number of nulls of columns that the table lacks, because they need not be read for it.
     """
     minima = {}
     maxima = {}
     null_counts = {}
     for name in FACES.names:
         column = table[name] if name in table.column_names else pa.nulls(table.num_rows)
-        null_counts[name] = column.null_count
+        null_counts[name] = (known_nulls or {}).get(name, column.null_count)
         # Vectors and bytes get no range: no filter compares them.
-        has_range = not pa.types.is_nested(column.type) and not pa.types.is_binary(column.type)
-        if has_range and column.null_count < len(column):
+        if has_range(column.type) and column.null_count < len(column):
             limits = pc.min_max(column).as_py()
             minima[name] = _to_json_value(limits["min"])
             maxima[name] = _to_json_value(limits["max"])
     statistics = {"numRecords": table.num_rows, "minValues": minima, "maxValues": maxima, "nullCount": null_counts}
-    return json.dumps(statistics)
+    # Characters are written as they are: Arrow's reader of the log joins the two halves of an escaped one wrongly.
+    text = json.dumps(statistics, ensure_ascii=False)
+    # Some tools take these for the end of a line of the log.
+    for separator in _SEPARATORS:
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text
+
+
+def has_range(kind: pa.DataType) -> bool:
+    """Tell whether the log holds the range of a column of a type."""
+    return not pa.types.is_nested(kind) and not pa.types.is_binary(kind)
 
 
 def _to_json_value(value: Any) -> Any:

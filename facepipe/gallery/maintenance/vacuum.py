@@ -7,17 +7,12 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 from facepipe import storage
-from facepipe.gallery.commits.log import LOG, SCRATCH, write_checkpoint
+from facepipe.gallery.commits.log import LOG, SCRATCH, UNFINISHED, write_checkpoint
 from facepipe.gallery.commits.parts import is_part
 from facepipe.gallery.table import Gallery
 from facepipe.storage.inside import is_link
 
 _VERSION = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)")
-# What a writer leaves in the log if it is killed in a commit.
-_UNFINISHED = re.compile(
-    r"(?:\d{20}\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)|_last_checkpoint)#\d+|_commit_[0-9a-f-]+\.json\.tmp"
-    r"|\d{20}\.json\.[0-9a-f]{8}\.tmp|_last_checkpoint\.new"
-)
 
 
 def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
@@ -108,7 +103,7 @@ def delete_history(gallery: Gallery) -> int:
     for entry in list(storage.list_files(base)):
         name = entry.url.removeprefix(base)
         version = _VERSION.fullmatch(name)
-        if _UNFINISHED.fullmatch(name) or (version and int(version[1]) < newest):
+        if UNFINISHED.fullmatch(name) or (version and int(version[1]) < newest):
             storage.delete(entry.url)
             count += 1
     return count

@@ -1,6 +1,7 @@
 """Read a gallery again and check that it is what was written: checksums, counts, ids, norms."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from facepipe.gallery.commits.parts import parse_digest
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64_column
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
+from facepipe.sources.labels import find_unnormalised
 from facepipe.storage.hashtable import HashTable
 
 # Largest distance of a norm from 1 that float32 explains.
@@ -63,6 +65,7 @@ def verify_gallery(gallery: Gallery) -> Verification:
             f"{name} of the log is empty: a power cut took a commit of an older facepipe. Embed its sources again"
         )
     # Both tables cover all files, so that repetitions across files are found.
+    ranges = gallery.read_text_ranges()
     with closing(HashTable()) as ids, closing(HashTable()) as uris:
         for file in gallery.files():
             result.files += 1
@@ -71,6 +74,7 @@ def verify_gallery(gallery: Gallery) -> Verification:
             except (StorageError, OSError, ValueError) as error:
                 result.add(f"{file['path']}: cannot be read: {str(error).splitlines()[0]}")
                 continue
+            _check_text(gallery.path, file["path"], table, ranges[file["path"]], result)
             _check_rows(file["path"], table, ids, uris, result)
     return result
 
@@ -87,6 +91,22 @@ def _read_file(gallery: Gallery, file: dict[str, Any], result: Verification) -> 
     if table.num_rows != file["num_records"]:
         result.add(f"{file['path']}: {table.num_rows} rows, the log says {file['num_records']}")
     return conform(table)  # files of older galleries lack newer columns
+
+
+def _check_text(
+    gallery: str, path: str, table: pa.Table, ranges: Mapping[str, tuple[str, str]], result: Verification
+) -> None:
+    """Check that the log's ranges of texts cover what the file holds, and that labels are in normal form."""
+    for name, (low, high) in ranges.items():
+        limits = pc.min_max(table[name]).as_py()
+        if limits["min"] is not None and not (low <= limits["min"] and limits["max"] <= high):
+            result.add(f"{path}: the range of {name} in the log is wrong: `facepipe compact --all {gallery}` mends it")
+    labels = find_unnormalised(table["identity"])
+    if labels:
+        result.add(
+            f"{path}: {len(labels)} labels are not in Unicode's normal form C: `facepipe compact --all {gallery}` "
+            "mends them"
+        )
 
 
 def _check_rows(path: str, table: pa.Table, ids: HashTable, uris: HashTable, result: Verification) -> None:

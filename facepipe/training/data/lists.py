@@ -14,6 +14,7 @@ from facepipe import storage
 from facepipe.errors import SourceError
 from facepipe.hashing import hash64
 from facepipe.sources.list_file import ListSource
+from facepipe.text import restore_cell
 from facepipe.types import Int32
 
 # A uri or path that names a member of a container.
@@ -93,7 +94,7 @@ def _read_clean_csv(path: str) -> ListLabels:
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
     keys, first = np.unique(table["face_id"].to_numpy(), return_index=True)
     codes = coded.indices.to_numpy().astype(np.int32)[first]
-    return ListLabels(keys, codes, coded.dictionary.to_pylist(), by_face=True)
+    return ListLabels(keys, codes, [restore_cell(name) for name in coded.dictionary.to_pylist()], by_face=True)
 
 
 def _read_label_names(path: str) -> dict[str, str]:
@@ -102,4 +103,5 @@ def _read_label_names(path: str) -> dict[str, str]:
         return {}
     types = csv.ConvertOptions(column_types={"label": pa.string(), "identity": pa.string()})
     table = csv.read_csv(path, convert_options=types, parse_options=csv.ParseOptions(newlines_in_values=True))
-    return dict(zip(table["label"].to_pylist(), table["identity"].to_pylist(), strict=True))
+    names = [restore_cell(name) for name in table["identity"].to_pylist()]
+    return dict(zip(table["label"].to_pylist(), names, strict=True))

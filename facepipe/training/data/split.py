@@ -1,5 +1,7 @@
 """The training and held-out parts of a chip set. Hashes of names decide, so data added later moves nothing across."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,6 +11,7 @@ from pydantic import Field
 
 from facepipe.errors import ConfigError, SourceError
 from facepipe.hashing import hash64
+from facepipe.sources.labels import format_label
 from facepipe.storage import read
 from facepipe.types import Bool, Int64, UInt64
 
@@ -75,8 +78,10 @@ def split_rows(
 
 def read_names(path: str) -> list[str]:
     """Read the names of a file with one per line. Blank lines are skipped."""
-    lines = read(path.encode()).decode("utf-8-sig", "replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    text = read(os.fsencode(path)).decode("utf-8-sig", "surrogateescape")
+    # Other separators that `splitlines` knows may be part of a name.
+    lines = re.split(r"[\r\n]", text)
+    return [label for line in lines if (label := format_label(line))]
 
 
 def _mark_named(path: str, identities: Sequence[str] | None) -> Bool:
@@ -85,10 +90,12 @@ def _mark_named(path: str, identities: Sequence[str] | None) -> Bool:
         raise ConfigError("split.names needs data whose identities have names: remove it")
     # Some names may be absent, but if all are the file belongs to other data.
     names = set(read_names(path))
-    absent = names.difference(identities)
+    # Chip sets of older versions may hold names in another normal form.
+    normal = [format_label(name) or name for name in identities]
+    absent = names.difference(normal)
     if len(absent) == len(names):
         raise SourceError(f"none of the {len(names)} names in {path!r} is an identity of the data")
-    return np.array([name in names for name in identities], bool)
+    return np.array([name in names for name in normal], bool)
 
 
 def _draw_identities(count: int, share: float, seed: int, identities: Sequence[str] | None) -> Bool:

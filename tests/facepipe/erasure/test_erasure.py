@@ -154,9 +154,6 @@ def test_what_says_nothing_is_refused(gallery: Gallery) -> None:
     for age in (-1, float("nan"), float("inf"), 1e12):
         with pytest.raises(ConfigError, match="invalid age"):
             chosen(gallery, older_than_days=age)
-    for text in ({"images": ("\udcff",)}, {"identities": ("\udcff",)}, {"source": "\udcff"}, {"uri": "\udcff"}):
-        with pytest.raises(ConfigError, match="not UTF-8"):
-            chosen(gallery, **text)
     assert Selection(older_than_days=0.0, images=("x",)).list_conditions() == ["images", "older_than_days"]
 
 
@@ -293,7 +290,7 @@ def test_lists(tmp_path: Path) -> None:
             [("path", "identity", "label", "face_id"), (OTHER, "b", 5, 1), (MINE, JANE, 0, 5), ("x\ny", "n", 9, 2)]
         )
     with open(tmp_path / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("label", "identity"), (0, JANE), (1, "identity"), (2, "b")])
+        csv.writer(file).writerows([("label", "identity"), (0, JANE), (1, "identity"), (2, "b"), (3, "'=1+1")])
     lines = {
         "keep.txt": ["/r/a/1.jpg", OTHER],
         "clean.txt": ["/r/q.jpg 3", "/r/a/1.jpg 4"],
@@ -301,7 +298,7 @@ def test_lists(tmp_path: Path) -> None:
     }
     for name, texts in lines.items():
         (tmp_path / name).write_text("\n".join(texts) + "\n")
-    assert len(list(scrub_reports(str(tmp_path), gone({JANE, "identity", "5"}, {MINE, "/r/a/1.jpg"})))) == 5
+    assert len(list(scrub_reports(str(tmp_path), gone({JANE, "identity", "5", "=1+1"}, {MINE, "/r/a/1.jpg"})))) == 5
     with open(tmp_path / "clean.csv", newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["path", OTHER, "x\ny"]
     assert (tmp_path / "labels.csv").read_bytes() == b"label,identity\r\n2,b\r\n"

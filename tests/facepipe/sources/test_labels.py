@@ -18,7 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.labels import format_label, format_labels
+from facepipe.sources.labels import (
+    find_unnormalised,
+    format_label,
+    format_labels,
+    list_label_forms,
+    normalise_labels,
+)
 
 NUMBERS = st.integers(-(2**53), 2**53)
 
@@ -131,3 +137,23 @@ def test_folders_write_a_label_alike(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(b"x")
     assert sorted(map(str, list_labels(tmp_path))) == ["7", "7", "Jos\u00e9", "Jos\u00e9"]
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_a_typed_label_finds_what_any_version_stored(text: str) -> None:
+    forms = list_label_forms(text)
+    assert all(form.encode("utf-8") or form == "" for form in forms)
+    assert forms[0] == (format_label(text) or unicodedata.normalize("NFC", forms[-1]))
+    if text.isprintable():
+        assert {text, unicodedata.normalize("NFD", forms[0])} <= set(forms)
+
+
+@given(st.lists(st.none() | st.text()))
+def test_a_column_is_brought_into_normal_form(labels: list[str | None]) -> None:
+    expected = [None if label is None else unicodedata.normalize("NFC", label) for label in labels]
+    array = pa.array(labels, pa.string())
+    for column in (array, pa.chunked_array([array, array.slice(1)])):
+        normal = normalise_labels(column)
+        assert normal.to_pylist()[: len(labels)] == expected
+        assert normal.type == pa.string()
+        assert not find_unnormalised(normal)

@@ -32,7 +32,10 @@ from facepipe.curation.cleaning.identities import (
 from facepipe.curation.cleaning.model import LabelPosteriors, Normal, compute_log_ratio, estimate_label_posteriors
 from facepipe.nearest import join as near
 from facepipe.nearest.similarity import Pairs, refine_pairs
+from facepipe.sources.labels import format_label
 from facepipe.sources.list_file import ListSource
+from facepipe.text import restore_cell
+from facepipe.training.data.lists import read_label_list
 
 THRESHOLD = 1 - 0.416**2 / 2
 NO_PAIRS = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
@@ -390,18 +393,23 @@ PLAIN = {"uri": "/data/a/first.jpg", "identity": "first"}  # where hostile names
 AWKWARD = [
     *("a b", "it's", 'say "x"', '"', "a,b", "a;b", "tab\there", "ends ", " begins", "\u3000wide", "é\u0301", "日本 語"),
     *("🙂", "\u202egpj", "\u2028line", "\x85", "\x1c", "\x0b\x0c", "\ufeffmark", "#1", "%20", "-", "a.jpg 3", "0"),
-    *("line\nbreak", "carriage\rreturn", "both\r\nof them", "<script>", "x" * 200),
+    *("line\nbreak", "carriage\rreturn", "both\r\nof them", "<script>", "x" * 200, "back\\slash"),
+    *("=1+1", "+1", "-1", "@SUM(A1)", "'=1", "''", "\uff1d1"),
 ]
-NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\\0"), min_size=1, max_size=12)
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=12)
+# In a spreadsheet some of them would be formulas.
+LABELS = st.builds(
+    lambda first, name: format_label(f"{first}{name}>"), st.sampled_from(["<", *"=+-@'", "'=", "\uff1d"]), NAMES
+)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.tuples(NAMES | st.sampled_from(AWKWARD), st.sampled_from("kkor"), NAMES), max_size=12))
+@given(rows=st.lists(st.tuples(NAMES | st.sampled_from(AWKWARD), st.sampled_from("kkor"), LABELS), max_size=12))
 def test_clean_lists_read_back(rows: list[tuple[str, str, str]], tmp_path: Path) -> None:
     """Exactly the kept images with their labels, in every layout that can hold their names."""
     kinds = {"k": "keep", "o": "outlier", "r": "relabel"}
     table = [PLAIN] + [
-        {"uri": f"/data/a/{name}{n}/{name}.jpg", "identity": f"<{who}>", "decision": kinds[kind], "suggested": "first"}
+        {"uri": f"/data/a/{name}{n}/{name}.jpg", "identity": who, "decision": kinds[kind], "suggested": "first"}
         for n, (name, kind, who) in enumerate(rows)
     ]
     decisions(table, tmp_path / "r")
@@ -409,11 +417,16 @@ def test_clean_lists_read_back(rows: list[tuple[str, str, str]], tmp_path: Path)
     kept = [(row["uri"], row["identity"]) for row in table if row.get("decision", "keep") == "keep"]
     assert read_back(tmp_path / "r" / "clean.csv") == kept
     with open(tmp_path / "r" / "labels.csv", newline="", encoding="utf-8") as file:
-        names = dict(csv.reader(file))
+        cells = dict(csv.reader(file))
+    assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells.values())
+    names = {number: restore_cell(name) for number, name in cells.items()}
     on_a_line = [(uri, who) for uri, who in kept if "\n" not in uri and "\r" not in uri]
     for name, root in (("clean.txt", None), ("msceleb.txt", "/data/a/")):
         found = read_back(tmp_path / "r" / name, root)
         assert [(uri, names[label or ""]) for uri, label in found] == on_a_line
+    # Trainers read the same names, by face and by image.
+    for name, listed in (("clean.csv", kept), ("clean.txt", on_a_line)):
+        assert set(read_label_list(str(tmp_path / "r" / name), None).names) == {who for _, who in listed}, name
     assert (written.kept, written.unlisted) == (len(kept), len(kept) - len(on_a_line))
     assert written.relabelled == sum(kind == "r" for _, kind, _ in rows)
 
