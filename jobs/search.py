@@ -31,7 +31,7 @@ def search(
         Optional[str],  # noqa: UP045
         typer.Argument(
             metavar="QUERIES",
-            help="Images (whatever embed takes), a gallery, or Parquet with a column `embedding`.",
+            help="Images (whatever embed takes), a gallery, or Parquet with a column `embedding` or `vector`.",
             show_default=False,
         ),
     ] = None,
@@ -126,6 +126,8 @@ def search(
         chosen = build_config(SearchConfig, config, settings, options)
         with ProgressReporter("search", quiet=quiet) as progress:
             summary = run(chosen, gallery, queries, out, lambda searched: progress.update(format_search_rate(searched)))
+        for note in summary.notes:
+            print(f"facepipe: {note}", file=sys.stderr)
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 

@@ -124,7 +124,7 @@ def open_encodings(path: str, names: Names = "auto") -> EncodingSource:
     if not storage.may_exist(path):
         raise SourceError(f"no such file or folder: {path!r}")
     # A folder of images gives no files here: the kind of its first file decides.
-    files = list_parquet_files(path) or ([] if os.path.isdir(path) else [path])
+    files = list(list_parquet_files(path).files) or ([] if os.path.isdir(path) else [path])
     if not files:
         raise SourceError(f"no Parquet file in {path!r}: name a Parquet file or folder, an .npz or an .npy file")
     # Columns and contract are those of the first file; later files are checked when they are read.

@@ -1,4 +1,4 @@
-"""Queries for a search: the faces of a gallery, or any Parquet files with an `embedding` column, cut into blocks."""
+"""Queries for a search: the faces of a gallery, or any Parquet files with a column of vectors, cut into blocks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,34 @@ from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.hashing import hash64
 from facepipe.schema import EMBEDDING_DIM, OK
-from facepipe.sources.parquet import list_parquet_files
+from facepipe.sources.parquet import ParquetListing, has_images, list_parquet_files
 from facepipe.types import Float32, Int64
 
+VECTOR_COLUMNS = ("embedding", "vector")
+"""Names of columns that hold vectors; of several that are there the first one counts."""
+_VECTORS = " or ".join(VECTOR_COLUMNS)
 _NAME_COLUMNS = ("query_id", "face_id", "id", "uri")  # columns that may name a query; the first one present wins
 _BATCH_ROWS = 8192
 # A shorter vector counts as zero. A norm within the tolerance of 1 is left as it is.
 _ZERO_NORM = 1e-12
 _UNIT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class QueryFile:
+    """A Parquet file of queries, as it was when the search was planned.
+
+    Attributes:
+        path: Path or URL of the file.
+        column: Column of the vectors.
+        fingerprint: Changes if the file may have changed.
+        groups: Rows of each row group.
+    """
+
+    path: str
+    column: str
+    fingerprint: str
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,11 +56,15 @@ class QueryPiece:
         path: Path or URL of the file.
         group: Row group; None for the whole file.
         first: Number of the first row.
+        column: Column of the vectors.
+        fingerprint: Of the file when the search was planned; empty for a gallery's file, which never changes.
     """
 
     path: str
     group: int | None
     first: int = 0
+    column: str = "embedding"
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,12 +119,16 @@ class QuerySource:
         fingerprint: Changes if the queries may have changed.
         gallery: Whether they are the faces of a gallery.
         version: Version of the gallery's table.
+        files: The files, if they are not a gallery. What comes into the folder later is not searched for.
+        notes: What a user may want to know of how the files are read.
     """
 
     path: str
     fingerprint: str
     gallery: bool
     version: int | None = None
+    files: tuple[QueryFile, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def cut_blocks(self, rows: int) -> Iterator[QueryBlock]:
         """Cut the queries into blocks of about `rows`, the same ones on every call."""
@@ -132,13 +160,10 @@ class QuerySource:
                     yield QueryPiece(storage.join(gallery.faces_folder, entry["path"]), None), entry["faces"]
             return
         # Other files are cut by row group.
-        for path in list_parquet_files(self.path):
-            with _open_parquet(path) as file:
-                metadata = file.metadata
+        for file in self.files:
             first = 0
-            for group in range(metadata.num_row_groups):
-                count = metadata.row_group(group).num_rows
-                yield QueryPiece(path, group, first), count
+            for group, count in enumerate(file.groups):
+                yield QueryPiece(file.path, group, first, file.column, file.fingerprint), count
                 first += count
 
 
@@ -150,12 +175,12 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
         contract: models of the gallery that is searched.
 
     Returns:
-        None if the path is neither a gallery nor Parquet files with embeddings; it may then hold images.
+        None if the path is neither a gallery nor Parquet files with vectors; it may then hold images.
 
     Raises:
         ContractError: the queries say that they were made with other models.
-        ConfigError: their dimension differs.
-        SourceError: nothing is there.
+        ConfigError: their dimension differs, or some files have vectors and others do not.
+        SourceError: nothing is there, or a file cannot be read.
     """
     path = storage.to_absolute(path)
     # A path with wildcards can only be checked by expanding it.
@@ -165,31 +190,75 @@ def open_queries(path: str, contract: Contract) -> QuerySource | None:
         gallery = Gallery(path)
         contract.require(gallery.contract, "the gallery that is searched")
         return QuerySource(path, f"gallery {gallery.version}", True, gallery.version)
-    files = list_parquet_files(path)
+    listing = list_parquet_files(path)
+    files: list[QueryFile] = []
+    other: str | None = None
+    for name in listing.files:
+        file = _open_file(name, contract)
+        if file is not None:
+            files.append(file)
+        else:
+            other = other or name
+        # Either all files hold vectors, or none does.
+        if files and other:
+            raise ConfigError(
+                f"{other!r} has no column {_VECTORS}, and {files[0].path!r} has one: leave it out of the folder, or "
+                "rename its column of embeddings"
+            )
     if not files:
         return None
-    # The first file stands for all: whether there are embeddings, and from which models.
-    with _open_parquet(files[0]) as file:
+    mark = hash64(*(f"{file.path} {file.fingerprint}" for file in files))
+    return QuerySource(path, f"parquet {mark:016x}", False, files=tuple(files), notes=_describe_files(files, listing))
+
+
+def _open_file(path: str, contract: Contract) -> QueryFile | None:
+    """Read what the footer of a file says; None if it has no column of vectors. Raises an error that names the file."""
+    fingerprint = storage.get_entry(path).fingerprint
+    with _open_parquet(path) as file:
         schema = file.schema_arrow
-    if "embedding" not in schema.names:
+        metadata = file.metadata
+    column = next((name for name in VECTOR_COLUMNS if name in schema.names), None)
+    if column is None:
+        if not has_images(schema):
+            raise SourceError(
+                f"{path!r} has no column of embeddings ({_VECTORS}), and names no images; its columns are "
+                f"{', '.join(schema.names)}"
+            )
         return None
-    _check_schema(schema, contract, path)
-    entries = [storage.get_entry(file) for file in files]
-    mark = hash64(*(f"{entry.url} {entry.fingerprint}" for entry in entries))
-    return QuerySource(path, f"parquet {mark:016x}", False)
+    _check_schema(schema, column, contract, path)
+    groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return QueryFile(path, column, fingerprint, groups)
 
 
-def _check_schema(schema: pa.Schema, contract: Contract, path: str) -> None:
-    """Check the contract that a file carries, if any, and the type of its embeddings."""
+def _describe_files(files: list[QueryFile], listing: ParquetListing) -> tuple[str, ...]:
+    """Say which files are read in another way than the usual one, and which are not read."""
+    unusual = [file for file in files if file.column != VECTOR_COLUMNS[0]]
+    notes = []
+    if unusual:
+        more = f" and {len(unusual) - 1} more files" if len(unusual) > 1 else ""
+        notes.append(
+            f"{unusual[0].path!r}{more}: no column {VECTOR_COLUMNS[0]}, so its column {unusual[0].column} is taken for "
+            "the embeddings"
+        )
+    if listing.other:
+        more = f" and {listing.other_count - 1} more files" if listing.other_count > 1 else ""
+        notes.append(f"{listing.other!r}{more}: not Parquet, and not searched for")
+    return tuple(notes)
+
+
+def _check_schema(schema: pa.Schema, column: str, contract: Contract, path: str) -> None:
+    """Check the contract that a file carries, if any, and the type of its vectors."""
     encoded = (schema.metadata or {}).get(CONTRACT_PROPERTY.encode())
     if encoded is not None:
         try:
             contract.require(Contract.from_json(encoded.decode()), "the gallery that is searched")
         except ContractError as error:
             raise ContractError(f"{path}: {error}") from error
-    kind = schema.field("embedding").type
+    kind = schema.field(column).type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise ConfigError(f"{path}: the column embedding is {kind}, not a list of {EMBEDDING_DIM} numbers")
+        raise ConfigError(f"{path}: the column {column} is {kind}, not a list of {EMBEDDING_DIM} numbers")
+    if not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise ConfigError(f"{path}: the column {column} is a list of {kind.value_type}, not of numbers")
     if pa.types.is_fixed_size_list(kind) and kind.list_size != EMBEDDING_DIM:
         raise ConfigError(f"{path}: embeddings have {kind.list_size} dimensions, the gallery's have {EMBEDDING_DIM}")
 
@@ -204,21 +273,42 @@ def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def read_block(block: QueryBlock) -> Iterator[Queries]:
-    """Read the queries of a block, some thousands at a time."""
+    """Read the queries of a block, some thousands at a time.
+
+    Raises:
+        SourceError: a file cannot be read, or has changed since the search was planned.
+    """
     for piece in block.pieces:
         with _open_parquet(piece.path) as file:
+            _require_unchanged(piece)
             groups = None if piece.group is None else [piece.group]
-            columns = [name for name in ("embedding", *_NAME_COLUMNS) if name in file.schema_arrow.names]
+            names = [name for name in _NAME_COLUMNS if name in file.schema_arrow.names]
+            names = [name for name in names if _is_name(file.schema_arrow.field(name).type)]
             first = piece.first
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[piece.column, *names]):
                 if piece.group is None:  # a gallery's file: rows without a face are not queries
                     batch = batch.filter(batch["face_id"].is_valid())
                 if batch.num_rows:
-                    yield _to_queries(batch, first)
+                    yield _to_queries(batch, piece.column, first)
                 first += batch.num_rows
 
 
-def _to_queries(batch: pa.RecordBatch, first: int) -> Queries:
+def _require_unchanged(piece: QueryPiece) -> None:
+    """Require that a file is the one that was planned: another one may have other rows under the same numbers."""
+    if piece.fingerprint and storage.get_entry(piece.path).fingerprint != piece.fingerprint:
+        raise SourceError(
+            f"{piece.path!r} has changed since the search began: run the same command again, which searches for all of "
+            "its queries"
+        )
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    """Tell whether a column of a type can name queries."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
+
+
+def _to_queries(batch: pa.RecordBatch, column: str, first: int) -> Queries:
     """Convert a batch; `first` is the number of its first row, which names queries without a name."""
     columns = batch.schema.names
     rows = batch.num_rows
@@ -228,8 +318,8 @@ def _to_queries(batch: pa.RecordBatch, first: int) -> Queries:
     has_face_ids = "face_id" in columns and pa.types.is_integer(batch.schema.field("face_id").type)
     own = np.full(rows, -1, np.int64)
     if has_face_ids:
-        own = batch["face_id"].fill_null(-1).to_numpy(zero_copy_only=False)
-    vectors, status = read_query_vectors(batch["embedding"])
+        own = batch["face_id"].cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    vectors, status = read_query_vectors(batch[column])
     return Queries(
         names=pc.coalesce(batch[name_column].cast(pa.string()), numbers) if name_column else numbers,
         uris=batch["uri"].cast(pa.string()) if "uri" in columns else pa.nulls(rows, pa.string()),

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
-from facepipe.sources.extensions import is_foreign_url, is_web_url
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_foreign_url, is_web_url
 from facepipe.sources.hugging_face import list_image_columns, read_class_names
 from facepipe.sources.identity import Identify, IdentityRule, make_identity_rule, read_partitions
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
@@ -307,27 +307,59 @@ def walk_parquet_files(path: str, on_error: Callable[[OSError], object] = raise_
         yield path
 
 
-def list_parquet_files(path: str) -> list[str]:
-    """List the .parquet files at a path or below a folder, sorted; empty if the first file is of another kind.
+@dataclass(frozen=True)
+class ParquetListing:
+    """The Parquet files at a path or below a folder.
 
-    A folder or prefix of images is not walked: the kind of its first file decides.
+    Attributes:
+        files: Paths or URLs, sorted; empty if an image comes first.
+        other: The first file among them that is not Parquet; None if there is none.
+        other_count: Number of such files.
+    """
+
+    files: tuple[str, ...]
+    other: str | None = None
+    other_count: int = 0
+
+
+def list_parquet_files(path: str) -> ParquetListing:
+    """List the Parquet files at a path or below a folder.
+
+    A folder or prefix of images is not walked: whether an image or a Parquet file comes first decides. Files whose
+    names begin with a dot or an underscore are marks of writers and do not count.
     """
     files = []
+    other: str | None = None
+    other_count = 0
     for name in _walk_files(path):
-        if not name.endswith((".parquet", ".pq")):
-            break
-        files.append(name)
-    return sorted(files)
+        if name.endswith((".parquet", ".pq")):
+            files.append(name)
+            continue
+        if not files and get_extension(name) in (*IMAGE_EXTENSIONS, "tar"):
+            return ParquetListing(())
+        other = other or name
+        other_count += 1
+    return ParquetListing(tuple(sorted(files)), other, other_count)
 
 
 def _walk_files(path: str) -> Iterator[str]:
     if is_remote(path):
-        yield from (entry.url for entry in list_prefix(path))
+        start = len(path.rstrip("/")) + 1
+        for entry in list_prefix(path):
+            if not _is_mark(entry.url[start:]):
+                yield entry.url
     elif os.path.isfile(path):
         yield path
     else:
-        for folder, _, names in os.walk(path, onerror=raise_listing_error):
-            yield from (os.path.join(folder, name) for name in names if not name.startswith((".", "_")))
+        # Sorted, because the first file decides.
+        for folder, folders, names in os.walk(path, onerror=raise_listing_error):
+            folders[:] = sorted(name for name in folders if not _is_mark(name))
+            yield from (os.path.join(folder, name) for name in sorted(names) if not _is_mark(name))
+
+
+def _is_mark(name: str) -> bool:
+    """Tell whether a name, or a folder in it, begins with a dot or an underscore, as in `_temporary/0.parquet`."""
+    return name.startswith((".", "_")) or "/." in name or "/_" in name
 
 
 def find_bytes_column(schema: pa.Schema) -> str | None:
@@ -344,6 +376,12 @@ def find_bytes_column(schema: pa.Schema) -> str | None:
         if _holds_bytes(field.type) and pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0
     ]
     return next(iter([*usual, *declared, *(structs if len(structs) == 1 else [])]), None)
+
+
+def has_images(schema: pa.Schema) -> bool:
+    """Tell whether a file's columns hold or name images."""
+    bytes_column = find_bytes_column(schema)
+    return bytes_column is not None or find_name_column(schema, bytes_column) is not None
 
 
 def find_name_column(schema: pa.Schema, bytes_column: str | None) -> str | None:

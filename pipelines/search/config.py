@@ -60,6 +60,7 @@ class SearchSummary:
         rescore: Candidates re-scored per query.
         recall_at_10: Measured recall of the setting; None if it was not measured.
         threshold: Maximum distance of a match.
+        notes: What a user may want to know of how the queries were read.
         seconds: Wall clock.
         out: Path of the results.
     """
@@ -78,6 +79,7 @@ class SearchSummary:
     rescore: int = 0
     recall_at_10: float | None = None
     threshold: float | None = None
+    notes: tuple[str, ...] = ()
     seconds: float = 0.0
     out: str = ""
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -11,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from facepipe.errors import ConfigError, StorageError
+from facepipe.gallery import Gallery
 from facepipe.gallery.table import FOLDERS
 from facepipe.index.answers import ANSWERS, SearchCounts, SearchOptions, answer_queries
 from facepipe.index.queries import QueryBlock, QuerySource, read_block
 from facepipe.index.search import Index
+from facepipe.sources.parquet import list_parquet_files
 from facepipe.storage import (
     describe_error,
     file_exists,
@@ -104,6 +107,36 @@ def check_output(out: str) -> None:
     for path in replaced:
         if not _is_output(path):
             raise ConfigError(f"{path!r} exists and is not the output of a search: choose another name")
+
+
+def check_place(out: str, queries: str, gallery: str) -> None:
+    """Refuse an output among the queries, or among the files of a gallery.
+
+    Args:
+        out: path of the output.
+        queries: path or URL of the queries.
+        gallery: path or URL of the gallery that is searched.
+
+    Raises:
+        ConfigError: the output would lie there.
+    """
+    # Parts of the answers would be read as queries.
+    places = [queries] if os.path.isdir(queries) and list_parquet_files(queries).files else []
+    # Reports hold what a user asked for. All else in a gallery is facepipe's own.
+    folders = [name for name in FOLDERS if name != "reports"]
+    places += [join(path, name) for path in (gallery, queries) for name in folders if Gallery.exists(path)]
+    real_out = os.path.realpath(out)
+    for place in places:
+        if not is_remote(place) and f"{real_out}/".startswith(f"{os.path.realpath(place)}/"):
+            raise ConfigError(f"the output {out!r} lies in {place!r}, which this search reads: choose another place")
+
+
+def remove_unused_folder(work: str) -> None:
+    """Remove the folder of the parts if nothing was put into it."""
+    with suppress(OSError):
+        if os.listdir(work) == [_MARKER]:
+            os.unlink(os.path.join(work, _MARKER))
+            os.rmdir(work)
 
 
 def _is_output(path: str) -> bool:

@@ -22,11 +22,13 @@ from pipelines.search.parts import (
     SearchJob,
     SearchTask,
     check_output,
+    check_place,
     deliver,
     find_unfinished,
     get_queries_folder,
     make_folder,
     prepare_folder,
+    remove_unused_folder,
     search_block,
 )
 
@@ -44,7 +46,7 @@ def run(
     Args:
         config: settings.
         gallery: path or URL.
-        queries: images, a gallery, or Parquet files with an `embedding` column.
+        queries: images, a gallery, or Parquet files with a column `embedding` or `vector`.
         out: path of a .parquet file, or of a folder of parts.
         on_progress: is called after each block.
 
@@ -57,13 +59,19 @@ def run(
     # Refuse what cannot be replaced, and a missing index, before any query is read.
     check_output(out)
     manifests.load(table.path)  # raises before any image is read
+    source = open_queries(queries, table.contract)
+    check_place(out, queries, table.path)
     work = out.rstrip("/") + ".partial"
     summary = SearchSummary(out=out, threshold=config.search.threshold)
     make_folder(work)
-    source = open_queries(queries, table.contract)
-    if source is None:
-        source = _embed_queries(config, table.contract, queries, work, summary)
-    _search_blocks(config, table, source, work, summary, began=began, on_progress=on_progress)
+    try:
+        if source is None:
+            source = _embed_queries(config, table.contract, queries, work, summary)
+        summary.notes = source.notes
+        _search_blocks(config, table, source, work, summary, began=began, on_progress=on_progress)
+    except BaseException:
+        remove_unused_folder(work)
+        raise
     deliver(work, out, summary.blocks)
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
