@@ -8,6 +8,7 @@ from stat import S_ISREG
 from facepipe.sources.expand import Expander, FolderExpander
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.item import WorkItem, make_broken_item
+from facepipe.sources.selection import EXCLUDED
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
 
 # Entries that are sorted at a time.
@@ -123,6 +124,8 @@ class FolderSource:
                             continue
                         elif reason := self._selection.reject_folder(name, path):
                             self._passed_over.add(reason, name)
+                            if reason == EXCLUDED:
+                                self._passed_over.note_folder(f"{path}/x.jpg")
                         else:
                             entry_links = links + 1 if entry.is_symlink() else links
                             yield self._list_folder(entry.path, path, (*parents, folder_id), entry_links)

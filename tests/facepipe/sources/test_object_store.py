@@ -76,3 +76,35 @@ def test_what_is_not_there_is_said(bucket: Any, fakes: dict[str, Any], tmp_path:
     (tmp_path / "l.csv").write_text("uri\ns3://faces/gone.jpg\n")
     summary = embed(tmp_path / "l.csv", tmp_path / "g2", fakes)
     assert summary.statuses == {"read_error": 1}
+
+
+def test_labels_and_photos_of_a_prefix_are_those_of_a_folder(bucket: Any, tmp_path: Path) -> None:
+    trees = {
+        "people": ["Ann/1.jpg", "Bob/1.jpg", "@eaDir/1.jpg", "Ann/.thumbnails/1.jpg", "notes.txt"],
+        "splits": ["train/1.jpg", "test/1.jpg", "#recycle/1.jpg"],
+        "shards": ["00000/1.jpg", "00001/1.jpg"],
+    }
+    for tree, names in trees.items():
+        for name in names:
+            path = tmp_path / tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+            bucket.put_object(Bucket="faces", Key=f"{tree}/{name}", Body=b"x")
+        for patterns in ({}, {"include": "Ann"}, {"exclude": ("A*", "train")}):
+            found = []
+            for uri in (f"s3://faces/{tree}", str(tmp_path / tree)):
+                source = open_source(SourceConfig(uri, **patterns))  # type: ignore[arg-type]
+                found.append([(item.uri.removeprefix(f"{uri}/"), item.identity) for item in source])
+                found[-1] += [("note", note) for note in source.notes if note.startswith("no image got")]
+            assert sorted(found[0]) == sorted(found[1])
+
+
+def test_partitions_of_a_prefix_are_columns(bucket: Any) -> None:
+    for name in ("ann", "b%20ob"):
+        out = io.BytesIO()
+        pq.write_table(pa.table({"bytes": [b"x"]}), out)
+        bucket.put_object(Bucket="faces", Key=f"set/identity={name}/p.parquet", Body=out.getvalue())
+    found = list(open_source(SourceConfig("s3://faces/set", kind="parquet")))
+    assert [item.identity for item in found] == ["ann", "b ob"]
+    with pytest.raises(SourceError, match=r"--set source\.kind=parquet"):
+        embed("s3://faces/set", "/nowhere", {})
