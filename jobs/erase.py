@@ -36,6 +36,12 @@ def erase(
     may_return: Annotated[
         bool, typer.Option("--may-return", help="Permission for a later embed to add the images again.")
     ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="No waiting for jobs that have to delete the rest.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Completion of erasures that are recorded, instead of a new one.")
+    ] = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -47,6 +53,9 @@ def erase(
     skips them, unless --may-return is set. The receipt contains no names; `facepipe verify GALLERY --erased RECEIPT`
     looks for what may be left.
 
+    If a job is running, the erasure is recorded, and no reader returns the images from then on. The job deletes them
+    while it goes on.
+
     For example:
 
         facepipe erase gallery/ --identity "Jane Doe" --dry-run
@@ -56,8 +65,10 @@ def erase(
     with exit_on_error("the next erase, or the nightly job, finishes what this one began"):
         from facepipe.erasure.foreign import describe_foreign
         from facepipe.erasure.selection import Selection, read_ids
-        from pipelines.erase import run
+        from facepipe.errors import ConfigError
+        from pipelines import erase as erase_pipeline
 
+        on_progress = make_line_printer("erase", quiet=quiet)
         # All conditions that are given must hold; an empty selection is refused before anything is done.
         selection = Selection(
             images=tuple(image or ()),
@@ -68,11 +79,23 @@ def erase(
             ids=read_ids(ids) if ids else (),
             missing=missing,
         )
-        on_progress = make_line_printer("erase", quiet=quiet)
-        summary = run(selection, gallery, dry_run=dry_run, may_return=may_return, progress=on_progress)
+        if resume:
+            if selection.list_conditions() or dry_run:
+                raise ConfigError("--resume completes what is recorded: give it without conditions and --dry-run")
+            summary = erase_pipeline.resume(gallery, wait=not no_wait, progress=on_progress)
+        else:
+            summary = erase_pipeline.run(
+                selection, gallery, dry_run=dry_run, may_return=may_return, wait=not no_wait, progress=on_progress
+            )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
         if summary.foreign:
             fail(describe_foreign(summary.foreign), ExitCode.FAILED)
+        if summary.left_foreign:
+            fail(
+                f"the images are erased, but {summary.left_foreign} files that facepipe did not write still hold "
+                "erased data: `facepipe verify GALLERY --erased RECEIPT` names them",
+                ExitCode.FAILED,
+            )
 
 
 def _print_summary(gallery: str, summary: Any) -> None:
@@ -82,3 +105,7 @@ def _print_summary(gallery: str, summary: Any) -> None:
     print_table(f"{title} {gallery}", ("", "count"), rows)
     for path in summary.receipts:
         print(f"receipt: {path}")
+    if not summary.complete:
+        print(
+            "not complete: no reader returns the images; a running job, the next erase or the nightly job deletes them"
+        )

@@ -11,6 +11,7 @@ import facepipe
 from facepipe.adoption.adopt import Adoption, AdoptionTally
 from facepipe.adoption.rows import regroup_by_image
 from facepipe.adoption.tables import EncodingSource, Names, open_encodings
+from facepipe.erasure.takeup import RequestTaker
 from facepipe.errors import ConfigError, SourceError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
@@ -158,17 +159,18 @@ def _run_locked(
         erased_contents=suppressed.read_contents(gallery.path),
     )
     try:
-        for number, table in enumerate(regroup_by_image(source.batches())):
-            # A batch holds whole images, and is written as one part and committed at once.
-            rows, items = adoption.adopt_table(table)
-            record = PartRecord(number)
-            if rows.num_rows:
-                adoption.tally.add_norms(rows["embedding_norm"].to_numpy())
-                write_part(add_shared_columns(rows, name), items, gallery.faces_folder, summary.run, record)
-            summary.update(adoption.tally)
-            summary.seconds = round(time.monotonic() - began, 3)
-            commit([record], _collect_figures(summary))
-            progress(summary)
+        with RequestTaker(commit, lease) as taker:
+            for number, table in enumerate(taker.follow(regroup_by_image(source.batches()))):
+                # A batch holds whole images, and is written as one part and committed at once.
+                rows, items = adoption.adopt_table(table)
+                record = PartRecord(number)
+                if rows.num_rows:
+                    adoption.tally.add_norms(rows["embedding_norm"].to_numpy())
+                    write_part(add_shared_columns(rows, name), items, gallery.faces_folder, summary.run, record)
+                summary.update(adoption.tally)
+                summary.seconds = round(time.monotonic() - began, 3)
+                commit([record], _collect_figures(summary))
+                progress(summary)
     finally:
         adoption.close()
     summary.version = Gallery(gallery.path).version

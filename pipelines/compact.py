@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from facepipe.erasure.takeup import RequestTaker
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, plan_compaction
@@ -81,7 +82,9 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
         table = Gallery(gallery)
         groups = plan_compaction(table, config, everything)
         # Join first and delete after the commit: files that were joined just now are kept for their readers.
-        fewer = compact_files(table, groups, commit)
+        with RequestTaker(commit, lease) as taker:
+            taker.start()
+            fewer = compact_files(table, groups, commit)
         lease.check()
         compacted = Gallery(gallery)
         deleted = delete_unreferenced(compacted, config.keep_hours * _SECONDS_PER_HOUR)

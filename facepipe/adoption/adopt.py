@@ -96,7 +96,7 @@ class Adoption:
         # Per image: the hash of its fingerprint, and its state.
         self._known = HashTable(width=2)
         try:
-            for batch in gallery.batches(["uri", "fingerprint", "face_index"], rows=_ROWS):
+            for batch in gallery.batches(["uri", "fingerprint", "face_index"], rows=_ROWS, with_hidden=True):
                 # One row per image is enough: all its rows have the same fingerprint.
                 self._add_known(batch.filter(pc.fill_null(pc.equal(batch["face_index"], 0), True)))
         except BaseException:

@@ -1,111 +1,277 @@
-"""An erasure that has begun, kept until it is complete, so that a crash cannot stop it.
+"""An erasure that is recorded, kept until it is complete, so that neither a crash nor a running job can stop it.
 
-Two files: what is to be erased, written once, and the receipt so far, rewritten after every step.
+`ID.pending` says what is to be erased, and by which conditions it was selected. Three files of progress say what has
+been done to the rows, the index and the reports. Each is written only by the holder of the lease of that part, so
+that several runs can work on one erasure. `ID.indexed` lists faces that only the index holds.
 """
 
+import fcntl
 import io
 import json
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from facepipe import storage
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.selection import SelectedImages
-from facepipe.errors import GalleryError
+from facepipe.erasure.selection import SelectedImages, Selection
+from facepipe.errors import StorageError
+from facepipe.gallery import hidden
+from facepipe.gallery.hidden import INDEXED, PENDING, make_damage_error, parse_pending, select_values
 from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
+from facepipe.storage import conditional
 from facepipe.storage.atomic import UNFINISHED
+from facepipe.types import Int64
 
-# Ids of erasures. They become names of files, and may come from a file that anybody wrote.
-_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
-_UNFINISHED_FILE = re.compile(rf"{_ID.pattern}\.[a-z]+{re.escape(UNFINISHED)}")
-_PENDING = ".pending"
+# Parts of an erasure, each under the lease of one folder.
+ROWS = "rows"
+INDEX = "index"
+REPORTS = "reports"
+PARTS = (ROWS, INDEX, REPORTS)
+
 _PROGRESS = ".state"
+_GUARD = ".guard"
+# What a process leaves that is killed while it writes a file of an erasure.
+_UNFINISHED_FILE = re.compile(rf"(\d{{8}}T\d{{6}}-[0-9a-f]{{6}})\.[a-z.]+{re.escape(UNFINISHED)}")
+# What each part writes into the receipt.
+_FIELDS = {
+    ROWS: ("version_before", "version_after", "files_before", "files_after", "files_deleted", "log_files_deleted"),
+    INDEX: ("vectors", "index_before", "index_after"),
+    REPORTS: ("reports", "foreign"),
+}
 # The arrays of SelectedImages, by the type they have there.
 _TYPES = {
-    "uris": pa.string(),
+    hidden.URIS: pa.string(),
     "contents": pa.string(),
     "names": pa.string(),
-    "faces": pa.int64(),
+    hidden.FACES: pa.int64(),
     "marks": pa.uint64(),
 }
 _ROWS = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
 
-def write_pending(gallery: str, receipt: Receipt, selected: SelectedImages) -> None:
-    """Write down what is to be erased. The file holds names, so it is deleted when the erasure is complete."""
+@dataclass
+class PendingErasure:
+    """An erasure that is not complete.
+
+    Attributes:
+        receipt: the receipt so far.
+        selected: the images.
+        selection: the conditions; None if an older facepipe began the erasure.
+        requested: when it was recorded.
+        indexed: ids that only the index holds: faces of earlier contents of the images.
+        done: the parts that are done.
+    """
+
+    receipt: Receipt
+    selected: SelectedImages
+    selection: Selection | None = None
+    requested: datetime | None = None
+    indexed: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        """The id of the erasure and of its receipt."""
+        return self.receipt.id
+
+
+def write_pending(gallery: str, erasure: PendingErasure) -> None:
+    """Write down what is to be erased, and have readers leave it out.
+
+    The file holds names, so it is deleted when the erasure is complete. Once it is written, only the holder of the
+    gallery's lease writes it again.
+    """
     # All values go into one table as texts; the kind tells the arrays apart.
+    selected = erasure.selected
     parts = []
     for name in _TYPES:
         values = getattr(selected, name).cast(pa.string())
         parts.append(pa.table([pa.repeat(name, len(values)), values], schema=_ROWS))
-    head = {"receipt": receipt.to_dict(), "version": selected.version, "rows": selected.rows}
+    head: dict[str, Any] = {
+        "receipt": replace(erasure.receipt, hashes={}).to_dict(),
+        "version": selected.version,
+        "rows": selected.rows,
+    }
+    if erasure.selection is not None and erasure.requested is not None:
+        head["selection"] = asdict(erasure.selection)
+        head["requested"] = erasure.requested.isoformat()
     sink = io.BytesIO()
     # The receipt so far, and the version of the table, go into the file's metadata.
     pq.write_table(pa.concat_tables(parts).replace_schema_metadata({"erasure": json.dumps(head)}), sink)
-    write_erased_file(gallery, receipt.id + _PENDING, sink.getvalue())
+    with _hold_guard(gallery):
+        write_erased_file(gallery, erasure.id + PENDING, sink.getvalue())
+    hidden.add_request(gallery, erasure.id)
 
 
-def save_progress(gallery: str, receipt: Receipt) -> None:
-    """Save the receipt so far: a crash must not lose which files held erased data."""
-    progress = replace(receipt, hashes={})  # `write_pending` has written them
-    write_erased_file(gallery, receipt.id + _PROGRESS, json.dumps(progress.to_dict()).encode())
+def write_indexed(gallery: str, erasure: PendingErasure, faces: Int64) -> None:
+    """Add faces that only the index holds, and have readers leave them out."""
+    erasure.indexed = np.union1d(erasure.indexed, faces)
+    write_erased_file(gallery, erasure.id + INDEXED, erasure.indexed.astype("<i8").tobytes())
+    hidden.add_request(gallery, erasure.id)
 
 
-def read_unfinished(gallery: str) -> list[tuple[Receipt, SelectedImages]]:
-    """Read the erasures that began and are not complete, oldest first.
+def save_progress(gallery: str, receipt: Receipt, part: str, *, is_done: bool = False) -> None:
+    """Save what a part has done: a crash must not lose which files held erased data.
+
+    The caller holds the lease of the part.
+    """
+    progress = {"done": is_done, "receipt": {name: getattr(receipt, name) for name in _FIELDS[part]}}
+    write_erased_file(gallery, f"{receipt.id}.{part}{_PROGRESS}", json.dumps(progress).encode())
+
+
+def update_progress(gallery: str, erasure: PendingErasure) -> bool:
+    """Read what other runs have done to an erasure meanwhile.
+
+    Returns:
+        False if it is complete: another run has finished it.
+    """
+    names = _list_names(gallery)
+    if erasure.id + PENDING not in names:
+        return False
+    for part in PARTS:
+        if f"{erasure.id}.{part}{_PROGRESS}" in names:
+            _add_progress(gallery, erasure, part)
+    indexed = conditional.read_tagged(_get_path(gallery, erasure.id + INDEXED))
+    if indexed is not None:
+        erasure.indexed = np.frombuffer(indexed[0], "<i8").astype(np.int64)
+    return True
+
+
+def _add_progress(gallery: str, erasure: PendingErasure, part: str) -> None:
+    content = conditional.read_tagged(_get_path(gallery, f"{erasure.id}.{part}{_PROGRESS}"))
+    if content is None:
+        return  # completed by another run just now
+    try:
+        progress = json.loads(content[0])
+        values = {name: progress["receipt"][name] for name in _FIELDS[part]}
+        # Validation finds values of another type.
+        checked = TypeAdapter(Receipt).validate_python(erasure.receipt.to_dict() | values)
+    except (ValueError, TypeError, KeyError):
+        return  # damaged: the steps it tells of are simply repeated
+    for name in _FIELDS[part]:
+        setattr(erasure.receipt, name, getattr(checked, name))
+    if progress["done"]:
+        erasure.done.add(part)
+
+
+def read_unfinished(gallery: str) -> list[PendingErasure]:
+    """Read the erasures that are recorded and not complete, oldest first.
 
     Raises:
         GalleryError: a file is damaged.
     """
-    files = storage.list_files(get_erased_folder(gallery))
-    paths = sorted(file.url for file in files if file.url.endswith(_PENDING))
-    return [_read_pending(path) for path in paths]
+    names = sorted(name for name in _list_names(gallery) if name.endswith(PENDING))
+    erasures = (_read_pending(gallery, name) for name in names)
+    return [erasure for erasure in erasures if erasure is not None]
 
 
-def _read_pending(path: str) -> tuple[Receipt, SelectedImages]:
+def read_erasure(gallery: str, request: str) -> PendingErasure | None:
+    """Read one erasure; None if it is complete."""
+    if request + PENDING not in _list_names(gallery):
+        return None
+    return _read_pending(gallery, request + PENDING)
+
+
+def _read_pending(gallery: str, name: str) -> PendingErasure | None:
+    path = _get_path(gallery, name)
+    content = conditional.read_tagged(path)
+    if content is None:
+        return None  # completed by another run just now
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(path.encode())))
+        table = parse_pending(content[0], path)
         # Give each array its type again.
         head = json.loads(table.schema.metadata[b"erasure"])
-        values = {
-            name: table.filter(pc.equal(table["kind"], name))["value"].combine_chunks().cast(kind)
-            for name, kind in _TYPES.items()
-        }
+        values = {kind: select_values(table, kind).cast(type_) for kind, type_ in _TYPES.items()}
         selected = SelectedImages(version=head["version"], rows=head["rows"], **values)
-        receipt = TypeAdapter(Receipt).validate_python(head["receipt"])
-        return _read_progress(path.removesuffix(_PENDING) + _PROGRESS, receipt), selected
+        erasure = PendingErasure(TypeAdapter(Receipt).validate_python(head["receipt"]), selected)
+        # The id becomes the name of files, and anybody may have written this one.
+        if erasure.id != name.removesuffix(PENDING):
+            raise ValueError("an id that is not the file's")
+        if head.get("selection") is not None:
+            erasure.selection = Selection.from_dict(head["selection"])
+            erasure.requested = datetime.fromisoformat(head["requested"])
+        _add_old_progress(gallery, erasure)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise GalleryError(
-            f"{path!r}, which lists what an unfinished erasure deletes, is damaged: delete it, and erase again"
-        ) from error
+        raise make_damage_error(path) from error
+    return erasure if update_progress(gallery, erasure) else None
 
 
-def _read_progress(path: str, first_receipt: Receipt) -> Receipt:
-    """Read the receipt so far; the first one if no step was completed or the file is damaged."""
-    if not any(file.url == path for file in storage.list_files(path.rpartition("/")[0])):
-        return first_receipt
+def _add_old_progress(gallery: str, erasure: PendingErasure) -> None:
+    """Read the one file of progress that an older facepipe wrote."""
+    name = erasure.id + _PROGRESS
+    if name not in _list_names(gallery):
+        return
     try:
-        receipt = TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
+        receipt = TypeAdapter(Receipt).validate_json(storage.read(_get_path(gallery, name).encode()))
     except ValidationError:  # the steps it tells of are simply repeated
-        return first_receipt
-    # The progress was saved without the hashes, which the first receipt has.
-    return replace(receipt, hashes=first_receipt.hashes)
+        return
+    erasure.receipt = replace(receipt, hashes={})
+
+
+def restore_list(gallery: str) -> None:
+    """Have readers look at all pending files.
+
+    The list of them lacks one if a crash came in between, if an older facepipe wrote it, or if the list was deleted.
+    """
+    listed = hidden.list_requests(gallery)
+    for name in sorted(_list_names(gallery)):
+        if name.endswith(PENDING) and name.removesuffix(PENDING) not in listed:
+            hidden.add_request(gallery, name.removesuffix(PENDING))
+
+
+def is_pending(gallery: str, request: str) -> bool:
+    """Tell whether an erasure is recorded and not complete."""
+    return request + PENDING in _list_names(gallery)
 
 
 def delete_pending(gallery: str, receipt: Receipt) -> None:
     """Delete the files of an erasure that is complete."""
-    base = storage.join(get_erased_folder(gallery), receipt.id)
-    # The names go first. Without them the rest says nothing, and after a crash no erasure seems complete that is not.
-    for path in (base + _PENDING, base + _PROGRESS):
-        storage.delete(path)
-    # Files that a run was writing when it was killed may hold names too.
-    for name in list(storage.list_names(get_erased_folder(gallery))):
-        if _UNFINISHED_FILE.fullmatch(name):
-            storage.delete(storage.join(get_erased_folder(gallery), name))
+    # Readers stop looking at the names first. Without them the rest says nothing, and after a crash no erasure seems
+    # complete that is not.
+    hidden.remove_request(gallery, receipt.id)
+    with _hold_guard(gallery):
+        storage.delete(_get_path(gallery, receipt.id + PENDING))
+        # Files that a process was writing when it was killed may hold names too. Nobody writes them any more: the first
+        # file of an erasure is written under the guard, and the others while it is pending.
+        names = _list_names(gallery)
+        for name in sorted(names):
+            is_own = name.startswith(f"{receipt.id}.") and name.endswith((_PROGRESS, INDEXED))
+            unfinished = _UNFINISHED_FILE.fullmatch(name)
+            if is_own or (unfinished and unfinished[1] + PENDING not in names):
+                storage.delete(_get_path(gallery, name))
     if not storage.is_remote(gallery):
         storage.sync_folder(get_erased_folder(gallery))
+
+
+@contextmanager
+def _hold_guard(gallery: str) -> Iterator[None]:
+    """Let only one process at a time write or clean up files of names. An object store has no unfinished files."""
+    if storage.is_remote(gallery):
+        yield
+        return
+    path = _get_path(gallery, _GUARD)
+    storage.make_parent_folder(path)
+    try:
+        with open(path, "a") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path!r}: {storage.describe_error(error)}") from error
+
+
+def _get_path(gallery: str, name: str) -> str:
+    return storage.join(get_erased_folder(gallery), name)
+
+
+def _list_names(gallery: str) -> set[str]:
+    folder = get_erased_folder(gallery).rstrip("/") + "/"
+    return {entry.url.removeprefix(folder) for entry in storage.list_files(folder.rstrip("/"))}

@@ -84,7 +84,7 @@ def check_erased(gallery: Gallery, receipt: Receipt) -> list[str]:
         *_check_reports(gallery, hashes),
     ]
     # Places may be clean by now although steps are left.
-    if any(unfinished.id == receipt.id for unfinished, _ in pending.read_unfinished(gallery.path)):
+    if pending.is_pending(gallery.path, receipt.id):
         problems.append("the erasure is not complete: run `facepipe erase` to resume it")
     return problems
 
@@ -93,7 +93,7 @@ def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
         # Count matches per column: a row may be found by one of them only.
-        for batch in gallery.batches(list(counts)):
+        for batch in gallery.batches(list(counts), with_hidden=True):
             counts["uri"] += hashes.count_matches(batch["uri"].to_pylist(), "uris")
             counts["image_id"] += hashes.count_matches(batch["image_id"].drop_null().to_pylist(), "images")
             counts["face_id"] += hashes.count_matches(map(str, batch["face_id"].drop_null().to_pylist()), "faces")

@@ -42,8 +42,10 @@ class Receipt:
         index_before: index files that held deleted vectors, likewise.
         index_after: index files that replaced them, likewise.
         reports: report files that were changed or deleted.
+        foreign: files below the reports that facepipe did not write and that hold erased data; they are still there.
         log_files_deleted: files of the table's log that were deleted.
         suppressed: whether the images are kept from being embedded again.
+        continues: id of the erasure of which this is a later part: images that a running job brought later.
         salt: salt of the hashes.
         hashes: keyed BLAKE2b-64, in hex, of the uris, image ids and face ids that were deleted.
     """
@@ -66,8 +68,10 @@ class Receipt:
     index_before: dict[str, str] = field(default_factory=dict)
     index_after: dict[str, str] = field(default_factory=dict)
     reports: list[str] = field(default_factory=list)
+    foreign: int = 0
     log_files_deleted: int = 0
     suppressed: bool = True
+    continues: str = ""
     # A salt of its own keeps receipts of two erasures from being compared.
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     hashes: dict[str, list[str]] = field(default_factory=dict)

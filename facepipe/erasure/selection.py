@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.dataset as ds
 from facepipe.arrow import to_vectors
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.table import Gallery
-from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import EMBEDDING_DIM, FACES
 from facepipe.sources.item import escape_name, make_file_uri
 from facepipe.sources.labels import list_label_forms
 from facepipe.text import escape_undecodable
@@ -52,6 +53,14 @@ class Selection:
     older_than_days: float | None = None
     ids: tuple[str, ...] = ()
     missing: bool = False
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Selection":
+        """Make a selection from what `dataclasses.asdict` returned, also if it has been JSON since."""
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**settings)
 
     def list_conditions(self) -> list[str]:
         """List the names of the conditions that are set. Their values may be personal data."""
@@ -103,6 +112,11 @@ class Selection:
             yield ds.field("missing_since").is_valid()
         if self.uri is not None:
             yield pc.match_substring_regex(ds.field("uri"), f"(?s)^{translate_glob(_escape_glob(self.uri))}$")
+
+
+def read_time() -> datetime:
+    """Read the time from which ages are counted."""
+    return datetime.now(UTC)
 
 
 def translate_glob(pattern: str) -> str:
@@ -233,7 +247,7 @@ class SelectedImages:
 
 
 def select_images(gallery: Gallery, selection: Selection, now: datetime | None = None) -> SelectedImages:
-    """Find the images that a selection means, and all their rows.
+    """Find the images that a selection means, and all their rows. Images that are being erased already are left out.
 
     Memory grows with what is selected, not with the gallery.
 
@@ -246,23 +260,81 @@ def select_images(gallery: Gallery, selection: Selection, now: datetime | None =
         ConfigError: the selection is empty or invalid.
         StorageError: the table cannot be read.
     """
+    condition = selection.build_filter(now or read_time(), has_exact_text=gallery.has_exact_text)
+    return _map_errors(gallery, lambda: _select_images(gallery, condition, is_personal=selection.is_personal))
+
+
+def select_again(
+    gallery: Gallery, selection: Selection | None, now: datetime | None, old: SelectedImages
+) -> SelectedImages:
+    """Find the images of a recorded erasure in a newer version of the table.
+
+    Args:
+        gallery: the gallery.
+        selection: the conditions; None if they are not known.
+        now: the time from which ages are counted: when the erasure was recorded.
+        old: what was selected before. Nothing of it is left out, even if the table no longer holds it.
+    """
+    condition = ds.field("uri").isin(old.uris) | ds.field("image_id").isin(old.contents)
+    if selection is not None:
+        condition |= selection.build_filter(now or read_time(), has_exact_text=gallery.has_exact_text)
+    is_personal = selection is not None and selection.is_personal
+    new = _map_errors(gallery, lambda: _select_images(gallery, condition, is_personal=is_personal, with_hidden=True))
+    return unite_images(old, new)
+
+
+def unite_images(old: SelectedImages, new: SelectedImages) -> SelectedImages:
+    """Unite two selections of images, of which the newer one knows the table better."""
+    arrays = {
+        name: pc.unique(pa.concat_arrays([getattr(old, name), getattr(new, name)]))
+        for name in ("uris", "contents", "faces", "names", "marks")
+    }
+    return SelectedImages(version=new.version, rows=max(old.rows, new.rows), **arrays)
+
+
+def select_rows(rows: pa.Table, *, is_personal: bool) -> SelectedImages:
+    """Describe images by rows that are not in the table and will not be.
+
+    Args:
+        rows: all rows of the images, with the columns face_id, image_id, uri, identity and embedding.
+        is_personal: whether exact copies are meant as well.
+    """
+
+    def collect(column: str) -> pa.Array:
+        return pc.unique(rows[column].combine_chunks()).drop_null()
+
+    vectors = to_vectors(rows["embedding"].drop_null(), EMBEDDING_DIM)
+    return SelectedImages(
+        version=-1,
+        uris=collect("uri"),
+        contents=collect("image_id") if is_personal else pa.array([], pa.string()),
+        faces=collect("face_id"),
+        names=collect("identity"),
+        marks=pa.array(np.unique(compute_marks(vectors))),
+        rows=0,
+    )
+
+
+def _map_errors(gallery: Gallery, select: Callable[[], SelectedImages]) -> SelectedImages:
     try:
-        condition = selection.build_filter(now or datetime.now(UTC), has_exact_text=gallery.has_exact_text)
-        return _select_images(gallery, condition, selection.is_personal)
+        return select()
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read the table of {gallery.path!r}: {str(error).splitlines()[0]}") from error
 
 
-def _select_images(gallery: Gallery, condition: ds.Expression, is_personal: bool) -> SelectedImages:
-    uris = _collect_unique(gallery.batches(["uri"], condition, rows=_BATCH_ROWS), "uri", pa.string())
+def _select_images(
+    gallery: Gallery, condition: ds.Expression, *, is_personal: bool, with_hidden: bool = False
+) -> SelectedImages:
+    def read(column: str, where: ds.Expression) -> pa.Array:
+        batches = gallery.batches([column], where, rows=_BATCH_ROWS, with_hidden=with_hidden)
+        return _collect_unique(batches, column, FACES.field(column).type)
+
+    uris = read("uri", condition)
     contents = pa.array([], pa.string())
     # Add exact copies under other names.
     if is_personal and len(uris):
-        has_uri = ds.field("uri").isin(uris)
-        batches = gallery.batches(["image_id"], has_uri, rows=_BATCH_ROWS)
-        contents = _collect_unique(batches, "image_id", pa.string()).drop_null()
-        has_content = ds.field("image_id").isin(contents)
-        copies = _collect_unique(gallery.batches(["uri"], has_content, rows=_BATCH_ROWS), "uri", pa.string())
+        contents = read("image_id", ds.field("uri").isin(uris)).drop_null()
+        copies = read("uri", ds.field("image_id").isin(contents))
         uris = pc.unique(pa.concat_arrays([uris, copies]))
     # Collect what all rows of the images hold.
     faces = [pa.array([], pa.int64())]
@@ -271,7 +343,8 @@ def _select_images(gallery: Gallery, condition: ds.Expression, is_personal: bool
     rows = 0
     if len(uris):
         columns = ["face_id", "identity", "embedding"]
-        for batch in gallery.batches(columns, ds.field("uri").isin(uris), rows=_BATCH_ROWS):
+        is_selected = ds.field("uri").isin(uris)
+        for batch in gallery.batches(columns, is_selected, rows=_BATCH_ROWS, with_hidden=with_hidden):
             rows += batch.num_rows
             faces.append(batch["face_id"].drop_null())
             names.update(name for name in batch["identity"].to_pylist() if name)

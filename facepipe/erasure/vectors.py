@@ -64,6 +64,23 @@ def hide_vectors(gallery: str, selected: SelectedImages, check_lease: Callable[[
     return removal
 
 
+def find_indexed_ids(gallery: str, selected: SelectedImages) -> Int64:
+    """Find all faces that the index holds of some images. Nothing is written, so no lease is needed.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        selected: the images.
+
+    Returns:
+        Sorted face ids, also of earlier contents of the images.
+    """
+    manifest = manifests.load(gallery)
+    store = manifests.open_index_store(gallery)
+    is_behind = manifest.table_version != selected.version
+    parts = [_find_ids(Shard(store, entry), selected, all_rows=is_behind)[0] for entry in manifest.shards]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))
+
+
 def _find_ids(shard: Shard, selected: SelectedImages, *, all_rows: bool) -> tuple[Int64, bool]:
     """Find the face ids that a shard holds of some images.
 

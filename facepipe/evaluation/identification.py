@@ -245,7 +245,11 @@ def choose_threshold(gallery: Gallery, fpir: float, recall: float | None = None)
     Raises:
         EvaluationError: if there are fewer labelled faces than the rate needs.
     """
-    return find_operating_point(search_probes(gallery, Index(gallery.path, recall)), fpir)
+    index = Index(gallery.path, recall)
+    # The gallery and its index are read several times, and all passes have to agree.
+    gallery.freeze()
+    index.freeze()
+    return find_operating_point(search_probes(gallery, index), fpir)
 
 
 def compute_identification(probes: Probes) -> Identification:

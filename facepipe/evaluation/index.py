@@ -88,6 +88,7 @@ def evaluate_index(
         EvaluationError: if the index is empty.
     """
     index = Index(gallery.path, recall)
+    index.freeze()
     if not index.live:
         raise EvaluationError(f"the index of {gallery.path!r} is empty: there is nothing to measure")
     # Recall and speed.

@@ -92,9 +92,9 @@ class PartialGallery(Gallery):
         self.__dict__.update(gallery.__dict__)
         self._chosen = None if files is None else frozenset(files)
 
-    def dataset(self, ranges: Collection[str] | None = None) -> ds.Dataset:
+    def open_all_rows(self, ranges: Collection[str] | None = None) -> ds.Dataset:
         """Open the chosen files as a pyarrow dataset."""
-        whole = super().dataset(ranges)
+        whole = super().open_all_rows(ranges)
         if self._chosen is None:
             return whole
         fragments = [fragment for fragment in whole.get_fragments() if fragment.path in self._chosen]
@@ -182,7 +182,8 @@ class TableChanges:
         is_still_there = np.zeros(len(removed), bool)
         added_files = (*self.new_files, *self.mixed_files)
         if len(removed) and added_files:
-            for batch in PartialGallery(self.gallery, added_files).batches(["face_id"], rows=_ROWS):
+            added = PartialGallery(self.gallery, added_files)
+            for batch in added.batches(["face_id"], rows=_ROWS, with_hidden=True):
                 at = find_sorted(removed, batch["face_id"].drop_null().to_numpy())
                 is_still_there[at[at >= 0]] = True
         return removed[~is_still_there]
@@ -195,12 +196,13 @@ class TableChanges:
         recent = self.mark.filter_newer(_MAX_LAG)
         parts = [np.empty(0, np.uint64)]
         # If no mixed file has such rows, the old files need not be read.
-        candidates = PartialGallery(self.gallery, self.mixed_files).dataset(["ingested_at"])
+        candidates = PartialGallery(self.gallery, self.mixed_files).open_all_rows(["ingested_at"])
         if next(iter(candidates.get_fragments(filter=recent)), None) is None:
             return parts[0]
         try:
             old_files = PartialGallery(self.old_gallery, self.removed_files)
-            parts += [_hash_keys(batch) for batch in old_files.batches(_KEY, recent, rows=_ROWS)]
+            batches = old_files.batches(_KEY, recent, rows=_ROWS, with_hidden=True)
+            parts += [_hash_keys(batch) for batch in batches]
         except (OSError, StorageError, pa.ArrowException):  # the files were vacuumed
             return None
         return np.sort(np.concatenate(parts))
@@ -241,7 +243,8 @@ def _open_old_gallery(gallery: Gallery, mark: ReadMark) -> Gallery | None:
 
 
 def _read_ids(gallery: Gallery) -> Int64:
-    parts = [batch["face_id"].drop_null().to_numpy() for batch in gallery.batches(["face_id"], rows=_ROWS)]
+    batches = gallery.batches(["face_id"], rows=_ROWS, with_hidden=True)
+    parts = [batch["face_id"].drop_null().to_numpy() for batch in batches]
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 

@@ -49,7 +49,8 @@ class KnownImages:
         self.source_count = 0
         self._other_numbers = NumberRanges()
         # Only the first row of each image is kept: its other rows repeat the same values.
-        batches = gallery.batches(_COLUMNS, rows=_ROWS) if gallery is not None else ()
+        # An image that is being erased is known: it must not be embedded beside its old rows.
+        batches = gallery.batches(_COLUMNS, rows=_ROWS, with_hidden=True) if gallery is not None else ()
         try:
             for table in _join_batches(batches):
                 self._add(table.filter(pc.fill_null(pc.equal(table["face_index"], 0), True)), source)

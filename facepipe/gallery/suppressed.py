@@ -46,6 +46,12 @@ def suppress_images(gallery: str, name: str, uris: Iterable[str], contents: Iter
         write_erased_file(gallery, name + ending, hashes.astype("<u8").tobytes())
 
 
+def release_images(gallery: str, name: str) -> None:
+    """Let the images of an erasure come back, as far as no other erasure keeps them out."""
+    for ending in (_URIS, _CONTENTS):
+        storage.delete(storage.join(get_erased_folder(gallery), name + ending))
+
+
 def read_uris(gallery: str) -> UInt64:
     """Read the sorted hashes of uris that must not come back."""
     return _read_hashes(gallery, _URIS)

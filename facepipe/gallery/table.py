@@ -22,6 +22,7 @@ from facepipe.errors import ContractError, GalleryBusyError, GalleryError, Stora
 from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
+from facepipe.gallery.hidden import HiddenWatch
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
 from facepipe.storage.aliases import find_table_path
 from facepipe.storage.capabilities import require_safe_writes
@@ -75,6 +76,8 @@ EXACT_TEXT = "nfc"
 class Gallery:
     """A gallery of face embeddings.
 
+    Images whose erasure is recorded are left out from that moment on, also by a gallery that is open already.
+
         gallery = facepipe.Gallery("G")
         ids, vectors = gallery.vectors()                    # (n,) int64, (n, 128) float32 of unit norm
         frame = gallery.to_pandas(["uri", "identity", "det_score"], where="det_score > 0.9 and identity is not null")
@@ -99,6 +102,7 @@ class Gallery:
         self.faces_folder = storage.join(self.path, "faces")
         self._has_checked_names = False
         _refuse_links_to_others(self.path)
+        self._hidden = HiddenWatch(self.path)
         try:
             self._table = open_table(self.faces_folder, version)
         except TableNotFoundError as error:
@@ -275,6 +279,19 @@ class Gallery:
             ranges: columns by which a filter may tell, from the log, that a file holds nothing for it; all by default.
                 In a table of many files they are the cost of opening it, some 40 microseconds per column and file.
         """
+        hidden = self._hidden.read()
+        dataset = self.open_all_rows(ranges)
+        return dataset.filter(hidden.visible) if hidden else dataset
+
+    def freeze(self) -> None:
+        """Leave out the same images from now on, even if an erasure is recorded meanwhile.
+
+        Work that reads the gallery several times needs this, so that its passes agree.
+        """
+        self._hidden.freeze()
+
+    def open_all_rows(self, ranges: Collection[str] | None = None) -> ds.Dataset:
+        """Open the table as a dataset with all rows, also of images that are being erased. Readers use `dataset`."""
         self._check_names()
         # The schema with which files are listed holds only columns whose ranges a filter can use.
         schema = pa.schema(self._table.schema().to_arrow(as_large_types=False))
@@ -289,7 +306,12 @@ class Gallery:
         return dataset.replace_schema(pa.unify_schemas([schema, FACES]))
 
     def batches(
-        self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None, rows: int = 8192
+        self,
+        columns: Sequence[str] | None = None,
+        where: "str | ds.Expression | None" = None,
+        rows: int = 8192,
+        *,
+        with_hidden: bool = False,
     ) -> Iterator[pa.RecordBatch]:
         """Stream rows as record batches; memory does not grow with the gallery.
 
@@ -297,14 +319,24 @@ class Gallery:
             columns: names of columns; all by default.
             where: a filter, such as `status = 'ok' and det_score > 0.9`; all rows by default.
             rows: most rows per batch.
+            with_hidden: include images whose erasure is recorded. Only what maintains the gallery needs them.
         """
         names = check_columns(columns)
         row_filter = to_filter(where)
-        for part in _split_dataset(self.dataset(_find_named_columns(row_filter)), row_filter):
+        for part in _split_dataset(self.open_all_rows(_find_named_columns(row_filter)), row_filter):
+            # Look before each part, because an erasure may be recorded during a long read.
+            part_filter = row_filter if with_hidden else self._add_hidden(row_filter)
             scanner = part.scanner(
-                columns=names, filter=row_filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
+                columns=names, filter=part_filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
             )
             yield from self._scan(scanner)
+
+    def _add_hidden(self, where: "ds.Expression | None") -> "ds.Expression | None":
+        """Make a filter leave out the images that are being erased."""
+        hidden = self._hidden.read()
+        if not hidden:
+            return where
+        return hidden.visible if where is None else where & hidden.visible
 
     def _scan(self, scanner: ds.Scanner) -> Iterator[pa.RecordBatch]:
         """Yield the batches of a scanner that hold rows, and map Arrow's errors."""

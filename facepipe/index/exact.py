@@ -16,6 +16,7 @@ _SPARE = 22  # neighbours beyond k that are re-scored, because matrix products r
 
 def read_live_blocks(index: Index, rows: int = _BLOCK_ROWS) -> Iterator[VectorBlock]:
     """Read all vectors that a search can return, from the side files; memory is that of one block."""
+    index.follow_erasures()
     for shard in index.shards:
         live = shard.find_live_rows()
         ids = shard.read_ids_by_row()

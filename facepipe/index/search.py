@@ -1,20 +1,24 @@
 """Search in a gallery's index: approximate candidates from every shard, re-scored exactly, without deleted faces."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from facepipe.deprecation import warn_renamed
 from facepipe.errors import ConfigError, IndexingError
+from facepipe.gallery.hidden import HiddenImages, HiddenWatch
 from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NO_ID, Scanner
 from facepipe.index.manifest import INDEX, Manifest
 from facepipe.index.shard import Shard, merge_indexes
+from facepipe.index.update import find_unreturned
 from facepipe.nearest.distances import Hits, compute_pair_distances, find_smallest
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
@@ -26,6 +30,7 @@ _GROWTH = 4  # of lists and candidates, for queries that need more
 # Shards are merged in memory only if their index files have at most this size.
 _MAX_MERGED_BYTES = 2 << 30
 _MIN_RADIUS_CANDIDATES = 64
+_MAX_REOPENINGS = 5
 _MIN_QUERIES_FOR_THREADS = 16  # fewer are spread over threads by faiss itself
 
 Answer = tuple[Int64, Float32]
@@ -52,6 +57,8 @@ class Index:
         hits = index.search(vectors, k=10)                 # vectors: (n, 128) float32 of unit norm
         hits.ids, hits.distances                           # (n, 10); distances are Euclidean
         answers = index.search_within(vectors, radius=0.4) # all faces within a distance
+
+    Faces of images whose erasure is recorded are not returned from that moment on, also by an index that is open.
 
     Distances are exact. Which faces are found is approximate above about 50,000 faces, with the recall that the index
     was built for, or the requested one.
@@ -96,7 +103,18 @@ class Index:
             self.shards = self._open_shards()
         self.setting = SearchSetting(*self.manifest.choose_setting(recall))
         self.live = self.manifest.live
-        self._scanner = self._open_scanner(merge and self._is_mergeable()) if self.shards else None
+        self._is_merged = merge and self._is_mergeable()
+        self._indexes = self._open_indexes() if self.shards else []
+        # What was erased since the index was written, or is being erased.
+        self._watch = HiddenWatch(gallery)
+        self._hidden: HiddenImages | None = None
+        self._excluded = np.empty(0, np.int64)
+        self._guard = threading.Lock()
+        self._compared = self.manifest
+        self._scanner = self._create_scanner()
+        self.follow_erasures()
+        if manifest is not None:
+            self._watch.freeze()  # one that is not published cannot be compared with the published one
 
     def _open_shards(self) -> list[Shard]:
         # Newest first: of an id that was tombstoned and added again, the newer label counts.
@@ -107,10 +125,75 @@ class Index:
         size = sum(shard.entry.files[INDEX].bytes for shard in self.shards)
         return len(self.shards) > 1 and size <= _MAX_MERGED_BYTES
 
-    def _open_scanner(self, merge: bool) -> Scanner:
-        if merge:
-            return Scanner([merge_indexes(self.shards)], [np.empty(0, np.int64)])
-        return Scanner([shard.open_index() for shard in self.shards], [shard.tombstones for shard in self.shards])
+    def _open_indexes(self) -> list[Any]:
+        if self._is_merged:
+            return [merge_indexes(self.shards)]
+        return [shard.open_index() for shard in self.shards]
+
+    def _create_scanner(self) -> Scanner | None:
+        if not self._indexes:
+            return None
+        # A merged index holds no vector with a tombstone, and others are excluded like those.
+        return Scanner(
+            self._indexes, [self._excluded] if self._is_merged else [shard.tombstones for shard in self.shards]
+        )
+
+    def freeze(self) -> None:
+        """Return the same faces from now on, even if an erasure is recorded meanwhile."""
+        self.follow_erasures()
+        self._watch.freeze()
+
+    def follow_erasures(self) -> None:
+        """Stop returning what is being erased, and what was erased since the index was opened.
+
+        Every search begins with it. It costs a look at a small file if nothing has happened.
+
+        Raises:
+            StorageError: what is being erased cannot be read.
+            IndexingError: the index that replaced this one cannot be read.
+        """
+        with self._guard:
+            hidden = self._watch.read()
+            if hidden is self._hidden:
+                return
+            ids = [hidden.faces]
+            # An erasure that was complete before this look shows in what the current index returns.
+            if self._hidden is not None:
+                ids.append(self._follow_index())
+            self._exclude(np.unique(np.concatenate([self._excluded, *ids])))
+            self._hidden = hidden
+
+    def _follow_index(self) -> Int64:
+        """Open the current index if only erasures have changed it; else return what it no longer returns."""
+        for _ in range(_MAX_REOPENINGS):
+            current = manifests.load(self.gallery)
+            if current == self._compared:
+                break
+            store = manifests.open_index_store(self.gallery)
+            try:
+                if current.created != self.manifest.created:
+                    # Another index took its place. This one goes on, so that a long search has one index to its end.
+                    removed = find_unreturned(store, self.shards, current)
+                    self._compared = current
+                    return removed
+                shards = [Shard(store, entry) for entry in reversed(current.shards)]
+            except IndexingError:
+                continue  # it was replaced between the two reads
+            self.manifest = current
+            self._compared = current
+            self.shards = shards
+            self._indexes = self._open_indexes() if shards else []
+            self.live = current.live
+            self._scanner = self._create_scanner()
+        return np.empty(0, np.int64)
+
+    def _exclude(self, ids: Int64) -> None:
+        """Return some faces no more."""
+        self._excluded = ids
+        if not len(ids) or not self.shards:
+            return
+        self.live -= sum(shard.hide(ids) for shard in self.shards)
+        self._scanner = self._create_scanner()
 
     @property
     def lists(self) -> int:
@@ -136,6 +219,7 @@ class Index:
             ConfigError: k is below 1, or the queries are not unit vectors.
         """
         queries = _check_queries(queries)
+        self.follow_erasures()
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
         chosen = setting or self.setting
@@ -160,6 +244,7 @@ class Index:
             Per query (ids, distances), nearest first.
         """
         queries = _check_queries(queries)
+        self.follow_erasures()
         chosen = setting or self.setting
         parts = self._map_chunks(
             queries, lambda chunk: self._find_within(chunk, radius, max_faces, chosen), chosen.rescore
@@ -167,7 +252,8 @@ class Index:
         return [answer for part in parts for answer in part]
 
     def get_labels(self, ids: Int64) -> pa.Table:
-        """Return uri and identity of face ids (n,), in their order; null for -1."""
+        """Return uri and identity of face ids (n,), in their order; null for -1 and for faces that are erased."""
+        self.follow_erasures()
         # Stack the labels of all shards below a null row, then take them in the order of ids.
         tables = [pa.table({"uri": pa.nulls(1, pa.string()), "identity": pa.nulls(1, pa.string())})]
         table_rows = np.zeros(len(ids), np.int64)  # row 0 is the null row
@@ -176,13 +262,23 @@ class Index:
             table_rows[positions] = count + np.arange(len(positions))
             tables.append(shard.read_labels(rows))
             count += len(positions)
-        return pa.concat_tables(tables).take(pa.array(table_rows))
+        labels = pa.concat_tables(tables).take(pa.array(table_rows))
+        # The index may be behind the table, and then holds faces of earlier contents of an image under other ids.
+        is_hidden = pa.array(np.isin(ids, self._excluded))
+        if self._hidden:
+            is_hidden = pc.or_(is_hidden, pc.is_in(labels["uri"].combine_chunks(), self._hidden.uris))
+        if not pc.any(is_hidden).as_py():
+            return labels
+        columns = [pc.if_else(is_hidden, None, column.combine_chunks()) for column in labels.columns]
+        return pa.table(columns, names=labels.column_names)
 
     def get_vectors(self, ids: Int64) -> Float32:
-        """Return the vectors (n, 128) of face ids (n,); zeros for ids that the index does not hold."""
+        """Return the vectors (n, 128) of face ids (n,); zeros for ids that the index does not hold, or has erased."""
+        self.follow_erasures()
         vectors = np.zeros((len(ids), EMBEDDING_DIM), np.float32)
         for shard, (positions, rows) in zip(self.shards, self._locate(ids), strict=True):
             vectors[positions] = shard.vectors[rows]
+        vectors[np.isin(ids, self._excluded)] = 0
         return vectors
 
     def within(

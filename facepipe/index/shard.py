@@ -342,6 +342,16 @@ class Shard:
         back[order] = np.arange(len(rows))
         return pa.concat_tables(parts).take(pa.array(back))
 
+    def hide(self, ids: Int64) -> int:
+        """Return some faces no more, as if they had tombstones. Nothing is written.
+
+        Returns:
+            How many of them this shard returned before.
+        """
+        hidden = np.setdiff1d(ids[self.find_rows(ids)[0]], self.tombstones)
+        self.tombstones = np.union1d(self.tombstones, hidden)
+        return len(hidden)
+
     def find_live_rows(self) -> Bool | None:
         """Find the rows that a search can return, as a mask (n,); None if it can return all."""
         if not self.tombstones.size:

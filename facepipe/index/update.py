@@ -216,6 +216,33 @@ def read_live_ids(shards: Sequence[Shard]) -> Iterator[Int64]:
             yield ids[~np.isin(ids, shard.tombstones)] if shard.tombstones.size else ids
 
 
+def find_unreturned(store: Store, shards: Sequence[Shard], manifest: Manifest) -> Int64:
+    """Find the ids that some open shards return, and the index of a newer manifest does not.
+
+    Args:
+        store: of the index.
+        shards: open shards of an older manifest.
+        manifest: the newer one.
+    """
+    entries = {entry.name: entry for entry in manifest.shards}
+    open_names = {shard.entry.name for shard in shards}
+    replacements = [Shard(store, entry) for entry in manifest.shards if entry.name not in open_names]
+    parts = [np.empty(0, np.int64)]
+    for shard in shards:
+        entry = entries.get(shard.entry.name)
+        if entry is None:
+            # The shard was replaced: look for its ids in the new shards.
+            for ids in read_live_ids([shard]):
+                remaining = ids
+                for other in replacements:
+                    is_returned = other.find_rows(remaining)[0] & ~is_in_sorted(other.tombstones, remaining)
+                    remaining = remaining[~is_returned]
+                parts.append(remaining)
+        elif entry.tombstones != shard.entry.tombstones:
+            parts.append(Shard(store, entry).tombstones)
+    return np.unique(np.concatenate(parts))
+
+
 def _mask_tombstoned(shards: list[Shard], ids: Int64) -> Bool:
     """Mask the ids that a shard holds under a tombstone: they are restored by taking the tombstone off."""
     tombstoned = np.zeros(len(ids), bool)

@@ -27,12 +27,15 @@ from facepipe.storage.urls import is_remote, join
 
 LEASE_FILE = ".lock"
 LEASE_GUARD = ".lock.guard"
+# The purpose of an erasure's leases. Other runs wait for them, because an erasure must not make any run fail.
+ERASURE = "erasure"
 
 _DEFAULT_SECONDS = 60.0  # without a heartbeat, after which others take a lease over
 _MAX_SECONDS = 3600.0
 _HEARTBEATS = 4  # in the time of a lease
 _TRUST = 0.75  # share of that time for which a holder trusts its own lease without having renewed it
 _MAX_POLL_SECONDS = 1.0
+_MAX_ERASURE_SECONDS = 4 * 3600.0  # how long a run waits for an erasure to end
 _own_leases: set[str] = set()  # ids of the leases that this process holds
 
 OnWait = Callable[[str], None]
@@ -51,6 +54,7 @@ class Holder:
         beat: Number of the last heartbeat.
         seconds: How long the lease lives without a heartbeat.
         released: The holder has finished.
+        purpose: `ERASURE`, or empty for any other run.
     """
 
     holder: str
@@ -62,9 +66,10 @@ class Holder:
     beat: int = 0
     seconds: float = _DEFAULT_SECONDS
     released: bool = False
+    purpose: str = ""
 
     @classmethod
-    def of_this_process(cls, seconds: float) -> "Holder":
+    def of_this_process(cls, seconds: float, purpose: str = "") -> "Holder":
         """Make a holder with a new id for this process."""
         pid = os.getpid()
         return cls(
@@ -74,6 +79,7 @@ class Holder:
             pid=pid,
             began=_read_process_start(pid),
             seconds=seconds,
+            purpose=purpose,
         )
 
     def encode(self) -> bytes:
@@ -176,25 +182,28 @@ def get_lease_seconds() -> float:
 
 
 @contextmanager
-def hold_lease(folder: str, kind: str = "gallery", on_wait: OnWait = lambda line: None) -> Iterator[Lease]:
+def hold_lease(
+    folder: str, kind: str = "gallery", on_wait: OnWait = lambda line: None, *, purpose: str = ""
+) -> Iterator[Lease]:
     """Hold the lease of a folder for writing.
 
     If the folder was empty or absent, and the block fails before it puts anything into it, it is left as it was.
 
     A lease of a process of this machine that has ended is taken over at once. One of another machine is taken over if
-    no heartbeat arrives for its time.
+    no heartbeat arrives for its time. A lease that an erasure holds is waited for.
 
     Args:
         folder: the gallery, or its index, its reports or another folder with one writer; a local one is made.
         kind: what the folder is, for messages.
-        on_wait: called with a line if the lease of another machine has to be watched.
+        on_wait: called with a line if the lease of another machine has to be watched, or an erasure is waited for.
+        purpose: `ERASURE` if the holder is an erasure.
 
     Raises:
         GalleryBusyError: another run holds the lease.
     """
     new_folders = None if is_remote(folder) else _make_folder(folder, kind)
     try:
-        lease = _acquire(join(folder, LEASE_FILE), kind, on_wait)
+        lease = _acquire(join(folder, LEASE_FILE), kind, on_wait, purpose)
         try:
             yield lease
         finally:
@@ -203,6 +212,16 @@ def hold_lease(folder: str, kind: str = "gallery", on_wait: OnWait = lambda line
         if new_folders is not None:
             _remove_unused(folder, new_folders)
         raise
+
+
+def is_held(folder: str) -> bool:
+    """Tell whether a run holds the lease of a folder, as far as one look can tell.
+
+    A run on another machine counts as one that is going on until another takes its lease over.
+    """
+    content = conditional.read_tagged(join(folder, LEASE_FILE))
+    holder = _decode(content[0]) if content else None
+    return holder is not None and not holder.released and not holder.has_ended()
 
 
 def _make_folder(folder: str, kind: str) -> list[str] | None:
@@ -231,9 +250,9 @@ def _remove_unused(folder: str, new_folders: list[str]) -> None:
         remove_new_folders(new_folders)
 
 
-def _acquire(path: str, kind: str, on_wait: OnWait) -> Lease:
-    """Take the lease as soon as it is free; raise GalleryBusyError if its holder is alive."""
-    own = Holder.of_this_process(get_lease_seconds())
+def _acquire(path: str, kind: str, on_wait: OnWait, purpose: str) -> Lease:
+    """Take the lease as soon as it is free; raise GalleryBusyError if its holder is alive and no erasure."""
+    own = Holder.of_this_process(get_lease_seconds(), purpose)
     folder = os.path.dirname(path)
     while True:
         try:
@@ -242,7 +261,11 @@ def _acquire(path: str, kind: str, on_wait: OnWait) -> Lease:
             content = conditional.read_tagged(path)
             current = _decode(content[0]) if content else None
             if current is not None and not current.released:
-                _wait_for_end(path, kind, current, on_wait)
+                # Two erasures do not wait for each other: each does what it can.
+                if current.purpose == ERASURE and not purpose:
+                    _wait_for_erasure(path, kind, current, on_wait)
+                else:
+                    _wait_for_end(path, kind, current, on_wait)
             return _take(path, kind, own, content[1] if content else None)
         except conditional.ConflictError:
             continue  # another run was faster: look at what it wrote
@@ -271,6 +294,25 @@ def _wait_for_end(path: str, kind: str, holder: Holder, on_wait: OnWait) -> None
             f"another run (process {holder.pid} on {holder.host}) is writing to the {kind} {os.path.dirname(path)!r}; "
             "wait for it to end"
         )
+
+
+def _wait_for_erasure(path: str, kind: str, holder: Holder, on_wait: OnWait) -> None:
+    """Return once an erasure no longer holds the lease; raise GalleryBusyError if it takes hours."""
+    began = _read_clock()
+    last_beat = began
+    on_wait(f"an erasure is at work on the {kind}: waiting for it to end")
+    while _read_clock() - began < _MAX_ERASURE_SECONDS:
+        if holder.has_ended() or _read_clock() - last_beat > holder.seconds:
+            return
+        time.sleep(min(_MAX_POLL_SECONDS, holder.seconds / 20))
+        content = conditional.read_tagged(path)
+        current = _decode(content[0]) if content else None
+        if current is None or current.released or current.holder != holder.holder:
+            return
+        if current.beat != holder.beat:
+            last_beat = _read_clock()
+            holder = current
+    raise GalleryBusyError(f"an erasure has held the {kind} {os.path.dirname(path)!r} for hours: wait for it to end")
 
 
 def _watch(path: str, holder: Holder) -> bool:

@@ -283,15 +283,15 @@ def open_store(gallery: str, name: str) -> Store:
     return LocalStore(join(find_utf8_path(gallery), name))
 
 
-def delete_copies(gallery: str) -> None:
-    """Delete this machine's copies of a gallery in an object store.
+def delete_copies(gallery: str, name: str = "") -> None:
+    """Delete this machine's copies of a gallery in an object store, or of one folder of it.
 
     Raises:
         StorageError: a copy cannot be deleted.
     """
     if not is_remote(gallery):
         return
-    folder = get_cache_folder(gallery)
+    folder = os.path.join(get_cache_folder(gallery), name)
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:

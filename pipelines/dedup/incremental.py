@@ -109,6 +109,7 @@ def _load_last_mark(table: Gallery) -> ReadMark | None:
 
 def _open_index(table: Gallery) -> Index:
     index = Index(table.path)
+    index.freeze()
     if index.manifest.contract != manifests.dump_contract(table):
         raise IndexingError(
             f"the index of {table.path!r} is of another model contract: run `facepipe index {table.path}` to rebuild it"

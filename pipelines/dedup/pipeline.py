@@ -132,6 +132,7 @@ def run(
 def _open_other(gallery: Gallery, against: str) -> Gallery:
     """Open the gallery to compare with, and check that the two can be compared."""
     other = Gallery(against)
+    other.freeze()
     if os.path.realpath(gallery.faces_folder) == os.path.realpath(other.faces_folder):
         raise ConfigError("--against names the same gallery: leave it out to look for copies inside it")
     # Vectors of different models cannot be compared.

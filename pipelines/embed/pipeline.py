@@ -9,6 +9,7 @@ from typing import Any
 
 import facepipe
 from facepipe import storage
+from facepipe.erasure.takeup import RequestTaker
 from facepipe.errors import AccountingError, SourceError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
@@ -195,14 +196,16 @@ class _EmbedRun:
         summary = EmbedSummary(self._id, runner, plan.workers)
         attach_summary(summary)
         commit = Committer(self._gallery, self._id, self._lease)
-        with _measure_gpus(summary, plan):
-            records = _run_workers(runner, blocks, jobs, plan)
-            _commit_records(records, commit, summary, self._config.run.commit_seconds, progress)
-        if self._missing_folder:
-            summary.missing, summary.missing_ignored = mark_missing(
-                self._gallery, self._source, self._missing_folder, commit
-            )
-            summary.version = Gallery(self._gallery.path).version
+        # Requests are taken up from the first record on: the listing has then read what it reads of the table.
+        with RequestTaker(commit, self._lease) as taker:
+            with _measure_gpus(summary, plan):
+                records = taker.follow(_run_workers(runner, blocks, jobs, plan))
+                _commit_records(records, commit, summary, self._config.run.commit_seconds, progress, taker)
+            if self._missing_folder:
+                summary.missing, summary.missing_ignored = mark_missing(
+                    self._gallery, self._source, self._missing_folder, commit
+                )
+        summary.version = Gallery(self._gallery.path).version
         return summary
 
     def _make_job(self, group: WorkerGroup, *, writes: bool) -> WorkerJob:
@@ -240,6 +243,7 @@ def _commit_records(
     summary: EmbedSummary,
     commit_seconds: float,
     progress: Progress,
+    taker: RequestTaker,
 ) -> None:
     """Count and commit records as they come. Finished work is committed even if the run is interrupted.
 
@@ -249,6 +253,7 @@ def _commit_records(
         summary: counts the records.
         commit_seconds: minimum time between commits.
         progress: called with the summary after each record.
+        taker: takes up erase requests, and may want finished blocks to be committed soon.
 
     Raises:
         AccountingError: A block is missing, or came twice.
@@ -274,7 +279,8 @@ def _commit_records(
                 last_number = record.block
             progress(summary)
             pending_changes += len(record.relabelled) + len(record.touched)
-            if time.monotonic() - last_commit >= interval or pending_changes >= _MAX_PENDING_CHANGES:
+            is_due = time.monotonic() - last_commit >= interval or pending_changes >= _MAX_PENDING_CHANGES
+            if is_due or taker.wants_commit:
                 # Empty the list first: if the run is interrupted in between, the records must not be committed twice.
                 batch = pending
                 pending = []
@@ -292,7 +298,6 @@ def _commit_records(
     if not summary.listed_all or count != last_number + 1 or number_sum != last_number * (last_number + 1) // 2:
         raise AccountingError(f"{count} of {last_number + 1} blocks came back: run the same command again to resume")
     summary.seconds = time.monotonic() - start
-    summary.version = Gallery(commit.gallery.path).version
 
 
 def _describe_commit(summary: EmbedSummary) -> dict[str, Any]:

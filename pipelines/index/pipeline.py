@@ -8,6 +8,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 from facepipe import storage
+from facepipe.erasure.steps import HeldLeases
+from facepipe.erasure.takeup import take_up_requests
 from facepipe.errors import ConfigError, IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.index import manifest as manifests
@@ -59,17 +61,16 @@ def run(
         ConfigError: the memory budget is too small, or another factory was requested.
         GalleryBusyError: another run writes the index.
     """
-    table = Gallery(gallery)
-    with hold_lease(storage.join(table.path, manifests.FOLDER), "index", on_progress) as lease:
-        builder = _IndexBuilder(config, table, lease, on_progress)
+    path = Gallery(gallery).path
+    with hold_lease(storage.join(path, manifests.FOLDER), "index", on_progress) as lease:
+        # Open the table under the lease: an erasure that held it before has deleted older versions.
+        builder = _IndexBuilder(config, Gallery(path), lease, on_progress)
         attach_summary(builder.summary)
         builder.sweep()
-        manifest = builder.load_current(retrain)
-        if manifest is None:
-            return builder.build("requested" if retrain else "there was none")
-        if repair:
-            return builder.repair(manifest)
-        return builder.update(manifest, compact_all)
+        summary = builder.run(retrain=retrain, compact_all=compact_all, repair=repair)
+        # An erasure that was recorded meanwhile is done now: what was built may hold the images.
+        take_up_requests(path, HeldLeases(index=lease))
+        return summary
 
 
 class _IndexBuilder:
@@ -87,6 +88,15 @@ class _IndexBuilder:
         self._factory = FLAT if config.index.factory == "Flat" else config.index.factory
         self._recall = config.index.recall or DEFAULT_RECALL
         self._skipped = SkippedRows()
+
+    def run(self, *, retrain: bool, compact_all: bool, repair: bool) -> IndexSummary:
+        """Build the index, or update or repair the one that there is."""
+        manifest = self.load_current(retrain)
+        if manifest is None:
+            return self.build("requested" if retrain else "there was none")
+        if repair:
+            return self.repair(manifest)
+        return self.update(manifest, compact_all)
 
     def sweep(self) -> None:
         """Delete the leftovers of a crash. What the current manifest names stays, even if all is rebuilt."""

@@ -96,11 +96,16 @@ def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embe
         # Without a gallery no source had an image, and nothing else can be done.
         if not Gallery.exists(gallery):
             raise SourceError("; ".join([*night.summary.failures, *night.summary.problems]))
-        night.update_index()
-        night.assign_clusters()
-        night.erase_images()
-        night.find_copies()
-        night.compact_table()
+        # Erasures that are recorded during a step are finished after it, if the step has not done so.
+        for step in (
+            night.update_index,
+            night.assign_clusters,
+            night.erase_images,
+            night.find_copies,
+            night.compact_table,
+        ):
+            step()
+            night.finish_erasures()
         night.summary.version = Gallery(gallery).version
         return night.summary
 
@@ -127,11 +132,11 @@ class _Night:
             self.summary.seconds[step] = round(spent, 3)
 
     def finish_erasures(self) -> None:
-        """Finish erasures that a crash interrupted, before any other step sees the images they were to remove."""
-        if not Gallery.exists(self.gallery):
+        """Finish erasures that a crash interrupted, or that were recorded while a step was running."""
+        if not Gallery.exists(self.gallery) or not erase.list_unfinished(self.gallery):
             return
         with self._measure("erase"):
-            finished = erase.resume(self.gallery, self._on_progress)
+            finished = erase.resume(self.gallery, progress=self._on_progress)
         if finished.receipts:
             self.summary.add_step("erase unfinished", finished)
         self._note_foreign(finished)
@@ -214,10 +219,20 @@ class _Night:
         with self._measure("erase"):
             # Only images that are missing from their source may be embedded again when it lists them.
             for name, selection in list_erasures(self.config):
-                erased = erase.run(selection, self.gallery, may_return=selection.missing, progress=self._on_progress)
+                erased = erase.run(
+                    selection,
+                    self.gallery,
+                    may_return=selection.missing,
+                    wait=False,
+                    progress=self._on_progress,
+                )
                 if erased.images or erased.receipts:
                     self.summary.add_step(f"erase {name}", erased)
                 self._note_foreign(erased)
+                if not erased.complete:
+                    self.summary.problems.append(
+                        f"the erasure {erased.request} ({name}) is recorded, and not complete: another run is writing"
+                    )
 
     def find_copies(self) -> None:
         """Compare new images with all images."""

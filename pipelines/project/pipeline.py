@@ -119,6 +119,7 @@ def run(
             raise ConfigError(f"{str(output)!r} exists: move it away, or copy {path.name} to another name")
     card_file = read_card(path)
     table = Gallery(gallery)
+    table.freeze()  # the faces are counted first, and read then
     # Choose the faces, and find out whether they are enough before any image is read.
     embedder = _load_model(path, card_file, config)
     summary = ProjectSummary(str(toml), str(weights), embedder.dim)

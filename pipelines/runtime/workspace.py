@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from facepipe.curation.report_folders import PARTIAL, PREVIOUS, prepare_folder, replace_report, require_ours
+from facepipe.erasure.steps import HeldLeases
+from facepipe.erasure.takeup import take_up_requests
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.storage import describe_error, join
@@ -39,6 +41,7 @@ def open_report_folder(
         StorageError: The folder cannot be written, or holds files of somebody else.
     """
     with hold_lease(join(gallery.path, REPORTS), "reports", progress) as lease:
+        gallery.freeze()  # a report reads the gallery several times
         # The report is made in `partial`; `previous` holds the old one while the two change places.
         store = open_store(gallery.path, f"{REPORTS}/{name}")
         final = store.folder
@@ -63,3 +66,5 @@ def open_report_folder(
             store.push(last="report.html")
         except OSError as error:
             raise StorageError(f"cannot write {partial!r}: {describe_error(error)}") from error
+        # An erasure that was recorded meanwhile is done now: the new report may hold the images.
+        take_up_requests(gallery.path, HeldLeases(reports=lease))

@@ -241,7 +241,7 @@ def test_a_night_tells_of_such_a_file(place: Path) -> None:
         raise StopError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.erase._Erasure._scrub_reports", stop)
+        patch.setattr("facepipe.erasure.steps._ErasureSteps._clean_reports", stop)
         with pytest.raises(StopError):
             erase.run(Selection(identities=("person1",)), gallery.path)
     (place / "photos").mkdir()

@@ -32,6 +32,7 @@ def open_usable_index(gallery: Gallery, mark: ReadMark, products: int) -> Index 
         return None
     try:
         index = Index(gallery.path)
+        index.freeze()
     except IndexingError:
         return None
     # The index must be of this gallery's model, and at least as new as the clustering.

@@ -236,6 +236,7 @@ def _open_index(gallery: Gallery) -> Index | None:
     """Open the gallery's index; None if there is none, or one of another model."""
     try:
         index = Index(gallery.path)
+        index.freeze()
     except IndexingError:
         return None
     return index if index.manifest.contract == manifests.dump_contract(gallery) else None

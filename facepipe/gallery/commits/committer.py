@@ -30,17 +30,23 @@ class Committer:
     A commit takes exactly the next version of the table or fails: of two writers one wins. If a transaction of another
     run has come in between, this run has lost its lease without knowing, and ends with GalleryBusyError.
 
+    Threads of a run may share it: they commit one after the other.
+
     Attributes:
         gallery: The gallery that is written to.
         run: Id of the run.
         commits: Number of commits so far.
+        screen: Returns the records to commit instead of those of finished blocks, for images that must not get in.
     """
 
     def __init__(self, gallery: Gallery, run: str, lease: Lease | None = None):
         self.gallery = gallery
         self.run = run
         self.commits = 0
+        self.screen: Callable[[list[PartRecord]], list[PartRecord]] = lambda records: records
         self._lease = lease
+        self._lock = threading.RLock()
+        self._is_closed = False
         # The version that the caller read. A commit of another run since then must not be overlooked.
         self._seen_version = gallery.version
         with _map_errors(gallery.path):
@@ -49,6 +55,11 @@ class Committer:
         # What this run takes for committed must not be lost, even if a run that was killed has written it.
         log.sync_log(gallery.faces_folder)
 
+    @property
+    def part_prefix(self) -> str:
+        """With what the names of the run's parts begin."""
+        return f"part-{self.run}-"
+
     def __call__(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
         """Make the parts of records visible.
 
@@ -56,6 +67,10 @@ class Committer:
             records: finished blocks; those without a part may bring new fingerprints.
             metadata: the run's figures so far, for the log.
         """
+        with self.exclude_commits():
+            self._commit_records(self.screen(records), metadata)
+
+    def _commit_records(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
         # Collect new files, new fingerprints, new labels, and images whose older rows have to go.
         parts = [record for record in records if record.path]
         changes = RowChanges(
@@ -86,7 +101,7 @@ class Committer:
             make_actions: makes the actions for the table as it is now. It is called again if another commit is faster.
             metadata: the run's figures so far, for the log.
         """
-        with _delay_signals():
+        with self.exclude_commits(), _delay_signals():
             # Each attempt plans against the newest version, because the last one may have been overtaken.
             for _ in range(_MAX_ATTEMPTS):
                 self._read_new_commits()
@@ -99,6 +114,23 @@ class Committer:
                     self.commits += 1
                     return
         raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
+
+    @contextmanager
+    def exclude_commits(self) -> Iterator[None]:
+        """Keep the run's other threads from committing inside the block, and so from having uncommitted rewrites.
+
+        Raises:
+            GalleryBusyError: the run has ended.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise GalleryBusyError(f"the run that wrote to {self.gallery.path!r} has ended")
+            yield
+
+    def close(self) -> None:
+        """Refuse commits from now on. A commit of another thread that is going on is waited for."""
+        with self._lock:
+            self._is_closed = True
 
     def _try_commit(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
         """Commit as the next version; False if another commit took it."""

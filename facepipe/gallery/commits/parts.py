@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.hashing import compute_image_id
 from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, conform
 
 # Line separators that JSON allows in a text.
@@ -23,6 +24,7 @@ _SEPARATORS = "\x85\u2028\u2029"
 _NAME = re.compile(r"part-[^/]*-([0-9a-f]{32})\.parquet")
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _NAME_OF_OTHERS = re.compile(rf"part-\d+-{_UUID}(?:[-.][\w.]+)?\.parquet")
+_DIGEST_END = f"{'0' * 32}.parquet"
 
 
 @dataclass
@@ -123,6 +125,34 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
         record.stats = compute_statistics(rows)
         storage.write(storage.join(folder, record.path), data)
     return record
+
+
+def replace_part(record: PartRecord, rows: pa.Table, folder: str) -> PartRecord:
+    """Replace a part that is not committed yet by one with fewer rows, and delete the old one.
+
+    Args:
+        record: the record of the part.
+        rows: the rows that are left.
+        folder: folder of the table.
+
+    Returns:
+        The record of the new part; its path is None if no row is left.
+    """
+    assert record.path is not None
+    fewer = replace(record, rows=rows.num_rows, faces=rows.num_rows - rows["face_id"].null_count)
+    fewer.path = None
+    fewer.size = 0
+    fewer.stats = ""
+    if rows.num_rows:
+        data = encode_parquet(rows)
+        # The name stays the same but for the digest at its end.
+        fewer.path = f"{record.path[: -len(_DIGEST_END)]}{compute_image_id(data)}.parquet"
+        fewer.size = len(data)
+        fewer.stats = compute_statistics(rows)
+        storage.write(storage.join(folder, fewer.path), data)
+    if fewer.path != record.path:
+        storage.delete(storage.join(folder, record.path))
+    return fewer
 
 
 def encode_parquet(table: pa.Table) -> bytes:

@@ -19,11 +19,12 @@ from pyarrow import compute as pc
 from facepipe.arrow import pack_arrays
 from facepipe.erasure import pending, receipt
 from facepipe.erasure.erased_data import ErasedData, find_role
+from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_reports
 from facepipe.erasure.selection import Selection, compute_marks, select_images, translate_glob
 from facepipe.errors import ConfigError, GalleryError, StorageError
-from facepipe.gallery import Gallery, suppressed
+from facepipe.gallery import Gallery, hidden, suppressed
 from facepipe.hashing import hash64
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Face, Figure, Group, Report, Table
@@ -171,25 +172,40 @@ def test_a_table_that_cannot_be_read_is_said(gallery: Gallery, tmp_path: Path) -
 
 
 def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
+    path = str(tmp_path)
+    chosen_by = Selection(identities=("p8",), older_than_days=0.5)
     what = select_images(gallery, Selection(identities=("p8",)))
-    first = Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0", hashes={"uris": ["0" * 16]})
-    second = Receipt("20261101T000001-bbbbbb", "id", "2026", ["identities"], "0")
+    first = PendingErasure(Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0"), what, chosen_by, NOW)
+    second = PendingErasure(Receipt("20261101T000001-bbbbbb", "id", "2026", ["identities"], "0"), what)
     for made in (second, first):
-        pending.write_pending(str(tmp_path), made, what)
-    (one, held), (two, _) = pending.read_unfinished(str(tmp_path))
-    assert (one, two) == (first, second)
+        pending.write_pending(path, made)
+    assert hidden.list_requests(path) == (second.id, first.id)
+    one, two = pending.read_unfinished(path)
+    assert (one.receipt, two.receipt) == (first.receipt, second.receipt)
+    assert (one.selection, one.requested, two.selection) == (chosen_by, NOW, None)
     for name in ("uris", "contents", "faces", "names", "marks"):
-        assert getattr(held, name).equals(getattr(what, name))
-    first.files_before["x"], first.vectors = "y", 3
-    pending.save_progress(str(tmp_path), first)
-    (one, _), _ = pending.read_unfinished(str(tmp_path))
-    assert one == first, "with the hashes as they were"
-    Path(tmp_path, "erased", first.id + ".state").write_bytes(b"{")
-    assert pending.read_unfinished(str(tmp_path))[0][0].hashes == first.hashes
-    Path(tmp_path, "erased", "x.pending.new").write_bytes(b"torn")
+        assert getattr(one.selected, name).equals(getattr(what, name))
+    # Each part writes its own fields of the receipt, so that two runs can work on one erasure.
+    first.receipt.files_before["x"] = "y"
+    first.receipt.vectors = 3
+    pending.save_progress(path, first.receipt, pending.ROWS, is_done=True)
+    one, _ = pending.read_unfinished(path)
+    assert (one.receipt.files_before, one.receipt.vectors, one.done) == ({"x": "y"}, 0, {pending.ROWS})
+    pending.save_progress(path, first.receipt, pending.INDEX)
+    assert pending.update_progress(path, one)
+    assert (one.receipt, one.done) == (first.receipt, {pending.ROWS})
+    Path(tmp_path, "erased", f"{first.id}.{pending.ROWS}.state").write_bytes(b"{")
+    assert pending.read_unfinished(path)[0].done == set(), "the steps are repeated"
+    Path(tmp_path, "erased", "20261101T000002-cccccc.pending.new").write_bytes(b"torn")
     for made in (first, second):
-        pending.delete_pending(str(tmp_path), made)
-    assert os.listdir(tmp_path / "erased") == []
+        pending.delete_pending(path, made.receipt)
+        assert not pending.update_progress(path, made)
+    assert sorted(os.listdir(tmp_path / "erased")) == [".guard", "hidden.list", "hidden.list.guard"]
+    assert hidden.list_requests(path) == ()
+
+
+def test_receipts(tmp_path: Path) -> None:
+    first = Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0", hashes={"uris": ["0" * 16]})
     path = receipt.save_receipt(str(tmp_path), first)
     assert receipt.load_receipt(path) == first
     assert receipt.get_receipt_path(str(tmp_path), first.id) == path
@@ -199,6 +215,58 @@ def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
             receipt.load_receipt(path)
     with pytest.raises(ConfigError, match="cannot read"):
         receipt.load_receipt(str(tmp_path / "none"))
+
+
+def test_an_erasure_that_an_older_facepipe_began(gallery: Gallery, tmp_path: Path) -> None:
+    """It has no conditions and one file of progress, and readers were not told."""
+    what = select_images(gallery, Selection(identities=("p8",)))
+    begun = Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0", hashes={"uris": ["0" * 16]})
+    parts = [
+        pa.table({"kind": pa.repeat(name, len(values)), "value": values.cast(pa.string())})
+        for name, values in ((name, getattr(what, name)) for name in ("uris", "contents", "faces", "names", "marks"))
+    ]
+    head = {"receipt": begun.to_dict(), "version": what.version, "rows": what.rows}
+    folder = tmp_path / "erased"
+    folder.mkdir()
+    table = pa.concat_tables(parts).replace_schema_metadata({"erasure": json.dumps(head)})
+    pq.write_table(table, folder / f"{begun.id}.pending")
+    progress = {**begun.to_dict(), "hashes": {}, "files_before": {"x": "y"}, "vectors": 3}
+    (folder / f"{begun.id}.state").write_text(json.dumps(progress))
+    (erasure,) = pending.read_unfinished(str(tmp_path))
+    assert (erasure.receipt.files_before, erasure.receipt.vectors, erasure.done) == ({"x": "y"}, 3, set())
+    assert erasure.selected.uris.equals(what.uris)
+    assert erasure.selection is None
+    pending.restore_list(str(tmp_path))
+    assert hidden.HiddenWatch(str(tmp_path)).read().uris.equals(what.uris)
+    pending.delete_pending(str(tmp_path), erasure.receipt)
+    assert not list(folder.glob("*.state"))
+
+
+def test_the_list_of_hidden_images(tmp_path: Path, gallery: Gallery) -> None:
+    path = str(tmp_path)
+    watch = hidden.HiddenWatch(path)
+    nothing = watch.read()
+    assert not nothing
+    assert watch.read() is nothing
+    what = select_images(gallery, Selection(identities=("p8",)))
+    erasure = PendingErasure(Receipt("a", "id", "2026", [], "0"), what)
+    pending.write_pending(path, erasure)
+    seen = watch.read()
+    assert seen.uris.equals(what.uris)
+    assert seen.faces.tolist() == sorted(what.faces.to_pylist())
+    assert watch.read() is seen
+    pending.write_indexed(path, erasure, np.array([7, 5]))
+    assert watch.read().faces.tolist() == sorted([*what.faces.to_pylist(), 5, 7])
+    # What is no longer there hides nothing; what cannot be read stops readers.
+    Path(tmp_path, "erased", "a.pending").unlink()
+    hidden.add_request(path, "a")
+    assert not watch.read()
+    for damage in (b"", b"[]", b'{"requests": [1]}', b'{"requests": ["../x"]}'):
+        Path(tmp_path, "erased", "hidden.list").write_bytes(damage)
+        with pytest.raises(GalleryError, match="damaged"):
+            watch.read()
+    Path(tmp_path, "erased", "hidden.list").unlink()
+    assert not watch.read()
 
 
 def test_a_damaged_pending_file_stops_and_is_said(tmp_path: Path) -> None:

@@ -37,8 +37,10 @@ def test_only_the_ranges_of_named_columns_are_opened(
     text: str | None, gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Collection[str] | None] = []
-    opened = Gallery.dataset
-    monkeypatch.setattr(Gallery, "dataset", lambda self, ranges=None: asked.append(ranges) or opened(self, ranges))
+    opened = Gallery.open_all_rows
+    monkeypatch.setattr(
+        Gallery, "open_all_rows", lambda self, ranges=None: asked.append(ranges) or opened(self, ranges)
+    )
     found = gallery.to_arrow(["uri", "face_index"], text)
     assert set(asked[0] or ()) == set(FILTERS.get(text or "", ()))
     everything = opened(gallery).to_table(["uri", "face_index"], filter=module.to_filter(text))

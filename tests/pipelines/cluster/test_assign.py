@@ -320,7 +320,7 @@ def test_what_is_old_is_not_read(gallery: Gallery, monkeypatch: pytest.MonkeyPat
         raise AssertionError(f"all rows were asked for {columns}")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Gallery, "dataset", read)
+        patched.setattr(Gallery, "open_all_rows", read)
         with pytest.raises(AssertionError, match="all rows"):
             run(gallery.path)  # the new files are read by way of the table's list of files
     old = {file["path"] for file in Gallery(gallery.path, 1).files()}

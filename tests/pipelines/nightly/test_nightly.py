@@ -382,7 +382,7 @@ def test_a_night_resumes_after_a_kill_at_any_step(
     summary = run(config(world, wanted))
     assert {"erase retention inbox", "erase missing shards"} <= set(summary.steps)
     check_gallery(world, wanted, fakes, tmp_path / "scratch", summary)
-    for n, step in enumerate([*STEPS, "erase.vectors.remove_vectors", "erase.scrub_reports"]):
+    for n, step in enumerate([*STEPS, "erase.steps.vectors.remove_vectors", "erase.steps.scrub_reports"]):
         killed = str(tmp_path / f"killed{n}")
         shutil.copytree(base, killed)
         with monkeypatch.context() as patch:
