@@ -34,7 +34,7 @@ from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_match_threshold
-from facepipe.storage import describe_error, is_remote
+from facepipe.storage import describe_error, is_remote, sync_disks
 from facepipe.types import Float32
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
@@ -123,6 +123,7 @@ def open_graph(
         _GraphBuilder(galleries, config, run, source, partial, on_progress).run()
     # The new graph takes the place of the one before it. Files of somebody else stay in the folder.
     try:
+        sync_disks(partial)
         replace_report(folder, partial, GRAPH)
         os.rename(partial, folder)
     except OSError as error:

@@ -63,15 +63,15 @@ class SyncedState:
                 self._note(f"/proc/self/fd/{descriptor}")
                 self.syncs += 1
 
-        def note_disks(*folders: str) -> None:
-            atomic_sync_disks(*folders)
+        def note_disk(descriptor: int) -> None:
             self._call_back()
+            sync_disk(descriptor)
             self._note_tree()
             self.syncs += 1
 
-        atomic_sync_disks = atomic.sync_disks
+        sync_disk = atomic._sync_disk
         monkeypatch.setattr(os, "fsync", note_sync)
-        monkeypatch.setattr(storage, "sync_disks", note_disks)
+        monkeypatch.setattr(atomic, "_sync_disk", note_disk)
         try:
             yield self
         finally:

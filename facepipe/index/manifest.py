@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, IndexingError, StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.commits.log import sync_log
 from facepipe.storage import conditional
 from facepipe.storage.inside import is_inside, require_no_link
 from facepipe.storage.store import Store, open_store
@@ -260,14 +261,14 @@ def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
     store = open_index_store(gallery)
     # Upload the files before the manifest names them.
     store.upload_missing({name: file.bytes for name, file in list_files(manifest)})
-    # On a disk their names are durable before the manifest names them.
+    # On a disk their names, and the version of the table, are durable before the manifest names them.
     store.sync()
+    sync_log(storage.join(gallery, "faces"))
     data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
     try:
         tag = conditional.write_if(get_path(gallery), data, replaces)
     except conditional.ConflictError as error:
         raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
-    store.sync()
     return tag
 
 
@@ -301,7 +302,10 @@ def sweep(gallery: str, manifest: Manifest | None) -> None:
         in_use.add(manifest.template.name)
         in_use.update(shard.name for shard in manifest.shards)
         in_use.update(shard.tombstones for shard in manifest.shards if shard.tombstones)
-    open_index_store(gallery).delete_owned(lambda name: is_index_file(name) and name.split("/")[0] not in in_use)
+    store = open_index_store(gallery)
+    # A run that was killed may have published the manifest and not synced it. What it replaced must not go before.
+    store.sync()
+    store.delete_owned(lambda name: is_index_file(name) and name.split("/")[0] not in in_use)
 
 
 def is_index_file(name: str) -> bool:

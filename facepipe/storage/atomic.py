@@ -179,25 +179,28 @@ def sync_disks(*folders: str) -> None:
     Raises:
         StorageError: something that was written cannot be brought to disk.
     """
-    sync_all = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     synced: set[int] = set()
     for folder in folders:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                # One call does a whole disk, so each disk is synced once.
+                device = os.fstat(descriptor).st_dev
+                if device not in synced:
+                    _sync_disk(descriptor)
+                synced.add(device)
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             continue
         except OSError as error:
             raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
-        try:
-            device = os.fstat(descriptor).st_dev
-            # One call does a whole disk, so each disk is synced once.
-            if device in synced:
-                continue
-            synced.add(device)
-            if sync_all is None:
-                os.sync()
-            elif sync_all(descriptor):
-                reason = os.strerror(ctypes.get_errno()).lower()
-                raise StorageError(f"cannot write to the disk of {folder!r}: {reason}")
-        finally:
-            os.close(descriptor)
+
+
+def _sync_disk(descriptor: int) -> None:
+    """Sync the disk of an open folder; all disks on a system that cannot sync one."""
+    sync_one = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if sync_one is None:
+        os.sync()
+    elif sync_one(descriptor):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -9,7 +9,7 @@ from facepipe.erasure.steps import HeldLeases
 from facepipe.erasure.takeup import take_up_requests
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
-from facepipe.storage import describe_error, join
+from facepipe.storage import describe_error, join, sync_disks, sync_folder
 from facepipe.storage.lease import hold_lease
 from facepipe.storage.store import open_store
 
@@ -55,12 +55,15 @@ def open_report_folder(
             require_ours(final, name)
             prepare_folder(partial, name)
             yield partial
+            # The new report is on the disk before it takes the place of the previous one, which goes then.
+            sync_disks(partial)
             lease.check()
             # Move the previous report away, and the new one into its place.
             replace_report(previous, final, name)
             if os.path.isdir(final):
                 os.rename(final, previous)
             os.rename(partial, final)
+            sync_folder(os.path.dirname(final))
             replace_report(previous, final, name)
             # The page comes last, so that it never points at a file that is not uploaded yet.
             store.push(last="report.html")

@@ -24,10 +24,13 @@ from facepipe.storage import (
     is_remote,
     join,
     list_names,
+    make_folders,
     open_seekable,
+    replace,
     replace_file,
-    write,
+    sync_folder,
 )
+from facepipe.storage.atomic import UNFINISHED, publish_file
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.owned import delete_owned, delete_owned_folder
 from pipelines.search.config import SearchSummary
@@ -159,13 +162,14 @@ def make_folder(work: str) -> None:
     if os.path.islink(work):
         raise ConfigError(f"{work!r} is a link: delete it, or choose another output")
     try:
-        os.makedirs(work, exist_ok=True)
+        make_folders(work)
         names = sorted(os.listdir(work))
-        # Older versions wrote no marker. They made nothing but these.
-        is_old = _JOB in names or names == [_QUERIES]
+        # Older versions wrote no marker. They made nothing but these. A run may also have ended while it wrote it.
+        is_old = _JOB in names or names in ([_QUERIES], [_MARKER + UNFINISHED])
         if names and _MARKER not in names and not is_old:
             raise ConfigError(f"{work!r} holds {names[0]!r} and is not of a search: move it, or choose another output")
-        write(marker, b"Parts of a search of facepipe. The same command resumes it; delete the folder to begin anew.\n")
+        text = b"Parts of a search of facepipe. The same command resumes it; delete the folder to begin anew.\n"
+        replace(marker, text)
     except OSError as error:
         raise StorageError(f"cannot write {work!r}: {describe_error(error)}") from error
 
@@ -198,7 +202,7 @@ def prepare_folder(work: str, job: SearchJob) -> None:
         is_same = False
     if not is_same:
         delete_owned(work, lambda name: bool(_PART.fullmatch(name)))
-        write(path, state.encode())
+        replace(path, state.encode())
 
 
 def find_unfinished(source: QuerySource, rows: int, work: str, summary: SearchSummary) -> Iterator[QueryBlock]:
@@ -227,7 +231,8 @@ def search_block(task: SearchTask) -> SearchCounts:
     # The part and its counts become visible together, by one rename.
     table = table.replace_schema_metadata({_COUNTS: json.dumps(asdict(counts))})
     path = _get_part_path(task.work, task.block.number)
-    with replace_file(path, unique=True) as unfinished:
+    # Synced, because a resumed search takes every part for a whole one.
+    with replace_file(path, sync=True, unique=True) as unfinished:
         pq.write_table(table, unfinished, compression="zstd")
     return counts
 
@@ -249,13 +254,15 @@ def deliver(work: str, out: str, blocks: int) -> None:
             with pq.ParquetWriter(temporary, ANSWERS, compression="zstd") as writer:
                 for part in parts:
                     writer.write_table(pq.read_table(part).replace_schema_metadata(None))
-            os.replace(temporary, out)
+            publish_file(temporary, out, sync=True)
         else:
             folder = os.path.join(work, _PARTS)
             os.makedirs(folder)
             for part in parts:
                 os.rename(part, os.path.join(folder, os.path.basename(part)))
             os.rename(folder, out)
+            sync_folder(out)
+            sync_folder(os.path.dirname(os.path.abspath(out)))
     except OSError as error:
         raise StorageError(f"cannot write {out!r}: {describe_error(error)}") from error
     delete_owned_folder(work, owns_file)

@@ -36,7 +36,7 @@ def prepare_output(output: str) -> None:
             raise ConfigError(
                 f"run.output={output!r} holds {foreign[0]!r}, which no training wrote: choose another folder"
             )
-    storage.write(marker, b"The outputs of a training of facepipe lie here. `train --fresh` deletes them.\n")
+    storage.replace(marker, b"The outputs of a training of facepipe lie here. `train --fresh` deletes them.\n")
 
 
 def _list_own_names(output: str) -> list[str]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from helpers import embed, rows
 from powercut import CUTS, Ext4, SyncedState, mount_ext4
 
+from facepipe.config import build
 from facepipe.erasure import pending
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import load_receipt
@@ -21,8 +23,11 @@ from facepipe.gallery.maintenance.compact import CompactConfig
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index import manifest
 from facepipe.index.verify import find_damage, verify_index
-from pipelines import compact, erase, index
+from pipelines import compact, erase, index, search
+from pipelines.dedup import DedupConfig
+from pipelines.dedup import pipeline as dedup
 from pipelines.index import IndexConfig
+from pipelines.search import SearchConfig
 
 Sources = tuple[Path, Path]
 
@@ -206,3 +211,62 @@ def test_a_real_disk_holds_what_a_step_has_done(step: str, made: Path, sources: 
         commit()
         with ext4.cut() as after:
             check_cut(after / "g", promise)
+
+
+def test_a_search_resumes_after_a_cut(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished blocks are whole or not there, and they go when the output is on the disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = build(SearchConfig, {"run": {"runner": "inline", "block": 2}})
+    state = SyncedState(disk)
+    cuts: list[Path] = []
+
+    def cut() -> None:
+        for kind in CUTS:
+            place = tmp_path / f"cut-{len(cuts)}"
+            state.cut(place, kind, seed=len(cuts))
+            cuts.append(place)
+
+    with state.watch(monkeypatch):
+        state.on_sync = cut
+        search.run(config, str(made), str(made), str(disk / "out.parquet"))
+        cut()
+    expected = pq.read_table(disk / "out.parquet")
+    assert expected.num_rows > 4
+    resumed = 0
+    for place in cuts:
+        out = place / "out.parquet"
+        if not out.exists():
+            resumed += 1
+            search.run(config, str(made), str(made), str(out))
+        assert pq.read_table(out).equals(expected)
+    assert 2 < resumed < len(cuts)
+
+
+def test_a_report_is_whole_after_a_cut(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new report takes the place of the old one when it is on the disk, and the old one goes after that."""
+    disk = tmp_path / "disk"
+    shutil.copytree(made, disk / "g")
+    config = build(DedupConfig)
+    dedup.run(config, str(disk / "g"))
+    sizes = {path.name: path.stat().st_size for path in (disk / "g" / "reports" / "dedup").iterdir()}
+    state = SyncedState(disk)
+    cuts = 0
+
+    def cut() -> None:
+        nonlocal cuts
+        place = tmp_path / "cut"
+        state.cut(place, CUTS[cuts % len(CUTS)], seed=cuts)
+        report = place / "g" / "reports" / "dedup"
+        folder = report if report.is_dir() else Path(f"{report}.old")
+        assert {path.name for path in folder.iterdir()} == set(sizes)
+        for path in folder.iterdir():
+            assert path.stat().st_size == sizes[path.name]
+        shutil.rmtree(place)
+        cuts += 1
+
+    with state.watch(monkeypatch):
+        state.on_sync = cut
+        dedup.run(config, str(disk / "g"))
+        cut()
+    assert cuts > 3

@@ -18,7 +18,7 @@ from facepipe.curation.graph.truth import draw_sample, find_true_edges
 from facepipe.gallery import Gallery
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.nearest.similarity import Pairs, refine_pairs
-from facepipe.storage import replace_file
+from facepipe.storage import replace_file, sync_disks
 from facepipe.types import Float32, Int64
 
 _THRESHOLD = "threshold.json"
@@ -77,7 +77,9 @@ def prepare_nodes(galleries: Sequence[Gallery], folder: str, log: Log) -> Nodes:
     if not os.path.exists(path):
         log("reading the faces")
         nodes = collect_nodes(galleries, folder)
-        _save(path, find_representatives(nodes.vectors))
+        representatives = find_representatives(nodes.vectors)
+        sync_disks(folder)
+        _save(path, representatives)
     return open_nodes(folder)
 
 
@@ -95,7 +97,7 @@ def prepare_calibration(nodes: Nodes, options: CalibrationOptions, folder: str, 
     _save(os.path.join(folder, COHORT), calibration.cohort.vectors)
     _save(os.path.join(folder, HISTOGRAM), calibration.counts)
     # The threshold says that the other files exist, so that it comes last.
-    with replace_file(path) as unfinished, open(unfinished, "w") as file:
+    with replace_file(path, sync=True) as unfinished, open(unfinished, "w") as file:
         json.dump(asdict(calibration.threshold), file)
     return calibration.density, calibration.threshold
 
@@ -136,6 +138,7 @@ def prepare_cells(
             log(f"{len(cells)} cells, each face in {cells.each}")
         CellLayout.build(nodes.vectors, cells, folder)
         # The file of centres comes last, because it says that the layout is complete.
+        sync_disks(folder)
         _save(path, cells.centres)
     return Cells(np.load(path), CellLayout.open(folder).assigned.shape[1])
 
@@ -207,6 +210,6 @@ def delete_temporary(folder: str) -> None:
 
 
 def _save(path: str, array: object) -> None:
-    """Save an array under its final name once it is complete."""
-    with replace_file(path) as unfinished, open(unfinished, "wb") as file:
+    """Save an array under its final name once it is complete and on the disk."""
+    with replace_file(path, sync=True) as unfinished, open(unfinished, "wb") as file:
         np.save(file, np.asarray(array))

@@ -27,7 +27,8 @@ def write_part(pairs: Pairs, path: str) -> None:
     """Write a part, which appears when it is complete."""
     arrays = (pairs.u, pairs.v, pairs.distance)
     columns = [pa.array(array, field.type) for array, field in zip(arrays, SCHEMA, strict=True)]
-    with replace_file(path, unique=True) as unfinished:
+    # Synced, because a resumed build takes every part for a whole one.
+    with replace_file(path, sync=True, unique=True) as unfinished:
         pq.write_table(pa.table(columns, schema=SCHEMA), unfinished, compression="zstd")
 
 

@@ -1,5 +1,6 @@
 """The table's log: other readers read what we write, no entry is replaced, and a checkpoint is whole before it is named."""
 
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.rewrite import make_remove_action, write_rows
 from facepipe.gallery.maintenance.vacuum import delete_history
 from facepipe.gallery.maintenance.verify import verify_gallery
+from facepipe.storage import atomic
 from facepipe.storage.conditional import ConflictError
 
 
@@ -170,6 +172,70 @@ def test_a_cut_in_a_checkpoint_leaves_a_table_that_opens(tmp_path: Path, monkeyp
         "_last_checkpoint",
     ]
     assert not Path(gallery.faces_folder, ".checkpoint").exists()
+
+
+def test_a_run_takes_nothing_for_committed_that_a_cut_may_take_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run was killed when its entry had its name, and before that was synced. The next one finds nothing to do."""
+    disk = tmp_path / "disk"
+    gallery = Gallery.create(str(disk / "g"), CONTRACT)
+    state = SyncedState(disk)
+    with state.watch(monkeypatch):
+        sync_entries = atomic._sync_entries
+
+        def die(folder: str) -> None:
+            if folder.endswith(log.LOG):
+                raise KeyboardInterrupt
+            sync_entries(folder)
+
+        commit = Committer(gallery, "killed")
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, "_sync_entries", die)
+            with pytest.raises(KeyboardInterrupt):
+                add_rows(gallery, commit, seed=1)
+        seen = list_files(gallery)
+        assert len(seen) == 1
+        state.cut(tmp_path / "before", "synced")
+        assert list_files(Gallery(str(tmp_path / "before" / "g"))) == set()
+        Committer(Gallery(gallery.path), "next")([], {})
+        state.cut(tmp_path / "after", "synced")
+        assert list_files(Gallery(str(tmp_path / "after" / "g"))) == seen
+
+
+@pytest.mark.parametrize("days", [-400, 0, 400])
+def test_old_entries_go_behind_a_checkpoint_whatever_the_clock_says(
+    days: int, local: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """deltalake deletes entries by their age; a checkpoint that is on the disk comes before them."""
+    monkeypatch.setattr(log, "_CHECKPOINT_INTERVAL", 5)
+    commit = Committer(local, "run")
+    names = set()
+    for n in range(12):
+        for path in log_of(local).iterdir():
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 86400 * days))
+        names.add(add_rows(local, commit, seed=n))
+        assert list_files(local) == names
+    assert DeltaTable(local.faces_folder).transaction_version("run") == 12
+
+
+def test_a_checkpoint_that_finds_no_room_loses_nothing(local: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Committer(local, "run")
+    names = {add_rows(local, commit, seed=n) for n in range(2)}
+
+    def fail(path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sync_file", fail)
+        patch.setattr(log, "_CHECKPOINT_INTERVAL", 4)
+        with pytest.raises(StorageError, match=r"cannot write a checkpoint .*no space left on device"):
+            add_rows(local, commit, seed=3)
+    assert len(list_files(local)) == 3, "the commit is in the table all the same"
+    assert not Path(local.faces_folder, log.SCRATCH).exists()
+    assert not list(log_of(local).glob("*checkpoint*"))
+    add_rows(Gallery(local.path), Committer(Gallery(local.path), "next"), seed=4)
+    assert names < list_files(local)
 
 
 def test_a_checkpoint_that_was_stopped_is_made_again(local: Gallery) -> None:
