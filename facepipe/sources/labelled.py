@@ -64,7 +64,7 @@ class LabelledSource:
     def notes(self) -> tuple[str, ...]:
         """Sentences on the listing for the user; complete at its end."""
         notes = list(self._source.notes)
-        if self._rule != "none" and self._listed and self._source.has_labels is None:
+        if self._rule != "none" and self._listed:
             notes += filter(None, [self._describe_labels()])
         return tuple(notes)
 
@@ -124,6 +124,10 @@ class LabelledSource:
 
     def _describe_labels(self) -> str:
         """Describe what was taken for a label and what to type if that is wrong; empty if there is no doubt."""
+        if self._source.has_labels is not None:
+            # What columns there are is the listing's to say.
+            is_empty = self._source.has_labels and not self._labelled
+            return "no image got a label: the column of labels is empty, or holds no single label" if is_empty else ""
         if self._rule != "auto":
             return "" if self._labelled else f"no image got a label: --identity {self._rule} finds none here"
         others = {kind: names for kind, names in self._examples.items() if kind not in PEOPLE}

@@ -61,14 +61,16 @@ def format_label(value: object) -> str | None:
     # Unpack what holds one value: scalars of Arrow and NumPy, and lists of one label.
     if isinstance(value, pa.Scalar):
         value = value.as_py()
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     if isinstance(value, np.floating):
         # A float32 keeps its own shortest text: 0.1, and not 0.10000000149.
         value = float(value) if float(value).is_integer() else float(str(value))
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, np.generic):
         value = value.tolist()
-    if isinstance(value, list | tuple):
-        return format_label(value[0]) if len(value) == 1 else None
-    if value is None or isinstance(value, dict):
+    if value is None or isinstance(value, dict | list | tuple):
         return None
     if isinstance(value, float):
         return _format_float(value)

@@ -108,7 +108,7 @@ class ListSource:
         if not layout.columns:
             return "auto"
         self._layout_note = (
-            f"no image got a label: {problem} ({self.path}). Add --label-column NAME, or a column's number from 1"
+            f"no image of {self.path} got a label: {problem}. Add --label-column NAME, or a column's number from 1"
         )
         return "none"
 
@@ -132,7 +132,9 @@ class ListSource:
         name = _replace_separators(fields[layout.image])
         if holds_image(name):
             return make_broken_item(self.path, HOLDS_IMAGE, f"line{number}")
-        if not self._selection.takes_all_files and (reason := self._selection.reject_file(name)):
+        if not self._selection.takes_all_files and (
+            reason := self._selection.reject_file(name.removeprefix(f"{self.root}/"))
+        ):
             self._passed_over.add(reason)
             return None
         label = None if layout.label is None else fields[layout.label]

@@ -125,6 +125,9 @@ def _detect_columns(lines: list[str], skip: int, exists: Callable[[str], bool]) 
     columns = _detect_separated(lines, "\t", skip)
     if columns is not None:
         return columns
+    columns = _detect_spaced(lines, skip, exists)
+    if columns is not None:
+        return columns
     # If most lines end in an image's extension, they are paths alone, which may hold spaces and commas.
     if sum(map(is_image, lines)) * 2 > len(lines):
         return _detect_label_first(lines, skip, exists) or ListLayout("\n", 0, None, skip)
@@ -148,6 +151,15 @@ def _detect_separated(lines: list[str], delimiter: str, skip: int) -> ListLayout
         return None
     columns = tuple(str(n + 1) for n in range(count))
     return ListLayout(delimiter, image, _find_label_position(rows, image), skip, columns)
+
+
+def _detect_spaced(lines: list[str], skip: int, exists: Callable[[str], bool]) -> ListLayout | None:
+    """Detect three or more columns with spaces between, by the files that are there: spaces may be parts of a path."""
+    layout = _detect_separated(lines, " ", skip)
+    if layout is None or layout.image == 0 or layout.label is None or len(layout.columns) < 3:
+        return None
+    is_there = all(exists(split_line(line, " ")[layout.image]) for line in lines[:_CHECKED_ROWS])
+    return layout if is_there else None
 
 
 def _find_label_position(rows: list[list[str]], image: int) -> int | None:

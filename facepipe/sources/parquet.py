@@ -99,6 +99,7 @@ class ParquetSource:
     def __iter__(self) -> Iterator[WorkItem]:
         self._passed_over.clear()
         self._label_note = ""
+        self.has_labels = None
         unlisted: list[OSError] = []
         for path in walk_parquet_files(self.path, unlisted.append):
             relative = path.removeprefix(self.path.rstrip("/") + "/")
@@ -173,13 +174,15 @@ class ParquetSource:
             column = by_name.get(self._label_column.lower())
             if column is None:
                 raise SourceError(f"{path} has no column {self._label_column!r}: its columns are {', '.join(columns)}")
-        self.has_labels = column is not None
+        self.has_labels = column is not None or bool(self.has_labels)
         rule: IdentityRule = "label" if self._rule == "auto" else self._rule
         if column is None and rule == "label":
             problem = f"none of its columns {', '.join(columns)} is known to hold labels"
             if self._rule == "label":
                 raise SourceError(f"{path} has no label: {problem}. Add --label-column NAME")
-            self._label_note = f"no image got a label: {problem} ({path}). Add --label-column NAME"
+            self._label_note = self._label_note or (
+                f"no image of {path} got a label: {problem}. Add --label-column NAME"
+            )
         if column is None or column in schema.names:
             names = None if column is None else read_class_names(schema, column)
             return _Labels(make_identity_rule(rule), column, names)

@@ -93,6 +93,7 @@ class Selection:
             relative: its path below the source's root, or its name in a container.
             container: path of the tar or table that it lies in. If that is included, so is everything in it.
         """
+        relative = relative.removeprefix("./")
         if self._exclude is not None and self._exclude.fullmatch(relative):
             return EXCLUDED
         is_included = self._include is None or self._include.fullmatch(relative)

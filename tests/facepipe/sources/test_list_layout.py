@@ -54,7 +54,7 @@ def test_unknown_columns_give_no_label(header: str, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text(f"{header}\nAnn/1.jpg,bob,train\nEve/2.jpg,ann,test\n")
     found, note = list_items(tmp_path / "list.csv")
     assert found == [("1.jpg", None), ("2.jpg", None)]
-    assert note.startswith("no image got a label")
+    assert note.startswith(f"no image of {tmp_path / 'list.csv'} got a label")
     assert "--label-column NAME" in note
     column = header.split(",")[1]
     assert list_items(tmp_path / "list.csv", label_column=column.upper())[0] == [("1.jpg", "bob"), ("2.jpg", "ann")]
@@ -107,6 +107,18 @@ def test_a_label_before_the_path_is_known_by_the_files(separator: str, tmp_path:
     (tmp_path / f"p0{separator}img" / "0.jpg").write_bytes(b"x")
     first = next(iter(open_source(SourceConfig(str(tmp_path / "list.txt")))))
     assert first.uri == f"{tmp_path}/p0{separator}img/0.jpg", "a path of that name is there"
+
+
+@pytest.mark.parametrize(
+    ("line", "others"), [("1 img/{n}.jpg {n}", "0 img/0.jpg 7"), ("{n} {n}.000000 img/{n}.jpg", "9 7.0 img/0.jpg")]
+)
+def test_lst_files_with_spaces_are_known_by_the_files(line: str, others: str, tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    for n in range(3):
+        (tmp_path / "img" / f"{n}.jpg").write_bytes(b"x")
+    lines = [line.format(n=n) for n in range(3)]
+    (tmp_path / "list.lst").write_text("\n".join([*lines, others]))
+    assert list_items(tmp_path / "list.lst")[0] == [(f"{n}.jpg", f"{n}") for n in range(3)] + [("0.jpg", "7")]
 
 
 def test_a_first_line_that_is_an_image_is_no_header(tmp_path: Path) -> None:

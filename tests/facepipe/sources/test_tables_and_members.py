@@ -135,6 +135,14 @@ def test_columns_of_every_type(tmp_path: Path) -> None:
         assert list_labels(tmp_path / f"{n}.parquet") == ["1", "2", None], column.type
 
 
+def test_an_empty_column_says_so(tmp_path: Path) -> None:
+    for labels in (pa.nulls(2), pa.array([{"id": 1}, {"id": 2}]), pa.array([[1, 2], []])):
+        pq.write_table(pa.table({"bytes": [b"x"] * 2, "label": labels}), tmp_path / "p.parquet")
+        source = open_source(SourceConfig(str(tmp_path / "p.parquet")))
+        assert [item.identity for item in source] == [None, None]
+        assert source.notes == ("no image got a label: the column of labels is empty, or holds no single label",)
+
+
 def test_a_table_without_a_label_says_so(tmp_path: Path) -> None:
     pq.write_table(pa.table({"bytes": [b"x"], "path": ["Ann/1.jpg"], "who": ["bob"]}), tmp_path / "p.parquet")
     source = open_source(SourceConfig(str(tmp_path / "p.parquet")))
@@ -198,6 +206,7 @@ def test_the_order_of_members_does_not_matter(order: tuple[str, ...], tmp_path: 
         ("json", b'{"identity": {"id": 3}}', None),
         ("json", b'{"person": "\\ud842\\udfb7"}', "\U00020bb7"),
         ("json", b'{"person": "\\ud842"}', "\\ud842"),
+        ("json", b'{"person": ' + b"[" * 900 + b"7" + b"]" * 900 + b"}", "7"),
         ("json", b"[1]", None),
         ("json", b"{", None),
     ],
