@@ -190,7 +190,8 @@ class PassedOver:
             parts.append(f"{count} {reason}{f' ({names})' if names else ''}")
         if not parts:
             return ()
-        return (f"passed over: {'; '.join(parts)}",)
+        remedy = ". To list such a folder name it in source.include" if self.counts[SYSTEM_FOLDER] else ""
+        return (f"passed over: {'; '.join(parts)}{remedy}",)
 
 
 def is_closed_archive(name: str) -> bool:
