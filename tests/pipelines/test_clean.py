@@ -22,6 +22,7 @@ from facepipe.errors import GalleryBusyError, GalleryError
 from facepipe.evaluation.cleaning import evaluate_clean
 from facepipe.gallery import Contract, Gallery
 from facepipe.storage.lease import hold_lease
+from facepipe.text import restore_cell
 from pipelines import clean as pipeline
 from pipelines.clean import CleanConfig, CleanSummary, run
 
@@ -72,7 +73,9 @@ def clean(made: Gallery, *layers: dict[str, Any]) -> tuple[CleanSummary, list[di
     assert summary.splits == sum(row["apart"] > 0 for row in identities)
     assert pq.read_metadata(folder / "merges.parquet").num_rows == summary.merges
     with open(folder / "clean.csv", newline="", encoding="utf-8") as file:
-        listed = [(row["path"], row["identity"], int(row["face_id"])) for row in csv.DictReader(file)]
+        cells = [(row["path"], row["identity"], int(row["face_id"])) for row in csv.DictReader(file)]
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in cells for cell in row[:2])
+    listed = [(restore_cell(path), restore_cell(identity), face_id) for path, identity, face_id in cells]
     wanted = [(r["uri"], r["identity"], r["face_id"]) for r in found if r["decision"] == "keep"]
     if not any(layer.get("clean", {}).get("relabels") for layer in layers):
         assert listed == wanted
@@ -278,7 +281,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     assert summary.decisions["relabel"] == len(names)
     assert summary.unlisted == sum(not uri.strip() or "\n" in uri for uri in uris)
     with open(Path(summary.out, "labels.csv"), newline="", encoding="utf-8") as file:
-        assert sorted(row["identity"] for row in csv.DictReader(file)) == sorted(names)
+        assert sorted(restore_cell(row["identity"]) for row in csv.DictReader(file)) == sorted(names)
     assert "<script>alert" not in Path(summary.out, "report.html").read_text()
     assert {path.parts[len(tmp_path.parts)] for path in set(tmp_path.rglob("*")) - before} == {"g"}, "nothing elsewhere"
 
