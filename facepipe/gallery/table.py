@@ -25,8 +25,7 @@ from facepipe.gallery.filters import to_filter
 from facepipe.gallery.hidden import HiddenWatch
 from facepipe.schema import EMBEDDING_DIM, FACES, LATER, OK
 from facepipe.storage.aliases import find_table_path
-from facepipe.storage.capabilities import require_safe_writes
-from facepipe.storage.conditional import ConflictError
+from facepipe.storage.conditional import ConflictError, require_usable_place
 from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.new_folders import make_new_folders, remove_new_folders
@@ -486,7 +485,7 @@ def _create_table(path: str, folder: str, contract: Contract) -> bool:
     """Create the table of a gallery in its folder; return whether this call did it."""
     configuration = {CONTRACT_PROPERTY: contract.to_json(), TEXT_PROPERTY: EXACT_TEXT}
     try:
-        require_safe_writes(storage.join(path, LEASE_FILE))
+        require_usable_place(path)
         log.create_log(folder, Schema.from_arrow(FACES), name="faces", configuration=configuration)
     except StorageError as error:
         # If a store's answer was lost, the table is there all the same. The caller's lease says that it is ours.

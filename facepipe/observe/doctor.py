@@ -13,7 +13,7 @@ from facepipe.errors import FacepipeError
 from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.registry import CARDS
 from facepipe.storage import is_remote
-from facepipe.storage.capabilities import check_place
+from facepipe.storage.conditional import require_usable_place
 
 _DEFAULT_MODELS = ("retinaface-mnet025", "dlib-resnet")
 
@@ -135,7 +135,7 @@ def _check_place(place: str) -> Finding:
     """Check that a gallery's place keeps two runs from overwriting each other's work."""
     what = "object store" if is_remote(place) else "disk"
     try:
-        check_place(place)
+        require_usable_place(place)
     except FacepipeError as error:
         return Finding(f"{what} of {place}", "broken", str(error))
     how = "compares tags before it writes" if is_remote(place) else "has locks and hard links"

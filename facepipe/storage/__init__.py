@@ -7,7 +7,7 @@ libraries want as files of this machine. The modules:
     files         read, write, list, delete
     atomic        write a local file whole or not at all
     conditional   replace a small file unless another writer was faster
-    capabilities  whether a disk or store can do that safely
+    locks         whether the locks of a file system keep others out
     store         a folder of a gallery, and its copy on this machine
     lease         one writer at a time
     mapped        files that are written through memory

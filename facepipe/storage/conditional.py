@@ -1,28 +1,33 @@
 """Small files that several processes write: a write names what it replaces, and of two at once one is refused.
 
 Object stores do this by conditional requests (If-Match, If-None-Match). On local disks the writers hold a lock on a
-file beside the file.
+file beside the file. Some stores accept conditions and ignore them, and some file systems do so with locks. So both are
+seen before the first write, once per bucket or disk and process.
 """
 
 import errno
 import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from facepipe.errors import StorageError
 from facepipe.storage.atomic import create_file, open_for_writing
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
-from facepipe.storage.files import replace
-from facepipe.storage.urls import is_remote, split_url
+from facepipe.storage.files import delete, replace
+from facepipe.storage.locks import GUARD, require_locks
+from facepipe.storage.urls import is_remote, join, split_url
 
 # What a file system without hard links answers to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-GUARD = ".guard"
-"""Ending of the file beside a local file that its writers lock."""
+# Name of the object that is written to see whether a store compares tags.
+_PROBE = ".probe-"
+# Client of each bucket whose store was seen to compare tags. Another endpoint has another client.
+_proven: dict[str, Any] = {}
 
 
 class ConflictError(StorageError):
@@ -72,8 +77,10 @@ def write_if(path: str, data: bytes, tag: str | None) -> str:
 
     Raises:
         ConflictError: the content has another tag. Of several writers at once one succeeds.
+        StorageError: the file cannot be written, or the place cannot keep two writers apart.
     """
     if is_remote(path):
+        _require_conditions(path.rpartition("/")[0])
         return _write_if_remote(path, data, tag)
     return _write_if_local(path, data, tag)
 
@@ -87,8 +94,10 @@ def create(path: str, data: bytes) -> None:
 
     Raises:
         ConflictError: there is one. Of several writers at once one succeeds.
+        StorageError: the file cannot be written, or the store cannot keep two writers apart.
     """
     if is_remote(path):
+        _require_conditions(path.rpartition("/")[0])
         _write_if_remote(path, data, None)
         return
     try:
@@ -120,6 +129,7 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 
 def _write_if_local(path: str, data: bytes, tag: str | None) -> str:
     try:
+        require_locks(path)
         with _lock(path):
             _require_tag(path, tag)
             replace(path, data)
@@ -176,3 +186,61 @@ def _require_tag(path: str, tag: str | None) -> None:
 
 def _hash_content(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def require_usable_place(folder: str) -> None:
+    """Require of a gallery's place all that writing to it needs. Nothing is left there.
+
+    Args:
+        folder: path or URL. If a local folder does not exist yet, the nearest one above it is checked.
+
+    Raises:
+        StorageError: the place must not hold a gallery, or cannot be written to.
+    """
+    if is_remote(folder):
+        _require_conditions(folder)
+        return
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    path = os.path.join(folder, _PROBE + secrets.token_hex(8))
+    try:
+        require_locks(path)
+        create(path, b"")
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder!r}: {describe_error(error)}") from error
+    finally:
+        for name in (path, path + GUARD):
+            with suppress(OSError):
+                os.unlink(name)
+
+
+def _require_conditions(prefix: str) -> None:
+    """Write a small object below a prefix, and delete it, to see that its store compares tags."""
+    bucket = split_url(prefix)[0]
+    client = open_bucket(bucket)
+    if _proven.get(bucket) is client:
+        return
+    path = join(prefix, _PROBE + secrets.token_hex(8))
+    # Of four writes two must succeed, and two must be refused.
+    try:
+        tag = _write_if_remote(path, b"first", None)
+        _require_conflict(path, b"second", None, "If-None-Match")
+        _write_if_remote(path, b"third", tag)
+        _require_conflict(path, b"fourth", tag, "If-Match")
+    finally:
+        with suppress(StorageError):  # a bucket that lets nobody delete: what was seen above matters more
+            delete(path)
+    _proven[bucket] = client
+
+
+def _require_conflict(path: str, data: bytes, tag: str | None, header: str) -> None:
+    """Write under a condition that does not hold; raise StorageError if the store writes all the same."""
+    try:
+        _write_if_remote(path, data, tag)
+    except ConflictError:
+        return
+    raise StorageError(
+        f"the object store of {split_url(path)[0]} ignores {header}, so two runs could overwrite each other's work: "
+        "use a store, or a version of it, with conditional writes (docs/operations.md)"
+    )

@@ -20,7 +20,6 @@ from pydantic import TypeAdapter
 
 from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
 from facepipe.storage import conditional
-from facepipe.storage.capabilities import require_safe_writes
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.new_folders import make_new_folders, remove_new_folders
 from facepipe.storage.urls import is_remote, join
@@ -257,7 +256,6 @@ def _acquire(path: str, kind: str, on_wait: OnWait, purpose: str) -> Lease:
     while True:
         try:
             # Read the lease, wait if somebody holds it, and take it on the condition that it is still the same.
-            require_safe_writes(path)
             content = conditional.read_tagged(path)
             current = _decode(content[0]) if content else None
             if current is not None and not current.released:

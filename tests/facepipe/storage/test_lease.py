@@ -53,9 +53,12 @@ def put(place: str, holder: Holder | bytes) -> str:
     """Leave a lease as another run would; its tag."""
     path = storage.join(place, leases.LEASE_FILE)
     storage.make_parent_folder(path)
-    found = conditional.read_tagged(path)
     data = holder if isinstance(holder, bytes) else holder.encode()
-    return conditional.write_if(path, data, found[1] if found else None)
+    # A heartbeat may come in between.
+    while True:
+        found = conditional.read_tagged(path)
+        with suppress(conditional.ConflictError):
+            return conditional.write_if(path, data, found[1] if found else None)
 
 
 def held(place: str) -> Holder | None:

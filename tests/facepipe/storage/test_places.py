@@ -16,8 +16,10 @@ from facepipe import storage
 from facepipe.errors import FacepipeError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.observe import doctor
-from facepipe.storage.capabilities import check_place, find_mount_problem, require_safe_writes
+from facepipe.storage import conditional, locks
+from facepipe.storage.conditional import require_usable_place
 from facepipe.storage.lease import hold_lease
+from facepipe.storage.locks import find_mount_problem
 
 G = "s3://faces/deep/g"
 
@@ -57,33 +59,38 @@ def test_a_store_that_ignores_conditions_is_refused(
 
 def test_a_store_with_conditions_is_asked_once(bucket: Any, proxy: faults.Proxy) -> None:
     proxy.set()
-    require_safe_writes(f"{G}/.lock")
+    require_usable_place(G)
     first = sum(proxy.counts().values())
-    require_safe_writes(f"{G}/.lock")
-    require_safe_writes("s3://faces/other/.lock")
-    check_place(G)
-    assert sum(proxy.counts().values()) == first <= 8
+    assert first <= 8
+    require_usable_place("s3://faces/other/g")
+    assert sum(proxy.counts().values()) == first
     assert list_keys(bucket) == []
+    conditional.write_if(f"{G}/x", b"1", None)
+    conditional.create(f"{G}/y", b"1")
+    assert list_keys(bucket) == ["deep/g/x", "deep/g/y"]
     # Another endpoint may be another store.
     storage.open_bucket.cache_clear()
     proxy.set(unconditional=1.0)
-    with pytest.raises(StorageError, match="ignores"):
-        require_safe_writes(f"{G}/.lock")
+    for write in (lambda: conditional.write_if(f"{G}/z", b"1", None), lambda: conditional.create(f"{G}/z", b"1")):
+        with pytest.raises(StorageError, match="ignores"):
+            write()
+    assert list_keys(bucket) == ["deep/g/x", "deep/g/y"]
 
 
 @pytest.mark.parametrize("trial", range(3))
 def test_a_store_that_fails_now_and_then_is_not_refused(trial: int, bucket: Any, proxy: faults.Proxy) -> None:
     """A lost answer to the first write looks like a store that refuses it."""
     proxy.set(seed=trial, lost=0.3, status_503=0.2)
-    require_safe_writes(f"{G}/.lock")
+    require_usable_place(G)
     proxy.set()
     assert list_keys(bucket) == []
 
 
 def test_locks_that_keep_nobody_out_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_place(str(tmp_path / "not" / "yet"))
+    require_usable_place(str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(locks, "_proven", set())
     monkeypatch.setattr(fcntl, "flock", lambda file, how: None)
-    for check in (lambda: check_place(str(tmp_path)), lambda: Gallery.create(str(tmp_path / "g"), CONTRACT)):
+    for check in (lambda: require_usable_place(str(tmp_path)), lambda: Gallery.create(str(tmp_path / "g"), CONTRACT)):
         with pytest.raises(FacepipeError, match="takes locks and ignores them"):
             check()
     with pytest.raises(GalleryError, match="takes locks and ignores them"), hold_lease(str(tmp_path / "g")):
@@ -99,7 +106,7 @@ def test_a_disk_without_links_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(StorageError, match="hard links"):
-        check_place(str(tmp_path))
+        require_usable_place(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(GalleryError, match="hard links"):
         Gallery.create(str(tmp_path / "g"), CONTRACT)
