@@ -4,6 +4,8 @@ A file may be of any kind and length. Tables and arrays are searched as such. An
 as what its name says, is searched as bytes.
 """
 
+import html
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,7 +111,7 @@ def _is_in_bytes(path: str, erased: ErasedData) -> bool:
     Memory does not grow with the file.
     """
     # Single words are looked up in a set; only texts of several words need a search each.
-    texts = {text.encode("utf-8", "surrogateescape") for text in erased.by_role[ANY]}
+    texts = {form.encode("utf-8", "surrogateescape") for text in erased.by_role[ANY] for form in _list_written_forms(text)}
     phrases = [text for text in texts if not _WORDS.fullmatch(text)]
     longest = max((len(phrase) for phrase in phrases), default=0)
     with open(path, "rb") as file:
@@ -117,6 +119,17 @@ def _is_in_bytes(path: str, erased: ErasedData) -> bool:
             if not texts.isdisjoint(_WORDS.findall(chunk)) or any(phrase in chunk for phrase in phrases):
                 return True
     return False
+
+
+def _list_written_forms(text: str) -> set[str]:
+    """List how a text may be written: as it is, in JSON, in HTML and in a CSV file."""
+    return {
+        text,
+        json.dumps(text)[1:-1],
+        json.dumps(text, ensure_ascii=False)[1:-1],
+        html.escape(text),
+        text.replace('"', '""'),
+    }
 
 
 def iterate_chunks(file: BinaryIO, size: int, longest: int) -> Iterator[bytes]:

@@ -137,7 +137,8 @@ def test_a_warning_about_flip_with_face_recognition(tmp_path: Path) -> None:
     blank = tmp_path / "photos"
     blank.mkdir()
     cv2.imwrite(str(blank / "a.png"), np.zeros((64, 64, 3), np.uint8))
-    fast = ["--detector", "fake-detector", "--embedder", "face-recognition", "--runner", "inline", "--quiet"]
+    fast = ["--detector", "fake-detector", "--embedder", "face-recognition", "--identity", "none", "--quiet"]
+    fast += ["--runner", "inline"]
     code, _, err = run_facepipe("embed", blank, tmp_path / "g", *fast)
     assert (code, "--set embed.flip=false" in err) == (0, True)
     code, _, err = run_facepipe("embed", blank, tmp_path / "h", *fast, "--set", "embed.flip=false")

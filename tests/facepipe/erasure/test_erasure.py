@@ -17,11 +17,12 @@ from bench.galleries import CONTRACT, Faces, append, rows
 from pyarrow import compute as pc
 
 from facepipe.arrow import pack_arrays
+from facepipe.curation.report_folders import MARKER, prepare_folder
 from facepipe.erasure import pending, receipt
 from facepipe.erasure.erased_data import ErasedData, find_role
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt
-from facepipe.erasure.reports import scrub_reports
+from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import Selection, compute_marks, select_images, translate_glob
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery, hidden, suppressed
@@ -319,6 +320,22 @@ def gone(names: set[str] = frozenset({JANE}), uris: set[str] = frozenset({MINE})
     )
 
 
+def make_report_folder(folder: Path, report: str) -> Path:
+    """Make an empty folder of a report, with its marker."""
+    path = folder / report
+    path.mkdir(exist_ok=True)
+    prepare_folder(str(path), report)
+    return path
+
+
+def scrub(folder: Path, erased: ErasedData | None = None) -> set[str]:
+    """Scrub a report's folder that holds files of facepipe alone; return what was changed or deleted."""
+    foreign: list[str] = []
+    changed = set(scrub_report(str(folder), erased or gone(), foreign.append))
+    assert foreign == []
+    return changed
+
+
 def test_roles() -> None:
     roles = {
         name: find_role(name) for name in ("uri_a", "path", "identity_0", "left", "face_id_b", "medoid", "decision")
@@ -340,38 +357,43 @@ def test_tables(tmp_path: Path) -> None:
         "decision": [JANE, "keep", "keep", "keep"],
         "nearest_identity": [JANE, None, "bob", "bob"],
     }
-    path = table_in(tmp_path, "decisions.parquet", **columns)
-    same = table_in(tmp_path, "same.parquet", face_id=[1, 2], size=[5, 9], note=["a", "b"])
-    other = table_in(tmp_path, "other.parquet", note=["a", JANE], image_id=[None, "f" * 32])
+    folder = make_report_folder(tmp_path, "clean")
+    path = table_in(folder, "decisions.parquet", **columns)
+    same = table_in(folder, "identities.parquet", face_id=[1, 2], size=[5, 9], note=["a", "b"])
+    other = table_in(folder, "merges.parquet", note=["a", JANE], image_id=[None, "f" * 32])
     before = same.read_bytes()
-    assert set(scrub_reports(str(tmp_path), gone())) == {"decisions.parquet", "other.parquet"}
+    assert scrub(folder) == {"decisions.parquet", "merges.parquet"}
     (row,) = pq.read_table(path).to_pylist()
     assert row == {"face_id": 1, "uri": OTHER, "identity": "bob", "decision": JANE, "nearest_identity": None}
     assert pq.read_table(other).to_pylist() == [{"note": "a", "image_id": None}]
     assert same.read_bytes() == before
-    assert list(scrub_reports(str(tmp_path), gone())) == []
+    assert scrub(folder) == set()
 
 
 def test_lists(tmp_path: Path) -> None:
-    with open(tmp_path / "clean.csv", "w", newline="") as file:
+    clean = make_report_folder(tmp_path, "clean")
+    dedup = make_report_folder(tmp_path, "dedup")
+    with open(clean / "clean.csv", "w", newline="") as file:
         csv.writer(file).writerows(
             [("path", "identity", "label", "face_id"), (OTHER, "b", 5, 1), (MINE, JANE, 0, 5), ("x\ny", "n", 9, 2)]
         )
-    with open(tmp_path / "labels.csv", "w", newline="") as file:
+    with open(clean / "labels.csv", "w", newline="") as file:
         csv.writer(file).writerows([("label", "identity"), (0, JANE), (1, "identity"), (2, "b"), (3, "'=1+1")])
     lines = {
-        "keep.txt": ["/r/a/1.jpg", OTHER],
-        "clean.txt": ["/r/q.jpg 3", "/r/a/1.jpg 4"],
-        "msceleb.txt": ["q.jpg 3", "a/1.jpg 4"],
+        dedup / "keep.txt": ["/r/a/1.jpg", OTHER],
+        clean / "clean.txt": ["/r/q.jpg 3", "/r/a/1.jpg 4"],
+        clean / "msceleb.txt": ["q.jpg 3", "a/1.jpg 4"],
     }
-    for name, texts in lines.items():
-        (tmp_path / name).write_text("\n".join(texts) + "\n")
-    assert len(list(scrub_reports(str(tmp_path), gone({JANE, "identity", "5", "=1+1"}, {MINE, "/r/a/1.jpg"})))) == 5
-    with open(tmp_path / "clean.csv", newline="") as file:
+    for path, texts in lines.items():
+        path.write_text("\n".join(texts) + "\n")
+    erased = gone({JANE, "identity", "5", "=1+1"}, {MINE, "/r/a/1.jpg"})
+    assert scrub(clean, erased) == {"clean.csv", "labels.csv", "clean.txt", "msceleb.txt"}
+    assert scrub(dedup, erased) == {"keep.txt"}
+    with open(clean / "clean.csv", newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["path", OTHER, "x\ny"]
-    assert (tmp_path / "labels.csv").read_bytes() == b"label,identity\r\n2,b\r\n"
-    assert [(tmp_path / n).read_text() for n in lines] == [f"{OTHER}\n", "/r/q.jpg 3\n", "q.jpg 3\n"]
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".new")]
+    assert (clean / "labels.csv").read_bytes() == b"label,identity\r\n2,b\r\n"
+    assert [path.read_text() for path in lines] == [f"{OTHER}\n", "/r/q.jpg 3\n", "q.jpg 3\n"]
+    assert not list(tmp_path.rglob("*.new"))
 
 
 def page(folder: Path, title: str, groups: list[Group], **more: Any) -> Path:
@@ -401,8 +423,9 @@ def test_pages(tmp_path: Path) -> None:
         Group("only her", "x", (), faces(MINE)),
         Group("bob: \u00e9 </script>", "x", (("a", "b"),), faces(OTHER)),
     ]
-    path = page(tmp_path, "Noisy identities", made)
-    assert list(scrub_reports(str(tmp_path), gone())) == ["report.html"]
+    folder = make_report_folder(tmp_path, "clean")
+    path = page(folder, "Noisy identities", made)
+    assert scrub(folder) == {"report.html"}
     first, second = shown(path)
     assert (first["title"], first["figures"], [f["uri"] for f in first["faces"]]) == (
         made[2].title,
@@ -410,7 +433,7 @@ def test_pages(tmp_path: Path) -> None:
         [OTHER],
     )
     assert second["title"] == made[4].title
-    assert list(scrub_reports(str(tmp_path), gone())) == []
+    assert scrub(folder) == set()
 
 
 def test_tables_on_pages(tmp_path: Path) -> None:
@@ -418,8 +441,9 @@ def test_tables_on_pages(tmp_path: Path) -> None:
         "Shared identities (the first 3 of 3)", ("here", "there"), ((JANE, "a"), ("b", "c"), ("\u202ed", "12"))
     )
     counts = Table("Decisions", ("decision", "faces"), (("keep", "12"),))
-    path = page(tmp_path, "What two galleries share", [], tables=(table, counts))
-    assert list(scrub_reports(str(tmp_path), gone({JANE, "12", "keep"}))) == ["report.html"]
+    folder = make_report_folder(tmp_path, "overlap")
+    path = page(folder, "What two galleries share", [], tables=(table, counts))
+    assert scrub(folder, gone({JANE, "12", "keep"})) == {"report.html"}
     text = path.read_text()
     assert ("<td>b</td>" in text, "J, &#34;x" in text, "d</td>" in text, "<td>keep</td>" in text) == (
         True,
@@ -427,54 +451,67 @@ def test_tables_on_pages(tmp_path: Path) -> None:
         False,
         True,
     )
-    page(tmp_path, "x", [], figures=(Figure("a", "b", MINE),))
-    assert list(scrub_reports(str(tmp_path), gone())) == ["report.html"]
+    page(folder, "x", [], figures=(Figure("a", "b", MINE),))
+    assert scrub(folder) == {"report.html"}
     assert not path.exists(), "it says so in a place that is not known"
 
 
 def test_vectors_and_other_files(tmp_path: Path) -> None:
-    np.savez(tmp_path / "state.npz", cohort=VECTORS, threshold=0.5)
+    folder = make_report_folder(tmp_path, "cluster")
+    np.savez(folder / "state.npz", cohort=VECTORS, threshold=0.5)
+    (folder / "yes.json").write_text(json.dumps({"a": [{"b": JANE}]}))
+    (folder / "no.json").write_text(json.dumps({"a": "Jan", "n": 5}))
+    (folder / "state.npz.new").write_bytes(b"x")
     for name in ("graph", "cluster.partial", "clean.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_text("x")
-    (tmp_path / "yes.json").write_text(json.dumps({"a": [{"b": JANE}]}))
-    (tmp_path / "no.json").write_text(json.dumps({"a": "Jan", "n": 5}))
+        path = tmp_path / name
+        path.mkdir()
+        prepare_folder(str(path), name.partition(".")[0])
+        (path / "notes.txt").write_text("x")
     (tmp_path / "notes.md").write_text(f"about {MINE}")
     (tmp_path / "other.md").write_text("about nobody")
-    (tmp_path / "old.parquet.new").write_bytes(b"x")
     (tmp_path / ".lock").write_text(MINE)
-    found = set(scrub_reports(str(tmp_path), gone()))
-    assert found == {"state.npz", "graph/", "cluster.partial/", "clean.old/", "yes.json", "notes.md"}
-    assert set(os.listdir(tmp_path)) == {"state.npz", "no.json", "other.md", ".lock"}
-    with np.load(tmp_path / "state.npz") as held:
+    foreign: list[str] = []
+    found = set(scrub_reports(str(tmp_path), gone(), foreign.append))
+    # Files of others stay, and those that name the erased are told.
+    assert found == {"cluster/state.npz", "graph/", "cluster.partial/", "clean.old/"}
+    assert set(foreign) == {"cluster/yes.json", "notes.md"}
+    assert set(os.listdir(folder)) == {MARKER, "state.npz", "yes.json", "no.json"}
+    assert [os.listdir(tmp_path / name) for name in ("graph", "cluster.partial", "clean.old")] == [["notes.txt"]] * 3
+    with np.load(folder / "state.npz") as held:
         np.testing.assert_array_equal(held["cohort"], VECTORS[1:])
         assert held["threshold"] == 0.5
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"PAR1PAR1PAR1", b'{"title":', b"\xff\xfe\x00"])
-def test_damaged_files_go_and_nothing_is_raised(tmp_path: Path, data: bytes) -> None:
-    for name in ("a.parquet", "sums.npz", "b.npz", "c.html", "d.json", "e.csv", "f.txt", "g.bin"):
-        (tmp_path / name).write_bytes(data)
-    found = set(scrub_reports(str(tmp_path), gone()))
-    assert {"a.parquet", "sums.npz", "b.npz"} <= found
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".new")]
+def test_damaged_files_of_ours_go_and_nothing_is_raised(tmp_path: Path, data: bytes) -> None:
+    folder = make_report_folder(tmp_path, "cluster")
+    for name in ("faces.parquet", "sums.npz", "state.npz", "report.html", "mine.parquet", "mine.bin"):
+        (folder / name).write_bytes(data)
+    assert {"faces.parquet", "sums.npz", "state.npz"} <= scrub(folder)
+    assert {"mine.parquet", "mine.bin"} <= set(os.listdir(folder))
+    assert not list(folder.glob("*.new"))
 
 
 def test_a_full_disk_deletes_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = table_in(tmp_path, "a.parquet", uri=[MINE, OTHER])
+    folder = make_report_folder(tmp_path, "clean")
+    path = table_in(folder, "decisions.parquet", uri=[MINE, OTHER])
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match="no space left"):
-        list(scrub_reports(str(tmp_path), gone()))
+        scrub(folder)
     assert path.exists()
 
 
 def test_nothing_of_many_is_slow(tmp_path: Path) -> None:
     uris = [f"/some/where/{n}.jpg" for n in range(20_000)]
-    table_in(tmp_path, "faces.parquet", uri=uris * 5, face_id=np.arange(100_000))
-    (tmp_path / "keep.txt").write_text("\n".join(uris) + "\n")
-    assert set(scrub_reports(str(tmp_path), gone(uris=set(uris[::2])))) == {"faces.parquet", "keep.txt"}
-    assert pq.read_metadata(tmp_path / "faces.parquet").num_rows == 50_000 - 2
+    clusters = make_report_folder(tmp_path, "cluster")
+    table_in(clusters, "faces.parquet", uri=uris * 5, face_id=np.arange(100_000))
+    copies = make_report_folder(tmp_path, "dedup")
+    (copies / "keep.txt").write_text("\n".join(uris) + "\n")
+    erased = gone(uris=set(uris[::2]))
+    assert scrub(clusters, erased) == {"faces.parquet"}
+    assert scrub(copies, erased) == {"keep.txt"}
+    assert pq.read_metadata(clusters / "faces.parquet").num_rows == 50_000 - 2

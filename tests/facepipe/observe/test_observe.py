@@ -402,7 +402,7 @@ def test_a_run_in_the_log_names_no_image_and_nobody(
     broken = tmp_path / "corpus"
     broken.mkdir()
     (broken / "lovelace.png").write_bytes(b"no image")
-    for path in sorted(drawings.rglob("*.png"))[:12]:
+    for path in sorted(drawings.rglob("*.png"))[::5]:  # of three persons
         os.makedirs(broken / path.parent.name, exist_ok=True)
         os.link(path, broken / path.parent.name / path.name)
     with record_run(str(tmp_path / "g"), "embed") as run:
