@@ -111,7 +111,9 @@ def _is_in_bytes(path: str, erased: ErasedData) -> bool:
     Memory does not grow with the file.
     """
     # Single words are looked up in a set; only texts of several words need a search each.
-    texts = {form.encode("utf-8", "surrogateescape") for text in erased.by_role[ANY] for form in _list_written_forms(text)}
+    texts = {
+        form.encode("utf-8", "surrogateescape") for text in erased.by_role[ANY] for form in _list_written_forms(text)
+    }
     phrases = [text for text in texts if not _WORDS.fullmatch(text)]
     longest = max((len(phrase) for phrase in phrases), default=0)
     with open(path, "rb") as file:

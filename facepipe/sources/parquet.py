@@ -127,6 +127,10 @@ class ParquetSource:
         bytes_column = find_bytes_column(schema)
         uri_column = find_name_column(schema, bytes_column)
         if uri_column is None and bytes_column is None:
+            # A file meant to hold images, but with something else in their place, is damaged. Others may be sound.
+            misused = [name for name in BYTES_COLUMNS if name in schema.names and _is_nested(schema.field(name).type)]
+            if misused:
+                raise ValueError(f"the column {misused[0]!r} is {schema.field(misused[0]).type}, which holds no image")
             raise SourceError(
                 f"{path} has neither a uri column ({', '.join(URI_COLUMNS)}) nor a bytes column "
                 f"({', '.join(BYTES_COLUMNS)}); its columns are {', '.join(schema.names)}"
@@ -419,8 +423,12 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(is_variable or pa.types.is_fixed_size_binary(kind))
 
 
+def _is_nested(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_nested(kind))
+
+
 def _is_scalar(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or _is_binary(kind))
+    return not (_is_nested(kind) or _is_binary(kind))
 
 
 def _read_names(batch: pa.RecordBatch, column: str) -> list[Any]:
