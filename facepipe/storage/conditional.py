@@ -44,7 +44,11 @@ def read_tagged(path: str) -> tuple[bytes, str] | None:
     try:
         with open(path, "rb") as file:
             data = file.read()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # A link that leads nowhere, such as to a disk that is not mounted, does not mean that there is no file.
+        folder = os.path.dirname(path)
+        if os.path.islink(path) or (os.path.islink(folder) and not os.path.isdir(folder)):
+            raise StorageError(f"cannot read {path!r}: it is behind a link that leads nowhere") from error
         return None
     except OSError as error:
         raise StorageError(f"cannot read {path!r}: {describe_error(error)}") from error

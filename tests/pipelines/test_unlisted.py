@@ -93,9 +93,11 @@ def test_the_erased_stay_erased_behind_a_link_that_leads_nowhere(gallery: Path, 
     """Such as a link to a disk of its own that is not mounted today."""
     (gallery / "erased").rename(tmp_path / "elsewhere")
     (gallery / "erased").symlink_to(tmp_path / "not-mounted")
-    with pytest.raises(FacepipeError, match="cannot list"):
+    with pytest.raises(FacepipeError, match=r"cannot list|leads nowhere"):
         embed(drawings, gallery, FAKES)
-    assert not any(PERSON in row["uri"] for row in rows(gallery))
+    with pytest.raises(FacepipeError, match="leads nowhere"):
+        rows(gallery)  # nobody knows which images readers must leave out
     (gallery / "erased").unlink()
     (gallery / "erased").symlink_to(tmp_path / "elsewhere")
+    assert not any(PERSON in row["uri"] for row in rows(gallery))
     assert embed(drawings, gallery, FAKES).erased == 20

@@ -13,7 +13,7 @@ from powercut import SyncedState
 
 from facepipe import storage
 from facepipe.errors import StorageError
-from facepipe.storage import NoSuchFileError
+from facepipe.storage import NoSuchFileError, conditional
 from facepipe.storage.owned import walk_files
 
 ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN)
@@ -77,6 +77,12 @@ def test_no_folder_is_nothing_and_a_link_that_leads_nowhere_is_not(tree: Path) -
                 list(walk_files(name))
         with pytest.raises(StorageError, match="cannot list"):
             storage.list_names(str(folder))
+    (tree / "in" / "link").symlink_to("/mnt/none/hidden.list")
+    for path in (tree / "link" / "hidden.list", tree / "in" / "link"):
+        with pytest.raises(StorageError, match="a link that leads nowhere"):
+            conditional.read_tagged(str(path))
+    assert conditional.read_tagged(str(tree / "in" / "none")) is None
+    assert conditional.read_tagged(str(tree / "none" / "none")) is None
 
 
 def test_what_is_deleted_while_it_is_listed_is_no_error(tree: Path) -> None:
