@@ -28,6 +28,7 @@ from facepipe.storage.aliases import find_table_path
 from facepipe.storage.conditional import ConflictError, require_usable_place
 from facepipe.storage.inside import is_link, iterate_links, make_link_error, require_inside
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.locks import PROBE
 from facepipe.storage.new_folders import make_new_folders, remove_new_folders
 from facepipe.storage.table_access import get_delta_options, open_arrow_filesystem
 from facepipe.types import Float32, Int64
@@ -153,7 +154,6 @@ class Gallery:
         except BaseException:
             if not storage.is_remote(path):
                 _remove_unfinished(log_folder, is_created=is_created)
-                _remove_guard(path)
                 remove_new_folders(new_folders)
             raise
 
@@ -505,13 +505,6 @@ def _remove_unfinished(folder: str, *, is_created: bool) -> None:
                     os.unlink(os.path.join(folder, name))
 
 
-def _remove_guard(path: str) -> None:
-    """Remove the file that a look at the file system's locks has left, unless there is a lease."""
-    with suppress(OSError):
-        if not os.path.exists(os.path.join(path, LEASE_FILE)):
-            os.unlink(os.path.join(path, LEASE_GUARD))
-
-
 def _is_taken(path: str) -> bool:
     """Tell whether a folder for a new gallery holds something.
 
@@ -520,7 +513,7 @@ def _is_taken(path: str) -> bool:
     if not storage.is_remote(path):
         if not os.path.exists(path):
             return False
-        if not os.path.isdir(path) or set(os.listdir(path)) - _OWN_NAMES - {"faces"}:
+        if not os.path.isdir(path) or any(map(_is_foreign, set(os.listdir(path)) - {"faces"})):
             return True
     start = len(path.rstrip("/")) + 1
     return any(_is_foreign(entry.url[start:]) for entry in storage.list_files(path))
@@ -529,7 +522,8 @@ def _is_taken(path: str) -> bool:
 def _is_foreign(name: str) -> bool:
     """Tell whether a file in the folder is not ours. A log whose first entry was not finished does not count."""
     is_unfinished_log = name.startswith("faces/_delta_log/") and not name.endswith(".json")
-    return not is_unfinished_log and name.split("/")[0] not in _OWN_NAMES
+    is_own = name.split("/")[0] in _OWN_NAMES or name.startswith(PROBE)
+    return not (is_unfinished_log or is_own)
 
 
 def _split_dataset(dataset: ds.Dataset, where: "ds.Expression | None") -> Iterator[ds.Dataset]:

@@ -116,8 +116,7 @@ def make_folders(path: str) -> None:
         folder = os.path.dirname(folder)
     os.makedirs(path, exist_ok=True)
     for folder in reversed(missing):
-        with suppress(PermissionError):  # a parent that may be written to and not read
-            _sync_entries(os.path.dirname(folder))
+        _sync_entries(os.path.dirname(folder))
 
 
 def open_for_writing(path: str, flags: int = 0) -> int:
@@ -159,7 +158,10 @@ def sync_folder(path: str) -> None:
 
 
 def _sync_entries(folder: str) -> None:
-    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        descriptor = os.open(folder or ".", os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written to and not read cannot be synced
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -19,13 +19,11 @@ from facepipe.storage.atomic import create_file, open_for_writing
 from facepipe.storage.client import open_bucket
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import delete, replace
-from facepipe.storage.locks import GUARD, require_locks
+from facepipe.storage.locks import GUARD, PROBE, require_locks
 from facepipe.storage.urls import is_remote, join, split_url
 
 # What a file system without hard links answers to a request for one.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-# Name of the object that is written to see whether a store compares tags.
-_PROBE = ".probe-"
 # Client of each bucket whose store was seen to compare tags. Another endpoint has another client.
 _proven: dict[str, Any] = {}
 
@@ -133,7 +131,7 @@ def _write_if_remote(path: str, data: bytes, tag: str | None) -> str:
 
 def _write_if_local(path: str, data: bytes, tag: str | None) -> str:
     try:
-        require_locks(path)
+        require_locks(os.path.dirname(path) or ".")
         with _lock(path):
             _require_tag(path, tag)
             replace(path, data)
@@ -207,16 +205,15 @@ def require_usable_place(folder: str) -> None:
     folder = os.path.abspath(folder)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    path = os.path.join(folder, _PROBE + secrets.token_hex(8))
+    path = os.path.join(folder, PROBE + secrets.token_hex(8))
     try:
-        require_locks(path)
+        require_locks(folder)
         create(path, b"")
     except OSError as error:
         raise StorageError(f"cannot write to {folder!r}: {describe_error(error)}") from error
     finally:
-        for name in (path, path + GUARD):
-            with suppress(OSError):
-                os.unlink(name)
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _require_conditions(prefix: str) -> None:
@@ -225,7 +222,7 @@ def _require_conditions(prefix: str) -> None:
     client = open_bucket(bucket)
     if _proven.get(bucket) is client:
         return
-    path = join(prefix, _PROBE + secrets.token_hex(8))
+    path = join(prefix, PROBE + secrets.token_hex(8))
     # Of four writes two must succeed, and two must be refused.
     try:
         tag = _write_if_remote(path, b"first", None)

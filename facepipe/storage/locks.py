@@ -6,16 +6,19 @@ That is seen, and not assumed: some file systems take locks and ignore them, or 
 import fcntl
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from facepipe.errors import StorageError
-from facepipe.storage.atomic import open_for_writing
 
 GUARD = ".guard"
 """Ending of the file beside a local file that its writers lock."""
+
+PROBE = ".probe-"
+"""With what the names of files begin that are made to see what a place can do, and deleted at once."""
 
 # Devices whose locks were seen to keep others out.
 _proven: set[int] = set()
@@ -46,21 +49,19 @@ class _Mount:
     options: frozenset[str]
 
 
-def require_locks(path: str) -> None:
-    """Require that a lock beside a local file keeps others out, on this machine and on others.
+def require_locks(folder: str) -> None:
+    """Require that locks on files of a local folder keep others out, on this machine and on others.
 
-    Args:
-        path: the file. Its folder must be there.
+    That is looked at once per disk and process. Nothing is left in the folder.
 
     Raises:
         StorageError: the file system ignores locks, or keeps them to this machine.
-        OSError: the file beside it cannot be opened.
+        OSError: no file can be made in the folder.
     """
-    folder = os.path.dirname(path) or "."
     device = os.stat(folder).st_dev
     if device in _proven:
         return
-    problem = find_mount_problem(os.path.realpath(folder), _read_mounts()) or _find_lock_problem(path + GUARD)
+    problem = find_mount_problem(os.path.realpath(folder), _read_mounts()) or _find_lock_problem(folder)
     if problem:
         raise StorageError(
             f"the file system of {folder!r} {problem}, so two runs could overwrite each other's work "
@@ -69,14 +70,14 @@ def require_locks(path: str) -> None:
     _proven.add(device)
 
 
-def _find_lock_problem(path: str) -> str:
-    """Lock a file twice: the second lock must be refused."""
-    with open(open_for_writing(path), "w") as first, open(open_for_writing(path), "w") as second:
-        for file in (first, second):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # refused, also if another run holds it: this lock works
-                return ""
+def _find_lock_problem(folder: str) -> str:
+    """Lock a new file twice: the second lock must be refused."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=PROBE) as first, open(first.name) as second:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return ""
     return "takes locks and ignores them"
 
 

@@ -21,6 +21,7 @@ from facepipe.errors import StorageError, TrainingError
 from facepipe.observe import logs
 from facepipe.storage import describe_error, replace_file, sync_folder
 from facepipe.storage.atomic import UNFINISHED, open_for_writing
+from facepipe.storage.locks import require_locks
 from facepipe.storage.owned import delete_owned
 
 FOLDER = "checkpoints"
@@ -175,8 +176,10 @@ class CheckpointFolder:
 
         Raises:
             TrainingError: Another run still holds the lock after the timeout.
+            StorageError: The file system's locks keep no other run out.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        require_locks(str(self.folder))
         with open(open_for_writing(str(self.folder / "lock")), "w") as file:
             deadline = time.monotonic() + _LOCK_TIMEOUT_S
             while not _try_lock(file):
