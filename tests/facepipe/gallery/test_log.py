@@ -184,14 +184,14 @@ def test_a_run_takes_nothing_for_committed_that_a_cut_may_take_back(
     with state.watch(monkeypatch):
         sync_entries = atomic._sync_entries
 
-        def die(folder: str) -> None:
+        def stop(folder: str) -> None:
             if folder.endswith(log.LOG):
                 raise KeyboardInterrupt
             sync_entries(folder)
 
         commit = Committer(gallery, "killed")
         with monkeypatch.context() as patch:
-            patch.setattr(atomic, "_sync_entries", die)
+            patch.setattr(atomic, "_sync_entries", stop)
             with pytest.raises(KeyboardInterrupt):
                 add_rows(gallery, commit, seed=1)
         seen = list_files(gallery)
