@@ -125,11 +125,13 @@ def test_pairs(gallery: Path, tmp_path: Path) -> None:
     assert (code, "are not in the gallery, such as not-there" in err) == (1, True)
 
 
-def test_models_and_doctor() -> None:
+def test_models_and_doctor(tmp_path: Path) -> None:
     assert "public domain" in run_facepipe("models", "--json")[1]
-    code, out, _ = run_facepipe("doctor", "--json")
+    code, out, _ = run_facepipe("doctor", tmp_path / "not-yet", "--json")
     states = {row["what"]: row["state"] for row in json.loads(out)["findings"]}
     assert (code, states["dlib-resnet"], states["retinaface-mnet025"]) == (0, "ok", "ok")
+    assert states[f"disk of {tmp_path / 'not-yet'}"] == states["temporary files"] == "ok"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_index_and_search(drawings: Path, gallery: Path, tmp_path: Path) -> None:
