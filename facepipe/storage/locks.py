@@ -72,7 +72,7 @@ def require_locks(folder: str) -> None:
 
 def _find_lock_problem(folder: str) -> str:
     """Lock a new file twice: the second lock must be refused."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=PROBE) as first, open(first.name) as second:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=PROBE) as first, open(first.name, "r+b") as second:
         fcntl.flock(first, fcntl.LOCK_EX)
         try:
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)

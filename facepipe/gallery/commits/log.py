@@ -10,12 +10,16 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, RemoveAction
@@ -52,7 +56,11 @@ UNFINISHED = re.compile(
     r"|\d{20}\.json\.[0-9a-f]{8}\.tmp|_last_checkpoint\.new"
 )
 """The names of what a writer leaves in the log if it is killed in a commit."""
+_CHECKPOINT_NAME = "{:020d}.checkpoint.parquet"
 _VERSIONED = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet)")
+
+# Checkpoints of a process are made in one scratch folder.
+_one_at_a_time = threading.Lock()
 
 
 # ---- entries
@@ -260,13 +268,26 @@ def write_checkpoint(folder: str) -> int:
         StorageError: the checkpoint cannot be written.
     """
     try:
-        if not storage.is_remote(folder):
+        if storage.is_remote(folder):
+            return _write_remote_checkpoint(folder)
+        with _one_at_a_time:
             return _write_local_checkpoint(folder)
-        table = DeltaTable(folder, storage_options=get_delta_options(folder))
-        table.create_checkpoint()
-        return int(table.version())
-    except (DeltaError, OSError) as error:
+    except (DeltaError, OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot write a checkpoint of {folder!r}: {storage.describe_error(error)}") from error
+
+
+def _write_remote_checkpoint(folder: str) -> int:
+    table = DeltaTable(folder, storage_options=get_delta_options(folder))
+    table.create_checkpoint()
+    version = int(table.version())
+    log = storage.join(folder, LOG)
+    # A run that was killed may have written the checkpoint and not the hint. deltalake passes over both then.
+    hint = storage.join(log, _HINT)
+    found = conditional.read_tagged(hint)
+    if found is None or _read_hinted_version(found[0]) != version:
+        checkpoint = storage.read(storage.join(log, _CHECKPOINT_NAME.format(version)).encode())
+        storage.replace(hint, _make_hint(version, pa.BufferReader(checkpoint)))
+    return version
 
 
 def _write_local_checkpoint(folder: str) -> int:
@@ -283,25 +304,41 @@ def _write_local_checkpoint(folder: str) -> int:
         version = int(table.version())
         table.create_checkpoint()
         # Put it into the log first, and let the hint name it then: a hint that leads nowhere stops every reader.
-        name = f"{version:020d}.checkpoint.parquet"
+        name = _CHECKPOINT_NAME.format(version)
         storage.sync_file(os.path.join(made, name))
         os.replace(os.path.join(made, name), os.path.join(log, name))
         storage.sync_folder(log)
-        with open(os.path.join(made, _HINT), "rb") as file:
-            hint = file.read()
-        storage.replace(os.path.join(log, _HINT), hint)
+        storage.replace(os.path.join(log, _HINT), _make_hint(version, os.path.join(log, name)))
         return version
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _make_hint(version: int, checkpoint: "str | pa.NativeFile") -> bytes:
+    """Name a checkpoint to readers, by its version and the number of its actions.
+
+    Args:
+        version: its version.
+        checkpoint: its file.
+    """
+    return json.dumps({"version": version, "size": pq.read_metadata(checkpoint).num_rows}).encode()
+
+
+def _read_hinted_version(hint: bytes) -> int | None:
+    """Read the version that a hint names. None if it names none."""
+    with suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(hint)["version"])
+    return None
+
+
 def _link_needed_files(log: str, folder: str) -> None:
     """Link the newest checkpoint and the entries after it; all files if no hint names a checkpoint."""
     first = 0
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        with open(os.path.join(log, _HINT), encoding="utf-8") as file:
-            first = int(json.load(file)["version"])
-        os.link(os.path.join(log, _HINT), os.path.join(folder, _HINT))
+    with suppress(OSError):
+        hinted = _read_hinted_version(Path(log, _HINT).read_bytes())
+        if hinted is not None:
+            first = hinted
+            os.link(os.path.join(log, _HINT), os.path.join(folder, _HINT))
     for name in os.listdir(log):
         match = _VERSIONED.fullmatch(name)
         if match and int(match[1]) >= first:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,40 @@ def test_a_cut_in_a_checkpoint_leaves_a_table_that_opens(tmp_path: Path, monkeyp
         "_last_checkpoint",
     ]
     assert not Path(gallery.faces_folder, ".checkpoint").exists()
+
+
+@pytest.mark.parametrize("hinted", [None, 1, 3])
+def test_a_checkpoint_without_its_hint_gets_one(gallery: Gallery, hinted: int | None) -> None:
+    """A run was killed between the two. The hint is absent then, or names an older checkpoint."""
+    commit = Committer(gallery, "run")
+    hint = storage.join(gallery.faces_folder, log.LOG, "_last_checkpoint")
+    names = set()
+    old = b""
+    for version in range(1, 5):
+        names.add(add_rows(gallery, commit, seed=version))
+        if version == hinted:
+            assert log.write_checkpoint(gallery.faces_folder) == version
+            old = storage.read(hint.encode())
+    assert log.write_checkpoint(gallery.faces_folder) == 4
+    if old:
+        storage.replace(hint, old)
+    else:
+        storage.delete(hint)
+    assert delete_history(gallery) == 4 + (hinted is not None)
+    assert json.loads(storage.read(hint.encode()))["version"] == 4
+    assert list_files(gallery) == names
+    add_rows(gallery, commit, seed=6)
+    assert len(list_files(gallery)) == 5
+
+
+def test_checkpoints_of_two_threads_do_not_disturb_each_other(local: Gallery) -> None:
+    """As those of a run's commits and of an erasure that it takes up."""
+    commit = Committer(local, "run")
+    names = {add_rows(local, commit, seed=n) for n in range(3)}
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(lambda _: log.write_checkpoint(local.faces_folder), range(40)))
+    assert set(versions) == {3}
+    assert list_files(local) == names
 
 
 def test_a_run_takes_nothing_for_committed_that_a_cut_may_take_back(
