@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+USER_STAMP := $(VENV)/.installed-for-use
 
 # Files of tests run side by side, as many as there are cores, but no more than memory allows. tests/conftest.py puts
 # the slow ones first, so that no core waits for the last of them.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
 SHARED ?= ../shared
 EXTRAS := cpu s3 report dev
+USER_EXTRAS := cpu report
 comma := ,
 space := $(subst ,, )
 
@@ -16,7 +18,8 @@ space := $(subst ,, )
 
 install: $(STAMP)
 
-demo: $(STAMP)
+# The demo needs no tools for tests.
+demo: $(USER_STAMP)
 	$(BIN)/python -m jobs.demo build/demo
 
 test: lint types unit
@@ -52,7 +55,14 @@ bench: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(subst $(space),$(comma),$(EXTRAS))]'
-	touch $(STAMP)
+	touch $(STAMP) $(USER_STAMP)
+
+# pip names each package that it fetches, so that the minutes that it takes are not silent.
+$(USER_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing facepipe into $(VENV): some 1 GB, a few minutes"
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[$(subst $(space),$(comma),$(USER_EXTRAS))]'
+	touch $(USER_STAMP)
 
 # Pin what CI and the images install, with all that it needs in turn. `make lock UPGRADE=--upgrade` takes newer versions.
 lock: $(STAMP)

@@ -2,6 +2,7 @@
 
 FacepipeError
 ├── ConfigError          a key, value or command line that cannot be used (exit code 2)
+├── MissingPackageError  an optional package is not installed
 ├── SourceError          the source is missing, empty or of an unknown kind
 ├── StorageError         a file or object could not be read or written
 ├── ModelError           a model cannot be loaded
@@ -25,6 +26,10 @@ class FacepipeError(Exception):
 
 class ConfigError(FacepipeError):
     """A key, value or argument cannot be used."""
+
+
+class MissingPackageError(FacepipeError):
+    """An optional package is not installed; the message says what to type."""
 
 
 class SourceError(FacepipeError):

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs
@@ -108,13 +109,13 @@ def print_result(result: dict[str, Any], *, as_json: bool, print_text: Callable[
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table on stdout."""
-    table = Table(title=title, title_justify="left")
+    """Print a table on stdout. Brackets are printed as they are: rich would take some for markup."""
+    table = Table(title=Text(title), title_justify="left")
     # Long words such as paths are folded, not cut.
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
 
 

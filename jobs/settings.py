@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from jobs.console import exit_on_error
+
 # Characters per line of the help.
 _WIDTH = 100
 
@@ -77,8 +79,10 @@ def print_settings(context: typer.Context, value: bool) -> None:
     if not value or context.resilient_parsing:
         return
     name = context.info_name or ""
+    with exit_on_error():
+        configs = load_config_classes(name)
     print(f"Settings of `facepipe {name}`, for --config FILE.toml and --set SECTION.KEY=VALUE:\n")
-    for config in load_config_classes(name):
+    for config in configs:
         if config.__name__ in _TITLES:
             print(f"{_TITLES[config.__name__]}\n")
         for section in list_sections(config):

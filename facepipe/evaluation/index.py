@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from facepipe.errors import EvaluationError
+from facepipe.errors import EvaluationError, MissingPackageError
 from facepipe.evaluation.identification import Identification, compute_identification, search_probes
+from facepipe.extras import describe_missing
 from facepipe.gallery import Gallery
 from facepipe.index import tune
 from facepipe.index.candidates import compute_imbalance
@@ -159,12 +160,12 @@ def draw_recall_curve(curve: tuple[RecallPoint, ...], index: Index, path: str) -
     """Draw recall against lists visited to a file.
 
     Raises:
-        EvaluationError: if matplotlib is not installed.
+        MissingPackageError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvaluationError("a picture needs matplotlib: pip install 'facepipe[report]'") from error
+        raise MissingPackageError(describe_missing("matplotlib", "a picture")) from error
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     # The curve is sorted by recall, and a line needs it by lists visited.

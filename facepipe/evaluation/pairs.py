@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from facepipe.errors import EvaluationError
+from facepipe.errors import EvaluationError, MissingPackageError
 from facepipe.evaluation.pairs_file import read_pairs
 from facepipe.evaluation.roc import (
     RocCurve,
@@ -19,6 +19,7 @@ from facepipe.evaluation.roc import (
     find_best_threshold,
     find_tar_at_far,
 )
+from facepipe.extras import describe_missing
 from facepipe.gallery import Gallery
 from facepipe.types import Bool, Float32, Float64, Int64
 
@@ -189,12 +190,12 @@ def draw_roc(curve: RocCurve, result: PairsResult, path: str) -> None:
     """Draw the ROC curve on a logarithmic FAR axis to a file.
 
     Raises:
-        EvaluationError: if matplotlib is not installed.
+        MissingPackageError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvaluationError("a picture needs matplotlib: pip install 'facepipe[report]'") from error
+        raise MissingPackageError(describe_missing("matplotlib", "a picture")) from error
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     # A logarithmic axis has no zero.

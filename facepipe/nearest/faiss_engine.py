@@ -4,14 +4,13 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from facepipe.errors import ConfigError
+from facepipe.errors import MissingPackageError
+from facepipe.extras import describe_missing
 
 try:
     import faiss as _faiss
 except ImportError as missing:
-    raise ConfigError(
-        "index and search need faiss: pip install 'facepipe[cpu]', or 'facepipe[gpu]' on a machine with a GPU"
-    ) from missing
+    raise MissingPackageError(describe_missing("faiss", "searching among embeddings")) from missing
 
 # With this many queries faiss computes distances as matrix products. faiss 1.15 defaults to 1,000, which is four times
 # slower in between.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from facepipe.errors import FacepipeError
+from facepipe.extras import format_install
 from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.registry import CARDS
 from facepipe.storage import is_remote
@@ -43,6 +44,7 @@ def examine_machine(place: str = "") -> list[Finding]:
         _check_cpu,
         _check_gpu,
         _check_engines,
+        _check_torch,
         _check_ray,
         _check_faiss,
         _check_object_store,
@@ -77,6 +79,9 @@ def _check_cpu() -> Finding:
 def _check_gpu() -> Finding:
     if not os.path.exists("/dev/nvidiactl"):
         return Finding("gpu", "missing", "no NVIDIA driver: the models run on the CPU")
+    if not _find_version("torch"):
+        detail = f"the driver is installed, and torch is not: {format_install('torch', extra='gpu')}"
+        return Finding("gpu", "missing", detail)
     import torch
 
     if not torch.cuda.is_available():
@@ -98,7 +103,7 @@ def _check_engines() -> Finding:
 def _check_ray() -> Finding:
     version = _find_version("ray")
     if version is None:
-        return Finding("ray", "broken", "pip install 'ray[data]'")
+        return Finding("ray", "broken", "not installed: reinstall facepipe")
     address = os.environ.get("RAY_ADDRESS", "none (RAY_ADDRESS is not set): Ray starts on this machine")
     return Finding("ray", "ok", f"ray {version}, cluster: {address}")
 
@@ -107,15 +112,22 @@ def _check_faiss() -> Finding:
     versions = {name: _find_version(name) for name in ("faiss-cpu", "faiss-gpu")}
     installed = [f"{name} {version}" for name, version in versions.items() if version]
     if not installed:
-        detail = "needed for index and search: pip install 'facepipe[cpu]' or 'facepipe[gpu]'"
-        return Finding("faiss", "missing", detail)
+        return Finding("faiss", "missing", f"needed for index and search: {format_install('faiss')}")
     return Finding("faiss", "ok", ", ".join(installed))
+
+
+def _check_torch() -> Finding:
+    version = _find_version("torch")
+    if version is None:
+        detail = f"needed for training, GPUs and models from checkpoints: {format_install('torch')}"
+        return Finding("torch", "missing", detail)
+    return Finding("torch", "ok", f"torch {version}")
 
 
 def _check_object_store() -> Finding:
     version = _find_version("obstore")
     if version is None:
-        return Finding("object store", "missing", "needed for s3:// sources: pip install 'facepipe[s3]'")
+        return Finding("object store", "missing", f"needed for s3:// sources: {format_install('obstore')}")
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "the provider's default")
     # Leave out credentials that the address may hold.
     return Finding("object store", "ok", f"obstore {version}, endpoint: {endpoint.rpartition('@')[2]}")
@@ -145,7 +157,7 @@ def _check_place(place: str) -> Finding:
 def _check_pictures() -> Finding:
     version = _find_version("matplotlib")
     if version is None:
-        return Finding("pictures", "missing", "needed for ROC pictures: pip install 'facepipe[report]'")
+        return Finding("pictures", "missing", f"needed for ROC pictures: {format_install('matplotlib')}")
     return Finding("pictures", "ok", f"matplotlib {version}")
 
 

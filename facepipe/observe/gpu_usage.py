@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
+from facepipe.extras import format_install
+
 _INTERVAL_S = 0.2  # NVML's own figures are means over 1/6 s to 1 s
 _GIB = 1 << 30
 
@@ -84,7 +86,7 @@ class GpuSampler:
             count = self._nvml.nvmlDeviceGetCount()
             self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in range(count) if self._selects(gpu)]
         except ImportError:
-            self._why = "nvidia-ml-py is not installed (pip install 'facepipe[gpu]')"
+            self._why = f"nvidia-ml-py is not installed ({format_install('pynvml')})"
         except Exception as error:  # pynvml's exceptions have no common base class
             self._why = f"NVML says {error}"
         else:

@@ -5,7 +5,8 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-from facepipe.errors import ConfigError, StorageError
+from facepipe.errors import ConfigError, MissingPackageError, StorageError
+from facepipe.extras import describe_missing
 from facepipe.storage.error_text import describe_error
 
 # The client tries ten times at most. If answers come at once, that takes about a minute.
@@ -22,14 +23,14 @@ def open_bucket(bucket: str) -> Any:
         bucket: scheme and name, such as `s3://photos`.
 
     Raises:
-        ConfigError: obstore is not installed.
+        MissingPackageError: obstore is not installed.
         StorageError: a setting in the environment means nothing to the client.
     """
     try:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
-        raise ConfigError(f"{bucket} needs the object-store extra: pip install 'facepipe[s3]'") from error
+        raise MissingPackageError(describe_missing("obstore", bucket)) from error
     options: dict[str, Any] = {"retry_config": {"retry_timeout": timedelta(seconds=get_retry_seconds())}}
     if uses_plain_http():
         options["client_options"] = {"allow_http": True}

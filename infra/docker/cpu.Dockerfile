@@ -1,22 +1,19 @@
 # facepipe on CPUs: for `docker run`, and as a Ray node under KubeRay. The weights come with the packages, so that
 # containers need no network.
-#   docker build -f infra/docker/cpu.Dockerfile --build-arg TORCH_INDEX=URL -t facepipe:0.1.0-cpu .
+#   docker build -f infra/docker/cpu.Dockerfile -t facepipe:0.1.0-cpu .
 #   docker run --rm --init --shm-size=1g -v /photos:/photos:ro -v /gallery:/gallery facepipe:0.1.0-cpu embed /photos /gallery
 #
 # The base is pinned to a patch release by its tag, which its publisher rebuilds when Debian ships fixes. A build that must
 # be the same bit by bit pins the digest as well (python:3.11.14-slim-trixie@sha256:...) and moves it on a schedule: a
 # digest that nobody moves keeps yesterday's holes. `docker buildx imagetools inspect TAG` prints it.
 FROM python:3.11.14-slim-trixie AS build
-# The index that torch's project serves its builds for CPUs from: what the default index has as torch==2.13.0 is the build
-# for CUDA, which works here as well and adds some 3 GB.
-ARG TORCH_INDEX=""
+# torch is not in it: ONNX Runtime runs the models on CPUs. Training, MTCNN and models from checkpoints need the extra
+# `train` below as well, from the index that torch's project serves its builds for CPUs from.
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 COPY constraints.txt ./
-# Before the sources, so that a change of facepipe does not fetch torch again.
-RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY facepipe facepipe
 COPY pipelines pipelines

@@ -1,6 +1,7 @@
 """The demo: fetch photos, embed them twice, search, and write three reports. Run `python -m jobs.demo OUT`."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,8 +69,19 @@ def main(out: Path) -> None:
     print_wrong_labels(gallery / "reports" / "clean" / "relabel.csv")
 
     pages = "\n".join(str(gallery / "reports" / name / "report.html") for name in ("dedup", "cluster", "clean"))
-    print(f"\nthe faces as a picture: {picture}\nthe reports, to open in a browser:\n{pages}\ntry next:")
-    print("facepipe embed YOUR_PHOTOS build/mine && facepipe cluster build/mine")
+    print(f"\nthe faces as a picture: {picture}\nthe reports, to open in a browser:\n{pages}")
+    print(f"try next, with a folder of your photos in place of {photos}:")
+    command = find_command()
+    mine = out / "mine"
+    print(f"{command} embed {photos} {mine} && {command} cluster {mine}")
+
+
+def find_command() -> str:
+    """Find the command of this environment, as it can be typed in this folder."""
+    beside = Path(sys.executable).with_name("facepipe")
+    if not beside.is_file() or shutil.which("facepipe") == str(beside):
+        return "facepipe"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def clear_folders(out: Path) -> None:
@@ -135,7 +147,7 @@ def print_distances(gallery: Gallery) -> None:
             row.append(f"{distances.max() if name == other else distances.min():.2f}")
         rows.append(row)
     print("\nLargest distance within a person (diagonal), smallest between two people (elsewhere).")
-    print("Faces of one person are closer than about 0.41.")
+    print("Faces of one person are closer than about 0.41. One photo of obama is called biden on purpose.")
     print_table("distances", ["", *people], rows)
 
 

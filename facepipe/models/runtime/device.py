@@ -1,14 +1,23 @@
 """Devices that models run on."""
 
+import importlib.util
 import os
 import re
+import warnings
 
 from facepipe.errors import ModelError
+from facepipe.extras import describe_missing, require_module
 
 
 def count_gpus() -> int:
-    """Count the CUDA devices that torch sees; torch is only imported if there is an NVIDIA driver."""
+    """Count the CUDA devices that torch sees; torch is only imported if there is an NVIDIA driver.
+
+    Without torch no model runs on a GPU, so that there is none to count.
+    """
     if not os.path.exists("/dev/nvidiactl"):
+        return 0
+    if importlib.util.find_spec("torch") is None:
+        warnings.warn(describe_missing("torch", "using the GPUs of this machine", extra="gpu"), stacklevel=2)
         return 0
     import torch
 
@@ -23,6 +32,7 @@ def resolve_device(device: str) -> str:
 
     Raises:
         ModelError: The name is unknown, or that CUDA device is not available.
+        MissingPackageError: It is a CUDA device, and torch is not installed.
     """
     if device == "auto":
         return "cuda" if count_gpus() else "cpu"
@@ -31,6 +41,7 @@ def resolve_device(device: str) -> str:
         raise ModelError(f"no device is called {device!r}; there are auto, cpu, cuda and cuda:N (cuda:0 is the first)")
     if device == "cpu":
         return device
+    require_module("torch", f"the device {device}", extra="gpu")
     gpus = count_gpus()
     if not gpus:
         raise ModelError(f"device {device} requested, but no CUDA device is available; `facepipe doctor` says why")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, StorageError
+from facepipe.extras import require_module
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
 from facepipe.models.embedders.engines import OnnxEmbedder, TorchEmbedder
@@ -189,14 +190,12 @@ def build_onnx_graph(model: TorchModel, opset: int = OPSET) -> bytes:
     """Build the ONNX graph of a model.
 
     Raises:
-        ModelError: onnxscript is not installed, or torch cannot write the network.
+        MissingPackageError: onnxscript is not installed.
+        ModelError: torch cannot write the network.
     """
+    require_module("onnxscript", "writing ONNX graphs")
     import torch
 
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ModelError("writing ONNX graphs needs onnxscript: pip install 'facepipe[export]'") from error
     width, height = model.layout.size
     # Two chips, because the exporter takes a batch of one for a constant.
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from facepipe.errors import ConfigError, ModelError, WeightsError
+from facepipe.extras import require_module
 from facepipe.imaging.dlib_chip import BoxToSquare
 from facepipe.models.card import Card
 from facepipe.models.checkpoint import State, load_state, read_state
@@ -156,11 +157,13 @@ def load_net(path: Path) -> "tuple[nn.Module, CardFile]":
 
     Raises:
         ModelError: The weights are an ONNX graph.
+        MissingPackageError: torch is not installed.
         WeightsError: The weights do not fit the architecture.
     """
     file = read_card(path)
     if not file.architecture or is_onnx(file):
         raise ModelError(f"{path}: an ONNX graph runs unchanged; a torch module needs a checkpoint")
+    require_module("torch", f"{file.name}, a model from a checkpoint,")
     architecture = ARCHITECTURES[file.architecture]
     weights_path = path.parent / file.weights
     net = architecture.build(file.dim, resolve_chip_layout(file).size)

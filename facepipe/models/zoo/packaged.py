@@ -7,6 +7,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
+from facepipe.extras import require_module
 from facepipe.models.protocols import DetectionLimits, Detector, Embedder
 from facepipe.models.weights import find_package_file, read_bytes_literal, verify_sha256
 from facepipe.models.zoo.architectures import ARCHITECTURES
@@ -37,6 +38,7 @@ def read_dlib_weights() -> tuple[list[Any], Float32]:
 
 def load_retinaface_net() -> Any:
     """Load RetinaFace as a torch module with its weights."""
+    require_module("torch", "RetinaFace on a GPU", extra="gpu")
     import onnx
 
     from facepipe.models.detectors.retinaface import RetinaFaceNet, convert_onnx_constants
@@ -68,6 +70,7 @@ def _read_conv_constants(graph: Any) -> "OrderedDict[str, Float32]":
 
 def load_dlib_net() -> Any:
     """Load dlib's network as a torch module with its weights."""
+    require_module("torch", "dlib's network on a GPU", extra="gpu")
     from facepipe.models.dlib.resnet import DlibResNet
 
     return DlibResNet().load_weights(*read_dlib_weights())
@@ -84,6 +87,7 @@ def load_retinaface(device: str, threads: int, limits: DetectionLimits) -> Detec
 
 def load_mtcnn(device: str, threads: int, limits: DetectionLimits) -> Detector:
     """Load MTCNN."""
+    require_module("torch", "the detector mtcnn", extra="mtcnn")
     from facepipe.models.detectors.mtcnn import Mtcnn
     from facepipe.models.detectors.mtcnn_weights import load_packaged_nets
 

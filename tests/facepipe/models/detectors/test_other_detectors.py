@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from facepipe.errors import ConfigError, ModelError
+from facepipe.errors import ConfigError, MissingPackageError, ModelError
 from facepipe.gallery import Contract
 from facepipe.imaging.dlib_chip import PredictPoints, find_dlib_square
 from facepipe.models.detectors import dlib_hog
@@ -353,7 +353,7 @@ def test_hog_takes_images_of_any_shape(hog: DlibHog, shape: tuple[int, int]) -> 
 
 def test_hog_without_dlib_says_so(predictor: PredictPoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dlib", None)
-    with pytest.raises(ModelError, match="pip install dlib-bin"):
+    with pytest.raises(MissingPackageError, match=r"dlib-hog needs dlib, .*\[dlib\]|dlib-bin"):
         DlibHog(predictor, DetectionLimits(0.7, 0.4))
 
 
