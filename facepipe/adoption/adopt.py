@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from facepipe.adoption.rows import SCHEME, EncodedImage, find_refusals, group_images, measure_vectors
 from facepipe.arrow import to_float_lists, to_vectors
+from facepipe.gallery.suppressed import SuppressedHashes
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64
 from facepipe.schema import OK
@@ -80,7 +81,9 @@ class Adoption:
         tally: What became of the rows so far.
     """
 
-    def __init__(self, gallery: Gallery, source: str, *, erased_uris: UInt64, erased_contents: UInt64):
+    def __init__(
+        self, gallery: Gallery, source: str, *, erased_uris: SuppressedHashes, erased_contents: SuppressedHashes
+    ):
         """Read what a gallery holds.
 
         Args:
@@ -184,7 +187,7 @@ class Adoption:
 
     def _find_erased(self, keys: UInt64, images: list[EncodedImage]) -> Bool:
         content_hashes = np.array([hash64(image.content) for image in images], np.uint64)
-        return np.asarray(np.isin(keys, self._erased_uris) | np.isin(content_hashes, self._erased_contents))
+        return self._erased_uris.contains(keys) | self._erased_contents.contains(content_hashes)
 
 
 def make_rows(table: pa.Table, raw: Float32, norms: Float64, images: list[EncodedImage]) -> pa.Table:

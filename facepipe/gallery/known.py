@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.gallery.suppressed import SuppressedHashes
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column, hash_each_in_process
 from facepipe.schema import READ_ERROR
-from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.number_ranges import NumberRanges
 from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening, hash_labels
 from facepipe.storage.hashtable import HashTable
@@ -36,16 +36,16 @@ class KnownImages:
         source_count: Number of images that the gallery holds of the listed source.
     """
 
-    def __init__(self, gallery: Gallery | None, source: str | None = None, erased: UInt64 | None = None):
+    def __init__(self, gallery: Gallery | None, source: str | None = None, erased: SuppressedHashes | None = None):
         """Read what a gallery holds.
 
         Args:
             gallery: the gallery; None for one that does not exist yet.
             source: name of the corpus that is listed.
-            erased: sorted hashes of uris that must not come back.
+            erased: hashes of uris that must not come back.
         """
         self._table = HashTable(width=3)
-        self._erased = np.empty(0, np.uint64) if erased is None else erased
+        self._erased = erased or SuppressedHashes()
         self.source_count = 0
         self._other_numbers = NumberRanges()
         # Only the first row of each image is kept: its other rows repeat the same values.
@@ -95,7 +95,7 @@ class KnownImages:
         is_repeated = is_known & (states == _LISTED)
         is_same = is_known & (known[:, 0] == fingerprints) & (fingerprints != 0)
         verdict = np.where(is_repeated, REPEATED, np.where(is_same, SKIP, np.where(is_known, CHANGED, NEW)))
-        verdict = np.where(~is_repeated & is_in_sorted(self._erased, uris), ERASED, verdict)
+        verdict = np.where(~is_repeated & self._erased.contains(uris), ERASED, verdict)
         # Of images that occur several times in this batch, all but the first are repeated.
         is_first = np.zeros(len(uris), bool)
         is_first[np.unique(uris, return_index=True)[1]] = True

@@ -1,19 +1,93 @@
 """Hashes of erased images, by uri and by content, so that they do not come back. They are kept in the gallery.
 
-The source may go on listing an erased image. Hashes recognise it without saying what it was called.
+The source may go on listing an erased image. Hashes recognise it without saying what it was called. They are hashed
+again under a salt of the gallery, so that lists of two galleries cannot be compared. If there is a key outside the
+gallery (`facepipe.gallery.erasure_key`), they are hashed a third time under it: then nobody can test guesses without
+the key. Lists that older versions made have the first hash only, and are read as well.
 """
 
+import hashlib
+import secrets
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from facepipe import storage
+from facepipe.errors import ConfigError, GalleryError
+from facepipe.gallery.erasure_key import FILE_VARIABLE, VARIABLE, read_key
 from facepipe.hashing import hash64
-from facepipe.types import UInt64
+from facepipe.sorted_lookup import is_in_sorted
+from facepipe.storage import conditional
+from facepipe.types import Bool, UInt64
 
 FOLDER = "erased"
 _URIS = ".uris"
 _CONTENTS = ".contents"
+_SALT = "salt"
+_SALT_BYTES = 32
+# A list begins with how often it was hashed, and with a mark of the keys. Old lists have neither.
+_SALTED = b"facepipe salted1"
+_KEYED = b"facepipe keyed 1"
+_MARK_BYTES = 16
+_HEADER_BYTES = len(_SALTED) + _MARK_BYTES
+_NO_HASHES = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True)
+class SuppressKeys:
+    """The keys of a gallery's lists.
+
+    Attributes:
+        salt: the gallery's salt; empty if it has none yet.
+        secret: derived from the key outside the gallery; empty if none is set.
+    """
+
+    salt: bytes = field(default=b"", repr=False)
+    secret: bytes = field(default=b"", repr=False)
+
+    @property
+    def salt_mark(self) -> bytes:
+        """A text that only this salt gives."""
+        return _hash_bytes(b"mark", self.salt, _MARK_BYTES)
+
+    @property
+    def secret_mark(self) -> bytes:
+        """A text that only this salt and this secret give."""
+        return _hash_bytes(self.salt_mark, self.secret, _MARK_BYTES)
+
+
+@dataclass(frozen=True)
+class SuppressedHashes:
+    """Hashes of uris or of contents that must not come back.
+
+    Attributes:
+        plain: sorted hashes of old lists.
+        salted: sorted hashes under the salt.
+        keyed: sorted hashes under salt and secret.
+        keys: the salt and the secret.
+    """
+
+    plain: UInt64 = field(default_factory=_NO_HASHES.copy)
+    salted: UInt64 = field(default_factory=_NO_HASHES.copy)
+    keyed: UInt64 = field(default_factory=_NO_HASHES.copy)
+    keys: SuppressKeys = SuppressKeys()
+
+    @property
+    def size(self) -> int:
+        """Number of hashes."""
+        return len(self.plain) + len(self.salted) + len(self.keyed)
+
+    def contains(self, hashes: UInt64) -> Bool:
+        """Tell for each `hash64` of a uri or an image id (n,) whether it must not come back."""
+        found = is_in_sorted(self.plain, hashes)
+        if len(self.salted) or len(self.keyed):
+            salted = _hash_again(hashes, self.keys.salt)
+            found |= is_in_sorted(self.salted, salted)
+            if len(self.keyed):
+                found |= is_in_sorted(self.keyed, _hash_again(salted, self.keys.secret))
+        return found
 
 
 def get_erased_folder(gallery: str) -> str:
@@ -41,9 +115,10 @@ def suppress_images(gallery: str, name: str, uris: Iterable[str], contents: Iter
         uris: uris that must not come back.
         contents: image ids that must not come back, under whatever uri.
     """
+    keys = _read_keys(gallery, read_secret(), create=True)
     for ending, values in ((_URIS, uris), (_CONTENTS, contents)):
-        hashes = np.unique(np.array([hash64(value) for value in values], np.uint64))
-        write_erased_file(gallery, name + ending, hashes.astype("<u8").tobytes())
+        hashes = np.array([hash64(value) for value in values], np.uint64)
+        write_erased_file(gallery, name + ending, _encode(_hash_again(hashes, keys.salt), keys))
 
 
 def release_images(gallery: str, name: str) -> None:
@@ -52,17 +127,136 @@ def release_images(gallery: str, name: str) -> None:
         storage.delete(storage.join(get_erased_folder(gallery), name + ending))
 
 
-def read_uris(gallery: str) -> UInt64:
-    """Read the sorted hashes of uris that must not come back."""
-    return _read_hashes(gallery, _URIS)
+def read_uris(gallery: str, secret: bytes | None = None) -> SuppressedHashes:
+    """Read the hashes of uris that must not come back.
+
+    Args:
+        gallery: path or URL of the gallery.
+        secret: as `read_secret` returns it, for a machine without the key; by default it is read.
+
+    Raises:
+        ConfigError: a list was made with a key that is not set.
+        GalleryError: a list was made with another salt, or is damaged.
+    """
+    return _read_hashes(gallery, _URIS, secret)
 
 
-def read_contents(gallery: str) -> UInt64:
-    """Read the sorted hashes of image ids that must not come back."""
-    return _read_hashes(gallery, _CONTENTS)
+def read_contents(gallery: str, secret: bytes | None = None) -> SuppressedHashes:
+    """Read the hashes of image ids that must not come back; as `read_uris`."""
+    return _read_hashes(gallery, _CONTENTS, secret)
 
 
-def _read_hashes(gallery: str, ending: str) -> UInt64:
-    paths = [entry.url for entry in storage.list_files(get_erased_folder(gallery)) if entry.url.endswith(ending)]
-    parts = [np.frombuffer(storage.read(path.encode()), "<u8") for path in paths]
-    return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
+def read_secret() -> bytes:
+    """Derive the secret of the lists from the key outside the gallery; empty if none is set."""
+    key = read_key()
+    return key.derive("suppress") if key is not None else b""
+
+
+def _read_keys(gallery: str, secret: bytes, *, create: bool = False) -> SuppressKeys:
+    """Read the keys of a gallery's lists.
+
+    Args:
+        gallery: path or URL of the gallery.
+        secret: as `read_secret` returns it.
+        create: give the gallery a salt if it has none.
+    """
+    path = storage.join(get_erased_folder(gallery), _SALT)
+    content = conditional.read_tagged(path)
+    if content is None and create:
+        storage.make_parent_folder(path)
+        with suppress(conditional.ConflictError):  # another run was faster
+            conditional.write_if(path, secrets.token_bytes(_SALT_BYTES), None)
+        content = conditional.read_tagged(path)
+    if content is None:
+        return SuppressKeys(b"", secret)
+    if len(content[0]) != _SALT_BYTES:
+        raise GalleryError(f"{path!r} is damaged: take it from a backup, because the lists of erased images need it")
+    return SuppressKeys(content[0], secret)
+
+
+def migrate_lists(gallery: str) -> int:
+    """Bring old lists to the form of new ones, list by list. Which images they keep out does not change.
+
+    Returns:
+        How many lists were changed.
+    """
+    paths = _list_paths(gallery, _URIS) + _list_paths(gallery, _CONTENTS)
+    keys = _read_keys(gallery, read_secret(), create=bool(paths))
+    count = 0
+    for path in paths:
+        data = storage.read(path.encode())
+        kind, hashes = _decode(data, path, keys)
+        # Hashes can be hashed again, so that no name is needed for it.
+        if kind == b"":
+            hashes = _hash_again(hashes, keys.salt)
+        elif kind == _KEYED or not keys.secret:
+            continue
+        storage.replace(path, _encode(hashes, keys))
+        count += 1
+    return count
+
+
+def _read_hashes(gallery: str, ending: str, secret: bytes | None) -> SuppressedHashes:
+    paths = _list_paths(gallery, ending)
+    if not paths:
+        return SuppressedHashes()
+    keys = _read_keys(gallery, read_secret() if secret is None else secret)
+    parts: dict[bytes, list[UInt64]] = {b"": [_NO_HASHES], _SALTED: [_NO_HASHES], _KEYED: [_NO_HASHES]}
+    for path in paths:
+        kind, hashes = _decode(storage.read(path.encode()), path, keys)
+        parts[kind].append(hashes)
+    plain, salted, keyed = (np.unique(np.concatenate(parts[kind])) for kind in (b"", _SALTED, _KEYED))
+    return SuppressedHashes(plain, salted, keyed, keys)
+
+
+def _list_paths(gallery: str, ending: str) -> list[str]:
+    return [entry.url for entry in storage.list_files(get_erased_folder(gallery)) if entry.url.endswith(ending)]
+
+
+def _encode(salted: UInt64, keys: SuppressKeys) -> bytes:
+    """Encode hashes that were made under the salt; with a secret they are hashed once more."""
+    if keys.secret:
+        header = _KEYED + keys.secret_mark
+        hashes = np.unique(_hash_again(salted, keys.secret))
+    else:
+        header = _SALTED + keys.salt_mark
+        hashes = np.unique(salted)
+    return header + hashes.astype("<u8").tobytes()
+
+
+def _decode(data: bytes, path: str, keys: SuppressKeys) -> tuple[bytes, UInt64]:
+    """Decode a list: how its hashes were made, and the hashes."""
+    kind = data[: len(_SALTED)]
+    if kind not in (_SALTED, _KEYED):
+        kind = b""
+    body = data[_HEADER_BYTES:] if kind else data
+    if len(body) % 8:
+        raise GalleryError(f"{path!r}, a list of erased images, is damaged: take it from a backup")
+    mark = data[len(_SALTED) : _HEADER_BYTES]
+    if kind == _KEYED and not keys.secret:
+        raise ConfigError(
+            f"{path!r}, a list of erased images, needs the key it was made with: set {VARIABLE} or {FILE_VARIABLE}"
+        )
+    # A list that matches nothing would let erased images in, so a wrong key is an error.
+    if kind == _KEYED and mark != keys.secret_mark:
+        raise ConfigError(
+            f"{path!r}, a list of erased images, was made with another key or another salt than those at hand: set the "
+            f"{VARIABLE} of that time, or take {FOLDER}/{_SALT} from a backup"
+        )
+    if kind == _SALTED and mark != keys.salt_mark:
+        raise GalleryError(
+            f"{path!r}, a list of erased images, was made with another salt: take {FOLDER}/{_SALT} from the gallery or "
+            "the backup that the list is from"
+        )
+    return kind, np.frombuffer(body, "<u8").astype(np.uint64)
+
+
+def _hash_again(hashes: UInt64, key: bytes) -> UInt64:
+    """Hash 64-bit numbers (n,) under a key."""
+    data = hashes.astype("<u8").tobytes()
+    digests = [_hash_bytes(data[at : at + 8], key, 8) for at in range(0, len(data), 8)]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def _hash_bytes(data: bytes, key: bytes, length: int) -> bytes:
+    return hashlib.blake2b(data, digest_size=length, key=key).digest()

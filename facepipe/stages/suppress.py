@@ -1,8 +1,8 @@
 """Suppress: keep images out whose bytes were erased from the gallery, under any name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +19,18 @@ class Suppress:
 
     Attributes:
         gallery: folder or URL of the gallery, which holds the hashes of erased images
+        secret: secret of these hashes, for a worker on a machine without the key; by default it is read
     """
 
     gallery: str
+    secret: bytes | None = field(default=None, repr=False)
 
     needs: ClassVar = ("bytes", "image_id", "status")
     adds: ClassVar = ()
 
     @cached_property
-    def _erased_hashes(self) -> Any:
-        return suppressed.read_contents(self.gallery)
+    def _erased_hashes(self) -> suppressed.SuppressedHashes:
+        return suppressed.read_contents(self.gallery, self.secret)
 
     def setup(self) -> None:
         """Read the hashes."""
@@ -37,7 +39,7 @@ class Suppress:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Hide the bytes of erased images."""
         hashes = np.array([hash64(image_id or "") for image_id in table["image_id"].to_pylist()], np.uint64)
-        is_erased = np.isin(hashes, self._erased_hashes)
+        is_erased = self._erased_hashes.contains(hashes)
         if not is_erased.any():
             return table
         # One chunk per row, as `pack` makes them.

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import facepipe
@@ -57,6 +57,7 @@ class EmbedListing:
         size: number of images per block
         missing: folder for the images of the source that were not listed; empty: do not look for them
         at_most: maximum share of missing images that are written
+        secret: secret of the hashes of erased images, for a machine without the key
     """
 
     source: SourceConfig
@@ -65,12 +66,14 @@ class EmbedListing:
     size: BlockSize
     missing: str = ""
     at_most: float = 1.0
+    secret: bytes | None = field(default=None, repr=False)
 
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
         source = open_source(self.source)
         # Erased images count as known, so that they are not embedded again.
-        known = KnownImages(Gallery(self.gallery, self.version), source.name, suppressed.read_uris(self.gallery))
+        erased = suppressed.read_uris(self.gallery, self.secret)
+        known = KnownImages(Gallery(self.gallery, self.version), source.name, erased)
         watched = WatchedSource(source)
         try:
             yield from cut_blocks(watched, known, self.size)
@@ -171,6 +174,7 @@ class _EmbedRun:
             self._config.run.choose_block_size(plan),
             self._missing_folder,
             self._config.missing.at_most,
+            suppressed.read_secret(),
         )
         # The plan is made for this machine first. On a cluster it is made again for the cluster's resources.
         runner, blocks = _choose_runner(self._config.run, listing)
@@ -213,7 +217,7 @@ class _EmbedRun:
         # If images were erased by content, a stage after reading recognises copies under other names.
         stages = list(self._config.build_stages(group))
         if "read" in group.stages and suppressed.read_contents(self._gallery.path).size:
-            stages.insert(1, Suppress(self._gallery.path))
+            stages.insert(1, Suppress(self._gallery.path, suppressed.read_secret()))
         return WorkerJob(
             stages=tuple(stages),
             batch=self._config.run.batch or group.batch,
