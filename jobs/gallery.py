@@ -57,13 +57,16 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    other_gallery: Annotated[
+        bool, typer.Option("--other-gallery", help="Acceptance of a receipt that another gallery wrote.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a whole gallery and its index for damage.
 
-    All files are read, and their checksums, counts, unique ids and unit norms are checked. The exit code is 1 if a
-    check fails. With --erased, check instead that no row, vector, old file, log entry or report still holds what the
-    receipt lists as erased.
+    All files are read, and their checksums, counts, unique ids and unit norms are checked, and that no receipt of an
+    erasure is missing or altered. The exit code is 1 if a check fails. With --erased, check instead that no row,
+    vector, old file, log entry or report still holds what the receipt lists as erased.
 
     For example:
 
@@ -73,12 +76,13 @@ def verify(
     """
     with exit_on_error():
         if erased:
-            _verify_erased(gallery, erased, as_json=as_json)
+            _verify_erased(gallery, erased, of_other_gallery=other_gallery, as_json=as_json)
         else:
             _verify_gallery(gallery, as_json=as_json)
 
 
 def _verify_gallery(path: str, *, as_json: bool) -> None:
+    from facepipe.erasure.chain import read_chain
     from facepipe.gallery import Gallery
     from facepipe.gallery.maintenance.verify import verify_gallery as verify_table
     from facepipe.index.manifest import exists
@@ -90,6 +94,7 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     problems = figures.pop("problems")
     if exists(gallery.path):
         problems += verify_index(gallery)
+    problems += read_chain(gallery.path).problems
 
     def print_text() -> None:
         print_table(f"verify {path}", ("", "count"), figures.items())
@@ -101,24 +106,30 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
         fail(f"{len(problems)} problems", ExitCode.FAILED)
 
 
-def _verify_erased(path: str, receipt_path: str, *, as_json: bool) -> None:
+def _verify_erased(path: str, receipt_path: str, *, of_other_gallery: bool, as_json: bool) -> None:
     from facepipe.erasure import receipt
     from facepipe.erasure.proof import check_erased
     from facepipe.gallery import Gallery
 
     erasure = receipt.load_receipt(receipt_path)
     # The receipt holds hashes, which are compared with hashes of what the gallery still holds.
-    problems = check_erased(Gallery(path), erasure)
+    problems = check_erased(Gallery(path), erasure, of_other_gallery=of_other_gallery)
 
     def print_text() -> None:
         rows = [("images", erasure.images), ("faces", erasure.faces), ("erased", erasure.at)]
         print_table(f"verify {path} --erased {erasure.id}", ("", ""), rows)
         print("\n".join(problems) or "nothing of it is left")
 
-    result = {"receipt": erasure.id, "images": erasure.images, "faces": erasure.faces, "problems": problems}
+    result = {
+        "receipt": erasure.id,
+        "images": erasure.images,
+        "faces": erasure.faces,
+        "signed": bool(erasure.mac),
+        "problems": problems,
+    }
     print_result(result, as_json=as_json, print_text=print_text)
     if problems:
-        fail(f"{len(problems)} places still hold what was erased", ExitCode.FAILED)
+        fail(f"{len(problems)} problems: something of it is left, or the receipt was altered", ExitCode.FAILED)
 
 
 def export(

@@ -13,7 +13,7 @@ from facepipe.erasure.receipt import get_receipt_path, load_receipt
 from facepipe.erasure.requests import find_indexed_faces, record_request
 from facepipe.erasure.selection import Selection, read_time, select_images
 from facepipe.errors import FacepipeError, GalleryBusyError
-from facepipe.gallery import Gallery
+from facepipe.gallery import Gallery, suppressed
 from facepipe.storage.lease import is_held
 from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
@@ -96,6 +96,7 @@ def _erase(
     began = time.monotonic()
     # An erasure that a crash interrupted before readers were told is hidden now, and not selected again.
     pending.restore_list(gallery)
+    suppressed.migrate_lists(gallery)
     table = Gallery(gallery)
     selected = select_images(table, selection, requested)
     summary.images = selected.images
@@ -131,6 +132,7 @@ def resume(gallery: str, *, wait: bool = False, progress: Progress = lambda line
     summary = EraseSummary()
     path = Gallery(gallery).path
     pending.restore_list(path)
+    suppressed.migrate_lists(path)
     unfinished = pending.read_unfinished(path)
     for erasure in unfinished:
         progress(f"continuing the erasure {erasure.id}")

@@ -1,8 +1,8 @@
 """An erasure that is recorded, kept until it is complete, so that neither a crash nor a running job can stop it.
 
-`ID.pending` says what is to be erased, and by which conditions it was selected. Three files of progress say what has
-been done to the rows, the index and the reports. Each is written only by the holder of the lease of that part, so
-that several runs can work on one erasure. `ID.indexed` lists faces that only the index holds.
+`ID.pending` says what is to be erased, and by which conditions it was selected. Files of progress say what has been
+done to the rows, the index, the reports and old files. Each is written only by the holder of the lease of that part,
+so that several runs can work on one erasure. `ID.indexed` lists faces that only the index holds.
 """
 
 import fcntl
@@ -36,6 +36,8 @@ ROWS = "rows"
 INDEX = "index"
 REPORTS = "reports"
 PARTS = (ROWS, INDEX, REPORTS)
+# Comes when these are done, under the gallery's lease.
+FILES = "files"
 
 _PROGRESS = ".state"
 _GUARD = ".guard"
@@ -43,9 +45,10 @@ _GUARD = ".guard"
 _UNFINISHED_FILE = re.compile(rf"(\d{{8}}T\d{{6}}-[0-9a-f]{{6}})\.[a-z.]+{re.escape(UNFINISHED)}")
 # What each part writes into the receipt.
 _FIELDS = {
-    ROWS: ("version_before", "version_after", "files_before", "files_after", "files_deleted", "log_files_deleted"),
+    ROWS: ("version_before", "version_after", "files_before", "files_after"),
     INDEX: ("vectors", "index_before", "index_after"),
     REPORTS: ("reports", "foreign"),
+    FILES: ("files_deleted", "log_files_deleted"),
 }
 # The arrays of SelectedImages, by the type they have there.
 _TYPES = {
@@ -137,7 +140,7 @@ def update_progress(gallery: str, erasure: PendingErasure) -> bool:
     names = _list_names(gallery)
     if erasure.id + PENDING not in names:
         return False
-    for part in PARTS:
+    for part in _FIELDS:
         if f"{erasure.id}.{part}{_PROGRESS}" in names:
             _add_progress(gallery, erasure, part)
     indexed = conditional.read_tagged(_get_path(gallery, erasure.id + INDEXED))

@@ -13,16 +13,19 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.erasure import pending
+from facepipe.erasure.chain import read_chain
 from facepipe.erasure.foreign import iterate_words
 from facepipe.erasure.lists import create_line_reader, iterate_csv_rows
-from facepipe.erasure.receipt import Receipt
+from facepipe.erasure.receipt import Receipt, get_receipt_path, parse_receipt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.erasure_key import read_key
 from facepipe.gallery.maintenance.vacuum import find_foreign, find_unreferenced, list_log
 from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
 from facepipe.reports.html import iterate_groups
+from facepipe.storage import conditional
 from facepipe.storage.inside import is_link
 from facepipe.storage.lease import LEASE_FILE
 from facepipe.storage.store import open_store
@@ -36,7 +39,7 @@ class _ReceiptHashes:
     """The hashes of a receipt."""
 
     def __init__(self, receipt: Receipt) -> None:
-        self._salt = receipt.salt
+        self._salt = receipt.get_hash_salt()
         self._hashes = {
             kind: np.array(sorted(int(text, 16) for text in texts), np.uint64) for kind, texts in receipt.hashes.items()
         }
@@ -63,17 +66,63 @@ class _ReceiptHashes:
         return 0
 
 
-def check_erased(gallery: Gallery, receipt: Receipt) -> list[str]:
+def check_receipt(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool = False) -> list[str]:
+    """Check whether a receipt is what an erasure of a gallery wrote.
+
+    Args:
+        gallery: the gallery.
+        receipt: the receipt.
+        of_other_gallery: accept the receipt of another gallery, whose chain cannot be looked at.
+
+    Returns:
+        Problems; empty if nothing speaks against it.
+
+    Raises:
+        ConfigError: the receipt was made with a key that is not set.
+    """
+    name = f"the receipt {receipt.id}"
+    problems = [f"{name} was altered: {line}" for line in receipt.find_contradictions()]
+    if receipt.mac and not problems and not receipt.is_signature_right():
+        problems.append(f"{name} was altered: its signature is not right")
+    if of_other_gallery:
+        return problems
+    if receipt.gallery != gallery.id:
+        problems.append(
+            f"{name} is of another gallery: of the table {receipt.gallery}, and {gallery.path!r} has the table "
+            f"{gallery.id}"
+        )
+        return problems
+    # The gallery's own copy is what later receipts vouch for.
+    own = conditional.read_tagged(get_receipt_path(gallery.path, receipt.id))
+    if own is not None and parse_receipt(own[0], receipt.id) != receipt:
+        problems.append(f"{name} was altered: erased/{receipt.id}.json in the gallery says something else")
+    chain = read_chain(gallery.path)
+    problems += [line for line in chain.problems if f"/{receipt.id}." in line]
+    if read_key() is not None and not receipt.mac and receipt.id not in chain.signed:
+        problems.append(f"{name} is not signed, and no signed receipt of the gallery vouches for it")
+    return problems
+
+
+def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool = False) -> list[str]:
     """Look for anything that is left of what a receipt lists as deleted.
 
     This reads the whole gallery, one batch at a time.
+
+    Args:
+        gallery: the gallery.
+        receipt: the receipt. If it was altered, nothing is looked for.
+        of_other_gallery: look for what another gallery has erased.
 
     Returns:
         Problems; empty if nothing is left.
 
     Raises:
         StorageError: something cannot be read.
+        ConfigError: the receipt was made with a key that is not set.
     """
+    problems = check_receipt(gallery, receipt, of_other_gallery=of_other_gallery)
+    if problems:
+        return problems
     # Each check reads another place that held the data.
     hashes = _ReceiptHashes(receipt)
     problems = [

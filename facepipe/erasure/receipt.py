@@ -1,9 +1,14 @@
 """The receipt of an erasure: what was deleted, when, and from which files.
 
-It names nobody, but whoever knows a name can check it.
+It names nobody, but whoever knows a name can check it. Each receipt holds the checksum of the one before it. If there
+is a key outside the gallery (`facepipe.gallery.erasure_key`), receipts are signed, and names can be checked with the
+key only.
 """
 
+import hashlib
+import hmac
 import json
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,10 +18,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from facepipe import storage
 from facepipe.errors import ConfigError, StorageError
-from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
+from facepipe.gallery.erasure_key import require_key
+from facepipe.gallery.suppressed import get_erased_folder
 from facepipe.hashing import hash64
 
-FORMAT = 1
+FORMAT = 2
+# Formats without a predecessor and a signature.
+_FIRST_FORMAT = 1
+_HASH = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass
@@ -48,6 +57,11 @@ class Receipt:
         continues: id of the erasure of which this is a later part: images that a running job brought later.
         salt: salt of the hashes.
         hashes: keyed BLAKE2b-64, in hex, of the uris, image ids and face ids that were deleted.
+        key: fingerprint of the key that the hashes and the signature were made with; empty if there was none.
+        previous: id of the gallery's receipt before this one; empty for the first.
+        previous_sha256: checksum of its file.
+        older: checksums of the files of receipts that have no predecessor, by id; in the first receipt that has one.
+        mac: signature: HMAC-SHA256, in hex, of everything else.
     """
 
     id: str
@@ -75,24 +89,68 @@ class Receipt:
     # A salt of its own keeps receipts of two erasures from being compared.
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     hashes: dict[str, list[str]] = field(default_factory=dict)
+    key: str = ""
+    previous: str = ""
+    previous_sha256: str = ""
+    older: dict[str, str] = field(default_factory=dict)
+    mac: str = ""
 
     def hash_values(self, values: Iterable[str]) -> list[str]:
-        """Hash texts under the receipt's salt; the hashes are sorted."""
-        return sorted(f"{hash64(self.salt, value):016x}" for value in values)
+        """Hash texts under the receipt's salt; the hashes are sorted.
+
+        Raises:
+            ConfigError: the receipt was made with a key that is not set.
+        """
+        salt = self.get_hash_salt()
+        return sorted(f"{hash64(salt, value):016x}" for value in values)
+
+    def get_hash_salt(self) -> str:
+        """Return the text under which values are hashed: the salt, or what the key makes of it."""
+        if not self.key:
+            return self.salt
+        return require_key(self.key, f"the receipt {self.id}").derive(f"hashes {self.salt}").hex()
+
+    def sign(self) -> None:
+        """Sign the receipt, if it was made with a key."""
+        self.mac = self._compute_mac() if self.key else ""
+
+    def is_signature_right(self) -> bool:
+        """Tell whether the signature belongs to what the receipt says."""
+        return hmac.compare_digest(self.mac.encode(), self._compute_mac().encode())
+
+    def _compute_mac(self) -> str:
+        key = require_key(self.key, f"the receipt {self.id}").derive("receipt")
+        content = {name: value for name, value in self.to_dict().items() if name != "mac"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hmac.digest(key, text.encode(), hashlib.sha256).hex()
+
+    def find_contradictions(self) -> list[str]:
+        """Find what cannot be in a receipt that an erasure wrote."""
+        lines = []
+        for kind, count in (("uris", self.images), ("faces", self.faces)):
+            hashes = self.hashes.get(kind, [])
+            if len(hashes) != count:
+                lines.append(f"it says {count} {'images' if kind == 'uris' else kind}, and has {len(hashes)} hashes")
+        if not self.images:
+            lines.append("it says that nothing was erased")
+        if len(self.hashes.get("images", [])) > self.images:
+            lines.append("it has more contents than images")
+        if self.format > _FIRST_FORMAT and bool(self.key) != bool(self.mac):
+            lines.append("its signature is missing" if self.key else "it is signed with an unknown key")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Return the receipt for JSON."""
         return asdict(self)
 
+    def encode(self) -> bytes:
+        """Return the content of the receipt's file."""
+        return json.dumps(self.to_dict(), indent=1).encode()
+
 
 def get_receipt_path(gallery: str, name: str) -> str:
     """Return the path of a receipt."""
     return storage.join(get_erased_folder(gallery), f"{name}.json")
-
-
-def save_receipt(gallery: str, receipt: Receipt) -> str:
-    """Write a receipt into the gallery and return its path."""
-    return write_erased_file(gallery, f"{receipt.id}.json", json.dumps(receipt.to_dict(), indent=1).encode())
 
 
 def load_receipt(path: str) -> Receipt:
@@ -102,8 +160,28 @@ def load_receipt(path: str) -> Receipt:
         ConfigError: the file cannot be read, or is not a receipt.
     """
     try:
-        return TypeAdapter(Receipt).validate_json(storage.read(path.encode()))
+        data = storage.read(path.encode())
     except StorageError as error:
         raise ConfigError(f"cannot read the receipt {path!r}: {error}") from error
+    return parse_receipt(data, path)
+
+
+def parse_receipt(data: bytes, path: str) -> Receipt:
+    """Parse the content of a receipt's file.
+
+    Args:
+        data: the content.
+        path: where it is from, for the message.
+
+    Raises:
+        ConfigError: it is not a receipt.
+    """
+    try:
+        receipt = TypeAdapter(Receipt).validate_json(data)
     except ValidationError as error:
         raise ConfigError(f"{path!r} is not the receipt of an erasure") from error
+    if not _FIRST_FORMAT <= receipt.format <= FORMAT:
+        raise ConfigError(f"{path!r} is a receipt of format {receipt.format}, which a newer facepipe reads")
+    if not all(_HASH.fullmatch(text) for texts in receipt.hashes.values() for text in texts):
+        raise ConfigError(f"{path!r} is not the receipt of an erasure: a hash is not one of 16 hex digits")
+    return receipt

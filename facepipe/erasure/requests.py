@@ -38,6 +38,7 @@ from facepipe.erasure.selection import SelectedImages, Selection, unite_images
 from facepipe.erasure.steps import set_counts
 from facepipe.erasure.vectors import find_indexed_ids
 from facepipe.gallery import Gallery, suppressed
+from facepipe.gallery.erasure_key import read_key
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.types import Int64
@@ -72,11 +73,17 @@ def record_request(
         version_before=selected.version,
         suppressed=not may_return,
         continues=continues.id if continues else "",
+        key=continues.key if continues else _get_key_fingerprint(),
     )
     set_counts(receipt, selected)
     erasure = PendingErasure(receipt, selected, selection, requested)
     _write_request(gallery.path, erasure)
     return erasure
+
+
+def _get_key_fingerprint() -> str:
+    key = read_key()
+    return key.fingerprint if key is not None else ""
 
 
 def extend_request(gallery: str, erasure: PendingErasure, selected: SelectedImages) -> None:

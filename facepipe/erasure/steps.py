@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 from facepipe import storage
 from facepipe.curation.report_folders import get_report_name, is_disposable, is_our_listing, owns_file
 from facepipe.erasure import pending, vectors
+from facepipe.erasure.chain import save_receipt
 from facepipe.erasure.erased_data import ErasedData
 from facepipe.erasure.foreign import mentions_erased
-from facepipe.erasure.pending import INDEX, REPORTS, ROWS, PendingErasure
-from facepipe.erasure.receipt import Receipt, save_receipt
+from facepipe.erasure.pending import FILES, INDEX, REPORTS, ROWS, PendingErasure
+from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import SelectedImages, select_again
-from facepipe.errors import GalleryBusyError
+from facepipe.errors import ConfigError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_of_uris, rewrite_files
@@ -193,16 +194,16 @@ class _ErasureSteps:
             if not self._is_done(REPORTS) and REPORTS in parts:
                 with self._measure("reports"):
                     self._clean_reports(update_clusters)
-        if self.leases.gallery is None or not self._refresh() or self.erasure.done != set(pending.PARTS):
+        if not self._refresh() or not self.erasure.done.issuperset(pending.PARTS):
             return not pending.is_pending(self.gallery, self.erasure.id)
         # A run that reads the old files holds the lease of the index or the reports, so none does by now.
-        with self._measure("vacuum"):
-            if not self._delete_files(self.leases.gallery):
+        if FILES not in self.erasure.done:
+            if self.leases.gallery is None:
                 return False
-            # After a power cut nothing of it comes back: the receipt would say what is not so.
-            self._sync_disks()
-        self._finish()
-        return True
+            with self._measure("vacuum"):
+                if not self._delete_files(self.leases.gallery):
+                    return False
+        return self._finish()
 
     def _refresh(self) -> bool:
         """Read what others have done meanwhile; False if the erasure is complete."""
@@ -408,7 +409,6 @@ class _ErasureSteps:
                 stack.enter_context(committer.exclude_commits())
             lease.check()
             table = Gallery(self.gallery)
-            self._forget_replaced_files(table)
             unreferenced = find_unreferenced(table)
             if committer is not None:
                 # Parts of the job are not committed yet, unless this erasure has taken them out of the table.
@@ -418,10 +418,13 @@ class _ErasureSteps:
                 unreferenced = [entry for entry in unreferenced if entry not in in_work]
             # Count and save before deleting, because a repeated step finds nothing to count.
             self.receipt.files_deleted = max(self.receipt.files_deleted, len(unreferenced))
-            pending.save_progress(self.gallery, self.receipt, ROWS, is_done=True)
+            pending.save_progress(self.gallery, self.receipt, FILES)
             for entry in unreferenced:
                 storage.delete(entry.url)
             self.receipt.log_files_deleted += delete_history(table)
+        # After a power cut nothing of it comes back: the receipt would say what is not so.
+        self._sync_disks()
+        self._end_part(FILES)
         return True
 
     def _sync_disks(self) -> None:
@@ -451,15 +454,24 @@ class _ErasureSteps:
                 name: digest for name, digest in receipt.index_after.items() if name.split("/")[0] in shards
             }
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """Write the receipt, and forget the names. Returns whether the erasure is complete."""
         # A run that was going on might have brought such images, and has brought none.
         if not self.receipt.images:
             pending.delete_pending(self.gallery, self.receipt)
             suppressed.release_images(self.gallery, self.erasure.id)
-            return
-        self.receipt.hashes = hash_selected(self.receipt, self.erasure.selected)
-        self.advance.receipts.append(save_receipt(self.gallery, self.receipt))
+            return True
+        self._forget_replaced_files(Gallery(self.gallery))
+        try:
+            self.receipt.hashes = hash_selected(self.receipt, self.erasure.selected)
+            path = save_receipt(self.gallery, self.receipt)
+        except ConfigError as error:
+            # Nothing is left of the images. The receipt needs the key of the command that recorded the erasure.
+            self.progress(f"the receipt of the erasure {self.erasure.id} cannot be written yet: {error}")
+            return False
+        self.advance.receipts.append(path)
         pending.delete_pending(self.gallery, self.receipt)
+        return True
 
 
 def set_counts(receipt: Receipt, selected: SelectedImages) -> None:

@@ -26,6 +26,8 @@ FOLDER = "erased"
 _URIS = ".uris"
 _CONTENTS = ".contents"
 _SALT = "salt"
+_NOTE = "lists.migrated"
+_ADDED = "-added"
 _SALT_BYTES = 32
 # A list begins with how often it was hashed, and with a mark of the keys. Old lists have neither.
 _SALTED = b"facepipe salted1"
@@ -74,10 +76,13 @@ class SuppressedHashes:
     keyed: UInt64 = field(default_factory=_NO_HASHES.copy)
     keys: SuppressKeys = SuppressKeys()
 
+    def __len__(self) -> int:
+        return len(self.plain) + len(self.salted) + len(self.keyed)
+
     @property
     def size(self) -> int:
         """Number of hashes."""
-        return len(self.plain) + len(self.salted) + len(self.keyed)
+        return len(self)
 
     def contains(self, hashes: UInt64) -> Bool:
         """Tell for each `hash64` of a uri or an image id (n,) whether it must not come back."""
@@ -118,13 +123,18 @@ def suppress_images(gallery: str, name: str, uris: Iterable[str], contents: Iter
     keys = _read_keys(gallery, read_secret(), create=True)
     for ending, values in ((_URIS, uris), (_CONTENTS, contents)):
         hashes = np.array([hash64(value) for value in values], np.uint64)
-        write_erased_file(gallery, name + ending, _encode(_hash_again(hashes, keys.salt), keys))
+        # A run without the key leaves the list that was made with it, and adds its own.
+        current = conditional.read_tagged(storage.join(get_erased_folder(gallery), name + ending))
+        is_closed = current is not None and current[0].startswith(_KEYED) and not keys.secret
+        stem = f"{name}{_ADDED}" if is_closed else name
+        write_erased_file(gallery, stem + ending, _encode(_hash_again(hashes, keys.salt), keys))
 
 
 def release_images(gallery: str, name: str) -> None:
     """Let the images of an erasure come back, as far as no other erasure keeps them out."""
     for ending in (_URIS, _CONTENTS):
-        storage.delete(storage.join(get_erased_folder(gallery), name + ending))
+        for stem in (name, f"{name}{_ADDED}"):
+            storage.delete(storage.join(get_erased_folder(gallery), stem + ending))
 
 
 def read_uris(gallery: str, secret: bytes | None = None) -> SuppressedHashes:
@@ -181,18 +191,29 @@ def migrate_lists(gallery: str) -> int:
         How many lists were changed.
     """
     paths = _list_paths(gallery, _URIS) + _list_paths(gallery, _CONTENTS)
-    keys = _read_keys(gallery, read_secret(), create=bool(paths))
+    if not paths:
+        return 0
+    keys = _read_keys(gallery, read_secret(), create=True)
+    # A note of the keys spares reading every list again.
+    note = keys.secret_mark if keys.secret else keys.salt_mark
+    note_path = storage.join(get_erased_folder(gallery), _NOTE)
+    content = conditional.read_tagged(note_path)
+    if content is not None and content[0] == note:
+        return 0
     count = 0
     for path in paths:
         data = storage.read(path.encode())
+        if data.startswith(_KEYED):
+            continue
         kind, hashes = _decode(data, path, keys)
         # Hashes can be hashed again, so that no name is needed for it.
         if kind == b"":
             hashes = _hash_again(hashes, keys.salt)
-        elif kind == _KEYED or not keys.secret:
+        elif not keys.secret:
             continue
         storage.replace(path, _encode(hashes, keys))
         count += 1
+    storage.replace(note_path, note)
     return count
 
 

@@ -20,7 +20,7 @@ from pyarrow import compute as pc
 from facepipe import storage
 from facepipe.arrow import pack_arrays
 from facepipe.curation.report_folders import MARKER, prepare_folder
-from facepipe.erasure import pending, receipt
+from facepipe.erasure import pending
 from facepipe.erasure.erased_data import ErasedData, find_role
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt
@@ -205,19 +205,6 @@ def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
         assert not pending.update_progress(path, made)
     assert sorted(os.listdir(tmp_path / "erased")) == [".guard", "hidden.list", "hidden.list.guard"]
     assert hidden.list_requests(path) == ()
-
-
-def test_receipts(tmp_path: Path) -> None:
-    first = Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0", hashes={"uris": ["0" * 16]})
-    path = receipt.save_receipt(str(tmp_path), first)
-    assert receipt.load_receipt(path) == first
-    assert receipt.get_receipt_path(str(tmp_path), first.id) == path
-    for wrong in (b"", b"{}", b"[1]", b"\xff"):
-        Path(path).write_bytes(wrong)
-        with pytest.raises(ConfigError, match="not the receipt"):
-            receipt.load_receipt(path)
-    with pytest.raises(ConfigError, match="cannot read"):
-        receipt.load_receipt(str(tmp_path / "none"))
 
 
 def test_an_erasure_that_an_older_facepipe_began(gallery: Gallery, tmp_path: Path) -> None:
