@@ -152,6 +152,10 @@ def _advance(gallery: str, summary: EraseSummary, awaited: list[str], progress: 
             gallery, progress=progress, update_clusters=lambda: _update_clusters(gallery, progress)
         )
         _add_result(summary, result)
+        for request, reason in result.keyless.items():
+            progress(f"all is deleted, but the receipt of the erasure {request} cannot be written yet: {reason}")
+        # Waiting brings no key.
+        awaited = [request for request in awaited if request not in result.keyless]
         if not any(pending.is_pending(gallery, request) for request in awaited):
             break
         if not is_announced:

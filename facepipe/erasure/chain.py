@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from facepipe import storage
+from facepipe.erasure import pending
 from facepipe.erasure.receipt import Receipt, get_receipt_path, parse_receipt
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
@@ -32,7 +33,8 @@ class Link:
 class _Head:
     """The newest receipt, and the one before it.
 
-    The head is written before its receipt. If a crash comes in between, the receipt is made again, after the same one.
+    The head is written before its receipt. If a crash comes in between, the receipt is made again: after the same one,
+    or at the end if others have taken its place.
     """
 
     newest: Link
@@ -52,7 +54,8 @@ def save_receipt(gallery: str, receipt: Receipt) -> str:
         head = _decode_head(tagged[0], path) if tagged else None
         previous = Link()
         if head is not None:
-            previous = head.previous if head.newest.id == receipt.id else head.newest
+            is_unwritten = head.newest.id == receipt.id or _is_unwritten(gallery, head.newest)
+            previous = head.previous if is_unwritten else head.newest
         receipt.previous = previous.id
         receipt.previous_sha256 = previous.sha256
         # Receipts of older versions are named once, by the first one that has a place in the chain.
@@ -63,8 +66,29 @@ def save_receipt(gallery: str, receipt: Receipt) -> str:
             _write_head(path, _Head(Link(receipt.id, _compute_checksum(data)), previous), tagged[1] if tagged else None)
         except conditional.ConflictError:
             continue  # another run has finished an erasure just now
-        return write_erased_file(gallery, receipt.id + _ENDING, data)
+        written = write_erased_file(gallery, receipt.id + _ENDING, data)
+        # Another run may have taken the receipt for one that a crash prevented, and then its place.
+        if receipt.id in _list_newest(gallery):
+            return written
     raise StorageError(f"cannot write {path!r}: others keep changing it; run the same command again")
+
+
+def _is_unwritten(gallery: str, link: Link) -> bool:
+    """Tell whether a receipt that the head names was never written: its erasure is not complete."""
+    is_missing = not storage.file_exists(get_receipt_path(gallery, link.id))
+    return is_missing and pending.is_pending(gallery, link.id)
+
+
+def _list_newest(gallery: str) -> list[str]:
+    """List the newest receipts of the chain, as many as others can have added while one is written."""
+    tagged = conditional.read_tagged(storage.join(get_erased_folder(gallery), _HEAD))
+    ids: list[str] = []
+    link = _decode_head(tagged[0], _HEAD).newest if tagged else Link()
+    while link.id and len(ids) < _MAX_ATTEMPTS:
+        ids.append(link.id)
+        receipt, _ = _read_link(gallery, link)
+        link = Link(receipt.previous, receipt.previous_sha256) if receipt is not None else Link()
+    return ids
 
 
 def _write_head(path: str, head: _Head, tag: str | None) -> None:

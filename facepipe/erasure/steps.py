@@ -76,12 +76,14 @@ class Advance:
         receipts: paths of the receipts of erasures that were completed.
         foreign: files below the reports that facepipe did not write and that hold erased data.
         is_complete: whether no erasure is left.
+        keyless: why no receipt could be written, by the id of the erasure: it needs a key that is not set.
         seconds: wall clock by step.
     """
 
     receipts: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     is_complete: bool = True
+    keyless: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -467,7 +469,7 @@ class _ErasureSteps:
             path = save_receipt(self.gallery, self.receipt)
         except ConfigError as error:
             # Nothing is left of the images. The receipt needs the key of the command that recorded the erasure.
-            self.progress(f"the receipt of the erasure {self.erasure.id} cannot be written yet: {error}")
+            self.advance.keyless[self.erasure.id] = str(error)
             return False
         self.advance.receipts.append(path)
         pending.delete_pending(self.gallery, self.receipt)

@@ -128,6 +128,11 @@ def suppress_images(gallery: str, name: str, uris: Iterable[str], contents: Iter
         is_closed = current is not None and current[0].startswith(_KEYED) and not keys.secret
         stem = f"{name}{_ADDED}" if is_closed else name
         write_erased_file(gallery, stem + ending, _encode(_hash_again(hashes, keys.salt), keys))
+    # The next erase that has the key must look at all lists again.
+    note_path = storage.join(get_erased_folder(gallery), _NOTE)
+    note = conditional.read_tagged(note_path)
+    if note is not None and note[0] != _get_note(keys):
+        storage.delete(note_path)
 
 
 def release_images(gallery: str, name: str) -> None:
@@ -195,7 +200,7 @@ def migrate_lists(gallery: str) -> int:
         return 0
     keys = _read_keys(gallery, read_secret(), create=True)
     # A note of the keys spares reading every list again.
-    note = keys.secret_mark if keys.secret else keys.salt_mark
+    note = _get_note(keys)
     note_path = storage.join(get_erased_folder(gallery), _NOTE)
     content = conditional.read_tagged(note_path)
     if content is not None and content[0] == note:
@@ -215,6 +220,11 @@ def migrate_lists(gallery: str) -> int:
         count += 1
     storage.replace(note_path, note)
     return count
+
+
+def _get_note(keys: SuppressKeys) -> bytes:
+    """Return what is noted when all lists have been made with these keys."""
+    return keys.secret_mark if keys.secret else keys.salt_mark
 
 
 def _read_hashes(gallery: str, ending: str, secret: bytes | None) -> SuppressedHashes:

@@ -334,6 +334,13 @@ def test_lists_of_older_versions_are_read_and_migrated(tmp_path: Path, monkeypat
     assert suppressed.migrate_lists(path) == 4
     assert (len(suppressed.read_uris(path).keyed), len(suppressed.read_uris(path).salted)) == (4, 0)
     assert find(path, "abcde") == [True, True, True, True, False]
+    # A run without the key adds a list that can be tested, until the next erase that has the key.
+    monkeypatch.delenv("FACEPIPE_ERASURE_KEY")
+    suppressed.suppress_images(path, "newest", ["e"], [])
+    monkeypatch.setenv("FACEPIPE_ERASURE_KEY", SECRET)
+    assert suppressed.migrate_lists(path) == 2
+    assert suppressed.migrate_lists(path) == 0
+    assert find(path, "abcdef") == [True, True, True, True, True, False]
 
 
 def test_lists_that_cannot_be_read_let_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

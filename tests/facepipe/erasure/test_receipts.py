@@ -264,6 +264,30 @@ def test_a_crash_between_head_and_receipt_leaves_no_gap(tmp_path: Path, monkeypa
     assert run_facepipe("verify", tmp_path / "g")[0] == 1
 
 
+def test_an_erasure_that_overtakes_a_crash_keeps_the_chain_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another erasure is completed first. What came before the crash stays in the chain, and so does what comes after."""
+    path = str(tmp_path / "g")
+    receipts = [Receipt(f"20261101T00000{n}-aaaaaa", "id", "2026", ["ids"], "0", images=1) for n in range(3)]
+    chain.save_receipt(path, receipts[0])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("the power failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "write_erased_file", fail)
+        with pytest.raises(StorageError):
+            chain.save_receipt(path, receipts[1])
+    (tmp_path / "g" / "erased" / f"{receipts[1].id}.pending").write_bytes(b"")
+    chain.save_receipt(path, receipts[2])
+    assert chain.read_chain(path).problems == ()
+    chain.save_receipt(path, receipts[1])
+    assert chain.read_chain(path).problems == ()
+    ids = [load_receipt(str(file)).id for file in list_receipts(tmp_path / "g")]
+    assert ids == [receipts[n].id for n in (0, 2, 1)]
+
+
 def test_two_at_once_make_one_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run puts its receipt at the end just before this one does."""
     path = str(tmp_path / "g")
@@ -303,7 +327,7 @@ def test_a_run_without_the_key_leaves_the_receipt_to_the_command(
             erase.run(Selection(identities=("person1",)), gallery.path)
     monkeypatch.delenv("FACEPIPE_ERASURE_KEY")
     said: list[str] = []
-    assert not erase.resume(gallery.path, progress=said.append).complete
+    assert not erase.resume(gallery.path, wait=True, progress=said.append).complete
     assert "FACEPIPE_ERASURE_KEY" in " ".join(said)
     assert vacuum.find_unreferenced(Gallery(gallery.path)) == []
     assert not list((tmp_path / "g" / "erased").glob("*.json"))
