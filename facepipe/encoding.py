@@ -1,7 +1,7 @@
 """`encode`: from images to faces in one call, for notebooks and other programs, with the stages of the pipeline."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,7 +17,8 @@ from facepipe.sources.item import make_file_uri
 from facepipe.stages import Align, Chain, Decode, Detect, Embed, Read
 from facepipe.types import Float32, UInt8
 
-Image = str | os.PathLike[str] | UInt8
+Image = str | os.PathLike[str] | bytes | UInt8
+"""An image: its path or URL, the content of its file, or its pixels."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Encoded:
 
 
 def encode(
-    images: Iterable[Image], detect: Detect | None = None, embed: Embed | None = None, batch: int = 16
+    images: Image | Iterable[Image], detect: Detect | None = None, embed: Embed | None = None, batch: int = 16
 ) -> list[Encoded]:
     """Detect and embed the faces of images.
 
@@ -74,7 +75,7 @@ def encode(
     Distances between embeddings are Euclidean: `np.linalg.norm(a.embedding - b.embedding)`.
 
     Args:
-        images: Paths, or (h, w, 3) RGB arrays.
+        images: Paths or URLs, contents of image files as bytes, or (h, w, 3) RGB arrays. One alone is a list of one.
         detect: Options of the detector.
         embed: Options of the embedder.
         batch: Images per batch.
@@ -83,26 +84,59 @@ def encode(
         One result per image, in order.
 
     Raises:
-        ConfigError: An array is not an RGB image.
+        ConfigError: An image is of another type, or an array is not an RGB image.
     """
+    if isinstance(images, str | os.PathLike | bytes | np.ndarray):
+        images = [images]
     detect = detect or Detect()
     embed = embed or Embed()
     # Thumbnails are for galleries on disk only.
     align = Align(embedder=embed.model, detector=detect.model, thumbs=False)
-    # Arrays enter the chain where paths are decoded.
-    encode_pixels = Chain((detect, align, embed), batch)
-    encode_paths = Chain((Read(), Decode(), detect, align, embed), batch)
-    for stage in encode_paths.stages:
+    stages = (Read(), Decode(), detect, align, embed)
+    for stage in stages:
         stage.setup()
+    # Paths pass all stages. Contents enter the chain after they are read, and arrays after they are decoded.
+    chains: dict[str, tuple[Chain, Callable[[Any], pa.Table]]] = {
+        "path": (Chain(stages, batch), _tabulate_paths),
+        "bytes": (Chain(stages[1:], batch), _tabulate_contents),
+        "pixels": (Chain(stages[2:], batch), _tabulate_pixels),
+    }
     results: list[Encoded] = []
     # Take runs of the same kind of image, so that results keep the order of the inputs.
-    for is_array, group in groupby(images, lambda image: isinstance(image, np.ndarray)):
+    for kind, group in groupby(images, _find_kind):
         inputs = list(group)
+        chain, tabulate = chains[kind]
         for start in range(0, len(inputs), batch):
             part: Any = inputs[start : start + batch]
-            table = encode_pixels(_tabulate_pixels(part)) if is_array else encode_paths(_tabulate_paths(part))
-            results += _to_results(table)
+            results += _to_results(chain(tabulate(part)))
     return results
+
+
+def _find_kind(image: object) -> str:
+    """Find out how an image is given: path, bytes or pixels."""
+    if isinstance(image, str | os.PathLike):
+        return "path"
+    if isinstance(image, bytes):
+        return "bytes"
+    if isinstance(image, np.ndarray):
+        return "pixels"
+    raise ConfigError(
+        "an image is a path or URL, the content of an image file as bytes, or an (h, w, 3) uint8 RGB array, not "
+        f"{type(image).__name__}"
+    )
+
+
+def _tabulate_contents(contents: Sequence[bytes]) -> pa.Table:
+    """Put the contents of files into the columns that Read adds."""
+    n = len(contents)
+    columns = {
+        "uri": pa.array([f"{k}:bytes" for k in range(n)]),
+        "image_id": pa.array([compute_image_id(content) for content in contents]),
+        "status": pa.array([OK] * n),
+        "error": pa.nulls(n, pa.string()),
+        "bytes": pack_arrays(list(contents)),
+    }
+    return pa.table(columns)
 
 
 def _tabulate_paths(paths: Sequence[str | os.PathLike[str]]) -> pa.Table:

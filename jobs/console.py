@@ -23,6 +23,10 @@ RESUME_HINT = "finished work is kept; run the same command again to resume"
 REPORT_HINT = "the report is unchanged; run the same command again to resume from the last finished step"
 
 
+# Columns of a table that is written to a file or a pipe: as many as its widest row needs.
+_PIPE_WIDTH = 100_000
+
+
 class ExitCode(IntEnum):
     """The exit codes of a command."""
 
@@ -109,14 +113,22 @@ def print_result(result: dict[str, Any], *, as_json: bool, print_text: Callable[
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table on stdout. Brackets are printed as they are: rich would take some for markup."""
-    table = Table(title=Text(title), title_justify="left")
+    """Print a table on stdout, below its title.
+
+    Brackets are printed as they are: rich would take some for markup. Only a terminal has a width that lines must keep.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
+    table = Table()
     # Long words such as paths are folded, not cut.
     for column in columns:
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+    # A title may be a path: it stays on one line, so that it can be copied.
+    print(title)
+    console.print(table)
 
 
 def print_seconds(seconds: dict[str, float]) -> None:

@@ -115,6 +115,11 @@ class Gallery:
             reason = storage.describe_error(error) + _describe_empty_entries(self.faces_folder)
             raise GalleryError(f"the gallery at {self.path!r} cannot be read: {reason}") from error
 
+    def __repr__(self) -> str:
+        # Nothing of the rows is read: a table of hundreds of millions is shown at once.
+        contract = self.contract
+        return f"Gallery({self.path!r}, version={self.version}, models={contract.detector} + {contract.embedder})"
+
     @classmethod
     def exists(cls, path: str) -> bool:
         """Tell whether there is a gallery."""

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from facepipe.nearest.distances import Hits, compute_pair_distances, find_smalle
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.types import Float32, Int64
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _QUERIES_PER_CHUNK = 1024  # per thread: enough to share the reading of a list, small enough for the cache
 _MAX_CANDIDATES_IN_MEMORY = 1 << 24  # per thread
@@ -56,6 +59,7 @@ class Index:
         index = facepipe.Index("G")
         hits = index.search(vectors, k=10)                 # vectors: (n, 128) float32 of unit norm
         hits.ids, hits.distances                           # (n, 10); distances are Euclidean
+        index.to_pandas(hits)                              # a row per hit, with uri and identity
         answers = index.search_within(vectors, radius=0.4) # all faces within a distance
 
     Faces of images whose erasure is recorded are not returned from that moment on, also by an index that is open.
@@ -115,6 +119,9 @@ class Index:
         self.follow_erasures()
         if manifest is not None:
             self._watch.freeze()  # one that is not published cannot be compared with the published one
+
+    def __repr__(self) -> str:
+        return f"Index({self.gallery!r}, {self.live} faces in {len(self.shards)} shards)"
 
     def _open_shards(self) -> list[Shard]:
         # Newest first: of an id that was tombstoned and added again, the newer label counts.
@@ -271,6 +278,17 @@ class Index:
             return labels
         columns = [pc.if_else(is_hidden, None, column.combine_chunks()) for column in labels.columns]
         return pa.table(columns, names=labels.column_names)
+
+    def to_pandas(self, hits: Hits) -> "pd.DataFrame":
+        """Return a row per hit: query (number), rank (from 1), face_id, distance, uri and identity.
+
+        Queries with fewer hits have fewer rows.
+        """
+        queries, ranks = np.nonzero(hits.ids >= 0)
+        ids = hits.ids[queries, ranks]
+        labels = self.get_labels(ids).to_pandas()
+        columns = {"query": queries, "rank": ranks + 1, "face_id": ids, "distance": hits.distances[queries, ranks]}
+        return labels.assign(**columns)[[*columns, *labels.columns]]
 
     def get_vectors(self, ids: Int64) -> Float32:
         """Return the vectors (n, 128) of face ids (n,); zeros for ids that the index does not hold, or has erased."""

@@ -28,6 +28,7 @@ class Card:
         square: Where dlib would put its square about a detector's box: centre (dx, dy) and side, in units of the
             geometric mean of the box's sides. None if the boxes are dlib's own.
         square_known: Whether `square` was measured for this detector.
+        for_tests: Whether it only serves tests; lists leave it out.
         parameters: Number of trainable parameters, excluding batch-norm statistics.
     """
 
@@ -46,3 +47,4 @@ class Card:
     square: BoxToSquare | None = None
     square_known: bool = True
     parameters: int | None = None
+    for_tests: bool = False

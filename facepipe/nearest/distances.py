@@ -22,6 +22,10 @@ class Hits:
     ids: Int64
     distances: Float32
 
+    def __repr__(self) -> str:
+        queries, k = self.ids.shape
+        return f"Hits({queries} queries, the {k} nearest faces of each: .ids and .distances)"
+
     @classmethod
     def create_empty(cls, queries: int, k: int) -> "Hits":
         """Create hits without a face in them."""

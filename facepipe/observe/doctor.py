@@ -112,7 +112,7 @@ def _check_faiss() -> Finding:
     versions = {name: _find_version(name) for name in ("faiss-cpu", "faiss-gpu")}
     installed = [f"{name} {version}" for name, version in versions.items() if version]
     if not installed:
-        return Finding("faiss", "missing", f"needed for index and search: {format_install('faiss')}")
+        return Finding("faiss", "broken", f"needed for index and search: {format_install('faiss')}")
     return Finding("faiss", "ok", ", ".join(installed))
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.arrow import pack_arrays, set_columns
-from facepipe.errors import ConfigError, StorageError
+from facepipe.errors import ConfigError, MissingPackageError, StorageError
 from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, REPLACED, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.sources.parquet import find_bytes_column, get_first_line
@@ -171,8 +171,8 @@ class Read:
             return ReadResult(None, TOO_LARGE, str(error))
         except storage.ReplacedError as error:
             return ReadResult(None, REPLACED, str(error))
-        except (StorageError, ConfigError) as error:
-            # ConfigError: a list of files holds a URL without a bucket, or of a store whose client is not installed.
+        except (StorageError, ConfigError, MissingPackageError) as error:
+            # A list of files may hold a URL without a bucket, or of a store whose client is not installed.
             return ReadResult(None, READ_ERROR, str(error))
 
     def _read_parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:

@@ -171,7 +171,7 @@ class ListedModel:
 
 def list_models() -> list[ListedModel]:
     """List the registered models and those with TOML files in the folder FACEPIPE_MODELS."""
-    models = [ListedModel(card.name, card) for card in CARDS.values()]
+    models = [ListedModel(card.name, card) for card in CARDS.values() if not card.for_tests]
     folder = os.environ.get(MODELS_FOLDER)
     paths = sorted(Path(folder).glob("*.toml")) if folder else []
     for path in paths:

@@ -112,6 +112,7 @@ _ALL = (
         sha256="",
         input="RGB",
         load=packaged.load_fake_detector,
+        for_tests=True,
     ),
     Card(
         name="fatal-detector",
@@ -122,6 +123,7 @@ _ALL = (
         sha256="",
         input="RGB",
         load=packaged.load_fatal_detector,
+        for_tests=True,
     ),
     Card(
         name="fake-embedder",
@@ -132,6 +134,7 @@ _ALL = (
         sha256="",
         input="RGB 32x32",
         load=packaged.load_fake_embedder,
+        for_tests=True,
         layout=ChipLayout((32, 32), template=_FAKE_TEMPLATE),
         dim=128,
         metric="euclidean on unit vectors",
@@ -175,7 +178,7 @@ def _describe_missing(name: str, role: str, card: Card | None) -> str:
         problem = f"the {role} {name!r} {_REMOVED[name]}"
     else:
         problem = f"no {role} is called {name!r}"
-    registered = ", ".join(card.name for card in CARDS.values() if card.role == role)
+    registered = ", ".join(card.name for card in CARDS.values() if card.role == role and not card.for_tests)
     return (
         f"{problem}; registered are: {registered}. Other models have a TOML file: give its path, or put it into the "
         f"folder that {MODELS_FOLDER} names"
