@@ -56,9 +56,9 @@ def exit_on_error(hint: str = RESUME_HINT) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        fail(str(error), ExitCode.USAGE)
+        fail(str(error), ExitCode.USAGE, error)
     except FacepipeError as error:
-        fail(str(error), ExitCode.FAILED)
+        fail(str(error), ExitCode.FAILED, error)
     except KeyboardInterrupt:
         fail(f"interrupted; {hint}", ExitCode.INTERRUPTED)
     except Terminated:
@@ -75,9 +75,15 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def fail(message: str, code: ExitCode) -> NoReturn:
-    """Print a message on stderr and exit with a code."""
-    logs.report_failure(message, int(code))
+def fail(message: str, code: ExitCode, error: FacepipeError | None = None) -> NoReturn:
+    """Print a message on stderr and exit with a code.
+
+    Args:
+        message: why the command ends.
+        code: the exit code.
+        error: the exception behind it, which JSON logs name.
+    """
+    logs.report_failure(message, int(code), error)
     raise typer.Exit(int(code))
 
 

@@ -24,6 +24,7 @@ from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
+from facepipe.errors import ConfigError, ModelError
 from facepipe.storage.redact import redact
 
 __all__ = [
@@ -67,9 +68,21 @@ WORDS = frozenset(
 TALLIES = frozenset(["counters", "phases", "seconds", "stage_seconds", "statuses"])
 # Numbers that identify one face or image.
 IDENTIFIERS = frozenset(["face_id", "face_ids", "id", "ids", "image_hash", "image_id"])
+# What people read in place of the name of an event.
+_SENTENCES = {
+    "run.unrecorded": "could not save the record of this run; its results are not affected",
+    "run.unpruned": "could not delete old records of runs; the results of this run are not affected",
+    "run.unfigured": "could not count what this run did for its record; its results are not affected",
+    "run.unmeasured": "could not write the file of metrics; the results of this run are not affected",
+    "erasure.postponed": "an erasure that is recorded could not be completed yet; the next run tries again",
+}
 # Events that a command reports in its own words, so that text logs leave them out.
 _REPORTED_EVENTS = ("run.started", "run.ended")
 _WORD = re.compile(r"[A-Za-z_][\w.,+-]{0,63}|\d{8}T\d{6}-[0-9a-f]{6}|\d+(\.\d+)*\w{0,8}")
+# Quoted text, and words with a slash or backslash in them, which may be paths or URLs.
+_VALUE = re.compile(
+    r"""(?P<quoted>(?<!\w)'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|[^\s'",;()]*[/\\](?:[^\s'",;()]*[^\s'",;():.])?"""
+)
 _EVENT = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
 _STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "fields"}
 _KEY = (os.environ.get("FACEPIPE_LOG_KEY") or secrets.token_hex(16)).encode()[:64]
@@ -146,12 +159,44 @@ def is_json() -> bool:
 def report_failure(message: str, exit_code: int, error: BaseException | None = None) -> None:
     """Write to stderr why a command ends.
 
-    People get the message. JSON logs get an event, without the message unless names may be shown.
+    People get the message. JSON logs get an event with the message, in which values that may name an image or a person
+    are hashed unless names may be shown.
+
+    Args:
+        message: why it ends. Values in it are quoted.
+        exit_code: its exit code.
+        error: the exception behind it, if there is one.
     """
     if is_json():
-        log_event("command.failed", logging.ERROR, exit_code=exit_code, error=error, message=message)
+        # What a config or a model is called is the operator's own word, and what has to be looked for.
+        shows_words = isinstance(error, ConfigError | ModelError)
+        cause = hide_values(redact(message), shows_words=shows_words)
+        log_event(
+            "command.failed", logging.ERROR, exit_code=exit_code, error=error, message=message, cause=Shown(cause)
+        )
     else:
         sys.stderr.write(f"facepipe: {redact(message)}\n")
+
+
+class Shown(str):
+    """A text that may stand in a line as it is: it names no image and nobody."""
+
+
+def hide_values(message: str, *, shows_words: bool = False) -> str:
+    """Replace what a message quotes, and paths and URLs in it, by hashes.
+
+    Args:
+        message: a message whose values are quoted.
+        shows_words: leave quoted values as they are if they are no paths.
+    """
+
+    def hide(match: re.Match[str]) -> str:
+        if match["quoted"] is None:
+            return hash_value(match[0])
+        value = match[0].strip("'\"")
+        return match[0] if shows_words and "/" not in value else hash_value(value)
+
+    return _VALUE.sub(hide, message)
 
 
 def install_excepthook() -> None:
@@ -209,7 +254,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Format an event as `facepipe: warning: event key=value ...`."""
+    """Format an event as `facepipe: warning: what happened key=value ...`."""
 
     def __init__(self, show_names: bool = False) -> None:
         super().__init__()
@@ -218,7 +263,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         fields = [f"{name}={value}" for name, value in _select_fields(record, self._show_names).items()]
-        return " ".join([f"facepipe: {record.levelname.lower()}: {_get_event_name(record)}", *fields])
+        name = _get_event_name(record)
+        return " ".join([f"facepipe: {record.levelname.lower()}: {_SENTENCES.get(name, name)}", *fields])
 
 
 def _add_context(record: logging.LogRecord) -> bool:
@@ -281,6 +327,8 @@ def _clean_value(name: str, value: Any) -> Any:
     """Return a field's value, with everything hashed that may name a file or a person."""
     if isinstance(value, BaseException):
         return type(value).__name__
+    if isinstance(value, Shown):
+        return str(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from facepipe import storage
-from facepipe.errors import ConfigError, GalleryError, StorageError
+from facepipe.errors import ConfigError, GalleryError, ModelError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.observe import logs, metrics, runs
@@ -385,7 +385,7 @@ def test_levels_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
     logs.log_event("run.unrecorded", logging.WARNING, error=StorageError("x"))
     logs.report_failure("cannot read s3://key:pass@b/x", 1)
     assert capsys.readouterr().err.splitlines() == [
-        "facepipe: warning: run.unrecorded error=StorageError",
+        "facepipe: warning: could not save the record of this run; its results are not affected error=StorageError",
         "facepipe: cannot read s3://***@b/x",
     ]
     logs.configure_logs("json")
@@ -394,6 +394,34 @@ def test_levels_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["exit_code"], line["error"]) == ("command.failed", 2, "ConfigError")
     assert "message" not in line
+    assert not any(name in json.dumps(line) for name in ("Ada", "Lovelace", "photos"))
+
+
+def test_a_json_log_says_why_a_command_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys and models in full, and a hash for each path, and for each value that may be a name."""
+    logs.configure_logs("json")
+    path = logs.hash_value("/photos/Ada/1.png")
+    name = logs.hash_value("Ada Lovelace")
+    for error, cause in (
+        (ConfigError("detect.sise: unknown key; did you mean detect.size?"), None),
+        (ModelError("no detector is called 'arcface'; registered are: mtcnn"), None),
+        (ModelError("the weights '/photos/Ada/1.png' are missing"), f"the weights {path} are missing"),
+        (StorageError("cannot read '/photos/Ada/1.png': no room"), f"cannot read {path}: no room"),
+        (StorageError("cannot read /photos/Ada/1.png: no room"), f"cannot read {path}: no room"),
+        (GalleryError("nobody is called 'Ada Lovelace'"), f"nobody is called {name}"),
+        (GalleryError("the gallery's list lacks 'Ada Lovelace'"), f"the gallery's list lacks {name}"),
+        (StorageError("s3://key:pass@b is gone"), f"{logs.hash_value('s3://***@b')} is gone"),
+    ):
+        logs.report_failure(str(error), 1, error)
+        assert json.loads(capsys.readouterr().err)["cause"] == (cause or str(error))
+
+
+@given(value=st.text(min_size=1).filter(lambda value: value.isprintable()), quote=st.sampled_from("'\""))
+def test_nothing_of_a_quoted_value_is_left(value: str, quote: str) -> None:
+    quoted = quote + value.replace("\\", "\\\\").replace(quote, "\\" + quote) + quote
+    hidden = logs.hide_values(f"x {quoted} y")
+    assert re.fullmatch(r"x h:[0-9a-f]{12} y", hidden)
+    assert logs.hide_values(f"x {value!r} y") == f"x {logs.hash_value(repr(value).strip(chr(39) + chr(34)))} y"
 
 
 def test_a_run_in_the_log_names_no_image_and_nobody(
