@@ -42,11 +42,17 @@ def build(kind: type[T], *layers: Tree) -> T:
         return TypeAdapter(kind).validate_python(merged)
     except ValidationError as error:
         problems = (
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {_format_value(problem['input'])}"
+            f"{_format_place(problem['loc'])}: {problem['msg']}, got {_format_value(problem['input'])}"
             for problem in error.errors()
         )
         # pydantic's own message would repeat the values, credentials among them.
         raise ConfigError("; ".join(problems)) from None
+
+
+def _format_place(place: tuple[int | str, ...]) -> str:
+    """Format where a value is. Sections of a list count from 1, as people count them in a file."""
+    text = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in place)
+    return text.removeprefix(".")
 
 
 def read_toml(path: str | os.PathLike[str]) -> Tree:
@@ -97,6 +103,9 @@ def _hide_secrets(value: Any) -> Any:
 
 def _merge(target: Tree, layer: Tree) -> None:
     for key, value in layer.items():
+        is_list = isinstance(target.get(key), list) and any(isinstance(item, dict) for item in target[key])
+        if is_list and isinstance(value, dict):
+            raise ConfigError(f"there are several {key}s: change [[{key}]] in the TOML file, not one setting for all")
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _merge(target[key], value)
         else:
@@ -110,10 +119,13 @@ def _check_keys(kind: Any, tree: Tree, prefix: str) -> None:
     for key, value in tree.items():
         if key not in known:
             raise ConfigError(f"unknown key {prefix}{key}{_suggest_key(key, known, prefix)}")
-        if _is_list_of_sections(hints[key]) and isinstance(value, list):
-            for n, item in enumerate(value):
-                if not isinstance(item, dict):
-                    raise ConfigError(f"{prefix}{key} is a list of sections: write [[{prefix}{key}]]")
+        if _is_list_of_sections(hints[key]):
+            # One section, written with single brackets, is a list of one.
+            if isinstance(value, dict):
+                value = tree[key] = [value]
+            if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+                raise ConfigError(f"{prefix}{key} is a list of sections: write [[{prefix}{key}]]")
+            for n, item in enumerate(value, start=1):
                 _check_keys(get_args(hints[key])[0], item, f"{prefix}{key}[{n}].")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):

@@ -95,6 +95,36 @@ def test_wrong_settings_are_named(settings: list[str], message: str) -> None:
         build(Outer, parse_settings(settings))
 
 
+@dataclass(frozen=True)
+class Several:
+    inner: tuple[Inner, ...] = ()
+
+
+def test_a_section_in_single_brackets_is_a_list_of_one(tmp_path) -> None:
+    """`[source]` for `[[source]]` is the commonest slip in a TOML file."""
+    (tmp_path / "c.toml").write_text("[inner]\nsize = 5\n")
+    assert build(Several, read_toml(tmp_path / "c.toml")) == Several((Inner(5),))
+    assert build(Several, read_toml(tmp_path / "c.toml"), parse_settings(["inner.size=7"])) == Several((Inner(7),))
+    (tmp_path / "c.toml").write_text("[[inner]]\nsize = 5\n[[inner]]\nsize = 6\n")
+    assert build(Several, read_toml(tmp_path / "c.toml")) == Several((Inner(5), Inner(6)))
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("[[inner]]\nsize = 5\n[[inner]]\nsise = 6", [], r"inner\[2\]\.sise: did you mean inner\[2\]\.size"),
+        ("[[inner]]\nsize = 5\n[[inner]]\nsize = 'x'", [], r"inner\[2\]\.size: .*integer"),
+        ("inner = 3", [], r"write \[\[inner\]\]"),
+        ("inner = [3]", [], r"write \[\[inner\]\]"),
+        ("[[inner]]\nsize = 5", ["inner.size=7"], r"change \[\[inner\]\] in the TOML file"),
+    ],
+)
+def test_wrong_lists_of_sections_are_named(tmp_path, text: str, settings: list[str], message: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        build(Several, read_toml(tmp_path / "c.toml"), parse_settings(settings))
+
+
 def test_a_broken_file_is_named(tmp_path) -> None:
     (tmp_path / "c.toml").write_text("flag = ")
     with pytest.raises(ConfigError, match="not TOML"):
