@@ -1,5 +1,6 @@
 """The command `facepipe embed`."""
 
+import shlex
 from typing import Annotated, Any, Optional
 
 import typer
@@ -140,3 +141,5 @@ def _print_summary(summary: Any, gallery: str) -> None:
         print(GpuFigures(**summary.gpu))
     rate = format_embed_rate(summary)
     print(f"{rate}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s")
+    if summary.failed:
+        print(f"`facepipe info {shlex.quote(gallery)} --failed` names the images that failed")

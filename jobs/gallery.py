@@ -1,6 +1,7 @@
 """The commands `facepipe info`, `verify` and `export`."""
 
 from dataclasses import asdict
+from itertools import islice
 from typing import Annotated, Any, Optional
 
 import typer
@@ -12,7 +13,21 @@ from jobs.options import GalleryPath, Json, Where
 _RUN_COLUMNS = ("run", "job", "state", "images", "faces", "failed", "seconds")
 
 
-def info(gallery: GalleryPath, as_json: Json = False) -> None:
+def info(
+    gallery: GalleryPath,
+    failed: Annotated[bool, typer.Option("--failed", help="The images that failed, in place of the rest.")] = False,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Largest number of images for --failed.")] = 20,
+    failed_list: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--failed-list",
+            metavar="FILE",
+            help="CSV file for all images that failed: path, status, error.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what a gallery holds.
 
     Shown are counts by status, model contract, size, last runs, and why images failed.
@@ -20,8 +35,15 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
     For example:
 
         facepipe info gallery/
+
+        facepipe info gallery/ --failed
+
+        facepipe info gallery/ --failed-list failed.csv
     """
     with exit_on_error():
+        if failed or failed_list:
+            _show_failed(gallery, count=count, path=failed_list, as_json=as_json)
+            return
         from facepipe.gallery import Gallery
         from facepipe.index.manifest import describe_state
         from facepipe.observe.info import describe_gallery
@@ -29,6 +51,36 @@ def info(gallery: GalleryPath, as_json: Json = False) -> None:
         opened = Gallery(gallery)
         description = describe_gallery(opened) | {"index": describe_state(opened)}
         print_result(description, as_json=as_json, print_text=lambda: _print_info(description))
+
+
+def _show_failed(gallery: str, *, count: int, path: str | None, as_json: bool) -> None:
+    """Show some of the images that failed, or write all of them to a file."""
+    from facepipe.gallery import Gallery
+    from facepipe.observe.info import iterate_failed, write_failed
+
+    opened = Gallery(gallery)
+    if path:
+        written = write_failed(opened, path)
+        print_result(
+            {"failed": written, "list": path},
+            as_json=as_json,
+            print_text=lambda: print(f"{written} images failed: {path} lists them"),
+        )
+        return
+    # One more than are shown tells whether there are more.
+    rows = list(islice(iterate_failed(opened), count + 1))
+    shown = rows[:count]
+
+    def print_text() -> None:
+        if not shown:
+            print("no image failed")
+            return
+        cells = [(row["uri"], row["status"], row["error"] or "") for row in shown]
+        print_table("images that failed", ("uri", "status", "error"), cells)
+        if len(rows) > count:
+            print("there are more: -n NUMBER shows them, --failed-list FILE writes all")
+
+    print_result({"images": shown, "more": len(rows) > count}, as_json=as_json, print_text=print_text)
 
 
 def _print_info(description: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """The figures that `facepipe info` shows of a gallery."""
 
+import csv
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +12,8 @@ from facepipe.gallery.table import Gallery
 from facepipe.observe import runs
 from facepipe.observe.runs import RunRecord
 from facepipe.schema import FAILED
+from facepipe.storage import replace_file
+from facepipe.text import protect_cell
 
 _MAX_ERRORS = 20
 _MAX_RUNS = 10
@@ -37,6 +41,31 @@ def _describe_run(record: RunRecord) -> dict[str, Any]:
     failed = sum(counters.get(f"status.{status}", 0) for status in FAILED)
     seconds = None if record.duration is None else round(record.duration, 1)
     return {**asdict(record), **figures, "failed": failed, "seconds": seconds, "phases": record.seconds}
+
+
+def iterate_failed(gallery: Gallery) -> Iterator[dict[str, Any]]:
+    """Yield uri, status and error of each image that failed, in no order. Only their rows are read."""
+    for batch in gallery.batches(["uri", "status", "error"], ds.field("status").isin(FAILED)):
+        yield from batch.to_pylist()
+
+
+def write_failed(gallery: Gallery, path: str) -> int:
+    """Write a CSV file that lists the images that failed: path, status and error.
+
+    Returns:
+        Their number.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    count = 0
+    with replace_file(path, what="list") as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "status", "error"))
+        for row in iterate_failed(gallery):
+            writer.writerow((protect_cell(row["uri"]), row["status"], protect_cell(row["error"] or "")))
+            count += 1
+    return count
 
 
 def count_errors(gallery: Gallery) -> list[dict[str, Any]]:
