@@ -10,17 +10,21 @@ TOO_LARGE = "too_large"
 CRASHED = "crashed"
 STATUSES = (OK, NO_FACE, READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED)
 
-# These four are never stored: the rows that the gallery has of the image stay as they are.
+# These five are never stored: the rows that the gallery has of the image stay as they are.
 UNCHANGED = "unchanged"  # the image could not be read this time
 TOUCHED = "touched"  # the same bytes under a new fingerprint
 ERASED = "erased"  # the same bytes as an image that was erased, and must not come back
 REPLACED = "replaced"  # its tar or Parquet file was replaced after it was listed, so nothing is known of the image
-NEVER_STORED = (UNCHANGED, TOUCHED, ERASED, REPLACED)
+MOVED = "moved"  # the same bytes as an image that had another uri, whose rows it gets
+NEVER_STORED = (UNCHANGED, TOUCHED, ERASED, REPLACED, MOVED)
 
 # Of these images it is not known whether they hold a face.
 FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED, REPLACED)
 
 EMBEDDING_DIM = 128
+
+UNKNOWN_URI = ""
+"""Stands in `former_uris` for a uri that held an image instead of a name, as older versions made them."""
 
 WORK_ITEM = pa.schema(
     [
@@ -61,11 +65,12 @@ FACES = pa.schema(
         ("thumb", pa.binary()),
         ("ingested_at", pa.timestamp("us", "UTC")),
         ("missing_since", pa.timestamp("us", "UTC")),
+        ("former_uris", pa.list_(pa.string())),  # uris that a moved image had before, oldest first
     ]
 )
 
 # Added after the first galleries were made. Files written before have neither values nor statistics of these columns.
-LATER = ("image_hash", "missing_since")
+LATER = ("image_hash", "missing_since", "former_uris")
 
 
 def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:

@@ -133,6 +133,8 @@ def _print_summary(summary: Any, gallery: str) -> None:
     rows += [(f"images: {status}", count) for status, count in sorted(summary.statuses.items())]
     if summary.relabelled:
         rows.append(("relabelled by the source", summary.relabelled))
+    if summary.relocated:
+        rows.append(("of a source that is elsewhere now", summary.relocated))
     if summary.missing:
         rows.append(("missing from the source, marked", summary.missing))
     rows += [("faces", summary.faces), ("other files, skipped", summary.ignored)]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from facepipe import storage
 from facepipe.curation.cleaning.judge import CleanRules
 from facepipe.curation.duplicates import DuplicateRule
-from facepipe.sources import SourceConfig, open_source
+from facepipe.moves.settle import settle_source
+from facepipe.sources import SourceConfig, locate_source, open_source
 from pipelines import clean, dedup, embed
 from pipelines.clean import CleanConfig
 from pipelines.dedup import DedupConfig
@@ -90,26 +91,24 @@ def run(
         ConfigError: if the config names no gallery or no source.
         GalleryError: if no image has a label.
     """
-    names = check_job(config.gallery, config.source, lambda source: open_source(source).name)
+    check_job(config.gallery, config.source)
     if dry_run:
-        return _preview(config, names)
-    return _clean_dataset(config, names, config.gallery, on_progress, on_embed)
+        return _preview(config)
+    return _clean_dataset(config, config.gallery, on_progress, on_embed)
 
 
 @record_calls("clean_dataset")
-def _clean_dataset(
-    config: CleanDatasetConfig, names: list[str], gallery: str, on_progress: OnLine, on_embed: OnEmbed
-) -> DatasetSummary:
+def _clean_dataset(config: CleanDatasetConfig, gallery: str, on_progress: OnLine, on_embed: OnEmbed) -> DatasetSummary:
     summary = DatasetSummary(gallery)
     attach_summary(summary)
 
     # Embed what is new in each source.
-    for name, source in zip(names, config.source, strict=True):
-        on_progress(f"embed {name}")
+    for source in config.source:
+        on_progress(f"embed {source.name or locate_source(source).name}")
         embedded = embed.run(config.build_embed_config(source), gallery, on_embed)
         for note in embedded.notes:
-            on_progress(f"embed {name}: {note}")
-        summary.add_step(f"embed {name}", embedded)
+            on_progress(f"embed {embedded.source}: {note}")
+        summary.add_step(f"embed {embedded.source}", embedded)
         summary.images += embedded.images
         summary.failed += embedded.failed
     summary.over_budget = summary.failed > config.dataset.max_failed * summary.images
@@ -130,12 +129,13 @@ def _clean_dataset(
     return summary
 
 
-def _preview(config: CleanDatasetConfig, names: list[str]) -> DatasetSummary:
+def _preview(config: CleanDatasetConfig) -> DatasetSummary:
     """Count what would be embedded. Only listings and the table are read, and nothing is written."""
     summary = DatasetSummary(config.gallery, dry_run=True)
     gallery = open_gallery(config.gallery)
-    for name, source in zip(names, config.source, strict=True):
+    for source in config.source:
         # Each source is compared with what the gallery knows of it alone.
-        with closing(load_known(gallery, name)) as known:
-            summary.steps[f"embed {name}"] = count_listed(open_source(source), known)
+        settled = settle_source(gallery, source)
+        with closing(load_known(gallery, settled.rows)) as known:
+            summary.steps[f"embed {settled.name}"] = count_listed(open_source(settled.config), known)
     return summary

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.known import KnownImages
+from facepipe.gallery.sources import SourceRows
 from facepipe.index import manifest as manifests
 from facepipe.sources import SourceConfig
 from facepipe.stages import Align, Decode, Detect, Embed, Read
@@ -18,7 +19,6 @@ from pipelines.embed.summary import EmbedSummary
 Share = Annotated[float, Field(ge=0, le=1)]
 OnLine = Callable[[str], None]
 OnEmbed = Callable[[EmbedSummary], None]
-AnySource = TypeVar("AnySource", bound="HasUri")
 
 
 class HasUri(Protocol):
@@ -27,6 +27,10 @@ class HasUri(Protocol):
     @property
     def uri(self) -> str:
         """Where the images are."""
+
+    @property
+    def name(self) -> str | None:
+        """Name that the user gives the source."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,12 @@ class JobSummary:
         self.steps[name] = summary.to_dict() if hasattr(summary, "to_dict") else asdict(summary)
 
 
-def check_job(gallery: str, sources: Sequence[AnySource], get_name: Callable[[AnySource], str]) -> list[str]:
-    """Check that a job has a gallery, and sources with distinct names.
+def check_job(gallery: str, sources: Sequence[HasUri]) -> None:
+    """Check that a job has a gallery, and sources without the same name.
 
     Args:
         gallery: folder of the gallery.
         sources: the `[[source]]` sections of the config.
-        get_name: returns the name of a source in the table's column `source`.
-
-    Returns:
-        The name of each source.
 
     Raises:
         ConfigError: if the gallery or a source is missing, or if two sources have the same name.
@@ -107,12 +107,11 @@ def check_job(gallery: str, sources: Sequence[AnySource], get_name: Callable[[An
         raise ConfigError('the config names no gallery: add gallery = "FOLDER"')
     if not sources or not all(source.uri for source in sources):
         raise ConfigError('the config names no source: add [[source]] with uri = "..."')
-    # Two sources of one name would each take the other's images for missing.
-    names = [get_name(source) for source in sources]
+    # Sources without a name get different ones in the gallery.
+    names = [source.name for source in sources if source.name is not None]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"two sources have the name {repeated[0]!r}: give each its own source.name")
-    return names
 
 
 def open_gallery(path: str) -> Gallery | None:
@@ -120,14 +119,14 @@ def open_gallery(path: str) -> Gallery | None:
     return Gallery(path) if Gallery.exists(path) else None
 
 
-def load_known(gallery: Gallery | None, name: str) -> KnownImages:
+def load_known(gallery: Gallery | None, source: SourceRows) -> KnownImages:
     """Load what a gallery knows of a source's images. The caller closes it.
 
     Args:
         gallery: the gallery, or None if there is none yet.
-        name: name of the source in the table's column `source`.
+        source: tells which rows are of the source.
     """
-    return KnownImages(gallery, name, suppressed.read_uris(gallery.path) if gallery else None)
+    return KnownImages(gallery, source, suppressed.read_uris(gallery.path) if gallery else None)
 
 
 def count_indexed(gallery: Gallery) -> dict[str, int]:

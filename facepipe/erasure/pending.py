@@ -57,6 +57,7 @@ _TYPES = {
     "names": pa.string(),
     hidden.FACES: pa.int64(),
     "marks": pa.uint64(),
+    "former_uris": pa.string(),
 }
 _ROWS = pa.schema([("kind", pa.string()), ("value", pa.string())])
 

@@ -19,6 +19,7 @@ from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM, FACES
 from facepipe.sources.item import escape_name, make_file_uri
 from facepipe.sources.labels import list_label_forms
+from facepipe.sources.place import list_uri_forms
 from facepipe.text import escape_undecodable
 from facepipe.types import Float32, UInt64
 
@@ -40,6 +41,7 @@ class Selection:
         images: uris, or image ids (32 hex digits).
         identities: labels.
         source: name of a corpus.
+        below: folders, prefixes or files: only images in one of them.
         uri: a glob pattern (* ? [abc] [!abc]), in which * also matches slashes.
         older_than_days: minimum age in days since the image was embedded.
         ids: face ids or image ids.
@@ -49,6 +51,7 @@ class Selection:
     images: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
     source: str | None = None
+    below: tuple[str, ...] = ()
     uri: str | None = None
     older_than_days: float | None = None
     ids: tuple[str, ...] = ()
@@ -101,6 +104,8 @@ class Selection:
             yield _match_labels(self.identities, has_exact_text=has_exact_text)
         if self.source is not None:
             yield ds.field("source") == pa.scalar(escape_undecodable(self.source), pa.string())
+        if self.below:
+            yield match_places(self.below)
         if self.older_than_days is not None:
             if not 0 <= self.older_than_days <= _MAX_AGE_DAYS:
                 raise ConfigError(f"invalid age {self.older_than_days:g}: give 0 to {_MAX_AGE_DAYS:g} days")
@@ -112,6 +117,19 @@ class Selection:
             yield ds.field("missing_since").is_valid()
         if self.uri is not None:
             yield pc.match_substring_regex(ds.field("uri"), f"(?s)^{translate_glob(_escape_glob(self.uri))}$")
+
+
+def match_places(roots: tuple[str, ...]) -> ds.Expression:
+    """Build a filter for images that are, or lie in, one of some folders, prefixes or files; there is at least one."""
+    conditions = []
+    for root in roots:
+        for form in list_uri_forms(root):
+            conditions += [pc.starts_with(ds.field("uri"), form + ending) for ending in ("/", "#")]
+            conditions.append(ds.field("uri") == pa.scalar(form, pa.string()))
+    combined = conditions[0]
+    for condition in conditions[1:]:
+        combined = combined | condition
+    return combined
 
 
 def read_time() -> datetime:
@@ -230,6 +248,7 @@ class SelectedImages:
         names: their labels.
         marks: marks of the vectors, uint64 (`compute_marks`).
         rows: number of rows.
+        former_uris: uris that the images had before they were moved; other images may have them now.
     """
 
     version: int
@@ -239,6 +258,7 @@ class SelectedImages:
     names: pa.Array
     marks: pa.Array
     rows: int
+    former_uris: pa.Array
 
     @property
     def images(self) -> int:
@@ -287,7 +307,7 @@ def unite_images(old: SelectedImages, new: SelectedImages) -> SelectedImages:
     """Unite two selections of images, of which the newer one knows the table better."""
     arrays = {
         name: pc.unique(pa.concat_arrays([getattr(old, name), getattr(new, name)]))
-        for name in ("uris", "contents", "faces", "names", "marks")
+        for name in ("uris", "contents", "faces", "names", "marks", "former_uris")
     }
     return SelectedImages(version=new.version, rows=max(old.rows, new.rows), **arrays)
 
@@ -312,6 +332,7 @@ def select_rows(rows: pa.Table, *, is_personal: bool) -> SelectedImages:
         names=collect("identity"),
         marks=pa.array(np.unique(compute_marks(vectors))),
         rows=0,
+        former_uris=pa.array([], pa.string()),
     )
 
 
@@ -340,14 +361,16 @@ def _select_images(
     faces = [pa.array([], pa.int64())]
     marks = [np.empty(0, np.uint64)]
     names: set[str] = set()
+    former_uris = [pa.array([], pa.string())]
     rows = 0
     if len(uris):
-        columns = ["face_id", "identity", "embedding"]
+        columns = ["face_id", "identity", "embedding", "former_uris"]
         is_selected = ds.field("uri").isin(uris)
         for batch in gallery.batches(columns, is_selected, rows=_BATCH_ROWS, with_hidden=with_hidden):
             rows += batch.num_rows
             faces.append(batch["face_id"].drop_null())
             names.update(name for name in batch["identity"].to_pylist() if name)
+            former_uris.append(pc.unique(batch["former_uris"].flatten()))
             embeddings = pa.chunked_array([batch["embedding"].drop_null()])
             marks.append(compute_marks(to_vectors(embeddings, EMBEDDING_DIM)))
     return SelectedImages(
@@ -358,6 +381,7 @@ def _select_images(
         names=pa.array(sorted(names), pa.string()),
         marks=pa.array(np.concatenate(marks)),
         rows=rows,
+        former_uris=pc.unique(pa.concat_arrays(former_uris)),
     )
 
 

@@ -347,7 +347,7 @@ class _ErasureSteps:
         for batch in Gallery(self.gallery).batches(["identity"], has_name, rows=_BATCH_ROWS):
             names_in_use.update(pc.unique(batch["identity"]).to_pylist())
         return ErasedData(
-            uris=frozenset(selected.uris.to_pylist()),
+            uris=frozenset([*selected.uris.to_pylist(), *filter(None, selected.former_uris.to_pylist())]),
             names=frozenset(selected.names.to_pylist()) - names_in_use,
             contents=frozenset(selected.contents.to_pylist()),
             faces=np.union1d(selected.faces.to_numpy(), self.erasure.indexed),

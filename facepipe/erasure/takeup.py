@@ -163,10 +163,13 @@ class RequestTaker:
                 ...
 
     A failed attempt is logged and repeated; it does not end the run.
+
+    Attributes:
+        committer: Commits for the run.
     """
 
     def __init__(self, committer: Committer, lease: Lease):
-        self._committer = committer
+        self.committer = committer
         self._gallery = committer.gallery.path
         self._lease = lease
         self._standing: dict[str, _StandingRequest] = {}
@@ -179,7 +182,7 @@ class RequestTaker:
         self._is_started = False
 
     def __enter__(self) -> "RequestTaker":
-        self._committer.screen = self._screen
+        self.committer.screen = self._screen
         return self
 
     def __exit__(
@@ -192,7 +195,7 @@ class RequestTaker:
         if error is None:
             self._attempt(is_last=True)
             self._delete_leftovers()
-        self._committer.close()
+        self.committer.close()
 
     def start(self) -> None:
         """Begin to look for requests. What the run reads of older versions of the table has been read by now."""
@@ -242,7 +245,7 @@ class RequestTaker:
         age = time.monotonic() - newest
         held = HeldLeases(
             gallery=self._lease,
-            committer=self._committer,
+            committer=self.committer,
             awaits_blocks=not is_last and age < _BLOCK_SECONDS,
         )
         is_left_to_command = not is_last and age < _GRACE_SECONDS
@@ -253,7 +256,7 @@ class RequestTaker:
         """Let follow-ups be done: at once if they may have copies in the table, else after some minutes."""
         is_due = is_last or time.monotonic() - self._last_follow_up > _FOLLOW_UP_SECONDS
         # Not while blocks are screened, which adds to what is recorded.
-        with self._committer.exclude_commits():
+        with self.committer.exclude_commits():
             for request in list(self._standing.values()):
                 if is_due or request.is_personal:
                     request.follow_up = None
@@ -261,7 +264,7 @@ class RequestTaker:
             self._last_follow_up = time.monotonic()
 
     def _get_open_follow_ups(self) -> frozenset[str]:
-        with self._committer.exclude_commits():
+        with self.committer.exclude_commits():
             follow_ups = (request.follow_up for request in list(self._standing.values()))
             return frozenset(follow_up.id for follow_up in follow_ups if follow_up is not None)
 
@@ -275,7 +278,7 @@ class RequestTaker:
             if erasure is None or erasure.receipt.continues in self._standing:
                 continue
             # Blocks that are being committed have not been screened, so the rows are looked for after that.
-            with self._committer.exclude_commits():
+            with self.committer.exclude_commits():
                 self._standing.setdefault(request, _StandingRequest(erasure))
             self._wants_commit = True
 
@@ -283,10 +286,10 @@ class RequestTaker:
         """Delete blocks that were written and never came back: they may hold what must not be there."""
         if not self._standing:
             return
-        with self._committer.exclude_commits():
+        with self.committer.exclude_commits():
             table = Gallery(self._gallery)
             for entry in find_unreferenced(table):
-                if os.path.basename(entry.url).startswith(self._committer.part_prefix):
+                if os.path.basename(entry.url).startswith(self.committer.part_prefix):
                     storage.delete(entry.url)
 
     def _screen(self, records: list[PartRecord]) -> list[PartRecord]:
@@ -302,7 +305,7 @@ class RequestTaker:
 
     def _screen_record(self, record: PartRecord) -> PartRecord:
         assert record.path is not None
-        path = storage.join(self._committer.gallery.faces_folder, record.path)
+        path = storage.join(self.committer.gallery.faces_folder, record.path)
         try:
             with storage.open_seekable(path) as handle:
                 part = pq.ParquetFile(handle)
@@ -319,7 +322,7 @@ class RequestTaker:
             request.drop(whole.filter(pa.array(mask)))
             is_kept &= ~mask
         # Older rows of these images go with the erasure itself.
-        return replace_part(record, whole.filter(pa.array(is_kept)), self._committer.gallery.faces_folder)
+        return replace_part(record, whole.filter(pa.array(is_kept)), self.committer.gallery.faces_folder)
 
 
 def _read_condition_columns(part: pq.ParquetFile) -> pa.Table:

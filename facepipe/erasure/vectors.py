@@ -103,6 +103,9 @@ def _find_ids(shard: Shard, selected: SelectedImages, *, all_rows: bool) -> tupl
         batch = rows[start : start + _LABEL_ROWS]
         labels = shard.read_labels(batch)
         is_selected = pc.is_in(labels["uri"], selected.uris).to_numpy()
+        # What an image was called before it was moved may be the name of another one, unless the face is deleted.
+        had_name = pc.is_in(labels["uri"], selected.former_uris).to_numpy()
+        is_selected |= had_name & np.isin(ids_by_row[batch], shard.tombstones)
         parts.append(ids_by_row[batch[is_selected]])
         # Tombstoned faces of other images may have the labels too.
         has_name = pc.is_in(labels["identity"], selected.names).to_numpy() if len(selected.names) else is_selected

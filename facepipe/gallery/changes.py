@@ -29,8 +29,8 @@ from facepipe.types import Int64, UInt64
 _ROWS = 65536
 # Names of files whose rows are all new: files of a rewrite or a compaction hold older rows.
 _NEW_ROWS_ONLY = re.compile(r"part-(?!rewrite-|compact-).*-[0-9a-f]{32}\.parquet$")
-# These columns identify a row wherever it stands.
-_KEY = ("uri", "face_index", "ingested_at")
+# These columns identify a row wherever it stands. A face keeps its id when its image gets another uri.
+_KEY = ("face_id", "uri", "face_index", "ingested_at")
 _MAX_LAG = timedelta(days=1)  # between the time on a row and the commit that shows the row
 
 
@@ -249,8 +249,12 @@ def _read_ids(gallery: Gallery) -> Int64:
 
 
 def _hash_keys(batch: pa.RecordBatch) -> UInt64:
-    """Hash what identifies each row wherever it stands: image, face and the time it was embedded; (n,)."""
-    keys = pd.util.hash_array(np.asarray(batch["uri"].to_numpy(zero_copy_only=False), object))
+    """Hash what identifies each row wherever it stands: face or image, and the time it was embedded; (n,)."""
+    # Rows without a face are known by the image's uri.
+    uris = pd.util.hash_array(np.asarray(batch["uri"].to_numpy(zero_copy_only=False), object))
+    ids: Any = pc.fill_null(batch["face_id"], 0).to_numpy()
+    has_face = batch["face_id"].is_valid().to_numpy(zero_copy_only=False)
+    keys = np.where(has_face, pd.util.hash_array(ids), uris)
     # Nulls need a number outside the column's range, because the hash takes no nulls.
     for name, absent in (("face_index", -1), ("ingested_at", 0)):
         numbers: Any = pc.fill_null(batch[name].cast(pa.int64()), absent).to_numpy()

@@ -1,28 +1,43 @@
 """What a gallery already holds, looked up at listing time, before any byte of an image is read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.gallery.sources import SourceRows
 from facepipe.gallery.suppressed import SuppressedHashes
 from facepipe.gallery.table import Gallery
-from facepipe.hashing import hash64_column, hash_each_in_process
+from facepipe.hashing import hash64, hash64_column, hash64_each, hash_each_in_process
 from facepipe.schema import READ_ERROR
+from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.number_ranges import NumberRanges
 from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening, hash_labels
 from facepipe.storage.hashtable import HashTable
-from facepipe.types import UInt64
+from facepipe.types import Bool, UInt64
 
 # States of an image in the table.
 # They are the lowest bits of the last of the three values per image: fingerprint, content, label and state.
 _IN_GALLERY = np.uint64(0)
 _LISTED = np.uint64(1)
 _OF_SOURCE = np.uint64(2)
+_MISSING = np.uint64(3)  # of the source, and marked as missing
 _STATE = np.uint64(3)
 
-_COLUMNS = ("uri", "fingerprint", "image_id", "status", "source", "missing_since", "face_index", "identity")
+_COLUMNS = (
+    "uri",
+    "fingerprint",
+    "image_id",
+    "status",
+    "source",
+    "missing_since",
+    "face_index",
+    "identity",
+    "former_uris",
+)
+_NO_CONTENT = hash64("")
 _ROWS = 65536
 
 
@@ -33,21 +48,38 @@ class KnownImages:
     images that were not listed are known.
 
     Attributes:
-        source_count: Number of images that the gallery holds of the listed source.
+        own_count: Number of images that the gallery holds of the listed source.
+        source_count: Number of those that are not marked as missing.
+        listed_count: Number of images that were listed in this run.
     """
 
-    def __init__(self, gallery: Gallery | None, source: str | None = None, erased: SuppressedHashes | None = None):
+    def __init__(
+        self,
+        gallery: Gallery | None,
+        source: SourceRows | None = None,
+        erased: SuppressedHashes | None = None,
+        only: UInt64 | None = None,
+    ):
         """Read what a gallery holds.
 
         Args:
             gallery: the gallery; None for one that does not exist yet.
-            source: name of the corpus that is listed.
+            source: tells which rows are of the source that is listed.
             erased: hashes of uris that must not come back.
+            only: sorted hashes of uris: all other images are skipped, whatever the gallery knows of them.
         """
         self._table = HashTable(width=3)
+        # First uris of moved images, and their contents: a new image of that uri and content would get their face ids.
+        self._first_uris = HashTable(width=1)
+        # Contents that an image of this listing may have been moved from.
+        self._contents = HashTable()
         self._erased = erased or SuppressedHashes()
+        self._only = only
+        self._changes = source.list_changes() if source is not None else ()
+        self.own_count = 0
         self.source_count = 0
         self._other_numbers = NumberRanges()
+        self.listed_count = 0
         # Only the first row of each image is kept: its other rows repeat the same values.
         # An image that is being erased is known: it must not be embedded beside its old rows.
         batches = gallery.batches(_COLUMNS, rows=_ROWS, with_hidden=True) if gallery is not None else ()
@@ -58,22 +90,41 @@ class KnownImages:
             self.close()
             raise
 
-    def _add(self, images: pa.Table, source: str | None) -> None:
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether a listed image may be one that the gallery has under another uri, so that contents decide."""
+        return bool(self.own_count or self._first_uris.count)
+
+    def _add(self, images: pa.Table, source: SourceRows | None) -> None:
         if not images.num_rows:
             return
-        is_of_source = pc.fill_null(pc.equal(images["source"], source or ""), False).to_numpy(zero_copy_only=False)
+        is_of_source = np.zeros(images.num_rows, bool) if source is None else source.contains(images)
         # Images that could not be read, or were missing, are read again: their fingerprints never match.
         is_unread = pc.fill_null(pc.equal(images["status"], READ_ERROR), False)
-        is_retried = pc.or_(is_unread, pc.is_valid(images["missing_since"])).to_numpy(zero_copy_only=False)
+        is_marked = pc.is_valid(images["missing_since"])
+        is_retried = pc.or_(is_unread, is_marked).to_numpy(zero_copy_only=False)
         marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
         marks[is_retried] = 0
         labels = hash_labels(images["identity"].to_pylist())
-        states = np.where(is_of_source, _OF_SOURCE, _IN_GALLERY) | labels
+        own_states = np.where(is_marked.to_numpy(zero_copy_only=False), _MISSING, _OF_SOURCE)
+        states = np.where(is_of_source, own_states, _IN_GALLERY) | labels
         self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
-        self.source_count += int(is_of_source.sum())
+        self.own_count += int(is_of_source.sum())
+        self.source_count += int((states & _STATE == _OF_SOURCE).sum())
         other_labels = images["identity"].filter(pa.array(~is_of_source))
         if len(other_labels):
             self._other_numbers.add(pc.unique(other_labels).to_pylist())
+        moved = images.filter(pc.is_valid(images["former_uris"]))
+        if moved.num_rows:
+            first_uris = hash64_each(former[0] for former in moved["former_uris"].to_pylist())
+            self._add_first_uris(first_uris, hash64_column(moved["image_id"]))
+
+    def _add_first_uris(self, uris: UInt64, contents: UInt64) -> None:
+        is_known, known = self._first_uris.get(uris)
+        is_new = self._first_uris.add(uris, contents[:, None])
+        # If several images had the same first uri, the table has room for one content only.
+        self._contents.add(known[is_known, 0])
+        self._contents.add(contents[~is_new])
 
     def screen(self, uris: UInt64, fingerprints: UInt64) -> Screening:
         """Decide for listed images whether they have to be read.
@@ -96,40 +147,89 @@ class KnownImages:
         is_same = is_known & (known[:, 0] == fingerprints) & (fingerprints != 0)
         verdict = np.where(is_repeated, REPEATED, np.where(is_same, SKIP, np.where(is_known, CHANGED, NEW)))
         verdict = np.where(~is_repeated & self._erased.contains(uris), ERASED, verdict)
+        if self._only is not None:
+            verdict = np.where(is_in_sorted(self._only, uris), verdict, SKIP)
         # Of images that occur several times in this batch, all but the first are repeated.
         is_first = np.zeros(len(uris), bool)
         is_first[np.unique(uris, return_index=True)[1]] = True
         verdict = np.where(is_first, verdict, REPEATED).astype(np.int8)
+        self.listed_count += int((verdict != REPEATED).sum())
+        self._note_contents(uris, known[:, 1], verdict)
         # Mark the whole batch as listed; the content stays what the gallery holds.
         self._table.add(uris, np.stack([fingerprints, known[:, 1], np.full(len(uris), _LISTED)], 1))
         return Screening(
             verdicts=verdict,
             contents=known[:, 1],
             labels=known[:, 2] & ~_STATE,
-            is_own=states == _OF_SOURCE,
+            is_own=(states == _OF_SOURCE) | (states == _MISSING),
             other_numbers=self._other_numbers,
         )
 
-    def find_missing(self, most: int) -> tuple[int, UInt64]:
-        """Find the source's images that were not listed; call it after the last item of a listing.
+    def find_erased(self, uris: Sequence[str]) -> Bool:
+        """Tell of listed images whether they must not come back under a uri that they had before the source moved.
+
+        Args:
+            uris: the uris that they have now, (n,).
 
         Returns:
-            How many are missing, and the hashes of their uris; no hashes if they are more than `most`.
+            (n,).
         """
-        count = 0
-        parts = [np.empty(0, np.uint64)]
+        is_erased = np.zeros(len(uris), bool)
+        if len(self._erased):
+            for change in self._changes:
+                former = hash64_each([change.change_uri(uri) or "" for uri in uris])
+                is_erased |= self._erased.contains(former)
+        return is_erased
+
+    def _note_contents(self, uris: UInt64, contents: UInt64, verdicts: npt.NDArray[np.int8]) -> None:
+        """Note the contents that a changed file held so far: another file may hold them by now."""
+        is_changed = verdicts == CHANGED
+        if is_changed.any():
+            self._contents.add(contents[is_changed])
+        is_read = is_changed | (verdicts == NEW)
+        if self._first_uris.count and is_read.any():
+            is_taken, taken = self._first_uris.get(uris[is_read])
+            self._contents.add(taken[is_taken, 0])
+
+    def read_unlisted(self) -> Iterator[tuple[UInt64, UInt64, Bool]]:
+        """Read the images of the source that were not listed; call it after the last item of a listing.
+
+        Yields:
+            Hashes of their uris (n,), hashes of their contents (n,), and whether they are marked as missing (n,).
+        """
         # An image that was listed in this run has another state by now.
         for keys, values in self._table.read_rows():
-            missing = keys[values[:, 2] & _STATE == _OF_SOURCE]
-            count += len(missing)
-            # Past the limit only the count goes on, and memory stays bounded.
-            if count <= most:
-                parts.append(missing)
-        return count, np.concatenate(parts if count <= most else parts[:1])
+            states = values[:, 2] & _STATE
+            is_unlisted = (states == _OF_SOURCE) | (states == _MISSING)
+            yield keys[is_unlisted], values[is_unlisted, 1], states[is_unlisted] == _MISSING
+
+    def read_moved_contents(self, *, with_unlisted: bool) -> Iterator[UInt64]:
+        """Yield hashes of the contents that a listed image may have been moved from; some may come twice.
+
+        They are the contents of images whose files have changed, and of those that were not listed.
+
+        Args:
+            with_unlisted: whether images that were not listed count.
+        """
+        for keys, _ in self._contents.read_rows():
+            yield keys[keys != _NO_CONTENT]
+        if with_unlisted:
+            for _, contents, _ in self.read_unlisted():
+                yield contents[contents != _NO_CONTENT]
+
+    def count_unlisted(self) -> tuple[int, int]:
+        """Count the images of the source that were not listed: those that are not marked as missing, and all."""
+        unmarked = 0
+        total = 0
+        for keys, _, is_marked in self.read_unlisted():
+            unmarked += int((~is_marked).sum())
+            total += len(keys)
+        return unmarked, total
 
     def close(self) -> None:
-        """Delete the temporary file."""
-        self._table.close()
+        """Delete the temporary files."""
+        for table in (self._table, self._first_uris, self._contents):
+            table.close()
 
 
 def _join_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,21 +128,26 @@ class Gallery:
         return any(entry.url.endswith((".json", ".parquet")) for entry in storage.list_files(folder))
 
     @classmethod
-    def open_or_create(cls, path: str, contract: Contract) -> "Gallery":
+    def open_or_create(cls, path: str, contract: Contract, properties: Mapping[str, str] | None = None) -> "Gallery":
         """Open a gallery to write to, with the columns of this version, or create it.
+
+        Args:
+            path: path or URL.
+            contract: contract of the gallery.
+            properties: further properties of a table that is created.
 
         Raises:
             ContractError: the gallery has another contract.
         """
         if not cls.exists(path):
-            return cls.create(path, contract)
+            return cls.create(path, contract, properties)
         gallery = cls(path)
         gallery.contract.require(contract, f"the gallery {path!r}")
         gallery.add_missing_columns()
         return gallery
 
     @classmethod
-    def create(cls, path: str, contract: Contract) -> "Gallery":
+    def create(cls, path: str, contract: Contract, properties: Mapping[str, str] | None = None) -> "Gallery":
         """Create an empty gallery with a contract. Raises GalleryError for a folder that holds something else."""
         if _is_taken(path):
             raise GalleryError(f"{path!r} exists and is not a gallery: choose a new folder")
@@ -154,7 +159,7 @@ class Gallery:
             raise GalleryError(f"cannot make a gallery at {path!r}: {storage.describe_error(error)}") from error
         is_created = False
         try:
-            is_created = _create_table(path, faces_folder, contract)
+            is_created = _create_table(path, faces_folder, contract, properties or {})
             return cls(path)
         except BaseException:
             if not storage.is_remote(path):
@@ -197,6 +202,17 @@ class Gallery:
     def has_exact_text(self) -> bool:
         """Whether labels are in normal form and ranges of texts can be trusted. `compact` mends an older table."""
         return bool(self._table.metadata().configuration.get(TEXT_PROPERTY) == EXACT_TEXT)
+
+    def get_property(self, name: str) -> str | None:
+        """Get a property of the table; None if it has none of this name."""
+        return self._table.metadata().configuration.get(name)
+
+    def set_property(self, name: str, value: str) -> None:
+        """Set a property of the table, in a commit of its own."""
+        try:
+            log.set_property(self.faces_folder, open_table(self.faces_folder), name, value)
+        except ConflictError as error:
+            raise GalleryBusyError(f"another run has written to {self.path!r} since this one began") from error
 
     def files(self) -> list[dict[str, Any]]:
         """Return path, size, row count, ranges of some columns and number of faces of each file of the table.
@@ -486,9 +502,9 @@ def check_columns(columns: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _create_table(path: str, folder: str, contract: Contract) -> bool:
+def _create_table(path: str, folder: str, contract: Contract, properties: Mapping[str, str]) -> bool:
     """Create the table of a gallery in its folder; return whether this call did it."""
-    configuration = {CONTRACT_PROPERTY: contract.to_json(), TEXT_PROPERTY: EXACT_TEXT}
+    configuration = {**properties, CONTRACT_PROPERTY: contract.to_json(), TEXT_PROPERTY: EXACT_TEXT}
     try:
         require_usable_place(path)
         log.create_log(folder, Schema.from_arrow(FACES), name="faces", configuration=configuration)

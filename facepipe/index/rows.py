@@ -84,8 +84,8 @@ def read_face_rows(
 
 
 def read_face_ids(folder: str, path: str) -> Iterator[pa.RecordBatch]:
-    """Read face_id and identity of the faces in a table file, a batch at a time."""
-    return _read_batches(folder, path, ["face_id", "identity"])
+    """Read face_id, identity and uri of the faces in a table file, a batch at a time."""
+    return _read_batches(folder, path, ["face_id", "identity", "uri"])
 
 
 def _read_batches(folder: str, path: str, columns: list[str]) -> Iterator[pa.RecordBatch]:

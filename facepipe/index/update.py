@@ -72,8 +72,8 @@ def find_changes(gallery: Gallery, manifest: Manifest, store: Store, compare_all
     """Compare, id by id, the table files that were added and removed since the manifest's version.
 
     A face that only moved to another file (by a compaction, or because another row of the file was deleted) is neither
-    new nor deleted. A face whose identity changed is both. The work is in proportion to what changed, unless the log of
-    the manifest's version has been cleaned.
+    new nor deleted. A face whose identity or uri changed is both. The work is in proportion to what changed, unless the
+    log of the manifest's version has been cleaned.
 
     Args:
         gallery: the current table.
@@ -184,11 +184,11 @@ def _sort_out(
     for batch in read_face_ids(gallery.faces_folder, file.path):
         ids = batch["face_id"].to_numpy()
         faces += len(ids)
-        # Known are ids that the index returns or holds under a tombstone; a new identity makes them new.
+        # Known are ids that the index returns or holds under a tombstone; a new identity or uri makes them new.
         tombstoned = _mask_tombstoned(shards, ids)
         known = indexed.get(_to_keys(ids))[0] | tombstoned
         unchanged = np.zeros(len(ids), bool)
-        unchanged[known] = _mask_same_identity(shards, ids[known], batch["identity"].filter(pa.array(known)))
+        unchanged[known] = _mask_same_labels(shards, ids[known], batch.filter(pa.array(known)))
         moved.add(_to_keys(ids[unchanged]))
         changes.fresh.add(_to_keys(ids[~unchanged]))
         yield ids[unchanged & tombstoned]
@@ -252,16 +252,26 @@ def _mask_tombstoned(shards: list[Shard], ids: Int64) -> Bool:
     return tombstoned
 
 
-def _mask_same_identity(shards: list[Shard], ids: Int64, identities: pa.Array) -> Bool:
-    """Mask the ids that have the same identity in the newest shard that holds them."""
+def _mask_same_labels(shards: list[Shard], ids: Int64, faces: pa.RecordBatch) -> Bool:
+    """Mask the ids that have the same identity and uri in the newest shard that holds them.
+
+    Args:
+        shards: oldest first.
+        ids: face ids (n,).
+        faces: their rows in the table.
+    """
     same = np.zeros(len(ids), bool)
-    expected = np.array(identities.cast(pa.string()).to_pylist(), object)
     pending = np.arange(len(ids))
     # From the newest shard back: the label of an id in a newer one counts.
     for shard in reversed(shards):
         in_shard, rows = shard.find_rows(ids[pending])
-        indexed = np.array(shard.read_labels(rows[in_shard])["identity"].to_pylist(), object)
-        same[pending[in_shard]] = indexed == expected[pending[in_shard]]
+        found = pending[in_shard]
+        labels = shard.read_labels(rows[in_shard])
+        is_same = np.ones(len(found), bool)
+        for name in ("identity", "uri"):
+            expected = np.array(faces[name].cast(pa.string()).to_pylist(), object)[found]
+            is_same &= np.array(labels[name].to_pylist(), object) == expected
+        same[found] = is_same
         pending = pending[~in_shard]
     return same
 

@@ -16,7 +16,8 @@ from facepipe.sources.labelled import LabelledSource
 from facepipe.sources.labels import format_label
 from facepipe.sources.list_file import ListSource
 from facepipe.sources.object_store import ObjectStoreSource
-from facepipe.sources.parquet import ParquetSource
+from facepipe.sources.parquet import ParquetSource, names_images_elsewhere
+from facepipe.sources.place import SourcePlace, place_folder, place_glob, place_list, place_parquet, place_prefix
 from facepipe.sources.selection import Selection
 from facepipe.storage import is_remote, may_exist
 from facepipe.text import escape_undecodable
@@ -27,7 +28,7 @@ _PARQUET_EXTENSIONS = ("parquet", "pq")
 _SAMPLED_FILES = 1000  # of a folder, to see whether it holds Parquet files
 _MAX_PARTITIONS = 8  # levels of folders such as year=2024 above the files
 
-__all__ = ["Source", "SourceConfig", "WorkItem", "open_source"]
+__all__ = ["Source", "SourceConfig", "SourcePlace", "WorkItem", "locate_source", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class SourceConfig:
         include: Patterns of what is listed; everything by default. A pattern without `/` is compared with the name of
             each folder and file, one with `/` with the path below the source: `*.jpg`, `2019`, `scans/**/front.png`.
         exclude: Patterns of what is not listed.
-        name: Name of the corpus in the gallery's `source` column; by default the last part of the uri.
+        name: Name of the corpus in the gallery's `source` column; by default the last part of the uri, and more of it
+            if another source of the gallery has that name.
         root: Folder that a list's paths are relative to; by default the list's own, which they must not lead out of. If
             it is set, absolute paths, URLs and the targets of links must lie inside it too.
     """
@@ -115,6 +117,27 @@ def _open_listing(config: SourceConfig, label_column: str | None) -> Listing:
 
 def _to_patterns(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def locate_source(config: SourceConfig) -> SourcePlace:
+    """Locate the source that a config describes, whether it is there or not."""
+    uri = config.uri
+    try:
+        kind = _detect_kind(uri) if config.kind == "auto" else config.kind
+    except SourceError:
+        # Nothing is there now. What it was is told from its name.
+        kind = "list" if get_extension(uri) in LIST_EXTENSIONS else "folder"
+    match kind:
+        case "list":
+            return place_list(uri, config.root)
+        case "parquet":
+            return place_parquet(uri, is_open=names_images_elsewhere(uri))
+        case "object_store":
+            return place_prefix(uri)
+        case "glob":
+            return place_glob(uri)
+        case _:
+            return place_folder(uri)
 
 
 def _detect_kind(uri: str) -> SourceKind:

@@ -3,20 +3,23 @@
 Known images are left out. Blocks shrink towards the end so that all workers finish together.
 """
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from facepipe.errors import StorageError
 from facepipe.hashing import hash64_each, hash_each_in_process
 from facepipe.schema import WORK_ITEM
 from facepipe.sources.item import Source, WorkItem
 from facepipe.sources.label_changes import LabelChanges
 from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening
-from facepipe.types import UInt64
+from facepipe.storage import describe_error
+from facepipe.types import Bool, UInt64
 
 _SCREENED_ITEMS = 8192  # looked up in the gallery at a time
 _REPORT_ITEMS = 50_000  # passed over until an empty block reports it
@@ -26,6 +29,7 @@ _BLOCKS_PER_WORKER = 4
 
 RELABELLED = pa.schema([("uri", pa.string()), ("identity", pa.string())])
 """Known images, and the labels that the source gives them now; null for none."""
+_SPOOLED = WORK_ITEM.append(pa.field("is_relabelled", pa.bool_()))
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class PendingItem:
     item: WorkItem
     previous: int | None
     is_relabelled: bool
+
+
+FindErased = Callable[[Sequence[str]], Bool]
 
 
 @dataclass(frozen=True)
@@ -112,33 +119,115 @@ class Known(Protocol):
         """
 
 
-def cut_blocks(source: Source, known: Known, size: BlockSize) -> Iterator[Block]:
+def cut_blocks(
+    source: Source,
+    known: Known,
+    size: BlockSize,
+    *,
+    list_first: bool = False,
+    on_listed: Callable[[bool], None] = lambda is_read: None,
+    find_erased: FindErased | None = None,
+) -> Iterator[Block]:
     """Yield blocks of what has to be read. The last one is marked as `last`.
 
     If long stretches of the listing hold nothing to read, empty blocks report how far it is, and bring new labels.
+
+    Args:
+        source: the source.
+        known: what the gallery holds.
+        size: chooses the number of images per block.
+        list_first: list everything before the first image is handed out. What waits lies in a temporary file.
+        on_listed: called when everything is listed. It is told whether any image waits to be read.
+        find_erased: tells of uris, (n,), whether they must not come back, beside what `known` says of them.
     """
     cutter = _BlockCutter(source)
     pending: list[PendingItem] = []
-    listing = iter(source)
-    is_exhausted = False
-    while pending or not is_exhausted:
-        # Look ahead, so that the size of the next block can follow from what is left.
-        while not is_exhausted and len(pending) < size.lookahead:
-            # Screen a batch of the listing; its new and changed images wait, the others are counted.
-            items = list(islice(listing, min(_SCREENED_ITEMS, size.lookahead)))
-            is_exhausted = not items
-            pending += cutter.screen(items, known)
-            while cutter.passed_count >= _REPORT_ITEMS or cutter.changes.count >= _MAX_RELABELLED:
-                yield cutter.make_block([])
-        if pending:
-            n = size(len(pending))
-            part = pending[:n]
-            pending = pending[n:]
-            yield cutter.make_block(part)
+    with ItemSpool() as spool:
+        batches = _screen_source(source, known, size, cutter, find_erased)
+        if list_first:
+            for batch in batches:
+                spool.add(batch)
+                while cutter.has_much_to_report:
+                    yield cutter.make_block([])
+            on_listed(spool.count > 0)
+            batches = spool.read()
+        is_exhausted = False
+        while pending or not is_exhausted:
+            # Look ahead, so that the size of the next block can follow from what is left.
+            while not is_exhausted and len(pending) < size.lookahead:
+                # The screened batches may be empty; the end of the listing is not.
+                screened: list[PendingItem] | None = next(batches, None)
+                is_exhausted = screened is None
+                pending += screened or []
+                while cutter.has_much_to_report:
+                    yield cutter.make_block([])
+            if pending:
+                n = size(len(pending))
+                part = pending[:n]
+                pending = pending[n:]
+                yield cutter.make_block(part)
+    if not list_first:
+        on_listed(False)
     # The last block is always empty, so that its counts cover the whole listing.
     while cutter.changes.count > _MAX_RELABELLED:
         yield cutter.make_block([])
     yield cutter.make_block([], last=True)
+
+
+def _screen_source(
+    source: Source, known: Known, size: BlockSize, cutter: "_BlockCutter", find_erased: FindErased | None
+) -> Iterator[list[PendingItem]]:
+    """List a source, and yield the images that have to be read. The others are counted."""
+    listing = iter(source)
+    while items := list(islice(listing, min(_SCREENED_ITEMS, size.lookahead))):
+        yield cutter.screen(items, known, find_erased)
+
+
+class ItemSpool:
+    """Items that wait in a temporary file, because they may be too many for the memory.
+
+    Attributes:
+        count: Number of items.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._file: IO[bytes] | None = None
+        self._writer: Any = None
+
+    def __enter__(self) -> "ItemSpool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, items: list[PendingItem]) -> None:
+        """Add items to the end."""
+        if not items:
+            return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="facepipe-")  # noqa: SIM115  closed by __exit__
+                options = pa.ipc.IpcWriteOptions(compression="zstd")
+                self._writer = pa.ipc.new_stream(self._file, _SPOOLED, options=options)
+            flags = pa.array([pending.is_relabelled for pending in items])
+            self._writer.write_table(_to_table(items).append_column(_SPOOLED.field("is_relabelled"), flags))
+            self.count += len(items)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise StorageError(f"cannot keep the listing in {folder!r} (TMPDIR): {describe_error(error)}") from error
+
+    def read(self) -> Iterator[list[PendingItem]]:
+        """Yield all items in batches."""
+        if self._file is None:
+            return
+        self._writer.close()
+        self._file.seek(0)
+        for batch in pa.ipc.open_stream(self._file):
+            *columns, previous, flags = (column.to_pylist() for column in batch.columns)
+            items = [WorkItem(*values) for values in zip(*columns, strict=True)]
+            yield [PendingItem(*values) for values in zip(items, previous, flags, strict=True)]
 
 
 class _BlockCutter:
@@ -161,12 +250,19 @@ class _BlockCutter:
         """Number of images passed over since the last block."""
         return int(self._counts[[SKIP, REPEATED, ERASED]].sum())
 
-    def screen(self, items: list[WorkItem], known: Known) -> list[PendingItem]:
+    @property
+    def has_much_to_report(self) -> bool:
+        """Whether so much was passed over, or relabelled, that an empty block should report it."""
+        return self.passed_count >= _REPORT_ITEMS or self.changes.count >= _MAX_RELABELLED
+
+    def screen(self, items: list[WorkItem], known: Known, find_erased: FindErased | None) -> list[PendingItem]:
         """Count listed images by verdict, and return those that have to be read."""
-        uris = hash64_each([item.uri for item in items])
+        uris = [item.uri for item in items]
         fingerprints = hash_each_in_process([item.fingerprint or "" for item in items])
-        screening = known.screen(uris, fingerprints)
+        screening = known.screen(hash64_each(uris), fingerprints)
         verdicts = screening.verdicts
+        if find_erased is not None:
+            verdicts = np.where(find_erased(uris) & (verdicts != REPEATED), ERASED, verdicts).astype(np.int8)
         self._counts += np.bincount(verdicts, minlength=5)
         # The label of a changed image waits with it: it is the gallery's business only if the content is the same.
         is_changed = verdicts == CHANGED

@@ -369,6 +369,17 @@ def _is_mark(name: str) -> bool:
     return name.startswith((".", "_")) or "/." in name or "/_" in name
 
 
+def names_images_elsewhere(path: str) -> bool:
+    """Tell whether the rows of a Parquet source name images and hold none; False if it cannot be read."""
+    try:
+        for name in walk_parquet_files(path):
+            with open_seekable(name) as file:
+                return find_bytes_column(pq.ParquetFile(file).schema_arrow) is None
+    except (StorageError, OSError, ValueError):
+        return False
+    return False
+
+
 def find_bytes_column(schema: pa.Schema) -> str | None:
     """Find the column with encoded images: binary, or a struct with a binary field `bytes` (Hugging Face).
 

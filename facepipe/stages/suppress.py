@@ -11,6 +11,8 @@ from facepipe.arrow import pack_arrays, set_columns
 from facepipe.gallery import suppressed
 from facepipe.hashing import hash64
 from facepipe.schema import ERASED, OK
+from facepipe.types import Bool
+from facepipe.types import Bool
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,29 @@ class Suppress:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Hide the bytes of erased images."""
         hashes = np.array([hash64(image_id or "") for image_id in table["image_id"].to_pylist()], np.uint64)
-        is_erased = self._erased_hashes.contains(hashes)
-        if not is_erased.any():
-            return table
-        # One chunk per row, as `pack` makes them.
-        chunks = [chunk for chunk in table["bytes"].chunks if len(chunk)]
-        empty = pack_arrays([None]).chunk(0)
-        visible = [empty if is_hidden else chunk for is_hidden, chunk in zip(is_erased, chunks, strict=True)]
-        statuses = [
-            ERASED if is_hidden and status == OK else status
-            for is_hidden, status in zip(is_erased, table["status"].to_pylist(), strict=True)
-        ]
-        columns = {
-            "bytes": pa.chunked_array(visible, pa.large_binary()),
-            "status": pa.array(statuses, pa.string()),
-        }
-        return set_columns(table, columns)
+        return hide_bytes(table, self._erased_hashes.contains(hashes), ERASED)
+
+
+def hide_bytes(table: pa.Table, is_hidden: Bool, status: str) -> pa.Table:
+    """Drop the bytes of some images, so that no later stage works on them, and give those that were read a status.
+
+    Args:
+        table: images as Read returns them, n of them.
+        is_hidden: which ones, (n,).
+        status: the status.
+    """
+    if not is_hidden.any():
+        return table
+    # One chunk per row, as `pack` makes them.
+    chunks = [chunk for chunk in table["bytes"].chunks if len(chunk)]
+    empty = pack_arrays([None]).chunk(0)
+    visible = [empty if hides else chunk for hides, chunk in zip(is_hidden, chunks, strict=True)]
+    statuses = [
+        status if hides and old == OK else old
+        for hides, old in zip(is_hidden, table["status"].to_pylist(), strict=True)
+    ]
+    columns = {
+        "bytes": pa.chunked_array(visible, pa.large_binary()),
+        "status": pa.array(statuses, pa.string()),
+    }
+    return set_columns(table, columns)

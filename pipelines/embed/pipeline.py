@@ -5,19 +5,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 import facepipe
 from facepipe import storage
 from facepipe.erasure.takeup import RequestTaker
 from facepipe.errors import AccountingError, SourceError, StorageError
-from facepipe.gallery import Gallery, suppressed
+from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.missing import MissingUris, mark_missing, write_missing
+from facepipe.gallery.commits.missing import MissingGuard, mark_missing
 from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.unlisted import ListingFigures, read_figures, write_listing
 from facepipe.gallery.known import KnownImages
+from facepipe.gallery.sources import SOURCES_PROPERTY, SourceRows, write_source
 from facepipe.gallery.table import RUNS
+from facepipe.hashing import hash64_each
 from facepipe.models.zoo.registry import find_card_file
+from facepipe.moves.moved_images import MoveCounts, MovedImages
+from facepipe.moves.settle import SettledSource, describe_settling, register_source, settle_source
 from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.observe.runs import new_run_id
 from facepipe.schema import WORK_ITEM
@@ -26,6 +35,7 @@ from facepipe.sources.blocks import Block, BlockSize, cut_blocks
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import WatchedSource
 from facepipe.stages import check_chain
+from facepipe.stages.find_moved import FindMoved
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease
 from pipelines.embed.config import EmbedConfig, RunConfig
@@ -38,6 +48,8 @@ from pipelines.runtime.worker import WorkerJob
 
 __all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]
 
+_LISTING = "listing"  # folder of a run for what its listing finds out
+_RETRIED = "retried"  # file of a run with the images that are listed once more
 _COMMIT_PAUSE = 20  # minimum time between commits, in durations of a commit
 # New labels and fingerprints that wait for a commit at most: they lie in memory.
 _MAX_PENDING_CHANGES = 500_000
@@ -52,42 +64,70 @@ class EmbedListing:
 
     Attributes:
         source: the source
+        rows: which rows of the gallery are of the source
         gallery: folder or URL of the gallery
         version: version of the gallery's table
         size: number of images per block
-        missing: folder for the images of the source that were not listed; empty: do not look for them
-        at_most: maximum share of missing images that are written
+        folder: folder of the run for what the listing finds out
+        marks: whether missing images are marked
+        only: file with sorted hashes of uris; the other images are passed over. Empty: all images
         secret: secret of the hashes of erased images, for a machine without the key
     """
 
     source: SourceConfig
+    rows: SourceRows
     gallery: str
     version: int
     size: BlockSize
-    missing: str = ""
-    at_most: float = 1.0
+    folder: str
+    marks: bool
+    only: str = ""
     secret: bytes | None = field(default=None, repr=False)
 
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
-        source = open_source(self.source)
+        source = WatchedSource(open_source(self.source))
+        only = np.frombuffer(storage.read(self.only.encode()), "<u8") if self.only else None
         # Erased images count as known, so that they are not embedded again.
         erased = suppressed.read_uris(self.gallery, self.secret)
-        known = KnownImages(Gallery(self.gallery, self.version), source.name, erased)
-        watched = WatchedSource(source)
+        known = KnownImages(Gallery(self.gallery, self.version), self.rows, erased, only)
         try:
-            yield from cut_blocks(watched, known, self.size)
-            if self.missing:
-                write_missing(self.missing, self._find_missing(known, watched.broken_count))
+            # If the gallery has images of the source, some of the listed ones may be those under other uris. Which uris
+            # are given up is known when everything is listed.
+            yield from cut_blocks(
+                source,
+                known,
+                self.size,
+                list_first=known.may_have_moved,
+                on_listed=lambda is_read: self._write_figures(source, known, is_read=is_read),
+                find_erased=known.find_erased,
+            )
         finally:
             known.close()
 
-    def _find_missing(self, known: KnownImages, broken: int) -> MissingUris:
-        """Find images that were not listed. If a part of the source could not be listed, none counts as missing."""
-        if broken:
-            return MissingUris(0, known.source_count, broken, None)
-        count, uris = known.find_missing(int(self.at_most * known.source_count))
-        return MissingUris(count, known.source_count, broken, uris)
+    def _write_figures(self, source: WatchedSource, known: KnownImages, *, is_read: bool) -> None:
+        """Write what the listing found out, for the workers and for the driver.
+
+        Args:
+            source: the source, listed to its end.
+            known: what the gallery has.
+            is_read: whether any image is read, which may have moved.
+        """
+        # If a part of the source could not be listed, nobody knows what is there.
+        is_complete = source.broken_count == 0
+        missing, unlisted = known.count_unlisted() if is_complete else (0, 0)
+        has_contents = any(len(contents) for contents in known.read_moved_contents(with_unlisted=is_complete))
+        figures = ListingFigures(
+            listed=known.listed_count,
+            held=known.source_count,
+            unlisted=missing,
+            broken=source.broken_count,
+            has_unlisted=unlisted > 0 and (is_read or self.marks),
+            has_contents=has_contents and is_read,
+            gives_labels=source.gives_labels,
+        )
+        contents = known.read_moved_contents(with_unlisted=is_complete)
+        write_listing(self.folder, figures, known.read_unlisted(), contents)
 
 
 @record_calls("embed")
@@ -116,9 +156,32 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     if next(iter(source), None) is None:
         raise SourceError(_describe_empty_source(config.source.uri, source))
     _try_model_files(config, gallery)
+    record = get_current_run()
+    run_id = record.id if record else new_run_id()
     with hold_lease(gallery) as lease:
-        embed_run = _EmbedRun(config, Gallery.open_or_create(gallery, contract), source.name, lease)
-        return embed_run.run(progress)
+        table, settled, relocated = _open_gallery(config.source, gallery, contract, run_id, lease)
+        summary = _EmbedRun(replace(config, source=settled.config), table, settled, run_id, lease).run(progress)
+        summary.relocated = relocated
+        summary.notes = [*describe_settling(settled, relocated), *summary.notes]
+        return summary
+
+
+def _open_gallery(
+    source: SourceConfig, path: str, contract: Contract, run: str, lease: Lease
+) -> tuple[Gallery, SettledSource, int]:
+    """Open or create the gallery, and find out what it knows of the source.
+
+    Returns:
+        The gallery, the source, and how many images have new uris because the source is at another place.
+    """
+    if not Gallery.exists(path):
+        settled = settle_source(None, source)
+        properties = {SOURCES_PROPERTY: settled.register.to_json()}
+        return Gallery.open_or_create(path, contract, properties), settled, 0
+    gallery = Gallery.open_or_create(path, contract)
+    settled = settle_source(gallery, source)
+    gallery, relocated = register_source(gallery, settled, run, lease)
+    return gallery, settled, relocated
 
 
 def _describe_empty_source(uri: str, source: Source) -> str:
@@ -145,18 +208,15 @@ def _try_model_files(config: EmbedConfig, gallery: str) -> None:
 class _EmbedRun:
     """A run on a gallery whose lease it holds."""
 
-    def __init__(self, config: EmbedConfig, gallery: Gallery, source: str, lease: Lease):
+    def __init__(self, config: EmbedConfig, gallery: Gallery, settled: SettledSource, run: str, lease: Lease):
         self._config = config
         self._gallery = gallery
-        self._source = source
+        self._settled = settled
+        self._rows = settled.rows
         self._lease = lease
-        record = get_current_run()
-        self._id = record.id if record else new_run_id()
+        self._id = run
         self._runs_folder = storage.join(gallery.path, RUNS)
         self._marks_folder = storage.join(gallery.path, RUNS, self._id)
-        self._missing_folder = ""
-        if config.missing.policy == "mark":
-            self._missing_folder = storage.join(self._runs_folder, self._id, "missing")
 
     def run(self, progress: Progress) -> EmbedSummary:
         """Embed the source, and return the summary."""
@@ -169,12 +229,13 @@ class _EmbedRun:
         plan = make_plan(detect_local_resources(), self._config.run.workers)
         listing = EmbedListing(
             self._config.source,
+            self._rows,
             self._gallery.path,
             self._gallery.version,
             self._config.run.choose_block_size(plan),
-            self._missing_folder,
-            self._config.missing.at_most,
-            suppressed.read_secret(),
+            storage.join(self._marks_folder, _LISTING),
+            self._config.missing.policy == "mark",
+            secret=suppressed.read_secret(),
         )
         # The plan is made for this machine first. On a cluster it is made again for the cluster's resources.
         runner, blocks = _choose_runner(self._config.run, listing)
@@ -182,8 +243,9 @@ class _EmbedRun:
         try:
             if runner == "ray":
                 plan = make_plan(ray.start(), self._config.run.workers, self._config.run.layout)
-                blocks = replace(listing, size=self._config.run.choose_block_size(plan))
-            summary = self._process(runner, blocks, plan, progress)
+                listing = replace(listing, size=self._config.run.choose_block_size(plan))
+                blocks = listing
+            summary = self._process(runner, listing, blocks, plan, progress)
             is_finished = True
             return summary
         finally:
@@ -193,37 +255,105 @@ class _EmbedRun:
             with suppress(StorageError):
                 crash_marks.delete_crash_marks(self._runs_folder, inherited="" if is_finished else self._id)
 
-    def _process(self, runner: str, blocks: Blocks, plan: WorkerPlan, progress: Progress) -> EmbedSummary:
+    def _process(
+        self, runner: str, listing: EmbedListing, blocks: Blocks, plan: WorkerPlan, progress: Progress
+    ) -> EmbedSummary:
         """Run the workers, commit what they write, and mark missing images."""
-        # Only the last group of the chain writes parts.
-        jobs = [self._make_job(group, writes=group is plan.groups[-1]) for group in plan.groups]
-        summary = EmbedSummary(self._id, runner, plan.workers)
+        summary = EmbedSummary(self._id, runner, plan.workers, source=self._rows.source.name)
         attach_summary(summary)
         commit = Committer(self._gallery, self._id, self._lease)
         # Requests are taken up from the first record on: the listing has then read what it reads of the table.
         with RequestTaker(commit, self._lease) as taker:
             with _measure_gpus(summary, plan):
-                records = taker.follow(_run_workers(runner, blocks, jobs, plan))
-                _commit_records(records, commit, summary, self._config.run.commit_seconds, progress, taker)
-            if self._missing_folder:
-                summary.missing, summary.missing_ignored = mark_missing(
-                    self._gallery, self._source, self._missing_folder, commit
-                )
+                counts, unread = self._run_once(listing, blocks, plan, taker, summary, progress)
+                # What was replaced while it was read, or gave its rows up too early, is listed once more.
+                again = [*counts.unresolved, *unread]
+                if again:
+                    self._retry(listing, again, plan, taker, summary)
+            figures = read_figures(listing.folder)
+            if self._config.missing.policy == "mark":
+                self._mark_missing(listing.folder, figures, figures.unlisted - counts.vanished, commit, summary)
         summary.version = Gallery(self._gallery.path).version
         return summary
 
-    def _make_job(self, group: WorkerGroup, *, writes: bool) -> WorkerJob:
-        """Make the job of a group's workers."""
-        # If images were erased by content, a stage after reading recognises copies under other names.
+    def _run_once(
+        self,
+        listing: EmbedListing,
+        blocks: Blocks,
+        plan: WorkerPlan,
+        taker: RequestTaker,
+        summary: EmbedSummary,
+        progress: Progress,
+    ) -> tuple[MoveCounts, list[str]]:
+        """Run the workers over a listing, and commit what they write.
+
+        Args:
+            listing: the listing.
+            blocks: its blocks.
+            plan: the workers.
+            taker: takes up erase requests, and commits.
+            summary: counts the images.
+            progress: called with the summary after each finished block.
+
+        Returns:
+            What became of moved images, and the uris of images whose containers were replaced meanwhile.
+        """
+        # Only the last group of the chain writes parts.
+        jobs = [self._make_job(group, listing.folder, writes=group is plan.groups[-1]) for group in plan.groups]
+        with MovedImages(self._gallery, self._rows, f"{self._id}-{taker.committer.commits}") as moved:
+            records = taker.follow(_run_workers(summary.runner, blocks, jobs, plan))
+            batches = RecordBatches(taker, summary, moved, listing.folder, self._config.run.commit_seconds)
+            batches.commit_all(records, progress)
+            return batches.counts, batches.unread
+
+    def _retry(
+        self, listing: EmbedListing, uris: list[str], plan: WorkerPlan, taker: RequestTaker, summary: EmbedSummary
+    ) -> None:
+        """List once more, and read only some images."""
+        gallery = Gallery(self._gallery.path)
+        only = storage.join(self._marks_folder, _RETRIED)
+        storage.write(only, np.unique(hash64_each(uris)).astype("<u8").tobytes())
+        folder = storage.join(self._marks_folder, f"{_LISTING}-again")
+        listing = replace(listing, version=gallery.version, folder=folder, only=only)
+        again = EmbedSummary(self._id, summary.runner, summary.workers)
+        self._run_once(listing, listing, plan, taker, again, lambda figures: None)
+        summary.add_retried(again)
+
+    def _mark_missing(
+        self, folder: str, figures: ListingFigures, missing: int, commit: Committer, summary: EmbedSummary
+    ) -> None:
+        """Mark what was not listed, unless it is too much, and note how many images the source listed."""
+        at_most = self._config.missing.at_most
+        refusal = MissingGuard(self._rows, figures, at_most).explain_refusal(missing)
+        if refusal:
+            summary.missing_ignored = refusal
+            return
+        if missing:
+            summary.missing = mark_missing(self._gallery, self._rows, folder, figures, commit)
+        source = self._rows.source.add_listing(figures.listed, at_most, datetime.now(UTC))
+        write_source(Gallery(self._gallery.path), source)
+
+    def _make_job(self, group: WorkerGroup, listing: str, *, writes: bool) -> WorkerJob:
+        """Make the job of a group's workers.
+
+        Args:
+            group: the group.
+            listing: folder of the run that holds what the listing finds out.
+            writes: whether the workers write parts.
+        """
         stages = list(self._config.build_stages(group))
-        if "read" in group.stages and suppressed.read_contents(self._gallery.path).size:
-            stages.insert(1, Suppress(self._gallery.path, suppressed.read_secret()))
+        if "read" in group.stages:
+            # Images that the gallery has under another uri are recognised by their content. So are copies of images
+            # that were erased by content.
+            stages.insert(1, FindMoved(listing))
+            if suppressed.read_contents(self._gallery.path).size:
+                stages.insert(1, Suppress(self._gallery.path, suppressed.read_secret()))
         return WorkerJob(
             stages=tuple(stages),
             batch=self._config.run.batch or group.batch,
             writes=writes,
             run=self._id,
-            source=self._source,
+            source=self._rows.source.name,
             faces_folder=self._gallery.faces_folder,
             marks_folder=self._marks_folder,
             ahead=self._config.count_stages_ahead(group, tuple(stages)),
@@ -241,67 +371,117 @@ def _measure_gpus(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
     summary.gpu = sampler.summarise().to_dict()
 
 
-def _commit_records(
-    records: Iterator[PartRecord],
-    commit: Committer,
-    summary: EmbedSummary,
-    commit_seconds: float,
-    progress: Progress,
-    taker: RequestTaker,
-) -> None:
-    """Count and commit records as they come. Finished work is committed even if the run is interrupted.
+class RecordBatches:
+    """Counts the records of a run, and commits them in batches.
 
-    Args:
-        records: records of finished blocks, in any order.
-        commit: commits records.
-        summary: counts the records.
-        commit_seconds: minimum time between commits.
-        progress: called with the summary after each record.
-        taker: takes up erase requests, and may want finished blocks to be committed soon.
-
-    Raises:
-        AccountingError: A block is missing, or came twice.
+    Attributes:
+        counts: What became of moved images.
+        unread: Uris of images whose containers were replaced after they were listed.
     """
-    start = time.monotonic()
-    last_commit = start
-    interval = commit_seconds
-    pending: list[PartRecord] = []
-    # Blocks come back in any order, so they are counted and their numbers are added up.
-    pending_changes = 0
-    count = 0
-    number_sum = 0
-    last_number = 0
-    try:
-        for record in records:
-            pending.append(record)
-            summary.add(record)
-            summary.seconds = time.monotonic() - start
-            summary.first_record_seconds = summary.first_record_seconds or summary.seconds
-            count += 1
-            number_sum += record.block
-            if record.last:
-                last_number = record.block
-            progress(summary)
-            pending_changes += len(record.relabelled) + len(record.touched)
-            is_due = time.monotonic() - last_commit >= interval or pending_changes >= _MAX_PENDING_CHANGES
-            if is_due or taker.wants_commit:
-                # Empty the list first: if the run is interrupted in between, the records must not be committed twice.
-                batch = pending
-                pending = []
-                pending_changes = 0
-                last_commit = time.monotonic()
-                commit(batch, _describe_commit(summary))
-                # A commit takes longer the more files the table has: of 10M images 0.2 seconds, of a billion many.
-                interval = max(interval, _COMMIT_PAUSE * (time.monotonic() - last_commit))
-    finally:
+
+    def __init__(
+        self, taker: RequestTaker, summary: EmbedSummary, moved: MovedImages, listing: str, commit_seconds: float
+    ):
+        """Begin with no record.
+
+        Args:
+            taker: takes up erase requests, and may want finished blocks to be committed soon.
+            summary: counts the records.
+            moved: collects images that may have moved.
+            listing: folder of the run that holds what the listing finds out.
+            commit_seconds: minimum time between commits.
+        """
+        self.counts = MoveCounts()
+        self.unread: list[str] = []
+        self._taker = taker
+        self._commit = taker.committer
+        self._summary = summary
+        self._moved = moved
+        self._listing = listing
+        self._commit_seconds = commit_seconds
+        self._start = time.monotonic()
+
+    def commit_all(self, records: Iterator[PartRecord], progress: Progress) -> None:
+        """Count and commit records as they come. Finished work is committed even if the run is interrupted.
+
+        Args:
+            records: records of finished blocks, in any order.
+            progress: called with the summary after each record.
+
+        Raises:
+            AccountingError: A block is missing, or came twice.
+        """
+        last_commit = self._start
+        interval = self._commit_seconds
+        pending: list[PartRecord] = []
+        pending_changes = 0
+        # Blocks come back in any order, so they are counted and their numbers are added up.
+        count = 0
+        number_sum = 0
+        last_number = 0
+        summary = self._summary
         try:
-            commit(pending, _describe_commit(summary))
+            for record in records:
+                pending += self._take(record)
+                summary.add(record)
+                summary.seconds = time.monotonic() - self._start
+                summary.first_record_seconds = summary.first_record_seconds or summary.seconds
+                count += 1
+                number_sum += record.block
+                if record.last:
+                    last_number = record.block
+                progress(summary)
+                pending_changes += len(record.relabelled) + len(record.touched)
+                is_due = time.monotonic() - last_commit >= interval or pending_changes >= _MAX_PENDING_CHANGES
+                if is_due or self._taker.wants_commit:
+                    # Empty the list first: if the run is interrupted in between, no record is committed twice.
+                    batch = pending
+                    pending = []
+                    pending_changes = 0
+                    last_commit = time.monotonic()
+                    self._commit(batch, _describe_commit(summary))
+                    # A commit takes longer the more files the table has: of 10M images 0.2 seconds, of a billion many.
+                    interval = max(interval, _COMMIT_PAUSE * (time.monotonic() - last_commit))
         finally:
-            getattr(records, "close", lambda: None)()
-    # Blocks are numbered from 0 to the last: their count and sum tell whether each came exactly once.
-    if not summary.listed_all or count != last_number + 1 or number_sum != last_number * (last_number + 1) // 2:
-        raise AccountingError(f"{count} of {last_number + 1} blocks came back: run the same command again to resume")
-    summary.seconds = time.monotonic() - start
+            try:
+                self._commit(pending, _describe_commit(summary))
+                self._resolve_moves()
+            finally:
+                getattr(records, "close", lambda: None)()
+        # Blocks are numbered from 0 to the last: their count and sum tell whether each came exactly once.
+        if not summary.listed_all or count != last_number + 1 or number_sum != last_number * (last_number + 1) // 2:
+            raise AccountingError(
+                f"{count} of {last_number + 1} blocks came back: run the same command again to resume"
+            )
+        summary.seconds = time.monotonic() - self._start
+        summary.version = Gallery(self._commit.gallery.path).version
+
+    def _take(self, record: PartRecord) -> list[PartRecord]:
+        """Set aside what waits for the end of the run, and return what can be committed now."""
+        self.unread += record.unread
+        # Only if everything is listed can an image be replaced whose rows another one needs.
+        return self._moved.add(record, may_move=bool(record.replaced) and self._has_contents)
+
+    @cached_property
+    def _has_contents(self) -> bool:
+        """Whether images may have moved. If any may, the listing was complete before the first one was read."""
+        try:
+            return read_figures(self._listing).has_contents
+        except StorageError:
+            return False
+
+    def _resolve_moves(self) -> None:
+        """Give moved images their rows, and commit what waited for them."""
+        if self._moved.is_empty:
+            self._commit(self._moved.take_waiting(), _describe_commit(self._summary))
+            return
+        figures = read_figures(self._listing)
+        self.counts = self._moved.resolve(
+            self._listing,
+            figures,
+            lambda records, make_actions: self._commit(records, _describe_commit(self._summary), make_actions),
+        )
+        self._summary.add_moves(self.counts)
 
 
 def _describe_commit(summary: EmbedSummary) -> dict[str, Any]:
@@ -361,6 +541,8 @@ def make_paths_absolute(config: EmbedConfig) -> EmbedConfig:
     source = config.source
     if source.uri and not is_web_url(source.uri):
         source = replace(source, uri=storage.to_absolute(source.uri))
+    if source.root is not None:
+        source = replace(source, root=storage.to_absolute(source.root))
     return replace(
         config,
         source=source,

@@ -5,7 +5,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from facepipe.gallery.commits.parts import PartRecord
-from facepipe.schema import FAILED
+from facepipe.moves.moved_images import MoveCounts
+from facepipe.schema import FAILED, MOVED, REPLACED
+
+COPIED = "copied"
+"""Status of images that got copies of the rows of another image with the same content."""
 
 
 @dataclass
@@ -28,13 +32,16 @@ class EmbedSummary:
         ignored: files that are not images
         erased: images that were erased and must not come back; those recognised by their bytes are among the statuses
         relabelled: images that are in the gallery, and got another label from the source
+        moved: images that had another uri before, and keep their rows; `copied` among the statuses got copies of rows
+        relocated: images whose uris changed with the place of their source; none of them was read for it
         missing: images of this source that it no longer lists, now marked
         missing_ignored: why missing images were not marked
         seconds: duration of the run
         first_record_seconds: time until the first block was finished
         stage_seconds: time of the workers by stage
         listed_all: whether the source was listed to its end
-        notes: sentences on the listing for the user, such as why images got no label
+        source: name of the source in the gallery
+        notes: sentences for the user, such as why images got no label
         gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None if none is used
     """
 
@@ -51,12 +58,15 @@ class EmbedSummary:
     ignored: int = 0
     erased: int = 0
     relabelled: int = 0
+    moved: int = 0
+    relocated: int = 0
     missing: int = 0
     missing_ignored: str = ""
     seconds: float = 0.0
     first_record_seconds: float = 0.0
     stage_seconds: Counter[str] = field(default_factory=Counter)
     listed_all: bool = False
+    source: str = ""
     notes: list[str] = field(default_factory=list)
     gpu: dict[str, Any] | None = None
 
@@ -85,6 +95,27 @@ class EmbedSummary:
         self.stage_seconds.update(record.seconds)
         # The last block may be finished before others, so the flag stays set.
         self.listed_all = self.listed_all or record.last
+
+    def add_moves(self, counts: MoveCounts) -> None:
+        """Count what became of the images that may have moved."""
+        self.moved += counts.moved
+        self.rows += counts.copied_rows
+        self.faces += counts.copied_faces
+        # The workers took all of them for moved.
+        self.statuses[MOVED] -= counts.copied + len(counts.unresolved)
+        self.images -= len(counts.unresolved)
+        self.statuses[COPIED] += counts.copied
+        self.statuses += Counter()  # without those that are none
+
+    def add_retried(self, again: "EmbedSummary") -> None:
+        """Count the images that were listed once more; they are no longer those that could not be read."""
+        self.images += again.images - self.statuses.pop(REPLACED, 0)
+        self.faces += again.faces
+        self.rows += again.rows
+        self.moved += again.moved
+        self.statuses.update(again.statuses)
+        self.stage_seconds.update(again.stage_seconds)
+        self.seconds += again.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the summary to values for JSON."""

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from facepipe.curation.duplicates import DuplicateRule
 from facepipe.gallery.maintenance.compact import CompactConfig
-from facepipe.sources import SourceConfig, SourceKind, open_source
+from facepipe.sources import SourceConfig, SourceKind, locate_source
 from facepipe.sources.identity import IdentityRule
 from pipelines.cluster.pipeline import ClusterRules
 from pipelines.embed.config import EmbedConfig, MissingConfig
@@ -29,7 +29,8 @@ class NightSource:
         label_prefix: Put before each label, so that number 7 of this source is not number 7 of another.
         include: Patterns of what is listed; everything by default.
         exclude: Patterns of what is not listed.
-        name: Name of the corpus in the table's column `source`; by default the last part of the uri.
+        name: Name of the corpus in the table's column `source`; by default the last part of the uri, and more of it if
+            another source of the gallery has that name.
         root: Folder that a list's paths are relative to; by default the list's own.
         retention_days: Age after which images are erased, counted from when they were embedded. They do not come back.
         missing: What happens to images that the source no longer lists: keep, mark (in `missing_since`), or erase.
@@ -49,8 +50,8 @@ class NightSource:
 
     @property
     def title(self) -> str:
-        """Name of the source in the table's column `source`."""
-        return self.name or open_source(self.to_source()).name
+        """Name of the source for the user; the gallery may have given it another one."""
+        return self.name or locate_source(self.to_source()).name
 
     def to_source(self) -> SourceConfig:
         """Return the keys that `embed` takes."""

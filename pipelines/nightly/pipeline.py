@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from facepipe import storage
 from facepipe.curation.clusters import tables
@@ -13,8 +13,9 @@ from facepipe.erasure.selection import Selection
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, SourceError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.missing import TOO_MANY_MISSING
+from facepipe.gallery.sources import SourceRegister
 from facepipe.gallery.table import RUNS
-from facepipe.sources import open_source
+from facepipe.sources import locate_source, open_source
 from facepipe.storage.lease import hold_lease
 from pipelines import cluster, compact, embed, erase, index
 from pipelines.cluster import assign as cluster_assign
@@ -75,7 +76,7 @@ def run(
         GalleryBusyError: if another night is at work on the gallery.
         SourceError: if there is no gallery yet and no source has an image.
     """
-    check_job(config.gallery, config.source, lambda source: source.title)
+    check_job(config.gallery, config.source)
     if dry_run:
         preview = preview_night(config, on_progress)
         return NightSummary(
@@ -168,9 +169,9 @@ class _Night:
                 notes.append(f"{name}: {error}")
                 return
         for note in embedded.notes:
-            self._on_progress(f"embed {name}: {note}")
-        self.summary.add_step(f"embed {name}", embedded)
-        self._add_counts(name, embedded)
+            self._on_progress(f"embed {embedded.source}: {note}")
+        self.summary.add_step(f"embed {embedded.source}", embedded)
+        self._add_counts(embedded.source, embedded)
 
     def _add_counts(self, name: str, embedded: EmbedSummary) -> None:
         """Add up images and failures over the sources, and note why missing images were left alone."""
@@ -218,7 +219,7 @@ class _Night:
         """Erase images past their retention, and those missing from a source whose policy is erase."""
         with self._measure("erase"):
             # Only images that are missing from their source may be embedded again when it lists them.
-            for name, selection in list_erasures(self.config):
+            for name, selection in list_erasures(self.config, Gallery(self.gallery)):
                 erased = erase.run(
                     selection,
                     self.gallery,
@@ -248,18 +249,24 @@ class _Night:
             self.summary.add_step("compact", compact.run(self.config.compact, self.gallery))
 
 
-def list_erasures(config: NightlyConfig) -> list[tuple[str, Selection]]:
+def list_erasures(config: NightlyConfig, gallery: Gallery) -> list[tuple[str, Selection]]:
     """List what a night erases, with a name for each selection.
 
-    Images past their retention do not come back. Missing ones may, if their source lists them again.
+    Images past their retention do not come back. Missing ones may, if their source lists them again. A source that the
+    gallery does not know has no images.
     """
+    register = SourceRegister.read(gallery)
     erasures = []
     for source in config.source:
+        known = register.find(locate_source(source.to_source()), source.name)
+        if known is None:
+            continue
+        # Another source may have the same name: only what lies at the place of this one is its own.
+        own = Selection(source=known.name, below=known.list_own_roots())
         if source.retention_days is not None:
-            outdated = Selection(source=source.title, older_than_days=source.retention_days)
-            erasures.append((f"retention {source.title}", outdated))
+            erasures.append((f"retention {known.name}", replace(own, older_than_days=source.retention_days)))
         if source.missing == "erase":
-            erasures.append((f"missing {source.title}", Selection(source=source.title, missing=True)))
+            erasures.append((f"missing {known.name}", replace(own, missing=True)))
     return erasures
 
 

@@ -14,8 +14,11 @@ import pyarrow.dataset as ds
 from facepipe.erasure import pending
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
+from facepipe.gallery.commits.missing import MissingGuard
+from facepipe.gallery.commits.unlisted import ListingFigures
 from facepipe.gallery.maintenance.compact import plan_compaction
 from facepipe.hashing import hash64
+from facepipe.moves.settle import SettledSource, settle_source
 from facepipe.sources import open_source
 from facepipe.sources.item import WatchedSource
 from facepipe.types import Bool, UInt64
@@ -24,7 +27,7 @@ from pipelines.nightly.config import NightlyConfig, NightSource
 from pipelines.runtime.listing import VERDICTS, count_listed
 
 _BATCH_ROWS = 65536
-_COLUMNS = ("uri", "face_index", "face_id", "ingested_at", "missing_since")
+_COLUMNS = ("uri", "source", "face_index", "face_id", "ingested_at", "missing_since")
 
 
 @dataclass
@@ -71,9 +74,10 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
         preview.steps["erase unfinished"] = {"erasures": len(pending.read_unfinished(gallery.path))}
     for source in config.source:
         on_progress(f"listing {source.title}")
-        unlisted = _list_source(config, source, gallery, preview)
+        settled = settle_source(gallery, source.to_source())
+        unlisted = _list_source(config, source, settled, gallery, preview)
         if gallery:
-            _count_missing_and_erased(gallery, source, unlisted, preview)
+            _count_missing_and_erased(gallery, source, settled, unlisted, preview)
     if gallery:
         preview.steps["index"] = count_indexed(gallery)
         groups = plan_compaction(gallery, config.compact)
@@ -82,20 +86,33 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
 
 
 def _list_source(
-    config: NightlyConfig, source: NightSource, gallery: Gallery | None, preview: NightPreview
+    config: NightlyConfig,
+    source: NightSource,
+    settled: SettledSource,
+    gallery: Gallery | None,
+    preview: NightPreview,
 ) -> _Unlisted:
     """List a source as a night does, count its images, and note what would be a failure."""
-    name = source.title
+    name = settled.name
     is_watched = source.missing != "keep"
     try:
         # Count the listing by what `embed` would do, and collect the images of the source that it does not name.
-        listing = WatchedSource(open_source(source.to_source()))
+        listing = WatchedSource(open_source(settled.config))
     except SourceError as error:
         preview.failures.append(f"{name}: {error}")
         return _Unlisted()
-    with closing(load_known(gallery, name)) as known:
+    with closing(load_known(gallery, settled.rows)) as known:
         counts = count_listed(listing, known)
-        missing, uris = known.find_missing(known.source_count)
+        missing, _ = known.count_unlisted()
+        uris = np.concatenate([np.empty(0, np.uint64), *(keys for keys, _, _ in known.read_unlisted())])
+        figures = ListingFigures(
+            listed=known.listed_count,
+            held=known.source_count,
+            unlisted=missing,
+            broken=listing.broken_count,
+            has_unlisted=len(uris) > 0,
+            has_contents=False,
+        )
     preview.steps[f"embed {name}"] = counts
 
     # An empty listing of a watched source is a fault of the source, not the deletion of all its images.
@@ -104,24 +121,24 @@ def _list_source(
             preview.failures.append(f"{name}: no image in {source.uri!r}")
         return _Unlisted()
 
-    # No image is marked if too many are missing, or if a part of the source could not be listed.
-    has_too_many = missing > int(config.night.missing_at_most * known.source_count)
-    if is_watched and has_too_many and not listing.broken_count:
-        preview.failures.append(
-            f"{name}: {missing} of {known.source_count} images are missing at once: they would be left alone"
-        )
-    return _Unlisted(np.sort(uris), is_marked=is_watched and not has_too_many and not listing.broken_count)
+    # No image is marked if too many are missing, or if a part of the source could not be listed. Missing images that
+    # have moved are told by their content, which a dry run does not read.
+    refusal = MissingGuard(settled.rows, figures, config.night.missing_at_most).explain_refusal(missing)
+    if is_watched and refusal and not listing.broken_count:
+        preview.failures.append(f"{name}: {refusal}: they would be left alone, unless they have moved")
+    return _Unlisted(np.sort(uris), is_marked=is_watched and not refusal)
 
 
 def _count_missing_and_erased(
-    gallery: Gallery, source: NightSource, unlisted: _Unlisted, preview: NightPreview
+    gallery: Gallery, source: NightSource, settled: SettledSource, unlisted: _Unlisted, preview: NightPreview
 ) -> None:
     """Count the images that would be marked as missing, and those that would be erased for either reason."""
     marked = 0
     erased = {reason: {"images": 0, "faces": 0} for reason in _list_reasons(source)}
     # Without a retention the cutoff is now, but the reason `retention` is absent, so that it has no effect.
     cutoff = pa.scalar(datetime.now(UTC) - timedelta(days=source.retention_days or 0), pa.timestamp("us", "UTC"))
-    for batch in gallery.batches(list(_COLUMNS), ds.field("source") == source.title, rows=_BATCH_ROWS):
+    for rows in gallery.batches(list(_COLUMNS), ds.field("source") == settled.name, rows=_BATCH_ROWS):
+        batch = rows.filter(pa.array(settled.rows.contains(rows)))
         # One row per image, and one row per face.
         is_image = _to_mask(pc.equal(batch["face_index"], 0), when_null=True)
         is_face = _to_mask(pc.is_valid(batch["face_id"]))
@@ -139,9 +156,9 @@ def _count_missing_and_erased(
             if reason in erased:
                 erased[reason]["images"] += int((mask & is_image).sum())
                 erased[reason]["faces"] += int((mask & is_face).sum())
-    preview.steps.setdefault(f"embed {source.title}", {})["missing"] = marked
+    preview.steps.setdefault(f"embed {settled.name}", {})["missing"] = marked
     for reason, counts in erased.items():
-        preview.steps[f"erase {reason} {source.title}"] = counts
+        preview.steps[f"erase {reason} {settled.name}"] = counts
 
 
 def _list_reasons(source: NightSource) -> list[str]:

@@ -112,6 +112,8 @@ def _read_suspects(path: str) -> dict[str, int]:
     """Read the suspects that a mark tells of, and their crashes while they were alone."""
     # Images of a block are suspects without a crash of their own; an image in work alone has one more crash.
     file_name = path.rsplit("/", 1)[1]
+    if file_name != _SUSPECTS and not file_name.startswith((_BLOCK, _IMAGE)):
+        return {}  # another file of the run
     text = _read_mark(path)
     if file_name.startswith(_BLOCK):
         return {line: 0 for line in text.splitlines() if _NAME.fullmatch(line)}

@@ -19,7 +19,7 @@ def count_listed(source: Source, known: KnownImages) -> Counts:
         Images by verdict, and files that are not images as `ignored`.
     """
     counts = dict.fromkeys((*VERDICTS, "ignored"), 0)
-    for block in cut_blocks(source, known, BlockSize()):
+    for block in cut_blocks(source, known, BlockSize(), find_erased=known.find_erased):
         # An image with a previous fingerprint is in the gallery with other content.
         changed = block.items.num_rows - block.items["previous"].null_count
         counts["changed"] += changed

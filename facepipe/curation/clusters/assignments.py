@@ -61,13 +61,16 @@ class AssignmentTable:
         return clusters
 
     def find_photo_clusters(self, uris: pa.Array, removed: Int64) -> pa.Table:
-        """Find uri and cluster of the faces in these photos, without the faces in `removed` (sorted ids)."""
+        """Find uri, id and cluster of the faces in these photos, without the faces in `removed` (sorted ids).
+
+        The uris are those that the photos had when the clusters were made. A photo may have another one since.
+        """
         parts = []
         for batch in self._iterate_batches("face_id", "uri", "cluster"):
             faces = batch.filter(pc.is_in(batch["uri"], uris))
             is_removed = is_in_sorted(removed, faces["face_id"].to_numpy())
-            parts.append(faces.filter(pa.array(~is_removed)).select(["uri", "cluster"]))
-        schema = pa.schema([FACE_SCHEMA.field("uri"), FACE_SCHEMA.field("cluster")])
+            parts.append(faces.filter(pa.array(~is_removed)).select(["uri", "face_id", "cluster"]))
+        schema = pa.schema([FACE_SCHEMA.field(name) for name in ("uri", "face_id", "cluster")])
         return pa.Table.from_batches(parts, schema)
 
     def read_members(self, clusters: Int64, removed: Int64) -> tuple[Int64, Int64]:

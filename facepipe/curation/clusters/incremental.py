@@ -12,6 +12,7 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from facepipe.curation.clusters.assign import FacePlacement, assign_faces
 from facepipe.curation.clusters.assignments import AssignmentTable
@@ -304,7 +305,7 @@ def _place_faces(
     if one_photo:
         photo = delta.faces["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
         different = pair_equal_keys(photo, np.arange(len(photo)))
-        excluded = _find_excluded(delta, assignments)
+        excluded = _find_excluded(gallery, delta, assignments)
     # Compare through the index if that pays, and otherwise with all clusters.
     index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
     near = find_near_clusters(index, delta.vectors, assignments) if index else None
@@ -312,7 +313,7 @@ def _place_faces(
     return placement, faces
 
 
-def _find_excluded(delta: GalleryChanges, assignments: AssignmentTable) -> Int64:
+def _find_excluded(gallery: Gallery, delta: GalleryChanges, assignments: AssignmentTable) -> Int64:
     """Find the pairs (m, 2) of a new face and a cluster that holds another face of the same photo."""
     uris = delta.faces["uri"].combine_chunks()
     if not len(uris):
@@ -320,6 +321,10 @@ def _find_excluded(delta: GalleryChanges, assignments: AssignmentTable) -> Int64
     taken = assignments.find_photo_clusters(pc.unique(uris), delta.removed)
     if not taken.num_rows:
         return _NO_PAIRS
+    # A face whose photo was moved has another uri by now, and its old one may be that of another photo.
+    has_id = ds.field("face_id").isin(taken["face_id"].combine_chunks())
+    current = gallery.to_arrow(["face_id", "uri"], has_id)
+    taken = taken.join(current, ["face_id", "uri"], join_type="inner").select(["uri", "cluster"])
     # Join by uri: one row per new face and cluster of its photo.
     faces = pa.table({"uri": uris, "at": np.arange(len(uris))})
     pairs = faces.join(taken, "uri", join_type="inner")

@@ -60,17 +60,25 @@ class Committer:
         """With what the names of the run's parts begin."""
         return f"part-{self.run}-"
 
-    def __call__(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
+    def __call__(
+        self,
+        records: list[PartRecord],
+        metadata: dict[str, Any],
+        make_more: Callable[[], list[Action]] | None = None,
+    ) -> None:
         """Make the parts of records visible.
 
         Args:
             records: finished blocks; those without a part may bring new fingerprints.
             metadata: the run's figures so far, for the log.
+            make_more: makes further actions of the same commit, which concern other files than the records change.
         """
         with self.exclude_commits():
-            self._commit_records(self.screen(records), metadata)
+            self._commit_records(self.screen(records), metadata, make_more)
 
-    def _commit_records(self, records: list[PartRecord], metadata: dict[str, Any]) -> None:
+    def _commit_records(
+        self, records: list[PartRecord], metadata: dict[str, Any], make_more: Callable[[], list[Action]] | None
+    ) -> None:
         # Collect new files, new fingerprints, new labels, and images whose older rows have to go.
         parts = [record for record in records if record.path]
         changes = RowChanges(
@@ -78,7 +86,8 @@ class Committer:
             touched={uri: mark for record in records for uri, mark in record.touched.items() if mark},
             relabelled={uri: label for record in records for uri, label in record.relabelled.items()},
         )
-        if not parts and changes.is_empty:
+
+        if not parts and changes.is_empty and make_more is None:
             return
 
         # Rows to be replaced are looked up in the newest version, which an overtaken commit has changed.
@@ -88,7 +97,7 @@ class Committer:
             ]
             if not changes.is_empty:
                 actions += rewrite_files(Gallery(self.gallery.path), changes.plan_rewrite())
-            return actions
+            return [*actions, *(make_more() if make_more else [])]
 
         self.commit_actions(make_actions, metadata)
 

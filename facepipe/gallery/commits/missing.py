@@ -8,95 +8,90 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe import storage
-from facepipe.errors import StorageError
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.rewrite import Rewrite, rewrite_files
+from facepipe.gallery.commits.unlisted import ListingFigures, load_unlisted
+from facepipe.gallery.sources import SourceRows
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64_column
 from facepipe.schema import FACES
-from facepipe.types import UInt64
 
 TOO_MANY_MISSING = "more than missing.at_most allows"
-# A file begins with these numbers: missing images, images of the source, places that could not be listed.
-_HEADER_NUMBERS = 3
 
 
 @dataclass(frozen=True)
-class MissingUris:
-    """What a listing found out about missing images.
+class MissingGuard:
+    """Decides whether the missing images of a source are marked.
 
     Attributes:
-        count: Missing images.
-        of: Images that the gallery holds of the source.
-        broken: Places that could not be listed.
-        uris: Hashes of the missing uris; None if they are too many or the listing is incomplete.
+        rows: Which rows are of the source.
+        figures: Figures of its listing.
+        at_most: Share of its images that may be missing.
     """
 
-    count: int
-    of: int
-    broken: int
-    uris: UInt64 | None
+    rows: SourceRows
+    figures: ListingFigures
+    at_most: float
+
+    def explain_refusal(self, missing: int) -> str:
+        """Return why nothing is marked, or "" if nothing is wrong.
+
+        Args:
+            missing: images that were not listed, have not moved, and are not marked yet.
+        """
+        figures = self.figures
+        if figures.broken:
+            return f"{figures.broken} places of the source could not be listed"
+        if missing > int(self.at_most * figures.held):
+            return f"{missing} of {figures.held} images are missing at once, {TOO_MANY_MISSING}"
+        # Several small losses are one large one.
+        before = self.rows.source.find_largest_listing(self.at_most)
+        if missing and before is not None:
+            lost = before.images - figures.listed
+            if lost > int(self.at_most * before.images):
+                return (
+                    f"the source lists {figures.listed} images; on {before.at[:10]} it listed {before.images}. These "
+                    f"losses together are {TOO_MANY_MISSING}"
+                )
+        return ""
 
 
-def write_missing(path: str, missing: MissingUris) -> None:
-    """Write the result of a listing for the driver, which may be on another machine."""
-    uris = np.empty(0, np.uint64) if missing.uris is None else missing.uris
-    header = np.array([missing.count, missing.of, missing.broken], np.uint64)
-    storage.make_parent_folder(path)
-    storage.write(path, np.concatenate([header, uris]).astype("<u8").tobytes())
-
-
-def read_missing(path: str) -> MissingUris:
-    """Read the result of a listing."""
-    values = np.frombuffer(storage.read(path.encode()), "<u8")
-    if len(values) < _HEADER_NUMBERS:
-        raise StorageError(f"{path!r} is cut short")
-    count, total, broken = (int(value) for value in values[:_HEADER_NUMBERS])
-    uris = values[_HEADER_NUMBERS:]
-    # The writer leaves the hashes out if they are too many; then their number differs from the count.
-    return MissingUris(count, total, broken, uris if len(uris) == count else None)
-
-
-def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) -> tuple[int, str]:
-    """Set `missing_since` in the rows of missing images.
+def mark_missing(gallery: Gallery, rows: SourceRows, folder: str, figures: ListingFigures, commit: Committer) -> int:
+    """Set `missing_since` in the rows of images that were not listed.
 
     Args:
         gallery: the gallery.
-        source: name of the source that was listed.
-        path: where the listing wrote its result.
+        rows: which rows are of the source.
+        folder: folder of the run that holds what the listing found out.
+        figures: figures of the listing.
         commit: commits the change.
 
     Returns:
-        How many images were marked, and why none was; the reason is empty if nothing went wrong.
+        How many images were marked.
     """
-    missing = read_missing(path)
-    # An incomplete listing, or one that lacks too much, marks nothing.
-    if missing.broken:
-        return 0, f"{missing.broken} places of the source could not be listed"
-    if missing.uris is None:
-        return 0, f"{missing.count} of {missing.of} images are missing at once, {TOO_MANY_MISSING}"
-    if not missing.count:
-        return 0, ""
     image_count = 0
     now = pa.scalar(datetime.now(UTC), FACES.field("missing_since").type)
-    wanted = np.sort(missing.uris)
+    name = rows.source.name
+    unlisted = load_unlisted(folder, figures)
 
-    def find_rows(rows: pa.Table) -> Any:
-        is_unmarked = pc.and_(pc.equal(rows["source"], source), pc.is_null(rows["missing_since"]))
-        return pc.and_(is_unmarked, pa.array(np.isin(hash64_column(rows["uri"]), wanted)))
+    def find_rows(table: pa.Table) -> Any:
+        is_own = rows.contains(table)
+        is_unlisted = np.zeros(table.num_rows, bool)
+        if is_own.any():
+            is_unlisted[is_own] = unlisted.get(hash64_column(table["uri"].filter(pa.array(is_own))))[0]
+        return pc.and_(pc.is_null(table["missing_since"]), pa.array(is_unlisted))
 
-    def set_time(rows: pa.Table, mask: Any) -> pa.Table:
+    def set_time(table: pa.Table, mask: Any) -> pa.Table:
         nonlocal image_count
         # An image has several rows: its first face, or its only row, counts.
-        first_rows = pc.and_(mask, pc.fill_null(pc.equal(rows["face_index"], 0), True))
+        first_rows = pc.and_(mask, pc.fill_null(pc.equal(table["face_index"], 0), True))
         image_count += pc.sum(first_rows).as_py() or 0
         n = FACES.get_field_index("missing_since")
-        return rows.set_column(n, FACES.field(n), pc.if_else(mask, now, rows["missing_since"]))
+        return table.set_column(n, FACES.field(n), pc.if_else(mask, now, table["missing_since"]))
 
     def may_hold_source(file: dict[str, Any]) -> bool:
         # A file without statistics of the source may hold it.
-        return (file.get("min.source") or "") <= source <= (file.get("max.source") or source)
+        return (file.get("min.source") or "") <= name <= (file.get("max.source") or name)
 
     def make_actions() -> list[Any]:
         # The count begins anew because a commit that was overtaken is made again.
@@ -111,5 +106,8 @@ def mark_missing(gallery: Gallery, source: str, path: str, commit: Committer) ->
         )
         return list(rewrite_files(Gallery(gallery.path), rewrite))
 
-    commit.commit_actions(make_actions, {"job": "missing"})
-    return image_count, ""
+    try:
+        commit.commit_actions(make_actions, {"job": "missing"})
+    finally:
+        unlisted.close()
+    return image_count

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.hashing import compute_image_id
-from facepipe.schema import FACES, NEVER_STORED, OK, TOUCHED, conform
+from facepipe.schema import FACES, MOVED, NEVER_STORED, OK, REPLACED, TOUCHED, conform
 
 # Line separators that JSON allows in a text.
 _SEPARATORS = "\x85\u2028\u2029"
@@ -25,6 +25,9 @@ _NAME = re.compile(r"part-[^/]*-([0-9a-f]{32})\.parquet")
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _NAME_OF_OTHERS = re.compile(rf"part-\d+-{_UUID}(?:[-.][\w.]+)?\.parquet")
 _DIGEST_END = f"{'0' * 32}.parquet"
+
+MOVED_COLUMNS = ["uri", "image_id", "fingerprint", "identity"]
+"""What is known of an image that was read and not embedded."""
 
 
 @dataclass
@@ -43,6 +46,8 @@ class PartRecord:
         replaced: Uris whose older rows have to go.
         touched: New fingerprints by uri.
         relabelled: New labels by uri; null for none.
+        moved: Images that may have moved: their new values of the columns MOVED_COLUMNS, column by column.
+        unread: Uris of images whose container was replaced, so that they have to be listed again.
         seconds: Seconds per stage.
         skipped: Images that were in the gallery already.
         repeated: Images that were listed before in this run.
@@ -64,6 +69,8 @@ class PartRecord:
     replaced: list[str] = field(default_factory=list)
     touched: dict[str, str | None] = field(default_factory=dict)
     relabelled: dict[str, str | None] = field(default_factory=dict)
+    moved: dict[str, list[str | None]] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
     repeated: int = 0
@@ -100,14 +107,16 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
         The record.
     """
     # The columns first: a filter of all columns would copy every vector.
-    first_rows = table.select(["uri", "fingerprint", "status"]).filter(
-        pc.fill_null(pc.equal(table["face_index"], 0), True)
-    )
+    first_rows = table.select(["status", *MOVED_COLUMNS]).filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
     # Count images by status, before rows that are never stored are dropped.
     record.images = first_rows.num_rows
     record.statuses = dict(Counter(first_rows["status"].to_pylist()))
     touched = first_rows.filter(pc.equal(first_rows["status"], TOUCHED))
     record.touched = dict(zip(touched["uri"].to_pylist(), touched["fingerprint"].to_pylist(), strict=True))
+    if MOVED in record.statuses:
+        moved = first_rows.filter(pc.equal(first_rows["status"], MOVED))
+        record.moved = moved.select(MOVED_COLUMNS).to_pydict()
+    record.unread = first_rows.filter(pc.equal(first_rows["status"], REPLACED))["uri"].to_pylist()
     if not set(NEVER_STORED).isdisjoint(record.statuses):
         table = table.filter(pc.invert(pc.is_in(table["status"], pa.array(NEVER_STORED))))
     record.rows = table.num_rows

@@ -68,7 +68,8 @@ def rewrite_files(gallery: Gallery, rewrite: Rewrite, trace: RewriteTrace | None
         rewrite: the change.
         trace: filled in, if it is given.
     """
-    for file in gallery.files():
+    # In the order of uris: a change that counts images, or gives them out, then does not depend on who wrote the files.
+    for file in sorted(gallery.files(), key=lambda file: (file["min.uri"] or "", file["path"])):
         if not rewrite.may_match(file):
             continue
         rows, mask = _read_matching(gallery, file["path"], rewrite)
@@ -108,15 +109,29 @@ def plan_rewrite_of_uris(uris: Iterable[str], change: Change, data_change: bool 
 
 def _read_matching(gallery: Gallery, path: str, rewrite: Rewrite) -> tuple[pa.Table | None, Any]:
     """Read (all rows of a file, the mask of those concerned); (None, None) if no row is concerned."""
+    # Read the few columns of the test first; the whole file is read only if a row matches.
+    mask = rewrite.matches(read_rows(gallery, path, rewrite.columns))
+    return (read_rows(gallery, path), mask) if pc.any(mask).as_py() else (None, None)
+
+
+def read_rows(gallery: Gallery, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a file of the table; columns that it lacks, because it is older, are null.
+
+    Args:
+        gallery: the gallery.
+        path: path of the file below the table's folder.
+        columns: names of columns, all by default.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
     full_path = storage.join(gallery.faces_folder, path)
+    schema = FACES if columns is None else pa.schema([FACES.field(name) for name in columns])
     try:
         with storage.open_seekable(full_path) as handle:
             parquet = pq.ParquetFile(handle)
-            # Read the few columns of the test first; the whole file is read only if a row matches.
-            names = [name for name in rewrite.columns if name in parquet.schema_arrow.names]
-            schema = pa.schema([FACES.field(name) for name in rewrite.columns])
-            mask = rewrite.matches(conform(parquet.read(names), schema))
-            return (conform(parquet.read()), mask) if pc.any(mask).as_py() else (None, None)
+            names = [name for name in schema.names if name in parquet.schema_arrow.names]
+            return conform(parquet.read(names), schema)
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error
 
@@ -130,8 +145,23 @@ def write_rows(gallery: Gallery, rows: pa.Table, kind: str, data_change: bool) -
         kind: REWRITE or COMPACT.
         data_change: whether readers lose or gain rows by it.
     """
+    return _write_file(gallery, rows, f"{kind}-{rows.num_rows:06d}", data_change)
+
+
+def write_new_rows(gallery: Gallery, rows: pa.Table, prefix: str) -> AddAction:
+    """Write rows that were not in the table before as a new file; return the action that adds it.
+
+    Args:
+        gallery: the gallery to write to.
+        rows: the rows.
+        prefix: first part of the file's name, such as the run's id.
+    """
+    return _write_file(gallery, rows, prefix, data_change=True)[0]
+
+
+def _write_file(gallery: Gallery, rows: pa.Table, prefix: str, data_change: bool) -> tuple[AddAction, str]:
     data = encode_parquet(rows)
-    name = f"part-{kind}-{rows.num_rows:06d}-{compute_image_id(data)}.parquet"
+    name = f"part-{prefix}-{compute_image_id(data)}.parquet"
     storage.write(storage.join(gallery.faces_folder, name), data)
     return make_add_action(name, len(data), compute_statistics(rows), data_change), name
 

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from facepipe import storage
-from facepipe.errors import StorageError
 from facepipe.gallery.commits.committer import Committer
-from facepipe.gallery.commits.rewrite import COMPACT, Action, make_remove_action, write_rows
+from facepipe.gallery.commits.rewrite import COMPACT, Action, make_remove_action, read_rows, write_rows
 from facepipe.gallery.table import Gallery
-from facepipe.schema import conform
 
 FileGroup = list[dict[str, Any]]
 """Files, as `Gallery.files` describes them, that are joined to one."""
@@ -84,15 +80,6 @@ def _join_group(gallery: Gallery, group: FileGroup) -> list[Action]:
     paths = {file["path"] for file in Gallery(gallery.path).files()}
     if not all(file["path"] in paths for file in group):
         return []  # another commit removed one of them: the next run starts from what is there
-    rows = pa.concat_tables([_read_rows(gallery, file["path"]) for file in group]).sort_by("uri")
+    rows = pa.concat_tables([read_rows(gallery, file["path"]) for file in group]).sort_by("uri")
     action, _ = write_rows(gallery, rows, COMPACT, data_change=False)
     return [*(make_remove_action(file["path"], data_change=False) for file in group), action]
-
-
-def _read_rows(gallery: Gallery, path: str) -> pa.Table:
-    full_path = storage.join(gallery.faces_folder, path)
-    try:
-        with storage.open_seekable(full_path) as handle:
-            return conform(pq.ParquetFile(handle).read())
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot read {full_path!r}: {str(error).splitlines()[0]}") from error

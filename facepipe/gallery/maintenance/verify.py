@@ -18,7 +18,7 @@ from facepipe.gallery.commits.log import list_empty_entries
 from facepipe.gallery.commits.parts import parse_digest
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import compute_face_id, hash64_column
-from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, conform
+from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, UNKNOWN_URI, conform
 from facepipe.sources.labels import find_unnormalised
 from facepipe.storage.hashtable import HashTable
 
@@ -141,12 +141,13 @@ def _check_faces(path: str, faces: pa.Table, ids: HashTable, result: Verificatio
     repeated = int((~ids.add(faces["face_id"].to_numpy().astype(np.uint64))).sum())
     if repeated:
         result.add(f"{path}: {repeated} face ids that occur twice")
-    # Face ids are hashes of image and ordinal, so they can be computed again.
-    columns = (faces[name].to_pylist() for name in ("face_id", "uri", "image_id", "face_index"))
-    foreign = sum(
-        face_id != compute_face_id(uri, image_id or "", index)
-        for face_id, uri, image_id, index in zip(*columns, strict=True)
-    )
+    # Face ids are hashes of image and ordinal, so they can be computed again. A moved image has those of its first uri.
+    columns = (faces[name].to_pylist() for name in ("face_id", "uri", "former_uris", "image_id", "face_index"))
+    foreign = 0
+    for face_id, uri, former_uris, image_id, index in zip(*columns, strict=True):
+        first_uri = former_uris[0] if former_uris else uri
+        if first_uri != UNKNOWN_URI:
+            foreign += face_id != compute_face_id(first_uri, image_id or "", index)
     if foreign:
         result.add(f"{path}: {foreign} face ids that do not belong to their image")
     if set(pc.list_value_length(faces["embedding"]).to_pylist()) - {EMBEDDING_DIM}:

@@ -96,7 +96,9 @@ def test_filters_leave_quoted_text_alone(path: str, drawings: Path, fakes: dict[
     (tmp_path / "named").mkdir()
     for name in ("k=1", "Rock AND Roll"):
         (tmp_path / "named" / name).symlink_to(drawings / "person0")
-        assert embed(tmp_path / "named" / name, path, fakes, {"source": {"identity": "folder"}}).images == 20
+        assert (
+            embed(tmp_path / "named" / name, path, fakes, {"source": {"identity": "folder", "name": name}}).images == 20
+        )
     gallery = facepipe.Gallery(path)
     both = gallery.to_pandas(["uri"], "uri is not null")["uri"].str.contains("k=1").sum()
     (uri,) = set(gallery.to_pandas(["uri"])["uri"][lambda u: u.str.contains("k=1") & u.str.contains("p0_000")])

@@ -28,10 +28,12 @@ from facepipe.gallery.commits import missing, parts
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index.search import Index
 from facepipe.index.verify import verify_index
+from facepipe.moves import moved_images
 from facepipe.observe import runs
 from facepipe.storage.lease import hold_lease
 from facepipe.storage.store import open_store
 from pipelines import erase, index
+from pipelines.embed import pipeline as embed_pipeline
 from pipelines.nightly import pipeline as nightly
 from pipelines.nightly import preview as nightly_preview
 from pipelines.nightly import run
@@ -122,12 +124,15 @@ class World:
         """Apply a night to the expected images, and return the uris that the night embeds."""
         new = set()
         for source, names in self.listed.items():
+            moved = self._find_moved(source)
             for name, n in names.items():
                 uri = self.get_uri(source, name)
                 old = self.images.get(uri)
                 if uri in self.erased_uris:
                     continue
-                if old and old.picture == n:
+                if uri in moved:
+                    self.images[uri] = moved[uri]
+                elif old and old.picture == n:
                     self.images[uri] = replace(old, missing=False)
                 elif n in self.erased_pictures:
                     self.images.pop(uri, None)
@@ -145,6 +150,27 @@ class World:
                 if policy == "erase":
                     del self.images[uri]
         return new
+
+    def _find_moved(self, source: str) -> dict[str, GalleryImage]:
+        """Find the images that a source lists under a new uri, and take them away from the uris that gave them up."""
+        listed = {self.get_uri(source, name): n for name, n in self.listed[source].items()}
+        given_up = {
+            uri: image
+            for uri, image in self.images.items()
+            if image.source == source
+            and listed.get(uri) != image.picture
+            and not (uri in listed and listed[uri] in self.erased_pictures)
+        }
+        moved = {}
+        for uri, n in sorted(listed.items()):
+            old = self.images.get(uri)
+            holders = sorted(other for other, image in given_up.items() if image.picture == n)
+            is_out = uri in self.erased_uris or n in self.erased_pictures
+            if holders and not is_out and not (old and old.picture == n):
+                moved[uri] = replace(given_up.pop(holders[0]), missing=False)
+                if holders[0] not in listed:
+                    del self.images[holders[0]]
+        return moved
 
     def erase_image(self, uri: str) -> None:
         """Apply an erasure: the image and its exact copies never come back."""
@@ -174,7 +200,7 @@ class Clock:
             def now(cls, tz: Any = None) -> datetime:
                 return datetime.now(tz) + timedelta(days=clock.day)
 
-        for module in (parts, missing, selection, nightly_preview):
+        for module in (parts, missing, moved_images, selection, embed_pipeline, nightly_preview):
             monkeypatch.setattr(module, "datetime", Now)
 
 
