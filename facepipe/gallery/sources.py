@@ -68,6 +68,11 @@ class GallerySource:
         """List the places that all its images lie at; none if they may lie anywhere."""
         return () if self.is_open and not self.is_strict else (self.root, *self.former_roots)
 
+    def _leave(self, other: "GallerySource") -> "GallerySource":
+        """Return the source without the former places at which another one is now."""
+        left = tuple(root for root in self.former_roots if not _overlap(root, other.root))
+        return self if left == self.former_roots else replace(self, former_roots=left)
+
     def add_listing(self, images: int, at_most: float, now: datetime) -> "GallerySource":
         """Return the source with another listing, without those that do not count any more."""
         earliest = now - timedelta(days=LOSS_DAYS)
@@ -176,13 +181,17 @@ class SourceRegister:
         return at_place[0] if at_place else None
 
     def put(self, source: GallerySource) -> "SourceRegister":
-        """Return the register with a source, in the place of the one with its name, root and glob."""
+        """Return the register with a source, in the place of the one with its name, root and glob.
+
+        What another source of this name was before is no longer its own, if this source is there now.
+        """
         key = (source.name, source.root, source.glob)
         keys = [(other.name, other.root, other.glob) for other in self.sources]
+        others = [other._leave(source) if other.name == source.name else other for other in self.sources]
         if key not in keys:
-            return SourceRegister((*self.sources, source))
+            return SourceRegister((*others, source))
         at = keys.index(key)
-        return SourceRegister((*self.sources[:at], source, *self.sources[at + 1 :]))
+        return SourceRegister((*others[:at], source, *others[at + 1 :]))
 
     def remove(self, source: GallerySource) -> "SourceRegister":
         """Return the register without a source."""
@@ -195,6 +204,13 @@ def write_source(gallery: Gallery, source: GallerySource) -> None:
     changed = register.put(source)
     if changed != register:
         gallery.set_property(SOURCES_PROPERTY, changed.to_json())
+
+
+def _overlap(root: str, other: str) -> bool:
+    """Tell whether one of two places lies in the other."""
+    inner = f"{root.rstrip('/')}/"
+    outer = f"{other.rstrip('/')}/"
+    return inner.startswith(outer) or outer.startswith(inner)
 
 
 def _is_file(root: str) -> bool:

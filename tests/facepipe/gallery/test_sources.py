@@ -83,6 +83,16 @@ def test_a_name_that_two_folders_are_given_means_each_at_its_place() -> None:
     assert SourceRows(two, folder("/b/two")).contains(rows).tolist() == [False, True, False]
 
 
+def test_a_place_that_a_source_has_left_is_that_of_whoever_is_there_now() -> None:
+    moved = GallerySource("faces", "/b/photos", former_roots=("/a/photos", "/old"))
+    register = SourceRegister((moved,)).put(GallerySource("faces", "/a/photos", is_strict=True))
+    assert [source.former_roots for source in register.sources] == [("/old",), ()]
+    other = SourceRegister((moved,)).put(GallerySource("another", "/a/photos"))
+    assert other.sources[0] == moved, "the name tells these two apart"
+    inner = SourceRegister((moved,)).put(GallerySource("faces", "/a/photos/2024"))
+    assert inner.sources[0].former_roots == ("/old",)
+
+
 @pytest.mark.parametrize("first_is_list", [True, False])
 def test_a_name_that_a_list_would_share_is_refused(first_is_list: bool) -> None:
     """Nobody could tell whose images are missing: those of a list may lie anywhere."""
