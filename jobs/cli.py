@@ -1,5 +1,7 @@
 """The command line: one function per command, in the module named after what it works on."""
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Optional
@@ -116,6 +118,10 @@ def set_up(
     """Set up logs and metrics before any command."""
     from pipelines.runtime.run_record import set_metrics_file
 
+    # Names that are not UTF-8 are printed as they are.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
     logs.configure_logs(log_format, show_names=log_names)
     logs.install_excepthook()
     set_metrics_file(metrics_file)

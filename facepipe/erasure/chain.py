@@ -121,7 +121,7 @@ def _compute_checksums(gallery: str, own: str) -> Iterator[tuple[str, str]]:
     for entry in storage.list_files(folder.rstrip("/")):
         name = entry.url.removeprefix(folder)
         if name.endswith(_ENDING) and "/" not in name and name != own + _ENDING:
-            yield name.removesuffix(_ENDING), _compute_checksum(storage.read(entry.url.encode()))
+            yield name.removesuffix(_ENDING), _compute_checksum(storage.read(entry.url))
 
 
 def _compute_checksum(data: bytes) -> str:

@@ -215,7 +215,7 @@ def _add_old_progress(gallery: str, erasure: PendingErasure) -> None:
     if name not in _list_names(gallery):
         return
     try:
-        receipt = TypeAdapter(Receipt).validate_json(storage.read(_get_path(gallery, name).encode()))
+        receipt = TypeAdapter(Receipt).validate_json(storage.read(_get_path(gallery, name)))
     except ValidationError:  # the steps it tells of are simply repeated
         return
     erasure.receipt = replace(receipt, hashes={})

@@ -185,7 +185,7 @@ def _read_statistics(path: str) -> Iterator[str | None]:
     """Read the statistics of all files that a log entry or a checkpoint adds."""
     # An entry has one action per line; a checkpoint has them in a column.
     if path.endswith(".json"):
-        for line in storage.read(path.encode()).splitlines():
+        for line in storage.read(path).splitlines():
             yield (json.loads(line).get("add") or {}).get("stats")
     elif path.endswith(".parquet"):
         with storage.open_seekable(path) as file:

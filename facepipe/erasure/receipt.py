@@ -160,7 +160,7 @@ def load_receipt(path: str) -> Receipt:
         ConfigError: the file cannot be read, or is not a receipt.
     """
     try:
-        data = storage.read(path.encode())
+        data = storage.read(path)
     except StorageError as error:
         raise ConfigError(f"cannot read the receipt {path!r}: {error}") from error
     return parse_receipt(data, path)

@@ -6,7 +6,6 @@ their ingestion.
 """
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -62,7 +61,7 @@ class ReadMark:
     def load(cls, path: str) -> "ReadMark | None":
         """Read a saved mark; None if there is none, or it cannot be read. All rows are new then."""
         try:
-            data = storage.read(os.fsencode(path))
+            data = storage.read(path)
         except StorageError:
             return None
         try:

@@ -10,6 +10,7 @@ from facepipe.errors import GalleryError
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.gallery.table import Gallery, check_columns
 from facepipe.schema import FACES
+from facepipe.storage.aliases import find_utf8_output
 
 _ROWS_PER_FILE = 1_000_000
 _ROWS_PER_GROUP = 65536
@@ -30,6 +31,7 @@ def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = N
     # Files of an earlier export would be read together with the new ones.
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise GalleryError(f"{out!r} exists and is not an empty folder")
+    out = find_utf8_output(out)
     names = check_columns(columns)
     row_count = 0
 

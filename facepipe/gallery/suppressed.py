@@ -207,7 +207,7 @@ def migrate_lists(gallery: str) -> int:
         return 0
     count = 0
     for path in paths:
-        data = storage.read(path.encode())
+        data = storage.read(path)
         if data.startswith(_KEYED):
             continue
         kind, hashes = _decode(data, path, keys)
@@ -234,7 +234,7 @@ def _read_hashes(gallery: str, ending: str, secret: bytes | None) -> SuppressedH
     keys = _read_keys(gallery, read_secret() if secret is None else secret)
     parts: dict[bytes, list[UInt64]] = {b"": [_NO_HASHES], _SALTED: [_NO_HASHES], _KEYED: [_NO_HASHES]}
     for path in paths:
-        kind, hashes = _decode(storage.read(path.encode()), path, keys)
+        kind, hashes = _decode(storage.read(path), path, keys)
         parts[kind].append(hashes)
     plain, salted, keyed = (np.unique(np.concatenate(parts[kind])) for kind in (b"", _SALTED, _KEYED))
     return SuppressedHashes(plain, salted, keyed, keys)

@@ -6,7 +6,6 @@ there are.
 """
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterable
@@ -183,7 +182,7 @@ def _write_file(gallery_path: str, name: str, data: bytes) -> None:
 def _read_file(gallery_path: str, name: str) -> dict[str, Any] | None:
     """Read a JSON object; None if the file is missing or damaged, because a record only informs."""
     try:
-        values = json.loads(storage.read(os.fsencode(storage.join(get_runs_folder(gallery_path), name))))
+        values = json.loads(storage.read(storage.join(get_runs_folder(gallery_path), name)))
     except (StorageError, ValueError):
         return None
     return values if isinstance(values, dict) else None

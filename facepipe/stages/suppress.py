@@ -12,7 +12,6 @@ from facepipe.gallery import suppressed
 from facepipe.hashing import hash64
 from facepipe.schema import ERASED, OK
 from facepipe.types import Bool
-from facepipe.types import Bool
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,12 @@ def find_utf8_path(folder: str) -> str:
         return _make_alias(os.path.abspath(folder), _FOLDER)
 
 
+def find_utf8_output(path: str) -> str:
+    """Find a path of a file or folder to be written whose folder's path is UTF-8; its own name has to be."""
+    folder, name = os.path.split(path.rstrip("/"))
+    return os.path.join(find_utf8_path(folder), name) if os.path.isdir(folder) else path
+
+
 def _make_alias(target: str, name: str) -> str:
     """Make a link to a path in a folder of its own, unless it is there; return its path."""
     reason = "no place for it"

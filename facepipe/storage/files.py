@@ -218,7 +218,7 @@ def is_special_mode(mode: int) -> bool:
 
 
 def read(
-    path: bytes,
+    path: str | bytes,
     offset: int | None = None,
     length: int | None = None,
     limit: int | None = None,
@@ -227,7 +227,7 @@ def read(
     """Read a file or object, or a part of it.
 
     Args:
-        path: local path or URL, as bytes because local names need not be UTF-8.
+        path: local path or URL.
         offset: first byte; 0 by default.
         length: bytes to read; all by default.
         limit: most bytes to read. More are refused before anything is read.
@@ -244,7 +244,7 @@ def read(
 
 
 def _read_local(
-    path: bytes, offset: int | None, length: int | None, limit: int | None, fingerprint: str | None
+    path: str | bytes, offset: int | None, length: int | None, limit: int | None, fingerprint: str | None
 ) -> bytes:
     try:
         # O_NONBLOCK: opening a FIFO without a writer would block for ever.
@@ -267,11 +267,11 @@ def _read_local(
 
 
 def _read_remote(
-    path: bytes, offset: int | None, length: int | None, limit: int | None, fingerprint: str | None
+    path: str | bytes, offset: int | None, length: int | None, limit: int | None, fingerprint: str | None
 ) -> bytes:
     import obstore
 
-    bucket, key = split_url(path.decode())
+    bucket, key = split_url(os.fsdecode(path))
     start = offset or 0
     try:
         # A range is checked before it is requested, a whole object as soon as its size is known.

@@ -211,7 +211,7 @@ class ObjectStore(Store):
             tags[name] = entry.fingerprint
             if known_tags.get(name) != entry.fingerprint or not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                Path(path).write_bytes(read(entry.url.encode()))
+                Path(path).write_bytes(read(entry.url))
         # Copies of files that have left the store go.
         for name in known_tags.keys() - tags.keys():
             with suppress(OSError):
@@ -302,4 +302,4 @@ def delete_copies(gallery: str, name: str = "") -> None:
 
 def _read_chunks(url: str, size: int) -> Iterator[bytes]:
     for start in range(0, size, _CHUNK_BYTES):
-        yield read(url.encode(), start, min(_CHUNK_BYTES, size - start))
+        yield read(url, start, min(_CHUNK_BYTES, size - start))

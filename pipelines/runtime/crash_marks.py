@@ -187,6 +187,6 @@ def _write_mark(path: str, text: str) -> None:
 
 def _read_mark(path: str) -> str:
     try:
-        return storage.read(path.encode()).decode("ascii", "replace")
+        return storage.read(path).decode("ascii", "replace")
     except StorageError:
         return ""

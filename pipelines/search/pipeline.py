@@ -14,6 +14,7 @@ from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import resolve_model_name
+from facepipe.storage.aliases import find_utf8_output
 from pipelines import embed
 from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.runners import ray
@@ -61,8 +62,9 @@ def run(
     manifests.load(table.path)  # raises before any image is read
     source = open_queries(queries, table.contract)
     check_place(out, queries, table.path)
-    work = out.rstrip("/") + ".partial"
     summary = SearchSummary(out=out, threshold=config.search.threshold)
+    out = find_utf8_output(out)
+    work = out.rstrip("/") + ".partial"
     make_folder(work)
     try:
         if source is None:

@@ -49,7 +49,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACEPIPE_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "\udcff\udce9"])
 def test_a_gallery_lies_below_any_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name / "g"
     assert Gallery.create(str(path), CONTRACT).version == 0
@@ -59,8 +59,11 @@ def test_a_gallery_lies_below_any_name(tmp_path: Path, name: str) -> None:
     assert sorted(os.listdir(tmp_path)) in ([name], sorted([name, "cache"]))
 
 
-def test_everything_works_below_all_names(drawings: Path, fakes: dict[str, Any], tmp_path: Path) -> None:
-    place = tmp_path.joinpath(*NAMES)
+@pytest.mark.parametrize("names", [NAMES, [os.fsdecode(b"\xff\xe9 %20")]])
+def test_everything_works_below_all_names(
+    names: list[str], drawings: Path, fakes: dict[str, Any], tmp_path: Path
+) -> None:
+    place = tmp_path.joinpath(*names)
     (place / "images").mkdir(parents=True)
     for folder in drawings.iterdir():
         (place / "images" / folder.name).symlink_to(folder)
@@ -71,13 +74,15 @@ def test_everything_works_below_all_names(drawings: Path, fakes: dict[str, Any],
     config = build(SearchConfig, {"run": {"runner": "inline"}, "search": {"k": 3}})
     search.run(config, gallery, gallery, str(place / "out.parquet"))
     faces = len(Gallery(gallery).vectors()[0])
-    assert pq.read_table(place / "out.parquet")["query_id"].value_counts().to_pylist()[0]["counts"] == 3
+    with open(place / "out.parquet", "rb") as file:
+        answers = pq.read_table(file)
+    assert answers["query_id"].value_counts().to_pylist()[0]["counts"] == 3
     assert export_parquet(Gallery(gallery), str(place / "export"), ["face_id"], "status = 'ok'") == faces
     assert erase.run(Selection(identities=("person1",)), gallery).images == 20
     assert compact.run(CompactConfig(), gallery, everything=True).joined > 0
     assert not verify_gallery(Gallery(gallery)).problems
     assert not verify_index(Gallery(gallery))
-    assert sorted(os.listdir(tmp_path)) == sorted([NAMES[0], "cache"])
+    assert sorted(os.listdir(tmp_path)) == sorted([names[0], "cache"])
 
 
 def test_a_gallery_behind_a_link_to_an_odd_name(tmp_path: Path) -> None:

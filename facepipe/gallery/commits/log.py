@@ -285,7 +285,7 @@ def _write_remote_checkpoint(folder: str) -> int:
     hint = storage.join(log, _HINT)
     found = conditional.read_tagged(hint)
     if found is None or _read_hinted_version(found[0]) != version:
-        checkpoint = storage.read(storage.join(log, _CHECKPOINT_NAME.format(version)).encode())
+        checkpoint = storage.read(storage.join(log, _CHECKPOINT_NAME.format(version)))
         storage.replace(hint, _make_hint(version, pa.BufferReader(checkpoint)))
     return version
 

@@ -74,7 +74,7 @@ def _read_removed_since(gallery: Gallery, time_s: float) -> Iterator[str]:
     """Yield the files that left the table after a time; the log's file of a version is as old as the version."""
     for entry in list_log(gallery):
         if entry.url.endswith(".json") and entry.modified > time_s:
-            for line in storage.read(entry.url.encode()).splitlines():
+            for line in storage.read(entry.url).splitlines():
                 action = json.loads(line).get("remove")
                 if action:
                     yield unquote(action["path"])

@@ -81,7 +81,7 @@ def verify_gallery(gallery: Gallery) -> Verification:
 
 def _read_file(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Table:
     """Read a file of the table, and check its checksum and its number of rows."""
-    data = storage.read(storage.join(gallery.faces_folder, file["path"]).encode())
+    data = storage.read(storage.join(gallery.faces_folder, file["path"]))
     digest = parse_digest(file["path"])
     if digest is not None:
         result.checksummed += 1

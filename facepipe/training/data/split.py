@@ -1,6 +1,5 @@
 """The training and held-out parts of a chip set. Hashes of names decide, so data added later moves nothing across."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ def split_rows(
 
 def read_names(path: str) -> list[str]:
     """Read the names of a file with one per line. Blank lines are skipped."""
-    text = read(os.fsencode(path)).decode("utf-8-sig", "surrogateescape")
+    text = read(path).decode("utf-8-sig", "surrogateescape")
     # Other separators that `splitlines` knows may be part of a name.
     lines = re.split(r"[\r\n]", text)
     return [label for line in lines if (label := format_label(line))]
