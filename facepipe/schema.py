@@ -66,11 +66,12 @@ FACES = pa.schema(
         ("ingested_at", pa.timestamp("us", "UTC")),
         ("missing_since", pa.timestamp("us", "UTC")),
         ("former_uris", pa.list_(pa.string())),  # uris that a moved image had before, oldest first
+        ("failed_with", pa.string()),  # decoder, limits or settings that failed the image; another one is tried again
     ]
 )
 
 # Added after the first galleries were made. Files written before have neither values nor statistics of these columns.
-LATER = ("image_hash", "missing_since", "former_uris")
+LATER = ("image_hash", "missing_since", "former_uris", "failed_with")
 
 
 def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:

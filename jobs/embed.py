@@ -65,6 +65,14 @@ def embed(
     ] = None,
     detector: Detector = None,
     embedder: Embedder = None,
+    retry: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="A,B,C",
+            help="Statuses of which all images are tried again: decode_error, too_large, no_face, crashed.",
+            show_default="those whose decoder, limit or setting has changed",
+        ),
+    ] = None,
     no_thumbs: Annotated[bool, typer.Option("--no-thumbs", help="No thumbnails of faces in the gallery.")] = False,
     max_failed: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of failed images; above it the exit code is 3.")
@@ -78,7 +86,8 @@ def embed(
     """Detect, align and embed the faces of a corpus.
 
     Run it again to embed only what is new or has changed; after a crash it resumes where it stopped. A failed image is
-    recorded with a status and a reason; it does not stop the run.
+    recorded with a status and a reason; it does not stop the run. It is tried again if the decoder, the limit or the
+    setting that failed it has changed.
 
     For example:
 
@@ -89,6 +98,8 @@ def embed(
         facepipe embed photos/ gallery/ --embedder models/mobilefacenet.toml
 
         facepipe embed casia.txt gallery/ --set source.root=/data/casia --set detect.min_score=0.5
+
+        facepipe embed photos/ gallery/ --set decode.max_pixels=200000000 --retry decode_error,crashed
 
         facepipe embed vggface2.csv gallery/ --label-column class_id --label-prefix vgg-
 
@@ -102,6 +113,7 @@ def embed(
             "source": select_set(uri=source, identity=identity, label_column=label_column, label_prefix=label_prefix),
             "run": select_set(runner=runner, workers=workers),
             "align": {"thumbs": False} if no_thumbs else {},
+            "retry": {"statuses": [word.strip() for word in retry.split(",")]} if retry else {},
             **build_model_sections(detector, embedder),
         }
         chosen = build_config(EmbedConfig, config, settings, options)
@@ -126,6 +138,8 @@ def embed(
 def _print_summary(summary: Any, gallery: str) -> None:
     # Rows of rare cases are shown only if there are any.
     rows = [("listed", summary.listed), ("already in the gallery", summary.skipped)]
+    if summary.retried:
+        rows.append(("tried again", summary.retried))
     if summary.repeated:
         rows.append(("listed twice", summary.repeated))
     if summary.erased:

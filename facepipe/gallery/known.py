@@ -7,11 +7,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.gallery.failures import RetryRule
 from facepipe.gallery.sources import SourceRows
 from facepipe.gallery.suppressed import SuppressedHashes
 from facepipe.gallery.table import Gallery
 from facepipe.hashing import hash64, hash64_column, hash64_each, hash_each_in_process
-from facepipe.schema import READ_ERROR
 from facepipe.sorted_lookup import is_in_sorted
 from facepipe.sources.number_ranges import NumberRanges
 from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening, hash_labels
@@ -36,6 +36,7 @@ _COLUMNS = (
     "face_index",
     "identity",
     "former_uris",
+    "failed_with",
 )
 _NO_CONTENT = hash64("")
 _ROWS = 65536
@@ -59,6 +60,7 @@ class KnownImages:
         source: SourceRows | None = None,
         erased: SuppressedHashes | None = None,
         only: UInt64 | None = None,
+        retry: RetryRule | None = None,
     ):
         """Read what a gallery holds.
 
@@ -67,7 +69,9 @@ class KnownImages:
             source: tells which rows are of the source that is listed.
             erased: hashes of uris that must not come back.
             only: sorted hashes of uris: all other images are skipped, whatever the gallery knows of them.
+            retry: decides which failed images are tried again; by default those that could not be read.
         """
+        self._retry = retry or RetryRule()
         self._table = HashTable(width=3)
         # First uris of moved images, and their contents: a new image of that uri and content would get their face ids.
         self._first_uris = HashTable(width=1)
@@ -99,16 +103,18 @@ class KnownImages:
         if not images.num_rows:
             return
         is_of_source = np.zeros(images.num_rows, bool) if source is None else source.contains(images)
-        # Images that could not be read, or were missing, are read again: their fingerprints never match.
-        is_unread = pc.fill_null(pc.equal(images["status"], READ_ERROR), False)
+        # Images that are tried again, or were missing, are read again: their fingerprints never match.
         is_marked = pc.is_valid(images["missing_since"])
-        is_retried = pc.or_(is_unread, is_marked).to_numpy(zero_copy_only=False)
+        is_retried = self._retry.find(images)
         marks = hash_each_in_process(pc.fill_null(images["fingerprint"], "").to_numpy(zero_copy_only=False))
-        marks[is_retried] = 0
+        marks[is_retried | is_marked.to_numpy(zero_copy_only=False)] = 0
+        # An image that is tried again counts as one without content, so that the same bytes get new rows.
+        contents = hash64_column(images["image_id"])
+        contents[is_retried] = _NO_CONTENT
         labels = hash_labels(images["identity"].to_pylist())
         own_states = np.where(is_marked.to_numpy(zero_copy_only=False), _MISSING, _OF_SOURCE)
         states = np.where(is_of_source, own_states, _IN_GALLERY) | labels
-        self._table.add(hash64_column(images["uri"]), np.stack([marks, hash64_column(images["image_id"]), states], 1))
+        self._table.add(hash64_column(images["uri"]), np.stack([marks, contents, states], 1))
         self.own_count += int(is_of_source.sum())
         self.source_count += int((states & _STATE == _OF_SOURCE).sum())
         other_labels = images["identity"].filter(pa.array(~is_of_source))

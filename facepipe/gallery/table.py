@@ -63,7 +63,7 @@ _FILE_COLUMNS = (
     "null_count.face_id",
 )
 # Columns of text whose ranges the log holds.
-_TEXT_COLUMNS = ("image_id", "uri", "source", "fingerprint", "status", "error", "identity")
+_TEXT_COLUMNS = ("image_id", "uri", "source", "fingerprint", "status", "error", "identity", "failed_with")
 # An older facepipe wrote ranges with escapes, which Arrow's reader of the log joins to characters of these planes. They
 # may also be what was written, and only the file can tell.
 _DOUBTFUL = re.compile("[" + "".join(f"{chr(n << 16)}-{chr((n << 16) + 0xFFFF)}" for n in range(1, 16, 2)) + "]")

@@ -1,12 +1,18 @@
 """The settings of `embed`: one section per stage, one for the source, one for missing images, one for the run."""
 
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+import cv2
 from pydantic import Field
 
+import facepipe
 from facepipe.gallery import Contract
+from facepipe.gallery.failures import RetryRule, check_statuses, describe_crash
 from facepipe.models.zoo.networks import can_run_resident
+from facepipe.schema import CRASHED, DECODE_ERROR, NO_FACE, READ_ERROR, TOO_LARGE
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, Read
@@ -72,6 +78,20 @@ class MissingConfig:
 
 
 @dataclass(frozen=True)
+class RetryConfig:
+    """Configure which failed images are tried again.
+
+    An image that failed, or showed no face, is tried again if the decoder, the limit or the setting that failed it has
+    changed. One that could not be read always is.
+
+    Attributes:
+        statuses: statuses of which all images are tried again: decode_error, too_large, no_face, crashed
+    """
+
+    statuses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
     """Configure `embed`.
 
@@ -83,6 +103,7 @@ class EmbedConfig:
         align: cutting of chips
         embed: embedding of chips
         missing: images that the source no longer lists
+        retry: images that failed before
         run: how the work is run
     """
 
@@ -93,6 +114,7 @@ class EmbedConfig:
     align: Align = field(default_factory=Align)
     embed: Embed = field(default_factory=Embed)
     missing: MissingConfig = field(default_factory=MissingConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -109,6 +131,38 @@ class EmbedConfig:
             "embed.flip averages the mirror image in, which the library face_recognition does not do. For its own "
             "vectors use --config face_recognition.toml, or --set embed.flip=false"
         )
+
+    def describe_attempt(self) -> dict[str, str]:
+        """Describe in short form what images are tried with, by the status of those that fail."""
+        programs = f"facepipe {facepipe.__version__}, opencv {cv2.__version__}"
+        detect = self.detect
+        detection = {
+            "size": detect.size,
+            "quick_look": detect.quick_look,
+            "border_below": detect.border_below,
+            "second_look": detect.second_look,
+            "min_score": detect.min_score,
+            "max_iou": detect.max_iou,
+            "min_face": detect.min_face,
+            "working_side": self.decode.working_side,
+        }
+        limits = {
+            "max_bytes": self.read.max_bytes,
+            "max_pixels": self.decode.max_pixels,
+            "max_scans": self.decode.max_scans,
+        }
+        return {
+            DECODE_ERROR: programs,
+            TOO_LARGE: _format_settings(limits),
+            NO_FACE: f"{self.contract.detector} {_format_settings(detection)}",
+            CRASHED: describe_crash(programs, socket.gethostname()),
+        }
+
+    def make_retry_rule(self) -> RetryRule:
+        """Make the rule for images that failed before. Raises ConfigError for an unknown status."""
+        statuses = frozenset((READ_ERROR, *self.retry.statuses))
+        check_statuses(statuses)
+        return RetryRule(self.describe_attempt(), statuses)
 
     def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
         """Build the stages of a group, set to the group's device and threads."""
@@ -146,3 +200,7 @@ class EmbedConfig:
         if not group.gpus:
             return 0
         return next((n for n, stage in enumerate(stages) if hasattr(stage, "device")), 0)
+
+
+def _format_settings(settings: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())

@@ -20,6 +20,7 @@ from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.missing import MissingGuard, mark_missing
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.unlisted import ListingFigures, read_figures, write_listing
+from facepipe.gallery.failures import RetryRule
 from facepipe.gallery.known import KnownImages
 from facepipe.gallery.sources import SOURCES_PROPERTY, SourceRows, write_source
 from facepipe.gallery.table import RUNS
@@ -72,6 +73,7 @@ class EmbedListing:
         marks: whether missing images are marked
         only: file with sorted hashes of uris; the other images are passed over. Empty: all images
         secret: secret of the hashes of erased images, for a machine without the key
+        retry: decides which failed images are tried again
     """
 
     source: SourceConfig
@@ -83,14 +85,15 @@ class EmbedListing:
     marks: bool
     only: str = ""
     secret: bytes | None = field(default=None, repr=False)
+    retry: RetryRule = field(default_factory=RetryRule)
 
     def __call__(self) -> Iterator[Block]:
         """List the images in blocks."""
         source = WatchedSource(open_source(self.source))
-        only = np.frombuffer(storage.read(self.only.encode()), "<u8") if self.only else None
+        only = np.frombuffer(storage.read(self.only), "<u8") if self.only else None
         # Erased images count as known, so that they are not embedded again.
         erased = suppressed.read_uris(self.gallery, self.secret)
-        known = KnownImages(Gallery(self.gallery, self.version), self.rows, erased, only)
+        known = KnownImages(Gallery(self.gallery, self.version), self.rows, erased, only, self.retry)
         try:
             # If the gallery has images of the source, some of the listed ones may be those under other uris. Which uris
             # are given up is known when everything is listed.
@@ -152,6 +155,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config = make_paths_absolute(config)
     contract = config.contract
+    config.make_retry_rule()  # it checks the statuses
     source = open_source(config.source)
     if next(iter(source), None) is None:
         raise SourceError(_describe_empty_source(config.source.uri, source))
@@ -236,6 +240,7 @@ class _EmbedRun:
             storage.join(self._marks_folder, _LISTING),
             self._config.missing.policy == "mark",
             secret=suppressed.read_secret(),
+            retry=self._config.make_retry_rule(),
         )
         # The plan is made for this machine first. On a cluster it is made again for the cluster's resources.
         runner, blocks = _choose_runner(self._config.run, listing)
@@ -314,7 +319,9 @@ class _EmbedRun:
         only = storage.join(self._marks_folder, _RETRIED)
         storage.write(only, np.unique(hash64_each(uris)).astype("<u8").tobytes())
         folder = storage.join(self._marks_folder, f"{_LISTING}-again")
-        listing = replace(listing, version=gallery.version, folder=folder, only=only)
+        # What failed in this run is not tried a third time.
+        rule = RetryRule(self._config.describe_attempt())
+        listing = replace(listing, version=gallery.version, folder=folder, only=only, retry=rule)
         again = EmbedSummary(self._id, summary.runner, summary.workers)
         self._run_once(listing, listing, plan, taker, again, lambda figures: None)
         summary.add_retried(again)
@@ -357,6 +364,7 @@ class _EmbedRun:
             faces_folder=self._gallery.faces_folder,
             marks_folder=self._marks_folder,
             ahead=self._config.count_stages_ahead(group, tuple(stages)),
+            failed_with=self._config.describe_attempt(),
         )
 
 
@@ -494,6 +502,7 @@ def _describe_commit(summary: EmbedSummary) -> dict[str, Any]:
         "images": summary.images,
         "faces": summary.faces,
         "rows": summary.rows,
+        "retried": summary.retried,
         "skipped": summary.skipped,
         "repeated": summary.repeated,
         "erased": summary.erased,

@@ -27,6 +27,7 @@ class EmbedSummary:
         faces: rows with an embedding
         rows: rows written
         statuses: images by status
+        retried: images among them that had failed before, or shown no face, and were tried again
         skipped: images that were in the gallery already
         repeated: images that were listed before in this run
         ignored: files that are not images
@@ -53,6 +54,7 @@ class EmbedSummary:
     faces: int = 0
     rows: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
+    retried: int = 0
     skipped: int = 0
     repeated: int = 0
     ignored: int = 0
@@ -85,6 +87,7 @@ class EmbedSummary:
         self.images += record.images
         self.faces += record.faces
         self.rows += record.rows
+        self.retried += record.retried
         self.skipped += record.skipped
         self.repeated += record.repeated
         self.ignored += record.ignored

@@ -2,14 +2,17 @@
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.arrow import set_columns
 from facepipe.errors import AccountingError, FacepipeError
 from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, make_status_rows, write_part
+from facepipe.gallery.failures import describe_failures
 from facepipe.schema import CRASHED
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
@@ -33,6 +36,7 @@ class WorkerJob:
         faces_folder: folder of the gallery's table
         marks_folder: folder of the run's crash marks
         ahead: number of stages that work ahead of a device, as in `Chain`
+        failed_with: what images are tried with, in short form, by the status of those that fail
     """
 
     stages: tuple[Any, ...]
@@ -43,6 +47,7 @@ class WorkerJob:
     faces_folder: str
     marks_folder: str
     ahead: int = 0
+    failed_with: Mapping[str, str] = field(default_factory=dict)
 
 
 class BlockWorker:
@@ -92,12 +97,21 @@ class BlockWorker:
         )
         if rows is not None:
             table = add_shared_columns(rows, self.job.source)
+            table = self._add_failures(table, block.items, record)
             write_part(table, block.items, self.job.faces_folder, self.job.run, record)
             if record.images != block.items.num_rows:
                 raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
         if block.relabelled is not None:
             record.relabelled = _select_labels(block.relabelled, block.items, record)
         return record
+
+    def _add_failures(self, table: pa.Table, items: pa.Table, record: PartRecord) -> pa.Table:
+        """Add what failed images were tried with, and count those that were tried again."""
+        retried = items.filter(pc.equal(items["previous"], pa.scalar(hash_content(None), pa.uint64())))["uri"]
+        record.retried = len(retried)
+        is_retried = pc.is_in(table["uri"], retried.combine_chunks()).to_numpy(zero_copy_only=False)
+        failures = describe_failures(table["status"], is_retried, self.job.failed_with)
+        return set_columns(table, {"failed_with": failures})
 
     def _run_block(self, block: Block) -> pa.Table:
         """Run the stages on a whole block; if one fails, on its images one by one."""

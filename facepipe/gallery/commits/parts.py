@@ -49,6 +49,7 @@ class PartRecord:
         moved: Images that may have moved: their new values of the columns MOVED_COLUMNS, column by column.
         unread: Uris of images whose container was replaced, so that they have to be listed again.
         seconds: Seconds per stage.
+        retried: Images that had failed before and were tried again.
         skipped: Images that were in the gallery already.
         repeated: Images that were listed before in this run.
         ignored: Files that are not images.
@@ -72,6 +73,7 @@ class PartRecord:
     moved: dict[str, list[str | None]] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    retried: int = 0
     skipped: int = 0
     repeated: int = 0
     ignored: int = 0
@@ -173,7 +175,7 @@ def encode_parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()  # unlike Arrow's own buffer its bytes need no copy
     float_columns = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
     # Columns in which values repeat: every face of an image has its uri and its id.
-    dictionary_columns = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri"]
+    dictionary_columns = ["source", "status", "error", "identity", "fingerprint", "image_id", "uri", "failed_with"]
     pq.write_table(
         table,
         sink,

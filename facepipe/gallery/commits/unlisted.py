@@ -119,7 +119,7 @@ def _write_in_pieces(path: str) -> Iterator[IO[bytes]]:
 def read_figures(folder: str) -> ListingFigures:
     """Read the figures of a listing. Raises StorageError if it was not complete."""
     try:
-        return ListingFigures(**json.loads(storage.read(storage.join(folder, _FIGURES).encode())))
+        return ListingFigures(**json.loads(storage.read(storage.join(folder, _FIGURES))))
     except (TypeError, ValueError) as error:
         raise StorageError(f"{folder!r} holds no complete listing") from error
 
