@@ -19,7 +19,7 @@ from facepipe.gallery.table import Gallery
 from facepipe.schema import EMBEDDING_DIM, FACES
 from facepipe.sources.item import escape_name, make_file_uri
 from facepipe.sources.labels import list_label_forms
-from facepipe.sources.place import list_uri_forms
+from facepipe.sources.place import match_places
 from facepipe.text import escape_undecodable
 from facepipe.types import Float32, UInt64
 
@@ -117,19 +117,6 @@ class Selection:
             yield ds.field("missing_since").is_valid()
         if self.uri is not None:
             yield pc.match_substring_regex(ds.field("uri"), f"(?s)^{translate_glob(_escape_glob(self.uri))}$")
-
-
-def match_places(roots: tuple[str, ...]) -> ds.Expression:
-    """Build a filter for images that are, or lie in, one of some folders, prefixes or files; there is at least one."""
-    conditions = []
-    for root in roots:
-        for form in list_uri_forms(root):
-            conditions += [pc.starts_with(ds.field("uri"), form + ending) for ending in ("/", "#")]
-            conditions.append(ds.field("uri") == pa.scalar(form, pa.string()))
-    combined = conditions[0]
-    for condition in conditions[1:]:
-        combined = combined | condition
-    return combined
 
 
 def read_time() -> datetime:

@@ -28,7 +28,7 @@ from facepipe.hashing import hash64_column
 from facepipe.schema import WORK_ITEM
 from facepipe.sources import SourceConfig, SourcePlace, WorkItem, open_source
 from facepipe.sources.paths import PathChange, split_uri
-from facepipe.sources.place import is_below, is_same_folder
+from facepipe.sources.place import is_below, is_same_folder, match_places
 from facepipe.sources.relocate import ImageLocator
 from facepipe.stages import Read
 from facepipe.storage.hashtable import HashTable
@@ -197,6 +197,8 @@ def _is_gone(source: GallerySource) -> bool:
     """Tell whether a source is not at its place any more; True if its place is not known."""
     if not source.root:
         return True
+    if _is_absent(source.root):
+        return True
     uri = storage.join(source.root, source.glob) if source.glob else source.root
     try:
         return next(iter(open_source(SourceConfig(uri))), None) is None
@@ -204,6 +206,19 @@ def _is_gone(source: GallerySource) -> bool:
         return True
     except StorageError:
         return False  # nobody knows: a store does not answer
+
+
+def _is_absent(root: str) -> bool:
+    """Tell whether a path on a disk certainly leads nowhere."""
+    if storage.is_remote(root):
+        return False
+    try:
+        os.stat(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _sample_rows(gallery: Gallery, source: GallerySource) -> pa.Table:
@@ -217,7 +232,7 @@ def _sample_rows(gallery: Gallery, source: GallerySource) -> pa.Table:
     files = files[:: max(1, -(-len(files) // _SAMPLED_FILES))]
     where = (ds.field("source") == source.name) & ds.field("image_id").is_valid()
     if source.root and source.is_strict:
-        where &= pc.starts_with(ds.field("uri"), source.root)
+        where &= match_places([source.root])
     parts = [schema.empty_table()]
     for path in files:
         batches = PartialGallery(gallery, [path]).batches(["uri", "image_id", "face_index"], where)
@@ -322,7 +337,7 @@ def _read_taken_uris(gallery: Gallery, change: PathChange | None) -> HashTable:
     taken = HashTable()
     try:
         if change is not None:
-            for batch in gallery.batches(["uri"], pc.starts_with(ds.field("uri"), change.new)):
+            for batch in gallery.batches(["uri"], match_places([change.new])):
                 taken.add(hash64_column(batch["uri"]))
     except BaseException:
         taken.close()

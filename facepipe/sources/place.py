@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from facepipe.sources.glob import split_glob, translate_pattern
 from facepipe.sources.item import escape_name
@@ -80,6 +81,19 @@ def is_below(uris: pa.Array | pa.ChunkedArray, root: str) -> Bool:
             result |= pc.starts_with(uris, form + ending).to_numpy(zero_copy_only=False)
         result |= pc.equal(uris, form).to_numpy(zero_copy_only=False)
     return result
+
+
+def match_places(roots: Sequence[str]) -> ds.Expression:
+    """Build a filter for images that are, or lie in, one of some folders, prefixes or files; there is at least one."""
+    conditions = []
+    for root in roots:
+        for form in list_uri_forms(root):
+            conditions += [pc.starts_with(ds.field("uri"), form + ending) for ending in ("/", "#")]
+            conditions.append(ds.field("uri") == pa.scalar(form, pa.string()))
+    combined = conditions[0]
+    for condition in conditions[1:]:
+        combined = combined | condition
+    return combined
 
 
 def list_uri_forms(root: str) -> list[str]:

@@ -90,7 +90,8 @@ def write_rows(path: Path, numbers: list[int], names: bool = True) -> None:
     columns: dict[str, Any] = {"bytes": [encode(n) for n in numbers]}
     if names:
         columns["path"] = [f"{n}.png" for n in numbers]
-    pq.write_table(pa.table(columns), path, row_group_size=2)
+    with open(path, "wb") as file:  # Arrow opens no path that is not UTF-8
+        pq.write_table(pa.table(columns), file, row_group_size=2)
 
 
 def write_tar(path: Path, numbers: list[int]) -> None:
@@ -149,6 +150,7 @@ PLACES = {
     "another name": ("disk1", "disk2"),
     "deeper": ("photos", "archive/2024/photos"),
     "strange names": ("a b/photos", "ü#.tar#x/ph%20tos"),
+    "no UTF-8": ("a\udcff/photos", "b\udcfe/photos"),
 }
 
 
@@ -161,7 +163,8 @@ def test_a_source_that_is_mounted_elsewhere(kind: str, places: str, fakes: Setti
     before = ids_by_image(tmp_path / "g")
     new.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(old, new)
-    old.mkdir(parents=True, exist_ok=True)  # the empty place of a mount stays
+    if places != "deeper":
+        old.mkdir(parents=True, exist_ok=True)  # the empty place of a mount stays
     summary = embed(new / tail, tmp_path / "g", fakes)
     assert (summary.images, summary.skipped, summary.relocated) == (0, first.images, first.images)
     assert (summary.missing, summary.missing_ignored) == (0, "")
