@@ -18,6 +18,7 @@ from rich.text import Text
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs
 
+_MAX_PATH = 4096
 # What an interruption leaves behind, as messages say it.
 RESUME_HINT = "finished work is kept; run the same command again to resume"
 REPORT_HINT = "the report is unchanged; run the same command again to resume from the last finished step"
@@ -59,6 +60,11 @@ def exit_on_error(hint: str = RESUME_HINT) -> Iterator[None]:
         fail(str(error), ExitCode.USAGE, error)
     except FacepipeError as error:
         fail(str(error), ExitCode.FAILED, error)
+    except UnicodeEncodeError as error:
+        # Libraries that write files take no other paths.
+        if len(error.object) > _MAX_PATH:
+            raise
+        fail(f"{error.object!r} is not UTF-8: choose a name that is", ExitCode.USAGE)
     except KeyboardInterrupt:
         fail(f"interrupted; {hint}", ExitCode.INTERRUPTED)
     except Terminated:
