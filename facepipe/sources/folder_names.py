@@ -67,6 +67,12 @@ _NUMBER = re.compile(r"[0-9]+", re.ASCII)
 _HEX = re.compile(r"[0-9a-f]{2,3}|[0-9A-F]{2,3}")
 # Numbers that are judged anew with each one that comes.
 _LOOKED_AT = 64
+# Two to four Chinese, Japanese or Korean characters: a full name has no more, and needs no space.
+_CJK_NAME = re.compile("[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003fffd]{2,4}")
+_CJK_COLLECTION = re.compile(
+    "写真|寫真|画像|畫像|照片|图片|圖片|图像|圖像|相片|相册|相冊|相簿|影像|截图|截圖|头像|頭像|人脸|人臉|人像|人物|顔写真|アルバム|カメラ|ダウンロード|下载|下載|数据|數據"
+    "|データ|样本|樣本|其他|家族|家庭|旅行|사진|얼굴|이미지|앨범|카메라|다운로드|데이터|기타|가족|여행"
+)
 _CAMERA_FOLDER = re.compile(r"[1-9][0-9]{2}[A-Z_]{5}")  # 100CANON, of the standard for cameras' cards
 
 
@@ -80,7 +86,7 @@ def classify_folder(name: str) -> FolderKind:
         return FolderKind.DATE
     if _SHARD.fullmatch(name):
         return FolderKind.SHARD
-    if _COLLECTION.fullmatch(name) or _CAMERA_FOLDER.fullmatch(name):
+    if _COLLECTION.fullmatch(name) or _CJK_COLLECTION.fullmatch(name) or _CAMERA_FOLDER.fullmatch(name):
         return FolderKind.COLLECTION
     return FolderKind.LETTER if len(name) == 1 and name.isalpha() else FolderKind.PERSON
 
@@ -89,7 +95,8 @@ class FolderJudge:
     """Judges from the names of folders that lie beside each other which of them are people.
 
     Names come one after another, in the order of a listing. Most are judged by themselves. Numbers are shards if they
-    have leading zeros and are counted through, dates if all can be, and people otherwise. The only folder is nobody.
+    have leading zeros and are counted through, dates if all can be, and people otherwise. The only folder is nobody,
+    unless its name can only be a person's.
 
     Attributes:
         names: The folders so far.
@@ -154,7 +161,7 @@ class FolderVerdict:
     """Which folders of a listing are people.
 
     Attributes:
-        is_only_one: Whether there is one folder, which is nobody.
+        is_only_one: Whether there is one folder.
         numbers: What folders are whose names are numbers.
         has_months: Whether a folder is a month, so that April, May, June and August are months too.
         has_buckets: Whether short hexadecimal names are shards.
@@ -164,6 +171,10 @@ class FolderVerdict:
     numbers: FolderKind
     has_months: bool
     has_buckets: bool
+
+    def is_person(self, name: str) -> bool:
+        """Tell whether a folder is taken for a person."""
+        return self.find_kind(name) in PEOPLE and (not self.is_only_one or _CJK_NAME.fullmatch(name) is not None)
 
     def find_kind(self, name: str) -> FolderKind:
         """Find out what a folder is."""

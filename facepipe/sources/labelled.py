@@ -115,8 +115,7 @@ class LabelledSource:
         if label != self._folder:
             self._folder = label
             kind = self._verdict.find_kind(label)
-            is_person = not self._verdict.is_only_one and kind in PEOPLE
-            self._label = format_label(label) if is_person else None
+            self._label = format_label(label) if self._verdict.is_person(label) else None
             examples = self._examples.setdefault(kind, [])
             if len(examples) < _EXAMPLES and label not in examples:
                 examples.append(label)
@@ -135,6 +134,8 @@ class LabelledSource:
         everyone = "To take the name of every folder add --identity folder"
         if self._verdict is not None and self._verdict.is_only_one:
             (names,) = self._examples.values()
+            if self._labelled:
+                return f"the only folder, {_quote(names)}, is taken for a person. If it is not, add --identity none"
             return f"no image got a label from its folder, because there is only {_quote(names)}. {everyone}"
         if not self._labelled and described:
             return f"no image got a label, because {described}, and nobody. {everyone}"

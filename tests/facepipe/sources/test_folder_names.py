@@ -71,6 +71,8 @@ def list_labels(uri: Path | str, **config: Any) -> tuple[set[str | None], str]:
         ("100CANON", "101CANON"),
         ("images",),
         ("Ann",),
+        ("写真",),
+        ("写真", "画像"),
     ],
 )
 def test_these_folders_are_nobody(folders: tuple[str, ...], tmp_path: Path) -> None:
@@ -105,6 +107,14 @@ def test_a_doubt_is_said(folders: tuple[str, ...], tmp_path: Path) -> None:
     labels, note = list_labels(make_tree(tmp_path / "tree", *folders))
     assert labels == set(folders)
     assert "are taken for people" in note
+    assert "--identity none" in note
+
+
+@pytest.mark.parametrize("name", ["\U00020bb7田", "王伟", "김민준", "さくら"])
+def test_the_only_folder_is_a_person_if_its_name_can_be_nothing_else(name: str, tmp_path: Path) -> None:
+    labels, note = list_labels(make_tree(tmp_path / "tree", name))
+    assert labels == {name}
+    assert note.startswith(f"the only folder, {name!r}, is taken for a person")
     assert "--identity none" in note
 
 
