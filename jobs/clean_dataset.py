@@ -7,7 +7,7 @@ import typer
 from jobs.console import exit_on_error
 from jobs.job_command import finish_job, format_counts, print_steps, record_job, run_old_spelling
 from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
-from jobs.progress import ProgressReporter, format_embed_rate
+from jobs.progress import ProgressReporter, show_embedding
 
 
 def clean_dataset(
@@ -45,7 +45,7 @@ def clean_dataset(
                     chosen,
                     dry_run=dry_run,
                     on_progress=progress.log,
-                    on_embed=lambda embedded: progress.update(format_embed_rate(embedded)),
+                    on_embed=lambda embedded: show_embedding(progress, embedded),
                 )
             finish_job(
                 summary,

@@ -22,7 +22,7 @@ from jobs.options import (
     build_model_sections,
     select_set,
 )
-from jobs.progress import ProgressReporter, format_embed_rate
+from jobs.progress import ProgressReporter, format_embed_rate, show_embedding
 
 
 def embed(
@@ -121,7 +121,7 @@ def embed(
         if chosen.warning:
             print_line(chosen.warning)
         with ProgressReporter("embed", quiet=quiet) as progress:
-            summary = run(chosen, gallery, lambda embedded: progress.update(format_embed_rate(embedded)))
+            summary = run(chosen, gallery, lambda embedded: show_embedding(progress, embedded))
         for note in summary.notes:
             print_line(note)
         print_result(summary.to_dict(), as_json=as_json, print_text=lambda: _print_summary(summary, gallery))

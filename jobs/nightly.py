@@ -7,7 +7,7 @@ import typer
 from jobs.console import exit_on_error, print_seconds
 from jobs.job_command import finish_job, format_counts, print_steps, record_job
 from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
-from jobs.progress import ProgressReporter, format_embed_rate
+from jobs.progress import ProgressReporter, show_embedding
 
 
 def nightly(
@@ -47,7 +47,7 @@ def nightly(
                     chosen,
                     dry_run=dry_run,
                     on_progress=progress.log,
-                    on_embed=lambda embedded: progress.update(format_embed_rate(embedded)),
+                    on_embed=lambda embedded: show_embedding(progress, embedded),
                 )
             finish_job(
                 summary,

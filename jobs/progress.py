@@ -13,6 +13,8 @@ from jobs.console import make_line_printer
 
 # Least time between two printed lines; a bar is not limited by it.
 _INTERVAL_S = 5.0
+# Least time between two events in JSON logs, which are kept for long.
+_EVENT_INTERVAL_S = 60.0
 
 
 class ProgressReporter:
@@ -64,6 +66,8 @@ class ProgressReporter:
     def update(self, figures: str, *, completed: float | None = None, total: float | None = None) -> None:
         """Show the current figures, at once on a bar, otherwise if the last line is old enough.
 
+        JSON logs get the event `run.progress` once per minute.
+
         Args:
             figures: where the job stands, in a few words.
             completed: number of finished units.
@@ -71,6 +75,10 @@ class ProgressReporter:
         """
         if self._bar is not None:
             self._bar.update(self._task, figures=figures, completed=completed, total=total)
+        elif logs.is_json():
+            if self._clock() - self._last_line >= _EVENT_INTERVAL_S:
+                self._last_line = self._clock()
+                logs.log_event("run.progress", command=self._job, completed=completed, total=total)
         elif self._clock() - self._last_line >= _INTERVAL_S:
             self._last_line = self._clock()
             self._print_line(figures)
@@ -81,6 +89,34 @@ class ProgressReporter:
             self._bar.console.print(f"{self._job}: {line}", markup=False, highlight=False, soft_wrap=True)
         else:
             self._print_line(line)
+
+
+def show_embedding(progress: ProgressReporter, summary: Any) -> None:
+    """Show where a running `embed` stands.
+
+    Args:
+        progress: where to show it.
+        summary: its `pipelines.embed.EmbedSummary`.
+    """
+    rate = format_embed_rate(summary)
+    if not summary.total:
+        progress.update(rate, completed=summary.listed)
+        return
+    line = f"{format_share(summary.listed, summary.total, summary.seconds)}: {rate}"
+    progress.update(line, completed=summary.listed, total=summary.total)
+
+
+def format_share(completed: int, total: int, seconds: float) -> str:
+    """Format how much of a job is done, and the time left at the pace so far: `120 of 480 (25 %), 0:03:10 left`."""
+    left = seconds / completed * max(0, total - completed) if completed else 0.0
+    return f"{completed:,} of {total:,} ({completed / max(1, total):.0%}), {format_time(left)} left"
+
+
+def format_time(seconds: float) -> str:
+    """Format a duration as hours, minutes and seconds: `0:03:10`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def format_embed_rate(summary: Any) -> str:

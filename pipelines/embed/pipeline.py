@@ -14,7 +14,7 @@ import numpy as np
 import facepipe
 from facepipe import storage
 from facepipe.erasure.takeup import RequestTaker
-from facepipe.errors import AccountingError, SourceError, StorageError
+from facepipe.errors import AccountingError, MissingPackageError, SourceError, StorageError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.missing import MissingGuard, mark_missing
@@ -25,7 +25,6 @@ from facepipe.gallery.known import KnownImages
 from facepipe.gallery.sources import SOURCES_PROPERTY, SourceRows, write_source
 from facepipe.gallery.table import RUNS
 from facepipe.hashing import hash64_each
-from facepipe.models.zoo.registry import find_card_file
 from facepipe.moves.moved_images import MoveCounts, MovedImages
 from facepipe.moves.settle import SettledSource, describe_settling, register_source, settle_source
 from facepipe.observe.gpu_usage import GpuSampler
@@ -52,6 +51,8 @@ __all__ = ["EmbedConfig", "EmbedSummary", "RunConfig", "run"]
 _LISTING = "listing"  # folder of a run for what its listing finds out
 _RETRIED = "retried"  # file of a run with the images that are listed once more
 _COMMIT_PAUSE = 20  # minimum time between commits, in durations of a commit
+# Time between two looks for the end of the listing.
+_TOTAL_SECONDS = 2.0
 # New labels and fingerprints that wait for a commit at most: they lie in memory.
 _MAX_PENDING_CHANGES = 500_000
 
@@ -159,7 +160,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
     source = open_source(config.source)
     if next(iter(source), None) is None:
         raise SourceError(_describe_empty_source(config.source.uri, source))
-    _try_model_files(config, gallery)
+    _try_models(config, gallery)
     record = get_current_run()
     run_id = record.id if record else new_run_id()
     with hold_lease(gallery) as lease:
@@ -196,17 +197,18 @@ def _describe_empty_source(uri: str, source: Source) -> str:
     return "; ".join(parts)
 
 
-def _try_model_files(config: EmbedConfig, gallery: str) -> None:
-    """Load models of TOML files before a gallery is created: the corrected file would have another contract."""
-    # Loading on the CPU is enough to find an error in a file.
-    detector_file = find_card_file(config.detect.model)
-    embedder_file = find_card_file(config.embed.model)
-    if not (detector_file or embedder_file) or Gallery.exists(gallery):
+def _try_models(config: EmbedConfig, gallery: str) -> None:
+    """Load the models before a gallery is created: with others, or with a corrected file, it has another contract."""
+    if Gallery.exists(gallery):
         return
-    if detector_file:
+    # Loading on the CPU is enough to find an error in a file, or a package that is missing.
+    try:
         _ = replace(config.detect, device="cpu").detector
-    if embedder_file:
         _ = replace(config.embed, device="cpu").embedder
+    except MissingPackageError:
+        # The workers of a cluster may have what this machine lacks.
+        if "RAY_ADDRESS" not in os.environ:
+            raise
 
 
 class _EmbedRun:
@@ -408,6 +410,7 @@ class RecordBatches:
         self._listing = listing
         self._commit_seconds = commit_seconds
         self._start = time.monotonic()
+        self._next_look = self._start
 
     def commit_all(self, records: Iterator[PartRecord], progress: Progress) -> None:
         """Count and commit records as they come. Finished work is committed even if the run is interrupted.
@@ -438,6 +441,7 @@ class RecordBatches:
                 number_sum += record.block
                 if record.last:
                     last_number = record.block
+                summary.total = summary.total or self._read_total()
                 progress(summary)
                 pending_changes += len(record.relabelled) + len(record.touched)
                 is_due = time.monotonic() - last_commit >= interval or pending_changes >= _MAX_PENDING_CHANGES
@@ -463,6 +467,16 @@ class RecordBatches:
             )
         summary.seconds = time.monotonic() - self._start
         summary.version = Gallery(self._commit.gallery.path).version
+
+    def _read_total(self) -> int:
+        """Read how many images the source holds, a few seconds apart. 0: it is still being listed."""
+        if time.monotonic() < self._next_look:
+            return 0
+        self._next_look = time.monotonic() + _TOTAL_SECONDS
+        try:
+            return read_figures(self._listing).listed
+        except StorageError:
+            return 0
 
     def _take(self, record: PartRecord) -> list[PartRecord]:
         """Set aside what waits for the end of the run, and return what can be committed now."""

@@ -41,6 +41,7 @@ class EmbedSummary:
         first_record_seconds: time until the first block was finished
         stage_seconds: time of the workers by stage
         listed_all: whether the source was listed to its end
+        total: images that the source holds, known when it is listed to its end; 0 before
         source: name of the source in the gallery
         notes: sentences for the user, such as why images got no label
         gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None if none is used
@@ -68,6 +69,7 @@ class EmbedSummary:
     first_record_seconds: float = 0.0
     stage_seconds: Counter[str] = field(default_factory=Counter)
     listed_all: bool = False
+    total: int = 0
     source: str = ""
     notes: list[str] = field(default_factory=list)
     gpu: dict[str, Any] | None = None

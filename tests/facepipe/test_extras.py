@@ -135,6 +135,7 @@ def test_every_command_works_without_torch_or_says_what_to_install(tmp_path: Pat
     assert codes == expected, done.stdout + done.stderr
     assert done.stderr.count("facepipe: training needs torch, which is not installed: ") == 2
     assert done.stderr.count("facepipe: the detector mtcnn needs torch, which is not installed: ") == 1
+    assert not (tmp_path / "g2").exists(), "a gallery of models that cannot be loaded would refuse all others"
 
 
 _SCRIPT = """

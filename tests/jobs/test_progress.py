@@ -1,14 +1,18 @@
 """Progress on stderr: lines a few seconds apart, messages at once, nothing if it is not wanted."""
 
 import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from facepipe.config import build
 from facepipe.observe import logs
 from jobs import progress
-from jobs.progress import ProgressReporter
+from jobs.progress import ProgressReporter, format_share
+from pipelines.embed import EmbedConfig, run
 
 
 class FakeClock:
@@ -77,3 +81,41 @@ def test_a_terminal_has_a_bar(clock: FakeClock, monkeypatch: pytest.MonkeyPatch)
         reporter.log("score 0.9")
     assert "train: score 0.9" in screen.getvalue()
     assert "step 1 of 4" in screen.getvalue()
+
+
+def test_json_logs_have_an_event_per_minute(
+    json_logs: None, clock: FakeClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressReporter("embed", clock=clock) as reporter:
+        for second in range(0, 200, 10):
+            clock.now = float(second)
+            reporter.update("Ada's photos", completed=second, total=400)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line["command"], line["completed"], line["total"]) for line in lines] == [
+        ("run.progress", "embed", done, 400) for done in (60, 120, 180)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("completed", "total", "seconds", "expected"),
+    [
+        (120, 480, 63.4, "120 of 480 (25%), 0:03:10 left"),
+        (0, 480, 0.0, "0 of 480 (0%), 0:00:00 left"),
+        (1_000_000, 100_000_000, 36_000.0, "1,000,000 of 100,000,000 (1%), 990:00:00 left"),
+        (480, 480, 10.0, "480 of 480 (100%), 0:00:00 left"),
+        (490, 480, 10.0, "490 of 480 (102%), 0:00:00 left"),
+    ],
+)
+def test_a_share_says_what_is_left(completed: int, total: int, seconds: float, expected: str) -> None:
+    assert format_share(completed, total, seconds) == expected
+
+
+def test_embed_tells_its_total_once_the_source_is_listed(drawings: Path, tmp_path: Path) -> None:
+    """Also when some images are in the gallery already."""
+    models = {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}}
+    config = build(EmbedConfig, models, {"source": {"uri": str(drawings)}, "run": {"runner": "local", "workers": 1}})
+    shown: list[tuple[int, int]] = []
+    summary = run(config, str(tmp_path / "g"), lambda embedded: shown.append((embedded.total, embedded.listed)))
+    assert summary.total == summary.listed == 60
+    assert {total for total, _ in shown} <= {0, 60}
+    assert run(config, str(tmp_path / "g")).total == 60

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from queue import Empty, Queue
+from queue import Empty, SimpleQueue
 
 from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
@@ -18,7 +18,8 @@ from pipelines.runtime.plan import WorkerGroup
 from pipelines.runtime.worker import WorkerJob
 
 # Listed blocks that wait for a worker: enough that no worker waits for the listing, and few in memory.
-_BLOCKS_AHEAD = 2
+# Work items that are listed ahead of the workers: of 300 bytes each, some 200,000.
+_AHEAD_BYTES = 64 << 20
 # Crashes in a row before a worker is ready. Later crashes leave a mark each, so that they come to an end.
 _MAX_FAILED_STARTS = 4
 # Time between two looks at the listing, as long as it goes on.
@@ -170,11 +171,18 @@ class _ProcessPool:
 
 
 class _ListingThread:
-    """A thread that lists blocks, a few ahead of the workers."""
+    """A thread that lists blocks ahead of the workers.
 
-    def __init__(self, blocks: Iterable[Block]):
+    It lists as far ahead as a budget of bytes allows. Of most sources that is to their end, and the number of their
+    images is then known soon.
+    """
+
+    def __init__(self, blocks: Iterable[Block], budget_bytes: int = _AHEAD_BYTES):
         self.exhausted = False
-        self._queue: Queue[Block | BaseException | None] = Queue(_BLOCKS_AHEAD)
+        self._queue: SimpleQueue[Block | BaseException | None] = SimpleQueue()
+        self._budget_bytes = budget_bytes
+        self._queued_bytes = 0
+        self._has_changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._fill, args=(blocks,), name="listing", daemon=True)
         self._thread.start()
@@ -183,12 +191,20 @@ class _ListingThread:
         """Queue all blocks, then None; or the error that ended the listing."""
         try:
             for block in blocks:
+                self._wait_for_room()
                 if self._stopped:
                     return
+                with self._has_changed:
+                    self._queued_bytes += block.items.nbytes
                 self._queue.put(block)
             self._queue.put(None)
         except BaseException as error:
             self._queue.put(error)
+
+    def _wait_for_room(self) -> None:
+        """Wait until less than the budget is queued, so that a block of any size fits into an empty queue."""
+        with self._has_changed:
+            self._has_changed.wait_for(lambda: self._stopped or self._queued_bytes < self._budget_bytes)
 
     def get_next(self) -> Block | None:
         """Return the next block. None: there is none yet, or no more (`exhausted`)."""
@@ -198,14 +214,17 @@ class _ListingThread:
             return None
         if isinstance(block, BaseException):
             raise block
-        self.exhausted = block is None
+        if block is None:
+            self.exhausted = True
+            return None
+        with self._has_changed:
+            self._queued_bytes -= block.items.nbytes
+            self._has_changed.notify()
         return block
 
     def stop(self) -> None:
         """End the thread. If the listing itself hangs, leave the thread behind: it is a daemon."""
-        # Empty the queue, so that a thread that waits for room in it can see the flag.
-        self._stopped = True
-        with suppress(Empty):
-            while True:
-                self._queue.get_nowait()
+        with self._has_changed:
+            self._stopped = True
+            self._has_changed.notify()
         self._thread.join(1)
