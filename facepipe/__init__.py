@@ -26,6 +26,10 @@ from facepipe.errors import (
     WeightsError,
     WorkerError,
 )
+from facepipe.opencv import set_environment
+
+# Every way of running imports this package before OpenCV, which reads the environment when it is imported.
+set_environment()
 
 if TYPE_CHECKING:
     from facepipe.encoding import Encoded, Face, encode

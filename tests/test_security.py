@@ -582,6 +582,7 @@ def test_the_limits_in_the_docs_are_those_of_the_code() -> None:
     assert said == {
         "read.max_bytes": Read().max_bytes,
         "decode.max_pixels": Decode().max_pixels,
+        "decode.max_whole_pixels": Decode().max_whole_pixels,
         "decode.max_scans": Decode().max_scans,
         "OPENCV_IO_MAX_IMAGE_PIXELS": 1 << 28,
         "header._MAX_SEGMENTS": header._MAX_SEGMENTS,

@@ -6,7 +6,7 @@ from facepipe.storage import is_remote
 
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "gif"}
-    | {"avif", "jp2", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "jxl"}
+    | {"avif", "jp2", "j2k", "jpx", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "hif", "jxl"}
 )
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

@@ -48,6 +48,8 @@ class Decode:
 
     Attributes:
         max_pixels: maximum number of pixels; larger images become `too_large`, from their header alone
+        max_whole_pixels: the same for images that have to be decoded whole before they are reduced: progressive JPEGs,
+            and all other formats
         working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 if their longer side keeps at least this many pixels; Align
             decodes again at a larger scale if a face needs it
         max_scans: maximum number of passes of a JPEG over the picture; others become `too_large`, because a pass of a
@@ -55,7 +57,8 @@ class Decode:
         threads: images decoded in parallel; 1 if every core has its own worker
     """
 
-    max_pixels: int = 100_000_000
+    max_pixels: int = 250_000_000
+    max_whole_pixels: int = 100_000_000
     working_side: int = 640
     max_scans: int = 100
     threads: int = 1
@@ -121,8 +124,11 @@ class Decode:
         except HeaderError as error:
             return DecodedImage(DECODE_ERROR, str(error))
         width, height = header.oriented_size
-        if width * height > self.max_pixels:
-            reason = f"{width}x{height} pixels, the limit is {self.max_pixels}"
+        # A baseline JPEG is reduced while it is decoded. Any other image needs memory for all of its pixels.
+        is_reducible = header.format == "jpeg" and header.scans == 1
+        limit = self.max_pixels if is_reducible else min(self.max_pixels, self.max_whole_pixels)
+        if width * height > limit:
+            reason = f"{width}x{height} pixels, the limit is {limit}"
             # What a header claims may be too large for the columns.
             if max(width, height) > _MAX_SIDE:
                 return DecodedImage(TOO_LARGE, reason)

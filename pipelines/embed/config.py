@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-import cv2
 from pydantic import Field
 
 import facepipe
 from facepipe.gallery import Contract
 from facepipe.gallery.failures import RetryRule, check_statuses, describe_crash
+from facepipe.imaging.decode import describe_decoders
 from facepipe.models.zoo.networks import can_run_resident
 from facepipe.schema import CRASHED, DECODE_ERROR, NO_FACE, READ_ERROR, TOO_LARGE
 from facepipe.sources import SourceConfig
@@ -134,7 +134,7 @@ class EmbedConfig:
 
     def describe_attempt(self) -> dict[str, str]:
         """Describe in short form what images are tried with, by the status of those that fail."""
-        programs = f"facepipe {facepipe.__version__}, opencv {cv2.__version__}"
+        programs = f"facepipe {facepipe.__version__}, {describe_decoders()}"
         detect = self.detect
         detection = {
             "size": detect.size,
@@ -149,6 +149,7 @@ class EmbedConfig:
         limits = {
             "max_bytes": self.read.max_bytes,
             "max_pixels": self.decode.max_pixels,
+            "max_whole_pixels": self.decode.max_whole_pixels,
             "max_scans": self.decode.max_scans,
         }
         return {

@@ -118,7 +118,13 @@ def test_truncated_files_are_errors_not_half_images(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"), [(b"", "empty file"), (b"<html>", "no known image format"), (b"\xff\xd8\xff\xe0", "jpeg")]
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>", "unsupported: html"),
+        (b"\1\2\3", "no known image format"),
+        (b"\xff\xd8\xff\xe0", "jpeg"),
+    ],
 )
 def test_no_images(data: bytes, reason: str) -> None:
     result = Decode().decode_image(data)

@@ -19,6 +19,7 @@ from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.gallery.failures import RETRYABLE, RetryRule
 from facepipe.gallery.maintenance.verify import verify_gallery
+from facepipe.imaging.decode import describe_decoders
 from facepipe.stages.decode import Decode, DecodedImage
 
 SMALL = {"decode": {"max_pixels": 96 * 110}}
@@ -74,7 +75,7 @@ def test_another_version_tries_what_it_could_not_decode(
         assert embed(corpus, tmp_path / "g", fakes, LARGE).retried == retried
     table = Gallery(tmp_path / "g").to_arrow(["status", "failed_with"]).to_pylist()
     texts = {row["status"]: row["failed_with"] for row in table}
-    assert texts["decode_error"] == f"facepipe 9.1, opencv {cv2.__version__}"
+    assert texts["decode_error"] == f"facepipe 9.1, {describe_decoders()}"
     assert texts["ok"] is None
     assert texts["read_error"] is None
     assert "size=640" in texts["no_face"]
