@@ -271,9 +271,14 @@ class Gallery:
         return ranges
 
     def read_null_counts(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Read from the log path and size of each file, and the number of nulls in columns."""
+        """Read from the log path and size of each file, and the number of nulls in columns: None if it says nothing."""
         actions = pa.table(self._table.get_add_actions(flatten=True))
-        nulls = {name: actions[f"null_count.{name}"] for name in columns}
+        unknown = pa.nulls(actions.num_rows, pa.int64())
+        nulls = {}
+        for name in columns:
+            # The log of a table that was made before a column does not know the column.
+            is_known = f"null_count.{name}" in actions.column_names
+            nulls[name] = actions[f"null_count.{name}"] if is_known else unknown
         return pa.table({"path": actions["path"], "size_bytes": actions["size_bytes"], **nulls}).to_pylist()
 
     def find_files_with_doubtful_ranges(self) -> frozenset[str]:

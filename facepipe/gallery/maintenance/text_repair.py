@@ -101,8 +101,9 @@ def _make_range_actions(gallery: Gallery, paths: frozenset[str]) -> Iterator[Act
         path = file.pop("path")
         size = file.pop("size_bytes")
         if path in doubtful:
-            rows = _read_columns(gallery, path, [name for name in FACES.names if name not in wide_columns])
-            stats = compute_statistics(rows, file)
+            known_nulls = {name: count for name, count in file.items() if count is not None}
+            rows = _read_columns(gallery, path, [name for name in FACES.names if name not in known_nulls])
+            stats = compute_statistics(rows, known_nulls)
             yield make_add_action(path, size, stats, data_change=False)
 
 

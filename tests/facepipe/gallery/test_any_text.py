@@ -26,7 +26,7 @@ from facepipe.gallery.filters import parse_filter
 from facepipe.gallery.maintenance.compact import CompactConfig
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.hashing import compute_face_id, compute_image_id
-from facepipe.schema import FACES, conform
+from facepipe.schema import FACES, LATER, conform
 from facepipe.sources.labels import format_label
 from pipelines import compact
 
@@ -74,14 +74,21 @@ def make_gallery(path: Path, labels: list[str]) -> Gallery:
 
 
 def make_old(gallery: Gallery) -> Gallery:
-    """Turn a gallery into one of an older version: ranges with escapes, and no mark."""
+    """Turn a gallery into one of an older version: ranges with escapes, no mark, and no later columns."""
     for path in Path(gallery.faces_folder, "_delta_log").glob("*.json"):
         actions = [json.loads(line) for line in path.read_text().splitlines()]
         for action in actions:
             if "add" in action:
-                action["add"]["stats"] = json.dumps(json.loads(action["add"]["stats"]))
+                stats = json.loads(action["add"]["stats"])
+                for values in (stats["minValues"], stats["maxValues"], stats["nullCount"]):
+                    for name in LATER:
+                        values.pop(name, None)
+                action["add"]["stats"] = json.dumps(stats)
             if "metaData" in action:
                 del action["metaData"]["configuration"]["facepipe.text"]
+                schema = json.loads(action["metaData"]["schemaString"])
+                schema["fields"] = [field for field in schema["fields"] if field["name"] not in LATER]
+                action["metaData"]["schemaString"] = json.dumps(schema)
         path.write_text("\n".join(map(json.dumps, actions)))
     return Gallery(gallery.path)
 
