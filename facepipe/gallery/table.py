@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -571,7 +572,14 @@ def _split_dataset(dataset: ds.Dataset, where: "ds.Expression | None") -> Iterat
 
 def _find_named_columns(where: "ds.Expression | None") -> list[str]:
     """Find the columns that a filter names; perhaps some more, such as one that is also a word in a value."""
-    words = set(re.findall(r"\w+", "" if where is None else str(where)))
+    if where is None:
+        return []
+    try:
+        words = set(re.findall(r"\w+", str(where)))
+    except UnicodeDecodeError:
+        # Arrow shortens a long value in the middle of a character. All values would be long to encode.
+        data = pickle.dumps(where)
+        return [name for name in FACES.names if name.encode() in data]
     return [name for name in FACES.names if name in words]
 
 
