@@ -24,6 +24,7 @@ from jobs.doctor import doctor
 from jobs.embed import embed
 from jobs.erase import erase
 from jobs.gallery import export, info, verify
+from jobs.identify import identify
 from jobs.index import index
 from jobs.nightly import nightly
 from jobs.options import LogFormat
@@ -70,6 +71,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "adopt": adopt,
     "index": index,
     "search": search,
+    "identify": identify,
     "dedup": dedup,
     "cluster": cluster,
     "clean": clean,

@@ -21,6 +21,7 @@ CONFIG_CLASSES = {
     "embed": ("pipelines.embed:EmbedConfig",),
     "index": ("pipelines.index:IndexConfig",),
     "search": ("pipelines.search:SearchConfig",),
+    "identify": ("pipelines.identify:IdentifyConfig",),
     "dedup": ("pipelines.dedup:DedupConfig",),
     "cluster": ("pipelines.cluster:ClusterConfig",),
     "clean": ("pipelines.clean:CleanConfig",),
