@@ -39,9 +39,9 @@ LABEL_COLUMNS = (
 _ABSENT = frozenset({"nan", "NaN", "<NA>", "NaT", "None"})
 # White space, and what fixed-length strings and marks of byte order leave at the ends of a text.
 _MARGIN = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "\ufeff\x00"
-# Whole numbers as floats are printed: 7.0, 7.000000, 7. and 7.000e+00. An exponent without a sign may be hexadecimal.
+# Whole numbers as floats are printed: 7.0, 7.000000, 7., 7.000e+00 and Java's 7.0E0. 7e0 may be a hexadecimal number.
 _WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")
-_EXPONENT = re.compile(r"-?[0-9](?:\.[0-9]*)?[eE][+-][0-9]{1,3}")
+_EXPONENT = re.compile(r"-?[0-9](?:\.[0-9]*[eE][+-]?|[eE][+-])[0-9]{1,3}")
 # Larger floats are not whole numbers of a column of labels.
 _MAX_WHOLE = 2.0**64
 
