@@ -192,7 +192,7 @@ def _open_gallery(
 def _describe_empty_source(uri: str, source: Source) -> str:
     """Describe that a source holds no image, and what it holds instead."""
     parts = [f"no image in {uri!r} ({source.ignored} other files were ignored)", *source.notes]
-    if storage.is_remote(uri):
+    if storage.is_remote(uri) or os.path.isdir(uri):
         parts.append("if it holds Parquet files, add --set source.kind=parquet")
     return "; ".join(parts)
 

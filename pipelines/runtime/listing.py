@@ -16,9 +16,10 @@ def count_listed(source: Source, known: KnownImages) -> Counts:
         known: images of the gallery.
 
     Returns:
-        Images by verdict, and files that are not images as `ignored`.
+        Images by verdict, those whose label at the source is another one as `relabelled`, and files that are not images
+        as `ignored`.
     """
-    counts = dict.fromkeys((*VERDICTS, "ignored"), 0)
+    counts = dict.fromkeys((*VERDICTS, "relabelled", "ignored"), 0)
     for block in cut_blocks(source, known, BlockSize(), find_erased=known.find_erased):
         # An image with a previous fingerprint is in the gallery with other content.
         changed = block.items.num_rows - block.items["previous"].null_count
@@ -27,5 +28,6 @@ def count_listed(source: Source, known: KnownImages) -> Counts:
         counts["skipped"] += block.skipped
         counts["repeated"] += block.repeated
         counts["erased"] += block.erased
+        counts["relabelled"] += block.relabelled.num_rows if block.relabelled is not None else 0
         counts["ignored"] += block.ignored
     return counts
