@@ -6,7 +6,8 @@ FacepipeError
 ├── SourceError          the source is missing, empty or of an unknown kind
 ├── StorageError         a file or object could not be read or written
 ├── ModelError           a model cannot be loaded
-│   └── WeightsError     weights are missing, or their SHA-256 is not the registered one
+│   ├── WeightsError     weights are missing, or their SHA-256 is not the registered one
+│   └── UnknownModelError  no model has this name (exit code 2)
 ├── GalleryError         the folder is not a usable gallery
 │   ├── ContractError    the gallery was made with other models or settings
 │   ├── ThresholdError   no match threshold can be estimated
@@ -46,6 +47,10 @@ class ModelError(FacepipeError):
 
 class WeightsError(ModelError):
     """Weights are missing or altered."""
+
+
+class UnknownModelError(ConfigError, ModelError):
+    """No model has this name."""
 
 
 class GalleryError(FacepipeError):

@@ -45,6 +45,11 @@ class _RedactedGroup(TyperGroup):
             return super().invoke(ctx)
 
 
+# Longest text of arguments that a message repeats: a shell may have put thousands of files in the place of a pattern.
+_MAX_CHARACTERS = 200
+_PATTERN_HINT = "A pattern such as 'photos/*.jpg' needs quotes, or the shell puts the names of all files in its place."
+
+
 @contextmanager
 def _redact_errors() -> Iterator[None]:
     try:
@@ -52,7 +57,10 @@ def _redact_errors() -> Iterator[None]:
     except Exception as error:
         # Usage errors have this method; any other error passes unchanged.
         if hasattr(error, "format_message"):
-            error.message = redact(str(getattr(error, "message", "")))  # type: ignore[attr-defined]
+            message = redact(str(getattr(error, "message", "")))
+            if message.startswith("Got unexpected extra argument"):
+                message = f"{message[:_MAX_CHARACTERS]}. {_PATTERN_HINT}"
+            error.message = message  # type: ignore[attr-defined]
         raise
 
 

@@ -216,8 +216,12 @@ def find_operating_point(probes: Probes, fpir: float) -> OperatingPoint:
     # The small term keeps a whole number from being rounded down.
     allowed = int(np.floor(counted * count + 1e-9))
     if allowed < 1:
+        needed = int(np.ceil(1 / counted))
+        # The smallest rate that this many faces can show.
+        possible = 1 - (1 - 1 / count) ** (1 / probes.share) if count and probes.share else 1.0
+        hint = f": try FPIR={np.ceil(possible * 1000) / 1000:g}" if possible < 0.5 else ""
         raise EvaluationError(
-            f"FPIR={fpir:g} needs {int(np.ceil(1 / counted))} labelled probes to be seen once; there are {count}"
+            f"cannot measure 1 false alarm in {1 / fpir:,.0f} with {count:,} labelled faces ({needed:,} needed){hint}"
         )
     # The threshold lies just below the first impostor that may not be let in.
     beyond = np.sort(probes.other)[allowed] if allowed < count else 2.0

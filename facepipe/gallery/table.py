@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from facepipe import storage
 from facepipe.errors import ContractError, GalleryBusyError, GalleryError, StorageError
@@ -107,12 +108,12 @@ class Gallery:
         try:
             self._table = open_table(self.faces_folder, version)
         except TableNotFoundError as error:
-            raise GalleryError(
-                f"no gallery at {self.path!r} (no faces/ table in it): `facepipe embed SOURCE {self.path}` makes one"
-            ) from error
+            raise GalleryError(_describe_no_gallery(self.path)) from error
         except StorageError as error:
             raise GalleryError(f"the gallery at {self.path!r} leads out of itself: {error}") from error
         except Exception as error:  # deltalake raises many kinds for a log that cannot be read
+            if version is not None:
+                _require_version(self.path, self.faces_folder, version)
             reason = storage.describe_error(error) + _describe_empty_entries(self.faces_folder)
             raise GalleryError(f"the gallery at {self.path!r} cannot be read: {reason}") from error
 
@@ -448,6 +449,23 @@ def open_table(folder: str, version: int | None = None) -> DeltaTable:
     for name in iterate_links(log):
         raise make_link_error(storage.join(log, name))
     return DeltaTable(find_table_path(folder), version=version, storage_options=get_delta_options(folder))
+
+
+def _require_version(path: str, folder: str, version: int) -> None:
+    """Raise GalleryError if the table has not got so far."""
+    with suppress(TableNotFoundError, StorageError, DeltaError):
+        newest = open_table(folder).version()
+        if version > newest:
+            raise GalleryError(f"the gallery at {path!r} has no version {version}: its newest is {newest}")
+
+
+def _describe_no_gallery(path: str) -> str:
+    """Describe a path without a gallery, and how to make one. A folder of other files is most likely the source."""
+    text = f"no gallery at {path!r} (no faces/ table in it)"
+    with suppress(OSError, StorageError):
+        if not storage.is_remote(path) and os.listdir(path):
+            return f"{text}: if it holds photos, `facepipe embed {shlex.quote(path)} GALLERY` makes a gallery of them"
+    return f"{text}: `facepipe embed SOURCE {shlex.quote(path)}` makes one"
 
 
 def _drop_ranges(dataset: ds.Dataset, paths: Collection[str]) -> ds.Dataset:

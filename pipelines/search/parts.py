@@ -98,6 +98,11 @@ def check_output(out: str) -> None:
     Raises:
         ConfigError: there is such a file, or a folder.
     """
+    if out.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
+        raise ConfigError(
+            f"a search writes Parquet: call the output hits.parquet, or name a folder, not {out!r}. "
+            "`facepipe identify` writes CSV"
+        )
     if is_remote(out):
         paths = [out] if out.endswith(".parquet") else [join(out, name) for name in list_names(out)]
         replaced = [path for path in paths if file_exists(path) and path.endswith(".parquet")]

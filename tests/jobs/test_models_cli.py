@@ -73,7 +73,7 @@ def test_check(tmp_path: Path) -> None:
     code, _, err = run_facepipe("models", "check", tmp_path / "mine.toml")
     assert (code, "its TOML file says" in err) == (1, True)
     code, _, err = run_facepipe("models", "check", "nobody")
-    assert (code, "no embedder is called 'nobody'" in err) == (1, True)
+    assert (code, "no embedder is called 'nobody'" in err) == (2, True)
     code, _, err = run_facepipe("models", "check", tmp_path / "no.toml")
     assert (code, "cannot read" in err) == (2, True)
 
@@ -126,7 +126,7 @@ def test_from_projection_to_search(corpus: Path, tmp_path: Path, monkeypatch: py
     assert run_facepipe("index", "own2", "--quiet")[0] == 0
     query = ["search", "own2", corpus / "p0", "hits.parquet", "--quiet", "--set", "embed.run.runner=inline"]
     code, _, err = run_facepipe(*query)
-    assert (code, "mine-128" in err) == (1, True)
+    assert (code, "mine-128" in err) == (2, True)
     assert run_facepipe(*query, "--embedder", "mine-128.toml")[0] == 0
     (tmp_path / "hits.parquet").unlink()
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))

@@ -217,7 +217,9 @@ def test_calibration_on_numbers_done_by_hand() -> None:
     assert 0.05 <= point.threshold < 0.06
     assert point.fnir == pytest.approx(0.2)
     assert compute_identification(found).rank_1 == pytest.approx(0.8)
-    with pytest.raises(EvaluationError, match="needs 1000 labelled probes"):
+    with pytest.raises(
+        EvaluationError, match=r"1 false alarm in 1,000 with \d+ labelled faces \(1,000 needed\): try FPIR=0\.\d+$"
+    ):
         find_operating_point(found, 0.001)
     stricter = find_operating_point(Probes(mate, other, 50, 0.5), 0.05)
     assert stricter.threshold < point.threshold

@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from facepipe.errors import ModelError
+from facepipe.errors import ModelError, UnknownModelError
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.models.card import Card
 from facepipe.models.dlib.ranges import RANGES
@@ -155,7 +155,7 @@ def find_card(name: str, role: str) -> Card:
         role: "detector" or "embedder".
 
     Raises:
-        ModelError: There is no such model, or it has another role.
+        UnknownModelError: There is no such model, or it has another role.
     """
     # Registered names come first; a file is only read if none fits.
     card = CARDS.get(name)
@@ -164,7 +164,7 @@ def find_card(name: str, role: str) -> Card:
 
         card = load_card(path)
     if card is None or card.role != role:
-        raise ModelError(_describe_missing(name, role, card))
+        raise UnknownModelError(_describe_missing(name, role, card))
     return card
 
 

@@ -192,7 +192,7 @@ def test_a_file_without_its_last_bytes_is_read(name: str, cut: int) -> None:
     assert np.array_equal(pixels[:-16], whole[:-16]) or np.array_equal(pixels[16:], whole[16:])
 
 
-@pytest.mark.parametrize("name", set(SOUND_FILES) - {"avif with exif", "webp with exif"})
+@pytest.mark.parametrize("name", sorted(set(SOUND_FILES) - {"avif with exif", "webp with exif"}))
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_a_file_that_lacks_rows_is_not_read(name: str, share: float) -> None:
     short = SOUND_FILES[name][: int(len(SOUND_FILES[name]) * share)]
