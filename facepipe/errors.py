@@ -15,6 +15,8 @@ FacepipeError
 ├── AccountingError      images listed and images accounted for differ
 ├── WorkerError          workers end before they can do any work
 ├── IndexingError        the search index is missing, damaged, or does not fit the gallery
+│   ├── IndexDamagedError   a file of it is not what was written
+│   └── IndexReplacedError  it was replaced while it was read: open it again
 ├── TrainingError        a training run cannot go on: its loss is not finite, or its checkpoints are of another run
 │   └── AgreedError      the same, on all workers at the same step
 └── EvaluationError      a pairs file or gallery cannot be evaluated
@@ -79,6 +81,14 @@ class WorkerError(FacepipeError):
 
 class IndexingError(FacepipeError):
     """The search index is missing, damaged, or does not fit the gallery."""
+
+
+class IndexDamagedError(IndexingError):
+    """A file of the search index is missing, or is not what was written. `facepipe index` rebuilds it."""
+
+
+class IndexReplacedError(IndexingError):
+    """The search index was replaced while it was read, or faces were erased from it: open it again."""
 
 
 class TrainingError(FacepipeError):

@@ -18,6 +18,11 @@ UNFINISHED = ".new"
 # Ending of files that get their name by a link; a killed process may leave them.
 _TEMPORARY = ".tmp"
 
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# A file system or a C library without the call.
+_CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP)
+
 
 @contextmanager
 def replace_file(path: str, *, sync: bool = False, unique: bool = False, what: str = "") -> Iterator[str]:
@@ -206,3 +211,45 @@ def _sync_disk(descriptor: int) -> None:
         os.sync()
     elif sync_one(descriptor):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def swap_folders(new: str, current: str) -> None:
+    """Let two folders change places in one step: afterwards `current` is the new one, and `new` the former one.
+
+    If there is no current folder, the new one is renamed.
+
+    Raises:
+        OSError: there is no new folder. The current one then stays.
+    """
+    if not os.path.isdir(new):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), new)
+    try:
+        _exchange(new, current)
+    except FileNotFoundError:
+        os.rename(new, current)  # there is no current folder, or no new one any more
+    except OSError as error:
+        if error.errno not in _CANNOT_EXCHANGE:
+            raise
+        _swap_by_renaming(new, current)
+
+
+def _exchange(new: str, current: str) -> None:
+    """Exchange two names by the system's call for it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(current), _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), new)
+
+
+def _swap_by_renaming(new: str, current: str) -> None:
+    """Exchange two names on a file system that cannot do it in one step; a kill leaves the former one as `.old`."""
+    aside = current + ".old"
+    os.rename(current, aside)
+    try:
+        os.rename(new, current)
+    except OSError:
+        os.rename(aside, current)
+        raise
+    os.rename(aside, new)

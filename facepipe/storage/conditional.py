@@ -10,9 +10,10 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 from facepipe.errors import StorageError
 from facepipe.storage.atomic import create_file, open_for_writing
@@ -26,6 +27,9 @@ from facepipe.storage.urls import is_remote, join, split_url
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 # Client of each bucket whose store was seen to compare tags. Another endpoint has another client.
 _proven: dict[str, Any] = {}
+# A write takes milliseconds, and some seconds on a disk that is very busy.
+_MAX_GUARD_SECONDS = 60.0
+_GUARD_POLL_SECONDS = 0.01
 
 
 class ConflictError(StorageError):
@@ -164,12 +168,36 @@ def _lock(path: str) -> Iterator[None]:
     """Hold the lock on a file beside a file, so that comparing and writing are one step; a crash frees it."""
     while True:
         with open(open_for_writing(path + GUARD), "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+            lock_guard(guard, path)
             # Somebody may have deleted the file meanwhile, and then a lock on it excludes nobody.
             if not _is_at(guard.fileno(), path + GUARD):
                 continue
             yield
             return
+
+
+def lock_guard(guard: IO[str], path: str) -> None:
+    """Lock a file that guards others. A crash of the holder frees it.
+
+    Args:
+        guard: the file, open.
+        path: what it guards, for the message.
+
+    Raises:
+        StorageError: another process keeps it for too long, because that process is stopped.
+    """
+    deadline = time.monotonic() + _MAX_GUARD_SECONDS
+    while True:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"cannot write {path!r}: for {_MAX_GUARD_SECONDS:g} s another process has been in the middle of "
+                    "writing there; if that process is stopped, continue it or end it"
+                ) from error
+        time.sleep(_GUARD_POLL_SECONDS)
 
 
 def _is_at(descriptor: int, path: str) -> bool:

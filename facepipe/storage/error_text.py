@@ -25,7 +25,7 @@ _DECORATION = re.compile(rf"\x1b\[[0-9;]*m|{_ARROW}")
 def describe_error(error: BaseException) -> str:
     """Describe an error in one short line, without the path (messages name it themselves) and without credentials."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+        return _lower_first_word(error.strerror)
     # Lines without decoration; the first says what failed, and after an arrow the last says why.
     lines = [_DECORATION.sub("", line).strip() for line in redact(str(error)).strip().splitlines()]
     if not lines:
@@ -35,3 +35,9 @@ def describe_error(error: BaseException) -> str:
             return sentence
     text = f"{lines[0]}: {lines[-1]}" if _ARROW in str(error) and len(lines) > 1 else lines[0]
     return text[:_MAX_CHARACTERS]
+
+
+def _lower_first_word(text: str) -> str:
+    """Begin a text with a small letter, unless it begins with an abbreviation. Names in it stay as they are."""
+    is_word = len(text) < 2 or not text[1].isupper()
+    return text[0].lower() + text[1:] if is_word else text

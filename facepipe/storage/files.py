@@ -6,8 +6,9 @@ Object stores go through `obstore`, which lists as a stream: a prefix of a hundr
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,10 @@ from facepipe.storage.urls import is_remote, join, split_url
 _REMOTE_BUFFER = 1 << 18
 # Objects per page of a listing.
 _LIST_CHUNK = 1000
+# Objects that S3 deletes by one request, at most.
+DELETE_BATCH = 1000
+# Most bytes that Linux reads in one call, which is 4 kB less than 2 GiB.
+_MAX_READ = 0x7FFFF000
 
 
 class Entry(NamedTuple):
@@ -92,14 +97,20 @@ def raise_listing_error(error: OSError) -> None:
     raise StorageError(f"cannot list {path!r}: {describe_error(error)}") from error
 
 
-def list_prefix(url: str) -> Iterator[Entry]:
-    """List every object under a prefix as a stream in the store's order, or the one object of that name."""
+def list_prefix(url: str, after: str = "") -> Iterator[Entry]:
+    """List every object under a prefix as a stream in the store's order, or the one object of that name.
+
+    Args:
+        url: the prefix.
+        after: name below the prefix behind which the listing begins.
+    """
     import obstore
 
     bucket, prefix = split_url(url)
     is_empty = True
     try:
-        for batch in obstore.list(open_bucket(bucket), prefix=prefix or None, chunk_size=_LIST_CHUNK):
+        offset = prefix + after if after else None
+        for batch in obstore.list(open_bucket(bucket), prefix=prefix or None, offset=offset, chunk_size=_LIST_CHUNK):
             for meta in batch:
                 is_empty = False
                 yield _to_entry(bucket, meta)
@@ -111,16 +122,20 @@ def list_prefix(url: str) -> Iterator[Entry]:
             yield get_entry(url)
 
 
-def list_names(folder: str) -> Iterable[str]:
+def list_names(folder: str, after: str = "") -> Iterable[str]:
     """List the names in a folder, in no order; none if there is no such folder.
 
     In an object store the names are keys relative to the prefix, those of deeper objects included.
+
+    Args:
+        folder: local folder or prefix.
+        after: only names that come after this one are listed.
     """
     if is_remote(folder):
         start = len(folder.rstrip("/")) + 1
-        return [entry.url[start:] for entry in list_prefix(folder.rstrip("/") + "/")]
+        return [entry.url[start:] for entry in list_prefix(folder.rstrip("/") + "/", after)]
     try:
-        return os.listdir(folder)
+        return [name for name in os.listdir(folder) if name > after]
     except OSError as error:
         raise_listing_error(error)
         return []
@@ -249,7 +264,7 @@ def _read_local(
     try:
         # O_NONBLOCK: opening a FIFO without a writer would block for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        # Unbuffered: the file is read in one call, and a buffer would copy it.
+        # Unbuffered: the file is read in as few calls as can be, and a buffer would copy it.
         with open(descriptor, "rb", buffering=0) as file:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
@@ -258,12 +273,25 @@ def _read_local(
             expected = info.st_size if length is None else length
             _check_limit(expected, limit)
             file.seek(offset or 0)
-            data = _require_length(file.read(expected) if expected else b"", expected)
+            data = _require_length(_read_up_to(file, expected), expected)
             # The file may be written in its place while it is read, so look again.
             _require_fingerprint(get_local_fingerprint(os.fstat(descriptor)), fingerprint)
             return data
     except (OSError, ValueError) as error:
         raise StorageError(describe_error(error)) from error
+
+
+def _read_up_to(file: io.FileIO, length: int) -> bytes:
+    """Read so many bytes, or all that are left. One call of the system may return fewer, and never 2 GiB."""
+    parts = []
+    remaining = length
+    while remaining:
+        part = file.read(min(remaining, _MAX_READ))
+        if not part:
+            break
+        parts.append(part)
+        remaining -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _read_remote(
@@ -468,6 +496,44 @@ def delete(path: str) -> None:
         if type(error).__module__.startswith("obstore"):
             raise StorageError(f"cannot delete {path!r}: {describe_error(error)}") from error
         raise
+
+
+def delete_many(paths: Iterable[str], before_batch: Callable[[], None] = lambda: None) -> None:
+    """Delete files or objects, a thousand objects per request; it is no error if one is not there.
+
+    Args:
+        paths: local paths or URLs.
+        before_batch: called before each batch. If it raises, the rest stays.
+
+    Raises:
+        StorageError: one cannot be deleted.
+    """
+    remaining = iter(paths)
+    while batch := list(islice(remaining, DELETE_BATCH)):
+        before_batch()
+        remote = [path for path in batch if is_remote(path)]
+        for path in batch:
+            if not is_remote(path):
+                delete(path)
+        if remote:
+            _delete_objects(remote)
+
+
+def _delete_objects(urls: list[str]) -> None:
+    """Delete objects by one request per bucket, or one by one in a store that has no such request."""
+    import obstore
+
+    keys: dict[str, list[str]] = {}
+    for url in urls:
+        bucket, key = split_url(url)
+        keys.setdefault(bucket, []).append(key)
+    for bucket, names in keys.items():
+        try:
+            obstore.delete(open_bucket(bucket), names)
+        # An object that is not there, or no support for the request: which of them it is shows one by one.
+        except (obstore.exceptions.BaseError, OSError):
+            for name in names:
+                delete(f"{bucket}/{name}")
 
 
 def delete_empty_folders(folder: str, keep: str = "") -> None:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
 from facepipe.storage import conditional
 from facepipe.storage.error_text import describe_error
+from facepipe.storage.files import get_entry
 from facepipe.storage.new_folders import make_new_folders, remove_new_folders
 from facepipe.storage.urls import is_remote, join
 
@@ -54,6 +55,8 @@ class Holder:
         seconds: How long the lease lives without a heartbeat.
         released: The holder has finished.
         purpose: `ERASURE`, or empty for any other run.
+        settled: No earlier holder can be asleep before its next commit: each has released the lease or ended, or a
+            later holder's commit has made its own impossible.
     """
 
     holder: str
@@ -66,6 +69,7 @@ class Holder:
     seconds: float = _DEFAULT_SECONDS
     released: bool = False
     purpose: str = ""
+    settled: bool = False
 
     @classmethod
     def of_this_process(cls, seconds: float, purpose: str = "") -> "Holder":
@@ -109,15 +113,24 @@ class Holder:
 
 
 class Lease:
-    """A lease that this process holds. Call `check` before anything that must not happen without it."""
+    """A lease that this process holds. Call `check` before anything that must not happen without it.
+
+    A process may be paused for hours right after a check: a laptop sleeps, a virtual machine is moved. So a check alone
+    allows nothing that another run could not undo. What deletes goes by `renew`, which proves what has happened so far.
+
+    Attributes:
+        id: Random id of this lease. What a run writes can name the lease under which it was written.
+    """
 
     def __init__(self, path: str, kind: str, holder: Holder, tag: str):
+        self.id = holder.holder
         self._path = path
         self._kind = kind
         self._holder = holder
         self._tag = tag
         self._renewed_at = _read_clock()
         self._is_lost = False
+        self._write_guard = threading.Lock()  # the heartbeat and `renew` write the same file
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._send_heartbeats, name="lease", daemon=True)
         self._thread.start()
@@ -125,10 +138,44 @@ class Lease:
     def check(self) -> None:
         """Raise GalleryBusyError if another run may hold the lease by now."""
         if self._is_lost or _read_clock() - self._renewed_at > _TRUST * self._holder.seconds:
-            raise GalleryBusyError(
-                f"the lease on the {self._kind} {os.path.dirname(self._path)!r} was lost: it could not be renewed for "
-                f"{self._holder.seconds:g} s, or another run took it over; what was committed is kept"
-            )
+            raise self._make_error()
+
+    def renew(self) -> float:
+        """Renew the lease now, which proves that no other run has held it since this one took it.
+
+        So nothing that this run has seen until now was written by a run that took the lease over. That holds however
+        long this process is paused afterwards.
+
+        Returns:
+            The time of the renewal, in seconds since 1970 by the clock that dates the files beside the lease.
+
+        Raises:
+            GalleryBusyError: another run has taken the lease over, or the lease cannot be written.
+        """
+        self.check()
+        try:
+            self._beat()
+            return get_entry(self._path).modified
+        except conditional.ConflictError as error:
+            raise self._make_error() from error
+        except StorageError as error:
+            raise GalleryBusyError(f"{self._make_error()}: {error}") from error
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no run that held the lease before can be asleep before a commit that would be accepted."""
+        return self._holder.settled
+
+    def settle(self) -> None:
+        """Note that commits of earlier holders are no longer accepted. The file says so from the next renewal on."""
+        with self._write_guard:
+            self._holder = replace(self._holder, settled=True)
+
+    def _make_error(self) -> GalleryBusyError:
+        return GalleryBusyError(
+            f"the lease on the {self._kind} {os.path.dirname(self._path)!r} was lost: it could not be renewed for "
+            f"{self._holder.seconds:g} s, or another run took it over; what was committed is kept"
+        )
 
     def release(self) -> None:
         """Release the lease. If another run holds it by now, it is left alone."""
@@ -137,23 +184,31 @@ class Lease:
         try:
             # The heartbeat has ended, so nobody else writes with this tag.
             if not self._is_lost:
-                with suppress(StorageError):  # it expires by itself
+                with suppress(StorageError), self._write_guard:  # it expires by itself
                     self._write(replace(self._holder, released=True))
         finally:
             _own_leases.discard(self._holder.holder)
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(self._holder.seconds / _HEARTBEATS):
+            try:
+                self._beat()
+            except conditional.ConflictError:
+                return
+            except StorageError:  # the store may answer again before the lease ends
+                continue
+
+    def _beat(self) -> None:
+        """Write the next heartbeat. Raises ConflictError, and marks the lease as lost, if another run has it."""
+        with self._write_guard:
             # Count from before the request: the store may have taken it at any moment after.
             began = _read_clock()
             try:
                 self._write(replace(self._holder, beat=self._holder.beat + 1))
-                self._renewed_at = began
             except conditional.ConflictError:
                 self._is_lost = True
-                return
-            except StorageError:  # the store may answer again before the lease ends
-                continue
+                raise
+            self._renewed_at = began
 
     def _write(self, holder: Holder) -> None:
         try:
@@ -264,11 +319,19 @@ def _acquire(path: str, kind: str, on_wait: OnWait, purpose: str) -> Lease:
                     _wait_for_erasure(path, kind, current, on_wait)
                 else:
                     _wait_for_end(path, kind, current, on_wait)
+            own = replace(own, settled=current is not None and _is_settled(path, current))
             return _take(path, kind, own, content[1] if content else None)
         except conditional.ConflictError:
             continue  # another run was faster: look at what it wrote
         except StorageError as error:
             raise GalleryError(f"cannot write to the {kind} {folder!r}: {error}") from error
+
+
+def _is_settled(path: str, previous: Holder) -> bool:
+    """Tell whether the last holder and all before it are known to write no more."""
+    # A request to a store may arrive after its process has ended.
+    has_ended = previous.released or (not is_remote(path) and bool(previous.has_ended()))
+    return previous.settled and has_ended
 
 
 def _take(path: str, kind: str, own: Holder, tag: str | None) -> Lease:

@@ -7,19 +7,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from facepipe.storage.files import delete, list_prefix, raise_listing_error
+from facepipe.storage.files import delete, delete_many, list_prefix, raise_listing_error
 from facepipe.storage.urls import is_remote, join
 
 Owns = Callable[[str], bool]
 """Tells whether a file is ours, by its name in the folder, with slashes. The name of a folder ends with one."""
 
 
-def delete_owned(folder: str, owns: Owns) -> list[str]:
+def delete_owned(folder: str, owns: Owns, before_batch: Callable[[], None] = lambda: None) -> list[str]:
     """Delete the files in a folder that are ours, and the folders in it that were ours and are empty afterwards.
 
     Args:
         folder: a local folder or a URL. If it is a link, its owner made it one, and the files behind it count.
         owns: tells which files are ours.
+        before_batch: called again and again before something is deleted. If it raises, the rest stays.
 
     Returns:
         Names of the files and links that are left, relative to the folder.
@@ -28,7 +29,7 @@ def delete_owned(folder: str, owns: Owns) -> list[str]:
         StorageError: a folder cannot be listed, or a file cannot be deleted.
     """
     if is_remote(folder):
-        return _delete_owned_objects(folder, owns)
+        return _delete_owned_objects(folder, owns, before_batch)
     left = []
     deleted_from: set[str] = set()
     for name, is_folder in walk_files(folder):
@@ -40,6 +41,7 @@ def delete_owned(folder: str, owns: Owns) -> list[str]:
                 with suppress(OSError):  # something is left in it
                     os.rmdir(join(folder, name))
         elif owns(name) and not os.path.islink(join(folder, name)):
+            before_batch()
             delete(join(folder, name))
             deleted_from.add(parent)
         else:
@@ -47,15 +49,17 @@ def delete_owned(folder: str, owns: Owns) -> list[str]:
     return left
 
 
-def _delete_owned_objects(folder: str, owns: Owns) -> list[str]:
+def _delete_owned_objects(folder: str, owns: Owns, before_batch: Callable[[], None]) -> list[str]:
     prefix = folder.rstrip("/") + "/"
+    owned = []
     left = []
-    for entry in list(list_prefix(prefix)):
+    for entry in list_prefix(prefix):
         name = entry.url.removeprefix(prefix)
         if owns(name):
-            delete(entry.url)
+            owned.append(entry.url)
         else:
             left.append(name)
+    delete_many(owned, before_batch)
     return left
 
 

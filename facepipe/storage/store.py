@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from facepipe.storage.aliases import find_utf8_path
 from facepipe.storage.atomic import replace_file, sync_folder
 from facepipe.storage.cache import get_cache_folder, make_private
 from facepipe.storage.error_text import describe_error
-from facepipe.storage.files import delete, get_entry, list_files, list_prefix, read, write_file
+from facepipe.storage.files import delete_many, get_entry, list_files, list_prefix, read, write_file
 from facepipe.storage.inside import require_no_link
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.owned import Owns, delete_owned
@@ -31,6 +31,10 @@ _TAGS = ".tags"
 _CHUNK_BYTES = 64 << 20
 PRIVATE_NAMES = frozenset({_ORIGIN, _TAGS, LEASE_FILE, LEASE_GUARD})
 """Files of a folder that are neither uploaded nor part of what it holds."""
+
+
+class AlteredFileError(StorageError):
+    """A file is not what was written."""
 
 
 class Store(ABC):
@@ -67,7 +71,11 @@ class Store(ABC):
 
     @abstractmethod
     def fetch(self, name: str, size: int, sha256: str) -> None:
-        """Fetch a file if this machine has no copy. Raises StorageError if what arrives has another checksum."""
+        """Fetch a file if this machine has no copy. Raises AlteredFileError if what arrives has another checksum."""
+
+    @abstractmethod
+    def is_missing(self, name: str) -> bool:
+        """Tell whether the store holds no such file. Raises StorageError if it cannot be asked."""
 
     @abstractmethod
     def upload(self, names: Iterable[str]) -> None:
@@ -82,20 +90,35 @@ class Store(ABC):
         """Make the copies what the store is: fetch new and changed files, delete the others."""
 
     @abstractmethod
-    def push(self, last: str = "") -> None:
-        """Make the store what the copies are; the file `last` goes last, for readers that look for it first."""
+    def push(self, last: str = "", before_each: Callable[[], None] = lambda: None) -> None:
+        """Make the store what the copies are.
+
+        Args:
+            last: name of the file that goes last, for readers that look for it first.
+            before_each: called before each file. If it raises, the rest stays as it is.
+        """
 
     @abstractmethod
     def sync(self) -> None:
         """Have new and renamed files of the folder survive a power cut."""
 
-    def delete_owned(self, owns: Owns) -> None:
+    def delete_owned(self, owns: Owns, before_batch: Callable[[], None] = lambda: None) -> None:
         """Delete the files that are ours. Other files, and links, stay where they are.
 
         Args:
             owns: tells which files are ours, by their name in the folder.
+            before_batch: called again and again before something is deleted. If it raises, the rest stays.
         """
-        delete_owned(self.folder, owns)
+        delete_owned(self.folder, owns, before_batch)
+
+    def list_names(self) -> set[str]:
+        """List the names of files and folders directly in the folder, here and in the store."""
+        try:
+            return set(os.listdir(self.folder))
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise StorageError(f"cannot list {self.folder!r}: {describe_error(error)}") from error
 
 
 class LocalStore(Store):
@@ -116,6 +139,16 @@ class LocalStore(Store):
     def fetch(self, name: str, size: int, sha256: str) -> None:
         """Do nothing: the files are on this machine."""
 
+    def is_missing(self, name: str) -> bool:
+        """Tell whether there is no such file."""
+        try:
+            os.stat(self.local_path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError as error:
+            raise StorageError(f"cannot look at {name!r} in {self.url!r}: {describe_error(error)}") from error
+        return False
+
     def upload(self, names: Iterable[str]) -> None:
         """Do nothing: the files are where they belong."""
 
@@ -125,7 +158,7 @@ class LocalStore(Store):
     def pull(self) -> None:
         """Do nothing: the files are on this machine."""
 
-    def push(self, last: str = "") -> None:
+    def push(self, last: str = "", before_each: Callable[[], None] = lambda: None) -> None:
         """Do nothing: the files are where they belong."""
 
     def sync(self) -> None:
@@ -182,7 +215,13 @@ class ObjectStore(Store):
                     digest.update(data)
                     file.write(data)
             if digest.hexdigest() != sha256:
-                raise StorageError(f"{url!r} is not what was written: its checksum differs")
+                raise AlteredFileError(f"{url!r} is not what was written: its checksum differs")
+
+    def is_missing(self, name: str) -> bool:
+        """Tell whether the object store holds no such object."""
+        # A listing tells an object that is not there from a store that does not answer.
+        url = join(self.url, name)
+        return all(entry.url != url for entry in list_prefix(url))
 
     def upload(self, names: Iterable[str]) -> None:
         """Upload files; a name of a folder stands for everything in it."""
@@ -218,7 +257,7 @@ class ObjectStore(Store):
                 os.unlink(self.local_path(name))
         self._write_tags(tags)
 
-    def push(self, last: str = "") -> None:
+    def push(self, last: str = "", before_each: Callable[[], None] = lambda: None) -> None:
         """Upload all files, the file `last` at the end, and delete what was pulled and is no longer here.
 
         Objects that others have put there since then stay.
@@ -228,26 +267,35 @@ class ObjectStore(Store):
         # Upload what is here, with the last file at the end.
         paths = (os.path.relpath(entry.url, self.folder) for entry in list_files(self.folder))
         names = sorted((path for path in paths if path not in PRIVATE_NAMES), key=lambda name: (name == last, name))
-        self.upload(names)
+        for name in names:
+            before_each()
+            self.upload([name])
         # Delete what has gone here since it was pulled, and note the fingerprints of the rest.
         local_names = set(names)
         pulled_names = self._read_tags().keys()
         tags = {}
-        for entry in list(list_prefix(self._prefix)):
+        outdated = []
+        for entry in list_prefix(self._prefix):
             name = entry.url.removeprefix(self._prefix)
             if name in local_names:
                 tags[name] = entry.fingerprint
             elif name in pulled_names:
-                delete(entry.url)
+                outdated.append(entry.url)
+        delete_many(outdated, before_each)
         self._write_tags(tags)
 
     def sync(self) -> None:
         """Do nothing: the store keeps what it has accepted."""
 
-    def delete_owned(self, owns: Owns) -> None:
+    def delete_owned(self, owns: Owns, before_batch: Callable[[], None] = lambda: None) -> None:
         """Delete the files that are ours on this machine and in the store."""
-        super().delete_owned(owns)
-        delete_owned(self.url, owns)
+        super().delete_owned(owns, before_batch)
+        delete_owned(self.url, owns, before_batch)
+
+    def list_names(self) -> set[str]:
+        """List the names of files and folders directly in the folder, here and in the store."""
+        stored = {entry.url.removeprefix(self._prefix).split("/")[0] for entry in list_prefix(self._prefix)}
+        return super().list_names() | stored
 
     def _read_tags(self) -> dict[str, str]:
         """Read the fingerprints that the copied files had in the store."""

@@ -321,6 +321,102 @@ def test_a_holder_that_proc_hides_is_watched_and_not_replaced(hidepid: int, whil
     assert done.stdout.split() == [while_it_runs, "True"], done.stderr
 
 
+# --- proof -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_renewal_proves_that_nobody_else_held_it(place: str) -> None:
+    with hold_lease(place) as lease:
+        times = [lease.renew(), lease.renew()]
+        current = held(place)
+        assert current is not None
+        assert (current.holder, current.beat >= 2) == (lease.id, True)
+        assert times[1] >= times[0] > 0
+        # Another run takes it over, as one that has watched for long enough may.
+        far = elsewhere()
+        put(place, far)
+        with pytest.raises(GalleryBusyError, match="was lost"):
+            lease.renew()
+        with pytest.raises(GalleryBusyError, match="was lost"):
+            lease.check()
+    assert held(place) == far, "it is left alone"
+
+
+def test_the_time_of_a_renewal_is_that_of_the_disk_or_store(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    with hold_lease(place) as lease:
+        written = storage.join(place, "file")
+        storage.write(written, b"x")
+        assert abs(lease.renew() - storage.get_entry(written).modified) < 60
+
+
+def test_a_renewal_that_arrives_although_its_answer_is_lost_counts(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_lease(place) as lease:
+        real = conditional.write_if
+
+        def loses_the_answer(path: str, data: bytes, tag: str | None) -> str:
+            monkeypatch.setattr(conditional, "write_if", real)
+            real(path, data, tag)
+            raise StorageError("no answer")
+
+        monkeypatch.setattr(conditional, "write_if", loses_the_answer)
+        with pytest.raises(GalleryBusyError, match="no answer"):
+            lease.renew()
+        lease.renew()
+
+
+def test_threads_that_renew_beside_the_heartbeat_keep_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_HEARTBEATS", 1000)
+    failures: list[BaseException] = []
+
+    def renew() -> None:
+        try:
+            for _ in range(20):
+                lease.renew()
+        except BaseException as error:
+            failures.append(error)
+
+    with hold_lease(place) as lease:
+        threads = [threading.Thread(target=renew) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+# --- whether an earlier holder may still write ---------------------------------------------------------------------------
+
+
+def test_a_commit_settles_the_lease_for_those_that_come_after(place: str) -> None:
+    with hold_lease(place) as lease:
+        assert not lease.is_settled, "nobody knows what happened before"
+        lease.settle()
+    for _ in range(2):
+        with hold_lease(place) as lease:
+            assert lease.is_settled
+
+
+def test_only_who_let_go_or_ended_here_writes_no_more(place: str, clock: Clock) -> None:
+    on_disk = not storage.is_remote(place)
+    ended_here = replace(Holder.of_this_process(SECONDS), settled=True)
+    asleep = elsewhere(settled=True)
+    released = elsewhere(released=True, settled=True)
+    never_settled = elsewhere(released=True)
+    old_format = json.dumps({name: value for name, value in asdict(released).items() if name != "settled"}).encode()
+    cases: list[tuple[Holder | bytes, bool]] = [
+        (ended_here, on_disk),
+        (asleep, False),
+        (released, True),
+        (never_settled, False),
+        (old_format, False),
+        (b"damaged", False),
+    ]
+    for holder, is_settled in cases:
+        put(place, holder)
+        with hold_lease(place) as lease:
+            assert lease.is_settled == is_settled, holder
+
+
 # --- stopped, and awake again ------------------------------------------------------------------------------------------
 
 
