@@ -112,8 +112,9 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
     phases = PhaseTimer(summary.seconds)
     # Duplicates are looked up in the same graph, so that it must reach as far as they do.
     graph_config = replace(config.graph, reach=max(config.graph.reach, config.duplicates.radius))
-    with open_report_folder(table, NAME) as folder:
-        graph = open_graph([table], graph_config, config.run, os.path.join(locate_reports(table), "graph"), progress)
+    with open_report_folder(table, NAME) as report:
+        graph_folder = os.path.join(locate_reports(table), "graph")
+        graph = open_graph([table], graph_config, config.run, graph_folder, progress, report.lease)
         phases.end("graph")
         # Labels are (n,), the number of each node's identity in `names`, or -1.
         labels, names = read_labels(table, graph.nodes)
@@ -134,8 +135,8 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
         )
         phases.end("judge")
         progress("writing")
-        lists = _write_tables(graph, table, judgement, folder, relabels=config.clean.relabels)
-        write_report(build_clean_report(graph, table, judgement), os.path.join(folder, "report.html"))
+        lists = _write_tables(graph, table, judgement, report.path, relabels=config.clean.relabels)
+        write_report(build_clean_report(graph, table, judgement), os.path.join(report.path, "report.html"))
         phases.end("write")
     _summarise(summary, graph, judgement, lists)
     return summary

@@ -7,7 +7,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, plan_compaction
 from facepipe.gallery.maintenance.text_repair import count_files_to_repair, repair_text
-from facepipe.gallery.maintenance.vacuum import delete_unreferenced, find_unreferenced
+from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, find_unreferenced
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
 from pipelines.runtime.run_record import get_current_run, record_calls
@@ -85,9 +85,9 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
         with RequestTaker(commit, lease) as taker:
             taker.start()
             fewer = compact_files(table, groups, commit)
-        lease.check()
+        deleted = claim_unreferenced(gallery, lease, config.keep_hours * _SECONDS_PER_HOUR)
+        delete_files(deleted, lease)
         compacted = Gallery(gallery)
-        deleted = delete_unreferenced(compacted, config.keep_hours * _SECONDS_PER_HOUR)
         return CompactSummary(
             repaired=repaired,
             joined=fewer + len(groups),

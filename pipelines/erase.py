@@ -97,6 +97,7 @@ def _erase(
     # An erasure that a crash interrupted before readers were told is hidden now, and not selected again.
     pending.restore_list(gallery)
     suppressed.migrate_lists(gallery)
+    pending.delete_leftovers(gallery)
     table = Gallery(gallery)
     selected = select_images(table, selection, requested)
     summary.images = selected.images
@@ -133,6 +134,7 @@ def resume(gallery: str, *, wait: bool = False, progress: Progress = lambda line
     path = Gallery(gallery).path
     pending.restore_list(path)
     suppressed.migrate_lists(path)
+    pending.delete_leftovers(path)
     unfinished = pending.read_unfinished(path)
     for erasure in unfinished:
         progress(f"continuing the erasure {erasure.id}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -29,12 +30,15 @@ from facepipe.curation.report_folders import (
     prepare_folder,
     replace_report,
     require_ours,
+    take_over_folders,
 )
 from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.storage import describe_error, is_remote, sync_disks
+from facepipe.storage.atomic import swap_folders
+from facepipe.storage.lease import Lease
 from facepipe.types import Float32
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
@@ -91,6 +95,7 @@ def open_graph(
     run: GraphRunConfig,
     folder: str,
     on_progress: OnProgress = lambda line: None,
+    lease: Lease | None = None,
 ) -> Graph:
     """Open the graph in a folder. It is built, or built again if the tables or the settings have changed.
 
@@ -102,13 +107,18 @@ def open_graph(
         run: how the work is run.
         folder: of the graph.
         on_progress: is called with a line per step.
+        lease: of the reports, if others may make a graph in the same folder.
 
     Raises:
         GalleryError: there is no face.
+        GalleryBusyError: another run has taken the lease over.
     """
     if run.runner == "ray" and any(is_remote(gallery.path) for gallery in galleries):
         raise ConfigError("run.runner=ray cannot build the graph of a gallery in an object store: omit run.runner")
     source = _get_source(galleries, config)
+    # No run that was paused may publish its graph from here on.
+    partial = f"{folder.rstrip('/')}.{lease.id if lease else secrets.token_hex(8)}{PARTIAL}"
+    _take_over(folder, partial)
     # Use the graph in the folder if it is of these tables and settings.
     if _has_graph_of(folder, source):
         with suppress(StorageError):
@@ -117,18 +127,26 @@ def open_graph(
             return graph
         on_progress("the graph is damaged: rebuilding it")
     require_ours(folder, GRAPH)
-    partial = folder.rstrip("/") + PARTIAL
     if not _has_graph_of(partial, source):  # it may be complete, but for its name
         _prepare_folder(partial, source)
         _GraphBuilder(galleries, config, run, source, partial, on_progress).run()
     # The new graph takes the place of the one before it. Files of somebody else stay in the folder.
+    if lease is not None:
+        lease.renew()
     try:
         sync_disks(partial)
-        replace_report(folder, partial, GRAPH)
-        os.rename(partial, folder)
+        swap_folders(partial, folder)
+        replace_report(partial, folder, GRAPH)
     except OSError as error:
         raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
     return Graph(folder)
+
+
+def _take_over(folder: str, partial: str) -> None:
+    try:
+        take_over_folders(folder.rstrip("/"), partial, GRAPH)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder!r}: {describe_error(error)}") from error
 
 
 def _get_source(galleries: Sequence[Gallery], config: GraphConfig) -> GraphSource:

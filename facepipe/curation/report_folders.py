@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -26,11 +27,12 @@ MARKER = "facepipe.json"
 """The file that marks a folder as ours. It says which report the folder is for."""
 GRAPH = "graph"
 
-# Endings of the folders that a report is made in, and that hold the report before it while the two change places.
+# Endings of the folders that a report is made in, and that hold the report before it while the two change places. The
+# id of the run's lease stands before the ending, except in folders of older versions.
 PARTIAL = ".partial"
 PREVIOUS = ".old"
 # Either ending; the id of a run may stand before it.
-_FOLDER_ENDING = re.compile(rf"(?:\.[0-9a-f]+)?(?:{re.escape(PARTIAL)}|{re.escape(PREVIOUS)})")
+_WORK = re.compile(rf"(.+?)(?:\.[0-9a-f]+)?(?:{re.escape(PARTIAL)}|{re.escape(PREVIOUS)})")
 
 _FORMAT = 1
 _DUPLICATES = (
@@ -72,9 +74,10 @@ def get_report_name(folder: str) -> str | None:
     """Return which report a folder is for, by its name alone; None if none has such a folder.
 
     Args:
-        folder: name of the folder, such as `dedup.partial`.
+        folder: name of the folder, such as `dedup` or `dedup.2f0c41d8a3b5e677.partial`.
     """
-    name = _FOLDER_ENDING.sub("", folder)
+    work = _WORK.fullmatch(folder)
+    name = work[1] if work else folder
     return name if name in _REPORT_FILES or name == GRAPH else None
 
 
@@ -94,7 +97,7 @@ def owns_file(report: str, name: str) -> bool:
     folder, slash, inner = name.partition("/")
     # A report on two galleries has a graph of its own, in its folder.
     if slash:
-        is_graph = report == "overlap" and folder in (GRAPH, GRAPH + PARTIAL)
+        is_graph = report == "overlap" and get_report_name(folder) == GRAPH
         return is_graph and (not inner or owns_file(GRAPH, inner))
     whole = _UNFINISHED.sub("", name) if name.endswith(UNFINISHED) else name
     if whole == MARKER or name in PRIVATE_NAMES:
@@ -235,6 +238,44 @@ def replace_report(folder: str, successor: str, report: str) -> None:
     if os.path.isdir(folder):
         _move_others(report, folder, successor, "")
         delete_report(folder, report)
+
+
+def take_over_folders(final: str, partial: str, report: str) -> None:
+    """Take over what earlier runs left beside a folder, so that none of them can publish it any more.
+
+    A run may be paused for hours, and go on when another one makes the report. Each works in a folder of its own name.
+    What is taken over changes its name or is deleted, so that a run which wakes finds its folder gone.
+
+    Args:
+        final: the folder of the report. There may be none.
+        partial: folder that this run works in. It gets the files of the last interrupted run, if there are any.
+        report: the report's name.
+
+    Raises:
+        OSError: something cannot be moved.
+        StorageError: something cannot be deleted.
+    """
+    parent, base = os.path.split(final)
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    matches = ((name, _WORK.fullmatch(name)) for name in names)
+    leftovers = [
+        os.path.join(parent, name)
+        for name, match in matches
+        if match and match[1] == base and name != os.path.basename(partial)
+    ]
+    for path in leftovers:
+        with suppress(OSError):
+            os.rmdir(path)  # a run was killed before it had written anything
+    leftovers = [path for path in leftovers if inspect_folder(path, report) is not None]
+    unfinished = sorted((path for path in leftovers if path.endswith(PARTIAL)), key=os.path.getmtime)
+    # The last one may be resumed.
+    if unfinished and not os.path.lexists(partial):
+        os.rename(unfinished[-1], partial)
+    for path in leftovers:
+        if os.path.isdir(final):
+            replace_report(path, final, report)
+        else:
+            delete_report(path, report)
 
 
 def _move_others(report: str, source: str, target: str, inner: str) -> None:

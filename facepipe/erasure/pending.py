@@ -5,7 +5,6 @@ done to the rows, the index, the reports and old files. Each is written only by 
 so that several runs can work on one erasure. `ID.indexed` lists faces that only the index holds.
 """
 
-import fcntl
 import io
 import json
 import re
@@ -41,8 +40,11 @@ FILES = "files"
 
 _PROGRESS = ".state"
 _GUARD = ".guard"
-# What a process leaves that is killed while it writes a file of an erasure.
-_UNFINISHED_FILE = re.compile(rf"(\d{{8}}T\d{{6}}-[0-9a-f]{{6}})\.[a-z.]+{re.escape(UNFINISHED)}")
+# What an erasure has beside its pending file while it is not complete.
+_OWNED_FILE = re.compile(
+    rf"(\d{{8}}T\d{{6}}-[0-9a-f]{{6}})"
+    rf"(?:(?:\.(?:{'|'.join(PARTS)}))?{re.escape(_PROGRESS)}|{re.escape(INDEXED)}|\.[a-z.]+{re.escape(UNFINISHED)})"
+)
 # What each part writes into the receipt.
 _FIELDS = {
     ROWS: ("version_before", "version_after", "files_before", "files_after"),
@@ -119,17 +121,26 @@ def write_pending(gallery: str, erasure: PendingErasure) -> None:
 def write_indexed(gallery: str, erasure: PendingErasure, faces: Int64) -> None:
     """Add faces that only the index holds, and have readers leave them out."""
     erasure.indexed = np.union1d(erasure.indexed, faces)
-    write_erased_file(gallery, erasure.id + INDEXED, erasure.indexed.astype("<i8").tobytes())
-    hidden.add_request(gallery, erasure.id)
+    if _write_beside_pending(gallery, erasure.id, INDEXED, erasure.indexed.astype("<i8").tobytes()):
+        hidden.add_request(gallery, erasure.id)
 
 
 def save_progress(gallery: str, receipt: Receipt, part: str, *, is_done: bool = False) -> None:
     """Save what a part has done: a crash must not lose which files held erased data.
 
-    The caller holds the lease of the part.
+    The caller holds the lease of the part. If another run has completed the erasure meanwhile, nothing is saved.
     """
     progress = {"done": is_done, "receipt": {name: getattr(receipt, name) for name in _FIELDS[part]}}
-    write_erased_file(gallery, f"{receipt.id}.{part}{_PROGRESS}", json.dumps(progress).encode())
+    _write_beside_pending(gallery, receipt.id, f".{part}{_PROGRESS}", json.dumps(progress).encode())
+
+
+def _write_beside_pending(gallery: str, request: str, ending: str, data: bytes) -> bool:
+    """Write a file of an erasure, and return whether it was written: not if the erasure is complete."""
+    with _hold_guard(gallery):
+        if not is_pending(gallery, request):
+            return False
+        write_erased_file(gallery, request + ending, data)
+        return True
 
 
 def update_progress(gallery: str, erasure: PendingErasure) -> bool:
@@ -232,6 +243,24 @@ def restore_list(gallery: str) -> None:
             hidden.add_request(gallery, name.removesuffix(PENDING))
 
 
+def delete_leftovers(gallery: str) -> None:
+    """Delete what killed runs have left of erasures that are complete: progress, lists of faces, unfinished files."""
+    if not _list_leftovers(gallery):
+        return
+    with _hold_guard(gallery):
+        for name, request in _list_leftovers(gallery):
+            # In a store a listing takes a while, and an erasure may have been recorded since it began.
+            if not is_pending(gallery, request):
+                storage.delete(_get_path(gallery, name))
+
+
+def _list_leftovers(gallery: str) -> list[tuple[str, str]]:
+    """List files of erasures without a pending file, and their erasures. That is their first file, and goes first."""
+    names = _list_names(gallery)
+    matches = [match for match in map(_OWNED_FILE.fullmatch, sorted(names)) if match]
+    return [(match[0], match[1]) for match in matches if match[1] + PENDING not in names]
+
+
 def is_pending(gallery: str, request: str) -> bool:
     """Tell whether an erasure is recorded and not complete."""
     return request + PENDING in _list_names(gallery)
@@ -244,14 +273,9 @@ def delete_pending(gallery: str, receipt: Receipt) -> None:
     hidden.remove_request(gallery, receipt.id)
     with _hold_guard(gallery):
         storage.delete(_get_path(gallery, receipt.id + PENDING))
-        # Files that a process was writing when it was killed may hold names too. Nobody writes them any more: the first
-        # file of an erasure is written under the guard, and the others while it is pending.
-        names = _list_names(gallery)
-        for name in sorted(names):
-            is_own = name.startswith(f"{receipt.id}.") and name.endswith((_PROGRESS, INDEXED))
-            unfinished = _UNFINISHED_FILE.fullmatch(name)
-            if is_own or (unfinished and unfinished[1] + PENDING not in names):
-                storage.delete(_get_path(gallery, name))
+    # Files that a process was writing when it was killed may hold names too. Nobody writes them any more: the first
+    # file of an erasure is written under the guard, and the others while it is pending.
+    delete_leftovers(gallery)
     if not storage.is_remote(gallery):
         storage.sync_folder(get_erased_folder(gallery))
 
@@ -266,7 +290,7 @@ def _hold_guard(gallery: str) -> Iterator[None]:
     storage.make_parent_folder(path)
     try:
         with open(path, "a") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+            conditional.lock_guard(guard, path)
             yield
     except OSError as error:
         raise StorageError(f"cannot write {path!r}: {storage.describe_error(error)}") from error

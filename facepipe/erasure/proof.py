@@ -202,7 +202,8 @@ def _check_vectors(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     if manifests.exists(gallery.path):
         store = manifests.open_index_store(gallery.path)
         manifest = manifests.load(gallery.path)
-        for entry in manifest.shards:
+        # Shards that are kept for searches that began before count as well.
+        for entry in (*manifest.shards, *(old.entry for old in manifest.replaced)):
             shard = Shard(store, entry)
             count = hashes.count_matches(map(str, shard.ids.tolist()), "faces")
             if not count:
@@ -211,7 +212,7 @@ def _check_vectors(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
                     count += hashes.count_matches(pc.unique(rows.uris).to_pylist(), "uris")
             if count:
                 yield f"index/{entry.name}: {count} vectors"
-        listed = {name.split("/")[0] for name, _ in manifests.list_files(manifest)}
+        listed = manifests.list_names_in_use(manifest)
     # Files that the manifest does not list.
     unlisted = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)} - listed
     for name in sorted(unlisted):

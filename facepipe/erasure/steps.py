@@ -34,7 +34,7 @@ from facepipe.errors import ConfigError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_of_uris, rewrite_files
-from facepipe.gallery.maintenance.vacuum import delete_history, find_unreferenced
+from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_history
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.cache import get_cache_folder
@@ -205,6 +205,8 @@ class _ErasureSteps:
             with self._measure("vacuum"):
                 if not self._delete_files(self.leases.gallery):
                     return False
+        if self.leases.gallery is not None:
+            self.leases.gallery.check()
         return self._finish()
 
     def _refresh(self) -> bool:
@@ -214,8 +216,14 @@ class _ErasureSteps:
     def _is_done(self, part: str) -> bool:
         return part in self.erasure.done or (self._refresh() and part in self.erasure.done)
 
-    def _end_part(self, part: str) -> None:
-        pending.save_progress(self.gallery, self.receipt, part, is_done=True)
+    def _save_progress(self, part: str, lease: Lease | None, *, is_done: bool = False) -> None:
+        """Save what a part has done, unless another run may have taken its lease over and be further."""
+        if lease is not None:
+            lease.check()
+        pending.save_progress(self.gallery, self.receipt, part, is_done=is_done)
+
+    def _end_part(self, part: str, lease: Lease | None) -> None:
+        self._save_progress(part, lease, is_done=True)
         self.erasure.done.add(part)
 
     @contextmanager
@@ -234,6 +242,7 @@ class _ErasureSteps:
 
         What the receipt says of it is saved before the commit, because nobody could tell afterwards.
         """
+        lease.check()
         self._select_again()
         # From here on no run embeds the images again. Readers leave them out already.
         if self.receipt.suppressed:
@@ -254,13 +263,13 @@ class _ErasureSteps:
                 self.receipt.version_after = table.version + 1
                 self.receipt.files_before |= {name: digest or "" for name, digest in trace.before}
                 self.receipt.files_after |= {name: digest or "" for name, digest in trace.after}
-            pending.save_progress(self.gallery, self.receipt, ROWS)
+            self._save_progress(ROWS, lease)
             return actions
 
         committer = self.leases.committer or Committer(Gallery(self.gallery), new_run_id(), lease)
         figures = {"images": self.receipt.images, "faces": self.receipt.faces}
         committer.commit_actions(rewrite, {"job": "erase", **figures})
-        self._end_part(ROWS)
+        self._end_part(ROWS, lease)
 
     def _select_again(self) -> None:
         """Take in what the table has got of the images since they were selected.
@@ -279,34 +288,42 @@ class _ErasureSteps:
 
     def _remove_vectors(self, lease: Lease) -> None:
         if not manifests.exists(self.gallery):
-            manifests.sweep(self.gallery, None)  # parts of an index that was never finished
-            self._end_part(INDEX)
+            manifests.sweep(self.gallery, lease)  # parts of an index that was never finished
+            self._end_part(INDEX, lease)
             return
         # Tombstones hide the vectors from other readers of the index as well; then their shards are rewritten.
-        removal = vectors.hide_vectors(self.gallery, self.erasure.selected, lease.check)
+        removal = vectors.hide_vectors(self.gallery, self.erasure.selected, lease)
         # A repeated step may find less than the first attempt did, so the larger count stays.
         self.receipt.vectors = max(self.receipt.vectors, removal.vectors)
         self.receipt.index_before = self.receipt.index_before | removal.before
-        pending.save_progress(self.gallery, self.receipt, INDEX)
+        self._save_progress(INDEX, lease)
 
-        def prepare_publishing() -> None:
+        def save_progress() -> None:
             self.receipt.index_after |= removal.after
-            pending.save_progress(self.gallery, self.receipt, INDEX)
-            lease.check()
+            self._save_progress(INDEX, lease)
 
         # If no row had to be removed, the table has no new version for which the index could answer.
         version_before = self.receipt.version_before
         has_new_version = self.receipt.version_after > version_before
-        vectors.remove_vectors(
-            self.gallery,
-            removal,
-            version_before=version_before,
-            version_after=self.receipt.version_after if has_new_version else version_before,
-            check_lease=prepare_publishing,
-        )
+        if manifests.exists(self.gallery):
+            vectors.remove_vectors(
+                self.gallery,
+                removal,
+                version_before=version_before,
+                version_after=self.receipt.version_after if has_new_version else version_before,
+                lease=lease,
+                before_publishing=save_progress,
+            )
+        else:
+            manifests.sweep(self.gallery, lease)  # it was withdrawn
+        if removal.dropped:
+            self.progress(
+                f"damaged, and no longer part of the index: {', '.join(removal.dropped)}; "
+                f"`facepipe index {self.gallery}` adds their faces again"
+            )
         if self.held.index is None:  # a job that holds it works with its copies
             delete_copies(self.gallery, manifests.FOLDER)
-        self._end_part(INDEX)
+        self._end_part(INDEX, lease)
 
     # ---- reports
 
@@ -314,7 +331,7 @@ class _ErasureSteps:
         folder = storage.join(self.gallery, REPORTS_FOLDER)
         names = list(storage.list_names(folder))
         if not names:
-            self._end_part(REPORTS)
+            self._end_part(REPORTS, None)
             return
         # Update the clusters before the lease is held, because the update holds it itself.
         has_clusters = any(name.split("/")[0] == "cluster" for name in names)
@@ -328,15 +345,15 @@ class _ErasureSteps:
             if lease is None:
                 return
             known_foreign = len(self.advance.foreign)
-            for changed in self._iterate_scrubbed(folder, names, self._describe_erased()):
+            for changed in self._iterate_scrubbed(folder, names, self._describe_erased(), lease):
                 # Save the receipt after each file, so that a crash loses no name of a changed file.
                 self.receipt.reports = sorted({*self.receipt.reports, changed})
-                pending.save_progress(self.gallery, self.receipt, REPORTS)
+                self._save_progress(REPORTS, lease)
                 lease.check()
             self.receipt.foreign = len(self.advance.foreign) - known_foreign
             if self.held.reports is None:
                 delete_copies(self.gallery, REPORTS_FOLDER)
-            self._end_part(REPORTS)
+            self._end_part(REPORTS, lease)
 
     def _describe_erased(self) -> ErasedData:
         """Describe what reports must not hold; a label that other images still have may stay."""
@@ -354,13 +371,13 @@ class _ErasureSteps:
             marks=np.unique(selected.marks.to_numpy()),
         )
 
-    def _iterate_scrubbed(self, folder: str, names: list[str], erased: ErasedData) -> Iterator[str]:
+    def _iterate_scrubbed(self, folder: str, names: list[str], erased: ErasedData, lease: Lease) -> Iterator[str]:
         """Remove erased data from all reports, and yield the name of each file that changed."""
         if open_store(self.gallery, REPORTS_FOLDER).is_complete:
             yield from scrub_reports(folder, erased, self._note_foreign)
             return
         for name in sorted({name.split("/")[0] for name in names if "/" in name}):
-            yield from self._scrub_remote_report(name, erased)
+            yield from self._scrub_remote_report(name, erased, lease)
         # Objects beside the reports are none of ours, except the lease.
         for name in names:
             if "/" not in name and not name.startswith(LEASE_FILE):
@@ -380,20 +397,23 @@ class _ErasureSteps:
         if path not in self.advance.foreign:
             self.advance.foreign.append(path)
 
-    def _scrub_remote_report(self, name: str, erased: ErasedData) -> list[str]:
+    def _scrub_remote_report(self, name: str, erased: ErasedData, lease: Lease) -> list[str]:
         """Fetch one report of a gallery in an object store, clean it, and upload it if it has changed."""
         store = open_store(self.gallery, f"{REPORTS_FOLDER}/{name}")
         report = get_report_name(name)
         # A disposable report is deleted as a whole, without fetching it.
         if is_disposable(name) and report is not None and is_our_listing(report, list(storage.list_names(store.url))):
-            others = delete_owned(store.url, lambda inner: owns_file(report, inner))
+            others = delete_owned(store.url, lambda inner: owns_file(report, inner), lease.check)
             delete_copies(self.gallery, f"{REPORTS_FOLDER}/{name}")
             if not others:
                 return [f"{name}/"]
+        # A run that was stopped may have cleaned this machine's copies only, which would then seem to be clean here.
+        delete_copies(self.gallery, f"{REPORTS_FOLDER}/{name}")
+        store = open_store(self.gallery, f"{REPORTS_FOLDER}/{name}")
         store.pull()
         changed = list(scrub_report(store.folder, erased, lambda inner: self._note_foreign(f"{name}/{inner}")))
         if changed:
-            store.push(last="report.html")
+            store.push(last="report.html", before_each=lease.check)
         return [f"{name}/{inner}" for inner in changed]
 
     # ---- files and receipt
@@ -409,9 +429,8 @@ class _ErasureSteps:
             if committer is not None:
                 # Rewrites of the running job that are not committed yet would look like old files.
                 stack.enter_context(committer.exclude_commits())
-            lease.check()
+            unreferenced = claim_unreferenced(self.gallery, lease)
             table = Gallery(self.gallery)
-            unreferenced = find_unreferenced(table)
             if committer is not None:
                 # Parts of the job are not committed yet, unless this erasure has taken them out of the table.
                 in_work = [entry for entry in unreferenced if self._is_in_work(entry.url, committer)]
@@ -420,13 +439,12 @@ class _ErasureSteps:
                 unreferenced = [entry for entry in unreferenced if entry not in in_work]
             # Count and save before deleting, because a repeated step finds nothing to count.
             self.receipt.files_deleted = max(self.receipt.files_deleted, len(unreferenced))
-            pending.save_progress(self.gallery, self.receipt, FILES)
-            for entry in unreferenced:
-                storage.delete(entry.url)
-            self.receipt.log_files_deleted += delete_history(table)
+            self._save_progress(FILES, lease)
+            delete_files(unreferenced, lease)
+            self.receipt.log_files_deleted += delete_history(table, lease)
         # After a power cut nothing of it comes back: the receipt would say what is not so.
         self._sync_disks()
-        self._end_part(FILES)
+        self._end_part(FILES, lease)
         return True
 
     def _sync_disks(self) -> None:

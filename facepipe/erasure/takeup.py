@@ -287,10 +287,9 @@ class RequestTaker:
         if not self._standing:
             return
         with self.committer.exclude_commits():
-            table = Gallery(self._gallery)
-            for entry in find_unreferenced(table):
-                if os.path.basename(entry.url).startswith(self.committer.part_prefix):
-                    storage.delete(entry.url)
+            names = [entry.url for entry in find_unreferenced(Gallery(self._gallery))]
+            own = [name for name in names if os.path.basename(name).startswith(self.committer.part_prefix)]
+            storage.delete_many(own, before_batch=self._lease.check)
 
     def _screen(self, records: list[PartRecord]) -> list[PartRecord]:
         """Take erased images out of finished blocks."""

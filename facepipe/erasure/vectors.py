@@ -1,14 +1,19 @@
 """Removing vectors from the index: first no search returns them, in the end no file holds them."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow.compute as pc
 
 from facepipe.erasure.selection import SelectedImages
+from facepipe.errors import IndexDamagedError, IndexReplacedError
 from facepipe.index import manifest as manifests
+from facepipe.index.manifest import ShardEntry
 from facepipe.index.shard import Shard, merge_shards, write_tombstones
+from facepipe.storage.lease import Lease
+from facepipe.storage.store import Store
 from facepipe.types import Int64
 
 _LABEL_ROWS = 65536  # rows that are stored together in a shard's labels
@@ -22,46 +27,79 @@ class VectorRemoval:
         vectors: number of vectors.
         before: files of the shards that held them, with the first 32 digits of their SHA-256.
         after: files of the shards that replaced them, likewise.
+        dropped: names of damaged shards, which the index no longer has. The next `index` adds their faces again.
     """
 
     vectors: int = 0
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+    def add_shard(self, entry: ShardEntry) -> None:
+        """Note the files of a shard that holds traces of the images, or may hold some."""
+        self.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
 
 
-def hide_vectors(gallery: str, selected: SelectedImages, check_lease: Callable[[], None]) -> VectorRemoval:
+def hide_vectors(gallery: str, selected: SelectedImages, lease: Lease) -> VectorRemoval:
     """Tombstone everything that shards hold of the images, so that no search returns it.
 
     Shards may hold more than the table does: faces of earlier contents of an image. These have tombstones already, or
-    none yet if the index is behind the table. The image's uri identifies them.
+    none yet if the index is behind the table. The image's uri identifies them. A damaged shard leaves the index,
+    because nothing tells what it holds. A damaged manifest is withdrawn.
 
     Args:
         gallery: folder or URL of the gallery.
         selected: the images to erase.
-        check_lease: raises if this run no longer holds the lease of the index.
+        lease: of the index.
     """
-    # The tag makes publishing fail if the index has changed since.
-    manifest, tag = manifests.load_tagged(gallery)
+    try:
+        # The tag makes publishing fail if the index has changed since.
+        manifest, tag = manifests.load_tagged(gallery)
+    except IndexDamagedError:
+        manifests.withdraw(gallery, lease)
+        return VectorRemoval(dropped=[manifests.NAME])
     store = manifests.open_index_store(gallery)
     # An index that is behind the table may hold faces that the table no longer knows.
     is_behind = manifest.table_version != selected.version
     removal = VectorRemoval()
     shards = []
     for entry in manifest.shards:
-        shard = Shard(store, entry)
-        ids, has_other_traces = _find_ids(shard, selected, all_rows=is_behind)
+        try:
+            shard = Shard(store, entry)
+            ids, has_other_traces = _find_ids(shard, selected, all_rows=is_behind)
+        except IndexDamagedError:
+            removal.dropped.append(entry.name)
+            removal.add_shard(entry)
+            continue
         if len(ids) or has_other_traces:
             # A shard with any trace has to be rewritten later, so its files go into the receipt.
             removal.vectors += len(ids)
-            removal.before |= {f"{entry.name}/{name}": file.sha256[:32] for name, file in entry.files.items()}
+            removal.add_shard(entry)
         tombstones = np.union1d(shard.tombstones, ids)
         is_changed = len(tombstones) != len(shard.tombstones)
         shards.append(write_tombstones(store, entry, tombstones) if is_changed else entry)
-    if tuple(shards) != manifest.shards:
-        # Publish once for all shards: a reader sees all tombstones or none.
-        check_lease()
-        manifests.publish(gallery, replace(manifest, shards=tuple(shards)), tag)
+    # Shards that are kept for searches that began before are needed no longer if they hold anything.
+    replaced = tuple(old for old in manifest.replaced if not _has_traces(store, old.entry, selected, removal))
+    # Publish once for all shards: a reader sees all tombstones or none.
+    draft = replace(manifest, shards=tuple(shards), replaced=replaced)
+    if removal.dropped:
+        draft = replace(draft, table_version=manifests.INCOMPLETE)
+    if draft != manifest:
+        manifests.publish(gallery, draft, tag, lease, known=manifest)
     return removal
+
+
+def _has_traces(store: Store, entry: ShardEntry, selected: SelectedImages, removal: VectorRemoval) -> bool:
+    """Tell whether a shard that is no longer part of the index holds anything of the images, or cannot be read."""
+    if any(name.startswith(f"{entry.name}/") for name in removal.before):
+        return True
+    try:
+        shard = Shard(store, entry)
+        ids, has_other_traces = _find_ids(shard, selected, all_rows=True)
+    except (IndexDamagedError, IndexReplacedError):
+        return True
+    is_tombstoned = np.isin(selected.faces.to_numpy(), shard.tombstones).any()
+    return bool(len(ids) or has_other_traces or is_tombstoned)
 
 
 def find_indexed_ids(gallery: str, selected: SelectedImages) -> Int64:
@@ -74,11 +112,18 @@ def find_indexed_ids(gallery: str, selected: SelectedImages) -> Int64:
     Returns:
         Sorted face ids, also of earlier contents of the images.
     """
-    manifest = manifests.load(gallery)
+    parts = [np.empty(0, np.int64)]
+    try:
+        manifest = manifests.load(gallery)
+    except IndexDamagedError:
+        return parts[0]  # no search opens it
     store = manifests.open_index_store(gallery)
     is_behind = manifest.table_version != selected.version
-    parts = [_find_ids(Shard(store, entry), selected, all_rows=is_behind)[0] for entry in manifest.shards]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))
+    for entry in manifest.shards:
+        # A damaged shard must not stop the request. It leaves the index when the erasure gets to it.
+        with suppress(IndexDamagedError, IndexReplacedError):
+            parts.append(_find_ids(Shard(store, entry), selected, all_rows=is_behind)[0])
+    return np.unique(np.concatenate(parts))
 
 
 def _find_ids(shard: Shard, selected: SelectedImages, *, all_rows: bool) -> tuple[Int64, bool]:
@@ -120,7 +165,8 @@ def remove_vectors(
     *,
     version_before: int,
     version_after: int,
-    check_lease: Callable[[], None],
+    lease: Lease,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> None:
     """Rewrite the shards that hold hidden vectors, without their tombstoned faces, and delete the old ones.
 
@@ -130,7 +176,8 @@ def remove_vectors(
         version_before: version of the table before its rows were deleted. An index that answered for it answers for
             `version_after` now.
         version_after: version of the table after that.
-        check_lease: called before the index is published; raises if this run no longer holds its lease.
+        lease: of the index.
+        before_publishing: called when the new files are known, before the index is published.
     """
     manifest, tag = manifests.load_tagged(gallery)
     store = manifests.open_index_store(gallery)
@@ -141,15 +188,23 @@ def remove_vectors(
         if entry.name not in names:
             shards.append(entry)
             continue
-        # Merging a single shard rewrites it without its tombstones; nothing comes back if no vector is left.
-        rewritten = merge_shards(store, [entry])
+        try:
+            # Merging a single shard rewrites it without its tombstones; nothing comes back if no vector is left.
+            rewritten = merge_shards(store, [entry])
+        except IndexDamagedError:
+            removal.dropped.append(entry.name)
+            continue
         if rewritten is not None:
             shards.append(rewritten)
             removal.after |= {f"{rewritten.name}/{name}": file.sha256[:32] for name, file in rewritten.files.items()}
     # Publish the new shards, and only then delete the files of the old ones.
-    check_lease()
+    before_publishing()
     table_version = version_after if manifest.table_version == version_before else manifest.table_version
-    draft = replace(manifest, shards=tuple(shards), table_version=table_version)
+    if removal.dropped:
+        table_version = manifests.INCOMPLETE
+    # Searches that began before cannot go on with what held erased faces: it is not kept for them.
+    replaced = tuple(old for old in manifest.replaced if old.entry.name not in names)
+    draft = replace(manifest, shards=tuple(shards), replaced=replaced, table_version=table_version)
     if draft != manifest:
-        manifests.publish(gallery, draft, tag)
-    manifests.sweep(gallery, draft)
+        manifests.publish(gallery, draft, tag, lease, known=manifest)
+    manifests.sweep(gallery, lease)

@@ -43,6 +43,7 @@ LOG = "_delta_log"
 # The folders of a gallery. Each may be a link to a folder on another disk.
 FOLDERS = ("faces", "index", "reports", "erased", RUNS)
 _FIRST_VERSION = f"{0:020}.json"
+FENCE = "fence"  # job of a commit that changes nothing: it keeps late commits of runs that lost their lease out
 # Names that a first run may leave in a folder before the table is there.
 _OWN_NAMES = {LEASE_FILE, LEASE_GUARD, RUNS}
 _VECTOR_ROWS = 65536  # rows read at a time
@@ -108,6 +109,12 @@ class Gallery:
         try:
             self._table = open_table(self.faces_folder, version)
         except TableNotFoundError as error:
+            if version is not None and self.exists(self.path):
+                _require_version(self.path, self.faces_folder, version)
+                raise GalleryError(
+                    f"version {version} of the gallery at {self.path!r} was deleted meanwhile: open the gallery again, "
+                    "or run the same command again"
+                ) from error
             raise GalleryError(_describe_no_gallery(self.path)) from error
         except StorageError as error:
             raise GalleryError(f"the gallery at {self.path!r} leads out of itself: {error}") from error
@@ -372,14 +379,29 @@ class Gallery:
             try:
                 batch = next(batches, None)
             except (OSError, pa.ArrowException) as error:
-                raise StorageError(
-                    f"cannot read the table in {self.faces_folder!r}: {storage.describe_error(error)}; "
-                    f"`facepipe verify {self.path}` names what is damaged"
-                ) from error
+                raise StorageError(self._explain_unreadable(error)) from error
             if batch is None:
                 return
             if batch.num_rows:
                 yield batch
+
+    def _explain_unreadable(self, error: Exception) -> str:
+        """Say why a file cannot be read: it is damaged, or a later version has replaced it."""
+        message = f"cannot read the table in {self.faces_folder!r}: {storage.describe_error(error)}"
+        base = self.faces_folder.rstrip("/") + "/"
+        try:
+            present = {entry.url.removeprefix(base) for entry in storage.list_files(self.faces_folder)}
+            current = {file["path"] for file in Gallery(self.path).files()}
+            missing = {file["path"] for file in self.files()} - present
+        except (StorageError, GalleryError):
+            missing = set()
+        # Files that no version needs any more are deleted by an erasure at once, and by a compaction after some hours.
+        if missing and not missing & current:
+            return (
+                f"{message}; the gallery was changed while version {self.version} was read, and files of it are "
+                "deleted: open the gallery again"
+            )
+        return f"{message}; `facepipe verify {self.path}` names what is damaged"
 
     def to_arrow(self, columns: Sequence[str] | None = None, where: "str | ds.Expression | None" = None) -> pa.Table:
         """Read rows as one Arrow table."""
@@ -433,6 +455,8 @@ class Gallery:
         # Oldest first, so that the last commit of a run replaces its earlier ones.
         by_run: dict[str, dict[str, Any]] = {}
         for commit in reversed(commits):
+            if commit.get("job") == FENCE:
+                continue
             by_run[commit["run"]] = commit
         return list(by_run.values())[-last:]
 

@@ -1,26 +1,40 @@
-"""The manifest: which files make up the index. A file that it does not name is not in use; replacing it publishes."""
+"""The manifest: which files make up the index. A file that it does not name is not in use; replacing it publishes.
+
+A run may be paused anywhere, for hours, and another run may have taken the index over when it goes on. So nothing is
+deleted by what a run remembers. `sweep` goes by the manifest that is in force, and by a list of files that was made
+while the lease was provably held.
+"""
 
 import hashlib
+import json
 import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from facepipe import storage
-from facepipe.errors import GalleryBusyError, IndexingError, StorageError
+from facepipe.errors import GalleryBusyError, IndexDamagedError, IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.log import sync_log
 from facepipe.storage import conditional
 from facepipe.storage.inside import is_inside, require_no_link
+from facepipe.storage.lease import Lease
 from facepipe.storage.store import Store, open_store
 
 FORMAT = 1
+INCOMPLETE = -1
+"""Table version of an index that lost damaged shards: the next run compares every face with the table."""
 FOLDER = "index"
 NAME = "manifest.json"
+
+# A manifest that says that there is no index. It keeps the manifest of a run that was paused from being published.
+_WITHDRAWN = "withdrawn"
+_MAX_ATTEMPTS = 5
 
 # Files of a shard.
 INDEX = "index.faiss"
@@ -104,6 +118,19 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class ReplacedShard:
+    """A shard that is no longer part of the index, kept for a while for searches that began before.
+
+    Attributes:
+        entry: The shard as it was.
+        until: When its files may be deleted, in seconds since 1970 by the clock of the disk or store.
+    """
+
+    entry: ShardEntry
+    until: float
+
+
+@dataclass(frozen=True)
 class RecallPoint:
     """What a setting reaches, measured on a sample of the gallery against exact search.
 
@@ -134,8 +161,10 @@ class Manifest:
         rescore: Candidates re-scored per query.
         curve: Measured settings, by rising recall.
         measured: Live vectors when the curve was measured.
-        created: Time of publication, seconds since 1970.
+        created: Time of publication, seconds since 1970. It stays if faces are erased.
         format: Version of this format.
+        replaced: Shards that are kept for searches that began before.
+        lease: Id of the lease under which the manifest was published.
     """
 
     table_version: int
@@ -149,6 +178,8 @@ class Manifest:
     measured: int = 0
     created: float = field(default_factory=time.time)
     format: int = FORMAT
+    replaced: tuple[ReplacedShard, ...] = ()
+    lease: str = ""
 
     @property
     def live(self) -> int:
@@ -199,7 +230,8 @@ def get_path(gallery: str) -> str:
 
 def exists(gallery: str) -> bool:
     """Say whether there is a published index."""
-    return conditional.read_tagged(get_path(gallery)) is not None
+    tagged = conditional.read_tagged(get_path(gallery))
+    return tagged is not None and not _is_withdrawn(tagged[0])
 
 
 def load(gallery: str) -> Manifest:
@@ -207,6 +239,7 @@ def load(gallery: str) -> Manifest:
 
     Raises:
         IndexingError: there is none, or it cannot be read.
+        IndexDamagedError: it is damaged.
     """
     return load_tagged(gallery)[0]
 
@@ -216,6 +249,7 @@ def load_tagged(gallery: str) -> tuple[Manifest, str]:
 
     Raises:
         IndexingError: there is none, or it cannot be read.
+        IndexDamagedError: it is damaged.
     """
     path = get_path(gallery)
     try:
@@ -225,17 +259,41 @@ def load_tagged(gallery: str) -> tuple[Manifest, str]:
         raise IndexingError(str(error)) from error
     if tagged is None:
         raise IndexingError(f"no index in {gallery!r}: `facepipe index {gallery}` builds it")
-    data, tag = tagged
+    if _is_withdrawn(tagged[0]):
+        raise IndexingError(f"the index of {gallery!r} was withdrawn: `facepipe index {gallery}` builds another")
+    return _parse(tagged[0], path, gallery), tagged[1]
+
+
+def _parse(data: bytes, path: str, gallery: str) -> Manifest:
     try:
         manifest = TypeAdapter(Manifest).validate_json(data)
         # Names become paths: a damaged or forged manifest must not reach other folders.
         if not all(is_inside(name) and "/" not in name for name in _list_names(manifest)):
             raise ValueError("a name that leaves the index's folder")
-        return manifest, tag
+        return manifest
     except ValueError as error:  # pydantic's errors are among them
-        raise IndexingError(
+        version = _read_values(data).get("format")
+        if isinstance(version, int) and version > FORMAT:
+            raise IndexingError(
+                f"{path!r} is of a newer facepipe (format {version}, this one reads {FORMAT}): update facepipe, or "
+                f"`facepipe index {gallery} --retrain` rebuilds it"
+            ) from error
+        raise IndexDamagedError(
             f"{path!r} is damaged or of another version of facepipe: `facepipe index {gallery} --retrain` rebuilds it"
         ) from error
+
+
+def _read_values(data: bytes) -> dict[str, Any]:
+    """Read the values of a manifest of any kind; none if it is damaged."""
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_withdrawn(data: bytes) -> bool:
+    return bool(_read_values(data).get(_WITHDRAWN))
 
 
 def read_tag(gallery: str) -> str | None:
@@ -244,42 +302,96 @@ def read_tag(gallery: str) -> str | None:
     return None if tagged is None else tagged[1]
 
 
-def publish(gallery: str, manifest: Manifest, replaces: str | None) -> str:
+def publish(gallery: str, manifest: Manifest, replaces: str | None, lease: Lease, known: Manifest | None = None) -> str:
     """Make a manifest the current one. After this returns it survives a power cut; before it no reader sees it.
 
     Args:
         gallery: path or URL.
         manifest: the new one.
         replaces: tag of the manifest that it was made from.
+        lease: of the index.
+        known: the manifest that it was made from, if that could be read. Its files need not be uploaded.
 
     Returns:
         The new tag.
 
     Raises:
-        GalleryBusyError: the manifest that it was made from is no longer the current one.
+        GalleryBusyError: the manifest that it was made from is no longer the current one, or the lease is lost.
     """
-    store = open_index_store(gallery)
     # Upload the files before the manifest names them.
-    store.upload_missing({name: file.bytes for name, file in list_files(manifest)})
+    known_names = {name for name, _ in list_files(known)} if known else set()
+    files = {name: file.bytes for name, file in list_files(manifest) if name not in known_names}
+    store = open_index_store(gallery)
+    store.upload_missing(files)
     # On a disk their names, and the version of the table, are durable before the manifest names them.
     store.sync()
     sync_log(storage.join(gallery, "faces"))
-    data = TypeAdapter(Manifest).dump_json(manifest, indent=1)
+    # An upload may take hours. Whoever takes the lease over after this replaces the manifest before deleting anything.
+    lease.renew()
     try:
-        tag = conditional.write_if(get_path(gallery), data, replaces)
+        return _replace(gallery, _encode(manifest, lease), replaces)
     except conditional.ConflictError as error:
         raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
+
+
+def _encode(manifest: Manifest, lease: Lease) -> bytes:
+    return TypeAdapter(Manifest).dump_json(replace(manifest, lease=lease.id), indent=1)
+
+
+def _replace(gallery: str, data: bytes, replaces: str | None) -> str:
+    """Replace the manifest on the disk or in the store. Raises ConflictError if it is not the expected one."""
+    tag = conditional.write_if(get_path(gallery), data, replaces)
+    open_index_store(gallery).sync()
     return tag
 
 
 def _list_names(manifest: Manifest) -> Iterator[str]:
     """List every name that becomes a part of a path, one by one."""
     yield manifest.template.name
-    for shard in manifest.shards:
+    for shard in (*manifest.shards, *(old.entry for old in manifest.replaced)):
         yield shard.name
         yield from shard.files
         if shard.tombstones is not None:
             yield shard.tombstones
+
+
+def withdraw(gallery: str, lease: Lease) -> None:
+    """Publish that there is no index, because the manifest is damaged.
+
+    Args:
+        gallery: path or URL.
+        lease: of the index.
+
+    Raises:
+        GalleryBusyError: another run publishes an index.
+    """
+    tag = read_tag(gallery)
+    lease.renew()
+    try:
+        _replace(gallery, _encode_withdrawal(lease), tag)
+    except conditional.ConflictError as error:
+        raise GalleryBusyError(f"another run has published an index of {gallery!r} since this one began") from error
+
+
+def _encode_withdrawal(lease: Lease) -> bytes:
+    return json.dumps({_WITHDRAWN: True, "lease": lease.id}).encode()
+
+
+def keep_replaced(draft: Manifest, previous: Manifest | None, until: float, now: float) -> Manifest:
+    """Note in a draft which shards it replaces, so that their files are kept for a while.
+
+    Args:
+        draft: the manifest to be published.
+        previous: the one in force.
+        until: when the files of what is replaced now may be deleted.
+        now: the time. What was replaced before is noted no longer if its time has passed.
+    """
+    if previous is None:
+        return draft
+    replaced = [shard for shard in previous.replaced if shard.until > now]
+    if until > now:
+        replaced += [ReplacedShard(entry, until) for entry in previous.shards if entry not in draft.shards]
+    return replace(draft, replaced=tuple(shard for shard in replaced if shard.entry not in draft.shards))
 
 
 def list_files(manifest: Manifest) -> list[tuple[str, FileDigest]]:
@@ -292,20 +404,113 @@ def list_files(manifest: Manifest) -> list[tuple[str, FileDigest]]:
     return files
 
 
-def sweep(gallery: str, manifest: Manifest | None) -> None:
-    """Delete what the manifest does not name: leftovers of a crash, and what was replaced. Needs the index lock.
+def list_known_files(manifest: Manifest) -> list[tuple[str, FileDigest]]:
+    """List every file of an index, and of the shards that are kept for searches that began before."""
+    kept = tuple(shard.entry for shard in manifest.replaced)
+    return list_files(replace(manifest, shards=(*manifest.shards, *kept)))
 
-    Only files that an index can have are deleted. The folder may lie on another disk, beside other files.
+
+def list_names_in_use(manifest: Manifest) -> set[str]:
+    """List the names of files and folders directly in the index's folder that a search may read."""
+    return {name.split("/")[0] for name, _ in list_known_files(manifest)}
+
+
+def is_in_use(gallery: str, name: str) -> bool:
+    """Tell whether the manifest in force names a file or folder of the index's folder.
+
+    Raises:
+        StorageError: it cannot be read.
     """
-    in_use: set[str] = set()
-    if manifest:
-        in_use.add(manifest.template.name)
-        in_use.update(shard.name for shard in manifest.shards)
-        in_use.update(shard.tombstones for shard in manifest.shards if shard.tombstones)
+    path = get_path(gallery)
+    tagged = conditional.read_tagged(path)
+    if tagged is None or _is_withdrawn(tagged[0]):
+        return False
+    try:
+        return name.split("/")[0] in list_names_in_use(_parse(tagged[0], path, gallery))
+    except IndexingError:
+        return True  # nothing tells
+
+
+def sweep(gallery: str, lease: Lease) -> None:
+    """Delete what the manifest in force does not name: leftovers of a crash, and what was replaced long enough ago.
+
+    Only files that an index can have are deleted. The folder may lie on another disk, beside other files. Nothing is
+    deleted if the manifest is damaged, because then nothing tells its files from leftovers.
+
+    Args:
+        gallery: path or URL.
+        lease: of the index.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
+    """
     store = open_index_store(gallery)
     # A run that was killed may have published the manifest and not synced it. What it replaced must not go before.
     store.sync()
-    store.delete_owned(lambda name: is_index_file(name) and name.split("/")[0] not in in_use)
+    # List first. The lease is renewed afterwards: so everything in the list was there before any later run began.
+    listed = {name for name in store.list_names() if is_index_file(name) or is_index_file(name + "/")}
+    now = lease.renew()
+    if not listed:
+        return
+    for _ in range(_MAX_ATTEMPTS):
+        # A run that held the lease before may publish once more.
+        with suppress(conditional.ConflictError):
+            _delete_names(store, _claim_unused(gallery, listed, now, lease), lease)
+            return
+        lease.renew()
+
+
+def _claim_unused(gallery: str, listed: set[str], now: float, lease: Lease) -> set[str]:
+    """Select the listed names that no search needs, and keep earlier runs from publishing a manifest that names them.
+
+    A manifest replaces the one that it was made from, or is refused. So the one in force is published again, under this
+    run's lease.
+
+    Raises:
+        ConflictError: another manifest was published meanwhile.
+    """
+    tagged = conditional.read_tagged(get_path(gallery))
+    if tagged is None or _is_withdrawn(tagged[0]):
+        values = _read_values(tagged[0]) if tagged else {}
+        if values.get("lease") != lease.id:
+            _replace(gallery, _encode_withdrawal(lease), tagged[1] if tagged else None)
+        return listed
+    try:
+        manifest = _parse(tagged[0], get_path(gallery), gallery)
+    except IndexingError:
+        return set()
+    current = keep_replaced(manifest, manifest, now, now)
+    unused = listed - list_names_in_use(current)
+    if unused and (manifest.lease != lease.id or current != manifest):
+        _replace(gallery, _encode(current, lease), tagged[1])
+    return unused
+
+
+def delete_replaced(gallery: str, lease: Lease) -> str | None:
+    """Delete the shards that are kept for searches that began before.
+
+    Returns:
+        The tag of the manifest in force; None if there is none that can be read.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over, or has published an index.
+    """
+    try:
+        manifest, tag = load_tagged(gallery)
+    except IndexingError:
+        return None
+    current = replace(manifest, replaced=())
+    if current != manifest:
+        tag = publish(gallery, current, tag, lease, known=manifest)
+        unused = list_names_in_use(manifest) - list_names_in_use(current)
+        _delete_names(open_index_store(gallery), unused, lease)
+    return tag
+
+
+def _delete_names(store: Store, names: set[str], lease: Lease) -> None:
+    """Delete files and folders of the index by their names. What others have put into such a folder stays."""
+    if names:
+        store.delete_owned(lambda name: is_index_file(name) and name.split("/")[0] in names, lease.check)
 
 
 def is_index_file(name: str) -> bool:

@@ -3,6 +3,7 @@
 Written under a temporary name, synced, checksummed, renamed; never changed afterwards.
 """
 
+import errno
 import mmap
 import os
 import secrets
@@ -17,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from facepipe.errors import IndexingError, StorageError
+from facepipe.errors import IndexDamagedError, IndexingError, IndexReplacedError, StorageError
+from facepipe.index import manifest as manifests
 from facepipe.index.grid import round_to_grid
 from facepipe.index.manifest import (
     IDS,
@@ -35,7 +37,7 @@ from facepipe.nearest.faiss_engine import faiss, write_index
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error, sync_file, sync_folder
 from facepipe.storage.inside import require_no_link
-from facepipe.storage.store import Store
+from facepipe.storage.store import AlteredFileError, Store
 from facepipe.types import Bool, Float32, Int64
 
 _LABEL_BATCH_ROWS = 65536  # rows per batch of labels.arrow: the batch of a row is a division
@@ -46,6 +48,8 @@ _NPY_HEADER_BYTES = 128
 _COPY_ROWS = 65536
 _ADD_ROWS = 16384
 _MAX_BUCKET_BITS = 22  # 16 MiB of offsets into the sorted ids, at most
+# Errors that say nothing about the file itself: no permission, no memory, too many open files, a server that is away.
+_UNDAMAGED = frozenset({errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
 _REPAIR_HINT = "`facepipe index GALLERY --repair` rebuilds what is damaged"
 
 
@@ -174,14 +178,14 @@ def build_shard(store: Store, template: Template, batches: Iterable[FaceRows]) -
     """Build a shard of the rows; None if there are none.
 
     Raises:
-        IndexingError: the template cannot be opened.
+        IndexDamagedError: the template cannot be opened.
     """
     store.fetch(template.name, template.file.bytes, template.file.sha256)
     path = store.local_path(template.name)
     try:
         index = faiss.read_index(path)
     except RuntimeError as error:
-        raise IndexingError(f"the template {path!r} cannot be opened: {_REPAIR_HINT}") from error
+        raise IndexDamagedError(f"the template {path!r} cannot be opened: {_REPAIR_HINT}") from error
     with ShardWriter(store, index) as writer:
         for rows in batches:
             writer.add(rows)
@@ -234,7 +238,9 @@ class Shard:
             entry: of the manifest.
 
         Raises:
-            IndexingError: a file is missing or cut short; the message names it.
+            IndexDamagedError: a file is missing or cut short; the message names it.
+            IndexReplacedError: the index was replaced since its manifest was read.
+            IndexingError: the disk or the store cannot be read.
         """
         self.entry = entry
         self._store = store
@@ -293,7 +299,7 @@ class Shard:
         try:
             return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
-            raise IndexingError(f"{self._folder!r} cannot be opened: {_REPAIR_HINT}") from error
+            raise IndexDamagedError(f"{self._folder!r} cannot be opened: {_REPAIR_HINT}") from error
 
     def find_rows(self, ids: Int64) -> tuple[Bool, Int64]:
         """Find the rows of ids.
@@ -384,23 +390,48 @@ class Shard:
 
 
 def _make_damage_error(path: str, error: Exception) -> IndexingError:
-    """Make the error to raise for a damaged file."""
-    return IndexingError(f"{path!r} of the index is damaged ({str(error).splitlines()[0][:100]}): {_REPAIR_HINT}")
+    """Make the error to raise for a file that is damaged, or that this machine cannot read at the moment."""
+    cause = str(error).splitlines()[0][:100]
+    if isinstance(error, OSError) and error.errno in _UNDAMAGED:
+        return IndexingError(f"{path!r} of the index cannot be read ({cause})")
+    return IndexDamagedError(f"{path!r} of the index is damaged ({cause}): {_REPAIR_HINT}")
 
 
 def _require_file(store: Store, name: str, file: FileDigest) -> str:
-    """Return the path of a file that exists and is as long as it was written, fetched into a mirror if needed."""
+    """Return the path of a file that exists and is as long as it was written, fetched into a mirror if needed.
+
+    Raises:
+        IndexReplacedError: the index was replaced since its manifest was read, and the file is deleted.
+        IndexDamagedError: the file is missing, or is not what was written.
+        IndexingError: the disk or the store cannot be read.
+    """
     path = os.path.join(store.folder, name)
     try:
         require_no_link(store.folder, name)
         store.fetch(name, file.bytes, file.sha256)
         size = os.path.getsize(path)
     except (OSError, StorageError) as error:
-        cause = describe_error(error) if isinstance(error, OSError) else str(error)
-        raise IndexingError(f"{path!r} of the index cannot be read ({cause}): {_REPAIR_HINT}") from error
+        raise _explain_unreadable(store, name, error) from error
     if size != file.bytes:
-        raise IndexingError(f"{path!r} has {size} bytes, not the {file.bytes} that were written: {_REPAIR_HINT}")
+        raise IndexDamagedError(f"{path!r} has {size} bytes, not the {file.bytes} that were written: {_REPAIR_HINT}")
     return path
+
+
+def _explain_unreadable(store: Store, name: str, error: Exception) -> IndexingError:
+    """Make the error for a file that cannot be read: it was replaced, is damaged, or is out of reach."""
+    path = os.path.join(store.folder, name)
+    gallery = os.path.dirname(store.url.rstrip("/"))
+    cause = describe_error(error) if isinstance(error, OSError) else str(error)
+    try:
+        is_in_use = manifests.is_in_use(gallery, name)
+        is_missing = store.is_missing(name)
+    except StorageError as second:
+        return IndexingError(f"{path!r} of the index cannot be read ({cause}): {second}")
+    if not is_in_use:
+        return IndexReplacedError(f"the index of {gallery!r} was replaced while it was read: open it again")
+    message = f"{path!r} of the index cannot be read ({cause}): {_REPAIR_HINT}"
+    is_damaged = is_missing or isinstance(error, AlteredFileError)
+    return IndexDamagedError(message) if is_damaged else IndexingError(message)
 
 
 def write_tombstones(store: Store, entry: ShardEntry, ids: Int64) -> ShardEntry:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.manifest import Manifest, ShardEntry
+from facepipe.index.manifest import INCOMPLETE, Manifest, ShardEntry
 from facepipe.index.rows import read_face_ids
 from facepipe.index.shard import Shard, write_tombstones
 from facepipe.sorted_lookup import is_in_sorted
@@ -128,6 +128,8 @@ def _sort_files(gallery: Gallery) -> list[dict[str, Any]]:
 
 
 def _list_paths(gallery: Gallery, version: int) -> set[str] | None:
+    if version == INCOMPLETE:
+        return None
     try:
         return {entry["path"] for entry in Gallery(gallery.path, version).files()}
     except GalleryError:

@@ -7,7 +7,7 @@ import numpy as np
 
 from facepipe.errors import FacepipeError, IndexingError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.index.manifest import FileDigest, Manifest, list_files, load, open_index_store
+from facepipe.index.manifest import INCOMPLETE, FileDigest, Manifest, list_files, load, open_index_store
 from facepipe.index.rows import read_face_ids
 from facepipe.index.shard import Shard
 from facepipe.index.update import read_live_ids
@@ -60,6 +60,8 @@ def verify_index(gallery: Gallery) -> list[str]:
         return [str(error)]
     store = open_index_store(gallery.path)
     problems = [line for lines in find_damage(store, manifest).values() for line in lines]
+    if manifest.table_version == INCOMPLETE and not problems:
+        return [f"index: damaged shards were removed: `facepipe index {gallery.path}` adds their faces again"]
     if problems:
         return [*problems, "`facepipe index GALLERY --repair` rebuilds the damaged shards and only those"]
     # The files are sound: compare the ids with the table.

@@ -3,13 +3,12 @@
 import os
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
 from facepipe.curation.clusters.incremental import ClusterUpdate, update_clusters
 from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums
 from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
-from facepipe.curation.report_folders import MARKER, delete_report, inspect_folder
+from facepipe.curation.report_folders import MARKER, inspect_folder
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
 from facepipe.reports.parquet import write_rows, write_table
@@ -17,7 +16,7 @@ from facepipe.storage.store import PRIVATE_NAMES
 from pipelines.cluster.pipeline import NAME
 from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import record_calls
-from pipelines.runtime.workspace import locate_reports, open_report_folder
+from pipelines.runtime.workspace import ReportUnchangedError, locate_reports, open_report_folder
 
 
 @dataclass
@@ -41,10 +40,6 @@ class AssignSummary:
     seconds: float = 0.0
 
 
-class _NothingChangedError(Exception):
-    """No face came and none left: the report stays as it is."""
-
-
 @record_calls("assign")
 def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line: None) -> AssignSummary:
     """Bring the cluster tables of a gallery up to date with its faces. Suspicions and the page stay as they are.
@@ -64,28 +59,18 @@ def run(gallery: str, one_photo: bool = True, progress: OnProgress = lambda line
     # Name what is missing before a folder is made for what is new. `open_report_folder` renames an old report back.
     if not os.path.isdir(f"{report}.old"):
         read_cluster_table(table.path, CLUSTERS)
-    with suppress(_NothingChangedError), open_report_folder(table, NAME) as folder:
+    with open_report_folder(table, NAME) as new_report:
         update = update_clusters(table, report, one_photo=one_photo, progress=progress)
+        # If no face came and none left, the report stays as it is.
         if update is None:
-            _keep_report(table, report, folder)
-            raise _NothingChangedError
+            raise ReportUnchangedError(MARK, ReadMark.from_gallery(table))
         # Files that do not change are copied, because the new folder replaces the report as a whole.
-        _copy_unchanged(report, folder)
-        _write_tables(update, folder)
-        ClusterSums(update.clusters, ReadMark.from_gallery(table)).save(folder)
+        _copy_unchanged(report, new_report.path)
+        _write_tables(update, new_report.path)
+        ClusterSums(update.clusters, ReadMark.from_gallery(table)).save(new_report.path)
         _summarise(summary, update)
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
-
-
-def _keep_report(table: Gallery, report: str, folder: str) -> None:
-    """Keep the report with a newer mark: the files of the table may have changed without its faces."""
-    # The mark is compared first, so that an unchanged report is not written to.
-    mark = ReadMark.from_gallery(table)
-    path = os.path.join(report, MARK)
-    if ReadMark.load(path) != mark:
-        mark.save(path)
-    delete_report(folder, NAME)
 
 
 def _copy_unchanged(report: str, folder: str) -> None:

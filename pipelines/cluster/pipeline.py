@@ -131,8 +131,9 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
     table = Gallery(gallery)
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
     phases = PhaseTimer(summary.seconds)
-    with open_report_folder(table, NAME) as folder:
-        graph = open_graph([table], config.graph, config.run, os.path.join(locate_reports(table), "graph"), progress)
+    with open_report_folder(table, NAME) as report:
+        graph_folder = os.path.join(locate_reports(table), "graph")
+        graph = open_graph([table], config.graph, config.run, graph_folder, progress, report.lease)
         phases.end("graph")
         progress(f"{graph.info.edges} edges: merging")
         # Constraints are optional: pairs of nodes that must differ, and the label (n,) of nodes that must agree.
@@ -143,8 +144,8 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
         review = _review_clusters(graph, labels, clusters, config.cluster.algorithm)
         phases.end("review")
         progress(f"{len(clusters)} clusters: writing")
-        _write_tables(table, graph, review, folder)
-        write_report(build_cluster_report(graph, table, review), os.path.join(folder, "report.html"))
+        _write_tables(table, graph, review, report.path)
+        write_report(build_cluster_report(graph, table, review), os.path.join(report.path, "report.html"))
         phases.end("write")
     info = graph.info
     summary.faces = info.faces

@@ -5,7 +5,6 @@ needed.
 """
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,6 @@ import pyarrow.compute as pc
 from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates
 from facepipe.curation.duplicates.incremental import NewImages, gather_new_images
 from facepipe.curation.duplicates.report import build_duplicates_report
-from facepipe.curation.report_folders import delete_report
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges, find_changes
@@ -29,7 +27,7 @@ from pipelines.dedup.pipeline import MARK, DedupSummary, write_tables
 from pipelines.dedup.pipeline import NAME as WHOLE
 from pipelines.graph import OnProgress
 from pipelines.runtime.run_record import PhaseTimer, record_calls
-from pipelines.runtime.workspace import locate_reports, open_report_folder
+from pipelines.runtime.workspace import ReportUnchangedError, locate_reports, open_report_folder
 
 NAME = "dedup-new"
 _MAX_THUMB_BYTES = 2 << 30  # of the table's files that are read for the pictures in the page
@@ -46,10 +44,6 @@ class NewSummary(DedupSummary):
 
     new: int = 0
     compared: int = 0
-
-
-class _NoNewImagesError(Exception):
-    """There are no new images: the report stays as it is."""
 
 
 @record_calls("dedup_new")
@@ -69,25 +63,25 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
     table = Gallery(gallery)
     summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
-    with suppress(_NoNewImagesError), open_report_folder(table, NAME) as folder:
+    with open_report_folder(table, NAME) as new_report:
         # Gather the new images, and the old ones that are near them by the index.
         since = find_changes(table, _load_last_mark(table))
         images = gather_new_images(since, lambda: _open_index(table), config.dedup, progress)
         phases.end("gather")
+        # Without new images the last report stays.
         if images is None:
-            _keep_report(table, summary.out, folder)
-            raise _NoNewImagesError
+            raise ReportUnchangedError(MARK, ReadMark.from_gallery(table))
         progress("comparing pictures")
         # Compare all gathered images, and keep the pairs and groups with a new one.
         everything = find_duplicates(images.table, images.edges, config.dedup)
         uris = pc.unique(images.table["uri"].filter(pa.array(images.is_new)))
         duplicates = select_new(everything, uris)
         phases.end("compare")
-        write_tables(folder, duplicates, None, summary)
+        write_tables(new_report.path, duplicates, None, summary)
         report = _build_report(table, since, images, duplicates, config.dedup)
-        write_report(report, os.path.join(folder, "report.html"))
+        write_report(report, os.path.join(new_report.path, "report.html"))
         # The mark says from which version of the table the next run starts.
-        ReadMark.from_gallery(table).save(os.path.join(folder, MARK))
+        ReadMark.from_gallery(table).save(os.path.join(new_report.path, MARK))
         summary.new = len(uris)
         summary.compared = pc.count_distinct(images.table["uri"]).as_py() - len(uris)
         summary.without_hash = _count_without_hash(images)
@@ -115,16 +109,6 @@ def _open_index(table: Gallery) -> Index:
             f"the index of {table.path!r} is of another model contract: run `facepipe index {table.path}` to rebuild it"
         )
     return index
-
-
-def _keep_report(table: Gallery, report: str, folder: str) -> None:
-    """Keep the report with a newer mark: the files of the table may have changed without new rows."""
-    if os.path.isdir(report):
-        mark = ReadMark.from_gallery(table)
-        path = os.path.join(report, MARK)
-        if ReadMark.load(path) != mark:
-            mark.save(path)
-    delete_report(folder, NAME)
 
 
 def select_new(duplicates: Duplicates, uris: pa.Array) -> Duplicates:

@@ -23,6 +23,7 @@ from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
 from facepipe.storage import describe_error
+from facepipe.storage.lease import Lease
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import locate_reports, open_report_folder
@@ -105,10 +106,11 @@ def run(
     name = OVERLAP if against else NAME
     summary = DedupSummary()
     phases = PhaseTimer(summary.seconds)
-    with open_report_folder(galleries[0], name) as folder:
+    with open_report_folder(galleries[0], name) as new_report:
+        folder = new_report.path
         # The graph of one gallery is shared with other reports. That of two galleries serves this one only.
         graph_folder = os.path.join(folder if against else locate_reports(galleries[0]), "graph")
-        graph = _open_wide_graph(config, galleries, graph_folder, summary, progress)
+        graph = _open_wide_graph(config, galleries, graph_folder, summary, progress, new_report.lease)
         phases.end("graph")
         progress("comparing pictures")
         duplicates, shared = _compare(config, galleries, graph)
@@ -141,15 +143,20 @@ def _open_other(gallery: Gallery, against: str) -> Gallery:
 
 
 def _open_wide_graph(
-    config: DedupConfig, galleries: list[Gallery], folder: str, summary: DedupSummary, progress: OnProgress
+    config: DedupConfig,
+    galleries: list[Gallery],
+    folder: str,
+    summary: DedupSummary,
+    progress: OnProgress,
+    lease: Lease,
 ) -> Graph:
     """Open the graph with all pairs that can be duplicates; no threshold for persons is needed for that."""
     wide = replace(config.graph, reach=max(config.graph.reach, config.dedup.radius))
     try:
-        return open_graph(galleries, wide, config.run, folder, progress)
+        return open_graph(galleries, wide, config.run, folder, progress, lease)
     except ThresholdError:
         summary.without_threshold = True
-        return open_graph(galleries, replace(wide, threshold=config.dedup.radius), config.run, folder, progress)
+        return open_graph(galleries, replace(wide, threshold=config.dedup.radius), config.run, folder, progress, lease)
 
 
 def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, pa.Table | None]:

@@ -21,6 +21,8 @@ class BuildConfig:
         factory: Factory string of faiss instead of the planned one (Flat, or IVF… with any code).
         shard_vectors: Maximum vectors per shard; by default what the memory allows, up to 8 million.
         max_dead: Share of deleted vectors above which a shard is rewritten without them.
+        keep_hours: Hours for which replaced shards are kept, so that searches that began before can finish. A shard
+            that holds erased faces is never kept.
         max_imbalance: Growth of the lists' imbalance since training above which the index is trained again.
         seed: Random seed of the training sample, and of the sample that recall is measured on.
     """
@@ -30,6 +32,7 @@ class BuildConfig:
     factory: str | None = None
     shard_vectors: Count | None = None
     max_dead: Share = 0.2
+    keep_hours: Annotated[float, Field(ge=0)] = 12.0
     max_imbalance: Annotated[float, Field(ge=1)] = 1.5
     seed: int = 0
 

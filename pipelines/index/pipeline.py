@@ -4,13 +4,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from facepipe import storage
 from facepipe.erasure.steps import HeldLeases
 from facepipe.erasure.takeup import take_up_requests
-from facepipe.errors import ConfigError, IndexingError, StorageError
+from facepipe.errors import ConfigError, IndexDamagedError, IndexingError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.compact import plan_full_merge, plan_merges, replace_group
@@ -31,6 +31,7 @@ from pipelines.runtime.runners import ray
 DEFAULT_RECALL = 0.97  # of a new index
 _GROWTH_TO_MEASURE = 0.25  # of the index, from which recall is measured again
 _BYTES_PER_FACE = 540  # on disk, at least
+_SECONDS_PER_HOUR = 3600.0
 
 OnProgress = Callable[[str], None]
 
@@ -63,10 +64,11 @@ def run(
     """
     path = Gallery(gallery).path
     with hold_lease(storage.join(path, manifests.FOLDER), "index", on_progress) as lease:
+        # Delete the leftovers of a crash. What the current manifest names stays, even if all is rebuilt.
+        manifests.sweep(path, lease)
         # Open the table under the lease: an erasure that held it before has deleted older versions.
         builder = _IndexBuilder(config, Gallery(path), lease, on_progress)
         attach_summary(builder.summary)
-        builder.sweep()
         summary = builder.run(retrain=retrain, compact_all=compact_all, repair=repair)
         # An erasure that was recorded meanwhile is done now: what was built may hold the images.
         take_up_requests(path, HeldLeases(index=lease))
@@ -83,6 +85,7 @@ class _IndexBuilder:
         self._store = manifests.open_index_store(gallery.path)
         self._lease = lease
         self._on_progress = on_progress
+        self._current: Manifest | None = None
         self._tag = manifests.read_tag(gallery.path)
         self._memory = parse_size(config.index.memory)
         self._factory = FLAT if config.index.factory == "Flat" else config.index.factory
@@ -93,26 +96,37 @@ class _IndexBuilder:
         """Build the index, or update or repair the one that there is."""
         manifest = self.load_current(retrain)
         if manifest is None:
-            return self.build("requested" if retrain else "there was none")
+            return self.build()
         if repair:
             return self.repair(manifest)
-        return self.update(manifest, compact_all)
-
-    def sweep(self) -> None:
-        """Delete the leftovers of a crash. What the current manifest names stays, even if all is rebuilt."""
-        if not manifests.exists(self._gallery.path):
-            manifests.sweep(self._gallery.path, None)
-            return
-        with suppress(IndexingError):  # the manifest is damaged: nothing tells its files from leftovers
-            manifests.sweep(self._gallery.path, manifests.load(self._gallery.path))
+        try:
+            return self.update(manifest, compact_all)
+        except IndexDamagedError as error:
+            # What is damaged must not stop a night: the table has everything that it was made from.
+            self._on_progress(str(error))
+            return self.repair(manifest, error)
 
     def load_current(self, retrain: bool) -> Manifest | None:
-        """Load the manifest to update; None if there is none, or none that fits."""
-        if retrain or not manifests.exists(self._gallery.path):
+        """Load the manifest to update; None if there is none, or none that fits. `_reason` then says why."""
+        self._reason = "requested" if retrain else "there was none"
+        if not manifests.exists(self._gallery.path):
             return None
-        manifest = manifests.load(self._gallery.path)
+        try:
+            manifest, self._tag = manifests.load_tagged(self._gallery.path)
+        except IndexDamagedError as error:
+            self._on_progress(str(error))
+            self._reason = "the manifest was damaged"
+            return None
+        except IndexingError:
+            if retrain:
+                return None
+            raise
+        self._current = manifest
+        if retrain:
+            return None
         if manifest.contract != manifests.dump_contract(self._gallery):
             self._on_progress("the index was built with another model contract: rebuilding it")
+            self._reason = "built with another model contract"
             return None
         if self._factory not in (None, manifest.template.factory):
             raise ConfigError(
@@ -123,7 +137,7 @@ class _IndexBuilder:
         self._recall = self._config.index.recall or manifest.recall
         return manifest
 
-    def build(self, reason: str) -> IndexSummary:
+    def build(self, reason: str = "") -> IndexSummary:
         """Train a template and build all shards from the table."""
         # Train on a sample of the table, then build shards of whole files.
         changes = add_all(self._gallery)
@@ -132,7 +146,7 @@ class _IndexBuilder:
         template = self._train(plan)
         shards = self._add_shards(changes, template, plan.shard_vectors)
         self.summary.action = "built"
-        self.summary.reason = reason
+        self.summary.reason = reason or self._reason
         self.summary.added = sum(shard.vectors for shard in shards)
         draft = Manifest(
             table_version=self._gallery.version,
@@ -175,12 +189,19 @@ class _IndexBuilder:
         grown = abs(draft.live - manifest.measured) > _GROWTH_TO_MEASURE * max(1, manifest.measured)
         return self._publish(draft, measure=(changed and grown) or recall_changed)
 
-    def repair(self, manifest: Manifest) -> IndexSummary:
-        """Rebuild the damaged shards only, from the faces that no intact shard holds."""
+    def repair(self, manifest: Manifest, cause: IndexDamagedError | None = None) -> IndexSummary:
+        """Rebuild the damaged shards only, from the faces that no intact shard holds.
+
+        Args:
+            manifest: the current manifest.
+            cause: what showed the damage; raised if all files are what was written.
+        """
         damage = find_damage(self._store, manifest)
         if manifest.template.name in damage:
             return self.build("the template was damaged")
         if not damage:
+            if cause is not None:
+                raise cause
             return self._finish(manifest)
         # Drop the damaged shards from the manifest; the comparison with the table then finds their faces missing.
         intact = tuple(shard for shard in manifest.shards if shard.name not in damage)
@@ -246,6 +267,11 @@ class _IndexBuilder:
         # Fail early: a full disk in the middle of a build would waste hours.
         needed = faces * _BYTES_PER_FACE
         free = shutil.disk_usage(self._store.folder).free
+        # What is kept for searches that began before makes room.
+        if needed > free and self._current is not None and self._current.replaced:
+            self._tag = manifests.delete_replaced(self._gallery.path, self._lease)
+            self._current = replace(self._current, replaced=())
+            free = shutil.disk_usage(self._store.folder).free
         if needed > free:
             raise StorageError(
                 f"the disk of {self._store.folder!r} has {free >> 20} MiB left, "
@@ -305,10 +331,13 @@ class _IndexBuilder:
         # The time identifies the index to a search that was interrupted: it resumes only if nothing changed.
         if measure or self.summary.action != "unchanged":
             draft = replace(draft, created=time.time())
+        # Searches that began with the replaced shards may go on with them for a while.
+        now = self._lease.renew()
+        until = now + self._config.index.keep_hours * _SECONDS_PER_HOUR
+        draft = manifests.keep_replaced(draft, self._current, until=until, now=now)
         # Publish only if the lease is still held and the manifest is the one that was read; `_tag` tells.
-        self._lease.check()
-        self._tag = manifests.publish(self._gallery.path, draft, self._tag)
-        manifests.sweep(self._gallery.path, draft)
+        self._tag = manifests.publish(self._gallery.path, draft, self._tag, self._lease, known=self._current)
+        manifests.sweep(self._gallery.path, self._lease)
         return self._finish(draft)
 
     def _finish(self, manifest: Manifest) -> IndexSummary:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.errors import ConfigError, StorageError
+from facepipe.errors import ConfigError, IndexReplacedError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.table import FOLDERS
 from facepipe.index.answers import ANSWERS, SearchCounts, SearchOptions, answer_queries
@@ -229,10 +229,12 @@ def get_queries_folder(work: str) -> str:
 
 def search_block(task: SearchTask) -> SearchCounts:
     """Search a block of queries and write its part, which appears when it is complete."""
-    index = _open_index(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
-    # A search of lists needs no device.
-    device = task.device if task.job.path == "scan" else None
-    table, counts = answer_queries(index, read_block(task.block), task.job.find, device)
+    try:
+        table, counts = _answer_block(task)
+    except IndexReplacedError:
+        # Faces were erased meanwhile: the same index without them is there, unless it was replaced as well.
+        _open_index.cache_clear()
+        table, counts = _answer_block(task)
     # The part and its counts become visible together, by one rename.
     table = table.replace_schema_metadata({_COUNTS: json.dumps(asdict(counts))})
     path = _get_part_path(task.work, task.block.number)
@@ -240,6 +242,13 @@ def search_block(task: SearchTask) -> SearchCounts:
     with replace_file(path, sync=True, unique=True) as unfinished:
         pq.write_table(table, unfinished, compression="zstd")
     return counts
+
+
+def _answer_block(task: SearchTask) -> tuple[pa.Table, SearchCounts]:
+    index = _open_index(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
+    # A search of lists needs no device.
+    device = task.device if task.job.path == "scan" else None
+    return answer_queries(index, read_block(task.block), task.job.find, device)
 
 
 def deliver(work: str, out: str, blocks: int) -> None:
@@ -275,8 +284,19 @@ def deliver(work: str, out: str, blocks: int) -> None:
 
 @lru_cache(maxsize=1)
 def _open_index(gallery: str, created: float, recall: float | None, threads: int | None) -> Index:
-    """Open the index once per process. `created` is there so that another index is opened anew."""
-    return Index(gallery, recall, threads, merge=True)
+    """Open the index once per process.
+
+    Raises:
+        IndexReplacedError: the published index is not the one that was published at `created`. Answers of two indexes
+            must not be mixed.
+    """
+    index = Index(gallery, recall, threads, merge=True)
+    if index.manifest.created != created:
+        raise IndexReplacedError(
+            f"the index of {gallery!r} was replaced while it was searched: run the same command again, which searches "
+            "the new one from the beginning"
+        )
+    return index
 
 
 def _get_part_path(work: str, number: int) -> str:

@@ -494,9 +494,9 @@ def test_vectors_that_were_dead_already_go_as_well(gallery: Gallery) -> None:
     found, tag = manifest.load_tagged(gallery.path)
     store = manifest.open_index_store(gallery.path)
     (entry,) = found.shards
-    manifest.publish(
-        gallery.path, replace(found, shards=(write_tombstones(store, entry, np.array([was[0]["face_id"]])),)), tag
-    )
+    tombstoned = write_tombstones(store, entry, np.array([was[0]["face_id"]]))
+    with hold_lease(str(Path(gallery.path, "index")), "index") as lease:
+        manifest.publish(gallery.path, replace(found, shards=(tombstoned,)), tag, lease)
     others = Selection(identities=(name_of(10),))
     erase.run(others, gallery.path)
     rest = Selection(images=tuple(row["uri"] for row in was[1:]))

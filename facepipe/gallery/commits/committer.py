@@ -16,11 +16,12 @@ from facepipe.gallery.commits import log
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.rewrite import Action, make_add_action, rewrite_files
 from facepipe.gallery.commits.row_changes import RowChanges
-from facepipe.gallery.table import Gallery, open_table
+from facepipe.gallery.table import FENCE, Gallery, open_table
 from facepipe.storage.conditional import ConflictError
 from facepipe.storage.lease import Lease
 
 _METADATA_KEY = "facepipe"
+_LEASE_KEY = "lease"  # in the metadata: the lease under which a commit was made
 _MAX_ATTEMPTS = 5
 
 
@@ -117,10 +118,7 @@ class Committer:
                 actions = make_actions()
                 if not actions:
                     return
-                if self._lease:
-                    self._lease.check()
-                if self._try_commit(actions, self._read_own_number() + 1, metadata):
-                    self.commits += 1
+                if self._commit_next(actions, metadata):
                     return
         raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
 
@@ -141,6 +139,31 @@ class Committer:
         with self._lock:
             self._is_closed = True
 
+    def commit_fence(self) -> None:
+        """Make sure that no other run's commit which is already under way is accepted any more.
+
+        A commit takes the next version or fails. So after an empty commit of this run, a run that was paused just
+        before its own commit fails.
+        """
+        with self.exclude_commits(), _delay_signals():
+            for _ in range(_MAX_ATTEMPTS):
+                self._read_new_commits()
+                if self._commit_next([], {"job": FENCE}):
+                    return
+        raise GalleryBusyError(f"others keep writing to {self.gallery.path!r}: {_MAX_ATTEMPTS} commits were overtaken")
+
+    def _commit_next(self, actions: list[Action], metadata: dict[str, Any]) -> bool:
+        """Commit if the lease is still held; False if another commit was faster."""
+        if self._lease:
+            self._lease.renew()
+            metadata = {**metadata, _LEASE_KEY: self._lease.id}
+        if not self._try_commit(actions, self._read_own_number() + 1, metadata):
+            return False
+        self.commits += 1
+        if self._lease:
+            self._lease.settle()
+        return True
+
     def _try_commit(self, actions: list[Action], number: int, metadata: dict[str, Any]) -> bool:
         """Commit as the next version; False if another commit took it."""
         folder = self.gallery.faces_folder
@@ -156,11 +179,31 @@ class Committer:
             # A store may have taken the entry, and its answer is lost.
             if not (storage.is_remote(folder) and self._is_committed(number)):
                 raise StorageError(f"cannot commit to {self.gallery.path!r}: {error}") from error
+        self._require_accepted(version, number)
         if log.is_checkpoint_due(version):
-            log.write_checkpoint(folder)
+            log.write_checkpoint(folder, self._lease)
             with _map_errors(self.gallery.path):
                 open_table(folder).cleanup_metadata()
         return True
+
+    def _require_accepted(self, version: int, number: int) -> None:
+        """Raise GalleryBusyError if the table has gone on without the entry that was just written.
+
+        An erasure deletes the older log. If this run was paused before it wrote its entry, the name of the entry may
+        have been used and be free again. Readers pass such an entry over.
+        """
+        folder = self.gallery.faces_folder
+        if log.has_later_version(folder, version):
+            with _map_errors(self.gallery.path):
+                accepted = open_table(folder).transaction_version(self.run) or 0
+            if accepted < number:
+                raise self._make_busy_error()
+
+    def _make_busy_error(self) -> GalleryBusyError:
+        return GalleryBusyError(
+            f"another run has written to {self.gallery.path!r} since this one began, and this one's lease is lost; "
+            "what it committed is kept: run the same command again"
+        )
 
     def _is_committed(self, number: int) -> bool:
         with _map_errors(self.gallery.path):
@@ -178,14 +221,33 @@ class Committer:
             self._table.update_incremental()
             new_versions = self._table.version() - self._seen_version
             entries = self._table.history(new_versions) if new_versions > 0 else []
-        # Only this run and commits without a run may have written since.
+        # Only this run, its lease, and commits without a run may have written since.
         for entry in entries:
-            if _METADATA_KEY in entry and json.loads(entry[_METADATA_KEY])["run"] != self.run:
-                raise GalleryBusyError(
-                    f"another run has written to {self.gallery.path!r} since this one began, and this one's lease is "
-                    "lost; what it committed is kept: run the same command again"
-                )
+            if _METADATA_KEY in entry and not self._is_own(json.loads(entry[_METADATA_KEY])):
+                raise self._make_busy_error()
         self._seen_version = self._table.version()
+
+    def _is_own(self, metadata: dict[str, Any]) -> bool:
+        """Tell whether a commit was made by this run, or under its lease."""
+        is_under_lease = self._lease is not None and metadata.get(_LEASE_KEY) == self._lease.id
+        return metadata["run"] == self.run or is_under_lease
+
+
+def fence_commits(gallery: str, lease: Lease) -> None:
+    """Make sure that no commit is accepted of a run that held the lease before.
+
+    Such a run may be paused just before its commit, and would then name files that are deleted by now. An empty commit
+    keeps it out. That is needed only if a run was killed or overtaken since the last commit.
+
+    Args:
+        gallery: path or URL.
+        lease: of the gallery.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
+    """
+    if not lease.is_settled:
+        Committer(Gallery(gallery), f"fence-{lease.id}", lease).commit_fence()
 
 
 @contextmanager

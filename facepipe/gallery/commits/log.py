@@ -9,6 +9,7 @@ they get their place in the log when they are on disk.
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -28,6 +29,7 @@ from facepipe import storage
 from facepipe.errors import GalleryError, StorageError
 from facepipe.storage import conditional
 from facepipe.storage.aliases import find_table_path
+from facepipe.storage.lease import Lease
 from facepipe.storage.table_access import get_delta_options
 
 LOG = "_delta_log"
@@ -238,6 +240,12 @@ def sync_log(folder: str) -> None:
         storage.sync_folder(storage.join(folder, LOG))
 
 
+def has_later_version(folder: str, version: int) -> bool:
+    """Tell whether the log holds an entry or a checkpoint of a later version of the table."""
+    names = storage.list_names(storage.join(folder, LOG), after=f"{version:020d}.json")
+    return any(match and int(match[1]) > version for match in map(_VERSIONED.fullmatch, names))
+
+
 def list_empty_entries(folder: str) -> list[str]:
     """List the entries and checkpoints that hold nothing, as a power cut leaves them where they were not synced."""
     base = storage.join(folder, LOG).rstrip("/") + "/"
@@ -253,31 +261,35 @@ def is_checkpoint_due(version: int) -> bool:
     return (version + 1) % _CHECKPOINT_INTERVAL == 0
 
 
-def write_checkpoint(folder: str) -> int:
+def write_checkpoint(folder: str, lease: Lease | None = None) -> int:
     """Write the state of a table's newest version as a checkpoint.
 
     After this returns, a disk holds checkpoint and hint also after a power cut, and older entries may go.
 
     Args:
         folder: path or URL of the table.
+        lease: of the gallery.
 
     Returns:
         The version.
 
     Raises:
+        GalleryBusyError: another run has taken the lease over.
         StorageError: the checkpoint cannot be written.
     """
     try:
         if storage.is_remote(folder):
-            return _write_remote_checkpoint(folder)
+            return _write_remote_checkpoint(folder, lease)
         with _one_at_a_time:
-            return _write_local_checkpoint(folder)
+            return _write_local_checkpoint(folder, lease)
     except (DeltaError, OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot write a checkpoint of {folder!r}: {storage.describe_error(error)}") from error
 
 
-def _write_remote_checkpoint(folder: str) -> int:
+def _write_remote_checkpoint(folder: str, lease: Lease | None) -> int:
     table = DeltaTable(folder, storage_options=get_delta_options(folder))
+    if lease is not None:
+        lease.renew()
     table.create_checkpoint()
     version = int(table.version())
     log = storage.join(folder, LOG)
@@ -290,11 +302,13 @@ def _write_remote_checkpoint(folder: str) -> int:
     return version
 
 
-def _write_local_checkpoint(folder: str) -> int:
+def _write_local_checkpoint(folder: str, lease: Lease | None) -> int:
     """Make a checkpoint in a scratch folder, sync it, and put it into the log."""
     log = os.path.join(folder, LOG)
-    scratch = os.path.join(folder, SCRATCH)
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    parent = os.path.join(folder, SCRATCH)
+    # What a run has left that was killed goes. One that was paused has lost its lease, and cannot go on without it.
+    shutil.rmtree(parent, ignore_errors=True)
+    scratch = os.path.join(parent, secrets.token_hex(4))
     try:
         # A table of links to the log's files: what is made there does not appear in the log.
         made = os.path.join(scratch, LOG)
@@ -303,15 +317,25 @@ def _write_local_checkpoint(folder: str) -> int:
         table = DeltaTable(find_table_path(scratch))
         version = int(table.version())
         table.create_checkpoint()
-        # Put it into the log first, and let the hint name it then: a hint that leads nowhere stops every reader.
         name = _CHECKPOINT_NAME.format(version)
-        storage.sync_file(os.path.join(made, name))
-        os.replace(os.path.join(made, name), os.path.join(log, name))
-        storage.sync_folder(log)
-        storage.replace(os.path.join(log, _HINT), _make_hint(version, os.path.join(log, name)))
+        checkpoint = os.path.join(made, name)
+        hint = os.path.join(scratch, _HINT)  # that in `made` may be a link to the present one
+        Path(hint).write_bytes(_make_hint(version, checkpoint))
+        for file in (checkpoint, hint):
+            storage.sync_file(file)
+        # An older checkpoint would bring back what another run has deleted meanwhile. A run that takes the lease over
+        # from here on deletes the scratch folder, before it deletes older entries.
+        if lease is not None:
+            lease.renew()
+        # Put it into the log first, and let the hint name it then: a hint that leads nowhere stops every reader.
+        for file in (checkpoint, hint):
+            os.replace(file, os.path.join(log, os.path.basename(file)))
+            storage.sync_folder(log)
         return version
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # another run has begun to make one
+            os.rmdir(parent)
 
 
 def _make_hint(version: int, checkpoint: "str | pa.NativeFile") -> bytes:

@@ -1,5 +1,6 @@
 """Delete or change rows by writing their files anew: removed and added files are one transaction."""
 
+import secrets
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,7 +162,9 @@ def write_new_rows(gallery: Gallery, rows: pa.Table, prefix: str) -> AddAction:
 
 def _write_file(gallery: Gallery, rows: pa.Table, prefix: str, data_change: bool) -> tuple[AddAction, str]:
     data = encode_parquet(rows)
-    name = f"part-{prefix}-{compute_image_id(data)}.parquet"
+    # No name is used twice, even for the same rows. So a file that one run lists as left over is never one that a later
+    # run has just committed.
+    name = f"part-{prefix}-{secrets.token_hex(8)}-{compute_image_id(data)}.parquet"
     storage.write(storage.join(gallery.faces_folder, name), data)
     return make_add_action(name, len(data), compute_statistics(rows), data_change), name
 

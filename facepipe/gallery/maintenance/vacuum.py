@@ -1,4 +1,9 @@
-"""Delete files that no reader needs any more: parts outside the table, and the older log."""
+"""Delete files that no reader needs any more: parts outside the table, and the older log.
+
+A run may be paused anywhere, for hours, and another run may have taken the gallery over when it goes on. What is
+deleted here was listed while the lease was provably held. So no later run has written it, and no name is used twice.
+An earlier run, which may be asleep before its commit, finds the version taken that its commit needs.
+"""
 
 import json
 import re
@@ -7,53 +12,70 @@ from collections.abc import Iterator
 from urllib.parse import unquote
 
 from facepipe import storage
+from facepipe.gallery.commits.committer import fence_commits
 from facepipe.gallery.commits.log import LOG, SCRATCH, UNFINISHED, write_checkpoint
 from facepipe.gallery.commits.parts import is_part
 from facepipe.gallery.table import Gallery
 from facepipe.storage.inside import is_link
+from facepipe.storage.lease import Lease
 
 _VERSION = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)")
 
 
 def find_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
-    """Find parts in faces/ that the table does not name. Other Parquet files there are of somebody else.
+    """Find parts in faces/ that the table does not name, for counting. Other files there are of somebody else.
 
-    The caller holds the gallery's lease, because parts that a run has written and not yet committed are among them.
+    Parts that a run has written and not yet committed are among them, unless the caller holds the gallery's lease.
 
     Args:
         gallery: the gallery.
         older_than: seconds since which the table must not have named a file, and for which the file must have existed.
     """
-    now = time.time()
-    entries, others = _list_unnamed(gallery)
-    # A table that other programs wrote to may have had files of any name. Its log says which.
-    if others:
-        removed = set(_read_removed_since(gallery, 0.0))
-        entries += [entry for entry in others if _get_name(gallery, entry) in removed]
-    # Files that left the table a short time ago may still be read by someone with an older version.
-    if older_than:
-        recent = set(_read_removed_since(gallery, now - older_than))
-        entries = [entry for entry in entries if _get_name(gallery, entry) not in recent]
-        entries = [entry for entry in entries if now - entry.modified > older_than]
-    return entries
+    return _select_unreferenced(gallery, _list_candidates(gallery), older_than, time.time())
 
 
 def find_foreign(gallery: Gallery) -> list[storage.Entry]:
     """Find Parquet files in faces/ that were never part of the table, as far as its log tells. Nothing deletes them."""
-    others = _list_unnamed(gallery)[1]
+    others = _split_unnamed(gallery, _list_candidates(gallery))[1]
     removed = set(_read_removed_since(gallery, 0.0)) if others else set()
     return [entry for entry in others if _get_name(gallery, entry) not in removed]
 
 
-def _list_unnamed(gallery: Gallery) -> tuple[list[storage.Entry], list[storage.Entry]]:
-    """List the Parquet files that the table does not name: parts, and others. Links are in neither list."""
+def _list_candidates(gallery: Gallery) -> list[storage.Entry]:
+    """List the Parquet files in faces/, named by the table or not. Links are left out."""
+    entries = []
+    for entry in storage.list_files(gallery.faces_folder):
+        name = _get_name(gallery, entry)
+        if name.endswith(".parquet") and not name.startswith((LOG, SCRATCH)) and not is_link(entry.url):
+            entries.append(entry)
+    return entries
+
+
+def _select_unreferenced(
+    gallery: Gallery, entries: list[storage.Entry], older_than: float, now: float
+) -> list[storage.Entry]:
+    """Select the files that the table's version does not name, and has not named for a time."""
+    unreferenced, others = _split_unnamed(gallery, entries)
+    # A table that other programs wrote to may have had files of any name. Its log says which.
+    if others:
+        removed = set(_read_removed_since(gallery, 0.0))
+        unreferenced += [entry for entry in others if _get_name(gallery, entry) in removed]
+    # Files that left the table a short time ago may still be read by someone with an older version.
+    if older_than:
+        recent = set(_read_removed_since(gallery, now - older_than))
+        unreferenced = [entry for entry in unreferenced if _get_name(gallery, entry) not in recent]
+        unreferenced = [entry for entry in unreferenced if now - entry.modified > older_than]
+    return unreferenced
+
+
+def _split_unnamed(gallery: Gallery, entries: list[storage.Entry]) -> tuple[list[storage.Entry], list[storage.Entry]]:
+    """Split the files that the table does not name into parts and others."""
     named = {file["path"] for file in gallery.files()}
     parts: list[storage.Entry] = []
     others: list[storage.Entry] = []
-    for entry in storage.list_files(gallery.faces_folder):
+    for entry in entries:
         name = _get_name(gallery, entry)
-        is_candidate = name.endswith(".parquet") and not name.startswith((LOG, SCRATCH)) and name not in named
-        if is_candidate and not is_link(entry.url):
+        if name not in named:
             (parts if is_part(name) else others).append(entry)
     return parts, others
 
@@ -80,30 +102,62 @@ def _read_removed_since(gallery: Gallery, time_s: float) -> Iterator[str]:
                     yield unquote(action["path"])
 
 
-def delete_unreferenced(gallery: Gallery, older_than: float = 0.0) -> list[storage.Entry]:
-    """Delete the files that `find_unreferenced` finds; return them."""
-    entries = find_unreferenced(gallery, older_than)
-    for entry in entries:
-        storage.delete(entry.url)
-    return entries
+def claim_unreferenced(gallery: str, lease: Lease, older_than: float = 0.0) -> list[storage.Entry]:
+    """Find the files in faces/ that no run and no reader needs any more, and that stay unneeded.
+
+    Parts that the caller itself has not committed yet are among them.
+
+    Args:
+        gallery: path or URL of the gallery.
+        lease: of the gallery.
+        older_than: seconds since which the table must not have named a file, and for which the file must have existed.
+
+    Returns:
+        The files, to be deleted by `delete_files`.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
+    """
+    # List first. The lease is renewed afterwards: so everything in the list was there before any later run began.
+    listed = _list_candidates(Gallery(gallery))
+    now = lease.renew()  # by the clock that dates the files
+    if not _select_unreferenced(Gallery(gallery), listed, older_than, now):
+        return []
+    # No commit of an earlier run is accepted from here on, so that the log says the last word about the list.
+    fence_commits(gallery, lease)
+    return _select_unreferenced(Gallery(gallery), listed, older_than, now)
 
 
-def delete_history(gallery: Gallery) -> int:
+def delete_files(entries: list[storage.Entry], lease: Lease) -> None:
+    """Delete the files that `claim_unreferenced` has found. Raises GalleryBusyError if the lease is lost."""
+    storage.delete_many((entry.url for entry in entries), before_batch=lease.check)
+
+
+def delete_history(gallery: Gallery, lease: Lease) -> int:
     """Delete the log of all versions before the newest, which is kept as a checkpoint.
 
     The log holds the smallest and largest uri and identity of files that were deleted long ago.
 
+    Args:
+        gallery: the gallery; its newest version counts.
+        lease: of the gallery.
+
     Returns:
         The number of files deleted.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
     """
     # The checkpoint holds the whole state, so that the entries before it are not needed. It is on disk before they go.
-    newest = write_checkpoint(gallery.faces_folder)
+    newest = write_checkpoint(gallery.faces_folder, lease)
     base = storage.join(gallery.faces_folder, LOG).rstrip("/") + "/"
-    count = 0
-    for entry in list(storage.list_files(base)):
+    outdated = []
+    for entry in storage.list_files(base):
         name = entry.url.removeprefix(base)
         version = _VERSION.fullmatch(name)
+        # What a killed commit left has no version. It may look like what a commit has just begun to write.
         if UNFINISHED.fullmatch(name) or (version and int(version[1]) < newest):
-            storage.delete(entry.url)
-            count += 1
-    return count
+            outdated.append(entry.url)
+    lease.renew()
+    storage.delete_many(outdated, before_batch=lease.check)
+    return len(outdated)

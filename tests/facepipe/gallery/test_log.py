@@ -29,6 +29,7 @@ from facepipe.gallery.maintenance.vacuum import delete_history
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.storage import atomic
 from facepipe.storage.conditional import ConflictError
+from facepipe.storage.lease import hold_lease
 
 
 def add_rows(gallery: Gallery, commit: Committer, seed: int, count: int = 3) -> str:
@@ -92,7 +93,8 @@ def test_a_stock_reader_reads_what_random_commits_wrote(gallery: Gallery, monkey
     assert sum(name.endswith(".checkpoint.parquet") for name in names) == 2
     assert "_last_checkpoint" in names
     # A reader with a checkpoint needs no older entry.
-    delete_history(Gallery(gallery.path))
+    with hold_lease(gallery.path) as lease:
+        delete_history(Gallery(gallery.path), lease)
     assert list_files(gallery) == expected[-1]
 
 
@@ -163,9 +165,10 @@ def test_a_cut_in_a_checkpoint_leaves_a_table_that_opens(tmp_path: Path, monkeyp
             assert list_files(Gallery(str(place / "g"))) == names
             cuts += 1
 
-    with state.watch(monkeypatch):
+    # The lease lies on another disk, so that its heartbeats are no cuts.
+    with hold_lease(str(tmp_path / "elsewhere")) as lease, state.watch(monkeypatch):
         state.on_sync = cut
-        delete_history(gallery)
+        delete_history(gallery, lease)
         cut()
     assert sorted(os.listdir(log_of(gallery))) == [
         "00000000000000000005.checkpoint.parquet",
@@ -192,7 +195,8 @@ def test_a_checkpoint_without_its_hint_gets_one(gallery: Gallery, hinted: int | 
         storage.replace(hint, old)
     else:
         storage.delete(hint)
-    assert delete_history(gallery) == 4 + (hinted is not None)
+    with hold_lease(gallery.path) as lease:
+        assert delete_history(gallery, lease) == 4 + (hinted is not None)
     assert json.loads(storage.read(hint.encode()))["version"] == 4
     assert list_files(gallery) == names
     add_rows(gallery, commit, seed=6)
