@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from facepipe import storage
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import SelectedImages, Selection
-from facepipe.errors import StorageError
+from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery import hidden
 from facepipe.gallery.hidden import INDEXED, PENDING, make_damage_error, parse_pending, select_values
 from facepipe.gallery.suppressed import get_erased_folder, write_erased_file
@@ -43,7 +43,7 @@ _GUARD = ".guard"
 # What an erasure has beside its pending file while it is not complete.
 _OWNED_FILE = re.compile(
     rf"(\d{{8}}T\d{{6}}-[0-9a-f]{{6}})"
-    rf"(?:(?:\.(?:{'|'.join(PARTS)}))?{re.escape(_PROGRESS)}|{re.escape(INDEXED)}|\.[a-z.]+{re.escape(UNFINISHED)})"
+    rf"(?:(?:\.[a-z]+)?{re.escape(_PROGRESS)}|{re.escape(INDEXED)}|\.[a-z.]+{re.escape(UNFINISHED)})"
 )
 # What each part writes into the receipt.
 _FIELDS = {
@@ -90,11 +90,19 @@ class PendingErasure:
         return self.receipt.id
 
 
-def write_pending(gallery: str, erasure: PendingErasure) -> None:
+def write_pending(gallery: str, erasure: PendingErasure, *, must_exist: bool = False) -> None:
     """Write down what is to be erased, and have readers leave it out.
 
     The file holds names, so it is deleted when the erasure is complete. Once it is written, only the holder of the
     gallery's lease writes it again.
+
+    Args:
+        gallery: folder or URL of the gallery.
+        erasure: what is to be erased.
+        must_exist: the file is written again. It must not come back if another run has completed the erasure.
+
+    Raises:
+        GalleryBusyError: another run has completed the erasure.
     """
     # All values go into one table as texts; the kind tells the arrays apart.
     selected = erasure.selected
@@ -114,6 +122,8 @@ def write_pending(gallery: str, erasure: PendingErasure) -> None:
     # The receipt so far, and the version of the table, go into the file's metadata.
     pq.write_table(pa.concat_tables(parts).replace_schema_metadata({"erasure": json.dumps(head)}), sink)
     with _hold_guard(gallery):
+        if must_exist and not is_pending(gallery, erasure.id):
+            raise GalleryBusyError(f"another run has completed the erasure {erasure.id} meanwhile")
         write_erased_file(gallery, erasure.id + PENDING, sink.getvalue())
     hidden.add_request(gallery, erasure.id)
 

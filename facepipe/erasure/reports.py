@@ -1,11 +1,16 @@
 """Reports without erased data, file by file. A file of ours that cannot be cleaned is deleted.
 
 Files of others below the reports are searched and named. They are never changed, whatever they hold.
+
+A run may be paused anywhere, for hours, and another one may make or clean the same report when it goes on. So a report
+is cleaned as a copy, which takes its place in one step. A run that begins deletes the copies of earlier ones first.
 """
 
 import csv
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -16,15 +21,24 @@ import pyarrow as pa
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums, clear_stale_sums
 from facepipe.curation.clusters.tables import FACES
-from facepipe.curation.report_folders import MARKER, delete_report, inspect_folder, is_disposable
+from facepipe.curation.report_folders import (
+    MARKER,
+    PREVIOUS,
+    ReportFolder,
+    delete_report,
+    get_report_name,
+    inspect_folder,
+    is_disposable,
+    replace_report,
+)
 from facepipe.erasure.erased_data import ANY, ErasedData
 from facepipe.erasure.foreign import OnForeign, find_foreign, iterate_strings
 from facepipe.erasure.lists import scrub_csv, scrub_list
 from facepipe.erasure.pages import scrub_page
 from facepipe.erasure.tables import find_copies_of_erased, scrub_arrays, scrub_table
 from facepipe.errors import StorageError
-from facepipe.storage import describe_error, list_names
-from facepipe.storage.atomic import UNFINISHED
+from facepipe.storage import describe_error, list_names, sync_folder
+from facepipe.storage.atomic import UNFINISHED, swap_folders
 from facepipe.storage.lease import LEASE_FILE
 from facepipe.storage.owned import walk_files
 from facepipe.storage.store import PRIVATE_NAMES
@@ -33,9 +47,11 @@ from facepipe.storage.store import PRIVATE_NAMES
 _DAMAGED = (pa.ArrowException, ValueError, KeyError, TypeError, EOFError, BadZipFile, csv.Error)
 
 Scrubber = Callable[[str, ErasedData], bool]  # cleans one file; returns whether it was changed or deleted
+Claim = Callable[[], object]
+"""Proves that nobody else cleans or makes reports, or raises. It is called right before a report is replaced."""
 
 
-def scrub_reports(folder: str, erased: ErasedData, on_foreign: OnForeign) -> Iterator[str]:
+def scrub_reports(folder: str, erased: ErasedData, on_foreign: OnForeign, claim: Claim = lambda: None) -> Iterator[str]:
     """Remove erased data from all reports below a local folder.
 
     Only reports of facepipe are touched. Links are not followed.
@@ -44,23 +60,26 @@ def scrub_reports(folder: str, erased: ErasedData, on_foreign: OnForeign) -> Ite
         folder: the folder of the reports.
         erased: what must not be left.
         on_foreign: called with the name of each file that facepipe did not write and that holds erased data.
+        claim: called right before something is replaced or deleted.
 
     Returns:
-        Names of files and folders, each after it was changed or deleted.
+        Names of files and folders that are changed or deleted. The changes of a report take effect when all of its
+        names are returned.
 
     Raises:
         StorageError: a file cannot be read, written or deleted.
     """
-    for name in sorted(list_names(folder)):
+    # Copies that earlier runs work on go first, so that none of them takes the place of a report any more.
+    for name in sorted(list_names(folder), key=lambda name: (not is_disposable(name), name)):
         path = os.path.join(folder, name)
         if os.path.isdir(path) and not os.path.islink(path):
-            changed = scrub_report(path, erased, lambda inner, name=name: on_foreign(f"{name}/{inner}"))  # type: ignore[misc]
+            changed = scrub_report(path, erased, lambda inner, name=name: on_foreign(f"{name}/{inner}"), claim)  # type: ignore[misc]
             yield from (f"{name}/{inner}" for inner in changed)
         elif not name.startswith(LEASE_FILE) and name not in PRIVATE_NAMES:
             find_foreign(folder, [name], erased, on_foreign)
 
 
-def scrub_report(folder: str, erased: ErasedData, on_foreign: OnForeign) -> Iterator[str]:
+def scrub_report(folder: str, erased: ErasedData, on_foreign: OnForeign, claim: Claim = lambda: None) -> Iterator[str]:
     """Remove erased data from one folder below the reports, as `scrub_reports` does."""
     content = inspect_folder(folder)
     if content is None:
@@ -68,21 +87,73 @@ def scrub_report(folder: str, erased: ErasedData, on_foreign: OnForeign) -> Iter
         find_foreign(folder, (name for name, is_folder in walk_files(folder) if not is_folder), erased, on_foreign)
         return
     if is_disposable(os.path.basename(folder)):
-        delete_report(folder, content.report)
         yield ""
+        claim()
+        _delete_disposable(content)
     else:
+        yield from _scrub_copy(content, erased, claim)
+    find_foreign(folder, content.others, erased, on_foreign)
+
+
+def _delete_disposable(content: ReportFolder) -> None:
+    """Delete a graph, or a folder in which a report was made or cleaned."""
+    if get_report_name(os.path.basename(content.path)) != os.path.basename(content.path):
+        delete_report(content.path, content.report)
+        return
+    # Others may make a new graph while this run is paused in the middle, so the old one is renamed first.
+    outgoing = _name_copy(content.path)
+    try:
+        os.rename(content.path, outgoing)
+        replace_report(outgoing, content.path, content.report)
+    except OSError as error:
+        raise StorageError(f"cannot delete {content.path!r}: {describe_error(error)}") from error
+
+
+def _scrub_copy(content: ReportFolder, erased: ErasedData, claim: Claim) -> Iterator[str]:
+    """Clean a copy of a report, and let it take the report's place if anything has changed in it."""
+    copy = _name_copy(content.path)
+    try:
+        # Unfinished files may hold erased data, and nobody reads them: they are left out.
+        names = [name for name in content.files if not name.endswith(UNFINISHED)]
+        is_changed = len(names) < len(content.files)
+        _link_files(content.path, names, copy)
+        report = _ScrubbedCopy(copy, content.path, erased)
         # Files come in an order in which those that help to read others are cleaned last.
-        report = _ReportFolder(folder, erased)
-        for name in sorted(content.files, key=_sort_key):
-            if name.endswith(UNFINISHED):
-                # Unfinished files may hold erased data, and nobody reads them.
-                _delete_file(os.path.join(folder, name))
-            elif name not in PRIVATE_NAMES and name != MARKER and report.scrub_file(name):
+        for name in sorted(names, key=_sort_key):
+            if name not in PRIVATE_NAMES and name != MARKER and report.scrub_file(name):
+                is_changed = True
                 yield name
         # The sums come after the tables, because they are checked against them.
-        if SUMS in content.files and _update_sums(folder):
+        if SUMS in names and _update_sums(copy):
+            is_changed = True
             yield SUMS
-    find_foreign(folder, content.others, erased, on_foreign)
+        if is_changed:
+            claim()
+            swap_folders(copy, content.path)
+            sync_folder(os.path.dirname(content.path))
+            replace_report(copy, content.path, content.report)
+    except OSError as error:
+        raise StorageError(f"cannot clean the report {content.path!r}: {describe_error(error)}") from error
+    finally:
+        delete_report(copy, content.report)
+
+
+def _name_copy(folder: str) -> str:
+    """Name a folder that is used once, and that the next run deletes."""
+    return f"{folder}.{secrets.token_hex(8)}{PREVIOUS}"
+
+
+def _link_files(folder: str, names: list[str], copy: str) -> None:
+    """Link files of a folder into another one. Scrubbers replace files and change none in its place."""
+    os.mkdir(copy)
+    shutil.copystat(folder, copy)
+    for name in names:
+        path = os.path.join(copy, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.link(os.path.join(folder, name), path)
+        except OSError:  # the file of another user, or a cache on a disk without links
+            shutil.copy2(os.path.join(folder, name), path)
 
 
 def _sort_key(name: str) -> tuple[bool, bool, str]:
@@ -117,11 +188,12 @@ def _delete_file(path: str) -> None:
         raise StorageError(f"cannot delete {path!r}: {describe_error(error)}") from error
 
 
-class _ReportFolder:
-    """The files of one report."""
+class _ScrubbedCopy:
+    """The files of a copy of a report."""
 
-    def __init__(self, folder: str, erased: ErasedData) -> None:
+    def __init__(self, folder: str, original: str, erased: ErasedData) -> None:
         self._folder = folder
+        self._original = original  # for messages
         self._erased = erased
 
     @cached_property
@@ -156,7 +228,8 @@ class _ReportFolder:
             return table_scrubbers[extension](path, self._erased)
         except OSError as error:
             if error.errno is not None:  # Arrow raises errors without a number for damaged files
-                raise StorageError(f"cannot clean the report {path!r}: {describe_error(error)}") from error
+                original = os.path.join(self._original, name)
+                raise StorageError(f"cannot clean the report {original!r}: {describe_error(error)}") from error
         except _DAMAGED:
             pass
         # A damaged file cannot be searched, so it goes.

@@ -282,7 +282,7 @@ class _ErasureSteps:
         erasure = self.erasure
         erasure.selected = select_again(table, erasure.selection, erasure.requested, erasure.selected)
         set_counts(self.receipt, erasure.selected)
-        pending.write_pending(self.gallery, erasure)
+        pending.write_pending(self.gallery, erasure, must_exist=True)
 
     # ---- index
 
@@ -322,6 +322,7 @@ class _ErasureSteps:
                 f"`facepipe index {self.gallery}` adds their faces again"
             )
         if self.held.index is None:  # a job that holds it works with its copies
+            lease.check()
             delete_copies(self.gallery, manifests.FOLDER)
         self._end_part(INDEX, lease)
 
@@ -352,6 +353,7 @@ class _ErasureSteps:
                 lease.check()
             self.receipt.foreign = len(self.advance.foreign) - known_foreign
             if self.held.reports is None:
+                lease.check()
                 delete_copies(self.gallery, REPORTS_FOLDER)
             self._end_part(REPORTS, lease)
 
@@ -374,7 +376,7 @@ class _ErasureSteps:
     def _iterate_scrubbed(self, folder: str, names: list[str], erased: ErasedData, lease: Lease) -> Iterator[str]:
         """Remove erased data from all reports, and yield the name of each file that changed."""
         if open_store(self.gallery, REPORTS_FOLDER).is_complete:
-            yield from scrub_reports(folder, erased, self._note_foreign)
+            yield from scrub_reports(folder, erased, self._note_foreign, lease.renew)
             return
         for name in sorted({name.split("/")[0] for name in names if "/" in name}):
             yield from self._scrub_remote_report(name, erased, lease)
@@ -411,7 +413,9 @@ class _ErasureSteps:
         delete_copies(self.gallery, f"{REPORTS_FOLDER}/{name}")
         store = open_store(self.gallery, f"{REPORTS_FOLDER}/{name}")
         store.pull()
-        changed = list(scrub_report(store.folder, erased, lambda inner: self._note_foreign(f"{name}/{inner}")))
+        changed = list(
+            scrub_report(store.folder, erased, lambda inner: self._note_foreign(f"{name}/{inner}"), lease.renew)
+        )
         if changed:
             store.push(last="report.html", before_each=lease.check)
         return [f"{name}/{inner}" for inner in changed]

@@ -35,6 +35,7 @@ _MAX_SECONDS = 3600.0
 _HEARTBEATS = 4  # in the time of a lease
 _TRUST = 0.75  # share of that time for which a holder trusts its own lease without having renewed it
 _MAX_POLL_SECONDS = 1.0
+_MAX_RENEWALS = 3  # attempts to renew a lease at once, if the store does not answer
 _MAX_ERASURE_SECONDS = 4 * 3600.0  # how long a run waits for an erasure to end
 _own_leases: set[str] = set()  # ids of the leases that this process holds
 
@@ -152,14 +153,22 @@ class Lease:
         Raises:
             GalleryBusyError: another run has taken the lease over, or the lease cannot be written.
         """
-        self.check()
-        try:
-            self._beat()
-            return get_entry(self._path).modified
-        except conditional.ConflictError as error:
-            raise self._make_error() from error
-        except StorageError as error:
-            raise GalleryBusyError(f"{self._make_error()}: {error}") from error
+        attempt = 1
+        while True:
+            self.check()
+            try:
+                self._beat()
+                return get_entry(self._path).modified
+            except conditional.ConflictError as error:
+                raise self._make_error() from error
+            except StorageError as error:  # the store may answer again before the lease ends
+                if attempt == _MAX_RENEWALS:
+                    place = f"{self._kind} {os.path.dirname(self._path)!r}"
+                    raise GalleryBusyError(
+                        f"the lease on the {place} could not be renewed: {error}; what was committed is kept"
+                    ) from error
+            attempt += 1
+            time.sleep(min(_MAX_POLL_SECONDS, self._holder.seconds / 20))
 
     @property
     def is_settled(self) -> bool:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from facepipe.errors import StorageError
+from facepipe.storage import conditional
 from facepipe.storage.aliases import find_utf8_path
 from facepipe.storage.atomic import replace_file, sync_folder
 from facepipe.storage.cache import get_cache_folder, make_private
@@ -29,6 +30,8 @@ _ORIGIN = ".origin"
 _TAGS = ".tags"
 # Bytes per request of a long file.
 _CHUNK_BYTES = 64 << 20
+# Bytes of the longest file that is uploaded by one request, on a condition.
+_MAX_CONDITIONAL_BYTES = 256 << 20
 PRIVATE_NAMES = frozenset({_ORIGIN, _TAGS, LEASE_FILE, LEASE_GUARD})
 """Files of a folder that are neither uploaded nor part of what it holds."""
 
@@ -96,6 +99,9 @@ class Store(ABC):
         Args:
             last: name of the file that goes last, for readers that look for it first.
             before_each: called before each file. If it raises, the rest stays as it is.
+
+        Raises:
+            ConflictError: another run has changed a file since it was pulled.
         """
 
     @abstractmethod
@@ -262,27 +268,47 @@ class ObjectStore(Store):
 
         Objects that others have put there since then stay.
         """
+        # Without this all objects would seem to be outdated.
+        if not os.path.isdir(self.folder):
+            raise StorageError(f"the copies of {self.url!r} in {self.folder!r} were deleted meanwhile: run it again")
         # A new report takes the place of the folder, which then has no mark of where it belongs.
         self._make_folder()
         # Upload what is here, with the last file at the end.
         paths = (os.path.relpath(entry.url, self.folder) for entry in list_files(self.folder))
         names = sorted((path for path in paths if path not in PRIVATE_NAMES), key=lambda name: (name == last, name))
+        pulled_tags = self._read_tags()
         for name in names:
             before_each()
-            self.upload([name])
+            self._upload_if(name, pulled_tags.get(name))
         # Delete what has gone here since it was pulled, and note the fingerprints of the rest.
         local_names = set(names)
-        pulled_names = self._read_tags().keys()
         tags = {}
         outdated = []
         for entry in list_prefix(self._prefix):
             name = entry.url.removeprefix(self._prefix)
             if name in local_names:
                 tags[name] = entry.fingerprint
-            elif name in pulled_names:
+            elif name in pulled_tags:
                 outdated.append(entry.url)
         delete_many(outdated, before_each)
         self._write_tags(tags)
+
+    def _upload_if(self, name: str, fingerprint: str | None) -> None:
+        """Upload a file if the object is still the one that was pulled, or if there was none and is none.
+
+        This process may have been paused since, and another run may have written the object. The store cannot compare
+        the tag of a long file, which is uploaded in parts.
+        """
+        path = self.local_path(name)
+        try:
+            if os.path.getsize(path) > _MAX_CONDITIONAL_BYTES:
+                self.upload([name])
+                return
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot read the copy {path!r}: {describe_error(error)}") from error
+        tag = fingerprint.partition("-")[2] if fingerprint else None
+        conditional.write_if(join(self.url, name), data, tag)
 
     def sync(self) -> None:
         """Do nothing: the store keeps what it has accepted."""

@@ -14,7 +14,7 @@ import numpy as np
 import facepipe
 from facepipe import storage
 from facepipe.erasure.takeup import RequestTaker
-from facepipe.errors import AccountingError, MissingPackageError, SourceError, StorageError
+from facepipe.errors import AccountingError, GalleryBusyError, MissingPackageError, SourceError, StorageError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.missing import MissingGuard, mark_missing
@@ -231,7 +231,7 @@ class _EmbedRun:
             record.set_versions(before=self._gallery.version)
             record.save()  # there may have been no gallery when the run began
         # The lease guarantees that no other run is going on.
-        crash_marks.inherit_crash_marks(self._runs_folder, self._id)
+        crash_marks.inherit_crash_marks(self._runs_folder, self._id, self._lease.renew)
         plan = make_plan(detect_local_resources(), self._config.run.workers)
         listing = EmbedListing(
             self._config.source,
@@ -259,8 +259,9 @@ class _EmbedRun:
             if runner == "ray":
                 ray.stop()
             # Marks that stay cost little, and must not hide why the run ended.
-            with suppress(StorageError):
-                crash_marks.delete_crash_marks(self._runs_folder, inherited="" if is_finished else self._id)
+            with suppress(StorageError, GalleryBusyError):
+                inherited = "" if is_finished else self._id
+                crash_marks.delete_crash_marks(self._runs_folder, inherited=inherited, claim=self._lease.renew)
 
     def _process(
         self, runner: str, listing: EmbedListing, blocks: Blocks, plan: WorkerPlan, progress: Progress

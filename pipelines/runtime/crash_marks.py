@@ -7,7 +7,7 @@ of memory. Such an image is tried alone twice: a whole run may end for many othe
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 
@@ -27,6 +27,9 @@ _RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 _MARK_FOLDER = re.compile(rf"{_RUN.pattern}/(?:[A-Za-z-]+/)?")
 _MARK = re.compile(rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|[A-Za-z-]+/(?:{_BLOCK}\d+|{_IMAGE}{_NAME.pattern}))")
 _MAX_CRASHES = 2  # runs that an image may end while it is in work alone
+
+Claim = Callable[[], object]
+"""Proves that no other run has begun since this one did, or raises. It is called when the marks are listed."""
 
 
 class CrashMarks:
@@ -82,12 +85,13 @@ class CrashMarks:
             storage.delete(mark)
 
 
-def inherit_crash_marks(runs: str, run: str) -> int:
+def inherit_crash_marks(runs: str, run: str, claim: Claim = lambda: None) -> int:
     """Carry over images that were in work when earlier runs ended, and delete the marks of these runs.
 
     Args:
         runs: the gallery's folder of runs. No other run may be going on.
         run: id of the new run.
+        claim: renews the lease of the gallery: a run that was paused must not delete the marks of a later one.
 
     Returns:
         Number of suspect images.
@@ -101,10 +105,8 @@ def inherit_crash_marks(runs: str, run: str) -> int:
     if suspects:
         lines = (f"{name} {crashes}" for name, crashes in sorted(suspects.items()))
         _write_mark(storage.join(runs, run, _SUSPECTS), "\n".join(lines))
-    for path in marks:
-        if _split_relative(runs, path)[0] != run:
-            storage.delete(path)
-    delete_crash_marks(runs, keep=run)
+    # Those of earlier runs, and folders that are empty then.
+    delete_crash_marks(runs, keep=run, claim=claim)
     return len(suspects)
 
 
@@ -122,18 +124,23 @@ def _read_suspects(path: str) -> dict[str, int]:
     return _parse_suspects(text)
 
 
-def delete_crash_marks(runs: str, keep: str = "", inherited: str = "") -> None:
+def delete_crash_marks(runs: str, keep: str = "", inherited: str = "", claim: Claim = lambda: None) -> None:
     """Delete all marks but those of one run. Records of runs, which are files of the folder itself, stay.
 
     Args:
         runs: the gallery's folder of runs.
         keep: id of the run whose marks stay.
         inherited: id of a run that did not finish. Its list of suspects stays for the next run.
+        claim: as for `inherit_crash_marks`.
     """
-    for path in list(_iterate_marks(runs)):
+    outdated = []
+    for path in _iterate_marks(runs):
         parts = _split_relative(runs, path)
         if parts[0] != keep and parts != [inherited, _SUSPECTS]:
-            storage.delete(path)
+            outdated.append(path)
+    if outdated:
+        claim()
+        storage.delete_many(outdated)
     # Folders of runs that are empty now go as well.
     if not storage.is_remote(runs):
         for name in storage.list_names(runs):

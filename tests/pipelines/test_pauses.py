@@ -67,6 +67,8 @@ MOMENTS = [
     ("erase", "facepipe.erasure.steps.delete_history", 1, "disk"),
     ("erase", "facepipe.erasure.steps.pending.delete_pending", 1, "disk"),
     ("erase", "facepipe.erasure.steps.scrub_reports", 1, "disk"),
+    ("erase", "facepipe.erasure.reports.swap_folders", 1, "disk"),
+    pytest.param("erase", "facepipe.storage.store.ObjectStore._upload_if", 1, "s3", marks=pytest.mark.slow),
     ("index", "facepipe.index.manifest.sweep", 2, "disk"),
     pytest.param("index", "facepipe.index.manifest.sweep", 2, "s3", marks=pytest.mark.slow),
     ("index", "facepipe.index.manifest._replace", 1, "disk"),
@@ -76,6 +78,7 @@ MOMENTS = [
     ("dedup", "pipelines.runtime.workspace.swap_folders", 1, "disk"),
     ("dedup", "pipelines.graph.swap_folders", 1, "disk"),
     pytest.param("dedup", "facepipe.storage.store.ObjectStore.push", 1, "s3", marks=pytest.mark.slow),
+    pytest.param("dedup", "facepipe.storage.store.ObjectStore._upload_if", 3, "s3", marks=pytest.mark.slow),
 ]
 
 
@@ -144,10 +147,10 @@ def take_over(name: str, gallery: str, folders: dict[str, Path], turn: int) -> N
     index.run(index.IndexConfig(), gallery)
     if turn % 2:
         compact.run(CompactConfig(keep_hours=0), gallery, everything=True)
-    if name in ("dedup", "embed", "index"):
-        erase.run(Selection(identities=("person2",)), gallery)
-    if name == "dedup":
+    if name in ("dedup", "erase"):
         dedup.run(build(dedup.DedupConfig), gallery)
+    if name != "compact":
+        erase.run(Selection(identities=("person2",)), gallery)
 
 
 def read_report(gallery: str) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def sleep_and_wake(
     ), ended
     if had_lease:
         assert rows(gallery) == others
-        if name == "dedup":
+        if name in ("dedup", "erase"):
             assert read_report(gallery) == report
     # The same command, or the next erasure, does what is left.
     index.run(index.IndexConfig(), gallery)

@@ -26,7 +26,7 @@ from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import Selection, compute_marks, select_images, translate_glob
-from facepipe.errors import ConfigError, GalleryError, StorageError
+from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Gallery, erasure_key, hidden, suppressed
 from facepipe.hashing import hash64_each
 from facepipe.reports.html import write_report
@@ -448,6 +448,43 @@ def scrub(folder: Path, erased: ErasedData | None = None) -> set[str]:
     changed = set(scrub_report(str(folder), erased or gone(), foreign.append))
     assert foreign == []
     return changed
+
+
+def test_a_run_that_was_overtaken_brings_nothing_back(tmp_path: Path) -> None:
+    """A run may be paused right before its copy takes the report's place, and another one erases more meanwhile."""
+    folder = make_report_folder(tmp_path, "dedup")
+    (folder / "keep.txt").write_text(f"{OTHER}\n/a/ann.jpg\n/a/tom.jpg\n")
+    (folder / "notes.txt").write_text("mine")
+
+    def erase_more() -> None:
+        _, changed = scrub_reports(str(tmp_path), gone(uris={OTHER, "/a/ann.jpg"}), print)  # the copy, and the list
+        assert changed == "dedup/keep.txt"
+
+    with pytest.raises(StorageError, match="cannot clean"):
+        list(scrub_reports(str(tmp_path), gone(uris={OTHER}), print, erase_more))
+    assert {name: (folder / name).read_text() for name in ("keep.txt", "notes.txt")} == {
+        "keep.txt": "/a/tom.jpg\n",
+        "notes.txt": "mine",
+    }
+    assert os.listdir(tmp_path) == ["dedup"]
+
+
+def test_a_report_is_cleaned_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = make_report_folder(tmp_path, "dedup")
+    lists = [folder / "keep.txt", folder / "drop.txt"]
+    for path in lists:
+        path.write_text(f"{OTHER}\n/a/tom.jpg\n")
+    (folder / "keep.txt.new").write_text(OTHER)
+
+    def lose() -> None:
+        raise GalleryBusyError("was lost")
+
+    with pytest.raises(GalleryBusyError):
+        list(scrub_reports(str(tmp_path), gone(uris={OTHER}), print, lose))
+    assert [path.read_text() for path in lists] == [f"{OTHER}\n/a/tom.jpg\n"] * 2
+    assert scrub(folder, gone(uris={OTHER})) == {"drop.txt", "keep.txt"}
+    assert [path.read_text() for path in lists] == ["/a/tom.jpg\n"] * 2
+    assert sorted(os.listdir(folder)) == ["drop.txt", MARKER, "keep.txt"]
 
 
 def test_roles() -> None:
