@@ -1,5 +1,6 @@
 """Compact a gallery: join small files to large ones, and delete files that no reader needs any more."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from facepipe.erasure.takeup import RequestTaker
@@ -7,9 +8,10 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.maintenance.compact import CompactConfig, compact_files, plan_compaction
 from facepipe.gallery.maintenance.text_repair import count_files_to_repair, repair_text
-from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, find_unreferenced
+from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_uploads, find_unreferenced
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.lease import hold_lease
+from facepipe.storage.uploads import UploadsUnknownError
 from pipelines.runtime.run_record import get_current_run, record_calls
 
 _SECONDS_PER_HOUR = 3600.0
@@ -87,6 +89,8 @@ def _compact(config: CompactConfig, gallery: str, everything: bool) -> CompactSu
             fewer = compact_files(table, groups, commit)
         deleted = claim_unreferenced(gallery, lease, config.keep_hours * _SECONDS_PER_HOUR)
         delete_files(deleted, lease)
+        with suppress(UploadsUnknownError):
+            delete_uploads(gallery, lease)
         compacted = Gallery(gallery)
         return CompactSummary(
             repaired=repaired,

@@ -20,8 +20,10 @@ from facepipe import storage
 from facepipe.errors import StorageError
 from facepipe.storage.atomic import UNFINISHED
 from facepipe.storage.inside import make_link_error
+from facepipe.storage.lease import Lease
 from facepipe.storage.owned import delete_owned_folder, walk_files
 from facepipe.storage.store import PRIVATE_NAMES
+from facepipe.storage.uploads import abort_uploads
 
 MARKER = "facepipe.json"
 """The file that marks a folder as ours. It says which report the folder is for."""
@@ -276,6 +278,27 @@ def take_over_folders(final: str, partial: str, report: str) -> None:
             replace_report(path, final, report)
         else:
             delete_report(path, report)
+
+
+def delete_uploads(reports: str, lease: Lease) -> int:
+    """Have the store delete parts of reports whose upload never ended; return how many uploads there were.
+
+    Args:
+        reports: folder of the reports, local or a URL.
+        lease: of the reports.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
+        UploadsUnknownError: the store cannot be asked for them.
+    """
+    return len(abort_uploads(reports, lease, _owns_object))
+
+
+def _owns_object(name: str) -> bool:
+    """Tell whether an object is part of a report, by its name below the reports."""
+    folder, _, inner = name.partition("/")
+    report = get_report_name(folder)
+    return report is not None and owns_file(report, inner)
 
 
 def _move_others(report: str, source: str, target: str, inner: str) -> None:

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
 from itertools import islice
 
 import numpy as np
@@ -29,6 +31,7 @@ from facepipe.storage import conditional
 from facepipe.storage.inside import is_link
 from facepipe.storage.lease import LEASE_FILE
 from facepipe.storage.store import open_store
+from facepipe.storage.uploads import Upload, UploadsUnknownError, list_uploads
 from facepipe.text import restore_cell
 
 # Values that are hashed at a time.
@@ -131,6 +134,7 @@ def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool =
         *_check_log(gallery, hashes),
         *_check_vectors(gallery, hashes),
         *_check_reports(gallery, hashes),
+        *_check_uploads(gallery, receipt),
     ]
     # Places may be clean by now although steps are left.
     if pending.is_pending(gallery.path, receipt.id):
@@ -218,6 +222,17 @@ def _check_vectors(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     for name in sorted(unlisted):
         if name.startswith(("shard-", "dead-")):
             yield f"index/{name}: not part of the index"
+
+
+def _check_uploads(gallery: Gallery, receipt: Receipt) -> Iterator[str]:
+    """Check for uploads of before the erasure that never ended. What their parts hold cannot be read."""
+    recorded = datetime.fromisoformat(receipt.at).timestamp()
+    uploads: list[Upload] = []
+    with suppress(UploadsUnknownError):
+        uploads = list_uploads(gallery.path)
+    for upload in uploads:
+        if upload.began < recorded or upload.is_abandoned:
+            yield f"{upload.url}: an upload of it never ended, and its parts may hold erased data"
 
 
 def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:

@@ -21,6 +21,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.curation.report_folders import delete_uploads as delete_report_uploads
 from facepipe.curation.report_folders import get_report_name, is_disposable, is_our_listing, owns_file
 from facepipe.erasure import pending, vectors
 from facepipe.erasure.chain import save_receipt
@@ -34,13 +35,14 @@ from facepipe.errors import ConfigError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_of_uris, rewrite_files
-from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_history
+from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_history, delete_uploads
 from facepipe.index import manifest as manifests
 from facepipe.observe.runs import new_run_id
 from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.lease import ERASURE, LEASE_FILE, Lease, hold_lease
 from facepipe.storage.owned import delete_owned
 from facepipe.storage.store import delete_copies, open_store
+from facepipe.storage.uploads import UploadsUnknownError
 
 REPORTS_FOLDER = "reports"
 _BATCH_ROWS = 65536
@@ -378,6 +380,7 @@ class _ErasureSteps:
         if open_store(self.gallery, REPORTS_FOLDER).is_complete:
             yield from scrub_reports(folder, erased, self._note_foreign, lease.renew)
             return
+        self._delete_uploads(lambda: delete_report_uploads(folder, lease))
         for name in sorted({name.split("/")[0] for name in names if "/" in name}):
             yield from self._scrub_remote_report(name, erased, lease)
         # Objects beside the reports are none of ours, except the lease.
@@ -434,6 +437,7 @@ class _ErasureSteps:
                 # Rewrites of the running job that are not committed yet would look like old files.
                 stack.enter_context(committer.exclude_commits())
             unreferenced = claim_unreferenced(self.gallery, lease)
+            self._delete_uploads(lambda: delete_uploads(self.gallery, lease))
             table = Gallery(self.gallery)
             if committer is not None:
                 # Parts of the job are not committed yet, unless this erasure has taken them out of the table.
@@ -450,6 +454,13 @@ class _ErasureSteps:
         self._sync_disks()
         self._end_part(FILES, lease)
         return True
+
+    def _delete_uploads(self, delete: Callable[[], int]) -> None:
+        """Delete uploads that never ended, and say so if the store cannot be asked for them."""
+        try:
+            delete()
+        except UploadsUnknownError as error:
+            self.progress(f"{error}. A lifecycle rule of the bucket deletes them (docs/operations.md)")
 
     def _sync_disks(self) -> None:
         """Have what was changed and deleted stay so, on every disk that holds a part of the gallery or a copy."""

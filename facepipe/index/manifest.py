@@ -25,6 +25,7 @@ from facepipe.storage import conditional
 from facepipe.storage.inside import is_inside, require_no_link
 from facepipe.storage.lease import Lease
 from facepipe.storage.store import Store, open_store
+from facepipe.storage.uploads import UploadsUnknownError, abort_uploads
 
 FORMAT = 1
 INCOMPLETE = -1
@@ -445,6 +446,9 @@ def sweep(gallery: str, lease: Lease) -> None:
         GalleryBusyError: another run has taken the lease over.
     """
     store = open_index_store(gallery)
+    # Otherwise a run that was killed leaves vectors that no listing shows. Not every store can be asked.
+    with suppress(UploadsUnknownError):
+        abort_uploads(store.url, lease, is_index_file)
     # A run that was killed may have published the manifest and not synced it. What it replaced must not go before.
     store.sync()
     # List first. The lease is renewed afterwards: so everything in the list was there before any later run began.

@@ -15,6 +15,7 @@ from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.registry import CARDS
 from facepipe.storage import is_remote
 from facepipe.storage.conditional import require_usable_place
+from facepipe.storage.uploads import UploadsUnknownError, list_uploads
 
 _DEFAULT_MODELS = ("retinaface-mnet025", "dlib-resnet")
 
@@ -54,6 +55,8 @@ def examine_machine(place: str = "") -> list[Finding]:
     findings = [check() for check in checks]
     if place:
         findings.append(_check_place(place))
+        if is_remote(place):
+            findings.append(_check_uploads(place))
     findings.extend(_check_weights(name) for name, card in CARDS.items() if card.sha256)
     return findings
 
@@ -152,6 +155,21 @@ def _check_place(place: str) -> Finding:
         return Finding(f"{what} of {place}", "broken", str(error))
     how = "compares tags before it writes" if is_remote(place) else "has locks and hard links"
     return Finding(f"{what} of {place}", "ok", how)
+
+
+def _check_uploads(place: str) -> Finding:
+    """Look for parts of objects whose upload never ended, which no listing shows."""
+    what = f"incomplete uploads to {place}"
+    try:
+        uploads = [upload for upload in list_uploads(place) if upload.is_abandoned]
+    except UploadsUnknownError as error:
+        return Finding(what, "missing", f"{error}. A lifecycle rule of the bucket deletes them (docs/operations.md)")
+    except FacepipeError as error:
+        return Finding(what, "broken", str(error))
+    if uploads:
+        detail = f"{len(uploads)}, such as {uploads[0].url}: `facepipe compact`, `index` and reports delete them"
+        return Finding(what, "broken", detail)
+    return Finding(what, "ok", "none that is older than a day")
 
 
 def _check_pictures() -> Finding:

@@ -121,10 +121,14 @@ class Lease:
 
     Attributes:
         id: Random id of this lease. What a run writes can name the lease under which it was written.
+        taken_at: When it was taken, in seconds since 1970 by the clock that dates the files beside it; 0 if unknown.
     """
 
     def __init__(self, path: str, kind: str, holder: Holder, tag: str):
         self.id = holder.holder
+        self.taken_at = 0.0
+        with suppress(StorageError):
+            self.taken_at = get_entry(path).modified
         self._path = path
         self._kind = kind
         self._holder = holder

@@ -6,13 +6,14 @@ of its own name. A run that begins takes over or deletes the folders of earlier 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from facepipe.curation.report_folders import (
     PARTIAL,
     PREVIOUS,
     delete_report,
+    delete_uploads,
     prepare_folder,
     replace_report,
     require_ours,
@@ -27,6 +28,7 @@ from facepipe.storage import describe_error, join, sync_disks, sync_folder
 from facepipe.storage.atomic import swap_folders
 from facepipe.storage.lease import Lease, hold_lease
 from facepipe.storage.store import open_store
+from facepipe.storage.uploads import UploadsUnknownError
 
 REPORTS = "reports"
 
@@ -92,6 +94,8 @@ def open_report_folder(
         partial = f"{final}.{lease.id}{PARTIAL}"
         outgoing = f"{final}.{lease.id}{PREVIOUS}"
         try:
+            with suppress(UploadsUnknownError):
+                delete_uploads(join(gallery.path, REPORTS), lease)
             _restore_report(final, name)
             store.pull()
             require_ours(final, name)

@@ -50,6 +50,7 @@ from facepipe.index.search import Index
 from facepipe.index.shard import write_tombstones
 from facepipe.index.update import find_changes
 from facepipe.index.verify import verify_index
+from facepipe.observe import doctor
 from facepipe.schema import FACES, LATER, conform
 from facepipe.storage.lease import hold_lease
 from facepipe.storage.store import delete_copies
@@ -964,6 +965,12 @@ def test_in_an_object_store(bucket: Any, tmp_path: Path, made: Path, fakes: dict
     cluster.run(build(cluster.ClusterConfig), path)
     clean.run(build(clean.CleanConfig), path)
     storage.write(f"{path}/reports/graph/vectors.npy", b"left by another machine")
+    # Uploads of processes that were killed, and one of somebody else.
+    names = [f"faces/{Gallery(path).files()[0]['path']}", "index/shard-1/vectors.npy", "reports/dedup/pairs.parquet"]
+    for name in (*names, "faces/mine.bin"):
+        bucket.create_multipart_upload(Bucket="faces", Key=f"team/g/{name}")
+    assert doctor._check_uploads(path).detail.startswith("4, such as s3://faces/team/g/faces/")
+    assert len(verify_gallery(Gallery(path)).problems) == 4
     selection = Selection(identities=(JANE,))
     traces, stay = traces_of(Gallery(path), selection)
     assert traces.anywhere(objects(bucket))
@@ -972,7 +979,12 @@ def test_in_an_object_store(bucket: Any, tmp_path: Path, made: Path, fakes: dict
     left = {n: d for n, d in objects(bucket).items() if "/runs/" not in n}
     assert traces.anywhere(left) == {}
     assert not [n for n in left if "/graph/" in n or n.endswith((".pending", ".state", ".new", ".tags", ".origin"))]
+    (problem,) = check_erased(Gallery(path), receipt.load_receipt(summary.receipts[0]))
+    assert problem.startswith("s3://faces/team/g/faces/mine.bin: an upload of it never ended")
+    (upload,) = bucket.list_multipart_uploads(Bucket="faces")["Uploads"]
+    bucket.abort_multipart_upload(Bucket="faces", Key=upload["Key"], UploadId=upload["UploadId"])
     assert check_erased(Gallery(path), receipt.load_receipt(summary.receipts[0])) == []
+    assert doctor._check_uploads(path).state == "ok"
     delete_copies(path)
     assert traces.anywhere(tree(tmp_path / "cache")) == {}
     assert verify_gallery(Gallery(path)).problems == []

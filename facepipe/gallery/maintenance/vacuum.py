@@ -18,6 +18,7 @@ from facepipe.gallery.commits.parts import is_part
 from facepipe.gallery.table import Gallery
 from facepipe.storage.inside import is_link
 from facepipe.storage.lease import Lease
+from facepipe.storage.uploads import abort_uploads
 
 _VERSION = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)")
 
@@ -131,6 +132,21 @@ def claim_unreferenced(gallery: str, lease: Lease, older_than: float = 0.0) -> l
 def delete_files(entries: list[storage.Entry], lease: Lease) -> None:
     """Delete the files that `claim_unreferenced` has found. Raises GalleryBusyError if the lease is lost."""
     storage.delete_many((entry.url for entry in entries), before_batch=lease.check)
+
+
+def delete_uploads(gallery: str, lease: Lease) -> int:
+    """Have the store delete parts of the table's files whose upload never ended; return how many uploads there were.
+
+    Args:
+        gallery: path or URL of the gallery.
+        lease: of the gallery. Uploads that have begun since it was taken are spared.
+
+    Raises:
+        GalleryBusyError: another run has taken the lease over.
+        UploadsUnknownError: the store cannot be asked for them.
+    """
+    folder = storage.join(gallery, "faces")
+    return len(abort_uploads(folder, lease, lambda name: is_part(name) or name.startswith(f"{LOG}/")))
 
 
 def delete_history(gallery: Gallery, lease: Lease) -> int:

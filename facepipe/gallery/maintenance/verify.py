@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from facepipe.hashing import compute_face_id, hash64_column
 from facepipe.schema import EMBEDDING_DIM, OK, STATUSES, UNKNOWN_URI, conform
 from facepipe.sources.labels import find_unnormalised
 from facepipe.storage.hashtable import HashTable
+from facepipe.storage.uploads import Upload, UploadsUnknownError, list_uploads
 
 # Largest distance of a norm from 1 that float32 explains.
 _NORM_TOLERANCE = 1e-4
@@ -64,6 +65,10 @@ def verify_gallery(gallery: Gallery) -> Verification:
         result.add(
             f"{name} of the log is empty: a power cut took a commit of an older facepipe. Embed its sources again"
         )
+    for upload in _list_abandoned_uploads(gallery.path):
+        result.add(
+            f"{upload.url}: an upload of it never ended: `facepipe compact`, `index` and reports delete its parts"
+        )
     # Both tables cover all files, so that repetitions across files are found.
     ranges = gallery.read_text_ranges()
     with closing(HashTable()) as ids, closing(HashTable()) as uris:
@@ -77,6 +82,13 @@ def verify_gallery(gallery: Gallery) -> Verification:
             _check_text(gallery.path, file["path"], table, ranges[file["path"]], result)
             _check_rows(file["path"], table, ids, uris, result)
     return result
+
+
+def _list_abandoned_uploads(gallery: str) -> list[Upload]:
+    """List uploads that never ended; none if the store cannot be asked."""
+    with suppress(UploadsUnknownError):
+        return [upload for upload in list_uploads(gallery) if upload.is_abandoned]
+    return []
 
 
 def _read_file(gallery: Gallery, file: dict[str, Any], result: Verification) -> pa.Table:
