@@ -65,6 +65,7 @@ def erase(
     with exit_on_error("the next erase, or the nightly job, finishes what this one began"):
         from facepipe.erasure.foreign import describe_foreign
         from facepipe.erasure.selection import Selection, read_ids
+        from facepipe.erasure.trainings import describe_chips
         from facepipe.errors import ConfigError
         from pipelines import erase as erase_pipeline
 
@@ -88,14 +89,16 @@ def erase(
                 selection, gallery, dry_run=dry_run, may_return=may_return, wait=not no_wait, progress=on_progress
             )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
+        problems = [describe_chips(summary.chips)] if summary.chips else []
         if summary.foreign:
-            fail(describe_foreign(summary.foreign), ExitCode.FAILED)
+            problems.append(describe_foreign(summary.foreign))
         if summary.left_foreign:
-            fail(
+            problems.append(
                 f"the images are erased, but {summary.left_foreign} files that facepipe did not write still hold "
-                "erased data: `facepipe verify GALLERY --erased RECEIPT` names them",
-                ExitCode.FAILED,
+                "erased data: `facepipe verify GALLERY --erased RECEIPT` names them"
             )
+        if problems:
+            fail("; ".join(problems), ExitCode.FAILED)
 
 
 def _print_summary(gallery: str, summary: Any) -> None:
@@ -105,6 +108,8 @@ def _print_summary(gallery: str, summary: Any) -> None:
     print_table(f"{title} {gallery}", ("", "count"), rows)
     for path in summary.receipts:
         print(f"receipt: {path}")
+    for path in summary.trained:
+        print(f"a model was trained on some of the faces: {path}")
     if not summary.complete:
         print(
             "not complete: no reader returns the images; a running job, the next erase or the nightly job deletes them"

@@ -112,6 +112,15 @@ def verify(
     other_gallery: Annotated[
         bool, typer.Option("--other-gallery", help="Acceptance of a receipt that another gallery wrote.")
     ] = False,
+    also: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--also",
+            metavar="FOLDER",
+            help="Further folders to search, such as exports and chips. Repeatable, with --erased.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a whole gallery and its index for damage.
@@ -125,10 +134,16 @@ def verify(
         facepipe verify gallery/
 
         facepipe verify gallery/ --erased gallery/erased/20261122T031500-0a1b2c.json
+
+        facepipe verify gallery/ --erased gallery/erased/20261122T031500-0a1b2c.json --also exports/ --also train/chips/
     """
     with exit_on_error():
+        if also and not erased:
+            from facepipe.errors import ConfigError
+
+            raise ConfigError("--also needs a receipt: add --erased RECEIPT")
         if erased:
-            _verify_erased(gallery, erased, of_other_gallery=other_gallery, as_json=as_json)
+            _verify_erased(gallery, erased, also or [], of_other_gallery=other_gallery, as_json=as_json)
         else:
             _verify_gallery(gallery, as_json=as_json)
 
@@ -158,14 +173,16 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
         fail(f"{len(problems)} problems", ExitCode.FAILED)
 
 
-def _verify_erased(path: str, receipt_path: str, *, of_other_gallery: bool, as_json: bool) -> None:
+def _verify_erased(path: str, receipt_path: str, also: list[str], *, of_other_gallery: bool, as_json: bool) -> None:
     from facepipe.erasure import receipt
-    from facepipe.erasure.proof import check_erased
+    from facepipe.erasure.proof import check_erased, check_folder
     from facepipe.gallery import Gallery
 
     erasure = receipt.load_receipt(receipt_path)
     # The receipt holds hashes, which are compared with hashes of what the gallery still holds.
     problems = check_erased(Gallery(path), erasure, of_other_gallery=of_other_gallery)
+    for folder in also:
+        problems += check_folder(folder, erasure)
 
     def print_text() -> None:
         rows = [("images", erasure.images), ("faces", erasure.faces), ("erased", erasure.at)]

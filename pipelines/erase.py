@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from zipfile import BadZipFile
 
+import numpy as np
+
 from facepipe import storage
 from facepipe.erasure import pending, steps
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import get_receipt_path, load_receipt
 from facepipe.erasure.requests import find_indexed_faces, record_request
 from facepipe.erasure.selection import Selection, read_time, select_images
-from facepipe.errors import FacepipeError, GalleryBusyError
+from facepipe.erasure.trainings import find_left_faces, list_trainings
+from facepipe.errors import FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.storage.lease import is_held
 from pipelines.cluster import assign as cluster_assign
@@ -37,6 +40,8 @@ class EraseSummary:
             next erase deletes them.
         receipts: paths of receipts, those of earlier erasures that were completed as well.
         foreign: files below reports/ that facepipe did not write and that hold erased data. They are left as they are.
+        chips: files of training chips that hold erased faces, in folders that trainings on the gallery have recorded.
+        trained: folders' lists of faces that a model was trained on, if erased ones are among them.
         left_foreign: number of such files that were found when another run completed the erasure.
         seconds: wall clock by step.
     """
@@ -49,6 +54,8 @@ class EraseSummary:
     complete: bool = True
     receipts: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    chips: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
     left_foreign: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -114,6 +121,7 @@ def _erase(
     _advance(gallery, summary, [erasure.id] if erasure and wait else [], progress)
     if erasure:
         _note_completion(gallery, erasure, summary)
+        _look_at_trainings(gallery, erasure, summary, progress)
     return summary
 
 
@@ -141,6 +149,7 @@ def resume(gallery: str, *, wait: bool = False, progress: Progress = lambda line
     _advance(path, summary, [erasure.id for erasure in unfinished] if wait else [], progress)
     for erasure in unfinished:
         _note_completion(path, erasure, summary)
+        _look_at_trainings(path, erasure, summary, progress)
     return summary
 
 
@@ -200,6 +209,25 @@ def _note_completion(gallery: str, erasure: PendingErasure, summary: EraseSummar
     run = get_current_run()
     if run is not None:
         run.add_count("erased_images", receipt.images)
+
+
+def _look_at_trainings(gallery: str, erasure: PendingErasure, summary: EraseSummary, progress: Progress) -> None:
+    """Note what trainings keep of the erased faces in folders of their own."""
+    faces = np.union1d(erasure.selected.faces.to_numpy(), erasure.indexed)
+    for training in list_trainings(gallery):
+        if not training.is_here:
+            progress(f"not looked at: {training.path} on {training.host}, which may hold chips of erased faces")
+            continue
+        try:
+            left = list(find_left_faces(training.path, faces))
+        except StorageError as error:
+            progress(str(error))
+            continue
+        for file in left:
+            noted = summary.chips if file.are_chips else summary.trained
+            if file.path not in noted:
+                noted.append(file.path)
+                progress(str(file))
 
 
 def _update_clusters(gallery: str, progress: Progress) -> None:

@@ -142,6 +142,32 @@ def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool =
     return problems
 
 
+def check_folder(folder: str, receipt: Receipt) -> list[str]:
+    """Look for what a receipt lists as deleted in any folder: exports, copied lists, answers of a search, chips.
+
+    Uris, image ids and face ids are found in tables, arrays and texts of any kind. Links are not followed.
+
+    Args:
+        folder: local folder or URL.
+        receipt: the receipt.
+
+    Returns:
+        Problems; empty if nothing is found.
+
+    Raises:
+        StorageError: something cannot be read.
+    """
+    if not storage.folder_exists(folder):
+        raise StorageError(f"no folder at {folder!r}")
+    hashes = _ReceiptHashes(receipt)
+    problems = []
+    for file in storage.list_files(folder):
+        count = 0 if is_link(file.url) else _count_anywhere(file.url, hashes)
+        if count:
+            problems.append(f"{file.url}: {count} mentions")
+    return problems
+
+
 def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
     counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
@@ -294,9 +320,23 @@ def _count_mentions(path: str, hashes: _ReceiptHashes) -> int:
     if path.endswith((".txt", ".csv", ".html")):
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as lines:
             return hashes.count_matches(_iterate_texts(path, lines), "uris", "images", "faces")
-    if os.path.basename(path) == "ids.npy":
-        return hashes.count_matches(map(str, np.load(path).tolist()), "faces")
+    if path.endswith(".arrow"):
+        return _count_in_arrow(path, hashes)
+    if path.endswith(".npy") and not storage.is_remote(path):
+        ids = np.load(path, mmap_mode="r")
+        return hashes.count_matches(map(str, ids.tolist()), "faces") if ids.dtype == np.int64 and ids.ndim == 1 else 0
     return 0
+
+
+def _count_in_arrow(path: str, hashes: _ReceiptHashes) -> int:
+    """Count erased uris and ids in an Arrow file, such as one of training chips."""
+    count = 0
+    with storage.open_seekable(path) as handle, pa.ipc.open_file(handle) as file:
+        for number in range(file.num_record_batches):
+            batch = file.get_batch(number)
+            for field, column in zip(batch.schema, batch.columns, strict=True):
+                count += hashes.count_in_column(field, column)
+    return count
 
 
 def _iterate_texts(path: str, lines: Iterable[str]) -> Iterator[str]:

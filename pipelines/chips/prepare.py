@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from facepipe import storage
+from facepipe.erasure.trainings import record_training
 from facepipe.errors import ConfigError, EvaluationError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import PartRecord, is_part
@@ -187,6 +188,8 @@ def _prepare_order(
     if storage.is_remote(folder):
         raise ConfigError(f"{folder!r} is in an object store: set a local folder, because chips are read at random")
     folder = os.path.abspath(folder)
+    if order.data.gallery:
+        record_training(order.data.gallery, folder)
     fingerprint = order.fingerprint
     info = read_set_info(folder)
     # A training that resumes keeps its chips, even if the data has changed since.

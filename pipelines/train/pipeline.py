@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from facepipe import storage
+from facepipe.erasure.trainings import record_training
 from facepipe.errors import TrainingError
 from facepipe.models.zoo.card_file import save_model
 from facepipe.training.report import ReportTexts, write_report
@@ -171,6 +172,8 @@ class EmbedderJob:
 
         self.config = config
         self.start = start
+        if config.data.gallery:
+            record_training(config.data.gallery, config.run.output)
         # Make the chips to train on.
         folder = config.run.chips or os.path.join(config.run.output, "chips")
         self._chips = prepare_chips(config.data, start.chips, folder, log=log, keep_outdated=resumes)

@@ -1,6 +1,7 @@
 """Chip sets: the same chips from a gallery and from its source, labels and exclusions, interruptions, hostile sources."""
 
 import csv
+import json
 import pickle
 import shutil
 import subprocess
@@ -16,8 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, draw
+from helpers import run_facepipe
 
 from facepipe.config import build
+from facepipe.erasure.proof import check_erased, check_folder
+from facepipe.erasure.receipt import load_receipt
+from facepipe.erasure.trainings import record_training
 from facepipe.errors import ConfigError, EvaluationError, SourceError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.training.data import chip_writer
@@ -98,6 +103,38 @@ def test_a_gallery_gives_the_chips_of_its_source(plain: ChipSet, drawn_gallery: 
     assert content(found) == content(plain)
     assert found.uris[:] == plain.uris[:]
     assert np.array_equal(found.face_ids, plain.face_ids)
+
+
+def test_an_erasure_names_the_chips_that_hold_erased_faces(drawn_gallery: str, tmp_path: Path) -> None:
+    gallery = str(shutil.copytree(drawn_gallery, tmp_path / "g"))
+    folder = tmp_path / "train" / "chips"
+    prepare_chips(DataConfig(gallery=gallery), FAKE, str(folder), INLINE)
+    np.save(tmp_path / "train" / "faces.npy", Gallery(gallery).to_arrow(["face_id"])["face_id"].drop_null().to_numpy())
+    record_training(gallery, str(tmp_path / "train"))
+    record_training(gallery, str(tmp_path / "never"))
+    (tmp_path / "g" / "runs" / "training-0123456789abcdef.json").write_text("{damaged")
+    elsewhere = {"path": "/data/run", "host": "another machine"}
+    (tmp_path / "g" / "runs" / "training-0123456789abcdee.json").write_text(json.dumps(elsewhere))
+    code, out, err = run_facepipe(
+        "erase", gallery, "--image", Gallery(gallery).to_arrow(["uri"], "face_id > 0")["uri"][0]
+    )
+    assert code == 1
+    assert str(folder) in err
+    assert f"a model was trained on some of the faces: {tmp_path / 'train' / 'faces.npy'}" in out
+    assert "not looked at: /data/run on another machine" in err
+    receipt = load_receipt(str(next((tmp_path / "g" / "erased").glob("*.json"))))
+    assert check_erased(Gallery(gallery), receipt) == []
+    problems = check_folder(str(tmp_path / "train"), receipt)
+    assert {Path(line.split(":")[0]).name for line in problems} == {"chips-00000.arrow", "index.arrow", "faces.npy"}
+    # What the message says helps.
+    shutil.rmtree(folder)
+    prepare_chips(DataConfig(gallery=gallery), FAKE, str(folder), INLINE)
+    assert len(check_folder(str(tmp_path / "train"), receipt)) == 1
+    path = next((tmp_path / "g" / "erased").glob("*.json"))
+    code, out, _ = run_facepipe("verify", gallery, "--erased", path, "--also", folder, "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+    assert run_facepipe("verify", gallery, "--erased", path, "--also", tmp_path / "train")[0] == 1
+    assert run_facepipe("verify", gallery, "--also", folder)[0] == 2
 
 
 def test_processes_give_the_same_chips(plain: ChipSet, drawings: Path, tmp_path: Path) -> None:
