@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -320,7 +320,9 @@ def _write_local_checkpoint(folder: str, lease: Lease | None) -> int:
         name = _CHECKPOINT_NAME.format(version)
         checkpoint = os.path.join(made, name)
         hint = os.path.join(scratch, _HINT)  # that in `made` may be a link to the present one
-        Path(hint).write_bytes(_make_hint(version, checkpoint))
+        # pyarrow itself takes no path that is not UTF-8.
+        with open(checkpoint, "rb") as opened:
+            Path(hint).write_bytes(_make_hint(version, opened))
         for file in (checkpoint, hint):
             storage.sync_file(file)
         # An older checkpoint would bring back what another run has deleted meanwhile. A run that takes the lease over
@@ -338,7 +340,7 @@ def _write_local_checkpoint(folder: str, lease: Lease | None) -> int:
             os.rmdir(parent)
 
 
-def _make_hint(version: int, checkpoint: "str | pa.NativeFile") -> bytes:
+def _make_hint(version: int, checkpoint: "BinaryIO | pa.NativeFile") -> bytes:
     """Name a checkpoint to readers, by its version and the number of its actions.
 
     Args:

@@ -207,6 +207,26 @@ def test_pending_and_receipt(gallery: Gallery, tmp_path: Path) -> None:
     assert hidden.list_requests(path) == ()
 
 
+def test_progress_of_an_erasure_that_is_complete_is_not_left_behind(gallery: Gallery, tmp_path: Path) -> None:
+    """A run that found nothing to do says so after another one has completed the erasure."""
+    path = str(tmp_path)
+    what = select_images(gallery, Selection(identities=("p8",)))
+    first = PendingErasure(Receipt("20261101T000000-aaaaaa", "id", "2026", ["identities"], "0"), what)
+    pending.write_pending(path, first)
+    pending.delete_pending(path, first.receipt)
+    pending.save_progress(path, first.receipt, pending.REPORTS, is_done=True)
+    assert not list(Path(tmp_path, "erased").glob("*.state"))
+    # What was left in an object store, which has no guard, goes with the next erasure.
+    Path(tmp_path, "erased", f"{first.id}.reports.state").write_bytes(b"{}")
+    second = PendingErasure(Receipt("20261101T000001-bbbbbb", "id", "2026", ["identities"], "0"), what)
+    third = PendingErasure(Receipt("20261101T000002-cccccc", "id", "2026", ["identities"], "0"), what)
+    for made in (second, third):
+        pending.write_pending(path, made)
+        pending.save_progress(path, made.receipt, pending.ROWS)
+    pending.delete_pending(path, second.receipt)
+    assert [file.name for file in Path(tmp_path, "erased").glob("*.state")] == [f"{third.id}.rows.state"]
+
+
 def test_an_erasure_that_an_older_facepipe_began(gallery: Gallery, tmp_path: Path) -> None:
     """It has no conditions and one file of progress, and readers were not told."""
     what = select_images(gallery, Selection(identities=("p8",)))

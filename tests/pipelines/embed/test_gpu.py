@@ -101,7 +101,7 @@ def test_a_gallery_made_on_a_device_is_the_one_that_the_stages_make(
         summary = embed(corpus, tmp_path / "device", runner="inline", batch=3)
     finally:
         torch.set_num_threads(before)
-    assert {"read", "decode", "facesondevice"} == set(summary.stage_seconds)
+    assert {"read", "findmoved", "decode", "facesondevice"} == set(summary.stage_seconds)
     assert summary.gpu is not None
     one, other = rows(tmp_path / "stages"), rows(tmp_path / "device")
     assert [(r["uri"], r["status"], r["face_id"], r["face_index"]) for r in one] == [

@@ -622,7 +622,7 @@ def test_clusters_are_made_only_if_configured(config: Callable[..., NightlyConfi
         ({"source": [{"uri": "{}", "name": "a"}, {"uri": "{}", "name": "a"}]}, "two sources have the name 'a'"),
         ({"source": [{"uri": "{}", "missing": "forget"}]}, "missing"),
         ({"source": [{"uri": "{}", "retention_days": 0}]}, "retention_days"),
-        ({"source": [{"url": "{}"}]}, r"did you mean source\[0\].uri"),
+        ({"source": [{"url": "{}"}]}, r"did you mean source\[1\].uri"),
         ({"night": {"max_fail": 0.1}}, "did you mean night.max_failed"),
         ({"nigth": {}}, "did you mean night"),
     ],
