@@ -27,6 +27,7 @@ from facepipe.types import Int64
 PENDING = ".pending"
 INDEXED = ".indexed"
 _LIST = "hidden.list"
+_RECEIPT = ".json"
 # What a pending file holds, by the kind of its values.
 URIS = "uris"
 FACES = "faces"
@@ -112,6 +113,12 @@ def list_requests(gallery: str) -> tuple[str, ...]:
     """List the ids of the erasures that are recorded and not complete, oldest first."""
     tagged = conditional.read_tagged(_get_list_path(gallery))
     return _decode(tagged[0], gallery) if tagged else ()
+
+
+def list_complete(gallery: str) -> frozenset[str]:
+    """List the ids of the erasures that are complete, as their receipts say."""
+    names = storage.list_names(get_erased_folder(gallery))
+    return frozenset(name.removesuffix(_RECEIPT) for name in names if name.endswith(_RECEIPT))
 
 
 def add_request(gallery: str, request: str) -> None:

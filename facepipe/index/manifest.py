@@ -245,6 +245,25 @@ def load(gallery: str) -> Manifest:
     return load_tagged(gallery)[0]
 
 
+def encode(manifest: Manifest) -> bytes:
+    """Encode a manifest, for a reader that must find the same index again."""
+    return TypeAdapter(Manifest).dump_json(manifest, indent=1)
+
+
+def decode(data: bytes, path: str, gallery: str) -> Manifest:
+    """Decode a manifest that `encode` encoded.
+
+    Args:
+        data: the content.
+        path: where it is, for messages.
+        gallery: path or URL of the gallery.
+
+    Raises:
+        IndexingError: it is damaged, or of a newer version.
+    """
+    return _parse(data, path, gallery)
+
+
 def load_tagged(gallery: str) -> tuple[Manifest, str]:
     """Load the published manifest, and the tag by which `publish` replaces it.
 

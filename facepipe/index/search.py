@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from facepipe.deprecation import warn_renamed
 from facepipe.errors import ConfigError, IndexingError
-from facepipe.gallery.hidden import HiddenImages, HiddenWatch
+from facepipe.gallery.hidden import HiddenImages, HiddenWatch, list_complete
 from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NO_ID, Scanner
 from facepipe.index.manifest import INDEX, Manifest
@@ -82,6 +82,8 @@ class Index:
         threads: int | None = None,
         merge: bool = False,
         manifest: Manifest | None = None,
+        *,
+        known_erasures: Collection[str] | None = None,
     ):
         """Open an index.
 
@@ -91,9 +93,12 @@ class Index:
             threads: by default one per CPU.
             merge: join the shards in memory if they have at most 2 GiB, which pays for many queries.
             manifest: by default the published one.
+            known_erasures: erasures that were complete when the manifest was read (`list_complete`). With them, another
+                manifest may have taken its place since; what was erased meanwhile is not returned.
 
         Raises:
             IndexingError: there is no index, or a file of it is damaged.
+            IndexReplacedError: the files of a pinned index are deleted.
         """
         self.gallery = gallery
         self.threads = threads or len(os.sched_getaffinity(0))
@@ -117,7 +122,9 @@ class Index:
         self._compared = self.manifest
         self._scanner = self._create_scanner()
         self.follow_erasures()
-        if manifest is not None:
+        if known_erasures is not None:
+            self._follow_erasures_since(known_erasures)
+        elif manifest is not None:
             self._watch.freeze()  # one that is not published cannot be compared with the published one
 
     def __repr__(self) -> str:
@@ -169,6 +176,12 @@ class Index:
                 ids.append(self._follow_index())
             self._exclude(np.unique(np.concatenate([self._excluded, *ids])))
             self._hidden = hidden
+
+    def _follow_erasures_since(self, known_erasures: Collection[str]) -> None:
+        """Stop returning what other erasures than these have deleted."""
+        with self._guard:
+            if not list_complete(self.gallery) <= set(known_erasures):
+                self._exclude(np.union1d(self._excluded, self._follow_index()))
 
     def _follow_index(self) -> Int64:
         """Open the current index if only erasures have changed it; else return what it no longer returns."""

@@ -11,10 +11,13 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.errors import ConfigError, IndexReplacedError, StorageError
+from facepipe.errors import ConfigError, IndexingError, IndexReplacedError, StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.hidden import list_complete
 from facepipe.gallery.table import FOLDERS
+from facepipe.index import manifest as manifests
 from facepipe.index.answers import ANSWERS, SearchCounts, SearchOptions, answer_queries
+from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QueryBlock, QuerySource, read_block
 from facepipe.index.search import Index
 from facepipe.sources.parquet import list_parquet_files
@@ -26,6 +29,7 @@ from facepipe.storage import (
     list_names,
     make_folders,
     open_seekable,
+    read,
     replace,
     replace_file,
     sync_folder,
@@ -41,6 +45,7 @@ _COUNTS = b"facepipe.counts"
 # What lies in the folder of the parts.
 _MARKER = ".facepipe-search"
 _JOB = "job.json"
+_PINNED = "index.json"
 _JOINED = "joined"
 _PARTS = "parts"
 _QUERIES = "queries"
@@ -183,7 +188,7 @@ def owns_file(name: str) -> bool:
     """Tell whether a file in the folder of the parts is of the search, by its name there."""
     folder, slash, inner = name.partition("/")
     if not slash:
-        return name in (_MARKER, _JOB, _JOINED) or bool(_PART.fullmatch(name))
+        return name in (_MARKER, _JOB, _PINNED, _JOINED) or bool(_PART.fullmatch(name))
     if folder == _PARTS:
         return not inner or bool(_PART.fullmatch(inner))
     # The queries are a gallery of its own, which is made and deleted with the parts.
@@ -198,16 +203,9 @@ def owns_part(name: str) -> bool:
 def prepare_folder(work: str, job: SearchJob) -> None:
     """Note the job in the folder of the parts, and delete the parts of another job."""
     # Parts of another job would give wrong answers, so the job is compared as text with the stored one.
-    path = os.path.join(work, _JOB)
-    state = json.dumps(asdict(job), sort_keys=True)
-    try:
-        with open(path) as file:
-            is_same = file.read() == state
-    except OSError:
-        is_same = False
-    if not is_same:
+    if not is_same_search(work, job):
         delete_owned(work, lambda name: bool(_PART.fullmatch(name)))
-        replace(path, state.encode())
+        replace(os.path.join(work, _JOB), _encode_job(job))
 
 
 def find_unfinished(source: QuerySource, rows: int, work: str, summary: SearchSummary) -> Iterator[QueryBlock]:
@@ -232,7 +230,7 @@ def search_block(task: SearchTask) -> SearchCounts:
     try:
         table, counts = _answer_block(task)
     except IndexReplacedError:
-        # Faces were erased meanwhile: the same index without them is there, unless it was replaced as well.
+        # Faces were erased meanwhile: the same index without them is there, unless its files are deleted.
         _open_index.cache_clear()
         table, counts = _answer_block(task)
     # The part and its counts become visible together, by one rename.
@@ -245,7 +243,7 @@ def search_block(task: SearchTask) -> SearchCounts:
 
 
 def _answer_block(task: SearchTask) -> tuple[pa.Table, SearchCounts]:
-    index = _open_index(task.job.gallery, task.job.created, task.job.find.recall, task.threads)
+    index = _open_index(task.job.gallery, task.work, task.job.created, task.job.find.recall, task.threads)
     # A search of lists needs no device.
     device = task.device if task.job.path == "scan" else None
     return answer_queries(index, read_block(task.block), task.job.find, device)
@@ -283,20 +281,91 @@ def deliver(work: str, out: str, blocks: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _open_index(gallery: str, created: float, recall: float | None, threads: int | None) -> Index:
-    """Open the index once per process.
-
-    Raises:
-        IndexReplacedError: the published index is not the one that was published at `created`. Answers of two indexes
-            must not be mixed.
-    """
-    index = Index(gallery, recall, threads, merge=True)
-    if index.manifest.created != created:
+def _open_index(gallery: str, work: str, created: float, recall: float | None, threads: int | None) -> Index:
+    """Open the index that a search began with, once per process."""
+    pinned = load_pinned_index(work, gallery)
+    if pinned is None or pinned.manifest.created != created:
         raise IndexReplacedError(
-            f"the index of {gallery!r} was replaced while it was searched: run the same command again, which searches "
-            "the new one from the beginning"
+            f"{work!r} does not say which index of {gallery!r} is searched: run the same command again, which searches "
+            "the newest one from the beginning"
         )
-    return index
+    return pinned.open(gallery, recall, threads)
+
+
+@dataclass(frozen=True)
+class PinnedIndex:
+    """The index that a search began with, and goes on with although a newer one may have taken its place.
+
+    Attributes:
+        manifest: The index.
+        erasures: Ids of the erasures that were complete when it was read.
+    """
+
+    manifest: Manifest
+    erasures: frozenset[str]
+
+    @classmethod
+    def from_published(cls, gallery: str) -> "PinnedIndex":
+        """Take the published index of a gallery."""
+        # In this order: an erasure that is completed in between counts as one since then.
+        erasures = list_complete(gallery)
+        return cls(manifests.load(gallery), erasures)
+
+    def open(
+        self, gallery: str, recall: float | None = None, threads: int | None = None, *, merge: bool = True
+    ) -> Index:
+        """Open the index.
+
+        Args:
+            gallery: path or URL of the gallery.
+            recall: recall@10 to search with; by default the one that it was built for.
+            threads: by default one per CPU.
+            merge: join its shards in memory, which pays for many queries.
+
+        Raises:
+            IndexReplacedError: its files are deleted.
+        """
+        try:
+            return Index(gallery, recall, threads, merge, self.manifest, known_erasures=self.erasures)
+        except IndexReplacedError:
+            # An erasure rewrites shards. What it leaves is the same index, without the erased faces.
+            current = PinnedIndex.from_published(gallery)
+            if current.manifest.created == self.manifest.created:
+                return Index(gallery, recall, threads, merge, current.manifest, known_erasures=current.erasures)
+            raise IndexReplacedError(
+                f"the index of {gallery!r} with which this search began is deleted: run the same command again, which "
+                "searches the newest one from the beginning"
+            ) from None
+
+
+def pin_index(work: str, pinned: PinnedIndex) -> None:
+    """Note which index is searched, for workers that start later and for a run that resumes the search."""
+    manifest = json.loads(manifests.encode(pinned.manifest))
+    state = {"erasures": sorted(pinned.erasures), "manifest": manifest}
+    replace(os.path.join(work, _PINNED), json.dumps(state).encode())
+
+
+def load_pinned_index(work: str, gallery: str) -> PinnedIndex | None:
+    """Load which index an interrupted search began with; None if it is not known."""
+    path = os.path.join(work, _PINNED)
+    try:
+        state = json.loads(read(path))
+        manifest = manifests.decode(json.dumps(state["manifest"]).encode(), path, gallery)
+        return PinnedIndex(manifest, frozenset(state["erasures"]))
+    except (StorageError, IndexingError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_same_search(work: str, job: SearchJob) -> bool:
+    """Tell whether the parts in a folder are of a job."""
+    try:
+        return read(os.path.join(work, _JOB)) == _encode_job(job)
+    except StorageError:
+        return False
+
+
+def _encode_job(job: SearchJob) -> bytes:
+    return json.dumps(asdict(job), sort_keys=True).encode()
 
 
 def _get_part_path(work: str, number: int) -> str:

@@ -3,9 +3,10 @@
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 
-from facepipe.errors import ConfigError, SourceError
+from facepipe.errors import ConfigError, IndexReplacedError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import SearchCounts
@@ -20,6 +21,7 @@ from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.runners import ray
 from pipelines.search.config import SearchConfig, SearchSummary
 from pipelines.search.parts import (
+    PinnedIndex,
     SearchJob,
     SearchTask,
     check_output,
@@ -27,7 +29,10 @@ from pipelines.search.parts import (
     deliver,
     find_unfinished,
     get_queries_folder,
+    is_same_search,
+    load_pinned_index,
     make_folder,
+    pin_index,
     prepare_folder,
     remove_unused_folder,
     search_block,
@@ -133,8 +138,9 @@ def _search_blocks(
             cores=threads or len(os.sched_getaffinity(0)),
             gpu=device != "cpu",
         )
-        manifest = manifests.load(gallery.path)
-        job = _plan_job(config, gallery, manifest, source, work_size)
+        manifest, job = _choose_index(
+            work, gallery.path, lambda one: _plan_job(config, gallery, one, source, work_size)
+        )
         _describe_job(summary, job, manifest)
         is_device_useless = config.run.device == "auto" and not is_device_cheaper(manifest.live, work_size)
         if job.path == "lists" or is_device_useless:
@@ -154,6 +160,31 @@ def _search_blocks(
     finally:
         if on_ray:
             ray.stop()
+
+
+def _choose_index(work: str, gallery: str, plan_job: Callable[[Manifest], SearchJob]) -> tuple[Manifest, SearchJob]:
+    """Choose the index to search: the one that an interrupted search began with, or else the published one.
+
+    Answers of two indexes must not be mixed. So a search that is resumed stays in its own while its files are kept.
+
+    Args:
+        work: folder of the parts.
+        gallery: path or URL of the gallery.
+        plan_job: plans the search of an index.
+
+    Returns:
+        The index, and the search of it.
+    """
+    pinned = load_pinned_index(work, gallery)
+    if pinned is not None:
+        job = plan_job(pinned.manifest)
+        with suppress(IndexReplacedError):
+            if is_same_search(work, job):
+                pinned.open(gallery, merge=False)
+                return pinned.manifest, job
+    published = PinnedIndex.from_published(gallery)
+    pin_index(work, published)
+    return published.manifest, plan_job(published.manifest)
 
 
 def _plan_job(
