@@ -498,6 +498,54 @@ def test_a_move_seen_through_an_incomplete_listing_takes_nothing_away(
     check_as_from_scratch(tmp_path / "photos", tmp_path / "g", fakes)
 
 
+# ---- object stores
+
+
+def upload(bucket: Any, root: Path, prefix: str) -> None:
+    for path in sorted(root.rglob("*.png")):
+        bucket.upload_file(str(path), "faces", f"{prefix}/{path.relative_to(root)}")
+
+
+def delete(bucket: Any, prefix: str) -> None:
+    for entry in bucket.list_objects_v2(Bucket="faces", Prefix=f"{prefix}/").get("Contents", ()):
+        bucket.delete_object(Bucket="faces", Key=entry["Key"])
+
+
+@pytest.mark.parametrize(("start", "end"), [("disk", "store"), ("store", "disk")])
+def test_a_source_that_moves(start: str, end: str, bucket: Any, fakes: Settings, tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos")
+    place = {"disk": str(tmp_path / "photos"), "store": f"s3://faces/{start}{end}/old/photos"}[start]
+    if start == "store":
+        upload(bucket, tmp_path / "photos", f"{start}{end}/old/photos")
+    first = embed(place, tmp_path / "g", fakes)
+    before = ids_by_image(tmp_path / "g")
+    new = {"disk": str(tmp_path / "new" / "photos"), "store": f"s3://faces/{start}{end}/new/photos"}[end]
+    if end == "disk":
+        shutil.copytree(tmp_path / "photos", tmp_path / "new" / "photos")
+    else:
+        upload(bucket, tmp_path / "photos", f"{start}{end}/new/photos")
+    shutil.rmtree(tmp_path / "photos")
+    delete(bucket, f"{start}{end}/old/photos")
+    summary = embed(new, tmp_path / "g", fakes)
+    assert summary.relocated == first.images
+    assert "ok" not in summary.statuses
+    assert ids_by_image(tmp_path / "g") == before
+    check_as_from_scratch(new, tmp_path / "g", fakes)
+
+
+def test_a_prefix_and_a_folder_of_one_name(bucket: Any, fakes: Settings, tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos")
+    for n in range(20, 24):
+        put(tmp_path / "others" / f"p{n % 2}" / f"{n}.png", n)
+    upload(bucket, tmp_path / "others", "twin/photos")
+    for _ in range(2):
+        for place in ("s3://faces/twin/photos", str(tmp_path / "photos")):
+            summary = embed(place, tmp_path / "g", fakes, at_most=1.0)
+            assert summary.missing == 0
+    rows = Gallery(str(tmp_path / "g")).to_arrow(["uri", "source"]).to_pylist()
+    assert len({row["source"] for row in rows}) == 2
+
+
 # ---- whatever happens between nights
 
 
