@@ -23,8 +23,11 @@ as `facepipe embed --help-settings`.
 
 def main(path: str) -> None:
     """Write the reference to a file."""
+    commands = list(list_commands())
+    contents = "".join(format_entry(name, command) for name, command in commands)
+    sections = "".join(format_command(name, command) for name, command in commands)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(_HEAD + "".join(format_command(name, command) for name, command in list_commands()))
+        file.write(f"{_HEAD}\n{contents}{sections}")
 
 
 def list_commands() -> Iterator[tuple[str, Any]]:
@@ -39,6 +42,12 @@ def list_commands() -> Iterator[tuple[str, Any]]:
             yield f"{name} {inner_name}", inner_command
 
 
+def format_entry(name: str, command: Any) -> str:
+    """Format the line of a command in the table of contents: its name as a link, and the first sentence of its help."""
+    anchor = f"facepipe-{name}".replace(" ", "-")
+    return f"- [{name}](#{anchor}): {inspect.cleandoc(command.help).splitlines()[0]}\n"
+
+
 def format_command(name: str, command: Any) -> str:
     """Format the help of one command as a section of Markdown.
 
@@ -51,7 +60,7 @@ def format_command(name: str, command: Any) -> str:
     usage = " ".join(["facepipe", name, *map(_format_metavar, arguments), "[OPTIONS]"])
     lines = [f"\n## facepipe {name}\n", f"    {usage}\n", inspect.cleandoc(command.help) + "\n"]
     # Write one row per argument or option; hidden ones and `--help` are left out.
-    lines += ["| argument or option | meaning |", "|---|---|"]
+    lines += ["| argument or option | default | meaning |", "|---|---|---|"]
     for parameter in command.params:
         if parameter.name == "help" or getattr(parameter, "hidden", False):
             continue
@@ -59,7 +68,10 @@ def format_command(name: str, command: Any) -> str:
             names = _format_metavar(parameter)
         else:
             names = ", ".join(f"`{option}`" for option in parameter.opts)
-        lines.append(f"| {names} | {parameter.help or ''}{_format_choices(command, parameter)} |")
+            if parameter.metavar:
+                names += f" {parameter.metavar}"
+        default = _format_default(parameter)
+        lines.append(f"| {names} | {default} | {parameter.help or ''}{_format_choices(command, parameter)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +81,18 @@ def _is_argument(parameter: Any) -> bool:
 
 def _format_metavar(parameter: Any) -> str:
     return parameter.metavar or parameter.name.upper()
+
+
+def _format_default(parameter: Any) -> str:
+    """Format the value that holds if an option is not given; nothing for a flag, or if there is none."""
+    if getattr(parameter, "is_flag", False):
+        return ""
+    if isinstance(parameter.show_default, str):
+        return parameter.show_default
+    value = parameter.default
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
 
 
 def _format_choices(command: Any, parameter: Any) -> str:
