@@ -96,6 +96,7 @@ def search(
         facepipe search gallery/ new_photos/ who.parquet --calibrate FPIR=0.001 --decide vote
     """
     with exit_on_error():
+        from facepipe.gallery import Gallery
         from pipelines.search import SearchConfig, run
 
         # Check the combination of arguments before anything is read.
@@ -123,6 +124,8 @@ def search(
             ),
             "embed": build_model_sections(detector, embedder),
         }
+        if detector or embedder:
+            Gallery(gallery).contract.require_models(detector, embedder)
         chosen = build_config(SearchConfig, config, settings, options)
         with ProgressReporter("search", quiet=quiet) as progress:
             summary = run(chosen, gallery, queries, out, lambda searched: progress.update(format_search_rate(searched)))

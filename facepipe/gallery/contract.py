@@ -75,6 +75,30 @@ class Contract:
         except (TypeError, ValueError) as error:
             raise ContractError(f"the gallery's contract cannot be read: {text[:300]}") from error
 
+    def require_models(self, detector: str | None, embedder: str | None) -> None:
+        """Require that models that somebody names are those of this contract.
+
+        Args:
+            detector: name or TOML file of a detector; None if none is named.
+            embedder: name or TOML file of an embedder; None if none is named.
+
+        Raises:
+            ContractError: one is another model.
+            UnknownModelError: there is no such model.
+        """
+        for role, named, name, sha256 in (
+            ("detector", detector, self.detector, self.detector_sha256),
+            ("embedder", embedder, self.embedder, self.embedder_sha256),
+        ):
+            if named is None:
+                continue
+            card = find_card(named, role)
+            if (card.name, card.sha256) != (name, sha256):
+                raise ContractError(
+                    f"--{role} {named} is not the gallery's {role}, which is {name}: faces of two models cannot be "
+                    "compared. Leave the option out"
+                )
+
     def require(self, other: "Contract", where: str) -> None:
         """Raise ContractError, with what differs, unless the other contract equals this one.
 

@@ -128,6 +128,8 @@ def test_from_projection_to_search(corpus: Path, tmp_path: Path, monkeypatch: py
     code, _, err = run_facepipe(*query)
     assert (code, "mine-128" in err) == (2, True)
     assert run_facepipe(*query, "--embedder", "mine-128.toml")[0] == 0
+    code, _, err = run_facepipe(*query, "--embedder", "mine-128.toml", "--detector", "mtcnn")
+    assert (code, "--detector mtcnn is not the gallery's detector, which is fake-detector" in err) == (1, True)
     (tmp_path / "hits.parquet").unlink()
     monkeypatch.setenv("FACEPIPE_MODELS", str(tmp_path))
     assert run_facepipe(*query)[0] == 0
