@@ -35,6 +35,9 @@ class Face:
         sharpness: Variance of the Laplacian of the chip.
         yaw: Degrees, positive if the face turns to the image's right.
         roll: Degrees, positive clockwise as seen.
+        turn: Degrees clockwise by which the face lies in the image: 0, 90, 180 or 270.
+        visible: Share of the face that lies inside the picture.
+        face_quality: From 0 to 1; see docs/format.md.
     """
 
     box: Float32
@@ -46,6 +49,9 @@ class Face:
     sharpness: float
     yaw: float
     roll: float
+    turn: int
+    visible: float
+    face_quality: float
 
 
 @dataclass(frozen=True)
@@ -195,4 +201,7 @@ def _to_face(row: dict[str, Any]) -> Face:
         sharpness=row["sharpness"],
         yaw=row["yaw"],
         roll=row["roll"],
+        turn=row["turn"],
+        visible=row["visible"],
+        face_quality=row["face_quality"],
     )

@@ -66,12 +66,15 @@ FACES = pa.schema(
         ("ingested_at", pa.timestamp("us", "UTC")),
         ("missing_since", pa.timestamp("us", "UTC")),
         ("former_uris", pa.list_(pa.string())),  # uris that a moved image had before, oldest first
+        ("turn", pa.int16()),  # degrees clockwise by which the face lies in the image
+        ("visible", pa.float32()),  # share of the face inside the picture
+        ("face_quality", pa.float32()),
         ("failed_with", pa.string()),  # decoder, limits or settings that failed the image; another one is tried again
     ]
 )
 
 # Added after the first galleries were made. Files written before have neither values nor statistics of these columns.
-LATER = ("image_hash", "missing_since", "former_uris", "failed_with")
+LATER = ("image_hash", "missing_since", "former_uris", "turn", "visible", "face_quality", "failed_with")
 
 
 def conform(table: pa.Table, schema: pa.Schema = FACES) -> pa.Table:

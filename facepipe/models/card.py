@@ -28,6 +28,8 @@ class Card:
         square: Where dlib would put its square about a detector's box: centre (dx, dy) and side, in units of the
             geometric mean of the box's sides. None if the boxes are dlib's own.
         square_known: Whether `square` was measured for this detector.
+        turn_model: Which model of `models.detectors.turns` tells from a detector's output how a face is turned.
+            None if the detector has no landmarks of its own.
         for_tests: Whether it only serves tests; lists leave it out.
         parameters: Number of trainable parameters, excluding batch-norm statistics.
     """
@@ -46,5 +48,6 @@ class Card:
     same_person: float | None = None
     square: BoxToSquare | None = None
     square_known: bool = True
+    turn_model: str | None = None
     parameters: int | None = None
     for_tests: bool = False

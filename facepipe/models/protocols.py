@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from facepipe.types import Float32, UInt8Image
+from facepipe.types import Float32, Int64, UInt8Image
 
 
 class Faces(NamedTuple):
@@ -13,11 +13,13 @@ class Faces(NamedTuple):
         boxes: (n, 4) x1 y1 x2 y2.
         landmarks: (n, 5, 2) left eye, right eye, nose, left and right corner of the mouth, as seen in the image.
         scores: (n,).
+        turns: (n,) degrees clockwise by which faces lie in the image: 0, 90, 180 or 270. None: all are upright.
     """
 
     boxes: Float32
     landmarks: Float32
     scores: Float32
+    turns: Int64 | None = None
 
 
 @dataclass(frozen=True)

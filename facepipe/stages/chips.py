@@ -23,6 +23,7 @@ GIVEN_COLUMNS = pa.schema(
         ("given_boxes", pa.list_(pa.float32())),
         ("given_points", pa.list_(pa.float32())),
         ("given_scores", pa.list_(pa.float32())),
+        ("given_turns", pa.list_(pa.float32())),
     ]
 )
 # How much the distance from the centre counts against the area, squared pixels both.
@@ -56,6 +57,7 @@ class _ChosenFace(NamedTuple):
     boxes: Any
     points: Any
     scores: Any
+    turns: Any
     subject: int
 
 
@@ -66,7 +68,7 @@ class Subject:
     The column `subject` is the ordinal of the face among those that were detected.
     """
 
-    needs: ClassVar = ("boxes", "points", "scores", "width", "height")
+    needs: ClassVar = ("boxes", "points", "scores", "turns", "width", "height")
     adds: ClassVar = ("subject",)
 
     def setup(self) -> None:
@@ -79,15 +81,15 @@ class Subject:
         chosen = [self._choose_face(*row) for row in rows]
         columns: dict[str, Any] = {
             name: pa.array([getattr(face, name) for face in chosen], table.schema.field(name).type)
-            for name in ("boxes", "points", "scores")
+            for name in ("boxes", "points", "scores", "turns")
         }
         columns["subject"] = pa.array([face.subject for face in chosen], pa.int16())
         return set_columns(table, columns)
 
-    def _choose_face(self, boxes: Any, points: Any, scores: Any, width: int, height: int) -> _ChosenFace:
+    def _choose_face(self, boxes: Any, points: Any, scores: Any, turns: Any, width: int, height: int) -> _ChosenFace:
         """Choose the most prominent face of an image."""
         if not scores or len(scores) < 2:
-            return _ChosenFace(boxes, points, scores, 0)
+            return _ChosenFace(boxes, points, scores, turns, 0)
         size = np.array([width, height], np.float32)
         best = int(np.argmax(compute_prominence(np.array(boxes, np.float32).reshape(-1, 4), size)))
         # Numbers of landmarks per face: the lists are flat.
@@ -96,6 +98,7 @@ class Subject:
             boxes[4 * best : 4 * best + 4],
             points[numbers * best : numbers * (best + 1)],
             [scores[best]],
+            [turns[best]],
             best,
         )
 
@@ -106,7 +109,7 @@ class KnownFaces:
 
     stage_name: ClassVar = "given"
     needs: ClassVar = ("pixels", "image_id", "status", "error", *GIVEN_COLUMNS.names)
-    adds: ClassVar = ("boxes", "points", "scores")
+    adds: ClassVar = ("boxes", "points", "scores", "turns")
 
     def setup(self) -> None:
         """Do nothing: there is nothing to load."""

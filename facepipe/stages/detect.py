@@ -12,10 +12,13 @@ import pyarrow as pa
 
 from facepipe.arrow import read_frames, set_columns, to_ragged_lists, view_images
 from facepipe.imaging.geometry import Frame
+from facepipe.imaging.quality import find_shown_faces
+from facepipe.models.detectors.turns import TurnModel, load_turn_model
 from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import NO_FACE, OK
+from facepipe.stages.turned import find_turned_faces, get_turns
 from facepipe.types import Float32, UInt8Image
 
 DetectFunction = Callable[[UInt8Image], Sequence[Faces | None]]
@@ -23,6 +26,8 @@ DetectFunction = Callable[[UInt8Image], Sequence[Faces | None]]
 # Scores of the quick pass: from DOUBTFUL on something may be a face, from CERTAIN on it is one (docs/performance.md).
 DOUBTFUL = 0.02
 CERTAIN = 0.9
+# If nothing scores `min_score`, but something this, it may be a face that is turned.
+CANDIDATE = 0.2
 
 
 class Letterbox(NamedTuple):
@@ -58,6 +63,8 @@ class Detect:
         min_score: minimum confidence of a face
         max_iou: maximum overlap of two faces
         min_face: minimum shorter side of a box, in pixels of the full-size image
+        turns: search images again, turned by quarters, in which a face seems to be upside down or on its side, or whose
+            only faces are doubtful. For detectors with landmarks of their own
         batch: images of one shape per call of a GPU
         device: cpu, cuda, or auto (what the plan of workers says, otherwise a GPU if there is one)
         threads: threads of a CPU
@@ -71,6 +78,7 @@ class Detect:
     min_score: float = 0.7
     max_iou: float = 0.4
     min_face: float = 12.0
+    turns: bool = True
     batch: int = 8
     device: str = "auto"
     threads: int = 1
@@ -86,15 +94,31 @@ class Detect:
         "height",
         "status",
     )
-    adds: ClassVar = ("boxes", "points", "scores")
+    adds: ClassVar = ("boxes", "points", "scores", "turns")
 
     @cached_property
     def detector(self) -> Detector:
         """The detector, loaded at first use."""
-        limits = DetectionLimits(self.min_score, self.max_iou)
+        limits = DetectionLimits(self.lowest_score, self.max_iou)
         card = find_card(self.model, "detector")
         detector: Detector = card.load(resolve_device(self.device), self.threads, limits)
         return detector
+
+    @cached_property
+    def has_own_landmarks(self) -> bool:
+        """Whether the detector finds landmarks itself."""
+        return find_card(self.model, "detector").turn_model is not None
+
+    @cached_property
+    def turn_model(self) -> TurnModel | None:
+        """What tells how a face is turned; None if `turns` is off or the detector has no landmarks of its own."""
+        name = find_card(self.model, "detector").turn_model if self.turns else None
+        return load_turn_model(name) if name else None
+
+    @property
+    def lowest_score(self) -> float:
+        """The score from which on candidates are kept: below `min_score` they may be turned faces."""
+        return min(self.min_score, CANDIDATE) if self.turn_model else self.min_score
 
     def setup(self) -> None:
         """Load the detector."""
@@ -119,17 +143,35 @@ class Detect:
             "boxes": to_ragged_lists([faces.boxes for faces in results]),
             "points": to_ragged_lists([faces.landmarks for faces in results]),
             "scores": to_ragged_lists([faces.scores for faces in results]),
+            "turns": to_ragged_lists([get_turns(faces).astype(np.float32) for faces in results]),
         }
         return set_columns(table, columns)
 
     def detect_faces(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
-        """Detect the faces of images in up to three passes: quick, at full size, and for close-ups.
+        """Detect the faces of images, also of such as lie on their side or upside down.
 
         Args:
             pixels: images (h, w, 3) RGB by number.
 
         Returns:
             Faces of each image by its number, in pixels of that image.
+        """
+        candidates = self._run_passes(pixels)
+        detected = {n: keep_scores(faces, self.min_score) for n, faces in candidates.items()}
+        if self.turn_model is None:
+            return detected
+        weak = {n: faces for n, faces in candidates.items() if len(faces.scores) and not len(detected[n].scores)}
+
+        def search(turned: dict[int, UInt8Image]) -> dict[int, Faces]:
+            return {n: keep_scores(faces, self.min_score) for n, faces in self._run_passes(turned).items()}
+
+        return detected | find_turned_faces(detected, weak, pixels, self.turn_model, search)
+
+    def _run_passes(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
+        """Search images in up to three passes: quick, at full size, and for close-ups.
+
+        Returns:
+            Faces of each image, and candidates from `lowest_score` on of those that were searched at full size.
         """
         # Search small inputs first; images with a certain result are done.
         detected = self._detect_quickly(pixels)
@@ -138,12 +180,13 @@ class Detect:
         )
         if self.second_look:
             # Images up to `border_below` had a mirrored border already, so only larger ones get the second look.
-            empty = [n for n, faces in detected.items() if not len(faces.scores)]
+            empty = [n for n, faces in detected.items() if not (faces.scores >= self.min_score).any()]
             size = min(self.size // 2, self.border_below)
             closeups = {
                 n: self.letterbox(pixels[n], size) for n in empty if max(pixels[n].shape[:2]) > self.border_below
             }
-            detected |= self._search(closeups)
+            # A close-up without a face keeps the candidates of the larger input.
+            detected |= {n: faces for n, faces in self._search(closeups).items() if len(faces.scores)}
         return detected
 
     def _detect_quickly(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
@@ -221,14 +264,19 @@ class Detect:
         return total // 2, total - total // 2
 
     def _to_full_size(self, faces: Faces, frame: Frame, size: tuple[int, int]) -> Faces:
-        """Map faces to the full-size image, and drop small faces and those of a mirrored border."""
+        """Map faces to the full-size image, and drop small faces and those that a mirrored border made or completed."""
         boxes = frame.to_full(faces.boxes.reshape(-1, 2, 2)).reshape(-1, 4)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         # A mirrored border mirrors faces too; their centres are outside the image.
         is_inside = ((centre >= 0) & (centre <= np.array(size) - 1)).all(1)
         is_large = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= self.min_face
-        keep = np.flatnonzero(is_inside & is_large)
-        return Faces(boxes[keep], frame.to_full(faces.landmarks)[keep], faces.scores[keep])
+        landmarks = frame.to_full(faces.landmarks)
+        is_kept = is_inside & is_large
+        # Landmarks that are predicted from a box, and boxes of other programs, are not completed by a mirror.
+        if self.has_own_landmarks:
+            is_kept &= find_shown_faces(boxes, landmarks, np.array(size, np.float64))
+        keep = np.flatnonzero(is_kept)
+        return Faces(boxes[keep], landmarks[keep], faces.scores[keep], get_turns(faces)[keep])
 
 
 class ShrunkImage(NamedTuple):
@@ -270,6 +318,12 @@ def shrink_image(pixels: UInt8Image, size: int) -> ShrunkImage:
         sx = sx * new_size[0] / width
         sy = sy * new_size[1] / height
     return ShrunkImage(pixels, sx, sy)
+
+
+def keep_scores(faces: Faces, min_score: float) -> Faces:
+    """Keep the faces that score at least so much. Faces come by falling score."""
+    count = int((faces.scores >= min_score).sum())
+    return Faces(faces.boxes[:count], faces.landmarks[:count], faces.scores[:count])
 
 
 _NO_FACES = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from facepipe.gallery import Gallery
 from facepipe.schema import WORK_ITEM
@@ -24,7 +25,7 @@ from facepipe.training.data.selection import (
 )
 from facepipe.types import Int64
 
-_COLUMNS = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score")
+_COLUMNS = ("face_id", "image_id", "uri", "fingerprint", "box", "landmarks", "det_score", "turn")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def _build_block(number: int, rows: pa.Table, starts: Int64, places: ImageLocato
         "given_boxes": _build_lists(_flatten(rows["box"]), starts, 4),
         "given_points": _build_lists(_flatten(rows["landmarks"]), starts, 10),
         "given_scores": _build_lists(rows["det_score"], starts, 1),
+        # Rows written before faces had turns are upright.
+        "given_turns": _build_lists(pc.fill_null(rows["turn"], 0).cast(pa.float32()), starts, 1),
     }
     item_columns = {name: table[name] for name in WORK_ITEM.names}
     face_columns = {name: known_faces[name] for name in GIVEN_COLUMNS.names}

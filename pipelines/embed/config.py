@@ -144,6 +144,7 @@ class EmbedConfig:
             "min_score": detect.min_score,
             "max_iou": detect.max_iou,
             "min_face": detect.min_face,
+            "turns": detect.turns,
             "working_side": self.decode.working_side,
         }
         limits = {

@@ -30,7 +30,7 @@ _MAX_MEASURED = 2_000  # faces: two million pairs
 _FACES_PER_DIMENSION = 10  # enough to fit without the faces of the pairs
 _BLOCK_IMAGES = 64
 _WITH_FACE = "landmarks is not null"
-_COLUMNS = ("face_id", "image_id", "uri", "box", "landmarks", "det_score")
+_COLUMNS = ("face_id", "image_id", "uri", "box", "landmarks", "det_score", "turn")
 
 
 class _LowestKeys:
@@ -256,6 +256,7 @@ def _build_table(images: list[list[dict[str, Any]]], locator: ImageLocator) -> p
         "given_boxes": [[x for face in faces for x in face["box"]] for faces in images],
         "given_points": [[x for face in faces for x in face["landmarks"]] for faces in images],
         "given_scores": [[face["det_score"] for face in faces] for faces in images],
+        "given_turns": [[float(face["turn"] or 0) for face in faces] for faces in images],
     }
     item_columns = {name: work[name] for name in WORK_ITEM.names}
     face_columns = {name: pa.array(known_faces[name], GIVEN_COLUMNS.field(name).type) for name in GIVEN_COLUMNS.names}

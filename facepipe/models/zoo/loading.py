@@ -52,6 +52,7 @@ def load_card(path: Path) -> Card:
         same_person=to_euclidean_threshold(file),
         square=square,
         square_known=square is not None,
+        turn_model=(file.architecture or "other") if file.role == "detector" else None,
     )
 
 

@@ -35,6 +35,7 @@ _ALL = (
         input="BGR minus (104, 117, 123), sides multiples of 32",
         load=packaged.load_retinaface,
         square=RETINAFACE_SQUARE,
+        turn_model="retinaface-mnet025",
         parameters=426_608,
     ),
     Card(
@@ -47,6 +48,7 @@ _ALL = (
         input="RGB, (x - 127.5) / 128, a pyramid of scales",
         load=packaged.load_mtcnn,
         square=_MTCNN_SQUARE,
+        turn_model="mtcnn",
         parameters=495_850,
     ),
     Card(

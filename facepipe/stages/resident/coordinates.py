@@ -9,6 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from facepipe.imaging.geometry import Frame
+from facepipe.imaging.quality import find_shown_faces
+from facepipe.models.protocols import Faces
+from facepipe.stages.turned import get_turns
 from facepipe.types import Bool, Float32, Float64, Int64
 
 
@@ -20,12 +23,14 @@ class FaceArrays(NamedTuple):
         boxes: x1 y1 x2 y2, (f, 4)
         landmarks: five points, (f, 5, 2)
         scores: confidences, (f,)
+        turns: degrees clockwise by which faces lie in their images, (f,)
     """
 
     image: Int64
     boxes: Float32
     landmarks: Float32
     scores: Float32
+    turns: Int64
 
     @classmethod
     def concatenate(cls, parts: "Iterable[FaceArrays]") -> "FaceArrays":
@@ -40,6 +45,35 @@ class FaceArrays(NamedTuple):
         doubtful = np.unique(self.image[self.scores < min_score])
         return self._take(~np.isin(self.image, doubtful))
 
+    def keep_scores(self, min_score: float) -> "FaceArrays":
+        """Keep the faces that score at least so much."""
+        return self._take(self.scores >= min_score)
+
+    def leave_out_images(self, images: Int64) -> "FaceArrays":
+        """Leave out the faces of some images."""
+        return self._take(~np.isin(self.image, images))
+
+    def split_images(self) -> dict[int, Faces]:
+        """Split the faces by image. Images without a face are not in the result."""
+        images, starts = np.unique(self.image, return_index=True)
+        ends = np.append(starts, len(self.image))[1:]
+        return {
+            int(image): Faces(
+                self.boxes[start:end], self.landmarks[start:end], self.scores[start:end], self.turns[start:end]
+            )
+            for image, start, end in zip(images, starts, ends, strict=True)
+        }
+
+    @classmethod
+    def join_images(cls, faces: "dict[int, Faces]") -> "FaceArrays":
+        """Join the faces of images by number."""
+        return cls.concatenate(
+            [
+                cls(np.full(len(found.scores), image), found.boxes, found.landmarks, found.scores, get_turns(found))
+                for image, found in faces.items()
+            ]
+        )
+
     def number_faces(self) -> Int64:
         """Assign numbers to the faces of each image from 0 on, (f,)."""
         if not len(self.image):
@@ -50,7 +84,9 @@ class FaceArrays(NamedTuple):
         return np.arange(len(self.image)) - np.repeat(starts, counts)
 
     def _take(self, index: Int64 | Bool) -> "FaceArrays":
-        return FaceArrays(self.image[index], self.boxes[index], self.landmarks[index], self.scores[index])
+        return FaceArrays(
+            self.image[index], self.boxes[index], self.landmarks[index], self.scores[index], self.turns[index]
+        )
 
 
 _NO_FACES = FaceArrays(
@@ -58,6 +94,7 @@ _NO_FACES = FaceArrays(
     boxes=np.empty((0, 4), np.float32),
     landmarks=np.empty((0, 5, 2), np.float32),
     scores=np.empty(0, np.float32),
+    turns=np.empty(0, np.int64),
 )
 
 
@@ -104,9 +141,10 @@ def to_full_size(faces: FaceArrays, frames: FrameArrays, sizes: Float64, min_fac
     # A mirrored border mirrors faces too; their centres are outside the image.
     is_inside = ((centre >= 0) & (centre <= sizes[faces.image] - 1)).all(1)
     is_large = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= min_face
-    keep = np.flatnonzero(is_inside & is_large)
     landmarks = frames.to_full(faces.landmarks, faces.image)
-    return FaceArrays(faces.image[keep], boxes[keep], landmarks[keep], faces.scores[keep])
+    is_shown = find_shown_faces(boxes, landmarks, sizes[faces.image])
+    keep = np.flatnonzero(is_inside & is_large & is_shown)
+    return FaceArrays(faces.image[keep], boxes[keep], landmarks[keep], faces.scores[keep], faces.turns[keep])
 
 
 def undo_letterbox(points: Float32, letterboxes: Float64) -> Float32:

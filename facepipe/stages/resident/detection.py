@@ -208,10 +208,13 @@ class BatchDetector:
         ]
         # Flatten the faces of the batch, and remember the image that each came from.
         slot = np.repeat(np.arange(len(faces)), [len(of_image.scores) for of_image in faces])
-        boxes, landmarks, scores = (np.concatenate(columns) for columns in zip(*faces, strict=True))
+        boxes = np.concatenate([of_image.boxes for of_image in faces])
+        landmarks = np.concatenate([of_image.landmarks for of_image in faces])
+        scores = np.concatenate([of_image.scores for of_image in faces])
         letterboxes = np.array(inputs.letterboxes, np.float64)[slot]
         full_boxes = undo_letterbox(boxes.reshape(-1, 2, 2), letterboxes).reshape(-1, 4)
-        return FaceArrays(inputs.numbers[slot], full_boxes, undo_letterbox(landmarks, letterboxes), scores)
+        full_landmarks = undo_letterbox(landmarks, letterboxes)
+        return FaceArrays(inputs.numbers[slot], full_boxes, full_landmarks, scores, np.zeros(len(slot), np.int64))
 
     def _detect_on_host(self, inputs: _Inputs, n: int) -> Faces:
         """Search an image again that has more faces, or candidates, than the fixed sizes hold."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from facepipe.models.protocols import Faces
 from facepipe.models.runtime.transfers import Uploads
 from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
 from facepipe.stages.resident.coordinates import FaceArrays
@@ -13,6 +14,7 @@ from facepipe.stages.resident.detection import BatchDetector, QueuedSearch
 from facepipe.stages.resident.letterbox import LetterboxRule
 from facepipe.stages.resident.retinaface import ResidentLimits, ResidentRetinaFace
 from facepipe.stages.resident.sampling import ResidentImages
+from facepipe.stages.turned import find_turned_faces
 from facepipe.types import Int64, UInt8Image
 
 
@@ -54,11 +56,15 @@ class DetectionPasses:
             limits = ResidentLimits(min_score, detect.max_iou, capacity.candidates, capacity.faces)
             return BatchDetector(detector, limits, rule, uploads, capacity.frames)
 
-        self._full_detector = make_detector(detect.min_score)
+        # The full pass keeps candidates that may be turned faces.
+        self._full_detector = make_detector(detect.lowest_score)
+        self._uploads = uploads
         self._quick_detector = make_detector(min(DOUBTFUL, detect.min_score))
 
     def search(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, FaceArrays]:
-        """Search images for faces. Yield twice, each time after work was queued that need not be waited for yet.
+        """Search images for faces, also for such as lie on their side or upside down.
+
+        Yield twice, each time after work was queued that need not be waited for yet.
 
         Args:
             resident: the images on the device.
@@ -67,6 +73,33 @@ class DetectionPasses:
         Returns:
             Faces in pixels of the images.
         """
+        candidates = yield from self._run_passes(resident, pixels)
+        detect = self._detect
+        faces = candidates.keep_scores(detect.min_score)
+        if detect.turn_model is None:
+            return faces
+        weak = candidates.leave_out_images(faces.image).split_images()
+        images = dict(enumerate(pixels))
+        changed = find_turned_faces(faces.split_images(), weak, images, detect.turn_model, self._search_turned)
+        if not changed:
+            return faces
+        unchanged = faces.leave_out_images(np.array(list(changed), np.int64))
+        return FaceArrays.concatenate([unchanged, FaceArrays.join_images(changed)])
+
+    def _search_turned(self, turned: dict[int, UInt8Image]) -> dict[int, Faces]:
+        """Search turned images by number, and wait for the result: they are few."""
+        pixels = list(turned.values())
+        passes = self._run_passes(ResidentImages.upload(pixels, self._uploads), pixels)
+        try:
+            while True:
+                next(passes)
+        except StopIteration as end:
+            faces: FaceArrays = end.value
+        by_place = faces.keep_scores(self._detect.min_score).split_images()
+        return {n: by_place.get(place, _NO_FACES) for place, n in enumerate(turned)}
+
+    def _run_passes(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, FaceArrays]:
+        """Run the passes. Yield twice; return faces, and candidates of images searched at full size."""
         detect = self._detect
         # The longest side decides which pass an image gets.
         numbers = np.arange(len(pixels))
@@ -87,7 +120,12 @@ class DetectionPasses:
         yield
         # The pass for close-ups, of images without a face.
         faces = FaceArrays.concatenate([certain, self._full_detector.finish(full_searches)])
-        empty = np.setdiff1d(numbers, faces.image)
+        empty = np.setdiff1d(numbers, faces.keep_scores(detect.min_score).image)
         empty = empty[(sides[empty] > detect.border_below) & detect.second_look]
         closeups = begin(self._full_detector, empty, min(detect.size // 2, detect.border_below))
-        return FaceArrays.concatenate([faces, self._full_detector.finish(closeups)])
+        # A close-up without a face keeps the candidates of the larger input.
+        found = self._full_detector.finish(closeups)
+        return FaceArrays.concatenate([faces.leave_out_images(found.image), found])
+
+
+_NO_FACES = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.arrow import read_frames, set_columns, view_buffers, view_images
-from facepipe.imaging.alignment import ChipLayout, cut_chip
+from facepipe.imaging.alignment import ChipLayout
 from facepipe.imaging.geometry import Frame
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
-from facepipe.stages.align import Align, AlignedFace, DecodedView, MapFunction, decode_larger, find_point_predictor
+from facepipe.stages.align import Align, AlignedFace, DecodedView, MapFunction, cut_upright_chip, decode_larger
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 from facepipe.stages.resident.coordinates import FaceArrays, FrameArrays, to_full_size
@@ -173,7 +173,9 @@ class FacesOnDevice:
         np.maximum.at(required, faces.image, scales)
         has_data: Bool = np.array([data is not None for data in inputs.data], bool)
         is_decoded_again = has_data & (view.scale < required)
-        is_on_device = ~is_decoded_again[faces.image] & resident_chips.can_cut_on_device(self._layout)
+        # The host cuts turned faces, from turned pixels, as Align does.
+        is_upright = faces.turns == 0
+        is_on_device = is_upright & ~is_decoded_again[faces.image] & resident_chips.can_cut_on_device(self._layout)
         device_faces = np.flatnonzero(is_on_device)
         host_faces = np.flatnonzero(~is_on_device)
         chips: list[Tensor] = []
@@ -215,17 +217,10 @@ class FacesOnDevice:
             of_image = chosen[faces.image[chosen] == image]
             boxes = faces.boxes[of_image].astype(np.float64)
             landmarks = faces.landmarks[of_image].astype(np.float64)
+            turns = faces.turns[of_image].tolist()
             return [
-                cut_chip(
-                    self._layout,
-                    view.pixels,
-                    view.frame,
-                    box,
-                    points,
-                    square=self._square,
-                    predict_points=find_point_predictor(self._layout),
-                )
-                for box, points in zip(boxes, landmarks, strict=True)
+                cut_upright_chip(self._layout, view, box, points, turn=turn, square=self._square)
+                for box, points, turn in zip(boxes, landmarks, turns, strict=True)
             ]
 
         image_numbers = np.unique(faces.image[chosen]).tolist()
@@ -250,7 +245,13 @@ class FacesOnDevice:
         index_in_image = faces.number_faces().tolist()
         for n, row in enumerate(faces.image.tolist()):
             face = AlignedFace(
-                row, index_in_image[n], faces.boxes[n], faces.landmarks[n], float(faces.scores[n]), chips[n]
+                row,
+                index_in_image[n],
+                faces.boxes[n],
+                faces.landmarks[n],
+                float(faces.scores[n]),
+                chips[n],
+                int(faces.turns[n]),
             )
             faces_by_row[row].append(face)
         rows: list[AlignedFace | int] = []

@@ -49,7 +49,7 @@ class Blunt(Eye):
 
 
 def looked(eye: Eye, **settings: float) -> dict[int, Faces]:
-    stage = Detect(device="cpu", **settings)  # type: ignore[arg-type]
+    stage = Detect(device="cpu", turns=False, **settings)  # type: ignore[arg-type]
     stage.__dict__["detector"] = eye
     return stage.detect_faces({0: np.zeros((640, 480, 3), np.uint8)})
 

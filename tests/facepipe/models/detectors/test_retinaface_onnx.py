@@ -49,7 +49,8 @@ def test_the_default_detectors_weights_give_its_own_graphs_faces() -> None:
     module = TorchRetinaFace(load_retinaface_net(), DetectionLimits(0.02, 0.4), "cpu")
     for size in ((640, 480), (224, 224), (96, 160)):
         image = make_scene_chips(size, 1, seed=2)
-        for a, b, c in zip(ours.detect(image)[0], theirs.detect(image)[0], module.detect(image)[0], strict=True):
+        found = [engine.detect(image)[0][:3] for engine in (ours, theirs, module)]
+        for a, b, c in zip(*found, strict=True):
             assert a.shape == b.shape == c.shape
             assert np.abs(a - b).max(initial=0) < 1e-2
             assert np.abs(a - c).max(initial=0) < 1e-2
