@@ -78,6 +78,15 @@ def locate_frame(header: Header, reduce: int) -> Frame:
     return Frame(1 / reduce, -float(left), -float(top))
 
 
+def bound_by_area(size: int, width: int, height: int) -> int:
+    """Return the longest side of an input whose area is bounded, so that a panorama is not shrunk to a strip.
+
+    Images up to twice as long as high keep `size`. Longer ones get half of its square as area.
+    """
+    aspect = max(width, height) / max(1, min(width, height))
+    return max(size, round(size * (0.5 * aspect) ** 0.5))
+
+
 def warp_chip(pixels: UInt8Image, matrix: Float64, size: tuple[int, int]) -> UInt8Image:
     """Cut a chip with bilinear sampling, black outside the image.
 

@@ -11,20 +11,16 @@ import pyarrow as pa
 
 from facepipe.arrow import pack_arrays, read_frames, set_columns, to_float_lists, view_buffers, view_images
 from facepipe.imaging.alignment import ChipLayout, cut_chip, find_required_scale
-from facepipe.imaging.decode import DecodeError, decode
 from facepipe.imaging.dlib_chip import BoxToSquare, PredictPoints
-from facepipe.imaging.geometry import Frame, estimate_pose, locate_frame, measure_sharpness
-from facepipe.imaging.header import read_header
+from facepipe.imaging.geometry import Frame, estimate_pose, measure_sharpness
 from facepipe.imaging.quality import QualityFigures, estimate_quality, measure_visible
 from facepipe.models.detectors.turns import TurnModel, load_turn_model
 from facepipe.models.dlib.predictor import load_predictor
 from facepipe.models.protocols import Faces
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.stages.turned import get_turns, turn_boxes, turn_pixels, turn_points
+from facepipe.stages.views import DecodedView, decode_larger
 from facepipe.types import Bool, Float32, Float64, Int64, UInt8Image
-
-# Larger views of an image are decoded at a smaller scale, though a chip then has fewer pixels than it could.
-_MAX_VIEW_PIXELS = 100_000_000
 
 # `map`, or the `map` of a thread pool.
 MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
@@ -50,19 +46,6 @@ class AlignedFace(NamedTuple):
     score: float
     chip: UInt8Image
     turn: int = 0
-
-
-@dataclass(frozen=True)
-class DecodedView:
-    """Pixels of an image that chips are cut from.
-
-    Attributes:
-        pixels: RGB, (h, w, 3)
-        frame: where the pixels lie in the full-size image
-    """
-
-    pixels: UInt8Image
-    frame: Frame
 
 
 @dataclass(frozen=True)
@@ -309,28 +292,6 @@ def cut_upright_chip(
         square=square,
         predict_points=predict_points,
     )
-
-
-def decode_larger(data: bytes, scale: float, view: DecodedView) -> DecodedView:
-    """Decode an image at the smallest scale that is large enough.
-
-    Args:
-        data: the image file.
-        scale: required pixels per pixel of the full-size image, at most 1.
-        view: the pixels at hand, returned if decoding fails.
-    """
-    # The smallest scale that is enough decodes fastest.
-    reduce = next((divisor for divisor in (4, 2) if 1 / divisor >= scale), 1)
-    try:
-        header = read_header(data)
-        # A view of a very large image would fill the memory.
-        while header.width * header.height > _MAX_VIEW_PIXELS * reduce * reduce and reduce < 8:
-            reduce *= 2
-        if 1 / reduce <= view.frame.scale:
-            return view
-        return DecodedView(decode(data, header, reduce), locate_frame(header, reduce))
-    except (DecodeError, ValueError):
-        return view
 
 
 def _spread(values: list[Any], is_face: Bool, kind: pa.DataType) -> pa.Array:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from facepipe.arrow import pack_arrays, set_columns, view_buffers
 from facepipe.imaging.decode import DecodeError, decode
-from facepipe.imaging.geometry import Frame, locate_frame
+from facepipe.imaging.geometry import Frame, bound_by_area, locate_frame
 from facepipe.imaging.header import Header, HeaderError, read_header
 from facepipe.imaging.perceptual import compute_perceptual_hash
 from facepipe.schema import DECODE_ERROR, OK, TOO_LARGE
@@ -50,8 +50,8 @@ class Decode:
         max_pixels: maximum number of pixels; larger images become `too_large`, from their header alone
         max_whole_pixels: the same for images that have to be decoded whole before they are reduced: progressive JPEGs,
             and all other formats
-        working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 if their longer side keeps at least this many pixels; Align
-            decodes again at a larger scale if a face needs it
+        working_side: JPEGs are decoded at 1/2, 1/4 or 1/8 if their longer side keeps at least this many pixels (more if
+            they are more than twice as long as high); a face that needs a larger scale gets it. At least `detect.size`
         max_scans: maximum number of passes of a JPEG over the picture; others become `too_large`, because a pass of a
             dozen bytes may take the time of a whole image. Encoders write about ten
         threads: images decoded in parallel; 1 if every core has its own worker
@@ -154,4 +154,5 @@ class Decode:
         if header.format != "jpeg" and not is_large:
             return 1
         side = max(header.width, header.height)
-        return next((divisor for divisor in (8, 4, 2) if side / divisor >= self.working_side), 1)
+        needed = bound_by_area(self.working_side, header.width, header.height)
+        return next((divisor for divisor in (8, 4, 2) if side / divisor >= needed), 1)

@@ -10,15 +10,17 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from facepipe.arrow import read_frames, set_columns, to_ragged_lists, view_images
-from facepipe.imaging.geometry import Frame
+from facepipe.arrow import read_frames, set_columns, to_ragged_lists, view_buffers, view_images
+from facepipe.imaging.geometry import Frame, bound_by_area
 from facepipe.imaging.quality import find_shown_faces
 from facepipe.models.detectors.turns import TurnModel, load_turn_model
 from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import NO_FACE, OK
+from facepipe.stages.crowds import add_small_faces, choose_larger_view
 from facepipe.stages.turned import find_turned_faces, get_turns
+from facepipe.stages.views import DecodedView
 from facepipe.types import Float32, UInt8Image
 
 DetectFunction = Callable[[UInt8Image], Sequence[Faces | None]]
@@ -26,8 +28,12 @@ DetectFunction = Callable[[UInt8Image], Sequence[Faces | None]]
 # Scores of the quick pass: from DOUBTFUL on something may be a face, from CERTAIN on it is one (docs/performance.md).
 DOUBTFUL = 0.02
 CERTAIN = 0.9
+# Longer side of a close-up's face, as a share of the image's shorter side.
+CLOSEUP_SHARE = 0.4
 # If nothing scores `min_score`, but something this, it may be a face that is turned.
 CANDIDATE = 0.2
+# Small faces score so little where they are nine pixels wide.
+_SMALL_CANDIDATE = 0.08
 
 
 class Letterbox(NamedTuple):
@@ -54,12 +60,16 @@ class Detect:
 
     Attributes:
         model: name of a detector, or a model's TOML file
-        size: longest side of the detector's input in pixels; images are shrunk to it, never enlarged
+        size: longest side of the detector's input in pixels; images are shrunk to it, never enlarged. Images that are
+            more than twice as long as high get more, so that the area stays that of a picture of two to one
         quick_look: size of a first search. Its result counts if all its faces are certain and nothing else looks like
             a face (RetinaFace only). 0: always search at `size`
         border_below: images up to this size get a mirrored border of a quarter of their sides, which helps with faces
             that fill the frame (LFW crops)
-        second_look: search images without a face once more, at half `size` with such a border (close-ups)
+        small_faces: search an image again at up to four times the size if most of what was found in it is small; this
+            takes as many times longer as the area grows
+        second_look: search images without a face once more, at half `size` with such a border, for close-ups, whose
+            faces fill a good part of the image
         min_score: minimum confidence of a face
         max_iou: maximum overlap of two faces
         min_face: minimum shorter side of a box, in pixels of the full-size image
@@ -74,6 +84,7 @@ class Detect:
     size: int = 640
     quick_look: int = 384
     border_below: int = 320
+    small_faces: bool = True
     second_look: bool = True
     min_score: float = 0.7
     max_iou: float = 0.4
@@ -117,8 +128,10 @@ class Detect:
 
     @property
     def lowest_score(self) -> float:
-        """The score from which on candidates are kept: below `min_score` they may be turned faces."""
-        return min(self.min_score, CANDIDATE) if self.turn_model else self.min_score
+        """The score from which on candidates are kept: below `min_score` they may be turned or small faces."""
+        if not self.has_own_landmarks or not (self.turns or self.small_faces):
+            return self.min_score
+        return min(self.min_score, _SMALL_CANDIDATE if self.small_faces else CANDIDATE)
 
     def setup(self) -> None:
         """Load the detector."""
@@ -128,11 +141,26 @@ class Detect:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the faces of each image, in pixels of the full-size image."""
         # Only rows with pixels are searched; the others have no faces and keep their status.
-        detected = self.detect_faces({n: pixels for n, pixels in enumerate(view_images(table)) if pixels is not None})
-        sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
-        results = []
-        for row, (frame, size) in enumerate(zip(read_frames(table), sizes, strict=True)):
-            results.append(self._to_full_size(detected[row], frame, size) if row in detected else _NO_FACES)
+        pixels = {n: image for n, image in enumerate(view_images(table)) if image is not None}
+        candidates = self._run_passes(pixels)
+        detected = self._choose_faces(candidates, pixels)
+        sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        frames = list(read_frames(table))
+        results = [
+            self._to_full_size(detected[row], frame, size) if row in detected else _NO_FACES
+            for row, (frame, size) in enumerate(zip(frames, sizes, strict=True))
+        ]
+        # Images in which most faces are small are searched again at a larger size.
+        has_bytes = self.small_faces and "bytes" in table.column_names
+        data = list(view_buffers(table["bytes"])) if has_bytes else [None] * table.num_rows
+        for n, faces in candidates.items() if self.small_faces else ():
+            view = DecodedView(pixels[n], frames[n])
+            larger = choose_larger_view(faces, view, data[n], sizes[n], self.size)
+            if larger is not None:
+                letterbox = self.letterbox(larger.view.pixels, larger.size)
+                found = keep_scores(self._search({n: letterbox})[n], self.min_score)
+                full = self._to_full_size(found, larger.view.frame, sizes[n])
+                results[n] = add_small_faces(results[n], full, larger.max_side)
         # Images that were read but show no face get a status of their own.
         statuses = []
         for faces, status in zip(results, table["status"].to_pylist(), strict=True):
@@ -156,11 +184,14 @@ class Detect:
         Returns:
             Faces of each image by its number, in pixels of that image.
         """
-        candidates = self._run_passes(pixels)
+        return self._choose_faces(self._run_passes(pixels), pixels)
+
+    def _choose_faces(self, candidates: dict[int, Faces], pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
+        """Choose the faces among candidates, and look for turned ones."""
         detected = {n: keep_scores(faces, self.min_score) for n, faces in candidates.items()}
         if self.turn_model is None:
             return detected
-        weak = {n: faces for n, faces in candidates.items() if len(faces.scores) and not len(detected[n].scores)}
+        weak = {n: keep_scores(candidates[n], CANDIDATE) for n, faces in detected.items() if not len(faces.scores)}
 
         def search(turned: dict[int, UInt8Image]) -> dict[int, Faces]:
             return {n: keep_scores(faces, self.min_score) for n, faces in self._run_passes(turned).items()}
@@ -176,7 +207,7 @@ class Detect:
         # Search small inputs first; images with a certain result are done.
         detected = self._detect_quickly(pixels)
         detected |= self._search(
-            {n: self.letterbox(image, self.size) for n, image in pixels.items() if n not in detected}
+            {n: self.letterbox(image, self.fit_size(image)) for n, image in pixels.items() if n not in detected}
         )
         if self.second_look:
             # Images up to `border_below` had a mirrored border already, so only larger ones get the second look.
@@ -186,8 +217,15 @@ class Detect:
                 n: self.letterbox(pixels[n], size) for n in empty if max(pixels[n].shape[:2]) > self.border_below
             }
             # A close-up without a face keeps the candidates of the larger input.
-            detected |= {n: faces for n, faces in self._search(closeups).items() if len(faces.scores)}
+            for n, faces in self._search(closeups).items():
+                found = keep_closeups(faces, pixels[n].shape[:2])
+                if len(found.scores):
+                    detected[n] = found
         return detected
+
+    def fit_size(self, pixels: UInt8Image) -> int:
+        """Return the longest side of the input of an image."""
+        return bound_by_area(self.size, pixels.shape[1], pixels.shape[0])
 
     def _detect_quickly(self, pixels: dict[int, UInt8Image]) -> dict[int, Faces]:
         """Detect faces in small inputs. The result leaves out images that need the full size."""
@@ -196,7 +234,7 @@ class Detect:
             return {}
         # Images that are no larger than the quick look gain nothing from it.
         inputs = {
-            n: self.letterbox(image, self.quick_look)
+            n: self.letterbox(image, bound_by_area(self.quick_look, image.shape[1], image.shape[0]))
             for n, image in pixels.items()
             if min(self.size, max(image.shape[:2])) > self.quick_look
         }
@@ -318,6 +356,12 @@ def shrink_image(pixels: UInt8Image, size: int) -> ShrunkImage:
         sx = sx * new_size[0] / width
         sy = sy * new_size[1] / height
     return ShrunkImage(pixels, sx, sy)
+
+
+def keep_closeups(faces: Faces, shape: tuple[int, int]) -> Faces:
+    """Keep the faces that fill a good part of an image (height, width): others would have shown at full size."""
+    is_large = (faces.boxes[:, 2:] - faces.boxes[:, :2]).max(1, initial=0) >= CLOSEUP_SHARE * min(shape)
+    return Faces(faces.boxes[is_large], faces.landmarks[is_large], faces.scores[is_large])
 
 
 def keep_scores(faces: Faces, min_score: float) -> Faces:

@@ -145,6 +145,7 @@ class EmbedConfig:
             "max_iou": detect.max_iou,
             "min_face": detect.min_face,
             "turns": detect.turns,
+            "small_faces": detect.small_faces,
             "working_side": self.decode.working_side,
         }
         limits = {
@@ -173,7 +174,9 @@ class EmbedConfig:
         detect_device = default_device if self.detect.device == "auto" else self.detect.device
         embed_device = default_device if self.embed.device == "auto" else self.embed.device
         read = self.read
-        decode = replace(self.decode, threads=max(self.decode.threads, group.threads))
+        # The detector shrinks what it gets, so more pixels than it is given would never reach it.
+        working_side = max(self.decode.working_side, self.detect.size)
+        decode = replace(self.decode, working_side=working_side, threads=max(self.decode.threads, group.threads))
         detect = replace(self.detect, device=detect_device, threads=group.threads)
         align = replace(self.align, embedder=self.embed.model, detector=self.detect.model)
         embed = replace(self.embed, device=embed_device, threads=group.threads)

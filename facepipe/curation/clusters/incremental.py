@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 
 from facepipe.curation.clusters.assign import FacePlacement, assign_faces
 from facepipe.curation.clusters.assignments import AssignmentTable
-from facepipe.curation.clusters.constraints import pair_equal_keys
+from facepipe.curation.clusters.constraints import are_twins, drop_twins, pair_equal_keys
 from facepipe.curation.clusters.nearby import find_near_clusters, open_usable_index
 from facepipe.curation.clusters.sums import (
     ClusterSums,
@@ -304,7 +304,7 @@ def _place_faces(
     # Keep new faces of one photo apart, and away from clusters that hold a face of the photo.
     if one_photo:
         photo = delta.faces["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
-        different = pair_equal_keys(photo, np.arange(len(photo)))
+        different = drop_twins(pair_equal_keys(photo, np.arange(len(photo))), delta.vectors)
         excluded = _find_excluded(gallery, delta, assignments)
     # Compare through the index if that pays, and otherwise with all clusters.
     index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
@@ -323,11 +323,18 @@ def _find_excluded(gallery: Gallery, delta: GalleryChanges, assignments: Assignm
         return _NO_PAIRS
     # A face whose photo was moved has another uri by now, and its old one may be that of another photo.
     has_id = ds.field("face_id").isin(taken["face_id"].combine_chunks())
-    current = gallery.to_arrow(["face_id", "uri"], has_id)
-    taken = taken.join(current, ["face_id", "uri"], join_type="inner").select(["uri", "cluster"])
-    # Join by uri: one row per new face and cluster of its photo.
+    current = gallery.to_arrow(["face_id", "uri", "embedding"], has_id)
+    taken = taken.join(current.select(["face_id", "uri"]), ["face_id", "uri"], join_type="inner")
+    # Join by uri: one row per new face and known face of its photo.
     faces = pa.table({"uri": uris, "at": np.arange(len(uris))})
-    pairs = faces.join(taken, "uri", join_type="inner")
+    pairs = faces.join(taken.select(["uri", "face_id", "cluster"]), "uri", join_type="inner")
+    # A new face that is as near as a copy is the same person's.
+    order = np.argsort(current["face_id"].to_numpy())
+    known_ids = current["face_id"].to_numpy()[order]
+    known_vectors = read_unit_vectors(current["embedding"])[0][order]
+    at = find_sorted(known_ids, pairs["face_id"].to_numpy())
+    is_apart = ~are_twins(delta.vectors[pairs["at"].to_numpy()], known_vectors[at])
+    pairs = pairs.filter(pa.array(is_apart))
     return np.unique(np.stack([pairs["at"].to_numpy(), pairs["cluster"].to_numpy()], axis=1), axis=0)
 
 

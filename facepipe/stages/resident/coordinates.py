@@ -11,6 +11,7 @@ import numpy as np
 from facepipe.imaging.geometry import Frame
 from facepipe.imaging.quality import find_shown_faces
 from facepipe.models.protocols import Faces
+from facepipe.stages.detect import CLOSEUP_SHARE
 from facepipe.stages.turned import get_turns
 from facepipe.types import Bool, Float32, Float64, Int64
 
@@ -48,6 +49,11 @@ class FaceArrays(NamedTuple):
     def keep_scores(self, min_score: float) -> "FaceArrays":
         """Keep the faces that score at least so much."""
         return self._take(self.scores >= min_score)
+
+    def keep_closeups(self, shapes: Int64) -> "FaceArrays":
+        """Keep the faces that fill a good part of their images, whose heights and widths are (n, 2)."""
+        sides = (self.boxes[:, 2:] - self.boxes[:, :2]).max(1, initial=0)
+        return self._take(sides >= CLOSEUP_SHARE * shapes[self.image].min(1, initial=np.iinfo(np.int64).max))
 
     def leave_out_images(self, images: Int64) -> "FaceArrays":
         """Leave out the faces of some images."""

@@ -113,14 +113,14 @@ class BatchDetector:
         self._batches: dict[tuple[int, int], Batches[QueuedSearch]] = {}
 
     def begin(
-        self, resident: ResidentImages, chosen: Int64, size: int, letterbox: Callable[[int], Letterbox]
+        self, resident: ResidentImages, chosen: Int64, sizes: Int64, letterbox: Callable[[int], Letterbox]
     ) -> list[QueuedSearch]:
         """Queue the search of images.
 
         Args:
             resident: images on the device.
             chosen: numbers of the images to search, (m,).
-            size: longest side of the detector's input; images are shrunk to it.
+            sizes: longest side of the detector's input for each image on the device; images are shrunk to it.
             letterbox: letterboxes the image of a number on the host, for images that the rule leaves to it.
         """
         # Group the images by what a batch must share: the size of the input, and the averaging step.
@@ -129,7 +129,7 @@ class BatchDetector:
         for n in chosen.tolist():
             height, width = resident.shapes[n].tolist()
             # Images that must be halved repeatedly are left to the host.
-            placement = self._rule.place(height, width, size)
+            placement = self._rule.place(height, width, int(sizes[n]))
             if placement is None:
                 for_host.append(n)
             else:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from facepipe.imaging.geometry import bound_by_area
 from facepipe.models.protocols import Faces
 from facepipe.models.runtime.transfers import Uploads
-from facepipe.stages.detect import CERTAIN, DOUBTFUL, Detect
+from facepipe.stages.detect import CANDIDATE, CERTAIN, DOUBTFUL, Detect
 from facepipe.stages.resident.coordinates import FaceArrays
 from facepipe.stages.resident.detection import BatchDetector, QueuedSearch
 from facepipe.stages.resident.letterbox import LetterboxRule
@@ -30,6 +31,18 @@ class BatchCapacity(NamedTuple):
     frames: int = 32
     candidates: int = 512
     faces: int = 128
+
+
+class SearchResult(NamedTuple):
+    """What a search found, in pixels of the images.
+
+    Attributes:
+        faces: the faces
+        candidates: faces, and candidates of images that were searched at full size, before turned ones were looked for
+    """
+
+    faces: FaceArrays
+    candidates: FaceArrays
 
 
 class DetectionPasses:
@@ -61,7 +74,7 @@ class DetectionPasses:
         self._uploads = uploads
         self._quick_detector = make_detector(min(DOUBTFUL, detect.min_score))
 
-    def search(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, FaceArrays]:
+    def search(self, resident: ResidentImages, pixels: Sequence[UInt8Image]) -> Generator[None, None, SearchResult]:
         """Search images for faces, also for such as lie on their side or upside down.
 
         Yield twice, each time after work was queued that need not be waited for yet.
@@ -71,20 +84,29 @@ class DetectionPasses:
             pixels: the same images on the host.
 
         Returns:
-            Faces in pixels of the images.
+            Faces and candidates in pixels of the images.
         """
         candidates = yield from self._run_passes(resident, pixels)
         detect = self._detect
         faces = candidates.keep_scores(detect.min_score)
         if detect.turn_model is None:
-            return faces
-        weak = candidates.leave_out_images(faces.image).split_images()
+            return SearchResult(faces, candidates)
+        weak = candidates.keep_scores(CANDIDATE).leave_out_images(faces.image).split_images()
         images = dict(enumerate(pixels))
         changed = find_turned_faces(faces.split_images(), weak, images, detect.turn_model, self._search_turned)
-        if not changed:
-            return faces
-        unchanged = faces.leave_out_images(np.array(list(changed), np.int64))
-        return FaceArrays.concatenate([unchanged, FaceArrays.join_images(changed)])
+        if changed:
+            unchanged = faces.leave_out_images(np.array(list(changed), np.int64))
+            faces = FaceArrays.concatenate([unchanged, FaceArrays.join_images(changed)])
+        return SearchResult(faces, candidates)
+
+    def search_larger(self, pixels: UInt8Image, size: int) -> Faces:
+        """Search one image at another size, and wait for the result: such images are few."""
+        resident = ResidentImages.upload([pixels], self._uploads)
+        sizes = np.array([size], np.int64)
+        queued = self._full_detector.begin(
+            resident, np.zeros(1, np.int64), sizes, lambda n: self._host_stage.letterbox(pixels, size)
+        )
+        return self._full_detector.finish(queued).keep_scores(self._detect.min_score).split_images().get(0, _NO_FACES)
 
     def _search_turned(self, turned: dict[int, UInt8Image]) -> dict[int, Faces]:
         """Search turned images by number, and wait for the result: they are few."""
@@ -106,7 +128,18 @@ class DetectionPasses:
         sides = resident.shapes.max(1)
 
         def begin(detector: BatchDetector, chosen: Int64, size: int) -> list[QueuedSearch]:
-            return detector.begin(resident, chosen, size, lambda n: self._host_stage.letterbox(pixels[n], size))
+            # Images that are much longer than high get larger inputs of the same area.
+            shapes = resident.shapes.tolist()
+            fitted = np.array([bound_by_area(size, width, height) for height, width in shapes], np.int64)
+            return detector.begin(
+                resident, chosen, fitted, lambda n: self._host_stage.letterbox(pixels[n], int(fitted[n]))
+            )
+
+        def begin_closeups(chosen: Int64, size: int) -> list[QueuedSearch]:
+            sizes = np.full(len(pixels), size, np.int64)
+            return self._full_detector.begin(
+                resident, chosen, sizes, lambda n: self._host_stage.letterbox(pixels[n], size)
+            )
 
         # The quick pass, and the full pass of images that are small anyway.
         is_quick = (np.minimum(detect.size, sides) > detect.quick_look) & (detect.quick_look > 0)
@@ -122,9 +155,9 @@ class DetectionPasses:
         faces = FaceArrays.concatenate([certain, self._full_detector.finish(full_searches)])
         empty = np.setdiff1d(numbers, faces.keep_scores(detect.min_score).image)
         empty = empty[(sides[empty] > detect.border_below) & detect.second_look]
-        closeups = begin(self._full_detector, empty, min(detect.size // 2, detect.border_below))
+        closeups = begin_closeups(empty, min(detect.size // 2, detect.border_below))
         # A close-up without a face keeps the candidates of the larger input.
-        found = self._full_detector.finish(closeups)
+        found = self._full_detector.finish(closeups).keep_closeups(resident.shapes)
         return FaceArrays.concatenate([faces.leave_out_images(found.image), found])
 
 

@@ -15,12 +15,15 @@ import pyarrow as pa
 from facepipe.arrow import read_frames, set_columns, view_buffers, view_images
 from facepipe.imaging.alignment import ChipLayout
 from facepipe.imaging.geometry import Frame
+from facepipe.models.protocols import Faces
 from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.schema import EMBEDDING_DIM, NO_FACE, OK
-from facepipe.stages.align import Align, AlignedFace, DecodedView, MapFunction, cut_upright_chip, decode_larger
+from facepipe.stages.align import Align, AlignedFace, MapFunction, cut_upright_chip
+from facepipe.stages.crowds import add_small_faces, choose_larger_view
 from facepipe.stages.detect import Detect
 from facepipe.stages.embed import Embed
 from facepipe.stages.resident.coordinates import FaceArrays, FrameArrays, to_full_size
+from facepipe.stages.views import DecodedView, decode_larger
 from facepipe.types import Bool, Float64, Int64, UInt8Image
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from facepipe.stages.resident.passes import DetectionPasses
     from facepipe.stages.resident.sampling import ResidentImages
 
+_NO_FACES = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))
 # Tables: one in the quick pass, one in the full pass, one being embedded, one whose rows are built.
 _IN_FLIGHT = 4
 
@@ -148,16 +152,47 @@ class FacesOnDevice:
             return
         # Search the images, and map the faces to the full-size images.
         resident = ResidentImages.upload(inputs.pixels, self._uploads)
-        detected = yield from self._passes.search(resident, inputs.pixels)
+        detected, candidates = yield from self._passes.search(resident, inputs.pixels)
         sizes = np.array([table[name].to_pylist() for name in ("width", "height")], np.float64).T
         view = FrameArrays.from_frames(inputs.frames)
         faces = to_full_size(detected, view, sizes[inputs.rows], self.detect.min_face)
+        if self.detect.small_faces:
+            faces = self._add_small_faces(faces, candidates, inputs, sizes[inputs.rows])
         queued = self._queue_embedding(faces, inputs, resident) if len(faces.image) else None
         del resident  # frees the images on the device as soon as they have been read
         yield None
         # From here on a face's image is the row of its table.
         rows = np.array(inputs.rows)[faces.image]
         yield self._build_rows(table, faces._replace(image=rows), queued)
+
+    def _add_small_faces(
+        self, faces: FaceArrays, candidates: FaceArrays, inputs: _ImageInputs, sizes: Float64
+    ) -> FaceArrays:
+        """Search images in which most faces are small at a larger size, as Detect does.
+
+        Args:
+            faces: faces in pixels of the full-size images.
+            candidates: faces and candidates in pixels of the decoded images.
+            inputs: the images.
+            sizes: width and height of the full-size images, (n, 2).
+        """
+        changed: dict[int, Faces] = {}
+        known = faces.split_images()
+        for n, of_image in candidates.split_images().items():
+            full_size = (int(sizes[n, 0]), int(sizes[n, 1]))
+            view = DecodedView(inputs.pixels[n], inputs.frames[n])
+            larger = choose_larger_view(of_image, view, inputs.data[n], full_size, self.detect.size)
+            if larger is None:
+                continue
+            found = FaceArrays.join_images({0: self._passes.search_larger(larger.view.pixels, larger.size)})
+            frame = FrameArrays.from_frames([larger.view.frame])
+            full = to_full_size(found, frame, sizes[n : n + 1], self.detect.min_face).split_images().get(0)
+            if full is not None:
+                changed[n] = add_small_faces(known.get(n, _NO_FACES), full, larger.max_side)
+        if not changed:
+            return faces
+        unchanged = faces.leave_out_images(np.array(list(changed), np.int64))
+        return FaceArrays.concatenate([unchanged, FaceArrays.join_images(changed)])
 
     def _queue_embedding(self, faces: FaceArrays, inputs: _ImageInputs, resident: "ResidentImages") -> _QueuedFaces:
         """Queue the cutting and embedding of faces."""

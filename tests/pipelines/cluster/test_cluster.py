@@ -221,13 +221,15 @@ def test_one_face_again_and_again_is_one_person(tmp_path: Path) -> None:
 # --- what is said of faces -----------------------------------------------------------------------------------------------
 
 
-def test_faces_of_one_photo_are_two_persons(tmp_path: Path) -> None:
-    """Two copies of 600 faces that differ a little, the second in the first one's photo; then without that rule."""
+@pytest.mark.parametrize(("noise", "is_copy"), [(0.005, True), (0.024, False)])
+def test_faces_of_one_photo_are_two_persons_unless_they_are_copies(tmp_path: Path, noise: float, is_copy: bool) -> None:
+    """600 faces and others that differ a little, in the first one's photo; then without that rule."""
     table = drawn(600)
     vectors = np.array(table["embedding"].to_pylist(), np.float32)
-    near = vectors + np.random.default_rng(0).normal(0, 0.005, vectors.shape)
+    near = vectors + np.random.default_rng(0).normal(0, noise, vectors.shape)
     near = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32)
-    assert np.linalg.norm(near - vectors, axis=1).max() < 0.1
+    distance = np.linalg.norm(near - vectors, axis=1)
+    assert distance.max() < 0.1 if is_copy else distance.min() > 0.2
     twins = changed(table, "embedding", near.tolist())
     twins = changed(twins, "face_id", [n ^ 1 for n in table["face_id"].to_pylist()])
     twins = changed(twins, "face_index", [1] * 600)
@@ -235,10 +237,11 @@ def test_faces_of_one_photo_are_two_persons(tmp_path: Path) -> None:
     sound(gallery, make(gallery))
     found = faces_of(gallery)
     pairs = Counter(zip(found["uri"], found["cluster"], strict=True))
-    assert len(pairs) == 1200
+    # A mirror, a collage or a photo of a photo shows one person twice.
+    assert len(pairs) < 620 if is_copy else len(pairs) == 1200
     sound(gallery, make(gallery, one_photo=False))
     found = faces_of(gallery)
-    assert len(set(zip(found["uri"], found["cluster"], strict=True))) < 620
+    assert len(set(zip(found["uri"], found["cluster"], strict=True))) < 700
 
 
 def test_faces_with_one_label_are_one_person(tmp_path: Path) -> None:
