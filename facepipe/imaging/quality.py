@@ -8,6 +8,8 @@ from facepipe.types import Bool, Float32, Float64
 
 # A mirrored border completes faces that the edge of a picture cuts. What shows less than this is mostly mirror.
 MIN_VISIBLE = 0.6
+# A large part of a face stays recognisable: its shorter side is this share of the picture's or more.
+_LARGE_PART = 0.6
 # Landmarks beside the picture, of five, from which on a face is mostly mirror.
 MAX_MIRRORED_LANDMARKS = 2
 
@@ -38,7 +40,7 @@ def measure_visible(boxes: Float32, sizes: Float64) -> Float64:
 
 
 def find_shown_faces(boxes: Float32, landmarks: Float32, sizes: Float64) -> Bool:
-    """Find the faces that are not mostly mirror.
+    """Find the faces that are not mostly mirror, or of which a large part is shown.
 
     Args:
         boxes: (n, 4) in pixels of the full-size pictures.
@@ -51,7 +53,10 @@ def find_shown_faces(boxes: Float32, landmarks: Float32, sizes: Float64) -> Bool
     limits = sizes[:, None] if sizes.ndim == 2 else sizes
     is_beside = ((landmarks < -0.5) | (landmarks > limits - 0.5)).any(2)
     is_shown = measure_visible(boxes, sizes) >= MIN_VISIBLE
-    return np.asarray(is_shown & (is_beside.sum(1) < MAX_MIRRORED_LANDMARKS), bool)
+    # A close-up that fills the picture may be cut on several sides.
+    inside = np.minimum(boxes[:, 2:], sizes - 0.5) - np.maximum(boxes[:, :2], -0.5)
+    is_large = inside.min(1, initial=np.inf) >= _LARGE_PART * sizes.min(-1)
+    return np.asarray((is_shown & (is_beside.sum(1) < MAX_MIRRORED_LANDMARKS)) | is_large, bool)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import zlib
 from facepipe.imaging.header import (
     ORIENTATION_TAG,
     Header,
-    HeaderError,
     find_chunks,
     find_segments,
     find_tags,
@@ -50,7 +49,7 @@ def complete_file(data: bytes, header: Header) -> bytes | None:
         if header.format == "jp2" and not data.endswith(_END_OF_JPEG):
             # Tile parts say how long they are, so nothing else can be missing unnoticed.
             return data.removesuffix(b"\xff") + _END_OF_JPEG
-    except (struct.error, IndexError, KeyError, HeaderError):
+    except (struct.error, zlib.error, IndexError, KeyError, ValueError):
         return None
     return None
 

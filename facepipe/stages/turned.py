@@ -19,8 +19,10 @@ from facepipe.types import Float32, Float64, Int64, UInt8Image
 Search = Callable[[dict[int, UInt8Image]], dict[int, Faces]]
 Points = TypeVar("Points", Float32, Float64)
 
-# A face is suspected to be turned if that is more likely than this.
-SUSPECT_ABOVE = 0.35
+# A face is suspected to be turned if that is more likely than this. Among faces of which most look upright it takes
+# more: profiles look turned too.
+SUSPECT_ABOVE = 0.5
+_SUSPECT_AMONG_UPRIGHT = 0.8
 # A face in a turned image counts if it is upright there with at least this probability.
 _UPRIGHT_ABOVE = 0.5
 # Images are searched at so many other turns at most.
@@ -118,6 +120,11 @@ def _suspect(detected: dict[int, Faces], model: TurnModel, limit: float) -> dict
     if not is_suspect.any():
         return {}
     owners = np.repeat(numbers, [len(detected[n].scores) for n in numbers])
+    # Where most faces look upright, keep the clear suspects.
+    for n in np.unique(owners[is_suspect]).tolist():
+        of_image = owners == n
+        if is_suspect[of_image].mean() < 0.5:
+            is_suspect[of_image] &= 1 - probabilities[of_image, 0] > _SUSPECT_AMONG_UPRIGHT
     return {
         int(n): _Suspicion(detected[n], probabilities[is_suspect & (owners == n)])
         for n in np.unique(owners[is_suspect])

@@ -29,6 +29,13 @@ def test_what_is_mostly_mirror_is_no_face() -> None:
     assert not find_shown_faces(BOXES, landmarks, SIZE)[0]
 
 
+def test_a_close_up_that_is_cut_on_several_sides_is_a_face() -> None:
+    box = np.array([[-30, -40, 110, 110]], np.float32)
+    landmarks = np.array([[[-3, 30], [80, 30], [40, 50], [-2, 70], [70, 70]]], np.float32)
+    assert measure_visible(box, SIZE)[0] < 0.6
+    assert find_shown_faces(box, landmarks, SIZE).tolist() == [True]
+
+
 GOOD = QualityFigures(*(np.array([value]) for value in (0.9999, 1.0, 150.0, 200.0, 2.0, 0.98)))
 
 
