@@ -9,14 +9,16 @@ from facepipe.curation.graph.cells import CellLayout, train_cells
 from facepipe.curation.graph.components import find_components, renumber_labels
 from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.join import find_candidate_pairs
-from facepipe.types import Int64
+from facepipe.types import Bool, Int64
 
 _MAX_NEIGHBOURS = 32  # clusters that a cluster is compared with, per cell
 _MAX_DISTANCE = 2.0  # of two unit vectors: all edges
 _MAX_PASSES = 4
 
 
-def cluster_faces(graph: Graph, different: Int64 | None = None, same: Int64 | None = None) -> tuple[Int64, Clusters]:
+def cluster_faces(
+    graph: Graph, different: Int64 | None = None, same: Int64 | None = None, cut: Bool | None = None
+) -> tuple[Int64, Clusters]:
     """Cluster the nodes of a graph into persons.
 
     Nodes with equal vectors are one person, whatever `different` says.
@@ -25,6 +27,8 @@ def cluster_faces(graph: Graph, different: Int64 | None = None, same: Int64 | No
         graph: the face graph, n nodes.
         different: pairs of nodes that are two persons, (m, 2).
         same: a number per node, (n,), -1 for none. Nodes with one number are one person.
+        cut: whether a node is a face that is cut by its picture's edge, (n,). Such faces look alike: they join persons,
+            but two of them found none.
 
     Returns:
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
@@ -32,6 +36,8 @@ def cluster_faces(graph: Graph, different: Int64 | None = None, same: Int64 | No
     threshold = graph.info.threshold.similarity
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
+    if cut is not None:
+        pairs = pairs.take(~(cut[pairs.u] & cut[pairs.v]))
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     # Merge what is one person from the start, then link clusters along the edges.
     labels = _merge_known(graph, same)

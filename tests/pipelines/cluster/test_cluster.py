@@ -244,6 +244,24 @@ def test_faces_of_one_photo_are_two_persons_unless_they_are_copies(tmp_path: Pat
     assert len(set(zip(found["uri"], found["cluster"], strict=True))) < 700
 
 
+def test_cut_faces_join_persons_and_found_none(tmp_path: Path) -> None:
+    """No cluster is of cut faces alone; one whole face of a person gathers the cut ones."""
+    table = changed(drawn(600), "face_id", list(range(600)))
+    person = np.array(table["identity"].to_pylist())
+    is_cut = np.isin(person, sorted(set(person))[::2])
+    gallery = fill(tmp_path / "g", changed(table, "visible", np.where(is_cut, 0.7, 1.0).tolist()))
+    make(gallery)
+    found = faces_of(gallery)
+    has_whole = set(found["cluster"][~is_cut])
+    assert all(size == 1 or cluster in has_whole for cluster, size in zip(found["cluster"], found["size"], strict=True))
+    # One whole face of each person.
+    visible = np.full(600, 0.7)
+    visible[np.unique(person, return_index=True)[1]] = 1.0
+    gallery = fill(tmp_path / "h", changed(table, "visible", visible.tolist()))
+    make(gallery)
+    assert (faces_of(gallery)["size"] > 1).mean() > 0.5
+
+
 def test_faces_with_one_label_are_one_person(tmp_path: Path) -> None:
     """Each label names two persons here: only the labels bring them together."""
     table = drawn(900)
