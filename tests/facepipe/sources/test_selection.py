@@ -20,6 +20,7 @@ SYSTEM = (
     "@EADIR/1.jpg",
     ".@__thumb/1.jpg",
     "#recycle/1.jpg",
+    "@__thumb/1.jpg",
     "$RECYCLE.BIN/1.jpg",
     "$Recycle.Bin/S-1-5/1.jpg",
     ".Trash/1.jpg",
