@@ -118,9 +118,10 @@ def test_a_literal_pattern_names_itself_and_what_lies_below(name: str) -> None:
     if name in (".", ".."):
         return
     selection = Selection(exclude=(name,))
-    for path in (name, f"a/{name}", f"{name}/x.jpg", f"a/{name}/b/x.jpg"):
+    parent = "b" if name == "a" else "a"
+    for path in (name, f"{parent}/{name}", f"{name}/x.jpg", f"{parent}/{name}/b/x.jpg"):
         assert selection.reject_file(path)
-    for path in (f"x{name}", f"a/x{name}", f"{name}x/y.jpg"):
+    for path in (f"x{name}", f"{parent}/x{name}", f"{name}x/y.jpg"):
         assert not selection.reject_file(path)
     assert not Selection(include=(name,)).is_system_folder(name)
 
