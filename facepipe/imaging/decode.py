@@ -152,6 +152,9 @@ def _run_decoder(data: bytes, header: Header, reduce: int) -> UInt8Image | None:
         data = strip_animation(data)
     flags = _FLAGS[reduce if header.format == "jpeg" else 1] | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None and header.format == "jp2":
+        # OpenCV reads 8 bits per channel, all of one size.
+        return decode_by_pillow(data, header.format, size)
     return None if pixels is None else np.asarray(pixels, np.uint8)
 
 

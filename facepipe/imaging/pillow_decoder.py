@@ -1,4 +1,4 @@
-"""Decode by Pillow what OpenCV does not read as Pillow, libvips and browsers do: TIFF, GIF, BMP and AVIF.
+"""Decode by Pillow what OpenCV does not read as Pillow, libvips and browsers do: TIFF, GIF, BMP, AVIF, odd JPEG 2000.
 
 OpenCV shows the wrong colours of Lab and premultiplied TIFFs, of odd palettes and of transparent AVIFs. It refuses
 TIFFs of 4, 12 and 32 bits, GIFs whose background is not in their palette, and AVIFs with metadata behind the picture.
@@ -25,7 +25,7 @@ class UnsupportedError(ValueError):
 @cache
 def _load_openers() -> dict[str, Callable[[Any], "Image"]]:
     """Load what opens each format. `Image.open` would try several formats, and has limits of its own."""
-    from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, TiffImagePlugin
+    from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Jpeg2KImagePlugin, TiffImagePlugin
 
     # One thread per worker, as everywhere. Pillow has no other way to say it.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -33,6 +33,7 @@ def _load_openers() -> dict[str, Callable[[Any], "Image"]]:
         "avif": AvifImagePlugin.AvifImageFile,
         "bmp": BmpImagePlugin.BmpImageFile,
         "gif": GifImagePlugin.GifImageFile,
+        "jp2": Jpeg2KImagePlugin.Jpeg2KImageFile,
         "tiff": TiffImagePlugin.TiffImageFile,
     }
 
@@ -42,7 +43,7 @@ def decode_by_pillow(data: bytes, kind: str, size: tuple[int, int]) -> UInt8Imag
 
     Args:
         data: The file's bytes.
-        kind: Its format: avif, bmp, gif or tiff.
+        kind: Its format: avif, bmp, gif, jp2 or tiff.
         size: Width and height that its header says. They are compared before memory is spent.
 
     Returns:

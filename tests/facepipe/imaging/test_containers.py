@@ -273,6 +273,7 @@ def test_odd_files_look_as_in_pillow(seen: np.ndarray) -> None:
         "lzma": save(seen, "TIFF", compression="lzma"),
         "palette": save(np.asarray(image), "BMP"),
     }
+    files["deep jp2"] = bytes(cv2.imencode(".jp2", grey)[1])
     out = io.BytesIO()
     image.convert("RGBA").save(out, "AVIF")
     files["alpha avif"] = out.getvalue()
