@@ -11,6 +11,7 @@ FacepipeError
 ├── GalleryError         the folder is not a usable gallery
 │   ├── ContractError    the gallery was made with other models or settings
 │   ├── ThresholdError   no match threshold can be estimated
+│   ├── ErasureLimitError  more images would be erased than may be without asking
 │   └── GalleryBusyError another run is writing to the gallery
 ├── AccountingError      images listed and images accounted for differ
 ├── WorkerError          workers end before they can do any work
@@ -65,6 +66,10 @@ class ContractError(GalleryError):
 
 class ThresholdError(GalleryError):
     """No match threshold can be estimated from the gallery, and its model has none of its own."""
+
+
+class ErasureLimitError(GalleryError):
+    """More images would be erased at once than may be without somebody confirming their number."""
 
 
 class GalleryBusyError(GalleryError):

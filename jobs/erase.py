@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from jobs.console import ExitCode, exit_on_error, fail, make_line_printer, print_result, print_table
-from jobs.options import DryRun, GalleryPath, Json, Quiet
+from jobs.options import DryRun, GalleryPath, Json, Quiet, YesErase
 
 Texts = Optional[list[str]]  # noqa: UP045
 
@@ -42,6 +42,7 @@ def erase(
     resume: Annotated[
         bool, typer.Option("--resume", help="Completion of erasures that are recorded, instead of a new one.")
     ] = False,
+    yes_erase: YesErase = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -64,6 +65,7 @@ def erase(
     """
     with exit_on_error("the next erase, or the nightly job, finishes what this one began"):
         from facepipe.erasure.foreign import describe_foreign
+        from facepipe.erasure.limits import choose_limit
         from facepipe.erasure.selection import Selection, read_ids
         from facepipe.erasure.trainings import describe_chips
         from facepipe.errors import ConfigError
@@ -80,16 +82,25 @@ def erase(
             ids=read_ids(ids) if ids else (),
             missing=missing,
         )
+        limit = choose_limit(selection, yes_erase or ())
         if resume:
             if selection.list_conditions() or dry_run:
                 raise ConfigError("--resume completes what is recorded: give it without conditions and --dry-run")
             summary = erase_pipeline.resume(gallery, wait=not no_wait, progress=on_progress)
         else:
             summary = erase_pipeline.run(
-                selection, gallery, dry_run=dry_run, may_return=may_return, wait=not no_wait, progress=on_progress
+                selection,
+                gallery,
+                dry_run=dry_run,
+                may_return=may_return,
+                wait=not no_wait,
+                limit=limit,
+                progress=on_progress,
             )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
-        problems = [describe_chips(summary.chips)] if summary.chips else []
+        problems = list(summary.doubts)
+        if summary.chips:
+            problems.append(describe_chips(summary.chips))
         if summary.foreign:
             problems.append(describe_foreign(summary.foreign))
         if summary.left_foreign:
@@ -114,3 +125,5 @@ def _print_summary(gallery: str, summary: Any) -> None:
         print(
             "not complete: no reader returns the images; a running job, the next erase or the nightly job deletes them"
         )
+    if summary.refusal:
+        print(f"without --dry-run this is refused: {summary.refusal}")

@@ -1,12 +1,13 @@
 """The command `facepipe nightly`."""
 
-from typing import Annotated, Any
+from datetime import datetime
+from typing import Annotated, Any, Optional
 
 import typer
 
 from jobs.console import exit_on_error, print_seconds
 from jobs.job_command import finish_job, format_counts, print_steps, record_job
-from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, YesErase, build_config
 from jobs.progress import ProgressReporter, show_embedding
 
 
@@ -14,6 +15,16 @@ def nightly(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG.toml", help="TOML file, such as jobs/nightly.toml.", show_default=False)
     ],
+    yes_erase: YesErase = None,
+    yes_clock: Annotated[
+        Optional[datetime],  # noqa: UP045
+        typer.Option(
+            "--yes-clock",
+            metavar="DATE",
+            formats=["%Y-%m-%d"],
+            help="Date of this machine's clock (UTC), if it is right although the gallery holds later times.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -26,8 +37,9 @@ def nightly(
     The steps are embed, index, assign to clusters, erase, find copies, and compact. Every step resumes where it
     stopped, so run a night again if it failed. A second night on the same gallery is refused.
 
-    The exit code is 1 if a source cannot be listed, or misses more images than night.missing_at_most allows. All other
-    steps run in that case as well. It is 3 if more images failed than night.max_failed allows.
+    The exit code is 1 if a source cannot be listed, if more images would go than night.missing_at_most and
+    night.retention_at_most allow, or if the clock is wrong. All other steps run in that case as well. The exit code is
+    3 if more images failed than night.max_failed allows.
 
     For example:
 
@@ -37,15 +49,17 @@ def nightly(
     """
     with exit_on_error("finished work is kept; the next night resumes"):
         # Imports are inside the command, so that other commands do not wait for them.
-        from pipelines.nightly import run
+        from pipelines.nightly import NightConfirmation, run
         from pipelines.nightly.config import NightlyConfig
 
         chosen = build_config(NightlyConfig, config, settings)
         with record_job(chosen.gallery, "nightly", dry_run=dry_run):
             with ProgressReporter("nightly", quiet=quiet) as progress:
+                confirmation = NightConfirmation(tuple(yes_erase or ()), yes_clock.date() if yes_clock else None)
                 summary = run(
                     chosen,
                     dry_run=dry_run,
+                    confirmation=confirmation,
                     on_progress=progress.log,
                     on_embed=lambda embedded: show_embedding(progress, embedded),
                 )

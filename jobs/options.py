@@ -48,6 +48,12 @@ Init = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+YesErase = Annotated[
+    Optional[list[int]],  # noqa: UP045
+    typer.Option(
+        "--yes-erase", metavar="N", help="Number of images to erase, if they are more than may go without asking."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only a count of what would be done; nothing is written.")]
 Detector = Annotated[
     Optional[str],  # noqa: UP045

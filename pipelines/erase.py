@@ -3,17 +3,18 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from zipfile import BadZipFile
 
 import numpy as np
 
 from facepipe import storage
 from facepipe.erasure import pending, steps
+from facepipe.erasure.clock import select_erasable
+from facepipe.erasure.limits import ErasureLimit, check_limit, choose_limit, explain_excess
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import get_receipt_path, load_receipt
 from facepipe.erasure.requests import find_indexed_faces, record_request
-from facepipe.erasure.selection import Selection, read_time, select_images
+from facepipe.erasure.selection import Selection, read_time
 from facepipe.erasure.trainings import find_left_faces, list_trainings
 from facepipe.errors import FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
@@ -39,6 +40,8 @@ class EraseSummary:
         complete: whether everything is deleted. If not, the images are recorded and hidden, and a running job or the
             next erase deletes them.
         receipts: paths of receipts, those of earlier erasures that were completed as well.
+        doubts: why images that this machine's clock takes for old enough were not erased.
+        refusal: in a dry run, why more than may be erased without asking would be erased.
         foreign: files below reports/ that facepipe did not write and that hold erased data. They are left as they are.
         chips: files of training chips that hold erased faces, in folders that trainings on the gallery have recorded.
         trained: folders' lists of faces that a model was trained on, if erased ones are among them.
@@ -53,6 +56,8 @@ class EraseSummary:
     request: str = ""
     complete: bool = True
     receipts: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    refusal: str = ""
     foreign: list[str] = field(default_factory=list)
     chips: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
@@ -67,6 +72,7 @@ def run(
     dry_run: bool = False,
     may_return: bool = False,
     wait: bool = True,
+    limit: ErasureLimit | None = None,
     progress: Progress = lambda line: None,
 ) -> EraseSummary:
     """Erase images: rows, vectors, thumbnails, report entries, old files, and the table's older log.
@@ -80,23 +86,29 @@ def run(
         dry_run: count only, and write nothing, not even a record of the run.
         may_return: let a later `embed` take the images in again.
         wait: return only when everything is deleted. Else return when all is done that can be done now.
+        limit: how much may be erased; by default what `choose_limit` says.
         progress: called with a line per step.
 
     Raises:
         ConfigError: the selection is empty or invalid.
+        ErasureLimitError: more images are selected than may be erased without asking.
     """
     table = Gallery(gallery)
-    requested = read_time()
-    selection.build_filter(requested)  # refuse an empty selection before anything is done
+    limit = limit or choose_limit(selection)
+    selection.build_filter(read_time())  # refuse an empty selection before anything is done
     if dry_run:
-        selected = select_images(table, selection, requested)
-        return EraseSummary(selected.images, len(selected.faces), selected.rows, dry_run=True)
-    return _erase(selection, table.path, requested, may_return, wait, progress)
+        chosen = select_erasable(table, selection, limit, writes=False)
+        selected = chosen.images
+        summary = EraseSummary(selected.images, len(selected.faces), selected.rows, dry_run=True)
+        summary.doubts += chosen.doubts
+        summary.refusal = explain_excess(table, selected.images, selected.rows, limit)
+        return summary
+    return _erase(selection, table.path, limit, may_return, wait, progress)
 
 
 @record_calls("erase")
 def _erase(
-    selection: Selection, gallery: str, requested: datetime, may_return: bool, wait: bool, progress: Progress
+    selection: Selection, gallery: str, limit: ErasureLimit, may_return: bool, wait: bool, progress: Progress
 ) -> EraseSummary:
     summary = EraseSummary()
     attach_summary(summary)
@@ -106,14 +118,17 @@ def _erase(
     suppressed.migrate_lists(gallery)
     pending.delete_leftovers(gallery)
     table = Gallery(gallery)
-    selected = select_images(table, selection, requested)
+    chosen = select_erasable(table, selection, limit)
+    selected = chosen.images
+    summary.doubts += chosen.doubts
+    check_limit(table, selected, limit)
     summary.images = selected.images
     summary.faces = len(selected.faces)
     summary.rows = selected.rows
     erasure = None
     # A run that is going on may have blocks of such images that it has not committed yet.
     if selected.images or is_held(gallery):
-        erasure = record_request(table, selection, selected, requested=requested, may_return=may_return)
+        erasure = record_request(table, selection, selected, requested=chosen.time, may_return=may_return)
         summary.request = erasure.id
         find_indexed_faces(gallery, erasure)
         progress(f"{selected.images} images, {len(selected.faces)} faces: no search returns them any more")

@@ -283,7 +283,8 @@ def select_again(
         old: what was selected before. Nothing of it is left out, even if the table no longer holds it.
     """
     condition = ds.field("uri").isin(old.uris) | ds.field("image_id").isin(old.contents)
-    if selection is not None:
+    # Images that a listing has missed since are not what was meant: nobody has seen their number.
+    if selection is not None and not selection.missing:
         condition |= selection.build_filter(now or read_time(), has_exact_text=gallery.has_exact_text)
     is_personal = selection is not None and selection.is_personal
     new = _map_errors(gallery, lambda: _select_images(gallery, condition, is_personal=is_personal, with_hidden=True))

@@ -1,5 +1,5 @@
 """nightly: everything that a gallery needs every night, as one job."""
 
-from pipelines.nightly.pipeline import NightSummary, run
+from pipelines.nightly.pipeline import NightConfirmation, NightSummary, run
 
-__all__ = ["NightSummary", "run"]
+__all__ = ["NightConfirmation", "NightSummary", "run"]

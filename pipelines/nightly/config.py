@@ -67,6 +67,8 @@ class NightConfig:
         few_failed: Number of images that may fail whatever their share is, for nights with few new images.
         missing_at_most: Largest share of a source's images that may be missing at once. Above it no image is marked or
             erased as missing, and the exit code is 1.
+        retention_at_most: Largest share of a source's rows that may be past its retention at once. Above it none is
+            erased, and the exit code is 1. By default three nights' worth, but at least 0.1 and at most 0.5.
         clusters: assign (new faces to the clusters that `facepipe cluster` made), make (also the first clusters, as
             [cluster] and [graph] say), or no.
         dedup: Whether to compare new images with all images.
@@ -75,6 +77,7 @@ class NightConfig:
     max_failed: Share = 0.01
     few_failed: Annotated[int, Field(ge=0)] = 0
     missing_at_most: Share = 0.1
+    retention_at_most: Share | None = None
     clusters: Literal["assign", "make", "no"] = "assign"
     dedup: bool = True
 

@@ -4,18 +4,24 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from datetime import date
 
 from facepipe import storage
 from facepipe.curation.clusters import tables
 from facepipe.erasure.foreign import describe_foreign
-from facepipe.erasure.selection import Selection
-from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, SourceError, StorageError
+from facepipe.errors import (
+    ErasureLimitError,
+    EvaluationError,
+    GalleryBusyError,
+    GalleryError,
+    SourceError,
+    StorageError,
+)
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.missing import TOO_MANY_MISSING
-from facepipe.gallery.sources import SourceRegister
 from facepipe.gallery.table import RUNS
-from facepipe.sources import locate_source, open_source
+from facepipe.sources import open_source
 from facepipe.storage.lease import hold_lease
 from pipelines import cluster, compact, embed, erase, index
 from pipelines.cluster import assign as cluster_assign
@@ -26,9 +32,23 @@ from pipelines.erase import EraseSummary
 from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
 from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.nightly.guard import NightGuard, PlannedErasure, is_dated, plan_erasures
 from pipelines.nightly.preview import preview_night
 from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.runtime.workspace import locate_reports
+
+
+@dataclass(frozen=True)
+class NightConfirmation:
+    """What somebody has confirmed after a night refused it.
+
+    Attributes:
+        images: numbers of images: an erasure of exactly so many is not refused.
+        clock_date: date of this machine's clock (UTC), if it is right although the gallery holds later times.
+    """
+
+    images: tuple[int, ...] = ()
+    clock_date: date | None = None
 
 
 @dataclass
@@ -55,6 +75,7 @@ def run(
     config: NightlyConfig,
     *,
     dry_run: bool = False,
+    confirmation: NightConfirmation | None = None,
     on_progress: OnLine = lambda line: None,
     on_embed: OnEmbed = lambda summary: None,
 ) -> NightSummary:
@@ -65,6 +86,7 @@ def run(
     Args:
         config: settings of the job.
         dry_run: only count what a night would do; write nothing.
+        confirmation: what somebody has confirmed after an earlier night refused it.
         on_progress: receives the name of each step, and its messages.
         on_embed: receives the running figures of the step `embed`.
 
@@ -82,14 +104,18 @@ def run(
         return NightSummary(
             config.gallery, dry_run=True, version=preview.version, steps=preview.steps, failures=preview.failures
         )
-    return _run_night(config, config.gallery, on_progress, on_embed)
+    return _run_night(config, config.gallery, confirmation or NightConfirmation(), on_progress, on_embed)
 
 
 @record_calls("nightly")
-def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embed: OnEmbed) -> NightSummary:
+def _run_night(
+    config: NightlyConfig, gallery: str, confirmation: NightConfirmation, on_progress: OnLine, on_embed: OnEmbed
+) -> NightSummary:
     with hold_lease(storage.join(gallery, RUNS), "nightly job", on_progress):
-        night = _Night(config, NightSummary(gallery), on_progress)
+        guard = NightGuard(gallery, confirmation.images, confirmation.clock_date)
+        night = _Night(config, NightSummary(gallery), guard, on_progress)
         attach_summary(night.summary)
+        night.check_clock()
         # Each step reads the table anew, and so sees what the steps before it committed.
         night.finish_erasures()
         for source in config.source:
@@ -114,10 +140,12 @@ def _run_night(config: NightlyConfig, gallery: str, on_progress: OnLine, on_embe
 class _Night:
     """The steps of a night. Each can be repeated, and then does what is left of its work."""
 
-    def __init__(self, config: NightlyConfig, summary: NightSummary, on_progress: OnLine):
+    def __init__(self, config: NightlyConfig, summary: NightSummary, guard: NightGuard, on_progress: OnLine):
         self.config = config
         self.summary = summary
         self.gallery = config.gallery
+        self.guard = guard
+        self.clock_problem = ""
         self._on_progress = on_progress
 
     @contextmanager
@@ -147,12 +175,21 @@ class _Night:
         if erased.foreign:
             self.summary.failures.append(describe_foreign(erased.foreign))
 
+    def check_clock(self) -> None:
+        """Note if the clock is wrong. Images with a retention are then neither embedded nor erased for their age."""
+        if any(is_dated(source) for source in self.config.source) and Gallery.exists(self.gallery):
+            self.clock_problem = self.guard.check_clock()
+        if self.clock_problem:
+            self.summary.failures.append(f"no image with a retention was embedded or erased: {self.clock_problem}")
+
     def embed_source(self, source: NightSource, on_embed: OnEmbed) -> None:
         """Embed new and changed images of a source, and mark those it no longer lists.
 
         A source that cannot be listed is noted as a failure, and the night continues without it.
         """
         name = source.title
+        if is_dated(source) and self.clock_problem:
+            return
         with self._measure("embed", name):
             try:
                 # A source that cannot be opened is a failure in any case; one without images may not be.
@@ -218,22 +255,37 @@ class _Night:
     def erase_images(self) -> None:
         """Erase images past their retention, and those missing from a source whose policy is erase."""
         with self._measure("erase"):
+            for planned in plan_erasures(self.config, Gallery(self.gallery)):
+                if planned.selection.older_than_days is None or not self.clock_problem:
+                    self._erase_planned(planned)
+
+    def _erase_planned(self, planned: PlannedErasure) -> None:
+        """Erase images for one reason, unless they are more than a night may erase."""
+        selection = planned.selection
+        limit = self.guard.get_limit(planned)
+        try:
             # Only images that are missing from their source may be embedded again when it lists them.
-            for name, selection in list_erasures(self.config, Gallery(self.gallery)):
-                erased = erase.run(
-                    selection,
-                    self.gallery,
-                    may_return=selection.missing,
-                    wait=False,
-                    progress=self._on_progress,
-                )
-                if erased.images or erased.receipts:
-                    self.summary.add_step(f"erase {name}", erased)
-                self._note_foreign(erased)
-                if not erased.complete:
-                    self.summary.problems.append(
-                        f"the erasure {erased.request} ({name}) is recorded, and not complete: another run is writing"
-                    )
+            erased = erase.run(
+                selection,
+                self.gallery,
+                may_return=selection.missing,
+                wait=False,
+                limit=limit,
+                progress=self._on_progress,
+            )
+        except ErasureLimitError as error:
+            self.summary.failures.append(f"{planned.name}: {error}")
+            return
+        if erased.images:
+            self.guard.note_erasure(planned, erased.rows)
+        if erased.images or erased.receipts:
+            self.summary.add_step(f"erase {planned.name}", erased)
+        self.summary.failures += [f"{planned.name}: {doubt}" for doubt in erased.doubts]
+        self._note_foreign(erased)
+        if not erased.complete:
+            self.summary.problems.append(
+                f"the erasure {erased.request} ({planned.name}) is recorded, and not complete: another run is writing"
+            )
 
     def find_copies(self) -> None:
         """Compare new images with all images."""
@@ -247,27 +299,6 @@ class _Night:
         """Join small files of the table into large ones, if there are enough of them."""
         with self._measure("compact"):
             self.summary.add_step("compact", compact.run(self.config.compact, self.gallery))
-
-
-def list_erasures(config: NightlyConfig, gallery: Gallery) -> list[tuple[str, Selection]]:
-    """List what a night erases, with a name for each selection.
-
-    Images past their retention do not come back. Missing ones may, if their source lists them again. A source that the
-    gallery does not know has no images.
-    """
-    register = SourceRegister.read(gallery)
-    erasures = []
-    for source in config.source:
-        known = register.find(locate_source(source.to_source()), source.name)
-        if known is None:
-            continue
-        # Another source may have the same name: only what lies at the place of this one is its own.
-        own = Selection(source=known.name, below=known.list_own_roots())
-        if source.retention_days is not None:
-            erasures.append((f"retention {known.name}", replace(own, older_than_days=source.retention_days)))
-        if source.missing == "erase":
-            erasures.append((f"missing {known.name}", replace(own, missing=True)))
-    return erasures
 
 
 def _explain_no_clusters(gallery: str) -> str:

@@ -1,9 +1,10 @@
 """Dry run of a night: only listings and the table are read, and nothing is written."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from facepipe.erasure import pending
+from facepipe.erasure.clock import read_clock
+from facepipe.erasure.limits import explain_excess
 from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.missing import MissingGuard
 from facepipe.gallery.commits.unlisted import ListingFigures
 from facepipe.gallery.maintenance.compact import plan_compaction
+from facepipe.gallery.sources import SourceRegister
 from facepipe.hashing import hash64
 from facepipe.moves.settle import SettledSource, settle_source
 from facepipe.sources import open_source
@@ -24,6 +28,7 @@ from facepipe.sources.item import WatchedSource
 from facepipe.types import Bool, UInt64
 from pipelines.job import count_indexed, load_known, open_gallery
 from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.nightly.guard import MISSING, RETENTION, NightGuard, plan_source_erasures
 from pipelines.runtime.listing import VERDICTS, count_listed
 
 _BATCH_ROWS = 65536
@@ -77,7 +82,7 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
         settled = settle_source(gallery, source.to_source())
         unlisted = _list_source(config, source, settled, gallery, preview)
         if gallery:
-            _count_missing_and_erased(gallery, source, settled, unlisted, preview)
+            _count_missing_and_erased(config, gallery, source, settled, unlisted, preview)
     if gallery:
         preview.steps["index"] = count_indexed(gallery)
         groups = plan_compaction(gallery, config.compact)
@@ -130,13 +135,22 @@ def _list_source(
 
 
 def _count_missing_and_erased(
-    gallery: Gallery, source: NightSource, settled: SettledSource, unlisted: _Unlisted, preview: NightPreview
+    config: NightlyConfig,
+    gallery: Gallery,
+    source: NightSource,
+    settled: SettledSource,
+    unlisted: _Unlisted,
+    preview: NightPreview,
 ) -> None:
     """Count the images that would be marked as missing, and those that would be erased for either reason."""
     marked = 0
-    erased = {reason: {"images": 0, "faces": 0} for reason in _list_reasons(source)}
-    # Without a retention the cutoff is now, but the reason `retention` is absent, so that it has no effect.
-    cutoff = pa.scalar(datetime.now(UTC) - timedelta(days=source.retention_days or 0), pa.timestamp("us", "UTC"))
+    register = SourceRegister.read(gallery)
+    reasons = {
+        planned.reason: planned for planned in plan_source_erasures(config, source, settled.rows.source, register)
+    }
+    erased = {reason: Counter[str](images=0, faces=0, rows=0) for reason in reasons}
+    doubted = 0
+    cutoffs = _find_cutoffs(gallery, source, preview)
     for rows in gallery.batches(list(_COLUMNS), ds.field("source") == settled.name, rows=_BATCH_ROWS):
         batch = rows.filter(pa.array(settled.rows.contains(rows)))
         # One row per image, and one row per face.
@@ -150,25 +164,44 @@ def _count_missing_and_erased(
         marked += int((is_new & is_image).sum())
 
         # Images past their time are erased for that reason, even if they are missing as well.
-        is_old = _to_mask(pc.less(batch["ingested_at"], cutoff)) & ("retention" in erased)
+        is_old = _to_mask(pc.less(batch["ingested_at"], cutoffs.believed)) & (RETENTION in erased)
         is_missing = (is_new | (is_unlisted & was_missing)) & ~is_old
-        for reason, mask in (("retention", is_old), ("missing", is_missing)):
+        for reason, mask in ((RETENTION, is_old), (MISSING, is_missing)):
             if reason in erased:
-                erased[reason]["images"] += int((mask & is_image).sum())
-                erased[reason]["faces"] += int((mask & is_face).sum())
+                masks = {"images": mask & is_image, "faces": mask & is_face, "rows": mask}
+                erased[reason].update({name: int(chosen.sum()) for name, chosen in masks.items()})
+        doubted += int((_to_mask(pc.less(batch["ingested_at"], cutoffs.claimed)) & ~is_old & is_image).sum())
     preview.steps.setdefault(f"embed {settled.name}", {})["missing"] = marked
-    for reason, counts in erased.items():
-        preview.steps[f"erase {reason} {settled.name}"] = counts
+    if doubted:
+        preview.failures.append(f"{settled.name}: {doubted} images would stay, because the clock may be wrong")
+    guard = NightGuard(gallery.path)
+    for reason, planned in reasons.items():
+        counts = erased[reason]
+        excess = explain_excess(gallery, counts["images"], counts["rows"], guard.get_limit(planned))
+        if excess:
+            preview.failures.append(f"{planned.name}: {excess}")
+            counts.clear()
+        preview.steps[f"erase {planned.name}"] = {"images": counts["images"], "faces": counts["faces"]}
 
 
-def _list_reasons(source: NightSource) -> list[str]:
-    """Return why images of a source may be erased."""
-    reasons = []
-    if source.retention_days is not None:
-        reasons.append("retention")
-    if source.missing == "erase":
-        reasons.append("missing")
-    return reasons
+@dataclass(frozen=True)
+class _Cutoffs:
+    """Times before which images are past their retention: by this machine's clock, and as far as it is believed."""
+
+    claimed: pa.Scalar
+    believed: pa.Scalar
+
+
+def _find_cutoffs(gallery: Gallery, source: NightSource, preview: NightPreview) -> _Cutoffs:
+    """Find the times before which images are past their retention, and note what speaks against the clock."""
+    kind = pa.timestamp("us", "UTC")
+    if source.retention_days is None:
+        return _Cutoffs(pa.scalar(None, kind), pa.scalar(None, kind))
+    clock = read_clock(gallery, ignored_until=NightGuard(gallery.path).ignored_until, writes=False)
+    if clock.problem:
+        preview.failures.append(f"no image with a retention would be embedded or erased: {clock.problem}")
+    claimed = clock.claimed - timedelta(days=source.retention_days)
+    return _Cutoffs(pa.scalar(claimed, kind), pa.scalar(clock.find_time_before(source.retention_days), kind))
 
 
 def _is_among(uris: pa.Array, hashes: UInt64 | None) -> Bool:

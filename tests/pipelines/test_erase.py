@@ -34,6 +34,7 @@ from facepipe import storage
 from facepipe.config import build
 from facepipe.erasure import pending, receipt
 from facepipe.erasure import steps as steps_module
+from facepipe.erasure.limits import ErasureLimit
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.selection import Selection, select_images
@@ -459,7 +460,7 @@ def test_without_index_and_reports(tmp_path: Path) -> None:
     summary = erase.run(Selection(identities=(name_of(2),)), gallery.path)
     sound(gallery, traces, stay, summary.receipts)
     assert not os.path.exists(Path(gallery.path, "reports"))
-    everyone = erase.run(Selection(source="corpus"), gallery.path)
+    everyone = erase.run(Selection(source="corpus"), gallery.path, limit=ErasureLimit(1.0))
     assert (everyone.images, table_rows(gallery)) == (len(stay), [])
 
 
@@ -835,7 +836,7 @@ def test_those_that_may_return_do(embedded: tuple[Path, str], fakes: dict[str, A
 
 def test_copies_stay_where_a_place_or_an_age_was_meant(embedded: tuple[Path, str]) -> None:
     source, path = embedded
-    summary = erase.run(Selection(uri=f"{source}/person1/*"), path)
+    summary = erase.run(Selection(uri=f"{source}/person1/*"), path, limit=ErasureLimit(0.5))
     assert summary.images == 20
     assert str(source / "person2" / "copy.png") in {row["uri"] for row in table_rows(Gallery(path))}
     assert receipt.load_receipt(summary.receipts[0]).hashes["images"] == []

@@ -7,7 +7,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from helpers import embed, rows, same_faces
 
 from facepipe import storage
 from facepipe.config import build
+from facepipe.erasure import clock as erasure_clock
 from facepipe.erasure import selection
 from facepipe.errors import ConfigError, GalleryBusyError, SourceError
 from facepipe.gallery import Gallery
@@ -35,7 +36,6 @@ from facepipe.storage.store import open_store
 from pipelines import erase, index
 from pipelines.embed import pipeline as embed_pipeline
 from pipelines.nightly import pipeline as nightly
-from pipelines.nightly import preview as nightly_preview
 from pipelines.nightly import run
 from pipelines.nightly.config import NightlyConfig
 from pipelines.nightly.pipeline import NightSummary
@@ -200,8 +200,9 @@ class Clock:
             def now(cls, tz: Any = None) -> datetime:
                 return datetime.now(tz) + timedelta(days=clock.day)
 
-        for module in (parts, missing, moved_images, selection, embed_pipeline, nightly_preview):
+        for module in (parts, missing, moved_images, selection, embed_pipeline):
             monkeypatch.setattr(module, "datetime", Now)
+        monkeypatch.setattr(erasure_clock, "read_store_time", lambda gallery: Now.now(UTC))
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def config(fakes: Tree) -> Callable[..., NightlyConfig]:
             "gallery": str(gallery),
             "source": world.list_sources(),
             "graph": {"threshold": 0.3},
-            "night": {"missing_at_most": 0.9, "clusters": "make"},
+            "night": {"missing_at_most": 0.9, "retention_at_most": 1.0, "clusters": "make"},
             "compact": {"fewest": 5},
         }
         return build(NightlyConfig, fakes, base, layers)

@@ -1,0 +1,140 @@
+"""Limits on how much one erasure may delete without somebody confirming the number of images.
+
+A pattern that matches too much, a source that is not mounted, a retention that lacks a digit, and a wrong clock all
+look like orders to delete everything. Nothing brings the rows back. So a large share needs a number that only somebody
+who has seen it can give.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+import pyarrow.dataset as ds
+
+from facepipe.erasure.selection import SelectedImages, Selection, read_time
+from facepipe.errors import ErasureLimitError
+from facepipe.gallery import Gallery
+from facepipe.gallery.changes import PartialGallery
+
+CONFIRM_OPTION = "--yes-erase"
+"""The option that confirms a number of images, for messages."""
+
+# Largest shares of a gallery's rows: if people or images are named, and if a rule or a pattern selects.
+_NAMED_SHARE = 0.5
+_RULE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class RecentErasures:
+    """What earlier erasures of the same kind have deleted lately.
+
+    Attributes:
+        rows: Rows that were deleted.
+        total: Rows there were before that.
+        share: Largest share of them that may be deleted with this erasure included.
+    """
+
+    rows: int
+    total: int
+    share: float
+
+
+@dataclass(frozen=True)
+class ErasureLimit:
+    """How much an erasure may delete.
+
+    Attributes:
+        share: Largest share of the rows.
+        source: Name of the corpus whose rows the share is of; by default all rows of the gallery.
+        below: Where all rows of the corpus lie, if other ones have its name.
+        confirmed: Numbers of images that somebody has confirmed: an erasure of exactly so many is not refused.
+        setting: What sets the share, for the message; empty for the default.
+        recent: What was erased lately; None if that does not count.
+        ignored_until: Times in the gallery between now and then are known to be wrong, when ages are judged.
+    """
+
+    share: float
+    source: str | None = None
+    below: tuple[str, ...] = ()
+    confirmed: tuple[int, ...] = ()
+    setting: str = ""
+    recent: RecentErasures | None = None
+    ignored_until: datetime | None = None
+
+
+def choose_limit(selection: Selection, confirmed: Collection[int] = ()) -> ErasureLimit:
+    """Choose the limit of an erasure that a person orders.
+
+    Args:
+        selection: the conditions.
+        confirmed: numbers of images that the person has confirmed.
+    """
+    is_rule = selection.uri is not None or selection.older_than_days is not None or selection.missing
+    is_named = selection.is_personal or not is_rule
+    return ErasureLimit(_NAMED_SHARE if is_named else _RULE_SHARE, confirmed=tuple(confirmed))
+
+
+def explain_excess(gallery: Gallery, images: int, rows: int, limit: ErasureLimit) -> str:
+    """Explain why an erasure is refused; empty if it is not.
+
+    Args:
+        gallery: the gallery in the version in which the images were selected.
+        images: number of images.
+        rows: number of their rows.
+        limit: the limit.
+    """
+    if not images or images in limit.confirmed:
+        return ""
+    total = count_rows(gallery, limit.source, limit.below)
+    whole = "the gallery" if limit.source is None else f"the source {limit.source!r}"
+    recent = limit.recent
+    if rows > limit.share * total:
+        setting = f"{limit.setting} allows" if limit.setting else "may go without asking"
+        reason = f"{rows} of the {total} rows of {whole}, more than the {limit.share:.0%} that {setting}"
+    elif recent is not None and recent.rows + rows > recent.share * max(recent.total, total):
+        reason = (
+            f"{rows} of the {total} rows of {whole}, which with the {recent.rows} that were erased lately are "
+            f"more than {recent.share:.0%}"
+        )
+    else:
+        return ""
+    return (
+        f"{images} images would be erased: {reason}. None was erased. If that is right, add {CONFIRM_OPTION} {images}"
+    )
+
+
+def check_limit(gallery: Gallery, selected: SelectedImages, limit: ErasureLimit) -> None:
+    """Raise ErasureLimitError if an erasure deletes more than it may."""
+    excess = explain_excess(gallery, selected.images, selected.rows, limit)
+    if excess:
+        raise ErasureLimitError(excess)
+
+
+def count_rows(gallery: Gallery, source: str | None = None, below: tuple[str, ...] = ()) -> int:
+    """Count the rows of a gallery, or of one of its sources, by the log as far as that tells.
+
+    Args:
+        gallery: the gallery.
+        source: name of the corpus; all by default.
+        below: where all rows of the corpus lie, if other ones have its name.
+    """
+    if source is not None and below:
+        own = Selection(source=source, below=below).build_filter(read_time())
+        return sum(batch.num_rows for batch in gallery.batches(["source"], own, with_hidden=True))
+    files = gallery.files()
+    if source is None:
+        return sum(file["num_records"] for file in files)
+    # Files of a run hold one source. Compacted ones may hold several, and only these are read.
+    count = 0
+    mixed = []
+    for file in files:
+        low = file.get("min.source")
+        high = file.get("max.source")
+        if low is not None and low == high:
+            count += file["num_records"] if low == source else 0
+        elif low is None or low <= source <= (high or source):
+            mixed.append(file["path"])
+    if mixed:
+        batches = PartialGallery(gallery, mixed).batches(["source"], ds.field("source") == source)
+        count += sum(batch.num_rows for batch in batches)
+    return count
