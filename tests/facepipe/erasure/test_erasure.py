@@ -3,6 +3,7 @@
 import csv
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import compute as pc
 
 from facepipe import storage
@@ -22,6 +25,7 @@ from facepipe.arrow import pack_arrays
 from facepipe.curation.report_folders import MARKER, prepare_folder
 from facepipe.erasure import pending
 from facepipe.erasure.erased_data import ErasedData, find_role
+from facepipe.erasure.foreign import iterate_chunks
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_report, scrub_reports
@@ -686,3 +690,32 @@ def test_nothing_of_many_is_slow(tmp_path: Path) -> None:
     assert scrub(clusters, erased) == {"faces.parquet"}
     assert scrub(copies, erased) == {"keep.txt"}
     assert pq.read_metadata(clusters / "faces.parquet").num_rows == 50_000 - 2
+
+
+# ------------------------------------------------------------------ files of somebody else
+
+WORDS = re.compile(rb"[^\s\"'<>,;\x00]+")
+
+
+@given(
+    before=st.binary(max_size=200),
+    after=st.binary(max_size=200),
+    size=st.integers(1, 64),
+    text=st.sampled_from([b"/a/one.jpg", b"/a/jane 1\n.jpg", "/a/é😀.jpg".encode()]),
+)
+def test_a_text_is_found_wherever_a_file_is_cut(before: bytes, after: bytes, size: int, text: bytes) -> None:
+    """Chunks of any size: a text of one or several words is whole in one of them, and no half word is taken for one."""
+    data = before + b" " + text + b" " + after
+    chunks = list(iterate_chunks(io.BytesIO(data), size, len(text)))
+    assert any(text in chunk for chunk in chunks)
+    words = set(WORDS.findall(data))
+    for chunk in chunks:
+        assert words.issuperset(WORDS.findall(chunk))
+
+
+def test_half_a_word_is_not_a_word() -> None:
+    """The beginning of a long name is not that of a shorter one."""
+    data = b"x /data/p1.jpg.bak /data/p1.jpg"
+    for size in range(1, len(data) + 1):
+        words = [word for chunk in iterate_chunks(io.BytesIO(data), size, 0) for word in chunk.split()]
+        assert set(words) == {b"x", b"/data/p1.jpg.bak", b"/data/p1.jpg"}
