@@ -20,6 +20,8 @@ NEVER_STORED = (UNCHANGED, TOUCHED, ERASED, REPLACED, MOVED)
 
 # Of these images it is not known whether they hold a face.
 FAILED = (READ_ERROR, DECODE_ERROR, TOO_LARGE, CRASHED, REPLACED)
+# Statuses of images that were read, and of which no face can be had.
+DAMAGED = (DECODE_ERROR, TOO_LARGE, CRASHED)
 
 EMBEDDING_DIM = 128
 

@@ -13,6 +13,7 @@ from deltalake.exceptions import DeltaError
 from facepipe import storage
 from facepipe.errors import GalleryBusyError, StorageError
 from facepipe.gallery.commits import log
+from facepipe.gallery.commits.damaged import keep_good_rows
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.rewrite import Action, make_add_action, rewrite_files
 from facepipe.gallery.commits.row_changes import RowChanges
@@ -78,8 +79,10 @@ class Committer:
             self._commit_records(self.screen(records), metadata, make_more)
 
     def _commit_records(
-        self, records: list[PartRecord], metadata: dict[str, Any], make_more: Callable[[], list[Action]] | None
+        self, finished: list[PartRecord], metadata: dict[str, Any], make_more: Callable[[], list[Action]] | None
     ) -> None:
+        has_damaged = any(record.damaged for record in finished)
+        records = keep_good_rows(Gallery(self.gallery.path), finished) if has_damaged else finished
         # Collect new files, new fingerprints, new labels, and images whose older rows have to go.
         parts = [record for record in records if record.path]
         changes = RowChanges(

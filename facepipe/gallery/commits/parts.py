@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.hashing import compute_image_id
-from facepipe.schema import FACES, MOVED, NEVER_STORED, OK, REPLACED, TOUCHED, conform
+from facepipe.schema import DAMAGED, FACES, MOVED, NEVER_STORED, OK, REPLACED, TOUCHED, conform
 
 # Line separators that JSON allows in a text.
 _SEPARATORS = "\x85\u2028\u2029"
@@ -44,6 +44,7 @@ class PartRecord:
         size: Bytes of the file.
         stats: Statistics of the file for the log, as JSON.
         replaced: Uris whose older rows have to go.
+        damaged: Those among them that could be read and not decoded.
         touched: New fingerprints by uri.
         relabelled: New labels by uri; null for none.
         moved: Images that may have moved: their new values of the columns MOVED_COLUMNS, column by column.
@@ -68,6 +69,7 @@ class PartRecord:
     size: int = 0
     stats: str = ""
     replaced: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     touched: dict[str, str | None] = field(default_factory=dict)
     relabelled: dict[str, str | None] = field(default_factory=dict)
     moved: dict[str, list[str | None]] = field(default_factory=dict)
@@ -126,6 +128,8 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     # Of the images that were known, those that still have rows replace their older ones.
     known_uris = items.filter(pc.is_valid(items["previous"]))["uri"].to_pylist()
     record.replaced = sorted(set(known_uris) & set(table["uri"].to_pylist())) if known_uris else []
+    is_damaged = pc.is_in(first_rows["status"], pa.array(DAMAGED))
+    record.damaged = sorted(set(known_uris) & set(first_rows.filter(is_damaged)["uri"].to_pylist()))
     # The name holds the content's hash, so it is encoded before it is named.
     if table.num_rows:
         rows = conform(table)
