@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from facepipe.config import build
 from facepipe.erasure import pending, takeup
+from facepipe.erasure.limits import ErasureLimit
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import load_receipt
 from facepipe.erasure.selection import Selection
@@ -41,6 +42,8 @@ FAKES = {
     "run": {"runner": "inline", "block_smallest": 2, "block_largest": 4, "commit_seconds": 0.0},
     "source": {"identity": "folder", "name": "corpus"},
 }
+# These galleries are so small that most selections are a large share of them.
+EVERYTHING = ErasureLimit(1.0)
 SELECTIONS = {
     "person": Selection(identities=("b",)),
     "pattern": Selection(uri="*/a/*"),
@@ -86,7 +89,7 @@ def wholes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     left = {}
     for name, selection in SELECTIONS.items():
         shutil.copytree(folder / "g", folder / name)
-        erase.run(selection, str(folder / name))
+        erase.run(selection, str(folder / name), limit=EVERYTHING)
         left[name] = rows(folder / name)
     return left
 
@@ -128,7 +131,7 @@ def test_a_request_at_any_moment_is_an_erasure_after_the_run(
 ) -> None:
     gallery = str(tmp_path_factory.mktemp("g") / "g")
     selection = SELECTIONS[name]
-    at = AtRecord(moment, lambda: erase.run(selection, gallery, wait=False))
+    at = AtRecord(moment, lambda: erase.run(selection, gallery, wait=False, limit=EVERYTHING))
     config = build(EmbedConfig, FAKES, {"source": {"uri": str(corpus)}, "run": {"commit_seconds": commits}})
     run(config, gallery, at)
     assert at.count >= 6
@@ -149,7 +152,7 @@ def test_a_run_completes_a_request_while_it_goes_on(
         index.run(index.IndexConfig(), gallery)
         opened.append(Gallery(gallery))
         opened.append(Index(gallery))
-        summary = erase.run(SELECTIONS["person"], gallery)
+        summary = erase.run(SELECTIONS["person"], gallery, limit=EVERYTHING)
         assert summary.complete
         # Its files are deleted, so it cannot be read any more.
         with pytest.raises(StorageError):
@@ -173,7 +176,7 @@ def test_requests_of_several_kinds_at_once(corpus: Path, wholes: dict[str, Rows]
 
     def ask() -> None:
         for selection in (SELECTIONS["pattern"], Selection(identities=("c",)), SELECTIONS["person"]):
-            erase.run(selection, gallery, wait=False)
+            erase.run(selection, gallery, wait=False, limit=EVERYTHING)
 
     embed(corpus, gallery, AtRecord(6, ask))
     is_sound(gallery, [])
@@ -181,7 +184,7 @@ def test_requests_of_several_kinds_at_once(corpus: Path, wholes: dict[str, Rows]
 
 def test_images_that_may_return_do_so_with_the_next_run(corpus: Path, wholes: dict[str, Rows], tmp_path: Path) -> None:
     gallery = str(tmp_path / "g")
-    at = AtRecord(6, lambda: erase.run(SELECTIONS["person"], gallery, may_return=True, wait=False))
+    at = AtRecord(6, lambda: erase.run(SELECTIONS["person"], gallery, may_return=True, wait=False, limit=EVERYTHING))
     embed(corpus, gallery, at)
     assert at.result.images
     is_sound(gallery, wholes["person"])
@@ -200,7 +203,7 @@ def test_readers_that_are_open_follow(corpus: Path, wholes: dict[str, Rows], tmp
     labels = searcher.get_labels(ids)["identity"].to_pylist()
     assert set(labels) == {"b"}
     with hold_lease(gallery):
-        summary = erase.run(SELECTIONS["person"], gallery, wait=False)
+        summary = erase.run(SELECTIONS["person"], gallery, wait=False, limit=EVERYTHING)
         assert not summary.complete
         assert len(table.vectors("identity = 'b'")[0]) == 0
         assert table.dataset().to_table(filter=None).num_rows == len(wholes["person"])
@@ -228,7 +231,7 @@ def test_an_index_that_was_asked_nothing_meanwhile_follows_too(
         searcher = Index(gallery, merge=merge)
         searcher.search(vectors)
         if not merge:
-            erase.run(SELECTIONS["person"], gallery)
+            erase.run(SELECTIONS["person"], gallery, limit=EVERYTHING)
         found = searcher.search(vectors, k=30).ids
         assert not set(ids.tolist()) & set(found.ravel().tolist())
         assert not searcher.get_vectors(ids).any()
@@ -246,7 +249,7 @@ def test_an_index_run_that_was_going_on_deletes_what_it_has_built(
     def build_shard(*args: Any) -> Any:
         entry = real(*args)
         if not asked:
-            asked.append(erase.run(SELECTIONS["person"], gallery, wait=False))
+            asked.append(erase.run(SELECTIONS["person"], gallery, wait=False, limit=EVERYTHING))
             assert not asked[0].complete
         return entry
 
@@ -267,7 +270,7 @@ def test_compaction_takes_requests_up(
 
     def join(*args: Any) -> Any:
         if not asked:
-            asked.append(erase.run(SELECTIONS["person"], gallery, wait=False))
+            asked.append(erase.run(SELECTIONS["person"], gallery, wait=False, limit=EVERYTHING))
         return real(*args)
 
     monkeypatch.setattr(steps, "_join_group", join)
@@ -280,6 +283,7 @@ import json, os, signal, sys
 from facepipe import storage
 from facepipe.config import build
 from facepipe.erasure import takeup
+from facepipe.erasure.limits import ErasureLimit
 from facepipe.erasure.selection import Selection
 from pipelines import erase
 from pipelines.embed import EmbedConfig, pipeline
@@ -304,7 +308,7 @@ def ask(summary):
     blocks += 1
     if blocks == 6:
         is_armed = True
-        erase.run(Selection(identities=("b",)), path, wait=False)
+        erase.run(Selection(identities=("b",)), path, wait=False, limit=ErasureLimit(1.0))
 for path, at in zip(sys.argv[2::2], map(int, sys.argv[3::2])):
     if os.fork() == 0:
         pipeline.run(build(EmbedConfig, settings), path, ask)
@@ -337,5 +341,5 @@ def test_killed_in_any_place_the_next_run_goes_on(corpus: Path, wholes: dict[str
         assert not pending.read_unfinished(str(copy))
         embed(corpus, copy)
         # What a run that was killed had not embedded yet came with this one: it was not there when it was requested.
-        erase.run(SELECTIONS["person"], str(copy))
+        erase.run(SELECTIONS["person"], str(copy), limit=EVERYTHING)
         is_sound(copy, wholes["person"])
