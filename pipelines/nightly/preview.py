@@ -20,7 +20,6 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.commits.missing import MissingGuard
 from facepipe.gallery.commits.unlisted import ListingFigures
 from facepipe.gallery.maintenance.compact import plan_compaction
-from facepipe.gallery.sources import SourceRegister
 from facepipe.hashing import hash64
 from facepipe.moves.settle import SettledSource, settle_source
 from facepipe.sources import open_source
@@ -144,10 +143,8 @@ def _count_missing_and_erased(
 ) -> None:
     """Count the images that would be marked as missing, and those that would be erased for either reason."""
     marked = 0
-    register = SourceRegister.read(gallery)
-    reasons = {
-        planned.reason: planned for planned in plan_source_erasures(config, source, settled.rows.source, register)
-    }
+    planned_erasures = plan_source_erasures(config, source, settled.rows.source, settled.register)
+    reasons = {planned.reason: planned for planned in planned_erasures}
     erased = {reason: Counter[str](images=0, faces=0, rows=0) for reason in reasons}
     doubted = 0
     cutoffs = _find_cutoffs(gallery, source, preview)

@@ -719,3 +719,18 @@ def test_half_a_word_is_not_a_word() -> None:
     for size in range(1, len(data) + 1):
         words = [word for chunk in iterate_chunks(io.BytesIO(data), size, 0) for word in chunk.split()]
         assert set(words) == {b"x", b"/data/p1.jpg.bak", b"/data/p1.jpg"}
+
+
+def test_progress_of_a_complete_erasure_leaves_nothing(tmp_path: Path) -> None:
+    """A run that completes it was faster, or a crash came between the deletion of the names and of the rest."""
+    path = str(tmp_path)
+    receipt = Receipt("20261101T000000-aaaaaa", "id", "2026", ["ids"], "0")
+    pending.save_progress(path, receipt, pending.REPORTS)
+    assert list((tmp_path / "erased").glob("*.state")) == []
+    for name in ("20261101T000000-bbbbbb.reports.state", "20261101T000000-bbbbbb.state", "notes.state"):
+        (tmp_path / "erased" / name).write_text("{}")
+    (tmp_path / "erased" / "20261101T000000-cccccc.pending").write_bytes(b"")
+    (tmp_path / "erased" / "20261101T000000-cccccc.rows.state").write_bytes(b"{}")
+    pending.delete_pending(path, receipt)
+    left = {file.name for file in (tmp_path / "erased").glob("*.state")}
+    assert left == {"notes.state", "20261101T000000-cccccc.rows.state"}

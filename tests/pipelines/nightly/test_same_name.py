@@ -25,11 +25,13 @@ def make_photos(folder: Path, numbers: range) -> Path:
     return folder
 
 
-def night(fakes: Settings, gallery: Path, *sources: Settings, at_most: float = 1.0) -> NightSummary:
+def night(
+    fakes: Settings, gallery: Path, *sources: Settings, at_most: float = 1.0, retention_at_most: float | None = 1.0
+) -> NightSummary:
     config = {
         "gallery": str(gallery),
         "source": [{"missing": "erase", **source} for source in sources],
-        "night": {"dedup": False, "clusters": "no", "missing_at_most": at_most},
+        "night": {"dedup": False, "clusters": "no", "missing_at_most": at_most, "retention_at_most": retention_at_most},
         "run": {"runner": "inline"},
     }
     return run(build(NightlyConfig, fakes, config))
@@ -114,6 +116,18 @@ def test_retention_takes_the_images_of_its_own_place(fakes: Settings, tmp_path: 
     summary = night(fakes, g, {"uri": str(one), "name": "photos", "retention_days": 1e-9})
     assert summary.steps["erase retention photos"]["images"] == 6
     assert len(names(g, "b")) == 3
+
+
+def test_the_limit_is_of_its_own_place(fakes: Settings, tmp_path: Path) -> None:
+    """A small source is not emptied because a large one has its name."""
+    one, two = make_photos(tmp_path / "a" / "photos", range(3)), make_photos(tmp_path / "b" / "photos", range(20, 60))
+    g = tmp_path / "g"
+    small = {"uri": str(one), "name": "photos", "retention_days": 1e-9}
+    night(fakes, g, {"uri": str(one), "name": "photos"})
+    night(fakes, g, {"uri": str(two), "name": "photos"})
+    summary = night(fakes, g, small, retention_at_most=0.1)
+    assert "3 of the 3 rows of the source 'photos'" in summary.failures[0]
+    assert len(names(g, "a")) == 3
 
 
 def test_an_absent_source_does_not_stop_the_night(fakes: Settings, tmp_path: Path) -> None:
