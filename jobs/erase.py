@@ -13,6 +13,9 @@ Texts = Optional[list[str]]  # noqa: UP045
 
 def erase(
     gallery: GalleryPath,
+    more_receipts: Annotated[
+        Texts, typer.Argument(metavar="RECEIPT", help="Further receipts, after --receipt.", show_default=False)
+    ] = None,
     image: Annotated[
         Texts, typer.Option("--image", metavar="URI", help="Single image, by uri or image id; repeatable.")
     ] = None,
@@ -33,6 +36,14 @@ def erase(
         typer.Option("--ids", metavar="FILE", help="File of face ids and image ids, one per line."),
     ] = None,
     missing: Annotated[bool, typer.Option("--missing", help="Images that their source no longer lists.")] = False,
+    receipt: Annotated[
+        Texts,
+        typer.Option(
+            "--receipt",
+            metavar="RECEIPT",
+            help="Receipt of an erasure to repeat, or a folder of receipts; repeatable.",
+        ),
+    ] = None,
     may_return: Annotated[
         bool, typer.Option("--may-return", help="Permission for a later embed to add the images again.")
     ] = False,
@@ -54,6 +65,9 @@ def erase(
     skips them, unless --may-return is set. The receipt contains no names; `facepipe verify GALLERY --erased RECEIPT`
     looks for what may be left.
 
+    With --receipt, erasures are repeated in a gallery that was restored from a backup, or in another copy of it: the
+    images are recognised by the receipts' hashes.
+
     If a job is running, the erasure is recorded, and no reader returns the images from then on. The job deletes them
     while it goes on.
 
@@ -62,10 +76,13 @@ def erase(
         facepipe erase gallery/ --identity "Jane Doe" --dry-run
 
         facepipe erase gallery/ --source cctv --older-than 30
+
+        facepipe erase restored/ --receipt saved/erased/
     """
     with exit_on_error("the next erase, or the nightly job, finishes what this one began"):
         from facepipe.erasure.foreign import describe_foreign
-        from facepipe.erasure.limits import choose_limit
+        from facepipe.erasure.limits import choose_limit, choose_repeat_limit
+        from facepipe.erasure.repeat import read_receipts
         from facepipe.erasure.selection import Selection, read_ids
         from facepipe.erasure.trainings import describe_chips
         from facepipe.errors import ConfigError
@@ -83,10 +100,23 @@ def erase(
             missing=missing,
         )
         limit = choose_limit(selection, yes_erase or ())
+        if more_receipts and not receipt:
+            raise ConfigError(f"unexpected argument {more_receipts[0]!r}: receipts follow --receipt")
         if resume:
-            if selection.list_conditions() or dry_run:
+            if selection.list_conditions() or receipt or dry_run:
                 raise ConfigError("--resume completes what is recorded: give it without conditions and --dry-run")
             summary = erase_pipeline.resume(gallery, wait=not no_wait, progress=on_progress)
+        elif receipt:
+            if selection.list_conditions() or may_return:
+                raise ConfigError("--receipt repeats what a receipt says: give it without conditions and --may-return")
+            summary = erase_pipeline.repeat(
+                read_receipts([*receipt, *(more_receipts or ())]),
+                gallery,
+                dry_run=dry_run,
+                wait=not no_wait,
+                limit=choose_repeat_limit(yes_erase or ()),
+                progress=on_progress,
+            )
         else:
             summary = erase_pipeline.run(
                 selection,
@@ -117,6 +147,8 @@ def _print_summary(gallery: str, summary: Any) -> None:
     # Print the counts, then the receipts, also those of interrupted erasures that were completed first.
     rows = [(name, getattr(summary, name)) for name in ("images", "faces", "rows")]
     print_table(f"{title} {gallery}", ("", "count"), rows)
+    if summary.unknown:
+        print(f"{summary.unknown} images of the receipts are not in this gallery, and are kept out of it")
     for path in summary.receipts:
         print(f"receipt: {path}")
     for path in summary.trained:

@@ -1,7 +1,7 @@
 """erase: delete images from a gallery, in steps that a crash cannot leave half done, and write a receipt."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zipfile import BadZipFile
 
@@ -10,13 +10,14 @@ import numpy as np
 from facepipe import storage
 from facepipe.erasure import pending, steps
 from facepipe.erasure.clock import select_erasable
-from facepipe.erasure.limits import ErasureLimit, check_limit, choose_limit, explain_excess
+from facepipe.erasure.limits import ErasureLimit, check_limit, choose_limit, choose_repeat_limit, explain_excess
 from facepipe.erasure.pending import PendingErasure
-from facepipe.erasure.receipt import get_receipt_path, load_receipt
+from facepipe.erasure.receipt import Receipt, get_receipt_path, load_receipt
+from facepipe.erasure.repeat import RepeatedErasure, keep_out, select_repeated
 from facepipe.erasure.requests import find_indexed_faces, record_request
 from facepipe.erasure.selection import Selection, read_time
 from facepipe.erasure.trainings import find_left_faces, list_trainings
-from facepipe.errors import FacepipeError, GalleryBusyError, StorageError
+from facepipe.errors import ErasureLimitError, FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
 from facepipe.storage.lease import is_held
 from pipelines.cluster import assign as cluster_assign
@@ -46,6 +47,7 @@ class EraseSummary:
         chips: files of training chips that hold erased faces, in folders that trainings on the gallery have recorded.
         trained: folders' lists of faces that a model was trained on, if erased ones are among them.
         left_foreign: number of such files that were found when another run completed the erasure.
+        unknown: images of repeated receipts that the gallery does not hold. They are kept out.
         seconds: wall clock by step.
     """
 
@@ -62,6 +64,7 @@ class EraseSummary:
     chips: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     left_foreign: int = 0
+    unknown: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -138,6 +141,101 @@ def _erase(
         _note_completion(gallery, erasure, summary)
         _look_at_trainings(gallery, erasure, summary, progress)
     return summary
+
+
+def repeat(
+    receipts: Sequence[Receipt],
+    gallery: str,
+    *,
+    dry_run: bool = False,
+    wait: bool = True,
+    limit: ErasureLimit | None = None,
+    progress: Progress = lambda line: None,
+) -> EraseSummary:
+    """Repeat erasures by their receipts: in a gallery restored from a backup, or in another copy of it.
+
+    Images of the receipts that the gallery does not hold are kept out of it.
+
+    Args:
+        receipts: the receipts, as `facepipe.erasure.repeat.read_receipts` returns them.
+        gallery: folder or URL of the gallery.
+        dry_run: count only, and write nothing.
+        wait: return only when everything is deleted.
+        limit: how much may be erased; by default what `choose_repeat_limit` says.
+        progress: called with a line per step.
+
+    Raises:
+        ConfigError: a receipt needs a key that is not set.
+        ErasureLimitError: more images are meant than may be erased without asking.
+    """
+    table = Gallery(gallery)
+    limit = limit or choose_repeat_limit()
+    if not dry_run:
+        return _repeat(receipts, table.path, limit, wait, progress)
+    summary = EraseSummary(dry_run=True)
+    _count_repeated(summary, select_repeated(table, receipts))
+    summary.refusal = explain_excess(table, summary.images, summary.rows, limit)
+    return summary
+
+
+@record_calls("erase")
+def _repeat(
+    receipts: Sequence[Receipt], gallery: str, limit: ErasureLimit, wait: bool, progress: Progress
+) -> EraseSummary:
+    summary = EraseSummary()
+    attach_summary(summary)
+    began = time.monotonic()
+    pending.restore_list(gallery)
+    suppressed.migrate_lists(gallery)
+    table = Gallery(gallery)
+    repeated = select_repeated(table, receipts)
+    _count_repeated(summary, repeated)
+    excess = explain_excess(table, summary.images, summary.rows, limit)
+    if excess:
+        raise ErasureLimitError(excess)
+    erasures = []
+    for erasure in repeated:
+        if erasure.is_suppressed:
+            summary.doubts += _keep_out(gallery, erasure)
+        # A run that is going on may have blocks of such images that it has not committed yet.
+        if erasure.selected.images or is_held(gallery):
+            erasures.append(
+                record_request(
+                    table,
+                    None,
+                    erasure.selected,
+                    requested=read_time(),
+                    may_return=not erasure.is_suppressed,
+                    repeats=[receipt.id for receipt in erasure.receipts],
+                )
+            )
+            find_indexed_faces(gallery, erasures[-1])
+    progress(f"{summary.images} images, {summary.faces} faces: no search returns them any more")
+    summary.seconds["hide"] = round(time.monotonic() - began, 3)
+    _advance(gallery, summary, [erasure.id for erasure in erasures] if wait else [], progress)
+    for recorded in erasures:
+        _note_completion(gallery, recorded, summary)
+    return summary
+
+
+def _count_repeated(summary: EraseSummary, repeated: Sequence[RepeatedErasure]) -> None:
+    for erasure in repeated:
+        summary.images += erasure.selected.images
+        summary.faces += len(erasure.selected.faces)
+        summary.rows += erasure.selected.rows
+        summary.unknown += erasure.unknown
+
+
+def _keep_out(gallery: str, erasure: RepeatedErasure) -> list[str]:
+    """Keep out what the gallery does not hold, and say for which receipts that cannot be done."""
+    left = keep_out(gallery, erasure.receipts, erasure.selected)
+    if not left:
+        return []
+    names = ", ".join(receipt.id for receipt in left)
+    return [
+        f"images of the receipts {names} that this gallery does not hold can come in again, because an older version "
+        "wrote the receipts: copy ID.uris, ID.contents and salt from the erased/ folder of their gallery"
+    ]
 
 
 def list_unfinished(gallery: str) -> list[str]:

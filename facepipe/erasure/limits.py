@@ -74,6 +74,11 @@ def choose_limit(selection: Selection, confirmed: Collection[int] = ()) -> Erasu
     return ErasureLimit(_NAMED_SHARE if is_named else _RULE_SHARE, confirmed=tuple(confirmed))
 
 
+def choose_repeat_limit(confirmed: Collection[int] = ()) -> ErasureLimit:
+    """Choose the limit of erasures that a person repeats by their receipts."""
+    return ErasureLimit(_NAMED_SHARE, confirmed=tuple(confirmed))
+
+
 def explain_excess(gallery: Gallery, images: int, rows: int, limit: ErasureLimit) -> str:
     """Explain why an erasure is refused; empty if it is not.
 

@@ -18,12 +18,11 @@ from facepipe.erasure import pending
 from facepipe.erasure.chain import read_chain
 from facepipe.erasure.foreign import iterate_words
 from facepipe.erasure.lists import create_line_reader, iterate_csv_rows
-from facepipe.erasure.receipt import Receipt, get_receipt_path, parse_receipt
+from facepipe.erasure.receipt import Receipt, ReceiptHashes, get_receipt_path, parse_receipt
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.erasure_key import read_key
 from facepipe.gallery.maintenance.vacuum import find_foreign, find_unreferenced, list_log
-from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.shard import Shard
 from facepipe.reports.html import iterate_groups
@@ -38,14 +37,11 @@ from facepipe.text import restore_cell
 _BATCH_VALUES = 65536
 
 
-class _ReceiptHashes:
-    """The hashes of a receipt."""
+class _MentionCounter:
+    """Counts values that a receipt has."""
 
     def __init__(self, receipt: Receipt) -> None:
-        self._salt = receipt.get_hash_salt()
-        self._hashes = {
-            kind: np.array(sorted(int(text, 16) for text in texts), np.uint64) for kind, texts in receipt.hashes.items()
-        }
+        self._hashes = ReceiptHashes(receipt)
 
     def count_matches(self, values: Iterable[str], *kinds: str) -> int:
         """Count the values whose hash is in the receipt under one of the kinds."""
@@ -53,10 +49,10 @@ class _ReceiptHashes:
         count = 0
         # Hash a batch under the receipt's salt, and look the hashes up in the sorted arrays.
         while batch := list(islice(remaining, _BATCH_VALUES)):
-            hashes = np.array([hash64(self._salt, value) for value in batch], np.uint64)
+            hashes = self._hashes.hash_texts(batch)
             # A kind that the receipt lacks matches nothing.
             for kind in kinds:
-                count += int(np.isin(hashes, self._hashes.get(kind, hashes[:0])).sum())
+                count += int(self._hashes.contains(kind, hashes).sum())
         return count
 
     def count_in_column(self, field: pa.Field, column: pa.Array) -> int:
@@ -127,7 +123,7 @@ def check_erased(gallery: Gallery, receipt: Receipt, *, of_other_gallery: bool =
     if problems:
         return problems
     # Each check reads another place that held the data.
-    hashes = _ReceiptHashes(receipt)
+    hashes = _MentionCounter(receipt)
     problems = [
         *_check_rows(gallery, hashes),
         *_check_files(gallery, receipt, hashes),
@@ -159,7 +155,7 @@ def check_folder(folder: str, receipt: Receipt) -> list[str]:
     """
     if not storage.folder_exists(folder):
         raise StorageError(f"no folder at {folder!r}")
-    hashes = _ReceiptHashes(receipt)
+    hashes = _MentionCounter(receipt)
     problems = []
     for file in storage.list_files(folder):
         count = 0 if is_link(file.url) else _count_anywhere(file.url, hashes)
@@ -168,7 +164,7 @@ def check_folder(folder: str, receipt: Receipt) -> list[str]:
     return problems
 
 
-def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
+def _check_rows(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
     counts = {"uri": 0, "image_id": 0, "face_id": 0}
     try:
         # Count matches per column: a row may be found by one of them only.
@@ -183,7 +179,7 @@ def _check_rows(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
             yield f"the table: {count} rows by {column}"
 
 
-def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> Iterator[str]:
+def _check_files(gallery: Gallery, receipt: Receipt, hashes: _MentionCounter) -> Iterator[str]:
     """Check files beside the table: older ones hold what left it, and uncommitted ones may."""
     for file in find_unreferenced(gallery):
         # A file that the receipt names held erased rows; others are searched.
@@ -198,7 +194,7 @@ def _check_files(gallery: Gallery, receipt: Receipt, hashes: _ReceiptHashes) -> 
             yield f"faces/{part['path']}: should be deleted"
 
 
-def _check_log(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
+def _check_log(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
     """Check the table's log, which quotes the smallest and the largest uri and image id of every file."""
     for file in list_log(gallery):
         # Collect both bounds of both columns from every file that the entry adds.
@@ -225,7 +221,7 @@ def _read_statistics(path: str) -> Iterator[str | None]:
                 yield add.get("stats")
 
 
-def _check_vectors(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
+def _check_vectors(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
     base = storage.join(gallery.path, manifests.FOLDER).rstrip("/") + "/"
     listed: set[str] = set()
     # Shards of the index.
@@ -261,7 +257,7 @@ def _check_uploads(gallery: Gallery, receipt: Receipt) -> Iterator[str]:
             yield f"{upload.url}: an upload of it never ended, and its parts may hold erased data"
 
 
-def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
+def _check_reports(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
     base = storage.join(gallery.path, "reports").rstrip("/") + "/"
     # Each folder is one report; those in an object store are copied here first.
     names = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)}
@@ -285,7 +281,7 @@ def _check_reports(gallery: Gallery, hashes: _ReceiptHashes) -> Iterator[str]:
                 yield f"reports/{name}/{os.path.relpath(file.url, store.folder)}: {count} mentions"
 
 
-def _count_anywhere(path: str, hashes: _ReceiptHashes) -> int:
+def _count_anywhere(path: str, hashes: _MentionCounter) -> int:
     """Count erased uris and ids in a file that may be of somebody else, and of another kind than its name says."""
     count = 0
     try:
@@ -300,14 +296,14 @@ def _count_anywhere(path: str, hashes: _ReceiptHashes) -> int:
     return count or _count_words(path, hashes)
 
 
-def _count_words(path: str, hashes: _ReceiptHashes) -> int:
+def _count_words(path: str, hashes: _MentionCounter) -> int:
     """Count erased uris and ids among the words of a file of any kind."""
     with storage.open_seekable(path) as file:
         words = (word for chunk in iterate_words(file) for word in chunk)
         return hashes.count_matches(words, "uris", "images", "faces")
 
 
-def _count_mentions(path: str, hashes: _ReceiptHashes) -> int:
+def _count_mentions(path: str, hashes: _MentionCounter) -> int:
     """Count erased uris and ids in a file; files of unknown kinds count as none."""
     # The ending tells how a file is read.
     if path.endswith(".parquet"):
@@ -328,7 +324,7 @@ def _count_mentions(path: str, hashes: _ReceiptHashes) -> int:
     return 0
 
 
-def _count_in_arrow(path: str, hashes: _ReceiptHashes) -> int:
+def _count_in_arrow(path: str, hashes: _MentionCounter) -> int:
     """Count erased uris and ids in an Arrow file, such as one of training chips."""
     count = 0
     with storage.open_seekable(path) as handle, pa.ipc.open_file(handle) as file:

@@ -10,20 +10,23 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from facepipe import storage
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery.erasure_key import require_key
-from facepipe.gallery.suppressed import get_erased_folder
-from facepipe.hashing import hash64
+from facepipe.gallery.suppressed import derive_receipt_key, derive_secret, get_erased_folder, hash_again
+from facepipe.hashing import hash64, hash64_each
+from facepipe.sorted_lookup import is_in_sorted
+from facepipe.types import Bool, UInt64
 
 FORMAT = 2
-# Formats without a predecessor and a signature.
+# Formats without a predecessor and a signature, whose texts are hashed together with the salt.
 _FIRST_FORMAT = 1
 _HASH = re.compile(r"[0-9a-f]{16}")
 
@@ -55,8 +58,9 @@ class Receipt:
         log_files_deleted: files of the table's log that were deleted.
         suppressed: whether the images are kept from being embedded again.
         continues: id of the erasure of which this is a later part: images that a running job brought later.
+        repeats: ids of erasures that this one repeated, in a restored backup or in another copy.
         salt: salt of the hashes.
-        hashes: keyed BLAKE2b-64, in hex, of the uris, image ids and face ids that were deleted.
+        hashes: hashes, in hex, of the uris, image ids and face ids that were deleted (`ReceiptHashes`).
         key: fingerprint of the key that the hashes and the signature were made with; empty if there was none.
         previous: id of the gallery's receipt before this one; empty for the first.
         previous_sha256: checksum of its file.
@@ -86,6 +90,7 @@ class Receipt:
     log_files_deleted: int = 0
     suppressed: bool = True
     continues: str = ""
+    repeats: list[str] = field(default_factory=list)
     # A salt of its own keeps receipts of two erasures from being compared.
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     hashes: dict[str, list[str]] = field(default_factory=dict)
@@ -101,14 +106,7 @@ class Receipt:
         Raises:
             ConfigError: the receipt was made with a key that is not set.
         """
-        salt = self.get_hash_salt()
-        return sorted(f"{hash64(salt, value):016x}" for value in values)
-
-    def get_hash_salt(self) -> str:
-        """Return the text under which values are hashed: the salt, or what the key makes of it."""
-        if not self.key:
-            return self.salt
-        return require_key(self.key, f"the receipt {self.id}").derive(f"hashes {self.salt}").hex()
+        return [f"{value:016x}" for value in np.sort(ReceiptHashes(self).hash_texts(list(values))).tolist()]
 
     def sign(self) -> None:
         """Sign the receipt, if it was made with a key."""
@@ -146,6 +144,48 @@ class Receipt:
     def encode(self) -> bytes:
         """Return the content of the receipt's file."""
         return json.dumps(self.to_dict(), indent=1).encode()
+
+
+class ReceiptHashes:
+    """The hashes of a receipt, to compare texts with.
+
+    A text is hashed with `hash64`, and then under a key that comes from the receipt's salt, and from the key outside
+    the gallery if the receipt was made with one. Receipts of the first format hash the text together with the salt.
+    """
+
+    def __init__(self, receipt: Receipt):
+        """Read the hashes.
+
+        Raises:
+            ConfigError: the receipt was made with a key that is not set.
+        """
+        self._salt = receipt.salt
+        self.can_hash_again = receipt.format > _FIRST_FORMAT
+        secret = derive_secret(require_key(receipt.key, f"the receipt {receipt.id}")) if receipt.key else b""
+        self._key = derive_receipt_key(receipt.salt, secret)
+        self._hashes = {
+            kind: np.unique(np.array([int(text, 16) for text in texts], np.uint64))
+            for kind, texts in receipt.hashes.items()
+        }
+
+    def get_hashes(self, kind: str) -> UInt64:
+        """Return the sorted hashes of a kind: `uris`, `images` or `faces`."""
+        return self._hashes.get(kind, np.empty(0, np.uint64))
+
+    def hash_texts(self, texts: Sequence[str], hashes: UInt64 | None = None) -> UInt64:
+        """Hash texts as the receipt does.
+
+        Args:
+            texts: the texts, (n,).
+            hashes: what `hash64` makes of each, (n,), if it is known.
+        """
+        if not self.can_hash_again:
+            return np.array([hash64(self._salt, text) for text in texts], np.uint64)
+        return hash_again(hash64_each(texts) if hashes is None else hashes, self._key)
+
+    def contains(self, kind: str, hashes: UInt64) -> Bool:
+        """Tell for each hash (n,) that `hash_texts` returned whether the receipt has it under a kind."""
+        return is_in_sorted(self.get_hashes(kind), hashes)
 
 
 def get_receipt_path(gallery: str, name: str) -> str:

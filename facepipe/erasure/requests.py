@@ -26,6 +26,7 @@ taken off the list. Everything can be repeated: after a crash at any point the n
 A job waits for a lease that an erasure holds, instead of failing.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -52,6 +53,7 @@ def record_request(
     requested: datetime,
     may_return: bool = False,
     continues: Receipt | None = None,
+    repeats: Sequence[str] = (),
 ) -> PendingErasure:
     """Record an erasure. When this returns, no reader returns the images any more.
 
@@ -62,8 +64,14 @@ def record_request(
         requested: the time from which ages are counted.
         may_return: let a later `embed` take the images in again.
         continues: receipt of an erasure of which this one is a later part.
+        repeats: ids of the erasures that this one repeats.
     """
-    chosen_by = continues.chosen_by if continues else selection.list_conditions() if selection else []
+    if continues is not None:
+        chosen_by = continues.chosen_by
+    elif selection is not None:
+        chosen_by = selection.list_conditions()
+    else:
+        chosen_by = ["receipts"]
     receipt = Receipt(
         id=new_run_id(),
         gallery=gallery.id,
@@ -73,6 +81,7 @@ def record_request(
         version_before=selected.version,
         suppressed=not may_return,
         continues=continues.id if continues else "",
+        repeats=list(continues.repeats if continues else repeats),
         key=continues.key if continues else _get_key_fingerprint(),
     )
     set_counts(receipt, selected)

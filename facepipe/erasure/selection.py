@@ -291,6 +291,17 @@ def select_again(
     return unite_images(old, new)
 
 
+def select_uris(gallery: Gallery, uris: pa.Array, contents: pa.Array) -> SelectedImages:
+    """Describe images that are known by their uris.
+
+    Args:
+        gallery: the gallery.
+        uris: uris of the images. The table may lack some of them.
+        contents: image ids that must stay out under any name.
+    """
+    return _map_errors(gallery, lambda: _describe_images(gallery, uris, contents, with_hidden=False))
+
+
 def unite_images(old: SelectedImages, new: SelectedImages) -> SelectedImages:
     """Unite two selections of images, of which the newer one knows the table better."""
     arrays = {
@@ -345,7 +356,11 @@ def _select_images(
         contents = read("image_id", ds.field("uri").isin(uris)).drop_null()
         copies = read("uri", ds.field("image_id").isin(contents))
         uris = pc.unique(pa.concat_arrays([uris, copies]))
-    # Collect what all rows of the images hold.
+    return _describe_images(gallery, uris, contents, with_hidden=with_hidden)
+
+
+def _describe_images(gallery: Gallery, uris: pa.Array, contents: pa.Array, *, with_hidden: bool) -> SelectedImages:
+    """Collect what all rows of some images hold."""
     faces = [pa.array([], pa.int64())]
     marks = [np.empty(0, np.uint64)]
     names: set[str] = set()

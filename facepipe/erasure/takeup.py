@@ -25,10 +25,11 @@ from facepipe.erasure.requests import extend_request, record_request
 from facepipe.erasure.selection import SelectedImages, select_images, select_rows
 from facepipe.erasure.steps import HeldLeases, advance_erasures, is_advancing
 from facepipe.errors import FacepipeError, StorageError
-from facepipe.gallery import Gallery, hidden
+from facepipe.gallery import Gallery, hidden, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.parts import PartRecord, replace_part
 from facepipe.gallery.maintenance.vacuum import find_unreferenced
+from facepipe.hashing import hash64_column
 from facepipe.observe.logs import log_event
 from facepipe.schema import conform
 from facepipe.storage.lease import Lease
@@ -69,7 +70,7 @@ def _get_unique(rows: pa.Table, column: str) -> pa.Array:
 class _StandingRequest:
     """A request from its first sight to the end of the run: no image that it means is committed."""
 
-    def __init__(self, erasure: pending.PendingErasure):
+    def __init__(self, gallery: str, erasure: pending.PendingErasure):
         self.selection = erasure.selection
         self.requested = erasure.requested or datetime.now(UTC)
         self.is_suppressed = erasure.receipt.suppressed
@@ -77,6 +78,8 @@ class _StandingRequest:
         self.seen_at = time.monotonic()
         self.receipt = erasure.receipt
         self.follow_up: pending.PendingErasure | None = None
+        # A receipt that is repeated may have images that the table lacks.
+        self._repeated = suppressed.read_receipt_lists(gallery, erasure.receipt.repeats)
         self._uris = erasure.selected.uris
         self._contents = erasure.selected.contents
         self._dropped: list[pa.Table] = []
@@ -88,6 +91,8 @@ class _StandingRequest:
             rows: rows of a finished block, with the columns of the conditions.
         """
         mask = self._match_conditions(rows) | _is_in(rows["uri"], self._uris)
+        if self._repeated.size:
+            mask |= self._repeated.contains(hash64_column(rows["uri"]))
         count = -1
         while mask.sum() != count:
             count = mask.sum()
@@ -279,7 +284,7 @@ class RequestTaker:
                 continue
             # Blocks that are being committed have not been screened, so the rows are looked for after that.
             with self.committer.exclude_commits():
-                self._standing.setdefault(request, _StandingRequest(erasure))
+                self._standing.setdefault(request, _StandingRequest(self._gallery, erasure))
             self._wants_commit = True
 
     def _delete_leftovers(self) -> None:

@@ -95,7 +95,7 @@ DAMAGE: dict[str, dict[int, Callable[[Path, dict[str, str]], None]]] = {
     "A shard is corrupt": {0: break_shard},
     "A table file is corrupt": {0: break_table, 2: break_table_again},
     "A subject must be erased": {2: set_receipt},
-    "Restore from a backup": {2: erase_person},
+    "Restore from a backup": {1: erase_person},
 }
 
 
