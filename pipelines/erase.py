@@ -10,7 +10,14 @@ import numpy as np
 from facepipe import storage
 from facepipe.erasure import pending, steps
 from facepipe.erasure.clock import select_erasable
-from facepipe.erasure.limits import ErasureLimit, check_limit, choose_limit, choose_repeat_limit, explain_excess
+from facepipe.erasure.limits import (
+    ErasureLimit,
+    check_limit,
+    choose_limit,
+    choose_repeat_limit,
+    choose_total_share,
+    explain_excess,
+)
 from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt, get_receipt_path, load_receipt
 from facepipe.erasure.repeat import RepeatedErasure, keep_out, select_repeated
@@ -131,7 +138,14 @@ def _erase(
     erasure = None
     # A run that is going on may have blocks of such images that it has not committed yet.
     if selected.images or is_held(gallery):
-        erasure = record_request(table, selection, selected, requested=chosen.time, may_return=may_return)
+        erasure = record_request(
+            table,
+            selection,
+            selected,
+            requested=chosen.time,
+            may_return=may_return,
+            share=choose_total_share(table, selected, limit),
+        )
         summary.request = erasure.id
         find_indexed_faces(gallery, erasure)
         progress(f"{selected.images} images, {len(selected.faces)} faces: no search returns them any more")
@@ -297,6 +311,7 @@ def _advance(gallery: str, summary: EraseSummary, awaited: list[str], progress: 
 
 def _add_result(summary: EraseSummary, result: steps.Advance) -> None:
     summary.receipts += result.receipts
+    summary.doubts += result.doubts
     summary.foreign += [path for path in result.foreign if path not in summary.foreign]
     for step, seconds in result.seconds.items():
         summary.seconds[step] = round(summary.seconds.get(step, 0.0) + seconds, 3)

@@ -74,6 +74,31 @@ def choose_limit(selection: Selection, confirmed: Collection[int] = ()) -> Erasu
     return ErasureLimit(_NAMED_SHARE if is_named else _RULE_SHARE, confirmed=tuple(confirmed))
 
 
+def choose_total_share(gallery: Gallery, selected: SelectedImages, limit: ErasureLimit) -> float:
+    """Choose the largest share of the rows that an erasure may come to, with images that come in after it was recorded.
+
+    Args:
+        gallery: the gallery.
+        selected: what is erased now.
+        limit: the limit, which is kept or was confirmed.
+    """
+    if selected.images not in limit.confirmed:
+        return limit.share
+    # Whoever has confirmed much has not confirmed everything.
+    return max(limit.share, selected.rows / max(1, count_rows(gallery)) + _RULE_SHARE)
+
+
+def is_beyond(rows: int, total: int, share: float) -> bool:
+    """Tell whether an erasure has come to more than it may.
+
+    Args:
+        rows: rows that are erased.
+        total: rows of the table, with those.
+        share: largest share of them.
+    """
+    return rows > share * total
+
+
 def choose_repeat_limit(confirmed: Collection[int] = ()) -> ErasureLimit:
     """Choose the limit of erasures that a person repeats by their receipts."""
     return ErasureLimit(_NAMED_SHARE, confirmed=tuple(confirmed))
@@ -93,7 +118,7 @@ def explain_excess(gallery: Gallery, images: int, rows: int, limit: ErasureLimit
     total = count_rows(gallery, limit.source, limit.below)
     whole = "the gallery" if limit.source is None else f"the source {limit.source!r}"
     recent = limit.recent
-    if rows > limit.share * total:
+    if is_beyond(rows, total, limit.share):
         setting = f"{limit.setting} allows" if limit.setting else "may go without asking"
         reason = f"{rows} of the {total} rows of {whole}, more than the {limit.share:.0%} that {setting}"
     elif recent is not None and recent.rows + rows > recent.share * max(recent.total, total):

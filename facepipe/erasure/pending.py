@@ -73,6 +73,7 @@ class PendingErasure:
         selected: the images.
         selection: the conditions; None if an older facepipe began the erasure.
         requested: when it was recorded.
+        share: largest share of the table's rows that the erasure may come to, with images that come in later.
         indexed: ids that only the index holds: faces of earlier contents of the images.
         done: the parts that are done.
     """
@@ -81,6 +82,7 @@ class PendingErasure:
     selected: SelectedImages
     selection: Selection | None = None
     requested: datetime | None = None
+    share: float = 1.0
     indexed: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
     done: set[str] = field(default_factory=set)
 
@@ -114,6 +116,7 @@ def write_pending(gallery: str, erasure: PendingErasure, *, must_exist: bool = F
         "receipt": replace(erasure.receipt, hashes={}).to_dict(),
         "version": selected.version,
         "rows": selected.rows,
+        "share": erasure.share,
     }
     if erasure.selection is not None and erasure.requested is not None:
         head["selection"] = asdict(erasure.selection)
@@ -218,6 +221,7 @@ def _read_pending(gallery: str, name: str) -> PendingErasure | None:
         values = {kind: select_values(table, kind).cast(type_) for kind, type_ in _TYPES.items()}
         selected = SelectedImages(version=head["version"], rows=head["rows"], **values)
         erasure = PendingErasure(TypeAdapter(Receipt).validate_python(head["receipt"]), selected)
+        erasure.share = float(head.get("share", 1.0))  # an older facepipe knew no limit
         # The id becomes the name of files, and anybody may have written this one.
         if erasure.id != name.removesuffix(PENDING):
             raise ValueError("an id that is not the file's")

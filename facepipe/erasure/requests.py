@@ -54,6 +54,7 @@ def record_request(
     may_return: bool = False,
     continues: Receipt | None = None,
     repeats: Sequence[str] = (),
+    share: float = 1.0,
 ) -> PendingErasure:
     """Record an erasure. When this returns, no reader returns the images any more.
 
@@ -65,6 +66,7 @@ def record_request(
         may_return: let a later `embed` take the images in again.
         continues: receipt of an erasure of which this one is a later part.
         repeats: ids of the erasures that this one repeats.
+        share: largest share of the table's rows that it may come to, with images that come in later.
     """
     if continues is not None:
         chosen_by = continues.chosen_by
@@ -85,7 +87,7 @@ def record_request(
         key=continues.key if continues else _get_key_fingerprint(),
     )
     set_counts(receipt, selected)
-    erasure = PendingErasure(receipt, selected, selection, requested)
+    erasure = PendingErasure(receipt, selected, selection, requested, share)
     _write_request(gallery.path, erasure)
     return erasure
 

@@ -74,6 +74,15 @@ class Selection:
         """Whether images are selected for what they show, rather than for their place or age."""
         return bool(self.images or self.identities or self.ids)
 
+    @property
+    def means_later_images(self) -> bool:
+        """Whether images that come in after the erasure was recorded can be meant.
+
+        Not by their age: if they look old, the clock of the machine that embedded them is wrong. Nor because a listing
+        has missed them since: nobody has seen their number.
+        """
+        return self.older_than_days is None and not self.missing
+
     def build_filter(self, now: datetime, *, has_exact_text: bool = True) -> ds.Expression:
         """Build a filter on the table.
 
@@ -283,8 +292,7 @@ def select_again(
         old: what was selected before. Nothing of it is left out, even if the table no longer holds it.
     """
     condition = ds.field("uri").isin(old.uris) | ds.field("image_id").isin(old.contents)
-    # Images that a listing has missed since are not what was meant: nobody has seen their number.
-    if selection is not None and not selection.missing:
+    if selection is not None and selection.means_later_images:
         condition |= selection.build_filter(now or read_time(), has_exact_text=gallery.has_exact_text)
     is_personal = selection is not None and selection.is_personal
     new = _map_errors(gallery, lambda: _select_images(gallery, condition, is_personal=is_personal, with_hidden=True))

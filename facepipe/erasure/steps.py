@@ -27,6 +27,7 @@ from facepipe.erasure import pending, vectors
 from facepipe.erasure.chain import save_receipt
 from facepipe.erasure.erased_data import ErasedData
 from facepipe.erasure.foreign import mentions_erased
+from facepipe.erasure.limits import count_rows, is_beyond
 from facepipe.erasure.pending import FILES, INDEX, REPORTS, ROWS, PendingErasure
 from facepipe.erasure.receipt import Receipt
 from facepipe.erasure.reports import scrub_report, scrub_reports
@@ -78,6 +79,7 @@ class Advance:
         receipts: paths of the receipts of erasures that were completed.
         foreign: files below the reports that facepipe did not write and that hold erased data.
         is_complete: whether no erasure is left.
+        doubts: why images that an erasure seems to mean stay.
         keyless: why no receipt could be written, by the id of the erasure: it needs a key that is not set.
         seconds: wall clock by step.
     """
@@ -85,6 +87,7 @@ class Advance:
     receipts: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     is_complete: bool = True
+    doubts: list[str] = field(default_factory=list)
     keyless: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -282,7 +285,17 @@ class _ErasureSteps:
         if table.version == self.erasure.selected.version:
             return
         erasure = self.erasure
-        erasure.selected = select_again(table, erasure.selection, erasure.requested, erasure.selected)
+        selected = select_again(table, erasure.selection, erasure.requested, erasure.selected)
+        total = max(count_rows(table), selected.rows)
+        if selected.rows > erasure.selected.rows and is_beyond(selected.rows, total, erasure.share):
+            # Labels that changed by mistake at the source, for example. What was selected goes, with its copies.
+            self.advance.doubts.append(
+                f"the erasure {erasure.id} was recorded for {erasure.selected.images} images, and by now "
+                f"{selected.images} meet its conditions, more than {erasure.share:.0%} of the gallery: those that came "
+                "later stay. If they have to go as well, erase again"
+            )
+            selected = select_again(table, None, erasure.requested, erasure.selected)
+        erasure.selected = selected
         set_counts(self.receipt, erasure.selected)
         pending.write_pending(self.gallery, erasure, must_exist=True)
 

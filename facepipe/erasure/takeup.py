@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.erasure import pending
+from facepipe.erasure.limits import count_rows, is_beyond
 from facepipe.erasure.requests import extend_request, record_request
 from facepipe.erasure.selection import SelectedImages, select_images, select_rows
-from facepipe.erasure.steps import HeldLeases, advance_erasures, is_advancing
+from facepipe.erasure.steps import Advance, HeldLeases, advance_erasures, is_advancing
 from facepipe.errors import FacepipeError, StorageError
 from facepipe.gallery import Gallery, hidden, suppressed
 from facepipe.gallery.commits.committer import Committer
@@ -58,9 +59,15 @@ def take_up_requests(gallery: str, held: HeldLeases) -> None:
     """
     try:
         if not is_advancing() and hidden.list_requests(gallery):
-            advance_erasures(gallery, held)
+            _log_doubts(advance_erasures(gallery, held))
     except (FacepipeError, OSError) as error:
         log_event("erasure.postponed", logging.WARNING, error=error)
+
+
+def _log_doubts(advance: Advance) -> bool:
+    for _ in advance.doubts:
+        log_event("erasure.limited", logging.WARNING)
+    return advance.is_complete
 
 
 def _get_unique(rows: pa.Table, column: str) -> pa.Array:
@@ -78,6 +85,8 @@ class _StandingRequest:
         self.seen_at = time.monotonic()
         self.receipt = erasure.receipt
         self.follow_up: pending.PendingErasure | None = None
+        self._share = erasure.share
+        self._erased_rows = erasure.selected.rows
         # A receipt that is repeated may have images that the table lacks.
         self._repeated = suppressed.read_receipt_lists(gallery, erasure.receipt.repeats)
         self._uris = erasure.selected.uris
@@ -107,7 +116,7 @@ class _StandingRequest:
 
     def _match_conditions(self, rows: pa.Table) -> Bool:
         mask = np.zeros(rows.num_rows, bool)
-        if self.selection is not None:
+        if self.selection is not None and self.selection.means_later_images:
             # Number the rows, so that the filter, which returns rows, tells which they are.
             numbered = ds.dataset(rows.append_column("row", pa.array(np.arange(rows.num_rows))))
             matching = numbered.to_table(columns=["row"], filter=self.selection.build_filter(self.requested))
@@ -120,12 +129,17 @@ class _StandingRequest:
 
     def select_in_table(self, gallery: str) -> None:
         """Record what the run has brought in another way, such as a label that has changed at the source."""
-        if self.selection is None:
+        if self.selection is None or not self.selection.means_later_images:
             return
         table = Gallery(gallery)
         selected = select_images(table, self.selection, self.requested)
-        if selected.images:
-            self._record(table, selected)
+        if not selected.images:
+            return
+        if self._is_beyond(table, self._erased_rows + selected.rows):
+            # Labels that changed by mistake at the source must not cost the gallery.
+            log_event("erasure.limited", logging.WARNING)
+            return
+        self._record(table, selected)
 
     def record_dropped(self, gallery: str) -> None:
         """Record what was taken out as an erasure of its own: a follow-up, which has a receipt and finds exact copies.
@@ -135,11 +149,20 @@ class _StandingRequest:
         if not self._dropped:
             return
         selected = select_rows(pa.concat_tables(self._dropped), is_personal=self.is_personal)
+        self._erased_rows += sum(rows.num_rows for rows in self._dropped)
         self._dropped = []
+        # Images that are taken out beyond the limit come in with the next run: nothing else would bring them back.
+        if self.is_suppressed and self._is_beyond(Gallery(gallery), self._erased_rows):
+            log_event("erasure.limited", logging.WARNING)
+            self.is_suppressed = False
+            self.follow_up = None
         if self.follow_up is not None:
             extend_request(gallery, self.follow_up, selected)
             return
         self.follow_up = self._record(Gallery(gallery), selected)
+
+    def _is_beyond(self, table: Gallery, rows: int) -> bool:
+        return is_beyond(rows, count_rows(table) + rows, self._share)
 
     def _record(self, table: Gallery, selected: SelectedImages) -> pending.PendingErasure:
         return record_request(
@@ -255,7 +278,9 @@ class RequestTaker:
         )
         is_left_to_command = not is_last and age < _GRACE_SECONDS
         parts = (pending.ROWS,) if is_left_to_command else pending.PARTS
-        return advance_erasures(self._gallery, held, parts=parts, skipped=self._get_open_follow_ups()).is_complete
+        return _log_doubts(
+            advance_erasures(self._gallery, held, parts=parts, skipped=self._get_open_follow_ups()),
+        )
 
     def _close_follow_ups(self, *, is_last: bool) -> None:
         """Let follow-ups be done: at once if they may have copies in the table, else after some minutes."""
