@@ -88,7 +88,7 @@ class _StandingRequest:
         self._share = erasure.share
         self._erased_rows = erasure.selected.rows
         # A receipt that is repeated may have images that the table lacks.
-        self._repeated = suppressed.read_receipt_lists(gallery, erasure.receipt.repeats)
+        self._repeated_uris, self._repeated_contents = suppressed.read_receipt_lists(gallery, erasure.receipt.repeats)
         self._uris = erasure.selected.uris
         self._contents = erasure.selected.contents
         self._dropped: list[pa.Table] = []
@@ -100,8 +100,10 @@ class _StandingRequest:
             rows: rows of a finished block, with the columns of the conditions.
         """
         mask = self._match_conditions(rows) | _is_in(rows["uri"], self._uris)
-        if self._repeated.size:
-            mask |= self._repeated.contains(hash64_column(rows["uri"]))
+        if self._repeated_uris.size:
+            mask |= self._repeated_uris.contains(hash64_column(rows["uri"]))
+        if self._repeated_contents.size:
+            mask |= self._repeated_contents.contains(hash64_column(rows["image_id"]))
         count = -1
         while mask.sum() != count:
             count = mask.sum()

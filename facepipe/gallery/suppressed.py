@@ -11,7 +11,7 @@ receipt's own hashes are kept, which have a salt of their own.
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -176,9 +176,13 @@ def suppress_receipt(gallery: str, name: str, salt: str, secret: bytes, uris: UI
         write_erased_file(gallery, f"{name}{_REPEATED}{ending}", _OF_RECEIPT + mark + salt_digest + body)
 
 
-def read_receipt_lists(gallery: str, names: Iterable[str]) -> SuppressedHashes:
-    """Read the hashes of uris that `suppress_receipt` keeps for some receipts, as far as it does."""
-    paths = [storage.join(get_erased_folder(gallery), f"{name}{_REPEATED}{_URIS}") for name in names]
+def read_receipt_lists(gallery: str, names: Sequence[str]) -> tuple[SuppressedHashes, SuppressedHashes]:
+    """Read the hashes of uris, and those of contents, that `suppress_receipt` keeps for some receipts."""
+    return _read_receipt_lists(gallery, names, _URIS), _read_receipt_lists(gallery, names, _CONTENTS)
+
+
+def _read_receipt_lists(gallery: str, names: Sequence[str], ending: str) -> SuppressedHashes:
+    paths = [storage.join(get_erased_folder(gallery), f"{name}{_REPEATED}{ending}") for name in names]
     paths = [path for path in paths if storage.file_exists(path)]
     secret = read_secret() if paths else b""
     parts = [_decode_receipt_list(storage.read(path), path, secret) for path in paths]
