@@ -126,7 +126,7 @@ def test_the_limit_is_of_its_own_place(fakes: Settings, tmp_path: Path) -> None:
     night(fakes, g, {"uri": str(one), "name": "photos"})
     night(fakes, g, {"uri": str(two), "name": "photos"})
     summary = night(fakes, g, small, retention_at_most=0.1)
-    assert "3 of the 3 rows of the source 'photos'" in summary.failures[0]
+    assert "4 of the 4 rows of the source 'photos'" in summary.failures[0]
     assert len(names(g, "a")) == 3
 
 
