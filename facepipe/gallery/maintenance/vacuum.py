@@ -17,7 +17,7 @@ from facepipe.gallery.commits.log import LOG, SCRATCH, UNFINISHED, write_checkpo
 from facepipe.gallery.commits.parts import is_part
 from facepipe.gallery.table import Gallery
 from facepipe.storage.inside import is_link
-from facepipe.storage.lease import Lease
+from facepipe.storage.lease import Lease, hold_lease
 from facepipe.storage.uploads import abort_uploads
 
 _VERSION = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d+\.\d+)?\.parquet|crc)")
@@ -177,3 +177,19 @@ def delete_history(gallery: Gallery, lease: Lease) -> int:
     lease.renew()
     storage.delete_many(outdated, before_batch=lease.check)
     return len(outdated)
+
+
+def delete_older_versions(gallery: str) -> int:
+    """Hold a gallery's lease, and delete the log of all versions before the newest.
+
+    Args:
+        gallery: path or URL.
+
+    Returns:
+        The number of files deleted.
+
+    Raises:
+        GalleryBusyError: another run holds the lease.
+    """
+    with hold_lease(gallery) as lease:
+        return delete_history(Gallery(gallery), lease)
