@@ -40,8 +40,8 @@ STEPS = (
 )
 
 
-# Files that are written under a file lock: whoever stops then stops all others, which has a test of its own.
-_GUARDED = re.compile(r"\.lock|manifest\.json|hidden\.list|.*\.(pending|state|indexed)(\.new)?")
+# What is written or listed under a file lock: whoever stops then stops all others, which has a test of its own.
+_GUARDED = re.compile(r"\.lock|manifest\.json|hidden\.list|erased|.*\.(pending|state|indexed)(\.new)?")
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,12 @@ class _Steps:
 
     def _wrap_listing(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(*args: Any, **options: Any) -> Iterator[Any]:
-            self._pass(name)
+            is_guarded = any(_GUARDED.fullmatch(os.path.basename(str(arg))) for arg in args)
+            if not is_guarded:
+                self._pass(name)
             for n, entry in enumerate(real(*args, **options)):
                 yield entry
-                if n == 0:
+                if n == 0 and not is_guarded:
                     self._pass(f"{name}, in the middle")
 
         return hooked
