@@ -21,7 +21,7 @@ from facepipe.curation.graph.describe import cap_density
 from facepipe.curation.graph.edges import Edges
 from facepipe.curation.graph.graph import Graph, GraphInfo, GraphSource, read_info, write_info
 from facepipe.curation.graph.nodes import Nodes
-from facepipe.curation.graph.threshold import Threshold
+from facepipe.curation.graph.threshold import DEFAULT_IMPOSTORS, Threshold
 from facepipe.curation.graph.truth import draw_sample, measure_recall
 from facepipe.curation.report_folders import (
     GRAPH,
@@ -55,7 +55,8 @@ class GraphConfig:
     Attributes:
         threshold: Distance from which two faces of mean density count as two persons; by default estimated from the
             data.
-        impostors: Share of the pairs above the threshold that may be of two persons, if it is estimated from the data.
+        impostors: Share of the faces within the threshold of a face that may be strangers, on average over faces, if
+            the threshold is estimated from the data.
         reach: Distance below which all pairs are edges, whatever the density; dedup looks at them.
         most: Maximum neighbours per face in a crowded cell.
         recall: Share of the edges to find, of those that comparing every pair would find.
@@ -63,7 +64,7 @@ class GraphConfig:
     """
 
     threshold: Distance | None = None
-    impostors: Share = 0.2
+    impostors: Share = DEFAULT_IMPOSTORS
     reach: Distance = 0.25
     most: Count = 32
     recall: Share = 0.985

@@ -49,6 +49,8 @@ class Hardness:
     blur: float = 0.2
 
 
+# A margin keeps look-alikes apart. There is no real gallery of such a network here to compare this with.
+ANGULAR = Hardness(look_alikes=0.3, likeness=0.45)
 EASY = Hardness(0.0, 0.0, 1, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _SESSION_SHARE = 0.7  # of the noise of two faces of one session that they have in common
 
@@ -162,7 +164,7 @@ class ArcFaceLike:
 
     def __init__(self, seed: int, genuine: float = 0.65, *, dimension: int = 128, hardness: Hardness | None = None):
         self._rng = np.random.default_rng([seed, 12])
-        self.hardness = hardness or Hardness()
+        self.hardness = hardness or ANGULAR
         self._noise = np.sqrt(1 / genuine - 1)
         self._dimension = dimension
         spectrum = np.exp(-np.arange(512) / 110)

@@ -63,7 +63,7 @@ _REPORT_FILES: dict[str, tuple[str, ...]] = {
 }
 _GRAPH_FILES = re.compile(
     r"(?:graph|state|threshold)\.json|edges-\d+\.parquet|"
-    r"(?:ids|sides|vectors|density|wide|cohort|histogram|representatives|cells|assigned|members|begins)\.npy"
+    r"(?:ids|sides|vectors|density|wide|cohort|histogram|impostors|representatives|cells|assigned|members|begins)\.npy"
 )
 # What an unfinished file has behind its name: of one writer, of one of several, and of older versions.
 _UNFINISHED = re.compile(rf"(?:\.[0-9a-f]{{8}}|\.\d+)?{re.escape(UNFINISHED)}")

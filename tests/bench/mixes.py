@@ -105,6 +105,7 @@ def list_mixes() -> dict[str, Mix]:
         "easy zipf 20k": Mix(lambda s: draw_dlib(draw_zipf(20_000, 3000, s), s, easy=True)),
         "easy zipf 20k, card": Mix(lambda s: draw_dlib(draw_zipf(20_000, 3000, s), s, easy=True), has_card=True),
         "hard zipf 20k, card": Mix(lambda s: draw_dlib(draw_zipf(20_000, 3000, s), s), has_card=True),
+        "easy arc zipf 20k": Mix(lambda s: draw_arc(draw_zipf(20_000, 3000, s), s, easy=True)),
         "arc zipf 20k": Mix(lambda s: draw_arc(draw_zipf(20_000, 3000, s), s)),
         "arc geometric 10, 12k": Mix(lambda s: draw_arc(draw_geometric(12_000, 10, s), s)),
         "families of 4, 12k": Mix(lambda s: draw_dlib(draw_geometric(12_000, 10, s), s, relatives=4, kinship=0.4)),
@@ -124,6 +125,9 @@ def list_mixes() -> dict[str, Mix]:
         )
     for persons in (30, 100, 300):
         mixes[f"arc {persons} persons, 5k"] = Mix(lambda s, k=persons: draw_arc(draw_uneven(5000, k, s), s))  # type: ignore[misc]
+        mixes[f"easy arc {persons} persons, 5k"] = Mix(
+            lambda s, k=persons: draw_arc(draw_uneven(5000, k, s), s, easy=True)  # type: ignore[misc]
+        )
         mixes[f"hard {persons} persons, 5k, card"] = Mix(
             lambda s, k=persons: draw_dlib(draw_uneven(5000, k, s), s),  # type: ignore[misc]
             has_card=True,

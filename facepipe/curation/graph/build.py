@@ -11,7 +11,7 @@ import numpy as np
 from facepipe.curation.graph.calibration import CalibrationOptions, calibrate
 from facepipe.curation.graph.cells import CellLayout, Cells, choose_cells_per_face, create_single_cell, train_cells
 from facepipe.curation.graph.edges import get_part_path, write_part
-from facepipe.curation.graph.graph import COHORT, DENSITY, HISTOGRAM, REPRESENTATIVES
+from facepipe.curation.graph.graph import COHORT, DENSITY, HISTOGRAM, IMPOSTORS, REPRESENTATIVES
 from facepipe.curation.graph.nodes import Nodes, collect_nodes, find_representatives, open_nodes
 from facepipe.curation.graph.threshold import Threshold
 from facepipe.curation.graph.truth import draw_sample, find_true_edges
@@ -96,6 +96,7 @@ def prepare_calibration(nodes: Nodes, options: CalibrationOptions, folder: str, 
     _save(os.path.join(folder, DENSITY), calibration.density)
     _save(os.path.join(folder, COHORT), calibration.cohort.vectors)
     _save(os.path.join(folder, HISTOGRAM), calibration.counts)
+    _save(os.path.join(folder, IMPOSTORS), calibration.impostors)
     # The threshold says that the other files exist, so that it comes last.
     with replace_file(path, sync=True) as unfinished, open(unfinished, "w") as file:
         json.dump(asdict(calibration.threshold), file)

@@ -1,23 +1,39 @@
 """What a gallery itself tells about its faces: how crowded each is, and from which similarity two are one person."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
-from facepipe.curation.graph.threshold import Threshold, count_similarities, estimate_threshold
+from facepipe.curation.graph.dendrogram import cut_at, cut_into, find_gap
+from facepipe.curation.graph.threshold import (
+    BIN_EDGES,
+    ImpostorCurve,
+    Threshold,
+    count_similarities,
+    count_stranger_pairs,
+    estimate_curve,
+)
 from facepipe.curation.graph.truth import draw_sample
 from facepipe.errors import ThresholdError
-from facepipe.nearest.join import find_candidate_pairs
-from facepipe.types import Float32, Int64
+from facepipe.types import Float32, Float64, Int32, Int64
 
 # An estimated distance is plausible between these multiples of the model's own.
-_MIN_PLAUSIBLE = 0.5
+_MIN_PLAUSIBLE = 0.7
 _MAX_PLAUSIBLE = 1.3
 _MIN_FACES = 300  # to estimate a threshold
-_MAX_PER_PERSON = 3  # faces in the cohort
-_COHORT_IMPOSTORS = 0.05  # share among the pairs that tell the cohort's persons apart
+_MAX_PER_PERSON = 5  # faces in the cohort
+# Fewer faces or persons in the thinned cohort do not show what strangers look like.
+_MIN_COHORT = 250
+_MIN_PERSONS = 60
+_MIN_REPEATED = 0.25  # share of the faces with a neighbour, below which only the model can say who is one person
+# Without any threshold the first guess at the cohort's persons is a tree of faces, cut into so many.
+_TREE_FACES = 2000
+_TREE_PERSONS = (400, 200, 100, 60)  # fewer if more cut persons apart
+_MAX_ROUNDS = 4
+_SETTLED = 0.002  # change of the threshold that ends the rounds
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class CalibrationOptions:
 
     Attributes:
         threshold: Requested distance, if there is one.
-        impostors: Share of the pairs above the threshold that may be of two persons.
+        impostors: Share of the neighbours of a face that may be strangers.
         model_threshold: The model's own distance, if it has one.
         embedder: Name of the model.
         seed: Random seed of the samples.
@@ -47,19 +63,23 @@ class Calibration:
         cohort: Faces that densities are measured against.
         density: Densities (n,) of all faces.
         counts: Counts of the similarities of random pairs.
+        impostors: Expected share of strangers among a face's neighbours, by threshold; empty if it is not known.
         threshold: From which similarity two faces are one person.
     """
 
     cohort: Cohort
     density: Float32
     counts: Int64
+    impostors: Float64
     threshold: Threshold
 
 
 def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
     """Compute the densities and the threshold of n faces.
 
-    If there are too few faces to estimate a threshold, the cohort is empty and the model's own threshold is used.
+    The threshold is estimated from the data if they hold enough persons to show what strangers look like. Otherwise it
+    is the model's own; of a model without one it is the middle of a wide gap between the persons, if there is one. Then
+    the cohort is empty.
 
     Args:
         vectors: unit vectors (n, 128).
@@ -69,57 +89,146 @@ def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
         ThresholdError: the model has no threshold of its own.
     """
     sample = draw_sample(len(vectors), options.seed)
-    # Estimate from the data if there are enough faces.
     if len(vectors) >= _MIN_FACES:
-        cohort = thin_cohort(Cohort.draw(vectors, options.seed), options.model_threshold)
-        density = cohort.compute_density(vectors)
-        counts = count_similarities(vectors, density, sample)
-        threshold = _choose_threshold(counts, len(vectors), float(density.mean()), options)
-        if threshold:
-            return Calibration(cohort, density, counts, threshold)
+        calibration = _estimate(vectors, sample, options)
+        if calibration:
+            return calibration
     # Otherwise use a given distance, with densities of zero.
     density = np.zeros(len(vectors), np.float32)
-    distance = options.threshold or options.model_threshold
-    if distance is None:
-        raise ThresholdError(
-            "too few faces, or too few persons, to estimate from which distance two faces are of one person, and the "
-            f"model {options.embedder!r} has no default: set a distance with --threshold, or --set graph.threshold=0.4"
-        )
-    counts = count_similarities(vectors, density, sample)
-    return Calibration(Cohort.create_empty(), density, counts, Threshold.from_distance(distance, 0.0))
+    counts = count_similarities(vectors, density, sample).sum(axis=0, dtype=np.int64)
+    threshold = _choose_known(vectors, options)
+    return Calibration(Cohort.create_empty(), density, counts, np.empty(0), threshold)
 
 
-def _choose_threshold(counts: Int64, faces: int, mean_density: float, options: CalibrationOptions) -> Threshold | None:
-    """Return the requested threshold, or the estimated one; None if that is not plausible for the model."""
-    if options.threshold:
-        return Threshold.from_distance(options.threshold, mean_density)
-    threshold = estimate_threshold(counts, faces, options.impostors)
-    if threshold is None or options.model_threshold is None:
-        return threshold
-    distance = np.sqrt(max(0.0, 2 - 2 * (threshold.similarity + mean_density)))
-    shortest = _MIN_PLAUSIBLE * options.model_threshold
-    longest = _MAX_PLAUSIBLE * options.model_threshold
-    return threshold if shortest <= distance <= longest else None
+def _choose_known(vectors: Float32, options: CalibrationOptions) -> Threshold:
+    """Choose a threshold without knowing what strangers look like.
 
-
-def thin_cohort(cohort: Cohort, model_threshold: float | None) -> Cohort:
-    """Keep at most three faces per person: a person with a large share of the gallery would count as a crowd.
-
-    Args:
-        cohort: a sample of faces.
-        model_threshold: the model's own distance, if the cohort does not show one.
+    Raises:
+        ThresholdError: there is none.
     """
-    vectors = cohort.vectors
-    # Cluster the cohort by its own threshold, without densities.
-    density = np.zeros(len(vectors), np.float32)
-    counts = count_similarities(vectors, density, np.arange(len(vectors)))
-    estimated = estimate_threshold(counts, len(vectors), _COHORT_IMPOSTORS)
-    if estimated is None and model_threshold is None:
-        return cohort
-    threshold = estimated or Threshold.from_distance(model_threshold or 0.0, 0.0)
-    u, v = find_candidate_pairs(vectors, density, threshold.similarity, len(vectors))
-    person, _ = merge_by_average_linkage(Clusters.from_faces(vectors, density), u, v, threshold.similarity)
-    # Keep the first faces of each person.
-    order = np.argsort(person, kind="stable")
-    rank = np.arange(len(order)) - np.searchsorted(person[order], person[order])
-    return Cohort(np.ascontiguousarray(vectors[np.sort(order[rank < _MAX_PER_PERSON])]))
+    distance = options.threshold or options.model_threshold
+    if distance is not None:
+        return Threshold.from_distance(distance, 0.0)
+    gap = find_gap(draw_part(vectors, options.seed))
+    if gap is not None:
+        return Threshold(gap.similarity, gap.genuine, 0.0)
+    raise ThresholdError(
+        "too few faces, or too few persons, to estimate from which distance two faces are of one person, and the "
+        f"model {options.embedder!r} has no default: set a distance with --threshold, or --set graph.threshold=0.4"
+    )
+
+
+def draw_part(vectors: Float32, seed: int) -> Float32:
+    """Draw as many faces as a tree of all of them is made of."""
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(len(vectors), min(_TREE_FACES, len(vectors)), replace=False))
+    return np.ascontiguousarray(vectors[chosen])
+
+
+def _estimate(vectors: Float32, sample: Int64, options: CalibrationOptions) -> Calibration | None:
+    """Estimate densities and threshold; None if the faces do not show what strangers look like."""
+    whole = Cohort.draw(vectors, options.seed).vectors
+    part = draw_part(whole, options.seed)
+    # Guesses at the persons of the cohort: by the model's own distance, and by a tree that is cut.
+    guesses: list[Callable[[], _CohortPersons]] = []
+    if options.model_threshold is not None:
+        known = Threshold.from_distance(options.model_threshold, 0.0)
+        density = np.zeros(len(whole), np.float32)
+        guesses.append(lambda: _CohortPersons(whole, cut_at(whole, density, known.similarity)))
+    guesses += [partial(_cut_part, part, count) for count in _TREE_PERSONS]
+    for guess in guesses:
+        calibration = _refine(vectors, sample, whole, guess(), options)
+        if calibration:
+            return calibration
+    return None
+
+
+def _cut_part(part: Float32, count: int) -> "_CohortPersons":
+    return _CohortPersons(part, cut_into(part, count))
+
+
+def _refine(
+    vectors: Float32, sample: Int64, whole: Float32, guess: "_CohortPersons", options: CalibrationOptions
+) -> Calibration | None:
+    """Estimate densities and threshold from a first guess at the persons of a cohort.
+
+    Persons thin the cohort, the cohort gives the threshold, and the threshold gives the persons of the whole cohort
+    (m, 128). Some rounds of this settle, because only few pairs of strangers lie near the threshold.
+    """
+    persons = guess
+    calibration: Calibration | None = None
+    for _ in range(_MAX_ROUNDS):
+        thinned = persons.thin()
+        if not thinned.is_enough:
+            return None
+        before = calibration
+        calibration = _measure(vectors, sample, thinned, options)
+        if calibration is None or options.threshold:
+            return calibration
+        if before and abs(calibration.threshold.similarity - before.threshold.similarity) < _SETTLED:
+            break
+        density = calibration.cohort.compute_density(whole)
+        persons = _CohortPersons(whole, cut_at(whole, density, calibration.threshold.similarity))
+    return calibration
+
+
+def _measure(
+    vectors: Float32, sample: Int64, persons: "_CohortPersons", options: CalibrationOptions
+) -> Calibration | None:
+    """Measure densities and threshold against the strangers of a thinned cohort."""
+    cohort = Cohort(persons.vectors)
+    density = cohort.compute_density(vectors)
+    neighbours = count_similarities(vectors, density, sample)
+    curve = _estimate_curve(persons, cohort, neighbours, len(vectors))
+    mean_density = float(density.mean())
+    if options.threshold:
+        threshold = Threshold.from_distance(options.threshold, mean_density)
+    else:
+        estimated = curve.find_threshold(options.impostors) if curve else None
+        if estimated is None or curve is None or not _is_plausible(estimated, mean_density, options.model_threshold):
+            return None
+        # Photos of one session look like the persons of a gallery in which nobody or one person only is repeated.
+        at = int(np.searchsorted(BIN_EDGES, estimated.similarity))
+        if options.model_threshold is None and curve.has_neighbour[at] < _MIN_REPEATED:
+            return None
+        threshold = estimated
+    counts = neighbours.sum(axis=0, dtype=np.int64)
+    return Calibration(cohort, density, counts, curve.share if curve else np.empty(0), threshold)
+
+
+def _estimate_curve(persons: "_CohortPersons", cohort: Cohort, neighbours: Int32, faces: int) -> ImpostorCurve | None:
+    pairs = count_stranger_pairs(persons.vectors, cohort.compute_density(persons.vectors), persons.person)
+    return estimate_curve(neighbours, pairs, faces)
+
+
+def _is_plausible(threshold: Threshold, mean_density: float, model_threshold: float | None) -> bool:
+    """Say whether a threshold is near enough to the model's own."""
+    if model_threshold is None:
+        return True
+    distance = np.sqrt(max(0.0, 2 - 2 * (threshold.similarity + mean_density)))
+    return bool(_MIN_PLAUSIBLE * model_threshold <= distance <= _MAX_PLAUSIBLE * model_threshold)
+
+
+@dataclass(frozen=True)
+class _CohortPersons:
+    """The faces of a cohort, and which are of one person.
+
+    Attributes:
+        vectors: Unit vectors (m, 128).
+        person: Number of each face's person, (m,).
+    """
+
+    vectors: Float32
+    person: Int64
+
+    def thin(self) -> "_CohortPersons":
+        """Keep at most five faces per person: a person with a large share of the gallery would count as a crowd."""
+        order = np.argsort(self.person, kind="stable")
+        rank = np.arange(len(order)) - np.searchsorted(self.person[order], self.person[order])
+        kept = np.sort(order[rank < _MAX_PER_PERSON])
+        return _CohortPersons(np.ascontiguousarray(self.vectors[kept]), self.person[kept])
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether these are enough faces and persons to show what strangers look like."""
+        return len(self.person) >= _MIN_COHORT and len(np.unique(self.person)) >= _MIN_PERSONS

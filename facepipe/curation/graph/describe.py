@@ -3,11 +3,11 @@
 import numpy as np
 
 from facepipe.curation.graph.graph import Graph, GraphInfo
-from facepipe.curation.graph.threshold import BIN_EDGES, estimate_threshold
+from facepipe.curation.graph.threshold import BIN_EDGES
 from facepipe.reports.model import Histogram, Mark, Series
 from facepipe.types import Float32
 
-_STRICTER_SHARE = 0.25  # of the share of impostors above the threshold, above the stricter one
+_STRICTER_SHARE = 0.25  # of the share of strangers above the threshold, above the stricter one
 _STRICTER_SIMILARITY = 0.02  # added to the threshold if that share is not known
 _MAX_BARS = 120
 
@@ -15,8 +15,9 @@ _MAX_BARS = 120
 def describe_threshold(info: GraphInfo) -> str:
     """Say where the threshold comes from."""
     if not info.threshold.estimated:
-        return "distance; requested, or the model's default: too few faces to estimate it"
-    return f"distance, estimated from the data: {info.threshold.impostors:.0%} of the pairs below it are of two persons"
+        return "distance; requested, or the model's default: too few faces or persons to estimate it"
+    share = f"{info.threshold.impostors:.0%} of a face's neighbours are strangers, on average"
+    return f"distance, estimated from the data: {share}"
 
 
 def describe_recall(info: GraphInfo) -> str:
@@ -52,10 +53,13 @@ def build_pair_histogram(graph: Graph) -> Histogram:
 def find_stricter_threshold(graph: Graph) -> float:
     """Find a similarity above the threshold, from which two faces are one person with little doubt."""
     threshold = graph.info.threshold
-    if threshold.estimated:
-        stricter = estimate_threshold(graph.histogram, len(graph.nodes), _STRICTER_SHARE * threshold.impostors)
-        if stricter:
-            return max(stricter.similarity, threshold.similarity)
+    curve = graph.impostors
+    if threshold.estimated and len(curve):
+        # The first bin behind the last one with too many strangers.
+        too_many = np.flatnonzero(curve > _STRICTER_SHARE * threshold.impostors)
+        at = int(too_many[-1]) + 1 if too_many.size else 0
+        if 0 < at < len(curve):
+            return max(float(BIN_EDGES[at]), threshold.similarity)
     return threshold.similarity + _STRICTER_SIMILARITY
 
 

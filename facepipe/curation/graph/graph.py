@@ -15,12 +15,13 @@ from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
 from facepipe.nearest.similarity import Pairs, compute_similarity
 from facepipe.storage import replace_file
-from facepipe.types import Float32, Int64
+from facepipe.types import Float32, Float64, Int64
 
 INFO = "graph.json"
 DENSITY = "density.npy"
 COHORT = "cohort.npy"
 HISTOGRAM = "histogram.npy"
+IMPOSTORS = "impostors.npy"
 REPRESENTATIVES = "representatives.npy"
 
 
@@ -126,6 +127,14 @@ class Graph:
     def histogram(self) -> Int64:
         """Counts of similarities of random pairs, in bins of facepipe.curation.graph.threshold.BIN_EDGES."""
         return np.asarray(self._load(HISTOGRAM), np.int64)
+
+    @cached_property
+    def impostors(self) -> Float64:
+        """Expected share (3000,) of strangers among a face's neighbours, by threshold; empty if it is not known."""
+        # Graphs of earlier versions have no such file.
+        if not os.path.exists(os.path.join(self.folder, IMPOSTORS)):
+            return np.empty(0)
+        return np.asarray(self._load(IMPOSTORS), np.float64)
 
     def _load(self, name: str) -> Any:
         try:

@@ -1,35 +1,41 @@
 """The similarity from which two faces count as one person, estimated without labels.
 
-Nearly all pairs of a gallery are of two persons, so the bulk of their similarities is the null distribution. Its tail
-is extrapolated by a cubic fitted to the logarithm of the density (an empirical null, Efron, JASA 2004). The threshold
-is where a given share of the pairs above it would be impostors. If few identities repeat, that share is never reached.
-Then the threshold is where a face has few impostors.
+Pairs of strangers give the null distribution. They are taken between the persons of a thinned cohort, in which a person
+counts a few times at most, so that a person with many faces does not loosen or tighten the threshold for all others.
+The null's tail is extrapolated by a cubic fitted to the logarithm of the density (an empirical null, Efron, JASA 2004).
+The threshold is where a given share of the neighbours of a face would be strangers, on average over faces: the average
+over pairs would be that of the largest person. If few identities repeat, that share is never reached. Then the
+threshold is where a face has few strangers.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.types import Float32, Float64, Int64
+from facepipe.types import Float32, Float64, Int32, Int64
 
-DEFAULT_IMPOSTORS = 0.2  # share of the pairs above the threshold; means over clusters then decide (docs/reports.md)
+DEFAULT_IMPOSTORS = 0.25  # share of a face's neighbours; means over clusters then decide (docs/reports.md)
 # Range and width of the bins of similarities.
 _LOWEST = -0.5
 _HIGHEST = 1.0
 _STEP = 0.0005
 BIN_EDGES = np.arange(_LOWEST, _HIGHEST + _STEP, _STEP)
+_BINS = len(BIN_EDGES) - 1
 _MIN_PAIRS = 1000
-_IMPOSTORS_PER_FACE = 0.25  # per unit of the share: the threshold is never beyond where a face has so many
-_MAX_EXPECTED = 2.0  # times the pairs that exist, the most that a fit to the bulk may expect
+_STRANGERS_PER_FACE = 0.25  # per unit of the share: the threshold is never beyond where a face has so many
+_MAX_LOST = (
+    0.02  # share of a face's neighbours that a higher threshold may lose: where it loses none, strangers are fewer
+)
+_MAX_EXPECTED = 2.0  # times the strangers that there can be, the most that a fit may expect
 _BLOCK_COLUMNS = 65536
 _BLOCK_ROWS = 256
 # The bulk that is fitted: the share of pairs above its beginning, and above its end.
 _BEGIN_SHARE = 0.5
-_END_SHARE = 0.005
-_BULK_PURITY = 10  # the fitted bulk holds at least this many times the pairs of one person
+_END_SHARE = 0.001
 _MIN_BINS = 20  # fewer bins carry no information
 _DEGREE = 3
-_MAX_FITS = 5
+_MAX_RESIDUAL = 0.25  # of the logarithm of the counts: a bulk of few persons has bumps that no cubic follows
+_RESIDUAL_PARTS = 12  # of the bulk, in each of which the residuals are averaged
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Threshold:
     Attributes:
         similarity: The threshold.
         genuine: Share of all pairs that are of one person.
-        impostors: Share of the pairs above the threshold that are not.
+        impostors: Share of a face's neighbours above the threshold that are strangers, on average over faces.
         estimated: Whether it was estimated from the data; otherwise it is the model's or the user's.
     """
 
@@ -54,7 +60,46 @@ class Threshold:
         return cls(1 - distance**2 / 2 - density, float("nan"), float("nan"), estimated=False)
 
 
-def count_similarities(vectors: Float32, densities: Float32, sample: Int64) -> Int64:
+@dataclass(frozen=True)
+class ImpostorCurve:
+    """What share of a face's neighbours are strangers, by the similarity from which a face is a neighbour.
+
+    Attributes:
+        share: Mean share over faces that have a neighbour (3000,), if the threshold is at the beginning of each bin.
+        strangers: Expected strangers per face (3000,).
+        genuine: Share of all pairs that are of one person and above (3000,).
+        logarithm: Mean logarithm of one more than a face's neighbours (3000,).
+        has_neighbour: Share of the faces that have a neighbour (3000,).
+    """
+
+    share: Float64
+    strangers: Float64
+    genuine: Float64
+    logarithm: Float64
+    has_neighbour: Float64
+
+    def find_threshold(self, impostors: float) -> Threshold | None:
+        """Find the lowest threshold at which few enough neighbours are strangers.
+
+        It is raised as long as that costs hardly any neighbour: some embedders leave a wide gap between persons, and a
+        few look-alikes lie in it that no extrapolation foresees.
+
+        Returns:
+            None if there is none.
+        """
+        has_few = self.share <= impostors
+        has_few |= (self.strangers <= _STRANGERS_PER_FACE * impostors) & (self.share <= _MAX_EXPECTED)
+        # The share need not fall everywhere: take the bin behind the last one with too many.
+        too_many = np.flatnonzero(~has_few)
+        at = int(too_many[-1]) + 1 if too_many.size else 0
+        if at == 0 or at >= len(self.share):
+            return None
+        is_free = self.logarithm[at] - self.logarithm[at:] <= _MAX_LOST
+        at += int(np.flatnonzero(is_free)[-1]) if self.logarithm[at] > _MAX_LOST else 0
+        return Threshold(float(BIN_EDGES[at]), float(self.genuine[at]), min(1.0, float(self.share[at])))
+
+
+def count_similarities(vectors: Float32, densities: Float32, sample: Int64) -> Int32:
     """Count the similarities between sampled faces and all others.
 
     Args:
@@ -63,9 +108,9 @@ def count_similarities(vectors: Float32, densities: Float32, sample: Int64) -> I
         sample: positions (m,), sorted.
 
     Returns:
-        Counts (3000,) in the bins of `BIN_EDGES`.
+        Counts (m, 3000) in the bins of `BIN_EDGES`, per sampled face.
     """
-    counts = np.zeros(len(BIN_EDGES) - 1, np.int64)
+    counts = np.zeros((len(sample), _BINS), np.int32)
     left = np.ascontiguousarray(vectors[sample])
     left_density = densities[sample]
     for at in range(0, len(vectors), _BLOCK_COLUMNS):
@@ -73,56 +118,81 @@ def count_similarities(vectors: Float32, densities: Float32, sample: Int64) -> I
         right_density = densities[at : at + _BLOCK_COLUMNS]
         for row in range(0, len(left), _BLOCK_ROWS):
             part = slice(row, row + _BLOCK_ROWS)
-            similarities = left[part] @ right.T - (left_density[part, None] + right_density) / 2
-            bins = np.clip(((similarities - _LOWEST) / _STEP).astype(np.int32), 0, len(counts) - 1)
+            product = left[part] @ right.T - (left_density[part, None] + right_density) / 2
+            bins = _find_bins(np.asarray(product, np.float32))
             # A face is not compared with itself.
             inside = np.flatnonzero((sample[part] >= at) & (sample[part] < at + len(right)))
             own_bins = bins[inside, sample[part][inside] - at]
-            counts += np.bincount(bins.ravel(), minlength=len(counts))
-            counts -= np.bincount(own_bins, minlength=len(counts))
+            first = _BINS * np.arange(len(bins), dtype=np.int32)[:, None]
+            block = np.bincount((bins + first).ravel(), minlength=_BINS * len(bins)).reshape(len(bins), _BINS)
+            block[inside, own_bins] -= 1
+            counts[part] += block.astype(np.int32)
     return counts
 
 
-def estimate_threshold(counts: Int64, faces: int, impostors: float = DEFAULT_IMPOSTORS) -> Threshold | None:
-    """Estimate the threshold from counts of similarities.
-
-    The fit is repeated with a smaller share of the tail once the number of pairs of one person in it is known.
+def count_stranger_pairs(vectors: Float32, densities: Float32, person: Int64) -> Int64:
+    """Count the similarities of all pairs of faces of two persons.
 
     Args:
-        counts: of `count_similarities`.
-        faces: number of faces.
-        impostors: share of the pairs above the threshold that may be of two persons.
+        vectors: unit vectors (m, 128).
+        densities: densities (m,).
+        person: number of each face's person, (m,).
 
     Returns:
-        None if the counts do not separate one person from another.
+        Counts (3000,) in the bins of `BIN_EDGES`. Each pair counts twice.
     """
-    total = counts.sum()
-    if total < _MIN_PAIRS:
+    counts = np.zeros(_BINS, np.int64)
+    for row in range(0, len(vectors), _BLOCK_ROWS):
+        part = slice(row, row + _BLOCK_ROWS)
+        product = vectors[part] @ vectors.T - (densities[part, None] + densities) / 2
+        similarities = np.asarray(product, np.float32)
+        bins = _find_bins(similarities[person[part, None] != person])
+        counts += np.bincount(bins, minlength=_BINS)
+    return counts
+
+
+def estimate_curve(neighbours: Int32, stranger_pairs: Int64, faces: int) -> ImpostorCurve | None:
+    """Estimate which share of the neighbours of a face are strangers, for every threshold.
+
+    The expected number of strangers per face, e, is the null's tail times the number of faces. A face with k neighbours
+    has X strangers among them. If X is a Poisson number that does not depend on the others, the mean of X / k is
+    e * mean(1 / (k + 1)), where the second mean is over all faces, also those without a neighbour.
+
+    Args:
+        neighbours: of `count_similarities`, for sampled faces.
+        stranger_pairs: of `count_stranger_pairs`.
+        faces: number of faces.
+
+    Returns:
+        None if the pairs do not show the null distribution: too few, or not smooth, as with few persons.
+    """
+    total = int(stranger_pairs.sum())
+    if total < _MIN_PAIRS or not len(neighbours):
         return None
-    above = _accumulate(counts)
-    threshold = None
-    end_share = _END_SHARE
-    for _ in range(_MAX_FITS):
-        expected = _fit_null_tail(counts, end_share)
-        if expected is None:
-            return threshold
-        # The first bin behind the bulk with few enough impostors, per pair or per face.
-        share = expected / np.maximum(1, above)
-        per_face = expected / total * faces
-        has_few = (share <= impostors) | (per_face <= _IMPOSTORS_PER_FACE * impostors) & (share <= _MAX_EXPECTED)
-        bulk_end = int(np.argmax(above <= end_share * total))
-        bins = np.flatnonzero(has_few & (above > 0) & (np.arange(len(counts)) >= bulk_end))
-        if not bins.size:
-            return threshold
-        at = int(bins[0])
-        genuine = max(0.0, float((above[at] - expected[at]) / total))
-        threshold = Threshold(float(BIN_EDGES[at]), genuine, min(1.0, float(share[at])))
-        # Fit again, with an end at which few pairs of one person are in the bulk.
-        wanted = min(max(_BULK_PURITY * genuine, 100 / total, 1e-5), _BEGIN_SHARE / 3)
-        if abs(np.log(wanted / end_share)) < 0.1:
-            break
-        end_share = wanted
-    return threshold
+    tail = _fit_null_tail(stranger_pairs, _END_SHARE)
+    if tail is None:
+        return None
+    strangers = tail / total * max(1, faces - 1)
+    # Neighbours of each sampled face at or above the beginning of each bin, summed up row by row.
+    inverse = np.zeros(_BINS)
+    has_any = np.zeros(_BINS)
+    mean = np.zeros(_BINS)
+    logarithm = np.zeros(_BINS)
+    for row in range(0, len(neighbours), _BLOCK_ROWS):
+        above = neighbours[row : row + _BLOCK_ROWS, ::-1].cumsum(axis=1, dtype=np.int64)[:, ::-1]
+        inverse += (1 / (above + 1)).sum(axis=0)
+        has_any += (above > 0).sum(axis=0)
+        mean += above.sum(axis=0)
+        logarithm += np.log1p(above).sum(axis=0)
+    share = strangers * inverse / np.maximum(1, has_any)
+    genuine = np.maximum(0, mean / len(neighbours) - strangers) / max(1, faces - 1)
+    sampled = len(neighbours)
+    return ImpostorCurve(share, strangers, genuine, logarithm / sampled, has_any / sampled)
+
+
+def _find_bins(similarities: Float32) -> Int32:
+    bins = np.clip(((similarities - _LOWEST) / _STEP).astype(np.int32), 0, _BINS - 1)
+    return np.asarray(bins, np.int32)
 
 
 def _accumulate(counts: Int64) -> Int64:
@@ -143,10 +213,20 @@ def _fit_null_tail(counts: Int64, end_share: float) -> Float64 | None:
         return None
     # Fit a cubic to the logarithms, weighted by how precise each count is.
     scale = (bins - first) / max(1, last - first)
-    curve = np.polynomial.Polynomial.fit(scale, np.log(counts[bins]), _DEGREE, w=np.sqrt(counts[bins]))
+    logarithm = np.log(counts[bins])
+    curve = np.polynomial.Polynomial.fit(scale, logarithm, _DEGREE, w=np.sqrt(counts[bins]))
+    if not _is_smooth(logarithm - curve(scale), counts[bins]):
+        return None
     beyond = np.arange(first, len(counts))
     # The density may only fall: a cubic rises again somewhere.
     density = np.exp(np.minimum.accumulate(curve((beyond - first) / max(1, last - first))))
     tail = np.full(len(counts), float(total))
     tail[first:] = density[::-1].cumsum()[::-1]
     return tail
+
+
+def _is_smooth(residual: Float64, counts: Int64) -> bool:
+    """Say whether a fit follows the counts, part by part of the bulk."""
+    parts = [part for part in np.array_split(np.arange(len(residual)), _RESIDUAL_PARTS) if len(part)]
+    means = [abs(float(np.average(residual[part], weights=counts[part]))) for part in parts]
+    return max(means) <= _MAX_RESIDUAL

@@ -1,0 +1,93 @@
+"""The tree of average linkage over a few thousand faces: what it tells about persons if no threshold is known."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+
+from facepipe.types import Float32, Float64, Int64
+
+# A gap is believed if it is this share of the distance between typical merges inside persons and between them.
+_MIN_GAP = 0.25
+# Of the faces so many must be in clusters of several, or the gap is between single faces. A few poor ones are alone.
+_MIN_GROUPED = 0.9
+_MIN_GROUP = 5
+_MIN_CLUSTERS = 2
+_MAX_CLUSTER_SHARE = 0.1  # of the faces: more clusters than that are no persons with many faces each
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A gap between the merges inside persons and those between persons.
+
+    Attributes:
+        similarity: Mean cosine of two clusters from which they are one person.
+        genuine: Share of the pairs that are of one person.
+    """
+
+    similarity: float
+    genuine: float
+
+
+def cut_into(vectors: Float32, clusters: int) -> Int64:
+    """Cut the tree of n unit vectors into at most so many clusters; returns the cluster (n,) of each."""
+    if len(vectors) <= clusters:
+        return np.arange(len(vectors))
+    return np.asarray(fcluster(_build_tree(vectors), clusters, "maxclust"), np.int64)
+
+
+def cut_at(vectors: Float32, density: Float32, similarity: float) -> Int64:
+    """Cluster n faces by average linkage; returns the cluster (n,) of each.
+
+    Args:
+        vectors: unit vectors (n, 128).
+        density: densities (n,).
+        similarity: mean similarity from which two clusters are one.
+    """
+    if len(vectors) < _MIN_CLUSTERS:
+        return np.arange(len(vectors))
+    return np.asarray(fcluster(_build_tree(vectors, density), 1 - similarity, "distance"), np.int64)
+
+
+def find_gap(vectors: Float32) -> Gap | None:
+    """Find the widest gap between the heights of the tree's merges, if it parts persons with many faces each.
+
+    Args:
+        vectors: unit vectors (n, 128).
+
+    Returns:
+        None if there is no such gap.
+    """
+    count = len(vectors)
+    if count < _MIN_GROUP * _MIN_CLUSTERS:
+        return None
+    tree = _build_tree(vectors)
+    similarity = 1 - tree[:, 2]  # of the merges, falling
+    best: Gap | None = None
+    widest = 0.0
+    for clusters in range(_MIN_CLUSTERS, int(_MAX_CLUSTER_SHARE * count) + 1):
+        # The last clusters - 1 merges are between persons.
+        inside = similarity[: count - clusters]
+        between = similarity[count - clusters :]
+        gap = float(inside[-1] - between[0])
+        typical = float(np.median(inside) - np.median(between))
+        if gap <= max(widest, _MIN_GAP * typical):
+            continue
+        size = np.bincount(fcluster(tree, clusters, "maxclust"))
+        if size[size >= _MIN_GROUP].sum() < _MIN_GROUPED * count or (size >= _MIN_GROUP).sum() < _MIN_CLUSTERS:
+            continue
+        widest = gap
+        genuine = float((size * (size - 1)).sum() / (count * (count - 1)))
+        # Look-alikes lie in the gap as well: halfway between typical merges is on the safe side.
+        middle = float(np.median(inside) + np.median(between)) / 2
+        best = Gap(max(float(between[0] + gap / 2), middle), genuine)
+    return best
+
+
+def _build_tree(vectors: Float32, density: Float32 | None = None) -> Float64:
+    """Build the tree of merges (n - 1, 4), by rising mean of 1 - similarity, which is the cosine without densities."""
+    similarity = vectors @ vectors.T
+    if density is not None:
+        similarity -= (density[:, None] + density) / 2
+    distance = (1 - similarity)[np.triu_indices(len(vectors), 1)].astype(np.float64)
+    return np.asarray(linkage(np.maximum(distance, 0), "average"))
