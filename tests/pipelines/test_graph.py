@@ -436,8 +436,9 @@ def test_on_ray(gallery: Gallery, celled: Graph, small: None, tmp_path: Path) ->
     assert "RAY_ADDRESS" not in os.environ
 
 
-def test_a_gallery_of_strangers_has_few_edges(tmp_path: Path) -> None:
+def test_a_gallery_of_strangers_has_few_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is there twice: no share of impostors can be reached, and the model's own threshold would join thousands."""
+    monkeypatch.setattr("pipelines.graph.find_match_threshold", lambda name: 0.416)
     graph = build_graph(fill(tmp_path / "g", np.arange(6000), Faces().draw(np.arange(6000), 0)), tmp_path / "graph")
     assert graph.info.threshold.estimated
     assert len(graph.edges) < 0.2 * 6000

@@ -25,9 +25,12 @@ _MIN_PLAUSIBLE = 0.7
 _MAX_PLAUSIBLE = 1.3
 _MIN_FACES = 300  # to estimate a threshold
 _MAX_PER_PERSON = 5  # faces in the cohort
-# Fewer faces or persons in the thinned cohort do not show what strangers look like.
-_MIN_COHORT = 250
-_MIN_PERSONS = 60
+# Fewer faces or persons in the thinned cohort hardly show what strangers look like: better take the model's threshold.
+_MIN_COHORT = 500
+_MIN_PERSONS = 200
+# The same for a model that states none.
+_MIN_COHORT_ALONE = 250
+_MIN_PERSONS_ALONE = 60
 _MIN_REPEATED = 0.25  # share of the faces with a neighbour, below which only the model can say who is one person
 # Without any threshold the first guess at the cohort's persons is a tree of faces, cut into so many.
 _TREE_FACES = 2000
@@ -159,7 +162,7 @@ def _refine(
     calibration: Calibration | None = None
     for _ in range(_MAX_ROUNDS):
         thinned = persons.thin()
-        if not thinned.is_enough:
+        if not thinned.is_enough(is_alone=options.model_threshold is None):
             return None
         before = calibration
         calibration = _measure(vectors, sample, thinned, options)
@@ -228,7 +231,12 @@ class _CohortPersons:
         kept = np.sort(order[rank < _MAX_PER_PERSON])
         return _CohortPersons(np.ascontiguousarray(self.vectors[kept]), self.person[kept])
 
-    @property
-    def is_enough(self) -> bool:
-        """Whether these are enough faces and persons to show what strangers look like."""
-        return len(self.person) >= _MIN_COHORT and len(np.unique(self.person)) >= _MIN_PERSONS
+    def is_enough(self, *, is_alone: bool) -> bool:
+        """Say whether these are enough faces and persons to show what strangers look like.
+
+        Args:
+            is_alone: whether the model states no threshold that could be used instead.
+        """
+        min_faces = _MIN_COHORT_ALONE if is_alone else _MIN_COHORT
+        min_persons = _MIN_PERSONS_ALONE if is_alone else _MIN_PERSONS
+        return len(self.person) >= min_faces and len(np.unique(self.person)) >= min_persons

@@ -451,7 +451,7 @@ def test_a_wide_gap_between_few_persons_is_found(persons: int) -> None:
     person = np.arange(1500) % persons
     vectors = space.draw(space.draw_centres(persons), person).vectors
     found = calibrate(vectors, CalibrationOptions(None, 0.25, None, "unknown", 0))
-    assert len(found.cohort.vectors) == 0
+    assert (len(found.cohort.vectors) == 0) == (persons < 60)
     u, v = find_candidate_pairs(vectors, found.density, found.threshold.similarity, 32)
     single = Clusters.from_faces(vectors, found.density)
     labels, _ = merge_by_average_linkage(single, u, v, found.threshold.similarity)
