@@ -66,6 +66,52 @@ def read_toml(path: str | os.PathLike[str]) -> Tree:
         raise ConfigError(f"{os.fspath(path)!r} is not TOML: {error}") from error
 
 
+def resolve_paths(tree: Tree, folder: str, keys: Iterable[str]) -> list[str]:
+    """Make relative paths of a config relative to its own folder, so that it means the same from anywhere.
+
+    Before, they were relative to the working folder. A path that is there and not beside the config keeps this
+    meaning.
+
+    Args:
+        tree: the config, which is changed.
+        folder: folder of its file.
+        keys: keys of paths, such as `source.uri`; sections of a list count all. URLs and absolute paths stay.
+
+    Returns:
+        Sentences for the user, one per path that is relative to the working folder.
+    """
+    notes: list[str] = []
+    for key in keys:
+        *sections, name = key.split(".")
+        for section in _find_sections(tree, sections):
+            value = section.get(name)
+            if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value):
+                continue
+            beside = os.path.join(os.path.abspath(folder), value)
+            if _has_start(value) and not _has_start(beside):
+                notes.append(f"{key}={value!r} is in the working folder; paths in a config are relative to its folder")
+            else:
+                section[name] = beside
+    return notes
+
+
+def _find_sections(tree: Tree, path: list[str]) -> list[Tree]:
+    """Find the sections at a path: several if one of them is a list."""
+    found: list[Any] = [tree]
+    for name in path:
+        inner = [section.get(name) for section in found]
+        found = [item for value in inner for item in (value if isinstance(value, list) else [value])]
+        found = [section for section in found if isinstance(section, dict)]
+    return found
+
+
+def _has_start(path: str) -> bool:
+    """Tell whether a path leads to something; of a pattern only the part before its first special character counts."""
+    match = re.search(r"[*?\[]", path)
+    start = path[: match.start()].rpartition("/")[0] if match else path
+    return os.path.lexists(start or ".")
+
+
 def parse_settings(settings: Iterable[str]) -> Tree:
     """Parse settings such as `["detect.size=320", "embed.flip=false"]` to a nested mapping.
 

@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error
 from jobs.job_command import finish_job, print_steps, record_job, run_old_spelling
-from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_job_config
 from jobs.progress import ProgressReporter, format_search_rate
 
 
@@ -35,7 +35,7 @@ def bulk_search(
     with exit_on_error():
         from pipelines.bulk_search import BulkSearchConfig, run
 
-        chosen = build_config(BulkSearchConfig, config, settings)
+        chosen = build_job_config(BulkSearchConfig, config, settings)
         with record_job(chosen.gallery, "bulk_search", dry_run=dry_run):
             with ProgressReporter("bulk-search", quiet=quiet) as progress:
                 summary = run(

@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error
 from jobs.job_command import finish_job, format_counts, print_steps, record_job, run_old_spelling
-from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_job_config
 from jobs.progress import ProgressReporter, show_embedding
 
 
@@ -38,7 +38,7 @@ def clean_dataset(
         from pipelines.clean_dataset import CleanDatasetConfig, run
 
         # Record the job around its steps, so that their runs name it as their parent.
-        chosen = build_config(CleanDatasetConfig, config, settings)
+        chosen = build_job_config(CleanDatasetConfig, config, settings)
         with record_job(chosen.gallery, "clean_dataset", dry_run=dry_run):
             with ProgressReporter("clean-dataset", quiet=quiet) as progress:
                 summary = run(

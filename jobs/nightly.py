@@ -7,7 +7,7 @@ import typer
 
 from jobs.console import exit_on_error, print_seconds
 from jobs.job_command import finish_job, format_counts, print_steps, record_job
-from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, YesErase, build_config
+from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, YesErase, build_job_config
 from jobs.progress import ProgressReporter, show_embedding
 
 
@@ -52,7 +52,7 @@ def nightly(
         from pipelines.nightly import NightConfirmation, run
         from pipelines.nightly.config import NightlyConfig
 
-        chosen = build_config(NightlyConfig, config, settings)
+        chosen = build_job_config(NightlyConfig, config, settings)
         with record_job(chosen.gallery, "nightly", dry_run=dry_run):
             with ProgressReporter("nightly", quiet=quiet) as progress:
                 confirmation = NightConfirmation(tuple(yes_erase or ()), yes_clock.date() if yes_clock else None)

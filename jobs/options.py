@@ -1,14 +1,19 @@
 """Options that several commands share, and the config that they add up to."""
 
+import os
+import sys
 from typing import Annotated, Any, Literal, Optional, TypeVar
 
 import typer
 
-from facepipe.config import build, parse_settings, read_toml
+from facepipe.config import build, parse_settings, read_toml, resolve_paths
 from jobs.examples import write_example
 from jobs.settings import print_settings
 
 Config = TypeVar("Config")
+
+# Keys of paths in the configs of jobs.
+_JOB_PATHS = ("gallery", "source.uri", "source.root", "dataset.against", "queries", "output", "embed.source.root")
 
 # Choices of options. The configs have the same ones, but are imported only when a command runs; a test compares them.
 LogFormat = Literal["text", "json"]
@@ -96,6 +101,23 @@ def build_config(
     """
     file_layer = read_toml(config_file) if config_file else {}
     return build(kind, file_layer, options or {}, parse_settings(settings or []))
+
+
+def build_job_config(kind: type[Config], config_file: str, settings: list[str] | None) -> Config:
+    """Build the config of a job that runs from one TOML file. Paths in the file are relative to its folder.
+
+    Args:
+        kind: dataclass of the config.
+        config_file: path of the file.
+        settings: values of `--set`, if set. Paths in them are relative to the working folder.
+
+    Raises:
+        ConfigError: if the file is not TOML, a key is unknown, or a value is invalid.
+    """
+    tree = read_toml(config_file)
+    for note in resolve_paths(tree, os.path.dirname(config_file), _JOB_PATHS):
+        print(f"facepipe: {note}", file=sys.stderr)
+    return build(kind, tree, parse_settings(settings or []))
 
 
 def build_model_sections(detector: str | None, embedder: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from facepipe.config import build, parse_settings, read_toml
+from facepipe.config import build, parse_settings, read_toml, resolve_paths
 from facepipe.errors import ConfigError
 from facepipe.gallery.filters import parse_filter
 from facepipe.hashing import MASK_63, compute_face_id, compute_image_id, hash64
@@ -123,6 +123,46 @@ def test_wrong_lists_of_sections_are_named(tmp_path, text: str, settings: list[s
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         build(Several, read_toml(tmp_path / "c.toml"), parse_settings(settings))
+
+
+PATHS = ("gallery", "source.uri", "dataset.against")
+
+
+@pytest.mark.parametrize("text", ["photos", "photos/*.jpg", "photos/[0-9]/x", "./photos", "../photos", "new/gallery"])
+def test_paths_in_a_config_are_relative_to_its_folder(tmp_path, monkeypatch, text: str) -> None:
+    """From wherever the command is run, whether what they name is there or not."""
+    home = tmp_path / "home"
+    (home / "config").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("photos", "config/photos"):
+        (home / folder).mkdir()
+    expected = f"{home}/config/{text}"
+    for working in (home / "config", tmp_path / "elsewhere", home / "config" / "photos"):
+        monkeypatch.chdir(working)
+        tree = {"gallery": text, "source": [{"uri": text}, {"uri": "s3://b/x"}], "dataset": {"against": "/abs/g"}}
+        assert resolve_paths(tree, str(home / "config"), PATHS) == []
+        assert tree == {
+            "gallery": expected,
+            "source": [{"uri": expected}, {"uri": "s3://b/x"}],
+            "dataset": {"against": "/abs/g"},
+        }
+
+
+def test_a_path_that_is_in_the_working_folder_alone_keeps_its_meaning(tmp_path, monkeypatch) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    tree = {"gallery": "g", "source": {"uri": "photos/*.jpg"}}
+    assert resolve_paths(tree, "config", PATHS) == [
+        "source.uri='photos/*.jpg' is in the working folder; paths in a config are relative to its folder"
+    ]
+    assert tree == {"gallery": str(tmp_path / "config" / "g"), "source": {"uri": "photos/*.jpg"}}
+
+
+def test_values_that_are_no_paths_are_left_to_the_checks_of_the_config() -> None:
+    tree = {"gallery": 3, "source": "x", "dataset": [1]}
+    assert resolve_paths(tree, "/config", PATHS) == []
+    assert tree == {"gallery": 3, "source": "x", "dataset": [1]}
 
 
 def test_a_broken_file_is_named(tmp_path) -> None:
