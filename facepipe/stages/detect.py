@@ -216,11 +216,11 @@ class Detect:
             closeups = {
                 n: self.letterbox(pixels[n], size) for n in empty if max(pixels[n].shape[:2]) > self.border_below
             }
-            # A close-up without a face keeps the candidates of the larger input.
+            # An image without a close-up keeps the candidates of both searches.
             for n, faces in self._search(closeups).items():
                 found = keep_closeups(faces, pixels[n].shape[:2])
-                if len(found.scores):
-                    detected[n] = found
+                has_face = (found.scores >= self.min_score).any()
+                detected[n] = found if has_face else join_faces(detected[n], found)
         return detected
 
     def fit_size(self, pixels: UInt8Image) -> int:
@@ -362,6 +362,14 @@ def keep_closeups(faces: Faces, shape: tuple[int, int]) -> Faces:
     """Keep the faces that fill a good part of an image (height, width): others would have shown at full size."""
     is_large = (faces.boxes[:, 2:] - faces.boxes[:, :2]).max(1, initial=0) >= CLOSEUP_SHARE * min(shape)
     return Faces(faces.boxes[is_large], faces.landmarks[is_large], faces.scores[is_large])
+
+
+def join_faces(faces: Faces, others: Faces) -> Faces:
+    """Join the faces of two searches of one image, by falling score."""
+    scores = np.concatenate([faces.scores, others.scores])
+    order = np.argsort(-scores, kind="stable")
+    boxes = np.concatenate([faces.boxes, others.boxes])[order]
+    return Faces(boxes, np.concatenate([faces.landmarks, others.landmarks])[order], scores[order])
 
 
 def keep_scores(faces: Faces, min_score: float) -> Faces:

@@ -9,7 +9,7 @@ import numpy as np
 from facepipe.imaging.geometry import bound_by_area
 from facepipe.models.protocols import Faces
 from facepipe.models.runtime.transfers import Uploads
-from facepipe.stages.detect import CANDIDATE, CERTAIN, DOUBTFUL, Detect
+from facepipe.stages.detect import CANDIDATE, CERTAIN, DOUBTFUL, Detect, join_faces
 from facepipe.stages.resident.coordinates import FaceArrays
 from facepipe.stages.resident.detection import BatchDetector, QueuedSearch
 from facepipe.stages.resident.letterbox import LetterboxRule
@@ -156,9 +156,15 @@ class DetectionPasses:
         empty = np.setdiff1d(numbers, faces.keep_scores(detect.min_score).image)
         empty = empty[(sides[empty] > detect.border_below) & detect.second_look]
         closeups = begin_closeups(empty, min(detect.size // 2, detect.border_below))
-        # A close-up without a face keeps the candidates of the larger input.
         found = self._full_detector.finish(closeups).keep_closeups(resident.shapes)
-        return FaceArrays.concatenate([faces.leave_out_images(found.image), found])
+        with_face = found.keep_scores(detect.min_score).image
+        # An image without a close-up keeps the candidates of both searches.
+        known = faces.split_images()
+        joined = {
+            n: of_image if n in with_face else join_faces(known.get(n, _NO_FACES), of_image)
+            for n, of_image in found.split_images().items()
+        }
+        return FaceArrays.concatenate([faces.leave_out_images(found.image), FaceArrays.join_images(joined)])
 
 
 _NO_FACES = Faces(np.empty((0, 4), np.float32), np.empty((0, 5, 2), np.float32), np.empty(0, np.float32))
