@@ -113,3 +113,8 @@ class NightlyConfig(EmbedSections):
         """
         missing = MissingConfig("keep" if source.missing == "keep" else "mark", self.night.missing_at_most)
         return self.build_embed_config(source.to_source(), missing)
+
+
+def name_own_setting(refusal: str) -> str:
+    """Return what `embed` says of missing images with the name that its setting has in a nightly config."""
+    return refusal.replace("missing.at_most", "night.missing_at_most")

@@ -31,7 +31,7 @@ from pipelines.embed.summary import EmbedSummary
 from pipelines.erase import EraseSummary
 from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
-from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.nightly.config import NightlyConfig, NightSource, name_own_setting
 from pipelines.nightly.guard import NightGuard, PlannedErasure, is_dated, plan_erasures
 from pipelines.nightly.preview import preview_night
 from pipelines.runtime.run_record import attach_summary, record_calls
@@ -217,7 +217,8 @@ class _Night:
         if embedded.missing_ignored:
             is_guarded = embedded.missing_ignored.endswith(TOO_MANY_MISSING)
             notes = summary.failures if is_guarded else summary.problems
-            notes.append(f"{name}: missing images were left alone: {embedded.missing_ignored}")
+            reason = name_own_setting(embedded.missing_ignored)
+            notes.append(f"{name}: missing images were left alone: {reason}")
         summary.images += embedded.images
         summary.failed += embedded.failed
         # The budget counts the images of all sources together.

@@ -26,7 +26,7 @@ from facepipe.sources import open_source
 from facepipe.sources.item import WatchedSource
 from facepipe.types import Bool, UInt64
 from pipelines.job import count_indexed, load_known, open_gallery
-from pipelines.nightly.config import NightlyConfig, NightSource
+from pipelines.nightly.config import NightlyConfig, NightSource, name_own_setting
 from pipelines.nightly.guard import MISSING, RETENTION, NightGuard, plan_source_erasures
 from pipelines.runtime.listing import VERDICTS, count_listed
 
@@ -129,7 +129,8 @@ def _list_source(
     # have moved are told by their content, which a dry run does not read.
     refusal = MissingGuard(settled.rows, figures, config.night.missing_at_most).explain_refusal(missing)
     if is_watched and refusal and not listing.broken_count:
-        preview.failures.append(f"{name}: {refusal}: they would be left alone, unless they have moved")
+        reason = name_own_setting(refusal)
+        preview.failures.append(f"{name}: {reason}: they would be left alone, unless they have moved")
     return _Unlisted(np.sort(uris), is_marked=is_watched and not refusal)
 
 

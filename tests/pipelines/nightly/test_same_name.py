@@ -152,7 +152,7 @@ def test_losses_over_nights_are_refused(fakes: Settings, tmp_path: Path) -> None
         summary = night(fakes, g, source, at_most=0.1)
         left.append((len(names(g, "a")), bool(summary.failures)))
     assert left == [(28, False), (28, True), (28, True), (28, True), (28, True)]
-    assert "missing.at_most" in summary.failures[0]
+    assert "more than night.missing_at_most allows" in summary.failures[0]
     summary = night(fakes, g, source, at_most=1.0)
     assert (len(names(g, "a")), summary.failures) == (20, [])
     (one / "10.png").unlink()
