@@ -129,12 +129,21 @@ def is_dated(source: NightSource) -> bool:
 
 @dataclass
 class _Erased:
-    """An erasure of a night: a hash of its kind and source, when it was, its rows, and those there were before."""
+    """An erasure of a night.
+
+    Attributes:
+        key: Hash of its kind and source.
+        at: When it was.
+        rows: Its rows.
+        total: Rows of the source before.
+        share: Largest share that the night allowed; 0 if it was not noted.
+    """
 
     key: str
     at: datetime
     rows: int
     total: int
+    share: float = 0.0
 
 
 @dataclass
@@ -213,14 +222,25 @@ class NightGuard:
         # Of each kind only the last ones are kept.
         same = [erased for erased in self._ledger.erasures if erased.key == key][1 - _NIGHTS :]
         others = [erased for erased in self._ledger.erasures if erased.key != key]
-        self._ledger.erasures = [*others, *same, _Erased(key, read_time(), rows, total)]
+        self._ledger.erasures = [*others, *same, _Erased(key, read_time(), rows, total, planned.share)]
         self._save_ledger()
 
     def _list_recent(self, planned: PlannedErasure) -> list[_Erased]:
-        """List the erasures of a kind that count, oldest first. Times that are in the future count as well."""
+        """List the erasures of a kind that count, oldest first. Times that are in the future count as well.
+
+        A night with a larger share accepts what was erased until then, and counting begins anew.
+        """
         begin = read_time() - _DAYS
         key = self._hash(planned)
-        return [erased for erased in self._ledger.erasures if erased.key == key and erased.at > begin]
+        counted: list[_Erased] = []
+        for erased in self._ledger.erasures:
+            if erased.key != key:
+                continue
+            if erased.share > planned.share:
+                counted = []
+            elif erased.at > begin:
+                counted.append(erased)
+        return counted
 
     def _hash(self, planned: PlannedErasure) -> str:
         """Hash what an erasure is: names of sources stay out of the records of runs."""
