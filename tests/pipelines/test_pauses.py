@@ -19,6 +19,7 @@ from pauses import Sleepers, open_sleepers
 
 from facepipe import storage
 from facepipe.config import build
+from facepipe.erasure.limits import ErasureLimit
 from facepipe.erasure.proof import check_erased
 from facepipe.erasure.receipt import load_receipt
 from facepipe.erasure.selection import Selection
@@ -150,7 +151,7 @@ def take_over(name: str, gallery: str, folders: dict[str, Path], turn: int) -> N
     if name in ("dedup", "erase"):
         dedup.run(build(dedup.DedupConfig), gallery)
     if name != "compact":
-        erase.run(Selection(identities=("person2",)), gallery)
+        erase.run(Selection(identities=("person2",)), gallery, limit=ErasureLimit(1.0))
 
 
 def read_report(gallery: str) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def sleep_and_wake(
     # The same command, or the next erasure, does what is left.
     index.run(index.IndexConfig(), gallery)
     if name == "erase":
-        erase.run(Selection(identities=("person1",)), gallery)
+        erase.run(Selection(identities=("person1",)), gallery, limit=ErasureLimit(1.0))
         assert not [row for row in rows(gallery) if row["identity"] == "person1"]
     assert is_sound(gallery)
     folder = storage.join(gallery, "erased")
