@@ -26,7 +26,6 @@ from facepipe.storage.lease import hold_lease
 from pipelines import compact, erase
 from pipelines.index import IndexConfig
 from pipelines.index import run as run_index
-from pipelines.search import parts
 
 COUNT = 60
 
@@ -156,15 +155,6 @@ def test_the_manifest_of_a_later_facepipe_is_not_withdrawn(gallery: str) -> None
     code, _, err = run_facepipe("erase", gallery, "--identity", get_person(gallery, 0)[0])
     assert (code, "newer facepipe" in err) == (1, True)
     assert list_shards(gallery) == before
-
-
-def test_answers_of_two_indexes_are_not_mixed(gallery: str) -> None:
-    created = manifest.load(gallery).created
-    assert parts._open_index(gallery, created, None, 1).manifest.created == created
-    parts._open_index.cache_clear()
-    make(gallery, retrain=True)
-    with pytest.raises(IndexReplacedError, match="run the same command again"):
-        parts._open_index(gallery, created, None, 1)
 
 
 def test_a_reader_of_a_version_that_is_gone_is_told_to_open_the_gallery_again(gallery: str) -> None:
