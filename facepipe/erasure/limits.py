@@ -22,6 +22,8 @@ CONFIRM_OPTION = "--yes-erase"
 # Largest shares of a gallery's rows: if people or images are named, and if a rule or a pattern selects.
 _NAMED_SHARE = 0.5
 _RULE_SHARE = 0.1
+# Whoever names people or images means these, and in a small gallery one person may be most of it.
+_FREE_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class ErasureLimit:
         source: Name of the corpus whose rows the share is of; by default all rows of the gallery.
         below: Where all rows of the corpus lie, if other ones have its name.
         confirmed: Numbers of images that somebody has confirmed: an erasure of exactly so many is not refused.
+        free: Number of images up to which nothing is refused.
         setting: What sets the share, for the message; empty for the default.
         recent: What was erased lately; None if that does not count.
         ignored_until: Times in the gallery between now and then are known to be wrong, when ages are judged.
@@ -57,6 +60,7 @@ class ErasureLimit:
     source: str | None = None
     below: tuple[str, ...] = ()
     confirmed: tuple[int, ...] = ()
+    free: int = 0
     setting: str = ""
     recent: RecentErasures | None = None
     ignored_until: datetime | None = None
@@ -71,7 +75,11 @@ def choose_limit(selection: Selection, confirmed: Collection[int] = ()) -> Erasu
     """
     is_rule = selection.uri is not None or selection.older_than_days is not None or selection.missing
     is_named = selection.is_personal or not is_rule
-    return ErasureLimit(_NAMED_SHARE if is_named else _RULE_SHARE, confirmed=tuple(confirmed))
+    return ErasureLimit(
+        _NAMED_SHARE if is_named else _RULE_SHARE,
+        confirmed=tuple(confirmed),
+        free=_FREE_IMAGES if selection.is_personal else 0,
+    )
 
 
 def choose_total_share(gallery: Gallery, selected: SelectedImages, limit: ErasureLimit) -> float:
@@ -82,7 +90,7 @@ def choose_total_share(gallery: Gallery, selected: SelectedImages, limit: Erasur
         selected: what is erased now.
         limit: the limit, which is kept or was confirmed.
     """
-    if selected.images not in limit.confirmed:
+    if selected.images not in limit.confirmed and selected.images > limit.free:
         return limit.share
     # Whoever has confirmed much has not confirmed everything.
     return max(limit.share, selected.rows / max(1, count_rows(gallery)) + _RULE_SHARE)
@@ -101,7 +109,7 @@ def is_beyond(rows: int, total: int, share: float) -> bool:
 
 def choose_repeat_limit(confirmed: Collection[int] = ()) -> ErasureLimit:
     """Choose the limit of erasures that a person repeats by their receipts."""
-    return ErasureLimit(_NAMED_SHARE, confirmed=tuple(confirmed))
+    return ErasureLimit(_NAMED_SHARE, confirmed=tuple(confirmed), free=_FREE_IMAGES)
 
 
 def explain_excess(gallery: Gallery, images: int, rows: int, limit: ErasureLimit) -> str:
@@ -113,7 +121,7 @@ def explain_excess(gallery: Gallery, images: int, rows: int, limit: ErasureLimit
         rows: number of their rows.
         limit: the limit.
     """
-    if not images or images in limit.confirmed:
+    if not images or images in limit.confirmed or images <= limit.free:
         return ""
     total = count_rows(gallery, limit.source, limit.below)
     whole = "the gallery" if limit.source is None else f"the source {limit.source!r}"

@@ -21,6 +21,7 @@ from facepipe.erasure.limits import (
     RecentErasures,
     check_limit,
     choose_limit,
+    choose_total_share,
     count_rows,
     explain_excess,
 )
@@ -95,6 +96,18 @@ def test_rows_of_files_with_several_sources_are_read(gallery: Gallery, tmp_path:
 )
 def test_rules_may_take_less_than_what_is_named(selection: Selection, share: float) -> None:
     assert choose_limit(selection).share == share
+
+
+@pytest.mark.parametrize("selection", [Selection(identities=("x",)), Selection(images=("x",)), Selection(ids=("1",))])
+def test_a_person_may_be_erased_who_is_most_of_a_small_gallery(selection: Selection, gallery: Gallery) -> None:
+    """Up to a thousand images, and also if more of the person come in while a run goes on."""
+    limit = choose_limit(selection)
+    assert explain_excess(gallery, 20, 20, limit) == ""
+    assert explain_excess(gallery, 1000, 20, limit) == ""
+    assert "--yes-erase 1001" in explain_excess(gallery, 1001, 20, limit)
+    selected = select_images(gallery, Selection(uri="*"))
+    assert choose_total_share(gallery, selected, limit) > 1
+    assert choose_limit(Selection(uri="*")).free == choose_limit(Selection(source="a")).free == 0
 
 
 @given(rows=st.integers(0, 20), share=st.floats(0, 1), recent=st.none() | st.integers(0, 40), confirmed=st.booleans())

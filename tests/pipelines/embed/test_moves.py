@@ -267,12 +267,13 @@ def test_a_link_to_a_source_is_the_source(fakes: Settings, tmp_path: Path) -> No
 
 def test_retired_images_do_not_come_back_with_their_source(fakes: Settings, tmp_path: Path) -> None:
     """What was erased by its age is known by its uri alone, and has another one at the new place."""
+    from facepipe.erasure.limits import ErasureLimit
     from facepipe.erasure.selection import Selection
     from pipelines import erase
 
     make_folder(tmp_path / "old")
     embed(tmp_path / "old", tmp_path / "g", fakes)
-    erased = erase.run(Selection(uri="*/p0/*"), str(tmp_path / "g"))
+    erased = erase.run(Selection(uri="*/p0/*"), str(tmp_path / "g"), limit=ErasureLimit(1.0))
     shutil.move(tmp_path / "old", tmp_path / "new")
     summary = embed(tmp_path / "new", tmp_path / "g", fakes)
     assert (erased.images, summary.erased, summary.images, summary.relocated) == (4, 4, 0, 4)
