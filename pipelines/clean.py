@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from facepipe.curation.cleaning.decide import DECISIONS, estimate_errors
+from facepipe.curation.cleaning.decide import DECISIONS, estimate_errors, estimate_wrong
 from facepipe.curation.cleaning.judge import (
     CleanRules,
     LabelJudgement,
@@ -162,7 +162,7 @@ def _summarise(summary: CleanSummary, graph: Graph, judgement: LabelJudgement, l
     summary.unlabelled = len(judgement.labels) - len(decided)
     summary.identities = len(judgement.names)
     summary.decisions = dict(zip(DECISIONS, counts.tolist(), strict=True))
-    summary.wrong = float(np.nansum(verdicts.noise))
+    summary.wrong = estimate_wrong(verdicts)
     summary.errors = estimate_errors(verdicts)
     summary.swapped = posteriors.swapped
     summary.nobody = posteriors.unknown

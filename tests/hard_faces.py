@@ -65,6 +65,7 @@ class DrawnFaces:
         noise: Noise of each face, (n,); 1 is the mean, more is worse.
         label: The name that the face is given, (n,). By default the person.
         photo: Number of the photo, (n,). By default one per face.
+        picture: Number of the picture, (n,), which copies of a photo have in common. By default the photo.
     """
 
     person: np.ndarray
@@ -72,12 +73,15 @@ class DrawnFaces:
     noise: np.ndarray
     label: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     photo: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    picture: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
         if not len(self.label):
             object.__setattr__(self, "label", self.person.copy())
         if not len(self.photo):
             object.__setattr__(self, "photo", np.arange(len(self.person)))
+        if not len(self.picture):
+            object.__setattr__(self, "picture", self.photo.copy())
 
     def __len__(self) -> int:
         return len(self.person)
@@ -90,18 +94,25 @@ class DrawnFaces:
     def take(self, chosen: np.ndarray) -> "DrawnFaces":
         """Return some of the faces."""
         return DrawnFaces(
-            self.person[chosen], self.vectors[chosen], self.noise[chosen], self.label[chosen], self.photo[chosen]
+            self.person[chosen],
+            self.vectors[chosen],
+            self.noise[chosen],
+            self.label[chosen],
+            self.photo[chosen],
+            self.picture[chosen],
         )
 
     def concatenate(self, other: "DrawnFaces") -> "DrawnFaces":
         """Append other faces, which are in other photos."""
         first_photo = int(self.photo.max(initial=-1)) + 1
+        first_picture = int(self.picture.max(initial=-1)) + 1
         return DrawnFaces(
             np.concatenate([self.person, other.person]),
             np.concatenate([self.vectors, other.vectors]),
             np.concatenate([self.noise, other.noise]),
             np.concatenate([self.label, other.label]),
             np.concatenate([self.photo, other.photo + first_photo]),
+            np.concatenate([self.picture, other.picture + first_picture]),
         )
 
 
@@ -288,7 +299,10 @@ def add_copied_outsider(faces: DrawnFaces, outsiders: DrawnFaces, labels: Sequen
     vectors = np.repeat(outsiders.vectors[: len(labels)], copies, axis=0)
     vectors = _to_unit(vectors + 0.09 / np.sqrt(2 * vectors.shape[1]) * rng.standard_normal(vectors.shape))
     noise = np.repeat(outsiders.noise[: len(labels)], copies)
-    added = DrawnFaces(np.full(len(vectors), -1), vectors, noise, np.repeat(np.asarray(labels), copies))
+    picture = np.repeat(np.arange(len(labels)), copies)
+    added = DrawnFaces(
+        np.full(len(vectors), -1), vectors, noise, np.repeat(np.asarray(labels), copies), picture=picture
+    )
     return faces.concatenate(added)
 
 
@@ -303,7 +317,7 @@ def add_bystanders(faces: DrawnFaces, bystanders: DrawnFaces, photos: np.ndarray
     both = faces.concatenate(added)
     photo = both.photo.copy()
     photo[len(faces) :] = faces.photo[photos]
-    return replace(both, photo=photo)
+    return replace(both, photo=photo, picture=photo)
 
 
 # --- galleries ------------------------------------------------------------------------------------------------------------
@@ -326,6 +340,7 @@ def make_table(faces: DrawnFaces, seed: int = 0) -> pa.Table:
         "uri": pa.array([f"/synthetic/{n // 1000:06d}/{n:09d}.jpg" for n in photo.tolist()]),
         "image_id": pa.array([f"{n:032x}" for n in photo.tolist()]),
         "face_index": pa.array(np.where(is_first, 0, 1).astype(np.int16)),
+        "image_hash": pa.array(rng.integers(-(2**63), 2**63, int(faces.picture.max(initial=0)) + 1)[faces.picture]),
         "width": pa.array(np.full(count, 250, np.int32)),
         "height": pa.array(np.full(count, 250, np.int32)),
         "box": pa.FixedSizeListArray.from_arrays(box.ravel(), 4).cast(pa.list_(pa.float32())),

@@ -1,6 +1,6 @@
 """Decide what to do with each label, and say why, from the label posteriors."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ REASONS = (
     "the same picture is kept elsewhere in its identity",
     "the face is too small",
     "the face is blurred",
+    "the same picture has another name too",
     "no label",
 )
 (
@@ -45,6 +46,7 @@ REASONS = (
     COPY,
     SMALL,
     BLURRED,
+    TWO_NAMES,
     UNLABELLED,
 ) = range(len(REASONS))
 
@@ -72,6 +74,10 @@ class LabelVerdicts:
     other_probability: Float32
     decision: npt.NDArray[np.int8]
     reason: npt.NDArray[np.int8]
+
+    def take(self, chosen: Int64) -> "LabelVerdicts":
+        """Return the verdicts on the chosen faces, by position."""
+        return LabelVerdicts(**{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
 
     def is_decided(self, decision: str) -> Bool:
         """Mark the faces (n,) with this decision."""
@@ -147,6 +153,19 @@ def overrule_kept(verdicts: LabelVerdicts, chosen: Bool, decision: str, reason: 
     decisions = np.where(is_changed, DECISIONS.index(decision), verdicts.decision).astype(np.int8)
     reasons = np.where(is_changed, reason, verdicts.reason).astype(np.int8)
     return replace(verdicts, decision=decisions, reason=reasons)
+
+
+def question_kept(verdicts: LabelVerdicts, chosen: Bool, reason: int) -> LabelVerdicts:
+    """Send the chosen faces (n,) that are kept so far to review, with a noise of at least a half."""
+    is_changed = chosen & verdicts.is_decided(KEEP)
+    noise = np.where(is_changed, np.maximum(verdicts.noise, _WRONG), verdicts.noise).astype(np.float32)
+    return overrule_kept(replace(verdicts, noise=noise), chosen, REVIEW, reason)
+
+
+def estimate_wrong(verdicts: LabelVerdicts) -> float:
+    """Estimate how many labels are wrong. A label of a photo is not wrong because another face is in it too."""
+    is_counted = (verdicts.decision >= 0) & (verdicts.reason != BYSTANDER)
+    return float(np.nansum(verdicts.noise[is_counted]))
 
 
 def estimate_errors(verdicts: LabelVerdicts) -> float:

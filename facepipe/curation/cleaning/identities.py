@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.cleaning.decide import KEEP, RELABEL, LabelVerdicts
+from facepipe.curation.cleaning.decide import BYSTANDER, KEEP, RELABEL, LabelVerdicts
 from facepipe.curation.cleaning.evidence import FaceVectors
 from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.similarity import Pairs
@@ -116,10 +116,13 @@ def summarise_identities(
     apart_count, apart_similarity = _find_second_persons(
         faces, np.where(is_unclaimed, labels, -1), parts, identity_count
     )
+    # The label of a photo is not wrong because another face is in it too.
+    is_counted = verdicts.reason[labelled] != BYSTANDER
+    wrong = np.where(is_counted, np.nan_to_num(verdicts.noise[labelled]), 0)
     return IdentitySummary(
         face_count=np.bincount(identity, minlength=identity_count),
         kept_count=np.bincount(identity[is_kept[labelled]], minlength=identity_count),
-        wrong=np.bincount(identity, np.nan_to_num(verdicts.noise[labelled]), identity_count).astype(np.float32),
+        wrong=np.bincount(identity, wrong, identity_count).astype(np.float32),
         apart_count=apart_count,
         apart_similarity=apart_similarity,
         left=left,

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from facepipe.arrow import to_vectors
 from facepipe.curation.cleaning import decide
-from facepipe.curation.cleaning.decide import LabelVerdicts, decide_labels, overrule_kept
+from facepipe.curation.cleaning.decide import LabelVerdicts, decide_labels, overrule_kept, question_kept
 from facepipe.curation.cleaning.evidence import FaceVectors, LabelCandidates, find_candidates
 from facepipe.curation.cleaning.identities import (
     IdentityParts,
@@ -17,19 +18,21 @@ from facepipe.curation.cleaning.identities import (
     split_identities,
     summarise_identities,
 )
-from facepipe.curation.cleaning.model import LabelPosteriors, estimate_label_posteriors
+from facepipe.curation.cleaning.model import LabelPosteriors, estimate_label_posteriors, weigh_names
 from facepipe.curation.clusters.constraints import find_same_photo_pairs
 from facepipe.curation.duplicates import DuplicateRule, find_duplicates
 from facepipe.curation.duplicates.images import RankedImages, gather_faces, rank_images
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.components import find_components
 from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.gallery import Gallery
 from facepipe.nearest.similarity import Pairs
-from facepipe.types import Bool, Float32, Int64
+from facepipe.types import Bool, Float32, Float64, Int64
 
 _START_OUTSIDE = np.float32(0.1)  # starting probability of a face outside the largest part of its identity
 _MAX_DISTANCE = 2.0  # of two unit vectors: all edges
+_MAX_CONFLICT_DISTANCE = 0.25  # of the faces of a picture and of its copy under another name
 _ROWS = 65536
 
 
@@ -99,18 +102,28 @@ def judge_labels(
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
     copies = graph.representatives
 
+    # Copies of a picture under one name count once: the first of them votes, and the others share its verdict.
+    copied = _find_copies(graph, gallery, duplicates)
+    voter = _choose_voters(copied, copies, labels)
+    is_voter = voter == np.arange(len(labels))
+    voting = np.where(is_voter, labels, -1)
+    pairs_of_voters = _move_pairs(_add_pairs_of_copies(pairs, copies), voter)
+
     # Estimate how likely each label is right, starting from the largest part of each identity.
-    parts = split_identities(faces, labels, copies, pairs, threshold)
-    candidates = find_candidates(labels, _add_pairs_of_copies(pairs, copies))
+    parts = split_identities(faces, voting, copies, pairs_of_voters, threshold)
+    candidates = find_candidates(voting, pairs_of_voters)
     photo, prior = _number_photos(gallery, graph, labels)
     start = _start_probabilities(candidates, parts.is_largest, prior)
     posteriors = estimate_label_posteriors(faces, candidates, prior, start, threshold=threshold, seed=seed)
+    posteriors = weigh_names(faces, candidates, posteriors, parts.part, prior, threshold=threshold)
 
     # Decide, and overrule the decision to keep for unfit faces.
-    verdicts = decide_labels(candidates, posteriors, len(labels), photo)
+    verdicts = decide_labels(candidates, posteriors, len(labels), photo).take(voter)
+    parts = IdentityParts(parts.part[voter], parts.size[voter])
+    verdicts = _question_conflicts(verdicts, copied, labels)
     verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
     if rules.duplicates:
-        verdicts = _reject_copies(verdicts, graph, gallery, labels, duplicates)
+        verdicts = _reject_copies(verdicts, copied, labels)
     identities = summarise_identities(
         faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=find_stricter_threshold(graph)
     )
@@ -171,20 +184,129 @@ def _start_probabilities(candidates: LabelCandidates, is_largest: Bool, prior: F
     return np.where(candidates.is_own, own, np.float32(0)).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class _CopiedFaces:
+    """Which of n faces are copies of one another.
+
+    Attributes:
+        images: Images, the best copy first.
+        image: Number of each face's image, (n,).
+        group: Image that stands for all copies of the face's image, (n,).
+        pairs: Pairs of faces (m, 2) of two copies of one image.
+        distance: Distance of each pair, (m,).
+    """
+
+    images: RankedImages
+    image: Int64
+    group: Int64
+    pairs: Int64
+    distance: Float32
+
+
+def _find_copies(graph: Graph, gallery: Gallery, rule: DuplicateRule) -> _CopiedFaces:
+    """Find the images that are copies of one another, and the faces in them that are the same."""
+    table, row_of_node = gather_faces([gallery], graph.nodes)
+    near = find_face_pairs(graph, table, row_of_node, rule)
+    # Turn pairs of nodes into pairs of rows.
+    u = row_of_node[near.u]
+    v = row_of_node[near.v]
+    edges = Pairs(np.minimum(u, v), np.maximum(u, v), near.distance)
+    decisions = find_duplicates(table, edges, rule).decisions
+    images = rank_images(table, rule.keep)
+    # Name each group of copies by the image that the search would keep.
+    copies = decisions.filter(decisions["kept_uri"].is_valid())
+    uris = images.table["uri"]
+    worse = pc.index_in(copies["uri"], value_set=uris).to_numpy()
+    best = pc.index_in(copies["kept_uri"], value_set=uris).to_numpy()
+    leader = np.arange(len(images))
+    leader[worse] = best
+    image = images.of_face[row_of_node]
+    group = leader[image]
+    is_copy = (group[near.u] == group[near.v]) & (image[near.u] != image[near.v])
+    pairs = np.stack([near.u[is_copy], near.v[is_copy]], axis=1)
+    return _CopiedFaces(images, image, group, pairs, near.distance[is_copy])
+
+
+def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
+    """Choose the face (n,) that votes for each face: the first of its copies with the same label.
+
+    Args:
+        copied: copies of images.
+        copies: first face with the same vector, (n,).
+        labels: number of each face's identity, (n,), -1 for none.
+    """
+    count = len(labels)
+    pairs = np.concatenate([copied.pairs, np.stack([copies, np.arange(count)], axis=1)])
+    pairs = pairs[(labels[pairs[:, 0]] == labels[pairs[:, 1]]) & (labels[pairs[:, 0]] >= 0)]
+    group = find_components(count, pairs[:, 0], pairs[:, 1])
+    first = np.full(count, count)
+    np.minimum.at(first, group, np.arange(count))
+    return first[group]
+
+
+def _move_pairs(pairs: Pairs, voter: Int64) -> Pairs:
+    """Move the ends of pairs to the faces that vote."""
+    u = voter[pairs.u]
+    v = voter[pairs.v]
+    moved = Pairs(np.minimum(u, v), np.maximum(u, v), pairs.distance)
+    return moved.take(u != v)
+
+
+def _question_conflicts(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64) -> LabelVerdicts:
+    """Overrule the decision to keep for copies of one face under two names: at most one name can be right."""
+    count = len(labels)
+    certain = copied.pairs[copied.distance <= _MAX_CONFLICT_DISTANCE]
+    certain = certain[(labels[certain] >= 0).all(axis=1)]
+    # Copies of copies are copies: a group of them with two labels is a conflict.
+    group = find_components(count, certain[:, 0], certain[:, 1])
+    lowest = np.full(count, count)
+    highest = np.full(count, -1)
+    np.minimum.at(lowest, group, labels)
+    np.maximum.at(highest, group, labels)
+    is_named_twice = (lowest < highest)[group] & (labels >= 0)
+    return question_kept(verdicts, is_named_twice, decide.TWO_NAMES)
+
+
 def _number_photos(gallery: Gallery, graph: Graph, labels: Int64) -> tuple[Int64, Float32]:
     """Assign numbers to the photos, and say how likely a label is meant for the face.
 
     Returns:
-        The number of each face's photo (n,), and the probability (n,): 1 over the faces that share photo and label.
+        The number of each face's photo (n,), and the probability (n,): 1 over the faces that share photo and label,
+        the larger and the more central ones first.
     """
     count = len(labels)
     photo = np.arange(count)
     pairs = find_same_photo_pairs(gallery, graph.nodes)
     # The number of a photo is its first face.
     np.minimum.at(photo, pairs[:, 1], pairs[:, 0])
-    same_label = pairs[labels[pairs[:, 0]] == labels[pairs[:, 1]]]
-    sharers = 1 + np.bincount(same_label.ravel(), minlength=count)
-    return photo, (1 / sharers).astype(np.float32)
+    if not len(pairs):
+        return photo, np.ones(count, np.float32)
+    weight = _weigh_faces(gallery, graph)
+    key = photo * (int(labels.max(initial=-1)) + 2) + labels + 1
+    _, group = np.unique(key, return_inverse=True)
+    total = np.bincount(group, weight)
+    return photo, (weight / total[group]).astype(np.float32)
+
+
+def _weigh_faces(gallery: Gallery, graph: Graph) -> Float64:
+    """Weigh faces (n,) as the subject of their photo: by the square of their area, and by how central they are."""
+    weight = np.ones(len(graph.nodes))
+    for batch in gallery.batches(["face_id", "box", "width", "height"], rows=_ROWS):
+        known = batch.filter(pc.and_(batch["face_id"].is_valid(), batch["box"].is_valid()))
+        faces = pa.Table.from_batches([known])
+        if not faces.num_rows:
+            continue
+        at = graph.nodes.find(faces["face_id"].to_numpy())
+        box = to_vectors(faces["box"], 4).astype(np.float64)
+        width = np.nan_to_num(faces["width"].to_numpy().astype(np.float64), nan=1.0)
+        height = np.nan_to_num(faces["height"].to_numpy().astype(np.float64), nan=1.0)
+        area = np.maximum(1.0, (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]))
+        # From 0 in the centre to 1 at the border.
+        across = np.abs(box[:, 0] + box[:, 2] - width) / np.maximum(1, width)
+        along = np.abs(box[:, 1] + box[:, 3] - height) / np.maximum(1, height)
+        central = np.exp(-2 * np.minimum(1, across**2 + along**2))
+        weight[at[at >= 0]] = (area**2 * central)[at >= 0]
+    return weight
 
 
 def _reject_low_quality(verdicts: LabelVerdicts, graph: Graph, gallery: Gallery, rules: CleanRules) -> LabelVerdicts:
@@ -203,25 +325,13 @@ def _reject_low_quality(verdicts: LabelVerdicts, graph: Graph, gallery: Gallery,
     return overrule_kept(verdicts, is_blurred, decide.LOW_QUALITY, decide.BLURRED)
 
 
-def _reject_copies(
-    verdicts: LabelVerdicts, graph: Graph, gallery: Gallery, labels: Int64, rule: DuplicateRule
-) -> LabelVerdicts:
+def _reject_copies(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64) -> LabelVerdicts:
     """Overrule the decision to keep for faces whose picture is kept in a better copy under the same label."""
-    table, row_of_node = gather_faces([gallery], graph.nodes)
-    near = find_face_pairs(graph, table, row_of_node, rule)
-    # Turn pairs of nodes into pairs of rows.
-    u = row_of_node[near.u]
-    v = row_of_node[near.v]
-    edges = Pairs(np.minimum(u, v), np.maximum(u, v), near.distance)
-    decisions = find_duplicates(table, edges, rule).decisions
-    images = rank_images(table, rule.keep)
-    is_worse = _find_worse_copies(verdicts, images, images.of_face[row_of_node], decisions, labels)
+    is_worse = _find_worse_copies(verdicts, copied, labels)
     return overrule_kept(verdicts, is_worse, decide.DUPLICATE, decide.COPY)
 
 
-def _find_worse_copies(
-    verdicts: LabelVerdicts, images: RankedImages, image: Int64, decisions: pa.Table, labels: Int64
-) -> Bool:
+def _find_worse_copies(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64) -> Bool:
     """Find the kept faces (n,) whose identity keeps a better copy of their picture too.
 
     The best copy of all may have another label, or be unfit. So the best copy is chosen per label, among the faces
@@ -229,22 +339,13 @@ def _find_worse_copies(
 
     Args:
         verdicts: decisions so far.
-        images: images, the best copy first.
-        image: number of each face's image, (n,).
-        decisions: decisions of the search for duplicates, one row per image.
+        copied: copies of images.
         labels: number of each face's identity, (n,).
     """
-    # Name each group of copies by the image that the search would keep.
-    copies = decisions.filter(decisions["kept_uri"].is_valid())
-    uris = images.table["uri"]
-    worse = pc.index_in(copies["uri"], value_set=uris).to_numpy()
-    best = pc.index_in(copies["kept_uri"], value_set=uris).to_numpy()
-    leader = np.arange(len(images))
-    leader[worse] = best
-    group = leader[image]
     # Of the kept faces of each group and label, all but the first go.
+    group = copied.group
     kept = np.flatnonzero(verdicts.is_decided(decide.KEEP))
-    order = kept[np.lexsort((image[kept], labels[kept], group[kept]))]
+    order = kept[np.lexsort((copied.image[kept], labels[kept], group[kept]))]
     is_repeated = (np.diff(group[order], prepend=-1) == 0) & (np.diff(labels[order], prepend=-1) == 0)
     is_worse = np.zeros(len(labels), bool)
     is_worse[order[is_repeated]] = True

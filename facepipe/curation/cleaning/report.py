@@ -13,6 +13,7 @@ from facepipe.curation.cleaning.decide import (
     REVIEW,
     LabelVerdicts,
     estimate_errors,
+    estimate_wrong,
 )
 from facepipe.curation.cleaning.judge import LabelJudgement
 from facepipe.curation.graph import Graph
@@ -36,8 +37,7 @@ def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement
     notes = (
         "noise is the probability that a label is wrong. It comes from the corpus itself: how alike faces are to the "
         "rest of their identity and to others, and how often labels are swapped. No threshold is set by hand.",
-        "Expected errors were somewhat above the real ones on LFW with 10 and 20 % of the labels swapped, and a "
-        "quarter of them with 40 %.",
+        "Expected errors are what the probabilities predict. docs/performance.md compares them with real ones.",
         "The lists and all decisions are beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, "
         "decisions.parquet, identities.parquet.",
     )
@@ -63,7 +63,7 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
     is_labelled = verdicts.decision >= 0
     counts = np.bincount(verdicts.decision[is_labelled], minlength=len(DECISIONS))
     noise = verdicts.noise[is_labelled]
-    wrong = float(noise.sum())
+    wrong = estimate_wrong(verdicts)
     errors = estimate_errors(verdicts)
     return (
         Figure("labelled faces", f"{int(is_labelled.sum()):,}", f"of {len(judgement.labels):,} in the gallery"),

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bench.galleries import Faces as DrawnFaces
+from hard_faces import DlibLike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,14 @@ from facepipe.curation.cleaning.identities import (
     split_identities,
     summarise_identities,
 )
-from facepipe.curation.cleaning.model import LabelPosteriors, Normal, compute_log_ratio, estimate_label_posteriors
+from facepipe.curation.cleaning.model import (
+    LabelPosteriors,
+    Normal,
+    StrangerTail,
+    compute_log_ratio,
+    estimate_label_posteriors,
+    weigh_names,
+)
 from facepipe.nearest import join as near
 from facepipe.nearest.similarity import Pairs, refine_pairs
 from facepipe.sources.labels import format_label
@@ -197,6 +205,60 @@ def test_numbering_does_not_matter(of: str) -> None:
     assert second.swapped == pytest.approx(first.swapped, abs=0.005)
 
 
+def test_flips_are_put_right_among_thousands_of_identities() -> None:
+    """The more identities, the less likely is each one: the evidence has to carry further."""
+    rng = np.random.default_rng(1)
+    truth = np.repeat(np.arange(2500), 4)
+    label = np.where(rng.random(len(truth)) < 0.1, rng.integers(0, 2500, len(truth)), truth)
+    made = corpus(truth, label)
+    _, belief, found, _ = judged(made)
+    moved = found.decision == RELABEL
+    right = np.bincount(truth[~made.wrong], minlength=2500)[truth] >= 3
+    assert (made.wrong & moved & right).sum() / (made.wrong & right).sum() > 0.95
+    assert (found.other == made.truth)[moved].mean() > 0.98
+    assert belief.swapped == pytest.approx(made.wrong.mean(), abs=0.02)
+
+
+def weighed(truth: np.ndarray, label: np.ndarray) -> LabelVerdicts:
+    made = corpus(truth, label)
+    pool, belief, _, inside = judged(made)
+    belief = weigh_names(made.faces, pool, belief, inside.part, np.ones(len(label), np.float32), threshold=THRESHOLD)
+    return decide_labels(pool, belief, len(label), np.arange(len(label)))
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_two_persons_half_each_are_for_a_person_to_tell_apart(each: int) -> None:
+    """Persons 0 and 1 have the name of person 0, among 60 identities as they should be."""
+    truth = np.concatenate([np.repeat([0, 1], each), np.repeat(np.arange(2, 62), 6)])
+    found = weighed(truth, np.where(truth == 1, 0, truth))
+    assert (found.decision[: 2 * each] == REVIEW).all()
+    assert np.allclose(found.noise[: 2 * each], 0.5, atol=0.1)
+    assert (found.decision[2 * each :] == KEEP).mean() > 0.98
+
+
+def test_a_small_second_part_is_not_who_bears_the_name() -> None:
+    truth = np.concatenate([np.repeat([0, 1], [9, 2]), np.repeat(np.arange(2, 62), 6)])
+    found = weighed(truth, np.where(truth == 1, 0, truth))
+    assert (found.decision[:9] == KEEP).all()
+    assert (found.noise[9:11] > 0.8).all()
+
+
+def test_a_tail_falls_and_is_lighter_than_a_normal_one() -> None:
+    rng = np.random.default_rng(0)
+    similarity = rng.uniform(-1, 1, 200_000).astype(np.float32)  # no tail at all
+    weight = np.ones(len(similarity), np.float32)
+    normal = Normal(0.0, float(similarity.var()), 0.0)
+    tail = StrangerTail.fit(similarity, weight, normal)
+    assert tail is not None
+    deviation = np.linspace(0, 20, 200, dtype=np.float32)
+    density = tail.compute_log_density(deviation)
+    assert (np.diff(density) <= 0).all()
+    assert density[0] == pytest.approx(np.log(0.5 / np.sqrt(3)), abs=0.2)
+    assert density[50] < -0.5 * deviation[50] ** 2
+    assert StrangerTail.fit(similarity[:1000], weight[:1000], normal) is None
+    assert StrangerTail.fit(np.zeros(10_000, np.float32), np.ones(10_000, np.float32), normal) is None
+
+
 def test_strangers_belong_to_nobody() -> None:
     """Faces of 80 persons who have one face each, under the labels of others."""
     truth = np.concatenate([np.repeat(np.arange(60), 10), np.arange(60, 140)])
@@ -319,7 +381,9 @@ def test_expected_errors_are_about_the_real_ones() -> None:
     truth = np.concatenate([np.repeat(np.arange(150), 4), np.arange(150, 250)])
     label = np.where(rng.random(len(truth)) < 0.1, rng.integers(0, 150, len(truth)), truth)
     label[truth >= 150] = rng.integers(0, 150, 100)
-    made = corpus(truth, label)
+    space = DlibLike(5)
+    vectors = space.draw(space.draw_centres(250), truth).vectors
+    made = Corpus(FaceVectors(vectors, np.zeros(len(truth), np.float32)), truth, label)
     _, _, found, _ = judged(made)
     errors = int(((found.noise > 0.5) != made.wrong).sum())
     assert errors > 0, "there is something to expect"
