@@ -24,12 +24,15 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.erasure_key import read_key
 from facepipe.gallery.maintenance.vacuum import find_foreign, find_unreferenced, list_log
 from facepipe.index import manifest as manifests
+from facepipe.index.centroids import count_thin_lists, read_centroids
+from facepipe.index.manifest import Manifest
 from facepipe.index.shard import Shard
+from facepipe.index.template import open_template
 from facepipe.reports.html import iterate_groups
 from facepipe.storage import conditional
 from facepipe.storage.inside import is_link
 from facepipe.storage.lease import LEASE_FILE
-from facepipe.storage.store import open_store
+from facepipe.storage.store import Store, open_store
 from facepipe.storage.uploads import Upload, UploadsUnknownError, list_uploads
 from facepipe.text import restore_cell
 
@@ -238,6 +241,7 @@ def _check_vectors(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:
                     count += hashes.count_matches(pc.unique(rows.uris).to_pylist(), "uris")
             if count:
                 yield f"index/{entry.name}: {count} vectors"
+        yield from _check_centroids(store, manifest)
         listed = manifests.list_names_in_use(manifest)
     # Files that the manifest does not list.
     unlisted = {file.url.removeprefix(base).split("/")[0] for file in storage.list_files(base)} - listed
@@ -255,6 +259,24 @@ def _check_uploads(gallery: Gallery, receipt: Receipt) -> Iterator[str]:
     for upload in uploads:
         if upload.began < recorded or upload.is_abandoned:
             yield f"{upload.url}: an upload of it never ended, and its parts may hold erased data"
+
+
+def _check_centroids(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Check what the centroids rest on: one that was made of a single face is a copy of it."""
+    if not manifest.template.lists:
+        return
+    template = open_template(store, manifest.template)
+    shards = [Shard(store, entry) for entry in manifest.shards]
+    count = count_thin_lists(template, shards)
+    if count:
+        yield (
+            f"index/{manifest.template.name}: {count} centroids rest on hardly any face that is left, and may be the "
+            "likeness of one that was erased: `facepipe index GALLERY --retrain` computes them again"
+        )
+    centroids = read_centroids(template)
+    for shard in shards:
+        if not np.array_equal(read_centroids(shard.open_index()), centroids):
+            yield f"index/{shard.entry.name}: has other centroids than {manifest.template.name}"
 
 
 def _check_reports(gallery: Gallery, hashes: _MentionCounter) -> Iterator[str]:

@@ -10,8 +10,10 @@ import pyarrow.compute as pc
 from facepipe.erasure.selection import SelectedImages
 from facepipe.errors import IndexDamagedError, IndexReplacedError
 from facepipe.index import manifest as manifests
-from facepipe.index.manifest import ShardEntry
-from facepipe.index.shard import Shard, merge_shards, write_tombstones
+from facepipe.index.centroids import choose_centroids, replace_centroids
+from facepipe.index.manifest import Manifest, ShardEntry, Template
+from facepipe.index.shard import Shard, merge_shards, move_shard, write_tombstones
+from facepipe.index.template import open_template, replace_template
 from facepipe.storage.lease import Lease
 from facepipe.storage.store import Store
 from facepipe.types import Int64
@@ -25,12 +27,14 @@ class VectorRemoval:
 
     Attributes:
         vectors: number of vectors.
+        ids: their ids.
         before: files of the shards that held them, with the first 32 digits of their SHA-256.
         after: files of the shards that replaced them, likewise.
         dropped: names of damaged shards, which the index no longer has. The next `index` adds their faces again.
     """
 
     vectors: int = 0
+    ids: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
@@ -74,6 +78,7 @@ def hide_vectors(gallery: str, selected: SelectedImages, lease: Lease) -> Vector
         if len(ids) or has_other_traces:
             # A shard with any trace has to be rewritten later, so its files go into the receipt.
             removal.vectors += len(ids)
+            removal.ids = np.union1d(removal.ids, ids)
             removal.add_shard(entry)
         tombstones = np.union1d(shard.tombstones, ids)
         is_changed = len(tombstones) != len(shard.tombstones)
@@ -170,6 +175,8 @@ def remove_vectors(
 ) -> None:
     """Rewrite the shards that hold hidden vectors, without their tombstoned faces, and delete the old ones.
 
+    If centroids rest on the erased faces, the template and all shards get others (facepipe.index.centroids).
+
     Args:
         gallery: folder or URL of the gallery.
         removal: what `hide_vectors` returned; the new files are added to it.
@@ -183,14 +190,19 @@ def remove_vectors(
     store = manifests.open_index_store(gallery)
     # Shards that held erased vectors, by their names.
     names = {name.split("/")[0] for name in removal.before}
+    template = _replace_template(store, manifest, removal.ids)
     shards = []
     for entry in manifest.shards:
-        if entry.name not in names:
+        if template is None and entry.name not in names:
             shards.append(entry)
             continue
         try:
-            # Merging a single shard rewrites it without its tombstones; nothing comes back if no vector is left.
-            rewritten = merge_shards(store, [entry])
+            if template is None:
+                # Merging a single shard rewrites it without its tombstones; nothing comes back if no vector is left.
+                rewritten = merge_shards(store, [entry])
+            else:
+                removal.add_shard(entry)
+                rewritten = move_shard(store, entry, open_template(store, template))
         except IndexDamagedError:
             removal.dropped.append(entry.name)
             continue
@@ -203,8 +215,35 @@ def remove_vectors(
     if removal.dropped:
         table_version = manifests.INCOMPLETE
     # Searches that began before cannot go on with what held erased faces: it is not kept for them.
-    replaced = tuple(old for old in manifest.replaced if old.entry.name not in names)
-    draft = replace(manifest, shards=tuple(shards), replaced=replaced, table_version=table_version)
+    replaced = tuple(old for old in manifest.replaced if old.entry.name not in names and template is None)
+    draft = replace(
+        manifest,
+        shards=tuple(shards),
+        replaced=replaced,
+        table_version=table_version,
+        template=template or manifest.template,
+    )
     if draft != manifest:
         manifests.publish(gallery, draft, tag, lease, known=manifest)
     manifests.sweep(gallery, lease)
+
+
+def _replace_template(store: Store, manifest: Manifest, gone: Int64) -> Template | None:
+    """Write a template whose centroids do not rest on erased faces; None if those of the current one do not."""
+    if not manifest.template.lists:
+        return None
+    try:
+        index = open_template(store, manifest.template)
+    except IndexDamagedError:
+        return None  # the next `index` builds everything again
+    shards = []
+    for entry in manifest.shards:
+        with suppress(IndexDamagedError):  # such a shard leaves the index
+            shard = Shard(store, entry)
+            shard.open_index()
+            shards.append(shard)
+    centroids = choose_centroids(index, shards, gone)
+    if centroids is None:
+        return None
+    replace_centroids(index, centroids)
+    return replace_template(store, manifest.template, index)

@@ -220,6 +220,55 @@ def merge_indexes(shards: "Sequence[Shard]") -> Any:
     return merged
 
 
+def move_shard(store: Store, entry: ShardEntry, template: Any) -> ShardEntry | None:
+    """Rewrite a shard with other centroids, and without its deleted vectors; None if no vector is left.
+
+    Only faces of lists whose centroids differ are quantised again.
+
+    Args:
+        store: of the index.
+        entry: of the shard.
+        template: the trained, empty index with the new centroids. It gets the faces of the shard.
+    """
+    shard = Shard(store, entry)
+    index = shard.open_index(mapped=False)
+    if shard.tombstones.size:
+        index.remove_ids(faiss.IDSelectorBatch(shard.tombstones))
+    old = faiss.extract_index_ivf(index)
+    new = faiss.extract_index_ivf(template)
+    before = old.quantizer.reconstruct_n(0, old.nlist)
+    after = new.quantizer.reconstruct_n(0, new.nlist)
+    # Take the faces of the lists that change out of the old index, and the other lists into the new one.
+    changed = np.flatnonzero((before != after).any(axis=1))
+    moving = np.concatenate([np.empty(0, np.int64), *(read_list(old.invlists, int(number)) for number in changed)])
+    if len(moving):
+        index.remove_ids(faiss.IDSelectorBatch(moving))
+    # faiss merges whole indexes only if their centroids are the same; those of the lists that stay are.
+    new.invlists.merge_from(old.invlists, 0)
+    new.ntotal += old.ntotal
+    template.ntotal = new.ntotal
+    old.ntotal = 0
+    for at in range(0, len(moving), _ADD_ROWS):
+        ids = moving[at : at + _ADD_ROWS]
+        add_vectors(template, shard.vectors[shard.find_rows(ids)[1]], ids)
+    with ShardWriter(store, template) as writer:
+        for rows in shard.read_live_rows():
+            writer.add_side_files(rows)
+        return writer.finish()
+
+
+def read_list(inverted: Any, number: int) -> Int64:
+    """Read the face ids of one of the inverted lists of a faiss index."""
+    size = inverted.list_size(number)
+    if not size:
+        return np.empty(0, np.int64)
+    pointer = inverted.get_ids(number)
+    try:
+        return np.array(faiss.rev_swig_ptr(pointer, size), np.int64)
+    finally:
+        inverted.release_ids(number, pointer)
+
+
 class Shard:
     """A published shard, read-only. Its files are mapped into memory and read only if needed.
 

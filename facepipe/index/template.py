@@ -3,13 +3,15 @@
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from facepipe.errors import ConfigError, StorageError
-from facepipe.index.grid import round_to_grid
-from facepipe.index.manifest import Template, compute_digest
+from facepipe.errors import ConfigError, IndexDamagedError, StorageError
+from facepipe.index.centroids import settle_centroids
+from facepipe.index.manifest import FileDigest, Template, compute_digest
 from facepipe.index.plan import IndexPlan, open_factory
 from facepipe.nearest.faiss_engine import faiss, train_on_gpus, write_index
+from facepipe.storage.store import Store
 from facepipe.types import Float32
 
 _POINTS_PER_LIST_TO_WARN = 39  # below, faiss would print warnings; the plan has said so already
@@ -18,8 +20,8 @@ _POINTS_PER_LIST_TO_WARN = 39  # below, faiss would print warnings; the plan has
 def train_template(sample: Float32, plan: IndexPlan, log: Callable[[str], None] = lambda line: None) -> Any:
     """Train an empty index.
 
-    Centroids lie on the grid (facepipe.index.grid), so that lists do not depend on the batch. k-means runs on GPUs if
-    faiss-gpu finds any.
+    Centroids lie on the grid (facepipe.index.grid), so that lists do not depend on the batch. Each is the mean of many
+    faces (facepipe.index.centroids). k-means runs on GPUs if faiss-gpu finds any.
 
     Args:
         sample: unit vectors (n, 128).
@@ -51,29 +53,44 @@ def _train(sample: Float32, plan: IndexPlan, clustering_index: Any) -> Any:
         ivf.clustering_index = clustering_index
     try:
         index.train(sample)
+        # No centroid rests on few faces. All lie on the grid, on which distances are exact.
+        settle_centroids(index, sample, clustering_index)
     finally:
         ivf.clustering_index = None
         if clustering_index is not None:
             # The assignment took over ownership. Without this the memory on the GPUs is never freed.
             clustering_index.thisown = True
-    # Move the centroids to the grid, on which distances are exact.
-    centroids = round_to_grid(ivf.quantizer.reconstruct_n(0, ivf.nlist))
-    ivf.quantizer.reset()
-    ivf.quantizer.add(centroids)
     return index
+
+
+def open_template(store: Store, template: Template) -> Any:
+    """Open a trained, empty index.
+
+    Raises:
+        IndexDamagedError: it cannot be opened.
+    """
+    store.fetch(template.name, template.file.bytes, template.file.sha256)
+    path = store.local_path(template.name)
+    try:
+        return faiss.read_index(path)
+    except RuntimeError as error:
+        raise IndexDamagedError(
+            f"the template {path!r} cannot be opened: `facepipe index GALLERY --repair` rebuilds what is damaged"
+        ) from error
+
+
+def replace_template(store: Store, template: Template, index: Any) -> Template:
+    """Write a template again that has got other centroids, under a new name."""
+    name, file = _write_template(index, store.folder)
+    return replace(template, name=name, file=file)
 
 
 def save_template(index: Any, folder: str, plan: IndexPlan, *, seed: int, chosen: bool) -> Template:
     """Write a trained index. Its imbalance is measured once the first shards are built."""
-    name = f"template-{secrets.token_hex(6)}.faiss"
-    path = os.path.join(folder, name)
-    try:
-        write_index(index, path)
-    except (OSError, RuntimeError) as error:  # faiss reports a full disk as RuntimeError
-        raise StorageError(f"cannot write {path!r}: {str(error).splitlines()[0]}") from error
+    name, file = _write_template(index, folder)
     return Template(
         name=name,
-        file=compute_digest(path),
+        file=file,
         factory=plan.factory,
         lists=plan.lists,
         trained_on=plan.train,
@@ -82,3 +99,13 @@ def save_template(index: Any, folder: str, plan: IndexPlan, *, seed: int, chosen
         seed=seed,
         chosen=chosen,
     )
+
+
+def _write_template(index: Any, folder: str) -> tuple[str, FileDigest]:
+    name = f"template-{secrets.token_hex(6)}.faiss"
+    path = os.path.join(folder, name)
+    try:
+        write_index(index, path)
+    except (OSError, RuntimeError) as error:  # faiss reports a full disk as RuntimeError
+        raise StorageError(f"cannot write {path!r}: {str(error).splitlines()[0]}") from error
+    return name, compute_digest(path)
