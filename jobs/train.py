@@ -73,13 +73,12 @@ def format_step(progress: Any) -> str:
     Args:
         progress: a `TrainingProgress` of the training.
     """
-    parts = [
-        f"step {progress.step} of {progress.steps}",
-        f"epoch {progress.epoch:.2f}",
-        f"loss {progress.loss:.4f}",
-        f"lr {progress.lr:.3g}",
-        f"{progress.speed:.1f} images/s",
-    ]
+    if not progress.step:
+        return f"before the first of {progress.steps} steps, score {progress.scores['score']:.4f}"
+    parts = [f"step {progress.step} of {progress.steps}", f"epoch {progress.epoch:.2f}"]
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    parts += [f"lr {progress.lr:.3g}", f"{progress.speed:.1f} images/s"]
     if progress.scores:
         parts.append(f"score {progress.scores['score']:.4f}")
     parts.append(f"{_format_time(progress.seconds_left)} left")
@@ -98,7 +97,9 @@ def _print_summary(summary: Any) -> None:
     rows += [("steps", f"{summary.step:,} of {summary.steps:,}"), ("epochs", f"{summary.epochs:.2f}")]
     if summary.resumed:
         rows.append(("resumed from step", f"{summary.resumed:,}"))
-    rows += [("loss", f"{summary.loss:.4f}"), ("best step, which the model is from", f"{summary.best:,}")]
+    if summary.loss is not None:
+        rows.append(("loss", f"{summary.loss:.4f}"))
+    rows.append(("the model is from", "the start" if summary.keeps_start else f"step {summary.best:,}"))
     rows += [(name, f"{value:.4f}") for name, value in summary.scores.items()]
     print_table(f"train -> {summary.output} ({summary.end})", ("", ""), rows)
     for note in summary.notes:

@@ -15,6 +15,7 @@ from facepipe.storage import write
 from facepipe.storage.redact import redact
 from facepipe.training import curves
 from facepipe.training.curves import CurveChart, build_curve_chart
+from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.loop import Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
 
@@ -83,21 +84,20 @@ def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcom
 def _build_figures(entries: Sequence[TrainingProgress], outcome: Outcome) -> list[Figure]:
     """Build the headline figures."""
     figures = [Figure("steps", f"{outcome.step:,}", f"of {outcome.steps:,}, {_END_TEXTS[outcome.end]}")]
-    if entries:
-        last = entries[-1]
+    trained = metrics_log.select_trained(entries)
+    if trained:
+        last = trained[-1]
         figures.append(Figure("epochs", f"{last.epoch:.2f}"))
         figures.append(Figure("loss", f"{last.loss:.4f}", "at the end"))
-        figures.append(Figure("images per second", f"{_get_median_speed(entries):,.0f}", "median, without validation"))
+        speed = metrics_log.compute_median_speed(entries)
+        figures.append(Figure("images per second", f"{speed:,.0f}", "median, without validation"))
     history = outcome.history
+    if history.start:
+        figures.append(Figure("score of the start", f"{history.start['score']:.4f}", "before the first step"))
     if history.scores:
         figures.append(Figure("best score", f"{history.best:.4f}", f"at step {history.step:,}"))
     figures.append(Figure("time", _format_duration(outcome.seconds)))
     return figures
-
-
-def _get_median_speed(entries: Sequence[TrainingProgress]) -> float:
-    speeds = sorted(entry.speed for entry in entries)
-    return speeds[len(speeds) // 2]
 
 
 def _format_duration(seconds: float) -> str:
@@ -111,17 +111,22 @@ def build_charts(entries: Sequence[TrainingProgress], outcome: Outcome) -> list[
 
     Charts without data are left out.
     """
-    best = Mark(outcome.history.step, "best") if outcome.history.scores else None
-    charts = [build_curve_chart("Loss", {"loss": [(e.step, e.loss) for e in entries]}, best)]
+    # The model is of this step, which is 0 if the start weights are kept.
+    history = outcome.history
+    label = "start, kept" if history.keeps_start else "best"
+    best = Mark(history.model_step, label) if history.model_scores else None
+    trained = metrics_log.select_trained(entries)
+    losses = [(e.step, e.loss) for e in trained if e.loss is not None]
+    charts = [build_curve_chart("Loss", {"loss": losses}, best)]
     scored = [entry for entry in entries if entry.scores]
     score_names = [name for name in _CHARTED_SCORES if any(name in entry.scores for entry in scored)]
     if score_names:
         score_curves = {name: [(e.step, e.scores[name]) for e in scored] for name in score_names}
         charts.append(build_curve_chart("Score", score_curves, best))
-    charts.append(build_curve_chart("Learning rate", {"rate": [(e.step, e.lr) for e in entries]}))
-    charts.append(build_curve_chart("Throughput", {"images per second": [(e.step, e.speed) for e in entries]}))
-    for name in sorted({name for entry in entries for name in entry.figures}):
-        points = [(e.step, e.figures[name]) for e in entries if name in e.figures]
+    charts.append(build_curve_chart("Learning rate", {"rate": [(e.step, e.lr) for e in trained]}))
+    charts.append(build_curve_chart("Throughput", {"images per second": [(e.step, e.speed) for e in trained]}))
+    for name in sorted({name for entry in trained for name in entry.figures}):
+        points = [(e.step, e.figures[name]) for e in trained if name in e.figures]
         charts.append(build_curve_chart(f"Of the loss: {name}", {name: points}))
     return charts
 

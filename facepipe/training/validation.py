@@ -231,7 +231,8 @@ def verify_pairs(embed: EmbedChips, pairs: PairSet, flip: bool = True, batch: in
     Returns:
         Scores by name. accuracy and accuracy_std: mean and standard deviation over the folds, each at the threshold
         chosen on the other folds (LFW View 2). tar_at_far_1e-3: only with 1,000 impostor pairs or more. auc. eer.
-        threshold: Euclidean, of unit vectors. score: the accuracy on a file's pairs. Folds of drawn pairs mean nothing,
+        threshold: Euclidean, of unit vectors. genuine_distance and impostor_distance: median over pairs of two faces.
+        score: the accuracy on a file's pairs. Folds of drawn pairs mean nothing,
         so their score is the mean of AUC and TAR at FAR 1e-3, or the AUC alone if TAR is unknown.
 
     Raises:
@@ -248,7 +249,11 @@ def verify_pairs(embed: EmbedChips, pairs: PairSet, flip: bool = True, batch: in
     both = np.logical_and(*np.split(has_chip[positions], 2))
     distances = np.full(len(pairs), _MAX_DISTANCE)
     distances[both] = np.linalg.norm(vectors[left[both]].astype(np.float64) - vectors[right[both]], axis=1)
-    return _compute_scores(distances, pairs)
+    medians = {
+        "genuine_distance": float(np.median(distances[both & pairs.same])),
+        "impostor_distance": float(np.median(distances[both & ~pairs.same])),
+    }
+    return _compute_scores(distances, pairs) | medians
 
 
 def embed_unit_vectors(embed: EmbedChips, chips: ChipSet, rows: Int64, flip: bool = True, batch: int = 64) -> Float32:

@@ -1,7 +1,7 @@
 """The settings of `train`: of an embedder, or of a detector if there is a section `detection`."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from facepipe.config import build
 from facepipe.errors import ConfigError
@@ -147,6 +147,9 @@ class DetectorConfig:
         return self
 
 
+C = TypeVar("C", bound=TrainConfig | DetectorConfig)
+
+
 def check_lengths(model: ModelConfig, schedule: ScheduleConfig, run: TrainingRunConfig) -> None:
     """Check that no setting of the schedule is without effect.
 
@@ -180,6 +183,11 @@ def _check_without_validation(schedule: ScheduleConfig, run: TrainingRunConfig, 
         raise ConfigError(f"schedule.policy=plateau needs validation, which is disabled: {why}")
 
 
+def resolve_learning_rate(config: C) -> C:
+    """Return the config with the learning rate that it stands for, so that reports and checkpoints name it."""
+    return replace(config, optim=config.optim.resolve(has_start=bool(config.model.start)))
+
+
 def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
     """Build the config from nested mappings, and check it as far as possible without data.
 
@@ -193,7 +201,7 @@ def read_config(*layers: Tree) -> TrainConfig | DetectorConfig:
     kind: type[TrainConfig | DetectorConfig] = TrainConfig
     if any("detection" in layer for layer in layers):
         kind = DetectorConfig
-    config = build(kind, *layers).check()
+    config = resolve_learning_rate(build(kind, *layers).check())
     run = config.run
     if not run.output:
         raise ConfigError("run.output is missing: set the folder for the model, its checkpoints and the report")

@@ -20,8 +20,9 @@ from facepipe.training.trainer import checkpointing, metrics_log
 from facepipe.training.trainer.config import TrainingRunConfig
 from facepipe.training.trainer.loop import OnProgress, Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
+from facepipe.training.trainer.schedule import ValidationHistory
 from facepipe.training.validation import collect_names, read_validation_pairs
-from pipelines.train.config import DetectorConfig, TrainConfig, read_config
+from pipelines.train.config import DetectorConfig, TrainConfig, read_config, resolve_learning_rate
 from pipelines.train.manifest import describe_detector, describe_embedder, write_faces, write_manifest
 from pipelines.train.outputs import MODEL, REPORT, delete_outputs, prepare_output
 from pipelines.train.plan import DetectorPlan, EmbedderPlan
@@ -43,10 +44,12 @@ class TrainSummary:
         epochs: epochs done.
         seconds: time of all attempts together.
         resumed: step that this attempt resumed from.
-        loss: mean loss of the last line of the metrics.
+        loss: mean loss of the last line of the metrics; None if no line follows on a step.
         images_per_second: median throughput.
-        best: step that the model's weights are from.
+        best: step that the model's weights are from; 0: the start weights.
         scores: scores of the model, by name.
+        start_scores: scores of the start weights, by name; empty if they were not scored.
+        keeps_start: whether the model is the start weights, because no validation in training was better.
         data: counts of the data, by name.
         notes: remarks on the data and the scores.
     """
@@ -59,10 +62,12 @@ class TrainSummary:
     epochs: float
     seconds: float
     resumed: int
-    loss: float
+    loss: float | None
     images_per_second: float
     best: int
     scores: dict[str, float] = field(default_factory=dict)
+    start_scores: dict[str, float] = field(default_factory=dict)
+    keeps_start: bool = False
     data: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -90,7 +95,7 @@ def run(
         TrainingError: The loss is not finite, or the folder holds another run.
     """
     # Find what is wrong with the settings before any data is prepared.
-    config = _resolve_paths(config)
+    config = resolve_learning_rate(_resolve_paths(config))
     check_device(config.run)
     checkpoints = checkpointing.CheckpointFolder(config.run.output)
     job: EmbedderJob | DetectorJob
@@ -245,6 +250,9 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
     """Write the model from the best checkpoint, the report and the manifest."""
     run = job.config.run
     weights = _choose_weights(run, outcome)
+    keeps_start = outcome.history.keeps_start and weights.step == 0
+    notes = [describe_kept_start(outcome.history)] if keeps_start else []
+    notes += job.notes
     # The model.
     figures = {name: round(value, 6) for name, value in weights.scores.items()}
     name = Path(run.output).name or MODEL
@@ -257,7 +265,7 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         subtitle=f"{run.output}, from {job.start.origin}",
         data=job.counts,
         config=config,
-        notes=job.notes,
+        notes=notes,
         scores=weights.scores,
     )
     write_report(os.path.join(run.output, REPORT), entries, outcome, texts)
@@ -267,12 +275,12 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         "start": {"name": job.start.origin, "sha256": job.start.sha256 or None, "licence": job.start.licence},
         "seed": run.seed,
         "scores": weights.scores,
+        "start_scores": outcome.history.start,
         "model_step": weights.step,
     }
     write_manifest(run.output, facts, outcome, config)
     # Figures come from the metrics, which reach over all attempts. There are none if a run is too short for a line.
     last = entries[-1] if entries else None
-    speeds = sorted(entry.speed for entry in entries)
     return TrainSummary(
         output=run.output,
         model=str(model),
@@ -282,12 +290,23 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         epochs=last.epoch if last else 0.0,
         seconds=outcome.seconds,
         resumed=outcome.resumed,
-        loss=last.loss if last else float("nan"),
-        images_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
+        loss=last.loss if last else None,
+        images_per_second=metrics_log.compute_median_speed(entries),
         best=weights.step,
         scores=weights.scores,
+        start_scores=outcome.history.start,
+        keeps_start=keeps_start,
         data=job.counts,
-        notes=job.notes,
+        notes=notes,
+    )
+
+
+def describe_kept_start(history: ValidationHistory) -> str:
+    """Describe why the model is the start weights."""
+    trained = f"{history.best:.4f} at best" if history.scores else "never scored"
+    return (
+        f"the model is the start weights: their validation score is {history.start['score']:.4f}, and no trained "
+        f"weights scored more ({trained}). Lower optim.lr, train longer, or hold out more"
     )
 
 
@@ -316,8 +335,8 @@ def _choose_weights(run: TrainingRunConfig, outcome: Outcome) -> ModelWeights:
         except checkpointing.DamagedCheckpointError as error:
             raise TrainingError(f"{str(path)!r} is damaged: {error}. Delete it to use the last weights") from error
         # A best checkpoint of another step belongs to an earlier history, and its scores would be wrong.
-        if best["step"] == outcome.history.step:
-            return ModelWeights(dict(best["net"]), best["step"], outcome.history.scores)
+        if best["step"] == outcome.history.model_step:
+            return ModelWeights(dict(best["net"]), best["step"], outcome.history.model_scores)
     last = checkpoints.load()
     if last is None:
         raise TrainingError(f"no checkpoint in {run.output!r}: run again to train")

@@ -221,6 +221,7 @@ def build_loop_settings(
         layer_decay=config.model.layer_decay,
         validate_steps=schedule.get_validation_interval(config.schedule, steps),
         identity=identity,
+        starts_at_random=start.state is None,
     )
 
 

@@ -107,3 +107,5 @@ def test_format_step() -> None:
     progress = TrainingProgress(50, 200, 1.25, 3.14159, 0.1, 99.5, 60.0, scores={"score": 0.875})
     expected = "step 50 of 200, epoch 1.25, loss 3.1416, lr 0.1, 99.5 images/s, score 0.8750, 0:03:00 left"
     assert format_step(progress) == expected
+    start = TrainingProgress(0, 200, 0.0, None, 0.1, 0.0, 60.0, scores={"score": 0.875})
+    assert format_step(start) == "before the first of 200 steps, score 0.8750"

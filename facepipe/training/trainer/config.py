@@ -1,6 +1,6 @@
 """The settings of the training loop: the optimiser, the schedule and the run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +11,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+# Peak learning rates by default: from random weights, and from trained ones.
+TRAINING_RATE = 0.1
+FINE_TUNING_RATE = 0.001
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class OptimConfig:
 
     Attributes:
         optimizer: algorithm: sgd, adam or adamw.
-        lr: peak learning rate of the network, for the whole batch of all workers.
+        lr: peak learning rate of the network, for the whole batch of all workers; default: 0.1 from random weights,
+            0.001 from the weights of `model.start`.
         head_lr: factor on the learning rate of the head.
         momentum: momentum of sgd.
         nesterov: use Nesterov's momentum (sgd).
@@ -35,7 +39,7 @@ class OptimConfig:
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.1
+    lr: Positive | None = None
     head_lr: Positive = 1.0
     momentum: Below1 = 0.9
     nesterov: bool = True
@@ -46,6 +50,21 @@ class OptimConfig:
     head_weight_decay: Weight | None = None
     norm_weight_decay: Weight = 0.0
     clip: Weight = 0.0
+
+    def resolve(self, *, has_start: bool) -> "OptimConfig":
+        """Return the settings with a learning rate.
+
+        Args:
+            has_start: whether the network starts from trained weights, which a rate for random ones would ruin.
+        """
+        if self.lr is not None:
+            return self
+        return replace(self, lr=FINE_TUNING_RATE if has_start else TRAINING_RATE)
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate."""
+        return TRAINING_RATE if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,9 @@ class ScheduleConfig:
         plateau_patience: validations without a better score before a reduction (plateau).
         warmup: length of the linear rise from zero at the beginning.
         final: share of the peak learning rate at which cosine, poly and plateau end.
-        validate: length between two validations; default: one epoch. The last step is validated as well, and the
-            network with the best score becomes the model. 0: no validation, and the last network becomes the model.
+        validate: length between two validations; default: one epoch. The start weights and the last step are validated
+            as well, and the network with the best score becomes the model. 0: no validation, and the last network
+            becomes the model.
     """
 
     epochs: Positive = 20.0

@@ -28,6 +28,10 @@ from facepipe.training.trainer.task import Batch, EpochTask, TrainingTask
 EndReason = Literal["done", "stopped", "interrupted"]
 OnProgress = Callable[[TrainingProgress], None]
 _ERROR = "why"  # key of an error among scores
+# Scores that tell the scale of the space, and the share of it at which the space counts as collapsed.
+_IMPOSTOR_DISTANCE = "impostor_distance"
+_GENUINE_DISTANCE = "genuine_distance"
+_COLLAPSED = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class LoopSettings:
         layer_decay: factor on the learning rate per layer away from the output.
         validate_steps: steps between validations; the last step is validated as well. 0: no validation.
         identity: values by name that a checkpoint must have too; otherwise it belongs to another run.
+        starts_at_random: whether the start weights are random: trained weights of the same score are preferred to them,
+            and the scale of their space says nothing.
     """
 
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -53,6 +59,7 @@ class LoopSettings:
     layer_decay: float = 1.0
     validate_steps: int = 0
     identity: dict[str, str] = field(default_factory=dict)
+    starts_at_random: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Outcome:
         steps: steps of the whole training.
         seconds: time of all attempts together.
         resumed: step that this attempt resumed from; 0: it started from the beginning.
-        history: the best validation.
+        history: the validation of the start weights, and the best one in training.
     """
 
     end: EndReason
@@ -120,8 +127,8 @@ class TrainingLoop:
             on_progress: called with every line of the metrics, on the first rank.
 
         Raises:
-            TrainingError: A loss is not finite, or the checkpoints are damaged or belong to a run with other settings.
-                The last good checkpoint is kept.
+            TrainingError: A loss is not finite, the space has collapsed, or the checkpoints are damaged or belong to a
+                run with other settings. The last good checkpoint is kept.
         """
         # Only the first rank writes metrics and holds the lock; the others follow.
         if not self.ranks.is_first:
@@ -148,6 +155,11 @@ class TrainingLoop:
         end: EndReason | None = None
         if self._is_out_of_patience() and done < self._schedule.total:
             end = "stopped"
+        # A run that resumes has the scores of its start in the checkpoint.
+        if not done and self.settings.validate_steps:
+            scores = self._validate(0)
+            if scores:
+                report(self._build_progress(0, scores))
         # Each epoch is prepared, and then its steps run until one ends the training.
         for steps in [] if end else self._iterate_epochs():
             end = self._prepare_epoch(done)
@@ -233,7 +245,7 @@ class TrainingLoop:
         self._means.add(step, loss.detach(), len(inputs[0]) * self.ranks.world, figures)
 
     def _get_learning_rate(self, step: int) -> float:
-        return self.settings.optim.lr * self._schedule.compute_factor(step, self._history.reductions)
+        return self.settings.optim.peak_rate * self._schedule.compute_factor(step, self._history.reductions)
 
     def _finish_step(self, done: int, report: OnProgress) -> EndReason | None:
         """Do what is due after a step: validate, report, save.
@@ -297,23 +309,56 @@ class TrainingLoop:
         return f"The checkpoint of step {step} is kept; set model.start = {path!r} to continue from it"
 
     def _validate(self, done: int) -> dict[str, float]:
-        """Score the network on the first rank, and keep the network if it is the best so far."""
+        """Score the network on the first rank, and keep the network if it is the best so far.
+
+        Args:
+            done: steps done; 0: the network is the start.
+        """
         # The first rank scores, and all ranks get the scores.
         with self._means.pause(), torch.no_grad():
             self.task.net.eval()
             scores = self.ranks.broadcast(self._compute_scores() if self.ranks.is_first else {})
             self._set_mode(done)
         if _ERROR in scores:
+            if not done:
+                raise AgreedError(f"the weights that training starts from cannot be scored: {scores[_ERROR]}")
             raise AgreedError(f"the validation at step {done} failed: {scores[_ERROR]}. {self._describe_checkpoint()}")
         if scores:
-            self._history = self._history.record(scores, done, self.settings.schedule)
+            self._record(scores, done)
             # Weights that are not finite must not become the best model.
-            if self._history.step == done:
+            if self._history.model_step == done:
                 self._check_weights(done)
-            if self.ranks.is_first and self._history.step == done:
+            if self.ranks.is_first and self._history.model_step == done:
                 content = {"net": self.task.net.state_dict(), "step": done, "scores": scores}
                 checkpointing.write_checkpoint(self._checkpoints.best_path, content)
         return scores
+
+    def _record(self, scores: dict[str, float], done: int) -> None:
+        """Add a validation to the history.
+
+        Raises:
+            AgreedError: The space has collapsed.
+        """
+        if not done:
+            self._history = self._history.record_start(scores)
+            return
+        # A collapsed space must not get into a checkpoint, even if its score is still good. The space of random weights
+        # has no scale that could be lost: its distances may fall to nearly nothing before they grow.
+        start = self._history.start
+        if not self.settings.starts_at_random and _has_collapsed(scores, start):
+            raise AgreedError(
+                f"the space has collapsed at step {done}: {_describe_distances(scores, start)}. Lower optim.lr "
+                f"({self.settings.optim.peak_rate:g}), set optim.clip or lengthen schedule.warmup, and start again "
+                f"with --fresh. {self._describe_best()}"
+            )
+        self._history = self._history.record(
+            scores, done, self.settings.schedule, starts_at_random=self.settings.starts_at_random
+        )
+
+    def _describe_best(self) -> str:
+        step = self._history.model_step
+        weights = f"The best weights, of step {step}," if step else "The start weights"
+        return f"{weights} are kept in {str(self._checkpoints.best_path)!r}"
 
     def _compute_scores(self) -> dict[str, Any]:
         try:
@@ -328,7 +373,7 @@ class TrainingLoop:
             steps=self._schedule.total,
             epoch=done / self.task.steps_per_epoch,
             loss=means.loss,
-            lr=self._get_learning_rate(done - 1),
+            lr=self._get_learning_rate(max(0, done - 1)),
             speed=means.images_per_second,
             seconds=self._measure_elapsed(),
             figures=means.figures,
@@ -342,6 +387,8 @@ class TrainingLoop:
         """Raise AgreedError if a weight is not finite, on any rank: each rank has its own slice of a sharded head."""
         is_bad = not state.has_finite_state(self.task.net, self.task.objective)
         if self.ranks.reduce_max([is_bad])[0]:
+            if not done:
+                raise AgreedError("the weights that training starts from are not finite: set another model.start")
             raise AgreedError(f"the weights are not finite after step {done}. {self._describe_checkpoint()}")
 
     def _save(self, done: int) -> None:
@@ -382,6 +429,22 @@ class TrainingLoop:
                 f"{self._run_config.output!r} holds checkpoints of a run with other settings ({', '.join(changed)}): "
                 "start again with --fresh, or set another run.output"
             )
+
+
+def _has_collapsed(scores: dict[str, float], start: dict[str, float]) -> bool:
+    """Tell whether impostors are at a tenth of the distance, or less, that they had at the start."""
+    before = start.get(_IMPOSTOR_DISTANCE, 0.0)
+    return before > 0 and scores.get(_IMPOSTOR_DISTANCE, before) <= _COLLAPSED * before
+
+
+def _describe_distances(scores: dict[str, float], start: dict[str, float]) -> str:
+    text = (
+        f"the median distance of impostor pairs is {scores[_IMPOSTOR_DISTANCE]:.4f}, and was "
+        f"{start[_IMPOSTOR_DISTANCE]:.4f} at the start"
+    )
+    if _GENUINE_DISTANCE in scores and _GENUINE_DISTANCE in start:
+        text += f" (of genuine pairs {scores[_GENUINE_DISTANCE]:.4f}, was {start[_GENUINE_DISTANCE]:.4f})"
+    return text
 
 
 class _RankBatches(Dataset[Batch]):

@@ -5,6 +5,7 @@ Lines are in the order of steps, one per step. A run that resumes drops the line
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,12 +23,12 @@ class TrainingProgress:
     """The progress of a run after a step. metrics.jsonl holds these fields under these names.
 
     Attributes:
-        step: steps done.
+        step: steps done; 0: the start weights, before any step.
         steps: steps of the whole training.
         epoch: epochs done.
-        loss: mean loss over the steps since the last line.
-        lr: learning rate of the step.
-        speed: images per second of all workers, without validation.
+        loss: mean loss over the steps since the last line; None at step 0.
+        lr: learning rate of the step; at step 0, that of the first step.
+        speed: images per second of all workers, without validation; 0 at step 0.
         seconds: time of all attempts together.
         figures: means of the loss's figures, by name.
         scores: scores of the validation at this step, by name; empty without one.
@@ -36,7 +37,7 @@ class TrainingProgress:
     step: int
     steps: int
     epoch: float
-    loss: float
+    loss: float | None
     lr: float
     speed: float
     seconds: float
@@ -61,6 +62,17 @@ def read_metrics(output: str) -> list[TrainingProgress]:
         with suppress(ValueError, TypeError):
             entries.append(TrainingProgress(**json.loads(line)))
     return entries
+
+
+def select_trained(entries: Iterable[TrainingProgress]) -> list[TrainingProgress]:
+    """Select the lines that follow on training: all but that of step 0, which has scores and nothing else."""
+    return [entry for entry in entries if entry.loss is not None]
+
+
+def compute_median_speed(entries: Iterable[TrainingProgress]) -> float:
+    """Compute the median throughput in images per second; 0 without a line that follows on training."""
+    speeds = sorted(entry.speed for entry in select_trained(entries))
+    return speeds[len(speeds) // 2] if speeds else 0.0
 
 
 def read_last_metrics(output: str) -> TrainingProgress | None:
@@ -101,7 +113,10 @@ class MetricsLog:
         """Write a line."""
         self._file.write(_to_line(entry))
         if self._board is not None:
-            curves = {"loss": entry.loss, "lr": entry.lr, "images_per_second": entry.speed}
+            curves: dict[str, float] = {}
+            # The start weights have scores and nothing else.
+            if entry.loss is not None:
+                curves = {"loss": entry.loss, "lr": entry.lr, "images_per_second": entry.speed}
             for name, value in {**curves, **entry.figures, **entry.scores}.items():
                 self._board.add_scalar(name, value, entry.step)
             self._board.flush()

@@ -109,9 +109,9 @@ def build_optimizer(groups: dict[ParameterGroup, NamedParameters], config: Optim
     ]
     if config.optimizer == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        return optim.SGD(options, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+        return optim.SGD(options, lr=config.peak_rate, momentum=config.momentum, nesterov=nesterov)
     kind = optim.Adam if config.optimizer == "adam" else optim.AdamW
-    return kind(options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return kind(options, lr=config.peak_rate, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:

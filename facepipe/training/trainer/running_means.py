@@ -17,12 +17,12 @@ class WindowMeans:
     """Means over the steps of one window.
 
     Attributes:
-        loss: mean loss.
+        loss: mean loss; None if the window has no steps.
         figures: mean of each of the loss's figures, by name.
         images_per_second: throughput of all ranks, without pauses.
     """
 
-    loss: float
+    loss: float | None
     figures: dict[str, float]
     images_per_second: float
 
@@ -83,4 +83,4 @@ class RunningMeans:
         seconds = time.monotonic() - self._began - self._paused_s
         speed = self._images / max(1e-9, seconds)
         self._reset()
-        return WindowMeans(means.pop("", math.nan), means, speed)
+        return WindowMeans(means.pop("", None), means, speed)

@@ -86,17 +86,20 @@ def build_schedule(config: ScheduleConfig, steps_per_epoch: int) -> Schedule:
 
 @dataclass(frozen=True)
 class ValidationHistory:
-    """The best score so far, and what follows from the later validations.
+    """The scores of the start weights, the best score in training, and what follows from the later validations.
 
-    Checkpoints hold these fields under these names.
+    Checkpoints hold these fields under these names. Patience and reductions depend on validations in training only: a
+    network that is fine-tuned may be worse than its start for a while.
 
     Attributes:
-        best: best score.
+        best: best score in training.
         step: step of the best score.
         stale: validations since the best score.
         since: validations since the best score or the last reduction of the learning rate.
         reductions: reductions of the learning rate so far.
         scores: all scores of the best validation, by name.
+        start: scores of the start weights, by name; empty if they were not scored.
+        keeps_start: whether no validation in training was better than the start weights, which then are the model.
     """
 
     best: float = -math.inf
@@ -105,17 +108,40 @@ class ValidationHistory:
     since: int = 0
     reductions: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
+    keeps_start: bool = False
 
-    def record(self, scores: dict[str, float], step: int, config: ScheduleConfig) -> "ValidationHistory":
-        """Return the history with one more validation.
+    @property
+    def model_step(self) -> int:
+        """Step of the weights that are the model so far; 0: the start weights."""
+        return 0 if self.keeps_start else self.step
+
+    @property
+    def model_scores(self) -> dict[str, float]:
+        """Scores of the weights that are the model so far, by name."""
+        return self.start if self.keeps_start else self.scores
+
+    def record_start(self, scores: dict[str, float]) -> "ValidationHistory":
+        """Return the history with the scores of the start weights."""
+        return replace(self, start=scores, keeps_start=True)
+
+    def record(
+        self, scores: dict[str, float], step: int, config: ScheduleConfig, *, starts_at_random: bool = False
+    ) -> "ValidationHistory":
+        """Return the history with one more validation in training.
 
         Args:
             scores: scores by name; "score" decides.
             step: step of the validation.
             config: the schedule, which says after how many stale validations the learning rate falls.
+            starts_at_random: whether the start weights are random. Equal scores are then for the trained network; else
+                they are for the start weights.
         """
         if scores["score"] > self.best:
-            return ValidationHistory(best=scores["score"], step=step, reductions=self.reductions, scores=scores)
+            keeps_start = self.keeps_start and not _beats(scores, self.start, ties=starts_at_random)
+            return replace(
+                self, best=scores["score"], step=step, stale=0, since=0, scores=scores, keeps_start=keeps_start
+            )
         later = replace(self, stale=self.stale + 1, since=self.since + 1)
         if config.policy == "plateau" and later.since > config.plateau_patience:
             return replace(later, since=0, reductions=self.reductions + 1)
@@ -124,3 +150,8 @@ class ValidationHistory:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for checkpoints."""
         return dict(vars(self))
+
+
+def _beats(scores: dict[str, float], start: dict[str, float], *, ties: bool) -> bool:
+    """Tell whether a validation is better than that of the start, or with `ties` equal to it."""
+    return scores["score"] > start["score"] or (ties and scores["score"] == start["score"])

@@ -47,6 +47,8 @@ class TrainingTask(Protocol):
 
         Returns:
             Scores by name; "score" is one of them, and higher is better. Empty if the task has no validation.
+            "impostor_distance" and "genuine_distance", if they are there, are the median distances of pairs: a
+            fine-tuning stops if that of impostors becomes a tenth of what it was at the start.
         """
 
 

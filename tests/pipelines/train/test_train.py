@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
+from facepipe.errors import AgreedError, ConfigError, ModelError, SourceError, TrainingError, WeightsError
+from facepipe.training.config import ModelConfig
+from facepipe.training.start import resolve_start
 from facepipe.training.trainer import checkpointing
 from facepipe.training.trainer import metrics_log as journal
 from facepipe.training.trainer.checkpointing import CheckpointFolder
@@ -367,6 +369,86 @@ def test_the_model_has_the_scores_of_its_own_step(persons: Path, tmp_path: Path)
     again = run(given)
     assert (again.best, again.scores) == (4, {})
     assert "same_person" not in (tmp_path / "model.toml").read_text()
+
+
+@pytest.fixture(scope="module")
+def start(persons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights to fine-tune, which tell the six patterns apart: random ones that have the statistics of their images."""
+    net = resolve_start(ModelConfig(architecture="mobilefacenet", dim=128)).build(0)
+    images = [cv2.resize(cv2.imread(str(path)), (96, 112)) for path in sorted(persons.rglob("*.png"))]
+    pixels = torch.from_numpy((np.stack(images)[..., ::-1].transpose(0, 3, 1, 2) - 127.5) / 128).float()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the mean over all passes
+    with torch.no_grad():
+        for _ in range(2):
+            net(pixels)
+    path = tmp_path_factory.mktemp("start") / "start.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def tuned(persons: Path, start: Path, output: Path, **layers: Any) -> Any:
+    """A fine-tuning on triplets, on chips that all of them share."""
+    shared = {
+        "model": {"architecture": "mobilefacenet", "start": str(start)},
+        "loss": {"name": "triplet", "scale": None, "margin": 0.2},
+        "sample": {"identities": 3, "images": 3},
+        "schedule": {"steps": 2, "validate": 2, "policy": "constant"},
+        "optim": {"lr": None},
+        "run": {"output": str(output), "runner": "inline", "threads": 1, "chips": str(start.parent / "chips")},
+    }
+    for section, values in layers.items():
+        shared[section] = {**shared.get(section, {}), **values}
+    return config(persons, output, **shared)
+
+
+def test_the_start_weights_stay_if_training_made_nothing_better(persons: Path, start: Path, tmp_path: Path) -> None:
+    """With one layer that learns next to nothing, every score is that of the start."""
+    output = tmp_path / "out"
+    lines = list[Any]()
+    names = [name for name, _ in resolve_start(ModelConfig(architecture="mobilefacenet")).build(0).named_parameters()]
+    still = tuned(persons, start, output, optim={"lr": 1e-12}, model={"freeze": tuple(names[1:])})
+    summary = run(still, on_progress=lines.append)
+    assert (summary.keeps_start, summary.best, summary.scores) == (True, 0, summary.start_scores)
+    shown = f"the model is the start weights: their validation score is {summary.start_scores['score']:.4f}"
+    assert shown in summary.notes[0]
+    assert [(line.step, line.loss is None) for line in lines] == [(0, True), (1, False), (2, False)]
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["model_step"], manifest["start_scores"]) == (0, summary.start_scores)
+    kept = resolve_start(ModelConfig(start=summary.model)).state
+    given = torch.load(start, weights_only=True)
+    assert kept is not None
+    assert all(torch.equal(kept[name], value) for name, value in given.items() if name in kept)
+    page = (output / "report.html").read_text()
+    assert "the model is the start weights" in page
+    assert "score of the start" in page
+
+
+def test_a_space_that_collapses_ends_the_training(persons: Path, start: Path, tmp_path: Path) -> None:
+    """Triplets at a large rate: all faces fall together."""
+    ruin = tuned(persons, start, tmp_path, optim={"lr": 0.5})
+    with pytest.raises(AgreedError, match=r"collapsed at step 2: .*Lower optim\.lr \(0\.5\).*start weights are kept"):
+        run(ruin)
+    best = CheckpointFolder(str(tmp_path)).best_path
+    kept = checkpointing.read_checkpoint(best)
+    given = torch.load(start, weights_only=True)
+    assert kept["step"] == 0
+    assert all(torch.equal(kept["net"][name], value) for name, value in given.items())
+    assert not (tmp_path / "model.toml").exists()
+    # What is kept can be started from.
+    assert resolve_start(ModelConfig(architecture="mobilefacenet", start=str(best))).state is not None
+
+
+def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:
+    assert read_config(BASE).optim.lr == 0.1
+    assert read_config(BASE) == read_config(BASE, {"optim": {"lr": 0.1}}), "runs of older versions are resumed"
+    fine_tuning = {"model": {"start": "dlib-resnet", "architecture": ""}}
+    assert read_config(BASE, fine_tuning).optim.lr == 0.001
+    assert read_config(BASE, fine_tuning, {"optim": {"lr": 0.1}}).optim.lr == 0.1
+    detector = {"detection": {"annotations": "x"}, "run": {"output": "y", "runner": "inline"}}
+    assert read_config(detector).optim.lr == 0.1
 
 
 def test_weights_to_start_from_are_checked(persons: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from facepipe.errors import ConfigError, TrainingError
+from facepipe.errors import AgreedError, ConfigError, TrainingError
 from facepipe.training import start
 from facepipe.training.config import ModelConfig
 from facepipe.training.imprint import imprint_centres
@@ -146,7 +146,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_learns_and_tells(whole: Path) -> None:
-    entries = metrics_log.read_metrics(str(whole))
+    start, *entries = metrics_log.read_metrics(str(whole))
+    assert (start.step, start.loss, start.speed, start.scores.keys()) == (0, None, 0.0, {"score"})
     assert [e.step for e in entries] == list(range(5, STEPS + 1, 5))
     assert entries[-1].loss < 0.8 * entries[0].loss
     assert entries[-1].epoch == 4.0
@@ -216,8 +217,11 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
         next(task.net.parameters()).fill_(math.inf)
     task.compute_loss = lambda inputs: (task.objective.weight.sum() * 1.0, {})  # type: ignore[method-assign, union-attr, operator]
     with pytest.raises(TrainingError, match=r"weights are not finite after step 7\. No checkpoint was written yet"):
-        trained(task, settings(tmp_path))
+        trained(task, replace(settings(tmp_path), validate_steps=0))
     assert CheckpointFolder(str(tmp_path)).load() is None
+    with pytest.raises(TrainingError, match="starts from are not finite"):
+        trained(task, settings(tmp_path))
+    assert not CheckpointFolder(str(tmp_path)).list_paths()
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -231,7 +235,7 @@ def test_early_stopping_and_plateaus(tmp_path: Path) -> None:
     given = settings(tmp_path, patience=3)
     plan = ScheduleConfig(epochs=20, policy="plateau", plateau_patience=0, gamma=0.5)
     task = Toy()
-    task.scores = [0.1, 0.5, 0.4, 0.3, 0.5, 0.9]
+    task.scores = [0.0, 0.1, 0.5, 0.4, 0.3, 0.5, 0.9]
     outcome = trained(task, replace(given, schedule=plan))
     assert (outcome.end, outcome.step) == ("stopped", 50)
     assert outcome.history.step == 20
@@ -241,6 +245,95 @@ def test_early_stopping_and_plateaus(tmp_path: Path) -> None:
     assert rates[45] == pytest.approx(0.0125)
     again = trained(Toy(), replace(given, schedule=plan))
     assert (again.end, again.step, again.resumed) == ("stopped", 50, 50)
+
+
+def test_a_start_that_is_better_does_not_end_the_training(tmp_path: Path) -> None:
+    """Patience and plateaus compare validations in training, which may need a while to beat the start."""
+    plan = ScheduleConfig(steps=STEPS, policy="plateau", plateau_patience=0, gamma=0.5)
+    task = Toy()
+    task.scores = [0.9, 0.1, 0.2, 0.3, 0.4]
+    outcome = trained(task, replace(settings(tmp_path, patience=1), schedule=plan))
+    assert (outcome.end, outcome.history.reductions) == ("done", 0)
+    assert (outcome.history.keeps_start, outcome.history.step) == (True, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("scores", "at_random", "step"),
+    [
+        ([0.9, 0.1, 0.2, 0.9, 0.3], False, 0),
+        ([0.9, 0.1, 0.2, 0.9, 0.3], True, 30),
+        ([0.9, 0.1, 0.95, 0.2, 0.92], False, 20),
+        ([0.9, 0.1, 0.95, 0.96, 0.92], True, 30),
+    ],
+)
+def test_the_start_is_the_model_if_no_validation_is_better(
+    tmp_path: Path, scores: list[float], at_random: bool, step: int
+) -> None:
+    """A run that is interrupted before and after each validation decides the same."""
+    for name, stops in (("a", ()), ("b", (9, 1, 1, 9, 10))):
+        given = replace(settings(tmp_path / name), starts_at_random=at_random)
+        for stop in (*stops, 0):
+            task = Toy()
+            before = {k: v.clone() for k, v in task.net.state_dict().items()}
+            done = weights(tmp_path / name)["step"] if CheckpointFolder(str(tmp_path / name)).has_checkpoint else -1
+            task.scores = [score for at, score in zip((0, 10, 20, 30, 40), scores, strict=True) if at > done]
+            outcome = trained(task, given, stop)
+        best = checkpointing.read_checkpoint(CheckpointFolder(str(tmp_path / name)).best_path)
+        assert outcome.history.model_step == best["step"] == step
+        assert outcome.history.model_scores == best["scores"] == {"score": scores[step // 10]}
+        assert outcome.history.start == {"score": 0.9}
+        assert (step > 0) != equal(best["net"], before)
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert equal(one["net"], other["net"])
+    assert one["standing"] == other["standing"]
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path: Path) -> None:
+    trained(Toy(), settings(tmp_path), stop=15)
+    checkpoints = CheckpointFolder(str(tmp_path))
+    content = weights(tmp_path)
+    for name in ("start", "keeps_start"):
+        del content["standing"][name]
+    checkpoints.save(content)
+    outcome = trained(Toy(), settings(tmp_path))
+    assert (outcome.resumed, outcome.history.start, outcome.history.model_step) == (15, {}, outcome.history.step)
+    assert outcome.history.step > 0
+
+
+def test_metrics_of_the_start_are_json(whole: Path) -> None:
+    first = (whole / "metrics.jsonl").read_text().splitlines()[0]
+    assert '"step": 0' in first
+    assert '"loss": null' in first
+    assert "NaN" not in first
+
+
+@pytest.mark.parametrize(
+    ("distance", "at_random", "collapses"),
+    [(0.081, False, False), (0.08, False, True), (0.08, True, False), (math.nan, False, False)],
+)
+def test_a_collapsed_space_ends_the_run_with_the_best_weights(
+    tmp_path: Path, distance: float, at_random: bool, collapses: bool
+) -> None:
+    distances = iter([0.8, 0.9, distance, 0.8, 0.8])
+    scores = iter([0.5, 0.6, 0.99, 0.1, 0.1])
+    task = Toy()
+    task.validate = lambda net: {  # type: ignore[method-assign]
+        "score": next(scores),
+        "impostor_distance": next(distances),
+        "genuine_distance": 0.03,
+    }
+    given = replace(settings(tmp_path), starts_at_random=at_random)
+    if not collapses:
+        assert trained(task, given).end == "done"
+        return
+    message = (
+        r"collapsed at step 20: .* pairs is 0\.0800, and was 0\.8000 at the start .*0\.0300.*Lower optim\.lr \(0\.05\).*"
+        r"best weights, of step 10, are kept"
+    )
+    with pytest.raises(AgreedError, match=message):
+        trained(task, given)
+    assert checkpointing.read_checkpoint(CheckpointFolder(str(tmp_path)).best_path)["step"] == 10
+    assert weights(tmp_path)["step"] == 14
 
 
 def test_schedules() -> None:
@@ -270,6 +363,8 @@ def test_a_validation_history_survives_a_checkpoint() -> None:
     )
     assert (history.best, history.step, history.stale) == (0.5, 10, 1)
     assert ValidationHistory(**history.to_dict()) == history
+    of_start = history.record_start({"score": 0.6})
+    assert ValidationHistory(**of_start.to_dict()) == of_start
 
 
 def test_groups_of_parameters() -> None:
@@ -286,6 +381,13 @@ def test_groups_of_parameters() -> None:
     optimizer = optim.build_optimizer(optim.group_parameters(task.net, task.objective, config), config)
     optim.set_learning_rate(optimizer, 0.3)
     assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([0.3, 0.3, 3.0])
+
+
+@pytest.mark.parametrize(("start", "rate"), [("", 0.1), ("dlib-resnet", 0.001)])
+def test_the_default_rate_fits_the_start(start: str, rate: float) -> None:
+    config = OptimConfig().resolve(has_start=bool(start))
+    assert (config.lr, config.peak_rate) == (rate, rate)
+    assert OptimConfig(lr=0.3).resolve(has_start=bool(start)).lr == 0.3
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
@@ -410,7 +512,7 @@ def test_precision_is_checked() -> None:
 def test_bf16_trains_on_a_cpu(tmp_path: Path) -> None:
     assert trained(Toy(), settings(tmp_path, precision="bf16")).end == "done"
     assert weights(tmp_path)["net"]["0.weight"].dtype == torch.float32
-    entries = metrics_log.read_metrics(str(tmp_path))
+    entries = metrics_log.select_trained(metrics_log.read_metrics(str(tmp_path)))
     assert entries[-1].loss < entries[0].loss
 
 
