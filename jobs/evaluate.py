@@ -15,11 +15,22 @@ _TRUTH = "CSV or Parquet file with identity, and face_id or uri"
 def pairs(
     gallery: GalleryPath,
     file: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Argument(
             metavar="PAIRS", help="LFW's pairs.txt, or a CSV with file_x, file_y, same.", show_default=False
         ),
-    ],
+    ] = None,
+    draw: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=2, metavar="COUNT", help="Number of pairs to draw from the gallery's identities.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of --draw.")] = 0,
+    write: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="PAIRS.csv", help="CSV file for the pairs of --draw.", show_default=False),
+    ] = None,
     picture: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="ROC.png", help="Picture of the ROC curve.", show_default=False),
@@ -28,23 +39,47 @@ def pairs(
 ) -> None:
     """Measure verification on pairs of images.
 
-    Figures are k-fold accuracy with its standard error (LFW View 2), AUC, EER, and TAR at fixed FAR.
+    Figures are k-fold accuracy with its standard error (LFW View 2), AUC, EER, and TAR at fixed FAR. Without a pairs
+    file, --draw makes pairs from the gallery's labels: half of one person, half of two. An image stands for its
+    subject, an image that two identities have is left out, and nobody is in many more pairs than the others.
 
     For example:
 
         facepipe evaluate pairs gallery/ pairs.txt --picture roc.png
+
+        facepipe evaluate pairs gallery/ --draw 3000 --write pairs.csv
     """
     with exit_on_error():
-        from facepipe.evaluation.pairs import evaluate_pairs
+        from facepipe.errors import ConfigError
+        from facepipe.evaluation.draw_pairs import draw_pairs, write_pairs
+        from facepipe.evaluation.pairs import evaluate_list, evaluate_pairs
         from facepipe.gallery import Gallery
 
-        result = evaluate_pairs(Gallery(gallery), file, picture)
-        print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_pairs(file, result))
+        opened = Gallery(gallery)
+        if (file is None) == (draw is None):
+            raise ConfigError("which pairs? Name a pairs file, or set --draw COUNT to draw them from the labels")
+        if write is not None and draw is None:
+            raise ConfigError("--write saves the pairs of --draw: set --draw COUNT")
+        if file is not None:
+            title = f"pairs {file}"
+            result = evaluate_pairs(opened, file, picture)
+            summary = result.to_dict()
+        else:
+            title = f"pairs drawn from {gallery}, seed {seed}"
+            drawn = draw_pairs(opened, draw or 0, seed)
+            result = evaluate_list(opened, drawn, title, picture)
+            summary = result.to_dict() | {"requested": draw, "seed": seed, "written": write}
+            # The file is written last: there is none of pairs that cannot be scored.
+            if write is not None:
+                write_pairs(write, drawn)
+        print_result(summary, as_json=as_json, print_text=lambda: _print_pairs(title, result, draw))
+        if write is not None and not as_json:
+            print(f"the pairs are in {write}")
 
 
-def _print_pairs(file: str, result: Any) -> None:
+def _print_pairs(title: str, result: Any, requested: int | None) -> None:
     rows = [
-        ("pairs", result.pairs),
+        ("pairs", result.pairs if requested is None else f"{result.pairs} of {requested} requested"),
         ("pairs without a face, decided as different", result.without_face),
         ("accuracy", f"{result.accuracy:.4f} ± {result.standard_error:.4f} ({result.folds} folds)"),
         ("threshold (distance, over all pairs)", f"{result.threshold:.4f}"),
@@ -58,7 +93,7 @@ def _print_pairs(file: str, result: Any) -> None:
         else:
             shown = f"{tar:.4f} (distance <= {result.thresholds[far] or 0:.4f})"
         rows.append((f"TAR at FAR {far}", shown))
-    print_table(f"pairs {file}", ("", ""), rows)
+    print_table(title, ("", ""), rows)
 
 
 @app.command()

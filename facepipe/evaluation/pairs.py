@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.errors import EvaluationError, MissingPackageError
-from facepipe.evaluation.pairs_file import read_pairs
+from facepipe.evaluation.pairs_file import Pair, read_pairs
 from facepipe.evaluation.roc import (
     RocCurve,
     compute_auc,
@@ -73,13 +73,27 @@ def evaluate_pairs(gallery: Gallery, path: str | os.PathLike[str], picture: str 
     Raises:
         EvaluationError: if an image is missing, or if the pairs are all of one kind.
     """
-    pairs = read_pairs(path)
+    return evaluate_list(gallery, read_pairs(path), repr(os.fspath(path)), picture)
+
+
+def evaluate_list(gallery: Gallery, pairs: list[Pair], origin: str, picture: str | None = None) -> PairsResult:
+    """Evaluate pairs on a gallery.
+
+    Args:
+        gallery: a gallery with the images of the pairs.
+        pairs: the pairs.
+        origin: where they come from, for messages.
+        picture: file to draw the ROC curve to (.png or .svg).
+
+    Raises:
+        EvaluationError: if an image is missing, or if the pairs are all of one kind.
+    """
     names = {name for pair in pairs for name in (pair.left, pair.right)}
     vectors = read_subject_vectors(gallery, names)
     missing = sorted(names - vectors.keys())
     if missing:
         raise EvaluationError(
-            f"{len(missing)} images of {os.fspath(path)!r} are not in the gallery, such as {', '.join(missing[:3])}; "
+            f"{len(missing)} images of {origin} are not in the gallery, such as {', '.join(missing[:3])}; "
             "embed the folder they are in first"
         )
     # Score the pairs. An image without a face is as far as possible from any other.

@@ -14,7 +14,7 @@ _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1",
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
 _TRUE = ("1", "true", "yes", "same")
 _FALSE = ("0", "false", "no", "different")
-_CSV_FOLDS = 10
+CSV_FOLDS = 10
 
 
 class Pair(NamedTuple):
@@ -105,12 +105,12 @@ def _parse_csv(text: str, path: str) -> list[Pair]:
             f"its first line is {text.splitlines()[0][:80]!r}"
         )
     # Ten folds, the last one perhaps smaller. Line numbers begin at 2, behind the header.
-    fold_size = -(-len(rows) // _CSV_FOLDS)
+    fold_size = -(-len(rows) // CSV_FOLDS)
     left, right = files
     return [
         Pair(
-            left=_drop_extension(row[names[left]]),
-            right=_drop_extension(row[names[right]]),
+            left=to_image_name(row[names[left]]),
+            right=to_image_name(row[names[right]]),
             same=_parse_same(row[names[same]], path, line),
             fold=(line - 2) // fold_size,
         )
@@ -118,7 +118,8 @@ def _parse_csv(text: str, path: str) -> list[Pair]:
     ]
 
 
-def _drop_extension(name: str) -> str:
+def to_image_name(name: str) -> str:
+    """Return the name of an image that a cell of a pairs file names: the end of its path, without extension."""
     name = (name or "").strip().replace("\\", "/").removeprefix("./")
     return os.path.splitext(name)[0] if get_extension(name) in IMAGE_EXTENSIONS else name
 
