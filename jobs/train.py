@@ -27,8 +27,10 @@ def train(
     """Train an embedder or a detector.
 
     A config with a section `detection` trains a detector. Run it again to resume from the last checkpoint; the result
-    is the same as without the interruption. Writes model.toml with its weights, report.html, metrics.jsonl,
-    manifest.json (what it was trained on) and checkpoints into run.output.
+    is the same as without the interruption. The last lines compare the start weights with the training, on the
+    validation and on each test set ([test]). The start stays the model if no validation is better. Writes model.toml
+    with its weights, report.html, metrics.jsonl, manifest.json (what it was trained on) and checkpoints into
+    run.output.
 
     For example:
 
@@ -92,6 +94,8 @@ def _format_time(seconds: float) -> str:
 
 
 def _print_summary(summary: Any) -> None:
+    from facepipe.training.comparison import format_comparison
+
     # Counts of the data first, then the training, then the scores of the model.
     rows: list[tuple[str, object]] = [(name, f"{count:,}") for name, count in summary.data.items()]
     rows += [("steps", f"{summary.step:,} of {summary.steps:,}"), ("epochs", f"{summary.epochs:.2f}")]
@@ -105,3 +109,5 @@ def _print_summary(summary: Any) -> None:
     for note in summary.notes:
         print(note)
     print(f"{summary.images_per_second:.1f} images/s, {summary.seconds:.1f} s; model {summary.model}")
+    for comparison in summary.comparisons:
+        print(format_comparison(comparison))

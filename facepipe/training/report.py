@@ -14,6 +14,7 @@ from facepipe.reports.model import Figure, Mark, Table
 from facepipe.storage import write
 from facepipe.storage.redact import redact
 from facepipe.training import curves
+from facepipe.training.comparison import Comparison, format_comparison
 from facepipe.training.curves import CurveChart, build_curve_chart
 from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.loop import Outcome
@@ -35,6 +36,7 @@ class ReportTexts:
         config: all settings, nested by section.
         notes: remarks on the data and the scores.
         scores: scores of the resulting model, by name.
+        comparisons: the validation and each test set, before and after.
     """
 
     title: str
@@ -43,6 +45,7 @@ class ReportTexts:
     config: dict[str, Any]
     notes: Sequence[str] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    comparisons: Sequence[Comparison] = ()
 
 
 def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcome, texts: ReportTexts) -> None:
@@ -65,7 +68,7 @@ def write_report(path: str, entries: Sequence[TrainingProgress], outcome: Outcom
     page = environment.from_string(template).render(
         title=texts.title,
         subtitle=texts.subtitle,
-        notes=texts.notes,
+        notes=[*map(format_comparison, texts.comparisons), *texts.notes],
         figures=_build_figures(entries, outcome),
         charts=build_charts(entries, outcome),
         tables=_build_tables(texts),
@@ -135,10 +138,22 @@ def _build_tables(texts: ReportTexts) -> list[Table]:
     """Build the tables of the data, the scores and each section of the config."""
     counts = tuple((name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in texts.data.items())
     tables = [Table("Data", ("", "count"), counts)]
+    if texts.comparisons:
+        rows = tuple(
+            (comparison.name, name, f"{before:.5f}", f"{comparison.after[name]:.5f}")
+            for comparison in texts.comparisons
+            for name, before in comparison.before.items()
+            if name in comparison.after
+        )
+        tables.append(Table("Before and after", ("set", "figure", "start weights", "after training"), rows))
     if texts.scores:
         scores = tuple((name, f"{value:.5f}") for name, value in texts.scores.items())
         tables.append(Table("Validation of the result", ("figure", "value"), scores))
-    for section, values in texts.config.items():
+    sections = [(section, values) for section, values in texts.config.items() if isinstance(values, dict)]
+    # A list of sections gets a table for each.
+    lists = [(section, values) for section, values in texts.config.items() if not isinstance(values, dict)]
+    sections += [(section, values) for section, several in lists for values in several]
+    for section, values in sections:
         # Settings may hold URLs with credentials, so they are redacted.
         settings = tuple((key, redact(str(value))) for key, value in _flatten(values))
         tables.append(Table(f"[{section}]", ("key", "value"), settings))

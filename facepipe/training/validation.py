@@ -259,8 +259,10 @@ def verify_pairs(embed: EmbedChips, pairs: PairSet, flip: bool = True, batch: in
 def embed_unit_vectors(embed: EmbedChips, chips: ChipSet, rows: Int64, flip: bool = True, batch: int = 64) -> Float32:
     """Embed chips as unit vectors, (n, dim); with `flip` the mean of the raw vectors of chip and mirror image."""
     parts = [_embed_raw(embed, chips.load_chips(rows[at : at + batch]), flip) for at in range(0, len(rows), batch)]
-    raw = np.concatenate(parts).astype(np.float32)
-    return np.asarray(raw / np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), np.finfo(np.float32).tiny))
+    # The squares of a network that diverges are beyond float32, and its vectors must not become zeros.
+    raw = np.concatenate(parts).astype(np.float64)
+    lengths = np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return np.asarray(raw / lengths, np.float32)
 
 
 def _embed_raw(embed: EmbedChips, chips: UInt8Image, flip: bool) -> Float32:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from facepipe.config import build
 from facepipe.errors import ConfigError
 from facepipe.storage import is_remote
+from facepipe.training.comparison import VerificationSetConfig
 from facepipe.training.config import ModelConfig
 from facepipe.training.data.augment import AugmentConfig
 from facepipe.training.data.config import DataConfig
@@ -44,6 +45,7 @@ class TrainConfig:
         augment: augmentation of chips.
         split: part of the data that is held out.
         validate: pairs that score the network.
+        test: sets of pairs that score the start weights and the resulting model.
         optim: optimiser.
         schedule: length and learning rate.
         run: where the training runs and what it writes.
@@ -56,6 +58,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    test: tuple[VerificationSetConfig, ...] = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: TrainingRunConfig = field(default_factory=TrainingRunConfig)
@@ -88,7 +91,16 @@ class TrainConfig:
                 self.schedule, self.run, "nothing is held out (split), and validate.pairs names no file"
             )
         check_lengths(self.model, self.schedule, self.run)
+        labels = [test.check().label for test in self.test_sets]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ConfigError(f"several test sets are called {repeated[0]!r}: set test.name")
         return self
+
+    @property
+    def test_sets(self) -> list[VerificationSetConfig]:
+        """The test sets that name any data."""
+        return [test for test in self.test if test.is_set]
 
     def _check_sampling(self) -> None:
         """Raise ConfigError if the batches do not suit the loss."""

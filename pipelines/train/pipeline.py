@@ -10,10 +10,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from facepipe import storage
 from facepipe.erasure.trainings import record_training
 from facepipe.errors import TrainingError
+from facepipe.evaluation.draw_pairs import draw_pairs
+from facepipe.evaluation.pairs_file import read_pairs
+from facepipe.gallery import Gallery
+from facepipe.hashing import hash64
 from facepipe.models.zoo.card_file import save_model
+from facepipe.training.comparison import Comparison, VerificationSetConfig, compare_scores
+from facepipe.training.embedding_task import embed_chips
 from facepipe.training.report import ReportTexts, write_report
 from facepipe.training.start import NetworkStart, build_card, resolve_start
 from facepipe.training.trainer import checkpointing, metrics_log
@@ -21,7 +29,8 @@ from facepipe.training.trainer.config import TrainingRunConfig
 from facepipe.training.trainer.loop import OnProgress, Outcome
 from facepipe.training.trainer.metrics_log import TrainingProgress
 from facepipe.training.trainer.schedule import ValidationHistory
-from facepipe.training.validation import collect_names, read_validation_pairs
+from facepipe.training.validation import PairSet, collect_names, read_validation_pairs, verify_pairs
+from facepipe.types import Float32, UInt8Image
 from pipelines.train.config import DetectorConfig, TrainConfig, read_config, resolve_learning_rate
 from pipelines.train.manifest import describe_detector, describe_embedder, write_faces, write_manifest
 from pipelines.train.outputs import MODEL, REPORT, delete_outputs, prepare_output
@@ -50,6 +59,7 @@ class TrainSummary:
         scores: scores of the model, by name.
         start_scores: scores of the start weights, by name; empty if they were not scored.
         keeps_start: whether the model is the start weights, because no validation in training was better.
+        comparisons: the validation and each test set, before and after.
         data: counts of the data, by name.
         notes: remarks on the data and the scores.
     """
@@ -68,6 +78,7 @@ class TrainSummary:
     scores: dict[str, float] = field(default_factory=dict)
     start_scores: dict[str, float] = field(default_factory=dict)
     keeps_start: bool = False
+    comparisons: list[Comparison] = field(default_factory=list)
     data: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -189,12 +200,18 @@ class EmbedderJob:
             names = collect_names(read_validation_pairs(replace(config.validate, held_only=False)))
             data = config.validate.data
             prepare_images(data, names, start.chips, pairs_folder, log=log, keep_outdated=resumes)
+        self._test_sets = [
+            (test.label, _prepare_test_set(test, folder, start, log, keep_outdated=resumes))
+            for test in config.test_sets
+        ]
         self.plan = EmbedderPlan(config, folder, pairs_folder)
         self._train, self._held = self.plan.split_chips()
         # Build the pairs here too, so that an error in them is raised before training starts.
         pairs = self.plan.build_pair_set()
         scoring = f"scored on {pairs.description}" if pairs else "not validated: the last network is the result"
         self.notes = [scoring, *self.plan.collect_notes(self._train)]
+        self.notes += [f"tested on {len(pairs)} pairs of {label}" for label, pairs in self._test_sets]
+        self.notes += _note_shared_data(config)
         # Tell which layers did not fit the weights.
         resized = start.list_resized()
         if resized:
@@ -215,6 +232,38 @@ class EmbedderJob:
         if len(self._held):
             counts["held-out images"] = len(self._held)
         return counts | {f"chips: {name}": count for name, count in self._chips.info.figures.items()}
+
+    def compare_test_sets(self, state: dict[str, Any], *, keeps_start: bool) -> list[Comparison]:
+        """Score each test set with the start weights and with the resulting model.
+
+        Args:
+            state: state of the resulting network.
+            keeps_start: whether it is the start weights.
+        """
+        if not self._test_sets:
+            return []
+        before = self._score_test_sets(None)
+        after = before if keeps_start else self._score_test_sets(state)
+        return [
+            compare_scores(f"test {label}", before[label], after[label], keeps_start=keeps_start)
+            for label, _ in self._test_sets
+        ]
+
+    def _score_test_sets(self, state: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+        """Score each test set, by its label, with a state of the network; None: with the start weights."""
+        run = self.config.run
+        # Workers may have GPUs that this process has not.
+        device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+        net = self.start.build(run.seed, self.config.model.dropout)
+        if state is not None:
+            net.load_state_dict(state)
+        net = net.to(device).eval()
+        config = self.config.validate
+
+        def embed(chips: UInt8Image) -> Float32:
+            return embed_chips(net, chips, self.start.input, device)
+
+        return {label: verify_pairs(embed, pairs, config.flip, config.batch) for label, pairs in self._test_sets}
 
     def describe_data(self) -> dict[str, Any]:
         """Describe the data for the manifest, and write the ids of the faces beside it."""
@@ -241,6 +290,10 @@ class DetectorJob:
         """Counts of the data, by name."""
         return {"batches an epoch": self._steps_per_epoch}
 
+    def compare_test_sets(self, state: dict[str, Any], *, keeps_start: bool) -> list[Comparison]:
+        """Return nothing: a detector has no test sets."""
+        return []
+
     def describe_data(self) -> dict[str, Any]:
         """Describe the data for the manifest."""
         return describe_detector(self.config.detection.annotations, self._steps_per_epoch)
@@ -253,6 +306,7 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
     keeps_start = outcome.history.keeps_start and weights.step == 0
     notes = [describe_kept_start(outcome.history)] if keeps_start else []
     notes += job.notes
+    comparisons = _compare(job, outcome.history, weights, keeps_start=keeps_start)
     # The model.
     figures = {name: round(value, 6) for name, value in weights.scores.items()}
     name = Path(run.output).name or MODEL
@@ -267,6 +321,7 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         config=config,
         notes=notes,
         scores=weights.scores,
+        comparisons=comparisons,
     )
     write_report(os.path.join(run.output, REPORT), entries, outcome, texts)
     # The manifest.
@@ -277,6 +332,7 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         "scores": weights.scores,
         "start_scores": outcome.history.start,
         "model_step": weights.step,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
     }
     write_manifest(run.output, facts, outcome, config)
     # Figures come from the metrics, which reach over all attempts. There are none if a run is too short for a line.
@@ -296,9 +352,69 @@ def _write_outputs(job: EmbedderJob | DetectorJob, outcome: Outcome) -> TrainSum
         scores=weights.scores,
         start_scores=outcome.history.start,
         keeps_start=keeps_start,
+        comparisons=comparisons,
         data=job.counts,
         notes=notes,
     )
+
+
+def _compare(
+    job: EmbedderJob | DetectorJob, history: ValidationHistory, weights: "ModelWeights", *, keeps_start: bool
+) -> list[Comparison]:
+    """Compare the validation and each test set before and after training."""
+    comparisons: list[Comparison] = []
+    # A run that an older facepipe began has no scores of its start.
+    if history.start and history.scores:
+        comparisons.append(compare_scores("validation", history.start, history.scores, keeps_start=keeps_start))
+    return comparisons + job.compare_test_sets(weights.state, keeps_start=keeps_start)
+
+
+def _prepare_test_set(
+    config: VerificationSetConfig,
+    chips: str,
+    start: NetworkStart,
+    log: Callable[[str], None],
+    *,
+    keep_outdated: bool,
+) -> PairSet:
+    """Prepare the chips of a test set's pairs, which come from a file or are drawn from a gallery.
+
+    Args:
+        config: the test set.
+        chips: folder of the chips to train on, beside which those of the test set are put.
+        start: what the network starts from.
+        log: called with lines about the preparation of the chips.
+        keep_outdated: make the chips again only if the config or the embedder's chips have changed.
+    """
+    from pipelines.chips.prepare import prepare_images
+
+    pairs = read_pairs(config.pairs) if config.pairs else draw_pairs(Gallery(config.gallery), config.draw, config.seed)
+    # The folder is named for its content, because trainings with other test sets may share the chips.
+    content = hash64(config.pairs, config.source, config.gallery, str(config.draw), str(config.seed))
+    folder = f"{chips}-of-test-{content:016x}"
+    images = prepare_images(
+        config.data, collect_names(pairs), start.chips, folder, log=log, keep_outdated=keep_outdated
+    )
+    return PairSet.from_names(images, pairs, config.label)
+
+
+def _note_shared_data(config: TrainConfig) -> list[str]:
+    """Note the test sets of which nothing is left out of the training data."""
+    data = config.data
+    excluded = {gallery.rstrip("/") for gallery in data.exclude}
+    notes: list[str] = []
+    for test in config.test_sets:
+        if test.gallery and test.gallery.rstrip("/") not in excluded:
+            notes.append(
+                f"nothing of test set {test.label} is left out of the training data: add {test.gallery!r} to "
+                "data.exclude, unless its people are others"
+            )
+        if test.source and not (data.exclude or data.exclude_identities):
+            notes.append(
+                f"nothing of test set {test.label} is left out of the training data: set data.exclude or "
+                "data.exclude_identities, unless its people are others"
+            )
+    return notes
 
 
 def describe_kept_start(history: ValidationHistory) -> str:

@@ -69,6 +69,28 @@ def test_ctrl_c_stops_training_and_it_resumes(config_file: Path) -> None:
     assert "model.toml" in again.stdout
 
 
+def test_the_last_line_compares_the_model_with_its_start(config_file: Path) -> None:
+    folder = config_file.parent
+    lines = [f"p{p}/{n}.png,p{q}/{n + 1}.png,{int(p == q)}" for p in range(4) for q in range(4) for n in range(3)]
+    (folder / "pairs.csv").write_text("\n".join(["file_x,file_y,same", *lines]))
+    words = [
+        "train",
+        str(config_file),
+        "--quiet",
+        "--set",
+        "schedule.steps=1",
+        "--set",
+        f"test.pairs={folder}/pairs.csv",
+    ]
+    words += ["--set", f"test.source={folder}/data", "--set", "test.aligned=true", "--set", "test.name=crops"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.output
+    assert re.fullmatch(
+        r"test crops: accuracy [\d.]+ -> [\d.]+, eer [\d.]+ -> [\d.]+: (better|WORSE|the same)",
+        found.stdout.splitlines()[-1],
+    )
+
+
 def test_a_loss_that_is_not_finite_is_exit_code_1(config_file: Path) -> None:
     found = CliRunner().invoke(app, ["train", str(config_file), "--quiet", "--set", "optim.lr=1e30"])
     assert found.exit_code == 1

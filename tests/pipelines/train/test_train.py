@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch import Tensor, nn
 
-from facepipe.errors import AgreedError, ConfigError, ModelError, SourceError, TrainingError, WeightsError
+from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
 from facepipe.training.config import ModelConfig
 from facepipe.training.start import resolve_start
 from facepipe.training.trainer import checkpointing
@@ -426,19 +429,68 @@ def test_the_start_weights_stay_if_training_made_nothing_better(persons: Path, s
     assert "score of the start" in page
 
 
-def test_a_space_that_collapses_ends_the_training(persons: Path, start: Path, tmp_path: Path) -> None:
-    """Triplets at a large rate: all faces fall together."""
-    ruin = tuned(persons, start, tmp_path, optim={"lr": 0.5})
-    with pytest.raises(AgreedError, match=r"collapsed at step 2: .*Lower optim\.lr \(0\.5\).*start weights are kept"):
-        run(ruin)
-    best = CheckpointFolder(str(tmp_path)).best_path
-    kept = checkpointing.read_checkpoint(best)
-    given = torch.load(start, weights_only=True)
-    assert kept["step"] == 0
-    assert all(torch.equal(kept["net"][name], value) for name, value in given.items())
-    assert not (tmp_path / "model.toml").exists()
-    # What is kept can be started from.
-    assert resolve_start(ModelConfig(architecture="mobilefacenet", start=str(best))).state is not None
+def test_test_sets_compare_the_model_with_its_start(persons: Path, start: Path, tmp_path: Path) -> None:
+    """One set of pairs in a file, one that is drawn from a gallery. They decide nothing."""
+    from conftest import draw
+    from helpers import embed
+
+    for n in range(12):
+        (tmp_path / "red" / f"person{n % 3}").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "red" / f"person{n % 3}" / f"{n}.png"), draw(3 * n + 1))
+    fakes = {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}}
+    embed(tmp_path / "red", tmp_path / "gallery", fakes, runner="inline")
+    lines = [
+        f"person{p}/{n}.png,person{q}/{n + 1}.png,{int(p == q)}" for p in range(6) for q in range(6) for n in (0, 2)
+    ]
+    (tmp_path / "of file.csv").write_text("\n".join(["file_x,file_y,same", *lines]))
+    tests = [
+        {"pairs": str(tmp_path / "of file.csv"), "source": str(persons), "aligned": True},
+        {"name": "drawn", "gallery": str(tmp_path / "gallery"), "draw": 20, "seed": 4},
+    ]
+    given = tuned(persons, start, tmp_path / "out", schedule={"steps": 1, "validate": 1})
+    summary = run(dataclasses.replace(given, test=read_config(BASE, {"test": tests}).test))
+    assert [c.name for c in summary.comparisons] == ["validation", "test of file.csv", "test drawn"]
+    assert summary.comparisons[0].before == summary.start_scores
+    for compared in summary.comparisons:
+        assert compared.keeps_start == summary.keeps_start
+        assert (compared.before == compared.after) == (compared.verdict == "the same")
+    assert any("nothing of test set drawn is left out of the training data" in note for note in summary.notes)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["comparisons"] == [
+        dataclasses.asdict(compared) for compared in summary.comparisons
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Before and after" in page
+    assert "[[test]]" in page or "[test]" in page
+    # The final model, scored as a start, has the scores that it had at the end. Test sets are no part of the identity.
+    again = tuned(persons, Path(summary.model), tmp_path / "again", schedule={"steps": 1, "validate": 0})
+    again = dataclasses.replace(
+        again, model=ModelConfig(start=summary.model), run=dataclasses.replace(again.run, chips=given.run.chips)
+    )
+    others = run(dataclasses.replace(again, test=read_config(BASE, {"test": tests[:1]}).test)).comparisons
+    assert others[0].before == pytest.approx(summary.comparisons[1].after, abs=1e-6)
+    assert run(given).comparisons == summary.comparisons[:1]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"test": {"draw": 10}}, r"\[test\] names no data: set test.gallery"),
+        ({"test": {"source": "lfw"}}, "set test.pairs"),
+        ({"test": {"pairs": "pairs.txt"}}, "set either test.source or test.gallery"),
+        ({"test": [{"gallery": "a/lfw"}, {"gallery": "b/lfw/"}]}, "several test sets are called 'lfw': set test.name"),
+        ({"test": {"gallery": "g", "images": 3}}, r"unknown key test\[1\].images"),
+    ],
+)
+def test_test_sets_that_cannot_be_are_refused(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(BASE, layer)
+
+
+def test_the_recipe_of_the_docs_is_a_config() -> None:
+    page = (REPOSITORY / "docs" / "training.md").read_text()
+    (recipe,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    config = read_config(tomllib.loads(recipe))
+    assert (config.optim.lr, [test.label for test in config.test_sets]) == (0.001, ["test-gallery"])
 
 
 def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:

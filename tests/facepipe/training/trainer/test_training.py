@@ -383,6 +383,39 @@ def test_groups_of_parameters() -> None:
     assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([0.3, 0.3, 3.0])
 
 
+class TripletToy(Toy):
+    """A network that is fine-tuned on triplets, and validated on the distances of its vectors."""
+
+    def __init__(self, start: dict[str, Tensor] | None = None):
+        super().__init__(norm=False, loss=LossConfig("triplet", margin=0.2))
+        if start is not None:
+            self.net.load_state_dict(start)
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        x, y = self.make_batch(10_000)
+        vectors = nn.functional.normalize(net(x))
+        left, right = torch.triu_indices(len(x), len(x), 1)
+        distances = (vectors[left] - vectors[right]).norm(dim=1)
+        same = y[left] == y[right]
+        medians = {"genuine_distance": distances[same].median(), "impostor_distance": distances[~same].median()}
+        figures = {name: float(value) for name, value in medians.items()}
+        return {"score": figures["impostor_distance"] - figures["genuine_distance"]} | figures
+
+
+def test_triplets_at_a_large_rate_collapse(tmp_path: Path) -> None:
+    """For real: the same fine-tuning goes well at a small rate, and at a large one all vectors fall together."""
+    trained(TripletToy(), replace(settings(tmp_path / "start"), starts_at_random=True))
+    start = checkpointing.read_checkpoint(CheckpointFolder(str(tmp_path / "start")).best_path)["net"]
+    fine = replace(settings(tmp_path / "fine"), optim=OptimConfig(lr=0.001))
+    assert trained(TripletToy(start), fine).end == "done"
+    ruin = replace(settings(tmp_path / "ruin"), optim=OptimConfig(lr=300.0))
+    with pytest.raises(AgreedError, match=r"collapsed at step \d+: .*start weights are kept"):
+        trained(TripletToy(start), ruin)
+    kept = checkpointing.read_checkpoint(CheckpointFolder(str(tmp_path / "ruin")).best_path)
+    assert kept["step"] == 0
+    assert equal(kept["net"], start)
+
+
 @pytest.mark.parametrize(("start", "rate"), [("", 0.1), ("dlib-resnet", 0.001)])
 def test_the_default_rate_fits_the_start(start: str, rate: float) -> None:
     config = OptimConfig().resolve(has_start=bool(start))
