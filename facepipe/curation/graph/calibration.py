@@ -26,7 +26,7 @@ _MAX_PLAUSIBLE = 1.3
 _MIN_FACES = 300  # to estimate a threshold
 _MAX_PER_PERSON = 5  # faces in the cohort
 # Fewer faces or persons in the thinned cohort hardly show what strangers look like: better take the model's threshold.
-_MIN_COHORT = 500
+_MIN_COHORT = 400
 _MIN_PERSONS = 200
 # The same for a model that states none.
 _MIN_COHORT_ALONE = 250
