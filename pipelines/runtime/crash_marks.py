@@ -21,11 +21,14 @@ _IMAGE = "image-"
 _SUSPECTS = "suspects"
 _MISSING = "missing"
 _NAME = re.compile("[0-9a-f]{16}")
-# Marks lie in the folder of their run, those of workers in a folder named after the worker's stages. The list of
-# missing images is no mark, but lies there and goes with them.
+# Marks lie in the folder of their run, those of workers in a folder named after the worker's stages. What a listing
+# found out is no mark, but lies there and goes with them.
 _RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 _MARK_FOLDER = re.compile(rf"{_RUN.pattern}/(?:[A-Za-z-]+/)?")
-_MARK = re.compile(rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|[A-Za-z-]+/(?:{_BLOCK}\d+|{_IMAGE}{_NAME.pattern}))")
+_LISTED = r"retried|listing(?:-again)?/(?:listing\.json|unlisted|contents)"
+_MARK = re.compile(
+    rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|{_LISTED}|[A-Za-z-]+/(?:{_BLOCK}\d+|{_IMAGE}{_NAME.pattern}))"
+)
 _MAX_CRASHES = 2  # runs that an image may end while it is in work alone
 
 Claim = Callable[[], object]

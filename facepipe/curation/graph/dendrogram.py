@@ -15,6 +15,12 @@ _MIN_GROUP = 5
 _MIN_CLUSTERS = 2
 _MAX_CLUSTER_SHARE = 0.1  # of the faces: more clusters than that are no persons with many faces each
 
+# A drop of the similarity that tells persons apart by itself, the faces that it takes, and the share of them that must
+# be of one person with another.
+_CLEAR_GAP = 0.3
+_MIN_CLEAR_FACES = 100
+_MIN_CLEAR_GROUPED = 0.25
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -82,6 +88,31 @@ def find_gap(vectors: Float32) -> Gap | None:
         middle = float(np.median(inside) + np.median(between)) / 2
         best = Gap(max(float(between[0] + gap / 2), middle), genuine)
     return best
+
+
+def find_clear_gap(vectors: Float32) -> Gap | None:
+    """Find a gap between the merges of the tree that no real faces have: persons far apart, each in one place.
+
+    Args:
+        vectors: unit vectors (n, 128).
+
+    Returns:
+        None if there is no such gap, or if few faces are of one person with another.
+    """
+    count = len(vectors)
+    if count < _MIN_CLEAR_FACES:
+        return None
+    tree = _build_tree(vectors)
+    similarity = 1 - tree[:, 2]  # of the merges, falling
+    drops = similarity[:-1] - similarity[1:]
+    last = int(np.argmax(drops))  # the last merge within a person
+    if drops[last] < _CLEAR_GAP:
+        return None
+    size = np.bincount(fcluster(tree, count - last - 1, "maxclust"))
+    if size[size > 1].sum() < _MIN_CLEAR_GROUPED * count:
+        return None
+    genuine = float((size * (size - 1)).sum() / (count * (count - 1)))
+    return Gap(float(similarity[last + 1] + drops[last] / 2), genuine)
 
 
 def _build_tree(vectors: Float32, density: Float32 | None = None) -> Float64:
