@@ -34,7 +34,7 @@ from facepipe.erasure.reports import scrub_report, scrub_reports
 from facepipe.erasure.selection import SelectedImages, select_again
 from facepipe.errors import ConfigError, GalleryBusyError
 from facepipe.gallery import Gallery, suppressed
-from facepipe.gallery.commits.committer import Committer
+from facepipe.gallery.commits.committer import Committer, fence_commits
 from facepipe.gallery.commits.rewrite import Action, RewriteTrace, plan_rewrite_of_uris, rewrite_files
 from facepipe.gallery.maintenance.vacuum import claim_unreferenced, delete_files, delete_history, delete_uploads
 from facepipe.index import manifest as manifests
@@ -195,6 +195,9 @@ class _ErasureSteps:
                 self._remove_rows(self.leases.gallery)
         # The others come after the rows: they look at what the table still holds.
         if self._is_done(ROWS):
+            # The index says which version it is of, so a version that keeps runs out that were asleep comes first.
+            if self.leases.gallery is not None and not self._is_done(INDEX):
+                fence_commits(self.gallery, self.leases.gallery)
             if not self._is_done(INDEX) and self.leases.index is not None:
                 with self._measure("index"):
                     self._remove_vectors(self.leases.index)

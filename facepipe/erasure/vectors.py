@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow.compute as pc
 
+from facepipe import storage
 from facepipe.erasure.selection import SelectedImages
 from facepipe.errors import IndexDamagedError, IndexReplacedError
+from facepipe.gallery.commits.log import find_last_equal_version
 from facepipe.index import manifest as manifests
 from facepipe.index.centroids import choose_centroids, replace_centroids
 from facepipe.index.manifest import Manifest, ShardEntry, Template
@@ -211,7 +213,11 @@ def remove_vectors(
             removal.after |= {f"{rewritten.name}/{name}": file.sha256[:32] for name, file in rewritten.files.items()}
     # Publish the new shards, and only then delete the files of the old ones.
     before_publishing()
-    table_version = version_after if manifest.table_version == version_before else manifest.table_version
+    table_version = manifest.table_version
+    faces_folder = storage.join(gallery, "faces")
+    # Entries that change no file may lie between the versions, such as those that keep runs out that were asleep.
+    if table_version >= 0 and find_last_equal_version(faces_folder, table_version) >= version_before >= table_version:
+        table_version = find_last_equal_version(faces_folder, version_after)
     if removal.dropped:
         table_version = manifests.INCOMPLETE
     # Searches that began before cannot go on with what held erased faces: it is not kept for them.

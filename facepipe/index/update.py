@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
+from facepipe.gallery.commits.log import find_last_equal_version
 from facepipe.index.manifest import INCOMPLETE, Manifest, ShardEntry
 from facepipe.index.rows import read_face_ids
 from facepipe.index.shard import Shard, write_tombstones
@@ -130,6 +131,9 @@ def _sort_files(gallery: Gallery) -> list[dict[str, Any]]:
 def _list_paths(gallery: Gallery, version: int) -> set[str] | None:
     if version == INCOMPLETE:
         return None
+    # Entries that change no file may have come since, and the log before them may have been cleaned.
+    if find_last_equal_version(gallery.faces_folder, version) >= gallery.version:
+        return {entry["path"] for entry in gallery.files()}
     try:
         return {entry["path"] for entry in Gallery(gallery.path, version).files()}
     except GalleryError:

@@ -246,6 +246,23 @@ def has_later_version(folder: str, version: int) -> bool:
     return any(match and int(match[1]) > version for match in map(_VERSIONED.fullmatch, names))
 
 
+def find_last_equal_version(folder: str, version: int) -> int:
+    """Find the newest version that has the same files as a version: entries after it may add and remove nothing.
+
+    Args:
+        folder: path or URL of the table.
+        version: a version whose next entries are still there, if there are any.
+    """
+    while True:
+        entry = conditional.read_tagged(storage.join(folder, LOG, f"{version + 1:020d}.json"))
+        if entry is None:
+            return version
+        actions = [json.loads(line) for line in entry[0].splitlines() if line.strip()]
+        if any("add" in action or "remove" in action for action in actions):
+            return version
+        version += 1
+
+
 def list_empty_entries(folder: str) -> list[str]:
     """List the entries and checkpoints that hold nothing, as a power cut leaves them where they were not synced."""
     base = storage.join(folder, LOG).rstrip("/") + "/"

@@ -310,3 +310,16 @@ def test_a_log_that_cannot_be_written_is_a_message(local: Gallery) -> None:
     shutil.rmtree(log_of(local))
     with pytest.raises(StorageError, match="cannot write"):
         log.write_entry(local.faces_folder, 1, "WRITE", [])
+
+
+def test_versions_with_the_same_files_are_equal(gallery: Gallery) -> None:
+    """Entries that add and remove nothing keep runs out that were asleep."""
+    commit = Committer(gallery, "run")
+    for seed in range(2):
+        add_rows(gallery, commit, seed=seed)
+    for number in range(2):
+        Committer(Gallery(gallery.path), f"fence-{number}").commit_fence()
+    add_rows(Gallery(gallery.path), Committer(Gallery(gallery.path), "next"), seed=5)
+    newest = Gallery(gallery.path).version
+    found = [log.find_last_equal_version(gallery.faces_folder, version) for version in range(1, newest + 1)]
+    assert found == [1, newest - 1, newest - 1, newest - 1, newest]
