@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
@@ -487,7 +486,7 @@ def test_test_sets_that_cannot_be_are_refused(layer: dict[str, Any], message: st
 
 
 def test_the_recipe_of_the_docs_is_a_config() -> None:
-    page = (REPOSITORY / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
     (recipe,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     config = read_config(tomllib.loads(recipe))
     assert (config.optim.lr, [test.label for test in config.test_sets]) == (0.001, ["test-gallery"])
