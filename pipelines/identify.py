@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -16,26 +16,28 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 import facepipe
-from facepipe.errors import ConfigError, EvaluationError, SourceError
+from facepipe.errors import ConfigError, EvaluationError, SourceError, StorageError
 from facepipe.evaluation.identification import choose_threshold
 from facepipe.gallery import Gallery
 from facepipe.gallery.table import FOLDERS
 from facepipe.index.decide import UNKNOWN, DecisionRule
 from facepipe.index.identify import ANSWERED_PHOTOS, IDENTIFIED, QUERY_COLUMNS, choose_best_faces, identify_rows
 from facepipe.index.search import Index
-from facepipe.models.zoo.registry import find_match_threshold, resolve_model_name
+from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.reports.faces import read_face_details
-from facepipe.reports.html import write_report
+from facepipe.reports.html import PAGE_MARK, write_report
 from facepipe.reports.model import Face, Figure, Group, Report
 from facepipe.schema import FAILED
-from facepipe.storage import file_exists, folder_exists, is_remote, replace_file, write_file
+from facepipe.storage import file_exists, is_remote, list_names, open_seekable, read, replace_file, write_file
 from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
 from facepipe.storage.owned import delete_owned_folder
 from facepipe.text import protect_cell
 from pipelines import embed
 from pipelines.embed import EmbedConfig, EmbedSummary
+from pipelines.embed.queries import build_query_config
 from pipelines.runtime.run_record import record_calls
+from pipelines.search.parts import check_place
 
 __all__ = ["IdentifyConfig", "IdentifySummary", "run"]
 
@@ -154,7 +156,10 @@ def run(
     """
     began = time.monotonic()
     _check_output(out)
+    if page is not None:
+        _check_page(page)
     table = Gallery(gallery)
+    check_place(out, photos, table.path)
     options = config.identify
     index = Index(table.path, options.recall)
     summary = IdentifySummary(
@@ -189,16 +194,40 @@ def _check_output(out: str) -> None:
         raise ConfigError(f"the answers go into a file: call it .csv or .parquet, not {out!r}")
     if not is_remote(out) and os.path.isdir(out):
         raise ConfigError(f"{out!r} is a folder: choose another name")
-    if file_exists(out) and not _is_output(out):
-        raise ConfigError(f"{out!r} exists and was not written by `identify`: choose another name")
+    for path in (out, _get_sidecar(out)):
+        if path and file_exists(path) and not _is_output(out):
+            raise ConfigError(f"{path!r} exists and was not written by `identify`: choose another name")
+
+
+def _get_sidecar(out: str) -> str:
+    """Return the file beside a CSV file that says how its answers came about; empty for Parquet, which holds it."""
+    return f"{out}.json" if out.lower().endswith(".csv") else ""
 
 
 def _is_output(out: str) -> bool:
-    if out.lower().endswith(".csv"):
-        return file_exists(f"{out}.json")
-    with suppress(OSError, pa.ArrowException):
-        return _METADATA in (pq.read_schema(out).metadata or {})
-    return False
+    """Tell whether a file, with the one beside it, holds answers of `identify`."""
+    sidecar = _get_sidecar(out)
+    try:
+        if sidecar:
+            described = json.loads(read(sidecar.encode()))
+            return isinstance(described, dict) and {"facepipe", "threshold_origin"} <= set(described)
+        with open_seekable(out) as file:
+            return _METADATA in (pq.read_schema(file).metadata or {})
+    except (OSError, ValueError, StorageError, pa.ArrowException):
+        return False
+
+
+def _check_page(page: str) -> None:
+    """Refuse to replace a page that is no report."""
+    try:
+        with open(page, encoding="utf-8") as file:
+            is_report = any(line.startswith(PAGE_MARK) for line in file)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        is_report = False
+    if not is_report:
+        raise ConfigError(f"{page!r} exists and is no page of facepipe: choose another name")
 
 
 def _choose_threshold(options: IdentifyOptions, gallery: Gallery, summary: IdentifySummary) -> None:
@@ -249,18 +278,10 @@ def _open_photos(
         contract.require(queries.contract, "the gallery that is searched")
         yield queries
         return
-    embed_config = replace(
-        base,
-        source=replace(base.source, uri=photos),
-        detect=replace(base.detect, model=resolve_model_name(contract.detector, base.detect.model, "detector")),
-        embed=replace(
-            base.embed, model=resolve_model_name(contract.embedder, base.embed.model, "embedder"), flip=contract.flip
-        ),
-        align=replace(base.align, thumbs=has_page or keep_queries is not None),
-    )
-    contract.require(embed_config.contract, "the gallery that is searched")
+    needs_thumbs = has_page or keep_queries is not None
+    embed_config = build_query_config(base, contract, photos, thumbs=needs_thumbs)
     folder = keep_queries or _get_queries_folder(out)
-    if folder_exists(folder) and os.listdir(folder) and not Gallery.exists(folder):
+    if any(True for _ in list_names(folder)) and not Gallery.exists(folder):
         raise ConfigError(f"{folder!r} holds something that is no gallery: choose another folder with --keep-queries")
     embed.run(embed_config, folder, on_embed)
     yield Gallery(folder)
@@ -325,7 +346,7 @@ def _write(tables: Iterator[pa.Table], out: str, summary: IdentifySummary, *, be
                 uncertain = _choose_uncertain(pa.concat_tables([uncertain, table]))
                 writer.write(choose_best_faces(table) if best_per_photo else table)
     if is_csv:
-        with _write_file(f"{out}.json") as path, open(path, "w", encoding="utf-8") as file:
+        with _write_file(_get_sidecar(out)) as path, open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(summary.describe()) + "\n")
     return uncertain
 
@@ -437,8 +458,3 @@ def _make_group(row: dict[str, Any], own: dict[int, Any], matched: dict[int, Any
         faces=tuple(faces),
         suspicion=1.0 - (row["margin"] or 0.0),
     )
-
-
-def to_dict(summary: IdentifySummary) -> dict[str, Any]:
-    """Convert a summary to values for JSON."""
-    return asdict(summary)

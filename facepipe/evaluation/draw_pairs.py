@@ -20,10 +20,12 @@ from facepipe.evaluation.pairs import read_subject_rows
 from facepipe.evaluation.pairs_file import CSV_FOLDS, Pair, to_image_name
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
+from facepipe.storage.owned import require_own_list
 from facepipe.text import protect_cell
 from facepipe.types import Int64
 
 _COLUMNS = ("uri", "identity")
+_FILE_COLUMNS = ("file_x", "file_y", "same")
 _MAX_IMAGES = 50  # per identity
 # Identities to choose from, per pair and at least: many have one image, and give no pair of one person.
 _IDENTITIES_PER_PAIR = 4
@@ -76,11 +78,13 @@ def write_pairs(path: str, pairs: list[Pair]) -> None:
     """Write pairs to a CSV file that `read_pairs` reads as the same pairs.
 
     Raises:
+        ConfigError: There is a file that holds something else.
         StorageError: The file cannot be written.
     """
+    require_own_list(path, _FILE_COLUMNS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("file_x", "file_y", "same"))
+    writer.writerow(_FILE_COLUMNS)
     writer.writerows((pair.left, pair.right, int(pair.same)) for pair in pairs)
     storage.write(path, text.getvalue().encode())
 

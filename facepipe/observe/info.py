@@ -13,10 +13,13 @@ from facepipe.observe import runs
 from facepipe.observe.runs import RunRecord
 from facepipe.schema import FAILED
 from facepipe.storage import replace_file
+from facepipe.storage.owned import require_own_list
 from facepipe.text import protect_cell
 
 _MAX_ERRORS = 20
 _MAX_RUNS = 10
+# Columns of the list of images that failed.
+_FAILED_COLUMNS = ("path", "status", "error")
 
 
 def describe_gallery(gallery: Gallery) -> dict[str, Any]:
@@ -56,12 +59,14 @@ def write_failed(gallery: Gallery, path: str) -> int:
         Their number.
 
     Raises:
+        ConfigError: there is a file that holds something else.
         StorageError: the file cannot be written.
     """
+    require_own_list(path, _FAILED_COLUMNS)
     count = 0
     with replace_file(path, what="list") as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("path", "status", "error"))
+        writer.writerow(_FAILED_COLUMNS)
         for row in iterate_failed(gallery):
             writer.writerow((protect_cell(row["uri"]), row["status"], protect_cell(row["error"] or "")))
             count += 1

@@ -25,7 +25,7 @@ from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report,
 from facepipe.reports.thumbs import shrink
 from facepipe.storage import replace_file, write_beside
 
-__all__ = ["JsonGroup", "PageFormatError", "edit_report", "iterate_groups", "write_report"]
+__all__ = ["PAGE_MARK", "JsonGroup", "PageFormatError", "edit_report", "iterate_groups", "write_report"]
 
 JsonGroup = dict[str, Any]  # a group as a page holds it: title, kind, figures, suspicion, more, faces
 
@@ -39,7 +39,8 @@ _HIDDEN = re.compile(
 _NUMBER = re.compile(r"[-+−]?[\d.,]*\d\s?(%|[a-zA-Z]{1,3})?")
 
 # Lines of report.html.j2 between which the page's own content stands.
-_HEAD_START = '<script type="application/json" id="report">'
+PAGE_MARK = '<script type="application/json" id="report">'
+"""Beginning of a line that only pages of facepipe have: their content follows."""
 _GROUPS_START = '<script type="application/json" id="data">['
 _GROUPS_END = "]</script>"
 _SUMMARY_START = '<script type="application/json" id="summary">'
@@ -166,8 +167,8 @@ def _dump_head(report: Report) -> str:
 def _read_head(page: TextIO) -> Report:
     """Read what the head of a page shows; the page's groups are not read yet."""
     for line in page:
-        if line.startswith(_HEAD_START):
-            head = json.loads(line.removeprefix(_HEAD_START).rstrip("\n").removesuffix(_SCRIPT_END))
+        if line.startswith(PAGE_MARK):
+            head = json.loads(line.removeprefix(PAGE_MARK).rstrip("\n").removesuffix(_SCRIPT_END))
             return Report(
                 title=head["title"],
                 subtitle=head["subtitle"],

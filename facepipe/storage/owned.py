@@ -4,10 +4,11 @@ A file is ours by its name in a folder that is ours. A link never is: somebody m
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-from facepipe.storage.files import delete, delete_many, list_prefix, raise_listing_error
+from facepipe.errors import ConfigError
+from facepipe.storage.files import delete, delete_many, file_exists, list_prefix, open_seekable, raise_listing_error
 from facepipe.storage.urls import is_remote, join
 
 Owns = Callable[[str], bool]
@@ -107,3 +108,22 @@ def _walk(folder: str, inner: str) -> Iterator[tuple[str, bool]]:
         if is_folder:
             yield from _walk(folder, name)
         yield name, is_folder
+
+
+def require_own_list(path: str, columns: Sequence[str]) -> None:
+    """Require that a CSV file that is about to be written is absent, or holds a list of these columns.
+
+    Args:
+        path: path or URL of the file.
+        columns: names of its columns, which are its first line.
+
+    Raises:
+        ConfigError: there is another file.
+        StorageError: it cannot be read.
+    """
+    if not file_exists(path):
+        return
+    with open_seekable(path) as file:
+        first_line = file.readline().decode("utf-8", "replace").strip()
+    if first_line != ",".join(columns):
+        raise ConfigError(f"{path!r} exists and is no list of {', '.join(columns)}: choose another name")

@@ -14,9 +14,9 @@ from facepipe.index.cost import ScanWork, is_device_cheaper, is_scan_cheaper
 from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
-from facepipe.models.zoo.registry import resolve_model_name
 from facepipe.storage.aliases import find_utf8_output
 from pipelines import embed
+from pipelines.embed.queries import build_query_config
 from pipelines.runtime.run_record import record_calls
 from pipelines.runtime.runners import ray
 from pipelines.search.config import SearchConfig, SearchSummary
@@ -88,18 +88,7 @@ def _embed_queries(
     config: SearchConfig, contract: Contract, images: str, work: str, summary: SearchSummary
 ) -> QuerySource:
     """Embed images with the gallery's models, into a gallery beside the output."""
-    # Use the gallery's models; a file in the config is loaded if it is of the same model. No thumbnails are needed.
-    base = config.embed
-    embed_config = replace(
-        base,
-        source=replace(base.source, uri=images),
-        detect=replace(base.detect, model=resolve_model_name(contract.detector, base.detect.model, "detector")),
-        embed=replace(
-            base.embed, model=resolve_model_name(contract.embedder, base.embed.model, "embedder"), flip=contract.flip
-        ),
-        align=replace(base.align, thumbs=False),
-    )
-    contract.require(embed_config.contract, "the gallery that is searched")
+    embed_config = build_query_config(config.embed, contract, images, thumbs=False)
     # The queries are kept in the work folder, so that an interrupted search does not embed them again.
     path = get_queries_folder(work)
     embedded = embed.run(embed_config, path)

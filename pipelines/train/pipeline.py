@@ -10,8 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from facepipe import storage
 from facepipe.erasure.trainings import record_training
 from facepipe.errors import TrainingError
@@ -251,6 +249,8 @@ class EmbedderJob:
 
     def _score_test_sets(self, state: dict[str, Any] | None) -> dict[str, dict[str, float]]:
         """Score each test set, by its label, with a state of the network; None: with the start weights."""
+        import torch
+
         run = self.config.run
         # Workers may have GPUs that this process has not.
         device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")

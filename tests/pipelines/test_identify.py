@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from facepipe import storage
 from facepipe.config import build
 from facepipe.errors import ConfigError, ContractError, FacepipeError, SourceError
 from facepipe.gallery import Gallery
@@ -246,24 +247,43 @@ def test_other_outputs_are_refused(name: str, gallery: str, photos: Path, tmp_pa
         run(configure(), gallery, str(photos), str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["mine.csv", "mine.parquet"])
-def test_a_file_of_somebody_else_is_not_replaced(name: str, gallery: str, photos: Path, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="was not written by `identify`"):
-        run(configure(), gallery, str(photos), str(tmp_path / name))
-    assert (tmp_path / name).read_bytes() == b"mine"
+@pytest.mark.parametrize(
+    ("foreign", "out", "page"),
+    [
+        (["mine.csv"], "mine.csv", None),
+        (["mine.parquet"], "mine.parquet", None),
+        (["who.csv.json"], "who.csv", None),
+        (["who.csv", "who.csv.json"], "who.csv", None),
+        (["page.html"], "who.csv", "page.html"),
+    ],
+)
+def test_files_of_somebody_else_are_not_replaced(
+    foreign: list[str], out: str, page: str | None, gallery: str, photos: Path, tmp_path: Path
+) -> None:
+    for name in foreign:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ConfigError, match=r"was not written by `identify`|is no page of facepipe"):
+        run(configure(), gallery, str(photos), str(tmp_path / out), page=str(tmp_path / page) if page else None)
+    assert {path.name for path in tmp_path.iterdir()} == set(foreign)
+    assert all((tmp_path / name).read_bytes() == b"{}" for name in foreign)
+
+
+def test_the_output_may_not_lie_among_the_files_of_a_gallery(gallery: str, photos: Path) -> None:
+    with pytest.raises(ConfigError, match="which this search reads"):
+        run(configure(), gallery, str(photos), f"{gallery}/index/who.csv")
 
 
 def test_answers_of_earlier_calls_are_replaced(gallery: str, photos: Path, tmp_path: Path) -> None:
+    page = str(tmp_path / "who.html")
     for name in ("who.csv", "who.parquet"):
         for _ in range(2):
-            run(configure(), gallery, str(photos), str(tmp_path / name))
+            run(configure(), gallery, str(photos), str(tmp_path / name), page=page)
 
 
 def test_the_output_may_lie_in_an_object_store(bucket: Any, gallery: str, photos: Path, answers: Path) -> None:
-    run(configure(), gallery, str(photos), "s3://faces/out/who.parquet")
-    from facepipe import storage
-
+    for _ in range(2):
+        run(configure(), gallery, str(photos), "s3://faces/out/who.parquet")
+        run(configure(), gallery, str(photos), "s3://faces/out/who.csv", keep_queries="s3://faces/queries")
     assert pq.read_table(storage.open_seekable("s3://faces/out/who.parquet")).to_pylist() == read(answers)
 
 

@@ -10,7 +10,7 @@ from conftest import draw
 from helpers import embed
 from typer.testing import CliRunner
 
-from facepipe.errors import StorageError
+from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.observe.info import iterate_failed, write_failed
 from facepipe.text import restore_cell
@@ -60,6 +60,16 @@ def test_the_list_holds_each_image_that_failed_and_no_other(gallery: Gallery, ph
 def test_a_list_that_cannot_be_written_is_an_error(gallery: Gallery, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write the list"):
         write_failed(gallery, str(tmp_path / "none" / "failed.csv"))
+
+
+def test_a_file_of_somebody_else_is_not_replaced(gallery: Gallery, tmp_path: Path) -> None:
+    for content in (b"path,label\n", b"", b"\xff\xd8"):
+        (tmp_path / "mine.csv").write_bytes(content)
+        with pytest.raises(ConfigError, match="is no list of path, status, error"):
+            write_failed(gallery, str(tmp_path / "mine.csv"))
+        assert (tmp_path / "mine.csv").read_bytes() == content
+    for _ in range(2):
+        assert write_failed(gallery, str(tmp_path / "failed.csv")) == len(BROKEN)
 
 
 def test_info_names_them(gallery: Gallery, tmp_path: Path) -> None:
