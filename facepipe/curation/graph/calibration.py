@@ -82,7 +82,7 @@ def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
 
     The threshold is estimated from the data if they hold enough persons to show what strangers look like. Otherwise it
     is the model's own; of a model without one it is the middle of a wide gap between the persons, if there is one. Then
-    the cohort is empty. A gap that is wider than that of any real faces comes first, if the model has no threshold.
+    the cohort is empty.
 
     Args:
         vectors: unit vectors (n, 128).
@@ -92,16 +92,14 @@ def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
         ThresholdError: the model has no threshold of its own.
     """
     sample = draw_sample(len(vectors), options.seed)
-    is_unknown = options.threshold is None and options.model_threshold is None
-    clear = find_clear_gap(draw_part(vectors, options.seed)) if is_unknown else None
-    if len(vectors) >= _MIN_FACES and clear is None:
+    if len(vectors) >= _MIN_FACES:
         calibration = _estimate(vectors, sample, options)
         if calibration:
             return calibration
     # Otherwise use a given distance, with densities of zero.
     density = np.zeros(len(vectors), np.float32)
     counts = count_similarities(vectors, density, sample).sum(axis=0, dtype=np.int64)
-    threshold = Threshold(clear.similarity, clear.genuine, 0.0) if clear else _choose_known(vectors, options)
+    threshold = _choose_known(vectors, options)
     return Calibration(Cohort.create_empty(), density, counts, np.empty(0), threshold)
 
 
@@ -114,7 +112,8 @@ def _choose_known(vectors: Float32, options: CalibrationOptions) -> Threshold:
     distance = options.threshold or options.model_threshold
     if distance is not None:
         return Threshold.from_distance(distance, 0.0)
-    gap = find_gap(draw_part(vectors, options.seed))
+    part = draw_part(vectors, options.seed)
+    gap = find_gap(part) or find_clear_gap(part)
     if gap is not None:
         return Threshold(gap.similarity, gap.genuine, 0.0)
     raise ThresholdError(

@@ -91,7 +91,7 @@ def find_gap(vectors: Float32) -> Gap | None:
 
 
 def find_clear_gap(vectors: Float32) -> Gap | None:
-    """Find a gap between the merges of the tree that no real faces have: persons far apart, each in one place.
+    """Find a drop between the merges of the tree that is so wide that persons may have as few as two faces.
 
     Args:
         vectors: unit vectors (n, 128).
