@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
 from facepipe.imaging.quality import QualityFigures, estimate_quality
-from facepipe.types import Bool, Float64
+from facepipe.types import Bool, Float32, Float64
 
 COLUMNS = ("face_quality", "visible", "det_score", "face_px", "sharpness", "yaw")
 """Columns of the gallery that the functions here read."""
@@ -64,7 +64,7 @@ def read_quality(faces: pa.RecordBatch | pa.Table) -> Float64:
     return np.where(np.isnan(quality), estimated, quality)
 
 
-def choose_min_quality(quality: Float64) -> float:
+def choose_min_quality(quality: Float32 | Float64) -> float:
     """Choose the quality of a fit face by those of a gallery (n,): `MIN_QUALITY`, or less if most faces are poor."""
     known = quality[~np.isnan(quality)]
     if not len(known):
