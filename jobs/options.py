@@ -51,6 +51,13 @@ Init = Annotated[
     bool,
     typer.Option("--init", help="Commented example config, as a new file here.", callback=write_example, is_eager=True),
 ]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Only a check of models, gallery, sources, credentials, disk and memory; nothing is embedded or left.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 YesErase = Annotated[

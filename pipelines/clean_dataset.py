@@ -11,6 +11,7 @@ from facepipe.sources import SourceConfig, locate_source, open_source
 from pipelines import clean, dedup, embed
 from pipelines.clean import CleanConfig
 from pipelines.dedup import DedupConfig
+from pipelines.embed.checks import require_usable
 from pipelines.graph import GraphConfig
 from pipelines.job import EmbedSections, JobSummary, OnEmbed, OnLine, Share, check_job, load_known, open_gallery
 from pipelines.runtime.listing import count_listed
@@ -130,7 +131,8 @@ def _clean_dataset(config: CleanDatasetConfig, gallery: str, on_progress: OnLine
 
 
 def _preview(config: CleanDatasetConfig) -> DatasetSummary:
-    """Count what would be embedded. Only listings and the table are read, and nothing is written."""
+    """Count what would be embedded, and refuse what a run refuses. Nothing is written."""
+    require_usable(config.build_embed_config(config.source[0]), config.gallery)
     summary = DatasetSummary(config.gallery, dry_run=True)
     gallery = open_gallery(config.gallery)
     for source in config.source:

@@ -157,8 +157,7 @@ class Gallery:
     @classmethod
     def create(cls, path: str, contract: Contract, properties: Mapping[str, str] | None = None) -> "Gallery":
         """Create an empty gallery with a contract. Raises GalleryError for a folder that holds something else."""
-        if _is_taken(path):
-            raise GalleryError(f"{path!r} exists and is not a gallery: choose a new folder")
+        cls.require_free(path)
         faces_folder = storage.join(path, "faces")
         log_folder = storage.join(faces_folder, log.LOG)
         try:
@@ -174,6 +173,16 @@ class Gallery:
                 _remove_unfinished(log_folder, is_created=is_created)
                 remove_new_folders(new_folders)
             raise
+
+    @staticmethod
+    def require_free(path: str) -> None:
+        """Require of a place without a gallery that it holds nothing else.
+
+        Raises:
+            GalleryError: it holds something.
+        """
+        if _is_taken(path):
+            raise GalleryError(f"{path!r} exists and is not a gallery: choose a new folder")
 
     def add_missing_columns(self) -> None:
         """Add the columns that an older facepipe did not know when it made the table; they are null in its rows."""

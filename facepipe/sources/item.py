@@ -138,16 +138,21 @@ class WatchedSource(WrappedSource):
 
     Attributes:
         broken_count: Number of such places so far.
+        broken_place: The first of them, with the reason.
     """
 
     def __init__(self, source: Source):
         super().__init__(source)
         self.broken_count = 0
+        self.broken_place = ""
 
     def __iter__(self) -> Iterator[WorkItem]:
         self.broken_count = 0
+        self.broken_place = ""
         for item in self._source:
-            self.broken_count += item.listing_error is not None
+            if item.listing_error is not None:
+                self.broken_count += 1
+                self.broken_place = self.broken_place or f"{item.uri} ({item.listing_error})"
             yield item
 
 

@@ -101,6 +101,15 @@ def _load_last_mark(table: Gallery) -> ReadMark | None:
     return max(of_this_table or marks, key=lambda mark: mark.version, default=None)
 
 
+def count_new_images(table: Gallery) -> int:
+    """Count the images that came since the last run, and that the next one would compare with all others."""
+    count = 0
+    for batch in find_changes(table, _load_last_mark(table)).read_new_rows(["face_index"]):
+        # One row per image: its first face, or the only row of an image without a face.
+        count += pc.sum(pc.fill_null(pc.equal(batch["face_index"], 0), True)).as_py() or 0
+    return count
+
+
 def _open_index(table: Gallery) -> Index:
     index = Index(table.path)
     index.freeze()

@@ -14,7 +14,7 @@ import numpy as np
 import facepipe
 from facepipe import storage
 from facepipe.erasure.takeup import RequestTaker
-from facepipe.errors import AccountingError, GalleryBusyError, MissingPackageError, SourceError, StorageError
+from facepipe.errors import AccountingError, GalleryBusyError, SourceError, StorageError
 from facepipe.gallery import Contract, Gallery, suppressed
 from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.missing import MissingGuard, mark_missing
@@ -29,15 +29,14 @@ from facepipe.moves.moved_images import MoveCounts, MovedImages
 from facepipe.moves.settle import SettledSource, describe_settling, register_source, settle_source
 from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.observe.runs import new_run_id
-from facepipe.schema import WORK_ITEM
 from facepipe.sources import Source, SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, cut_blocks
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import WatchedSource
-from facepipe.stages import check_chain
 from facepipe.stages.find_moved import FindMoved
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease
+from pipelines.embed.checks import check_settings, load_models
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import EmbedSummary
 from pipelines.runtime import crash_marks
@@ -126,6 +125,7 @@ class EmbedListing:
             held=known.source_count,
             unlisted=missing,
             broken=source.broken_count,
+            broken_place=source.broken_place,
             has_unlisted=unlisted > 0 and (is_read or self.marks),
             has_contents=has_contents and is_read,
             gives_labels=source.gives_labels,
@@ -153,14 +153,14 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         AccountingError: An image was lost.
     """
     # Find what is wrong with settings, source and models before a gallery is created.
-    check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config = make_paths_absolute(config)
-    contract = config.contract
-    config.make_retry_rule()  # it checks the statuses
+    contract = check_settings(config)
     source = open_source(config.source)
     if next(iter(source), None) is None:
         raise SourceError(_describe_empty_source(config.source.uri, source))
-    _try_models(config, gallery)
+    # With other models, or with a corrected file, a new gallery has another contract.
+    if not Gallery.exists(gallery):
+        load_models(config)
     record = get_current_run()
     run_id = record.id if record else new_run_id()
     with hold_lease(gallery) as lease:
@@ -195,20 +195,6 @@ def _describe_empty_source(uri: str, source: Source) -> str:
     if storage.is_remote(uri) or os.path.isdir(uri):
         parts.append("if it holds Parquet files, add --set source.kind=parquet")
     return "; ".join(parts)
-
-
-def _try_models(config: EmbedConfig, gallery: str) -> None:
-    """Load the models before a gallery is created: with others, or with a corrected file, it has another contract."""
-    if Gallery.exists(gallery):
-        return
-    # Loading on the CPU is enough to find an error in a file, or a package that is missing.
-    try:
-        _ = replace(config.detect, device="cpu").detector
-        _ = replace(config.embed, device="cpu").embedder
-    except MissingPackageError:
-        # The workers of a cluster may have what this machine lacks.
-        if "RAY_ADDRESS" not in os.environ:
-            raise
 
 
 class _EmbedRun:

@@ -114,6 +114,10 @@ class NightlyConfig(EmbedSections):
         missing = MissingConfig("keep" if source.missing == "keep" else "mark", self.night.missing_at_most)
         return self.build_embed_config(source.to_source(), missing)
 
+    def is_over_budget(self, failed: int, images: int) -> bool:
+        """Tell whether more images failed than a night allows; those of all sources are counted together."""
+        return failed > max(self.night.few_failed, self.night.max_failed * images)
+
 
 def name_own_setting(refusal: str) -> str:
     """Return what `embed` says of missing images with the name that its setting has in a nightly config."""

@@ -1,6 +1,5 @@
 """nightly: everything a gallery needs every night, in order. Each step resumes where the night before stopped."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +7,9 @@ from dataclasses import dataclass, field
 from datetime import date
 
 from facepipe import storage
-from facepipe.curation.clusters import tables
 from facepipe.erasure.foreign import describe_foreign
 from facepipe.errors import (
     ErasureLimitError,
-    EvaluationError,
     GalleryBusyError,
     GalleryError,
     SourceError,
@@ -31,11 +28,11 @@ from pipelines.embed.summary import EmbedSummary
 from pipelines.erase import EraseSummary
 from pipelines.index import IndexConfig
 from pipelines.job import JobSummary, OnEmbed, OnLine, check_job
+from pipelines.nightly.clusters import explain_no_clusters
 from pipelines.nightly.config import NightlyConfig, NightSource, name_own_setting
 from pipelines.nightly.guard import NightGuard, PlannedErasure, is_dated, plan_erasures
 from pipelines.nightly.preview import preview_night
 from pipelines.runtime.run_record import attach_summary, record_calls
-from pipelines.runtime.workspace import locate_reports
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,22 @@ def run(
         ConfigError: if the config names no gallery or no source.
         GalleryBusyError: if another night is at work on the gallery.
         SourceError: if there is no gallery yet and no source has an image.
+        ModelError: if a model cannot be used.
+        ContractError: if the gallery was made with other models.
     """
     check_job(config.gallery, config.source)
     if dry_run:
         preview = preview_night(config, on_progress)
         return NightSummary(
-            config.gallery, dry_run=True, version=preview.version, steps=preview.steps, failures=preview.failures
+            config.gallery,
+            dry_run=True,
+            images=preview.images,
+            failed=preview.failed,
+            over_budget=config.is_over_budget(preview.failed, preview.images),
+            version=preview.version,
+            steps=preview.steps,
+            problems=preview.problems,
+            failures=preview.failures,
         )
     return _run_night(config, config.gallery, confirmation or NightConfirmation(), on_progress, on_embed)
 
@@ -221,9 +228,7 @@ class _Night:
             notes.append(f"{name}: missing images were left alone: {reason}")
         summary.images += embedded.images
         summary.failed += embedded.failed
-        # The budget counts the images of all sources together.
-        allowed = max(self.config.night.few_failed, self.config.night.max_failed * summary.images)
-        summary.over_budget = summary.failed > allowed
+        summary.over_budget = self.config.is_over_budget(summary.failed, summary.images)
 
     def update_index(self) -> None:
         """Bring the search index up to date; the work grows with what changed."""
@@ -236,7 +241,7 @@ class _Night:
         if self.config.night.clusters == "no":
             return
         with self._measure("assign"):
-            obstacle = _explain_no_clusters(self.gallery)
+            obstacle = explain_no_clusters(self.gallery)
             if not obstacle:
                 self.summary.add_step("assign", cluster_assign.run(self.gallery, progress=self._on_progress))
             elif self.config.night.clusters == "make":
@@ -300,18 +305,3 @@ class _Night:
         """Join small files of the table into large ones, if there are enough of them."""
         with self._measure("compact"):
             self.summary.add_step("compact", compact.run(self.config.compact, self.gallery))
-
-
-def _explain_no_clusters(gallery: str) -> str:
-    """Return why new faces cannot be assigned, or "" if they can.
-
-    The night asks this first, so that no run of `assign` is recorded as failed.
-    """
-    table = Gallery(gallery)
-    if os.path.isdir(os.path.join(locate_reports(table), f"{cluster.NAME}.old")):  # a run stopped between two renames
-        return ""
-    try:
-        tables.read_cluster_table(table.path, tables.CLUSTERS, ["cluster"])
-    except EvaluationError as error:
-        return str(error)
-    return ""

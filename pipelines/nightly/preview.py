@@ -15,9 +15,9 @@ import pyarrow.dataset as ds
 from facepipe.erasure import pending
 from facepipe.erasure.clock import read_clock
 from facepipe.erasure.limits import explain_excess
-from facepipe.errors import SourceError
+from facepipe.errors import SourceError, StorageError
 from facepipe.gallery import Gallery
-from facepipe.gallery.commits.missing import MissingGuard
+from facepipe.gallery.commits.missing import MissingGuard, describe_broken
 from facepipe.gallery.commits.unlisted import ListingFigures
 from facepipe.gallery.maintenance.compact import plan_compaction
 from facepipe.hashing import hash64
@@ -25,7 +25,10 @@ from facepipe.moves.settle import SettledSource, settle_source
 from facepipe.sources import open_source
 from facepipe.sources.item import WatchedSource
 from facepipe.types import Bool, UInt64
+from pipelines.dedup.incremental import count_new_images
+from pipelines.embed.checks import require_usable
 from pipelines.job import count_indexed, load_known, open_gallery
+from pipelines.nightly.clusters import count_clusters, explain_no_clusters
 from pipelines.nightly.config import NightlyConfig, NightSource, name_own_setting
 from pipelines.nightly.guard import MISSING, RETENTION, NightGuard, plan_source_erasures
 from pipelines.runtime.listing import VERDICTS, count_listed
@@ -41,11 +44,17 @@ class NightPreview:
     Attributes:
         version: version of the table, -1 if there is no gallery yet.
         steps: counts by step.
+        images: images that would be read.
+        failed: those among them that cannot be read, because their place cannot be listed.
+        problems: what would be left undone although the night succeeds.
         failures: what would make the exit code 1.
     """
 
     version: int = -1
     steps: dict[str, Any] = field(default_factory=dict)
+    images: int = 0
+    failed: int = 0
+    problems: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
@@ -63,14 +72,21 @@ class _Unlisted:
 
 
 def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = lambda line: None) -> NightPreview:
-    """Count what a night would do.
+    """Count what a night would do, and refuse what a night refuses.
 
     Changed files are counted by their fingerprints. Whether they hold other images is known only after reading them.
 
     Args:
         config: settings of the job.
         on_progress: receives a line per source.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        ModelError: a model cannot be used.
+        GalleryError: the gallery was made with other models, or its folder holds something else.
+        SourceError: there is no gallery yet, and no source has an image.
     """
+    require_usable(config.build_source_config(config.source[0]), config.gallery)
     preview = NightPreview()
     gallery = open_gallery(config.gallery)
     if gallery:
@@ -78,15 +94,44 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
         preview.steps["erase unfinished"] = {"erasures": len(pending.read_unfinished(gallery.path))}
     for source in config.source:
         on_progress(f"listing {source.title}")
-        settled = settle_source(gallery, source.to_source())
-        unlisted = _list_source(config, source, settled, gallery, preview)
-        if gallery:
-            _count_missing_and_erased(config, gallery, source, settled, unlisted, preview)
-    if gallery:
-        preview.steps["index"] = count_indexed(gallery)
-        groups = plan_compaction(gallery, config.compact)
-        preview.steps["compact"] = {"joined": sum(map(len, groups)), "into": len(groups)}
+        preview_source(config, source, gallery, preview)
+    if gallery is None and not preview.images:
+        raise SourceError("; ".join([*preview.failures, *preview.problems]) or "no source has an image")
+    _preview_gallery_steps(config, gallery, preview)
     return preview
+
+
+def preview_source(config: NightlyConfig, source: NightSource, gallery: Gallery | None, preview: NightPreview) -> None:
+    """Count what a night would do with the images of a source: embed, mark, and erase them."""
+    settled = settle_source(gallery, source.to_source())
+    unlisted = _list_source(config, source, settled, gallery, preview)
+    if gallery:
+        _count_missing_and_erased(config, gallery, source, settled, unlisted, preview)
+
+
+def _preview_gallery_steps(config: NightlyConfig, gallery: Gallery | None, preview: NightPreview) -> None:
+    """Count what the steps after embedding would do. What images to come bring is known only after reading them."""
+    to_come = {"images_to_come": preview.images}
+
+    # The index takes the faces that it lacks.
+    indexed = count_indexed(gallery) if gallery else {"faces": 0, "indexed": 0}
+    to_add = max(0, indexed["faces"] - indexed["indexed"])
+    preview.steps["index"] = {**indexed, "to_add": to_add, **to_come}
+
+    # New faces go to the clusters that there are, or into the first ones.
+    obstacle = explain_no_clusters(gallery.path) if gallery else "no clusters"
+    if config.night.clusters != "no" and not obstacle and gallery:
+        preview.steps["assign"] = {"clusters": count_clusters(gallery.path), **to_come}
+    elif config.night.clusters == "make":
+        preview.steps["cluster"] = {"faces": indexed["faces"], **to_come}
+    elif config.night.clusters == "assign" and gallery:
+        preview.problems.append(obstacle)
+
+    # Images since the last comparison are compared with all others.
+    if config.night.dedup:
+        preview.steps["dedup"] = {"to_compare": count_new_images(gallery) if gallery else 0, **to_come}
+    groups = plan_compaction(gallery, config.compact) if gallery else []
+    preview.steps["compact"] = {"joined": sum(map(len, groups)), "into": len(groups)}
 
 
 def _list_source(
@@ -106,7 +151,11 @@ def _list_source(
         preview.failures.append(f"{name}: {error}")
         return _Unlisted()
     with closing(load_known(gallery, settled.rows)) as known:
-        counts = count_listed(listing, known)
+        try:
+            counts = count_listed(listing, known)
+        except (SourceError, StorageError) as error:
+            preview.failures.append(f"{name}: {error}")
+            return _Unlisted()
         missing, _ = known.count_unlisted()
         uris = np.concatenate([np.empty(0, np.uint64), *(keys for keys, _, _ in known.read_unlisted())])
         figures = ListingFigures(
@@ -114,15 +163,18 @@ def _list_source(
             held=known.source_count,
             unlisted=missing,
             broken=listing.broken_count,
+            broken_place=listing.broken_place,
             has_unlisted=len(uris) > 0,
             has_contents=False,
         )
     preview.steps[f"embed {name}"] = counts
+    preview.images += counts["new"] + counts["changed"]
+    preview.failed += listing.broken_count
 
     # An empty listing of a watched source is a fault of the source, not the deletion of all its images.
     if not any(counts[verdict] for verdict in VERDICTS):
-        if is_watched:
-            preview.failures.append(f"{name}: no image in {source.uri!r}")
+        notes = preview.failures if is_watched else preview.problems
+        notes.append(f"{name}: no image in {source.uri!r}")
         return _Unlisted()
 
     # No image is marked if too many are missing, or if a part of the source could not be listed. Missing images that
@@ -131,6 +183,8 @@ def _list_source(
     if is_watched and refusal and not listing.broken_count:
         reason = name_own_setting(refusal)
         preview.failures.append(f"{name}: {reason}: they would be left alone, unless they have moved")
+    if is_watched and listing.broken_count:
+        preview.problems.append(f"{name}: missing images would be left alone: {describe_broken(figures)}")
     return _Unlisted(np.sort(uris), is_marked=is_watched and not refusal)
 
 

@@ -19,6 +19,13 @@ from facepipe.schema import FACES
 TOO_MANY_MISSING = "more than missing.at_most allows"
 
 
+def describe_broken(figures: ListingFigures) -> str:
+    """Describe how many places of a source could not be listed, and name the first."""
+    places = "1 place" if figures.broken == 1 else f"{figures.broken} places"
+    example = f", such as {figures.broken_place}" if figures.broken_place else ""
+    return f"{places} of the source could not be listed{example}"
+
+
 @dataclass(frozen=True)
 class MissingGuard:
     """Decides whether the missing images of a source are marked.
@@ -41,7 +48,7 @@ class MissingGuard:
         """
         figures = self.figures
         if figures.broken:
-            return f"{figures.broken} places of the source could not be listed"
+            return describe_broken(figures)
         if missing > int(self.at_most * figures.held):
             return f"{missing} of {figures.held} images are missing at once, {TOO_MANY_MISSING}"
         # Several small losses are one large one.

@@ -45,6 +45,7 @@ class ListingFigures:
         has_unlisted: Whether the images that were not listed are written down, marked as missing or not.
         has_contents: Whether the contents of images that may have moved are written down.
         gives_labels: Whether an image without a label has none by the source's word.
+        broken_place: The first place that could not be listed, with the reason.
     """
 
     listed: int
@@ -54,6 +55,7 @@ class ListingFigures:
     has_unlisted: bool
     has_contents: bool
     gives_labels: bool = True
+    broken_place: str = ""
 
 
 def write_listing(
