@@ -15,6 +15,7 @@ FacepipeError
 │   └── GalleryBusyError another run is writing to the gallery
 ├── AccountingError      images listed and images accounted for differ
 ├── WorkerError          workers end before they can do any work
+├── DeviceError          a GPU fails whatever it is given
 ├── IndexingError        the search index is missing, damaged, or does not fit the gallery
 │   ├── IndexDamagedError   a file of it is not what was written
 │   └── IndexReplacedError  it was replaced while it was read: open it again
@@ -82,6 +83,10 @@ class AccountingError(FacepipeError):
 
 class WorkerError(FacepipeError):
     """Workers end before they can do any work."""
+
+
+class DeviceError(FacepipeError):
+    """A GPU fails whatever it is given. The message holds the device's own error."""
 
 
 class IndexingError(FacepipeError):

@@ -19,7 +19,7 @@ from facepipe.types import Bool
 RETRYABLE = (READ_ERROR, DECODE_ERROR, TOO_LARGE, NO_FACE, CRASHED)
 """Statuses of images that may be tried again. Those that could not be read always are."""
 
-# A crash may have had other causes than the image, so the image is tried once more on another machine.
+# A crash may have had other causes than the image, so that another worker tries it once more in the next run.
 _ON_MACHINE = ", on "
 _TWICE = ", twice"
 
@@ -50,8 +50,8 @@ class RetryRule:
             # Older versions did not say what an image was tried with. Whether it shows no face would cost too much to
             # ask for all of them, so that this is done on request.
             if_unknown = status != NO_FACE
-            final = [settings, _crash_twice(settings)] if status == CRASHED else [settings]
-            is_other = pc.invert(pc.is_in(images["failed_with"], pa.array(final)))
+            final = _crash_twice(settings) if status == CRASHED else settings
+            is_other = pc.not_equal(images["failed_with"], final)
             is_other = pc.if_else(pc.is_valid(images["failed_with"]), is_other, if_unknown)
             is_retried = pc.or_(is_retried, pc.and_(pc.equal(images["status"], status), is_other))
         return np.asarray(pc.fill_null(is_retried, False).to_numpy(zero_copy_only=False), bool)
@@ -68,7 +68,7 @@ def describe_crash(programs: str, machine: str) -> str:
 
 
 def _crash_twice(text: str) -> str:
-    """Describe the same for an image that has crashed on two machines, or once more on request."""
+    """Describe the same for an image that has crashed in two runs."""
     return text.rpartition(_ON_MACHINE)[0] + _TWICE
 
 

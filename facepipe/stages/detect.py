@@ -134,9 +134,11 @@ class Detect:
         return min(self.min_score, _SMALL_CANDIDATE if self.small_faces else CANDIDATE)
 
     def setup(self) -> None:
-        """Load the detector."""
+        """Load the detector, and try it on a first image if it runs on a GPU, which may be faulty."""
         cv2.setNumThreads(1)
-        _ = self.detector
+        detector = self.detector
+        if resolve_device(self.device) != "cpu":
+            detector.detect(np.zeros((1, self.size, self.size, 3), np.uint8))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the faces of each image, in pixels of the full-size image."""

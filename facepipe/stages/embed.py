@@ -44,8 +44,11 @@ class Embed:
         return embedder
 
     def setup(self) -> None:
-        """Load the embedder."""
-        _ = self.embedder
+        """Load the embedder, and try it on a first batch if it runs on a GPU, which may be faulty."""
+        embedder = self.embedder
+        if resolve_device(self.device) != "cpu":
+            width, height = embedder.size
+            self._measure_norms(self.embed_chips(np.full((2, height, width, 3), 128, np.uint8)))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the chips by embeddings."""

@@ -192,7 +192,16 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
         blocks = _build_listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
         stages = _build_stages(order, plan)
         parts = os.path.join(folder, PARTS)
-        job = WorkerJob(stages, run.batch, True, run_id, order.embedder, parts, os.path.join(marks, run_id))
+        job = WorkerJob(
+            stages=stages,
+            batch=run.batch,
+            writes=True,
+            run=run_id,
+            source=order.embedder,
+            faces_folder=parts,
+            marks_folder=os.path.join(marks, run_id),
+            devices=plan.groups[0].devices,
+        )
         yield from _run_blocks(runner, blocks, job, plan)
     finally:
         if runner == "ray":

@@ -354,6 +354,7 @@ class _EmbedRun:
             marks_folder=self._marks_folder,
             ahead=self._config.count_stages_ahead(group, tuple(stages)),
             failed_with=self._config.describe_attempt(),
+            devices=group.devices,
         )
 
 

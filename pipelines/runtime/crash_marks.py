@@ -3,6 +3,8 @@
 Every runner can read them. An image that ends its worker twice, once in a block and once alone, is set aside: nothing
 is retried forever. Marks outlive the run, because an image may end worker and driver together, as when a pod runs out
 of memory. Such an image is tried alone twice: a whole run may end for many other reasons.
+
+If a GPU failed on an image, the mark names the GPU. Another GPU tries the image again, and no later run counts it.
 """
 
 import os
@@ -20,6 +22,7 @@ _BLOCK = "block-"
 _IMAGE = "image-"
 _SUSPECTS = "suspects"
 _MISSING = "missing"
+_DEVICE = "device-"
 _NAME = re.compile("[0-9a-f]{16}")
 # Marks lie in the folder of their run, those of workers in a folder named after the worker's stages. What a listing
 # found out is no mark, but lies there and goes with them.
@@ -27,7 +30,7 @@ _RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 _MARK_FOLDER = re.compile(rf"{_RUN.pattern}/(?:[A-Za-z-]+/)?")
 _LISTED = r"retried|listing(?:-again)?/(?:listing\.json|unlisted|contents)"
 _MARK = re.compile(
-    rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|{_LISTED}|[A-Za-z-]+/(?:{_BLOCK}\d+|{_IMAGE}{_NAME.pattern}))"
+    rf"{_RUN.pattern}/(?:{_SUSPECTS}|{_MISSING}|{_LISTED}|[A-Za-z-]+/(?:{_BLOCK}\d+|(?:{_IMAGE}|{_DEVICE}){_NAME.pattern}))"
 )
 _MAX_CRASHES = 2  # runs that an image may end while it is in work alone
 
@@ -70,22 +73,56 @@ class CrashMarks:
         storage.delete(mark)
 
     @contextmanager
-    def mark_image(self, uri: str) -> Iterator[bool]:
+    def mark_image(self, uri: str, device: str = "") -> Iterator[bool]:
         """Mark an image as in work alone. The mark of an image that crashed stays.
 
+        Args:
+            uri: the image.
+            device: name of the worker's GPU, if it has one.
+
         Yields:
-            Whether a worker crashed on the image.
+            Whether a worker crashed on the image. A crash of another GPU does not count.
         """
         name = _name_image(uri)
         mark = storage.join(self._folder, _IMAGE + name)
         # A mark tells of a worker of this run that ended on the image. Suspects are counted over earlier runs.
         crashes = self.suspects.get(name, 0)
-        has_crashed = storage.file_exists(mark) or crashes >= _MAX_CRASHES
+        has_crashed = crashes >= _MAX_CRASHES
+        if storage.file_exists(mark):
+            blamed = _parse_device(_read_mark(mark))
+            has_crashed = has_crashed or not blamed or blamed == hash_device(device)
         if not has_crashed:
             _write_mark(mark, str(crashes))
         yield has_crashed
         if not has_crashed:
             storage.delete(mark)
+
+    def blame_device(self, uri: str, device: str) -> None:
+        """Write into the mark of an image that a GPU failed on it.
+
+        Args:
+            uri: the image, which is in work alone.
+            device: name of the GPU.
+        """
+        name = _name_image(uri)
+        mark = storage.join(self._folder, _IMAGE + name)
+        _write_mark(mark, f"{self.suspects.get(name, 0)} {hash_device(device)}")
+
+
+def locate_device_mark(folder: str, device: str) -> str:
+    """Return the path of the mark that tells how a GPU fares.
+
+    Args:
+        folder: folder of the workers' marks.
+        device: name of the GPU.
+    """
+    return storage.join(folder, _DEVICE + hash_device(device))
+
+
+def list_device_marks(folder: str) -> list[str]:
+    """List the marks that tell how the GPUs of a run fare."""
+    files = (entry.url for entry in storage.list_files(folder))
+    return [path for path in files if re.fullmatch(_DEVICE + _NAME.pattern, path.rsplit("/", 1)[1])]
 
 
 def inherit_crash_marks(runs: str, run: str, claim: Claim = lambda: None) -> int:
@@ -123,7 +160,9 @@ def _read_suspects(path: str) -> dict[str, int]:
     if file_name.startswith(_BLOCK):
         return {line: 0 for line in text.splitlines() if _NAME.fullmatch(line)}
     if file_name.startswith(_IMAGE):
-        return {file_name.removeprefix(_IMAGE): 1 + _parse_count(text)}
+        crashes = _parse_count(text.partition(" ")[0])
+        # That a GPU failed is no fault of the image.
+        return {file_name.removeprefix(_IMAGE): crashes if _parse_device(text) else crashes + 1}
     return _parse_suspects(text)
 
 
@@ -175,6 +214,17 @@ def _parse_suspects(text: str) -> dict[str, int]:
         if len(words) == 2 and _NAME.fullmatch(words[0]):
             suspects[words[0]] = _parse_count(words[1])
     return suspects
+
+
+def _parse_device(text: str) -> str:
+    """Parse which GPU failed on an image, from the image's mark. Empty: none did."""
+    device = text.partition(" ")[2]
+    return device if _NAME.fullmatch(device) else ""
+
+
+def hash_device(name: str) -> str:
+    """Hash the name of a GPU for the names and texts of marks."""
+    return f"{hash64(name):016x}"
 
 
 def _parse_count(text: str) -> int:

@@ -1,5 +1,6 @@
 """How a chain of stages is spread over workers: data that a runner reads, computed from what the machines have."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,11 @@ class WorkerGroup:
     def threads(self) -> int:
         """Threads that a worker may use."""
         return max(1, int(self.cpus))
+
+    @property
+    def devices(self) -> int:
+        """GPUs of all workers together."""
+        return math.ceil(self.workers * self.gpus)
 
     @property
     def batch(self) -> int:

@@ -1,8 +1,8 @@
 """What runs on a worker: a chain of stages over one block of images, and the part that it writes to the gallery."""
 
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,14 +13,17 @@ from facepipe.arrow import set_columns
 from facepipe.errors import AccountingError, FacepipeError
 from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, make_status_rows, write_part
 from facepipe.gallery.failures import describe_failures
-from facepipe.schema import CRASHED
+from facepipe.models.runtime.device import find_device_fault
+from facepipe.schema import CRASHED, NO_FACE, OK
 from facepipe.sources.blocks import Block
 from facepipe.stages import Chain
 from facepipe.stages.read import hash_content
 from facepipe.storage.redact import redact
 from pipelines.runtime.crash_marks import CrashMarks
+from pipelines.runtime.device_health import DeviceFaultError, DeviceHealth, name_device
 
-_DEVICE_FAULT = 70  # exit code of a worker that ends itself
+DEVICE_FAULT_CODE = 70
+"""Exit code of a worker whose GPU failed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class WorkerJob:
         marks_folder: folder of the run's crash marks
         ahead: number of stages that work ahead of a device, as in `Chain`
         failed_with: what images are tried with, in short form, by the status of those that fail
+        devices: number of GPUs of the run
     """
 
     stages: tuple[Any, ...]
@@ -48,6 +52,13 @@ class WorkerJob:
     marks_folder: str
     ahead: int = 0
     failed_with: Mapping[str, str] = field(default_factory=dict)
+    devices: int = 0
+
+    @property
+    def device(self) -> str:
+        """The GPU that the stages name; empty if they run on CPUs alone."""
+        devices = (str(getattr(stage, "device", "cpu")) for stage in self.stages)
+        return next((device for device in devices if device.startswith("cuda")), "")
 
 
 class BlockWorker:
@@ -60,11 +71,59 @@ class BlockWorker:
         self.job = job
         self._chain = Chain(job.stages, job.batch, job.ahead)
         stage_names = "-".join(type(stage).__name__ for stage in job.stages)
-        self._crash_marks = CrashMarks(f"{job.marks_folder}/{stage_names}")
+        marks_folder = f"{job.marks_folder}/{stage_names}"
+        self._crash_marks = CrashMarks(marks_folder)
+        self._health: DeviceHealth | None = None
+        if job.device:
+            self._health = DeviceHealth(marks_folder, name_device(job.device), max(1, job.devices))
 
     def setup(self) -> None:
-        """Load the models."""
-        self._chain.setup()
+        """Load the models, and try them on a first batch if they run on a GPU.
+
+        Raises:
+            DeviceError: The GPU keeps failing, and no other one works.
+            DeviceFaultError: The GPU fails. The process must end, and a new one tries again.
+        """
+        if self._health is not None and self._health.is_failing:
+            self._leave_device_out(self._health)
+        with self._watch_device():
+            self._chain.setup()
+
+    def _leave_device_out(self, health: DeviceHealth) -> None:
+        """Run on CPUs instead of a GPU that keeps failing, if other GPUs work."""
+        health.require_other()
+        print(f"facepipe worker: {health.name} keeps failing and is left out", file=sys.stderr, flush=True)
+        self._health = None
+        stages = [replace(stage, device="cpu") if hasattr(stage, "device") else stage for stage in self.job.stages]
+        self._chain = Chain(stages, self.job.batch, self.job.ahead)
+
+    @contextmanager
+    def _watch_device(self, uri: str | None = None) -> Iterator[None]:
+        """Count it if the GPU fails inside the `with` block, and end the work.
+
+        Args:
+            uri: the image in work, if it is alone.
+        """
+        try:
+            yield
+        except Exception as error:
+            fault = find_device_fault(error) if self._health is not None else None
+            if fault is None or self._health is None:
+                raise
+            self._health.add_failure(fault)
+            # The mark of the image says that it was the GPU, so that no other GPU passes the image over.
+            if uri is not None:
+                self._crash_marks.blame_device(uri, self._health.name)
+            text = redact(f"{type(fault).__name__}: {fault}")[:300]
+            print(f"facepipe worker: {self._health.name}: {text}", file=sys.stderr, flush=True)
+            raise DeviceFaultError(text) from error
+
+    def _note_success(self, rows: pa.Table) -> None:
+        """Note that the GPU works, if the rows of finished images show that it had anything to do."""
+        if self._health is None:
+            return
+        if "status" not in rows.column_names or pc.any(pc.is_in(rows["status"], pa.array([OK, NO_FACE]))).as_py():
+            self._health.add_success()
 
     def __call__(self, block: Block) -> Block | PartRecord:
         """Run the stages on a block.
@@ -74,6 +133,7 @@ class BlockWorker:
 
         Raises:
             AccountingError: The stages lost or added an image.
+            DeviceFaultError: The GPU failed. The process must end; its crash marks say what was in work.
         """
         # A block that crashed a worker before is run image by image. An empty block only carries its counts.
         self._chain.seconds.clear()
@@ -116,23 +176,14 @@ class BlockWorker:
     def _run_block(self, block: Block) -> pa.Table:
         """Run the stages on a whole block; if one fails, on its images one by one."""
         try:
-            return self._chain(block.items if block.rows is None else block.rows)
-        except FacepipeError:
+            with self._watch_device():
+                rows = self._chain(block.items if block.rows is None else block.rows)
+        except (FacepipeError, DeviceFaultError):
             raise
-        except Exception as error:
-            self._exit_after_device_fault(error)
+        except Exception:
             return self._run_one_by_one(block)
-
-    def _exit_after_device_fault(self, error: Exception) -> None:
-        """End the process if a device failed, so that a new one tries again: every later call would fail too.
-
-        The crash marks stay, and tell the new process what was being worked on.
-        """
-        # Running out of memory is no fault of the device: the images are tried one by one instead.
-        uses_gpu = any(str(getattr(stage, "device", "cpu")).startswith("cuda") for stage in self.job.stages)
-        if uses_gpu and type(error).__name__ != "OutOfMemoryError":
-            print(f"facepipe worker: {type(error).__name__}: {redact(str(error))[:300]}", file=sys.stderr, flush=True)
-            os._exit(_DEVICE_FAULT)
+        self._note_success(rows)
+        return rows
 
     def _run_one_by_one(self, block: Block) -> pa.Table:
         """Run the stages on each image alone.
@@ -144,16 +195,19 @@ class BlockWorker:
         # Each image has a mark of its own, so that one that ends the process is known to its successor.
         for n, uri in enumerate(block.items["uri"].to_pylist()):
             item = block.items.slice(n, 1)
-            with self._crash_marks.mark_image(uri) as has_crashed:
+            device = self._health.name if self._health is not None else ""
+            with self._crash_marks.mark_image(uri, device) as has_crashed:
                 if has_crashed:
                     parts.append(make_status_rows(item, CRASHED, "the worker died twice on this image"))
                     continue
                 try:
-                    parts.append(self._chain(_select_image(block, n, uri)))
-                except FacepipeError:
+                    with self._watch_device(uri):
+                        rows = self._chain(_select_image(block, n, uri))
+                    self._note_success(rows)
+                    parts.append(rows)
+                except (FacepipeError, DeviceFaultError):
                     raise
                 except Exception as error:
-                    self._exit_after_device_fault(error)
                     failures.append(error)
                     reason = f"{type(error).__name__}: {redact(str(error))[:160]}"
                     parts.append(make_status_rows(item, CRASHED, reason))

@@ -7,6 +7,26 @@ import warnings
 
 from facepipe.errors import ModelError
 from facepipe.extras import describe_missing, require_module
+from facepipe.models.runtime.batches import is_out_of_memory
+
+# What torch, ONNX Runtime and CUDA's libraries write if a device fails; in lower case.
+_DEVICE_FAULTS = (
+    "cuda error",
+    "cuda failure",
+    "cudaerror",
+    "cuda driver",
+    "cudnn error",
+    "cudnn failure",
+    "cudnn_status",
+    "cublas error",
+    "cublas failure",
+    "cublas_status",
+    "device-side assert",
+    "launch failure",
+    "illegal memory access",
+    "no kernel image",
+    "uncorrectable ecc",
+)
 
 
 def count_gpus() -> int:
@@ -48,3 +68,23 @@ def resolve_device(device: str) -> str:
     if int(match[1] or 0) >= gpus:
         raise ModelError(f"device {device} requested, but the last one here is cuda:{gpus - 1}")
     return device
+
+
+def find_device_fault(error: BaseException) -> BaseException | None:
+    """Find the fault of a device in an exception or its causes.
+
+    Running out of memory is no fault: fewer images at a time may fit.
+
+    Returns:
+        The exception that the device's library raised; None if it is another error, such as one of Python.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if is_out_of_memory(cause):
+            return None
+        message = str(cause).lower()
+        is_from_torch = type(cause).__name__ == "AcceleratorError"
+        if is_from_torch or any(words in message for words in _DEVICE_FAULTS):
+            return cause
+        cause = cause.__cause__
+    return None

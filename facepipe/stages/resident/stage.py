@@ -114,10 +114,12 @@ class FacesOnDevice:
     drops: ClassVar = tuple(name for name in Align.drops if name not in Detect.adds)
 
     def setup(self) -> None:
-        """Load the networks."""
+        """Load the networks, and try them on a first batch: the device may be faulty."""
         cv2.setNumThreads(1)
-        _ = self._passes
-        _ = self._embedder
+        side = self.detect.size
+        self._passes.search_larger(np.zeros((side, side, 3), np.uint8), side)
+        width, height = self._layout.size
+        self._embedder(self._uploads([np.zeros((height, width, 3), np.uint8)]).view(1, height, width, 3)).cpu()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace each image of a table by its faces."""

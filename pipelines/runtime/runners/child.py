@@ -1,5 +1,6 @@
 """The worker process of the local pool: `python -m pipelines.runtime.runners.child FD`."""
 
+import os
 import pickle
 import sys
 from multiprocessing.connection import Connection
@@ -9,7 +10,8 @@ from facepipe.gallery.commits.parts import PartRecord
 from facepipe.observe import logs
 from facepipe.sources.blocks import decode_block
 from facepipe.storage.redact import redact
-from pipelines.runtime.worker import BlockWorker
+from pipelines.runtime.device_health import DeviceFaultError
+from pipelines.runtime.worker import DEVICE_FAULT_CODE, BlockWorker
 
 
 def main(fd: int) -> None:
@@ -25,6 +27,9 @@ def main(fd: int) -> None:
         _serve_blocks(connection)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
+    except DeviceFaultError:
+        # A context of CUDA that has failed may hang at the end of the interpreter.
+        os._exit(DEVICE_FAULT_CODE)
     except FacepipeError as error:
         connection.send_bytes(pickle.dumps(("failed", error)))
     except Exception as error:

@@ -15,7 +15,7 @@ from facepipe.errors import FacepipeError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.sources.blocks import Block, encode_block
 from pipelines.runtime.plan import WorkerGroup
-from pipelines.runtime.worker import WorkerJob
+from pipelines.runtime.worker import DEVICE_FAULT_CODE, WorkerJob
 
 # Listed blocks that wait for a worker: enough that no worker waits for the listing, and few in memory.
 # Work items that are listed ahead of the workers: of 300 bytes each, some 200,000.
@@ -154,7 +154,9 @@ class _ProcessPool:
     def _replace(self, child: _ChildProcess) -> None:
         """Replace a crashed worker, and retry its block."""
         child.stop()
-        self._failed_starts = 0 if child.is_ready else self._failed_starts + 1
+        # Faults of GPUs are counted per GPU, by the workers themselves.
+        if child.process.returncode != DEVICE_FAULT_CODE:
+            self._failed_starts = 0 if child.is_ready else self._failed_starts + 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             raise WorkerError(
                 f"workers crash before they are ready (the last with exit code {child.process.returncode}). If memory "

@@ -14,18 +14,20 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
+from facepipe.errors import ConfigError, DeviceError, FacepipeError, SourceError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
 from facepipe.sources.blocks import Block, decode_block, encode_block
 from pipelines.runtime import ray_metrics
+from pipelines.runtime.device_health import DeviceFaultError
 from pipelines.runtime.plan import Resources, WorkerPlan
-from pipelines.runtime.worker import BlockWorker, WorkerJob
+from pipelines.runtime.worker import DEVICE_FAULT_CODE, BlockWorker, WorkerJob
 
 # A block as a row of a Ray dataset.
 _ROW = pa.schema(
@@ -289,15 +291,33 @@ class _BlockActor:
 
     def __init__(self, job: WorkerJob):
         self._worker = BlockWorker(job)
-        self._worker.setup()
+        self._error: DeviceError | None = None
+        try:
+            with _end_after_device_fault():
+                self._worker.setup()
+        except DeviceError as error:
+            # Ray would start an actor again whose constructor raises.
+            self._error = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self._error is not None:
+            raise self._error
         (row,) = table.to_pylist()
-        result = self._worker(decode_block(row))
+        with _end_after_device_fault():
+            result = self._worker(decode_block(row))
         if isinstance(result, PartRecord):
             ray_metrics.count_block(result)
             return pa.table({"record": [result.to_json()]})
         return pa.Table.from_pylist([encode_block(result)], schema=_ROW)
+
+
+@contextmanager
+def _end_after_device_fault() -> Iterator[None]:
+    """End this process if its GPU fails. Ray starts the actor again, and gives its block to another one."""
+    try:
+        yield
+    except DeviceFaultError:
+        os._exit(DEVICE_FAULT_CODE)
 
 
 def _get_last_line(error: BaseException) -> str:

@@ -141,7 +141,9 @@ def test_an_image_that_kills_its_worker_becomes_a_row(runner: str, drawings: Pat
     assert sorted(Path(row["uri"]).name for row in crashed) == ["fatal-5.png", "fatal-6.png"]
     assert all("died twice" in row["error"] for row in crashed)
     again = embed(corpus, tmp_path / "g", settings, runner="local")
-    assert again.images == 0, "what crashed is not tried again for ever"
+    assert (again.images, again.statuses["crashed"]) == (2, 2), "another worker tries them again"
+    third = embed(corpus, tmp_path / "g", settings, runner="local")
+    assert third.images == 0, "what crashed is not tried again for ever"
 
 
 def test_many_images_that_kill_their_worker_do_not_end_the_run(tmp_path: Path) -> None:
