@@ -228,7 +228,7 @@ class _GraphBuilder:
             raise GalleryError(f"no face in {self._galleries[0].path!r}: there is nothing to compare")
         # 2. Estimate the density around each face (n,), and the threshold.
         options = self._get_calibration_options()
-        density, threshold = build.prepare_calibration(nodes, options, self._folder, self._on_progress)
+        density, threshold = build.prepare_calibration(nodes, self._galleries, options, self._folder, self._on_progress)
         capped = cap_density(density, threshold.similarity, config.reach)
         rule = EdgeRule(threshold.similarity, config.most)
         # 3. Choose the cells within which faces are compared; a single cell compares all with all.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from facepipe.curation.clusters.constraints import find_cut_faces, find_same_photo_pairs, read_labels
+from facepipe.curation.clusters.constraints import find_same_photo_pairs, read_labels
 from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.clusters.incremental import PlacementRule
 from facepipe.curation.clusters.report import ClusterReview, build_cluster_report
@@ -28,6 +28,7 @@ from facepipe.curation.clusters.tables import (
 )
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import find_stricter_threshold
+from facepipe.curation.graph.fitness import find_unfit_nodes
 from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
@@ -139,7 +140,7 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
         # Constraints are optional: pairs of nodes that must differ, and the label (n,) of nodes that must agree.
         different = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
         same = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
-        labels, clusters = cluster_faces(graph, different, same, find_cut_faces(table, graph.nodes))
+        labels, clusters = cluster_faces(graph, different, same, find_unfit_nodes(table, graph.nodes))
         phases.end("merge")
         review = _review_clusters(graph, labels, clusters, config.cluster.algorithm)
         phases.end("review")

@@ -38,6 +38,7 @@ from hard_faces import (
 
 from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.fitness import find_unfit_nodes
 from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.errors import ThresholdError
 from facepipe.evaluation.clusters import score_clusters
@@ -195,7 +196,7 @@ def run_gallery(gallery: Gallery, folder: str, truth: dict[int, int], *, best: b
         graph = open_graph([gallery], GraphConfig(), GraphRunConfig(runner="inline"), folder)
     except ThresholdError:
         return "refused: no threshold"
-    return score(graph, cluster_faces(graph)[0], truth, best)
+    return score(graph, cluster_faces(graph, unfit=find_unfit_nodes(gallery, graph.nodes))[0], truth, best)
 
 
 def run_real(path: str, *, best: bool) -> None:

@@ -19,8 +19,6 @@ _PAIRS = 65536  # whose distances are computed at a time
 # Two faces of one photo that are nearer than this are one person's: in a mirror, a collage, or a photo of a photo.
 # Copies of a face are up to 0.2 apart, shrunk and compressed ones too, and strangers 0.24 and more.
 _TWIN_DISTANCE = 0.2
-# A face of which less is visible is cut by the edge of its picture.
-_CUT_BELOW = 0.8
 
 
 def find_same_photo_pairs(gallery: Gallery, nodes: Nodes) -> Int64:
@@ -32,15 +30,6 @@ def find_same_photo_pairs(gallery: Gallery, nodes: Nodes) -> Int64:
         photos.append(pd.util.hash_array(batch["uri"].to_numpy(zero_copy_only=False)))
         faces.append(at)
     return drop_twins(pair_equal_keys(np.concatenate(photos), np.concatenate(faces)), nodes.vectors)
-
-
-def find_cut_faces(gallery: Gallery, nodes: Nodes) -> Bool:
-    """Find the nodes (n,) that are faces cut by the edge of their picture; older rows do not say it."""
-    is_cut = np.zeros(len(nodes), bool)
-    for at, batch in _iterate_nodes(gallery, nodes, "visible", side=0):
-        visible = pc.fill_null(batch["visible"], 1.0).to_numpy(zero_copy_only=False)
-        is_cut[at] = visible < _CUT_BELOW
-    return is_cut
 
 
 def drop_twins(pairs: Int64, vectors: Float32) -> Int64:

@@ -17,7 +17,7 @@ _MAX_PASSES = 4
 
 
 def cluster_faces(
-    graph: Graph, different: Int64 | None = None, same: Int64 | None = None, cut: Bool | None = None
+    graph: Graph, different: Int64 | None = None, same: Int64 | None = None, unfit: Bool | None = None
 ) -> tuple[Int64, Clusters]:
     """Cluster the nodes of a graph into persons.
 
@@ -27,8 +27,8 @@ def cluster_faces(
         graph: the face graph, n nodes.
         different: pairs of nodes that are two persons, (m, 2).
         same: a number per node, (n,), -1 for none. Nodes with one number are one person.
-        cut: whether a node is a face that is cut by its picture's edge, (n,). Such faces look alike: they join persons,
-            but two of them found none.
+        unfit: whether a node is a face that is cut or poor, (n,). Such faces look alike whoever they show. Each joins
+            the person whose fit faces it is most similar to, if it is similar enough; they found none and merge none.
 
     Returns:
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
@@ -36,14 +36,74 @@ def cluster_faces(
     threshold = graph.info.threshold.similarity
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
-    if cut is not None:
-        pairs = pairs.take(~(cut[pairs.u] & cut[pairs.v]))
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     # Merge what is one person from the start, then link clusters along the edges.
     labels = _merge_known(graph, same)
     clusters = single.merge(labels)
     del single  # as large as all vectors
-    return _link(labels, clusters, labels[pairs.u], labels[pairs.v], threshold=threshold, different=different)
+    if unfit is None or not unfit.any():
+        return _link(labels, clusters, labels[pairs.u], labels[pairs.v], threshold=threshold, different=different)
+    # Only fit faces found persons. The others join them afterwards.
+    is_waiting = _find_waiting(labels, len(clusters), unfit)
+    is_founding = ~(is_waiting[labels[pairs.u]] | is_waiting[labels[pairs.v]])
+    founding = pairs.take(is_founding)
+    labels, clusters = _link(
+        labels, clusters, labels[founding.u], labels[founding.v], threshold=threshold, different=different, unfit=unfit
+    )
+    forbidden = _find_forbidden(labels, different)
+    is_waiting = _find_waiting(labels, len(clusters), unfit)
+    group = _join_waiting(clusters, is_waiting, labels[pairs.u], labels[pairs.v], threshold, forbidden)
+    return group[labels], clusters.merge(group)
+
+
+def _find_waiting(labels: Int64, count: int, unfit: Bool) -> Bool:
+    """Find the clusters (count,) that hold no fit face."""
+    is_waiting = np.ones(count, bool)
+    is_waiting[labels[~unfit]] = False
+    return is_waiting
+
+
+def _join_waiting(
+    clusters: Clusters, is_waiting: Bool, u: Int64, v: Int64, threshold: float, forbidden: Int64 | None
+) -> Int64:
+    """Join clusters without a fit face to those with fit faces, each to the most similar one.
+
+    Args:
+        clusters: k clusters.
+        is_waiting: whether a cluster holds no fit face, (k,).
+        u: one cluster per edge, (m,).
+        v: the other cluster, (m,).
+        threshold: mean similarity from which a cluster joins another.
+        forbidden: pairs (p, 2) of clusters that must not come together.
+
+    Returns:
+        The group (k,) of each cluster, numbered by its smallest member.
+    """
+    count = len(clusters)
+    # Edges from a waiting cluster to one that is not, each once.
+    is_between = is_waiting[u] != is_waiting[v]
+    first = np.where(is_waiting[u], u, v)[is_between]
+    second = np.where(is_waiting[u], v, u)[is_between]
+    keys = np.unique(first * count + second)
+    pairs = np.empty((0, 2), np.int64) if forbidden is None else forbidden
+    keys = np.setdiff1d(keys, np.concatenate([pairs[:, 0] * count + pairs[:, 1], pairs[:, 1] * count + pairs[:, 0]]))
+    joining = keys // max(1, count)
+    target = keys % max(1, count)
+    weight = clusters.compute_linkage(joining, target)
+    # The most similar one of each, if it is similar enough; of equally similar ones the first.
+    order = np.lexsort((target, -weight, joining))
+    order = order[weight[order] >= threshold]
+    order = order[np.diff(joining[order], prepend=-1) > 0]
+    group = np.arange(count)
+    group[joining[order]] = target[order]
+    best = np.full(count, -np.inf, np.float32)
+    best[joining[order]] = weight[order]
+    # Two that must not come together may have joined one cluster: the less similar one stays alone.
+    clashing = pairs[group[pairs[:, 0]] == group[pairs[:, 1]]]
+    is_first_worse = best[clashing[:, 0]] < best[clashing[:, 1]]
+    losing = np.where(is_first_worse, clashing[:, 0], clashing[:, 1])
+    group[losing] = losing
+    return renumber_labels(group)
 
 
 def _merge_known(graph: Graph, same: Int64 | None) -> Int64:
@@ -62,11 +122,19 @@ def _merge_known(graph: Graph, same: Int64 | None) -> Int64:
 
 
 def _link(
-    labels: Int64, clusters: Clusters, u: Int64, v: Int64, *, threshold: float, different: Int64 | None
+    labels: Int64,
+    clusters: Clusters,
+    u: Int64,
+    v: Int64,
+    *,
+    threshold: float,
+    different: Int64 | None,
+    unfit: Bool | None = None,
 ) -> tuple[Int64, Clusters]:
     """Link clusters along edges, and then along pairs of clusters with near means.
 
     The second kind is needed because edges are capped and cells miss a few: two halves of a person may share no edge.
+    Clusters that hold only `unfit` nodes (n,) have no edges, and their means are compared with none.
     """
     for n in range(_MAX_PASSES):
         group, merged = merge_by_average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
@@ -76,6 +144,11 @@ def _link(
             break
         clusters = merged
         u, v = find_near_means(clusters, threshold)
+        if unfit is not None:
+            is_waiting = _find_waiting(labels, len(clusters), unfit)
+            is_founding = ~(is_waiting[u] | is_waiting[v])
+            u = u[is_founding]
+            v = v[is_founding]
     return labels, clusters
 
 

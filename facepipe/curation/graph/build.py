@@ -11,6 +11,7 @@ import numpy as np
 from facepipe.curation.graph.calibration import CalibrationOptions, calibrate
 from facepipe.curation.graph.cells import CellLayout, Cells, choose_cells_per_face, create_single_cell, train_cells
 from facepipe.curation.graph.edges import get_part_path, write_part
+from facepipe.curation.graph.fitness import find_unfit_nodes
 from facepipe.curation.graph.graph import COHORT, DENSITY, HISTOGRAM, IMPOSTORS, REPRESENTATIVES
 from facepipe.curation.graph.nodes import Nodes, collect_nodes, find_representatives, open_nodes
 from facepipe.curation.graph.threshold import Threshold
@@ -83,14 +84,19 @@ def prepare_nodes(galleries: Sequence[Gallery], folder: str, log: Log) -> Nodes:
     return open_nodes(folder)
 
 
-def prepare_calibration(nodes: Nodes, options: CalibrationOptions, folder: str, log: Log) -> tuple[Float32, Threshold]:
-    """Compute densities (n,) and threshold, or read them."""
+def prepare_calibration(
+    nodes: Nodes, galleries: Sequence[Gallery], options: CalibrationOptions, folder: str, log: Log
+) -> tuple[Float32, Threshold]:
+    """Compute densities (n,) and threshold from the fit faces of the galleries, or read them."""
     path = os.path.join(folder, _THRESHOLD)
     if os.path.exists(path):
         with open(path) as file:
             return np.load(os.path.join(folder, DENSITY)), Threshold(**json.load(file))
     log(f"{len(nodes)} faces: estimating the threshold")
-    calibration = calibrate(nodes.vectors, options)
+    unfit = np.zeros(len(nodes), bool)
+    for side, gallery in enumerate(galleries):
+        unfit |= find_unfit_nodes(gallery, nodes, side=side)
+    calibration = calibrate(nodes.vectors, options, unfit)
     if not (calibration.threshold.estimated or options.threshold):
         log("no clear threshold in the data: using the model's default")
     _save(os.path.join(folder, DENSITY), calibration.density)

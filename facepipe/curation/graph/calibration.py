@@ -18,7 +18,7 @@ from facepipe.curation.graph.threshold import (
 )
 from facepipe.curation.graph.truth import draw_sample
 from facepipe.errors import ThresholdError
-from facepipe.types import Float32, Float64, Int32, Int64
+from facepipe.types import Bool, Float32, Float64, Int32, Int64
 
 # An estimated distance is plausible between these multiples of the model's own.
 _MIN_PLAUSIBLE = 0.7
@@ -77,7 +77,7 @@ class Calibration:
     threshold: Threshold
 
 
-def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
+def calibrate(vectors: Float32, options: CalibrationOptions, unfit: Bool | None = None) -> Calibration:
     """Compute the densities and the threshold of n faces.
 
     The threshold is estimated from the data if they hold enough persons to show what strangers look like. Otherwise it
@@ -87,23 +87,31 @@ def calibrate(vectors: Float32, options: CalibrationOptions) -> Calibration:
     Args:
         vectors: unit vectors (n, 128).
         options: what is known already.
+        unfit: whether a face is too poor to show what persons and strangers look like, (n,). Poor faces are near to
+            each other whoever they show: as a crowd of strangers they would raise the threshold of all others.
 
     Raises:
         ThresholdError: the model has no threshold of its own.
     """
-    sample = draw_sample(len(vectors), options.seed)
-    if len(vectors) >= _MIN_FACES:
-        calibration = _estimate(vectors, sample, options)
-        if calibration:
-            return calibration
+    everything = np.arange(len(vectors))
+    fit = everything if unfit is None or unfit.all() else np.flatnonzero(~unfit)
+    sample = fit[draw_sample(len(fit), options.seed)]
+    calibration = _estimate(vectors, fit, sample, options)
+    if calibration is None and len(fit) < len(vectors) and not (options.threshold or options.model_threshold):
+        # The fit faces are too few. All faces are a poorer guide, but the only one.
+        fit = everything
+        sample = draw_sample(len(vectors), options.seed)
+        calibration = _estimate(vectors, fit, sample, options)
+    if calibration is not None:
+        return calibration
     # Otherwise use a given distance, with densities of zero.
     density = np.zeros(len(vectors), np.float32)
     counts = count_similarities(vectors, density, sample).sum(axis=0, dtype=np.int64)
-    threshold = _choose_known(vectors, options)
+    threshold = _choose_known(vectors, fit, options)
     return Calibration(Cohort.create_empty(), density, counts, np.empty(0), threshold)
 
 
-def _choose_known(vectors: Float32, options: CalibrationOptions) -> Threshold:
+def _choose_known(vectors: Float32, fit: Int64, options: CalibrationOptions) -> Threshold:
     """Choose a threshold without knowing what strangers look like.
 
     Raises:
@@ -112,7 +120,7 @@ def _choose_known(vectors: Float32, options: CalibrationOptions) -> Threshold:
     distance = options.threshold or options.model_threshold
     if distance is not None:
         return Threshold.from_distance(distance, 0.0)
-    part = draw_part(vectors, options.seed)
+    part = draw_part(vectors, options.seed, fit)
     gap = find_gap(part) or find_clear_gap(part)
     if gap is not None:
         return Threshold(gap.similarity, gap.genuine, 0.0)
@@ -122,16 +130,19 @@ def _choose_known(vectors: Float32, options: CalibrationOptions) -> Threshold:
     )
 
 
-def draw_part(vectors: Float32, seed: int) -> Float32:
-    """Draw as many faces as a tree of all of them is made of."""
+def draw_part(vectors: Float32, seed: int, fit: Int64 | None = None) -> Float32:
+    """Draw as many faces, of all or of those at some positions (m,), as a tree of all of them is made of."""
+    positions = np.arange(len(vectors)) if fit is None else fit
     rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(len(vectors), min(_TREE_FACES, len(vectors)), replace=False))
-    return np.ascontiguousarray(vectors[chosen])
+    chosen = np.sort(rng.choice(len(positions), min(_TREE_FACES, len(positions)), replace=False))
+    return np.ascontiguousarray(vectors[positions[chosen]])
 
 
-def _estimate(vectors: Float32, sample: Int64, options: CalibrationOptions) -> Calibration | None:
-    """Estimate densities and threshold; None if the faces do not show what strangers look like."""
-    whole = Cohort.draw(vectors, options.seed).vectors
+def _estimate(vectors: Float32, fit: Int64, sample: Int64, options: CalibrationOptions) -> Calibration | None:
+    """Estimate densities and threshold by fit faces; None if they do not show what strangers look like."""
+    if len(fit) < _MIN_FACES:
+        return None
+    whole = Cohort.draw(vectors, options.seed, fit).vectors
     part = draw_part(whole, options.seed)
     # Guesses at the persons of the cohort: by the model's own distance, and by a tree that is cut.
     guesses: list[Callable[[], _CohortPersons]] = []

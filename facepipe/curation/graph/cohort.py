@@ -12,7 +12,7 @@ import numpy as np
 
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.schema import EMBEDDING_DIM
-from facepipe.types import Float32
+from facepipe.types import Float32, Int64
 
 SIZE = 4096
 # Shares of the cohort between which neighbours count.
@@ -35,10 +35,13 @@ class Cohort:
     vectors: Float32
 
     @classmethod
-    def draw(cls, vectors: Float32, seed: int) -> "Cohort":
-        """Draw a seeded sample of all faces, or take all if they are few."""
+    def draw(cls, vectors: Float32, seed: int, fit: Int64 | None = None) -> "Cohort":
+        """Draw a seeded sample of all faces, or of those at some positions (m,), or take all if they are few."""
         rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(len(vectors), min(SIZE, len(vectors)), replace=False))
+        count = len(vectors) if fit is None else len(fit)
+        chosen = np.sort(rng.choice(count, min(SIZE, count), replace=False))
+        if fit is not None:
+            chosen = fit[chosen]
         return cls(np.ascontiguousarray(vectors[chosen]))
 
     @classmethod

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
+from hard_faces import ArcFaceLike, draw_geometric, make_table
 from helpers import embed
 
 import facepipe.curation.graph
@@ -260,6 +261,48 @@ def test_cut_faces_join_persons_and_found_none(tmp_path: Path) -> None:
     gallery = fill(tmp_path / "h", changed(table, "visible", visible.tolist()))
     make(gallery)
     assert (faces_of(gallery)["size"] > 1).mean() > 0.5
+
+
+def test_blurred_faces_form_no_large_cluster(tmp_path: Path) -> None:
+    """Blurred faces gather in one direction. In the second gallery nothing says that they are blurred."""
+    space = ArcFaceLike(5)
+    person = draw_geometric(1500, 8, 5)
+    is_blurred = np.random.default_rng(5).random(1500) < 0.08
+    drawn_faces = space.blur(space.draw(space.draw_centres(int(person.max()) + 1), person), is_blurred)
+    blurred_ids = make_table(drawn_faces)["face_id"].to_numpy()[is_blurred]
+    largest = []
+    for name, columns in (("told", ()), ("untold", ("det_score", "face_px", "sharpness"))):
+        table = make_table(drawn_faces)
+        for column in columns:
+            table = changed(table, column, [None] * len(table))
+        gallery = fill(tmp_path / name, table)
+        sound(gallery, make(gallery))
+        found = faces_of(gallery)
+        clusters = found["cluster"][np.isin(found["face_id"], blurred_ids)]
+        largest.append(Counter(clusters.tolist()).most_common(1)[0][1])
+    assert largest[0] < 0.1 * is_blurred.sum() < 0.5 * is_blurred.sum() < largest[1]
+
+
+def test_unfit_faces_of_one_photo_join_different_persons(tmp_path: Path) -> None:
+    """Each whole face has two cut ones beside it, in one photo with each other."""
+    table = changed(drawn(300), "face_id", list(range(0, 900, 3)))
+    vectors = np.array(table["embedding"].to_pylist(), np.float32)
+    parts = [table]
+    for number in (1, 2):
+        near = vectors + np.random.default_rng(number).normal(0, 0.02, vectors.shape)
+        near /= np.linalg.norm(near, axis=1, keepdims=True)
+        part = changed(table, "embedding", near.astype(np.float32).tolist())
+        part = changed(part, "face_id", list(range(number, 900, 3)))
+        part = changed(part, "uri", [f"{uri}-group" for uri in table["uri"].to_pylist()])
+        part = changed(part, "visible", [0.5] * 300)
+        parts.append(changed(part, "face_index", [number - 1] * 300))
+    gallery = fill(tmp_path / "g", *parts)
+    sound(gallery, make(gallery, threshold=0.45))
+    found = faces_of(gallery)
+    pairs = Counter(zip(found["uri"], found["cluster"], strict=True))
+    assert max(pairs.values()) == 1
+    # One of each two joined a person all the same.
+    assert (found["size"][1::3] + found["size"][2::3] > 2).all()
 
 
 def test_faces_with_one_label_are_one_person(tmp_path: Path) -> None:

@@ -427,6 +427,20 @@ def test_a_large_person_does_not_move_the_threshold_of_the_others(large: int) ->
     assert (above & ~same).sum() / above.sum() < 0.3
 
 
+def test_a_crowd_of_poor_faces_anchors_no_threshold() -> None:
+    """The cohort and the threshold are those of the fit faces, whatever the others are."""
+    person = draw_geometric(1500, 4, 6)
+    space = ArcFaceLike(6)
+    faces = space.draw(space.draw_centres(int(person.max()) + 1), person)
+    is_poor = np.random.default_rng(6).random(1500) < 0.2
+    crowd = space.blur(faces, is_poor).vectors
+    options = CalibrationOptions(None, 0.25, None, "unknown", 0)
+    told = calibrate(crowd, options, is_poor)
+    alone = calibrate(faces.vectors[~is_poor], options)
+    assert not set(map(bytes, told.cohort.vectors)) & set(map(bytes, crowd[is_poor]))
+    assert told.threshold.similarity == pytest.approx(alone.threshold.similarity, abs=0.02)
+
+
 @pytest.mark.parametrize(("persons", "count"), [(1, 1000), (2, 1000), (30, 1000), (100, 1000), (1000, 1000)])
 def test_few_or_unrepeated_persons_show_no_threshold(persons: int, count: int) -> None:
     """Of a model that states none: better an error than a wrong threshold."""
