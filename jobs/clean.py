@@ -26,10 +26,11 @@ def clean(
 ) -> None:
     """Judge every identity label of a gallery.
 
-    A label is keep, outlier, relabel, duplicate, low_quality or review, each with a reason. The share of wrong labels
-    is estimated from the corpus itself, and so is the number of wrong decisions. Writes decisions.parquet,
-    identities.parquet, merges.parquet, the lists clean.csv, clean.txt, msceleb.txt and relabel.csv, and report.html
-    into GALLERY/reports/clean/.
+    A label is keep, outlier, relabel, duplicate, low_quality, review, bystander (another face of the image bears it) or
+    unverified (the only image of its identity), each with a reason. The share of wrong labels is estimated from the
+    corpus itself, and so is the number of wrong decisions. Writes decisions.parquet (faces), images.parquet (every
+    image once), identities.parquet, merges.parquet, the lists clean.csv, clean.txt, msceleb.txt, relabel.csv and
+    review.csv, and report.html into GALLERY/reports/clean/.
 
     For example:
 
@@ -48,7 +49,7 @@ def clean(
 
 def _print_summary(summary: Any) -> None:
     # The number of wrong labels is estimated, so it need not be whole.
-    share_wrong = summary.wrong / max(1, summary.labelled)
+    share_wrong = summary.wrong / max(1, summary.labelled - summary.decisions["bystander"])
     rows = [
         ("labelled faces (without label)", f"{summary.labelled} ({summary.unlabelled})"),
         ("identities", summary.identities),
@@ -61,6 +62,7 @@ def _print_summary(summary: Any) -> None:
         ("pairs of identities that are one person", summary.merges),
         ("identities that are two people", summary.splits),
         ("in the clean lists", summary.listed),
+        ("in review.csv, to look at", summary.to_review),
         ("paths in msceleb.txt are relative to", summary.root or "nothing"),
         ("edge recall", f"{summary.recall:.4f}"),
         ("report", f"{summary.out}/report.html"),

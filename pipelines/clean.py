@@ -16,8 +16,11 @@ from facepipe.curation.cleaning.judge import (
 from facepipe.curation.cleaning.lists import (
     DECISION_SCHEMA,
     DECISIONS_FILE,
+    IMAGE_SCHEMA,
+    IMAGES_FILE,
     ListSummary,
     build_decision_rows,
+    build_image_rows,
     write_lists,
 )
 from facepipe.curation.cleaning.report import build_clean_report
@@ -69,6 +72,7 @@ class CleanSummary:
         merges: Pairs of identities that may be one person.
         splits: Identities that may be two persons.
         listed: Rows of clean.csv.
+        to_review: Rows of review.csv.
         unlisted: Rows of clean.csv that no text list can hold.
         root: Folder that paths in msceleb.txt are relative to.
         recall: Share of the graph's edges that were found, measured on a sample.
@@ -88,6 +92,7 @@ class CleanSummary:
     merges: int = 0
     splits: int = 0
     listed: int = 0
+    to_review: int = 0
     unlisted: int = 0
     root: str = ""
     recall: float = 1.0
@@ -135,7 +140,7 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
         )
         phases.end("judge")
         progress("writing")
-        lists = _write_tables(graph, table, judgement, report.path, relabels=config.clean.relabels)
+        lists = _write_tables(graph, table, judgement, report.path, config.clean)
         write_report(build_clean_report(graph, table, judgement), os.path.join(report.path, "report.html"))
         phases.end("write")
     _summarise(summary, graph, judgement, lists)
@@ -143,13 +148,15 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
 
 
 def _write_tables(
-    graph: Graph, gallery: Gallery, judgement: LabelJudgement, folder: str, *, relabels: bool
+    graph: Graph, gallery: Gallery, judgement: LabelJudgement, folder: str, rules: CleanRules
 ) -> ListSummary:
     rows = build_decision_rows(gallery, graph.nodes, judgement.verdicts, judgement.names, graph.info)
     write_rows(os.path.join(folder, DECISIONS_FILE), DECISION_SCHEMA, rows)
+    images = build_image_rows(gallery, graph.nodes, judgement.verdicts, judgement.names)
+    write_rows(os.path.join(folder, IMAGES_FILE), IMAGE_SCHEMA, images)
     write_table(os.path.join(folder, "identities.parquet"), build_identity_table(judgement))
     write_table(os.path.join(folder, "merges.parquet"), build_merge_table(judgement))
-    return write_lists(folder, relabels=relabels)
+    return write_lists(folder, relabels=rules.relabels, unverified=rules.unverified)
 
 
 def _summarise(summary: CleanSummary, graph: Graph, judgement: LabelJudgement, lists: ListSummary) -> None:
@@ -170,6 +177,7 @@ def _summarise(summary: CleanSummary, graph: Graph, judgement: LabelJudgement, l
     summary.merges = len(judgement.identities.left)
     summary.splits = int((judgement.identities.apart_count > 0).sum())
     summary.listed = lists.kept
+    summary.to_review = lists.to_review
     summary.unlisted = lists.unlisted
     summary.root = lists.root
     summary.recall = graph.info.recall

@@ -57,8 +57,8 @@ _REPORT_FILES: dict[str, tuple[str, ...]] = {
         "centres.parquet",  # of older versions
     ),
     "clean": (
-        *("decisions.parquet", "identities.parquet", "merges.parquet", "report.html"),
-        *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv"),
+        *("decisions.parquet", "images.parquet", "identities.parquet", "merges.parquet", "report.html"),
+        *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv", "review.csv"),
     ),
 }
 _GRAPH_FILES = re.compile(

@@ -18,6 +18,8 @@ NAMES = "names"
 CONTENTS = "contents"
 IDS = "ids"
 ANY = "any"
+# A column of another person's row that only compares with the erased: the row stays, without the value.
+COMPARED = "nearest_identity"
 # Patterns of column names, and their roles; the first one that matches counts.
 _ROLES = (
     (re.compile(r"uri.*|kept_uri|path"), URIS),

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Iterator
 
-from facepipe.erasure.erased_data import ANY, ErasedData, find_role
+from facepipe.erasure.erased_data import ANY, COMPARED, NAMES, ErasedData, find_role
 from facepipe.storage.atomic import write_beside
 from facepipe.text import restore_cell
 
@@ -70,10 +70,11 @@ def _filter_lines(path: str, is_dropped: Callable[[str], bool]) -> bool:
 
 
 def scrub_csv(path: str, erased: ErasedData) -> bool:
-    """Remove rows that name erased data; return whether there were any.
+    """Remove rows that name erased data, and comparisons with it; return whether there were any.
 
     The file is read as CSV, because a label may span several lines.
     """
+    compared = None  # position of the column that only compares
     is_changed = False
     with (
         write_beside(path) as unfinished,
@@ -83,7 +84,14 @@ def scrub_csv(path: str, erased: ErasedData) -> bool:
             writer = csv.writer(out)
             # A row goes if one of its cells holds erased data of that cell's role.
             for roles, row in iterate_csv_rows(file):
-                cells = map(restore_cell, row)
+                if COMPARED in row and not any(roles):
+                    compared = row.index(COMPARED)
+                cells = [restore_cell(cell) for cell in row]
+                # A comparison with the erased is emptied, and the row of the other person stays.
+                if compared is not None and not erased.by_role[NAMES].isdisjoint(cells[compared : compared + 1]):
+                    is_changed = True
+                    row[compared] = ""
+                    cells[compared] = ""
                 if any(role and cell in erased.by_role[role] for role, cell in zip(roles, cells, strict=False)):
                     is_changed = True
                 else:

@@ -7,13 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from facepipe.erasure.erased_data import ANY, IDS, URIS, ErasedData, find_role
+from facepipe.erasure.erased_data import ANY, COMPARED, IDS, URIS, ErasedData, find_role
 from facepipe.erasure.selection import compute_marks
 from facepipe.storage import write_beside
 from facepipe.types import Bool
-
-# A column of another person's row that only compares with the erased: the row stays, without the value.
-_COMPARED = "nearest_identity"
 
 
 def find_copies_of_erased(path: str, erased: ErasedData) -> Iterator[list[str]]:
@@ -69,7 +66,7 @@ def _mark_erased(batch: pa.RecordBatch, erased: ErasedData, *, compared: bool) -
     mask = np.zeros(batch.num_rows, bool)
     for field, column in zip(batch.schema, batch.columns, strict=True):
         role = _find_column_role(field)
-        if role is not None and (field.name == _COMPARED) == compared:
+        if role is not None and (field.name == COMPARED) == compared:
             values = erased.arrays[role]
             mask |= pc.is_in(column, values.cast(field.type)).to_numpy(zero_copy_only=False)
     # A cluster that lost all its faces still names an erased one.
@@ -91,7 +88,7 @@ def _remove_erased(batch: pa.RecordBatch, erased: ErasedData) -> pa.RecordBatch:
     kept = batch.filter(pa.array(~_mark_erased(batch, erased, compared=False)))
     in_comparison = _mark_erased(kept, erased, compared=True)
     if in_comparison.any():
-        column = kept.schema.get_field_index(_COMPARED)
+        column = kept.schema.get_field_index(COMPARED)
         values = pc.if_else(pa.array(in_comparison), None, kept.column(column))
         kept = kept.set_column(column, kept.schema.field(column), values)
     return kept

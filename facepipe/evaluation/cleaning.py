@@ -13,9 +13,9 @@ from facepipe.evaluation.truth import LEFT_OUT, check_same_gallery, encode_names
 from facepipe.gallery import Gallery
 from facepipe.types import Bool, Float64, Int64
 
-DECISIONS = ("keep", "outlier", "relabel", "duplicate", "low_quality", "review")
+DECISIONS = ("keep", "outlier", "relabel", "duplicate", "low_quality", "review", "bystander", "unverified")
 # Labels with these decisions are flagged; so is a review with more noise than _SUSPECT_NOISE.
-_FLAGS = ("outlier", "relabel")
+_FLAGS = ("outlier", "relabel", "bystander")
 _SUSPECT_NOISE = 0.5
 _COLUMNS = {
     "face_id": pa.int64(),
@@ -52,7 +52,7 @@ class CleanResult:
     Attributes:
         faces: Number of these faces.
         wrong: Number of wrong labels.
-        flagged: Labels decided outlier or relabel, or review with a noise above 0.5.
+        flagged: Labels decided outlier, relabel or bystander, or review with a noise above 0.5.
         detection: How well flagging finds the wrong labels.
         average_precision: The same by noise, None if no label is wrong.
         repaired: Share of the wrong labels that are relabelled rightly, None if no label is wrong.

@@ -15,11 +15,11 @@ RELABEL = "relabel"
 DUPLICATE = "duplicate"
 LOW_QUALITY = "low_quality"
 REVIEW = "review"
-DECISIONS = (KEEP, OUTLIER, RELABEL, DUPLICATE, LOW_QUALITY, REVIEW)
+BYSTANDER = "bystander"
+UNVERIFIED = "unverified"
+DECISIONS = (KEEP, OUTLIER, RELABEL, DUPLICATE, LOW_QUALITY, REVIEW, BYSTANDER, UNVERIFIED)
 _WRONG = 0.5  # noise above which a label is flagged: it is more likely wrong than right
 _SURE = 0.8  # a less likely decision goes to a person for review
-# The least noise of a label that fits another face of the photo better.
-_BYSTANDER_NOISE = 1 - 1e-3
 
 REASONS = (
     "fits its identity",
@@ -40,7 +40,7 @@ REASONS = (
     ONLY_FACE,
     FITS_NONE,
     FITS_OTHER,
-    BYSTANDER,
+    OTHER_FACE,
     PROBABLY_WRONG,
     PROBABLY_RIGHT,
     COPY,
@@ -56,7 +56,8 @@ class LabelVerdicts:
     """Decisions on the labels of n faces, with the evidence for them.
 
     Attributes:
-        noise: Probability that the label is wrong, (n,). NaN without a label.
+        noise: Probability that the label is not this face's, (n,). NaN without a label.
+        image_noise: Probability that the label is that of no face of the image, (n,). NaN without a label.
         own_similarity: Mean similarity to the rest of the face's identity, (n,). NaN if there is no rest.
         own_weight: Number of faces that this similarity rests on, (n,).
         other: The most likely other identity, (n,), -1 for none.
@@ -67,6 +68,7 @@ class LabelVerdicts:
     """
 
     noise: Float32
+    image_noise: Float32
     own_similarity: Float32
     own_weight: Float32
     other: Int64
@@ -83,18 +85,31 @@ class LabelVerdicts:
         """Mark the faces (n,) with this decision."""
         return np.asarray(self.decision == DECISIONS.index(decision))
 
+    @property
+    def is_kept(self) -> Bool:
+        """Whether each face keeps its label, (n,): it fits, or there is nothing to compare it with."""
+        return self.is_decided(KEEP) | self.is_decided(UNVERIFIED)
+
+    @property
+    def is_counted(self) -> Bool:
+        """Whether each face stands for a label, (n,): a label of an image counts once, not once per face in it."""
+        return np.asarray((self.decision >= 0) & ~self.is_decided(BYSTANDER))
+
 
 def decide_labels(
-    candidates: LabelCandidates, posteriors: LabelPosteriors, face_count: int, photo: Int64
+    candidates: LabelCandidates, posteriors: LabelPosteriors, photo: Int64, prior: Float32
 ) -> LabelVerdicts:
     """Decide on the labels of all faces.
+
+    Of the faces with one label in one image one bears the label. The others are bystanders, whoever they are.
 
     Args:
         candidates: m pairs of a face and an identity.
         posteriors: what was estimated for them.
-        face_count: number of faces n.
-        photo: number of the image of each face, (n,). Of faces with one label in one image only one can be right.
+        photo: number of the image of each face, (n,).
+        prior: probability that the label is meant for this face at all, (n,).
     """
+    face_count = len(photo)
     # Evidence for the label itself.
     is_own = candidates.is_own
     own_face = candidates.face[is_own]
@@ -109,24 +124,26 @@ def decide_labels(
     # Evidence against it.
     other, other_probability, other_similarity = _find_best_other(candidates, posteriors, face_count)
     is_labelled = ~np.isnan(noise)
-    is_bystander = _find_bystanders(candidates, noise, photo)
     fit = 1 - noise
-    noise = np.where(is_bystander, np.maximum(noise, _BYSTANDER_NOISE), noise).astype(np.float32)
-    is_wrong = is_labelled & (noise > _WRONG)
+
+    # Of an image's faces the likeliest bears the label. If none of them seems to, the likeliest from the outset does.
+    bearer, image_noise = _find_bearers(candidates, noise, photo, prior)
+    is_bystander = is_labelled & (bearer != np.arange(face_count))
+    noise = np.where(is_bystander, np.maximum(noise, 1 - noise[bearer]), noise).astype(np.float32)
+    is_wrong = is_labelled & (image_noise > _WRONG)
     is_moved = is_wrong & (other_probability >= posteriors.no_identity) & (other_probability > fit)
 
     # How sure the decision that follows is.
-    certainty_if_kept = 1 - noise
-    certainty_if_wrong = np.maximum(posteriors.no_identity, is_bystander)
-    certainty = np.where(is_moved, other_probability, np.where(is_wrong, certainty_if_wrong, certainty_if_kept))
-    is_sure = certainty >= _SURE
-    is_alone = is_labelled & ~is_wrong & (np.nan_to_num(own_weight) < _WRONG)
+    certainty_if_wrong = np.where(is_moved, other_probability, posteriors.no_identity)
+    is_sure = np.where(is_wrong, certainty_if_wrong, 1 - image_noise) >= _SURE
+    is_only = _find_only_labels(candidates, is_bystander)
+    is_alone = is_labelled & ~is_moved & (np.nan_to_num(own_weight) < _WRONG) & (is_only | ~is_wrong)
 
     # The first case that holds decides.
     cases = [
         (~is_labelled, -1, UNLABELLED),
-        (is_alone, DECISIONS.index(KEEP), ONLY_FACE),
-        (is_bystander & ~is_moved, DECISIONS.index(OUTLIER), BYSTANDER),
+        (is_bystander, DECISIONS.index(BYSTANDER), OTHER_FACE),
+        (is_alone, DECISIONS.index(UNVERIFIED), ONLY_FACE),
         (is_moved & is_sure, DECISIONS.index(RELABEL), FITS_OTHER),
         (is_wrong & ~is_moved & is_sure, DECISIONS.index(OUTLIER), FITS_NONE),
         (is_wrong, DECISIONS.index(REVIEW), PROBABLY_WRONG),
@@ -137,6 +154,7 @@ def decide_labels(
     reasons = [reason for _, _, reason in cases]
     return LabelVerdicts(
         noise=noise,
+        image_noise=image_noise,
         own_similarity=own_similarity,
         own_weight=own_weight,
         other=other,
@@ -149,7 +167,7 @@ def decide_labels(
 
 def overrule_kept(verdicts: LabelVerdicts, chosen: Bool, decision: str, reason: int) -> LabelVerdicts:
     """Change the decision on the chosen faces (n,) that are kept so far."""
-    is_changed = chosen & verdicts.is_decided(KEEP)
+    is_changed = chosen & verdicts.is_kept
     decisions = np.where(is_changed, DECISIONS.index(decision), verdicts.decision).astype(np.int8)
     reasons = np.where(is_changed, reason, verdicts.reason).astype(np.int8)
     return replace(verdicts, decision=decisions, reason=reasons)
@@ -157,21 +175,23 @@ def overrule_kept(verdicts: LabelVerdicts, chosen: Bool, decision: str, reason: 
 
 def question_kept(verdicts: LabelVerdicts, chosen: Bool, reason: int) -> LabelVerdicts:
     """Send the chosen faces (n,) that are kept so far to review, with a noise of at least a half."""
-    is_changed = chosen & verdicts.is_decided(KEEP)
+    is_changed = chosen & verdicts.is_kept
     noise = np.where(is_changed, np.maximum(verdicts.noise, _WRONG), verdicts.noise).astype(np.float32)
-    return overrule_kept(replace(verdicts, noise=noise), chosen, REVIEW, reason)
+    image_noise = np.where(is_changed, np.maximum(verdicts.image_noise, _WRONG), verdicts.image_noise)
+    questioned = replace(verdicts, noise=noise, image_noise=image_noise.astype(np.float32))
+    return overrule_kept(questioned, chosen, REVIEW, reason)
 
 
 def estimate_wrong(verdicts: LabelVerdicts) -> float:
-    """Estimate how many labels are wrong. A label of a photo is not wrong because another face is in it too."""
-    is_counted = (verdicts.decision >= 0) & (verdicts.reason != BYSTANDER)
-    return float(np.nansum(verdicts.noise[is_counted]))
+    """Estimate how many labels are wrong. A label of an image is not wrong because another face is in it too."""
+    return float(verdicts.image_noise[verdicts.is_counted].sum())
 
 
 def estimate_errors(verdicts: LabelVerdicts) -> float:
     """Estimate how many decisions on labels are wrong, from their own probabilities."""
-    noise = verdicts.noise[~np.isnan(verdicts.noise)]
-    return float(np.where(noise > _WRONG, 1 - noise, noise).sum())
+    noise = verdicts.noise[verdicts.is_counted]
+    is_kept = (verdicts.image_noise <= _WRONG)[verdicts.is_counted]
+    return float(np.where(is_kept, noise, 1 - noise).sum())
 
 
 def _find_best_other(
@@ -193,16 +213,34 @@ def _find_best_other(
     return identity, probability, similarity
 
 
-def _find_bystanders(candidates: LabelCandidates, noise: Float32, photo: Int64) -> Bool:
-    """Find the faces (n,) that share photo and label with a face that the label fits better."""
+def _find_bearers(candidates: LabelCandidates, noise: Float32, photo: Int64, prior: Float32) -> tuple[Int64, Float32]:
+    """Find which face bears the label of each face's image.
+
+    Returns:
+        The face that bears it (n,), and the probability (n,) that no face of the image does: NaN without a label.
+    """
     own = np.flatnonzero(candidates.is_own)
     face = candidates.face[own]
     identity = candidates.identity[own]
-    # Of one photo and label the face with the least noise comes first; the others are bystanders.
-    order = np.lexsort((face, noise[face], identity, photo[face]))
+    # Of one image and label, the face that probably fits comes first, else the one that the label was likely meant for.
+    doubt = np.where(noise[face] <= _WRONG, noise[face], 2 - prior[face])
+    order = np.lexsort((face, doubt, identity, photo[face]))
     face = face[order]
-    identity = identity[order]
-    is_repeated = (np.diff(photo[face], prepend=-1) == 0) & (np.diff(identity, prepend=-1) == 0)
-    is_bystander = np.zeros(len(noise), bool)
-    is_bystander[face[is_repeated]] = True
-    return is_bystander
+    is_first = (np.diff(photo[face], prepend=-1) != 0) | (np.diff(identity[order], prepend=-1) != 0)
+    group = np.cumsum(is_first) - 1
+    bearer = np.arange(len(noise))
+    bearer[face] = face[is_first][group]
+    # At most one of them bears it, so that their probabilities add up.
+    fit = np.bincount(group, 1 - noise[face])
+    image_noise = np.full(len(noise), np.nan, np.float32)
+    image_noise[face] = np.clip(1 - fit, 0, 1)[group]
+    return bearer, image_noise
+
+
+def _find_only_labels(candidates: LabelCandidates, is_bystander: Bool) -> Bool:
+    """Find the faces (n,) whose label no other image has."""
+    own = np.flatnonzero(candidates.is_own & ~is_bystander[candidates.face])
+    count = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
+    is_only = np.zeros(len(is_bystander), bool)
+    is_only[candidates.face[own]] = count[candidates.identity[own]] == 1
+    return is_only

@@ -1,6 +1,7 @@
 """Measure how well each face fits the identities it may belong to: its own label's and its neighbours'."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -63,10 +64,20 @@ class FaceVectors:
     Attributes:
         vectors: Unit vectors, (n, 128).
         density: Local density of each face, (n,).
+        photo: Number of the image of each face, (n,). Faces of one image do not vouch for each other's label. Without
+            it each face has an image of its own.
     """
 
     vectors: Float32
     density: Float32
+    photo: Int64 | None = None
+
+    @cached_property
+    def shares_photo(self) -> Bool:
+        """Whether another face is in the image of each face, (n,)."""
+        if self.photo is None:
+            return np.zeros(len(self.density), bool)
+        return np.asarray(np.bincount(self.photo, minlength=len(self.photo))[self.photo] > 1)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,8 @@ class IdentityCentres:
     def compute_fit(self, faces: FaceVectors, face: Int64, identity: Int64, share: Float32) -> tuple[Float32, Float32]:
         """Compute the mean similarity of faces to the rest of identities.
 
+        The rest has neither the face itself nor others of its image.
+
         Args:
             faces: n faces.
             face: position of the face of each pair, (m,).
@@ -136,4 +149,30 @@ class IdentityCentres:
             crowd = (self.crowd[centres] - own * faces.density[rows]) / divisor
             similarity[block] = product / divisor - (faces.density[rows] + crowd) / 2
             rest[block] = weight
+        self._leave_photos_out(faces, face, identity, share, similarity, rest)
         return similarity, rest
+
+    def _leave_photos_out(
+        self, faces: FaceVectors, face: Int64, identity: Int64, share: Float32, similarity: Float32, rest: Float32
+    ) -> None:
+        """Compute similarities and weights of faces that share an image anew, without all faces of their image."""
+        shared = np.flatnonzero(faces.shares_photo[face] & (share > 0))
+        if faces.photo is None or not len(shared):
+            return
+        # Sum the faces of each image and identity, to take them out of the identity.
+        keys = faces.photo[face[shared]] * len(self.weight) + identity[shared]
+        group_keys, group = np.unique(keys, return_inverse=True)
+        pairs = LabelCandidates(face[shared], group, np.ones(len(shared), bool), len(group_keys))
+        photos = IdentityCentres.from_shares(faces, pairs, share[shared])
+        for at in range(0, len(shared), _BLOCK):
+            block = shared[at : at + _BLOCK]
+            photo = group[at : at + _BLOCK]
+            rows = face[block]
+            centres = identity[block]
+            sums = self.sums[centres] - photos.sums[photo]
+            weight = np.maximum(self.weight[centres] - photos.weight[photo], 0)
+            divisor = np.maximum(weight, _MIN_SHARE)
+            crowd = (self.crowd[centres] - photos.crowd[photo]) / divisor
+            product = np.einsum("nd,nd->n", faces.vectors[rows], sums)
+            similarity[block] = product / divisor - (faces.density[rows] + crowd) / 2
+            rest[block] = weight

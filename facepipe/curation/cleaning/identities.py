@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.cleaning.decide import BYSTANDER, KEEP, RELABEL, LabelVerdicts
+from facepipe.curation.cleaning.decide import RELABEL, LabelVerdicts
 from facepipe.curation.cleaning.evidence import FaceVectors
 from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
 from facepipe.nearest.similarity import Pairs
@@ -64,7 +64,7 @@ class IdentitySummary:
 
     Attributes:
         face_count: Labelled faces, (k,).
-        kept_count: Faces with the decision to keep, (k,).
+        kept_count: Faces that keep their label, (k,).
         wrong: Expected number of wrong labels, (k,).
         apart_count: Faces of the second largest part that no other identity claims, (k,). 0 if fewer than two.
         apart_similarity: Mean similarity of the two largest parts, (k,). NaN if there is no second part.
@@ -107,7 +107,7 @@ def summarise_identities(
     labelled = np.flatnonzero(labels >= 0)
     identity = labels[labelled]
     # One person under two names is judged by kept faces alone.
-    is_kept = verdicts.is_decided(KEEP)
+    is_kept = verdicts.is_kept
     left, right, similarity = _find_same_persons(
         faces, np.where(is_kept, labels, -1), pairs, identity_count=identity_count, threshold=threshold
     )
@@ -116,9 +116,8 @@ def summarise_identities(
     apart_count, apart_similarity = _find_second_persons(
         faces, np.where(is_unclaimed, labels, -1), parts, identity_count
     )
-    # The label of a photo is not wrong because another face is in it too.
-    is_counted = verdicts.reason[labelled] != BYSTANDER
-    wrong = np.where(is_counted, np.nan_to_num(verdicts.noise[labelled]), 0)
+    # The label of an image is not wrong because another face is in it too.
+    wrong = np.where(verdicts.is_counted, np.nan_to_num(verdicts.image_noise), 0)[labelled]
     return IdentitySummary(
         face_count=np.bincount(identity, minlength=identity_count),
         kept_count=np.bincount(identity[is_kept[labelled]], minlength=identity_count),

@@ -45,12 +45,14 @@ class CleanRules:
         min_sharpness: Minimum variance of the Laplacian on the aligned face.
         duplicates: Keep only the best copy of a picture that an identity holds several times.
         relabels: Put relabelled faces into the clean lists, under their new identity.
+        unverified: Put the only images of identities into the clean lists, which nothing can be compared with.
     """
 
     min_face_px: Annotated[float, Field(ge=0)] = 20.0
     min_sharpness: Annotated[float, Field(ge=0)] = 0.0
     duplicates: bool = True
     relabels: bool = False
+    unverified: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def judge_labels(
         seed: seed of the samples.
     """
     threshold = graph.info.threshold.similarity
-    faces = FaceVectors(graph.nodes.vectors, graph.density)
+    photo, prior = _number_photos(gallery, graph, labels)
+    faces = FaceVectors(graph.nodes.vectors, graph.density, photo)
     # Neighbours are the edges that are as similar as one person's.
     pairs = graph.edges.read_within(_MAX_DISTANCE)
     pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
@@ -112,13 +115,12 @@ def judge_labels(
     # Estimate how likely each label is right, starting from the largest part of each identity.
     parts = split_identities(faces, voting, copies, pairs_of_voters, threshold)
     candidates = find_candidates(voting, pairs_of_voters)
-    photo, prior = _number_photos(gallery, graph, labels)
     start = _start_probabilities(candidates, parts.is_largest, prior)
     posteriors = estimate_label_posteriors(faces, candidates, prior, start, threshold=threshold, seed=seed)
     posteriors = weigh_names(faces, candidates, posteriors, parts.part, prior, threshold=threshold)
 
     # Decide, and overrule the decision to keep for unfit faces.
-    verdicts = decide_labels(candidates, posteriors, len(labels), photo).take(voter)
+    verdicts = decide_labels(candidates, posteriors, photo, prior).take(voter)
     parts = IdentityParts(parts.part[voter], parts.size[voter])
     verdicts = _question_conflicts(verdicts, copied, labels)
     verdicts = _reject_low_quality(verdicts, graph, gallery, rules)
@@ -344,7 +346,7 @@ def _find_worse_copies(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: In
     """
     # Of the kept faces of each group and label, all but the first go.
     group = copied.group
-    kept = np.flatnonzero(verdicts.is_decided(decide.KEEP))
+    kept = np.flatnonzero(verdicts.is_kept)
     order = kept[np.lexsort((copied.image[kept], labels[kept], group[kept]))]
     is_repeated = (np.diff(group[order], prepend=-1) == 0) & (np.diff(labels[order], prepend=-1) == 0)
     is_worse = np.zeros(len(labels), bool)

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from facepipe.curation.cleaning.decide import (
+    BYSTANDER,
     DECISIONS,
     KEEP,
     OUTLIER,
     REASONS,
     RELABEL,
     REVIEW,
+    UNVERIFIED,
     LabelVerdicts,
     estimate_errors,
     estimate_wrong,
@@ -33,13 +35,14 @@ _UNKNOWN_FACE = FaceDetails("", None, None)
 def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement) -> Report:
     """Build the report of a cleaning."""
     groups = _CleanGroups(graph, gallery, judgement)
-    noise = judgement.verdicts.noise[judgement.verdicts.decision >= 0]
+    noise = judgement.verdicts.noise[judgement.verdicts.is_counted]
     notes = (
         "noise is the probability that a label is wrong. It comes from the corpus itself: how alike faces are to the "
         "rest of their identity and to others, and how often labels are swapped. No threshold is set by hand.",
         "Expected errors are what the probabilities predict. docs/performance.md compares them with real ones.",
-        "The lists and all decisions are beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, "
-        "decisions.parquet, identities.parquet.",
+        "A label of an image counts once. Other faces of the image are bystanders, and no wrong labels.",
+        "The lists and all decisions are beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, review.csv, "
+        "decisions.parquet (faces), images.parquet (every image once), identities.parquet.",
     )
     return Report(
         title="Noisy identities",
@@ -62,14 +65,17 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
     identities = judgement.identities
     is_labelled = verdicts.decision >= 0
     counts = np.bincount(verdicts.decision[is_labelled], minlength=len(DECISIONS))
-    noise = verdicts.noise[is_labelled]
+    label_count = int(verdicts.is_counted.sum())
     wrong = estimate_wrong(verdicts)
     errors = estimate_errors(verdicts)
     return (
         Figure("labelled faces", f"{int(is_labelled.sum()):,}", f"of {len(judgement.labels):,} in the gallery"),
         Figure("identities", f"{len(judgement.names):,}"),
-        Figure("wrong labels", f"{wrong:,.0f}", f"estimated: {wrong / max(1, len(noise)):.2%} of all"),
+        Figure("wrong labels", f"{wrong:,.0f}", f"estimated: {wrong / max(1, label_count):.2%} of all"),
         Figure("kept", f"{int(counts[DECISIONS.index(KEEP)]):,}"),
+        Figure("to review", f"{int(counts[DECISIONS.index(REVIEW)]):,}", "labels that are not sure"),
+        Figure("unverified", f"{int(counts[DECISIONS.index(UNVERIFIED)]):,}", "only images of their identities"),
+        Figure("bystanders", f"{int(counts[DECISIONS.index(BYSTANDER)]):,}", "other faces of images, no wrong labels"),
         Figure("expected errors", f"{errors:,.1f}", "decisions that are wrong, by the probabilities themselves"),
         Figure("one person, two names", f"{len(identities.left):,}", "pairs of identities"),
         Figure("two persons, one name", f"{int((identities.apart_count > 0).sum()):,}", "identities"),
@@ -80,7 +86,7 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
 def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:
     own = verdicts.own_similarity
     other = verdicts.other_similarity
-    is_kept = verdicts.is_decided(KEEP)
+    is_kept = verdicts.is_kept
     # The bins cover similarities to the own identity and to others.
     known = np.concatenate([own[~np.isnan(own)], other[~np.isnan(other)]])
     edges = linear_edges(float(known.min(initial=1)), float(known.max(initial=-1)) + 1e-3, 80)
@@ -145,7 +151,7 @@ class _CleanGroups:
         split = np.flatnonzero(identities.apart_count > 0)
         self._split = split[np.argsort(identities.apart_similarity[split], kind="stable")]
         # Faces by identity, in each the kept ones first, and of these the best fit.
-        is_not_kept = ~verdicts.is_decided(KEEP)
+        is_not_kept = ~verdicts.is_kept
         order = np.lexsort((-np.nan_to_num(verdicts.own_similarity), is_not_kept, judgement.labels))
         self._order = order
         self._starts = np.searchsorted(judgement.labels[order], np.arange(len(judgement.names) + 1))

@@ -21,6 +21,7 @@ from facepipe.curation.cleaning.decide import (
     LabelVerdicts,
     decide_labels,
     estimate_errors,
+    estimate_wrong,
     overrule_kept,
 )
 from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates, find_candidates
@@ -48,6 +49,7 @@ from facepipe.training.data.lists import read_label_list
 THRESHOLD = 1 - 0.416**2 / 2
 NO_PAIRS = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 KEEP, OUTLIER, RELABEL, REVIEW = (DECISIONS.index(name) for name in ("keep", "outlier", "relabel", "review"))
+BYSTANDER, UNVERIFIED = (DECISIONS.index(name) for name in ("bystander", "unverified"))
 
 
 @dataclass
@@ -98,7 +100,7 @@ def judged(
     prior = np.ones(len(made.label), np.float32)
     belief = estimate_label_posteriors(made.faces, pool, prior, start, threshold=THRESHOLD)
     photo = np.arange(len(made.label)) if photo is None else photo
-    return pool, belief, decide_labels(pool, belief, len(made.label), photo), inside
+    return pool, belief, decide_labels(pool, belief, photo, prior), inside
 
 
 def f_score(flagged: np.ndarray, wrong: np.ndarray) -> float:
@@ -152,6 +154,28 @@ def test_fit_is_the_weighted_mean_over_the_others(seed: int, count: int, identit
         assert weight[n] == pytest.approx(total, abs=1e-4)
         if total > 0.25:
             assert similarity[n] == pytest.approx(counts[others, k] @ pairwise[i, others] / total, abs=1e-4)
+
+
+def test_faces_of_one_image_do_not_vouch_for_each_other() -> None:
+    rng = np.random.default_rng(2)
+    vectors = rng.normal(size=(7, 128)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    density = rng.random(7).astype(np.float32)
+    photo = np.array([0, 0, 2, 3, 3, 5, 6])
+    label = np.array([0, 0, 0, 0, 0, 1, -1])
+    pool = find_candidates(label, Pairs(np.array([0]), np.array([5]), np.zeros(1, np.float32)))
+    share = np.where(pool.is_own, 0.5 + 0.05 * pool.face, 0).astype(np.float32)
+    faces = FaceVectors(vectors, density, photo)
+    centres = IdentityCentres.from_shares(faces, pool, share)
+    similarity, weight = centres.compute_fit(faces, pool.face, pool.identity, share)
+    own = {int(f): s for f, s, mine in zip(pool.face, share, pool.is_own, strict=True) if mine}
+    for n, (face, identity) in enumerate(zip(pool.face, pool.identity, strict=True)):
+        rest = [f for f in own if label[f] == identity and f != face and photo[f] != photo[face]]
+        total = sum(own[f] for f in rest)
+        assert weight[n] == pytest.approx(total, abs=1e-5)
+        if rest:
+            each = [vectors[face] @ vectors[f] - (density[face] + density[f]) / 2 for f in rest]
+            assert similarity[n] == pytest.approx(np.average(each, weights=[own[f] for f in rest]), abs=1e-5)
 
 
 # ------------------------------------------------------------------ belief
@@ -223,7 +247,7 @@ def weighed(truth: np.ndarray, label: np.ndarray) -> LabelVerdicts:
     made = corpus(truth, label)
     pool, belief, _, inside = judged(made)
     belief = weigh_names(made.faces, pool, belief, inside.part, np.ones(len(label), np.float32), threshold=THRESHOLD)
-    return decide_labels(pool, belief, len(label), np.arange(len(label)))
+    return decide_labels(pool, belief, np.arange(len(label)), np.ones(len(label), np.float32))
 
 
 @pytest.mark.parametrize("each", [1, 4])
@@ -275,9 +299,10 @@ def test_strangers_belong_to_nobody() -> None:
 def test_corpora_that_show_little(truth: np.ndarray) -> None:
     """One face, one identity, one face an identity, two identities of two: nothing is thrown away, nothing breaks."""
     _, belief, found, _ = judged(corpus(truth))
-    assert (found.decision == KEEP).all()
     assert np.isfinite(belief.probability).all()
     alone = np.bincount(truth)[truth] == 1
+    assert (found.decision == np.where(alone, UNVERIFIED, KEEP)).all()
+    assert found.is_kept.all()
     assert (found.reason == np.where(alone, decide.ONLY_FACE, decide.FITS)).all()
 
 
@@ -304,7 +329,11 @@ def test_a_better_fit_never_counts_against_a_face() -> None:
 
 
 def verdict(
-    rows: list[tuple[int, int, bool, float]], nobody: list[float], photo: list[int] | None = None, weight: float = 5
+    rows: list[tuple[int, int, bool, float]],
+    nobody: list[float],
+    photo: list[int] | None = None,
+    weight: float = 5,
+    prior: list[float] | None = None,
 ) -> LabelVerdicts:
     """LabelVerdicts from rows of (face, identity, own, share)."""
     face, identity, own, share = (np.array(column) for column in zip(*rows, strict=True)) if rows else ((),) * 4
@@ -313,7 +342,9 @@ def verdict(
     rest = np.full(len(rows), weight, np.float32)
     normal = Normal(0.9, 1e-3, 0)
     belief = LabelPosteriors(shares, np.array(nobody, np.float32), shares, rest, normal, normal, 0.1, 0.1)
-    return decide_labels(pool, belief, len(nobody), np.array(photo if photo else range(len(nobody)), np.int64))
+    number = np.array(photo if photo else range(len(nobody)), np.int64)
+    before = np.array(prior if prior else [1] * len(nobody), np.float32)
+    return decide_labels(pool, belief, number, before)
 
 
 @pytest.mark.parametrize(
@@ -342,23 +373,45 @@ def test_the_best_other_identity_is_shown() -> None:
 
 def test_faces_without_a_label_and_alone() -> None:
     found = verdict([(1, 0, True, 0.9)], [0, 0.1, 0], weight=0)
-    assert found.decision.tolist() == [-1, KEEP, -1]
+    assert found.decision.tolist() == [-1, UNVERIFIED, -1]
     assert [REASONS[r] for r in found.reason] == ["no label", REASONS[decide.ONLY_FACE], "no label"]
     assert np.isnan(found.noise).tolist() == [True, False, True]
     assert verdict([], [0, 0]).decision.tolist() == [-1, -1]
 
 
-def test_of_faces_that_share_photo_and_label_one_can_be_right() -> None:
-    """The best fit stays; of others the one that is known elsewhere moves there, the rest are bystanders."""
+def test_of_faces_that_share_photo_and_label_one_bears_it() -> None:
+    """The best fit stays, and the others are bystanders: also one that is known elsewhere."""
     rows = [(0, 1, True, 0.9), (1, 1, True, 0.97), (2, 1, True, 0.02), (2, 5, False, 0.97), (3, 1, True, 0.96)]
     found = verdict(rows, [0.1, 0.03, 0.01, 0.04], photo=[7, 7, 7, 3])
-    assert found.decision.tolist() == [OUTLIER, KEEP, RELABEL, KEEP]
-    assert found.reason[0] == decide.BYSTANDER
-    assert found.noise[0] > 0.99
+    assert found.decision.tolist() == [BYSTANDER, KEEP, BYSTANDER, KEEP]
+    assert found.reason[0] == decide.OTHER_FACE
+    assert found.noise[0] == pytest.approx(0.97), "as sure as the other face bears it"
+    assert found.other[2] == 5
+    assert found.image_noise.tolist() == pytest.approx([0, 0, 0, 0.04])
+    assert estimate_errors(found) == pytest.approx(0.03 + 0.04)
     twins = verdict([(0, 1, True, 0.98), (1, 1, True, 0.96), (1, 5, False, 0.03)], [0.02, 0.01], photo=[7, 7])
-    assert twins.decision.tolist() == [KEEP, OUTLIER], "however well it fits, and little as it fits elsewhere"
+    assert twins.decision.tolist() == [KEEP, BYSTANDER], "however well it fits, and little as it fits elsewhere"
     other_label = verdict([(0, 1, True, 0.9), (1, 2, True, 0.97)], [0.1, 0.03], photo=[7, 7])
     assert other_label.decision.tolist() == [KEEP, KEEP]
+
+
+def test_a_label_is_right_if_any_face_of_its_image_bears_it() -> None:
+    """Which of the two it is remains open, and costs the image nothing."""
+    rows = [(0, 1, True, 0.48), (1, 1, True, 0.47), (2, 1, True, 0.9)]
+    found = verdict(rows, [0.5, 0.5, 0.1], photo=[7, 7, 3])
+    assert found.decision.tolist() == [KEEP, BYSTANDER, KEEP]
+    assert found.image_noise[0] == pytest.approx(0.05)
+    assert found.noise[0] == pytest.approx(0.52)
+    alone = verdict(rows[:2], [0.5, 0.5], photo=[7, 7], weight=0)
+    assert alone.decision.tolist() == [UNVERIFIED, BYSTANDER]
+
+
+def test_a_wrong_label_of_an_image_counts_once() -> None:
+    """Neither face fits: the one that the label was likely meant for stands for it."""
+    rows = [(0, 1, True, 0.02), (1, 1, True, 0.01), (1, 5, False, 0.98), (2, 1, True, 0.99)]
+    found = verdict(rows, [0.98, 0.01, 0.01], photo=[7, 7, 3], prior=[0.1, 0.9, 1])
+    assert found.decision.tolist() == [BYSTANDER, RELABEL, KEEP]
+    assert estimate_wrong(found) == pytest.approx(0.97 + 0.01, abs=1e-6)
 
 
 def test_overruling_touches_only_what_was_kept() -> None:
@@ -498,7 +551,9 @@ def test_clean_lists_read_back(rows: list[tuple[str, str, str]], tmp_path: Path)
 def test_relabelled_faces_are_listed_where_that_was_asked_for(tmp_path: Path) -> None:
     moved = {"uri": "/data/b/2.jpg", "identity": "wrong", "suggested": "first", "decision": "relabel", "noise": 0.875}
     other = [
-        {"uri": f"/data/b/{d}.jpg", "identity": "x", "decision": d} for d in DECISIONS if d not in ("keep", "relabel")
+        {"uri": f"/data/b/{d}.jpg", "identity": "x", "decision": d}
+        for d in DECISIONS
+        if d not in ("keep", "relabel", "unverified")
     ]
     decisions([PLAIN, moved, *other], tmp_path / "r")
     assert lists.write_lists(str(tmp_path / "r"), relabels=False).kept == 1
@@ -516,6 +571,27 @@ def test_relabelled_faces_are_listed_where_that_was_asked_for(tmp_path: Path) ->
                 "face_id": "1",
             }
         ]
+
+
+def test_only_images_of_identities_are_listed_unless_they_are_unwanted(tmp_path: Path) -> None:
+    alone = {"uri": "/data/b/2.jpg", "identity": "alone", "decision": "unverified"}
+    decisions([PLAIN, alone], tmp_path / "r")
+    assert lists.write_lists(str(tmp_path / "r"), relabels=False).kept == 2
+    assert lists.write_lists(str(tmp_path / "r"), relabels=False, unverified=False).kept == 1
+
+
+def test_open_questions_have_a_list_of_their_own(tmp_path: Path) -> None:
+    doubtful = {"uri": "/data/b/2.jpg", "identity": "=a", "decision": "review", "noise": 0.625, "reason": "why"}
+    likely = {**doubtful, "uri": "/data/b/3.jpg", "nearest_identity": "b"}
+    decisions([PLAIN, doubtful, likely], tmp_path / "r")
+    assert lists.write_lists(str(tmp_path / "r"), relabels=False).to_review == 2
+    with open(tmp_path / "r" / "review.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    common = {"identity": "'=a", "probability": "0.6250", "reason": "why"}
+    assert rows == [
+        {"path": "/data/b/2.jpg", "nearest_identity": "", "face_id": "1", **common},
+        {"path": "/data/b/3.jpg", "nearest_identity": "b", "face_id": "2", **common},
+    ]
 
 
 @pytest.mark.parametrize(
