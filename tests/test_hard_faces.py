@@ -21,7 +21,8 @@ from hard_faces import (
     swap_labels,
 )
 
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.clusters import Clusters
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.evaluation.clusters import score_clusters
 from facepipe.nearest.join import find_candidate_pairs
 

@@ -71,6 +71,16 @@ def map_temporary_file(size: int, folder: str | None = None) -> tuple[mmap.mmap,
         ) from error
 
 
+def release_pages(array: npt.NDArray[Any]) -> None:
+    """Release the memory of the pages of a mapped array; they are read from the file again when they are needed.
+
+    Without this all pages that were ever read count as memory of the process. An array that is not mapped stays.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and mapped is not None and array.mode == "r":
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def _allocate(descriptor: int, size: int) -> None:
     """Make a file so long, and take the room for it on the disk."""
     if size:

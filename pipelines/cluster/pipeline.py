@@ -27,9 +27,9 @@ from facepipe.curation.clusters.tables import (
     number_by_size,
 )
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.curation.graph.fitness import find_unfit_nodes
-from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark

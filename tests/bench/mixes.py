@@ -38,8 +38,9 @@ from hard_faces import (
 
 from facepipe.curation.clusters.identities import cluster_faces
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.fitness import find_unfit_nodes
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.errors import ThresholdError
 from facepipe.evaluation.clusters import score_clusters
 from facepipe.gallery import Contract, Gallery

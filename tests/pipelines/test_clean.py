@@ -18,7 +18,7 @@ from helpers import embed
 from facepipe.config import build
 from facepipe.curation.cleaning.decide import DECISIONS, REASONS
 from facepipe.curation.cleaning.lists import DECISION_SCHEMA, IMAGE_SCHEMA
-from facepipe.curation.graph.linkage import Clusters
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.errors import GalleryBusyError, GalleryError
 from facepipe.evaluation.cleaning import evaluate_clean
 from facepipe.gallery import Contract, Gallery

@@ -6,7 +6,8 @@ import numpy as np
 
 from facepipe.curation.cleaning.decide import RELABEL, LabelVerdicts
 from facepipe.curation.cleaning.evidence import FaceVectors
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.clusters import Clusters
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 

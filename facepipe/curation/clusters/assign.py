@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Float32, Int64

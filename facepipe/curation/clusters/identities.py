@@ -6,13 +6,13 @@ import numpy as np
 
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cells import CellLayout, train_cells
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import find_components, renumber_labels
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Int64
 
 _MAX_NEIGHBOURS = 32  # clusters that a cluster is compared with, per cell
-_MAX_DISTANCE = 2.0  # of two unit vectors: all edges
 _MAX_PASSES = 4
 
 
@@ -34,25 +34,25 @@ def cluster_faces(
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
     """
     threshold = graph.info.threshold.similarity
-    pairs = graph.edges.read_within(_MAX_DISTANCE)
-    pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
-    single = Clusters.from_faces(graph.nodes.vectors, graph.density)
+    u, v = graph.read_similar_pairs(threshold)
     # Merge what is one person from the start, then link clusters along the edges.
-    labels = _merge_known(graph, same)
-    clusters = single.merge(labels)
-    del single  # as large as all vectors
+    single = Clusters.from_faces(graph.nodes.vectors, graph.density)
+    known = _merge_known(graph, same)
+    forbidden = None if different is None else different[known[different[:, 0]] != known[different[:, 1]]]
     if unfit is None or not unfit.any():
-        return _link(labels, clusters, labels[pairs.u], labels[pairs.v], threshold=threshold, different=different)
+        labels, clusters = merge_by_average_linkage(single, u, v, threshold, forbidden, start=known)
+        return _link_near_means(labels, clusters, threshold=threshold, different=different)
     # Only fit faces found persons. The others join them afterwards.
-    is_waiting = _find_waiting(labels, len(clusters), unfit)
-    is_founding = ~(is_waiting[labels[pairs.u]] | is_waiting[labels[pairs.v]])
-    founding = pairs.take(is_founding)
-    labels, clusters = _link(
-        labels, clusters, labels[founding.u], labels[founding.v], threshold=threshold, different=different, unfit=unfit
+    is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
+    is_founding = ~(is_waiting[u] | is_waiting[v])
+    labels, clusters = merge_by_average_linkage(
+        single, u[is_founding], v[is_founding], threshold, forbidden, start=known
     )
-    forbidden = _find_forbidden(labels, different)
+    labels, clusters = _link_near_means(labels, clusters, threshold=threshold, different=different, unfit=unfit)
     is_waiting = _find_waiting(labels, len(clusters), unfit)
-    group = _join_waiting(clusters, is_waiting, labels[pairs.u], labels[pairs.v], threshold, forbidden)
+    group = _join_waiting(
+        clusters, is_waiting, labels[u], labels[v], threshold=threshold, forbidden=_find_forbidden(labels, different)
+    )
     return group[labels], clusters.merge(group)
 
 
@@ -64,7 +64,7 @@ def _find_waiting(labels: Int64, count: int, unfit: Bool) -> Bool:
 
 
 def _join_waiting(
-    clusters: Clusters, is_waiting: Bool, u: Int64, v: Int64, threshold: float, forbidden: Int64 | None
+    clusters: Clusters, is_waiting: Bool, u: Int64, v: Int64, *, threshold: float, forbidden: Int64 | None
 ) -> Int64:
     """Join clusters without a fit face to those with fit faces, each to the most similar one.
 
@@ -121,34 +121,26 @@ def _merge_known(graph: Graph, same: Int64 | None) -> Int64:
     return find_components(count, np.minimum(u, v), np.maximum(u, v))
 
 
-def _link(
-    labels: Int64,
-    clusters: Clusters,
-    u: Int64,
-    v: Int64,
-    *,
-    threshold: float,
-    different: Int64 | None,
-    unfit: Bool | None = None,
+def _link_near_means(
+    labels: Int64, clusters: Clusters, *, threshold: float, different: Int64 | None, unfit: Bool | None = None
 ) -> tuple[Int64, Clusters]:
-    """Link clusters along edges, and then along pairs of clusters with near means.
+    """Link clusters along pairs with near means, until a pass merges nothing.
 
-    The second kind is needed because edges are capped and cells miss a few: two halves of a person may share no edge.
-    Clusters that hold only `unfit` nodes (n,) have no edges, and their means are compared with none.
+    This is needed because edges are capped and cells miss a few: two halves of a person may share no edge. Clusters
+    that hold only `unfit` nodes (n,) are left out.
     """
-    for n in range(_MAX_PASSES):
-        group, merged = merge_by_average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
-        labels = group[labels]
-        # Stop once a pass merges nothing. The first one has not compared means yet.
-        if n and len(merged) == len(clusters):
-            break
-        clusters = merged
+    for _ in range(_MAX_PASSES - 1):
         u, v = find_near_means(clusters, threshold)
         if unfit is not None:
             is_waiting = _find_waiting(labels, len(clusters), unfit)
             is_founding = ~(is_waiting[u] | is_waiting[v])
             u = u[is_founding]
             v = v[is_founding]
+        group, merged = merge_by_average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
+        labels = group[labels]
+        if len(merged) == len(clusters):
+            break
+        clusters = merged
     return labels, clusters
 
 

@@ -27,8 +27,8 @@ from facepipe.curation.clusters.sums import (
     recompute_clusters,
 )
 from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import find_changes

@@ -7,8 +7,8 @@ import numpy as np
 
 from facepipe.curation.clusters.review import SuspectedMerges, SuspectedSplits
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import build_pair_histogram, describe_recall, describe_threshold
-from facepipe.curation.graph.linkage import Clusters
 from facepipe.gallery import Gallery
 from facepipe.reports.faces import FaceDetails, read_face_details
 from facepipe.reports.histogram import count_values, log_edges

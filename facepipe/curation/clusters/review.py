@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Float32, Int64
 
@@ -125,10 +126,9 @@ def find_suspected_splits(
     is_inside = labels[pairs.u] == labels[pairs.v]
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     copies = renumber_labels(graph.representatives)
-    u = copies[pairs.u[is_inside]]
-    v = copies[pairs.v[is_inside]]
-    group, parts = merge_by_average_linkage(single.merge(copies), u, v, strict_threshold)
-    group = group[copies]
+    u = pairs.u[is_inside]
+    v = pairs.v[is_inside]
+    group, parts = merge_by_average_linkage(single, u, v, strict_threshold, start=copies)
     # Rank the parts of each cluster by falling size.
     owner = np.zeros(len(parts), np.int64)
     owner[group] = labels

@@ -11,8 +11,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.curation.graph.linkage import Clusters
 from facepipe.errors import IndexingError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from facepipe.curation.graph.linkage import Clusters
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.errors import EvaluationError, StorageError
 from facepipe.gallery import Gallery

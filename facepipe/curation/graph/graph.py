@@ -15,7 +15,7 @@ from facepipe.curation.graph.threshold import Threshold
 from facepipe.errors import StorageError
 from facepipe.nearest.similarity import Pairs, compute_similarity
 from facepipe.storage import replace_file
-from facepipe.types import Float32, Float64, Int64
+from facepipe.types import Float32, Float64, Int32, Int64
 
 INFO = "graph.json"
 DENSITY = "density.npy"
@@ -145,6 +145,20 @@ class Graph:
     def compute_similarity(self, pairs: Pairs) -> Float32:
         """Compute the similarities (m,) of edges."""
         return compute_similarity(pairs.distance, self.density[pairs.u], self.density[pairs.v])
+
+    def read_similar_pairs(self, threshold: float) -> tuple[Int32, Int32]:
+        """Read the edges whose similarity reaches a threshold, a part at a time.
+
+        Returns:
+            One node of each edge, (m,), and the other, (m,).
+        """
+        left = [np.empty(0, np.int32)]
+        right = [np.empty(0, np.int32)]
+        for pairs in self.edges:
+            is_similar = self.compute_similarity(pairs) >= threshold
+            left.append(pairs.u[is_similar].astype(np.int32))
+            right.append(pairs.v[is_similar].astype(np.int32))
+        return np.concatenate(left), np.concatenate(right)
 
 
 def read_info(folder: str) -> GraphInfo:

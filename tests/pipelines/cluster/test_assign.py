@@ -20,7 +20,7 @@ from facepipe.config import build
 from facepipe.curation.clusters.assign import assign_faces
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.sums import MARK, SUMS, clear_stale_sums
-from facepipe.curation.graph.linkage import Clusters
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.errors import EvaluationError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commits.parts import compute_statistics, encode_parquet

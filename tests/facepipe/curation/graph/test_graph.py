@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from facepipe.curation.graph import Graph, cells, edges, truth
 from facepipe.curation.graph.calibration import CalibrationOptions, calibrate
 from facepipe.curation.graph.cells import CellLayout, Cells
+from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.dendrogram import find_gap
-from facepipe.curation.graph.linkage import Clusters, merge_by_average_linkage
+from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.curation.graph.nodes import Nodes, collect_nodes, find_representatives, open_nodes
 from facepipe.curation.graph.threshold import (
     BIN_EDGES,
