@@ -90,6 +90,12 @@ class GraphRunConfig:
     device: str = "auto"
 
 
+def uses_ray(run: GraphRunConfig, galleries: Sequence[Gallery]) -> bool:
+    """Say whether the tasks of a graph run on Ray."""
+    is_local = not any(is_remote(gallery.path) for gallery in galleries)
+    return run.runner == "ray" or (run.runner == "auto" and is_local and "RAY_ADDRESS" in os.environ)
+
+
 def open_graph(
     galleries: Sequence[Gallery],
     config: GraphConfig,
@@ -209,8 +215,7 @@ class _GraphBuilder:
         self._folder = folder
         self._on_progress = on_progress
         self._began = time.monotonic()
-        is_local = not any(is_remote(gallery.path) for gallery in galleries)
-        self._on_ray = run.runner == "ray" or (run.runner == "auto" and is_local and "RAY_ADDRESS" in os.environ)
+        self._on_ray = uses_ray(run, galleries)
 
     def run(self) -> None:
         """Build the graph."""

@@ -36,13 +36,13 @@ from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from facepipe.types import Int64
-from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
+from pipelines.cluster.linkage import open_linkage_runner
+from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph, uses_ray
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "cluster"
 _MAX_SUSPECTS = 100_000  # of each kind
-_MAX_DISTANCE = 2.0  # of two unit vectors: all edges
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
         # Constraints are optional: pairs of nodes that must differ, and the label (n,) of nodes that must agree.
         different = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
         same = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
-        labels, clusters = cluster_faces(graph, different, same, find_unfit_nodes(table, graph.nodes))
+        with open_linkage_runner(uses_ray(config.run, [table]), config.run.cpus) as run_tasks:
+            unfit = find_unfit_nodes(table, graph.nodes)
+            labels, clusters = cluster_faces(graph, different, same, unfit, run_tasks=run_tasks)
         phases.end("merge")
         review = _review_clusters(graph, labels, clusters, config.cluster.algorithm)
         phases.end("review")
@@ -166,14 +168,14 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
 def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> ClusterReview:
     """Find what a person should look at first."""
     # Keep the edges that are similar enough after correction for density.
-    pairs = graph.edges.read_within(_MAX_DISTANCE)
-    pairs = pairs.take(graph.compute_similarity(pairs) >= graph.info.threshold.similarity)
+    u, v = graph.read_similar_pairs(graph.info.threshold.similarity)
     fits = compute_fits(graph, labels, clusters)
     splits = find_suspected_splits(
         graph,
         labels,
         clusters,
-        pairs,
+        u,
+        v,
         strict_threshold=find_stricter_threshold(graph),
         max_suspects=_MAX_SUSPECTS,
     )
@@ -183,7 +185,7 @@ def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm:
         numbers=number_by_size(clusters),
         fits=fits,
         medoids=find_medoids(labels, fits, len(clusters)),
-        merges=find_suspected_merges(clusters, labels, pairs, _MAX_SUSPECTS),
+        merges=find_suspected_merges(clusters, labels, u, v, _MAX_SUSPECTS),
         splits=splits,
         algorithm=algorithm,
     )

@@ -8,7 +8,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.cells import CellLayout, train_cells
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import find_components, renumber_labels
-from facepipe.curation.graph.linkage import merge_by_average_linkage
+from facepipe.curation.graph.linkage import RunTasks, merge_by_average_linkage, run_tasks_here
 from facepipe.nearest.join import find_candidate_pairs
 from facepipe.types import Bool, Int64
 
@@ -17,7 +17,12 @@ _MAX_PASSES = 4
 
 
 def cluster_faces(
-    graph: Graph, different: Int64 | None = None, same: Int64 | None = None, unfit: Bool | None = None
+    graph: Graph,
+    different: Int64 | None = None,
+    same: Int64 | None = None,
+    unfit: Bool | None = None,
+    *,
+    run_tasks: RunTasks = run_tasks_here,
 ) -> tuple[Int64, Clusters]:
     """Cluster the nodes of a graph into persons.
 
@@ -29,6 +34,7 @@ def cluster_faces(
         same: a number per node, (n,), -1 for none. Nodes with one number are one person.
         unfit: whether a node is a face that is cut or poor, (n,). Such faces look alike whoever they show. Each joins
             the person whose fit faces it is most similar to, if it is similar enough; they found none and merge none.
+        run_tasks: runs the tasks of a step of average linkage.
 
     Returns:
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
@@ -40,15 +46,19 @@ def cluster_faces(
     known = _merge_known(graph, same)
     forbidden = None if different is None else different[known[different[:, 0]] != known[different[:, 1]]]
     if unfit is None or not unfit.any():
-        labels, clusters = merge_by_average_linkage(single, u, v, threshold, forbidden, start=known)
-        return _link_near_means(labels, clusters, threshold=threshold, different=different)
+        labels, clusters = merge_by_average_linkage(
+            single, u, v, threshold, forbidden, start=known, run_tasks=run_tasks
+        )
+        return _link_near_means(labels, clusters, threshold=threshold, different=different, run_tasks=run_tasks)
     # Only fit faces found persons. The others join them afterwards.
     is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
     is_founding = ~(is_waiting[u] | is_waiting[v])
     labels, clusters = merge_by_average_linkage(
-        single, u[is_founding], v[is_founding], threshold, forbidden, start=known
+        single, u[is_founding], v[is_founding], threshold, forbidden, start=known, run_tasks=run_tasks
     )
-    labels, clusters = _link_near_means(labels, clusters, threshold=threshold, different=different, unfit=unfit)
+    labels, clusters = _link_near_means(
+        labels, clusters, threshold=threshold, different=different, unfit=unfit, run_tasks=run_tasks
+    )
     is_waiting = _find_waiting(labels, len(clusters), unfit)
     group = _join_waiting(
         clusters, is_waiting, labels[u], labels[v], threshold=threshold, forbidden=_find_forbidden(labels, different)
@@ -122,7 +132,13 @@ def _merge_known(graph: Graph, same: Int64 | None) -> Int64:
 
 
 def _link_near_means(
-    labels: Int64, clusters: Clusters, *, threshold: float, different: Int64 | None, unfit: Bool | None = None
+    labels: Int64,
+    clusters: Clusters,
+    *,
+    threshold: float,
+    different: Int64 | None,
+    unfit: Bool | None = None,
+    run_tasks: RunTasks,
 ) -> tuple[Int64, Clusters]:
     """Link clusters along pairs with near means, until a pass merges nothing.
 
@@ -136,7 +152,8 @@ def _link_near_means(
             is_founding = ~(is_waiting[u] | is_waiting[v])
             u = u[is_founding]
             v = v[is_founding]
-        group, merged = merge_by_average_linkage(clusters, u, v, threshold, _find_forbidden(labels, different))
+        forbidden = _find_forbidden(labels, different)
+        group, merged = merge_by_average_linkage(clusters, u, v, threshold, forbidden, run_tasks=run_tasks)
         labels = group[labels]
         if len(merged) == len(clusters):
             break

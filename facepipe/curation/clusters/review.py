@@ -8,8 +8,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
 from facepipe.curation.graph.linkage import merge_by_average_linkage
-from facepipe.nearest.similarity import Pairs
-from facepipe.types import Float32, Int64
+from facepipe.types import Float32, Int32, Int64
 
 _BLOCK = 65536
 
@@ -82,20 +81,21 @@ def find_medoids(labels: Int64, fits: Float32, count: int) -> Int64:
     return np.asarray(order[np.searchsorted(labels[order], np.arange(count))], np.int64)
 
 
-def find_suspected_merges(clusters: Clusters, labels: Int64, pairs: Pairs, max_suspects: int) -> SuspectedMerges:
+def find_suspected_merges(clusters: Clusters, labels: Int64, u: Int32, v: Int32, max_suspects: int) -> SuspectedMerges:
     """Find pairs of clusters that edges join although they are two.
 
     Args:
         clusters: the clusters.
         labels: cluster of each node, (n,).
-        pairs: edges.
+        u: one node per edge, (m,).
+        v: the other node, (m,).
         max_suspects: number of pairs to return at most.
     """
     # Pairs of clusters that an edge joins.
-    u = labels[pairs.u]
-    v = labels[pairs.v]
-    is_across = u != v
-    keys = np.unique(np.minimum(u, v)[is_across] * len(clusters) + np.maximum(u, v)[is_across])
+    is_across = labels[u] != labels[v]
+    first = labels[u[is_across]]
+    second = labels[v[is_across]]
+    keys = np.unique(np.minimum(first, second) * len(clusters) + np.maximum(first, second))
     left = keys // max(1, len(clusters))
     right = keys % max(1, len(clusters))
     similarity = clusters.compute_linkage(left, right)
@@ -107,7 +107,8 @@ def find_suspected_splits(
     graph: Graph,
     labels: Int64,
     clusters: Clusters,
-    pairs: Pairs,
+    u: Int32,
+    v: Int32,
     *,
     strict_threshold: float,
     max_suspects: int,
@@ -118,17 +119,16 @@ def find_suspected_splits(
         graph: the face graph, n nodes.
         labels: cluster of each node, (n,).
         clusters: the clusters.
-        pairs: edges.
+        u: one node per edge, (m,).
+        v: the other node, (m,).
         strict_threshold: mean similarity from which two parts are one.
         max_suspects: number of clusters to return at most.
     """
     # Cluster again inside each cluster; nodes with equal vectors stay together.
-    is_inside = labels[pairs.u] == labels[pairs.v]
+    is_inside = labels[u] == labels[v]
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
     copies = renumber_labels(graph.representatives)
-    u = pairs.u[is_inside]
-    v = pairs.v[is_inside]
-    group, parts = merge_by_average_linkage(single, u, v, strict_threshold, start=copies)
+    group, parts = merge_by_average_linkage(single, u[is_inside], v[is_inside], strict_threshold, start=copies)
     # Rank the parts of each cluster by falling size.
     owner = np.zeros(len(parts), np.int64)
     owner[group] = labels

@@ -14,6 +14,7 @@ from hard_faces import ArcFaceLike, draw_geometric, make_table
 from helpers import embed
 
 import facepipe.curation.graph
+import pipelines.cluster.linkage
 from facepipe.config import build
 from facepipe.curation.clusters import tables
 from facepipe.errors import ConfigError, EvaluationError, GalleryBusyError, GalleryError
@@ -413,3 +414,27 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert page.lower().count("</script") == page.lower().count("<script")
     held = pq.read_table(Path(gallery.path, "reports", "cluster", tables.FACES))
     assert set(held["identity"].to_pylist()) == set(identities)
+
+
+@pytest.mark.slow
+def test_tasks_on_ray_give_the_same_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of many small tasks, on two workers: the same cluster for every face, and the same sums to the bit."""
+    gallery = fill(tmp_path / "gallery", drawn(600))
+    make(gallery)
+    expected = faces_of(gallery)
+    sums = (Path(gallery.path) / "reports/cluster/sums.npz").read_bytes()
+    monkeypatch.setattr("facepipe.curation.graph.linkage._MAX_NODES_PER_TASK", 40)
+    run_counts: list[int] = []
+    run_tasks = pipelines.cluster.linkage.ray.run_tasks
+
+    def count_tasks(function: Any, items: Any, cpus: float) -> Any:
+        for item, result in run_tasks(function, items, cpus):
+            run_counts.append(len(item.nodes))
+            yield item, result
+
+    monkeypatch.setattr(pipelines.cluster.linkage.ray, "run_tasks", count_tasks)
+    run(build(ClusterConfig, {"run": {"runner": "ray", "cpus": 1}}), gallery.path)
+    assert len(run_counts) > 10
+    found = faces_of(gallery)
+    assert all(np.array_equal(found[name], expected[name], equal_nan=name == "fit") for name in expected)
+    assert (Path(gallery.path) / "reports/cluster/sums.npz").read_bytes() == sums
