@@ -8,6 +8,9 @@ import typer
 from jobs.console import ExitCode, exit_on_error, fail, make_line_printer, print_result, print_table
 from jobs.options import DryRun, GalleryPath, Json, Quiet, YesErase
 
+# Images that a dry run prints for people; --json names more.
+_MAX_SHOWN = 20
+
 Texts = Optional[list[str]]  # noqa: UP045
 
 
@@ -71,6 +74,9 @@ def erase(
     If a job is running, the erasure is recorded, and no reader returns the images from then on. The job deletes them
     while it goes on.
 
+    --dry-run names the images, and says how many other faces and exact copies go too. If a name matches nothing, the
+    message has the nearest one that the gallery holds, and the exit code is 1; what else was selected is erased.
+
     For example:
 
         facepipe erase gallery/ --identity "Jane Doe" --dry-run
@@ -128,7 +134,7 @@ def erase(
                 progress=on_progress,
             )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(gallery, summary))
-        problems = list(summary.doubts)
+        problems = [*summary.unmatched, *summary.doubts]
         if summary.chips:
             problems.append(describe_chips(summary.chips))
         if summary.foreign:
@@ -143,10 +149,23 @@ def erase(
 
 
 def _print_summary(gallery: str, summary: Any) -> None:
+    from pipelines.erase import MAX_NAMED
+
     title = "would erase from" if summary.dry_run else "erased from"
     # Print the counts, then the receipts, also those of interrupted erasures that were completed first.
     rows = [(name, getattr(summary, name)) for name in ("images", "faces", "rows")]
     print_table(f"{title} {gallery}", ("", "count"), rows)
+    verb = "go" if summary.dry_run else "went"
+    if summary.others:
+        faces = "1 other face" if summary.others == 1 else f"{summary.others} other faces"
+        print(f"{faces} in these photos {verb} too: an image is erased with all its faces")
+    if summary.copies:
+        copies = "1 image is an exact copy" if summary.copies == 1 else f"{summary.copies} images are exact copies"
+        print(f"{copies} of others, under another name")
+    for uri in summary.uris[:_MAX_SHOWN]:
+        print(f"image: {uri}")
+    if summary.dry_run and summary.images > _MAX_SHOWN:
+        print(f"and {summary.images - _MAX_SHOWN} more: --json names up to {MAX_NAMED}")
     if summary.unknown:
         print(f"{summary.unknown} images of the receipts are not in this gallery, and are kept out of it")
     for path in summary.receipts:

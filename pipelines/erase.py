@@ -9,7 +9,7 @@ import numpy as np
 
 from facepipe import storage
 from facepipe.erasure import pending, steps
-from facepipe.erasure.clock import select_erasable
+from facepipe.erasure.clock import ErasableImages, select_erasable
 from facepipe.erasure.limits import (
     ErasureLimit,
     check_limit,
@@ -22,7 +22,7 @@ from facepipe.erasure.pending import PendingErasure
 from facepipe.erasure.receipt import Receipt, get_receipt_path, load_receipt
 from facepipe.erasure.repeat import RepeatedErasure, keep_out, select_repeated
 from facepipe.erasure.requests import find_indexed_faces, record_request
-from facepipe.erasure.selection import Selection, read_time
+from facepipe.erasure.selection import Selection, explain_unmatched, read_time
 from facepipe.erasure.trainings import find_left_faces, list_trainings
 from facepipe.errors import ErasureLimitError, FacepipeError, GalleryBusyError, StorageError
 from facepipe.gallery import Gallery, suppressed
@@ -31,6 +31,8 @@ from pipelines.cluster import assign as cluster_assign
 from pipelines.runtime.run_record import attach_summary, get_current_run, record_calls
 
 Progress = Callable[[str], None]
+MAX_NAMED = 1000
+"""Images that a dry run names at most."""
 _MIN_POLL_SECONDS = 0.25
 _MAX_POLL_SECONDS = 5.0
 
@@ -54,6 +56,10 @@ class EraseSummary:
         chips: files of training chips that hold erased faces, in folders that trainings on the gallery have recorded.
         trained: folders' lists of faces that a model was trained on, if erased ones are among them.
         left_foreign: number of such files that were found when another run completed the erasure.
+        unmatched: which names in the selection match nothing, with the nearest ones that the gallery holds.
+        others: faces that were not meant: other faces in the photos of a person.
+        copies: images that are exact copies of selected ones.
+        uris: in a dry run, the first images that would be deleted.
         unknown: images of repeated receipts that the gallery does not hold. They are kept out.
         seconds: wall clock by step.
     """
@@ -71,6 +77,10 @@ class EraseSummary:
     chips: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     left_foreign: int = 0
+    unmatched: list[str] = field(default_factory=list)
+    others: int = 0
+    copies: int = 0
+    uris: list[str] = field(default_factory=list)
     unknown: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -109,8 +119,9 @@ def run(
     if dry_run:
         chosen = select_erasable(table, selection, limit, writes=False)
         selected = chosen.images
-        summary = EraseSummary(selected.images, len(selected.faces), selected.rows, dry_run=True)
-        summary.doubts += chosen.doubts
+        summary = EraseSummary(dry_run=True)
+        _count_selected(table, selection, chosen, summary)
+        summary.uris = selected.uris.slice(0, MAX_NAMED).to_pylist()
         summary.refusal = explain_excess(table, selected.images, selected.rows, limit)
         return summary
     return _erase(selection, table.path, limit, may_return, wait, progress)
@@ -130,11 +141,8 @@ def _erase(
     table = Gallery(gallery)
     chosen = select_erasable(table, selection, limit)
     selected = chosen.images
-    summary.doubts += chosen.doubts
     check_limit(table, selected, limit)
-    summary.images = selected.images
-    summary.faces = len(selected.faces)
-    summary.rows = selected.rows
+    _count_selected(table, selection, chosen, summary)
     erasure = None
     # A run that is going on may have blocks of such images that it has not committed yet.
     if selected.images or is_held(gallery):
@@ -155,6 +163,20 @@ def _erase(
         _note_completion(gallery, erasure, summary)
         _look_at_trainings(gallery, erasure, summary, progress)
     return summary
+
+
+def _count_selected(table: Gallery, selection: Selection, chosen: ErasableImages, summary: EraseSummary) -> None:
+    """Count what is selected, and note which names in the selection match nothing."""
+    selected = chosen.images
+    summary.images = selected.images
+    summary.faces = len(selected.faces)
+    summary.rows = selected.rows
+    summary.others = selected.others
+    summary.copies = selected.copies
+    summary.doubts += chosen.doubts
+    # Images that the clock keeps are an answer already.
+    if selected.images or not chosen.doubts:
+        summary.unmatched = explain_unmatched(table, selection, is_empty=not selected.images)
 
 
 def repeat(

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -15,10 +15,12 @@ import pyarrow.dataset as ds
 
 from facepipe.arrow import to_vectors
 from facepipe.errors import ConfigError, StorageError
+from facepipe.gallery.near_names import describe_near, find_near_images, find_near_labels, find_near_sources
 from facepipe.gallery.table import Gallery
+from facepipe.hashing import hash64
 from facepipe.schema import EMBEDDING_DIM, FACES
 from facepipe.sources.item import escape_name, make_file_uri
-from facepipe.sources.labels import list_label_forms
+from facepipe.sources.labels import format_label, list_label_forms
 from facepipe.sources.place import match_places
 from facepipe.text import escape_undecodable
 from facepipe.types import Float32, UInt64
@@ -245,6 +247,9 @@ class SelectedImages:
         marks: marks of the vectors, uint64 (`compute_marks`).
         rows: number of rows.
         former_uris: uris that the images had before they were moved; other images may have them now.
+        copies: number of images that were not selected themselves, but are exact copies of those that were.
+        others: number of faces that were not meant: other faces in the photos of a person. 0 unless people or faces
+            were selected.
     """
 
     version: int
@@ -255,6 +260,8 @@ class SelectedImages:
     marks: pa.Array
     rows: int
     former_uris: pa.Array
+    copies: int = 0
+    others: int = 0
 
     @property
     def images(self) -> int:
@@ -277,7 +284,11 @@ def select_images(gallery: Gallery, selection: Selection, now: datetime | None =
         StorageError: the table cannot be read.
     """
     condition = selection.build_filter(now or read_time(), has_exact_text=gallery.has_exact_text)
-    return _map_errors(gallery, lambda: _select_images(gallery, condition, is_personal=selection.is_personal))
+    meant = _MeantFaces(selection)
+    selected = _map_errors(
+        gallery, lambda: _select_images(gallery, condition, meant, is_personal=selection.is_personal)
+    )
+    return replace(selected, others=meant.count_others())
 
 
 def select_again(
@@ -343,6 +354,43 @@ def select_rows(rows: pa.Table, *, is_personal: bool) -> SelectedImages:
     )
 
 
+class _MeantFaces:
+    """Counts the faces of selected photos that were not meant themselves.
+
+    A label counts for one face of each photo, because a source labels photos. Of an exact copy one face is meant too.
+    """
+
+    def __init__(self, selection: Selection):
+        self._chosen = _list_face_ids(selection.ids)
+        self._labels = {form for label in selection.identities for form in list_label_forms(label)}
+        self._meant: set[int] = set()
+        self._photos: set[int] = set()
+        self._faces = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Count rows of selected photos."""
+        if not (self._chosen or self._labels):
+            return
+        for row in batch.select(["uri", "identity", "face_id"]).to_pylist():
+            if row["face_id"] is None:
+                continue
+            self._faces += 1
+            self._photos.add(hash64(row["uri"]))
+            if row["face_id"] in self._chosen:
+                self._meant.add(row["face_id"])
+            elif row["identity"] in self._labels:
+                self._meant.add(hash64(row["uri"], row["identity"]))
+
+    def count_others(self) -> int:
+        """Count the faces that were not meant. Each photo was selected for one face at least."""
+        return self._faces - max(len(self._meant), len(self._photos))
+
+
+def _list_face_ids(ids: tuple[str, ...]) -> set[int]:
+    """List those of some ids that are ids of faces."""
+    return {int(value) for value in ids if value.isdecimal() and int(value) < 1 << 63}
+
+
 def _map_errors(gallery: Gallery, select: Callable[[], SelectedImages]) -> SelectedImages:
     try:
         return select()
@@ -351,34 +399,45 @@ def _map_errors(gallery: Gallery, select: Callable[[], SelectedImages]) -> Selec
 
 
 def _select_images(
-    gallery: Gallery, condition: ds.Expression, *, is_personal: bool, with_hidden: bool = False
+    gallery: Gallery,
+    condition: ds.Expression,
+    meant: _MeantFaces | None = None,
+    *,
+    is_personal: bool,
+    with_hidden: bool = False,
 ) -> SelectedImages:
     def read(column: str, where: ds.Expression) -> pa.Array:
         batches = gallery.batches([column], where, rows=_BATCH_ROWS, with_hidden=with_hidden)
         return _collect_unique(batches, column, FACES.field(column).type)
 
     uris = read("uri", condition)
+    selected_count = len(uris)
     contents = pa.array([], pa.string())
     # Add exact copies under other names.
     if is_personal and len(uris):
         contents = read("image_id", ds.field("uri").isin(uris)).drop_null()
         copies = read("uri", ds.field("image_id").isin(contents))
         uris = pc.unique(pa.concat_arrays([uris, copies]))
-    return _describe_images(gallery, uris, contents, with_hidden=with_hidden)
+    described = _describe_images(gallery, uris, contents, meant, with_hidden=with_hidden)
+    return replace(described, copies=len(uris) - selected_count)
 
 
-def _describe_images(gallery: Gallery, uris: pa.Array, contents: pa.Array, *, with_hidden: bool) -> SelectedImages:
-    """Collect what all rows of some images hold."""
+def _describe_images(
+    gallery: Gallery, uris: pa.Array, contents: pa.Array, meant: _MeantFaces | None = None, *, with_hidden: bool
+) -> SelectedImages:
+    """Collect what all rows of some images hold, and count the faces that were not meant."""
     faces = [pa.array([], pa.int64())]
     marks = [np.empty(0, np.uint64)]
     names: set[str] = set()
     former_uris = [pa.array([], pa.string())]
     rows = 0
     if len(uris):
-        columns = ["face_id", "identity", "embedding", "former_uris"]
+        columns = ["face_id", "identity", "embedding", "former_uris", *(["uri"] if meant else [])]
         is_selected = ds.field("uri").isin(uris)
         for batch in gallery.batches(columns, is_selected, rows=_BATCH_ROWS, with_hidden=with_hidden):
             rows += batch.num_rows
+            if meant:
+                meant.add(batch)
             faces.append(batch["face_id"].drop_null())
             names.update(name for name in batch["identity"].to_pylist() if name)
             former_uris.append(pc.unique(batch["former_uris"].flatten()))
@@ -430,3 +489,74 @@ def read_ids(path: str) -> tuple[str, ...]:
     if not ids:
         raise ConfigError(f"{path!r} holds no id: write one face id or image id per line")
     return ids
+
+
+def explain_unmatched(gallery: Gallery, selection: Selection, *, is_empty: bool) -> list[str]:
+    """Explain which names in a selection match nothing on their own, with the nearest names that the gallery holds.
+
+    Args:
+        gallery: the gallery.
+        selection: the conditions.
+        is_empty: whether no image meets all of them.
+
+    Returns:
+        A sentence per name that matches nothing. Of a selection that is empty although each name matches something, or
+        that has no names, one sentence.
+    """
+    sentences = []
+    for label in _list_unmatched_labels(gallery, selection.identities, is_empty=is_empty):
+        near = describe_near(find_near_labels(gallery, format_label(label) or label))
+        sentences.append(f"no image has the identity {label!r}{near}")
+    for image in _list_unmatched_images(gallery, selection.images, is_empty=is_empty):
+        near = describe_near([] if _DIGEST.fullmatch(image) else find_near_images(gallery, image))
+        sentences.append(f"there is no image {image!r}{near}")
+    unmatched_ids = _list_unmatched_ids(gallery, selection.ids, is_empty=is_empty)
+    sentences += [f"there is no face or image with the id {value!r}" for value in unmatched_ids]
+    if not is_empty:
+        return sentences
+    source = selection.source
+    if source is not None and not _has_match(gallery, Selection(source=source)):
+        near = describe_near(find_near_sources(gallery, source))
+        sentences.append(f"there is no source {source!r}{near}")
+    if selection.uri is not None and not _has_match(gallery, Selection(uri=selection.uri)):
+        near = describe_near(find_near_images(gallery, selection.uri))
+        sentences.append(f"no uri matches {selection.uri!r}{near}")
+    if not sentences:
+        conditions = " and ".join(name.replace("_", " ") for name in selection.list_conditions())
+        sentences.append(f"no image meets the conditions: {conditions}")
+    return sentences
+
+
+def _has_match(gallery: Gallery, selection: Selection) -> bool:
+    """Tell whether a selection without an age means any image."""
+    condition = selection.build_filter(read_time(), has_exact_text=gallery.has_exact_text)
+    return any(batch.num_rows for batch in gallery.batches(["uri"], condition))
+
+
+def _list_unmatched_labels(gallery: Gallery, labels: tuple[str, ...], *, is_empty: bool) -> list[str]:
+    # If images are selected by one name, that name matches.
+    if not labels or (len(labels) == 1 and not is_empty):
+        return []
+    condition = _match_labels(labels, has_exact_text=gallery.has_exact_text)
+    present = _collect_unique(gallery.batches(["identity"], condition), "identity", pa.string()).to_pylist()
+    # An older table may hold any form of a label.
+    matched = {form for label in present for form in [label, *list_label_forms(label)]}
+    return [label for label in labels if matched.isdisjoint(list_label_forms(label))]
+
+
+def _list_unmatched_images(gallery: Gallery, images: tuple[str, ...], *, is_empty: bool) -> list[str]:
+    if not images or (len(images) == 1 and not is_empty):
+        return []
+    matched: set[str] = set()
+    for batch in gallery.batches(["uri", "image_id"], _match_images(images)):
+        matched.update(batch["uri"].to_pylist(), batch["image_id"].drop_null().to_pylist())
+    return [image for image in images if matched.isdisjoint([image, *_list_uris(image)])]
+
+
+def _list_unmatched_ids(gallery: Gallery, ids: tuple[str, ...], *, is_empty: bool) -> list[str]:
+    if not ids or (len(ids) == 1 and not is_empty):
+        return []
+    matched: set[str] = set()
+    for batch in gallery.batches(["face_id", "image_id"], _match_ids(ids)):
+        matched.update(map(str, batch["face_id"].drop_null().to_pylist()), batch["image_id"].drop_null().to_pylist())
+    return [value for value in ids if (str(int(value)) if value.isdecimal() else value) not in matched]

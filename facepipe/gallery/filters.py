@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +30,19 @@ _LONE_BACKSLASH = re.compile(rf"(?:[^\\]|{_ESCAPED})*\\(?!{_ESCAPED[2:]})", re.D
 _PREFIX = re.compile(r"\b[bfru]{1,2}$", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class ColumnText:
+    """A text that a filter compares a column with.
+
+    Attributes:
+        column: name of the column.
+        text: the text.
+    """
+
+    column: str
+    text: str
+
+
 def to_filter(where: str | ds.Expression | None) -> ds.Expression | None:
     """Parse a filter that is text; return an expression or None as it is."""
     if where is None or isinstance(where, ds.Expression):
@@ -53,8 +67,23 @@ def parse_filter(text: str) -> ds.Expression:
         return _to_expression(body)
     except (SyntaxError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         raise ConfigError(
-            f"cannot read the filter {text!r}: write for example \"status = 'ok' and det_score > 0.9\""
+            f"cannot read the filter {text!r}: write for example \"status = 'ok' and det_score > 0.9\". A filter knows "
+            "= != < <= > >=, in (...), is null, is not null, and, or, not and brackets"
         ) from error
+
+
+def list_texts(text: str) -> list[ColumnText]:
+    """List the columns that a valid filter compares with texts for equality, and the texts."""
+    parts = _QUOTED.split(text)
+    python = "".join(repr(_unquote(part)) if n % 2 else _to_python(part) for n, part in enumerate(parts))
+    texts = []
+    for node in ast.walk(ast.parse(python.strip(), mode="eval")):
+        match node:
+            case ast.Compare(left=ast.Name(id=column), ops=[ast.Eq() | ast.In()], comparators=[right]):
+                values = ast.literal_eval(right)
+                values = [values] if isinstance(values, str) else values
+                texts += [ColumnText(column, value) for value in values or () if isinstance(value, str)]
+    return texts
 
 
 def _check_quotes(parts: list[str], text: str) -> None:

@@ -30,7 +30,7 @@ from pipelines.embed.checks import require_usable
 from pipelines.job import count_indexed, load_known, open_gallery
 from pipelines.nightly.clusters import count_clusters, explain_no_clusters
 from pipelines.nightly.config import NightlyConfig, NightSource, name_own_setting
-from pipelines.nightly.guard import MISSING, RETENTION, NightGuard, plan_source_erasures
+from pipelines.nightly.guard import MISSING, RETENTION, NightGuard, is_dated, plan_source_erasures
 from pipelines.runtime.listing import VERDICTS, count_listed
 
 _BATCH_ROWS = 65536
@@ -86,7 +86,9 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
         GalleryError: the gallery was made with other models, or its folder holds something else.
         SourceError: there is no gallery yet, and no source has an image.
     """
-    require_usable(config.build_source_config(config.source[0]), config.gallery)
+    # A night that has no image to embed needs no models.
+    if any(_has_image(source) for source in config.source if not _is_held_back(config, source)):
+        require_usable(config.build_source_config(config.source[0]), config.gallery)
     preview = NightPreview()
     gallery = open_gallery(config.gallery)
     if gallery:
@@ -99,6 +101,22 @@ def preview_night(config: NightlyConfig, on_progress: Callable[[str], None] = la
         raise SourceError("; ".join([*preview.failures, *preview.problems]) or "no source has an image")
     _preview_gallery_steps(config, gallery, preview)
     return preview
+
+
+def _is_held_back(config: NightlyConfig, source: NightSource) -> bool:
+    """Tell whether the images of a source are not embedded, because the time they would get may be wrong."""
+    if not is_dated(source) or not Gallery.exists(config.gallery):
+        return False
+    ignored_until = NightGuard(config.gallery).ignored_until
+    return bool(read_clock(Gallery(config.gallery), ignored_until=ignored_until, writes=False).problem)
+
+
+def _has_image(source: NightSource) -> bool:
+    """Tell whether a source can be opened and lists an image; nothing beyond the first is listed."""
+    try:
+        return next(iter(open_source(source.to_source())), None) is not None
+    except (SourceError, StorageError):
+        return False
 
 
 def preview_source(config: NightlyConfig, source: NightSource, gallery: Gallery | None, preview: NightPreview) -> None:

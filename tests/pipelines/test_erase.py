@@ -856,8 +856,8 @@ def test_the_command(gallery: Gallery, tmp_path: Path) -> None:
     before = tree(gallery.path)
     code, out, err = call("erase", gallery.path, "--identity", name_of(9), "--dry-run", "--json")
     assert (code, json.loads(out)["images"], json.loads(out)["receipts"]) == (0, EACH, [])
-    code, out, _ = call("erase", gallery.path, "--identity", "nobody at all")
-    assert (code, "receipt" in out) == (0, False)
+    code, out, err = call("erase", gallery.path, "--identity", "nobody at all")
+    assert (code, "receipt" in out, "no image has the identity 'nobody at all'" in err) == (1, False, True)
     assert call("compact", gallery.path, "--all", "--dry-run")[0] == 0
     unknown = {n: d for n, d in tree(gallery.path).items() if n not in before}
     assert {n.split("/")[0] for n in unknown} <= {"runs", ".lock", ".lock.guard", "index", "reports"}
