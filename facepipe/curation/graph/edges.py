@@ -15,7 +15,7 @@ from facepipe.storage import replace_file
 # Positions take four bytes on disk and eight in memory.
 SCHEMA = pa.schema([("u", pa.uint32()), ("v", pa.uint32()), ("distance", pa.float32())])
 _PART = re.compile(r"edges-\d{6}\.parquet$")
-_BATCH_ROWS = 1 << 20
+_BATCH_ROWS = 1 << 18
 
 
 def get_part_path(folder: str, number: int) -> str:

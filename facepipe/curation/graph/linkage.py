@@ -24,7 +24,7 @@ from facepipe.types import Bool, Float32, Int32, Int64
 # By how much each step lies above the threshold. Steps of .02 let a component grow with the gallery (28 % of 300,000
 # faces); with steps of .01 the largest one follows the largest person. The upper ones are for wide spaces.
 _STEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.17, 0.14, 0.12, *(n / 100 for n in range(10, -1, -1)))
-_MAX_NODES_PER_TASK = 200_000  # some 100 MB of sums
+_MAX_NODES_PER_TASK = 50_000  # some 25 MB of sums
 _PAIRS_PER_BLOCK = 1 << 16  # pairs whose linkage is computed at a time
 _MIN_NEW_ROWS = 1 << 16  # clusters that memory is taken for at a time
 
