@@ -23,6 +23,7 @@ from jobs.dedup import dedup
 from jobs.doctor import doctor
 from jobs.embed import embed
 from jobs.erase import erase
+from jobs.finish import finish
 from jobs.gallery import export, info, verify
 from jobs.identify import identify
 from jobs.index import index
@@ -83,6 +84,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "dedup": dedup,
     "cluster": cluster,
     "clean": clean,
+    "finish": finish,
     "train": train,
     "nightly": nightly,
     "clean-dataset": clean_dataset,

@@ -25,6 +25,7 @@ CONFIG_CLASSES = {
     "dedup": ("pipelines.dedup:DedupConfig",),
     "cluster": ("pipelines.cluster:ClusterConfig",),
     "clean": ("pipelines.clean:CleanConfig",),
+    "finish": ("pipelines.finish:FinishConfig",),
     "train": ("pipelines.train:TrainConfig", "pipelines.train:DetectorConfig"),
     "compact": ("pipelines.compact:CompactRunConfig",),
     "nightly": ("pipelines.nightly.config:NightlyConfig",),

@@ -29,6 +29,7 @@ from facepipe.curation.duplicates import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
+from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
@@ -36,6 +37,7 @@ from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import locate_reports, open_report_folder
 
 NAME = "clean"
+MARK = "mark.json"
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
         progress("writing")
         lists = _write_tables(graph, table, judgement, report.path, config.clean)
         write_report(build_clean_report(graph, table, judgement), os.path.join(report.path, "report.html"))
+        # `finish` takes the report as it is if the gallery has not changed since.
+        ReadMark.from_gallery(table).save(os.path.join(report.path, MARK))
         phases.end("write")
     _summarise(summary, graph, judgement, lists)
     return summary

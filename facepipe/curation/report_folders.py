@@ -58,7 +58,7 @@ _REPORT_FILES: dict[str, tuple[str, ...]] = {
     ),
     "clean": (
         *("decisions.parquet", "images.parquet", "identities.parquet", "merges.parquet", "report.html"),
-        *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv", "review.csv"),
+        *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv", "review.csv", "mark.json"),
     ),
 }
 _GRAPH_FILES = re.compile(

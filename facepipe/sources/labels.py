@@ -89,6 +89,11 @@ def find_label_column(names: Sequence[str]) -> str | None:
     return next((by_name[column] for column in LABEL_COLUMNS if column in by_name), None)
 
 
+def normalise_name(name: str) -> str:
+    """Normalise a name for comparison: written as a label, in lower case, with spaces for `_`."""
+    return (format_label(name) or name).replace("_", " ").strip().lower()
+
+
 def format_labels(column: "pa.Array | pa.ChunkedArray", names: Sequence[str] | None = None) -> list[str | None]:
     """Write the labels of a column, as `format_label` does.
 

@@ -14,8 +14,8 @@ from pydantic import Field
 from facepipe.errors import ConfigError, EvaluationError
 from facepipe.evaluation.pairs import score_pairs
 from facepipe.evaluation.pairs_file import Pair, read_pairs
+from facepipe.sources.labels import normalise_name
 from facepipe.training.data.chip_set import ChipSet
-from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import ImageNames
 from facepipe.training.embedding_task import EmbedChips

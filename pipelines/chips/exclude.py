@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from facepipe.gallery import Gallery
 from facepipe.models.zoo.registry import find_match_threshold
+from facepipe.sources.labels import normalise_name
 from facepipe.storage import join
-from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.selection import Exclusions
 from facepipe.training.data.split import read_names

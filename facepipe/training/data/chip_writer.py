@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from facepipe import storage
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
-from facepipe.sources.labels import format_label
+from facepipe.sources.labels import normalise_name
 from facepipe.storage.atomic import publish_file, replace_file
 from facepipe.training.data.chip_set import (
     CHIPS,
@@ -129,11 +129,6 @@ class ChipFilter:
     excluded_images: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
     excluded_names: frozenset[str] = frozenset()
     needs_identity: bool = True
-
-
-def normalise_name(name: str) -> str:
-    """Normalise a name for comparison: written as a label, in lower case, with spaces for `_`."""
-    return (format_label(name) or name).replace("_", " ").strip().lower()
 
 
 def write_index(folder: str, info: ChipSetInfo, chip_filter: ChipFilter) -> ChipSetInfo:

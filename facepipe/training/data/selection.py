@@ -14,8 +14,8 @@ from facepipe.errors import SourceError
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.sorted_lookup import look_up_sorted
+from facepipe.sources.labels import normalise_name
 from facepipe.stages.chips import compute_prominence
-from facepipe.training.data.chip_writer import normalise_name
 from facepipe.training.data.config import DataConfig
 from facepipe.training.data.image_names import ImageNames
 from facepipe.training.data.lists import ListLabels, read_label_list
