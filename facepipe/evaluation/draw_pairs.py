@@ -17,7 +17,7 @@ import numpy as np
 from facepipe import storage
 from facepipe.errors import EvaluationError
 from facepipe.evaluation.pairs import read_subject_rows
-from facepipe.evaluation.pairs_file import CSV_FOLDS, Pair, to_image_name
+from facepipe.evaluation.pairs_file import FOLDS, Pair, to_image_name
 from facepipe.gallery import Gallery
 from facepipe.hashing import hash64
 from facepipe.storage.owned import require_own_list
@@ -70,7 +70,7 @@ def draw_pairs(gallery: Gallery, count: int, seed: int = 0) -> list[Pair]:
         )
     drawn = [pair for both in zip(genuine[:size], impostors[:size], strict=True) for pair in both]
     # Folds as a CSV file of these pairs gets them.
-    fold_size = -(-len(drawn) // CSV_FOLDS)
+    fold_size = -(-len(drawn) // FOLDS)
     return [Pair(left, right, same=n % 2 == 0, fold=n // fold_size) for n, (left, right) in enumerate(drawn)]
 
 

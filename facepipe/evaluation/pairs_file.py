@@ -1,4 +1,4 @@
-"""Read pairs files: LFW's official pairs.txt, and CSV with two file columns and `same`."""
+"""Read pairs files: LFW's official pairs.txt, RFW's, CSV with two file columns and `same`, and insightface's `.bin`."""
 
 import csv
 import io
@@ -6,15 +6,16 @@ import os
 import re
 from typing import NamedTuple
 
-from facepipe.errors import EvaluationError
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
+from facepipe.errors import EvaluationError, StorageError
+from facepipe.sources.containers.verification_set import name_image, read_verification_set
+from facepipe.sources.extensions import IMAGE_EXTENSIONS, VERIFICATION_EXTENSION, get_extension
 
 # Names of the columns that are understood; the first ones that a file has count.
 _FILE_COLUMNS = (("file_x", "file_y"), ("a", "b"), ("left", "right"), ("image1", "image2"), ("img1", "img2"))
 _SAME_COLUMNS = ("same", "issame", "label", "decision", "match")
 _TRUE = ("1", "true", "yes", "same")
 _FALSE = ("0", "false", "no", "different")
-CSV_FOLDS = 10
+FOLDS = 10
 
 
 class Pair(NamedTuple):
@@ -34,11 +35,13 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """Read the pairs of a file.
+    """Read the pairs of a file. The images of a `.bin` are named as in a gallery of it: `lfw.bin/000000`.
 
     Raises:
         EvaluationError: if the file or a line of it cannot be read.
     """
+    if get_extension(os.fspath(path)) == VERIFICATION_EXTENSION:
+        return _read_verification_pairs(os.fspath(path))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
@@ -52,7 +55,25 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     first = lines[0].split()
     if len(first) in (1, 2) and all(word.isdigit() for word in first):
         return _parse_lfw(lines, os.fspath(path))
+    if len(first) in (3, 4) and all(word.isdigit() for word in (first[1], first[2] if len(first) == 3 else first[3])):
+        # RFW's files are LFW's without the first line.
+        per_fold = max(1, -(-len(lines) // FOLDS))
+        return [pair._replace(fold=n // per_fold) for n, pair in enumerate(_parse_lfw_lines(lines, os.fspath(path), 1))]
     return _parse_csv(text, os.fspath(path))
+
+
+def _read_verification_pairs(path: str) -> list[Pair]:
+    """Read the pairs of a verification set, in ten folds of consecutive pairs as insightface does."""
+    try:
+        with open(path, "rb") as file:
+            same = read_verification_set(file).same
+    except (OSError, StorageError) as error:
+        raise EvaluationError(f"cannot read the pairs of {path!r}: {error}") from error
+    name = os.path.basename(path)
+    return [
+        Pair(f"{name}/{name_image(2 * n)}", f"{name}/{name_image(2 * n + 1)}", is_same, n * FOLDS // len(same))
+        for n, is_same in enumerate(same)
+    ]
 
 
 def _parse_lfw(lines: list[str], path: str) -> list[Pair]:
@@ -64,26 +85,33 @@ def _parse_lfw(lines: list[str], path: str) -> list[Pair]:
     words = [int(word) for word in lines[0].split()]
     # Each fold has N pairs of one person and N of two.
     per_fold = 2 * words[-1]
+    pairs = [
+        pair._replace(fold=n // per_fold) for n, pair in enumerate(_parse_lfw_lines(lines[1:], path, first_number=2))
+    ]
+    folds = words[0] if len(words) == 2 else 1
+    if len(pairs) != folds * per_fold:
+        raise EvaluationError(f"{path} announces {folds} folds of {per_fold} pairs and holds {len(pairs)} pairs")
+    return pairs
+
+
+def _parse_lfw_lines(lines: list[str], path: str, first_number: int) -> list[Pair]:
+    """Parse lines `name i j` and `name i name j`, all into fold 0."""
     pairs: list[Pair] = []
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, first_number):
         # A name may hold spaces if tabs separate the fields.
         fields = line.split("\t") if "\t" in line else line.split()
-        fold = len(pairs) // per_fold
         try:
             match fields:
                 case [name, i, j]:
-                    pairs.append(Pair(_build_lfw_name(name, i), _build_lfw_name(name, j), True, fold))
+                    pairs.append(Pair(_build_lfw_name(name, i), _build_lfw_name(name, j), True, 0))
                 case [name, i, other, j]:
-                    pairs.append(Pair(_build_lfw_name(name, i), _build_lfw_name(other, j), False, fold))
+                    pairs.append(Pair(_build_lfw_name(name, i), _build_lfw_name(other, j), False, 0))
                 case []:
                     continue
                 case _:
                     raise ValueError("3 or 4 fields expected")
         except ValueError as error:
             raise EvaluationError(f"{path}, line {number}: {error}: {line!r}") from error
-    folds = words[0] if len(words) == 2 else 1
-    if len(pairs) != folds * per_fold:
-        raise EvaluationError(f"{path} announces {folds} folds of {per_fold} pairs and holds {len(pairs)} pairs")
     return pairs
 
 
@@ -101,11 +129,11 @@ def _parse_csv(text: str, path: str) -> list[Pair]:
     same = next((name for name in _SAME_COLUMNS if name in names), None)
     if files is None or same is None:
         raise EvaluationError(
-            f"{path} is neither LFW's pairs.txt nor a CSV with columns file_x, file_y, same; "
+            f"{path} is neither LFW's pairs.txt, nor a .bin, nor a CSV with columns file_x, file_y, same; "
             f"its first line is {text.splitlines()[0][:80]!r}"
         )
     # Ten folds, the last one perhaps smaller. Line numbers begin at 2, behind the header.
-    fold_size = -(-len(rows) // CSV_FOLDS)
+    fold_size = -(-len(rows) // FOLDS)
     left, right = files
     return [
         Pair(

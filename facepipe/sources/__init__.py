@@ -7,7 +7,13 @@ from typing import Literal
 
 from facepipe.errors import SourceError
 from facepipe.sources.expand import Expander
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_web_url
+from facepipe.sources.extensions import (
+    ARCHIVE_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    VERIFICATION_EXTENSION,
+    get_extension,
+    is_web_url,
+)
 from facepipe.sources.folder import FolderSource
 from facepipe.sources.glob import open_glob
 from facepipe.sources.identity import IdentityRule
@@ -24,7 +30,10 @@ from facepipe.text import escape_undecodable
 
 SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
-_PARQUET_EXTENSIONS = ("parquet", "pq")
+_TABLE_EXTENSIONS = ("parquet", "pq", "arrow")
+# What lies beside the tables of a dataset of Hugging Face: in a clone, and in what `save_to_disk` writes.
+_DATASET_FILES = frozenset({"README.md", "LICENSE", "LICENSE.txt", "dataset_infos.json"})
+_SAVED_DATASET_FILES = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
 _SAMPLED_FILES = 1000  # of a folder, to see whether it holds Parquet files
 _MAX_PARTITIONS = 8  # levels of folders such as year=2024 above the files
 
@@ -36,7 +45,8 @@ class SourceConfig:
     """Where the images are.
 
     Attributes:
-        uri: A folder, a glob, an s3:// prefix, a .parquet file or folder, a .tar, or a list file.
+        uri: A folder, a glob, an s3:// prefix, a .parquet or .arrow file or a folder of them, a list file, a .tar,
+            .zip, .rec or .bin.
         kind: How to read it; auto decides from the uri.
         identity: Where labels come from: folder, filename (left of the last `_`), label (of the list), none, or auto:
             the label in a list, a table or beside the image, else the folder's name if images lie exactly one folder
@@ -91,7 +101,9 @@ def _open_listing(config: SourceConfig, label_column: str | None) -> Listing:
         return Selection(_to_patterns(config.include), _to_patterns(config.exclude), named)
 
     def make_expander(named: tuple[str, ...] = ()) -> Expander:
-        return Expander(config.identity, label_column, make_selection(named))
+        takes_verification_sets = kind == "glob"
+        selection = make_selection(named)
+        return Expander(config.identity, label_column, selection, takes_verification_sets=takes_verification_sets)
 
     match kind:
         case "list":
@@ -146,30 +158,31 @@ def _detect_kind(uri: str) -> SourceKind:
         raise SourceError("no source given")
     # The extension decides before the disk does, because a Parquet file may lie in a store.
     extension = get_extension(uri.rstrip("/"))
-    if extension in _PARQUET_EXTENSIONS:
+    if extension in _TABLE_EXTENSIONS:
         return "parquet"
     if is_remote(uri):
         return "object_store"
     if os.path.isdir(uri):
-        return "parquet" if _holds_parquet(uri) else "folder"
+        return "parquet" if _holds_tables(uri) else "folder"
     if os.path.exists(uri):
         if extension in LIST_EXTENSIONS:
             return "list"
-        if extension == "tar" or extension in IMAGE_EXTENSIONS:
+        if extension in (*ARCHIVE_EXTENSIONS, VERIFICATION_EXTENSION) or extension in IMAGE_EXTENSIONS:
             return "glob"
         raise SourceError(
             f"unsupported source {uri!r}: expected a folder, an image, a list ({', '.join(LIST_EXTENSIONS)}), "
-            "a .parquet or a .tar file"
+            "a .parquet, .tar, .zip, .rec or .bin file"
         )
     if any(character in uri for character in "*?["):
         return "glob"
     raise SourceError(f"no such file or folder: {uri!r}")
 
 
-def _holds_parquet(folder: str, level: int = 0) -> bool:
-    """Tell whether a folder holds Parquet files, and nothing else that could be a source.
+def _holds_tables(folder: str, level: int = 0) -> bool:
+    """Tell whether a folder holds Parquet or Arrow files, and nothing else that could be a source.
 
-    They may lie below folders such as `identity=ann`, which are columns.
+    They may lie below folders such as `identity=ann`, which are columns, and in the folders of a dataset of Hugging
+    Face.
     """
     with os.scandir(folder) as entries:
         names = [entry.name for entry in islice(entries, _SAMPLED_FILES)]
@@ -177,6 +190,12 @@ def _holds_parquet(folder: str, level: int = 0) -> bool:
     names = [name for name in names if not name.startswith((".", "_"))]
     if names and level < _MAX_PARTITIONS and all("=" in name for name in names):
         folders = [path for path in (os.path.join(folder, name) for name in names) if os.path.isdir(path)]
-        return bool(folders) and _holds_parquet(folders[0], level + 1)
+        return bool(folders) and _holds_tables(folders[0], level + 1)
+    is_dataset = bool(_SAVED_DATASET_FILES.intersection(names)) or "README.md" in names or names == ["data"]
+    if is_dataset and level < _MAX_PARTITIONS:
+        names = [name for name in names if name not in _DATASET_FILES | _SAVED_DATASET_FILES]
+        folders = [path for path in (os.path.join(folder, name) for name in names) if os.path.isdir(path)]
+        if folders and len(folders) == len(names):
+            return all(_holds_tables(path, level + 1) for path in folders)
     extensions = {get_extension(name) for name in names}
-    return bool(extensions) and extensions <= set(_PARQUET_EXTENSIONS)
+    return bool(extensions) and extensions <= set(_TABLE_EXTENSIONS)

@@ -1,9 +1,18 @@
-"""From a listed file to its work items: an image is one item, a tar shard one item per member, anything else none."""
+"""From a listed file to its work items: an image is one item, an archive one item per member, anything else none."""
 
 import os
 from collections.abc import Callable, Iterable
 
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
+from facepipe.sources.containers.record_io import RecordReader
+from facepipe.sources.containers.verification_set import list_verification_images
+from facepipe.sources.containers.zip_archive import ZipReader
+from facepipe.sources.extensions import (
+    ARCHIVE_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    VERIFICATION_EXTENSION,
+    get_extension,
+    is_hidden,
+)
 from facepipe.sources.identity import IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, make_broken_item, make_file_uri
 from facepipe.sources.selection import ARCHIVE, OTHER, PassedOver, Selection, is_closed_archive
@@ -14,7 +23,7 @@ FolderExpander = Callable[[str, bytes, str], WorkItem | None]
 
 
 class Expander:
-    """Turns files into items, and counts those that are neither image nor tar.
+    """Turns files into items, and counts those that are neither image nor archive.
 
     The content decides later what a file holds. The extension only keeps text and metadata files out.
 
@@ -24,7 +33,12 @@ class Expander:
     """
 
     def __init__(
-        self, identity: IdentityRule = "auto", label_column: str | None = None, selection: Selection | None = None
+        self,
+        identity: IdentityRule = "auto",
+        label_column: str | None = None,
+        selection: Selection | None = None,
+        *,
+        takes_verification_sets: bool = False,
     ):
         """Make an expander.
 
@@ -32,11 +46,14 @@ class Expander:
             identity: where labels come from.
             label_column: key of the label in a member `KEY.json`; by default the first known one.
             selection: which files are listed; by default all but those of systems.
+            takes_verification_sets: whether `.bin` files are listed, which lie beside training sets.
         """
         self.selection = selection or Selection()
         self.passed_over = PassedOver()
         self._identify = make_identity_rule(identity)
         self._tar_reader = TarReader(self._identify, label_column, self.selection, self.passed_over)
+        self._zip_reader = ZipReader(self._identify, self.selection, self.passed_over)
+        self._takes_verification_sets = takes_verification_sets
         self._is_shared_label = identity != "filename"  # by all files of a folder
 
     def expand_file(
@@ -50,23 +67,35 @@ class Expander:
             fingerprint: changes if the file may have changed.
             is_special: the file is a device, FIFO or socket, and must not be opened.
         """
-        # Files that are neither image nor tar are counted and left out.
+        # Files that are neither image nor archive are counted and left out.
         extension = get_extension(relative)
-        if is_hidden(relative) or not (extension in IMAGE_EXTENSIONS or extension == "tar"):
+        if is_hidden(relative) or not self._takes(extension):
             is_archive = is_closed_archive(relative)
             self.passed_over.add(ARCHIVE if is_archive else OTHER, relative if is_archive else "")
             return ()
         if is_special:
             return (make_broken_item(path, "not a regular file"),)
-        if extension == "tar":
-            return self._tar_reader.list_items(os.fsdecode(path), relative)
+        match extension:
+            case "tar":
+                return self._tar_reader.list_items(os.fsdecode(path), relative)
+            case "zip":
+                return self._zip_reader.list_items(os.fsdecode(path), relative)
+            case "rec":
+                return RecordReader(self._identify).list_items(os.fsdecode(path))
+            case "bin":
+                return list_verification_images(os.fsdecode(path))
         encoded = path if isinstance(path, bytes) else os.fsencode(path)
         identity = self._identify(relative, None)
         return (WorkItem(make_file_uri(path), encoded, fingerprint=fingerprint, identity=identity),)
 
+    def _takes(self, extension: str) -> bool:
+        if extension == VERIFICATION_EXTENSION:
+            return self._takes_verification_sets
+        return extension in IMAGE_EXTENSIONS or extension in ARCHIVE_EXTENSIONS
+
     def reject_file(self, relative: str) -> str | None:
         """Return why patterns leave a file out; None if they do not. What is in a tar is asked for by its own name."""
-        if get_extension(relative) == "tar":
+        if get_extension(relative) in ARCHIVE_EXTENSIONS:
             return self.selection.reject_container(relative)
         return self.selection.reject_file(relative)
 

@@ -9,6 +9,15 @@ IMAGE_EXTENSIONS = frozenset(
     | {"avif", "jp2", "j2k", "jpx", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "hif", "jxl"}
 )
 
+ARCHIVE_EXTENSIONS = frozenset({"tar", "zip", "rec"})
+"""Files that hold many images, and are listed wherever they lie."""
+
+VERIFICATION_EXTENSION = "bin"
+"""Verification sets of insightface. They are listed only if they are named, and not beside a training set."""
+
+CONTAINER_PATTERN = "tar|zip|rec|bin|parquet|pq|arrow"
+"""Extensions of the files whose images have uris with `#`, as a part of a regular expression."""
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 

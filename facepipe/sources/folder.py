@@ -6,7 +6,7 @@ from itertools import islice
 from stat import S_ISREG
 
 from facepipe.sources.expand import Expander, FolderExpander
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
+from facepipe.sources.extensions import ARCHIVE_EXTENSIONS, IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.sources.selection import EXCLUDED
 from facepipe.storage import describe_error, get_local_fingerprint, is_special_mode
@@ -168,7 +168,7 @@ def _find_problem(entry: "os.DirEntry[bytes]", name: str) -> str:
     Such is a link to a folder of a disk that is not mounted. Its images must not count as gone.
     """
     extension = get_extension(name)
-    if is_hidden(name) or extension in IMAGE_EXTENSIONS or extension == "tar":
+    if is_hidden(name) or extension in IMAGE_EXTENSIONS or extension in ARCHIVE_EXTENSIONS:
         return ""  # listed as a file: reading it will say why
     # A link that leads nowhere counts as no folder, so it is looked up.
     try:

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
-from facepipe.sources.extensions import is_foreign_url
+from facepipe.sources.extensions import CONTAINER_PATTERN, is_foreign_url
 from facepipe.sources.number_ranges import NumberRanges
 from facepipe.storage import is_remote
 
 # A path that looks like a container's member: archive.tar#name.
-_MEMBER_LIKE = re.compile(rb"\.(?:tar|parquet|pq)#", re.IGNORECASE)
+_MEMBER_LIKE = re.compile(rf"\.(?:{CONTAINER_PATTERN})#".encode(), re.IGNORECASE)
 
 
 class WorkItem(NamedTuple):

@@ -1,4 +1,4 @@
-"""Parquet in: rows that name images (`uri`) or hold them (`bytes`), with an optional `identity`."""
+"""Tables in: rows that name images (`uri`) or hold them (`bytes`), with an optional `identity`; Parquet or Arrow."""
 
 import os
 import posixpath
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from facepipe.errors import SourceError, StorageError
 from facepipe.hashing import hash64
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_foreign_url, is_web_url
+from facepipe.sources.containers.arrow_stream import ArrowTable
+from facepipe.sources.extensions import ARCHIVE_EXTENSIONS, IMAGE_EXTENSIONS, get_extension, is_foreign_url, is_web_url
 from facepipe.sources.hugging_face import list_image_columns, read_class_names
 from facepipe.sources.identity import Identify, IdentityRule, make_identity_rule, read_partitions
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
@@ -36,6 +37,7 @@ from facepipe.storage import (
 from facepipe.storage.redact import redact
 
 URI_COLUMNS = ("uri", "path", "file", "image_path", "image", "url")
+TABLE_ENDINGS = (".parquet", ".pq", ".arrow")
 BYTES_COLUMNS = ("bytes", "image", "jpg", "content")
 HOLDS_IMAGE = "it holds an image as text where the image's name should be: store images as binary"
 _BATCH_ROWS = 8192
@@ -49,7 +51,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}=*\s*")
 
 
 class ParquetSource:
-    """Rows of a Parquet file, or of every `.parquet` file in a folder or under a prefix.
+    """Rows of a Parquet file, or of every `.parquet` file in a folder or under a prefix. Arrow files on a disk too.
 
     With a bytes column the item is (file, row number): workers read the bytes, the lister never does. A uri column, or
     the path beside the bytes (Hugging Face), then only names the row. Relative uris are relative to the Parquet file's
@@ -112,15 +114,18 @@ class ParquetSource:
                 with open_seekable(path) as file:
                     # The fingerprint of the file that is open: another one may have its name before it is read.
                     fingerprint = get_open_fingerprint(file)
-                    yield from self._list_rows(path, pq.ParquetFile(file), fingerprint, relative)
+                    yield from self._list_rows(path, _open_table(path, file), fingerprint, relative)
             except (StorageError, OSError, ValueError) as error:
                 # pyarrow's errors are ValueErrors and OSErrors. A SourceError passes, because it concerns every file.
-                yield make_broken_item(path, f"parquet cannot be read to its end: {get_first_line(error)}")
+                kind = "arrow" if get_extension(path) == "arrow" else "parquet"
+                yield make_broken_item(path, f"{kind} cannot be read to its end: {get_first_line(error)}")
         # A folder that cannot be listed is a row: images in it must not count as gone.
         for problem in unlisted:
             yield make_broken_item(problem.filename, f"folder cannot be read: {describe_error(problem)}")
 
-    def _list_rows(self, path: str, file: pq.ParquetFile, fingerprint: str, relative: str) -> Iterator[WorkItem]:
+    def _list_rows(
+        self, path: str, file: pq.ParquetFile | ArrowTable, fingerprint: str, relative: str
+    ) -> Iterator[WorkItem]:
         """Yield one item per row of a file, whose path below the source's root is given for patterns."""
         # Pick the columns by their names.
         schema = file.schema_arrow
@@ -145,7 +150,11 @@ class ParquetSource:
         columns = [name for name in (uri_column, labels.column) if name]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
             uris = _read_names(batch, uri_column) if uri_column else [None] * batch.num_rows
-            for name, label in zip(uris, labels.read(batch), strict=True):
+            # In Arrow an image is a range of bytes; in Parquet workers find it by its row.
+            places: Sequence[tuple[int, int] | None] = [None] * batch.num_rows
+            if isinstance(file, ArrowTable) and bytes_column:
+                places = file.locate(batch, bytes_column)
+            for name, label, place in zip(uris, labels.read(batch), places, strict=True):
                 # What holds an image is no name.
                 text = None if name is None else str(name)
                 is_name = text is not None and not holds_image(text)
@@ -159,7 +168,11 @@ class ParquetSource:
                 elif bytes_column:
                     # The row number tells apart rows with the same name, such as 1.jpg of two people.
                     uri = make_member_uri(container, f"{row}/{shorten_name(short_name)}" if is_name else str(row))
-                    yield WorkItem(uri, encoded_path, row, None, f"{fingerprint}@{row}", identity)
+                    if isinstance(file, ArrowTable) and place is None:
+                        yield WorkItem(uri, encoded_path, identity=identity, listing_error="the row holds no bytes")
+                    else:
+                        offset, length = place or (row, None)
+                        yield WorkItem(uri, encoded_path, offset, length, f"{fingerprint}@{row}", identity)
                 elif not text or not is_name:
                     problem = HOLDS_IMAGE if text else "the row names no image"
                     yield make_broken_item(path, problem, str(row))._replace(identity=identity)
@@ -309,7 +322,7 @@ def walk_parquet_files(path: str, on_error: Callable[[OSError], object] = raise_
     elif os.path.isdir(path):
         for folder, folders, names in os.walk(path, onerror=on_error):
             folders[:] = sorted(name for name in folders if not name.startswith(("_", ".")))
-            yield from (os.path.join(folder, name) for name in sorted(names) if name.endswith((".parquet", ".pq")))
+            yield from (os.path.join(folder, name) for name in sorted(names) if name.endswith(TABLE_ENDINGS))
     else:
         yield path
 
@@ -342,7 +355,7 @@ def list_parquet_files(path: str) -> ParquetListing:
         if name.endswith((".parquet", ".pq")):
             files.append(name)
             continue
-        if not files and get_extension(name) in (*IMAGE_EXTENSIONS, "tar"):
+        if not files and get_extension(name) in (*IMAGE_EXTENSIONS, *ARCHIVE_EXTENSIONS):
             return ParquetListing(())
         other = other or name
         other_count += 1
@@ -369,12 +382,16 @@ def _is_mark(name: str) -> bool:
     return name.startswith((".", "_")) or "/." in name or "/_" in name
 
 
+def _open_table(path: str, file: BinaryIO) -> pq.ParquetFile | ArrowTable:
+    return ArrowTable(file) if get_extension(path) == "arrow" else pq.ParquetFile(file)
+
+
 def names_images_elsewhere(path: str) -> bool:
     """Tell whether the rows of a Parquet source name images and hold none; False if it cannot be read."""
     try:
         for name in walk_parquet_files(path):
             with open_seekable(name) as file:
-                return find_bytes_column(pq.ParquetFile(file).schema_arrow) is None
+                return find_bytes_column(_open_table(name, file).schema_arrow) is None
     except (StorageError, OSError, ValueError):
         return False
     return False

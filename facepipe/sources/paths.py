@@ -8,11 +8,12 @@ from urllib.parse import unquote_to_bytes
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from facepipe.sources.extensions import CONTAINER_PATTERN
 from facepipe.sources.item import make_file_uri
 from facepipe.storage import is_remote
 
 # The uri of a member: the container, its extension, and # before the name.
-_MEMBER = re.compile(r"(.*?\.(?:tar|parquet|pq))(#.*)", re.IGNORECASE | re.DOTALL)
+_MEMBER = re.compile(rf"(.*?\.(?:{CONTAINER_PATTERN}))(#.*)", re.IGNORECASE | re.DOTALL)
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -131,7 +131,7 @@ def place_parquet(path: str, *, is_open: bool) -> SourcePlace:
         is_open: whether its rows name images, which may lie anywhere, and hold none.
     """
     root = to_absolute(path).rstrip("/")
-    folder = os.path.dirname(root) if root.endswith((".parquet", ".pq")) else root
+    folder = os.path.dirname(root) if root.endswith((".parquet", ".pq", ".arrow")) else root
     return SourcePlace(root, folder, os.path.basename(path.rstrip("/")), is_open=is_open)
 
 

@@ -5,13 +5,17 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
+from facepipe.sources.containers.record_io import RecordReader
+from facepipe.sources.containers.verification_set import list_verification_images
+from facepipe.sources.containers.zip_archive import ZipReader
+from facepipe.sources.extensions import CONTAINER_PATTERN
 from facepipe.sources.item import WorkItem
 from facepipe.sources.parquet import ParquetSource
 from facepipe.sources.selection import Selection
 from facepipe.sources.tar import TarReader
 
 # The uri of a member: the container, its extension, and # before the name.
-_MEMBER = re.compile(r"(.*?\.(tar|parquet|pq))#.*", re.IGNORECASE | re.DOTALL)
+_MEMBER = re.compile(rf"(.*?\.({CONTAINER_PATTERN}))#.*", re.IGNORECASE | re.DOTALL)
 
 
 class ImageLocator:
@@ -47,9 +51,22 @@ class ImageLocator:
 
 def _list_container(container: str, extension: str) -> Iterator[WorkItem]:
     path = os.fsdecode(_to_path(container))
-    if extension == "tar":
-        return TarReader(lambda path, label: None, selection=Selection(system_folders=True)).list_items(path)
-    return iter(ParquetSource(path, "none"))
+    selection = Selection(system_folders=True)
+    match extension:
+        case "tar":
+            return TarReader(_identify_nobody, selection=selection).list_items(path)
+        case "zip":
+            return ZipReader(_identify_nobody, selection=selection).list_items(path)
+        case "rec":
+            return RecordReader(_identify_nobody).list_items(path)
+        case "bin":
+            return list_verification_images(path)
+        case _:
+            return iter(ParquetSource(path, "none"))
+
+
+def _identify_nobody(path: str, label: object) -> None:
+    return None
 
 
 def _to_path(uri: str) -> bytes:

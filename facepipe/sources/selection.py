@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from facepipe.errors import ConfigError
-from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension
+from facepipe.sources.extensions import ARCHIVE_EXTENSIONS, IMAGE_EXTENSIONS, get_extension
 from facepipe.sources.patterns import translate_glob
 
 # Folders of thumbnails, bins and snapshots that file servers, desktops and archivers make. All dot folders are, too.
@@ -37,9 +37,9 @@ SYSTEM_FOLDER = "in folders of thumbnails, bins or snapshots"
 EXCLUDED = "excluded by source.exclude"
 NOT_INCLUDED = "not named by source.include"
 NESTED_ARCHIVE = "archives inside archives"
-ARCHIVE = "archives that are not .tar"
+ARCHIVE = "archives of kinds that are not read"
 OTHER = "other files"
-_ARCHIVE = re.compile(r".*\.(?:tgz|tbz2?|txz|zip|rar|7z|tar\.(?:gz|bz2|xz|zst|lz4))", re.IGNORECASE | re.DOTALL)
+_ARCHIVE = re.compile(r".*\.(?:tgz|tbz2?|txz|rar|7z|tar\.(?:gz|bz2|xz|zst|lz4))", re.IGNORECASE | re.DOTALL)
 
 
 class Selection:
@@ -196,6 +196,11 @@ class PassedOver:
             return ()
         remedy = ". To list such a folder name it in source.include" if self.counts[SYSTEM_FOLDER] else ""
         return (f"passed over: {'; '.join(parts)}{remedy}",)
+
+
+def is_archive(name: str) -> bool:
+    """Tell from its name whether a file is an archive, read or not."""
+    return get_extension(name) in ARCHIVE_EXTENSIONS or is_closed_archive(name)
 
 
 def is_closed_archive(name: str) -> bool:

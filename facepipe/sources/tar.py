@@ -14,7 +14,7 @@ from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidd
 from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
 from facepipe.sources.labels import LABEL_COLUMNS, format_label
-from facepipe.sources.selection import NESTED_ARCHIVE, OTHER, PassedOver, Selection, is_closed_archive
+from facepipe.sources.selection import NESTED_ARCHIVE, OTHER, PassedOver, Selection, is_archive
 from facepipe.storage import get_open_fingerprint, is_special_file, open_seekable
 
 # In the order in which they count.
@@ -139,8 +139,8 @@ class TarReader:
             if extension in _LABEL_EXTENSIONS:
                 sample.labels[extension] = self._read_label(file, member, extension)
             elif extension not in IMAGE_EXTENSIONS or is_hidden(member.name):
-                is_archive = extension == "tar" or is_closed_archive(member.name)
-                self._passed_over.add(NESTED_ARCHIVE if is_archive else OTHER, member.name if is_archive else "")
+                is_nested = is_archive(member.name)
+                self._passed_over.add(NESTED_ARCHIVE if is_nested else OTHER, member.name if is_nested else "")
             elif rejection := self._reject_member(member.name, container):
                 self._passed_over.add(rejection)
             else:

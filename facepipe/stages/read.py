@@ -1,5 +1,6 @@
 """Read: from work items to bytes and content hashes."""
 
+import os
 import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from facepipe.arrow import pack_arrays, set_columns
 from facepipe.errors import ConfigError, MissingPackageError, StorageError
 from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, REPLACED, TOO_LARGE, TOUCHED, UNCHANGED
+from facepipe.sources.containers.unpack import unpack_member
 from facepipe.sources.parquet import find_bytes_column, get_first_line
 
 # Rows of a Parquet file in memory at a time.
@@ -166,7 +168,10 @@ class Read:
         # A member's place is known in the tar that was listed only. A file of its own may be newer than its listing.
         expected = None if item["offset"] is None else get_container_fingerprint(item["fingerprint"])
         try:
-            return ReadResult(storage.read(item["path"], item["offset"], item["length"], self.max_bytes, expected), OK)
+            data = storage.read(item["path"], item["offset"], item["length"], self.max_bytes, expected)
+            if item["offset"] is not None:
+                data = unpack_member(os.fsdecode(item["path"]), data, self.max_bytes)
+            return ReadResult(data, OK)
         except storage.TooLargeError as error:
             return ReadResult(None, TOO_LARGE, str(error))
         except storage.ReplacedError as error:

@@ -13,12 +13,13 @@ import pyarrow.csv as csv
 from facepipe import storage
 from facepipe.errors import SourceError
 from facepipe.hashing import hash64
+from facepipe.sources.extensions import CONTAINER_PATTERN
 from facepipe.sources.list_file import ListSource
 from facepipe.text import restore_cell
 from facepipe.types import Int32
 
 # A uri or path that names a member of a container.
-MEMBER = re.compile(r"(.*?\.(?:tar|parquet|pq))#(.*)", re.IGNORECASE | re.DOTALL)
+MEMBER = re.compile(rf"(.*?\.(?:{CONTAINER_PATTERN}))#(.*)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)

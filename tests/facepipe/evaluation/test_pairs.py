@@ -1,7 +1,10 @@
 """Verification figures against brute force and scikit-style definitions, and the reading of pairs files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from archives import write_verification_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,3 +109,25 @@ def test_csv(tmp_path) -> None:
         ("a", "f/b", True),
         ("c", "d", False),
     ]
+
+
+def test_pairs_of_a_verification_set(tmp_path: Path) -> None:
+    path = tmp_path / "lfw.bin"
+    same = [n % 3 != 0 for n in range(40)]
+    write_verification_set(path, [bytes([n]) for n in range(80)], same)
+    pairs = read_pairs(path)
+    assert [pair.same for pair in pairs] == same
+    assert pairs[3][:2] == ("lfw.bin/000006", "lfw.bin/000007")
+    assert [pair.fold for pair in pairs] == [n // 4 for n in range(40)]
+    path.write_bytes(b"features")
+    with pytest.raises(EvaluationError, match=r"lfw\.bin.*not a verification set"):
+        read_pairs(path)
+
+
+def test_lfw_lines_without_a_first_line(tmp_path: Path) -> None:
+    """RFW's pairs: the same lines, ten folds."""
+    path = tmp_path / "Asian_pairs.txt"
+    path.write_text("m.01\t1\t2\n" * 10 + "m.01\t1\tm.02\t3\n" * 10)
+    pairs = read_pairs(path)
+    assert pairs[0] == ("m.01/m.01_0001", "m.01/m.01_0002", True, 0)
+    assert pairs[-1] == ("m.01/m.01_0001", "m.02/m.02_0003", False, 9)

@@ -1,0 +1,225 @@
+"""One small corpus in the layouts that people hold: the same images, the same labels, no errors."""
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from archives import write_records, write_verification_set
+
+from facepipe.hashing import compute_image_id
+from facepipe.schema import OK, WORK_ITEM
+from facepipe.sources import SourceConfig, WorkItem, open_source
+from facepipe.sources.relocate import ImageLocator
+from facepipe.stages.read import Read
+
+PERSONS = ("7", "12", "31", "104")
+IMAGES = [
+    (
+        f"{person}/{n}.jpg",
+        b"\xff\xd8" + np.random.default_rng([int(person), n]).bytes(500 + 37 * n) + b"\xff\xd9",
+        person,
+    )
+    for person in PERSONS
+    for n in range(3)
+]
+FEATURES = {"image": {"_type": "Image"}, "label": {"names": list(PERSONS), "_type": "ClassLabel"}}
+HF_SCHEMA = pa.schema(
+    [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
+    metadata={b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()},
+)
+
+
+def make_hf_table() -> pa.Table:
+    rows = [{"image": {"bytes": data, "path": name}, "label": PERSONS.index(label)} for name, data, label in IMAGES]
+    return pa.Table.from_pylist(rows, HF_SCHEMA)
+
+
+def write_folder(root: Path) -> Path:
+    for name, data, _ in IMAGES:
+        (root / "faces" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "faces" / name).write_bytes(data)
+    return root / "faces"
+
+
+def write_list(root: Path, name: str, line: Callable[[int, str, str], str], header: str = "") -> Path:
+    write_folder(root)
+    text = header + "".join(f"{line(n, f'faces/{image}', label)}\n" for n, (image, _, label) in enumerate(IMAGES))
+    (root / name).write_text(text)
+    return root / name
+
+
+def write_tar(root: Path, describe: Callable[[str], tuple[str, bytes]] | None) -> Path:
+    with tarfile.open(root / "faces.tar", "w") as archive:
+
+        def add(name: str, data: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+        for n, (name, data, label) in enumerate(IMAGES):
+            add(f"{n:05}.jpg" if describe else name, data)
+            if describe:
+                ending, text = describe(label)
+                add(f"{n:05}.{ending}", text)
+    return root / "faces.tar"
+
+
+def write_zip(root: Path, method: int) -> Path:
+    with zipfile.ZipFile(root / "faces.zip", "w", method) as archive:
+        for name, data, _ in IMAGES:
+            archive.writestr(name, data)
+    return root / "faces.zip"
+
+
+def write_records_folder(root: Path, *, index: bool) -> Path:
+    """A folder as insightface's: the training set, its list, and verification sets that are no part of it."""
+    folder = root / "faces_emore"
+    folder.mkdir()
+    write_records(folder / "train.rec", [(data, int(label)) for _, data, label in IMAGES], index=index)
+    (folder / "property").write_text("4,112,112")
+    (folder / "train.lst").write_text("1\tfaces/a.jpg\t7\n")
+    write_verification_set(folder / "lfw.bin", [b"\xff\xd8other", b"\xff\xd8another"], [True])
+    return folder
+
+
+def write_parquet(root: Path, table: pa.Table) -> Path:
+    pq.write_table(table, root / "faces.parquet", row_group_size=5)
+    return root / "faces.parquet"
+
+
+def make_plain_table(*columns: str) -> pa.Table:
+    write = {
+        "uri": [f"faces/{name}" for name, _, _ in IMAGES],
+        "bytes": [data for _, data, _ in IMAGES],
+        "identity": [label for _, _, label in IMAGES],
+    }
+    return pa.table({name: write[name] for name in columns})
+
+
+def write_uris(root: Path) -> Path:
+    write_folder(root)
+    return write_parquet(root, make_plain_table("uri", "identity"))
+
+
+def write_partitions(root: Path) -> Path:
+    for person in PERSONS:
+        folder = root / "set" / f"identity={person}"
+        folder.mkdir(parents=True)
+        rows = [data for _, data, label in IMAGES if label == person]
+        pq.write_table(pa.table({"bytes": rows}), folder / "part-0.parquet")
+    return root / "set"
+
+
+def write_arrow(path: Path, *, stream: bool = True) -> Path:
+    """As `datasets.Dataset.save_to_disk` writes it: a stream of uncompressed batches."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with make(str(path), HF_SCHEMA) as writer:
+        writer.write_table(make_hf_table(), max_chunksize=5)
+    return path
+
+
+def write_saved_dataset(root: Path, split: str = "") -> Path:
+    folder = root / "saved" / split
+    write_arrow(folder / "data-00000-of-00001.arrow")
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_info.json").write_text("{}")
+    if split:
+        (root / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    return root / "saved"
+
+
+def write_clone(root: Path) -> Path:
+    folder = root / "clone"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: other\n---\n")
+    (folder / ".gitattributes").write_text("*.parquet filter=lfs\n")
+    pq.write_table(make_hf_table(), folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+def write_set(root: Path) -> Path:
+    write_verification_set(root / "lfw.bin", [data for _, data, _ in IMAGES], [True] * 6, 4)
+    return root / "lfw.bin"
+
+
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "a folder per person": write_folder,
+    "list: path label": lambda root: write_list(root, "faces.txt", lambda n, path, label: f"{path} {label}"),
+    "list: csv": lambda root: write_list(
+        root, "faces.csv", lambda n, path, label: f"{path},{label}", "path,identity\n"
+    ),
+    "list of insightface": lambda root: write_list(root, "faces.lst", lambda n, path, label: f"1\t{path}\t{label}"),
+    "list of MXNet": lambda root: write_list(root, "faces.lst", lambda n, path, label: f"{n}\t{label}.0\t{path}"),
+    "tar: folders": lambda root: write_tar(root, None),
+    "tar: .cls": lambda root: write_tar(root, lambda label: ("cls", label.encode())),
+    "tar: .json": lambda root: write_tar(root, lambda label: ("json", json.dumps({"identity": label}).encode())),
+    "zip: stored": lambda root: write_zip(root, zipfile.ZIP_STORED),
+    "zip: deflated": lambda root: write_zip(root, zipfile.ZIP_DEFLATED),
+    ".rec with .idx": lambda root: write_records_folder(root, index=True) / "train.rec",
+    ".rec alone": lambda root: write_records_folder(root, index=False) / "train.rec",
+    "folder of insightface": lambda root: write_records_folder(root, index=True),
+    "Parquet: bytes": lambda root: write_parquet(root, make_plain_table("bytes", "identity")),
+    "Parquet: paths": write_uris,
+    "Parquet: Hugging Face": lambda root: write_parquet(root, make_hf_table()),
+    "Parquet: partitions": write_partitions,
+    "clone from Hugging Face": write_clone,
+    "save_to_disk": write_saved_dataset,
+    "save_to_disk of splits": lambda root: write_saved_dataset(root, "train"),
+    "Arrow file": lambda root: write_arrow(root / "faces.arrow", stream=False),
+    ".bin": write_set,
+}
+
+
+def list_and_read(path: Path) -> tuple[list[WorkItem], list[tuple[str | None, str | None]]]:
+    """List a source, and read every item: (image id, label) in the order of the listing."""
+    items = list(open_source(SourceConfig(str(path))))
+    columns = list(zip(*items, strict=True))
+    table = pa.table(
+        {
+            name: pa.array(column, WORK_ITEM.field(name).type)
+            for name, column in zip(WorkItem._fields, columns, strict=True)
+        }
+    )
+    table = table.append_column("previous", pa.nulls(len(items), pa.uint64()))
+    read = Read()(table)
+    assert read["status"].to_pylist() == [OK] * len(items), read["error"].to_pylist()
+    labels = [None if item.identity is None else str(item.identity) for item in items]
+    return items, list(zip(read["image_id"].to_pylist(), labels, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_images_and_labels(tmp_path: Path, layout: str) -> None:
+    path = LAYOUTS[layout](tmp_path)
+    items, found = list_and_read(path)
+    has_labels = layout != ".bin"
+    expected = {(compute_image_id(data), label if has_labels else None) for _, data, label in IMAGES}
+    assert len(found) == len(expected)
+    assert set(found) == expected
+    # Uris are names, and the same in every listing.
+    assert len({item.uri for item in items}) == len(items)
+    assert all(len(item.uri) < 300 + len(os.fspath(tmp_path)) for item in items)
+    assert [item.uri for item in open_source(SourceConfig(str(path)))] == [item.uri for item in items]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_image_is_found_again_by_its_uri(tmp_path: Path, layout: str) -> None:
+    """As a review page and a retry of one image do."""
+    items, _ = list_and_read(LAYOUTS[layout](tmp_path))
+    locator = ImageLocator()
+    for item in items:
+        found = locator.locate_image(item.uri, item.fingerprint)
+        assert (found.path, found.offset, found.length, found.listing_error) == (
+            item.path,
+            item.offset,
+            item.length,
+            None,
+        )
