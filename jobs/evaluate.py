@@ -105,7 +105,15 @@ def index(
     ] = None,
     recall: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, max=1, help="Recall@10 of the searches.", show_default="the index's"),
+        typer.Option(min=0, max=1, help="Recall to choose the settings for.", show_default="the index's"),
+    ] = None,
+    k: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option("-k", "--k", min=1, help="Neighbours to measure; repeatable.", show_default="1, 10, 100, 1000"),
+    ] = None,
+    radius: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(min=0, max=2, help="Distance to measure; repeatable.", show_default="some by the faces"),
     ] = None,
     picture: Annotated[
         Optional[str],  # noqa: UP045
@@ -115,18 +123,20 @@ def index(
 ) -> None:
     """Measure the search index.
 
-    Figures are recall against exact search, queries per second, and bytes per vector. Identification is measured if the
-    gallery has labels.
+    Figures are recall against exact search for several numbers of neighbours and radii, queries per second, and bytes
+    per vector. Identification is measured if the gallery has labels.
 
     For example:
 
         facepipe evaluate index gallery/ --picture recall.png
+
+        facepipe evaluate index gallery/ -k 50 --radius 0.4
     """
     with exit_on_error():
         from facepipe.evaluation.index import evaluate_index
         from facepipe.gallery import Gallery
 
-        result = evaluate_index(Gallery(gallery), queries, recall, picture)
+        result = evaluate_index(Gallery(gallery), queries, recall, picture, ks=k, radii=radius)
         print_result(result.to_dict(), as_json=as_json, print_text=lambda: _print_index(gallery, result))
 
 
@@ -154,6 +164,19 @@ def _print_index(gallery: str, result: Any) -> None:
             missed = "no mated searches" if point.fnir is None else f"{point.fnir:.4f}"
             rows.append((f"FNIR at FPIR {point.fpir:g}", f"{missed} (distance <= {point.threshold:.4f})"))
     print_table(f"index of {gallery}", ("", ""), rows)
+
+    # Recall of what may be asked for.
+    asked = [
+        (
+            f"{one.k} nearest" if one.k is not None else f"within {one.radius:g}",
+            f"{one.nprobe}, {one.rescore}",
+            "nobody is so near" if one.recall is None else f"{one.recall:.4f} ± {one.standard_error:.4f}",
+            "not measured" if one.stated is None else f"{one.stated:.4f}",
+            f"{one.qps:.0f}",
+        )
+        for one in result.asked_for
+    ]
+    print_table("searches", ("asked for", "lists, re-scored", "recall", "stated", "queries/s"), asked)
 
     # Recall by search effort.
     points = [(p.nprobe, p.rescore, f"{p.recall_at_1:.4f}", f"{p.recall_at_10:.4f}") for p in result.curve]

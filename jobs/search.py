@@ -47,11 +47,16 @@ def search(
     ] = None,
     radius: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Distance within which all faces are returned, instead of k.", show_default=False),
+        typer.Option(help="Distance within which faces are returned, instead of k.", show_default=False),
     ] = None,
     recall: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, max=1, help="Recall@10 of the search.", show_default="the index's"),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share to find of the k nearest, or within the radius.",
+            show_default="the index's",
+        ),
     ] = None,
     threshold: Annotated[
         Optional[float],  # noqa: UP045
@@ -174,6 +179,12 @@ def _format_point(point: Any, *, is_unstable: bool) -> str:
     return text
 
 
+def _format_recall(summary: Any) -> str:
+    if summary.recall is None:
+        return "not measured: `facepipe index` measures it"
+    return "1, exact" if summary.path == "scan" else f"{summary.recall:.4f} or better"
+
+
 def _print_summary(summary: Any) -> None:
     # Print figures of the search, then inputs that could not be searched, then identifications.
     visited = f"{summary.nprobe} lists, {summary.rescore} re-scored"
@@ -182,7 +193,7 @@ def _print_summary(summary: Any) -> None:
         ("answers", summary.rows),
         ("faces in the index", summary.vectors),
         ("method", "every face compared" if summary.path == "scan" else visited),
-        ("recall@10, measured", summary.recall_at_10),
+        (f"{summary.recall_of}, measured", _format_recall(summary)),
     ]
     rows += [(f"images: {status}", count) for status, count in summary.images.items()]
     rows += [(f"queries not searched: {reason}", count) for reason, count in summary.bad.items()]

@@ -21,7 +21,7 @@ from facepipe.types import Bool, Float32, Float64, Int64, UInt64
 MAX_PROBES = 10_000
 FPIRS = (0.1, 0.01, 0.001)
 # Neighbours per search: at first, and at most if all of them are mates.
-_FIRST_K = 20
+_FIRST_K = 10
 _MAX_K = 5000
 # With fewer false alarms than this a threshold is called unstable.
 _FEW_ALARMS = 10

@@ -1,6 +1,7 @@
 """Measure how good and how fast an index is: recall against exact search, queries per second, bytes, lists."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,14 +11,47 @@ from facepipe.errors import EvaluationError, MissingPackageError
 from facepipe.evaluation.identification import Identification, compute_identification, search_probes
 from facepipe.extras import describe_missing
 from facepipe.gallery import Gallery
-from facepipe.index import tune
+from facepipe.index import samples, tune
 from facepipe.index.candidates import compute_imbalance
 from facepipe.index.exact import read_live_blocks, search_exactly
-from facepipe.index.manifest import RecallPoint
+from facepipe.index.manifest import CURVE_K, RecallPoint
 from facepipe.index.search import Index
+from facepipe.nearest.distances import VectorBlock
+from facepipe.types import Float64
 
 _SINGLE_QUERIES = 50  # timed one by one
 _EXACT_QUERIES = 100  # timed against every vector
+# What is measured of searches as they may be asked for.
+_KS = (1, 10, 100, 1000)
+_ASKED_QUERIES = 200
+_RADIUS_QUERIES = 100
+
+
+@dataclass(frozen=True)
+class AskedRecall:
+    """What a search for a number of neighbours, or within a radius, finds.
+
+    Attributes:
+        k: Neighbours per query; None for a radius.
+        radius: Euclidean distance; None for neighbours.
+        nprobe: Lists visited per query.
+        rescore: Candidates per query that are compared exactly.
+        recall: Share of the true faces that are found; None if no query has a face within the radius.
+        standard_error: Standard error of recall.
+        stated: The recall that a search states, a lower bound; None if the index was not measured for it.
+        queries: Queries that have a face to find.
+        qps: Queries per second in a batch.
+    """
+
+    k: int | None
+    radius: float | None
+    nprobe: int
+    rescore: int
+    recall: float | None
+    standard_error: float
+    stated: float | None
+    queries: int
+    qps: float
 
 
 @dataclass(frozen=True)
@@ -43,6 +77,7 @@ class IndexResult:
         side_bytes_per_vector: Bytes of the other files per vector.
         imbalance: 1 if all lists are equally long.
         curve: Recall by lists visited.
+        asked_for: Recall by number of neighbours, and by radius.
         identification: Figures of identification, None without labels.
         notes: Why figures are missing.
     """
@@ -65,6 +100,7 @@ class IndexResult:
     side_bytes_per_vector: float
     imbalance: float
     curve: tuple[RecallPoint, ...] = ()
+    asked_for: tuple[AskedRecall, ...] = ()
     identification: Identification | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -74,7 +110,14 @@ class IndexResult:
 
 
 def evaluate_index(
-    gallery: Gallery, queries: int | None = None, recall: float | None = None, picture: str | None = None, seed: int = 1
+    gallery: Gallery,
+    queries: int | None = None,
+    recall: float | None = None,
+    picture: str | None = None,
+    seed: int = 1,
+    *,
+    ks: Sequence[int] | None = None,
+    radii: Sequence[float] | None = None,
 ) -> IndexResult:
     """Measure the published index, on another sample than the one that chose its setting.
 
@@ -84,6 +127,8 @@ def evaluate_index(
         recall: recall to choose the setting for, by default that of the index.
         picture: file to draw the recall curve to.
         seed: seed of the sample.
+        ks: numbers of neighbours to measure; by default 1, 10, 100 and 1,000.
+        radii: Euclidean distances to measure; by default those that the index was measured for.
 
     Raises:
         EvaluationError: if the index is empty.
@@ -93,15 +138,16 @@ def evaluate_index(
     if not index.live:
         raise EvaluationError(f"the index of {gallery.path!r} is empty: there is nothing to measure")
     # Recall and speed.
-    sample = tune.draw_sample(index, seed, queries)
+    sample = samples.draw_sample(index, seed, queries)
     began = time.perf_counter()
     # One neighbour more than scored, because a query finds itself.
-    hits = index.search(sample.queries, tune.K + 1)
+    hits = index.search(sample.queries, CURVE_K + 1)
     elapsed = time.perf_counter() - began
-    ids = hits.exclude_own(sample.own, tune.K).ids
-    at_1 = tune.compute_recall(ids[:, :1], sample.truth[:, :1])
-    at_10 = tune.compute_recall(ids, sample.truth)
+    ids = hits.exclude_own(sample.own, CURVE_K).ids
+    at_1 = samples.compute_recall(ids[:, :1], sample.truth[:, :1])
+    at_10 = samples.compute_recall(ids, sample.truth)
     curve = tune.measure_curve(index, sample, index.manifest.recall)
+    asked_for = measure_asked(index, seed, ks=ks, radii=radii)
     if picture:
         draw_recall_curve(curve, index, picture)
     # Size.
@@ -135,19 +181,82 @@ def evaluate_index(
         side_bytes_per_vector=(all_bytes - code_bytes) / vectors,
         imbalance=compute_imbalance(index.count_per_list()),
         curve=curve,
+        asked_for=asked_for,
         identification=identification,
         notes=notes,
     )
 
 
-def _measure_exact_qps(index: Index, sample: tune.RecallSample) -> float:
+def measure_asked(
+    index: Index, seed: int, *, ks: Sequence[int] | None = None, radii: Sequence[float] | None = None
+) -> tuple[AskedRecall, ...]:
+    """Measure what searches for numbers of neighbours, and within radii, find.
+
+    Args:
+        index: the index.
+        seed: seed of the sample.
+        ks: numbers of neighbours; by default 1, 10, 100 and 1,000.
+        radii: Euclidean distances; by default those that the index was measured for.
+    """
+    # Whoever has no other face has nothing to find.
+    wanted = sorted(k for k in set(ks or _KS) if ks or k < index.live)
+    sample = samples.draw_sample(index, seed, _ASKED_QUERIES, min(max(wanted, default=1), max(1, index.live - 1)))
+    results = []
+    for k in wanted:
+        setting = index.choose_setting(k=k)
+        began = time.perf_counter()
+        hits = index.search(sample.queries, k + 1, setting).exclude_own(sample.own, k)
+        seconds = time.perf_counter() - began
+        shares = samples.compute_recall(hits.ids, sample.truth[:, :k])
+        results.append(_describe_asked(index, shares, len(sample.own), seconds, k=k))
+    measured = [curve.radius for curve in index.manifest.targets if curve.radius is not None]
+    faces = VectorBlock(sample.own[:_RADIUS_QUERIES], sample.queries[:_RADIUS_QUERIES])
+    for radius in sorted(set(measured if radii is None else radii)):
+        inside = samples.draw_radius_sample(index, faces, radius, seed)
+        began = time.perf_counter()
+        index.search_within(faces.vectors, radius, max(1, index.live))
+        seconds = time.perf_counter() - began
+        shares = samples.compute_radius_recall(index, inside, radius, index.choose_setting(radius=radius))
+        results.append(_describe_asked(index, shares, len(faces.ids), seconds, radius=radius))
+    return tuple(results)
+
+
+def _describe_asked(
+    index: Index, shares: Float64, queries: int, seconds: float, *, k: int | None = None, radius: float | None = None
+) -> AskedRecall:
+    """Describe what was found.
+
+    Args:
+        index: the index.
+        shares: share of the true faces that each query found, (m,).
+        queries: number of queries that were timed.
+        seconds: time that they took.
+        k: neighbours per query.
+        radius: Euclidean distance.
+    """
+    asked = {"k": k} if k is not None else {"radius": radius}
+    setting = index.choose_setting(**asked)
+    return AskedRecall(
+        k=k,
+        radius=radius,
+        nprobe=setting.nprobe,
+        rescore=setting.rescore,
+        recall=float(shares.mean()) if len(shares) else None,
+        standard_error=float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else 0.0,
+        stated=index.get_recall(**asked),
+        queries=len(shares),
+        qps=queries / seconds,
+    )
+
+
+def _measure_exact_qps(index: Index, sample: samples.RecallSample) -> float:
     chosen = sample.queries[:_EXACT_QUERIES]
     began = time.perf_counter()
-    search_exactly(chosen, read_live_blocks(index), tune.K)
+    search_exactly(chosen, read_live_blocks(index), CURVE_K)
     return len(chosen) / (time.perf_counter() - began)
 
 
-def _measure_single_ms(index: Index, sample: tune.RecallSample) -> float:
+def _measure_single_ms(index: Index, sample: samples.RecallSample) -> float:
     times = []
     for query in sample.queries[:_SINGLE_QUERIES]:
         began = time.perf_counter()

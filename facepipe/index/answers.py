@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from facepipe.index.decide import UNKNOWN, DecisionRule, decide_identities
-from facepipe.index.exact import scan_index
+from facepipe.index.exact import scan_index, scan_within
 from facepipe.index.queries import Queries
 from facepipe.index.search import Index
 from facepipe.schema import OK
@@ -39,9 +40,10 @@ class SearchOptions:
 
     Attributes:
         k: Neighbours per query.
-        radius: Maximum Euclidean distance; finds all faces within it instead of the k nearest.
+        radius: Maximum Euclidean distance; finds the faces within it instead of the k nearest.
         most: Maximum faces per query of a search by radius.
-        recall: recall@10 to search with; by default the one that the index was built for.
+        recall: Share of the true faces to find, of the k nearest or within the radius; by default the one that the
+            index was built for.
         threshold: Maximum distance of a face that identifies a query; anything farther is Unknown.
         decide: Rule for the identity: by the nearest face, or by vote of the faces within the threshold.
         path: lists (visit the nearest inverted lists), scan (compare with every vector: exact), or auto: the cheaper.
@@ -170,7 +172,8 @@ def _find_hits(index: Index, vectors: Float32, own: Int64, options: SearchOption
     extra = 1 if options.leave_self_out else 0
     if options.radius is not None:
         # Answers differ in length: put them one below the other, with the query of each.
-        answers = index.search_within(vectors, options.radius, options.most + extra)
+        find = index.search_within if device is None else partial(scan_within, index)
+        answers = find(vectors, options.radius, options.most + extra)
         queries = np.repeat(np.arange(len(answers)), [len(ids) for ids, _ in answers])
         ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in answers)])
         distances = np.concatenate([np.empty(0, np.float32), *(distances for _, distances in answers)])
@@ -179,7 +182,10 @@ def _find_hits(index: Index, vectors: Float32, own: Int64, options: SearchOption
         others = ids != own[queries]
         return _FlatHits(queries[others], ids[others], distances[others])
     k = options.k + extra
-    hits = scan_index(index, vectors, k, device) if device else index.search(vectors, k)
+    if device:
+        hits = scan_index(index, vectors, k, device)
+    else:
+        hits = index.search(vectors, k, index.choose_setting(k=options.k))
     if options.leave_self_out:
         hits = hits.exclude_own(own, options.k)
     queries, columns = np.nonzero(hits.ids >= 0)

@@ -85,6 +85,29 @@ class Scanner:
         width = max(1, int(selected.sum(axis=1).max(initial=0)))
         return SearchCandidates(np.ascontiguousarray(ids[:, :width]), complete)
 
+    def rank_lists(self, queries: Float32, lists: Int64) -> Int64:
+        """Find after how many others a query visits a list.
+
+        Args:
+            queries: (n, 128).
+            lists: numbers of lists, (n, w).
+
+        Returns:
+            Ranks (n, w) from 0.
+        """
+        ivf = self._inverted[0]
+        centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+        ranks = np.empty(lists.shape, np.int64)
+        for row, point in enumerate(round_to_grid(self._transform(np.ascontiguousarray(queries)))):
+            squared = ((centroids - point) ** 2).sum(axis=1)
+            ranks[row] = np.searchsorted(np.sort(squared), squared[lists[row]])
+        return ranks
+
+    def assign_lists(self, vectors: Float32) -> Int64:
+        """Find the lists (n,) that vectors (n, 128) belong to."""
+        points = round_to_grid(self._transform(np.ascontiguousarray(vectors)))
+        return np.asarray(self._inverted[0].quantizer.search(points, 1)[1][:, 0], np.int64)
+
     def count_per_list(self) -> Int64:
         """Count the vectors per list over all shards, deleted ones included; (1,) for an exact index."""
         if not self.lists:

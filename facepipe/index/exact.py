@@ -1,16 +1,21 @@
 """Exact search by scanning every vector: the reference for recall, and the faster way for few vectors or on a GPU."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from facepipe.index.search import Index
+from facepipe.index.search import Answer, Index
 from facepipe.nearest.distances import Hits, VectorBlock, compute_pair_distances
 from facepipe.nearest.faiss_engine import faiss
-from facepipe.types import Float32
+from facepipe.types import Bool, Float32, Int64
 
 _BLOCK_ROWS = 65_536  # vectors scanned at a time
 _DEVICE_BLOCK_ROWS = 262_144  # on a GPU: picking pairs out of a block costs the same for a large one
+_QUERIES_PER_PRODUCT = 256  # of a search by radius: a block's product takes 64 MiB
+_MAX_PENDING_PAIRS = 20_000_000
+_ROUNDING = 1e-5  # of a cosine in single precision
 _SPARE = 22  # neighbours beyond k that are re-scored, because matrix products round
 
 
@@ -53,6 +58,86 @@ def scan_index(index: Index, queries: Float32, k: int, device: str = "cpu") -> H
     """Search exactly among all that an index can return, in blocks of a size that suits the device."""
     block_rows = _BLOCK_ROWS if device == "cpu" else _DEVICE_BLOCK_ROWS
     return search_exactly(queries, read_live_blocks(index, block_rows), k, device)
+
+
+def scan_within(index: Index, queries: Float32, radius: float, max_faces: int = 100_000) -> list[Answer]:
+    """Find all faces within a Euclidean distance of each query, by comparing with all that an index can return.
+
+    Args:
+        index: that is searched.
+        queries: unit vectors (n, 128).
+        radius: distance.
+        max_faces: maximum faces per query, the nearest.
+
+    Returns:
+        Per query (ids, distances), nearest first, ties by id.
+    """
+    queries = np.ascontiguousarray(queries, np.float32)
+    pairs = FoundPairs.create_empty()
+    pending: list[FoundPairs] = []
+    for found in find_within(queries, read_live_blocks(index), radius):
+        pending.append(found)
+        # Now and then drop what is not among the nearest.
+        if sum(len(part.ids) for part in pending) > _MAX_PENDING_PAIRS:
+            pairs = FoundPairs.concatenate([pairs, *pending]).keep_nearest(max_faces)
+            pending = []
+    pairs = FoundPairs.concatenate([pairs, *pending]).keep_nearest(max_faces)
+    begins = np.searchsorted(pairs.queries, np.arange(len(queries) + 1))
+    return [(pairs.ids[begin:end], pairs.distances[begin:end]) for begin, end in pairwise(begins)]
+
+
+def find_within(queries: Float32, blocks: Iterable[VectorBlock], radius: float) -> "Iterator[FoundPairs]":
+    """Find the vectors of each block within a Euclidean distance of queries (n, 128)."""
+    for block in blocks:
+        vectors = np.ascontiguousarray(block.vectors)
+        for at in range(0, len(queries), _QUERIES_PER_PRODUCT):
+            part = queries[at : at + _QUERIES_PER_PRODUCT]
+            # Products round: take a few more, and compute their distances one by one.
+            rows, columns = np.nonzero(part @ vectors.T >= 1 - radius**2 / 2 - _ROUNDING)
+            squared = compute_pair_distances(part, rows, vectors, columns)
+            distances = np.sqrt(squared)
+            inside = distances <= radius
+            yield FoundPairs(rows[inside] + at, block.ids[columns[inside]], distances[inside])
+
+
+@dataclass(frozen=True)
+class FoundPairs:
+    """Pairs of a query and a face within a distance.
+
+    Attributes:
+        queries: Row of the query, (m,).
+        ids: Face ids (m,).
+        distances: Distances (m,).
+    """
+
+    queries: Int64
+    ids: Int64
+    distances: Float32
+
+    @classmethod
+    def create_empty(cls) -> "FoundPairs":
+        """Create no pairs."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+    @classmethod
+    def concatenate(cls, parts: "list[FoundPairs]") -> "FoundPairs":
+        """Put pairs one below the other."""
+        return cls(
+            np.concatenate([part.queries for part in parts]),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.distances for part in parts]),
+        )
+
+    def take(self, chosen: Int64 | Bool) -> "FoundPairs":
+        """Take some pairs, by position or by mask."""
+        return FoundPairs(self.queries[chosen], self.ids[chosen], self.distances[chosen])
+
+    def keep_nearest(self, count: int) -> "FoundPairs":
+        """Sort by query, distance and id, and keep the nearest faces of each query."""
+        order = np.lexsort((self.ids, self.distances, self.queries))
+        queries = self.queries[order]
+        rank = np.arange(len(order)) - np.searchsorted(queries, queries)
+        return self.take(order[rank < count])
 
 
 def _scan_on_cpu(queries: Float32, blocks: Iterable[VectorBlock], k: int) -> Hits:

@@ -32,6 +32,10 @@ INCOMPLETE = -1
 """Table version of an index that lost damaged shards: the next run compares every face with the table."""
 FOLDER = "index"
 NAME = "manifest.json"
+CURVE_K = 10
+"""Neighbours that the curve of every index is measured for."""
+_RADIUS_RECALL = 0.99  # by default
+_RADIUS_GROWTH = 8  # lists visited for a radius, against those for ten neighbours, if neither was measured
 
 # A manifest that says that there is no index. It keeps the manifest of a run that was paused from being published.
 _WITHDRAWN = "withdrawn"
@@ -149,6 +153,51 @@ class RecallPoint:
 
 
 @dataclass(frozen=True)
+class TargetPoint:
+    """What a setting reaches for a target.
+
+    Attributes:
+        nprobe: Lists visited per query.
+        rescore: Candidates re-scored per query.
+        recall: Lower bound of the share of the true faces that are found.
+    """
+
+    nprobe: int
+    rescore: int
+    recall: float
+
+
+@dataclass(frozen=True)
+class TargetCurve:
+    """What settings reach for a number of neighbours, or for a radius.
+
+    Attributes:
+        k: Neighbours per query; None for a radius.
+        radius: Euclidean distance; None for neighbours.
+        points: Measured settings, by rising recall.
+    """
+
+    k: int | None
+    radius: float | None
+    points: tuple[TargetPoint, ...]
+
+
+@dataclass(frozen=True)
+class ChosenSetting:
+    """A setting for what is asked, and what it reaches.
+
+    Attributes:
+        nprobe: Lists visited per query.
+        rescore: Candidates re-scored per query.
+        recall: Lower bound of the share of the true faces that are found; None if it was not measured.
+    """
+
+    nprobe: int
+    rescore: int
+    recall: float | None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The index of one table version.
 
@@ -166,6 +215,7 @@ class Manifest:
         format: Version of this format.
         replaced: Shards that are kept for searches that began before.
         lease: Id of the lease under which the manifest was published.
+        targets: What settings reach for other numbers of neighbours than ten, and for radii; none in older versions.
     """
 
     table_version: int
@@ -181,6 +231,7 @@ class Manifest:
     format: int = FORMAT
     replaced: tuple[ReplacedShard, ...] = ()
     lease: str = ""
+    targets: tuple[TargetCurve, ...] = ()
 
     @property
     def live(self) -> int:
@@ -209,6 +260,60 @@ class Manifest:
         points = [point for point in self.curve if point.recall_at_10 >= recall]
         point = points[0] if points else self.curve[-1]
         return point.nprobe, point.rescore
+
+    def choose_target(
+        self, *, k: int = CURVE_K, radius: float | None = None, recall: float | None = None
+    ) -> ChosenSetting:
+        """Choose the cheapest setting for a number of neighbours or a radius.
+
+        Settings are measured for some numbers and radii. The next larger one counts, for which recall is lower. Beyond
+        the largest one all lists are visited.
+
+        Args:
+            k: neighbours per query.
+            radius: Euclidean distance, instead of a number of neighbours.
+            recall: share of the true faces to find; by default the one that the index was built for, or more of those
+                within a radius, because a radius means all.
+        """
+        if not self.template.lists:
+            return ChosenSetting(self.nprobe, self.rescore, 1.0)
+        if radius is None and k <= CURVE_K:
+            return self._choose_few(k, recall)
+        curve = self._find_target(k, radius)
+        if curve is not None:
+            goal = self.recall if recall is None else recall
+            if recall is None and radius is not None:
+                goal = max(goal, _RADIUS_RECALL)
+            point = next((point for point in curve.points if point.recall >= goal), curve.points[-1])
+            return ChosenSetting(point.nprobe, point.rescore, point.recall)
+        nprobe = self.template.lists
+        if not self.targets:
+            # An index of an older version has one curve. Whatever this reaches is not known.
+            growth = _RADIUS_GROWTH if radius is not None else (k / CURVE_K) ** 0.5
+            nprobe = min(nprobe, round(growth * self.choose_setting(recall)[0]))
+        return ChosenSetting(nprobe, self.rescore, None)
+
+    def _choose_few(self, k: int, recall: float | None) -> ChosenSetting:
+        """Choose the setting for up to ten neighbours by the curve."""
+        nprobe, rescore = self.choose_setting(recall)
+        if k == 1:
+            goal = self.recall if recall is None else recall
+            points = [point for point in self.curve if point.recall_at_1 >= goal]
+            # The nearest face is in one of fewer lists than the ten nearest.
+            if points and points[0].nprobe < nprobe:
+                return ChosenSetting(points[0].nprobe, points[0].rescore, points[0].recall_at_1)
+        for point in self.curve:
+            if (point.nprobe, point.rescore) == (nprobe, rescore):
+                return ChosenSetting(nprobe, rescore, point.recall_at_1 if k == 1 else point.recall_at_10)
+        return ChosenSetting(nprobe, rescore, None)
+
+    def _find_target(self, k: int, radius: float | None) -> TargetCurve | None:
+        """Find the curve of the smallest target that is at least as large as what is asked."""
+        if radius is not None:
+            wider = [curve for curve in self.targets if curve.radius is not None and curve.radius >= radius]
+            return min(wider, key=lambda curve: curve.radius or 0.0, default=None)
+        larger = [curve for curve in self.targets if curve.k is not None and curve.k >= k]
+        return min(larger, key=lambda curve: curve.k or 0, default=None)
 
 
 def find_recall(manifest: Manifest, nprobe: int, rescore: int) -> float | None:

@@ -16,7 +16,7 @@ from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery.hidden import HiddenImages, HiddenWatch, list_complete
 from facepipe.index import manifest as manifests
 from facepipe.index.candidates import NO_ID, Scanner
-from facepipe.index.manifest import INDEX, Manifest
+from facepipe.index.manifest import CURVE_K, INDEX, Manifest
 from facepipe.index.shard import Shard, merge_indexes
 from facepipe.index.update import find_unreturned
 from facepipe.nearest.distances import Hits, compute_pair_distances, find_smallest
@@ -65,13 +65,13 @@ class Index:
     Faces of images whose erasure is recorded are not returned from that moment on, also by an index that is open.
 
     Distances are exact. Which faces are found is approximate above about 50,000 faces, with the recall that the index
-    was built for, or the requested one.
+    was built for, or the requested one. `get_recall` says what was measured for a k or a radius.
 
     Attributes:
         gallery: Path or URL.
         manifest: What the index consists of.
         shards: Newest first.
-        setting: How hard to search by default.
+        setting: How hard to search for ten neighbours by default.
         live: Vectors that a search can return.
     """
 
@@ -110,6 +110,7 @@ class Index:
                 raise
             self.manifest = manifests.load(gallery)  # it was replaced between the two reads
             self.shards = self._open_shards()
+        self._recall = recall
         self.setting = SearchSetting(*self.manifest.choose_setting(recall))
         self.live = self.manifest.live
         self._is_merged = merge and self._is_mergeable()
@@ -224,13 +225,38 @@ class Index:
         """Count the vectors in each inverted list."""
         return self._scanner.count_per_list() if self._scanner else np.zeros(1, np.int64)
 
+    def choose_setting(self, *, k: int = CURVE_K, radius: float | None = None) -> SearchSetting:
+        """Choose the cheapest setting that reaches the index's recall for k neighbours, or within a radius."""
+        chosen = self.manifest.choose_target(k=k, radius=radius, recall=self._recall)
+        return SearchSetting(chosen.nprobe, chosen.rescore)
+
+    def get_recall(self, *, k: int = CURVE_K, radius: float | None = None) -> float | None:
+        """Return the recall that was measured for k neighbours or a radius, a lower bound; None if it was not."""
+        return self.manifest.choose_target(k=k, radius=radius, recall=self._recall).recall
+
+    def rank_lists(self, queries: Float32, ids: Int64) -> Int64:
+        """Find after how many other lists a query visits those of faces.
+
+        Args:
+            queries: unit vectors (n, 128).
+            ids: face ids (n, w); -1 for none.
+
+        Returns:
+            Ranks (n, w) from 0; the number of lists for -1.
+        """
+        if self._scanner is None:
+            return np.zeros(ids.shape, np.int64)
+        unique, inverse = np.unique(ids, return_inverse=True)
+        lists = self._scanner.assign_lists(self.get_vectors(unique))[inverse.reshape(ids.shape)]
+        return np.where(ids >= 0, self._scanner.rank_lists(queries, lists), self.lists)
+
     def search(self, queries: Float32, k: int = 10, setting: SearchSetting | None = None) -> Hits:
         """Find the k nearest faces of each query; fewer only if the gallery holds fewer.
 
         Args:
             queries: unit vectors (n, 128).
             k: faces per query.
-            setting: how hard to search.
+            setting: how hard to search; by default what reaches the index's recall for k neighbours.
 
         Returns:
             Hits (n, k) with Euclidean distances.
@@ -242,7 +268,7 @@ class Index:
         self.follow_erasures()
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
-        chosen = setting or self.setting
+        chosen = setting or self.choose_setting(k=k)
         k = min(k, max(1, self.live))
         parts = self._map_chunks(queries, lambda chunk: self._find_nearest(chunk, k, chosen), max(chosen.rescore, k))
         if not parts:
@@ -252,20 +278,23 @@ class Index:
     def search_within(
         self, queries: Float32, radius: float, max_faces: int = 100_000, setting: SearchSetting | None = None
     ) -> list[Answer]:
-        """Find all faces within a Euclidean distance of each query.
+        """Find the faces within a Euclidean distance of each query.
+
+        Of an index with lists the answers are approximate: they hold the share of them that `get_recall` says.
+        `facepipe.index.exact.scan_within` finds all of them.
 
         Args:
             queries: unit vectors (n, 128).
             radius: distance.
             max_faces: maximum faces per query.
-            setting: how hard to search.
+            setting: how hard to search; by default what reaches the index's recall within the radius.
 
         Returns:
             Per query (ids, distances), nearest first.
         """
         queries = _check_queries(queries)
         self.follow_erasures()
-        chosen = setting or self.setting
+        chosen = setting or self.choose_setting(radius=radius)
         parts = self._map_chunks(
             queries, lambda chunk: self._find_within(chunk, radius, max_faces, chosen), chosen.rescore
         )
@@ -386,17 +415,24 @@ class Index:
         pending = np.arange(len(queries))
         count = max(setting.rescore, _MIN_RADIUS_CANDIDATES)
         while pending.size and self._scanner is not None:
-            candidates = self._scanner.find_candidates(queries[pending], min(count, self.live + 1), setting.nprobe)
-            distances = np.sqrt(self._compute_distances(queries[pending], candidates.ids))
-            inside = distances <= radius
-            # Each round has more candidates, so that its answers replace the earlier ones.
-            for n, query in enumerate(pending):
-                order = np.argsort(distances[n, inside[n]], kind="stable")[:max_faces]
-                answers[query] = (candidates.ids[n, inside[n]][order], distances[n, inside[n]][order])
-            # Stop once candidates are several times the faces inside: those not seen then lie outside.
-            reaches_beyond = inside.sum(axis=1) * _GROWTH <= (candidates.ids != NO_ID).sum(axis=1)
-            has_enough = inside.sum(axis=1) >= max_faces
-            pending = pending[~(reaches_beyond | candidates.complete | has_enough)]
+            requested = min(count, self.live + 1)
+            # Few queries at a time if each has many candidates.
+            size = max(1, _MAX_CANDIDATES_IN_MEMORY // (requested * len(self.shards)))
+            unfinished = [np.empty(0, np.int64)]
+            for at in range(0, len(pending), size):
+                part = pending[at : at + size]
+                candidates = self._scanner.find_candidates(queries[part], requested, setting.nprobe)
+                distances = np.sqrt(self._compute_distances(queries[part], candidates.ids))
+                inside = distances <= radius
+                # Each round has more candidates, so that its answers replace the earlier ones.
+                for n, query in enumerate(part):
+                    order = np.argsort(distances[n, inside[n]], kind="stable")[:max_faces]
+                    answers[query] = (candidates.ids[n, inside[n]][order], distances[n, inside[n]][order])
+                # Stop once candidates are several times the faces inside: those not seen then lie outside.
+                reaches_beyond = inside.sum(axis=1) * _GROWTH <= (candidates.ids != NO_ID).sum(axis=1)
+                has_enough = inside.sum(axis=1) >= max_faces
+                unfinished.append(part[~(reaches_beyond | candidates.complete | has_enough)])
+            pending = np.concatenate(unfinished)
             count *= _GROWTH
         return answers
 

@@ -184,10 +184,12 @@ class _IndexBuilder:
             )
         # Measure again only if the index has grown much or another recall is requested: a measurement is expensive.
         recall_changed = self._recall != manifest.recall
-        if draft == manifest and not recall_changed:
+        # Older versions measured for ten neighbours only.
+        is_partly_measured = bool(template.lists and manifest.curve and not manifest.targets)
+        if draft == manifest and not (recall_changed or is_partly_measured):
             return self._finish(manifest)
         grown = abs(draft.live - manifest.measured) > _GROWTH_TO_MEASURE * max(1, manifest.measured)
-        return self._publish(draft, measure=(changed and grown) or recall_changed)
+        return self._publish(draft, measure=(changed and grown) or recall_changed or is_partly_measured)
 
     def repair(self, manifest: Manifest, cause: IndexDamagedError | None = None) -> IndexSummary:
         """Rebuild the damaged shards only, from the faces that no intact shard holds.

@@ -58,7 +58,10 @@ class SearchSummary:
         vectors: Vectors in the index.
         nprobe: Lists visited per query.
         rescore: Candidates re-scored per query.
-        recall_at_10: Measured recall of the setting; None if it was not measured.
+        recall: Measured share of the true faces that are found, of the k nearest or within the radius; a lower bound.
+            None if it was not measured.
+        recall_of: What it is the recall of: recall@K, or recall within a radius.
+        recall_at_10: The same, if up to ten neighbours are asked for.
         threshold: Maximum distance of a match.
         notes: What a user may want to know of how the queries were read.
         seconds: Wall clock.
@@ -77,6 +80,8 @@ class SearchSummary:
     vectors: int = 0
     nprobe: int = 0
     rescore: int = 0
+    recall: float | None = None
+    recall_of: str = ""
     recall_at_10: float | None = None
     threshold: float | None = None
     notes: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from facepipe.errors import ConfigError, IndexReplacedError, SourceError
+from facepipe.errors import IndexReplacedError, SourceError
 from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import SearchCounts
@@ -132,7 +132,7 @@ def _search_blocks(
         )
         _describe_job(summary, job, manifest)
         is_device_useless = config.run.device == "auto" and not is_device_cheaper(manifest.live, work_size)
-        if job.path == "lists" or is_device_useless:
+        if job.path == "lists" or job.find.radius or is_device_useless:
             device = "cpu"
 
         prepare_folder(work, job)
@@ -187,11 +187,10 @@ def _plan_job(
         options = replace(options, leave_self_out=searches_itself)
     path: str = options.path
     if path == "auto":
-        nprobe, rescore = manifest.choose_setting(options.recall)
-        scans = not options.radius and is_scan_cheaper(manifest, nprobe, rescore, work_size)
-        path = "scan" if scans else "lists"
-    if path == "scan" and options.radius:
-        raise ConfigError("search.path=scan does not support search.radius: omit search.path, or set search.k")
+        chosen = manifest.choose_target(k=options.k, radius=options.radius, recall=options.recall)
+        # A scan by radius runs on CPUs.
+        work = replace(work_size, gpu=work_size.gpu and not options.radius)
+        path = "scan" if is_scan_cheaper(manifest, chosen.nprobe, chosen.rescore, work) else "lists"
     return SearchJob(
         gallery=gallery.path,
         created=manifest.created,
@@ -207,10 +206,13 @@ def _describe_job(summary: SearchSummary, job: SearchJob, manifest: Manifest) ->
     """Copy the setting of the search, and its measured recall, into the summary."""
     summary.path = job.path
     summary.vectors = manifest.live
-    summary.nprobe, summary.rescore = manifest.choose_setting(job.find.recall)
+    find = job.find
+    chosen = manifest.choose_target(k=find.k, radius=find.radius, recall=find.recall)
+    summary.nprobe = chosen.nprobe
+    summary.rescore = chosen.rescore
     # A scan, or an index without lists, compares every vector, so that its recall is 1.
     is_exact = job.path == "scan" or not manifest.template.lists
-    if is_exact:
-        summary.recall_at_10 = 1.0
-    else:
-        summary.recall_at_10 = manifests.find_recall(manifest, summary.nprobe, summary.rescore)
+    summary.recall = 1.0 if is_exact else chosen.recall
+    summary.recall_of = f"recall within {find.radius:g}" if find.radius else f"recall@{find.k}"
+    if not find.radius and find.k <= manifests.CURVE_K:
+        summary.recall_at_10 = summary.recall

@@ -24,8 +24,8 @@ from facepipe.gallery import Gallery
 from facepipe.index.manifest import load
 from facepipe.index.plan import parse_lists
 from facepipe.index.rows import read_face_rows, sample_vectors
+from facepipe.index.samples import compute_recall
 from facepipe.index.search import Index, SearchSetting
-from facepipe.index.tune import compute_recall
 from pipelines.index import IndexConfig
 from pipelines.index import run as build_index
 from pipelines.search import SearchConfig

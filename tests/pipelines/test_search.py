@@ -237,6 +237,30 @@ def test_probing_equals_a_table_of_all_distances(gallery: Gallery) -> None:
     assert np.isclose(found.mate[:200], mate, atol=1e-5).mean() > 0.97
 
 
+def test_the_recall_of_what_was_asked_for_is_stated(gallery: Gallery, asked: Path, tmp_path: Path) -> None:
+    stated = {}
+    for name, find in {"few": {"k": 5}, "many": {"k": 100}, "radius": {"radius": 0.4}}.items():
+        _, summary = search(gallery, asked, tmp_path / f"{name}.parquet", path="lists", **find)
+        assert summary.recall is not None
+        assert summary.recall >= 0.97
+        stated[summary.recall_of] = summary.nprobe
+        assert (summary.recall_at_10 is None) == (name != "few")
+    assert list(stated) == ["recall@5", "recall@100", "recall within 0.4"]
+    assert stated["recall@100"] > stated["recall@5"]
+
+
+def test_a_scan_by_radius_finds_what_comparing_finds(gallery: Gallery, asked: Path, tmp_path: Path) -> None:
+    found, summary = search(gallery, asked, tmp_path / "scan.parquet", path="scan", radius=0.35, most=50)
+    assert (summary.path, summary.recall, summary.recall_of) == ("scan", 1.0, "recall within 0.35")
+    ids, vectors = gallery.vectors()
+    queries = np.array(pq.read_table(asked)["embedding"].to_pylist(), np.float32)
+    for n in range(0, 1000, 100):
+        distances = np.linalg.norm(queries[n].astype(np.float64) - vectors, axis=1)
+        expected = ids[np.argsort(distances)][: int((distances <= 0.35).sum())][:50]
+        rows_of = found.filter(pa.compute.field("query_id") == f"q{n}")
+        assert [face for face in rows_of["face_id"].to_pylist() if face is not None] == expected.tolist()
+
+
 def test_evaluate_index(gallery: Gallery, tmp_path: Path) -> None:
     result = evaluate_index(gallery, picture=str(tmp_path / "recall.png"))
     assert result.recall_at_10 >= 0.95

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from facepipe.config import build
 from facepipe.errors import ConfigError, IndexingError
 from facepipe.gallery import Gallery
-from facepipe.index import manifest, tune
+from facepipe.index import manifest, samples
 from facepipe.index.compact import plan_full_merge, plan_merges
 from facepipe.index.exact import read_live_blocks, scan_index, search_exactly
 from facepipe.index.grid import round_to_grid
@@ -248,10 +248,10 @@ def test_labels_and_vectors(gallery: Gallery) -> None:
 def test_recall_that_was_asked_for(gallery: Gallery) -> None:
     found = manifest.load(gallery.path)
     index = Index(gallery.path)
-    sample = tune.draw_sample(index, seed=5)
+    sample = samples.draw_sample(index, seed=5)
     for asked in (0.9, 0.97):
         setting = SearchSetting(*found.choose_setting(asked))
-        at_10 = tune.compute_recall(
+        at_10 = samples.compute_recall(
             index.search(sample.queries, 11, setting).exclude_own(sample.own, 10).ids, sample.truth
         )
         assert at_10.mean() >= asked - 0.01
