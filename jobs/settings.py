@@ -33,7 +33,7 @@ CONFIG_CLASSES = {
     "bulk-search": ("pipelines.bulk_search:BulkSearchConfig",),
 }
 # Settings with one value left, which old config files may still hold.
-HIDDEN_SETTINGS = frozenset({"cluster.algorithm"})
+HIDDEN_SETTINGS = frozenset({"cluster.algorithm", "run.resident"})
 _TITLES = {"DetectorConfig": "To train a detector:"}
 # Names that annotations give to limits of numbers, and their signs.
 _LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -1,6 +1,7 @@
 """A deterministic detector and embedder without weights, for tests and for simulating runs of any size."""
 
 import ctypes
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ class FakeDetector:
 
     stride = 8
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         """Find the red rectangles of each image, the largest first; see `Detector`."""
         return [self._detect_one(image) for image in images]
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from facepipe.errors import ModelError, WeightsError
-from facepipe.models.protocols import Embedder
+from facepipe.models.protocols import Embedder, RunsOnDevice
 from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import write
 from facepipe.types import Float32, Float64, UInt8Image
@@ -162,6 +162,11 @@ class ProjectedEmbedder:
             WeightsError: The matrix was fitted on another model than the one with fingerprint `sha256`.
         """
         return cls(embedder, read_projection(path, embedder.dim, sha256))
+
+    def configure(self, precision: str, max_batch: int) -> None:
+        """Choose how the inner embedder runs on a device; see `RunsOnDevice`. On a CPU there is nothing to choose."""
+        if isinstance(self._inner, RunsOnDevice):
+            self._inner.configure(precision, max_batch)
 
     def embed(self, chips: UInt8Image) -> Float32:
         """Embed chips; see `Embedder`."""

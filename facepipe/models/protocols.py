@@ -1,5 +1,6 @@
 """What the stages expect of a detector and of an embedder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -44,11 +45,11 @@ class Detector(Protocol):
 
     stride: int
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         """Find the faces of each image.
 
         Args:
-            images: (n, h, w, 3) RGB.
+            images: (h, w, 3) RGB of any sizes that `stride` divides. The detector makes its own batches.
         """
 
 
@@ -56,11 +57,13 @@ class Detector(Protocol):
 class CanAbstain(Detector, Protocol):
     """A detector whose low scores are meaningful: they mark what may be a face but is too small to tell."""
 
-    def detect_confident(self, images: UInt8Image, *, reject_below: float, accept_above: float) -> list[Faces | None]:
+    def detect_confident(
+        self, images: Sequence[UInt8Image], *, reject_below: float, accept_above: float
+    ) -> list[Faces | None]:
         """Find the faces of those images whose result is beyond doubt.
 
         Args:
-            images: (n, h, w, 3) RGB.
+            images: (h, w, 3) RGB, as for `detect`.
             reject_below: What scores less is not a face.
             accept_above: What scores this or more is a face.
 
@@ -88,4 +91,17 @@ class Embedder(Protocol):
 
         Returns:
             Raw vectors (n, dim), not normalised.
+        """
+
+
+@runtime_checkable
+class RunsOnDevice(Protocol):
+    """A model whose networks run on a torch device, in a precision and in batches that can be chosen."""
+
+    def configure(self, precision: str, max_batch: int) -> None:
+        """Choose how the networks run. Call it once, before the first image.
+
+        Args:
+            precision: float32, tf32, bfloat16 or float16.
+            max_batch: images per batch of a GPU, at most.
         """

@@ -1,7 +1,4 @@
-"""Stages from an image to its faces: Read, Decode, Detect, Align, Embed. Each turns an Arrow table into the next.
-
-`facepipe.stages.resident` runs the last three on one GPU.
-"""
+"""Stages from an image to its faces: Read, Decode, Detect, Align, Embed. Each turns an Arrow table into the next."""
 
 from facepipe.stages.align import Align
 from facepipe.stages.chain import Chain, Stage, check_chain

@@ -1,6 +1,6 @@
 """Align: from one row per image to one row per face, with a chip in the embedder's layout and quality figures."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -21,9 +21,6 @@ from facepipe.models.zoo.registry import find_card, find_chip_layout
 from facepipe.stages.turned import get_turns, turn_boxes, turn_pixels, turn_points
 from facepipe.stages.views import DecodedView, decode_larger
 from facepipe.types import Bool, Float32, Float64, Int64, UInt8Image
-
-# `map`, or the `map` of a thread pool.
-MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 class AlignedFace(NamedTuple):
@@ -134,17 +131,14 @@ class Align:
                 np.array(turns, np.int64),
             )
             faces += self._cut_faces(row, DecodedView(pixels, frame), data, detected)
-        return self.build_rows(table, faces)
+        return self._build_rows(table, faces)
 
-    def build_rows(
-        self, table: pa.Table, faces: Sequence[AlignedFace | int], map_function: MapFunction = map
-    ) -> pa.Table:
+    def _build_rows(self, table: pa.Table, faces: Sequence[AlignedFace | int]) -> pa.Table:
         """Build the table of faces from the table of images.
 
         Args:
             table: one row per image.
             faces: the faces in order of their rows. An image without faces is an integer, the number of its row.
-            map_function: runs the measuring of chips and the encoding of thumbnails.
 
         Returns:
             One row per face, and one per image without faces.
@@ -153,7 +147,7 @@ class Align:
         rows = [face if isinstance(face, int) else face.row for face in faces]
         repeated = set_columns(table, {}, drop=self.drops).take(pa.array(rows, pa.int64()))
         sizes = np.array([repeated[name].to_pylist() for name in ("width", "height")], np.float64).T
-        return set_columns(repeated, self._build_columns(faces, sizes, map_function))
+        return set_columns(repeated, self._build_columns(faces, sizes))
 
     def _cut_faces(self, row: int, view: DecodedView, data: memoryview | None, detected: Faces) -> list[AlignedFace]:
         """Cut the chips of one image, from a larger decoding if the pixels at hand are too few."""
@@ -181,15 +175,12 @@ class Align:
             faces.append(face)
         return faces
 
-    def _build_columns(
-        self, faces: Sequence[AlignedFace | int], sizes: Float64, map_function: MapFunction
-    ) -> dict[str, Any]:
+    def _build_columns(self, faces: Sequence[AlignedFace | int], sizes: Float64) -> dict[str, Any]:
         """Build the columns that this stage adds, with nulls for images without faces.
 
         Args:
             faces: the faces, and a number for each image without one.
             sizes: width and height of the image of each row, (n, 2); nan if they are not known.
-            map_function: runs the measuring of chips and the encoding of thumbnails.
         """
         # The figures of faces only; `_spread` and `to_float_lists` put nulls between them.
         aligned = [face for face in faces if isinstance(face, AlignedFace)]
@@ -204,7 +195,7 @@ class Align:
             sides = (boxes[:, 2:] - boxes[:, :2]).min(1).tolist()
             yaw, roll = estimate_pose(landmarks.astype(np.float64))
         chips = [face.chip if isinstance(face, AlignedFace) else None for face in faces]
-        measured = list(map_function(self._measure_chip, [face.chip for face in aligned]))
+        measured = [self._measure_chip(face.chip) for face in aligned]
         turns = np.array([face.turn for face in aligned], np.int64)
         visible = measure_visible(boxes, sizes[is_face])
         figures = QualityFigures(

@@ -1,11 +1,12 @@
 """A chain of stages: checked before a worker starts, run in batches, timed by stage."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, Full, Queue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -35,13 +36,9 @@ class Stage(Protocol):
 
 
 class Chain:
-    """Stages that run one after the other on batches of rows, so that memory does not grow with the table.
+    """Stages that run one after the other on batches of rows, so that memory does not grow with the table."""
 
-    A stage may have a method `stream`, which turns an iterator of tables into the tables of the same order. It gets the
-    batches through this method, and may work on several at a time.
-    """
-
-    def __init__(self, stages: Sequence[Any], batch: int = 16, ahead: int = 0):
+    def __init__(self, stages: Sequence[Any], batch: int = 16, ahead: int = 0, parallel: int = 1):
         """Make a chain.
 
         Args:
@@ -49,11 +46,16 @@ class Chain:
             batch: rows per batch.
             ahead: number of first stages that work in a thread, one batch ahead of the others. This pays if the others
                 wait for a device.
+            parallel: number of batches on which the other stages work at a time, each batch in a thread. While one
+                waits for a device, the others keep it busy, and none waits for what another has queued.
         """
         self.stages: tuple[Any, ...] = tuple(stages)
         self.batch = batch
         self.ahead = ahead
+        self.parallel = parallel
+        # Seconds of work by stage, added up over threads.
         self.seconds: dict[str, float] = defaultdict(float)
+        self._lock = Lock()
 
     def setup(self) -> None:
         """Set every stage up."""
@@ -69,47 +71,42 @@ class Chain:
         # Generators: nothing is computed before the last stage asks for a table.
         prepared = self._run_stages(early_stages, batches)
         if not self.ahead or len(batches) == 1:
-            return pa.concat_tables(self._run_stages(late_stages, prepared))
+            return pa.concat_tables(self._run_parallel(late_stages, prepared))
         with _Prefetcher(prepared) as prefetched:
-            return pa.concat_tables(self._run_stages(late_stages, prefetched))
+            return pa.concat_tables(self._run_parallel(late_stages, prefetched))
+
+    def _run_parallel(self, stages: Sequence[Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Run stages on several tables at a time, and yield the results in order."""
+        if self.parallel <= 1:
+            yield from self._run_stages(stages, tables)
+            return
+        pending: deque[Future[pa.Table]] = deque()
+        with ThreadPoolExecutor(self.parallel, "tables") as pool:
+            try:
+                for table in tables:
+                    pending.append(pool.submit(self._run_table, stages, table))
+                    if len(pending) == self.parallel:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                # After an error the tables that no thread has begun are left out.
+                for future in pending:
+                    future.cancel()
 
     def _run_stages(self, stages: Sequence[Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Run stages on tables lazily: a table is computed when the caller asks for it."""
-        results = iter(tables)
+        for table in tables:
+            yield self._run_table(stages, table)
+
+    def _run_table(self, stages: Sequence[Any], table: pa.Table) -> pa.Table:
+        """Run stages on one table, and count their time."""
         for stage in stages:
-            results = self._run_stage(stage, results)
-        return results
-
-    def _run_stage(self, stage: Any, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """Run one stage on tables. Its time is the time spent here, less the wait for its input."""
-        inputs = _TimedIterator(tables)
-        # A stage with `stream` gets the iterator itself, any other stage one table at a time.
-        results = _TimedIterator(stage.stream(inputs) if hasattr(stage, "stream") else map(stage, inputs))
-        recorded = 0.0
-        # The two clocks run for the whole stream, so record only what came since the last table.
-        for table in results:
-            spent = results.seconds - inputs.seconds
-            self.seconds[get_stage_name(stage)] += spent - recorded
-            recorded = spent
-            yield table
-
-
-class _TimedIterator:
-    """An iterator that counts the seconds its caller waits for items."""
-
-    def __init__(self, items: Iterator[pa.Table]):
-        self._items = items
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        return self
-
-    def __next__(self) -> pa.Table:
-        start = time.perf_counter()
-        try:
-            return next(self._items)
-        finally:
-            self.seconds += time.perf_counter() - start
+            start = time.perf_counter()
+            table = stage(table)
+            with self._lock:
+                self.seconds[get_stage_name(stage)] += time.perf_counter() - start
+        return table
 
 
 class _Prefetcher:

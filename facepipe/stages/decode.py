@@ -1,5 +1,6 @@
 """Decode: from bytes to pixels, at the smallest scale that is enough for the detector."""
 
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,9 +87,11 @@ class Decode:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add pixels, sizes and hashes; set the status of images that cannot be decoded."""
-        rows = zip(view_buffers(table["bytes"]), table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
-        run_map = self._pool.map if self.threads > 1 else map
-        results = list(run_map(self._decode_row, rows))
+        files = list(view_buffers(table["bytes"]))
+        decoded = iter(self.decode_images([data for data in files if data is not None]))
+        # A row without bytes keeps its status and error.
+        rows = zip(files, table["status"].to_pylist(), table["error"].to_pylist(), strict=True)
+        results = [DecodedImage(status, error) if data is None else next(decoded) for data, status, error in rows]
         # Height and width of the decoded pixels, which may be smaller than the full-size image.
         shapes = [(None, None) if result.pixels is None else result.pixels.shape[:2] for result in results]
         frames = [result.frame for result in results]
@@ -107,10 +110,17 @@ class Decode:
         }
         return set_columns(table, columns)
 
-    def _decode_row(self, row: tuple[memoryview | None, str, str | None]) -> DecodedImage:
-        """Decode the bytes of a row; a row without bytes keeps its status and error."""
-        data, status, error = row
-        return DecodedImage(status, error) if data is None else self.decode_image(bytes(data))
+    def decode_images(self, files: Sequence[memoryview]) -> Iterable[DecodedImage]:
+        """Decode the image files of a table, in order.
+
+        A decoder on a GPU is a subclass with another function here. It gets all files of a table at once, and must keep
+        the limits of `check_header`.
+        """
+
+        def decode_file(file: memoryview) -> DecodedImage:
+            return self.decode_image(bytes(file))
+
+        return self._pool.map(decode_file, files) if self.threads > 1 else map(decode_file, files)
 
     def decode_image(self, data: bytes) -> DecodedImage:
         """Decode one image file.
@@ -118,7 +128,25 @@ class Decode:
         Returns:
             The pixels, or the status and the reason of an image that cannot be decoded.
         """
-        # Reject by the header alone first: it costs no memory for pixels.
+        header = self.check_header(data)
+        if isinstance(header, DecodedImage):
+            return header
+        # Decode, at a reduced scale if the detector needs no more.
+        width, height = header.oriented_size
+        reduce = self.choose_reduction(header)
+        try:
+            pixels = decode(data, header, reduce)
+        except DecodeError as error:
+            return DecodedImage(DECODE_ERROR, str(error), width, height)
+        frame = locate_frame(header, reduce)
+        return DecodedImage(OK, None, width, height, pixels, frame, compute_perceptual_hash(pixels))
+
+    def check_header(self, data: bytes) -> Header | DecodedImage:
+        """Read the header of an image file, which costs no memory for pixels.
+
+        Returns:
+            The header, or the status and the reason of an image that must not be decoded.
+        """
         try:
             header = read_header(data)
         except HeaderError as error:
@@ -135,14 +163,7 @@ class Decode:
             return DecodedImage(TOO_LARGE, reason, width, height)
         if header.scans > self.max_scans:
             return DecodedImage(TOO_LARGE, f"{header.scans} scans, the limit is {self.max_scans}", width, height)
-        # Decode, at a reduced scale if the detector needs no more.
-        reduce = self.choose_reduction(header)
-        try:
-            pixels = decode(data, header, reduce)
-        except DecodeError as error:
-            return DecodedImage(DECODE_ERROR, str(error), width, height)
-        frame = locate_frame(header, reduce)
-        return DecodedImage(OK, None, width, height, pixels, frame, compute_perceptual_hash(pixels))
+        return header
 
     def choose_reduction(self, header: Header) -> int:
         """Choose the largest divisor (8, 4, 2 or 1) that leaves `working_side` pixels of the longer side.

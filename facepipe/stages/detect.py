@@ -1,6 +1,5 @@
 """Detect: from pixels to faces, in pixels of the oriented full-size image."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,8 +13,8 @@ from facepipe.arrow import read_frames, set_columns, to_ragged_lists, view_buffe
 from facepipe.imaging.geometry import Frame, bound_by_area
 from facepipe.imaging.quality import find_shown_faces
 from facepipe.models.detectors.turns import TurnModel, load_turn_model
-from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces
-from facepipe.models.runtime.device import resolve_device
+from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces, RunsOnDevice
+from facepipe.models.runtime.device import NetworkPrecision, resolve_device, resolve_precision
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import NO_FACE, OK
 from facepipe.stages.crowds import add_small_faces, choose_larger_view
@@ -23,7 +22,7 @@ from facepipe.stages.turned import find_turned_faces, get_turns
 from facepipe.stages.views import DecodedView
 from facepipe.types import Float32, UInt8Image
 
-DetectFunction = Callable[[UInt8Image], Sequence[Faces | None]]
+DetectFunction = Callable[[Sequence[UInt8Image]], Sequence[Faces | None]]
 
 # Scores of the quick pass: from DOUBTFUL on something may be a face, from CERTAIN on it is one (docs/performance.md).
 DOUBTFUL = 0.02
@@ -75,8 +74,10 @@ class Detect:
         min_face: minimum shorter side of a box, in pixels of the full-size image
         turns: search images again, turned by quarters, in which a face seems to be upside down or on its side, or whose
             only faces are doubtful. For detectors with landmarks of their own
-        batch: images of one shape per call of a GPU
+        batch: images per batch of a GPU, at most
         device: cpu, cuda, or auto (what the plan of workers says, otherwise a GPU if there is one)
+        precision: of the network on a GPU: float32, tf32, bfloat16, float16, or auto (what `run.precision` says,
+            otherwise float32)
         threads: threads of a CPU
     """
 
@@ -90,8 +91,9 @@ class Detect:
     max_iou: float = 0.4
     min_face: float = 12.0
     turns: bool = True
-    batch: int = 8
+    batch: int = 32
     device: str = "auto"
+    precision: NetworkPrecision = "auto"
     threads: int = 1
 
     needs: ClassVar = (
@@ -113,6 +115,8 @@ class Detect:
         limits = DetectionLimits(self.lowest_score, self.max_iou)
         card = find_card(self.model, "detector")
         detector: Detector = card.load(resolve_device(self.device), self.threads, limits)
+        if isinstance(detector, RunsOnDevice):
+            detector.configure(resolve_precision(self.precision), self.batch)
         return detector
 
     @cached_property
@@ -138,7 +142,7 @@ class Detect:
         cv2.setNumThreads(1)
         detector = self.detector
         if resolve_device(self.device) != "cpu":
-            detector.detect(np.zeros((1, self.size, self.size, 3), np.uint8))
+            detector.detect([np.zeros((self.size, self.size, 3), np.uint8)])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the faces of each image, in pixels of the full-size image."""
@@ -247,33 +251,25 @@ class Detect:
         return self._search(inputs, detect)
 
     def _search(self, inputs: dict[int, Letterbox], detect: DetectFunction | None = None) -> dict[int, Faces]:
-        """Detect faces in letterboxed images, in batches of one shape.
+        """Detect faces in letterboxed images.
 
         Args:
             inputs: letterboxed images by number.
-            detect: function of a batch; default: the detector's own. It returns None for an image to leave out.
+            detect: function of the images; default: the detector's own. It returns None for an image to leave out.
 
         Returns:
             Faces by number, in pixels of the image that was letterboxed.
         """
         detect = detect or self.detector.detect
-        # Group images by shape: a batch is one array.
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for n, letterbox in inputs.items():
-            by_shape[letterbox.pixels.shape].append(n)
-        detected: dict[int, Faces] = {}
-        for numbers in by_shape.values():
-            for start in range(0, len(numbers), self.batch):
-                batch = numbers[start : start + self.batch]
-                # A single image needs no copy.
-                if len(batch) == 1:
-                    stack = inputs[batch[0]].pixels[None]
-                else:
-                    stack = np.stack([inputs[n].pixels for n in batch])
-                for n, faces in zip(batch, detect(stack), strict=True):
-                    if faces is not None:
-                        detected[n] = _undo_letterbox(faces, inputs[n])
-        return detected
+        if not inputs:
+            return {}
+        # The detector makes batches, of as many shapes as suit it.
+        faces = detect([letterbox.pixels for letterbox in inputs.values()])
+        return {
+            n: _undo_letterbox(of_image, inputs[n])
+            for n, of_image in zip(inputs, faces, strict=True)
+            if of_image is not None
+        }
 
     def letterbox(self, pixels: UInt8Image, size: int) -> Letterbox:
         """Shrink an image to `size`, and pad it to the detector's stride.

@@ -10,8 +10,8 @@ import pyarrow as pa
 from facepipe.arrow import set_columns, to_float_lists, view_buffers
 from facepipe.errors import ModelError
 from facepipe.hashing import compute_face_id
-from facepipe.models.protocols import Embedder
-from facepipe.models.runtime.device import resolve_device
+from facepipe.models.protocols import Embedder, RunsOnDevice
+from facepipe.models.runtime.device import NetworkPrecision, resolve_device, resolve_precision
 from facepipe.models.zoo.registry import find_card
 from facepipe.types import Bool, Float32, UInt8
 
@@ -25,6 +25,8 @@ class Embed:
         flip: average the raw vectors of a chip and of its mirror image before normalisation
         batch: chips per call of the model
         device: cpu, cuda, or auto (what the plan of workers says, otherwise a GPU if there is one)
+        precision: of the network on a GPU: float32, tf32, bfloat16, float16, or auto (what `run.precision` says,
+            otherwise float32)
         threads: threads of a CPU
     """
 
@@ -32,6 +34,7 @@ class Embed:
     flip: bool = True
     batch: int = 64
     device: str = "auto"
+    precision: NetworkPrecision = "auto"
     threads: int = 1
 
     needs: ClassVar = ("uri", "image_id", "face_index", "chip")
@@ -41,6 +44,9 @@ class Embed:
     def embedder(self) -> Embedder:
         """The embedder, loaded at first use."""
         embedder: Embedder = find_card(self.model, "embedder").load(resolve_device(self.device), self.threads)
+        if isinstance(embedder, RunsOnDevice):
+            # A face and its mirror image.
+            embedder.configure(resolve_precision(self.precision), 2 * self.batch if self.flip else self.batch)
         return embedder
 
     def setup(self) -> None:
@@ -58,9 +64,9 @@ class Embed:
         is_face = np.array([view is not None for view in views], bool)
         chips = [np.frombuffer(view, np.uint8).reshape(height, width, 3) for view in views if view is not None]
         raw = self.embed_chips(np.stack(chips)) if chips else np.empty((0, self.embedder.dim), np.float32)
-        return self.build_rows(table, is_face, raw)
+        return self._build_rows(table, is_face, raw)
 
-    def build_rows(self, table: pa.Table, is_face: Bool, raw: Float32) -> pa.Table:
+    def _build_rows(self, table: pa.Table, is_face: Bool, raw: Float32) -> pa.Table:
         """Replace the column of chips by those of embeddings.
 
         Args:

@@ -11,19 +11,16 @@ import facepipe
 from facepipe.gallery import Contract
 from facepipe.gallery.failures import RetryRule, check_statuses, describe_crash
 from facepipe.imaging.decode import describe_decoders
-from facepipe.models.zoo.networks import can_run_resident
 from facepipe.schema import CRASHED, DECODE_ERROR, NO_FACE, READ_ERROR, TOO_LARGE
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, Read
-from facepipe.stages.resident.stage import FacesOnDevice
 from pipelines.runtime.plan import Layout, WorkerGroup, WorkerPlan
 
-MODEL_STAGES = ("detect", "align", "embed")
 Count = Annotated[int, Field(ge=1)]
 
 Runner = Literal["auto", "inline", "local", "ray"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,9 @@ class RunConfig:
         workers: number of workers; default: one per CPU, or one per GPU if there are GPUs
         layout: fused (each worker runs all stages) or split (CPU workers decode, GPU workers run the models; needs Ray)
         batch: images that a worker holds decoded at a time; default: 16, with a GPU 256
-        resident: keep pixels on the GPU from detection to embedding, with RetinaFace and torch embedders. false: run
-            the stages one by one, as on a CPU. The faces are the same
-        precision: precision of the networks of a `resident` chain. Half precision moves vectors by a median of about
-            0.002 (float16) or 0.01 (bfloat16); two people are 0.4 apart
+        resident: has no effect any more: a GPU runs the same stages as a CPU
+        precision: precision of the networks on a GPU. float32 is IEEE. tf32 and float16 move vectors by a median of
+            about 0.002, bfloat16 by 0.01; two people are 0.4 apart
         block_smallest: minimum number of images per unit of work, which is one Parquet file
         block_largest: maximum number of images per unit of work; default: 512, with GPUs 4096, because their pipeline
             runs empty at the end of each
@@ -177,28 +173,13 @@ class EmbedConfig:
         # The detector shrinks what it gets, so more pixels than it is given would never reach it.
         working_side = max(self.decode.working_side, self.detect.size)
         decode = replace(self.decode, working_side=working_side, threads=max(self.decode.threads, group.threads))
-        detect = replace(self.detect, device=detect_device, threads=group.threads)
+        detect_precision = self.run.precision if self.detect.precision == "auto" else self.detect.precision
+        embed_precision = self.run.precision if self.embed.precision == "auto" else self.embed.precision
+        detect = replace(self.detect, device=detect_device, threads=group.threads, precision=detect_precision)
         align = replace(self.align, embedder=self.embed.model, detector=self.detect.model)
-        embed = replace(self.embed, device=embed_device, threads=group.threads)
+        embed = replace(self.embed, device=embed_device, threads=group.threads, precision=embed_precision)
         stages: dict[str, Any] = {"read": read, "decode": decode, "detect": detect, "align": align, "embed": embed}
-        names = group.stages
-        if group.gpus and names[-3:] == MODEL_STAGES and self._can_run_resident(detect_device, embed_device):
-            # One stage replaces the last three.
-            stages["faces"] = FacesOnDevice(
-                detect=detect,
-                align=align,
-                embed=embed,
-                device=detect_device,
-                threads=group.threads,
-                precision=self.run.precision,
-            )
-            names = (*names[:-3], "faces")
-        return tuple(stages[name] for name in names)
-
-    def _can_run_resident(self, detect_device: str, embed_device: str) -> bool:
-        """Tell whether `run.resident` is on, and both models are torch modules on the same GPU."""
-        is_one_gpu = detect_device == embed_device and detect_device.startswith("cuda")
-        return self.run.resident and is_one_gpu and can_run_resident(self.detect.model, self.embed.model)
+        return tuple(stages[name] for name in group.stages)
 
     def count_stages_ahead(self, group: WorkerGroup, stages: tuple[Any, ...]) -> int:
         """Count the stages that work a batch ahead of a group's GPU: those before the first stage with a device."""

@@ -353,6 +353,7 @@ class _EmbedRun:
             faces_folder=self._gallery.faces_folder,
             marks_folder=self._marks_folder,
             ahead=self._config.count_stages_ahead(group, tuple(stages)),
+            parallel=group.parallel,
             failed_with=self._config.describe_attempt(),
             devices=group.devices,
         )

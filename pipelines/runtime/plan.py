@@ -57,8 +57,13 @@ class WorkerGroup:
 
     @property
     def batch(self) -> int:
-        """Images that a worker holds decoded at a time. On a GPU they fill a batch of each common shape."""
+        """Images that a worker decodes at a time. On a GPU they fill batches of the common shapes."""
         return 256 if self.gpus else 16
+
+    @property
+    def parallel(self) -> int:
+        """Batches on which a worker's models work at a time, so that a GPU has work while one of them waits for it."""
+        return 4 if self.gpus else 1
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class WorkerJob:
         faces_folder: folder of the gallery's table
         marks_folder: folder of the run's crash marks
         ahead: number of stages that work ahead of a device, as in `Chain`
+        parallel: number of batches on which the other stages work at a time, as in `Chain`
         failed_with: what images are tried with, in short form, by the status of those that fail
         devices: number of GPUs of the run
     """
@@ -51,6 +52,7 @@ class WorkerJob:
     faces_folder: str
     marks_folder: str
     ahead: int = 0
+    parallel: int = 1
     failed_with: Mapping[str, str] = field(default_factory=dict)
     devices: int = 0
 
@@ -69,7 +71,7 @@ class BlockWorker:
 
     def __init__(self, job: WorkerJob):
         self.job = job
-        self._chain = Chain(job.stages, job.batch, job.ahead)
+        self._chain = Chain(job.stages, job.batch, job.ahead, job.parallel)
         stage_names = "-".join(type(stage).__name__ for stage in job.stages)
         marks_folder = f"{job.marks_folder}/{stage_names}"
         self._crash_marks = CrashMarks(marks_folder)
@@ -95,7 +97,7 @@ class BlockWorker:
         print(f"facepipe worker: {health.name} keeps failing and is left out", file=sys.stderr, flush=True)
         self._health = None
         stages = [replace(stage, device="cpu") if hasattr(stage, "device") else stage for stage in self.job.stages]
-        self._chain = Chain(stages, self.job.batch, self.job.ahead)
+        self._chain = Chain(stages, self.job.batch, self.job.ahead, self.job.parallel)
 
     @contextmanager
     def _watch_device(self, uri: str | None = None) -> Iterator[None]:

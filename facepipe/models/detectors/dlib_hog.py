@@ -1,6 +1,7 @@
 """dlib's frontal face detector (HOG, after Felzenszwalb et al., PAMI 2010), as the package face_recognition runs it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class DlibHog:
         self._predict_points = predict_points
         self._limits = limits
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         """Find the faces of each image; see `Detector`."""
         return [self._detect_one(image) for image in images]
 

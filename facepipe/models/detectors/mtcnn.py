@@ -5,7 +5,7 @@ weights of that lineage find the same faces. Inside the cascade boxes have inclu
 the original MATLAB code. Results count from 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
@@ -90,7 +90,7 @@ class Mtcnn:
         self._device = device
         self._threads = threads
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         """Find the faces of each image; see `Detector`."""
         import torch
 

@@ -4,6 +4,7 @@ The arithmetic is that of the public implementation (insightface, model_zoo/scrf
 shapes, because exports differ in names, order and a batch dimension.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ class Scrfd:
             raise ModelError(f"the graph is not SCRFD's: it has {len(self._graph.outputs)} outputs, expected 9")
         self._run(np.zeros((_PROBE_SIDE, _PROBE_SIDE, 3), np.uint8))
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         """Find the faces of each image; see `Detector`."""
         return [self._detect_one(image) for image in images]
 

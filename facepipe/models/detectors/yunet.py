@@ -3,6 +3,8 @@
 The arithmetic is that of OpenCV's FaceDetectorYN (modules/objdetect/src/face_detect.cpp).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from facepipe.errors import ModelError
@@ -44,7 +46,7 @@ class YuNet:
         if missing:
             raise ModelError(f"the graph is not YuNet's: its outputs {', '.join(missing)} are missing")
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         """Find the faces of each image; see `Detector`."""
         return [self._detect_one(image) for image in images]
 

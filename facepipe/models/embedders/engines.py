@@ -16,9 +16,10 @@ from facepipe.models.runtime.torch_inference import limit_threads, to_channels_l
 from facepipe.types import Float32, UInt8Image
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _CHIPS_PER_RUN = 8
+_MAX_DEVICE_BATCH = 128
 # Names of the input and the output of the graphs that `facepipe models export` writes.
 _EXPORTED_NAMES = ("chips", "vectors")
 _UNCHANGED = Input("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -48,14 +49,23 @@ class OnnxDlib:
 
 
 class TorchEmbedder:
-    """An embedding network on any torch device, in channels_last.
+    """An embedding network on any torch device, in channels_last: whole batches on a GPU, chip by chip on a CPU.
 
     Attributes:
         size: (width, height) of a chip.
         dim: Length of a vector.
     """
 
-    def __init__(self, net: "nn.Module", model_input: Input, size: tuple[int, int], *, device: str, threads: int = 1):
+    def __init__(
+        self,
+        net: "nn.Module",
+        model_input: Input,
+        size: tuple[int, int],
+        *,
+        device: str,
+        threads: int = 1,
+        batches_on_cpu: bool = False,
+    ):
         """Move the network to the device and try it on one chip.
 
         Args:
@@ -64,6 +74,7 @@ class TorchEmbedder:
             size: (width, height) of a chip.
             device: A torch device.
             threads: Threads of torch on a CPU.
+            batches_on_cpu: Make the batches of a GPU on a CPU too, to compare the two.
 
         Raises:
             ModelError: The network does not take chips of this size.
@@ -73,38 +84,60 @@ class TorchEmbedder:
         self._net = to_channels_last(net, device)
         self._threads = threads
         self._device = torch.device(device)
+        # A CPU gets one chip at a time, so that a vector does not depend on the batch.
+        self._in_batches = batches_on_cpu or self._device.type != "cpu"
         self._mean = torch.tensor(model_input.mean, device=device).view(1, 3, 1, 1)
         self._scale = torch.tensor(model_input.scale, device=device).view(1, 3, 1, 1)
         self._is_bgr = model_input.channels == "bgr"
         self.size = size
+        self.configure("float32", _MAX_DEVICE_BATCH)
         self.dim = self._measure_dim()
+
+    def configure(self, precision: str, max_batch: int) -> None:
+        """Choose precision and batches; see `RunsOnDevice`. A last linear layer stays in float32."""
+        from facepipe.models.runtime.device_batches import DeviceBatches
+        from facepipe.models.runtime.precision import DTYPES, cast_network, set_float32_products
+
+        set_float32_products(precision)
+        cast_network(self._net, precision, _find_last_linear(self._net))
+        self._dtype = DTYPES[precision]
+        self._batches = DeviceBatches(self._predict, self._device, max_batch if self._in_batches else 1)
 
     def embed(self, chips: UInt8Image) -> Float32:
         """Embed chips; see `Embedder`."""
-        # A CPU gets one chip per call, so that a vector does not depend on the batch; other devices get all at once.
         if self._device.type != "cpu":
             return self._run(chips)
         with limit_threads(self._threads):
-            return _embed_in_runs(self._run, chips, self.dim, 1)
+            return self._run(chips)
 
     def _measure_dim(self) -> int:
-        import torch
-
         width, height = self.size
         try:
-            with torch.inference_mode():
-                return int(self._net(torch.zeros(1, 3, height, width, device=self._device)).shape[1])
+            return int(self._run(np.zeros((1, height, width, 3), np.uint8)).shape[1])
         except RuntimeError as error:
             raise ModelError(f"the network does not take chips of {self.size}: {str(error)[:300]}") from error
 
     def _run(self, chips: UInt8Image) -> Float32:
+        if not len(chips):
+            return np.empty((0, self.dim), np.float32)
+        width, height = self.size
+        outputs = self._batches.run(list(chips), [(height, width)] * len(chips))
+        return np.stack([vector for (vector,) in outputs])
+
+    def _predict(self, chips: "Tensor") -> "tuple[Tensor, ...]":
+        """Compute the raw vectors of chips (n, h, w, 3) uint8 on the device."""
         import torch
 
-        with torch.inference_mode():
-            pixels = torch.from_numpy(np.ascontiguousarray(chips)).to(self._device, non_blocking=True)
-            planes = preprocess_with(pixels, self._mean, self._scale, is_bgr=self._is_bgr)
-            vectors = self._net(planes.contiguous(memory_format=torch.channels_last))
-            return np.asarray(vectors.float().cpu().numpy())
+        planes = preprocess_with(chips, self._mean, self._scale, is_bgr=self._is_bgr).to(self._dtype)
+        return (self._net(planes.contiguous(memory_format=torch.channels_last)).float(),)
+
+
+def _find_last_linear(net: "nn.Module") -> tuple[str, ...]:
+    """Find the name of the network's last layer if it is linear."""
+    from torch import nn
+
+    name, layer = list(net.named_modules())[-1]
+    return (name,) if isinstance(layer, nn.Linear) else ()
 
 
 class OnnxEmbedder:

@@ -76,7 +76,7 @@ class Batches(Generic[Result]):
                 continue
             # Outside of the handler: its traceback would keep the tensors of the failed batch.
             self.size = max(1, (part.stop - start) // 2)
-            _empty_cache()
+            empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,7 +87,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in message for words in ("out of memory", "failed to allocate memory", "alloc_failed"))
 
 
-def _empty_cache() -> None:
+def empty_cache() -> None:
+    """Give the memory back that torch keeps for later."""
     import torch
 
     if torch.cuda.is_available():

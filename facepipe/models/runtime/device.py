@@ -1,13 +1,16 @@
-"""Devices that models run on."""
+"""Devices that models run on, their faults, and the precision of networks on them."""
 
 import importlib.util
 import os
 import re
 import warnings
+from typing import Literal
 
 from facepipe.errors import ModelError
 from facepipe.extras import describe_missing, require_module
 from facepipe.models.runtime.batches import is_out_of_memory
+
+NetworkPrecision = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
 
 # What torch, ONNX Runtime and CUDA's libraries write if a device fails; in lower case.
 _DEVICE_FAULTS = (
@@ -68,6 +71,11 @@ def resolve_device(device: str) -> str:
     if int(match[1] or 0) >= gpus:
         raise ModelError(f"device {device} requested, but the last one here is cuda:{gpus - 1}")
     return device
+
+
+def resolve_precision(precision: NetworkPrecision) -> str:
+    """Resolve `auto` to float32."""
+    return "float32" if precision == "auto" else precision
 
 
 def find_device_fault(error: BaseException) -> BaseException | None:

@@ -13,12 +13,13 @@ from facepipe.arrow import view_buffers
 from facepipe.imaging.decode import decode
 from facepipe.imaging.geometry import Frame, bound_by_area
 from facepipe.imaging.header import Header, read_header
-from facepipe.models.protocols import Faces
+from facepipe.models.detectors.retinaface_engines import TorchRetinaFace
+from facepipe.models.protocols import DetectionLimits, Faces
+from facepipe.models.zoo.packaged import load_retinaface_net
 from facepipe.schema import WORK_ITEM
 from facepipe.sources.item import make_file_uri
 from facepipe.stages import Align, Decode, Detect, Read
 from facepipe.stages.crowds import add_small_faces, choose_larger_size, choose_larger_view
-from facepipe.stages.resident.stage import FacesOnDevice
 from facepipe.stages.views import DecodedView
 
 
@@ -96,7 +97,7 @@ def crowd(photos: Path) -> np.ndarray:
     return picture
 
 
-def test_a_crowd_is_found_in_arrays_and_files_on_both_paths(crowd: np.ndarray, tmp_path: Path) -> None:
+def test_a_crowd_is_found_in_arrays_files_and_batches(crowd: np.ndarray, tmp_path: Path) -> None:
     few = next(iter(facepipe.encode([crowd], detect=Detect(small_faces=False)))).faces
     many = next(iter(facepipe.encode([crowd]))).faces
     assert len(many) >= 11 > len(few)
@@ -108,7 +109,10 @@ def test_a_crowd_is_found_in_arrays_and_files_on_both_paths(crowd: np.ndarray, t
     row = {"uri": make_file_uri(str(path)), "path": str(path).encode()}
     decoded = Decode()(Read()(pa.Table.from_pylist([row], schema=WORK_ITEM)))
     host = Align(thumbs=False)(Detect(device="cpu")(decoded))
-    device = FacesOnDevice(align=Align(thumbs=False), device="cpu")(decoded)
+    detect = Detect(device="cpu")
+    limits = DetectionLimits(detect.lowest_score, detect.max_iou)
+    detect.__dict__["detector"] = TorchRetinaFace(load_retinaface_net(), limits, "cpu", batches_on_cpu=True)
+    device = Align(thumbs=False)(detect(decoded))
     assert host.num_rows == device.num_rows >= 11
     assert np.allclose(host["box"].to_pylist(), device["box"].to_pylist(), atol=0.5)
     assert len(list(view_buffers(host["chip"]))) == host.num_rows

@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import embed, rows
 
-from facepipe.stages import Decode, Detect, Embed, Read
-from facepipe.stages.resident.stage import FacesOnDevice
-from pipelines.embed import config as embed_config
+from facepipe.models.detectors.retinaface_engines import TorchRetinaFace
+from facepipe.models.embedders.engines import TorchEmbedder
+from facepipe.models.protocols import DetectionLimits
+from facepipe.models.zoo import registry
+from facepipe.models.zoo.architectures import ARCHITECTURES
+from facepipe.models.zoo.packaged import load_dlib_net, load_retinaface_net
+from facepipe.stages import Align, Decode, Detect, Embed, Read, detect
+from facepipe.stages import embed as embed_stage
 from pipelines.embed import pipeline as module
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.runtime.plan import STAGES, Resources, WorkerGroup, WorkerPlan, make_plan
@@ -18,43 +22,33 @@ from pipelines.runtime.plan import STAGES, Resources, WorkerGroup, WorkerPlan, m
 GPU = make_plan(Resources(16, 2)).groups[0]
 
 
-def test_a_gpu_worker_keeps_pixels_on_its_device() -> None:
+def test_a_gpu_worker_runs_the_stages_on_its_device() -> None:
     config = EmbedConfig(detect=Detect(min_score=0.8), run=RunConfig(precision="float16"))
-    read, decode, faces = config.build_stages(GPU)
+    read, decode, detect, align, embed = stages = config.build_stages(GPU)
     assert (read, decode.threads) == (Read(), 8)
-    assert isinstance(faces, FacesOnDevice)
-    assert (faces.device, faces.precision, faces.threads, faces.detect.min_score) == ("cuda", "float16", 8, 0.8)
-    assert faces.align.embedder == "dlib-resnet"
-    assert config.count_stages_ahead(GPU, (read, decode, faces)) == 2
-    assert GPU.batch == 256
+    assert (detect.device, detect.precision, detect.min_score) == ("cuda", "float16", 0.8)
+    assert (embed.device, embed.precision) == ("cuda", "float16")
+    assert align.embedder == "dlib-resnet"
+    assert config.count_stages_ahead(GPU, stages) == 2
+    assert (GPU.batch, GPU.parallel) == (256, 4)
 
 
-def test_a_split_plan_has_it_in_its_second_group() -> None:
+def test_the_precision_of_a_stage_is_its_own_if_it_has_one() -> None:
+    config = EmbedConfig(detect=Detect(precision="tf32"), run=RunConfig(precision="bfloat16"))
+    stages = config.build_stages(GPU)
+    assert (stages[2].precision, stages[4].precision) == ("tf32", "bfloat16")
+    assert EmbedConfig().build_stages(GPU)[2].precision == "float32"
+
+
+def test_a_split_plan_has_the_models_in_its_second_group() -> None:
     first, second = make_plan(Resources(16, 2), layout="split").groups
     config = EmbedConfig()
     assert [type(stage) for stage in config.build_stages(first)] == [Read, Decode]
-    (faces,) = config.build_stages(second)
-    assert isinstance(faces, FacesOnDevice)
-    assert (
-        config.count_stages_ahead(first, config.build_stages(first)),
-        config.count_stages_ahead(second, (faces,)),
-    ) == (0, 0)
+    models = config.build_stages(second)
+    assert [type(stage) for stage in models] == [Detect, Align, Embed]
+    assert config.count_stages_ahead(first, config.build_stages(first)) == 0
+    assert config.count_stages_ahead(second, models) == 0
     assert (first.batch, second.batch) == (16, 256)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        EmbedConfig(detect=Detect("mtcnn")),
-        EmbedConfig(embed=Embed("fake-embedder")),
-        EmbedConfig(run=RunConfig(resident=False)),
-        EmbedConfig(detect=Detect(device="cpu")),
-        EmbedConfig(detect=Detect(device="cuda:1")),
-    ],
-)
-def test_other_models_keep_the_stages(config: EmbedConfig) -> None:
-    names = [type(stage).__name__ for stage in config.build_stages(GPU)]
-    assert names == ["Read", "Decode", "Detect", "Align", "Embed"]
 
 
 def test_cpu_workers_are_what_they_were() -> None:
@@ -62,7 +56,7 @@ def test_cpu_workers_are_what_they_were() -> None:
     config = EmbedConfig()
     stages = config.build_stages(group)
     assert [type(stage).__name__ for stage in stages] == ["Read", "Decode", "Detect", "Align", "Embed"]
-    assert (group.batch, config.count_stages_ahead(group, stages)) == (16, 0)
+    assert (group.batch, group.parallel, config.count_stages_ahead(group, stages)) == (16, 1, 0)
 
 
 PHOTOS = ("img5", "img27", "img4", "img54", "couple", "img2", "img31")
@@ -90,10 +84,18 @@ def test_a_gallery_made_on_a_device_is_the_one_that_the_stages_make(
     (corpus / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     embed(corpus, tmp_path / "stages", runner="inline")
 
-    def on_cpu(**given: Any) -> FacesOnDevice:
-        return replace(FacesOnDevice(**given), device="cpu", frames=2, chips=4)
+    def load_detector(device: str, threads: int, limits: DetectionLimits) -> TorchRetinaFace:
+        return TorchRetinaFace(load_retinaface_net(), limits, "cpu", batches_on_cpu=True)
 
-    monkeypatch.setattr(embed_config, "FacesOnDevice", on_cpu)
+    def load_embedder(device: str, threads: int) -> TorchEmbedder:
+        model_input = ARCHITECTURES["dlib-resnet"].input
+        return TorchEmbedder(load_dlib_net(), model_input, (150, 150), device="cpu", batches_on_cpu=True)
+
+    # The engines and batches of a GPU, on CPU tensors.
+    for name, load in (("retinaface-mnet025", load_detector), ("dlib-resnet", load_embedder)):
+        monkeypatch.setitem(registry.CARDS, name, replace(registry.CARDS[name], load=load))
+    for stage in (detect, embed_stage):
+        monkeypatch.setattr(stage, "resolve_device", lambda device: "cpu")
     monkeypatch.setattr(module, "make_plan", lambda *_: WorkerPlan((WorkerGroup(STAGES, 1, 2, 1),)))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -101,7 +103,7 @@ def test_a_gallery_made_on_a_device_is_the_one_that_the_stages_make(
         summary = embed(corpus, tmp_path / "device", runner="inline", batch=3)
     finally:
         torch.set_num_threads(before)
-    assert {"read", "findmoved", "decode", "facesondevice"} == set(summary.stage_seconds)
+    assert {"read", "findmoved", "decode", "detect", "align", "embed"} == set(summary.stage_seconds)
     assert summary.gpu is not None
     one, other = rows(tmp_path / "stages"), rows(tmp_path / "device")
     assert [(r["uri"], r["status"], r["face_id"], r["face_index"]) for r in one] == [

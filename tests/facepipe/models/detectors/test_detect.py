@@ -1,5 +1,6 @@
 """The size that a detector sees: shrinking keeps places, and a quick look stands only where it leaves no doubt."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,19 @@ class Eye:
     def __init__(self, scores: dict[int, tuple[float, ...]]):
         self.scores, self.seen = scores, list[int]()
 
-    def detect(self, images: UInt8Image) -> list[Faces]:
+    def detect(self, images: Sequence[UInt8Image]) -> list[Faces]:
         return [self._faces(images, 0.7)] * len(images)
 
-    def detect_confident(self, images: UInt8Image, *, reject_below: float, accept_above: float) -> list[Faces | None]:
+    def detect_confident(
+        self, images: Sequence[UInt8Image], *, reject_below: float, accept_above: float
+    ) -> list[Faces | None]:
         faces = self._faces(images, reject_below)
         return [faces if len(faces.scores) and (faces.scores >= accept_above).all() else None] * len(images)
 
-    def _faces(self, images: UInt8Image, min_score: float) -> Faces:
-        side = max(images.shape[1:3])
+    def _faces(self, images: Sequence[UInt8Image], min_score: float) -> Faces:
+        side = max(images[0].shape[:2]) if images else 0
         self.seen += [side] * len(images)
-        scores = np.array([s for s in self.scores[side] if s >= min_score], np.float32)
+        scores = np.array([s for s in self.scores.get(side, ()) if s >= min_score], np.float32)
         box = np.array([side / 4, side / 4, side / 2, side / 2], np.float32)
         return Faces(np.tile(box, (len(scores), 1)), np.tile(box[:2], (len(scores), 5, 1)), scores)
 

@@ -1,8 +1,7 @@
-"""Stages that work ahead in a thread: the same tables in the same order, errors where they were, time where it was."""
+"""Stages that work ahead or side by side: the same tables in the same order, errors where they were, time as it was."""
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any, ClassVar
@@ -38,24 +37,13 @@ class Host:
 
 @dataclass(frozen=True)
 class Device(Host):
-    """Doubles; has `depth` tables in hand."""
-
-    depth: int = 3
+    """Doubles."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
         time.sleep(self.pause)
         if self.bad in table["x"].to_pylist():
             raise RuntimeError(f"{self.bad} is bad")
         return pa.table({"x": pa.array([2 * x for x in table["x"].to_pylist()], pa.int64())})
-
-    def stream(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        held: list[pa.Table] = []
-        for table in tables:
-            held.append(table)
-            if len(held) == self.depth:
-                yield self(held.pop(0))
-        for table in held:
-            yield self(table)
 
 
 def numbers(n: int) -> pa.Table:
@@ -64,17 +52,17 @@ def numbers(n: int) -> pa.Table:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(0, 3), st.integers(1, 5))
-def test_what_comes_out_does_not_depend_on_who_works_ahead(n: int, batch: int, ahead: int, depth: int) -> None:
-    chain = Chain((Host(), Host(), Device(depth=depth)), batch, ahead)
+def test_what_comes_out_does_not_depend_on_who_works_ahead(n: int, batch: int, ahead: int, parallel: int) -> None:
+    chain = Chain((Host(), Host(), Device()), batch, ahead, parallel)
     assert chain(numbers(n))["x"].to_pylist() == [2 * (x + 2) for x in range(n)]
     assert set(chain.seconds) == {"host", "device"}
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_errors_are_raised_and_the_chain_goes_on_afterwards(ahead: int) -> None:
+@pytest.mark.parametrize(("ahead", "parallel"), [(0, 1), (1, 1), (0, 3), (1, 3)])
+def test_errors_are_raised_and_the_chain_goes_on_afterwards(ahead: int, parallel: int) -> None:
     threads = threading.active_count()
     for stages, kind in (((Host(bad=7), Device()), SourceError), ((Host(), Device(bad=7)), RuntimeError)):
-        chain = Chain(stages, 2, ahead)
+        chain = Chain(stages, 2, ahead, parallel)
         for _ in range(3):
             with pytest.raises(kind, match="7 is bad"):
                 chain(numbers(40))
@@ -148,3 +136,36 @@ def test_one_batch_is_ahead_and_no_more() -> None:
 
     Chain((Noting(), Slow()), 1, 1)(numbers(8))
     assert made == list(range(8))
+
+
+def test_tables_are_worked_on_side_by_side() -> None:
+    """Each waits until another one has come to the device; one after the other they would wait for ever."""
+    arrived = threading.Barrier(3)
+
+    @dataclass(frozen=True)
+    class Computing(Host):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            arrived.wait(60)
+            return table
+
+    assert Chain((Host(), Computing()), 1, 1, parallel=3)(numbers(9)).num_rows == 9
+
+
+def test_no_more_tables_are_in_work_than_asked_for() -> None:
+    made: list[int] = []
+
+    @dataclass(frozen=True)
+    class Noting(Host):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            made.append(table["x"][0].as_py())
+            return table
+
+    @dataclass(frozen=True)
+    class Computing(Host):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            assert len(made) <= table["x"][0].as_py() + 3 + 2, (
+                "three in work, one that waits and one that is being made"
+            )
+            return table
+
+    Chain((Noting(), Computing()), 1, 1, parallel=3)(numbers(12))
