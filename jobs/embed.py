@@ -30,7 +30,7 @@ def embed(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Folder, glob, s3:// prefix, .parquet file or folder, .tar shards, or a list (.txt, .csv, .tsv).",
+            help="Folder, glob, s3:// prefix, .parquet file or folder, .tar, .zip, .rec, or a list (.txt, .csv, .tsv).",
             show_default=False,
         ),
     ],
@@ -65,6 +65,10 @@ def embed(
     ] = None,
     detector: Detector = None,
     embedder: Embedder = None,
+    aligned: Annotated[
+        bool,
+        typer.Option("--aligned", help="Images are aligned crops already, such as 112x112: run no detector."),
+    ] = False,
     retry: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -97,6 +101,8 @@ def embed(
 
         facepipe embed photos/ gallery/ --embedder models/mobilefacenet.toml
 
+        facepipe embed faces_emore/train.rec gallery/ --aligned
+
         facepipe embed casia.txt gallery/ --set source.root=/data/casia --set detect.min_score=0.5
 
         facepipe embed photos/ gallery/ --set decode.max_pixels=200000000 --retry decode_error,crashed
@@ -106,15 +112,18 @@ def embed(
         facepipe embed photos/ gallery/ --set source.exclude='["*_thumb.jpg", "drafts"]'
     """
     with exit_on_error():
+        from facepipe.models.zoo.registry import ALIGNED
         from pipelines.embed import EmbedConfig, run
 
+        if aligned and detector is not None:
+            fail("--aligned runs no detector: leave --detector out", ExitCode.USAGE)
         # Options override the config file only if they are given.
         options = {
             "source": select_set(uri=source, identity=identity, label_column=label_column, label_prefix=label_prefix),
             "run": select_set(runner=runner, workers=workers),
             "align": {"thumbs": False} if no_thumbs else {},
             "retry": {"statuses": [word.strip() for word in retry.split(",")]} if retry else {},
-            **build_model_sections(detector, embedder),
+            **build_model_sections(ALIGNED if aligned else detector, embedder),
         }
         chosen = build_config(EmbedConfig, config, settings, options)
         print_line = make_line_printer("embed")

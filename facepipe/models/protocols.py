@@ -72,6 +72,14 @@ class CanAbstain(Detector, Protocol):
         """
 
 
+@runtime_checkable
+class KnowsPlaces(Detector, Protocol):
+    """What stands in for a detector if it is known where faces are: the size of an image is enough."""
+
+    def locate_face(self, width: int, height: int) -> Faces:
+        """Locate the face of an image of some size, in its pixels."""
+
+
 class Embedder(Protocol):
     """A model that turns an aligned chip into a vector.
 

@@ -13,7 +13,7 @@ from facepipe.arrow import read_frames, set_columns, to_ragged_lists, view_buffe
 from facepipe.imaging.geometry import Frame, bound_by_area
 from facepipe.imaging.quality import find_shown_faces
 from facepipe.models.detectors.turns import TurnModel, load_turn_model
-from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces, RunsOnDevice
+from facepipe.models.protocols import CanAbstain, DetectionLimits, Detector, Faces, KnowsPlaces, RunsOnDevice
 from facepipe.models.runtime.device import NetworkPrecision, resolve_device, resolve_precision
 from facepipe.models.zoo.registry import find_card
 from facepipe.schema import NO_FACE, OK
@@ -146,6 +146,9 @@ class Detect:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the faces of each image, in pixels of the full-size image."""
+        detector = self.detector
+        if isinstance(detector, KnowsPlaces):
+            return self._add_columns(table, _locate_faces(table, detector))
         # Only rows with pixels are searched; the others have no faces and keep their status.
         pixels = {n: image for n, image in enumerate(view_images(table)) if image is not None}
         candidates = self._run_passes(pixels)
@@ -167,6 +170,10 @@ class Detect:
                 found = keep_scores(self._search({n: letterbox})[n], self.min_score)
                 full = self._to_full_size(found, larger.view.frame, sizes[n])
                 results[n] = add_small_faces(results[n], full, larger.max_side)
+        return self._add_columns(table, results)
+
+    def _add_columns(self, table: pa.Table, results: list[Faces]) -> pa.Table:
+        """Add the faces of each image."""
         # Images that were read but show no face get a status of their own.
         statuses = []
         for faces, status in zip(results, table["status"].to_pylist(), strict=True):
@@ -313,6 +320,12 @@ class Detect:
             is_kept &= find_shown_faces(boxes, landmarks, np.array(size, np.float64))
         keep = np.flatnonzero(is_kept)
         return Faces(boxes[keep], landmarks[keep], faces.scores[keep], get_turns(faces)[keep])
+
+
+def _locate_faces(table: pa.Table, detector: KnowsPlaces) -> list[Faces]:
+    """Locate the face of each image that was read, by its size alone."""
+    sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), view_images(table), strict=True)
+    return [_NO_FACES if image is None else detector.locate_face(width, height) for width, height, image in sizes]
 
 
 class ShrunkImage(NamedTuple):

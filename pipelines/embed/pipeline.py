@@ -36,6 +36,7 @@ from facepipe.sources.item import WatchedSource
 from facepipe.stages.find_moved import FindMoved
 from facepipe.stages.suppress import Suppress
 from facepipe.storage.lease import Lease, hold_lease
+from pipelines.embed.aligned_crops import suggest_aligned
 from pipelines.embed.checks import check_settings, load_models
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.embed.summary import EmbedSummary
@@ -168,6 +169,8 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         summary = _EmbedRun(replace(config, source=settled.config), table, settled, run_id, lease).run(progress)
         summary.relocated = relocated
         summary.notes = [*describe_settling(settled, relocated), *summary.notes]
+        if not summary.skipped:  # a gallery that is growing has been told
+            summary.notes += suggest_aligned(Gallery(gallery))
         return summary
 
 

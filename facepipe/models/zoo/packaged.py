@@ -36,6 +36,13 @@ def read_dlib_weights() -> tuple[list[Any], Float32]:
     return fold_layers(read_metric_network(verify_sha256(file.read_bytes(), DLIB_SHA256, str(file))))
 
 
+def load_aligned_crops(device: str, threads: int, limits: DetectionLimits) -> Detector:
+    """Load what stands in for a detector if images are aligned crops. It needs neither device, threads nor limits."""
+    from facepipe.models.detectors.aligned import AlignedCrops
+
+    return AlignedCrops()
+
+
 def load_retinaface_net() -> Any:
     """Load RetinaFace as a torch module with its weights."""
     require_module("torch", "RetinaFace on a GPU", extra="gpu")

@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 from facepipe.errors import ModelError, UnknownModelError
-from facepipe.imaging.alignment import ChipLayout
+from facepipe.imaging.alignment import ARCFACE_112, ChipLayout
 from facepipe.models.card import Card
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.zoo import packaged
 from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
 
+ALIGNED = "aligned-arcface"
+"""Name of what stands in for a detector if images are aligned crops."""
 MODELS_FOLDER = "FACEPIPE_MODELS"  # environment variable: a folder of TOML files
 
 _MTCNN_SHA256 = "f2836e484b6b1f84a722098b32425d412ee0c7910806e5eb84fca52db6544ddb"  # of its three files' SHA-256
@@ -22,6 +24,10 @@ _FAKE_TEMPLATE = ((10.0, 12.0), (22.0, 12.0), (16.0, 18.0), (11.0, 24.0), (21.0,
 def _hash_int8_dlib() -> str:
     """Hash the weights and the ranges that they are rounded with."""
     return hashlib.sha256(f"{packaged.DLIB_SHA256} {RANGES}".encode()).hexdigest()
+
+
+def _hash_template() -> str:
+    return hashlib.sha256(repr(ARCFACE_112).encode()).hexdigest()
 
 
 _ALL = (
@@ -60,6 +66,17 @@ _ALL = (
         sha256=_DLIB_POINTS_SHA256,
         input="RGB",
         load=packaged.load_dlib_hog,
+    ),
+    Card(
+        name=ALIGNED,
+        role="detector",
+        summary="no detector: every image is a face cut by ArcFace's template (112x112, 112x96, or scaled)",
+        weights="none",
+        licence="Apache-2.0",
+        sha256=_hash_template(),
+        input="RGB",
+        load=packaged.load_aligned_crops,
+        square=RETINAFACE_SQUARE,
     ),
     Card(
         name="dlib-resnet",

@@ -19,6 +19,8 @@ from helpers import embed, rows, same_faces
 from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, ModelError, SourceError
 from facepipe.gallery import Gallery
 from facepipe.gallery.maintenance.verify import verify_gallery
+from facepipe.imaging.alignment import ARCFACE_112
+from facepipe.imaging.geometry import fit_similarity, warp_chip
 from facepipe.sources import SourceConfig, open_source
 from facepipe.sources.blocks import Block, BlockSize, cut_blocks, decode_block, encode_block
 from facepipe.sources.screening import Screening
@@ -412,3 +414,22 @@ def test_vectors_that_are_not_finite_end_the_run(drawings: Path, fakes: Settings
         with pytest.raises(ModelError, match="zero or not finite"):
             embed(drawings, tmp_path / "g", fakes, runner="inline")
     assert not Gallery(tmp_path / "g").vectors()[0].size
+
+
+def test_aligned_crops_are_told(portrait: Path, tmp_path: Path) -> None:
+    """Crops of one size with the face at the template's place: a line says what to type. Other photos get none."""
+    summary = embed(portrait, tmp_path / "photo", runner="inline")
+    assert not any("--aligned" in note for note in summary.notes)
+    landmarks = np.array(rows(tmp_path / "photo")[0]["landmarks"]).reshape(5, 2)
+    crop = warp_chip(cv2.imread(str(portrait)), fit_similarity(landmarks, np.array(ARCFACE_112)), (112, 112))
+    (tmp_path / "crops").mkdir()
+    for n in range(24):
+        cv2.imwrite(str(tmp_path / "crops" / f"{n}.png"), np.clip(crop.astype(np.int16) + n, 0, 255).astype(np.uint8))
+    detected = embed(tmp_path / "crops", tmp_path / "detected", runner="inline")
+    assert any("--aligned" in note for note in detected.notes)
+    settings = {"detect": {"model": "aligned-arcface"}}
+    aligned = embed(tmp_path / "crops", tmp_path / "aligned", settings, runner="inline")
+    assert aligned.statuses == {"ok": 24}
+    assert not any("--aligned" in note for note in aligned.notes)
+    with pytest.raises(ContractError):
+        embed(tmp_path / "crops", tmp_path / "detected", settings, runner="inline")
