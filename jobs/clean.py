@@ -60,6 +60,7 @@ def _print_summary(summary: Any) -> None:
     rows += [
         ("expected errors among these", f"{summary.errors:.1f}"),
         ("pairs of identities that are one person", summary.merges),
+        ("pairs of identities that look alike", summary.look_alikes),
         ("identities that are two people", summary.splits),
         ("in the clean lists", summary.listed),
         ("in review.csv, to look at", summary.to_review),

@@ -92,7 +92,8 @@ def _print_summary(summary: Any) -> None:
     ]
     # Only a comparison of two galleries has shared identities.
     if summary.shared is not None:
-        rows.append(("identities in both", summary.shared))
+        rows.append(("persons in both", summary.shared))
+        rows.append(("look-alikes, or one name only", summary.look_alikes))
     rows += _list_left_out(summary)
     print_table("duplicates" if summary.shared is None else "in both galleries", ("", ""), rows)
     print_seconds(summary.seconds)

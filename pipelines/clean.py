@@ -10,7 +10,7 @@ from facepipe.curation.cleaning.judge import (
     CleanRules,
     LabelJudgement,
     build_identity_table,
-    build_merge_table,
+    build_pair_table,
     judge_labels,
 )
 from facepipe.curation.cleaning.lists import (
@@ -71,8 +71,9 @@ class CleanSummary:
         swapped: Estimated share of labels that are another identity's.
         nobody: Estimated share of faces that belong to no identity here.
         rounds: Rounds of the estimation.
-        merges: Pairs of identities that may be one person.
-        splits: Identities that may be two persons.
+        merges: Pairs of identities that are likely one person.
+        splits: Identities that are likely two persons.
+        look_alikes: Other pairs of identities with near faces.
         listed: Rows of clean.csv.
         to_review: Rows of review.csv.
         unlisted: Rows of clean.csv that no text list can hold.
@@ -93,6 +94,7 @@ class CleanSummary:
     rounds: int = 0
     merges: int = 0
     splits: int = 0
+    look_alikes: int = 0
     listed: int = 0
     to_review: int = 0
     unlisted: int = 0
@@ -159,7 +161,9 @@ def _write_tables(
     images = build_image_rows(gallery, graph.nodes, judgement.verdicts, judgement.names)
     write_rows(os.path.join(folder, IMAGES_FILE), IMAGE_SCHEMA, images)
     write_table(os.path.join(folder, "identities.parquet"), build_identity_table(judgement))
-    write_table(os.path.join(folder, "merges.parquet"), build_merge_table(judgement))
+    identities = judgement.identities
+    write_table(os.path.join(folder, "merges.parquet"), build_pair_table(judgement, identities.merges))
+    write_table(os.path.join(folder, "look_alikes.parquet"), build_pair_table(judgement, identities.look_alikes))
     return write_lists(folder, relabels=rules.relabels, unverified=rules.unverified)
 
 
@@ -178,8 +182,9 @@ def _summarise(summary: CleanSummary, graph: Graph, judgement: LabelJudgement, l
     summary.swapped = posteriors.swapped
     summary.nobody = posteriors.unknown
     summary.rounds = len(posteriors.rounds)
-    summary.merges = len(judgement.identities.left)
+    summary.merges = len(judgement.identities.merges)
     summary.splits = int((judgement.identities.apart_count > 0).sum())
+    summary.look_alikes = len(judgement.identities.look_alikes)
     summary.listed = lists.kept
     summary.to_review = lists.to_review
     summary.unlisted = lists.unlisted

@@ -50,14 +50,15 @@ _DUPLICATES = (
 _REPORT_FILES: dict[str, tuple[str, ...]] = {
     "dedup": _DUPLICATES,
     "dedup-new": _DUPLICATES,
-    "overlap": (*_DUPLICATES, "identities.parquet"),
+    "overlap": (*_DUPLICATES, "identities.parquet", "look_alikes.parquet"),
     "cluster": (
         *("faces.parquet", "clusters.parquet", "merges.parquet", "splits.parquet", "report.html"),
         *("sums.npz", "state.npz", "mark.json"),
         "centres.parquet",  # of older versions
     ),
     "clean": (
-        *("decisions.parquet", "images.parquet", "identities.parquet", "merges.parquet", "report.html"),
+        *("decisions.parquet", "images.parquet", "identities.parquet", "report.html"),
+        *("merges.parquet", "look_alikes.parquet"),
         *("clean.csv", "clean.txt", "labels.csv", "msceleb.txt", "relabel.csv", "review.csv", "mark.json"),
     ),
 }

@@ -99,7 +99,10 @@ def _find_overlap(data: DataConfig, against: str, log: Callable[[str], None]) ->
     # Side 0 is the gallery to train on. Its images to drop are those that the other gallery holds as well.
     is_copy = pc.and_(pc.equal(decisions["side"], 0), pc.equal(decisions["decision"], "drop"))
     copies = decisions.filter(is_copy)
-    # A person is excluded if the share of near pairs with a person of the other gallery is large enough.
-    persons: Any = pq.read_table(join(summary.out, "identities.parquet"))
-    near = persons.filter(pc.greater_equal(persons["share"], data.exclude_share))
-    return copies["uri"].combine_chunks(), near["identity_0"].unique().to_pylist()
+    # A person is excluded if it is likely enough that the other gallery has it too.
+    pairs: Any = pa.concat_tables(
+        [pq.read_table(join(summary.out, name)) for name in ("identities.parquet", "look_alikes.parquet")]
+    )
+    is_person = pc.greater_equal(pairs["probability"], data.exclude_probability)
+    persons = pairs.filter(pc.and_(is_person, pc.greater_equal(pairs["share"], data.exclude_share)))
+    return copies["uri"].combine_chunks(), persons["identity_0"].unique().to_pylist()

@@ -8,7 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from facepipe.curation.duplicates import DuplicateRule, Duplicates, find_duplicates, find_shared_identities
+from facepipe.curation.duplicates import (
+    DuplicateRule,
+    Duplicates,
+    SharedFaces,
+    SharedIdentities,
+    find_duplicates,
+    find_shared_identities,
+    judge_shared_identities,
+)
 from facepipe.curation.duplicates.images import gather_faces
 from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.curation.duplicates.stars import find_face_pairs
@@ -61,7 +69,8 @@ class DedupSummary:
         keep: Images to keep.
         drop: Images to drop.
         unlisted: Images whose path no text list can hold.
-        shared: Identities that both galleries hold.
+        shared: Pairs of identities of the two galleries that are one person.
+        look_alikes: Pairs that have near faces or one name, and are not one person, or not surely.
         without_hash: Images without a perceptual hash.
         without_threshold: Whether it is unknown from which distance faces are of one person. The shared identities are
             then those of near copies alone.
@@ -77,6 +86,7 @@ class DedupSummary:
     drop: int = 0
     unlisted: int = 0
     shared: int | None = None
+    look_alikes: int | None = None
     without_hash: int = 0
     without_threshold: bool = False
     recall: float = 1.0
@@ -159,7 +169,7 @@ def _open_wide_graph(
         return open_graph(galleries, replace(wide, threshold=config.dedup.radius), config.run, folder, progress, lease)
 
 
-def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, pa.Table | None]:
+def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, SharedIdentities | None]:
     """Find the duplicates and, of two galleries, the shared identities."""
     # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.
     table, row_of_node = gather_faces(galleries, graph.nodes)
@@ -174,7 +184,16 @@ def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tup
     first = np.full(table.num_rows, -1, np.int64)
     first[row_of_node] = row_of_node[graph.representatives]
     shared = find_shared_identities(table, edges, first, threshold=graph.info.distance, max_neighbours=graph.info.most)
-    return duplicates, shared
+    faces = SharedFaces(
+        table=table,
+        edges=edges,
+        first=first,
+        row=row_of_node,
+        vectors=graph.nodes.vectors,
+        density=graph.density,
+        max_neighbours=graph.info.most,
+    )
+    return duplicates, judge_shared_identities(faces, shared, threshold=graph.info.threshold.similarity)
 
 
 def _count_without_hash(galleries: list[Gallery]) -> int:
@@ -183,7 +202,7 @@ def _count_without_hash(galleries: list[Gallery]) -> int:
     return sum(batch.num_rows for gallery in galleries for batch in gallery.batches(["image_hash"], where))
 
 
-def write_tables(folder: str, duplicates: Duplicates, shared: pa.Table | None, summary: DedupSummary) -> None:
+def write_tables(folder: str, duplicates: Duplicates, shared: SharedIdentities | None, summary: DedupSummary) -> None:
     """Write the tables and lists of a report, and fill in the figures that follow from them.
 
     Args:
@@ -194,7 +213,8 @@ def write_tables(folder: str, duplicates: Duplicates, shared: pa.Table | None, s
     """
     tables = {"pairs": duplicates.pairs, "groups": duplicates.groups, "decisions": duplicates.decisions}
     if shared is not None:
-        tables["identities"] = shared
+        tables["identities"] = shared.persons
+        tables["look_alikes"] = shared.look_alikes
     for name, table in tables.items():
         write_table(os.path.join(folder, f"{name}.parquet"), table)
     # Lists and figures are of the first gallery only, which is side 0.
@@ -209,7 +229,9 @@ def write_tables(folder: str, duplicates: Duplicates, shared: pa.Table | None, s
     summary.images = decided.num_rows
     summary.groups = duplicates.groups.num_rows
     summary.pairs = {row["values"]: row["counts"] for row in kinds}
-    summary.shared = None if shared is None else shared.num_rows
+    if shared is not None:
+        summary.shared = shared.persons.num_rows
+        summary.look_alikes = shared.look_alikes.num_rows
 
 
 def _write_list(path: str, uris: pa.ChunkedArray) -> int:

@@ -4,14 +4,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facepipe.curation.cleaning.decide import RELABEL, LabelVerdicts
+from facepipe.curation.cleaning.decide import RELABEL, REVIEW, TWO_NAMES, LabelVerdicts
 from facepipe.curation.cleaning.evidence import FaceVectors
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.linkage import merge_by_average_linkage
+from facepipe.curation.one_person.judge import (
+    MIN_PROBABILITY,
+    MIN_SHOWN,
+    NEAR,
+    GroupPairs,
+    judge_pairs,
+    judge_parts,
+)
+from facepipe.curation.one_person.model import OnePersonModel, sum_groups
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64
 
-_BLOCK = 1 << 17
+_EXPECTED_SHARE = 0.01  # of the identities, that are a second name of a person, before any face is looked at
+_MIN_PART = 2  # faces of a second part: a single face that is apart is a matter of its label
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,38 @@ def split_identities(faces: FaceVectors, labels: Int64, copies: Int64, pairs: Pa
 
 
 @dataclass(frozen=True)
+class IdentityPairs:
+    """Pairs of identities with near faces, the likeliest to be one person first.
+
+    Attributes:
+        left: First identity of each pair, (m,).
+        right: Second identity, (m,).
+        similarity: Mean similarity of their faces, (m,).
+        probability: Probability that they are one person, (m,).
+        face_counts: Faces of both on which that rests, (m, 2): those that are kept, or to review.
+    """
+
+    left: Int64
+    right: Int64
+    similarity: Float32
+    probability: Float32
+    face_counts: Int64
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def take(self, chosen: Int64 | Bool) -> "IdentityPairs":
+        """Return some of the pairs."""
+        return IdentityPairs(
+            self.left[chosen],
+            self.right[chosen],
+            self.similarity[chosen],
+            self.probability[chosen],
+            self.face_counts[chosen],
+        )
+
+
+@dataclass(frozen=True)
 class IdentitySummary:
     """Figures of k identities, and pairs of identities that may be one person.
 
@@ -67,11 +109,12 @@ class IdentitySummary:
         face_count: Labelled faces, (k,).
         kept_count: Faces that keep their label, (k,).
         wrong: Expected number of wrong labels, (k,).
-        apart_count: Faces of the second largest part that no other identity claims, (k,). 0 if fewer than two.
-        apart_similarity: Mean similarity of the two largest parts, (k,). NaN if there is no second part.
-        left: First identity of each pair, (m,).
-        right: Second identity of each pair, (m,).
-        similarity: Mean similarity of each pair, (m,), falling.
+        apart_count: Faces of the second largest part, if it is likely another person, (k,), else 0.
+        apart_similarity: Mean similarity of the two largest parts, (k,). NaN if there is no second part of several
+            faces that no other identity claims.
+        apart_probability: Probability that these are two persons, (k,), 0 if there is no second part.
+        merges: Pairs that are likely one person.
+        look_alikes: Other pairs with near faces.
     """
 
     face_count: Int64
@@ -79,9 +122,9 @@ class IdentitySummary:
     wrong: Float32
     apart_count: Int64
     apart_similarity: Float32
-    left: Int64
-    right: Int64
-    similarity: Float32
+    apart_probability: Float32
+    merges: IdentityPairs
+    look_alikes: IdentityPairs
 
 
 def summarise_identities(
@@ -103,82 +146,94 @@ def summarise_identities(
         parts: parts of the identities.
         pairs: neighbouring faces.
         identity_count: number of identities k. Some may have no face.
-        threshold: mean similarity from which two identities may be one person.
+        threshold: similarity from which two faces count as one person. It stands in for what the corpus does not show.
     """
     labelled = np.flatnonzero(labels >= 0)
     identity = labels[labelled]
-    # One person under two names is judged by kept faces alone.
+    # One person under two names is judged by the faces that keep their label, or may. Those of a picture under two
+    # names show one person whoever bears the names.
     is_kept = verdicts.is_kept
-    left, right, similarity = _find_same_persons(
-        faces, np.where(is_kept, labels, -1), pairs, identity_count=identity_count, threshold=threshold
-    )
+    is_open = verdicts.is_decided(REVIEW) & (verdicts.reason != TWO_NAMES)
+    kept_labels = np.where(is_kept | is_open, labels, -1)
+    kept = sum_groups(faces.vectors, faces.density, kept_labels, identity_count)
+    ends = _find_near_identities(kept_labels, pairs, identity_count)
+    model = OnePersonModel.fit(kept, faces.vectors, faces.density, kept_labels, compared=ends, threshold=threshold)
+    near = _judge_near_identities(model, kept, ends)
+    is_named = near.probability >= MIN_PROBABILITY
     # Two persons under one name are judged without faces that belong to another identity.
     is_unclaimed = (labels >= 0) & ~verdicts.is_decided(RELABEL)
-    apart_count, apart_similarity = _find_second_persons(
-        faces, np.where(is_unclaimed, labels, -1), parts, identity_count
-    )
+    second = _judge_second_persons(model, faces, np.where(is_unclaimed, labels, -1), parts, identity_count)
     # The label of an image is not wrong because another face is in it too.
     wrong = np.where(verdicts.is_counted, np.nan_to_num(verdicts.image_noise), 0)[labelled]
     return IdentitySummary(
         face_count=np.bincount(identity, minlength=identity_count),
         kept_count=np.bincount(identity[is_kept[labelled]], minlength=identity_count),
         wrong=np.bincount(identity, wrong, identity_count).astype(np.float32),
-        apart_count=apart_count,
-        apart_similarity=apart_similarity,
-        left=left,
-        right=right,
-        similarity=similarity,
+        apart_count=np.where(second.probability >= MIN_PROBABILITY, second.size, 0),
+        apart_similarity=second.similarity,
+        apart_probability=second.probability,
+        merges=near.take(is_named),
+        look_alikes=near.take(~is_named & (near.probability >= MIN_SHOWN)),
     )
 
 
-def _find_same_persons(
-    faces: FaceVectors, kept_labels: Int64, pairs: Pairs, *, identity_count: int, threshold: float
-) -> tuple[Int64, Int64, Float32]:
-    """Find pairs of identities whose kept faces are as similar as those of one person, the most similar first."""
-    means = _sum_by_label(faces, kept_labels, identity_count)
-    # Pairs of identities that an edge between kept faces joins.
+def _find_near_identities(kept_labels: Int64, pairs: Pairs, identity_count: int) -> Int64:
+    """Find the pairs of identities (m, 2) that an edge between kept faces joins."""
     u = kept_labels[pairs.u]
     v = kept_labels[pairs.v]
     is_across = (u >= 0) & (v >= 0) & (u != v)
     keys = np.unique(np.minimum(u, v)[is_across] * identity_count + np.maximum(u, v)[is_across])
-    left = keys // max(1, identity_count)
-    right = keys % max(1, identity_count)
-    similarity = means.compute_linkage(left, right)
-    similar = np.flatnonzero(similarity >= threshold)
-    order = similar[np.lexsort((right[similar], left[similar], -similarity[similar]))]
-    return left[order], right[order], similarity[order]
+    return np.stack([keys // max(1, identity_count), keys % max(1, identity_count)], axis=1)
 
 
-def _find_second_persons(
-    faces: FaceVectors, labels: Int64, parts: IdentityParts, identity_count: int
-) -> tuple[Int64, Float32]:
-    """Find identities with a second part of several faces: its size (k,), its mean similarity to the first (k,)."""
-    # The two largest parts of each identity, one list below the other as 2 k clusters.
-    first = _sum_by_label(faces, np.where(parts.part == 0, labels, -1), identity_count)
-    second = _sum_by_label(faces, np.where((parts.part == 1) & (parts.size > 1), labels, -1), identity_count)
-    size = np.where(second.size >= 2, second.size, 0)
-    both = np.flatnonzero((size > 0) & (first.size > 0))
-    stacked = Clusters(
-        np.concatenate([first.sums, second.sums]),
-        np.concatenate([first.crowd, second.crowd]),
-        np.concatenate([first.size, second.size]),
+def _judge_near_identities(model: OnePersonModel, kept: Clusters, ends: Int64) -> IdentityPairs:
+    """Judge pairs of identities (m, 2) by their kept faces."""
+    similarity = kept.compute_linkage(ends[:, 0], ends[:, 1])
+    count = int((kept.size > 0).sum())
+    probability = judge_pairs(
+        model,
+        GroupPairs(
+            ends=ends,
+            similarity=similarity,
+            sizes=kept.size[ends],
+            reason=np.full(len(ends), NEAR),
+            is_number=np.zeros(len(ends), np.int64),
+            total=count * (count - 1) / 2,
+            expected=max(1.0, _EXPECTED_SHARE * count),
+        ),
     )
+    order = np.lexsort((ends[:, 1], ends[:, 0], -similarity, -probability))
+    pairs = IdentityPairs(ends[:, 0], ends[:, 1], similarity, probability.astype(np.float32), kept.size[ends])
+    return pairs.take(order)
+
+
+@dataclass(frozen=True)
+class _SecondParts:
+    """The second part of each of k identities: its faces, similarity to the first, and probability of two persons."""
+
+    size: Int64
+    similarity: Float32
+    probability: Float32
+
+
+def _judge_second_persons(
+    model: OnePersonModel, faces: FaceVectors, labels: Int64, parts: IdentityParts, identity_count: int
+) -> _SecondParts:
+    """Judge whether the second part of an identity is another person, if it has several faces."""
+    # The two largest parts of each identity, one list below the other as 2 k groups.
+    is_first = parts.part == 0
+    is_second = (parts.part == 1) & (parts.size > 1)
+    part = np.where(is_first, labels, np.where(is_second, labels + identity_count, -1))
+    part = np.where(labels >= 0, part, -1)
+    groups = sum_groups(faces.vectors, faces.density, part, 2 * identity_count)
+    first = groups.size[:identity_count]
+    second = np.where(groups.size[identity_count:] >= _MIN_PART, groups.size[identity_count:], 0)
+    both = np.flatnonzero((second > 0) & (first > 0))
     similarity = np.full(identity_count, np.nan, np.float32)
-    similarity[both] = stacked.compute_linkage(both, both + identity_count)
-    return size, similarity
-
-
-def _sum_by_label(faces: FaceVectors, labels: Int64, identity_count: int) -> Clusters:
-    """Sum the faces of each identity. A label of -1 (n,) does not count, and an empty identity has size 0."""
-    used = np.flatnonzero(labels >= 0)
-    # Sort by identity, so that each identity is one run of rows in a block.
-    order = used[np.argsort(labels[used], kind="stable")]
-    sums = np.zeros((identity_count, faces.vectors.shape[1]), np.float32)
-    crowd = np.zeros(identity_count, np.float32)
-    for at in range(0, len(order), _BLOCK):
-        block = order[at : at + _BLOCK]
-        identity = labels[block]
-        starts = np.flatnonzero(np.diff(identity, prepend=-1))
-        sums[identity[starts]] += np.add.reduceat(faces.vectors[block], starts, axis=0)
-        crowd[identity[starts]] += np.add.reduceat(faces.density[block], starts)
-    return Clusters(sums, crowd, np.bincount(labels[used], minlength=identity_count))
+    similarity[both] = groups.compute_linkage(both, both + identity_count)
+    # Identities that have faces enough for two such parts.
+    group_count = int((np.bincount(labels[labels >= 0], minlength=identity_count) >= 2 * _MIN_PART).sum())
+    sizes = np.stack([first[both], second[both]], axis=1)
+    probability = np.zeros(identity_count, np.float32)
+    probability[both] = judge_parts(model, similarity[both], sizes, group_count)
+    return _SecondParts(second, similarity, probability)

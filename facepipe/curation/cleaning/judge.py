@@ -13,6 +13,7 @@ from facepipe.curation.cleaning import decide
 from facepipe.curation.cleaning.decide import LabelVerdicts, decide_labels, overrule_kept, question_kept
 from facepipe.curation.cleaning.evidence import FaceVectors, LabelCandidates, find_candidates
 from facepipe.curation.cleaning.identities import (
+    IdentityPairs,
     IdentityParts,
     IdentitySummary,
     split_identities,
@@ -25,7 +26,6 @@ from facepipe.curation.duplicates.images import RankedImages, gather_faces, rank
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import find_components
-from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.gallery import Gallery
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Float64, Int64
@@ -127,7 +127,7 @@ def judge_labels(
     if rules.duplicates:
         verdicts = _reject_copies(verdicts, copied, labels)
     identities = summarise_identities(
-        faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=find_stricter_threshold(graph)
+        faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=threshold
     )
     return LabelJudgement(labels, names, verdicts, posteriors, parts, identities)
 
@@ -151,18 +151,21 @@ def build_identity_table(judgement: LabelJudgement) -> pa.Table:
             "sub_clusters": np.bincount(identity_of_part, minlength=len(judgement.names)),
             "apart": identities.apart_count,
             "apart_similarity": pa.array(identities.apart_similarity, mask=np.isnan(identities.apart_similarity)),
+            "apart_probability": identities.apart_probability,
         }
     )
 
 
-def build_merge_table(judgement: LabelJudgement) -> pa.Table:
-    """Build merges.parquet: one row per pair of identities that may be one person."""
-    identities = judgement.identities
+def build_pair_table(judgement: LabelJudgement, pairs: IdentityPairs) -> pa.Table:
+    """Build merges.parquet or look_alikes.parquet: one row per pair of identities, the likeliest first."""
     return pa.table(
         {
-            "left": judgement.names.take(pa.array(identities.left)),
-            "right": judgement.names.take(pa.array(identities.right)),
-            "similarity": identities.similarity,
+            "left": judgement.names.take(pa.array(pairs.left)),
+            "right": judgement.names.take(pa.array(pairs.right)),
+            "similarity": pairs.similarity,
+            "probability": pairs.probability,
+            "faces_left": pairs.face_counts[:, 0],
+            "faces_right": pairs.face_counts[:, 1],
         }
     )
 

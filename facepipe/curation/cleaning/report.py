@@ -77,10 +77,21 @@ def _build_figures(graph: Graph, judgement: LabelJudgement) -> tuple[Figure, ...
         Figure("unverified", f"{int(counts[DECISIONS.index(UNVERIFIED)]):,}", "only images of their identities"),
         Figure("bystanders", f"{int(counts[DECISIONS.index(BYSTANDER)]):,}", "other faces of images, no wrong labels"),
         Figure("expected errors", f"{errors:,.1f}", "decisions that are wrong, by the probabilities themselves"),
-        Figure("one person, two names", f"{len(identities.left):,}", "pairs of identities"),
-        Figure("two persons, one name", f"{int((identities.apart_count > 0).sum()):,}", "identities"),
+        Figure(
+            "one person, two names", f"{len(identities.merges):,}", _describe_expected(identities.merges.probability)
+        ),
+        Figure("look-alikes", f"{len(identities.look_alikes):,}", "pairs of identities, hardly one person each"),
+        Figure(
+            "two persons, one name",
+            f"{int((identities.apart_count > 0).sum()):,}",
+            _describe_expected(identities.apart_probability[identities.apart_count > 0]),
+        ),
         Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info)),
     )
+
+
+def _describe_expected(probability: Float32) -> str:
+    return f"{float(probability.sum()):.1f} of them right, by the probabilities"
 
 
 def _build_similarity_histogram(verdicts: LabelVerdicts) -> Histogram:
@@ -150,16 +161,25 @@ class _CleanGroups:
         # Identities that may be two persons, the least similar parts first.
         split = np.flatnonzero(identities.apart_count > 0)
         self._split = split[np.argsort(identities.apart_similarity[split], kind="stable")]
+        # Pairs of identities that are likely one person, and behind them the look-alikes.
+        self._named_count = len(identities.merges)
+        self._pairs = np.stack(
+            [
+                np.concatenate([identities.merges.left, identities.look_alikes.left]),
+                np.concatenate([identities.merges.right, identities.look_alikes.right]),
+            ],
+            axis=1,
+        )
         # Faces by identity, in each the kept ones first, and of these the best fit.
         is_not_kept = ~verdicts.is_kept
         order = np.lexsort((-np.nan_to_num(verdicts.own_similarity), is_not_kept, judgement.labels))
         self._order = order
         self._starts = np.searchsorted(judgement.labels[order], np.arange(len(judgement.names) + 1))
-        self.total = len(self._suspects) + len(identities.left) + len(split)
+        self.total = len(self._suspects) + len(self._pairs) + len(split)
 
     def __iter__(self) -> Iterator[Group]:
         suspects = self._suspects[:_MAX_LABEL_GROUPS].tolist()
-        merges = range(min(_MAX_IDENTITY_GROUPS, len(self._judgement.identities.left)))
+        merges = range(min(_MAX_IDENTITY_GROUPS, len(self._pairs)))
         split = self._split[:_MAX_IDENTITY_GROUPS].tolist()
         # Read all faces in one pass over the gallery.
         nodes = [np.empty(0, np.int64)]
@@ -186,9 +206,8 @@ class _CleanGroups:
         return np.concatenate([[face], self._select_best(own), self._select_best(other)])
 
     def _select_merge(self, pair: int) -> Int64:
-        identities = self._judgement.identities
-        left = self._select_best(int(identities.left[pair]))
-        return np.concatenate([left, self._select_best(int(identities.right[pair]))])
+        left, right = self._pairs[pair].tolist()
+        return np.concatenate([self._select_best(left), self._select_best(right)])
 
     def _select_parts(self, identity: int) -> Int64:
         members = self._list_members(identity)
@@ -215,18 +234,24 @@ class _CleanGroups:
         return Group(title, decision, tuple(figures), tuple(rows), suspicion=float(verdicts.noise[face]))
 
     def _build_merge_group(self, pair: int, faces: dict[int, FaceDetails]) -> Group:
-        """Show the best faces of two identities that may be one person."""
+        """Show the best faces of two identities that may be one person, side by side."""
         identities = self._judgement.identities
-        left = int(identities.left[pair])
-        right = int(identities.right[pair])
+        is_named = pair < self._named_count
+        pairs = identities.merges if is_named else identities.look_alikes
+        at = pair if is_named else pair - self._named_count
+        left, right = self._pairs[pair].tolist()
         rows = [self._build_face(n, "first", faces) for n in self._select_best(left).tolist()]
         rows += [self._build_face(n, "second", faces) for n in self._select_best(right).tolist()]
+        probability = float(pairs.probability[at])
         figures = (
-            ("mean distance", self._format_distance(float(identities.similarity[pair]))),
-            ("faces", f"{identities.face_count[left]} + {identities.face_count[right]}"),
+            ("probability", f"{probability:.3f}"),
+            ("mean distance", self._format_distance(float(pairs.similarity[at]))),
+            ("faces", f"{pairs.face_counts[at, 0]} + {pairs.face_counts[at, 1]}"),
         )
-        title = f"{self._get_name(left)} and {self._get_name(right)}: one person?"
-        return Group(title, "merge", figures, tuple(rows), 0.5)
+        question = "one person?" if is_named else "look-alikes"
+        title = f"{self._get_name(left)} and {self._get_name(right)}: {question}"
+        kind = "merge" if is_named else "look-alike"
+        return Group(title, kind, figures, tuple(rows), 0.5 * probability)
 
     def _build_split_group(self, identity: int, faces: dict[int, FaceDetails]) -> Group:
         """Show the two largest parts of an identity that may be two persons."""
@@ -235,6 +260,7 @@ class _CleanGroups:
         nodes = self._select_parts(identity).tolist()
         rows = [self._build_face(n, "second" if part[n] else "first", faces) for n in nodes]
         figures = (
+            ("probability", f"{identities.apart_probability[identity]:.3f}"),
             ("distance between the parts", self._format_distance(identities.apart_similarity[identity])),
             ("faces", f"{identities.face_count[identity]}, {identities.apart_count[identity]} apart"),
         )

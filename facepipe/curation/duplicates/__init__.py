@@ -7,7 +7,12 @@ import pyarrow as pa
 from facepipe.curation.duplicates.groups import build_group_table, group_images
 from facepipe.curation.duplicates.images import rank_images
 from facepipe.curation.duplicates.keep import build_image_decisions
-from facepipe.curation.duplicates.overlap import find_shared_identities
+from facepipe.curation.duplicates.overlap import (
+    SharedFaces,
+    SharedIdentities,
+    find_shared_identities,
+    judge_shared_identities,
+)
 from facepipe.curation.duplicates.pairs import (
     build_pair_table,
     classify_pairs,
@@ -18,7 +23,15 @@ from facepipe.curation.duplicates.pairs import (
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.nearest.similarity import Pairs
 
-__all__ = ["DuplicateRule", "Duplicates", "find_duplicates", "find_shared_identities"]
+__all__ = [
+    "DuplicateRule",
+    "Duplicates",
+    "SharedFaces",
+    "SharedIdentities",
+    "find_duplicates",
+    "find_shared_identities",
+    "judge_shared_identities",
+]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Find identities that two galleries share, by near faces or by name.
+"""Find identities that two galleries share, by near faces or by name, and judge which are one person.
 
 Shared images are pairs and drops.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +11,60 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from facepipe.curation.duplicates.images import encode_strings
+from facepipe.curation.graph.clusters import Clusters
+from facepipe.curation.one_person.judge import (
+    MIN_PROBABILITY,
+    MIN_SHOWN,
+    NEAR,
+    SAME_NAME,
+    SAME_PICTURE,
+    GroupPairs,
+    judge_pairs,
+)
+from facepipe.curation.one_person.model import OnePersonModel, sum_groups
 from facepipe.nearest.similarity import Pairs
-from facepipe.types import Int64
+from facepipe.types import Float32, Int64
+
+_COPY_DISTANCE = 0.2  # of two faces of one picture; strangers are 0.24 and more apart
+_EXPECTED_SHARE = 0.03  # of the persons of the smaller gallery, that both have, before any face is looked at
+
+
+@dataclass(frozen=True)
+class SharedFaces:
+    """Faces of two galleries, and which pairs of them are near.
+
+    Attributes:
+        table: n rows as of `gather_faces`.
+        edges: pairs of rows.
+        first: row that stands for a row and its copies in the edges, (n,), -1 if a row is not a face.
+        row: row of each node of the graph, (m,).
+        vectors: unit vectors of the nodes, (m, 128).
+        density: densities of the nodes, (m,).
+        max_neighbours: edges that a face can have.
+    """
+
+    table: pa.Table
+    edges: Pairs
+    first: Int64
+    row: Int64
+    vectors: Float32
+    density: Float32
+    max_neighbours: int
+
+
+@dataclass(frozen=True)
+class SharedIdentities:
+    """What two galleries share.
+
+    Attributes:
+        persons: Pairs of identities that are one person, with the probability of that.
+        look_alikes: Pairs that are not, or not surely: near faces, or one name.
+        faces: Rows of the faces, as of `gather_faces`.
+    """
+
+    persons: pa.Table
+    look_alikes: pa.Table
+    faces: pa.Table
 
 
 def find_shared_identities(
@@ -52,6 +106,84 @@ def find_shared_identities(
     table = table.aggregate([("links", "sum"), ("best", "min"), ("mean", "max"), ("same_name", "max")])
     table = table.rename_columns(["code_0", "code_1", "links", "best", "mean", "same_name"])
     return _describe(table, faces, side, codes, max_neighbours)
+
+
+def judge_shared_identities(faces: SharedFaces, shared: pa.Table, *, threshold: float) -> SharedIdentities:
+    """Judge which pairs of identities are one person.
+
+    Args:
+        faces: faces of both galleries.
+        shared: of `find_shared_identities`.
+        threshold: similarity from which two faces count as one person.
+
+    Returns:
+        The rows with a column `probability`, the most likely ones first.
+    """
+    codes = encode_strings(faces.table["identity"])
+    side = faces.table["side"].to_numpy()
+    # A name of each gallery is a group of faces.
+    label = np.where(codes >= 0, 2 * codes + side, -1)[faces.row]
+    ends = np.stack([_find_codes(faces.table, codes, shared[f"identity_{n}"]) * 2 + n for n in (0, 1)], axis=1)
+    count = 2 * (int(codes.max(initial=-1)) + 1)
+    groups = sum_groups(faces.vectors, faces.density, label, count)
+    model = OnePersonModel.fit(
+        groups,
+        faces.vectors,
+        faces.density,
+        label,
+        compared=ends[groups.size[ends].min(axis=1) > 0],
+        threshold=threshold,
+    )
+    pairs = _compare_groups(faces, shared, groups, ends)
+    probability = judge_pairs(model, pairs)
+    # A name without a usable face says what its name says.
+    table = shared.append_column("probability", pa.array(probability.astype(np.float32)))
+    order = [("probability", "descending"), ("share", "descending"), ("best", "ascending")]
+    table = table.sort_by([*order, ("identity_0", "ascending"), ("identity_1", "ascending")])
+    is_person = pc.greater_equal(table["probability"], MIN_PROBABILITY)
+    is_shown = pc.or_(pc.greater_equal(table["probability"], MIN_SHOWN), table["same_name"])
+    look_alikes = table.filter(pc.and_(pc.invert(is_person), is_shown))
+    return SharedIdentities(table.filter(is_person), look_alikes, faces.table)
+
+
+def _find_codes(table: pa.Table, codes: Int64, names: pa.ChunkedArray) -> Int64:
+    """Find the codes (m,) of names (m,)."""
+    row = pc.index_in(names, value_set=pc.unique(table["identity"])).to_numpy()
+    first = pc.index_in(pc.unique(table["identity"]), value_set=table["identity"].combine_chunks()).to_numpy()
+    return np.asarray(codes[first[row]], np.int64)
+
+
+def _compare_groups(faces: SharedFaces, shared: pa.Table, groups: Clusters, ends: Int64) -> GroupPairs:
+    """Compute the mean similarity of two names' faces, without pairs of faces that are copies."""
+    copies = find_shared_identities(
+        faces.table, faces.edges, faces.first, threshold=_COPY_DISTANCE, max_neighbours=faces.max_neighbours
+    )
+    # Look up the copies of each pair by its names.
+    keys = ["identity_0", "identity_1"]
+    counted = shared.select(keys).append_column("at", pa.array(np.arange(shared.num_rows)))
+    counted = counted.join(copies.select([*keys, "links", "mean"]), keys, join_type="left outer").sort_by("at")
+    links = pc.fill_null(counted["links"], 0).to_numpy().astype(np.float64)
+    distance = pc.fill_null(counted["mean"], 0.0).to_numpy().astype(np.float64)
+    sizes = groups.size[ends]
+    pair_count = sizes.prod(axis=1).astype(np.float64)
+    links = np.minimum(links, pair_count)
+    product = np.einsum("nd,nd->n", groups.sums[ends[:, 0]], groups.sums[ends[:, 1]])
+    rest = np.maximum(1, pair_count - links)
+    density = (groups.density[ends[:, 0]] + groups.density[ends[:, 1]]) / 2
+    similarity = (product - links * (1 - distance**2 / 2)) / rest - density
+    has_rest = pair_count > links
+    used = [int((groups.size[side::2] > 0).sum()) for side in (0, 1)]
+    reason = np.where(shared["same_name"].to_numpy(), SAME_NAME, NEAR)
+    is_number = pc.invert(pc.match_substring_regex(shared["identity_0"], r"\pL")).to_numpy()
+    return GroupPairs(
+        ends=ends,
+        similarity=similarity.astype(np.float32),
+        sizes=np.where(has_rest[:, None], sizes, 0),
+        reason=np.where(links > 0, SAME_PICTURE, reason),
+        is_number=is_number.astype(np.int64),
+        total=float(used[0]) * float(used[1]),
+        expected=max(1.0, _EXPECTED_SHARE * min(used)),
+    )
 
 
 def _count_owners(side: npt.NDArray[np.int8], codes: Int64, first: Int64, max_owners: int) -> tuple[pa.Table, pa.Table]:

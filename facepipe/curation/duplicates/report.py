@@ -10,8 +10,10 @@ import pyarrow.dataset as ds
 
 from facepipe.curation.duplicates import Duplicates
 from facepipe.curation.duplicates.keep import DROP, KEEP
+from facepipe.curation.duplicates.overlap import SharedIdentities
 from facepipe.curation.duplicates.rule import KINDS, DuplicateRule
 from facepipe.gallery import Gallery
+from facepipe.reports.faces import FaceDetails, read_face_details
 from facepipe.reports.histogram import count_values, log_edges
 from facepipe.reports.model import Face, Figure, Group, Histogram, Mark, Report, Table
 
@@ -20,12 +22,18 @@ _IMAGES_PER_GROUP = 8
 _MAX_GROUPS = 7000
 _MAX_SAME_SHOTS = 3000
 _MAX_SHARED = 200
+_FACES_PER_IDENTITY = 4
+_UNKNOWN_FACE = FaceDetails("", None, None)
 
 Thumbs = dict[tuple[str, int], bytes]  # JPEG of each image, by uri and side
 
 
 def build_duplicates_report(
-    galleries: Sequence[Gallery], found: Duplicates, rule: DuplicateRule, recall: Figure, shared: pa.Table | None = None
+    galleries: Sequence[Gallery],
+    found: Duplicates,
+    rule: DuplicateRule,
+    recall: Figure,
+    shared: SharedIdentities | None = None,
 ) -> Report:
     """Build the report of one gallery's duplicates, or of what two galleries share.
 
@@ -38,7 +46,7 @@ def build_duplicates_report(
     """
     counts = {kind: int(pc.sum(pc.equal(found.pairs["kind"], kind)).as_py() or 0) for kind in KINDS}
     dropped = int(pc.sum(pc.equal(found.decisions["decision"], DROP)).as_py() or 0)
-    groups = _DuplicateGroups(galleries, found)
+    groups = _DuplicateGroups(galleries, found, shared)
     figures = [
         Figure("images", f"{found.decisions.num_rows:,}"),
         Figure("groups", f"{found.groups.num_rows:,}", "of copies"),
@@ -48,8 +56,16 @@ def build_duplicates_report(
     figures.append(recall)
     tables: tuple[Table, ...] = ()
     if shared is not None:
-        figures.append(Figure("shared identities", f"{shared.num_rows:,}", "by faces or by name"))
-        tables = (_build_shared_table(shared),)
+        expected = float(pc.sum(shared.persons["probability"]).as_py() or 0.0)
+        count = shared.persons.num_rows
+        figures.append(Figure("persons in both", f"{count:,}", f"{expected:.1f} of them right, by the probabilities"))
+        figures.append(
+            Figure("look-alikes", f"{shared.look_alikes.num_rows:,}", "pairs of identities, or one name only")
+        )
+        tables = (
+            _build_shared_table("Persons in both", shared.persons),
+            _build_shared_table("Look-alikes: near faces, and hardly one person", shared.look_alikes),
+        )
     return Report(
         title="Duplicate images" if shared is None else "What two galleries share",
         subtitle=" against ".join(gallery.path for gallery in galleries),
@@ -85,28 +101,43 @@ def _build_size_histogram(found: Duplicates) -> Histogram:
     return Histogram("Images of a group", "images", (count_values("groups", sizes, edges),), log=True, log_x=True)
 
 
-def _build_shared_table(shared: pa.Table) -> Table:
+def _build_shared_table(title: str, shared: pa.Table) -> Table:
     rows = []
     for row in shared.slice(0, _MAX_SHARED).to_pylist():
         best = "" if row["best"] is None else f"{row['best']:.3f}"
         same_name = "yes" if row["same_name"] else ""
-        rows.append((row["identity_0"], row["identity_1"], same_name, str(row["links"]), best, f"{row['share']:.2f}"))
-    title = f"Shared identities (the first {_MAX_SHARED} of {shared.num_rows:,})"
-    return Table(title, ("here", "there", "same name", "near pairs", "nearest", "share of pairs"), tuple(rows))
+        faces = f"{row['faces_0']} + {row['faces_1']}"
+        rows.append(
+            (
+                row["identity_0"],
+                row["identity_1"],
+                f"{row['probability']:.3f}",
+                faces,
+                same_name,
+                str(row["links"]),
+                best,
+            )
+        )
+    columns = ("here", "there", "probability", "faces", "same name", "near pairs", "nearest")
+    return Table(f"{title} (the first {_MAX_SHARED} of {shared.num_rows:,})", columns, tuple(rows))
 
 
 class _DuplicateGroups:
-    """Groups of copies, then pairs of the same shot. Their pictures are read when the groups are iterated."""
+    """Persons in both galleries, groups of copies, pairs of the same shot. Pictures are read when they are iterated."""
 
-    def __init__(self, galleries: Sequence[Gallery], found: Duplicates):
+    def __init__(self, galleries: Sequence[Gallery], found: Duplicates, shared: SharedIdentities | None = None):
         self._galleries = galleries
         self._found = found
         # Pairs of one shot, the nearest first.
         shots = found.pairs.filter(pc.equal(found.pairs["kind"], KINDS[-1]))
         self._shots = shots.sort_by([("distance", "ascending"), ("uri_a", "ascending")])
+        self._shared = shared
         self.total = found.groups.num_rows + self._shots.num_rows
+        if shared is not None:
+            self.total += shared.persons.num_rows + shared.look_alikes.num_rows
 
     def __iter__(self) -> Iterator[Group]:
+        yield from self._build_identity_groups()
         groups = self._list_groups()
         shots = self._shots.slice(0, _MAX_SAME_SHOTS).to_pylist()
         # Read the pictures of all groups in one pass.
@@ -115,6 +146,25 @@ class _DuplicateGroups:
         thumbs = self._read_thumbs(wanted)
         yield from (_build_copy_group(group, thumbs) for group in groups)
         yield from (_build_shot_group(row, thumbs) for row in shots)
+
+    def _build_identity_groups(self) -> Iterator[Group]:
+        """Show pairs of identities: the faces of one beside those of the other."""
+        if self._shared is None:
+            return
+        persons = self._shared.persons.slice(0, _MAX_SHARED).to_pylist()
+        look_alikes = self._shared.look_alikes.slice(0, _MAX_SHARED).to_pylist()
+        # Choose the largest faces of each name, and read them in one pass per gallery.
+        chosen: dict[tuple[int, str], list[int]] = {}
+        faces: dict[int, FaceDetails] = {}
+        for side, gallery in enumerate(self._galleries):
+            names = sorted({row[f"identity_{side}"] for row in persons + look_alikes})
+            of_side = _choose_faces(self._shared.faces, side, names)
+            chosen |= {(side, name): ids for name, ids in of_side.items()}
+            ids = np.array(sorted({face_id for some in of_side.values() for face_id in some}), np.int64)
+            faces |= read_face_details(gallery, ids)
+        for kind, rows in (("person in both", persons), ("look-alike", look_alikes)):
+            for row in rows:
+                yield _build_identity_group(kind, row, chosen, faces)
 
     def _list_groups(self) -> list[dict[str, Any]]:
         """List the groups to show with their first members, the least certain first: their weakest link decides."""
@@ -147,6 +197,32 @@ class _DuplicateGroups:
                 for uri, thumb in zip(batch["uri"].to_pylist(), batch["thumb"].to_pylist(), strict=True):
                     thumbs[uri, side] = thumb
         return thumbs
+
+
+def _choose_faces(faces: pa.Table, side: int, names: list[str]) -> dict[str, list[int]]:
+    """Choose the ids of the largest faces of each name in one gallery."""
+    is_chosen = pc.and_(pc.equal(faces["side"], side), pc.is_in(faces["identity"], pa.array(names, pa.string())))
+    table = faces.filter(is_chosen).select(["identity", "face_id", "face_px"])
+    table = table.filter(table["face_id"].is_valid()).sort_by([("face_px", "descending"), ("face_id", "ascending")])
+    chosen: dict[str, list[int]] = {}
+    for identity, face_id in zip(table["identity"].to_pylist(), table["face_id"].to_pylist(), strict=True):
+        ids = chosen.setdefault(identity, [])
+        if len(ids) < _FACES_PER_IDENTITY:
+            ids.append(face_id)
+    return chosen
+
+
+def _build_identity_group(
+    kind: str, row: dict[str, Any], chosen: dict[tuple[int, str], list[int]], details: dict[int, FaceDetails]
+) -> Group:
+    faces = []
+    for side, badge in enumerate(("here", "there")):
+        for face_id in chosen.get((side, row[f"identity_{side}"]), []):
+            face = details.get(face_id, _UNKNOWN_FACE)
+            faces.append(Face(face.uri, (("label", row[f"identity_{side}"]),), face.thumb, badge))
+    figures = (("probability", f"{row['probability']:.3f}"), ("faces", f"{row['faces_0']} + {row['faces_1']}"))
+    title = f"{row['identity_0']} here, {row['identity_1']} there"
+    return Group(title, kind, figures, tuple(faces), suspicion=3 + row["probability"])
 
 
 def _build_copy_group(group: dict[str, Any], thumbs: Thumbs) -> Group:

@@ -28,11 +28,12 @@ class DataConfig:
         min_images: minimum number of images per identity; identities with fewer are left out.
         max_images: maximum number of images per identity; the choice is always the same.
         exclude: galleries to test on, which are left out of the training data: images by their bytes, and identities
-            by their names (if these contain a letter). From a gallery, near copies of images and identities with other
-            names whose faces are near are left out too, as `facepipe dedup --against` finds them. That needs galleries
-            made with one embedder.
-        exclude_share: share of the pairs of faces of two identities that must be near for the identities to count as
-            one person.
+            by their names (if these contain a letter). From a gallery, near copies of images and persons with other
+            names are left out too, as `facepipe dedup --against` finds them. That needs galleries made with one
+            embedder.
+        exclude_probability: probability from which a person of an excluded gallery is left out under another name.
+        exclude_share: share of the pairs of faces of two identities that must be near as well, for a person to be left
+            out under another name.
         exclude_identities: names to leave out, or a file with one per line.
     """
 
@@ -46,7 +47,8 @@ class DataConfig:
     min_images: Annotated[int, Field(ge=1)] = 1
     max_images: Annotated[int, Field(ge=1)] | None = None
     exclude: tuple[str, ...] = ()
-    exclude_share: Annotated[float, Field(gt=0, le=1)] = 0.3
+    exclude_probability: Annotated[float, Field(gt=0, le=1)] = 0.6
+    exclude_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     exclude_identities: tuple[str, ...] | str = ()
 
     def check(self) -> "DataConfig":

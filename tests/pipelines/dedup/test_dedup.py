@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 from conftest import draw
+from hard_faces import DlibLike, make_hard_gallery
 from helpers import embed
 
 from facepipe.config import build
@@ -170,6 +172,28 @@ def test_what_two_galleries_share(photos: Path, tmp_path: Path) -> None:
     assert dropped(found) == {"9.jpg": ("exact", "1.jpg"), "8.jpg": ("near", "2.jpg")}
     assert back.images == 3
     nothing_left(other, one)
+
+
+def test_look_alikes_are_no_shared_persons(tmp_path: Path) -> None:
+    """Half of the persons have a look-alike; eight of forty are in both galleries, under other names."""
+    space = DlibLike(3)
+    centres = space.draw_centres(340)
+    both = np.arange(8)
+    train = np.concatenate([np.repeat(np.arange(300), 3), np.repeat(both, 3)])
+    test = np.repeat(np.concatenate([both, np.arange(300, 332)]), 4)
+    one = make_hard_gallery(tmp_path / "train", space.draw(centres, train), DLIB)
+    faces = space.draw(centres, test)
+    other = make_hard_gallery(tmp_path / "test", replace(faces, label=faces.person + 1000), DLIB, seed=1)
+    summary, _ = dedup(Path(one.path), Path(other.path))
+    folder = Path(summary.out)
+    persons = pq.read_table(folder / "identities.parquet").to_pylist()
+    look_alikes = pq.read_table(folder / "look_alikes.parquet").to_pylist()
+    assert (summary.shared, summary.look_alikes) == (len(persons), len(look_alikes))
+    right = [int(row["identity_0"][6:]) + 1000 == int(row["identity_1"][6:]) for row in persons]
+    assert sum(right) >= 6
+    assert sum(right) >= 0.5 * len(right), "half of the persons have a look-alike, and these are hardly told apart"
+    assert all(row["probability"] >= 0.6 > other["probability"] for row in persons for other in look_alikes)
+    assert all(row["faces_0"] > 0 and row["faces_1"] > 0 for row in persons + look_alikes)
 
 
 def nothing_left(gallery: Path, other: Path) -> None:

@@ -467,8 +467,8 @@ def test_two_persons_under_one_name_and_one_person_under_two() -> None:
     assert (inside.part[:14] == 0).all()
     assert (inside.part[14:21] == 1).all()
     assert (inside.size[14:21] == 7).all()
-    assert list(zip(found.left.tolist(), found.right.tolist(), strict=True)) == [(1, 2)]
-    assert found.similarity[0] > THRESHOLD
+    assert list(zip(found.merges.left.tolist(), found.merges.right.tolist(), strict=True)) == [(1, 2)]
+    assert found.merges.similarity[0] > THRESHOLD
 
 
 def test_parts_of_unlabelled_faces_and_copies() -> None:
@@ -487,7 +487,7 @@ def test_an_empty_identity_has_figures_too() -> None:
         made.faces, made.label, found, inside, made.pairs(), identity_count=4, threshold=THRESHOLD
     )
     assert figures.face_count.tolist() == figures.kept_count.tolist() == [5, 0, 5, 0]
-    assert len(figures.left) == 0
+    assert len(figures.merges) == len(figures.look_alikes) == 0
 
 
 # ------------------------------------------------------------------ lists
