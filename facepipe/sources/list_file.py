@@ -10,6 +10,7 @@ from facepipe.errors import SourceError
 from facepipe.sources.identity import Identify, IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, make_broken_item
 from facepipe.sources.list_layout import ListLayout, detect_layout, get_quoting, split_path
+from facepipe.sources.members import MemberRequests, locate_container, split_member
 from facepipe.sources.parquet import HOLDS_IMAGE, holds_image, make_named_item
 from facepipe.sources.selection import PassedOver, Selection
 from facepipe.storage import describe_error, is_remote, to_absolute
@@ -83,13 +84,16 @@ class ListSource:
             identify = make_identity_rule(self._choose_rule(layout))
             # The same open file: a list that is replaced in between may have another layout.
             file.seek(0)
+            requests = MemberRequests()
             try:
                 for number, fields in _read_records(file, layout):
-                    item = self._make_item(number, fields, layout, identify)
+                    item = self._make_item(number, fields, layout, identify, requests)
                     if item is not None:
                         yield item
             except csv.Error as error:
                 yield make_broken_item(self.path, f"list cannot be read to its end: {error}")
+            # Images in containers come last, because each container is listed once.
+            yield from requests.list_items()
 
     def _choose_rule(self, layout: ListLayout) -> IdentityRule:
         """Choose where labels come from, and say so if it is not what the list seems to promise."""
@@ -122,7 +126,10 @@ class ListSource:
         except OSError as error:
             raise SourceError(f"cannot read the list {self.path!r}: {describe_error(error)}") from error
 
-    def _make_item(self, number: int, fields: list[str], layout: ListLayout, identify: Identify) -> WorkItem | None:
+    def _make_item(
+        self, number: int, fields: list[str], layout: ListLayout, identify: Identify, requests: MemberRequests
+    ) -> WorkItem | None:
+        """Make the item of a line; None if it is left out, or names an image in a container, which is requested."""
         # A line with too few fields becomes a row that says so.
         if len(fields) <= max(layout.image, layout.label or 0) or not fields[layout.image]:
             return make_broken_item(self.path, "the line names no image", f"line{number}")
@@ -139,7 +146,19 @@ class ListSource:
             return None
         label = None if layout.label is None else fields[layout.label]
         identity = identify(name, label)
-        return make_named_item(name, self.root, identity, self._is_confined)
+        member = split_member(name)
+        if member is None or self._exists_as_file(name):
+            return make_named_item(name, self.root, identity, self._is_confined)
+        container = make_named_item(member[0], self.root, identity, self._is_confined)
+        if container.listing_error is not None:
+            return container
+        requests.add(container.path, member[1], identity)
+        return None
+
+    def _exists_as_file(self, name: str) -> bool:
+        """Say whether a name that looks like an image in a container is a file's own."""
+        path = os.fsdecode(locate_container(name)) if name.startswith("file://") else name
+        return not is_remote(name) and "\0" not in path and os.path.exists(os.path.join(self.root or ".", path))
 
 
 def _replace_separators(name: str) -> str:

@@ -223,3 +223,39 @@ def test_an_image_is_found_again_by_its_uri(tmp_path: Path, layout: str) -> None
             item.length,
             None,
         )
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "list" not in name and name != "Parquet: paths"])
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
+def test_a_list_of_uris_gives_the_images_with_its_own_labels(tmp_path: Path, layout: str, absolute: bool) -> None:
+    """As the lists that `finish` and `clean` write: from any layout, with other labels, some images left out."""
+    items, found = list_and_read(LAYOUTS[layout](tmp_path))
+    chosen = [n for n in range(len(items)) if n % 4]
+    rows = []
+    for n in chosen:
+        name = items[n].uri if absolute else os.path.relpath(items[n].uri, tmp_path)
+        rows.append(f"{name},new {n % 5}\n")
+    (tmp_path / "train.csv").write_text("path,identity\n" + "".join(rows))
+    listed, read = list_and_read(tmp_path / "train.csv")
+    assert sorted(read) == sorted((found[n][0], f"new {n % 5}") for n in chosen)
+    assert {item.uri for item in listed} == {items[n].uri for n in chosen}
+
+
+def test_members_that_are_not_there_are_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path, None)
+    (tmp_path / "list.csv").write_text(
+        f"path,identity\n{path}#7/1.jpg,ann\n{path}#7/1.jpg,bob\n{path}#gone.jpg,ann\n../out.tar#1.jpg,ann\nno.zip#1.jpg,ann\n"
+    )
+    items = list(open_source(SourceConfig(str(tmp_path / "list.csv"))))
+    assert [item.identity for item in items if item.listing_error is None] == ["ann"]
+    errors = " | ".join(str(item.listing_error) for item in items if item.listing_error)
+    assert "1 images that the list names are not in it" in errors
+    assert "outside of the root" in errors
+    assert sum(item.listing_error is not None for item in items) == 4
+
+
+def test_a_file_whose_name_looks_like_a_member_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tar#1.jpg").write_bytes(b"\xff\xd8")
+    (tmp_path / "list.txt").write_text("a.tar#1.jpg 7\n")
+    (item,) = open_source(SourceConfig(str(tmp_path / "list.txt")))
+    assert (os.fsdecode(item.path), item.identity) == (str(tmp_path / "a.tar#1.jpg"), "7")
