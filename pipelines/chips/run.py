@@ -14,6 +14,7 @@ from facepipe import storage
 from facepipe.gallery import Gallery
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
+from facepipe.models.zoo.devices import can_use_gpu
 from facepipe.models.zoo.registry import find_chip_layout
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, WorkItem, open_source
@@ -30,7 +31,7 @@ from facepipe.types import UInt64
 from pipelines.chips.exclude import read_excluded_names
 from pipelines.chips.gallery import GalleryListing
 from pipelines.runtime import crash_marks
-from pipelines.runtime.plan import Resources, WorkerPlan, detect_local_resources, make_plan
+from pipelines.runtime.plan import GpuModels, WorkerPlan, detect_local_resources, make_plan
 from pipelines.runtime.runners import inline, local, ray
 from pipelines.runtime.worker import WorkerJob
 
@@ -188,19 +189,23 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
     runner = _choose_runner(order, folder, run)
     try:
         resources = ray.start() if runner == "ray" else detect_local_resources()
-        plan = make_plan(resources if needs_detector else Resources(resources.cpus), run.workers)
+        models: GpuModels = "all" if needs_detector and can_use_gpu(order.data.detector) else "none"
+        plan = make_plan(resources, run.workers, "fused", models)
+        group = plan.groups[0]
         blocks = _build_listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
         stages = _build_stages(order, plan)
         parts = os.path.join(folder, PARTS)
         job = WorkerJob(
             stages=stages,
             batch=run.batch,
+            ahead=2 if group.gpus else 0,
+            parallel=group.parallel,
             writes=True,
             run=run_id,
             source=order.embedder,
             faces_folder=parts,
             marks_folder=os.path.join(marks, run_id),
-            devices=plan.groups[0].devices,
+            devices=group.devices,
         )
         yield from _run_blocks(runner, blocks, job, plan)
     finally:

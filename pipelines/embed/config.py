@@ -11,11 +11,12 @@ import facepipe
 from facepipe.gallery import Contract
 from facepipe.gallery.failures import RetryRule, check_statuses, describe_crash
 from facepipe.imaging.decode import describe_decoders
+from facepipe.models.zoo.devices import can_use_gpu
 from facepipe.schema import CRASHED, DECODE_ERROR, NO_FACE, READ_ERROR, TOO_LARGE
 from facepipe.sources import SourceConfig
 from facepipe.sources.blocks import BlockSize
 from facepipe.stages import Align, Decode, Detect, Embed, Read
-from pipelines.runtime.plan import Layout, WorkerGroup, WorkerPlan
+from pipelines.runtime.plan import GpuModels, Layout, WorkerGroup, WorkerPlan
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -166,9 +167,8 @@ class EmbedConfig:
     def build_stages(self, group: WorkerGroup) -> tuple[Any, ...]:
         """Build the stages of a group, set to the group's device and threads."""
         # Fill in what depends on the group: devices, threads, and the chips that the embedder takes.
-        default_device = "cuda" if group.gpus else "cpu"
-        detect_device = default_device if self.detect.device == "auto" else self.detect.device
-        embed_device = default_device if self.embed.device == "auto" else self.embed.device
+        detect_device = _choose_device(self.detect.device, self.detect.model, group)
+        embed_device = _choose_device(self.embed.device, self.embed.model, group)
         read = self.read
         # The detector shrinks what it gets, so more pixels than it is given would never reach it.
         working_side = max(self.decode.working_side, self.detect.size)
@@ -181,11 +181,27 @@ class EmbedConfig:
         stages: dict[str, Any] = {"read": read, "decode": decode, "detect": detect, "align": align, "embed": embed}
         return tuple(stages[name] for name in group.stages)
 
+    @property
+    def gpu_models(self) -> GpuModels:
+        """How many of the two models use a GPU, if there is one."""
+        pairs = ((self.detect.device, self.detect.model), (self.embed.device, self.embed.model))
+        on_gpu = [device != "cpu" and can_use_gpu(model) for device, model in pairs]
+        if all(on_gpu):
+            return "all"
+        return "some" if any(on_gpu) else "none"
+
     def count_stages_ahead(self, group: WorkerGroup, stages: tuple[Any, ...]) -> int:
         """Count the stages that work a batch ahead of a group's GPU: those before the first stage with a device."""
         if not group.gpus:
             return 0
         return next((n for n, stage in enumerate(stages) if hasattr(stage, "device")), 0)
+
+
+def _choose_device(requested: str, model: str, group: WorkerGroup) -> str:
+    """Choose the device of a model: the group's GPU, if it has one that the model can use and nothing else is set."""
+    if requested != "auto":
+        return requested
+    return "cuda" if group.gpus and can_use_gpu(model) else "cpu"
 
 
 def _format_settings(settings: Mapping[str, object]) -> str:

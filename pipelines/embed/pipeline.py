@@ -221,7 +221,8 @@ class _EmbedRun:
             record.save()  # there may have been no gallery when the run began
         # The lease guarantees that no other run is going on.
         crash_marks.inherit_crash_marks(self._runs_folder, self._id, self._lease.renew)
-        plan = make_plan(detect_local_resources(), self._config.run.workers)
+        models = self._config.gpu_models
+        plan = make_plan(detect_local_resources(), self._config.run.workers, "fused", models)
         listing = EmbedListing(
             self._config.source,
             self._rows,
@@ -238,7 +239,7 @@ class _EmbedRun:
         is_finished = False
         try:
             if runner == "ray":
-                plan = make_plan(ray.start(), self._config.run.workers, self._config.run.layout)
+                plan = make_plan(ray.start(), self._config.run.workers, self._config.run.layout, models)
                 listing = replace(listing, size=self._config.run.choose_block_size(plan))
                 blocks = listing
             summary = self._process(runner, listing, blocks, plan, progress)

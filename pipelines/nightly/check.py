@@ -15,7 +15,7 @@ from facepipe.gallery import Contract, Gallery
 from facepipe.index.plan import format_size, make_plan, parse_size
 from facepipe.models.runtime.memory import measure_available_memory
 from facepipe.schema import OK, WORK_ITEM
-from facepipe.sources import open_source
+from facepipe.sources import SourceConfig, open_source
 from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.conditional import require_usable_place
 from pipelines.embed.checks import check_settings, load_models
@@ -109,7 +109,9 @@ class _NightCheck:
             require_module("obstore", "an object store")
         if "RAY_ADDRESS" in os.environ:
             return f"installed; workers run on the cluster {os.environ['RAY_ADDRESS']} if the night is large"
-        plan = make_worker_plan(detect_local_resources(), self._config.run.workers, self._config.run.layout)
+        run = self._config.run
+        models = self._config.build_embed_config(SourceConfig()).gpu_models
+        plan = make_worker_plan(detect_local_resources(), run.workers, run.layout, models)
         return f"installed; {plan.workers} workers"
 
     def check_gallery(self) -> str:

@@ -9,9 +9,15 @@ from facepipe.errors import ConfigError
 from facepipe.models.runtime.device import count_gpus
 
 Layout = Literal["fused", "split"]
+GpuModels = Literal["all", "some", "none"]
+"""How many of the models use a GPU."""
+
 STAGES = ("read", "decode", "detect", "align", "embed")
 _DECODING_STAGES = STAGES[:2]
 _MODEL_STAGES = STAGES[2:]
+# Workers that share a GPU if one of the models runs on CPUs. Each holds a context of CUDA on it, some 500 MB.
+_MAX_WORKERS_PER_GPU = 8
+_BATCH_PER_GPU = 256
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,14 @@ class WorkerGroup:
     @property
     def batch(self) -> int:
         """Images that a worker decodes at a time. On a GPU they fill batches of the common shapes."""
-        return 256 if self.gpus else 16
+        return max(16, int(_BATCH_PER_GPU * self.gpus))
 
     @property
     def parallel(self) -> int:
         """Batches on which a worker's models work at a time, so that a GPU has work while one of them waits for it."""
-        return 4 if self.gpus else 1
+        if not self.gpus:
+            return 1
+        return 4 if self.gpus >= 1 else 2
 
 
 @dataclass(frozen=True)
@@ -87,36 +95,50 @@ class WorkerPlan:
         return 4096 if any(group.gpus for group in self.groups) else 512
 
 
-def make_plan(resources: Resources, workers: int | None = None, layout: Layout = "fused") -> WorkerPlan:
+def make_plan(
+    resources: Resources, workers: int | None = None, layout: Layout = "fused", models: GpuModels = "all"
+) -> WorkerPlan:
     """Spread the stages over workers.
 
     Without GPUs, one single-threaded worker per CPU runs the whole chain: work items travel, pixels never do. With
-    GPUs, one worker per GPU does, with an equal share of the CPUs for decoding.
+    GPUs, one worker per GPU does, with an equal share of the CPUs for decoding. GPUs are left alone if no model can use
+    them. If one of the two models runs on CPUs, several workers share each GPU, so that all CPUs are at work.
 
     Args:
         resources: what the machines have.
         workers: number of workers; default: one per CPU, or one per GPU.
         layout: `split` gives reading and decoding to CPU workers and the models to GPU workers, for clusters whose CPUs
             are not on the machines with GPUs.
+        models: how many of the models use a GPU.
 
     Raises:
         ConfigError: The layout needs GPUs, and there are none.
     """
-    if resources.gpus == 0:
+    if resources.gpus == 0 or models == "none":
+        if layout == "split" and resources.gpus:
+            raise ConfigError("run.layout=split is for models on GPUs, and neither of these can use one: remove it")
         if layout == "split":
             raise ConfigError("run.layout=split needs GPUs, and there are none: set run.layout=fused")
         return WorkerPlan((WorkerGroup(STAGES, workers or max(1, resources.cpus), 1),))
     if layout == "fused":
-        return WorkerPlan((_make_gpu_group(resources, workers),))
+        return WorkerPlan((_make_gpu_group(resources, workers, is_shared=models == "some"),))
     return _make_split_plan(resources, workers)
 
 
-def _make_gpu_group(resources: Resources, workers: int | None) -> WorkerGroup:
-    """Make the group of workers that run all stages, each with a GPU."""
+def _make_gpu_group(resources: Resources, workers: int | None, *, is_shared: bool) -> WorkerGroup:
+    """Make the group of workers that run all stages, each with a GPU or a share of one."""
+    # Ray would wait forever for a machine that has more CPUs per GPU than any.
+    cpus_per_gpu = resources.cpus // resources.gpus
+    if resources.cpus_per_gpu is not None:
+        cpus_per_gpu = min(cpus_per_gpu, resources.cpus_per_gpu)
+    if is_shared and cpus_per_gpu > 1:
+        # Two CPUs per worker: one for the model, one for decoding.
+        per_gpu = min(_MAX_WORKERS_PER_GPU, max(1, cpus_per_gpu // 2))
+        count = min(workers or resources.gpus * per_gpu, resources.gpus * per_gpu)
+        return WorkerGroup(STAGES, count, max(1, cpus_per_gpu // per_gpu), 1 / per_gpu)
     count = min(workers or resources.gpus, resources.gpus)
     cpus = max(1, resources.cpus // count)
     if resources.cpus_per_gpu is not None:
-        # Ray would wait forever for a machine that has more CPUs per GPU than any.
         cpus = min(cpus, resources.cpus_per_gpu)
     return WorkerGroup(STAGES, count, cpus, 1)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from facepipe.errors import ModelError
-from facepipe.models.runtime.onnx_session import open_session
+from facepipe.models.runtime.onnx_session import DeviceRun, open_session
 from facepipe.models.runtime.preprocess import Input, preprocess_array, preprocess_with
 from facepipe.models.runtime.torch_inference import limit_threads, to_channels_last
 from facepipe.types import Float32, UInt8Image
@@ -179,7 +179,10 @@ class OnnxEmbedder:
         self._takes_uint8 = inputs[0].type == "tensor(uint8)"
         self._has_channels_last = inputs[0].shape[3] == 3
         self._has_fixed_batch = isinstance(inputs[0].shape[0], int)
-        self._batch_size = inputs[0].shape[0] if self._has_fixed_batch else _CHIPS_PER_RUN
+        # A GPU needs real batches; there vectors may depend on them, within the rounding of single precision.
+        free_batch_size = _CHIPS_PER_RUN if device == "cpu" else _MAX_DEVICE_BATCH
+        self._batch_size = inputs[0].shape[0] if self._has_fixed_batch else free_batch_size
+        self._device_run = None if device == "cpu" else DeviceRun(self._session, device)
         is_exported = (self._input_name, self._output_name) == _EXPORTED_NAMES
         if self._takes_uint8 and not is_exported and model_input != _UNCHANGED:
             raise ModelError(
@@ -203,7 +206,10 @@ class OnnxEmbedder:
     def _run(self, chips: UInt8Image) -> Float32:
         pixels = np.ascontiguousarray(chips) if self._takes_uint8 else self._preprocess(chips)
         try:
-            outputs = self._session.run([self._output_name], {self._input_name: pixels})
+            if self._device_run is not None:
+                outputs = [self._device_run(self._input_name, pixels, self._output_name)]
+            else:
+                outputs = self._session.run([self._output_name], {self._input_name: pixels})
         except Exception as error:  # ONNX Runtime's own exceptions share no base class but Exception
             raise ModelError(f"the graph does not take chips of {self.size}: {str(error)[:300]}") from error
         vectors = np.asarray(outputs[0], np.float32)

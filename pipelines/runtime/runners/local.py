@@ -70,9 +70,10 @@ def _build_environment(group: WorkerGroup, number: int) -> dict[str, str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment["OMP_NUM_THREADS"] = str(group.threads)
     if group.gpus:
-        # The number of a worker is its position among the GPUs that this process may use.
+        # Workers take the GPUs that this process may use in turn; several may share one.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number].strip() if visible else str(number)
+        gpu = number % group.devices
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu].strip() if visible else str(gpu)
     return environment
 
 

@@ -18,6 +18,7 @@ from facepipe.stages import embed as embed_stage
 from pipelines.embed import pipeline as module
 from pipelines.embed.config import EmbedConfig, RunConfig
 from pipelines.runtime.plan import STAGES, Resources, WorkerGroup, WorkerPlan, make_plan
+from pipelines.runtime.runners.local import _build_environment
 
 GPU = make_plan(Resources(16, 2)).groups[0]
 
@@ -49,6 +50,56 @@ def test_a_split_plan_has_the_models_in_its_second_group() -> None:
     assert config.count_stages_ahead(first, config.build_stages(first)) == 0
     assert config.count_stages_ahead(second, models) == 0
     assert (first.batch, second.batch) == (16, 256)
+
+
+def describe(config: EmbedConfig, cpus: int = 64, gpus: int = 1) -> tuple[int, float, float, str, str]:
+    """Describe the workers of a config, and the devices of the two models on them."""
+    (group,) = make_plan(Resources(cpus, gpus), None, "fused", config.gpu_models).groups
+    stages = config.build_stages(group)
+    return group.workers, group.cpus, group.gpus, stages[2].device, stages[4].device
+
+
+@pytest.mark.parametrize(
+    ("config", "workers"),
+    [
+        (EmbedConfig(), (1, 64, 1, "cuda", "cuda")),
+        (EmbedConfig(embed=Embed("face-recognition")), (1, 64, 1, "cuda", "cuda")),
+        # Nothing on the GPU: as many workers as without one.
+        (EmbedConfig(detect=Detect("mtcnn"), embed=Embed("dlib-resnet-int8")), (64, 1, 0, "cpu", "cpu")),
+        (EmbedConfig(detect=Detect(device="cpu"), embed=Embed(device="cpu")), (64, 1, 0, "cpu", "cpu")),
+        # One of the two: workers share the GPU, and use all CPUs.
+        (EmbedConfig(embed=Embed("dlib-resnet-int8")), (8, 8, 1 / 8, "cuda", "cpu")),
+        (EmbedConfig(detect=Detect("mtcnn")), (8, 8, 1 / 8, "cpu", "cuda")),
+        (EmbedConfig(detect=Detect(device="cpu")), (8, 8, 1 / 8, "cpu", "cuda")),
+    ],
+    ids=["default", "face-recognition", "no-model", "cpu-asked", "int8", "mtcnn", "cpu-detector"],
+)
+def test_workers_follow_what_the_models_can_use(config: EmbedConfig, workers: tuple[object, ...]) -> None:
+    assert describe(config) == workers
+
+
+def test_workers_that_share_gpus_take_them_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = make_plan(Resources(32, 2), None, "fused", "some").groups
+    assert (group.workers, group.cpus, group.gpus, group.devices) == (16, 2, 1 / 8, 2)
+    assert (group.batch, group.parallel) == (32, 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    visible = [_build_environment(group, number)["CUDA_VISIBLE_DEVICES"] for number in range(16)]
+    assert visible == ["0", "1"] * 8
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert _build_environment(group, 3)["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def test_an_onnx_embedder_uses_a_gpu_if_its_runtime_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\nweights = "graph.onnx"\nrole = "embedder"\ndim = 128\n'
+        '[input]\nsize = [112, 112]\nchannels = "rgb"\nmean = [0.0, 0.0, 0.0]\nscale = [1.0, 1.0, 1.0]\n'
+    )
+    config = EmbedConfig(embed=Embed(str(path)))
+    monkeypatch.setattr(EmbedConfig, "build_stages", lambda self, group: [Embed(device="cuda")] * 5)
+    assert describe(config)[2] == 1 / 8, "this ONNX Runtime has no CUDA"
+    monkeypatch.setattr("facepipe.models.zoo.devices.has_onnx_cuda", lambda: True)
+    assert describe(config)[2] == 1
 
 
 def test_cpu_workers_are_what_they_were() -> None:

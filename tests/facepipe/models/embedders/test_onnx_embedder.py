@@ -1,6 +1,7 @@
 """Embedders as ONNX graphs: foreign ones in any layout, our own exports, and galleries made with them."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from facepipe.gallery import Gallery
 from facepipe.models.embedders.engines import OnnxEmbedder, TorchEmbedder
 from facepipe.models.parity import make_scene_chips, measure_difference
 from facepipe.models.projection import Projection, save_projection, to_unit_vectors
-from facepipe.models.runtime.onnx_session import open_session
+from facepipe.models.runtime.onnx_session import DeviceRun, open_session
 from facepipe.models.runtime.preprocess import Input
 from facepipe.models.zoo.architectures import ARCHITECTURES, Architecture
 from facepipe.models.zoo.card_file import CardFile, InputConfig, read_card, save_model
@@ -126,8 +127,20 @@ def test_a_gpu_is_asked_for_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
-    assert open_session(b"", threads=1, device="cuda:1").providers == [("CUDAExecutionProvider", {"device_id": "1"})]
-    assert open_session(b"", threads=1, device="cuda").providers == [("CUDAExecutionProvider", {})]
+    # Single precision is IEEE on a GPU too.
+    for device, options in (("cuda:1", {"device_id": "1", "use_tf32": "0"}), ("cuda", {"use_tf32": "0"})):
+        assert open_session(b"", threads=1, device=device).providers == [("CUDAExecutionProvider", options)]
+
+
+def test_bound_runs_give_what_plain_ones_give() -> None:
+    """What a GPU's session is fed and gives back, on a session of the CPU."""
+    session = open_session(foreign(channels_last=False, batch="n"), threads=1)
+    chips = np.random.default_rng(0).normal(size=(5, 3, SIZE[1], SIZE[0])).astype(np.float32)
+    expected = session.run(["fc1"], {"data": chips})[0]
+    run = DeviceRun(session, "cpu")
+    with ThreadPoolExecutor(3) as pool:
+        for vectors in pool.map(lambda _: run("data", chips, "fc1"), range(6)):
+            assert np.array_equal(vectors, expected)
 
 
 def of_levels(name: str) -> bytes:
