@@ -1,9 +1,11 @@
 """Perceptual hashes of whole images: 64 bits that hardly change when an image is resized or re-encoded."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
-from facepipe.types import Int64, UInt8
+from facepipe.types import Bool, Int64, UInt8
 
 _SIDE = 32
 # Sampled pixels per side. That is 64 for each pixel of the small image, and a twentieth of averaging 12 megapixels.
@@ -11,6 +13,11 @@ _SAMPLES = 256
 # The 64 lowest frequencies (down, across) by their sum, without the mean: the mean would always be the same bit.
 _LOWEST = sorted(((v, u) for v in range(_SIDE) for u in range(_SIDE)), key=lambda f: (sum(f), f))[1:65]
 _DOWN, _ACROSS = (np.array(axis) for axis in zip(*_LOWEST, strict=True))
+# Place in the transposed picture's hash of each coefficient; -1 for the one whose partner the hash does not hold.
+_POSITIONS = {frequency: n for n, frequency in enumerate(_LOWEST)}
+_TRANSPOSED = np.array([_POSITIONS.get((u, v), -1) for v, u in _LOWEST])
+QUARTER_TURNS = (0, 90, 180, 270)
+"""Degrees clockwise by which a picture may be turned."""
 # Bits of the coefficients that change their sign in a mirror.
 _ODD = int.from_bytes(np.packbits(_ACROSS % 2 == 1).tobytes(), "big", signed=True)
 
@@ -42,6 +49,63 @@ def compute_perceptual_hash(pixels: UInt8) -> int:
 def mirror_hashes(hashes: Int64) -> Int64:
     """Compute the hashes (n,) of the mirror images: cosines of odd frequency across change their sign."""
     return np.asarray(hashes, np.int64) ^ np.int64(_ODD)
+
+
+def turn_hashes(hashes: Int64, degrees: int) -> Int64:
+    """Compute the hashes (n,) of turned images.
+
+    Args:
+        hashes: (n,).
+        degrees: 0, 90, 180 or 270, clockwise. After 90 and 270 one bit is not known; it is 0, and `get_known_bits`
+            leaves it out.
+    """
+    bits = np.unpackbits(np.ascontiguousarray(hashes, ">i8").view(np.uint8).reshape(-1, 8), axis=1)
+    if degrees in (90, 270):
+        bits = np.where(_TRANSPOSED >= 0, bits[:, _TRANSPOSED], 0)
+    # A turn is a transposition and a mirror; mirrors change the sign of odd frequencies.
+    odd = {0: np.zeros_like(_DOWN), 90: _ACROSS, 180: _DOWN + _ACROSS, 270: _DOWN}[degrees]
+    is_known = _TRANSPOSED >= 0 if degrees in (90, 270) else np.ones(64, bool)
+    turned = (bits ^ (odd % 2)) * is_known
+    packed = np.ascontiguousarray(np.packbits(turned.astype(np.uint8), axis=1))
+    return packed.view(">i8").ravel().astype(np.int64)
+
+
+def get_known_bits(degrees: int) -> np.int64:
+    """Return the bits that are known of the hash of an image that was turned clockwise."""
+    is_known = _TRANSPOSED >= 0 if degrees in (90, 270) else np.ones(64, bool)
+    return np.int64(int.from_bytes(np.packbits(is_known).tobytes(), "big", signed=True))
+
+
+@dataclass(frozen=True)
+class HashMatch:
+    """How the pictures of pairs of hashes lie to each other, by the turn and mirror with the fewest differing bits.
+
+    Attributes:
+        bits: Differing bits, (m,).
+        turn: Degrees clockwise by which the second picture is turned, (m,); of a mirror image before it is mirrored.
+        is_mirrored: Whether one is a mirror image of the other, (m,).
+    """
+
+    bits: UInt8
+    turn: Int64
+    is_mirrored: Bool
+
+
+def match_hashes(a: Int64, b: Int64) -> HashMatch:
+    """Compare hashes a (m,) with b (m,), as they are, mirrored, and turned by quarters. The plainest match counts."""
+    best = HashMatch(np.full(len(a), 65, np.uint8), np.zeros(len(a), np.int64), np.zeros(len(a), bool))
+    for degrees in QUARTER_TURNS:
+        for is_mirrored in (False, True):
+            source = mirror_hashes(a) if is_mirrored else a
+            turned = turn_hashes(source, degrees)
+            bits = count_differing_bits(turned, np.asarray(b, np.int64) & get_known_bits(degrees))
+            is_better = bits < best.bits
+            best = HashMatch(
+                np.where(is_better, bits, best.bits).astype(np.uint8),
+                np.where(is_better, degrees, best.turn),
+                np.where(is_better, is_mirrored, best.is_mirrored),
+            )
+    return best
 
 
 def count_differing_bits(a: Int64, b: Int64) -> UInt8:

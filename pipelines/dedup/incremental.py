@@ -73,7 +73,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
             raise ReportUnchangedError(MARK, ReadMark.from_gallery(table))
         progress("comparing pictures")
         # Compare all gathered images, and keep the pairs and groups with a new one.
-        everything = find_duplicates(images.table, images.edges, config.dedup)
+        everything = find_duplicates(images.table, images.edges, config.dedup, images.measure)
         uris = pc.unique(images.table["uri"].filter(pa.array(images.is_new)))
         duplicates = select_new(everything, uris)
         phases.end("compare")

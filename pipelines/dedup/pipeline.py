@@ -22,16 +22,20 @@ from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.describe import describe_recall
+from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.report_folders import GRAPH, delete_report
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
+from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure
 from facepipe.reports.parquet import write_table
+from facepipe.schema import EMBEDDING_DIM
 from facepipe.storage import describe_error
 from facepipe.storage.lease import Lease
+from facepipe.types import Float32, Int64
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
 from pipelines.runtime.run_record import PhaseTimer, record_calls
 from pipelines.runtime.workspace import locate_reports, open_report_folder
@@ -120,22 +124,26 @@ def run(
         folder = new_report.path
         # The graph of one gallery is shared with other reports. That of two galleries serves this one only.
         graph_folder = os.path.join(folder if against else locate_reports(galleries[0]), "graph")
-        graph = _open_wide_graph(config, galleries, graph_folder, summary, progress, new_report.lease)
+        graph: Graph | None = None
+        if any(map(_has_face, galleries)):
+            graph = _open_wide_graph(config, galleries, graph_folder, summary, progress, new_report.lease)
         phases.end("graph")
         progress("comparing pictures")
         duplicates, shared = _compare(config, galleries, graph)
         phases.end("compare")
         progress("writing")
         write_tables(folder, duplicates, shared, summary)
-        recall = Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info))
+        recall = Figure("edge recall", "1", "no picture has a face: hashes were compared")
+        if graph is not None:
+            recall = Figure("edge recall", f"{graph.info.recall:.4f}", describe_recall(graph.info))
+            summary.recall = graph.info.recall
         report = build_duplicates_report(galleries, duplicates, config.dedup, recall, shared)
         write_report(report, os.path.join(folder, "report.html"))
-        if against:
+        if against and graph is not None:
             delete_report(graph_folder, GRAPH)  # it holds the vectors of the other gallery
-        else:
+        if not against:
             ReadMark.from_gallery(galleries[0]).save(os.path.join(folder, MARK))  # where `dedup --new` starts
         phases.end("write")
-    summary.recall = graph.info.recall
     summary.without_hash = _count_without_hash(galleries)
     summary.out = os.path.join(locate_reports(galleries[0]), name)
     return summary
@@ -169,13 +177,34 @@ def _open_wide_graph(
         return open_graph(galleries, replace(wide, threshold=config.dedup.radius), config.run, folder, progress, lease)
 
 
-def _compare(config: DedupConfig, galleries: list[Gallery], graph: Graph) -> tuple[Duplicates, SharedIdentities | None]:
-    """Find the duplicates and, of two galleries, the shared identities."""
+def _has_face(gallery: Gallery) -> bool:
+    return any(batch.num_rows for batch in gallery.batches(["face_id"], "face_id is not null"))
+
+
+def _compare(
+    config: DedupConfig, galleries: list[Gallery], graph: Graph | None
+) -> tuple[Duplicates, SharedIdentities | None]:
+    """Find the duplicates and, of two galleries, the shared identities.
+
+    Without a face there is no graph: then hashes alone are compared, and no identity is shared.
+    """
+    if graph is None:
+        no_ids = np.empty(0, np.int64)
+        nodes = Nodes(no_ids, np.empty(0, np.int8), np.empty((0, EMBEDDING_DIM), np.float32))
+        table, _ = gather_faces(galleries, nodes)
+        return find_duplicates(table, Pairs(no_ids, no_ids, np.empty(0, np.float32)), config.dedup), None
     # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.
     table, row_of_node = gather_faces(galleries, graph.nodes)
     near = find_face_pairs(graph, table, row_of_node, config.dedup)
     ends = np.sort(np.stack([row_of_node[near.u], row_of_node[near.v]]), axis=0)
-    duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup)
+    node_of_row = np.zeros(table.num_rows, np.int64)
+    node_of_row[row_of_node] = np.arange(len(row_of_node))
+
+    def measure(u: Int64, v: Int64) -> Float32:
+        vectors = graph.nodes.vectors
+        return np.sqrt(compute_pair_distances(vectors, node_of_row[u], vectors, node_of_row[v]))
+
+    duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup, measure)
     if len(galleries) < 2:
         return duplicates, None
     # Shared identities need all edges, and for each face the row of its representative; -1 if it has none.

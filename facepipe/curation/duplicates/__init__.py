@@ -14,9 +14,11 @@ from facepipe.curation.duplicates.overlap import (
     judge_shared_identities,
 )
 from facepipe.curation.duplicates.pairs import (
+    MeasureFaces,
     build_pair_table,
     classify_pairs,
     find_pictures,
+    link_by_hash,
     link_copies,
     select_strongest,
 )
@@ -40,7 +42,8 @@ class Duplicates:
 
     Attributes:
         pairs: One row per two images (copies of the same bytes are tied to one of them): uri, side, identity and
-            face_id of a and b, kind, distance, hash_bits, mirrored.
+            face_id of a and b, kind, distance (null if one has no face), hash_bits, mirrored,
+            turned (degrees).
         groups: One row per group: group, kind, images, kept_uri, kept_side.
         decisions: One row per image: uri, side, image_id, decision (keep, drop), group, kind, kept_uri, kept_side,
             reason.
@@ -51,7 +54,9 @@ class Duplicates:
     decisions: pa.Table
 
 
-def find_duplicates(faces: pa.Table, edges: Pairs, rule: DuplicateRule) -> Duplicates:
+def find_duplicates(
+    faces: pa.Table, edges: Pairs, rule: DuplicateRule, measure: MeasureFaces | None = None
+) -> Duplicates:
     """Find the duplicates among the images of a table of faces.
 
     With rows of `side` 1, only what both sides share is looked for. Neither the order of rows nor that of edges
@@ -65,10 +70,12 @@ def find_duplicates(faces: pa.Table, edges: Pairs, rule: DuplicateRule) -> Dupli
             be there. If a face has too many of them, its nearest are enough, and for identical vectors any pairs that
             connect them.
         rule: what counts as a duplicate, and which copy is kept.
+        measure: computes the distances of the faces in rows u (m,) and v (m,). Without it, pictures that were squashed
+            strongly are not found.
     """
     # Link the images, and find which show the same picture.
     images = rank_images(faces, rule.keep)
-    links = classify_pairs(images, faces, edges, rule)
+    links = classify_pairs(images, faces, edges, rule).concat(link_by_hash(images, faces, measure, rule))
     picture = find_pictures(images, links)
     # One link per two pictures is enough to make groups.
     strongest = select_strongest(images, faces, links, picture)

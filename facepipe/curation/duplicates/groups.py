@@ -22,12 +22,14 @@ class ImageGroups:
         kept: Image that is kept for each image, (n,): itself if it is kept.
         kind: Index into KINDS of the link to the kept image, (n,), -1 if it is kept itself.
         is_mirrored: Whether it mirrors the kept image, (n,).
+        is_turned: Whether it is turned against the kept image, (n,).
         group: Number of its group, (n,), -1 if it is in none.
     """
 
     kept: Int64
     kind: npt.NDArray[np.int8]
     is_mirrored: Bool
+    is_turned: Bool
     group: Int64
 
 
@@ -55,6 +57,7 @@ def group_images(images: RankedImages, picture: Int64, links: ImageLinks, rule: 
     is_dropped = kept != own
     kind = np.full(len(images), -1, np.int8)
     is_mirrored = np.zeros(len(images), bool)
+    is_turned = np.zeros(len(images), bool)
     kind[is_dropped & (picture == picture[kept])] = KINDS.index(NEAR)
     kind[is_dropped & (images.first_with_bytes == images.first_with_bytes[kept])] = KINDS.index(EXACT)
     # The others have a link between two pictures: look it up.
@@ -68,7 +71,8 @@ def group_images(images: RankedImages, picture: Int64, links: ImageLinks, rule: 
         at = order[np.searchsorted(keys[order], wanted)]
         kind[rest] = links.kind[at]
         is_mirrored[rest] = links.is_mirrored[at]
-    return ImageGroups(kept, kind, is_mirrored, _number_groups(images, kept))
+        is_turned[rest] = links.turn[at] != 0
+    return ImageGroups(kept, kind, is_mirrored, is_turned, _number_groups(images, kept))
 
 
 def _find_leaders(count: int, p: Int64, q: Int64) -> Int64:

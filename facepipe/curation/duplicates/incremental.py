@@ -15,8 +15,9 @@ import pyarrow.dataset as ds
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from facepipe.curation.duplicates.hashes import HashLookup, is_telling, make_variants
 from facepipe.curation.duplicates.images import COLUMNS, RankedImages, add_size_and_side, rank_images
-from facepipe.curation.duplicates.pairs import ImageLinks, classify_pairs
+from facepipe.curation.duplicates.pairs import ImageLinks, MeasureFaces, classify_pairs
 from facepipe.curation.duplicates.rule import KINDS, NEAR, DuplicateRule
 from facepipe.curation.duplicates.stars import build_stars
 from facepipe.curation.graph.nodes import find_representatives
@@ -33,6 +34,7 @@ from facepipe.types import Bool, Float32, Int64
 # Neighbours per face. If a picture is there more often, the copy that is kept is compared with all.
 _MAX_NEIGHBOURS = 256
 _QUERIES = 16384
+_HASH_ROWS = 262_144
 _FILE = "file"
 _NO_IDS = np.empty(0, np.int64)
 _NO_VECTORS = np.empty((0, EMBEDDING_DIM), np.float32)
@@ -47,12 +49,14 @@ class NewImages:
         table: Rows as `find_duplicates` takes them, and `file`, the gallery's file that an old row is in.
         is_new: Whether each row is of a new image.
         edges: Pairs of rows, u < v, with the distance of their faces.
+        measure: Computes the distances of the faces in rows u (m,) and v (m,).
         query_count: Number of faces that were looked up in the index.
     """
 
     table: pa.Table
     is_new: Bool
     edges: Pairs
+    measure: MeasureFaces
     query_count: int
 
 
@@ -82,6 +86,12 @@ def gather_new_images(
     uris = pc.unique(rows["uri"])
     # Begin with the new rows, and with old images of the same bytes, which may have no face.
     table = pa.concat_tables([rows, _read_images(gallery, _find_same_bytes(gallery, rows, uris))])
+    # And with old images whose hashes nearly agree, and with those that nearly agree with these.
+    while True:
+        near_uris = _find_near_hashes(gallery, table)
+        if not len(near_uris):
+            break
+        table = pa.concat_tables([table, _read_images(gallery, near_uris)])
     search = _NeighbourSearch(index, rule)
     # Repeat until the neighbours of all affected images are known.
     while len(ids):
@@ -89,7 +99,15 @@ def gather_new_images(
         near_uris = search.look_up(ids, table)
         table = pa.concat_tables([table, _read_images(gallery, _drop_known(near_uris, table))])
         ids = search.find_next(table, _is_one_of(table, uris))
-    return NewImages(table.combine_chunks(), _is_one_of(table, uris), search.build_edges(table), search.query_count)
+    table = table.combine_chunks()
+    ids_of_rows = pc.fill_null(table["face_id"], -1).to_numpy()
+
+    def measure(u: Int64, v: Int64) -> Float32:
+        left = index.get_vectors(ids_of_rows[u])
+        right = index.get_vectors(ids_of_rows[v])
+        return np.asarray(np.linalg.norm(left - right, axis=1), np.float32)
+
+    return NewImages(table, _is_one_of(table, uris), search.build_edges(table), measure, search.query_count)
 
 
 def _read_new_rows(changes: TableChanges) -> tuple[pa.Table, Int64]:
@@ -133,6 +151,23 @@ def _find_same_bytes(gallery: Gallery, rows: pa.Table, uris: pa.Array) -> pa.Arr
     image_ids = pc.unique(rows["image_id"]).drop_null()
     same = gallery.to_arrow(["uri", "image_id"], ds.field("image_id").isin(image_ids))["uri"]
     return pc.unique(same.filter(pc.invert(pc.is_in(same, uris))))
+
+
+def _find_near_hashes(gallery: Gallery, table: pa.Table) -> pa.Array:
+    """Find the images of the gallery that are not in a table, and whose hashes nearly agree with one of it.
+
+    This is one pass over two columns.
+    """
+    hashes = pc.unique(table["image_hash"]).drop_null().to_numpy()
+    hashes = hashes[is_telling(hashes)]
+    lookup = HashLookup(np.unique(np.concatenate([hashes, *make_variants(hashes)])))
+    found = [pa.array([], pa.string())]
+    for batch in gallery.batches(["uri", "image_hash"], "image_hash is not null", rows=_HASH_ROWS):
+        unique, inverse = np.unique(batch["image_hash"].to_numpy(), return_inverse=True)
+        is_near = np.zeros(len(unique), bool)
+        is_near[lookup.find(unique).query] = True
+        found.append(batch["uri"].filter(pa.array(is_near[inverse])).cast(pa.string()))
+    return _drop_known(pc.unique(pa.concat_arrays(found)), table)
 
 
 def _read_images(gallery: Gallery, uris: pa.Array) -> pa.Table:

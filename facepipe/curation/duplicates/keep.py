@@ -58,15 +58,20 @@ def _iterate_reasons(images: RankedImages, groups: ImageGroups, dropped: Int64, 
     kept_images = figures.take(pa.array(groups.kept[dropped])).to_pylist()
     kinds = groups.kind[dropped].tolist()
     mirrored = groups.is_mirrored[dropped].tolist()
-    for kind, is_mirrored, copy, kept in zip(kinds, mirrored, copies, kept_images, strict=True):
-        yield _explain(KINDS[kind], copy, kept, keep, is_mirrored=is_mirrored)
+    turned = groups.is_turned[dropped].tolist()
+    for kind, is_mirrored, is_turned, copy, kept in zip(kinds, mirrored, turned, copies, kept_images, strict=True):
+        yield _explain(KINDS[kind], copy, kept, keep, is_mirrored=is_mirrored, is_turned=is_turned)
 
 
-def _explain(kind: str, copy: dict[str, Any], kept: dict[str, Any], keep: Keep, *, is_mirrored: bool) -> str:
+def _explain(
+    kind: str, copy: dict[str, Any], kept: dict[str, Any], keep: Keep, *, is_mirrored: bool, is_turned: bool
+) -> str:
     """Explain why an image is dropped, by the first figure in which the kept one is better."""
     if kind != NEAR:
         return f"same {'bytes' if kind == EXACT else 'shot'} as {kept['uri']}"
     noun = "mirrored copy" if is_mirrored else "copy"
+    if is_turned:
+        noun = f"turned {noun}"
     sharpness = copy["sharpness"] or 0
     if keep == "sharpest" and sharpness < (kept["sharpness"] or 0):
         return f"less sharp {noun} of {kept['uri']}: {sharpness:.1f} against {kept['sharpness']:.1f}"

@@ -1,5 +1,6 @@
 """Classify pairs of images that show the same, by bytes, perceptual hash and face distance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,14 +11,20 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from facepipe.curation.duplicates.hashes import MAX_BITS, HashLookup, is_telling, make_variants
 from facepipe.curation.duplicates.images import RankedImages, encode_strings
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, SAME_SHOT, DuplicateRule
-from facepipe.imaging.perceptual import count_differing_bits, mirror_hashes
+from facepipe.imaging.perceptual import match_hashes
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Int64, UInt8
 
 _IDENTICAL = 1e-4  # a distance that is nothing but rounding
 _NO_HASH = 65
+# Times the distance of compressed copies up to which faces of squashed pictures are. To 0.56 of the width: 0.375.
+_SQUASHED = 1.6
+_MIN_SQUASH = 0.02  # of the logarithm of the ratio of width and height
+
+MeasureFaces = Callable[[Int64, Int64], Float32]
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,10 @@ class ImageLinks:
         v: Row of the second image's face, (m,).
         a: Number of the first image, (m,).
         b: Number of the second image, (m,), a < b.
-        distance: Distance of the faces, (m,).
+        distance: Distance of the faces, (m,); NaN if one image has none.
         bits: Differing bits of the hashes, (m,), 65 if one is missing.
         is_mirrored: Whether one image is a mirror image of the other, (m,).
+        turn: Degrees clockwise by which one image is turned against the other, (m,).
         kind: Index into KINDS, (m,).
     """
 
@@ -42,6 +50,7 @@ class ImageLinks:
     distance: Float32
     bits: UInt8
     is_mirrored: Bool
+    turn: Int64
     kind: npt.NDArray[np.int8]
 
     def __len__(self) -> int:
@@ -90,12 +99,11 @@ def _build_links(images: RankedImages, edges: Pairs, radius: float) -> ImageLink
     is_swapped = image_u > image_v
     a = np.minimum(image_u, image_v)
     b = np.maximum(image_u, image_v)
-    # The hash agrees as it is, or mirrored.
+    # The hash agrees as it is, mirrored, or turned.
     hashes = images.get_numbers("image_hash")
-    straight = count_differing_bits(hashes[a], hashes[b])
-    flipped = count_differing_bits(hashes[a], mirror_hashes(hashes[b]))
+    match = match_hashes(hashes[a], hashes[b])
     has_hashes = images.has_hash[a] & images.has_hash[b]
-    bits = np.where(has_hashes, np.minimum(straight, flipped), _NO_HASH).astype(np.uint8)
+    bits = np.where(has_hashes, match.bits, _NO_HASH).astype(np.uint8)
     links = ImageLinks(
         u=np.where(is_swapped, edges.v, edges.u),
         v=np.where(is_swapped, edges.u, edges.v),
@@ -103,10 +111,89 @@ def _build_links(images: RankedImages, edges: Pairs, radius: float) -> ImageLink
         b=b,
         distance=np.asarray(edges.distance, np.float32),
         bits=bits,
-        is_mirrored=(flipped < straight) & (bits < _NO_HASH),
+        is_mirrored=match.is_mirrored & has_hashes,
+        turn=np.where(has_hashes, match.turn, 0),
         kind=np.zeros(len(a), np.int8),
     )
     return links.take(a < b)
+
+
+def link_by_hash(
+    images: RankedImages, faces: pa.Table, measure: MeasureFaces | None, rule: DuplicateRule
+) -> ImageLinks:
+    """Link images that are copies by their hashes alone: where one has no face, or the picture was squashed.
+
+    Args:
+        images: n images.
+        faces: table of faces.
+        measure: computes the distances of the faces in rows u (m,) and v (m,) of the table. Without it, images with
+            faces are not linked by their hashes.
+        rule: limits.
+    """
+    hashes = images.get_numbers("image_hash")
+    usable = np.flatnonzero(images.has_hash & is_telling(hashes))
+    # Equal hashes are looked up once.
+    unique, first, inverse = np.unique(hashes[usable], return_index=True, return_inverse=True)
+    has_face = images.face_counts > 0
+    first_image = usable[first]
+    # Of equal pictures the first one is linked to all others.
+    a = [first_image[inverse]]
+    b = [usable]
+    # Pictures as they are; those without a face also mirrored and turned, against all.
+    lookup = HashLookup(unique)
+    straight = lookup.find(unique)
+    a.append(first_image[straight.query])
+    b.append(first_image[straight.other])
+    faceless = usable[~has_face[usable]]
+    for variant in make_variants(hashes[faceless])[1:]:
+        turned = lookup.find(variant)
+        a.append(faceless[turned.query])
+        b.append(first_image[turned.other])
+    one = np.concatenate(a)
+    other = np.concatenate(b)
+    keys = np.unique((np.minimum(one, other) * len(images) + np.maximum(one, other))[one != other])
+    pairs = np.stack([keys // max(1, len(images)), keys % max(1, len(images))], axis=1)
+    match = match_hashes(hashes[pairs[:, 0]], hashes[pairs[:, 1]])
+    is_faceless = ~(has_face[pairs[:, 0]] & has_face[pairs[:, 1]])
+    distance = np.full(len(pairs), np.nan, np.float32)
+    # Pictures of one hash and two shapes: the faces are squashed too, and still resemble each other.
+    rows = _find_largest_faces(images, faces)
+    is_squashed = ~is_faceless & (match.turn == 0) & _find_squashed(images, pairs)
+    if measure is None:
+        is_squashed[:] = False
+    elif is_squashed.any():
+        distance[is_squashed] = measure(rows[pairs[is_squashed, 0]], rows[pairs[is_squashed, 1]])
+        is_squashed &= distance <= _SQUASHED * rule.close_near
+    chosen = (match.bits <= MAX_BITS) & (is_faceless | is_squashed)
+    with_faces = is_squashed[chosen]
+    return ImageLinks(
+        u=np.where(with_faces, rows[pairs[chosen, 0]], -1),
+        v=np.where(with_faces, rows[pairs[chosen, 1]], -1),
+        a=pairs[chosen, 0],
+        b=pairs[chosen, 1],
+        distance=distance[chosen],
+        bits=match.bits[chosen],
+        is_mirrored=match.is_mirrored[chosen],
+        turn=match.turn[chosen],
+        kind=np.full(int(chosen.sum()), KINDS.index(NEAR), np.int8),
+    )
+
+
+def _find_largest_faces(images: RankedImages, faces: pa.Table) -> Int64:
+    """Find the row of the largest face of each image (n,); -1 without a face."""
+    ids = pc.fill_null(faces["face_id"], -1).to_numpy()
+    own = pc.fill_null(images.table["face_id"], -1).to_numpy()
+    rows = np.full(len(images), -1)
+    is_largest = (ids >= 0) & (ids == own[images.of_face])
+    rows[images.of_face[is_largest]] = np.flatnonzero(is_largest)
+    return rows
+
+
+def _find_squashed(images: RankedImages, pairs: Int64) -> Bool:
+    """Say which pairs (m, 2) of images have two shapes."""
+    shape = images.get_numbers("width") / np.maximum(1, images.get_numbers("height"))
+    ratio = shape[pairs[:, 0]] / np.maximum(1e-9, shape[pairs[:, 1]])
+    return np.asarray(np.abs(np.log(np.maximum(ratio, 1e-9))) > _MIN_SQUASH, bool)
 
 
 def _find_mostly_paired(images: RankedImages, links: ImageLinks) -> Bool:
@@ -137,7 +224,8 @@ def find_pictures(images: RankedImages, links: ImageLinks) -> Int64:
     not be linked to each other one by one.
     """
     count = len(images)
-    is_identical = (links.distance <= _IDENTICAL) & (links.bits == 0) & ~links.is_mirrored
+    is_upright = ~links.is_mirrored & (links.turn == 0)
+    is_identical = (links.distance <= _IDENTICAL) & (links.bits == 0) & is_upright
     # Components of images with equal bytes, or with equal hash and embedding.
     rows = np.concatenate([links.a[is_identical], np.arange(count)])
     columns = np.concatenate([links.b[is_identical], images.first_with_bytes])
@@ -167,6 +255,7 @@ def link_copies(images: RankedImages, picture: Int64) -> ImageLinks:
         distance=np.zeros(len(a), np.float32),
         bits=np.zeros(len(a), np.uint8),
         is_mirrored=np.zeros(len(a), bool),
+        turn=np.zeros(len(a), np.int64),
         kind=np.repeat([KINDS.index(EXACT), KINDS.index(NEAR)], [len(exact), len(near)]).astype(np.int8),
     )
     return links.take(images.side[a] != images.side[b]) if images.has_two_sides else links
@@ -195,7 +284,10 @@ def select_strongest(images: RankedImages, faces: pa.Table, links: ImageLinks, p
 
 
 def build_pair_table(images: RankedImages, faces: pa.Table, links: ImageLinks) -> pa.Table:
-    """Build one row per link: uri, side, identity and face_id of both images, kind, distance, hash_bits, mirrored."""
+    """Build one row per link.
+
+    Columns are uri, side, identity and face_id of both images, kind, distance, hash_bits, mirrored and turned.
+    """
     columns: dict[str, Any] = {}
     for end, numbers, rows in (("a", links.a, links.u), ("b", links.b, links.v)):
         chosen = images.table.select(["uri", "side", "identity", "face_id"]).take(pa.array(numbers))
@@ -204,7 +296,8 @@ def build_pair_table(images: RankedImages, faces: pa.Table, links: ImageLinks) -
         own = faces["face_id"].take(pa.array(rows, mask=rows < 0))
         columns[f"face_id_{end}"] = pc.coalesce(own, chosen["face_id"])
     columns["kind"] = pa.array(np.array(KINDS, object)[links.kind], pa.string())
-    columns["distance"] = pa.array(links.distance, pa.float32())
+    columns["distance"] = pa.array(links.distance, pa.float32(), mask=np.isnan(links.distance))
     columns["hash_bits"] = pa.array(links.bits.astype(np.int16), pa.int16(), mask=links.bits == _NO_HASH)
     columns["mirrored"] = pa.array(links.is_mirrored, pa.bool_())
+    columns["turned"] = pa.array(links.turn.astype(np.int16))
     return pa.table(columns)

@@ -25,6 +25,11 @@ _MAX_SHARED = 200
 _FACES_PER_IDENTITY = 4
 _UNKNOWN_FACE = FaceDetails("", None, None)
 
+_NOT_SEEN = (
+    "Not found: copies turned by other angles than quarters, crops of more than a twentieth of the sides, collages, "
+    "pictures under text or in a frame, and plain areas without contrast. Pictures without a face are not found if "
+    "they are cropped or recoloured at all."
+)
 Thumbs = dict[tuple[str, int], bytes]  # JPEG of each image, by uri and side
 
 
@@ -74,10 +79,11 @@ def build_duplicates_report(
         tables=tables,
         groups=groups,
         notes=(
-            "exact: the same bytes. near: the same picture, resized, compressed, cropped, mirrored or recoloured: "
-            "the hash of the picture and the distance of the faces agree. same shot: the pictures "
-            "differ, but the faces are so near that the photos are of one moment. These are listed, and dropped only "
-            "with drop = same_shot.",
+            "exact: the same bytes. near: the same picture, resized, compressed, cropped, squashed, mirrored, turned "
+            "by a quarter or recoloured. The hash of the picture and the distance of the faces agree; of pictures "
+            "without a face the hash alone. same shot: the pictures differ, but the faces are so near that the photos "
+            "are of one moment. These are listed, and dropped only with drop = same_shot.",
+            _NOT_SEEN,
             "keep.txt and drop.txt name the images; pairs, groups and reasons are in the Parquet files beside it.",
         ),
         groups_total=groups.total,
@@ -89,7 +95,7 @@ def _build_distance_histogram(found: Duplicates, rule: DuplicateRule) -> Histogr
     rows = []
     # Exact copies are found by their bytes: distances say nothing about them.
     for kind in KINDS[1:]:
-        distance = found.pairs.filter(pc.equal(found.pairs["kind"], kind))["distance"]
+        distance = found.pairs.filter(pc.equal(found.pairs["kind"], kind))["distance"].drop_null()
         rows.append(count_values(kind.replace("_", " "), distance.to_numpy().astype(np.float64), edges))
     marks = (Mark(rule.near, "near"), Mark(rule.same_shot, "same shot"))
     return Histogram("Distances of faces in pairs", "distance", tuple(rows), marks, log=True)

@@ -8,7 +8,15 @@ import pyarrow as pa
 import pytest
 from helpers import embed, measure_peak_bytes, rows
 
-from facepipe.imaging.perceptual import compute_perceptual_hash, count_differing_bits, mirror_hashes
+from facepipe.imaging.perceptual import (
+    QUARTER_TURNS,
+    compute_perceptual_hash,
+    count_differing_bits,
+    get_known_bits,
+    match_hashes,
+    mirror_hashes,
+    turn_hashes,
+)
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import Decode, Read
 
@@ -52,6 +60,33 @@ def test_the_mirror_images_hash_is_known(seed: int) -> None:
     assert (
         count_differing_bits(hashes, mirror_hashes(hashes)) == bits(0, int(mirror_hashes(np.zeros(1, np.int64))[0]))
     ).all()
+
+
+@pytest.mark.parametrize("degrees", QUARTER_TURNS)
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_the_hash_of_a_turned_image_is_known(degrees: int, is_mirrored: bool) -> None:
+    for seed in range(6):
+        image = scene(seed, 640, 417)
+        first = image[:, ::-1] if is_mirrored else image
+        turned = np.ascontiguousarray(np.rot90(first, -degrees // 90))
+        own = np.array([compute_perceptual_hash(image)])
+        other = np.array([compute_perceptual_hash(turned)])
+        match = match_hashes(own, other)
+        assert match.bits[0] <= 2
+        assert (match.turn[0], match.is_mirrored[0]) == (degrees, is_mirrored)
+    strangers = [np.array([compute_perceptual_hash(scene(seed))]) for seed in (1, 2)]
+    assert match_hashes(*strangers).bits[0] > 10
+
+
+def test_four_quarters_are_none() -> None:
+    hashes = np.random.default_rng(0).integers(-(1 << 63), 1 << 63, 100, np.int64)
+    known = get_known_bits(90)
+    quarter = turn_hashes(hashes, 90)
+    half = turn_hashes(hashes, 180)
+    assert np.array_equal(turn_hashes(half, 180), hashes)
+    assert np.array_equal(turn_hashes(hashes, 0), hashes)
+    assert np.array_equal(turn_hashes(quarter, 270) & known, hashes & known)
+    assert np.array_equal(turn_hashes(quarter, 90) & known, half & known)
 
 
 def test_distances_count_all_bits_of_signed_numbers() -> None:

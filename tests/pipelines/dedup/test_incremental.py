@@ -235,6 +235,31 @@ def test_images_without_a_face_are_copies_by_their_bytes(fakes: dict[str, Any], 
     assert Path(g, "reports", "dedup-new", "drop.txt").read_text().splitlines() == [str(folder / "b.png")]
 
 
+def test_images_without_a_face_are_copies_by_their_hashes(fakes: dict[str, Any], tmp_path: Path) -> None:
+    """A landscape, the next night its turned copy, and a picture of nothing else."""
+    (tmp_path / "in").mkdir()
+    noise = np.random.default_rng(3).normal(size=(9, 11, 3)).astype(np.float32)
+    scene = np.clip(128 + 50 * cv2.resize(noise, (160, 120), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "in" / "first.png"), scene)
+    cv2.imwrite(str(tmp_path / "in" / "face.png"), draw(1))
+    embed(tmp_path / "in", tmp_path / "g", fakes)
+    gallery = str(tmp_path / "g")
+    index(IndexConfig(), gallery)
+    run(build(DedupConfig), gallery)
+    cv2.imwrite(
+        str(tmp_path / "in" / "turned.png"), np.rot90(cv2.resize(scene, (80, 60), interpolation=cv2.INTER_AREA))
+    )
+    cv2.imwrite(str(tmp_path / "in" / "other.png"), scene[::-1, :, ::-1] ^ 200)
+    embed(tmp_path / "in", tmp_path / "g", fakes)
+    index(IndexConfig(), gallery)
+    summary = run(build(DedupConfig), gallery)
+    (pair,) = report(gallery, "dedup-new")["pairs"]
+    assert {Path(pair["uri_a"]).name, Path(pair["uri_b"]).name} == {"first.png", "turned.png"}
+    assert (pair["kind"], pair["distance"]) == ("near", None)
+    assert pair["turned"] in (90, 270)
+    assert (summary.new, summary.drop) == (2, 1)
+
+
 def test_pictures_in_the_page_come_from_few_files(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from facepipe.curation.duplicates.groups import ImageGroups, group_images
 from facepipe.curation.duplicates.images import RankedImages
 from facepipe.curation.duplicates.pairs import ImageLinks
 from facepipe.errors import ConfigError
-from facepipe.imaging.perceptual import mirror_hashes
+from facepipe.imaging.perceptual import mirror_hashes, turn_hashes
 from facepipe.nearest.similarity import Pairs
 
 SCHEMA = pa.schema(
@@ -170,6 +170,69 @@ def test_mirrored_copies() -> None:
     found = find([copy, one], [(0, 1, 0.08)])
     assert found.pairs["mirrored"].to_pylist() == [True]
     assert found.decisions["reason"].to_pylist() == [None, "smaller mirrored copy of /i/1.jpg: 100x100 against 300x100"]
+
+
+def faceless(n: int, **values: Any) -> dict[str, Any]:
+    nothing = dict.fromkeys(("face_id", "face_index", "sharpness", "face_px"))
+    return face(n, **{**nothing, **values})
+
+
+@pytest.mark.parametrize(("bits", "is_copy"), [(0, True), (2, True), (3, False)])
+def test_pictures_without_a_face_are_copies_by_their_hashes(bits: int, is_copy: bool) -> None:
+    rows = [faceless(0, width=200), faceless(1), face(2)]
+    rows[1]["image_hash"] = flipped(rows[0]["image_hash"], bits)
+    found = find(rows, [])
+    check(rows, found)
+    assert kept(found)["/i/1.jpg"] == ("/i/0.jpg" if is_copy else None)
+    assert [pair["distance"] for pair in found.pairs.to_pylist()] == [None] * is_copy
+    # A picture whose face is not found in its copy.
+    rows[0] = face(0, width=200)
+    assert (kept(find(rows, []))["/i/1.jpg"] is not None) == is_copy
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_turned_copies(degrees: int) -> None:
+    """With faces that are as near as those of copies, and without faces."""
+    original = face(0, width=200)
+    turned = int(turn_hashes(np.array([original["image_hash"]]), degrees)[0])
+    for other, edges in ((face(1, image_hash=turned), [(0, 1, 0.05)]), (faceless(1, image_hash=turned), [])):
+        found = find([original, other], edges)
+        (pair,) = found.pairs.to_pylist()
+        # Either is turned against the other.
+        assert (pair["kind"], pair["turned"], pair["mirrored"]) == ("near", degrees, False)
+        assert found.decisions.to_pylist()[1]["reason"].startswith("smaller turned copy of")
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "distance", "is_copy"),
+    [(75, 1, 0.38, True), (100, 1, 0.38, False), (75, 3, 0.38, False), (75, 1, 0.45, False), (101, 0, 0.3, False)],
+)
+def test_squashed_copies(width: int, bits: int, distance: float, is_copy: bool) -> None:
+    """Faces are squashed too: beyond the limit of copies of the same shape, and still alike."""
+    rows = [face(0), face(1, width=width)]
+    rows[1]["image_hash"] = flipped(rows[0]["image_hash"], bits)
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    none = Pairs(*np.zeros((2, 0), np.int64), np.zeros(0, np.float32))
+    measured = []
+
+    def measure(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        measured.append((u.tolist(), v.tolist()))
+        return np.full(len(u), distance, np.float32)
+
+    found = find_duplicates(table, none, RULE, measure)
+    check(rows, found)
+    assert bool(found.pairs.num_rows) == is_copy
+    assert all(pair in (([0], [1]), ([], [])) for pair in measured)
+
+
+def test_many_equal_pictures_without_a_face() -> None:
+    """A placeholder that a crawl has 3,000 times, and plain pictures, which tell nothing."""
+    rows = [faceless(n, image_hash=0x1234_5678_9ABC) for n in range(3000)]
+    rows += [faceless(n, image_hash=0) for n in range(3000, 3100)]
+    found = find(rows, [])
+    check(rows, found)
+    assert found.groups.num_rows == 1
+    assert found.pairs.num_rows == 2999
 
 
 def test_without_a_hash_nothing_is_near() -> None:
