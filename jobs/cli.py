@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import facepipe
 from facepipe.observe import logs
+from facepipe.provenance import set_command
 from facepipe.storage.redact import redact
 from jobs import evaluate, models
 from jobs.adopt import adopt
@@ -141,6 +142,7 @@ def set_up(
 
 def main() -> None:
     """Run the `facepipe` script."""
+    set_command(["facepipe", *sys.argv[1:]])
     app()
 
 

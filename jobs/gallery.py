@@ -10,7 +10,7 @@ from jobs.console import ExitCode, exit_on_error, fail, print_result, print_tabl
 from jobs.options import GalleryPath, Json, Where
 
 # Figures of a run's record that are shown for each of the last runs.
-_RUN_COLUMNS = ("run", "job", "state", "images", "faces", "failed", "seconds")
+_RUN_COLUMNS = ("run", "job", "state", "started", "images", "faces", "failed", "seconds")
 
 
 def info(
@@ -44,12 +44,20 @@ def info(
         if failed or failed_list:
             _show_failed(gallery, count=count, path=failed_list, as_json=as_json)
             return
+        import facepipe
+        from facepipe.curation.report_folders import describe_reports
         from facepipe.gallery import Gallery
-        from facepipe.index.manifest import describe_state
+        from facepipe.index.lag import describe_state
         from facepipe.observe.info import describe_gallery
+        from facepipe.provenance import format_date
 
         opened = Gallery(gallery)
-        description = describe_gallery(opened) | {"index": describe_state(opened)}
+        description = describe_gallery(opened) | {
+            "index": describe_state(opened),
+            "reports": describe_reports(opened),
+            "facepipe": facepipe.__version__,
+            "now": format_date(),
+        }
         print_result(description, as_json=as_json, print_text=lambda: _print_info(description))
 
 
@@ -85,7 +93,8 @@ def _show_failed(gallery: str, *, count: int, path: str | None, as_json: bool) -
 
 def _print_info(description: dict[str, Any]) -> None:
     counts = [*description["counts"].items(), ("files", description["files"]), ("bytes", description["bytes"])]
-    print_table(f"{description['path']} (version {description['version']})", ("", "count"), counts)
+    title = f"{description['path']} (version {description['version']})"
+    print_table(f"{title}, {description['now']}, facepipe {description['facepipe']}", ("", "count"), counts)
     print_table("contract", ("", ""), description["contract"].items())
     # Tables without rows are left out.
     if description["errors"]:
@@ -93,9 +102,22 @@ def _print_info(description: dict[str, Any]) -> None:
         print_table("why images failed", ("status", "error", "images"), rows)
     if description["index"]:
         print_table("index", ("", ""), description["index"].items())
+    if description["reports"]:
+        cells = [_list_report_cells(report, description["version"]) for report in description["reports"]]
+        print_table("reports", ("report", "made", "table version", "command"), cells)
     if description["runs"]:
-        runs = [[run.get(column, "") for column in _RUN_COLUMNS] for run in description["runs"]]
+        # Times in full are in --json.
+        shown = [{**run, "started": run["started"][:16].replace("T", " ")} for run in description["runs"]]
+        runs = [[run.get(column, "") for column in _RUN_COLUMNS] for run in shown]
         print_table("last runs", _RUN_COLUMNS, runs)
+
+
+def _list_report_cells(report: dict[str, Any], version: int) -> tuple[str, str, str, str]:
+    """List what the table of reports says of one, with what to do if it is older than the gallery."""
+    state = str(report["version"]) if report["version"] is not None else "unknown"
+    if report["up to date"] is False:
+        state = f"{state} of {version}: stale, make it again"
+    return report["report"], report["made"] or "unknown", state, report["command"]
 
 
 def verify(
@@ -126,8 +148,11 @@ def verify(
     """Check a whole gallery and its index for damage.
 
     All files are read, and their checksums, counts, unique ids and unit norms are checked, and that no receipt of an
-    erasure is missing or altered. The exit code is 1 if a check fails. With --erased, check instead that no row,
-    vector, old file, log entry or report still holds what the receipt lists as erased.
+    erasure is missing or altered. The exit code is 1 if a check fails. A gallery is sound if nothing is damaged, and
+    complete if its index holds every face; one that is sound but not complete ends with code 0.
+
+    With --erased, check instead that no row, vector, old file, log entry or report still holds what the receipt lists
+    as erased.
 
     For example:
 
@@ -152,6 +177,7 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     from facepipe.erasure.chain import read_chain
     from facepipe.gallery import Gallery
     from facepipe.gallery.maintenance.verify import verify_gallery as verify_table
+    from facepipe.index.lag import describe_gaps
     from facepipe.index.manifest import exists
     from facepipe.index.verify import verify_index
 
@@ -162,13 +188,17 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     if exists(gallery.path):
         problems += verify_index(gallery)
     problems += read_chain(gallery.path).problems
+    # What is sound may still lack something: a search returns only what the index holds.
+    gaps = describe_gaps(gallery)
 
     def print_text() -> None:
         print_table(f"verify {path}", ("", "count"), figures.items())
-        print("\n".join(problems) or "sound")
+        print("\n".join(problems) or "sound: nothing is damaged")
+        print("\n".join(f"not complete: {gap}" for gap in gaps) or "complete: the index holds every face")
 
     # Print the result before the command fails, so that programs get the JSON in any case.
-    print_result({**figures, "problems": problems}, as_json=as_json, print_text=print_text)
+    result = {**figures, "problems": problems, "complete": not gaps, "gaps": gaps}
+    print_result(result, as_json=as_json, print_text=print_text)
     if problems:
         fail(f"{len(problems)} problems", ExitCode.FAILED)
 

@@ -22,6 +22,8 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.table import FOLDERS
 from facepipe.index.decide import UNKNOWN, DecisionRule
 from facepipe.index.identify import ANSWERED_PHOTOS, IDENTIFIED, QUERY_COLUMNS, choose_best_faces, identify_rows
+from facepipe.index.lag import measure_lag
+from facepipe.index.manifest import open_index_store
 from facepipe.index.search import Index
 from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.reports.faces import read_face_details
@@ -103,6 +105,7 @@ class IdentifySummary:
         table_version: Version of the gallery's table.
         index_version: Version of the table that the index was made from.
         notes: Sentences for the user.
+        lacking: Faces of the gallery that the index lacks.
         seconds: Wall clock.
     """
 
@@ -120,6 +123,7 @@ class IdentifySummary:
     table_version: int = 0
     index_version: int = 0
     notes: list[str] = field(default_factory=list)
+    lacking: int = 0
     seconds: float = 0.0
 
     def describe(self) -> dict[str, Any]:
@@ -168,11 +172,10 @@ def run(
         table_version=table.version,
         index_version=index.manifest.table_version,
     )
-    if summary.index_version != summary.table_version:
-        summary.notes.append(
-            f"the index is of version {summary.index_version} of the gallery, which has version "
-            f"{summary.table_version}: run `facepipe index {gallery}` to find its newest faces"
-        )
+    lag = measure_lag(table, index.manifest, open_index_store(table.path))
+    summary.lacking = lag.lacking
+    if not lag.is_complete:
+        summary.notes.append(lag.describe(gallery))
     _choose_threshold(options, table, summary)
     # All answers are of one state of the index.
     index.freeze()

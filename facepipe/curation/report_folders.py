@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,9 @@ import pyarrow.parquet as pq
 import facepipe
 from facepipe import storage
 from facepipe.errors import StorageError
+from facepipe.gallery import Gallery
+from facepipe.gallery.changes import ReadMark
+from facepipe.provenance import format_date, get_command
 from facepipe.storage.atomic import UNFINISHED
 from facepipe.storage.inside import make_link_error
 from facepipe.storage.lease import Lease
@@ -188,20 +192,66 @@ def _is_readable_as_ours(path: str) -> bool:
     return False
 
 
-def prepare_folder(folder: str, report: str) -> None:
+def prepare_folder(folder: str, report: str, version: int | None = None) -> None:
     """Make a folder to write a report into, and mark it as ours. What an interrupted run left in it stays.
 
     Args:
         folder: the folder.
         report: the report's name.
+        version: version of the gallery's table that the report is made from.
 
     Raises:
         StorageError: the folder holds files and is not ours, or is a link, or one of our names in it is a link.
     """
     assert report == GRAPH or report in _REPORT_FILES, f"name the files of {report} in _REPORT_FILES"
     require_ours(folder, report)
-    content = {"format": _FORMAT, "report": report, "facepipe": facepipe.__version__}
+    content = {
+        "format": _FORMAT,
+        "report": report,
+        "facepipe": facepipe.__version__,
+        "made": format_date(),
+        "command": get_command(),
+        "version": version,
+    }
     storage.replace(os.path.join(folder, MARKER), json.dumps(content).encode())
+
+
+def describe_reports(gallery: Gallery) -> list[dict[str, Any]]:
+    """Describe the reports of a gallery: when each was made, how, from which version of the table, and if it is stale.
+
+    Reports of older versions do not say when they were made; nothing is known of what they rest on.
+    """
+    described = []
+    for report in _REPORT_FILES:
+        folder = storage.join(gallery.path, "reports", report)
+        marker = _read_json(storage.join(folder, MARKER))
+        if marker is None:
+            continue
+        # A report that found nothing new has a newer mark than its folder says.
+        mark = ReadMark.load(storage.join(folder, "mark.json"))
+        version = marker.get("version")
+        if mark is not None and mark.gallery == gallery.id:
+            version = mark.version
+        described.append(
+            {
+                "report": report,
+                "made": marker.get("made", ""),
+                "facepipe": marker.get("facepipe", ""),
+                "command": marker.get("command", ""),
+                "version": version,
+                "up to date": None if version is None else gallery.has_files_of(version),
+            }
+        )
+    return described
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file is missing or damaged, because it only informs."""
+    try:
+        values = json.loads(storage.read(path))
+    except (StorageError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def require_ours(folder: str, report: str) -> None:

@@ -7,6 +7,8 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,19 @@ TEXT_PROPERTY = "facepipe.text"
 """Name of the table property that tells how texts and their ranges are stored; absent in tables of older versions."""
 EXACT_TEXT = "nfc"
 """Its value if all labels are in normal form C, and all ranges of texts in the log can be trusted."""
+
+
+@dataclass(frozen=True)
+class RunCommit:
+    """A commit of a run.
+
+    Attributes:
+        run: id of the run.
+        time: when it was, UTC, ISO 8601.
+    """
+
+    run: str
+    time: str
 
 
 class Gallery:
@@ -454,6 +469,26 @@ class Gallery:
         # The status ok comes first, then the others in order.
         ordered = {OK: images.pop(OK, 0), **dict(sorted(images.items()))}
         return {"images": sum(ordered.values()), "faces": faces, **ordered}
+
+    def has_files_of(self, version: int) -> bool:
+        """Tell whether the table has the same files as an older version of it; False if that cannot be opened."""
+        if version == self.version or log.find_last_equal_version(self.faces_folder, version) >= self.version:
+            return True
+        try:
+            old = {file["path"] for file in Gallery(self.path, version).files()}
+        except (GalleryError, StorageError):
+            return False
+        return old == {file["path"] for file in self.files()}
+
+    def read_commits(self, last: int) -> list[RunCommit]:
+        """Read which runs made the newest commits, and when; other commits are left out."""
+        commits = []
+        for entry in self._table.history(last):
+            if "facepipe" in entry and "timestamp" in entry:
+                time = datetime.fromtimestamp(entry["timestamp"] / 1000, UTC)
+                text = time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+                commits.append(RunCommit(str(json.loads(entry["facepipe"]).get("run", "")), text))
+        return commits
 
     def runs(self, last: int = 5) -> list[dict[str, Any]]:
         """Read the metadata of the newest runs' last commits: run id, counts, seconds per stage."""

@@ -663,23 +663,3 @@ def compute_digest(path: str) -> FileDigest:
 def dump_contract(gallery: Gallery) -> dict[str, Any]:
     """Return a gallery's contract in the manifest's form."""
     return asdict(gallery.contract)
-
-
-def describe_state(gallery: Gallery) -> dict[str, Any] | None:
-    """Describe the index in a few figures, for people; None if there is none."""
-    if not exists(gallery.path):
-        return None
-    try:
-        manifest = load(gallery.path)
-    except IndexingError as error:
-        return {"problem": str(error)}
-    return {
-        "faces": manifest.live,
-        "deleted, still in shards": manifest.deleted,
-        "shards": len(manifest.shards),
-        "factory": manifest.template.factory,
-        "lists visited, candidates re-scored": f"{manifest.nprobe}, {manifest.rescore}",
-        "table version": manifest.table_version,
-        "up to date": manifest.table_version == gallery.version,
-        "bytes": manifest.total_bytes,
-    }

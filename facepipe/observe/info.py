@@ -3,7 +3,7 @@
 import csv
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -12,12 +12,16 @@ from facepipe.gallery.table import Gallery
 from facepipe.observe import runs
 from facepipe.observe.runs import RunRecord
 from facepipe.schema import FAILED
-from facepipe.storage import replace_file
+from facepipe.storage import join, replace_file
+from facepipe.storage.lease import has_process_ended, is_held
 from facepipe.storage.owned import require_own_list
 from facepipe.text import protect_cell
 
 _MAX_ERRORS = 20
 _MAX_RUNS = 10
+# Commits that are read to find when a run that was killed was last seen.
+_MAX_COMMITS = 200
+_DAY = 86400.0
 # Columns of the list of images that failed.
 _FAILED_COLUMNS = ("path", "status", "error")
 
@@ -33,17 +37,63 @@ def describe_gallery(gallery: Gallery) -> dict[str, Any]:
         "bytes": sum(file["size_bytes"] for file in files),
         "contract": asdict(gallery.contract),
         "errors": count_errors(gallery),
-        "runs": [_describe_run(record) for record in runs.read_newest(gallery.path, _MAX_RUNS)],
+        "runs": describe_runs(gallery),
     }
 
 
-def _describe_run(record: RunRecord) -> dict[str, Any]:
-    """Return a run's record, with the figures that people look for beside its own."""
+def describe_runs(gallery: Gallery) -> list[dict[str, Any]]:
+    """Describe the newest runs, newest first. One that was killed is `interrupted`, and ended when it was last seen."""
+    records = runs.read_newest(gallery.path, _MAX_RUNS)
+    seen = _find_last_signs(gallery, records)
+    return [_describe_run(record, gallery, seen.get(record.run, "")) for record in records]
+
+
+def _find_last_signs(gallery: Gallery, records: list[RunRecord]) -> dict[str, str]:
+    """Find when runs without an end were last seen: by a commit, or by the end of a run that they started."""
+    unfinished = {record.run for record in records if record.ended is None}
+    if not unfinished:
+        return {}
+    signs = [(record.parent, record.ended) for record in records if record.parent and record.ended]
+    signs += [(commit.run, commit.time) for commit in gallery.read_commits(_MAX_COMMITS)]
+    seen: dict[str, str] = {}
+    for run, time in signs:
+        if run in unfinished:
+            seen[run] = max(time, seen.get(run, ""))
+    return seen
+
+
+def _describe_run(record: RunRecord, gallery: Gallery, seen: str) -> dict[str, Any]:
+    """Return a run's record, with the figures that people look for beside its own.
+
+    Args:
+        record: the record.
+        gallery: the gallery.
+        seen: when the run was last seen, if it has no end.
+    """
     counters = record.counters
     figures: dict[str, Any] = {name: counters[name] for name in ("images", "faces") if name in counters}
-    failed = sum(counters.get(f"status.{status}", 0) for status in FAILED)
+    # A night counts the failed images of all its sources itself.
+    by_status = sum(counters.get(f"status.{status}", 0) for status in FAILED)
+    figures["failed"] = max(by_status, counters.get("failed", 0))
+    if record.ended is None and _was_killed(record, gallery):
+        record = replace(record, state="interrupted", ended=max(seen, record.started))
     seconds = None if record.duration is None else round(record.duration, 1)
-    return {**asdict(record), **figures, "failed": failed, "seconds": seconds, "phases": record.seconds}
+    values = asdict(record)
+    del values["process"]
+    return {**values, **figures, "seconds": seconds, "phases": record.seconds}
+
+
+def _was_killed(record: RunRecord, gallery: Gallery) -> bool:
+    """Tell whether a run that has no end is over, without having been able to write that."""
+    has_ended = has_process_ended(record.process)
+    if has_ended is not None:
+        return has_ended
+    # On another machine, only the leases tell. A run of an older version may hold none, and counts as one that goes on
+    # for a day.
+    places = ("", "reports", "index", runs.RUNS)
+    if any(is_held(join(gallery.path, place) if place else gallery.path) for place in places):
+        return False
+    return bool(record.process) or runs.parse_time(runs.format_now()) - runs.parse_time(record.started) > _DAY
 
 
 def iterate_failed(gallery: Gallery) -> Iterator[dict[str, Any]]:

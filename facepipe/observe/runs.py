@@ -17,6 +17,9 @@ import facepipe
 from facepipe import storage
 from facepipe.errors import ConfigError, StorageError
 
+RUNS = "runs"
+"""Folder of the records in a gallery."""
+
 State = Literal["running", "done", "failed", "interrupted", "over_budget"]
 
 _RECORD_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}\.json")
@@ -43,6 +46,7 @@ class RunRecord:
         stage_seconds: seconds of work by stage, summed over workers.
         error: class name of the exception that ended the run.
         facepipe: version of facepipe.
+        process: which process it is, so that one that was killed can be told from one that goes on.
     """
 
     run: str
@@ -59,6 +63,7 @@ class RunRecord:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     facepipe: str = facepipe.__version__
+    process: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _JOB_NAME.fullmatch(self.job):
@@ -110,7 +115,7 @@ def parse_time(text: str) -> float:
 
 def get_runs_folder(gallery_path: str) -> str:
     """Return the folder of a gallery's run records."""
-    return storage.join(gallery_path, "runs")
+    return storage.join(gallery_path, RUNS)
 
 
 def write_record(gallery_path: str, record: RunRecord) -> None:

@@ -160,6 +160,7 @@ def _dump_head(report: Report) -> str:
             "histograms": [asdict(histogram) for histogram in report.histograms],
             "tables": [asdict(table) for table in report.tables],
             "notes": report.notes,
+            "made": report.made,
         }
     )
 
@@ -176,6 +177,7 @@ def _read_head(page: TextIO) -> Report:
                 histograms=tuple(_read_histogram(histogram) for histogram in head["histograms"]),
                 tables=tuple(_read_table(table) for table in head["tables"]),
                 notes=tuple(head["notes"]),
+                made=head.get("made", ""),  # pages of older versions have none
             )
         # The head stands before the groups: a page of an older version has none.
         if line.startswith(_GROUPS_START):

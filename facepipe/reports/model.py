@@ -5,7 +5,9 @@ Any text may be a stranger's file name: `facepipe.reports.html` makes it harmles
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from facepipe.provenance import describe_making
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Report:
         groups: groups of faces, the most suspicious first. They are read once, one at a time.
         notes: remarks below the figures.
         groups_total: number of groups, if `groups` leaves some out.
+        made: when and with which command the page was made; by default that of this process.
     """
 
     title: str
@@ -142,3 +145,4 @@ class Report:
     groups: Iterable[Group] = ()
     notes: tuple[str, ...] = ()
     groups_total: int | None = None
+    made: str = field(default_factory=describe_making)

@@ -11,10 +11,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -111,6 +112,23 @@ class Holder:
             return True
         # A stopped process may go on later, so its heartbeat decides.
         return None if state in "Tt" else False
+
+
+def describe_process() -> dict[str, Any]:
+    """Describe this process, so that `has_process_ended` can tell later whether it still runs."""
+    holder = Holder.of_this_process(0)
+    return {"machine": holder.machine, "pid": holder.pid, "began": holder.began}
+
+
+def has_process_ended(process: Mapping[str, Any]) -> bool | None:
+    """Tell whether a process that `describe_process` described has ended; None if nobody can tell from here."""
+    try:
+        holder = Holder("", "", str(process["machine"]), int(process["pid"]), str(process["began"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    if holder.machine == _read_machine_id() and holder.pid == os.getpid():
+        return holder.began != _read_process_start(holder.pid)
+    return holder.has_ended()
 
 
 class Lease:

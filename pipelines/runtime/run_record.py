@@ -16,6 +16,7 @@ from facepipe import storage
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs, metrics, runs
 from facepipe.observe.runs import RunRecord, State
+from facepipe.storage.lease import describe_process
 
 # Exit codes of the command line.
 DONE = 0
@@ -219,7 +220,7 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
     if parent is None and outer:
         parent = outer.id
     # The record is also written at the start, so that a run that is killed leaves one too.
-    record = RunRecord(runs.new_run_id(), job, parent, runs.format_now())
+    record = RunRecord(runs.new_run_id(), job, parent, runs.format_now(), process=describe_process())
     run = ActiveRun(path, record)
     with logs.bind_run(record.run, job):
         token = _current_run.set(run)

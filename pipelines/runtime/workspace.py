@@ -100,7 +100,7 @@ def open_report_folder(
             store.pull()
             require_ours(final, name)
             take_over_folders(final, partial, name)
-            prepare_folder(partial, name)
+            prepare_folder(partial, name, gallery.version)
             try:
                 yield Workspace(partial, lease)
             except ReportUnchangedError as unchanged:

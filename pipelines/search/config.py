@@ -63,7 +63,8 @@ class SearchSummary:
         recall_of: What it is the recall of: recall@K, or recall within a radius.
         recall_at_10: The same, if up to ten neighbours are asked for.
         threshold: Maximum distance of a match.
-        notes: What a user may want to know of how the queries were read.
+        notes: What a user may want to know of how the queries were read, and of the index.
+        lacking: Faces of the gallery that the index lacks, and the search could not find.
         seconds: Wall clock.
         out: Path of the results.
     """
@@ -85,6 +86,7 @@ class SearchSummary:
     recall_at_10: float | None = None
     threshold: float | None = None
     notes: tuple[str, ...] = ()
+    lacking: int = 0
     seconds: float = 0.0
     out: str = ""
 

@@ -11,6 +11,7 @@ from facepipe.gallery import Contract, Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import SearchCounts
 from facepipe.index.cost import ScanWork, is_device_cheaper, is_scan_cheaper
+from facepipe.index.lag import measure_lag
 from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
@@ -64,7 +65,7 @@ def run(
     table = Gallery(gallery)
     # Refuse what cannot be replaced, and a missing index, before any query is read.
     check_output(out)
-    manifests.load(table.path)  # raises before any image is read
+    manifest = manifests.load(table.path)  # raises before any image is read
     source = open_queries(queries, table.contract)
     check_place(out, queries, table.path)
     summary = SearchSummary(out=out, threshold=config.search.threshold)
@@ -74,7 +75,9 @@ def run(
     try:
         if source is None:
             source = _embed_queries(config, table.contract, queries, work, summary)
-        summary.notes = source.notes
+        lag = measure_lag(table, manifest, manifests.open_index_store(table.path))
+        summary.lacking = lag.lacking
+        summary.notes = (*source.notes, *filter(None, [lag.describe(table.path)]))
         _search_blocks(config, table, source, work, summary, began=began, on_progress=on_progress)
     except BaseException:
         remove_unused_folder(work)
