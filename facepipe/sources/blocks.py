@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.errors import StorageError
-from facepipe.hashing import hash64_each, hash_each_in_process
+from facepipe.hashing import hash64_column, hash64_each, hash_each_in_process
 from facepipe.schema import WORK_ITEM
 from facepipe.sources.item import Source, WorkItem
 from facepipe.sources.label_changes import LabelChanges
@@ -21,11 +21,16 @@ from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Scr
 from facepipe.storage import describe_error
 from facepipe.types import Bool, UInt64
 
-_SCREENED_ITEMS = 8192  # looked up in the gallery at a time
+_SCREENED_ITEMS = 8192  # looked up in the gallery at a time, at most
+_FIRST_ITEMS = 1000  # looked up first: as many as a page of an object store's listing has
 _REPORT_ITEMS = 50_000  # passed over until an empty block reports it
 _MAX_RELABELLED = 20_000  # new labels of known images in one block
 # Blocks that each worker still gets from what is ahead; more make the end more even, fewer make larger files.
 _BLOCKS_PER_WORKER = 4
+# How many items wait, for each that was handed out, before the next block is. So work starts with the first items that
+# are listed, and the listing soon is far enough ahead for blocks that shrink towards its end.
+_LISTED_PER_ITEM = 4
+_MAX_LISTED = 1 << 20  # items that wait at most, of some 500 bytes each
 
 RELABELLED = pa.schema([("uri", pa.string()), ("identity", pa.string())])
 """Known images, and the labels that the source gives them now; null for none."""
@@ -71,10 +76,14 @@ class BlockSize:
         fair_share = ahead // (_BLOCKS_PER_WORKER * max(1, self.workers))
         return max(1, self.smallest, min(self.largest, fair_share))
 
+    def choose_lookahead(self, handed_out: int) -> int:
+        """Choose how many items are to wait before the next block is cut, from the number of those handed out."""
+        return max(1, min(self.most_ahead, _LISTED_PER_ITEM * handed_out))
+
     @property
-    def lookahead(self) -> int:
-        """Number of items to look ahead so that the largest block is reached."""
-        return self.largest * _BLOCKS_PER_WORKER * max(1, self.workers)
+    def most_ahead(self) -> int:
+        """Number of waiting items with which blocks have their largest size. The listing goes no further ahead."""
+        return min(_MAX_LISTED, self.largest * _BLOCKS_PER_WORKER * max(1, self.workers))
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class Block:
         ignored: Files that are not images.
         erased: Images that must not come back.
         last: Whether this is the last block.
+        handed_out: Images that the listing has handed out so far, this block's included.
+        digest: Digest of their uris (`compute_digest`), which tells whether each of them came back once.
         relabelled: New labels of known images, of the schema RELABELLED. Those of images among the items hold only if
             the image is unchanged.
         notes: Sentences on the listing for the user, in the last block.
@@ -103,6 +114,8 @@ class Block:
     ignored: int = 0
     erased: int = 0
     last: bool = False
+    handed_out: int = 0
+    digest: int = 0
     relabelled: pa.Table | None = None
     notes: tuple[str, ...] = ()
 
@@ -143,7 +156,7 @@ def cut_blocks(
     cutter = _BlockCutter(source)
     pending: list[PendingItem] = []
     with ItemSpool() as spool:
-        batches = _screen_source(source, known, size, cutter, find_erased)
+        batches = _screen_source(source, known, cutter, find_erased)
         if list_first:
             for batch in batches:
                 spool.add(batch)
@@ -154,7 +167,7 @@ def cut_blocks(
         is_exhausted = False
         while pending or not is_exhausted:
             # Look ahead, so that the size of the next block can follow from what is left.
-            while not is_exhausted and len(pending) < size.lookahead:
+            while not is_exhausted and len(pending) < size.choose_lookahead(cutter.handed_out):
                 # The screened batches may be empty; the end of the listing is not.
                 screened: list[PendingItem] | None = next(batches, None)
                 is_exhausted = screened is None
@@ -162,7 +175,8 @@ def cut_blocks(
                 while cutter.has_much_to_report:
                     yield cutter.make_block([])
             if pending:
-                n = size(len(pending))
+                has_most = not is_exhausted and len(pending) >= size.most_ahead
+                n = size.largest if has_most else size(len(pending))
                 part = pending[:n]
                 pending = pending[n:]
                 yield cutter.make_block(part)
@@ -175,12 +189,14 @@ def cut_blocks(
 
 
 def _screen_source(
-    source: Source, known: Known, size: BlockSize, cutter: "_BlockCutter", find_erased: FindErased | None
+    source: Source, known: Known, cutter: "_BlockCutter", find_erased: FindErased | None
 ) -> Iterator[list[PendingItem]]:
     """List a source, and yield the images that have to be read. The others are counted."""
     listing = iter(source)
-    while items := list(islice(listing, min(_SCREENED_ITEMS, size.lookahead))):
+    count = _FIRST_ITEMS
+    while items := list(islice(listing, count)):
         yield cutter.screen(items, known, find_erased)
+        count = min(_SCREENED_ITEMS, 2 * count)
 
 
 class ItemSpool:
@@ -235,6 +251,7 @@ class _BlockCutter:
 
     Attributes:
         changes: New labels of known images.
+        handed_out: Number of images in the blocks so far.
     """
 
     def __init__(self, source: Source):
@@ -242,6 +259,8 @@ class _BlockCutter:
         self._source = source
         self._number = 0
         self._ignored = 0
+        self.handed_out = 0
+        self._digest = 0
         # Images per verdict since the last block, (5,).
         self._counts = np.zeros(5, np.int64)
 
@@ -277,14 +296,19 @@ class _BlockCutter:
         """Make a block of items, and begin the counts anew."""
         relabelled = [(pending.item.uri, pending.item.identity) for pending in part if pending.is_relabelled]
         relabelled += self.changes.take(_MAX_RELABELLED)
+        items = _to_table(part)
+        self.handed_out += items.num_rows
+        self._digest = add_digests(self._digest, compute_digest(items["uri"]))
         block = Block(
             number=self._number,
-            items=_to_table(part),
+            items=items,
             skipped=int(self._counts[SKIP]),
             repeated=int(self._counts[REPEATED]),
             ignored=self._source.ignored - self._ignored,
             erased=int(self._counts[ERASED]),
             last=last,
+            handed_out=self.handed_out,
+            digest=self._digest,
             relabelled=_to_label_table(relabelled) if relabelled else None,
             notes=(*self._source.notes, *self.changes.notes) if last else (),
         )
@@ -303,14 +327,31 @@ def _to_table(part: list[PendingItem]) -> pa.Table:
     return pa.table(arrays, schema=WORK_ITEM)
 
 
+def compute_digest(uris: pa.Array | pa.ChunkedArray) -> int:
+    """Compute a digest of a set of images that depends neither on their order nor on how they are grouped.
+
+    Two sets have the digest of their union if the digests are added by `add_digests`.
+
+    Args:
+        uris: uris of the images, (n,).
+    """
+    # A sum, unlike an exclusive or, also tells an image that came twice.
+    return int(np.sum(hash64_column(uris), dtype=np.uint64))
+
+
+def add_digests(first: int, second: int) -> int:
+    """Add two digests."""
+    return (first + second) % (1 << 64)
+
+
 def _to_label_table(labels: list[tuple[str, str | None]]) -> pa.Table:
     uris = pa.array([uri for uri, _ in labels], pa.string())
     identities = pa.array([identity for _, identity in labels], pa.string())
     return pa.table([uris, identities], schema=RELABELLED)
 
 
-_VALUES = ("number", "skipped", "repeated", "ignored", "erased", "last", "notes")
-_TABLES = ("items", "rows", "relabelled")
+_VALUES = ("number", "skipped", "repeated", "ignored", "erased", "last", "handed_out", "digest", "notes")
+_TABLES = ("items", "relabelled")
 
 
 def encode_block(block: Block) -> dict[str, object]:

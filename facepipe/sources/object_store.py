@@ -1,11 +1,11 @@
-"""A prefix of an object store: s3://bucket/prefix. The listing streams, and brings sizes and etags with it."""
+"""A prefix of an object store: s3://bucket/prefix. The listing streams by ranges of keys, with sizes and etags."""
 
 from collections.abc import Collection, Iterator
 
 from facepipe.sources.expand import Expander
 from facepipe.sources.item import WorkItem
 from facepipe.sources.selection import SYSTEM_FOLDER
-from facepipe.storage import list_prefix, split_url
+from facepipe.storage import list_prefix_in_ranges, split_url
 
 
 class ObjectStoreSource:
@@ -43,7 +43,7 @@ class ObjectStoreSource:
 
     def __iter__(self) -> Iterator[WorkItem]:
         self._passed_over.clear()
-        for entry in list_prefix(self.url):
+        for entry in list_prefix_in_ranges(self.url):
             relative = entry.url.removeprefix(self._base)
             selection = self._expander.selection
             reason = selection.reject_folders(relative)

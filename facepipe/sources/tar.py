@@ -90,7 +90,7 @@ class TarReader:
         try:
             if is_special_file(path):
                 raise StorageError("not a regular file")
-            with open_seekable(path) as file, _open_tar(file) as tar:
+            with open_seekable(path, is_sequential=True) as file, _open_tar(file) as tar:
                 # The fingerprint of the file that is open: another one may have its name before it is read.
                 fingerprint = get_open_fingerprint(file)
                 container = _Container(make_file_uri(path), os.fsencode(path), fingerprint, relative)

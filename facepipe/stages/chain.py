@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, Full, Queue
@@ -15,6 +15,8 @@ from facepipe.errors import ConfigError
 
 # How often a thread that waits for room in the queue looks whether it is to stop.
 _POLL_SECONDS = 0.1
+DEFAULT_BATCH_BYTES = 64 << 20
+"""Bytes that a stage puts out per batch, by default."""
 
 
 class Stage(Protocol):
@@ -36,14 +38,33 @@ class Stage(Protocol):
 
 
 class Chain:
-    """Stages that run one after the other on batches of rows, so that memory does not grow with the table."""
+    """Stages that run one after the other on batches of rows, so that memory does not grow with the table.
 
-    def __init__(self, stages: Sequence[Any], batch: int = 16, ahead: int = 0, parallel: int = 1):
+    The first stage may have a method `prepare`, which gets the whole table before its batches.
+
+    A stage whose output may be large has a method `estimate_bytes`, which tells from its input how many bytes each row
+    will take. Its batches are cut so that each puts out no more than `batch_bytes`.
+
+    Attributes:
+        seconds: seconds of work per stage since the last `clear_figures`, added up over threads.
+        bytes: bytes that each stage put out since then.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Any],
+        batch: int = 16,
+        ahead: int = 0,
+        parallel: int = 1,
+        batch_bytes: int = DEFAULT_BATCH_BYTES,
+    ):
         """Make a chain.
 
         Args:
             stages: the stages, in order.
-            batch: rows per batch.
+            batch: maximum number of rows per batch.
+            batch_bytes: maximum number of bytes that a stage puts out per batch, as far as it knows them before. A row
+                that takes more is a batch of its own.
             ahead: number of first stages that work in a thread, one batch ahead of the others. This pays if the others
                 wait for a device.
             parallel: number of batches on which the other stages work at a time, each batch in a thread. While one
@@ -53,9 +74,15 @@ class Chain:
         self.batch = batch
         self.ahead = ahead
         self.parallel = parallel
-        # Seconds of work by stage, added up over threads.
+        self.batch_bytes = batch_bytes
         self.seconds: dict[str, float] = defaultdict(float)
+        self.bytes: dict[str, int] = defaultdict(int)
         self._lock = Lock()
+
+    def clear_figures(self) -> None:
+        """Begin the figures per stage anew."""
+        self.seconds.clear()
+        self.bytes.clear()
 
     def setup(self) -> None:
         """Set every stage up."""
@@ -64,16 +91,23 @@ class Chain:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Run all stages on a table."""
+        return pa.concat_tables(self.iterate(table))
+
+    def iterate(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Run all stages on a table, and yield the result in batches, in order."""
+        if self.stages and hasattr(self.stages[0], "prepare"):
+            self.stages[0].prepare(table)
         # An empty table is one batch, so that its result has the columns too.
         batches = [table.slice(start, self.batch) for start in range(0, table.num_rows, self.batch)] or [table]
         early_stages = self.stages[: self.ahead]
         late_stages = self.stages[self.ahead :]
         # Generators: nothing is computed before the last stage asks for a table.
         prepared = self._run_stages(early_stages, batches)
-        if not self.ahead or len(batches) == 1:
-            return pa.concat_tables(self._run_parallel(late_stages, prepared))
+        if not self.ahead:
+            yield from self._run_parallel(late_stages, prepared)
+            return
         with _Prefetcher(prepared) as prefetched:
-            return pa.concat_tables(self._run_parallel(late_stages, prefetched))
+            yield from self._run_parallel(late_stages, prefetched)
 
     def _run_parallel(self, stages: Sequence[Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Run stages on several tables at a time, and yield the results in order."""
@@ -94,19 +128,46 @@ class Chain:
                 for future in pending:
                     future.cancel()
 
+    def _run_table(self, stages: Sequence[Any], table: pa.Table) -> pa.Table:
+        """Run stages on one table."""
+        return pa.concat_tables(self._run_stages(stages, [table]))
+
     def _run_stages(self, stages: Sequence[Any], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Run stages on tables lazily: a table is computed when the caller asks for it."""
-        for table in tables:
-            yield self._run_table(stages, table)
-
-    def _run_table(self, stages: Sequence[Any], table: pa.Table) -> pa.Table:
-        """Run stages on one table, and count their time."""
+        results = iter(tables)
         for stage in stages:
+            results = self._run_stage(stage, results)
+        return results
+
+    def _run_stage(self, stage: Any, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Run one stage on tables, and count its time and what it puts out."""
+        if hasattr(stage, "estimate_bytes"):
+            tables = _cut_by_bytes(tables, stage.estimate_bytes, self.batch_bytes)
+        for table in tables:
             start = time.perf_counter()
-            table = stage(table)
+            result = stage(table)
+            del table  # what it holds need not wait for the next one
             with self._lock:
                 self.seconds[get_stage_name(stage)] += time.perf_counter() - start
-        return table
+                self.bytes[get_stage_name(stage)] += result.nbytes
+            yield result
+            del result
+
+
+def _cut_by_bytes(
+    tables: Iterable[pa.Table], estimate_bytes: Callable[[pa.Table], Sequence[int]], max_bytes: int
+) -> Iterator[pa.Table]:
+    """Cut tables into slices whose estimated bytes do not exceed a maximum, or that have one row."""
+    for table in tables:
+        start = 0
+        total = 0
+        for row, size in enumerate(estimate_bytes(table)):
+            if row > start and total + size > max_bytes:
+                yield table.slice(start, row - start)
+                start = row
+                total = 0
+            total += size
+        yield table.slice(start)
 
 
 class _Prefetcher:

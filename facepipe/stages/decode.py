@@ -110,6 +110,20 @@ class Decode:
         }
         return set_columns(table, columns)
 
+    def estimate_bytes(self, table: pa.Table) -> list[int]:
+        """Estimate how many bytes the pixels of each row will take; 0 for a row that will have none."""
+        return [0 if data is None else self._estimate_pixel_bytes(data) for data in view_buffers(table["bytes"])]
+
+    def _estimate_pixel_bytes(self, data: memoryview) -> int:
+        try:
+            header = read_header(bytes(data))
+        except HeaderError:
+            return 0
+        if header.width * header.height > self.max_pixels:
+            return 0
+        reduce = self.choose_reduction(header)
+        return 3 * -(-header.width // reduce) * -(-header.height // reduce)
+
     def decode_images(self, files: Sequence[memoryview]) -> Iterable[DecodedImage]:
         """Decode the image files of a table, in order.
 

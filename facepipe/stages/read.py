@@ -18,9 +18,13 @@ from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, REPLACED, TOO_LARGE, TOUCHED, UNCHANGED
 from facepipe.sources.containers.unpack import unpack_member
 from facepipe.sources.parquet import find_bytes_column, get_first_line
+from facepipe.stages.ranges import Container, RangeReader
 
 # Rows of a Parquet file in memory at a time.
 _BATCH_ROWS = 16
+# What an item whose size is not known before it is read counts for.
+_UNKNOWN_BYTES = 1 << 20
+_MAX_DIGITS = 19
 
 
 class ReadResult(NamedTuple):
@@ -119,7 +123,8 @@ class Read:
 
     Attributes:
         max_bytes: maximum size of an image; larger ones become `too_large` without being read
-        threads: parallel reads from an object store; local files are read one after the other
+        threads: parallel reads from an object store; local files are read one after the other, and members of a tar in
+            ranges of up to 32 MiB
     """
 
     max_bytes: int = 256 << 20
@@ -136,14 +141,29 @@ class Read:
     def _cursors(self) -> dict[bytes, ParquetCursor]:
         return {}
 
+    @cached_property
+    def _ranges(self) -> RangeReader:
+        return RangeReader(self._pool)
+
     def setup(self) -> None:
         """Do nothing: there is nothing to load."""
+
+    def prepare(self, table: pa.Table) -> None:
+        """Plan how to read the members of tar files among work items that will be read in batches."""
+        members: dict[Container, list[tuple[int, int]]] = defaultdict(list)
+        columns = (table[name].to_pylist() for name in ("path", "offset", "length", "fingerprint", "listing_error"))
+        for path, offset, length, fingerprint, listing_error in zip(*columns, strict=True):
+            if offset is not None and length is not None and length <= self.max_bytes and not listing_error:
+                members[Container(path, get_container_fingerprint(fingerprint))].append((offset, length))
+        # A single member is read by itself.
+        self._ranges.plan({container: places for container, places in members.items() if len(places) > 1})
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the columns of work items by bytes, content hashes and statuses."""
         items = table.select(list(self.needs)).to_pylist()
         # Rows of Parquet files are read file by file, everything else item by item.
         results_by_row = self._read_parquet_rows(items)
+        results_by_row |= self._read_planned_members(items)
         pending = [row for row in range(len(items)) if row not in results_by_row]
         is_parallel = len(pending) > 1 and any(storage.is_remote(items[row]["path"]) for row in pending)
         run_map = self._pool.map if is_parallel else map
@@ -160,6 +180,21 @@ class Read:
         }
         # The fingerprint goes on into the gallery.
         return set_columns(table, columns, drop=[name for name in self.needs if name != "fingerprint"])
+
+    def estimate_bytes(self, table: pa.Table) -> list[int]:
+        """Estimate how many bytes each item has; 0 for those too large to be read."""
+        sizes = []
+        for length, fingerprint, offset in zip(
+            *(table[name].to_pylist() for name in ("length", "fingerprint", "offset")), strict=True
+        ):
+            # The fingerprint of a file begins with its size, that of a container's member with the container's.
+            size = length
+            if size is None and offset is None and fingerprint:
+                text = fingerprint.partition("-")[0]
+                size = int(text) if text.isdecimal() and len(text) < _MAX_DIGITS else None
+            size = _UNKNOWN_BYTES if size is None else size
+            sizes.append(size if size <= self.max_bytes else 0)
+        return sizes
 
     def _read_item(self, item: dict[str, Any]) -> ReadResult:
         """Read a file, a range of it, or an object."""
@@ -179,6 +214,26 @@ class Read:
         except (StorageError, ConfigError, MissingPackageError) as error:
             # A list of files may hold a URL without a bucket, or of a store whose client is not installed.
             return ReadResult(None, READ_ERROR, str(error))
+
+    def _read_planned_members(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:
+        """Read the items that are members of tar files, and whose ranges are planned.
+
+        Returns:
+            Results by the item's position in `items`.
+        """
+        results: dict[int, ReadResult] = {}
+        for position, item in enumerate(items):
+            if item["offset"] is None or item["length"] is None or item["listing_error"]:
+                continue
+            container = Container(item["path"], get_container_fingerprint(item["fingerprint"]))
+            try:
+                data = self._ranges.read(container, item["offset"], item["length"])
+            except storage.ReplacedError as error:
+                results[position] = ReadResult(None, REPLACED, str(error))
+                continue
+            if data is not None:
+                results[position] = ReadResult(data, OK)
+        return results
 
     def _read_parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:
         """Read the items that are rows of Parquet files, file by file.

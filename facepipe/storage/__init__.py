@@ -5,6 +5,7 @@ libraries want as files of this machine. The modules:
 
     urls          paths and URLs
     files         read, write, list, delete
+    key_ranges    list a prefix by several ranges of keys at a time
     atomic        write a local file whole or not at all
     conditional   replace a small file unless another writer was faster
     locks         whether the locks of a file system keep others out
@@ -56,6 +57,7 @@ from facepipe.storage.files import (
     write,
     write_file,
 )
+from facepipe.storage.key_ranges import list_prefix_in_ranges
 from facepipe.storage.urls import has_credentials, is_remote, join, split_url, to_absolute
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "list_files",
     "list_names",
     "list_prefix",
+    "list_prefix_in_ranges",
     "make_folder",
     "make_folders",
     "make_parent_folder",

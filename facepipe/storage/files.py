@@ -20,6 +20,8 @@ from facepipe.storage.urls import is_remote, join, split_url
 
 # Bytes per request when a container in a store is read piece by piece.
 _REMOTE_BUFFER = 1 << 18
+# The same if it is read from its beginning to its end.
+_SEQUENTIAL_BUFFER = 64 << 20
 # Objects per page of a listing.
 _LIST_CHUNK = 1000
 # Objects that S3 deletes by one request, at most.
@@ -113,7 +115,7 @@ def list_prefix(url: str, after: str = "") -> Iterator[Entry]:
         for batch in obstore.list(open_bucket(bucket), prefix=prefix or None, offset=offset, chunk_size=_LIST_CHUNK):
             for meta in batch:
                 is_empty = False
-                yield _to_entry(bucket, meta)
+                yield to_entry(bucket, meta)
     except obstore.exceptions.BaseError as error:
         raise StorageError(f"cannot list {url}: {describe_error(error)}") from error
     # The prefix may be the full name of one object, which some stores do not list.
@@ -158,7 +160,7 @@ def get_entry(path: str | bytes) -> Entry:
             raise NoSuchFileError(describe_error(error)) from error
         except (obstore.exceptions.BaseError, OSError) as error:
             raise StorageError(describe_error(error)) from error
-        return _to_entry(bucket, meta)
+        return to_entry(bucket, meta)
     try:
         info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -168,7 +170,8 @@ def get_entry(path: str | bytes) -> Entry:
     return Entry(os.fsdecode(path), info.st_size, get_local_fingerprint(info), info.st_mtime)
 
 
-def _to_entry(bucket: str, meta: Any) -> Entry:
+def to_entry(bucket: str, meta: Any) -> Entry:
+    """Make the entry of an object from what the client says of it."""
     fingerprint = f"{meta['size']}-{meta['e_tag']}"
     return Entry(f"{bucket}/{meta['path']}", meta["size"], fingerprint, meta["last_modified"].timestamp())
 
@@ -309,10 +312,10 @@ def _read_remote(
                 return b""
             # The answer to one request is of one version of the object, and says of which.
             result = obstore.get(open_bucket(bucket), key, options={"range": (start, start + length)})
-            _require_fingerprint(_to_entry(bucket, result.meta).fingerprint, fingerprint)
+            _require_fingerprint(to_entry(bucket, result.meta).fingerprint, fingerprint)
             return _require_length(bytes(result.bytes()), length)
         result = obstore.get(open_bucket(bucket), key)
-        _require_fingerprint(_to_entry(bucket, result.meta).fingerprint, fingerprint)
+        _require_fingerprint(to_entry(bucket, result.meta).fingerprint, fingerprint)
         _check_limit(result.meta["size"], limit)
         return bytes(result.bytes())
     except (obstore.exceptions.BaseError, OSError) as error:
@@ -335,11 +338,17 @@ def _require_length(data: bytes, expected: int) -> bytes:
     return data
 
 
-def open_seekable(path: str | bytes) -> BinaryIO:
-    """Open a seekable binary file object, for readers of containers (tar, Parquet)."""
+def open_seekable(path: str | bytes, *, is_sequential: bool = False) -> BinaryIO:
+    """Open a seekable binary file object, for readers of containers (tar, Parquet).
+
+    Args:
+        path: path or URL of the file.
+        is_sequential: whether it is read from its beginning to its end. An object is requested in large ranges then.
+    """
     try:
         if is_remote(path):
-            return io.BufferedReader(_RemoteFile(os.fsdecode(path)), _REMOTE_BUFFER)
+            size = _SEQUENTIAL_BUFFER if is_sequential else _REMOTE_BUFFER
+            return io.BufferedReader(_RemoteFile(os.fsdecode(path)), size)
         return open(path, "rb")
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {os.fsdecode(path)!r}: {describe_error(error)}") from error

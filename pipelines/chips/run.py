@@ -190,7 +190,7 @@ def run_chip_workers(order: ChipOrder, folder: str, run: ChipRunConfig) -> Itera
     try:
         resources = ray.start() if runner == "ray" else detect_local_resources()
         models: GpuModels = "all" if needs_detector and can_use_gpu(order.data.detector) else "none"
-        plan = make_plan(resources, run.workers, "fused", models)
+        plan = make_plan(resources, run.workers, "fused", models).limit_workers(1, run.workers)
         group = plan.groups[0]
         blocks = _build_listing(order, folder, BlockSize(run.block_smallest, run.block_largest, plan.workers))
         stages = _build_stages(order, plan)

@@ -33,8 +33,15 @@ class RunConfig:
             auto_images images if RAY_ADDRESS names a cluster or layout is split
         auto_images: number of images above which auto uses a cluster
         workers: number of workers; default: one per CPU, or one per GPU if there are GPUs
-        layout: fused (each worker runs all stages) or split (CPU workers decode, GPU workers run the models; needs Ray)
-        batch: images that a worker holds decoded at a time; default: 16, with a GPU 256
+        min_workers: workers that Ray keeps while there is less work
+        max_workers: workers to which Ray grows if more nodes come; default: `workers`, or as many as there is room for
+        gpus_per_worker: GPUs per worker that runs models; 0.5: two workers share a GPU. Default: 1, or less if one
+            of the models runs on CPUs
+        layout: fused (each worker runs all stages), split (some workers decode, others run the models; needs Ray), or
+            auto: split if there are GPUs and most CPUs are on machines without one
+        batch: maximum number of images per batch; default: 16, with a GPU 256
+        batch_bytes: maximum number of bytes of decoded images per batch; default: 64 MiB, with a GPU 256 MiB. A worker
+            holds up to three batches, with a GPU seven
         resident: has no effect any more: a GPU runs the same stages as a CPU
         precision: precision of the networks on a GPU. float32 is IEEE. tf32 and float16 move vectors by a median of
             about 0.002, bfloat16 by 0.01; two people are 0.4 apart
@@ -47,8 +54,12 @@ class RunConfig:
     runner: Runner = "auto"
     auto_images: Count = 500
     workers: Count | None = None
-    layout: Layout = "fused"
+    min_workers: Count = 1
+    max_workers: Count | None = None
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] | None = None
+    layout: Layout = "auto"
     batch: Count | None = None
+    batch_bytes: Count | None = None
     resident: bool = True
     precision: Precision = "float32"
     block_smallest: Count = 16
@@ -58,6 +69,10 @@ class RunConfig:
     def choose_block_size(self, plan: WorkerPlan) -> BlockSize:
         """Choose how the work is cut for a plan."""
         return BlockSize(self.block_smallest, self.block_largest or plan.largest_block, plan.workers)
+
+    def limit_workers(self, plan: WorkerPlan) -> WorkerPlan:
+        """Set how far the groups of a plan shrink and grow on Ray."""
+        return plan.limit_workers(self.min_workers, self.max_workers or self.workers)
 
 
 @dataclass(frozen=True)

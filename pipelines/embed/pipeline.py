@@ -30,7 +30,7 @@ from facepipe.moves.settle import SettledSource, describe_settling, register_sou
 from facepipe.observe.gpu_usage import GpuSampler
 from facepipe.observe.runs import new_run_id
 from facepipe.sources import Source, SourceConfig, open_source
-from facepipe.sources.blocks import Block, BlockSize, cut_blocks
+from facepipe.sources.blocks import Block, BlockSize, add_digests, cut_blocks
 from facepipe.sources.extensions import is_web_url
 from facepipe.sources.item import WatchedSource
 from facepipe.stages.find_moved import FindMoved
@@ -221,26 +221,28 @@ class _EmbedRun:
             record.save()  # there may have been no gallery when the run began
         # The lease guarantees that no other run is going on.
         crash_marks.inherit_crash_marks(self._runs_folder, self._id, self._lease.renew)
+        run = self._config.run
         models = self._config.gpu_models
-        plan = make_plan(detect_local_resources(), self._config.run.workers, "fused", models)
+        plan = make_plan(detect_local_resources(), run.workers, "fused", models, run.gpus_per_worker)
         listing = EmbedListing(
             self._config.source,
             self._rows,
             self._gallery.path,
             self._gallery.version,
-            self._config.run.choose_block_size(plan),
+            run.choose_block_size(plan),
             storage.join(self._marks_folder, _LISTING),
             self._config.missing.policy == "mark",
             secret=suppressed.read_secret(),
             retry=self._config.make_retry_rule(),
         )
         # The plan is made for this machine first. On a cluster it is made again for the cluster's resources.
-        runner, blocks = _choose_runner(self._config.run, listing)
+        runner, blocks = _choose_runner(run, listing)
         is_finished = False
         try:
             if runner == "ray":
-                plan = make_plan(ray.start(), self._config.run.workers, self._config.run.layout, models)
-                listing = replace(listing, size=self._config.run.choose_block_size(plan))
+                plan = make_plan(ray.start(), run.workers, run.layout, models, run.gpus_per_worker)
+                plan = run.limit_workers(plan)
+                listing = replace(listing, size=run.choose_block_size(plan))
                 blocks = listing
             summary = self._process(runner, listing, blocks, plan, progress)
             is_finished = True
@@ -299,7 +301,7 @@ class _EmbedRun:
         # Only the last group of the chain writes parts.
         jobs = [self._make_job(group, listing.folder, writes=group is plan.groups[-1]) for group in plan.groups]
         with MovedImages(self._gallery, self._rows, f"{self._id}-{taker.committer.commits}") as moved:
-            records = taker.follow(_run_workers(summary.runner, blocks, jobs, plan))
+            records = taker.follow(_run_workers(summary, blocks, jobs, plan))
             batches = RecordBatches(taker, summary, moved, listing.folder, self._config.run.commit_seconds)
             batches.commit_all(records, progress)
             return batches.counts, batches.unread
@@ -351,6 +353,7 @@ class _EmbedRun:
         return WorkerJob(
             stages=tuple(stages),
             batch=self._config.run.batch or group.batch,
+            batch_bytes=self._config.run.batch_bytes or group.batch_bytes,
             writes=writes,
             run=self._id,
             source=self._rows.source.name,
@@ -372,6 +375,47 @@ def _measure_gpus(summary: EmbedSummary, plan: WorkerPlan) -> Iterator[None]:
     with GpuSampler() as sampler:
         yield
     summary.gpu = sampler.summarise().to_dict()
+
+
+class Accounts:
+    """Compares what the listing handed out with what came back, however a runner has cut the work meanwhile."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._digest = 0
+        self._reports = 0
+        self._report_sum = 0
+        self._last: PartRecord | None = None
+        self._last_number = 0
+
+    def add(self, record: PartRecord) -> None:
+        """Count a record."""
+        self._images += record.images
+        self._digest = add_digests(self._digest, record.digest)
+        numbers = [record.block] if record.reports is None else record.reports
+        self._reports += len(numbers)
+        self._report_sum += sum(numbers)
+        if record.last:
+            self._last = record
+            self._last_number = max(numbers)
+
+    def check(self) -> None:
+        """Check that each block's report, and each image, came back exactly once.
+
+        Raises:
+            AccountingError: A report or an image is missing, or came twice.
+        """
+        # Reports are numbered from 0 to the last: their count and sum tell whether each came once.
+        last = self._last
+        count = self._last_number + 1
+        if last is None or self._reports != count or self._report_sum != count * (count - 1) // 2:
+            raise AccountingError(f"{self._reports} of {count} blocks came back: run the same command again to resume")
+        # The digest of the images depends neither on their order nor on the blocks that they came in.
+        if self._images != last.handed_out or self._digest != last.handed_out_digest:
+            raise AccountingError(
+                f"{self._images} of {last.handed_out} images came back, or one came for another: run the same command "
+                "again to resume"
+            )
 
 
 class RecordBatches:
@@ -419,10 +463,7 @@ class RecordBatches:
         interval = self._commit_seconds
         pending: list[PartRecord] = []
         pending_changes = 0
-        # Blocks come back in any order, so they are counted and their numbers are added up.
-        count = 0
-        number_sum = 0
-        last_number = 0
+        accounts = Accounts()
         summary = self._summary
         try:
             for record in records:
@@ -430,10 +471,7 @@ class RecordBatches:
                 summary.add(record)
                 summary.seconds = time.monotonic() - self._start
                 summary.first_record_seconds = summary.first_record_seconds or summary.seconds
-                count += 1
-                number_sum += record.block
-                if record.last:
-                    last_number = record.block
+                accounts.add(record)
                 summary.total = summary.total or self._read_total()
                 progress(summary)
                 pending_changes += len(record.relabelled) + len(record.touched)
@@ -453,11 +491,7 @@ class RecordBatches:
                 self._resolve_moves()
             finally:
                 getattr(records, "close", lambda: None)()
-        # Blocks are numbered from 0 to the last: their count and sum tell whether each came exactly once.
-        if not summary.listed_all or count != last_number + 1 or number_sum != last_number * (last_number + 1) // 2:
-            raise AccountingError(
-                f"{count} of {last_number + 1} blocks came back: run the same command again to resume"
-            )
+        accounts.check()
         summary.seconds = time.monotonic() - self._start
         summary.version = Gallery(self._commit.gallery.path).version
 
@@ -520,10 +554,17 @@ def _describe_commit(summary: EmbedSummary) -> dict[str, Any]:
     }
 
 
-def _run_workers(runner: str, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
-    if runner == "ray":
-        return ray.run(blocks, jobs, plan)
-    if runner == "inline":
+def _run_workers(
+    summary: EmbedSummary, blocks: Blocks, jobs: list[WorkerJob], plan: WorkerPlan
+) -> Iterator[PartRecord]:
+    """Run the workers that the summary names; on Ray, it gets the figures of the operators."""
+    if summary.runner == "ray":
+
+        def measure(data: Any) -> None:
+            summary.operators = ray.measure_operators(data)
+
+        return ray.run(blocks, jobs, plan, measure)
+    if summary.runner == "inline":
         return inline.run(blocks, jobs[0])
     return local.run(blocks, jobs[0], plan.groups[0])
 
@@ -538,7 +579,7 @@ def _choose_runner(config: RunConfig, listing: EmbedListing) -> tuple[str, Block
     """
     if config.runner != "auto":
         return config.runner, listing
-    if "RAY_ADDRESS" not in os.environ and config.layout == "fused":
+    if "RAY_ADDRESS" not in os.environ and config.layout != "split":
         return "local", listing
     # Keep the listed blocks, so that a small source is listed once only.
     images = 0

@@ -40,6 +40,8 @@ class EmbedSummary:
         seconds: duration of the run
         first_record_seconds: time until the first block was finished
         stage_seconds: time of the workers by stage
+        stage_bytes: bytes that each stage put out
+        operators: on Ray, images and bytes that each operator of the dataset put out, by its name
         listed_all: whether the source was listed to its end
         total: images that the source holds, known when it is listed to its end; 0 before
         source: name of the source in the gallery
@@ -68,6 +70,8 @@ class EmbedSummary:
     seconds: float = 0.0
     first_record_seconds: float = 0.0
     stage_seconds: Counter[str] = field(default_factory=Counter)
+    stage_bytes: Counter[str] = field(default_factory=Counter)
+    operators: dict[str, dict[str, int]] = field(default_factory=dict)
     listed_all: bool = False
     total: int = 0
     source: str = ""
@@ -98,6 +102,7 @@ class EmbedSummary:
         self.notes += record.notes
         self.statuses.update(record.statuses)
         self.stage_seconds.update(record.seconds)
+        self.stage_bytes.update(record.stage_bytes)
         # The last block may be finished before others, so the flag stays set.
         self.listed_all = self.listed_all or record.last
 
@@ -120,6 +125,7 @@ class EmbedSummary:
         self.moved += again.moved
         self.statuses.update(again.statuses)
         self.stage_seconds.update(again.stage_seconds)
+        self.stage_bytes.update(again.stage_bytes)
         self.seconds += again.seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class EmbedSummary:
             **asdict(self),
             "statuses": dict(self.statuses),
             "stage_seconds": dict(self.stage_seconds),
+            "stage_bytes": dict(self.stage_bytes),
             "listed": self.listed,
             "failed": self.failed,
         }

@@ -50,18 +50,19 @@ class CrashMarks:
         return _parse_suspects(_read_mark(storage.join(os.path.dirname(self._folder), _SUSPECTS)))
 
     @contextmanager
-    def mark_block(self, number: int, uris: Sequence[str]) -> Iterator[bool]:
-        """Mark a block as in work.
+    def mark_block(self, uris: Sequence[str]) -> Iterator[bool]:
+        """Mark a block of images as in work.
+
+        The mark is named after the images, so that it does not depend on how the work is cut.
 
         Args:
-            number: number of the block.
-            uris: its images.
+            uris: the images.
 
         Yields:
             Whether a worker crashed on the block, or a run on one of its images.
         """
         # A mark that exists already is from a worker that ended on this block, and whose block is tried again.
-        mark = storage.join(self._folder, f"{_BLOCK}{number}")
+        mark = storage.join(self._folder, f"{_BLOCK}{hash64(*uris)}")
         names = [_name_image(uri) for uri in uris]
         has_crashed = storage.file_exists(mark) or any(name in self.suspects for name in names)
         # No `finally` below: if the work ends with an error or with the process, the marks must stay.

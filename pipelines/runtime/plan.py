@@ -2,13 +2,12 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from facepipe.errors import ConfigError
 from facepipe.models.runtime.device import count_gpus
 
-Layout = Literal["fused", "split"]
+Layout = Literal["auto", "fused", "split"]
 GpuModels = Literal["all", "some", "none"]
 """How many of the models use a GPU."""
 
@@ -18,6 +17,9 @@ _MODEL_STAGES = STAGES[2:]
 # Workers that share a GPU if one of the models runs on CPUs. Each holds a context of CUDA on it, some 500 MB.
 _MAX_WORKERS_PER_GPU = 8
 _BATCH_PER_GPU = 256
+# Bytes of decoded images per batch. A worker without a GPU has three batches in work at a time, one with a GPU seven.
+_BATCH_BYTES = 64 << 20
+_BATCH_BYTES_PER_GPU = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Resources:
         cpus: number of CPUs
         gpus: number of GPUs
         cpus_per_gpu: CPUs per GPU on the machine that has the fewest; None if all are on one machine
+        cpus_elsewhere: CPUs of machines without a GPU
     """
 
     cpus: int
     gpus: int = 0
     cpus_per_gpu: int | None = None
+    cpus_elsewhere: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,17 @@ class WorkerGroup:
         stages: names of the stages, in order
         workers: number of workers
         cpus: CPUs per worker
-        gpus: GPUs per worker
+        gpus: GPUs per worker, one or a part of one
+        min_workers: number of workers that are kept on Ray if there is less work
+        max_workers: number of workers on Ray if more nodes come; None: as many as they have room for
     """
 
     stages: tuple[str, ...]
     workers: int
     cpus: float
     gpus: float = 0
+    min_workers: int = 1
+    max_workers: int | None = None
 
     @property
     def threads(self) -> int:
@@ -65,6 +73,11 @@ class WorkerGroup:
     def batch(self) -> int:
         """Images that a worker decodes at a time. On a GPU they fill batches of the common shapes."""
         return max(16, int(_BATCH_PER_GPU * self.gpus))
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of decoded images per batch, at most."""
+        return max(_BATCH_BYTES, int(_BATCH_BYTES_PER_GPU * self.gpus))
 
     @property
     def parallel(self) -> int:
@@ -89,6 +102,18 @@ class WorkerPlan:
         """Number of workers of the largest group."""
         return max(group.workers for group in self.groups)
 
+    def limit_workers(self, fewest: int, most: int | None) -> "WorkerPlan":
+        """Set how far each group of workers shrinks and grows on Ray."""
+        groups = [
+            replace(
+                group,
+                min_workers=min(fewest, group.workers),
+                max_workers=None if most is None else max(most, group.workers),
+            )
+            for group in self.groups
+        ]
+        return WorkerPlan(tuple(groups))
+
     @property
     def largest_block(self) -> int:
         """Maximum number of images per unit of work."""
@@ -96,44 +121,56 @@ class WorkerPlan:
 
 
 def make_plan(
-    resources: Resources, workers: int | None = None, layout: Layout = "fused", models: GpuModels = "all"
+    resources: Resources,
+    workers: int | None = None,
+    layout: Layout = "auto",
+    models: GpuModels = "all",
+    gpus_per_worker: float | None = None,
 ) -> WorkerPlan:
     """Spread the stages over workers.
 
     Without GPUs, one single-threaded worker per CPU runs the whole chain: work items travel, pixels never do. With
     GPUs, one worker per GPU does, with an equal share of the CPUs for decoding. GPUs are left alone if no model can use
-    them. If one of the two models runs on CPUs, several workers share each GPU, so that all CPUs are at work.
+    them. If one of the two models runs on CPUs, several workers share each GPU, so that all CPUs are at work. If most
+    CPUs are on machines without a GPU, workers there read and decode for those with GPUs.
 
     Args:
         resources: what the machines have.
         workers: number of workers; default: one per CPU, or one per GPU.
-        layout: `split` gives reading and decoding to CPU workers and the models to GPU workers, for clusters whose CPUs
-            are not on the machines with GPUs.
+        layout: `fused` gives all stages to each worker; `split` gives reading and decoding to CPU workers, and the
+            models to others; `auto` chooses by what the machines have.
         models: how many of the models use a GPU.
-
-    Raises:
-        ConfigError: The layout needs GPUs, and there are none.
+        gpus_per_worker: GPUs per worker that runs models, at most 1; default: what the models can use.
     """
-    if resources.gpus == 0 or models == "none":
-        if layout == "split" and resources.gpus:
-            raise ConfigError("run.layout=split is for models on GPUs, and neither of these can use one: remove it")
-        if layout == "split":
-            raise ConfigError("run.layout=split needs GPUs, and there are none: set run.layout=fused")
+    if models == "none":
+        resources = replace(resources, gpus=0)
+    if layout == "auto":
+        # Pixels travel only if otherwise most of what can decode had nothing to do.
+        is_worth_it = resources.gpus > 0 and resources.cpus_elsewhere > resources.cpus / 2
+        layout = "split" if is_worth_it else "fused"
+    if layout == "split":
+        return _make_split_plan(resources, workers, gpus_per_worker or 1)
+    if resources.gpus == 0:
         return WorkerPlan((WorkerGroup(STAGES, workers or max(1, resources.cpus), 1),))
-    if layout == "fused":
-        return WorkerPlan((_make_gpu_group(resources, workers, is_shared=models == "some"),))
-    return _make_split_plan(resources, workers)
+    return WorkerPlan((_make_gpu_group(resources, workers, gpus_per_worker, is_shared=models == "some"),))
 
 
-def _make_gpu_group(resources: Resources, workers: int | None, *, is_shared: bool) -> WorkerGroup:
+def _make_gpu_group(
+    resources: Resources, workers: int | None, gpus_per_worker: float | None, *, is_shared: bool
+) -> WorkerGroup:
     """Make the group of workers that run all stages, each with a GPU or a share of one."""
     # Ray would wait forever for a machine that has more CPUs per GPU than any.
     cpus_per_gpu = resources.cpus // resources.gpus
     if resources.cpus_per_gpu is not None:
         cpus_per_gpu = min(cpus_per_gpu, resources.cpus_per_gpu)
-    if is_shared and cpus_per_gpu > 1:
+    if gpus_per_worker is not None:
+        per_gpu = max(1, int(1 / gpus_per_worker))
+    elif is_shared and cpus_per_gpu > 1:
         # Two CPUs per worker: one for the model, one for decoding.
         per_gpu = min(_MAX_WORKERS_PER_GPU, max(1, cpus_per_gpu // 2))
+    else:
+        per_gpu = 1
+    if per_gpu > 1:
         count = min(workers or resources.gpus * per_gpu, resources.gpus * per_gpu)
         return WorkerGroup(STAGES, count, max(1, cpus_per_gpu // per_gpu), 1 / per_gpu)
     count = min(workers or resources.gpus, resources.gpus)
@@ -143,14 +180,27 @@ def _make_gpu_group(resources: Resources, workers: int | None, *, is_shared: boo
     return WorkerGroup(STAGES, count, cpus, 1)
 
 
-def _make_split_plan(resources: Resources, workers: int | None) -> WorkerPlan:
-    """Make a group of workers that decode, and one of workers that run the models, each with a GPU."""
+def _make_split_plan(resources: Resources, workers: int | None, gpus_per_worker: float) -> WorkerPlan:
+    """Make a group of workers that decode, and one of workers that run the models, each with a GPU if there are any."""
+    if resources.gpus == 0:
+        # Decoding takes about a quarter of the time. Even a single CPU runs both groups: each worker needs half of it.
+        decoders = workers or max(1, resources.cpus // 4)
+        others = max(1, resources.cpus - decoders)
+        cpus = 1 if decoders + others <= resources.cpus else 0.5
+        return WorkerPlan((WorkerGroup(_DECODING_STAGES, decoders, cpus), WorkerGroup(_MODEL_STAGES, others, cpus)))
     # One CPU per GPU stays free for the process that runs the models.
     decoders = max(1, workers or resources.cpus - resources.gpus)
+    per_gpu = max(1, int(1 / gpus_per_worker))
+    count = resources.gpus * per_gpu
     # On several machines GPU workers request no CPUs: decoders may have taken all CPUs of a GPU's machine.
     is_one_machine = resources.cpus_per_gpu is None
-    cpus = max(0, (resources.cpus - decoders) // resources.gpus) if is_one_machine else 0
-    return WorkerPlan((WorkerGroup(_DECODING_STAGES, decoders, 1), WorkerGroup(_MODEL_STAGES, resources.gpus, cpus, 1)))
+    gpu_cpus = max(0, (resources.cpus - decoders) // count) if is_one_machine else 0
+    return WorkerPlan(
+        (
+            WorkerGroup(_DECODING_STAGES, decoders, 1),
+            WorkerGroup(_MODEL_STAGES, count, gpu_cpus, 1 / per_gpu),
+        )
+    )
 
 
 def detect_local_resources() -> Resources:

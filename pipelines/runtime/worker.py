@@ -1,11 +1,13 @@
 """What runs on a worker: a chain of stages over one block of images, and the part that it writes to the gallery."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,11 +16,13 @@ from facepipe.errors import AccountingError, FacepipeError
 from facepipe.gallery.commits.parts import PartRecord, add_shared_columns, make_status_rows, write_part
 from facepipe.gallery.failures import describe_failures
 from facepipe.models.runtime.device import find_device_fault
-from facepipe.schema import CRASHED, NO_FACE, OK
-from facepipe.sources.blocks import Block
+from facepipe.schema import CRASHED, NO_FACE, OK, WORK_ITEM
+from facepipe.sources.blocks import Block, compute_digest
 from facepipe.stages import Chain
+from facepipe.stages.chain import DEFAULT_BATCH_BYTES
 from facepipe.stages.read import hash_content
 from facepipe.storage.redact import redact
+from facepipe.types import Int64
 from pipelines.runtime.crash_marks import CrashMarks
 from pipelines.runtime.device_health import DeviceFaultError, DeviceHealth, name_device
 
@@ -40,6 +44,7 @@ class WorkerJob:
         marks_folder: folder of the run's crash marks
         ahead: number of stages that work ahead of a device, as in `Chain`
         parallel: number of batches on which the other stages work at a time, as in `Chain`
+        batch_bytes: bytes that a stage puts out per batch of the chain, at most
         failed_with: what images are tried with, in short form, by the status of those that fail
         devices: number of GPUs of the run
     """
@@ -53,6 +58,7 @@ class WorkerJob:
     marks_folder: str
     ahead: int = 0
     parallel: int = 1
+    batch_bytes: int = DEFAULT_BATCH_BYTES
     failed_with: Mapping[str, str] = field(default_factory=dict)
     devices: int = 0
 
@@ -63,6 +69,42 @@ class WorkerJob:
         return next((device for device in devices if device.startswith("cuda")), "")
 
 
+@dataclass(frozen=True)
+class StageFigures:
+    """What the stages of a worker did.
+
+    Attributes:
+        seconds: time per stage
+        bytes: bytes that each stage put out
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def add(self, other: "StageFigures") -> "StageFigures":
+        """Add the figures of other stages, or of the same ones."""
+        seconds = Counter(self.seconds)
+        seconds.update(other.seconds)
+        sizes = Counter(self.bytes)
+        sizes.update(other.bytes)
+        return StageFigures(seconds, sizes)
+
+
+@dataclass(frozen=True)
+class StagedImages:
+    """Images of a block, and what the stages of a worker made of them.
+
+    Attributes:
+        start: position of the first image in the block
+        count: number of images
+        rows: output of the stages; one image may have several rows, which follow each other
+    """
+
+    start: int
+    count: int
+    rows: pa.Table
+
+
 class BlockWorker:
     """Run a job's stages on blocks.
 
@@ -71,7 +113,7 @@ class BlockWorker:
 
     def __init__(self, job: WorkerJob):
         self.job = job
-        self._chain = Chain(job.stages, job.batch, job.ahead, job.parallel)
+        self._chain = Chain(job.stages, job.batch, job.ahead, job.parallel, job.batch_bytes)
         stage_names = "-".join(type(stage).__name__ for stage in job.stages)
         marks_folder = f"{job.marks_folder}/{stage_names}"
         self._crash_marks = CrashMarks(marks_folder)
@@ -97,7 +139,7 @@ class BlockWorker:
         print(f"facepipe worker: {health.name} keeps failing and is left out", file=sys.stderr, flush=True)
         self._health = None
         stages = [replace(stage, device="cpu") if hasattr(stage, "device") else stage for stage in self.job.stages]
-        self._chain = Chain(stages, self.job.batch, self.job.ahead, self.job.parallel)
+        self._chain = Chain(stages, self.job.batch, self.job.ahead, self.job.parallel, self.job.batch_bytes)
 
     @contextmanager
     def _watch_device(self, uri: str | None = None) -> Iterator[None]:
@@ -127,96 +169,160 @@ class BlockWorker:
         if "status" not in rows.column_names or pc.any(pc.is_in(rows["status"], pa.array([OK, NO_FACE]))).as_py():
             self._health.add_success()
 
-    def __call__(self, block: Block) -> Block | PartRecord:
-        """Run the stages on a block.
-
-        Returns:
-            The record of a written part; or, if this worker does not write, the block with the rows of its stages.
+    def __call__(self, block: Block) -> PartRecord:
+        """Run the stages on a block, and write a part.
 
         Raises:
             AccountingError: The stages lost or added an image.
             DeviceFaultError: The GPU failed. The process must end; its crash marks say what was in work.
         """
-        # A block that crashed a worker before is run image by image. An empty block only carries its counts.
-        self._chain.seconds.clear()
-        rows = None
-        if block.items.num_rows > 0:
-            uris = block.items["uri"].to_pylist()
-            with self._crash_marks.mark_block(block.number, uris) as has_crashed:
-                rows = self._run_one_by_one(block) if has_crashed else self._run_block(block)
-        if not self.job.writes:
-            return replace(block, rows=rows)
-        # The record counts the block. `write_part` completes it with what the rows say.
-        record = PartRecord(
-            block.number,
-            skipped=block.skipped,
-            repeated=block.repeated,
-            ignored=block.ignored,
-            erased=block.erased,
-            last=block.last,
-            notes=list(block.notes),
-            seconds=dict(self._chain.seconds),
-        )
-        if rows is not None:
-            table = add_shared_columns(rows, self.job.source)
-            table = self._add_failures(table, block.items, record)
-            write_part(table, block.items, self.job.faces_folder, self.job.run, record)
-            if record.images != block.items.num_rows:
-                raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
-        if block.relabelled is not None:
-            record.relabelled = _select_labels(block.relabelled, block.items, record)
-        return record
+        # An empty block only carries its counts.
+        tables = [staged.rows for staged in self.run_stages(block)]
+        rows = pa.concat_tables(tables, promote_options="default") if tables else None
+        return write_block(self.job, block, rows, self.take_figures())
 
-    def _add_failures(self, table: pa.Table, items: pa.Table, record: PartRecord) -> pa.Table:
-        """Add what failed images were tried with, and count those that were tried again."""
-        retried = items.filter(pc.equal(items["previous"], pa.scalar(hash_content(None), pa.uint64())))["uri"]
-        record.retried = len(retried)
-        is_retried = pc.is_in(table["uri"], retried.combine_chunks()).to_numpy(zero_copy_only=False)
-        failures = describe_failures(table["status"], is_retried, self.job.failed_with)
-        return set_columns(table, {"failed_with": failures})
+    def take_figures(self) -> StageFigures:
+        """Return the figures of the stages since the last call."""
+        figures = StageFigures(dict(self._chain.seconds), dict(self._chain.bytes))
+        self._chain.clear_figures()
+        return figures
 
-    def _run_block(self, block: Block) -> pa.Table:
-        """Run the stages on a whole block; if one fails, on its images one by one."""
+    def run_stages(self, block: Block) -> Iterator[StagedImages]:
+        """Run the stages on a block, and yield its images in order, in pieces that are bounded in bytes.
+
+        The block is marked as in work until the last piece has been taken.
+        """
+        if block.items.num_rows == 0:
+            return
+        # A block that crashed a worker before is run image by image.
+        with self._crash_marks.mark_block(block.items["uri"].to_pylist()) as has_crashed:
+            if has_crashed:
+                yield from self._run_one_by_one(block, 0)
+            else:
+                yield from self._run_block(block)
+
+    def _run_block(self, block: Block) -> Iterator[StagedImages]:
+        """Run the stages on a whole block; if one fails, on the images that are left one by one."""
+        finished = 0
         try:
             with self._watch_device():
-                rows = self._chain(block.items if block.rows is None else block.rows)
+                for rows in self._chain.iterate(block.items if block.rows is None else block.rows):
+                    self._note_success(rows)
+                    count = count_images(rows)
+                    yield StagedImages(finished, count, rows)
+                    finished += count
         except (FacepipeError, DeviceFaultError):
             raise
         except Exception:
-            return self._run_one_by_one(block)
-        self._note_success(rows)
-        return rows
+            yield from self._run_one_by_one(block, finished)
 
-    def _run_one_by_one(self, block: Block) -> pa.Table:
-        """Run the stages on each image alone.
+    def _run_one_by_one(self, block: Block, start: int) -> Iterator[StagedImages]:
+        """Run the stages on each image alone, from a position of the block on.
 
-        An image that kills the worker, or fails in a way that no stage expects, becomes a row with status `crashed`.
+        An image that ends the worker, or fails in a way that no stage expects, becomes a row with status `crashed`.
         """
-        parts: list[pa.Table] = []
         failures: list[Exception] = []
+        uris = block.items["uri"].to_pylist()
+        device = self._health.name if self._health is not None else ""
         # Each image has a mark of its own, so that one that ends the process is known to its successor.
-        for n, uri in enumerate(block.items["uri"].to_pylist()):
-            item = block.items.slice(n, 1)
-            device = self._health.name if self._health is not None else ""
-            with self._crash_marks.mark_image(uri, device) as has_crashed:
+        for n in range(start, len(uris)):
+            with self._crash_marks.mark_image(uris[n], device) as has_crashed:
                 if has_crashed:
-                    parts.append(make_status_rows(item, CRASHED, "the worker died twice on this image"))
-                    continue
-                try:
-                    with self._watch_device(uri):
-                        rows = self._chain(_select_image(block, n, uri))
-                    self._note_success(rows)
-                    parts.append(rows)
-                except (FacepipeError, DeviceFaultError):
-                    raise
-                except Exception as error:
-                    failures.append(error)
-                    reason = f"{type(error).__name__}: {redact(str(error))[:160]}"
-                    parts.append(make_status_rows(item, CRASHED, reason))
-        if len(failures) == len(parts) > 1:
+                    rows = self._make_crashed_rows(block.items.slice(n, 1), "the worker died twice on this image")
+                else:
+                    try:
+                        with self._watch_device(uris[n]):
+                            rows = self._chain(_select_image(block, n, uris[n]))
+                        self._note_success(rows)
+                    except (FacepipeError, DeviceFaultError):
+                        raise
+                    except Exception as error:
+                        failures.append(error)
+                        reason = f"{type(error).__name__}: {redact(str(error))[:160]}"
+                        rows = self._make_crashed_rows(block.items.slice(n, 1), reason)
+                yield StagedImages(n, 1, rows)
+        if len(failures) == len(uris) > 1:
             # If every image fails, the images are not the cause.
             raise failures[0]
-        return pa.concat_tables(parts, promote_options="default")
+
+    def _make_crashed_rows(self, item: pa.Table, reason: str) -> pa.Table:
+        """Make the row of an image that crashed a worker or a stage."""
+        if self.job.writes:
+            return make_status_rows(item, CRASHED, reason)
+        # Later stages need the columns of these ones: let them make the row of an image that cannot be read.
+        columns = {"listing_error": pa.array([reason], pa.string()), "previous": pa.nulls(1, pa.uint64())}
+        rows = self._chain(set_columns(item, columns))
+        return set_columns(rows, {"status": pa.array([CRASHED], pa.string())})
+
+    def describe_rows(self) -> pa.Schema:
+        """Return the schema of the rows that the stages make of work items."""
+        item = pa.Table.from_pylist([{"uri": "", "path": b"", "listing_error": "none"}], schema=WORK_ITEM)
+        schema = self._chain(item).schema
+        self._chain.clear_figures()
+        return schema
+
+
+def count_images(rows: pa.Table) -> int:
+    """Count the images in rows of stages, in which the rows of an image follow each other."""
+    return len(find_image_starts(rows["uri"]))
+
+
+def find_image_starts(uris: pa.ChunkedArray) -> Int64:
+    """Find the positions at which the rows of another image begin, from the uri of each row."""
+    values = uris.combine_chunks()
+    if len(values) == 0:
+        return np.empty(0, np.int64)
+    is_other = pc.not_equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.flatnonzero(is_other) + 1]).astype(np.int64)
+
+
+def write_block(job: WorkerJob, block: Block, rows: pa.Table | None, figures: StageFigures) -> PartRecord:
+    """Write what the stages made of a block as a part.
+
+    Args:
+        job: the job of the workers.
+        block: the block.
+        rows: its rows; None if it has no images.
+        figures: figures of the stages.
+
+    Returns:
+        The record, which counts the block.
+
+    Raises:
+        AccountingError: The stages lost or added an image.
+    """
+    # `write_part` completes the record with what the rows say.
+    record = PartRecord(
+        block.number,
+        skipped=block.skipped,
+        repeated=block.repeated,
+        ignored=block.ignored,
+        erased=block.erased,
+        last=block.last,
+        notes=list(block.notes),
+        handed_out=block.handed_out if block.last else 0,
+        handed_out_digest=block.digest if block.last else 0,
+        seconds=dict(figures.seconds),
+        stage_bytes=dict(figures.bytes),
+    )
+    if rows is not None:
+        table = add_shared_columns(rows, job.source)
+        table = _add_failures(table, block.items, record, job.failed_with)
+        record.digest = compute_digest(rows["uri"].take(pa.array(find_image_starts(rows["uri"]))))
+        write_part(table, block.items, job.faces_folder, job.run, record)
+        if record.images != block.items.num_rows:
+            raise AccountingError(f"block {block.number}: {block.items.num_rows} images in, {record.images} out")
+    if block.relabelled is not None:
+        record.relabelled = _select_labels(block.relabelled, block.items, record)
+    return record
+
+
+def _add_failures(table: pa.Table, items: pa.Table, record: PartRecord, failed_with: Mapping[str, str]) -> pa.Table:
+    """Add what failed images were tried with, and count those that were tried again."""
+    retried = items.filter(pc.equal(items["previous"], pa.scalar(hash_content(None), pa.uint64())))["uri"]
+    record.retried = len(retried)
+    is_retried = pc.is_in(table["uri"], retried.combine_chunks()).to_numpy(zero_copy_only=False)
+    return set_columns(table, {"failed_with": describe_failures(table["status"], is_retried, failed_with)})
 
 
 def _select_labels(relabelled: pa.Table, items: pa.Table, record: PartRecord) -> dict[str, str | None]:

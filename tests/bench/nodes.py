@@ -67,7 +67,7 @@ def listing(node: Node) -> list[psutil.Process]:
 
 def working(node: Node) -> int:
     """How many of the node's workers are in the middle of a block."""
-    return sum("_BlockActor" in title and "submit" in title for _, title in node.workers())
+    return sum("ReadDecodeFacesWrite" in title and "submit" in title for _, title in node.workers())
 
 
 @dataclass

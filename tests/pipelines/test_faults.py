@@ -313,7 +313,7 @@ def die(folder: Path, run: int, uris: list[str], alone: str | None) -> None:
     """A run that dies while it has these in hand, in a block; `alone`: while it tries that one."""
     attempts.inherit_crash_marks(str(folder), name_run(run))
     found = CrashMarks(str(folder / name_run(run) / "Read-Embed"))
-    block = found.mark_block(0, uris)
+    block = found.mark_block(uris)
     block.__enter__()
     if alone is not None:
         found.mark_image(alone).__enter__()
@@ -330,7 +330,7 @@ def test_an_image_that_takes_whole_runs_down_is_set_aside_by_the_fourth(tmp_path
     die(tmp_path, 2, uris, "u3")
     attempts.inherit_crash_marks(str(tmp_path), name_run(3))
     last = CrashMarks(str(tmp_path / name_run(3) / "Read-Embed"))
-    with last.mark_block(0, uris) as one_by_one:
+    with last.mark_block(uris) as one_by_one:
         assert one_by_one
         for uri in uris:
             with last.mark_image(uri) as crashed:
@@ -351,7 +351,7 @@ def test_nobody_is_set_aside_who_was_not_alone_twice(
         alone[n] += not in_block
     attempts.inherit_crash_marks(str(folder), name_run(99))
     last = CrashMarks(str(folder / name_run(99) / "Read-Embed"))
-    with last.mark_block(0, uris):
+    with last.mark_block(uris):
         for n, uri in enumerate(uris):
             with last.mark_image(uri) as crashed:
                 assert crashed == (alone[n] >= 2)
@@ -363,7 +363,7 @@ def test_marks_that_are_cut_short_stop_nobody(text: str, tmp_path: Path) -> None
         (tmp_path / name_run(0) / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name_run(0) / name).write_text(text, encoding="utf-8")
     attempts.inherit_crash_marks(str(tmp_path), name_run(1))
-    with CrashMarks(str(tmp_path / name_run(1) / "Read")).mark_block(0, ["u"]):
+    with CrashMarks(str(tmp_path / name_run(1) / "Read")).mark_block(["u"]):
         pass
     attempts.delete_crash_marks(str(tmp_path))
     assert not any(tmp_path.iterdir())

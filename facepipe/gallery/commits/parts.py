@@ -37,6 +37,7 @@ class PartRecord:
     Attributes:
         block: Number of the block.
         images: Images in it.
+        digest: Digest of their uris, as the rows tell it (`sources.blocks.compute_digest`).
         faces: Rows with an embedding.
         rows: Rows of the part.
         statuses: Images by status, those that are never stored (`touched` ...) included.
@@ -56,12 +57,17 @@ class PartRecord:
         ignored: Files that are not images.
         erased: Images that must not come back.
         last: Whether this is the last block.
+        handed_out: In the last block, images that the listing handed out.
+        handed_out_digest: In the last block, the digest of their uris.
+        reports: Numbers of the listing's blocks whose counts this record holds; None: `block` alone.
         notes: Sentences on the listing for the user.
+        stage_bytes: Bytes that each stage put out.
         error: Why the block failed.
     """
 
     block: int
     images: int = 0
+    digest: int = 0
     faces: int = 0
     rows: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
@@ -81,7 +87,11 @@ class PartRecord:
     ignored: int = 0
     erased: int = 0
     last: bool = False
+    handed_out: int = 0
+    handed_out_digest: int = 0
+    reports: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+    stage_bytes: dict[str, int] = field(default_factory=dict)
     error: str | None = None
 
     def to_json(self) -> str:

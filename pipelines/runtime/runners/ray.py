@@ -1,7 +1,9 @@
-"""Run on Ray Data: blocks stream out of one listing task, pass through pools of actors, and records come back.
+"""Run on Ray Data: images stream out of one listing task, pass through named operators, and records come back.
 
-Only blocks of work items travel, and in a split plan the rows that the first group made of them. Ray retries the block
-of a lost actor forever; the crash marks in the gallery keep one image from causing that again and again.
+A row of the dataset is an image. In a plan with one group of workers, one operator runs all stages, and only work items
+travel. In one with two, ReadDecode on CPUs hands decoded images to Faces, in tables of a few ten MiB, and write_parts
+gathers rows of faces until they fill a part. Ray retries the images of a lost actor forever; the crash marks in the
+gallery keep one image from causing that again and again.
 
 A node may fail. The blocks of its actors wait until the others have emptied the queue and made room, or until a new
 node has come, and are processed then. The listing runs on the driver's node: if that fails, the run ends anyway.
@@ -15,44 +17,42 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from facepipe.errors import ConfigError, DeviceError, FacepipeError, SourceError, WorkerError
+from facepipe.errors import ConfigError, FacepipeError, SourceError, WorkerError
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.hashing import hash64
-from facepipe.sources.blocks import Block, decode_block, encode_block
+from facepipe.schema import conform
+from facepipe.sources.blocks import Block
 from pipelines.runtime import ray_metrics
 from pipelines.runtime.device_health import DeviceFaultError
-from pipelines.runtime.plan import Resources, WorkerPlan
-from pipelines.runtime.worker import DEVICE_FAULT_CODE, BlockWorker, WorkerJob
-
-# A block as a row of a Ray dataset.
-_ROW = pa.schema(
-    [
-        ("items", pa.binary()),
-        ("rows", pa.large_binary()),
-        ("number", pa.int64()),
-        ("skipped", pa.int64()),
-        ("repeated", pa.int64()),
-        ("ignored", pa.int64()),
-        ("erased", pa.int64()),
-        ("last", pa.bool_()),
-        ("relabelled", pa.binary()),
-        ("notes", pa.list_(pa.string())),
-    ]
+from pipelines.runtime.image_rows import (
+    FACE_ROWS,
+    StagedRows,
+    pack_rows,
+    slice_items,
+    to_blocks,
+    to_item_rows,
+    unpack_rows,
 )
+from pipelines.runtime.plan import Resources, WorkerGroup, WorkerPlan
+from pipelines.runtime.runners import ray_blocks
+from pipelines.runtime.worker import DEVICE_FAULT_CODE, BlockWorker, StagedImages, WorkerJob, write_block
+
 _LOCAL_OBJECT_STORE = 512 << 20  # bytes
 _FINGERPRINT_BYTES = 8  # per block
+_INIT_RETRIES = 1  # of the constructor of an actor, in the same process
 
 
 def start() -> Resources:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine.
 
     Returns:
-        CPUs and GPUs of the cluster.
+        CPUs and GPUs of the cluster, as it is now.
     """
     import ray
 
@@ -65,7 +65,8 @@ def start() -> Resources:
     cluster = ray.cluster_resources()
     gpu_nodes = [node for node in _list_nodes() if node.get("GPU", 0) >= 1]
     cpus_per_gpu = min((int(node.get("CPU", 0) // node["GPU"]) for node in gpu_nodes), default=None)
-    return Resources(int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0)), cpus_per_gpu)
+    cpus_elsewhere = sum(int(node.get("CPU", 0)) for node in _list_nodes() if node.get("GPU", 0) == 0)
+    return Resources(int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0)), cpus_per_gpu, cpus_elsewhere)
 
 
 def _initialise() -> None:
@@ -93,13 +94,19 @@ def stop() -> None:
     ray.shutdown()
 
 
-def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: WorkerPlan) -> Iterator[PartRecord]:
+def run(
+    blocks: Callable[[], Iterable[Block]],
+    jobs: list[WorkerJob],
+    plan: WorkerPlan,
+    on_end: Callable[[Any], None] = lambda data: None,
+) -> Iterator[PartRecord]:
     """Yield the records of blocks as they are finished.
 
     Args:
         blocks: lists the blocks; it is called on this node.
         jobs: what the workers of each group run.
         plan: groups of workers.
+        on_end: called with the dataset when all records have come, for its figures.
 
     Raises:
         FacepipeError: A worker raised it.
@@ -112,25 +119,77 @@ def run(blocks: Callable[[], Iterable[Block]], jobs: list[WorkerJob], plan: Work
     driver_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="facepipe-") as folder:
         warnings.simplefilter("ignore", DeprecationWarning)
-        _configure_ray_data()
+        _configure_ray_data(plan)
         listing = _create_datasource(blocks, os.path.join(folder, "listed"))
         data = ray.data.read_datasource(listing, override_num_blocks=1, num_cpus=0, label_selector=driver_node)
-        # Each group of workers is a pool of actors, and a row of its input is one block.
-        for job, group in zip(jobs, plan.groups, strict=True):
-            data = data.map_batches(
-                _BlockActor,
-                fn_constructor_args=(job,),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=group.workers),
-                num_cpus=group.cpus,
-                num_gpus=group.gpus or None,
-            )
+        data = _add_operators(data, jobs, plan)
         try:
             for row in data.iter_rows():
                 yield PartRecord.from_json(row["record"])
         except RayError as error:
             raise _find_cause(error) or WorkerError(f"Ray failed: {_get_last_line(error)}") from error
+        on_end(data)
+
+
+def _add_operators(data: Any, jobs: list[WorkerJob], plan: WorkerPlan) -> Any:
+    """Add the operators of a plan to the dataset of the listing: one, or three if its groups are two."""
+    import ray.data
+
+    if len(plan.groups) == 1:
+        return _add_pool(data, ReadDecodeFacesWrite, jobs[0], plan.groups[0])
+    decode_job, faces_job = jobs
+    data = _add_pool(data, ReadDecode, decode_job, plan.groups[0])
+    data = _add_pool(data, Faces, faces_job, plan.groups[1])
+    # What waits for a part is small, and so is the work on it: it needs no CPU of its own.
+    return data.map_batches(
+        write_parts,
+        fn_args=(faces_job,),
+        batch_size=plan.largest_block,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=max(1, plan.workers // 4)),
+        num_cpus=0,
+    )
+
+
+def _add_pool(data: Any, operator: type, job: WorkerJob, group: WorkerGroup) -> Any:
+    """Add a pool of actors that grows and shrinks with the work and with the nodes."""
+    import ray.data
+
+    pool = ray.data.ActorPoolStrategy(
+        min_size=min(group.min_workers, group.workers), initial_size=group.workers, max_size=group.max_workers
+    )
+    # Whole blocks, as they were cut. `map_batches` itself wants a number of rows where there are GPUs.
+    return data.map_batches_internal(
+        operator,
+        fn_constructor_args=(job,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=pool,
+        num_cpus=group.cpus,
+        num_gpus=group.gpus or None,
+    )
+
+
+def measure_operators(data: Any) -> dict[str, dict[str, int]]:
+    """Measure what each operator of a finished dataset put out.
+
+    Returns:
+        By the operator's name: `rows`, which are images and a few reports, or records of parts; and `bytes`.
+    """
+    from ray.data._internal.stats import DatasetStatsSummary
+
+    def walk(summary: DatasetStatsSummary) -> Iterator[Any]:
+        for parent in summary.parents:
+            yield from walk(parent)
+        yield from summary.operators_stats
+
+    figures = {}
+    for operator in walk(data.get_stats_summary()):
+        figures[operator.operator_name] = {
+            "rows": int(operator.output_num_rows.sum) if operator.output_num_rows else 0,
+            "bytes": int(operator.output_size_bytes.sum) if operator.output_size_bytes else 0,
+        }
+    return figures
 
 
 def _find_cause(error: BaseException) -> FacepipeError | None:
@@ -207,14 +266,19 @@ def _list_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _configure_ray_data() -> None:
+def _configure_ray_data(plan: WorkerPlan) -> None:
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # One row is one block of work: without this Ray would gather rows until they fill 128 MiB.
-    context.target_max_block_size = 1
     context.print_on_execution_start = False
+    ray_blocks.keep_blocks(context)
+    # A constructor may fail while a predecessor still holds the GPU, or a storage is slow. It is tried again, and then
+    # another actor is, on another node if there is one. An error of facepipe is reported at once instead.
+    nodes = max(1, len(_list_nodes()))
+    context.actor_init_retry_on_errors = True
+    context.actor_init_max_retries = _INIT_RETRIES
+    context.max_consecutive_actor_init_deaths = 2 * nodes
 
 
 class RepeatableListing:
@@ -273,7 +337,7 @@ def _create_datasource(blocks: Callable[[], Iterable[Block]], journal: str) -> A
     # The task pauses at each yield until there is room, so that the listing stays only a few blocks ahead.
     def read_rows() -> Iterator[pa.Table]:
         for block in RepeatableListing(blocks, journal)():
-            yield pa.Table.from_pylist([encode_block(block)], schema=_ROW)
+            yield to_item_rows(block)
 
     class Listing(Datasource):
         def estimate_inmemory_data_size(self) -> int | None:
@@ -286,38 +350,110 @@ def _create_datasource(blocks: Callable[[], Iterable[Block]], journal: str) -> A
     return Listing()
 
 
-class _BlockActor:
+class _Operator:
     """A BlockWorker in a Ray actor."""
 
     def __init__(self, job: WorkerJob):
+        """Load the models.
+
+        An error of facepipe, such as a file that is missing, is kept for the first call: Ray would try again.
+        """
+        self._job = job
         self._worker = BlockWorker(job)
-        self._error: DeviceError | None = None
+        self._error: FacepipeError | None = None
         try:
             with _end_after_device_fault():
                 self._worker.setup()
-        except DeviceError as error:
-            # Ray would start an actor again whose constructor raises.
+        except FacepipeError as error:
             self._error = error
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def _require_setup(self) -> None:
         if self._error is not None:
             raise self._error
-        (row,) = table.to_pylist()
+
+
+class ReadDecodeFacesWrite(_Operator):
+    """All stages in one operator: work items in, records of parts out."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Run the stages on images, and write a part."""
+        self._require_setup()
+        block, reports = to_blocks(table)
         with _end_after_device_fault():
-            result = self._worker(decode_block(row))
-        if isinstance(result, PartRecord):
-            ray_metrics.count_block(result)
-            return pa.table({"record": [result.to_json()]})
-        return pa.Table.from_pylist([encode_block(result)], schema=_ROW)
+            record = self._worker(block)
+        return _to_record_row(replace(record, reports=reports))
+
+
+class ReadDecode(_Operator):
+    """The first stages, on CPUs: work items in, decoded images out, in tables that are bounded in bytes."""
+
+    def __init__(self, job: WorkerJob):
+        """Set the stages up."""
+        super().__init__(job)
+        self._schema = self._worker.describe_rows()
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Yield the images of a table with their pixels."""
+        self._require_setup()
+        block, _ = to_blocks(table)
+        if block.items.num_rows == 0:
+            yield pack_rows(StagedRows(table, None), self._schema)
+            return
+        # Join pieces as long as they fit into the budget.
+        pending: list[StagedImages] = []
+        for piece in self._worker.run_stages(block):
+            if pending and _count_bytes([*pending, piece]) > self._job.batch_bytes:
+                yield self._pack(table, pending)
+                pending = []
+            pending.append(piece)
+        yield self._pack(table, pending)
+
+    def _pack(self, table: pa.Table, pieces: list[StagedImages]) -> pa.Table:
+        """Pack the rows of pieces that follow each other."""
+        items = slice_items(table, pieces[0].start, sum(piece.count for piece in pieces))
+        rows = pa.concat_tables([conform(piece.rows, self._schema) for piece in pieces])
+        return pack_rows(StagedRows(items, rows, self._worker.take_figures()), self._schema)
+
+
+class Faces(_Operator):
+    """Detection, alignment and embedding: decoded images in, rows of faces out."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Find and embed the faces of images."""
+        self._require_setup()
+        staged = unpack_rows(table)
+        block, _ = to_blocks(staged.items)
+        with _end_after_device_fault():
+            pieces = [piece.rows for piece in self._worker.run_stages(replace(block, rows=staged.rows))]
+        rows = pa.concat_tables(pieces, promote_options="default") if pieces else None
+        figures = staged.figures.add(self._worker.take_figures())
+        return pack_rows(StagedRows(staged.items, rows, figures), FACE_ROWS)
 
 
 @contextmanager
 def _end_after_device_fault() -> Iterator[None]:
-    """End this process if its GPU fails. Ray starts the actor again, and gives its block to another one."""
+    """End this process if its GPU fails. Ray starts the actor again, and gives its images to another one."""
     try:
         yield
     except DeviceFaultError:
         os._exit(DEVICE_FAULT_CODE)
+
+
+def write_parts(table: pa.Table, job: WorkerJob) -> pa.Table:
+    """Write rows of faces as a part: the last operator of a plan with several."""
+    staged = unpack_rows(table)
+    block, reports = to_blocks(staged.items)
+    return _to_record_row(replace(write_block(job, block, staged.rows, staged.figures), reports=reports))
+
+
+def _to_record_row(record: PartRecord) -> pa.Table:
+    """Convert a record to a row of the last dataset."""
+    ray_metrics.count_block(record)
+    return pa.table({"record": [record.to_json()], "images": [record.images], "bytes": [record.size]})
+
+
+def _count_bytes(pieces: list[StagedImages]) -> int:
+    return sum(piece.rows.nbytes for piece in pieces)
 
 
 def _get_last_line(error: BaseException) -> str:

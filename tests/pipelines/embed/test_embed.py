@@ -22,7 +22,8 @@ from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.imaging.alignment import ARCFACE_112
 from facepipe.imaging.geometry import fit_similarity, warp_chip
 from facepipe.sources import SourceConfig, open_source
-from facepipe.sources.blocks import Block, BlockSize, cut_blocks, decode_block, encode_block
+from facepipe.sources.blocks import Block, BlockSize, compute_digest, cut_blocks, decode_block, encode_block
+from facepipe.sources.item import WorkItem
 from facepipe.sources.screening import Screening
 from facepipe.stages import Decode, Detect, check_chain
 from facepipe.storage.lease import hold_lease
@@ -300,22 +301,70 @@ def test_a_worker_that_cannot_start_says_why(
 def test_blocks_shrink_towards_the_end(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\n" + "".join(f"{n}.jpg\n" for n in range(5000)))
 
-    class Nothing:
-        def screen(self, uris: np.ndarray, marks: np.ndarray) -> Screening:
-            return Screening(np.zeros(len(uris), np.int8), np.zeros(len(uris), np.uint64))
-
     source = open_source(SourceConfig(str(tmp_path / "list.csv")))
     cut = list(cut_blocks(source, Nothing(), BlockSize(16, 256, 2)))
     sizes = [block.items.num_rows for block in cut]
     assert sum(sizes) == 5000
-    assert sizes[0] == 256
     assert sizes[-1] == 0
     assert cut[-1].last
-    assert sizes == sorted(sizes, reverse=True)
+    # They grow while the listing gets ahead of the work, and shrink when it has ended.
+    largest = sizes.index(256)
+    assert largest <= 4
+    shrinking = sizes[largest + sizes[largest:].count(256) :]
+    assert shrinking == sorted(shrinking, reverse=True)
     assert sizes[-3] <= 16
+    assert (cut[-1].handed_out, cut[-1].digest) == (
+        5000,
+        compute_digest(pa.concat_tables([b.items for b in cut])["uri"]),
+    )
     copy = decode_block(encode_block(cut[3]))
     assert copy.items.equals(cut[3].items)
     assert copy.number == 3
+
+
+class Counted:
+    """A source that counts the items it has listed."""
+
+    name = "counted"
+    ignored = 0
+    gives_labels = False
+    label_numbers = None
+    notes = ()
+
+    def __init__(self, count: int):
+        self.count = count
+        self.listed = 0
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        for n in range(self.count):
+            self.listed += 1
+            yield WorkItem(f"s3://b/{n:07d}.jpg", b"x")
+
+
+class Nothing:
+    """A gallery that holds nothing."""
+
+    def screen(self, uris: np.ndarray, marks: np.ndarray) -> Screening:
+        return Screening(np.zeros(len(uris), np.int8), np.zeros(len(uris), np.uint64))
+
+
+@pytest.mark.parametrize(("workers", "largest"), [(2, 512), (64, 4096), (4096, 512)])
+def test_work_starts_with_the_first_page_however_many_workers_there_are(workers: int, largest: int) -> None:
+    source = Counted(20_000)
+    listed = []
+    handed_out = 0
+    for block in cut_blocks(source, Nothing(), BlockSize(16, largest, workers)):
+        handed_out += block.items.num_rows
+        listed.append((handed_out, source.listed))
+    assert listed[0][1] == 1000
+    # 64 workers have a block each when some thousands are listed.
+    assert listed[min(workers, 64) - 1][1] <= 16_000
+    assert all(ahead <= 1000 + 5 * done + 8192 for done, ahead in listed)
+
+
+def test_the_listing_is_a_bounded_number_of_items_ahead() -> None:
+    size = BlockSize(16, 4096, 4096)
+    assert size.choose_lookahead(10**9) == 1 << 20
 
 
 def test_plans() -> None:
@@ -324,8 +373,20 @@ def test_plans() -> None:
     split = make_plan(Resources(16, 2), layout="split").groups
     assert [(g.stages[0], g.workers, g.gpus) for g in split] == [("read", 14, 0), ("detect", 2, 1)]
     assert sum(g.workers * g.cpus for g in split) <= 16
-    with pytest.raises(ConfigError):
-        make_plan(Resources(2), layout="split")
+    # Without GPUs, some workers decode for the others; a single CPU has room for one of each.
+    assert [(g.workers, g.cpus) for g in make_plan(Resources(8), layout="split").groups] == [(2, 1), (6, 1)]
+    assert [(g.workers, g.cpus) for g in make_plan(Resources(1), layout="split").groups] == [(1, 0.5), (1, 0.5)]
+    # Two workers may share a GPU.
+    assert [(g.workers, g.cpus, g.gpus) for g in make_plan(Resources(16, 2), None, "fused", "all", 0.5).groups] == [
+        (4, 4, 0.5)
+    ]
+
+
+def test_the_plan_splits_the_work_if_most_cpus_are_far_from_the_gpus() -> None:
+    assert len(make_plan(Resources(64, 4, cpus_per_gpu=16)).groups) == 1
+    assert len(make_plan(Resources(192, 4, cpus_per_gpu=16, cpus_elsewhere=128)).groups) == 2
+    assert len(make_plan(Resources(192, cpus_elsewhere=192)).groups) == 1
+    assert len(make_plan(Resources(192, 4, cpus_per_gpu=16, cpus_elsewhere=128), layout="fused").groups) == 1
 
 
 @pytest.mark.parametrize(
@@ -362,20 +423,21 @@ def test_a_chain_in_the_wrong_order_is_refused_before_it_runs() -> None:
 @pytest.mark.slow
 def test_a_plan_split_over_two_groups_gives_the_same_rows(drawings: Path, fakes: Settings, tmp_path: Path) -> None:
     """The split plan on Ray, with the second group on a CPU, since pixels travel the same way to a GPU."""
-    from facepipe.config import build
-    from pipelines.embed import pipeline as module
-    from pipelines.runtime.plan import STAGES, WorkerGroup, WorkerPlan
-
     embed(drawings, tmp_path / "one", fakes)
-    plan = WorkerPlan((WorkerGroup(STAGES[:2], 1, 1), WorkerGroup(STAGES[2:], 1, 1)))
-    original = module.make_plan
-    module.make_plan = lambda *_: plan  # type: ignore[assignment]
-    try:
-        config = build(module.EmbedConfig, fakes, {"source": {"uri": str(drawings)}, "run": {"runner": "ray"}})
-        module.run(config, str(tmp_path / "two"))
-    finally:
-        module.make_plan = original
+    # A budget of a few images per table of pixels.
+    two = embed(drawings, tmp_path / "two", fakes, runner="ray", layout="split", batch_bytes=100_000)
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    # Ray sees images and bytes. Each block also has a report, which is a row if the block has no image.
+    assert list(two.operators) == [
+        "ReadListing",
+        "MapBatches(ReadDecode)",
+        "MapBatches(Faces)",
+        "MapBatches(write_parts)",
+    ]
+    assert [figures["rows"] for figures in two.operators.values()][:3] == [61, 61, 61]
+    assert two.operators["MapBatches(ReadDecode)"]["bytes"] > 60 * 96 * 96 * 3
+    three = embed(drawings, tmp_path / "three", fakes)
+    assert two.stage_bytes["decode"] == pytest.approx(three.stage_bytes["decode"], rel=0.01)
 
 
 def test_a_model_of_another_length_leaves_no_gallery(drawings: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from facepipe.sources.screening import SKIP, Screening, hash_labels
 from facepipe.types import UInt64
 from pipelines import index
 from pipelines.index import IndexConfig
-from pipelines.runtime.runners.ray import _ROW
+from pipelines.runtime.image_rows import to_blocks, to_item_rows
 
 Settings = dict[str, Any]
 Labels = list[str | None]
@@ -247,8 +247,11 @@ def test_new_labels_travel_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyP
 def test_blocks_travel_with_labels_and_notes() -> None:
     source = Relabelled(3)
     (block,) = cut_blocks(source, source, BlockSize())
-    row = encode_block(block)
-    assert set(row) == set(_ROW.names), "a row of a Ray dataset has all of it"
-    copy = decode_block(pa.Table.from_pylist([row], schema=_ROW).to_pylist()[0])
-    assert copy.relabelled.equals(block.relabelled)
-    assert copy.notes == block.notes == ("a note",)
+    copy = decode_block(encode_block(block))
+    rows = to_item_rows(block)
+    from_rows, reports = to_blocks(rows)
+    assert (rows.num_rows, reports) == (1, [0]), "a report without an image is a row of its own"
+    for found in (copy, from_rows):
+        assert found.relabelled.equals(block.relabelled)
+        assert found.notes == block.notes == ("a note",)
+        assert (found.last, found.handed_out, found.digest) == (True, 0, 0)
