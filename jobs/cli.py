@@ -20,6 +20,7 @@ from jobs.clean import clean
 from jobs.clean_dataset import clean_dataset
 from jobs.cluster import cluster
 from jobs.compact import compact
+from jobs.dataset import write_dataset
 from jobs.dedup import dedup
 from jobs.doctor import doctor
 from jobs.embed import embed
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cluster": cluster,
     "clean": clean,
     "finish": finish,
+    "write-dataset": write_dataset,
     "train": train,
     "nightly": nightly,
     "clean-dataset": clean_dataset,

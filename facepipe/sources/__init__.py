@@ -32,7 +32,7 @@ SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
 _TABLE_EXTENSIONS = ("parquet", "pq", "arrow")
 # What lies beside the tables of a dataset of Hugging Face: in a clone, and in what `save_to_disk` writes.
-_DATASET_FILES = frozenset({"README.md", "LICENSE", "LICENSE.txt", "dataset_infos.json"})
+_DATASET_FILES = frozenset({"README.md", "LICENSE", "LICENSE.txt", "dataset_infos.json", "labels.csv"})
 _SAVED_DATASET_FILES = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
 _SAMPLED_FILES = 1000  # of a folder, to see whether it holds Parquet files
 _MAX_PARTITIONS = 8  # levels of folders such as year=2024 above the files

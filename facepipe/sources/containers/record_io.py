@@ -9,7 +9,7 @@ says which they are (https://mxnet.apache.org/api/architecture/note_data_loading
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -30,6 +30,7 @@ _LENGTH_BITS = 29
 # Kinds of parts.
 _WHOLE = 0
 _FIRST = 1
+_MIDDLE = 2
 _LAST = 3
 _MAX_LABELS = 1 << 16
 _PROBE_BYTES = _PREFIX.size + _HEADER.size + 8 * 4  # what most records need to be listed
@@ -163,6 +164,42 @@ def unpack_record(data: bytes) -> bytes:
         raise StorageError("the record is too short")
     flag = _HEADER.unpack_from(content)[0]
     return content[_HEADER.size + 4 * flag :]
+
+
+def pack_header(number: int, labels: Sequence[float], *, several: bool = False) -> bytes:
+    """Pack the header of a record.
+
+    Args:
+        number: id of the record.
+        labels: labels.
+        several: write them behind the header, also if there is only one.
+    """
+    if len(labels) == 1 and not several:
+        return _HEADER.pack(0, labels[0], number, 0)
+    return _HEADER.pack(len(labels), 0.0, number, 0) + struct.pack(f"<{len(labels)}f", *labels)
+
+
+def pack_record(content: bytes) -> bytes:
+    """Pack header and image into a record. The content is cut if the magic number stands at a multiple of four."""
+    parts = []
+    begin = 0
+    at = content.find(_MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            parts.append(content[begin:at])
+            begin = at + 4
+            at = content.find(_MAGIC_BYTES, begin)
+        else:
+            at = content.find(_MAGIC_BYTES, at + 1)
+    parts.append(content[begin:])
+    kinds = [_WHOLE] if len(parts) == 1 else [_FIRST, *[_MIDDLE] * (len(parts) - 2), _LAST]
+    return b"".join(_pack_part(part, kind) for part, kind in zip(parts, kinds, strict=True))
+
+
+def _pack_part(part: bytes, kind: int) -> bytes:
+    if len(part) >= 1 << _LENGTH_BITS:
+        raise StorageError(f"an image of {len(part)} bytes is too large for a record")
+    return _PREFIX.pack(_MAGIC, kind << _LENGTH_BITS | len(part)) + part + bytes(-len(part) % 4)
 
 
 def _look_up(file: BinaryIO, index: str) -> Iterator[tuple[str, _Record | str]]:

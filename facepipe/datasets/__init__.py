@@ -1,0 +1,1 @@
+"""Write labelled images as the datasets that training programs read: RecordIO, WebDataset, Hugging Face's Parquet."""
