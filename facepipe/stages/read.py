@@ -149,7 +149,7 @@ class Read:
         """Do nothing: there is nothing to load."""
 
     def prepare(self, table: pa.Table) -> None:
-        """Plan how to read the members of tar files among work items that will be read in batches."""
+        """Plan how to read the members of archives among work items that will be read in batches."""
         members: dict[Container, list[tuple[int, int]]] = defaultdict(list)
         columns = (table[name].to_pylist() for name in ("path", "offset", "length", "fingerprint", "listing_error"))
         for path, offset, length, fingerprint, listing_error in zip(*columns, strict=True):
@@ -216,7 +216,7 @@ class Read:
             return ReadResult(None, READ_ERROR, str(error))
 
     def _read_planned_members(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:
-        """Read the items that are members of tar files, and whose ranges are planned.
+        """Read the items that are members of archives, and whose ranges are planned.
 
         Returns:
             Results by the item's position in `items`.
@@ -228,11 +228,16 @@ class Read:
             container = Container(item["path"], get_container_fingerprint(item["fingerprint"]))
             try:
                 data = self._ranges.read(container, item["offset"], item["length"])
+                if data is None:
+                    continue
+                data = unpack_member(os.fsdecode(item["path"]), data, self.max_bytes)
+                results[position] = ReadResult(data, OK)
+            except storage.TooLargeError as error:
+                results[position] = ReadResult(None, TOO_LARGE, str(error))
             except storage.ReplacedError as error:
                 results[position] = ReadResult(None, REPLACED, str(error))
-                continue
-            if data is not None:
-                results[position] = ReadResult(data, OK)
+            except StorageError as error:
+                results[position] = ReadResult(None, READ_ERROR, str(error))
         return results
 
     def _read_parquet_rows(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:

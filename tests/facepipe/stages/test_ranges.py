@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,3 +137,20 @@ def test_members_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: py
     assert result["status"].to_pylist() == ["ok", "too_large", "ok"]
     assert result["bytes"].to_pylist() == [members[0], None, members[2]]
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_of_a_zip_are_unpacked_from_their_range(
+    method: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [bytes(f"image {n}", "ascii") * 500 for n in range(40)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        for n, data in enumerate(members):
+            archive.writestr(f"{n:03d}.png", data)
+    items = list_items(str(tmp_path / "a.zip"))
+    reads = count_calls(monkeypatch, storage, "read")
+    result = Chain((Read(),), 16)(items)
+    assert result["bytes"].to_pylist() == members
+    assert len(reads) == 1
+    too_large = Chain((Read(max_bytes=3000),), 16)(items)
+    assert set(too_large["status"].to_pylist()) == {"too_large"}
