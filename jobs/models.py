@@ -34,7 +34,7 @@ def models(
     """List, check, export or project models.
 
     The list says where the weights of each model come from, under which licence, and what the model takes. It includes
-    models with a TOML file in the folder that the environment variable FACEPIPE_MODELS names.
+    models with a TOML file in the folder FACEPIPE_MODELS, and models that are known and whose files are not here.
 
     For example:
 
@@ -54,20 +54,39 @@ def models(
 
 def _list_models(*, as_json: bool) -> None:
     from facepipe.models.zoo.check import list_models
+    from facepipe.models.zoo.known import describe_file, find_provenance
 
     rows = []
     for model in list_models():
         # A broken file is listed with its error, so that one file does not hide the others.
+        provenance = find_provenance(model.name)
+        origin = {
+            "file": "here" if model.card else "damaged",
+            "code_licence": provenance.code_licence if provenance else "",
+            "data": provenance.data if provenance else "",
+        }
         if model.card:
-            rows.append({column: getattr(model.card, column) for column in _COLUMNS})
+            rows.append({column: getattr(model.card, column) for column in _COLUMNS} | origin)
+        elif model.known:
+            card = model.known.card
+            values = {
+                "name": card.name,
+                "role": card.role,
+                "summary": model.known.summary,
+                "weights": describe_file(model.known),
+                "licence": card.licence,
+                "input": "",
+                "sha256": card.sha256,
+            }
+            rows.append(values | origin | {"file": "to get"})
         else:
             problem = f"cannot be used: {model.error}"
-            rows.append({**dict.fromkeys(_COLUMNS, ""), "name": model.name, "summary": problem})
+            rows.append({**dict.fromkeys(_COLUMNS, ""), "name": model.name, "summary": problem} | origin)
     _print_rows(
         "models",
         rows,
-        title="models (--json: weights, SHA-256 and input as well)",
-        columns=("name", "role", "summary", "licence"),
+        title="models (--json: where their files are, SHA-256 and input as well)",
+        columns=("name", "role", "summary", "file", "licence", "data"),
         as_json=as_json,
     )
 
@@ -122,6 +141,48 @@ def _format_numbers(values: tuple[float, ...]) -> str:
 
 
 @app.command()
+def add(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Weights of a known model, as published.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Add the file of a known model, so that it is found by name.
+
+    The file is recognised by its SHA-256, whatever it is called, and copied into the folder that FACEPIPE_MODELS names,
+    by default ~/.local/share/facepipe/models. An altered file is refused. Then the model is loaded and run once.
+
+    For example:
+
+        facepipe models add face_recognition_sface_2021dec.onnx
+    """
+    with exit_on_error():
+        from pathlib import Path
+
+        from facepipe.models.zoo.check import check_model
+        from facepipe.models.zoo.install import add_model, require_golden
+
+        added = add_model(Path(file))
+        checked = check_model(added.model.name)
+        if checked.role == "embedder" and not added.model.needs_projection:
+            require_golden(added.model.name)
+        rows = [
+            ("role", checked.role),
+            ("file", str(added.card_path)),
+            ("licence of the weights", added.model.card.licence),
+            ("licence of the code", added.model.code_licence),
+            ("training data", added.model.data),
+            ("milliseconds", checked.milliseconds),
+        ]
+        if checked.note:
+            rows.append(("note", checked.note))
+        result = {name.replace(" ", "_"): value for name, value in rows} | {"name": added.model.name}
+        print_result(
+            result, as_json=as_json, print_text=lambda: print_table(f"added {added.model.name}", ("", ""), rows)
+        )
+
+
+@app.command()
 def check(model: Model, as_json: Json = False) -> None:
     """Load a model, run it once, and describe it.
 
@@ -131,9 +192,12 @@ def check(model: Model, as_json: Json = False) -> None:
     """
     with exit_on_error():
         from facepipe.models.zoo.check import check_model
+        from facepipe.models.zoo.install import has_golden, require_golden
 
         # The table leaves out empty values; the JSON has all.
         description = asdict(check_model(model))
+        if has_golden(model):
+            require_golden(model)
         rows = [(name, value) for name, value in description.items() if value not in ("", None)]
         print_result(description, as_json=as_json, print_text=lambda: print_table(f"model {model}", ("", ""), rows))
 

@@ -3,8 +3,11 @@
 import os
 from dataclasses import replace
 
-from facepipe.errors import MissingPackageError
+from facepipe.errors import MissingPackageError, ModelError
 from facepipe.gallery import Contract, Gallery
+from facepipe.models.card import Card
+from facepipe.models.zoo.known import find_commercial_obstacle
+from facepipe.models.zoo.registry import find_card
 from facepipe.schema import WORK_ITEM
 from facepipe.stages import check_chain
 from pipelines.embed.config import EmbedConfig
@@ -18,11 +21,20 @@ def check_settings(config: EmbedConfig) -> Contract:
 
     Raises:
         ConfigError: a setting is wrong.
-        ModelError: a model is unknown, or the two do not go together.
+        ModelError: a model is unknown or not allowed, or the two do not go together.
     """
     check_chain((config.read, config.decode, config.detect, config.align, config.embed), WORK_ITEM.names)
     config.make_retry_rule()  # it checks the statuses
+    if config.models.policy == "commercial":
+        for model, role in ((config.detect.model, "detector"), (config.embed.model, "embedder")):
+            _require_commercial_use(find_card(model, role))
     return config.contract
+
+
+def _require_commercial_use(card: Card) -> None:
+    obstacle = find_commercial_obstacle(card.name, card.licence)
+    if obstacle is not None:
+        raise ModelError(f'models.policy = "commercial" refuses {card.name}: {obstacle}')
 
 
 def load_models(config: EmbedConfig) -> None:

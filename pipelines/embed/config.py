@@ -104,6 +104,18 @@ class RetryConfig:
 
 
 @dataclass(frozen=True)
+class ModelsConfig:
+    """Configure which models may be used.
+
+    Attributes:
+        policy: any, or commercial: refuse models whose weights or code forbid commercial use, or that are known to be
+            trained on data for research only. What a model of your own was trained on is not known here
+    """
+
+    policy: Literal["any", "commercial"] = "any"
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
     """Configure `embed`.
 
@@ -116,6 +128,7 @@ class EmbedConfig:
         embed: embedding of chips
         missing: images that the source no longer lists
         retry: images that failed before
+        models: which models may be used
         run: how the work is run
     """
 
@@ -127,6 +140,7 @@ class EmbedConfig:
     embed: Embed = field(default_factory=Embed)
     missing: MissingConfig = field(default_factory=MissingConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
+    models: ModelsConfig = field(default_factory=ModelsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property

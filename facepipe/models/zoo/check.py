@@ -1,6 +1,5 @@
 """Try a model: load it as a worker would, and run it on one image."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from facepipe.models.card import Card
 from facepipe.models.parity import make_scene_chips
 from facepipe.models.protocols import DetectionLimits
 from facepipe.models.zoo.card_file import is_onnx, read_card
+from facepipe.models.zoo.known import KNOWN_MODELS, KnownModel
 from facepipe.models.zoo.loading import load_card, load_embedder, load_net
-from facepipe.models.zoo.registry import CARDS, MODELS_FOLDER, find_card, find_card_file
+from facepipe.models.zoo.registry import CARDS, find_card, find_card_file, get_models_folder
 from facepipe.schema import EMBEDDING_DIM
 
 _LIMITS = DetectionLimits(min_score=0.5, max_iou=0.4)
@@ -162,21 +162,24 @@ class ListedModel:
         name: Its name, or that of its file.
         card: Its card; None if the file cannot be used.
         error: Why it cannot be used.
+        known: What is known of it, if its file is not here.
     """
 
     name: str
     card: Card | None
     error: str = ""
+    known: KnownModel | None = None
 
 
 def list_models() -> list[ListedModel]:
-    """List the registered models and those with TOML files in the folder FACEPIPE_MODELS."""
+    """List the registered models, those with TOML files in the models' folder, and those whose files are not here."""
     models = [ListedModel(card.name, card) for card in CARDS.values() if not card.for_tests]
-    folder = os.environ.get(MODELS_FOLDER)
-    paths = sorted(Path(folder).glob("*.toml")) if folder else []
+    paths = sorted(get_models_folder().glob("*.toml"))
     for path in paths:
         try:
             models.append(ListedModel(path.stem, load_card(path)))
         except FacepipeError as error:
             models.append(ListedModel(path.stem, None, str(error)))
-    return models
+    listed = {model.name for model in models}
+    missing = [ListedModel(name, None, known=known) for name, known in KNOWN_MODELS.items() if name not in listed]
+    return models + missing

@@ -146,11 +146,18 @@ def _load_onnx_detector(file: CardFile, weights_path: Path, threads: int, limits
         from facepipe.models.detectors.yunet import YuNet
 
         return YuNet(graph, limits, threads)
+    if file.architecture.startswith("retinaface"):
+        from facepipe.models.detectors.retinaface_engines import OnnxRetinaFace
+
+        channels: Channels = "rgb" if file.input.channels == "rgb" else "bgr"
+        return OnnxRetinaFace(graph, limits, threads=threads, channels=channels)
     if file.architecture == "scrfd":
         from facepipe.models.detectors.scrfd import Scrfd
 
         return Scrfd(graph, limits, threads)
-    raise ModelError(f"{file.name}: a detector's ONNX graph is that of yunet or scrfd, not of {file.architecture}")
+    raise ModelError(
+        f"{file.name}: a detector's ONNX graph is that of retinaface, yunet or scrfd, not of {file.architecture}"
+    )
 
 
 def load_net(path: Path) -> "tuple[nn.Module, CardFile]":

@@ -10,6 +10,7 @@ from facepipe.models.card import Card
 from facepipe.models.dlib.ranges import RANGES
 from facepipe.models.zoo import packaged
 from facepipe.models.zoo.architectures import ARCHITECTURES, DLIB_TEMPLATE, RETINAFACE_SQUARE
+from facepipe.models.zoo.known import KNOWN_MODELS, describe_file
 
 ALIGNED = "aligned-arcface"
 """Name of what stands in for a detector if images are aligned crops."""
@@ -193,15 +194,30 @@ _WITH_ARTICLE = {"detector": "a detector", "embedder": "an embedder"}
 def _describe_missing(name: str, role: str, card: Card | None) -> str:
     if card is not None:
         problem = f"{name!r} is {_WITH_ARTICLE[card.role]}, expected {_WITH_ARTICLE[role]}"
+    elif name in KNOWN_MODELS and KNOWN_MODELS[name].card.role == role:
+        return _describe_known(name)
     elif name in _REMOVED:
         problem = f"the {role} {name!r} {_REMOVED[name]}"
     else:
         problem = f"no {role} is called {name!r}"
     registered = ", ".join(card.name for card in CARDS.values() if card.role == role and not card.for_tests)
+    known = ", ".join(model.name for model in KNOWN_MODELS.values() if model.card.role == role)
     return (
-        f"{problem}; registered are: {registered}. Other models have a TOML file: give its path, or put it into the "
-        f"folder that {MODELS_FOLDER} names"
+        f"{problem}; registered are: {registered}. Known, if you have their files: {known}. Other models have a TOML "
+        f"file: give its path, or put it into the folder that {MODELS_FOLDER} names"
     )
+
+
+def _describe_known(name: str) -> str:
+    model = KNOWN_MODELS[name]
+    text = (
+        f"the file of {name} is not here. Get {describe_file(model)}, and add it with "
+        f"`facepipe models add {model.card.weights}`. Licence of the weights: {model.card.licence}; training data: "
+        f"{model.data}"
+    )
+    if model.needs_projection:
+        text += f". Its vectors have {model.card.dim} numbers: they need a projection"
+    return text
 
 
 def resolve_model_name(name: str, requested: str, role: str) -> str:
@@ -248,8 +264,16 @@ def find_card_file(name: str) -> Path | None:
     # A path, of the file or of the weights beside it, is taken as it is; other names are looked up in the folder.
     if Path(name).suffix in (".toml", ".safetensors"):
         return Path(name).with_suffix(".toml")
-    folder = os.environ.get(MODELS_FOLDER)
-    if not folder or os.sep in name:
+    if os.sep in name:
         return None
-    path = Path(folder, f"{name}.toml")
+    path = get_models_folder() / f"{name}.toml"
     return path if path.is_file() else None
+
+
+def get_models_folder() -> Path:
+    """Return the folder whose TOML files are known by name: FACEPIPE_MODELS, or a folder of the user's data."""
+    folder = os.environ.get(MODELS_FOLDER)
+    if folder:
+        return Path(folder)
+    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(data, "facepipe", "models")
