@@ -158,8 +158,10 @@ def _add_pool(data: Any, operator: type, job: WorkerJob, group: WorkerGroup) -> 
     pool = ray.data.ActorPoolStrategy(
         min_size=min(group.min_workers, group.workers), initial_size=group.workers, max_size=group.max_workers
     )
-    # Whole blocks, as they were cut. `map_batches` itself wants a number of rows where there are GPUs.
-    return data.map_batches_internal(
+    # Whole blocks, as they were cut. `map_batches` wants a number of rows where there are GPUs, in versions of Ray that
+    # have the other method too.
+    map_batches = getattr(data, "map_batches_internal", data.map_batches)
+    return map_batches(
         operator,
         fn_constructor_args=(job,),
         batch_size=None,
@@ -174,9 +176,13 @@ def measure_operators(data: Any) -> dict[str, dict[str, int]]:
     """Measure what each operator of a finished dataset put out.
 
     Returns:
-        By the operator's name: `rows`, which are images and a few reports, or records of parts; and `bytes`.
+        By the operator's name, if this version of Ray tells: `rows`, which are images and a few reports, or records of
+        parts; and `bytes`.
     """
-    from ray.data._internal.stats import DatasetStatsSummary
+    try:
+        from ray.data._internal.stats import DatasetStatsSummary
+    except ImportError:  # no public part of Ray
+        return {}
 
     def walk(summary: DatasetStatsSummary) -> Iterator[Any]:
         for parent in summary.parents:
