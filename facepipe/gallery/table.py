@@ -22,6 +22,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from facepipe import storage
 from facepipe.errors import ContractError, GalleryBusyError, GalleryError, StorageError
+from facepipe.gallery.chosen_rows import iterate_chosen_rows
 from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
 from facepipe.gallery.filters import to_filter
@@ -387,6 +388,32 @@ class Gallery:
                 columns=names, filter=part_filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
             )
             yield from self._scan(scanner)
+
+    def read_chosen_rows(self, key: str, values: pa.Array, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Read the rows whose key is among some values, file by file, with as few bytes of thumbnails as possible.
+
+        Args:
+            key: name of the column that is compared, `face_id` or `uri`.
+            values: of the wanted rows.
+            columns: names of the columns to return.
+        """
+        names = check_columns(columns)
+        dataset = self.open_all_rows([key])
+        with_uri = [*names, *({"uri"} - set(names))]
+        parts = iterate_chosen_rows(dataset, key, values, with_uri)
+        while True:
+            try:
+                part = next(parts, None)
+            except (OSError, pa.ArrowException) as error:
+                raise StorageError(self._explain_unreadable(error)) from error
+            if part is None:
+                return
+            # Look again for each file, because an erasure may be recorded meanwhile.
+            hidden = self._hidden.read()
+            if hidden:
+                part = part.filter(hidden.visible)
+            if part.num_rows:
+                yield part.select(names)
 
     def _add_hidden(self, where: "ds.Expression | None") -> "ds.Expression | None":
         """Make a filter leave out the images that are being erased."""

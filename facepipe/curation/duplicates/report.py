@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from facepipe.curation.duplicates import Duplicates
 from facepipe.curation.duplicates.keep import DROP, KEEP
@@ -198,9 +197,9 @@ class _DuplicateGroups:
             if not uris:
                 continue
             # The row of its first face has the picture of an image.
-            where = ds.field("uri").isin(pa.array(uris, pa.string())) & (ds.field("face_index") == 0)
-            for batch in gallery.batches(["uri", "thumb"], where):
-                for uri, thumb in zip(batch["uri"].to_pylist(), batch["thumb"].to_pylist(), strict=True):
+            for part in gallery.read_chosen_rows("uri", pa.array(uris, pa.string()), ["uri", "face_index", "thumb"]):
+                first = part.filter(pc.equal(part["face_index"], 0))
+                for uri, thumb in zip(first["uri"].to_pylist(), first["thumb"].to_pylist(), strict=True):
                     thumbs[uri, side] = thumb
         return thumbs
 

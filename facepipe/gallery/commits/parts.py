@@ -24,6 +24,9 @@ _SEPARATORS = "\x85\u2028\u2029"
 _NAME = re.compile(r"part-[^/]*-([0-9a-f]{32})\.parquet")
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _NAME_OF_OTHERS = re.compile(rf"part-\d+-{_UUID}(?:[-.][\w.]+)?\.parquet")
+# Pages of at least so many bytes, looked at after so many rows: some sixty thumbnails.
+_PAGE_BYTES = 131_072
+_PAGE_ROWS = 32
 _DIGEST_END = f"{'0' * 32}.parquet"
 
 MOVED_COLUMNS = ["uri", "image_id", "fingerprint", "identity"]
@@ -184,7 +187,7 @@ def encode_parquet(table: pa.Table) -> bytes:
     """Encode a conforming table as Parquet.
 
     It is compressed with zstd, vectors are byte-stream-split, and columns in which every value differs get no
-    dictionary.
+    dictionary. Pages are small, so that a report reads few thumbnails besides those that it shows.
     """
     sink = io.BytesIO()  # unlike Arrow's own buffer its bytes need no copy
     float_columns = [f"{name}.list.element" for name in ("embedding", "box", "landmarks")]
@@ -196,6 +199,10 @@ def encode_parquet(table: pa.Table) -> bytes:
         compression="zstd",
         use_dictionary=dictionary_columns,
         column_encoding=dict.fromkeys(float_columns, "BYTE_STREAM_SPLIT"),
+        # The smallest and the largest thumbnail of every page would be a tenth of them.
+        write_statistics=[name for name in table.column_names if name != "thumb"],
+        data_page_size=_PAGE_BYTES,
+        write_batch_size=_PAGE_ROWS,
     )
     return sink.getvalue()
 
