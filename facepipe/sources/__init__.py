@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Literal
 
 from facepipe.errors import SourceError
+from facepipe.sources.containers.base64_table import Base64Table, is_base64_table
 from facepipe.sources.expand import Expander
 from facepipe.sources.extensions import (
     ARCHIVE_EXTENSIONS,
@@ -29,7 +30,7 @@ from facepipe.storage import is_remote, may_exist
 from facepipe.text import escape_undecodable
 
 SourceKind = Literal["auto", "folder", "glob", "object_store", "parquet", "list"]
-LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list")
+LIST_EXTENSIONS = ("txt", "csv", "tsv", "lst", "list", "jsonl")
 _TABLE_EXTENSIONS = ("parquet", "pq", "arrow")
 # What lies beside the tables of a dataset of Hugging Face: in a clone, and in what `save_to_disk` writes.
 _DATASET_FILES = frozenset({"README.md", "LICENSE", "LICENSE.txt", "dataset_infos.json", "labels.csv"})
@@ -106,6 +107,8 @@ def _open_listing(config: SourceConfig, label_column: str | None) -> Listing:
         return Expander(config.identity, label_column, selection, takes_verification_sets=takes_verification_sets)
 
     match kind:
+        case "list" if is_base64_table(uri):
+            return Base64Table(uri, config.identity, config.name, make_selection())
         case "list":
             return ListSource(
                 uri,

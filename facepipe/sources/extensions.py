@@ -15,7 +15,7 @@ ARCHIVE_EXTENSIONS = frozenset({"tar", "zip", "rec"})
 VERIFICATION_EXTENSION = "bin"
 """Verification sets of insightface. They are listed only if they are named, and not beside a training set."""
 
-CONTAINER_PATTERN = "tar|zip|rec|bin|parquet|pq|arrow"
+CONTAINER_PATTERN = "tar|zip|rec|bin|tsv|parquet|pq|arrow"
 """Extensions of the files whose images have uris with `#`, as a part of a regular expression."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

@@ -1,15 +1,18 @@
 """List files: an image and its label per line, in the layouts that face corpora are handed around in."""
 
 import csv
+import json
 import os
 from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import IO
+from typing import IO, Any
 
 from facepipe.errors import SourceError
+from facepipe.sources.extensions import get_extension
 from facepipe.sources.identity import Identify, IdentityRule, make_identity_rule
 from facepipe.sources.item import WorkItem, make_broken_item
-from facepipe.sources.list_layout import ListLayout, detect_layout, get_quoting, split_path
+from facepipe.sources.labels import format_label
+from facepipe.sources.list_layout import ListLayout, detect_layout, detect_object_layout, get_quoting, split_path
 from facepipe.sources.members import MemberRequests, locate_container, split_member
 from facepipe.sources.parquet import HOLDS_IMAGE, holds_image, make_named_item
 from facepipe.sources.selection import PassedOver, Selection
@@ -76,6 +79,9 @@ class ListSource:
         return (*filter(None, [self._layout_note]), *self._passed_over.describe())
 
     def __iter__(self) -> Iterator[WorkItem]:
+        if get_extension(self.path) == "jsonl":
+            yield from self._list_objects()
+            return
         # The first lines tell the layout, by which all lines are then read.
         self._passed_over.clear()
         with self._open() as file:
@@ -94,6 +100,29 @@ class ListSource:
                 yield make_broken_item(self.path, f"list cannot be read to its end: {error}")
             # Images in containers come last, because each container is listed once.
             yield from requests.list_items()
+
+    def _list_objects(self) -> Iterator[WorkItem]:
+        """Yield the items of JSON lines, as in the `metadata.jsonl` of Hugging Face's image folders."""
+        self._passed_over.clear()
+        requests = MemberRequests()
+        with self._open() as file:
+            layout: ListLayout | None = None
+            for number, line in enumerate(_read_lines(file), 1):
+                if not line.strip():
+                    continue
+                values = _parse_object(line)
+                if layout is None and values is not None:
+                    layout = detect_object_layout(list(values), self.path, self._label_column)
+                    identify = make_identity_rule(self._choose_rule(layout))
+                if layout is None or values is None:
+                    yield make_broken_item(self.path, "the line is no JSON object", f"line{number}")
+                    continue
+                fields = [format_label(values.get(name)) or "" for name in layout.columns]
+                fields[layout.image] = str(values.get(layout.columns[layout.image]) or "")
+                item = self._make_item(number, fields, layout, identify, requests)
+                if item is not None:
+                    yield item
+        yield from requests.list_items()
 
     def _choose_rule(self, layout: ListLayout) -> IdentityRule:
         """Choose where labels come from, and say so if it is not what the list seems to promise."""
@@ -164,6 +193,15 @@ class ListSource:
 def _replace_separators(name: str) -> str:
     """Return a name with slashes for the backslashes of a list from Windows. Beside slashes they are part of a name."""
     return name if "/" in name else name.replace("\\", "/")
+
+
+def _parse_object(line: str) -> dict[str, Any] | None:
+    """Parse a line of JSON; None if it is no object."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _read_lines(file: IO[str]) -> Iterator[str]:

@@ -228,3 +228,23 @@ def get_quoting(delimiter: str) -> Literal[0, 3]:
 def is_image(field: str) -> bool:
     """Tell whether a field has an image's extension."""
     return get_extension(field.strip()) in IMAGE_EXTENSIONS
+
+
+def detect_object_layout(columns: Sequence[str], path: str, label_column: str | None) -> ListLayout:
+    """Detect which keys of the objects of a file of JSON lines name the image and its label.
+
+    Raises:
+        SourceError: no key is known to name images, or there is no key for labels of the requested name.
+    """
+    by_name = {name.lower(): at for at, name in reversed(list(enumerate(columns)))}
+    image = next((by_name[name] for name in HEADER_URIS if name in by_name), None)
+    if image is None:
+        raise SourceError(
+            f"the list {path!r} names no images: its keys are {', '.join(columns)}, and none of them is "
+            f"{', '.join(HEADER_URIS)}"
+        )
+    label_name = label_column or find_label_column(columns)
+    label = None if label_name is None else by_name.get(label_name.lower())
+    if label_column is not None and label is None:
+        raise SourceError(f"the list {path!r} has no key {label_column!r}: its keys are {', '.join(columns)}")
+    return ListLayout("json", image, label, columns=tuple(columns))

@@ -12,6 +12,7 @@ import numpy as np
 
 from facepipe.hashing import hash64, hash64_each
 from facepipe.sorted_lookup import find_sorted
+from facepipe.sources.containers.base64_table import Base64Table
 from facepipe.sources.containers.record_io import RecordReader
 from facepipe.sources.containers.verification_set import list_verification_images
 from facepipe.sources.containers.zip_archive import ZipReader
@@ -47,6 +48,8 @@ def list_container(path: str) -> Iterator[WorkItem]:
             return RecordReader(_identify_nobody).list_items(path)
         case "bin":
             return list_verification_images(path)
+        case "tsv":
+            return iter(Base64Table(path, "none", None, selection))
         case _:
             return iter(ParquetSource(path, "none"))
 

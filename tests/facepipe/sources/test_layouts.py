@@ -1,5 +1,6 @@
 """One small corpus in the layouts that people hold: the same images, the same labels, no errors."""
 
+import base64
 import io
 import json
 import os
@@ -24,7 +25,7 @@ PERSONS = ("7", "12", "31", "104")
 IMAGES = [
     (
         f"{person}/{n}.jpg",
-        b"\xff\xd8" + np.random.default_rng([int(person), n]).bytes(500 + 37 * n) + b"\xff\xd9",
+        b"\xff\xd8\xff" + np.random.default_rng([int(person), n]).bytes(500 + 37 * n) + b"\xff\xd9",
         person,
     )
     for person in PERSONS
@@ -151,6 +152,38 @@ def write_set(root: Path) -> Path:
     return root / "lfw.bin"
 
 
+def write_json_lines(root: Path) -> Path:
+    """As the metadata.jsonl of an image folder: the images lie beside it."""
+    folder = write_folder(root)
+    lines = [json.dumps({"text": "a face", "label": int(label), "file_name": name}) for name, _, label in IMAGES]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder / "metadata.jsonl"
+
+
+def write_metadata_csv(root: Path) -> Path:
+    folder = write_folder(root)
+    rows = "".join(f"{name},{label}\n" for name, _, label in IMAGES)
+    (folder / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    return folder / "metadata.csv"
+
+
+def write_base64_table(root: Path) -> Path:
+    """As MS-Celeb-1M."""
+    with (root / "faces.tsv").open("wb") as file:
+        for n, (_, data, label) in enumerate(IMAGES):
+            fields = [
+                label,
+                str(n),
+                "http://a/b.jpg",
+                "http://a",
+                f"FaceId-{n}",
+                "AAAAAA==",
+                base64.b64encode(data).decode(),
+            ]
+            file.write("\t".join(fields).encode() + (b"\r\n" if n % 2 else b"\n"))
+    return root / "faces.tsv"
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "a folder per person": write_folder,
     "list: path label": lambda root: write_list(root, "faces.txt", lambda n, path, label: f"{path} {label}"),
@@ -175,6 +208,9 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "save_to_disk": write_saved_dataset,
     "save_to_disk of splits": lambda root: write_saved_dataset(root, "train"),
     "Arrow file": lambda root: write_arrow(root / "faces.arrow", stream=False),
+    "imagefolder: metadata.jsonl": write_json_lines,
+    "imagefolder: metadata.csv": write_metadata_csv,
+    "MS-Celeb-1M": write_base64_table,
     ".bin": write_set,
 }
 
@@ -225,7 +261,10 @@ def test_an_image_is_found_again_by_its_uri(tmp_path: Path, layout: str) -> None
         )
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "list" not in name and name != "Parquet: paths"])
+@pytest.mark.parametrize(
+    "layout",
+    [name for name in LAYOUTS if "list" not in name and "imagefolder" not in name and name != "Parquet: paths"],
+)
 @pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
 def test_a_list_of_uris_gives_the_images_with_its_own_labels(tmp_path: Path, layout: str, absolute: bool) -> None:
     """As the lists that `finish` and `clean` write: from any layout, with other labels, some images left out."""
