@@ -260,8 +260,9 @@ def clean(
 ) -> None:
     """Measure decisions on labels against the truth.
 
-    Figures are wrong labels detected and repaired, and the calibration of `noise`. A label counts as detected if it is
-    decided outlier or relabel, or review with a noise above 0.5. If the truth names photos by uri, only the largest
+    Figures are wrong labels detected and repaired, and the calibration of `noise`: expected and actual errors, and a
+    curve of wrong labels by probability. A label counts as detected if it is decided outlier, relabel or bystander, or
+    review with a noise above 0.5. If the truth names photos by uri, only the largest
     face of each counts.
 
     For example:
@@ -283,7 +284,7 @@ def _print_clean(gallery: str, result: Any) -> None:
         ("average precision by noise", _format_share(result.average_precision, "no wrong label")),
         ("wrong labels relabelled correctly", _format_share(result.repaired, "no wrong label")),
         ("relabels that are correct", _format_share(result.relabels_right, "no relabel")),
-        ("errors predicted by noise, actual errors", f"{result.expected_errors:.1f}, {result.errors}"),
+        ("wrong decisions: expected, actual", f"{result.expected_errors:.1f}, {result.errors}"),
         ("left out: smaller faces of a photo", result.left_out),
         ("left out: decided, but not in the truth", result.without_truth),
         ("left out: decided, but without a label", result.without_label),
@@ -293,6 +294,14 @@ def _print_clean(gallery: str, result: Any) -> None:
     # A second table shows which decisions were taken on correct and on wrong labels.
     counts = [(decision, count["right"], count["wrong"]) for decision, count in result.counts.items()]
     print_table("labels by decision", ("decision", "right", "wrong"), counts)
+    # A third one shows whether the stated probabilities hold.
+    curve = [
+        (f"{entry.low:g} to {entry.high:g}", entry.labels, f"{entry.expected:.1f}", entry.wrong)
+        for entry in result.reliability
+    ]
+    print_table(
+        "labels by the probability that they are wrong", ("probability", "labels", "wrong, expected", "wrong"), curve
+    )
 
 
 def _format_rates(rates: Any) -> str:

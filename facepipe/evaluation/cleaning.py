@@ -17,6 +17,10 @@ DECISIONS = ("keep", "outlier", "relabel", "duplicate", "low_quality", "review",
 # Labels with these decisions are flagged; so is a review with more noise than _SUSPECT_NOISE.
 _FLAGS = ("outlier", "relabel", "bystander")
 _SUSPECT_NOISE = 0.5
+# Decisions that ask a person, or that nothing could be compared for: they are not counted as errors.
+_OPEN = ("review", "bystander", "unverified")
+# Bounds of the bins of the reliability curve.
+NOISE_BINS = (0.0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1.0)
 _COLUMNS = {
     "face_id": pa.int64(),
     "identity": pa.string(),
@@ -24,6 +28,7 @@ _COLUMNS = {
     "suggested": pa.string(),
     "noise": pa.float32(),
 }
+_LATER_COLUMNS = {"suggested_probability": pa.float32()}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class LabelDecisions:
         suggested: Code of the suggested identity, (n,), -1 for none.
         decision: Index into DECISIONS, (n,).
         noise: Probability that the label is wrong, (n,).
+        suggested_probability: Probability that the suggestion is right, (n,). NaN if it is not known.
     """
 
     given: Int64
@@ -43,6 +49,26 @@ class LabelDecisions:
     suggested: Int64
     decision: Int64
     noise: Float64
+    suggested_probability: Float64
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Labels whose probability of being wrong is in one range.
+
+    Attributes:
+        low: Lowest probability.
+        high: Highest probability, not included but in the last bin.
+        labels: Number of labels.
+        expected: How many of them are wrong by their probabilities.
+        wrong: How many are wrong.
+    """
+
+    low: float
+    high: float
+    labels: int
+    expected: float
+    wrong: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +83,10 @@ class CleanResult:
         average_precision: The same by noise, None if no label is wrong.
         repaired: Share of the wrong labels that are relabelled rightly, None if no label is wrong.
         relabels_right: Share of the relabels whose suggestion is right, None without relabels.
-        errors: Flagged right labels, and unflagged wrong ones.
-        expected_errors: Number of errors that the noise itself predicts.
+        errors: Wrong decisions: kept wrong labels, outliers with a right label, and wrong suggestions. Labels to
+            review, bystanders and unverified labels are not decided.
+        expected_errors: Number of errors that the probabilities themselves predict.
+        reliability: Labels by their probability of being wrong, without bystanders.
         counts: Faces by decision, and by whether the label was right or wrong.
         left_out: Decided faces that are not the largest of a photo that the truth names by uri. Like the following,
             they are not counted above.
@@ -76,6 +104,7 @@ class CleanResult:
     relabels_right: float | None
     errors: int
     expected_errors: float
+    reliability: list[ReliabilityBin]
     counts: dict[str, dict[str, int]]
     left_out: int = 0
     without_truth: int = 0
@@ -101,7 +130,8 @@ def evaluate_clean(gallery: Gallery, truth: str, table: str | None = None) -> Cl
     """
     # Read the decisions, and check that they are on faces of this gallery.
     path = table or storage.join(gallery.path, "reports", "clean", "decisions.parquet")
-    rows = read_face_table(path, _COLUMNS, "table of decisions", f"`facepipe clean {gallery.path}` makes one")
+    remedy = f"`facepipe clean {gallery.path}` makes one"
+    rows = read_face_table(path, _COLUMNS, "table of decisions", remedy, _LATER_COLUMNS)
     ids = rows["face_id"].to_numpy()
     check_same_gallery(gallery, ids, path, "table of decisions")
     # Encode all identities with one set of codes; "" stands for no identity.
@@ -120,12 +150,14 @@ def evaluate_clean(gallery: Gallery, truth: str, table: str | None = None) -> Cl
         )
     decision = _encode_decisions(rows["decision"], path)
     noise = np.nan_to_num(rows["noise"].fill_null(0).to_numpy().astype(np.float64))
+    certainty = rows["suggested_probability"].to_numpy().astype(np.float64)  # null becomes NaN
     decisions = LabelDecisions(
         given=given[is_known],
         true=true[is_known],
         suggested=suggested[is_known],
         decision=decision[is_known],
         noise=noise[is_known],
+        suggested_probability=certainty[is_known],
     )
     # Count the faces that are not scored, by reason.
     return replace(
@@ -146,6 +178,14 @@ def score_decisions(decisions: LabelDecisions) -> CleanResult:
     # Flagged are two decisions, and reviews of labels that are probably wrong.
     is_flagged = np.isin(decisions.decision, [DECISIONS.index(name) for name in _FLAGS])
     is_flagged |= (decisions.decision == DECISIONS.index("review")) & (noise > _SUSPECT_NOISE)
+    # A decision is wrong if it keeps a wrong label, drops a right one, or suggests a wrong one.
+    is_decided = ~np.isin(decisions.decision, [DECISIONS.index(name) for name in _OPEN])
+    is_outlier = decisions.decision == DECISIONS.index("outlier")
+    is_error = np.where(is_relabel, ~is_right_relabel, is_wrong != is_outlier)
+    # Tables of older versions do not say how sure a suggestion is.
+    certainty = np.where(np.isnan(decisions.suggested_probability), noise, decisions.suggested_probability)
+    expected = np.where(is_relabel, 1 - certainty, np.where(is_outlier, 1 - noise, noise))
+    is_counted = decisions.decision != DECISIONS.index("bystander")
     return CleanResult(
         faces=len(is_wrong),
         wrong=int(is_wrong.sum()),
@@ -154,11 +194,29 @@ def score_decisions(decisions: LabelDecisions) -> CleanResult:
         average_precision=compute_average_precision(is_wrong, noise),
         repaired=_compute_share(is_wrong & is_right_relabel, is_wrong),
         relabels_right=_compute_share(is_right_relabel, is_relabel),
-        errors=int((is_wrong != is_flagged).sum()),
-        # A flagged label is an error with probability 1 - noise, another one with probability noise.
-        expected_errors=float(np.where(is_flagged, 1 - noise, noise).sum()),
+        errors=int((is_error & is_decided).sum()),
+        expected_errors=float(expected[is_decided].sum()),
+        reliability=_bin_by_noise(noise[is_counted], is_wrong[is_counted]),
         counts=_count_by_decision(decisions.decision, is_wrong),
     )
+
+
+def _bin_by_noise(noise: Float64, is_wrong: Bool) -> list[ReliabilityBin]:
+    """Count labels by their probability of being wrong. Empty bins are left out."""
+    bins = np.minimum(np.digitize(noise, NOISE_BINS) - 1, len(NOISE_BINS) - 2)
+    result = []
+    for number in np.unique(bins).tolist():
+        inside = bins == number
+        result.append(
+            ReliabilityBin(
+                low=NOISE_BINS[number],
+                high=NOISE_BINS[number + 1],
+                labels=int(inside.sum()),
+                expected=float(noise[inside].sum()),
+                wrong=int(is_wrong[inside].sum()),
+            )
+        )
+    return result
 
 
 def compute_average_precision(is_wrong: Bool, noise: Float64) -> float | None:

@@ -86,7 +86,9 @@ def encode_names(column: Any, names: Names) -> Int64:
     return np.asarray(np.array(codes)[indices], np.int64)
 
 
-def read_face_table(path: str, columns: dict[str, pa.DataType], what: str, remedy: str) -> pa.Table:
+def read_face_table(
+    path: str, columns: dict[str, pa.DataType], what: str, remedy: str, later: dict[str, pa.DataType] | None = None
+) -> pa.Table:
     """Read columns of a Parquet file, without the rows that lack a face_id.
 
     Args:
@@ -94,6 +96,7 @@ def read_face_table(path: str, columns: dict[str, pa.DataType], what: str, remed
         columns: columns to read, with their types.
         what: what the file is, for error messages.
         remedy: what to do if it cannot be read, for error messages.
+        later: further columns, which tables of older versions lack. They are null then.
 
     Raises:
         EvaluationError: if the file cannot be read or lacks a column.
@@ -105,7 +108,11 @@ def read_face_table(path: str, columns: dict[str, pa.DataType], what: str, remed
                 f"{path!r} is not a {what}: it has no column {', '.join(missing)}; "
                 f"its columns are {', '.join(file.schema_arrow.names)}"
             )
-        table = _cast(file.read(list(columns)), columns)
+        known = {name: kind for name, kind in (later or {}).items() if name in file.schema_arrow.names}
+        table = _cast(file.read([*columns, *known]), columns | known)
+    for name, kind in (later or {}).items():
+        if name not in known:
+            table = table.append_column(name, pa.nulls(len(table), kind))
     return table.filter(table["face_id"].is_valid())
 
 

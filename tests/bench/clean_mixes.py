@@ -3,9 +3,10 @@
     python tests/bench/clean_mixes.py [NAME ...] [--lfw GALLERY] [--seed 1] [--bins]
 
 Per corpus: identities, wrong labels, of these found (outlier, relabel, or review with a noise above 0.5) and relabelled
-rightly, precision of relabelling, right labels lost (outlier or relabel) and in review, wrong labels kept, errors and
-expected errors. --bins adds a reliability curve: labels by noise, with the share that is wrong. --lfw takes real faces;
-nothing of them is left out.
+rightly, precision of relabelling, right labels lost (outlier or relabel), wrong labels kept, labels in review and how many
+of them are wrong, beside how many are expected to be; unverified labels; wrong decisions, beside the expected number.
+--bins adds a reliability curve: labels by noise, with the share that is wrong. --lfw takes real faces; nothing of them is
+left out. The corpora of 30,000 and 100,000 identities run only if they are named.
 """
 # ruff: noqa: E402
 
@@ -66,7 +67,13 @@ def list_corpora() -> dict[str, Callable[[int], DrawnFaces]]:
         "hard 1,000 x 10, 40 %": lambda s: draw(1000, 10, 0.4, s),
         "arc 3,000 x 5, 20 %": lambda s: draw(3000, 5, 0.2, s, arc=True),
         "hard 700 x 10, 40 % outsiders": lambda s: draw_open(700, 0.4, s),
+        "hard 30,000 x 5, 20 %": lambda s: draw(30_000, 5, 0.2, s),
+        "hard 100,000 x 4, 20 %": lambda s: draw(100_000, 4, 0.2, s),
+        "arc 30,000 x 5, 20 %": lambda s: draw(30_000, 5, 0.2, s, arc=True),
     }
+
+
+_LARGE = ("30,000", "100,000")
 
 
 def load_real(path: str) -> DrawnFaces:
@@ -138,7 +145,7 @@ def run_corpus(faces: DrawnFaces, contract: Contract, *, bins: bool) -> str:
     with tempfile.TemporaryDirectory() as folder:
         gallery = make_hard_gallery(Path(folder) / "G", faces, contract)
         summary = run(CleanConfig(), gallery.path)
-        columns = ["uri", "decision", "suggested", "noise"]
+        columns = ["uri", "decision", "suggested", "suggested_probability", "noise"]
         found = pq.read_table(f"{gallery.path}/reports/clean/decisions.parquet", columns=columns)
     # Photos are numbered as the faces are.
     photo = np.array([int(uri[-13:-4]) for uri in found["uri"].to_pylist()])
@@ -157,9 +164,14 @@ def run_corpus(faces: DrawnFaces, contract: Contract, *, bins: bool) -> str:
     line = f"{len(np.unique(faces.label)):6} {wrong.sum():6} {(wrong & flagged).sum():6} "
     line += f"{(relabelled & is_right & repairable).sum():6} of {repairable.sum():5} "
     line += f"{is_right[relabelled].mean() if relabelled.any() else float('nan'):6.3f} "
-    line += f"{(dropped & ~wrong).sum():6} {((decision == 'review') & ~wrong).sum():6} "
-    line += f"{(wrong & (decision == 'keep')).sum():6} {((decision == 'review') & wrong).sum():6} "
-    line += f"{(flagged != wrong).sum():6} {np.where(flagged, 1 - noise, noise).sum():8.1f} "
+    review = decision == "review"
+    decided = ~np.isin(decision, ["review", "unverified", "bystander"])
+    error = np.where(relabelled, ~is_right, wrong != (decision == "outlier")) & decided
+    certainty = found["suggested_probability"].to_numpy().astype(float)
+    expected = np.where(relabelled, 1 - certainty, np.where(decision == "outlier", 1 - noise, noise))[decided].sum()
+    line += f"{(dropped & ~wrong).sum():6} {(wrong & (decision == 'keep')).sum():6} "
+    line += f"{review.sum():6} {(review & wrong).sum():6} {noise[review].sum():8.1f} "
+    line += f"{(decision == 'unverified').sum():10} {error.sum():6} {expected:8.1f} "
     line += f"  {summary.swapped:.3f} {summary.nobody:.3f} {summary.rounds}"
     if bins:
         for low, high in pairwise(_BINS):
@@ -177,11 +189,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bins", action="store_true")
     args = parser.parse_args()
-    head = f"{'corpus':32} names  wrong  found  relabelled of   prec.   lost review   kept review errors expected"
+    head = f"{'corpus':32} names  wrong  found  relabelled of   prec.   lost   kept review  wrong expected unverified "
+    head += "errors expected"
     print(head + "  swapped nobody rounds")
     corpora = list_real(load_real(args.lfw)) if args.lfw else {}
     for name, make in (corpora | list_corpora()).items():
-        if args.names and not any(part in name for part in args.names):
+        is_wanted = any(part in name for part in args.names)
+        if not is_wanted and (args.names or any(size in name for size in _LARGE)):
             continue
         contract = CONTRACT if name.startswith("arc") else CARD
         print(f"{name:32} {run_corpus(make(args.seed), contract, bins=args.bins)}", flush=True)

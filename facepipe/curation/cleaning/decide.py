@@ -188,10 +188,16 @@ def estimate_wrong(verdicts: LabelVerdicts) -> float:
 
 
 def estimate_errors(verdicts: LabelVerdicts) -> float:
-    """Estimate how many decisions on labels are wrong, from their own probabilities."""
-    noise = verdicts.noise[verdicts.is_counted]
-    is_kept = (verdicts.image_noise <= _WRONG)[verdicts.is_counted]
-    return float(np.where(is_kept, noise, 1 - noise).sum())
+    """Estimate how many decisions on labels are wrong, from their own probabilities.
+
+    Labels that a person is asked about, and those that nothing can be compared with, are not decided.
+    """
+    kept = verdicts.is_decided(KEEP) | verdicts.is_decided(DUPLICATE) | verdicts.is_decided(LOW_QUALITY)
+    errors = verdicts.noise[kept].sum(dtype=np.float64)
+    errors += (1 - verdicts.noise[verdicts.is_decided(OUTLIER)]).sum(dtype=np.float64)
+    # Of a relabelled face the new name may be wrong too.
+    errors += (1 - verdicts.other_probability[verdicts.is_decided(RELABEL)]).sum(dtype=np.float64)
+    return float(errors)
 
 
 def _find_best_other(

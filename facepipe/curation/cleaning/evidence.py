@@ -21,12 +21,14 @@ class LabelCandidates:
         identity: Number of the identity, (m,).
         is_own: Whether the identity is the face's own label, (m,).
         identity_count: Number of identities.
+        has_neighbour: Whether a neighbour of the face has the identity as its label, (m,). By default all have.
     """
 
     face: Int64
     identity: Int64
     is_own: Bool
     identity_count: int
+    has_neighbour: Bool | None = None
 
     def __len__(self) -> int:
         return len(self.face)
@@ -44,17 +46,20 @@ def find_candidates(labels: Int64, pairs: Pairs) -> LabelCandidates:
     """
     identity_count = int(labels.max(initial=-1)) + 1
     stride = max(1, identity_count)
-    # Every face with its own label, and with the labels of its neighbours.
-    faces = np.concatenate([np.arange(len(labels)), pairs.u, pairs.v])
-    identities = np.concatenate([labels, labels[pairs.v], labels[pairs.u]])
-    keys = np.unique((faces * stride + identities)[identities >= 0])
+    # Every face with the labels of its neighbours, and with its own one.
+    faces = np.concatenate([pairs.u, pairs.v])
+    identities = np.concatenate([labels[pairs.v], labels[pairs.u]])
+    near = np.unique((faces * stride + identities)[identities >= 0])
+    labelled = np.flatnonzero(labels >= 0)
+    keys = np.union1d(near, labelled * stride + labels[labelled])
+    has_neighbour = np.isin(keys, near, assume_unique=True)
     face = keys // stride
     identity = keys % stride
     # Faces without a label have no candidates.
     is_labelled = labels[face] >= 0
     face = face[is_labelled]
     identity = identity[is_labelled]
-    return LabelCandidates(face, identity, identity == labels[face], identity_count)
+    return LabelCandidates(face, identity, identity == labels[face], identity_count, has_neighbour[is_labelled])
 
 
 @dataclass(frozen=True)

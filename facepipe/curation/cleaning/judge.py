@@ -241,7 +241,11 @@ def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
         labels: number of each face's identity, (n,), -1 for none.
     """
     count = len(labels)
-    pairs = np.concatenate([copied.pairs, np.stack([copies, np.arange(count)], axis=1)])
+    # Equal vectors under one label are copies, whatever the label of the first of them.
+    _, first_equal, group = np.unique(
+        copies * (labels.max(initial=0) + 2) + labels, return_index=True, return_inverse=True
+    )
+    pairs = np.concatenate([copied.pairs, np.stack([first_equal[group], np.arange(count)], axis=1)])
     pairs = pairs[(labels[pairs[:, 0]] == labels[pairs[:, 1]]) & (labels[pairs[:, 0]] >= 0)]
     group = find_components(count, pairs[:, 0], pairs[:, 1])
     first = np.full(count, count)

@@ -47,6 +47,7 @@ DECISION_SCHEMA = pa.schema(
         ("decision", pa.string()),
         ("reason", pa.string()),
         ("suggested", pa.string()),
+        ("suggested_probability", pa.float32()),  # that the suggestion is right
         ("noise", pa.float32()),  # probability that the label is not this face's
         ("distance", pa.float32()),  # to the rest of its identity, as for faces of average surroundings
         ("rest", pa.float32()),  # faces that the identity rests on
@@ -127,6 +128,7 @@ def _build_rows(faces: pa.Table, at: Int64, verdicts: LabelVerdicts, names: pa.A
         "decision": pa.array(DECISIONS, pa.string()).take(pa.array(verdicts.decision[at])),
         "reason": pa.array(REASONS, pa.string()).take(pa.array(verdicts.reason[at])),
         "suggested": names.take(pa.array(other, mask=~is_moved)),
+        "suggested_probability": pa.array(verdicts.other_probability[at], mask=~is_moved),
         "noise": verdicts.noise[at],
         "distance": _mask_nan(distance),
         "rest": verdicts.own_weight[at],

@@ -15,18 +15,20 @@ import numpy as np
 from facepipe.curation.cleaning.evidence import FaceVectors, IdentityCentres, LabelCandidates
 from facepipe.types import Bool, Float32, Float64, Int64
 
+_TWO_FACES = 1.5  # an identity that rests on less has one face
 MIN_WEIGHT = 0.3  # faces that an identity must rest on before it counts
 # Bounds of the weights, to see how the variance falls with them.
 _WEIGHT_BINS = np.array([0.3, 1.5, 2.5, 4.5, 8.5, 16.5, np.inf])
 _MIN_MASS = 8.0  # faces below which a distribution is not estimated
 _MAX_STRANGERS = 200_000  # sampled pairs of a face and another identity, for the distribution of impostors
-# Bounds of the log likelihood ratio: about 1 in 400 genuine faces is an outlier as far off as you like (pose, blur).
+# Bounds of the log likelihood ratio: about 1 in 1,000 genuine faces is an outlier as far off as you like (pose, blur).
 _MAX_FOR = 30.0
-_MAX_AGAINST = 6.0
+_MAX_AGAINST = 7.0
 # Rounds at most, rounds before damping begins, and the change of a probability that ends them.
 _MAX_ROUNDS = 40
 _UNDAMPED_ROUNDS = 8
 _SETTLED_CHANGE = 0.005
+_TRUSTED_ROUNDS = 3  # rounds before the probabilities tell which candidates are strangers
 # The tail of strangers: bins per standard deviation, begin of the fit, fewest samples behind its end, and in all.
 _TAIL_STEP = 0.1
 _TAIL_BEGIN = 0.0
@@ -39,6 +41,7 @@ _TAIL_REACH = 60.0  # standard deviations
 _START_SWAPPED = 0.15
 _START_UNKNOWN = 0.05
 _MIN_RATE = 1e-3
+_RATE_MASS = 20.0  # faces that the rate of all counts as, for the rate of identities of one size
 _CLAIMED = 0.5  # probability of other identities above which a face is left out of its own one's parts
 _LOG_ODDS_ONE_PERSON = 2.0  # that two parts of an identity are one person, before they are compared
 _LOG_ROOT = np.float32(0.5 * np.log(2 * np.pi))  # the constant of a normal log density
@@ -84,15 +87,23 @@ class StrangerTail:
     log_density: Float64
 
     @classmethod
-    def fit(cls, similarity: Float32, weight: Float32, normal: Normal) -> "StrangerTail | None":
+    def fit(
+        cls, similarity: Float32, weight: Float32, normal: Normal, share: Float32 | None = None
+    ) -> "StrangerTail | None":
         """Fit a falling cubic to the logarithms of the counts of sampled strangers.
+
+        Args:
+            similarity: mean similarity of faces to identities, (m,).
+            weight: number of faces that each rests on, (m,).
+            normal: mean and variance of strangers.
+            share: probability that the two are strangers, (m,). By default they all are.
 
         Returns:
             None if they are too few. Then the normal distribution has to do.
         """
         deviation = normal.standardise(similarity, weight)
         bins = np.arange(_TAIL_BEGIN, _TAIL_REACH + _TAIL_STEP, _TAIL_STEP)
-        counts, _ = np.histogram(deviation, bins)
+        counts, _ = np.histogram(deviation, bins, weights=share)
         above = counts[::-1].cumsum()[::-1]
         if len(similarity) < _MIN_TAIL_SAMPLES or above[0] < _MIN_TAIL_SAMPLES / 4:
             return None
@@ -109,12 +120,59 @@ class StrangerTail:
         beyond = np.arange(last + 1, len(fitted))
         fitted[beyond] = np.minimum(fitted[beyond], fitted[last] + slope * (bins[beyond] - bins[last]))
         fitted = np.minimum.accumulate(fitted)
-        return cls(fitted - np.log(len(similarity) * _TAIL_STEP))
+        total = float(len(similarity) if share is None else share.sum())
+        return cls(fitted - np.log(total * _TAIL_STEP))
 
     def compute_log_density(self, deviation: Float32) -> Float32:
         """Compute the log density (m,) at deviations (m,) above 0."""
         at = np.clip(deviation / _TAIL_STEP, 0, len(self.log_density) - 1)
         return np.asarray(np.interp(at, np.arange(len(self.log_density)), self.log_density), np.float32)
+
+
+@dataclass(frozen=True)
+class StrangerPairs:
+    """Sampled pairs of a face and an identity that is not its label's.
+
+    Attributes:
+        face: Position of the face, (s,).
+        identity: Number of the identity, (s,).
+        candidate: Position of the pair among the candidates, (s,), -1 if it is none.
+    """
+
+    face: Int64
+    identity: Int64
+    candidate: Int64
+
+    @classmethod
+    def sample(cls, candidates: LabelCandidates, seed: int) -> "StrangerPairs":
+        """Sample pairs. There are none if there is one identity only."""
+        rng = np.random.default_rng(seed)
+        nothing = np.empty(0, np.int64)
+        if candidates.identity_count < 2 or not len(candidates):
+            return cls(nothing, nothing, nothing)
+        labelled = np.unique(candidates.face)
+        size = min(_MAX_STRANGERS, 4 * len(labelled) * candidates.identity_count)
+        face = rng.choice(labelled, size)
+        # Identities are drawn as often as they have labels, so that they rest on as many faces as the candidates do.
+        identity = rng.choice(candidates.identity[candidates.is_own], size)
+        # Candidates are sorted by face and identity.
+        keys = candidates.face * candidates.identity_count + candidates.identity
+        wanted = face * candidates.identity_count + identity
+        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        candidate = np.where(keys[at] == wanted, at, -1)
+        is_own = (candidate >= 0) & candidates.is_own[candidate]
+        return cls(face[~is_own], identity[~is_own], candidate[~is_own])
+
+    def compute_share(self, probability: Float32, *, is_known: bool) -> Float32:
+        """Compute how likely the pairs are strangers, (s,).
+
+        Args:
+            probability: probability of each candidate, (m,).
+            is_known: whether the probabilities can be trusted. If not, candidates are left out.
+        """
+        is_candidate = self.candidate >= 0
+        stranger = 1 - probability[self.candidate] if is_known else np.float32(0)
+        return np.where(is_candidate, stranger, np.float32(1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -143,8 +201,8 @@ class LabelPosteriors:
         weight: Number of faces that this similarity rests on, (m,).
         genuine: Distribution of similarities of faces to their own identity.
         impostor: Distribution of similarities of faces to other identities: its mean and variance.
-        swapped: Share of labels that are another identity's.
-        unknown: Share of faces that belong to no identity.
+        swapped: Share of labels that are another identity's, of those that there is evidence on.
+        unknown: Share of faces that belong to no identity, of those that there is evidence on.
         rounds: One entry per round.
     """
 
@@ -185,42 +243,35 @@ def estimate_label_posteriors(
         seed: seed of the sample of strangers.
     """
     # Pairs of strangers show how similar faces are to identities that are not theirs.
-    stranger_faces, stranger_identities = _sample_strangers(candidates, len(faces.density), seed)
-    no_share = np.zeros(len(stranger_faces), np.float32)
-    own = candidates.is_own
+    strangers = StrangerPairs.sample(candidates, seed)
+    no_share = np.zeros(len(strangers.face), np.float32)
     probability = start.astype(np.float32)
-    swapped = _START_SWAPPED
-    unknown = _START_UNKNOWN
+    rates = NoiseRates.start(candidates, len(prior))
     rounds: list[EstimationRound] = []
     for n in range(_MAX_ROUNDS):
         # Maximisation: centres and distributions from the current probabilities.
-        centres = IdentityCentres.from_shares(faces, candidates, probability)
-        similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, probability)
-        stranger_similarity, stranger_weight = centres.compute_fit(faces, stranger_faces, stranger_identities, no_share)
-        strangers = _fit_normal(stranger_similarity, stranger_weight, np.ones(len(stranger_faces), np.float32))
-        genuine, impostor = _fit_distributions(_fit_normal(similarity, weight, probability), strangers, threshold)
+        labelled = np.where(candidates.is_own, probability, np.float32(0))
+        centres = IdentityCentres.from_shares(faces, candidates, labelled)
+        similarity, weight = centres.compute_fit(faces, candidates.face, candidates.identity, labelled)
+        stranger_similarity, stranger_weight = centres.compute_fit(faces, strangers.face, strangers.identity, no_share)
+        is_stranger = strangers.compute_share(probability, is_known=n >= _TRUSTED_ROUNDS)
+        stranger_normal = _fit_normal(stranger_similarity, stranger_weight, is_stranger)
+        genuine, impostor = _fit_distributions(_fit_normal(similarity, weight, probability), stranger_normal, threshold)
         tail = None
-        if strangers is impostor:
-            has_rest = stranger_weight >= MIN_WEIGHT
-            tail = StrangerTail.fit(stranger_similarity[has_rest], stranger_weight[has_rest], impostor)
+        if stranger_normal is impostor:
+            has_rest = (stranger_weight >= MIN_WEIGHT) & (is_stranger > 0)
+            tail = StrangerTail.fit(
+                stranger_similarity[has_rest], stranger_weight[has_rest], impostor, is_stranger[has_rest]
+            )
         # Expectation: new probabilities. Damping stops two faces that pull each other's identities to and fro.
         ratio = compute_log_ratio(genuine, impostor, similarity, weight, tail)
         before = probability
-        probability, no_identity = _compute_posteriors(candidates, ratio, prior, swapped=swapped, unknown=unknown)
+        probability, no_identity = _compute_posteriors(candidates, ratio, weight, prior, rates)
         if n >= _UNDAMPED_ROUNDS:
             probability = np.asarray((probability + before) / 2, np.float32)
-        # New rates, from labels that there is evidence on: those whose identity has other faces.
-        judged = np.flatnonzero(own & (weight >= MIN_WEIGHT))
-        if not len(judged):
-            judged = np.flatnonzero(own)
-        if len(judged):
-            face = candidates.face[judged]
-            correct = float(probability[judged].mean())
-            expected = float(prior[face].mean())
-            unknown = float(np.clip(no_identity[face].mean() - (1 - expected), _MIN_RATE, 0.5))
-            swapped = float(np.clip(expected - correct - unknown, _MIN_RATE, 0.9))
+        rates = rates.update(candidates, probability, no_identity, weight, prior)
         change = float(np.abs(probability - before).max(initial=0))
-        rounds.append(EstimationRound(swapped, unknown, change))
+        rounds.append(EstimationRound(rates.overall_swapped, rates.overall_unknown, change))
         if change < _SETTLED_CHANGE:
             break
     return LabelPosteriors(
@@ -230,10 +281,117 @@ def estimate_label_posteriors(
         weight=weight,
         genuine=genuine,
         impostor=impostor,
-        swapped=swapped,
-        unknown=unknown,
+        swapped=rates.overall_swapped,
+        unknown=rates.overall_unknown,
         rounds=rounds,
     )
+
+
+@dataclass(frozen=True)
+class NoiseRates:
+    """How often labels are wrong, by how many faces have the label.
+
+    The identities of one face, of 2 and 3, of 4 to 7 and so on have rates of their own: what is wrong with large
+    identities says little of small ones. Classes of few faces follow the rate of all.
+
+    Attributes:
+        size_class: Class of each face's label, (n,).
+        swapped: Share of labels that are another identity's, by class.
+        unknown: Share of faces that belong to no identity, by class.
+        overall_swapped: Share of labels that are another identity's, of all that there is evidence on.
+        overall_unknown: Share of faces that belong to no identity, likewise.
+        missed: Share of faces that have no neighbour in their own identity, so that it is no candidate.
+    """
+
+    size_class: Int64
+    swapped: Float64
+    unknown: Float64
+    overall_swapped: float
+    overall_unknown: float
+    missed: float
+
+    @classmethod
+    def start(cls, candidates: LabelCandidates, face_count: int) -> "NoiseRates":
+        """Return the rates before anything is known."""
+        own = candidates.is_own
+        size = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
+        size_class = np.zeros(face_count, np.int64)
+        size_class[candidates.face[own]] = np.log2(np.maximum(1, size))[candidates.identity[own]]
+        class_count = int(size_class.max(initial=0)) + 1
+        return cls(
+            size_class=size_class,
+            swapped=np.full(class_count, _START_SWAPPED),
+            unknown=np.full(class_count, _START_UNKNOWN),
+            overall_swapped=_START_SWAPPED,
+            overall_unknown=_START_UNKNOWN,
+            missed=0.0,
+        )
+
+    def update(
+        self,
+        candidates: LabelCandidates,
+        probability: Float32,
+        no_identity: Float32,
+        weight: Float32,
+        prior: Float32,
+    ) -> "NoiseRates":
+        """Return the rates that the probabilities of all candidates show.
+
+        Args:
+            candidates: m pairs of a face and an identity.
+            probability: probability of each candidate, (m,).
+            no_identity: probability that the face belongs to none of them, (n,).
+            weight: number of faces that each candidate's similarity rests on, (m,).
+            prior: probability that the label is meant for this face at all, (n,).
+        """
+        own = np.flatnonzero(candidates.is_own)
+        # There is evidence on labels whose identity has other faces.
+        judged = own[weight[own] >= MIN_WEIGHT]
+        if not len(judged):
+            judged = own
+        if not len(judged):
+            return self
+        face = candidates.face[judged]
+        correct = probability[judged].astype(np.float64)
+        # Who fits no candidate is nobody's, or of an identity that is none.
+        classes = self.size_class[face]
+        share = self.unknown[classes] / (self.unknown[classes] + self.swapped[classes] * self.missed)
+        nobody = (no_identity[face] - (1.0 - prior[face])) * share
+        swapped = prior[face] - correct - nobody
+        overall_unknown = float(np.clip(nobody.mean(), _MIN_RATE, 0.5))
+        overall_swapped = float(np.clip(swapped.mean(), _MIN_RATE, 0.9))
+        # Faces of a class, and of all classes as if they were some faces more.
+        class_count = len(self.swapped)
+        mass = np.bincount(classes, minlength=class_count)
+        by_class = np.bincount(classes, nobody, class_count) + _RATE_MASS * overall_unknown
+        unknown = np.clip(by_class / (mass + _RATE_MASS), _MIN_RATE, 0.5)
+        by_class = np.bincount(classes, swapped, class_count) + _RATE_MASS * overall_swapped
+        swapped_by_class = np.clip(by_class / (mass + _RATE_MASS), _MIN_RATE, 0.9)
+        # Of labels that one face has, those are known to be swapped that fit another identity.
+        alone = own[self.size_class[candidates.face[own]] == 0]
+        elsewhere = 1.0 - probability[alone] - no_identity[candidates.face[alone]]
+        unknown[0] = overall_unknown
+        rate = (elsewhere.sum() + _RATE_MASS * overall_swapped) / (len(alone) + _RATE_MASS)
+        swapped_by_class[0] = np.clip(rate, _MIN_RATE, 0.9)
+        return replace(
+            self,
+            swapped=swapped_by_class,
+            unknown=unknown,
+            overall_swapped=overall_swapped,
+            overall_unknown=overall_unknown,
+            missed=_estimate_missed(candidates, probability, weight),
+        )
+
+
+def _estimate_missed(candidates: LabelCandidates, probability: Float32, weight: Float32) -> float:
+    """Estimate the share of faces without a neighbour in their own identity, from right labels."""
+    if candidates.has_neighbour is None:
+        return 0.0
+    solid = candidates.is_own & (weight >= 1)
+    right = probability[solid].astype(np.float64)
+    if right.sum() < _MIN_MASS:
+        return 0.0
+    return float(right[~candidates.has_neighbour[solid]].sum() / right.sum())
 
 
 def compute_log_ratio(
@@ -260,7 +418,11 @@ def compute_log_ratio(
         log_genuine = genuine.compute_log_density(capped, weight) - _LOG_ROOT
         log_scale = 0.5 * np.log(impostor.compute_variance(weight))
         ratio = np.where(above, log_genuine + log_scale - tail.compute_log_density(deviation), ratio)
-    return np.where(weight >= MIN_WEIGHT, np.clip(ratio, -_MAX_AGAINST, _MAX_FOR), 0).astype(np.float32)
+    ratio = np.clip(ratio, -_MAX_AGAINST, _MAX_FOR)
+    # An identity that rests on less than a face says as much less: without the face it would say nothing.
+    weight = np.minimum(weight, 1)
+    partial = np.log(np.maximum(weight * np.exp(ratio.astype(np.float64)) + (1 - weight), 1e-9))
+    return np.where(weight >= 1, ratio, partial).astype(np.float32)
 
 
 def weigh_names(
@@ -318,6 +480,14 @@ def weigh_names(
     share = np.where(is_first, bears[identity], 1 - bears[identity]) * (1 - claimed[face])
     if_one = np.where(is_pair[identity], 1 - claimed[face], probability[own])
     weighed = (1 - apart[identity]) * if_one + apart[identity] * share
+    # A face of a further part that fits the person of the nearer part is as doubtful as they.
+    is_further = is_open[identity] & (part[face] > 1) & (prior[face] == 1)
+    is_near_first, ratio = _compare_parts(faces, face, identity, first, second, genuine=genuine, impostor=impostor)
+    fits = 1 / (1 + np.exp(-ratio.astype(np.float64) - _LOG_ODDS_ONE_PERSON))
+    share = np.where(is_near_first, bears[identity], 1 - bears[identity]) * (1 - claimed[face]) * fits
+    further = (1 - apart[identity]) * probability[own] + apart[identity] * share
+    weighed = np.where(is_further, further, weighed)
+    is_weighed |= is_further
     probability[own] = np.where(is_weighed, weighed, probability[own])
     no_identity[face] = np.where(is_weighed, np.maximum(0, 1 - claimed[face] - weighed), no_identity[face])
     # Each face of a pair rests on the other one, whatever their probabilities.
@@ -334,6 +504,39 @@ def weigh_names(
         similarity=to_rest,
         weight=rest,
     )
+
+
+def _compare_parts(
+    faces: FaceVectors,
+    face: Int64,
+    identity: Int64,
+    first: IdentityCentres,
+    second: IdentityCentres,
+    *,
+    genuine: Normal,
+    impostor: Normal,
+) -> tuple[Bool, Float32]:
+    """Compare faces with the two parts of their identities.
+
+    Args:
+        faces: n faces.
+        face: position of each face, (m,).
+        identity: number of each face's identity, (m,).
+        first: sums of the first part of each identity.
+        second: sums of the second part.
+        genuine: distribution of faces to their own part.
+        impostor: distribution of strangers.
+
+    Returns:
+        Whether the first part is nearer (m,), and the log likelihood ratio (m,) of belonging to the nearer one.
+    """
+    no_share = np.zeros(len(face), np.float32)
+    to_first, first_size = first.compute_fit(faces, face, identity, no_share)
+    to_second, second_size = second.compute_fit(faces, face, identity, no_share)
+    is_near_first = np.asarray(to_first >= to_second)
+    similarity = np.maximum(to_first, to_second)
+    size = np.where(is_near_first, first_size, second_size).astype(np.float32)
+    return is_near_first, compute_log_ratio(genuine, impostor, similarity, size)
 
 
 def _sum_others(candidates: LabelCandidates, posteriors: LabelPosteriors, count: int) -> Float64:
@@ -361,32 +564,29 @@ def _fit_parts(
 
 
 def _compute_posteriors(
-    candidates: LabelCandidates, ratio: Float32, prior: Float32, *, swapped: float, unknown: float
+    candidates: LabelCandidates, ratio: Float32, weight: Float32, prior: Float32, rates: NoiseRates
 ) -> tuple[Float32, Float32]:
     """Compute the probability of each candidate (m,), and of belonging to none of them (n,)."""
+    face = candidates.face
+    swapped = rates.swapped[rates.size_class]
+    unknown = rates.unknown[rates.size_class]
+    correct = 1 - swapped - unknown
+    # A face with a wrong label is anybody's, and of those more often who have many faces.
+    own = candidates.is_own
+    size = np.bincount(candidates.identity[own], minlength=candidates.identity_count)
+    other = swapped[face] * size[candidates.identity] / max(1, own.sum() - 1)
     # Prior times likelihood for each candidate, and for no identity; then divide by the sum per face.
-    own = (1 - swapped - unknown) * prior[candidates.face]
-    other = np.full(len(candidates), swapped / max(1, candidates.identity_count - 1))
-    likelihood = np.where(candidates.is_own, own, other) * np.exp(ratio.astype(np.float64))
-    no_identity = unknown + (1 - swapped - unknown) * (1 - prior)
-    total = no_identity + np.bincount(candidates.face, likelihood, len(prior))
-    probability = (likelihood / total[candidates.face]).astype(np.float32)
+    likelihood = np.where(own, (correct * prior)[face], other) * np.exp(ratio.astype(np.float64))
+    # Of two labels of a face each that are one person's, either may be the wrong one.
+    is_alone = np.zeros(len(prior), bool)
+    is_alone[face[own]] = weight[own] < MIN_WEIGHT
+    is_mutual = ~own & is_alone[face] & (weight < _TWO_FACES)
+    mutual = np.bincount(face[is_mutual], likelihood[is_mutual], len(prior))
+    likelihood[own] += mutual[face[own]]
+    no_identity = unknown + swapped * rates.missed + correct * (1 - prior)
+    total = no_identity + np.bincount(face, likelihood, len(prior))
+    probability = (likelihood / total[face]).astype(np.float32)
     return probability, (no_identity / total).astype(np.float32)
-
-
-def _sample_strangers(candidates: LabelCandidates, face_count: int, seed: int) -> tuple[Int64, Int64]:
-    """Sample faces (s,) and identities (s,) that are not candidates of each other."""
-    rng = np.random.default_rng(seed)
-    if candidates.identity_count < 2 or not len(candidates):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    labelled = np.unique(candidates.face)
-    size = min(_MAX_STRANGERS, 4 * len(labelled) * candidates.identity_count)
-    faces = rng.choice(labelled, size)
-    # Identities are drawn as often as they have labels, so that they rest on as many faces as the candidates do.
-    identities = rng.choice(candidates.identity[candidates.is_own], size)
-    keys = candidates.face * candidates.identity_count + candidates.identity
-    is_stranger = ~np.isin(faces * candidates.identity_count + identities, keys)
-    return faces[is_stranger], identities[is_stranger]
 
 
 def _fit_distributions(genuine: Normal | None, impostor: Normal | None, threshold: float) -> tuple[Normal, Normal]:

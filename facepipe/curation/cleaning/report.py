@@ -27,6 +27,8 @@ from facepipe.reports.model import Face, Figure, Group, Histogram, Report, Table
 from facepipe.types import Float32, Int64
 
 _EXAMPLES = 4  # faces of an identity beside a suspicious one
+# Bounds of the bins of probabilities, as in `facepipe evaluate clean`.
+_NOISE_BINS = (0.0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1.0)
 _MAX_LABEL_GROUPS = 6000
 _MAX_IDENTITY_GROUPS = 1500  # of merges, and of splits
 _UNKNOWN_FACE = FaceDetails("", None, None)
@@ -39,7 +41,8 @@ def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement
     notes = (
         "noise is the probability that a label is wrong. It comes from the corpus itself: how alike faces are to the "
         "rest of their identity and to others, and how often labels are swapped. No threshold is set by hand.",
-        "Expected errors are what the probabilities predict. docs/performance.md compares them with real ones.",
+        "Expected errors are what the probabilities predict; labels to review and unverified ones are not decided. "
+        "`facepipe evaluate clean` compares with the truth, and docs/performance.md has the result on known faces.",
         "A label of an image counts once. Other faces of the image are bystanders, and no wrong labels.",
         "The lists and all decisions are beside this page: clean.csv, clean.txt, msceleb.txt, relabel.csv, review.csv, "
         "decisions.parquet (faces), images.parquet (every image once), identities.parquet.",
@@ -53,7 +56,11 @@ def build_clean_report(graph: Graph, gallery: Gallery, judgement: LabelJudgement
             _build_noise_histogram(noise),
             _build_size_histogram(judgement),
         ),
-        tables=(_build_decision_table(judgement.verdicts), _build_round_table(judgement)),
+        tables=(
+            _build_decision_table(judgement.verdicts),
+            _build_certainty_table(judgement.verdicts),
+            _build_round_table(judgement),
+        ),
         groups=groups,
         notes=notes,
         groups_total=groups.total,
@@ -132,6 +139,19 @@ def _build_decision_table(verdicts: LabelVerdicts) -> Table:
         for (decision, reason), count in zip(keys, counts, strict=True)
     )
     return Table("Decisions", ("decision", "because", "faces"), rows)
+
+
+def _build_certainty_table(verdicts: LabelVerdicts) -> Table:
+    """Count labels by their probability of being wrong, beside how many are wrong by it."""
+    noise = verdicts.noise[verdicts.is_counted]
+    bins = np.minimum(np.digitize(noise, _NOISE_BINS) - 1, len(_NOISE_BINS) - 2)
+    counts = np.bincount(bins, minlength=len(_NOISE_BINS) - 1)
+    wrong = np.bincount(bins, noise, len(_NOISE_BINS) - 1)
+    rows = tuple(
+        (f"{_NOISE_BINS[n]:g} to {_NOISE_BINS[n + 1]:g}", f"{counts[n]:,}", f"{wrong[n]:,.1f}")
+        for n in np.flatnonzero(counts)
+    )
+    return Table("Labels by the probability that they are wrong", ("probability", "labels", "wrong, expected"), rows)
 
 
 def _build_round_table(judgement: LabelJudgement) -> Table:

@@ -21,13 +21,13 @@ from facepipe.evaluation.cleaning import (
 )
 from facepipe.gallery import Gallery
 
-FACE = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(-1, 3), st.integers(0, 5), st.integers(0, 8))
+FACE = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(-1, 3), st.integers(0, 7), st.integers(0, 8))
 FACES = st.lists(FACE, min_size=1, max_size=40)
 
 
 def decisions(faces: list[tuple[int, int, int, int, int]]) -> LabelDecisions:
     given_, true, suggested, decision, noise = np.array(faces, np.int64).T
-    return LabelDecisions(given_, true, suggested, decision, noise / 8)
+    return LabelDecisions(given_, true, suggested, decision, noise / 8, np.full(len(noise), np.nan))
 
 
 def share(part: list[Any], whole: list[Any]) -> float | None:
@@ -38,7 +38,8 @@ def share(part: list[Any], whole: list[Any]) -> float | None:
 @given(FACES)
 def test_figures_are_what_counting_says(faces: list[tuple[int, int, int, int, int]]) -> None:
     result = score_decisions(decisions(faces))
-    flagged = [f for f in faces if DECISIONS[f[3]] in ("outlier", "relabel") or (f[3] == 5 and f[4] / 8 > 0.5)]
+    flags = ("outlier", "relabel", "bystander")
+    flagged = [f for f in faces if DECISIONS[f[3]] in flags or (f[3] == 5 and f[4] / 8 > 0.5)]
     wrong = [f for f in faces if f[0] != f[1]]
     found = [f for f in flagged if f[0] != f[1]]
     relabels = [f for f in faces if DECISIONS[f[3]] == "relabel"]
@@ -47,7 +48,16 @@ def test_figures_are_what_counting_says(faces: list[tuple[int, int, int, int, in
     assert result.detection.recall == (1 if not wrong else len(found) / len(wrong))
     assert result.relabels_right == share([f for f in relabels if f[1] == f[2]], relabels)
     assert result.repaired == share([f for f in relabels if f[1] == f[2] and f[0] != f[1]], wrong)
-    assert result.errors == len(wrong) - len(found) + len(flagged) - len(found)
+    kept = [f for f in wrong if DECISIONS[f[3]] in ("keep", "duplicate", "low_quality")]
+    lost = [f for f in faces if DECISIONS[f[3]] == "outlier" and f[0] == f[1]]
+    assert result.errors == len(kept) + len(lost) + len([f for f in relabels if f[1] != f[2]])
+    counted = [f for f in faces if DECISIONS[f[3]] != "bystander"]
+    assert sum(entry.labels for entry in result.reliability) == len(counted)
+    for entry in result.reliability:
+        inside = [f for f in counted if entry.low <= f[4] / 8 < entry.high or f[4] / 8 == entry.high == 1]
+        assert entry.labels == len(inside) > 0
+        assert entry.wrong == len([f for f in inside if f[0] != f[1]])
+        assert entry.expected == pytest.approx(sum(f[4] / 8 for f in inside))
     counts = {name: {"right": 0, "wrong": 0} for name in DECISIONS}
     for face in faces:
         counts[DECISIONS[face[3]]]["right" if face[0] == face[1] else "wrong"] += 1
@@ -78,7 +88,7 @@ def test_a_calibrated_noise_predicts_the_errors() -> None:
     wrong = rng.random(len(noise)) < noise
     zeros = np.zeros(len(noise), np.int64)
     result = score_decisions(
-        LabelDecisions(zeros, wrong.astype(np.int64), zeros - 1, np.where(noise > 0.7, 1, 0), noise)
+        LabelDecisions(zeros, wrong.astype(np.int64), zeros - 1, np.where(noise > 0.7, 1, 0), noise, noise)
     )
     assert result.expected_errors == pytest.approx(result.errors, rel=0.02)
 
@@ -133,7 +143,7 @@ def test_a_truth_by_face(gallery: Gallery, tmp_path: Path) -> None:
     assert (result.detection.precision, result.detection.recall) == (3 / 4, 3 / 4)
     assert (result.repaired, result.relabels_right) == (1 / 4, 1 / 2), "nobody is no suggestion"
     assert result.errors == 2
-    assert result.expected_errors == pytest.approx(0.1 + 0.1 + 0.2 + 0.4 + 0.3)
+    assert result.expected_errors == pytest.approx(0.1 + 0.1 + 0.2 + 0.3), "what is reviewed is not decided"
     assert result.counts["relabel"] == {"right": 0, "wrong": 2}
     assert result.counts["low_quality"] == {"right": 0, "wrong": 1}
     assert (result.left_out, result.without_truth, result.without_label, result.without_decision) == (0, 0, 0, 1)

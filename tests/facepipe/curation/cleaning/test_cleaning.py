@@ -267,6 +267,45 @@ def test_a_small_second_part_is_not_who_bears_the_name() -> None:
     assert (found.noise[9:11] > 0.8).all()
 
 
+def test_a_further_part_is_as_doubtful_as_the_part_it_is_near() -> None:
+    """A face of the second person that none of hers is quite near."""
+    truth = np.concatenate([np.repeat([0, 1], [5, 5]), np.repeat(np.arange(2, 62), 6)])
+    label = np.where(truth == 1, 0, truth)
+    made = corpus(truth, label)
+    pool, belief, _, inside = judged(made)
+    part = inside.part.copy()
+    part[9] = 2
+    ones = np.ones(len(label), np.float32)
+    found = decide_labels(
+        pool, weigh_names(made.faces, pool, belief, part, ones, threshold=THRESHOLD), np.arange(len(label)), ones
+    )
+    assert (found.decision[:10] == REVIEW).all()
+    assert found.noise[9] == pytest.approx(found.noise[8], abs=0.1)
+
+
+def test_of_two_labels_of_one_face_each_neither_is_known_to_be_wrong() -> None:
+    """Two names for one person, a photo each: either may be right."""
+    truth = np.concatenate([[0, 0], np.repeat(np.arange(1, 121), 6)])
+    label = truth + 1
+    label[0] = 0
+    _, _, found, _ = judged(corpus(truth, label))
+    assert np.isin(found.decision[:2], [REVIEW, UNVERIFIED]).all()
+    assert np.allclose(found.noise[:2], 0.5, atol=0.05)
+
+
+def test_rates_are_those_of_identities_of_the_same_size() -> None:
+    """Large identities with many wrong labels say nothing of those with one photo each."""
+    rng = np.random.default_rng(4)
+    truth = np.concatenate([np.repeat(np.arange(80), 12), np.arange(80, 480)])
+    label = truth.copy()
+    moved = (truth < 80) & (rng.random(len(truth)) < 0.4)
+    label[moved] = (truth[moved] + rng.integers(1, 80, moved.sum())) % 80
+    _, belief, found, _ = judged(corpus(truth, label))
+    assert belief.swapped == pytest.approx(moved[truth < 80].mean(), abs=0.04)
+    assert (found.decision[truth >= 80] == UNVERIFIED).all()
+    assert found.noise[truth >= 80].mean() < 0.1
+
+
 def test_a_tail_falls_and_is_lighter_than_a_normal_one() -> None:
     rng = np.random.default_rng(0)
     similarity = rng.uniform(-1, 1, 200_000).astype(np.float32)  # no tail at all
@@ -424,8 +463,10 @@ def test_overruling_touches_only_what_was_kept() -> None:
 
 
 def test_expected_errors_are_the_probabilities_of_being_wrong() -> None:
-    found = verdict([(0, 1, True, 0.9), (1, 1, True, 0.2), (2, 1, True, 0.5)], [0.1, 0.8, 0.5, 0])
-    assert estimate_errors(found) == pytest.approx(0.1 + 0.2 + 0.5, abs=1e-6)
+    rows = [(0, 1, True, 0.9), (1, 1, True, 0.2), (2, 1, True, 0.5), (3, 1, True, 0.01), (3, 2, False, 0.85)]
+    found = verdict(rows, [0.1, 0.8, 0.5, 0.14, 0])
+    assert found.decision.tolist() == [KEEP, OUTLIER, REVIEW, RELABEL, -1]
+    assert estimate_errors(found) == pytest.approx(0.1 + 0.2 + 0.15, abs=1e-6), "what is reviewed is not decided"
 
 
 def test_expected_errors_are_about_the_real_ones() -> None:
