@@ -19,13 +19,14 @@ from jsonschema import Draft202012Validator
 
 from facepipe.observe.metrics import LIVE_METRICS, METRICS
 from jobs.cli import app
+from pipelines.train.pipeline import read_config as read_training_config
 
 INFRA = REPOSITORY / "infra"
 DOCKERFILES = sorted((INFRA / "docker").glob("*.Dockerfile"))
 OVERLAYS = sorted(p.name for p in (INFRA / "kubernetes" / "overlays").iterdir())
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
-JOBS = {"facepipe-nightly", "facepipe-clean-dataset", "facepipe-bulk-search"}
+JOBS = {"facepipe-nightly", "facepipe-clean-dataset", "facepipe-bulk-search", "facepipe-train"}
 
 EXPORTED = (*(name for name in METRICS if name not in LIVE_METRICS), *(f"ray_{name}" for name in LIVE_METRICS))
 FOREIGN = re.compile(r"(node_filesystem|kubelet_volume_stats)_\w+")
@@ -227,9 +228,16 @@ class TestOverlay:
             assert is_runnable(entrypoint), entrypoint
             file = Path(entrypoint.split()[-1])
             assert str(file.parent) == "/etc/facepipe"
-            assert tomllib.loads(config["data"][file.name])["gallery"]
+            settings = tomllib.loads(config["data"][file.name])
+            assert settings.get("gallery") or settings["data"]["gallery"]
         for pod in (pod for where, pod in list_ray_pods(overlay) if where.endswith("head")):
             assert {"name": "config", "configMap": {"name": "facepipe-config"}} in pod["spec"]["volumes"]
+
+    def test_the_training_is_one_that_can_be_run(self, overlay: str) -> None:
+        config = next(o for o in list_kind(overlay, "ConfigMap") if o["metadata"]["name"] == "facepipe-config")
+        training = read_training_config(tomllib.loads(config["data"]["train.toml"]), {})
+        assert training.run.runner == "ray"
+        assert training.run.output.startswith("/gallery/")
 
     def test_jobs_end_and_clean_up(self, overlay: str) -> None:
         for job in list_kind(overlay, "RayJob"):

@@ -66,18 +66,34 @@ def find_tar_at_far(curve: RocCurve, far: float) -> tuple[float, float]:
 
 def find_best_threshold(distances: Float64, same: Bool) -> float:
     """Find a threshold of the highest accuracy, midway between distances; the middle one if several tie."""
+    return _find_best_cut(distances, same, same_weight=1.0, other_weight=1.0)
+
+
+def find_balanced_threshold(distances: Float64, same: Bool) -> float:
+    """Find a threshold as `find_best_threshold` does, with pairs of both kinds counted as if there were as many.
+
+    Among many more pairs of two persons than of one, the highest accuracy calls next to all pairs different.
+    """
+    same_weight = 1 / max(1, int(same.sum()))
+    other_weight = 1 / max(1, int((~same).sum()))
+    return _find_best_cut(distances, same, same_weight=same_weight, other_weight=other_weight)
+
+
+def _find_best_cut(distances: Float64, same: Bool, *, same_weight: float, other_weight: float) -> float:
+    """Find the cut with the highest weight of right decisions."""
     order = np.argsort(distances, kind="stable")
     distances = distances[order]
     same = same[order]
-    # Correct decisions for each cut: same pairs below it and different pairs above it.
+    # Right decisions for each cut: same pairs below it and different pairs above it.
     accepted = np.concatenate([[0], np.cumsum(same)])
     rejected = np.concatenate([np.cumsum((~same)[::-1])[::-1], [0]])
-    correct = accepted + rejected
+    correct = accepted * same_weight + rejected * other_weight
     below_all = np.nextafter(distances[0], -np.inf)
     cuts = np.concatenate([[below_all], (distances[1:] + distances[:-1]) / 2, [distances[-1]]])
     # Equal distances cannot be cut apart.
     is_possible = np.concatenate([[True], distances[1:] != distances[:-1], [True]])
-    best = cuts[is_possible & (correct == correct[is_possible].max())]
+    # Weights are fractions, whose sums may differ in the last bits where counts are equal.
+    best = cuts[is_possible & (correct >= correct[is_possible].max() * (1 - 1e-12))]
     return float(best[len(best) // 2])
 
 

@@ -65,6 +65,37 @@ class Examples(Generic[S]):
     verify: Callable[[EmbedChips], dict[str, float]] = _skip_verification
 
 
+@dataclass(frozen=True)
+class ChipBatches:
+    """Batches of chips and labels, made without a network, in any process.
+
+    Attributes:
+        chips: training set.
+        sampler: the choice of each batch's rows.
+        augment: augmentation of the chips.
+        seed: random seed of the augmentation.
+    """
+
+    chips: LabelledChips
+    sampler: RowSampler
+    augment: AugmentConfig
+    seed: int
+
+    def make_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Load and augment the rank's rows of a step.
+
+        A chip's random numbers depend on its position in the whole batch, so that they do not depend on the ranks.
+        """
+        rows = self.sampler.draw_rows(step, rank, world)
+        first = rank * len(rows)
+        chips = [self._augment_row(int(row), step, first + n) for n, row in enumerate(rows)]
+        return torch.from_numpy(np.stack(chips)), torch.from_numpy(self.chips.labels[rows].copy())
+
+    def _augment_row(self, row: int, step: int, position: int) -> UInt8Image:
+        rng = np.random.default_rng((self.seed, step, position))
+        return augment_chip(self.chips.load_chip(row), self.augment, rng)
+
+
 class EmbeddingTask:
     """A `TrainingTask` whose batches are chips (n, h, w, 3) uint8 RGB and labels (n,) int64.
 
@@ -86,19 +117,14 @@ class EmbeddingTask:
         self._input = model_input
         self._seed = seed
 
+    @property
+    def batches(self) -> "ChipBatches":
+        """What makes the batches."""
+        return ChipBatches(self._examples.chips, self._examples.sampler, self._examples.augment, self._seed)
+
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Load and augment the rank's rows of a step.
-
-        A chip's random numbers depend on its position in the whole batch, so that they do not depend on the ranks.
-        """
-        rows = self._examples.sampler.draw_rows(step, rank, world)
-        first = rank * len(rows)
-        chips = [self._augment_row(int(row), step, first + n) for n, row in enumerate(rows)]
-        return torch.from_numpy(np.stack(chips)), torch.from_numpy(self._examples.chips.labels[rows].copy())
-
-    def _augment_row(self, row: int, step: int, position: int) -> UInt8Image:
-        rng = np.random.default_rng((self._seed, step, position))
-        return augment_chip(self._examples.chips.load_chip(row), self._examples.augment, rng)
+        """Load and augment the rank's rows of a step."""
+        return self.batches.make_batch(step, rank, world)
 
     def compute_loss(self, inputs: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch, in float32 even if the network computes in 16 bits."""

@@ -85,10 +85,13 @@ class NetworkStart:
         return net.requires_grad_(True).train()
 
     def list_resized(self) -> list[str]:
-        """List the tensors that start at random because the weights have another `dim`."""
+        """List the tensors that start at random: the weights have another `dim`, or are a trunk without this layer."""
         if self.state is None:
             return []
         axes = find_output_axes(self.architecture, self.dim, self.size)
+        # Weights of ImageNet have a classifier instead of the embedding layer.
+        if axes and not axes.keys() & self.state.keys():
+            return list(axes)
         # Nothing is resized if the weights have the same length already.
         if _infer_dim(self.state, self.architecture, self.size) == self.dim:
             return []

@@ -18,7 +18,7 @@ from facepipe.models.runtime.memory import keep_freed_memory
 from facepipe.training.trainer import metrics_log
 from facepipe.training.trainer.checkpointing import FOLDER
 from facepipe.training.trainer.config import TrainingRunConfig
-from facepipe.training.trainer.loop import LoopSettings, OnProgress, Outcome, TrainingLoop
+from facepipe.training.trainer.loop import LoopSettings, OnProgress, Outcome, TrainingLoop, count_loaders
 from facepipe.training.trainer.mixed_precision import choose_precision
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.trainer.task import TrainingTask
@@ -49,10 +49,12 @@ class WorkerDevice:
     Attributes:
         name: cpu or cuda.
         threads: CPU threads per worker.
+        cpus: CPUs per worker that Ray sets aside, for the worker and its loaders.
     """
 
     name: str
     threads: int
+    cpus: int = 1
 
 
 def check_device(run: TrainingRunConfig) -> None:
@@ -159,7 +161,13 @@ class RayTraining:
             raise ModelError(f"run.workers={run.workers} on cuda needs as many GPUs, but Ray has {resources.gpus}")
         if resources.cpus < run.workers:
             raise ConfigError(f"run.workers={run.workers}, but Ray has {resources.cpus} CPUs: lower it")
-        return WorkerDevice(device, run.threads or max(1, resources.cpus // run.workers))
+        threads = run.threads or max(1, resources.cpus // run.workers)
+        if device != "cuda":
+            return WorkerDevice(device, threads)
+        # Loaders need CPUs, of the machine that has the fewest per GPU, so that Ray finds a place for each worker.
+        cpus = min(threads, resources.cpus_per_gpu or threads)
+        loaders = count_loaders(cpus) if run.loaders is None else run.loaders
+        return WorkerDevice(device, threads, max(1, min(cpus, 1 + loaders)))
 
     def _fit(self, device: WorkerDevice, box: dict[str, Any]) -> None:
         """Run Ray Train, and put its result or its error into the box."""
@@ -179,7 +187,11 @@ class RayTraining:
                 _run_worker,
                 train_loop_config={"plan": self._plan, "device": device},
                 torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(_COLLECTIVE_TIMEOUT_S)),
-                scaling_config=ScalingConfig(num_workers=self._run_config.workers, use_gpu=on_gpu),
+                scaling_config=ScalingConfig(
+                    num_workers=self._run_config.workers,
+                    use_gpu=on_gpu,
+                    resources_per_worker={"CPU": device.cpus} | ({"GPU": 1} if on_gpu else {}),
+                ),
                 run_config=RunConfig(
                     name="train",
                     storage_path=results,

@@ -155,6 +155,8 @@ def _describe_resnet(depth: int) -> Architecture:
         build=_build_embedder("embedders.resnet.ResNet", depth=depth),
         input=Input(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375)),
         layout=_make_arcface_layout((112, 112)),
+        # Of ImageNet: a trunk, with a classifier instead of the embedding layer.
+        lineages=(Lineage("torchvision", "fc.weight", "embedders.keys.rename_torchvision_resnet"),),
     )
 
 

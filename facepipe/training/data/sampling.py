@@ -5,7 +5,7 @@ Every batch is full. All ranks draw the same batch: a rank's rows are a slice of
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -75,6 +75,14 @@ class BatchSampler:
             raise ConfigError(
                 f"sample.batch={self._width}, but there are only {self._count} images: lower sample.batch"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the cache, which cannot be pickled: other processes make their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_get_epoch_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._get_epoch_order = lru_cache(maxsize=2)(self._shuffle_epoch)
 
     def _group_by_identity(self, labels: Int64) -> None:
         """Index the images of each identity, and choose the identities to visit."""

@@ -1,6 +1,7 @@
 """The training of a detector: images and annotations, the multi-task loss, and average precision."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -14,11 +15,64 @@ from facepipe.training.data.sampling import BatchSampler, SampleConfig
 from facepipe.training.detection.annotations import AnnotatedFaces
 from facepipe.training.detection.augment import Scene, augment_scene
 from facepipe.training.detection.config import DetectionConfig
-from facepipe.training.detection.folder import open_folder
+from facepipe.training.detection.folder import AnnotatedFolder, open_folder
 from facepipe.training.detection.loss import MultiTaskLoss
 from facepipe.training.detection.validation import measure_average_precision
+from facepipe.types import Int64
 
 _AUGMENT_STREAM = 1001  # keeps these random numbers apart from the sampler's
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionBatches:
+    """Batches of images and targets, made without a network, in any process.
+
+    Attributes:
+        data: images and annotations.
+        rows: images with faces, (n,).
+        sampler: the choice of each batch's images.
+        config: size, augmentation and threads.
+        seed: random seed of the augmentation.
+        fill: RGB levels of the padding.
+    """
+
+    data: AnnotatedFolder
+    rows: Int64
+    sampler: BatchSampler
+    config: DetectionConfig
+    seed: int
+    fill: tuple[float, float, float]
+
+    def make_batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
+        """Load and augment the rank's share of a step, a pure function of (seed, step) and the files."""
+        rows = self.sampler.draw_rows(step, rank, world)
+        # Random numbers depend on the position in the whole batch, and so not on the ranks.
+        first = rank * len(rows)
+        with ThreadPoolExecutor(self.config.threads) as pool:
+            positions = range(len(rows))
+            examples = list(pool.map(lambda n: self._make_example(int(rows[n]), step, first + n), positions))
+        # Pad targets to the image with most faces.
+        targets, valid = _pad_targets([_build_targets(example.scene.faces) for example in examples])
+        images = torch.from_numpy(np.stack([example.scene.pixels for example in examples]))
+        return images, targets, valid, torch.tensor([example.skipped for example in examples])
+
+    def _make_example(self, index: int, step: int, position: int) -> "_Example":
+        """Load and augment one image, or the next that can be decoded.
+
+        Args:
+            index: number of the image among those with faces.
+            step: number of the step.
+            position: position in the whole batch.
+        """
+        # Try the following images in turn if one cannot be decoded.
+        for skipped in range(len(self.rows)):
+            row = int(self.rows[(index + skipped) % len(self.rows)])
+            pixels = self.data.load_pixels(row)
+            if pixels is not None:
+                rng = np.random.default_rng((self.seed, _AUGMENT_STREAM, step, position))
+                scene = Scene(pixels, self.data.annotations.get_faces(row))
+                return _Example(augment_scene(scene, self.config.size, self.fill, self.config.augment, rng), skipped)
+        raise SourceError(f"none of the images below {str(self.data.root)!r} can be decoded")
 
 
 class DetectionTask:
@@ -52,11 +106,12 @@ class DetectionTask:
             )
         # Batches need no identities, so all images get one label.
         labels = np.zeros(len(self._rows), np.int64)
-        self._sampler = BatchSampler(labels, SampleConfig(batch=config.batch), seed)
-        self.steps_per_epoch = self._sampler.steps_per_epoch
+        sampler = BatchSampler(labels, SampleConfig(batch=config.batch), seed)
+        self.steps_per_epoch = sampler.steps_per_epoch
         # Padding has the mean colour, which is zero after normalisation.
         colour = MEAN_BGR[::-1] if channels == "bgr" else MEAN_BGR
-        self._fill = (colour[0], colour[1], colour[2])
+        fill = (colour[0], colour[1], colour[2])
+        self.batches = DetectionBatches(self._data, self._rows, sampler, config, seed, fill)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -75,34 +130,7 @@ class DetectionTask:
 
     def make_batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, ...]:
         """Load and augment the rank's share of a step, a pure function of (seed, step) and the files."""
-        rows = self._sampler.draw_rows(step, rank, world)
-        # Random numbers depend on the position in the whole batch, and so not on the ranks.
-        first = rank * len(rows)
-        with ThreadPoolExecutor(self.config.threads) as pool:
-            positions = range(len(rows))
-            examples = list(pool.map(lambda n: self._make_example(int(rows[n]), step, first + n), positions))
-        # Pad targets to the image with most faces.
-        targets, valid = _pad_targets([_build_targets(example.scene.faces) for example in examples])
-        images = torch.from_numpy(np.stack([example.scene.pixels for example in examples]))
-        return images, targets, valid, torch.tensor([example.skipped for example in examples])
-
-    def _make_example(self, index: int, step: int, position: int) -> "_Example":
-        """Load and augment one image, or the next that can be decoded.
-
-        Args:
-            index: number of the image among those with faces.
-            step: number of the step.
-            position: position in the whole batch.
-        """
-        # Try the following images in turn if one cannot be decoded.
-        for skipped in range(len(self._rows)):
-            row = int(self._rows[(index + skipped) % len(self._rows)])
-            pixels = self._data.load_pixels(row)
-            if pixels is not None:
-                rng = np.random.default_rng((self.seed, _AUGMENT_STREAM, step, position))
-                scene = Scene(pixels, self._data.annotations.get_faces(row))
-                return _Example(augment_scene(scene, self.config.size, self._fill, self.config.augment, rng), skipped)
-        raise SourceError(f"none of the images below {str(self._data.root)!r} can be decoded")
+        return self.batches.make_batch(step, rank, world)
 
     def compute_loss(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the multi-task loss of a batch.

@@ -116,10 +116,12 @@ class TrainingRunConfig:
         runner: where training runs: ray (workers of Ray Train) or inline (this process).
         workers: processes that share each batch, one per GPU; inline has one.
         device: auto, cpu or cuda.
-        precision: fp32, bf16, fp16 (with loss scaling), or auto: bf16 on a GPU that supports it, otherwise fp32.
+        precision: fp32 (IEEE), tf32, bf16, fp16 (with loss scaling), or auto: bf16 on a GPU that supports it, otherwise
+            fp32.
         seed: random seed of weights, batches, augmentation and dropout.
         threads: CPU threads per worker; default: an equal share of the machine.
-        loaders: processes per worker that prepare batches ahead; 0: the worker prepares its batches itself.
+        loaders: processes per worker that prepare batches ahead; 0: the worker prepares its batches itself; default: on
+            a GPU one less than the worker has CPUs, and at most 8, otherwise 0.
         checkpoint_steps: write a checkpoint every so many steps, and at every validation and at the end.
         checkpoint_seconds: write a checkpoint at least every so many seconds.
         keep: checkpoints to keep; if the last one is damaged, training resumes from the one before.
@@ -135,10 +137,10 @@ class TrainingRunConfig:
     runner: Literal["ray", "inline"] = "ray"
     workers: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     seed: Natural = 0
     threads: Count | None = None
-    loaders: Natural = 0
+    loaders: Natural | None = None
     checkpoint_steps: Count | None = None
     checkpoint_seconds: Positive = 600.0
     keep: Annotated[int, Field(ge=1, le=10)] = 2

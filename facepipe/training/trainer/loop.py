@@ -23,11 +23,13 @@ from facepipe.training.trainer.mixed_precision import Gradients, MixedPrecision
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.trainer.running_means import RunningMeans
 from facepipe.training.trainer.schedule import ValidationHistory
-from facepipe.training.trainer.task import Batch, EpochTask, TrainingTask
+from facepipe.training.trainer.task import Batch, BatchMaker, EpochTask, HasBatchMaker, TrainingTask
 
 EndReason = Literal["done", "stopped", "interrupted"]
 OnProgress = Callable[[TrainingProgress], None]
 _ERROR = "why"  # key of an error among scores
+# Processes that prepare batches for a GPU: more of them make no batch sooner.
+_MAX_LOADERS = 8
 # Scores that tell the scale of the space, and the share of it at which the space counts as collapsed.
 _IMPOSTOR_DISTANCE = "impostor_distance"
 _GENUINE_DISTANCE = "genuine_distance"
@@ -210,15 +212,20 @@ class TrainingLoop:
 
     def _iterate_batches(self, steps: range) -> Iterator[tuple[int, Batch]]:
         """Yield steps and their batches, which loader processes prepare ahead if there are any."""
-        loaders = self._run_config.loaders
         # Pinned memory lets the copy to the device go on during the computation.
         on_gpu = self.ranks.device.type == "cuda"
+        loaders = self._run_config.loaders
+        if loaders is None:
+            loaders = count_loaders(torch.get_num_threads()) if on_gpu else 0
+        maker = self.task.batches if isinstance(self.task, HasBatchMaker) else self.task
         batches = DataLoader(
-            _RankBatches(self.task, self.ranks.rank, self.ranks.world),
+            _RankBatches(maker, self.ranks.rank, self.ranks.world),
             batch_size=None,
             sampler=steps,
             num_workers=loaders,
             prefetch_factor=4 if loaders else None,
+            # A process that has CUDA, NCCL and Ray's threads must not be forked.
+            multiprocessing_context="forkserver" if loaders and on_gpu else None,
             pin_memory=on_gpu,
         )
         for step, batch in zip(steps, batches, strict=True):
@@ -447,13 +454,18 @@ def _describe_distances(scores: dict[str, float], start: dict[str, float]) -> st
     return text
 
 
+def count_loaders(cpus: int) -> int:
+    """Count the processes that prepare batches for a GPU, of the CPUs of its worker. The worker itself keeps one."""
+    return max(0, min(_MAX_LOADERS, cpus - 1))
+
+
 class _RankBatches(Dataset[Batch]):
     """A rank's shares of the batches, by step."""
 
-    def __init__(self, task: TrainingTask, rank: int, world: int):
-        self._make_batch = task.make_batch
+    def __init__(self, maker: BatchMaker, rank: int, world: int):
+        self._maker = maker
         self._rank = rank
         self._world = world
 
     def __getitem__(self, step: int) -> Batch:
-        return self._make_batch(step, self._rank, self._world)
+        return self._maker.make_batch(step, self._rank, self._world)

@@ -113,12 +113,14 @@ class MetricsLog:
         """Write a line."""
         self._file.write(_to_line(entry))
         if self._board is not None:
-            curves: dict[str, float] = {}
+            # A tag has one meaning: the accuracy of the training is not that of the validation.
+            for name, value in entry.scores.items():
+                self._board.add_scalar(f"val/{name}", value, entry.step)
             # The start weights have scores and nothing else.
             if entry.loss is not None:
-                curves = {"loss": entry.loss, "lr": entry.lr, "images_per_second": entry.speed}
-            for name, value in {**curves, **entry.figures, **entry.scores}.items():
-                self._board.add_scalar(name, value, entry.step)
+                trained = {"loss": entry.loss, "lr": entry.lr, "images_per_second": entry.speed, **entry.figures}
+                for name, value in trained.items():
+                    self._board.add_scalar(f"train/{name}", value, entry.step)
             self._board.flush()
 
     def __enter__(self) -> "MetricsLog":

@@ -12,13 +12,14 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from facepipe.errors import ConfigError
+from facepipe.models.runtime.precision import set_float32_products
 from facepipe.training.trainer.ranks import Ranks
 
-_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto` to fp32, bf16 or fp16.
+    """Resolve `auto` to fp32, bf16 or fp16. fp32 is IEEE on GPUs too, and tf32 what their tensor cores make of it.
 
     Raises:
         ConfigError: The precision is fp16 on a CPU, which has no loss scaling.
@@ -38,6 +39,7 @@ class MixedPrecision:
         self.name = choose_precision(precision, device)
         self._device = device.type
         self._type = _TYPES[self.name]
+        set_float32_products(self.name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -52,6 +52,22 @@ class TrainingTask(Protocol):
         """
 
 
+class BatchMaker(Protocol):
+    """What makes a task's batches, without its network, so that it can be sent to other processes."""
+
+    def make_batch(self, step: int, rank: int, world: int) -> Batch:
+        """Make the rank's share of a step's batch; see `TrainingTask.make_batch`."""
+
+
+@runtime_checkable
+class HasBatchMaker(Protocol):
+    """A task whose batches may be made in other processes. They get the batch maker alone."""
+
+    @property
+    def batches(self) -> BatchMaker:
+        """What makes the batches."""
+
+
 @runtime_checkable
 class EpochTask(Protocol):
     """A task whose batches depend on the network as it was when their epoch began."""

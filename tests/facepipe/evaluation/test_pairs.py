@@ -16,6 +16,7 @@ from facepipe.evaluation.roc import (
     compute_equal_error_rate,
     compute_roc,
     cross_validate,
+    find_balanced_threshold,
     find_best_threshold,
     find_tar_at_far,
 )
@@ -131,3 +132,18 @@ def test_lfw_lines_without_a_first_line(tmp_path: Path) -> None:
     pairs = read_pairs(path)
     assert pairs[0] == ("m.01/m.01_0001", "m.01/m.01_0002", True, 0)
     assert pairs[-1] == ("m.01/m.01_0001", "m.02/m.02_0003", False, 9)
+
+
+def test_a_balanced_threshold_does_not_follow_the_number_of_impostors() -> None:
+    """With 14 impostors per genuine pair, the highest accuracy calls next to all pairs different."""
+    rng = np.random.default_rng(0)
+    genuine = rng.normal(1.15, 0.2, 2000)
+    impostors = rng.normal(1.35, 0.15, 28_000)
+    found = []
+    for count in (2000, 28_000):
+        distances = np.concatenate([genuine, impostors[:count]])
+        found.append(find_balanced_threshold(distances, np.arange(len(distances)) < 2000))
+    assert found[0] == pytest.approx(found[1], abs=0.03)
+    assert (genuine < found[1]).mean() > 0.6
+    accurate = find_best_threshold(distances, np.arange(len(distances)) < 2000)
+    assert (genuine < accurate).mean() < 0.4

@@ -1,6 +1,8 @@
 """Triplets mined once an epoch: exact resume, batches of several ranks, the end where nothing is left to learn."""
 
 import os
+import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from facepipe.errors import ConfigError, TrainingError
 from facepipe.hashing import hash64
 from facepipe.models.runtime.preprocess import Input
 from facepipe.training.data.augment import AugmentConfig
+from facepipe.training.data.sampling import BatchSampler, SampleConfig
 from facepipe.training.embedding_task import Examples
 from facepipe.training.losses import LossConfig, build_objective, mine_triplets, resolve_loss_config
 from facepipe.training.losses.triplets import TripletLoss
 from facepipe.training.trainer.checkpointing import CheckpointFolder
 from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
-from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop
+from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop, _RankBatches
 from facepipe.training.trainer.ranks import Ranks
 from facepipe.training.triplet_task import TripletSampler, TripletTask
 
@@ -103,6 +107,32 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, whole: Path)
 def test_loaders_change_nothing(tmp_path: Path, whole: Path) -> None:
     trained(tmp_path, loaders=2)
     assert equal(content(tmp_path)["net"], content(whole)["net"])
+
+
+def test_batches_are_made_in_new_processes_without_the_network() -> None:
+    """Where processes are not forked: the task's batches are sent to them, and its network is not."""
+    given = task()
+    given.prepare_epoch(0, Ranks())
+    data = pickle.dumps(given.batches)
+    assert not {b"Linear", b"TripletLoss", b"TripletTask"} & set(re.findall(rb"[A-Za-z]+", data))
+    loader = DataLoader(
+        _RankBatches(given.batches, 0, 1),
+        batch_size=None,
+        sampler=range(3),
+        num_workers=1,
+        multiprocessing_context="forkserver",
+    )
+    for step, batch in enumerate(loader):
+        assert all(torch.equal(a, b) for a, b in zip(batch, given.make_batch(step), strict=True))
+
+
+def test_other_samplers_can_be_sent_too() -> None:
+    labels = np.repeat(np.arange(8), 3)
+    for config in (SampleConfig(batch=6), SampleConfig(identities=4, images=2)):
+        sampler = BatchSampler(labels, config, seed=3)
+        sampler.draw_rows(0)
+        copy = pickle.loads(pickle.dumps(sampler))
+        assert all(np.array_equal(copy.draw_rows(step), sampler.draw_rows(step)) for step in range(9))
 
 
 def test_triplets_are_mined_anew_each_epoch_with_the_network_as_it_is() -> None:

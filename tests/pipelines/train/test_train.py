@@ -502,6 +502,23 @@ def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:
     assert read_config(detector).optim.lr == 0.1
 
 
+def test_weights_of_imagenet_start_a_resnet(tmp_path: Path) -> None:
+    """A trunk with a classifier: the embedding layer starts at random, everything else as in the file."""
+    net = resolve_start(ModelConfig(architecture="resnet18", dim=64)).build(0)
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in net.state_dict().items() if "embedding" not in name}
+    state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save(state, tmp_path / "resnet18.pth")
+    start = resolve_start(ModelConfig(architecture="resnet18", start=str(tmp_path / "resnet18.pth"), dim=64))
+    assert start.list_resized() == ["embedding.weight", "embedding.bias"]
+    built = start.build(1)
+    assert built.embedding.weight.shape == (64, 512)
+    assert built.embedding.weight.std() > 0
+    assert torch.equal(built.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    assert start.list_frozen_prefixes(ModelConfig(freeze="trunk")) == tuple(
+        name for name, _ in built.named_parameters() if not name.startswith("embedding.")
+    )
+
+
 def test_weights_to_start_from_are_checked(persons: Path, tmp_path: Path) -> None:
     summary = run(config(persons, tmp_path / "first"))
     weights = tmp_path / "first" / "model.safetensors"

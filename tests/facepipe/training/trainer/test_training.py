@@ -25,7 +25,7 @@ from facepipe.training.report import ReportTexts, write_report
 from facepipe.training.trainer import checkpointing, metrics_log, optim, schedule
 from facepipe.training.trainer.checkpointing import CheckpointFolder
 from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, TrainingRunConfig
-from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop
+from facepipe.training.trainer.loop import LoopSettings, Outcome, TrainingLoop, count_loaders
 from facepipe.training.trainer.metrics_log import MetricsLog, TrainingProgress
 from facepipe.training.trainer.mixed_precision import MixedPrecision
 from facepipe.training.trainer.ranks import Ranks
@@ -502,7 +502,7 @@ def test_only_one_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     entries = [TrainingProgress(n, 9, n / 3, 1.0, 0.1, 5.0, float(n)) for n in (2, 4, 6)]
-    with MetricsLog(str(tmp_path), 0, tensorboard=True) as log:
+    with MetricsLog(str(tmp_path), 0) as log:
         for entry in entries:
             log.write(entry)
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -511,7 +511,41 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         log.write(replace(entries[2], loss=2.0))
     assert [(e.step, e.loss) for e in metrics_log.read_metrics(str(tmp_path))] == [(2, 1.0), (4, 1.0), (6, 2.0)]
     assert entries[1].seconds_left == pytest.approx(5.0)
-    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_each_curve_has_one_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accuracy of a training batch and that of the validation are two curves."""
+    points: dict[str, list[tuple[int, float]]] = {}
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int):
+            pass
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            points.setdefault(tag, []).append((step, value))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
+    entry = TrainingProgress(2, 9, 0.1, 1.0, 0.1, 5.0, 1.0)
+    with MetricsLog(str(tmp_path), 0, tensorboard=True) as log:
+        log.write(replace(entry, step=0, loss=None, scores={"score": 0.5}))
+        log.write(replace(entry, figures={"accuracy": 0.2}))
+        log.write(replace(entry, step=4, figures={"accuracy": 0.3}, scores={"score": 0.9, "accuracy": 0.93}))
+    assert points["train/accuracy"] == [(2, 0.2), (4, 0.3)]
+    assert points["val/accuracy"] == [(4, 0.93)]
+    assert points["val/score"] == [(0, 0.5), (4, 0.9)]
+    assert set(points) == {
+        *("train/accuracy", "train/loss", "train/lr", "train/images_per_second", "val/accuracy", "val/score")
+    }
+
+
+def test_loaders_follow_the_cpus() -> None:
+    assert [count_loaders(cpus) for cpus in (1, 2, 8, 64)] == [0, 1, 7, 8]
 
 
 SHARDED = LossConfig("am-softmax", scale=8.0, margin=0.1, sharded=True)
