@@ -351,24 +351,30 @@ def _to_label_table(labels: list[tuple[str, str | None]]) -> pa.Table:
 
 
 _VALUES = ("number", "skipped", "repeated", "ignored", "erased", "last", "handed_out", "digest", "notes")
-_TABLES = ("items", "relabelled")
+_TABLES = ("items", "rows", "relabelled")
 
 
 def encode_block(block: Block) -> dict[str, object]:
     """Encode a block as one row of plain values, for transport between processes."""
     values = {name: getattr(block, name) for name in _VALUES}
     tables = {name: getattr(block, name) for name in _TABLES}
-    return {name: None if table is None else _encode_table(table) for name, table in tables.items()} | values
+    return {name: None if table is None else encode_table(table) for name, table in tables.items()} | values
 
 
 def decode_block(row: dict[str, object]) -> Block:
     """Decode a row that `encode_block` made."""
-    tables = {name: None if row[name] is None else pa.ipc.open_stream(row[name]).read_all() for name in _TABLES}
+    tables = {name: None if row[name] is None else decode_table(row[name]) for name in _TABLES}  # type: ignore[arg-type]
     values = {name: row[name] for name in _VALUES} | {"notes": tuple(row["notes"])}  # type: ignore[arg-type]
     return Block(**tables, **values)  # type: ignore[arg-type]
 
 
-def _encode_table(table: pa.Table) -> bytes:
+def decode_table(data: bytes) -> pa.Table:
+    """Decode a table that `encode_table` made."""
+    return pa.ipc.open_stream(data).read_all()
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Encode a table as an Arrow stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

@@ -10,6 +10,7 @@ struct `item`, beside the list of rows that the stages have made of the image.
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 
 from facepipe.errors import AccountingError
 from facepipe.schema import FACES, WORK_ITEM, conform
-from facepipe.sources.blocks import RELABELLED, Block
+from facepipe.sources.blocks import RELABELLED, Block, decode_table, encode_table
 from pipelines.runtime.worker import StageFigures, find_image_starts
 
 ITEM_ROW = pa.schema(
@@ -26,6 +27,7 @@ ITEM_ROW = pa.schema(
         *WORK_ITEM,
         ("is_relabelled", pa.bool_()),  # the image's label goes to the gallery's rows if its content is the same
         ("report", pa.string()),  # JSON; null but in the first row of a block
+        ("known_rows", pa.binary()),  # rows that the block has of the image, as an Arrow stream
     ]
 )
 """A row of the dataset that the listing makes."""
@@ -68,7 +70,17 @@ def to_item_rows(block: Block) -> pa.Table:
     items = block.items if uris else pa.table([pa.nulls(1, column.type) for column in WORK_ITEM], schema=WORK_ITEM)
     flags = pa.array([uri in own_uris for uri in uris] or [False], pa.bool_())
     reports = pa.array([json.dumps(report), *[None] * (count - 1)], pa.string())
-    return pa.table([*items.columns, flags, reports], schema=ITEM_ROW)
+    known_rows = (
+        pa.array(_encode_known_rows(block), pa.binary()) if block.rows is not None else pa.nulls(count, pa.binary())
+    )
+    return pa.table([*items.columns, flags, reports, known_rows], schema=ITEM_ROW)
+
+
+def _encode_known_rows(block: Block) -> list[bytes]:
+    """Encode the rows that a block has of each of its images, in their order."""
+    assert block.rows is not None
+    starts = [*find_image_starts(block.rows["uri"]), block.rows.num_rows]
+    return [encode_table(block.rows.slice(start, end - start)) for start, end in pairwise(starts)]
 
 
 def to_blocks(rows: pa.Table) -> tuple[Block, list[int]]:
@@ -92,9 +104,11 @@ def to_blocks(rows: pa.Table) -> tuple[Block, list[int]]:
     last = next((report for report in reports if report["last"]), None)
     numbers = [report["number"] for report in reports]
     counts = {name: sum(report[name] for report in reports) for name in ("skipped", "repeated", "ignored", "erased")}
+    known_rows = [decode_table(data) for data in items["known_rows"].to_pylist() if data is not None]
     block = Block(
         number=min(numbers, default=0),
         items=items.select(WORK_ITEM.names),
+        rows=pa.concat_tables(known_rows) if known_rows else None,
         last=last is not None,
         handed_out=last["handed_out"] if last else 0,
         digest=last["digest"] if last else 0,

@@ -4,6 +4,7 @@ import io
 import random
 import tarfile
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from helpers import embed, rows, run_facepipe
 from facepipe.gallery import Gallery
 from facepipe.gallery.maintenance.verify import verify_gallery
 from facepipe.index.search import Index
+from facepipe.schema import WORK_ITEM
 from facepipe.sources import blocks
-from facepipe.sources.blocks import BlockSize, cut_blocks, decode_block, encode_block
+from facepipe.sources.blocks import RELABELLED, Block, BlockSize, cut_blocks, decode_block, encode_block
 from facepipe.sources.item import WorkItem
 from facepipe.sources.screening import SKIP, Screening, hash_labels
 from facepipe.types import UInt64
@@ -255,3 +257,20 @@ def test_blocks_travel_with_labels_and_notes() -> None:
         assert found.relabelled.equals(block.relabelled)
         assert found.notes == block.notes == ("a note",)
         assert (found.last, found.handed_out, found.digest) == (True, 0, 0)
+
+
+def test_blocks_travel_between_processes_with_all_that_they_hold() -> None:
+    """Rows too: chips of a gallery are cut from faces that are known, which are rows beside the items."""
+    columns = [pa.array(["a", "b"]), *[pa.nulls(2, column.type) for column in WORK_ITEM][1:]]
+    items = pa.table(columns, schema=WORK_ITEM)
+    rows = items.append_column("given_image", pa.array(["a", "b"]))
+    labels = pa.table([pa.array(["a"]), pa.array(["ann"])], schema=RELABELLED)
+    block = Block(3, items, rows, 1, 2, 3, 4, True, 5, 6, labels, ("a note",))
+    assert all(getattr(block, part.name) not in (None, 0, ()) for part in fields(Block)), "every field is set"
+    copy = decode_block(encode_block(block))
+    for part in fields(Block):
+        before, after = getattr(block, part.name), getattr(copy, part.name)
+        assert after.equals(before) if isinstance(before, pa.Table) else after == before
+    from_rows, _ = to_blocks(to_item_rows(block))
+    assert from_rows.rows is not None
+    assert from_rows.rows.equals(block.rows)
