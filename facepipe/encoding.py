@@ -70,21 +70,34 @@ class Encoded:
 
 
 def encode(
-    images: Image | Iterable[Image], detect: Detect | None = None, embed: Embed | None = None, batch: int = 16
+    images: Image | Iterable[Image],
+    detect: Detect | None = None,
+    embed: Embed | None = None,
+    batch: int = 16,
+    *,
+    read: Read | None = None,
+    decode: Decode | None = None,
 ) -> list[Encoded]:
-    """Detect and embed the faces of images.
+    """Detect and embed the faces of images, as `facepipe embed` does with the same settings.
 
         for result in facepipe.encode(["a.jpg", "b.jpg"]):
             for face in result.faces:
                 print(face.box, face.embedding)
 
-    Distances between embeddings are Euclidean: `np.linalg.norm(a.embedding - b.embedding)`.
+    Distances between embeddings are Euclidean: `np.linalg.norm(a.embedding - b.embedding)`. To compare with a gallery,
+    take the models from its contract, as `Detect(model=gallery.contract.detector)` and
+    `Embed(model=gallery.contract.embedder, flip=gallery.contract.flip)`.
+
+    A large JPEG is decoded at a half, a quarter or an eighth for the detector, which an array cannot be. So boxes in an
+    array may lie some pixels beside those in its file.
 
     Args:
         images: Paths or URLs, contents of image files as bytes, or (h, w, 3) RGB arrays. One alone is a list of one.
         detect: Options of the detector.
         embed: Options of the embedder.
         batch: Images per batch.
+        read: Options of reading files.
+        decode: Options of decoding files.
 
     Returns:
         One result per image, in order.
@@ -96,9 +109,10 @@ def encode(
         images = [images]
     detect = detect or Detect()
     embed = embed or Embed()
+    decode = (decode or Decode()).raise_working_side(detect.size)
     # Thumbnails are for galleries on disk only.
     align = Align(embedder=embed.model, detector=detect.model, thumbs=False)
-    stages = (Read(), Decode(), detect, align, embed)
+    stages = (read or Read(), decode, detect, align, embed)
     for stage in stages:
         stage.setup()
     # Paths pass all stages. Contents enter the chain after they are read, and arrays after they are decoded.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -76,6 +76,14 @@ class Decode:
         "height",
         "image_hash",
     )
+
+    def raise_working_side(self, size: int) -> "Decode":
+        """Return these options with at least the pixels that a detector takes.
+
+        Args:
+            size: longest side of the detector's input. It shrinks what it gets, so more pixels would never reach it.
+        """
+        return replace(self, working_side=max(self.working_side, size))
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -199,9 +199,8 @@ class EmbedConfig:
         detect_device = _choose_device(self.detect.device, self.detect.model, group)
         embed_device = _choose_device(self.embed.device, self.embed.model, group)
         read = self.read
-        # The detector shrinks what it gets, so more pixels than it is given would never reach it.
-        working_side = max(self.decode.working_side, self.detect.size)
-        decode = replace(self.decode, working_side=working_side, threads=max(self.decode.threads, group.threads))
+        decode = self.decode.raise_working_side(self.detect.size)
+        decode = replace(decode, threads=max(decode.threads, group.threads))
         detect_precision = self.run.precision if self.detect.precision == "auto" else self.detect.precision
         embed_precision = self.run.precision if self.embed.precision == "auto" else self.embed.precision
         detect = replace(self.detect, device=detect_device, threads=group.threads, precision=detect_precision)

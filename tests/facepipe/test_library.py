@@ -6,6 +6,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import draw
 from hypothesis import given, settings
@@ -16,9 +18,10 @@ from facepipe.config import build
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 from facepipe.index.search import Index
-from facepipe.stages import Detect, Embed
+from facepipe.sources import SourceConfig
+from facepipe.stages import Decode, Detect, Embed, Read
 from pipelines import index
-from pipelines.embed import EmbedConfig, run
+from pipelines.embed import EmbedConfig, RunConfig, run
 
 DETECT = Detect(model="fake-detector")
 EMBED = Embed(model="fake-embedder")
@@ -96,6 +99,69 @@ def test_the_library_gives_what_the_command_stores(folder: Path, gallery: str) -
         assert [face.box.tolist() for face in result.faces] == [list(box) for box in stored["box"]]
         for face, vector in zip(result.faces, stored["embedding"], strict=True):
             np.testing.assert_array_equal(face.embedding, np.asarray(vector, np.float32))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that the decoder reduces: JPEGs of up to 2,000 pixels, a PNG, and a file that is cut off."""
+    folder = tmp_path_factory.mktemp("large")
+    for n, side in enumerate((2000, 1500, 700)):
+        image = cv2.resize(draw(n + 4), (side, side - 100 * n), interpolation=cv2.INTER_NEAREST)
+        cv2.imwrite(str(folder / f"{n}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 60 + 10 * n])
+    cv2.imwrite(str(folder / "3.png"), cv2.resize(draw(5), (900, 800)))
+    data = (folder / "0.jpg").read_bytes()
+    (folder / "4.jpg").write_bytes(data[: len(data) // 2])
+    return folder
+
+
+@settings(max_examples=8)
+@given(
+    size=st.sampled_from([320, 640, 1280]),
+    working_side=st.sampled_from([200, 640, 1600]),
+    max_pixels=st.sampled_from([2_000_000, 250_000_000]),
+    max_bytes=st.sampled_from([10_000, 1 << 28]),
+    flip=st.booleans(),
+    batch=st.integers(1, 5),
+    in_table=st.booleans(),
+)
+def test_the_library_gives_what_the_command_stores_with_any_settings(
+    size: int,
+    working_side: int,
+    max_pixels: int,
+    max_bytes: int,
+    flip: bool,
+    batch: int,
+    in_table: bool,
+    large: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Whether the command reads files or a table of their contents; with every option of reading and decoding."""
+    paths = sorted(large.iterdir())
+    contents = [path.read_bytes() for path in paths]
+    folder = tmp_path_factory.mktemp("same")
+    source = large
+    if in_table:
+        source = folder / "images.parquet"
+        pq.write_table(pa.table({"bytes": contents, "uri": [path.name for path in paths]}), source)
+    detect = Detect(model="fake-detector", size=size)
+    embed = Embed(model="fake-embedder", flip=flip)
+    decode = Decode(working_side=working_side, max_pixels=max_pixels)
+    read = Read(max_bytes=max_bytes)
+    config = EmbedConfig(
+        SourceConfig(str(source)), read=read, decode=decode, detect=detect, embed=embed, run=RunConfig("inline")
+    )
+    run(config, str(folder / "g"))
+    frame = Gallery(str(folder / "g")).to_pandas(["uri", "status", "error", "face_index", "box", "embedding"])
+    results = facepipe.encode(paths, detect, embed, batch, read=read, decode=decode)
+    for path, result in zip(paths, results, strict=True):
+        rows = frame[frame["uri"].str.endswith(path.name)].sort_values("face_index")
+        assert set(rows["status"]) == {result.status}
+        assert set(rows["error"].dropna()) == {result.error} - {None}
+        stored = rows[rows["box"].notna()]
+        assert [face.box.tolist() for face in result.faces] == [list(box) for box in stored["box"]]
+        assert [face.embedding.tolist() for face in result.faces] == [list(v) for v in stored["embedding"]]
+    if max_bytes > max(map(len, contents)):
+        assert flatten(facepipe.encode(contents, detect, embed, batch, decode=decode)) == flatten(results)
 
 
 def test_what_is_opened_says_what_it_is(gallery: str) -> None:
