@@ -22,11 +22,12 @@ EXTRAS = {
     "dlib": ("dlib",),
     "mtcnn": ("mtcnn",),
     "pynvml": ("gpu",),
+    "openlineage": ("openlineage",),
 }
 """The extras that bring a module, the likeliest first."""
 
 # Name of the package of a module that is called otherwise. Only these are installed if facepipe itself is not.
-_PACKAGES = {"faiss": "faiss-cpu", "dlib": "dlib-bin", "pynvml": "nvidia-ml-py"}
+_PACKAGES = {"faiss": "faiss-cpu", "dlib": "dlib-bin", "pynvml": "nvidia-ml-py", "openlineage": "openlineage-python"}
 
 
 def require_module(module: str, what: str, *, extra: str = "") -> None:

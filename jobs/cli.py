@@ -20,6 +20,7 @@ from jobs.clean import clean
 from jobs.clean_dataset import clean_dataset
 from jobs.cluster import cluster
 from jobs.compact import compact
+from jobs.console import exit_on_error
 from jobs.dataset import write_dataset
 from jobs.dedup import dedup
 from jobs.doctor import doctor
@@ -129,9 +130,19 @@ def set_up(
             "--metrics-file", metavar="PATH", help="File for the gallery's metrics, for Prometheus.", show_default=False
         ),
     ] = None,
+    openlineage: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--openlineage",
+            metavar="URL-OR-FILE",
+            envvar="FACEPIPE_OPENLINEAGE",
+            help="Receiver of OpenLineage events about each run, or file to append them to.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Set up logs and metrics before any command."""
-    from pipelines.runtime.run_record import set_metrics_file
+    from pipelines.runtime.run_record import set_lineage_target, set_metrics_file
 
     # Names that are not UTF-8 are printed as they are.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -140,6 +151,8 @@ def set_up(
     logs.configure_logs(log_format, show_names=log_names)
     logs.install_excepthook()
     set_metrics_file(metrics_file)
+    with exit_on_error():
+        set_lineage_target(openlineage or None)
 
 
 def main() -> None:

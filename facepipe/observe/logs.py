@@ -74,6 +74,7 @@ _SENTENCES = {
     "run.unpruned": "could not delete old records of runs; the results of this run are not affected",
     "run.unfigured": "could not count what this run did for its record; its results are not affected",
     "run.unmeasured": "could not write the file of metrics; the results of this run are not affected",
+    "lineage.unsent": "could not send an OpenLineage event; the results of this run are not affected",
     "erasure.postponed": "an erasure that is recorded could not be completed yet; the next run tries again",
 }
 # Events that a command reports in its own words, so that text logs leave them out.

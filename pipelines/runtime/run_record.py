@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from facepipe import storage
 from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs, metrics, runs
+from facepipe.observe.lineage import LineageSender
 from facepipe.observe.runs import RunRecord, State
 from facepipe.storage.lease import describe_process
 
@@ -184,11 +185,22 @@ def _is_count(value: Any) -> bool:
 
 _current_run: ContextVar[ActiveRun | None] = ContextVar("pipelines.runtime.run_record", default=None)
 _metrics_file: ContextVar[str | None] = ContextVar("pipelines.runtime.run_record.metrics_file", default=None)
+_lineage: ContextVar[LineageSender | None] = ContextVar("pipelines.runtime.run_record.lineage", default=None)
 
 
 def set_metrics_file(path: str | None) -> None:
     """Write the gallery's metrics to a file after every run that no other run started; None stops that."""
     _metrics_file.set(path)
+
+
+def set_lineage_target(target: str | None) -> None:
+    """Send OpenLineage events of every run to a URL or a file; None stops that.
+
+    Raises:
+        ConfigError: the target is neither a URL nor a file that can be written.
+        MissingPackageError: the package for it is not installed.
+    """
+    _lineage.set(LineageSender(target) if target is not None else None)
 
 
 def get_current_run() -> ActiveRun | None:
@@ -227,6 +239,8 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
         run.save()
         label = metrics.get_gallery_label(path)
         logs.log_event("run.started", gallery=label, parent=record.parent, facepipe=record.facepipe)
+        parent_job = outer.record.job if outer else None
+        _send_lineage(run, parent_job)
         try:
             yield run
         except BaseException as error:
@@ -237,10 +251,17 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
             run.end("done", DONE)
         finally:
             _current_run.reset(token)
+            _send_lineage(run, parent_job)
             # Only the outermost run writes metrics, after its record is complete.
             metrics_file = _metrics_file.get()
             if metrics_file and outer is None:
                 _write_metrics(metrics_file, path)
+
+
+def _send_lineage(run: ActiveRun, parent_job: str | None) -> None:
+    sender = _lineage.get()
+    if sender:
+        sender.send(run.gallery, run.record, parent_job)
 
 
 def _write_metrics(path: str, gallery: str) -> None:

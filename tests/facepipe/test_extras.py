@@ -94,6 +94,7 @@ def test_a_module_that_is_there_is_not_asked_for() -> None:
 def test_every_extra_that_is_suggested_brings_its_module() -> None:
     brought = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     packages = {"faiss": {"faiss-cpu", "faiss-gpu"}, "dlib": {"dlib-bin"}, "pynvml": {"nvidia-ml-py"}}
+    packages["openlineage"] = {"openlineage-python"}
     for module, names in extras.EXTRAS.items():
         for extra in names:
             assert {Requirement(line).name for line in brought[extra]} & packages.get(module, {module})
