@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import browser
 import cv2
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from helpers import embed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -415,3 +417,29 @@ def test_a_page_of_an_older_version_cannot_be_edited(tmp_path: Path) -> None:
     with pytest.raises(PageFormatError, match="older facepipe"):
         edit_report(str(path), lambda head: head, lambda group: group)
     assert path.read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_text_on_its_pill_has_contrast(mode: int) -> None:
+    """At least 4.5 to 1, which WCAG asks for: it was 3.0 for some kinds of groups."""
+    css = (REPOSITORY / "facepipe" / "reports" / "report.css").read_text()
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", css)
+    colours = {name: np.array([int(pair[mode][n : n + 2], 16) for n in (1, 3, 5)]) / 255 for name, *pair in found}
+    shares = re.findall(r"color: color-mix\(in srgb, var\(--[cb].*?\)? (\d+)%, var\(--ink\)\)", css)
+    assert len(shares) == 2, "of groups and of badges"
+    share = max(map(int, shares)) / 100
+    for name in [f"c{n}" for n in range(6)] + ["muted", "good", "bad", "change"]:
+        text = share * colours[name] + (1 - share) * colours["ink"]
+        for ground in ("card", "sunk", "page"):
+            pill = 0.14 * colours[name] + 0.86 * colours[ground]
+            assert compute_contrast(text, pill) >= 4.5, (name, ground)
+    for ground in ("card", "sunk", "page"):
+        assert compute_contrast(colours["muted"], colours[ground]) >= 4.5, ground
+    assert compute_contrast(colours["on-accent"], colours["accent"]) >= 4.5
+
+
+def compute_contrast(first: np.ndarray, second: np.ndarray) -> float:
+    """The contrast ratio of WCAG 2 of two sRGB colours."""
+    linear = [np.where(c <= 0.03928, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (first, second)]
+    darker, lighter = sorted(float(c @ np.array([0.2126, 0.7152, 0.0722])) for c in linear)
+    return (lighter + 0.05) / (darker + 0.05)
