@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.console import exit_on_error
-from jobs.job_command import finish_job, print_steps, record_job, run_old_spelling
+from jobs.job_command import HIDDEN_FIGURES, finish_job, print_steps, record_job, run_old_spelling
 from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_job_config
 from jobs.progress import ProgressReporter, format_search_rate
 
@@ -63,7 +63,7 @@ def _format_figures(figures: dict[str, Any]) -> str:
     parts = []
     # Times and texts are left out, and so is what is zero.
     for name, value in figures.items():
-        if not isinstance(value, int | float) or not value or name == "seconds":
+        if not isinstance(value, int | float) or not value or name in HIDDEN_FIGURES:
             continue
         label = name.replace("_", " ")
         parts.append(label if value is True else f"{label} {value:g}")

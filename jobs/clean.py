@@ -64,11 +64,13 @@ def _print_summary(summary: Any) -> None:
         ("identities that are two people", summary.splits),
         ("in the clean lists", summary.listed),
         ("in review.csv, to look at", summary.to_review),
-        ("paths in msceleb.txt are relative to", summary.root or "nothing"),
         ("edge recall", f"{summary.recall:.4f}"),
-        ("report", f"{summary.out}/report.html"),
     ]
     if summary.unlisted:
         rows.append(("only in clean.csv: paths with line breaks", summary.unlisted))
     print_table(f"labels, settled in {summary.rounds} rounds", ("", ""), rows)
+    # Paths stand below the table, which would break long ones.
+    if summary.root:
+        print(f"paths in msceleb.txt are relative to {summary.root}")
+    print(f"report: {summary.out}/report.html; the lists are beside it")
     print_seconds(summary.seconds)

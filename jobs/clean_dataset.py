@@ -44,7 +44,7 @@ def clean_dataset(
                 summary = run(
                     chosen,
                     dry_run=dry_run,
-                    on_progress=progress.log,
+                    on_progress=progress.show_step,
                     on_embed=lambda embedded: show_embedding(progress, embedded),
                 )
             finish_job(

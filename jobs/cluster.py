@@ -89,9 +89,9 @@ def _print_summary(summary: Any) -> None:
         ("threshold", f"{summary.distance:.4f}, {origin}"),
         ("edges, recall measured", f"{summary.edges}, {summary.recall:.4f}"),
         ("suspected merges, splits", f"{summary.merges}, {summary.splits}"),
-        ("report", f"{summary.out}/report.html"),
     ]
     print_table(f"clusters by {summary.algorithm}", ("", ""), rows)
+    print(f"report: {summary.out}/report.html")
     print_seconds(summary.seconds)
 
 

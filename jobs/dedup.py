@@ -88,7 +88,6 @@ def _print_summary(summary: Any) -> None:
         ("keep", summary.keep),
         ("drop", summary.drop),
         ("edge recall", f"{summary.recall:.4f}"),
-        ("report", f"{summary.out}/report.html"),
     ]
     # Only a comparison of two galleries has shared identities.
     if summary.shared is not None:
@@ -96,6 +95,7 @@ def _print_summary(summary: Any) -> None:
         rows.append(("look-alikes, or one name only", summary.look_alikes))
     rows += _list_left_out(summary)
     print_table("duplicates" if summary.shared is None else "in both galleries", ("", ""), rows)
+    print(f"report: {summary.out}/report.html; the lists are beside it")
     print_seconds(summary.seconds)
 
 
@@ -105,10 +105,10 @@ def _print_new(summary: Any) -> None:
         ("groups", summary.groups),
         ("keep", summary.keep),
         ("drop", summary.drop),
-        ("report", f"{summary.out}/report.html" if summary.new else "unchanged"),
     ]
     rows += _list_left_out(summary)
     print_table("duplicates of new images", ("", ""), rows)
+    print(f"report: {summary.out}/report.html" if summary.new else "the report is unchanged")
     print_seconds(summary.seconds)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from facepipe import storage
 from facepipe.observe.gpu_usage import GpuFigures
 from jobs.console import ExitCode, exit_on_error, fail, make_line_printer, print_result, print_table
 from jobs.options import (
@@ -22,7 +23,7 @@ from jobs.options import (
     build_model_sections,
     select_set,
 )
-from jobs.progress import ProgressReporter, format_embed_rate, show_embedding
+from jobs.progress import ProgressReporter, format_embed_rate, format_failed, show_embedding
 
 
 def embed(
@@ -164,7 +165,24 @@ def _print_summary(summary: Any, gallery: str) -> None:
     print_table(f"embed -> {gallery} (version {summary.version})", ("", "count"), rows)
     if summary.gpu:
         print(GpuFigures(**summary.gpu))
-    rate = format_embed_rate(summary)
-    print(f"{rate}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s")
+    for line in format_ending(summary, gallery):
+        print(line)
+
+
+def format_ending(summary: Any, gallery: str) -> list[str]:
+    """Format how an embedding ended: what came in, was added and failed, where the result lies, and what to do next.
+
+    Args:
+        summary: its `pipelines.embed.EmbedSummary`.
+        gallery: folder of the gallery, as the user wrote it.
+    """
+    name = shlex.quote(gallery)
+    lines = [f"in: {format_embed_rate(summary)}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s"]
+    lines.append(f"added: {summary.faces:,} faces in {summary.rows:,} rows")
     if summary.failed:
-        print(f"`facepipe info {shlex.quote(gallery)} --failed` names the images that failed")
+        failed = format_failed(summary.failed, summary.failed_examples)
+        lines.append(f"failed: {failed}; `facepipe info {name} --failed` names all")
+    lines.append(f"gallery: {storage.to_absolute(gallery)}, version {summary.version}")
+    next_command = "index" if summary.rows else "info"
+    lines.append(f"next: facepipe {next_command} {name}")
+    return lines

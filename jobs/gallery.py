@@ -83,8 +83,10 @@ def _show_failed(gallery: str, *, count: int, path: str | None, as_json: bool) -
         if not shown:
             print("no image failed")
             return
-        cells = [(row["uri"], row["status"], row["error"] or "") for row in shown]
-        print_table("images that failed", ("uri", "status", "error"), cells)
+        # No table, which would break long paths.
+        for row in shown:
+            reason = f": {row['error']}" if row["error"] else ""
+            print(f"{row['uri']} ({row['status']}{reason})")
         if len(rows) > count:
             print("there are more: -n NUMBER shows them, --failed-list FILE writes all")
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from facepipe import storage
 from jobs.console import exit_on_error, print_result, print_table
 from jobs.options import (
     ConfigFile,
@@ -106,6 +107,8 @@ def identify(
 
 
 def _print_summary(summary: Any, page: str | None) -> None:
+    from facepipe.schema import OK
+
     rows = [("photos", summary.photos)]
     rows += [(f"photos: {status}", count) for status, count in summary.statuses.items()]
     rows += [("faces", summary.faces), ("identified", summary.identified), ("Unknown", summary.unknown)]
@@ -115,10 +118,16 @@ def _print_summary(summary: Any, page: str | None) -> None:
         "model": "the model's own",
         "fpir": f"for one false alarm in {1 / (summary.fpir or 1):,.0f} strangers",
     }
-    line = f"threshold {summary.threshold:.4f}, {origins[summary.threshold_origin]}"
+    line = f"threshold: {summary.threshold:.4f}, {origins[summary.threshold_origin]}"
     if summary.fnir is not None:
         line += f"; it misses {summary.fnir:.1%} of the faces of known people in this gallery"
     print(line)
+    print(f"in: {summary.photos:,} photos, {summary.faces:,} faces; {summary.seconds:.1f} s")
+    others = summary.photos - summary.statuses.get(OK, 0)
+    if others:
+        print(f"not identified: {others:,} photos, whose rows have the status and the reason")
+    print(f"answers: {storage.to_absolute(summary.out)}")
     if page:
-        print(f"page: {page}")
-    print(f"{summary.seconds:.1f} s")
+        print(f"page: {storage.to_absolute(page)}")
+    else:
+        print("next: the same with --page FILE.html shows the faces beside the matched ones")

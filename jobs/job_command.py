@@ -59,11 +59,29 @@ def print_steps(title: str, steps: dict[str, dict[str, Any]], format_figures: Ca
     print_table(title, ("step", ""), [(step, format_figures(figures)) for step, figures in steps.items()])
 
 
+# Numbers of a step that say how it worked, and not what it did.
+HIDDEN_FIGURES = frozenset(["version", "table_version", "workers", "nprobe", "rescore", "bytes", "total", "seconds"])
+# What the counts of an embedding are called for people, in this order.
+_EMBED_WORDS = {
+    "listed": "listed",
+    "images": "read",
+    "skipped": "known",
+    "erased": "erased earlier",
+    "repeated": "listed twice",
+    "ignored": "other files",
+}
+
+
 def format_counts(figures: dict[str, Any]) -> str:
-    """Format the counts of a step that are not zero; the version of the table is not a count."""
+    """Format the counts of a step that are not zero; versions and settings are not counts."""
     # The exact type leaves out booleans, which are integers too.
-    counts = {name: value for name, value in figures.items() if type(value) is int and value != 0 and name != "version"}
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
+    counts = {
+        name: value for name, value in figures.items() if type(value) is int and value and name not in HIDDEN_FIGURES
+    }
+    if "listed" in figures:
+        words = {word: counts.pop(name) for name, word in _EMBED_WORDS.items() if name in counts}
+        counts = words | counts
+    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items())
 
 
 def run_old_spelling(command: Callable[..., None], old: str, new: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """The command `facepipe nightly`."""
 
+import shlex
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Optional
@@ -12,7 +13,7 @@ from jobs.examples import write_example_config
 from jobs.job_command import finish_job, format_counts, print_steps, record_job
 from jobs.night_setup import print_next_steps, write_night_config
 from jobs.options import Check, DryRun, HelpSettings, Json, Quiet, Settings, YesErase, build_job_config
-from jobs.progress import ProgressReporter, show_embedding
+from jobs.progress import ProgressReporter, format_failed, show_embedding
 
 
 def nightly(
@@ -94,7 +95,7 @@ def nightly(
                     chosen,
                     dry_run=dry_run,
                     confirmation=confirmation,
-                    on_progress=progress.log,
+                    on_progress=progress.show_step,
                     on_embed=lambda embedded: show_embedding(progress, embedded),
                 )
             finish_job(
@@ -121,7 +122,7 @@ def _check(config: Any, *, quiet: bool, as_json: bool) -> None:
     from pipelines.nightly.check import check_night
 
     with ProgressReporter("nightly", quiet=quiet) as progress:
-        results = check_night(config, progress.log)
+        results = check_night(config, progress.show_step)
     failed = [result for result in results if result.problem]
 
     def print_text() -> None:
@@ -141,6 +142,27 @@ def _print_summary(summary: Any) -> None:
     for problem in summary.problems:
         print(f"note: {problem}")
     print_seconds(summary.seconds)
+    if not summary.dry_run:
+        for line in _format_ending(summary):
+            print(line)
+
+
+def _format_ending(summary: Any) -> list[str]:
+    """Format how a night ended: what came in, was added and failed, where the result lies, and what to do next."""
+    from facepipe.gallery.commits.parts import MAX_EXAMPLES
+
+    embeddings = [figures for figures in summary.steps.values() if "listed" in figures]
+    name = shlex.quote(summary.gallery)
+    listed = sum(figures["listed"] for figures in embeddings)
+    lines = [f"in: {listed:,} images listed, {summary.images:,} of them read"]
+    lines.append(f"added: {sum(figures['faces'] for figures in embeddings):,} faces")
+    if summary.failed:
+        examples = [example for figures in embeddings for example in figures["failed_examples"]]
+        failed = format_failed(summary.failed, examples[:MAX_EXAMPLES])
+        lines.append(f"failed: {failed}; `facepipe info {name} --failed` names all")
+    lines.append(f"gallery: {summary.gallery}, version {summary.version}")
+    lines.append(f"next: facepipe info {name}")
+    return lines
 
 
 def _format_figures(figures: dict[str, Any]) -> str:

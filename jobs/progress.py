@@ -1,12 +1,13 @@
 """Progress on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from facepipe.observe import logs
 from jobs.console import make_line_printer
@@ -15,6 +16,9 @@ from jobs.console import make_line_printer
 _INTERVAL_S = 5.0
 # Least time between two events in JSON logs, which are kept for long.
 _EVENT_INTERVAL_S = 60.0
+# Characters of the columns of a bar.
+_MIN_BAR = 8
+_ELAPSED = len("0:00:00")
 
 
 class ProgressReporter:
@@ -47,11 +51,12 @@ class ProgressReporter:
         # The bar goes to stderr and vanishes at its end, so that stdout holds the result alone.
         console = Console(stderr=True)
         if console.is_terminal and not self._quiet:
-            description = TextColumn("{task.description}")
-            figures = TextColumn("{task.fields[figures]}")
-            self._bar = Progress(
-                description, BarColumn(), figures, TimeElapsedColumn(), console=console, transient=True
-            )
+            # Names of sources may have brackets, which are no markup. Long figures are cut, not the rest.
+            description = TextColumn("{task.description}", markup=False, table_column=_fix_width(len(self._job)))
+            bar = BarColumn(None, table_column=Column(min_width=_MIN_BAR, ratio=1))
+            figures = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True))
+            elapsed = TimeElapsedColumn(table_column=_fix_width(_ELAPSED))
+            self._bar = Progress(description, bar, figures, elapsed, console=console, transient=True, expand=True)
             self._task = self._bar.add_task(self._job, total=None, figures="starting")
             self._bar.start()
         return self
@@ -89,6 +94,17 @@ class ProgressReporter:
             self._bar.console.print(f"{self._job}: {line}", markup=False, highlight=False, soft_wrap=True)
         else:
             self._print_line(line)
+
+    def show_step(self, line: str) -> None:
+        """Print what is done next, and show it on the bar in place of the figures of the step before."""
+        if self._bar is not None:
+            self._bar.tasks[0].total = None
+            self._bar.update(self._task, figures=line, completed=0)
+        self.log(line)
+
+
+def _fix_width(width: int) -> Column:
+    return Column(no_wrap=True, min_width=width, max_width=width)
 
 
 def show_embedding(progress: ProgressReporter, summary: Any) -> None:
@@ -133,6 +149,18 @@ def format_embed_rate(summary: Any) -> str:
     if summary.skipped:
         parts.append(f"{summary.skipped} known")
     return ", ".join(parts)
+
+
+def format_failed(count: int, examples: Iterable[tuple[str, str, str]]) -> str:
+    """Format how many images failed, with a few of them: `2 images, such as photos/a.jpg (decode_error: empty file)`.
+
+    Args:
+        count: number of images that failed.
+        examples: uri, status and reason of a few.
+    """
+    named = [f"{uri} ({status}: {reason})" if reason else f"{uri} ({status})" for uri, status, reason in examples]
+    images = "1 image" if count == 1 else f"{count:,} images"
+    return f"{images}, such as {', '.join(named)}" if named else images
 
 
 def format_search_rate(summary: Any) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from facepipe.gallery.commits.parts import PartRecord
+from facepipe.gallery.commits.parts import MAX_EXAMPLES, PartRecord
 from facepipe.moves.moved_images import MoveCounts
 from facepipe.schema import FAILED, MOVED, REPLACED
 
@@ -46,6 +46,7 @@ class EmbedSummary:
         total: images that the source holds, known when it is listed to its end; 0 before
         source: name of the source in the gallery
         notes: sentences for the user, such as why images got no label
+        failed_examples: uri, status and reason of a few images that failed
         gpu: how busy the GPUs of the driver's machine were, as `GpuFigures.to_dict`; None if none is used
     """
 
@@ -76,6 +77,7 @@ class EmbedSummary:
     total: int = 0
     source: str = ""
     notes: list[str] = field(default_factory=list)
+    failed_examples: list[tuple[str, str, str]] = field(default_factory=list)
     gpu: dict[str, Any] | None = None
 
     @property
@@ -100,6 +102,8 @@ class EmbedSummary:
         self.erased += record.erased
         self.relabelled += len(record.relabelled)
         self.notes += record.notes
+        # Blocks end in any order; the examples are the same.
+        self.failed_examples = sorted(self.failed_examples + record.failed_examples)[:MAX_EXAMPLES]
         self.statuses.update(record.statuses)
         self.stage_seconds.update(record.seconds)
         self.stage_bytes.update(record.stage_bytes)
@@ -123,6 +127,8 @@ class EmbedSummary:
         self.faces += again.faces
         self.rows += again.rows
         self.moved += again.moved
+        kept = [example for example in self.failed_examples if example[1] != REPLACED]
+        self.failed_examples = sorted(kept + again.failed_examples)[:MAX_EXAMPLES]
         self.statuses.update(again.statuses)
         self.stage_seconds.update(again.stage_seconds)
         self.stage_bytes.update(again.stage_bytes)

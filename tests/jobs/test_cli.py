@@ -106,6 +106,23 @@ def test_exit_codes_of_failed_images(tmp_path: Path) -> None:
     assert (code, "2 of 3 images failed" in err) == (3, True)
 
 
+def test_an_embedding_ends_with_what_to_know_and_do(tmp_path: Path) -> None:
+    corpus = tmp_path / "photos [2024]"
+    corpus.mkdir()
+    for n in range(5):
+        (corpus / f"bad {n}.jpg").write_bytes(b"")
+    cv2.imwrite(str(corpus / "good.png"), draw(1))
+    gallery = tmp_path / "my gallery"
+    lines = run_facepipe("embed", corpus, gallery, *FAKES)[1].splitlines()[-5:]
+    assert lines[0].startswith("in: 6 images, 1 faces, ")
+    assert lines[1] == "added: 1 faces in 6 rows"
+    examples = ", ".join(f"{corpus}/bad {n}.jpg (decode_error: empty file)" for n in range(3))
+    assert lines[2] == f"failed: 5 images, such as {examples}; `facepipe info '{gallery}' --failed` names all"
+    assert lines[3:] == [f"gallery: {gallery}, version 1", f"next: facepipe index '{gallery}'"]
+    lines = run_facepipe("embed", corpus, gallery, *FAKES)[1].splitlines()
+    assert lines[-1] == f"next: facepipe info '{gallery}'", "nothing new came in"
+
+
 def test_a_config_file_and_settings(drawings: Path, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(
         '[detect]\nmodel = "fake-detector"\n[embed]\nmodel = "fake-embedder"\n[align]\nthumbs = false\n'

@@ -135,6 +135,25 @@ def test_a_night_writes_a_record_and_metrics(night: Callable[..., Any], tmp_path
     assert (code, "would do" in out) == (0, True)
 
 
+def test_words_of_a_night(night: Callable[..., Any], corpus: Path, tmp_path: Path) -> None:
+    """It says what came in, what was added, what failed and where to look, where the result lies, and what to do next."""
+    night()
+    (corpus / "person0" / "bad [1].jpg").write_bytes(b"no image")
+    code, out, _ = night("--set", "night.few_failed=1")
+    assert code == 0
+    assert "│ listed 13, read 1, known 12, rows 1, failed 1" in out
+    assert "nprobe" not in out
+    gallery = tmp_path / "g"
+    assert out.splitlines()[-5:] == [
+        "in: 13 images listed, 1 of them read",
+        "added: 0 faces",
+        f"failed: 1 image, such as {corpus}/person0/bad [1].jpg (decode_error: no known image format (starts with 6e 6f 20 69 6d 61 67 65)); "
+        f"`facepipe info {gallery} --failed` names all",
+        f"gallery: {gallery}, version {Gallery(gallery).version}",
+        f"next: facepipe info {gallery}",
+    ]
+
+
 def test_exit_codes_of_a_night(night: Callable[..., Any], corpus: Path, tmp_path: Path) -> None:
     assert night("--set", 'gallery=""')[0] == 2
     assert night("--set", "night.max_fail=0.1")[0] == 2

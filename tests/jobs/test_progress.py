@@ -11,7 +11,7 @@ from rich.console import Console
 from facepipe.config import build
 from facepipe.observe import logs
 from jobs import progress
-from jobs.progress import ProgressReporter, format_share
+from jobs.progress import ProgressReporter, format_failed, format_share
 from pipelines.embed import EmbedConfig, run
 
 
@@ -81,6 +81,30 @@ def test_a_terminal_has_a_bar(clock: FakeClock, monkeypatch: pytest.MonkeyPatch)
         reporter.log("score 0.9")
     assert "train: score 0.9" in screen.getvalue()
     assert "step 1 of 4" in screen.getvalue()
+
+
+def test_a_bar_shows_the_step_and_takes_no_name_for_markup(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a night compared pictures below a bar that said `30 images`, and a source `staff[/2024]` ended it."""
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=80))
+    with ProgressReporter("nightly", clock=clock) as reporter:
+        reporter.update("30 images", completed=30, total=30)
+        reporter.show_step("embed staff[/2024] of a source with a name that is longer than a line of the terminal")
+        bar = reporter._bar
+        assert bar is not None
+        assert bar.tasks[0].total is None
+        bar.refresh()
+    last = screen.getvalue().rpartition("\n")[0].splitlines()[-1]
+    assert "nightly" in last, "what is too long is cut, and nothing else"
+    assert "embed staff[/2024]" in last
+
+
+def test_failed_images_are_named() -> None:
+    examples = [("photos/a [1].jpg", "decode_error", "empty file"), ("b.jpg", "crashed", "")]
+    assert (
+        format_failed(7, examples) == "7 images, such as photos/a [1].jpg (decode_error: empty file), b.jpg (crashed)"
+    )
+    assert format_failed(1, []) == "1 image"
 
 
 def test_json_logs_have_an_event_per_minute(

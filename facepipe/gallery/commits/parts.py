@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from facepipe import storage
 from facepipe.hashing import compute_image_id
-from facepipe.schema import DAMAGED, FACES, MOVED, NEVER_STORED, OK, REPLACED, TOUCHED, conform
+from facepipe.schema import DAMAGED, FACES, FAILED, MOVED, NEVER_STORED, OK, REPLACED, TOUCHED, conform
 
 # Line separators that JSON allows in a text.
 _SEPARATORS = "\x85\u2028\u2029"
@@ -31,6 +31,9 @@ _DIGEST_END = f"{'0' * 32}.parquet"
 
 MOVED_COLUMNS = ["uri", "image_id", "fingerprint", "identity"]
 """What is known of an image that was read and not embedded."""
+
+MAX_EXAMPLES = 3
+"""Failed images that a run names. `facepipe info --failed` names all."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ class PartRecord:
         reports: Numbers of the listing's blocks whose counts this record holds; None: `block` alone.
         notes: Sentences on the listing for the user.
         stage_bytes: Bytes that each stage put out.
+        failed_examples: Uri, status and reason of a few images that failed, for the user.
         error: Why the block failed.
     """
 
@@ -95,6 +99,7 @@ class PartRecord:
     reports: list[int] | None = None
     notes: list[str] = field(default_factory=list)
     stage_bytes: dict[str, int] = field(default_factory=dict)
+    failed_examples: list[tuple[str, str, str]] = field(default_factory=list)
     error: str | None = None
 
     def to_json(self) -> str:
@@ -104,7 +109,9 @@ class PartRecord:
     @classmethod
     def from_json(cls, text: str) -> "PartRecord":
         """Decode a record."""
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        values["failed_examples"] = [(uri, status, reason) for uri, status, reason in values.get("failed_examples", [])]
+        return cls(**values)
 
 
 def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, record: PartRecord) -> PartRecord:
@@ -127,6 +134,7 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
     first_rows = table.select(["status", *MOVED_COLUMNS]).filter(pc.fill_null(pc.equal(table["face_index"], 0), True))
     # Count images by status, before rows that are never stored are dropped.
     record.images = first_rows.num_rows
+    record.failed_examples = _list_failed(table)
     record.statuses = dict(Counter(first_rows["status"].to_pylist()))
     touched = first_rows.filter(pc.equal(first_rows["status"], TOUCHED))
     record.touched = dict(zip(touched["uri"].to_pylist(), touched["fingerprint"].to_pylist(), strict=True))
@@ -153,6 +161,13 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
         record.stats = compute_statistics(rows)
         storage.write(storage.join(folder, record.path), data)
     return record
+
+
+def _list_failed(table: pa.Table) -> list[tuple[str, str, str]]:
+    """List uri, status and reason of the first images that failed: a few, for the user."""
+    failed = table.select(["uri", "status", "error"]).filter(pc.is_in(table["status"], pa.array(FAILED)))
+    first = failed.slice(0, MAX_EXAMPLES).to_pylist()
+    return [(row["uri"], row["status"], row["error"] or "") for row in first]
 
 
 def replace_part(record: PartRecord, rows: pa.Table, folder: str) -> PartRecord:
