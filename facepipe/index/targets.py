@@ -12,7 +12,13 @@ import numpy as np
 
 from facepipe.index.cost import estimate_lists
 from facepipe.index.manifest import TargetCurve, TargetPoint
-from facepipe.index.samples import RecallSample, compute_lower_bound, draw_radius_sample, draw_sample
+from facepipe.index.samples import (
+    RadiusSample,
+    RecallSample,
+    compute_lower_bound,
+    draw_radius_sample,
+    draw_sample,
+)
 from facepipe.index.search import Index, SearchSetting
 from facepipe.nearest.distances import VectorBlock
 from facepipe.types import Int64
@@ -24,12 +30,13 @@ _MAX_SHARE = 0.2  # of the gallery's faces: whoever asks for more neighbours vis
 _RADII = ((1, 0.05), (1, 0.5), (10, 0.5), (100, 0.5), (1000, 0.5))
 _RADIUS_STEP = 0.01
 _MIN_RADIUS_QUERIES = 20  # that have a face within a radius, for its recall to be known
+_MAX_FULL_SHARE = 0.02  # of the queries that have more faces within a radius than nearest ones are known
 _MAX_TRUTH = 100  # true faces per query, drawn from all
 _LEVELS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995)  # of recall
 _GRID = 80  # numbers of lists that are looked at
 # Candidates re-scored per neighbour.
 _RESCORED = (2, 4, 8)
-_RESCORED_WITHIN = 100
+_RESCORED_WITHIN = (100, 400)  # of a search by radius, at first
 _MOST_LISTS = 0.995  # share of the true faces in the visited lists when codes are measured
 _CODE_QUERIES = 50
 _GOOD_CODES = 0.998  # share of what is in the lists, from which more candidates are not worth trying
@@ -86,10 +93,9 @@ def _ask_radii(index: Index, sample: RecallSample, seed: int) -> list[_Target]:
         if rank <= sample.distances.shape[1]:
             distance = float(np.quantile(sample.distances[:, rank - 1], share))
             radii.add(round(np.ceil(distance / _RADIUS_STEP) * _RADIUS_STEP, 2))
-    faces = VectorBlock(sample.own, sample.queries)
     targets = []
     for radius in sorted(radius for radius in radii if 0 < radius < np.inf):
-        inside = draw_radius_sample(index, faces, radius, seed)
+        inside = _find_inside(index, sample, radius, seed)
         if len(inside.own) < _MIN_RADIUS_QUERIES:
             continue
         truth = np.full((len(inside.own), _MAX_TRUTH), -1)
@@ -98,6 +104,18 @@ def _ask_radii(index: Index, sample: RecallSample, seed: int) -> list[_Target]:
         rows = np.flatnonzero(np.isin(sample.own, inside.own))
         targets.append(_Target(None, radius, rows, truth, inside.counts))
     return targets
+
+
+def _find_inside(index: Index, sample: RecallSample, radius: float, seed: int) -> RadiusSample:
+    """Find what is within a radius of each query, in random order: among its nearest, if these reach beyond it."""
+    is_full = (sample.distances[:, -1] <= radius) & (sample.truth[:, -1] >= 0)
+    if is_full.mean() > _MAX_FULL_SHARE:
+        return draw_radius_sample(index, VectorBlock(sample.own, sample.queries), radius, seed)
+    is_inside = (sample.distances <= radius) & (sample.truth >= 0)
+    rng = np.random.default_rng(seed)
+    chosen = np.flatnonzero(is_inside.any(axis=1))
+    truth = [rng.permutation(sample.truth[row, is_inside[row]]) for row in chosen]
+    return RadiusSample(sample.queries[chosen], sample.own[chosen], truth, is_inside[chosen].sum(axis=1))
 
 
 def _measure(index: Index, sample: RecallSample, target: _Target, levels: Sequence[float]) -> tuple[TargetPoint, ...]:
@@ -113,7 +131,7 @@ def _measure(index: Index, sample: RecallSample, target: _Target, levels: Sequen
     enough = np.flatnonzero(shares.mean(axis=0) >= _MOST_LISTS)
     most = int(numbers[enough[0]]) if len(enough) else index.lists
     points = []
-    rescored = [_RESCORED_WITHIN] if target.k is None else [count * target.k for count in _RESCORED]
+    rescored = _RESCORED_WITHIN if target.k is None else [count * target.k for count in _RESCORED]
     for rescore in rescored:
         coded = _measure_codes(index, sample, target, ranks, SearchSetting(most, rescore))
         reached = listed * coded
