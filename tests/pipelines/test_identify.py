@@ -333,7 +333,7 @@ def test_the_command(gallery: str, photos: Path, tmp_path: Path) -> None:
     result = ask(out, "--threshold", str(THRESHOLD), "--page", page)
     assert result.exit_code == 0, result.output
     assert f"identify -> {out}" in result.stdout
-    assert "threshold 0.1200, given" in result.stdout
+    assert "threshold: 0.1200, given" in result.stdout
     text = Path(page).read_text()
     assert "13.png: person3" in text
     assert "data:image/jpeg" in text or "/9j/" in text, "faces are shown"
