@@ -18,7 +18,7 @@ from facepipe.schema import WORK_ITEM
 from facepipe.sources.item import Source, WorkItem
 from facepipe.sources.label_changes import LabelChanges
 from facepipe.sources.screening import CHANGED, ERASED, NEW, REPEATED, SKIP, Screening
-from facepipe.storage import describe_error
+from facepipe.storage import describe_error, is_remote
 from facepipe.types import Bool, UInt64
 
 _SCREENED_ITEMS = 8192  # looked up in the gallery at a time, at most
@@ -30,6 +30,8 @@ _BLOCKS_PER_WORKER = 4
 # How many items wait, for each that was handed out, before the next block is. So work starts with the first items that
 # are listed, and the listing soon is far enough ahead for blocks that shrink towards its end.
 _LISTED_PER_ITEM = 4
+# Bytes of an archive in an object store that a block has at least.
+_RANGE_BYTES = 32 << 20
 _MAX_LISTED = 1 << 20  # items that wait at most, of some 500 bytes each
 
 RELABELLED = pa.schema([("uri", pa.string()), ("identity", pa.string())])
@@ -177,6 +179,7 @@ def cut_blocks(
             if pending:
                 has_most = not is_exhausted and len(pending) >= size.most_ahead
                 n = size.largest if has_most else size(len(pending))
+                n = _fill_range(pending, n, size.largest)
                 part = pending[:n]
                 pending = pending[n:]
                 yield cutter.make_block(part)
@@ -186,6 +189,27 @@ def cut_blocks(
     while cutter.changes.count > _MAX_RELABELLED:
         yield cutter.make_block([])
     yield cutter.make_block([], last=True)
+
+
+def _fill_range(pending: list[PendingItem], count: int, most: int) -> int:
+    """Enlarge a block of members of an archive in an object store, so that one request reads enough of them.
+
+    Args:
+        pending: the items that wait.
+        count: number of images that the block would have.
+        most: most images per block.
+
+    Returns:
+        The number of images that it has instead.
+    """
+    total = 0
+    for n, waiting in enumerate(pending[:most]):
+        item = waiting.item
+        is_enough = n >= count and total >= _RANGE_BYTES
+        if is_enough or item.offset is None or item.length is None or not is_remote(item.path):
+            return max(n, count)
+        total += item.length
+    return max(count, min(most, len(pending)))
 
 
 def _screen_source(

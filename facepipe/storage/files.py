@@ -22,6 +22,8 @@ from facepipe.storage.urls import is_remote, join, split_url
 _REMOTE_BUFFER = 1 << 18
 # The same if it is read from its beginning to its end.
 _SEQUENTIAL_BUFFER = 64 << 20
+# Bytes of the first request: often only the beginning of a container is read, to see whether it holds an image.
+_FIRST_BYTES = 1 << 20
 # Objects per page of a listing.
 _LIST_CHUNK = 1000
 # Objects that S3 deletes by one request, at most.
@@ -394,6 +396,8 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), max(0, self._size - self._position))
+        if self._position == 0:
+            length = min(length, _FIRST_BYTES)
         if length:
             buffer[:length] = _read_remote(self._path, self._position, length, None, self.fingerprint)
             self._position += length

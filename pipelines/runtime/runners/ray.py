@@ -144,7 +144,8 @@ def _add_operators(data: Any, jobs: list[WorkerJob], plan: WorkerPlan) -> Any:
     return data.map_batches(
         write_parts,
         fn_args=(faces_job,),
-        batch_size=plan.largest_block,
+        # Small parts, so that finished work is committed soon.
+        batch_size=max(64, plan.largest_block // 4),
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size=max(1, plan.workers // 4)),
         num_cpus=0,
@@ -278,6 +279,8 @@ def _configure_ray_data(plan: WorkerPlan) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # An error of facepipe arrives as it is, and not as the text of another one.
+    context.raise_original_map_exception = True
     ray_blocks.keep_blocks(context)
     # A constructor may fail while a predecessor still holds the GPU, or a storage is slow. It is tried again, and then
     # another actor is, on another node if there is one. An error of facepipe is reported at once instead.
