@@ -18,6 +18,17 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start from scratch, without the checkpoints in run.output.")
     ] = False,
+    angles: Annotated[
+        str | None,
+        typer.Option(
+            "--angles",
+            metavar="OUT.csv",
+            help="After a training with class centres: list the faces near the main centre of their identity.",
+        ),
+    ] = None,
+    max_angle: Annotated[
+        float, typer.Option("--max-angle", min=0, max=180, help="Degrees above which --angles leaves a face out.")
+    ] = 75.0,
     quiet: Quiet = False,
     as_json: Json = False,
     settings: Settings = None,
@@ -38,6 +49,8 @@ def train(
 
         facepipe train train.toml --set optim.lr=0.05 --set run.device=cuda --set run.workers=4
 
+        facepipe train train.toml --set loss.name=subcenter-arcface --angles near.csv
+
         facepipe embed photos/ gallery/ --set embed.model=runs/first/model.toml
     """
     with exit_on_error():
@@ -45,6 +58,9 @@ def train(
         from pipelines.train.pipeline import read_config
 
         chosen = read_config(read_toml(config), parse_settings(settings or []))
+        if angles is not None:
+            _list_angles(chosen, angles, max_angle, as_json=as_json)
+            return
         with ProgressReporter("train", quiet=quiet, show_first=True) as progress:
             summary = run(
                 chosen,
@@ -53,6 +69,24 @@ def train(
                 log=progress.update,
             )
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
+
+
+def _list_angles(config: Any, path: str, max_angle: float, *, as_json: bool) -> None:
+    """List the faces near the dominant centre of their class, and the others."""
+    from facepipe.errors import ConfigError
+    from pipelines.train.angles import write_angles
+    from pipelines.train.config import TrainConfig
+
+    if not isinstance(config, TrainConfig):
+        raise ConfigError("--angles is for embedders: this config trains a detector")
+    summary = write_angles(config, path, max_angle)
+
+    def print_lines() -> None:
+        print(f"{summary.kept:,} faces within {max_angle:g} degrees -> {summary.list}")
+        print(f"{summary.dropped:,} faces beyond -> {summary.dropped_list}; median {summary.median:.1f} degrees")
+        print(f"train on the first: --set data.list={summary.list} --set loss.name=arcface, with another run.output")
+
+    print_result(asdict(summary), as_json=as_json, print_text=print_lines)
 
 
 def _show_step(progress: ProgressReporter, step: Any) -> None:

@@ -1,5 +1,6 @@
 """Training as a pipeline: through Ray with a worker that dies, the checks before any work, and what is left behind."""
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from facepipe.errors import ConfigError, ModelError, SourceError, TrainingError, WeightsError
 from facepipe.training.config import ModelConfig
+from facepipe.training.data.lists import read_label_list
 from facepipe.training.start import resolve_start
 from facepipe.training.trainer import checkpointing
 from facepipe.training.trainer import metrics_log as journal
@@ -28,6 +30,7 @@ from facepipe.training.trainer.config import OptimConfig, ScheduleConfig, Traini
 from facepipe.training.trainer.loop import LoopSettings
 from pipelines.chips.prepare import mark_in_use
 from pipelines.train import run
+from pipelines.train.angles import write_angles
 from pipelines.train.pipeline import catch_signals, read_config, train_plan
 
 STEPS = 30
@@ -500,6 +503,32 @@ def test_the_default_rate_is_resolved_before_anything_reads_it() -> None:
     assert read_config(BASE, fine_tuning, {"optim": {"lr": 0.1}}).optim.lr == 0.1
     detector = {"detection": {"annotations": "x"}, "run": {"output": "y", "runner": "inline"}}
     assert read_config(detector).optim.lr == 0.1
+
+
+def test_faces_far_from_the_main_centre_are_listed_apart(persons: Path, tmp_path: Path) -> None:
+    """Sub-center ArcFace's cleaning: train, list what lies near the dominant centres, train on that."""
+    layers = {"loss": {"name": "subcenter-arcface", "scale": 12.0}, "schedule": {"steps": 2, "validate": 0}}
+    settings = config(persons, tmp_path / "run", **layers)
+    with pytest.raises(TrainingError, match="train first"):
+        write_angles(settings, str(tmp_path / "near.csv"))
+    run(settings)
+    all_faces = write_angles(settings, str(tmp_path / "all.csv"), 180.0)
+    assert all_faces.dropped == 0
+    summary = write_angles(settings, str(tmp_path / "near.csv"), all_faces.median)
+    assert summary.kept + summary.dropped == all_faces.kept
+    assert min(summary.kept, summary.dropped) > 0
+    with open(summary.list) as near, open(summary.dropped_list) as far:
+        kept = list(csv.DictReader(near))
+        dropped = list(csv.DictReader(far))
+    assert max(float(row["angle"]) for row in kept) <= round(all_faces.median, 2)
+    assert min(float(row["angle"]) for row in dropped) >= round(all_faces.median, 2)
+    assert all(row["identity"] in row["uri"] for row in [*kept, *dropped])
+    labels = read_label_list(summary.list, None)
+    assert (labels.by_face, len(labels.keys)) == (True, summary.kept)
+    # A loss without centres has nothing to measure.
+    other = config(persons, tmp_path / "run", loss={"name": "triplet", "scale": None}, sample={"identities": 3})
+    with pytest.raises(ConfigError):
+        write_angles(other, str(tmp_path / "none.csv"))
 
 
 def test_weights_of_imagenet_start_a_resnet(tmp_path: Path) -> None:
