@@ -35,6 +35,7 @@ NAME = "manifest.json"
 CURVE_K = 10
 """Neighbours that the curve of every index is measured for."""
 _RADIUS_RECALL = 0.99  # by default
+_LAST_STEP = 0.005  # of recall, that may cost more than everything before it
 _RADIUS_GROWTH = 8  # lists visited for a radius, against those for ten neighbours, if neither was measured
 
 # A manifest that says that there is no index. It keeps the manifest of a run that was paused from being published.
@@ -283,7 +284,8 @@ class Manifest:
         if curve is not None:
             goal = self.recall if recall is None else recall
             if recall is None and radius is not None:
-                goal = max(goal, _RADIUS_RECALL)
+                # Not at the price of all lists, if the last faces are lost to their codes.
+                goal = max(goal, min(_RADIUS_RECALL, curve.points[-1].recall - _LAST_STEP))
             point = next((point for point in curve.points if point.recall >= goal), curve.points[-1])
             return ChosenSetting(point.nprobe, point.rescore, point.recall)
         nprobe = self.template.lists

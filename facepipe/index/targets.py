@@ -32,7 +32,7 @@ _RADIUS_STEP = 0.01
 _MIN_RADIUS_QUERIES = 20  # that have a face within a radius, for its recall to be known
 _MAX_FULL_SHARE = 0.02  # of the queries that have more faces within a radius than nearest ones are known
 _MAX_TRUTH = 100  # true faces per query, drawn from all
-_LEVELS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995)  # of recall
+_LEVELS = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995)  # of recall
 _GRID = 80  # numbers of lists that are looked at
 # Candidates re-scored per neighbour.
 _RESCORED = (2, 4, 8)
@@ -92,7 +92,7 @@ def _ask_radii(index: Index, sample: RecallSample, seed: int) -> list[_Target]:
     for rank, share in _RADII:
         if rank <= sample.distances.shape[1]:
             distance = float(np.quantile(sample.distances[:, rank - 1], share))
-            radii.add(round(np.ceil(distance / _RADIUS_STEP) * _RADIUS_STEP, 2))
+            radii.add(float(round(np.ceil(distance / _RADIUS_STEP) * _RADIUS_STEP, 2)))
     targets = []
     for radius in sorted(radius for radius in radii if 0 < radius < np.inf):
         inside = _find_inside(index, sample, radius, seed)

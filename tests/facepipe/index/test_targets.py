@@ -145,9 +145,11 @@ def test_ranks_of_lists_say_what_is_visited(index: Index, gallery: Gallery) -> N
 
 def test_the_next_larger_target_counts() -> None:
     hundred = TargetCurve(100, None, (TargetPoint(10, 200, 0.95), TargetPoint(20, 200, 0.98)))
-    near = TargetCurve(None, 0.3, (TargetPoint(6, 100, 0.97), TargetPoint(9, 100, 0.992)))
+    near = TargetCurve(None, 0.3, (TargetPoint(6, 100, 0.97), TargetPoint(9, 100, 0.992), TargetPoint(64, 400, 0.997)))
+    # More than 0.989 is not reached, and nearly as much by a part of the lists.
+    lossy = TargetCurve(None, 0.35, (TargetPoint(10, 100, 0.985), TargetPoint(64, 400, 0.989)))
     far = TargetCurve(None, 0.4, (TargetPoint(12, 100, 0.98),))
-    manifest = make_manifest(hundred, far, near)
+    manifest = make_manifest(hundred, far, lossy, near)
     assert manifest.choose_target(k=50).recall == 0.98
     assert manifest.choose_target(k=50, recall=0.9).nprobe == 10
     assert manifest.choose_target(k=101).nprobe == 64
@@ -155,7 +157,9 @@ def test_the_next_larger_target_counts() -> None:
     # Within a radius nearly all are meant, if nothing else is requested.
     assert manifest.choose_target(radius=0.25).nprobe == 9
     assert manifest.choose_target(radius=0.25, recall=0.9).nprobe == 6
-    assert manifest.choose_target(radius=0.31) == manifest.choose_target(radius=0.4)
+    assert manifest.choose_target(radius=0.36) == manifest.choose_target(radius=0.4)
+    assert manifest.choose_target(radius=0.31).nprobe == 10
+    assert manifest.choose_target(radius=0.31, recall=0.99).nprobe == 64
     assert manifest.choose_target(radius=0.5).nprobe == 64
     # The nearest face alone takes fewer lists than ten.
     assert manifest.choose_target(k=1).nprobe == 8
