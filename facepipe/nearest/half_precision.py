@@ -212,9 +212,10 @@ class Tile:
 def _force_single_precision_sums() -> Iterator[None]:
     """Make cuBLAS sum products in single precision, which the bound rests on: it may otherwise add some in half."""
     matmul = torch.backends.cuda.matmul
-    before = {name: getattr(matmul, name) for name in _REDUCED_PRECISION_FLAGS}
+    # Older releases of torch lack some of them, and do not sum so either.
+    before = {name: getattr(matmul, name) for name in _REDUCED_PRECISION_FLAGS if hasattr(matmul, name)}
     try:
-        for name in _REDUCED_PRECISION_FLAGS:
+        for name in before:
             setattr(matmul, name, False)
         yield
     finally:
