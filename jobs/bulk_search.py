@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error
 from jobs.job_command import HIDDEN_FIGURES, finish_job, print_steps, record_job, run_old_spelling
-from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_job_config
+from jobs.options import DryRun, HelpSettings, Init, JobSettings, Json, Quiet, build_job_config
 from jobs.progress import ProgressReporter, format_search_rate
 
 
@@ -17,7 +17,7 @@ def bulk_search(
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
-    settings: Settings = None,
+    settings: JobSettings = None,
     help_settings: HelpSettings = False,
     init: Init = False,
 ) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from jobs.console import exit_on_error
 from jobs.job_command import finish_job, format_counts, print_steps, record_job, run_old_spelling
-from jobs.options import DryRun, HelpSettings, Init, Json, Quiet, Settings, build_job_config
+from jobs.options import DryRun, HelpSettings, Init, JobSettings, Json, Quiet, build_job_config
 from jobs.progress import ProgressReporter, show_embedding
 
 
@@ -18,7 +18,7 @@ def clean_dataset(
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
-    settings: Settings = None,
+    settings: JobSettings = None,
     help_settings: HelpSettings = False,
     init: Init = False,
 ) -> None:

@@ -1,5 +1,6 @@
 """The command line: one function per command, in the module named after what it works on."""
 
+import inspect
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,33 @@ class _RedactedGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _redact_errors():
             return super().invoke(ctx)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands in groups, each with the whole first sentence of its help."""
+        names = list(self.list_commands(ctx))
+        groups = [(title, [name for name in group if name in names]) for title, group in COMMAND_GROUPS.items()]
+        grouped = {name for _, group in groups for name in group}
+        groups.append(("Other commands", [name for name in names if name not in grouped]))
+        for title, group in groups:
+            rows = [(name, _get_first_sentence(self.commands[name])) for name in group]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _get_first_sentence(command: Any) -> str:
+    return inspect.cleandoc(command.help or "").split("\n\n")[0].replace("\n", " ")
+
+
+# Groups of commands in `--help`; a command that is in none comes last.
+COMMAND_GROUPS = {
+    "Fill a gallery": ["embed", "adopt", "index"],
+    "Find people": ["search", "identify"],
+    "Clean up": ["dedup", "cluster", "clean", "review", "apply", "decisions", "finish"],
+    "Jobs from a TOML file": ["nightly", "clean-dataset", "bulk-search", "train"],
+    "Look after a gallery": ["info", "verify", "compact", "erase", "export", "migrate", "doctor"],
+    "Models and figures": ["models", "evaluate"],
+}
 
 
 # Longest text of arguments that a message repeats: a shell may have put thousands of files in the place of a pattern.

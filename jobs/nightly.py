@@ -12,7 +12,7 @@ from jobs.console import ExitCode, exit_on_error, fail, print_result, print_seco
 from jobs.examples import write_example_config
 from jobs.job_command import finish_job, format_counts, print_steps, record_job
 from jobs.night_setup import print_next_steps, write_night_config
-from jobs.options import Check, DryRun, HelpSettings, Json, Quiet, Settings, YesErase, build_job_config
+from jobs.options import Check, DryRun, HelpSettings, JobSettings, Json, Quiet, YesErase, build_job_config
 from jobs.progress import ProgressReporter, format_failed, show_embedding
 
 
@@ -41,7 +41,7 @@ def nightly(
     check: Check = False,
     quiet: Quiet = False,
     as_json: Json = False,
-    settings: Settings = None,
+    settings: JobSettings = None,
     help_settings: HelpSettings = False,
     init: Annotated[
         bool,

@@ -38,6 +38,15 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+JobSettings = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Single setting, which overrides the TOML file; repeatable.",
+        show_default=False,
+    ),
+]
 HelpSettings = Annotated[
     bool,
     typer.Option(

@@ -7,7 +7,7 @@ import typer
 
 from facepipe.config import parse_settings, read_toml
 from jobs.console import exit_on_error, print_result, print_table
-from jobs.options import HelpSettings, Init, Json, Quiet, Settings
+from jobs.options import HelpSettings, Init, JobSettings, Json, Quiet
 from jobs.progress import ProgressReporter
 
 
@@ -31,7 +31,7 @@ def train(
     ] = 75.0,
     quiet: Quiet = False,
     as_json: Json = False,
-    settings: Settings = None,
+    settings: JobSettings = None,
     help_settings: HelpSettings = False,
     init: Init = False,
 ) -> None:

@@ -21,7 +21,7 @@ from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from facepipe import storage
-from facepipe.errors import ContractError, GalleryBusyError, GalleryError, StorageError
+from facepipe.errors import ConfigError, ContractError, GalleryBusyError, GalleryError, StorageError
 from facepipe.gallery.chosen_rows import iterate_chosen_rows
 from facepipe.gallery.commits import log
 from facepipe.gallery.contract import CONTRACT_PROPERTY, Contract
@@ -119,6 +119,8 @@ class Gallery:
         self.path = storage.to_absolute(os.fspath(path))
         self.faces_folder = storage.join(self.path, "faces")
         self._has_checked_names = False
+        if not storage.is_remote(self.path) and os.path.isfile(self.path):
+            raise ConfigError(f"the gallery {self.path!r} is a file; name a folder")
         _refuse_links_to_others(self.path)
         self._hidden = HiddenWatch(self.path)
         try:

@@ -14,6 +14,10 @@ _KNOWN_CAUSES = (
         "169.254.169.254",  # where machines in a cloud ask for the credentials of their role
         "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true for a public bucket",
     ),
+    (
+        "IMDS disabled",
+        "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_SKIP_SIGNATURE=true for a public bucket",
+    ),
     ("NoSuchBucket", "there is no such bucket"),
     ("SignatureDoesNotMatch", "the secret key is wrong: AWS_SECRET_ACCESS_KEY"),
     ("InvalidAccessKeyId", "there is no such access key: AWS_ACCESS_KEY_ID"),

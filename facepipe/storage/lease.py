@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from facepipe.errors import ConfigError, GalleryBusyError, GalleryError, StorageError
 from facepipe.storage import conditional
+from facepipe.storage.attempts import get_attempt
 from facepipe.storage.error_text import describe_error
 from facepipe.storage.files import get_entry
 from facepipe.storage.new_folders import make_new_folders, remove_new_folders
@@ -59,6 +60,8 @@ class Holder:
         purpose: `ERASURE`, or empty for any other run.
         settled: No earlier holder can be asleep before its next commit: each has released the lease or ended, or a
             later holder's commit has made its own impossible.
+        job: Name of the job that the process is an attempt of; empty if no scheduler has named one.
+        attempt: Number of the attempt.
     """
 
     holder: str
@@ -72,6 +75,8 @@ class Holder:
     released: bool = False
     purpose: str = ""
     settled: bool = False
+    job: str = ""
+    attempt: int = 0
 
     @classmethod
     def of_this_process(cls, seconds: float, purpose: str = "") -> "Holder":
@@ -85,7 +90,13 @@ class Holder:
             began=_read_process_start(pid),
             seconds=seconds,
             purpose=purpose,
+            job=get_attempt().job,
+            attempt=get_attempt().number,
         )
+
+    def precedes(self, other: "Holder") -> bool:
+        """Tell whether the holder is an earlier attempt of the same job, which its scheduler has given up."""
+        return bool(self.job) and self.job == other.job and self.attempt < other.attempt
 
     def encode(self) -> bytes:
         """Encode the holder for the file."""
@@ -344,7 +355,14 @@ def _acquire(path: str, kind: str, on_wait: OnWait, purpose: str) -> Lease:
             # Read the lease, wait if somebody holds it, and take it on the condition that it is still the same.
             content = conditional.read_tagged(path)
             current = _decode(content[0]) if content else None
-            if current is not None and not current.released:
+            # A released lease still says who had it last.
+            if current is not None and own.precedes(current):
+                raise GalleryBusyError(
+                    f"a later attempt of this job has taken over the {kind} {folder!r}: this one is over"
+                )
+            if current is not None and not current.released and current.precedes(own):
+                on_wait(f"taking over the {kind} from an earlier attempt of this job, on {current.host}")
+            elif current is not None and not current.released:
                 # Two erasures do not wait for each other: each does what it can.
                 if current.purpose == ERASURE and not purpose:
                     _wait_for_erasure(path, kind, current, on_wait)

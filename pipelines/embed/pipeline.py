@@ -161,6 +161,7 @@ def run(config: EmbedConfig, gallery: str, progress: Progress = lambda summary: 
         raise SourceError(_describe_empty_source(config.source.uri, source))
     # With other models, or with a corrected file, a new gallery has another contract.
     if not Gallery.exists(gallery):
+        Gallery.require_free(gallery)  # before the lease leaves a file in a folder of somebody else
         load_models(config)
     record = get_current_run()
     run_id = record.id if record else new_run_id()

@@ -15,7 +15,7 @@ from facepipe.gallery import Gallery
 from facepipe.index import manifest as manifests
 from facepipe.index.compact import plan_full_merge, plan_merges, replace_group
 from facepipe.index.manifest import Manifest, ShardEntry, Template
-from facepipe.index.plan import FLAT, IndexPlan, is_outgrown, make_plan, parse_size
+from facepipe.index.plan import FLAT, IndexPlan, is_outgrown, make_plan, open_factory, parse_size
 from facepipe.index.rows import SkippedRows, read_face_rows, sample_vectors
 from facepipe.index.shard import build_shard, merge_shards
 from facepipe.index.template import save_template, train_template
@@ -128,7 +128,8 @@ class _IndexBuilder:
             self._on_progress("the index was built with another model contract: rebuilding it")
             self._reason = "built with another model contract"
             return None
-        if self._factory not in (None, manifest.template.factory):
+        if self._factory is not None and self._factory != manifest.template.factory:
+            open_factory(self._factory)  # it raises for one that cannot be built anyway
             raise ConfigError(
                 f"the index is {manifest.template.factory}; `--retrain` with `--factory {self._factory}` builds another"
             )

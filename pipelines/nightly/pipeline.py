@@ -118,7 +118,7 @@ def run(
 def _run_night(
     config: NightlyConfig, gallery: str, confirmation: NightConfirmation, on_progress: OnLine, on_embed: OnEmbed
 ) -> NightSummary:
-    with hold_lease(storage.join(gallery, RUNS), "nightly job", on_progress):
+    with hold_lease(storage.join(gallery, RUNS), "nightly job", on_progress) as lease:
         guard = NightGuard(gallery, confirmation.images, confirmation.clock_date)
         night = _Night(config, NightSummary(gallery), guard, on_progress)
         attach_summary(night.summary)
@@ -126,6 +126,8 @@ def _run_night(
         # Each step reads the table anew, and so sees what the steps before it committed.
         night.finish_erasures()
         for source in config.source:
+            # A later attempt of this night may have taken over while this one was asleep.
+            lease.check()
             night.embed_source(source, on_embed)
         # Without a gallery no source had an image, and nothing else can be done.
         if not Gallery.exists(gallery):
@@ -138,6 +140,7 @@ def _run_night(
             night.find_copies,
             night.compact_table,
         ):
+            lease.check()
             step()
             night.finish_erasures()
         night.summary.version = Gallery(gallery).version

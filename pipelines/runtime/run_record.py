@@ -17,6 +17,7 @@ from facepipe.errors import ConfigError, FacepipeError
 from facepipe.observe import logs, metrics, runs
 from facepipe.observe.lineage import LineageSender
 from facepipe.observe.runs import RunRecord, State
+from facepipe.storage.attempts import register_attempt
 from facepipe.storage.lease import describe_process
 
 # Exit codes of the command line.
@@ -234,6 +235,9 @@ def record_run(gallery: str, job: str, parent: str | None = None) -> Iterator[Ac
     # The record is also written at the start, so that a run that is killed leaves one too.
     record = RunRecord(runs.new_run_id(), job, parent, runs.format_now(), process=describe_process())
     run = ActiveRun(path, record)
+    # Later attempts of one job take the leases of earlier ones over. A folder that is no gallery gets no register.
+    if _has_gallery(path):
+        register_attempt(runs.get_runs_folder(path))
     with logs.bind_run(record.run, job):
         token = _current_run.set(run)
         run.save()

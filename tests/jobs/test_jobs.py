@@ -213,7 +213,7 @@ def test_cleaning_resumes_and_grows(dataset: Path, corpus: Path, tmp_path: Path)
     before = (lists / "clean.csv").read_bytes()
     assert ("done", 0) in list_ends(tmp_path / "g", "clean_dataset")
     code, out, _ = run_facepipe("clean-dataset", dataset, "--quiet")
-    assert (code, "skipped 12" in out.replace("\n", " ")) == (0, True)
+    assert (code, "known 12" in out.replace("\n", " ")) == (0, True)
     assert (lists / "clean.csv").read_bytes() == before
     cv2.imwrite(str(corpus / "person1" / "p1_900.png"), draw(100))
     code, out, _ = run_facepipe("clean-dataset", dataset, "--json", "--quiet")
