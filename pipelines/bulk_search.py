@@ -1,31 +1,26 @@
 """bulk_search: search a batch of queries in a gallery, and identify them; update the index first if configured."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
 from pydantic import Field
 
-from facepipe import storage
 from facepipe.errors import ConfigError
 from facepipe.evaluation.identification import choose_threshold
 from facepipe.gallery import Gallery
-from facepipe.hashing import hash64
 from facepipe.index import manifest as manifests
 from facepipe.index.answers import SearchOptions
 from facepipe.index.queries import open_queries
 from facepipe.schema import FAILED
 from facepipe.sources import open_source
-from facepipe.storage.cache import get_cache_folder
-from facepipe.storage.owned import delete_owned_folder
 from pipelines import index, search
 from pipelines.embed.config import EmbedConfig
 from pipelines.index import BuildConfig, IndexConfig
 from pipelines.job import JobSummary, OnLine, Share, count_indexed
 from pipelines.runtime.run_record import attach_summary, record_calls
 from pipelines.search import SearchConfig, SearchRunConfig, SearchSummary
-from pipelines.search.parts import check_output, owns_part
+from pipelines.search.parts import check_output
 
 OnSearch = Callable[[SearchSummary], None]
 
@@ -124,14 +119,10 @@ def _run_search(config: BulkSearchConfig, gallery: str, on_progress: OnLine, on_
     check_output(config.output)  # before anything is searched
     find = _set_threshold(config, summary, on_progress)
 
-    # Search into a local folder, where finished blocks stay until all are done.
     on_progress("search")
     search_config = SearchConfig(find, config.run, config.embed)
-    local_output = _get_local_path(config.output)
-    searched = search.run(search_config, gallery, config.queries, local_output, on_search)
-    _upload(local_output, config.output)
-
-    summary.steps["search"] = {**asdict(searched), "out": config.output}
+    searched = search.run(search_config, gallery, config.queries, config.output, on_search)
+    summary.steps["search"] = asdict(searched)
     # Queries made of images are faces. Images without a face are inputs too, so the larger count is taken.
     summary.queries = max(searched.queries, sum(searched.images.values()))
     failed_images = sum(searched.images.get(status, 0) for status in FAILED)
@@ -156,29 +147,6 @@ def _set_threshold(config: BulkSearchConfig, summary: BulkSummary, on_progress: 
     point = choose_threshold(Gallery(config.gallery), config.bulk.fpir, config.search.recall)
     summary.steps["calibrate"] = {**point.to_dict(), "few": point.has_few_alarms}
     return replace(config.search, threshold=point.threshold)
-
-
-def _get_local_path(output: str) -> str:
-    """Return where to write the answers first: the output itself, or a path in the cache if the output is remote."""
-    if not storage.is_remote(output):
-        return output
-    # The name depends on the output only, so that an interrupted run finds its finished blocks again.
-    name = f"{hash64(output):016x}" + (".parquet" if output.endswith(".parquet") else "")
-    return os.path.join(get_cache_folder(), "searches", name)
-
-
-def _upload(local: str, output: str) -> None:
-    """Upload complete answers to an object store and delete the local copy; do nothing for a local output."""
-    if local == output:
-        return
-    # Delete the local copy last: if an upload fails, a later run uploads again without searching.
-    if os.path.isdir(local):
-        for name in sorted(os.listdir(local)):
-            storage.write_file(storage.join(output, name), os.path.join(local, name))
-        delete_owned_folder(local, owns_part)
-    else:
-        storage.write_file(output, local)
-        os.unlink(local)
 
 
 def _check(config: BulkSearchConfig) -> None:

@@ -33,6 +33,7 @@ from facepipe.schema import FAILED
 from facepipe.storage import file_exists, is_remote, list_names, open_seekable, read, replace_file, write_file
 from facepipe.storage.cache import get_cache_folder
 from facepipe.storage.lease import LEASE_FILE, LEASE_GUARD
+from facepipe.storage.outputs import write_output
 from facepipe.storage.owned import delete_owned_folder
 from facepipe.text import protect_cell
 from pipelines import embed
@@ -183,7 +184,8 @@ def run(
         answers = _identify(options, index, queries, summary)
         uncertain = _write(answers, out, summary, best_per_photo=options.best_per_photo)
         if page is not None:
-            _write_page(page, uncertain, table, queries, summary)
+            with write_output(page, "page") as path:
+                _write_page(path, uncertain, table, queries, summary)
     usable = summary.photos - sum(summary.statuses.get(status, 0) for status in FAILED)
     if not usable:
         raise SourceError(f"none of the {summary.photos} photos could be read: {out} says why of each")

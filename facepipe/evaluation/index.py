@@ -17,6 +17,7 @@ from facepipe.index.exact import read_live_blocks, search_exactly
 from facepipe.index.manifest import CURVE_K, RecallPoint
 from facepipe.index.search import Index
 from facepipe.nearest.distances import VectorBlock
+from facepipe.storage.outputs import save_figure
 from facepipe.types import Float64
 
 _SINGLE_QUERIES = 50  # timed one by one
@@ -289,4 +290,4 @@ def draw_recall_curve(curve: tuple[RecallPoint, ...], index: Index, path: str) -
     axes.set_title(f"{index.live} faces, {index.manifest.template.factory}", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -21,6 +21,7 @@ from facepipe.evaluation.roc import (
 )
 from facepipe.extras import describe_missing
 from facepipe.gallery import Gallery
+from facepipe.storage.outputs import save_figure
 from facepipe.types import Bool, Float32, Float64, Int64
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -223,4 +224,4 @@ def draw_roc(curve: RocCurve, result: PairsResult, path: str) -> None:
         fontsize=9,
     )
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

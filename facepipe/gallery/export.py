@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from facepipe.errors import GalleryError
+from facepipe.errors import ConfigError, GalleryError, StorageError
 from facepipe.gallery.contract import CONTRACT_PROPERTY
 from facepipe.gallery.filters import list_texts
 from facepipe.gallery.near_names import describe_near, find_near_images, find_near_labels, find_near_sources
 from facepipe.gallery.table import Gallery, check_columns
 from facepipe.schema import FACES
+from facepipe.storage import describe_error, is_remote, list_prefix
 from facepipe.storage.aliases import find_utf8_output
+from facepipe.storage.table_access import open_arrow_filesystem
 
 _ROWS_PER_FILE = 1_000_000
 _ROWS_PER_GROUP = 65536
@@ -33,10 +35,17 @@ def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = N
     Raises:
         GalleryError: the folder holds something, or no row meets the filter. Nothing is written then.
     """
+    if out.endswith(".csv"):
+        raise ConfigError(
+            f"{out!r} would be a folder of Parquet files: give a folder, and convert it with another program"
+        )
     # Files of an earlier export would be read together with the new ones.
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    if is_remote(out):
+        is_taken = next(iter(list_prefix(out.rstrip("/") + "/")), None) is not None
+    else:
+        is_taken = os.path.exists(out) and (not os.path.isdir(out) or bool(os.listdir(out)))
+    if is_taken:
         raise GalleryError(f"{out!r} exists and is not an empty folder")
-    out = find_utf8_output(out)
     names = check_columns(columns)
     if where is not None and not any(batch.num_rows for batch in gallery.batches(["uri"], where)):
         raise GalleryError(f"no row meets the filter {where!r}{_suggest_text(gallery, where)}")
@@ -49,9 +58,29 @@ def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = N
             row_count += batch.num_rows
             yield batch
 
+    try:
+        _write_parts(count_rows(), out, names, gallery)
+    except OSError as error:
+        raise StorageError(f"cannot write to {out!r}: {describe_error(error)}") from error
+    return row_count
+
+
+def _write_parts(batches: Iterator[pa.RecordBatch], out: str, names: list[str], gallery: Gallery) -> None:
+    """Write batches as files of a folder, on a disk or in an object store."""
+    filesystem = None
+    folder = out
+    if is_remote(out):
+        filesystem = open_arrow_filesystem(out)
+        if filesystem is None:
+            raise ConfigError(f"cannot export to {out!r}: give a folder, or a URL that begins with s3:// or gs://")
+        folder = "."
+    else:
+        folder = find_utf8_output(out)
     ds.write_dataset(
-        count_rows(),
-        out,
+        batches,
+        folder,
+        filesystem=filesystem,
+        create_dir=filesystem is None,
         schema=pa.schema([FACES.field(name) for name in names], {CONTRACT_PROPERTY: gallery.contract.to_json()}),
         format="parquet",
         basename_template="part-{i}.parquet",
@@ -60,7 +89,6 @@ def export_parquet(gallery: Gallery, out: str, columns: Sequence[str] | None = N
         file_options=ds.ParquetFileFormat().make_write_options(compression="zstd"),
         existing_data_behavior="overwrite_or_ignore",
     )
-    return row_count
 
 
 def _suggest_text(gallery: Gallery, where: str) -> str:

@@ -119,8 +119,7 @@ class Gallery:
         self.path = storage.to_absolute(os.fspath(path))
         self.faces_folder = storage.join(self.path, "faces")
         self._has_checked_names = False
-        if not storage.is_remote(self.path) and os.path.isfile(self.path):
-            raise ConfigError(f"the gallery {self.path!r} is a file; name a folder")
+        _refuse_file(self.path)
         _refuse_links_to_others(self.path)
         self._hidden = HiddenWatch(self.path)
         try:
@@ -198,7 +197,9 @@ class Gallery:
 
         Raises:
             GalleryError: it holds something.
+            ConfigError: it is a file.
         """
+        _refuse_file(path)
         if _is_taken(path):
             raise GalleryError(f"{path!r} exists and is not a gallery: choose a new folder")
 
@@ -644,6 +645,11 @@ def _remove_unfinished(folder: str, *, is_created: bool) -> None:
             for name in names:
                 if log.UNFINISHED.fullmatch(name) or (is_created and name == _FIRST_VERSION):
                     os.unlink(os.path.join(folder, name))
+
+
+def _refuse_file(path: str) -> None:
+    if not storage.is_remote(path) and os.path.isfile(path):
+        raise ConfigError(f"the gallery {path!r} is a file; name a folder")
 
 
 def _is_taken(path: str) -> bool:

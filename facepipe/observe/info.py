@@ -12,8 +12,9 @@ from facepipe.gallery.table import Gallery
 from facepipe.observe import runs
 from facepipe.observe.runs import RunRecord
 from facepipe.schema import FAILED
-from facepipe.storage import join, replace_file
+from facepipe.storage import join
 from facepipe.storage.lease import has_process_ended, is_held
+from facepipe.storage.outputs import write_output
 from facepipe.storage.owned import require_own_list
 from facepipe.text import protect_cell
 
@@ -114,7 +115,7 @@ def write_failed(gallery: Gallery, path: str) -> int:
     """
     require_own_list(path, _FAILED_COLUMNS)
     count = 0
-    with replace_file(path, what="list") as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
+    with write_output(path, "list") as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_FAILED_COLUMNS)
         for row in iterate_failed(gallery):

@@ -137,7 +137,7 @@ def build_charts(entries: Sequence[TrainingProgress], outcome: Outcome) -> list[
 def _build_tables(texts: ReportTexts) -> list[Table]:
     """Build the tables of the data, the scores and each section of the config."""
     counts = tuple((name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in texts.data.items())
-    tables = [Table("Data", ("", "count"), counts)]
+    tables = [Table("Data", ("figure", "count"), counts)]
     if texts.comparisons:
         rows = tuple(
             (comparison.name, name, f"{before:.5f}", f"{comparison.after[name]:.5f}")

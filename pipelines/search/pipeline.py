@@ -15,6 +15,7 @@ from facepipe.index.lag import measure_lag
 from facepipe.index.manifest import Manifest
 from facepipe.index.queries import QuerySource, open_queries
 from facepipe.models.runtime.device import resolve_device
+from facepipe.storage import is_remote
 from facepipe.storage.aliases import find_utf8_output
 from pipelines import embed
 from pipelines.embed.queries import build_query_config
@@ -38,6 +39,7 @@ from pipelines.search.parts import (
     remove_unused_folder,
     search_block,
 )
+from pipelines.search.remote import locate_local_output, upload_answers
 
 OnProgress = Callable[[SearchSummary], None]
 
@@ -54,7 +56,7 @@ def run(
         config: settings.
         gallery: path or URL.
         queries: images, a gallery, or Parquet files with a column `embedding` or `vector`.
-        out: path of a .parquet file, or of a folder of parts.
+        out: path or URL of a .parquet file, or of a folder of parts.
         on_progress: is called after each block.
 
     Raises:
@@ -69,7 +71,11 @@ def run(
     source = open_queries(queries, table.contract)
     check_place(out, queries, table.path)
     summary = SearchSummary(out=out, threshold=config.search.threshold)
-    out = find_utf8_output(out)
+    # Answers for an object store are made in the cache, where finished blocks stay until all are done.
+    remote_out = out
+    out = find_utf8_output(locate_local_output(out))
+    if is_remote(remote_out):
+        check_output(out)
     work = out.rstrip("/") + ".partial"
     make_folder(work)
     try:
@@ -83,6 +89,8 @@ def run(
         remove_unused_folder(work)
         raise
     deliver(work, out, summary.blocks)
+    if is_remote(remote_out):
+        upload_answers(out, remote_out)
     summary.seconds = round(time.monotonic() - began, 3)
     return summary
 
