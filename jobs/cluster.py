@@ -23,6 +23,9 @@ def cluster(
     assign: Annotated[
         bool, typer.Option("--assign", help="Assignment of new faces to existing clusters, whose ids stay.")
     ] = False,
+    keep_ids: Annotated[
+        bool, typer.Option("--keep-ids", help="Ids of the earlier clusters kept; without it the largest is number 0.")
+    ] = False,
     algorithm: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Clustering algorithm; only linkage, kept so that old scripts run.", hidden=True),
@@ -58,6 +61,8 @@ def cluster(
         facepipe cluster gallery/ --threshold 0.35 --set graph.recall=0.995
 
         facepipe cluster gallery/ --assign
+
+        facepipe cluster gallery/ --keep-ids
     """
     with exit_on_error(REPORT_HINT):
         from pipelines.cluster import ClusterConfig, run
@@ -72,10 +77,10 @@ def cluster(
         on_progress = make_line_printer("cluster", quiet=quiet)
         # The assignment takes its threshold from the report, and only the rule for photos from the config.
         if assign:
-            assigned = assign_new(gallery, chosen.cluster.one_photo, on_progress)
+            assigned = assign_new(gallery, chosen.cluster.one_photo, on_progress, chosen.cluster)
             print_result(asdict(assigned), as_json=as_json, print_text=lambda: _print_assigned(assigned))
             return
-        summary = run(chosen, gallery, on_progress)
+        summary = run(chosen, gallery, on_progress, keep_ids=keep_ids)
         print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_summary(summary))
 
 
@@ -101,6 +106,12 @@ def _print_assigned(summary: Any) -> None:
         ("put into clusters", summary.placed),
         ("new clusters", summary.clusters),
         ("removed faces", summary.gone),
+        ("clustered anew, numbers kept", "yes" if summary.anew else "no"),
+        ("faces now per face clustered", f"{summary.growth:.2f}" if summary.growth else "unknown"),
+        ("faces since then without a cluster", f"{summary.unplaced:.1%}"),
+        ("threshold of the clusters", f"{summary.distance:.4f}" if summary.distance else "unknown"),
     ]
     print_table("clusters, updated", ("", ""), rows)
+    if summary.advice:
+        print(summary.advice)
     print(f"{summary.seconds:.1f} s")

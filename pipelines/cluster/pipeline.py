@@ -1,14 +1,19 @@
 """Cluster the faces of a gallery by person, and write tables and a report."""
 
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
+from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.constraints import find_same_photo_pairs, read_labels
+from facepipe.curation.clusters.continuity import EarlierClusters, keep_numbers, part_newcomers
 from facepipe.curation.clusters.identities import cluster_faces
-from facepipe.curation.clusters.incremental import PlacementRule
+from facepipe.curation.clusters.placement import PlacementRule, StrangerLimit
 from facepipe.curation.clusters.report import ClusterReview, build_cluster_report
 from facepipe.curation.clusters.review import (
     compute_fits,
@@ -16,7 +21,7 @@ from facepipe.curation.clusters.review import (
     find_suspected_merges,
     find_suspected_splits,
 )
-from facepipe.curation.clusters.sums import ClusterSums
+from facepipe.curation.clusters.sums import ClusterSums, make_empty_clusters
 from facepipe.curation.clusters.tables import (
     CLUSTERS,
     FACE_SCHEMA,
@@ -25,17 +30,18 @@ from facepipe.curation.clusters.tables import (
     SPLITS,
     build_face_rows,
     number_by_size,
+    read_highest_number,
 )
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import find_stricter_threshold
-from facepipe.curation.graph.fitness import find_unfit_nodes
-from facepipe.errors import ConfigError
+from facepipe.curation.graph.fitness import find_unfit_nodes, read_min_quality
+from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
-from facepipe.types import Int64
+from facepipe.types import Bool, Int64
 from pipelines.cluster.linkage import open_linkage_runner
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph, uses_ray
 from pipelines.runtime.run_record import PhaseTimer, record_calls
@@ -53,11 +59,17 @@ class ClusterRules:
         algorithm: `linkage`, which is average linkage and the only choice.
         one_photo: Faces of one photo are different persons.
         identities: Faces with one label are one person.
+        anew_growth: Growth of the gallery since its last clustering from which `--assign` clusters anew: 0.2 are 20 new
+            faces per 100. The numbers of clusters stay.
+        anew_faces: Largest gallery, in faces, that `--assign` clusters anew by itself. In a larger one it says when
+            to do so.
     """
 
     algorithm: str = "linkage"
     one_photo: bool = True
     identities: bool = False
+    anew_growth: Annotated[float, Field(gt=0)] = 0.2
+    anew_faces: Annotated[int, Field(ge=0)] = 1_000_000
 
     def __post_init__(self) -> None:
         if self.algorithm != "linkage":
@@ -118,13 +130,24 @@ class ClusterSummary:
 
 
 @record_calls("cluster")
-def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line: None) -> ClusterSummary:
+def run(
+    config: ClusterConfig,
+    gallery: str,
+    progress: OnProgress = lambda line: None,
+    *,
+    keep_ids: bool = False,
+    part_new: bool = False,
+) -> ClusterSummary:
     """Cluster all faces of a gallery, and write the report into GALLERY/reports/cluster/.
 
     Args:
         config: the configuration.
         gallery: path of the gallery.
         progress: called with each line of progress.
+        keep_ids: whether a cluster keeps the number of the earlier one that it shares most faces with. By default
+            clusters are numbered by falling size.
+        part_new: whether faces that had no cluster join those that had one only if that is as sure as `--assign`
+            must be.
 
     Raises:
         GalleryError: if there is no face, or if there are too few to estimate a threshold for a model that has none.
@@ -133,6 +156,7 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(table, NAME) as report:
+        earlier = _read_earlier(os.path.join(locate_reports(table), NAME)) if keep_ids or part_new else None
         graph_folder = os.path.join(locate_reports(table), "graph")
         graph = open_graph([table], config.graph, config.run, graph_folder, progress, report.lease)
         phases.end("graph")
@@ -143,11 +167,19 @@ def run(config: ClusterConfig, gallery: str, progress: OnProgress = lambda line:
         with open_linkage_runner(uses_ray(config.run, [table]), config.run.cpus) as run_tasks:
             unfit = find_unfit_nodes(table, graph.nodes)
             labels, clusters = cluster_faces(graph, different, same, unfit, run_tasks=run_tasks)
+        limit = StrangerLimit.measure(graph.nodes.vectors, graph.density, labels, clusters)
+        if earlier is not None and part_new:
+            is_new = earlier.find(graph.nodes.ids) < 0
+            labels, clusters = part_newcomers(graph, labels, clusters, is_new, limit.find_threshold(len(clusters)))
         phases.end("merge")
         review = _review_clusters(graph, labels, clusters, config.cluster.algorithm)
+        if earlier is not None and keep_ids:
+            review = _keep_numbers(review, graph, earlier)
         phases.end("review")
         progress(f"{len(clusters)} clusters: writing")
         _write_tables(table, graph, review, report.path)
+        next_number = max(int(review.numbers.max()) + 1, earlier.next_number if earlier and keep_ids else 0)
+        _write_rule(table, graph, review, config, limit, unfit, report.path, next_number)
         write_report(build_cluster_report(graph, table, review), os.path.join(report.path, "report.html"))
         phases.end("write")
     info = graph.info
@@ -191,6 +223,31 @@ def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm:
     )
 
 
+def _read_earlier(report: str) -> EarlierClusters | None:
+    """Read which cluster each face has; None if there are no clusters yet."""
+    path = os.path.join(report, FACES)
+    if not os.path.exists(path):
+        return None
+    ids, clusters = AssignmentTable(path).read_all()
+    try:
+        next_number = PlacementRule.load(report).next_number
+    except StorageError:
+        next_number = 0
+    empty = read_highest_number(os.path.join(report, CLUSTERS)) + 1
+    return EarlierClusters(ids, clusters, max(next_number, empty, int(clusters.max(initial=-1)) + 1))
+
+
+def _keep_numbers(review: ClusterReview, graph: Graph, earlier: EarlierClusters) -> ClusterReview:
+    numbers = keep_numbers(
+        review.labels,
+        len(review.clusters),
+        earlier.find(graph.nodes.ids),
+        np.argsort(review.numbers),
+        earlier.next_number,
+    )
+    return replace(review, numbers=numbers)
+
+
 def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder: str) -> None:
     """Write the tables of the report, and what `cluster --assign` needs."""
     numbers = review.numbers
@@ -229,7 +286,42 @@ def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder:
     write_table(os.path.join(folder, CLUSTERS), cluster_table)
     write_table(os.path.join(folder, MERGES), merge_table)
     write_table(os.path.join(folder, SPLITS), split_table)
-    # The rule and the sums by which new faces are placed.
-    PlacementRule(graph.cohort, graph.info.threshold.similarity).save(folder)
-    ordered = Clusters(clusters.sums[order], clusters.crowd[order], clusters.size[order])
-    ClusterSums(ordered, ReadMark.from_gallery(gallery)).save(folder)
+
+
+def count_faces(gallery: Gallery) -> int:
+    """Count the faces of a gallery by the log of its table."""
+    return sum(int(row["faces"]) for row in gallery.files())
+
+
+def _write_rule(
+    gallery: Gallery,
+    graph: Graph,
+    review: ClusterReview,
+    config: ClusterConfig,
+    limit: StrangerLimit,
+    unfit: Bool,
+    folder: str,
+    next_number: int,
+) -> None:
+    """Write the rule and the sums by which new faces are placed. Row n of the sums is cluster n."""
+    numbers = review.numbers
+    labels = review.labels
+    has_fit = np.zeros(len(review.clusters), bool)
+    has_fit[labels[~unfit]] = True
+    settings = json.dumps({"cluster": asdict(config.cluster), "graph": asdict(config.graph)})
+    PlacementRule(
+        graph.cohort,
+        graph.info.threshold.similarity,
+        limit=limit,
+        min_quality=read_min_quality(gallery),
+        waiting=np.sort(numbers[~has_fit]),
+        faces=count_faces(gallery),
+        distance=graph.info.distance,
+        settings=settings,
+        next_number=next_number,
+    ).save(folder)
+    sums = make_empty_clusters(next_number)
+    sums.sums[numbers] = review.clusters.sums
+    sums.crowd[numbers] = review.clusters.crowd
+    sums.size[numbers] = review.clusters.size
+    ClusterSums(sums, ReadMark.from_gallery(gallery)).save(folder)

@@ -246,7 +246,11 @@ class _Night:
         with self._measure("assign"):
             obstacle = explain_no_clusters(self.gallery)
             if not obstacle:
-                self.summary.add_step("assign", cluster_assign.run(self.gallery, progress=self._on_progress))
+                rules = self.config.cluster
+                assigned = cluster_assign.run(self.gallery, rules.one_photo, self._on_progress, rules)
+                self.summary.add_step("assign", assigned)
+                if assigned.advice:
+                    self.summary.problems.append(assigned.advice)
             elif self.config.night.clusters == "make":
                 self._make_clusters()
             else:

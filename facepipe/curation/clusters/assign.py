@@ -1,9 +1,10 @@
 """Assign new faces to existing clusters: to the most similar one if it is similar enough, else to new clusters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from facepipe.curation.clusters.placement import RUNNERS_UP, stand_out
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
 from facepipe.curation.graph.linkage import merge_by_average_linkage
@@ -13,6 +14,8 @@ from facepipe.types import Bool, Float32, Int64
 
 _BLOCK = 65536  # clusters, or pairs, that are compared at a time
 _MAX_NEIGHBOURS = 32
+_RANKS = RUNNERS_UP + 1
+_UNREACHABLE = np.float32(1e3)  # the density of a cluster that nothing is near
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class NearClusters:
     cluster: Int64
     is_compared_with_all: Bool
 
+    def take(self, chosen: Int64) -> "NearClusters":
+        """Return the pairs of some faces (m,), which are numbered by their place in the choice."""
+        position = np.full(len(self.is_compared_with_all), -1, np.int64)
+        position[chosen] = np.arange(len(chosen))
+        at = position[self.face]
+        return NearClusters(at[at >= 0], self.cluster[at >= 0], self.is_compared_with_all[chosen])
+
 
 def assign_faces(
     faces: Clusters,
@@ -56,6 +66,9 @@ def assign_faces(
     *,
     excluded: Int64 | None = None,
     near: NearClusters | None = None,
+    min_lead: float = float("-inf"),
+    unfit: Bool | None = None,
+    waiting: Int64 | None = None,
 ) -> FacePlacement:
     """Assign new faces to clusters.
 
@@ -65,13 +78,19 @@ def assign_faces(
     Args:
         faces: n new faces, as clusters of one.
         known: k existing clusters.
-        threshold: mean similarity from which a face belongs to a cluster.
+        threshold: mean similarity from which a face belongs to a cluster, and new faces are one person.
         different: pairs of new faces that are two persons, (m, 2).
         excluded: pairs of a new face and an existing cluster that it cannot belong to, (m, 2).
         near: which clusters to compare with, all by default.
+        min_lead: how much an existing cluster must stand out from the next ones for a face to join it.
+        unfit: whether a face is cut or poor, (n,). Two such faces found no person: they join a cluster with a fit face,
+            or are alone.
+        waiting: sorted numbers of existing clusters that hold no fit face.
     """
-    best, similarity = _find_best(faces, known) if near is None else _find_best_near(faces, known, near)
-    chosen = np.where(similarity >= threshold, best, -1)
+    is_unfit = np.zeros(len(faces), bool) if unfit is None else unfit
+    best, nearest = _find_nearest_fit(faces, known, near, is_unfit, waiting)
+    similarity = nearest[:, 0]
+    chosen = np.where((similarity >= threshold) & (stand_out(nearest) >= min_lead), best, -1)
     if excluded is not None:
         is_clash = chosen[excluded[:, 0]] == excluded[:, 1]
         chosen[excluded[is_clash, 0]] = -1
@@ -85,6 +104,9 @@ def assign_faces(
     if len(unassigned):
         rest = _take(faces, unassigned)
         u, v = find_candidate_pairs(rest.means, rest.density, threshold, _MAX_NEIGHBOURS)
+        is_founding = ~(is_unfit[unassigned][u] | is_unfit[unassigned][v])
+        u = u[is_founding]
+        v = v[is_founding]
         position = np.full(len(faces), -1, np.int64)
         position[unassigned] = np.arange(len(unassigned))
         pairs = position[different]
@@ -97,20 +119,51 @@ def _take(clusters: Clusters, chosen: Int64 | slice) -> Clusters:
     return Clusters(clusters.sums[chosen], clusters.crowd[chosen], clusters.size[chosen])
 
 
-def _find_best(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
-    """Find the most similar existing cluster (n,), -1 if there is none, and the similarity (n,)."""
-    value = np.full(len(faces), -np.inf, np.float32)
+def _find_nearest_fit(
+    faces: Clusters, known: Clusters, near: NearClusters | None, is_unfit: Bool, waiting: Int64 | None
+) -> tuple[Int64, Float32]:
+    """Find the most similar existing cluster (n,), -1 if there is none, and the highest similarities (n, 10), falling.
+
+    Unfit faces are not compared with clusters that hold no fit face.
+    """
+    if waiting is None or not len(waiting) or not is_unfit.any():
+        return _find_nearest(faces, known) if near is None else _find_nearest_listed(faces, known, near)
     best = np.full(len(faces), -1, np.int64)
+    nearest = np.full((len(faces), _RANKS), -np.inf, np.float32)
+    crowd = known.crowd.copy()
+    crowd[waiting] = _UNREACHABLE * known.size[waiting]
+    fit_only = replace(known, crowd=crowd)
+    for chosen, clusters in ((np.flatnonzero(~is_unfit), known), (np.flatnonzero(is_unfit), fit_only)):
+        some = _take(faces, chosen)
+        if near is None:
+            best[chosen], nearest[chosen] = _find_nearest(some, clusters)
+        else:
+            best[chosen], nearest[chosen] = _find_nearest_listed(some, clusters, near.take(chosen))
+    return best, nearest
+
+
+def _find_nearest(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
+    """Compare faces with all clusters: the best (n,), -1 if there is none, and the highest similarities (n, 10)."""
+    value = np.full((len(faces), _RANKS), -np.inf, np.float32)
+    number = np.full((len(faces), _RANKS), -1, np.int64)
     queries = _widen(faces.sums, np.ones(len(faces), np.float32))
     for start in range(0, len(known) if len(faces) else 0, _BLOCK):
         block = _take(known, slice(start, start + _BLOCK))
         # One column more makes the product of two rows their similarity, except for the face's own density.
         rows = _widen(block.means, np.asarray(block.density / -2, np.float32))
-        block_value, block_best = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)
-        is_better = block_value[:, 0] > value
-        best = np.where(is_better, block_best[:, 0] + start, best)
-        value = np.where(is_better, block_value[:, 0], value)
-    return best, np.asarray(value - faces.crowd / 2, np.float32)
+        ranks = min(_RANKS, len(block))
+        block_value, block_number = faiss.knn(queries, rows, ranks, metric=faiss.METRIC_INNER_PRODUCT)
+        values = np.concatenate([value, block_value], axis=1)
+        numbers = np.concatenate([number, block_number + start], axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")[:, :_RANKS]
+        value = np.take_along_axis(values, order, axis=1)
+        number = np.take_along_axis(numbers, order, axis=1)
+    return number[:, 0], _forget_unreachable(np.asarray(value - faces.crowd[:, None] / 2, np.float32))
+
+
+def _forget_unreachable(similarity: Float32) -> Float32:
+    """Replace similarities to clusters that nothing is near by minus infinity: they are no competitors."""
+    return np.where(similarity < -_UNREACHABLE / 4, np.float32(-np.inf), similarity)
 
 
 def _widen(vectors: Float32, last: Float32) -> Float32:
@@ -121,21 +174,25 @@ def _widen(vectors: Float32, last: Float32) -> Float32:
     return wide
 
 
-def _find_best_near(faces: Clusters, known: Clusters, near: NearClusters) -> tuple[Int64, Float32]:
-    """Do as `_find_best`, among the clusters that are near each face."""
-    similarity = np.full(len(faces), -np.inf, np.float32)
+def _find_nearest_listed(faces: Clusters, known: Clusters, near: NearClusters) -> tuple[Int64, Float32]:
+    """Do as `_find_nearest`, among the clusters that are near each face."""
+    nearest = np.full((len(faces), _RANKS), -np.inf, np.float32)
     best = np.full(len(faces), -1, np.int64)
     pair_similarity = _compute_similarity(faces, known, near)
     # The most similar cluster of each face comes first, of equal ones the smallest number.
     order = np.lexsort((near.cluster, -pair_similarity, near.face))
-    first = order[np.flatnonzero(np.diff(near.face[order], prepend=-1))]
+    face = near.face[order]
+    rank = np.arange(len(order)) - np.searchsorted(face, face)
+    first = order[rank == 0]
     best[near.face[first]] = near.cluster[first]
-    similarity[near.face[first]] = pair_similarity[first]
+    is_ranked = rank < _RANKS
+    nearest[face[is_ranked], rank[is_ranked]] = pair_similarity[order[is_ranked]]
+    nearest = _forget_unreachable(nearest)
     # Faces with too few near clusters are compared with all.
     rest = np.flatnonzero(near.is_compared_with_all)
     if len(rest):
-        best[rest], similarity[rest] = _find_best(_take(faces, rest), known)
-    return best, similarity
+        best[rest], nearest[rest] = _find_nearest(_take(faces, rest), known)
+    return best, nearest
 
 
 def _compute_similarity(faces: Clusters, known: Clusters, near: NearClusters) -> Float32:

@@ -6,7 +6,7 @@ what came since, and the vectors of clusters that lost a face. Without sums it c
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -18,6 +18,7 @@ from facepipe.curation.clusters.assign import FacePlacement, assign_faces
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.constraints import are_twins, drop_twins, pair_equal_keys
 from facepipe.curation.clusters.nearby import find_near_clusters, open_usable_index
+from facepipe.curation.clusters.placement import PlacementRule
 from facepipe.curation.clusters.sums import (
     ClusterSums,
     add_faces,
@@ -29,52 +30,22 @@ from facepipe.curation.clusters.sums import (
 from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
-from facepipe.errors import StorageError
+from facepipe.curation.graph.fitness import COLUMNS, find_unfit_faces
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import find_changes
 from facepipe.index.rows import read_unit_vectors
 from facepipe.schema import EMBEDDING_DIM
+from facepipe.schema import FACES as FACES_SCHEMA
 from facepipe.sorted_lookup import find_sorted, is_in_sorted
-from facepipe.types import Float32, Int64
+from facepipe.types import Bool, Float32, Int64
 
-STATE = "state.npz"
 _ROWS = 65536
 _NO_IDS = np.empty(0, np.int64)
 _NO_PAIRS = np.empty((0, 2), np.int64)
 # Columns that the row of a new face takes from the gallery.
 _NEW_COLUMNS = ("face_id", "uri", "identity")
-
-
-@dataclass(frozen=True)
-class PlacementRule:
-    """The rule by which a clustering places new faces.
-
-    Attributes:
-        cohort: Cohort that densities are computed with.
-        threshold: Mean similarity from which a face belongs to a cluster.
-    """
-
-    cohort: Cohort
-    threshold: float
-
-    def save(self, folder: str) -> None:
-        """Write the rule into a report's folder."""
-        np.savez(os.path.join(folder, STATE), cohort=self.cohort.vectors, threshold=self.threshold)
-
-    @classmethod
-    def load(cls, folder: str) -> "PlacementRule":
-        """Load the rule of a report.
-
-        Raises:
-            StorageError: if there is none.
-        """
-        try:
-            with np.load(os.path.join(folder, STATE)) as state:
-                return cls(Cohort(state["cohort"]), float(state["threshold"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise StorageError(
-                f"cannot add to the clusters in {folder!r}: {error}; run `facepipe cluster` again"
-            ) from error
+# Columns that are read of a face that may be new.
+_READ_COLUMNS = (*_NEW_COLUMNS, *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -82,7 +53,7 @@ class GalleryChanges:
     """Faces that came into a gallery, and faces that left it.
 
     Attributes:
-        faces: face_id, uri and identity of n new faces, by rising id.
+        faces: face_id, uri, identity and what tells the quality of n new faces, by rising id.
         vectors: Their vectors, (n, 128).
         removed: Sorted ids of faces that have a cluster and are no longer in the gallery.
     """
@@ -111,6 +82,7 @@ class ClusterUpdate:
         medoids: Sorted ids of the faces that are medoids from now on.
         assignments: faces.parquet of the report.
         is_full: Whether the vectors of all faces were read.
+        rule: The rule of the next update.
     """
 
     changes: GalleryChanges
@@ -122,6 +94,7 @@ class ClusterUpdate:
     medoids: Int64
     assignments: AssignmentTable
     is_full: bool
+    rule: PlacementRule
 
     def iterate_face_rows(self) -> Iterator[pa.Table]:
         """Iterate over the rows of faces.parquet: the old faces, then the new ones."""
@@ -166,7 +139,7 @@ def update_clusters(
     assignments = AssignmentTable(os.path.join(report, FACES))
     sizes = assignments.count_faces()
     # Count the numbers in use by either table, so that none is given twice.
-    count = max(int(previous["cluster"].to_numpy().max(initial=-1)) + 1, len(sizes))
+    count = max(int(previous["cluster"].to_numpy().max(initial=-1)) + 1, len(sizes), rule.next_number)
 
     # Read what changed; without usable sums that takes all faces.
     sums = ClusterSums.load(report, sizes)
@@ -193,8 +166,19 @@ def update_clusters(
 
     # Place the new faces.
     progress(f"{len(delta.ids)} new faces for {len(known)} clusters")
+    unfit = find_unfit_faces(delta.faces, rule.min_quality)
+    min_lead = rule.limit.find_threshold(int((known.size > 0).sum()))
     placement, new_faces = _place_faces(
-        gallery, delta, known, rule, assignments, sums=sums, count=count, one_photo=one_photo
+        gallery,
+        delta,
+        known,
+        rule,
+        assignments,
+        sums=sums,
+        count=count,
+        one_photo=one_photo,
+        unfit=unfit,
+        min_lead=min_lead,
     )
     # Empty clusters stay in the table of clusters, so that no number is given twice.
     cluster = np.where(placement.known >= 0, placement.known, count + placement.new)
@@ -217,13 +201,29 @@ def update_clusters(
         medoids=medoids,
         assignments=assignments,
         is_full=sums is None,
+        rule=_update_rule(rule, placement, cluster, unfit, next_number=len(clusters)),
+    )
+
+
+def _update_rule(
+    rule: PlacementRule, placement: FacePlacement, cluster: Int64, unfit: Bool, *, next_number: int
+) -> PlacementRule:
+    """Note what was added, and which clusters hold no fit face."""
+    unfit_clusters = cluster[unfit & (placement.known < 0)]
+    waiting = np.setdiff1d(np.union1d(rule.waiting, unfit_clusters), cluster[~unfit])
+    return replace(
+        rule,
+        waiting=waiting.astype(np.int64),
+        next_number=next_number,
+        added=rule.added + len(cluster),
+        unplaced=rule.unplaced + int((placement.known < 0).sum()),
     )
 
 
 def _read_changes(gallery: Gallery, sums: ClusterSums, assignments: AssignmentTable) -> GalleryChanges:
     """Read what changed since the mark of the sums."""
     since = find_changes(gallery, sums.mark)
-    faces, vectors = _read_usable(since.read_new_rows(["face_id", "uri", "identity", "embedding"]))
+    faces, vectors = _read_usable(since.read_new_rows([*_READ_COLUMNS, "embedding"]))
     # A face that has a cluster already is not new.
     is_new = assignments.find_clusters(np.asarray(faces["face_id"].to_numpy())) < 0
     removed = since.find_deleted_ids()
@@ -252,7 +252,7 @@ def _read_everything(
     is_present = np.zeros(len(ids), bool)
     clusters = make_empty_clusters(count)
     parts: list[tuple[pa.Table, Float32]] = []
-    for batch in gallery.batches(["face_id", "uri", "identity", "embedding"], rows=_ROWS):
+    for batch in gallery.batches([*_READ_COLUMNS, "embedding"], rows=_ROWS):
         faces, vectors = _read_usable([batch])
         # Add known faces to their clusters, and set the others aside.
         at = find_sorted(ids, faces["face_id"].to_numpy())
@@ -271,14 +271,14 @@ def _read_usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
     for batch in batches:
         faces = batch.filter(batch["face_id"].is_valid())
         vectors, is_unit = read_unit_vectors(faces["embedding"])
-        table = pa.Table.from_batches([faces]).select(list(_NEW_COLUMNS))
+        table = pa.Table.from_batches([faces]).select(list(_READ_COLUMNS))
         parts.append((table.filter(pa.array(is_unit)), vectors[is_unit]))
     return _merge_by_id(parts)
 
 
 def _merge_by_id(parts: list[tuple[pa.Table, Float32]]) -> tuple[pa.Table, Float32]:
     """Merge faces and their vectors, each id once, by rising id."""
-    empty = pa.schema([FACE_SCHEMA.field(name) for name in _NEW_COLUMNS]).empty_table()
+    empty = pa.schema([FACES_SCHEMA.field(name) for name in _READ_COLUMNS]).empty_table()
     faces = pa.concat_tables([empty, *(table.cast(empty.schema) for table, _ in parts)])
     vectors = np.concatenate([np.empty((0, EMBEDDING_DIM), np.float32), *(vectors for _, vectors in parts)])
     # The first row of each id, by rising id.
@@ -296,6 +296,8 @@ def _place_faces(
     sums: ClusterSums | None,
     count: int,
     one_photo: bool,
+    unfit: Bool,
+    min_lead: float,
 ) -> tuple[FacePlacement, Clusters]:
     """Place the new faces in existing or new clusters, and return them as clusters of one."""
     faces = Clusters.from_faces(delta.vectors, rule.cohort.compute_density(delta.vectors))
@@ -309,7 +311,17 @@ def _place_faces(
     # Compare through the index if that pays, and otherwise with all clusters.
     index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
     near = find_near_clusters(index, delta.vectors, assignments) if index else None
-    placement = assign_faces(faces, mask_empty(known), rule.threshold, different, excluded=excluded, near=near)
+    placement = assign_faces(
+        faces,
+        mask_empty(known),
+        rule.threshold,
+        different,
+        excluded=excluded,
+        near=near,
+        min_lead=min_lead,
+        unfit=unfit,
+        waiting=rule.waiting,
+    )
     return placement, faces
 
 

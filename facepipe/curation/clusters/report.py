@@ -108,8 +108,7 @@ class _ClusterGroups:
         # Nodes by cluster, the best fit first.
         self._order = np.lexsort((-np.nan_to_num(review.fits), review.labels))
         self._starts = np.searchsorted(review.labels[self._order], np.arange(len(review.clusters) + 1))
-        # Clusters are numbered by falling size, so that the first numbers are the largest.
-        largest = np.argsort(review.numbers, kind="stable")[:_MAX_CLUSTERS]
+        largest = np.lexsort((review.numbers, -review.clusters.size))[:_MAX_CLUSTERS]
         self._largest = largest[review.clusters.size[largest] > 1]
         self._cohesion = review.clusters.compute_cohesion()
         self.total = len(review.merges) + len(review.splits) + int((review.clusters.size > 1).sum())

@@ -42,6 +42,17 @@ def number_by_size(clusters: Clusters) -> Int64:
     return numbers
 
 
+def read_highest_number(path: str) -> int:
+    """Read the highest number in a table of clusters, those without faces included; -1 if there is no table."""
+    try:
+        numbers = pq.read_table(path, columns=["cluster"])["cluster"].to_numpy()
+    except FileNotFoundError:
+        return -1
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
+    return int(numbers.max(initial=-1))
+
+
 def build_face_rows(
     gallery: Gallery, nodes: Nodes, *, cluster: Int64, size: Int64, fits: Float32, is_medoid: Bool
 ) -> Iterator[pa.Table]:

@@ -92,6 +92,15 @@ def find_unfit_nodes(gallery: Gallery, nodes: Nodes, *, side: int = 0) -> Bool:
     return is_unfit | (quality < choose_min_quality(quality))
 
 
+def read_min_quality(gallery: Gallery) -> float:
+    """Choose the quality of a fit face of a gallery by a pass over its rows."""
+    parts = [np.empty(0, np.float32)]
+    for batch in gallery.batches(["face_id", *COLUMNS], rows=_ROWS):
+        faces = batch.filter(batch["face_id"].is_valid())
+        parts.append(read_quality(faces).astype(np.float32))
+    return choose_min_quality(np.concatenate(parts))
+
+
 def _read(faces: pa.RecordBatch | pa.Table, name: str, unknown: float) -> Float64:
     """Read a column (n,) of numbers with a value for those that are not known."""
     values = pc.fill_null(faces[name].cast(pa.float64()), unknown)

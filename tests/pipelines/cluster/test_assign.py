@@ -15,6 +15,7 @@ import pytest
 from bench.galleries import Faces, append, rows
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
+from hard_faces import DlibLike, make_hard_gallery
 
 from facepipe.config import build
 from facepipe.curation.clusters.assign import assign_faces
@@ -26,7 +27,7 @@ from facepipe.gallery import Contract, Gallery
 from facepipe.gallery.commits.parts import compute_statistics, encode_parquet
 from facepipe.schema import conform
 from facepipe.storage.lease import hold_lease
-from pipelines.cluster import ClusterConfig
+from pipelines.cluster import ClusterConfig, ClusterRules
 from pipelines.cluster import assign as pipeline
 from pipelines.cluster import run as cluster
 from pipelines.cluster.assign import AssignSummary, run
@@ -405,3 +406,114 @@ def test_assign_is_by_the_mean_over_a_clusters_faces(known: int) -> None:
     assert placed.known.tolist() == np.where(near, best, -1).tolist()
     assert ((placed.new >= 0) == ~near).all()
     assert (placed.known[:known] == np.arange(known)).all(), "there is something to find"
+
+
+# ------------------------------------------------------------------ a gallery that grows
+
+
+def grow(path: Path, seed: int) -> tuple[Gallery, np.ndarray, DlibLike, np.ndarray]:
+    """A gallery of 1,200 hard faces of some of 700 persons, and what the next ones are drawn from."""
+    space = DlibLike(seed)
+    centres = space.draw_centres(700)
+    person = np.random.default_rng(seed).permutation(np.repeat(np.arange(700), 4))
+    made = make_hard_gallery(path, space.draw(centres, person[:1200]), DLIB, seed)
+    cluster(build(ClusterConfig), made.path)
+    return made, person, space, centres
+
+
+def bring(gallery: Gallery, space: DlibLike, centres: np.ndarray, person: np.ndarray, first: int) -> None:
+    """Add faces, numbered from `first`."""
+    faces = space.draw(centres, person)
+    made = rows(faces.label, faces.vectors, first)
+    append(gallery, [made], f"from{first}")
+
+
+def read_clusters(gallery: Gallery) -> dict[int, tuple[int, str]]:
+    table = pq.read_table(Path(gallery.path, "reports", "cluster", "faces.parquet"))
+    cells = zip(*(table[name].to_pylist() for name in ("face_id", "cluster", "identity")), strict=True)
+    return {face_id: (number, identity) for face_id, number, identity in cells}
+
+
+def test_newcomers_rarely_join_strangers(tmp_path: Path) -> None:
+    """In a small night, and in one that doubles the gallery: then all is clustered anew, and numbers stay."""
+    gallery, person, space, centres = grow(tmp_path / "g", 5)
+    done = 1200
+    for count, anew in ((150, False), (1400, True)):
+        before = read_clusters(gallery)
+        known = {f"person{n}" for n in person[:done]}
+        bring(gallery, space, centres, person[done : done + count], done)
+        done += count
+        summary = run(gallery.path)
+        assert (summary.anew, summary.new, summary.gone) == (anew, count, 0)
+        assert summary.growth == pytest.approx(1 if anew else done / 1200, abs=0.01)
+        after, by_number = tables(gallery)
+        found = read_clusters(gallery)
+        earlier = {found[face_id][0] for face_id in before}
+        newcomers = [row for row in after if row["face_id"] not in before and row["identity"] not in known]
+        joined = sum(row["cluster"] in earlier for row in newcomers)
+        assert joined <= 2 + 0.03 * len(newcomers)
+        # Most faces keep the number of their cluster, and no number of another cluster is given to a new one.
+        stayed = np.mean([found[face_id][0] == number for face_id, (number, _) in before.items()])
+        assert stayed > 0.8
+        assert max(by_number) < len(before) + done
+    assert counts(run(gallery.path)) == (0, 0, 0, 0)
+
+
+def test_a_large_gallery_is_told_when_to_cluster_anew(tmp_path: Path) -> None:
+    gallery, person, space, centres = grow(tmp_path / "g", 6)
+    bring(gallery, space, centres, person[1200:1600], 1200)
+    said: list[str] = []
+    summary = run(gallery.path, progress=said.append, rules=ClusterRules(anew_faces=1000))
+    assert not summary.anew
+    assert summary.growth == pytest.approx(1600 / 1200, abs=0.01)
+    assert f"run `facepipe cluster {gallery.path} --keep-ids`" in summary.advice
+    assert summary.advice in said
+    before = read_clusters(gallery)
+    made = cluster(build(ClusterConfig), gallery.path, keep_ids=True)
+    after = read_clusters(gallery)
+    assert made.faces == len(after) == 1600
+    assert np.mean([after[face_id][0] == number for face_id, (number, _) in before.items()]) > 0.8
+    assert not run(gallery.path).advice
+
+
+def test_settings_of_the_clustering_hold_when_it_is_made_anew(tmp_path: Path) -> None:
+    made = add(Gallery.create(str(tmp_path / "g"), DLIB), np.repeat(np.arange(30), 4), 0)
+    first = cluster(build(ClusterConfig, {"graph": {"threshold": 0.2}}), made.path)
+    add(made, np.repeat(np.arange(30), 2), 1000)
+    summary = run(made.path)
+    assert summary.anew
+    assert summary.distance == pytest.approx(first.distance, abs=1e-3)
+
+
+def test_a_report_of_an_older_version_is_added_to_as_before(gallery: Gallery) -> None:
+    """It does not say what it was made from: nothing is clustered anew, and the command is named."""
+    state = Path(gallery.path, "reports", "cluster", "state.npz")
+    with np.load(state) as held:
+        cohort = held["cohort"]
+        threshold = held["threshold"]
+    np.savez(state, cohort=cohort, threshold=threshold)
+    add(gallery, np.repeat(np.arange(PERSONS), 4), 1000)
+    summary = run(gallery.path)
+    assert (summary.anew, summary.growth, summary.placed) == (False, 0, 4 * PERSONS)
+    assert "--keep-ids" in summary.advice
+
+
+def test_two_cut_faces_found_no_person(tmp_path: Path) -> None:
+    """Neither together in one night, nor one night after the other; a third one that is whole joins them."""
+    made = Gallery.create(str(tmp_path / "g"), DLIB)
+    add(made, np.repeat(np.arange(PERSONS), EACH), 0, visible=np.ones(PERSONS * EACH, np.float32))
+    cluster(build(ClusterConfig), made.path)
+    add(made, np.repeat([900, 901], 2), 1000, visible=[0.5, 0.5, 1.0, 1.0])
+    run(made.path)
+    assert {who: len(persons(tables(made)[0])[who]) for who in ("person900", "person901")} == {
+        "person900": 2,
+        "person901": 1,
+    }
+    add(made, np.array([900]), 2000, visible=[0.5])
+    run(made.path)
+    assert len(persons(tables(made)[0])["person900"]) == 3
+    add(made, np.array([0, 900]), 3000, visible=[0.5, 1.0])
+    run(made.path)
+    of = persons(tables(made)[0])
+    assert len(of["person0"]) == 1, "a cut face joins a person"
+    assert len(of["person900"]) == 3, "and a whole one joins a cut one"
