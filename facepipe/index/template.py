@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from facepipe.errors import ConfigError, IndexDamagedError, StorageError
 from facepipe.index.centroids import settle_centroids
 from facepipe.index.manifest import FileDigest, Template, compute_digest
 from facepipe.index.plan import IndexPlan, open_factory
+from facepipe.index.two_level import MIN_CENTROIDS, train_centroids
 from facepipe.nearest.faiss_engine import faiss, train_on_gpus, write_index
 from facepipe.storage.store import Store
 from facepipe.types import Float32
@@ -21,7 +24,8 @@ def train_template(sample: Float32, plan: IndexPlan, log: Callable[[str], None] 
     """Train an empty index.
 
     Centroids lie on the grid (facepipe.index.grid), so that lists do not depend on the batch. Each is the mean of many
-    faces (facepipe.index.centroids). k-means runs on GPUs if faiss-gpu finds any.
+    faces (facepipe.index.centroids). k-means runs on GPUs if faiss-gpu finds any. On CPUs it runs in two levels if
+    there are many lists (facepipe.index.two_level).
 
     Args:
         sample: unit vectors (n, 128).
@@ -51,6 +55,9 @@ def _train(sample: Float32, plan: IndexPlan, clustering_index: Any) -> Any:
     ivf.cp.min_points_per_centroid = min(_POINTS_PER_LIST_TO_WARN, max(1, len(sample) // ivf.nlist))
     if clustering_index is not None:
         ivf.clustering_index = clustering_index
+    elif ivf.nlist >= MIN_CENTROIDS and not isinstance(index, faiss.IndexPreTransform):
+        # faiss trains no centroids if there are as many as lists.
+        ivf.quantizer.add(train_centroids(np.ascontiguousarray(sample, np.float32), ivf.nlist))
     try:
         index.train(sample)
         # No centroid rests on few faces. All lie on the grid, on which distances are exact.
