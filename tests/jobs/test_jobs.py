@@ -31,6 +31,7 @@ from pipelines.bulk_search import BulkSearchConfig
 from pipelines.clean_dataset import CleanDatasetConfig
 from pipelines.nightly.config import NightlyConfig
 from pipelines.search import pipeline as search_pipeline
+from pipelines.train import TrainConfig
 
 CONFIGS = {"nightly": NightlyConfig, "clean_dataset": CleanDatasetConfig, "bulk_search": BulkSearchConfig}
 FAKES = '[detect]\nmodel = "fake-detector"\n[embed]\nmodel = "fake-embedder"\n[run]\nrunner = "inline"\n'
@@ -86,7 +87,7 @@ def test_the_nightly_example_has_every_key() -> None:
     "path", sorted((REPOSITORY / "infra").rglob("*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_the_configs_of_the_manifests_are_valid(path: Path) -> None:
-    build(CONFIGS[path.stem], read_toml(path))
+    build({**CONFIGS, "train": TrainConfig}[path.stem], read_toml(path))
 
 
 @pytest.mark.parametrize("job", ["nightly", "clean-dataset", "bulk-search", "train"])
