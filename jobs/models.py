@@ -1,4 +1,4 @@
-"""The command `facepipe models`, with `check`, `export` and `project`."""
+"""The command `facepipe models`, with `check`, `export`, `project` and `measure`."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Optional
@@ -31,7 +31,7 @@ def models(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List, check, export or project models.
+    """List, check, export, project or measure models.
 
     The list says where the weights of each model come from, under which licence, and what the model takes. It includes
     models with a TOML file in the folder FACEPIPE_MODELS, and models that are known and whose files are not here.
@@ -307,3 +307,63 @@ def _print_projection(summary: Any) -> None:
     print_table(title, ("", "accuracy", "TAR at FAR 1e-3"), scores)
     if summary.measured_on_fit:
         print("The actual loss is slightly larger: some of these faces were also fitted on, for lack of others.")
+
+
+@app.command()
+def measure(
+    card: Annotated[
+        str,
+        typer.Argument(metavar="CARD.toml", help="TOML file of a model of 128 dimensions.", show_default=False),
+    ],
+    gallery: GalleryPath,
+    faces: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=200, help="Number of faces to measure on.", show_default="1000"),
+    ] = None,
+    no_labels: Annotated[
+        bool, typer.Option("--no-labels", help="Labels of the gallery are not used: for noisy or few ones.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what a model's distances mean.
+
+    The distance up to which two faces are one person's comes from labelled pairs, or without labels from strangers
+    alone. The limits of copies come from altered copies of faces. The gallery may be of any models; its images are read
+    again, and no detector is run. The figures are written into CARD.toml, so that thresholds and `dedup` fit the model.
+
+    For example:
+
+        facepipe models measure arcface-128.toml gallery/
+    """
+    with exit_on_error(_UNCHANGED_HINT):
+        from facepipe.config import build
+        from pipelines.measure import MeasureConfig, run
+
+        # There is no config file here: the options are the whole config.
+        config = build(MeasureConfig, select_set(faces=faces, labels=False if no_labels else None, seed=seed))
+        with ProgressReporter("measure", quiet=quiet) as progress:
+            summary = run(config, card, gallery, progress.update)
+        print_result(asdict(summary), as_json=as_json, print_text=lambda: _print_measurement(summary))
+
+
+def _print_measurement(summary: Any) -> None:
+    same = summary.same_person
+    copies = summary.copies
+    if same.basis == "labels":
+        basis = f"{same.same} pairs of one person by the labels; 90 % of resamples lie between"
+    else:
+        basis = "strangers only: no labels, or too few. Where 0.1 and 1 % of strangers are nearer"
+    rows = [("faces", summary.faces)]
+    rows += [(f"images: {status}", count) for status, count in sorted(summary.images.items())]
+    rows += [
+        ("same_person", f"{same.distance:.3f}"),
+        ("its range", f"{same.low:.3f} to {same.high:.3f}"),
+        ("from", basis),
+        ("copies, cut or recoloured, within", f"{copies.near:.3f}"),
+        ("copies, shrunk or compressed, within", f"{copies.close_near:.3f}"),
+        ("photos of one moment, within", f"{copies.same_shot:.3f}"),
+        ("model", summary.card),
+    ]
+    print_table("distances of the model", ("", ""), rows)

@@ -30,6 +30,7 @@ from facepipe.curation.graph import Graph
 from facepipe.errors import GalleryError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
+from facepipe.models.zoo.registry import find_copy_limits
 from facepipe.reports.html import write_report
 from facepipe.reports.parquet import write_rows, write_table
 from pipelines.graph import GraphConfig, GraphRunConfig, OnProgress, open_graph
@@ -120,7 +121,8 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
     summary = CleanSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     # Duplicates are looked up in the same graph, so that it must reach as far as they do.
-    graph_config = replace(config.graph, reach=max(config.graph.reach, config.duplicates.radius))
+    duplicates = config.duplicates.fit_model(find_copy_limits(table.contract.embedder))
+    graph_config = replace(config.graph, reach=max(config.graph.reach, duplicates.radius))
     with open_report_folder(table, NAME) as report:
         graph_folder = os.path.join(locate_reports(table), "graph")
         graph = open_graph([table], graph_config, config.run, graph_folder, progress, report.lease)
@@ -139,7 +141,7 @@ def run(config: CleanConfig, gallery: str, progress: OnProgress = lambda line: N
             labels,
             names,
             rules=config.clean,
-            duplicates=config.duplicates,
+            duplicates=duplicates,
             seed=config.graph.seed,
         )
         phases.end("judge")

@@ -25,6 +25,8 @@ class Card:
         dim: Length of an embedder's vectors.
         metric: What `same_person` is measured in.
         same_person: Distance that separates the pairs of LFW View 2 best.
+        copy_limits: Distances up to which faces are of copies, by the names of `DuplicateRule`, if they were measured
+            (`facepipe models measure`).
         square: Where dlib would put its square about a detector's box: centre (dx, dy) and side, in units of the
             geometric mean of the box's sides. None if the boxes are dlib's own.
         square_known: Whether `square` was measured for this detector.
@@ -46,6 +48,7 @@ class Card:
     dim: int | None = None
     metric: str | None = None
     same_person: float | None = None
+    copy_limits: dict[str, float] | None = None
     square: BoxToSquare | None = None
     square_known: bool = True
     turn_model: str | None = None

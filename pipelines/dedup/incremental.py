@@ -19,6 +19,7 @@ from facepipe.gallery import Gallery
 from facepipe.gallery.changes import PartialGallery, ReadMark, TableChanges, find_changes
 from facepipe.index import manifest as manifests
 from facepipe.index.search import Index
+from facepipe.models.zoo.registry import find_copy_limits
 from facepipe.reports.html import write_report
 from facepipe.reports.model import Figure, Report
 from facepipe.types import Int64
@@ -61,6 +62,7 @@ def run(config: DedupConfig, gallery: str, progress: OnProgress = lambda line: N
         IndexingError: if the index is missing, of another model, or lacks faces of the new images.
     """
     table = Gallery(gallery)
+    config = replace(config, dedup=config.dedup.fit_model(find_copy_limits(table.contract.embedder)))
     summary = NewSummary(out=os.path.join(locate_reports(table), NAME))
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(table, NAME) as new_report:

@@ -27,6 +27,7 @@ from facepipe.curation.report_folders import GRAPH, delete_report
 from facepipe.errors import ConfigError, StorageError, ThresholdError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
+from facepipe.models.zoo.registry import find_copy_limits
 from facepipe.nearest.distances import compute_pair_distances
 from facepipe.nearest.similarity import Pairs
 from facepipe.reports.html import write_report
@@ -115,6 +116,7 @@ def run(
         ContractError: if the two galleries were made with different models.
     """
     galleries = [Gallery(gallery)]
+    config = replace(config, dedup=config.dedup.fit_model(find_copy_limits(galleries[0].contract.embedder)))
     if against:
         galleries.append(_open_other(galleries[0], against))
     name = OVERLAP if against else NAME

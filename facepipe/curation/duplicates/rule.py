@@ -1,6 +1,6 @@
 """The rule for what counts as a duplicate, and which copy is kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from facepipe.errors import ConfigError
@@ -54,6 +54,20 @@ class DuplicateRule:
             raise ConfigError(f"drop={self.drop!r} is not a kind of duplicate: use {', '.join(KINDS)}")
         if self.keep not in get_args(Keep):
             raise ConfigError(f"keep={self.keep!r} is not a choice: use {', '.join(get_args(Keep))}")
+
+    def fit_model(self, limits: dict[str, float]) -> "DuplicateRule":
+        """Take the limits that were measured for a model, for those that are at their defaults.
+
+        Args:
+            limits: distances by the names of the fields, as `facepipe models measure` finds them.
+        """
+        default = DuplicateRule()
+
+        def choose(name: str) -> float:
+            value: float = getattr(self, name)
+            return limits.get(name, value) if value == getattr(default, name) else value
+
+        return replace(self, near=choose("near"), close_near=choose("close_near"), same_shot=choose("same_shot"))
 
     @property
     def radius(self) -> float:

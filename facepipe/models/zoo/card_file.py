@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,6 +174,58 @@ def save_model(path: Path, state: "State", card: CardFile) -> Path:
     complete_card = replace(card, weights=weights_path.name, sha256=hashlib.sha256(data).hexdigest())
     write(str(path.with_suffix(".toml")), to_toml(complete_card).encode())
     return path.with_suffix(".toml")
+
+
+def set_measured_limits(path: Path, card: CardFile, same_person: float, figures: dict[str, float]) -> None:
+    """Write `same_person` and figures into a TOML file. Everything else in it stays, comments included.
+
+    Args:
+        path: the file.
+        card: what it says.
+        same_person: distance of unit vectors.
+        figures: figures to add or to replace.
+
+    Raises:
+        ConfigError: The file cannot be changed without changing what else it says.
+    """
+    from facepipe.storage import write
+
+    # A card that speaks of cosines keeps to them.
+    value = 1 - same_person**2 / 2 if card.metric == "cosine" else same_person
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _set_values(lines, "", {"same_person": round(value, 4)})
+    lines = _set_values(lines, "figures", figures)
+    text = "\n".join(lines) + "\n"
+    wanted = replace(card, same_person=round(value, 4), figures={**card.figures, **figures})
+    try:
+        changed = build(CardFile, tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ConfigError):
+        changed = None
+    if changed != wanted:
+        raise ConfigError(
+            f"{path} cannot be changed as it is written: add same_person = {value:.4f} to it, above its sections"
+        )
+    write(str(path), text.encode())
+
+
+def _set_values(lines: list[str], section: str, values: dict[str, float]) -> list[str]:
+    """Set keys of a section of a TOML file, the empty name being what stands above all sections."""
+    headers = [n for n, line in enumerate(lines) if line.lstrip().startswith("[")]
+    if section:
+        begin = next((n + 1 for n in headers if lines[n].split("#")[0].strip() == f"[{section}]"), None)
+        if begin is None:
+            return [*lines, "", f"[{section}]", *(f"{key} = {_format_value(value)}" for key, value in values.items())]
+    else:
+        begin = 0
+    end = next((n for n in headers if n >= begin), len(lines))
+    keys = [line.split("=")[0].strip().strip('"') for line in lines[begin:end]]
+    kept = [line for key, line in zip(keys, lines[begin:end], strict=True) if key not in values]
+    # New values stand at the end of the section, before its empty lines.
+    last = len(kept)
+    while last and not kept[last - 1].strip():
+        last -= 1
+    added = [f"{key} = {_format_value(value)}" for key, value in values.items()]
+    return [*lines[:begin], *kept[:last], *added, *kept[last:], *lines[end:]]
 
 
 def to_toml(card: CardFile) -> str:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from facepipe.models.detectors.retinaface import Channels
 
 
+# Limits of copies, and the figures of a TOML file that hold them.
+_COPY_FIGURES = {"near": "copies_near", "close_near": "copies_close_near", "same_shot": "copies_same_shot"}
+
+
 def load_card(path: Path) -> Card:
     """Load the card of a model with a TOML file, after reading and checking its weights."""
     file = read_card(path)
@@ -50,6 +54,8 @@ def load_card(path: Path) -> Card:
         dim=128 if file.projection else file.dim,
         metric="euclidean on unit vectors",
         same_person=to_euclidean_threshold(file),
+        copy_limits={key: file.figures[figure] for key, figure in _COPY_FIGURES.items() if figure in file.figures}
+        or None,
         square=square,
         square_known=square is not None,
         turn_model=(file.architecture or "other") if file.role == "detector" else None,

@@ -251,6 +251,14 @@ def find_chip_layout(name: str) -> ChipLayout:
     return layout
 
 
+def find_copy_limits(embedder: str) -> dict[str, float]:
+    """Find the distances up to which faces are of copies; none if they were not measured for the model."""
+    try:
+        return find_card(embedder, "embedder").copy_limits or {}
+    except ModelError:
+        return {}
+
+
 def find_match_threshold(embedder: str) -> float | None:
     """Find the distance below which two faces are likely of one person; None if the model's card does not say."""
     try:

@@ -444,3 +444,10 @@ def test_links_between_exact_copies_are_not_grouped(monkeypatch: pytest.MonkeyPa
     assert link_counts == [0]
     assert found.groups["images"].to_pylist() == [n]
     assert found.pairs.num_rows == n - 1
+
+
+def test_limits_of_a_model_replace_defaults_only() -> None:
+    measured = {"near": 0.3, "close_near": 0.5, "same_shot": 0.4}
+    assert DuplicateRule().fit_model(measured) == DuplicateRule(near=0.3, close_near=0.5, same_shot=0.4)
+    assert DuplicateRule(near=0.1).fit_model(measured).near == 0.1
+    assert DuplicateRule().fit_model({}) == DuplicateRule()

@@ -1,6 +1,7 @@
 """A model's TOML file: what it may say, what it is refused for, and that it comes back as it was written."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from facepipe.config import build, read_toml
 from facepipe.errors import ConfigError, ModelError, WeightsError
 from facepipe.imaging.alignment import scale_arcface_template
 from facepipe.models.zoo.card_file import (
@@ -17,6 +19,8 @@ from facepipe.models.zoo.card_file import (
     resolve_chip_layout,
     resolve_input,
     save_model,
+    set_measured_limits,
+    to_euclidean_threshold,
     to_toml,
 )
 from facepipe.models.zoo.loading import load_card, load_embedder, load_net
@@ -227,3 +231,45 @@ def test_a_retinaface_of_a_file_stands_where_the_registered_one_does(tmp_path: P
     text = 'name = "m"\nweights = "m.pth"\nrole = "detector"\narchitecture = "retinaface-resnet50"\n'
     (tmp_path / "m.pth").write_bytes(b"weights")
     assert load_card(write(tmp_path / "m.toml", text)).square == find_card("retinaface-mnet025", "detector").square
+
+
+MEASURED = {"copies_near": 0.2, "measured_faces": 1000}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'name = "m"\nweights = "w.onnx"\n',
+        '# mine\nname = "m"  # so called\nweights = "w.onnx"\n\n[input]  # taken\nsize = [4, 4]\n\n[figures]\nold = 1.0\n',
+        '[figures]\ncopies_near = 0.5\n"old" = 1\n',
+        'same_person = 0.3\nname = "m"\n[figures]\nold = 1.0\n[input]\nfill = 3',
+    ],
+)
+def test_measured_limits_change_nothing_else(text: str, tmp_path: Path) -> None:
+    """Comments stay, values are replaced, and a second measurement replaces the first."""
+    path = write(tmp_path / "m.toml", text)
+    if "name" not in text:
+        path.write_text('name = "m"\nweights = "w.onnx"\n' + text)
+    elif "weights" not in text:
+        path.write_text('weights = "w.onnx"\n' + text)
+    before = build(CardFile, read_toml(path))
+    comments = [line for line in path.read_text().splitlines() if "#" in line]
+    for distance in (0.7, 0.6):
+        set_measured_limits(path, build(CardFile, read_toml(path)), distance, MEASURED)
+        after = build(CardFile, read_toml(path))
+        assert after == replace(before, same_person=distance, figures={**before.figures, **MEASURED})
+    assert all(line in path.read_text().splitlines() for line in comments)
+
+
+def test_measured_limits_in_cosines(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.toml", 'name = "m"\nweights = "w.onnx"\nmetric = "cosine"\n')
+    set_measured_limits(path, build(CardFile, read_toml(path)), 1.0, {})
+    assert to_euclidean_threshold(build(CardFile, read_toml(path))) == pytest.approx(1.0)
+
+
+def test_a_file_that_cannot_be_changed_is_left_alone(tmp_path: Path) -> None:
+    text = 'name = "m"\nweights = "w.onnx"\nfigures = {old = 1.0}\n'
+    path = write(tmp_path / "m.toml", text)
+    with pytest.raises(ConfigError, match=r"add same_person = 0.7000 to it"):
+        set_measured_limits(path, build(CardFile, read_toml(path)), 0.7, MEASURED)
+    assert path.read_text() == text
