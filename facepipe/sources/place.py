@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from facepipe.sources.extensions import CONTAINER_PATTERN
 from facepipe.sources.glob import split_glob, translate_pattern
 from facepipe.sources.item import escape_name
 from facepipe.storage import is_remote, to_absolute
@@ -18,6 +19,7 @@ from facepipe.types import Bool
 
 # Uris of encodings that were adopted without a file: they lie nowhere.
 _NOWHERE = "adopted:"
+_CONTAINER = re.compile(rf".*\.(?:{CONTAINER_PATTERN})/*", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def is_below(uris: pa.Array | pa.ChunkedArray, root: str) -> Bool:
     """Tell which uris are the root, below it, or members of it; (n,)."""
     result = np.zeros(len(uris), bool)
     for form in list_uri_forms(root):
-        for ending in ("/", "#"):
+        for ending in _list_endings(root):
             result |= pc.starts_with(uris, form + ending).to_numpy(zero_copy_only=False)
         result |= pc.equal(uris, form).to_numpy(zero_copy_only=False)
     return result
@@ -88,12 +90,17 @@ def match_places(roots: Sequence[str]) -> ds.Expression:
     conditions = []
     for root in roots:
         for form in list_uri_forms(root):
-            conditions += [pc.starts_with(ds.field("uri"), form + ending) for ending in ("/", "#")]
+            conditions += [pc.starts_with(ds.field("uri"), form + ending) for ending in _list_endings(root)]
             conditions.append(ds.field("uri") == pa.scalar(form, pa.string()))
     combined = conditions[0]
     for condition in conditions[1:]:
         combined = combined | condition
     return combined
+
+
+def _list_endings(root: str) -> tuple[str, ...]:
+    """List what follows a root in the uris of images in it. Only a container has members: `a#1.jpg` is beside `a`."""
+    return ("/", "#") if _CONTAINER.fullmatch(root) else ("/",)
 
 
 def list_uri_forms(root: str) -> list[str]:
