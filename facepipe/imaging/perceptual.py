@@ -8,6 +8,7 @@ import numpy as np
 from facepipe.types import Bool, Int64, UInt8
 
 _SIDE = 32
+_HASHES_PER_BLOCK = 1 << 16  # whose bits are spread out at a time
 # Sampled pixels per side. That is 64 for each pixel of the small image, and a twentieth of averaging 12 megapixels.
 _SAMPLES = 256
 # The 64 lowest frequencies (down, across) by their sum, without the mean: the mean would always be the same bit.
@@ -59,21 +60,33 @@ def turn_hashes(hashes: Int64, degrees: int) -> Int64:
         degrees: 0, 90, 180 or 270, clockwise. After 90 and 270 one bit is not known; it is 0, and `get_known_bits`
             leaves it out.
     """
-    bits = np.unpackbits(np.ascontiguousarray(hashes, ">i8").view(np.uint8).reshape(-1, 8), axis=1)
+    hashes = np.asarray(hashes, np.int64)
     if degrees in (90, 270):
-        bits = np.where(_TRANSPOSED >= 0, bits[:, _TRANSPOSED], 0)
+        hashes = _transpose_hashes(hashes)
     # A turn is a transposition and a mirror; mirrors change the sign of odd frequencies.
     odd = {0: np.zeros_like(_DOWN), 90: _ACROSS, 180: _DOWN + _ACROSS, 270: _DOWN}[degrees]
-    is_known = _TRANSPOSED >= 0 if degrees in (90, 270) else np.ones(64, bool)
-    turned = (bits ^ (odd % 2)) * is_known
-    packed = np.ascontiguousarray(np.packbits(turned.astype(np.uint8), axis=1))
-    return packed.view(">i8").ravel().astype(np.int64)
+    return (hashes ^ _pack_bits(odd % 2 == 1)) & get_known_bits(degrees)
+
+
+def _transpose_hashes(hashes: Int64) -> Int64:
+    """Compute the hashes (n,) of images with rows and columns exchanged. A bit that is not known is 0."""
+    transposed = np.empty(len(hashes), np.int64)
+    for at in range(0, len(hashes), _HASHES_PER_BLOCK):
+        block = slice(at, at + _HASHES_PER_BLOCK)
+        bits = np.unpackbits(np.ascontiguousarray(hashes[block], ">i8").view(np.uint8).reshape(-1, 8), axis=1)
+        packed = np.packbits(bits[:, _TRANSPOSED], axis=1)
+        transposed[block] = np.ascontiguousarray(packed).view(">i8").ravel()
+    return transposed & get_known_bits(90)
 
 
 def get_known_bits(degrees: int) -> np.int64:
     """Return the bits that are known of the hash of an image that was turned clockwise."""
-    is_known = _TRANSPOSED >= 0 if degrees in (90, 270) else np.ones(64, bool)
-    return np.int64(int.from_bytes(np.packbits(is_known).tobytes(), "big", signed=True))
+    return _pack_bits(_TRANSPOSED >= 0 if degrees in (90, 270) else np.ones(64, bool))
+
+
+def _pack_bits(bits: Bool) -> np.int64:
+    """Pack 64 bits, the most significant one first."""
+    return np.int64(int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True))
 
 
 @dataclass(frozen=True)
