@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -66,7 +66,9 @@ def read_toml(path: str | os.PathLike[str]) -> Tree:
         raise ConfigError(f"{os.fspath(path)!r} is not TOML: {error}") from error
 
 
-def resolve_paths(tree: Tree, folder: str, keys: Iterable[str]) -> list[str]:
+def resolve_paths(
+    tree: Tree, folder: str, keys: Iterable[str], is_path: Callable[[str], bool] = lambda value: True
+) -> list[str]:
     """Make relative paths of a config relative to its own folder, so that it means the same from anywhere.
 
     Before, they were relative to the working folder. A path that is there and not beside the config keeps this
@@ -76,6 +78,7 @@ def resolve_paths(tree: Tree, folder: str, keys: Iterable[str]) -> list[str]:
         tree: the config, which is changed.
         folder: folder of its file.
         keys: keys of paths, such as `source.uri`; sections of a list count all. URLs and absolute paths stay.
+        is_path: says of a value whether it is a path; by default all are.
 
     Returns:
         Sentences for the user, one per path that is relative to the working folder.
@@ -85,7 +88,7 @@ def resolve_paths(tree: Tree, folder: str, keys: Iterable[str]) -> list[str]:
         *sections, name = key.split(".")
         for section in _find_sections(tree, sections):
             value = section.get(name)
-            if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value):
+            if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or not is_path(value):
                 continue
             beside = os.path.join(os.path.abspath(folder), value)
             if _has_start(value) and not _has_start(beside):

@@ -20,6 +20,8 @@ from facepipe.observe import logs
 
 _MAX_PATH = 4096
 # What an interruption leaves behind, as messages say it.
+# What the system says if a disk, or somebody's share of it, is full.
+_FULL_DISK = ("no space left on device", "disk quota exceeded")
 RESUME_HINT = "finished work is kept; run the same command again to resume"
 REPORT_HINT = "the report is unchanged; run the same command again to resume from the last finished step"
 
@@ -59,7 +61,10 @@ def exit_on_error(hint: str = RESUME_HINT) -> Iterator[None]:
     except ConfigError as error:
         fail(str(error), ExitCode.USAGE, error)
     except FacepipeError as error:
-        fail(str(error), ExitCode.FAILED, error)
+        message = str(error)
+        if any(words in message.lower() for words in _FULL_DISK):
+            message = f"{message}. Free some space; {hint}"
+        fail(message, ExitCode.FAILED, error)
     except UnicodeEncodeError as error:
         # Libraries that write files take no other paths.
         if len(error.object) > _MAX_PATH:

@@ -162,7 +162,7 @@ def _print_summary(gallery: str, summary: Any) -> None:
     if summary.copies:
         copies = "1 image is an exact copy" if summary.copies == 1 else f"{summary.copies} images are exact copies"
         print(f"{copies} of others, under another name")
-    for uri in summary.uris[:_MAX_SHOWN]:
+    for uri in sorted(summary.uris)[:_MAX_SHOWN]:
         print(f"image: {uri}")
     if summary.dry_run and summary.images > _MAX_SHOWN:
         print(f"and {summary.images - _MAX_SHOWN} more: --json names up to {MAX_NAMED}")

@@ -1,7 +1,7 @@
 """The commands `facepipe info`, `verify` and `export`."""
 
 from dataclasses import asdict
-from itertools import islice
+from heapq import nsmallest
 from typing import Annotated, Any, Optional
 
 import typer
@@ -75,8 +75,8 @@ def _show_failed(gallery: str, *, count: int, path: str | None, as_json: bool) -
             print_text=lambda: print(f"{written} images failed: {path} lists them"),
         )
         return
-    # One more than are shown tells whether there are more.
-    rows = list(islice(iterate_failed(opened), count + 1))
+    # The first by name, whatever the order of the table. One more than are shown tells whether there are more.
+    rows = nsmallest(count + 1, iterate_failed(opened), key=lambda row: str(row["uri"]))
     shown = rows[:count]
 
     def print_text() -> None:

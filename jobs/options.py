@@ -14,6 +14,7 @@ Config = TypeVar("Config")
 
 # Keys of paths in the configs of jobs.
 _JOB_PATHS = ("gallery", "source.uri", "source.root", "dataset.against", "queries", "output", "embed.source.root")
+_MODEL_PATHS = ("detect.model", "embed.model", "embed.detect.model", "embed.embed.model")
 
 # Choices of options. The configs have the same ones, but are imported only when a command runs; a test compares them.
 LogFormat = Literal["text", "json"]
@@ -131,7 +132,11 @@ def build_job_config(kind: type[Config], config_file: str, settings: list[str] |
         ConfigError: if the file is not TOML, a key is unknown, or a value is invalid.
     """
     tree = read_toml(config_file)
-    for note in resolve_paths(tree, os.path.dirname(config_file), _JOB_PATHS):
+    folder = os.path.dirname(config_file)
+    notes = resolve_paths(tree, folder, _JOB_PATHS)
+    # A model is a registered name, or the path of its file.
+    notes += resolve_paths(tree, folder, _MODEL_PATHS, is_path=lambda value: value.endswith((".toml", ".safetensors")))
+    for note in notes:
         print(f"facepipe: {note}", file=sys.stderr)
     return build(kind, tree, parse_settings(settings or []))
 

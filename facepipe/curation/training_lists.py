@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from facepipe.curation.cleaning.lists import FAILED, NO_FACE_FOUND, UNLABELLED
 from facepipe.hashing import hash64_column
-from facepipe.sources.labels import normalise_name
+from facepipe.sources.labels import normalise_name, sort_labels
 from facepipe.storage.hashtable import HashTable
 from facepipe.text import protect_cell
 from facepipe.types import Bool
@@ -130,8 +130,14 @@ def write_training_lists(
         for copy in _find_copies(copies, usable, dropped, stack):
             writers[REJECTED].write(copy.uri, f"copy: {copy.reason}")
             lists.count_rejected("copy")
+        # Number the persons by their labels, so that the order of the table does not matter.
+        names: set[str] = set()
+        for rows in _read_rows(images, _IMAGE_COLUMNS):
+            judgement = judge.judge(rows)
+            is_trained = (judgement.fate == _TO_TRAIN) & ~dropped.get(hash64_column(rows["uri"]))[0]
+            names.update(judgement.name.filter(pa.array(is_trained)).to_pylist())
+        numbers = {name: number for number, name in enumerate(sort_labels(names))}
         # Then every image goes to its list, but for the copies, which are there already.
-        numbers: dict[str, int] = {}
         for rows in _read_rows(images, _IMAGE_COLUMNS):
             _write_rows(rows, judge.judge(rows), dropped.get(hash64_column(rows["uri"]))[0], writers, numbers, lists)
         lists.identities = len(numbers)
@@ -266,7 +272,7 @@ def _write_rows(
         judgement: what becomes of them.
         is_dropped: which of them are in the list of rejected images already, as copies.
         writers: the lists.
-        numbers: number of each person so far.
+        numbers: number of each person who is trained on.
         lists: the counts.
     """
     names = judgement.name.to_pylist()
@@ -279,8 +285,7 @@ def _write_rows(
             continue
         if fate == _TO_TRAIN:
             name = names[place]
-            label = numbers.setdefault(name, len(numbers))
-            writers[TRAIN].write(row["uri"], name, label, row["face_id"])
+            writers[TRAIN].write(row["uri"], name, numbers[name], row["face_id"])
             lists.train += 1
         elif fate == _TO_REVIEW:
             noise = "" if row["noise"] is None else f"{row['noise']:.4f}"

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from facepipe.sources.item import Source, WorkItem
+from facepipe.sources.labels import sort_labels
 from facepipe.types import Int32, Int64
 
 _SCHEMA = pa.schema(
@@ -97,7 +98,7 @@ def collect_images(source: Source, folder: str, left_out: LeftOut) -> LabelledIm
             labels.extend(codes.setdefault(str(item.identity), len(codes)) for item in kept)
             columns: dict[str, list[Any]] = {name: [getattr(item, name) for item in kept] for name in _SCHEMA.names}
             writer.write_batch(pa.record_batch(columns, _SCHEMA))
-    names = sorted(codes, key=_make_sort_key(codes))
+    names = sort_labels(codes)
     number = np.empty(len(names), np.int32)
     number[[codes[name] for name in names]] = np.arange(len(names))
     persons = number[np.frombuffer(labels, np.int32)] if labels else np.empty(0, np.int32)
@@ -113,8 +114,3 @@ def _is_usable(item: WorkItem, left_out: LeftOut) -> bool:
         left_out.add("no label", item.uri)
         return False
     return True
-
-
-def _make_sort_key(labels: dict[str, int]) -> Any:
-    is_number = all(label.isdecimal() and label.isascii() for label in labels)
-    return (lambda label: (int(label), label)) if is_number else (lambda label: label)

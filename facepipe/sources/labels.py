@@ -8,7 +8,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from decimal import Decimal
 from typing import Any
@@ -81,6 +81,14 @@ def format_label(value: object) -> str | None:
     if isinstance(value, bytes):
         return _format_text(value.decode("utf-8", "surrogateescape"))
     return _format_text(str(value))
+
+
+def sort_labels(labels: Iterable[str]) -> list[str]:
+    """Sort labels: by their value if all are whole numbers, else as text."""
+    distinct = set(labels)
+    if all(label.isdecimal() and label.isascii() for label in distinct):
+        return sorted(distinct, key=lambda label: (int(label), label))
+    return sorted(distinct)
 
 
 def find_label_column(names: Sequence[str]) -> str | None:

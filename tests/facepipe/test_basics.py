@@ -159,6 +159,12 @@ def test_a_path_that_is_in_the_working_folder_alone_keeps_its_meaning(tmp_path, 
     assert tree == {"gallery": str(tmp_path / "config" / "g"), "source": {"uri": "photos/*.jpg"}}
 
 
+def test_only_values_that_are_paths_are_resolved() -> None:
+    tree = {"embed": {"model": "models/arcface.toml"}, "detect": {"model": "mtcnn"}}
+    assert resolve_paths(tree, "/jobs", ("embed.model", "detect.model"), lambda value: value.endswith(".toml")) == []
+    assert tree == {"embed": {"model": "/jobs/models/arcface.toml"}, "detect": {"model": "mtcnn"}}
+
+
 def test_values_that_are_no_paths_are_left_to_the_checks_of_the_config() -> None:
     tree = {"gallery": 3, "source": "x", "dataset": [1]}
     assert resolve_paths(tree, "/config", PATHS) == []
