@@ -8,13 +8,21 @@ import facepipe
 from facepipe.storage.redact import redact
 
 _MAX_CHARACTERS = 300
+# Commands and options whose arguments can be names of people, or of their photos.
+_NAMING_COMMANDS = ("erase", "export", "identify", "info", "search", "verify")
+_NAMING_OPTIONS = ("--where", "--identity", "--image")
 _command = ""
 
 
 def set_command(words: Sequence[str]) -> None:
-    """Set the command line of this process, with credentials redacted; without it, nothing is said of a command."""
+    """Set the command line of this process; without it, nothing is said of a command.
+
+    Credentials are redacted. Of commands that can name people only the command itself is kept: the line is written into
+    reports, and a report that an erasure has made anew must not hold the name of who was erased.
+    """
     global _command
-    text = redact(shlex.join(words))
+    names_people = any(word in _NAMING_COMMANDS for word in words) or any(word in words for word in _NAMING_OPTIONS)
+    text = f"{shlex.join(words[:2])} …" if names_people else redact(shlex.join(words))
     _command = text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
 
 

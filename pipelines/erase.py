@@ -159,6 +159,9 @@ def _erase(
         progress(f"{selected.images} images, {len(selected.faces)} faces: no search returns them any more")
     summary.seconds["hide"] = round(time.monotonic() - began, 3)
     _advance(gallery, summary, [erasure.id] if erasure and wait else [], progress)
+    if summary.receipts and not selected.images:
+        # An interrupted erasure, which this run has completed, may have been what was asked for again.
+        summary.unmatched = []
     if erasure:
         _note_completion(gallery, erasure, summary)
         _look_at_trainings(gallery, erasure, summary, progress)

@@ -165,6 +165,8 @@ def write_part(table: pa.Table, items: pa.Table, folder: str, prefix: str, recor
 
 def _list_failed(table: pa.Table) -> list[tuple[str, str, str]]:
     """List uri, status and reason of the first images that failed: a few, for the user."""
+    if "error" not in table.column_names:  # encodings that are adopted
+        return []
     failed = table.select(["uri", "status", "error"]).filter(pc.is_in(table["status"], pa.array(FAILED)))
     first = failed.slice(0, MAX_EXAMPLES).to_pylist()
     return [(row["uri"], row["status"], row["error"] or "") for row in first]
