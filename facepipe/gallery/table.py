@@ -246,7 +246,7 @@ class Gallery:
     def set_property(self, name: str, value: str) -> None:
         """Set a property of the table, in a commit of its own."""
         try:
-            log.set_property(self.faces_folder, open_table(self.faces_folder), name, value)
+            log.set_property(self.faces_folder, reopen_table(self.faces_folder), name, value)
         except ConflictError as error:
             raise GalleryBusyError(f"another run has written to {self.path!r} since this one began") from error
 
@@ -546,6 +546,18 @@ def open_table(folder: str, version: int | None = None) -> DeltaTable:
     for name in iterate_links(log):
         raise make_link_error(storage.join(log, name))
     return DeltaTable(find_table_path(folder), version=version, storage_options=get_delta_options(folder))
+
+
+def reopen_table(folder: str) -> DeltaTable:
+    """Open a table that was there before.
+
+    Raises:
+        StorageError: the disk or the store does not answer now.
+    """
+    try:
+        return open_table(folder)
+    except OSError as error:
+        raise StorageError(f"cannot read the table {folder!r}: {storage.describe_error(error)}") from error
 
 
 def _require_version(path: str, folder: str, version: int) -> None:

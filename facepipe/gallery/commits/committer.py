@@ -17,7 +17,7 @@ from facepipe.gallery.commits.damaged import keep_good_rows
 from facepipe.gallery.commits.parts import PartRecord
 from facepipe.gallery.commits.rewrite import Action, make_add_action, rewrite_files
 from facepipe.gallery.commits.row_changes import RowChanges
-from facepipe.gallery.table import FENCE, Gallery, open_table
+from facepipe.gallery.table import FENCE, Gallery, reopen_table
 from facepipe.storage.conditional import ConflictError
 from facepipe.storage.lease import Lease
 
@@ -52,7 +52,7 @@ class Committer:
         # The version that the caller read. A commit of another run since then must not be overlooked.
         self._seen_version = gallery.version
         with _map_errors(gallery.path):
-            self._table = open_table(gallery.faces_folder)
+            self._table = reopen_table(gallery.faces_folder)
         log.require_known_protocol(gallery.faces_folder, self._table)
         # What this run takes for committed must not be lost, even if a run that was killed has written it.
         log.sync_log(gallery.faces_folder)
@@ -186,7 +186,7 @@ class Committer:
         if log.is_checkpoint_due(version):
             log.write_checkpoint(folder, self._lease)
             with _map_errors(self.gallery.path):
-                open_table(folder).cleanup_metadata()
+                reopen_table(folder).cleanup_metadata()
         return True
 
     def _require_accepted(self, version: int, number: int) -> None:
@@ -198,7 +198,7 @@ class Committer:
         folder = self.gallery.faces_folder
         if log.has_later_version(folder, version):
             with _map_errors(self.gallery.path):
-                accepted = open_table(folder).transaction_version(self.run) or 0
+                accepted = reopen_table(folder).transaction_version(self.run) or 0
             if accepted < number:
                 raise self._make_busy_error()
 

@@ -16,7 +16,7 @@ from facepipe.gallery.commits.committer import Committer
 from facepipe.gallery.commits.log import set_property
 from facepipe.gallery.commits.parts import compute_statistics, has_range
 from facepipe.gallery.commits.rewrite import Action, Rewrite, make_add_action, rewrite_files
-from facepipe.gallery.table import EXACT_TEXT, TEXT_PROPERTY, Gallery, open_table
+from facepipe.gallery.table import EXACT_TEXT, TEXT_PROPERTY, Gallery, reopen_table
 from facepipe.schema import FACES, conform
 from facepipe.sources.labels import find_unnormalised, normalise_labels
 
@@ -45,7 +45,7 @@ def repair_text(gallery: Gallery, commit: Committer, *, everything: bool = False
             count += _commit_part(gallery, frozenset(paths[start : start + _FILES_AT_ONCE]), make_actions, commit)
     # The mark comes last, so that an interrupted repair is done again.
     if not gallery.has_exact_text:
-        set_property(gallery.faces_folder, open_table(gallery.faces_folder), TEXT_PROPERTY, EXACT_TEXT)
+        set_property(gallery.faces_folder, reopen_table(gallery.faces_folder), TEXT_PROPERTY, EXACT_TEXT)
     return count
 
 

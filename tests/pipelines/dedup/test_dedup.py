@@ -164,7 +164,10 @@ def test_what_two_galleries_share(photos: Path, tmp_path: Path) -> None:
     assert (summary.images, summary.keep, summary.drop) == (5, 3, 2)
     shared = pq.read_table(one / "reports" / "overlap" / "identities.parquet").to_pylist()
     by = {(row["identity_0"], row["identity_1"]): row for row in shared}
-    assert {("anna", "ANNA"), ("bert", "unknown"), ("dora", "Dora")} <= set(by)
+    assert {("anna", "ANNA"), ("bert", "unknown")} <= set(by)
+    # Two photos without a picture in common, among so few persons, are no proof: they are listed, and not asserted.
+    look_alikes = pq.read_table(one / "reports" / "overlap" / "look_alikes.parquet").to_pylist()
+    assert ("dora", "Dora") in {(row["identity_0"], row["identity_1"]) for row in look_alikes} | set(by)
     assert (by["anna", "ANNA"]["same_name"], by["bert", "unknown"]["same_name"]) == (True, False)
     assert summary.shared == len(shared)
     nothing_left(one, other)
