@@ -21,7 +21,7 @@ def set_command(words: Sequence[str]) -> None:
     reports, and a report that an erasure has made anew must not hold the name of who was erased.
     """
     global _command
-    names_people = any(word in _NAMING_COMMANDS for word in words) or any(word in words for word in _NAMING_OPTIONS)
+    names_people = any(word.partition("=")[0] in _NAMING_COMMANDS + _NAMING_OPTIONS for word in words)
     text = f"{shlex.join(words[:2])} …" if names_people else redact(shlex.join(words))
     _command = text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."
 

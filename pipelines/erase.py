@@ -138,6 +138,8 @@ def _erase(
     pending.restore_list(gallery)
     suppressed.migrate_lists(gallery)
     pending.delete_leftovers(gallery)
+    # The images of an interrupted erasure are hidden: who asks for them again matches nothing, and is not mistaken.
+    is_repeated = any(erasure.selection == selection for erasure in pending.read_unfinished(gallery))
     table = Gallery(gallery)
     chosen = select_erasable(table, selection, limit)
     selected = chosen.images
@@ -159,8 +161,7 @@ def _erase(
         progress(f"{selected.images} images, {len(selected.faces)} faces: no search returns them any more")
     summary.seconds["hide"] = round(time.monotonic() - began, 3)
     _advance(gallery, summary, [erasure.id] if erasure and wait else [], progress)
-    if summary.receipts and not selected.images:
-        # An interrupted erasure, which this run has completed, may have been what was asked for again.
+    if is_repeated and not selected.images:
         summary.unmatched = []
     if erasure:
         _note_completion(gallery, erasure, summary)

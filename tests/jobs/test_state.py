@@ -188,7 +188,7 @@ def test_a_command_is_recorded_without_credentials() -> None:
         set_command(["facepipe", "cluster", "https://user:secret@host/gallery", "x" * 5000])
         assert "secret" not in describe_making()
         assert len(describe_making()) < 500
-        for words in (["erase", "g", "--identity", "Ann"], ["dedup", "g", "--where", "identity = 'Ann'"]):
+        for words in (["erase", "g", "--identity", "Ann"], ["dedup", "g", "--where=identity = 'Ann'"]):
             set_command(["facepipe", "--log-format", "json", *words])
             assert "Ann" not in describe_making()
             set_command(["facepipe", *words])

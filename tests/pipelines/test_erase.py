@@ -712,10 +712,14 @@ def test_a_damaged_table_is_said_and_the_erasure_goes_on_after_repair(
     assert (code, "cannot read" in " ".join(err.split())) == (1, True)
     assert pending.read_unfinished(gallery.path)
     never_found(gallery, traces)
+    code, _, err = call("erase", gallery.path, "--identity", "nobody of many", "--quiet")
+    assert code == 1, "a name that matches nothing is told, whatever is interrupted"
+    assert pending.read_unfinished(gallery.path), "the table is still damaged"
     victim.write_bytes(whole)
     code, out, _ = call("erase", gallery.path, "--identity", name_of(9), "--quiet", "--json")
     summary = json.loads(out)
     assert (code, summary["images"], len(summary["receipts"])) == (0, 0, 1)
+    assert call("erase", gallery.path, "--identity", name_of(9), "--quiet")[0] == 1, "now nobody has that name"
     sound(gallery, traces, stay, summary["receipts"])
 
 
