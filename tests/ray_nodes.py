@@ -62,9 +62,13 @@ class Node:
 
 @dataclass
 class Cluster:
-    """Nodes[0] is the head, to which drivers connect. `cpus`: of the head and of each worker node."""
+    """Nodes[0] is the head, to which drivers connect. `cpus`: of the head and of each worker node.
+
+    `gpus`: as many GPUs as each node says that it has. Nothing looks for them.
+    """
 
     cpus: tuple[int, ...] = (1, 1, 1)
+    gpus: int = 0
     nodes: list[Node] = field(default_factory=list)
     port: int = 0
     folder: str = ""
@@ -126,6 +130,7 @@ class Cluster:
         log = Path(self.folder) / f"node-{len(self.nodes)}.log"
         command = [*_RAY, *arguments, f"--num-cpus={cpus}", f"--object-store-memory={STORE}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+        command += [f"--num-gpus={self.gpus}"]
         command += [f"--dashboard-agent-listen-port={_free_ports(1)[0]}"]
         # A folder each: nodes that start at the same time would choose the same names for their sockets.
         command += [f"--temp-dir={self.folder}/{len(self.nodes)}"]
@@ -149,9 +154,9 @@ class Cluster:
 
 
 @contextmanager
-def cluster(cpus: tuple[int, ...] = (1, 1, 1)) -> Iterator[Cluster]:
+def cluster(cpus: tuple[int, ...] = (1, 1, 1), gpus: int = 0) -> Iterator[Cluster]:
     """A cluster that is gone afterwards."""
-    made = Cluster(cpus)
+    made = Cluster(cpus, gpus)
     try:
         made.start()
         yield made

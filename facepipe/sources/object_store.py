@@ -1,11 +1,17 @@
 """A prefix of an object store: s3://bucket/prefix. The listing streams by ranges of keys, with sizes and etags."""
 
 from collections.abc import Collection, Iterator
+from functools import partial
 
+from facepipe.sources.ahead import Listed, list_ahead
 from facepipe.sources.expand import Expander
+from facepipe.sources.extensions import ARCHIVE_EXTENSIONS, get_extension
 from facepipe.sources.item import WorkItem
 from facepipe.sources.selection import SYSTEM_FOLDER
 from facepipe.storage import list_prefix_in_ranges, split_url
+
+# Archives that are listed at a time: one stream of a store gives less than what its network can.
+_ARCHIVES = 4
 
 
 class ObjectStoreSource:
@@ -43,6 +49,10 @@ class ObjectStoreSource:
 
     def __iter__(self) -> Iterator[WorkItem]:
         self._passed_over.clear()
+        return list_ahead(self._list_entries(), _ARCHIVES)
+
+    def _list_entries(self) -> Iterator[Listed]:
+        """Yield the objects that patterns take."""
         for entry in list_prefix_in_ranges(self.url):
             relative = entry.url.removeprefix(self._base)
             selection = self._expander.selection
@@ -54,4 +64,5 @@ class ObjectStoreSource:
                 if reason != SYSTEM_FOLDER:
                     self._passed_over.note_folder(relative)
                 continue
-            yield from self._expander.expand_file(entry.url, relative, entry.fingerprint)
+            is_archive = get_extension(relative) in ARCHIVE_EXTENSIONS
+            yield Listed(partial(self._expander.expand_file, entry.url, relative, entry.fingerprint), is_archive)

@@ -1,6 +1,7 @@
 """Which files of a source are listed: what systems leave beside photos is passed over, and patterns choose."""
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable
 
@@ -140,7 +141,7 @@ def _compile(patterns: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 class PassedOver:
-    """Counts what a listing passes over, by reason.
+    """Counts what a listing passes over, by reason. Threads that list archives count at the same time.
 
     Attributes:
         counts: Files and folders by reason.
@@ -151,6 +152,7 @@ class PassedOver:
         self.counts: Counter[str] = Counter()
         self.folders: set[str] = set()
         self._names: dict[str, list[str]] = {}
+        self._lock = threading.Lock()
 
     @property
     def total(self) -> int:
@@ -164,10 +166,14 @@ class PassedOver:
             reason: why it is passed over.
             name: its name, as an example for the user.
         """
-        self.counts[reason] += 1
-        names = self._names.setdefault(reason, [])
-        if name and len(names) < _EXAMPLES and name not in names:
-            names.append(name)
+        with self._lock:
+            self.counts[reason] += 1
+            names = self._names.setdefault(reason, [])
+            if name and name not in names:
+                # The first by name, so that they do not depend on the order in which threads come to them.
+                names.append(name)
+                names.sort()
+                del names[_EXAMPLES:]
 
     def note_folder(self, relative: str) -> None:
         """Note the folder of an image that patterns leave out: the folders beside it are not the only ones.

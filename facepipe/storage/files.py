@@ -21,7 +21,7 @@ from facepipe.storage.urls import is_remote, join, split_url
 # Bytes per request when a container in a store is read piece by piece.
 _REMOTE_BUFFER = 1 << 18
 # The same if it is read from its beginning to its end.
-_SEQUENTIAL_BUFFER = 64 << 20
+_SEQUENTIAL_BUFFER = 48 << 20
 # Bytes of the first request: often only the beginning of a container is read, to see whether it holds an image.
 _FIRST_BYTES = 1 << 20
 # Objects per page of a listing.

@@ -1,8 +1,10 @@
 """Ten million images through the real pipeline with fake models: does anything grow that should not?
 
     python tests/bench/simulation.py [--items 10000000] [--new 100000] [--block 512] [--folder FOLDER]
+        [--runner ray --workers 32]
 
-`pipelines.embed.run` itself, with the local runner and two workers: a Parquet list of encoded images is listed and
+`pipelines.embed.run` itself, with the local runner and two workers, or with Ray and as many actors as asked for (Ray is
+told that the machine has a CPU for each): a Parquet list of encoded images is listed and
 screened, cut into blocks of up to `--block`, handed to worker processes, written as parts (every column, real checksums,
 statistics and syncs), and committed. What is fake: a stage that draws a random face for each work item takes the place
 of the five that read, decode and run models, so images are one byte that nobody reads, and rows have no thumbnails.
@@ -19,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,8 +113,11 @@ class TimedCommitter(Committer):
 
 
 def rss(process: psutil.Process) -> tuple[int, int]:
-    """(RSS, what of it no file backs), bytes."""
-    info = process.memory_info()
+    """(RSS, what of it no file backs), bytes; zeros if it has ended."""
+    try:
+        info = process.memory_info()
+    except psutil.NoSuchProcess:
+        return 0, 0
     return info.rss, info.rss - info.shared
 
 
@@ -144,13 +150,17 @@ class Watch:
         self._peak, self._commits, self._sampled = (0, 0, 0), len(TimedCommitter.seconds), 0.0
 
     def _cpu(self) -> float:
-        own, living = self._me.cpu_times(), [child.cpu_times() for child in self._me.children()]
-        return sum(own[:4]) + sum(t.user + t.system for t in living)  # own: with what ended children had used
+        used = sum(self._me.cpu_times()[:4])  # with what ended children had used
+        for child in self._me.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                times = child.cpu_times()
+                used += times.user + times.system
+        return used
 
     def __call__(self, summary: EmbedSummary) -> None:
         if time.perf_counter() - self._sampled > 0.25:
             self._sampled = time.perf_counter()
-            workers = max((rss(child)[0] for child in self._me.children()), default=0)
+            workers = max((rss(child)[0] for child in self._me.children(recursive=True)), default=0)
             self._peak = tuple(map(max, self._peak, (*rss(self._me), workers)))
         if summary.listed - self._from >= self.step:
             self.close(summary)
@@ -198,13 +208,26 @@ def source_files(folder: Path, first: int, count: int) -> None:
         pq.write_table(table, folder / f"images-{at // PER_FILE:06d}.parquet")
 
 
+def start_ray(workers: int) -> None:
+    """Start Ray with a CPU for each worker, whatever the machine has."""
+    import ray
+
+    ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=512 * MIB, log_to_driver=False)
+
+
 def run(title: str, folder: Path, args: argparse.Namespace) -> Watch:
     print(title, flush=True)
     settings = RunConfig(
-        "local", workers=2, batch=args.block, block_largest=args.block, commit_seconds=args.commit_seconds
+        args.runner,
+        workers=args.workers,
+        batch=args.block,
+        block_largest=args.block,
+        commit_seconds=args.commit_seconds,
     )
     config = Simulated(SourceConfig(str(folder / "source")), run=settings)
     watch = Watch(min(1_000_000, max(1, args.items // 10)))
+    if args.runner == "ray":
+        start_ray(args.workers)
     began = time.perf_counter()
     summary = pipelines.embed.run(config, str(folder / "g"), watch)
     watch.close(summary)
@@ -250,6 +273,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=10_000_000)
     parser.add_argument("--new", type=int, default=100_000)
     parser.add_argument("--block", type=int, default=512, help="images of one unit of work, and so of one file")
+    parser.add_argument("--runner", choices=["local", "ray"], default="local")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--commit-seconds", type=float, default=10.0)
     parser.add_argument("--folder", help="where the source and the gallery go (10 GB for 10M); they are deleted again")
     args = parser.parse_args()
