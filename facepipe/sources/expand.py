@@ -76,7 +76,7 @@ class Expander:
         if is_special:
             return (make_broken_item(path, "not a regular file"),)
         match extension:
-            case "tar":
+            case "tar" | "tar.gz" | "tgz":
                 return self._tar_reader.list_items(os.fsdecode(path), relative)
             case "zip":
                 return self._zip_reader.list_items(os.fsdecode(path), relative)

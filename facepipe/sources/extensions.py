@@ -9,13 +9,13 @@ IMAGE_EXTENSIONS = frozenset(
     | {"avif", "jp2", "j2k", "jpx", "pgm", "ppm", "pbm", "pnm", "heic", "heif", "hif", "jxl"}
 )
 
-ARCHIVE_EXTENSIONS = frozenset({"tar", "zip", "rec"})
+ARCHIVE_EXTENSIONS = frozenset({"tar", "tar.gz", "tgz", "zip", "rec"})
 """Files that hold many images, and are listed wherever they lie."""
 
 VERIFICATION_EXTENSION = "bin"
 """Verification sets of insightface. They are listed only if they are named, and not beside a training set."""
 
-CONTAINER_PATTERN = "tar|zip|rec|bin|tsv|parquet|pq|arrow"
+CONTAINER_PATTERN = r"tar|tar\.gz|tgz|zip|rec|bin|tsv|parquet|pq|arrow"
 """Extensions of the files whose images have uris with `#`, as a part of a regular expression."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -24,11 +24,15 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def get_extension(name: str) -> str:
     """Return the extension of a name in lower case, without its dot.
 
-    Names of dots, and names that begin with their only dot, have none.
+    Names of dots, and names that begin with their only dot, have none. Only `tar.gz` is one of two parts.
     """
     last = name.rpartition("/")[2]
     stem, dot, extension = last.rpartition(".")
-    return extension.lower() if dot and stem.strip(".") else ""
+    if not dot or not stem.strip("."):
+        return ""
+    extension = extension.lower()
+    is_packed_tar = extension == "gz" and len(stem) > len(".tar") and stem.lower().endswith(".tar")
+    return "tar.gz" if is_packed_tar else extension
 
 
 def is_web_url(name: str) -> bool:

@@ -40,7 +40,7 @@ def list_container(path: str) -> Iterator[WorkItem]:
     """
     selection = Selection(system_folders=True)
     match get_extension(path):
-        case "tar":
+        case "tar" | "tar.gz" | "tgz":
             return TarReader(_identify_nobody, selection=selection).list_items(path)
         case "zip":
             return ZipReader(_identify_nobody, selection=selection).list_items(path)

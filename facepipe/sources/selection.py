@@ -40,7 +40,7 @@ NOT_INCLUDED = "not named by source.include"
 NESTED_ARCHIVE = "archives inside archives"
 ARCHIVE = "archives of kinds that are not read"
 OTHER = "other files"
-_ARCHIVE = re.compile(r".*\.(?:tgz|tbz2?|txz|rar|7z|tar\.(?:gz|bz2|xz|zst|lz4))", re.IGNORECASE | re.DOTALL)
+_ARCHIVE = re.compile(r".*\.(?:tbz2?|txz|rar|7z|tar\.(?:bz2|xz|zst|lz4))", re.IGNORECASE | re.DOTALL)
 
 
 class Selection:

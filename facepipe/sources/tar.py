@@ -1,4 +1,7 @@
-"""WebDataset tar shards: members are found by reading the headers and read later by byte offset, never unpacked."""
+"""WebDataset tar shards: members are found by reading the headers and read later by byte offset, never unpacked.
+
+Of a `.tar.gz` the offsets are those in what it unpacks to.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from typing import Any, BinaryIO
 
 from facepipe.errors import StorageError
 from facepipe.hashing import hash64
+from facepipe.sources.containers.gzip_stream import is_packed_tar, open_packed_tar
 from facepipe.sources.extensions import IMAGE_EXTENSIONS, get_extension, is_hidden
 from facepipe.sources.identity import Identify
 from facepipe.sources.item import WorkItem, escape_name, make_broken_item, make_file_uri, make_member_uri
@@ -90,9 +94,13 @@ class TarReader:
         try:
             if is_special_file(path):
                 raise StorageError("not a regular file")
-            with open_seekable(path, is_sequential=True) as file, _open_tar(file) as tar:
-                # The fingerprint of the file that is open: another one may have its name before it is read.
-                fingerprint = get_open_fingerprint(file)
+            # The fingerprint of the file that is open: another one may have its name before it is read.
+            if is_packed_tar(path):
+                opened, fingerprint = open_packed_tar(path)
+            else:
+                opened = open_seekable(path, is_sequential=True)
+                fingerprint = get_open_fingerprint(opened)
+            with opened as file, _open_tar(file) as tar:
                 container = _Container(make_file_uri(path), os.fsencode(path), fingerprint, relative)
                 yield from self._list_members(tar, file, container)
         except StorageError as error:

@@ -16,6 +16,7 @@ from facepipe.arrow import pack_arrays, set_columns
 from facepipe.errors import ConfigError, MissingPackageError, StorageError
 from facepipe.hashing import compute_image_id, hash64
 from facepipe.schema import OK, READ_ERROR, REPLACED, TOO_LARGE, TOUCHED, UNCHANGED
+from facepipe.sources.containers.gzip_stream import MemberReader, is_packed_tar
 from facepipe.sources.containers.unpack import unpack_member
 from facepipe.sources.parquet import find_bytes_column, get_first_line
 from facepipe.stages.ranges import Container, RangeReader
@@ -142,6 +143,10 @@ class Read:
         return {}
 
     @cached_property
+    def _packed_tars(self) -> MemberReader:
+        return MemberReader()
+
+    @cached_property
     def _ranges(self) -> RangeReader:
         return RangeReader(self._pool)
 
@@ -153,7 +158,8 @@ class Read:
         members: dict[Container, list[tuple[int, int]]] = defaultdict(list)
         columns = (table[name].to_pylist() for name in ("path", "offset", "length", "fingerprint", "listing_error"))
         for path, offset, length, fingerprint, listing_error in zip(*columns, strict=True):
-            if offset is not None and length is not None and length <= self.max_bytes and not listing_error:
+            is_member = offset is not None and length is not None and length <= self.max_bytes
+            if is_member and not listing_error and not is_packed_tar(path):
                 members[Container(path, get_container_fingerprint(fingerprint))].append((offset, length))
         # A single member is read by itself.
         self._ranges.plan({container: places for container, places in members.items() if len(places) > 1})
@@ -163,6 +169,7 @@ class Read:
         items = table.select(list(self.needs)).to_pylist()
         # Rows of Parquet files are read file by file, everything else item by item.
         results_by_row = self._read_parquet_rows(items)
+        results_by_row |= self._read_packed_members(items)
         results_by_row |= self._read_planned_members(items)
         pending = [row for row in range(len(items)) if row not in results_by_row]
         is_parallel = len(pending) > 1 and any(storage.is_remote(items[row]["path"]) for row in pending)
@@ -215,6 +222,32 @@ class Read:
             # A list of files may hold a URL without a bucket, or of a store whose client is not installed.
             return ReadResult(None, READ_ERROR, str(error))
 
+    def _read_packed_members(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:
+        """Read the items that are members of packed tars, tar by tar and in the order of their places.
+
+        Returns:
+            Results by the item's position in `items`.
+        """
+        places = [
+            (item["path"], item["offset"], position)
+            for position, item in enumerate(items)
+            if item["offset"] is not None and not item["listing_error"] and is_packed_tar(item["path"])
+        ]
+        results: dict[int, ReadResult] = {}
+        for path, offset, position in sorted(places):
+            length = items[position]["length"]
+            fingerprint = get_container_fingerprint(items[position]["fingerprint"])
+            try:
+                data = self._packed_tars.read(path, offset, length, self.max_bytes, fingerprint)
+                results[position] = ReadResult(data, OK)
+            except storage.TooLargeError as error:
+                results[position] = ReadResult(None, TOO_LARGE, str(error))
+            except storage.ReplacedError as error:
+                results[position] = ReadResult(None, REPLACED, str(error))
+            except (StorageError, ConfigError, MissingPackageError) as error:
+                results[position] = ReadResult(None, READ_ERROR, str(error))
+        return results
+
     def _read_planned_members(self, items: list[dict[str, Any]]) -> dict[int, ReadResult]:
         """Read the items that are members of archives, and whose ranges are planned.
 
@@ -224,6 +257,8 @@ class Read:
         results: dict[int, ReadResult] = {}
         for position, item in enumerate(items):
             if item["offset"] is None or item["length"] is None or item["listing_error"]:
+                continue
+            if is_packed_tar(item["path"]):
                 continue
             container = Container(item["path"], get_container_fingerprint(item["fingerprint"]))
             try:

@@ -1,6 +1,7 @@
 """One small corpus in the layouts that people hold: the same images, the same labels, no errors."""
 
 import base64
+import gzip
 import io
 import json
 import os
@@ -71,6 +72,13 @@ def write_tar(root: Path, describe: Callable[[str], tuple[str, bytes]] | None) -
                 ending, text = describe(label)
                 add(f"{n:05}.{ending}", text)
     return root / "faces.tar"
+
+
+def write_packed_tar(root: Path, ending: str, describe: Callable[[str], tuple[str, bytes]] | None) -> Path:
+    tar = write_tar(root, describe)
+    (root / f"faces.{ending}").write_bytes(gzip.compress(tar.read_bytes()))
+    tar.unlink()
+    return root / f"faces.{ending}"
 
 
 def write_zip(root: Path, method: int) -> Path:
@@ -195,6 +203,11 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "tar: folders": lambda root: write_tar(root, None),
     "tar: .cls": lambda root: write_tar(root, lambda label: ("cls", label.encode())),
     "tar: .json": lambda root: write_tar(root, lambda label: ("json", json.dumps({"identity": label}).encode())),
+    "tar.gz: folders": lambda root: write_packed_tar(root, "tar.gz", None),
+    "tar.gz: .cls": lambda root: write_packed_tar(root, "tar.gz", lambda label: ("cls", label.encode())),
+    "tgz: .json": lambda root: write_packed_tar(
+        root, "tgz", lambda label: ("json", json.dumps({"identity": label}).encode())
+    ),
     "zip: stored": lambda root: write_zip(root, zipfile.ZIP_STORED),
     "zip: deflated": lambda root: write_zip(root, zipfile.ZIP_DEFLATED),
     ".rec with .idx": lambda root: write_records_folder(root, index=True) / "train.rec",

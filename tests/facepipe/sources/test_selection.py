@@ -153,7 +153,7 @@ def test_archives_and_other_members_are_counted(tmp_path: Path) -> None:
     names, ignored, note = list_names(tar)
     assert (names, ignored) == (["1.jpg"], 5)
     assert "2 archives inside archives ('deep/inner.tar.gz', 'inner.tar')" in note
-    root = write_files(tmp_path / "photos", "a/1.jpg", "b.rar", "c.tar.gz", "notes.txt", "d.csv.gz")
+    root = write_files(tmp_path / "photos", "a/1.jpg", "b.rar", "c.tar.xz", "notes.txt", "d.csv.gz")
     names, ignored, note = list_names(root)
     assert (names, ignored) == (["a/1.jpg"], 4)
     assert "2 archives of kinds that are not read" in note
