@@ -75,7 +75,8 @@ def erase(
     while it goes on.
 
     --dry-run names the images, and says how many other faces and exact copies go too. If a name matches nothing, the
-    message has the nearest one that the gallery holds, and the exit code is 1; what else was selected is erased.
+    message has the nearest one that the gallery holds, and the exit code is 1; what else was selected is erased. If no
+    image is older than --older-than, or none is missing, nothing is due, and the exit code is 0.
 
     For example:
 

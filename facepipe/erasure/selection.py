@@ -501,7 +501,7 @@ def explain_unmatched(gallery: Gallery, selection: Selection, *, is_empty: bool)
 
     Returns:
         A sentence per name that matches nothing. Of a selection that is empty although each name matches something, or
-        that has no names, one sentence.
+        that has no names, one sentence; none if it is a rule by age or by what is missing, of which nothing may be due.
     """
     sentences = []
     for label in _list_unmatched_labels(gallery, selection.identities, is_empty=is_empty):
@@ -521,7 +521,9 @@ def explain_unmatched(gallery: Gallery, selection: Selection, *, is_empty: bool)
     if selection.uri is not None and not _has_match(gallery, Selection(uri=selection.uri)):
         near = describe_near(find_near_images(gallery, selection.uri))
         sentences.append(f"no uri matches {selection.uri!r}{near}")
-    if not sentences:
+    # A rule is run every night, and on most nights nothing is due.
+    is_rule = selection.older_than_days is not None or selection.missing
+    if not sentences and not is_rule:
         conditions = " and ".join(name.replace("_", " ") for name in selection.list_conditions())
         sentences.append(f"no image meets the conditions: {conditions}")
     return sentences

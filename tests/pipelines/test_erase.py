@@ -877,6 +877,15 @@ def test_the_command(gallery: Gallery, tmp_path: Path) -> None:
     assert (record["counters"]["images"], record["counters"]["erased_images"]) == (EACH, EACH)
 
 
+def test_a_rule_of_which_nothing_is_due_is_no_failure(gallery: Gallery) -> None:
+    """It is run every night. A name in it that matches nothing is a mistake all the same."""
+    for rule in (["--older-than", "36500"], ["--missing"]):
+        code, out, err = call("erase", gallery.path, *rule, "--json")
+        assert (code, json.loads(out)["images"], json.loads(out)["receipts"], err) == (0, 0, [], "")
+        code, _, err = call("erase", gallery.path, *rule, "--source", "no such source")
+        assert (code, "there is no source 'no such source'" in err) == (1, True)
+
+
 def test_a_dry_run_writes_nothing(gallery: Gallery) -> None:
     before = tree(gallery.path)
     assert erase.run(Selection(identities=(name_of(9),)), gallery.path, dry_run=True).images == EACH
