@@ -177,7 +177,8 @@ def format_ending(summary: Any, gallery: str) -> list[str]:
         gallery: folder of the gallery, as the user wrote it.
     """
     name = shlex.quote(gallery)
-    lines = [f"in: {format_embed_rate(summary)}; {summary.workers} workers, {summary.runner}, {summary.seconds:.1f} s"]
+    workers = "1 worker" if summary.workers == 1 else f"{summary.workers} workers"
+    lines = [f"in: {format_embed_rate(summary)}; {workers}, {summary.runner}, {summary.seconds:.1f} s"]
     lines.append(f"added: {summary.faces:,} faces in {summary.rows:,} rows")
     if summary.failed:
         failed = format_failed(summary.failed, summary.failed_examples)

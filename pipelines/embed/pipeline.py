@@ -260,7 +260,8 @@ class _EmbedRun:
         self, runner: str, listing: EmbedListing, blocks: Blocks, plan: WorkerPlan, progress: Progress
     ) -> EmbedSummary:
         """Run the workers, commit what they write, and mark missing images."""
-        summary = EmbedSummary(self._id, runner, plan.workers, source=self._rows.source.name)
+        workers = 1 if runner == "inline" else plan.workers
+        summary = EmbedSummary(self._id, runner, workers, source=self._rows.source.name)
         attach_summary(summary)
         commit = Committer(self._gallery, self._id, self._lease)
         # Requests are taken up from the first record on: the listing has then read what it reads of the table.
