@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 RUNS = "runs"
 LOG = "_delta_log"
 # The folders of a gallery. Each may be a link to a folder on another disk.
-FOLDERS = ("faces", "index", "reports", "erased", RUNS)
+FOLDERS = ("faces", "index", "reports", "erased", "decisions", RUNS)
 _FIRST_VERSION = f"{0:020}.json"
 FENCE = "fence"  # job of a commit that changes nothing: it keeps late commits of runs that lost their lease out
 # Names that a first run may leave in a folder before the table is there.
