@@ -15,6 +15,7 @@ class FolderKind(Enum):
     DATE = "dates"
     SHARD = "shards"
     COLLECTION = "collections"
+    GROUP = "groups of people"
     NUMBER = "numbers"
     LETTER = "single letters"
 
@@ -31,6 +32,11 @@ _SPLIT = re.compile(
 )
 # These are parts of a dataset in lower case; with a capital they are people as well.
 _LOWER_SPLITS = frozenset({"val", "dev"})
+_GROUP = re.compile(
+    r"african|(?:(?:east|south|south[-_ ]?east)[-_ ])?asian|caucasian|indian|latino|hispanic|latino[-_ ]hispanic"
+    r"|middle[-_ ]eastern|race_per_[0-9]+",
+    re.IGNORECASE,
+)
 _COLLECTION = re.compile(
     r"(?:image|img|photo|picture|pic|face|crop|sample|example|download|upload|export|backup|screenshot|output|input|result"
     r"|archive|original|dataset|jpe?g|png|thumb|thumbnail|other|.*[-_ ](?:image|photo|picture|face|crop))s?"
@@ -42,7 +48,8 @@ _COLLECTION = re.compile(
 _SHARD = re.compile(
     r"(?:shard|part|chunk|batch|split|fold|bucket|block|vol|volume|disk|disc|dir|folder|subset|group|page|archive|tar|set"
     r"|dataset|images?|imgs?|photos?|pics?|pictures?|frames?|crops?|faces?|train|test|val|data|cam|camera|img|video|clip)"
-    r"s?[-_ .]*[0-9]+(?:[-_ .]of[-_ .][0-9]+)?(?:[-_ .].*)?",
+    r"s?[-_ .]*[0-9]+(?:[-_ .]of[-_ .][0-9]+)?(?:[-_ .].*)?"
+    r"|(?:subjects|identities|people|persons|ids)[-_ ]*[0-9]+[-_][0-9]+.*",
     re.IGNORECASE,
 )
 _YEAR = r"(?:19|20)[0-9]{2}"
@@ -64,6 +71,7 @@ _MONTH = re.compile(
 # Months that are people's names as well: dates only beside another month.
 _MONTHS_OR_PEOPLE = frozenset({"april", "may", "june", "august", "jan", "mar", "jun", "aug"})
 _NUMBER = re.compile(r"[0-9]+", re.ASCII)
+_NUMBERS = re.compile(r"[0-9]+(?:_[0-9]+)*", re.ASCII)
 _HEX = re.compile(r"[0-9a-f]{2,3}|[0-9A-F]{2,3}")
 # Numbers that are judged anew with each one that comes.
 _LOOKED_AT = 64
@@ -86,9 +94,21 @@ def classify_folder(name: str) -> FolderKind:
         return FolderKind.DATE
     if _SHARD.fullmatch(name):
         return FolderKind.SHARD
+    if _GROUP.fullmatch(name):
+        return FolderKind.GROUP
     if _COLLECTION.fullmatch(name) or _CJK_COLLECTION.fullmatch(name) or _CAMERA_FOLDER.fullmatch(name):
         return FolderKind.COLLECTION
     return FolderKind.LETTER if len(name) == 1 and name.isalpha() else FolderKind.PERSON
+
+
+def is_numbered(name: str) -> bool:
+    """Tell whether a name is a number, or numbers joined by `_`, or a short one of hexadecimal digits."""
+    return _NUMBERS.fullmatch(name) is not None or _HEX.fullmatch(name) is not None
+
+
+def may_be_date(name: str) -> bool:
+    """Tell whether a name is a date, or a number that can be one, such as a year."""
+    return classify_folder(name) is FolderKind.DATE or _DATE_NUMBER.fullmatch(name) is not None
 
 
 class FolderJudge:

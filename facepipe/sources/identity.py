@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 from urllib.parse import unquote
 
-from facepipe.sources.item import FolderLabel
+from facepipe.sources.item import FolderLabel, NestedFolderLabel
 from facepipe.sources.labels import LABEL_COLUMNS, format_label
 
 IdentityRule = Literal["auto", "folder", "filename", "label", "none"]
@@ -13,6 +13,8 @@ IdentityRule = Literal["auto", "folder", "filename", "label", "none"]
 Identify = Callable[[str, object], str | None]
 """From (path relative to the source's root, label given by the source) to the identity."""
 
+# Folders deeper than this hold no persons: `BUPT/images/race_per_7000/African/m.0107_f` is as deep as they are known.
+_MAX_LEVELS = 6
 # What Hive writes into a path for a column without a value.
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -27,11 +29,6 @@ def take_filename_prefix(path: str) -> str | None:
     stem = posixpath.splitext(posixpath.basename(path))[0]
     prefix, underscore, _ = stem.rpartition("_")
     return prefix if underscore and prefix else None
-
-
-def take_only_folder_name(path: str) -> str | None:
-    """Take the folder's name if the image lies exactly one folder below the root, as in LFW and CASIA trees."""
-    return take_folder_name(path) if path.count("/") == 1 else None
 
 
 def read_partitions(path: str) -> dict[str, str | None]:
@@ -97,5 +94,9 @@ def _identify(path: str, label: object) -> str | None:
             return format_label(partitions[column])
         if partitions:
             return None
-    folder = take_only_folder_name(path)
-    return None if folder is None else FolderLabel(folder)
+    parents, _, folder = path.rpartition("/")[0].rpartition("/")
+    levels = path.count("/")
+    if levels == 1:
+        return FolderLabel(folder)
+    parents = parents.strip("/")
+    return NestedFolderLabel(folder, parents) if parents and levels <= _MAX_LEVELS else None

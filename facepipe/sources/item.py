@@ -42,6 +42,26 @@ class FolderLabel(str):
     __slots__ = ()
 
 
+class NestedFolderLabel(FolderLabel):
+    """The name of an image's folder that lies in other folders.
+
+    Attributes:
+        parents: Path of the folder above it, below the source's root.
+    """
+
+    __slots__ = ("parents",)
+    parents: str
+
+    def __new__(cls, name: str, parents: str) -> "NestedFolderLabel":
+        """Make a label."""
+        label = super().__new__(cls, name)
+        label.parents = parents
+        return label
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return NestedFolderLabel, (str(self), self.parents)
+
+
 class Listing(Protocol):
     """What lists images. Iteration streams: memory does not grow with the number of items.
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from facepipe.sources.folder_levels import FolderLevels
 from facepipe.sources.folder_names import PEOPLE, FolderJudge, FolderKind, FolderVerdict
 from facepipe.sources.identity import IdentityRule
-from facepipe.sources.item import FolderLabel, Listing, WorkItem
+from facepipe.sources.item import FolderLabel, Listing, NestedFolderLabel, WorkItem
 from facepipe.sources.labels import format_label
 from facepipe.sources.number_ranges import NumberRanges
 
@@ -43,12 +44,18 @@ class LabelledSource:
     def _reset(self) -> None:
         self.label_numbers = NumberRanges() if self._prefix is None else None
         self._judge = FolderJudge()
+        self._levels = FolderLevels()
+        self._nested: list[str] = []
+        self._groups: list[str] = []
+        self._persons: list[str] = []
         self._verdict: FolderVerdict | None = None
         self._labelled = 0
         self._listed = 0
         self._examples: dict[FolderKind, list[str]] = {}
         self._folder = ""
         self._label: str | None = None
+        self._is_nested = False
+        self._unlabelled = 0
 
     @property
     def ignored(self) -> int:
@@ -91,19 +98,26 @@ class LabelledSource:
                 yield self._drop_folder(item)
                 continue
             # Items wait from the first folder on, so that they keep their order.
-            if isinstance(item.identity, FolderLabel):
+            if isinstance(item.identity, NestedFolderLabel):
+                self._levels.add(item.identity)
+            elif isinstance(item.identity, FolderLabel):
                 self._judge.add(item.identity)
             elif not held:
                 yield item
                 continue
             held.append(item)
-            if self._judge.is_certain or len(held) >= _MAX_HELD:
-                self._verdict = self._judge.judge(self._source.other_folders)
+            is_certain = self._levels.is_certain and (self._judge.is_certain or not self._judge.names)
+            if is_certain or len(held) >= _MAX_HELD:
+                self._decide()
                 yield from map(self._drop_folder, held)
                 held = []
         if held:
-            self._verdict = self._judge.judge(self._source.other_folders)
+            self._decide()
             yield from map(self._drop_folder, held)
+
+    def _decide(self) -> None:
+        self._levels.decide(self._source.other_folders)
+        self._verdict = self._judge.judge(self._source.other_folders)
 
     def _drop_folder(self, item: WorkItem) -> WorkItem:
         """Return an item without its label if that is the name of a folder which is nobody."""
@@ -111,6 +125,8 @@ class LabelledSource:
         if not isinstance(label, FolderLabel):
             return item
         assert self._verdict is not None
+        if isinstance(label, NestedFolderLabel):
+            return self._drop_nested_folder(item, label)
         # Images come folder by folder, so that each folder is looked up once.
         if label != self._folder:
             self._folder = label
@@ -120,6 +136,21 @@ class LabelledSource:
             if len(examples) < _EXAMPLES and label not in examples:
                 examples.append(label)
         return item if label == self._label else item._replace(identity=self._label)
+
+    def _drop_nested_folder(self, item: WorkItem, label: NestedFolderLabel) -> WorkItem:
+        """Return an item without its label if that is the name of a folder in folders which is nobody."""
+        path = f"{label.parents}/{label}"
+        if path != self._folder:
+            self._folder = path
+            is_person = self._levels.is_person(label)
+            self._label = format_label(label) if is_person else None
+            if is_person:
+                _add_example(self._groups, label.parents)
+                _add_example(self._persons, label)
+            else:
+                _add_example(self._nested, label)
+        self._unlabelled += self._label is None
+        return item._replace(identity=self._label)
 
     def _describe_labels(self) -> str:
         """Describe what was taken for a label and what to type if that is wrong; empty if there is no doubt."""
@@ -132,6 +163,19 @@ class LabelledSource:
         others = {kind: names for kind, names in self._examples.items() if kind not in PEOPLE}
         described = "; ".join(f"{_quote(names)} are {kind.value}" for kind, names in others.items())
         everyone = "To take the name of every folder add --identity folder"
+        if self._persons:
+            rest = (
+                f"; {self._unlabelled} images got no label, such as in {_quote(self._nested)}" if self._nested else ""
+            )
+            return (
+                f"the folders below {_quote(self._groups)} are taken for people, such as {_quote(self._persons)}"
+                f"{rest}. If they are not, add --identity none"
+            )
+        if self._nested and not self._labelled:
+            return (
+                "no image got a label: images lie several folders deep, and it is not certain which folders are "
+                f"people. --identity folder would give labels such as {_quote(self._nested)}"
+            )
         if self._verdict is not None and self._verdict.is_only_one:
             (names,) = self._examples.values()
             if self._labelled:
@@ -151,6 +195,11 @@ class LabelledSource:
         if doubtful and FolderKind.PERSON not in self._examples:
             return f"folders such as {_quote(doubtful)} are taken for people. If they are not, add --identity none"
         return ""
+
+
+def _add_example(examples: list[str], name: str) -> None:
+    if len(examples) < _EXAMPLES and name not in examples:
+        examples.append(name)
 
 
 def _quote(names: Iterable[str]) -> str:

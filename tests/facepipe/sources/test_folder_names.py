@@ -129,7 +129,7 @@ def test_certain_labels_need_no_line(tmp_path: Path) -> None:
     assert list_labels(make_tree(tmp_path / "tree", "Ann", "Bob"))[1] == ""
     labels, note = list_labels(make_tree(tmp_path / "deep", "a/Ann", "a/Bob"))
     assert labels == {None}
-    assert "one folder deep" in note
+    assert "--identity folder would give labels such as 'Ann', 'Bob'" in note
     assert list_labels(tmp_path / "deep", identity="none") == ({None}, "")
     assert "--identity filename finds none" in list_labels(tmp_path / "deep", identity="filename")[1]
 

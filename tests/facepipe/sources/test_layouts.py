@@ -51,6 +51,15 @@ def write_folder(root: Path) -> Path:
     return root / "faces"
 
 
+def write_tree(root: Path, place: Callable[[str], str]) -> Path:
+    """A tree of folders in folders; `place` says where a person's folder lies."""
+    for name, data, label in IMAGES:
+        path = root / "tree" / place(label) / os.path.basename(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root / "tree"
+
+
 def write_list(root: Path, name: str, line: Callable[[int, str, str], str], header: str = "") -> Path:
     write_folder(root)
     text = header + "".join(f"{line(n, f'faces/{image}', label)}\n" for n, (image, _, label) in enumerate(IMAGES))
@@ -194,6 +203,12 @@ def write_base64_table(root: Path) -> Path:
 
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "a folder per person": write_folder,
+    "tree of VGGFace2": lambda root: write_tree(
+        root, lambda person: f"{'train' if int(person) % 2 else 'test'}/{person}"
+    ),
+    "tree of WebFace42M": lambda root: write_tree(root, lambda person: f"{int(person) % 2}/{person}"),
+    "tree of BUPT": lambda root: write_tree(root, lambda person: f"{['African', 'Asian'][int(person) % 2]}/{person}"),
+    "tree of DigiFace": lambda root: write_tree(root, lambda person: f"subjects_0-1999_72_imgs/{person}"),
     "list: path label": lambda root: write_list(root, "faces.txt", lambda n, path, label: f"{path} {label}"),
     "list: csv": lambda root: write_list(
         root, "faces.csv", lambda n, path, label: f"{path},{label}", "path,identity\n"

@@ -59,9 +59,10 @@ def test_extensions_and_hidden_names(name: str) -> None:
 def test_identities_are_those_of_the_normal_path(path: str) -> None:
     normal = posixpath.normpath(path) if path else path
     folder = posixpath.basename(posixpath.dirname(normal)) or None
+    is_nested = 2 <= normal.count("/") <= 6 and posixpath.dirname(posixpath.dirname(normal)).strip("/")
     expected = {
         "folder": folder,
-        "auto": folder if normal.count("/") == 1 else None,
+        "auto": folder if normal.count("/") == 1 or is_nested else None,
         "filename": take_filename_prefix(normal),
     }
     for name, label in expected.items():
