@@ -51,8 +51,9 @@ def cluster(
     """Group the faces of a gallery by person.
 
     The report also lists clusters that probably need a merge or a split. The command needs no labels and no index. The
-    threshold is estimated from the distances themselves. Two faces of one photo are different people. Writes
-    faces.parquet, clusters.parquet, merges.parquet, splits.parquet and report.html into GALLERY/reports/cluster/.
+    threshold is estimated from the distances themselves. Two faces of one photo are different people. What people have
+    decided holds exactly. Writes faces.parquet, clusters.parquet, persons.parquet, left_out.parquet, merges.parquet,
+    splits.parquet and report.html into GALLERY/reports/cluster/.
 
     For example:
 
@@ -95,6 +96,10 @@ def _print_summary(summary: Any) -> None:
         ("edges, recall measured", f"{summary.edges}, {summary.recall:.4f}"),
         ("suspected merges, splits", f"{summary.merges}, {summary.splits}"),
     ]
+    # Nobody who has decided nothing needs to know of names.
+    if summary.named or summary.left_out:
+        rows.append(("persons with a name", summary.named))
+        rows.append(("faces left out by decision", summary.left_out))
     print_table(f"clusters by {summary.algorithm}", ("", ""), rows)
     print(f"report: {summary.out}/report.html")
     print_seconds(summary.seconds)
@@ -106,6 +111,7 @@ def _print_assigned(summary: Any) -> None:
         ("put into clusters", summary.placed),
         ("new clusters", summary.clusters),
         ("removed faces", summary.gone),
+        *([("moved by decision", summary.moved)] if summary.moved else []),
         ("clustered anew, numbers kept", "yes" if summary.anew else "no"),
         ("faces now per face clustered", f"{summary.growth:.2f}" if summary.growth else "unknown"),
         ("faces since then without a cluster", f"{summary.unplaced:.1%}"),

@@ -12,6 +12,9 @@ from facepipe.erasure.selection import compute_marks
 from facepipe.storage import write_beside
 from facepipe.types import Bool
 
+_PERSON = "person"
+_MEDOID = "medoid"
+
 
 def find_copies_of_erased(path: str, erased: ErasedData) -> Iterator[list[str]]:
     """Find images that were to be dropped as copies of an erased one; none if the table is of another kind.
@@ -60,17 +63,25 @@ def _find_column_role(field: pa.Field) -> str | None:
     return role if role == IDS and pa.types.is_int64(field.type) else None
 
 
+def _find_example_columns(schema: pa.Schema) -> frozenset[str]:
+    """Find the columns that only show an example, or compare: the row stays, without the value."""
+    # A person stays the same person without the face that fits it best.
+    examples = {_MEDOID} if _PERSON in schema.names else set()
+    return frozenset({COMPARED} | examples)
+
+
 def _mark_erased(batch: pa.RecordBatch, erased: ErasedData, *, compared: bool) -> Bool:
-    """Mark rows (n,) that hold erased data: in the column of comparisons, or in any other."""
-    # The comparing column is marked apart, because its match does not remove the row.
+    """Mark rows (n,) that hold erased data: in the columns of examples and comparisons, or in any other."""
+    # These columns are marked apart, because their match does not remove the row.
     mask = np.zeros(batch.num_rows, bool)
+    examples = _find_example_columns(batch.schema)
     for field, column in zip(batch.schema, batch.columns, strict=True):
         role = _find_column_role(field)
-        if role is not None and (field.name == COMPARED) == compared:
+        if role is not None and (field.name in examples) == compared:
             values = erased.arrays[role]
             mask |= pc.is_in(column, values.cast(field.type)).to_numpy(zero_copy_only=False)
     # A cluster that lost all its faces still names an erased one.
-    if not compared and {"medoid", "size"} <= set(batch.schema.names):
+    if not compared and {_MEDOID, "size"} <= set(batch.schema.names) - examples:
         mask |= pc.equal(batch["size"], 0).to_numpy(zero_copy_only=False)
     return mask
 
@@ -88,9 +99,10 @@ def _remove_erased(batch: pa.RecordBatch, erased: ErasedData) -> pa.RecordBatch:
     kept = batch.filter(pa.array(~_mark_erased(batch, erased, compared=False)))
     in_comparison = _mark_erased(kept, erased, compared=True)
     if in_comparison.any():
-        column = kept.schema.get_field_index(COMPARED)
-        values = pc.if_else(pa.array(in_comparison), None, kept.column(column))
-        kept = kept.set_column(column, kept.schema.field(column), values)
+        for name in _find_example_columns(kept.schema) & set(kept.schema.names):
+            column = kept.schema.get_field_index(name)
+            values = pc.if_else(pa.array(in_comparison), None, kept.column(column))
+            kept = kept.set_column(column, kept.schema.field(column), values)
     return kept
 
 

@@ -7,14 +7,24 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from facepipe.config import build
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.incremental import ClusterUpdate, update_clusters
+from facepipe.curation.clusters.persons import PERSONS
 from facepipe.curation.clusters.placement import STATE, PlacementRule
 from facepipe.curation.clusters.sums import MARK, SUMS, ClusterSums
-from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
+from facepipe.curation.clusters.tables import (
+    CLUSTERS,
+    FACE_SCHEMA,
+    FACES,
+    LEFT_OUT,
+    LEFT_OUT_SCHEMA,
+    read_cluster_table,
+)
 from facepipe.curation.report_folders import MARKER, inspect_folder
+from facepipe.decisions.persons import read_decided_faces
 from facepipe.errors import FacepipeError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -36,7 +46,8 @@ class AssignSummary:
         new: Faces that had no cluster.
         placed: New faces in old clusters.
         clusters: New clusters.
-        gone: Faces that are no longer in the gallery.
+        gone: Faces that are no longer in the gallery, or that people ignore.
+        moved: Faces that have another cluster now, because people have decided so.
         full: Whether the vectors of all faces were read.
         anew: Whether all faces were clustered anew, because the gallery had grown. Clusters kept their numbers.
         growth: Faces of the gallery per face of the last clustering; 0 if that is not known.
@@ -50,6 +61,7 @@ class AssignSummary:
     placed: int = 0
     clusters: int = 0
     gone: int = 0
+    moved: int = 0
     full: bool = False
     anew: bool = False
     growth: float = 0.0
@@ -104,7 +116,8 @@ def run(
 def _update(table: Gallery, report: str, summary: AssignSummary, *, one_photo: bool, progress: OnProgress) -> None:
     """Place the new faces, and take out those that are gone."""
     with open_report_folder(table, NAME) as new_report:
-        update = update_clusters(table, report, one_photo=one_photo, progress=progress)
+        decided = read_decided_faces(table)
+        update = update_clusters(table, report, one_photo=one_photo, progress=progress, decided=decided)
         _note_drift(summary, PlacementRule.load(report) if update is None else update.rule, count_faces(table))
         # If no face came and none left, the report stays as it is.
         if update is None:
@@ -174,18 +187,21 @@ def _copy_unchanged(report: str, folder: str) -> None:
     """Copy the files of the report that stay as they are. Files of somebody else are moved when the folder changes."""
     current = inspect_folder(report, NAME)
     for name in current.files if current is not None else ():
-        if name not in (FACES, CLUSTERS, SUMS, MARK, STATE, MARKER, *PRIVATE_NAMES):
+        if name not in (FACES, CLUSTERS, PERSONS, LEFT_OUT, SUMS, MARK, STATE, MARKER, *PRIVATE_NAMES):
             shutil.copy2(os.path.join(report, name), folder)
 
 
 def _write_tables(update: ClusterUpdate, folder: str) -> None:
     write_rows(os.path.join(folder, FACES), FACE_SCHEMA, update.iterate_face_rows())
     write_table(os.path.join(folder, CLUSTERS), update.table)
+    write_table(os.path.join(folder, PERSONS), update.persons)
+    write_table(os.path.join(folder, LEFT_OUT), pa.table([update.left_out], schema=LEFT_OUT_SCHEMA))
 
 
 def _summarise(summary: AssignSummary, update: ClusterUpdate) -> None:
-    summary.new = len(update.changes.ids)
+    summary.new = int((~update.changes.is_moved).sum())
     summary.placed = update.placed_count
     summary.clusters = update.new_cluster_count
-    summary.gone = len(update.changes.removed)
+    summary.moved = len(update.changes.moved)
+    summary.gone = len(update.changes.removed) - summary.moved
     summary.full = update.is_full

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
@@ -12,7 +13,16 @@ from pydantic import Field
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.constraints import find_same_photo_pairs, read_labels
 from facepipe.curation.clusters.continuity import EarlierClusters, keep_numbers, part_newcomers
-from facepipe.curation.clusters.identities import cluster_faces
+from facepipe.curation.clusters.decided import DecidedNodes
+from facepipe.curation.clusters.identities import cluster_faces, unite_known
+from facepipe.curation.clusters.persons import (
+    PERSONS,
+    EarlierPersons,
+    SeenTimes,
+    SharedFaces,
+    build_person_table,
+    match_persons,
+)
 from facepipe.curation.clusters.placement import PlacementRule, StrangerLimit
 from facepipe.curation.clusters.report import ClusterReview, build_cluster_report
 from facepipe.curation.clusters.review import (
@@ -26,6 +36,8 @@ from facepipe.curation.clusters.tables import (
     CLUSTERS,
     FACE_SCHEMA,
     FACES,
+    LEFT_OUT,
+    LEFT_OUT_SCHEMA,
     MERGES,
     SPLITS,
     build_face_rows,
@@ -36,6 +48,7 @@ from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.describe import find_stricter_threshold
 from facepipe.curation.graph.fitness import find_unfit_nodes, read_min_quality
+from facepipe.decisions.persons import DecidedFaces, read_decided_faces
 from facepipe.errors import ConfigError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import ReadMark
@@ -100,9 +113,12 @@ class ClusterSummary:
 
     Attributes:
         faces: Number of faces.
+        left_out: Faces that people ignore, or that are no faces.
         clusters: Number of clusters.
         singletons: Clusters of one face.
         largest: Faces of the largest cluster.
+        persons: Persons: one per cluster, and named ones without a face in the gallery.
+        named: Persons with a name.
         merges: Pairs of clusters that may be one person.
         splits: Clusters that may be two persons.
         distance: Threshold, as a distance of faces of mean density.
@@ -115,9 +131,12 @@ class ClusterSummary:
     """
 
     faces: int = 0
+    left_out: int = 0
     clusters: int = 0
     singletons: int = 0
     largest: int = 0
+    persons: int = 0
+    named: int = 0
     merges: int = 0
     splits: int = 0
     distance: float = 0.0
@@ -156,7 +175,9 @@ def run(
     summary = ClusterSummary(algorithm=config.cluster.algorithm)
     phases = PhaseTimer(summary.seconds)
     with open_report_folder(table, NAME) as report:
-        earlier = _read_earlier(os.path.join(locate_reports(table), NAME)) if keep_ids or part_new else None
+        # Decisions that contradict each other are refused before anything is built.
+        decided = read_decided_faces(table)
+        earlier = _read_earlier(os.path.join(locate_reports(table), NAME))
         graph_folder = os.path.join(locate_reports(table), "graph")
         graph = open_graph([table], config.graph, config.run, graph_folder, progress, report.lease)
         phases.end("graph")
@@ -164,29 +185,55 @@ def run(
         # Constraints are optional: pairs of nodes that must differ, and the label (n,) of nodes that must agree.
         different = find_same_photo_pairs(table, graph.nodes) if config.cluster.one_photo else None
         same = read_labels(table, graph.nodes)[0] if config.cluster.identities else None
+        # Decisions hold exactly, and overrule both.
+        decisions = DecidedNodes.locate(decided, graph.nodes.ids)
+        left_out = decided.is_ignored(graph.nodes.ids)
+        known = unite_known(graph, same, decisions, left_out)
         with open_linkage_runner(uses_ray(config.run, [table]), config.run.cpus) as run_tasks:
             unfit = find_unfit_nodes(table, graph.nodes)
-            labels, clusters = cluster_faces(graph, different, same, unfit, run_tasks=run_tasks)
+            labels, clusters = cluster_faces(
+                graph, different, same, unfit, decided=decisions, left_out=left_out, run_tasks=run_tasks
+            )
         limit = StrangerLimit.measure(graph.nodes.vectors, graph.density, labels, clusters)
         if earlier is not None and part_new:
             is_new = earlier.find(graph.nodes.ids) < 0
-            labels, clusters = part_newcomers(graph, labels, clusters, is_new, limit.find_threshold(len(clusters)))
+            lead = limit.find_threshold(len(clusters))
+            labels, clusters = part_newcomers(graph, labels, clusters, is_new, lead, known=known)
         phases.end("merge")
-        review = _review_clusters(graph, labels, clusters, config.cluster.algorithm)
+        review = _review_clusters(graph, labels, clusters, config.cluster.algorithm, known, left_out, decisions)
         if earlier is not None and keep_ids:
             review = _keep_numbers(review, graph, earlier)
+        persons = _identify_persons(table, graph, review, earlier, decided, decisions)
         phases.end("review")
         progress(f"{len(clusters)} clusters: writing")
         _write_tables(table, graph, review, report.path)
+        write_table(os.path.join(report.path, PERSONS), persons)
+        write_table(os.path.join(report.path, LEFT_OUT), pa.table([decided.ignored], schema=LEFT_OUT_SCHEMA))
         next_number = max(int(review.numbers.max()) + 1, earlier.next_number if earlier and keep_ids else 0)
-        _write_rule(table, graph, review, config, limit, unfit, report.path, next_number)
+        next_person = EarlierPersons(persons, earlier.persons.next_person if earlier else 0).find_next()
+        _write_rule(
+            table,
+            graph,
+            review,
+            config,
+            limit,
+            unfit,
+            report.path,
+            next_number=next_number,
+            decisions=decided.version,
+            next_person=next_person,
+        )
         write_report(build_cluster_report(graph, table, review), os.path.join(report.path, "report.html"))
         phases.end("write")
     info = graph.info
-    summary.faces = info.faces
-    summary.clusters = len(clusters)
-    summary.singletons = int((clusters.size == 1).sum())
-    summary.largest = int(clusters.size.max())
+    sizes = clusters.size[review.numbers >= 0]
+    summary.faces = int(sizes.sum())
+    summary.left_out = info.faces - summary.faces
+    summary.clusters = len(sizes)
+    summary.singletons = int((sizes == 1).sum())
+    summary.largest = int(sizes.max(initial=0))
+    summary.persons = persons.num_rows
+    summary.named = persons.num_rows - persons["name"].null_count
     summary.merges = len(review.merges)
     summary.splits = len(review.splits)
     summary.distance = info.distance
@@ -197,10 +244,23 @@ def run(
     return summary
 
 
-def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm: str) -> ClusterReview:
-    """Find what a person should look at first."""
+def _review_clusters(
+    graph: Graph,
+    labels: Int64,
+    clusters: Clusters,
+    algorithm: str,
+    known: Int64,
+    left_out: Bool,
+    decisions: DecidedNodes,
+) -> ClusterReview:
+    """Find what a person should look at first. What people have decided is not suggested again."""
     # Keep the edges that are similar enough after correction for density.
     u, v = graph.read_similar_pairs(graph.info.threshold.similarity)
+    is_inside = ~(left_out[u] | left_out[v])
+    u = u[is_inside]
+    v = v[is_inside]
+    is_left_out = np.zeros(len(clusters), bool)
+    is_left_out[labels[left_out]] = True
     fits = compute_fits(graph, labels, clusters)
     splits = find_suspected_splits(
         graph,
@@ -210,14 +270,16 @@ def _review_clusters(graph: Graph, labels: Int64, clusters: Clusters, algorithm:
         v,
         strict_threshold=find_stricter_threshold(graph),
         max_suspects=_MAX_SUSPECTS,
+        start=known,
     )
+    apart = decisions.links.contract(labels, len(clusters))
     return ClusterReview(
         labels=labels,
         clusters=clusters,
-        numbers=number_by_size(clusters),
+        numbers=number_by_size(clusters, is_left_out),
         fits=fits,
         medoids=find_medoids(labels, fits, len(clusters)),
-        merges=find_suspected_merges(clusters, labels, u, v, _MAX_SUSPECTS),
+        merges=find_suspected_merges(clusters, labels, u, v, _MAX_SUSPECTS, apart),
         splits=splits,
         algorithm=algorithm,
     )
@@ -229,23 +291,65 @@ def _read_earlier(report: str) -> EarlierClusters | None:
     if not os.path.exists(path):
         return None
     ids, clusters = AssignmentTable(path).read_all()
-    try:
-        next_number = PlacementRule.load(report).next_number
-    except StorageError:
-        next_number = 0
+    next_number = 0
+    next_person = 0
+    with suppress(StorageError):
+        rule = PlacementRule.load(report)
+        next_number = rule.next_number
+        next_person = rule.next_person
     empty = read_highest_number(os.path.join(report, CLUSTERS)) + 1
-    return EarlierClusters(ids, clusters, max(next_number, empty, int(clusters.max(initial=-1)) + 1))
+    next_number = max(next_number, empty, int(clusters.max(initial=-1)) + 1)
+    persons = EarlierPersons.load(report, next_person) or EarlierPersons()
+    return EarlierClusters(ids, clusters, next_number, persons)
 
 
 def _keep_numbers(review: ClusterReview, graph: Graph, earlier: EarlierClusters) -> ClusterReview:
     numbers = keep_numbers(
         review.labels,
         len(review.clusters),
-        earlier.find(graph.nodes.ids),
-        np.argsort(review.numbers),
+        np.where(review.numbers[review.labels] >= 0, earlier.find(graph.nodes.ids), -1),
+        _list_in_order(review),
         earlier.next_number,
     )
-    return replace(review, numbers=numbers)
+    return replace(review, numbers=np.where(review.numbers >= 0, numbers, -1))
+
+
+def _list_in_order(review: ClusterReview) -> Int64:
+    """List the clusters by their numbers, without those that are left out."""
+    order = np.argsort(review.numbers)
+    return order[review.numbers[order] >= 0]
+
+
+def _identify_persons(
+    gallery: Gallery,
+    graph: Graph,
+    review: ClusterReview,
+    earlier: EarlierClusters | None,
+    decided: DecidedFaces,
+    decisions: DecidedNodes,
+) -> pa.Table:
+    """Find which persons the clusters are, and build the rows of persons.parquet."""
+    count = len(review.clusters)
+    order = _list_in_order(review)
+    persons = earlier.persons if earlier is not None else EarlierPersons()
+    earlier_person = np.full(len(graph.nodes), -1, np.int64)
+    if earlier is not None:
+        earlier_person = persons.find(earlier.find(graph.nodes.ids))
+    ones = np.ones(len(graph.nodes), np.int64)
+    shared = SharedFaces.count_up(review.labels, earlier_person, ones, decisions.is_decided)
+    name = decisions.links.contract(review.labels, count).person
+    number = match_persons(shared, name, decided.names, persons, order)
+    seen = SeenTimes.read(gallery, graph.nodes.ids, review.labels, count)
+    return build_person_table(
+        number[order],
+        clusters=review.numbers[order],
+        sizes=review.clusters.size[order],
+        medoids=graph.nodes.ids[review.medoids[order]],
+        name=name[order],
+        seen=SeenTimes(seen.first[order], seen.last[order]),
+        earlier=persons,
+        decided=decided,
+    )
 
 
 def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder: str) -> None:
@@ -266,7 +370,7 @@ def _write_tables(gallery: Gallery, graph: Graph, review: ClusterReview, folder:
     )
     write_rows(os.path.join(folder, FACES), FACE_SCHEMA, rows)
     # One row per cluster, and one per suspicion.
-    order = np.argsort(numbers)
+    order = _list_in_order(review)
     cluster_table = pa.table(
         {
             "cluster": numbers[order],
@@ -301,7 +405,10 @@ def _write_rule(
     limit: StrangerLimit,
     unfit: Bool,
     folder: str,
+    *,
     next_number: int,
+    decisions: int,
+    next_person: int,
 ) -> None:
     """Write the rule and the sums by which new faces are placed. Row n of the sums is cluster n."""
     numbers = review.numbers
@@ -314,14 +421,17 @@ def _write_rule(
         graph.info.threshold.similarity,
         limit=limit,
         min_quality=read_min_quality(gallery),
-        waiting=np.sort(numbers[~has_fit]),
+        waiting=np.sort(numbers[~has_fit & (numbers >= 0)]),
         faces=count_faces(gallery),
         distance=graph.info.distance,
         settings=settings,
         next_number=next_number,
+        decisions=decisions,
+        next_person=next_person,
     ).save(folder)
     sums = make_empty_clusters(next_number)
-    sums.sums[numbers] = review.clusters.sums
-    sums.crowd[numbers] = review.clusters.crowd
-    sums.size[numbers] = review.clusters.size
+    order = _list_in_order(review)
+    sums.sums[numbers[order]] = review.clusters.sums[order]
+    sums.crowd[numbers[order]] = review.clusters.crowd[order]
+    sums.size[numbers[order]] = review.clusters.size[order]
     ClusterSums(sums, ReadMark.from_gallery(gallery)).save(folder)

@@ -10,7 +10,7 @@ from facepipe.curation.graph.components import renumber_labels
 from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.nearest.faiss_engine import faiss
 from facepipe.nearest.join import find_candidate_pairs
-from facepipe.types import Bool, Float32, Int64
+from facepipe.types import Bool, Float32, Int32, Int64
 
 _BLOCK = 65536  # clusters, or pairs, that are compared at a time
 _MAX_NEIGHBOURS = 32
@@ -57,6 +57,51 @@ class NearClusters:
         at = position[self.face]
         return NearClusters(at[at >= 0], self.cluster[at >= 0], self.is_compared_with_all[chosen])
 
+    def unite(self, unit: Int64) -> "NearClusters":
+        """Renumber the pairs by the units (n,) of the faces. Units of several faces are compared with all clusters."""
+        is_several = np.bincount(unit) > 1
+        is_compared_with_all = is_several.copy()
+        is_compared_with_all[unit[self.is_compared_with_all]] = True
+        kept = ~is_several[unit[self.face]]
+        return NearClusters(unit[self.face[kept]], self.cluster[kept], is_compared_with_all)
+
+
+@dataclass(frozen=True)
+class DecidedPlaces:
+    """What people have decided on n new faces and k existing clusters.
+
+    Attributes:
+        cluster: Position of the existing cluster that a face is known to belong to, (n,), -1 if that is not known.
+        person: Number of the name of each face, (n,), -1 for none.
+        person_of_cluster: Number of the name of each existing cluster, (k,), -1 for none.
+        excluded: Pairs of a face and an existing cluster that is another person, (m, 2). Two names need no pair.
+    """
+
+    cluster: Int64
+    person: Int32
+    person_of_cluster: Int32
+    excluded: Int64
+
+    @classmethod
+    def make_empty(cls, faces: int, clusters: int) -> "DecidedPlaces":
+        """Say nothing about any face."""
+        nobody = np.full(faces, -1, np.int32)
+        return cls(np.full(faces, -1, np.int64), nobody, np.full(clusters, -1, np.int32), np.empty((0, 2), np.int64))
+
+    def find_strangers(self, chosen: Int64) -> Int64:
+        """Find the faces (m,) whose chosen cluster (n,) is another person."""
+        named = np.flatnonzero((self.person >= 0) & (chosen >= 0))
+        owner = self.person_of_cluster[chosen[named]]
+        return named[(owner >= 0) & (owner != self.person[named])]
+
+    def find_rivals(self, chosen: Int64, similarity: Float32) -> Int64:
+        """Find the faces (m,) that another person outdoes who has chosen (n,) the same cluster, by similarity (n,)."""
+        named = np.flatnonzero((self.person >= 0) & (chosen >= 0))
+        order = named[np.lexsort((named, -similarity[named], chosen[named]))]
+        is_first = np.diff(chosen[order], prepend=-1) > 0
+        winner = self.person[order[is_first]][np.cumsum(is_first) - 1]
+        return np.asarray(order[self.person[order] != winner], np.int64)
+
 
 def assign_faces(
     faces: Clusters,
@@ -69,6 +114,7 @@ def assign_faces(
     min_lead: float = float("-inf"),
     unfit: Bool | None = None,
     waiting: Int64 | None = None,
+    decided: DecidedPlaces | None = None,
 ) -> FacePlacement:
     """Assign new faces to clusters.
 
@@ -76,7 +122,7 @@ def assign_faces(
     rest are clustered among themselves. Existing clusters are never merged.
 
     Args:
-        faces: n new faces, as clusters of one.
+        faces: n new faces, as clusters of one. Faces that are known to be one person are one cluster.
         known: k existing clusters.
         threshold: mean similarity from which a face belongs to a cluster, and new faces are one person.
         different: pairs of new faces that are two persons, (m, 2).
@@ -86,18 +132,29 @@ def assign_faces(
         unfit: whether a face is cut or poor, (n,). Two such faces found no person: they join a cluster with a fit face,
             or are alone.
         waiting: sorted numbers of existing clusters that hold no fit face.
+        decided: what people have said about the faces and the clusters. It holds exactly.
     """
+    places = decided or DecidedPlaces.make_empty(len(faces), len(known))
     is_unfit = np.zeros(len(faces), bool) if unfit is None else unfit
     best, nearest = _find_nearest_fit(faces, known, near, is_unfit, waiting)
     similarity = nearest[:, 0]
     chosen = np.where((similarity >= threshold) & (stand_out(nearest) >= min_lead), best, -1)
-    if excluded is not None:
-        is_clash = chosen[excluded[:, 0]] == excluded[:, 1]
-        chosen[excluded[is_clash, 0]] = -1
+    for pairs in (excluded, places.excluded):
+        if pairs is not None:
+            is_clash = chosen[pairs[:, 0]] == pairs[:, 1]
+            chosen[pairs[is_clash, 0]] = -1
+    # Faces whose cluster is known go there, and no face of another person.
+    is_fixed = places.cluster >= 0
+    chosen = np.where(is_fixed, places.cluster, chosen)
+    similarity = np.where(is_fixed, np.float32(np.inf), similarity)
+    chosen[places.find_strangers(chosen)] = -1
     # Of two persons that want the same cluster the more similar one gets it.
+    chosen[places.find_rivals(chosen, similarity)] = -1
     for first, second in different:
         if chosen[first] >= 0 and chosen[first] == chosen[second]:
-            chosen[second if similarity[first] >= similarity[second] else first] = -1
+            loser = second if similarity[first] >= similarity[second] else first
+            if not is_fixed[loser]:
+                chosen[loser] = -1
     # Cluster the rest.
     unassigned = np.flatnonzero(chosen < 0)
     new = np.full(len(faces), -1, np.int64)
@@ -111,7 +168,9 @@ def assign_faces(
         position[unassigned] = np.arange(len(unassigned))
         pairs = position[different]
         forbidden = pairs[(pairs >= 0).all(axis=1)]
-        new[unassigned] = renumber_labels(merge_by_average_linkage(rest, u, v, threshold, forbidden)[0])
+        person = places.person[unassigned]
+        group, _ = merge_by_average_linkage(rest, u, v, threshold, forbidden, person=person)
+        new[unassigned] = renumber_labels(group)
     return FacePlacement(chosen, new)
 
 
@@ -146,7 +205,7 @@ def _find_nearest(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
     """Compare faces with all clusters: the best (n,), -1 if there is none, and the highest similarities (n, 10)."""
     value = np.full((len(faces), _RANKS), -np.inf, np.float32)
     number = np.full((len(faces), _RANKS), -1, np.int64)
-    queries = _widen(faces.sums, np.ones(len(faces), np.float32))
+    queries = _widen(faces.means, np.ones(len(faces), np.float32))
     for start in range(0, len(known) if len(faces) else 0, _BLOCK):
         block = _take(known, slice(start, start + _BLOCK))
         # One column more makes the product of two rows their similarity, except for the face's own density.
@@ -158,7 +217,7 @@ def _find_nearest(faces: Clusters, known: Clusters) -> tuple[Int64, Float32]:
         order = np.argsort(-values, axis=1, kind="stable")[:, :_RANKS]
         value = np.take_along_axis(values, order, axis=1)
         number = np.take_along_axis(numbers, order, axis=1)
-    return number[:, 0], _forget_unreachable(np.asarray(value - faces.crowd[:, None] / 2, np.float32))
+    return number[:, 0], _forget_unreachable(np.asarray(value - faces.density[:, None] / 2, np.float32))
 
 
 def _forget_unreachable(similarity: Float32) -> Float32:
@@ -198,11 +257,13 @@ def _find_nearest_listed(faces: Clusters, known: Clusters, near: NearClusters) -
 def _compute_similarity(faces: Clusters, known: Clusters, near: NearClusters) -> Float32:
     """Compute the mean similarity (m,) of pairs of a face and an existing cluster."""
     similarity = np.empty(len(near.face), np.float32)
+    means = faces.means
+    density = faces.density
     for start in range(0, len(similarity), _BLOCK):
         block = slice(start, start + _BLOCK)
         u = near.face[block]
         v = near.cluster[block]
         size = np.maximum(1, known.size[v])
-        product = np.einsum("nd,nd->n", faces.sums[u], known.sums[v]) - known.crowd[v] / 2
-        similarity[block] = product / size - faces.crowd[u] / 2
+        product = np.einsum("nd,nd->n", means[u], known.sums[v]) - known.crowd[v] / 2
+        similarity[block] = product / size - density[u] / 2
     return similarity

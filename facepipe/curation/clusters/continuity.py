@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.curation.clusters.assign import assign_faces
+from facepipe.curation.clusters.persons import EarlierPersons
 from facepipe.curation.clusters.sums import mask_empty
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.clusters import Clusters
@@ -24,11 +25,13 @@ class EarlierClusters:
         ids: Sorted face ids, (n,).
         clusters: Their clusters, (n,).
         next_number: Number of the next new cluster.
+        persons: Who the clusters are.
     """
 
     ids: Int64
     clusters: Int64
     next_number: int
+    persons: EarlierPersons
 
     def find(self, ids: Int64) -> Int64:
         """Find the clusters (m,) of faces (m,), -1 for faces that had none."""
@@ -71,7 +74,13 @@ def _find_first(order: Int64, group: Int64) -> Int64:
 
 
 def part_newcomers(
-    graph: Graph, labels: Int64, clusters: Clusters, is_new: Bool, min_lead: float
+    graph: Graph,
+    labels: Int64,
+    clusters: Clusters,
+    is_new: Bool,
+    min_lead: float,
+    *,
+    known: Int64 | None = None,
 ) -> tuple[Int64, Clusters]:
     """Part new faces from the old ones of their cluster, unless these stand out as much as they must for new faces.
 
@@ -83,6 +92,8 @@ def part_newcomers(
         clusters: the clusters.
         is_new: whether each node is a new face, (n,).
         min_lead: how much the old faces of a cluster must stand out from the next clusters for a new face to stay.
+        known: a number per node, (n,). Nodes with one number are known to be one person and stay together; by default
+            those with one vector.
 
     Returns:
         The cluster of each node, (n,), numbered by the smallest node, and the clusters.
@@ -102,18 +113,25 @@ def part_newcomers(
     placement = assign_faces(
         faces.take(candidates), mask_empty(old), graph.info.threshold.similarity, _NO_PAIRS, min_lead=min_lead
     )
-    # A face with the same vector as an old one stays where that is.
-    is_copy = ~is_new[graph.representatives[candidates]]
-    leaving = candidates[(placement.known != labels[candidates]) & ~is_copy]
-    # Faces that leave one cluster are merged along their edges.
+    # What is one person stays or leaves as a whole: it leaves if it is all new, and none of it is sure to belong.
+    person = graph.representatives if known is None else known
     is_leaving = np.zeros(len(labels), bool)
-    is_leaving[leaving] = True
+    is_leaving[candidates] = placement.known != labels[candidates]
+    stays = np.zeros(int(person.max(initial=-1)) + 1, bool)
+    stays[person[~is_leaving]] = True
+    is_leaving &= ~stays[person]
+    leaving = np.flatnonzero(is_leaving)
+    # Faces that leave one cluster are merged along their edges.
     u, v = graph.read_similar_pairs(graph.info.threshold.similarity)
     is_inside = is_leaving[u] & is_leaving[v] & (labels[u] == labels[v])
     position = np.full(len(labels), -1, np.int64)
     position[leaving] = np.arange(len(leaving))
     group, _ = merge_by_average_linkage(
-        faces.take(leaving), position[u[is_inside]], position[v[is_inside]], graph.info.threshold.similarity
+        faces.take(leaving),
+        position[u[is_inside]],
+        position[v[is_inside]],
+        graph.info.threshold.similarity,
+        start=renumber_labels(np.unique(person[leaving], return_inverse=True)[1]),
     )
     parted = labels.copy()
     parted[leaving] = len(clusters) + group

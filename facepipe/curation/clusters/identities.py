@@ -4,13 +4,15 @@ import tempfile
 
 import numpy as np
 
+from facepipe.curation.clusters.decided import DecidedNodes
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.cells import CellLayout, train_cells
 from facepipe.curation.graph.clusters import Clusters
-from facepipe.curation.graph.components import find_components, renumber_labels
+from facepipe.curation.graph.components import renumber_labels
 from facepipe.curation.graph.linkage import RunTasks, merge_by_average_linkage, run_tasks_here
 from facepipe.nearest.join import find_candidate_pairs
-from facepipe.types import Bool, Int64
+from facepipe.types import Bool, Float32, Int32, Int64
 
 _MAX_NEIGHBOURS = 32  # clusters that a cluster is compared with, per cell
 _MAX_PASSES = 4
@@ -22,11 +24,13 @@ def cluster_faces(
     same: Int64 | None = None,
     unfit: Bool | None = None,
     *,
+    decided: DecidedNodes | None = None,
+    left_out: Bool | None = None,
     run_tasks: RunTasks = run_tasks_here,
 ) -> tuple[Int64, Clusters]:
     """Cluster the nodes of a graph into persons.
 
-    Nodes with equal vectors are one person, whatever `different` says.
+    What people have decided holds exactly. Else nodes with equal vectors are one person, whatever `different` says.
 
     Args:
         graph: the face graph, n nodes.
@@ -34,6 +38,8 @@ def cluster_faces(
         same: a number per node, (n,), -1 for none. Nodes with one number are one person.
         unfit: whether a node is a face that is cut or poor, (n,). Such faces look alike whoever they show. Each joins
             the person whose fit faces it is most similar to, if it is similar enough; they found none and merge none.
+        decided: what people have said about the nodes; nothing by default. It overrules `different` and `same`.
+        left_out: whether a node stays out of all clusters, (n,). Each is returned as a cluster of its own.
         run_tasks: runs the tasks of a step of average linkage.
 
     Returns:
@@ -41,29 +47,88 @@ def cluster_faces(
     """
     threshold = graph.info.threshold.similarity
     u, v = graph.read_similar_pairs(threshold)
+    if left_out is not None:
+        u, v = _drop_left_out(graph.representatives, u, v, left_out)
     # Merge what is one person from the start, then link clusters along the edges.
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
-    known = _merge_known(graph, same)
-    forbidden = None if different is None else different[known[different[:, 0]] != known[different[:, 1]]]
+    known = unite_known(graph, same, decided, left_out)
+    apart = join_links(different, decided, known)
     if unfit is None or not unfit.any():
         labels, clusters = merge_by_average_linkage(
-            single, u, v, threshold, forbidden, start=known, run_tasks=run_tasks
+            single, u, v, threshold, apart.pairs, person=apart.person, start=known, run_tasks=run_tasks
         )
-        return _link_near_means(labels, clusters, threshold=threshold, different=different, run_tasks=run_tasks)
+        return _link_near_means(labels, clusters, threshold=threshold, apart=apart, run_tasks=run_tasks)
     # Only fit faces found persons. The others join them afterwards.
     is_waiting = _find_waiting(known, int(known.max(initial=-1)) + 1, unfit)[known]
     is_founding = ~(is_waiting[u] | is_waiting[v])
     labels, clusters = merge_by_average_linkage(
-        single, u[is_founding], v[is_founding], threshold, forbidden, start=known, run_tasks=run_tasks
+        single,
+        u[is_founding],
+        v[is_founding],
+        threshold,
+        apart.pairs,
+        person=apart.person,
+        start=known,
+        run_tasks=run_tasks,
     )
     labels, clusters = _link_near_means(
-        labels, clusters, threshold=threshold, different=different, unfit=unfit, run_tasks=run_tasks
+        labels, clusters, threshold=threshold, apart=apart, unfit=unfit, run_tasks=run_tasks
     )
     is_waiting = _find_waiting(labels, len(clusters), unfit)
     group = _join_waiting(
-        clusters, is_waiting, labels[u], labels[v], threshold=threshold, forbidden=_find_forbidden(labels, different)
+        clusters,
+        is_waiting,
+        labels[u],
+        labels[v],
+        threshold=threshold,
+        apart=apart.contract(labels, len(clusters)),
     )
     return group[labels], clusters.merge(group)
+
+
+def unite_known(
+    graph: Graph, same: Int64 | None = None, decided: DecidedNodes | None = None, left_out: Bool | None = None
+) -> Int64:
+    """Unite what is one person from the start: by decision, vectors that are equal in every bit, and equal numbers.
+
+    Args:
+        graph: the face graph, n nodes.
+        same: a number per node, (n,), -1 for none.
+        decided: what people have said about the nodes.
+        left_out: whether a node stays alone, (n,).
+
+    Returns:
+        The component (n,) of each node, numbered by its smallest node.
+    """
+    copies = graph.representatives
+    keys = [copies] if same is None else [copies, same]
+    if left_out is not None:
+        keys = [np.where(left_out, -1, key) for key in keys]
+    return (decided or DecidedNodes.make_empty(len(copies))).unite(keys)
+
+
+def join_links(different: Int64 | None, decided: DecidedNodes | None, known: Int64) -> CannotLinks:
+    """Join what must not come together: pairs of nodes (m, 2) that are two in `known` (n,), and decisions."""
+    pairs = np.empty((0, 2), np.int64)
+    if different is not None:
+        pairs = different[known[different[:, 0]] != known[different[:, 1]]]
+    if decided is None:
+        return CannotLinks(pairs)
+    person = decided.person if (decided.person >= 0).any() else np.empty(0, np.int32)
+    return CannotLinks(np.concatenate([pairs, decided.different]), person)
+
+
+def _drop_left_out(copies: Int64, u: Int32, v: Int32, left_out: Bool) -> tuple[Int32, Int32]:
+    """Drop the edges of nodes that are left out. Of equal vectors only the first has edges: another takes them over."""
+    stand_in = np.arange(len(copies), dtype=np.int32)
+    kept = np.flatnonzero(~left_out)
+    lacks_first = kept[left_out[copies[kept]]]
+    # Of several copies the first one takes over: numpy keeps the last value written.
+    stand_in[copies[lacks_first[::-1]]] = lacks_first[::-1]
+    left = stand_in[u]
+    right = stand_in[v]
+    is_inside = ~(left_out[left] | left_out[right]) & (left != right)
+    return left[is_inside], right[is_inside]
 
 
 def _find_waiting(labels: Int64, count: int, unfit: Bool) -> Bool:
@@ -74,7 +139,7 @@ def _find_waiting(labels: Int64, count: int, unfit: Bool) -> Bool:
 
 
 def _join_waiting(
-    clusters: Clusters, is_waiting: Bool, u: Int64, v: Int64, *, threshold: float, forbidden: Int64 | None
+    clusters: Clusters, is_waiting: Bool, u: Int64, v: Int64, *, threshold: float, apart: CannotLinks
 ) -> Int64:
     """Join clusters without a fit face to those with fit faces, each to the most similar one.
 
@@ -84,7 +149,7 @@ def _join_waiting(
         u: one cluster per edge, (m,).
         v: the other cluster, (m,).
         threshold: mean similarity from which a cluster joins another.
-        forbidden: pairs (p, 2) of clusters that must not come together.
+        apart: what must not come together.
 
     Returns:
         The group (k,) of each cluster, numbered by its smallest member.
@@ -95,10 +160,11 @@ def _join_waiting(
     first = np.where(is_waiting[u], u, v)[is_between]
     second = np.where(is_waiting[u], v, u)[is_between]
     keys = np.unique(first * count + second)
-    pairs = np.empty((0, 2), np.int64) if forbidden is None else forbidden
-    keys = np.setdiff1d(keys, np.concatenate([pairs[:, 0] * count + pairs[:, 1], pairs[:, 1] * count + pairs[:, 0]]))
     joining = keys // max(1, count)
     target = keys % max(1, count)
+    is_allowed = ~apart.forbid(joining, target, count)
+    joining = joining[is_allowed]
+    target = target[is_allowed]
     weight = clusters.compute_linkage(joining, target)
     # The most similar one of each, if it is similar enough; of equally similar ones the first.
     order = np.lexsort((target, -weight, joining))
@@ -109,26 +175,28 @@ def _join_waiting(
     best = np.full(count, -np.inf, np.float32)
     best[joining[order]] = weight[order]
     # Two that must not come together may have joined one cluster: the less similar one stays alone.
-    clashing = pairs[group[pairs[:, 0]] == group[pairs[:, 1]]]
+    losing = _find_other_persons(group, best, apart.person) if len(apart.person) else np.empty(0, np.int64)
+    group[losing] = losing
+    clashing = apart.pairs[group[apart.pairs[:, 0]] == group[apart.pairs[:, 1]]]
     is_first_worse = best[clashing[:, 0]] < best[clashing[:, 1]]
     losing = np.where(is_first_worse, clashing[:, 0], clashing[:, 1])
     group[losing] = losing
     return renumber_labels(group)
 
 
-def _merge_known(graph: Graph, same: Int64 | None) -> Int64:
-    """Label what is one person from the start: vectors that are equal in every bit, and nodes with one number."""
-    count = len(graph.nodes)
-    copies = graph.representatives
-    if same is None:
-        return renumber_labels(copies)
-    # Tie each numbered node to the first node of its number.
-    labelled = np.flatnonzero(same >= 0)
-    first = np.full(int(same.max(initial=-1)) + 1, count)
-    np.minimum.at(first, same[labelled], labelled)
-    u = np.concatenate([copies, first[same[labelled]]])
-    v = np.concatenate([np.arange(count), labelled])
-    return find_components(count, np.minimum(u, v), np.maximum(u, v))
+def _find_other_persons(group: Int64, best: Float32, person: Int32) -> Int64:
+    """Find the clusters (m,) of a group that are not of the person of its most similar member.
+
+    Args:
+        group: the group of each cluster, (k,).
+        best: how similar each cluster is to the one that it has joined, (k,).
+        person: number of the person that each cluster is known to be, (k,), -1 for none.
+    """
+    joined = np.flatnonzero((person >= 0) & (group != np.arange(len(group))))
+    order = joined[np.lexsort((joined, -best[joined], group[joined]))]
+    is_first = np.diff(group[order], prepend=-1) > 0
+    winner = person[order[is_first]][np.cumsum(is_first) - 1]
+    return np.asarray(order[person[order] != winner], np.int64)
 
 
 def _link_near_means(
@@ -136,7 +204,7 @@ def _link_near_means(
     clusters: Clusters,
     *,
     threshold: float,
-    different: Int64 | None,
+    apart: CannotLinks,
     unfit: Bool | None = None,
     run_tasks: RunTasks,
 ) -> tuple[Int64, Clusters]:
@@ -152,21 +220,15 @@ def _link_near_means(
             is_founding = ~(is_waiting[u] | is_waiting[v])
             u = u[is_founding]
             v = v[is_founding]
-        forbidden = _find_forbidden(labels, different)
-        group, merged = merge_by_average_linkage(clusters, u, v, threshold, forbidden, run_tasks=run_tasks)
+        links = apart.contract(labels, len(clusters))
+        group, merged = merge_by_average_linkage(
+            clusters, u, v, threshold, links.pairs, person=links.person, run_tasks=run_tasks
+        )
         labels = group[labels]
         if len(merged) == len(clusters):
             break
         clusters = merged
     return labels, clusters
-
-
-def _find_forbidden(labels: Int64, different: Int64 | None) -> Int64 | None:
-    """Find the pairs of clusters (m, 2) that hold two nodes of different persons."""
-    if different is None:
-        return None
-    pairs = np.sort(labels[different], axis=1)
-    return np.asarray(pairs[pairs[:, 0] != pairs[:, 1]], np.int64)
 
 
 def find_near_means(clusters: Clusters, threshold: float) -> tuple[Int64, Int64]:

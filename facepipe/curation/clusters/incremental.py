@@ -17,7 +17,10 @@ import pyarrow.dataset as ds
 from facepipe.curation.clusters.assign import FacePlacement, assign_faces
 from facepipe.curation.clusters.assignments import AssignmentTable
 from facepipe.curation.clusters.constraints import are_twins, drop_twins, pair_equal_keys
+from facepipe.curation.clusters.decided import DecidedNodes
+from facepipe.curation.clusters.decided_places import GroupPlaces, find_group_places, place_groups
 from facepipe.curation.clusters.nearby import find_near_clusters, open_usable_index
+from facepipe.curation.clusters.persons import EarlierPersons, SeenTimes, update_persons
 from facepipe.curation.clusters.placement import PlacementRule
 from facepipe.curation.clusters.sums import (
     ClusterSums,
@@ -27,10 +30,11 @@ from facepipe.curation.clusters.sums import (
     mask_empty,
     recompute_clusters,
 )
-from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table
+from facepipe.curation.clusters.tables import CLUSTERS, FACE_SCHEMA, FACES, read_cluster_table, read_left_out
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.cohort import Cohort
 from facepipe.curation.graph.fitness import COLUMNS, find_unfit_faces
+from facepipe.decisions.persons import DecidedFaces
 from facepipe.gallery import Gallery
 from facepipe.gallery.changes import find_changes
 from facepipe.index.rows import read_unit_vectors
@@ -45,7 +49,7 @@ _NO_PAIRS = np.empty((0, 2), np.int64)
 # Columns that the row of a new face takes from the gallery.
 _NEW_COLUMNS = ("face_id", "uri", "identity")
 # Columns that are read of a face that may be new.
-_READ_COLUMNS = (*_NEW_COLUMNS, *COLUMNS)
+_READ_COLUMNS = (*_NEW_COLUMNS, "ingested_at", *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,26 @@ class GalleryChanges:
     Attributes:
         faces: face_id, uri, identity and what tells the quality of n new faces, by rising id.
         vectors: Their vectors, (n, 128).
-        removed: Sorted ids of faces that have a cluster and are no longer in the gallery.
+        removed: Sorted ids of faces that leave their cluster: they are no longer in the gallery, people ignore them, or
+            they move.
+        moved: Sorted ids of faces that leave their cluster for another, as people have decided. They are among the new
+            faces and the removed ones.
     """
 
     faces: pa.Table
     vectors: Float32
     removed: Int64
+    moved: Int64
 
     @property
     def ids(self) -> Int64:
         """Ids of the new faces, (n,), rising."""
         return np.asarray(self.faces["face_id"].to_numpy())
+
+    @property
+    def is_moved(self) -> Bool:
+        """Whether each of the faces (n,) had another cluster."""
+        return is_in_sorted(self.moved, self.ids)
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,8 @@ class ClusterUpdate:
         placed_count: Number of new faces in old clusters.
         new_cluster_count: Number of new clusters.
         table: Rows of clusters.parquet.
+        persons: Rows of persons.parquet.
+        left_out: Sorted ids of the faces that people ignore.
         medoids: Sorted ids of the faces that are medoids from now on.
         assignments: faces.parquet of the report.
         is_full: Whether the vectors of all faces were read.
@@ -91,6 +106,8 @@ class ClusterUpdate:
     placed_count: int
     new_cluster_count: int
     table: pa.Table
+    persons: pa.Table
+    left_out: Int64
     medoids: Int64
     assignments: AssignmentTable
     is_full: bool
@@ -117,7 +134,12 @@ class ClusterUpdate:
 
 
 def update_clusters(
-    gallery: Gallery, report: str, *, one_photo: bool, progress: Callable[[str], None]
+    gallery: Gallery,
+    report: str,
+    *,
+    one_photo: bool,
+    progress: Callable[[str], None],
+    decided: DecidedFaces | None = None,
 ) -> ClusterUpdate | None:
     """Bring the clusters of a report up to date with the faces of its gallery.
 
@@ -126,9 +148,10 @@ def update_clusters(
         report: folder of its cluster report.
         one_photo: whether faces of one photo are different persons.
         progress: called with each line of progress.
+        decided: what people have decided; nothing by default. It holds exactly, also for faces that have a cluster.
 
     Returns:
-        None if no face came and none left.
+        None if no face came, none left, and nobody has decided anything since.
 
     Raises:
         EvaluationError: if there are no clusters.
@@ -141,6 +164,14 @@ def update_clusters(
     # Count the numbers in use by either table, so that none is given twice.
     count = max(int(previous["cluster"].to_numpy().max(initial=-1)) + 1, len(sizes), rule.next_number)
 
+    # Faces that people ignore leave their cluster, and so do those that are somebody else by decision.
+    decisions = decided or DecidedFaces()
+    cluster_of_decided = assignments.find_clusters(decisions.ids)
+    cluster_of_decided[decisions.is_ignored(decisions.ids)] = -1
+    places = find_group_places(decisions, cluster_of_decided)
+    ignored = decisions.ignored[assignments.find_clusters(decisions.ignored) >= 0]
+    moved = np.setdiff1d(places.moved, decisions.ignored)
+
     # Read what changed; without usable sums that takes all faces.
     sums = ClusterSums.load(report, sizes)
     # Sums that lack a cluster of the table cannot be used.
@@ -152,13 +183,16 @@ def update_clusters(
         count = len(known)
     else:
         progress("no sums of the clusters are kept: reading all faces")
-        delta, known = _read_everything(gallery, assignments, rule.cohort, count)
+        delta, known = _read_everything(gallery, assignments, rule.cohort, count, np.union1d(ignored, moved))
+    # Faces that nobody ignores any more come back.
+    returning = np.setdiff1d(read_left_out(report), decisions.ignored)
+    delta = _apply_decisions(gallery, delta, decisions, ignored=ignored, moved=moved, returning=returning)
 
     # Compute the sums of clusters that lost faces. Some have no row in the table, because their medoid was erased.
     without_row = np.setdiff1d(np.flatnonzero(sizes), previous["cluster"].to_numpy())
     stale = sums.stale if sums else _NO_IDS
     lost = np.unique(np.concatenate([assignments.find_clusters(delta.removed), stale, without_row]))
-    if sums and not len(delta.ids) and not len(lost):
+    if sums and not len(delta.ids) and not len(lost) and decisions.version == rule.decisions:
         return None
     member_ids, member_clusters = assignments.read_members(lost, delta.removed)
     if sums and len(lost):
@@ -179,6 +213,8 @@ def update_clusters(
         one_photo=one_photo,
         unfit=unfit,
         min_lead=min_lead,
+        decided=decisions,
+        places=places,
     )
     # Empty clusters stay in the table of clusters, so that no number is given twice.
     cluster = np.where(placement.known >= 0, placement.known, count + placement.new)
@@ -191,22 +227,59 @@ def update_clusters(
         ids=np.concatenate([member_ids, delta.ids]),
         numbers=np.concatenate([member_clusters, cluster]),
     )
+    earlier = EarlierPersons.load(report, rule.next_person)
+    seen = None if earlier else _read_seen(gallery, assignments, delta, cluster, len(clusters))
+    persons = update_persons(
+        earlier or EarlierPersons(),
+        table,
+        decided=decisions,
+        cluster_of_decided=cluster_of_decided,
+        cluster_of_group=_find_group_clusters(decisions, places, delta, cluster),
+        new_clusters=cluster,
+        new_times=delta.faces["ingested_at"],
+        seen=seen,
+    )
     return ClusterUpdate(
         changes=delta,
         clusters=clusters,
         cluster=cluster,
-        placed_count=int((placement.known >= 0).sum()),
+        placed_count=int(((placement.known >= 0) & ~delta.is_moved).sum()),
         new_cluster_count=placement.new_count,
         table=table,
+        persons=persons,
+        left_out=decisions.ignored,
         medoids=medoids,
         assignments=assignments,
         is_full=sums is None,
-        rule=_update_rule(rule, placement, cluster, unfit, next_number=len(clusters)),
+        rule=replace(
+            _update_rule(rule, placement, cluster, unfit, is_moved=delta.is_moved, next_number=len(clusters)),
+            decisions=decisions.version,
+            next_person=EarlierPersons(persons, rule.next_person).find_next(),
+        ),
     )
 
 
+def _find_group_clusters(decided: DecidedFaces, places: GroupPlaces, delta: GalleryChanges, cluster: Int64) -> Int64:
+    """Find the cluster of each group of decided faces, (g,), -1 for none, after the new faces are placed."""
+    clusters = places.cluster.copy()
+    group = decided.find_groups(delta.ids)
+    clusters[group[group >= 0]] = cluster[group >= 0]
+    return clusters
+
+
+def _read_seen(
+    gallery: Gallery, assignments: AssignmentTable, delta: GalleryChanges, cluster: Int64, count: int
+) -> SeenTimes:
+    """Read when the faces of all clusters came in, for a report that does not say."""
+    ids, numbers = assignments.read_all()
+    stays = ~is_in_sorted(delta.removed, ids)
+    ids = np.concatenate([ids[stays], delta.ids])
+    order = np.argsort(ids)
+    return SeenTimes.read(gallery, ids[order], np.concatenate([numbers[stays], cluster])[order], count)
+
+
 def _update_rule(
-    rule: PlacementRule, placement: FacePlacement, cluster: Int64, unfit: Bool, *, next_number: int
+    rule: PlacementRule, placement: FacePlacement, cluster: Int64, unfit: Bool, *, is_moved: Bool, next_number: int
 ) -> PlacementRule:
     """Note what was added, and which clusters hold no fit face."""
     unfit_clusters = cluster[unfit & (placement.known < 0)]
@@ -215,8 +288,8 @@ def _update_rule(
         rule,
         waiting=waiting.astype(np.int64),
         next_number=next_number,
-        added=rule.added + len(cluster),
-        unplaced=rule.unplaced + int((placement.known < 0).sum()),
+        added=rule.added + int((~is_moved).sum()),
+        unplaced=rule.unplaced + int(((placement.known < 0) & ~is_moved).sum()),
     )
 
 
@@ -232,7 +305,34 @@ def _read_changes(gallery: Gallery, sums: ClusterSums, assignments: AssignmentTa
         removed = _find_absent(gallery, assignments.read_all()[0])
     elif len(removed):
         removed = removed[assignments.find_clusters(removed) >= 0]
-    return GalleryChanges(faces.filter(pa.array(is_new)), vectors[is_new], removed)
+    return GalleryChanges(faces.filter(pa.array(is_new)), vectors[is_new], removed, _NO_IDS)
+
+
+def _apply_decisions(
+    gallery: Gallery, delta: GalleryChanges, decided: DecidedFaces, *, ignored: Int64, moved: Int64, returning: Int64
+) -> GalleryChanges:
+    """Let faces leave their clusters, and add those that move or return to the new faces.
+
+    Args:
+        gallery: the gallery.
+        delta: what changed in the gallery.
+        decided: what people have decided.
+        ignored: sorted ids of faces that have a cluster and are ignored.
+        moved: sorted ids of faces that have a cluster and belong to another.
+        returning: sorted ids of faces that were ignored.
+    """
+    if not len(decided.ignored) and not len(moved) and not len(returning):
+        return delta
+    wanted = np.setdiff1d(np.union1d(moved, returning), np.union1d(delta.ids, np.setdiff1d(delta.removed, moved)))
+    parts = [(delta.faces, delta.vectors)]
+    if len(wanted):
+        rows = gallery.read_chosen_rows("face_id", pa.array(wanted), [*_READ_COLUMNS, "embedding"])
+        batches = (batch for part in rows for batch in part.to_batches())
+        parts.append(_read_usable(batches))
+    faces, vectors = _merge_by_id(parts)
+    kept = ~decided.is_ignored(np.asarray(faces["face_id"].to_numpy()))
+    removed = np.union1d(delta.removed, np.union1d(ignored, moved))
+    return GalleryChanges(faces.filter(pa.array(kept)), vectors[kept], removed, moved)
 
 
 def _find_absent(gallery: Gallery, ids: Int64) -> Int64:
@@ -245,9 +345,17 @@ def _find_absent(gallery: Gallery, ids: Int64) -> Int64:
 
 
 def _read_everything(
-    gallery: Gallery, assignments: AssignmentTable, cohort: Cohort, count: int
+    gallery: Gallery, assignments: AssignmentTable, cohort: Cohort, count: int, leaving: Int64
 ) -> tuple[GalleryChanges, Clusters]:
-    """Read all faces once: what changed, and the sums of the clusters from the faces that they still have."""
+    """Read all faces once: what changed, and the sums of the clusters from the faces that they still have.
+
+    Args:
+        gallery: the gallery.
+        assignments: faces.parquet of the report.
+        cohort: densities are computed with it.
+        count: number of clusters.
+        leaving: sorted ids of faces that are in the gallery and leave their cluster.
+    """
     ids, numbers = assignments.read_all()
     is_present = np.zeros(len(ids), bool)
     clusters = make_empty_clusters(count)
@@ -257,12 +365,13 @@ def _read_everything(
         # Add known faces to their clusters, and set the others aside.
         at = find_sorted(ids, faces["face_id"].to_numpy())
         is_known = at >= 0
-        add_faces(clusters, numbers[at[is_known]], vectors[is_known], cohort.compute_density(vectors[is_known]))
         is_present[at[is_known]] = True
+        stays = is_known & ~is_in_sorted(leaving, faces["face_id"].to_numpy())
+        add_faces(clusters, numbers[at[stays]], vectors[stays], cohort.compute_density(vectors[stays]))
         if not is_known.all():
             parts.append((faces.filter(pa.array(~is_known)), vectors[~is_known]))
     new_faces, new_vectors = _merge_by_id(parts)
-    return GalleryChanges(new_faces, new_vectors, ids[~is_present]), clusters
+    return GalleryChanges(new_faces, new_vectors, ids[~is_present], _NO_IDS), clusters
 
 
 def _read_usable(batches: Iterable[pa.RecordBatch]) -> tuple[pa.Table, Float32]:
@@ -298,6 +407,8 @@ def _place_faces(
     one_photo: bool,
     unfit: Bool,
     min_lead: float,
+    decided: DecidedFaces,
+    places: GroupPlaces,
 ) -> tuple[FacePlacement, Clusters]:
     """Place the new faces in existing or new clusters, and return them as clusters of one."""
     faces = Clusters.from_faces(delta.vectors, rule.cohort.compute_density(delta.vectors))
@@ -311,18 +422,27 @@ def _place_faces(
     # Compare through the index if that pays, and otherwise with all clusters.
     index = open_usable_index(gallery, sums.mark, len(faces) * count) if sums else None
     near = find_near_clusters(index, delta.vectors, assignments) if index else None
+    # What is one person by decision is placed as one.
+    nodes = DecidedNodes.locate(decided, delta.ids)
+    unit = nodes.unite(())
+    first = np.unique(unit, return_index=True)[1]
+    fit_units = np.unique(unit[~unfit])
+    is_unfit = np.ones(len(first), bool)
+    is_unfit[fit_units] = False
+    pairs = unit[np.concatenate([different, nodes.different])]
     placement = assign_faces(
-        faces,
+        faces.merge(unit),
         mask_empty(known),
         rule.threshold,
-        different,
-        excluded=excluded,
-        near=near,
+        pairs[pairs[:, 0] != pairs[:, 1]],
+        excluded=np.stack([unit[excluded[:, 0]], excluded[:, 1]], axis=1),
+        near=near.unite(unit) if near else None,
         min_lead=min_lead,
-        unfit=unfit,
+        unfit=is_unfit,
         waiting=rule.waiting,
+        decided=place_groups(decided, places, nodes.group[first], len(known)),
     )
-    return placement, faces
+    return FacePlacement(placement.known[unit], placement.new[unit]), faces
 
 
 def _find_excluded(gallery: Gallery, delta: GalleryChanges, assignments: AssignmentTable) -> Int64:

@@ -120,6 +120,8 @@ class PlacementRule:
         next_number: Number of the next new cluster.
         added: Faces that were added since.
         unplaced: How many of these found no cluster.
+        decisions: Version of the table of decisions that was respected; -1 if there was none.
+        next_person: Id of the next new person.
     """
 
     cohort: Cohort
@@ -133,6 +135,8 @@ class PlacementRule:
     next_number: int = 0
     added: int = 0
     unplaced: int = 0
+    decisions: int = -1
+    next_person: int = 0
 
     def save(self, folder: str) -> None:
         """Write the rule into a report's folder."""
@@ -150,6 +154,8 @@ class PlacementRule:
             next_number=self.next_number,
             added=self.added,
             unplaced=self.unplaced,
+            decisions=self.decisions,
+            next_person=self.next_person,
         )
 
     @classmethod
@@ -178,6 +184,9 @@ class PlacementRule:
                     next_number=int(state["next_number"]),
                     added=int(state["added"]),
                     unplaced=int(state["unplaced"]),
+                    # Reports of older versions knew no decisions.
+                    decisions=int(state["decisions"]) if "decisions" in state.files else -1,
+                    next_person=int(state["next_person"]) if "next_person" in state.files else 0,
                 )
         except (OSError, ValueError, KeyError) as error:
             raise StorageError(

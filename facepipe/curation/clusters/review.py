@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from facepipe.curation.graph import Graph
+from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import renumber_labels
 from facepipe.curation.graph.linkage import merge_by_average_linkage
@@ -81,7 +82,9 @@ def find_medoids(labels: Int64, fits: Float32, count: int) -> Int64:
     return np.asarray(order[np.searchsorted(labels[order], np.arange(count))], np.int64)
 
 
-def find_suspected_merges(clusters: Clusters, labels: Int64, u: Int32, v: Int32, max_suspects: int) -> SuspectedMerges:
+def find_suspected_merges(
+    clusters: Clusters, labels: Int64, u: Int32, v: Int32, max_suspects: int, apart: CannotLinks | None = None
+) -> SuspectedMerges:
     """Find pairs of clusters that edges join although they are two.
 
     Args:
@@ -90,6 +93,7 @@ def find_suspected_merges(clusters: Clusters, labels: Int64, u: Int32, v: Int32,
         u: one node per edge, (m,).
         v: the other node, (m,).
         max_suspects: number of pairs to return at most.
+        apart: what people have said is two persons, by cluster. It is not suggested again.
     """
     # Pairs of clusters that an edge joins.
     is_across = labels[u] != labels[v]
@@ -98,6 +102,10 @@ def find_suspected_merges(clusters: Clusters, labels: Int64, u: Int32, v: Int32,
     keys = np.unique(np.minimum(first, second) * len(clusters) + np.maximum(first, second))
     left = keys // max(1, len(clusters))
     right = keys % max(1, len(clusters))
+    if apart:
+        is_open = ~apart.forbid(left, right, len(clusters))
+        left = left[is_open]
+        right = right[is_open]
     similarity = clusters.compute_linkage(left, right)
     order = np.lexsort((right, left, -similarity))[:max_suspects]
     return SuspectedMerges(left[order], right[order], similarity[order])
@@ -112,6 +120,7 @@ def find_suspected_splits(
     *,
     strict_threshold: float,
     max_suspects: int,
+    start: Int64 | None = None,
 ) -> SuspectedSplits:
     """Find clusters that fall into parts of several faces at a stricter threshold.
 
@@ -123,12 +132,13 @@ def find_suspected_splits(
         v: the other node, (m,).
         strict_threshold: mean similarity from which two parts are one.
         max_suspects: number of clusters to return at most.
+        start: groups (n,) of nodes that are known to be one person; by default those with equal vectors.
     """
-    # Cluster again inside each cluster; nodes with equal vectors stay together.
+    # Cluster again inside each cluster; what is known to be one person stays together.
     is_inside = labels[u] == labels[v]
     single = Clusters.from_faces(graph.nodes.vectors, graph.density)
-    copies = renumber_labels(graph.representatives)
-    group, parts = merge_by_average_linkage(single, u[is_inside], v[is_inside], strict_threshold, start=copies)
+    known = renumber_labels(graph.representatives) if start is None else start
+    group, parts = merge_by_average_linkage(single, u[is_inside], v[is_inside], strict_threshold, start=known)
     # Rank the parts of each cluster by falling size.
     owner = np.zeros(len(parts), np.int64)
     owner[group] = labels

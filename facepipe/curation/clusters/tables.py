@@ -3,6 +3,7 @@
 Clusters are numbered by falling size.
 """
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ FACES = "faces.parquet"
 CLUSTERS = "clusters.parquet"
 MERGES = "merges.parquet"
 SPLITS = "splits.parquet"
+LEFT_OUT = "left_out.parquet"
 FACE_SCHEMA = pa.schema(
     [
         ("face_id", pa.int64()),
@@ -31,13 +33,21 @@ FACE_SCHEMA = pa.schema(
         ("medoid", pa.bool_()),
     ]
 )
+LEFT_OUT_SCHEMA = pa.schema([("face_id", pa.int64())])  # faces that people ignore
 _ROWS = 65536
 
 
-def number_by_size(clusters: Clusters) -> Int64:
-    """Assign numbers to clusters (k,) by falling size, from 0. Equal ones are ordered by their first face."""
+def number_by_size(clusters: Clusters, is_left_out: Bool | None = None) -> Int64:
+    """Assign numbers to clusters (k,) by falling size, from 0. Equal ones are ordered by their first face.
+
+    Args:
+        clusters: the clusters.
+        is_left_out: whether a cluster holds what is left out, (k,). It gets the number -1.
+    """
     order = np.lexsort((np.arange(len(clusters)), -clusters.size))
-    numbers = np.empty(len(clusters), np.int64)
+    if is_left_out is not None:
+        order = order[~is_left_out[order]]
+    numbers = np.full(len(clusters), -1, np.int64)
     numbers[order] = np.arange(len(order))
     return numbers
 
@@ -53,6 +63,17 @@ def read_highest_number(path: str) -> int:
     return int(numbers.max(initial=-1))
 
 
+def read_left_out(folder: str) -> Int64:
+    """Read the sorted ids of the faces that a report leaves out; none if it has no such table."""
+    path = os.path.join(folder, LEFT_OUT)
+    try:
+        return np.sort(pq.read_table(path)["face_id"].to_numpy())
+    except FileNotFoundError:
+        return np.empty(0, np.int64)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
+
+
 def build_face_rows(
     gallery: Gallery, nodes: Nodes, *, cluster: Int64, size: Int64, fits: Float32, is_medoid: Bool
 ) -> Iterator[pa.Table]:
@@ -61,7 +82,7 @@ def build_face_rows(
     Args:
         gallery: the gallery.
         nodes: n nodes.
-        cluster: number of each node's cluster, (n,).
+        cluster: number of each node's cluster, (n,), -1 for a face that is left out.
         size: size of that cluster, (n,).
         fits: mean similarity to the rest of it, (n,), NaN for a face that is alone.
         is_medoid: whether the node is its medoid, (n,).
@@ -69,9 +90,11 @@ def build_face_rows(
     for batch in gallery.batches(["face_id", "uri", "identity"], rows=_ROWS):
         faces = pa.Table.from_batches([batch.filter(batch["face_id"].is_valid())])
         at = nodes.find(faces["face_id"].to_numpy())
-        # Faces that are not in the graph have no cluster.
-        faces = faces.filter(pa.array(at >= 0))
-        at = at[at >= 0]
+        # Faces that are not in the graph have no cluster, and neither have those that are left out.
+        has_cluster = at >= 0
+        has_cluster[has_cluster] = cluster[at[has_cluster]] >= 0
+        faces = faces.filter(pa.array(has_cluster))
+        at = at[has_cluster]
         columns = {
             "face_id": faces["face_id"],
             "uri": faces["uri"],

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters, compute_paired_linkage
 from facepipe.curation.graph.components import find_components, renumber_labels
 from facepipe.curation.graph.rounds import merge_in_rounds, tidy_edges
-from facepipe.sorted_lookup import is_in_sorted
 from facepipe.storage.mapped import release_pages
 from facepipe.types import Bool, Float32, Int32, Int64
 
@@ -40,7 +40,7 @@ class LinkageTask:
         v: The other cluster, (m,).
         weight: Mean similarity of the two, (m,).
         threshold: Similarity of the step.
-        forbidden: Pairs of positions (p, 2) that must not come together.
+        apart: What must not come together, by position.
     """
 
     nodes: Int64
@@ -49,7 +49,7 @@ class LinkageTask:
     v: Int64
     weight: Float32
     threshold: float
-    forbidden: Int64
+    apart: CannotLinks
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ RunTasks = Callable[[Iterable[LinkageTask]], Iterable[LinkageResult]]
 def run_linkage_task(task: LinkageTask) -> LinkageResult:
     """Merge the clusters of a task."""
     group, merged = merge_in_rounds(
-        task.clusters, task.u, task.v, task.weight, threshold=task.threshold, forbidden=task.forbidden
+        task.clusters, task.u, task.v, task.weight, threshold=task.threshold, apart=task.apart
     )
     members = np.bincount(group, minlength=len(merged))
     # Groups are numbered by their smallest member, which comes first among the positions.
@@ -97,6 +97,7 @@ def merge_by_average_linkage(
     threshold: float,
     forbidden: Int64 | None = None,
     *,
+    person: Int32 | None = None,
     start: Int64 | None = None,
     run_tasks: RunTasks = run_tasks_here,
 ) -> tuple[Int64, Clusters]:
@@ -108,7 +109,9 @@ def merge_by_average_linkage(
         v: the other cluster, (m,).
         threshold: similarity.
         forbidden: pairs (p, 2) of clusters that must not come together.
-        start: groups (k,) that are merged first, whatever their similarity.
+        person: number of the person that each cluster is known to be, (k,), -1 for none. Two different persons must
+            not come together.
+        start: groups (k,) that are merged first, whatever their similarity. None may hold what must not come together.
         run_tasks: runs the tasks of a step, in any order and anywhere.
 
     Returns:
@@ -119,7 +122,10 @@ def merge_by_average_linkage(
     roots = np.arange(count)
     if start is not None:
         roots = _merge_start(store, start)
-    apart = np.empty((0, 2), np.int64) if forbidden is None else roots[forbidden]
+    apart = CannotLinks(
+        np.empty((0, 2), np.int64) if forbidden is None else forbidden,
+        np.empty(0, np.int32) if person is None else person,
+    ).contract(roots, count)
     edges = _Edges.start(roots[u], roots[v], count)
     for step in _STEPS:
         level = threshold + step
@@ -132,7 +138,7 @@ def merge_by_average_linkage(
             store.apply(result)
         # Contract the graph. What has grown is compared again only if a later step may reach it.
         roots = step_roots[roots]
-        apart = step_roots[apart]
+        apart = apart.contract(step_roots, count)
         edges = edges.contract(step_roots, has_grown)
         release_pages(clusters.sums)
     return renumber_labels(roots), store.gather(np.flatnonzero(roots == np.arange(count)))
@@ -269,10 +275,10 @@ class _Edges:
         )
 
 
-def _split_tasks(edges: _Edges, store: _ClusterStore, level: float, apart: Int64) -> Iterator[LinkageTask]:
+def _split_tasks(edges: _Edges, store: _ClusterStore, level: float, apart: CannotLinks) -> Iterator[LinkageTask]:
     """Split the components of the edges that reach a level into tasks."""
     reached = edges.take(edges.weight >= level)
-    reached = reached.take(~_find_forbidden(reached, apart, store.count))
+    reached = reached.take(~apart.forbid(reached.u, reached.v, store.count))
     if not len(reached.u):
         return
     # Number the clusters with such an edge, in the order that they have, and find their components.
@@ -284,12 +290,12 @@ def _split_tasks(edges: _Edges, store: _ClusterStore, level: float, apart: Int64
     sizes = np.bincount(component)
     task_of_component = (np.cumsum(sizes) - sizes) // _MAX_NODES_PER_TASK
     task_of_node = task_of_component[component]
-    inside = _find_inside(nodes, apart)
-    inside = inside[task_of_node[inside[:, 0]] == task_of_node[inside[:, 1]]]
+    inside = apart.select(nodes)
+    inside_pairs = inside.pairs[task_of_node[inside.pairs[:, 0]] == task_of_node[inside.pairs[:, 1]]]
     for task in np.unique(task_of_component):
         members = np.flatnonzero(task_of_node == task)
         chosen = task_of_node[u] == task
-        pairs = inside[task_of_node[inside[:, 0]] == task]
+        pairs = inside_pairs[task_of_node[inside_pairs[:, 0]] == task]
         yield LinkageTask(
             nodes[members],
             store.gather(nodes[members]),
@@ -297,19 +303,5 @@ def _split_tasks(edges: _Edges, store: _ClusterStore, level: float, apart: Int64
             np.searchsorted(members, v[chosen]),
             reached.weight[chosen],
             level,
-            np.searchsorted(members, pairs),
+            inside.take(members, pairs),
         )
-
-
-def _find_forbidden(edges: _Edges, apart: Int64, count: int) -> Bool:
-    """Say which edges (m,) join two of `count` clusters that must not come together, pairs (p, 2)."""
-    if not len(apart):
-        return np.zeros(len(edges.u), bool)
-    forbidden_keys = np.unique(apart.min(axis=1) * count + apart.max(axis=1))
-    return is_in_sorted(forbidden_keys, edges.u.astype(np.int64) * count + edges.v)
-
-
-def _find_inside(nodes: Int64, pairs: Int64) -> Int64:
-    """Find the pairs (p, 2) of clusters that are both among the nodes (k,), rising, as positions there."""
-    at = np.minimum(np.searchsorted(nodes, pairs), len(nodes) - 1)
-    return np.asarray(at[(nodes[at] == pairs).all(axis=1)], np.int64)

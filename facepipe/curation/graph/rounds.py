@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import find_components
 from facepipe.types import Float32, Int64
@@ -17,7 +18,7 @@ _SLACK_PER_ROUND = np.float32(0.0002)  # then this much more slack per round: a 
 
 
 def merge_in_rounds(
-    clusters: Clusters, u: Int64, v: Int64, weight: Float32, threshold: float, forbidden: Int64
+    clusters: Clusters, u: Int64, v: Int64, weight: Float32, threshold: float, apart: CannotLinks
 ) -> tuple[Int64, Clusters]:
     """Merge clusters while the mean similarity of two that an edge joins reaches the threshold.
 
@@ -29,7 +30,7 @@ def merge_in_rounds(
         v: the other cluster, (m,).
         weight: mean similarity of the two, (m,).
         threshold: similarity.
-        forbidden: pairs (p, 2) of clusters that must not come together.
+        apart: what must not come together.
 
     Returns:
         The group (k,) of each cluster, numbered by its smallest member, and the merged clusters.
@@ -39,15 +40,15 @@ def merge_in_rounds(
     state = state.keep_above(threshold)
     round_ = 0
     while True:
-        state = state.drop_forbidden(forbidden)
+        state = state.drop_forbidden(apart)
         if not len(state.u):
             return state.group, state.clusters
         # Slack shortens long series of rounds that merge one face each. In every round each component that still has
         # an edge merges something: the number of the round is that of each of them.
         slack = _SLACK_PER_ROUND * max(0, round_ - _STRICT_ROUNDS)
-        merged = _find_merges(state, forbidden, slack)
-        forbidden = merged[forbidden]
+        merged = _find_merges(state, apart, slack)
         state = state.merge(merged, threshold)
+        apart = apart.contract(merged, len(state.clusters))
         round_ += 1
 
 
@@ -82,12 +83,10 @@ class _LinkageState:
         kept = self.weight >= threshold
         return replace(self, u=self.u[kept], v=self.v[kept], weight=self.weight[kept])
 
-    def drop_forbidden(self, apart: Int64) -> "_LinkageState":
-        if not len(apart) or not len(self.u):
+    def drop_forbidden(self, apart: CannotLinks) -> "_LinkageState":
+        if not apart or not len(self.u):
             return self
-        count = len(self.clusters)
-        forbidden_keys = apart.min(axis=1) * count + apart.max(axis=1)
-        kept = ~np.isin(self.u * count + self.v, forbidden_keys)
+        kept = ~apart.forbid(self.u, self.v, len(self.clusters))
         return replace(self, u=self.u[kept], v=self.v[kept], weight=self.weight[kept])
 
     def merge(self, merged: Int64, threshold: float) -> "_LinkageState":
@@ -113,12 +112,12 @@ class _LinkageState:
         )
 
 
-def _find_merges(state: _LinkageState, apart: Int64, slack: np.float32) -> Int64:
+def _find_merges(state: _LinkageState, apart: CannotLinks, slack: np.float32) -> Int64:
     """Find the clusters to merge in a round: mutual nearest, and with slack those that point at one of these.
 
     Args:
         state: the clusters and their edges.
-        apart: pairs of clusters that must not come together.
+        apart: what must not come together.
         slack: how much less similar a cluster may be to its nearest than that one is to its own nearest.
 
     Returns:
@@ -149,7 +148,7 @@ def _find_merges(state: _LinkageState, apart: Int64, slack: np.float32) -> Int64
         is_leaf = ~is_mutual[active] & is_mutual[targets] & (best[active] >= best[targets] - slack)
     chosen = is_mutual[active] | is_leaf
     group = find_components(count, active[chosen], targets[chosen])
-    clashes = np.unique(group[apart[:, 0]][group[apart[:, 0]] == group[apart[:, 1]]])
+    clashes = apart.find_clashes(group)
     if clashes.size:  # two leaves of one star that must not meet: only the mutual ones this time
         chosen &= is_mutual[active] | ~np.isin(group[active], clashes)
         group = find_components(count, active[chosen], targets[chosen])

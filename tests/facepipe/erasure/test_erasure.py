@@ -545,6 +545,25 @@ def test_tables(tmp_path: Path) -> None:
     assert scrub(folder) == set()
 
 
+def test_a_person_stays_without_its_best_face(tmp_path: Path) -> None:
+    """The table of persons loses the face and names of erased persons; the ids of others stay."""
+    folder = make_report_folder(tmp_path, "cluster")
+    columns = {
+        "person": [3, 4, 5],
+        "cluster": [0, 1, None],
+        "size": [7, 2, 0],
+        "medoid": [5, 1, None],
+        "name": ["bob", JANE, "ann"],
+    }
+    path = folder / "persons.parquet"
+    pq.write_table(pa.table(columns), path)
+    assert scrub(folder) == {"persons.parquet"}
+    assert pq.read_table(path).to_pylist() == [
+        {"person": 3, "cluster": 0, "size": 7, "medoid": None, "name": "bob"},
+        {"person": 5, "cluster": None, "size": 0, "medoid": None, "name": "ann"},
+    ]
+
+
 def test_lists(tmp_path: Path) -> None:
     clean = make_report_folder(tmp_path, "clean")
     dedup = make_report_folder(tmp_path, "dedup")

@@ -121,20 +121,71 @@ def test_forbidden_pairs_stay_apart(seed: int, count: int, quantile: float, most
         assert np.array_equal(free, group)
 
 
-@given(SEEDS, st.integers(2, 120), st.floats(0, 1), st.floats(0.05, 1), st.integers(0, 20), st.integers(1, 30))
-@settings(max_examples=60, deadline=None)
-def test_no_spread_of_the_components_over_tasks_counts(
-    seed: int, count: int, quantile: float, share: float, most: int, nodes_per_task: int
+def draw_links(rng: np.random.Generator, count: int, named: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw groups that are one person, persons that some of them are known to be, and pairs that are two persons."""
+    start = renumber_labels(np.minimum(np.arange(count), rng.integers(0, 2 * count, count)))
+    name = np.where(rng.random(count) < named, rng.integers(0, 4, count), -1)
+    # Groups with one name may come together, and so may a group and itself.
+    forbidden = rng.integers(0, count, (count // 3, 2))
+    return start, name[start].astype(np.int32), forbidden[start[forbidden[:, 0]] != start[forbidden[:, 1]]]
+
+
+@given(SEEDS, st.integers(2, 60), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.3, 1.0]), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_what_is_known_of_persons_holds(
+    seed: int, count: int, quantile: float, named: float, share: float, hasty: bool
 ) -> None:
-    """Tasks of few nodes, in any order, give the sums of one task to the bit: edges may be missing, pairs forbidden."""
+    """Known groups are together, known persons and forbidden pairs apart, and nothing else is hindered."""
+    rng = np.random.default_rng(seed)
+    vectors, density = random_case(seed, count, True)
+    _, threshold = by_scipy(brute(vectors, density), quantile)
+    start, person, forbidden = draw_links(rng, count, named)
+    u, v = all_pairs(count)
+    some = rng.random(len(u)) < share
+    clusters = Clusters.from_faces(vectors, density)
+    with pytest.MonkeyPatch.context() as patch:
+        if hasty:
+            patch.setattr("facepipe.curation.graph.rounds._STRICT_ROUNDS", -1000)
+        group, merged = merge_by_average_linkage(
+            clusters, u[some], v[some], threshold, forbidden, person=person, start=start
+        )
+    assert all(len(np.unique(group[start == number])) == 1 for number in np.unique(start))
+    assert (group[forbidden[:, 0]] != group[forbidden[:, 1]]).all()
+    persons = [set(person[group == number].tolist()) - {-1} for number in range(len(merged))]
+    assert all(len(names) <= 1 for names in persons)
+    if share < 1:
+        return
+    # What is left apart must be: too far, forbidden, or two persons.
+    left, right = all_pairs(len(merged))
+    near = merged.compute_linkage(left, right) >= threshold + 1e-5
+    barred = {frozenset(pair) for pair in group[forbidden].tolist()}
+    for first, second in np.stack([left, right], axis=1)[near].tolist():
+        assert frozenset((first, second)) in barred or len(persons[first] | persons[second]) == 2
+
+
+@given(
+    SEEDS,
+    st.integers(2, 120),
+    st.floats(0, 1),
+    st.floats(0.05, 1),
+    st.integers(0, 20),
+    st.integers(1, 30),
+    st.floats(0, 0.5),
+)
+@settings(max_examples=80, deadline=None)
+def test_no_spread_of_the_components_over_tasks_counts(
+    seed: int, count: int, quantile: float, share: float, most: int, nodes_per_task: int, named: float
+) -> None:
+    """Tasks of few nodes, in any order, give the sums of one task to the bit, whatever is known of persons."""
     rng = np.random.default_rng(seed)
     vectors, density = random_case(seed, count, True)
     _, threshold = by_scipy(brute(vectors, density), quantile)
     clusters = Clusters.from_faces(vectors, density)
     u, v = all_pairs(count)
     some = rng.random(len(u)) < share
-    forbidden = rng.integers(0, count, (most, 2))
-    forbidden = forbidden[forbidden[:, 0] != forbidden[:, 1]]
+    start, person, apart = draw_links(rng, count, named)
+    forbidden = np.concatenate([rng.integers(0, count, (most, 2)), apart])
+    forbidden = forbidden[start[forbidden[:, 0]] != start[forbidden[:, 1]]]
     counts: list[int] = []
 
     def run_shuffled(tasks: Iterable[LinkageTask]) -> Iterable[LinkageResult]:
@@ -142,11 +193,13 @@ def test_no_spread_of_the_components_over_tasks_counts(
         counts.append(len(together))
         return [run_linkage_task(together[at]) for at in rng.permutation(len(together))]
 
-    group, merged = merge_by_average_linkage(clusters, u[some], v[some], threshold, forbidden)
+    group, merged = merge_by_average_linkage(
+        clusters, u[some], v[some], threshold, forbidden, person=person, start=start
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("facepipe.curation.graph.linkage._MAX_NODES_PER_TASK", nodes_per_task)
         spread, parts = merge_by_average_linkage(
-            clusters, u[some], v[some], threshold, forbidden, run_tasks=run_shuffled
+            clusters, u[some], v[some], threshold, forbidden, person=person, start=start, run_tasks=run_shuffled
         )
     assert np.array_equal(spread, group)
     assert parts.sums.tobytes() == merged.sums.tobytes()
