@@ -23,6 +23,7 @@ from jobs.cluster import cluster
 from jobs.compact import compact
 from jobs.console import exit_on_error
 from jobs.dataset import write_dataset
+from jobs.decisions import apply, decisions
 from jobs.dedup import dedup
 from jobs.doctor import doctor
 from jobs.embed import embed
@@ -115,6 +116,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "dedup": dedup,
     "cluster": cluster,
     "clean": clean,
+    "apply": apply,
+    "decisions": decisions,
     "finish": finish,
     "write-dataset": write_dataset,
     "train": train,

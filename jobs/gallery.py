@@ -46,6 +46,7 @@ def info(
             return
         import facepipe
         from facepipe.curation.report_folders import describe_reports
+        from facepipe.decisions.listing import describe_decisions
         from facepipe.gallery import Gallery
         from facepipe.index.lag import describe_state
         from facepipe.observe.info import describe_gallery
@@ -55,6 +56,7 @@ def info(
         description = describe_gallery(opened) | {
             "index": describe_state(opened),
             "reports": describe_reports(opened),
+            "decisions": describe_decisions(opened.path),
             "facepipe": facepipe.__version__,
             "now": format_date(),
         }
@@ -104,6 +106,8 @@ def _print_info(description: dict[str, Any]) -> None:
         print_table("why images failed", ("status", "error", "images"), rows)
     if description["index"]:
         print_table("index", ("", ""), description["index"].items())
+    if description["decisions"]:
+        print_table("decisions", ("", "count"), description["decisions"].items())
     if description["reports"]:
         cells = [_list_report_cells(report, description["version"]) for report in description["reports"]]
         print_table("reports", ("report", "made", "table version", "command"), cells)
@@ -176,6 +180,7 @@ def verify(
 
 
 def _verify_gallery(path: str, *, as_json: bool) -> None:
+    from facepipe.decisions.table import verify_table as verify_decisions
     from facepipe.erasure.chain import read_chain
     from facepipe.gallery import Gallery
     from facepipe.gallery.maintenance.verify import verify_gallery as verify_table
@@ -190,6 +195,10 @@ def _verify_gallery(path: str, *, as_json: bool) -> None:
     if exists(gallery.path):
         problems += verify_index(gallery)
     problems += read_chain(gallery.path).problems
+    decisions, damage = verify_decisions(gallery.path)
+    problems += damage
+    if decisions:
+        figures["decisions"] = decisions
     # What is sound may still lack something: a search returns only what the index holds.
     gaps = describe_gaps(gallery)
 

@@ -14,6 +14,9 @@ The modules:
     conflicts   decisions that contradict each other
     add         checks and appends rows
     read        what the other parts of facepipe read
+    files, clean_lists, folders   rows from files, from lists of `clean`, from a folder sorted by hand
+    apply       all of these into a gallery
+    export      all decisions as a file
 """
 
 from facepipe.decisions.add import AddSummary, add_decisions, undo_decisions

@@ -232,7 +232,8 @@ class _Addition:
         found = self._drop_unknown_faces(unknown, found)
         again = _set(proposed, "decision_id", given_ids).filter(pa.array(is_known))
         rows = pa.concat_tables([_to_table_rows(again), _to_table_rows(found)])
-        return self._fill_who(drop_repeated(rows.sort_by([("decision_id", "ascending"), ("place", "ascending")])))
+        ordered = drop_repeated(rows.sort_by([("decision_id", "ascending"), ("place", "ascending")]))
+        return self._fill_who(ordered, proposed["decision_id"].drop_null())
 
     def _fill_only_faces(self, rows: pa.Table) -> pa.Table:
         for prefix in ("", "other_"):
@@ -291,8 +292,11 @@ class _Addition:
                 ids.append(_compute_row_id(row, faces))
         return pa.array(ids, pa.string())
 
-    def _fill_who(self, rows: pa.Table) -> pa.Table:
-        return _set(rows, "who", pc.fill_null(rows["who"], self.options.who)) if self.options.who else rows
+    def _fill_who(self, rows: pa.Table, exported: pa.ChunkedArray) -> pa.Table:
+        """Fill in who has decided, but in rows that come from an export: there it is known that nobody said."""
+        is_open = pc.invert(pc.is_in(rows["decision_id"], value_set=exported.combine_chunks()))
+        who = pc.if_else(is_open, pc.fill_null(rows["who"], self.options.who), rows["who"])
+        return _set(rows, "who", who) if self.options.who else rows
 
     # ---- what the table holds
 

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import draw
+from decided import FAKES, Row, is_person, list_faces, list_ids, make_gallery, pair
 from helpers import embed
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,19 +24,11 @@ from facepipe.decisions.undo import find_active
 from facepipe.errors import ConfigError
 from facepipe.gallery import Gallery
 
-FAKES = {"detect": {"model": "fake-detector"}, "embed": {"model": "fake-embedder"}, "run": {"runner": "inline"}}
-Row = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a gallery of 20 drawings with 0 to 2 faces each."""
-    root = tmp_path_factory.mktemp("decisions")
-    (root / "source").mkdir()
-    for n in range(20):
-        cv2.imwrite(str(root / "source" / f"p{n:03d}.png"), draw(n))
-    embed(root / "source", root / "gallery", FAKES)
-    return root / "gallery"
+    return make_gallery(tmp_path_factory.mktemp("decisions"))
 
 
 @pytest.fixture
@@ -45,23 +36,6 @@ def gallery(embedded: Path) -> Iterator[Gallery]:
     """Return the gallery without decisions."""
     yield Gallery(str(embedded))
     shutil.rmtree(embedded / "decisions", ignore_errors=True)
-
-
-def list_faces(gallery: Gallery) -> list[Row]:
-    table = gallery.to_arrow(["face_id", "image_id", "box", "uri", "face_index"], "face_id is not null")
-    return table.sort_by([("uri", "ascending"), ("face_index", "ascending")]).to_pylist()
-
-
-def list_ids(gallery: Gallery) -> list[int]:
-    return [face["face_id"] for face in list_faces(gallery)]
-
-
-def is_person(face: int, person: str, **more: Any) -> Row:
-    return {"decision": "is", "face_id": str(face), "person": person, **more}
-
-
-def pair(kind: str, face: int, other: int, **more: Any) -> Row:
-    return {"decision": kind, "face_id": str(face), "other_face_id": str(other), **more}
 
 
 def read_contents(gallery: Gallery) -> list[Row]:
