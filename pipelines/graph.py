@@ -4,21 +4,28 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 
 from facepipe.curation.graph import build
-from facepipe.curation.graph.build import EdgeRule, EdgeTask, join_cells
+from facepipe.curation.graph.build import EdgeRule, EdgeTask, join_cells, join_packed_cells, pack_cells
 from facepipe.curation.graph.calibration import CalibrationOptions
-from facepipe.curation.graph.cells import Cells, should_compare_all
+from facepipe.curation.graph.cells import (
+    ASSIGNED_ROWS,
+    Cells,
+    assign_block,
+    assign_blocks_here,
+    should_compare_all,
+)
 from facepipe.curation.graph.cost import estimate_all_pairs
 from facepipe.curation.graph.describe import cap_density
-from facepipe.curation.graph.edges import Edges
+from facepipe.curation.graph.edges import Edges, write_part
 from facepipe.curation.graph.graph import Graph, GraphInfo, GraphSource, read_info, write_info
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.curation.graph.threshold import DEFAULT_IMPOSTORS, Threshold
@@ -32,19 +39,20 @@ from facepipe.curation.report_folders import (
     require_ours,
     take_over_folders,
 )
-from facepipe.errors import ConfigError, GalleryError, StorageError
+from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
 from facepipe.models.runtime.device import resolve_device
 from facepipe.models.zoo.registry import find_match_threshold
 from facepipe.storage import describe_error, is_remote, sync_disks
 from facepipe.storage.atomic import swap_folders
 from facepipe.storage.lease import Lease
-from facepipe.types import Float32
+from facepipe.types import Float32, Int32
 from pipelines.embed.config import Count
 from pipelines.runtime.runners import ray
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Distance = Annotated[float, Field(gt=0, lt=2)]
+_MIN_SHARED_COMPARISONS = 1e10  # of faces with cells: half a minute of two cores
 OnProgress = Callable[[str], None]
 
 
@@ -79,8 +87,8 @@ class GraphRunConfig:
     no edge is missing.
 
     Attributes:
-        runner: inline (this process, all its CPUs), ray (one task per group of cells), or auto: ray if RAY_ADDRESS
-            names a cluster.
+        runner: inline (this process, all its CPUs), ray (one task per group of cells; the nodes need no folder in
+            common), or auto: ray if RAY_ADDRESS names a cluster.
         cpus: CPUs per Ray task.
         device: Device that compares all faces with all: auto (a GPU if there is one and it pays), cpu, cuda or cuda:N.
     """
@@ -90,10 +98,9 @@ class GraphRunConfig:
     device: str = "auto"
 
 
-def uses_ray(run: GraphRunConfig, galleries: Sequence[Gallery]) -> bool:
+def uses_ray(run: GraphRunConfig) -> bool:
     """Say whether the tasks of a graph run on Ray."""
-    is_local = not any(is_remote(gallery.path) for gallery in galleries)
-    return run.runner == "ray" or (run.runner == "auto" and is_local and "RAY_ADDRESS" in os.environ)
+    return run.runner == "ray" or (run.runner == "auto" and "RAY_ADDRESS" in os.environ)
 
 
 def open_graph(
@@ -120,8 +127,6 @@ def open_graph(
         GalleryError: there is no face.
         GalleryBusyError: another run has taken the lease over.
     """
-    if run.runner == "ray" and any(is_remote(gallery.path) for gallery in galleries):
-        raise ConfigError("run.runner=ray cannot build the graph of a gallery in an object store: omit run.runner")
     source = _get_source(galleries, config)
     # No run that was paused may publish its graph from here on.
     partial = f"{folder.rstrip('/')}.{lease.id if lease else secrets.token_hex(8)}{PARTIAL}"
@@ -176,7 +181,7 @@ def _prepare_folder(partial: str, source: GraphSource) -> None:
     """Create the folder to work in, and delete what it holds for another graph."""
     # The state says which graph the finished tasks belong to. Tasks of another graph are deleted.
     path = os.path.join(partial, "state.json")
-    state = json.dumps([source.galleries, source.versions, source.settings])
+    state = json.dumps([source.galleries, source.versions, source.settings, build.describe_split()])
     try:
         require_ours(partial, GRAPH)
         if os.path.isdir(partial) and _read_text(path) != state:
@@ -215,7 +220,7 @@ class _GraphBuilder:
         self._folder = folder
         self._on_progress = on_progress
         self._began = time.monotonic()
-        self._on_ray = uses_ray(run, galleries)
+        self._on_ray = uses_ray(run)
 
     def run(self) -> None:
         """Build the graph."""
@@ -246,6 +251,7 @@ class _GraphBuilder:
             seed=config.seed,
             folder=self._folder,
             log=self._on_progress,
+            assign_blocks=self._assign_on_ray if self._on_ray else None,
         )
         # 4. Compare, and measure what share of the edges was found.
         self._join(build.plan_edge_tasks(capped, rule, self._folder, self._choose_device(len(nodes), len(cells) == 1)))
@@ -286,13 +292,37 @@ class _GraphBuilder:
         results: Iterable[tuple[EdgeTask, int]] = ((task, join_cells(task)) for task in pending)
         if self._on_ray and pending:
             ray.start()
-            uses_gpu = pending[0].device != "cpu"
-            results = ray.run_tasks(join_cells, pending, self._run.cpus, gpus=int(uses_gpu))
+            results = self._join_on_ray(pending)
         finished = len(tasks) - len(pending)
         for _, count in results:
             finished += 1
             self._on_progress(f"edges: task {finished} of {len(tasks)}, {count} found")
         build.write_copies(self._folder, len(tasks))
+
+    def _assign_on_ray(self, cells: Cells, vectors: Float32) -> Iterable[tuple[int, Int32]]:
+        """Assign vectors to cells, on Ray if that is long: the comparisons grow with the square of the faces."""
+        if len(vectors) * len(cells) < _MIN_SHARED_COMPARISONS:
+            return assign_blocks_here(cells, vectors)
+        ray.start()
+        begins = range(0, len(vectors), ASSIGNED_ROWS)
+
+        def read_block(begin: int) -> Float32:
+            return np.array(vectors[begin : begin + ASSIGNED_ROWS])
+
+        return ray.run_tasks(assign_block, begins, self._run.cpus, prepare=read_block, shared=cells)
+
+    def _join_on_ray(self, tasks: list[EdgeTask]) -> Iterator[tuple[EdgeTask, int]]:
+        """Run tasks on Ray; yields each with its number of edges."""
+        uses_gpu = tasks[0].device != "cpu"
+        if uses_gpu and not any(is_remote(gallery.path) for gallery in self._galleries):
+            # A GPU compares all faces in one task: too much to travel, if the nodes see the folder.
+            yield from ray.run_tasks(join_cells, tasks, self._run.cpus, gpus=1)
+            return
+        # Cells travel with their vectors, and edges come back. So the nodes need no folder in common.
+        results = ray.run_tasks(join_packed_cells, tasks, self._run.cpus, gpus=int(uses_gpu), prepare=pack_cells)
+        for task, pairs in results:
+            write_part(pairs, task.path)
+            yield task, len(pairs)
 
     def _measure(
         self, nodes: Nodes, density: Float32, capped: Float32, cells: Cells, threshold: Threshold

@@ -20,13 +20,16 @@ _COARSE_POINTS = 256  # vectors per coarse cell
 _POINTS = 1 << 30  # faiss leaves no vector out
 
 
-def train_centroids(vectors: Float32, count: int, seed: int = 1234) -> Float32:
+def train_centroids(
+    vectors: Float32, count: int, seed: int = 1234, *, final_iterations: int = _FINAL_ITERATIONS
+) -> Float32:
     """Find centroids.
 
     Args:
         vectors: (n, d), at least `count`.
         count: number of centroids.
         seed: random seed.
+        final_iterations: rounds with all centroids, which cost most; with none the borders of cells stay.
 
     Returns:
         Centroids (count, d).
@@ -46,7 +49,10 @@ def train_centroids(vectors: Float32, count: int, seed: int = 1234) -> Float32:
     for number in np.flatnonzero(shares):
         members = vectors[order[begins[number] : begins[number + 1]]]
         parts.append(_run_kmeans(members, int(shares[number]), _ITERATIONS, seed))
-    return _run_kmeans(vectors, count, _FINAL_ITERATIONS, seed, start=np.concatenate(parts))
+    centroids = np.concatenate(parts)
+    if not final_iterations:
+        return centroids
+    return _run_kmeans(vectors, count, final_iterations, seed, start=centroids)
 
 
 def share_out(sizes: Int64, count: int) -> Int64:

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 from facepipe.errors import StorageError
 from facepipe.storage import describe_error
 
+_ROWS = 131_072  # of a row group
+
 
 def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
     """Stream tables into a Parquet file, and return the number of rows.
@@ -27,5 +29,6 @@ def write_rows(path: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write a table that is in memory."""
-    write_rows(path, table.schema, iter([table]))
+    """Write a table. Rows are written a hundred thousand at a time, because the table may be mapped from a file."""
+    parts = (table.slice(at, _ROWS) for at in range(0, table.num_rows, _ROWS))
+    write_rows(path, table.schema, parts)

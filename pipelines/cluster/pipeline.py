@@ -189,7 +189,7 @@ def run(
         decisions = DecidedNodes.locate(decided, graph.nodes.ids)
         left_out = decided.is_ignored(graph.nodes.ids)
         known = unite_known(graph, same, decisions, left_out)
-        with open_linkage_runner(uses_ray(config.run, [table]), config.run.cpus) as run_tasks:
+        with open_linkage_runner(uses_ray(config.run), config.run.cpus) as run_tasks:
             unfit = find_unfit_nodes(table, graph.nodes)
             labels, clusters = cluster_faces(
                 graph, different, same, unfit, decided=decisions, left_out=left_out, run_tasks=run_tasks

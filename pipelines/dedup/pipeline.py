@@ -17,7 +17,8 @@ from facepipe.curation.duplicates import (
     find_shared_identities,
     judge_shared_identities,
 )
-from facepipe.curation.duplicates.images import gather_faces
+from facepipe.curation.duplicates.images import gather_faces, rank_images
+from facepipe.curation.duplicates.keep import DROP, KEEP
 from facepipe.curation.duplicates.report import build_duplicates_report
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
@@ -197,7 +198,8 @@ def _compare(
         return find_duplicates(table, Pairs(no_ids, no_ids, np.empty(0, np.float32)), config.dedup), None
     # Nodes are faces of the graph. Their rows in the table are (n,), and each pair lists its smaller row first.
     table, row_of_node = gather_faces(galleries, graph.nodes)
-    near = find_face_pairs(graph, table, row_of_node, config.dedup)
+    images = rank_images(table, config.dedup.keep)
+    near = find_face_pairs(graph, images, row_of_node, config.dedup)
     ends = np.sort(np.stack([row_of_node[near.u], row_of_node[near.v]]), axis=0)
     node_of_row = np.zeros(table.num_rows, np.int64)
     node_of_row[row_of_node] = np.arange(len(row_of_node))
@@ -206,7 +208,7 @@ def _compare(
         vectors = graph.nodes.vectors
         return np.sqrt(compute_pair_distances(vectors, node_of_row[u], vectors, node_of_row[v]))
 
-    duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup, measure)
+    duplicates = find_duplicates(table, Pairs(ends[0], ends[1], near.distance), config.dedup, measure, images)
     if len(galleries) < 2:
         return duplicates, None
     # Shared identities need all edges, and for each face the row of its representative; -1 if it has none.
@@ -249,15 +251,12 @@ def write_tables(folder: str, duplicates: Duplicates, shared: SharedIdentities |
     for name, table in tables.items():
         write_table(os.path.join(folder, f"{name}.parquet"), table)
     # Lists and figures are of the first gallery only, which is side 0.
-    decided = duplicates.decisions.filter(pc.equal(duplicates.decisions["side"], 0))
-    keep = decided.filter(pc.equal(decided["decision"], "keep"))["uri"]
-    drop = decided.filter(pc.equal(decided["decision"], "drop"))["uri"]
-    summary.unlisted += _write_list(os.path.join(folder, "keep.txt"), keep)
-    summary.unlisted += _write_list(os.path.join(folder, "drop.txt"), drop)
-    summary.keep = len(keep)
-    summary.drop = len(drop)
+    summary.keep, unlisted = _write_list(os.path.join(folder, "keep.txt"), duplicates.decisions, KEEP)
+    summary.unlisted += unlisted
+    summary.drop, unlisted = _write_list(os.path.join(folder, "drop.txt"), duplicates.decisions, DROP)
+    summary.unlisted += unlisted
+    summary.images = summary.keep + summary.drop
     kinds = duplicates.pairs["kind"].value_counts().to_pylist()
-    summary.images = decided.num_rows
     summary.groups = duplicates.groups.num_rows
     summary.pairs = {row["values"]: row["counts"] for row in kinds}
     if shared is not None:
@@ -265,22 +264,30 @@ def write_tables(folder: str, duplicates: Duplicates, shared: SharedIdentities |
         summary.look_alikes = shared.look_alikes.num_rows
 
 
-def _write_list(path: str, uris: pa.ChunkedArray) -> int:
-    """Write one uri per line, and return how many contain line breaks and are left out."""
+def _write_list(path: str, decisions: pa.Table, decision: str) -> tuple[int, int]:
+    """Write the uris of the first gallery with a decision, one per line.
+
+    Returns:
+        How many there are, and how many of them contain line breaks and are left out.
+    """
+    count = 0
     left_out = 0
     try:
         with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            # A path with a line break would read as two paths.
-            for uri in _iterate_strings(uris):
+            for uri in _iterate_uris(decisions, decision):
+                count += 1
+                # A path with a line break would read as two paths.
                 if "\n" in uri or "\r" in uri:
                     left_out += 1
                 else:
                     file.write(uri + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {path!r}: {describe_error(error)}") from error
-    return left_out
+    return count, left_out
 
 
-def _iterate_strings(column: pa.ChunkedArray) -> Iterator[str]:
-    for at in range(0, len(column), _ROWS):
-        yield from column.slice(at, _ROWS).to_pylist()
+def _iterate_uris(decisions: pa.Table, decision: str) -> Iterator[str]:
+    """Yield the uris of the first gallery's images with a decision."""
+    for batch in decisions.select(["uri", "side", "decision"]).to_batches(_ROWS):
+        is_chosen = pc.and_(pc.equal(batch["side"], 0), pc.equal(batch["decision"], decision))
+        yield from batch["uri"].filter(is_chosen).to_pylist()

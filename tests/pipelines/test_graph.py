@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from bench.galleries import CONTRACT, Faces, append, rows
 
 import pipelines.graph
-from facepipe.curation.graph import Graph
+from facepipe.curation.graph import Graph, build
+from facepipe.curation.graph.build import EdgeTask
 from facepipe.curation.graph.graph import read_info
 from facepipe.errors import GalleryError, StorageError
 from facepipe.gallery import Gallery
@@ -426,6 +430,40 @@ def test_kill(trial: int, gallery: Gallery, celled: Graph, small: None, tmp_path
     assert not folder.exists() or read_info(str(folder)).faces == COUNT
     assert_same_graph(build_graph(gallery, folder), celled)
     assert list_leftovers(folder) == set()
+
+
+def test_packed_cells_need_no_folder(gallery: Gallery, celled: Graph, small: None, tmp_path: Path) -> None:
+    """What travels to another machine finds the edges, to the bit, that are found in the graph's folder."""
+    packs = []
+
+    def pack(task: EdgeTask) -> int:
+        packs.append(pickle.dumps(build.pack_cells(task)))
+        return build.join_cells(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.graph, "join_cells", pack)
+        graph = build_graph(gallery, tmp_path / "graph")
+    parts = [pq.read_table(path) for path in graph.edges.list_paths()]
+    assert len(packs) > 2
+    shutil.rmtree(tmp_path / "graph")
+    for data, part in zip(packs, parts, strict=False):
+        found = build.join_packed_cells(pickle.loads(data))
+        for name, values in (("u", found.u), ("v", found.v), ("distance", found.distance)):
+            assert np.array_equal(part[name].to_numpy(), values), name
+
+
+@pytest.mark.slow
+def test_a_gallery_in_a_store_on_ray(
+    celled: Graph, small: None, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nodes have no folder in common: the cells travel, and the edges are those of a local gallery."""
+    remote = Gallery.create("s3://faces/g", CONTRACT)
+    identities, vectors = draw_faces(COUNT, mean=5)
+    append(remote, [rows(identities, vectors, 0)], "run")
+    monkeypatch.setattr(pipelines.graph, "_MIN_SHARED_COMPARISONS", 0)  # the assignment to cells is shared too
+    monkeypatch.setattr(pipelines.graph, "ASSIGNED_ROWS", 1000)
+    graph = build_graph(Gallery("s3://faces/g"), tmp_path / "graph", GraphRunConfig("ray", 1))
+    assert np.array_equal(to_keys(read_edges(graph)), to_keys(read_edges(celled)))
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """Measure how well each face fits the identities it may belong to: its own label's and its neighbours'."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from facepipe.nearest.similarity import Pairs
+from facepipe.sorted_lookup import is_in_sorted
 from facepipe.types import Bool, Float32, Int64
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 13  # rows of vectors that are gathered at a time: they stay in the cache
+_MIN_WAITING = 1 << 20  # keys that are sorted at a time
 _MIN_SHARE = np.float32(1e-3)  # a smaller share counts as none
 
 
@@ -34,32 +37,51 @@ class LabelCandidates:
         return len(self.face)
 
 
-def find_candidates(labels: Int64, pairs: Pairs) -> LabelCandidates:
+def find_candidates(labels: Int64, pairs: Iterable[Pairs]) -> LabelCandidates:
     """Find the identities that each labelled face may belong to: its own label, and those of its neighbours.
 
     Args:
         labels: number of each face's identity, (n,), -1 for none.
-        pairs: neighbouring faces.
+        pairs: neighbouring faces, in parts. A pair may come more than once.
 
     Returns:
         Each face and identity once.
     """
     identity_count = int(labels.max(initial=-1)) + 1
     stride = max(1, identity_count)
-    # Every face with the labels of its neighbours, and with its own one.
-    faces = np.concatenate([pairs.u, pairs.v])
-    identities = np.concatenate([labels[pairs.v], labels[pairs.u]])
-    near = np.unique((faces * stride + identities)[identities >= 0])
+    # Every face with the labels of its neighbours, and with its own one. Faces without a label have no candidates.
+    near = _unite_keys(_list_neighbour_keys(labels, part, stride) for part in pairs)
     labelled = np.flatnonzero(labels >= 0)
-    keys = np.union1d(near, labelled * stride + labels[labelled])
-    has_neighbour = np.isin(keys, near, assume_unique=True)
+    own = labelled * stride + labels[labelled]
+    keys = np.concatenate([near, own[~is_in_sorted(near, own)]])
+    keys.sort()
+    has_neighbour = is_in_sorted(near, keys)
     face = keys // stride
     identity = keys % stride
-    # Faces without a label have no candidates.
-    is_labelled = labels[face] >= 0
-    face = face[is_labelled]
-    identity = identity[is_labelled]
-    return LabelCandidates(face, identity, identity == labels[face], identity_count, has_neighbour[is_labelled])
+    return LabelCandidates(face, identity, identity == labels[face], identity_count, has_neighbour)
+
+
+def _list_neighbour_keys(labels: Int64, pairs: Pairs, stride: int) -> Int64:
+    """List face * stride + label of a neighbour, for labelled faces; some come more than once."""
+    faces = np.concatenate([pairs.u, pairs.v])
+    identities = np.concatenate([labels[pairs.v], labels[pairs.u]])
+    return np.asarray((faces * stride + identities)[(identities >= 0) & (labels[faces] >= 0)], np.int64)
+
+
+def _unite_keys(parts: Iterable[Int64]) -> Int64:
+    """Unite parts of keys (any length) into one list, rising, each key once."""
+    united = np.empty(0, np.int64)
+    pending = [united]
+    waiting = 0
+    for part in parts:
+        pending.append(np.unique(part))
+        waiting += len(pending[-1])
+        # The list is sorted again when the rest is as long: so that each key is sorted a few times only.
+        if waiting > max(len(united), _MIN_WAITING):
+            united = np.unique(np.concatenate([united, *pending]))
+            pending = []
+            waiting = 0
+    return np.unique(np.concatenate([united, *pending]))
 
 
 @dataclass(frozen=True)
@@ -113,16 +135,18 @@ class IdentityCentres:
         sums = np.zeros((candidates.identity_count, faces.vectors.shape[1]), np.float32)
         crowd = np.zeros(candidates.identity_count, np.float32)
         weight = np.zeros(candidates.identity_count, np.float32)
-        for at in range(0, len(order), _BLOCK):
-            block = order[at : at + _BLOCK]
-            face = candidates.face[block]
-            identity = candidates.identity[block]
-            part = share[block]
-            # The block is sorted by identity, so that each identity is one run of rows.
-            starts = np.flatnonzero(np.diff(identity, prepend=-1))
-            sums[identity[starts]] += np.add.reduceat(faces.vectors[face] * part[:, None], starts, axis=0)
-            crowd[identity[starts]] += np.add.reduceat(faces.density[face] * part, starts)
-            weight[identity[starts]] += np.add.reduceat(part, starts)
+        # Pieces of one identity each, of at most some thousand faces from its first one on: so its sums do not depend
+        # on the faces of others.
+        begins = _cut_pieces(candidates.identity[order])
+        for first, last in _group_pieces(begins, len(order)):
+            rows = order[begins[first] : begins[last] if last < len(begins) else None]
+            face = candidates.face[rows]
+            part = share[rows]
+            starts = begins[first:last] - begins[first]
+            identity = candidates.identity[rows[starts]]
+            np.add.at(sums, identity, np.add.reduceat(faces.vectors[face] * part[:, None], starts, axis=0))
+            np.add.at(crowd, identity, np.add.reduceat(faces.density[face] * part, starts))
+            np.add.at(weight, identity, np.add.reduceat(part, starts))
         return cls(sums, crowd, weight)
 
     def compute_fit(self, faces: FaceVectors, face: Int64, identity: Int64, share: Float32) -> tuple[Float32, Float32]:
@@ -181,3 +205,22 @@ class IdentityCentres:
             product = np.einsum("nd,nd->n", faces.vectors[rows], sums)
             similarity[block] = product / divisor - (faces.density[rows] + crowd) / 2
             rest[block] = weight
+
+
+def _cut_pieces(identity: Int64) -> Int64:
+    """Cut sorted identities (m,) into pieces of one identity and at most `_BLOCK` rows; returns where each begins."""
+    starts = np.flatnonzero(np.diff(identity, prepend=-1))
+    lengths = np.diff(starts, append=len(identity))
+    counts = -(-lengths // _BLOCK)
+    number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(np.repeat(starts, counts) + number * _BLOCK, np.int64)
+
+
+def _group_pieces(begins: Int64, count: int) -> Iterator[tuple[int, int]]:
+    """Group pieces of `count` rows in all into blocks of at most `_BLOCK` rows; yields (first piece, last + 1)."""
+    ends = np.append(begins[1:], count)
+    first = 0
+    while first < len(begins):
+        last = max(first + 1, int(np.searchsorted(ends, begins[first] + _BLOCK, side="right")))
+        yield first, last
+        first = last

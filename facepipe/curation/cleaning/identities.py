@@ -1,5 +1,6 @@
 """Judge identities as a whole: their purity, one person under two names, and two persons under one name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from facepipe.curation.one_person.judge import (
 )
 from facepipe.curation.one_person.model import OnePersonModel, sum_groups
 from facepipe.nearest.similarity import Pairs
-from facepipe.types import Bool, Float32, Int64
+from facepipe.types import Bool, Float32, Int32, Int64
 
 _EXPECTED_SHARE = 0.01  # of the identities, that are a second name of a person, before any face is looked at
 _MIN_PART = 2  # faces of a second part: a single face that is apart is a matter of its label
@@ -42,23 +43,25 @@ class IdentityParts:
         return np.asarray(self.part == 0)
 
 
-def split_identities(faces: FaceVectors, labels: Int64, copies: Int64, pairs: Pairs, threshold: float) -> IdentityParts:
+def split_identities(
+    faces: FaceVectors, labels: Int64, copies: Int64, pairs: Iterable[Pairs], threshold: float
+) -> IdentityParts:
     """Split each identity into parts by average linkage inside it.
 
     Args:
         faces: n faces.
         labels: number of each face's identity, (n,), -1 for none.
         copies: first face with the same vector, (n,).
-        pairs: neighbouring faces.
+        pairs: neighbouring faces, in parts.
         threshold: mean similarity from which two parts are one.
     """
     # Edges inside an identity, and from each copy to the first face with its vector.
-    is_inside = (labels[pairs.u] == labels[pairs.v]) & (labels[pairs.u] >= 0)
+    u, v = _select_inside(labels, pairs)
     is_copy = (copies != np.arange(len(copies))) & (labels == labels[copies]) & (labels >= 0)
     copy = np.flatnonzero(is_copy)
     single = Clusters.from_faces(faces.vectors, faces.density)
-    u = np.concatenate([pairs.u[is_inside], copies[copy]])
-    v = np.concatenate([pairs.v[is_inside], copy])
+    u = np.concatenate([u, copies[copy].astype(np.int32)])
+    v = np.concatenate([v, copy.astype(np.int32)])
     group, clusters = merge_by_average_linkage(single, u, v, threshold)
     # Rank the clusters of each identity by falling size.
     owner = np.empty(len(clusters), np.int64)
@@ -67,6 +70,17 @@ def split_identities(faces: FaceVectors, labels: Int64, copies: Int64, pairs: Pa
     rank = np.empty(len(clusters), np.int64)
     rank[order] = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
     return IdentityParts(np.where(labels >= 0, rank[group], -1), clusters.size[group])
+
+
+def _select_inside(labels: Int64, pairs: Iterable[Pairs]) -> tuple[Int32, Int32]:
+    """Select the pairs (u (m,), v (m,)) of faces with one label."""
+    left = [np.empty(0, np.int32)]
+    right = [np.empty(0, np.int32)]
+    for part in pairs:
+        is_inside = (labels[part.u] == labels[part.v]) & (labels[part.u] >= 0)
+        left.append(part.u[is_inside].astype(np.int32))
+        right.append(part.v[is_inside].astype(np.int32))
+    return np.concatenate(left), np.concatenate(right)
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ def summarise_identities(
     labels: Int64,
     verdicts: LabelVerdicts,
     parts: IdentityParts,
-    pairs: Pairs,
+    pairs: Iterable[Pairs],
     *,
     identity_count: int,
     threshold: float,
@@ -144,7 +158,7 @@ def summarise_identities(
         labels: number of each face's identity, (n,), -1 for none.
         verdicts: decisions on the labels.
         parts: parts of the identities.
-        pairs: neighbouring faces.
+        pairs: neighbouring faces, in parts.
         identity_count: number of identities k. Some may have no face.
         threshold: similarity from which two faces count as one person. It stands in for what the corpus does not show.
     """
@@ -177,12 +191,15 @@ def summarise_identities(
     )
 
 
-def _find_near_identities(kept_labels: Int64, pairs: Pairs, identity_count: int) -> Int64:
+def _find_near_identities(kept_labels: Int64, pairs: Iterable[Pairs], identity_count: int) -> Int64:
     """Find the pairs of identities (m, 2) that an edge between kept faces joins."""
-    u = kept_labels[pairs.u]
-    v = kept_labels[pairs.v]
-    is_across = (u >= 0) & (v >= 0) & (u != v)
-    keys = np.unique(np.minimum(u, v)[is_across] * identity_count + np.maximum(u, v)[is_across])
+    found = [np.empty(0, np.int64)]
+    for part in pairs:
+        u = kept_labels[part.u]
+        v = kept_labels[part.v]
+        is_across = (u >= 0) & (v >= 0) & (u != v)
+        found.append(np.unique(np.minimum(u, v)[is_across] * identity_count + np.maximum(u, v)[is_across]))
+    keys = np.unique(np.concatenate(found))
     return np.stack([keys // max(1, identity_count), keys % max(1, identity_count)], axis=1)
 
 

@@ -20,9 +20,10 @@ from facepipe.curation.cleaning.identities import (
     summarise_identities,
 )
 from facepipe.curation.cleaning.model import LabelPosteriors, estimate_label_posteriors, weigh_names
+from facepipe.curation.cleaning.neighbours import NearFaces, NearVoters
 from facepipe.curation.clusters.constraints import find_same_photo_pairs
-from facepipe.curation.duplicates import DuplicateRule, find_duplicates
-from facepipe.curation.duplicates.images import RankedImages, gather_faces, rank_images
+from facepipe.curation.duplicates import DuplicateRule, find_copies
+from facepipe.curation.duplicates.images import gather_faces, rank_images
 from facepipe.curation.duplicates.stars import find_face_pairs
 from facepipe.curation.graph import Graph
 from facepipe.curation.graph.components import find_components
@@ -31,7 +32,6 @@ from facepipe.nearest.similarity import Pairs
 from facepipe.types import Bool, Float32, Float64, Int64
 
 _START_OUTSIDE = np.float32(0.1)  # starting probability of a face outside the largest part of its identity
-_MAX_DISTANCE = 2.0  # of two unit vectors: all edges
 _MAX_CONFLICT_DISTANCE = 0.25  # of the faces of a picture and of its copy under another name
 _ROWS = 65536
 
@@ -101,8 +101,7 @@ def judge_labels(
     photo, prior = _number_photos(gallery, graph, labels)
     faces = FaceVectors(graph.nodes.vectors, graph.density, photo)
     # Neighbours are the edges that are as similar as one person's.
-    pairs = graph.edges.read_within(_MAX_DISTANCE)
-    pairs = pairs.take(graph.compute_similarity(pairs) >= threshold)
+    near = NearFaces(graph)
     copies = graph.representatives
 
     # Copies of a picture under one name count once: the first of them votes, and the others share its verdict.
@@ -110,11 +109,11 @@ def judge_labels(
     voter = _choose_voters(copied, copies, labels)
     is_voter = voter == np.arange(len(labels))
     voting = np.where(is_voter, labels, -1)
-    pairs_of_voters = _move_pairs(_add_pairs_of_copies(pairs, copies), voter)
+    near_voters = NearVoters.make(near, copies, voter)
 
     # Estimate how likely each label is right, starting from the largest part of each identity.
-    parts = split_identities(faces, voting, copies, pairs_of_voters, threshold)
-    candidates = find_candidates(voting, pairs_of_voters)
+    parts = split_identities(faces, voting, copies, near_voters, threshold)
+    candidates = find_candidates(voting, near_voters)
     start = _start_probabilities(candidates, parts.is_largest, prior)
     posteriors = estimate_label_posteriors(faces, candidates, prior, start, threshold=threshold, seed=seed)
     posteriors = weigh_names(faces, candidates, posteriors, parts.part, prior, threshold=threshold)
@@ -127,7 +126,7 @@ def judge_labels(
     if rules.duplicates:
         verdicts = _reject_copies(verdicts, copied, labels)
     identities = summarise_identities(
-        faces, labels, verdicts, parts, pairs, identity_count=len(names), threshold=threshold
+        faces, labels, verdicts, parts, near, identity_count=len(names), threshold=threshold
     )
     return LabelJudgement(labels, names, verdicts, posteriors, parts, identities)
 
@@ -170,19 +169,6 @@ def build_pair_table(judgement: LabelJudgement, pairs: IdentityPairs) -> pa.Tabl
     )
 
 
-def _add_pairs_of_copies(pairs: Pairs, copies: Int64) -> Pairs:
-    """Add the pairs of copies: a copy has the neighbours of the face that it equals."""
-    is_copy = copies != np.arange(len(copies))
-    if not is_copy.any():
-        return pairs
-    # One copy of each face is enough: what matters is the labels around it.
-    last = np.arange(len(copies))
-    last[copies[is_copy]] = np.flatnonzero(is_copy)
-    u = np.concatenate([pairs.u, last[pairs.u]])
-    v = np.concatenate([pairs.v, last[pairs.v]])
-    return Pairs(u, v, np.concatenate([pairs.distance, pairs.distance]))
-
-
 def _start_probabilities(candidates: LabelCandidates, is_largest: Bool, prior: Float32) -> Float32:
     """Set the starting probabilities (m,): a label counts fully if the face is in its identity's largest part."""
     own = np.where(is_largest[candidates.face], np.float32(1), _START_OUTSIDE) * prior[candidates.face]
@@ -194,14 +180,12 @@ class _CopiedFaces:
     """Which of n faces are copies of one another.
 
     Attributes:
-        images: Images, the best copy first.
-        image: Number of each face's image, (n,).
+        image: Number of each face's image, (n,); of two copies the better one has the smaller number.
         group: Image that stands for all copies of the face's image, (n,).
         pairs: Pairs of faces (m, 2) of two copies of one image.
         distance: Distance of each pair, (m,).
     """
 
-    images: RankedImages
     image: Int64
     group: Int64
     pairs: Int64
@@ -211,25 +195,19 @@ class _CopiedFaces:
 def _find_copies(graph: Graph, gallery: Gallery, rule: DuplicateRule) -> _CopiedFaces:
     """Find the images that are copies of one another, and the faces in them that are the same."""
     table, row_of_node = gather_faces([gallery], graph.nodes)
-    near = find_face_pairs(graph, table, row_of_node, rule)
+    images = rank_images(table, rule.keep)
+    near = find_face_pairs(graph, images, row_of_node, rule)
     # Turn pairs of nodes into pairs of rows.
     u = row_of_node[near.u]
     v = row_of_node[near.v]
     edges = Pairs(np.minimum(u, v), np.maximum(u, v), near.distance)
-    decisions = find_duplicates(table, edges, rule).decisions
-    images = rank_images(table, rule.keep)
     # Name each group of copies by the image that the search would keep.
-    copies = decisions.filter(decisions["kept_uri"].is_valid())
-    uris = images.table["uri"]
-    worse = pc.index_in(copies["uri"], value_set=uris).to_numpy()
-    best = pc.index_in(copies["kept_uri"], value_set=uris).to_numpy()
-    leader = np.arange(len(images))
-    leader[worse] = best
+    leader = find_copies(images, table, edges, rule).groups.kept
     image = images.of_face[row_of_node]
     group = leader[image]
     is_copy = (group[near.u] == group[near.v]) & (image[near.u] != image[near.v])
     pairs = np.stack([near.u[is_copy], near.v[is_copy]], axis=1)
-    return _CopiedFaces(images, image, group, pairs, near.distance[is_copy])
+    return _CopiedFaces(image, group, pairs, near.distance[is_copy])
 
 
 def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
@@ -251,14 +229,6 @@ def _choose_voters(copied: _CopiedFaces, copies: Int64, labels: Int64) -> Int64:
     first = np.full(count, count)
     np.minimum.at(first, group, np.arange(count))
     return first[group]
-
-
-def _move_pairs(pairs: Pairs, voter: Int64) -> Pairs:
-    """Move the ends of pairs to the faces that vote."""
-    u = voter[pairs.u]
-    v = voter[pairs.v]
-    moved = Pairs(np.minimum(u, v), np.maximum(u, v), pairs.distance)
-    return moved.take(u != v)
 
 
 def _question_conflicts(verdicts: LabelVerdicts, copied: _CopiedFaces, labels: Int64) -> LabelVerdicts:

@@ -11,7 +11,7 @@ from facepipe.curation.graph.components import renumber_labels
 from facepipe.curation.graph.linkage import merge_by_average_linkage
 from facepipe.types import Float32, Int32, Int64
 
-_BLOCK = 65536
+_BLOCK = 8192
 
 
 @dataclass(frozen=True)

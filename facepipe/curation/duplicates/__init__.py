@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from facepipe.curation.duplicates.groups import build_group_table, group_images
-from facepipe.curation.duplicates.images import rank_images
+from facepipe.curation.duplicates.groups import ImageGroups, build_group_table, group_images
+from facepipe.curation.duplicates.images import RankedImages, rank_images
 from facepipe.curation.duplicates.keep import build_image_decisions
 from facepipe.curation.duplicates.overlap import (
     SharedFaces,
@@ -14,6 +14,7 @@ from facepipe.curation.duplicates.overlap import (
     judge_shared_identities,
 )
 from facepipe.curation.duplicates.pairs import (
+    ImageLinks,
     MeasureFaces,
     build_pair_table,
     classify_pairs,
@@ -24,12 +25,14 @@ from facepipe.curation.duplicates.pairs import (
 )
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.nearest.similarity import Pairs
+from facepipe.types import Int64
 
 __all__ = [
     "DuplicateRule",
     "Duplicates",
     "SharedFaces",
     "SharedIdentities",
+    "find_copies",
     "find_duplicates",
     "find_shared_identities",
     "judge_shared_identities",
@@ -54,8 +57,47 @@ class Duplicates:
     decisions: pa.Table
 
 
+@dataclass(frozen=True)
+class ImageCopies:
+    """Which images are copies of one another, by number.
+
+    Attributes:
+        picture: First image of the same picture as each image, (n,).
+        links: At most one link per two pictures: the strongest.
+        groups: Groups, and what is kept of each.
+    """
+
+    picture: Int64
+    links: ImageLinks
+    groups: ImageGroups
+
+
+def find_copies(
+    images: RankedImages, faces: pa.Table, edges: Pairs, rule: DuplicateRule, measure: MeasureFaces | None = None
+) -> ImageCopies:
+    """Find which of n images are copies of one another.
+
+    Args:
+        images: images of the table, ranked by the rule.
+        faces: as of `find_duplicates`.
+        edges: likewise.
+        rule: what counts as a duplicate, and which copy is kept.
+        measure: as of `find_duplicates`.
+    """
+    # Link the images, and find which show the same picture.
+    links = classify_pairs(images, faces, edges, rule).concat(link_by_hash(images, faces, measure, rule))
+    picture = find_pictures(images, links)
+    # One link per two pictures is enough to make groups.
+    strongest = select_strongest(images, faces, links, picture)
+    return ImageCopies(picture, strongest, group_images(images, picture, strongest, rule))
+
+
 def find_duplicates(
-    faces: pa.Table, edges: Pairs, rule: DuplicateRule, measure: MeasureFaces | None = None
+    faces: pa.Table,
+    edges: Pairs,
+    rule: DuplicateRule,
+    measure: MeasureFaces | None = None,
+    images: RankedImages | None = None,
 ) -> Duplicates:
     """Find the duplicates among the images of a table of faces.
 
@@ -72,19 +114,15 @@ def find_duplicates(
         rule: what counts as a duplicate, and which copy is kept.
         measure: computes the distances of the faces in rows u (m,) and v (m,). Without it, pictures that were squashed
             strongly are not found.
+        images: images of the table, ranked by the rule, if they are known already.
     """
-    # Link the images, and find which show the same picture.
-    images = rank_images(faces, rule.keep)
-    links = classify_pairs(images, faces, edges, rule).concat(link_by_hash(images, faces, measure, rule))
-    picture = find_pictures(images, links)
-    # One link per two pictures is enough to make groups.
-    strongest = select_strongest(images, faces, links, picture)
-    groups = group_images(images, picture, strongest, rule)
+    images = images or rank_images(faces, rule.keep)
+    copies = find_copies(images, faces, edges, rule, measure)
     # The table of pairs also ties every copy to one image of its picture.
-    pairs = build_pair_table(images, faces, link_copies(images, picture).concat(strongest))
+    pairs = build_pair_table(images, faces, link_copies(images, copies.picture).concat(copies.links))
     order = [("uri_a", "ascending"), ("side_a", "ascending"), ("uri_b", "ascending"), ("side_b", "ascending")]
     return Duplicates(
         pairs=pairs.sort_by(order),
-        groups=build_group_table(images, groups),
-        decisions=build_image_decisions(images, groups, rule.keep),
+        groups=build_group_table(images, copies.groups),
+        decisions=build_image_decisions(images, copies.groups, rule.keep),
     )

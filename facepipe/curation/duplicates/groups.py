@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.sparse import coo_array
 
 from facepipe.curation.duplicates.images import RankedImages
@@ -97,10 +96,8 @@ def _number_groups(images: RankedImages, kept: Int64) -> Int64:
     """Assign numbers to groups by the uri of what is kept: (n,), -1 for images without copies."""
     is_dropped = kept != np.arange(len(kept))
     leaders = np.unique(kept[is_dropped])
-    names = images.table.select(["uri", "side"]).take(pa.array(leaders))
-    order = pc.sort_indices(names, sort_keys=[("uri", "ascending"), ("side", "ascending")]).to_numpy()
     number = np.full(len(kept), -1)
-    number[leaders[order]] = np.arange(len(leaders))
+    number[leaders[np.argsort(images.uri_position[leaders])]] = np.arange(len(leaders))
     return np.where(is_dropped | (number >= 0), number[kept], -1)
 
 
@@ -113,7 +110,7 @@ def build_group_table(images: RankedImages, groups: ImageGroups) -> pa.Table:
     np.maximum.at(weakest, group, groups.kind[grouped])
     kept = np.zeros(count, np.int64)
     kept[group] = groups.kept[grouped]
-    leaders = images.table.select(["uri", "side"]).take(pa.array(kept))
+    leaders = images.take(["uri", "side"], kept)
     return pa.table(
         {
             "group": pa.array(np.arange(count)),

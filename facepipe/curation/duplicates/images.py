@@ -1,6 +1,6 @@
 """Gather the faces of galleries, and rank their images: of two copies the image with the smaller number is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 from facepipe.curation.duplicates.rule import Keep
 from facepipe.curation.graph.nodes import Nodes
 from facepipe.gallery import Gallery
+from facepipe.schema import FACES
+from facepipe.storage.spilled import SPILLED_ROWS, sort_rows, spill_batches, take_rows
 from facepipe.types import Bool, Int64
 
 COLUMNS = (
@@ -49,20 +51,24 @@ def gather_faces(galleries: Sequence[Gallery], nodes: Nodes) -> tuple[pa.Table, 
         nodes: n nodes of their graph.
 
     Returns:
-        The rows, and the row of each node, (n,).
+        The rows, mapped from a temporary file, and the row of each node, (n,).
     """
-    parts = []
     row_of_node = np.full(len(nodes), -1, np.int64)
-    row_count = 0
-    for side, gallery in enumerate(galleries):
-        table = gallery.to_arrow(COLUMNS)
-        # Note the row of each node in the table of all galleries.
-        faces = np.flatnonzero(table["face_id"].is_valid())
-        at = nodes.find(table["face_id"].drop_null().to_numpy(), side)
-        row_of_node[at[at >= 0]] = row_count + faces[at >= 0]
-        parts.append(add_size_and_side(table, side))
-        row_count += table.num_rows
-    return pa.concat_tables(parts), row_of_node
+    empty = add_size_and_side(pa.schema([FACES.field(name) for name in COLUMNS]).empty_table(), 0)
+
+    def read_batches() -> Iterator[pa.RecordBatch]:
+        row_count = 0
+        for side, gallery in enumerate(galleries):
+            for batch in gallery.batches(COLUMNS, rows=SPILLED_ROWS):
+                # Note the row of each node in the table of all galleries.
+                ids = batch["face_id"]
+                faces = row_count + np.flatnonzero(ids.is_valid())
+                at = nodes.find(ids.drop_null().to_numpy(), side)
+                row_of_node[at[at >= 0]] = faces[at >= 0]
+                row_count += batch.num_rows
+                yield from add_size_and_side(pa.Table.from_batches([batch]), side).cast(empty.schema).to_batches()
+
+    return spill_batches(empty.schema, read_batches()), row_of_node
 
 
 def add_size_and_side(table: pa.Table, side: int) -> pa.Table:
@@ -77,22 +83,40 @@ def add_size_and_side(table: pa.Table, side: int) -> pa.Table:
 class RankedImages:
     """Images of a table of faces, ranked by which one is kept: side 1 first, then by the rule.
 
+    Of each image there are some numbers. Its texts stay in the table of faces, which may be mapped from a file.
+
     Attributes:
-        table: One row per image. `sharpness` and `face_id` are those of its largest face.
+        faces: The table of faces.
+        row: Row of the face that stands for each image: its largest one.
         of_face: Number of the image of each row of the table of faces.
         face_counts: Number of faces of each image.
+        uri_position: Position of each image in the order of uris, and of one uri by side.
     """
 
-    table: pa.Table
+    faces: pa.Table
+    row: Int64
     of_face: Int64
     face_counts: Int64
+    uri_position: Int64
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.row)
 
     def get_numbers(self, column: str) -> npt.NDArray[Any]:
         """Get a numeric column as an array, with 0 for null."""
-        return np.asarray(pc.fill_null(self.table[column], 0).to_numpy())
+        return np.asarray(pc.fill_null(self.faces[column], 0).to_numpy())[self.row]
+
+    def take(self, columns: Sequence[str], numbers: Int64, is_missing: Bool | None = None) -> pa.Table:
+        """Take columns of some images (m,), with null for those that are missing (m,)."""
+        return take_rows(self.faces.select(columns), self.row[numbers], is_missing)
+
+    def add_pixels(self, numbers: Int64, columns: Sequence[str]) -> pa.Table:
+        """Take columns of some images (m,) with `file_size`, null if it is unknown, and `pixels`."""
+        known = [name for name in ("file_size",) if name in self.faces.column_names]
+        table = self.take([*columns, "width", "height", *known], numbers)
+        if not known:
+            table = table.append_column("file_size", pa.nulls(table.num_rows, pa.int64()))
+        return table.append_column("pixels", _count_pixels(table))
 
     @cached_property
     def side(self) -> npt.NDArray[np.int8]:
@@ -107,17 +131,25 @@ class RankedImages:
     @cached_property
     def has_hash(self) -> Bool:
         """Whether each image has a perceptual hash."""
-        return np.asarray(self.table["image_hash"].is_valid())
+        return np.asarray(self.faces["image_hash"].is_valid())[self.row]
 
     @cached_property
     def first_with_bytes(self) -> Int64:
         """First image with the same bytes as each image. An image of unknown bytes is its own."""
-        codes = encode_strings(self.table["image_id"])
-        own = np.arange(len(self))
-        if not len(own):
-            return own
-        _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-        return np.where(codes < 0, own, first[inverse])
+        first = np.arange(len(self))
+        order, is_new = sort_rows(self.faces.select(["image_id"]))
+        # One group of rows per content. Rows of unknown bytes come last.
+        order = order[: len(order) - self.faces["image_id"].null_count]
+        group = np.empty(len(self.faces), np.int64)
+        group[order] = np.cumsum(is_new[: len(order)]) - 1
+        has_bytes = np.zeros(len(self.faces), bool)
+        has_bytes[order] = True
+        known = np.flatnonzero(has_bytes[self.row])
+        content = group[self.row[known]]
+        lowest = np.full(int(content.max(initial=-1)) + 1, len(self))
+        np.minimum.at(lowest, content, known)
+        first[known] = lowest[content]
+        return first
 
 
 def rank_images(faces: pa.Table, keep: Keep) -> RankedImages:
@@ -127,25 +159,30 @@ def rank_images(faces: pa.Table, keep: Keep) -> RankedImages:
         faces: rows as of `gather_faces`.
         keep: which copy is kept.
     """
-    # The largest face of each image stands for it.
-    keys = 2 * encode_strings(faces["uri"]) + faces["side"].to_numpy()
+    # Number the images by uri and side. The largest face of each image stands for it.
+    by_name, is_new = sort_rows(faces.select(["uri", "side"]))
+    number = np.empty(len(by_name), np.int64)
+    number[by_name] = np.cumsum(is_new) - 1
     face_px = np.nan_to_num(pc.fill_null(faces["face_px"], 0).to_numpy())
     face_index = pc.fill_null(faces["face_index"], 0).to_numpy()
-    order = np.lexsort((face_index, -face_px, keys))
-    _, first = np.unique(keys[order], return_index=True)
-    table = faces.take(pa.array(order[first]))
-    pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
-    table = table.append_column("pixels", pc.fill_null(pixels, 0))
-    if "file_size" not in table.column_names:
-        table = table.append_column("file_size", pa.nulls(table.num_rows, pa.int64()))
-    # Rank them, and number the faces' images by rank.
-    sort_keys = [("side", "descending"), *_ORDER[keep], ("uri", "ascending")]
-    ranked = pc.sort_indices(table, sort_keys=sort_keys)
+    order = np.lexsort((face_index, -face_px, number))
+    row = order[np.diff(number[order], prepend=-1) > 0]
+    # Rank them by numbers alone: that of an image by uri stands for the uri.
+    columns = [name for name, _ in _ORDER[keep] if name in faces.column_names]
+    table = take_rows(faces.select([*columns, "side", "width", "height"]), row)
+    table = table.append_column("pixels", _count_pixels(table)).append_column("uri", pa.array(np.arange(len(row))))
+    known_order = [key for key in _ORDER[keep] if key[0] in table.column_names]
+    sort_keys = [("side", "descending"), *known_order, ("uri", "ascending")]
+    ranked = pc.sort_indices(table, sort_keys=sort_keys).to_numpy().astype(np.int64)
     rank = np.empty(len(ranked), np.int64)
-    rank[ranked.to_numpy()] = np.arange(len(ranked))
-    of_face = rank[np.unique(keys, return_inverse=True)[1]]
+    rank[ranked] = np.arange(len(ranked))
+    of_face = rank[number]
     is_face = np.asarray(faces["face_id"].is_valid())
-    return RankedImages(table.take(ranked), of_face, np.bincount(of_face[is_face], minlength=len(ranked)))
+    return RankedImages(faces, row[ranked], of_face, np.bincount(of_face[is_face], minlength=len(ranked)), ranked)
+
+
+def _count_pixels(table: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64())), 0)
 
 
 def encode_strings(column: pa.ChunkedArray) -> Int64:

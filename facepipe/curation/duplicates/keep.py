@@ -9,11 +9,24 @@ import pyarrow as pa
 from facepipe.curation.duplicates.groups import ImageGroups
 from facepipe.curation.duplicates.images import RankedImages
 from facepipe.curation.duplicates.rule import EXACT, KINDS, NEAR, Keep
+from facepipe.storage.spilled import SPILLED_ROWS, spill_batches
 from facepipe.types import Int64
 
 KEEP = "keep"
 DROP = "drop"
-_ROWS = 65536
+DECISION_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("side", pa.int8()),
+        ("image_id", pa.string()),
+        ("decision", pa.string()),
+        ("group", pa.int64()),
+        ("kind", pa.string()),
+        ("kept_uri", pa.string()),
+        ("kept_side", pa.int8()),
+        ("reason", pa.string()),
+    ]
+)
 
 
 def build_image_decisions(images: RankedImages, groups: ImageGroups, keep: Keep) -> pa.Table:
@@ -21,41 +34,49 @@ def build_image_decisions(images: RankedImages, groups: ImageGroups, keep: Keep)
 
     Of one gallery every image that has a better copy is dropped. Of two galleries the images of side 0 (say, a training
     set) that side 1 (its test set) holds as well are dropped, and nothing else.
+
+    Returns:
+        The rows, mapped from a temporary file.
     """
+    by_uri = np.empty(len(images), np.int64)
+    by_uri[images.uri_position] = np.arange(len(images))
+
+    def build_batches() -> Iterator[pa.RecordBatch]:
+        for at in range(0, len(by_uri), SPILLED_ROWS):
+            yield from _build_rows(images, groups, by_uri[at : at + SPILLED_ROWS], keep).to_batches()
+
+    return spill_batches(DECISION_SCHEMA, build_batches())
+
+
+def _build_rows(images: RankedImages, groups: ImageGroups, numbers: Int64, keep: Keep) -> pa.Table:
+    """Build the rows of some images (m,)."""
     # An image is dropped if another one is kept for it.
-    is_dropped = groups.kept != np.arange(len(images))
-    kept = images.table.select(["uri", "side"]).take(pa.array(groups.kept, mask=~is_dropped))
-    columns = {name: images.table[name] for name in ("uri", "side", "image_id")}
-    columns |= {
+    is_dropped = groups.kept[numbers] != numbers
+    own = images.take(["uri", "side", "image_id"], numbers)
+    kept = images.take(["uri", "side"], groups.kept[numbers], ~is_dropped)
+    group = groups.group[numbers]
+    reasons = np.full(len(numbers), None, object)
+    reasons[is_dropped] = list(_iterate_reasons(images, groups, numbers[is_dropped], keep))
+    columns = {
+        "uri": own["uri"],
+        "side": own["side"],
+        "image_id": own["image_id"],
         "decision": pa.array(np.where(is_dropped, DROP, KEEP), pa.string()),
-        "group": pa.array(groups.group, mask=groups.group < 0),
-        "kind": pa.array(np.array(KINDS, object)[groups.kind], pa.string(), mask=~is_dropped),
+        "group": pa.array(group, mask=group < 0),
+        "kind": pa.array(np.array(KINDS, object)[groups.kind[numbers]], pa.string(), mask=~is_dropped),
         "kept_uri": kept["uri"],
         "kept_side": kept["side"],
-        "reason": _build_reasons(images, groups, np.flatnonzero(is_dropped), keep),
+        "reason": pa.array(reasons, pa.string()),
     }
-    return pa.table(columns).sort_by([("uri", "ascending"), ("side", "ascending")])
-
-
-def _build_reasons(images: RankedImages, groups: ImageGroups, dropped: Int64, keep: Keep) -> pa.ChunkedArray:
-    """Say which copy is kept and what it has over each image; null for kept images."""
-    parts = []
-    # In blocks, because rows as dictionaries take much memory.
-    for at in range(0, len(dropped), _ROWS):
-        reasons = list(_iterate_reasons(images, groups, dropped[at : at + _ROWS], keep))
-        parts.append(pa.array(reasons, pa.string()))
-    # Spread the reasons of dropped images over the rows of all.
-    row = np.zeros(len(images), np.int64)
-    row[dropped] = np.arange(len(dropped))
-    is_kept = np.ones(len(images), bool)
-    is_kept[dropped] = False
-    return pa.chunked_array(parts, pa.string()).take(pa.array(row, mask=is_kept))
+    return pa.table(columns).cast(DECISION_SCHEMA).combine_chunks()
 
 
 def _iterate_reasons(images: RankedImages, groups: ImageGroups, dropped: Int64, keep: Keep) -> Iterator[str]:
-    figures = images.table.select(["uri", "width", "height", "pixels", "file_size", "sharpness"])
-    copies = figures.take(pa.array(dropped)).to_pylist()
-    kept_images = figures.take(pa.array(groups.kept[dropped])).to_pylist()
+    """Say which copy is kept and what it has over each dropped image (m,)."""
+    if not len(dropped):
+        return
+    copies = images.add_pixels(dropped, ["uri", "sharpness"]).to_pylist()
+    kept_images = images.add_pixels(groups.kept[dropped], ["uri", "sharpness"]).to_pylist()
     kinds = groups.kind[dropped].tolist()
     mirrored = groups.is_mirrored[dropped].tolist()
     turned = groups.is_turned[dropped].tolist()

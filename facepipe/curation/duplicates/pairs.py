@@ -182,11 +182,7 @@ def link_by_hash(
 def _find_largest_faces(images: RankedImages, faces: pa.Table) -> Int64:
     """Find the row of the largest face of each image (n,); -1 without a face."""
     ids = pc.fill_null(faces["face_id"], -1).to_numpy()
-    own = pc.fill_null(images.table["face_id"], -1).to_numpy()
-    rows = np.full(len(images), -1)
-    is_largest = (ids >= 0) & (ids == own[images.of_face])
-    rows[images.of_face[is_largest]] = np.flatnonzero(is_largest)
-    return rows
+    return np.where(ids[images.row] >= 0, images.row, -1)
 
 
 def _find_squashed(images: RankedImages, pairs: Int64) -> Bool:
@@ -290,7 +286,7 @@ def build_pair_table(images: RankedImages, faces: pa.Table, links: ImageLinks) -
     """
     columns: dict[str, Any] = {}
     for end, numbers, rows in (("a", links.a, links.u), ("b", links.b, links.v)):
-        chosen = images.table.select(["uri", "side", "identity", "face_id"]).take(pa.array(numbers))
+        chosen = images.take(["uri", "side", "identity", "face_id"], numbers)
         columns |= {f"{name}_{end}": chosen[name] for name in ("uri", "side", "identity")}
         # A link without a face of its own names the face that stands for the image.
         own = faces["face_id"].take(pa.array(rows, mask=rows < 0))

@@ -1,11 +1,10 @@
 """Find the copies of pictures that a corpus holds a hundred times: more copies than a face has edges in the graph."""
 
 import numpy as np
-import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from facepipe.curation.duplicates.images import rank_images
+from facepipe.curation.duplicates.images import RankedImages
 from facepipe.curation.duplicates.rule import DuplicateRule
 from facepipe.curation.graph import Graph
 from facepipe.nearest.distances import compute_pair_distances
@@ -15,7 +14,7 @@ from facepipe.types import Bool, Float32, Int64
 _MAX_CENTRES = 1000  # pictures that are looked for in one crowd
 
 
-def find_face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: DuplicateRule) -> Pairs:
+def find_face_pairs(graph: Graph, images: RankedImages, row_of_node: Int64, rule: DuplicateRule) -> Pairs:
     """Find all pairs of nodes within the rule's radius that matter for duplicates.
 
     These are the graph's edges. If a face has as many edges as the graph allows, they also include the edges to the
@@ -23,8 +22,8 @@ def find_face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: Dup
 
     Args:
         graph: the face graph, n nodes.
-        table: rows as of `gather_faces`.
-        row_of_node: row of each node in `table`, (n,).
+        images: images of the table of `gather_faces`, ranked by the rule.
+        row_of_node: row of each node in that table, (n,).
         rule: what counts as a duplicate, and which copy is kept.
     """
     edges = graph.edges.read_within(rule.radius)
@@ -33,7 +32,7 @@ def find_face_pairs(graph: Graph, table: pa.Table, row_of_node: Int64, rule: Dup
     is_full = degree >= graph.info.most
     if not is_full.any():
         return edges
-    rank = rank_images(table, rule.keep).of_face[row_of_node]
+    rank = images.of_face[row_of_node]
     pairs = Pairs.concatenate([edges, build_stars(graph.nodes.vectors, rank, edges, is_full, radius=rule.radius)])
     return pairs.take(np.unique(pairs.u * count + pairs.v, return_index=True)[1])
 

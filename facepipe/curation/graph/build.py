@@ -9,7 +9,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from facepipe.curation.graph.calibration import CalibrationOptions, calibrate
-from facepipe.curation.graph.cells import CellLayout, Cells, choose_cells_per_face, create_single_cell, train_cells
+from facepipe.curation.graph.cells import (
+    AssignBlocks,
+    CellLayout,
+    Cells,
+    choose_cells_per_face,
+    create_single_cell,
+    train_cells,
+)
 from facepipe.curation.graph.edges import get_part_path, write_part
 from facepipe.curation.graph.fitness import find_unfit_nodes
 from facepipe.curation.graph.graph import COHORT, DENSITY, HISTOGRAM, IMPOSTORS, REPRESENTATIVES
@@ -27,7 +34,8 @@ _CELLS = "cells.npy"
 _CAPPED_DENSITY = "wide.npy"
 # Files that a finished graph does not need. The first says that the others exist, so that it is deleted first.
 _TEMPORARY = (_CELLS, "assigned.npy", "members.npy", "begins.npy", _CAPPED_DENSITY)
-_PAIRS_PER_TASK = 4e9  # some seconds of two cores
+# Some seconds of a core, and some 40 MB of vectors where these travel. An unfinished graph says how it was split.
+_PAIRS_PER_TASK = 2e8
 _SAMPLE_BUDGET = 5e8  # comparisons to choose the cells by
 
 Log = Callable[[str], None]
@@ -119,6 +127,7 @@ def prepare_cells(
     seed: int,
     folder: str,
     log: Log,
+    assign_blocks: AssignBlocks | None = None,
 ) -> Cells:
     """Choose the cells, and the fewest of them per face that reach the recall on a sample; or read them.
 
@@ -131,6 +140,7 @@ def prepare_cells(
         seed: of the samples.
         folder: of the graph.
         log: is called with a line per step.
+        assign_blocks: assigns the faces to the cells; by default in this process.
     """
     path = os.path.join(folder, _CELLS)
     if not os.path.exists(path):
@@ -143,7 +153,7 @@ def prepare_cells(
             u, v = find_sample_edges(nodes, density, sample, rule, folder)
             cells = choose_cells_per_face(cells, nodes.vectors, u, v, recall)
             log(f"{len(cells)} cells, each face in {cells.each}")
-        CellLayout.build(nodes.vectors, cells, folder)
+        CellLayout.build(nodes.vectors, cells, folder, assign_blocks)
         # The file of centres comes last, because it says that the layout is complete.
         sync_disks(folder)
         _save(path, cells.centres)
@@ -163,6 +173,11 @@ def find_sample_edges(
     return u[is_first], v[is_first]
 
 
+def describe_split() -> str:
+    """Say how the cells are split into tasks: the parts of another split do not fit together with those of this one."""
+    return f"{_PAIRS_PER_TASK:g} pairs per task"
+
+
 def plan_edge_tasks(density: Float32, rule: EdgeRule, folder: str, device: str) -> list[EdgeTask]:
     """Split the cells into tasks, and save the capped densities (n,) for them."""
     _save(os.path.join(folder, _CAPPED_DENSITY), density)
@@ -178,15 +193,62 @@ def join_cells(task: EdgeTask) -> int:
     representatives = np.load(os.path.join(task.folder, REPRESENTATIVES), mmap_mode="r")
     parts = []
     for cell in range(task.first, task.last):
-        faces = layout.get_faces(cell)
-        # Leave out copies: `write_copies` joins them to their representatives.
-        faces = faces[representatives[faces] == faces]
+        faces = _leave_copies_out(layout.get_faces(cell), representatives)
         # If these are all faces, the vectors stay mapped instead of being copied.
         vectors = nodes.vectors if len(faces) == len(nodes) else nodes.vectors[faces]
         parts.append(_join_cell(layout, cell, faces, vectors, density[faces], task))
     pairs = Pairs.concatenate(parts)
     write_part(pairs, task.path)
     return len(pairs)
+
+
+@dataclass(frozen=True)
+class CellPack:
+    """Some cells with all that their comparison needs, for a machine that does not see the folder of the graph.
+
+    Attributes:
+        task: The cells.
+        faces: Positions (f,) of the faces in any of them, rising.
+        vectors: Their vectors, (f, 128).
+        density: Their capped densities, (f,).
+        layout: The faces of each cell of the task, as positions among these.
+    """
+
+    task: EdgeTask
+    faces: Int64
+    vectors: Float32
+    density: Float32
+    layout: CellLayout
+
+
+def pack_cells(task: EdgeTask) -> CellPack:
+    """Read everything from the graph's folder that a task needs."""
+    nodes = open_nodes(task.folder)
+    layout = CellLayout.open(task.folder)
+    density = np.load(os.path.join(task.folder, _CAPPED_DENSITY), mmap_mode="r")
+    representatives = np.load(os.path.join(task.folder, REPRESENTATIVES), mmap_mode="r")
+    members = [_leave_copies_out(layout.get_faces(cell), representatives) for cell in range(task.first, task.last)]
+    inside = np.concatenate(members)
+    faces = np.unique(inside)
+    begins = np.cumsum([0, *(len(part) for part in members)])
+    local = CellLayout(np.asarray(layout.assigned[faces]), np.searchsorted(faces, inside), begins)
+    return CellPack(task, faces, np.asarray(nodes.vectors[faces]), np.asarray(density[faces]), local)
+
+
+def join_packed_cells(pack: CellPack) -> Pairs:
+    """Find the edges of packed cells: those that `join_cells` finds for the task."""
+    parts = []
+    for cell in range(pack.task.first, pack.task.last):
+        inside = pack.layout.get_faces(cell - pack.task.first)
+        vectors = pack.vectors[inside]
+        parts.append(_join_cell(pack.layout, cell, inside, vectors, pack.density[inside], pack.task))
+    pairs = Pairs.concatenate(parts)
+    return Pairs(pack.faces[pairs.u], pack.faces[pairs.v], pairs.distance)
+
+
+def _leave_copies_out(faces: Int64, representatives: Int64) -> Int64:
+    """Leave out copies: `write_copies` joins them to their representatives."""
+    return np.asarray(faces[representatives[faces] == faces])
 
 
 def _join_cell(

@@ -6,7 +6,7 @@ import numpy as np
 
 from facepipe.types import Float32, Int32, Int64
 
-_CHUNK = 1 << 17  # pairs whose linkage is computed at a time
+_CHUNK = 1 << 13  # pairs whose linkage is computed at a time
 
 
 @dataclass(frozen=True)

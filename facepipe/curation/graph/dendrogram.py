@@ -118,7 +118,15 @@ def find_clear_gap(vectors: Float32) -> Gap | None:
 def _build_tree(vectors: Float32, density: Float32 | None = None) -> Float64:
     """Build the tree of merges (n - 1, 4), by rising mean of 1 - similarity, which is the cosine without densities."""
     similarity = vectors @ vectors.T
-    if density is not None:
-        similarity -= (density[:, None] + density) / 2
-    distance = (1 - similarity)[np.triu_indices(len(vectors), 1)].astype(np.float64)
-    return np.asarray(linkage(np.maximum(distance, 0), "average"))
+    # Row by row, because indices of all pairs would take four times the memory of the tree.
+    distance = np.empty(len(vectors) * (len(vectors) - 1) // 2)
+    filled = 0
+    for row in range(len(vectors)):
+        part = similarity[row, row + 1 :]
+        if density is not None:
+            part -= (density[row] + density[row + 1 :]) / 2
+        distance[filled : filled + len(part)] = 1 - part
+        filled += len(part)
+    del similarity
+    np.maximum(distance, 0, out=distance)
+    return np.asarray(linkage(distance, "average"))

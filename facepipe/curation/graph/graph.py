@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -152,13 +153,20 @@ class Graph:
         Returns:
             One node of each edge, (m,), and the other, (m,).
         """
-        left = [np.empty(0, np.int32)]
-        right = [np.empty(0, np.int32)]
+        # As long as all edges at first: what is not written to takes no memory.
+        left = np.empty(len(self.edges), np.int32)
+        right = np.empty(len(self.edges), np.int32)
+        filled = 0
+        for pairs in self.read_parts(threshold):
+            left[filled : filled + len(pairs)] = pairs.u
+            right[filled : filled + len(pairs)] = pairs.v
+            filled += len(pairs)
+        return left[:filled], right[:filled]
+
+    def read_parts(self, threshold: float) -> Iterator[Pairs]:
+        """Read the edges whose similarity reaches a threshold, some hundred thousand at a time."""
         for pairs in self.edges:
-            is_similar = self.compute_similarity(pairs) >= threshold
-            left.append(pairs.u[is_similar].astype(np.int32))
-            right.append(pairs.v[is_similar].astype(np.int32))
-        return np.concatenate(left), np.concatenate(right)
+            yield pairs.take(self.compute_similarity(pairs) >= threshold)
 
 
 def read_info(folder: str) -> GraphInfo:

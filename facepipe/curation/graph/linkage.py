@@ -10,14 +10,14 @@ it is that of merging one pair at a time, because all merges above a step come b
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters, compute_paired_linkage
 from facepipe.curation.graph.components import find_components, renumber_labels
-from facepipe.curation.graph.rounds import merge_in_rounds, tidy_edges
+from facepipe.curation.graph.rounds import make_edge_keys, merge_in_rounds
 from facepipe.storage.mapped import release_pages
 from facepipe.types import Bool, Float32, Int32, Int64
 
@@ -25,7 +25,7 @@ from facepipe.types import Bool, Float32, Int32, Int64
 # faces); with steps of .01 the largest one follows the largest person. The upper ones are for wide spaces.
 _STEPS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.17, 0.14, 0.12, *(n / 100 for n in range(10, -1, -1)))
 _MAX_NODES_PER_TASK = 50_000  # some 25 MB of sums
-_PAIRS_PER_BLOCK = 1 << 16  # pairs whose linkage is computed at a time
+_PAIRS_PER_BLOCK = 1 << 13  # pairs whose linkage is computed at a time: their sums stay in the cache
 _MIN_NEW_ROWS = 1 << 16  # clusters that memory is taken for at a time
 
 
@@ -126,7 +126,7 @@ def merge_by_average_linkage(
         np.empty((0, 2), np.int64) if forbidden is None else forbidden,
         np.empty(0, np.int32) if person is None else person,
     ).contract(roots, count)
-    edges = _Edges.start(roots[u], roots[v], count)
+    edges = _Edges.start(u, v, roots)
     for step in _STEPS:
         level = threshold + step
         edges = edges.refresh(store, level, threshold)
@@ -235,32 +235,40 @@ class _Edges:
     is_exact: Bool
 
     @classmethod
-    def start(cls, u: Int64, v: Int64, count: int) -> "_Edges":
-        """Make edges that are not weighed yet between `count` clusters."""
-        u, v = tidy_edges(u, v, count)
-        weight = np.full(len(u), np.inf, np.float32)
-        return cls(u.astype(np.int32), v.astype(np.int32), weight, np.zeros(len(u), bool))
+    def start(cls, u: Int64 | Int32, v: Int64 | Int32, roots: Int64) -> "_Edges":
+        """Make edges that are not weighed yet between the clusters (k,) that the ends are part of."""
+        count = len(roots)
+        keys = make_edge_keys(u, v, count, roots)
+        # Divided straight into four bytes each, because there may be ten edges per face.
+        low = np.floor_divide(keys, max(1, count), out=np.empty(len(keys), np.int32), casting="unsafe")
+        high = np.remainder(keys, max(1, count), out=np.empty(len(keys), np.int32), casting="unsafe")
+        return cls(low, high, np.full(len(keys), np.inf, np.float32), np.zeros(len(keys), bool))
 
     def take(self, chosen: Bool) -> "_Edges":
         return _Edges(self.u[chosen], self.v[chosen], self.weight[chosen], self.is_exact[chosen])
 
     def refresh(self, store: _ClusterStore, level: float, threshold: float) -> "_Edges":
-        """Compute the mean similarity if the bound reaches the level. What is below the threshold is dropped."""
-        due = np.flatnonzero(~self.is_exact & (self.weight >= level))
-        weight = self.weight.copy()
-        weight[due] = store.compute_linkage(self.u[due], self.v[due])
-        is_exact = self.is_exact.copy()
-        is_exact[due] = True
-        return replace(self, weight=weight, is_exact=is_exact).take(weight >= threshold)
+        """Compute the mean similarity if the bound reaches the level. What is below the threshold is dropped.
+
+        The weights are changed in place.
+        """
+        for at in range(0, len(self.u), _PAIRS_PER_BLOCK):
+            block = slice(at, at + _PAIRS_PER_BLOCK)
+            due = at + np.flatnonzero(~self.is_exact[block] & (self.weight[block] >= level))
+            self.weight[due] = store.compute_linkage(self.u[due], self.v[due])
+            self.is_exact[due] = True
+        kept = self.weight >= threshold
+        return self if kept.all() else self.take(kept)
 
     def contract(self, roots: Int64, has_grown: Bool) -> "_Edges":
         """Give every edge to the clusters (k,) that its ends are part of now. Of several the largest weight stays."""
-        u = roots[self.u]
-        v = roots[self.v]
+        small = roots.astype(np.int32)
+        u = small[self.u]
+        v = small[self.v]
         is_changed = has_grown[u] | has_grown[v]
         unchanged = self.take(~is_changed)
         different = is_changed & (u != v)
-        keys = np.minimum(u, v)[different] * len(roots) + np.maximum(u, v)[different]
+        keys = np.minimum(u, v)[different].astype(np.int64) * len(roots) + np.maximum(u, v)[different]
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         begins = np.flatnonzero(np.diff(keys, prepend=-1) > 0)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from facepipe.types import Float32, Int64
 _IDS = "ids.npy"
 _SIDES = "sides.npy"
 _VECTORS = "vectors.npy"
-_ROWS_PER_HASH = 65536  # hashed at a time
+_ROWS_PER_HASH = 8192  # hashed at a time
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,23 @@ def collect_nodes(galleries: Sequence[Gallery], folder: str) -> Nodes:
 
 
 def open_nodes(folder: str) -> Nodes:
-    """Open the nodes in a folder. The vectors are mapped, not read."""
+    """Open the nodes in a folder. Their files are mapped, not read."""
     try:
-        ids = np.load(os.path.join(folder, _IDS))
-        sides = np.load(os.path.join(folder, _SIDES))
-        vectors = np.load(os.path.join(folder, _VECTORS), mmap_mode="r" if len(ids) else None)
+        ids = np.asarray(_open_array(folder, _IDS))
+        sides = np.asarray(_open_array(folder, _SIDES))
+        vectors = _open_array(folder, _VECTORS)
     except (OSError, ValueError, EOFError) as error:
         raise StorageError(f"cannot read the nodes in {folder!r}: {error}") from error
     return Nodes(ids, sides, vectors)
+
+
+def _open_array(folder: str, name: str) -> np.ndarray[Any, Any]:
+    """Map an array; one without elements is read, because an empty file cannot be mapped."""
+    path = os.path.join(folder, name)
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError:
+        return np.asarray(np.load(path))
 
 
 def find_representatives(vectors: Float32) -> Int64:

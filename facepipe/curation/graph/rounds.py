@@ -11,9 +11,10 @@ import numpy as np
 from facepipe.curation.graph.cannot_links import CannotLinks
 from facepipe.curation.graph.clusters import Clusters
 from facepipe.curation.graph.components import find_components
-from facepipe.types import Float32, Int64
+from facepipe.types import Float32, Int32, Int64
 
 _STRICT_ROUNDS = 100  # rounds in which only mutual nearest are merged
+_EDGES_PER_BLOCK = 1 << 18  # edges that are numbered at a time
 _SLACK_PER_ROUND = np.float32(0.0002)  # then this much more slack per round: a large cluster takes in many at once
 
 
@@ -54,11 +55,42 @@ def merge_in_rounds(
 
 def tidy_edges(u: Int64, v: Int64, count: int) -> tuple[Int64, Int64]:
     """Keep every edge between two different clusters of `count` once, the smaller one first."""
-    different = u != v
-    # One integer per edge, sorted so that repeated ones follow each other.
-    keys = np.sort(np.minimum(u, v)[different] * count + np.maximum(u, v)[different])
-    keys = keys[np.diff(keys, prepend=-1) > 0]  # numpy's own `unique` hashes, at five times the cost
+    keys = make_edge_keys(u, v, count)
     return keys // max(1, count), keys % max(1, count)
+
+
+def make_edge_keys(u: Int64 | Int32, v: Int64 | Int32, count: int, roots: Int64 | None = None) -> Int64:
+    """Make one number per edge between two different clusters: the smaller cluster times `count`, plus the other.
+
+    It takes 17 bytes of memory per edge.
+
+    Args:
+        u: one cluster per edge, (m,).
+        v: the other cluster, (m,).
+        count: number of clusters.
+        roots: number of the cluster that each of them is part of, (count,).
+
+    Returns:
+        The numbers, rising, each once.
+    """
+    keys = np.empty(len(u), np.int64)
+    filled = 0
+    for at in range(0, len(u), _EDGES_PER_BLOCK):
+        left = u[at : at + _EDGES_PER_BLOCK]
+        right = v[at : at + _EDGES_PER_BLOCK]
+        if roots is not None:
+            left = roots[left]
+            right = roots[right]
+        different = left != right
+        low = np.minimum(left, right)[different].astype(np.int64)
+        keys[filled : filled + len(low)] = low * count + np.maximum(left, right)[different]
+        filled += len(low)
+    # Sorted, so that repeated ones follow each other: numpy's own `unique` hashes, at five times the cost.
+    keys = keys[:filled]
+    keys.sort()
+    is_first = np.ones(filled, bool)
+    np.not_equal(keys[1:], keys[:-1], out=is_first[1:])
+    return keys[is_first]
 
 
 @dataclass(frozen=True)

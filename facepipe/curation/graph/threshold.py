@@ -27,7 +27,7 @@ _MAX_LOST = (
     0.02  # share of a face's neighbours that a higher threshold may lose: where it loses none, strangers are fewer
 )
 _MAX_EXPECTED = 2.0  # times the strangers that there can be, the most that a fit may expect
-_BLOCK_COLUMNS = 65536
+_BLOCK_COLUMNS = 8192  # a block of products and what follows from it stay in the cache
 _BLOCK_ROWS = 256
 # The bulk that is fitted: the share of pairs above its beginning, and above its end.
 _BEGIN_SHARE = 0.5

@@ -7,7 +7,7 @@ import numpy as np
 from facepipe.nearest.similarity import Pairs
 from facepipe.types import Float32, Int64
 
-_BLOCK_COLUMNS = 65536
+_BLOCK_COLUMNS = 8192
 _BLOCK_ROWS = 256
 # Bounds of the size of a sample.
 _MIN_SAMPLE = 200

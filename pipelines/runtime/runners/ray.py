@@ -223,7 +223,13 @@ def choose_device(requested: str, resources: Resources) -> str:
 
 
 def run_tasks(
-    function: Callable[[Any], Any], items: Iterable[Any], cpus: float, gpus: float = 0
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    cpus: float,
+    gpus: float = 0,
+    *,
+    prepare: Callable[[Any], Any] = lambda item: item,
+    shared: Any = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run a function on items, each in a Ray task. A few more tasks are submitted than can run at a time.
 
@@ -232,6 +238,8 @@ def run_tasks(
         items: the items.
         cpus: CPUs per task. It is limited to what a node has, because Ray would wait forever for a larger node.
         gpus: GPUs per task.
+        prepare: makes what the function gets of an item, here and when the task is submitted.
+        shared: a second argument of the function, the same for all items. It is sent to each node once.
 
     Yields:
         Item and result, in the order in which tasks finish.
@@ -249,11 +257,12 @@ def run_tasks(
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(function)
     max_submitted = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
     waiting = iter(items)
+    shared_arguments = [] if shared is None else [ray.put(shared)]
     submitted: dict[Any, Any] = {}
     while True:
         # Submit tasks up to the limit, then wait for one of them to finish.
         for item in islice(waiting, max_submitted - len(submitted)):
-            submitted[remote.remote(item)] = item
+            submitted[remote.remote(prepare(item), *shared_arguments)] = item
         if not submitted:
             return
         for reference in ray.wait(list(submitted))[0]:

@@ -14,7 +14,7 @@ from hard_faces import DlibLike
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from facepipe.curation.cleaning import decide, lists
+from facepipe.curation.cleaning import decide, evidence, lists
 from facepipe.curation.cleaning.decide import (
     DECISIONS,
     REASONS,
@@ -94,8 +94,8 @@ def judged(
 ) -> tuple[LabelCandidates, LabelPosteriors, LabelVerdicts, IdentityParts]:
     """As pipelines.clean does it, for faces that are each in a photo of their own."""
     pairs = made.pairs()
-    inside = split_identities(made.faces, made.label, made.copies, pairs, THRESHOLD)
-    pool = find_candidates(made.label, pairs)
+    inside = split_identities(made.faces, made.label, made.copies, [pairs], THRESHOLD)
+    pool = find_candidates(made.label, [pairs])
     start = np.where(pool.is_own, np.where(inside.is_largest[pool.face], 1, 0.1), 0).astype(np.float32)
     prior = np.ones(len(made.label), np.float32)
     belief = estimate_label_posteriors(made.faces, pool, prior, start, threshold=THRESHOLD)
@@ -120,16 +120,55 @@ def test_candidates_are_the_own_label_and_the_neighbours(seed: int, faces: int, 
     wanted = {(f, int(label[f])) for f in range(faces)}
     wanted |= {(int(a), int(label[b])) for a, b in [*zip(u, v, strict=True), *zip(v, u, strict=True)]}
     wanted = {(f, k) for f, k in wanted if label[f] >= 0 and k >= 0}
-    found = find_candidates(label, Pairs(u, v, np.zeros(len(u), np.float32)))
+    found = find_candidates(label, [Pairs(u, v, np.zeros(len(u), np.float32))])
     assert list(zip(found.face.tolist(), found.identity.tolist(), strict=True)) == sorted(wanted)
     assert (found.is_own == (found.identity == label[found.face])).all()
     assert found.identity_count == label.max() + 1
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1 << 30), parts=st.sampled_from([1, 2, 4, 16]), waiting=st.sampled_from([1, 1 << 20]))
+def test_the_parts_that_pairs_come_in_do_not_count(seed: int, parts: int, waiting: int) -> None:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(-1, 5, 40)
+    ends = np.sort(rng.integers(0, 40, (100, 2)), axis=1)
+    ends = ends[ends[:, 0] < ends[:, 1]]
+    whole = Pairs(ends[:, 0], ends[:, 1], np.zeros(len(ends), np.float32))
+    # Every pair is in some part, and some are in several.
+    part_of_pair = rng.integers(0, parts, len(ends))
+    repeated = [whole.take((part_of_pair == n) | (rng.random(len(ends)) < 0.2)) for n in range(parts)]
+    expected = find_candidates(label, [whole])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "_MIN_WAITING", waiting)
+        found = find_candidates(label, repeated)
+    for name in ("face", "identity", "is_own", "has_neighbour"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1 << 30), block=st.integers(1, 9))
+def test_the_sums_of_an_identity_do_not_depend_on_the_faces_of_others(seed: int, block: int) -> None:
+    """To the bit: else the identities could not be spread over partitions."""
+    rng = np.random.default_rng(seed)
+    made = corpus(np.sort(rng.integers(0, 6, 40)))
+    candidates = find_candidates(made.label, [])
+    share = rng.random(40).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "_BLOCK", block)
+        whole = IdentityCentres.from_shares(made.faces, candidates, share)
+        for identity in range(candidates.identity_count):
+            alone = IdentityCentres.from_shares(made.faces, candidates, np.where(made.label == identity, share, 0))
+            assert np.array_equal(alone.sums[identity], whole.sums[identity])
+            assert alone.weight[identity] == whole.weight[identity]
+            members = np.flatnonzero((made.label == identity) & (share > 1e-3))
+            exact = (made.faces.vectors[members] * share[members, None]).sum(axis=0, dtype=np.float64)
+            assert np.abs(whole.sums[identity] - exact).max() < 1e-5
+
+
 def test_without_labels_there_is_no_candidate() -> None:
-    found = find_candidates(np.full(3, -1), Pairs(np.array([0]), np.array([1]), np.zeros(1, np.float32)))
+    found = find_candidates(np.full(3, -1), [Pairs(np.array([0]), np.array([1]), np.zeros(1, np.float32))])
     assert (len(found), found.identity_count) == (0, 0)
-    assert len(find_candidates(np.empty(0, np.int64), NO_PAIRS)) == 0
+    assert len(find_candidates(np.empty(0, np.int64), [NO_PAIRS])) == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,7 +202,7 @@ def test_faces_of_one_image_do_not_vouch_for_each_other() -> None:
     density = rng.random(7).astype(np.float32)
     photo = np.array([0, 0, 2, 3, 3, 5, 6])
     label = np.array([0, 0, 0, 0, 0, 1, -1])
-    pool = find_candidates(label, Pairs(np.array([0]), np.array([5]), np.zeros(1, np.float32)))
+    pool = find_candidates(label, [Pairs(np.array([0]), np.array([5]), np.zeros(1, np.float32))])
     share = np.where(pool.is_own, 0.5 + 0.05 * pool.face, 0).astype(np.float32)
     faces = FaceVectors(vectors, density, photo)
     centres = IdentityCentres.from_shares(faces, pool, share)
@@ -491,7 +530,7 @@ def summed(made: Corpus) -> tuple[IdentitySummary, IdentityParts]:
     _, _, found, inside = judged(made)
     count = int(made.label.max()) + 1
     return summarise_identities(
-        made.faces, made.label, found, inside, made.pairs(), identity_count=count, threshold=THRESHOLD
+        made.faces, made.label, found, inside, [made.pairs()], identity_count=count, threshold=THRESHOLD
     ), inside
 
 
@@ -515,7 +554,7 @@ def test_two_persons_under_one_name_and_one_person_under_two() -> None:
 def test_parts_of_unlabelled_faces_and_copies() -> None:
     made = corpus(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 0, -1, -1]))
     made.faces.vectors[1] = made.faces.vectors[0]
-    found = split_identities(made.faces, made.label, np.array([0, 0, 2, 3, 4]), NO_PAIRS, THRESHOLD)
+    found = split_identities(made.faces, made.label, np.array([0, 0, 2, 3, 4]), [NO_PAIRS], THRESHOLD)
     assert found.part.tolist() == [0, 0, 1, -1, -1], "copies hold together without an edge"
     assert found.size[:3].tolist() == [2, 2, 1]
     assert found.is_largest.tolist() == [True, True, False, False, False]
@@ -525,7 +564,7 @@ def test_an_empty_identity_has_figures_too() -> None:
     made = corpus(np.repeat([0, 2], 5))
     _, _, found, inside = judged(made)
     figures = summarise_identities(
-        made.faces, made.label, found, inside, made.pairs(), identity_count=4, threshold=THRESHOLD
+        made.faces, made.label, found, inside, [made.pairs()], identity_count=4, threshold=THRESHOLD
     )
     assert figures.face_count.tolist() == figures.kept_count.tolist() == [5, 0, 5, 0]
     assert len(figures.merges) == len(figures.look_alikes) == 0

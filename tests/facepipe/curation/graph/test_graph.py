@@ -1,7 +1,9 @@
 """The graph of faces: its parts against brute force, whatever the order of the table, the blocks and the crowd."""
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -326,15 +328,36 @@ def test_work_covers_all_cells_once(sizes: list[int], tasks_of: float) -> None:
     )
 
 
-def test_cells_follow_the_data_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("min_two_level", [4, 1 << 30])
+def test_cells_follow_the_data_and_the_seed(min_two_level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, vectors = draw_faces(3000)
     assert len(cells.train_cells(vectors, 0).centres) == 1
     monkeypatch.setattr(cells, "MAX_EXACT_FACES", 500)
+    monkeypatch.setattr(cells, "_MIN_TWO_LEVEL", min_two_level)
     made = cells.train_cells(vectors, 0)
     assert len(made.centres) == 8
     assert np.array_equal(made.centres, cells.train_cells(vectors, 0).centres)
     sizes = np.bincount(made.assign(vectors, 1).ravel(), minlength=8)
     assert sizes.min() > 30
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 700), st.randoms(use_true_random=False))
+def test_blocks_of_an_assignment_may_come_in_any_order(rows: int, random: Any) -> None:
+    """As from tasks on several machines."""
+    vectors = draw_faces(600)[1]
+    made = Cells(np.ascontiguousarray(vectors[::60]), 3)
+
+    def assign_blocks(cells_: Cells, all_vectors: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        begins = list(range(0, len(all_vectors), rows))
+        random.shuffle(begins)
+        return [(begin, cells.assign_block(all_vectors[begin : begin + rows], cells_)) for begin in begins]
+
+    with tempfile.TemporaryDirectory() as folder:
+        made.assign_to_file(vectors, f"{folder}/a.npy", assign_blocks)
+        made.assign_to_file(vectors, f"{folder}/b.npy")
+        assert np.array_equal(np.load(f"{folder}/a.npy"), made.assign(vectors))
+        assert np.array_equal(np.load(f"{folder}/b.npy"), made.assign(vectors))
 
 
 # --- threshold -----------------------------------------------------------------------------------------------------------
