@@ -23,11 +23,21 @@ EXTRAS = {
     "mtcnn": ("mtcnn",),
     "pynvml": ("gpu",),
     "openlineage": ("openlineage",),
+    "lance": ("lance",),
+    "lmdb": ("lmdb",),
+    "pytorch_metric_learning": ("pml",),
 }
 """The extras that bring a module, the likeliest first."""
 
 # Name of the package of a module that is called otherwise. Only these are installed if facepipe itself is not.
-_PACKAGES = {"faiss": "faiss-cpu", "dlib": "dlib-bin", "pynvml": "nvidia-ml-py", "openlineage": "openlineage-python"}
+_PACKAGES = {
+    "faiss": "faiss-cpu",
+    "dlib": "dlib-bin",
+    "pynvml": "nvidia-ml-py",
+    "openlineage": "openlineage-python",
+    "lance": "pylance",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+}
 
 
 def require_module(module: str, what: str, *, extra: str = "") -> None:

@@ -1,6 +1,7 @@
 """The commands `facepipe info`, `verify` and `export`."""
 
 from dataclasses import asdict
+from enum import StrEnum
 from heapq import nsmallest
 from typing import Annotated, Any, Optional
 
@@ -8,6 +9,20 @@ import typer
 
 from jobs.console import ExitCode, exit_on_error, fail, print_result, print_table
 from jobs.options import GalleryPath, Json, Where
+
+
+class ExportFormat(StrEnum):
+    """Formats of exports."""
+
+    PARQUET = "parquet"
+    LIST = "list"
+    COCO = "coco"
+    FIFTYONE = "fiftyone"
+    LANCE = "lance"
+    MILVUS = "milvus"
+    QDRANT = "qdrant"
+    PGVECTOR = "pgvector"
+
 
 # Figures of a run's record that are shown for each of the last runs.
 _RUN_COLUMNS = ("run", "job", "state", "started", "images", "faces", "failed", "seconds")
@@ -244,27 +259,42 @@ def _verify_erased(path: str, receipt_path: str, also: list[str], *, of_other_ga
 
 def export(
     gallery: GalleryPath,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the Parquet files.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for the files.", show_default=False)],
     columns: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="A,B,C", help="Columns to write.", show_default="all"),
     ] = None,
     where: Where = None,
     version: Annotated[Optional[int], typer.Option(help="Version of the table.", show_default="newest")] = None,  # noqa: UP045
+    kind: Annotated[ExportFormat, typer.Option("--format", help="Format of the files.")] = ExportFormat.PARQUET,
     as_json: Json = False,
 ) -> None:
-    """Write rows as a plain Parquet folder.
+    """Write rows or faces for other programs.
 
-    Use it for programs that do not read Delta tables.
+    parquet is a plain folder of all rows, for programs that do not read Delta tables. list is a CSV file of faces. coco
+    and fiftyone are annotations: boxes, points and labels. lance is a dataset of Lance. milvus, qdrant and pgvector are
+    files that these stores load themselves. Nobody who was erased is in any of them.
 
     For example:
 
         facepipe export gallery/ faces/ --columns face_id,uri,identity,embedding --where "status = 'ok'"
+
+        facepipe export gallery/ for-qdrant/ --format qdrant
     """
     with exit_on_error():
+        from facepipe.errors import ConfigError
+        from facepipe.exports.export import export_faces
         from facepipe.gallery import Gallery
         from facepipe.gallery.export import export_parquet as export_rows
 
+        if kind is not ExportFormat.PARQUET:
+            if columns is not None:
+                raise ConfigError(f"--columns belongs to --format parquet: {kind.value} has columns of its own")
+            faces = export_faces(Gallery(gallery, version), out, kind.value, where)
+            print_result(
+                {"faces": faces, "out": out}, as_json=as_json, print_text=lambda: print(f"{faces} faces -> {out}")
+            )
+            return
         # Spaces after the commas are allowed.
         names = [name.strip() for name in columns.split(",")] if columns else None
         rows = export_rows(Gallery(gallery, version), out, names, where)

@@ -95,6 +95,8 @@ def test_every_extra_that_is_suggested_brings_its_module() -> None:
     brought = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     packages = {"faiss": {"faiss-cpu", "faiss-gpu"}, "dlib": {"dlib-bin"}, "pynvml": {"nvidia-ml-py"}}
     packages["openlineage"] = {"openlineage-python"}
+    packages["lance"] = {"pylance"}
+    packages["pytorch_metric_learning"] = {"pytorch-metric-learning"}
     for module, names in extras.EXTRAS.items():
         for extra in names:
             assert {Requirement(line).name for line in brought[extra]} & packages.get(module, {module})
